@@ -1,6 +1,5 @@
-"""Rows that are the same: equal content by a digest (of recordings the bytes of their files),
-images also nearly so by a perceptual hash, records of events also where they are two cuts of one
-record.
+"""Find rows that are the same: by a digest of their content (of recordings the bytes of their
+files), images also by a perceptual hash, records of events also if they are two cuts of one record.
 
 The hash is pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions",
 2010): 32 x 32 grey pixels, the 8 x 8 lowest frequencies of their DCT-II without the constant ones,
@@ -8,14 +7,14 @@ one bit each for being above the median. Two images are near duplicates when the
 at most NEAR_BITS of 64 bits and their 16 x 16 thumbnails correlate by at least NEAR_CORRELATION:
 X-rays are alike in their low frequencies, and the hash alone is not enough for them.
 
-Measured on real images (2026-11-24). Of different images, pairs within 4 bits, and of these within
-4 bits and 0.98 as well: nih_chestxray14_1000 (64 px, 499,500 pairs) 2 and 0; pneumoniamnist (28 px,
-2,878,800 pairs) 15 and 5, which are the 5 pairs of equal pixels in it; clothing_small 2 and 1;
-fashion_mnist (28 px) 81 and 7, alike to the eye. At 6 bits without thumbnails: 7, 140, 6 and 362.
-Of 300 images of each set, changed, this share is found: JPEG of quality 75: 1.00, 1.00, 1.00, 0.98;
-resized to 75 %: 1.00, 1.00, 1.00, 0.98; enlarged twice and quality 75: 1.00 or above 0.99; quality
-50: 1.00, 0.89, 0.99, 0.93; resized to half: 1.00, 0.99, 1.00, 0.54 (fashion_mnist has 14 px then).
-Cropped, turned or mirrored images are not found.
+Measured on real images (2026-11-24). Of different images, pairs within 4 bits, and of these also
+within 0.98: nih_chestxray14_1000 (64 px, 499,500 pairs) 2 and 0; pneumoniamnist (28 px, 2,878,800
+pairs) 15 and 5, which are the 5 pairs of equal pixels in it; clothing_small 2 and 1; fashion_mnist
+(28 px) 81 and 7, alike to the eye. At 6 bits without thumbnails: 7, 140, 6 and 362. Of 300 changed
+images of each set this share is found: JPEG of quality 75: 1.00, 1.00, 1.00, 0.98; resized to 75 %:
+1.00, 1.00, 1.00, 0.98; enlarged twice and quality 75: 1.00 or above 0.99; quality 50: 1.00, 0.89,
+0.99, 0.93; resized to half: 1.00, 0.99, 1.00, 0.54 (fashion_mnist has 14 px then). Cropped, rotated
+or mirrored images are not found.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ from pipeline.media import audio_io
 
 NEAR_BITS, NEAR_CORRELATION = 4, 0.98
 VERSION = 3
-"""Raised when the code makes other signs of the same rows."""
+"""Raised when the code makes other signatures of the same rows."""
 SPREAD_BYTES, SPREAD_IMAGES = 64 << 20, 20_000
-"""Processes cost seconds to start: smaller files are read in this one. Folders of images and of
-sound are counted, as their rows are paths.
+"""Smaller selections are read in this process, since others take seconds to start. Rows of folders
+of images or sound are only paths, so their number counts.
 """
 BLOCK_BYTES = 1 << 20
 SIDE, FREQUENCIES, THUMB = 32, 8, 16
@@ -56,9 +55,15 @@ PAIRS = 1 << 20
 
 @dataclass(frozen=True)
 class RowSignatures:
-    """What rows are compared by: ``digest`` (n,) uint64 of their content and ``readable`` (n,)
-    bool; of images also ``hash`` (n,) uint64 and ``thumb`` (n, 256) uint8. A row that cannot be
-    read, and a record without events, equals no other.
+    """What n rows are compared by. A row that cannot be read, and a record without events, equals
+    no other.
+
+    Attributes:
+        digest: (n,) uint64 of the content.
+        readable: (n,) bool.
+        hash: of images, (n,) uint64.
+        thumb: of images, (n, 256) uint8.
+        record: of records of events, (n,) uint64.
     """
 
     digest: np.ndarray
@@ -66,8 +71,8 @@ class RowSignatures:
     hash: np.ndarray | None = None
     thumb: np.ndarray | None = None
     record: np.ndarray | None = None
-    """(n,) uint64, of records of events: a digest of the record's id and of its first moment, which
-    all cuts of one record share. 0 for a row without.
+    """A digest of the record's id and its first moment, which all cuts of one record share. 0:
+    none.
     """
 
     def __len__(self) -> int:
@@ -82,12 +87,17 @@ def row_signatures(
     piece: tuple[str | None, str | None] = (None, None),
     record: str = "",
 ) -> RowSignatures:
-    """Of every row of a selection by all the columns together, read once and kept under the folder:
-    the same rows are not read again. On Ray where it runs and it pays. ``piece``: the columns of
-    ``start`` and ``seconds`` of rows that are pieces of recordings. ``record``: the column with the
-    id of the record that a row of events was cut from, or nothing.
+    """Return the signatures of every row of a selection, by all of the columns together.
 
-    Raises StorageError for files that cannot be read.
+    Rows are read once; signatures are kept under the folder. Runs on Ray if it is running and the
+    selection is large.
+
+    Args:
+        piece: columns of `start` and `seconds`, for rows that are segments of recordings.
+        record: the column with the id of the record that a row of events was cut from, or "".
+
+    Raises:
+        StorageError: files that cannot be read.
     """
     ids = selection.ids(np.arange(len(selection)))
     key = spec_hash(
@@ -121,7 +131,7 @@ def row_signatures(
 
 
 class _SignatureMaker:
-    """A span of a selection to its signs, in this process or in a Ray task."""
+    """Makes the signatures of a span of a selection, in this process or in a Ray task."""
 
     def __init__(
         self,
@@ -208,9 +218,9 @@ class _SignatureMaker:
 
 
 def _single_precision(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
-    """The table with the floating numbers of these columns, also those in lists, as float32, which
-    is what models read: a number that is stored as a double in one table and as a float in another
-    is the same.
+    """Cast floating-point columns, also in lists, to float32, which models read.
+
+    A number that is a double in one table and a float in another is then the same.
     """
     for name in dict.fromkeys(columns):
         kind = table.schema.field(name).type
@@ -222,9 +232,7 @@ def _single_precision(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
 
 
 def _with_float32(kind: pa.DataType) -> pa.DataType | None:
-    """The type with float32 in the place of floating numbers of any width; None where there are
-    none.
-    """
+    """Return the type with float32 for floating-point numbers; None where there are none."""
     if pa.types.is_floating(kind):
         return pa.float32()
     if not arrow_lists.is_list(kind):
@@ -234,7 +242,7 @@ def _with_float32(kind: pa.DataType) -> pa.DataType | None:
 
 
 def _place(cell: pa.Scalar) -> str | bytes | None:
-    """The bytes or the file that a cell of recordings holds or names, as the modality takes it."""
+    """Return the bytes or the file of a cell of recordings, as the modality takes it."""
     value = cell.as_py()
     value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     names_no_file = isinstance(value, str) and file_identity.NUL in value
@@ -242,7 +250,7 @@ def _place(cell: pa.Scalar) -> str | bytes | None:
 
 
 def _recording(place: str | bytes) -> tuple[bytes, float]:
-    """A digest of a sound file's bytes, and its seconds; 0 for a broken one."""
+    """Return (a digest of a sound file's bytes, its seconds); 0 for a broken file."""
     digest = hashlib.blake2b(digest_size=16)
     with io.BytesIO(place) if isinstance(place, bytes) else storage.open_read(place) as file:
         while block := file.read(BLOCK_BYTES):
@@ -254,7 +262,7 @@ def _recording(place: str | bytes) -> tuple[bytes, float]:
 
 
 def _piece(start: Any, seconds: Any, total: float) -> bytes:
-    """Which part of its recording a row is; nothing for all of it."""
+    """Return which segment of its recording a row is; empty for all of it."""
     begin, length = (
         value if isinstance(value, (int, float)) and value == value else None
         for value in (start, seconds)
@@ -267,9 +275,7 @@ def _piece(start: Any, seconds: Any, total: float) -> bytes:
 
 
 def _content(row: tuple[Any, ...]) -> bytes:
-    """The bytes of a row's values; of several each with its length before it, so that no two rows
-    share them.
-    """
+    """Return the bytes of a row's values, each preceded by its length if there are several."""
     parts = [value if isinstance(value, bytes) else str(value).encode() for value in row]
     return (
         parts[0]
@@ -279,9 +285,10 @@ def _content(row: tuple[Any, ...]) -> bytes:
 
 
 def _first_moment(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """(time, what was measured then) of the first moment from the record's start on, of its times,
-    variables and values. A cut leaves out what is later, or what lies before the start, and so
-    keeps it. None for a row without events from its start on.
+    """Return (time, what was measured) of a record's first moment after its start.
+
+    A cut leaves out what is later, or before the start, and so keeps it. None for a row without
+    events after its start.
     """
     times, variables, values = ([] if part is None else part for part in row[:3])
     times = [_number(time) for time in times]
@@ -297,14 +304,15 @@ def _first_moment(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _number(value: Any) -> Any:
-    """A number as float32 holds it; anything else as it is."""
+    """Round a number to float32; return other values unchanged."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(np.float32(value)) if is_number else value
 
 
 def _record(record: Any, moment: tuple[Any, ...] | None) -> int:
-    """The digest of a record's id and first moment (ids alone may be the same in two collections);
-    0 where either is not there.
+    """Return the digest of a record's id and first moment; 0 if either is missing.
+
+    Ids alone may be the same in two collections.
     """
     return (
         0
@@ -318,7 +326,7 @@ def _digest(content: bytes) -> int:
 
 
 def phash(grey: np.ndarray) -> np.ndarray:
-    """(n,) uint64 of (n, 32, 32) grey pixels."""
+    """Return (n,) uint64 hashes of (n, 32, 32) grey pixels."""
     places, numbers = np.arange(SIDE), np.arange(1, FREQUENCIES + 1)
     wave = np.cos(
         np.pi / SIDE * numbers[:, None] * (places + 0.5)
@@ -329,23 +337,23 @@ def phash(grey: np.ndarray) -> np.ndarray:
 
 
 def exact_duplicates(rows: RowSignatures, others: RowSignatures) -> np.ndarray:
-    """(n,) which of the rows have the content of one of the others."""
+    """Return (n,) bool: rows with the content of one of the others."""
     return np.isin(rows.digest, others.digest[others.readable]) & rows.readable
 
 
 def same_record(rows: RowSignatures, others: RowSignatures) -> np.ndarray:
-    """(n,) which of the rows are cuts of a record of which one of the others is a cut too."""
+    """Return (n,) bool: rows that are cuts of a record of which one of the others is a cut too."""
     if rows.record is None or others.record is None:
         return np.zeros(len(rows), dtype=bool)
     return np.isin(rows.record, others.record) & (rows.record != 0)
 
 
 def near_duplicates(rows: RowSignatures, others: RowSignatures) -> np.ndarray:
-    """(n,) which of the images are one of the others or nearly so.
+    """Return (n,) bool: images that are equal or nearly equal to one of the others.
 
-    Two hashes that differ in at most d bits agree in one of d + 1 bands of theirs (the pigeonhole
-    principle; Norouzi et al., "Fast search in Hamming space with multi-index hashing", CVPR 2012),
-    so only rows that share a band are compared: of uniform hashes 1 pair in 1600.
+    Two hashes that differ in at most d bits agree in one of d + 1 bands (the pigeonhole principle;
+    Norouzi et al., "Fast search in Hamming space with multi-index hashing", CVPR 2012), so only
+    rows that share a band are compared: of uniform hashes 1 pair in 1600.
     """
     found = exact_duplicates(rows, others)
     if rows.hash is None or others.hash is None:
@@ -374,8 +382,9 @@ def near_duplicates(rows: RowSignatures, others: RowSignatures) -> np.ndarray:
 
 
 class _Images:
-    """Each different (hash, thumbnail) once; ``of`` (n,) tells every row its number. Images without
-    contrast have a correlation of 0 with all others.
+    """Distinct (hash, thumbnail) pairs; `of` (n,): the pair of each row.
+
+    Images without contrast have a correlation of 0 with all others.
     """
 
     def __init__(self, rows: RowSignatures):
@@ -391,7 +400,7 @@ class _Images:
         self.of, self.hash, self.thumb = of.reshape(-1), rows.hash[places], rows.thumb[places]
 
     def standard(self, places: np.ndarray) -> np.ndarray:
-        """(k, 256) thumbnails of mean 0 and length 1."""
+        """Return (k, 256) thumbnails of mean 0 and length 1."""
         found = self.thumb[places].astype(np.float32)
         found -= found.mean(1, keepdims=True)
         return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6)
@@ -409,8 +418,8 @@ def _band(hashes: np.ndarray, low: int, high: int) -> np.ndarray:
 def _pairs(
     left: np.ndarray, first: np.ndarray, last: np.ndarray, order: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows, others) that share a band, about PAIRS at a time: row ``left[i]`` with
-    ``order[first[i]:last[i]]``.
+    """Yield (rows, others) that share a band, about PAIRS at a time: row `left[i]` with
+    `order[first[i]:last[i]]`.
     """
     counts = last - first
     ends = np.cumsum(counts)

@@ -1,13 +1,13 @@
-"""Batches of rows of like length, cut by cost: the plan for rows of which some take much longer
-than others (audio by seconds).
+"""Batches of rows of similar length, cut by cost, for rows of which some cost much more than
+others (audio by seconds).
 
-Rows are sorted by cost within a window and cut into buckets of like cost, once. A bucket's batches
-have as many rows as fit into ``batch_cost`` when each is padded to the bucket's longest; so an
-epoch has the same number of batches whichever way they are shuffled, and what a step reads is still
-a pure function of (rows, seed, step). In each epoch the windows, the rows within a bucket and the
-batches within a window change their order.
+Rows are sorted by cost within a window and cut into buckets of similar cost, once. A bucket's
+batches have as many rows as fit into `batch_cost` when each is padded to the bucket's longest. So
+an epoch has the same number of batches however they are shuffled, and what a step reads is a pure
+function of (rows, seed, step). Each epoch shuffles the windows, the rows within a bucket and the
+batches within a window.
 
-A window is the whole corpus, or (``blocks``) some row groups, so that rows are read close to each
+A window is the whole corpus, or (`blocks`) some row groups, so that rows are read close to each
 other: windows hold the same groups in all epochs.
 """
 
@@ -22,43 +22,42 @@ from pipeline.core.rng import mix
 from pipeline.data.plan import Plan, Shuffle
 
 WIDTH = 0.92
-"""A bucket's cheapest row costs at least this share of its dearest one, unless it would then hold
-fewer than LEAST batches. No row joins it that would make two batches more of it: one long row would
-cut up all others.
+"""A bucket's cheapest row costs at least this share of its dearest one, unless the bucket would
+then hold fewer than LEAST batches. A row that would add two batches to a bucket does not join it:
+one long row would split up all others.
 """
 LEAST = 2
 PART_WIDTH, PART_LEAST, PART_BATCHES = 0.94, 1, 24
-"""WIDTH and LEAST of windows that are a part of the rows, and how many batches such a one holds,
-unless they are more than ``most_rows``: of LibriSpeech's lengths 4.4 to 4.7 % are padding then, and
-three rows of ten meet the same ones in all epochs, as all do in fairseq. 0.92 and 2 would take 64
+"""WIDTH and LEAST of windows that are a part of the rows, and how many batches such a window
+holds, up to `most_rows`. With LibriSpeech's lengths 4.4 to 4.7 % is then padding, and three rows of
+ten are batched with the same ones in all epochs, as all are in fairseq. 0.92 and 2 would take 64
 batches for that, and their memory.
 """
 WINDOW_ROWS = 16384
-"""About so many rows in a window of row groups, unless those are fewer than PART_BATCHES
-batches.
-"""
+"""Approximate rows of a window of row groups, unless those are fewer than PART_BATCHES batches."""
 
 
 class _Window(NamedTuple):
     rows: np.ndarray
-    """Row indices, by cost."""
+    """Row indices, sorted by cost."""
     buckets: np.ndarray
-    """(buckets + 1,) where each begins among ``rows``."""
+    """(buckets + 1,) offsets of the buckets in `rows`."""
     batches: tuple[np.ndarray, ...]
-    """For each bucket (batches + 1,) where each batch begins, counted from the bucket's first
-    row.
-    """
+    """For each bucket (batches + 1,) offsets of its batches, from the bucket's first row."""
 
 
 class BucketPlan(Plan):
-    """As `Plan`, with global batches whose rows times the longest of them are about ``batch_cost``
-    (one row where that is longer).
+    """A `Plan` whose global batches cost about `batch_cost` (rows times the longest of them), or
+    hold one row that costs more.
 
-    costs: (rows,) what each row costs, in the unit of ``batch_cost``; 0 where it is not known.
-    ``window_rows``: those of a window (``blocks``), all of which a reader holds at once, since a
-    batch takes its rows from anywhere in it; up to ``most_rows`` where PART_BATCHES batches take
-    them. Raises ValueError for costs of another number, and a ``batch_cost`` that is no number
-    above zero, costs that are negative or no numbers, and costs that are all 0.
+    Args:
+        costs: (rows,) cost of each row, in the unit of `batch_cost`; 0: unknown.
+        window_rows: rows of a window (`blocks`), all of which a reader holds at once; up to
+        `most_rows` where PART_BATCHES batches take them.
+
+    Raises:
+        ValueError: costs of another number, negative, not finite or all 0; a `batch_cost` that is
+        not above zero.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class BucketPlan(Plan):
         self._epoch = lru_cache(maxsize=3)(self._make_epoch)
 
     def _cut(self, seed: int) -> list[np.ndarray]:
-        """Rows of each window."""
+        """Return the rows of each window."""
         if self.shuffle != "blocks":
             return [np.arange(self.rows)]
         groups = np.random.default_rng(mix(seed, 4)).permutation(len(self.boundaries) - 1)
@@ -134,9 +133,10 @@ class BucketPlan(Plan):
 
     @property
     def held_rows(self) -> int:
-        """Of how many rows a reader needs the row groups at once, to read each once: an item of a
-        shard goes over the rows of all shards, and stands in parts of two windows beside those. 0
-        where the window is the whole corpus and not to be held.
+        """Return of how many rows a reader needs the row groups at once, to read each group once.
+
+        An item of a shard covers the rows of all shards, and parts of two windows. 0 where the
+        window is the whole corpus and not held.
         """
         largest = max(len(window.rows) for window in self.windows)
         return (
@@ -173,11 +173,11 @@ class BucketPlan(Plan):
         return _Window(rows, np.array(buckets, dtype=np.int64), tuple(batches))
 
     def _parts(self, costs: np.ndarray) -> int:
-        """Batches of a bucket of rows, by cost."""
+        """Return the batches of a bucket of rows, by cost."""
         return -(-len(costs) // self._rows_of(costs[-1]))
 
     def _rows_of(self, longest: float) -> int:
-        """Rows of a batch in which each is padded to the longest one."""
+        """Return how many rows a batch has in which each is padded to the longest one."""
         return (
             self.rows
             if longest <= 0
@@ -185,8 +185,8 @@ class BucketPlan(Plan):
         )
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows,) row indices in the order of an epoch, and (batches + 1,) where each of its
-        batches begins.
+        """Return ((rows,) row indices in the order of an epoch, (batches + 1,) offsets of its
+        batches).
         """
         rows, sizes = [], []
         for w in np.random.default_rng(mix(self.seed, epoch, 5)).permutation(len(self.windows)):
@@ -217,7 +217,7 @@ class BucketPlan(Plan):
         return indices, epochs
 
     def padding(self, epoch: int = 0) -> float:
-        """The share of the padded batches of an epoch that is padding; 0 where nothing costs
+        """Return the share of an epoch's padded batches that is padding; 0 where nothing costs
         anything.
         """
         rows, starts = self._epoch(epoch)

@@ -25,8 +25,10 @@ from pipeline.data.plan import Item, Plan
 def threaded_map(
     fn: Callable[[Any], Any], items: Iterable[Any], threads: int = 16, waiting: int | None = None
 ) -> Iterator[Any]:
-    """Results of ``fn`` in order, at most ``waiting`` of them (twice the threads) begun and not yet
-    taken; what is not begun is dropped on leaving early.
+    """Yield the results of `fn` in order, computed by threads.
+
+    At most `waiting` (twice the threads) are started and not yet taken; those not started are
+    dropped when the caller stops early.
     """
     with ThreadPoolExecutor(threads) as pool:
         items = iter(items)
@@ -43,19 +45,19 @@ def threaded_map(
 
 @dataclass
 class Decoder:
-    """Table rows to arrays: the modality's inputs and the objective's targets."""
+    """Decodes table rows to arrays: the modality's inputs and the objective's targets."""
 
     modality: Modality
     objective: str | None
     objective_state: dict[str, Any]
     columns: dict[str, str]
     encoded: bool = False
-    """Inputs stay as they are in their files, to be decoded on the device."""
+    """Inputs stay encoded, to be decoded on the device."""
     training: bool = True
-    """Rows are to be learned from: those that can only be scored are left out."""
+    """Rows are for training: those that can only be scored are left out."""
 
     def names(self, roles: tuple[str, ...] | None = None) -> list[str]:
-        """The columns of all roles, or of these."""
+        """Return the columns of all roles, or of the given ones."""
         objective = registry.get("objective", self.objective) if self.objective else None
         inputs = (*self.modality.roles, *self.modality.optional_roles, *self.modality.packed_roles)
         roles = (
@@ -66,7 +68,7 @@ class Decoder:
         return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
 
     def size(self, selection: Selection) -> int:
-        """Bytes that the selection takes when it is decoded, from a few of its rows."""
+        """Estimate the bytes of the decoded selection from a few of its rows."""
         places = np.unique(
             np.linspace(0, max(0, len(selection) - 1), min(8, len(selection))).astype(np.int64)
         )
@@ -109,8 +111,8 @@ class Decoder:
 
 
 WINDOWS_BYTES = 512 << 20
-"""Kept of row groups where batches take their rows from all over a window, at least:
-`BucketPlan.held_rows` may take more.
+"""Least cache of row groups where batches take their rows from all of a window;
+`BucketPlan.held_rows` may need more.
 """
 RAGGED = "_ragged:"
 SILENT_ROWS = 256
@@ -118,8 +120,8 @@ SILENT_ROWS = 256
 
 
 def row_bytes(selection: Selection) -> int:
-    """Bytes that a reader holds for each row of a selection: those of the row groups that have some
-    of them, over their number.
+    """Return the bytes that a reader holds for each row of a selection: those of its row groups,
+    over the number of rows.
     """
     manifest = selection.manifest
     cuts = (
@@ -144,7 +146,7 @@ class Block(NamedTuple):
 
 
 class Loader:
-    """Reads and decodes items; made anew in each process that it is sent to."""
+    """Reads and decodes items; it is created again in each process that it is sent to."""
 
     def __init__(self, selection: Selection, decoder: Decoder, plan: Plan | None = None):
         self.selection, self.decoder, self.plan = selection, decoder, plan
@@ -183,8 +185,10 @@ class Loader:
         )
 
     def columns(self, item: Item) -> Arrays:
-        """The block as one set of columns, to cross the object store. Ray Data would make one array
-        of ragged rows that happen to be of one length: the names of those columns tell.
+        """Return the block as one set of columns, to be sent through the object store.
+
+        Ray Data would make one array of ragged rows that happen to be of equal length; the names of
+        those columns tell them apart.
         """
         block = self(item)
         named = {
@@ -200,7 +204,7 @@ class Loader:
 
     @staticmethod
     def block(columns: Arrays) -> Block:
-        """What `columns` made, after its way."""
+        """Rebuild the block that `columns` made."""
         rows, epochs, bad = columns.pop("_row"), columns.pop("_epoch"), columns.pop("_bad")
         arrays = {
             name.removeprefix(RAGGED): ragged(array) if name.startswith(RAGGED) else array
@@ -210,7 +214,7 @@ class Loader:
 
 
 class RowCosts:
-    """What the rows of an item cost (`Modality.costs`), read from the column that tells or from the
+    """Computes the costs of the rows of an item (`Modality.costs`), from a column or from the
     rows' own headers.
     """
 

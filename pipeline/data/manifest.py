@@ -1,8 +1,8 @@
-"""Which rows there are: files, row groups, schema and fingerprint, read from footers only; and
+"""Which rows there are (files, row groups, schema and fingerprint, read from footers only), and
 which split each row is in.
 
-Everything that is read is Parquet: image folders, JSON Lines, CSV and plain text are brought into
-Parquet once (``to_parquet``). A row id is the row's place in the sorted files of its manifest.
+Everything that is read is Parquet: image folders, JSON Lines, CSV and plain text are converted to
+Parquet once (`to_parquet`). A row id is the row's position in the sorted files of its manifest.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ from pipeline.io.file_identity import FileIdentity
 
 @dataclass(frozen=True)
 class Group:
-    """One Parquet row group: its file's number, its number in the file, rows and compressed
-    bytes.
-    """
+    """One Parquet row group: index of its file, index in the file, rows and compressed bytes."""
 
     file: int
     number: int
@@ -45,14 +43,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Files and row groups in order. ``fingerprint`` changes when the content does."""
+    """Files and row groups in order. `fingerprint` changes when the content does."""
 
     files: tuple[str, ...]
     groups: tuple[Group, ...]
     schema: pa.Schema = field(compare=False)
     fingerprint: str
     identities: tuple[FileIdentity | None, ...] = field(default=(), compare=False)
-    """Of ``files`` as they were when the manifest was built; none for files that this project wrote
+    """Identities of `files` when the manifest was built; None for files that this project wrote
     itself.
     """
 
@@ -70,8 +68,9 @@ class Manifest:
         return sum(group.size for group in self.groups)
 
     def open(self, file: int) -> BinaryIO:
-        """One of ``files``, by its number, for reading. Raises ChangedFileError when it holds
-        something else than when the manifest was built.
+        """Open one of `files` by its index.
+
+        Raises ChangedFileError when its content is not what it was when the manifest was built.
         """
         known = self.identities[file] if self.identities else None
         return (
@@ -81,7 +80,7 @@ class Manifest:
         )
 
     def place(self, row: int) -> str:
-        """File and row group of a row id, for messages."""
+        """Return file and row group of a row id, for messages."""
         g = int(np.searchsorted(self.starts, row, side="right")) - 1
         return (
             f"{self.files[self.groups[g].file]} row {row - self._file_start(self.groups[g].file)}"
@@ -93,7 +92,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a manifest: ``rows`` holds sorted row ids, none means all."""
+    """Some rows of a manifest. `rows`: sorted row ids; None: all rows."""
 
     manifest: Manifest
     rows: np.ndarray | None = None
@@ -106,7 +105,9 @@ class Selection:
 
     @property
     def boundaries(self) -> np.ndarray:
-        """First index of every row group within the selection, empty groups left out."""
+        """Index of the first row of every row group within the selection; empty groups are left
+        out.
+        """
         if self.rows is None:
             return self.manifest.starts
         return np.unique(np.searchsorted(self.rows, self.manifest.starts))
@@ -117,8 +118,9 @@ class Selection:
 
 
 def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
-    """Manifest of files, folders and globs. Raises ValueError for no files, an unreadable file or
-    schemas that differ.
+    """Build the manifest of files, folders and globs.
+
+    Raises ValueError for no files, an unreadable file or different schemas.
     """
     return build_with_named(uris, form, imports_uri)[0]
 
@@ -126,8 +128,9 @@ def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
 def build_with_named(
     uris: str | list[str], form: str, imports_uri: str, mode: file_identity.Mode = "content"
 ) -> tuple[Manifest, tuple[FileIdentity, ...]]:
-    """As `build`, with the images or recordings that the rows of a folder of them name. ``mode``:
-    how files are identified (`file_identity`).
+    """Build a manifest, and return it with the images or recordings that its rows name.
+
+    `mode`: how files are identified (`file_identity`).
     """
     found = to_parquet.to_parquet(
         [uris] if isinstance(uris, str) else uris, form, imports_uri, mode
@@ -171,8 +174,8 @@ def _footer(file: str) -> pq.FileMetaData:
 
 
 def _without_views(kind: pa.DataType) -> pa.DataType:
-    """The type with plain texts and bytes in the place of views, of which Arrow can take no rows.
-    Reading casts to it.
+    """Return the type with plain texts and bytes for views, of which Arrow cannot take rows;
+    reading casts to it.
     """
     if pa.types.is_string_view(kind):
         return pa.large_string()
@@ -202,7 +205,7 @@ has in its file.
 
 
 class Reader:
-    """Takes rows by id, keeping the row groups last read (at most ``cache_bytes`` of them)."""
+    """Takes rows by id, caching the row groups last read (at most `cache_bytes`)."""
 
     def __init__(self, manifest: Manifest, columns: list[str], cache_bytes: int = READER_BYTES):
         self.manifest, self.columns, self.cache_bytes = manifest, columns, cache_bytes
@@ -231,7 +234,7 @@ class Reader:
         return table
 
     def take(self, rows: np.ndarray) -> pa.Table:
-        """The table of the given row ids, in their order."""
+        """Return the table of the given row ids, in their order."""
         groups, first, which = np.unique(
             np.searchsorted(self.manifest.starts, rows, side="right") - 1,
             return_index=True,
@@ -271,10 +274,10 @@ class Reader:
 def _check_group(
     handle: BinaryIO, file: pq.ParquetFile, number: int, columns: list[str] | None, name: str
 ) -> None:
-    """Look at a row group before it is read.
+    """Check a row group before it is read.
 
-    Raises ValueError where it would take more than `GROUP_BYTES` in memory for what the file stores
-    once or packs away: a few kilobytes can stand for gigabytes. Real bytes, however many, are read.
+    Raises ValueError where repeated or compressed values would take more than `GROUP_BYTES` in
+    memory: a few kilobytes can stand for gigabytes. Real bytes, however many, are read.
     """
     group, wanted = file.metadata.row_group(number), set(columns) if columns is not None else None
     chunks = [group.column(i) for i in range(group.num_columns)]
@@ -312,7 +315,7 @@ def _check_group(
 
 
 def _expanded_bytes(part: pa.Array) -> int:
-    """Bytes of a dictionary's values written out for each row."""
+    """Return the bytes of a dictionary's values, written out for each row."""
     if not pa.types.is_dictionary(part.type):
         return part.nbytes
     # pyright: ignore
@@ -337,7 +340,7 @@ def _too_large(name: str, number: int, size: int, packed: int) -> str:
 
 
 def cast_to_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with the schema's types: files of joined corpora may hold text or whole numbers in
+    """Cast a table to the schema: files of joined corpora may hold text or whole numbers in
     another width.
     """
     wanted = pa.schema([schema.field(name).remove_metadata() for name in table.column_names])
@@ -345,9 +348,7 @@ def cast_to_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
-    """Whole columns of a selection (labels, splits, groups): a scan of those columns alone.
-    Dictionaries (pandas categoricals) come as values.
-    """
+    """Read whole columns of a selection (labels, splits, groups); dictionaries are decoded."""
     if not columns:
         return pa.table({})
     parts = []
@@ -386,17 +387,17 @@ def _plain_columns(table: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True)
 class Splits:
-    """The selections of a data spec and, in words, where the splits come from."""
+    """The selections of a data spec, and a description of where the splits come from."""
 
     train: Selection
     validation: Selection
     test: Selection
     origin: str
     corpora: tuple[int, ...] = ()
-    """Training rows of each corpus, in the order of the job file and of ``train``."""
+    """Training rows of each corpus, in the order of the job file and of `train`."""
     trains: tuple[Selection, ...] = ()
-    """The training rows of each corpus by itself, with all of its columns: those of a joined
-    ``train`` are the ones that are read in training.
+    """The training rows of each corpus, with all of its columns; a joined `train` has only those
+    that are read.
     """
     reads: tuple[FileIdentity, ...] = ()
     """All files that are read in training: Parquet files, and those that their rows name."""
@@ -419,8 +420,8 @@ class Splits:
 
 
 def group_numbers(values: pa.ChunkedArray) -> np.ndarray:
-    """(n,) int64: one number for all rows of a group; each row without one (null) has a number of
-    its own.
+    """Return (n,) int64: one number for all rows of a group; rows without one (null) each get
+    their own.
     """
     coded = pc.dictionary_encode(values.combine_chunks())
     found = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -430,7 +431,9 @@ def group_numbers(values: pa.ChunkedArray) -> np.ndarray:
 
 
 def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.ndarray:
-    """(n,) numbers in [0, 1), equal for equal group values; of a row without a group its own."""
+    """Return (n,) numbers in [0, 1), equal for equal groups; each row without a group gets its
+    own.
+    """
     from pipeline.core.rng import mix, row_keys
 
     keys = row_keys(mix(*salt.encode()), np.zeros(1, dtype=np.int64), ids)
@@ -470,7 +473,8 @@ def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: s
 
 
 def value_text(value: Any) -> str:
-    """One text for a value that two tables, or a table and a job file, store as different types.
+    """Return one text for a value that two tables, or a table and a job file, store as different
+    types.
 
     12, 12.0 and "12" are the same, so are True and "true", and bytes and their text.
     """
@@ -485,16 +489,16 @@ def value_text(value: Any) -> str:
 
 
 SHOWN_LETTERS = 120
-"""Of the name of a file so many letters are shown in an error."""
+"""Characters of a file's name that an error shows."""
 MOST_VALUES, SHOWN_VALUES = 50, 10
-"""A column with more distinct values than the first names persons or rows rather than kinds of
-rows; of others so many values are shown in an error.
+"""A column with more distinct values than the first identifies persons or rows rather than kinds
+of rows; of others so many values are shown in an error.
 """
 
 
 def _where(selection: Selection, data: Data, at: str) -> Selection:
-    """The rows that ``where`` keeps. Raises ValueError where it keeps none, with the values that
-    there are.
+    """Return the rows that `where` keeps. Raises ValueError if there are none, with the values
+    that exist.
     """
     where = data.where
     if not where or not len(selection):
@@ -533,8 +537,8 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
 
 
 def _values_of(coded: pa.DictionaryArray, name: str, selection: Selection, data: Data) -> str:
-    """In words, what a column of the selection holds: its commonest values, or only how many where
-    they may name people.
+    """Describe a column's commonest values, or only how many there are if they may identify
+    people.
 
     Values are shown where there are few, each in several rows and, in grouped data, in rows of
     several groups.
@@ -565,11 +569,11 @@ SPLITS = ("train", "validation", "test")
 def splits(
     data: Data, roles: tuple[str, ...], place: str, imports_uri: str, need_test: bool
 ) -> Splits:
-    """Train, validation and test rows of a data spec, declared splits first; further corpora
-    (``more``) come after the first one's rows.
+    """Return train, validation and test rows of a data spec; those of further corpora (`more`)
+    come after those of the first.
 
     Raises ValueError for a missing column, an empty split, a split value that the column does not
-    hold, a group that stands in two splits, or corpora that cannot be joined.
+    have, a group in two splits, or corpora that cannot be joined.
     """
     at = f"{place}.data"
     parts = [_splits(data, roles, at, imports_uri)]
@@ -623,7 +627,7 @@ def splits(
 
 
 def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Splits:
-    """Those of one corpus."""
+    """Return the splits of one corpus."""
     named: dict[tuple[str, ...], tuple[FileIdentity, ...]] = {}
 
     def built(uris: str | list[str]) -> Manifest:
@@ -704,12 +708,12 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
 def with_named_files(
     selections: list[Selection], columns: tuple[str, ...], mode: file_identity.Mode
 ) -> tuple[list[Selection], list[FileIdentity]]:
-    """The same rows with the content of the files that they name in the fingerprints of their
-    manifests; and those files.
+    """Add the content of the files that rows name to the fingerprints of their manifests; also
+    return those files.
 
     A file is named by a text, or by the path of a struct that has no bytes (as in a Hugging Face
-    data set), in one of ``columns``. A file that is not there counts as absent: it is told where
-    its row is read. Raises StorageError, with the row, for what names no file.
+    data set), in one of `columns`. A missing file counts as absent; the error comes where its row
+    is read. Raises StorageError, with the row, for what names no file.
     """
     names = [_named_files(selection, columns) for selection in selections]
     every_name = sorted(set().union(*names))
@@ -744,9 +748,7 @@ def _with_row(
     selections: list[Selection],
     columns: tuple[str, ...],
 ) -> storage.StorageError:
-    """The error on one of the files that rows name, with the first row that names it; a long name
-    is cut.
-    """
+    """Return the error on a file that rows name, with the first such row; a long name is cut."""
     message = str(error)
     name = max((name for name in names if name in message), key=len, default="")
     places = (
@@ -762,7 +764,7 @@ def _with_row(
 
 
 def _place_of_name(selection: Selection, column: str, name: str) -> str:
-    """File, row and column where a file is first named; nothing where it is not."""
+    """Return file, row and column where a file is first named, or ""."""
     if not len(selection) or not _can_name_files(selection.manifest.schema.field(column).type):
         return ""
     for index, value in enumerate(read_columns(selection, [column])[column].to_pylist()):
@@ -774,7 +776,7 @@ def _place_of_name(selection: Selection, column: str, name: str) -> str:
 
 
 def _can_name_files(kind: pa.DataType) -> bool:
-    """Whether values are texts, or structs whose field ``path`` is a text."""
+    """Whether values are texts, or structs whose field `path` is a text."""
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not pa.types.is_struct(values):
         return arrow_lists.is_text(values)
@@ -783,7 +785,7 @@ def _can_name_files(kind: pa.DataType) -> bool:
 
 
 def _named_files(selection: Selection, columns: tuple[str, ...]) -> list[str]:
-    """The files that some rows name, each once, in the order of the rows."""
+    """Return the files that some rows name, each once, in the order of the rows."""
     found: dict[str, None] = {}
     for name in columns:
         kind = selection.manifest.schema.field(name).type
@@ -803,8 +805,9 @@ def _texts_of(selection: Selection, name: str) -> list[str]:
 
 
 def _paths_of(selection: Selection, name: str) -> list[str]:
-    """Of structs of bytes and path those paths that stand without bytes. Read a row group at a
-    time: the bytes may take gigabytes.
+    """Return the paths of structs without bytes.
+
+    Reads a row group at a time: the bytes may take gigabytes.
     """
     ids, out = selection.ids(np.arange(len(selection))), []
     reader = Reader(selection.manifest, [name])
@@ -819,9 +822,7 @@ def _paths_of(selection: Selection, name: str) -> list[str]:
 
 
 def _has_bytes(values: pa.Array) -> np.ndarray:
-    """(n,) which values are bytes, at least one; null is none, and so is every value of a column of
-    nulls alone.
-    """
+    """Return (n,) bool: values that are bytes, at least one; null is none."""
     if pa.types.is_null(values.type):
         return np.zeros(len(values), dtype=bool)
     sizes = pc.fill_null(pc.binary_length(values), 0)
@@ -829,7 +830,7 @@ def _has_bytes(values: pa.Array) -> np.ndarray:
 
 
 def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[str]) -> Splits:
-    """Each split of several corpora as one selection, in the order of the job file."""
+    """Join each split of several corpora to one selection, in the order of the job file."""
     chosen = {
         name: [(i, found) for i, part in enumerate(parts) if len(found := getattr(part, name))]
         or [(0, getattr(parts[0], name))]
@@ -865,12 +866,11 @@ def _concatenated(
     places: list[str],
     texts: frozenset[str] = frozenset(),
 ) -> Selection:
-    """Row ids, files and row groups of the second after those of the first, and so on; ``columns``
-    have the types of the first, ``texts`` (columns that hold texts, as text or as bytes that may
-    not be UTF-8) that of bytes where the corpora differ.
+    """Concatenate the row ids, files and row groups of several manifests.
 
-    Raises ValueError for a column that is of another kind in a later one (whole numbers or texts of
-    another width are no other kind).
+    `columns` get the types of the first one; `texts` (columns of texts, as text or as bytes that
+    may not be UTF-8) become bytes where the corpora differ. Raises ValueError for a column of
+    another kind in a later one (another width is no other kind).
     """
     first = selections[0].manifest
     as_bytes = {
@@ -922,7 +922,7 @@ def _concatenated(
 
 
 def _kind(of: pa.DataType) -> str:
-    """One word for types whose values are cast to each other without loss of meaning."""
+    """Return one word for types whose values can be cast to each other without loss of meaning."""
     if pa.types.is_dictionary(of):
         return _kind(of.value_type)
     if pa.types.is_list(of) or pa.types.is_large_list(of):
@@ -937,11 +937,11 @@ def _kind(of: pa.DataType) -> str:
 
 
 def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
-    """Raise ValueError where a value of the group (a patient) stands in two splits, also of two
+    """Raise ValueError where a value of the group (a patient) is in two splits, also of two
     corpora that are grouped by one column.
 
     Null is no group. The error counts values and names one row of each split by its position: it
-    never holds a value, which may tell who a patient is.
+    never holds a value, which may identify a patient.
     """
     first_seen: dict[
         str, tuple[str, str]
@@ -967,9 +967,7 @@ def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
 
 
 def _first_rows(selection: Selection, column: str) -> list[tuple[str, int]]:
-    """Every value of a column that is not null, as text, with the id of the first row that holds
-    it.
-    """
+    """Return every non-null value of a column, as text, with the id of its first row."""
     # pyright: ignore
     coded = pc.dictionary_encode(read_columns(selection, [column])[column].combine_chunks())
     codes, first = np.unique(

@@ -7,16 +7,16 @@ belongs to canonical shard P mod C. A rank owns the shards s with s mod ranks ==
 batch is the same for any number of ranks up to C, the number of steps is arithmetic, and a rank
 reads only its own shards. When ranks divide C and C divides G all ranks hold equally many rows.
 
-Within an epoch the shards are consecutive parts of one shuffled order: ``rows`` permutes all rows;
-``blocks`` permutes the row groups and the rows inside each (shards then interleave C row groups),
+Within an epoch the shards are consecutive parts of one shuffled order: `rows` permutes all rows;
+`blocks` permutes the row groups and the rows inside each (shards then interleave C row groups),
 which never needs more than C groups at a time.
 
-A mixture draws from several corpora by weights. Each corpus then is an endless sequence of its own,
+A mixture draws from several corpora by weights. Each corpus is then an endless sequence of its own,
 in which each of its epochs covers each of its rows exactly once, and a row's epoch is that of its
-corpus. Which corpus a place of a shard draws from follows from (seed, shard, chunk of CHUNK
-places): every chunk has the same numbers of draws, so where a corpus's sequence stands at any place
-is closed form, too. What is called an epoch of the plan is then as many positions as there are rows
-in all.
+corpus. Which corpus a position of a shard draws from follows from (seed, shard, chunk of CHUNK
+positions): every chunk has the same numbers of draws, so the state of a corpus's sequence at any
+position is closed form, too. An epoch of the plan is then as many positions as there are rows in
+all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from pipeline.core.rng import mix
 
 Shuffle = Literal["rows", "blocks", "none"]
 CHUNK = 4096
-"""Places of a shard in which a mixture has its shares: weights are whole parts of so many."""
+"""Positions of a shard in which a mixture has its exact shares: weights are rounded to parts of
+it.
+"""
 Mixture = tuple[tuple[int, int, float], ...]
 """(first row index, one past the last, weight) of every corpus, in the order of their rows."""
 
@@ -47,8 +49,9 @@ class Item:
 
 
 class Order:
-    """An endless sequence of shuffled epochs over rows 0 .. rows-1, dealt out to shards.
-    boundaries: as in Plan.
+    """An endless sequence of shuffled epochs over rows 0 .. rows-1, dealt to shards.
+
+    `boundaries`: as in Plan.
     """
 
     def __init__(self, rows: int, seed: int, shards: int, shuffle: Shuffle, boundaries: np.ndarray):
@@ -76,7 +79,9 @@ class Order:
         return blocks, np.concatenate([[0], np.cumsum(sizes)])
 
     def order(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) row indices at places [start, stop) of an epoch's shuffled order."""
+        """Return (stop - start,) row indices at positions [start, stop) of an epoch's shuffled
+        order.
+        """
         made = self._epoch_order(epoch)
         if isinstance(made, np.ndarray):
             return made[start:stop]
@@ -98,11 +103,11 @@ class Order:
     # ------------------------------------------------ shards
 
     def _before(self, position: int, shard: int) -> int:
-        """How many positions below ``position`` belong to the shard."""
+        """Return how many positions below `position` belong to the shard."""
         return (position - shard + self.shards - 1) // self.shards
 
     def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) row indices and (n,) epochs of places [start, stop) of a shard's endless
+        """Return (n,) row indices and (n,) epochs of positions [start, stop) of a shard's
         sequence.
         """
         indices, epochs = [], []
@@ -125,9 +130,10 @@ class Order:
 
 
 class MixtureOrder:
-    """Corpora drawn from by weights, each in the order of its own. Within a chunk the draws of a
-    corpus lie in equal stretches, one at random in each, so that its share is near its weight after
-    any number of places and not at the chunk's end alone.
+    """Corpora drawn from by weights, each in an order of its own.
+
+    Within a chunk the draws of a corpus are stratified: one at random in each of equal stretches,
+    so that its share is near its weight after any number of positions.
     """
 
     def __init__(self, mixture: Mixture, plan: Order):
@@ -167,8 +173,8 @@ class MixtureOrder:
         self._chunk = lru_cache(maxsize=2 * self.parts[0].shards)(self._make_chunk)
 
     def _make_chunk(self, shard: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """(CHUNK,) corpus of every place and (CHUNK,) how many draws of the chunk its corpus had
-        before it.
+        """Return (CHUNK,) the corpus of every position, and (CHUNK,) how many draws its corpus had
+        before in the chunk.
         """
         corpora = np.repeat(np.arange(len(self.draws)), self.draws)
         number = np.concatenate([np.arange(count) for count in self.draws])
@@ -200,8 +206,9 @@ class MixtureOrder:
 
 
 def draws_a_chunk(weights: np.ndarray) -> np.ndarray:
-    """(corpora,) whole numbers that add up to CHUNK, each within one of its share. Raises
-    ValueError for weights that are not above 0, or one so small that nothing would be drawn for it.
+    """Return (corpora,) whole numbers that add up to CHUNK, each within one of its share.
+
+    Raises ValueError for weights that are not above 0, or so small that nothing would be drawn.
     """
     if not len(weights) or not (np.isfinite(weights).all() and (weights > 0).all()):
         raise ValueError(f"weights {', '.join(f'{w:g}' for w in weights)}: each must be above 0")
@@ -219,17 +226,21 @@ def draws_a_chunk(weights: np.ndarray) -> np.ndarray:
 
 
 def _inside(boundaries: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Those of a range of rows, counted from its first."""
+    """Return the boundaries inside a range of rows, counted from its first."""
     return np.unique(np.clip(boundaries, start, stop)) - start
 
 
 class Plan(Order):
     """Row order of one training run.
 
-    rows: number of selected rows (indices 0 .. rows-1). boundaries: (groups + 1,) first index of
-    every row group, for ``blocks``. mixture: corpora as ranges of the rows, with weights; none:
-    every row once an epoch. Raises ValueError for an empty selection, a global batch larger than
-    the rows or fewer rows than shards, an empty corpus or a weight that no draw stands for.
+    Args:
+        rows: number of selected rows (indices 0 .. rows-1).
+        boundaries: (groups + 1,) first index of every row group, for `blocks`.
+        mixture: corpora as ranges of the rows, with weights; None: every row once an epoch.
+
+    Raises:
+        ValueError: an empty selection, a global batch larger than the rows or fewer rows than
+        shards, an empty corpus or a weight too small for a draw.
     """
 
     def __init__(
@@ -262,8 +273,8 @@ class Plan(Order):
         self.mixed = MixtureOrder(mixture, self) if mixture is not None else None
 
     def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) row indices and (n,) epochs, of a mixture those of each row's corpus, of places
-        [start, stop) of a shard's endless sequence.
+        """Return (n,) row indices and (n,) epochs (of each row's corpus) of positions [start,
+        stop) of a shard's endless sequence.
         """
         return (
             self.mixed.sequence(shard, start, stop)
@@ -272,7 +283,7 @@ class Plan(Order):
         )
 
     def owned(self, rank: int, ranks: int) -> list[int]:
-        """Shards of a rank. Raises ValueError for more ranks than shards."""
+        """Return the shards of a rank. Raises ValueError for more ranks than shards."""
         if ranks > self.shards:
             raise ValueError(
                 f"{ranks} ranks are more than the {self.shards} canonical shards: raise "
@@ -282,29 +293,27 @@ class Plan(Order):
         return list(range(rank, self.shards, ranks))
 
     def start(self, step: int) -> int:
-        """The first position of global batch ``step``."""
+        """Return the first position of global batch `step`."""
         return step * self.global_batch
 
     def steps(self, epochs: float) -> int:
-        """Global batches of so many epochs, rounded up, one at least."""
+        """Return the number of global batches of so many epochs, rounded up, at least one."""
         return max(1, int(np.ceil(epochs * self.batches_an_epoch - 1e-9)))
 
     def span(self, step: int, shard: int) -> tuple[int, int]:
-        """Places of the shard's sequence that global batch ``step`` takes."""
+        """Return the positions of the shard's sequence that global batch `step` takes."""
         return self._before(self.start(step), shard), self._before(self.start(step + 1), shard)
 
     def places(self, step: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) shards and (n,) places in their sequences of the rank's part of a global batch, in
-        the order of positions.
+        """Return (n,) shards and (n,) positions in their sequences of the rank's part of a global
+        batch, in order.
         """
         positions = np.arange(self.start(step), self.start(step + 1))
         positions = positions[(positions % self.shards) % ranks == rank]
         return positions % self.shards, positions // self.shards
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) row indices and (n,) epochs of the rank's part of a global batch, in the order of
-        positions.
-        """
+        """Return (n,) row indices and (n,) epochs of the rank's part of a global batch, in order."""
         shards, places = self.places(step, rank, ranks)
         indices, epochs = (
             np.empty(len(places), dtype=np.int64),
@@ -319,9 +328,7 @@ class Plan(Order):
     def items(
         self, first_step: int, last_step: int, rank: int = 0, ranks: int = 1
     ) -> Iterator[Item]:
-        """What the rank must read for steps [first_step, last_step), in the order of need; nothing
-        before first_step.
-        """
+        """Return what the rank must read for steps [first_step, last_step), in the order of need."""
         out = []
         for shard in self.owned(rank, ranks):
             start, stop = self.span(first_step, shard)[0], self.span(last_step, shard)[0]

@@ -1,9 +1,9 @@
-"""From a plan to device-ready batches: rows are read and decoded in Ray Data workers, in this
-process, or lie in memory.
+"""From a plan to device-ready batches: rows are decoded by Ray Data workers, in this process, or
+are held in memory.
 
-The one place that runs Ray Data. Encoded files are read by the workers; what crosses the object
-store is what the modality's ``decode`` gives: uint8 pixels or token ids, never float images.
-Whatever the place of decoding, the batches are the same.
+The one module that runs Ray Data. Workers read encoded files; what crosses the object store is what
+the modality's `decode` returns: uint8 pixels or token ids, never float images. Batches do not
+depend on where they are decoded.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from pipeline.io.file_identity import ChangedFileError
 
 Place = Literal["memory", "workers", "train", "device"]
 WINDOW_BYTES, WINDOW_MOST_BYTES = 192 << 20, 2 << 30
-"""Of the row groups from which a batch by cost takes its rows, and the most of them where batches
-are large. Each `Reader` keeps two windows and what an item goes over, and reads each group once;
-several readers read them each. Of LibriSpeech (213 kB a row) a window has 200 MB in batches of 480
-s, 0.6 GB of 1500 s, 1.3 GB of 3200 s, and each reader keeps 0.7, 1.5 and 2.9 GB.
+"""Size of the row groups from which a batch by cost takes its rows, and its upper limit where
+batches are large. Each `Reader` holds two windows and what an item covers, and reads each group
+once; several readers each read them. With LibriSpeech (213 kB a row) a window has 200 MB in batches
+of 480 s, 0.6 GB of 1500 s, 1.3 GB of 3200 s, and each reader holds 0.7, 1.5 and 2.9 GB.
 """
 ITEM_BYTES, ITEM_ROWS = 32 << 20, (32, 2048)
 """What a data worker decodes at a time: a block costs Ray Data about 10 ms of processor time
@@ -50,29 +50,25 @@ IN_FLIGHT = 8
 of 32 MiB (0.70 with 64 MiB).
 """
 COST_ROWS, COST_BYTES = 4096, 64 << 20
-"""Rows whose headers are read in one task, and about so many bytes where they hold their files, but
-at least a row group.
+"""Most rows whose headers are read in one task, and most bytes (about) where they hold their
+files; at least one row group.
 """
 EVAL_SAMPLES = 1 << 21
-"""Padded samples of an evaluation batch of ragged rows, two minutes at 16 kHz: rows of like length
-are then evaluated together.
+"""Padded samples of an evaluation batch of ragged rows, two minutes at 16 kHz: rows of similar
+length are evaluated together.
 """
 ITEMS_AN_EXECUTION = 4096
-"""Ray Data is handed so many items at a time; a new execution costs seconds, a longer list costs
-memory.
-"""
+"""Items of one Ray Data execution: a new execution costs seconds, a longer list costs memory."""
 
 
 class TooManyBadRowsError(ValueError):
-    """The share of rows that cannot be decoded, or learned from, is over the budget."""
+    """More rows than allowed cannot be decoded or used for training."""
 
 
 # ---------------------------------------------------------------- places of decoding
 
 REFUSED = "__refused__"
-"""The one column of a block in the place of which its work raised a ValueError or a
-ChangedFileError, which it holds.
-"""
+"""The only column of a block that stands for a ValueError or a ChangedFileError, which it holds."""
 
 
 class _Worker:
@@ -106,12 +102,11 @@ class DataWorkers:
 def map_blocks(
     work: Callable[[Item], Arrays], items: Iterable[Item], workers: DataWorkers
 ) -> Iterator[Arrays]:
-    """``work`` over items by a Ray Data actor pool, one block of columns an item, in order, with
-    bounded memory.
+    """Apply `work` to items in a Ray Data actor pool, one block of columns an item, in order and
+    with bounded memory.
 
-    ``work`` is sent once to each actor. Encoded or decoded, what it returns should be large enough
-    to be worth its way. A ValueError that ``work`` raises is raised here as it was, without Ray's
-    account of where it happened.
+    `work` is sent once to each actor; what it returns should be large enough to be worth sending. A
+    ValueError that it raises is raised here unchanged.
     """
     import ray.data
 
@@ -160,11 +155,10 @@ def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> 
 def map_items(
     fn: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1.0, ahead: int | None = None
 ) -> Iterator[Any]:
-    """Results of ``fn`` over items, in order, as Ray tasks with a bounded window; in this process
-    when Ray is not running.
+    """Yield the results of `fn` over items, in order, as Ray tasks with a bounded window, or in
+    this process if Ray is not running.
 
-    Resumable by its caller: results come in order, so what was kept of them tells which items are
-    left.
+    The caller can resume: results come in order, so those that were kept tell which items are left.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -200,20 +194,18 @@ def _apply(fn, item, fences):
 
 @dataclass
 class Rows:
-    """The rows of one split with all that turns them into batches; ``arrays`` when they were
-    decoded into memory.
-    """
+    """The rows of one split and how they become batches. `arrays`: the rows decoded in memory."""
 
     selection: Selection
     decoder: Decoder
     arrays: Arrays | None = None
     bad: tuple[tuple[int, str], ...] = ()
     kept: bool = False
-    """The bad rows are still among the rows (as zeros): the plan counts them as it does when rows
-    are decoded as they come.
+    """Bad rows are kept (as zeros), so that the plan counts them as if rows were decoded on the
+    fly.
     """
     costs: np.ndarray | None = None
-    """What each row costs, where batches are cut by it."""
+    """The cost of each row, where batches are cut by it."""
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -225,10 +217,10 @@ class Rows:
     def in_memory(
         self, max_bad: float, cpus: float = 1.0, keep_bad: bool = False, lost: int = 0
     ) -> Rows:
-        """The same rows decoded once, by Ray tasks of ``cpus`` each (0: in this process); bad rows
-        listed and, unless kept, left out. ``lost``: see `check_budget`.
+        """Return the rows decoded once, by Ray tasks of `cpus` each (0: in this process).
 
-        Raises TooManyBadRowsError over the budget.
+        Bad rows are listed and, unless kept, left out. `lost`: see `check_bad_row_budget`. Raises
+        TooManyBadRowsError over the budget.
         """
         if self.arrays is not None:
             return self
@@ -267,8 +259,8 @@ class Rows:
         )
 
     def with_costs(self, cpus: float = 1.0) -> Rows:
-        """The same rows with what each costs: from the column that tells, or from the rows' headers
-        by Ray tasks of ``cpus`` each (0: in this process).
+        """Return the rows with their costs, from a column, or from the rows' headers by Ray tasks
+        of `cpus` each (0: in this process).
         """
         work, n = RowCosts(self.selection, self.modality, self.decoder.columns), len(self)
         items = [
@@ -282,8 +274,8 @@ class Rows:
         return replace(self, costs=np.concatenate(found) if found else np.zeros(0))
 
     def _cost_cuts(self) -> list[int]:
-        """Whole row groups, which are read whole, as many as COST_ROWS and COST_BYTES allow; parts
-        of one that has more rows.
+        """Cut into whole row groups, up to COST_ROWS and COST_BYTES, or into parts of a larger
+        one.
         """
         manifest, cuts = self.selection.manifest, [0]
         most = min(COST_ROWS, COST_BYTES * manifest.rows // max(1, manifest.size))
@@ -294,13 +286,13 @@ class Rows:
         return [*cuts, len(self)]
 
     def part(self, rank: int, ranks: int) -> Rows:
-        """A rank's contiguous share of the rows, as `eval_batches` cuts them."""
+        """Return a rank's contiguous share of the rows, as `eval_batches` divides them."""
         places = np.arange(len(self) * rank // ranks, len(self) * (rank + 1) // ranks)
         return self if ranks == 1 else self.subset(places)
 
     def subset(self, indices: np.ndarray) -> Rows:
-        """Rows at the given places, in ascending order; itself when that is all of them (nothing is
-        copied).
+        """Return the rows at the given positions, in ascending order; itself, without a copy, for
+        all of them.
         """
         if len(indices) == len(self):
             return self
@@ -320,8 +312,8 @@ class Rows:
 
 
 def rows_an_item(rows: Rows, shards: int) -> int:
-    """How many rows a data worker reads and decodes at a time: ITEM_BYTES of them, and no more than
-    a shard has in an epoch.
+    """Return how many rows a data worker decodes at a time: ITEM_BYTES of them, at most a shard's
+    epoch.
     """
     each = max(1, rows.decoder.size(rows.selection) // max(1, len(rows)))
     low, high = ITEM_ROWS
@@ -331,8 +323,10 @@ def rows_an_item(rows: Rows, shards: int) -> int:
 def check_bad_row_budget(
     bad: Iterable[tuple[int, str]], rows: int, share: float, selection: Selection, lost: int = 0
 ) -> None:
-    """Raise TooManyBadRowsError when more than ``share`` of the ``rows`` of a split are bad (one
-    row is always forgiven). ``lost``: bad rows that are not among them, left out before.
+    """Raise TooManyBadRowsError when more than `share` of a split's `rows` are bad (one row is
+    always allowed).
+
+    `lost`: bad rows that are not among them, left out before.
     """
     found, rows = dict(bad), rows + lost  # a row that is met again in the next epoch is one bad row
     if len(found) + lost > max(1, share * rows):
@@ -356,8 +350,9 @@ def plan_of(
     item_rows: int = 256,
     mixture: Mixture | None = None,
 ) -> Plan:
-    """The order in which rows are trained on: batches of ``global_batch`` rows, or of about
-    ``batch_cost``. Raises ValueError as `Plan` and `BucketPlan`.
+    """Return the training order: batches of `global_batch` rows, or of about `batch_cost`.
+
+    Raises ValueError as `Plan` and `BucketPlan`.
     """
     bounds = rows.selection.boundaries
     if batch_cost is None:
@@ -388,8 +383,8 @@ def plan_of(
 
 
 class LoadedBatch(NamedTuple):
-    """A batch, the rows left out of it with their reasons, and the seconds that the consumer waited
-    for it.
+    """A batch, the rows left out of it with their reasons, and the seconds that the consumer
+    waited for it.
     """
 
     batch: Batch
@@ -419,8 +414,9 @@ def _assembled(
     ranks: int,
     device: torch.device | None = None,
 ) -> Iterator[tuple[Batch, list]]:
-    """Blocks in item order to batches in step order: each array is copied once, to its place in the
-    batch. ``device``: where encoded rows are decoded.
+    """Assemble blocks in item order to batches in step order; each array is copied once.
+
+    `device`: where encoded rows are decoded.
     """
     waiting: dict[int, deque] = {shard: deque() for shard in plan.owned(rank, ranks)}
     items = plan.items(steps.start, steps.stop, rank, ranks)
@@ -501,11 +497,11 @@ def train_batches(
     ahead: int = 3,
     device: torch.device | None = None,
 ) -> Iterator[LoadedBatch]:
-    """The rank's part of the global batches ``steps``, in order, exactly len(steps) of them.
+    """Yield the rank's part of the global batches `steps`, in order, exactly len(steps) of them.
 
-    Batches are made ``ahead`` in a thread (pinned for a GPU); rows in memory on a CPU are cut when
-    asked for. With ``device`` as the place Ray Data workers read the files, and their bytes are
-    decoded on ``device`` by that thread.
+    Batches are made `ahead` in a thread (pinned for a GPU); rows in memory on a CPU are sliced on
+    request. With `device` as the place of decoding, Ray Data workers read the files, and that
+    thread decodes them on `device`.
     """
     if rows.arrays is not None:
         batches = _from_memory(rows, plan, steps, rank, ranks)
@@ -529,8 +525,10 @@ def train_batches(
 def eval_batches(
     rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, threads: int = 1, pin: bool = False
 ) -> Iterator[LoadedBatch]:
-    """Each row exactly once over all ranks: rank r reads a contiguous part, the last batch may be
-    short. Ragged rows come in batches of like length, and not in their order.
+    """Yield each row exactly once over all ranks: rank r reads a contiguous part, the last batch
+    may be short.
+
+    Ragged rows come in batches of similar length, not in their order.
     """
     n = len(rows)
     start, stop = n * rank // ranks, n * (rank + 1) // ranks
@@ -570,8 +568,8 @@ def eval_batches(
 
 
 def _places_of_like_length(arrays: Arrays, rows: int) -> list[Any]:
-    """Places of the rows that are evaluated together: all, or of ragged rows those of like length,
-    as many as EVAL_SAMPLES allow.
+    """Return the positions of rows that are evaluated together: all, or of ragged rows those of
+    similar length, as many as EVAL_SAMPLES allow.
     """
     held = [
         array
@@ -598,8 +596,8 @@ def _timed(batches: Iterator[tuple[Batch, list]]) -> Iterator[LoadedBatch]:
 
 
 def _prefetched(batches: Iterator, ahead: int) -> Iterator:
-    """The same items, made by a thread; an error in the thread is raised here, and leaving early
-    stops the thread.
+    """Yield the same items, made by a thread; its errors are raised here, and leaving early stops
+    it.
     """
     out: queue.Queue = queue.Queue(maxsize=ahead)
     stop, end = threading.Event(), object()

@@ -1,5 +1,5 @@
-"""Folders of images and of sound, JSON Lines, CSV and plain text brought into Parquet, once, keyed
-by what was found.
+"""Convert folders of images and of sound, JSON Lines, CSV and plain text to Parquet, once, keyed
+by their content.
 
 JSON Lines, CSV and text may be compressed (.jsonl.zst, .csv.gz, .txt.gz): they are read as a
 stream, never whole.
@@ -59,35 +59,35 @@ CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 LISTED = {"images", "audio"}
 """Kinds whose rows name files: the Parquet file holds their URIs."""
 UNPACKED = {"parquet", *LISTED}
-"""Kinds that are not read compressed as a whole: these files are compressed inside."""
+"""Kinds that are not read if compressed as a whole: these files are compressed inside."""
 LONGEST_SECONDS = 30.0
-"""Recordings that are longer are cut where they are quietest."""
+"""Longer recordings are cut where they are quietest."""
 AUDIO_VERSION = 1
 PREPARED = "_manifest.json"
-"""What `onetomany prepare` leaves beside its parts, with the SHA-256 of each."""
+"""What `onetomany prepare` leaves beside its shards, with the SHA-256 of each."""
 PREPARED_FIELDS = ("format_version", "importer", "resize", "quality", "broken")
-"""By these it is known from what other programs write under that name. A flipped bit spoils one of
-them at most.
+"""Fields that tell it from other programs' files of that name. A flipped bit changes at most one
+of them.
 """
 TEXTS = {"text", "paragraphs", "documents"}
-"""Kinds of plain text: a row is a line, a stretch between blank lines, or a file. Their column
-``text`` is binary, so that a row that is not UTF-8 is told as bad where it is read, and spoils no
-other one.
+"""Kinds of plain text: a row is a line, a paragraph between blank lines, or a file. Their column
+`text` is binary, so that a row that is not UTF-8 is reported where it is read, and does not affect
+others.
 """
 TEXT_VERSION = 2
 GROUP_ROWS, GROUP_BYTES = 1024, 64 << 20
-"""A row group of text has at most so many rows, and no further one from so many bytes on."""
+"""Most rows of a row group of text; it ends earlier once it has so many bytes."""
 CHUNK_BYTES, LINE_BYTES = 16 << 20, 64 << 20
-"""JSON Lines are read in chunks of so many bytes, more where one line is longer, up to the second
-number: the limit of every row of text too.
+"""JSON Lines are read in chunks of so many bytes, or more for a longer line, up to the second
+number, which also limits every row of text.
 """
 MARK = b"\xef\xbb\xbf"
 WIDE = (b"\xff\xfe", b"\xfe\xff")
-"""How UTF-8 and UTF-16 say in a file's first bytes that they are it."""
+"""Byte order marks of UTF-16."""
 
 
 def _kind(file: str) -> str:
-    """What the name of a file says it holds; "" where it says nothing that is known."""
+    """Return the kind of a file by its name, or ""."""
     path = PurePosixPath(file.lower())
     packed = path.suffix in CODECS
     kind = FORMATS.get(path.with_suffix("").suffix if packed else path.suffix, "")
@@ -95,8 +95,9 @@ def _kind(file: str) -> str:
 
 
 class _Unpacked(io.RawIOBase):
-    """A compressed file as a stream of what is in it. Raises ValueError, with the file, where it is
-    damaged or ends too early.
+    """A compressed file as a stream of its content.
+
+    Raises ValueError, with the file, where it is damaged or ends too early.
     """
 
     def __init__(self, file: str, codec: str):
@@ -124,14 +125,16 @@ class _Unpacked(io.RawIOBase):
 
 
 def _open(file: str) -> BinaryIO:
-    """The bytes of a file, without the compression that its name tells."""
+    """Open a file, decompressed if its suffix says so."""
     codec = CODECS.get(PurePosixPath(file.lower()).suffix)
     return io.BufferedReader(_Unpacked(file, codec), 1 << 20) if codec else storage.open_read(file)
 
 
 def _expand(uris: list[str], form: str) -> list[tuple[str, str]]:
-    """(file, root) of every file, each once, sorted; in folders hidden files, those of unknown kind
-    and, where a form is told, those of another one are left out.
+    """Return (file, root) of every file, each once, sorted.
+
+    In folders hidden files, those of unknown kind and, if a form is given, those of another one are
+    left out.
     """
     out, of_form = [], "text" if form in TEXTS else form
     for uri in uris:
@@ -162,9 +165,9 @@ class ImportedFiles(NamedTuple):
 
     files: list[str]
     fingerprint: str | None = None
-    """Of what was found, wherever it lies; none where the Parquet files themselves tell."""
+    """Of the content, independent of its place; None where the Parquet files are the source."""
     own: tuple[FileIdentity, ...] = ()
-    """The Parquet files themselves, where they are no import."""
+    """The Parquet files, where they are the source."""
     named: tuple[FileIdentity, ...] = ()
     """The images or recordings of a folder, which the rows name and which are read in training."""
 
@@ -172,12 +175,18 @@ class ImportedFiles(NamedTuple):
 def to_parquet(
     uris: list[str], form: str, imports_uri: str, mode: identity.Mode = "content"
 ) -> ImportedFiles:
-    """The given files as Parquet: themselves, or an import of them under ``imports_uri``. ``mode``:
-    how files are identified (`file_identity`).
+    """Return the given files as Parquet: unchanged, or converted below `imports_uri`.
 
-    Raises ValueError for no files, kinds that are mixed, an empty file, or one that is cut off or
-    has a row beyond the limit (file and line named); ChangedFileError for a file that changes while
-    it is brought in.
+    Args:
+        uris: files, folders and globs.
+        form: of the files, or auto.
+        imports_uri: where conversions are kept.
+        mode: how files are identified (`file_identity`).
+
+    Raises:
+        ValueError: no files, mixed kinds, an empty file, or one that is cut off or has a row above
+        the limit (with file and line).
+        ChangedFileError: a file changes during the conversion.
     """
     pairs = _expand(uris, form)
     kinds = {form} if form != "auto" else {_kind(f) for f, _ in pairs}
@@ -249,11 +258,10 @@ def to_parquet(
 
 
 def _check_prepared(files: list[FileIdentity]) -> None:
-    """Compare Parquet files that `onetomany prepare` wrote with the manifest that it left beside
-    them.
+    """Compare Parquet files that `onetomany prepare` wrote with the manifest beside them.
 
-    Files that are known by a time of change (data.identity: stat) or by an ETag of S3 are not
-    compared. Raises DamagedError for the first one that holds something else.
+    Files that are identified by a time of change (data.identity: stat) or by an ETag of S3 are not
+    compared. Raises DamagedError for the first one with other content.
     """
     manifests: dict[str, dict[str, Any]] = {}
     for file in files:
@@ -273,11 +281,11 @@ def _check_prepared(files: list[FileIdentity]) -> None:
 
 
 def _prepared_files(folder: str) -> dict[str, Any]:
-    """What the manifest of `onetomany prepare` in a folder says of its parts; nothing where there
-    is none.
+    """Return what the manifest of `onetomany prepare` in a folder says of its shards; empty
+    without one.
 
-    Other programs name files so too: only a manifest with the fields of ours is held against its
-    own checksum.
+    Other programs use that name too: only a manifest with our fields is checked against its
+    checksum.
     """
     uri = storage.join(folder, PREPARED)
     if not storage.exists(uri):
@@ -298,8 +306,8 @@ def _prepared_files(folder: str) -> dict[str, Any]:
 
 
 class _File(NamedTuple):
-    """A file, its path below the folder that was named (below what they share, for globs and files)
-    and its folder's name.
+    """A file, its path below the given folder (or below what the given files share), and its
+    folder's name.
     """
 
     identity: FileIdentity
@@ -312,7 +320,7 @@ class _File(NamedTuple):
 
     @property
     def mark(self) -> str:
-        """What it holds: another one in its place has another mark."""
+        """Changes with the file's content."""
         return self.identity.content
 
 
@@ -333,7 +341,7 @@ def _listed(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
 
 
 def _each(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Results in order, from threads: for file servers that answer slowly."""
+    """Yield results in order, computed by threads, for slow file servers."""
     with ThreadPoolExecutor(16) as pool:
         for part in pool.map(
             lambda i: list(map(work, items[i : i + 64])), range(0, len(items), 64)
@@ -348,9 +356,10 @@ def _pictures(found: list[_File]) -> pa.Table:
 
 
 def _recordings(found: list[_File]) -> pa.Table:
-    """A row for each recording or piece of one, in order: ``audio`` (URI), ``label`` (the folder's
-    name), ``recording`` (the path below the folder that was named), ``start`` and ``seconds``,
-    which are null for a file that is broken: the modality tells where it is read.
+    """Make a row for each recording or segment of one, in order.
+
+    Columns: `audio` (URI), `label` (the folder's name), `recording` (path below the given folder),
+    `start` and `seconds`, which are null for a broken file (reported where it is read).
     """
     from pipeline.media import audio_io  # here: only folders of sound need its library
 
@@ -421,14 +430,15 @@ def _columns(schema: pa.Schema) -> str:
 
 
 def _csv(file: str) -> Iterator[pa.Table]:
-    """Rows of a CSV file, block by block."""
+    """Yield the rows of a CSV file, block by block."""
     is_tabbed = ".tsv" in PurePosixPath(file.lower()).suffixes[-2:]
     return csv_tables(partial(_open, file), file, delimiter="\t" if is_tabbed else ",")
 
 
 def _json_lines(file: str) -> Iterator[pa.Table]:
-    """Rows of a JSON Lines file, chunk by chunk. The columns come from a first pass over all of it,
-    for a chunk knows only its own.
+    """Yield the rows of a JSON Lines file, chunk by chunk.
+
+    The columns come from a first pass over all of it, since a chunk only knows its own.
     """
     schema = None
     for number, chunk in _chunks(file):
@@ -444,8 +454,8 @@ def _json_lines(file: str) -> Iterator[pa.Table]:
 
 
 def _chunks(file: str) -> Iterator[tuple[int, bytes]]:
-    """(number of the first line, whole lines) of a file, about CHUNK_BYTES at a time; blank chunks
-    are left out.
+    """Yield (number of the first line, whole lines) of a file, about CHUNK_BYTES at a time,
+    without blank chunks.
     """
     number = 1
     with _open(file) as handle:
@@ -481,8 +491,10 @@ def _parsed(file: str, number: int, chunk: bytes, schema: pa.Schema | None) -> p
 
 
 def _wider(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
-    """The type that holds the values of both, as a chunk with both kinds of lines would have it.
-    Raises ValueError, with the column, for none.
+    """Return the type that holds the values of both, as a chunk with both kinds of lines would
+    have.
+
+    Raises ValueError, with the column, if there is none.
     """
     if a == b or pa.types.is_null(b):
         return a
@@ -512,12 +524,12 @@ def _wider(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
 
 
 def _lines(file: str) -> Iterator[pa.Table]:
-    """Lines of a text file, one a row; blank ones are left out."""
+    """Yield the non-blank lines of a text file, one a row."""
     return _grouped(line.rstrip(b"\r\n") for line in _read_lines(file) if not _blank(line))
 
 
 def _paragraphs(file: str) -> Iterator[pa.Table]:
-    """Stretches between blank lines, one a row, with the line breaks inside them."""
+    """Yield the paragraphs between blank lines, one a row, with their line breaks."""
 
     def found() -> Iterator[bytes]:
         lines: list[bytes] = []
@@ -542,7 +554,7 @@ def _paragraphs(file: str) -> Iterator[pa.Table]:
 
 
 def _document(file: str) -> Iterator[pa.Table]:
-    """A whole file as one row."""
+    """Yield a whole file as one row."""
     with _open(file) as handle:
         data = handle.read(LINE_BYTES + 1)
     if len(data) > LINE_BYTES:
@@ -558,7 +570,7 @@ def _blank(line: bytes) -> bool:
 
 
 def _marked(file: str, start: bytes) -> bytes:
-    """The first bytes of a file without the mark of UTF-8. Raises ValueError for that of UTF-16."""
+    """Strip the byte order mark of UTF-8 from a file's first bytes. Raises ValueError for UTF-16."""
     if start.startswith(WIDE):
         raise ValueError(
             f"{file}: the file is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"
@@ -581,7 +593,7 @@ def _read_lines(file: str) -> Iterator[bytes]:
 
 
 def _grouped(rows: Iterator[bytes]) -> Iterator[pa.Table]:
-    """Tables of bounded size, at least one."""
+    """Yield tables of bounded size, at least one."""
     held: list[bytes] = []
     size = 0
     for row in rows:

@@ -1,5 +1,5 @@
-"""AN4 (Acero and Stern 1990, Carnegie Mellon): names, addresses and numbers spelled into a
-microphone, with lists of files and of transcripts.
+"""AN4 (Acero and Stern 1990, Carnegie Mellon): names, addresses and numbers, spelled, with lists
+of files and of transcripts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LISTS = {
     "test": ("etc/an4_test.fileids", "etc/an4_test.transcription"),
 }
 NO_WORD = re.compile(r"<[^<>\s]*>|\+\+[^\s]*\+\+|(?<=\S)\(\d+\)")
-"""<s>, </s> and <sil>; fillers such as ++NOISE++; which way a word was said: A(2)."""
+"""<s>, </s> and <sil>; fillers such as ++NOISE++; the number of a pronunciation: A(2)."""
 
 
 class An4Options(Options):
@@ -56,14 +56,14 @@ class An4Options(Options):
 @register("importer", "an4", options=An4Options)
 class An4(AudioImporter):
     """etc/an4_train.fileids, etc/an4_train.transcription, the same of test, and wav/an4_clstk and
-    wav/an4test_clstk with SPEAKER/FILE.sph, .raw or .wav, as a folder or the publisher's
+    wav/an4test_clstk with SPEAKER/FILE.sph, .raw or .wav; a folder, or the publisher's
     an4_sphere.tar.gz or an4_raw.bigendian.tar.gz.
 
-    Columns: ``audio`` (NIST SPHERE and WAV files as they are, .raw as FLAC), ``utterance``,
-    ``transcript`` (without <s> and </s>), ``speaker`` (the group of a job, which cuts its
-    validation rows from train), ``seconds``, ``rate``, ``channels``, ``sha256``. Names of a list
-    without recording or transcript, and transcripts that no list names, are broken rows; recordings
-    that no list names are counted.
+    Columns: `audio` (NIST SPHERE and WAV files unchanged, .raw as FLAC), `utterance`, `transcript`
+    (without <s> and </s>), `speaker` (the group of a job, by which validation rows are cut from
+    train), `seconds`, `rate`, `channels`, `sha256`. Listed names without recording or transcript,
+    and transcripts that are not listed, are invalid rows; recordings that are not listed are
+    counted.
     """
 
     def index(self, source: str) -> Index:
@@ -146,7 +146,7 @@ class An4(AudioImporter):
 
 
 def _by_stem(here: dict[str, archives.Entry]) -> dict[str, archives.Entry]:
-    """Name without suffix to the recording; of several forms of one the first of FORMS."""
+    """Return recordings by name without suffix; of several formats the first in FORMS."""
     out: dict[str, archives.Entry] = {}
     for name, entry in here.items():
         stem = posixpath.splitext(name)[0]
@@ -158,8 +158,8 @@ def _by_stem(here: dict[str, archives.Entry]) -> dict[str, archives.Entry]:
 
 
 def _said(line: Line) -> tuple[str, Line]:
-    """(the utterance's name, the line with its transcript alone) of ``<s> HELLO WORLD </s>
-    (an251-fash-b)``.
+    """Return (name of the utterance, the line with only its transcript) of `<s> HELLO WORLD </s>
+    (an251-fash-b)`.
     """
     found = re.fullmatch(r"\s*(.*?)\s*\(([^()\s]+)\)\s*", line.text)
     if found is None:

@@ -65,9 +65,9 @@ class ChestXray14(ImageImporter):
     """Data_Entry_2017.csv, train_val_list.txt and test_list.txt, and the PNGs in images_001 to
     images_012 or one folder, also as tar, tar.gz or zip.
 
-    Columns: ``findings`` (list, empty for No Finding), ``patient_id`` (the group of a job),
-    ``follow_up``, ``age``, ``sex``, ``view``. The official lists are the splits train and test; a
-    job cuts its validation rows from train by patient (group: patient_id).
+    Columns: `findings` (list, empty for No Finding), `patient_id` (the group of a job),
+    `follow_up`, `age`, `sex`, `view`. The official lists are the splits train and test; a job cuts
+    its validation rows from train by patient (group: patient_id).
     """
 
     label = "findings"
@@ -128,8 +128,10 @@ class ChestXray14(ImageImporter):
         )
 
     def _splits(self, source: str, table_uri: str, records: list[dict[str, Any]]) -> dict[str, str]:
-        """The split of each image by its name. Errors tell lines of the lists and of the table: the
-        names begin with the patient's number.
+        """Return the split of each image by its name.
+
+        Errors name lines of the lists and of the table, since names of images begin with the
+        patient's number.
         """
         if self.options.lists == "none":
             return {record["path"]: "train" for record in records}
@@ -163,8 +165,9 @@ class ChestXray14(ImageImporter):
 
 
 def _records(uri: str) -> list[dict[str, Any]]:
-    """Rows of the CSV: KINDS, the image's name as ``path`` and the row's ``line``. Raises
-    ValueError naming the column, line or finding that is wrong.
+    """Read the CSV: KINDS, the image's name as `path` and the row's `line`.
+
+    Raises ValueError naming the column, line or finding that is wrong.
     """
     out, seen = [], set()
     for number, row in rows_of(uri, COLUMNS):
@@ -207,8 +210,8 @@ def _number(text: str | None) -> int | None:
 
 
 def _years(text: str | None) -> int | None:
-    """Whole years: the 2017 table writes ages as DICOM does (PS3.5, 6.2: AS), 058Y, 007M or 013D,
-    that of 2020 as numbers of years.
+    """Return whole years: the table of 2017 has ages as in DICOM (PS3.5, 6.2: AS), 058Y, 007M or
+    013D, that of 2020 numbers of years.
     """
     written = (text or "").strip()
     number = _number(written.rstrip("YMD"))
@@ -220,8 +223,8 @@ def _years(text: str | None) -> int | None:
 def _refuse_patients_in_both(
     uri: str, records: list[dict[str, Any]], splits: dict[str, str]
 ) -> None:
-    """Raise ValueError where a patient has images in both official lists, with how many have and in
-    which lines; no patient is named.
+    """Raise ValueError where patients have images in both official lists, with their number and
+    the lines; no patient is named.
     """
     splits_of_patient: dict[int, set[str]] = {}
     for record in records:

@@ -24,16 +24,16 @@ from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, nearest, png
 
 IGNORED = 255
-"""The class number of pixels that no metric counts: crowds."""
+"""Class of pixels that no metric counts: crowds."""
 NEEDED = {
     "images": ("id", "file_name", "width", "height"),
     "annotations": ("image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
 FARTHEST = 1 << 20
-"""Pixels that a polygon's points may lie from the origin: an edge takes memory by its length."""
+"""Farthest point of a polygon from the origin, in pixels: an edge takes memory by its length."""
 ROUNDING = 0.01
-"""Pixels by which publishers' own rounding puts boxes outside: cut, but not worth a count."""
+"""Pixels by which publishers' rounding puts boxes outside: they are clipped, but not counted."""
 COLUMNS = {
     "image_id": pa.int64(),
     "boxes": pa.list_(pa.list_(pa.float32())),
@@ -73,11 +73,11 @@ class CocoOptions(Options):
 class Coco(ImageImporter):
     """annotations/instances_NAME.json with the images in NAME/, images/NAME/, NAME.zip or images/.
 
-    Columns: ``boxes`` (list of [x, y, width, height] in pixels of the written image), ``labels``
-    (category ids as they are), ``label_names``, ``crowd`` (one each a box), ``image_id`` and, where
-    asked for, ``mask``. Images without boxes are kept. A box that is not finite, has no area or
-    lies outside the image is dropped, one that is partly outside is cut; both are counted. In masks
-    smaller objects lie over larger ones, and all over crowds; a class number is the category's id,
+    Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
+    (category ids, unchanged), `label_names`, `crowd` (one each a box), `image_id` and, where asked
+    for, `mask`. Images without boxes are kept. A box that is not finite, has no area or lies
+    outside the image is dropped; one that is partly outside is clipped; both are counted. In masks
+    smaller objects are drawn over larger ones, and all over crowds; a class is the category's id,
     or that plus 1 where an id is 0.
     """
 
@@ -238,8 +238,9 @@ class Coco(ImageImporter):
 
 
 def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndarray:
-    """(height, width) uint8 class numbers of objects (category id, is crowd, area, segmentation):
-    crowds first, then from large to small.
+    """Draw objects (category id, is crowd, area, segmentation) as classes, (height, width) uint8.
+
+    Crowds come first, then large to small objects.
     """
     out = np.zeros((height, width), dtype=np.uint8)
     for category, crowd, _, segmentation in sorted(objects, key=lambda o: (not o[1], -o[2])):
@@ -254,15 +255,15 @@ def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
 
     Args:
         segmentation: polygons [[x0, y0, x1, y1, ...], ...] in pixels (their union is drawn), or
-            {"size": [height, width], "counts": run lengths, as a list or as COCO's text}.
+        {"size": [height, width], "counts": run lengths, as a list or as COCO's text}.
         height, width: of the image, in pixels.
 
     Returns:
         (height, width) bool.
 
     Raises:
-        ValueError: a polygon that is none, or a mask of another size. (pycocotools leaves pixels
-            that the run lengths do not reach as they were in memory, so these are counted here.)
+        ValueError: an invalid polygon, or a mask of another size. The run lengths are added up
+        here, since pycocotools leaves the pixels that they do not reach uninitialised.
     """
     if isinstance(segmentation, list):
         for points in segmentation:
@@ -288,10 +289,11 @@ def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def run_lengths(text: str | bytes) -> np.ndarray:
-    """Unpack COCO's compressed run lengths (cocoapi's rleFrString), which pycocotools keeps inside.
+    """Unpack COCO's compressed run lengths (cocoapi's rleFrString), which pycocotools does not
+    expose.
 
     A number has 5 bits a character, the lowest first; from the fourth on it is the difference to
-    the run before the last. Raises ValueError for a text that is none.
+    the run before the last. Raises ValueError for an invalid text.
     """
     data = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8) - np.int64(48)
     if ((data < 0) | (data > 63)).any():
@@ -362,7 +364,7 @@ def _split(name: str) -> str:
 
 
 def _by_name(listed: archives.Listing) -> dict[str, archives.Entry]:
-    """Entries by their name, and by that below the one folder that holds them all."""
+    """Return entries by their name, and by the name below the one folder that holds them all."""
     short = listed.without_common_folder()
     return {entry.name: entry for entry in short.images} | {
         entry.name: entry for entry in listed.images
@@ -372,9 +374,7 @@ def _by_name(listed: archives.Listing) -> dict[str, archives.Entry]:
 def _kept(
     annotations: list[dict[str, Any]], image: dict[str, Any], uri: str, counts: Counter[str]
 ) -> list[tuple[dict[str, Any], list[float]]]:
-    """Annotations with a box that can be used, and that box [x, y, width, height], cut to the
-    image.
-    """
+    """Return usable annotations with their box [x, y, width, height], clipped to the image."""
     out = []
     for annotation in annotations:
         box = annotation["bbox"]

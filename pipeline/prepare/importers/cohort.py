@@ -1,5 +1,5 @@
-"""Event rows to a cohort with labels: what lies behind the prediction time is cut off, outcomes
-stay behind.
+"""Rows of events to a cohort with labels, without events after the prediction time and without
+outcomes.
 """
 
 from __future__ import annotations
@@ -52,17 +52,16 @@ class CohortOptions(Options):
 
 @register("importer", "cohort", options=CohortOptions)
 class Cohort(TableImporter):
-    """Event rows (what prepare mimic3, physionet2012 or events wrote) to the rows that belong to a
-    cohort: --set task=mortality.
+    """Rows of events (written by prepare mimic3, physionet2012 or events) to the rows of a cohort:
+    --set task=mortality.
 
-    Columns: ``entity``, ``patient``, ``times``, ``variables``, ``values``, ``events``, ``static``
-    and ``split`` as they are, without events after the prediction time; labels: ``label``
-    (mortality, readmission), ``label_times`` and ``label_values`` (decompensation, length_of_stay),
-    ``labels`` (phenotyping); subgroups: ``sex``, ``age_band``, ``care_unit``, ``dbsource`` where
-    known. All other columns are outcomes and are not written. Stays that do not belong are counted
-    by reason. Options of a task are given by their names: exclude=benchmark (the default: for
-    MIMIC-III adults, one ICU stay in the admission, no move between ICUs) or none, and those of its
-    file.
+    Columns: `entity`, `patient`, `times`, `variables`, `values`, `events`, `static` and `split`,
+    without events after the prediction time; labels: `label` (mortality, readmission),
+    `label_times` and `label_values` (decompensation, length_of_stay), `labels` (phenotyping);
+    subgroups: `sex`, `age_band`, `care_unit`, `dbsource` where known. All other columns are
+    outcomes and are not written. Stays that do not belong to the cohort are counted by reason.
+    Options of a task are given by their names: exclude=benchmark (the default: of MIMIC-III adults,
+    one ICU stay in the admission, no move between ICUs) or none, and those of its file.
     """
 
     amounts = {"events": "times"}
@@ -105,7 +104,7 @@ class Cohort(TableImporter):
         return input_splits, listed.mark, {"files left out": listed.others} if listed.others else {}
 
     def _check(self, source: str) -> None:
-        """Raises ValueError for a column that is needed and not there."""
+        """Raise ValueError for a needed column that is missing."""
         assert self.schema is not None
         there = definition.names_of(self.schema)
         for name, what in {**ROWS, **self.definition.needs(there)}.items():
@@ -123,7 +122,7 @@ class Cohort(TableImporter):
                 )
 
     def _selected(self, reading: SplitReader) -> Iterator[tuple[pa.Table, np.ndarray]]:
-        """(rows of the cohort, for each good row "" or why it is left out) in batches."""
+        """Yield (rows of the cohort, for each valid row "" or why it is left out) in batches."""
         for before, table in parquet.batches(reading):
             reasons = definition.invalid_row_reasons(table)
             for i in np.flatnonzero(reasons != ""):
@@ -178,8 +177,8 @@ class Cohort(TableImporter):
 
 
 def _options(task: str, given: dict[str, str]) -> Any:
-    """The options of a definition. Raises ValueError naming the wrong one and the nearest right
-    one.
+    """Parse the options of a definition. Raises ValueError naming the wrong one and the nearest
+    right one.
     """
     kind = registry.entry("cohort", task).options
     for name, value in given.items():

@@ -1,5 +1,5 @@
-"""Common Voice (Ardila et al. 2020): clips of volunteers reading sentences, with tables of
-tab-separated values.
+"""Common Voice (Ardila et al. 2020): clips of volunteers reading sentences, with tab-separated
+tables.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TEXTS = (
     "sentence_domain",
 )
 NUMBERS = ("up_votes", "down_votes")
-"""What the publisher's tables have had besides, in one release or another."""
+"""Further columns of the publisher's tables, in one release or another."""
 
 
 class CommonVoiceOptions(Options):
@@ -67,14 +67,14 @@ class CommonVoiceOptions(Options):
 
 @register("importer", "commonvoice", options=CommonVoiceOptions)
 class CommonVoice(AudioImporter):
-    """LANGUAGE/clips/*.mp3 with LANGUAGE/train.tsv, dev.tsv and test.tsv, as folders or the
-    publisher's tar.gz (gunzip a large one first: it is unpacked anew for each part).
+    """LANGUAGE/clips/*.mp3 with LANGUAGE/train.tsv, dev.tsv and test.tsv; folders, or the
+    publisher's tar.gz (gunzip a large one first: it is decompressed again for each shard).
 
-    Columns: ``audio``, ``transcript`` (the sentence), ``speaker`` (client_id, the group of a job),
-    ``language`` (the folder), age, gender, accents, up_votes and down_votes where the tables have
-    them, ``seconds``, ``rate``, ``channels``, ``sha256``. A clip that two tables name stays where
-    it is held out. A line with another number of cells than the header and one whose clip is not
-    there are broken rows; clips that no table names are counted.
+    Columns: `audio`, `transcript` (the sentence), `speaker` (client_id, the group of a job),
+    `language` (the folder), age, gender, accents, up_votes and down_votes where the tables have
+    them, `seconds`, `rate`, `channels`, `sha256`. A clip in two tables stays where it is held out.
+    A line with another number of cells than the header, and one whose clip is missing, are invalid
+    rows; clips in no table are counted.
     """
 
     label = "language"
@@ -115,15 +115,13 @@ class CommonVoice(AudioImporter):
 
     @property
     def _overlaps(self) -> bool:
-        """Validated, other and invalidated clips stand in the tables of the splits as well, as the
-        publisher means it.
+        """Whether clips are in several tables on purpose: those of validated, other and
+        invalidated are.
         """
         return not set(self._listed) <= set(SPLITS)
 
     def _tables(self, source: str, found: archives.Listing) -> list[tuple[archives.Entry, str]]:
-        """The chosen tables with their language, languages in order. Raises ValueError for one that
-        is not there.
-        """
+        """Return the chosen tables with their language. Raises ValueError for one that is missing."""
         there = {entry.name: entry for entry in found.entries if entry.suffix == ".tsv"}
         languages: dict[str, str] = {}
         for folder in sorted(
@@ -167,8 +165,9 @@ class CommonVoice(AudioImporter):
 def _read(
     table: archives.Entry, language: str, clips: dict[str, archives.Entry]
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]], list[str]]:
-    """(rows, broken ones, which of TEXTS and NUMBERS there are). The cells are not quoted: a
-    quotation mark is part of a sentence.
+    """Return (rows, invalid rows, which of TEXTS and NUMBERS there are).
+
+    Cells are not quoted: a quotation mark is part of a sentence.
     """
     folder, name = posixpath.split(table.name)
     split = SPLITS.get(name[:-4], "train")

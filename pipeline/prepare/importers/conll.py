@@ -1,5 +1,5 @@
-"""One word a line: named entities as CoNLL-2003 (Tjong Kim Sang and De Meulder 2003) and WNUT
-(Derczynski et al. 2017) publish them.
+"""Named entities, one word a line: CoNLL-2003 (Tjong Kim Sang and De Meulder 2003), WNUT
+(Derczynski et al. 2017).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SUFFIXES = (
 )
 DOCUMENT = "-DOCSTART-"
 MOST_WORDS = 100_000
-"""A sentence of more is a file without blank lines."""
+"""A longer sentence means a file without blank lines."""
 WIDEST = 100
 
 
@@ -76,8 +76,11 @@ class ConllOptions(Options):
 
 
 class Sentence(NamedTuple):
-    """Words and tags from a line on, its ``widths``: how many columns the lines have; ``reason``:
-    why it cannot be used, or "".
+    """Words and tags, from line `number` on.
+
+    Attributes:
+        widths: how many columns the lines have.
+        reason: why it is invalid, or "".
     """
 
     line: int
@@ -90,14 +93,14 @@ class Sentence(NamedTuple):
 
 @register("importer", "conll", options=ConllOptions)
 class Conll(TableImporter):
-    """CoNLL-2003 and WNUT: one word a line with its tag in a further column, a blank line after a
+    """CoNLL-2003 and WNUT: one word a line with its tag in another column, a blank line after each
     sentence; -DOCSTART- begins a document.
 
     A file, folder, glob or archive of .conll, .txt, .tsv, .bio, eng.testa and the like, also .gz
-    and .zst. Columns: ``words`` and ``tags`` (lists of texts of equal length), ``document``
-    (numbered over all files; a file without -DOCSTART- is one). A sentence is broken when a line
-    has another number of columns than most lines of its file, or when its tags are not of the
-    scheme: an I- with no B-, a tag that is none.
+    and .zst. Columns: `words` and `tags` (lists of texts of equal length), `document` (numbered
+    over all files; a file without -DOCSTART- is one). A sentence is invalid where a line has
+    another number of columns than most lines of its file, or where its tags do not follow the
+    scheme: an I- with no B-, an unknown tag.
     """
 
     label = "tags"
@@ -119,8 +122,8 @@ class Conll(TableImporter):
         )
 
     def _sentences(self, reading: SplitReader) -> Iterator[Sentence]:
-        """Every sentence of a file, good or not; what stands before the first -DOCSTART- is a
-        document too.
+        """Yield every sentence of a file, valid or not; lines before the first -DOCSTART- are a
+        document.
         """
         o, between = (
             self.options,
@@ -162,9 +165,7 @@ class Conll(TableImporter):
             yield Sentence(first, words, tags, widths, document, reason)
 
     def scan(self, reading: SplitReader) -> Found:
-        """Sentences, documents, how many lines have how many columns, and of the tags what tells
-        the scheme.
-        """
+        """Count sentences, documents, columns of lines, and what tells the scheme of tags."""
         widths, tags, rows, last, seen = (
             np.zeros(WIDEST + 1, dtype=np.int64),
             Counter[str](),
@@ -247,7 +248,7 @@ class Conll(TableImporter):
 
 
 def _against(tags: list[str], scheme: str) -> str:
-    """Why tags are not of a scheme, or ""."""
+    """Return why tags do not follow a scheme, or ""."""
     try:
         return check(tags, scheme)
     except ValueError as error:  # a tag that is none
@@ -255,7 +256,9 @@ def _against(tags: list[str], scheme: str) -> str:
 
 
 def _openings(tags: list[str]) -> list[str]:
-    """For each tag "I" or "B" when it is one and the tag before is not of its entity, else ""."""
+    """For each tag return "I" or "B" if it is one and the tag before is of another entity, else
+    "".
+    """
     out, before = [], "O"
     for tag in tags:
         out.append(
@@ -268,8 +271,8 @@ def _openings(tags: list[str]) -> list[str]:
 
 
 def _scheme(found: list[Found]) -> str:
-    """bioes has S- or E-; in iob1 an entity begins with I-, and B- stands only where one of the
-    same type ends before it.
+    """Return the scheme: bioes has S- or E-; in iob1 an entity begins with I-, and with B- only
+    after one of the same type.
     """
     prefixes = {str(name) for one in found for name in one["prefixes"]} - {""}
     if not prefixes <= {"B", "I", "O", "E", "S"}:

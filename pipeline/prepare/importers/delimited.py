@@ -1,6 +1,4 @@
-"""CSV and TSV (RFC 4180: fields in quotes may hold delimiters, line ends and doubled quotes),
-whatever their columns are called.
-"""
+"""CSV and TSV with any columns."""
 
 from __future__ import annotations
 
@@ -76,14 +74,14 @@ class CsvOptions(Options):
 
 @register("importer", "csv", options=CsvOptions)
 class Csv(TableImporter):
-    """CSV and TSV files (one, a folder, glob or archive, also .gz and .zst), with quotes and line
-    ends in them, with or without a header.
+    """CSV and TSV files (a file, folder, glob or archive, also .gz and .zst), with quotes and line
+    ends in quotes, with or without a header.
 
-    Columns: as in the files, or as --set columns="text=review,label=stars" calls them. Their types
-    are the same over all files: whole numbers (none with leading zeros), other numbers, else text;
-    an empty field is null. Broken: a row with another number of fields than the header, a quote
-    that is left open, no text. Rows of a part stand in a random but fixed order, since such files
-    are often sorted by class. A file is one part: cut large ones up.
+    Columns: as in the files, or renamed by --set columns="text=review,label=stars". Their types are
+    the same over all files: whole numbers (none with leading zeros), other numbers, else text; an
+    empty field is null. Invalid rows: another number of fields than the header has, a quote that is
+    left open, no text. Rows of a shard are shuffled in a fixed order, since such files are often
+    sorted by class. A file is one shard: cut up large ones.
     """
 
     label = "label"
@@ -122,7 +120,7 @@ class Csv(TableImporter):
         )
 
     def _named(self, reading: SplitReader) -> Iterator[dict[str, str]]:
-        """Every row by the new names of its columns."""
+        """Yield every row by the new names of its columns."""
         o, names = (
             self.options,
             [name.strip() for name in self.options.names.split(",")]
@@ -160,8 +158,8 @@ class Csv(TableImporter):
                 yield row
 
     def _picked(self, header: list[str], place: str) -> list[tuple[str, int]]:
-        """(new name, which field) of the columns that are kept. Raises ValueError for one that is
-        not there.
+        """Return (new name, index of the field) of the columns to keep. Raises ValueError for a
+        missing one.
         """
         self.dialect.check_header(header, place, self.options.header)
         split = self.options.split_column
@@ -194,7 +192,7 @@ class Csv(TableImporter):
         return [*taken, ("split", header.index(split))] if split else taken
 
     def scan(self, reading: SplitReader) -> Found:
-        """The columns and what their values look like."""
+        """Return the columns and what their values look like."""
         kinds: dict[str, int] = {}
         rows = 0
         for row in self._named(reading):
@@ -262,7 +260,7 @@ class Csv(TableImporter):
 
 
 def _pairs(option: str, text: str) -> dict[str, str]:
-    """NEW=OLD,... as a mapping. Raises ValueError for what is not so written."""
+    """Parse NEW=OLD,... Raises ValueError for another form."""
     out = {}
     for pair in text.split(",") if text else ():
         new, equals, old = (part.strip() for part in pair.partition("="))

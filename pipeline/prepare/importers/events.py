@@ -41,9 +41,7 @@ from pipeline.prepare.readers.csv_blocks import (
 HOURS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "days": 24.0}
 TABLE = "events"
 MOST_HOURS = 100_000
-"""More than eleven years from an entity's start: rather absolute times that were written as
-numbers.
-"""
+"""More than eleven years from an entity's start: probably absolute times, written as numbers."""
 
 
 class EventsOptions(Options):
@@ -105,10 +103,10 @@ class LongTable(GroupedImporter):
     variable, value; and a table with one row an entity.
 
     Columns: entity, patient (with --set group), times (hours since the start), variables, values,
-    events (how many), static (--set static), and the outcomes. Ids are texts, as they stand in a
-    CSV table (01 is another than 1), or whole numbers of Parquet. Texts such as <0.1 count as their
-    bound; what is no number is left out and counted by reason, and so are exact duplicates and
-    events of nobody in the entities' table. Memory stays flat however long the table is.
+    events (their number), static (--set static), and the outcomes. Ids are texts, unchanged from
+    CSV (01 is not 1), or whole numbers of Parquet. Texts such as <0.1 count as their bound; what is
+    no number is left out and counted by reason, and so are exact duplicates and events of entities
+    that are not in the entities' table. Memory does not grow with the table.
     """
 
     def sources(self, source: str, cut_bytes: int) -> EventTables:
@@ -223,7 +221,7 @@ class LongTable(GroupedImporter):
         )
 
     def _good(self, table: pa.Table, name: str) -> tuple[pa.Table, list[dict[str, str]]]:
-        """(the rows that can be used, by their ids; the others by their places, counted from 1)."""
+        """Return (the valid rows by their ids; the others by position, counted from 1)."""
         o = self.options
         ids = table[o.entity].combine_chunks()
         first = np.zeros(len(table), dtype=bool)
@@ -261,7 +259,7 @@ class LongTable(GroupedImporter):
         }
 
     def _ids(self) -> pa.Array:
-        """All entities that have events, sorted: one pass over that column alone."""
+        """Return all entities that have events, sorted: one pass over that column."""
         seen: pa.Array | None = None
         with closing(Opener()) as opener:
             for byte_range in self._taken:
@@ -350,8 +348,9 @@ class LongTable(GroupedImporter):
     def _hours(
         self, column: Any, rows: np.ndarray, start: np.ndarray | None, byte_range: ByteRange
     ) -> tuple[np.ndarray, np.ndarray]:
-        """((n,) hours since the entity's start, (n,) which there are). Raises ValueError for
-        numbers that can be no such hours.
+        """Return ((n,) hours since the entity's start, (n,) whether they are known).
+
+        Raises ValueError for numbers that cannot be such hours.
         """
         if start is not None:
             seconds, timed = instants(column)
@@ -372,8 +371,8 @@ class LongTable(GroupedImporter):
 
 
 def _is_whole(entry: Any, column: str, opener: Opener) -> bool:
-    """Whether a table of Parquet has whole numbers there. Raises ValueError for a column that it
-    lacks.
+    """Whether a Parquet table has whole numbers in a column. Raises ValueError if it has no such
+    column.
     """
     names = header(entry, opener)
     if column not in names and column.lower() not in [name.lower() for name in names]:
@@ -393,8 +392,10 @@ def _is_whole(entry: Any, column: str, opener: Opener) -> bool:
 
 
 def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
-    """A table with one row an entity: whole numbers as int64, texts as strings, and so the ``ids``
-    of CSV. Raises ValueError for what is none.
+    """Read a table with one row an entity: whole numbers as int64, texts as strings; `ids` of CSV
+    are texts.
+
+    Raises ValueError for a file that is no such table.
     """
     found = find_inputs(uri, SUFFIXES)
     if len(found.files) != 1:
@@ -440,7 +441,7 @@ def _plain(column: Any, kind: pa.DataType) -> Any:
 
 
 def _ids(column: Any, what: str) -> Any:
-    """A column of ids as int64 or strings. Raises ValueError for another kind."""
+    """Convert a column of ids to int64 or strings. Raises ValueError for another type."""
     kind = column.type
     if pa.types.is_string(kind):
         return _trimmed(column)
@@ -456,15 +457,15 @@ def _ids(column: Any, what: str) -> Any:
 
 
 def _trimmed(column: Any) -> Any:
-    """Ids without blanks around them, null where a text stands for nothing."""
+    """Strip ids, and set those that mean nothing to null."""
     if not pa.types.is_string(column.type):
         return column
     return without_nulls(pc.utf8_trim_whitespace(column), False)
 
 
 def _struct(table: pa.Table, names: list[str]) -> pa.Array:
-    """The facts of each row: numbers as float64, texts, lists of texts. Raises ValueError for
-    another kind of column.
+    """Return static features as a struct: float64, texts or lists of texts. Raises ValueError for
+    other types.
     """
     fields = []
     for name in names:
@@ -493,7 +494,7 @@ def _lookup(ids: Any) -> pa.Array:
 
 
 def _found(ids: pa.Array, wanted: Any) -> np.ndarray:
-    """(n,) place of each wanted id among the sorted ``ids``, or -1."""
+    """Return (n,) position of each wanted id among the sorted `ids`, or -1."""
     if not pa.types.is_integer(ids.type):
         encoded = wanted.dictionary_encode()
         places = (

@@ -1,4 +1,4 @@
-"""A folder, zip or tar with a folder a class."""
+"""Images in one folder a class, in a folder, zip or tar."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class ImageFolderOptions(Options):
 @register("importer", "imagefolder", options=ImageFolderOptions)
 class ImageFolder(ImageImporter):
     """SPLIT/CLASS/FILE or CLASS/FILE in a folder, zip or tar; a tar or zip in the folder counts as
-    one, a top folder that holds all is passed over.
+    a folder, and a top folder that holds everything is ignored.
 
-    Columns: ``label`` (the class folder's name).
+    Columns: `label` (the class folder's name).
     """
 
     def index(self, source: str) -> Index:
@@ -95,7 +95,7 @@ def _is_split(folder: str) -> bool:
 
 
 def _without_images(found: archives.Listing, wanted: int) -> list[str]:
-    """Class folders that hold other files only."""
+    """Return class folders that hold other files only."""
     full = {entry.name.rpartition("/")[0] for entry in found.images}
     return sorted(
         {entry.name.rpartition("/")[0] for entry in found.entries if depth(entry.name) == wanted}

@@ -63,10 +63,10 @@ class ImageNet(ImageImporter):
     ILSVRC2012_validation_ground_truth.txt and the devkit's meta.mat (2012) or map_clsloc.txt (later
     ones).
 
-    Columns: ``label`` (place of the wnid among all wnids, sorted: 0 to 999, as heads trained
-    elsewhere have it), ``wnid``, ``label_name`` (the synset's words, from LOC_synset_mapping.txt or
-    synset_words.txt, then the devkit; else the wnid). The ground truth counts classes from 1 in the
-    devkit's order, which is not the sorted one.
+    Columns: `label` (index of the wnid among all sorted wnids: 0 to 999, as in published heads),
+    `wnid`, `label_name` (the synset's words, from LOC_synset_mapping.txt or synset_words.txt, then
+    the devkit; else the wnid). The ground truth counts classes from 1 in the devkit's order, which
+    is not the sorted one.
     """
 
     label = "wnid"
@@ -144,7 +144,7 @@ def _beside(source: str, *names: str) -> str | None:
 
 
 def _names(source: str) -> dict[str, str]:
-    """wnid to its synset's words; empty when no file says them."""
+    """Return the synset's words by wnid; empty where no file has them."""
     uri = _beside(source, *NAMES)
     if uri is None:
         return {wnid: name.replace("_", " ") for _, wnid, name in _map(source)}
@@ -153,8 +153,8 @@ def _names(source: str) -> dict[str, str]:
 
 
 def _map(source: str) -> list[tuple[int, str, str]]:
-    """(number in the devkit, wnid, name) of map_clsloc.txt or meta.mat; nothing when neither is
-    there.
+    """Return (number in the devkit, wnid, name) from map_clsloc.txt or meta.mat; empty where
+    neither is there.
     """
     uri = _beside(source, MAP)
     if uri is None and (meta := _beside(source, META)) is not None:
@@ -169,7 +169,9 @@ def _map(source: str) -> list[tuple[int, str, str]]:
 
 
 def _meta(uri: str) -> list[tuple[int, str, str]]:
-    """The same of the 2012 devkit's MATLAB file, whose synsets without children are the classes."""
+    """Return the same from the 2012 devkit's MATLAB file, whose synsets without children are the
+    classes.
+    """
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
@@ -198,8 +200,9 @@ def _meta(uri: str) -> list[tuple[int, str, str]]:
 
 
 def _truth(source: str, images: list[archives.Entry]) -> dict[str, str]:
-    """Name to wnid of flat validation files. Raises ValueError when neither file with their classes
-    is there, or it does not name them all.
+    """Return wnids of flat validation files by name.
+
+    Raises ValueError when neither file with their classes is there, or it does not name them all.
     """
     solution, truth = _beside(source, SOLUTION), _beside(source, TRUTH)
     if solution is not None:

@@ -35,7 +35,7 @@ from pipeline.prepare.readers.picture_check import BrokenImageError, examine
 
 INDICES = ("episode_index", "frame_index", "index", "timestamp", "task_index")
 NUMBERS = ("float", "double", "int", "uint", "bool", "half")
-"""How the dtypes of features begin that are numbers."""
+"""Prefixes of the dtypes of features that are numbers."""
 
 
 class LerobotOptions(Options):
@@ -58,15 +58,15 @@ class LerobotOptions(Options):
 
 @register("importer", "lerobot", options=LerobotOptions)
 class Lerobot(EpisodeImporter):
-    """LeRobot data sets as LeRobot writes them, layouts v2.0, v2.1 (a file an episode) and v3.0
-    (many episodes a file): the folder with meta/ and data/.
+    """LeRobot data sets, layouts v2.0, v2.1 (a file an episode) and v3.0 (many episodes a file):
+    the folder with meta/ and data/.
 
-    Columns: episode, task (its text), embodiment, observations, actions, rewards (next.reward,
-    where there is one), images (--set images=CAMERA, with --resize and --quality; without them
-    images that are stored as such keep their bytes), terminated (next.done of the last row),
-    truncated, steps, split. A frame is the one nearest to its row's timestamp. Left out and counted
-    by reason: episodes whose rows and metadata disagree (number of rows, range of index, widths),
-    without their files or frames, or with values that are no finite numbers.
+    Columns: episode, task (its text), embodiment, observations, actions, rewards (next.reward, if
+    there is one), images (--set images=CAMERA, with --resize and --quality; without these, stored
+    images keep their bytes), terminated (next.done of the last row), truncated, steps, split. A
+    frame is the one nearest to its row's timestamp. Left out and counted by reason: episodes whose
+    rows and metadata disagree (number of rows, range of index, widths), without their files or
+    frames, or with values that are not finite.
     """
 
     label = "task"
@@ -148,8 +148,8 @@ class Lerobot(EpisodeImporter):
         )
 
     def _check(self, layout: Layout, source: str) -> list[str]:
-        """The features of an observation. Raises ValueError for a feature that is named and not
-        there, or is no row of numbers.
+        """Check the features of an observation. Raises ValueError for one that is missing or no
+        vector of numbers.
         """
         o, there = self.options, layout.features
         self.layout = layout
@@ -227,8 +227,8 @@ class Lerobot(EpisodeImporter):
     def _of_file(
         self, first: EpisodeInfo, wanted: dict[int, Any], opener: Opener
     ) -> Iterator[tuple[int, pa.Table]]:
-        """(number, rows) of the wanted episodes of a file, in its order; no more than one of them
-        in memory.
+        """Yield (number, rows) of the wanted episodes of a file, in order, with one of them in
+        memory.
         """
         entry = first.data
         input_split = InputSplit(
@@ -274,7 +274,7 @@ class Lerobot(EpisodeImporter):
             yield current, pa.concat_tables(held).combine_chunks()
 
     def _stored_images(self) -> list[str]:
-        """The camera's column, where frames lie in the Parquet files."""
+        """The camera's column, if frames are stored in the Parquet files."""
         name = self.options.images
         return [name] if name and self.layout.features[name]["dtype"] == "image" else []
 
@@ -370,9 +370,7 @@ class Lerobot(EpisodeImporter):
 
 
 def _groups(about: Any, names: list[str], wanted: dict[int, Any]) -> tuple[int, int]:
-    """The first row group that may hold a wanted episode, and the one after the last, by the
-    statistics that the file has.
-    """
+    """Return the range of row groups that may hold wanted episodes, by the file's statistics."""
     low, high = min(wanted), max(wanted)
     column = (
         next(
@@ -391,8 +389,8 @@ def _groups(about: Any, names: list[str], wanted: dict[int, Any]) -> tuple[int, 
 
 
 def _check_rows(episode: EpisodeInfo, rows: pa.Table) -> None:
-    """Raises UnusableError where an episode's rows are not those that its metadata names; both
-    numbers are told.
+    """Raise UnusableError where an episode's rows are not those that its metadata names, with both
+    numbers.
     """
     where = episode.data.name
     if episode.rows is not None and episode.rows[1] - episode.rows[0] != episode.length:

@@ -53,15 +53,15 @@ class LibriSpeechOptions(Options):
 
 @register("importer", "librispeech", options=LibriSpeechOptions)
 class LibriSpeech(AudioImporter):
-    """LibriSpeech/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac with SPEAKER-CHAPTER.trans.txt
-    beside it, as folders, or the publisher's train-clean-100.tar.gz and others as they are (gunzip
-    large ones first: a tar.gz is unpacked anew for each part). Subsets called train-, dev- and
-    test- are the splits.
+    """LibriSpeech/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac with
+    SPEAKER-CHAPTER.trans.txt beside it; folders, or the publisher's train-clean-100.tar.gz and
+    others (gunzip large ones first: a tar.gz is decompressed again for each shard). Subsets called
+    train-, dev- and test- are the splits.
 
-    Columns: ``audio``, ``utterance``, ``transcript``, ``speaker`` (the group of a job),
-    ``chapter``, ``subset``, ``gender`` (from SPEAKERS.TXT, else none), ``seconds``, ``rate``,
-    ``channels``, ``sha256``. A transcript without its recording, a recording without one, and one
-    with two are broken rows.
+    Columns: `audio`, `utterance`, `transcript`, `speaker` (the group of a job), `chapter`,
+    `subset`, `gender` (from SPEAKERS.TXT, else null), `seconds`, `rate`, `channels`, `sha256`. A
+    transcript without its recording, a recording without transcript, and one with two are invalid
+    rows.
     """
 
     label = "subset"
@@ -148,8 +148,9 @@ class LibriSpeech(AudioImporter):
 
 
 def _place(name: str, base: str) -> tuple[str, str, str] | None:
-    """(subset, speaker, chapter) of a file; ``base``: the subset where the source is one itself.
-    None where it lies otherwise.
+    """Return (subset, speaker, chapter) of a file, or None for other files.
+
+    `base`: the subset, where the source is one itself.
     """
     parts = [base, *name.split("/")][-4:]
     if len(parts) < 4 or not _split(parts[0]):
@@ -164,7 +165,7 @@ def _split(subset: str) -> str:
 def _row(
     entry: archives.Entry, parts: tuple[str, str, str], genders: dict[str, str]
 ) -> dict[str, Any]:
-    """Paths are those below LibriSpeech/, from folders and archives alike."""
+    """Make a row; paths are those below LibriSpeech/, in folders and archives alike."""
     subset, speaker, chapter = parts
     file = posixpath.basename(entry.name)
     return recording(
@@ -179,8 +180,8 @@ def _row(
 
 
 def _genders(entries: list[archives.Entry]) -> dict[str, str]:
-    """Speaker to M or F, of lines such as ``14 | F | train-clean-360 | 25.03 | Kristin LeMoine``;
-    those that begin with a semicolon say what they are.
+    """Return M or F by speaker, from lines such as `14 | F | train-clean-360 | 25.03 | Kristin
+    LeMoine`; lines that begin with a semicolon are comments.
     """
     out: dict[str, str] = {}
     for line in lines_of(entries):

@@ -1,5 +1,5 @@
-"""Manifests of recordings as NeMo writes them (docs.nvidia.com/nemo: "Preparing Custom ASR Data"):
-JSON lines, one a recording or a piece of one.
+"""Manifests of recordings in NeMo's format (docs.nvidia.com/nemo: "Preparing Custom ASR Data"):
+JSON lines, one a recording or a segment of one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipeline.prepare.readers import archives
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 OWN = ("audio_filepath", "duration", "offset", "text", "speaker")
-"""Fields that have a meaning here; all others become columns."""
+"""Fields with a meaning of their own; all others become columns."""
 TAKEN = (
     "audio",
     "path",
@@ -47,7 +47,7 @@ TAKEN = (
     "channels",
     "sha256",
 )
-"""Columns of ours: a field called so becomes manifest_NAME."""
+"""Columns that every row has: a field of that name becomes manifest_NAME."""
 MOST_FIELDS = 200
 
 
@@ -93,16 +93,16 @@ class ManifestOptions(Options):
 
 @register("importer", "manifest", options=ManifestOptions)
 class Manifest(AudioImporter):
-    """JSON lines with audio_filepath (relative to the manifest, or absolute, or s3://), and offset,
-    duration, text, speaker and whatever else: a file, or a folder or archive with several. A line
-    with offset or with a duration shorter than the file is a piece of it, written as FLAC of 16
-    bits.
+    """JSON lines with audio_filepath (relative to the manifest, absolute, or s3://), and offset,
+    duration, text, speaker and any other fields: a file, or a folder or archive with several. A
+    line with an offset, or with a duration shorter than the file, is a segment, written as 16-bit
+    FLAC.
 
-    Columns: ``audio``, ``transcript`` (text, where any line has it), ``speaker`` (the group of a
-    job, likewise), every further field under its own name, ``recording_start``, ``seconds``,
-    ``rate``, ``channels``, ``sha256``. Lines that are no object, name no recording, one that is not
-    there or lies outside of SOURCE, or a piece a second time, are broken rows; recordings that no
-    line names are counted.
+    Columns: `audio`, `transcript` (text, if any line has it), `speaker` (the group of a job,
+    likewise), every further field under its own name, `recording_start`, `seconds`, `rate`,
+    `channels`, `sha256`. Invalid rows: lines that are no object, name no recording, one that is
+    missing or outside of SOURCE, or a segment a second time. Recordings that no line names are
+    counted.
     """
 
     label = "label"
@@ -182,9 +182,7 @@ class Manifest(AudioImporter):
         )
 
     def _manifests(self, source: str) -> tuple[archives.Listing, list[tuple[archives.Entry, str]]]:
-        """(all files, the manifests with their split). Raises ValueError where there is none, or
-        not one that was named.
-        """
+        """Return (all files, the manifests with their split). Raises ValueError for a missing one."""
         if (
             storage.exists(source)
             and not storage.is_dir(source)
@@ -213,7 +211,7 @@ class Manifest(AudioImporter):
     def _objects(
         self, entry: archives.Entry, split: str, bad: list[dict[str, str]]
     ) -> Iterator[tuple[Line, dict[str, Any]]]:
-        """Lines of a manifest that can be used, with their fields."""
+        """Yield the valid lines of a manifest with their fields."""
         for line in lines_of([entry]):
             fields: Any = None
             reason = line.reason
@@ -231,8 +229,10 @@ class Manifest(AudioImporter):
     def _located(
         self, source: str, found: archives.Listing, named: list[tuple[Line, str]]
     ) -> tuple[list[tuple[archives.Entry | None, str]], str]:
-        """((the recording, "") or (None, why there is none) for each line, a mark that changes when
-        any of the files does).
+        """Find the recordings.
+
+        Returns (for each line (the recording, "") or (None, why there is none); a mark that changes
+        when any of the files does).
         """
         names = {entry.name: entry for entry in found.entries}
         uris = {
@@ -260,8 +260,10 @@ class Manifest(AudioImporter):
         uris: dict[str, archives.Entry],
         alone: str | None,
     ) -> Any:
-        """The entry of a recording, or the place where it should lie, or (None, why it cannot be
-        used). ``alone``: the folder of a manifest without listing.
+        """Return the entry of a recording, the URI where it should be, or (None, why it cannot be
+        used).
+
+        `alone`: the folder of a manifest that was given without a folder.
         """
         base = self.options.root or posixpath.dirname(line.file)
         if _is_absolute(path):
@@ -297,7 +299,7 @@ def _is_absolute(path: str) -> bool:
 
 
 def _look(uris: list[str]) -> dict[str, tuple[int, str]]:
-    """(bytes, what identifies the content) of each file; -1 bytes for one that is not there."""
+    """Return (size, fingerprint) of each file; size -1 for one that does not exist."""
     is_folder = dict(zip(uris, threaded_map(storage.is_dir, uris), strict=True))
     identified = file_identity.identify([uri for uri in uris if not is_folder[uri]], absent_ok=True)
     there = {file.uri: file.content for file in identified if file.content != file_identity.ABSENT}
@@ -306,7 +308,7 @@ def _look(uris: list[str]) -> dict[str, tuple[int, str]]:
 
 
 def _wrong(fields: Any) -> str:
-    """Why a line's fields cannot be used, or ""."""
+    """Return why a line's fields cannot be used, or ""."""
     if (
         not isinstance(fields, dict)
         or not isinstance(fields.get("audio_filepath"), str)
@@ -339,5 +341,5 @@ def _number(value: Any) -> float | None:
 
 
 def _column(name: str) -> str:
-    """A field's column: its own name, where that is free."""
+    """Return the column of a field: its own name, if that is free."""
     return f"manifest_{name.lstrip('_')}" if name in TAKEN or name.startswith("_") else name

@@ -1,5 +1,5 @@
-"""MIMIC-III's own tables: one row an intensive care stay, with all that was measured and given in
-its hospital admission up to then.
+"""MIMIC-III's tables: one row an intensive care stay, with all that was measured and given in its
+hospital admission up to then.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ AMOUNTS = {
     "cal": ("energy", 1.0),
     "kcal": ("energy", 1.0),
 }
-"""Units of an amount (as `plausible.plain_unit` writes them): what kind of quantity it is, and the
-factor to mL, mg or the kind's one unit. In MIMIC-III Cal stands for kilocalories.
+"""Units of an amount (as `plausible.plain_unit` writes them): the kind of quantity, and the factor
+to mL, mg or the kind's one unit. In MIMIC-III Cal means kilocalories.
 """
 AMOUNT_KINDS = sorted({kind for kind, _ in AMOUNTS.values()})
 UNKNOWN_AMOUNT, OTHER_AMOUNT = (
@@ -69,7 +69,7 @@ UNKNOWN_AMOUNT, OTHER_AMOUNT = (
 CANCELLED = ("rewritten",)
 PARTS_OF_GCS = ("GCS_eye", "GCS_motor", "GCS_verbal")
 DAY, WIDTH = 86400, 34
-"""Seconds of a day; so many bits hold the seconds of all years."""
+"""Seconds of a day; number of bits that hold the seconds of all years."""
 NO_ITEM, UNKNOWN, NO_STAY, OUTSIDE, NO_TIME = (
     "no item id",
     "unknown item",
@@ -86,23 +86,25 @@ class Mimic3Options(Options):
 
 @register("importer", "mimic3", options=Mimic3Options)
 class Mimic3(GroupedImporter):
-    """MIMIC-III's folder: PATIENTS, ADMISSIONS, ICUSTAYS, CHARTEVENTS, LABEVENTS, and where they
-    are there OUTPUTEVENTS, INPUTEVENTS_CV and _MV, PRESCRIPTIONS, DIAGNOSES_ICD, D_ITEMS (.csv,
-    .csv.gz or .parquet; names, headers and columns in any case and order).
+    """MIMIC-III's folder: PATIENTS, ADMISSIONS, ICUSTAYS, CHARTEVENTS, LABEVENTS, and if present
+    OUTPUTEVENTS, INPUTEVENTS_CV and _MV, PRESCRIPTIONS, DIAGNOSES_ICD, D_ITEMS (.csv, .csv.gz or
+    .parquet; names, headers and columns in any case and order).
 
     Columns: entity (icustay_id), patient (subject_id), times (hours since admission to intensive
     care), variables, values, events, static (Age, Gender, CareUnit, Source, AdmissionType,
     previous_codes), and the outcomes hospital_death, death_hours, icu_hours, discharge_hours, icd9,
     readmission_days, next_icd9 (of the patient's next admission), care_unit, dbsource,
     stays_in_admission, transfers. An event belongs to the first stay of its admission that ends
-    after it. Items go by clinical/items.csv, CareVue and MetaVision under one name, values by
-    clinical/ranges.csv, units (VALUEUOM) by clinical/units.csv: known other units are converted,
-    values in unknown ones left out and counted under their variable; drugs are called drug: NAME,
-    inputs input: NAME, their amounts in mL, mg, units, mEq, mmol, doses or kcal; an amount in
-    another unit, or in one that measures something else than the item's in D_ITEMS (UNITNAME), is
-    left out and counted. What stands without a time of day counts from the day's end, an infusion
-    from its end: nothing is known before it was. Times have zones in all tables or in none. All
-    rows are train: cut by patient.
+    after it.
+
+    Items are named by clinical/items.csv (CareVue and MetaVision alike), values checked by
+    clinical/ranges.csv, and units (VALUEUOM) converted by clinical/units.csv; values in unknown
+    units are left out and counted under their variable. Drugs are called drug: NAME, inputs input:
+    NAME, with amounts in mL, mg, units, mEq, mmol, doses or kcal; an amount in another unit, or in
+    one that measures another quantity than the item's in D_ITEMS (UNITNAME), is left out and
+    counted. A date without a time of day counts from the day's end, an infusion from its end:
+    nothing is known earlier. Times have zones in all tables or in none. All rows are train: cut by
+    patient.
     """
 
     label = "hospital_death"
@@ -162,8 +164,11 @@ class Mimic3(GroupedImporter):
     ) -> tuple[
         list[str], dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], dict[str, list[str]]
     ]:
-        """(names of variables; for each table its item ids, sorted, with the place of each one's
-        name, and of its conversion; for each table the unit of each of those items).
+        """Return the items of clinical/items.csv.
+
+        Returns:
+            (names of variables; for each table its sorted item ids, with the index of each one's
+            name and conversion; for each table the unit of each of those items).
         """
         rows = list(plausible.rows_of("items.csv"))
         names = sorted({row["variable"] for row in rows})
@@ -182,8 +187,8 @@ class Mimic3(GroupedImporter):
         return names, out, units
 
     def _labels(self) -> tuple[np.ndarray, list[str], np.ndarray]:
-        """(item ids, sorted; their labels; what kind of quantity each is given in: a place in
-        AMOUNT_KINDS, -1 where nothing says so) of D_ITEMS.
+        """Read D_ITEMS: (sorted item ids; their labels; the kind of quantity of each, an index in
+        AMOUNT_KINDS, -1 if unknown).
         """
         if "d_items" not in self.tables or not self.options.inputs:
             return np.empty(0, dtype=np.int64), [], np.empty(0, dtype=np.int64)
@@ -308,7 +313,7 @@ class Mimic3(GroupedImporter):
         tally: RowCounts,
         block: _Block,
     ) -> Iterator[Events]:
-        """What was given by when: an amount counts once all of it was given, at its end."""
+        """Yield what was given: an amount counts at its end, when all of it was given."""
         columns = {
             **ids,
             "itemid": Column("id"),
@@ -352,8 +357,8 @@ class Mimic3(GroupedImporter):
         values: np.ndarray,
         names: list[str],
     ) -> Events | None:
-        """The sum of the three scores of the Glasgow Coma Scale where all stand at one time and no
-        sum does: MetaVision has none. Of several of a kind the lowest counts.
+        """Add the sum of the three scores of the Glasgow Coma Scale where all are there at one
+        time and no sum is: MetaVision has none. Of several scores of a kind the lowest counts.
         """
         if not set(PARTS_OF_GCS) <= set(names):
             return None
@@ -382,7 +387,7 @@ class Mimic3(GroupedImporter):
 
 
 class _Intervals:
-    """Which stay a time belongs to: of those under the same key (an admission, a patient) the first
+    """Finds the stay of a time: of those under the same key (an admission, a patient) the first
     that ends at it or after it, if its admission to hospital was before.
     """
 
@@ -394,7 +399,7 @@ class _Intervals:
         self.packed, self.times, self.keys = packed[self.order], times, keys
 
     def find(self, keys: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """((n,) place of the stay, or -1; (n,) whether there is any stay under the key)."""
+        """Return ((n,) index of the stay, or -1; (n,) whether there is any stay under the key)."""
         if not len(self.known):
             return np.full(len(keys), -1), np.zeros(len(keys), dtype=bool)
         at = np.minimum(np.searchsorted(self.known, keys), len(self.known) - 1)
@@ -412,9 +417,7 @@ class _Intervals:
 
 
 class _Factors:
-    """What the values of a table's items are multiplied by, by the unit that stands beside each
-    (VALUEUOM).
-    """
+    """Factors for the values of a table's items, by the unit of each value (VALUEUOM)."""
 
     def __init__(
         self, names: list[str], codes: np.ndarray, conversions: np.ndarray, units: list[str]
@@ -424,8 +427,9 @@ class _Factors:
         self.found: dict[tuple[str | None, int], float] = {}
 
     def of(self, written: Any, items: np.ndarray) -> np.ndarray:
-        """(n,) float64, NaN where the unit is not known. ``output_columns``: (n,) texts; ``items``:
-        (n,) places of the items in their table.
+        """Return (n,) float64, NaN for unknown units.
+
+        `written`: (n,) texts; `items`: (n,) indices of the items in their table.
         """
         encoded = written.combine_chunks().dictionary_encode()
         texts = [*encoded.dictionary.to_pylist(), None]
@@ -454,7 +458,7 @@ class _Factors:
 
 
 class _Block:
-    """Which rows of a batch are still good; the others are counted once, under the first reason."""
+    """Which rows of a batch are still valid; the others are counted once, by their first reason."""
 
     def __init__(self, table: str, keys: Any, dropped: Counter[str]):
         self.table, self.keys, self.dropped = table, keys, dropped
@@ -463,8 +467,10 @@ class _Block:
     def batches(
         self, byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts
     ) -> Iterator[pa.Table]:
-        """As `csv_blocks.batches`. Raises ValueError where times have a zone and those of the stays
-        have none, or the other way round.
+        """Yield batches as `csv_blocks.batches`.
+
+        Raises ValueError where times have a zone and those of the stays have none, or the other way
+        round.
         """
         for batch in batches(byte_range, columns, opener, tally):
             names = ", ".join(entry.name for entry in byte_range.entries)
@@ -486,10 +492,17 @@ class _Block:
     def place(
         self, batch: pa.Table, column: Any, whole_days: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(the stay's row, hours since its start) of those rows of the batch that have one:
-        ``good`` is then theirs. By the admission that a row names, else by its patient.
-        ``whole_days``: a time of 00:00 is a day, and counts from its end; where times have zones
-        every time is a day, for 00:00 is another time in UTC.
+        """Assign rows to stays, by the admission that a row names, else by its patient.
+
+        Args:
+            batch: the rows.
+            column: their times.
+            whole_days: a time of 00:00 is a day and counts from its end; if times have zones every
+            time is a day, since 00:00 is another time in UTC.
+
+        Returns:
+            (index of the stay, hours since its start) of the rows that have one; `good` is then
+            theirs.
         """
         seconds, timed = instants(column)
         if whole_days:
@@ -509,16 +522,18 @@ class _Block:
 
 
 def _amount_kind(unit: str | None) -> int:
-    """The place in AMOUNT_KINDS of what a unit measures, -1 for no unit or an unknown one."""
+    """Return the kind of quantity of a unit as an index in AMOUNT_KINDS, -1 for no or an unknown
+    unit.
+    """
     known = AMOUNTS.get(plausible.plain_unit(unit or ""))
     return AMOUNT_KINDS.index(known[0]) if known else -1
 
 
 def _amount_units(written: Any) -> tuple[np.ndarray, np.ndarray]:
-    """((n,) what each amount is multiplied by, NaN where its unit is not known; (n,) what kind of
-    quantity it is, as `_amount_kind`) of (n,) texts.
+    """Return ((n,) factors of amounts by their unit, NaN if unknown; (n,) kinds as
+    `_amount_kind`).
 
-    No unit at all is taken for the item's own.
+    No unit counts as the item's own.
     """
     encoded = written.combine_chunks().dictionary_encode()
     texts = [*encoded.dictionary.to_pylist(), None]
@@ -530,13 +545,13 @@ def _amount_units(written: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _whole(column: Any) -> np.ndarray:
-    """(n,) int64, -1 where there is none."""
+    """Return (n,) int64, -1 for null."""
     return column.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
 
 
 def _named(prefix: str, column: Any) -> tuple[list[str], np.ndarray]:
-    """(distinct names, (n,) each row's place among them or -1) of texts, their white space made one
-    blank.
+    """Return (distinct names, (n,) index of each row's name or -1) of texts with white space
+    normalised.
     """
     # pyright: ignore
     text = pc.utf8_trim_whitespace(pc.replace_substring_regex(column.combine_chunks(), r"\s+", " "))
@@ -549,7 +564,7 @@ def _named(prefix: str, column: Any) -> tuple[list[str], np.ndarray]:
 
 
 def _values(batch: pa.Table, conversions: np.ndarray) -> plausible.Numbers:
-    """The numbers of rows: VALUENUM, and where it is null what VALUE says."""
+    """Return the numbers of rows: VALUENUM, or where it is null what VALUE says."""
     pair = np.select([conversions == PAIRS[0], conversions == PAIRS[1]], [1, 2], 0)
     number, text = plausible.numbers(batch["valuenum"]), plausible.numbers(batch["value"], pair)
     stands = number.reasons == 0
@@ -571,7 +586,7 @@ def _values(batch: pa.Table, conversions: np.ndarray) -> plausible.Numbers:
 
 
 def _refill(text: Any) -> np.ndarray:
-    """1 where it takes longer than 3 s, else 0 (as Harutyunyan et al. 2019 have it)."""
+    """Return 1 where it takes longer than 3 s, else 0 (as in Harutyunyan et al. 2019)."""
     slow, fast = (
         # pyright: ignore
         np.asarray(pc.match_substring_regex(text, f"(?i)^\\s*({words})").fill_null(False))
@@ -581,7 +596,7 @@ def _refill(text: Any) -> np.ndarray:
 
 
 def _present(text: Any) -> np.ndarray:
-    """1 where a setting of a ventilator stands that says that it is on."""
+    """Return 1 where the setting of a ventilator shows that it is on."""
     off = np.asarray(
         pc.match_substring_regex(text, r"(?i)^\s*(standby|other/remarks|)\s*$").fill_null(True)
     )  # pyright: ignore[reportAttributeAccessIssue]

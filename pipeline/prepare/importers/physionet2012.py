@@ -1,5 +1,5 @@
 """PhysioNet / Computing in Cardiology Challenge 2012: two days of an intensive care stay, and
-whether the patient left the hospital alive.
+whether the patient left hospital alive.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Physionet2012(GroupedImporter):
     Weight, CareUnit), the outcomes in_hospital_death, length_of_stay, survival, saps, sofa (-1 is
     null), icu_type, and set. FiO2 is in percent; implausible values are left out
     (clinical/ranges.csv): Temp below 25, a Weight of 0; a pH of 735 is 7.35. Weights after the
-    first are events. A set without outcomes has nulls there.
+    first are events. Outcomes of a set without them are null.
     """
 
     label = "in_hospital_death"
@@ -217,7 +217,7 @@ class Physionet2012(GroupedImporter):
         }
 
     def _measured(self, name: str, value: float | None) -> float | None:
-        """A fact within its plausible range, or none."""
+        """Return a static feature within its plausible range, or None."""
         low, valid_low, valid_high, high = self._ranges.known[name]
         return (
             None
@@ -234,7 +234,7 @@ class Physionet2012(GroupedImporter):
     def _of_files(
         self, name: str, opener: Opener, broken: list[dict[str, str]]
     ) -> Iterator[dict[str, Any]]:
-        """The descriptors of each record (at 00:00), with its outcomes."""
+        """Return the descriptors of each record (at 00:00), with its outcomes."""
         outcomes = self._outcome_rows(name, opener)
         seen: set[float] = set()
         for place, entry in enumerate(sorted(self._records[name], key=_place), 1):
@@ -380,7 +380,7 @@ class Physionet2012(GroupedImporter):
         table: str,
         dropped: Counter[str],
     ) -> Events:
-        """The good events: of a known record, with a name and a plausible number (-1 is
+        """Return the valid events: of a known record, with a name and a plausible number (-1 is
         unknown).
         """
         numbers = plausible.numbers(texts)
@@ -418,12 +418,12 @@ class Physionet2012(GroupedImporter):
 
 
 def _place(entry: Entry) -> tuple[str, int, str]:
-    """As they lie in an archive, which may be read from its start alone."""
+    """Sort key: the order in an archive, which may only be readable from its start."""
     return entry.uri, entry.offset, entry.name
 
 
 def _lines(entry: Entry, opener: Opener) -> list[str]:
-    """A record's lines; none where it is damaged, so that no message names it."""
+    """Return a record's lines, or None if it is damaged (no message names it)."""
     try:
         with opener(entry) as handle:
             return handle.read().decode("utf-8", "replace").splitlines()
@@ -432,8 +432,8 @@ def _lines(entry: Entry, opener: Opener) -> list[str]:
 
 
 def _record(entry: Entry, lines: list[str]) -> tuple[dict[str, float], list[str], str]:
-    """(the first of each general descriptor at 00:00, the lines of events, "") of a record, or ({},
-    [], why it is none).
+    """Return (the first value of each general descriptor at 00:00, lines of events, "") of a
+    record, or ({}, [], why it is invalid).
     """
     if not lines or [part.strip() for part in lines[0].split(",")] != [
         "Time",

@@ -1,5 +1,5 @@
-"""Demonstrations made in simulation: episodes of an expert in worlds of given or drawn dynamics,
-one row each.
+"""Demonstrations in simulation: episodes of an expert in worlds of given or random dynamics, one
+row each.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pipeline.simulation.environment import World
 from pipeline.simulation.trained_policy import TrainedPolicy
 
 SPLITS = {"train": "episodes", "validation": "validation_episodes", "test": "test_episodes"}
-"""Splits, whose places here are part of the seeds, and the option that says how many episodes each
-has.
+"""Splits, whose positions here are part of the seeds, and the option with the number of episodes
+of each.
 """
 SEED_BITS = 53
-"""Seeds of worlds are whole numbers that JSON's readers keep."""
+"""Seeds of worlds are whole numbers that JSON readers keep exactly."""
 PPO, WORLDS = "ppo", 8
-"""The expert that is trained here, and in how many worlds where dynamics are drawn."""
+"""The expert that is trained here, and the number of worlds for that if dynamics are random."""
 MORE = [
     pa.field("environment", pa.string()),
     pa.field("return", pa.float64()),
@@ -104,15 +104,15 @@ class Rollouts(EpisodeImporter):
 
     Columns: episode, task (the skill), embodiment, observations, actions (the expert's own),
     executed (what was done: the same, except in train episodes with --set explore=, whose noise
-    leads to observations that the expert alone never meets, as DART, Laskey et al. 2017), rewards,
+    leads to observations that the expert alone never meets: DART, Laskey et al. 2017), rewards,
     terminated, truncated, steps, environment (id, steps, seed and dynamics, which make the world
-    again), return, success (empty where it is not known what that is), and those of a random policy
-    in the same world: random_return, random_success, random_steps, empty where its simulation
-    diverged. Validation and test episodes have no noise: theirs are the expert's own figures. The
-    same seeds give the same rows on any number of workers. An expert that is trained here, by
-    proximal policy optimisation in worlds of these dynamics, stays beside the rows as
-    _expert.safetensors, and may be named as the expert of others. Left out and counted: episodes in
-    which the simulator diverged, and with --set keep=success those in which the expert failed.
+    again), return, success (null if not defined), and those of a random policy in the same world:
+    random_return, random_success, random_steps (null if its simulation diverged). Validation and
+    test episodes have no noise. The same seeds give the same rows with any number of workers. An
+    expert that is trained here, by proximal policy optimisation in worlds of these dynamics, is
+    stored beside the rows as _expert.safetensors, and may be named as the expert of other runs.
+    Left out and counted: episodes in which the simulator diverged, and with --set keep=success
+    those in which the expert failed.
     """
 
     reads_files = False
@@ -204,7 +204,7 @@ class Rollouts(EpisodeImporter):
         )
 
     def _load(self) -> str:
-        """The expert that a file holds, and the file's SHA-256; nothing for others."""
+        """Load the expert of a file and return the file's SHA-256; "" for other experts."""
         name = self.options.expert
         if not name.endswith(".safetensors"):
             return ""
@@ -221,7 +221,7 @@ class Rollouts(EpisodeImporter):
         return hashlib.sha256(data).hexdigest()
 
     def before_shards(self, output: str, report_progress: ProgressCallback) -> None:
-        """Train the expert, where one is to be; a training that was stopped goes on."""
+        """Train the expert, if asked for; a training that was stopped goes on."""
         if self.options.expert != PPO:
             return
         kept = storage.join(output, "_expert.safetensors")
@@ -249,8 +249,9 @@ class Rollouts(EpisodeImporter):
         storage.write_bytes(kept, self.trained.to_bytes())
 
     def _time_limit(self, source: str) -> int:
-        """Steps of an episode, as the environment has it. Raises ValueError for one that has no
-        limit of its own, and where it cannot be made.
+        """Return the steps of an episode that the environment defines.
+
+        Raises ValueError for an environment without a limit, or that cannot be made.
         """
         env = environment.make(World(source, 1, 0, {}, self.skills[0] if self.skills else ""))
         env.close()
@@ -267,8 +268,9 @@ class Rollouts(EpisodeImporter):
         return int(found)
 
     def _look(self, world: World) -> tuple[int, int]:
-        """(numbers of an observation, of an action) of a world. Raises ValueError for one that
-        cannot be made, or in which the expert cannot act.
+        """Return (numbers of an observation, of an action) of a world.
+
+        Raises ValueError for a world that cannot be made, or in which the expert cannot act.
         """
         env = environment.make(world)
         try:
@@ -301,8 +303,8 @@ class Rollouts(EpisodeImporter):
         return seen.shape[0], done.shape[0] if done.shape else 4
 
     def _check_trained(self, world: World) -> None:
-        """Raises ValueError for an expert that was trained in another environment or for another
-        skill, whatever its dynamics were.
+        """Raise ValueError for an expert that was trained in another environment or for another
+        skill; its dynamics may differ.
         """
         own = World.parse(self.trained.metadata.get("world", ""))
         if (own.id, own.skill) != (world.id, world.skill):
@@ -418,14 +420,12 @@ class Rollouts(EpisodeImporter):
 
 
 def _success(success: bool | None, whose: str = "") -> dict[str, int]:
-    """What is added up of it; nothing where it is not known."""
+    """Return the counts to add up; none where success is not known."""
     return {} if success is None else {f"judged{whose}": 1, f"success{whose}": int(success)}
 
 
 def _ranges(text: str) -> dict[str, float | tuple[float, float]]:
-    """mass=2.5,gear=0.5..2 as numbers and (low, high). Raises ValueError for what is not so
-    written.
-    """
+    """Parse mass=2.5,gear=0.5..2 to numbers and (low, high). Raises ValueError for another form."""
     out: dict[str, float | tuple[float, float]] = {}
     known = (*environment.MULTIPLIERS, *environment.ADDED)
     for part in filter(None, (part.strip() for part in text.split(","))):

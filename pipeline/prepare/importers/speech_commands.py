@@ -1,5 +1,5 @@
-"""Speech Commands (Warden 2018): a folder a word with clips of one second, two lists of held-out
-clips, and minutes of background noise.
+"""Speech Commands (Warden 2018): one folder a word with clips of one second, two lists of held-out
+clips, and background noise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.prepare.readers.picture_check import BrokenImageError
 NOISE = "_background_noise_"
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 MOST_CLIPS = 2**27 - 1
-"""Of the publisher's hash: more than a word will ever have."""
+"""In the publisher's hash: more than a word will ever have."""
 SHARES = {"validation": 10.0, "test": 10.0}
 """Percent of the speakers, and of the noise, that are held out."""
 WINDOW_SECONDS = 1.0
@@ -66,13 +66,13 @@ class SpeechCommandsOptions(Options):
 
 @register("importer", "speech_commands", options=SpeechCommandsOptions)
 class SpeechCommands(AudioImporter):
-    """WORD/SPEAKER_nohash_NUMBER.wav with validation_list.txt and testing_list.txt, as a folder or
+    """WORD/SPEAKER_nohash_NUMBER.wav with validation_list.txt and testing_list.txt; a folder or
     the publisher's tar.gz.
 
-    Columns: ``audio``, ``label`` (the word, or what words= and silence= make of it), ``word``,
-    ``speaker`` (the group of a job; none for noise), ``seconds``, ``rate``, ``channels``,
-    ``sha256``, ``recording_start`` (of windows of noise: eight tenths of each file are train, then
-    validation, then test). Names of a list without their clip are broken rows.
+    Columns: `audio`, `label` (the word, or as words= and silence= say), `word`, `speaker` (the
+    group of a job; null for noise), `seconds`, `rate`, `channels`, `sha256`, `recording_start` (of
+    windows of noise: the first eight tenths of each file are train, then validation, then test).
+    Listed names without their clip are invalid rows.
     """
 
     label = "label"
@@ -127,8 +127,8 @@ class SpeechCommands(AudioImporter):
         )
 
     def _labels(self, source: str, words: dict[str, Any]) -> dict[str, str]:
-        """Word to label, "" for one that is left out. Raises ValueError for a word without a
-        folder.
+        """Return the label of each word, "" for one that is left out. Raises ValueError for a word
+        without a folder.
         """
         wanted = [word.strip() for word in self.options.words.split(",") if word.strip()]
         for word in wanted:
@@ -143,8 +143,9 @@ class SpeechCommands(AudioImporter):
     def _splits(
         self, source: str, found: archives.Listing, words: dict[str, list[archives.Entry]]
     ) -> tuple[dict[str, str], list[dict[str, str]]]:
-        """(the split of every clip, names of the lists that have none). Raises ValueError where the
-        lists are not there, or share a clip.
+        """Return (the split of every clip, listed names without a clip).
+
+        Raises ValueError where the lists are missing, or share a clip.
         """
         names = [entry.name for entries in words.values() for entry in entries]
         if self.options.split == "hash":
@@ -176,8 +177,8 @@ class SpeechCommands(AudioImporter):
     def _noise(
         self, entries: list[archives.Entry]
     ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-        """(a row for each second of noise, files that cannot be used): neighbouring windows of a
-        file lie in one split.
+        """Return (a row for each second of noise, unusable files); neighbouring windows of a file
+        are in one split.
         """
         reader, rows, bad = archives.Reader(), [], []
         for entry in sorted(entries, key=lambda entry: (entry.uri, entry.offset)):
@@ -213,9 +214,7 @@ def _speaker(name: str) -> str | None:
 
 
 def _held_out(percent: float, last: bool = False) -> str:
-    """The publisher's order (validation, test, train), or the same with what is held out at the
-    end.
-    """
+    """Return the order of splits in a noise file: validation, test, train, or train first."""
     if last:
         percent -= 100.0 - sum(SHARES.values())
         if percent < 0:
@@ -230,8 +229,8 @@ def _held_out(percent: float, last: bool = False) -> str:
 
 
 def _hashed(name: str) -> str:
-    """``which_set`` of the data set's README: SHA-1 of the file's name up to _nohash_, so that a
-    speaker stays in one split as clips are added.
+    """Return the split by `which_set` of the data set's README: SHA-1 of the file's name up to
+    _nohash_, so that a speaker stays in one split as clips are added.
     """
     digest = hashlib.sha1(re.sub(r"_nohash_.*$", "", posixpath.basename(name)).encode()).hexdigest()
     return _held_out(int(digest, 16) % (MOST_CLIPS + 1) * (100.0 / MOST_CLIPS))

@@ -1,4 +1,4 @@
-"""Questions on paragraphs with their answers as spans: SQuAD v1.1 (Rajpurkar et al. 2016) and v2.0
+"""Questions on paragraphs with answers as spans: SQuAD v1.1 (Rajpurkar et al. 2016) and v2.0
 (Rajpurkar, Jia and Liang 2018).
 """
 
@@ -25,7 +25,7 @@ from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableI
 from pipeline.prepare.readers.archives import MOST_BYTES
 
 SHOWN = 40
-"""So many characters of a text a reason shows."""
+"""Characters of a text that a reason shows."""
 
 
 class SquadOptions(Options):
@@ -42,19 +42,19 @@ class SquadOptions(Options):
 
 
 NEAR = 20
-"""Characters that ``repair`` moves an answer at most."""
+"""Most characters by which `repair` moves an answer."""
 
 
 @register("importer", "squad", options=SquadOptions)
 class Squad(TableImporter):
-    """SQuAD v1.1 and v2.0: JSON files of articles with paragraphs, questions and answers; one file,
-    a folder, glob or archive of them, also .gz and .zst.
+    """SQuAD v1.1 and v2.0: JSON files of articles with paragraphs, questions and answers; a file,
+    folder, glob or archive, also .gz and .zst.
 
-    Columns: ``id``, ``title``, ``context``, ``question``, ``answers`` (list of texts) and
-    ``answer_start`` (list of offsets in characters); both lists are empty for a question that is
-    marked unanswerable (is_impossible). Broken: an answer that is not at its offset (the reason
-    says where it is), an empty question or context, a question without answers that nothing marks,
-    an id that stood before. A file is read whole: about 10 times its size in memory.
+    Columns: `id`, `title`, `context`, `question`, `answers` (list of texts) and `answer_start`
+    (list of offsets in characters); both lists are empty for a question that is marked unanswerable
+    (is_impossible). Invalid rows: an answer that is not at its offset (the reason says where it
+    is), an empty question or context, a question without answers that is not marked, a repeated id.
+    A file is read whole: about 10 times its size in memory.
     """
 
     amounts = {"characters of questions": "question"}
@@ -70,7 +70,7 @@ class Squad(TableImporter):
         )
 
     def scan(self, reading: SplitReader) -> Found:
-        """Ids of the good questions, to find those that stand twice, and what the questions are
+        """Return the ids of valid questions, to find repeated ones, and what the questions are
         like.
         """
         ids, counts = [], Counter[str]()
@@ -120,8 +120,8 @@ class Squad(TableImporter):
                 yield row
 
     def _questions(self, reading: SplitReader) -> Iterator[tuple[dict[str, Any], str, int]]:
-        """(row, "" or why it is broken, how many answers were moved) for every question of a
-        file.
+        """Yield (row, "" or why it is invalid, how many answers were moved) for every question of
+        a file.
         """
         for title, context, qa in _walk(_document(reading), reading.input_split.name):
             row = {
@@ -160,7 +160,7 @@ class Squad(TableImporter):
             yield row, reason, moved
 
     def _span(self, context: str, answer: Any) -> tuple[str, int, str]:
-        """(text, offset, "" or why the answer cannot be used)."""
+        """Return (text, offset, "" or why the answer cannot be used)."""
         text, start = (
             (answer.get("text"), answer.get("answer_start"))
             if isinstance(answer, dict)
@@ -200,9 +200,7 @@ class Squad(TableImporter):
 
 
 def _name(row: dict[str, Any], number: int) -> str:
-    """What a question is called in the list of broken rows: its id, where it has one that can be
-    written.
-    """
+    """Return what a question is called in the list of invalid rows: its id, if it can be written."""
     return f"question {number}" if not row["id"] or text_problem(row["id"], "id") else row["id"]
 
 
@@ -212,7 +210,7 @@ def _short(text: str) -> str:
 
 
 def _document(reading: SplitReader) -> Any:
-    """The JSON of a file; bytes that are not UTF-8 break the rows that hold them alone."""
+    """Parse the JSON of a file; bytes that are not UTF-8 only invalidate the rows that hold them."""
     data = reading.whole()
     if data is None:
         raise ValueError(
@@ -226,7 +224,9 @@ def _document(reading: SplitReader) -> Any:
 
 
 def _walk(document: Any, name: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """(title, context, question) of all. Raises ValueError for JSON of another layout."""
+    """Yield (title, context, question) of all questions. Raises ValueError for JSON of another
+    layout.
+    """
     try:
         for number, article in enumerate(document["data"]):
             for paragraph in article["paragraphs"]:

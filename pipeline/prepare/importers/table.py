@@ -1,5 +1,5 @@
-"""Plain tables, one row an entity: numbers and categories to a struct column, label, id and group
-beside it.
+"""Plain tables, one row an entity: numbers and categories to a struct column, with label, id and
+group.
 """
 
 from __future__ import annotations
@@ -37,11 +37,9 @@ from pipeline.prepare.engine.table_importer import (
 from pipeline.prepare.readers import dialect, parquet
 
 FEW, MANY = 10, 1000
-"""Whole numbers of so few values may be codes; categories of more values than this are hardly
-ones.
-"""
+"""Whole numbers with so few values may be codes; a column with more values is hardly a category."""
 ROWS = 4096
-"""Rows that are looked at together."""
+"""Rows that are processed at a time."""
 FEATURES = "features"
 
 
@@ -92,13 +90,13 @@ class Table(TableImporter):
     """CSV, TSV (also .gz, .zst) or Parquet, one row an entity, to numbers and categories: --set
     label=died,id=stay,group=patient.
 
-    Columns: ``features``, a struct with a field for each feature: float64 where all values of the
+    Columns: `features`, a struct with a field for each feature: float64 where all values of the
     whole table are numbers, else string; missing values are null. Label, id and group keep their
-    names and types. Broken: rows without a label, of another number of fields, or that are no text.
+    names and types. Invalid rows: without a label, with another number of fields, or not text.
     Numbers with leading zeros are categories. What is no number in a column of --set numeric= is
     counted and null. Noted: columns without values, with one value, whole numbers with few values
     (codes?), categories with very many. All files must have the same columns, in any order. Rows of
-    a part stand in a random but fixed order. A CSV file is one part: cut large ones up.
+    a shard are shuffled in a fixed order. A CSV file is one shard: cut up large ones.
     """
 
     shuffles_rows = True
@@ -162,8 +160,9 @@ class Table(TableImporter):
         return input_splits, listed.mark, {"files left out": listed.others} if listed.others else {}
 
     def _batches(self, reading: SplitReader) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
-        """(place of each row, values of each column: texts of CSV, Python values of Parquet, None
-        where missing) of good rows, some at a time.
+        """Yield (place of each row, {column: values}) of valid rows in batches.
+
+        Values are texts of CSV or Python values of Parquet, None where missing.
         """
         if plain_suffix(reading.input_split.name) in parquet.SUFFIXES:
             for before, block in parquet.batches(reading):
@@ -188,7 +187,7 @@ class Table(TableImporter):
             yield from self._whole(reading, [number for number, _ in batch], columns)
 
     def _there(self, values: list[Any]) -> list[Any]:
-        """The values, those that mean a missing one as None, texts without blanks around them."""
+        """Strip texts, and set values that mean a missing one to None."""
         stripped = [value.strip() if isinstance(value, str) else value for value in values]
         return [
             None if isinstance(value, str) and value in self.missing else value
@@ -196,8 +195,9 @@ class Table(TableImporter):
         ]
 
     def _records(self, reading: SplitReader) -> Iterator[tuple[int, list[str]]]:
-        """The header, then the records of as many fields. Raises ValueError for a header that is
-        none, or a file without one.
+        """Yield the header, then the records with as many fields.
+
+        Raises ValueError for an invalid header, or a file without one.
         """
         header, written = self.header, not self.header
         if header:
@@ -222,9 +222,7 @@ class Table(TableImporter):
             raise ValueError(f"{reading.input_split.name}: empty, not even a header; leave it out")
 
     def _fits(self, name: str, kind: pa.DataType, reading: SplitReader) -> None:
-        """Raises ValueError for a column of Parquet that is a feature and neither numbers nor
-        texts.
-        """
+        """Raise ValueError for a feature in Parquet that is neither number nor text."""
         types = pa.types
         plain = (
             types.is_integer(kind)
@@ -251,7 +249,9 @@ class Table(TableImporter):
             )
 
     def _wanted(self, names: list[str], place: str) -> list[str]:
-        """The columns that are read. Raises ValueError for a name given that is none of them."""
+        """Return the columns to read. Raises ValueError for an option that names an unknown
+        column.
+        """
         o = self.options
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"{place}: two columns are called {twice[0]!r}; rename one")
@@ -291,7 +291,7 @@ class Table(TableImporter):
     def _whole(
         self, reading: SplitReader, places: list[int], columns: dict[str, list[Any]]
     ) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
-        """The batch without rows that lack a label or a split, which are told to ``reading``."""
+        """Drop rows without label or split from a batch; these go to `reading.bad`."""
         lacking: dict[int, str] = {}
         if self.options.split_column:
             texts = [_text(value) for value in columns[self.options.split_column]]
@@ -325,8 +325,8 @@ class Table(TableImporter):
     # ------------------------------------------------------------ the two passes
 
     def scan(self, reading: SplitReader) -> Found:
-        """For each column the kind of its values, how many are missing or no number, and its
-        distinct values as far as they are few.
+        """For each column return the type of its values, how many are missing or no number, and
+        its distinct values as long as they are few.
         """
         rows, columns = 0, dict[str, _Column]()
         for places, found in self._batches(reading):
@@ -404,7 +404,7 @@ class Table(TableImporter):
     def _notes(
         self, columns: dict[str, _Column], number: dict[str, bool], rows: int
     ) -> dict[str, Any]:
-        """What a user may want to know of the columns: names and counts, no values."""
+        """Return what a user may want to know of the columns: names and counts, no values."""
         features = {name: columns[name] for name in number}
         whole = [
             name
@@ -478,8 +478,13 @@ class Table(TableImporter):
 
 
 class _Column:
-    """What was seen of a column: the widest kind (the place in KINDS), values that are there, those
-    that are no number, hashes of its distinct values.
+    """Statistics of a column.
+
+    Attributes:
+        kind: the widest type, an index in KINDS.
+        present: number of values that are not missing.
+        strange: number of values that are no number.
+        distinct: hashes of its values, as long as they are few.
     """
 
     def __init__(self):
@@ -506,16 +511,14 @@ class _Column:
 
 
 def _hash(value: Any) -> int:
-    """The same for 1 and "1" in every process, unlike Python's own."""
+    """Hash a value, the same for 1 and "1" and in every process, unlike Python's own."""
     return int.from_bytes(
         hashlib.blake2b(str(_text(value)).encode(), digest_size=8).digest(), "little", signed=True
     )
 
 
 def _kind(value: Any) -> int:
-    """The place in KINDS; truths are categories, floats without a fraction whole numbers, as texts
-    (1.0) too.
-    """
+    """Return a value's type as an index in KINDS; bools are categories, 1.0 is a whole number."""
     if isinstance(value, str):
         kind = dialect.field_kind(value)
         return _kind(float(value)) if kind == 3 else kind
@@ -532,7 +535,7 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _number(value: Any) -> float | None:
-    """The value as a finite number, or None."""
+    """Return the value as a finite number, or None."""
     if value is None or (isinstance(value, str) and not dialect.NUMBER.fullmatch(value)):
         return None
     found = float(value)
@@ -540,7 +543,7 @@ def _number(value: Any) -> float | None:
 
 
 def _text(value: Any) -> str | None:
-    """The value as a category; None where it is missing."""
+    """Return the value as a category; None where it is missing."""
     if value is None or value != value:
         return None
     if isinstance(value, float):
@@ -549,7 +552,7 @@ def _text(value: Any) -> str | None:
 
 
 def _as(value: Any, kind: int) -> Any:
-    """A label, id or group as one of that kind of KINDS."""
+    """Convert a label, id or group to a type of KINDS."""
     if kind == 4:
         return _text(value)
     if value is None or value != value:

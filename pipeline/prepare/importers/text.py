@@ -1,4 +1,4 @@
-"""Corpora: documents of plain text, JSON Lines and Parquet, cleaned where asked."""
+"""Corpora: documents of plain text, JSON Lines and Parquet, filtered and deduplicated on request."""
 
 from __future__ import annotations
 
@@ -132,15 +132,15 @@ class Document(NamedTuple):
 
 @register("importer", "text", options=TextOptions)
 class Text(TableImporter):
-    """Corpora: .txt, .jsonl (or .ndjson) and .parquet, also .gz and .zst; one file, a folder, glob
-    or archive.
+    """Corpora: .txt, .jsonl (or .ndjson) and .parquet, also .gz and .zst; a file, folder, glob or
+    archive.
 
-    Columns: ``text``, ``id`` (FILE:LINE, FILE:ROW for Parquet) and those that --set keep=a,b names.
-    Broken rows are those that are no text: not UTF-8, a NUL character, null, not JSON, longer than
-    32 MiB. Others are dropped where asked: by length, by letters, exact and near duplicates, of
-    which the first stays (test before validation before train, so that what is tested on is not
-    trained on); _summary.md counts them, _dropped.parquet lists each with the reason and the id of
-    its kept twin. To find duplicates takes 0.1 kB of memory a document (exact) or 1.8 kB (near).
+    Columns: `text`, `id` (FILE:LINE, FILE:ROW for Parquet) and those of --set keep=a,b. Invalid
+    rows: not UTF-8, a NUL character, null, not JSON, longer than 32 MiB. Others are dropped on
+    request: by length, by letters, exact and near duplicates, of which the first is kept (test
+    before validation before train, so that what is tested on is not trained on); _summary.md counts
+    them, _dropped.parquet lists each with the reason and the id of the kept duplicate. Finding
+    duplicates takes 0.1 kB of memory a document (exact) or 1.8 kB (near).
     """
 
     amounts = {"characters": "text"}
@@ -194,7 +194,7 @@ class Text(TableImporter):
     # ------------------------------------------------------------ documents
 
     def _documents(self, reading: SplitReader) -> Iterator[Document]:
-        """The documents of a piece in order; what is none is told to ``reading``."""
+        """Yield the documents of an input split in order; invalid ones go to `reading.bad`."""
         suffix = plain_suffix(reading.input_split.name)
         if suffix in PARQUET:
             yield from self._of_parquet(reading)
@@ -218,7 +218,11 @@ class Text(TableImporter):
                     yield Document(number, text, {})
 
     def _between_blanks(self, reading: SplitReader) -> Iterator[Document]:
-        """A document belongs to the piece in which the blank line before it begins, or the file."""
+        """Yield documents between blank lines.
+
+        A document belongs to the input split in which the blank line before it (or the file)
+        begins.
+        """
         held, first, reason, size, stop = [], 0, "", 0, reading.input_split.stop
         inside = not reading.input_split.start
 
@@ -347,7 +351,7 @@ class Text(TableImporter):
     # ------------------------------------------------------------ what is left out
 
     def _reason(self, text: str) -> int:
-        """The place in REASONS."""
+        """Return why a text is dropped, as an index in REASONS."""
         o = self.options
         stripped = text.strip()
         if not stripped:
@@ -367,8 +371,8 @@ class Text(TableImporter):
         return 0
 
     def scan(self, reading: SplitReader) -> Found:
-        """For each document its place and why it is dropped; of those that stay what they are
-        compared by; what kinds the kept columns hold.
+        """For each document return its place and why it is dropped; for those that are kept what
+        they are compared by; and the types of the kept columns.
         """
         places, reasons, digests, signs, kinds = [], [], [], [], dict.fromkeys(self.kept, 0)
 
@@ -428,8 +432,8 @@ class Text(TableImporter):
         )
 
     def _alike(self, found: list[Found], reasons: np.ndarray) -> np.ndarray:
-        """(n,) int64: for each document the first that is like it; ``reasons`` is filled in for
-        those that have one before.
+        """Return (n,) int64, for each document the first duplicate; fills in `reasons` of later
+        ones.
         """
         first = np.arange(len(reasons))
         if self.options.dedup == "none":
@@ -455,7 +459,7 @@ class Text(TableImporter):
         reasons: np.ndarray,
         twins: np.ndarray,
     ) -> pa.Table:
-        """id, split, reason and the id of the kept twin of every document that is dropped."""
+        """List every dropped document: id, split, reason and the id of the kept duplicate."""
         places = np.concatenate([one["places"] + int(one["before"]) for one in found])
         owner = np.repeat(np.arange(len(input_splits)), [len(one["reasons"]) for one in found])
         gone = np.flatnonzero(reasons)

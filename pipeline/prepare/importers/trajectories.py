@@ -1,6 +1,4 @@
-"""Plain tables with one row a step (a robot's log, demonstrations written by hand) to one row an
-episode.
-"""
+"""Plain tables with one row a step (a robot's log, demonstrations) to one row an episode."""
 
 from __future__ import annotations
 
@@ -101,16 +99,16 @@ class TrajectoriesOptions(Options):
 
 @register("importer", "trajectories", options=TrajectoriesOptions)
 class Trajectories(TableImporter):
-    """Tables with one row a step (CSV, also .gz or .zst, or Parquet; a file or a folder) to one row
-    an episode: --set observations=S1..S24 --set actions=move.
+    """Tables with one row a step (CSV, also .gz or .zst, or Parquet; a file or a folder) to one
+    row an episode: --set observations=S1..S24 --set actions=move.
 
     Columns: episode, task, embodiment, observations (a list of lists), actions (a list of lists, or
     of names of classes), rewards, terminated, truncated, steps, split. The action of a step is
-    taken after its observation. Steps of an episode stand together, in order. Without --set done=
-    an episode counts as cut off where its log ends. Left out and counted by reason: episodes with
-    observations, actions or rewards that are no finite numbers, actions out of bounds or of
-    differing widths, an order that does not ascend, two tasks or robots, and with --set done= those
-    without end. A file is read by one task: cut very large ones up.
+    taken after its observation. Steps of an episode are contiguous and in order. Without --set
+    done= an episode is truncated where its log ends. Left out and counted by reason: episodes with
+    observations, actions or rewards that are not finite, actions out of bounds or of different
+    widths, an order that does not ascend, two tasks or robots, and with --set done= those without
+    an end. A file is read by one task: cut up very large ones.
     """
 
     amounts = {"steps": "observations"}
@@ -275,7 +273,7 @@ class Trajectories(TableImporter):
     def _episodes(
         self, reading: SplitReader, counted: list[int] | None
     ) -> Iterator[tuple[episodes.Episode, str]]:
-        """(a good episode, its split) of a file; the others are told to ``reading``."""
+        """Yield (valid episode, its split) of a file; the others go to `reading.bad`."""
         o, name = self.options, re.sub(r"(\.\w+?)(\.gz|\.zst)?$", "", reading.input_split.name)
         is_cut = bool(
             self.rules.steps or self._shares or o.split_column or (o.done and not o.episode)
@@ -416,9 +414,10 @@ def _bounds(option: str, text: str) -> tuple[float, ...]:
 def _named(
     text: str, names: list[str], option: str, place: str, taken: set[str]
 ) -> tuple[str, ...]:
-    """The columns that a text names: themselves, A1..A24 (all numbers between), joint_* (all that
-    begin so and have no other role). Raises ValueError for one that is not there, and for one that
-    is named twice.
+    """Return the columns that a text names: themselves, A1..A24 (all numbers between), joint_*
+    (all with that prefix and no other role).
+
+    Raises ValueError for one that is missing or named twice.
     """
     out: list[str] = []
     for part in _split(text):
@@ -458,8 +457,9 @@ def _named(
 def _types(
     input_split: InputSplit, opener: Opener, names: set[str]
 ) -> tuple[dict[str, str], dict[str, pa.Array]]:
-    """(what each column holds: numbers (lists of them), whole, moment, number, or text, which in
-    CSV all are; the first values of texts).
+    """Return (what each column holds, the first values of text columns).
+
+    It is numbers (lists of them), whole, moment, number or text; all columns of CSV are text.
     """
     if not input_split.entry.name.lower().endswith(".parquet"):
         columns = {name: Column("text") for name in sorted(names)}
@@ -491,6 +491,6 @@ def _types(
 
 
 def _all(values: pa.Array, pattern: str) -> bool:
-    """Whether all texts that are there match."""
+    """Whether all texts that are not null match."""
     # pyright: ignore
     return bool(pc.all(pc.match_substring_regex(values.drop_null(), pattern)).as_py())

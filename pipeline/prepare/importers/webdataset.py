@@ -1,5 +1,5 @@
-"""WebDataset shards: tars in which files that share a key are one sample (Aizman, Maltby and Breuel
-2019).
+"""WebDataset shards: tars in which files that share a key are one sample (Aizman, Maltby and
+Breuel 2019).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class WebDataset(ImageImporter):
     """Tar shards (a folder, a glob, NAME-{000..123}.tar) of KEY.jpg (or png, webp, gif, bmp) with
     KEY.cls, KEY.txt, KEY.json; other parts are left out.
 
-    Columns: ``label`` (a number where all are), ``label_name`` where asked for, ``text`` (from txt)
-    and ``json`` where samples have them, ``key``.
+    Columns: `label` (a number if all are), `label_name` if asked for, `text` (from txt) and `json`
+    if samples have them, `key`.
     """
 
     def index(self, source: str) -> Index:
@@ -96,7 +96,7 @@ class WebDataset(ImageImporter):
         )
 
     def _value(self, parts: dict[str, Any], where: str, sample: str) -> str | None:
-        """The text that an option points to. Raises ValueError when the sample has none."""
+        """Return the text that an option points to. Raises ValueError when the sample has none."""
         if not where:
             return None
         part, _, name = where.partition(".")
@@ -120,8 +120,9 @@ class WebDataset(ImageImporter):
 
 
 def _shards(source: str) -> list[str]:
-    """Tars of a folder, glob or brace range, sorted. Raises ValueError for none, or one of a range
-    that is not there.
+    """Return the tars of a folder, glob or brace range, sorted.
+
+    Raises ValueError if there is none, or one of a range is missing.
     """
     spread = _braces(source)
     found = [
@@ -143,7 +144,7 @@ def _shards(source: str) -> list[str]:
 
 
 def _braces(text: str) -> list[str]:
-    """NAME-{000..123}.tar as all that it means."""
+    """Expand NAME-{000..123}.tar."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", text)
     if found is None:
         return [text]
@@ -157,7 +158,7 @@ def _braces(text: str) -> list[str]:
 
 
 def _samples(shard: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """Key to its parts by suffix, images as entries, small texts read; and the shard's mark."""
+    """Return ({key: {suffix: part}}, the shard's mark): images as entries, small texts read."""
     found, reader = archives.listing(shard), archives.Reader()
     out: dict[str, dict[str, Any]] = {}
     for entry in sorted(found.entries, key=lambda e: e.offset):
@@ -181,7 +182,7 @@ def _samples(shard: str) -> tuple[dict[str, dict[str, Any]], str]:
 
 
 def _split(shard: str) -> str:
-    """The split that a shard's name or its folder says."""
+    """Return the split that a shard's name or its folder says."""
     path = PurePosixPath(shard)
     words = [*re.split(r"[^a-zA-Z]+", path.stem.lower()), path.parent.name.lower()]
     return next((SPLITS[word] for word in words if word in SPLITS), "train")
