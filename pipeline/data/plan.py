@@ -313,7 +313,9 @@ class Plan(Order):
         return positions % self.shards, positions // self.shards
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Return (n,) row indices and (n,) epochs of the rank's part of a global batch, in order."""
+        """Return (n,) row indices and (n,) epochs of the rank's part of a global batch, in
+        order.
+        """
         shards, places = self.places(step, rank, ranks)
         indices, epochs = (
             np.empty(len(places), dtype=np.int64),
@@ -328,7 +330,9 @@ class Plan(Order):
     def items(
         self, first_step: int, last_step: int, rank: int = 0, ranks: int = 1
     ) -> Iterator[Item]:
-        """Return what the rank must read for steps [first_step, last_step), in the order of need."""
+        """Return what the rank must read for steps [first_step, last_step), in the order of
+        need.
+        """
         out = []
         for shard in self.owned(rank, ranks):
             start, stop = self.span(first_step, shard)[0], self.span(last_step, shard)[0]

@@ -570,7 +570,9 @@ def _blank(line: bytes) -> bool:
 
 
 def _marked(file: str, start: bytes) -> bytes:
-    """Strip the byte order mark of UTF-8 from a file's first bytes. Raises ValueError for UTF-16."""
+    """Strip the byte order mark of UTF-8 from a file's first bytes. Raises ValueError for
+    UTF-16.
+    """
     if start.startswith(WIDE):
         raise ValueError(
             f"{file}: the file is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"

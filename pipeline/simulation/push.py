@@ -20,18 +20,23 @@ XML = f"""
   <visual><global offwidth="640" offheight="480"/></visual>
   <worldbody>
     <light pos="0 0 2"/>
-    <geom name="table" type="plane" size="0.6 0.6 0.1" friction="0.3 0.005 0.0001" rgba="0.9 0.9 0.9 1"/>
+    <geom name="table" type="plane" size="0.6 0.6 0.1" friction="0.3 0.005 0.0001"
+          rgba="0.9 0.9 0.9 1"/>
     <body name="pusher" pos="0 0 0.03">
-      <joint name="pusher_x" type="slide" axis="1 0 0" limited="true" range="-0.55 0.55" damping="1"/>
-      <joint name="pusher_y" type="slide" axis="0 1 0" limited="true" range="-0.55 0.55" damping="1"/>
-      <geom name="pusher" type="cylinder" size="{PUSHER} 0.02" mass="0.5" friction="0.3 0.005 0.0001" contype="2" conaffinity="2" rgba="0.2 0.4 0.8 1"/>
+      <joint name="pusher_x" type="slide" axis="1 0 0" limited="true"
+             range="-0.55 0.55" damping="1"/>
+      <joint name="pusher_y" type="slide" axis="0 1 0" limited="true"
+             range="-0.55 0.55" damping="1"/>
+      <geom name="pusher" type="cylinder" size="{PUSHER} 0.02" mass="0.5"
+            friction="0.3 0.005 0.0001" contype="2" conaffinity="2" rgba="0.2 0.4 0.8 1"/>
     </body>
     <body name="puck" pos="0 0 0.0201">
       <joint name="puck_x" type="slide" axis="1 0 0"/>
       <joint name="puck_y" type="slide" axis="0 1 0"/>
       <joint name="puck_z" type="slide" axis="0 0 1"/>
       <joint name="puck_turn" type="hinge" axis="0 0 1"/>
-      <geom name="puck" type="cylinder" size="{PUCK} 0.02" mass="0.3" friction="0.3 0.005 0.0001" contype="3" conaffinity="3" rgba="0.8 0.3 0.2 1"/>
+      <geom name="puck" type="cylinder" size="{PUCK} 0.02" mass="0.3"
+            friction="0.3 0.005 0.0001" contype="3" conaffinity="3" rgba="0.8 0.3 0.2 1"/>
     </body>
     <site name="goal" type="cylinder" size="0.02 0.001" rgba="0.2 0.7 0.3 1"/>
   </worldbody>

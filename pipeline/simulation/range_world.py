@@ -1,20 +1,19 @@
-"""A robot with 24 range sensors that follows the walls of rooms in the plane: the simulated twin of
-the SCITOS G5 log (Freire et al. 2009, "Short-term memory mechanisms in neural network learning of
-robot navigation tasks"; UCI data set 194). No MuJoCo.
+"""A robot with 24 range sensors that follows the walls of rooms in the plane. No MuJoCo.
 
-What is like the log was measured on the first three quarters of it, and what differs from one room
-to the next is drawn around that:
+It simulates the SCITOS G5 log (Freire et al. 2009, "Short-term memory mechanisms in neural network
+learning of robot navigation tasks"; UCI data set 194). What is like the log was measured on its
+first three quarters; what differs from one room to the next is drawn around that:
 
-| | in the log | here |
-|---|---|---|
-| sensors | S1 looks back, S7 right, S13 ahead, S19 left | sensor i (from 0) at -180 + 15 i degrees, counter-clockwise |
-| Move-Forward | 0.17 m/s | SPEED |
-| Slight-Left-Turn | 0.16 m/s, 8.5 degrees/s | SPEED, SLIGHT_LEFT |
-| Slight-Right-Turn | 0.09 m/s, 1 to 3 degrees/s | half of SPEED, SLIGHT_RIGHT |
-| Sharp-Right-Turn | on the spot, 10 degrees/s | SHARP_RIGHT |
-| a flat wall beside the robot | sensors 45 degrees off its normal see it too, those 60 degrees off see past it | BEAM, GLANCING |
-| no echo | 5 m in 2 to 36 % of the readings, which stays for some steps | lost by LOST, renewed by RENEWED |
-| who drove | by the smallest of S11..S15 and the smallest of S18..S20 | `WallFollower` |
+- Sensors: S1 looks back, S7 right, S13 ahead, S19 left. Here sensor i (from 0) is at -180 + 15 i
+  degrees, counter-clockwise.
+- Move-Forward: 0.17 m/s (SPEED).
+- Slight-Left-Turn: 0.16 m/s, 8.5 degrees/s (SPEED, SLIGHT_LEFT).
+- Slight-Right-Turn: 0.09 m/s, 1 to 3 degrees/s (half of SPEED, SLIGHT_RIGHT).
+- Sharp-Right-Turn: on the spot, 10 degrees/s (SHARP_RIGHT).
+- A flat wall beside the robot: sensors 45 degrees off its normal also see it, those 60 degrees off
+  do not (BEAM, GLANCING).
+- No echo: 5 m in 2 to 36 % of the readings, for some steps in a row (LOST, RENEWED).
+- The driver (`WallFollower`) looked at the smallest of S11..S15 and the smallest of S18..S20.
 
 The driver turned sharply right where the first was at most 0.9 m; else slightly right where the
 second was below 0.495 m, slightly left above 0.9 m, and drove ahead between them. That gives every

@@ -168,7 +168,9 @@ def plain_unit(text: str) -> str:
 
 
 class Units:
-    """Units in which a variable's values may be written, and their factors (`clinical/units.csv`)."""
+    """Units in which a variable's values may be written, and their factors
+    (`clinical/units.csv`).
+    """
 
     def __init__(self):
         self.of_variable: dict[tuple[str, str], float] = {}

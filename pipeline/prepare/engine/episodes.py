@@ -333,7 +333,9 @@ def _make(
     items: list[Any],
     scratch: Path,
 ) -> ShardResult:
-    """Write the episodes of a shard to a Parquet file, with a row group and one episode in memory."""
+    """Write the episodes of a shard to a Parquet file, with a row group and one episode in
+    memory.
+    """
     path, rows, broken, counts = scratch / "part.parquet", 0, [], []
     with RowGroups(path, schema, False) as writer:
         for found in importer.episodes(items, settings):

@@ -171,7 +171,9 @@ class GroupedImporter(Importer):
 
 
 class GroupedShardTask(ShardTask):
-    """The shards of long tables: in each split as many buckets as give about 64 MiB of text each."""
+    """The shards of long tables: in each split as many buckets as give about 64 MiB of text
+    each.
+    """
 
     noun = "entities"
 

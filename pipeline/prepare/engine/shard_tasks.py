@@ -67,7 +67,9 @@ class Settings:
         return round(self.part_mb * 2**20) if self.part_mb else PART_BYTES
 
     def reject(self, names: Iterable[str], reason: str) -> None:
-        """Raise ValueError for the first of some settings that is given although it has no effect."""
+        """Raise ValueError for the first of some settings that is given although it has no
+        effect.
+        """
         for name in names:
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: {reason}")
@@ -75,7 +77,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class OutputShard:
-    """One file to write: `start` to `stop` of what the source is cut into (rows, or input splits)."""
+    """One file to write: `start` to `stop` of what the source is cut into (rows, or input
+    splits).
+    """
 
     name: str
     split: str
@@ -220,7 +224,9 @@ def name_shards(spans: list[tuple[str, int, int]]) -> list[OutputShard]:
 def group_neighbours(
     splits: Sequence[str], sizes: Sequence[float], most: float, rows: int = 0
 ) -> list[OutputShard]:
-    """Group neighbouring items of one split into shards of up to `most` bytes, or of `rows` items."""
+    """Group neighbouring items of one split into shards of up to `most` bytes, or of `rows`
+    items.
+    """
     spans: list[tuple[str, int, int]] = []
     held = 0.0
     for i, (split, size) in enumerate(zip(splits, sizes, strict=True)):

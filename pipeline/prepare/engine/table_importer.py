@@ -101,7 +101,9 @@ class TableImporter(Importer):
         """
 
     def scan(self, reading: SplitReader) -> Found:
-        """Return what `infer_schema` needs to know of an input split; always `rows`, their number."""
+        """Return what `infer_schema` needs to know of an input split; always `rows`, their
+        number.
+        """
         return {
             "rows": np.array(
                 sum(1 if isinstance(row, dict) else len(row) for row in self.rows(reading))

@@ -121,7 +121,9 @@ class CommonVoice(AudioImporter):
         return not set(self._listed) <= set(SPLITS)
 
     def _tables(self, source: str, found: archives.Listing) -> list[tuple[archives.Entry, str]]:
-        """Return the chosen tables with their language. Raises ValueError for one that is missing."""
+        """Return the chosen tables with their language. Raises ValueError for one that is
+        missing.
+        """
         there = {entry.name: entry for entry in found.entries if entry.suffix == ".tsv"}
         languages: dict[str, str] = {}
         for folder in sorted(

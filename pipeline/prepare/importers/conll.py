@@ -150,10 +150,9 @@ class Conll(TableImporter):
                     words.append(cells[o.word_column].strip())
                     tags.append(cells[o.tag_column].strip())
             except IndexError:
-                wrong = (
-                    f"{len(cells)} columns: no column "
-                    f"{o.word_column if -len(cells) > o.word_column or o.word_column >= len(cells) else o.tag_column}"
-                )
+                has_word = -len(cells) <= o.word_column < len(cells)
+                missing = o.tag_column if has_word else o.word_column
+                wrong = f"{len(cells)} columns: no column {missing}"
             if wrong and not reason:
                 reason = f"line {number + reading.before}: {wrong}"
             if len(words) > MOST_WORDS:

@@ -264,12 +264,11 @@ def _pairs(option: str, text: str) -> dict[str, str]:
     out = {}
     for pair in text.split(",") if text else ():
         new, equals, old = (part.strip() for part in pair.partition("="))
-        if not (new and equals and old) or new in out:
-            raise ValueError(
-                f"--set {option}={text}: "
-                f"{'two columns are called ' + new if new in out else f'{pair!r} is not NAME=VALUE'}; "
-                "write "
-                f"{'text=review,label=stars' if option == 'columns' else 'label=string,stars=float'}"
-            )
+        is_complete = new and equals and old
+        if not is_complete or new in out:
+            wrong = f"two columns are called {new}" if new in out else f"{pair!r} is not NAME=VALUE"
+            names, types = "text=review,label=stars", "label=string,stars=float"
+            example = names if option == "columns" else types
+            raise ValueError(f"--set {option}={text}: {wrong}; write {example}")
         out[new] = old
     return out

@@ -182,7 +182,9 @@ class Manifest(AudioImporter):
         )
 
     def _manifests(self, source: str) -> tuple[archives.Listing, list[tuple[archives.Entry, str]]]:
-        """Return (all files, the manifests with their split). Raises ValueError for a missing one."""
+        """Return (all files, the manifests with their split). Raises ValueError for a missing
+        one.
+        """
         if (
             storage.exists(source)
             and not storage.is_dir(source)

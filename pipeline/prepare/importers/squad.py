@@ -200,7 +200,9 @@ class Squad(TableImporter):
 
 
 def _name(row: dict[str, Any], number: int) -> str:
-    """Return what a question is called in the list of invalid rows: its id, if it can be written."""
+    """Return what a question is called in the list of invalid rows: its id, if it can be
+    written.
+    """
     return f"question {number}" if not row["id"] or text_problem(row["id"], "id") else row["id"]
 
 
@@ -210,7 +212,9 @@ def _short(text: str) -> str:
 
 
 def _document(reading: SplitReader) -> Any:
-    """Parse the JSON of a file; bytes that are not UTF-8 only invalidate the rows that hold them."""
+    """Parse the JSON of a file; bytes that are not UTF-8 only invalidate the rows that hold
+    them.
+    """
     data = reading.whole()
     if data is None:
         raise ValueError(

@@ -1,4 +1,6 @@
-"""Corpora: documents of plain text, JSON Lines and Parquet, filtered and deduplicated on request."""
+"""Corpora: documents of plain text, JSON Lines and Parquet, filtered and deduplicated on
+request.
+"""
 
 from __future__ import annotations
 

@@ -277,7 +277,9 @@ def _zip(uri: str, handle: BinaryIO, where: str) -> tuple[list[Entry], list[str]
 def _tar(
     uri: str, handle: BinaryIO, where: str, start: int = 0, size: int | None = None
 ) -> tuple[list[Entry], list[str]]:
-    """List the members of a tar in `size` bytes of `handle` from `start`; offsets are in `handle`."""
+    """List the members of a tar in `size` bytes of `handle` from `start`; offsets are in
+    `handle`.
+    """
     view = io.BufferedReader(Window(handle, start, size)) if size is not None else handle
     entries, folders = [], []
     try:

@@ -157,7 +157,9 @@ def _mixed(band: np.ndarray) -> np.ndarray:
 
 
 def _candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield pairs of rows with equal keys: each with the NEIGHBOURS before it and with the first."""
+    """Yield pairs of rows with equal keys: each with the NEIGHBOURS before it and with the
+    first.
+    """
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])

@@ -137,7 +137,9 @@ def _decoded(
 
 
 def _orientation(image: PIL.Image.Image) -> int:
-    """Read the orientation from EXIF alone, as decoders do; Pillow's getexif also looks into XMP."""
+    """Read the orientation from EXIF alone, as decoders do; Pillow's getexif also looks into
+    XMP.
+    """
     exif = PIL.Image.Exif()
     try:
         exif.load(image.info.get("exif", b""))
