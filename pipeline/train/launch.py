@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import prepare_ray
 from pipeline.config.schema import Source
-from pipeline.data.stream import DataWorkers
+from pipeline.data.stream import DataWorkers, Rows
 from pipeline.io import atomic_folder, s3, signals, storage, write_fence
 from pipeline.io.file_identity import ChangedFileError
 from pipeline.train import node_types, source
@@ -77,17 +77,20 @@ _is_ours = False
 
 
 def start(address: str | None, verbose: bool) -> None:
-    """Join the cluster that is named (``--address`` or RAY_ADDRESS), else start one of our own.
+    """Join the cluster that is named (``--address`` or RAY_ADDRESS), else start a local one.
+
     Does nothing when Ray runs already.
+
+    Raises:
+        ClusterError: no cluster answers, or Ray does not start.
     """
     global _is_ours
     if ray.is_initialized():
         return
     prepare_ray()
     level = logging.INFO if verbose else logging.ERROR
-    os.environ.setdefault(
-        "RAY_DATA_LOG_LEVEL", logging.getLevelName(level)
-    )  # Ray Data sets its logger up when it is imported
+    # Ray Data sets its logger up when it is imported
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", logging.getLevelName(level))
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)
     where = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -140,13 +143,13 @@ class Cluster:
     """What work can be planned for."""
 
     nodes: Nodes
-    """Those that are there; of a cluster that grows, those that can be there."""
+    """The present nodes; of a cluster that grows, those that it can have."""
     object_store_bytes: float
-    """Of the nodes that are there."""
+    """Of the present nodes."""
     grows: bool = False
-    """Nodes come when they are asked for."""
+    """Whether nodes are added when resources are requested."""
     is_declared: bool = True
-    """Which nodes can come is known; else ``nodes`` holds only those that are there."""
+    """Whether it is known which nodes can be added; else ``nodes`` are the present ones."""
 
     @property
     def cpus(self) -> float:
@@ -191,7 +194,7 @@ def cluster(wait: bool | None = None) -> Cluster:
 def _declared_on_the_head() -> list[node_types.NodeType] | None:
     """The declared node types, read where the autoscaler runs."""
     if ray_client.is_connected():
-        return None  # ray:// tells neither the address nor where the head is
+        return None  # with ray:// neither the address nor the head node is known
     gcs_address = ray.get_runtime_context().gcs_address
     head = next(
         (node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]),
@@ -208,59 +211,56 @@ def _declared_on_the_head() -> list[node_types.NodeType] | None:
 
 
 def capacity(have: Nodes, cpus: float, gpus: float) -> int:
-    """How many bundles of so many CPUs and GPUs the nodes hold at once: a bundle lies on one node,
-    a share of a GPU on one GPU.
+    """How many bundles of so many CPUs and GPUs the nodes have room for at once.
+
+    A bundle is on one node, a share of a GPU on one GPU.
     """
+    return sum(_room_on(*node, cpus, gpus) for node in have)
 
-    def on(node_cpus: float, node_gpus: float) -> int:
-        by_cpu = math.floor(node_cpus / cpus + 1e-6) if cpus else 10**9
-        by_gpu = (
-            10**9
-            if not gpus
-            else math.floor(node_gpus / gpus + 1e-6)
-            if gpus >= 1
-            else int(node_gpus) * math.floor(1 / gpus + 1e-6)
-        )
-        return min(by_cpu, by_gpu)
 
-    return sum(on(*node) for node in have)
+def _room_on(node_cpus: float, node_gpus: float, cpus: float, gpus: float) -> int:
+    """How many bundles one node has room for."""
+    unlimited = 10**9
+    by_cpu = math.floor(node_cpus / cpus + 1e-6) if cpus else unlimited
+    if not gpus:
+        return min(by_cpu, unlimited)
+    if gpus >= 1:
+        return min(by_cpu, math.floor(node_gpus / gpus + 1e-6))
+    return min(by_cpu, int(node_gpus) * math.floor(1 / gpus + 1e-6))
 
 
 def share(spec: Source, cpus: float, gpus: float, object_store_bytes: float = 2 << 30) -> Share:
-    """A rank's part of a cluster: never all CPUs, so that Ray Data always has some (it waits for
-    ever without).
-    """
+    """A rank's part of a cluster; some CPUs are always left for Ray Data, which needs them."""
     ranks = spec.worker_range[1]
-    rank_cpus = spec.cpus_per_worker or (
-        1.0 if cpus >= 2 * ranks else math.floor(100 * cpus / (2 * ranks)) / 100
-    )
+    rank_cpus = spec.cpus_per_worker
+    if rank_cpus is None:
+        rank_cpus = 1.0 if cpus >= 2 * ranks else math.floor(100 * cpus / (2 * ranks)) / 100
     rank_gpus = spec.gpus_per_worker
-    if rank_gpus is None:  # as many ranks a GPU as it takes, each an equal share of one GPU
-        rank_gpus = (
-            0.0
-            if not gpus
-            else 1.0
-            if gpus >= ranks
-            else math.floor(1e4 / math.ceil(ranks / gpus)) / 1e4
-        )
+    if rank_gpus is None:
+        rank_gpus = _gpus_of_rank(gpus, ranks)
     left = max(0.01, math.floor(100 * (cpus - ranks * rank_cpus) / ranks) / 100)
-    actors = max(1, int(left))
-    data = DataWorkers(actors, min(1.0, left), int(object_store_bytes * 0.5 / ranks))
-    threads = (
-        max(1, int((os.cpu_count() or 1) / ranks))
-        if cpus <= (os.cpu_count() or 1)
-        else max(1, int(rank_cpus))
-    )
-    return Share(rank_cpus, rank_gpus, data, threads)
+    data = DataWorkers(max(1, int(left)), min(1.0, left), int(object_store_bytes * 0.5 / ranks))
+    cores = os.cpu_count() or 1
+    threads = cores / ranks if cpus <= cores else rank_cpus
+    return Share(rank_cpus, rank_gpus, data, max(1, int(threads)))
+
+
+def _gpus_of_rank(gpus: float, ranks: int) -> float:
+    """One GPU; where there are fewer GPUs than ranks, an equal share of one."""
+    if not gpus:
+        return 0.0
+    if gpus >= ranks:
+        return 1.0
+    return math.floor(1e4 / math.ceil(ranks / gpus)) / 1e4
 
 
 def nodes_for(spec: Source, on: Cluster) -> Nodes:
     """The nodes that a source's ranks and their data workers share.
 
-    Of a cluster of fixed size these are all nodes. Of one that grows they are the fewest that hold
-    the most ranks, each with one data worker, so that a small job does not ask for every node that
-    could come. GPUs are taken where the job says so, and where it says nothing and some node type
-    has them.
+    In a cluster of fixed size that is all nodes. In one that grows it is the fewest nodes with room
+    for the most ranks, each with one data worker, so that a small job does not ask for every node
+    that could be added. GPUs are used where the job says so, or where it says nothing and some node
+    type has them.
     """
     if not on.grows:
         return on.nodes
@@ -271,10 +271,8 @@ def nodes_for(spec: Source, on: Cluster) -> Nodes:
     useful = [node for node in on.nodes if node[0] > 0]
     ordered = sorted(useful, key=lambda node: (bool(node[1]) != takes_gpus, node))
     if not on.is_declared and capacity(ordered, cpus, gpus) < ranks:
-        return [
-            *ordered,
-            *[(cpus, gpus)] * ranks,
-        ]  # nobody knows what can come: the job says what it needs
+        # it is not known which nodes can be added: the job says what it needs
+        return [*ordered, *[(cpus, gpus)] * ranks]
     for count in range(1, len(ordered) + 1):
         if capacity(ordered[:count], cpus, gpus) >= ranks:
             return ordered[:count]
@@ -284,16 +282,12 @@ def nodes_for(spec: Source, on: Cluster) -> Nodes:
 def share_of(spec: Source, on: Cluster) -> Share:
     """A rank's part of a cluster, by `nodes_for` and `share`."""
     planned = nodes_for(spec, on)
-    return share(
-        spec,
-        sum(node[0] for node in planned),
-        sum(node[1] for node in planned),
-        on.object_store_bytes,
-    )
+    cpus, gpus = (sum(node[i] for node in planned) for i in (0, 1))
+    return share(spec, cpus, gpus, on.object_store_bytes)
 
 
 def bundles_of(mine: Share, ranks: int) -> list[dict[str, float]]:
-    """What so many ranks and their data workers ask a cluster for; no bundle is empty."""
+    """The resource bundles of so many ranks and their data workers, without empty ones."""
     rank = {"CPU": mine.cpus, "GPU": mine.gpus}
     data = {"CPU": mine.data.cpus_per_actor}
     asked = [rank] * ranks + [data] * (ranks * mine.data.actors)
@@ -301,11 +295,9 @@ def bundles_of(mine: Share, ranks: int) -> list[dict[str, float]]:
 
 
 def wait_for(bundles: list[dict[str, float]], what: str, progress: Progress) -> None:
-    """Ask a cluster that grows for bundles of logical resources, and wait until it holds them,
-    however long its nodes take.
+    """Ask a cluster that grows for bundles of logical resources, and wait until it has them.
 
-    What is asked for goes back at the end. A node that came stays until the cluster's idle time is
-    over.
+    The resources are given back at the end; new nodes stay until the cluster's idle time is over.
     """
     keep_ray_datas_actors_here()
     group = ray.util.placement_group(bundles, strategy="PACK")
@@ -330,9 +322,8 @@ def wait_for(bundles: list[dict[str, float]], what: str, progress: Progress) -> 
 def keep_ray_datas_actors_here() -> None:
     """Start the actors that Ray Data shares over a cluster on this process's node.
 
-    They outlive every job, and the node on which they run never counts as idle. Ray Data starts
-    them where it is used first, which is a rank here, so that the rank's node (with its GPUs) would
-    stay for ever. So this comes before ranks.
+    They outlive every job, and their node never counts as idle. Ray Data starts them where it is
+    first used, which would be a rank, whose node (with its GPUs) could then never be released.
     """
     from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
     from ray.data._internal.stats import get_or_create_stats_actor
@@ -352,7 +343,11 @@ def describe_bundles(bundles: list[dict[str, float]]) -> str:
 def check_fits(
     spec: Source, mine: Share, have: Nodes, place: str, grows: bool = False
 ) -> list[str]:
-    """Warnings; raises ClusterError when the fewest ranks can never run here."""
+    """Return warnings.
+
+    Raises:
+        ClusterError: the fewest ranks can never run on these nodes.
+    """
     fewest, most = spec.worker_range
     cpus, gpus = (sum(node[i] for node in have) for i in (0, 1))
     if (
@@ -420,7 +415,7 @@ def _rank_main(config: dict[str, Any]) -> None:
 
     work, board = config["work"], config["board"]
     if ray.get(board.read.remote())[1] is not None:
-        return  # the run ended with an error that a restart cannot mend
+        return  # the run ended with an error that a restart would only repeat
     context = ray.train.get_context()
     torch.set_num_threads(work.threads)
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
@@ -478,9 +473,8 @@ def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> 
         except (RayError, GetTimeoutError):
             continue
         if record:
-            if (
-                warning := record.get("warning", last_warning)
-            ) != last_warning:  # all later records have it too
+            warning = record.get("warning", last_warning)
+            if warning != last_warning:  # all later records have it too
                 progress.note(f"warning: {name}: {warning}")
                 last_warning = warning
             progress.update(training_line(name, record))
@@ -500,7 +494,7 @@ def resources() -> dict[str, float]:
 
 
 def source_metadata(stage: source.SourceStage) -> dict[str, Any]:
-    """The report's facts of a source that is done."""
+    """What the report says of a source that is done."""
     manifest = atomic_folder.open_folder(stage.bundle_uri)
     made = {"versions": manifest.get("versions", {}), "changes": stage.changes()}
     return {
@@ -512,7 +506,7 @@ def source_metadata(stage: source.SourceStage) -> dict[str, Any]:
 
 
 def _report_findings(name: str, findings: Iterable[Finding], progress: Progress) -> None:
-    """Say in the terminal what belongs there."""
+    """Show the findings that are meant for the terminal."""
     for finding in findings:
         if finding.in_terminal:
             progress.note(finding.line(name))
@@ -521,32 +515,26 @@ def _report_findings(name: str, findings: Iterable[Finding], progress: Progress)
 def pretrain(
     stage: source.SourceStage, progress: Progress, verbose: bool, wait: bool | None = None
 ) -> dict[str, Any]:
-    """Run a source stage to its bundle and return the report's facts; a bundle that is there
-    already is used.
+    """Run a source stage to its bundle; a bundle that is there already is used.
 
-    ``wait``: whether to wait for nodes that are not there yet (`cluster`).
+    Args:
+        verbose: Whether Ray's own messages are shown.
+        wait: Whether to wait for nodes that are not there yet (`cluster`).
 
-    Raises ClusterError before anything starts, StageError when training failed for good.
+    Returns:
+        What the report says of the source.
+
+    Raises:
+        ClusterError: the cluster can never run it; raised before anything starts.
+        StageError: training failed for good.
     """
-    import ray.train
-
     if stage.done:
         return {**source_metadata(stage), "cached": True}
     if stage.splits is None:
         metadata = work_of.import_checkpoint(stage)
         _report_findings(stage.name, findings_from_metadata(metadata), progress)
         return {**metadata, "bundle": stage.bundle_uri}
-    on = cluster(wait)
-    mine, planned = share_of(stage.spec, on), nodes_for(stage.spec, on)
-    for line in check_fits(stage.spec, mine, planned, f"sources.{stage.name}", on.grows):
-        progress.note(line)
-    low, high = stage.spec.worker_range
-    cpus = sum(node[0] for node in planned)
-    most = max(
-        low, min(high, int((cpus + 1e-6) // (mine.cpus + mine.data.cpus_per_actor)))
-    )  # elastic ranks leave Ray Data its CPUs
-    if on.grows:
-        wait_for(bundles_of(mine, low), stage.name, progress)
+    mine, most = _plan_ranks(stage, progress, wait)
     progress.update(f"{stage.name}: reading and fitting the source")
     fitted = source.fit(stage)
     work = work_of.rank_job(stage, fitted, mine.data, mine.threads)
@@ -555,27 +543,55 @@ def pretrain(
     if work.place == "memory":
         progress.update(f"{stage.name}: decoding {len(fitted.train)} rows")
     rows = work_of.decoded(work)
+    record = _train(stage, work, rows, mine, most, progress, verbose)
+    storage.remove_tree(storage.join(stage.uri, "ray"))
+    progress.update(training_line(stage.name, record), final=True)
+    return source_metadata(stage)
+
+
+def _plan_ranks(
+    stage: source.SourceStage, progress: Progress, wait: bool | None
+) -> tuple[Share, int]:
+    """Each rank's share of the cluster, and the most ranks; waits for nodes where it grows."""
+    spec, on = stage.spec, cluster(wait)
+    mine, nodes = share_of(spec, on), nodes_for(spec, on)
+    for line in check_fits(spec, mine, nodes, f"sources.{stage.name}", on.grows):
+        progress.note(line)
+    fewest, most = spec.worker_range
+    cpus = sum(node[0] for node in nodes)
+    # elastic ranks leave Ray Data its CPUs
+    room = int((cpus + 1e-6) // (mine.cpus + mine.data.cpus_per_actor))
+    if on.grows:
+        wait_for(bundles_of(mine, fewest), stage.name, progress)
+    return mine, max(fewest, min(most, room))
+
+
+def _train(
+    stage: source.SourceStage,
+    work: work_of.RankJob,
+    rows: Rows | None,
+    mine: Share,
+    most: int,
+    progress: Progress,
+    verbose: bool,
+) -> dict[str, Any]:
+    """Train on all ranks, show their progress, and return their last log record.
+
+    Raises:
+        StageError: no bundle was written.
+    """
+    import ray.train
+
     board = _Board.remote()
     ended = threading.Event()
-    watcher = threading.Thread(
-        target=_watch, args=(board, stage.name, progress, ended), daemon=True
-    )
+    watched = (board, stage.name, progress, ended)
+    watcher = threading.Thread(target=_watch, args=watched, daemon=True)
     watcher.start()
+    reference = put_shared(rows) if rows is not None else None
+    config = {"work": work, "board": board, "rows": reference}
     error: Exception | None = None
     try:
-        _fit(
-            _trainer(
-                stage,
-                mine,
-                {
-                    "work": work,
-                    "board": board,
-                    "rows": put_shared(rows) if rows is not None else None,
-                },
-                verbose,
-                most,
-            )
-        )
+        _fit(_trainer(stage, mine, config, verbose, most))
     except ray.train.TrainingFailedError as failed:
         error = failed
     finally:
@@ -584,18 +600,15 @@ def pretrain(
     record, fatal = ray.get(board.read.remote())
     ray.kill(board)  # pyright: ignore[reportArgumentType] - Ray's stub of actors
     if fatal or error or not stage.has_bundle:
-        write_fence.check(
-            stage.uri
-        )  # a lease that is lost is the reason, whatever it made of the ranks
+        write_fence.check(stage.uri)  # a lost lock is the reason, whatever error the ranks raised
         raise StageError(f"sources.{stage.name}: {fatal or _reason(error)}")
-    storage.remove_tree(storage.join(stage.uri, "ray"))
-    progress.update(training_line(stage.name, record), final=True)
-    return source_metadata(stage)
+    return record
 
 
 def _fit(trainer: Any) -> Any:
-    """The trainer's result. Ray Train answers Ctrl-C by ending the process; here it is a
-    KeyboardInterrupt as everywhere else, and Ray's handler goes again.
+    """Run the trainer; Ctrl-C raises KeyboardInterrupt.
+
+    Ray Train installs a handler that ends the process instead; it is taken off again.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -643,7 +656,7 @@ def _trainer(
 
 
 def put_shared(value: Any) -> Any:
-    """A reference to a value that was put into the object store once, for all that read it."""
+    """Put a value into the object store once; return a reference for all that read it."""
     return ray.put(value)
 
 
@@ -653,7 +666,7 @@ def get_shared(reference: Any) -> Any:
 
 
 def _backend(gpus: float) -> Any:
-    """NCCL refuses two ranks on one GPU, so ranks that share one talk over gloo; else Ray's
+    """NCCL does not allow two ranks on one GPU: ranks that share one use gloo; else Ray's
     choice.
     """
     import ray.train.torch
