@@ -1,8 +1,8 @@
 """Fan-out: many trials at once on Ray Tune. The one place that runs Ray Tune.
 
 Trials are grouped into units: one trial, or all trials of one frozen backbone on one target, whose
-heads train together. A unit writes each trial's record when it ends, so an interrupted fan-out goes
-on with the trials that have none.
+heads train together. A unit writes each trial's record when it ends, so an interrupted fan-out
+continues with the trials that have none.
 """
 
 from __future__ import annotations
@@ -48,16 +48,17 @@ UNIT_TRIALS = 64
 
 @ray.remote(num_cpus=0)
 class _Pulses:
-    """When the processes that run trials were last heard of, by the clock of one process."""
+    """When each process that runs trials last sent a heartbeat, by the clock of this process."""
 
     def __init__(self):
         self.running: dict[str, dict[str, Any]] = {}
 
     def begin(self, actor_id: str, actor: Any, unit: int, waits_for_ranks: bool = False) -> None:
-        """A process begins a unit.
+        """Note that a process begins a unit.
 
-        ``waits_for_ranks``: a growing cluster may be long in giving the ranks their place, so
-        silence and time count from the first beat, which each rank gives before anything else.
+        Args:
+            waits_for_ranks: Count silence and time from the first heartbeat, which each rank sends
+                before anything else: a growing cluster may take long to place the ranks.
         """
         now = float("inf") if waits_for_ranks else time.monotonic()
         self.running[actor_id] = {"actor": actor, "unit": unit, "began": now, "heard": now}
@@ -76,8 +77,14 @@ class _Pulses:
     def overdue(
         self, silence: float | None, limits: dict[int, float]
     ) -> list[tuple[int, Any, str]]:
-        """(unit, process, ``silence`` or ``time``) of those that were not heard of for so many
-        seconds, or run longer than their limit. Each is told once.
+        """List the processes that are silent or over their time limit, each of them once.
+
+        Args:
+            silence: Seconds without a heartbeat; None: any number.
+            limits: Seconds that a unit may take, where it has a limit.
+
+        Returns:
+            Unit, process, and "silence" or "time".
         """
         now, out = time.monotonic(), []
         for actor_id, entry in list(self.running.items()):
@@ -91,7 +98,7 @@ class _Pulses:
 
 @dataclass(frozen=True)
 class Pulse:
-    """How the process of a unit says that it still works."""
+    """Sends heartbeats of the process of a unit."""
 
     board: Any
     actor_id: str
@@ -99,7 +106,7 @@ class Pulse:
     every_seconds: float
 
     def listener(self) -> Callable[[], None]:
-        """For `heartbeat.listening`: passes some of the beats on, and waits for nothing."""
+        """For `heartbeat.listening`: send some of the beats on, without waiting."""
         last_beat = float("-inf")
 
         def heard() -> None:
@@ -112,7 +119,7 @@ class Pulse:
 
 
 def _begin(board: Any, unit: int, every_seconds: float, waits_for_ranks: bool) -> Pulse:
-    """Called by the process of a unit when it starts work."""
+    """Register this process as the one that runs a unit."""
     context = ray.get_runtime_context()
     pulse = Pulse(board, str(context.get_actor_id()), unit, every_seconds)
     board.begin.remote(pulse.actor_id, context.current_actor, unit, waits_for_ranks)
@@ -120,8 +127,9 @@ def _begin(board: Any, unit: int, every_seconds: float, waits_for_ranks: bool) -
 
 
 class _Watchdog:
-    """Ends the processes of trials that hang or take too long. It works from outside: a process
-    that hangs in C code answers nothing.
+    """Kills the processes of trials that hang or take too long.
+
+    It runs outside of them, since a process that hangs in C code does not react to anything.
     """
 
     def __init__(self, work: list[Unit], spec: Fanout, progress: Progress):
@@ -129,11 +137,9 @@ class _Watchdog:
         self.silence = None if minutes is None else 60 * minutes
         limit = spec.trial_timeout_minutes
         # heads that train together share the time that each of them alone would have
-        self.limits = (
-            {}
-            if limit is None
-            else {number: 60 * limit * len(unit.trials) for number, unit in enumerate(work)}
-        )
+        self.limits: dict[int, float] = {}
+        if limit is not None:
+            self.limits = {i: 60 * limit * len(unit.trials) for i, unit in enumerate(work)}
         self.work, self.spec, self.progress = work, spec, progress
         self.reasons: dict[int, str] = {}
         waits = [*self.limits.values(), *([self.silence] if self.silence is not None else [])]
@@ -183,8 +189,7 @@ class _Watchdog:
             )
         return (
             f"took no step and read no batch for {self.spec.silence_timeout_minutes:g} minutes "
-            "(fanout.silence_timeout_minutes), and its process was "
-            "ended"
+            "(fanout.silence_timeout_minutes), and its process was ended"
         )
 
     def _name(self, unit: int) -> str:
@@ -210,17 +215,19 @@ class Unit:
 
 
 def units(trials: list[Trial], shared: Shared) -> list[Unit]:
-    """Frozen trials of one (source, base, target, technique) together, those of random weights by
-    seed; the others one by one, the longest first.
+    """Group trials into units: heads on one frozen backbone together, all other trials alone.
+
+    Random backbones differ by seed, so their heads are grouped by seed. Single trials come first,
+    since they take longest.
     """
     frozen: dict[tuple, list[Trial]] = defaultdict(list)
     single: list[Unit] = []
     for one in trials:
         if one.technique_object.frozen and shared.targets[one.target, one.base].in_memory:
             weights = one.seed if one.source == SCRATCH else None
-            frozen[one.source, weights, one.base, one.target, str(one.technique), one.stage].append(
-                one
-            )
+            technique = str(one.technique)
+            key = (one.source, weights, one.base, one.target, technique, one.stage)
+            frozen[key].append(one)
         else:
             single.append(Unit((one,), False))
     groups = [
@@ -240,17 +247,17 @@ def _run_unit(
     board: Any = None,
     pulse_seconds: float = 60.0,
 ) -> None:
-    """A Tune trial. An error becomes the trial's record; it stops nothing else.
+    """Run a unit as one Tune trial. An error goes into the trials' records and stops nothing else.
 
     Args:
-        held: The reference of what all trials share.
-        board: Where the process says that it still works; None: nobody watches it.
+        held: A list with the reference of what all trials share.
+        work: All units; ``config["unit"]`` is the number of this one.
+        asha: Whether validations are reported to the scheduler.
+        board: The `_Pulses` that gets heartbeats; None: no watchdog.
     """
-    pulse = (
-        _begin(board, config["unit"], pulse_seconds, config["workers"] > 0)
-        if board is not None
-        else None
-    )
+    pulse = None
+    if board is not None:
+        pulse = _begin(board, config["unit"], pulse_seconds, config["workers"] > 0)
     shared: Shared = launch.get_shared(held[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     unit = work[config["unit"]]
@@ -303,7 +310,7 @@ def _rank_of_trial(config: dict[str, Any], ranks: Ranks) -> Record:
     """One rank of a trial under Ray Train."""
     pulse: Pulse | None = config["pulse"]
     with heartbeat.listening(pulse.listener() if pulse else lambda: None):
-        heartbeat.beat()  # now the rank has its place; what hangs from here on is silent
+        heartbeat.beat()  # the rank is placed; from here on silence counts
         return trial.run(config["trial"], config["shared"], ranks)
 
 
@@ -315,8 +322,10 @@ def _records(
     report: trial.Report,
     pulse: Pulse | None,
 ) -> list[Record]:
-    """Run a unit's trials to their records. Raises LostLeaseError when the run may not write any
-    more.
+    """Run a unit's trials and return their records.
+
+    Raises:
+        LostLeaseError: the run has lost the lock of its folder.
     """
     write_fence.check(shared.root)  # before hours of training, not after them
     try:
@@ -350,8 +359,9 @@ def _records(
 
 
 def release_memory() -> None:
-    """What a trial took goes back to the device and to the system: glibc would keep it, and one
-    process serves many trials.
+    """Return freed memory to the device and to the system.
+
+    One process runs many trials, and glibc would keep what each of them used.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -360,8 +370,9 @@ def release_memory() -> None:
 
 
 class GroupedASHA(TrialScheduler):
-    """ASHA (Li et al. 2020) within each cell: only trials of one (source, target, technique, label
-    fraction) compete.
+    """ASHA (Li et al. 2020) within each cell.
+
+    Only trials of one source, target, technique and label fraction compete.
     """
 
     def __init__(self, cells: dict[int, str]):
@@ -408,9 +419,7 @@ class GroupedASHA(TrialScheduler):
 
 
 class _ProgressCallback(tune.Callback):
-    """Counts trials on the progress line and lets losing bundles go as soon as a better one is
-    there.
-    """
+    """Shows progress, and removes a trial's bundle as soon as a better one of its cell exists."""
 
     def __init__(
         self,
@@ -421,23 +430,15 @@ class _ProgressCallback(tune.Callback):
         keep: str,
         on_end: Callable[[int], None] = lambda unit: None,
     ):
-        self.on_end = on_end
-        self.name, self.work, self.shared, self.progress, self.keep = (
-            name,
-            work,
-            shared,
-            progress,
-            keep,
-        )
+        self.name, self.work, self.shared = name, work, shared
+        self.progress, self.keep, self.on_end = progress, keep, on_end
         self.total = sum(len(unit.trials) for unit in work)
         self.done = self.failed = self.pruned = 0
         self.began = self.last_end = time.time()
         self.best: dict[str, Record] = {}
 
     def __getstate__(self):
-        """Tune pickles its callbacks to resume them; this one is made anew, and its terminal cannot
-        be pickled.
-        """
+        """Tune pickles its callbacks; this one is never restored, and a terminal has no pickle."""
         return {}
 
     def _line(self, trials: list[Any], final: bool = False) -> None:
@@ -445,13 +446,11 @@ class _ProgressCallback(tune.Callback):
         running = sum(
             len(self.work[one.config["unit"]].trials) for one in trials if one.status == "RUNNING"
         )
-        eta = (
-            (self.last_end - self.began) / ended * (self.total - ended)
-            - (time.time() - self.last_end)
-            if ended
-            else float("nan")
-        )
-        rest = f"  ETA {duration(eta)}" if ended and ended < self.total else ""
+        rest = ""
+        if 0 < ended < self.total:
+            seconds_each = (self.last_end - self.began) / ended
+            eta = seconds_each * (self.total - ended) - (time.time() - self.last_end)
+            rest = f"  ETA {duration(eta)}"
         pruned = f", {self.pruned} pruned" if self.pruned else ""
         self.progress.update(
             f"{self.name}: trials {ended}/{self.total}  {running} running, {self.failed} "
@@ -506,9 +505,10 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Rec
 
 
 def _is_better(a: Record, b: Record) -> bool:
-    """By the primary metric of validation rows, which may be another than that of test rows. Of
-    equals the smaller seed wins, whichever ended first: else each would be removed for the other,
-    one as they end and one at the end of the run.
+    """Compare by the primary metric of the validation rows; the smaller seed wins a tie.
+
+    The order in which trials end must not matter: else each of two equal ones could be removed for
+    the other, one as they end and one at the end of the run.
     """
     row = next(row for row in a["rows"] if row["split"] == "validation")
 
@@ -532,12 +532,17 @@ def run(
     anew: Collection[str] = (),
     wait: bool | None = None,
 ) -> list[Record]:
-    """Run the trials that have no record yet, and those whose ids are in ``anew``; the records of
-    all, in order. A failed trial has a record with its error.
+    """Run the trials that have no record yet.
 
-    ``wait``: whether to wait for nodes that are not there yet (`launch.cluster`).
+    Args:
+        anew: Ids of trials that are run again although they have a record.
+        wait: Whether to wait for nodes that are not there yet (`launch.cluster`).
 
-    Raises KeyboardInterrupt when stopped; what is finished stays.
+    Returns:
+        The records of all trials, in their order; that of a failed one has its error.
+
+    Raises:
+        KeyboardInterrupt: the run was stopped; finished trials keep their records.
     """
     lacking = unfinished_of(shared.root, [one for one in trials if one.id not in anew], spec)
     todo = [one for one in trials if one.id in anew or one.id in lacking]
@@ -551,14 +556,14 @@ def run(
 
 
 def unfinished_of(root: str, trials: list[Trial], spec: Fanout) -> set[str]:
-    """Ids of the trials that must run (`unfinished`); several are looked at at once."""
+    """Ids of the trials that must run (`unfinished`), read in parallel."""
     found = storage.at_once(lambda one: unfinished(root, one, spec), trials)
     return {one.id for one, is_unfinished in zip(trials, found, strict=True) if is_unfinished}
 
 
 def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
-    """Failed trials are tried again by the next run, trials that were stopped early when nothing
-    stops them any more, and damaged ones.
+    """Whether a trial must run: it has no record, failed, is damaged, or was stopped early by a
+    scheduler that the job no longer has.
     """
     record = trial.read_record(root, one.id)
     if (
@@ -580,20 +585,23 @@ def _by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
 def per_trial(spec: Fanout, have: launch.Nodes) -> tuple[float, float]:
     """CPUs and GPUs of one trial, or of one rank of a trial."""
     gpus = sum(node[1] for node in have)
-    most = max(
-        (node[0] for node in have if node[0] > 0), default=1.0
-    )  # a head without CPUs runs no trial
-    share = spec.gpus_per_trial if spec.gpus_per_trial is not None else (0.25 if gpus else 0.0)
-    return (
-        spec.cpus_per_trial
-        if "cpus_per_trial" in spec.model_fields_set
-        else min(spec.cpus_per_trial, most)
-    ), share
+    cpus, share = spec.cpus_per_trial, spec.gpus_per_trial
+    if share is None:
+        share = 0.25 if gpus else 0.0
+    if "cpus_per_trial" not in spec.model_fields_set:
+        # a head node without CPUs runs no trial
+        cpus = min(cpus, max((node[0] for node in have if node[0] > 0), default=1.0))
+    return cpus, share
 
 
 def check_fits(job: Job, have: launch.Nodes, grows: bool = False) -> None:
-    """Raises ClusterError when a trial of the job can never run on these nodes, which are all that
-    can be there where the cluster ``grows``.
+    """Check that a trial of the job can run on these nodes.
+
+    Args:
+        have: The nodes; all that the cluster can have where it ``grows``.
+
+    Raises:
+        ClusterError: it never can.
     """
     cpus, gpus = per_trial(job.fanout, have)
     room = launch.capacity(have, cpus, gpus)
@@ -611,8 +619,7 @@ def check_fits(job: Job, have: launch.Nodes, grows: bool = False) -> None:
 
 
 def keep_keys_out_of_runtime_environments() -> None:
-    """Take the AWS_* names off the list of variables that Ray Tune copies into its actors' runtime
-    environment.
+    """Remove AWS_* from the variables that Ray Tune copies into its actors' runtime environment.
 
     A runtime environment is written in clear text to logs that every user of the machine may read,
     and is shown by the dashboard. Workers do not need the copy: on a cluster that this process
@@ -643,8 +650,8 @@ def _tune(
             name,
             progress,
         )
-    # a trial that only drives its ranks asks for one byte: any part of a CPU would be missing to
-    # the ranks, who would wait for it for ever
+    # a trial that only starts its ranks asks for one byte of memory: with any part of a CPU, the
+    # ranks could wait for that CPU for ever
     mine: dict[str, float] = (
         {"memory": 1} if workers else {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
     )
@@ -698,9 +705,7 @@ def _tune(
 
 
 def record_of_this_run(shared: Shared, one: Trial) -> Record | None:
-    """The record that this very run has written of a trial. One of before, of a failure or of other
-    code, stays until this run's takes its place.
-    """
+    """The record of a trial that this very run has written; an older one may still be there."""
     record = trial.read_record(shared.root, one.id)
     return (
         record if record is not None and record.get("run") == shared.metadata.get("run") else None
