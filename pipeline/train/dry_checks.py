@@ -1,5 +1,6 @@
-"""What a run would make of a source and what it would refuse, found from a sample of the rows: for
-``--dry-run``. Nothing is written or trained.
+"""What a run would make of a source, and its errors, from a sample of the rows: for ``--dry-run``.
+
+Nothing is written or trained.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from scipy.stats import beta
 
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
-from pipeline.config.schema import CHECKPOINT_PREFIXES, HUBS
+from pipeline.config.schema import HUBS
 from pipeline.core.contracts import Modality, Objective, Task
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
@@ -26,44 +27,37 @@ from pipeline.train.source import SourceStage
 from pipeline.train.token_rows import EMPTY
 
 SAMPLE_ROWS, SAMPLE_BYTES = 64, 8 << 20
-"""Rows of a split that are decoded, and of large rows so many that their files hold about so many
-bytes.
-"""
+"""Rows of the sample of a split; fewer where rows are large, about so many bytes in their files."""
 FITTED_ROWS = 1024
-"""Rows that a modality is fitted on to see how it would read: a run takes more."""
+"""Rows that a modality is fitted on; a run takes more."""
 CONFIDENCE = 0.99
-"""A split is refused by a sample where its share of bad rows is above the budget with this
-confidence (Clopper and Pearson 1934); else it is told.
+"""A sample is an error where the split's share of bad rows is over the budget with this confidence
+(Clopper and Pearson 1934); else it is a warning.
 """
 
 
 class PlannedSource(NamedTuple):
-    """A source as a run would make it: ``arch`` and ``modality`` of its bundle; ``is_estimated``
-    where the modality was fitted on fewer rows.
-    """
+    """Architecture and modality that the bundle of a source would have."""
 
     arch: dict[str, Any]
     modality: dict[str, Any]
     findings: list[Finding]
     is_estimated: bool = False
+    """Whether the modality was fitted on fewer rows than a run takes."""
 
 
 def source(stage: SourceStage) -> PlannedSource | None:
-    """What a run would make of the source; None where that needs a model from a hub, which only a
-    run fetches.
+    """Find what a run would make of the source; None where that needs a model from a hub.
 
-    Raises ValueError or StorageError with what the run would say: a checkpoint that cannot be read
-    or does not fit, labels that are missing, rows that cannot be decoded, more tokens than the
-    model has positions.
+    Raises:
+        ValueError: the run would end with this error: a checkpoint does not fit, labels are
+            missing, rows cannot be decoded, rows have more tokens than the model has positions.
+        StorageError: a file or checkpoint cannot be read.
     """
     if stage.done:
         found = storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))
         return PlannedSource(found["arch"], found["modality"], [])
-    text = stage.spec.init or (
-        stage.spec.backbone.name
-        if stage.spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
-        else None
-    )
+    text = stage.checkpoint_text
     if text and text.partition(":")[0] in HUBS:
         return None
     start = pretrained.read(text, stage.spec.backbone.name) if text else None
@@ -126,44 +120,42 @@ def _packed_batches(stage: SourceStage, decoder: Decoder) -> list[Finding]:
     return [
         Finding(
             f"about {about:,} rows are packed from {len(rows_to_pack):,} training documents, "
-            f"fewer than the {batch} of a batch: lower "
-            "train.global_batch, or give more text",
+            f"fewer than the {batch} of a batch: lower train.global_batch, or give more text",
             True,
         )
     ]
 
 
 def build(arch: dict[str, Any], objective: dict[str, Any]) -> Task:
-    """The task without memory for its weights, where the backbone can be built so. Raises
-    ValueError where its parts do not fit.
+    """Build the task, on the meta device where the backbone allows it.
+
+    Raises:
+        ValueError: backbone and objective do not fit together.
     """
     try:
         with torch.device("meta"):
             return bundle.build_task(arch, objective, seed=0)
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ):  # a backbone that computes with its own weights when it is built
+    except (NotImplementedError, RuntimeError):  # some backbones compute with their new weights
         return bundle.build_task(arch, objective, seed=0)
 
 
 def check_named_files(splits: Splits) -> None:
-    """Raise StorageError, as the reading of a row would, for the first file that a column names and
-    that is not there, with how many.
-    """
+    """Raise StorageError where files that a column names do not exist."""
     missing = [file.uri for file in splits.reads if file.content == file_identity.ABSENT]
     if missing:
-        more = (
-            f", and {len(missing) - 1} more that are not there either" if len(missing) > 1 else ""
-        )
+        others = len(missing) - 1
+        more = f", and {others} more that are not there either" if others else ""
         raise storage.StorageError(
             f"{missing[0]}: no such file, while a column of the rows names it{more}"
         )
 
 
 def rows(split: str, selection: Selection, decoder: Decoder, max_bad: float) -> list[Finding]:
-    """Decode a sample of a split. Raises TooManyBadRowsError where more rows are bad than a run
-    allows, StorageError for a file that cannot be read.
+    """Decode a sample of a split.
+
+    Raises:
+        TooManyBadRowsError: more rows are bad than a run allows.
+        StorageError: a file cannot be read.
     """
     if not len(selection):
         return []
@@ -193,14 +185,14 @@ def rows(split: str, selection: Selection, decoder: Decoder, max_bad: float) -> 
 
 
 def _places(selection: Selection) -> np.ndarray:
-    """Evenly spread places of the sample."""
+    """Evenly spread indices of the rows of the sample."""
     each = max(1, selection.manifest.size // max(1, selection.manifest.rows))
     most = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // each), len(selection))
     return np.unique(np.linspace(0, len(selection) - 1, most).astype(np.int64))
 
 
 def _bad_rows(part: Selection, decoder: Decoder) -> list[str]:
-    """For each row "" or why it cannot be used."""
+    """For each row an empty string, or why it cannot be used."""
     objective = registry.get("objective", decoder.objective) if decoder.objective else Objective
     packs = objective.packed and type(decoder.modality).pack is not Modality.pack
     table = manifests.Reader(part.manifest, decoder.names()).take(part.ids(np.arange(len(part))))

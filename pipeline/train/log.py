@@ -1,6 +1,4 @@
-"""The metrics log of a run: JSON Lines and TensorBoard files, beside the bundle; bad rows are
-listed there too.
-"""
+"""The log of a run: metrics as JSON Lines and TensorBoard files, and a list of bad rows."""
 
 from __future__ import annotations
 
@@ -18,11 +16,10 @@ from pipeline.io import s3, storage, write_fence
 
 
 class RowTrace:
-    """Appends a line {step, rows, pid} for every step of a rank to ``rows-rank<rank>.jsonl`` in a
-    local folder.
+    """Appends a line {step, rows, pid} for every step of a rank to ``rows-rank<rank>.jsonl``.
 
-    A run that goes on from a resume point appends to what is there: of a step that was taken twice,
-    the last line counts.
+    A run that continues from a resume point appends to the file: where a step was taken twice, its
+    last line counts. Local folders only.
     """
 
     def __init__(self, folder: str, rank: int):
@@ -38,8 +35,9 @@ class RowTrace:
 
 
 class MetricsLog:
-    """``metrics.jsonl``, ``quarantine.jsonl`` and ``tensorboard/`` under a folder; remote folders
-    are brought up to date by ``flush``.
+    """Writes ``metrics.jsonl``, ``quarantine.jsonl`` and ``tensorboard/`` into a folder.
+
+    A remote folder is updated by ``flush``, which ``write`` calls twice a minute.
     """
 
     def __init__(self, uri: str, resume_step: int = 0, tensorboard: bool = True):
@@ -57,14 +55,9 @@ class MetricsLog:
         self._flushed = time.monotonic()
 
     def _before(self, resume_step: int) -> None:
-        """What an earlier part of the run left: lines of steps after the resume point are dropped,
-        since they are written again.
-        """
-        kept = (
-            [line for line in self._lines("metrics.jsonl") if line.get("step", 0) <= resume_step]
-            if resume_step
-            else []
-        )
+        """Drop what an earlier part of the run logged after the resume point: it comes again."""
+        lines = self._lines("metrics.jsonl") if resume_step else []
+        kept = [line for line in lines if line.get("step", 0) <= resume_step]
         self._write_lines("metrics.jsonl", kept, "w")
         listed = self._lines("quarantine.jsonl") if resume_step else []
         self._quarantined = {(row.get("split"), row["row"]) for row in listed}
@@ -78,7 +71,7 @@ class MetricsLog:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a file; a line that a kill cut off is left out."""
+        """The records of a file, without a last line that was cut off by a kill."""
         uri, out = storage.join(self.uri, name), []
         for line in storage.read_bytes(uri).splitlines() if storage.exists(uri) else ():
             with suppress(ValueError):
@@ -86,6 +79,7 @@ class MetricsLog:
         return out
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a record; its numbers go to TensorBoard too."""
         write_fence.check(self.uri)
         self._write_lines("metrics.jsonl", [{"time": round(time.time(), 3), **record}], "a")
         if self._writer:
@@ -105,16 +99,15 @@ class MetricsLog:
         self._quarantined |= set(fresh)
 
     def _writer_is_alive(self) -> bool:
-        """TensorBoard's files are written by a thread, which ends at the first error; who gives it
-        more would wait for ever.
+        """Whether the thread that writes TensorBoard's files still runs.
+
+        It ends at the first error, and whoever gave it more values would wait for ever.
         """
         thread = getattr(self._events(), "_worker", None)
         return thread is None or thread.is_alive()
 
     def _events(self) -> Any:
-        """What writes TensorBoard's files; none before the first value, when there is no file
-        yet.
-        """
+        """The object that writes TensorBoard's files; None before the first value."""
         writer: Any = self._writer
         file_writer = writer.file_writer if writer else None
         return file_writer.event_writer if file_writer else None
@@ -122,12 +115,12 @@ class MetricsLog:
     def _check_writer(self) -> None:
         if not self._writer_is_alive():
             raise storage.StorageError(
-                f"cannot write {self.folder / 'tensorboard'}: its writer has stopped, as it "
-                "does where the disk is full; free space there or "
-                "choose another storage"
+                f"cannot write {self.folder / 'tensorboard'}: its writer has stopped, as it does "
+                "where the disk is full; free space there or choose another storage"
             )
 
     def flush(self) -> None:
+        """Write buffered values to the disk, and bring a remote folder up to date."""
         if self._writer:
             self._check_writer()
             with s3.naming("write", self.folder / "tensorboard"):
@@ -142,7 +135,11 @@ class MetricsLog:
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Bring everything to its place. Raises StorageError."""
+        """Write everything that is still buffered.
+
+        Raises:
+            StorageError: something could not be written.
+        """
         try:
             self.flush()
             if self._writer:
@@ -153,9 +150,7 @@ class MetricsLog:
                 self._scratch.cleanup()
 
     def abandon(self) -> None:
-        """Close the log after an error, which is the one to be told, whatever becomes of the
-        log.
-        """
+        """Close the log after an error of the run; further errors of the log are ignored."""
         with suppress(OSError):
             if self._writer_is_alive():
                 self.close()
@@ -166,6 +161,5 @@ class MetricsLog:
             events._worker.stop()
         with suppress(OSError):
             events._ev_writer.close()
-        events._closed = (
-            True  # else tensorboardX tries again when Python ends, and prints what it meets
-        )
+        # else tensorboardX tries to close it when Python ends, and prints its error
+        events._closed = True

@@ -1,5 +1,6 @@
-"""Features of a backbone and their nearest neighbours; the online probe: how well they tell labels,
-while the backbone is pretrained.
+"""The online probe: how well nearest neighbours in a backbone's features predict labels.
+
+It is computed at every validation while the backbone is pretrained.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ METRIC = "probe_knn"
 LABELS = "classification"
 """The objective that reads the probe's labels."""
 PROBE_ROWS, PROBE_BYTES = (4000, 1000), 512 << 20
-"""The most training and validation rows of a probe, evenly spread, and the bytes that each of both
-may take decoded: it must cost little.
+"""The most training and validation rows of a probe, evenly spread, and the most bytes that each of
+both may take when decoded.
 """
 
 
@@ -38,8 +39,10 @@ may take decoded: it must cost little.
 def features(
     backbone: nn.Module, rows: Rows, device: torch.device, autocast: Any = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(n, D) pooled features of rows in evaluation mode, and the rows' other tensors (labels), both
-    on the device.
+    """Compute the pooled features of rows, in evaluation mode.
+
+    Returns:
+        (n, D) features and the rows' label tensors, all on the device, in the order of row ids.
     """
     backbone.to(device).eval()
     labels = (
@@ -62,8 +65,16 @@ def features(
 
 
 def neighbours(found: np.ndarray, k: int, tried: np.ndarray | None = None) -> Tensor:
-    """(m, k) places of the k rows of ``found`` (n, D) that are nearest to each of ``tried`` (m, D)
-    by cosine; none: to each of ``found`` itself, which is not its own neighbour.
+    """Find the nearest neighbours by cosine similarity.
+
+    Args:
+        found: (n, D) features among which neighbours are looked for.
+        k: Neighbours of each row.
+        tried: (m, D) features whose neighbours are wanted; None: those of ``found``, where no row
+            is its own neighbour.
+
+    Returns:
+        (m, k) indices into ``found``.
     """
     f = nn.functional.normalize(torch.from_numpy(found.astype(np.float32)), dim=1)
     own = tried is None
@@ -85,17 +96,22 @@ def neighbours(found: np.ndarray, k: int, tried: np.ndarray | None = None) -> Te
 
 
 def splits(spec: Source, place: str, validated: bool, imports_uri: str) -> Splits | None:
-    """The probe's rows, as a source names them. Raises ValueError for what it cannot try, or try
-    on.
+    """Read the splits of a source's probe.
+
+    Args:
+        place: The source in the job file, for errors.
+        validated: Whether the source has validation rows.
+
+    Raises:
+        ValueError: the probe's rows cannot be used.
     """
     data = spec.probe
     if data is None or spec.data is None:
         return None
     if not validated:
         raise ValueError(
-            f"{place}.probe: it is tried at every validation, and this source has no "
-            "validation rows: give data.validation files, "
-            "a split_column or a validation_fraction"
+            f"{place}.probe: it is tried at every validation, and this source has no validation "
+            "rows: give data.validation files, a split_column or a validation_fraction"
         )
     component, own = data.modality, spec.data.modality
     given = registry.get("modality", own.name).options_class(**own.options).model_dump()
@@ -181,8 +197,9 @@ def prepare(data: Data, found: Splits, modality: Modality) -> Probe:
 
 @contextmanager
 def exported_backbone(task: Task) -> Iterator[Backbone]:
-    """The backbone as a bundle written now would hold it: a teacher that is what is carried over
-    stands in it for as long, and then the weights of before.
+    """The backbone with the weights that a bundle written now would have.
+
+    Where that is a teacher's, its weights are in the backbone inside the ``with`` block only.
     """
     if type(task.objective).after_training is Objective.after_training:
         yield task.backbone
@@ -202,11 +219,16 @@ def probe_evaluator(
     autocast: Callable[[], Any],
     on_bad: Callable[[list[dict[str, Any]]], Any] = lambda rows: None,
 ) -> Callable[[Task], float]:
-    """A function that gives the probe's accuracy, the same on every rank: each computes the
-    features of its part of the rows, which are decoded now and once.
+    """Return a function that computes the probe's accuracy, the same on every rank.
 
-    Every rank must call both at the same time. Raises TooManyBadRowsError on all of them or on
-    none.
+    The rows are decoded once, now; each rank computes the features of its part of them. Every rank
+    must call both functions at the same time.
+
+    Args:
+        on_bad: Called with split, row, place and reason of rows that cannot be decoded.
+
+    Raises:
+        TooManyBadRowsError: on all ranks or on none.
     """
     parts = [
         Rows(selection, probe.decoder(modality))

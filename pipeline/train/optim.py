@@ -1,5 +1,6 @@
-"""Optimisers, schedules and parameter groups: one list of rates that covers every parameter
-once.
+"""Optimisers, learning-rate schedules and parameter groups.
+
+A technique's rates name every layer, and layers cover every parameter exactly once.
 """
 
 from __future__ import annotations
@@ -17,11 +18,18 @@ from pipeline.core.contracts import Task
 def apply_rates(
     task: Task, layers: dict[str, list[str]], rates: dict[str, float]
 ) -> dict[str, float]:
-    """Freeze and thaw by layer, put frozen modules into evaluation mode; parameter name to rate
-    multiplier.
+    """Freeze and thaw layers, and put frozen modules into evaluation mode.
 
-    Raises ValueError when the layers do not cover every parameter exactly once or the rates do not
-    name every layer.
+    Args:
+        layers: Layer name to parameter names (`Task.layers`).
+        rates: Layer name to learning-rate multiplier; 0 freezes.
+
+    Returns:
+        Parameter name to learning-rate multiplier.
+
+    Raises:
+        ValueError: the layers do not cover every parameter exactly once, or the rates do not name
+            every layer.
     """
     if set(layers) != set(rates):
         raise ValueError(f"rates name {sorted(rates)} but the layers are {sorted(layers)}")
@@ -43,8 +51,9 @@ def apply_rates(
 
 
 def train_mode(module: nn.Module, parent: bool = True) -> None:
-    """Training mode where anything in a module trains; frozen parts stay in evaluation mode (norm
-    statistics, dropout).
+    """Set training mode where a module has trainable parameters, evaluation mode elsewhere.
+
+    So dropout and norm statistics of frozen parts stand still.
     """
     parameters = list(module.parameters())
     module.training = any(p.requires_grad for p in parameters) if parameters else parent
@@ -53,8 +62,9 @@ def train_mode(module: nn.Module, parent: bool = True) -> None:
 
 
 def groups(task: Task, rates: dict[str, float], train: Train) -> list[dict[str, Any]]:
-    """Optimiser groups: equal rate and decay together; vectors and scalars (norms, biases) are not
-    decayed.
+    """Make optimiser groups of equal rate and decay.
+
+    Vectors and scalars (norms, biases) have no weight decay.
     """
     out: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in task.named_parameters():

@@ -14,14 +14,13 @@ PLAIN_EVERY_SECONDS = 5.0
 
 
 def duration(seconds: float) -> str:
+    """A duration as ``7s``, ``3m05s`` or ``2h10m``."""
     seconds = max(0, round(seconds))
-    return (
-        f"{seconds}s"
-        if seconds < 60
-        else f"{seconds // 60}m{seconds % 60:02d}s"
-        if seconds < 3600
-        else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    )
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
 def training_line(name: str, record: dict[str, Any]) -> str:
@@ -51,11 +50,9 @@ class Progress:
             file=sys.stderr, highlight=False, soft_wrap=True, emoji=False
         )
         self.clock, self._last, self._shown = clock, float("-inf"), ""
-        self._live = (
-            Live(Text(""), console=self.console, refresh_per_second=4, transient=True)
-            if self.console.is_terminal
-            else None
-        )
+        self._live: Live | None = None
+        if self.console.is_terminal:
+            self._live = Live(Text(""), console=self.console, refresh_per_second=4, transient=True)
 
     def __enter__(self):
         if self._live:

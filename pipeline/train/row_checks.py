@@ -1,5 +1,4 @@
-"""What a look at a sample of the rows tells before any training: texts that are cut off, names that
-only one side of a transfer has.
+"""Checks of a sample of the rows before any training: truncated texts, missing labels and names.
 
 Each finding is a sentence for the terminal, the report and ``--dry-run``; some are warnings.
 """
@@ -17,35 +16,31 @@ from pipeline.data.manifest import Selection
 from pipeline.train import fit
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
-"""So many rows of a split are looked at, and of large ones so many that they have about so many
-bytes in their files: counting tokens takes seconds.
+"""Rows of the sample of a split; fewer where rows are large, about so many bytes in their files.
+Counting the tokens of all rows would take long.
 """
 FEWEST_ROWS = 16
 WARN_SHARE = 0.01
-"""A warning where more than one per cent of a split's words or tokens is never read: below it the
-few longest texts alone are cut.
-"""
+"""Share of a split's words or tokens that is never read from which on a finding is a warning."""
 
 
 class Finding(NamedTuple):
-    """One sentence, whether it is a warning, and whether the terminal has it too; the report has
-    all.
-    """
+    """Something that was noticed in the rows, as one sentence."""
 
     text: str
     is_warning: bool = False
     in_terminal: bool = True
+    """Whether the terminal shows it too; the report has all findings."""
 
     def line(self, name: str) -> str:
-        """For the terminal, about the source or target ``name``."""
+        """The sentence with the name of its source or target."""
         return f"{'warning: ' if self.is_warning else ''}{name}: {self.text}"
 
 
 def findings_from_metadata(metadata: Mapping[str, Any]) -> list[Finding]:
-    """The findings among a source's facts, as its bundle keeps them.
+    """The findings in the metadata of a source's bundle: lists of a Finding's fields.
 
-    Each is the list of a Finding's fields. Bundles of imported checkpoints that an earlier version
-    wrote hold the sentence alone.
+    Bundles of imported checkpoints of an earlier version have the sentence alone.
     """
     found = []
     for kept in metadata.get("findings", ()):
@@ -59,9 +54,7 @@ def truncated_texts(
     splits: dict[str, Selection],
     columns: dict[str, str],
 ) -> list[Finding]:
-    """The share of each split that its modality cuts off, in one sentence; nothing where nothing is
-    cut, or documents are packed without loss.
-    """
+    """In one sentence the share of each split that its modality truncates, where it does."""
     if objective.packed or not isinstance(modality, TruncatesLongRows):
         return []
     parts, largest = [], 0.0
@@ -83,24 +76,16 @@ def truncated_texts(
     description = (
         f"texts are cut at length {length}, and what lies beyond is never read: {'; '.join(parts)}"
     )
-    is_warning = largest > WARN_SHARE
-    return [
-        Finding(
-            description
-            + (
-                "; raise data.modality.text.length, or cut the texts into rows"
-                if is_warning
-                else ""
-            ),
-            is_warning,
-        )
-    ]
+    if largest <= WARN_SHARE:
+        return [Finding(description)]
+    advice = "raise data.modality.text.length, or cut the texts into rows"
+    return [Finding(f"{description}; {advice}", is_warning=True)]
 
 
 def _truncation(
     modality: TruncatesLongRows, selection: Selection, columns: dict[str, str]
 ) -> tuple[TruncationStats | None, int]:
-    """What is cut of a sample of the rows, and how many rows that sample has."""
+    """How much of a sample of the rows is truncated, and how many rows the sample has."""
     if not len(selection):
         return None, 0
     bytes_a_row = max(1, selection.manifest.size // max(1, selection.manifest.rows))
@@ -113,10 +98,9 @@ def _truncation(
 def unshared_names(
     modality: dict[str, Any], objective: type[Objective], rows: Selection, columns: dict[str, str]
 ) -> list[Finding]:
-    """The complete lists of variables, fields and categories that a source knows and these rows
-    lack, and the other way round.
+    """List all variables, fields and categories that only the source or only these rows have.
 
-    The terminal has them in short (``Modality.coverage``).
+    They are for the report; the terminal has a summary (``Modality.coverage``).
     """
     reads = bundle.build_modality(modality)
     if not isinstance(reads, ComparesFeatureNames) or not len(rows):
@@ -132,9 +116,7 @@ def unshared_names(
 def null_labels(
     objective: type[Objective], splits: dict[str, Selection], columns: dict[str, str]
 ) -> list[Finding]:
-    """How many rows have a null where the objective takes that for an answer of its own (no label,
-    no answer).
-    """
+    """Count nulls in the first label column, where the objective takes a null for an answer."""
     if not objective.null_label_means or not objective.roles:
         return []
     name = columns[objective.roles[0]]
@@ -153,7 +135,6 @@ def null_labels(
     return [
         Finding(
             f"column {name} is null in {description}, which counts as "
-            f"{objective.null_label_means}; "
-            "if it is not known there, leave these rows out"
+            f"{objective.null_label_means}; if it is not known there, leave these rows out"
         )
     ]
