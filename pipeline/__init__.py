@@ -1,9 +1,42 @@
 """One to Many: pretrain backbones once, adapt them to many targets, prove with numbers that the
 transfer paid.
+
+The public functions are those of `pipeline.api`. They are imported when they are first used, so
+that importing this package stays light.
 """
+
+from __future__ import annotations
 
 import os
 import platform
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.api import (
+        Outcome,
+        embed,
+        finetune,
+        load_bundle,
+        load_job,
+        predict,
+        pretrain,
+        results,
+        run,
+        score,
+    )
+
+__all__ = [
+    "Outcome",
+    "embed",
+    "finetune",
+    "load_bundle",
+    "load_job",
+    "predict",
+    "pretrain",
+    "results",
+    "run",
+    "score",
+]
 
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -32,6 +65,18 @@ KEEP_MEMORY = {
 }
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipeline import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
 
 
 def prepare_ray() -> None:

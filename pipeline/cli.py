@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -13,9 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import __version__, prepare_ray
-from pipeline.config.schema import Data, Job, JobError
-from pipeline.config.yaml_loader import load, schema
+from pipeline import __version__, api, prepare_ray
+from pipeline.config import plugins, registry
+from pipeline.config.schema import Data, Job, JobError, schema
+from pipeline.config.yaml_loader import load
 from pipeline.io import signals
 
 app = typer.Typer(
@@ -47,6 +49,14 @@ Address = Annotated[
         "one is started here."
     ),
 ]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A .py file, a package's folder or an installed module whose pieces are needed. It is "
+        "code, and is run.",
+        metavar="PATH",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own messages too.")]
 Wait = Annotated[
     bool | None,
@@ -64,15 +74,6 @@ class Remake(StrEnum):
 
     NONE = "none"
     CHANGED = "changed"
-
-
-def _remade(remake: Remake, verbs: tuple[str, ...]) -> tuple[str, ...]:
-    """What of the verbs' work is made anew where other code or versions made it."""
-    if remake == Remake.NONE:
-        return ()
-    return tuple(
-        what for verb, what in (("pretrain", "sources"), ("finetune", "trials")) if verb in verbs
-    )
 
 
 Anew = Annotated[
@@ -99,120 +100,79 @@ def _job(file: Path, overrides: list[str] | None, elsewhere: bool = False) -> Jo
         raise _fail(str(error), 2) from None
 
 
+@contextlib.contextmanager
+def _exit_codes(
+    stopped: str = "error: stopped; the same command goes on from here",
+) -> Iterator[None]:
+    """Turn errors into messages and exit codes: 2 for bad input, 1 for what failed, 130 for Ctrl-C
+    and 143 for SIGTERM.
+    """
+    from pipeline.io import storage, write_fence
+    from pipeline.train import launch
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(stopped, markup=False)
+        raise typer.Exit(signals.exit_code()) from None
+    except (write_fence.LostLeaseError, launch.ClusterError, launch.StageError) as error:
+        raise _fail(str(error), 1) from None
+    except (storage.StorageError, ValueError) as error:
+        raise _fail(str(error), 2) from None
+
+
 def _stages(
     file: Path,
     overrides: list[str] | None,
     address: str | None,
     verbose: bool,
     wait: bool | None,
-    verbs: tuple[str, ...],
-    dry: bool = False,
+    stages: tuple[api.Stage, ...],
     remake: Remake = Remake.NONE,
 ) -> None:
-    """Check, then run the named stages in one Ray session. Exit 2: bad input; 1: something failed;
-    130: stopped by Ctrl-C; 143: by SIGTERM.
-    """
+    """Run some stages of a job and print what they left."""
     job = _job(file, overrides)
-    if (
-        not job.targets
-        and set(verbs) & {"score", "finetune"}
-        and verbs != ("pretrain", "finetune", "report")
-    ):
+    if not job.targets and "pretrain" not in stages:
         raise _fail(f"{file}: this job has no targets", 2)
-    from pipeline.checkpoints import bundle
-    from pipeline.io import checksums, run_lock, storage, write_fence
-    from pipeline.train import launch
+    with _exit_codes("stopped; what is finished is kept, the same command goes on from here"):
+        done = api.run_stages(
+            job, stages, address=address, wait=wait, remake=remake.value, verbose=verbose
+        )
+    if "score" in stages:
+        _print_scores(done.scores)
+    elif done.report:
+        _print_outcome(done)
+    raise typer.Exit(1 if done.failed else 0)
+
+
+def _dry_run(file: Path, overrides: list[str] | None, wait: bool | None, remake: Remake) -> None:
+    """Print what a run would do, and what of the data it would refuse."""
+    job = _job(file, overrides)
     from pipeline.train.progress import Progress
-    from pipeline.transfer import stages
+    from pipeline.transfer import dry_run, preflight
 
-    with Progress() as progress, checksums.notifications_to(progress.note):
-        try:
-            state = stages.check(
-                job, progress, verbose=verbose, wait=wait, remake=_remade(remake, verbs)
-            )
-            if dry:
-                from pipeline.transfer import dry_run, preflight
-
-                out.print("\n".join(dry_run.describe(state)), markup=False, soft_wrap=True)
-                for line in preflight.check_rows(state):
-                    out.print(line, markup=False, soft_wrap=True)
-                return
-            with run_lock.hold(job.root, progress.note):
-                code = _run(state, address, verbs)
-        except KeyboardInterrupt:
-            progress.note("stopped; what is finished is kept, the same command goes on from here")
-            code = signals.exit_code()
-        except write_fence.LostLeaseError as error:
-            raise _fail(str(error), 1) from None
-        except (bundle.BundleError, storage.StorageError, ValueError) as error:
-            raise _fail(str(error), 2) from None
-        except (launch.ClusterError, launch.StageError) as error:
-            raise _fail(str(error), 1) from None
-        finally:
-            launch.stop()
-    raise typer.Exit(code)
-
-
-def _run(state: Any, address: str | None, verbs: tuple[str, ...]) -> int:
-    from pipeline.train import launch
-    from pipeline.transfer import fanout, stages
-
-    if (
-        "finetune" in verbs
-        and (before := stages.trial_status(state))
-        and all(done for _, done in before)
+    stages: tuple[api.Stage, ...] = ("pretrain", "finetune")
+    with (
+        _exit_codes(),
+        Progress() as progress,
+        api.checked(job, stages, progress, wait, remake.value) as state,
     ):
-        for name in state.sources:
-            stages.report_done(state, name)
-        state.progress.note(f"all {len(before)} trials are done; nothing to run")
-        return _show(state, stages.current(state))
-    launch.start(address, state.verbose)
-    if "finetune" in verbs:
-        on = launch.cluster(state.wait)
-        if on.is_declared:
-            fanout.check_fits(state.job, on.nodes, on.grows)
-    if "pretrain" in verbs:
-        stages.pretrain(state)
-    if not state.targets or not {"score", "finetune"} & set(verbs):
-        return 0
-    shared = stages.share(state)
-    if "score" in verbs:
-        _print_scores(stages.score(state, shared))
-    if "finetune" not in verbs:
-        return 1 if state.broken else 0
-    return _show(state, _rows_of(state, stages.finetune(state, shared)))
+        for line in (*dry_run.describe(state), *preflight.check_rows(state)):
+            out.print(line, markup=False, soft_wrap=True)
 
 
-def _rows_of(state: Any, trials: list[Any]) -> list[dict[str, Any]]:
-    from pipeline.report import results
-    from pipeline.transfer import stages
+def _print_outcome(done: api.Outcome) -> None:
+    """Print the table, where the report is, and what failed."""
+    from pipeline.report import report
 
-    return results.with_all_columns(stages.collect(state, trials))
-
-
-def _show(state: Any, rows: list[dict[str, Any]]) -> int:
-    """Print the table, write the report, name what failed; the exit code."""
-    from pipeline.report import code_versions, report, results
-    from pipeline.transfer import pruning, stages
-
-    cells, where = stages.show(state, rows)
-    out.print(report.table(cells))
-    for line in (
-        *code_versions.describe_changes(state.trial_provenance),
-        *pruning.describe_stale(results.read(state.job.root)),
-    ):
+    out.print(report.table(done.cells))
+    for line in done.notes:
         err.print(f"note: {line}", markup=False)
-    for line in results.duplicates(rows):
+    for line in done.warnings:
         err.print(f"warning: {line}", markup=False)
-    out.print(
-        f"report: {where[1]}  results: {state.job.root}/results.parquet",
-        markup=False,
-        soft_wrap=True,
-    )
-    failed = stages.failures(state, rows)
-    for line in failed:
+    out.print(f"report: {done.report}  results: {done.results}", markup=False, soft_wrap=True)
+    for line in done.failed:
         err.print(f"failed: {line}", markup=False)
-    return 1 if failed else 0
 
 
 def _prune(state: Any, dry_run: bool) -> None:
@@ -220,10 +180,8 @@ def _prune(state: Any, dry_run: bool) -> None:
     from pipeline.io import run_lock
     from pipeline.transfer import pruning, stages
 
-    held = (
-        contextlib.nullcontext() if dry_run else run_lock.hold(state.job.root, state.progress.note)
-    )
-    with held:
+    note = state.progress.note
+    with contextlib.nullcontext() if dry_run else run_lock.hold(state.job.root, note):
         found = stages.stale(state)
         for line in found.lines():
             out.print(line, markup=False, soft_wrap=True)
@@ -233,17 +191,13 @@ def _prune(state: Any, dry_run: bool) -> None:
 
 
 def _print_scores(rows: list[dict[str, Any]]) -> None:
-    table = Table(
-        "target", "source", "backbone", "LogME", "kNN", title="Transferability (higher is better)"
-    )
+    scores = registry.entries("score")
+    titles = [entry.title or name for name, entry in scores.items()]
+    title = "Transferability (higher is better)"
+    table = Table("target", "source", "backbone", *titles, title=title)
     for row in rows:
-        table.add_row(
-            row["target"],
-            row["source"],
-            row["backbone"],
-            f"{row['logme']:.4f}",
-            f"{row['knn']:.4f}",
-        )
+        values = [f"{row[name]:.4f}" for name in scores]
+        table.add_row(row["target"], row["source"], row["backbone"], *values)
     out.print(table)
 
 
@@ -264,16 +218,9 @@ def run(
     remake: Anew = Remake.NONE,
 ) -> None:
     """Everything: pretrain, fine-tune, report. What is done already is not done again."""
-    _stages(
-        job,
-        set_,
-        address,
-        verbose,
-        wait_for_resources,
-        ("pretrain", "finetune", "report"),
-        dry_run,
-        remake,
-    )
+    if dry_run:
+        return _dry_run(job, set_, wait_for_resources, remake)
+    _stages(job, set_, address, verbose, wait_for_resources, ("pretrain", "finetune"), remake)
 
 
 @app.command()
@@ -286,7 +233,7 @@ def pretrain(
     remake: Anew = Remake.NONE,
 ) -> None:
     """Train every source to its bundle; goes on where a stopped run left off."""
-    _stages(job, set_, address, verbose, wait_for_resources, ("pretrain",), remake=remake)
+    _stages(job, set_, address, verbose, wait_for_resources, ("pretrain",), remake)
 
 
 @app.command()
@@ -307,7 +254,7 @@ def finetune(
     remake: Anew = Remake.NONE,
 ) -> None:
     """Fan out the trials of every target from the pretrained bundles, then report."""
-    _stages(job, set_, address, verbose, wait_for_resources, ("finetune", "report"), remake=remake)
+    _stages(job, set_, address, verbose, wait_for_resources, ("finetune",), remake)
 
 
 @app.command()
@@ -333,24 +280,20 @@ def report(
     spec = _job(job, set_)
     if dry_run and not prune_stale:
         raise _fail("--dry-run lists what --prune-stale would remove: give both", 2)
-    from pipeline.io import checksums, storage
     from pipeline.train.progress import Progress
     from pipeline.transfer import stages
 
-    progress = Progress()
-    try:
-        with checksums.notifications_to(progress.note):
-            state = stages.check(spec, progress)
-            if prune_stale:
-                _prune(state, dry_run)
-                if dry_run:
-                    return
-            rows = stages.current(state)
-            if not rows:
-                raise _fail(f"{spec.root}: no results of this job yet; run it first", 1)
-            raise typer.Exit(_show(state, rows))
-    except (ValueError, storage.StorageError) as error:
-        raise _fail(str(error), 2) from None
+    with _exit_codes(), api.checked(spec, (), Progress()) as state:
+        if prune_stale:
+            _prune(state, dry_run)
+            if dry_run:
+                return
+        rows = stages.current(state)
+        if not rows:
+            raise _fail(f"{spec.root}: no results of this job yet; run it first", 1)
+        done = api.reported(state, rows)
+    _print_outcome(done)
+    raise typer.Exit(1 if done.failed else 0)
 
 
 @app.command()
@@ -376,6 +319,7 @@ def predict(
     srt: Annotated[
         bool, typer.Option("--srt", help="Of speech: one file of subtitles a recording too.")
     ] = False,
+    plugin: Plugin = None,
     address: Address = None,
     verbose: Verbose = False,
 ) -> None:
@@ -386,39 +330,24 @@ def predict(
     names of the classes that `probabilities` are of are printed, and stand in the Parquet files'
     metadata (key `classes`).
     """
-    from pipeline.checkpoints import bundle as bundles
-    from pipeline.io import storage
-    from pipeline.train import launch
-    from pipeline.train.progress import Progress
-    from pipeline.transfer import predict as apply
-
     wrong = [c for c in column or () if not all(c.partition("="))]
     if wrong:
         raise _fail(f"--column {wrong[0]}: write ROLE=NAME, e.g. image=picture", 2)
     if format not in FORMS:
         raise _fail(f"--format {format}: it is one of {', '.join(FORMS)}", 2)
-    try:
-        apply.check(bundle, srt)
-        launch.start(address, verbose)
-        with Progress() as progress:
-            written = apply.predict(
-                bundle,
-                data,
-                output,
-                dict(c.split("=", 1) for c in column or ()),
-                format,
-                progress,
-                srt,
-                tuple(name.strip() for name in (keep or "").split(",") if name.strip()),
-            )
-    except KeyboardInterrupt:
-        raise _fail("stopped; the same command goes on from here", signals.exit_code()) from None
-    except (bundles.BundleError, storage.StorageError, ValueError) as error:
-        raise _fail(str(error), 2) from None
-    except launch.ClusterError as error:
-        raise _fail(str(error), 1) from None
-    finally:
-        launch.stop()
+    with _exit_codes():
+        written = api.predict(
+            bundle,
+            data,
+            output,
+            columns=dict(c.split("=", 1) for c in column or ()),
+            format=format,
+            keep=[name.strip() for name in (keep or "").split(",") if name.strip()],
+            srt=srt,
+            plugins=plugin or (),
+            address=address,
+            verbose=verbose,
+        )
     out.print(written, markup=False, soft_wrap=True)
 
 
@@ -437,6 +366,7 @@ def export(
     backbone_only: Annotated[
         bool, typer.Option(help="Leave the head out; names as the model library has them.")
     ] = False,
+    plugin: Plugin = None,
 ) -> None:
     """Write a bundle elsewhere, as a folder that transformers or timm opens, or its weights as one
     file that torch.load or safetensors opens.
@@ -446,14 +376,11 @@ def export(
     `NAME_classifier.py` beside a state dict. Every export is compared with the bundle on random
     rows, the largest difference is printed, and an export that gives other numbers is refused.
     """
-    from pipeline.checkpoints import bundle as bundles
-    from pipeline.io import storage
     from pipeline.transfer import predict as apply
 
-    try:
+    with _exit_codes():
+        plugins.use(plugin or ())
         out.print(apply.export(bundle, output, kind, backbone_only), markup=False, soft_wrap=True)
-    except (bundles.BundleError, storage.StorageError, ValueError) as error:
-        raise _fail(str(error), 2) from None
 
 
 @app.command()
@@ -512,25 +439,24 @@ def prepare(
             help="Read every part of OUTPUT again and compare its SHA-256; writes nothing."
         ),
     ] = False,
+    plugin: Plugin = None,
     address: Address = None,
     verbose: Verbose = False,
 ) -> None:
     """A publisher's raw files to sharded Parquet, in parallel; goes on where a stopped run left
     off. `prepare --list` shows the importers.
     """
-    from pipeline.io import checksums, file_identity, run_lock, storage
+    from pipeline.io import checksums, file_identity, run_lock
     from pipeline.prepare.engine import importing
 
-    if list_:
-        try:
+    with _exit_codes():
+        plugins.use(plugin or ())
+        if list_:
             return out.print(importing.describe(name), markup=False, soft_wrap=True)
-        except ValueError as error:
-            raise _fail(str(error), 2) from None
-    from pipeline.prepare.engine import write
-    from pipeline.train import launch
-    from pipeline.train.progress import Progress
+        from pipeline.prepare.engine import write
+        from pipeline.train import launch
+        from pipeline.train.progress import Progress
 
-    try:
         if verify and output:
             found = write.verify(output)
             out.print(
@@ -553,18 +479,9 @@ def prepare(
             Progress() as progress,
             checksums.notifications_to(progress.note),
             run_lock.hold(output, progress.note),
+            launch.session(address, verbose) if work.todo else contextlib.nullcontext(),
         ):
-            if work.todo:
-                launch.start(address, verbose)
             work.run(progress.update)
-    except KeyboardInterrupt:
-        raise _fail("stopped; the same command goes on from here", signals.exit_code()) from None
-    except (storage.StorageError, ValueError) as error:
-        raise _fail(str(error), 2) from None
-    except launch.ClusterError as error:
-        raise _fail(str(error), 1) from None
-    finally:
-        launch.stop()
     out.print(work.describe(), markup=False, soft_wrap=True)
 
 
@@ -680,8 +597,10 @@ def doctor(
 
 
 @app.command("schema")
-def print_schema() -> None:
+def print_schema(plugin: Plugin = None) -> None:
     """The JSON Schema of a job file, for editors."""
+    with _exit_codes():
+        plugins.use(plugin or ())
     sys.stdout.write(json.dumps(schema(), indent=2) + "\n")
 
 

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import registry
+from pipeline.config.plugins import source_file
 
 LIBRARIES = ("torch", "torchvision", "torchaudio", "timm", "transformers", "peft")
 """Libraries that compute numbers: another version of one of them may give other results."""
@@ -57,6 +56,7 @@ MAKES_NO_NUMBERS = frozenset(
         "pipeline.io.checksums",
         # names and settings: what is set stands in the key of every source and trial
         "pipeline.config.registry",
+        "pipeline.config.plugins",
         "pipeline.config.schema",
         "pipeline.config.yaml_loader",
         # refuses, warns, starts, stops, logs and prints
@@ -213,8 +213,9 @@ def components_of(
     Args:
         arch: library/model. An arch that names a checkpoint brings in no library.
         options: Options of the backbone. One that names a backbone itself (``vision:
-            timm/resnet18``)
-            brings in that library too.
+            timm/resnet18``) brings in that library too.
+
+    Metrics of plugins count for every source and trial, as all of this package's do.
     """
     libraries = {arch.partition("/")[0]} & registry.entries("model").keys()
     for value in options.values():
@@ -223,7 +224,10 @@ def components_of(
             libraries.add(library)
     out = [("modality", modality)] if modality else []
     out += [("model", library) for library in sorted(libraries)]
-    out += [("objective", objective)] if objective else []
+    if objective:
+        theirs = registry.entries("metric").items()
+        out += [("objective", objective)]
+        out += [("metric", name) for name, entry in theirs if not entry.is_ours]
     out += [("technique", technique)] if technique else []
     return tuple(out)
 
@@ -250,29 +254,9 @@ def code_of(modules: Iterable[str], components: Iterable[Component]) -> dict[str
 
 
 @cache
-def _file(module: str) -> Path | None:
-    """Return where a module's source lies, or None where there is no such module.
-
-    It is found without importing the module or its packages.
-    """
-    top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)
-    if spec is None:
-        return None
-    if not rest:
-        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
-    for folder in spec.submodule_search_locations or ():
-        place = Path(folder, *rest)
-        for file in (place.with_suffix(".py"), place / "__init__.py"):
-            if file.is_file():
-                return file
-    return None
-
-
-@cache
 def _source(module: str) -> ast.Module | None:
     """Return a module's syntax tree, or None where it has no Python source."""
-    file = _file(module)
+    file = source_file(module)
     return ast.parse(file.read_bytes(), str(file)) if file else None
 
 
@@ -320,15 +304,9 @@ def _reachable_statements(tree: ast.Module, kind: str, name: str) -> list[ast.st
 
 def _registers(statement: ast.stmt, kind: str, name: str) -> bool:
     """Return whether a statement registers the name."""
-    for decorator in getattr(statement, "decorator_list", ()):
-        is_register = (
-            isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "register"
-        )
-        if is_register and [
-            getattr(argument, "value", None) for argument in decorator.args[:2]
-        ] == [kind, name]:
-            return True
-    return False
+    call = registry.registration(statement)
+    written = [getattr(argument, "value", None) for argument in call.args[:2]] if call else []
+    return written == [kind, name]
 
 
 def _defined(statement: ast.stmt) -> Iterator[str]:
@@ -368,14 +346,14 @@ def _imported(module: str, node: ast.AST, roots: set[str]) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-        file = _file(module)
+        file = source_file(module)
         is_package = file is not None and file.name == "__init__.py"
         package = module if is_package else module.rpartition(".")[0]
         above = package.rsplit(".", node.level - 1)[0] if node.level else ""
         start = ".".join(part for part in (above, node.module) if part)
         for alias in node.names:
             inner = f"{start}.{alias.name}"
-            yield inner if start.partition(".")[0] in roots and _file(inner) else start
+            yield inner if start.partition(".")[0] in roots and source_file(inner) else start
 
 
 # ---------------------------------------------------------------- a hash of normalised source

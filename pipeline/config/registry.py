@@ -1,8 +1,9 @@
-"""Find registered names (modalities, models, ...) by reading source files, not by importing them.
+"""The registry: names of modalities, models, objectives, techniques, metrics and other components.
 
-A file in ``pipeline/<kind folder>/`` that holds ``@register("technique", "lp_ft",
-options=LPFTOptions)`` adds that name; nothing else has to be edited. Names, options and column
-roles are known before torch is imported, so a job file is checked in well under a second. `get`
+A component is a class or function with a decorator, such as ``@register("technique", "lp_ft",
+options=LPFTOptions)``, in the folder of its kind (`FOLDERS`) or in a plugin
+(`pipeline.config.plugins`). Nothing else has to be edited. Names, options and column roles are read
+from the sources, so a job file is checked in well under a second, before torch is imported; `get`
 imports the one file that is needed.
 """
 
@@ -13,36 +14,46 @@ import difflib
 import importlib
 import importlib.util
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-PACKAGE = Path(__file__).parents[1]
+from pipeline.config import plugins
+from pipeline.config.plugins import Plugin
+
+PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = {
     "modality": "modalities",
     "model": "models",
     "objective": "objectives",
     "technique": "techniques",
+    "metric": "metrics",
+    "score": "transfer/scores.py",
     "importer": "prepare/importers",
     "cohort": "prepare/cohorts",
 }
+"""Each kind of component, and the folder or file of this package that holds those of ours."""
+PATH_FORMAT = "uri-reference"
+"""The ``format`` (of JSON Schema) of an option that names a file or folder."""
+FOLDER_FILES = "x-files"
+"""The key (of JSON Schema) with the names of the files that count in such a folder."""
+
+T = TypeVar("T")
 
 
 def reject_bool(value: Any) -> Any:
-    """Return the value.
-
-    Raise ValueError for true and false, which pydantic would read as 1 and 0.
-    """
+    """Return the value. Raises ValueError for true and false, which pydantic reads as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("true and false are no value here")
     return value
 
 
 class Strict(BaseModel):
-    """Base of frozen models that refuse keys and booleans which are not declared."""
+    """A frozen model that refuses undeclared keys, and booleans where none is declared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,60 +68,129 @@ class Options(Strict):
     """Base of every options class.
 
     The classes that derive from it may use only builtin types, ``Literal`` and ``Field``: they are
-    read without importing the file that holds them.
+    read without importing the file that holds them. An option that names a file says so, by
+    ``Field(..., json_schema_extra={"format": "uri-reference"})``: it is then relative to the job
+    file, as data are, and counts by what the file holds. One that names a folder also lists the
+    files that count, ``"x-files": ["tokenizer.json"]``.
     """
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a name is declared.
-
-    Attributes:
-        module: Dotted name of its module.
-        options: The declared options class.
-        roles: Column roles that it must have.
-        optional_roles: Column roles that it may have.
-    """
+    """Where a component is declared, and what its source says of it."""
 
     kind: str
     name: str
     module: str
     options: type[Options]
     roles: tuple[str, ...] = ()
+    """Column roles that it needs."""
     optional_roles: tuple[str, ...] = ()
+    """Column roles that it reads where they are given."""
+    title: str = ""
+    """How tables call it; empty: by its name."""
+    attribute: str = ""
+    """Name of the class or function in its module."""
+    file: Path = Path()
+    line: int = 0
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is part of this package, not of a plugin."""
+        return self.module.partition(".")[0] == "pipeline"
+
+    @property
+    def path_options(self) -> dict[str, tuple[str, ...]]:
+        """Options that name a file or folder, with the files that count in such a folder."""
+        found = {}
+        for name, field in self.options.model_fields.items():
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            if extra.get("format") == PATH_FORMAT:
+                files: Any = extra.get(FOLDER_FILES, ())
+                found[name] = tuple(files)
+        return found
 
 
-_registered: dict[tuple[str, str], Any] = {}
+def register(kind: str, name: str, options: type[Options] = Options, title: str = ""):
+    """Declare a class, function or metric as a component.
 
+    Args:
+        kind: One of `FOLDERS`.
+        name: The name in job files, written out.
+        options: The class of its options, in the same file.
+        title: How tables call it, where that is not the name.
+    """
+    if kind not in FOLDERS:
+        raise ValueError(f"unknown kind {kind!r}; kinds are {', '.join(FOLDERS)}")
 
-def register(kind: str, name: str, options: type[Options] = Options):
-    """Register the decorated class or function under ``(kind, name)``."""
-
-    def keep(thing):
-        if kind not in FOLDERS:
-            raise ValueError(f"unknown kind {kind!r}; kinds are {', '.join(FOLDERS)}")
-        thing.registered_name, thing.options_class = name, options
-        _registered[kind, name] = thing
+    def declare(thing: T) -> T:
+        thing.registered_name, thing.options_class = name, options  # type: ignore[attr-defined]
         return thing
 
-    return keep
+    return declare
 
 
-def _register_calls(tree: ast.Module):
-    """Yield each decorated definition of a module with its ``register`` call."""
+# ---------------------------------------------------------------- reading a source
+
+
+def registration(node: ast.AST) -> ast.Call | None:
+    """Return the ``register(...)`` call that decorates a definition, if there is one."""
+    for decorator in getattr(node, "decorator_list", ()):
+        if not isinstance(decorator, ast.Call):
+            continue
+        function = decorator.func
+        if "register" in (getattr(function, "id", None), getattr(function, "attr", None)):
+            return decorator
+    return None
+
+
+def _declared(module: str, file: Path) -> Iterator[Entry]:
+    """Yield the components of a source file, which is not imported."""
+    text = file.read_text(encoding="utf-8")
+    if "register(" not in text:
+        return
+    tree = ast.parse(text, str(file))
     for node in tree.body:
-        for decorator in getattr(node, "decorator_list", ()):
-            if (
-                isinstance(decorator, ast.Call)
-                and getattr(decorator.func, "id", None) == "register"
-            ):
-                yield node, decorator
+        call = registration(node)
+        if call is None:
+            continue
+        where = f"{file}:{call.lineno}"
+        kind, name, title = _literals(call, where)
+        if kind not in FOLDERS:
+            raise ValueError(f"{where}: unknown kind {kind!r}; {nearest(kind, FOLDERS)}")
+        options = next((word.value for word in call.keywords if word.arg == "options"), None)
+        yield Entry(
+            kind,
+            name,
+            module,
+            options=_options_class(tree, options.id, file)
+            if isinstance(options, ast.Name)
+            else Options,
+            roles=_roles(node, "roles", tree, file) or (),
+            optional_roles=_roles(node, "optional_roles", tree, file) or (),
+            title=title,
+            attribute=getattr(node, "name", ""),
+            file=file,
+            line=call.lineno,
+        )
+
+
+def _literals(call: ast.Call, where: str) -> tuple[str, str, str]:
+    """Return the kind, name and title that a ``register`` call writes out."""
+    title = next((word.value for word in call.keywords if word.arg == "title"), ast.Constant(""))
+    values = [getattr(part, "value", None) for part in (*call.args[:2], title)]
+    if len(values) != 3 or not all(isinstance(value, str) for value in values):
+        raise ValueError(
+            f"{where}: write the kind and the name out, "
+            'such as @register("technique", "lp_ft"): this file is read without being imported'
+        )
+    kind, name, said = map(str, values)
+    return kind, name, said
 
 
 def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
-    """Return the options class ``name``, compiled alone from a file that is not imported."""
-    found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
-    if not found:
+    """Return the pydantic class ``name``, compiled alone out of a file that is not imported."""
+    if name not in {node.name for node in _classes(tree)}:
         raise ValueError(f"{file}: options class {name} must stand in the same file")
     space: dict[str, Any] = {
         "Options": Options,
@@ -119,120 +199,125 @@ def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
         "model_validator": model_validator,
         "__name__": f"{file.stem}.options",
     }
-    wanted: list[ast.stmt] = [
-        node for node in tree.body if isinstance(node, ast.ClassDef) and _is_options(node, tree)
-    ]
+    wanted: list[ast.stmt] = [node for node in _classes(tree) if _is_options(node, tree)]
     module = ast.Module(body=wanted, type_ignores=[])
-    # our own source, as an import would run it; annotations are evaluated, not kept as text
-    exec(compile(module, str(file), "exec", dont_inherit=True), space)
+    try:  # the same source that an import would run; types are evaluated now, not kept as text
+        exec(compile(module, str(file), "exec", dont_inherit=True), space)
+    except NameError as error:
+        raise ValueError(
+            f"{file}: options classes may use builtin types, Literal and Field only, "
+            f"as they are read without importing this file ({error})"
+        ) from None
     return space[name]
 
 
 def _is_options(node: ast.ClassDef, tree: ast.Module) -> bool:
-    """Return whether a class derives from Options, by way of classes of the same file."""
     bases = {getattr(base, "id", "") for base in node.bases}
-    if "Options" in bases:
-        return True
-    return any(
-        isinstance(n, ast.ClassDef) and n.name in bases and n is not node and _is_options(n, tree)
-        for n in tree.body
-    )
+    others = [other for other in _classes(tree) if other.name in bases and other is not node]
+    return "Options" in bases or any(_is_options(other, tree) for other in others)
+
+
+def _classes(tree: ast.Module) -> list[ast.ClassDef]:
+    return [node for node in tree.body if isinstance(node, ast.ClassDef)]
 
 
 def _roles(node: Any, attribute: str, tree: ast.Module, file: Path) -> tuple[str, ...] | None:
-    """Return the roles that a class attribute lists, or None when neither it nor a base has any.
+    """Return the roles that a class attribute names: the class's own, or those of a base class in
+    the same file; None when neither has the attribute.
 
-    Raises:
-        ValueError: They are not written out as a tuple of texts. The file is not imported.
+    Raises ValueError when they are not written out, since the file is not imported.
     """
     for item in node.body if isinstance(node, ast.ClassDef) else ():
-        targets = (
-            item.targets
-            if isinstance(item, ast.Assign)
-            else [item.target]
-            if isinstance(item, ast.AnnAssign)
-            else []
-        )
-        if (
-            attribute in {getattr(target, "id", "") for target in targets}
-            and isinstance(item, (ast.Assign, ast.AnnAssign))
-            and item.value
-        ):
-            try:
-                value = ast.literal_eval(item.value)
-            except ValueError:
-                value = None
-            if not isinstance(value, tuple) or not all(isinstance(role, str) for role in value):
-                raise ValueError(
-                    f"{file}:{item.lineno}: {attribute} must be a tuple of texts written out, "
-                    "as this file is read without being imported"
-                )
-            return value
-    named = {
-        other.name: other
-        for other in tree.body
-        if isinstance(other, ast.ClassDef) and other is not node
-    }
-    bases = [
-        named[base.id]
-        for base in getattr(node, "bases", ())
-        if isinstance(base, ast.Name) and base.id in named
-    ]
-    return next(
-        (found for base in bases if (found := _roles(base, attribute, tree, file)) is not None),
-        None,
-    )
+        if isinstance(item, ast.Assign):
+            targets = item.targets
+        elif isinstance(item, ast.AnnAssign):
+            targets = [item.target]
+        else:
+            continue
+        if item.value is None or attribute not in {getattr(one, "id", "") for one in targets}:
+            continue
+        try:
+            value = ast.literal_eval(item.value)
+        except ValueError:
+            value = None
+        if not isinstance(value, tuple) or not all(isinstance(role, str) for role in value):
+            raise ValueError(
+                f"{file}:{item.lineno}: {attribute} must be a tuple of texts written out, "
+                "as this file is read without being imported"
+            )
+        return value
+    named = {other.name: other for other in _classes(tree) if other is not node}
+    for base in getattr(node, "bases", ()):
+        if isinstance(base, ast.Name) and base.id in named:
+            found = _roles(named[base.id], attribute, tree, file)
+            if found is not None:
+                return found
+    return None
+
+
+# ---------------------------------------------------------------- looking up
+
+
+def entries(kind: str) -> dict[str, Entry]:
+    """Return every component of a kind by its name: this package's in the order of file and line,
+    then those of plugins.
+
+    Raises:
+        ValueError: a name stands twice, or a source does not say what it must.
+    """
+    return _entries(kind, plugins.active())
 
 
 @cache
-def entries(kind: str) -> dict[str, Entry]:
-    """Return every declared name of a kind, in the order of file and line."""
-    folder = PACKAGE / FOLDERS[kind]
-    out: dict[str, Entry] = {}
-    for file in sorted(folder.glob("*.py")):
-        tree = ast.parse(file.read_text())
-        for node, call in _register_calls(tree):
-            declared, name = (ast.literal_eval(argument) for argument in call.args[:2])
-            if declared != kind:
-                raise ValueError(
-                    f"{file}:{call.lineno}: a {declared} is registered in the folder of {kind}s"
-                )
-            if name in out:
-                raise ValueError(
-                    f"{file}:{call.lineno}: {kind} {name!r} is already declared in "
-                    f"{out[name].module}"
-                )
-            given = next((word.value for word in call.keywords if word.arg == "options"), None)
-            options = (
-                _options_class(tree, given.id, file) if isinstance(given, ast.Name) else Options
-            )
-            needed, optional = (
-                _roles(node, attribute, tree, file) or ()
-                for attribute in ("roles", "optional_roles")
-            )
-            out[name] = Entry(
-                kind,
-                name,
-                f"pipeline.{FOLDERS[kind].replace('/', '.')}.{file.stem}",
-                options,
-                needed,
-                optional,
-            )
-    return out
+def _entries(kind: str, of: tuple[Plugin, ...]) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    theirs = (one for plugin in of for one in _of_plugin(plugin) if one.kind == kind)
+    for one in (*_ours(kind), *theirs):
+        if one.name in found:
+            other = found[one.name]
+            place = other.module if other.is_ours else f"{other.file}:{other.line}"
+            where = f"{one.file}:{one.line}"
+            raise ValueError(f"{where}: {kind} {one.name!r} is already declared in {place}")
+        found[one.name] = one
+    return found
+
+
+@cache
+def _ours(kind: str) -> tuple[Entry, ...]:
+    """Return the components of a kind in this package, in the order of file and line."""
+    place, found = PACKAGE / FOLDERS[kind], []
+    for file in [place] if place.suffix else sorted(place.glob("*.py")):
+        module = ".".join(("pipeline", *file.relative_to(PACKAGE).with_suffix("").parts))
+        found += _declared(module, file)
+    for one in found:
+        if one.kind != kind:
+            where = f"{one.file}:{one.line}"
+            raise ValueError(f"{where}: a {one.kind} is registered in the folder of {kind}s")
+    return tuple(found)
+
+
+@cache
+def _of_plugin(plugin: Plugin) -> tuple[Entry, ...]:
+    """Return the components of all kinds of a plugin. Raises ValueError where there is none."""
+    modules = list(plugins.sources(plugin))
+    found = tuple(one for module, file in modules for one in _declared(module, file))
+    if not found:
+        raise ValueError(
+            f"{plugin.named_by}: nothing is registered in {modules[0][1]}; "
+            "decorate its components with @register(kind, name)"
+        )
+    return found
 
 
 def names(kind: str) -> list[str]:
-    """Return every declared name of a kind, sorted."""
     return sorted(entries(kind))
 
 
-def nearest(value: str, valid) -> str:
-    """Return ``did you mean a, b?`` or the list of valid names, for error messages."""
+def nearest(value: str, valid: Iterable[str]) -> str:
+    """Return ``did you mean a or b?``, or the list of valid names, for error messages."""
     valid = sorted(valid)
-    close = (
-        difflib.get_close_matches(value, valid, n=3, cutoff=0.6)
-        or [v for v in valid if value.lower() in v.lower()][:3]
-    )
+    close = difflib.get_close_matches(value, valid, n=3, cutoff=0.6)
+    close = close or [name for name in valid if value.lower() in name.lower()][:3]
     if close:
         return f"did you mean {' or '.join(close)}?"
     shown = valid if len(valid) <= 20 else [*valid[:20], f"... ({len(valid)} in all)"]
@@ -240,7 +325,7 @@ def nearest(value: str, valid) -> str:
 
 
 def entry(kind: str, name: str) -> Entry:
-    """Return the declaration of a name. Raise ValueError with the nearest valid names."""
+    """Return the declaration of a name. Raises ValueError with the nearest valid names."""
     known = entries(kind)
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; {nearest(name, known)}")
@@ -250,67 +335,56 @@ def entry(kind: str, name: str) -> Entry:
 def roles(kind: str, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the (required, optional) column roles of a modality or objective.
 
-    They are read from its source.
-
     Raises:
-        ValueError: The name is unknown; the message has the nearest valid names.
+        ValueError: the name is unknown; the nearest valid names are given.
     """
     found = entry(kind, name)
     return found.roles, found.optional_roles
 
 
+def path_options(kind: str, name: str) -> dict[str, tuple[str, ...]]:
+    """Return `Entry.path_options` of a component; none of an unknown name."""
+    known = entries(kind)
+    return known[name].path_options if name in known else {}
+
+
 def get(kind: str, name: str) -> Any:
-    """Return the registered object, importing its file if that has not been done yet."""
+    """Return the registered object. Its file is imported now if it was not yet."""
     found = entry(kind, name)
-    importlib.import_module(found.module)
-    return _registered[kind, name]
+    return getattr(importlib.import_module(found.module), found.attribute)
 
 
-@cache
-def metrics() -> frozenset[str]:
-    """Return the names of pipeline.metrics.catalog, read from its source."""
-    return frozenset(
-        re.findall(r"(?:_ratio|Metric)\(\s*\"(\w+)\"", (PACKAGE / "metrics/catalog.py").read_text())
-    )
-
-
-@cache
 def architectures(library: str) -> frozenset[str]:
-    """Return the model names that a model library knows, without importing it.
+    """Return the model names of a model library, without importing it.
 
-    A file in models/ says in ``ARCHITECTURES`` either the names themselves, or ``(package, glob,
-    regular expression)``: the names are then what the expression's group finds in the package's
-    sources.
+    Its file says in ``ARCHITECTURES`` either the names themselves, or ``(package, glob, regular
+    expression)``: the names are then what the expression's group finds in the package's sources.
     """
-    found = entry("model", library)
-    tree = ast.parse(PACKAGE.joinpath("models", found.module.rsplit(".", 1)[1] + ".py").read_text())
-    for node in tree.body:
+    return _architectures(entry("model", library))
+
+
+@cache
+def _architectures(library: Entry) -> frozenset[str]:
+    for node in ast.parse(library.file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ARCHITECTURES":
             value = ast.literal_eval(node.value)
-            if isinstance(value, tuple):
-                return _scan(*value)
-            return frozenset(value)
-    raise ValueError(f"{found.module} declares no ARCHITECTURES")
+            return _scan(*value) if isinstance(value, tuple) else frozenset(value)
+    raise ValueError(f"{library.module} declares no ARCHITECTURES")
 
 
 def tags(model: str) -> frozenset[str]:
-    """Return the names of a timm model's published weights, found in timm's sources.
-
-    For example ``dino`` of ``vit_small_patch16_224.dino``. timm is not imported.
+    """Return the tags of a timm model's published weights, such as ``dino`` of
+    ``vit_small_patch16_224.dino``, from timm's sources, which are not imported.
     """
     return _scan("timm", "models/*.py", rf"""^\s+['"]{re.escape(model)}\.(\w+)['"]:""")
 
 
 def _scan(package: str, pattern: str, expression: str) -> frozenset[str]:
-    """Return what the expression's group finds in the package's sources."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ValueError(
             f"package {package} is not installed: install the project's dependencies (uv sync)"
         )
     finder = re.compile(expression, re.MULTILINE)
-    return frozenset(
-        name
-        for file in Path(spec.origin).parent.glob(pattern)
-        for name in finder.findall(file.read_text())
-    )
+    files = Path(spec.origin).parent.glob(pattern)
+    return frozenset(name for file in files for name in finder.findall(file.read_text()))

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,10 +20,13 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationError,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from pipeline.config import registry
 from pipeline.io import s3, storage
@@ -96,6 +100,24 @@ class ComponentConfig(Spec):
 
 FULL = ComponentConfig(name="full")
 """The technique of a source that names none: every layer trains from the first step."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Annotation of a text that is a registered name; the JSON Schema lists the names."""
+
+    kind: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        def check(name: str) -> str:
+            return registry.entry(self.kind, name).name
+
+        return no_info_after_validator_function(check, handler(source))
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> Any:
+        return {**handler(core), "enum": registry.names(self.kind)}
+
+
 Uris = str | list[str]
 
 
@@ -645,7 +667,9 @@ class Target(Spec):
 
     data: Data = Field(description="the target's rows")
     objective: ComponentConfig = Field(description="classification, ...")
-    metric: str | None = Field(None, description="primary metric; none: the objective's first")
+    metric: Annotated[str, Registered("metric")] | None = Field(
+        None, description="primary metric; none: the objective's first"
+    )
     label_fractions: list[
         Annotated[float | int, BeforeValidator(registry.reject_bool), AfterValidator(_fraction)]
     ] = Field(
@@ -715,7 +739,7 @@ class Target(Spec):
 class Select(Spec):
     """Fan out only the sources with the best transferability score."""
 
-    score: Literal["logme", "knn"] = Field(
+    score: Annotated[str, Registered("score")] = Field(
         "logme", description="transferability score on the target's training features"
     )
     top: int = Field(2, ge=1, description="how many sources to keep for each target")
@@ -862,6 +886,13 @@ class Job(Spec):
         description="a folder (relative to the current one), file:///folder or s3://bucket/prefix",
     )
     seed: int = Field(0, ge=0, description="everything random follows from it")
+    plugins: list[str] = Field(
+        default_factory=list,
+        exclude_if=lambda listed: not listed,  # a job without any has the hash that it always had
+        description="modules that add pieces (techniques, metrics, ...): a .py file or a package's "
+        "folder, relative to the job file (a path has a slash or ends in .py), or the name of an "
+        "installed module. They are code, and are run",
+    )
     sources: dict[str, Source] = Field(
         description="what to pretrain on, or existing checkpoints", min_length=1
     )
@@ -978,5 +1009,8 @@ def schema() -> dict:
         }
 
     out = put(out)
+    for kind in ("importer", "cohort"):  # no fields of a job: what `prepare` offers
+        for name, entry in registry.entries(kind).items():
+            out["$defs"][f"{kind} {name}"] = entry.options.model_json_schema()
     out["$schema"], out["title"] = "https://json-schema.org/draft/2020-12/schema", "One to Many job"
     return out

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import registry
+from pipeline.config import plugins, registry
 from pipeline.config.schema import (
     CHECKPOINT_PREFIXES,
     HUBS,
@@ -79,8 +79,6 @@ where it is the whole value.
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 OF_ALL = ("decode", "shuffle", "max_bad_rows")
 """Fields of data that hold for all joined corpora."""
-PLACES = {"text": ("tokenizer",), "ctc": ("lm",)}
-"""Options of modalities and objectives that name a place: relative to the job file, as data are."""
 
 
 def _plain(
@@ -633,7 +631,7 @@ def _named_uris(rows: dict) -> Iterator[tuple[Any, Any, Path_]]:
         if isinstance(options := component.get(way), dict):
             yield from (
                 (options, one, (kind, way, one))
-                for one in PLACES.get(str(name), ())
+                for one in registry.path_options(kind, str(name))
                 if isinstance(options.get(one), str)
             )
 
@@ -708,17 +706,6 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
                 _name_of(part["backbone"]), (kind, name, "backbone"), folder, elsewhere
             )
             out += _input_problems(part, (kind, name))
-        if (
-            kind == "targets"
-            and isinstance(part.get("metric"), str)
-            and part["metric"] not in (known := registry.metrics())
-        ):
-            out.append(
-                (
-                    (kind, name, "metric"),
-                    f"unknown metric {part['metric']!r}; {registry.nearest(part['metric'], known)}",
-                )
-            )
         if part.get("init") is not None and kind == "sources":
             out += _checkpoint_problems(part["init"], (kind, name, "init"), folder, elsewhere)
         if (
@@ -745,8 +732,31 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
     ]
 
 
+def _plugin_problems(data: dict, folder: Path) -> list[tuple[Path_, str]]:
+    """Make the job's plugins the ones in use; what is wrong with them, those without fault stay."""
+    out: list[tuple[Path_, str]] = []
+    good: list[str] = []
+    for i, text in enumerate(_listed(data.get("plugins"))):
+        if not isinstance(text, str):
+            continue  # reported by the typed pass
+        try:
+            plugins.use([*good, text], folder)
+            for kind in registry.FOLDERS:
+                registry.entries(kind)
+            good.append(text)
+        except ValueError as error:
+            out.append((("plugins", i), str(error)))
+    plugins.use(good, folder)
+    return out
+
+
 def _absolute(job: dict, folder: Path) -> dict:
-    """Data paths and checkpoints made absolute: they are relative to the job file."""
+    """Data paths, checkpoints and plugins made absolute: they are relative to the job file."""
+    if "plugins" in job:
+        listed = job["plugins"]
+        job["plugins"] = [
+            _resolve_uri(one, folder) if plugins.is_path(one) else one for one in listed
+        ]
     for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
         for rows, _ in (*_corpora(part, ()), ({"objective": part.get("objective")}, ())):
             for holder, key, _ in _named_uris(rows):
@@ -779,13 +789,13 @@ def load(
 
 
 def relative_places(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
-    """The files, folders and globs that a job names by paths relative to its file: data,
+    """The files, folders and globs that a job names by paths relative to its file: plugins, data,
     checkpoints, tokenizers, language models.
 
     Raises JobError as `load` does.
     """
     job = _checked(Path(path), overrides, elsewhere=True)
-    named: list[str] = []
+    named: list[str] = [one for one in job.get("plugins", ()) if plugins.is_path(one)]
     for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
         for rows, _ in (*_corpora(part, ()), ({"objective": part.get("objective")}, ())):
             named += [holder[key] for holder, key, _ in _named_uris(rows)]
@@ -817,7 +827,8 @@ def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool
     if data is not None:
         for setting in overrides:
             set_by[_apply_override(data, setting, problems)] = setting
-        found: list[tuple[Path_, str]] = _name_problems(data, path.parent, elsewhere)
+        found = _plugin_problems(data, path.parent)
+        found += _name_problems(data, path.parent, elsewhere)
         job = None
         try:
             job = Job.model_validate(data)

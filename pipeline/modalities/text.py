@@ -36,6 +36,10 @@ class TextOptions(Options):
         None,
         description="folder with an existing tokenizer.json, as transformers saves it; none: one "
         "is trained on the corpus",
+        json_schema_extra={
+            "format": "uri-reference",
+            "x-files": ["tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"],
+        },
     )
     vocabulary: int = Field(
         8192,

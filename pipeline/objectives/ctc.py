@@ -72,6 +72,7 @@ class CTCOptions(Options):
         description="beam search: an n-gram model of the labels, ARPA or KenLM's binary form, on "
         "this machine; each label is a word "
         "of it, the space is written |",
+        json_schema_extra={"format": "uri-reference"},
     )
     lm_weight: float = Field(
         1.0,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.metrics import catalog
+from pipeline.metrics.metric import UNBOUNDED
 from pipeline.report import results, stats
 from pipeline.report.stats import RunPredictions
 
@@ -487,7 +488,7 @@ def _mean_of(one: _Trials, runs: dict[str, RunPredictions]) -> tuple[Estimate, s
     rows = one.rows
     if not rows:
         return (None, None, None), ""
-    metric, found, why = catalog.METRICS.get(one.metric), _predictions(rows, runs), ""
+    metric, found, why = catalog.find(one.metric), _predictions(rows, runs), ""
     if metric is not None and found is not None:
         try:
             return _finite(
@@ -511,8 +512,8 @@ def _mean_of(one: _Trials, runs: dict[str, RunPredictions]) -> tuple[Estimate, s
 
 def _bounds(metric: catalog.Metric | None) -> tuple[float, float]:
     """A metric's bounds where they are known without predictions."""
-    known = metric is not None and metric.name in (*catalog.SHARES, "kappa")
-    return metric.bounds({}) if metric is not None and known else (-math.inf, math.inf)
+    known = metric.fixed_bounds if metric is not None else None
+    return known if known is not None and np.isfinite(known).all() else UNBOUNDED
 
 
 def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, RunPredictions]) -> _GainEstimate:
@@ -529,7 +530,7 @@ def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, RunPredictions
         )
     rows = [row for row in rows if row["seed"] in seeds]
     theirs = [row for row in theirs if row["seed"] in seeds]
-    metric, why = catalog.METRICS.get(one.metric), ""
+    metric, why = catalog.find(one.metric), ""
     ours, scratch = _predictions(rows, runs), _predictions(theirs, runs)
     if metric is not None and ours is not None and scratch is not None:
         choices = one.choice(), other.choice()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.metrics import calibration, catalog
+from pipeline.metrics import calibration, catalog, classes
 from pipeline.report import results, stats
 from pipeline.report.blocks import (
     DASH,
@@ -196,7 +196,7 @@ def _seeds(count: int) -> str:
 def _confusion(target: str, cell: Cell, runs: list[RunPredictions]) -> list[Block]:
     names = runs[0].labels
     counts = sum(
-        (catalog.confusion(run.predictions) for run in runs),
+        (classes.confusion(run.predictions) for run in runs),
         np.zeros((len(names), len(names)), np.int64),
     )
     sizes = counts.sum(1)
@@ -255,7 +255,7 @@ def two_classes(
     names = [
         name
         for name in ids
-        if name in catalog.METRICS and all(_has(name, run) for run in (*ours, *scratch))
+        if catalog.find(name) and all(_has(name, run) for run in (*ours, *scratch))
     ]
     paired = bool({run.seed for run in ours} & {run.seed for run in scratch})
     body: list[list[str | Value]] = []
@@ -379,7 +379,9 @@ def _each(
     paired = bool(scratch) and bool({run.seed for run in ours} & {run.seed for run in scratch})
     for k in often[:MOST_LABELS]:
         for name, _ in kind.measures:
-            of = catalog.of_label(f"{name}/{names[k]}", int(k))
+            each = catalog.per_label(name)
+            assert each is not None
+            of = each.of(names[k], int(k))
             estimates[name].append(stats.mean_interval(of, ours))
             if paired:
                 estimates[f"{name} scratch"].append(stats.mean_interval(of, scratch))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.metrics.catalog import METRICS
+from pipeline.metrics.catalog import metric
 from pipeline.report import plots, stats
 from pipeline.report.blocks import DASH, Block, Figure, Heading, Table, Text, Value, places, spread
 from pipeline.report.matrix import REFERENCE, Cell, fraction_order
@@ -126,7 +126,7 @@ def _estimate(name: str, found: list[RunPredictions]) -> Estimate:
     """(mean, low, high), NaN where it was not recorded."""
     if any(name not in run.predictions for run in found):
         return math.nan, math.nan, math.nan
-    return stats.mean_interval(METRICS[name], found)
+    return stats.mean_interval(metric(name), found)
 
 
 def _format_estimate(value: Estimate, digits: int) -> str | Value:

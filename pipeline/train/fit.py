@@ -12,26 +12,24 @@ import pyarrow as pa
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Source, Target, spec_hash
-from pipeline.config.yaml_loader import PLACES
 from pipeline.core.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.io import checksums, file_identity, storage
 
 FIT_ROWS, FIT_TEXT_BYTES = 2048, 64 << 20
-TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
-"""Files of a folder that decide what a tokenizer does."""
 
 
-def options_by_content(component: ComponentConfig) -> dict[str, Any]:
-    """The options of a modality or objective with what a place holds instead of the place: a
-    tokenizer is the same wherever its folder lies.
+def options_by_content(kind: str, component: ComponentConfig) -> dict[str, Any]:
+    """Return the options of a modality or objective, with what a place holds instead of the place:
+    a tokenizer is the same wherever its folder lies.
 
     Raises StorageError when nothing is there.
     """
+    places = registry.path_options(kind, component.name)
 
-    def held(name: str, place: str) -> str:
-        files = [storage.join(place, one) for one in TOKENIZER] if name == "tokenizer" else [place]
+    def held(place: str, names: tuple[str, ...]) -> str:
+        files = [storage.join(place, name) for name in names] or [place]
         return spec_hash(
             [
                 file_identity.fingerprint(file)
@@ -42,7 +40,7 @@ def options_by_content(component: ComponentConfig) -> dict[str, Any]:
         )
 
     return {
-        name: held(name, value) if value and name in PLACES.get(component.name, ()) else value
+        name: held(value, places[name]) if value and name in places else value
         for name, value in component.options.items()
     }
 
@@ -95,13 +93,16 @@ def fit_modality(
         theirs = start.modality["options"]
         own, named = (
             registry.get("modality", component.name).target_options,
-            options_by_content(component),
+            options_by_content("modality", component),
         )
         given = {
             k: component.options[k]
             for k, v in named.items()
             if k not in own
-            and theirs.get(k, v if k not in PLACES.get(component.name, ()) else None) != v
+            and theirs.get(
+                k, v if k not in registry.path_options("modality", component.name) else None
+            )
+            != v
         }  # a checkpoint brings its own tokenizer
         if problem := registry.get("modality", component.name).ineffective_options(named, theirs):
             raise ValueError(f"{place}.data.modality: {problem}")
@@ -131,7 +132,7 @@ def fit_modality(
     )
     found = {
         "name": component.name,
-        "options": {**options.model_dump(), **options_by_content(component)},
+        "options": {**options.model_dump(), **options_by_content("modality", component)},
         "state": state,
     }
     if most_rows is None:

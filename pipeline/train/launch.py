@@ -12,7 +12,8 @@ import site
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ray.util.client import ray as ray_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import prepare_ray
+from pipeline.config import plugins
 from pipeline.config.schema import Source
 from pipeline.data.stream import DataWorkers, Rows
 from pipeline.io import atomic_folder, s3, signals, storage, write_fence
@@ -79,13 +81,16 @@ _is_ours = False
 def start(address: str | None, verbose: bool) -> None:
     """Join the cluster that is named (``--address`` or RAY_ADDRESS), else start a local one.
 
-    Does nothing when Ray runs already.
+    Ray that runs in this process already is used as it is. The plugins in use travel to every
+    worker.
 
     Raises:
-        ClusterError: no cluster answers, or Ray does not start.
+        ClusterError: no cluster answers, Ray does not start, or it runs already without the plugins
+            in use.
     """
     global _is_ours
     if ray.is_initialized():
+        _check_plugins()
         return
     prepare_ray()
     level = logging.INFO if verbose else logging.ERROR
@@ -101,6 +106,7 @@ def start(address: str | None, verbose: bool) -> None:
                 address=where,
                 logging_level=level,
                 log_to_driver=verbose,
+                runtime_env=_plugins_env(),
                 **extra,
                 **_job_config(where),
             )
@@ -114,6 +120,37 @@ def start(address: str | None, verbose: bool) -> None:
             "token (RAY_AUTH_TOKEN) and Ray's version"
         ) from error
     _is_ours = True
+
+
+@contextmanager
+def session(address: str | None, verbose: bool) -> Iterator[None]:
+    """Use the Ray session of this process, or one that ends with the block."""
+    start(address, verbose)
+    try:
+        yield
+    finally:
+        stop()
+
+
+def _plugins_env() -> dict[str, Any] | None:
+    """The runtime environment that brings the job's plugins to Ray's workers, on every node."""
+    listed = os.environ.get(plugins.VARIABLE)
+    if not listed:
+        return None
+    code = [str(place) for place in plugins.shipped()]
+    return {"env_vars": {plugins.VARIABLE: listed}, "py_modules": code}
+
+
+def _check_plugins() -> None:
+    """Raise ClusterError where this process's Ray was started without the plugins in use."""
+    listed = os.environ.get(plugins.VARIABLE, "")
+    session: Any = ray.get_runtime_context().runtime_env or {}
+    known = session.get("env_vars", {}).get(plugins.VARIABLE)
+    if listed and known != listed:
+        raise ClusterError(
+            f"Ray runs in this process already, and its workers do not know the plugins {listed}: "
+            "end it (ray.shutdown()) before the job runs"
+        )
 
 
 def stop() -> None:

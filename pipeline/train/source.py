@@ -58,7 +58,7 @@ def data_key(data: Data) -> dict[str, Any]:
     left_out = dict.fromkeys(WHERE_NOT_WHAT | {"decode", "max_bad_rows", "identity"}, True)
     out = data.model_dump(mode="json", exclude={**left_out, "more": {"__all__": left_out}})
     for one, part in ((out, data), *zip(out["more"], data.more, strict=True)):
-        one["modality"]["options"] = fitting.options_by_content(part.modality)
+        one["modality"]["options"] = fitting.options_by_content("modality", part.modality)
     return out
 
 
@@ -216,7 +216,7 @@ def stage(job: Job, name: str) -> SourceStage:
         del what["technique"]  # keys are those of jobs from before sources had techniques
     what["start"] = start = pretrained.fingerprint(spec.init) if spec.init else None
     if spec.objective is not None:
-        what["objective"]["options"] = fitting.options_by_content(spec.objective)
+        what["objective"]["options"] = fitting.options_by_content("objective", spec.objective)
     if spec.backbone.name.startswith(
         CHECKPOINT_PREFIXES
     ):  # where a checkpoint lies does not count, what it holds does

@@ -203,7 +203,7 @@ def make_trial(
         target.model_dump(mode="json", include={"objective", "metric", "workers"}),
         target.train.model_dump(mode="json", exclude=HOW_NOT_WHAT),
     ]
-    what[0]["objective"]["options"] = options_by_content(target.objective)
+    what[0]["objective"]["options"] = options_by_content("objective", target.objective)
     identity = spec_hash(
         TRIAL_FORMAT,
         source,

@@ -29,6 +29,7 @@ from pipeline.io import atomic_folder, checksums, file_identity, storage
 from pipeline.media import transcripts
 from pipeline.train import evaluate, launch
 from pipeline.train.loop import Ranks
+from pipeline.train.online_probe import features
 from pipeline.train.progress import Progress
 
 ROWS_A_PART, PIECES_A_SHARD = 1024, 128
@@ -262,6 +263,41 @@ def predict(
         + (f"; {bad} rows could not be read, see column error" if bad else "")
         + _named_classes(classes, list(parts.values()))
     )
+
+
+def embed(
+    uri: str, data: list[str], columns: dict[str, str], form: str, progress: Progress
+) -> np.ndarray:
+    """Compute the features of new rows in this process.
+
+    Args:
+        uri: A bundle, with or without a head.
+        data: Files, folders or globs.
+        columns: Role to column, where it is named otherwise than in training.
+        form: The format of the files, as in a job.
+
+    Returns:
+        (rows, D) float32; NaN for a row that cannot be decoded.
+
+    Raises:
+        ValueError: a missing column, or one of another type than the bundle reads.
+    """
+    found = bundle.load(uri)
+    modality, backbone = found.modality(), bundle.build_backbone(found.manifest["arch"])
+    bundle.transfer(backbone, found.backbone_tensors(), uri)
+    name = found.manifest["objective"]["name"]
+    objective = Objective if name == "none" else registry.get("objective", name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with storage.scratch_folder() as scratch, file_identity.progress_to(progress.update):
+        manifest, _ = manifests.build_with_named(data, form, str(scratch))
+        known = found.manifest.get("columns", {})
+        named = _columns(modality, objective, known, columns, manifest, data[0])
+        _check_types(modality, named, manifest, data[0])
+        rows = Rows(Selection(manifest), Decoder(modality, None, {}, named))
+        held = rows.in_memory(1.0, cpus=0, keep_bad=True)
+        pooled = features(backbone, held, device)[0].cpu().numpy()
+    pooled[[place for place, _ in held.bad]] = np.nan
+    return pooled
 
 
 def _named_classes(classes: list[str] | None, parts: list[str]) -> str:

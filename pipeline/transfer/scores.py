@@ -7,8 +7,9 @@ import torch
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
+from pipeline.config.registry import register
 from pipeline.core.rng import mix
-from pipeline.metrics.catalog import weighted_auroc
+from pipeline.metrics.ranking import weighted_auroc
 from pipeline.train.online_probe import KNN, neighbours
 from pipeline.transfer.cached_heads import features
 from pipeline.transfer.grid import label_subset
@@ -17,6 +18,7 @@ from pipeline.transfer.trial import Shared, TargetData
 SCORE_ROWS = 2000
 
 
+@register("score", "logme", title="LogME")
 def logme(found: np.ndarray, labels: np.ndarray) -> float:
     """Log of the maximum evidence a row, averaged over classes (LogME: You et al., ICML 2021).
     Higher is better.
@@ -58,6 +60,7 @@ def _varying_columns(labels: np.ndarray) -> np.ndarray:
     return labels[:, labels.any(0) & ~labels.all(0)]
 
 
+@register("score", "knn", title="kNN")
 def knn(found: np.ndarray, labels: np.ndarray, k: int = KNN) -> float:
     """Leave-one-out accuracy of the majority of the k nearest rows by cosine. Higher is better.
 
@@ -91,17 +94,17 @@ def fewest_labels(shared: Shared, data: TargetData) -> np.ndarray:
     return min(subsets, key=len)
 
 
-SCORES = {"logme": logme, "knn": knn}
-
-
 def score(
     shared: Shared,
     source: str,
     base_key: str,
     target: str,
-    names: tuple[str, ...] = ("logme", "knn"),
+    names: tuple[str, ...] | None = None,
 ) -> dict[str, float]:
     """Scores of a source on the training rows of a target (at most SCORE_ROWS, evenly spread).
+
+    names: which of the registered scores; none: all. Each is a function of features (n, D) and of
+    class numbers (n,) or label sets (n, L), and higher is better.
 
     Only rows are read that the trials with the fewest labels may use too (`fewest_labels`): a
     choice of sources by all labels would help trials that must do with 5 % of them. Raises
@@ -133,4 +136,6 @@ def score(
     labels = (
         rest["labels" if several else "label"].cpu().numpy()
     )  # of the rows that could be decoded
-    return {name: SCORES[name](found.cpu().numpy(), labels) for name in names}
+    pooled = found.cpu().numpy()
+    wanted = names or tuple(registry.entries("score"))
+    return {name: registry.get("score", name)(pooled, labels) for name in wanted}

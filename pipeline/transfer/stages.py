@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.checkpoints import bundle, pretrained
-from pipeline.config import provenance
+from pipeline.config import provenance, registry
 from pipeline.config.schema import Job, spec_hash
 from pipeline.io import atomic_folder, checksums, file_identity, storage, write_fence
 from pipeline.metrics.catalog import metric
@@ -536,7 +536,8 @@ def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
                     out.append(
                         {"target": name, "source": source_name, "backbone": base.label, **found}
                     )
-    return sorted(out, key=lambda row: (row["target"], *_rank(row["logme"])))
+    first = next(iter(registry.entries("score")))
+    return sorted(out, key=lambda row: (row["target"], *_rank(row[first])))
 
 
 def _score_of(
@@ -550,7 +551,7 @@ def _score_of(
     except (ValueError, ArithmeticError, RuntimeError) as error:
         reason, found = (
             f"{type(error).__name__}: {error}",
-            dict.fromkeys(scores.SCORES, float("nan")),
+            dict.fromkeys(registry.entries("score"), float("nan")),
         )
     else:
         reason = "no label tells its rows apart"

@@ -22,13 +22,12 @@ from pipeline.config.schema import (
     Target,
     spec_hash,
 )
-from pipeline.config.yaml_loader import PLACES
 from pipeline.core.contracts import Modality, Objective, Task, Technique
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Splits
 from pipeline.data.stream import Decoder, Rows
 from pipeline.io import file_identity, storage
-from pipeline.metrics.catalog import metric
+from pipeline.metrics import catalog
 from pipeline.report import stats, subgroups
 from pipeline.train import config_checks, fit, row_checks, token_rows
 from pipeline.train import source as train_source
@@ -41,19 +40,6 @@ from pipeline.transfer.trial import TargetData
 
 MEMORY_BYTES = 2 << 30
 CHECKED_ROWS, TRIED_ROWS = 1 << 16, 64
-OF_CLASSES = (
-    "top5_accuracy",
-    "balanced_accuracy",
-    "kappa",
-    "auroc",
-    "auprc",
-    "min_precision_sensitivity",
-    "brier",
-    "ece",
-)
-"""Metrics that a target whose rows have one class may be judged by, beside those that its objective
-gives.
-"""
 
 
 @dataclass(frozen=True)
@@ -220,8 +206,8 @@ def _check_metric(
         return
     options = objective.options_class(**spec.objective.options)
     known = (*objective.target_metrics(options, state), *objective.test_metrics(options, state))
-    further = OF_CLASSES if "label" in objective.roles else ()
-    if metric(spec.metric).name not in (*known, *further):
+    further = [one for role in objective.roles for one in catalog.for_role(role)]
+    if spec.metric not in (*known, *further):
         raise ValueError(
             f"{place}.metric: {spec.metric} is not a metric of {spec.objective.name} "
             f"({', '.join(known)})"
@@ -291,7 +277,7 @@ def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
     """
     component = target.spec.data.modality
     own = registry.get("modality", component.name).target_options
-    named = fit.options_by_content(component)
+    named = fit.options_by_content("modality", component)
     if problem := registry.get("modality", component.name).ineffective_options(
         named, base.modality["options"]
     ):
@@ -656,7 +642,7 @@ def check_modality(target: TargetStage, source: Source) -> None:
     if not continues:  # a checkpoint brings its own options
         own = kind.options_class(**given)
         # a tokenizer is compared by what it holds
-        free = (*kind.target_options, *PLACES.get(component.name, ()))
+        free = (*kind.target_options, *registry.path_options("modality", component.name))
         fixed = [option for option in given if option not in free]
         differ = {k: given[k] for k in fixed if getattr(own, k) != getattr(inherited, k)}
         _refuse(target, differ, inherited.model_dump())

@@ -30,7 +30,8 @@ from pipeline.data.stream import (
 )
 from pipeline.io import atomic_folder, checksums, file_identity, heartbeat, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
-from pipeline.metrics.catalog import Predictions, metric, per_label, scored
+from pipeline.metrics.catalog import Predictions, metric
+from pipeline.metrics.label_sets import scored
 from pipeline.report import stats
 from pipeline.train import evaluate, experiment, loop, resume_history
 from pipeline.train.experiment import Experiment
@@ -556,12 +557,10 @@ def compute_test_metrics(data: TargetData, test: Predictions) -> dict[str, float
     if data.spec.metric in data.metrics:
         names = (*data.metrics, *data.test_metrics)
     found = evaluate.values(test, (*names, *(AT_THRESHOLD if "threshold" in test else ())))
-    for each in (metric(name).each for name in data.metrics):
+    for each in (metric(name).per_label for name in data.metrics):
         if each is not None:
-            found |= {
-                f"{each}/{label}": value
-                for label, value in per_label(each, test, data.label_names).items()
-            }
+            values = each.values(test, data.label_names)
+            found |= {f"{each.name}/{label}": value for label, value in values.items()}
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import provenance, registry
+from pipeline.config import plugins, provenance, registry
 from pipeline.config.provenance import (
     Provenance,
     changes,
@@ -174,7 +174,7 @@ def test_the_modules_that_are_named_are_there():
         *provenance.TRIAL_CODE,
         *provenance.FROZEN_CODE,
     }
-    assert not [module for module in named if provenance._file(module) is None]
+    assert not [module for module in named if plugins.source_file(module) is None]
 
 
 def test_a_backbone_that_holds_another_brings_its_library_in():
@@ -287,7 +287,7 @@ def test_a_piece_of_a_plugin_counts_with_the_plugins_own_modules(tmp_path, monke
 
     def code() -> dict[str, str]:
         for cached in (
-            provenance._file,
+            plugins.source_file,
             provenance._source,
             provenance._module,
             provenance._component_source,

@@ -619,11 +619,11 @@ targets:
 """
     objective = load(job).targets["words"].objective
     assert objective.options["lm"] == f"{folder}/words.arpa"
-    before = options_by_content(objective)
+    before = options_by_content("objective", objective)
     (folder / "words.arpa").write_text("other words")
     assert (
         before["beam"] == 5
-        and before["lm"] != options_by_content(objective)["lm"]
+        and before["lm"] != options_by_content("objective", objective)["lm"]
         and "words.arpa" not in str(before)
     )
     (folder / "words.arpa").unlink()

@@ -11,7 +11,8 @@ import sklearn.metrics as theirs
 from toys import image_files, job_of, shared_of, trial_of
 
 from pipeline.checkpoints import bundle
-from pipeline.metrics import calibration, catalog
+from pipeline.config import registry
+from pipeline.metrics import calibration
 from pipeline.transfer import cached_heads, targets
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.trial import AT_THRESHOLD
@@ -206,7 +207,7 @@ def test_without_the_options_nothing_is_fitted(paths, tmp_path):
         "ece",
     ]
     assert (
-        set(catalog.METRICS) >= set(tested)
+        registry.entries("metric").keys() >= set(tested)
         and "temperature" not in record["rows"][0]["hyper_parameters"]
     )
     assert np.isfinite([row["value"] for row in record["rows"]]).all()

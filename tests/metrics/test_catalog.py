@@ -1,6 +1,8 @@
 """Metrics against scikit-learn and their formulas; units give the value back."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,10 +10,18 @@ import sklearn.metrics as theirs
 import torch
 
 from pipeline.config import registry
-from pipeline.metrics import calibration, catalog
-from pipeline.metrics.catalog import METRICS, metric
-from pipeline.metrics.ranking import weighted_min_precision_sensitivity
+from pipeline.metrics import calibration, catalog, classes
+from pipeline.metrics.catalog import metric
+from pipeline.metrics.label_sets import scored
+from pipeline.metrics.ranking import (
+    weighted_auroc,
+    weighted_average_precision,
+    weighted_min_precision_sensitivity,
+)
 from pipeline.report import stats
+
+METRICS = {name: metric(name) for name in registry.names("metric")}
+RANKINGS = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
 
 
 def predictions(n=200, classes=5, seed=0, skill=1.0, labels=None):
@@ -659,7 +669,7 @@ def test_fifty_random_cases_of_single_labels_equal_scikit_learn():
             ("average_precision", theirs.average_precision_score),
         ):
             want = [other(truth, scores, sample_weight=w) for w in weights.T]
-            assert catalog.RANKINGS[name](scores, truth, weights) == pytest.approx(want, abs=1e-9)
+            assert RANKINGS[name](scores, truth, weights) == pytest.approx(want, abs=1e-9)
 
 
 def test_micro_f1_equals_scikit_learn():
@@ -677,7 +687,7 @@ def test_labels_without_both_classes_have_no_ranking():
         ("auroc", theirs.roc_auc_score),
         ("average_precision", theirs.average_precision_score),
     ):
-        assert catalog.per_label(name, p, names) == {
+        assert catalog.per_label(name).values(p, names) == {
             "some": pytest.approx(other(p["labels"][:, 2], p["scores"][:, 2]), abs=1e-9)
         }
         assert metric(f"macro_{name}").value(p) == pytest.approx(
@@ -691,8 +701,8 @@ def test_a_macro_average_is_over_labels_with_enough_positives():
     for k, positives in enumerate((2, 19, 20, 40)):
         p["labels"][:positives, k] = 1
     p["min_positives"] = np.full(60, 20, np.int32)
-    assert catalog.scored(p).tolist() == [False, False, True, True]
-    each = catalog.per_label("auroc", p, "abcd")
+    assert scored(p).tolist() == [False, False, True, True]
+    each = catalog.per_label("auroc").values(p, "abcd")
     assert (
         metric("macro_auroc").value(p) == pytest.approx((each["c"] + each["d"]) / 2)
         and len(each) == 4
@@ -722,8 +732,8 @@ def test_a_macro_average_is_over_labels_with_enough_positives():
         match=r"none of 4 labels has 50 positive rows .* these 60 rows \(at most 40 positive\): "
         r"lower min_positives",
     ):
-        catalog.scored(p, strict=True)
-    assert catalog.scored(p).all() and metric("macro_auroc").value(p) == pytest.approx(
+        scored(p, strict=True)
+    assert scored(p).all() and metric("macro_auroc").value(p) == pytest.approx(
         np.mean(list(each.values()))
     )
     with pytest.raises(
@@ -739,7 +749,7 @@ def test_a_score_that_is_no_number_makes_no_rank():
     assert math.isnan(metric("macro_auroc").value(p)) and math.isnan(
         metric("macro_average_precision").value(p)
     )
-    assert set(catalog.per_label("auroc", p, "abc")) == {"a", "c"}
+    assert set(catalog.per_label("auroc").values(p, "abc")) == {"a", "c"}
 
 
 def test_the_metric_of_a_label_reads_its_column():
@@ -765,11 +775,11 @@ def test_the_metric_of_a_type_of_entities_reads_its_column():
         assert of.higher_is_better and of.of_units(of.units(p)) == of.value(
             p
         )  # a ratio of sums: its intervals are cheap
-    assert metric("entity_f1").each == "entity_f1"
+    assert metric("entity_f1").per_label.name == "entity_f1"
     for name in ("hits", "guessed", "actual"):
         p[name][:, 1] = 0
     p["hits"][:, 2] = p["actual"][:, 2] = 0
-    found = catalog.per_label("entity_f1", p, names)
+    found = catalog.per_label("entity_f1").values(p, names)
     assert (
         set(found) == {"person", "work/of art"} and found["work/of art"] == 0
     )  # what is found and never there is wrong; what is neither is nothing
@@ -780,10 +790,27 @@ def test_the_metric_of_a_type_of_entities_reads_its_column():
 def test_confusion_equals_scikit_learn():
     p = predictions(60, 5, labels=np.arange(60) % 4)
     assert np.array_equal(
-        catalog.confusion(p),
+        classes.confusion(p),
         theirs.confusion_matrix(p["label"], p["scores"].argmax(1), labels=range(5)),
     )
 
 
-def test_the_registry_reads_every_name_from_the_source():
-    assert registry.metrics() >= set(METRICS)
+def test_names_bounds_and_directions_are_known_without_torch():
+    program = (
+        "import sys\nfrom pipeline.config import registry\nfrom pipeline.metrics import catalog\n"
+        "for name in registry.names('metric'):\n"
+        "    of = catalog.metric(name)\n"
+        "    assert of.name == name and isinstance(of.higher_is_better, bool), name\n"
+        "    assert of.fixed_bounds is None or of.fixed_bounds[0] < of.fixed_bounds[1], name\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
+
+
+def test_metrics_of_any_target_with_classes_read_scores_and_labels_alone():
+    p = predictions(60, 2)
+    for name in catalog.for_role("label"):
+        value = metric(name).value({key: p[key] for key in ("scores", "label")})
+        assert math.isfinite(value), name
+    assert "auroc" in catalog.for_role("label")

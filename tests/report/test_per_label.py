@@ -185,7 +185,7 @@ def test_scratch_is_no_probe_of_random_weights():
     shown = next(block for block in said(rows, runs) if isinstance(block, page.Table))
     [scratch] = made["none", "scratch"]
     for line in shown.rows:
-        want = catalog.of_label(f"auroc/{line[0]}", NAMES.index(line[0])).value(scratch.predictions)
+        want = catalog.metric(f"auroc/{line[0]}", NAMES).value(scratch.predictions)
         assert float(line[list(shown.header).index("AUROC, scratch")].lines[0]) == pytest.approx(
             want, abs=0.05
         )

@@ -1,0 +1,342 @@
+"""The public functions, for notebooks and programs. The command line calls the same ones.
+
+    import pipeline
+
+    job = pipeline.load_job("jobs/quickstart.yaml", {"fanout.seeds": 1})
+    outcome = pipeline.run(job)
+    outcome.report, outcome.bundles                  # report.html; a bundle for every source
+    pipeline.results(job).to_pandas()                # one row a trial, split and metric
+    pipeline.embed(outcome.bundles["garments"], "new.parquet")    # (rows, features)
+
+Each function that needs Ray joins the session that runs in this process, or starts one and ends it.
+Bad input raises ValueError (`JobError`, `BundleError`) or `StorageError`, a failure of the cluster
+or of a stage RuntimeError.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.config import yaml_loader
+from pipeline.config.plugins import use as use_plugins
+from pipeline.config.schema import Job
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from pipeline.checkpoints.bundle import Bundle
+    from pipeline.report.matrix import Cell
+    from pipeline.train.progress import Progress
+    from pipeline.transfer.stages import JobState
+
+Stage = Literal["pretrain", "score", "finetune"]
+Remake = Literal["none", "changed"]
+
+
+@dataclass
+class Outcome:
+    """What the stages of a job left."""
+
+    bundles: dict[str, str] = field(default_factory=dict)
+    """URI of each source's bundle."""
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    """A row for each source and target, best first: ``target``, ``source``, ``backbone`` and a value
+    for each transferability score.
+    """
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """The job's rows of the results table."""
+    cells: list[Cell] = field(default_factory=list)
+    """The matrix of the report: means, gains over scratch and their intervals."""
+    report: str = ""
+    """URI of report.html; report.md lies beside it."""
+    results: str = ""
+    """URI of the results table; `results` reads it."""
+    notes: list[str] = field(default_factory=list)
+    """What was made by other code or versions, and trials that the job no longer has."""
+    warnings: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    """A line for each target that was left out and each trial that failed."""
+
+
+def load_job(
+    path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = (), elsewhere: bool = False
+) -> Job:
+    """Read and check a job file.
+
+    Args:
+        path: The YAML file.
+        overrides: Fields to set: ``{"sources.a.train.steps": 10}``, or texts such as
+            ``sources.a.train.steps=10``.
+        elsewhere: The job will run on other machines, so absolute paths need not exist here.
+
+    Raises:
+        JobError: every mistake, each with its file, line, field and the nearest right name.
+    """
+    if isinstance(overrides, Mapping):
+        overrides = [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
+    return yaml_loader.load(path, list(overrides), elsewhere)
+
+
+def run(
+    job: Job,
+    *,
+    address: str | None = None,
+    wait: bool | None = None,
+    remake: Remake = "none",
+    verbose: bool = False,
+) -> Outcome:
+    """Run a whole job: pretrain, fine-tune, report. What is done already is not done again.
+
+    Args:
+        job: The job, from `load_job`.
+        address: A Ray cluster to join, ``auto`` or host:port. None: RAY_ADDRESS, or a local one.
+        wait: Whether to wait for nodes that are not there yet. None: on a cluster whose autoscaler
+            declares its nodes.
+        remake: ``changed`` makes anew what other code or library versions made.
+        verbose: Show Ray's own messages too.
+    """
+    stages: tuple[Stage, ...] = ("pretrain", "finetune")
+    return run_stages(job, stages, address=address, wait=wait, remake=remake, verbose=verbose)
+
+
+def pretrain(
+    job: Job,
+    *,
+    address: str | None = None,
+    wait: bool | None = None,
+    remake: Remake = "none",
+    verbose: bool = False,
+) -> dict[str, str]:
+    """Train every source. Returns the URI of each one's bundle. See `run`."""
+    done = run_stages(
+        job, ("pretrain",), address=address, wait=wait, remake=remake, verbose=verbose
+    )
+    return done.bundles
+
+
+def finetune(
+    job: Job,
+    *,
+    address: str | None = None,
+    wait: bool | None = None,
+    remake: Remake = "none",
+    verbose: bool = False,
+) -> Outcome:
+    """Fan out the trials of every target from the pretrained bundles, then report. See `run`."""
+    return run_stages(
+        job, ("finetune",), address=address, wait=wait, remake=remake, verbose=verbose
+    )
+
+
+def score(job: Job, *, address: str | None = None, verbose: bool = False) -> list[dict[str, Any]]:
+    """Rank the pretrained sources for each target, without training. See `run`.
+
+    Returns:
+        ``target``, ``source``, ``backbone`` and a value for each transferability score, best first.
+    """
+    return run_stages(job, ("score",), address=address, verbose=verbose).scores
+
+
+def results(job: Job | str) -> pa.Table:
+    """Return the results table of a job, or of a job's folder: a row a trial, split and metric."""
+    import pyarrow as pa
+
+    from pipeline.report import results as table
+
+    root = job if isinstance(job, str) else job.root
+    return pa.Table.from_pylist(table.read(root), schema=table.SCHEMA)
+
+
+def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:
+    """Read a bundle and verify it against its checksums.
+
+    Args:
+        uri: A folder or s3:// URI, such as those of `Outcome.bundles` and the column
+            ``bundle_uri`` of `results`.
+        plugins: Modules or paths that hold pieces it is made of.
+    """
+    from pipeline.checkpoints import bundle
+
+    use_plugins(plugins)
+    return bundle.load(uri)
+
+
+def predict(
+    bundle: str,
+    data: str | Sequence[str],
+    output: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    format: str = "auto",
+    keep: Sequence[str] = (),
+    srt: bool = False,
+    plugins: Sequence[str] = (),
+    address: str | None = None,
+    verbose: bool = False,
+) -> str:
+    """Apply a fine-tuned bundle to new files, with Ray Data.
+
+    Args:
+        bundle: URI of the bundle.
+        data: Files, folders or globs, local or on S3.
+        output: Folder for the Parquet files. Parts that are there already are kept.
+        columns: Role to column, where a column is named otherwise than in training.
+        format: Of the files, as in a job's data.
+        keep: Columns of the rows that are written beside the predictions.
+        srt: Of speech, also write one file of subtitles a recording.
+        plugins: Modules or paths that hold pieces the bundle is made of.
+        address: A Ray cluster to join, as for `run`.
+        verbose: Show Ray's own messages too.
+
+    Returns:
+        What was written, in words.
+    """
+    from pipeline.train import launch
+    from pipeline.train.progress import Progress
+    from pipeline.transfer import predict as work
+
+    use_plugins(plugins)
+    work.check(bundle, srt)
+    with launch.session(address, verbose), Progress() as progress:
+        files = [data] if isinstance(data, str) else list(data)
+        named = dict(columns or {})
+        return work.predict(bundle, files, output, named, format, progress, srt, tuple(keep))
+
+
+def embed(
+    bundle: str,
+    data: str | Sequence[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    format: str = "auto",
+    plugins: Sequence[str] = (),
+) -> np.ndarray:
+    """Compute the features that a bundle's backbone gives of new rows, in this process.
+
+    Args:
+        bundle: URI of a source's or a fine-tuned bundle.
+        data: Files, folders or globs, local or on S3.
+        columns: Role to column, where a column is named otherwise than in training.
+        format: Of the files, as in a job's data.
+        plugins: Modules or paths that hold pieces the bundle is made of.
+
+    Returns:
+        (rows, D) float32 pooled features, in the order of the rows; NaN for a row that cannot be
+        decoded.
+    """
+    from pipeline.train.progress import Progress
+    from pipeline.transfer import predict as work
+
+    use_plugins(plugins)
+    with Progress() as progress:
+        files = [data] if isinstance(data, str) else list(data)
+        return work.embed(bundle, files, dict(columns or {}), format, progress)
+
+
+# ---------------------------------------------------------------- stages
+
+
+def run_stages(
+    job: Job,
+    stages: Sequence[Stage],
+    *,
+    address: str | None = None,
+    wait: bool | None = None,
+    remake: Remake = "none",
+    verbose: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Run some stages of a job, and the report after ``finetune``. See `run`."""
+    from pipeline.io import run_lock
+    from pipeline.train import launch
+    from pipeline.train.progress import Progress
+    from pipeline.transfer import stages as work
+
+    if not job.targets and "pretrain" not in stages:
+        raise ValueError("this job has no targets")
+    began = Progress() if progress is None else nullcontext(progress)
+    with (
+        began as shown,
+        checked(job, stages, shown, wait, remake, verbose) as state,
+        run_lock.hold(job.root, shown.note),
+    ):
+        ended = work.trial_status(state) if "finetune" in stages else []
+        if ended and all(is_done for _, is_done in ended):
+            for name in state.sources:
+                work.report_done(state, name)
+            shown.note(f"all {len(ended)} trials are done; nothing to run")
+            return reported(state, work.current(state))
+        with launch.session(address, verbose):
+            return _run(state, stages)
+
+
+@contextmanager
+def checked(
+    job: Job,
+    stages: Sequence[Stage],
+    progress: Progress,
+    wait: bool | None = None,
+    remake: Remake = "none",
+    verbose: bool = False,
+) -> Iterator[JobState]:
+    """Check everything that can be known before anything starts. See `run`."""
+    from pipeline.io import checksums
+    from pipeline.transfer import stages as work
+
+    use_plugins(job.plugins)
+    made_anew = {"pretrain": "sources", "finetune": "trials"} if remake == "changed" else {}
+    remade = tuple(made_anew[stage] for stage in stages if stage in made_anew)
+    with checksums.notifications_to(progress.note):
+        yield work.check(job, progress, verbose=verbose, wait=wait, remake=remade)
+
+
+def _run(state: JobState, stages: Sequence[Stage]) -> Outcome:
+    from pipeline.report import results
+    from pipeline.train import launch
+    from pipeline.transfer import fanout
+    from pipeline.transfer import stages as work
+
+    if "finetune" in stages:
+        cluster = launch.cluster(state.wait)
+        if cluster.is_declared:
+            fanout.check_fits(state.job, cluster.nodes, cluster.grows)
+    if "pretrain" in stages:
+        work.pretrain(state)
+    if not state.targets or tuple(stages) == ("pretrain",):
+        return Outcome(_bundles(state))
+    shared = work.share(state)
+    scores = work.score(state, shared) if "score" in stages else []
+    if "finetune" not in stages:
+        return Outcome(_bundles(state), scores, failed=work.failures(state, []))
+    rows = results.with_all_columns(work.collect(state, work.finetune(state, shared)))
+    return reported(state, rows)
+
+
+def reported(state: JobState, rows: list[dict[str, Any]]) -> Outcome:
+    """Write the report of a job's rows."""
+    from pipeline.io import storage
+    from pipeline.report import code_versions, results
+    from pipeline.transfer import pruning, stages
+
+    cells, (_, page) = stages.show(state, rows)
+    pruned = pruning.describe_stale(results.read(state.job.root))
+    return Outcome(
+        bundles=_bundles(state),
+        rows=rows,
+        cells=cells,
+        report=page,
+        results=storage.join(state.job.root, results.FILE),
+        notes=[*code_versions.describe_changes(state.trial_provenance), *pruned],
+        warnings=list(results.duplicates(rows)),
+        failed=stages.failures(state, rows),
+    )
+
+
+def _bundles(state: JobState) -> dict[str, str]:
+    return {name: one.bundle_uri for name, one in state.sources.items() if one.has_bundle}

@@ -1,0 +1,240 @@
+"""Metrics of rows that have one class each, and of rows that have one at every position.
+
+``for_role="label"`` marks those that any target with a label column may be judged by.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.config.registry import register
+from pipeline.metrics import calibration
+from pipeline.metrics.label_sets import macro, scored
+from pipeline.metrics.metric import (
+    SHARE,
+    Bounds,
+    Predictions,
+    columns,
+    f1,
+    mean_where,
+    ratio,
+    resampled,
+    summed,
+)
+from pipeline.metrics.ranking import (
+    Ranking,
+    weighted_auroc,
+    weighted_average_precision,
+    weighted_min_precision_sensitivity,
+)
+
+# ---------------------------------------------------------------- shares of rows
+
+
+def _among_best(p: Predictions, k: int) -> np.ndarray:
+    """Return units of the share of rows whose class is one of the k likeliest."""
+    import torch  # its topk decides between equal scores, as it did for every earlier result
+
+    scores, label = torch.as_tensor(p["scores"]), torch.as_tensor(p["label"])
+    if not len(label):
+        return np.zeros((0, 2))
+    best = scores.topk(min(k, scores.shape[-1]), dim=-1).indices
+    return summed((best == label[..., None]).any(-1).numpy(), p["label"] >= 0)
+
+
+@register("metric", "accuracy")
+@ratio(bounds=SHARE)
+def accuracy(p: Predictions) -> np.ndarray:
+    return _among_best(p, 1)
+
+
+@register("metric", "top5_accuracy")
+@ratio(bounds=SHARE, for_role="label")
+def top5_accuracy(p: Predictions) -> np.ndarray:
+    return _among_best(p, 5)
+
+
+def confusion(p: Predictions) -> np.ndarray:
+    """Count the rows of each true class (first axis) by the class they were taken for (second).
+
+    Returns:
+        (C, C) int64.
+    """
+    classes = p["scores"].shape[1]
+    cell = p["label"].astype(np.int64) * classes + p["scores"].argmax(1)
+    return np.bincount(cell, minlength=classes * classes).reshape(classes, classes)
+
+
+# ---------------------------------------------------------------- from how often rows were drawn
+
+
+def _positions(p: Predictions, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (K, C) scores, (K,) int64 labels and (K, R) how often each was drawn.
+
+    K counts rows, or the positions of all rows, each drawn as often as its row.
+    """
+    scores, label, drawn = p["scores"], p["label"].astype(np.int64), columns(counts)
+    if label.ndim == 1:
+        return scores, label, drawn
+    row, place = np.nonzero(label >= 0)
+    return scores[row, place], label[row, place], drawn[row]
+
+
+def _drawn_by_class(classes: np.ndarray, drawn: np.ndarray, count: int) -> np.ndarray:
+    """Sum (K, R) draws by the class (K,) of each: (count, R)."""
+    out = np.zeros((count, drawn.shape[1]))
+    order = np.argsort(classes, kind="stable")
+    if len(order):
+        found, starts = np.unique(classes[order], return_index=True)
+        out[found] = np.add.reduceat(drawn[order], starts, axis=0)
+    return out
+
+
+def _class_counts(p: Predictions, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the drawn rows of each class, (C, R): hits, true ones, and ones called so."""
+    scores, label, drawn = _positions(p, counts)
+    guess, count = scores.argmax(1), scores.shape[1]
+    hit = label == guess
+    return (
+        _drawn_by_class(label[hit], drawn[hit], count),
+        _drawn_by_class(label, drawn, count),
+        _drawn_by_class(guess, drawn, count),
+    )
+
+
+@register("metric", "balanced_accuracy")
+@resampled(bounds=SHARE, for_role="label")
+def balanced_accuracy(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean recall over the classes that a draw has rows of."""
+    hits, true, _ = _class_counts(p, counts)
+    return mean_where(hits / np.maximum(true, 1), true > 0)
+
+
+@register("metric", "macro_f1")
+@resampled(bounds=SHARE)
+def macro_f1(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """F1 of classes by the largest score; of label sets by probabilities above 0.5, over the labels
+    that are `scored`.
+    """
+    if "labels" in p:
+        kept, drawn = scored(p), columns(counts)
+        true, guess = p["labels"][:, kept].astype(bool), p["scores"][:, kept] > 0
+        hits, true, guessed = (
+            part.T.astype(np.float64) @ drawn for part in (true & guess, true, guess)
+        )
+        return mean_where(f1(hits, true, guessed), true > 0)
+    hits, true, guessed = _class_counts(p, counts)
+    return mean_where(f1(hits, true, guessed), true + guessed > 0)
+
+
+@register("metric", "kappa")
+@resampled(bounds=(-1.0, 1.0), for_role="label")
+def kappa(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Cohen's kappa with linear weights: one less than the mean distance between classes, as a
+    share of what chance gives (Cohen 1968; lengths of stay: Harutyunyan et al. 2019). NaN where
+    there is one class only, and only it is called.
+    """
+    scores, label, drawn = _positions(p, counts)
+    classes = scores.shape[1]
+    cell = label * classes + scores.argmax(1)
+    table = _drawn_by_class(cell, drawn, classes * classes).reshape(classes, classes, -1)
+    distance = np.abs(np.arange(classes)[:, None] - np.arange(classes)).astype(np.float64)
+    found = np.einsum("cd,cdr->r", distance, table)
+    by_chance = np.einsum("cr,cd,dr->r", table.sum(1), distance, table.sum(0))
+    expected = by_chance / np.maximum(table.sum((0, 1)), 1)
+    return np.where(expected > 0, 1 - found / np.maximum(expected, 1e-300), np.nan)
+
+
+# ---------------------------------------------------------------- rankings
+
+
+def _ranked(ranking: Ranking, p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Rank by the positive class of two, by how far its score lies above the other's; of more
+    classes each against the rest, by its probability, averaged.
+    """
+    scores, label, drawn = _positions(p, counts)
+    if scores.shape[1] == 2:
+        return ranking(scores[:, 1].astype(np.float64) - scores[:, 0], label == 1, drawn)
+    import torch
+
+    chance = torch.as_tensor(scores).double().softmax(1).numpy()
+    return macro(ranking, chance, label[:, None] == np.arange(scores.shape[1]), drawn)
+
+
+@register("metric", "auroc")
+@resampled(bounds=SHARE, for_role="label")
+def auroc(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    return _ranked(weighted_auroc, p, counts)
+
+
+@register("metric", "auprc")
+@resampled(bounds=SHARE, for_role="label")
+def auprc(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    return _ranked(weighted_average_precision, p, counts)
+
+
+@register("metric", "min_precision_sensitivity")
+@resampled(bounds=SHARE, for_role="label")
+def min_precision_sensitivity(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    return _ranked(weighted_min_precision_sensitivity, p, counts)
+
+
+# ---------------------------------------------------------------- probabilities
+
+
+def _brier_bounds(p: Predictions) -> Bounds:
+    return 0.0, 1.0 if p["scores"].shape[-1] == 2 else 2.0
+
+
+@register("metric", "brier")
+@ratio(higher_is_better=False, bounds=_brier_bounds, for_role="label")
+def brier(p: Predictions) -> np.ndarray:
+    """Squared errors of probabilities: of two classes the positive one's, of more their sum over
+    classes (Brier 1950).
+    """
+    chance, label = calibration.softmax(p["scores"]), p["label"]
+    if chance.shape[-1] == 2:
+        return summed((chance[..., 1] - (label == 1)) ** 2, label >= 0)
+    true = label[..., None] == np.arange(chance.shape[-1])
+    return summed(((chance - true) ** 2).sum(-1), label >= 0)
+
+
+@register("metric", "ece")
+@resampled(higher_is_better=False, bounds=SHARE, for_role="label")
+def ece(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Expected calibration error."""
+    scores, label, drawn = _positions(p, counts)
+    confidence, right = calibration.confidence(scores, label)
+    return calibration.weighted_calibration_error(confidence, right, drawn)
+
+
+# ---------------------------------------------------------------- at the decision threshold
+
+
+def _called(p: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (n,) or (n, M) bool: called positive, positive, and known."""
+    known = p["label"] >= 0
+    threshold = p["threshold"].reshape(-1, *[1] * (known.ndim - 1))
+    called = (calibration.softmax(p["scores"])[..., 1] >= threshold) & known
+    return called, p["label"] == 1, known
+
+
+@register("metric", "precision_at_threshold")
+@ratio(bounds=SHARE)
+def precision_at_threshold(p: Predictions) -> np.ndarray:
+    called, positive, known = _called(p)
+    return summed(called & positive, called & known)
+
+
+@register("metric", "sensitivity_at_threshold")
+@ratio(bounds=SHARE)
+def sensitivity_at_threshold(p: Predictions) -> np.ndarray:
+    called, positive, known = _called(p)
+    return summed(called & positive, positive & known)
+
+
+@register("metric", "specificity_at_threshold")
+@ratio(bounds=SHARE)
+def specificity_at_threshold(p: Predictions) -> np.ndarray:
+    called, positive, known = _called(p)
+    return summed(~called & ~positive, ~positive & known)

@@ -1,0 +1,51 @@
+"""The loss and what follows from it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pipeline.config.registry import register
+from pipeline.metrics.metric import NOT_NEGATIVE, Bounds, Predictions, pairs, ratio
+
+
+def _mean_loss(p: Predictions) -> np.ndarray:
+    return pairs(p["loss"], p["count"] if "count" in p else np.ones(len(p["loss"])))
+
+
+def _loss_bounds(p: Predictions) -> Bounds:
+    """That of densities (policies that predict numbers) may be negative, and has no least value."""
+    return 0.0 if p["loss"].min(initial=0) >= 0 else -math.inf, math.inf
+
+
+@register("metric", "loss")
+@ratio(higher_is_better=False, bounds=_loss_bounds)
+def loss(p: Predictions) -> np.ndarray:
+    return _mean_loss(p)
+
+
+@register("metric", "perplexity")
+@ratio(
+    higher_is_better=False, bounds=(1.0, math.inf), final=lambda mean: math.exp(min(mean, 700.0))
+)
+def perplexity(p: Predictions) -> np.ndarray:
+    return _mean_loss(p)
+
+
+@register("metric", "bits_per_sample")
+@ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
+def bits_per_sample(p: Predictions) -> np.ndarray:
+    """Bits and samples (van den Oord et al. 2016 quantise them to 256 values, 8 bits each without a
+    model).
+    """
+    return _mean_loss(p) / np.array([math.log(2), 1.0])
+
+
+@register("metric", "bits_per_byte")
+@ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
+def bits_per_byte(p: Predictions) -> np.ndarray:
+    """Bits and UTF-8 bytes: comparable between tokenizers, as perplexity is not. No value for rows
+    whose bytes were not counted.
+    """
+    return pairs(p["loss"] / math.log(2), p["bytes"] if "bytes" in p else np.zeros(len(p["loss"])))

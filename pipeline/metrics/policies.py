@@ -1,0 +1,82 @@
+"""Metrics of policies: errors of actions, and how episodes of their own went."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pipeline.config.registry import register
+from pipeline.metrics.metric import NOT_NEGATIVE, SHARE, Bounds, Predictions, pairs, ratio, summed
+
+
+def _mean(p: Predictions, name: str) -> np.ndarray:
+    """Units of a mean over the rows that have a value."""
+    return summed(p[name], ~np.isnan(p[name]))
+
+
+def _steps_bounds(p: Predictions) -> Bounds:
+    """An episode has at most the steps after which its world ends it."""
+    most = p.get("most_steps", ())
+    return 0.0, float(np.mean(most)) if len(most) else math.inf
+
+
+@register("metric", "action_error")
+@ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
+def action_error(p: Predictions) -> np.ndarray:
+    """Mean squared error of a number of an action."""
+    return pairs(p["squared_error"], p["action_numbers"])
+
+
+@register("metric", "success")
+@ratio(bounds=SHARE)
+def success(p: Predictions) -> np.ndarray:
+    return _mean(p, "success")
+
+
+@register("metric", "return")
+@ratio()
+def mean_return(p: Predictions) -> np.ndarray:
+    return _mean(p, "return")
+
+
+@register("metric", "steps")
+@ratio(bounds=_steps_bounds)
+def steps(p: Predictions) -> np.ndarray:
+    return _mean(p, "steps")
+
+
+@register("metric", "expert_success")
+@ratio(bounds=SHARE)
+def expert_success(p: Predictions) -> np.ndarray:
+    return _mean(p, "expert_success")
+
+
+@register("metric", "expert_return")
+@ratio()
+def expert_return(p: Predictions) -> np.ndarray:
+    return _mean(p, "expert_return")
+
+
+@register("metric", "expert_steps")
+@ratio(bounds=_steps_bounds)
+def expert_steps(p: Predictions) -> np.ndarray:
+    return _mean(p, "expert_steps")
+
+
+@register("metric", "random_success")
+@ratio(bounds=SHARE)
+def random_success(p: Predictions) -> np.ndarray:
+    return _mean(p, "random_success")
+
+
+@register("metric", "random_return")
+@ratio()
+def random_return(p: Predictions) -> np.ndarray:
+    return _mean(p, "random_return")
+
+
+@register("metric", "random_steps")
+@ratio(bounds=_steps_bounds)
+def random_steps(p: Predictions) -> np.ndarray:
+    return _mean(p, "random_steps")

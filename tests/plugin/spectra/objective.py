@@ -1,0 +1,68 @@
+"""Regression of one number a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+
+
+class RegressionOptions(Options):
+    standardise: bool = Field(True, description="learn the number by the training rows' deviation")
+
+
+@register("objective", "regression", options=RegressionOptions)
+class Regression(Objective):
+    """A linear head with the squared error. State: ``mean`` and ``std`` of the training rows."""
+
+    roles = ("value",)
+    metrics = ("rmse", "loss")
+    label_tensors = ("value",)
+
+    @classmethod
+    def fit(cls, options, table, columns):
+        values = _values(table, columns)
+        std = float(values.std()) or 1.0
+        if not options.standardise:
+            return {"mean": 0.0, "std": 1.0}
+        return {"mean": float(values.mean()), "std": std}
+
+    @classmethod
+    def encode(cls, table, columns, state) -> Arrays:
+        if columns.get("value") not in table.column_names:
+            return {}
+        return {"value": _values(table, columns)}
+
+    def __init__(self, backbone: Backbone, options: Any, state: dict[str, Any]):
+        super().__init__(backbone, options, state)
+        self.head = nn.Linear(backbone.pooled_dim, 1)
+
+    def _scaled(self, batch: Batch) -> Tensor:
+        return (batch["value"] - self.state["mean"]) / self.state["std"]
+
+    def head_loss(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        error = self.head(features)[:, 0] - self._scaled(batch)
+        return (error**2).sum(), torch.tensor(float(len(error)), device=error.device), {}
+
+    def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        scaled = self.head(features)[:, 0]
+        out = {"prediction": scaled * self.state["std"] + self.state["mean"]}
+        if "value" in batch.data:
+            out |= {"value": batch["value"], "loss": (scaled - self._scaled(batch)) ** 2}
+        return out
+
+    def loss(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        return self.head_loss(backbone(batch).pooled, batch)
+
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        return self.head_predict(backbone(batch).pooled, batch)
+
+
+def _values(table, columns) -> np.ndarray:
+    return table[columns["value"]].to_numpy().astype(np.float32)
