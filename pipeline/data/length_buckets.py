@@ -53,11 +53,11 @@ class BucketPlan(Plan):
     Args:
         costs: (rows,) cost of each row, in the unit of `batch_cost`; 0: unknown.
         window_rows: rows of a window (`blocks`), all of which a reader holds at once; up to
-        `most_rows` where PART_BATCHES batches take them.
+            `most_rows` where PART_BATCHES batches take them.
 
     Raises:
         ValueError: costs of another number, negative, not finite or all 0; a `batch_cost` that is
-        not above zero.
+            not above zero.
     """
 
     def __init__(

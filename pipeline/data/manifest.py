@@ -318,7 +318,6 @@ def _expanded_bytes(part: pa.Array) -> int:
     """Return the bytes of a dictionary's values, written out for each row."""
     if not pa.types.is_dictionary(part.type):
         return part.nbytes
-    # pyright: ignore
     sizes = pc.fill_null(pc.binary_length(part.dictionary), 0).to_numpy(zero_copy_only=False)
     places = pc.drop_null(part.indices).to_numpy(zero_copy_only=False)
     return (
@@ -510,7 +509,7 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
         kept, coded = (
             {value_text(value) for value in values},
             pc.dictionary_encode(table[name].combine_chunks()),
-        )  # pyright: ignore[reportAttributeAccessIssue]
+        )
         named = np.array(
             [*(value_text(value) in kept for value in coded.dictionary.to_pylist()), False]
         )  # the last one is for nulls
@@ -647,7 +646,7 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
         for name in SPLITS:
             mask = pc.is_in(column, value_set=pa.array(data.values_of(name), pa.string())).to_numpy(
                 zero_copy_only=False
-            )  # pyright: ignore[reportAttributeAccessIssue]
+            )
             if mask.any():
                 given[name] = whole.keep(mask)
         train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
@@ -801,7 +800,7 @@ def _named_files(selection: Selection, columns: tuple[str, ...]) -> list[str]:
 def _texts_of(selection: Selection, name: str) -> list[str]:
     return [
         value for value in pc.unique(read_columns(selection, [name])[name]).to_pylist() if value
-    ]  # pyright: ignore[reportAttributeAccessIssue]
+    ]
 
 
 def _paths_of(selection: Selection, name: str) -> list[str]:
@@ -968,7 +967,6 @@ def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
 
 def _first_rows(selection: Selection, column: str) -> list[tuple[str, int]]:
     """Return every non-null value of a column, as text, with the id of its first row."""
-    # pyright: ignore
     coded = pc.dictionary_encode(read_columns(selection, [column])[column].combine_chunks())
     codes, first = np.unique(
         coded.indices.fill_null(-1).to_numpy(zero_copy_only=False), return_index=True

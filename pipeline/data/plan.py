@@ -240,7 +240,7 @@ class Plan(Order):
 
     Raises:
         ValueError: an empty selection, a global batch larger than the rows or fewer rows than
-        shards, an empty corpus or a weight too small for a draw.
+            shards, an empty corpus or a weight too small for a draw.
     """
 
     def __init__(

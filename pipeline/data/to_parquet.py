@@ -185,7 +185,7 @@ def to_parquet(
 
     Raises:
         ValueError: no files, mixed kinds, an empty file, or one that is cut off or has a row above
-        the limit (with file and line).
+            the limit (with file and line).
         ChangedFileError: a file changes during the conversion.
     """
     pairs = _expand(uris, form)
@@ -485,7 +485,7 @@ def _parsed(file: str, number: int, chunk: bytes, schema: pa.Schema | None) -> p
         after = f" (counted from line {number})" if number > 1 else ""
         raise ValueError(
             f"{file}: not readable as jsonl, one object a line: "
-            f"{str(error).splitlines()[0]}{after}; mend the "
+            f"{str(error).splitlines()[0]}{after}; correct the "
             "line, or let onetomany prepare text leave it out and list it"
         ) from None
 

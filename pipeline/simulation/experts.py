@@ -154,9 +154,9 @@ class Demonstrator:
 
     Attributes:
         explore: standard deviation of Gaussian noise on what is executed, as a share of half an
-        action's range.
+            action's range.
         clean: what the experts would have done: the labels of noisy demonstrations (DART, Laskey et
-        al. 2017).
+            al. 2017).
     """
 
     def __init__(self, experts: Sequence[Expert], explore: float = 0.0):

@@ -2,7 +2,7 @@
 
 The library has the algorithm. This module lets a training be saved after each block of iterations
 as plain arrays (no pickle), and gives the same policy, bit for bit on the same machine, whether it
-was stopped there or not: every block makes its environments anew and draws from (seed, iteration).
+was stopped there or not: every block makes new environments and draws from (seed, iteration).
 """
 
 from __future__ import annotations

@@ -193,8 +193,8 @@ class RangeWorld:
             distances[deaf] = np.where(
                 self.luck[deaf] < self.lost, FARTHEST, distance[ray] + second
             )
-        anew = self.rng.random(SENSORS) < RENEWED
-        self.luck = np.where(anew, self.rng.random(SENSORS), self.luck)
+        renewed = self.rng.random(SENSORS) < RENEWED
+        self.luck = np.where(renewed, self.rng.random(SENSORS), self.luck)
         return np.clip(
             distances + JITTER * self.rng.standard_normal(SENSORS), 0.0, FARTHEST
         ).astype(np.float32)
@@ -212,7 +212,7 @@ def cast(
 
     Returns:
         (n,) each: metres to the nearest wall (inf: none), cosine between the ray and its normal,
-        its index, and whether the ray meets its corner.
+            its index, and whether the ray meets its corner.
     """
     start, along = walls[:, :2], walls[:, 2:] - walls[:, :2]
     x, y = np.cos(angles)[:, None], np.sin(angles)[:, None]

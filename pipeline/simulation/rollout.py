@@ -101,7 +101,7 @@ def rollout(
         worlds: where to act.
         policy: what acts.
         frames: take a picture of the first world every so many steps, where that is possible; 0:
-        none.
+            none.
         start: is called with the environments before the first step (experts read their state).
 
     Raises:
@@ -197,7 +197,7 @@ def _given(space: Any, action: Any) -> Any:
 
 def divergence(env: Any, observation: np.ndarray, reward: float) -> str:
     """Return why the simulation has diverged with this step, or ""."""
-    warning = _warned(env)  # first: after a bad state MuJoCo starts anew, and all is finite again
+    warning = _warned(env)  # first: after a bad state MuJoCo starts again, and all is finite again
     if warning:
         return f"MuJoCo warns of {warning}"
     least, most = float(observation.min(initial=0)), float(observation.max(initial=0))

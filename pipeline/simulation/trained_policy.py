@@ -78,7 +78,7 @@ class TrainedPolicy:
         low, high: (A,) float64 bounds of actions, which the network calls -1 and 1.
         curve: (n, 3) float64: steps so far, mean return and mean length of the episodes that ended
             since the entry before (NaN: none). Those explored, and were cut where environments
-            were made anew: `act` does better.
+            were replaced: `act` does better.
         metadata: world (text), others (texts), env_steps, seed, settings.
     """
 

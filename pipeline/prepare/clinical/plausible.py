@@ -117,19 +117,16 @@ def _texts(values: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
     text = pc.utf8_trim_whitespace(values).fill_null("")
     bare = pc.replace_substring_regex(text, BOUND, "")
     is_number = np.asarray(pc.match_substring_regex(bare, f"^{NUMBER}$"))
-    # pyright: ignore
     is_pair = np.asarray(pc.match_substring_regex(text, rf"^{NUMBER}\s*/\s*{NUMBER}$"))
     empty = np.asarray(pc.equal(text, ""))
     censored = is_number & np.asarray(pc.not_equal(bare, text))
-    # pyright: ignore
     halves = pc.replace_substring_regex(pc.if_else(pa.array(is_pair), text, "0/0"), r"\s*/\s*", "/")
-    # pyright: ignore
     first, second = (_cast(pc.list_element(pc.split_pattern(halves, "/"), i)) for i in (0, 1))
     one = np.where(
         is_pair,
         first,
         np.where(is_number, _cast(pc.if_else(pa.array(is_number), bare, "0")), np.nan),
-    )  # pyright: ignore[reportAttributeAccessIssue]
+    )
     reasons = np.select([empty, is_number, is_pair], [1, 0, 3], 2).astype(np.int8)
     reasons[(reasons == 0) & ~np.isfinite(one)] = 2
     one[reasons == 2] = np.nan
@@ -141,7 +138,7 @@ def _cast(texts: Any) -> np.ndarray:
         pc.replace_substring_regex(texts, r"^\+", "")
         .cast(pa.float64())
         .to_numpy(zero_copy_only=False)
-    )  # pyright: ignore[reportAttributeAccessIssue]
+    )
 
 
 # ---------------------------------------------------------------- units

@@ -145,7 +145,6 @@ def truncate_events(
 def invalid_row_reasons(table: pa.Table) -> np.ndarray:
     """Return (B,) objects: "", or why a row is no row of events (without a value of it)."""
     lengths = [
-        # pyright: ignore
         pc.list_value_length(column_array(table, name)).fill_null(-1).to_numpy(zero_copy_only=False)
         for name in LISTS
     ]
@@ -218,7 +217,6 @@ def flat(column: Any) -> np.ndarray:
 
 def rows_of(column: Any) -> np.ndarray:
     """Return the row of each value of all lists."""
-    # pyright: ignore
     return np.asarray(pc.list_parent_indices(column).to_numpy(zero_copy_only=False), dtype=np.int64)
 
 

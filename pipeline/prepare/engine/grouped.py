@@ -90,7 +90,7 @@ class Entities:
 
     Attributes:
         rows: `entity`, `patient`, static features, outcomes and `split`: all columns but the
-        events.
+            events.
         keys: what `events` needs to find an event's row; it is sent to tasks.
         group: the column whose rows are kept in one shard.
         broken: rows that cannot be used: path, split and reason.
@@ -324,7 +324,7 @@ def _buckets(
 
     Returns:
         ((n,) int32 bucket of each row; the shards, one a bucket, which count positions in the rows
-        sorted by bucket).
+            sorted by bucket).
     """
     splits = np.asarray(rows["split"].to_pylist(), dtype=np.str_)
     keys = rows[group].combine_chunks()

@@ -50,7 +50,7 @@ class Index:
 
     Attributes:
         rows: PLACE and the importer's own columns; those that begin with an underscore are not
-        written.
+            written.
         mark: changes when the files do.
         extra: columns that `postprocess` adds.
         notes: counts for the summary.

@@ -95,7 +95,7 @@ class ShardResult:
         data: Parquet in memory, or a file that is moved to its place.
         rows: how many it holds.
         broken: rows that were left out: path, split, reason, and `pieces` for one of so many
-        segments that a recording was cut into.
+            segments that a recording was cut into.
         amounts: what the importer adds up, by name and split.
     """
 

@@ -75,7 +75,6 @@ def _classes(rows: pa.Table, label: str) -> dict[str, Any]:
     listed = pa.types.is_list(rows.schema.field(label).type)
     out: dict[str, Any] = {}
     for split in sorted(set(rows["split"].to_pylist())):
-        # pyright: ignore
         column = rows.filter(pc.equal(rows["split"], split))[label].combine_chunks()
         values = column.flatten() if listed else column
         counts = Counter(
@@ -89,7 +88,7 @@ def _classes(rows: pa.Table, label: str) -> dict[str, Any]:
         if listed:
             out[split]["rows_without"] = int(
                 pc.sum(pc.equal(pc.list_value_length(column), 0)).as_py() or 0
-            )  # pyright: ignore[reportAttributeAccessIssue]
+            )
     return out
 
 
@@ -183,10 +182,8 @@ def duplicates(rows: pa.Table, label: str) -> dict[str, Any]:
     different labels.
     """
     counts = pc.value_counts(rows["sha256"].combine_chunks())
-    # pyright: ignore
     doubled = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     same: dict[str, list[dict[str, Any]]] = {}
-    # pyright: ignore
     for row in rows.filter(pc.is_in(rows["sha256"], value_set=doubled)).to_pylist():
         same.setdefault(row["sha256"], []).append(row)
     groups = [

@@ -75,7 +75,7 @@ class TableImporter(Importer):
     Attributes:
         amounts: what the summary adds up: {word: the column whose lengths are added}.
         mixes: shuffle the rows of a shard in a fixed order, since files are often sorted by class;
-        otherwise they keep the order of the files.
+            otherwise they keep the order of the files.
     """
 
     amounts: ClassVar[dict[str, str]] = {}
@@ -89,7 +89,7 @@ class TableImporter(Importer):
 
         Returns:
             (the input splits in reading order, the same at every call; a mark that changes when the
-            files do; notes for the summary).
+                files do; notes for the summary).
         """
 
     @abstractmethod
@@ -378,7 +378,7 @@ def _lengths(column: Any) -> np.ndarray:
         pc.list_value_length
         if pa.types.is_list(kind) or pa.types.is_large_list(kind)
         else pc.binary_length
-    )  # pyright: ignore[reportAttributeAccessIssue]
+    )
     return np.asarray(count(column).fill_null(0).to_numpy(), dtype=np.int64)
 
 

@@ -90,13 +90,13 @@ class An4(AudioImporter):
         audio = _by_stem(here)
         rows: dict[Any, dict[str, Any]] = {}
         said: dict[Any, list[Line]] = {}
-        unheard, bad = set(), []
+        without_audio, bad = set(), []
         for split, (ids, transcripts) in LISTS.items():
             for line in lines_of([here[ids]]):
                 name = line.text.strip()
                 entry, key = audio.get(f"wav/{name}"), (split, posixpath.basename(name))
                 if line.reason or entry is None:
-                    unheard.add(key)
+                    without_audio.add(key)
                     bad.append(
                         broken(
                             line.place,
@@ -119,7 +119,7 @@ class An4(AudioImporter):
                 said.setdefault((split, name), []).append(line)
         good, wrong = join_transcripts(
             rows,
-            {key: lines for key, lines in said.items() if key not in unheard},
+            {key: lines for key, lines in said.items() if key not in without_audio},
             lambda key: key[0],
             "the transcriptions",
         )

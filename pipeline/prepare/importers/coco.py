@@ -212,8 +212,8 @@ class Coco(ImageImporter):
     ) -> None:
         if wrong and self.options.missing == "refuse":
             raise ValueError(
-                f"{uri}: {what} ({names} {preview(wrong)}); mend the file, or leave them out with "
-                "--set missing=skip"
+                f"{uri}: {what} ({names} {preview(wrong)}); correct the file, or leave them "
+                "out with --set missing=skip"
             )
         if wrong:
             counts[f"{what}, left out"] += len(wrong)
@@ -255,7 +255,7 @@ def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
 
     Args:
         segmentation: polygons [[x0, y0, x1, y1, ...], ...] in pixels (their union is drawn), or
-        {"size": [height, width], "counts": run lengths, as a list or as COCO's text}.
+            {"size": [height, width], "counts": run lengths, as a list or as COCO's text}.
         height, width: of the image, in pixels.
 
     Returns:
@@ -263,7 +263,7 @@ def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
 
     Raises:
         ValueError: an invalid polygon, or a mask of another size. The run lengths are added up
-        here, since pycocotools leaves the pixels that they do not reach uninitialised.
+            here, since pycocotools leaves the pixels that they do not reach uninitialised.
     """
     if isinstance(segmentation, list):
         for points in segmentation:

@@ -31,8 +31,8 @@ from pipeline.prepare.readers.csv_blocks import (
     Column,
     RowCounts,
     batches,
-    header,
     instants,
+    schema,
     split_table,
     without_nulls,
     zones,
@@ -266,11 +266,10 @@ class LongTable(GroupedImporter):
                 for batch in batches(
                     byte_range, {self.options.entity: Column(self._kind)}, opener, RowCounts()
                 ):
-                    # pyright: ignore
                     found = pc.drop_null(pc.unique(_trimmed(batch.column(0).combine_chunks())))
                     seen = pc.unique(
                         pa.concat_arrays([found, *([seen] if seen is not None else [])])
-                    )  # pyright: ignore[reportAttributeAccessIssue]
+                    )
         ids = (
             seen
             if seen is not None
@@ -318,7 +317,7 @@ class LongTable(GroupedImporter):
             hours, timed = self._hours(batch[o.time], rows, keys["start"], byte_range)
             encoded = (
                 pc.utf8_trim_whitespace(batch[o.variable]).combine_chunks().dictionary_encode()
-            )  # pyright: ignore[reportAttributeAccessIssue]
+            )
             names = [str(name) for name in encoded.dictionary.to_pylist()]
             codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
             if "" in names:
@@ -374,21 +373,15 @@ def _is_whole(entry: Any, column: str, opener: Opener) -> bool:
     """Whether a Parquet table has whole numbers in a column. Raises ValueError if it has no such
     column.
     """
-    names = header(entry, opener)
+    found = schema(entry, opener)
+    names = found.names
     if column not in names and column.lower() not in [name.lower() for name in names]:
         raise ValueError(
             f"{entry.name}: no column {column!r} for --set entity; "
             f"{registry.nearest(column, names)}"
         )
-    if not entry.name.lower().endswith(".parquet"):
-        return False
-    own = (
-        column
-        if column in names
-        else next(name for name in names if name.lower() == column.lower())
-    )
-    with opener(entry) as handle:
-        return pa.types.is_integer(pq.ParquetFile(handle).schema_arrow.field(own).type)
+    alike = next((name for name in names if name.lower() == column.lower()), column)
+    return pa.types.is_integer(found.field(column if column in names else alike).type)
 
 
 def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
@@ -501,7 +494,7 @@ def _found(ids: pa.Array, wanted: Any) -> np.ndarray:
             pc.index_in(encoded.dictionary, value_set=ids)
             .fill_null(-1)
             .to_numpy(zero_copy_only=False)
-        )  # pyright: ignore[reportAttributeAccessIssue]
+        )
         return np.append(places, -1)[
             encoded.indices.fill_null(len(places)).to_numpy(zero_copy_only=False)
         ]

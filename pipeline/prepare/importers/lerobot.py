@@ -293,7 +293,6 @@ class Lerobot(EpisodeImporter):
             found = self._episode(episode, rows, settings)
         except (UnusableError, BrokenImageError) as error:
             return self._left_out(episode, split, str(error))
-        # pyright: ignore
         several = "task_index" in rows.column_names and len(pc.unique(rows["task_index"])) > 1
         amounts = {
             "steps": len(rows),

@@ -168,7 +168,7 @@ class Mimic3(GroupedImporter):
 
         Returns:
             (names of variables; for each table its sorted item ids, with the index of each one's
-            name and conversion; for each table the unit of each of those items).
+                name and conversion; for each table the unit of each of those items).
         """
         rows = list(plausible.rows_of("items.csv"))
         names = sorted({row["variable"] for row in rows})
@@ -332,7 +332,6 @@ class Mimic3(GroupedImporter):
             block.drop(NO_ITEM, item < 0)
             block.drop(UNKNOWN, items[at] != item if len(items) else np.ones(len(item), dtype=bool))
             status = pc.utf8_lower(batch["statusdescription"].combine_chunks())
-            # pyright: ignore
             block.drop("rewritten", np.asarray(pc.is_in(status, value_set=pa.array(CANCELLED))))
             amount = plausible.numbers(batch["amount"])
             for i, reason in enumerate(plausible.REASONS):
@@ -498,11 +497,11 @@ class _Block:
             batch: the rows.
             column: their times.
             whole_days: a time of 00:00 is a day and counts from its end; if times have zones every
-            time is a day, since 00:00 is another time in UTC.
+                time is a day, since 00:00 is another time in UTC.
 
         Returns:
             (index of the stay, hours since its start) of the rows that have one; `good` is then
-            theirs.
+                theirs.
         """
         seconds, timed = instants(column)
         if whole_days:
@@ -553,7 +552,6 @@ def _named(prefix: str, column: Any) -> tuple[list[str], np.ndarray]:
     """Return (distinct names, (n,) index of each row's name or -1) of texts with white space
     normalised.
     """
-    # pyright: ignore
     text = pc.utf8_trim_whitespace(pc.replace_substring_regex(column.combine_chunks(), r"\s+", " "))
     encoded = text.dictionary_encode()
     names = [str(name) for name in encoded.dictionary.to_pylist()]
@@ -588,7 +586,6 @@ def _values(batch: pa.Table, conversions: np.ndarray) -> plausible.Numbers:
 def _refill(text: Any) -> np.ndarray:
     """Return 1 where it takes longer than 3 s, else 0 (as in Harutyunyan et al. 2019)."""
     slow, fast = (
-        # pyright: ignore
         np.asarray(pc.match_substring_regex(text, f"(?i)^\\s*({words})").fill_null(False))
         for words in ("abnormal|delayed", "normal|brisk")
     )
@@ -599,5 +596,5 @@ def _present(text: Any) -> np.ndarray:
     """Return 1 where the setting of a ventilator shows that it is on."""
     off = np.asarray(
         pc.match_substring_regex(text, r"(?i)^\s*(standby|other/remarks|)\s*$").fill_null(True)
-    )  # pyright: ignore[reportAttributeAccessIssue]
+    )
     return np.where(off, np.nan, 1.0)

@@ -356,7 +356,6 @@ class Physionet2012(GroupedImporter):
         dropped: Counter[str],
     ) -> Events:
         text = pa.array(lines, pa.string())
-        # pyright: ignore
         good = np.asarray(pc.match_substring_regex(text, r"^\d+:\d\d,[^,]*,[^,]*$"))
         dropped[f"{table}: {LINE}"] += int(len(good) - np.count_nonzero(good))
         parts = pc.split_pattern(text.filter(pa.array(good)), ",")
@@ -365,7 +364,7 @@ class Physionet2012(GroupedImporter):
         hours, minutes = (
             pc.list_element(clock, i).cast(pa.int64()).to_numpy(zero_copy_only=False)
             for i in range(2)
-        )  # pyright: ignore[reportAttributeAccessIssue]
+        )
         return self._clean(
             records[good], (hours * 60 + minutes) / 60, names, values, known, table, dropped
         )

@@ -5,7 +5,6 @@ request.
 from __future__ import annotations
 
 import codecs
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipeline.config import registry
@@ -41,7 +39,6 @@ from pipeline.prepare.engine.table_importer import (
     wider,
 )
 from pipeline.prepare.readers import cleaning, parquet
-from pipeline.prepare.readers.archives import MOST_BYTES
 
 PLAIN, LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson"), parquet.SUFFIXES
 BATCH_ROWS = 256
@@ -293,62 +290,39 @@ class Text(TableImporter):
                 yield Document(number, text, kept)
 
     def _of_parquet(self, reading: SplitReader) -> Iterator[Document]:
-        name, (start, stop) = (
-            self.options.text,
-            (reading.input_split.start, reading.input_split.stop),
-        )
-        with reading.open() as handle:
-            try:
-                file = pq.ParquetFile(handle if stop >= 0 else io.BytesIO(handle.read(MOST_BYTES)))
-                for wanted in (name, *self.kept):
-                    if wanted not in file.schema_arrow.names:
-                        raise ValueError(
-                            f"{reading.input_split.name}: no column {wanted!r}; "
-                            f"{registry.nearest(wanted, file.schema_arrow.names)}"
-                        )
-                kind = file.schema_arrow.field(name).type
-                if not any(
-                    check(kind)
-                    for check in (
-                        pa.types.is_string,
-                        pa.types.is_large_string,
-                        pa.types.is_string_view,
-                        pa.types.is_dictionary,
+        name, input_split = self.options.text, reading.input_split
+        start, stop = input_split.start, input_split.stop
+        with parquet.opened(reading) as file:
+            self._check_columns(file.schema_arrow, input_split.name)
+            row = sum(file.metadata.row_group(i).num_rows for i in range(start))
+            groups = list(range(start, stop)) if stop >= 0 else None
+            for batch in file.iter_batches(BATCH_ROWS, groups, [name, *self.kept]):
+                column = batch.column(name)
+                if pa.types.is_dictionary(column.type):
+                    column = column.cast(pa.string())
+                kept = batch.select(self.kept).to_pylist()
+                for i, data in enumerate(column.cast(pa.large_binary()).to_pylist()):
+                    row += 1
+                    is_long = data is not None and len(data) > ROW_BYTES
+                    text, wrong = (
+                        ("", "null") if data is None else decoded(None if is_long else data)
                     )
-                ):
-                    raise ValueError(
-                        f"{reading.input_split.name}: column {name!r} is {kind}, no text"
-                    )
-                row = sum(file.metadata.row_group(i).num_rows for i in range(start))
-                groups = list(range(start, stop)) if stop >= 0 else None
-                for batch in file.iter_batches(BATCH_ROWS, groups, [name, *self.kept]):
-                    texts = (
-                        batch.column(name)
-                        .cast(pa.string() if pa.types.is_dictionary(kind) else kind)
-                        .cast(pa.large_binary())
-                        .to_pylist()
-                    )
-                    kept = [
-                        dict(zip(self.kept, values, strict=True))
-                        for values in zip(
-                            *(batch.column(n).to_pylist() for n in self.kept), strict=True
-                        )
-                    ]
-                    for i, data in enumerate(texts):
-                        row += 1
-                        text, wrong = (
-                            ("", "null")
-                            if data is None
-                            else decoded(data if len(data) <= ROW_BYTES else None)
-                        )
-                        if wrong:
-                            reading.bad(row, wrong)
-                        else:
-                            yield Document(row, text, kept[i] if kept else {})
-            except pa.ArrowInvalid as error:
+                    if wrong:
+                        reading.bad(row, wrong)
+                    else:
+                        yield Document(row, text, kept[i] if self.kept else {})
+
+    def _check_columns(self, schema: pa.Schema, place: str) -> None:
+        """Raise ValueError for a wanted column that is missing, and for texts that are none."""
+        for wanted in (self.options.text, *self.kept):
+            if wanted not in schema.names:
                 raise ValueError(
-                    f"{reading.input_split.name}: not a whole Parquet file ({error}); get it again"
-                ) from None
+                    f"{place}: no column {wanted!r}; {registry.nearest(wanted, schema.names)}"
+                )
+        kind, types = schema.field(self.options.text).type, pa.types
+        is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+        if not is_text and not types.is_dictionary(kind):
+            raise ValueError(f"{place}: column {self.options.text!r} is {kind}, no text")
 
     # ------------------------------------------------------------ what is left out
 

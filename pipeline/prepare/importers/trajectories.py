@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipeline.config import registry
@@ -27,7 +26,7 @@ from pipeline.prepare.readers.csv_blocks import (
     Column,
     RowCounts,
     batches,
-    header,
+    schema,
 )
 
 
@@ -177,7 +176,7 @@ class Trajectories(TableImporter):
     # ---------------------------------------------------- what the columns are, from the first file
 
     def _roles(self, input_split: InputSplit, opener: Opener) -> logs.ColumnRoles:
-        o, names = self.options, [name.strip() for name in header(input_split.entry, opener)]
+        o, names = self.options, [name.strip() for name in schema(input_split.entry, opener).names]
         own = {
             option: getattr(o, option)
             for option in (
@@ -469,12 +468,7 @@ def _types(
         if first is None:
             raise ValueError(f"{input_split.name}: no rows below the header; leave it out")
         return dict.fromkeys(names, "text"), {name: first[name].combine_chunks() for name in names}
-    with SplitReader(input_split, opener).open() as handle:
-        schema = pq.ParquetFile(
-            handle
-            if not input_split.entry.member and input_split.entry.offset < 0
-            else pa.BufferReader(handle.read())
-        ).schema_arrow
+    found = schema(input_split.entry, opener)
     kinds = {
         "numbers": lambda kind: pa.types.is_nested(kind),
         "whole": pa.types.is_integer,
@@ -482,9 +476,7 @@ def _types(
         "number": lambda kind: pa.types.is_floating(kind) or pa.types.is_decimal(kind),
     }
     types = {
-        name: next(
-            (kind for kind, holds in kinds.items() if holds(schema.field(name).type)), "text"
-        )
+        name: next((kind for kind, holds in kinds.items() if holds(found.field(name).type)), "text")
         for name in names
     }
     return types, {name: pa.array(["x"]) for name, kind in types.items() if kind == "text"}
@@ -492,5 +484,4 @@ def _types(
 
 def _all(values: pa.Array, pattern: str) -> bool:
     """Whether all texts that are not null match."""
-    # pyright: ignore
     return bool(pc.all(pc.match_substring_regex(values.drop_null(), pattern)).as_py())

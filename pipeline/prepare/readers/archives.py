@@ -130,7 +130,7 @@ def listing(uri: str) -> Listing:
 
     Raises:
         ValueError: nothing there, another compression, a damaged archive, or a name or link in it
-        that leads outside.
+            that leads outside.
     """
     uri = absolute(uri)
     if storage.is_dir(uri):

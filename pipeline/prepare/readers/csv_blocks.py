@@ -153,7 +153,7 @@ def batches(
     Args:
         byte_range: what to read.
         columns: wanted columns by their lower-case names. Kinds: id: int64; number: float64 or
-        text; time: seconds; text.
+            text; time: seconds; text.
         opener: opens the files.
         tally: takes the counts.
 
@@ -203,14 +203,12 @@ def whole(
     )
 
 
-def header(entry: Entry, opener: Opener) -> list[str]:
-    """Return the names of a table's columns, unchanged."""
+def schema(entry: Entry, opener: Opener) -> pa.Schema:
+    """Return a table's columns, unchanged; those of CSV are texts."""
     with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
-        return (
-            list(_parquet(entry, handle).schema_arrow.names)
-            if entry.name.lower().endswith(".parquet")
-            else _header(entry, handle)[0]
-        )
+        if entry.name.lower().endswith(".parquet"):
+            return _parquet(entry, handle).schema_arrow
+        return pa.schema([(name, pa.string()) for name in _header(entry, handle)[0]])
 
 
 def instants(column: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -218,7 +216,7 @@ def instants(column: Any) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         ((n,) int64 seconds since 1970, UTC where there is a zone; (n,) bool whether there is a
-        time).
+            time).
 
     Raises:
         ValueError: another type, or texts of which some have a zone and others none.
@@ -254,7 +252,7 @@ def zones(column: Any) -> set[bool]:
         zoned
         for zoned, pattern in found.items()
         if pc.any(pc.match_substring_regex(text, pattern)).as_py()
-    }  # pyright: ignore[reportAttributeAccessIssue]
+    }
 
 
 def _times(array: Any) -> Any:
@@ -272,7 +270,7 @@ def _times(array: Any) -> Any:
     if is_zoned:
         text = pc.utf8_upper(
             pc.replace_substring_regex(text, r" ?([Zz]|[+-]\d\d(:?\d\d)?)$", r"\1")
-        )  # pyright: ignore[reportAttributeAccessIssue]
+        )
     with suppress(pa.ArrowInvalid):
         return text.cast(pa.timestamp("us", tz="UTC" if is_zoned else None)).cast(
             pa.timestamp("us")
@@ -436,7 +434,6 @@ def _shape(array: Any, kind: str) -> Any:
         array = pc.if_else(pc.equal(pc.floor(array), array), array, None)
     if kind == "id" and pa.types.is_string(array.type):
         text = pc.utf8_trim_whitespace(array)
-        # pyright: ignore
         array = pc.if_else(pc.match_substring_regex(text, r"^[+-]?\d{1,18}(\.0+)?$"), text, None)
         array = pc.replace_substring_regex(array, r"\.0+$|^\+", "")
     if kind == "number" and pa.types.is_string(array.type):

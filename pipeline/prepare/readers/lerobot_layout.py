@@ -157,7 +157,7 @@ def splits(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int]:
         start, stop = int(found[1]), int(found[2])
         if both := next((other for a, b, other in ranges if max(a, start) < min(b, stop)), ""):
             raise ValueError(
-                f"{INFO}: split {name!r}: {text!r} overlaps the range of {both}; mend the "
+                f"{INFO}: split {name!r}: {text!r} overlaps the range of {both}; correct the "
                 "ranges, or say --set split=train"
             )
         ranges.append((start, stop, split))

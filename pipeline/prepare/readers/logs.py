@@ -319,7 +319,7 @@ def _true(column: Any) -> np.ndarray:
     lowered = pc.utf8_lower(pc.utf8_trim_whitespace(column))
     return np.asarray(
         pc.is_in(lowered, value_set=pa.array(TRUE)).combine_chunks().to_numpy(zero_copy_only=False)
-    )  # pyright: ignore[reportAttributeAccessIssue]
+    )
 
 
 # ---------------------------------------------------------------- one episode
@@ -374,9 +374,7 @@ def _ended(rows: pa.Table, stretch: EpisodeRows, roles: ColumnRoles, rules: CutR
     if not roles.done:
         return False
     done = _true(rows[roles.done])
-    # pyright: ignore
     texts = pc.utf8_lower(pc.utf8_trim_whitespace(rows[roles.done])).fill_null("")
-    # pyright: ignore
     known = np.asarray(pc.is_in(texts, value_set=pa.array((*TRUE, *FALSE))).to_numpy())
     if not known.all():
         raise UnusableError(
@@ -423,11 +421,11 @@ def _vector_actions(rows: pa.Table, roles: ColumnRoles) -> np.ndarray:
     names = roles.actions if actions.shape[1] == len(roles.actions) else ()
     if why := number_problem(actions, "action", names):
         raise UnusableError(why)
-    beyond: tuple[tuple[str, tuple[float, ...], Callable[..., np.ndarray]], ...] = (
+    limits: tuple[tuple[str, tuple[float, ...], Callable[..., np.ndarray]], ...] = (
         ("action_low", roles.low, np.less),
         ("action_high", roles.high, np.greater),
     )
-    for option, bound, is_out in beyond:
+    for option, bound, is_out in limits:
         if bound and len(bound) not in (1, actions.shape[1]):
             raise ValueError(
                 f"--set {option} has {len(bound)} numbers, actions have {actions.shape[1]}; "
@@ -448,7 +446,7 @@ def _classes(rows: pa.Table, roles: ColumnRoles) -> list[str]:
     texts = pc.utf8_trim_whitespace(rows[roles.actions[0]])
     texts = pc.replace_substring_regex(
         pc.replace_substring_regex(texts, ZEROS, r"\1\2"), "^-(0+)$", r"\1"
-    )  # pyright: ignore[reportAttributeAccessIssue]
+    )
     found = texts.fill_null("").to_pylist()
     if "" in found:
         raise UnusableError(f"no action in step {found.index('')}")
