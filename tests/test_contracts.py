@@ -38,7 +38,7 @@ from toys import (
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.registry import Options
-from pipeline.core.contracts import Batch, Objective, Task, Technique
+from pipeline.core.contracts import Batch, Objective, Task, Technique, trains
 from pipeline.metrics.catalog import metric
 from pipeline.objectives.classification import Classification
 from pipeline.train import loop
@@ -540,7 +540,7 @@ def test_phases_fill_the_steps_and_rates_cover_every_layer(technique):
     layers = net_task().layers()
     for steps in (1, 2, 3, 10, 1000):
         phases = technique.phases(steps)
-        assert sum(phase.steps for phase in phases) == (steps if technique.needs_training else 0)
+        assert sum(phase.steps for phase in phases) == (steps if trains(technique) else 0)
         assert all(phase.steps > 0 and phase.lr_scale > 0 for phase in phases)
         for phase in phases:
             rates = technique.rates(layers, phase.name)
@@ -557,7 +557,7 @@ def test_a_technique_trains_what_it_says_and_nothing_else(technique):
     run = make_run(
         image_rows(32), task, steps=6, technique=technique, lr=0.01, warmup=0.0, weight_decay=0.1
     )
-    outcome = loop.fit(run) if technique.needs_training else loop.evaluate_untrained(run)
+    outcome = loop.fit(run) if trains(technique) else loop.evaluate_untrained(run)
     layers = task.layers()
     moving = {
         name
@@ -572,7 +572,7 @@ def test_a_technique_trains_what_it_says_and_nothing_else(technique):
     assert outcome.params_trained == sum(
         p.numel() for name, p in task.named_parameters() if name in moving
     )
-    if not technique.needs_training:
+    if not trains(technique):
         assert not changed and outcome.steps == 0
     elif technique.frozen:
         assert not any(name.startswith("backbone.") for name in changed)
@@ -597,7 +597,7 @@ def test_scratch_is_there_and_starts_from_nothing():
     assert [
         name
         for name in registry.names("technique")
-        if not registry.get("technique", name).from_source
+        if registry.get("technique", name).starts_from == "random"
     ] == ["random_probe", "scratch"]
 
 

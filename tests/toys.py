@@ -25,7 +25,7 @@ from pipeline.modalities.table import Table, TableOptions
 from pipeline.modalities.text import Text, TextOptions
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
 from pipeline.objectives.classification import Classification
-from pipeline.techniques.rates import Full
+from pipeline.techniques.full import Full
 from pipeline.train import evaluate, loop
 from pipeline.train.loop import Ranks
 
@@ -538,12 +538,11 @@ def trial_of(
     seed: int = 0,
     stage: str = "final",
 ):
-    from pipeline.config import registry
     from pipeline.config.schema import ComponentConfig
     from pipeline.transfer import grid
 
     base, component = next(iter(shared.bases.values())), ComponentConfig.model_validate(technique)
-    source = "src" if registry.get("technique", component.name).from_source else grid.SCRATCH
+    source = grid.SCRATCH if grid.starts_random(component) else "src"
     return grid.make_trial(
         job,
         "task",

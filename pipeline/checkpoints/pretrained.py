@@ -23,6 +23,7 @@ from pipeline.checkpoints import bundle, hf_speech, hf_text
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig
+from pipeline.core.capabilities import ineffective_options
 from pipeline.core.contracts import Backbone, Task
 from pipeline.io import atomic_folder, file_identity, storage
 
@@ -722,7 +723,7 @@ def override_modality(
             "leave it out"
         )
     kind = registry.get("modality", given.name)
-    if problem := kind.ineffective_options(given.options, modality["options"]):
+    if problem := ineffective_options(kind, given.options, modality["options"]):
         raise BundleError(f"{place}: {problem}")
     options = {**modality["options"], **given.options}
     try:

@@ -76,9 +76,6 @@ MAKES_NO_NUMBERS = frozenset(
         "pipeline.checkpoints.hf_text",
         "pipeline.checkpoints.hf_speech",
         "pipeline.config.provenance",
-        # the technique of a source and of a trial is one of its pieces, its neighbours in the file
-        # do not count
-        "pipeline.techniques.rates",
     }
 )
 """Modules that are skipped when imports are followed, unless a result starts from them.

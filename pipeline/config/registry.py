@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -73,6 +73,13 @@ class Options(Strict):
     file, as data are, and counts by what the file holds. One that names a folder also lists the
     files that count, ``"x-files": ["tokenizer.json"]``.
     """
+
+
+class Registered:
+    """What ``register`` sets on every class."""
+
+    registered_name: ClassVar[str]
+    options_class: ClassVar[type[Options]]
 
 
 @dataclass(frozen=True)
@@ -365,11 +372,32 @@ def architectures(library: str) -> frozenset[str]:
 
 @cache
 def _architectures(library: Entry) -> frozenset[str]:
+    value = _constant(library, "ARCHITECTURES")
+    if value is None:
+        raise ValueError(f"{library.module} declares no ARCHITECTURES")
+    return _scan(*value) if isinstance(value, tuple) else frozenset(value)
+
+
+def wanted_inputs(backbone: str) -> dict[str, Any]:
+    """Return what a backbone (``library/model``) asks its modality for.
+
+    Its file says it in ``WANTS``, by model name: ``{"wavenet": {"features": "wave"}}``. Empty for a
+    model that asks for nothing, and for a checkpoint, which brings a modality of its own.
+    """
+    library, _, model = backbone.partition("/")
+    if library not in entries("model"):
+        return {}
+    wanted = _constant(entry("model", library), "WANTS") or {}
+    return dict(wanted.get(model, {}))
+
+
+@cache
+def _constant(library: Entry, name: str) -> Any:
+    """Return a constant of a model library's file, which is not imported; None without it."""
     for node in ast.parse(library.file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ARCHITECTURES":
-            value = ast.literal_eval(node.value)
-            return _scan(*value) if isinstance(value, tuple) else frozenset(value)
-    raise ValueError(f"{library.module} declares no ARCHITECTURES")
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            return ast.literal_eval(node.value)
+    return None
 
 
 def tags(model: str) -> frozenset[str]:

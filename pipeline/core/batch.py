@@ -83,8 +83,11 @@ class Batch:
         """
         if size is None or len(self) <= size:
             return [self]
-        parts = -(-len(self) // size)
-        cuts = [len(self) * i // parts for i in range(parts + 1)]
+        return self.parts(-(-len(self) // size))
+
+    def parts(self, count: int) -> list[Batch]:
+        """Cut the batch into ``count`` parts, in order and as even as can be."""
+        cuts = [len(self) * i // count for i in range(count + 1)]
         return [
             Batch(
                 self.rows[i:j],

@@ -1,36 +1,192 @@
-"""Small optional protocols: what some modalities can say of rows, for checks before any training.
+"""Optional protocols: what only some modalities offer.
 
-A modality has a capability by having the method; nothing else has to be declared.
+A modality has a capability by defining its members; nothing else is declared. Each capability is
+asked for in one place, by ``isinstance``. A class may be asked as well as an instance, since it has
+the same members.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.core.batch import Batch
+from pipeline.core.contracts.modality import View
+
+# ---------------------------------------------------------------- columns
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """A modality whose columns may name files (images, recordings)."""
+
+    file_roles: ClassVar[tuple[str, ...]]
+    """Roles of those columns. The content of the named files is part of every key."""
+
+
+def file_columns(modality: Any, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the columns that may name files, the input itself first."""
+    roles = modality.file_roles if isinstance(modality, ReadsFiles) else ()
+    return tuple(columns[role] for role in roles if role in columns)
+
+
+@runtime_checkable
+class CutFromRecords(Protocol):
+    """A modality of which several rows may be cut from one record (a patient's stay)."""
+
+    record_column: ClassVar[str]
+    """Column in which prepared rows keep the record's id. Rows of one record count as the same row
+    when a target is compared with its sources."""
+
+
+# ---------------------------------------------------------------- options
+
+
+@runtime_checkable
+class ChecksRoles(Protocol):
+    """A modality with options that suit only some objectives."""
+
+    def check(self, roles: tuple[str, ...]) -> None:
+        """Raise ValueError where the options do not suit an objective that reads these roles."""
+        ...
+
+
+def check_roles(modality: Any, roles: tuple[str, ...]) -> None:
+    """Raise ValueError where a modality's options do not suit an objective that reads these roles."""
+    if isinstance(modality, ChecksRoles):
+        modality.check(roles)
+
+
+@runtime_checkable
+class ChecksOptions(Protocol):
+    """A modality with options that have no effect beside some others."""
+
+    @classmethod
+    def ineffective_options(
+        cls, stated: Mapping[str, Any], inherited: Mapping[str, Any] | None = None
+    ) -> str:
+        """Describe an option that a job states and that would change nothing; "" for none.
+
+        Args:
+            stated: Options as one place of the job gives them.
+            inherited: Those of the source or checkpoint, where the job does not state them again.
+        """
+        ...
+
+
+def ineffective_options(
+    modality: Any, stated: Mapping[str, Any], inherited: Mapping[str, Any] | None = None
+) -> str:
+    """Describe an option that is stated and changes nothing (`ChecksOptions`); "" for none."""
+    if not isinstance(modality, ChecksOptions):
+        return ""
+    return modality.ineffective_options(stated, inherited)
+
+
+# ---------------------------------------------------------------- fitting
+
+
+@runtime_checkable
+class ExtendsState(Protocol):
+    """A modality whose state lists kinds of rows (robots, tasks) and grows with new ones."""
+
+    fit_roles: ClassVar[tuple[str, ...]]
+    """Roles that are read to fit or extend the state, whatever the objective predicts. Those left out
+    are large (frames)."""
+    strata: ClassVar[tuple[str, ...]]
+    """Roles of which every value must be in the sample of rows that the state is fitted on."""
+
+    def extend_state(self, table: Any, columns: dict[str, str]) -> dict[str, Any]:
+        """Return the state with what is new in these rows appended; what is known stays the same."""
+        ...
+
+
+@runtime_checkable
+class ReportsCoverage(Protocol):
+    """A modality that knows its inputs by name: variables, fields, robots."""
+
+    def coverage(self, table: Any, columns: dict[str, str]) -> str:
+        """Describe what of these rows the fitted state covers, and what is ignored; "" for nothing."""
+        ...
+
+
+class NameDifference(NamedTuple):
+    """Names that only one side of a transfer has."""
+
+    what: str
+    names: tuple[str, ...]
+    rare: int = 0
+    """How many more there are that too few rows have: a rare name may identify a person."""
+
+    def text(self) -> str:
+        rare = [f"{self.rare} that few rows have"] if self.rare else []
+        return f"{self.what} ({len(self.names) + self.rare}): {', '.join([*self.names, *rare])}"
+
+
+@runtime_checkable
+class ComparesFeatureNames(Protocol):
+    """A modality whose inputs are known by name and can be listed."""
+
+    def name_differences(self, table: Any, columns: dict[str, str]) -> list[NameDifference]:
+        """List the names that only the fitted state has, and those that only these rows have."""
+        ...
+
+
+@runtime_checkable
+class HasSingleFeatures(Protocol):
+    """A modality whose rows are made of single features (columns of a table)."""
+
+    def single_features(
+        self, table: Any, columns: dict[str, str]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each feature that the state knows, by name, with its value in every row.
+
+        Values are (n,) float64 with NaN where there is none, or (n,) int64 category numbers.
+        """
+        ...
+
+
+# ---------------------------------------------------------------- rows
+
+
+@runtime_checkable
+class Costed(Protocol):
+    """A modality whose rows cost different amounts to train on: batches may be cut by cost."""
+
+    cost_role: ClassVar[str]
+    """Optional role of a column that holds the cost, so that no file has to be opened."""
+    cost_unit: ClassVar[str]
+    """Unit of the cost, for messages: seconds, steps."""
+
+    def costs(self, table: Any, columns: dict[str, str]) -> np.ndarray:
+        """Return (B,) float64 costs, from the column of ``cost_role`` where there is one.
+
+        0 where the cost cannot be found. ``columns`` may hold that role alone.
+        """
+        ...
+
+
+def cost_column(modality: Any, columns: Mapping[str, str]) -> str | None:
+    """Return the column that holds what rows cost, where the modality knows costs and there is one."""
+    return columns.get(modality.cost_role) if isinstance(modality, Costed) else None
 
 
 class TruncationStats(NamedTuple):
-    """How much of some rows lies beyond what is read of each.
-
-    Attributes:
-        rows: Number of rows that were looked at.
-        cut: How many of them are cut.
-        units: Words or tokens in all rows.
-        lost: How many of those are cut off.
-        unit: What the units are.
-    """
+    """How much of a sample of rows is not read: ``lost`` of ``units``, in ``cut`` of ``rows`` rows."""
 
     rows: int
     cut: int
     units: int
     lost: int
     unit: str
+    """What is counted: words, tokens."""
 
     @property
     def share(self) -> float:
-        """Return the share of the units that is cut off."""
         return self.lost / self.units if self.units else 0.0
 
 
@@ -39,56 +195,58 @@ class TruncatesLongRows(Protocol):
     """A modality that reads only the beginning of long rows (texts)."""
 
     def truncation(self, table: Any, columns: dict[str, str]) -> TruncationStats | None:
-        """Return how much of the table's rows is cut off.
-
-        None where rows of this kind are read whole or refused.
-        """
-        ...
-
-
-class NameDifference(NamedTuple):
-    """Names that one side of a transfer has and the other lacks.
-
-    Attributes:
-        what: Which names these are, in words.
-        names: The names.
-        rare: How many further names too few rows have to show them: a rare name may tell who
-            somebody
-            is.
-    """
-
-    what: str
-    names: tuple[str, ...]
-    rare: int = 0
-
-    def text(self) -> str:
-        """Return the difference as one line."""
-        few = f"{self.rare} that few rows have" if self.rare else ""
-        return (
-            f"{self.what} ({len(self.names) + self.rare}): "
-            f"{', '.join([*self.names, *([few] if few else [])])}"
-        )
-
-
-@runtime_checkable
-class ComparesFeatureNames(Protocol):
-    """A modality whose inputs are known by name (variables, fields, categories)."""
-
-    def name_differences(self, table: Any, columns: dict[str, str]) -> list[NameDifference]:
-        """Return the names that these rows lack of the fitted state, and the state of them."""
+        """Count what is cut off; None where rows of this kind are read whole or rejected."""
         ...
 
 
 @runtime_checkable
-class HasSingleFeatures(Protocol):
-    """A modality whose rows consist of single features (columns of a table, variables)."""
+class Packs(Protocol):
+    """A modality of text: rows can be turned into token ids once, before training."""
 
-    def single_features(
-        self, table: Any, columns: dict[str, str]
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield each feature's name with its value in every row.
+    packed_roles: ClassVar[tuple[str, ...]]
+    """Column roles of packed rows; ``tokenize`` makes the first one."""
 
-        Only features that the modality reads; with a fitted state those that it knows. Values are
-        (n,) float64, NaN where there is none, or (n,) int64 numbers of categories.
+    def pack(self, table: Any, columns: dict[str, str]) -> tuple[Any, list[str]]:
+        """Concatenate documents into rows of one length.
+
+        Returns:
+            A pyarrow table, and for each document "" or the reason why it was left out.
         """
+        ...
+
+    def tokenize(self, table: Any, columns: dict[str, str]) -> tuple[Any, list[str]] | None:
+        """Replace the text column by token ids; None where rows of this kind are left as they are.
+
+        Returns:
+            The usable rows (a pyarrow table), and for each row "" or the reason why it was left
+            out. ``decode`` gives the same for these rows, with ``columns`` naming that role alone.
+        """
+        ...
+
+
+@runtime_checkable
+class DecodesOnDevice(Protocol):
+    """A modality whose files can be decoded on the device (JPEG on a GPU)."""
+
+    def encoded(self, table: Any, columns: dict[str, str]) -> tuple[np.ndarray, list[str]]:
+        """Read files without decoding them.
+
+        Returns:
+            (B,) objects for ``unpack``, and for each row "" or the reason why there is none.
+        """
+        ...
+
+    def unpack(
+        self, encoded: np.ndarray, device: torch.device
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Decode on the device what ``encoded`` read, to the tensors that ``decode`` would give."""
+        ...
+
+
+@runtime_checkable
+class MakesViews(Protocol):
+    """A modality that can make random views of a row for self-supervised objectives."""
+
+    def views(self, batch: Batch, views: tuple[View, ...]) -> Batch:
+        """Add ``view0``, ``view1``, ...: finished tensors, random by ``batch.keys`` alone."""
         ...

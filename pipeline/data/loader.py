@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.config import registry
+from pipeline.core.capabilities import Costed, DecodesOnDevice, Packs, cost_column
 from pipeline.core.contracts import Arrays, Modality
 from pipeline.core.ragged import ragged, size
 from pipeline.data.length_buckets import BucketPlan
@@ -59,7 +60,8 @@ class Decoder:
     def names(self, roles: tuple[str, ...] | None = None) -> list[str]:
         """Return the columns of all roles, or of the given ones."""
         objective = registry.get("objective", self.objective) if self.objective else None
-        inputs = (*self.modality.roles, *self.modality.optional_roles, *self.modality.packed_roles)
+        packed = self.modality.packed_roles if isinstance(self.modality, Packs) else ()
+        inputs = (*self.modality.roles, *self.modality.optional_roles, *packed)
         roles = (
             (*inputs, *((*objective.roles, *objective.optional_roles) if objective else ()))
             if roles is None
@@ -79,11 +81,9 @@ class Decoder:
 
     def __call__(self, table) -> tuple[Arrays, list[str]]:
         if self.encoded:
-            held = self.modality.encoded(table, self.columns)
-            assert held is not None, (
-                f"modality {self.modality.registered_name} is not decoded on the device"
-            )
-            arrays, bad = {"encoded": held[0]}, held[1]
+            assert isinstance(self.modality, DecodesOnDevice)
+            files, bad = self.modality.encoded(table, self.columns)
+            arrays = {"encoded": files}
         else:
             arrays, bad = self.modality.decode(table, self.columns)
         if self.objective:
@@ -214,21 +214,21 @@ class Loader:
 
 
 class RowCosts:
-    """Computes the costs of the rows of an item (`Modality.costs`), from a column or from the
-    rows' own headers.
+    """Costs of the rows of an item (`Costed.costs`), from the column that holds them or from the rows
+    themselves.
     """
 
     def __init__(self, selection: Selection, modality: Modality, columns: dict[str, str]):
-        self.selection, self.modality = selection, modality
-        role_column = columns.get(modality.cost_role or "")
-        self.columns = columns
-        self.tells = role_column is not None
+        assert isinstance(modality, Costed), f"{modality.registered_name} rows have no costs"
+        self.selection, self.modality, self.columns = selection, modality, columns
+        self.roles = (*modality.roles, *modality.optional_roles)
+        self.has_column = cost_column(modality, columns) is not None
 
     def __call__(self, item: Item) -> np.ndarray:
         ids = self.selection.ids(np.arange(item.start, item.stop))
-        if not self.tells:
+        if not self.has_column:
             return self._of(self._reader(self.columns), ids, self.columns)
-        column = {str(self.modality.cost_role): self.columns[str(self.modality.cost_role)]}
+        column = {self.modality.cost_role: self.columns[self.modality.cost_role]}
         found = self._of(self._reader(column), ids, column)
         silent, reader = np.flatnonzero(found == 0), self._reader(self.columns)
         for start in range(
@@ -239,15 +239,8 @@ class RowCosts:
         return found
 
     def _reader(self, columns: dict[str, str]) -> Reader:
-        roles = (*self.modality.roles, *self.modality.optional_roles)
-        return Reader(
-            self.selection.manifest,
-            list(dict.fromkeys(columns[role] for role in roles if role in columns)),
-        )
+        names = dict.fromkeys(columns[role] for role in self.roles if role in columns)
+        return Reader(self.selection.manifest, list(names))
 
     def _of(self, reader: Reader, ids: np.ndarray, columns: dict[str, str]) -> np.ndarray:
-        found = self.modality.costs(reader.take(ids), columns)
-        assert found is not None, (
-            f"modality {self.modality.registered_name} does not tell what rows cost"
-        )
-        return np.array(found)
+        return np.array(self.modality.costs(reader.take(ids), columns))

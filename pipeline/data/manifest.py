@@ -26,6 +26,7 @@ from pipeline.config.registry import nearest
 from pipeline.config.schema import Data, spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
+from pipeline.core.capabilities import file_columns
 from pipeline.data import to_parquet
 from pipeline.io import file_identity, storage
 from pipeline.io.file_identity import FileIdentity
@@ -688,7 +689,7 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
         if file is not None
     ]
     kind = registry.get("modality", data.modality.name)
-    columns = tuple(data.columns[role] for role in kind.file_roles if role in data.columns)
+    columns = file_columns(kind, data.columns)
     looked = [number for number, part in enumerate(parts) if not named[part.manifest.files]]
     found, more = with_named_files([parts[number] for number in looked], columns, data.identity)
     for number, selection in zip(looked, found, strict=True):

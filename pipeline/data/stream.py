@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.core.capabilities import DecodesOnDevice
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.ragged import lengths
 from pipeline.core.rng import row_keys
@@ -265,7 +266,7 @@ class Rows:
         work, n = RowCosts(self.selection, self.modality, self.decoder.columns), len(self)
         items = [
             Item(-1, start, stop)
-            for start, stop in pairwise([0, n] if work.tells else self._cost_cuts())
+            for start, stop in pairwise([0, n] if work.has_column else self._cost_cuts())
             if start < stop
         ]
         found = list(
@@ -448,6 +449,7 @@ def _assembled(
                     held.popleft()
         made: dict[str, Tensor] = {}
         if device is not None:
+            assert isinstance(rows.modality, DecodesOnDevice)
             made, reasons = rows.modality.unpack(arrays.pop("encoded"), device)
             fresh = [(i, reason) for i, reason in enumerate(reasons) if reason and good[i]]
             bad += [(int(ids[i]), reason) for i, reason in fresh]

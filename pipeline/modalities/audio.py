@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as nn
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import Options, register, wanted_inputs
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import holds_files
 from pipeline.core.contracts import Arrays, Batch, Modality
@@ -30,8 +30,6 @@ from pipeline.media import spectrogram as ops
 from pipeline.media.audio_io import BrokenAudioError, LongAudioError
 from pipeline.nn import conv_arithmetic
 
-WAVE_BACKBONES = ("wavenet", "wav2vec2")
-"""What the names of backbones that read samples hold; the others read log-mels."""
 SPEED, NOISE, WHITE, MASKS = 0, 1, 2, 3
 """Streams of a row's key."""
 FIT_SECONDS = 1800.0
@@ -180,16 +178,15 @@ class Audio(Modality):
 
         Raises ValueError when no row can be decoded.
         """
-        name = backbone.lower()
-        if options.features == "wave" or (
-            options.features == "auto" and any(one in name for one in WAVE_BACKBONES)
-        ):
-            return {
-                "features": "wave",
-                "normalize": "wavenet" not in name
-                if options.normalize is None
-                else options.normalize,
-            }
+        wanted = wanted_inputs(backbone)
+        features = options.features
+        if features == "auto":
+            features = wanted.get("features", "mel")
+        if features == "wave":
+            normalize = options.normalize
+            if normalize is None:
+                normalize = wanted.get("normalize", True)
+            return {"features": "wave", "normalize": normalize}
         modality, bad, seconds = cls(options, {"features": "mel"}), [], 0.0
         count, sums, squares = (
             0,

@@ -16,7 +16,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import Options, register, wanted_inputs
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_bytes, is_list, is_text
 from pipeline.core.capabilities import TruncationStats
@@ -113,13 +113,11 @@ class Text(Modality):
         ]
         if not documents:
             raise ValueError(f"column {columns['text']}: no row holds text to train a tokenizer on")
-        kind = (
-            options.algorithm
-            if options.algorithm != "auto"
-            else ("bpe" if "gpt" in backbone else "wordpiece")
-        )
+        algorithm = options.algorithm
+        if algorithm == "auto":
+            algorithm = wanted_inputs(backbone).get("tokenizer", "wordpiece")
         tokenizer = tokenizers.train_tokenizer(
-            tokenizers.texts_of(documents), kind, options.vocabulary, options.lowercase
+            tokenizers.texts_of(documents), algorithm, options.vocabulary, options.lowercase
         )
         return {
             "tokenizer": tokenizer.to_str(),

@@ -74,9 +74,8 @@ class Trajectory(Modality):
 
     roles = ("observations",)
     optional_roles = ("actions", "executed", "task", "embodiment", "images", "steps")
-    fitted_roles = ("actions",)
+    fit_roles = ("observations", "actions", "executed", "task", "embodiment")
     strata = ("task", "embodiment")
-    unfitted_roles = ("images",)
     cost_role = "steps"
     cost_unit = "steps"
 

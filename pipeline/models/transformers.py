@@ -21,6 +21,9 @@ from pipeline.nn import conv_arithmetic
 
 ARCHITECTURES = ["bert", "roberta", "distilbert", "gpt2", "wav2vec2"]
 
+WANTS = {"gpt2": {"tokenizer": "bpe"}, "wav2vec2": {"features": "wave"}}
+"""Byte-level BPE as published; samples, not spectrograms."""
+
 BLOCKS = {
     "bert": "encoder.layer.",
     "roberta": "encoder.layer.",

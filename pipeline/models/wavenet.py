@@ -19,6 +19,9 @@ from pipeline.nn import conv_arithmetic
 
 ARCHITECTURES = ["wavenet"]
 
+WANTS = {"wavenet": {"features": "wave", "normalize": False}}
+"""Samples between -1 and 1, as mu-law takes them."""
+
 LEVELS = 256
 """Of the companding: mu = 255, the law of ITU-T G.711 in its continuous form (section 2.2)."""
 

@@ -1,4 +1,4 @@
-"""How a backbone is adapted to a target: one file for each technique or family of techniques.
+"""How a backbone is adapted to a target: one file a technique or family, hooks of the one loop.
 
-A technique imports ``core`` and the floors below it, never another technique.
+Files here import the contracts and libraries, never each other.
 """

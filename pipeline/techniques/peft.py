@@ -158,7 +158,7 @@ class AdapterTechnique(Technique, ABC):
             for name in layers
         }
 
-    def penalty(self, task, batch):
+    def penalty(self, task, batch, streams):
         if isinstance(task, AdaptedTask) and len(batch):
             task.check_called()
         return None

@@ -6,7 +6,16 @@ from typing import Any
 
 from pipeline.config import registry
 from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Source, Train
-from pipeline.core.contracts import Modality, Objective, Technique
+from pipeline.core.capabilities import (
+    Costed,
+    DecodesOnDevice,
+    MakesViews,
+    Packs,
+    check_roles,
+    ineffective_options,
+)
+from pipeline.core.contracts import Objective, Technique, trains
+from pipeline.train.experiment import technique_of
 
 
 def source(place: str, spec: Source) -> None:
@@ -16,7 +25,7 @@ def source(place: str, spec: Source) -> None:
         registry.get("modality", spec.data.modality.name),
         registry.get("objective", spec.objective.name),
     )
-    if problem := modality.ineffective_options(spec.data.modality.options):
+    if problem := ineffective_options(modality, spec.data.modality.options):
         raise ValueError(f"{place}.data.modality: {problem}")
     check_modality(place, spec.data.modality.name, spec.data.modality.options, spec.objective.name)
     if objective.packed:
@@ -29,7 +38,7 @@ def source(place: str, spec: Source) -> None:
             "global batch, which parts of it would "
             "not give; leave it out, and use more workers, or a smaller global_batch or batch_cost"
         )
-    if objective.views is not Objective.views and modality.views is Modality.views:
+    if objective.views is not Objective.views and not isinstance(modality, MakesViews):
         raise ValueError(
             f"{place}.objective: {spec.objective.name} compares random views of a row, and "
             f"{spec.data.modality.name} rows have none; "
@@ -45,7 +54,7 @@ def source(place: str, spec: Source) -> None:
             "the backbone (its teacher, codes or "
             "distractors change as it learns); leave it out: the last weights are kept"
         )
-    if spec.data.decode == "device" and modality.encoded is Modality.encoded:
+    if spec.data.decode == "device" and not isinstance(modality, DecodesOnDevice):
         raise ValueError(
             f"{place}.data.decode: {spec.data.modality.name} rows are not decoded on the "
             "device; use workers, train, memory or auto"
@@ -56,7 +65,8 @@ def check_modality(place: str, name: str, options: dict[str, Any], objective: st
     """Raises ValueError where a modality's options do not suit the objective."""
     kind = registry.get("modality", name)
     try:
-        kind(kind.options_class(**options), {}).check(registry.get("objective", objective).roles)
+        made = kind(kind.options_class(**options), {})
+        check_roles(made, registry.get("objective", objective).roles)
     except ValueError as error:
         raise ValueError(f"{place}.data.modality: {error}") from None
 
@@ -66,12 +76,8 @@ def check_packed(place: str, data: Data, objective: str) -> None:
     than the one text that is packed.
     """
     kind = registry.get("modality", data.modality.name)
-    if kind.pack is Modality.pack:
-        able = [
-            name
-            for name in registry.names("modality")
-            if registry.get("modality", name).pack is not Modality.pack
-        ]
+    if not isinstance(kind, Packs):
+        able = _modalities_with(Packs)
         raise ValueError(
             f"{place}.objective: {objective} reads packed documents, and {data.modality.name} "
             f"rows cannot be packed: it is for {', '.join(able)}"
@@ -89,11 +95,7 @@ def check_costs(place: str, data: Data, train: Train, objective: type[Objective]
     """Raises ValueError where batches cannot be cut by what rows cost."""
     if train.batch_cost is None:
         return
-    able = [
-        name
-        for name in registry.names("modality")
-        if registry.get("modality", name).costs is not Modality.costs
-    ]
+    able = _modalities_with(Costed)
     why = ""
     if data.modality.name not in able or objective.packed:
         why = f"rows of {data.modality.name} all cost the same here (it is for {', '.join(able)})"
@@ -106,24 +108,28 @@ def check_costs(place: str, data: Data, train: Train, objective: type[Objective]
 def check_technique(place: str, spec: Source) -> None:
     """Raises ValueError for a technique that makes no sense for a source."""
     assert spec.objective is not None
-    kind = registry.get("technique", spec.technique.name)
+    technique = technique_of(spec.technique)
     name, where = spec.technique.name, f"{place}.technique"
-    if not kind.needs_training:
+    if not trains(technique):
         raise ValueError(
             f"{where}: {name} trains nothing; a source without data is a checkpoint as it is"
         )
-    if not kind.from_source:
+    if technique.starts_from != "source":
         raise ValueError(
             f"{where}: {name} starts from random weights; so does every source that names no "
             "checkpoint: leave the technique out"
         )
     continues = spec.init is not None or spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
-    if not continues and _freezes_backbone(kind(kind.options_class(**spec.technique.options))):
+    if not continues and _freezes_backbone(technique):
         raise ValueError(
             f"{where}: {name} keeps weights of the backbone as they are, and these are random; "
             "name a checkpoint to continue from (init), or leave the technique out"
         )
-    adds_modules = kind.wrap is not Technique.wrap
+    if technique.streams():
+        raise ValueError(
+            f"{where}: {name} reads rows of a source and of a target; it is for targets"
+        )
+    adds_modules = type(technique).wrap is not Technique.wrap
     objective = registry.get("objective", spec.objective.name)
     if adds_modules and objective.after_training is not Objective.after_training:
         raise ValueError(
@@ -137,3 +143,11 @@ def _freezes_backbone(technique: Technique) -> bool:
     layers = {"backbone": ["backbone.weight"], "head": ["objective.weight"]}
     phases = technique.phases(100)
     return any(technique.rates(layers, phase.name)["backbone"] == 0 for phase in phases)
+
+
+def _modalities_with(capability: Any) -> list[str]:
+    return [
+        name
+        for name in registry.names("modality")
+        if isinstance(registry.get("modality", name), capability)
+    ]

@@ -15,7 +15,8 @@ from scipy.stats import beta
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
 from pipeline.config.schema import HUBS
-from pipeline.core.contracts import Modality, Objective, Task
+from pipeline.core.capabilities import Packs
+from pipeline.core.contracts import Objective, Task
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.stream import Decoder, check_bad_row_budget
@@ -113,6 +114,7 @@ def _packed_batches(stage: SourceStage, decoder: Decoder) -> list[Finding]:
         return []
     part = Selection(rows_to_pack.manifest, rows_to_pack.ids(_places(rows_to_pack)))
     table = manifests.Reader(part.manifest, decoder.names()).take(part.ids(np.arange(len(part))))
+    assert isinstance(decoder.modality, Packs)
     packed = len(decoder.modality.pack(table, decoder.columns)[0])
     about = round(packed * len(rows_to_pack) / len(part))
     if about >= batch:
@@ -194,8 +196,7 @@ def _places(selection: Selection) -> np.ndarray:
 def _bad_rows(part: Selection, decoder: Decoder) -> list[str]:
     """For each row an empty string, or why it cannot be used."""
     objective = registry.get("objective", decoder.objective) if decoder.objective else Objective
-    packs = objective.packed and type(decoder.modality).pack is not Modality.pack
     table = manifests.Reader(part.manifest, decoder.names()).take(part.ids(np.arange(len(part))))
-    if packs:
+    if objective.packed and isinstance(decoder.modality, Packs):
         return decoder.modality.pack(table, decoder.columns)[1]
     return decoder(table)[1]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipeline.core.capabilities import MakesViews
 from pipeline.core.contracts import Batch, Objective, RawRows, Task
 from pipeline.data.manifest import Reader
 from pipeline.data.stream import LoadedBatch, Rows, eval_batches
@@ -180,6 +181,7 @@ def device_preprocessing(
             return batch
         with torch.no_grad():
             if views:
+                assert isinstance(modality, MakesViews)
                 return modality.views(batch, views)
             return modality.finish(modality.augment(batch) if training else batch)
 

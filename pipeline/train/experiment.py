@@ -17,12 +17,13 @@ import torch.distributed as dist
 
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Train
-from pipeline.core.contracts import Batch, Task, Technique
+from pipeline.core.contracts import Batch, Task, Technique, trains
+from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.plan import Plan
 from pipeline.data.stream import LoadedBatch, Rows, check_bad_row_budget, train_batches
 from pipeline.io import heartbeat, storage
-from pipeline.train import evaluate, loop, resume_history
+from pipeline.train import evaluate, loop, resume_history, streams
 from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Outcome, Ranks
 
@@ -65,6 +66,8 @@ class Experiment:
     """For decoding validation rows."""
     decode_validation_bytes: int = 0
     """A rank's validation rows are decoded once where they take no more than this."""
+    stream_rows: dict[str, Rows] = field(default_factory=dict)
+    """Rows that the technique may read beside the training rows, by stream (``Technique.streams``)."""
     extra_metrics: dict[str, Callable[[Task], float]] = field(default_factory=dict)
     """Computed at every validation beside ``metrics``."""
     restarts: bool = False
@@ -135,6 +138,8 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         ranks=ranks.count,
         pin=ranks.device.type == "cuda",
     )
+    seed = mix(experiment.seed, 5)
+    further = streams.of_technique(technique, experiment.stream_rows, seed, train, ranks)
     work = loop.TrainingRun(
         task=task,
         technique=technique,
@@ -142,6 +147,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         steps=experiment.steps,
         seed=experiment.seed,
         batches=batches,
+        streams=further,
         ready=ready,
         keeper=keeper,
         evaluate=check,
@@ -156,7 +162,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         alive=experiment.on_step,
     )
     with record:
-        outcome = loop.fit(work) if technique.needs_training else loop.evaluate_untrained(work)
+        outcome = loop.fit(work) if trains(technique) else loop.evaluate_untrained(work)
     return Finished(
         task=technique.finish(task),
         outcome=outcome,

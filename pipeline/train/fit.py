@@ -12,6 +12,7 @@ import pyarrow as pa
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Source, Target, spec_hash
+from pipeline.core.capabilities import ExtendsState, ReportsCoverage, ineffective_options
 from pipeline.core.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
@@ -104,7 +105,7 @@ def fit_modality(
             )
             != v
         }  # a checkpoint brings its own tokenizer
-        if problem := registry.get("modality", component.name).ineffective_options(named, theirs):
+        if problem := ineffective_options(registry.get("modality", component.name), named, theirs):
             raise ValueError(f"{place}.data.modality: {problem}")
         if given:
             raise ValueError(
@@ -162,15 +163,14 @@ def fit_objective(spec: Source | Target, splits: Splits) -> dict[str, Any]:
 def extend_modality(
     modality: dict[str, Any], rows: Selection, objective: type[Objective], columns: dict[str, str]
 ) -> tuple[dict[str, Any], str]:
-    """A fitted modality that reads other rows than it was fitted on: with what it learns of a
-    sample of them (``Modality.extend_state``), and in words what it knew of them before
-    (``Modality.coverage``).
+    """Extend a fitted modality by a sample of other rows than it was fitted on (`ExtendsState`).
+
+    Returns:
+        The modality, and a description of what it knew of these rows before (`ReportsCoverage`).
     """
     reads = bundle.build_modality(modality)
-    if (
-        type(reads).extend_state is Modality.extend_state
-        and type(reads).coverage is Modality.coverage
-    ):
+    extends, reports = isinstance(reads, ExtendsState), isinstance(reads, ReportsCoverage)
+    if not extends and not reports:
         return modality, ""
     table = sample(
         rows,
@@ -178,35 +178,35 @@ def extend_modality(
         FIT_ROWS,
         strata_of(type(reads), columns),
     )
-    return {**modality, "state": reads.extend_state(table, columns)}, reads.coverage(table, columns)
+    state = reads.extend_state(table, columns) if extends else reads.state
+    coverage = reads.coverage(table, columns) if reports else ""
+    return {**modality, "state": state}, coverage
+
+
+def fitted_roles(modality: type[Modality]) -> tuple[str, ...]:
+    """Return the roles that a modality is fitted on, where the objective does not predict them."""
+    if isinstance(modality, ExtendsState):
+        return modality.fit_roles
+    return (*modality.roles, *modality.optional_roles)
 
 
 def fitted_columns(
     modality: type[Modality], objective: type[Objective], columns: dict[str, str]
 ) -> list[str]:
-    """`input_columns` without those that nothing is learned of and that may take gigabytes
-    (``Modality.unfitted_roles``).
+    """Return the columns that a modality is fitted on.
+
+    A modality that names its own roles (`ExtendsState`) reads those even where the objective predicts
+    them; of others, what is predicted (a mask that moves with its image) is left out.
     """
-    left_out = {columns.get(role) for role in modality.unfitted_roles}
-    return [name for name in input_columns(modality, objective, columns) if name not in left_out]
+    roles = fitted_roles(modality)
+    if not isinstance(modality, ExtendsState):
+        roles = [
+            role for role in roles if role not in (*objective.roles, *objective.optional_roles)
+        ]
+    return list(dict.fromkeys(columns[role] for role in roles if role in columns))
 
 
 def strata_of(modality: type[Modality], columns: dict[str, str]) -> list[str]:
-    """Columns of ``Modality.strata``."""
-    return [columns[role] for role in modality.strata if role in columns]
-
-
-def input_columns(
-    modality: type[Modality], objective: type[Objective], columns: dict[str, str]
-) -> list[str]:
-    """Columns of what a row is, without what is to be found out about it (a mask that moves with
-    its image is the objective's).
-    """
-    theirs = {*objective.roles, *objective.optional_roles} - set(modality.fitted_roles)
-    return list(
-        dict.fromkeys(
-            columns[role]
-            for role in (*modality.roles, *modality.optional_roles)
-            if role in columns and role not in theirs
-        )
-    )
+    """Return the columns of which every value must be in the sample (`ExtendsState.strata`)."""
+    roles = modality.strata if isinstance(modality, ExtendsState) else ()
+    return [columns[role] for role in roles if role in columns]

@@ -116,6 +116,8 @@ class TrainingRun:
     ranks: Ranks = field(default_factory=Ranks)
     checkpoints: str | None = None
     """Folder of resume points; none: the run cannot be resumed."""
+    streams: dict[str, Callable[[range], Iterator[LoadedBatch]]] = field(default_factory=dict)
+    """Further batches for ``Technique.penalty``, by name (``Technique.streams``)."""
     on_log: Callable[[Log], None] = lambda record: None
     on_eval: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None
     on_rows: Callable[[int, np.ndarray], None] | None = None
@@ -248,6 +250,7 @@ def fit(run: TrainingRun) -> Outcome:
     phase_number = -1
     stopped = False
     stream = run.batches(range(start, run.steps))
+    further = {name: made(range(start, run.steps)) for name, made in run.streams.items()}
 
     step = start
     try:
@@ -270,7 +273,8 @@ def fit(run: TrainingRun) -> Outcome:
             if bad:
                 progress.unread.update(bad)
                 run.bad_rows(bad)
-            sums = _backward(run, live, batch, progress.names)
+            others = {name: next(one).batch for name, one in further.items()}
+            sums = _backward(run, live, batch, others, progress.names)
             norm = _step(live, sums, ranks, train, task, progress.bad_run, progress.bad_total)
             warning = task.objective.after_step(task.backbone, step, run.steps)
             if ema:
@@ -300,9 +304,10 @@ def fit(run: TrainingRun) -> Outcome:
     except Stop:
         stopped = True
     finally:
-        close = getattr(stream, "close", None)
-        if close:
-            close()
+        for opened in (stream, *further.values()):
+            close = getattr(opened, "close", None)
+            if close:
+                close()
     if ema:
         ema.swap(task)
     if run.evaluate:
@@ -424,8 +429,16 @@ class _Progress:
         self.saved_at = run.clock()
 
 
-def _backward(run: TrainingRun, live: _PhaseState, batch: Batch, names: tuple[str, ...]) -> Tensor:
+def _backward(
+    run: TrainingRun,
+    live: _PhaseState,
+    batch: Batch,
+    others: dict[str, Batch],
+    names: tuple[str, ...],
+) -> Tensor:
     """Forward and backward of every micro-batch; the last one reduces gradients over ranks.
+
+    ``others`` are batches of further streams, cut into as many parts as ``batch``.
 
     Returns:
         Sums over all ranks: the losses, how many there are, and those that the objective logs.
@@ -434,11 +447,16 @@ def _backward(run: TrainingRun, live: _PhaseState, batch: Batch, names: tuple[st
     sums = torch.zeros(len(names), device=device)
     zero = sums.new_zeros(())
     parts = batch.split(train.micro_batch)
+    beside = {name: other.parts(len(parts)) for name, other in others.items()}
     for number, part in enumerate(parts, 1):
         part = run.ready(part.to(device), train.augment)
+        streams = {
+            name: run.ready(cut[number - 1].to(device), train.augment)
+            for name, cut in beside.items()
+        }
         with live.no_sync(number == len(parts)), autocast(train, device):
             total, count, logs = live.module(part)
-            penalty = run.technique.penalty(run.task, part)
+            penalty = run.technique.penalty(run.task, part, streams)
             (total if penalty is None else total + penalty * count).backward()
         logged = (logs.get(name, zero).float() for name in names[2:])
         sums += torch.stack([total.detach().float(), count.float(), *logged])

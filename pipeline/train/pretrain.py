@@ -15,6 +15,7 @@ import torch
 
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config.schema import Data, Source, Train
+from pipeline.core.capabilities import Costed
 from pipeline.core.contracts import Task
 from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
@@ -107,6 +108,7 @@ def rank_job(
     rows = training_rows(work)
     plan, text = order_of(work, rows, 1), fitted.text
     if isinstance(plan, BucketPlan):
+        assert isinstance(rows.modality, Costed)
         text += (
             f"; {plan.batches_an_epoch:.0f} batches an epoch of up to {plan.batch_cost:g} "
             f"{rows.modality.cost_unit}, {plan.padding():.1%} of them padding"

@@ -100,7 +100,7 @@ def unshared_names(
 ) -> list[Finding]:
     """List all variables, fields and categories that only the source or only these rows have.
 
-    They are for the report; the terminal has a summary (``Modality.coverage``).
+    They are for the report; the terminal has a summary (`ReportsCoverage`).
     """
     reads = bundle.build_modality(modality)
     if not isinstance(reads, ComparesFeatureNames) or not len(rows):

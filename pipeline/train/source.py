@@ -13,6 +13,7 @@ from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
 from pipeline.config.schema import CHECKPOINT_PREFIXES, FULL, Data, Job, Source, spec_hash
+from pipeline.core.capabilities import Costed, cost_column
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.rng import mix
 from pipeline.data import manifest as manifests
@@ -545,7 +546,7 @@ def checks_labels_before_decoding(
     found before any is decoded: where a column tells how long they are. Else only batches that are
     cut by it are worth a look into every file.
     """
-    return _has_untrainable_check(objective) and modality.cost_role in columns
+    return _has_untrainable_check(objective) and cost_column(modality, columns) is not None
 
 
 def _has_untrainable_check(objective: type[Objective]) -> bool:
@@ -564,12 +565,13 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
     objective = registry.get("objective", str(decoder.objective))
     if not _has_untrainable_check(objective) or not len(rows):
         return rows, []
-    assert costs is not None
+    assert costs is not None and isinstance(decoder.modality, Costed)
+    cost_role = decoder.modality.cost_role
     table = manifests.read_columns(
         rows.selection,
         [decoder.columns[role] for role in objective.roles if role in decoder.columns],
     )
-    whole = np.full(len(rows), decoder.modality.cost_role in decoder.columns)
+    whole = np.full(len(rows), cost_role in decoder.columns)
     if whole.all() and "start" in decoder.columns:
         whole = (
             manifests.read_columns(rows.selection, [decoder.columns["start"]])
@@ -586,11 +588,7 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
     if len(places := np.flatnonzero((reasons != "") & whole)):
         untold = replace(
             decoder,
-            columns={
-                role: name
-                for role, name in decoder.columns.items()
-                if role != decoder.modality.cost_role
-            },
+            columns={role: name for role, name in decoder.columns.items() if role != cost_role},
         )
         own: Any = replace(rows.subset(places), decoder=untold).with_costs().costs
         seconds = np.where(

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.checkpoints import bundle
-from pipeline.core.contracts import Modality, Objective
+from pipeline.core.capabilities import Packs
+from pipeline.core.contracts import Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.data.stream import check_bad_row_budget, map_items
@@ -73,9 +74,9 @@ def form_of(
     if objective.packed:
         return "packed"
     reads = bundle.build_modality(modality)
-    if type(reads).tokenize is Modality.tokenize or not len(rows):
+    if not isinstance(reads, Packs) or not len(rows):
         return ""
-    names = fitting.input_columns(type(reads), objective, columns)
+    names = fitting.fitted_columns(type(reads), objective, columns)
     tokenised = reads.tokenize(fitting.sample(rows, names, 1), columns)
     return "" if tokenised is None else "tokenised"
 
@@ -156,6 +157,7 @@ class _Task:
         """Corpus, rows of tokens, and (row, reason) of each text that is left out."""
         work, (corpus, start, stop) = self.work, span
         modality = bundle.build_modality(work.modality)
+        assert isinstance(modality, Packs)
         roles = (*modality.roles, *modality.optional_roles)
         read = [work.columns[role] for role in roles if role in work.columns]
         ids = self.selection.ids(np.arange(start, stop))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pipeline.config import registry
 from pipeline.config.schema import FULL, Train, spec_hash
 from pipeline.data.plan import Plan
 from pipeline.report.code_versions import OTHER, describe_changes
@@ -50,12 +49,14 @@ def describe(state: JobState) -> list[str]:
             names = names[: job.fanout.select.top]
         kinds = {_kind(state, n) for n in names}
         plugs = grid.techniques(job, stage.spec)
-        tried = sum(not grid.needs_training(component) for component in plugs) * len(names)
+        untrained = [component for component in plugs if not grid.needs_training(component)]
+        fractions = len(stage.spec.label_fractions)
+        tried = sum(fractions if grid.combines_trials(one) else 1 for one in untrained) * len(names)
         plugs = [component for component in plugs if grid.needs_training(component)]
         counts = [
             (
                 technique_of(component),
-                len(names) if registry.get("technique", component.name).from_source else len(kinds),
+                len(kinds) if grid.starts_random(component) else len(names),
             )
             for component in plugs
         ]

@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
 from pipeline.config.schema import ComponentConfig, Job, Target, round_hyper_parameter, spec_hash
-from pipeline.core.contracts import Technique
+from pipeline.core.contracts import Technique, trains
 from pipeline.core.rng import mix, row_keys
 from pipeline.data.stream import Rows
 from pipeline.train.experiment import technique_of
@@ -61,6 +61,8 @@ class Trial:
     seed: int
     stage: str
     id: str
+    members: tuple[str, ...] = ()
+    """Ids of the finished trials that its weights are made of (``Technique.after_fanout``)."""
 
     @property
     def cell(self) -> str:
@@ -141,21 +143,30 @@ def draws(job: Job) -> list[dict[str, float]]:
 def techniques(job: Job, target: Target) -> list[ComponentConfig]:
     """The target's or the job's techniques, scratch first and always."""
     named = target.techniques if target.techniques is not None else job.techniques
-    rest = [
-        component for component in named if registry.get("technique", component.name).from_source
-    ]
-    unsourced = [
-        component
-        for component in named
-        if not registry.get("technique", component.name).from_source
-    ]
+    rest = [component for component in named if not starts_random(component)]
+    unsourced = [component for component in named if starts_random(component)]
     plain = ComponentConfig(name="scratch")
     return [plain, *(component for component in unsourced if component != plain), *rest]
 
 
 def needs_training(component: ComponentConfig) -> bool:
-    """Whether a technique trains at all; what does not is tried once."""
-    return registry.get("technique", component.name).needs_training
+    """Tell whether a technique takes any training step; one that does not is tried once."""
+    return trains(technique_of(component))
+
+
+def is_tried_once(component: ComponentConfig) -> bool:
+    """Tell whether a technique tests the source's network as it is, whatever the label fraction."""
+    return not needs_training(component) and not combines_trials(component)
+
+
+def starts_random(component: ComponentConfig) -> bool:
+    """Tell whether a technique starts from random weights, so that no source is needed."""
+    return registry.get("technique", component.name).starts_from == "random"
+
+
+def combines_trials(component: ComponentConfig) -> bool:
+    """Tell whether a technique makes its weights of finished trials."""
+    return registry.get("technique", component.name).starts_from == "trials"
 
 
 def planned_cells(
@@ -172,16 +183,16 @@ def planned_cells(
             continue
         for fraction in target.label_fractions:
             for component in techniques(job, target):
-                if not needs_training(component):
+                if is_tried_once(component):
                     continue
-                if registry.get("technique", component.name).from_source:
-                    out += [(base, source, component, fraction) for source in sources]
-                else:
+                if starts_random(component):
                     out.append((base, SCRATCH, component, fraction))
+                else:
+                    out += [(base, source, component, fraction) for source in sources]
         out += [
             (base, source, component, 0)
             for component in techniques(job, target)
-            if not needs_training(component)
+            if is_tried_once(component)
             for source in sources
         ]
     return out
@@ -196,6 +207,7 @@ def make_trial(
     stage: str,
     source_key: str,
     data_key: str,
+    members: tuple[str, ...] = (),
 ) -> Trial:
     base, source, component, fraction = cell
     target = job.targets[target_name]
@@ -219,9 +231,20 @@ def make_trial(
         seed,
         stage,
         job.seed,
+        *([members] if members else []),
     )
     return Trial(
-        source, base.key, base.label, target_name, component, hyper, fraction, seed, stage, identity
+        source,
+        base.key,
+        base.label,
+        target_name,
+        component,
+        hyper,
+        fraction,
+        seed,
+        stage,
+        identity,
+        members,
     )
 
 

@@ -16,6 +16,7 @@ from pipeline.config import registry
 from pipeline.config.schema import spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
+from pipeline.core.capabilities import CutFromRecords
 from pipeline.data import duplicates
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
@@ -79,12 +80,10 @@ def record_column(modality: str, *selections: Selection) -> str:
     """The column with the id of the record that each row was cut from, where all have it; else
     nothing.
     """
-    name = registry.get("modality", modality).record_column
-    return (
-        name
-        if name and all(name in selection.manifest.schema.names for selection in selections)
-        else ""
-    )
+    kind = registry.get("modality", modality)
+    name = kind.record_column if isinstance(kind, CutFromRecords) else ""
+    is_everywhere = all(name in selection.manifest.schema.names for selection in selections)
+    return name if is_everywhere else ""
 
 
 def in_groups(test: Selection, group: str, others: Selection, other_group: str) -> np.ndarray:

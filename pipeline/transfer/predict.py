@@ -20,6 +20,7 @@ from pipeline.config import registry
 from pipeline.config.schema import spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
+from pipeline.core.capabilities import Costed, file_columns
 from pipeline.core.contracts import Arrays, Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
@@ -206,7 +207,7 @@ def predict(
     reads = [*(file for file in found.identities if file is not None), *named]
     selection = Selection(found)
     if not named:
-        files = tuple(columns[role] for role in modality.file_roles if role in columns)
+        files = file_columns(modality, columns)
         (selection,), more = manifests.with_named_files([selection], files, "content")
         found, reads = selection.manifest, [*reads, *more]
     key = spec_hash(manifest["files"], found.fingerprint, columns, kept)
@@ -227,7 +228,7 @@ def predict(
             "labels": classes,
         },
     )
-    step = PIECES_A_SHARD if modality.cost_role else ROWS_A_PART
+    step = PIECES_A_SHARD if isinstance(modality, Costed) else ROWS_A_PART
     items = [Item(-1, i, min(i + step, found.rows)) for i in range(0, found.rows, step)]
     parts = {
         item: storage.join(output, f"part-{number:05d}.parquet")
@@ -330,7 +331,7 @@ def _kept(
     Raises ValueError for one that is not there.
     """
     names, out = found.schema.names, {}
-    files = [columns[role] for role in modality.file_roles[:1] if role in columns]
+    files = file_columns(modality, columns)
     if files and _tells_place(found.schema.field(files[0]).type):
         out["file"] = files[0]
     out |= {name: name for name in IDS if name in names}

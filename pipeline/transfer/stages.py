@@ -19,12 +19,14 @@ import numpy as np
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import provenance, registry
 from pipeline.config.schema import Job, spec_hash
+from pipeline.data.manifest import Selection
 from pipeline.io import atomic_folder, checksums, file_identity, storage, write_fence
 from pipeline.metrics.catalog import metric
 from pipeline.report import code_versions as origins
 from pipeline.report import matrix, report, results, stats, subgroups
 from pipeline.report.code_versions import TrialProvenance
 from pipeline.train import launch, source
+from pipeline.train.experiment import technique_of
 from pipeline.train.progress import Progress
 from pipeline.train.row_checks import findings_from_metadata
 from pipeline.transfer import fanout, grid, overlap, pruning, scores, targets, trial
@@ -461,6 +463,7 @@ def share(state: JobState) -> Shared:
         fences=write_fence.current_fences(),
         parent_weights={name: bundle.weights_sha256(uri) for name, uri in uris.items()},
         remake="trials" in state.remake,
+        source_rows=_source_rows(state),
     )
 
 
@@ -500,6 +503,18 @@ def _prepare_target(state: JobState, name: str, bases: list[Base]) -> dict[str, 
         state.notes.append(note)
         state.progress.note(note)
     return data
+
+
+def _source_rows(state: JobState) -> dict[str, tuple[Selection, dict[str, str]]]:
+    """Training rows of each source that has data, where some technique reads them."""
+    named = [one for target in state.targets.values() for one in target.techniques]
+    if not any("source" in technique_of(one).streams() for one in named):
+        return {}
+    return {
+        name: (stage.splits.train, dict(stage.spec.data.columns))
+        for name, stage in state.sources.items()
+        if stage.splits is not None and stage.spec.data is not None
+    }
 
 
 def _git_sha() -> str | None:
@@ -621,9 +636,11 @@ def _trial(
     hyper: dict[str, float],
     seed: int,
     stage: str,
+    members: tuple[str, ...] = (),
 ) -> Trial:
     key = state.sources[cell[1]].key if cell[1] != SCRATCH else ""
-    return grid.make_trial(state.job, name, cell, hyper, seed, stage, key, state.targets[name].key)
+    data_key = state.targets[name].key
+    return grid.make_trial(state.job, name, cell, hyper, seed, stage, key, data_key, members)
 
 
 def search_trials(state: JobState, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
@@ -670,13 +687,26 @@ def final_trials(
     """Every cell's winner with every seed; a cell whose search has no winner runs with the target's
     own settings.
     """
-    out = []
+    out: list[Trial] = []
+    combined = []
     for name, cell in _cells(state, bases, chosen):
+        if grid.combines_trials(cell[2]):
+            combined.append((name, cell))
+            continue
         hyper = winners.get(_trial(state, name, cell, {}, 0, "final").cell, {})
         out += [
             _trial(state, name, cell, hyper, seed, "final")
             for seed in range(state.job.fanout.seeds if grid.needs_training(cell[2]) else 1)
         ]
+    for name, cell in combined:
+        base, source, _, fraction = cell
+        members = tuple(
+            one.id
+            for one in out
+            if (one.source, one.base, one.target, one.label_fraction)
+            == (source, base.key, name, fraction)
+        )
+        out.append(_trial(state, name, cell, {}, 0, "final", members))
     return out
 
 
@@ -724,15 +754,19 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
         state.progress.note(f"warning: {state.notes[-1]}")
     _save_metadata(state, chosen)
     final = final_trials(state, bases, chosen, winners)
-    fanout.run(
-        "fine-tune",
-        final,
-        shared,
-        job.fanout,
-        state.progress,
-        _trials_to_remake(state, final, bases),
-        state.wait,
-    )
+    combined = [one for one in final if one.members]
+    trained = [one for one in final if not one.members]
+    for name, group in (("fine-tune", trained), ("combine", combined)):
+        if group:
+            fanout.run(
+                name,
+                group,
+                shared,
+                job.fanout,
+                state.progress,
+                _trials_to_remake(state, group, bases),
+                state.wait,
+            )
     return [*search, *final]
 
 

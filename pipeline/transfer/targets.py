@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipeline.checkpoints import bundle
 from pipeline.config import provenance, registry
@@ -22,7 +23,8 @@ from pipeline.config.schema import (
     Target,
     spec_hash,
 )
-from pipeline.core.contracts import Modality, Objective, Task, Technique
+from pipeline.core.capabilities import check_roles, ineffective_options
+from pipeline.core.contracts import Modality, Objective, Task, Technique, trains
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Splits
 from pipeline.data.stream import Decoder, Rows
@@ -35,7 +37,7 @@ from pipeline.train.experiment import technique_of
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import STAGE_FORMAT, data_key
 from pipeline.transfer import leaks
-from pipeline.transfer.grid import Base, fraction_text, techniques
+from pipeline.transfer.grid import Base, combines_trials, fraction_text, techniques
 from pipeline.transfer.trial import TargetData
 
 MEMORY_BYTES = 2 << 30
@@ -157,6 +159,12 @@ def stage(job: Job, name: str) -> TargetStage:
         except ValueError as error:
             raise ValueError(f"{place}.data, {split} split: {error}") from None
     chosen = tuple(techniques(job, spec))
+    combining = [one.name for one in chosen if combines_trials(one)]
+    if combining and job.fanout.keep_bundles != "all":
+        raise ValueError(
+            f"{place}: techniques: {combining[0]} is made of the weights of finished trials, which "
+            "are to be kept: say fanout.keep_bundles: all"
+        )
     return TargetStage(name, spec, splits, state, root=job.root, techniques=chosen)
 
 
@@ -241,9 +249,7 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any
     """
     modality = registry.get("modality", spec.data.modality.name)
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
-    inputs = (*modality.roles, *modality.optional_roles)
-    inputs = tuple(role for role in inputs if role not in modality.unfitted_roles)
-    roles = (*inputs, *objective.roles, *objective.optional_roles)
+    roles = (*fit.fitted_roles(modality), *objective.roles, *objective.optional_roles)
     names = list(dict.fromkeys(columns[role] for role in roles if role in columns))
     table = fit.sample(selection, names, TRIED_ROWS)
     wrong_types = (TypeError, AttributeError, pa.ArrowNotImplementedError, pa.ArrowTypeError)
@@ -278,9 +284,8 @@ def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
     component = target.spec.data.modality
     own = registry.get("modality", component.name).target_options
     named = fit.options_by_content("modality", component)
-    if problem := registry.get("modality", component.name).ineffective_options(
-        named, base.modality["options"]
-    ):
+    kind = registry.get("modality", component.name)
+    if problem := ineffective_options(kind, named, base.modality["options"]):
         raise ValueError(f"targets.{target.name}.data.modality: {problem}")
     _refuse(
         target,
@@ -333,9 +338,8 @@ def reading_of(target: TargetStage, base: Base) -> TargetReading:
     modality = bundle.build_modality(spec_of_modality)
     objective = registry.get("objective", target.spec.objective.name)
     try:
-        modality.check(
-            objective.roles
-        )  # a source that is a checkpoint tells how its rows are read only now
+        # the options of a source that is a checkpoint are known only now
+        check_roles(modality, objective.roles)
     except ValueError as error:
         raise ValueError(f"data.modality: {error}") from None
     options = objective.options_class(**target.spec.objective.options)
@@ -593,18 +597,23 @@ def _check_base(
     own_techniques = f"give targets.{target.name} techniques of its own"
     for component in target.techniques:
         technique, name = technique_of(component), component.name
-        if not technique.needs_training and not type(task.objective).transfers_head:
+        from_source = technique.starts_from == "source"
+        if from_source and not trains(technique) and not type(task.objective).transfers_head:
             raise ValueError(
                 f"techniques: {name} tries the source's own head, and {objective['name']} starts "
                 f"with a new one: leave it out, or {own_techniques}"
             )
-        is_unchanged = technique.frozen or not technique.needs_training
-        if is_unchanged and technique.from_source and unseen:
+        is_unchanged = technique.frozen or not trains(technique)
+        if from_source and is_unchanged and unseen:
             raise ValueError(
                 f"techniques: {name} takes the source's network as it is, and {unseen}: "
                 f"{own_techniques}, such as [scratch, full]"
             )
-        if not _trains_something(technique, layers):
+        if _trains_something(technique, layers):
+            continue
+        with torch.random.fork_rng(devices=[]):  # adapters draw their weights
+            wrapped = technique.wrap(_build(base, arch, objective))
+        if not _trains_something(technique, wrapped.layers()):
             raise ValueError(
                 f"techniques: {name} trains the head alone, and {objective['name']} has none (its "
                 f"output is the backbone's own embedding): {own_techniques}, such as "
@@ -614,8 +623,6 @@ def _check_base(
 
 def _trains_something(technique: Technique, layers: dict[str, list[str]]) -> bool:
     """Whether some parameter moves in every phase."""
-    if type(technique).wrap is not Technique.wrap:
-        return True  # what it adds is trained
     for phase in technique.phases(10):
         rates = technique.rates(layers, phase.name)
         if not any(layers[name] for name, rate in rates.items() if rate):
@@ -633,7 +640,7 @@ def check_modality(target: TargetStage, source: Source) -> None:
         return
     kind, given = registry.get("modality", component.name), component.options
     theirs = source.data.modality.options
-    if problem := kind.ineffective_options(given, theirs):
+    if problem := ineffective_options(kind, given, theirs):
         raise ValueError(f"{place}.data.modality: {problem}")
     name = target.spec.objective.name
     config_checks.check_modality(place, component.name, {**theirs, **given}, name)

@@ -18,10 +18,12 @@ import torch
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import Target, Train, with_hyper_parameters
-from pipeline.core.contracts import Objective, Task
+from pipeline.core.contracts import FinishedTrial, Objective, Task, trains
 from pipeline.core.rng import mix
+from pipeline.data.manifest import Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import (
+    Decoder,
     Rows,
     check_bad_row_budget,
     eval_batches,
@@ -33,7 +35,7 @@ from pipeline.io.file_identity import FileIdentity
 from pipeline.metrics.catalog import Predictions, metric
 from pipeline.metrics.label_sets import scored
 from pipeline.report import stats
-from pipeline.train import evaluate, experiment, loop, resume_history
+from pipeline.train import evaluate, experiment, loop, resume_history, streams
 from pipeline.train.experiment import Experiment
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
@@ -140,6 +142,8 @@ class Shared:
     """
     remake: bool = False
     """Whether resume points of other code or versions are dropped, since trials are made anew."""
+    source_rows: dict[str, tuple[Selection, dict[str, str]]] = field(default_factory=dict)
+    """Training rows of each source that has data, with their columns, where a technique reads them."""
 
 
 def folder(shared: Shared, trial: Trial) -> str:
@@ -217,6 +221,10 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     data = shared.targets[trial.target, trial.base]
     seed = mix(shared.seed, trial.seed)
     task = bundle.build_task(data.arch, data.objective, seed=seed, head_seed=mix(seed, 1))
+    if trial.members:
+        members = [_finished(shared, one) for one in trial.members]
+        task.load_state_dict(trial.technique_object.after_fanout(members))
+        return task, f"weights made of {len(members)} finished trials", weights_hash(task)
     if trial.source == SCRATCH:
         return task, "backbone and head new (scratch)", weights_hash(task)
     weights = _tensors(shared.weights[trial.source])
@@ -225,7 +233,7 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     if type(task.objective).transfers_head:
         source_objective, arrays = shared.heads[trial.source]
         kept, head = bundle.carry_tensors(task.objective, source_objective, _tensors(arrays))
-    if not trial.technique_object.needs_training and not kept:
+    if not trains(trial.technique_object) and not kept:
         raise ValueError(
             f"{trial.technique.name}: nothing of the head of source {trial.source} fits this "
             f"target ({head}): it can only be fine-tuned"
@@ -235,6 +243,22 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _finished(shared: Shared, trial_id: str) -> FinishedTrial:
+    """A trial that has ended, with its weights. Raises ValueError where it failed or kept none."""
+    record = read_record(shared.root, trial_id)
+    row = record["rows"][0] if record and record["status"] == "done" else {}
+    uri = row.get("bundle_uri")
+    if record is None or uri is None:
+        raise ValueError(f"trial {trial_id}, whose weights are needed, failed or kept no bundle")
+    return FinishedTrial(
+        technique=row["technique"],
+        seed=row["seed"],
+        hyper_parameters=row["hyper_parameters"],
+        validation=record["validation"],
+        weights=lambda: bundle.load(uri).tensors,
+    )
 
 
 def weights_hash(task: torch.nn.Module) -> str:
@@ -254,7 +278,7 @@ def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     """
     data, technique = shared.targets[trial.target, trial.base], trial.technique_object
     train, rows = data.spec.train, data.train
-    if not technique.needs_training:
+    if not trains(technique):
         batch = min(train.global_batch, len(rows))
         return train.model_copy(update={"global_batch": batch}), rows, 0
     seed = mix(shared.seed, trial.seed)
@@ -351,6 +375,7 @@ def run(
             max_bad_rows=data.spec.data.max_bad_rows,
             folder=where,
             log_folder=where,
+            stream_rows=_stream_rows(trial, shared),
             restarts=True,
             on_start=history.start,
             on_validation=report,
@@ -369,7 +394,7 @@ def run(
         "device": device_name(ranks.device),
         "start_weights": start_hash,
         "transfer": moved,
-        "n_train": len(rows) - len(unread) if trial.technique_object.needs_training else 0,
+        "n_train": len(rows) - len(unread) if trains(trial.technique_object) else 0,
         "begun_by": history.others,
         "fitted": calibration_of(task.objective),
     }
@@ -390,6 +415,16 @@ def history_of(folder: str, trials: list[Trial], shared: Shared) -> resume_histo
     return resume_history.ResumeHistory(folder, made, weights, [trial.id for trial in trials])
 
 
+def _stream_rows(trial: Trial, shared: Shared) -> dict[str, Rows]:
+    """Rows that the trial's technique may read beside those it trains on (``Technique.streams``)."""
+    data = shared.targets[trial.target, trial.base]
+    out = {"target": data.train}
+    if trial.source in shared.source_rows:
+        selection, columns = shared.source_rows[trial.source]
+        out["source"] = Rows(selection, Decoder(data.train.modality, None, {}, columns))
+    return out
+
+
 def predict_test(
     task: Task, trial: Trial, data: TargetData, train: Train, ranks: Ranks
 ) -> tuple[Task, Predictions]:
@@ -406,7 +441,8 @@ def predict_test(
         mine = evaluate.predictions(task, batches, ready, ranks, autocast())
         mine = evaluate.Postprocessor(data.validation)(objective, mine)
         objective.calibrate(evaluate.gather_predictions(mine, ranks))
-    task = trial.technique_object.at_test(task, None)
+    inputs = partial(streams.test_inputs, data.test, ready, ranks, EVAL_ROWS)
+    task = trial.technique_object.at_test(task, inputs)
     bad: list[tuple[int, str]] = []
     batches = _batches(data.test, ranks)
     mine = evaluate.predictions(task, batches, ready, ranks, autocast(), bad.extend)

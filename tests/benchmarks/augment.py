@@ -206,7 +206,7 @@ def epoch(
     from pipeline.config.schema import Train
     from pipeline.data.plan import Plan
     from pipeline.data.stream import DataWorkers, rows_an_item, train_batches
-    from pipeline.techniques.rates import Full
+    from pipeline.techniques.full import Full
     from pipeline.train import loop
     from pipeline.train.evaluate import device_preprocessing
 

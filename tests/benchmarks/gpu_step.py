@@ -273,7 +273,7 @@ def measure(case: Case, device: Any, turns: int) -> dict[str, list[float]]:
 
     from pipeline.config.schema import Train
     from pipeline.data.stream import LoadedBatch
-    from pipeline.techniques.rates import Full
+    from pipeline.techniques.full import Full
     from pipeline.train import loop
     from pipeline.train.loop import Ranks
 

@@ -278,7 +278,7 @@ def loop_rate(setting: Setting, task: Any, rows: Any, size: int) -> Callable[[],
     from pipeline.config.schema import Train
     from pipeline.data.plan import Plan
     from pipeline.data.stream import train_batches
-    from pipeline.techniques.rates import Full
+    from pipeline.techniques.full import Full
     from pipeline.train import loop
     from pipeline.train.evaluate import device_preprocessing
 
@@ -527,7 +527,7 @@ def loop_bits(
     setting: Setting, task: Any, rows: Any, steps: int, seed: int
 ) -> Callable[[Any], Any]:
     from pipeline.config.schema import Train
-    from pipeline.techniques.rates import Full
+    from pipeline.techniques.full import Full
     from pipeline.train import loop
     from pipeline.train.evaluate import device_preprocessing
 

@@ -159,7 +159,7 @@ def loop_side(case: Case, steps: int) -> Callable[[], float]:
     """train/loop.fit; a step lasts from one request for a batch to the next."""
     from pipeline.data.plan import Plan
     from pipeline.data.stream import train_batches
-    from pipeline.techniques.rates import Full
+    from pipeline.techniques.full import Full
     from pipeline.train import loop
     from pipeline.train.evaluate import device_preprocessing
 

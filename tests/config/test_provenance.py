@@ -245,9 +245,9 @@ def test_where_the_package_lies_does_not_count_and_what_stands_in_it_does(tmp_pa
         hash_in(
             copied(
                 "neighbour",
-                "techniques/rates.py",
-                "class LPFT(Technique):",
-                "class LPFT(Technique):\n    more = 1\n",
+                "techniques/linear_probe.py",
+                "class RandomProbe(LinearProbe):",
+                "class RandomProbe(LinearProbe):\n    more = 1\n",
             )
         )
         == here
@@ -256,7 +256,7 @@ def test_where_the_package_lies_does_not_count_and_what_stands_in_it_does(tmp_pa
         hash_in(
             copied(
                 "technique",
-                "techniques/rates.py",
+                "techniques/linear_probe.py",
                 "class LinearProbe(Technique):",
                 "class LinearProbe(Technique):\n    more = 1\n",
             )

@@ -111,9 +111,9 @@ def test_roles_of_the_names_that_are_there():
 
 
 def test_get_imports_and_gives_the_same_object():
-    import pipeline.techniques.rates as rates
+    from pipeline.techniques.lp_ft import LPFT
 
-    assert registry.get("technique", "lp_ft") is rates.LPFT
+    assert registry.get("technique", "lp_ft") is LPFT
 
 
 def test_an_unknown_name_or_kind_is_refused():

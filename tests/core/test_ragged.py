@@ -29,6 +29,7 @@ class Ramps(Modality):
     roles = ("wave",)
     optional_roles = ("seconds",)
     cost_role = "seconds"
+    cost_unit = "seconds"
 
     @classmethod
     def fit(cls, options, table, columns, backbone):

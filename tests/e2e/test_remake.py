@@ -38,7 +38,7 @@ def test_an_edited_technique(onetomany_alone, tmp_path):
 
     command()
     first = started()
-    technique = code / "pipeline/techniques/rates.py"
+    technique = code / "pipeline/techniques/scratch.py"
     before = technique.read_text()
     assert "class Scratch(Technique):\n" in before
     technique.write_text(

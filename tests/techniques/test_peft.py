@@ -37,8 +37,9 @@ from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Batch, Task
 from pipeline.io import storage
+from pipeline.techniques.full import Full
+from pipeline.techniques.linear_probe import LinearProbe
 from pipeline.techniques.peft import ADDED, AdaptedTask, Lora, LoraOptions, adaptable_modules
-from pipeline.techniques.rates import Full, LinearProbe
 from pipeline.train import loop, optim
 from pipeline.transfer import fanout, grid, targets, trial
 

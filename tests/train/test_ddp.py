@@ -28,7 +28,7 @@ from toys import (
 
 from pipeline.core.contracts import Batch
 from pipeline.data.stream import LoadedBatch, eval_batches
-from pipeline.techniques.rates import LPFT, LPFTOptions
+from pipeline.techniques.lp_ft import LPFT, LPFTOptions
 from pipeline.train import checkpoint, evaluate, loop
 from pipeline.train.loop import NonFiniteError, Ranks
 

@@ -195,11 +195,6 @@ def test_frames_are_not_read_to_fit_a_modality(tmp_path, monkeypatch):
     uri = robot(tmp_path / "seen.parquet", 5, 2, frames=b"no picture")
     objective = registry.get("objective", "behaviour_cloning")
     assert fit.fitted_columns(Trajectory, objective, columns) == ["observations", "actions"]
-    assert fit.input_columns(Trajectory, objective, columns) == [
-        "observations",
-        "actions",
-        "images",
-    ]
     read: list[str] = []
     plain = manifests.Reader.__init__
     monkeypatch.setattr(

@@ -33,7 +33,8 @@ from pipeline.config.schema import Train
 from pipeline.core.contracts import Batch, Technique
 from pipeline.data.stream import LoadedBatch
 from pipeline.io import storage
-from pipeline.techniques.rates import LPFT, LinearProbe, LPFTOptions
+from pipeline.techniques.linear_probe import LinearProbe
+from pipeline.techniques.lp_ft import LPFT, LPFTOptions
 from pipeline.train import checkpoint, evaluate, loop, optim
 from pipeline.train.loop import NonFiniteError, Ranks, Stop
 
@@ -137,7 +138,7 @@ def test_weights_with_a_penalty_equal_the_bare_loop_at_any_micro_batch(rows):
     class Shrink(Technique):
         options_class = Options
 
-        def penalty(self, task, batch):
+        def penalty(self, task, batch, streams):
             return 0.3 * sum((p**2).sum() for p in task.parameters())
 
     want = None

@@ -11,7 +11,7 @@ from pipeline.config.schema import Job
 from pipeline.core.contracts import Phase
 from pipeline.data.stream import DataWorkers
 from pipeline.io import storage
-from pipeline.techniques.rates import Full
+from pipeline.techniques.full import Full
 from pipeline.train import pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.transfer import targets

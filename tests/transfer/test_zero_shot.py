@@ -211,7 +211,10 @@ def test_a_target_s_rows_may_complete_what_a_source_fitted(tmp_path, paths, monk
         lambda self, table, columns: (
             seen.append((len(table), columns)) or {**self.state, "mean": [0.25] * 3}
         ),
+        raising=False,
     )
+    monkeypatch.setattr(Image, "fit_roles", ("image",), raising=False)
+    monkeypatch.setattr(Image, "strata", (), raising=False)
     _, shared = world(tmp_path, paths)
     data = next(iter(shared.targets.values()))
     assert (

@@ -4,7 +4,7 @@ from pipeline.core.batch import Batch
 from pipeline.core.contracts.backbone import Backbone, FeatureMapSpec, Features
 from pipeline.core.contracts.modality import Arrays, Modality, View
 from pipeline.core.contracts.objective import Objective, RawRows, Task
-from pipeline.core.contracts.technique import Phase, Technique
+from pipeline.core.contracts.technique import FinishedTrial, Phase, Technique, trains
 
 __all__ = [
     "Arrays",
@@ -12,6 +12,7 @@ __all__ = [
     "Batch",
     "FeatureMapSpec",
     "Features",
+    "FinishedTrial",
     "Modality",
     "Objective",
     "Phase",
@@ -19,4 +20,5 @@ __all__ = [
     "Task",
     "Technique",
     "View",
+    "trains",
 ]

@@ -1,6 +1,43 @@
-"""What a backbone promises: the network that is carried over.
+"""The network that is transferred: the contract of every file in ``pipeline/models/``.
 
-Shapes: B rows of a batch, D features, N tokens or positions, C channels or classes, H and W height and width.
+A complete small library with one architecture, for the rows of the example in ``modality``::
+
+    from pydantic import Field
+    from torch import nn
+
+    from pipeline.config.registry import Options, register
+    from pipeline.core.contracts import Backbone, Features
+
+    ARCHITECTURES = ["mlp"]
+
+
+    class MLPOptions(Options):
+        width: int = Field(64, ge=1, description="hidden units")
+
+
+    @register("model", "sensor", options=MLPOptions)
+    class MLP(Backbone):
+        def __init__(self, architecture, options, inputs):
+            super().__init__(architecture, options, inputs)
+            if "length" not in inputs:
+                raise ValueError("sensor/mlp reads rows of a fixed length")
+            self.arch = {
+                "name": f"sensor/{architecture}",
+                "options": options.model_dump(),
+                "inputs": dict(inputs),
+            }
+            self.pooled_dim = options.width
+            self.body = nn.Sequential(nn.Linear(inputs["length"], options.width), nn.ReLU())
+
+        def forward(self, batch, *, token_mask=None, want=()):
+            return Features(self.body(batch["signal"]))
+
+        def layers(self):
+            return {"body": [name for name, _ in self.named_parameters()]}
+
+``ARCHITECTURES`` lists the model names of the library, or says where to find them: a tuple of
+package, glob and regular expression. ``WANTS`` (optional) says what inputs an architecture asks its
+modality for, such as ``{"wavenet": {"features": "wave"}}``. Both are read without importing the file.
 """
 
 from __future__ import annotations
@@ -16,20 +53,23 @@ from pipeline.core.batch import Batch
 
 @dataclass(frozen=True)
 class Features:
-    """What a backbone gives: ``pooled`` (B, D), ``tokens`` (B, N, D) with ``mask`` (B, N, true
-    where real), ``stages`` (named maps).
-    """
+    """Output of a backbone."""
 
     pooled: Tensor
+    """(B, D) one vector a row."""
     tokens: Tensor | None = None
+    """(B, N, D) one vector a position."""
     mask: Tensor | None = None
+    """(B, N) bool, true for real positions; None: all of them are."""
     stages: dict[str, Tensor] = field(default_factory=dict)
+    """Named intermediate outputs, such as the feature maps of a convolutional network."""
     latent: Tensor | None = None
+    """Output of the convolutions below the context network (speech), where it was wanted."""
 
 
 @dataclass(frozen=True)
 class FeatureMapSpec:
-    """One named feature map of a backbone, its channels and its stride in input pixels."""
+    """A named feature map of a backbone: its channels, and its stride in input pixels."""
 
     name: str
     channels: int
@@ -37,51 +77,65 @@ class FeatureMapSpec:
 
 
 class Backbone(nn.Module, ABC):
-    """The network that is carried over."""
+    """The network that is transferred.
+
+    Args:
+        architecture: Model name within the library.
+        options: An instance of the library's registered options class.
+        inputs: What the modality gives (`Modality.inputs`).
+
+    Weights start random, drawn from torch's generator. Raises ValueError where the inputs do not fit.
+    """
 
     pooled_dim: int
+    """Width of ``Features.pooled``."""
     token_dim: int | None = None
+    """Width of ``Features.tokens``; None: there are no tokens."""
     feature_map_specs: tuple[FeatureMapSpec, ...] = ()
+    """The feature maps in ``Features.stages``, from input to output."""
     causal: bool = False
+    """Whether a token depends on earlier positions only."""
     convolutions: tuple[tuple[int, int, int], ...] | None = None
-    """(kernel, stride, padding) of what lies between an input's samples and ``tokens``, in that
-    order (``frames``): how many tokens a row has follows from its length alone. None for inputs
-    that are no signal.
-    """
+    """(kernel, stride, padding) of each convolution between the input's samples and ``tokens``, in
+    that order (`pipeline.nn.conv_arithmetic`): the number of tokens follows from a row's length.
+    None for inputs that are not signals."""
     arch: dict[str, Any]
-    """What rebuilds it offline: ``{"name": "library/model", "options": {...}, "inputs":
-    {...}}``.
-    """
+    """What rebuilds the network: ``{"name": "library/model", "options": {...}, "inputs": {...}}``."""
 
     @abstractmethod
     def __init__(self, architecture: str, options: Any, inputs: dict[str, Any]):
-        """Random weights from torch's generator. ``inputs`` is what the modality gives. Raises
-        ValueError where they do not fit.
-        """
         super().__init__()
 
     @abstractmethod
     def forward(
         self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
     ) -> Features:
-        """``want`` names what is needed beyond ``pooled``: "tokens", "stages"."""
+        """Compute features of a batch.
+
+        Args:
+            batch: Finished tensors of the modality.
+            token_mask: (B, N) bool, true for positions to hide or leave out (masked pretraining).
+            want: What is needed beside ``pooled``: "tokens", "stages", "latent".
+        """
 
     @abstractmethod
     def layers(self) -> dict[str, list[str]]:
-        """Layer name to parameter names, from input to output, covering every parameter exactly
-        once.
+        """Map each layer's name to its parameters' names, from input to output.
+
+        Every parameter is in exactly one layer.
         """
 
     def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """A checkpoint's tensors, under this backbone's names, in the shapes that this input asks
-        for (an embedding of positions resampled, a first layer's channels summed), and in words
-        what was changed. By default nothing is.
+        """Convert a checkpoint's tensors to this input (resampled position embeddings, summed colours).
+
+        Returns:
+            The tensors under this backbone's names, and a description of each change.
         """
         return tensors, []
 
     def embedding(self) -> nn.Embedding:
-        """The input embedding, for objectives that tie their output to it."""
+        """Return the token embedding, for objectives that tie their output to it."""
         raise ValueError(
-            f"{self.arch['name']} has no token embedding: language-model objectives need a "
-            "text backbone"
+            f"{self.arch['name']} has no token embedding: language-model objectives need a text "
+            "backbone"
         )

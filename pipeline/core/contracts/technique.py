@@ -1,77 +1,159 @@
-"""What a technique promises: how a backbone is adapted."""
+"""How a backbone is adapted to a target: the contract of every file in ``pipeline/techniques/``.
+
+A technique is a set of hooks of the one training loop. By default each of them does nothing, which
+is full fine-tuning. Three complete ones::
+
+    class L2SP(Technique):
+        '''Fine-tune close to the starting point (Li et al. 2018).'''
+
+        def wrap(self, task):
+            self.start = [p.detach().clone() for p in task.backbone.parameters()]
+            return task
+
+        def penalty(self, task, batch, streams):
+            now = task.backbone.parameters()
+            return 0.01 * sum((p - p0).square().sum() for p, p0 in zip(now, self.start))
+
+
+    class Coral(Technique):
+        '''Align the means of source and target features (after Sun and Saenko 2016).'''
+
+        def streams(self):
+            return ("source",)
+
+        def penalty(self, task, batch, streams):
+            here, there = (task.backbone(rows).pooled for rows in (batch, streams["source"]))
+            return (here.mean(0) - there.mean(0)).square().sum()
+
+
+    class Soup(Technique):
+        '''Average the weights of all seeds of full fine-tuning (Wortsman et al. 2022).'''
+
+        starts_from = "trials"
+
+        def phases(self, steps):
+            return ()
+
+        def after_fanout(self, trials):
+            found = [trial.weights() for trial in trials if trial.technique == "full"]
+            return {name: sum(w[name] for w in found) / len(found) for name in found[0]}
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from pipeline.config.registry import Options
+from pipeline.config.registry import Registered
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.objective import Task
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run with its own rates: a schedule of its own, and a fresh optimiser."""
+    """A part of a run with its own learning rates, schedule and optimiser."""
 
     name: str
     steps: int
     lr_scale: float = 1.0
 
 
-class Technique:
-    """How a backbone is adapted, as hooks that by default do nothing (= train everything)."""
+@dataclass(frozen=True)
+class FinishedTrial:
+    """A trial that has ended, for techniques that combine several."""
 
-    registered_name: ClassVar[str]
-    options_class: ClassVar[type[Options]]
-    from_source: ClassVar[bool] = True
-    """False: the backbone starts from its random initialisation."""
-    needs_training: ClassVar[bool] = True
-    """False: the source's network is tried as it is; one trial stands for all label fractions and
-    seeds.
-    """
+    technique: str
+    """Name of its technique."""
+    seed: int
+    hyper_parameters: dict[str, Any]
+    validation: dict[str, float]
+    """Its validation metrics, the primary one first."""
+    weights: Callable[[], dict[str, Tensor]]
+    """Loads the weights of its task, by the task's names."""
+
+
+class Technique(Registered):
+    """How a backbone is adapted. Every hook has a default that changes nothing."""
+
+    starts_from: ClassVar[Literal["source", "random", "trials"]] = "source"
+    """The weights that a trial starts with: the source's, random ones (a baseline), or what
+    ``after_fanout`` makes of finished trials."""
     frozen: ClassVar[bool] = False
-    """True: the backbone never moves, so that its features may be computed once."""
+    """True: nothing of the backbone ever changes, so its features may be computed once. ``penalty``,
+    ``streams`` and ``at_test`` are then not used."""
 
     def __init__(self, options: Any = None):
         self.options: Any = options if options is not None else self.options_class()
 
     def wrap(self, task: Task) -> Task:
+        """Return the task to train: the same one, or one with additional modules."""
+        return task
+
+    def finish(self, task: Task) -> Task:
+        """Return the trained task as it is tested and saved, under the names that ``wrap`` was given.
+
+        Adapters are merged into the weights; helpers of training are dropped.
+        """
         return task
 
     def steps(self, steps: int) -> int:
-        """How many it takes where the target is given so many."""
+        """Return the number of training steps where the target is given ``steps``."""
         return steps
 
     def phases(self, steps: int) -> tuple[Phase, ...]:
+        """Divide the steps into phases; () for a technique that trains nothing."""
         return (Phase("all", steps),)
 
     def rates(self, layers: dict[str, list[str]], phase: str) -> dict[str, float]:
-        """Learning-rate multiplier of every layer, 0 for frozen. Must name each layer exactly
-        once.
+        """Return the learning-rate multiplier of every layer in a phase; 0 freezes a layer.
+
+        Args:
+            layers: Layer name to parameter names, from input to output (`Task.layers`).
         """
         return dict.fromkeys(layers, 1.0)
 
-    def penalty(self, task: Task, batch: Batch) -> Tensor | None:
-        """A regulariser added to the mean loss."""
+    def penalty(self, task: Task, batch: Batch, streams: Mapping[str, Batch]) -> Tensor | None:
+        """Return a scalar that is added to the mean loss of a batch, or None.
+
+        Args:
+            task: The task as ``wrap`` returned it.
+            batch: The finished training batch (a micro-batch where there are several).
+            streams: A batch of each of ``streams``, of about as many rows.
+        """
         return None
 
     def streams(self) -> tuple[str, ...]:
-        """Names of further streams that the loss reads."""
+        """Name further streams of batches that ``penalty`` reads.
+
+        "target": all training rows of the target, without labels, whatever the label fraction is.
+        "source": the training rows of the source, read as the target's rows are, without labels.
+        Each has its own reproducible order; batches are augmented as the training batch is.
+        """
         return ()
 
-    def finish(self, task: Task) -> Task:
-        """The trained task as it is tested and kept, under the names of the one that ``wrap`` was
-        given: adapters are merged into the weights.
+    def at_test(self, task: Task, batches: Callable[[], Iterator[Batch]]) -> Task:
+        """Adapt the finished task to the test rows before they are predicted.
+
+        Args:
+            task: What ``finish`` returned.
+            batches: Starts a pass over the test rows: finished batches without labels, in order, the
+                same ones on every rank. Nothing is read unless it is called.
         """
         return task
 
-    def at_test(self, task: Task, stream: Any) -> Task:
-        """Change of the task before the test rows are read (e.g. statistics of the target)."""
-        return task
+    def after_fanout(self, trials: Sequence[FinishedTrial]) -> Mapping[str, Tensor]:
+        """Return weights made of finished trials, where ``starts_from`` is "trials".
 
-    def after_fanout(self, trials: list[Any]) -> list[Any]:
-        """Further trials made of finished ones (soups, weight-space ensembles)."""
-        return []
+        Args:
+            trials: Final trials of the same source, target and label fraction, of all techniques that
+                train; their bundles must have been kept (``fanout.keep_bundles: all``).
+        """
+        raise NotImplementedError
+
+
+def trains(technique: Technique) -> bool:
+    """Tell whether a technique takes any training step; one that does not is tried once."""
+    return bool(technique.phases(1))

@@ -1,0 +1,28 @@
+"""Training from random weights: the baseline of every gain."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Technique
+
+
+class ScratchOptions(Options):
+    budget: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="steps, relative to the target's: a row beside plain scratch shows what scratch"
+        " reaches with more",
+    )
+
+
+@register("technique", "scratch", options=ScratchOptions)
+class Scratch(Technique):
+    """Train the same network from random weights, with the same number of steps or a multiple of it."""
+
+    starts_from = "random"
+
+    def steps(self, steps):
+        return max(1, round(self.options.budget * steps))

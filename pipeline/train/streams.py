@@ -1,0 +1,80 @@
+"""Batches that techniques read beside those that a trial is trained on.
+
+`Technique.streams` names further training batches, `Technique.at_test` reads the test rows. Neither
+sees a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+
+from pipeline.config.schema import Train
+from pipeline.core.batch import Batch
+from pipeline.core.contracts import Technique
+from pipeline.core.rng import mix
+from pipeline.data.stream import (
+    LoadedBatch,
+    Rows,
+    eval_batches,
+    plan_of,
+    rows_an_item,
+    train_batches,
+)
+from pipeline.train.loop import Ranks
+
+SHARDS = 8
+
+
+def unlabelled(rows: Rows) -> Rows:
+    """Return the same rows, decoded as they come and without labels."""
+    return Rows(rows.selection, replace(rows.decoder, objective=None, objective_state={}))
+
+
+def of_technique(
+    technique: Technique, rows: Mapping[str, Rows], seed: int, train: Train, ranks: Ranks
+) -> dict[str, Callable[[range], Iterator[LoadedBatch]]]:
+    """Make the streams that a technique names.
+
+    Args:
+        technique: What names them.
+        rows: The rows of each stream that there is.
+        seed: Each stream has an order of its own, which follows from it and is the same after a
+            restart and on any number of ranks.
+        train: Settings of the run; batches have ``global_batch`` rows, or all where there are fewer.
+        ranks: Each rank reads its part of every batch.
+
+    Raises:
+        ValueError: for a stream that there is not.
+    """
+    out = {}
+    for number, name in enumerate(technique.streams()):
+        if name not in rows:
+            raise ValueError(
+                f"{technique.registered_name} reads the rows of stream {name!r}, and there are only "
+                f"{', '.join(sorted(rows))}: a source that is a checkpoint has no rows"
+            )
+        part = unlabelled(rows[name])
+        shards = train.canonical_shards or SHARDS
+        plan = plan_of(
+            part,
+            mix(seed, number),
+            min(train.global_batch, len(part)),
+            shards=shards,
+            item_rows=rows_an_item(part, shards),
+        )
+        is_cuda = ranks.device.type == "cuda"
+        out[name] = partial(
+            train_batches, part, plan, rank=ranks.rank, ranks=ranks.count, pin=is_cuda
+        )
+    return out
+
+
+def test_inputs(
+    rows: Rows, ready: Callable[[Batch, bool], Batch], ranks: Ranks, size: int
+) -> Iterator[Batch]:
+    """Yield finished batches of all test rows without labels, the same ones on every rank."""
+    for loaded in eval_batches(unlabelled(rows), size):
+        if len(loaded.batch):
+            yield ready(loaded.batch.to(ranks.device), False)
