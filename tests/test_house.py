@@ -269,3 +269,59 @@ def test_files_say_what_they_are_for(module):
 def test_no_folder_is_called_utils():
     folders = {folder.name for folder in (ROOT / "pipeline").rglob("*") if folder.is_dir()}
     assert not folders & {"utils", "util", "helpers", "misc", "common"}
+
+
+def test_at_most_four_modules_stand_at_the_root():
+    assert len(list((ROOT / "pipeline").glob("*.py"))) <= 4
+
+
+def test_contracts_have_at_most_twelve_members():
+    for module in NAMES:
+        if module.startswith("pipeline.core.contracts"):
+            for node in tree(module).body:
+                if isinstance(node, ast.ClassDef):
+                    kinds = (ast.FunctionDef, ast.AnnAssign, ast.Assign)
+                    members = [member for member in node.body if isinstance(member, kinds)]
+                    assert len(members) <= 12, f"{node.name} has {len(members)} members"
+
+
+@EACH
+def test_classes_are_asked_for_in_their_own_folder_only(module):
+    """Elsewhere a protocol is asked for, so that a class of somebody else's can have it."""
+    kinds = (*SIBLINGS, "prepare.importers")
+    folders = tuple(
+        f"pipeline.{kind}." for kind in kinds if not module.startswith(f"pipeline.{kind}")
+    )
+    concrete = {
+        name.asname or name.name
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(folders)
+        for name in node.names
+    }
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            asked = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)}
+            assert not asked & concrete, f"{NAMES[module]}:{node.lineno}: {asked & concrete}"
+
+
+def test_a_line_of_code_has_nine_tokens_at_most_on_average():
+    """As in well-kept libraries of this field: 6 (torchtitan) to 9 (big_vision)."""
+    layout = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    )
+    lines, tokens = 0, 0
+    for file in FILES:
+        with tokenize.open(file) as opened:
+            found = [
+                token.start[0]
+                for token in tokenize.generate_tokens(opened.readline)
+                if token.type not in layout
+            ]
+        lines += len(set(found))
+        tokens += len(found)
+    assert tokens / lines <= 9
