@@ -196,7 +196,7 @@ WRONG = {
     "no_such_file": (None, "neither a .py file nor a folder with __init__.py"),
     "takes_a_name_of_ours": (
         'from x import register\n@register("technique", "full")\nclass A:\n    pass\n',
-        "takes_a_name_of_ours.py:2: technique 'full' is already declared in pipeline.techniques.rates",
+        "takes_a_name_of_ours.py:2: technique 'full' is already declared in pipeline.techniques.full",
     ),
     "registers_nothing": ("class A:\n    pass\n", "nothing is registered in"),
     "another_kind": (

@@ -1,0 +1,1 @@
+"""Techniques that need more than one task and one stream of rows, one file each."""

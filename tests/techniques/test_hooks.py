@@ -1,0 +1,186 @@
+"""Domain adaptation, test-time statistics and weight soups are techniques of one file each."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from toys import image_files, job_of, shared_of, trial_of
+from transfer.test_stages import Silent, trials_in_this_process, whole
+
+from pipeline.checkpoints import bundle
+from pipeline.config import plugins, registry
+from pipeline.config.schema import Job
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Selection
+from pipeline.data.stream import eval_batches
+from pipeline.transfer import stages, trial
+from pipeline.transfer.grid import SCRATCH
+
+RESNET = {"name": "timm/resnet10t", "options": {}, "inputs": {"channels": 3, "size": 32}}
+IMAGE = {
+    "name": "image",
+    "options": {"size": 32},
+    "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
+}
+
+
+@pytest.fixture(autouse=True)
+def adaptation():
+    """The techniques of tests/plugin/adaptation."""
+    plugins.use([str(Path(__file__).parents[1] / "plugin" / "adaptation")])
+    yield
+    plugins.use([])
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return image_files(tmp_path_factory.mktemp("data"), {"train": 30, "validation": 12, "test": 20})
+
+
+def source_rows(path: str) -> dict:
+    return {"src": (Selection(manifests.build([path], "parquet", "")), {"image": "picture"})}
+
+
+def weights_of(record) -> dict[str, torch.Tensor]:
+    return bundle.load(record["rows"][0]["bundle_uri"]).tensors
+
+
+# ---------------------------------------------------------------- streams
+
+
+def test_a_penalty_reads_rows_of_source_and_target_without_their_labels(
+    tmp_path, paths, monkeypatch
+):
+    seen = []
+    kind = registry.get("technique", "coral")
+    penalty = kind.penalty
+
+    def watched(self, task, batch, streams):
+        seen.append({name: (sorted(one.data), one.rows.tolist()) for name, one in streams.items()})
+        return penalty(self, task, batch, streams)
+
+    monkeypatch.setattr(kind, "penalty", watched)
+    job = job_of(tmp_path, paths)
+    records = []
+    for number, path in enumerate((paths["test"], paths["test"], paths["validation"])):
+        shared = shared_of(tmp_path, job, paths, root=f"root{number}", keep_bundles=True)
+        shared.source_rows = source_rows(path)
+        records.append(trial.run(trial_of(job, shared, "coral"), shared))
+    steps = len(seen) // 3
+    assert steps == 12 and seen[:steps] == seen[steps : 2 * steps] != seen[2 * steps :]
+    assert {tuple(names) for one in seen for names, _ in one.values()} == {("image",)}
+    rows = {name: {row for one in seen[:steps] for row in one[name][1]} for name in seen[0]}
+    assert rows == {"source": set(range(20)), "target": set(range(30))}, "every row of each"
+    first, again, other = map(weights_of, records)
+    name = next(name for name in first if name.endswith("weight"))
+    assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_streams_are_cut_as_the_batch_is(tmp_path, paths, monkeypatch, micro_batch):
+    sizes = []
+
+    def counted(self, task, batch, streams):
+        sizes.append((len(batch), len(streams["source"]), len(streams["target"])))
+
+    monkeypatch.setattr(registry.get("technique", "coral"), "penalty", counted)
+    job = job_of(tmp_path, paths, train={"micro_batch": micro_batch, "steps": 2})
+    shared = shared_of(tmp_path, job, paths)
+    shared.source_rows = source_rows(paths["train"])
+    trial.run(trial_of(job, shared, "coral"), shared)
+    assert sizes == ([(16, 16, 16)] * 2 if micro_batch is None else [(4, 4, 4)] * 8)
+
+
+def test_a_source_without_rows_is_named(tmp_path, paths):
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths)
+    with pytest.raises(ValueError, match=r"coral reads .* stream 'source', and there are only tar"):
+        trial.run(trial_of(job, shared, "coral"), shared)
+
+
+# ---------------------------------------------------------------- at_test
+
+
+def test_statistics_are_those_of_the_test_rows(tmp_path, paths):
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths, keep_bundles=True, source=(RESNET, IMAGE))
+    plain, adapted = (
+        weights_of(trial.run(trial_of(job, shared, name), shared))
+        for name in ("full", "batch_statistics")
+    )
+    changed = {name for name in plain if not torch.equal(plain[name], adapted[name])}
+    assert changed and all(
+        re.search(r"running_(mean|var)$|num_batches_tracked$", name) for name in changed
+    )
+    data = next(iter(shared.targets.values()))
+    batch = next(iter(eval_batches(data.test, 256))).batch
+    images = data.test.modality.finish(batch)["image"]
+    task = bundle.build_task(RESNET, data.objective, seed=0)
+    task.load_state_dict(adapted)
+    first = task.backbone.model.conv1[0](images)
+    norm = task.backbone.model.conv1[1]
+    assert torch.allclose(norm.running_mean, first.mean((0, 2, 3)), atol=1e-5)
+
+
+# ---------------------------------------------------------------- after_fanout
+
+
+def soup_job(tmp_path, paths, keep: str) -> Job:
+    job = job_of(tmp_path, paths, train={"steps": 3})
+    backbone = bundle.build_backbone(
+        {"name": "timm/test_vit", "options": {}, "inputs": {"channels": 3, "size": 32}}, seed=1
+    )
+    bundle.save(str(tmp_path / "src"), backbone, IMAGE)
+    plain = job.model_dump(mode="json")
+    return Job.model_validate(
+        {
+            **plain,
+            "sources": {"src": {"backbone": f"bundle:{tmp_path / 'src'}"}},
+            "techniques": ["full", "soup"],
+            "fanout": {"seeds": 2, "keep_bundles": keep},
+        }
+    )
+
+
+def test_a_soup_is_the_mean_of_the_finished_trials(tmp_path, paths, monkeypatch):
+    ran = trials_in_this_process(monkeypatch)
+    job = soup_job(tmp_path, paths, "all")
+    _, rows = whole(job)
+    tests = [row for row in rows if row["split"] == "test" and row["metric"] == "accuracy"]
+    assert [(row["technique"], row["seed"]) for row in tests if row["source"] != SCRATCH] == [
+        ("full", 0),
+        ("full", 1),
+        ("soup", 0),
+    ]
+    found = {
+        (row["technique"], row["seed"]): bundle.load(row["bundle_uri"]).tensors
+        for row in tests
+        if row["source"] != SCRATCH
+    }
+    for name, tensor in found["soup", 0].items():
+        mean = (found["full", 0][name] + found["full", 1][name]) / 2
+        assert torch.allclose(tensor.float(), mean.float(), atol=1e-6), name
+    soup = next(row for row in tests if row["technique"] == "soup")
+    assert soup["steps"] == 0 and soup["params_trained"] == 0
+    before = list(ran)
+    whole(job)
+    assert list(ran) == before, "a second run makes nothing again"
+    more = job.model_copy(update={"fanout": job.fanout.model_copy(update={"seeds": 3})})
+    _, rows = whole(more)
+    fresh = {row["trial_id"] for row in rows if row["technique"] == "soup"}
+    assert len(fresh) == 1 and soup["trial_id"] not in fresh, "another soup, of three"
+
+
+def test_a_soup_wants_the_bundles_of_all_trials(tmp_path, paths):
+    with pytest.raises(
+        ValueError, match=r"targets\.task: techniques: soup .* say fanout\.keep_bundles: all"
+    ):
+        stages.check(soup_job(tmp_path, paths, "best"), Silent())
+
+
+def test_files_of_the_plugin_are_as_many_as_its_techniques():
+    folder = Path(__file__).parents[1] / "plugin" / "adaptation"
+    files = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    ours = {name for name, one in registry.entries("technique").items() if not one.is_ours}
+    assert files == ours == {"coral", "batch_statistics", "soup"}
