@@ -177,9 +177,8 @@ class _SignatureMaker:
             return out
         image: Any = kind(kind.options_class(size=SIDE, channels=1, fit="squash"), {})
         encoded, missing = image.encoded(table, {image.roles[0]: self.columns[0]})
-        pixels, _ = image.unpack(
-            encoded, torch.device("cpu")
-        )  # zeros for what is no image: without contrast, near to nothing
+        # Zeros for what is no image: without contrast, near to nothing
+        pixels, _ = image.unpack(encoded, torch.device("cpu"))
         grey = pixels["image"].numpy()[:, 0]
         there = np.array([not reason for reason in missing], dtype=bool)
         thumb = (
@@ -263,10 +262,11 @@ def _recording(place: str | bytes) -> tuple[bytes, float]:
 
 def _piece(start: Any, seconds: Any, total: float) -> bytes:
     """Return which segment of its recording a row is; empty for all of it."""
+    # NaN is null
     begin, length = (
         value if isinstance(value, (int, float)) and value == value else None
         for value in (start, seconds)
-    )  # NaN is null
+    )
     if begin is None or (
         begin == 0 and (length is None or abs(length - total) <= audio_io.OVER_SECONDS)
     ):
@@ -328,9 +328,8 @@ def _digest(content: bytes) -> int:
 def phash(grey: np.ndarray) -> np.ndarray:
     """Return (n,) uint64 hashes of (n, 32, 32) grey pixels."""
     places, numbers = np.arange(SIDE), np.arange(1, FREQUENCIES + 1)
-    wave = np.cos(
-        np.pi / SIDE * numbers[:, None] * (places + 0.5)
-    )  # (8, 32), DCT-II without the constant
+    # (8, 32), DCT-II without the constant
+    wave = np.cos(np.pi / SIDE * numbers[:, None] * (places + 0.5))
     found = (wave @ grey.astype(np.float64) @ wave.T).reshape(len(grey), FREQUENCIES**2)
     bits = found > np.median(found, axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view("<u8").reshape(-1)

@@ -231,9 +231,8 @@ class RowCosts:
         column = {self.modality.cost_role: self.columns[self.modality.cost_role]}
         found = self._of(self._reader(column), ids, column)
         silent, reader = np.flatnonzero(found == 0), self._reader(self.columns)
-        for start in range(
-            0, len(silent), SILENT_ROWS
-        ):  # the column is null: the row's own header tells
+        # The column is null: the row's own header tells
+        for start in range(0, len(silent), SILENT_ROWS):
             some = silent[start : start + SILENT_ROWS]
             found[some] = self._of(reader, ids[some], self.columns)
         return found

@@ -241,9 +241,8 @@ class Reader:
             return_index=True,
             return_inverse=True,
         )
-        seen = np.argsort(
-            first
-        )  # groups in the order in which they come: rows that come group by group are copied once
+        # Groups in the order in which they come: rows that come group by group are copied once
+        seen = np.argsort(first)
         order, parts = np.argsort(np.argsort(seen)[which], kind="stable"), []
         for g, inside in (
             zip(
@@ -256,9 +255,8 @@ class Reader:
         ):
             inside = inside - self.manifest.starts[g]
             group = self._group(int(g))
-            stretch = (
-                len(inside) * 2 >= len(group) and (np.diff(inside) == 1).all()
-            )  # not copied; a smaller one would keep all of the group in memory
+            # Not copied; a smaller one would keep all of the group in memory
+            stretch = len(inside) * 2 >= len(group) and (np.diff(inside) == 1).all()
             parts.append(
                 group.slice(int(inside[0]), len(inside))
                 if stretch
@@ -511,9 +509,10 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
             {value_text(value) for value in values},
             pc.dictionary_encode(table[name].combine_chunks()),
         )
+        # The last one is for nulls
         named = np.array(
             [*(value_text(value) in kept for value in coded.dictionary.to_pylist()), False]
-        )  # the last one is for nulls
+        )
         here = named[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
         mask &= here
         if not here.any():

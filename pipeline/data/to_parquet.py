@@ -218,9 +218,8 @@ def to_parquet(
         fingerprint = spec_hash(kind, [[file.name, file.label, file.mark] for file in listed], *cut)
     else:
         for file in files:
-            if (
-                kind != "documents" and storage.size(file) == 0
-            ):  # an empty image or document is one bad row, an empty table is a mistake
+            # An empty image or document is one bad row, an empty table is a mistake
+            if kind != "documents" and storage.size(file) == 0:
                 raise ValueError(
                     f"{file}: the file is empty (0 bytes); remove it or write it again"
                 )
@@ -502,9 +501,8 @@ def _wider(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
         return b
     if {a, b} == {pa.int64(), pa.float64()}:
         return pa.float64()
-    if pa.string() in (a, b) and any(
-        pa.types.is_timestamp(kind) for kind in (a, b)
-    ):  # strings, some of which are dates
+    # Strings, some of which are dates
+    if pa.string() in (a, b) and any(pa.types.is_timestamp(kind) for kind in (a, b)):
         return pa.string()
     if pa.types.is_list(a) and pa.types.is_list(b):
         return pa.list_(_wider(a.value_type, b.value_type, name))

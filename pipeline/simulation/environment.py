@@ -163,9 +163,8 @@ def check_environment_id(ident: str) -> None:
         import gymnasium
     except ModuleNotFoundError:
         raise ValueError(f"{ident}: {NEEDED}") from None
-    if (
-        ident not in OWN and ident not in gymnasium.registry and ":" not in ident
-    ):  # module:id is registered by its module, when it is made
+    # module:id is registered by its module, when it is made
+    if ident not in OWN and ident not in gymnasium.registry and ":" not in ident:
         raise ValueError(
             f"environment {ident!r} is not installed; {nearest(ident, [*gymnasium.registry, *OWN])}"
         )
@@ -230,9 +229,8 @@ def _ignored(text: str) -> None:
 
 def _change(env: Any, world: World) -> None:
     """Multiply the arrays of the MuJoCo model, and update what follows from masses."""
-    own = getattr(
-        env.unwrapped, "takes", ()
-    )  # multipliers that an environment without MuJoCo sees to itself
+    # Multipliers that an environment without MuJoCo sees to itself
+    own = getattr(env.unwrapped, "takes", ())
     wanted = {
         name: world.dynamics[name]
         for name in MULTIPLIERS

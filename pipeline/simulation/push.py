@@ -168,10 +168,11 @@ class Pushing:
             return np.zeros(2), False
         line, to = left / far, puck - pusher
         gap, side = float(np.linalg.norm(to)), np.array([-left[1], left[0]]) / far
+        # How far the puck lies ahead of the pusher on the line, and beside it
         ahead, beside = (
             float(to @ line),
             float(to @ side),
-        )  # how far the puck lies ahead of the pusher on the line, and beside it
+        )
         if ahead > 0.9 * TOUCH and abs(beside) < 0.35 * TOUCH:
             if gap > TOUCH + 0.005:
                 return self._towards(to, 0.02 + gap - TOUCH), False
@@ -180,9 +181,8 @@ class Pushing:
             speed = min(self.PUSH, 0.01 + 1.5 * far)
             return speed * line + 3.0 * beside * side, True
         behind = puck - 1.25 * TOUCH * line
-        if (
-            ahead < 0.6 * TOUCH and abs(beside) < 1.2 * TOUCH and gap < 2.5 * TOUCH
-        ):  # beside or before the puck: round it
+        # Beside or before the puck: round it
+        if ahead < 0.6 * TOUCH and abs(beside) < 1.2 * TOUCH and gap < 2.5 * TOUCH:
             turn = -np.sign(beside) if beside else 1.0
             out = (
                 behind + turn * 1.35 * TOUCH * side

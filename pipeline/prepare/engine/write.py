@@ -226,9 +226,8 @@ class Preparation:
         """Describe the finished output in a line."""
         done = atomic_folder.open_folder(self.output, MANIFEST)
         rows = ", ".join(f"{split} {n}" for split, n in done["rows"].items())
-        dropped = max(
-            0, done.get("read", 0) - sum(done["rows"].values()) - done["broken"]
-        )  # of recordings that were cut there are more than were read
+        # Of recordings that were cut there are more than were read
+        dropped = max(0, done.get("read", 0) - sum(done["rows"].values()) - done["broken"])
         left = (
             f"{done['broken']} broken "
             f"{self.task.noun}{f' and {dropped} dropped ones' if dropped else ''} left out"

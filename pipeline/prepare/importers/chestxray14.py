@@ -182,9 +182,8 @@ def _records(uri: str) -> list[dict[str, Any]]:
             )
         name = row["Image Index"].strip()
         if name in seen:
-            raise ValueError(
-                f"{uri}:{number}: its Image Index has a row already; remove one"
-            )  # the name begins with the patient's number
+            # The name begins with the patient's number
+            raise ValueError(f"{uri}:{number}: its Image Index has a row already; remove one")
         seen.add(name)
         patient = _number(row["Patient ID"])
         if patient is None:

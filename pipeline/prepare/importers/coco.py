@@ -91,9 +91,8 @@ class Coco(ImageImporter):
             )
         rows, marks, counts, categories = [], [], Counter(), {}
         for uri in found:
-            ours = _categories(
-                _read(uri), uri
-            )  # not kept: a second copy of COCO's 450 MB takes 2.2 GB
+            # Not kept: a second copy of COCO's 450 MB takes 2.2 GB
+            ours = _categories(_read(uri), uri)
             clash = [i for i in ours.keys() & categories.keys() if ours[i] != categories[i]]
             if clash:
                 raise ValueError(

@@ -125,10 +125,11 @@ class Conll(TableImporter):
         """Yield every sentence of a file, valid or not; lines before the first -DOCSTART- are a
         document.
         """
+        # Other spaces are part of a word
         o, between = (
             self.options,
             re.compile("\t" if self.options.separator == "tab" else "[ \t]+"),
-        )  # other spaces are part of a word
+        )
         words, tags, widths, first, reason, document = [], [], Counter[int](), 0, "", 0
         for number, _, raw in reading.numbered():
             line, wrong = decoded(raw)

@@ -412,12 +412,8 @@ def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
                 table = pa.table(
                     {name: without_nulls(table[name], True) for name in table.column_names}
                 )
-        except (
-            ValueError,
-            OSError,
-            EOFError,
-            zlib.error,
-        ):  # Arrow's words may hold a row: they are not shown
+        # Arrow's words may hold a row: they are not shown
+        except (ValueError, OSError, EOFError, zlib.error):
             raise ValueError(
                 f"{entry.name}: not a whole table with one row an entity; get it again"
             ) from None

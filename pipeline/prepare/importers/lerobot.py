@@ -109,9 +109,10 @@ class Lerobot(EpisodeImporter):
             for name, about in layout.features.items()
             if about["dtype"] in ("video", "image") and name != o.images
         ]
+        # Travels to every task: without the episodes
         self.layout = Layout(
             layout.version, layout.info, layout.features, layout.tasks, [], layout.mark
-        )  # travels to every task: without the episodes
+        )
         notes = {
             "layout": layout.version,
             **({"cameras left out (--set images= takes one)": preview(cameras)} if cameras else {}),

@@ -272,9 +272,8 @@ class Mimic3(GroupedImporter):
                 if i:
                     block.drop(reason, reasons == i)
             factors = units.of(batch["valueuom"], at)
-            for code in np.unique(
-                codes[at][np.isnan(factors) & block.good]
-            ):  # each variable's own count: that is where to look
+            # Each variable's own count: that is where to look
+            for code in np.unique(codes[at][np.isnan(factors) & block.good]):
                 block.drop(
                     f"{names[code]} {plausible.OTHER_UNIT}", np.isnan(factors) & (codes[at] == code)
                 )

@@ -295,11 +295,12 @@ def _tar(
                         f"{where}: member {member.name!r} is a link or special file; only "
                         "plain files are read: pack the files themselves"
                     )
+                # It is unpacked to be passed
                 elif (
                     member.size > MOST_BYTES
                     and isinstance(handle, gzip.GzipFile)
                     and not name.lower().endswith(".tar")
-                ):  # it is unpacked to be passed
+                ):
                     raise ValueError(
                         f"{where}: member {member.name!r} unpacks to {member.size} bytes; such "
                         "an archive is not to be trusted: gunzip it by hand"
@@ -317,9 +318,8 @@ def _tar(
             end = view.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{where}: not a whole tar file ({error}); get it again") from None
-    if len(end) < tarfile.BLOCKSIZE or end.strip(
-        b"\0"
-    ):  # tarfile takes a damaged header, and a file that ends early, for the end
+    # The tarfile module takes a damaged header, and a file that ends early, for the end
+    if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
         raise ValueError(
             f"{where}: not a whole tar file (at byte {start + archive.offset}, after "
             f"{len(entries)} files, is neither a header nor the end mark); "

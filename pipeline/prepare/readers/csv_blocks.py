@@ -172,9 +172,8 @@ def batches(
                 yield batch
         except _KindError:
             tally.rows, tally.bad, tally.listed = seen
-            for number, batch in enumerate(
-                _of_csv(one, columns, opener, tally, False)
-            ):  # blocks are cut by bytes: the first ones are those given
+            # Blocks are cut by bytes: the first ones are those given
+            for number, batch in enumerate(_of_csv(one, columns, opener, tally, False)):
                 if number >= given:
                     yield batch
 
@@ -275,9 +274,8 @@ def _times(array: Any) -> Any:
         return text.cast(pa.timestamp("us", tz="UTC" if is_zoned else None)).cast(
             pa.timestamp("us")
         )
-    return pa.array(
-        [_instant(one) for one in text.to_pylist()], pa.timestamp("us")
-    )  # a day such as the 31st of June: rare
+    # A day such as the 31st of June: rare
+    return pa.array([_instant(one) for one in text.to_pylist()], pa.timestamp("us"))
 
 
 class MixedZonesError(ValueError):

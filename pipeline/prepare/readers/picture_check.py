@@ -100,15 +100,15 @@ def _decoded(
 
     A JPEG to be resized is decoded at a reduced size, at least twice the wanted one.
     """
+    # Here: it imports torchvision, 80 MB in every worker that prepares tables
     from pipeline.media.image_io import (
         MOST_PIXELS,
-    )  # here: it imports torchvision, 80 MB in every worker that prepares tables
+    )
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", PIL.Image.DecompressionBombWarning
-            )  # MOST_PIXELS decides
+            # MOST_PIXELS decides
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
             raise BrokenImageError(
