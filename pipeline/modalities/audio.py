@@ -1,5 +1,7 @@
-"""Sound: files, or pieces of them, to int16 samples at one rate in the data workers; noise, speed,
-log-mel spectrograms and SpecAugment on the device.
+"""Recordings, or pieces of them, for backbones that read samples or log-mel spectrograms.
+
+Data workers decode files to int16 samples at one rate. Noise, speed changes, spectrograms and
+SpecAugment are computed on the device.
 """
 
 from __future__ import annotations
@@ -33,13 +35,14 @@ from pipeline.nn import conv_arithmetic
 SPEED, NOISE, WHITE, MASKS = 0, 1, 2, 3
 """Streams of a row's key."""
 FIT_SECONDS = 1800.0
-"""``fit`` looks at so much sound."""
+"""Seconds of sound that ``fit`` reads."""
 LEAST_STD = 1.0
-"""No mel bin's deviation is less: the logarithm of white noise's power has 1.28, and a bin in which
-the source is silent (8 kHz telephony) would make a target's sound there a hundred deviations loud.
+"""Smallest standard deviation of a mel bin. The log power of white noise has 1.28; without a limit,
+a bin in which the source is silent (8 kHz telephony) would make a target's sound there a hundred
+deviations loud.
 """
 AT_ONCE = 4 << 20
-"""Files up to so many bytes are read whole, by one request on S3."""
+"""Files of at most this many bytes are read whole, by one request on S3."""
 NO_SOUND = np.zeros(0, dtype=np.int16)
 
 
@@ -117,17 +120,21 @@ class AudioOptions(Options):
 
 @register("modality", "audio", options=AudioOptions)
 class Audio(Modality):
-    """``audio``: rows of int16 mono samples at ``rate``, ragged from ``decode``, (B, n) with
-    ``audio_lengths`` (B,) after ``collate``.
+    """Recordings as int16 mono samples at ``rate``.
 
-    After ``augment`` or ``finish``, in the place of ``audio``: ``mel`` (B, T, mels) float32,
-    standardised by bin, with ``mask`` (B, T), true where a frame sees only the row's own samples;
-    or ``wave`` (B, n) float32 with ``mask`` (B, n). Both are 0 where the mask is false.
-    ``audio_lengths`` (B,) are then those of the row as it was augmented.
+    Tensors: ``audio``, ragged from ``decode``, (B, n) with ``audio_lengths`` (B,) after
+    ``collate``. ``augment`` and ``finish`` replace ``audio`` by one of
 
-    The role ``audio`` is a column of files' bytes, of URIs, or of structs as Hugging Face's Audio
-    has them. With ``start`` (seconds) a row is the piece of its recording from there on,
-    ``seconds`` long (to the end without); a row without start is the whole recording.
+    - ``mel`` (B, T, mels) float32, standardised by bin, with ``mask`` (B, T), true where a frame
+      covers samples of the row only;
+    - ``wave`` (B, n) float32 with ``mask`` (B, n), true for the row's samples.
+
+    Both are 0 where the mask is false. ``audio_lengths`` (B,) are then the lengths after
+    augmentation.
+
+    The column of role ``audio`` holds the bytes of files, URIs, or structs as in Hugging Face's
+    Audio. With ``start`` (seconds) a row is the part of its recording from there on, ``seconds``
+    long (to the end without); a row without ``start`` is the whole recording.
     """
 
     roles = ("audio",)
@@ -173,10 +180,10 @@ class Audio(Modality):
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        """Which features, by the backbone's name where the options leave it open, and of mel bins
-        mean and standard deviation over the sample.
+        """Choose the features and measure mean and standard deviation of each mel bin.
 
-        Raises ValueError when no row can be decoded.
+        The features follow from the options, else from what the backbone wants. Raises ValueError
+        when no row can be decoded.
         """
         wanted = wanted_inputs(backbone)
         features = options.features
@@ -241,8 +248,10 @@ class Audio(Modality):
         return "" if is_number else "seconds, a number"
 
     def inputs(self) -> dict[str, Any]:
-        """``convolutions``: those of the features, from the samples on (``frames``). ``scale``: of
-        samples that are not between -1 and 1.
+        """Return features, rate and channels, and what depends on the features.
+
+        ``convolutions`` are those from samples to features (`conv_arithmetic`). ``scale`` is given
+        for samples that are not between -1 and 1.
         """
         if self.features == "wave":
             return {
@@ -285,8 +294,10 @@ class Audio(Modality):
         return {"audio": ragged(found)}, bad
 
     def _samples(self, value: Any, start: Any, seconds: Any, uncut: bool) -> np.ndarray:
-        """(n,) int16 of one row. Raises ValueError with the reason why it is bad. ``uncut``: one
-        without a start could not be cut, if it is long: a folder's recording that is broken.
+        """Decode one row to (n,) int16. Raises ValueError with the reason why it cannot be decoded.
+
+        ``uncut``: rows come from a folder whose long recordings are cut into pieces, so a long row
+        without ``start`` is a broken file.
         """
         begin, length = _number(start, "start"), _number(seconds, "seconds")
         rate, most = self.options.rate, self.options.max_seconds
@@ -314,8 +325,10 @@ class Audio(Modality):
         return samples if samples.dtype == np.int16 else audio_io.pcm(samples)
 
     def costs(self, table, columns) -> np.ndarray:
-        """(B,) float64 seconds of each row: the column ``seconds`` where it has a number, else what
-        the file's header says; 0 where neither can be read, or ``columns`` has no role ``audio``.
+        """Return (B,) float64 seconds of each row.
+
+        From the column ``seconds`` where it has a number, else from the file's header; 0 where
+        neither can be read, or ``columns`` has no role ``audio``.
         """
         column = columns.get("seconds")
         out = (
@@ -347,8 +360,8 @@ class Audio(Modality):
     # ------------------------------------------------------------ on the device
 
     def augment(self, batch: Batch) -> Batch:
-        """Speed, noise and, on mel features, SpecAugment, whose masks are filled with the mean; all
-        from the rows' keys.
+        """Change speed, add noise and, for mel features, apply SpecAugment, filling masks with the
+        mean.
         """
         options, lengths = self.options, batch["audio_lengths"]
         x = ops.floats(batch["audio"])
@@ -360,9 +373,7 @@ class Audio(Modality):
         return self._masked(batch) if self.features == "mel" else batch
 
     def _played(self, x: Tensor, lengths: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row at one of three speeds, rows of one speed together; what would become shorter
-        than a window stays as it is.
-        """
+        """Play each row at one of three speeds; rows that would become shorter than a window stay."""
         percents = torch.tensor(
             [
                 round(100 * (1 + change))
@@ -382,7 +393,7 @@ class Audio(Modality):
         return out, new
 
     def _noisy(self, x: Tensor, lengths: Tensor, keys: Tensor) -> Tensor:
-        """White noise, uniform in its values, in a share of the rows."""
+        """Add uniform white noise to a share of the rows."""
         u = uniform(keys, 2, NOISE)
         rows = (u[:, 0] < self.options.noise).nonzero()[:, 0]
         if not len(rows):
@@ -417,7 +428,7 @@ class Audio(Modality):
         return batch.replace(mel=mel.masked_fill(frequency[:, None] | time[..., None], 0.0))
 
     def finish(self, batch: Batch) -> Batch:
-        """The features, of what ``augment`` has not made them of already."""
+        """Compute the features, unless ``augment`` has done so."""
         return (
             self._featured(batch, ops.floats(batch["audio"]), batch["audio_lengths"])
             if "audio" in batch.data
@@ -446,7 +457,7 @@ class Audio(Modality):
 
 
 def _rows(table: pa.Table, columns: dict[str, str]) -> Iterator[tuple[int, Any, Any, Any]]:
-    """(place, audio, start, seconds) of each row, as Python's values; none where there is no such
+    """Yield (place, audio, start, seconds) of each row as Python values, None without such a
     column.
     """
     start, seconds = (_times(table, columns, role) for role in ("start", "seconds"))
@@ -463,8 +474,9 @@ def _times(table: pa.Table, columns: dict[str, str], role: str) -> list[Any]:
 
 
 def _number(value: Any, role: str) -> float | None:
-    """Seconds of a column; none for null and for NaN, which pandas writes for null. Raises
-    ValueError for what is no time.
+    """Return the seconds in a cell, None for null and for NaN, which pandas writes for null.
+
+    Raises ValueError for a value that is not a time.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -480,10 +492,11 @@ def _number(value: Any, role: str) -> float | None:
 
 @contextmanager
 def _sound(value: Any, whole: bool) -> Iterator[bytes | BinaryIO]:
-    """A recording's file: bytes, the bytes or path of a Hugging Face data set's cell, or the open
-    file behind a path, of which a piece is read by ranges.
+    """Open a recording: its bytes, or the open file behind a path, of which parts are read by
+    ranges.
 
-    Raises BrokenAudioError for nothing, and for what is neither.
+    A cell may hold bytes, a path, or the struct of both of a Hugging Face data set. Raises
+    BrokenAudioError for an empty cell and for any other type.
     """
     if isinstance(value, dict):
         if not {"bytes", "path"} & {*value}:

@@ -1,5 +1,5 @@
-"""Records of irregular events: (time, variable, value) with facts known at the start, such as an
-ICU stay's measurements and the patient's age.
+"""Records of irregular events with static features, such as the measurements of an ICU stay and the
+patient's age.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.media.static_features import MOST, TAILS, StaticFeatures
 
 NAMED = 8
 DROP = 0
-"""Stream of a row's key."""
+"""Random stream of a row's key."""
 
 
 class EventsOptions(Options):
@@ -58,19 +58,21 @@ class EventsOptions(Options):
 
 @register("modality", "events", options=EventsOptions)
 class Events(Modality):
-    """Rows of three lists of one length, ``times`` (hours since the row's start, of any order),
-    ``variables`` (names) and ``values`` (numbers), and of ``static``, a struct of facts known at
-    the start: numbers, texts (a category) and lists of texts (codes).
+    """Records of events, each with a time, a variable and a value.
 
-    A variable is known by its name: rows of another origin share what they have in common with
-    those that the state was fitted on, whatever the order of columns or codes; events of other
-    variables are left out (``coverage`` tells which). Values are standardised by variable, and lie
-    within 8 deviations.
+    A row has three lists of one length: ``times`` (hours since the row's start, in any order),
+    ``variables`` (names) and ``values`` (numbers). The struct ``static`` holds what is known at the
+    start: numbers, texts (a category) and lists of texts (codes).
+
+    Variables are matched by name: rows from elsewhere share the variables that they have in common
+    with the rows that the state was fitted on, whatever the order of columns or codes. Events of
+    other variables are ignored (``coverage`` lists them). Values are standardised by variable and
+    clipped to 8 standard deviations.
 
     Tensors: ``times`` (B, N) float32 hours ascending, ``variables`` (B, N) int64, ``values`` (B, N)
-    float32, ``mask`` (B, N) true where there is an event; ``numbers`` (B, K) float32 standardised
-    and 0 where unknown, ``numbers_known`` (B, K) bool, ``codes`` (B, C) int64 places among the
-    static texts plus 1, 0 behind a row's end. A row without events is a row: nothing was measured.
+    float32, ``mask`` (B, N) true where there is an event; ``numbers`` (B, K) float32 standardised,
+    0 where unknown, ``numbers_known`` (B, K) bool, ``codes`` (B, C) int64 places among the static
+    texts plus 1, padded with 0. A row may have no events.
     """
 
     roles = ("times", "variables", "values")
@@ -90,7 +92,9 @@ class Events(Modality):
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        """Known variables with their means and deviations, and what ``StaticFeatures`` keeps.
+        """Find the variables that enough rows have, with mean and deviation, and the static
+        features.
+
         Raises ValueError when no row can be decoded.
         """
         parts, reasons = _lists(table, columns)
@@ -152,8 +156,8 @@ class Events(Modality):
         return f"lists of {'texts' if role == 'variables' else 'numbers'}"
 
     def inputs(self) -> dict[str, Any]:
-        """How many variables, static numbers and static texts there are, and from which hour to
-        which events lie.
+        """Return the numbers of variables, static numbers and static texts, and the first and last
+        hour.
         """
         return {
             "variables": len(self.names),
@@ -163,8 +167,8 @@ class Events(Modality):
         }
 
     def coverage(self, table, columns) -> str:
-        """In words, which of these rows' variables and static facts the state knows, and which it
-        lacks: those are left out.
+        """Describe which variables and static features of these rows are known, and which are
+        ignored.
         """
         (row, _, names, _), _ = _lists(table, columns)
         place, words = names.indices.to_numpy(), names.dictionary.to_pylist()
@@ -192,8 +196,9 @@ class Events(Modality):
         return text + (f"; {static}" if static else "")
 
     def name_differences(self, table, columns) -> list[NameDifference]:
-        """All variables and static facts that these rows lack of those known, or have beyond them;
-        a variable that few rows have is only counted.
+        """List all variables and static features that only the state or only these rows have.
+
+        Variables that few rows have are counted, not named.
         """
         (row, _, names, _), _ = _lists(table, columns)
         words = names.dictionary.to_pylist()
@@ -227,8 +232,8 @@ class Events(Modality):
         return [*(one for one in found if one.names or one.rare), *static]
 
     def single_features(self, table, columns):
-        """Static facts, and of each variable in the hours that are read how often it stands there,
-        and its first, last, least and largest value.
+        """Yield static features, and count, first, last, smallest and largest value of each
+        variable.
         """
         if columns.get("static") in table.column_names:
             yield from self.static_features.features(
@@ -292,8 +297,10 @@ class Events(Modality):
         ), reasons
 
     def costs(self, table, columns) -> np.ndarray:
-        """(B,) float64 events of each row, and 1, so that no row is for nothing: the column
-        ``events`` where there is one, else as long as its times are.
+        """Return (B,) float64: the number of events of each row plus 1, so that no row costs
+        nothing.
+
+        From the column ``events`` where there is one, else the lengths of the lists.
         """
         column = columns.get("events")
         if column in table.column_names:
@@ -322,7 +329,7 @@ class Events(Modality):
         )
 
     def augment(self, batch: Batch) -> Batch:
-        """A share of the events left out, by the row's key."""
+        """Drop a random share of the events."""
         if not self.options.drop:
             return batch
         return batch.replace(
@@ -332,7 +339,7 @@ class Events(Modality):
 
 
 def _rows_with(row: np.ndarray, place: np.ndarray, words: int) -> np.ndarray:
-    """(words,) how many rows have each word: (E,) row and word of every event."""
+    """Count the rows that have each word: (words,) from (E,) row and (E,) word of every event."""
     return np.bincount(np.unique(row * max(1, words) + place) % max(1, words), minlength=words)
 
 
@@ -340,10 +347,14 @@ Parts = tuple[np.ndarray, np.ndarray, Any, np.ndarray]
 
 
 def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
-    """(row, hour, name, value) of every event of the good rows, one below the other, and for each
-    row "" or why it is bad. Names are a dictionary of Arrow.
+    """Flatten the lists of a table.
 
-    Raises ValueError for a column that holds no lists of such values.
+    Returns:
+        (row, hour, name, value) of every event of the usable rows, names as an Arrow dictionary;
+        and for each row "" or why it cannot be used.
+
+    Raises:
+        ValueError: a column does not hold lists of such values.
     """
     found, reasons = {}, [""] * len(table)
     for role in Events.roles:

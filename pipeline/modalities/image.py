@@ -1,5 +1,5 @@
-"""Images: encoded bytes (or paths) to uint8 pixels in the data workers; augmentation and
-normalisation on the device.
+"""Images: decoded to uint8 pixels in data workers or on a GPU, augmented and normalised on the
+device.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ PUBLISHED = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-"""Mean and deviation that published checkpoints were trained with (torchvision's and most of
-timm's; Inception's, its ViTs' and MobileNets').
+"""Mean and standard deviation that published checkpoints expect: those of torchvision and most of
+timm's, and those of Inception (also used by its ViTs and MobileNets).
 """
 CROP, COLOUR, RAND, VIEWS = 0, 16, 17, 32
 """Streams of a row's key; view number i draws from VIEWS + i."""
 CACHED = 1 << 18
-"""Values of a picture's float32 that a core keeps near: 1 MiB."""
+"""Float32 values of images that fit in a core's cache: 1 MiB."""
 PAIR = b"image+mask"
-"""Before an image's and a mask's bytes in one, for ``unpack``; no image file begins like this."""
+"""Prefix of an image's and its mask's bytes joined for ``unpack``; no image file starts like this.
+"""
 
 
 class ImageOptions(Options):
@@ -108,12 +109,13 @@ class ImageOptions(Options):
 
 @register("modality", "image", options=ImageOptions)
 class Image(Modality):
-    """``image``: (B, C, size, size), uint8 from ``decode``, normalised float32 after ``finish``.
+    """Images of ``size`` x ``size`` pixels, with an optional mask.
 
-    Unless ``fit`` is crop there is ``frame``, and with the role ``mask`` there is ``mask``: (B,
-    size, size) uint8 from PNG bytes of class numbers (a palette's indices; 8 or 16 bits of grey),
-    255 where no image is. In training ``frame`` has a negative width where the image was mirrored,
-    so that left + share * width is right there too.
+    Tensors: ``image`` (B, C, size, size), uint8 from ``decode``, normalised float32 after
+    ``finish``. With the role ``mask``, ``mask`` (B, size, size) uint8 class numbers, from PNG files
+    (a palette's indices; 8 or 16 bits of grey), 255 where there is no image. Unless ``fit`` is
+    crop, ``frame`` (B, 4): where the image lies in the input; in training its width is negative
+    where the image was mirrored, so that left + share * width holds there too.
     """
 
     roles = ("image",)
@@ -172,8 +174,9 @@ class Image(Modality):
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        """Mean and standard deviation of each channel over the sample, unless the options give
-        them. Raises ValueError when no image can be decoded.
+        """Measure mean and standard deviation of each channel, unless the options give them.
+
+        Raises ValueError when no image can be decoded.
         """
         if given := _published(options):
             return {"mean": given[0], "std": given[1]}
@@ -268,8 +271,8 @@ class Image(Modality):
         )
 
     def _put(self, out: dict[str, Tensor], i: int, pixels: Tensor, mask: bytes | None) -> None:
-        """One row into its place. Raises ValueError for a mask that does not fit its image, and
-        writes nothing then.
+        """Write one row to place ``i``. Raises ValueError, before writing, for a mask of another
+        size.
         """
         size, fit = self.options.size, self.options.fit
         classes = None if mask is None else image_io.classes(mask, pixels.shape[1:])
@@ -291,7 +294,7 @@ class Image(Modality):
             )[0]
 
     def _fill(self) -> list[float]:
-        """The mean colour, as levels: after ``finish`` it is 0."""
+        """Return the mean colour in levels (0 to 255), which ``finish`` turns into 0."""
         return [255 * level for level in self.state.get("mean", [0.0] * self.options.channels)]
 
     def encoded(self, table, columns) -> tuple[np.ndarray, list[str]]:
@@ -310,9 +313,7 @@ class Image(Modality):
         return out, bad
 
     def unpack(self, encoded, device) -> tuple[dict[str, Tensor], list[str]]:
-        """JPEGs by the GPU's own decoder where the device is one; other formats, and those that it
-        refuses, on the host.
-        """
+        """Decode JPEGs with the GPU's decoder where there is one; everything else on the host."""
         files, masks = zip(*map(_parted, encoded), strict=True) if len(encoded) else ((), ())
         out, bad = (
             self._blank(len(files), any(mask is not None for mask in masks), device),
@@ -332,15 +333,17 @@ class Image(Modality):
         return out, bad
 
     def augment(self, batch: Batch) -> Batch:
-        """Crop and flip, RandAugment and colour, from the rows' keys. Boxes and masks move with
-        their image: its scale and place change then, not its aspect, and what lies outside is
-        filled with the mean colour.
+        """Crop, flip, apply RandAugment and colour jitter.
+
+        Boxes and masks move with their image: it changes its scale and place then, not its aspect
+        ratio, and what lies outside is filled with the mean colour.
         """
         return self._in_parts(batch, self._augmented)
 
     def _in_parts(self, batch: Batch, work: Callable[[Batch], Batch]) -> Batch:
-        """``work`` on the whole batch, or on a CPU on few rows at a time: what lies in its cache.
-        At 224 px a row costs 0.06 ms to normalise among 2 and 1.1 ms among 16.
+        """Apply ``work`` to the whole batch, or on a CPU to as many rows as fit in its cache.
+
+        At 224 px a row takes 0.06 ms to normalise among 2 rows and 1.1 ms among 16.
         """
         if batch["image"].device.type != "cpu":
             return work(batch)
@@ -399,7 +402,7 @@ class Image(Modality):
         return batch
 
     def _moved(self, batch: Batch, crop: str) -> Batch:
-        """Image, mask and frame through one window; boxes follow their frame in ``finish``."""
+        """Move image, mask and frame through one window; boxes follow their frame in ``finish``."""
         options, size = self.options, self.options.size
         if crop == "none" and not options.flip:
             return batch
@@ -418,15 +421,15 @@ class Image(Modality):
         return batch.replace(**found)
 
     def _frame(self, batch: Batch) -> Tensor:
-        """``frame``, or the whole input where images are squashed into it."""
+        """Return ``frame``, or the whole input where images are squashed into it."""
         if "frame" in batch.data or self.options.fit != "squash":
             return batch["frame"]
         size = float(self.options.size)
         return torch.tensor([size, size, 0, 0], device=batch["image"].device).expand(len(batch), 4)
 
     def views(self, batch: Batch, views: tuple[View, ...]) -> Batch:
-        """Random resized crop, flip, colour jitter, grey, blur (sigma 0.1 to 2) and solarisation,
-        as SimCLR and BYOL have them.
+        """Make random views: resized crop, flip, colour jitter, grey, blur (sigma 0.1 to 2),
+        solarisation.
         """
         return self._in_parts(
             batch,
@@ -439,8 +442,10 @@ class Image(Modality):
         )
 
     def _view(self, batch: Batch, view: View, u: Tensor) -> Tensor:
-        """Of u: 0 to 4 the window, 5 to 12 the jitter, 13 how much blur, 14 to 17 whether each is
-        done.
+        """Make one view from random numbers ``u`` (B, 18).
+
+        0 to 4 are for the window, 5 to 12 for the jitter, 13 for the strength of the blur, 14 to 17
+        decide whether each change is made.
         """
         size = self.options.size
         into = view.size or size
@@ -461,9 +466,7 @@ class Image(Modality):
         return self._normalised(x)
 
     def finish(self, batch: Batch) -> Batch:
-        """The image normalised; boxes from shares of the image to pixels of the input
-        (``image_ops.placed_boxes``).
-        """
+        """Normalise the image, and convert boxes from shares of the image to pixels of the input."""
         if "boxes" in batch.data:
             batch = batch.replace(
                 boxes=ops.placed_boxes(batch["boxes"], self._frame(batch), self.options.size)
@@ -482,8 +485,9 @@ class Image(Modality):
 
 
 def _published(options: ImageOptions) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation that the options give, by name or by value; for one channel a name gives
-    the average of three. Raises ValueError.
+    """Return mean and standard deviation where the options give them, by name or value.
+
+    For one channel a name stands for the average of its three. Raises ValueError.
     """
     if options.mean is None and options.std is None:
         return None
@@ -512,8 +516,9 @@ def _reason(error: Exception) -> str:
 
 
 def _bytes(value: pa.Scalar, what: str = "image") -> bytes:
-    """An image's file: bytes, the bytes or path of a Hugging Face data set's cell, or those behind
-    a path. Raises ValueError for nothing.
+    """Return the bytes of an image file from a cell with bytes, a path, or a struct of both.
+
+    Raises ValueError for an empty cell.
     """
     data = value.as_py()
     if isinstance(data, dict):
@@ -528,7 +533,7 @@ def _bytes(value: pa.Scalar, what: str = "image") -> bytes:
 
 
 def _parted(data: bytes) -> tuple[bytes, bytes | None]:
-    """The image's bytes and the mask's, of what ``encoded`` gave."""
+    """Split what ``encoded`` returned into the bytes of the image and those of the mask."""
     if not data.startswith(PAIR):
         return data, None
     start = len(PAIR) + 8

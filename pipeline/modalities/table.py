@@ -25,12 +25,13 @@ class TableOptions(Options):
 
 @register("modality", "table", options=TableOptions)
 class Table(Modality):
-    """Rows whose ``features`` are a struct of numbers, texts (categories) and lists of texts, as
-    ``onetomany prepare table`` writes them. Fields are known by name, so that another table shares
-    what it has in common with the one that the state was fitted on.
+    """Rows whose ``features`` are a struct of numbers, texts (categories) and lists of texts.
 
-    Tensors: ``numbers`` (B, K) float32 standardised and 0 where missing, ``numbers_known`` (B, K)
-    bool, ``codes`` (B, C) int64 places among the known texts plus 1, 0 behind a row's end.
+    ``onetomany prepare table`` writes them. Fields are matched by name: another table shares the
+    fields that it has in common with the one that the state was fitted on.
+
+    Tensors: ``numbers`` (B, K) float32 standardised, 0 where missing, ``numbers_known`` (B, K)
+    bool, ``codes`` (B, C) int64 places among the known texts plus 1, padded with 0.
     """
 
     roles = ("features",)
@@ -41,8 +42,9 @@ class Table(Modality):
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        """Raises ValueError for a column that is no struct, and where it holds neither a number nor
-        a text that can be known.
+        """Find the fields and texts that enough rows have.
+
+        Raises ValueError for a column that is not a struct, and where no number or text is left.
         """
         found = StaticFeatures.fit(
             table[columns["features"]], columns["features"], options.min_rows
@@ -58,11 +60,11 @@ class Table(Modality):
         return self.static_features.required_type(kind)
 
     def inputs(self) -> dict[str, Any]:
-        """How many numbers and texts are known."""
+        """Return how many numbers and texts are known."""
         return {"features": "table", **self.static_features.sizes()}
 
     def coverage(self, table, columns) -> str:
-        """In words, which fields and texts of these rows the state lacks; "" where it knows all."""
+        """Describe which fields and texts of these rows are not known; "" where all are."""
         return self.static_features.coverage(table[columns["features"]], columns["features"])
 
     def name_differences(self, table, columns):

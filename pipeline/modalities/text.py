@@ -1,5 +1,6 @@
-"""Text: a tokenizer (trained on the source corpus, or an existing one; it travels in the bundle),
-rows of token ids, documents packed without padding.
+"""Text as token ids, by a tokenizer that is trained on the source's corpus or given.
+
+The tokenizer is stored in the bundle. Documents can be packed into rows without padding.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pipeline.media import tokenizer as tokenizers
 from pipeline.media.tokenizer import PIECE_BYTES, SPECIALS
 
 LARGEST_WORD = 32767
-"""Words of a row that have a number (int16)."""
+"""Largest number of a word in its row (int16)."""
 
 
 class TextOptions(Options):
@@ -61,9 +62,7 @@ class TextOptions(Options):
 
 
 class _Rows(NamedTuple):
-    """``[CLS] a [SEP] b [SEP]`` of some rows: (B, N) ids padded at their end, (B,) tokens of each,
-    (B, N) token types.
-    """
+    """Token rows ``[CLS] a [SEP] b [SEP]``: padded ids (B, N), lengths (B,), token types (B, N)."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -72,15 +71,18 @@ class _Rows(NamedTuple):
 
 @register("modality", "text", options=TextOptions)
 class Text(Modality):
-    """Rows of N = ``length`` tokens, (B, n) after ``collate`` (n: the longest row), each ``[CLS]
-    text [SEP]``.
+    """Rows of at most ``length`` tokens, ``[CLS] text [SEP]``; (B, n) for the longest row of a
+    batch.
 
-    ``tokens`` (B, N) ids with ``mask`` (B, N); with a second text ``[CLS] a [SEP] b [SEP]`` and
-    ``types`` (B, N), 1 for b (BERT's token types); for lists of words ``words`` (B, N), the number
-    of the word whose first token stands there, else -1; with ``windows`` W everything is (B, W, N)
-    and ``offsets`` (B, W, N, 2) are the characters of each token of the text in windows. Packed
-    rows have ``segments`` (B, N), the document's number in the row, 0 for padding, and ``bytes``
-    (B,), the UTF-8 bytes that their tokens stand for.
+    Tensors: ``tokens`` (B, N) ids with ``mask`` (B, N), and
+
+    - of pairs, ``[CLS] a [SEP] b [SEP]`` with ``types`` (B, N), 1 for b (BERT's token types);
+    - of lists of words, ``words`` (B, N): the number of the word whose first token this is, else
+      -1;
+    - in ``windows`` W, everything as (B, W, N) and ``offsets`` (B, W, N, 2): the characters of each
+      token of the text that is read in windows;
+    - of packed rows, ``segments`` (B, N): the document's number in the row, 0 for padding, and
+      ``bytes`` (B,): the UTF-8 bytes that the tokens stand for.
     """
 
     roles = ("text",)
@@ -147,8 +149,10 @@ class Text(Modality):
         return {k: v for k, v in self.__dict__.items() if k != "tokenizer"}
 
     def inputs(self) -> dict[str, Any]:
-        """``specials`` holds the ids of pad, unk, cls, sep and mask, in this order; ``continuing``
-        the tokens that go on a word, as a bitmap.
+        """Return vocabulary, length and special tokens.
+
+        ``specials`` holds the ids of pad, unk, cls, sep and mask, in this order; ``continuing`` is
+        a bitmap of the tokens that continue a word.
         """
         known = {"continuing": self._continuing} if self._continuing else {}
         return {
@@ -183,8 +187,9 @@ class Text(Modality):
     # ------------------------------------------------------------ rows
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
-        """Reads texts, pairs and lists of words, rows that ``pack`` made (``columns`` names tokens
-        and segments) and rows that ``tokenize`` made (tokens alone).
+        """Decode texts, pairs, lists of words, and rows that ``pack`` or ``tokenize`` made.
+
+        ``columns`` names tokens and segments of packed rows, and tokens alone of tokenised ones.
         """
         length, pair = self.options.length, "text_pair" in columns
         if "segments" in columns:
@@ -222,7 +227,7 @@ class Text(Modality):
         return found
 
     def _rows(self, parts: Sequence[Sequence[np.ndarray]], length: int) -> _Rows:
-        """Rows of one or two lists of ids each, which leave room for the special tokens."""
+        """Build rows of one or two lists of ids, which must leave room for the special tokens."""
         pad, _, cls, sep, _ = self.state["specials"]
         tokens, types = (
             np.full((len(parts), length), pad, dtype=self._dtype),
@@ -243,8 +248,8 @@ class Text(Modality):
         return _Rows(tokens, lengths, types)
 
     def _framed(self, table, columns) -> tuple[_Rows, list[str]]:
-        """``[CLS] a [SEP]`` or ``[CLS] a [SEP] b [SEP]`` of every row, the longer text cut first
-        (as transformers' longest_first).
+        """Encode texts or pairs; of a pair the longer text is cut first (transformers'
+        longest_first).
         """
         roles = [role for role in ("text", "text_pair") if role in columns]
         room = self.options.length - 1 - len(roles)
@@ -281,8 +286,9 @@ class Text(Modality):
         return {"tokens": rows.tokens, "lengths": rows.lengths, "words": numbers}, bad
 
     def _windowed(self, table, columns) -> tuple[Arrays, list[str]]:
-        """The last text in windows as transformers cuts them (return_overflowing_tokens with a
-        stride), the first one before each.
+        """Cut the last text into windows as transformers does, with the first text before each.
+
+        That is ``return_overflowing_tokens`` with a stride.
         """
         length, most = self.options.length, self.options.windows
         roles = [role for role in ("text", "text_pair") if role in columns]
@@ -332,8 +338,12 @@ class Text(Modality):
         return {**out, "offsets": offsets}, bad
 
     def _starts(self, tokens: int, whole: bool, before: int) -> tuple[range, str]:
-        """First tokens of the windows of a text with so many tokens, ``before`` of which stand in
-        front of each; or why there are none.
+        """Return the first token of each window of a text, or the reason why there are none.
+
+        Args:
+            tokens: Tokens of the text.
+            whole: Whether these are all of its tokens.
+            before: Tokens that precede the text in each window.
         """
         length, stride, most = self.options.length, self.options.stride, self.options.windows
         room, asked = length - before - 1, f"the question takes {before - 2} of {length} tokens"
@@ -353,11 +363,10 @@ class Text(Modality):
         return range(0, count * max(1, room - stride), max(1, room - stride)), ""
 
     def truncation(self, table, columns) -> TruncationStats | None:
-        """How many words (of lists of words) or tokens lie beyond ``length``. None where texts are
-        read in windows: what does not fit is refused there.
+        """Count the words (of lists of words) or tokens beyond ``length``.
 
-        Tokens of a text of more than PIECE_BYTES are counted in its beginning and estimated for the
-        rest.
+        None where texts are read in windows: too long texts are rejected there. Tokens of a text
+        longer than PIECE_BYTES are counted in its beginning and estimated for the rest.
         """
         if "tokens" in columns or self.options.windows is not None:
             return None
@@ -386,7 +395,7 @@ class Text(Modality):
         )
 
     def _cut_words(self, column) -> TruncationStats:
-        """A word is cut off where its first token has no room."""
+        """Count cut words: a word is cut off where its first token has no room."""
         lists, _ = _words(column, "text")
         room = self.options.length - 2
         words = [[word.decode() for word in row[: LARGEST_WORD + 1]] for row in lists]
@@ -403,8 +412,9 @@ class Text(Modality):
         )
 
     def tokenize(self, table, columns) -> tuple[pa.Table, list[str]] | None:
-        """The good rows with ``tokens`` (a list of ids, ``[CLS] ids [SEP]`` cut to ``length``) in
-        the place of the text. None for pairs, words and windows.
+        """Replace texts by ``tokens``, a list of ids ``[CLS] ids [SEP]`` cut to ``length``.
+
+        None for pairs, lists of words and windows.
         """
         name = columns["text"]
         if "text_pair" in columns or self.options.windows is not None or is_list(table[name].type):
@@ -431,14 +441,15 @@ class Text(Modality):
     # ------------------------------------------------------------ packing
 
     def pack(self, table, columns) -> tuple[pa.Table, list[str]]:
-        """Documents, each ``[CLS] ids [SEP]``, laid end to end into rows of ``length``; only the
-        last row has padding. A document that the end of a row cuts goes on in the next one as if it
-        began there (GPT's rows, Radford et al. 2019): the rest does not see what stood before, and
-        its first token is predicted by nothing. A document that lies in one row has the loss that
-        it has alone.
+        """Concatenate documents, each ``[CLS] ids [SEP]``, into rows of ``length``.
 
-        ``bytes`` of a row: the bytes of a document's text are spread evenly over its tokens but the
-        first, which nothing predicts.
+        Only the last row is padded. A document that is cut by the end of a row continues in the
+        next one as if it began there (GPT's rows, Radford et al. 2019): its rest does not attend to
+        what came before, and its first token is not predicted. A document within one row has the
+        same loss as alone.
+
+        Column ``bytes``: the bytes of a document's text are spread evenly over its tokens but the
+        first, which is not predicted.
         """
         length, stored = self.options.length, self._stored
         documents, bad = _documents(table[columns["text"]], "text")
@@ -501,8 +512,10 @@ class Text(Modality):
 
 
 def _documents(column, role: str) -> tuple[list[memoryview], list[str]]:
-    """The bytes of every value, and "" or the reason why a value is no text (it is then empty);
-    bytes that are not UTF-8 spoil their own row alone.
+    """Return the bytes of every value, and "" or the reason why a value is not text (it is empty
+    then).
+
+    Bytes that are not UTF-8 make only their own row unusable.
     """
     if pa.types.is_null(column.type):
         column = pa.nulls(len(column), pa.large_binary())
@@ -537,9 +550,7 @@ def _documents(column, role: str) -> tuple[list[memoryview], list[str]]:
 
 
 def _words(column, role: str) -> tuple[list[list[bytes]], list[str]]:
-    """The words of every row, and "" or the reason why they are none (the row has then no
-    words).
-    """
+    """Return the words of every row, and "" or the reason why a row has none."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     documents, bad = _documents(column.flatten(), "word")
     rows, reasons, place = [], [], 0
@@ -572,8 +583,9 @@ def _lists_of(values: np.ndarray, length: int) -> pa.FixedSizeListArray:
 
 
 def _shares(a: int, b: int, room: int) -> tuple[int, int]:
-    """Tokens that two texts keep when the longer one is cut first, the second one where both are
-    too long and one is left over (tokenizers' rule).
+    """Return how many tokens of two texts fit where the longer one is cut first.
+
+    The second one loses the odd token where both are too long (the rule of tokenizers).
     """
     short = min(a, b, room // 2)
     long = min(max(a, b), room - short)
@@ -583,7 +595,13 @@ def _shares(a: int, b: int, room: int) -> tuple[int, int]:
 def _bytes_of_rows(
     counts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, rows: int, length: int
 ) -> pa.Array:
-    """(rows,) float32 from the documents' tokens (k,), where each ends (k,) and its bytes (k,)."""
+    """Return (rows,) float32 bytes of each packed row.
+
+    Args:
+        counts: (k,) tokens of each document.
+        ends: (k,) where each document ends.
+        sizes: (k,) bytes of each document.
+    """
     if not rows:
         return pa.array([], pa.float32())
     edges = np.minimum(np.arange(rows + 1) * length, ends[-1])

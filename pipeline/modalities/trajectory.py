@@ -1,6 +1,4 @@
-"""Trajectories of robots and simulators: one row an episode of observations, the actions taken
-after them and, where there are, a task and frames.
-"""
+"""Episodes of robots and simulators: observations, actions, and optionally a task and frames."""
 
 from __future__ import annotations
 
@@ -24,20 +22,19 @@ from pipeline.media.episodes import CLASSES, NONE, Episodes, Numbers, first_of_r
 
 NAMED = 8
 WARN_SHARE_OUT_OF_RANGE = 0.01
-"""Numbers beyond MOST are told of where they are so many."""
+"""Share of clipped observations from which ``coverage`` mentions them."""
 MOST = 10.0
-"""Standardised observations lie within so many deviations: a network is not asked about a world
-that has blown up.
+"""Standardised observations are clipped to this many standard deviations, as a diverged simulation
+would give any number.
 """
 CHANNELS = 3
 NUMBERS = {"observations": "observation", "actions": "action", "executed": "action"}
-"""Roles of numbers, and what a space knows of them."""
+"""Roles that hold numbers, and the statistics of a space that belong to each."""
 BLOCK = 1 << 14
-"""Numbers that are standardised at a time: they stay in a core's cache, and are many for one
-call.
+"""Numbers that are standardised at a time: few enough for a core's cache, many enough for one call.
 """
 BY_WIDTH = re.compile(r"o\d+[ac]\d+(_\d+)?")
-"""Names of spaces that are told by their widths alone."""
+"""Names of spaces that were given by their widths alone."""
 
 
 class TrajectoryOptions(Options):
@@ -52,24 +49,25 @@ class TrajectoryOptions(Options):
 
 @register("modality", "trajectory", options=TrajectoryOptions)
 class Trajectory(Modality):
-    """Rows whose ``observations`` are T lists of numbers, and ``actions`` T lists of numbers or T
-    class names (texts; whole numbers are their own names). Action t is taken after observation t.
-    ``executed``, of the same kind, are the actions that were done where those to be learned are
-    others (an expert's answers beside what it was made to do). ``images`` are T frames as JPEG or
-    PNG bytes.
+    """Episodes of T steps: action t is taken after observation t.
 
-    A *space* is a robot's observation and action space, with its own mean and deviation; rows of
-    several stand in one corpus. It has the name that column ``embodiment`` gives (characters other
-    than letters, digits, _ and - become _), else that of its widths: o9a1, or o24c4 with four
-    classes. A row without a name belongs to the space that has the name of its widths, else to the
-    only one that has these widths.
+    ``observations`` are T lists of numbers; ``actions`` T lists of numbers, or T class names
+    (texts; integers are their own names). ``executed``, of the same kind, are the actions that were
+    done, where those to be learned differ (an expert's answers to the states that another policy
+    visited). ``images`` are T frames as JPEG or PNG bytes.
 
-    Tensors, with O and A the widest space's: ``observations`` (B, T, O) float32, standardised and
-    within MOST deviations; ``mask`` (B, T) true where there is a step; ``actions`` and ``executed``
-    (B, T, A) float32, standardised by the deviations of actions, or one-hot where they are classes
-    (no tensor without the column); ``action_std`` (B, A) those deviations; ``space`` (B,) int64;
-    ``task`` (B,) int64 its place among the known tasks plus 1, or 0; with option images ``images``
-    (B, T, 3, size, size) uint8. Noughts fill what a row lacks.
+    A *space* is the observation and action space of a robot, with its own mean and standard
+    deviation; a corpus may hold rows of several. It is named by column ``embodiment`` (characters
+    other than letters, digits, _ and - become _), else by its widths: o9a1, or o24c4 with four
+    classes. A row without a name belongs to the space named by its widths, else to the only one of
+    these widths.
+
+    Tensors, with O and A the widths of the widest space: ``observations`` (B, T, O) float32,
+    standardised and clipped to MOST deviations; ``mask`` (B, T) true where there is a step;
+    ``actions`` and ``executed`` (B, T, A) float32, standardised by the deviations of actions, or
+    one-hot for classes (only where the column exists); ``action_std`` (B, A) those deviations;
+    ``space`` (B,) int64; ``task`` (B,) int64 place among the known tasks plus 1, or 0; with option
+    images ``images`` (B, T, 3, size, size) uint8. What a row lacks is 0.
     """
 
     roles = ("observations",)
@@ -90,9 +88,10 @@ class Trajectory(Modality):
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        """Spaces with their statistics, and the tasks, of the rows that can be read. Raises
-        ValueError when none can, and where frames are given without option images, or asked for and
-        not given.
+        """Find the spaces, with their statistics, and the tasks.
+
+        Raises ValueError when no row can be read, and where there are frames without option images
+        or the other way round.
         """
         cls._check_frames(options, columns)
         rows = Episodes.read(table, columns)
@@ -132,8 +131,10 @@ class Trajectory(Modality):
         return "" if is_number else "lists, one entry a step, of lists of numbers"
 
     def inputs(self) -> dict[str, Any]:
-        """``spaces``: of each its widths and whether its actions are classes; how many ``tasks``;
-        ``images`` (channels, height, width) or none.
+        """Return ``spaces`` (widths, and whether actions are classes), ``tasks`` (how many),
+        ``images``.
+
+        ``images`` is (channels, height, width), or None.
         """
         spaces = {
             name: {
@@ -151,7 +152,7 @@ class Trajectory(Modality):
         }
 
     def coverage(self, table, columns) -> str:
-        """In words, which spaces and tasks of these rows the state has, and what it lacks."""
+        """Describe which spaces and tasks of these rows are known, and which are new."""
         rows = Episodes.read(table, columns)
         place, lacking, _ = self._resolve_spaces(rows)
         parts = [
@@ -182,8 +183,9 @@ class Trajectory(Modality):
         return "; ".join(parts)
 
     def extend_state(self, table, columns) -> dict[str, Any]:
-        """The state with the spaces and tasks of these rows that it lacks behind its own, which
-        stay as they are. Rows without a name whose classes are not all known make a new space.
+        """Append the spaces and tasks of these rows that the state lacks.
+
+        Rows without a name whose classes are not all known make a new space.
         """
         self._check_frames(self.options, columns)
         rows = Episodes.read(table, columns)
@@ -205,9 +207,13 @@ class Trajectory(Modality):
         }
 
     def _resolve_spaces(self, rows: Episodes) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-        """(B,) number of each row's space or -1, the good rows of spaces that the state lacks, and,
-        by width of observations, which space rows without a name whose actions are classes are of:
-        the one that they are taken for, or the last one that has all their classes, else a new one.
+        """Find the space of each row, with a choice for rows of classes that have no name.
+
+        Returns:
+            (B,) number of each row's space or -1; the usable rows whose spaces the state lacks; and
+            for each width of observations the space of rows without a name whose actions are
+            classes: the one first assigned, else the last one that has all their classes, else a
+            new one.
         """
         place, _, lacking = self._placed(rows)
         chosen, before = dict(self.state.get("chosen", {})), place.copy()
@@ -227,7 +233,7 @@ class Trajectory(Modality):
         return place, lacking, chosen
 
     def _by_width(self, observation: int, action: int) -> list[str]:
-        """Spaces that rows without a name may be of, and that are told by their widths."""
+        """List the spaces, named by their widths, that rows without a name may belong to."""
         return [
             name
             for name, space in self.spaces.items()
@@ -235,8 +241,8 @@ class Trajectory(Modality):
         ]
 
     def _placed(self, rows: Episodes) -> tuple[np.ndarray, list[str], np.ndarray]:
-        """(B,) number of each row's space, or -1; the reasons, completed; and the good rows of
-        spaces that the state could have and lacks.
+        """Return (B,) the number of each row's space or -1, the reasons, and the rows of missing
+        spaces.
         """
         place, reasons, lacking = np.full(len(rows.reasons), -1), list(rows.reasons), []
         good, found = rows.good.tolist(), {}
@@ -256,8 +262,10 @@ class Trajectory(Modality):
         return place, reasons, np.array(lacking, dtype=np.int64)
 
     def _space_of(self, robot: str, observation: int, action: int) -> tuple[str, str]:
-        """(name of the space, "" or why its rows cannot be read); no name where the state lacks a
-        space. ``action``: how many numbers, or NONE, CLASSES.
+        """Return (name of the space, reason why its rows cannot be read); no name for a missing
+        space.
+
+        ``action``: how many numbers, or NONE, CLASSES.
         """
         taken = {NONE: "", CLASSES: " and actions that are classes"}.get(
             action, f" and actions of {action} numbers"
@@ -289,9 +297,10 @@ class Trajectory(Modality):
         )
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
-        """Rows as they stand in their column, step behind step (of classes their places),
-        ``space``, ``task`` and frames: nothing is copied, numbers become standardised on their way
-        into a batch.
+        """Return the rows as they are in their columns, classes as numbers, ``space``, ``task``,
+        frames.
+
+        Nothing is copied; numbers are standardised by ``collate``.
         """
         if self.options.images is not None and columns.get("images") not in table.column_names:
             raise ValueError(
@@ -338,8 +347,9 @@ class Trajectory(Modality):
     def _codes(
         self, role: str, actions: Numbers, place: np.ndarray, reasons: list[str]
     ) -> np.ndarray:
-        """(steps,) float32 place of each action among its space's classes; a row that has another
-        one to be learned gets a reason, what was executed -1.
+        """Return (steps,) float32, the place of each action among the classes of its space.
+
+        A row with an unknown action gets a reason; an unknown executed action is -1.
         """
         assert actions.classes is not None
         table = np.full((len(self.names) + 1, len(actions.classes) + 1), -1.0, dtype=np.float32)
@@ -360,8 +370,8 @@ class Trajectory(Modality):
         return codes
 
     def _frames(self, column: Any, rows: Episodes, reasons: list[str]) -> list[np.ndarray]:
-        """Of each row its frames, (T * 3 * size * size) uint8; a row with one that cannot be
-        decoded gets a reason.
+        """Decode the frames of each row, (T * 3 * size * size) uint8; a broken one gives the row a
+        reason.
         """
         size, out = self.options.images, []
         for i, value in enumerate(column):
@@ -391,8 +401,10 @@ class Trajectory(Modality):
         return out
 
     def costs(self, table, columns) -> np.ndarray:
-        """(B,) float64 steps of each row: the column ``steps`` where there is one, else as many as
-        it has observations; 0 where that cannot be told.
+        """Return (B,) float64 steps of each row, from column ``steps`` or the number of
+        observations.
+
+        0 where neither can be read.
         """
         column = columns.get("steps")
         if column in table.column_names:
@@ -406,8 +418,8 @@ class Trajectory(Modality):
         )  # pyright: ignore[reportAttributeAccessIssue]
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
-        """As `Modality.collate`, standardised: each number is read once, from the row, and written
-        once, into the batch.
+        """Standardise and pad: each number is read once, from its row, and written once, to the
+        batch.
         """
         place, rows = arrays["space"].tolist(), len(arrays["space"])
         spaces = [self.spaces[self.names[i]] for i in place]
@@ -449,8 +461,9 @@ class Trajectory(Modality):
         )
 
     def observe(self, space: str, observations: np.ndarray) -> np.ndarray:
-        """(n, O) standardised float32 of n observations, as ``decode`` makes them. Raises
-        ValueError for an unknown space or another width.
+        """Standardise (n, O) observations of a space as ``collate`` does.
+
+        Raises ValueError for an unknown space or another width.
         """
         one, found = self._space(space), np.ascontiguousarray(observations, dtype=np.float32)
         if found.ndim != 2 or found.shape[1] != one.observation:
@@ -463,9 +476,18 @@ class Trajectory(Modality):
         ).reshape(found.shape)
 
     def act(self, space: str, actions: np.ndarray) -> np.ndarray:
-        """What an environment takes: (n, A) float32 in its own units of (n, A) standardised
-        actions, not clipped; (n,) int64 of (n,) classes: their places among the space's
-        ``discrete``, which are sorted. Raises ValueError for an unknown space or another shape.
+        """Convert a policy's actions to those of the environment.
+
+        Args:
+            space: Name of the space.
+            actions: (n, A) standardised actions, or (n,) classes.
+
+        Returns:
+            (n, A) float32 in the environment's units, not clipped; or (n,) int64 places among the
+            space's ``discrete`` names, which are sorted.
+
+        Raises:
+            ValueError: an unknown space, or another shape.
         """
         one, found = self._space(space), np.asarray(actions)
         if found.ndim != (2 if one.discrete is None else 1) or (
@@ -485,7 +507,7 @@ class Trajectory(Modality):
 
 
 class Space:
-    """One of the state's spaces: widths, names of classes, statistics as arrays."""
+    """A space of the state: widths, class names, and statistics as arrays."""
 
     def __init__(
         self,
@@ -517,7 +539,7 @@ class Space:
             )
 
     def share_out_of_range(self, observations: Numbers, rows: np.ndarray) -> float:
-        """The share of the numbers that these rows observe that lie beyond MOST deviations."""
+        """Return the share of the numbers of these rows' observations beyond MOST deviations."""
         mine = np.concatenate(
             [
                 observations.values[observations.ends[i] : observations.ends[i + 1]]
@@ -532,7 +554,7 @@ class Space:
         )
 
     def fits(self, observation: int, action: int) -> bool:
-        """Whether rows of these widths are of this space; ``action``: how many numbers, or NONE,
+        """Tell whether rows of these widths belong to the space; ``action``: a width, NONE or
         CLASSES.
         """
         if self.observation != observation or action == NONE:
@@ -551,9 +573,7 @@ class Space:
         )
 
     def standard(self, values: np.ndarray, what: str, out: np.ndarray) -> np.ndarray:
-        """(n * width,) numbers of steps one behind the other, minus their mean and through their
-        deviation, into ``out``.
-        """
+        """Standardise (n * width,) numbers of consecutive steps into ``out``."""
         mean, scale = self._blocks[what]
         for start in range(0, len(values), max(1, len(mean))):
             part = out[start : start + len(mean)]
@@ -565,7 +585,7 @@ class Space:
 
 
 def _describe_names(kind: str, have: Counter, fresh: Counter) -> str:
-    """In words: how many names of a kind are known, and which are new, with their rows."""
+    """Describe how many names of a kind are known, and which are new, with their rows."""
     new = [f"{name} ({count} rows)" for name, count in fresh.most_common(NAMED)]
     return f"{len(have)} of {len({*have, *fresh})} {kind}s are known" + (
         f"; new: {', '.join(new)}{', ...' if len(fresh) > NAMED else ''}" if new else ""

@@ -35,24 +35,26 @@ class EventsModelOptions(Options):
 
 @register("model", "events", options=EventsModelOptions)
 class EventsBackbone(Backbone):
-    """Input: the tensors of modality events. ``inputs``: ``variables``, ``numbers`` and ``codes``
-    (how many), ``start`` and ``hours``.
+    """Networks for the tensors of modality events.
 
-    ``gru``: values on a grid of ``bin`` hours, each step with every variable's last mean value,
-    whether it was measured in that step, and the hours since it was (the input of GRU-D, Che et al.
-    2018, whose learned decays the recurrent network has to find), beside the static facts; then a
-    GRU. ``tokens`` (B, T, width) are causal: a token knows the events before the end of its step,
-    which ``stages["times"]`` (B, T) float32 tells in hours; ``stages["charted"]`` (B, T) bool are
-    the steps that hold events. ``pooled`` (B, 2 width): the last token and the mean of all. Rows
-    end with the step of their last event.
+    ``inputs``: ``variables``, ``numbers`` and ``codes`` (how many of each), ``start`` and
+    ``hours``.
 
-    ``strats`` (Tipirneni and Reddy 2022): each event is the sum of an embedding of its variable and
-    of two networks of one number (d^1/2 tanh units), one for its time and one for its value; a
-    transformer over the set; ``pooled`` (B, 2 width): the tokens weighed by fusion attention,
-    beside the embedded static facts. ``tokens`` (B, N, width) in the order of the events.
-    ``token_mask`` (B, N) hides values: nothing is added for them.
+    ``gru``: a GRU over a grid of ``bin`` hours. Each step holds, for every variable, its last mean
+    value, whether it was measured in that step, and the hours since it was (the input of GRU-D, Che
+    et al. 2018, whose learned decays the recurrent network has to find), beside the static
+    features. ``tokens`` (B, T, width) are causal: a token depends on the events before the end of
+    its step, which is ``stages["times"]`` (B, T) float32 in hours; ``stages["charted"]`` (B, T)
+    bool are the steps with events. ``pooled`` (B, 2 width): the last token and the mean of all. A
+    row ends with the step of its last event.
 
-    Raises ValueError for another architecture, and for rows that are no events.
+    ``strats`` (Tipirneni and Reddy 2022): a transformer over the set of events. Each event is the
+    sum of an embedding of its variable and two networks of one number (d^1/2 tanh units), for its
+    time and for its value. ``pooled`` (B, 2 width): the tokens weighted by fusion attention, and
+    the static features. ``tokens`` (B, N, width) in the order of the events; ``token_mask`` (B, N)
+    hides their values.
+
+    Raises ValueError for another architecture, and for rows without events.
     """
 
     def __init__(self, architecture: str, options: EventsModelOptions, inputs: dict[str, Any]):
@@ -114,8 +116,8 @@ class EventsBackbone(Backbone):
 
 
 class Static(nn.Module):
-    """(B, width) of a row's static facts: numbers with whether they are known, and the mean of its
-    texts' vectors.
+    """Embed a row's static features, (B, width): numbers with whether they are known, and the mean
+    of the vectors of its texts.
     """
 
     def __init__(self, numbers: int, codes: int, width: int):
@@ -135,8 +137,11 @@ class Static(nn.Module):
 
 
 def grid(batch: Batch, variables: int, start: float, step: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, V) float32 mean value in each step, (B, T, V) bool whether it was measured, (B,) int64
-    steps of each row up to that of its last event.
+    """Put events on a grid of steps.
+
+    Returns:
+        (B, T, V) float32 mean value in each step, (B, T, V) bool whether it was measured, and (B,)
+        int64 steps of each row, up to that of its last event.
     """
     times, mask = batch["times"], batch["mask"]
     place = ((times - start) / step).floor().long().clamp(min=0)
@@ -188,9 +193,7 @@ class Grid(nn.Module):
 
 
 class One(nn.Module):
-    """(..., width) of one number: d^1/2 tanh units between (STraTS's continuous value
-    embedding).
-    """
+    """Embed a number as (..., width), with d^1/2 tanh units (STraTS's continuous value embedding)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -220,9 +223,7 @@ class Embed(nn.Module):
 
 
 class Fuse(nn.Module):
-    """Weights of the tokens by attention (STraTS, section 3.2.4); a row without tokens has the zero
-    vector.
-    """
+    """Pool tokens by attention (STraTS, section 3.2.4); 0 for a row without tokens."""
 
     def __init__(self, width: int):
         super().__init__()

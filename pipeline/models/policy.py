@@ -1,5 +1,5 @@
 """Backbones of policies: an MLP over a window of observations, and a causal transformer (GPT-2)
-over what was observed and done.
+over observations and actions.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pipeline.core.contracts import Backbone, Batch, Features
 ARCHITECTURES = ["mlp", "transformer"]
 
 PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and deviation of a frame's channels, those of ImageNet, which published vision backbones
-were trained with.
+"""Mean and standard deviation of a frame's channels: ImageNet's, as published vision backbones
+expect.
 """
 PER_SPACE = ("encoders", "action_encoders")
 
@@ -50,26 +50,27 @@ class PolicyOptions(Options):
 
 @register("model", "policy", options=PolicyOptions)
 class Policy(Backbone):
-    """Input: the tensors of modality trajectory. ``inputs``: ``spaces`` (of each robot the widths
-    of its observations and actions), how many ``tasks``, ``images`` (channels, height, width) or
-    none. ``tokens`` (B, T, width), one a step: that of step t knows observations up to t and
-    actions before t. ``pooled`` (B, width) is their mean. Padding has zeros.
+    """Networks for the tensors of modality trajectory.
 
-    Every space has a linear encoder of its own (``encoders.<space>``), all else is the trunk, which
-    spaces share. An embedding of the task, and the projected features of the frame, are added to
-    the observation's.
+    ``inputs``: ``spaces`` (widths of observations and actions of each robot), ``tasks`` (how many),
+    ``images`` (channels, height, width) or None. ``tokens`` (B, T, width), one for each step: token
+    t depends on observations up to t and on actions before t. ``pooled`` (B, width) is their mean.
+    Padding is 0.
 
-    ``mlp``: the encoded observations of the last ``window`` steps side by side (zeros before the
+    Every space has its own linear encoder (``encoders.<space>``); all else is shared. An embedding
+    of the task and the projected features of the frame are added to the encoded observation.
+
+    ``mlp``: the encoded observations of the last ``window`` steps, concatenated (0 before the
     start), then ``layers`` of linear, GELU, dropout. It does not read actions.
 
     ``transformer``: transformers' GPT-2 over the encoded observations, to each of which the action
-    before it, as it was executed where that is told, is added (``action_encoders.<space>``).
-    Episodes longer than ``context`` are cut into pieces of ``context`` steps, each from position 0
-    and without the action before its first step, as the Decision Transformer trains (Chen et al.
-    2021); a rollout feeds the last ``context`` steps.
+    before it is added (``action_encoders.<space>``), as it was executed where that is recorded.
+    Episodes longer than ``context`` are cut into parts of ``context`` steps, each from position 0
+    and without the action before its first step, as the Decision Transformer is trained (Chen et
+    al. 2021); a rollout feeds the last ``context`` steps.
 
-    Raises ValueError for rows that are no trajectories, heads that do not divide the width, and
-    frames that nobody reads or gives.
+    Raises ValueError for rows that are not trajectories, heads that do not divide the width, and
+    frames without a vision backbone or the other way round.
     """
 
     causal = True
@@ -152,8 +153,8 @@ class Policy(Backbone):
         return Features(tokens.sum(1) / real.sum(1).clamp(min=1), tokens=tokens, mask=mask)
 
     def _encoded(self, encoders: nn.ModuleDict, x: Tensor, space: Tensor) -> Tensor:
-        """(B, T, width) of (B, T, n): each row by the encoder of its own space, zeros where that
-        has none.
+        """Encode (B, T, n) to (B, T, width) with the encoder of each row's space, 0 where there is
+        none.
         """
         parts, places = [], []
         present: list[int] = (space.unique().tolist() if len(self.spaces) > 1 else []) or [
@@ -180,8 +181,9 @@ class Policy(Backbone):
         )
 
     def _touched(self, x: Tensor, unused: Iterable[nn.Module]) -> Tensor:
-        """The same numbers; in training they depend on modules that this batch has no row for,
-        since DDP waits for every parameter's gradient.
+        """Return the input, connected in training to modules that no row of this batch uses.
+
+        DDP waits for the gradient of every parameter.
         """
         for parameter in (
             (p for module in unused for p in module.parameters()) if self.training else ()
@@ -190,8 +192,9 @@ class Policy(Backbone):
         return x
 
     def _seen(self, batch: Batch, mask: Tensor) -> Tensor:
-        """(B, T, width) of the frames; padding is not looked at, so that a norm over the batch does
-        not see it.
+        """Compute (B, T, width) features of the frames.
+
+        Padding is left out, so that batch norms do not include it.
         """
         if "images" not in batch.data:
             raise ValueError(
@@ -227,8 +230,10 @@ class Policy(Backbone):
         return out | ({"norm": last} if last else {})
 
     def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Encoders of spaces that the checkpoint lacks stay as they are here, a new task begins as
-        the mean of those that it has (zeros where it has none); what is not asked for is dropped.
+        """Adapt encoders and task embeddings to these spaces and tasks.
+
+        Encoders of new spaces keep their random weights, a new task starts as the mean of the known
+        ones (0 where there is none); spaces that are not asked for are dropped.
         """
         own, out, notes = self.state_dict(), dict(tensors), []
         for part in PER_SPACE:
@@ -263,7 +268,7 @@ class Policy(Backbone):
 
 
 def _by_space(part: str, names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Names of a part's tensors, by their space."""
+    """Group the names of a part's tensors by space."""
     out: dict[str, list[str]] = {}
     for name in names:
         if name.startswith(f"{part}."):
@@ -272,8 +277,9 @@ def _by_space(part: str, names: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _vision(name: str, frames: list[int], mine: str) -> Backbone:
-    """The vision backbone, with random weights. Raises ValueError where it is not known, or does
-    not read such frames.
+    """Build the vision backbone, with random weights.
+
+    Raises ValueError where it is not known, or does not read such frames.
     """
     library, _, architecture = name.partition("/")
     if library not in registry.names("model") or architecture not in registry.architectures(
@@ -324,13 +330,14 @@ class Stack(nn.Module):
         return x
 
     def block_of(self, name: str) -> int | None:
-        """The number of the block that a parameter is of."""
+        """Return the number of the block that a parameter belongs to."""
         return int(name.split(".")[1])
 
 
 class History(nn.Module):
-    """GPT-2 over (B, T, width) of observations and, one step late, of actions. It needs no mask:
-    padding stands behind a row's steps, and they look back.
+    """GPT-2 over (B, T, width) of observations and, one step late, of actions.
+
+    It needs no mask: padding follows a row's steps, which attend backwards only.
     """
 
     def __init__(self, options: PolicyOptions):
@@ -378,5 +385,7 @@ class History(nn.Module):
         return out.view(rows, -1, width)[:, :steps]
 
     def block_of(self, name: str) -> int | None:
-        """The number of the block that a parameter is of; none of positions and the last norm."""
+        """Return the number of the block that a parameter belongs to; None for positions and last
+        norm.
+        """
         return int(name.split(".")[2]) if name.startswith("model.h.") else None

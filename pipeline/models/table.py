@@ -1,5 +1,5 @@
-"""FT-Transformer (Gorishniy et al., NeurIPS 2021): a table's row as a set of tokens, one for each
-number and each category.
+"""FT-Transformer (Gorishniy et al., NeurIPS 2021): a row of a table as a set of tokens, one for
+each number and each category.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ class FTTransformerOptions(Options):
 
 @register("model", "table", options=FTTransformerOptions)
 class FTTransformer(Backbone):
-    """Input: the tensors of modality table. Tokens: [CLS], x_k W_k + b_k of each number, and a
-    vector of each category (section 3.3); numbers that are missing and categories that are not
-    known have none. Pre-norm blocks with ReGLU, the first without its first norm. ``pooled`` (B,
-    width) is ReLU(LayerNorm([CLS])), what the paper's linear head reads; ``tokens`` (B, 1 + K + C,
-    width) with their mask.
+    """FT-Transformer for the tensors of modality table.
+
+    Tokens are [CLS], x_k W_k + b_k of each number, and a vector of each category (section 3.3);
+    missing numbers and unknown categories have none. Pre-norm blocks with ReGLU, the first without
+    its first norm. ``pooled`` (B, width) is ReLU(LayerNorm([CLS])), which the paper's linear head
+    reads; ``tokens`` (B, 1 + K + C, width) with their mask.
 
     Raises ValueError for rows of another kind, and where heads do not divide width.
     """
@@ -76,8 +77,9 @@ class FTTransformer(Backbone):
 
 
 class Tokens(nn.Module):
-    """(B, 1 + K + C, width) tokens and (B, 1 + K + C) which are there. Weights begin uniform within
-    1 / sqrt(width), as in the authors' code.
+    """Make (B, 1 + K + C, width) tokens and (B, 1 + K + C) bool, true for those that exist.
+
+    Weights start uniform within 1 / sqrt(width), as in the authors' code.
     """
 
     def __init__(self, numbers: int, codes: int, width: int):

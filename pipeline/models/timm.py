@@ -1,6 +1,4 @@
-"""Any image backbone of timm (Wightman 2019) under the Backbone contract: VGG, ResNet, Inception,
-ViT, ConvNeXt, EfficientNet, ...
-"""
+"""Image backbones of timm (Wightman 2019): VGG, ResNet, Inception, ViT, ConvNeXt, EfficientNet, ..."""
 
 from __future__ import annotations
 
@@ -39,10 +37,10 @@ class TimmOptions(Options):
 
 @register("model", "timm", options=TimmOptions)
 class Timm(Backbone):
-    """The plain timm model without its classifier; names of its parameters are timm's own.
+    """A timm model without its classifier; its parameters keep timm's names.
 
     Input ``image`` (B, C, size, size). ``pooled`` is what timm feeds its classifier (VGG: 4096
-    wide); ``stages`` come from ``forward_intermediates`` on the same model.
+    wide); ``stages`` come from ``forward_intermediates``.
     """
 
     def __init__(self, architecture: str, options: TimmOptions, inputs: dict[str, Any]):
@@ -87,8 +85,8 @@ class Timm(Backbone):
             self.model.patch_embed if issubclass(type(self.model), VisionTransformer) else None
         )
         self.patch: int | None = int(embed.patch_size[0]) if type(embed) is PatchEmbed else None
-        """Pixels a side of a plain vision transformer's patches, which ``token_mask`` can leave out
-        (true); none for other models.
+        """Pixels a side of a plain vision transformer's patches, which ``token_mask`` can leave
+        out; None for other models.
         """
         info = self.model.feature_info
         info = info.info if hasattr(info, "info") else info
@@ -114,8 +112,9 @@ class Timm(Backbone):
         return Features(self.model.forward_head(x, pre_logits=True), tokens=tokens, stages=stages)
 
     def _visible(self, x: Tensor, token_mask: Tensor) -> Tensor:
-        """(B, prefix + k, D) tokens of the k patches of each row that ``token_mask`` (B, N, row by
-        row over the image) leaves, without the others.
+        """Encode only the patches where ``token_mask`` (B, N, row by row over the image) is false.
+
+        Every row has k of them. Returns (B, prefix + k, D) tokens.
         """
         if self.patch is None:
             raise ValueError(
@@ -130,10 +129,11 @@ class Timm(Backbone):
         return m.norm(m.blocks(m.norm_pre(torch.cat([x[:, :prefix], kept], dim=1))))
 
     def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """timm's rules (timm.models.adapt_input_conv, timm.layers): the first convolution's weights
-        are summed over colours for one channel, one channel's are repeated and divided; position
-        embeddings are resampled bicubically to this input's grid (Dosovitskiy et al. 2021, section
-        3.2).
+        """Adapt a checkpoint to these channels and this image size, by timm's rules.
+
+        Weights of the first convolution are summed over colours for one channel, and repeated and
+        divided for several. Position embeddings are resampled bicubically to this grid (Dosovitskiy
+        et al. 2021, section 3.2).
         """
         out, notes = dict(tensors), []
         first: Any = self.model.pretrained_cfg.get("first_conv") or ()
@@ -206,7 +206,7 @@ class Timm(Backbone):
 
 @cache
 def _arguments(architecture: str) -> frozenset[str]:
-    """What the constructor of an architecture's class takes."""
+    """Return the argument names of an architecture's constructor."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         kind = type(timm.create_model(architecture, num_classes=0))
     return frozenset(
@@ -220,9 +220,7 @@ def _arguments(architecture: str) -> frozenset[str]:
 def _create(
     architecture: str, channels: int, size: int, patch_size: int | None, **rates: float
 ) -> Any:
-    """The timm model without a classifier, for images of ``size`` pixels a side, and of others
-    where it takes them.
-    """
+    """Create the timm model without a classifier for images of ``size`` pixels a side."""
     return timm.create_model(
         architecture,
         pretrained=False,
@@ -233,8 +231,8 @@ def _create(
 def creation_arguments(
     architecture: str, channels: int, size: int, patch_size: int | None = None, **rates: float
 ) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` that build the backbone's model; ``rates`` that the
-    architecture has not are left out.
+    """Return the arguments of ``timm.create_model``; ``rates`` that a model does not take are left
+    out.
     """
     known = _arguments(architecture)
     wanted: dict[str, Any] = {
@@ -263,8 +261,9 @@ SEVERAL = "gives several tensors, not one"
 def _probe_output_shape(
     architecture: str, channels: int, size: int, patch_size: int | None = None
 ) -> tuple[tuple[int, ...], str]:
-    """(shape of what the model makes of one such image, "") or ((), why it cannot), by a pass
-    without memory or arithmetic (device meta).
+    """Return the shape of the model's output for one image, and why it has none.
+
+    The pass takes neither memory nor arithmetic (device meta). Returns (shape, "") or ((), reason).
     """
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -280,8 +279,9 @@ def _probe_output_shape(
 
 @cache
 def _size_problem(architecture: str, channels: int, size: int, patch_size: int | None) -> str:
-    """What is wrong with a size, with the next one that is right; or nothing, also for a model that
-    cannot be asked without memory.
+    """Describe why a model cannot read images of this size, and the next size that it can.
+
+    "" where it can, and for a model that does not run on device meta.
     """
     reason = _probe_output_shape(architecture, channels, size, patch_size)[1]
     if reason == SEVERAL:

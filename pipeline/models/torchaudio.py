@@ -1,6 +1,7 @@
-"""Recognisers of speech over log-mel frames, of torchaudio's layers and in their manner: Deep
-Speech (Hannun et al. 2014), Deep Speech 2 (Amodei et al. 2016) and Conformer (Gulati et al. 2020),
-each up to its output layer.
+"""Speech recognisers over log-mel frames, from torchaudio's layers, without their output layer.
+
+Deep Speech (Hannun et al. 2014), Deep Speech 2 (Amodei et al. 2016), Conformer (Gulati et al.
+2020).
 """
 
 from __future__ import annotations
@@ -42,12 +43,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
     },
 }
-"""What an option that is left out is; those that are not listed make no sense for the
-architecture.
-"""
+"""Options of each architecture with their defaults; it has no others."""
 
 CLIP = 20.0
-"""Of the clipped rectifier min(max(x, 0), 20) of both Deep Speech papers."""
+"""Of the clipped ReLU min(max(x, 0), 20) in both Deep Speech papers."""
 
 
 class TorchaudioOptions(Options):
@@ -105,23 +104,22 @@ class TorchaudioOptions(Options):
 
 @register("model", "torchaudio", options=TorchaudioOptions)
 class Torchaudio(Backbone):
-    """Input ``mel`` (B, T, F) with ``mask`` (B, T), true for a row's own frames, which come first.
-    ``tokens`` (B, N, D), zeros behind a row's end. Of ``deepspeech2`` and ``conformer``, ``latent``
-    (B, N, latent_dim, wanted as "latent") is what their convolutions give, and ``token_mask`` (B,
-    N) hides steps of it behind ``front.mask_embedding`` from the layers above, as wav2vec 2.0 does
-    over samples.
+    """Speech recognisers for ``mel`` (B, T, F) with ``mask`` (B, T), true for a row's own frames.
 
-    Nothing of a row depends on the batch around it: frames behind its end are zeros before every
-    convolution, recurrent layers read packed rows, and norms are taken over a step's channels, or
-    over a row's own steps.
+    ``tokens`` (B, N, D), 0 after a row's end. For ``deepspeech2`` and ``conformer``, ``latent`` (B,
+    N, latent_dim, wanted as "latent") is the output of their convolutions, and ``token_mask`` (B,
+    N) hides steps of it behind ``front.mask_embedding``, as wav2vec 2.0 does over samples.
 
-    ``deepspeech`` and ``conformer`` hold torchaudio's modules, and parameters have their names.
-    ``deepspeech`` stacks each frame's neighbours as its paper does, in torchaudio's class the
-    caller's part. ``deepspeech2`` has layer norms where its paper has batch norms, whose statistics
-    padding would enter, and both directions side by side, not summed.
+    A row's output does not depend on the other rows of its batch: frames after its end are 0 before
+    every convolution, recurrent layers read packed rows, and norms are taken over a step's
+    channels, or over a row's own steps.
 
-    Raises ValueError for inputs that are no mel frames, and for options that the architecture
-    lacks.
+    ``deepspeech`` and ``conformer`` hold torchaudio's modules, and parameters keep their names.
+    ``deepspeech`` stacks each frame's neighbours as in its paper, which torchaudio leaves to the
+    caller. ``deepspeech2`` has layer norms instead of the paper's batch norms, whose statistics
+    would include padding, and concatenates both directions instead of adding them.
+
+    Raises ValueError for inputs other than mel frames, and for options that the architecture lacks.
     """
 
     def __init__(self, architecture: str, options: TorchaudioOptions, inputs: dict[str, Any]):
@@ -189,7 +187,7 @@ class Torchaudio(Backbone):
         self.pooled_dim = self.token_dim = width
 
     def frame_mask(self, batch: Batch) -> Tensor:
-        """(B, N) true for the steps that a row has; N is 1 where no row has any."""
+        """Return (B, N) bool, true for a row's own steps; N is 1 where no row has any."""
         count = max(1, conv_arithmetic.count(max(1, batch["mel"].shape[1]), self.own))
         return (
             torch.arange(count, device=batch["mask"].device)
@@ -241,7 +239,7 @@ class Torchaudio(Backbone):
         )
 
     def _deepspeech(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, hidden) and (B,) their lengths: torchaudio's layers up to the output layer."""
+        """Compute (B, N, hidden) and (B,) lengths with torchaudio's layers up to the output layer."""
         model: Any = self.deepspeech
         c = self.context
         x = (
@@ -266,8 +264,9 @@ class Torchaudio(Backbone):
 
 
 def _resolved(architecture: str, options: TorchaudioOptions) -> dict[str, Any]:
-    """Every option that the architecture has, with its value. Raises ValueError for one that it
-    lacks, or that does not fit.
+    """Return every option of the architecture with its value.
+
+    Raises ValueError for an option that it lacks, or a value that does not fit.
     """
     name, defaults = f"torchaudio/{architecture}", DEFAULTS[architecture]
     given = {option: value for option, value in options.model_dump().items() if value is not None}
@@ -300,12 +299,15 @@ def _resolved(architecture: str, options: TorchaudioOptions) -> dict[str, Any]:
 
 
 class _Front(nn.Module):
-    """Strided convolutions over (B, T, F), each behind zeros for padding, then a norm over a step's
-    own numbers and a rectifier.
+    """Strided convolutions over (B, T, F), each followed by a norm over a step's values and a ReLU.
 
-    ``plane``: over time and frequency, one input channel, and every second bin is kept; else over
-    time with the bins as channels. ``wide``: kernels see 41 and then 21 bins, as in Deep Speech 2
-    (table 1), and rectifiers are clipped; else 3 bins, as in Conformer's subsampling.
+    Padding is 0 before each convolution.
+
+    Args:
+        plane: Over time and frequency, with one input channel, keeping every second bin; else over
+            time, with the bins as channels.
+        wide: Kernels see 41 and then 21 bins, as in Deep Speech 2 (table 1), and ReLUs are clipped;
+            else 3 bins, as in Conformer's subsampling.
     """
 
     def __init__(
@@ -339,7 +341,7 @@ class _Front(nn.Module):
         self.mask_embedding = nn.Parameter(torch.empty(self.width).uniform_())
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, width), zeros behind each row's end, and (B,) the rows' lengths."""
+        """Return (B, N, width), 0 after each row's end, and (B,) lengths."""
         for number, layer in enumerate(self.layers):
             parts: Any = layer
             if self.plane:
@@ -358,7 +360,7 @@ class _Front(nn.Module):
 
 
 class _Recurrent(nn.Module):
-    """Bidirectional GRU, then a norm over a step's units."""
+    """A bidirectional GRU, then a norm over a step's units."""
 
     def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
@@ -371,11 +373,11 @@ class _Recurrent(nn.Module):
 
 
 def _packed(rnn: nn.RNNBase, x: Tensor, lengths: Tensor) -> Tensor:
-    """(B, N, directions * hidden) of (B, N, D): each row read to its own end and back from there.
+    """Run a recurrent layer over each row alone: (B, N, D) to (B, N, directions * hidden).
 
-    In float32 under autocast too: on the CPU that leaves packed rows alone, and on CUDA it takes
-    float16 for recurrent layers whatever it was asked for (ATen/cudnn/AutocastRNN.cpp), which
-    overflows without a scaled loss.
+    In float32 under autocast too: on the CPU autocast skips packed rows, and on CUDA it uses
+    float16 for recurrent layers even when bfloat16 was asked for (ATen/cudnn/AutocastRNN.cpp),
+    which overflows without a scaled loss.
     """
     with torch.autocast(x.device.type, enabled=False):
         found, _ = rnn(
@@ -387,8 +389,8 @@ def _packed(rnn: nn.RNNBase, x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _conformer_layer(layer: Any, x: Tensor, real: Tensor, seen: Tensor) -> Tensor:
-    """torchaudio's ConformerLayer on (B, N, D), with padding kept out of its convolution and of its
-    group norm, which torchaudio lets in.
+    """Run torchaudio's ConformerLayer on (B, N, D), with padding kept out of convolution and group
+    norm.
     """
     x = layer.ffn1(x) * 0.5 + x
     hidden = layer.self_attn_layer_norm(x).transpose(0, 1)
@@ -400,8 +402,9 @@ def _conformer_layer(layer: Any, x: Tensor, real: Tensor, seen: Tensor) -> Tenso
 
 
 def _convolution(module: Any, x: Tensor, real: Tensor) -> Tensor:
-    """torchaudio's convolution module on (B, N, D): zeros behind a row's end for the depthwise
-    kernel, and the group norm's mean over a row's own steps.
+    """Run torchaudio's convolution module on (B, N, D).
+
+    Steps after a row's end are 0 for the depthwise kernel; the group norm uses a row's own steps.
     """
     enter, gate, depthwise, norm, *rest = module.sequential
     own = real[:, None]

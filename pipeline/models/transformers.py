@@ -1,6 +1,7 @@
-"""BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), DistilBERT (Sanh et al. 2019), GPT-2
-(Radford et al. 2019) and, for speech, wav2vec 2.0 (Baevski et al. 2020) of transformers, from sizes
-given in the job or from a whole configuration.
+"""Models of transformers: BERT, RoBERTa, DistilBERT, GPT-2, and wav2vec 2.0 for speech.
+
+Devlin et al. 2019, Liu et al. 2019, Sanh et al. 2019, Radford et al. 2019, Baevski et al. 2020.
+Built from sizes given in the job, or from a whole configuration.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ BLOCKS = {
     "distilbert": "transformer.layer.",
     "gpt2": "h.",
 }
-"""What stands before a block's number in the names of its parameters."""
+"""Prefix of a block's number in the names of its parameters."""
 
 POOLERS = ("bert", "roberta")
-"""Families that have a pooler of their own."""
+"""Families with a pooler of their own."""
 
 
 class TransformersOptions(Options):
@@ -79,8 +80,9 @@ class TransformersOptions(Options):
 
 @register("model", "transformers", options=TransformersOptions)
 def build(architecture: str, options: TransformersOptions, inputs: dict[str, Any]) -> Backbone:
-    """The backbone of a family, with random weights. Raises ValueError for options that are another
-    family's, and inputs that do not fit.
+    """Build the backbone of a family, with random weights.
+
+    Raises ValueError for options of another family, and for inputs that do not fit.
     """
     speech = architecture == "wav2vec2"
     others = ("positions",) if speech else ("conv_channels", "conv_kernels", "conv_strides")
@@ -98,12 +100,12 @@ def build(architecture: str, options: TransformersOptions, inputs: dict[str, Any
 
 
 class Transformers(Backbone):
-    """Families for texts. Input ``tokens`` (B, N) with ``mask`` (B, N), or with ``segments`` (B, N)
-    when documents are packed: then positions restart and attention stays within a document.
-    ``types`` (B, N) are BERT's token types, read where the configuration has more than one.
+    """Text models. Input ``tokens`` (B, N) with ``mask`` (B, N), or ``segments`` (B, N) of packed
+    documents.
 
-    ``model`` is transformers' own, and parameters have its names. RoBERTa counts positions from
-    ``padding_idx + 1``.
+    In packed rows positions restart and attention stays within a document. ``types`` (B, N) are
+    BERT's token types, read where the configuration has more than one. ``model`` is transformers'
+    own, and its parameters keep their names. RoBERTa counts positions from ``padding_idx + 1``.
     """
 
     def __init__(self, architecture: str, options: TransformersOptions, inputs: dict[str, Any]):
@@ -129,8 +131,8 @@ class Transformers(Backbone):
         }
         self.pooled_dim = self.token_dim = config.hidden_size
         self.padding: int | None = _padding(config, inputs) if architecture == "roberta" else None
-        """The position of padding, where positions are counted from the one after it; none where
-        they begin at 0.
+        """Position of padding, where positions are counted from the next one; None where they start
+        at 0.
         """
         reserved = 0 if self.padding is None else self.padding + 1
         self.positions: int = config.max_position_embeddings - reserved
@@ -142,7 +144,7 @@ class Transformers(Backbone):
             else getattr(config, "hidden_act", None) or getattr(config, "activation", "gelu")
         )
         self.norm_eps: float = getattr(config, "layer_norm_eps", 1e-12)
-        """With ``activation`` (a name of transformers.activations) that of the family's head for
+        """With ``activation`` (a name of transformers.activations), for the family's head for
         masked language modelling.
         """
         if inputs["vocabulary"] > self.embedding().num_embeddings:
@@ -196,9 +198,16 @@ class Transformers(Backbone):
     def advance(
         self, tokens: Tensor, mask: Tensor, positions: Tensor, past: Any = None
     ) -> tuple[Tensor, Any]:
-        """Causal models only: states (B, n, D) of ``tokens`` (B, n) at ``positions`` (B, n), which
-        follow those in ``past``, and the new past (keys and values). ``mask`` (B, past + n) is true
-        for what may be seen.
+        """Continue a sequence (causal models only).
+
+        Args:
+            tokens: (B, n) ids.
+            mask: (B, past + n) bool, true for what may be attended to.
+            positions: (B, n) positions of ``tokens``.
+            past: Keys and values of the earlier tokens; None: there are none.
+
+        Returns:
+            States (B, n, D), and the new past.
         """
         found = self.model(
             input_ids=tokens,
@@ -260,8 +269,9 @@ def _build(architecture: str, options: TransformersOptions, inputs: dict[str, An
 def _config(
     kind: Any, architecture: str, options: TransformersOptions, sizes: Callable[[], dict[str, Any]]
 ) -> Any:
-    """A configuration of the family's class: of a whole one that was given, only the plain keys
-    (`hf_config`). Raises ValueError.
+    """Build the family's configuration, from the sizes or from the plain keys of a given one.
+
+    Raises ValueError for a configuration that the family does not accept (`hf_config`).
     """
     if options.config is None:
         return kind(**sizes())
@@ -283,7 +293,7 @@ def _config(
 def _sizes(
     architecture: str, options: TransformersOptions, inputs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The options in the words of the family's configuration."""
+    """Translate the options to the family's configuration."""
     pad, _, cls, sep, _ = inputs["specials"]
     positions, inner, drop = (
         options.positions or inputs["length"],
@@ -341,8 +351,9 @@ def _sizes(
 
 
 def _padding(config: Any, inputs: dict[str, Any]) -> int:
-    """RoBERTa's padding id. Raises ValueError where the tokenizer has another one: the embeddings
-    of padding and the positions would be off.
+    """Return RoBERTa's padding id.
+
+    Raises ValueError where the tokenizer has another one, as positions are counted from it.
     """
     if config.pad_token_id != inputs["specials"][0]:
         raise ValueError(
@@ -355,8 +366,9 @@ def _padding(config: Any, inputs: dict[str, Any]) -> int:
 
 
 def document_mask(segments: Tensor, causal: bool) -> Tensor:
-    """(B, 1, N, N) boolean: true where a token may look. Padding looks at itself, so that no row of
-    the softmax is empty.
+    """Return (B, 1, N, N) bool, true where a token may attend.
+
+    Padding attends to itself, so that no row of the softmax is empty.
     """
     same = segments[:, :, None] == segments[:, None, :]
     if causal:
@@ -365,7 +377,7 @@ def document_mask(segments: Tensor, causal: bool) -> Tensor:
 
 
 def restarted_positions(segments: Tensor) -> Tensor:
-    """(B, N) position of each token within its document's part of the row."""
+    """Return (B, N) the position of each token within its document's part of the row."""
     places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     first = torch.ones_like(segments, dtype=torch.bool)
     first[:, 1:] = segments[:, 1:] != segments[:, :-1]
@@ -383,27 +395,27 @@ def _pool(hidden: Tensor, mask: Tensor, pool: str) -> Tensor:
 
 
 class Wav2Vec2(Backbone):
-    """wav2vec 2.0 (Baevski et al. 2020). Input ``wave`` (B, n) at the modality's rate, with
-    ``mask`` (B, n) true where there are samples.
+    """wav2vec 2.0 (Baevski et al. 2020). Input ``wave`` (B, n) with ``mask`` (B, n), true for
+    samples.
 
-    ``tokens`` (B, N, D) is the last hidden state, ``latent`` (B, N, C, wanted as "latent") the
+    ``tokens`` (B, N, D) is the last hidden state. ``latent`` (B, N, C, wanted as "latent") is the
     normed output of the convolutions before its projection, which the quantiser reads;
-    ``stages["convolved"]`` (wanted as "convolved") that output before its norm. ``token_mask`` (B,
-    N) hides frames behind the model's own ``masked_spec_embed``. ``model`` is transformers' own,
-    and parameters have its names.
+    ``stages["convolved"]`` (wanted as "convolved") the same before its norm. ``token_mask`` (B, N)
+    hides frames behind the model's ``masked_spec_embed``. ``model`` is transformers' own, and its
+    parameters keep their names.
 
-    A padded row gives what it gives alone. For ``feat_extract_norm: group`` (the published base
-    models) that takes a norm over the row's own frames: they were trained on rows cut to one
+    A padded row gives the same output as alone. For ``feat_extract_norm: group`` (the published
+    base models) this takes a norm over the row's own frames: they were trained on rows cut to one
     length, without an attention mask, where the norm's statistics are those of whole recordings.
-    transformers takes them over the padding too, so its own padded rows differ from its lone ones,
-    and from these. Sizes give the ``layer`` kind, as the large models have it.
+    transformers includes the padding, so its padded rows differ from its single ones, and from
+    these. Models built from sizes have the ``layer`` kind, as the large ones.
 
     LayerDrop is off, since DDP waits for every parameter's gradient, and so is the configuration's
-    SpecAugment: masks are the objective's or the modality's.
+    SpecAugment: masks come from the objective or the modality.
     """
 
     hides_frames = True
-    """``token_mask`` hides frames from the context network."""
+    """Whether ``token_mask`` hides frames from the context network."""
 
     def __init__(self, architecture: str, options: TransformersOptions, inputs: dict[str, Any]):
         super().__init__(architecture, options, inputs)
@@ -446,7 +458,7 @@ class Wav2Vec2(Backbone):
         self.prenorm: bool = config.do_stable_layer_norm
 
     def frame_mask(self, batch: Batch) -> Tensor:
-        """(B, N) true for the frames that a row has; N is 1 where no row has any."""
+        """Return (B, N) bool, true for a row's own frames; N is 1 where no row has any."""
         assert self.convolutions is not None
         count = max(1, conv_arithmetic.count(batch["wave"].shape[1], self.convolutions))
         return (
@@ -479,7 +491,7 @@ class Wav2Vec2(Backbone):
         )
 
     def _convolved(self, wave: Tensor, lengths: Tensor) -> Tensor:
-        """(B, N, C) from (B, n) samples, of which each row has so many."""
+        """Run the convolutions on (B, n) samples; (B,) ``lengths`` of the rows. Returns (B, N, C)."""
         assert self.convolutions is not None
         x = F.pad(wave, (0, max(0, conv_arithmetic.field(self.convolutions) - wave.shape[1])))[
             :, None
@@ -498,8 +510,9 @@ class Wav2Vec2(Backbone):
         return x.transpose(1, 2)
 
     def _encoded(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """(B, N, D) states of the context network: that of transformers, where no boolean mask
-        makes the host wait for the device.
+        """Run the context network, (B, N, D), without transformers' boolean mask.
+
+        That one makes the host wait for the device.
         """
         encoder = self.model.encoder
         hidden = hidden.masked_fill(~mask[:, :, None], 0.0)
@@ -530,8 +543,8 @@ class Wav2Vec2(Backbone):
         return out
 
     def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Files of before torch 2.1 name the two parts of the positions' weight weight_g and
-        weight_v, as transformers reads them still.
+        """Rename ``weight_g`` and ``weight_v`` of the position convolution in files from before
+        torch 2.1.
         """
         at, today = "model.encoder.pos_conv_embed.conv.", "parametrizations.weight.original"
         old = {f"{at}weight_g": f"{at}{today}0", f"{at}weight_v": f"{at}{today}1"}
@@ -539,8 +552,9 @@ class Wav2Vec2(Backbone):
 
 
 def _speech_sizes(options: TransformersOptions) -> dict[str, Any]:
-    """The options in the words of wav2vec 2.0's configuration: norms and biases as in the large
-    models, which train more steadily.
+    """Translate the options to wav2vec 2.0's configuration.
+
+    Norms and biases are those of the large models, which train more stably.
     """
     kernels, strides = (
         options.conv_kernels or [10, 3, 3, 3, 3, 2, 2],
@@ -573,8 +587,10 @@ def _speech_sizes(options: TransformersOptions) -> dict[str, Any]:
 
 
 def _row_norm(x: Tensor, norm: nn.GroupNorm, lengths: Tensor) -> Tensor:
-    """``norm`` of (B, C, T), a group a channel, with the statistics of the first so many steps of
-    each row; in float32, given back as it came.
+    """Apply a group norm with one channel a group to (B, C, T), with statistics of each row's own
+    steps.
+
+    Computed in float32, returned in the input's type.
     """
     real = (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]
     count, wide = lengths.clamp(min=1)[:, None, None], x.float()

@@ -1,5 +1,5 @@
-"""WaveNet (van den Oord et al. 2016): dilated causal convolutions over mu-law samples, and the
-frames that section 3.4 recognises speech from.
+"""WaveNet (van den Oord et al. 2016): dilated causal convolutions over mu-law samples, and frames
+for speech recognition (section 3.4).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WANTS = {"wavenet": {"features": "wave", "normalize": False}}
 """Samples between -1 and 1, as mu-law takes them."""
 
 LEVELS = 256
-"""Of the companding: mu = 255, the law of ITU-T G.711 in its continuous form (section 2.2)."""
+"""Number of mu-law levels: mu = 255, the continuous form of ITU-T G.711 (section 2.2)."""
 
 
 class WaveNetOptions(Options):
@@ -63,19 +63,20 @@ class WaveNetOptions(Options):
 
 @register("model", "wavenet", options=WaveNetOptions)
 class WaveNet(Backbone):
-    """Input ``wave`` (B, n) float32 in [-1, 1] with ``mask`` (B, n). Each sample is one of 256
-    mu-law levels, and each level a vector (a 1 x 1 convolution of its one-hot code); then
-    ``stacks`` times ``layers`` gated causal convolutions (equation 2) with residual and skip
-    connections.
+    """WaveNet for ``wave`` (B, n) float32 in [-1, 1] with ``mask`` (B, n).
 
-    ``latent`` (B, n, skip), when wanted, is the sum of the skip connections at the rate of the
-    samples: that of sample t follows from the ``receptive_field`` samples up to t and t itself
-    being the last of them. ``tokens`` (B, n // pool, skip) are for recognition (section 3.4): the
-    mean of the rectified sum over ``pool`` samples, normed, then ``frame_layers`` non-causal
-    convolutions. Those are residual and begin as nothing, so that weights pretrained without them
-    are carried over as they are. A row's last samples that fill no token are left out.
+    Each sample becomes one of 256 mu-law levels and a vector (a 1 x 1 convolution of its one-hot
+    code); then ``stacks`` times ``layers`` gated causal convolutions (equation 2) with residual and
+    skip connections.
 
-    Raises ValueError for rows that are no plain wave.
+    ``latent`` (B, n, skip, wanted as "latent") is the sum of the skip connections, one vector a
+    sample: that of sample t depends on the last ``receptive_field`` samples up to and including t.
+    ``tokens`` (B, n // pool, skip) are for recognition (section 3.4): the mean of the rectified sum
+    over ``pool`` samples, normed, then ``frame_layers`` non-causal convolutions. Those are residual
+    and start at 0, so that weights pretrained without them are used unchanged. The last samples of
+    a row that do not fill a token are dropped.
+
+    Raises ValueError for rows other than plain waves.
     """
 
     def __init__(self, architecture: str, options: WaveNetOptions, inputs: dict[str, Any]):
@@ -103,7 +104,7 @@ class WaveNet(Backbone):
         self.receptive_field: int = 1 + options.stacks * (options.kernel - 1) * (
             2**options.layers - 1
         )
-        """Samples that ``latent`` of one sample depends on, itself and those before it."""
+        """Samples that ``latent`` of a sample depends on: itself and those before it."""
         half = options.frame_kernel // 2
         self.own: tuple[tuple[int, int, int], ...] = (
             (options.pool, options.pool, 0),
@@ -120,9 +121,7 @@ class WaveNet(Backbone):
 
     @staticmethod
     def levels(wave: Tensor) -> Tensor:
-        """(B, n) int64, 0 to 255: the mu-law levels of samples; those beyond -1 and 1 are
-        clipped.
-        """
+        """Return (B, n) int64 mu-law levels, 0 to 255; samples beyond -1 and 1 are clipped."""
         return mu_law_encoding(wave.float().clamp(-1, 1), LEVELS)
 
     def forward(
@@ -147,8 +146,8 @@ class WaveNet(Backbone):
         return Features(pooled, tokens=x, mask=real, latent=latent)
 
     def _skip(self, x: Tensor) -> Tensor:
-        """(B, skip, n) sum of the skip connections, in float32, from (B, residual, n) vectors of
-        the samples.
+        """Sum the skip connections in float32: (B, skip, n) from (B, residual, n) vectors of the
+        samples.
         """
         out = torch.zeros(len(x), self.options.skip, x.shape[2], device=x.device)
         for block in self.blocks:
@@ -162,9 +161,10 @@ class WaveNet(Backbone):
         return out
 
     def renew_frames(self) -> None:
-        """Initialise the convolutions over tokens anew where they were never trained, which their
-        zero W tells: weight decay shrinks what has no gradient. The numbers are those of a fixed
-        seed.
+        """Initialise the convolutions over tokens again where they were never trained.
+
+        Their output weights are then 0, and weight decay has shrunk the others, which had no
+        gradient. The numbers come from a fixed seed.
         """
         for number, block in enumerate(self.frames):
             assert isinstance(block, _Frames)
@@ -190,8 +190,9 @@ class WaveNet(Backbone):
 
 
 class _Gated(nn.Module):
-    """A residual layer (figure 4): the dilated convolution sees ``dilation * (kernel - 1)`` samples
-    back, none ahead. The last layer's residual leads nowhere, so it has none.
+    """A residual layer (figure 4) that sees ``dilation * (kernel - 1)`` earlier samples.
+
+    The residual of the last layer would not be used, so it has none.
     """
 
     def __init__(self, options: WaveNetOptions, dilation: int, last: bool):
@@ -203,14 +204,14 @@ class _Gated(nn.Module):
         self.out = nn.Conv1d(options.residual, self.width + options.skip, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, residual, n) to the next layer's and (B, skip, n)."""
+        """Return (B, residual, n) for the next layer and (B, skip, n)."""
         filtered, gate = self.dilated(F.pad(x, (self.reach, 0))).chunk(2, dim=1)
         out = self.out(filtered.tanh() * gate.sigmoid())
         return (x + out[:, : self.width] if self.width else x), out[:, self.width :]
 
 
 class _Frames(nn.Module):
-    """x + W ReLU(convolution(norm(x))) over the real ones of (B, N, D); W begins as zero."""
+    """Compute x + W ReLU(convolution(norm(x))) over the real tokens of (B, N, D); W starts at 0."""
 
     def __init__(self, options: WaveNetOptions):
         super().__init__()
@@ -224,6 +225,6 @@ class _Frames(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """``real`` (B, N): the others are zeros before and after, whatever the norm's bias is."""
+        """``real`` (B, N): the other tokens are 0 before and after, whatever the norm's bias is."""
         inner = self.wide((self.norm(x) * real[:, :, None]).transpose(1, 2)).relu().transpose(1, 2)
         return (x + self.out(self.drop(inner))) * real[:, :, None]

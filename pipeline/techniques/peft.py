@@ -1,8 +1,8 @@
-"""Techniques that train small additions inside a frozen backbone (library peft): lora.
+"""Adapters: small trainable additions to a frozen backbone, by the library peft (LoRA).
 
-A further method is one options class and one small class over ``AdapterTechnique``: ``settings``
-says how peft is to build it, what it adds is trained, and ``finish`` merges it. It suits every
-method of peft that replaces modules and can be merged (IA3, AdaLoRA, VeRA, OFT).
+Another method of peft is an options class and a small class over ``AdapterTechnique``: ``settings``
+configures peft, what it adds is trained, and ``finish`` merges it. This suits every method that
+replaces modules and can be merged (IA3, AdaLoRA, VeRA, OFT).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Task, Technique
 
 ADDED = "adapters"
-"""The layer of everything that a method adds to the backbone."""
+"""Layer of everything that a method adds to the backbone."""
 ATTENTION = (
     "query",
     "key",
@@ -38,15 +38,19 @@ ATTENTION = (
     "kv",
     "qk",
 )  # timm's vit, deit, swin; pvt, cait, convit
-"""Names that query, key and value projections end with, by family."""
+"""Names of query, key and value projections, by family."""
 
 
 class AdaptedTask(Task):
-    """A task whose backbone holds peft's modules. Its layers are the plain task's, under the names
-    of now, and ``adapters``.
+    """A task whose backbone holds adapters of peft.
 
-    ``tuner`` is peft's class and ``settings`` its configuration. The adapters' start is drawn from
-    torch's generator.
+    Its layers are those of the plain task, under the names that its parameters have now, and
+    ``adapters``. The adapters' weights are drawn from torch's generator.
+
+    Args:
+        task: The plain task; its backbone is changed in place.
+        tuner: peft's class, such as ``LoraModel``.
+        settings: peft's configuration.
     """
 
     def __init__(self, task: Task, tuner: Any, settings: Any):
@@ -71,7 +75,7 @@ class AdaptedTask(Task):
         return {layer: list(names) for layer, names in self._layers.items()}
 
     def adapters(self) -> list[str]:
-        """Names in the backbone of the modules that were replaced."""
+        """Return the names, in the backbone, of the modules that were replaced."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         return [
@@ -88,9 +92,10 @@ class AdaptedTask(Task):
         }
 
     def check_called(self) -> None:
-        """After the first batch: raises ValueError naming adapters that a called module went past.
-        Some blocks (timm's beit, eva and swinv2) multiply by the weights of a module that they hold
-        without calling it: what was put into that module would do nothing.
+        """Raise ValueError, after the first batch, for adapters that their block did not call.
+
+        Some blocks (timm's beit, eva and swinv2) multiply by the weight of a module without calling
+        it: an adapter there has no effect.
         """
         if not self._hooks or not self._called:
             return
@@ -115,7 +120,9 @@ class AdaptedTask(Task):
             )
 
     def merged(self) -> Task:
-        """The plain task, the adapters in its weights. This one must not be used afterwards."""
+        """Merge the adapters into the weights and return the plain task; this one cannot be used
+        then.
+        """
         for hook in self._hooks:
             hook.remove()
         self._tuner.pop().merge_and_unload()
@@ -123,7 +130,7 @@ class AdaptedTask(Task):
 
 
 class _Note:
-    """A forward hook that writes down that its module was called."""
+    """A forward hook that records that its module was called."""
 
     def __init__(self, called: set[str], name: str):
         self.called, self.name = called, name
@@ -133,18 +140,14 @@ class _Note:
 
 
 class AdapterTechnique(Technique, ABC):
-    """What methods of peft have in common. The head trains at ``lr``, what is added at ``lr_scale``
-    times it, the backbone's own weights stay.
-    """
+    """Train adapters at ``lr_scale`` times ``lr`` and the head at ``lr``; the backbone is frozen."""
 
     @abstractmethod
     def settings(self, chosen: dict[str, nn.Module]) -> tuple[Any, Any]:
-        """(tuner, configuration) of peft for the modules chosen; ``target_modules`` is filled
-        in.
-        """
+        """Return peft's tuner class and configuration; ``wrap`` fills in ``target_modules``."""
 
     def wrap(self, task: Task) -> Task:
-        """Raises ValueError where the backbone has no module of those that the options name."""
+        """Add the adapters. Raises ValueError where the backbone lacks the modules that are named."""
         chosen = choose_modules(task.backbone, self.options.modules)
         tuner, settings = self.settings(chosen)
         settings.target_modules = "|".join(
@@ -168,12 +171,12 @@ class AdapterTechnique(Technique, ABC):
 
 
 def adaptable_modules(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Modules whose output is linear in a weight that may be merged into, by name: linear layers,
-    GPT-2's Conv1D and plain convolutions.
+    """Return the modules that adapters can be merged into, by name.
 
-    Not those of classes that derive from them (weights standardised or normalised on the way, the
-    output layer of torch's MultiheadAttention), and not grouped or dilated convolutions: peft 0.21
-    cannot merge the first and forgets the dilation of the second.
+    They are linear layers, GPT-2's Conv1D and plain convolutions. Left out are subclasses (weights
+    that are standardised or normalised first, the output layer of torch's MultiheadAttention) and
+    grouped or dilated convolutions: peft 0.21 cannot merge the first and ignores the dilation of
+    the second.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -192,7 +195,8 @@ def adaptable_modules(backbone: nn.Module) -> dict[str, nn.Module]:
 
 
 def choose_modules(backbone: Backbone, modules: str | list[str]) -> dict[str, nn.Module]:
-    """The adaptable modules that ``modules`` means ("attention", "all", or endings of names).
+    """Return the adaptable modules that an option means: "attention", "all", or endings of names.
+
     Raises ValueError where one of them means none.
     """
     found = adaptable_modules(backbone)
@@ -253,11 +257,10 @@ class LoraOptions(Options):
 
 @register("technique", "lora", options=LoraOptions)
 class Lora(AdapterTechnique):
-    """Low-rank updates of frozen weights (Hu et al. 2022): W + alpha / rank B A, with A (rank, in)
-    random and B (out, rank) zero at the start.
+    """Low-rank updates of frozen weights (Hu et al. 2022): W + alpha / rank B A.
 
-    All linear layers by default: adapting attention alone falls behind full fine-tuning (Dettmers
-    et al. 2023, section 4; Biderman et al. 2024).
+    A (rank, in) starts random, B (out, rank) zero. All linear layers by default: adapting attention
+    alone falls behind full fine-tuning (Dettmers et al. 2023, section 4; Biderman et al. 2024).
     """
 
     def settings(self, chosen):
