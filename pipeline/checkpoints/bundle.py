@@ -180,10 +180,10 @@ def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[s
 
 
 def carry_tensors(
-    mine: Objective, theirs: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    mine: Any, theirs: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[int, str]:
     """Load what a source's head has of the same name, shape and meaning
-    (``Objective.transfers_head``): how many tensors were kept, and in words. ``theirs``: the
+    (`TransfersHead`): how many tensors were kept, and in words. ``theirs``: the
     source's objective, {name, options}.
     """
     if theirs["name"] != mine.registered_name:

@@ -25,6 +25,7 @@ from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig
 from pipeline.core.capabilities import ineffective_options
 from pipeline.core.contracts import Backbone, Task
+from pipeline.core.contracts.objective_capabilities import TransfersHead
 from pipeline.io import atomic_folder, file_identity, storage
 
 HEADS = (
@@ -102,7 +103,7 @@ class PretrainedCheckpoint:
         checkpoint that never holds heads.
         """
         name, objective = task.objective.registered_name, task.objective
-        if self.bundle and type(objective).transfers_head:
+        if self.bundle and isinstance(objective, TransfersHead):
             return bundle.carry_tensors(
                 objective, self.bundle.manifest["objective"], self.bundle.head_tensors()
             )[1]

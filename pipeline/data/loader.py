@@ -17,6 +17,10 @@ import numpy as np
 from pipeline.config import registry
 from pipeline.core.capabilities import Costed, DecodesOnDevice, Packs, cost_column
 from pipeline.core.contracts import Arrays, Modality
+from pipeline.core.contracts.objective_capabilities import (
+    invalid_label_reasons,
+    untrainable_reasons,
+)
 from pipeline.core.ragged import ragged, size
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifest import READER_BYTES, Reader, Selection
@@ -89,24 +93,11 @@ class Decoder:
         if self.objective:
             objective = registry.get("objective", self.objective)
             arrays = arrays | objective.encode(table, self.columns, self.objective_state)
-            bad = [
-                mine or theirs
-                for mine, theirs in zip(
-                    bad,
-                    objective.invalid_label_reasons(table, self.columns, self.objective_state),
-                    strict=True,
-                )
-            ]
-            if (
-                self.training
-                and (
-                    reasons := objective.untrainable_reasons(
-                        table, self.columns, self.objective_state, arrays
-                    )
-                )
-                is not None
-            ):
-                bad = [mine or theirs for mine, theirs in zip(bad, reasons, strict=True)]
+            of_rows = (table, self.columns, self.objective_state)
+            reasons = [bad, invalid_label_reasons(objective, *of_rows)]
+            if self.training:
+                reasons.append(untrainable_reasons(objective, *of_rows, arrays))
+            bad = [next(filter(None, of_row), "") for of_row in zip(*reasons, strict=True)]
         return arrays, bad
 
 

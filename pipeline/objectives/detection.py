@@ -1,10 +1,13 @@
-"""Object detection over a backbone's feature pyramid, in one stage (FCOS) or two (Faster R-CNN),
-from torchvision's parts.
+"""Object detection over a feature pyramid, in one stage (FCOS) or two (Faster R-CNN).
+
+From torchvision's parts. Shapes: B images, C classes, H and W height and width of the input, M =
+``max_boxes`` boxes of an image, k boxes of one image, A anchors of one image.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -42,14 +45,14 @@ DETECTIONS = 100
 """Detections an image: as many as COCO's metric looks at."""
 
 AT_ONCE = 16
-"""Images predicted at a time: evaluation hands over hundreds, whose 1000 regions each would take 13
-GB (256 images, width 256).
+"""Images predicted at a time.
+
+Evaluation hands over hundreds, whose 1000 regions each would take 13 GB (256 images, width 256).
 """
 
 Targets = list[dict[str, Tensor]]
-"""One a row: ``boxes`` (k, 4) pixels, ``labels`` (k,) class numbers, ``crowd`` (c, 4) regions that
-count neither as object nor as background.
-"""
+"""One an image: ``boxes`` (k, 4) pixels, ``labels`` (k,) class numbers, ``crowd`` (c, 4) regions
+that count neither as object nor as background."""
 
 
 class DetectionOptions(Options):
@@ -89,9 +92,23 @@ class DetectionOptions(Options):
         gt=0,
         le=1,
         description="of two detections of a class that overlap more than this the surer one "
-        "stays; none: "
-        "0.6 for fcos, 0.5 for faster_rcnn",
+        "stays; none: 0.6 for fcos, 0.5 for faster_rcnn",
     )
+
+
+class Boxes(NamedTuple):
+    """The boxes of one row, or why they cannot be used."""
+
+    corners: np.ndarray
+    """(k, 4) x0 y0 x1 y1 as shares of the image."""
+    labels: np.ndarray
+    """(k,) class numbers."""
+    crowd: np.ndarray
+    """(k,) which are crowd regions."""
+    reason: str = ""
+
+
+NO_BOXES = Boxes(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
 
 
 @register("objective", "detection", options=DetectionOptions)
@@ -99,16 +116,15 @@ class Detection(Objective):
     """Boxes and their classes.
 
     Columns: ``boxes``, a list of 4 numbers for each object; ``labels``, a list of its classes
-    (numbers, with holes or not, or texts); where given ``crowd``, a list of flags: such a region is
-    not learned, and what is found in it counts neither as hit nor as error; ``width`` and
+    (numbers, with holes or not, or texts); where given ``crowd``, a list of flags: such a region
+    is not learned, and what is found in it counts neither as hit nor as error; ``width`` and
     ``height`` of the image, for boxes in pixels. An empty list is an image without objects. A box
-    that sticks out of its image is cut at the edge; a row whose boxes are null, not finite, without
-    area, wholly outside or of an unknown class is refused with the reason.
+    that sticks out of its image is cut at the edge; a row whose boxes are null, not finite,
+    without area, wholly outside or of an unknown class is refused with the reason.
 
     Input beside ``image`` (B, C, H, W), as arrays of ``encode`` that the modality moves with the
-    image: ``boxes`` (B, max_boxes, 4), ``labels`` (B, max_boxes; -1: none), ``crowd`` (B,
-    max_boxes), ``frame`` (see Batch). State: ``values``, ``labels`` and the options that ``encode``
-    reads.
+    image: ``boxes`` (B, M, 4), ``labels`` (B, M; -1: none), ``crowd`` (B, M), ``frame`` (see
+    Batch). State: ``values``, ``labels`` and the options that ``encode`` reads.
 
     The loss is a sum over images with a count that adds up over rows and ranks (torchvision's
     detectors divide inside, by the batch of one rank). FCOS: focal, GIoU and centre-ness losses
@@ -121,7 +137,6 @@ class Detection(Objective):
     roles = ("boxes", "labels")
     optional_roles = ("crowd", "width", "height")
     metrics = ("map", "map50", "loss")
-    label_tensors = ("boxes", "labels", "crowd", "frame")
     output_types = {
         "boxes": pa.list_(pa.list_(pa.float64())),
         "scores": pa.list_(pa.float64()),
@@ -130,215 +145,206 @@ class Detection(Objective):
 
     @classmethod
     def fit(cls, options, table, columns):
-        """Classes are the names given, or the values of the training rows, sorted. Raises
-        ValueError for a class without a name, pixels without sizes.
+        """Take the classes that option ``names`` names, or the sorted values of the rows.
+
+        Raises:
+            ValueError: a class without a name, or boxes in pixels without the image's size.
         """
         for role in ("width", "height"):
             if not options.relative and role not in columns:
                 raise ValueError(
-                    f"objective.relative is false: boxes in pixels need a {role} column "
-                    f"(columns: {{{role}: NAME}}); boxes that are shares of "
-                    "the image need relative: true"
+                    f"objective.relative is false: boxes in pixels need a {role} column (columns: "
+                    f"{{{role}: NAME}}); boxes that are shares of the image need relative: true"
                 )
-        # pyright: ignore
-        kinds = pc.unique(pc.list_flatten(table[columns["labels"]])).drop_null().to_pylist()
+        column = columns["labels"]
+        flat = pc.list_flatten(table[column])
+        found = pc.unique(flat).drop_null().to_pylist()
         if options.names is None:
-            values = sorted(kinds)
+            values = sorted(found)
             names = [str(value) for value in values]
         else:
-            pairs = [
-                *(
-                    options.names.items()
-                    if isinstance(options.names, dict)
-                    else enumerate(options.names)
-                )
-            ]
-            texts = bool(kinds) and isinstance(kinds[0], str)
-            wrong = [key for key, _ in pairs if not texts and not str(key).isdecimal()]
-            if wrong or not pairs:
-                raise ValueError(
-                    "objective.names: "
-                    + (
-                        f"{wrong[0]!r} is no class number, and column {columns['labels']} "
-                        "holds numbers; say number: name"
-                        if wrong
-                        else "no class is named; leave it out to take the values of the training "
-                        "rows"
-                    )
-                )
-            values, names = (
-                [name if texts else int(key) for key, name in pairs],
-                [name for _, name in pairs],
-            )
-            unknown = sorted(set(kinds) - set(values))
-            if unknown:
-                raise ValueError(
-                    f"column {columns['labels']}: class {unknown[0]!r} of the training rows "
-                    "has no name in objective.names; "
-                    f"{nearest(str(unknown[0]), [str(v) for v in values])}"
-                )
-        if not values or len(set(names)) < len(names):
-            raise ValueError(
-                f"column {columns['labels']}: "
-                + (
-                    "the training rows hold no box"
-                    if not values
-                    else "two classes have the same name"
-                )
-            )
-        return {
-            "values": values,
-            "labels": names,
-            **options.model_dump(include={"box_format", "relative", "max_boxes"}),
-        }
+            values, names = _named_classes(options.names, found, column)
+        if not values:
+            raise ValueError(f"column {column}: the training rows hold no box")
+        if len(set(names)) < len(names):
+            raise ValueError(f"column {column}: two classes have the same name")
+        kept = options.model_dump(include={"box_format", "relative", "max_boxes"})
+        return {"values": values, "labels": names, **kept}
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
+        """Return ``boxes`` (n, M, 4), ``labels`` (n, M) and ``crowd`` (n, M)."""
         if columns.get("boxes") not in table.column_names:  # new rows to predict
             return {}
         n, most = len(table), state["max_boxes"]
-        out = {
-            "boxes": np.zeros((n, most, 4), np.float32),
-            "labels": np.full((n, most), -1, np.int64),
-            "crowd": np.zeros((n, most), bool),
-        }
-        for i, (boxes, labels, crowd, _) in enumerate(_parsed(table, columns, state)):
-            (
-                out["boxes"][i, : len(boxes)],
-                out["labels"][i, : len(boxes)],
-                out["crowd"][i, : len(boxes)],
-            ) = boxes, labels, crowd
-        return out
+        boxes = np.zeros((n, most, 4), np.float32)
+        labels = np.full((n, most), -1, np.int64)
+        crowd = np.zeros((n, most), bool)
+        for row, found in enumerate(_parsed(table, columns, state)):
+            k = len(found.labels)
+            boxes[row, :k], labels[row, :k], crowd[row, :k] = found[:3]
+        return {"boxes": boxes, "labels": labels, "crowd": crowd}
 
     @classmethod
     def invalid_label_reasons(cls, table, columns, state):
-        more = (
-            () if state["relative"] else ("image",)
-        )  # its own size: boxes in pixels are of the upright picture
-        return (
-            [reason for *_, reason in _parsed(table, columns, state, *more)]
-            if columns.get("boxes") in table.column_names
-            else [""] * len(table)
-        )
+        """Name rows whose boxes cannot be used.
+
+        Boxes in pixels are of the upright picture, so the image's own size is read for them.
+        """
+        if columns.get("boxes") not in table.column_names:
+            return [""] * len(table)
+        more = () if state["relative"] else ("image",)
+        return [boxes.reason for boxes in _parsed(table, columns, state, *more)]
 
     def __init__(self, backbone: Backbone, options: DetectionOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
-        self.detector: OneStage | TwoStage = {"fcos": OneStage, "faster_rcnn": TwoStage}[
-            options.method
-        ](backbone, len(state["labels"]), options)
-        # each method logs its own
-        self.log_names = self.detector.losses_named  # pyright: ignore[reportAttributeAccessIssue]
+        classes = len(state["labels"])
+        self.detector: OneStage | TwoStage
+        if options.method == "fcos":
+            self.detector = OneStage(backbone, classes, options)
+        else:
+            self.detector = TwoStage(backbone, classes, options)
+        self.log_names = self.detector.loss_names
 
     def _maps(self, backbone: Backbone, batch: Batch) -> tuple[Features, dict[str, Tensor]]:
+        """Return the backbone's features and the pyramid's maps."""
         features = backbone(batch, want=("stages",))
         return features, self.detector.backbone(features, batch["image"].shape[-2:])
 
     def loss(self, backbone: Backbone, batch: Batch):
         features, maps = self._maps(backbone, batch)
         parts, counts = self.detector.losses(maps, batch, _targets(batch))
-        unused = (
-            features.pooled.float().sum() * 0.0
-        )  # the layers after the last map belong to the graph too: DDP waits for every parameter
-        return (
-            torch.stack([*parts.values()]).sum() + unused,
-            counts.sum(),
-            {name: part.detach().sum() for name, part in parts.items()},
-        )
+        # layers after the last map are part of the graph: DDP waits for every gradient
+        unused = features.pooled.float().sum() * 0.0
+        total = torch.stack([*parts.values()]).sum() + unused
+        logs = {name: part.detach().sum() for name, part in parts.items()}
+        return total, counts.sum(), logs
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """``boxes`` (B, 100, 4) corners as shares of the whole image, ``scores`` (B, 100),
-        ``classes`` (B, 100; -1: none), the surest first; with labels ``true_boxes``,
-        ``true_classes``, ``true_crowd`` (B, max_boxes) as the modality left them, and ``loss`` with
-        its ``count`` (B,).
+        """Return the surest detections first.
+
+        Returns:
+            ``boxes`` (B, 100, 4) corners as shares of the whole image, ``scores`` (B, 100) and
+            ``classes`` (B, 100; -1: none). With labels ``true_boxes``, ``true_classes`` and
+            ``true_crowd`` (B, M) as the modality left them, and ``loss`` with its ``count`` (B,).
         """
-        parts = [self._predicted(backbone, part) for part in batch.split(AT_ONCE)]
+        parts = [self._predict(backbone, part) for part in batch.split(AT_ONCE)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _predicted(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+    def _predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         _, maps = self._maps(backbone, batch)
         frame = batch["frame"].float()
         b, device = len(batch), frame.device
-        out = {
-            "boxes": torch.zeros(b, DETECTIONS, 4, device=device),
-            "scores": torch.zeros(b, DETECTIONS, device=device),
-            "classes": torch.full((b, DETECTIONS), -1, device=device),
-        }
+        boxes = torch.zeros(b, DETECTIONS, 4, device=device)
+        scores = torch.zeros(b, DETECTIONS, device=device)
+        classes = torch.full((b, DETECTIONS), -1, device=device)
         for i, found in enumerate(self.detector.detections(maps, batch)):
-            boxes = _shares(found["boxes"][None], frame[i : i + 1])[0]
-            inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # not in the padding
+            corners = _shares(found["boxes"][None], frame[i : i + 1])[0]
+            inside = (corners[:, 2:] > corners[:, :2]).all(1)  # not in the padding
             k = int(inside.sum())
-            out["boxes"][i, :k], out["scores"][i, :k], out["classes"][i, :k] = (
-                boxes[inside],
-                found["scores"][inside],
-                found["labels"][inside],
-            )
-        if "labels" in batch.data:
-            parts, counts = self.detector.losses(maps, batch, _targets(batch))
-            there = _areas(batch["boxes"]) & (batch["labels"] >= 0)
-            out |= {
-                "true_boxes": _shares(batch["boxes"], frame),
-                "true_classes": torch.where(there, batch["labels"], -1),
-                "true_crowd": batch["crowd"].bool(),
-                "loss": torch.stack([*parts.values()]).sum(0),
-                "count": counts,
-            }
-        return out
+            boxes[i, :k] = corners[inside]
+            scores[i, :k] = found["scores"][inside]
+            classes[i, :k] = found["labels"][inside]
+        predictions = {"boxes": boxes, "scores": scores, "classes": classes}
+        if "labels" not in batch.data:
+            return predictions
+        parts, counts = self.detector.losses(maps, batch, _targets(batch))
+        is_box = _has_area(batch["boxes"]) & (batch["labels"] >= 0)
+        return {
+            **predictions,
+            "true_boxes": _shares(batch["boxes"], frame),
+            "true_classes": torch.where(is_box, batch["labels"], -1),
+            "true_crowd": batch["crowd"].bool(),
+            "loss": torch.stack([*parts.values()]).sum(0),
+            "count": counts,
+        }
 
-    def output_columns(self, found, raw_rows):
-        """A list a row: ``boxes`` (corners x0 y0 x1 y1 as shares of the image), ``scores`` and
-        ``labels`` (class names), the surest first.
+    def output_columns(self, predictions, raw_rows):
+        """Return lists, the surest first: ``boxes``, ``scores`` and ``labels`` (class names).
+
+        Boxes are corners x0 y0 x1 y1 as shares of the image.
         """
         names = np.array(self.state["labels"], dtype=object)
-        out = {
-            name: np.empty(len(found["scores"]), dtype=object)
-            for name in ("boxes", "scores", "labels")
-        }
-        for i, kinds in enumerate(found["classes"]):
-            real = kinds >= 0
-            out["boxes"][i], out["scores"][i] = (
-                found["boxes"][i][real].tolist(),
-                found["scores"][i][real].tolist(),
-            )
-            out["labels"][i] = names[kinds[real]].tolist()
-        return out
+        n = len(predictions["scores"])
+        columns = {name: np.empty(n, dtype=object) for name in ("boxes", "scores", "labels")}
+        for row, classes in enumerate(predictions["classes"]):
+            real = classes >= 0
+            columns["boxes"][row] = predictions["boxes"][row][real].tolist()
+            columns["scores"][row] = predictions["scores"][row][real].tolist()
+            columns["labels"][row] = names[classes[real]].tolist()
+        return columns
 
 
 # ---------------------------------------------------------------- rows
 
 
-def _parsed(table, columns, state, *more: str):
-    """For each row (boxes (k, 4) shares as corners, labels (k,), crowd (k,), reason); with a reason
-    it has no boxes.
+def _named_classes(
+    names: list[str] | dict[int | str, str], found: list[Any], column: str
+) -> tuple[list[Any], list[str]]:
+    """Return the values and names of the classes that option ``names`` names.
+
+    Args:
+        found: the values of the training rows.
+
+    Raises:
+        ValueError: no class, a name for no number, or a value without a name.
     """
+    pairs = [*(names.items() if isinstance(names, dict) else enumerate(names))]
+    if not pairs:
+        raise ValueError(
+            "objective.names: no class is named; leave it out to take the values of the training "
+            "rows"
+        )
+    are_texts = bool(found) and isinstance(found[0], str)
+    wrong = [key for key, _ in pairs if not are_texts and not str(key).isdecimal()]
+    if wrong:
+        raise ValueError(
+            f"objective.names: {wrong[0]!r} is no class number, and column {column} holds "
+            "numbers; say number: name"
+        )
+    values = [name if are_texts else int(key) for key, name in pairs]
+    unknown = sorted(set(found) - set(values))
+    if unknown:
+        raise ValueError(
+            f"column {column}: class {unknown[0]!r} of the training rows has no name in "
+            f"objective.names; {nearest(str(unknown[0]), [str(value) for value in values])}"
+        )
+    return values, [name for _, name in pairs]
+
+
+def _parsed(
+    table: pa.Table, columns: dict[str, str], state: dict[str, Any], *more: str
+) -> Iterator[Boxes]:
+    """Yield the boxes of each row; with a reason it has none."""
     roles = ("boxes", "labels", "crowd", "width", "height", *more)
-    given = {
-        role: table[columns[role]].to_pylist()
-        for role in roles
-        if columns.get(role) in table.column_names
-    }
+    given = [role for role in roles if columns.get(role) in table.column_names]
+    values = {role: table[columns[role]].to_pylist() for role in given}
     index = {value: i for i, value in enumerate(state["values"])}
-    none = (np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
     for i in range(len(table)):
-        row = {role: values[i] for role, values in given.items()}
+        row = {role: values[role][i] for role in given}
         try:
-            yield *_row(row, index, state), ""
+            yield _boxes(row, index, state)
         except ValueError as error:
-            yield *none, str(error)
+            yield NO_BOXES._replace(reason=str(error))
 
 
-def _row(
-    row: dict[str, Any], index: dict[Any, int], state: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Raises ValueError saying what is wrong with the boxes of a row."""
+def _boxes(row: dict[str, Any], index: dict[Any, int], state: dict[str, Any]) -> Boxes:
+    """Read the boxes of one row.
+
+    Args:
+        row: the value of each role.
+        index: the class number of each value.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
     boxes, labels = row["boxes"], row["labels"]
     if boxes is None or labels is None:
         raise ValueError("its boxes or labels are null; an image without objects has empty lists")
     crowd = row.get("crowd") or [False] * len(boxes)
     if not len(boxes) == len(labels) == len(crowd):
-        raise ValueError(
-            f"{len(boxes)} boxes, but {len(labels)} labels"
-            + (f" and {len(crowd)} crowd flags" if row.get("crowd") else "")
-        )
+        flags = f" and {len(crowd)} crowd flags" if row.get("crowd") else ""
+        raise ValueError(f"{len(boxes)} boxes, but {len(labels)} labels{flags}")
     if len(boxes) > state["max_boxes"]:
         raise ValueError(f"{len(boxes)} boxes, more than objective.max_boxes={state['max_boxes']}")
     unknown = [label for label in labels if label not in index]
@@ -351,59 +357,79 @@ def _row(
     given = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     corners = box_convert(torch.from_numpy(given), state["box_format"], "xyxy").numpy()
     if not state["relative"]:
-        width, height = row["width"], row["height"]
-        if not (width and height and width > 0 and height > 0):
-            raise ValueError(f"boxes in pixels, but the image is {width} x {height}")
-        wide, high = image_io.upright_size(row.get("image")) or (width, height)
-        as_told, turned = abs(width * high - height * wide), abs(width * wide - height * high)
-        if (
-            turned <= max(width, height, wide, high) < as_told
-        ):  # one that was only made smaller, or squashed, has its boxes where they are
-            raise ValueError(
-                f"boxes in pixels of an image of {width} x {height}, but upright (EXIF) the "
-                f"image is {wide} x {high}"
-            )
+        width, height = _size_of(row)
         corners = corners / [width, height, width, height]
-    cut = corners.clip(0, 1)
-    for written, whole, kept in zip(given, corners, cut, strict=True):
+    inside = corners.clip(0, 1)
+    _check_boxes(given, corners, inside, state)
+    numbers = np.array([index[label] for label in labels], dtype=np.int64)
+    return Boxes(inside, numbers, np.array(crowd, dtype=bool))
+
+
+def _size_of(row: dict[str, Any]) -> tuple[float, float]:
+    """Return width and height that boxes in pixels are of.
+
+    Raises:
+        ValueError: there is no size, or it is that of the picture before it is turned upright.
+    """
+    width, height = row["width"], row["height"]
+    if not (width and height and width > 0 and height > 0):
+        raise ValueError(f"boxes in pixels, but the image is {width} x {height}")
+    wide, high = image_io.upright_size(row.get("image")) or (width, height)
+    # the image may have been made smaller or squashed since: its boxes are where they were
+    distance_upright = abs(width * high - height * wide)
+    distance_turned = abs(width * wide - height * high)
+    if distance_turned <= max(width, height, wide, high) < distance_upright:
+        raise ValueError(
+            f"boxes in pixels of an image of {width} x {height}, but upright (EXIF) the image is "
+            f"{wide} x {high}"
+        )
+    return width, height
+
+
+def _check_boxes(
+    given: np.ndarray, corners: np.ndarray, inside: np.ndarray, state: dict[str, Any]
+) -> None:
+    """Raise ValueError for a box that is not finite, has no area or lies outside its image.
+
+    Args:
+        given: (k, 4) boxes as the column has them.
+        corners: (k, 4) as shares of the image.
+        inside: (k, 4) cut at the image's edge.
+    """
+    for written, whole, cut in zip(given, corners, inside, strict=True):
         shown = np.array2string(written, precision=6, separator=", ")
         if not np.isfinite(written).all():
             raise ValueError(f"box {shown} is not finite")
         if not (whole[2:] > whole[:2]).all():
             raise ValueError(f"box {shown} has no area (read as {state['box_format']})")
-        if not (kept[2:] > kept[:2]).all():
-            raise ValueError(
-                f"box {shown} lies outside its image (read as "
-                f"{'shares of it' if state['relative'] else 'pixels'})"
-            )
-    return (
-        cut,
-        np.array([index[label] for label in labels], dtype=np.int64),
-        np.array(crowd, dtype=bool),
-    )
+        if not (cut[2:] > cut[:2]).all():
+            unit = "shares of it" if state["relative"] else "pixels"
+            raise ValueError(f"box {shown} lies outside its image (read as {unit})")
 
 
-def _areas(boxes: Tensor) -> Tensor:
+def _has_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2:] > boxes[..., :2]).all(-1)
 
 
 def _targets(batch: Batch) -> Targets:
     boxes, labels, crowd = batch["boxes"].float(), batch["labels"], batch["crowd"].bool()
-    there = _areas(boxes) & (labels >= 0)
-    real = there & ~crowd
+    is_box = _has_area(boxes) & (labels >= 0)
+    is_object, is_crowd = is_box & ~crowd, is_box & crowd
     return [
         {
-            "boxes": boxes[i][real[i]],
-            "labels": labels[i][real[i]],
-            "crowd": boxes[i][there[i] & crowd[i]],
+            "boxes": boxes[i][is_object[i]],
+            "labels": labels[i][is_object[i]],
+            "crowd": boxes[i][is_crowd[i]],
         }
         for i in range(len(boxes))
     ]
 
 
 def _shares(boxes: Tensor, frame: Tensor) -> Tensor:
-    """Pixels of the input (B, k, 4) to shares of the whole image, which lies at ``frame`` (B, 4;
-    width, height, left, top).
+    """Turn pixels of the input (B, k, 4) into shares of the whole image.
+
+    Args:
+        frame: (B, 4) width, height, left and top of the image in the input.
     """
     size, corner = frame[:, None, :2].repeat(1, 1, 2), frame[:, None, 2:].repeat(1, 1, 2)
     return ((boxes - corner) / size).clamp(0, 1)
@@ -413,85 +439,83 @@ def _shares(boxes: Tensor, frame: Tensor) -> Tensor:
 
 
 class Anchors(AnchorGenerator):
-    """Anchors at the strides that the maps have; torchvision's guesses them from sizes, wrongly
-    where these are no multiples.
+    """Anchors at the strides that the maps have.
+
+    torchvision guesses strides from sizes, wrongly where these are no multiples.
     """
 
     def __init__(self, strides: tuple[int, ...], side: float, ratios: tuple[float, ...]):
-        super().__init__(tuple((stride * side,) for stride in strides), (ratios,) * len(strides))
+        sides = tuple((stride * side,) for stride in strides)
+        super().__init__(sides, (ratios,) * len(strides))
         self.strides = strides
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         device = feature_maps[0].device
         self.set_cell_anchors(torch.float32, device)
         strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
-        one = torch.cat(self.grid_anchors([list(m.shape[-2:]) for m in feature_maps], strides))
-        return [one] * len(image_list.image_sizes)
+        sizes = [list(level.shape[-2:]) for level in feature_maps]
+        of_one_image = torch.cat(self.grid_anchors(sizes, strides))
+        return [of_one_image] * len(image_list.image_sizes)
 
 
 class _Head(FCOSHead):
-    """FCOS's head whose losses stay apart by image: (B,) sums, and the number of foreground
-    points.
-    """
+    """FCOS's head whose losses are kept apart by image."""
 
-    def compute_loss(self, targets, head_outputs, anchors, matched_idxs):  # pyright: ignore
-        logits, shifts, centred = (
-            head_outputs[name].float() for name in ("cls_logits", "bbox_regression", "bbox_ctrness")
-        )
+    def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, targets, head_outputs, anchors, matched_idxs
+    ):
+        """Return sums (B,) by name, and ``count`` (B,), the foreground points."""
+        logits = head_outputs["cls_logits"].float()
+        shifts = head_outputs["bbox_regression"].float()
+        centerness = head_outputs["bbox_ctrness"].float()
         grid, matched = torch.stack(anchors), torch.stack(matched_idxs)
-        there = matched >= 0
-        boxes = torch.stack(
-            [F.pad(t["boxes"], (0, 0, 0, 1))[m] for t, m in zip(targets, matched, strict=True)]
-        )  # -1 takes the padding
-        kinds = torch.stack(
-            [F.pad(t["labels"], (0, 1))[m] for t, m in zip(targets, matched, strict=True)]
-        )
+        is_object = matched >= 0
+        pairs = [*zip(targets, matched, strict=True)]
+        # the padding is what -1 picks
+        boxes = torch.stack([F.pad(t["boxes"], (0, 0, 0, 1))[m] for t, m in pairs])
+        labels = torch.stack([F.pad(t["labels"], (0, 1))[m] for t, m in pairs])
         wanted = torch.zeros_like(logits)
-        wanted[there, kinds[there]] = 1.0
+        wanted[is_object, labels[is_object]] = 1.0
         middle = (grid[..., :2] + grid[..., 2:]) / 2
-        in_crowd = torch.stack(
-            [
-                ((m[:, None] > t["crowd"][:, :2]) & (m[:, None] < t["crowd"][:, 2:]))
-                .all(-1)
-                .any(-1)
-                for t, m in zip(targets, middle, strict=True)
-            ]
+        is_ignored = torch.stack(
+            [_points_in(points, t["crowd"]) for t, points in zip(targets, middle, strict=True)]
         )
-        focal = (
-            sigmoid_focal_loss(logits, wanted, reduction="none")
-            .sum(-1)
-            .masked_fill(in_crowd & ~there, 0.0)
-        )
-        reached, true = self.box_coder.decode(shifts, grid)[there], boxes[there]
-        sides = self.box_coder.encode(grid[there], true)
+        focal = sigmoid_focal_loss(logits, wanted, reduction="none").sum(-1)
+        focal = focal.masked_fill(is_ignored & ~is_object, 0.0)
+
+        predicted = self.box_coder.decode(shifts, grid)[is_object]
+        true = boxes[is_object]
+        box = generalized_box_iou_loss(predicted, true, reduction="none")
+        sides = self.box_coder.encode(grid[is_object], true)
         across, down = sides[:, [0, 2]], sides[:, [1, 3]]
-        centre = torch.sqrt((across.amin(1) / across.amax(1)) * (down.amin(1) / down.amax(1)))
+        centre = (across.amin(1) / across.amax(1)) * (down.amin(1) / down.amax(1))
+        of_centre = F.binary_cross_entropy_with_logits(
+            centerness[..., 0][is_object], torch.sqrt(centre), reduction="none"
+        )
         return {
             "classification": focal.sum(1),
-            "box": _by_row(generalized_box_iou_loss(reached, true, reduction="none"), there),
-            "centerness": _by_row(
-                F.binary_cross_entropy_with_logits(
-                    centred[..., 0][there], centre, reduction="none"
-                ),
-                there,
-            ),
-            "count": there.sum(1).clamp(min=1).float(),
+            "box": _by_image(box, is_object),
+            "centerness": _by_image(of_centre, is_object),
+            "count": is_object.sum(1).clamp(min=1).float(),
         }
 
 
-def _by_row(values: Tensor, where: Tensor) -> Tensor:
-    """(B,) sums of values that stand where ``where`` (B, A) is true."""
-    return (
-        torch.zeros(where.shape, device=values.device, dtype=values.dtype)
-        .masked_scatter(where, values)
-        .sum(1)
-    )
+def _points_in(points: Tensor, boxes: Tensor) -> Tensor:
+    """Return (A,) which of the points (A, 2) lie in one of the boxes (c, 4)."""
+    above, below = points[:, None] > boxes[:, :2], points[:, None] < boxes[:, 2:]
+    return (above & below).all(-1).any(-1)
+
+
+def _by_image(values: Tensor, where: Tensor) -> Tensor:
+    """Return (B,) sums of values that stand where ``where`` (B, A) is true."""
+    grid = torch.zeros(where.shape, device=values.device, dtype=values.dtype)
+    return grid.masked_scatter(where, values).sum(1)
 
 
 class OneStage(FCOS):
     """FCOS (Tian et al. 2019) on maps of strides 8 to 128."""
 
-    losses_named = ("classification", "box", "centerness")
+    loss_names = ("classification", "box", "centerness")
 
     def __init__(self, backbone: Backbone, classes: int, options: DetectionOptions):
         pyramid = Pyramid(backbone, (8, 16, 32), options.channels, "p6p7")
@@ -506,32 +530,28 @@ class OneStage(FCOS):
         )
 
     def _outputs(self, maps: dict[str, Tensor], batch: Batch):
+        """Return the head's outputs, the anchors and the number of points of each level."""
         levels = [*maps.values()]
-        return (
-            self.head(levels),
-            self.anchor_generator(_sized(batch), levels),
-            [m.shape[-2] * m.shape[-1] for m in levels],
-        )
+        sizes = [level.shape[-2] * level.shape[-1] for level in levels]
+        return self.head(levels), self.anchor_generator(_sized(batch), levels), sizes
 
     def losses(
         self, maps: dict[str, Tensor], batch: Batch, targets: Targets
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Sums by image and name, each (B,), and the counts (B,) by which their sum is to be
-        divided.
-        """
+        """Return sums (B,) by name, and the counts (B,) by which their sum is to be divided."""
         outputs, anchors, sizes = self._outputs(maps, batch)
         with torch.autocast(batch["image"].device.type, enabled=False):
             parts = self.compute_loss(targets, outputs, anchors, sizes)
         return parts, parts.pop("count")
 
     def detections(self, maps: dict[str, Tensor], batch: Batch) -> Targets:
+        """Return ``boxes``, ``scores`` and ``labels`` of each image."""
         outputs, anchors, sizes = self._outputs(maps, batch)
-        split: Any = {
+        by_level: Any = {
             name: list(tensor.float().split(sizes, dim=1)) for name, tensor in outputs.items()
         }
-        return self.postprocess_detections(
-            split, [list(a.split(sizes)) for a in anchors], _sized(batch).image_sizes
-        )
+        anchors_by_level = [list(of_image.split(sizes)) for of_image in anchors]
+        return self.postprocess_detections(by_level, anchors_by_level, _sized(batch).image_sizes)
 
 
 def _sized(batch: Batch) -> ImageList:
@@ -540,163 +560,174 @@ def _sized(batch: Batch) -> ImageList:
 
 
 class Sampler:
-    """torchvision's BalancedPositiveNegativeSampler, from the rows' keys in the place of a global
-    generator.
-    """
+    """torchvision's BalancedPositiveNegativeSampler, from the rows' keys."""
 
     def __init__(self, size: int, positive: float, stream: int):
         self.size, self.positive, self.stream = size, positive, stream
         self.keys: Any = None
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """For each image masks of the places taken, where labels are 1 or more and where they are
-        0.
-        """
+        """Return masks of the samples of each image, where labels are 1 or more, and 0."""
         positive, negative = [], []
         for key, labels in zip(self.keys, matched_idxs, strict=True):
             order = uniform(key[None], len(labels), self.stream)[0].argsort()
-            yes = _first(labels >= 1, order, int(self.size * self.positive))
-            positive.append(yes)
-            negative.append(_first(labels == 0, order, self.size - int(yes.sum())))
+            most_positive = int(self.size * self.positive)
+            is_positive = _first(labels >= 1, order, most_positive)
+            rest = self.size - int(is_positive.sum())
+            positive.append(is_positive)
+            negative.append(_first(labels == 0, order, rest))
         return positive, negative
 
 
 def _first(mask: Tensor, order: Tensor, most: int) -> Tensor:
-    """A mask of the first ``most`` places of ``mask`` in ``order``."""
-    out = torch.zeros_like(mask)
-    out[order[mask[order]][:most]] = True
-    return out
+    """Return a mask of the first ``most`` places of ``mask`` in ``order``."""
+    chosen = torch.zeros_like(mask)
+    chosen[order[mask[order]][:most]] = True
+    return chosen
 
 
 class _Proposals(RegionProposalNetwork):
-    """Losses by image, (B,), also in evaluation."""
+    """A region proposal network whose losses are kept apart by image, also in evaluation."""
 
     def forward(self, images, features, targets=None):
+        """Return the proposed boxes, and with targets losses (B,) by name."""
         levels = [*features.values()]
         scores, shifts = self.head(levels)
         anchors = self.anchor_generator(images, levels)
-        sizes = [s[0].numel() for s in scores]
-        scores, shifts = (t.float() for t in concat_box_prediction_layers(scores, shifts))
+        sizes = [of_level[0].numel() for of_level in scores]
+        scores, shifts = concat_box_prediction_layers(scores, shifts)
+        scores, shifts = scores.float(), shifts.float()
         boxes = self.box_coder.decode(shifts.detach(), anchors).view(len(anchors), -1, 4)
         boxes, _ = self.filter_proposals(boxes, scores, images.image_sizes, sizes)
         if targets is None:
             return boxes, {}
         labels, matched = self.assign_targets_to_anchors(anchors, targets)
         labels = [
-            k.masked_fill((k == 0) & in_crowd(a, t["crowd"]), -1.0)
-            for k, a, t in zip(labels, anchors, targets, strict=True)
+            of_image.masked_fill((of_image == 0) & in_crowd(a, t["crowd"]), -1.0)
+            for of_image, a, t in zip(labels, anchors, targets, strict=True)
         ]
-        return boxes, self.by_image(
-            scores.view(len(anchors), -1),
-            shifts.view(len(anchors), -1, 4),
-            labels,
-            self.box_coder.encode(matched, anchors),
-        )
+        scores = scores.view(len(anchors), -1)
+        shifts = shifts.view(len(anchors), -1, 4)
+        wanted = self.box_coder.encode(matched, anchors)
+        return boxes, self.by_image(scores, shifts, labels, wanted)
 
     def by_image(self, scores, shifts, labels, wanted):
-        yes, no = (torch.stack(masks) for masks in self.fg_bg_sampler(labels))
-        taken = (yes | no).sum(1).clamp(min=1)
+        """Return means over each image's samples (B,) by name."""
+        positive, negative = (torch.stack(masks) for masks in self.fg_bg_sampler(labels))
+        sampled = positive | negative
+        count = sampled.sum(1).clamp(min=1)
         boxes = F.smooth_l1_loss(
-            shifts[yes], torch.stack(wanted)[yes], beta=1 / 9, reduction="none"
+            shifts[positive], torch.stack(wanted)[positive], beta=1 / 9, reduction="none"
         ).sum(-1)
         objects = F.binary_cross_entropy_with_logits(
             scores, torch.stack(labels).clamp(min=0), reduction="none"
         )
         return {
-            "objectness": torch.where(yes | no, objects, 0.0).sum(1) / taken,
-            "proposal_box": _by_row(boxes, yes) / taken,
+            "objectness": torch.where(sampled, objects, 0.0).sum(1) / count,
+            "proposal_box": _by_image(boxes, positive) / count,
         }
 
 
 class TwoStage(nn.Module):
-    """Faster R-CNN (Ren et al. 2015) over a feature pyramid of strides 4 to 64, with torchvision's
-    settings. What lies in a crowd is no background.
+    """Faster R-CNN (Ren et al. 2015) over a feature pyramid of strides 4 to 64.
+
+    With torchvision's settings. What lies in a crowd is no background.
     """
 
-    losses_named = ("objectness", "proposal_box", "classification", "box")
+    loss_names = ("objectness", "proposal_box", "classification", "box")
 
     def __init__(self, backbone: Backbone, classes: int, options: DetectionOptions):
         super().__init__()
         width = options.channels
         self.backbone = Pyramid(backbone, (4, 8, 16, 32), width, "pool")
-        if any(stride & (stride - 1) for stride in self.backbone.strides):
+        strides = self.backbone.strides
+        if any(stride & (stride - 1) for stride in strides):
             raise ValueError(
-                f"{backbone.arch['name']}: faster_rcnn pools regions from maps whose strides "
-                "are powers of two, these are "
-                f"{list(self.backbone.strides)}; use method: fcos, or patches of 8, 16 or 32 px"
+                f"{backbone.arch['name']}: faster_rcnn pools regions from maps whose strides are "
+                f"powers of two, these are {list(strides)}; use method: fcos, or patches of 8, 16 "
+                "or 32 px"
             )
         ratios = (0.5, 1.0, 2.0)
         self.samplers = (Sampler(256, 0.5, 11), Sampler(512, 0.25, 12))
-        keep = {"training": 2000, "testing": 1000}
+        proposals_kept = {"training": 2000, "testing": 1000}
         self.rpn = _Proposals(
-            Anchors(self.backbone.strides, options.anchor, ratios),
+            Anchors(strides, options.anchor, ratios),
             RPNHead(width, len(ratios)),
-            0.7,
-            0.3,
-            256,
-            0.5,
-            keep,
-            keep,
-            0.7,
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256,
+            positive_fraction=0.5,
+            pre_nms_top_n=proposals_kept,
+            post_nms_top_n=proposals_kept,
+            nms_thresh=0.7,
         )
-        pool = MultiScaleRoIAlign([str(i) for i in range(len(self.backbone.base))], 7, 2)
+        levels = [str(i) for i in range(len(self.backbone.base))]
         self.roi_heads = RoIHeads(
-            pool,
+            MultiScaleRoIAlign(levels, 7, 2),
             TwoMLPHead(width * 49, 1024),
             FastRCNNPredictor(1024, classes + 1),
-            0.5,
-            0.5,
-            512,
-            0.25,
-            None,
-            options.score_threshold,
-            options.nms_threshold or 0.5,
-            DETECTIONS,
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=512,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=options.score_threshold,
+            nms_thresh=options.nms_threshold or 0.5,
+            detections_per_img=DETECTIONS,
         )
-        self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler = self.samplers  # pyright: ignore
+        self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler = self.samplers
 
     def _regions(
         self, maps: dict[str, Tensor], boxes: list[Tensor], batch: Batch
     ) -> tuple[Tensor, Tensor]:
+        """Return scores and shifts of the boxes of all images, one after the other."""
         heads = self.roi_heads
-        pooled = heads.box_roi_pool(
-            {name: m.float() for name, m in maps.items()}, boxes, _sized(batch).image_sizes
-        )
+        maps = {name: level.float() for name, level in maps.items()}
+        pooled = heads.box_roi_pool(maps, boxes, _sized(batch).image_sizes)
         scores, shifts = heads.box_predictor(heads.box_head(pooled))
         return scores.float(), shifts.float()
 
     def losses(
         self, maps: dict[str, Tensor], batch: Batch, targets: Targets
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Means over the samples of each image by name, each (B,), and ones."""
+        """Return means over the samples of each image (B,) by name, and ones (B,)."""
         for sampler in self.samplers:
             sampler.keys = batch.keys
-        shifted = [{**t, "labels": t["labels"] + 1} for t in targets]  # 0 is the background
+        # 0 is the background
+        shifted = [{**target, "labels": target["labels"] + 1} for target in targets]
         boxes, parts = self.rpn(_sized(batch), maps, shifted)
         boxes = [
-            b[~in_crowd(b, t["crowd"]) | (box_iou(b, t["boxes"]) >= 0.5).any(1)]
-            for b, t in zip(boxes, targets, strict=True)
+            of_image[~in_crowd(of_image, t["crowd"]) | _overlaps(of_image, t["boxes"])]
+            for of_image, t in zip(boxes, targets, strict=True)
         ]
         boxes, _, labels, wanted = self.roi_heads.select_training_samples(boxes, shifted)
         scores, shifts = self._regions(maps, boxes, batch)
-        sizes = [len(b) for b in boxes]
-        kinds, real = torch.cat(labels), torch.cat(labels) > 0
-        errors = F.cross_entropy(scores, kinds, reduction="none")
-        shifts = shifts.unflatten(1, (-1, 4))
-        off = F.smooth_l1_loss(
-            shifts[real, kinds[real]], torch.cat(wanted)[real], beta=1 / 9, reduction="none"
+        sizes = [len(of_image) for of_image in boxes]
+        classes, is_object = torch.cat(labels), torch.cat(labels) > 0
+        classification = F.cross_entropy(scores, classes, reduction="none")
+        shifts = shifts.unflatten(1, (-1, 4))[is_object, classes[is_object]]
+        box = F.smooth_l1_loss(
+            shifts, torch.cat(wanted)[is_object], beta=1 / 9, reduction="none"
         ).sum(-1)
-        off = torch.zeros_like(errors).masked_scatter(real, off)
-        for name, values in (("classification", errors), ("box", off)):
-            parts[name] = torch.stack(
-                [part.sum() / max(1, len(part)) for part in values.split(sizes)]
-            )
+        box = torch.zeros_like(classification).masked_scatter(is_object, box)
+        for name, values in (("classification", classification), ("box", box)):
+            means = [part.sum() / max(1, len(part)) for part in values.split(sizes)]
+            parts[name] = torch.stack(means)
         return parts, torch.ones(len(boxes), device=scores.device)
 
     def detections(self, maps: dict[str, Tensor], batch: Batch) -> Targets:
+        """Return ``boxes``, ``scores`` and ``labels`` of each image."""
         boxes, _ = self.rpn(_sized(batch), maps)
         scores, shifts = self._regions(maps, boxes, batch)
         found = self.roi_heads.postprocess_detections(
             scores, shifts, boxes, _sized(batch).image_sizes
         )
-        return [{"boxes": b, "scores": s, "labels": k - 1} for b, s, k in zip(*found, strict=True)]
+        return [
+            {"boxes": boxes, "scores": scores, "labels": labels - 1}
+            for boxes, scores, labels in zip(*found, strict=True)
+        ]
+
+
+def _overlaps(boxes: Tensor, objects: Tensor) -> Tensor:
+    """Return (k,) which boxes overlap an object by half or more."""
+    return (box_iou(boxes, objects) >= 0.5).any(1)

@@ -1,4 +1,7 @@
-"""Self-distillation on images without labels: DINO (Caron et al., ICCV 2021)."""
+"""Self-distillation on images without labels: DINO (Caron et al., ICCV 2021).
+
+Shapes: B rows, D features, K prototypes, V views of a row (two large, then small ones).
+"""
 
 from __future__ import annotations
 
@@ -54,18 +57,18 @@ class DINOOptions(Options):
         0.996,
         ge=0,
         lt=1,
-        description="of the teacher's weights at first, rising to 1 as a cosine; short runs want "
+        description="of the teacher's weights at first, rising to 1 as a cosine; short runs need "
         "less (0.99)",
     )
     center_momentum: float = Field(
         0.9,
         ge=0,
         lt=1,
-        description="of the mean that is taken off the teacher's output, against collapse onto "
-        "one prototype",
+        description="of the mean that is subtracted from the teacher's output, against collapse "
+        "onto one prototype",
     )
     freeze_prototypes: float = Field(
-        0.01, ge=0, le=1, description="share of the steps in which the prototypes stand still"
+        0.01, ge=0, le=1, description="share of the steps in which the prototypes are frozen"
     )
     carry: Literal["teacher", "student"] = Field(
         "teacher", description="whose backbone the bundle holds"
@@ -73,33 +76,33 @@ class DINOOptions(Options):
 
 
 class Head(nn.Module):
-    """(B, D) to (B, prototypes) cosines: an MLP of three layers, then weight-normed prototypes of
-    length one.
-    """
+    """An MLP of three layers, then weight-normed prototypes of length one."""
 
     def __init__(self, width: int, options: DINOOptions):
         super().__init__()
-        layers = [
-            nn.Linear(width, options.hidden),
-            nn.Linear(options.hidden, options.hidden),
-            nn.Linear(options.hidden, options.bottleneck),
-        ]
-        for layer in layers:
+        first = nn.Linear(width, options.hidden)
+        second = nn.Linear(options.hidden, options.hidden)
+        third = nn.Linear(options.hidden, options.bottleneck)
+        for layer in (first, second, third):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self.mlp = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+        self.mlp = nn.Sequential(first, nn.GELU(), second, nn.GELU(), third)
         self.prototypes = nn.Parameter(torch.randn(options.prototypes, options.bottleneck))
 
-    def forward(self, x: Tensor, moving: Tensor | float = 1.0) -> Tensor:
-        """``moving``: 0 gives the prototypes a gradient of zero (DDP waits for one)."""
-        held = self.prototypes.detach()
-        directions = F.normalize(held + moving * (self.prototypes - held), dim=1)
-        return F.linear(F.normalize(self.mlp(x), dim=1), directions)
+    def forward(self, x: Tensor, train_prototypes: Tensor | float = 1.0) -> Tensor:
+        """Return the cosines (B, K) of features (B, D) with the prototypes.
+
+        ``train_prototypes`` 0 gives the prototypes a gradient of zero: DDP waits for one.
+        """
+        fixed = self.prototypes.detach()
+        prototypes = fixed + train_prototypes * (self.prototypes - fixed)
+        return F.linear(F.normalize(self.mlp(x), dim=1), F.normalize(prototypes, dim=1))
 
 
 def as_buffers(module: nn.Module) -> Any:
-    """A copy whose parameters are buffers: saved, resumed and moved with the task, seen by no
-    optimiser, and no layer of the task.
+    """Return a copy of the module whose parameters are buffers.
+
+    They are saved, resumed and moved with the task, but no optimiser and no layer holds them.
     """
     made = copy.deepcopy(module)
     for part in made.modules():
@@ -111,20 +114,21 @@ def as_buffers(module: nn.Module) -> Any:
 
 @register("objective", "dino", options=DINOOptions)
 class DINO(Objective):
-    """The student (the backbone) matches, from every view of a row, what its moving average (the
-    teacher) says of the row's other large view.
+    """Train a student on what its moving average, the teacher, outputs for other views of a row.
 
-    The teacher's output is centred by its mean over the global batch and sharpened by a low
-    temperature; against collapse both are needed. Logged: ``teacher_entropy``, of the teacher's
-    answer to a row (towards 0 or the logarithm of the prototypes it has collapsed), and
-    ``batch_entropy``, of its mean answer to the global batch (towards 0 it says the same of every
-    row). Its batch norms use the batch, its dropout is off. A validation loss is between two moving
-    networks: it tells of collapse, not of quality.
+    The student (the backbone) matches, from every view, the teacher's output for the row's other
+    large view. The teacher's output is centred by its mean over the global batch and sharpened by
+    a low temperature; both are needed against collapse. The teacher's batch norms use the batch,
+    its dropout is off.
+
+    Logged: ``teacher_entropy``, of the teacher's output for a row, and ``batch_entropy``, of its
+    mean output over the global batch. The teacher has collapsed where the first approaches 0 or
+    the logarithm of the number of prototypes, or the second approaches 0. A validation loss is
+    between two moving networks: it shows collapse, not quality.
     """
 
     metrics = ("loss",)
     log_names = ("teacher_entropy", "batch_entropy")
-    couples_rows = True
     center: Tensor
     progress: Tensor
 
@@ -137,166 +141,161 @@ class DINO(Objective):
                 f"{', '.join(inputs) or 'something else'}"
             )
         step = getattr(backbone, "patch", None) or 1
-        self.local_size = options.local_size or max(
-            step, 8, round(inputs["size"] * 3 / 7 / step) * step
-        )
+        in_steps = round(inputs["size"] * 3 / 7 / step) * step
+        self.local_size = options.local_size or max(step, 8, in_steps)
         self.head = Head(backbone.pooled_dim, options)
         self.teacher_backbone, self.teacher_head = as_buffers(backbone), as_buffers(self.head)
         self.register_buffer("center", torch.zeros(options.prototypes))
         self.register_buffer("progress", torch.zeros(()))
-        self._begun = False
+        self._is_teacher_set = False
         if options.local_crops:
-            self._try_local(inputs["channels"])
+            self._check_local_size(inputs["channels"])
 
-    def _try_local(self, channels: int) -> None:
-        """Raises ValueError for a backbone that does not take small views."""
+    def _check_local_size(self, channels: int) -> None:
+        """Raise ValueError for a backbone that cannot read small views."""
         image = torch.zeros(1, channels, self.local_size, self.local_size)
+        row, key = np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64)
         try:
             with torch.no_grad():
-                self.teacher_backbone.eval()(
-                    Batch(
-                        np.zeros(1, dtype=np.int64),
-                        torch.zeros(1, dtype=torch.int64),
-                        {"image": image},
-                    )
-                )
+                self.teacher_backbone.eval()(Batch(row, key, {"image": image}))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{self.teacher_backbone.arch['name']} does not take dino's small views of "
-                f"{self.local_size} px ({str(error).splitlines()[0]}): "
-                "set another dino.local_size, dino.local_crops: 0, or take a backbone for "
-                "images of any size"
+                f"{self.local_size} px ({str(error).splitlines()[0]}): set another "
+                "dino.local_size, dino.local_crops: 0, or take a backbone for images of any size"
             ) from None
 
     def views(self) -> tuple[View, ...]:
-        o = self.options
-        large, small = (o.area, 1.0), (0.05, o.area)
-        return (
-            View(area=large, strength=0.5, blur=1.0),
-            View(area=large, strength=0.5, blur=0.1, solarize=0.2),
-            *[View(size=self.local_size, area=small, strength=0.5, blur=0.5)] * o.local_crops,
-        )
+        """Return two large views and ``local_crops`` small ones."""
+        options = self.options
+        large, small = (options.area, 1.0), (0.05, options.area)
+        first = View(area=large, strength=0.5, blur=1.0)
+        second = View(area=large, strength=0.5, blur=0.1, solarize=0.2)
+        local = View(size=self.local_size, area=small, strength=0.5, blur=0.5)
+        return first, second, *[local] * options.local_crops
 
-    def _taught(self, batch: Batch) -> Tensor:
-        """(2, B, K) the teacher's cosines of the large views."""
+    def _teacher_outputs(self, batch: Batch) -> Tensor:
+        """Return the teacher's cosines (2, B, K) of the large views."""
         self.teacher_backbone.eval()
         for part in self.teacher_backbone.modules():
-            if isinstance(
-                part, _BatchNorm
-            ):  # as in the paper; running statistics would lag behind in the first steps
+            # as in the paper; running statistics would lag behind in the first steps
+            if isinstance(part, _BatchNorm):
                 part.train(self.training)
         with torch.no_grad():
             both = batch.replace(image=torch.cat([batch["view0"], batch["view1"]]))
-            return (
-                self.teacher_head(self.teacher_backbone(both).pooled)
-                .float()
-                .view(2, len(batch), -1)
-            )
+            outputs = self.teacher_head(self.teacher_backbone(both).pooled)
+            return outputs.float().view(2, len(batch), -1)
 
-    def _learned(self, backbone: Backbone, batch: Batch) -> Tensor:
-        """(2 + local crops, B, K) log-probabilities of the student; views of one size go through
-        the backbone as one batch.
+    def _student_outputs(self, backbone: Backbone, batch: Batch) -> Tensor:
+        """Return the student's log probabilities (V, B, K).
+
+        Views of one size go through the backbone as one batch.
         """
         names = [f"view{i}" for i in range(2 + self.options.local_crops)]
-        moving = (self.progress >= self.options.freeze_prototypes).float()
-        found = [
-            self.head(
-                backbone(batch.replace(image=torch.cat([batch[name] for name in part]))).pooled,
-                moving,
-            )
-            for part in (names[:2], names[2:])
-            if part
-        ]
-        return (
-            (torch.cat(found).float() / self.options.student_temperature)
-            .log_softmax(-1)
-            .view(len(names), len(batch), -1)
-        )
+        train_prototypes = (self.progress >= self.options.freeze_prototypes).float()
+        outputs = []
+        for of_one_size in (names[:2], names[2:]):
+            if of_one_size:
+                images = batch.replace(image=torch.cat([batch[name] for name in of_one_size]))
+                outputs.append(self.head(backbone(images).pooled, train_prototypes))
+        logits = torch.cat(outputs).float() / self.options.student_temperature
+        return logits.log_softmax(-1).view(len(names), len(batch), -1)
 
     def temperature(self) -> Tensor:
-        """The teacher's, at this point of the run."""
-        o = self.options
-        share = (
-            (self.progress / o.temperature_warmup).clamp(max=1.0)
-            if o.temperature_warmup
-            else torch.ones_like(self.progress)
-        )
-        return o.temperature_start + (o.temperature_end - o.temperature_start) * share
+        """Return the teacher's temperature at this point of the run."""
+        options = self.options
+        share = torch.ones_like(self.progress)
+        if options.temperature_warmup:
+            share = (self.progress / options.temperature_warmup).clamp(max=1.0)
+        rise = options.temperature_end - options.temperature_start
+        return options.temperature_start + rise * share
 
-    def _rows(self, target: Tensor, learned: Tensor) -> Tensor:
-        """(B,) cross-entropies of (2, B, K) targets, each with all views but its own, the mean over
-        pairs.
+    def _rows(self, target: Tensor, student: Tensor) -> Tensor:
+        """Return (B,) cross entropies, the mean over pairs of a target and another view.
+
+        Args:
+            target: (2, B, K) probabilities of the large views, by the teacher.
+            student: (V, B, K) log probabilities of all views.
         """
         both = target.sum(0)
-        losses = [
-            -((both - target[v] if v < 2 else both) * learned[v]).sum(-1)
-            for v in range(len(learned))
-        ]
-        return torch.stack(losses).sum(0) / (2 * (len(learned) - 1))
+        losses = []
+        for view, log_probability in enumerate(student):
+            others = both - target[view] if view < 2 else both
+            losses.append(-(others * log_probability).sum(-1))
+        return torch.stack(losses).sum(0) / (2 * (len(student) - 1))
 
     def loss(self, backbone: Backbone, batch: Batch):
-        self._begin(backbone)
-        taught = self._taught(batch)
-        logs = ((taught - self.center) / self.temperature()).log_softmax(-1)
-        target = logs.exp()
-        total = self._rows(target, self._learned(backbone, batch)).sum()
-        mean = self._centered(taught.sum((0, 1)), target.sum((0, 1)), 2 * len(batch))
-        of_batch = -torch.special.xlogy(mean, mean).sum()
-        return (
-            total,
-            total.new_full((), float(len(batch))),
-            {
-                "teacher_entropy": -(target * logs).sum(-1).mean(0).sum(),
-                "batch_entropy": of_batch * len(batch),
-            },
-        )
+        self._set_teacher(backbone)
+        teacher = self._teacher_outputs(batch)
+        log_target = ((teacher - self.center) / self.temperature()).log_softmax(-1)
+        target = log_target.exp()
+        total = self._rows(target, self._student_outputs(backbone, batch)).sum()
+        outputs, targets = teacher.sum((0, 1)), target.sum((0, 1))
+        mean = self._update_center(outputs, targets, 2 * len(batch))
+        batch_entropy = -torch.special.xlogy(mean, mean).sum()
+        logs = {
+            "teacher_entropy": -(target * log_target).sum(-1).mean(0).sum(),
+            "batch_entropy": batch_entropy * len(batch),
+        }
+        return total, total.new_full((), float(len(batch))), logs
 
     def forward_without_rows(self, backbone: Backbone) -> None:
-        self._begin(backbone)
+        """Take part in the update of the centre without rows."""
+        self._set_teacher(backbone)
         nothing = torch.zeros_like(self.center)
-        self._centered(nothing, nothing, 0)
+        self._update_center(nothing, nothing, 0)
 
     @torch.no_grad()
-    def _begin(self, backbone: Backbone) -> None:
-        """The teacher starts as the student does, also where this one came from a checkpoint after
-        the teacher was made.
+    def _set_teacher(self, backbone: Backbone) -> None:
+        """Start the teacher from the student, once, at the first step of a run.
+
+        Not when it is built: a checkpoint may be loaded into the student after that.
         """
-        if not self._begun and float(self.progress) == 0:
+        if not self._is_teacher_set and float(self.progress) == 0:
             self.teacher_backbone.load_state_dict(backbone.state_dict())
             self.teacher_head.load_state_dict(self.head.state_dict())
-        self._begun = True
+        self._is_teacher_set = True
 
     @torch.no_grad()
-    def _centered(self, outputs: Tensor, targets: Tensor, count: int) -> Tensor:
-        """Move the centre by the sums of a rank's rows, on every rank alike; (K,) the mean target
-        of the global batch.
+    def _update_center(self, outputs: Tensor, targets: Tensor, count: int) -> Tensor:
+        """Move the centre, on every rank alike; return the global batch's mean target (K,).
+
+        Args:
+            outputs: (K,) sum of the teacher's outputs over this rank's large views.
+            targets: (K,) sum of its probabilities.
+            count: how many views those are.
         """
-        outputs, targets, counts = summed(
-            torch.cat([outputs, targets, outputs.new_full((1,), float(count))])
-        ).tensor_split((len(outputs), 2 * len(outputs)))
+        k = len(outputs)
+        sums = summed(torch.cat([outputs, targets, outputs.new_full((1,), float(count))]))
+        outputs, targets, counts = sums.tensor_split((k, 2 * k))
         mean = outputs / counts.clamp(min=1.0)
-        there = (counts > 0) & torch.isfinite(mean).all()
-        self.center.copy_(
-            torch.where(
-                there, torch.lerp(mean, self.center, self.options.center_momentum), self.center
-            )
-        )
+        is_usable = (counts > 0) & torch.isfinite(mean).all()
+        moved = torch.lerp(mean, self.center, self.options.center_momentum)
+        self.center.copy_(torch.where(is_usable, moved, self.center))
         return targets / counts.clamp(min=1.0)
 
     @torch.no_grad()
     def after_step(self, backbone: Backbone, step: int, steps: int) -> None:
-        momentum = 1 - (1 - self.options.momentum) * (math.cos(math.pi * step / steps) + 1) / 2
-        for teacher, student in ((self.teacher_backbone, backbone), (self.teacher_head, self.head)):
+        """Move the teacher towards the student."""
+        falling = (math.cos(math.pi * step / steps) + 1) / 2
+        momentum = 1 - (1 - self.options.momentum) * falling
+        pairs = ((self.teacher_backbone, backbone), (self.teacher_head, self.head))
+        for teacher, student in pairs:
             held, new = dict(teacher.named_buffers()), dict(student.named_parameters())
             torch._foreach_lerp_(
-                [held[name] for name in new], [p.detach() for p in new.values()], 1 - momentum
+                [held[name] for name in new],
+                [parameter.detach() for parameter in new.values()],
+                1 - momentum,
             )
         self.progress.fill_((step + 1) / steps)
 
     def after_training(self, backbone: Backbone) -> None:
+        """Put the teacher's weights into the backbone, where it is the one to carry over."""
         if self.options.carry == "teacher":
             backbone.load_state_dict(self.teacher_backbone.state_dict())
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        target = ((self._taught(batch) - self.center) / self.temperature()).softmax(-1)
-        return {"loss": self._rows(target, self._learned(backbone, batch))}
+        """Return ``loss`` (B,)."""
+        centred = self._teacher_outputs(batch) - self.center
+        target = (centred / self.temperature()).softmax(-1)
+        return {"loss": self._rows(target, self._student_outputs(backbone, batch))}

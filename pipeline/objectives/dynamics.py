@@ -1,5 +1,7 @@
-"""What an action changes, and which action was done, without rewards or a task (forward and inverse
-dynamics, Pathak et al. 2017, section 2.2).
+"""Forward and inverse dynamics of trajectories, without rewards or a task.
+
+Forward: what an action changes; inverse: which action was done (Pathak et al. 2017, section 2.2).
+Shapes: B rows, T steps, O numbers of an observation, A numbers or classes of an action.
 """
 
 from __future__ import annotations
@@ -16,53 +18,49 @@ from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.nn import action_heads
 
 STILL = 1e-3
-"""Root mean square of a number's change, in deviations of the number itself, below which it counts
-as standing still.
-"""
-ACTS = ("actions", "executed")
-"""Tensors of actions. What changes the world is what was executed, where that is told."""
+"""Root mean square of a number's change, in its standard deviations, below which it is constant."""
+ACTION_TENSORS = ("actions", "executed")
+"""Tensors of actions. What changes the world is what was executed, where rows have that."""
 MOST_STEPS = 1e6
-"""The deviations of changes are means over all steps so far, and from so many on over about the
-last so many.
-"""
+"""Deviations of changes are means over all steps so far, and later over about the last so many."""
 
 
 class DynamicsOptions(Options):
     forward: float = Field(
         1.0,
         ge=0,
-        description="weight of telling, from what is known at a step and its action, how the "
-        "observation changes by the next; "
-        "0: not told",
+        description="weight of predicting, from a step's token and action, how the observation "
+        "changes by the next step; 0: not predicted",
     )
     inverse: float = Field(
         1.0,
         ge=0,
-        description="weight of telling a step's action from the observations up to the next step; "
-        "0: not told",
+        description="weight of predicting a step's action from the observations up to the next "
+        "step; 0: not predicted",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the heads")
 
 
 @register("objective", "dynamics", options=DynamicsOptions)
 class Dynamics(Objective):
-    """Two heads of each space on a causal backbone's tokens, for every step that has a next one in
-    its row.
+    """Two heads of each space on a causal backbone's tokens, for every step that has a next one.
 
-    ``forward_heads.<space>``: from token t and action t (as it was executed, where rows tell), the
-    change of the observation from t to t + 1, each number in its own changes' deviation (a running
-    mean over the training rows, ``changes.<space>``); squared error averaged over the observation's
-    numbers. ``inverse_heads.<space>``: from tokens t and t + 1 that action: of numbers the squared
-    error averaged over them, of classes the cross entropy. The pass for it is given no actions at
-    all: where a backbone reads earlier actions, token t + 1 would hold the answer. Such
-    representations keep what can be controlled (Pathak et al. 2017), and serve imitation with few
-    demonstrations (Brandfonbrener et al. 2023, "Inverse Dynamics Pretraining Learns Good
+    ``forward_heads.<space>``: from token t and action t (as it was executed, where rows have
+    that), the change of the observation from t to t + 1, each number in the deviation of its own
+    changes (a running mean over the training rows, ``changes.<space>``). Squared error, averaged
+    over the observation's numbers.
+
+    ``inverse_heads.<space>``: from tokens t and t + 1 that action. Of numbers the squared error
+    averaged over them, of classes the cross entropy. The pass for it is given no actions at all:
+    where a backbone reads earlier actions, token t + 1 would hold the answer.
+
+    Such representations keep what can be controlled (Pathak et al. 2017), and serve imitation
+    with few demonstrations (Brandfonbrener et al. 2023, "Inverse Dynamics Pretraining Learns Good
     Representations for Multitask Imitation").
 
     Logged, as means over steps: ``forward_error`` and ``inverse_error``, the squared errors (of
-    classes the share that is wrong), beside ``forward_zero`` and ``inverse_zero``, those of telling
-    no change and the mean action (of classes those of a guess). Raises ValueError for a backbone
-    that is none of policies, and where both weights are 0.
+    classes the share that is wrong), beside ``forward_zero`` and ``inverse_zero``, those of
+    predicting no change and the mean action (of classes those of a guess).
     """
 
     roles = ("actions",)
@@ -71,7 +69,7 @@ class Dynamics(Objective):
 
     @classmethod
     def fit(cls, options, table, columns):
-        """Raises ValueError where no row has an action."""
+        """Raise ValueError where no row has an action; there is no state."""
         name = columns["actions"]
         action_heads.kind_of(table[name], name)
         if not action_heads.counts(table[name]).any():
@@ -80,14 +78,15 @@ class Dynamics(Objective):
 
     @classmethod
     def invalid_label_reasons(cls, table, columns, state):
+        """Name rows without an action."""
         name = columns.get("actions", "")
         if name not in table.column_names:
             return [""] * len(table)
-        return [
-            "" if many else f"{name} holds no action" for many in action_heads.counts(table[name])
-        ]
+        counts = action_heads.counts(table[name])
+        return ["" if count else f"{name} holds no action" for count in counts]
 
     def __init__(self, backbone: Backbone, options: DynamicsOptions, state: dict[str, Any]):
+        """Raise ValueError for a backbone that is no policy, and where both weights are 0."""
         super().__init__(backbone, options, state)
         inputs, width = backbone.arch["inputs"], backbone.token_dim
         if "spaces" not in inputs or width is None or not backbone.causal:
@@ -100,113 +99,114 @@ class Dynamics(Objective):
                 "options forward and inverse of dynamics are both 0: nothing is left to learn"
             )
         self.spaces: dict[str, dict[str, Any]] = inputs["spaces"]
-        self.remembers = any(
-            name.startswith("action_encoders.") for name, _ in backbone.named_parameters()
-        )
+        names = [name for name, _ in backbone.named_parameters()]
+        self.reads_actions = any(name.startswith("action_encoders.") for name in names)
         """Whether the backbone reads earlier actions."""
-        sizes = {
-            name: (space["observation"], space["action"]) for name, space in self.spaces.items()
-        }
         if options.forward:
-            self.forward_heads = nn.ModuleDict(
-                {
-                    name: _head(width + action, width, numbers)
-                    for name, (numbers, action) in sizes.items()
-                }
-            )
-            self.changes = nn.ModuleDict(
-                {name: Deviation(numbers) for name, (numbers, _) in sizes.items()}
-            )
+            self.forward_heads = nn.ModuleDict()
+            self.changes = nn.ModuleDict()
+            for name, space in self.spaces.items():
+                numbers = space["observation"]
+                self.forward_heads[name] = _head(width + space["action"], width, numbers)
+            for name, space in self.spaces.items():
+                self.changes[name] = RunningScale(space["observation"])
         if options.inverse:
-            self.inverse_heads = nn.ModuleDict(
-                {name: _head(2 * width, width, action) for name, (_, action) in sizes.items()}
-            )
+            self.inverse_heads = nn.ModuleDict()
+            for name, space in self.spaces.items():
+                self.inverse_heads[name] = _head(2 * width, width, space["action"])
 
     def _tokens(self, backbone: Backbone, batch: Batch) -> Tensor:
         tokens = backbone(batch, want=("tokens",)).tokens
         assert tokens is not None
         return F.dropout(tokens, self.options.dropout, self.training)
 
+    def _both_tokens(self, backbone: Backbone, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Return the tokens of passes with and without actions, each where it is needed."""
+        options = self.options
+        kept = {name: t for name, t in batch.data.items() if name not in ACTION_TENSORS}
+        without_actions = Batch(batch.rows, batch.keys, kept, batch.shards)
+        if not self.reads_actions:  # one pass serves both
+            tokens = self._tokens(backbone, without_actions)
+            return tokens, tokens
+        blind = self._tokens(backbone, without_actions) if options.inverse else None
+        seeing = self._tokens(backbone, batch) if options.forward else None
+        return seeing, blind
+
+    def _forward_parts(
+        self, name: str, tokens: Tensor, observations: Tensor, acts: Tensor, counted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return (n, T - 1) squared errors of the predicted change, and of predicting none."""
+        change = self.changes[name](observations[:, 1:] - observations[:, :-1], counted)
+        inputs = torch.cat([tokens[:, :-1], acts.to(tokens.dtype)], -1)
+        predicted = self.forward_heads[name](inputs).float()
+        return (predicted - change).square().mean(-1), change.square().mean(-1)
+
+    def _inverse_parts(
+        self, name: str, tokens: Tensor, acts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (n, T - 1) losses of the predicted action, its errors and those of a guess."""
+        space = self.spaces[name]
+        inputs = torch.cat([tokens[:, :-1], tokens[:, 1:]], -1)
+        predicted = self.inverse_heads[name](inputs).float()
+        if not space["discrete"]:
+            losses = action_heads.losses("mse", predicted, acts, 1)
+            return losses, losses.detach(), acts.square().mean(-1)
+        losses = action_heads.losses("categorical", predicted, acts, 1)
+        wrong = (predicted.argmax(-1) != acts.argmax(-1)).float()
+        return losses, wrong, torch.full_like(wrong, 1 - 1 / space["action"])
+
     def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(B, T - 1) losses, which steps count, and the logged parts of each step."""
+        """Return (B, T - 1) losses, which steps count, and the logged parts of each step."""
         if "actions" not in batch.data:
             raise ValueError(
-                "dynamics tells of actions, and these rows have none: say --column actions=NAME"
+                "dynamics predicts actions, and these rows have none: say --column actions=NAME"
             )
         options = self.options
-        unseen = Batch(
-            batch.rows,
-            batch.keys,
-            {name: tensor for name, tensor in batch.data.items() if name not in ACTS},
-            batch.shards,
-        )
-        alike = not self.remembers
-        blind = self._tokens(backbone, unseen) if options.inverse or alike else None
-        seeing = blind if alike else self._tokens(backbone, batch) if options.forward else None
-        known = batch["mask"][:, 1:] & batch["mask"][:, :-1]
-        parts = {
-            name: torch.zeros(known.shape, device=known.device)
-            for name in (*self.log_names, "loss")
-        }
+        seeing, blind = self._both_tokens(backbone, batch)
+        counted = batch["mask"][:, 1:] & batch["mask"][:, :-1]
+        names = (*self.log_names, "loss")
+        parts = {name: torch.zeros(counted.shape, device=counted.device) for name in names}
         for number, (name, space) in enumerate(self.spaces.items()):
             rows = (batch["space"] == number).nonzero()[:, 0]
             if not len(rows):
                 continue
             acts = batch.data.get("executed", batch["actions"])[rows, :-1, : space["action"]]
-            if space["discrete"]:  # a class that nobody teaches was executed
-                known[rows] &= acts.any(-1)
-            there = known[rows]
+            if space["discrete"]:  # a class that stands in no training row was executed
+                counted[rows] &= acts.any(-1)
+            loss = parts["loss"][rows]
             if seeing is not None and options.forward:
                 seen = batch["observations"][rows, :, : space["observation"]]
-                change = self.changes[name](seen[:, 1:] - seen[:, :-1], there)
-                predicted = self.forward_heads[name](
-                    torch.cat([seeing[rows, :-1], acts.to(seeing.dtype)], -1)
-                ).float()
-                error = (predicted - change).square().mean(-1)
-                parts["loss"][rows] = parts["loss"][rows] + options.forward * error
-                parts["forward_error"][rows], parts["forward_zero"][rows] = (
-                    error.detach(),
-                    change.square().mean(-1),
-                )
+                error, zero = self._forward_parts(name, seeing[rows], seen, acts, counted[rows])
+                loss = loss + options.forward * error
+                parts["forward_error"][rows] = error.detach()
+                parts["forward_zero"][rows] = zero
             if blind is not None and options.inverse:
-                predicted = self.inverse_heads[name](
-                    torch.cat([blind[rows, :-1], blind[rows, 1:]], -1)
-                ).float()
-                head = "categorical" if space["discrete"] else "mse"
-                found = action_heads.losses(head, predicted, acts, 1)
-                parts["loss"][rows] = parts["loss"][rows] + options.inverse * found
-                wrong = (predicted.argmax(-1) != acts.argmax(-1)).float()
-                parts["inverse_error"][rows] = wrong if space["discrete"] else found.detach()
-                parts["inverse_zero"][rows] = (
-                    torch.full_like(wrong, 1 - 1 / space["action"])
-                    if space["discrete"]
-                    else acts.square().mean(-1)
-                )
-        parts = {name: value.masked_fill(~known, 0.0) for name, value in parts.items()}
-        return parts.pop("loss"), known, parts
+                losses, error, zero = self._inverse_parts(name, blind[rows], acts)
+                loss = loss + options.inverse * losses
+                parts["inverse_error"][rows] = error
+                parts["inverse_zero"][rows] = zero
+            parts["loss"][rows] = loss
+        parts = {name: value.masked_fill(~counted, 0.0) for name, value in parts.items()}
+        return parts.pop("loss"), counted, parts
 
     def loss(self, backbone: Backbone, batch: Batch):
-        losses, known, logs = self._rows(backbone, batch)
+        losses, counted, logs = self._rows(backbone, batch)
         total = losses.sum()
-        for parameter in (
-            *backbone.parameters(),
-            *self.parameters(),
-        ):  # of spaces that this batch has no row of: DDP waits for every gradient
-            total = total + 0.0 * parameter.sum() if parameter.requires_grad else total
-        return total, known.sum().float(), {name: value.sum() for name, value in logs.items()}
+        # spaces that no row of this batch belongs to: DDP waits for every gradient
+        for parameter in (*backbone.parameters(), *self.parameters()):
+            if parameter.requires_grad:
+                total = total + 0.0 * parameter.sum()
+        logs = {name: value.sum() for name, value in logs.items()}
+        return total, counted.sum().float(), logs
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """``loss`` (B,), summed over the steps that have a next one, and ``count`` (B,), how many
-        those are.
-        """
-        losses, known, _ = self._rows(backbone, batch)
-        return {"loss": losses.sum(1), "count": known.sum(1).float()}
+        """Return ``loss``, summed over the steps that have a next one, and their ``count``."""
+        losses, counted, _ = self._rows(backbone, batch)
+        return {"loss": losses.sum(1), "count": counted.sum(1).float()}
 
 
-class Deviation(nn.Module):
-    """Changes (n, T, O) in their root mean square, number by number: in training the mean is first
-    brought up to date with those that count (n, T).
-    """
+class RunningScale(nn.Module):
+    """Divides changes by their root mean square, number by number, as seen in training so far."""
 
     def __init__(self, numbers: int):
         super().__init__()
@@ -216,11 +216,19 @@ class Deviation(nn.Module):
         self.steps: Tensor
 
     @torch.no_grad()
-    def forward(self, change: Tensor, there: Tensor) -> Tensor:
+    def forward(self, change: Tensor, counted: Tensor) -> Tensor:
+        """Return the scaled changes; in training the scale is updated first.
+
+        Args:
+            change: (n, T, O).
+            counted: (n, T) which steps the scale is updated with.
+        """
         change = change.float()
-        if self.training and (count := there.sum()) > 0:
+        count = counted.sum()
+        if self.training and count > 0:
             self.steps.copy_((self.steps + count).clamp(max=MOST_STEPS))
-            mean = change.square().masked_fill(~there[..., None], 0.0).sum((0, 1)) / count
+            squares = change.square().masked_fill(~counted[..., None], 0.0)
+            mean = squares.sum((0, 1)) / count
             self.square.lerp_(mean, (count / self.steps).clamp(max=1.0))
         return change / self.square.sqrt().clamp(min=STILL)
 

@@ -1,5 +1,7 @@
-"""Predictions at many times of a row: patient monitoring (decompensation, remaining length of
-stay), judged every hour.
+"""Predictions at many times of a row: patient monitoring, evaluated every hour.
+
+For example decompensation and the remaining length of stay. Shapes: B rows of a batch, n rows of
+a table, N tokens, M label times of a row, C classes.
 """
 
 from __future__ import annotations
@@ -21,8 +23,6 @@ from pipeline.core.ragged import ragged
 from pipeline.metrics import calibration
 from pipeline.nn import losses as imbalance
 
-MOST_CLASSES = 1000
-
 
 class HourlyOptions(Options):
     task: Literal["binary", "multiclass"] = Field(
@@ -39,8 +39,7 @@ class HourlyOptions(Options):
     class_weight: Literal["none", "balanced"] = Field(
         "none",
         description="balanced: in training a label weighs labels / (classes x labels of its "
-        "class), "
-        "counted over all training rows; the evaluated loss is not weighted",
+        "class), counted over all training rows; the evaluated loss is not weighted",
     )
     focal: float = Field(
         0.0,
@@ -51,13 +50,12 @@ class HourlyOptions(Options):
     calibrate: Literal["none", "temperature"] = Field(
         "none",
         description="temperature: after training one scalar that the scores are divided by is "
-        "fitted "
-        "on the validation rows (Guo et al. 2017); test metrics and predict use it",
+        "fitted on the validation rows (Guo et al. 2017); test metrics and predict use it",
     )
     every: float = Field(
         1.0,
         gt=0,
-        description="hours between the times at which onetomany predict judges new rows, up to "
+        description="hours between the times at which onetomany predict evaluates new rows, up to "
         "their last event",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
@@ -70,26 +68,29 @@ class HourlyOptions(Options):
 
 @register("objective", "hourly", options=HourlyOptions)
 class Hourly(Objective):
-    """A linear head on a causal backbone's tokens: the label at time t is told from the last token
-    that holds events and whose information ends at t or before, and before the first one from a
-    learned start vector, beside log(1 + hours since then). That a row's tokens end with its last
-    event tells nothing: tokens without events are passed over. So nothing from after t reaches a
-    prediction at t (Harutyunyan et al. 2019, decompensation and length of stay). Label times after
-    the hour up to which events are read are refused.
+    """A linear head on a causal backbone's tokens, read at each label's time.
+
+    The label at time t is predicted from the last token that holds events and whose information
+    ends at t or before (before the first one from a learned start vector), beside
+    log(1 + hours since then). Tokens without events are passed over: that a row's tokens end with
+    its last event must not give anything away. So nothing from after t reaches a prediction at t
+    (Harutyunyan et al. 2019, decompensation and length of stay). Label times after the hour up to
+    which events are read are refused.
 
     Columns: ``label_times``, a list of hours since the row's start, ascending, and
     ``label_values``, a list as long. The backbone gives ``tokens``, in ``stages["times"]`` (B, N)
-    float32 the hour at which each token's information ends, ascending, and in ``stages["charted"]``
-    (B, N) bool which of them hold events. The loss is the cross entropy summed over labels.
-    Predictions are padded to (B, M): ``label`` -1 and ``times`` NaN behind a row's last one. State:
-    ``labels`` (class names), ``counts`` (training labels) and ``hours`` (up to which events are
-    read).
+    float32 the hour at which each token's information ends, ascending, and in
+    ``stages["charted"]`` (B, N) bool which of them hold events. The loss is the cross entropy
+    summed over labels. Predictions are padded to (B, M): ``label`` -1 and ``times`` NaN behind a
+    row's last one.
+
+    State: ``labels`` (class names), ``counts`` (training labels of each) and ``hours`` (up to
+    which events are read).
     """
 
     roles = ("label_times", "label_values")
     metrics = ("auroc", "auprc", "loss", "min_precision_sensitivity", "brier", "ece")
     log_names = ("accuracy",)
-    label_tensors = ("label_times", "label_values", "label_times_lengths")
     output_types = {
         "times": pa.list_(pa.float32()),
         "prediction": pa.list_(pa.int32()),
@@ -98,19 +99,21 @@ class Hourly(Objective):
 
     @classmethod
     def target_metrics(cls, options, state):
-        return (
-            cls.metrics if options.task == "binary" else ("kappa", "macro_f1", "accuracy", "loss")
-        )
+        if options.task == "binary":
+            return cls.metrics
+        return ("kappa", "macro_f1", "accuracy", "loss")
 
     @classmethod
     def fit(cls, options, table, columns):
-        """Raises ValueError where the task and its classes contradict, or no training row has a
-        label.
+        """Count the labels of each class.
+
+        Raises:
+            ValueError: the task contradicts its classes, or no training row has a label.
         """
         if options.task == "binary" and options.classes != 2:
             raise ValueError(
-                "option classes of hourly: a binary task has 2 classes, not "
-                f"{options.classes}; say task: multiclass, or leave classes out"
+                f"option classes of hourly: a binary task has 2 classes, not {options.classes}; "
+                "say task: multiclass, or leave classes out"
             )
         state = {"labels": [str(k) for k in range(options.classes)]}
         values = cls._values(table, columns, state)
@@ -123,239 +126,246 @@ class Hourly(Objective):
 
     @classmethod
     def _values(cls, table: pa.Table, columns: dict[str, str], state: dict[str, Any]) -> np.ndarray:
-        """(m,) int64, every label of the rows that can be used."""
-        fine = np.array(
-            [not reason for reason in cls.invalid_label_reasons(table, columns, state)], dtype=bool
-        )
-        return _lists(
-            table[columns["label_values"]].filter(pa.array(fine)), columns["label_values"]
-        )[0].astype(np.int64)
+        """Return (m,) int64, every label of the rows that can be used."""
+        name = columns["label_values"]
+        kept = table[name].filter(pa.array(cls._is_valid(table, columns, state)))
+        return _lists(kept, name)[0].astype(np.int64)
+
+    @classmethod
+    def _is_valid(
+        cls, table: pa.Table, columns: dict[str, str], state: dict[str, Any]
+    ) -> np.ndarray:
+        """Return (n,) bool, rows whose labels can be used."""
+        reasons = cls.invalid_label_reasons(table, columns, state)
+        return np.array([not reason for reason in reasons], dtype=bool)
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
-        """``label_times`` and ``label_values``: (n,) ragged float32 and int16; none for rows that
-        ``invalid_label_reasons`` names.
+        """Return ``label_times`` and ``label_values``, (n,) ragged float32 and int16.
+
+        Rows whose labels cannot be used have none.
         """
         if columns.get("label_values") not in table.column_names:  # new rows to predict
             return {}
-        fine = np.array(
-            [not reason for reason in cls.invalid_label_reasons(table, columns, state)], dtype=bool
-        )
-        late = (
-            _lists(table[columns["label_times"]], columns["label_times"])[0]
-            > state.get("hours", np.inf)
-        ).sum()
+        is_valid = cls._is_valid(table, columns, state)
+        name = columns["label_times"]
+        late = (_lists(table[name], name)[0] > state.get("hours", np.inf)).sum()
         if late:
             raise ValueError(
-                f"column {columns['label_times']}: {late} times lie after hour "
-                f"{state['hours']:g}, up to which events are read: they would "
-                "be judged by what is long past: raise hours in data.modality ({events: "
-                "{hours: ...}})"
+                f"column {name}: {late} times lie after hour {state['hours']:g}, up to which "
+                "events are read: they would be judged by what is long past: raise hours in "
+                "data.modality ({events: {hours: ...}})"
             )
-        out: Arrays = {}
+        arrays: Arrays = {}
         for role, kind in (("label_times", np.float32), ("label_values", np.int16)):
             flat, lengths = _lists(table[columns[role]], columns[role])
-            parts = np.split(flat, np.cumsum(lengths)[:-1])[: len(table)]
-            out[role] = ragged(
-                part.astype(kind) if good else np.zeros(0, kind)
-                for part, good in zip(parts, fine, strict=True)
+            lists = np.split(flat, np.cumsum(lengths)[:-1])[: len(table)]
+            nothing = np.zeros(0, kind)
+            arrays[role] = ragged(
+                values.astype(kind) if valid else nothing
+                for values, valid in zip(lists, is_valid, strict=True)
             )
-        return out
+        return arrays
 
     @classmethod
     def bind_to_backbone(cls, state, backbone):
-        """``hours``: up to which events are read."""
+        """Add ``hours``, up to which events are read."""
         hours = backbone.arch["inputs"].get("hours")
         return state if hours is None else {**state, "hours": hours}
 
     @classmethod
     def invalid_label_reasons(cls, table, columns, state):
-        """Rows with other times than values, with times that are no numbers or do not ascend, or
-        with values that are no class. No value is told.
+        """Name rows with values that are no class, or times that are no ascending numbers.
+
+        And rows with more times than values, or fewer. Reasons show no value of a patient.
         """
         if columns.get("label_values") not in table.column_names:
             return [""] * len(table)
-        (times, many), (values, as_many) = (
-            _lists(table[columns[role]], columns[role]) for role in ("label_times", "label_values")
-        )
-        row, other = (np.repeat(np.arange(len(table)), lengths) for lengths in (many, as_many))
-        later = np.ones(len(times), dtype=bool)
-        later[1:] = (times[1:] >= times[:-1]) | (row[1:] != row[:-1])
+        times_name, values_name = columns["label_times"], columns["label_values"]
+        times, num_times = _lists(table[times_name], times_name)
+        values, num_values = _lists(table[values_name], values_name)
+        row_of_time = np.repeat(np.arange(len(table)), num_times)
+        row_of_value = np.repeat(np.arange(len(table)), num_values)
+        ascends = np.ones(len(times), dtype=bool)
+        ascends[1:] = (times[1:] >= times[:-1]) | (row_of_time[1:] != row_of_time[:-1])
         classes = len(state["labels"])
+        is_class = np.isin(values, np.arange(classes))
         reasons = np.full(len(table), "", dtype=object)
-        reasons[other[~np.isin(values, np.arange(classes))]] = (
-            f"a value of {columns['label_values']} is no class from 0 to {classes - 1}"
+        reasons[row_of_value[~is_class]] = (
+            f"a value of {values_name} is no class from 0 to {classes - 1}"
         )
-        reasons[row[~later]] = f"{columns['label_times']} do not ascend"
-        reasons[row[~np.isfinite(times)]] = f"a time of {columns['label_times']} is no number"
-        reasons[many != as_many] = (
-            f"{columns['label_times']} and {columns['label_values']} are not equally many"
-        )
+        reasons[row_of_time[~ascends]] = f"{times_name} do not ascend"
+        reasons[row_of_time[~np.isfinite(times)]] = f"a time of {times_name} is no number"
+        reasons[num_times != num_values] = f"{times_name} and {values_name} are not equally many"
         return reasons.tolist()
 
     @classmethod
     def check_test(cls, options, table, columns, state):
+        """Labels of two classes are needed."""
         if len(np.unique(cls._values(table, columns, state))) < 2:
             raise ValueError(
                 f"column {columns['label_values']}: these {len(table)} rows hold labels of one "
-                "class only, so they cannot be told apart: "
-                "give this split more rows"
+                "class only, so they cannot be told apart: give this split more rows"
             )
 
     def __init__(self, backbone: Backbone, options: HourlyOptions, state: dict[str, Any]):
+        """Raise ValueError for a backbone that is not causal, or gives no tokens."""
         super().__init__(backbone, options, state)
         if backbone.token_dim is None or not backbone.causal:
             raise ValueError(
-                f"{backbone.arch['name']} is not causal: a prediction at an hour would see "
-                "what comes after it; hourly needs a backbone of events "
-                "that reads them in one direction, with tokens (see its option causal)"
+                f"{backbone.arch['name']} is not causal: a prediction at an hour would see what "
+                "comes after it; hourly needs a backbone of events that reads them in one "
+                "direction, with tokens (see its option causal)"
             )
         self.head = nn.Linear(backbone.token_dim + 1, len(state["labels"]))
         self.start = nn.Parameter(torch.randn(backbone.token_dim) * 0.02)
 
-    @property
-    def needs_calibration(self) -> bool:
-        return self.options.calibrate != "none"
+    # ---------------------------------------------------------------- scores
 
     def _scores(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scores (B, M, C), times (B, M), which of them are there (B, M), and a nought that every
-        parameter of the backbone belongs to.
+        """Return scores (B, M, C), times (B, M) and which of them are real (B, M).
+
+        And a zero that every parameter of the backbone contributes to.
         """
         features = backbone(batch, want=("tokens", "stages"))
         tokens, ends = features.tokens, features.stages.get("times")
         if tokens is None or ends is None:
             raise ValueError(
-                f'{backbone.arch["name"]} does not tell when its tokens end (stages["times"]): '
-                "hourly needs a backbone of events"
+                f"{backbone.arch['name']} does not tell when its tokens end "
+                '(stages["times"]): hourly needs a backbone of events'
             )
-        there = (
-            features.mask
-            if features.mask is not None
-            else torch.ones(ends.shape, dtype=torch.bool, device=ends.device)
-        )
+        real = features.mask
+        if real is None:
+            real = torch.ones(ends.shape, dtype=torch.bool, device=ends.device)
+        times, is_time = self._times(batch, ends, real)
+        ends = ends.masked_fill(~real, torch.inf).contiguous()
+
+        # place 0 is the start vector, place k + 1 token k
+        has_events = F.pad(features.stages.get("charted", real) & real, (1, 0), value=True)
+        places = torch.arange(has_events.shape[1], device=ends.device)
+        last_with_events = torch.where(has_events, places, 0).cummax(1).values
+        ended = torch.searchsorted(ends, times.contiguous(), right=True)
+        place = last_with_events.gather(1, ended)
+        age = (times - F.pad(ends, (1, 0)).gather(1, place)).clamp(min=0).log1p()
+
+        start = self.start.to(tokens.dtype).expand(len(tokens), 1, -1)
+        tokens = torch.cat([start, tokens], dim=1)
+        read = tokens.gather(1, place[..., None].expand(-1, -1, tokens.shape[2]))
+        if self.options.norm:
+            read = F.layer_norm(read, read.shape[-1:])
+        read = F.dropout(read, self.options.dropout, self.training)
+        scores = self.head(torch.cat([read, age[..., None].to(read.dtype)], dim=-1)).float()
+        return scores, times, is_time, features.pooled.float().sum() * 0.0
+
+    def _times(self, batch: Batch, ends: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the times (B, M) to predict at, and which of them are real (B, M).
+
+        The labels' times; for new rows every so many hours, up to the first at which a row's last
+        token has ended.
+        """
         if "label_times" in batch.data:
             times = batch["label_times"].to(ends)
-            known = (
-                torch.arange(times.shape[1], device=ends.device)
-                < batch["label_times_lengths"][:, None]
-            )
-        else:
-            times, known = self._clock(ends, there)
-        ends = ends.masked_fill(~there, torch.inf).contiguous()
-        charted = F.pad(features.stages.get("charted", there) & there, (1, 0), value=True)
-        last = (
-            torch.where(charted, torch.arange(charted.shape[1], device=ends.device), 0)
-            .cummax(1)
-            .values
-        )
-        place = last.gather(1, torch.searchsorted(ends, times.contiguous(), right=True))
-        age = (times - F.pad(ends, (1, 0)).gather(1, place)).clamp(min=0).log1p()
-        tokens = torch.cat([self.start.to(tokens.dtype).expand(len(tokens), 1, -1), tokens], dim=1)
-        chosen = tokens.gather(1, place[..., None].expand(-1, -1, tokens.shape[2]))
-        if self.options.norm:
-            chosen = F.layer_norm(chosen, chosen.shape[-1:])
-        chosen = torch.cat(
-            [
-                F.dropout(chosen, self.options.dropout, self.training),
-                age[..., None].to(chosen.dtype),
-            ],
-            dim=-1,
-        )
-        scores = self.head(chosen).float()
-        return scores, times, known, features.pooled.float().sum() * 0.0
-
-    def _clock(self, ends: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """Times (B, M) every so many hours, up to the first at which a row's last token has ended,
-        and which of them are there.
-        """
+            places = torch.arange(times.shape[1], device=ends.device)
+            return times, places < batch["label_times_lengths"][:, None]
         every = self.options.every
-        last = (
-            ends.masked_fill(~there, -torch.inf).amax(1)
-            if ends.shape[1]
-            else ends.new_full((len(ends),), -torch.inf)
-        )
+        if ends.shape[1]:
+            last = ends.masked_fill(~real, -torch.inf).amax(1)
+        else:
+            last = ends.new_full((len(ends),), -torch.inf)
         count = (last / every).ceil().clamp(min=1)
-        times = every * torch.arange(
-            1, int(count.max().item()) + 1, device=ends.device, dtype=ends.dtype
-        ).expand(len(ends), -1)
+        most = int(count.max().item())
+        hours = every * torch.arange(1, most + 1, device=ends.device, dtype=ends.dtype)
+        times = hours.expand(len(ends), -1)
         return times, times <= (every * count)[:, None]
 
     def loss(self, backbone: Backbone, batch: Batch):
-        scores, _, known, unused = self._scores(backbone, batch)
-        scores, label = scores[known], batch["label_values"].long()[known]
-        weighted = self.training and self.options.class_weight != "none"
-        losses = imbalance.cross_entropies(
-            scores,
-            label,
-            imbalance.balanced(self.state["counts"], scores.device) if weighted else None,
-            self.options.focal if self.training else 0.0,
-        )
+        scores, _, is_time, unused = self._scores(backbone, batch)
+        scores, label = scores[is_time], batch["label_values"].long()[is_time]
+        weight, gamma = None, 0.0
+        if self.training:
+            gamma = self.options.focal
+            if self.options.class_weight != "none":
+                weight = imbalance.balanced(self.state["counts"], scores.device)
+        losses = imbalance.cross_entropies(scores, label, weight, gamma)
         count = torch.full((), float(len(label)), device=scores.device)
         return losses.sum() + unused, count, {"accuracy": (scores.argmax(-1) == label).sum()}
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """``scores`` (B, M, C), ``times`` (B, M); with labels ``label`` (B, M) int64, ``loss``, a
-        sum, and its ``count`` (B,).
+        """Return ``scores`` (B, M, C) and ``times`` (B, M).
+
+        With labels ``label`` (B, M) int64, ``loss``, a sum, and its ``count`` (B,).
         """
-        scores, times, known, _ = self._scores(backbone, batch)
+        scores, times, is_time, _ = self._scores(backbone, batch)
         scores = scores / self.state.get("temperature", 1.0)
-        out = {"scores": scores, "times": torch.where(known, times, torch.nan)}
+        predictions = {"scores": scores, "times": torch.where(is_time, times, torch.nan)}
         if "label_values" not in batch.data:
-            return out
-        label = torch.where(known, batch["label_values"].long(), -1)
+            return predictions
+        label = torch.where(is_time, batch["label_values"].long(), -1)
         losses = F.cross_entropy(
             scores.flatten(0, 1), label.flatten(), reduction="none", ignore_index=-1
-        ).view(label.shape)
-        return {**out, "label": label, "loss": losses.sum(1), "count": known.sum(1).float()}
+        )
+        return {
+            **predictions,
+            "label": label,
+            "loss": losses.view(label.shape).sum(1),
+            "count": is_time.sum(1).float(),
+        }
 
-    def calibrate(self, found):
-        if self.needs_calibration:
-            known = found["label"] >= 0
-            self.state = {
-                **self.state,
-                "temperature": calibration.temperature(
-                    found["scores"][known], found["label"][known]
-                ),
-            }
+    @property
+    def needs_calibration(self) -> bool:
+        return self.options.calibrate != "none"
 
-    def output_columns(self, found, raw_rows):
-        """Lists, one value a time: ``times`` in hours, ``prediction`` (the likeliest class) and
-        ``probabilities`` (of each class).
+    def calibrate(self, predictions):
+        """Fit the temperature."""
+        is_time = predictions["label"] >= 0
+        scores, label = predictions["scores"][is_time], predictions["label"][is_time]
+        self.state = {**self.state, "temperature": calibration.temperature(scores, label)}
+
+    def output_columns(self, predictions, raw_rows):
+        """Return lists, one entry a time.
+
+        ``times`` in hours, ``prediction`` (the likeliest class) and ``probabilities`` (of each).
         """
-        chance, out = calibration.softmax(found["scores"]).astype(np.float32), {}
-        fine = np.isfinite(found["times"])
-        for name, array in (
-            ("times", found["times"]),
-            ("prediction", chance.argmax(-1)),
-            ("probabilities", chance),
-        ):
-            out[name] = np.empty(len(fine), dtype=object)
-            out[name][:] = [
-                list(row[known].tolist()) for row, known in zip(array, fine, strict=True)
-            ]
-        return out
+        probabilities = calibration.softmax(predictions["scores"]).astype(np.float32)
+        is_time = np.isfinite(predictions["times"])
+        padded = {
+            "times": predictions["times"],
+            "prediction": probabilities.argmax(-1),
+            "probabilities": probabilities,
+        }
+        columns = {}
+        for name, array in padded.items():
+            columns[name] = np.empty(len(is_time), dtype=object)
+            for row, real in enumerate(is_time):
+                columns[name][row] = array[row][real].tolist()
+        return columns
 
 
 def _lists(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(m,) float64, the numbers of all rows one behind the other, a null as NaN, and (n,) how many
-    each row has. Raises ValueError for another type.
+    """Return (m,) float64, the numbers of all rows one after the other, and (n,) their lengths.
+
+    A null is NaN.
+
+    Raises:
+        ValueError: a column of another type.
     """
     kind = column.type
     if pa.types.is_null(kind):
-        column, kind = column.cast(pa.list_(pa.float64())), pa.list_(pa.float64())
-    nested = is_list(kind)
-    inner = kind.value_type if nested else kind
-    if not nested or not (
-        pa.types.is_integer(inner)
-        or pa.types.is_floating(inner)
-        or pa.types.is_boolean(inner)
-        or pa.types.is_null(inner)
-    ):
+        kind = pa.list_(pa.float64())
+        column = column.cast(kind)
+    inner = kind.value_type if is_list(kind) else None
+    is_number = (
+        pa.types.is_integer,
+        pa.types.is_floating,
+        pa.types.is_boolean,
+        pa.types.is_null,
+    )
+    if inner is None or not any(fits(inner) for fits in is_number):
         raise ValueError(f"column {name} holds {kind}: hourly reads a list of numbers a row")
     whole = column.cast(pa.large_list(inner)).combine_chunks()
-    lengths = (
-        pc.fill_null(pc.list_value_length(whole), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    )  # pyright: ignore[reportAttributeAccessIssue]
+    lengths = pc.fill_null(pc.list_value_length(whole), 0)
     flat = pc.list_flatten(whole)
-    flat = flat.cast(pa.int8()) if pa.types.is_boolean(inner) else flat
-    return flat.cast(pa.float64()).to_numpy(zero_copy_only=False), lengths
+    if pa.types.is_boolean(inner):
+        flat = flat.cast(pa.int8())
+    numbers = flat.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return numbers, lengths.to_numpy(zero_copy_only=False).astype(np.int64)

@@ -1,4 +1,7 @@
-"""Masked autoencoding of images without labels: MAE (He et al., CVPR 2022)."""
+"""Masked autoencoding of images without labels: MAE (He et al., CVPR 2022).
+
+Shapes: B rows, N patches of an image, H hidden ones, V visible ones, p pixels a patch's side.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.rng import uniform
 
 MASK_STREAM = 1 << 16
-"""Keeps masks apart from the modality's crops, which follow from the same keys."""
+"""Random stream of the masks, apart from the modality's crops, which follow from the same keys."""
 
 
 class MAEOptions(Options):
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are hidden")
     norm_pixels: bool = Field(
         True,
-        description="predict each patch less its own mean, by its own deviation; false: plain "
-        "pixels",
+        description="predict each patch less its own mean, divided by its own standard deviation; "
+        "false: plain pixels",
     )
     depth: int = Field(4, ge=1, description="decoder blocks; the paper: 8")
     width: int = Field(
@@ -34,9 +37,11 @@ class MAEOptions(Options):
 
 @register("objective", "mae", options=MAEOptions)
 class MAE(Objective):
-    """The backbone reads the visible patches alone; a small decoder predicts the pixels of the
-    hidden ones. The loss of a patch is its mean squared error, over channels and pixels; patches
-    count once each. Which patches are hidden follows from the row's key.
+    """Predict the pixels of hidden patches from the visible ones, by a small decoder.
+
+    The backbone reads the visible patches alone. The loss of a patch is its mean squared error
+    over channels and pixels; patches count once each. Which patches are hidden follows from the
+    row's key.
     """
 
     metrics = ("loss",)
@@ -44,19 +49,18 @@ class MAE(Objective):
 
     def __init__(self, backbone: Backbone, options: MAEOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
-        patch, inputs = getattr(backbone, "patch", None), backbone.arch["inputs"]
+        name, inputs = backbone.arch["name"], backbone.arch["inputs"]
+        patch = getattr(backbone, "patch", None)
         if patch is None or backbone.token_dim is None:
             raise ValueError(
-                f"{backbone.arch['name']}: mae hides patches, which takes a plain vision "
-                "transformer (timm/vit_*, timm/deit_*); "
-                "simclr and dino take any image backbone"
+                f"{name}: mae hides patches, which takes a plain vision transformer "
+                "(timm/vit_*, timm/deit_*); simclr and dino take any image backbone"
             )
         size, width = inputs["size"], options.width
         if size % patch or size < 2 * patch:
             raise ValueError(
-                f"{backbone.arch['name']}: images of {size} px are no whole number of patches "
-                f"of {patch} px, two or more a side; "
-                f"set the modality's size to a multiple of {patch}"
+                f"{name}: images of {size} px are no whole number of patches of {patch} px, two "
+                f"or more a side; set the modality's size to a multiple of {patch}"
             )
         if width % 4 or width % options.heads:
             raise ValueError(
@@ -67,78 +71,76 @@ class MAE(Objective):
         self.hidden = min(count - 1, max(1, round(options.mask_ratio * count)))
         self.enter = nn.Linear(backbone.token_dim, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.blocks = nn.Sequential(
-            *(Block(width, options.heads, qkv_bias=True) for _ in range(options.depth))
-        )
+        blocks = (Block(width, options.heads, qkv_bias=True) for _ in range(options.depth))
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, patch * patch * inputs["channels"])
-        self.register_buffer(
-            "positions", build_sincos2d_pos_embed([self.side, self.side], width), persistent=False
-        )
+        positions = build_sincos2d_pos_embed([self.side, self.side], width)
+        self.register_buffer("positions", positions, persistent=False)
 
     def masks(self, keys: Tensor) -> Tensor:
-        """(B, N) true where a patch is hidden, from (B,) keys; the same number in each row."""
+        """Return (B, N) true where a patch is hidden, the same number in each row.
+
+        Args:
+            keys: (B,) the rows' keys.
+        """
         noise = uniform(keys, self.side**2, stream=MASK_STREAM)
         places = noise.topk(self.hidden, dim=1).indices
         return torch.zeros_like(noise, dtype=torch.bool).scatter(1, places, True)
 
     def patches(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, N, p * p * C) targets: pixels, normalised patch by patch where asked
-        for.
-        """
+        """Return the targets (B, N, p * p * C) of images (B, C, H, W)."""
         b, c = image.shape[:2]
-        parts = (
-            image.float()
-            .view(b, c, self.side, self.patch, self.side, self.patch)
-            .permute(0, 2, 4, 3, 5, 1)
-            .flatten(3)
-            .flatten(1, 2)
-        )
-        if self.options.norm_pixels:
-            parts = (parts - parts.mean(-1, keepdim=True)) / (
-                parts.var(-1, keepdim=True) + 1e-6
-            ).sqrt()
-        return parts
+        grid = image.float().view(b, c, self.side, self.patch, self.side, self.patch)
+        patches = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        if not self.options.norm_pixels:
+            return patches
+        mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+        return (patches - mean) / (variance + 1e-6).sqrt()
 
     def order(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, visible, 1) and (B, hidden, 1) places of the patches, each in order; without waiting
-        for the device, as reading the mask would.
+        """Return the places (B, V, 1) of visible and (B, H, 1) of hidden patches, each in order.
+
+        Their numbers are known, so this does not wait for the device as reading the mask would.
         """
-        return (
-            mask.byte()
-            .argsort(dim=1, stable=True)
-            .unsqueeze(2)
-            .split((mask.shape[1] - self.hidden, self.hidden), dim=1)
-        )  # type: ignore[return-value]
+        order = mask.byte().argsort(dim=1, stable=True).unsqueeze(2)
+        visible, hidden = order.split((mask.shape[1] - self.hidden, self.hidden), dim=1)
+        return visible, hidden
 
     def decoded(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """(B, hidden, p * p * C) pixels of the hidden patches in their order, from (B, prefix +
-        visible, D) tokens and the (B, N) mask.
+        """Return the pixels (B, H, p * p * C) of the hidden patches, in their order.
+
+        Args:
+            tokens: (B, prefix + V, D) the backbone's, the visible patches behind prefix tokens.
+            mask: (B, N) true where a patch is hidden.
         """
         b, n = mask.shape
         x = self.enter(tokens)
         prefix = x.shape[1] - (n - self.hidden)
         visible, hidden = (places.expand(-1, -1, x.shape[2]) for places in self.order(mask))
-        whole = self.mask_token.to(x.dtype).expand(b, n, -1).scatter(1, visible, x[:, prefix:])
-        whole = torch.cat([x[:, :prefix], whole + self.positions.to(x.dtype)], dim=1)
-        return self.pixels(self.norm(self.blocks(whole))[:, prefix:].gather(1, hidden))
+        blank = self.mask_token.to(x.dtype).expand(b, n, -1)
+        grid = blank.scatter(1, visible, x[:, prefix:]) + self.positions.to(x.dtype)
+        decoded = self.norm(self.blocks(torch.cat([x[:, :prefix], grid], dim=1)))
+        return self.pixels(decoded[:, prefix:].gather(1, hidden))
 
     def _rows(self, backbone: Backbone, batch: Batch) -> Tensor:
-        """(B, hidden) losses."""
+        """Return (B, H) losses."""
         mask = self.masks(batch.keys)
         features = backbone(batch, token_mask=mask, want=("tokens",))
         assert features.tokens is not None
         target = self.patches(batch["image"])
-        target = target.gather(1, self.order(mask)[1].expand(-1, -1, target.shape[2]))
-        losses = (self.decoded(features.tokens, mask).float() - target).square().mean(-1)
-        return (
-            losses + 0.0 * features.pooled.sum()
-        )  # a pooling layer with weights takes part: DDP waits for every parameter's gradient
+        hidden = self.order(mask)[1].expand(-1, -1, target.shape[2])
+        predicted = self.decoded(features.tokens, mask).float()
+        losses = (predicted - target.gather(1, hidden)).square().mean(-1)
+        # a pooling layer with weights is part of the graph: DDP waits for every gradient
+        return losses + 0.0 * features.pooled.sum()
 
     def loss(self, backbone: Backbone, batch: Batch):
         losses = self._rows(backbone, batch)
         return losses.sum(), losses.new_full((), float(losses.numel())), {}
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """Return ``loss``, summed over the hidden patches, and their ``count``, both (B,)."""
         losses = self._rows(backbone, batch)
-        return {"loss": losses.sum(1), "count": losses.new_full((len(batch),), float(self.hidden))}
+        count = losses.new_full((len(batch),), float(self.hidden))
+        return {"loss": losses.sum(1), "count": count}

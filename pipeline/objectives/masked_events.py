@@ -1,5 +1,6 @@
-"""Hidden values and hidden events of a record, to be told from the rest: masked modelling (Devlin
-et al. 2019) on sets of events.
+"""Masked modelling (Devlin et al. 2019) of a patient's record as a set of events.
+
+Shapes: B rows, N events of a row, V variables.
 """
 
 from __future__ import annotations
@@ -16,43 +17,40 @@ from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.rng import uniform
 
 HIDE, LEAVE = (1 << 20), (1 << 20) + 1
-"""Streams of the rows' keys, apart from the modality's."""
+"""Random streams of the rows' keys, apart from the modality's."""
 
 
 class MaskedEventsOptions(Options):
     values: float = Field(
-        0.15,
-        ge=0,
-        lt=1,
-        description="share of the events whose values are hidden, to be told from the others",
+        0.15, ge=0, lt=1, description="share of the events whose values are hidden and predicted"
     )
     events: float = Field(
         0.15,
         ge=0,
         lt=1,
-        description="share of the rest that is left out whole; of which variables is to be told "
-        "from pooled",
+        description="share of the other events that is left out; which variables had some is "
+        "predicted from the pooled features",
     )
     weight: float = Field(
-        1.0, ge=0, description="weight of telling what was left out, against the hidden values"
+        1.0, ge=0, description="weight of the loss of events left out, against hidden values"
     )
 
 
 @register("objective", "masked_events", options=MaskedEventsOptions)
 class MaskedEvents(Objective):
-    """Squared error of the standardised values that are hidden, and cross-entropy of which
-    variables had events left out, averaged over variables. What is hidden follows from the row's
-    key, in evaluation too, so that its loss can be compared from one to the next. Rows without
-    events take no part.
+    """Predict hidden values, and which variables had events left out.
 
-    Raises ValueError for a backbone without a token for each event, and where nothing would be
-    hidden.
+    The loss of a row is the mean squared error of its hidden standardised values, plus ``weight``
+    times the cross entropy of the variables left out, averaged over variables. What is hidden
+    follows from the row's key, in evaluation too, so that evaluations can be compared. Rows
+    without events take no part.
     """
 
     metrics = ("loss",)
     log_names = ("value_error", "events_loss")
 
     def __init__(self, backbone: Backbone, options: MaskedEventsOptions, state: dict[str, Any]):
+        """Raise ValueError for a backbone without a token an event, and for nothing to hide."""
         super().__init__(backbone, options, state)
         inputs = backbone.arch["inputs"]
         if "variables" not in inputs or backbone.causal:
@@ -62,8 +60,8 @@ class MaskedEvents(Objective):
             )
         if not options.values and not options.events:
             raise ValueError(
-                "masked_events: values and events are both 0, so that nothing is hidden; "
-                "raise one of them"
+                "masked_events: values and events are both 0, so that nothing is hidden; raise "
+                "one of them"
             )
         self.variables: int = inputs["variables"]
         width: Any = backbone.token_dim
@@ -71,47 +69,36 @@ class MaskedEvents(Objective):
         self.left_out = nn.Linear(backbone.pooled_dim, self.variables)
 
     def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B,) squared errors averaged over the hidden values, cross-entropies, and which rows have
-        the one and the other.
-        """
+        """Return (B,) each: mean squared errors, cross entropies, and which rows have either."""
         mask, width = batch["mask"], batch["mask"].shape[1]
         hidden = mask & (uniform(batch.keys, width, HIDE) < self.options.values)
-        gone = mask & ~hidden & (uniform(batch.keys, width, LEAVE) < self.options.events)
-        features = backbone(
-            batch.replace(mask=mask & ~gone, values=batch["values"].masked_fill(hidden, 0.0)),
-            token_mask=hidden,
-            want=("tokens",),
-        )
-        error = (self.value(features.tokens)[..., 0].float() - batch["values"]).square() * hidden
-        squares = error.sum(1) / hidden.sum(1).clamp(min=1)
-        was_hidden = (
-            torch.zeros(len(batch), self.variables, device=mask.device).scatter_add_(
-                1, batch["variables"], gone.float()
-            )
-            > 0
-        )
-        entropy = F.binary_cross_entropy_with_logits(
-            self.left_out(features.pooled).float(), was_hidden.float(), reduction="none"
-        ).mean(1)
-        return squares, entropy, hidden.any(1), mask.any(1)
+        left_out = mask & ~hidden & (uniform(batch.keys, width, LEAVE) < self.options.events)
+        seen = batch.replace(mask=mask & ~left_out, values=batch["values"].masked_fill(hidden, 0.0))
+        features = backbone(seen, token_mask=hidden, want=("tokens",))
 
-    def loss(self, backbone: Backbone, batch: Batch):
-        losses, real, logs = self._losses(backbone, batch)
-        return (
-            losses.sum(),
-            real.sum(),
-            {name: value.detach().sum() for name, value in logs.items()},
-        )
+        predicted = self.value(features.tokens)[..., 0].float()
+        squares = (predicted - batch["values"]).square() * hidden
+        error = squares.sum(1) / hidden.sum(1).clamp(min=1)
+
+        counts = torch.zeros(len(batch), self.variables, device=mask.device)
+        counts = counts.scatter_add_(1, batch["variables"], left_out.float())
+        logits = self.left_out(features.pooled).float()
+        entropy = F.binary_cross_entropy_with_logits(logits, (counts > 0).float(), reduction="none")
+        return error, entropy.mean(1), hidden.any(1), mask.any(1)
 
     def _losses(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        squares, entropy, hidden, real = self._rows(backbone, batch)
-        value, events = squares * hidden, entropy * real
-        return (
-            value + self.options.weight * events,
-            real.float(),
-            {"value_error": value, "events_loss": events},
-        )
+        """Return (B,) losses, (B,) which rows count, and what is logged, (B,) each."""
+        error, entropy, has_hidden, has_events = self._rows(backbone, batch)
+        values, events = error * has_hidden, entropy * has_events
+        losses = values + self.options.weight * events
+        return losses, has_events.float(), {"value_error": values, "events_loss": events}
+
+    def loss(self, backbone: Backbone, batch: Batch):
+        losses, counts, logs = self._losses(backbone, batch)
+        logs = {name: value.detach().sum() for name, value in logs.items()}
+        return losses.sum(), counts.sum(), logs
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        losses, real, _ = self._losses(backbone, batch)
-        return {"loss": losses, "count": real}
+        """Return ``loss`` and ``count``, 0 for rows without events, both (B,)."""
+        losses, counts, _ = self._losses(backbone, batch)
+        return {"loss": losses, "count": counts}

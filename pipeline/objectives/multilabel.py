@@ -1,5 +1,6 @@
-"""Multi-label classification: any number of labels a row, of whatever a backbone pools (findings of
-an X-ray, tags).
+"""Multi-label classification: any number of labels a row, of whatever a backbone pools.
+
+For example the findings of an X-ray. Shapes: B rows of a batch, n rows of a table, L labels.
 """
 
 from __future__ import annotations
@@ -34,9 +35,8 @@ class MultilabelOptions(Options):
     min_positives: int = Field(
         1,
         ge=1,
-        description="test rows that must have a label for it to stand in macro averages; "
-        "validation too, but "
-        "where no label has so many validation rows, those with one stand in",
+        description="test rows that must have a label for it to count in macro averages; "
+        "validation too, but where no label has so many validation rows, those with one count",
     )
     pos_weight: Literal["none", "balanced"] = Field(
         "none",
@@ -52,8 +52,7 @@ class MultilabelOptions(Options):
     calibrate: Literal["none", "temperature"] = Field(
         "none",
         description="temperature: after training one scalar that all scores are divided by is "
-        "fitted on "
-        "the validation rows (Guo et al. 2017); test metrics and predict use it",
+        "fitted on the validation rows (Guo et al. 2017); test metrics and predict use it",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
     norm: bool = Field(
@@ -65,13 +64,15 @@ class MultilabelOptions(Options):
 
 @register("objective", "multilabel", options=MultilabelOptions)
 class Multilabel(Objective):
-    """A linear head on ``pooled`` with one logit a label; binary cross-entropy, summed over rows
-    and averaged over labels.
+    """A linear head on the pooled features with one logit a label.
+
+    Binary cross entropy, summed over rows and averaged over labels.
 
     The ``labels`` column holds lists of texts or integers, or texts with a separator. A null, an
-    empty list or an empty text is a row without labels. State: ``labels`` (their names, in column
-    order), ``separator``, ``positives`` (training rows that have each) and ``rows``;
-    ``temperature`` where it was fitted.
+    empty list or an empty text is a row without labels.
+
+    State: ``labels`` (their names, in the order of the scores), ``separator``, ``positives``
+    (training rows that have each) and ``rows``; ``temperature`` where it was fitted.
     """
 
     roles = ("labels",)
@@ -79,49 +80,46 @@ class Multilabel(Objective):
     null_label_means = "a row without any label"
     label_tensors = ("labels",)
     output_types = {"prediction": pa.list_(pa.string())}
+    mixes_inputs = False
 
     @classmethod
     def fit(cls, options, table, columns):
-        """Raises ValueError when no training row has a label, or one has a label that option
-        ``labels`` does not name.
+        """Take the labels of the training rows, or those that option ``labels`` names.
+
+        Raises:
+            ValueError: no training row has a label, or one has a label that is not named.
         """
-        found, _ = _entries(table[columns["labels"]], columns["labels"], options.separator)
-        names = options.labels or sorted(pc.unique(found).to_pylist())
-        if len(set(names)) != len(names):
-            raise ValueError(
-                "option labels of multilabel: "
-                f"{sorted({n for n in names if names.count(n) > 1})} stand twice"
-            )
-        if not names:
-            raise ValueError(
-                f"column {columns['labels']}: none of {len(table)} training rows has a label"
-            )
-        state = {"labels": names, "separator": options.separator}
-        return {
-            **state,
-            "positives": _positives(table, columns, state).tolist(),
-            "rows": len(table),
-        }
+        name = columns["labels"]
+        found, _ = _entries(table[name], name, options.separator)
+        labels = options.labels or sorted(pc.unique(found).to_pylist())
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"option labels of multilabel: {twice} stand twice")
+        if not labels:
+            raise ValueError(f"column {name}: none of {len(table)} training rows has a label")
+        state = {"labels": labels, "separator": options.separator}
+        positives = _positives(table, columns, state).tolist()
+        return {**state, "positives": positives, "rows": len(table)}
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
-        """``labels`` (n, L) uint8."""
+        """Return ``labels`` (n, L) uint8."""
         if columns.get("labels") not in table.column_names:  # new rows to predict
             return {}
-        out = np.zeros((len(table), len(state["labels"])), dtype=np.uint8)
-        out[_places(table, columns, state)] = 1
-        return {"labels": out}
+        labels = np.zeros((len(table), len(state["labels"])), dtype=np.uint8)
+        labels[_places(table, columns, state)] = 1
+        return {"labels": labels}
 
     @classmethod
     def check_test(cls, options, table, columns, state):
         """Some label must have ``min_positives`` rows with it, and one without."""
-        found = _positives(table, columns, state)
-        if not ((found >= options.min_positives) & (found < len(table))).any():
+        positives = _positives(table, columns, state)
+        is_scored = (positives >= options.min_positives) & (positives < len(table))
+        if not is_scored.any():
             raise ValueError(
-                f"none of {len(found)} labels has {options.min_positives} positive rows and a "
-                f"negative one among these {len(table)} (at most "
-                f"{int(found.max(initial=0))} positive): lower min_positives, or give this "
-                "split more rows"
+                f"none of {len(positives)} labels has {options.min_positives} positive rows and a "
+                f"negative one among these {len(table)} (at most {int(positives.max(initial=0))} "
+                "positive): lower min_positives, or give this split more rows"
             )
 
     def __init__(self, backbone: Backbone, options: MultilabelOptions, state: dict[str, Any]):
@@ -129,105 +127,103 @@ class Multilabel(Objective):
         self.head = nn.Linear(backbone.pooled_dim, len(state["labels"]))
 
     def scores(self, pooled: Tensor) -> Tensor:
+        """Return logits (B, L) of pooled features (B, D)."""
         if self.options.norm:
             pooled = F.layer_norm(pooled, pooled.shape[-1:])
         return self.head(F.dropout(pooled, self.options.dropout, self.training)).float()
 
-    def _weight(self, device: torch.device) -> Tensor | None:
-        """(L,) negatives a positive; no buffer, as a stack of heads shares its template's."""
+    def _pos_weight(self, device: torch.device) -> Tensor | None:
+        """Return (L,) negatives a positive. No buffer: a stack of heads shares its template's."""
         if self.options.pos_weight == "none":
             return None
-        return torch.tensor(
-            [(self.state["rows"] - p) / max(p, 1) for p in self.state["positives"]], device=device
-        )
+        rows = self.state["rows"]
+        weights = [(rows - positives) / max(positives, 1) for positives in self.state["positives"]]
+        return torch.tensor(weights, device=device)
 
     @property
     def needs_calibration(self) -> bool:
         return self.options.calibrate != "none"
 
-    def calibrate(self, found):
-        if self.needs_calibration:
-            self.state = {
-                **self.state,
-                "temperature": calibration.temperature(found["scores"], found["labels"]),
-            }
+    def calibrate(self, predictions):
+        """Fit the temperature."""
+        temperature = calibration.temperature(predictions["scores"], predictions["labels"])
+        self.state = {**self.state, "temperature": temperature}
 
     def head_loss(self, features: Tensor, batch: Batch):
         scores, labels = self.scores(features), batch["labels"].float()
         gamma = self.options.focal if self.training else 0.0
-        losses = imbalance.binary_cross_entropies(
-            scores, labels, self._weight(scores.device), gamma
-        )
-        return (
-            losses.mean(-1).sum(),
-            torch.full((), float(labels.shape[0]), device=labels.device),
-            {},
-        )
+        weight = self._pos_weight(scores.device)
+        losses = imbalance.binary_cross_entropies(scores, labels, weight, gamma)
+        count = torch.full((), float(labels.shape[0]), device=labels.device)
+        return losses.mean(-1).sum(), count, {}
 
     def loss(self, backbone: Backbone, batch: Batch):
         return self.head_loss(backbone(batch).pooled, batch)
 
     def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return ``scores`` (B, L), and with labels ``labels``, ``loss`` and ``min_positives``."""
         scores = self.scores(features) / self.state.get("temperature", 1.0)
-        out = {"scores": scores}
-        if "labels" in batch.data:
-            labels = batch["labels"]
-            least = torch.full(
-                (len(labels),), self.options.min_positives, dtype=torch.int32, device=labels.device
-            )
-            out |= {
-                "labels": labels,
-                "loss": F.binary_cross_entropy_with_logits(
-                    scores, labels.float(), reduction="none"
-                ).mean(-1),
-                "min_positives": least,
-            }
-        return out
+        if "labels" not in batch.data:
+            return {"scores": scores}
+        labels, rows = batch["labels"], len(batch["labels"])
+        losses = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")
+        least = self.options.min_positives
+        return {
+            "scores": scores,
+            "labels": labels,
+            "loss": losses.mean(-1),
+            "min_positives": torch.full((rows,), least, dtype=torch.int32, device=labels.device),
+        }
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         return self.head_predict(backbone(batch).pooled, batch)
 
-    def output_columns(self, found, raw_rows):
-        """``prediction``: names of the labels above 0.5. ``probabilities`` (n, L), in the order of
-        the bundle's labels.
-        """
-        chances = torch.from_numpy(found["scores"]).sigmoid().numpy()
-        named = np.empty(len(chances), dtype=object)
-        named[:] = [
-            [name for name, chance in zip(self.state["labels"], row, strict=True) if chance > 0.5]
-            for row in chances
-        ]
-        return {"prediction": named, "probabilities": chances}
+    def output_columns(self, predictions, raw_rows):
+        """Return ``prediction``, names of the labels above 0.5, and ``probabilities`` (n, L)."""
+        probabilities = torch.from_numpy(predictions["scores"]).sigmoid().numpy()
+        names = np.array(self.state["labels"], dtype=object)
+        predicted = np.empty(len(probabilities), dtype=object)
+        for row, of_labels in enumerate(probabilities):
+            predicted[row] = names[of_labels > 0.5].tolist()
+        return {"prediction": predicted, "probabilities": probabilities}
+
+
+# ---------------------------------------------------------------- rows
 
 
 def _places(
     table: pa.Table, columns: dict[str, str], state: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(row, label number) of every label of every row. Raises ValueError for a label that is not
-    known.
+    """Return the row and the label number of every label of every row.
+
+    Raises:
+        ValueError: a label that is not known.
     """
-    found, rows = _entries(table[columns["labels"]], columns["labels"], state["separator"])
-    places = pc.index_in(found, value_set=pa.array(state["labels"], pa.string()))
+    name = columns["labels"]
+    found, rows = _entries(table[name], name, state["separator"])
+    known = pa.array(state["labels"], pa.string())
+    places = pc.index_in(found, value_set=known)
     if places.null_count:
         value = found.filter(pc.is_null(places))[0].as_py()
         raise ValueError(
-            f"column {columns['labels']}: label {value!r} is none of the "
-            f"{len(state['labels'])} known ones (those of the training rows, or "
-            f"option labels); {nearest(value, state['labels'])}"
+            f"column {name}: label {value!r} is none of the {len(known)} known ones (those of the "
+            f"training rows, or option labels); {nearest(value, state['labels'])}"
         )
     return rows, places.to_numpy().astype(np.int64)
 
 
 def _positives(table: pa.Table, columns: dict[str, str], state: dict[str, Any]) -> np.ndarray:
-    """(L,) rows that have each label; one that stands in a row twice counts once."""
+    """Return (L,) rows that have each label; one that stands in a row twice counts once."""
     rows, places = _places(table, columns, state)
     count = len(state["labels"])
     return np.bincount(np.unique(rows * count + places) % count, minlength=count)
 
 
 def _entries(column: pa.ChunkedArray, name: str, separator: str) -> tuple[pa.Array, np.ndarray]:
-    """(m,) texts, every label of every row, and (m,) the rows that they belong to. Raises
-    ValueError for a column of another type.
+    """Return (m,) texts, every label of every row, and (m,) the rows that they belong to.
+
+    Raises:
+        ValueError: a column of another type, or a null inside a list.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -238,19 +234,21 @@ def _entries(column: pa.ChunkedArray, name: str, separator: str) -> tuple[pa.Arr
         column = pc.split_pattern(column, separator)
     elif not is_list(kind):
         raise ValueError(
-            f"column {name} holds {kind}: labels are lists of texts or integers, or texts such "
-            f"as 'A{separator}B'"
+            f"column {name} holds {kind}: labels are lists of texts or integers, or texts such as "
+            f"'A{separator}B'"
         )
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    rows, flat = pc.list_parent_indices(whole), pc.list_flatten(whole)
+    rows = pc.list_parent_indices(whole)
+    flat = pc.list_flatten(whole)
     if pa.types.is_dictionary(flat.type):
         flat = flat.cast(flat.type.value_type)
-    if not (
-        pa.types.is_integer(flat.type)
-        or pa.types.is_string(flat.type)
-        or pa.types.is_large_string(flat.type)
-        or pa.types.is_null(flat.type)
-    ):
+    is_label = (
+        pa.types.is_integer,
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_null,
+    )
+    if not any(fits(flat.type) for fits in is_label):
         raise ValueError(f"column {name} holds lists of {flat.type}: labels are texts or integers")
     if flat.null_count:
         raise ValueError(

@@ -1,5 +1,6 @@
-"""Prediction of the next sample of audio, without labels: what WaveNet is pretrained with (van den
-Oord et al. 2016, section 2).
+"""Prediction of the next audio sample, without labels: how WaveNet is pretrained.
+
+After van den Oord et al. 2016, section 2. Shapes: B rows, n samples of a row.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.rng import uniform
 
 CROP_STREAM = 1 << 18
-"""Keeps the stretches apart from the modality's changes, which follow from the same keys."""
+"""Random stream of the crops, apart from the modality's changes, which follow from the same keys."""
 
 LEVELS = 256
 
@@ -26,9 +27,8 @@ class NextSampleOptions(Options):
     crop: float | None = Field(
         0.5,
         gt=0,
-        description="seconds of a row that are read at a time: a random stretch in training, the "
-        "middle one in "
-        "evaluation; none: whole rows, which takes memory",
+        description="seconds of a row that are read at a time: a random crop in training, the "
+        "middle in evaluation; none: whole rows, which takes memory",
     )
     hidden: int = Field(
         256, ge=1, description="channels between the two 1 x 1 convolutions of the head"
@@ -37,38 +37,34 @@ class NextSampleOptions(Options):
 
 @register("objective", "next_sample", options=NextSampleOptions)
 class NextSample(Objective):
-    """Softmax over the 256 mu-law levels of the sample that follows (section 2.2), from the skip
-    connections' sum: ReLU, 1 x 1, ReLU, 1 x 1 (figure 4). The loss is in nats, in float32, summed
-    over the samples that have one before them in their stretch; ``bits_per_sample`` is logged.
+    """Softmax over the 256 mu-law levels of the next sample (section 2.2).
 
-    A stretch begins where the row's key says. In evaluation it is the middle of the row: recordings
-    begin and end in silence, which is easily predicted.
+    The head reads the sum of the skip connections: ReLU, 1 x 1, ReLU, 1 x 1 (figure 4). The loss
+    is in nats, in float32, summed over the samples that have one before them in their crop;
+    ``bits_per_sample`` is logged.
 
-    Raises ValueError for a backbone that does not see the past alone, sample by sample.
+    A crop begins where the row's key says. In evaluation it is the middle of the row: recordings
+    begin and end in silence, which is easy to predict.
     """
 
     metrics = ("bits_per_sample", "loss")
     log_names = ("bits_per_sample", "accuracy")
 
     def __init__(self, backbone: Backbone, options: NextSampleOptions, state: dict[str, Any]):
+        """Raise ValueError for a backbone that is not causal at the rate of the samples."""
         super().__init__(backbone, options, state)
-        if (
-            getattr(backbone, "levels", None) is None
-            or getattr(backbone, "receptive_field", None) is None
-        ):
+        levels = getattr(backbone, "levels", None)
+        if levels is None or getattr(backbone, "receptive_field", None) is None:
             raise ValueError(
                 f"{backbone.arch['name']} cannot predict the next sample: that takes a causal "
-                "backbone at the rate of the samples "
-                "(wavenet/wavenet); for others use ctc, or wav2vec2 with "
-                "transformers/wav2vec2, torchaudio/deepspeech2 or conformer"
+                "backbone at the rate of the samples (wavenet/wavenet); for others use ctc, or "
+                "wav2vec2 with transformers/wav2vec2, torchaudio/deepspeech2 or conformer"
             )
         assert backbone.token_dim is not None
-        self.crop: int | None = (
-            None
-            if options.crop is None
-            else max(2, round(options.crop * backbone.arch["inputs"]["rate"]))
-        )
-        """Samples of a stretch."""
+        self.crop: int | None = None
+        """Samples of a crop."""
+        if options.crop is not None:
+            self.crop = max(2, round(options.crop * backbone.arch["inputs"]["rate"]))
         self.head = nn.Sequential(
             nn.ReLU(),
             nn.Linear(backbone.token_dim, options.hidden),
@@ -76,55 +72,48 @@ class NextSample(Objective):
             nn.Linear(options.hidden, LEVELS),
         )
 
-    def stretch(self, batch: Batch) -> Batch:
-        """``wave`` and ``mask`` (B, at most crop samples): of each row a stretch without padding,
-        or the whole of a shorter row.
+    def cropped(self, batch: Batch) -> Batch:
+        """Return the batch with a crop of each row's ``wave`` and ``mask``.
+
+        The crop of a row lies outside its padding; a shorter row is kept whole.
         """
         wave, mask = batch["wave"], batch["mask"]
         if self.crop is None or wave.shape[1] <= self.crop:
             return batch
         room = (mask.sum(1) - self.crop).clamp(min=0)
-        start = (
-            (uniform(batch.keys, 1, CROP_STREAM)[:, 0].double() * (room + 1)).long()
-            if self.training
-            else room // 2
-        )
+        if self.training:
+            share = uniform(batch.keys, 1, CROP_STREAM)[:, 0].double()
+            start = (share * (room + 1)).long()
+        else:
+            start = room // 2
         places = start[:, None] + torch.arange(self.crop, device=wave.device)
         return batch.replace(wave=wave.gather(1, places), mask=mask.gather(1, places))
 
     def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, n - 1) losses in nats, weights and hits of the samples behind the first one."""
-        batch = self.stretch(batch)
+        """Return (B, n - 1) losses in nats, weights and hits of the samples behind the first."""
+        batch = self.cropped(batch)
         features = backbone(batch, want=("latent",))
         assert features.latent is not None
         levels: Tensor = backbone.levels(batch["wave"])[:, 1:]  # type: ignore[operator]
         scores = self.head(features.latent[:, :-1])
         weight = batch["mask"][:, 1:]
-        losses = (
-            F.cross_entropy(
-                scores.flatten(0, 1).float(), levels.flatten(), reduction="none"
-            ).view_as(levels)
-            * weight
-        )
-        losses = (
-            losses + 0.0 * features.pooled.sum()
-        )  # the frames' layers take part: DDP waits for every parameter's gradient
+        flat = F.cross_entropy(scores.flatten(0, 1).float(), levels.flatten(), reduction="none")
+        losses = flat.view_as(levels) * weight
+        # the layers over tokens are part of the graph: DDP waits for every gradient
+        losses = losses + 0.0 * features.pooled.sum()
         return losses, weight.float(), (scores.argmax(-1) == levels) & weight
 
     def loss(self, backbone: Backbone, batch: Batch):
         losses, weight, hits = self._rows(backbone, batch)
         total = losses.sum()
-        return (
-            total,
-            weight.sum(),
-            {"bits_per_sample": total.detach() / math.log(2), "accuracy": hits.sum()},
-        )
+        logs = {"bits_per_sample": total.detach() / math.log(2), "accuracy": hits.sum()}
+        return total, weight.sum(), logs
 
     def after_training(self, backbone: Backbone) -> None:
-        """The layers over tokens, which nothing trained, leave as they begin."""
+        """Initialise the layers over tokens anew: nothing trained them."""
         backbone.renew_frames()  # type: ignore[operator]
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """``loss`` (B,) in nats and ``count`` (B,), the samples that were predicted."""
+        """Return ``loss`` in nats and ``count``, the samples that were predicted, both (B,)."""
         losses, weight, _ = self._rows(backbone, batch)
         return {"loss": losses.sum(1), "count": weight.sum(1)}

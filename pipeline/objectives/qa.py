@@ -1,10 +1,12 @@
-"""Extractive question answering: the answer is a span of the context, or there is none (SQuAD;
-Rajpurkar et al. 2016, 2018).
+"""Extractive question answering: the answer is a span of the context, or there is none (SQuAD).
+
+After Rajpurkar et al. 2016 and 2018. Shapes: B rows of a batch, n rows of a table, W windows of a
+context, R windows of all rows of a batch, N tokens of a window.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,7 @@ from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.media.tagging_schemes import answer_scores, texts
+from pipeline.nn.eager import eager
 
 AT_ONCE = 32
 """Windows predicted at a time: evaluation hands over hundreds of rows of several windows each."""
@@ -41,290 +44,306 @@ class QAOptions(Options):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
 
 
+class Answers(NamedTuple):
+    """The right answers of a row, where each begins, and "" or why they cannot be used."""
+
+    texts: list[str]
+    starts: list[int]
+    reason: str
+
+
 @register("objective", "qa", options=QAOptions)
 class QuestionAnswering(Objective):
-    """A linear head that scores each token as the answer's first and as its last (BERT, Devlin et
-    al. 2019).
+    """A linear head that scores each token as the answer's first and as its last (BERT).
 
-    Columns: ``answers``, a text or a list of texts, all of them right; ``answer_start``, where each
-    begins in the context, in characters; no answer: null, an empty text or an empty list. Both may
-    name SQuAD's one column {text, answer_start}. The modality reads the question as ``text``, the
-    context as ``text_pair``, cut into windows. Tensors: ``tokens``, ``mask``, ``types`` (B, W, N),
-    ``offsets`` (B, W, N, 2) and ``span`` (B, 2) int32: the first answer's characters without outer
-    spaces, (-1, -1) without one.
+    Columns: ``answers``, a text or a list of texts, all of them right; ``answer_start``, where
+    each begins in the context, in characters; no answer: null, an empty text or an empty list.
+    Both may name SQuAD's one column {text, answer_start}. The modality reads the question as
+    ``text``, the context as ``text_pair``, cut into windows. Tensors: ``tokens``, ``mask``,
+    ``types`` (B, W, N), ``offsets`` (B, W, N, 2) and ``span`` (B, 2) int32: the first answer's
+    characters without outer spaces, (-1, -1) without one.
 
-    The loss is BERT's: each window is an example, the mean of the cross entropies of first and last
-    token over its positions; its first position, [CLS], where it does not hold the whole answer.
-    Summed over windows, over their number. Compiled, the last window is read again, without weight,
-    until there are a round number of them, so that few numbers are compiled for. The answer of a
-    row is its best span over all windows, first plus last score, among all spans of up to
-    ``max_answer_length`` tokens (the reference looks at 20 firsts and 20 lasts); the score of no
-    answer is the smallest [CLS] score of its windows, as in the reference.
+    The loss is BERT's (Devlin et al. 2019): each window is an example, the mean of the cross
+    entropies of first and last token over its positions; its first position, [CLS], where it does
+    not hold the whole answer. Summed over windows, over their number. Compiled, the last window is
+    repeated, without weight, until there are a round number of them, so that few shapes are
+    compiled for.
+
+    The answer of a row is its best span over all windows, first plus last score, among all spans
+    of up to ``max_answer_length`` tokens (the reference looks at 20 firsts and 20 lasts). The
+    score of no answer is the smallest [CLS] score of its windows, as in the reference.
     """
 
     roles = ("answers", "answer_start")
     metrics = ("answer_f1", "exact_match", "loss")
     null_label_means = "a question that has no answer"
-    label_tensors = ("span",)
+    raw_roles = ("answers", "answer_start", "text_pair")
+    output_types = {}
 
     @classmethod
     def fit(cls, options, table, columns):
-        """Raises ValueError without a context column, without any answer, and for rows without one
-        where ``unanswerable`` is false.
+        """Keep whether rows may have no answer.
+
+        Raises:
+            ValueError: no context column, no answer at all, or rows without one where
+                ``unanswerable`` is false.
         """
         if "text_pair" not in columns:
             raise ValueError(
-                "question answering reads two texts: name them both (columns: {text: "
-                "QUESTION, text_pair: CONTEXT})"
+                "question answering reads two texts: name them both (columns: {text: QUESTION, "
+                "text_pair: CONTEXT})"
             )
-        golds, state = _right_answers(table, columns), {"unanswerable": options.unanswerable}
-        if not any(answers for answers, *_ in golds):
+        state = {"unanswerable": options.unanswerable}
+        answers = _answers(table, columns)
+        if not any(row.texts for row in answers):
             raise ValueError(
-                f"column {columns['answers']}: none of {len(golds)} training rows has an answer"
+                f"column {columns['answers']}: none of {len(answers)} training rows has an answer"
             )
-        _answerable(golds, columns, state)
+        _check_answered(answers, columns, state)
         return state
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
-        """``span`` (n, 2) int32, (-2, -2) for rows that are refused. Raises ValueError as ``fit``
-        does for rows without an answer.
+        """Return ``span`` (n, 2) int32, (-2, -2) for rows whose answers cannot be used.
+
+        Raises:
+            ValueError: rows without an answer where ``unanswerable`` is false.
         """
         if columns.get("answers") not in table.column_names:  # new rows to predict
             return {}
+        answers = _answers(table, columns)
+        _check_answered(answers, columns, state)
         span = np.full((len(table), 2), -2, dtype=np.int32)
-        golds = _right_answers(table, columns)
-        _answerable(golds, columns, state)
-        for i, (answers, starts, reason) in enumerate(golds):
-            if not reason:
-                span[i] = _stripped(answers[0], starts[0]) if answers else -1
+        for i, row in enumerate(answers):
+            if row.reason:
+                continue
+            span[i] = _stripped(row.texts[0], row.starts[0]) if row.texts else -1
         return {"span": span}
 
     @classmethod
     def invalid_label_reasons(cls, table, columns, state):
-        """Rows with an answer that does not stand where it is said to stand; where it does, is
-        told.
-        """
+        """Name rows with an answer that is not where it should be, and where it is."""
         if columns.get("answers") not in table.column_names:
             return [""] * len(table)
-        contexts = (
-            _contexts(table, columns)
-            if columns.get("text_pair") in table.column_names
-            else [None] * len(table)
-        )
-        return [
-            reason
-            or next(
-                filter(
-                    None,
-                    (
-                        _position_problem(answer, start, context)
-                        for answer, start in zip(answers, starts, strict=True)
-                    ),
-                ),
-                "",
-            )
-            for (answers, starts, reason), context in zip(
-                _right_answers(table, columns), contexts, strict=True
-            )
-        ]
+        contexts: list[str | None] = [None] * len(table)
+        if columns.get("text_pair") in table.column_names:
+            contexts = [*_contexts(table, columns)]
+        pairs = zip(_answers(table, columns), contexts, strict=True)
+        return [answers.reason or _misplaced_reason(answers, context) for answers, context in pairs]
 
     def __init__(self, backbone: Backbone, options: QAOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
         if backbone.token_dim is None:
             raise ValueError(
-                f"{backbone.arch['name']} gives no tokens: question answering needs a backbone "
-                "of texts (transformers/bert)"
+                f"{backbone.arch['name']} gives no tokens: question answering needs a backbone of "
+                "texts (transformers/bert)"
             )
         self.head = nn.Linear(backbone.token_dim, 2)
 
+    # ---------------------------------------------------------------- loss and predictions
+
     def _scores(self, backbone: Backbone, windows: Batch) -> tuple[Tensor, Features]:
-        """(R, N, 2) scores as first and as last token, -inf at padding."""
+        """Return scores (R, N, 2) as first and as last token, -inf at padding."""
         features = backbone(windows, want=("tokens",))
         assert features.tokens is not None
-        scores = self.head(F.dropout(features.tokens, self.options.dropout, self.training)).float()
+        tokens = F.dropout(features.tokens, self.options.dropout, self.training)
+        scores = self.head(tokens).float()
         return scores.masked_fill(~windows["mask"][:, :, None], float("-inf")), features
 
     def _losses(self, scores: Tensor, windows: Batch) -> Tensor:
-        """(R,)"""
+        """Return (R,)."""
         first, last = windows["target"].unbind(1)
-        return (
-            F.cross_entropy(scores[..., 0], first, reduction="none")
-            + F.cross_entropy(scores[..., 1], last, reduction="none")
-        ) / 2
+        of_first = F.cross_entropy(scores[..., 0], first, reduction="none")
+        of_last = F.cross_entropy(scores[..., 1], last, reduction="none")
+        return (of_first + of_last) / 2
 
     def loss(self, backbone: Backbone, batch: Batch):
-        # pyright: ignore[reportCallIssue, reportGeneralTypeIssues, reportArgumentType]
         windows, _ = flattened(batch, torch.compiler.is_compiling())
         scores, features = self._scores(backbone, windows)
-        unused = (
-            features.pooled.float().sum() * 0.0
-        )  # a pooler belongs to the graph too: DDP waits for every parameter
-        return (
-            (self._losses(scores, windows) * windows["weight"]).sum() + unused,
-            windows["weight"].sum(),
-            {},
-        )
+        # a pooler is part of the graph: DDP waits for every parameter's gradient
+        unused = features.pooled.float().sum() * 0.0
+        total = (self._losses(scores, windows) * windows["weight"]).sum()
+        return total + unused, windows["weight"].sum(), {}
 
-    def _answers(self, backbone: Backbone, windows: Batch) -> dict[str, Tensor]:
-        """Of each window the ``best`` span's score (R,), its characters ``span`` (R, 2), the score
-        of ``none`` (R,), and ``loss`` where it is known.
+    def _predict_windows(self, backbone: Backbone, windows: Batch) -> dict[str, Tensor]:
+        """Return the ``best`` span's score (R,), its characters ``span`` (R, 2), and ``none``.
+
+        ``none`` (R,) is the score of no answer; with answers also ``loss`` (R,).
         """
         scores, _ = self._scores(backbone, windows)
         offsets, most = windows["offsets"].long(), self.options.max_answer_length
-        inside = scores.masked_fill((offsets[..., 0] < 0)[..., None], float("-inf"))
+        is_context = (offsets[..., 0] >= 0)[..., None]
+        inside = scores.masked_fill(~is_context, float("-inf"))
         last = F.pad(inside[..., 1], (0, most - 1), value=float("-inf")).unfold(1, most, 1)
         best, place = (inside[..., :1] + last).flatten(1).max(1)
         row, first = torch.arange(len(best), device=best.device), place // most
         end = torch.where(best.isfinite(), first + place % most, 0)
-        out = {
+        predictions = {
             "best": best,
             "span": torch.stack([offsets[row, first, 0], offsets[row, end, 1]], 1),
             "none": scores[:, 0].sum(1),
         }
-        return {**out, "loss": self._losses(scores, windows)} if "target" in windows.data else out
+        if "target" in windows.data:
+            predictions["loss"] = self._losses(scores, windows)
+        return predictions
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """``answer`` (B, 2) int32 characters of the context, (-1, -1) for none; ``score`` of the
-        best span and ``null_score`` (B,); with answers ``loss`` and its ``count`` (B,).
-        """
-        # pyright: ignore[reportCallIssue, reportGeneralTypeIssues, reportArgumentType]
-        windows, real = flattened(batch)
-        parts = [self._answers(backbone, part) for part in windows.split(AT_ONCE) if len(part)]
-        found = (
-            {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-        )
+        """Return ``answer`` (B, 2) int32 characters of the context, (-1, -1) for none.
 
-        def spread(name: str, value: float) -> Tensor:
-            """(B, W, ...) by row and window, ``value`` where no window is."""
-            out = torch.full(
-                (*real.shape, *((2,) if name == "span" else ())), value, device=real.device
-            )
+        And ``score`` of the best span and ``null_score`` (B,); with answers ``loss`` and its
+        ``count`` (B,).
+        """
+        windows, real = flattened(batch)
+        chunks = [part for part in windows.split(AT_ONCE) if len(part)]
+        parts = [self._predict_windows(backbone, part) for part in chunks]
+        found = {}
+        if parts:
+            found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+        def by_row(name: str, value: float) -> Tensor:
+            """Return (B, W, ...) by row and window, ``value`` where there is no window."""
+            shape = (*real.shape, 2) if name == "span" else real.shape
+            out = torch.full(shape, value, device=real.device)
             if name in found:
                 out[real] = found[name].to(out.dtype)
             return out
 
-        score, window = spread("best", float("-inf")).max(1)
-        null = spread("none", float("inf")).amin(1)
-        nothing = ~score.isfinite() | (
-            (null - score > self.options.null_threshold) & self.options.unanswerable
-        )
-        answer = spread("span", -1)[torch.arange(len(batch), device=real.device), window]
-        out = {
-            "answer": answer.masked_fill(nothing[:, None], -1).to(torch.int32),
-            "score": score,
-            "null_score": null,
-        }
-        return (
-            {**out, "loss": spread("loss", 0.0).sum(1), "count": real.sum(1).float()}
-            if "span" in batch.data
-            else out
-        )
+        score, window = by_row("best", float("-inf")).max(1)
+        null = by_row("none", float("inf")).amin(1)
+        is_none_likelier = (null - score > self.options.null_threshold) & self.options.unanswerable
+        has_no_answer = ~score.isfinite() | is_none_likelier
+        row = torch.arange(len(batch), device=real.device)
+        answer = by_row("span", -1)[row, window].masked_fill(has_no_answer[:, None], -1)
+        predictions = {"answer": answer.to(torch.int32), "score": score, "null_score": null}
+        if "span" in batch.data:
+            predictions["loss"] = by_row("loss", 0.0).sum(1)
+            predictions["count"] = real.sum(1).float()
+        return predictions
 
-    def postprocess(self, found, raw_rows):
-        """``exact`` and ``f1`` (n,): the best over a row's right answers, as the official script
-        has it; without them as it is.
+    def postprocess(self, predictions, raw_rows):
+        """Add ``exact`` and ``f1`` (n,): the best over a row's right answers.
+
+        As the official script has it. Nothing is added to rows without answers.
         """
         if raw_rows.columns.get("answers") not in raw_rows.table.column_names:
-            return found
-        golds = (answers for answers, *_ in _right_answers(raw_rows.table, raw_rows.columns))
+            return predictions
         contexts = _contexts(raw_rows.table, raw_rows.columns)
-        said = [
-            context[first:last] if first >= 0 else ""
-            for context, (first, last) in zip(contexts, found["answer"], strict=True)
-        ]
-        scores = np.array(
-            [answer_scores(answer, right) for answer, right in zip(said, golds, strict=True)]
-        ).reshape(-1, 2)
-        return {**found, "exact": scores[:, 0], "f1": scores[:, 1]}
-
-    def output_columns(self, found, raw_rows):
-        """``answer`` ("": none), ``start`` and ``end`` in characters of the context (-1: none), and
-        ``score``.
-        """
-        answer, span = (
-            np.empty(len(found["answer"]), dtype=object),
-            np.full((len(found["answer"]), 2), -1, dtype=np.int64),
-        )
-        for i, (context, (first, last)) in enumerate(
-            zip(_contexts(raw_rows.table, raw_rows.columns), found["answer"].tolist(), strict=True)
+        scores = []
+        for right, context, span in zip(
+            _answers(raw_rows.table, raw_rows.columns), contexts, predictions["answer"], strict=True
         ):
-            answer[i] = context[first:last].strip() if first >= 0 else ""
-            if answer[i]:
-                span[i] = _stripped(context[first:last], first)
-        return {"answer": answer, "start": span[:, 0], "end": span[:, 1], "score": found["score"]}
+            first, last = span
+            answer = context[first:last] if first >= 0 else ""
+            scores.append(answer_scores(answer, right.texts))
+        exact, f1 = np.array(scores).reshape(-1, 2).T
+        return {**predictions, "exact": exact, "f1": f1}
+
+    def output_columns(self, predictions, raw_rows):
+        """Return ``answer`` ("": none), ``start`` and ``end``, and ``score``.
+
+        Start and end are characters of the context, -1 without an answer.
+        """
+        contexts = _contexts(raw_rows.table, raw_rows.columns)
+        answers = np.empty(len(contexts), dtype=object)
+        spans = np.full((len(contexts), 2), -1, dtype=np.int64)
+        pairs = zip(contexts, predictions["answer"].tolist(), strict=True)
+        for row, (context, (first, last)) in enumerate(pairs):
+            text = context[first:last] if first >= 0 else ""
+            answers[row] = text.strip()
+            if answers[row]:
+                spans[row] = _stripped(text, first)
+        return {
+            "answer": answers,
+            "start": spans[:, 0],
+            "end": spans[:, 1],
+            "score": predictions["score"],
+        }
 
 
 # ---------------------------------------------------------------- windows
 
 
-@torch.compiler.disable
+@eager
 def flattened(batch: Batch, rounded: bool = False) -> tuple[Batch, Tensor]:
-    """The real windows (R of them) of all rows as rows of their own, with ``target`` (R, 2) and
-    ``weight`` (R,), and which windows (B, W) are real.
+    """Make the windows of all rows rows of their own.
 
-    ``rounded``: the last one again and again, with a weight of 0, up to 4, 5, 6 or 7 times a power
-    of two.
+    Args:
+        rounded: repeat the last window, with a weight of 0, up to 4, 5, 6 or 7 times a power of
+            two windows.
+
+    Returns:
+        The batch of R windows with ``target`` (R, 2) and ``weight`` (R,), and which windows
+        (B, W) of the rows are real.
+
+    Raises:
+        ValueError: the rows have no windows.
     """
     if "offsets" not in batch.data or batch["offsets"].dim() != 4:
         raise ValueError(
-            "question answering reads contexts in windows, and these rows have none: name "
-            "columns text and text_pair, and give "
-            "data.modality.text the option windows (the most that a context may take)"
+            "question answering reads contexts in windows, and these rows have none: name columns "
+            "text and text_pair, and give data.modality.text the option windows (the most that a "
+            "context may take)"
         )
     real = batch["mask"].any(-1)
     row = real.nonzero()[:, 0]
-    data = {
-        name: batch[name][real]
-        for name in ("tokens", "mask", "types", "offsets")
-        if name in batch.data
-    }
+    names = ("tokens", "mask", "types", "offsets")
+    data = {name: batch[name][real] for name in names if name in batch.data}
     if "span" in batch.data:
         order, count = real.cumsum(1)[real], real.sum(1)[row]
-        data["target"] = targets(
-            data["offsets"].long(), batch["span"][row].long(), order == 1, order == count
-        )
+        span = batch["span"][row].long()
+        data["target"] = targets(data["offsets"].long(), span, order == 1, order == count)
     data["weight"] = torch.ones(len(row), device=row.device)
     if rounded and len(row):
         step = 1 << max(0, len(row).bit_length() - 3)
-        place = torch.arange(-(-len(row) // step) * step, device=row.device)
-        row, data = (
-            row[place.clamp(max=len(row) - 1)],
-            {name: tensor[place.clamp(max=len(row) - 1)] for name, tensor in data.items()},
-        )
+        padded_length = -(-len(row) // step) * step
+        place = torch.arange(padded_length, device=row.device)
+        repeated = place.clamp(max=len(row) - 1)
+        row = row[repeated]
+        data = {name: tensor[repeated] for name, tensor in data.items()}
         data["weight"] = (place < real.sum()).float()
-    return Batch(batch.rows[row.cpu().numpy()], batch.keys[row.to(batch.keys.device)], data), real
+    rows, keys = batch.rows[row.cpu().numpy()], batch.keys[row.to(batch.keys.device)]
+    return Batch(rows, keys, data), real
 
 
 def targets(offsets: Tensor, span: Tensor, opens: Tensor, closes: Tensor) -> Tensor:
-    """(R, 2) int64 places of the answer's first and last token in each window, (0, 0) where it does
-    not hold the whole answer.
+    """Return (R, 2) int64 places of the answer's first and last token in each window.
 
-    offsets: (R, N, 2) characters, -1 outside the context. span: (R, 2) the answer's. opens, closes:
-    (R,) whether the window is the context's first or last, so that nothing of the context lies
-    before or behind it (characters that the tokenizer drops at either end are no other window's).
+    (0, 0) where the window does not hold the whole answer. Characters that the tokenizer drops at
+    either end of the context are in no window, which is why its first and last window count as
+    reaching to its ends.
+
+    Args:
+        offsets: (R, N, 2) characters, -1 outside the context.
+        span: (R, 2) the answer's characters.
+        opens: (R,) whether the window is the context's first.
+        closes: (R,) whether the window is the context's last.
     """
     begin, end = offsets.unbind(-1)
-    context = end > begin
-    inside = context & (end > span[:, :1]) & (begin < span[:, 1:])
-    low = torch.where(context, begin, torch.iinfo(torch.int64).max).amin(1)
-    high = torch.where(context, end, -1).amax(1)
-    whole = inside.any(1) & (opens | (low <= span[:, 0])) & (closes | (high >= span[:, 1]))
+    is_context = end > begin
+    inside = is_context & (end > span[:, :1]) & (begin < span[:, 1:])
+    low = torch.where(is_context, begin, torch.iinfo(torch.int64).max).amin(1)
+    high = torch.where(is_context, end, -1).amax(1)
+    holds_begin, holds_end = opens | (low <= span[:, 0]), closes | (high >= span[:, 1])
+    holds_answer = inside.any(1) & holds_begin & holds_end
     first = inside.int().argmax(1)
     last = inside.shape[1] - 1 - inside.int().flip(1).argmax(1)
-    return torch.where(whole[:, None], torch.stack([first, last], 1), 0)
+    return torch.where(holds_answer[:, None], torch.stack([first, last], 1), 0)
 
 
 # ---------------------------------------------------------------- rows
 
 
 def _contexts(table: pa.Table, columns: dict[str, str]) -> list[str]:
-    """Texts as the modality reads them."""
+    """Return texts as the modality reads them."""
     return [value or "" for value in texts(table[columns["text_pair"]])]
 
 
 def _column(table: pa.Table, columns: dict[str, str], role: str) -> list[Any]:
-    """Lists of values, one a row. Raises ValueError for a column of another type."""
+    """Return lists of values, one a row, empty for a null.
+
+    Raises:
+        ValueError: a column of another type.
+    """
     column, name = table[columns[role]], columns[role]
     if pa.types.is_struct(column.type):  # SQuAD's {text, answer_start}
         inner = {"answers": "text", "answer_start": "answer_start"}[role]
@@ -334,80 +353,94 @@ def _column(table: pa.Table, columns: dict[str, str], role: str) -> list[Any]:
     kind = column.type
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
         kind = kind.value_type
-    text = any(
-        same(kind)
-        for same in (
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_binary,
-            pa.types.is_large_binary,
-        )
+    text_types = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
     )
-    if not pa.types.is_null(kind) and not (
-        text if role == "answers" else pa.types.is_integer(kind)
-    ):
-        what = "texts or lists of texts" if role == "answers" else "whole numbers or lists of them"
-        raise ValueError(f"column {name} holds {column.type}: {role} are {what}")
-    return [
-        value if isinstance(value, list) else [] if value is None else [value]
-        for value in (texts(column) if text else column.to_pylist())
-    ]
+    is_text = any(fits(kind) for fits in text_types)
+    is_usable = is_text if role == "answers" else pa.types.is_integer(kind)
+    if not pa.types.is_null(kind) and not is_usable:
+        needed = "whole numbers or lists of them"
+        if role == "answers":
+            needed = "texts or lists of texts"
+        raise ValueError(f"column {name} holds {column.type}: {role} are {needed}")
+    values = texts(column) if is_text else column.to_pylist()
+    return [_as_list(value) for value in values]
 
 
-def _right_answers(
-    table: pa.Table, columns: dict[str, str]
-) -> list[tuple[list[str], list[int], str]]:
-    """For each row its right answers, where they begin, and "" or why they cannot be used. Without
-    an answer both are empty, whatever begins.
-    """
-    out = []
-    starts_given = (
-        _column(table, columns, "answer_start")
-        if columns.get("answer_start") in table.column_names
-        else [None] * len(table)
-    )
-    for answers, starts in zip(_column(table, columns, "answers"), starts_given, strict=True):
-        reason = ""
+def _as_list(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return [] if value is None else [value]
+
+
+def _answers(table: pa.Table, columns: dict[str, str]) -> list[Answers]:
+    """Return each row's right answers; without any both lists are empty, whatever begins."""
+    starts_of_rows: list[Any] = [None] * len(table)
+    if columns.get("answer_start") in table.column_names:
+        starts_of_rows = _column(table, columns, "answer_start")
+    found = []
+    for answers, starts in zip(_column(table, columns, "answers"), starts_of_rows, strict=True):
         if not any(answers):
-            answers, starts = [], []
-        elif empty := [str(i) for i, answer in enumerate(answers) if not (answer or "").strip()]:
-            reason = f"answer {empty[0]} of {len(answers)} is empty"
-        elif starts is not None and len(starts) != len(answers):
-            reason = f"{len(answers)} answers, but {len(starts)} answer starts"
-        elif starts is not None and None in starts:
-            reason = f"the start of answer {answers[starts.index(None)][:SHOWN]!r} is null"
-        out.append((answers, starts if starts is not None else [], reason))
-    return out
+            found.append(Answers([], [], ""))
+            continue
+        reason = _invalid_answers_reason(answers, starts)
+        found.append(Answers(answers, starts if starts is not None else [], reason))
+    return found
 
 
-def _answerable(
-    golds: list[tuple[list[str], list[int], str]], columns: dict[str, str], state: dict[str, Any]
-) -> None:
-    without = sum(1 for answers, _, reason in golds if not answers and not reason)
+def _invalid_answers_reason(answers: list[str | None], starts: list[int | None] | None) -> str:
+    """Return "" or why the answers of a row cannot be used; without starts they can."""
+    empty = [i for i, answer in enumerate(answers) if not (answer or "").strip()]
+    if empty:
+        return f"answer {empty[0]} of {len(answers)} is empty"
+    if starts is None:
+        return ""
+    if len(starts) != len(answers):
+        return f"{len(answers)} answers, but {len(starts)} answer starts"
+    if None in starts:
+        answer = answers[starts.index(None)] or ""
+        return f"the start of answer {answer[:SHOWN]!r} is null"
+    return ""
+
+
+def _check_answered(answers: list[Answers], columns: dict[str, str], state: dict[str, Any]) -> None:
+    """Raise ValueError for rows without an answer where ``unanswerable`` is false."""
+    without = sum(1 for row in answers if not row.texts and not row.reason)
     if without and not state["unanswerable"]:
         raise ValueError(
-            f"column {columns['answers']}: {without} of {len(golds)} rows have no answer; set "
-            "objective.unanswerable: true to predict that too, "
-            "or leave them out (data.where)"
+            f"column {columns['answers']}: {without} of {len(answers)} rows have no answer; set "
+            "objective.unanswerable: true to predict that too, or leave them out (data.where)"
         )
 
 
 def _stripped(answer: str, start: int) -> tuple[int, int]:
-    """[begin, end) of an answer that begins at ``start``, without the spaces around it."""
+    """Return [begin, end) of an answer that begins at ``start``, without the spaces around it."""
     return start + len(answer) - len(answer.lstrip()), start + len(answer.rstrip())
 
 
-def _position_problem(answer: str, start: int, context: str | None) -> str:
-    """ "" or where the answer truly stands."""
-    if context is None or (start >= 0 and context[start : start + len(answer)] == answer):
+def _misplaced_reason(answers: Answers, context: str | None) -> str:
+    """Return "" or where the first misplaced answer is in the context instead."""
+    if context is None:
         return ""
+    for answer, start in zip(answers.texts, answers.starts, strict=True):
+        if start >= 0 and context[start : start + len(answer)] == answer:
+            continue
+        shown = repr(answer[:SHOWN] + ("…" if len(answer) > SHOWN else ""))
+        places = _places(answer, context)
+        if not places:
+            return f"answer {shown} is not at {start}; it stands nowhere in the context"
+        nearest = min(places, key=lambda place: abs(place - start))
+        return f"answer {shown} is not at {start}; it stands at {nearest}"
+    return ""
+
+
+def _places(answer: str, context: str) -> list[int]:
+    """Return every place of the answer in the context."""
     places, at = [], context.find(answer)
     while at >= 0:
         places.append(at)
         at = context.find(answer, at + 1)
-    shown = repr(answer[:SHOWN] + ("…" if len(answer) > SHOWN else ""))
-    return f"answer {shown} is not at {start}; " + (
-        f"it stands at {min(places, key=lambda place: abs(place - start))}"
-        if places
-        else "it stands nowhere in the context"
-    )
+    return places

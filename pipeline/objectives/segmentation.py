@@ -1,4 +1,7 @@
-"""Semantic segmentation: a class for every pixel, by a light decoder over a backbone's stages."""
+"""Semantic segmentation: a class for every pixel, by a light decoder over feature maps.
+
+Shapes: B rows, C classes, H and W height and width of the input.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,11 @@ from pipeline.media import image_io
 from pipeline.nn.feature_pyramid import Pyramid
 
 OUTSIDE = image_io.IGNORED
-"""Class of pixels where no image is, as the modality writes it."""
+"""Class of pixels outside the image, as the modality writes it."""
 AT_ONCE = 16
-"""Images predicted at a time: evaluation hands over hundreds, whose scores would take 40 GB (256
-images, 150 classes, 512 px).
+"""Images predicted at a time.
+
+Evaluation hands over hundreds, whose scores would take 40 GB (256 images, 150 classes, 512 px).
 """
 
 
@@ -44,51 +48,56 @@ class SegmentationOptions(Options):
 
 @register("objective", "segmentation", options=SegmentationOptions)
 class Segmentation(Objective):
-    """A feature pyramid whose levels are brought to the finest one and summed, then one convolution
-    and a classifier (the semantic branch of Panoptic FPN, Kirillov et al. 2019, with one
-    convolution a level), upsampled to the input.
+    """The semantic branch of Panoptic FPN (Kirillov et al. 2019), one convolution a level.
 
-    The column ``mask`` holds PNGs of class numbers, read by the image modality since they move with
-    their image: ``mask`` (B, H, W), 255 where no image is. The loss is the cross entropy summed
-    over pixels, over the number of labelled ones. State: ``labels``, ``ignore``. A mask with a
-    class that is neither below the number of classes nor ignored is refused, and named.
+    A feature pyramid whose levels are brought to the finest one and summed, then one convolution
+    and a classifier, upsampled to the input.
+
+    The column ``mask`` holds PNGs of class numbers. The image modality reads them, since they
+    move with their image: ``mask`` (B, H, W), 255 outside the image. The loss is the cross
+    entropy summed over pixels; its count is the number of labelled ones. A mask with a class that
+    is neither below the number of classes nor ignored is refused, and named.
+
+    State: ``labels``, ``ignore``.
     """
 
     roles = ("mask",)
-    fit_roles = ()
     metrics = ("miou", "pixel_accuracy", "loss")
     log_names = ("pixel_accuracy",)
-    label_tensors = ("mask", "frame")
+    output_types = {}
 
     @classmethod
     def fit(cls, options, table, columns):
-        """Classes are what the options say: masks are not read whole. Raises ValueError for none,
-        too many or two of one name.
+        """Take the classes that the options name: masks are files, which are not read whole.
+
+        Raises:
+            ValueError: no classes, too many, or two of one name.
         """
-        names = (
-            [f"class {i}" for i in range(options.classes)]
-            if isinstance(options.classes, int)
-            else list(options.classes)
-        )
-        if not 2 <= len(names) <= OUTSIDE or len(set(names)) < len(names):
+        if isinstance(options.classes, int):
+            names = [f"class {i}" for i in range(options.classes)]
+        else:
+            names = list(options.classes)
+        different = len(set(names))
+        if not 2 <= len(names) <= OUTSIDE or different < len(names):
+            some_same = f", {different} different ones" if different < len(names) else ""
             raise ValueError(
-                f"objective.classes: {len(names)} classes"
-                + (f", {len(set(names))} different ones" if len(set(names)) < len(names) else "")
-                + f"; give 2 to {OUTSIDE} different names, or their number"
+                f"objective.classes: {len(names)} classes{some_same}; give 2 to {OUTSIDE} "
+                "different names, or their number"
             )
         return {"labels": names, "ignore": options.ignore}
 
     @classmethod
     def invalid_label_reasons(cls, table, columns, state):
-        """Masks are decoded once more for it: on a GPU a class out of range would otherwise be an
+        """Name rows whose masks hold an unknown class.
+
+        Masks are decoded once more for it: on a GPU a class out of range would otherwise be an
         assertion without a name.
         """
         if columns.get("mask") not in table.column_names:
             return [""] * len(table)
-        return [
-            _mask_problem(value.as_py(), len(state["labels"]), state["ignore"])
-            for value in table[columns["mask"]]
-        ]
+        classes, ignore = len(state["labels"]), state["ignore"]
+        masks = table[columns["mask"]]
+        return [_invalid_mask_reason(mask.as_py(), classes, ignore) for mask in masks]
 
     def __init__(self, backbone: Backbone, options: SegmentationOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
@@ -103,104 +112,105 @@ class Segmentation(Objective):
         self.head = nn.Conv2d(width, len(state["labels"]), 1)
 
     def _scores(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Features]:
-        """(B, classes, H, W) at the input's resolution."""
+        """Return logits (B, C, H, W) at the input's resolution, and the features."""
         size = batch["image"].shape[-2:]
         features = backbone(batch, want=("stages",))
         finest, *coarser = self.pyramid(features, size).values()
         for level in coarser:
-            finest = finest + F.interpolate(
-                level, size=finest.shape[-2:], mode="bilinear", align_corners=False
-            )
-        return F.interpolate(
-            self.head(self.mix(finest)).float(), size=size, mode="bilinear", align_corners=False
-        ), features
+            finest = finest + _resized(level, finest.shape[-2:])
+        return _resized(self.head(self.mix(finest)).float(), size), features
 
     def _truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, H, W) int64 classes, OUTSIDE where they do not count, and where they do."""
+        """Return classes (B, H, W) int64, OUTSIDE where they do not count, and where they do."""
         mask = batch["mask"].long()
-        there = (mask != self.state["ignore"]) & (mask != OUTSIDE)
-        return torch.where(there, mask, OUTSIDE), there
+        is_labelled = (mask != self.state["ignore"]) & (mask != OUTSIDE)
+        return torch.where(is_labelled, mask, OUTSIDE), is_labelled
 
     def loss(self, backbone: Backbone, batch: Batch):
         scores, features = self._scores(backbone, batch)
-        truth, there = self._truth(batch)
-        unused = (
-            features.pooled.float().sum() * 0.0
-        )  # the layers after the last map belong to the graph too: DDP waits for every parameter
-        right = ((scores.argmax(1) == truth) & there).sum()
-        return (
-            F.cross_entropy(scores, truth, ignore_index=OUTSIDE, reduction="sum") + unused,
-            there.sum().float(),
-            {"pixel_accuracy": right},
-        )
+        truth, is_labelled = self._truth(batch)
+        total = F.cross_entropy(scores, truth, ignore_index=OUTSIDE, reduction="sum")
+        # layers after the last map are part of the graph: DDP waits for every gradient
+        unused = features.pooled.float().sum() * 0.0
+        right = ((scores.argmax(1) == truth) & is_labelled).sum()
+        return total + unused, is_labelled.sum().float(), {"pixel_accuracy": right}
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """With masks ``intersection``, ``predicted``, ``actual`` (B, classes): labelled pixels of
-        the input, padding left out, and ``loss`` with its ``count`` (B,). Without them ``classes``
-        (B, H, W) uint8 and the ``frame`` (B, 4) where the image lies in them.
+        """Return ``classes`` (B, H, W) uint8 and ``frame`` (B, 4), where the image lies in them.
+
+        With masks instead ``intersection``, ``predicted`` and ``actual`` (B, C), labelled pixels
+        of the input without its padding, and ``loss`` with its ``count`` (B,).
         """
-        parts = [self._predicted(backbone, part) for part in batch.split(AT_ONCE)]
+        parts = [self._predict(backbone, part) for part in batch.split(AT_ONCE)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _predicted(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+    def _predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         scores, _ = self._scores(backbone, batch)
-        guess, frame = scores.argmax(1), batch["frame"]
+        guess = scores.argmax(1)
         if "mask" not in batch.data:
-            return {"classes": guess.to(torch.uint8), "frame": frame}
-        truth, there = self._truth(batch)
+            return {"classes": guess.to(torch.uint8), "frame": batch["frame"]}
+        truth, is_labelled = self._truth(batch)
         classes = scores.shape[1]
-        place = torch.arange(len(batch), device=guess.device)[:, None, None] * classes
+        offset = torch.arange(len(batch), device=guess.device)[:, None, None] * classes
 
-        def counted(values: Tensor, where: Tensor) -> Tensor:
-            return torch.bincount((place + values)[where], minlength=len(batch) * classes).view(
-                len(batch), classes
-            )
+        def count_classes(values: Tensor, where: Tensor) -> Tensor:
+            """Return (B, C) how many pixels of each class there are."""
+            flat = (offset + values)[where]
+            return torch.bincount(flat, minlength=len(batch) * classes).view(len(batch), classes)
 
-        guessed = counted(guess, there)
-        guessed[:, self.state["ignore"] : self.state["ignore"] + 1] = (
-            0  # an ignored class has no IoU, also where it is taken for another one
-        )
+        predicted = count_classes(guess, is_labelled)
+        # an ignored class has no IoU, also where it is predicted for another one
+        ignore = self.state["ignore"]
+        predicted[:, ignore : ignore + 1] = 0
+        losses = F.cross_entropy(scores, truth, ignore_index=OUTSIDE, reduction="none")
         return {
-            "intersection": counted(truth, there & (guess == truth)),
-            "predicted": guessed,
-            "actual": counted(truth, there),
-            "loss": F.cross_entropy(scores, truth, ignore_index=OUTSIDE, reduction="none").sum(
-                (1, 2)
-            ),
-            "count": there.sum((1, 2)).float(),
+            "intersection": count_classes(truth, is_labelled & (guess == truth)),
+            "predicted": predicted,
+            "actual": count_classes(truth, is_labelled),
+            "loss": losses.sum((1, 2)),
+            "count": is_labelled.sum((1, 2)).float(),
         }
 
-    def output_columns(self, found, raw_rows):
-        """``mask``: a PNG of class numbers a row, the whole image at the input's resolution (to be
-        resized to the image's own, nearest pixel).
+    def output_columns(self, predictions, raw_rows):
+        """Return ``mask``: a PNG of class numbers a row, at the input's resolution.
+
+        It covers the whole image, and is to be resized to the image's own size (nearest pixel).
         """
-        out = np.empty(len(found["classes"]), dtype=object)
-        for i, (classes, (width, height, left, top)) in enumerate(
-            zip(found["classes"], found["frame"].round().astype(int), strict=True)
-        ):
+        masks = np.empty(len(predictions["classes"]), dtype=object)
+        frames = predictions["frame"].round().astype(int)
+        pairs = zip(predictions["classes"], frames, strict=True)
+        for row, (classes, (width, height, left, top)) in enumerate(pairs):
+            height, width = max(1, height), max(1, width)  # an undecodable row has no size
+            down = slice(max(0, top), top + height)
+            across = slice(max(0, left), left + width)
             buffer = io.BytesIO()
-            height, width = max(1, height), max(1, width)  # a row that cannot be decoded has none
-            PIL.Image.fromarray(
-                classes[max(0, top) : top + height, max(0, left) : left + width]
-            ).save(buffer, "PNG")
-            out[i] = buffer.getvalue()
-        return {"mask": out}
+            PIL.Image.fromarray(classes[down, across]).save(buffer, "PNG")
+            masks[row] = buffer.getvalue()
+        return {"mask": masks}
 
 
-def _mask_problem(value: Any, classes: int, ignore: int) -> str:
-    """Why a mask's classes cannot be learned; nothing for one that cannot be read, which the
-    modality tells.
+def _resized(x: Tensor, size: Any) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def _invalid_mask_reason(value: Any, classes: int, ignore: int) -> str:
+    """Return "" or which class of a mask cannot be learned.
+
+    Also "" for a mask that cannot be read, which the modality reports.
     """
-    data = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
-    data = (storage.read_bytes(data) if isinstance(data, str) else data) or b""
+    data = value
+    if isinstance(value, dict):
+        data = value.get("bytes") or value.get("path")
+    if isinstance(data, str):
+        data = storage.read_bytes(data)
     try:
-        found = np.unique(image_io.class_numbers(data))
+        found = np.unique(image_io.class_numbers(data or b""))
     except ValueError:
         return ""
     unknown = found[(found >= classes) & (found != ignore) & (found != OUTSIDE)]
+    if not len(unknown):
+        return ""
     return (
-        f"the mask holds class {unknown[0]}, but objective.classes says {classes} (0 to "
-        f"{classes - 1}) and {ignore} is ignored"
-        if len(unknown)
-        else ""
+        f"the mask holds class {unknown[0]}, but objective.classes says {classes} "
+        f"(0 to {classes - 1}) and {ignore} is ignored"
     )

@@ -1,4 +1,7 @@
-"""Contrastive pretraining on images without labels: SimCLR (Chen et al., ICML 2020)."""
+"""Contrastive pretraining on images without labels: SimCLR (Chen et al., ICML 2020).
+
+Shapes: N rows of the global batch, B rows of this rank's part.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class SimCLROptions(Options):
     hidden: int | None = Field(
         None,
         ge=1,
-        description="width of the projection head's middle; none: the backbone's, as in the paper",
+        description="hidden width of the projection head; none: the backbone's, as in the paper",
     )
     width: int = Field(128, ge=1, description="width of the projections that are compared")
     area: float = Field(0.08, gt=0, le=1, description="smallest share of the image in a crop")
@@ -32,23 +35,23 @@ class SimCLROptions(Options):
         1.0, ge=0, description="strength of the colour jitter; 0.5 suits small images"
     )
     blur: float = Field(
-        0.5, ge=0, le=1, description="how probable a blur is; the paper takes none at 32 px"
+        0.5, ge=0, le=1, description="probability of a blur; the paper takes 0 at 32 px"
     )
 
 
 @register("objective", "simclr", options=SimCLROptions)
 class SimCLR(Objective):
-    """Two views of a row are to be nearer to each other than to the views of all other rows of the
-    global batch (NT-Xent), after an MLP that is dropped later. Of N rows there are 2 N terms;
-    ``top1`` is the share of views whose nearest is the row's other view.
+    """Bring two views of a row nearer to each other than to all other rows' views (NT-Xent).
 
-    In validation a row is compared with those of its evaluation batch only, so that loss depends on
-    how the split is cut into batches.
+    Views are compared after a projection head, which is dropped later. N rows have 2 N terms, one
+    a view. Logged: ``top1``, the share of views whose nearest view is the row's other one.
+
+    In validation a row is compared with the rows of its evaluation batch only, so that loss
+    depends on how the split is cut into batches.
     """
 
     metrics = ("loss",)
     log_names = ("top1",)
-    couples_rows = True
 
     def __init__(self, backbone: Backbone, options: SimCLROptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
@@ -60,59 +63,57 @@ class SimCLR(Objective):
             )
         hidden = options.hidden or backbone.pooled_dim
         self.head = nn.Sequential(
-            nn.Linear(backbone.pooled_dim, hidden), nn.ReLU(), nn.Linear(hidden, options.width)
+            nn.Linear(backbone.pooled_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, options.width),
         )
 
     def views(self) -> tuple[View, ...]:
-        o = self.options
-        return (View(area=(o.area, 1.0), strength=o.jitter, blur=o.blur),) * 2
+        """Return two views of the same kind."""
+        options = self.options
+        view = View(area=(options.area, 1.0), strength=options.jitter, blur=options.blur)
+        return view, view
 
-    def _projected(self, backbone: Backbone, batch: Batch) -> Tensor:
-        """(B, 2, width) unit vectors of both views, which go through the backbone as one batch (its
-        norm statistics are of both).
+    def _project(self, backbone: Backbone, batch: Batch) -> Tensor:
+        """Return (B, 2, width) unit vectors of both views.
+
+        Both go through the backbone as one batch: its norm statistics are of both.
         """
         both = batch.replace(image=torch.cat([batch["view0"], batch["view1"]]))
-        return (
-            F.normalize(self.head(backbone(both).pooled).float(), dim=1)
-            .view(2, len(batch), -1)
-            .transpose(0, 1)
-        )
+        projected = F.normalize(self.head(backbone(both).pooled).float(), dim=1)
+        return projected.view(2, len(batch), -1).transpose(0, 1)
 
-    def _losses(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 2) losses and hits from (N, 2, width) unit vectors."""
-        n = len(z)
-        with torch.autocast(
-            z.device.type, enabled=False
-        ):  # a bfloat16 product has errors of the size of a temperature
-            flat = z.reshape(2 * n, -1)
+    def _losses(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (N, 2) losses and hits of (N, 2, width) unit vectors."""
+        n = len(projected)
+        # without autocast: a bfloat16 product has errors of the size of a temperature
+        with torch.autocast(projected.device.type, enabled=False):
+            flat = projected.reshape(2 * n, -1)
             logits = flat @ flat.T / self.options.temperature
-        own = torch.arange(2 * n, device=z.device)
-        logits = logits.masked_fill(
-            torch.eye(2 * n, dtype=torch.bool, device=z.device), float("-inf")
-        )
-        positive = own ^ 1
-        return F.cross_entropy(logits, positive, reduction="none").view(n, 2), (
-            logits.argmax(1) == positive
-        ).view(n, 2)
+        itself = torch.eye(2 * n, dtype=torch.bool, device=projected.device)
+        logits = logits.masked_fill(itself, float("-inf"))
+        other_view = torch.arange(2 * n, device=projected.device) ^ 1
+        losses = F.cross_entropy(logits, other_view, reduction="none")
+        hits = logits.argmax(1) == other_view
+        return losses.view(n, 2), hits.view(n, 2)
 
     def loss(self, backbone: Backbone, batch: Batch):
-        everyone, first = gather(self._projected(backbone, batch))
+        everyone, first = gather(self._project(backbone, batch))
         losses, hits = self._losses(everyone)
-        mine = slice(first, first + len(batch))
+        own_rows = slice(first, first + len(batch))
         whole = losses.sum()
-        total = losses[mine].sum().detach() + (
-            whole - whole.detach()
-        )  # the value of this rank's rows, the gradient of all rows' loss
-        return total, total.new_full((), 2.0 * len(batch)), {"top1": hits[mine].sum()}
+        # the value of this rank's rows with the gradient of all rows' loss
+        total = losses[own_rows].sum().detach() + (whole - whole.detach())
+        count = total.new_full((), 2.0 * len(batch))
+        return total, count, {"top1": hits[own_rows].sum()}
 
     def forward_without_rows(self, backbone: Backbone) -> None:
-        gather(
-            next(self.head.parameters()).new_zeros(0, 2, self.options.width, dtype=torch.float32)
-        )
+        """Gather no rows from this rank."""
+        weight = next(self.head.parameters())
+        gather(weight.new_zeros(0, 2, self.options.width, dtype=torch.float32))
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        losses, _ = self._losses(self._projected(backbone, batch))
-        return {
-            "loss": losses.sum(1),
-            "count": torch.full((len(batch),), 2.0, device=losses.device),
-        }
+        """Return ``loss``, summed over both views, and ``count``, both (B,)."""
+        losses, _ = self._losses(self._project(backbone, batch))
+        count = torch.full((len(batch),), 2.0, device=losses.device)
+        return {"loss": losses.sum(1), "count": count}

@@ -1,4 +1,8 @@
-"""Contrastive pretraining on speech without labels: wav2vec 2.0 (Baevski et al., NeurIPS 2020)."""
+"""Contrastive pretraining on speech without labels: wav2vec 2.0 (Baevski et al., NeurIPS 2020).
+
+Shapes: B rows, N frames of a recording, K places for its hidden frames, G codebooks (groups), V
+entries of a codebook, C channels.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,13 @@ from pipeline.core.rng import uniform
 from pipeline.nn import all_gather
 
 SPANS, STARTS, NEGATIVES, NOISE = ((1 << 16) + use for use in range(4))
-"""Streams of the rows' keys, apart from the modality's, which follow from the same keys."""
+"""Random streams of the rows' keys, apart from the modality's, which follow from the same keys."""
 NEVER = 2.0
-"""Above every uniform number: the place of frames where no span may begin."""
+"""Above every uniform number: where no span may begin."""
 COLLAPSED = 3.0
-"""Entries of a group: a codebook whose perplexity is smaller tells recordings apart no more; of few
-entries, a tenth of the way from one to all.
+"""Perplexity of a codebook, in entries, below which the quantiser has collapsed.
+
+Codebooks of few entries have collapsed at a tenth of the way from one entry to all.
 """
 
 
@@ -41,15 +46,15 @@ class Wav2Vec2Options(Options):
         0.065,
         gt=0,
         lt=1,
-        description="share of a recording's frames at which a hidden span begins; one span at "
-        "least",
+        description="share of a recording's frames at which a hidden span begins; at least one "
+        "span",
     )
     mask_length: int = Field(10, ge=1, description="frames of a hidden span; spans may overlap")
     gumbel_start: float = Field(
         2.0, gt=0, description="temperature of the choice of entries at first"
     )
     gumbel_end: float = Field(
-        0.5, gt=0, description="and at the end of the run, falling by the same factor at every step"
+        0.5, gt=0, description="and at the end of the run, falling by the same factor every step"
     )
     diversity: float = Field(
         0.1, ge=0, description="weight of the diversity loss, which wants all entries in use"
@@ -57,15 +62,16 @@ class Wav2Vec2Options(Options):
     feature_penalty: float = Field(
         0.0,
         ge=0,
-        description="weight of the mean square of what the convolutions give; the base models: 10 "
+        description="weight of the mean square of the convolutions' output; the base models: 10 "
         "with group norm",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of what the quantiser reads")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the quantiser's input")
 
 
 class Quantizer(nn.Module):
-    """Product quantisation by a Gumbel softmax (Jang et al. 2017): (B, K, C) features to codes.
-    Parameters have transformers' names.
+    """Product quantisation by a Gumbel softmax (Jang et al. 2017).
+
+    Parameters have the names that transformers gives them.
     """
 
     def __init__(self, features: int, groups: int, entries: int, width: int):
@@ -79,12 +85,20 @@ class Quantizer(nn.Module):
     def forward(
         self, features: Tensor, noise: Tensor | None, temperature: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, K, width) codes, (B, K, G, V) logits and (B, K, G) the entries chosen: by the logits
-        and the Gumbel ``noise`` of their shape, with the gradient of the softmax; without noise the
-        likeliest ones.
+        """Quantise features.
+
+        Args:
+            features: (B, K, C).
+            noise: (B, K, G, V) Gumbel noise; the choice then has the gradient of the softmax.
+                None: the likeliest entries.
+            temperature: () divisor of the noisy logits.
+
+        Returns:
+            (B, K, width) codes, (B, K, G, V) logits, and (B, K, G) the chosen entries.
         """
         logits = self.weight_proj(features).unflatten(-1, (self.groups, self.entries))
-        soft = (logits if noise is None else (logits + noise) / temperature).softmax(-1)
+        noisy = logits if noise is None else (logits + noise) / temperature
+        soft = noisy.softmax(-1)
         chosen = soft.argmax(-1)
         weights = F.one_hot(chosen, self.entries).to(soft.dtype)
         if noise is not None:
@@ -95,42 +109,45 @@ class Quantizer(nn.Module):
 
 @dataclass(frozen=True)
 class Compared:
-    """Of the hidden frames, K places a row: ``losses``, ``hits`` and ``valid`` (B, K), the
-    quantiser's ``logits`` (B, K, G, V); and of all frames the sum of the mean squares that the
-    convolutions gave, and how many.
-    """
+    """Hidden frames compared with codes."""
 
     losses: Tensor
+    """(B, K) contrastive losses."""
     hits: Tensor
+    """(B, K) whether the frame's own code is the nearest."""
     valid: Tensor
+    """(B, K) which places hold a hidden frame with a distractor."""
     logits: Tensor
+    """(B, K, G, V) of the quantiser."""
     squares: Tensor
+    """() sum over all frames of the mean squares of the convolutions' output."""
     frames: Tensor
+    """() how many frames those are."""
 
 
 @register("objective", "wav2vec2", options=Wav2Vec2Options)
 class Wav2Vec2Pretraining(Objective):
-    """At every hidden frame the context network is to tell the frame's own code from those of other
-    hidden frames of the recording (equation 3; equal codes are no distractors). Spans, distractors
-    and Gumbel noise follow from the row's key. A recording with fewer frames than a span, or with a
-    single hidden frame, takes no part.
+    """Tell a hidden frame's own code from those of other hidden frames of the recording.
 
-    In training the diversity loss (equation 4) of the codes of the *global* batch is added, and the
-    feature penalty where asked for, both once for each hidden frame as fairseq and transformers do.
-    For that the ranks sum their codes' shares, so parts of a batch are no batch: ``couples_rows``.
-    Validation has the contrastive loss alone, with the likeliest entries and no noise, so that it
-    does not depend on how the split is cut into batches. All of the head is float32 under autocast
-    too.
+    The context network predicts, at every hidden frame, the frame's own code (equation 3; equal
+    codes are no distractors). Spans, distractors and Gumbel noise follow from the row's key. A
+    recording with fewer frames than a span, or with a single hidden frame, takes no part.
 
-    Logged: ``accuracy`` (hidden frames whose own code is the nearest), ``contrastive``,
-    ``diversity`` (0: all entries in use, towards 1: one of each group), ``code_perplexity`` (of the
-    entries that the global batch chose, summed over groups: at most groups x entries; near groups
-    the quantiser has collapsed, which is warned of), ``prob_perplexity`` (of the softmax, which the
-    diversity loss raises) and ``code_usage`` (share of the entries that the global batch chose at
-    all; a batch of few hidden frames cannot choose them all).
+    In training the diversity loss (equation 4) of the codes of the *global* batch is added, and
+    the feature penalty where asked for, both once for each hidden frame as fairseq and
+    transformers do. The ranks sum their codes' shares for that, so rows are coupled. Validation
+    has the contrastive loss alone, with the likeliest entries and no noise, so that it does not
+    depend on how the split is cut into batches. The head is float32 under autocast too.
 
-    Raises ValueError for a backbone that cannot hide frames, and where groups do not divide
-    code_width.
+    Logged:
+        accuracy: share of hidden frames whose own code is the nearest.
+        contrastive: the contrastive loss.
+        diversity: 0 with all entries in use, towards 1 with one of each group.
+        code_perplexity: of the entries that the global batch chose, summed over groups: at most
+            groups x entries; near groups the quantiser has collapsed, which is warned of.
+        prob_perplexity: of the softmax, which the diversity loss raises.
+        code_usage: share of the entries that the global batch chose at all; a batch of few
+            hidden frames cannot choose them all.
     """
 
     metrics = ("loss",)
@@ -142,22 +159,22 @@ class Wav2Vec2Pretraining(Objective):
         "prob_perplexity",
         "code_usage",
     )
-    couples_rows = True
     progress: Tensor
     usage: Tensor
 
     def __init__(self, backbone: Backbone, options: Wav2Vec2Options, state: dict[str, Any]):
+        """Raise ValueError for a backbone that cannot hide frames, or a width not divisible."""
         super().__init__(backbone, options, state)
         if not getattr(backbone, "hides_frames", False):
             raise ValueError(
                 f"{backbone.arch['name']}: wav2vec2 hides frames between convolutions and a "
-                "context network, which takes "
-                "transformers/wav2vec2, torchaudio/deepspeech2 or torchaudio/conformer"
+                "context network, which takes transformers/wav2vec2, torchaudio/deepspeech2 or "
+                "torchaudio/conformer"
             )
         if options.code_width % options.groups:
             raise ValueError(
-                f"wav2vec2.code_width {options.code_width} must be a multiple of "
-                f"wav2vec2.groups {options.groups}"
+                f"wav2vec2.code_width {options.code_width} must be a multiple of wav2vec2.groups "
+                f"{options.groups}"
             )
         features: Any = backbone.latent_dim
         self.quantizer = Quantizer(features, options.groups, options.entries, options.code_width)
@@ -168,198 +185,175 @@ class Wav2Vec2Pretraining(Objective):
         self.register_buffer("usage", torch.full((), float("inf")), persistent=False)
         self._has_warned = False
 
+    # ---------------------------------------------------------------- what is random
+
     def spans(self, keys: Tensor, real: Tensor) -> Tensor:
-        """(B, N) true where a frame is hidden, from (B,) keys and (B, N) true where a row has
-        frames. So many spans as a share of the row's own frames, rounded up or down at random,
-        begin at different frames, each whole within the row.
+        """Return (B, N) true where a frame is hidden.
+
+        A share of the row's own frames, rounded up or down at random, begin a span; they are
+        different frames, and each span lies whole within the row.
+
+        Args:
+            keys: (B,) the rows' keys.
+            real: (B, N) true where a row has frames.
         """
         length, n, span = real.sum(1), real.shape[1], self.options.mask_length
         room = (length - span + 1).clamp(min=0)
-        rounding = uniform(keys, 1, stream=SPANS)[:, 0]
-        count = (
-            (self.options.mask_start * length.double() + rounding.double())
-            .long()
-            .clamp(min=1)
-            .minimum(room)
-        )
+        rounding = uniform(keys, 1, stream=SPANS)[:, 0].double()
+        count = (self.options.mask_start * length.double() + rounding).long()
+        count = count.clamp(min=1).minimum(room)
         places = torch.arange(n, device=keys.device)
         noise = torch.where(places < room[:, None], uniform(keys, n, stream=STARTS), NEVER)
-        begun = noise.argsort(dim=1, stable=True).argsort(dim=1) < count[:, None]
-        so_far = begun.long().cumsum(1)
-        return so_far > F.pad(so_far, (span, 0))[:, :n]
+        rank = noise.argsort(dim=1, stable=True).argsort(dim=1)
+        begins = rank < count[:, None]
+        begun_so_far = begins.long().cumsum(1)
+        return begun_so_far > F.pad(begun_so_far, (span, 0))[:, :n]
 
     def hidden(self, spans: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K) places of the hidden frames, in order, and whether they are some: K is how many
-        there can be, so no shape waits for the device.
+        """Return the places (B, K) of the hidden frames, in order, and which of them are real.
+
+        K is how many there can be, so no shape waits for the device.
         """
-        n, o = spans.shape[1], self.options
-        most = min(n, max(1, int(o.mask_start * n + 1)) * o.mask_length)
+        n, options = spans.shape[1], self.options
+        most = min(n, max(1, int(options.mask_start * n + 1)) * options.mask_length)
         places = (~spans).byte().argsort(dim=1, stable=True)[:, :most]
         return places, torch.arange(most, device=spans.device) < spans.sum(1)[:, None]
 
     def distractors(self, keys: Tensor, valid: Tensor) -> Tensor:
-        """(B, K, negatives) which of the row's hidden frames each one is compared with: any but
-        itself, drawn with replacement.
+        """Return (B, K, negatives) which hidden frames of the row each one is compared with.
+
+        Any but itself, drawn with replacement.
         """
-        k = valid.shape[1]
+        k, negatives = valid.shape[1], self.options.negatives
         others = valid.sum(1)[:, None, None] - 1
-        drawn = (
-            (
-                uniform(keys, k * self.options.negatives, stream=NEGATIVES).view(len(keys), k, -1)
-                * others
-            )
-            .long()
-            .minimum(others - 1)
-        )
-        return (drawn + (drawn >= torch.arange(k, device=keys.device)[:, None])).clamp(0, k - 1)
+        share = uniform(keys, k * negatives, stream=NEGATIVES).view(len(keys), k, -1)
+        drawn = (share * others).long().minimum(others - 1)
+        itself = torch.arange(k, device=keys.device)[:, None]
+        return (drawn + (drawn >= itself)).clamp(0, k - 1)
 
     def noise(self, keys: Tensor, places: int) -> Tensor:
-        """(B, places, G, V) Gumbel noise."""
-        o = self.options
-        u = uniform(keys, places * o.groups * o.entries, stream=NOISE).clamp(min=2.0**-25)
-        return -(-u.log()).log().view(len(keys), places, o.groups, o.entries)
+        """Return (B, places, G, V) Gumbel noise."""
+        options = self.options
+        count = places * options.groups * options.entries
+        u = uniform(keys, count, stream=NOISE).clamp(min=2.0**-25)
+        return -(-u.log()).log().view(len(keys), places, options.groups, options.entries)
 
     def gumbel_temperature(self) -> Tensor:
-        """The quantiser's, at this point of the run."""
-        o = self.options
-        return o.gumbel_start * (o.gumbel_end / o.gumbel_start) ** self.progress
+        """Return the quantiser's temperature at this point of the run."""
+        options = self.options
+        return options.gumbel_start * (options.gumbel_end / options.gumbel_start) ** self.progress
+
+    # ---------------------------------------------------------------- loss
 
     def _compared(self, backbone: Any, batch: Batch) -> Compared:
-        o, real = self.options, backbone.frame_mask(batch)
+        options, real = self.options, backbone.frame_mask(batch)
         spans = self.spans(batch.keys, real)
         places, valid = self.hidden(spans)
-        penalised = o.feature_penalty > 0 and self.training
-        found = backbone(
-            batch,
-            token_mask=spans,
-            want=("tokens", "latent", *(["convolved"] if penalised else [])),
-        )
+        is_penalised = options.feature_penalty > 0 and self.training
+        want = ("tokens", "latent", "convolved") if is_penalised else ("tokens", "latent")
+        features = backbone(batch, token_mask=spans, want=want)
         with torch.autocast(batch.keys.device.type, enabled=False):
-            latent, context = (
-                _at(tensor, places).float() for tensor in (found.latent, found.tokens)
-            )
-            codes, logits, chosen = self.quantizer(
-                self.drop(latent),
-                self.noise(batch.keys, places.shape[1]) if self.training else None,
-                self.gumbel_temperature(),
-            )
-            cosines = (
-                F.normalize(self.project_hid(context), dim=-1)
-                @ F.normalize(self.project_q(codes), dim=-1).transpose(1, 2)
-                / o.temperature
-            )
-            places_drawn = self.distractors(batch.keys, valid)
-            others = cosines.gather(2, places_drawn).masked_fill(
-                _equal(chosen).gather(2, places_drawn), float("-inf")
-            )
+            latent = _at(features.latent, places).float()
+            context = _at(features.tokens, places).float()
+            noise = self.noise(batch.keys, places.shape[1]) if self.training else None
+            temperature = self.gumbel_temperature()
+            codes, logits, chosen = self.quantizer(self.drop(latent), noise, temperature)
+            predicted = F.normalize(self.project_hid(context), dim=-1)
+            compared = F.normalize(self.project_q(codes), dim=-1)
+            cosines = predicted @ compared.transpose(1, 2) / options.temperature
+            distractors = self.distractors(batch.keys, valid)
+            is_same_code = _equal(chosen).gather(2, distractors)
+            others = cosines.gather(2, distractors).masked_fill(is_same_code, float("-inf"))
             own = cosines.diagonal(dim1=1, dim2=2)
             losses = torch.cat([own[:, :, None], others], dim=2).logsumexp(2) - own
             valid = valid & (valid.sum(1, keepdim=True) > 1)
-            hits = (own > others.amax(2)) & (others.amax(2) > float("-inf")) & valid
-            squares = (
-                (found.stages["convolved"].float().square().mean(2) * real).sum()
-                if penalised
-                else losses.new_zeros(())
-            )
-        return Compared(torch.where(valid, losses, 0.0), hits, valid, logits, squares, real.sum())
+            best_other = others.amax(2)
+            hits = (own > best_other) & (best_other > float("-inf")) & valid
+            squares = losses.new_zeros(())
+            if is_penalised:
+                convolved = features.stages["convolved"].float()
+                squares = (convolved.square().mean(2) * real).sum()
+        losses = torch.where(valid, losses, 0.0)
+        return Compared(losses, hits, valid, logits, squares, real.sum())
 
     def loss(self, backbone: Backbone, batch: Batch):
         found = self._compared(backbone, batch)
         total, count = found.losses.sum(), found.valid.sum().float()
         logs = {"accuracy": found.hits.sum(), "contrastive": total.detach()}
+        of_codes = self.log_names[2:]
         if not self.training:
-            return (
-                total,
-                count,
-                logs | {name: torch.zeros_like(total) for name in self.log_names[2:]},
-            )
-        o = self.options
-        soft = (found.logits.softmax(-1) * found.valid[:, :, None, None]).sum((0, 1))
-        hard = (F.one_hot(found.logits.argmax(-1), o.entries) * found.valid[:, :, None, None]).sum(
-            (0, 1)
-        )
-        local = torch.cat(
-            [
-                soft.flatten(),
-                hard.flatten(),
-                torch.stack([count, found.squares, found.frames.float()]),
-            ]
-        )
-        everyone = local + (
-            all_gather.summed(local) - local.detach()
-        )  # the value of all ranks, the gradient of this one's rows
-        soft, hard, sums = everyone.split([o.groups * o.entries, o.groups * o.entries, 3])
-        counted = sums[0].clamp(min=1.0)
-        used, perplexity = (_perplexity(part.view(o.groups, -1) / counted) for part in (hard, soft))
-        least, usage, perplexity, in_use = (
-            used.min(),
-            used.sum(),
-            perplexity.sum(),
-            (hard > 0).float().mean(),
-        )
-        diversity = (o.groups * o.entries - perplexity) / (o.groups * o.entries)
-        extra = sums[0] * (
-            o.diversity * diversity + o.feature_penalty * sums[1] / sums[2].clamp(min=1.0)
-        )
-        self.usage.copy_(
-            torch.where(sums[0] >= 10 * COLLAPSED, least, self.usage).detach()
-        )  # few frames cannot choose many entries
-        logs |= {
-            name: value.detach() * count
-            for name, value in zip(
-                self.log_names[2:], (diversity, usage, perplexity, in_use), strict=True
-            )
-        }
-        return (
-            total + (extra * count / counted).detach() + (extra - extra.detach()),
-            count,
-            logs,
-        )  # each rank's share, the gradient of the whole
+            return total, count, logs | {name: torch.zeros_like(total) for name in of_codes}
+        options = self.options
+        size = options.groups * options.entries
+        valid = found.valid[:, :, None, None]
+        soft = (found.logits.softmax(-1) * valid).sum((0, 1))
+        hard = (F.one_hot(found.logits.argmax(-1), options.entries) * valid).sum((0, 1))
+        counts = torch.stack([count, found.squares, found.frames.float()])
+        local = torch.cat([soft.flatten(), hard.flatten(), counts])
+        # the value of all ranks with the gradient of this one's rows
+        everyone = local + (all_gather.summed(local) - local.detach())
+        soft, hard, sums = everyone.split([size, size, 3])
+        hidden_frames = sums[0].clamp(min=1.0)
+        used = _perplexity(hard.view(options.groups, -1) / hidden_frames)
+        perplexity = _perplexity(soft.view(options.groups, -1) / hidden_frames)
+        least, usage, perplexity = used.min(), used.sum(), perplexity.sum()
+        in_use = (hard > 0).float().mean()
+        diversity = (size - perplexity) / size
+        penalty = options.feature_penalty * sums[1] / sums[2].clamp(min=1.0)
+        extra = sums[0] * (options.diversity * diversity + penalty)
+        # few frames cannot choose many entries
+        has_enough_frames = sums[0] >= 10 * COLLAPSED
+        self.usage.copy_(torch.where(has_enough_frames, least, self.usage).detach())
+        values = (diversity, usage, perplexity, in_use)
+        for name, value in zip(of_codes, values, strict=True):
+            logs[name] = value.detach() * count
+        # each rank's share of the value, with the gradient of the whole
+        share = (extra * count / hidden_frames).detach()
+        return total + share + (extra - extra.detach()), count, logs
 
     def forward_without_rows(self, backbone: Backbone) -> None:
+        """Take part in the sum of the codes' shares without rows."""
         if self.training:
-            all_gather.summed(
-                self.progress.new_zeros(2 * self.options.groups * self.options.entries + 3)
-            )
+            size = 2 * self.options.groups * self.options.entries + 3
+            all_gather.summed(self.progress.new_zeros(size))
 
     def after_step(self, backbone: Backbone, step: int, steps: int) -> str | None:
+        """Move the Gumbel temperature; warn once, on the first rank, of a collapsed quantiser."""
         self.progress.fill_((step + 1) / steps)
-        if (
-            self._has_warned
-            or step < 0.2 * steps
-            or step % max(1, steps // 20)
-            or all_gather.ranks()[0]
-        ):
+        is_early = step < 0.2 * steps
+        is_between_checks = step % max(1, steps // 20) != 0
+        if self._has_warned or is_early or is_between_checks or all_gather.ranks()[0]:
             return None
-        usage, least = float(self.usage), min(COLLAPSED, 1 + 0.1 * (self.options.entries - 1))
-        if usage >= least:
+        usage = float(self.usage)
+        if usage >= min(COLLAPSED, 1 + 0.1 * (self.options.entries - 1)):
             return None
         self._has_warned = True
         return (
-            f"wav2vec2: the quantiser has collapsed: at step {step + 1} of {steps} the "
-            f"perplexity of its codes is {usage:.1f} of "
-            f"{self.options.entries} entries of a group, so frames are hardly told apart; "
-            "lower train.lr, raise wav2vec2.diversity, take larger "
+            f"wav2vec2: the quantiser has collapsed: at step {step + 1} of {steps} the perplexity "
+            f"of its codes is {usage:.1f} of {self.options.entries} entries of a group, so frames "
+            "are hardly told apart; lower train.lr, raise wav2vec2.diversity, take larger "
             "batches, or a longer warm-up"
         )
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """Return ``loss``, summed over the hidden frames, and their ``count``, both (B,)."""
         found = self._compared(backbone, batch)
         return {"loss": found.losses.sum(1), "count": found.valid.sum(1).float()}
 
 
 def _at(tensor: Tensor, places: Tensor) -> Tensor:
-    """(B, K, D) of (B, N, D) at (B, K) places."""
+    """Return (B, K, C) of (B, N, C) at the places (B, K)."""
     return tensor.gather(1, places[:, :, None].expand(-1, -1, tensor.shape[2]))
 
 
 def _equal(chosen: Tensor) -> Tensor:
-    """(B, K, K) true where two places have the same code, from (B, K, G) entries."""
+    """Return (B, K, K) true where two places have the same code, from (B, K, G) entries."""
     return (chosen[:, :, None] == chosen[:, None, :]).all(-1)
 
 
 def _perplexity(shares: Tensor) -> Tensor:
-    """(G,) the exponential of the entropy of (G, V) shares; finite, with its gradient, where an
-    entry has none.
+    """Return (G,) exponentials of the entropies of shares (G, V).
+
+    Finite, with its gradient, where an entry has no share.
     """
     return (-(shares * shares.clamp(min=1e-20).log()).sum(-1)).exp()

@@ -15,6 +15,11 @@ from pipeline.core.capabilities import (
     ineffective_options,
 )
 from pipeline.core.contracts import Objective, Technique, trains
+from pipeline.core.contracts.objective_capabilities import (
+    ComparesViews,
+    CouplesRows,
+    ReplacesBackbone,
+)
 from pipeline.train.experiment import technique_of
 
 
@@ -32,23 +37,21 @@ def source(place: str, spec: Source) -> None:
         check_packed(place, spec.data, spec.objective.name)
     check_costs(place, spec.data, spec.train, objective)
     check_technique(place, spec)
-    if objective.couples_rows and spec.train.micro_batch is not None:
+    couples_rows = isinstance(objective, CouplesRows)
+    if couples_rows and spec.train.micro_batch is not None:
         raise ValueError(
             f"{place}.train.micro_batch: the loss of {spec.objective.name} is that of a whole "
             "global batch, which parts of it would "
             "not give; leave it out, and use more workers, or a smaller global_batch or batch_cost"
         )
-    if objective.views is not Objective.views and not isinstance(modality, MakesViews):
+    if isinstance(objective, ComparesViews) and not isinstance(modality, MakesViews):
         raise ValueError(
             f"{place}.objective: {spec.objective.name} compares random views of a row, and "
             f"{spec.data.modality.name} rows have none; "
             "it is for images"
         )
-    if (
-        objective.couples_rows
-        and spec.train.keep == "best"
-        and "keep" in spec.train.model_fields_set
-    ):
+    is_keep_stated = "keep" in spec.train.model_fields_set
+    if couples_rows and spec.train.keep == "best" and is_keep_stated:
         raise ValueError(
             f"{place}.train.keep: the validation loss of {spec.objective.name} says little of "
             "the backbone (its teacher, codes or "
@@ -131,7 +134,7 @@ def check_technique(place: str, spec: Source) -> None:
         )
     adds_modules = type(technique).wrap is not Technique.wrap
     objective = registry.get("objective", spec.objective.name)
-    if adds_modules and objective.after_training is not Objective.after_training:
+    if adds_modules and isinstance(objective, ReplacesBackbone):
         raise ValueError(
             f"{where}: {name} adds modules to the backbone, and {spec.objective.name} copies "
             "weights to and from a backbone without them; use full"

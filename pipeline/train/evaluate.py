@@ -6,11 +6,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 
 from pipeline.core.capabilities import MakesViews
 from pipeline.core.contracts import Batch, Objective, RawRows, Task
+from pipeline.core.contracts.objective_capabilities import (
+    ComparesViews,
+    Postprocesses,
+    RollsOut,
+    UsesRawRows,
+)
 from pipeline.data.manifest import Reader
 from pipeline.data.stream import LoadedBatch, Rows, eval_batches
 from pipeline.metrics.catalog import Predictions, metric
@@ -82,36 +89,40 @@ def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 class Postprocessor:
-    """Brings the rows' own text to their predictions, where the objective asks for it
-    (``Objective.postprocess``).
-    """
+    """Completes the predictions of rows by what only their stored columns or a simulator tell."""
 
     def __init__(self, rows: Rows):
         self.rows = rows
         self._reader: Reader | None = None
 
-    def __call__(self, objective: Objective, found: Predictions) -> Predictions:
-        if not found or type(objective).postprocess is Objective.postprocess:
-            return found
-        return objective.postprocess(found, self.raw_rows(objective, found["row"]))
+    def __call__(self, objective: Objective, predictions: Predictions) -> Predictions:
+        """Return the predictions as the objective's metrics read them."""
+        if not predictions or not isinstance(objective, Postprocesses):
+            return predictions
+        return objective.postprocess(predictions, self.raw_rows(objective, predictions["row"]))
 
-    def rollout_evaluation(self, task: Task, found: Predictions) -> Predictions:
-        """As calling it, and what the objective finds out about test rows alone
-        (``Objective.rollout_evaluation``).
+    def rollout_evaluation(
+        self, task: Task, predictions: Predictions
+    ) -> tuple[Predictions, np.ndarray | None]:
+        """Return the predictions of test rows, and pictures of a policy in the simulator.
+
+        As calling it, and a policy's own episodes are run.
         """
-        found = self(task.objective, found)
-        if not found or type(task.objective).rollout_evaluation is Objective.rollout_evaluation:
-            return found
-        return task.objective.rollout_evaluation(
-            task.backbone, found, self.raw_rows(task.objective, found["row"])
-        )
+        predictions = self(task.objective, predictions)
+        if not predictions or not isinstance(task.objective, RollsOut):
+            return predictions, None
+        raw_rows = self.raw_rows(task.objective, predictions["row"])
+        return task.objective.rollout_evaluation(task.backbone, predictions, raw_rows)
 
-    def raw_rows(self, objective: Objective, ids: np.ndarray) -> RawRows:
-        decoder, schema = self.rows.decoder, self.rows.selection.manifest.schema
-        self._reader = self._reader or Reader(
-            self.rows.selection.manifest,
-            [name for name in decoder.names(objective.raw_roles) if name in schema.names],
-        )
+    def raw_rows(self, objective: Any, ids: np.ndarray) -> RawRows:
+        """Return the columns of rows that the objective reads beside its predictions."""
+        decoder, manifest = self.rows.decoder, self.rows.selection.manifest
+        if not isinstance(objective, UsesRawRows):
+            return RawRows(pa.table({}), decoder.columns, decoder.modality)
+        if self._reader is None:
+            known = manifest.schema.names
+            names = [name for name in decoder.names(objective.raw_roles) if name in known]
+            self._reader = Reader(manifest, names)
         return RawRows(self._reader.take(ids), decoder.columns, decoder.modality)
 
 
@@ -174,7 +185,8 @@ def device_preprocessing(
     """The device part of the rows' modality: its augmentation, or the views that the objective
     compares, and its finish.
     """
-    modality, views = rows.modality, objective.views() if objective is not None else ()
+    modality = rows.modality
+    views = objective.views() if isinstance(objective, ComparesViews) else ()
 
     def ready(batch: Batch, training: bool) -> Batch:
         if len(batch) == 0:

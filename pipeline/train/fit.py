@@ -142,13 +142,12 @@ def fit_modality(
 
 
 def label_columns(spec: Source | Target) -> list[str]:
-    """The columns that an objective is fitted on."""
+    """Return the columns that an objective is fitted on: not those of files (masks)."""
     assert spec.data is not None and spec.objective is not None
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
-    roles = objective.fit_roles
-    if roles is None:
-        roles = (*objective.roles, *objective.optional_roles)
-    return [columns[role] for role in roles if role in columns]
+    files = registry.get("modality", spec.data.modality.name).file_roles
+    roles = (*objective.roles, *objective.optional_roles)
+    return [columns[role] for role in roles if role in columns and role not in files]
 
 
 def fit_objective(spec: Source | Target, splits: Splits) -> dict[str, Any]:

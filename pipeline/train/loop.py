@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.schema import Train
 from pipeline.core.contracts import Batch, Phase, Task, Technique
+from pipeline.core.contracts.objective_capabilities import UpdatesAfterStep
 from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch
 from pipeline.io import heartbeat
@@ -276,7 +277,9 @@ def fit(run: TrainingRun) -> Outcome:
             others = {name: next(one).batch for name, one in further.items()}
             sums = _backward(run, live, batch, others, progress.names)
             norm = _step(live, sums, ranks, train, task, progress.bad_run, progress.bad_total)
-            warning = task.objective.after_step(task.backbone, step, run.steps)
+            warning = None
+            if isinstance(task.objective, UpdatesAfterStep):
+                warning = task.objective.after_step(task.backbone, step, run.steps)
             if ema:
                 ema.update(task)
             progress.add(batch, sums, waited, warning)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.config import registry
 from pipeline.config.schema import Data, Source
-from pipeline.core.contracts import Backbone, Modality, Objective, Task
+from pipeline.core.contracts import Backbone, Modality, Task
+from pipeline.core.contracts.objective_capabilities import CachedHead, ReplacesBackbone
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget, eval_batches
@@ -45,11 +46,9 @@ def features(
         (n, D) features and the rows' label tensors, all on the device, in the order of row ids.
     """
     backbone.to(device).eval()
-    labels = (
-        registry.get("objective", rows.decoder.objective).label_tensors
-        if rows.decoder.objective
-        else ()
-    )
+    name = rows.decoder.objective
+    objective = registry.get("objective", name) if name else None
+    labels = objective.label_tensors if isinstance(objective, CachedHead) else ()
     ready = evaluate.device_preprocessing(rows)
     pooled, rest, ids = [], [], []
     for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
@@ -201,7 +200,7 @@ def exported_backbone(task: Task) -> Iterator[Backbone]:
 
     Where that is a teacher's, its weights are in the backbone inside the ``with`` block only.
     """
-    if type(task.objective).after_training is Objective.after_training:
+    if not isinstance(task.objective, ReplacesBackbone):
         yield task.backbone
         return
     held = {name: tensor.detach().clone() for name, tensor in task.backbone.state_dict().items()}

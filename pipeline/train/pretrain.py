@@ -17,6 +17,7 @@ from pipeline.checkpoints import bundle, pretrained
 from pipeline.config.schema import Data, Source, Train
 from pipeline.core.capabilities import Costed
 from pipeline.core.contracts import Task
+from pipeline.core.contracts.objective_capabilities import ReplacesBackbone, source_metrics
 from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifest import Selection
@@ -250,7 +251,7 @@ def experiment_of(
         validation=Rows(fitted.validation, replace(decoder_of(fitted), training=False)),
         eval_batch=train.micro_batch or -(-train.global_batch // ranks.count),
         decode_validation_bytes=VALIDATION_BYTES,
-        metrics=type(objective).source_metrics(objective.options, objective.state),
+        metrics=source_metrics(type(objective), objective.options, objective.state),
         extra_metrics=extra_metrics,
         max_bad_rows=work.data.max_bad_rows,
         lost=fitted.lost,
@@ -273,7 +274,8 @@ def start_task(work: RankJob) -> Task:
 def write(work: RankJob, finished: Finished, metadata: dict[str, Any]) -> None:
     """Write the bundle, then remove what only an unfinished source needs."""
     fitted, task = work.fitted, finished.task
-    task.objective.after_training(task.backbone)
+    if isinstance(task.objective, ReplacesBackbone):
+        task.objective.after_training(task.backbone)
     bundle.save(
         storage.join(work.uri, "bundle"),
         task,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from pipeline.checkpoints import bundle
 from pipeline.core.capabilities import ComparesFeatureNames, TruncatesLongRows, TruncationStats
 from pipeline.core.contracts import Modality, Objective
+from pipeline.core.contracts.objective_capabilities import AllowsNullLabels
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.train import fit
@@ -117,7 +118,7 @@ def null_labels(
     objective: type[Objective], splits: dict[str, Selection], columns: dict[str, str]
 ) -> list[Finding]:
     """Count nulls in the first label column, where the objective takes a null for an answer."""
-    if not objective.null_label_means or not objective.roles:
+    if not isinstance(objective, AllowsNullLabels):
         return []
     name = columns[objective.roles[0]]
     counts = {

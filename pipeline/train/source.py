@@ -15,6 +15,7 @@ from pipeline.config.provenance import Provenance
 from pipeline.config.schema import CHECKPOINT_PREFIXES, FULL, Data, Job, Source, spec_hash
 from pipeline.core.capabilities import Costed, cost_column
 from pipeline.core.contracts import Modality, Objective
+from pipeline.core.contracts.objective_capabilities import BindsToBackbone, LengthBound
 from pipeline.core.rng import mix
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
@@ -542,7 +543,7 @@ def findings_of(stage: SourceStage, modality: dict[str, Any]) -> list[Finding]:
 def checks_labels_before_decoding(
     objective: type[Objective], modality: Modality, columns: dict[str, str]
 ) -> bool:
-    """Whether rows that can be scored but not learned from (``Objective.untrainable_reasons``) are
+    """Whether rows that can be scored but not learned from (`LengthBound`) are
     found before any is decoded: where a column tells how long they are. Else only batches that are
     cut by it are worth a look into every file.
     """
@@ -550,8 +551,7 @@ def checks_labels_before_decoding(
 
 
 def _has_untrainable_check(objective: type[Objective]) -> bool:
-    # type: ignore[attr-defined]
-    return objective.untrainable_reasons.__func__ is not Objective.untrainable_reasons.__func__
+    return isinstance(objective, LengthBound)
 
 
 def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
@@ -580,11 +580,10 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
             .to_numpy()
         )
     least = np.where(whole, np.maximum(costs / 2, (costs - ROUNDED) / STRETCHED), costs)
-    reasons = np.array(
-        objective.untrainable_reasons(table, decoder.columns, decoder.objective_state, None, least)
-        or [""] * len(rows),
-        dtype=object,
+    found = objective.untrainable_reasons(
+        table, decoder.columns, decoder.objective_state, None, least
     )
+    reasons = np.array(found, dtype=object)
     if len(places := np.flatnonzero((reasons != "") & whole)):
         untold = replace(
             decoder,
@@ -605,10 +604,10 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
 def bind_state(
     objective: type[Objective], state: dict[str, Any], arch: dict[str, Any]
 ) -> dict[str, Any]:
-    """What an objective learned, with what it must know of the backbone (`Objective.suit`). Raises
+    """What an objective learned, with what it must know of the backbone (`BindsToBackbone`). Raises
     ValueError where that is not for it.
     """
-    if objective.bind_to_backbone.__func__ is Objective.bind_to_backbone.__func__:
+    if not isinstance(objective, BindsToBackbone):
         return state
     with torch.device("meta"):
         return objective.bind_to_backbone(state, bundle.build_backbone(arch, seed=0))

@@ -23,6 +23,7 @@ from torch.func import functional_call, vmap
 from pipeline.config import provenance
 from pipeline.config.schema import Train, spec_hash
 from pipeline.core.contracts import Backbone, Batch, Objective, Task
+from pipeline.core.contracts.objective_capabilities import CachedHead, is_calibrated
 from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch, Rows
 from pipeline.io import checksums, heartbeat, storage
@@ -211,9 +212,6 @@ class _Method(nn.Module):
 class _NoLogs(nn.Module):
     log_names = ()
 
-    def after_step(self, backbone: Any, step: int, steps: int) -> None:
-        pass
-
 
 class KeepHeads:
     """Each head's weights at its own best validation."""
@@ -265,10 +263,9 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     first = group[0]
     data = shared.targets[first.target, first.base]
     objective = trials.build(first, shared)[0].objective
-    pooled = (
-        type(objective).head_loss is not Objective.head_loss and not objective.mixes_inputs
-    )  # mixed images have no cached features
-    return first.technique_object.frozen and data.spec.workers == 0 and pooled
+    if not isinstance(objective, CachedHead) or objective.mixes_inputs:
+        return False
+    return first.technique_object.frozen and data.spec.workers == 0
 
 
 Part = tuple[Tensor, dict[str, Tensor]]
@@ -430,7 +427,7 @@ def _run_stack(
         "begun_by": history.others,
     }
     tested = _predicted(stack, cached.splits["test"], train) if "test" in cached.splits else None
-    held = _predicted(stack, validation, train) if tested and heads[0].needs_calibration else None
+    held = _predicted(stack, validation, train) if tested and is_calibrated(heads[0]) else None
     records = []
     for k, (member, head) in enumerate(zip(members, heads, strict=True)):
         if float(stack.bad[k]):

@@ -13,6 +13,7 @@ from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
 from pipeline.config.schema import ComponentConfig, Job, Target, round_hyper_parameter, spec_hash
 from pipeline.core.contracts import Technique, trains
+from pipeline.core.contracts.objective_capabilities import CountsRows
 from pipeline.core.rng import mix, row_keys
 from pipeline.data.stream import Rows
 from pipeline.train.experiment import technique_of
@@ -84,9 +85,10 @@ class Trial:
 
 def fraction_text(fraction: Fraction, objective: str = "") -> str:
     """A label fraction as tables have it: a share, or rows a class; rows alone where the
-    ``objective`` says that its rows have no class (``Objective.whole_rows``).
+    ``objective`` says that its rows have no class (`CountsRows`).
     """
-    unit = " rows" if objective and registry.get("objective", objective).whole_rows else "/class"
+    kind = registry.get("objective", objective) if objective else None
+    unit = f" {kind.label_fraction_unit}" if isinstance(kind, CountsRows) else "/class"
     return (
         f"{fraction}{unit}"
         if isinstance(fraction, int)

@@ -22,6 +22,11 @@ from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import Costed, file_columns
 from pipeline.core.contracts import Arrays, Modality, Objective
+from pipeline.core.contracts.objective_capabilities import (
+    ComparesViews,
+    WritesColumns,
+    output_types,
+)
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item
@@ -92,17 +97,22 @@ class _Predictor:
             torch.no_grad(),
         )
         found.pop("row")
-        objective = self._task.objective
         return {
             **_table(
                 ids,
-                objective.output_columns(
-                    found, evaluate.Postprocessor(rows).raw_rows(objective, ids)
-                ),
+                self._output_columns(found, rows, ids),
                 dict(rows.bad),
             ),
             **self._pieces(ids),
         }
+
+    def _output_columns(self, predictions: Arrays, rows: Rows, ids: np.ndarray) -> Arrays:
+        """Return the columns that are written of predictions."""
+        objective = self._task.objective
+        if not isinstance(objective, WritesColumns):
+            return predictions
+        raw_rows = evaluate.Postprocessor(rows).raw_rows(objective, ids)
+        return objective.output_columns(predictions, raw_rows)
 
     def _pieces(self, ids: np.ndarray) -> Arrays:
         """(n,) each: the recording's name, and where in it a row begins and how long it is, in
@@ -156,11 +166,11 @@ def check(uri: str, srt: bool = False) -> dict[str, Any]:
     if name == "none":
         raise BundleError(f"{uri}: this bundle is a backbone without a head; fine-tune it first")
     objective = registry.get("objective", name)
-    if objective.views is not Objective.views:
+    if isinstance(objective, ComparesViews):
         raise BundleError(
             f"{uri}: {name} compares views of a row and predicts nothing; fine-tune it first"
         )
-    if srt and "words" not in objective.output_types:
+    if srt and "words" not in output_types(objective):
         raise BundleError(
             f"{uri}: --srt writes what was said and when, and this bundle's {name} transcribes "
             "nothing; leave --srt out"
@@ -250,7 +260,9 @@ def predict(
         bad += sum(1 for reason in block["error"] if reason)
         sink = io.BytesIO()
         rows = reader.take(selection.ids(np.arange(item.start, item.stop))) if kept else None
-        pq.write_table(_with_kept(_arrow(block, objective.output_types), rows, kept, classes), sink)
+        pq.write_table(
+            _with_kept(_arrow(block, output_types(objective)), rows, kept, classes), sink
+        )
         storage.write_bytes(parts[item], sink.getvalue())
         progress.update(
             f"predict: rows {item.stop}/{found.rows}  {bad} could not be read",

@@ -8,6 +8,7 @@ import torch
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.registry import register
+from pipeline.core.contracts.objective_capabilities import CachedHead
 from pipeline.core.rng import mix
 from pipeline.metrics.ranking import weighted_auroc
 from pipeline.train.online_probe import KNN, neighbours
@@ -111,8 +112,8 @@ def score(
     ValueError without labels, or where a feature is not finite.
     """
     data = shared.targets[target, base_key]
-    several = registry.get("objective", data.objective["name"]).label_tensors == ("labels",)
-    if data.labels is None and not several:
+    objective = registry.get("objective", data.objective["name"])
+    if not isinstance(objective, CachedHead):
         raise ValueError(
             f"targets.{target}: scores need labels, the objective {data.objective['name']} has none"
         )
@@ -133,9 +134,8 @@ def score(
             f"{len(found)} rows; its weights are damaged, "
             "or it was trained until they overflowed"
         )
-    labels = (
-        rest["labels" if several else "label"].cpu().numpy()
-    )  # of the rows that could be decoded
+    # of the rows that could be decoded
+    labels = rest[objective.label_tensors[0]].cpu().numpy()
     pooled = found.cpu().numpy()
     wanted = names or tuple(registry.entries("score"))
     return {name: registry.get("score", name)(pooled, labels) for name in wanted}

@@ -25,6 +25,17 @@ from pipeline.config.schema import (
 )
 from pipeline.core.capabilities import check_roles, ineffective_options
 from pipeline.core.contracts import Modality, Objective, Task, Technique, trains
+from pipeline.core.contracts.objective_capabilities import (
+    BindsToBackbone,
+    CachedHead,
+    ChecksTestRows,
+    CountsRows,
+    CouplesRows,
+    TransfersHead,
+    invalid_label_reasons,
+    rollout_metrics,
+    target_metrics,
+)
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Splits
 from pipeline.data.stream import Decoder, Rows
@@ -81,9 +92,7 @@ class TargetStage:
         labels.
         """
         objective = registry.get("objective", self.spec.objective.name)
-        return "label" in objective.roles or (
-            objective.roles == ("labels",) and objective.label_tensors == ("labels",)
-        )
+        return isinstance(objective, CachedHead)
 
     @property
     def packed(self) -> bool:
@@ -184,7 +193,7 @@ def _check_spec(
         config_checks.check_packed(place, spec.data, name)
     config_checks.check_costs(place, spec.data, spec.train, objective)
     counts = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
-    if counts and "label" not in objective.roles and not objective.whole_rows:
+    if counts and "label" not in objective.roles and not isinstance(objective, CountsRows):
         raise ValueError(
             f"{place}.label_fractions: {counts[0]} means {counts[0]} rows a class, and a row of "
             f"{name} has no single class: give shares, such as 0.1"
@@ -213,7 +222,10 @@ def _check_metric(
     if spec.metric is None:
         return
     options = objective.options_class(**spec.objective.options)
-    known = (*objective.target_metrics(options, state), *objective.test_metrics(options, state))
+    known = (
+        *target_metrics(objective, options, state),
+        *rollout_metrics(objective, options, state),
+    )
     further = [one for role in objective.roles for one in catalog.for_role(role)]
     if spec.metric not in (*known, *further):
         raise ValueError(
@@ -232,13 +244,14 @@ def _check_labels(
     # boxes and label sets of a large corpus would take gigabytes at once
     for start in range(0, len(table), CHECKED_ROWS):
         objective.encode(table.slice(start, CHECKED_ROWS), columns, state)
-    if split == "test":
+    if split == "test" and isinstance(objective, ChecksTestRows):
         options = objective.options_class(**spec.objective.options)
         objective.check_test(options, table, columns, state)
 
 
 def _for_targets(objective: type[Objective]) -> bool:
-    return not objective.couples_rows and (objective.packed or bool(objective.roles))
+    has_labels = objective.packed or bool(objective.roles)
+    return has_labels and not isinstance(objective, CouplesRows)
 
 
 def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any]) -> None:
@@ -255,7 +268,7 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any
     wrong_types = (TypeError, AttributeError, pa.ArrowNotImplementedError, pa.ArrowTypeError)
     try:
         objective.encode(table, columns, state)
-        objective.invalid_label_reasons(table, columns, state)
+        invalid_label_reasons(objective, table, columns, state)
     except wrong_types as error:
         types = ", ".join(
             f"{role}: {name} is {table.schema.field(name).type}"
@@ -548,10 +561,9 @@ def _packed(
 def reading_key(target: TargetStage, base: Base) -> str:
     """What the decoded rows of a target depend on: bases that read them alike share them."""
     objective = registry.get("objective", target.spec.objective.name)
-    suits = (
-        objective.bind_to_backbone.__func__ is not Objective.bind_to_backbone.__func__
-    )  # which rows can be used follows from the backbone too
-    return spec_hash(base.modality, *([base.arch] if suits else []))
+    # which rows can be used may follow from the backbone too
+    is_bound = isinstance(objective, BindsToBackbone)
+    return spec_hash(base.modality, *([base.arch] if is_bound else []))
 
 
 def for_base(data: TargetData, base: Base) -> TargetData:
@@ -593,12 +605,13 @@ def _check_base(
     """Raises ValueError where a technique, the objective or the rows do not suit the backbone."""
     task = _build(base, arch, objective)
     layers = task.layers()
-    unseen = type(task.objective).unseen_inputs(base.arch["inputs"], arch["inputs"])
+    head = task.objective if isinstance(task.objective, TransfersHead) else None
+    unseen = head.unseen_inputs(base.arch["inputs"], arch["inputs"]) if head else ""
     own_techniques = f"give targets.{target.name} techniques of its own"
     for component in target.techniques:
         technique, name = technique_of(component), component.name
         from_source = technique.starts_from == "source"
-        if from_source and not trains(technique) and not type(task.objective).transfers_head:
+        if from_source and not trains(technique) and head is None:
             raise ValueError(
                 f"techniques: {name} tries the source's own head, and {objective['name']} starts "
                 f"with a new one: leave it out, or {own_techniques}"

@@ -19,6 +19,13 @@ from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import Target, Train, with_hyper_parameters
 from pipeline.core.contracts import FinishedTrial, Objective, Task, trains
+from pipeline.core.contracts.objective_capabilities import (
+    CachedHead,
+    TransfersHead,
+    is_calibrated,
+    rollout_metrics,
+    target_metrics,
+)
 from pipeline.core.rng import mix
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Plan
@@ -88,9 +95,8 @@ class TargetData:
     def metrics(self) -> tuple[str, ...]:
         """Metric names, the primary one first."""
         kind = registry.get("objective", self.objective["name"])
-        declared = kind.target_metrics(
-            kind.options_class(**self.objective["options"]), self.objective["state"]
-        )
+        options = kind.options_class(**self.objective["options"])
+        declared = target_metrics(kind, options, self.objective["state"])
         primary = (
             self.spec.metric
             if self.spec.metric and self.spec.metric not in self.test_metrics
@@ -102,9 +108,8 @@ class TargetData:
     def test_metrics(self) -> tuple[str, ...]:
         """Names of metrics of test rows alone, the one that the target names first."""
         kind = registry.get("objective", self.objective["name"])
-        declared = kind.test_metrics(
-            kind.options_class(**self.objective["options"]), self.objective["state"]
-        )
+        options = kind.options_class(**self.objective["options"])
+        declared = rollout_metrics(kind, options, self.objective["state"])
         return tuple(sorted(declared, key=lambda name: name != self.spec.metric))
 
     @property
@@ -230,7 +235,7 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     weights = _tensors(shared.weights[trial.source])
     backbone = bundle.transfer(task.backbone, weights, trial.source).text()
     kept, head = 0, "head new"
-    if type(task.objective).transfers_head:
+    if isinstance(task.objective, TransfersHead):
         source_objective, arrays = shared.heads[trial.source]
         kept, head = bundle.carry_tensors(task.objective, source_objective, _tensors(arrays))
     if not trains(trial.technique_object) and not kept:
@@ -299,7 +304,7 @@ def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
 def _caches_features(data: TargetData) -> bool:
     """Whether a frozen backbone's features are computed once for all trials."""
     objective = registry.get("objective", data.objective["name"])
-    has_cached_head = objective.head_loss is not Objective.head_loss
+    has_cached_head = isinstance(objective, CachedHead)
     return data.in_memory and not data.spec.workers and has_cached_head
 
 
@@ -383,9 +388,9 @@ def run(
         ),
         ranks,
     )
-    task, test = finished.task, None
+    task, test, frames = finished.task, None, None
     if trial.stage == "final":
-        task, test = predict_test(task, trial, data, train, ranks)
+        task, test, frames = predict_test(task, trial, data, train, ranks)
     unread = {row: why for (split, row), why in finished.bad_rows.items() if split == "train"}
     moved = "; ".join([moved, *_rows_left_out(data, test, rows, unread), *finished.damaged])
     metadata = {
@@ -402,7 +407,7 @@ def run(
     if ranks.first:
         file_identity.check_unchanged(data.reads)
         is_kept = shared.keep_bundles and trial.stage == "final"
-        write(trial, shared, record, test, task if is_kept else None, task.objective.rollout_frames)
+        write(trial, shared, record, test, task if is_kept else None, frames)
     return record
 
 
@@ -427,16 +432,17 @@ def _stream_rows(trial: Trial, shared: Shared) -> dict[str, Rows]:
 
 def predict_test(
     task: Task, trial: Trial, data: TargetData, train: Train, ranks: Ranks
-) -> tuple[Task, Predictions]:
+) -> tuple[Task, Predictions, np.ndarray | None]:
     """Calibrate on the validation rows, then predict the test rows, each once.
 
     Returns:
-        The task as it was tested, and the predictions of all ranks.
+        The task as it was tested, the predictions of all ranks, and pictures of a policy's first
+        episode, where there are some.
     """
     ready = evaluate.device_preprocessing(data.test, task.objective)
     autocast = partial(loop.autocast, train, ranks.device)
-    objective = task.objective
-    if objective.needs_calibration:
+    objective: Any = task.objective
+    if is_calibrated(objective):
         batches = _batches(data.validation, ranks)
         mine = evaluate.predictions(task, batches, ready, ranks, autocast())
         mine = evaluate.Postprocessor(data.validation)(objective, mine)
@@ -447,8 +453,8 @@ def predict_test(
     batches = _batches(data.test, ranks)
     mine = evaluate.predictions(task, batches, ready, ranks, autocast(), bad.extend)
     check_bad_row_budget(bad, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
-    mine = evaluate.Postprocessor(data.test).rollout_evaluation(task, mine)
-    return task, evaluate.gather_predictions(mine, ranks)
+    mine, frames = evaluate.Postprocessor(data.test).rollout_evaluation(task, mine)
+    return task, evaluate.gather_predictions(mine, ranks), frames
 
 
 def _rows_left_out(
@@ -605,7 +611,7 @@ def calibration_of(objective: Objective) -> dict[str, float]:
     return {
         name: objective.state[name]
         for name in ("temperature", "threshold")
-        if objective.needs_calibration and name in objective.state
+        if name in objective.state
     }
 
 

@@ -17,6 +17,7 @@ from toys import Net, rows_of
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
+from pipeline.core.contracts.objective_capabilities import CountsRows, TransfersHead
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import Decoder, Rows
 from pipeline.metrics.catalog import metric
@@ -428,15 +429,15 @@ def test_what_is_fitted():
         BehaviourCloning.target_metrics(OPTIONS, message) == ("action_error", "loss")
         and BehaviourCloning.metrics[0] == "loss"
     ), "standardised, for many robots"
-    assert BehaviourCloning.test_metrics(OPTIONS, message) == (
+    assert BehaviourCloning.rollout_metrics(OPTIONS, message) == (
         "success",
         "return",
         "steps",
         "expert_return",
         "random_steps",
     )
-    assert BehaviourCloning.test_metrics(OPTIONS, {**message, "columns": ["return"]}) == ()
-    full = BehaviourCloning.test_metrics(
+    assert BehaviourCloning.rollout_metrics(OPTIONS, {**message, "columns": ["return"]}) == ()
+    full = BehaviourCloning.rollout_metrics(
         OPTIONS, {**message, "columns": list(BehaviourCloning.optional_roles)}
     )
     assert set(full) == {
@@ -456,7 +457,7 @@ def test_what_is_fitted():
             "env", pa.array([World(ident, 40, 0, {}).text()] * len(episodes()))
         )
         assert (
-            BehaviourCloning.test_metrics(
+            BehaviourCloning.rollout_metrics(
                 OPTIONS, BehaviourCloning.fit(OPTIONS, rows, {**COLUMNS, "environment": "env"})
             )
             == names
@@ -651,7 +652,7 @@ def test_new_rows_are_written_in_their_own_units(tmp_path, discrete):
             r"--column actions=NAME",
         ):
             task.objective.predict(task.backbone, batch)
-        task.objective.remembers = False  # as one that reads observations alone
+        task.objective.reads_actions = False  # as one that reads observations alone
         found = {
             name: tensor.numpy()
             for name, tensor in task.eval().objective.predict(task.backbone, batch).items()
@@ -719,8 +720,8 @@ def test_it_can_be_written_down_and_carried_over():
     )
     assert (
         "decoders.hand.weight" in message
-        and BehaviourCloning.transfers_head
-        and BehaviourCloning.whole_rows
+        and isinstance(head, TransfersHead)
+        and isinstance(BehaviourCloning, CountsRows)
     )
 
 
@@ -864,7 +865,7 @@ def test_episodes_of_a_known_law_are_those_of_a_bare_loop():
     """
     table = demonstrations()
     task, raw_rows, found = lawful(table, head="gaussian")
-    out = task.objective.rollout_evaluation(task.backbone, found, raw_rows)
+    out, _ = task.objective.rollout_evaluation(task.backbone, found, raw_rows)
     each = [bare(world) for world in worlds(3)]
     assert (
         out["return"].tolist() == [float(np.sum(rewards)) for rewards in each]
@@ -885,13 +886,13 @@ def test_episodes_of_a_known_law_are_those_of_a_bare_loop():
         and out["random_steps"].tolist() == [7, 7, 7]
     )
     assert out["diverged"].tolist() == [0, 0, 0] and out["loss"] is found["loss"]
-    names = BehaviourCloning.test_metrics(task.objective.options, task.objective.state)
+    names = BehaviourCloning.rollout_metrics(task.objective.options, task.objective.state)
     assert (
         len(names) == 9
         and {name: metric(name).value(out) for name in names}["expert_return"] == 1.0
     )
     last = RawRows(raw_rows.table.slice(2, 1), PENDULUM, raw_rows.modality)
-    alone = task.objective.rollout_evaluation(
+    alone, _ = task.objective.rollout_evaluation(
         task.backbone, {name: array[[2]] for name, array in found.items()}, last
     )
     assert alone["return"].tolist() == out["return"][[2]].tolist()
@@ -1029,7 +1030,7 @@ def test_classes_that_the_rows_count_otherwise_than_the_world_are_done_by_their_
         decoder.weight.zero_()
         decoder.bias.copy_(torch.tensor([0.0, 1.0]))
     found = {"space": np.zeros(1, dtype=np.int64), "task": np.zeros(1, dtype=np.int64)}
-    out = head.rollout_evaluation(backbone, found, RawRows(table, columns, modality))
+    out, _ = head.rollout_evaluation(backbone, found, RawRows(table, columns, modality))
     env = make(World("onetomany/WallFollowing-v0", 9, 5, {}))
     env.reset(seed=5)
     rewards, ended = [], False
@@ -1102,7 +1103,7 @@ def test_what_is_done_lies_within_the_bounds_and_is_remembered_so():
         ),
         make(worlds(1)[0]),
     )
-    pilot.meet([env])
+    pilot.set_bounds([env])
     pilot.begin(worlds(1))
     held = []
     task.backbone.register_forward_pre_hook(
@@ -1141,17 +1142,16 @@ def test_a_simulation_that_diverged_is_no_success(monkeypatch):
         ]
 
     monkeypatch.setattr(behaviour_cloning, "rollout", made)
-    out = task.objective.rollout_evaluation(task.backbone, found, raw_rows)
+    out, pictures = task.objective.rollout_evaluation(task.backbone, found, raw_rows)
     assert (
         out["success"].tolist() == [1, 0]
         and out["diverged"].tolist() == [0, 1]
         and out["return"].tolist() == [6.5, 6.5]
     )
-    rollout_frames = task.objective.rollout_frames
     assert (
-        rollout_frames.shape == (behaviour_cloning.FRAMES, 2, 4, 3)
-        and (rollout_frames[:2] == 7).all()
-        and not rollout_frames[2:].any()
+        pictures.shape == (behaviour_cloning.FRAMES, 2, 4, 3)
+        and (pictures[:2] == 7).all()
+        and not pictures[2:].any()
     )  # pictures of the first alone
     assert out["success"].shape == (2,) and "film" not in out
 
@@ -1185,4 +1185,5 @@ def test_rows_without_a_world_are_left_as_they_are():
     plain = RawRows(
         raw_rows.table, {"observations": "observations", "actions": "actions"}, raw_rows.modality
     )
-    assert task.objective.rollout_evaluation(task.backbone, found, plain) is found
+    out, pictures = task.objective.rollout_evaluation(task.backbone, found, plain)
+    assert out is found and pictures is None

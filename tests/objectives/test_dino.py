@@ -12,6 +12,7 @@ from toys import furthest, task_of, weights
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
+from pipeline.core.contracts.objective_capabilities import CouplesRows
 from pipeline.objectives.dino import DINO, Head, as_buffers
 from pipeline.train import loop
 from tests.train.test_ddp import Team
@@ -308,7 +309,7 @@ def test_rows_that_are_no_images_are_refused():
 
 
 def test_labels_are_not_asked_for():
-    assert DINO.roles == () and DINO.couples_rows and SIZE == 8
+    assert DINO.roles == () and isinstance(DINO, CouplesRows) and SIZE == 8
 
 
 # ---------------------------------------------------------------- runs

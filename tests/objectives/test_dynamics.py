@@ -12,7 +12,7 @@ from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch, Task
 from pipeline.data.stream import Decoder
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
-from pipeline.objectives.dynamics import MOST_STEPS, STILL, Deviation, Dynamics, DynamicsOptions
+from pipeline.objectives.dynamics import MOST_STEPS, STILL, Dynamics, DynamicsOptions, RunningScale
 
 COLUMNS = {"observations": "seen", "actions": "done", "embodiment": "robot"}
 CLASSES = ("left", "right", "wait")
@@ -276,7 +276,7 @@ def test_changes_are_measured_over_all_steps_that_count():
         )
         for n in (4, 9, 2)
     ]
-    one, seen = Deviation(2).train(), []
+    one, seen = RunningScale(2).train(), []
     for change, there in parts:
         out = one(change, there)
         seen.append(change[there])
@@ -291,7 +291,7 @@ def test_changes_are_measured_over_all_steps_that_count():
 
 
 def test_what_stands_still_or_is_not_there_makes_no_number_infinite():
-    one = Deviation(2).train()
+    one = RunningScale(2).train()
     out = one(torch.zeros(1, 4, 2), torch.ones(1, 4, dtype=torch.bool))
     assert torch.equal(out, torch.zeros(1, 4, 2)) and one(
         torch.ones(1, 1, 2) * STILL, torch.zeros(1, 1, dtype=torch.bool)

@@ -11,6 +11,7 @@ from torchaudio.functional import mu_law_encoding
 from toys import task_of
 
 from pipeline.core.contracts import Batch
+from pipeline.core.contracts.objective_capabilities import CouplesRows
 from pipeline.objectives.next_sample import NextSample
 
 INPUTS = {"features": "wave", "rate": 100, "channels": 1, "convolutions": []}
@@ -96,24 +97,24 @@ def test_stretches_in_training_follow_the_rows_keys():
     keys = torch.randint(-(2**62), 2**62, (500,), generator=torch.Generator().manual_seed(1))
     batch = waves(*[50] * 500, keys=keys)
     ramp = batch.replace(wave=(torch.arange(50.0) / 100).expand(500, -1))
-    found = task.objective.stretch(ramp)
+    found = task.objective.cropped(ramp)
     starts = (found["wave"][:, 0] * 100).round().long()
     assert found["wave"].shape == found["mask"].shape == (500, 20) and found["mask"].all()
     assert torch.equal(found["wave"], (starts[:, None] + torch.arange(20)) / 100.0)
     assert set(starts.tolist()) == set(range(31)), "from the first to the last that is left"
     part = Batch(np.arange(7), keys[90:97], {name: t[90:97] for name, t in ramp.data.items()})
-    assert torch.equal(task.objective.stretch(part)["wave"], found["wave"][90:97])
+    assert torch.equal(task.objective.cropped(part)["wave"], found["wave"][90:97])
 
 
 def test_stretches_in_evaluation_are_the_middle_and_hold_no_padding():
     objective = make(crop=0.2).eval().objective
     batch = waves(50, 30, 21, 20, 13, 0)
-    found = objective.stretch(batch)
+    found = objective.cropped(batch)
     for row, (start, size) in enumerate(((15, 20), (5, 20), (0, 20), (0, 20), (0, 13), (0, 0))):
         assert found["mask"][row].sum() == size
         assert torch.equal(found["wave"][row, :size], batch["wave"][row, start : start + size])
-    assert objective.stretch(waves(15, 9))["wave"].shape == (2, 15), "shorter rows stay as they are"
-    assert make(crop=None).objective.stretch(batch) is batch
+    assert objective.cropped(waves(15, 9))["wave"].shape == (2, 15), "shorter rows stay as they are"
+    assert make(crop=None).objective.cropped(batch) is batch
 
 
 @torch.no_grad()
@@ -200,7 +201,7 @@ def test_it_learns_a_tone_without_labels():
     """The next level of a slow sine is near the last one: far below the 8 bits of a guess, on
     recordings not trained on.
     """
-    assert NextSample.roles == () and not NextSample.couples_rows
+    assert NextSample.roles == () and not isinstance(NextSample, CouplesRows)
 
     def tones(n: int, seed: int) -> Batch:
         g = torch.Generator().manual_seed(seed)

@@ -7,6 +7,7 @@ import torch
 from looks import Conv, check_ranks, check_resume, run_of, some, task
 from torch.nn import functional as F
 
+from pipeline.core.contracts.objective_capabilities import CouplesRows
 from pipeline.objectives.simclr import SimCLR
 from pipeline.train import loop
 from tests.train.test_ddp import Team
@@ -85,7 +86,7 @@ def test_rows_that_are_no_images_are_refused():
 
 
 def test_labels_are_not_asked_for():
-    assert SimCLR.roles == () and SimCLR.couples_rows
+    assert SimCLR.roles == () and isinstance(SimCLR, CouplesRows)
 
 
 def test_two_ranks_give_the_weights_of_one(team):

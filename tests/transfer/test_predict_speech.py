@@ -89,7 +89,7 @@ def save(folder, steps: int = 0) -> str:
     optimizer = torch.optim.Adam(task.parameters(), 0.005)
     arrays = {**modality.decode(heard, columns)[0], **CTC.encode(heard, columns, state)}
     assert not any(CTC.invalid_label_reasons(heard, columns, state)) and not any(
-        CTC.untrainable_reasons(heard, columns, state, arrays) or ()
+        CTC.untrainable_reasons(heard, columns, state, arrays)
     )
     for step in range(steps):
         rows = np.random.default_rng(step).choice(len(said), 16, replace=False)

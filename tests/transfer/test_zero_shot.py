@@ -9,6 +9,7 @@ from toys import image_files, job_of, shared_of, trial_of
 from transfer.test_stages import Silent
 
 from pipeline.checkpoints import bundle
+from pipeline.config import registry
 from pipeline.config.schema import Job
 from pipeline.objectives.classification import Classification
 from pipeline.report import matrix
@@ -20,9 +21,35 @@ def paths(tmp_path_factory):
     return image_files(tmp_path_factory.mktemp("data"), {"train": 30, "validation": 12, "test": 12})
 
 
+class KeepsHead(Classification):
+    """Starts with its source's head, tensor by tensor."""
+
+    def is_transferable(self, options, name):
+        return True
+
+    @classmethod
+    def unseen_inputs(cls, source_inputs, target_inputs):
+        return ""
+
+
+class RollsOut(Classification):
+    """Has further metrics of test rows."""
+
+    raw_roles = ("label",)
+
+    @classmethod
+    def rollout_metrics(cls, options, state):
+        return ("answer_f1", "exact_match")
+
+    def rollout_evaluation(self, backbone, predictions, raw_rows):
+        rows = predictions["row"]
+        exact = (rows == rows).astype(float) * len(raw_rows.table) / 12
+        return {**predictions, "f1": np.full(len(rows), 0.25), "exact": exact}, None
+
+
 @pytest.fixture
 def carried(monkeypatch):
-    monkeypatch.setattr(Classification, "transfers_head", True)
+    monkeypatch.setitem(registry._registered, ("objective", "classification"), KeepsHead)
 
 
 def world(tmp_path, paths, **change):
@@ -159,20 +186,7 @@ def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, path
 def test_metrics_of_test_rows_alone_come_first_and_are_not_asked_of_validation_rows(
     tmp_path, paths, monkeypatch
 ):
-    monkeypatch.setattr(
-        Classification,
-        "test_metrics",
-        classmethod(lambda cls, options, state: ("answer_f1", "exact_match")),
-    )
-    monkeypatch.setattr(
-        Classification,
-        "rollout_evaluation",
-        lambda self, backbone, found, origin: {
-            **found,
-            "f1": np.full(len(found["row"]), 0.25),
-            "exact": (found["row"] == found["row"]).astype(float) * len(origin.table) / 12,
-        },
-    )
+    monkeypatch.setitem(registry._registered, ("objective", "classification"), RollsOut)
     job, shared = world(tmp_path, paths)
     record = trial.run(trial_of(job, shared, "full"), shared)
     by_split = {

@@ -3,7 +3,8 @@
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.backbone import Backbone, FeatureMapSpec, Features
 from pipeline.core.contracts.modality import Arrays, Modality, View
-from pipeline.core.contracts.objective import Objective, RawRows, Task
+from pipeline.core.contracts.objective import Loss, Objective, RawRows
+from pipeline.core.contracts.task import Task
 from pipeline.core.contracts.technique import FinishedTrial, Phase, Technique, trains
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FeatureMapSpec",
     "Features",
     "FinishedTrial",
+    "Loss",
     "Modality",
     "Objective",
     "Phase",

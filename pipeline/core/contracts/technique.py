@@ -49,7 +49,7 @@ from torch import Tensor
 
 from pipeline.config.registry import Registered
 from pipeline.core.batch import Batch
-from pipeline.core.contracts.objective import Task
+from pipeline.core.contracts.task import Task
 
 
 @dataclass(frozen=True)

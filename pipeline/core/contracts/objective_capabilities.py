@@ -1,0 +1,346 @@
+"""What some objectives can do, as protocols of one or two members each.
+
+An objective has a capability by having its members; nothing is declared. Callers ask with
+``isinstance``, of an objective or of its class, each capability in one place; where several
+callers need the answer, a function below asks for them.
+
+Training and transfer:
+    `CachedHead`: the head needs pooled features alone.
+    `CouplesRows`: rows of a global batch are compared.
+    `ComparesViews`: random views of a row are compared.
+    `UpdatesAfterStep`, `ReplacesBackbone`: something moves with the steps, such as a teacher.
+    `TransfersHead`: a target starts with its source's head.
+
+Rows and labels:
+    `ChecksLabels`, `ChecksTestRows`, `AllowsNullLabels`: labels are looked through.
+    `LengthBound`: rows can be too short to be trained on.
+    `BindsToBackbone`: part of the state follows from the backbone.
+    `CountsRows`: whole label fractions count rows.
+
+Predictions:
+    `ChoosesTargetMetrics`, `ChoosesSourceMetrics`: metrics follow from the labels.
+    `Calibrated`: scores are calibrated on the validation rows.
+    `UsesRawRows`, `Postprocesses`, `WritesColumns`: stored columns are read beside predictions.
+    `RollsOut`: a policy acts in a simulator.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from torch import Tensor
+
+    from pipeline.core.batch import Batch
+    from pipeline.core.contracts.backbone import Backbone
+    from pipeline.core.contracts.modality import Arrays, View
+    from pipeline.core.contracts.objective import Loss, Objective, RawRows
+
+    Columns = dict[str, str]
+    State = dict[str, Any]
+    Predictions = dict[str, np.ndarray]
+
+
+# ---------------------------------------------------------------- training
+
+
+@runtime_checkable
+class CachedHead(Protocol):
+    """Its head needs pooled features alone: a frozen backbone computes them once for all trials.
+
+    Such rows have one class or one set of labels each, so transferability scores can read them.
+    """
+
+    label_tensors: ClassVar[tuple[str, ...]]
+    """Tensors that the head reads beside the features."""
+
+    @property
+    def mixes_inputs(self) -> bool:
+        """Whether training mixes or masks inputs, so that cached features will not do."""
+        ...
+
+    def head_loss(self, features: Tensor, batch: Batch) -> Loss:
+        """Return ``Objective.loss`` from pooled features (B, D)."""
+        ...
+
+    def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return ``Objective.predict`` from pooled features (B, D)."""
+        ...
+
+
+@runtime_checkable
+class CouplesRows(Protocol):
+    """Its loss compares the rows of a global batch: it gathers over ranks, no micro-batches."""
+
+    def forward_without_rows(self, backbone: Backbone) -> None:
+        """Take part in the loss's collective operations on a rank that has no rows."""
+        ...
+
+
+@runtime_checkable
+class ComparesViews(Protocol):
+    """Its loss compares random views of a row, which the modality makes instead of augmenting."""
+
+    def views(self) -> tuple[View, ...]:
+        """Return the views; batches hold them as ``view0``, ``view1``, ..., in evaluation too."""
+        ...
+
+
+@runtime_checkable
+class UpdatesAfterStep(Protocol):
+    """Something of it moves with the steps: a momentum teacher, a temperature."""
+
+    def after_step(self, backbone: Backbone, step: int, steps: int) -> str | None:
+        """Update after optimiser step ``step`` of ``steps``; return a warning, or None."""
+        ...
+
+
+@runtime_checkable
+class ReplacesBackbone(Protocol):
+    """The backbone that is kept is not the trained one as it stands (the teacher's, say)."""
+
+    def after_training(self, backbone: Backbone) -> None:
+        """Change the backbone in place, once, before the bundle is written."""
+        ...
+
+
+@runtime_checkable
+class TransfersHead(Protocol):
+    """A target with this objective starts with its source's head, tensor by tensor."""
+
+    def is_transferable(self, options: dict[str, Any], name: str) -> bool:
+        """Return whether tensor ``name`` of a head made with ``options`` means the same here."""
+        ...
+
+    @classmethod
+    def unseen_inputs(cls, source_inputs: dict[str, Any], target_inputs: dict[str, Any]) -> str:
+        """Describe inputs of the target that the source never saw, or return "".
+
+        Both are ``Modality.inputs`` as the backbones hold them.
+        """
+        ...
+
+
+# ---------------------------------------------------------------- rows and labels
+
+
+@runtime_checkable
+class ChecksLabels(Protocol):
+    """Some labels cannot be used (a box without area)."""
+
+    @classmethod
+    def invalid_label_reasons(cls, table: pa.Table, columns: Columns, state: State) -> list[str]:
+        """Return for each row "" or why its labels cannot be used.
+
+        Such a row is left out, listed, and counts against the budget of bad rows.
+        """
+        ...
+
+
+@runtime_checkable
+class ChecksTestRows(Protocol):
+    """Its metrics have no value on some splits (a single class)."""
+
+    @classmethod
+    def check_test(cls, options: Any, table: pa.Table, columns: Columns, state: State) -> None:
+        """Check the test rows before anything is trained.
+
+        Raises:
+            ValueError: their labels cannot give the metrics that the options ask for.
+        """
+        ...
+
+
+@runtime_checkable
+class AllowsNullLabels(Protocol):
+    """A null in the column of its first role is an answer of its own."""
+
+    null_label_means: ClassVar[str]
+    """What it is taken for: "a row without any label"."""
+
+
+@runtime_checkable
+class LengthBound(Protocol):
+    """Rows can be too short to be trained on, though they can be scored."""
+
+    @classmethod
+    def untrainable_reasons(
+        cls,
+        table: pa.Table,
+        columns: Columns,
+        state: State,
+        arrays: Arrays | None = None,
+        seconds: np.ndarray | None = None,
+    ) -> list[str]:
+        """Return for each row "" or why it cannot be trained on.
+
+        Args:
+            arrays: the decoded rows, whose lengths are exact; or
+            seconds: (n,) their lengths as columns or headers have them.
+        """
+        ...
+
+
+@runtime_checkable
+class BindsToBackbone(Protocol):
+    """Part of its state follows from the backbone (how many tokens a row has)."""
+
+    @classmethod
+    def bind_to_backbone(cls, state: State, backbone: Backbone) -> State:
+        """Return the state with what follows from the backbone, which may be on ``meta``.
+
+        Raises:
+            ValueError: the backbone is of another kind than the objective needs.
+        """
+        ...
+
+
+@runtime_checkable
+class CountsRows(Protocol):
+    """Its rows have no class: whole label fractions are rows (demonstrations), not rows a class."""
+
+    label_fraction_unit: ClassVar[str]
+    """How a number of rows is written in tables: "rows"."""
+
+
+# ---------------------------------------------------------------- predictions
+
+
+@runtime_checkable
+class ChoosesTargetMetrics(Protocol):
+    """A target's metrics follow from the labels (how many classes) or the options."""
+
+    @classmethod
+    def target_metrics(cls, options: Any, state: State) -> tuple[str, ...]:
+        """Return the metrics of a target's rows, the primary one first."""
+        ...
+
+
+@runtime_checkable
+class ChoosesSourceMetrics(Protocol):
+    """A source's metrics follow from the labels too; the first decides which weights are kept."""
+
+    @classmethod
+    def source_metrics(cls, options: Any, state: State) -> tuple[str, ...]:
+        """Return the metrics of a source's validation rows, the primary one first."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """It fits what turns scores into probabilities and decisions after training."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the options ask for it: it costs the predictions of the validation rows."""
+        ...
+
+    def calibrate(self, predictions: Predictions) -> None:
+        """Fit on predictions of the validation rows and keep the result in a new ``state``.
+
+        Called once, after the best weights are chosen and before a test row is read; ``predict``
+        uses it from then on.
+        """
+        ...
+
+
+@runtime_checkable
+class UsesRawRows(Protocol):
+    """It reads columns of the rows beside its predictions."""
+
+    raw_roles: ClassVar[tuple[str, ...]]
+    """Roles whose columns it reads."""
+
+
+@runtime_checkable
+class Postprocesses(Protocol):
+    """Its metrics need what predictions alone do not tell: whether an answer is right."""
+
+    def postprocess(self, predictions: Predictions, rows: RawRows) -> Predictions:
+        """Return the predictions with what the metrics read; numbers, rows first, on the host."""
+        ...
+
+
+@runtime_checkable
+class WritesColumns(Protocol):
+    """``onetomany predict`` writes other columns than its predictions."""
+
+    output_types: ClassVar[dict[str, pa.DataType]]
+    """Types of the columns that hold lists: a file of empty lists does not tell them."""
+
+    def output_columns(self, predictions: Predictions, rows: RawRows) -> Predictions:
+        """Return named columns, rows first; texts and lists as object arrays."""
+        ...
+
+
+@runtime_checkable
+class RollsOut(Protocol):
+    """A policy, which is tried in the simulated worlds of the test rows."""
+
+    @classmethod
+    def rollout_metrics(cls, options: Any, state: State) -> tuple[str, ...]:
+        """Return the metrics of its episodes; the first is primary unless the target names one."""
+        ...
+
+    def rollout_evaluation(
+        self, backbone: Backbone, predictions: Predictions, rows: RawRows
+    ) -> tuple[Predictions, np.ndarray | None]:
+        """Run the policy in each row's world, once, after training.
+
+        Returns:
+            The predictions with what the metrics read, and (F, H, W, 3) uint8 pictures of the
+            first world, None where none could be made.
+        """
+        ...
+
+
+# ---------------------------------------------------------------- asked by several callers
+
+
+def target_metrics(objective: type[Objective], options: Any, state: State) -> tuple[str, ...]:
+    """Return the metrics of a target's rows, the primary one first."""
+    if isinstance(objective, ChoosesTargetMetrics):
+        return objective.target_metrics(options, state)
+    return objective.metrics
+
+
+def source_metrics(objective: type[Objective], options: Any, state: State) -> tuple[str, ...]:
+    """Return the metrics of a source's validation rows, the primary one first."""
+    if isinstance(objective, ChoosesSourceMetrics):
+        return objective.source_metrics(options, state)
+    return objective.metrics
+
+
+def rollout_metrics(objective: type[Objective], options: Any, state: State) -> tuple[str, ...]:
+    """Return the metrics of a policy's own episodes; () for other objectives."""
+    return objective.rollout_metrics(options, state) if isinstance(objective, RollsOut) else ()
+
+
+def invalid_label_reasons(
+    objective: type[Objective], table: pa.Table, columns: Columns, state: State
+) -> list[str]:
+    """Return for each row "" or why its labels cannot be used."""
+    if isinstance(objective, ChecksLabels):
+        return objective.invalid_label_reasons(table, columns, state)
+    return [""] * len(table)
+
+
+def is_calibrated(objective: Objective) -> TypeGuard[Calibrated]:
+    """Return whether the objective is to be calibrated on the validation rows."""
+    return isinstance(objective, Calibrated) and objective.needs_calibration
+
+
+def untrainable_reasons(
+    objective: type[Objective], table: pa.Table, columns: Columns, state: State, arrays: Arrays
+) -> list[str]:
+    """Return for each row "" or why it cannot be trained on, by its decoded arrays."""
+    if isinstance(objective, LengthBound):
+        return objective.untrainable_reasons(table, columns, state, arrays)
+    return [""] * len(table)
+
+
+def output_types(objective: type[Objective]) -> dict[str, pa.DataType]:
+    """Return the types of the columns of lists that are written of predictions."""
+    return objective.output_types if isinstance(objective, WritesColumns) else {}
