@@ -7,6 +7,10 @@ Then every bucket, which fits in memory, becomes a shard: its events are sorted 
 and duplicates dropped. This is the partition phase of a Grace hash join (Kitsuregawa et al. 1983).
 The scratch files are kept while the run lasts, so a run that was killed goes on.
 
+A spilling sort by duckdb was tried (2026-11-30, version 2.0.1): of 4 million events in 300 buckets
+it takes 4.7 s of processor time where this takes 1.4 s, and it runs in one process, while the byte
+ranges here are read by as many machines as there are and are kept one by one.
+
 Messages, lists and summaries hold positions of rows and reasons, never ids or values.
 """
 
