@@ -1,6 +1,7 @@
-"""How much sound a file's own header promises: libsndfile takes what is there for all of it.
+"""How much sound the header of a file promises, as libsndfile accepts a shorter file without a
+word.
 
-A file here is anything that seeks and reads; I/O errors are raised as they are. Headers that make
+A file here is anything that can seek and read; I/O errors are raised unchanged. Headers that make
 no sense promise nothing: libsndfile judges them.
 """
 
@@ -12,13 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 STREAMED = 0x7FFF0000
-"""From here on the size of a RIFF chunk says that its writer, into a pipe, did not know it
+"""Sizes of a RIFF chunk from here on mean that the writer, into a pipe, did not know it
 (0xFFFFFFFF; sox: 0x7FFFF000).
 """
 CHUNKS = 4096
-"""No file has more of them before its samples; a damaged one that is all zeros would have
-millions.
-"""
+"""Most chunks before the samples; a damaged file of zeros would have millions."""
 MP3_KBITS = {
     3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -28,12 +27,14 @@ MP3_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 1200
 11172-3, section 2.4.2.3; 13818-3).
 """
 MP3_BLOCK = 1 << 20
-"""Bytes that are read at a time, to step from frame to frame."""
+"""Bytes that are read at a time to step from frame to frame."""
 
 
 def promised(file: Any) -> float:
-    """How many times as much sound a file promises as it holds (WAV, AIFF, W64, CAF, AU, NIST
-    SPHERE that is not compressed), infinite for an OGG file without its end; 1 where nothing tells.
+    """Return how many times as much sound a file promises as it holds.
+
+    For WAV, AIFF, W64, CAF, AU and uncompressed NIST SPHERE. Infinite for an OGG file without its
+    end; 1 where the header does not say.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -57,9 +58,7 @@ def promised(file: Any) -> float:
 def _chunks(
     file: Any, size: int, at: int, form: str, name: int = 4, even: int = 1
 ) -> Iterator[tuple[bytes, int, int]]:
-    """(first four bytes of its name, where its content begins, the number of its header) of each
-    chunk from ``at`` on.
-    """
+    """Yield (first four bytes of the name, start of the content, header as a number) of each chunk."""
     head = name + struct.calcsize(form)
     for _ in range(CHUNKS):
         if at + head > size:
@@ -75,8 +74,9 @@ def _chunks(
 
 
 def _riff(file: Any, size: int, start: bytes) -> tuple[int, int]:
-    """(bytes of samples, where they begin) as the header says; (0, 0) where it does not, here and
-    in what follows.
+    """Return (bytes of samples, where they start) by the header; (0, 0) where it does not say.
+
+    The functions below return the same.
     """
     wide = 0
     for name, at, length in _chunks(file, size, 12, "<I", even=2):
@@ -111,9 +111,7 @@ def _w64(file: Any, size: int, start: bytes) -> tuple[int, int]:
 
 
 def _caf(file: Any, size: int, start: bytes) -> tuple[int, int]:
-    """Apple, "Core Audio Format Specification": a length of -1 is one that the writer did not
-    know.
-    """
+    """Read CAF (Apple, "Core Audio Format Specification"): length -1 means that it was not known."""
     return next(
         ((length, at) for name, at, length in _chunks(file, size, 8, ">q") if name == b"data"),
         (0, 0),
@@ -152,8 +150,10 @@ def _sphere(file: Any, size: int, start: bytes) -> tuple[int, int]:
 
 
 def is_joined(file: Any) -> bool:
-    """Whether an OGG file ends with another stream than those it begins with (chained ones, RFC
-    3533, section 4): libsndfile reads the first alone.
+    """Tell whether an OGG file ends with other streams than it begins with.
+
+    Such chained files (RFC 3533, section 4) hold several recordings, of which libsndfile reads the
+    first.
     """
     file.seek(0)
     start, at, serials = file.read(1 << 12), 0, set()
@@ -167,8 +167,8 @@ def is_joined(file: Any) -> bool:
 
 
 def _ends_whole(file: Any, size: int) -> bool:
-    """Whether an OGG file's last page is all there, it says how long it is, and says that it is the
-    last one (RFC 3533, section 6).
+    """Tell whether the last page of an OGG file is complete and marked as last (RFC 3533, section
+    6).
     """
     page = _last_page(file, size)
     return (
@@ -180,8 +180,9 @@ def _ends_whole(file: Any, size: int) -> bool:
 
 
 def _last_page(file: Any, size: int) -> bytes:
-    """From an OGG file's last page on; nothing where there is none in its last 64 KiB, which no
-    page is longer than.
+    """Return an OGG file from its last page on; empty where there is none in its last 64 KiB.
+
+    No page is longer.
     """
     file.seek(max(0, size - (1 << 16) - 512))
     tail = file.read()
@@ -193,9 +194,10 @@ def _last_page(file: Any, size: int) -> bytes:
 
 
 def has_unknown_length(file: Any) -> bool:
-    """Whether a file is MP3 of several bit rates without a table (Xing, Info, VBRI) that tells its
-    frames: its length is then guessed from its first frame's rate. Every frame's header is looked
-    at until two differ: 0.05 s for an hour of a constant rate.
+    """Tell whether an MP3 has several bit rates and no table of its frames (Xing, Info, VBRI).
+
+    Its length is then guessed from the bit rate of its first frame. Reads frame headers until two
+    differ: 0.05 s for an hour of a constant rate.
     """
     at, kbits, known = _after_id3(file), 0, {}
     file.seek(at)
@@ -232,8 +234,9 @@ def _after_id3(file: Any) -> int:
 
 
 def _frame(head: bytes) -> tuple[int, int]:
-    """(bytes, kbit/s) of the frame of layer III that begins with three bytes; (0, 0) for none, and
-    for one of a free bit rate.
+    """Return (bytes, kbit/s) of the layer III frame that starts with three bytes.
+
+    (0, 0) for none, and for one of a free bit rate.
     """
     bits = int.from_bytes(head, "big")
     version, kbits, rate = bits >> 11 & 3, bits >> 4 & 15, bits >> 2 & 3
@@ -253,6 +256,6 @@ def _frame(head: bytes) -> tuple[int, int]:
 
 
 def _has_table(frame: bytes) -> bool:
-    """Whether the first frame tells how many there are."""
+    """Tell whether the first frame holds the number of frames."""
     at = max(frame[:64].find(b"Xing"), frame[:64].find(b"Info"))
     return frame[36:40] == b"VBRI" or (at >= 0 and len(frame) >= at + 8 and bool(frame[at + 7] & 1))

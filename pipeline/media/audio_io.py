@@ -1,9 +1,9 @@
 """Sound files to mono samples and back: WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF and whatever else
-libsndfile reads, of any rate and channel count.
+libsndfile reads, at any rate and with any number of channels.
 
-Channels are averaged. libsndfile takes the samples that are there for those that the header
-promises, and a read that failed for the end of the file: both are looked after here, so that a file
-that was cut off is told as broken, and an I/O error is raised as what it is.
+Channels are averaged. libsndfile accepts fewer samples than the header promises, and treats a
+failed read as the end of the file. Both are checked here: a truncated file raises BrokenAudioError,
+and an I/O error is raised as such.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import soundfile
 from pipeline.media import audio_header
 
 RATES = (1000, 1_000_000)
-"""Samples a second that a recording may have: a broken header's rate would ask for a filter of any
-size.
+"""Samples a second that a recording may have; the rate of a broken header would ask for a huge
+filter.
 """
 LARGEST_TERM = 1000
-"""A quotient of rates has no larger denominator: beyond it (22,255 Hz of old Macintoshes) the
-nearest one is taken, at most 0.001 % off.
+"""Largest denominator of a quotient of rates. For others (22,255 Hz of old Macintoshes) the nearest
+such quotient is used, at most 0.001 % off.
 """
 KINDS = {
     b"RIFF": "WAV",
@@ -42,23 +42,23 @@ KINDS = {
     b".snd": "AU",
     b"NIST": "SPHERE",
 }
-"""How files begin."""
+"""First bytes of each kind of file."""
 FLAC_LENGTH = slice(21, 26)
-"""Where a FLAC file says how many samples it has, in 36 bits (RFC 9639, section 8.2)."""
+"""Where a FLAC file holds its number of samples, in 36 bits (RFC 9639, section 8.2)."""
 KNOWN_BYTES = 1 << 16
-"""A FLAC file whose samples were counted is known again by its size and so many bytes of its
-beginning and of its end.
+"""A FLAC file whose samples were counted is recognised by its size and this many bytes of its
+beginning and end.
 """
 _counted: dict[bytes, bytes] = {}
 OVER_SECONDS = 0.1
-"""A piece may end so far behind its recording: manifests round their seconds."""
+"""A piece may end this far after its recording: manifests round their seconds."""
 HOP_SECONDS, QUIET_SECONDS = 0.02, 0.2
 """``pieces`` looks at every 0.02 s for the quietest 0.2 s."""
 BLOCK_HOPS = 3000
-"""It reads so many of them at a time: a minute."""
+"""Hops that are read at a time: a minute."""
 LOUDEST = 1e6
-"""No energy counts for more: sums of larger ones would lose what is quiet; full scale has at most
-1.
+"""Energies are clipped to this: sums with larger ones would lose what is quiet. Full scale has at
+most 1.
 """
 SIXTEEN = {"PCM_16", "PCM_S8", "PCM_U8"}
 """Subtypes of up to 16 bits a sample."""
@@ -68,27 +68,28 @@ FULL_SCALE = {
     "PCM_U8": 127 / 128,
     "PCM_S8": 127 / 128,
 }
-"""The largest sample of a subtype where that is below 0.9999: 32767 of 32768 is 0.99997."""
+"""Largest sample of a subtype where it is below 0.9999: 32767 of 32768 is 0.99997."""
 MOST_PEAK = 16.0
-"""Times full scale that the samples of a floating-point file may reach: those of one in integer
-scale (32768 is full there) would all but be clipped.
+"""Times full scale that samples of a floating-point file may reach. Beyond it the file is probably
+in integer scale (32768 is full there) and nearly all of it would be clipped.
 """
 Sound = bytes | BinaryIO
 
 
 class BrokenAudioError(ValueError):
-    """The bytes are no sound, or not all of it."""
+    """The bytes are not a sound file, or not a whole one."""
 
 
 class LongAudioError(BrokenAudioError):
-    """Longer than what was asked for."""
+    """A recording is longer than was asked for."""
 
 
 @dataclass(frozen=True)
 class Info:
-    """What the header of a sound file says: ``rate`` in samples a second, ``frames`` (samples of
-    each channel), ``seconds``, and libsndfile's names of its format and of what its samples are
-    (WAV and PCM_24, OGG and VORBIS).
+    """The header of a sound file.
+
+    ``rate`` in samples a second, ``frames`` (samples of each channel), ``seconds``, and
+    libsndfile's names of the format and the type of its samples (WAV and PCM_24, OGG and VORBIS).
     """
 
     rate: int
@@ -103,11 +104,11 @@ class Info:
 
 
 class _Watched:
-    """A file for libsndfile. Its callbacks cannot raise: an error is kept, reads give nothing from
-    then on, and ``check`` raises it.
+    """A file for libsndfile, whose callbacks cannot raise.
 
-    It seeks only where it reads, so that looking for the size does not cost a buffered file on S3
-    its buffer. ``length``: what stands in the place of FLAC_LENGTH, if anything.
+    An error is kept, reads return nothing from then on, and ``check`` raises it. It seeks only when
+    it reads, so that finding the size does not cost a buffered file on S3 its buffer. ``length``
+    replaces the bytes at FLAC_LENGTH, if given.
     """
 
     def __init__(self, data: Sound):
@@ -152,8 +153,8 @@ class _Watched:
 
 
 class _Forward(soundfile.SoundFile):
-    """Read to its end only: soundfile seeks to where it is after every read of what it can seek
-    in.
+    """A file that is read to its end only, since soundfile seeks after every read of a seekable
+    one.
     """
 
     def seekable(self) -> bool:
@@ -162,8 +163,9 @@ class _Forward(soundfile.SoundFile):
 
 @contextmanager
 def opened(data: Sound | _Watched) -> Iterator[soundfile.SoundFile]:
-    """A sound file to read from. Raises BrokenAudioError for what is none, or becomes none on the
-    way; I/O errors of the file as they are.
+    """Open a sound file for reading.
+
+    Raises BrokenAudioError for bytes that are not sound, also while reading; I/O errors unchanged.
     """
     file = data if isinstance(data, _Watched) else _Watched(data)
     file.length = file.length or _flac_length(file)
@@ -201,9 +203,11 @@ def _why(file: _Watched, error: soundfile.LibsndfileError) -> str:
 
 
 def _flac_length(file: _Watched) -> bytes:
-    """FLAC_LENGTH of a file whose writer, into a pipe, left it open; else nothing. libsndfile
-    cannot seek in such a file: its samples are counted here, once in a process for all pieces of a
-    recording.
+    """Return the bytes at FLAC_LENGTH of a file whose writer, into a pipe, left them open; else
+    None.
+
+    libsndfile cannot seek in such a file. Its samples are counted once in a process, for all pieces
+    of the recording.
     """
     file.seek(0)
     start = file.read(FLAC_LENGTH.stop)
@@ -239,8 +243,9 @@ def _frames(sound: soundfile.SoundFile) -> int:
 
 
 def _promised(file: _Watched) -> float:
-    """As ``audio_header.promised``. Raises BrokenAudioError for MP3 whose end nothing tells, and OGG
-    of several recordings.
+    """Return ``audio_header.promised`` of a file.
+
+    Raises BrokenAudioError for MP3 of unknown length, and for OGG of several recordings.
     """
     if audio_header.is_joined(file):
         raise BrokenAudioError(
@@ -273,9 +278,12 @@ def _cut_off(there: float, promised: float) -> str:
 
 
 def inspect(data: Sound) -> Info:
-    """What the header says. Raises BrokenAudioError for no sound file, no samples, or fewer of them
-    than the header promises where that can be told without decoding (all but FLAC and MP3), MP3
-    whose end nothing tells, and OGG of several recordings.
+    """Read the header of a sound file.
+
+    Raises:
+        BrokenAudioError: not a sound file; no samples, or fewer than the header promises where that
+            shows without decoding (not for FLAC and MP3); MP3 of unknown length; OGG of several
+            recordings.
     """
     file = _Watched(data)
     times = _promised(file)
@@ -292,13 +300,18 @@ def decode(
     most: float | None = None,
     sixteen_at: int | None = None,
 ) -> tuple[np.ndarray, int]:
-    """(n,) float32 mono samples from -1 to 1 (floating-point files may hold more), and their rate:
-    all, or ``seconds`` of them from ``start`` (seconds) on. Mono files of up to 16 bits at the rate
-    ``sixteen_at`` give int16, which is what ``pcm`` makes of their floats.
+    """Decode a recording, or ``seconds`` of it from ``start`` (seconds) on.
 
-    Raises BrokenAudioError for no sound file, no samples, fewer samples than the header promises, a
-    piece that lies behind the recording's end, and samples that are no numbers or above 16 times
-    full scale; LongAudioError, before they are read, for more than ``most`` seconds.
+    Returns:
+        (n,) float32 mono samples from -1 to 1 (floating-point files may hold more), and their rate.
+        Mono files of up to 16 bits at the rate ``sixteen_at`` give int16, as ``pcm`` makes of their
+        floats.
+
+    Raises:
+        BrokenAudioError: not a sound file, no samples, fewer samples than the header promises, a
+        piece
+            after the recording's end, samples that are not finite or above 16 times full scale.
+        LongAudioError: more than ``most`` seconds; raised before they are read.
     """
     _, samples, rate, _ = _read(data, start, seconds, most, sixteen_at)
     return samples, rate
@@ -307,7 +320,7 @@ def decode(
 def measured(
     data: Sound, start: float = 0.0, seconds: float | None = None
 ) -> tuple[np.ndarray, int, float, float]:
-    """As ``decode``, and the ``level`` of the channels that were averaged."""
+    """Decode as ``decode``, and also return the ``level`` of the channels that were averaged."""
     channels, samples, rate, subtype = _read(data, start, seconds, None)
     return samples, rate, *level(channels, subtype)
 
@@ -319,7 +332,7 @@ def _read(
     most: float | None,
     sixteen_at: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, int, str]:
-    """((n, channels), (n,) their mean, rate, subtype)."""
+    """Return (samples (n, channels), their mean (n,), rate, subtype)."""
     file = _Watched(data)
     times = (
         _promised(file) if start == 0 else 1.0
@@ -362,8 +375,8 @@ def _read(
 
 
 def _span(rate: int, frames: int, start: float, seconds: float | None) -> tuple[int, int]:
-    """(first sample, how many) of a piece of a recording. Raises BrokenAudioError where it does not
-    lie in it.
+    """Return (first sample, number of samples) of a piece. Raises BrokenAudioError where it lies
+    outside.
     """
     first = round(start * rate)
     count = frames - first if seconds is None else round(seconds * rate)
@@ -388,8 +401,9 @@ def _resampler(rate: int, to: int) -> Any:
 
 
 def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
-    """(n,) float32 at another rate, ceil(n * to / rate) of them: torchaudio's windowed sinc (Smith,
-    "Digital audio resampling home page", 2020).
+    """Resample to another rate: (n,) float32 to ceil(n * to / rate).
+
+    By torchaudio's windowed sinc (Smith, "Digital audio resampling home page", 2020).
     """
     if rate == to:
         return samples
@@ -400,22 +414,23 @@ def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
 
 
 def pcm(samples: np.ndarray) -> np.ndarray:
-    """int16 of floats from -1 to 1, rounded, clipped: exact for what came from 16 bits."""
+    """Round and clip floats from -1 to 1 to int16; exact for samples that came from 16 bits."""
     scaled = samples * np.float32(32768)
     return np.clip(np.rint(scaled, out=scaled), -32768, 32767, out=scaled).astype(np.int16)
 
 
 def encode(samples: np.ndarray, rate: int) -> bytes:
-    """int16 mono samples as a FLAC file."""
+    """Encode int16 mono samples as a FLAC file."""
     out = io.BytesIO()
     soundfile.write(out, samples, rate, format="FLAC", subtype="PCM_16")
     return out.getvalue()
 
 
 def level(samples: np.ndarray, subtype: str = "") -> tuple[float, float]:
-    """Largest absolute value (full scale is 1; int16 or floats), and the share of samples that
-    reach full scale (that of libsndfile's ``subtype``): clipped ones. Of (n, channels) the share of
-    the channel that has most of them.
+    """Measure the peak (1 is full scale) and the share of clipped samples.
+
+    Samples are int16 or floats; those that reach the full scale of libsndfile's ``subtype`` count
+    as clipped. Of (n, channels) the share is that of the channel with most of them.
     """
     if not len(samples):
         return 0.0, 0.0
@@ -434,13 +449,20 @@ def pieces(
     start: float = 0.0,
     seconds: float | None = None,
 ) -> list[tuple[float, float]]:
-    """(start, stop) in seconds of the pieces of a recording, one behind the other, none longer than
-    ``longest``; one piece when it is no longer itself. Of a file also of ``seconds`` of it from
-    ``start`` on.
+    """Cut a recording into pieces no longer than ``longest`` seconds; one piece where it is
+    shorter.
 
-    ``silence``: each cut lies where 0.2 s are quietest, in the second half of what a piece may
-    have; ``windows``: as few equal pieces as can be. ``rate`` is that of an array; a file has its
-    own. A file is read a minute at a time. Raises BrokenAudioError as ``decode`` does.
+    Args:
+        silence: Cut where 0.2 s are quietest, in the second half of what a piece may have.
+        windows: Cut into as few equal pieces as possible.
+        rate: Of an array; a file has its own, and is read a minute at a time.
+        start, seconds: The part of a file to cut.
+
+    Returns:
+        (start, stop) in seconds of each piece, each starting where the one before stops.
+
+    Raises:
+        BrokenAudioError: as ``decode``.
     """
     if not longest >= 1:
         raise ValueError(f"longest: pieces of at most {longest:g} s; say 1 s or more")
@@ -479,7 +501,7 @@ def _hop(rate: int) -> int:
 def _cut(
     blocks: Iterator[np.ndarray], frames: int, rate: int, longest: float, how: str
 ) -> list[tuple[float, float]]:
-    """Of blocks that are whole hops long, the last one excepted."""
+    """Yield blocks of whole hops, except for the last one."""
     total = frames / rate
     parts = int(np.ceil(total / longest - 1e-9))
     if parts <= 1:
@@ -495,7 +517,7 @@ def _cut(
 
 
 def _energies(blocks: Iterator[np.ndarray], frames: int, rate: int) -> np.ndarray:
-    """Mean square of each hop. Raises BrokenAudioError where the blocks end before ``frames``."""
+    """Return the mean square of each hop. Raises BrokenAudioError where the blocks end too early."""
     hop, done, found = _hop(rate), 0, []
     while done < frames:
         block = next(blocks, np.zeros(0, dtype=np.float32))
@@ -509,8 +531,10 @@ def _energies(blocks: Iterator[np.ndarray], frames: int, rate: int) -> np.ndarra
 
 
 def _quietest(energies: np.ndarray, total: float, longest: float, hop: float) -> list[int]:
-    """The hops that pieces begin at: the quietest place in the second half of what each may have,
-    the last one of several. What is left behind the last cut is a quarter of a piece at least.
+    """Return the hops at which pieces start.
+
+    Each is the quietest place in the second half of what a piece may have, the last one of several.
+    At least a quarter of a piece is left after the last cut.
     """
     wide = round(QUIET_SECONDS / HOP_SECONDS)
     sums = np.cumsum(np.concatenate([[0.0], np.pad(energies, wide // 2, mode="edge")]))

@@ -1,5 +1,5 @@
-"""Columns of episodes to arrays: observations and actions of all rows one behind the other, why a
-row cannot be read, and what is fitted on them.
+"""Columns of episodes as arrays: observations and actions, why a row cannot be read, and
+statistics.
 
 Nothing is copied where the columns hold float32 without nulls, and nothing is done step by step.
 Rows are B episodes of T steps each.
@@ -32,8 +32,10 @@ CONSTANT, STILL = 1e-6, 1e-12
 
 @dataclass(frozen=True)
 class Numbers:
-    """A column of episodes: ``values`` of all rows one behind the other (float32, or places among
-    ``classes``, -1 for null), and (B + 1,) ``ends``, between which each row's lie.
+    """A column of episodes.
+
+    ``values`` are those of all rows in one array (float32, or places among ``classes``, -1 for
+    null); row i has those from ``ends[i]`` to ``ends[i + 1]``.
     """
 
     values: np.ndarray
@@ -41,7 +43,7 @@ class Numbers:
     classes: list[str] | None = None
 
     def rows(self, values: np.ndarray, kept: np.ndarray) -> Iterator[np.ndarray]:
-        """Each row's part of values like these; nothing of a row that is not kept."""
+        """Cut values like these into one array for each row; empty for rows that are not kept."""
         for start, stop, good in zip(
             self.ends[:-1].tolist(), self.ends[1:].tolist(), kept.tolist(), strict=True
         ):
@@ -50,9 +52,11 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Episodes:
-    """The columns of a table as arrays: (B,) ``steps``, ``widths`` of the observations,
-    ``action_widths`` (or NONE, CLASSES), ``robot`` the place of the embodiment among ``robots`` or
-    -1, and ``reasons``, "" for a row that can be read.
+    """The columns of a table as arrays.
+
+    (B,) ``steps``, ``widths`` of observations, ``action_widths`` (or NONE, CLASSES), ``robot``
+    (place of the embodiment among ``robots``, or -1) and ``reasons`` ("" for a row that can be
+    read).
     """
 
     reasons: list[str]
@@ -67,8 +71,9 @@ class Episodes:
 
     @classmethod
     def read(cls, table: pa.Table, columns: dict[str, str]) -> Episodes:
-        """Of the columns of roles observations, actions, executed and embodiment. Raises ValueError
-        for columns of another type.
+        """Read the columns of roles observations, actions, executed and embodiment.
+
+        Raises ValueError for columns of another type.
         """
         reasons = [""] * len(table)
         steps, widths, observations = _numbers(
@@ -137,7 +142,7 @@ class Episodes:
         return self.acts is not None and self.acts.classes is not None
 
     def classes(self, rows: np.ndarray) -> set[str]:
-        """Names of the classes that the actions of some rows have."""
+        """Return the names of the classes that the actions of some rows have."""
         if not len(rows):
             return set()
         acts = self.acts
@@ -150,7 +155,7 @@ class Episodes:
         return {acts.classes[place] for place in found}
 
     def name(self, row: int) -> str:
-        """What a row's space is called, without the number of its classes."""
+        """Return the name of a row's space, without the number of its classes."""
         action = int(self.action_widths[row])
         return (
             self.robots[self.robot[row]]
@@ -159,9 +164,10 @@ class Episodes:
         )
 
     def spaces(self, among: np.ndarray, taken: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Spaces of some rows, by name, with their statistics over all steps; where rows of one
-        name differ in their widths, of those that most of them have. A name of widths that is
-        ``taken`` goes on with _2.
+        """Return the spaces of some rows, by name, with their statistics over all steps.
+
+        Where rows of one name differ in their widths, the most frequent widths count. A name made
+        of widths that is ``taken`` continues with _2.
         """
         named: dict[str, list[int]] = {}
         for i in among.tolist():
@@ -203,7 +209,7 @@ def _kind(width: int) -> str:
 def _statistics(
     numbers: Numbers | None, rows: np.ndarray, what: str, width: int
 ) -> dict[str, list[float]]:
-    """Mean and deviation of some rows' steps, in float64. What does not vary has deviation 1."""
+    """Return mean and standard deviation of some rows' steps, in float64; 1 for a constant."""
     if numbers is None or width <= 0:
         return {f"{what}_{key}": [] for key in ("mean", "std")}
     parts = [
@@ -222,7 +228,7 @@ def _statistics(
 
 
 def first_of_rows(wrong: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(row, place) of the first of each row's values that are ``wrong``."""
+    """Yield (row, place) of the first of each row's values that are ``wrong``."""
     places = np.flatnonzero(wrong)
     rows, first = np.unique(np.searchsorted(ends, places, side="right") - 1, return_index=True)
     yield from zip(rows.tolist(), places[first].tolist(), strict=True)
@@ -231,8 +237,9 @@ def first_of_rows(wrong: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, in
 def _numbers(
     table: pa.Table, name: str, role: str, reasons: list[str]
 ) -> tuple[np.ndarray, np.ndarray, Numbers]:
-    """(B,) steps (-1 null), (B,) numbers a step, and the numbers; rows that cannot be read get a
-    reason. Raises ValueError for a column of another type.
+    """Return (B,) steps (-1 for null), (B,) numbers a step, and the numbers.
+
+    Rows that cannot be read get a reason. Raises ValueError for a column of another type.
     """
     column, kind = joined(table[name]), table.schema.field(name).type
     deep = kind.value_type.value_type if is_list(kind) and is_list(kind.value_type) else None
@@ -286,9 +293,7 @@ def _numbers(
 def _classes(
     table: pa.Table, name: str, role: str, reasons: list[str]
 ) -> tuple[np.ndarray, np.ndarray, Numbers]:
-    """As `_numbers`, of lists of class names, or of whole numbers or truth values, which are then
-    the names.
-    """
+    """Do the same for lists of class names, of integers or of booleans, which are then the names."""
     column, kind = joined(table[name]), table.schema.field(name).type
     value = kind.value_type if is_list(kind) else pa.null()
     plain = value.value_type if pa.types.is_dictionary(value) else value
@@ -313,9 +318,7 @@ def _classes(
 
 
 def texts(table: pa.Table, columns: dict[str, str], role: str) -> list[str]:
-    """(B,) texts of a role's column; "" for null, and for all rows where there is no such
-    column.
-    """
+    """Return (B,) texts of a role's column; "" for null, and for all rows without such a column."""
     if columns.get(role) not in table.column_names:
         return [""] * len(table)
     return pc.fill_null(pc.cast(table[columns[role]], pa.string()), "").to_pylist()
@@ -323,8 +326,10 @@ def texts(table: pa.Table, columns: dict[str, str], role: str) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def cleaned(text: str) -> str:
-    """A robot's name as a part of a network may be called: other characters than A-Z, a-z, 0-9, _
-    and - become _, and a name that every module has (``to``, ``train``) gets one behind it.
+    """Turn a robot's name into a name for a submodule.
+
+    Characters other than A-Z, a-z, 0-9, _ and - become _; names that every module has (``to``,
+    ``train``) get one at the end.
     """
     found = re.sub(r"[^A-Za-z0-9_-]", "_", text.strip())
     return f"{found}_" if found and hasattr(nn.ModuleDict(), found) else found

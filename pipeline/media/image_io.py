@@ -1,10 +1,9 @@
-"""Image files to pixels: JPEG, PNG, WebP, GIF and BMP, upright; masks of class numbers; their place
-in a model's input.
+"""Image files to pixels: JPEG, PNG, WebP, GIF and BMP, upright; masks of class numbers; the place
+of an image in a model's input.
 
-EXIF orientation is applied. Transparency is dropped, as Pillow's ``convert("RGB")`` and with it
-every published ImageNet pipeline drops it. 16-bit PNG are scaled to 8 bits (PNG 3, 13.12). Of an
-animation the first picture is taken. A header that promises more than MOST_PIXELS is refused before
-memory is taken.
+EXIF orientation is applied. Transparency is dropped, as by Pillow's ``convert("RGB")`` and so by
+every published ImageNet pipeline. 16-bit PNG are scaled to 8 bits (PNG 3, 13.12). Of an animation
+the first picture is used. A header of more than MOST_PIXELS is rejected before memory is allocated.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 def on_gpu(files: Any, channels: int, device: torch.device) -> dict[int, Tensor]:
-    """Place to (channels, H, W) uint8 on the GPU of every JPEG, decoded in one call; none when one
-    of them is broken (each is then tried on the host).
+    """Decode every suitable JPEG on the GPU in one call.
 
-    What is too large or must be turned (EXIF), which nvJPEG does not do, is left to the host, and
-    so are CMYK and RGB, which it would take for YCbCr.
+    Returns place to (channels, H, W) uint8; nothing when one of them is broken (each is then tried
+    on the host). Left to the host: what is too large or must be rotated (EXIF), which nvJPEG does
+    not do, and CMYK and RGB, which it would read as YCbCr.
     """
     if device.type != "cuda":
         return {}
@@ -71,15 +70,16 @@ def _turned(data: bytes) -> bool:
 
 
 def _plain(data: bytes) -> bool:
-    """Whether a JPEG is grey or YCbCr, of a size that may be decoded."""
+    """Tell whether a JPEG is grey or YCbCr, of a size that may be decoded."""
     height, width, components, ycc = _jpeg_frame(data) or (0, 0, 0, False)
     return 0 < height * width <= MOST_PIXELS and (components == 1 or (components == 3 and ycc))
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
-    """Height, width and number of components from the frame header (ITU-T T.81, B.2.2), and whether
-    three of them would be YCbCr, which Adobe's marker before it may deny (ITU-T T.872, 6.5.3); none
-    where the markers before it are not in order.
+    """Read height, width and number of components from the frame header (ITU-T T.81, B.2.2).
+
+    The last value tells whether three components are YCbCr, which Adobe's marker may deny (ITU-T
+    T.872, 6.5.3). None where the markers before the header are damaged.
     """
     at, ycc = 2, True
     while at + 10 <= len(data) and data[at] == 0xFF:
@@ -95,9 +95,7 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
 
 
 def _check_size(data: bytes) -> None:
-    """Raises ValueError for a file whose header promises more than MOST_PIXELS, or for what is no
-    image.
-    """
+    """Raise ValueError for a header of more than MOST_PIXELS, and for bytes that are not an image."""
     frame = _jpeg_frame(data) if data.startswith(JPEG) else None
     size = (
         struct.unpack_from(">II", data, 16)
@@ -124,10 +122,11 @@ def _check_size(data: bytes) -> None:
 
 
 def upright_size(value: Any) -> tuple[int, int] | None:
-    """(width, height) of what ``pixels`` gives of a file, without decoding it; none for no image,
-    of which decoding tells why. Raises StorageError where a path cannot be read, as decoding does.
+    """Return (width, height) of the upright image, without decoding it; None for bytes that are no
+    image.
 
-    ``value``: the file's bytes or path, or a Hugging Face data set's cell, which holds either.
+    ``value`` is the file's bytes or path, or the cell of a Hugging Face data set. Raises
+    StorageError where a path cannot be read.
     """
     value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
     try:
@@ -149,10 +148,10 @@ def upright_size(value: Any) -> tuple[int, int] | None:
 
 
 def pixels(data: bytes, channels: int) -> Tensor:
-    """(channels, H, W) uint8 of a JPEG, PNG, WebP, GIF or BMP file, upright; transparency is
-    dropped, of an animation the first picture is taken.
+    """Decode a JPEG, PNG, WebP, GIF or BMP file to (channels, H, W) uint8, upright.
 
-    Raises RuntimeError or ValueError for bytes that are no such file.
+    Transparency is dropped; of an animation the first picture is used. Raises RuntimeError or
+    ValueError for other bytes.
     """
     _check_size(data)
     webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
@@ -191,8 +190,9 @@ def _by_pillow(data: bytes, channels: int) -> Tensor:
 
 
 def class_numbers(data: bytes) -> np.ndarray:
-    """(H, W) int64 of a PNG: a palette's indices, never its colours, or levels of grey. Raises
-    ValueError for what is no such file.
+    """Decode a PNG mask to (H, W) int64: a palette's indices, not its colours, or levels of grey.
+
+    Raises ValueError for other bytes.
     """
     if not data.startswith(PNG) or len(data) < 26:
         raise ValueError("the mask is no PNG file: it must be one, with a class number a pixel")
@@ -216,8 +216,9 @@ def class_numbers(data: bytes) -> np.ndarray:
 
 
 def classes(data: bytes, size: torch.Size) -> Tensor:
-    """(H, W) uint8 class numbers of a mask. Raises ValueError for another size than its image's, or
-    a number that no mask may hold.
+    """Decode a mask to (H, W) uint8 class numbers.
+
+    Raises ValueError for another size than its image's, or a number that no mask may hold.
     """
     found = class_numbers(data)
     if found.max(initial=0) > IGNORED:
@@ -236,11 +237,10 @@ def classes(data: bytes, size: torch.Size) -> Tensor:
 def place(
     shape: torch.Size, size: int, fit: str, crop_share: float = 1.0
 ) -> tuple[int, int, int, int]:
-    """Where the whole image lies in the input: its new height and width, and its top and left,
-    below 0 where it is cropped.
+    """Return where the whole image lies in the input: new height and width, top and left.
 
-    ``crop_share`` of ``fit`` crop: the share of the resized shorter side that the crop keeps
-    (timm's crop_pct).
+    Top and left are below 0 where it is cropped. ``crop_share`` of ``fit`` crop is the share of the
+    resized shorter side that the crop keeps (timm's crop_pct).
     """
     height, width = shape
     if fit == "squash":
@@ -263,10 +263,11 @@ def resize(
     crop_share: float = 1.0,
     interpolation: str = "bilinear",
 ) -> Tensor:
-    """(C, H, W) uint8 to (C, size, size): antialiased bilinear or bicubic in uint8 (on a GPU in
-    float, rounded) or the nearest pixel, then a centre crop, or ``fill`` around it (a level a
-    channel; 0). Raises ValueError where the enlarged picture would have more than MOST_PIXELS
-    before it is cropped.
+    """Resize (C, H, W) uint8 to (C, size, size), then crop the centre or pad with ``fill``.
+
+    Antialiased bilinear or bicubic in uint8 (on a GPU in float, rounded), or the nearest pixel.
+    ``fill`` is a level for each channel, 0 by default. Raises ValueError where the enlarged image
+    would have more than MOST_PIXELS before it is cropped.
     """
     height, width, top, left = place(picture.shape[1:], size, fit, crop_share)
     if height * width > MOST_PIXELS:  # 1 x 8000 to 224: 2.4 GB

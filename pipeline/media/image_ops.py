@@ -1,9 +1,8 @@
-"""Batched operations on pictures that lie on the device: windows, colour, blur, RandAugment.
-Nothing here draws a random number.
+"""Batched image operations on the device: windows, colour, blur, RandAugment.
 
-Pictures are (B, C, S, S). What differs from row to row comes as a tensor with first dimension B,
-and no row sees another: a row's pixels are the same in any batch. ``u`` stands for numbers uniform
-in [0, 1), which pipeline.core.rng makes of the rows' keys.
+Images are (B, C, S, S). Parameters that differ from row to row are tensors with first dimension B;
+a row's pixels do not depend on the other rows. Nothing here draws a random number: ``u`` are
+uniform numbers in [0, 1), made from the rows' keys by pipeline.core.rng.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 IGNORED = 255
-"""Class of a mask's pixels that lie outside the picture."""
+"""Class of a mask's pixels outside the image."""
 VISIBLE = 0.1
-"""Share of a box that must be left in the input for it to stay a box."""
+"""Share of a box that must be left in the input for it to remain a box."""
 GREY = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue (ITU-R BT.601), as torchvision and Pillow have them."""
+"""Weights of red, green and blue (ITU-R BT.601), as in torchvision and Pillow."""
 
 
 # ---------------------------------------------------------------- geometry
@@ -31,9 +30,10 @@ GREY = (0.2989, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Window:
-    """The part of each (S, S) picture that becomes its new picture, in pixels: ``left``, ``top``,
-    ``width`` and ``height`` (B,) float32, which may reach beyond the picture, and ``mirrored`` (B,)
-    bool.
+    """The part of each (S, S) image that becomes the new image, in pixels.
+
+    ``left``, ``top``, ``width`` and ``height`` (B,) float32, which may reach outside the image, and
+    ``mirrored`` (B,) bool.
     """
 
     left: Tensor
@@ -43,7 +43,7 @@ class Window:
     mirrored: Tensor
 
     def centres(self, size: int) -> tuple[Tensor, Tensor]:
-        """(B, size) each: where the centres of the new pixels lie along x and along y."""
+        """Return the centres of the new pixels along x and along y, (B, size) each."""
         along = (torch.arange(size, device=self.left.device) + 0.5) / size
         across = torch.where(self.mirrored[:, None], 1 - along, along)
         return self.left[:, None] + across * self.width[:, None], self.top[
@@ -52,8 +52,10 @@ class Window:
 
 
 def crop_window(u: Tensor, side: int, area: tuple[float, float], flip: bool) -> Window:
-    """Random resized crop (Szegedy et al. 2015): a share of the area from ``area``, an aspect from
-    3/4 to 4/3, cut to what the picture has. ``u``: (B, 5).
+    """Draw a random resized crop (Szegedy et al. 2015).
+
+    A share of the area from ``area``, an aspect ratio from 3/4 to 4/3, cut to the image. ``u``: (B,
+    5).
     """
     share, ratio = (
         area[0] + (area[1] - area[0]) * u[:, 0],
@@ -69,9 +71,10 @@ def crop_window(u: Tensor, side: int, area: tuple[float, float], flip: bool) -> 
 
 
 def zoom_window(u: Tensor, side: int, zoom: tuple[float, float], flip: bool) -> Window:
-    """Scale jitter (Ghiasi et al. 2021, "Simple copy-paste"): the picture grows or shrinks by a
-    factor from ``zoom``, uniform in its logarithm, keeps its aspect, and the input is cut out of
-    it, or it out of the input, at a random place. ``u``: (B, 4).
+    """Draw a scale jitter (Ghiasi et al. 2021, "Simple copy-paste").
+
+    The image is scaled by a factor from ``zoom``, uniform in its logarithm, keeps its aspect ratio,
+    and is cropped or padded to the input at a random place. ``u``: (B, 4).
     """
     low, high = math.log(zoom[0]), math.log(zoom[1])
     width = side * torch.exp(-(low + (high - low) * u[:, 0]))
@@ -81,7 +84,7 @@ def zoom_window(u: Tensor, side: int, zoom: tuple[float, float], flip: bool) -> 
 
 
 def shift_window(u: Tensor, side: int, reach: float, flip: bool) -> Window:
-    """The picture moved by up to ``reach`` pixels each way. ``u``: (B, 4)."""
+    """Draw a shift by up to ``reach`` pixels each way. ``u``: (B, 4)."""
     whole = torch.full_like(u[:, 0], float(side))
     return Window(
         (2 * u[:, 1] - 1) * reach, (2 * u[:, 2] - 1) * reach, whole, whole, (u[:, 3] < 0.5) & flip
@@ -89,11 +92,10 @@ def shift_window(u: Tensor, side: int, reach: float, flip: bool) -> Window:
 
 
 def resample(x: Tensor, window: Window, size: int, fill: Tensor | None = None) -> Tensor:
-    """(B, C, size, size) float32 in the range of ``x``: antialiased bilinear, as torchvision's
-    ``resized_crop``; ``fill`` (C,) outside the picture.
+    """Resample windows to (B, C, size, size) float32, antialiased bilinear, ``fill`` (C,) outside.
 
-    Two matrix products, as the filter is separable: sampling pixel by pixel would alias where a
-    window shrinks.
+    As torchvision's ``resized_crop``, by two matrix products, as the filter is separable: sampling
+    pixel by pixel would alias where a window shrinks.
     """
     side, centres = x.shape[-1], window.centres(size)
     across, down = (
@@ -111,7 +113,7 @@ def resample(x: Tensor, window: Window, size: int, fill: Tensor | None = None) -
 
 
 def _separable(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """(B, C, T, T) of (B, C, S, S) by a matrix of (B, T, S) for each axis."""
+    """Multiply (B, C, S, S) by a (B, T, S) matrix along each axis: (B, C, T, T)."""
     rows, channels, side, _ = x.shape
     size = across.shape[1]
     with torch.autocast(
@@ -127,8 +129,8 @@ def _separable(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
 
 
 def _weights(centres: Tensor, scale: Tensor, side: int) -> Tensor:
-    """(B, size, side): how much each old pixel counts in each new one, the triangle filter made
-    wider where the picture shrinks.
+    """Return (B, size, side) weights of old pixels in new ones: a triangle filter, wider when
+    shrinking.
     """
     pixels = torch.arange(side, device=centres.device) + 0.5
     reach = scale.clamp(min=1)[:, None, None]
@@ -137,7 +139,7 @@ def _weights(centres: Tensor, scale: Tensor, side: int) -> Tensor:
 
 
 def resample_mask(mask: Tensor, window: Window, size: int) -> Tensor:
-    """(B, size, size) of a (B, S, S) mask, the nearest pixel each, IGNORED outside the picture."""
+    """Resample a (B, S, S) mask to (B, size, size), nearest pixel, IGNORED outside the image."""
     side = mask.shape[-1]
     x, y = (centre.floor().long() for centre in window.centres(size))
     rows = torch.arange(len(mask), device=mask.device)[:, None, None]
@@ -147,9 +149,10 @@ def resample_mask(mask: Tensor, window: Window, size: int) -> Tensor:
 
 
 def moved_frame(frame: Tensor, window: Window, size: int) -> Tensor:
-    """Where the whole image lies after the window was taken: (B, 4) float32 width, height, left,
-    top. A mirrored image has its left edge on the right and a negative width, so that left + share
-    * width is right for it too.
+    """Return where the whole image lies after a window was taken: (B, 4) width, height, left, top.
+
+    A mirrored image has its left edge on the right and a negative width, so that left + share *
+    width holds for it too.
     """
     width, height, left, top = frame.unbind(1)
     across, down = size / window.width, size / window.height
@@ -171,11 +174,11 @@ def moved_frame(frame: Tensor, window: Window, size: int) -> Tensor:
 
 
 def placed_boxes(shares: Tensor, frame: Tensor, size: int) -> Tensor:
-    """(B, M, 4) corners in pixels of the input, of boxes in shares of the image: cut at the image's
-    and the input's edges.
+    """Convert boxes in shares of the image to (B, M, 4) corners in pixels of the input.
 
-    A box of which less than VISIBLE is left becomes zeros, no box. What is left of a larger one
-    stays, wherever its centre was: annotators draw objects at the edge of a photo too.
+    They are cut at the edges of image and input. A box of which less than VISIBLE is left becomes
+    zeros, which is no box; larger rests are kept, wherever the centre was, as annotators draw
+    objects at the edge of a photo too.
     """
     shares = shares.clamp(0, 1)
     width, height, left, top = frame[:, None].unbind(2)
@@ -196,9 +199,11 @@ def placed_boxes(shares: Tensor, frame: Tensor, size: int) -> Tensor:
 
 
 def in_crowd(boxes: Tensor, crowd: Tensor) -> Tensor:
-    """(N,) bool: which of the ``boxes`` (N, 4) have half of their area or more in one of the
-    regions ``crowd`` (C, 4). COCO measures overlap with a crowd so, over the detection's own area
-    (pycocotools: iscrowd).
+    """Return (N,) bool: which ``boxes`` (N, 4) have at least half of their area in a region
+    ``crowd`` (C, 4).
+
+    COCO measures overlap with a crowd in this way, over the detection's own area (pycocotools:
+    iscrowd).
     """
     low, high = (
         torch.maximum(boxes[:, None, :2], crowd[:, :2]),
@@ -210,9 +215,7 @@ def in_crowd(boxes: Tensor, crowd: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor, u: Tensor, reach: int, flip: bool) -> Tensor:
-    """Moved by whole pixels, up to ``reach`` each way, the border repeated, by one gather. ``u``:
-    (B, 3).
-    """
+    """Shift by whole pixels, up to ``reach`` each way, repeating the border. ``u``: (B, 3)."""
     size = x.shape[-1]
     move = (u[:, :2] * (2 * reach + 1)).floor().long() - reach
     along = torch.arange(size, device=x.device)
@@ -228,8 +231,9 @@ def shifted(x: Tensor, u: Tensor, reach: int, flip: bool) -> Tensor:
 
 
 def sample(x: Tensor, window: Window, size: int) -> Tensor:
-    """(B, C, size, size) float32, bilinear without antialiasing: for windows that do not shrink, a
-    fourth of the cost of ``resample``.
+    """Sample (B, C, size, size) float32, bilinear without antialiasing.
+
+    For windows that do not shrink, at a quarter of the cost of ``resample``.
     """
     across, down = window.centres(size)
     grid = (
@@ -245,7 +249,7 @@ def sample(x: Tensor, window: Window, size: int) -> Tensor:
 
 
 def levels(x: Tensor) -> Tensor:
-    """uint8 of floats from 0 to 255."""
+    """Round floats from 0 to 255 to uint8."""
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -253,21 +257,23 @@ def levels(x: Tensor) -> Tensor:
 
 
 def _groups(kinds: Tensor, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """(kind, rows that have it) of (B,) kinds, which lie on the host: no wait for the device inside
-    the loop.
+    """Yield (kind, rows of it) of (B,) kinds on the host, so that the loop does not wait for the
+    device.
     """
     for kind in kinds.unique().tolist():
         yield kind, (kinds == kind).nonzero()[:, 0].to(device)
 
 
 def some(x: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """``x`` with ``change(x[rows], rows)`` in the rows that are ``chosen`` (B,) bool."""
+    """Return ``x`` with ``change(x[rows], rows)`` applied to the rows that are ``chosen`` (B,)
+    bool.
+    """
     rows = chosen.nonzero()[:, 0]
     return x.index_copy(0, rows, change(x[rows], rows)) if len(rows) else x
 
 
 def grey(x: Tensor) -> Tensor:
-    """(B, 1, S, S) luminance."""
+    """Return (B, 1, S, S) luminance."""
     if x.shape[1] == 1:
         return x
     return GREY[0] * x[:, :1] + GREY[1] * x[:, 1:2] + GREY[2] * x[:, 2:3]
@@ -286,7 +292,7 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Hue moved by ``turn`` of the whole circle, in HSV."""
+    """Rotate the hue by ``turn`` of the circle, in HSV."""
     if x.shape[1] == 1:
         return x
     low, value = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
@@ -303,9 +309,10 @@ def hue(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def colour_jitter(x: Tensor, u: Tensor, amount: float) -> Tensor:
-    """Brightness, contrast and saturation each by a factor from 1 - amount to 1 + amount and hue by
-    up to amount / 4 of the circle, in an order of the row's own (SimCLR, appendix A, where amount
-    is 0.8 times the strength). ``u``: (B, 8).
+    """Jitter colours in an order drawn for each row (SimCLR, appendix A).
+
+    Brightness, contrast and saturation by factors from 1 - amount to 1 + amount, hue by up to
+    amount / 4 of the circle; in the paper amount is 0.8 times the strength. ``u``: (B, 8).
     """
     spread = 2 * u[:, :4, None, None, None] - 1
     factor = (1 + amount * spread[:, :3]).clamp(min=0)
@@ -319,11 +326,11 @@ def colour_jitter(x: Tensor, u: Tensor, amount: float) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with the row's own ``sigma`` (B,) in pixels, the kernel a tenth of the side
-    wide (SimCLR), the border reflected.
+    """Apply a Gaussian blur of ``sigma`` (B,) pixels, with a kernel a tenth of the side wide
+    (SimCLR).
 
-    One product with a banded matrix a side: the reflection is in the matrix, and rows with
-    different kernels go together.
+    The border is reflected. One product with a banded matrix for each axis: the reflection is in
+    the matrix, and rows with different kernels are computed together.
     """
     side = x.shape[-1]
     radius = max(1, side // 20)
@@ -385,7 +392,7 @@ SIGNED: tuple[Callable[[Tensor, float, list[float]], Tensor], ...] = (
         x, 30 * level, interpolation=InterpolationMode.BILINEAR, fill=fill
     ),
 )
-"""Operations whose level may be below 0 as well; the first four move nothing."""
+"""Operations whose level may be negative; the first four move nothing."""
 UNSIGNED: tuple[Callable[[Tensor, float], Tensor], ...] = (
     lambda x, level: x,
     lambda x, level: F.posterize(x, round(8 - 4 * level)),
@@ -398,11 +405,11 @@ UNSIGNED: tuple[Callable[[Tensor, float], Tensor], ...] = (
 def rand_augment(
     x: Tensor, u: Tensor, magnitude: int, fill: list[float], still: bool = False
 ) -> Tensor:
-    """Two operations of RandAugment (Cubuk et al. 2020) on each row, their ranges as torchvision's,
-    of 30 for ``magnitude``. uint8 in and out; ``u``: (B, 4).
+    """Apply two operations of RandAugment (Cubuk et al. 2020) to each row, uint8 to uint8.
 
-    Rows that drew the same operation and sign go together. ``still``: only operations that leave
-    everything in its place, for boxes and masks.
+    Ranges are torchvision's, of 30 for ``magnitude``. Rows with the same operation and sign are
+    computed together. ``still``: only operations that move nothing, for boxes and masks. ``u``: (B,
+    4).
     """
     signed = SIGNED[:4] if still else SIGNED
     kinds = ((u[:, :2] * (len(signed) + len(UNSIGNED))).long() * 2 + (u[:, 2:] < 0.5)).cpu()

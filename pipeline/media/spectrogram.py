@@ -1,9 +1,8 @@
-"""Batched operations on sound that lies on the device: log-mel spectrograms, speed, noise,
-SpecAugment. Nothing here draws a random number.
+"""Batched operations on sound on the device: log-mel spectrograms, speed, noise, SpecAugment.
 
-Sound is (B, n) float32 from -1 to 1, its rows padded with zeros to the longest, ``lengths`` (B,)
-their samples. No row sees another, nor how far it was padded: what it gives is the same in any
-batch. ``u`` stands for numbers uniform in [0, 1), which pipeline.core.rng makes of the rows' keys.
+Sound is (B, n) float32 from -1 to 1, padded with zeros, ``lengths`` (B,) the samples of each row. A
+row's output depends neither on other rows nor on the padding. Nothing here draws a random number:
+``u`` are uniform numbers in [0, 1), made from the rows' keys by pipeline.core.rng.
 """
 
 from __future__ import annotations
@@ -17,25 +16,23 @@ from torch.nn import functional as nn
 from torchaudio import functional as F
 
 FLOOR = 1e-6
-"""Added to a mel bin's power before its logarithm: about what the rounding to 16 bits leaves in
-it.
-"""
+"""Added to a mel bin's power before the logarithm: about the power of rounding to 16 bits."""
 EPSILON = 1e-7
-"""Added to a recording's variance: transformers' feature extractor of wav2vec 2.0 has the same."""
+"""Added to a recording's variance, as by transformers' feature extractor of wav2vec 2.0."""
 
 
 def floats(samples: Tensor) -> Tensor:
-    """float32 from -1 to 1 of int16."""
+    """Convert int16 to float32 from -1 to 1."""
     return samples.float() * (1 / 32768)
 
 
 def within(lengths: Tensor, width: int) -> Tensor:
-    """(B, width) bool, true where a row is."""
+    """Return (B, width) bool, true within each row's length."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
 def window_samples(rate: int, window: float, hop: float) -> tuple[int, int]:
-    """Samples of a window and from one to the next, of seconds."""
+    """Convert window and hop from seconds to samples."""
     return round(rate * window), round(rate * hop)
 
 
@@ -45,19 +42,19 @@ def _filters(bins: int, rate: int, mels: int, device: str) -> Tensor:
 
 
 def fft_size(window: int) -> int:
-    """The power of two that a window is padded to, as Kaldi has it: without it the lowest of 80
-    filters would hold no frequency at 16 kHz.
+    """Return the power of two that a window is padded to, as in Kaldi.
+
+    Otherwise the lowest of 80 filters would hold no frequency at 16 kHz.
     """
     return 1 << (window - 1).bit_length()
 
 
 def log_mel(x: Tensor, rate: int, window: int, hop: int, mels: int) -> Tensor:
-    """(B, T, mels) float32 logarithms of mel-scaled power: Hann windows of ``window`` samples every
-    ``hop``, the first one at the row's beginning.
+    """Compute (B, T, mels) float32 logarithms of mel-scaled power.
 
-    T = (n - window) // hop + 1, 1 at least. As torchaudio's ``MelSpectrogram`` (power 2, HTK's mel
-    scale, no centre padding), each window seeing its own samples only. Float32 also inside
-    autocast.
+    Hann windows of ``window`` samples every ``hop``, from the row's beginning on: T = (n - window)
+    // hop + 1, at least 1. As torchaudio's ``MelSpectrogram`` (power 2, HTK's mel scale, no centre
+    padding). Float32 also inside autocast.
     """
     size = fft_size(window)
     left = (size - window) // 2
@@ -73,7 +70,7 @@ def log_mel(x: Tensor, rate: int, window: int, hop: int, mels: int) -> Tensor:
 
 
 def standardized(x: Tensor, lengths: Tensor) -> Tensor:
-    """Each row with mean 0 and variance 1 over its own samples, 0 behind its end."""
+    """Scale each row to mean 0 and variance 1 over its own samples, 0 after its end."""
     inside = within(lengths, x.shape[1])
     count = lengths.clamp(min=1)[:, None]
     centred = (x - (x * inside).sum(1, keepdim=True) / count) * inside
@@ -81,9 +78,10 @@ def standardized(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def speed(x: Tensor, lengths: Tensor, percent: int) -> tuple[Tensor, Tensor]:
-    """Rows played at ``percent`` of their speed, pitch and all (Ko et al. 2015), and their new
-    lengths, ceil(lengths * 100 / percent). Float32 also inside autocast and where convolutions may
-    use TF32, as they may on a GPU: it has 10 bits of the 24 that sound has.
+    """Play rows at ``percent`` of their speed, changing the pitch (Ko et al. 2015).
+
+    Returns the rows and their new lengths, ceil(lengths * 100 / percent). Float32 also inside
+    autocast and where convolutions may use TF32, as on a GPU: it has 10 of the 24 bits of sound.
     """
     common = gcd(percent, 100)
     old, new = percent // common, 100 // common
@@ -100,9 +98,7 @@ def speed(x: Tensor, lengths: Tensor, percent: int) -> tuple[Tensor, Tensor]:
 
 
 def noisy(x: Tensor, lengths: Tensor, noise: Tensor, decibels: Tensor) -> Tensor:
-    """Rows with ``noise`` (B, n), of any scale, at a ratio of ``decibels`` (B,) between their power
-    and its.
-    """
+    """Add ``noise`` (B, n), of any scale, at a signal-to-noise ratio of ``decibels`` (B,)."""
     inside = within(lengths, x.shape[1])
     noise = noise * inside
     power, theirs = (x**2).sum(1), (noise**2).sum(1)
@@ -111,8 +107,9 @@ def noisy(x: Tensor, lengths: Tensor, noise: Tensor, decibels: Tensor) -> Tensor
 
 
 def bands(u: Tensor, lengths: Tensor, size: int, most: Tensor) -> Tensor:
-    """(B, size) bool, true under any of M bands: widths uniform in 0..``most`` (B,) whole numbers,
-    starts uniform in what ``lengths`` (B,) leaves them (SpecAugment, Park et al. 2019, section 2).
+    """Return (B, size) bool, true under any of M bands (SpecAugment, Park et al. 2019, section 2).
+
+    Widths are uniform integers in 0..``most`` (B,), starts uniform in the rest of ``lengths`` (B,).
     ``u``: (B, M, 2).
     """
     widths = torch.minimum((u[..., 0] * (most[:, None] + 1)).floor(), lengths[:, None])

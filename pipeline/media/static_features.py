@@ -1,5 +1,5 @@
-"""Facts of a row without times: a struct of numbers, texts (categories) and lists of texts (codes),
-as numbers and places in a vocabulary.
+"""Features of a row without times: a struct of numbers, texts (categories) and lists of texts
+(codes), as numbers and places in a vocabulary.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from pipeline.core.capabilities import NameDifference
 from pipeline.core.ragged import ragged
 
 MOST = 8.0
-"""Standardised numbers lie within so many deviations."""
+"""Standardised numbers are clipped to this many standard deviations."""
 TAILS = (0.001, 0.999)
 """Mean and deviation are those of values clipped to these quantiles. The quantiles themselves,
-which may be one patient's, are not kept.
+which may be a single patient's, are not kept.
 """
 
 
 class StaticFeatures:
-    """``state``: ``numbers`` (names), their ``mean`` and ``std``, and ``codes``: known texts as
-    ``FIELD=TEXT``. Fields are known by name; truth values are texts.
+    """Static features of a fitted state.
+
+    ``state``: ``numbers`` (names), their ``mean`` and ``std``, and ``codes``, known texts as
+    ``FIELD=TEXT``. Fields are matched by name; booleans are texts.
     """
 
     def __init__(self, state: dict[str, Any]):
@@ -38,8 +40,10 @@ class StaticFeatures:
 
     @staticmethod
     def fit(column: Any, name: str, min_rows: int) -> dict[str, Any]:
-        """State from a column of structs. A number or a text is known where ``min_rows`` rows have
-        it. Raises ValueError for another type, named.
+        """Fit the state on a column of structs.
+
+        A number or text is known where ``min_rows`` rows have it. Raises ValueError for another
+        type.
         """
         out = StaticFeatures.empty_state()
         found = Counter()
@@ -67,9 +71,7 @@ class StaticFeatures:
         return {"numbers": len(self.state["numbers"]), "codes": len(self.state["codes"])}
 
     def required_type(self, kind: pa.DataType) -> str:
-        """ "" where a column of this type can be read with this state, else in words what is
-        needed.
-        """
+        """Describe the type that is needed where a column cannot be read with this state; else ""."""
         if not pa.types.is_struct(kind):
             return "a struct of numbers, texts and lists of texts"
         texts = {code.partition("=")[0] for code in self.state["codes"]}
@@ -84,8 +86,8 @@ class StaticFeatures:
         return ""
 
     def coverage(self, column: Any, name: str) -> str:
-        """In words, which fields and texts of these rows are not known, and which known numbers
-        they lack; "" where all are the same.
+        """Describe which fields and texts of these rows are unknown, and which known numbers they
+        lack.
         """
         there, kinds = [], set()
         for field, values in self._matched(column, name):
@@ -110,8 +112,9 @@ class StaticFeatures:
         )
 
     def name_differences(self, column: Any, name: str, min_rows: int) -> list[NameDifference]:
-        """All numbers and texts that these rows lack of those known, or have beyond them; texts
-        that fewer than ``min_rows`` rows have are only counted.
+        """List all numbers and texts that only the state or only these rows have.
+
+        Texts that fewer than ``min_rows`` rows have are counted, not named.
         """
         numbers, rows_with = [], Counter()
         for field, values in self._matched(column, name):
@@ -144,9 +147,10 @@ class StaticFeatures:
         return [one for one in found if one.names or one.rare]
 
     def features(self, column: Any, name: str, min_rows: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Each field's values: (n,) float64 numbers, (n,) int64 numbers of categories, and of lists
-        of texts (n,) float64 whether a row has each text that ``min_rows`` rows have. Where
-        something is known, only what is known.
+        """Yield the values of each field that is known, or of all where nothing was fitted.
+
+        (n,) float64 numbers, (n,) int64 category numbers, and for lists of texts (n,) float64
+        whether a row has each text that ``min_rows`` rows have.
         """
         known_fields = {*self.state["numbers"], *(code.partition("=")[0] for code in self.place)}
         for field, values in _fields(column, name):
@@ -175,8 +179,8 @@ class StaticFeatures:
                 yield f"{name}.{code}", there
 
     def _matched(self, column: Any, name: str) -> list[tuple[str, Any]]:
-        """Its fields. Raises ValueError for one that holds texts here and numbers where the state
-        was fitted, or the other way round.
+        """Return the fields. Raises ValueError for texts where the state has numbers, or the other
+        way round.
         """
         found = _fields(column, name)
         for field, values in found:
@@ -192,8 +196,11 @@ class StaticFeatures:
         return found
 
     def decode(self, column: Any, rows: int, name: str) -> dict[str, np.ndarray]:
-        """``numbers`` (B, K) float32 standardised, 0 where unknown; ``numbers_known`` (B, K) bool;
-        ``codes``, ragged int64 places of known texts plus 1.
+        """Decode rows.
+
+        Returns:
+            ``numbers`` (B, K) float32 standardised, 0 where unknown; ``numbers_known`` (B, K) bool;
+            ``codes``, ragged int64 places of known texts plus 1.
         """
         numbers = np.full((rows, len(self.state["numbers"])), np.nan)
         codes: list[list[int]] = [[] for _ in range(rows)]
@@ -219,7 +226,7 @@ class StaticFeatures:
 
 
 def _fields(column: Any, name: str) -> list[tuple[str, Any]]:
-    """(name, values as one Arrow array) of a struct's fields; a null struct has null fields."""
+    """Return (name, values as one Arrow array) of a struct's fields; a null struct has null fields."""
     column = (
         pa.concat_arrays(column.chunks)
         if isinstance(column, pa.ChunkedArray) and column.num_chunks
@@ -274,7 +281,7 @@ def _floats(values: Any) -> np.ndarray:
 
 
 def _codes(field: str, values: Any) -> list[list[str]]:
-    """For each row its texts as FIELD=TEXT."""
+    """Return the texts of each row as FIELD=TEXT."""
     listed = _listed(values.type)
     return [
         []

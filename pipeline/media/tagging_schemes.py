@@ -1,5 +1,5 @@
-"""Spans of texts: entities in rows of tags, as conlleval and seqeval count them, and answers, as
-SQuAD's evaluation compares them.
+"""Spans of texts: entities in rows of tags, counted as by conlleval and seqeval, and answers,
+compared as by SQuAD's evaluation.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import pyarrow as pa
 from pipeline.core.arrow_lists import is_list
 
 LETTERS = {"bio": "BI", "bioes": "BIES"}
-"""Prefixes of a scheme: begin, inside, end and single. BIO is the one called IOB2 too (Tjong Kim
-Sang and Veenstra 1999), BIOES adds the last word of an entity and entities of one word (Ratinov and
-Roth 2009, who call them L and U).
+"""Prefixes of a scheme: begin, inside, end and single. BIO is also called IOB2 (Tjong Kim Sang and
+Veenstra 1999); BIOES adds the last word of an entity and entities of one word (Ratinov and Roth
+2009, who call them L and U).
 """
 
 PUNCTUATION = frozenset(string.punctuation)
@@ -30,7 +30,7 @@ PUNCTUATION = frozenset(string.punctuation)
 
 
 def texts(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """The values of a column of texts, or of lists of texts, also where they are stored as bytes.
+    """Return the values of a column of texts, or of lists of texts, also where stored as bytes.
 
     Bytes that are not UTF-8 become U+FFFD: the modality leaves such a row out, and it must not stop
     the others.
@@ -56,10 +56,10 @@ def _decoded(value: Any) -> Any:
 
 
 def scheme(tags: Iterable[str]) -> str:
-    """``bio``, ``bioes`` or, for tags without prefixes (part of speech), ``none``.
+    """Return ``bio``, ``bioes`` or, for tags without prefixes (part of speech), ``none``.
 
-    Raises ValueError for tags that are no scheme as a whole: BILOU, prefixes without a type,
-    prefixes at some tags only.
+    Raises ValueError for tags of no scheme: BILOU, prefixes without a type, prefixes at some tags
+    only.
     """
     named = sorted(set(tags) - {"O"})
     prefixed = [tag for tag in named if re.match("[BIESLU]-.", tag)]
@@ -88,7 +88,7 @@ def scheme(tags: Iterable[str]) -> str:
 
 @cache
 def split_tag(tag: str, scheme: str) -> tuple[str, str]:
-    """(prefix, type) of a tag, ("O", "") outside. Raises ValueError for one that is not of the
+    """Return (prefix, type) of a tag, ("O", "") outside. Raises ValueError for a tag of another
     scheme.
     """
     if tag == "O":
@@ -102,8 +102,9 @@ def split_tag(tag: str, scheme: str) -> tuple[str, str]:
 
 
 def check(tags: Sequence[str], scheme: str) -> str:
-    """ "" or why a row's tags break the scheme; words are numbered from 0. Raises ValueError for a
-    tag that is not of the scheme.
+    """Return "" or why a row's tags break the scheme; words are numbered from 0.
+
+    Raises ValueError for a tag of another scheme.
     """
     if scheme == "none":
         return ""
@@ -125,8 +126,8 @@ def check(tags: Sequence[str], scheme: str) -> str:
 
 
 class Chunks(NamedTuple):
-    """Entities in the order of rows and words, each (m,) int64: their row, first and last word, and
-    the number of their type.
+    """Entities in the order of rows and words, (m,) int64 each: row, first and last word, type
+    number.
     """
 
     row: np.ndarray
@@ -137,8 +138,9 @@ class Chunks(NamedTuple):
 
 @dataclass(frozen=True)
 class Tagset:
-    """The tags of a task by number: ``labels`` (L,), ``types`` (T,) of entities. Without a scheme
-    each tag is a type of its own, each word an entity.
+    """The tags of a task by number: ``labels`` (L,), and ``types`` (T,) of entities.
+
+    Without a scheme each tag is a type and each word an entity.
     """
 
     labels: tuple[str, ...]
@@ -147,10 +149,11 @@ class Tagset:
 
     @classmethod
     def of(cls, tags: Iterable[str], scheme: str) -> Tagset:
-        """All that the scheme makes of the types among the tags, also those that no row has: O
-        first, then each type's, in the order of their names.
+        """Return all tags that the scheme makes of the types among ``tags``, also those that no row
+        has.
 
-        Raises ValueError for a tag that is not of the scheme.
+        O comes first, then the tags of each type, in the order of their names. Raises ValueError
+        for a tag of another scheme.
         """
         if scheme == "none":
             labels = tuple(sorted(set(tags)))
@@ -164,8 +167,10 @@ class Tagset:
 
     @cached_property
     def _parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(L + 1,) number of each tag's type, whether it opens an entity and whether it closes one;
-        the last one is that of no word (-1).
+        """Return (L + 1,) type number of each tag, whether it opens and whether it closes an
+        entity.
+
+        The last entry is for no word (-1).
         """
         if self.scheme == "none":
             count = len(self.labels)
@@ -181,11 +186,11 @@ class Tagset:
         )  # pyright: ignore[reportReturnType]
 
     def chunks(self, tags: np.ndarray, strict: bool = False) -> Chunks:
-        """Entities of tag numbers (n, W), -1 where no word is.
+        """Return the entities of tag numbers (n, W), -1 where there is no word.
 
-        As conlleval reads them (so does seqeval, by default): a run of tags of one type, which B
-        and S open and E and S close, whatever is missing. ``strict``: only those that are whole by
-        the scheme (seqeval's strict mode).
+        As conlleval reads them (and seqeval by default): a run of tags of one type, which B and S
+        open and E and S close, whatever is missing. ``strict``: only those that are complete in the
+        scheme (seqeval's strict mode).
         """
         padded = np.full((tags.shape[0], tags.shape[1] + 2), -1, dtype=np.int64)
         padded[:, 1:-1] = tags
@@ -203,8 +208,8 @@ class Tagset:
         return found
 
     def repaired(self, tags: np.ndarray) -> np.ndarray:
-        """The same entities (n, W), as conlleval reads them, in tags that keep the scheme: an I
-        without a B before it becomes a B.
+        """Return the same entities (n, W), as conlleval reads them, in valid tags: a leading I
+        becomes B.
         """
         if self.scheme == "none":
             return tags
@@ -221,8 +226,8 @@ class Tagset:
     def counts(
         self, guess: np.ndarray, truth: np.ndarray, strict: bool = False
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(n, T) int64 entities by type: found and right in type and both ends, found, and true, of
-        tag numbers (n, W).
+        """Count entities by type, (n, T) int64 each: found and right in type and both ends, found,
+        true.
         """
         rows, width, types = *truth.shape, len(self.types)
         found, real = self.chunks(guess, strict), self.chunks(truth, strict)
@@ -246,21 +251,23 @@ class Tagset:
 
 
 def normalised(answer: str) -> str:
-    """Lower case, without ASCII punctuation, English articles and needless spaces: SQuAD's
-    ``normalize_answer`` (Rajpurkar et al. 2016).
+    """Lower-case and remove ASCII punctuation, English articles and extra spaces.
+
+    SQuAD's ``normalize_answer`` (Rajpurkar et al. 2016).
     """
     bare = "".join(letter for letter in answer.lower() if letter not in PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def exact_match(prediction: str, gold: str) -> float:
-    """1 where both are the same once normalised, else 0."""
+    """Return 1 where both texts are equal after normalisation, else 0."""
     return float(normalised(prediction) == normalised(gold))
 
 
 def answer_f1(prediction: str, gold: str) -> float:
-    """F1 of the words that both share once normalised; where one has none, whether both have none
-    (the v2.0 script, Rajpurkar et al. 2018).
+    """Return the F1 of the words that both texts share after normalisation.
+
+    Where one has no words: whether both have none (the v2.0 script, Rajpurkar et al. 2018).
     """
     guess, truth = normalised(prediction).split(), normalised(gold).split()
     if not guess or not truth:
@@ -270,8 +277,9 @@ def answer_f1(prediction: str, gold: str) -> float:
 
 
 def answer_scores(prediction: str, golds: Sequence[str]) -> tuple[float, float]:
-    """(exact match, F1), each the best over the right answers. "" predicts that there is none; so
-    do ``golds`` of which nothing is left once normalised.
+    """Return (exact match, F1), each the best over the right answers.
+
+    "" predicts that there is no answer; so do ``golds`` that are empty after normalisation.
     """
     golds = [gold for gold in golds if normalised(gold)] or [""]
     return max(exact_match(prediction, gold) for gold in golds), max(

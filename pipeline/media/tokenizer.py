@@ -1,11 +1,10 @@
-"""Tokenizers: trained on a corpus or read from a folder of transformers, and texts of any length
-turned into ids within a bounded memory.
+"""Tokenizers, trained on a corpus or read from a folder of transformers; texts of any length to ids
+within a bounded memory.
 
-A document is a buffer of UTF-8 bytes. Longer ones than a piece are tokenised piece by piece: each
-is cut before a single space between two characters that are no spaces. There BERT's and GPT-2's
-pre-tokenizers begin a new word whatever stands around it, so the ids are those of the whole text.
-Only a stretch of 256 KiB without such a place is cut between two characters, and may give other ids
-at the cut.
+A document is a buffer of UTF-8 bytes. Long ones are tokenised in pieces, each cut before a single
+space between two characters that are not spaces. BERT's and GPT-2's pre-tokenizers start a new word
+there whatever surrounds it, so the ids are those of the whole text. Only 256 KiB without such a
+place are cut between two characters, which may change the ids at the cut.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ from pipeline.io import storage
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ALPHABET = 1000
-"""Distinct characters that a WordPiece vocabulary keeps, the most frequent ones; the others are
-unknown.
-"""
+"""Distinct characters of a WordPiece vocabulary, the most frequent ones; others are unknown."""
 USUAL = {
     "pad": ("[PAD]", "<pad>", "<|endoftext|>"),
     "unk": ("[UNK]", "<unk>", "<|endoftext|>"),
@@ -41,9 +38,9 @@ PIECE_BYTES, GROUP_BYTES = 256 << 10, 4 << 20
 bytes until its id is taken from the tokenizer.
 """
 FIRST_BYTES = 4 << 10
-"""The least size of the first piece where only the first ids of a text are wanted."""
+"""Smallest size of the first piece where only the first ids of a text are wanted."""
 BEGINNINGS = tuple("ĠĉĊċČč")
-"""How byte-level BPE writes the white space of ASCII, with which its tokens begin a word."""
+"""How byte-level BPE writes ASCII white space, with which its tokens start a word."""
 SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
 
 Buffer = bytes | memoryview
@@ -53,10 +50,10 @@ Buffer = bytes | memoryview
 
 
 def train_tokenizer(texts: list[str], kind: str, vocabulary: int, lowercase: bool) -> Tokenizer:
-    """WordPiece as BERT's (Devlin et al. 2019) or byte-level BPE as GPT-2's (Radford et al. 2019),
-    specials at ids 0 to 4.
+    """Train WordPiece as BERT's (Devlin et al. 2019) or byte-level BPE as GPT-2's (Radford et al.
+    2019).
 
-    A pure function of the texts.
+    Special tokens have ids 0 to 4. A pure function of the texts.
     """
     if kind == "wordpiece":
         return _train_wordpiece(texts, vocabulary, lowercase)
@@ -82,9 +79,11 @@ def _wordpiece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
 
 
 def _train_wordpiece(texts: list[str], vocabulary: int, lowercase: bool) -> Tokenizer:
-    """tokenizers 0.23 gives continuing characters ("##a") their ids in the order of a hash map,
-    another one in every process, and ids break ties between merges. So a first pass without merges
-    finds these characters, and the training starts with them in order.
+    """Train WordPiece in two passes, so that the result does not depend on a hash map.
+
+    tokenizers 0.23 gives continuing characters ("##a") their ids in the order of a hash map,
+    another one in every process, and ids break ties between merges. A first pass without merges
+    finds these characters; the second starts with them in order.
     """
     normalizer, counts = normalizers.BertNormalizer(lowercase=lowercase), Counter()
     for text in texts:
@@ -120,9 +119,10 @@ def _train_wordpiece(texts: list[str], vocabulary: int, lowercase: bool) -> Toke
 
 
 def special_ids(tokenizer: Tokenizer, named: dict[str, str] | None = None) -> list[int | None]:
-    """Ids of pad, unk, cls, sep and mask, in this order: of the names that are given for them, else
-    of the usual ones, else of the name that is given for ``any``; None where none is in the
-    vocabulary.
+    """Return the ids of pad, unk, cls, sep and mask, in this order.
+
+    Looked up by the names that are given for them, else by the usual ones, else by the name given
+    for ``any``; None where none is in the vocabulary.
     """
     named = named or {}
     tried = (
@@ -134,14 +134,20 @@ def special_ids(tokenizer: Tokenizer, named: dict[str, str] | None = None) -> li
 
 
 def from_folder(folder: str) -> tuple[str, int, list[int]]:
-    """(tokenizer as JSON, size of its vocabulary, ids of pad, unk, cls, sep and mask) of a folder
-    with ``tokenizer.json``, as transformers' save_pretrained writes it; local or on S3. Padding and
-    truncation are taken off.
+    """Read ``tokenizer.json`` as transformers' save_pretrained writes it, from a local folder or
+    S3.
 
-    special_tokens_map.json and tokenizer_config.json tell which tokens are the special ones, where
-    these files are there; else their usual names do. A tokenizer that declares an end of text and
-    neither cls nor sep (GPT-2, Llama) uses it for every special token that it lacks, and its
-    beginning of text for cls. Raises ValueError with the folder and what is missing.
+    special_tokens_map.json and tokenizer_config.json name the special tokens where these files
+    exist; else their usual names do. A tokenizer that declares an end of text and neither cls nor
+    sep (GPT-2, Llama) uses it for every special token that it lacks, and its beginning of text for
+    cls.
+
+    Returns:
+        The tokenizer as JSON without padding and truncation, the size of its vocabulary, and the
+        ids of pad, unk, cls, sep and mask.
+
+    Raises:
+        ValueError: with the folder and what is missing.
     """
     path = storage.join(folder, "tokenizer.json")
     if not storage.exists(path):
@@ -177,7 +183,7 @@ def from_folder(folder: str) -> tuple[str, int, list[int]]:
 
 
 def _declared(folder: str) -> dict[str, str]:
-    """Special tokens by role, as the files beside tokenizer.json name them."""
+    """Return the special tokens by role, as named by the files beside tokenizer.json."""
     token_config: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = storage.join(folder, name)
@@ -208,8 +214,9 @@ def _described(tokenizer: Tokenizer) -> str:
 
 
 def marks_beginnings(tokenizer: Tokenizer) -> bool:
-    """Whether a token's space stands before it (byte-level BPE, SentencePiece): a word by itself is
-    then tokenised with one, as RoBERTa's.
+    """Tell whether tokens include the space before a word (byte-level BPE, SentencePiece).
+
+    A word by itself is then tokenised with one, as RoBERTa's.
     """
     return not isinstance(tokenizer.model, models.WordPiece) and any(
         name in _described(tokenizer) for name in ("ByteLevel", "Metaspace", "▁")
@@ -217,11 +224,11 @@ def marks_beginnings(tokenizer: Tokenizer) -> bool:
 
 
 def continuing(tokenizer: Tokenizer, vocabulary: int, specials: Sequence[int]) -> str | None:
-    """Base64 of numpy.packbits of one bit a token id: true for tokens that go on a word. WordPiece
-    marks them ("##ing"); in byte-level BPE and SentencePiece they are those that begin with no
-    space, as for RoBERTa (punctuation goes on the word before it). False for special tokens.
+    """Return a bitmap of the tokens that continue a word, as Base64 of numpy.packbits.
 
-    None where the tokens do not tell (BPE with a mark at the end of a word).
+    WordPiece marks them ("##ing"); in byte-level BPE and SentencePiece they are those that do not
+    start with a space, as for RoBERTa (punctuation continues the word before it). False for special
+    tokens. None where tokens do not show it (BPE with a mark at the end of a word).
     """
     found = np.zeros(vocabulary, dtype=bool)
     tokens = tokenizer.get_vocab()
@@ -247,7 +254,7 @@ def continuing(tokenizer: Tokenizer, vocabulary: int, specials: Sequence[int]) -
 
 
 def not_utf8(document: Buffer) -> str:
-    """ "" or why a document is not UTF-8, with the place; read in pieces."""
+    """Return "" or why, and where, a document is not UTF-8; read in pieces."""
     start = 0
     while start < len(document):
         stop = _boundary(document, start + PIECE_BYTES)
@@ -261,8 +268,8 @@ def not_utf8(document: Buffer) -> str:
 
 
 def _reason(document: Buffer) -> str:
-    """Why these bytes do not begin with a character: at the end of a piece it may seem to be cut
-    off.
+    """Return why these bytes do not start with a character, or "" where one may be cut off by their
+    end.
     """
     try:
         str(document, "utf-8")
@@ -272,7 +279,7 @@ def _reason(document: Buffer) -> str:
 
 
 def _boundary(document: Buffer, stop: int) -> int:
-    """The last place up to ``stop`` that is not inside a character."""
+    """Return the last place up to ``stop`` that is not inside a character."""
     if stop >= len(document):
         return len(document)
     return next(
@@ -281,8 +288,8 @@ def _boundary(document: Buffer, stop: int) -> int:
 
 
 def piece(document: Buffer, start: int, size: int) -> tuple[str, int]:
-    """The next piece of a document, of about ``size`` bytes and at most PIECE_BYTES, and the byte
-    where it ends.
+    """Return the next piece of about ``size`` bytes, at most PIECE_BYTES, and the byte where it
+    ends.
     """
     while True:
         stop = _boundary(document, start + size)
@@ -300,7 +307,7 @@ def piece(document: Buffer, start: int, size: int) -> tuple[str, int]:
 
 
 def pieces(document: Buffer) -> Iterator[str]:
-    """A whole document in pieces, in order; an empty one has one."""
+    """Yield a whole document in pieces, in order; an empty one has one."""
     text, stop = piece(document, 0, PIECE_BYTES)
     yield text
     while stop < len(document):
@@ -309,7 +316,7 @@ def pieces(document: Buffer) -> Iterator[str]:
 
 
 def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list[str]]]:
-    """(numbers, texts) of about GROUP_BYTES together."""
+    """Yield (numbers, texts) of about GROUP_BYTES together."""
     numbers: list[int] = []
     texts: list[str] = []
     size = 0
@@ -325,11 +332,10 @@ def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list[
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Buffer], dtype: Any) -> list[np.ndarray]:
-    """All ids of each document, special tokens left out, in memory for the ids and one group of
-    pieces.
+    """Return all ids of each document, without special tokens.
 
-    A line of 100 MB of English, 24 million ids (2026-11-25): packing it takes 0.6 GB beside the
-    line, its first 512 ids none.
+    Memory is needed for the ids and one group of pieces. A line of 100 MB of English has 24 million
+    ids (2026-11-25): packing it takes 0.6 GB beside the line, its first 512 ids none.
     """
     found: list[list[np.ndarray]] = [[] for _ in documents]
     for numbers, texts in _groups(
@@ -343,8 +349,10 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Buffer], dtype: Any) -> lis
 
 
 class Beginning(NamedTuple):
-    """The first ids (k,) of a document. ``offsets`` (k, 2) are [start, end) of each in its
-    characters, without spaces around a token. ``whole``: there are no more ids.
+    """The first ids (k,) of a document.
+
+    ``offsets`` (k, 2) are [start, end) of each in characters, without surrounding spaces.
+    ``whole``: these are all of its ids.
     """
 
     ids: np.ndarray
@@ -355,8 +363,7 @@ class Beginning(NamedTuple):
 def encode_first(
     tokenizer: Tokenizer, documents: Sequence[Buffer], most: int, dtype: Any, offsets: bool = False
 ) -> list[Beginning]:
-    """At least the first ``most`` ids of each document that has so many; what comes after them is
-    not read on.
+    """Return at least the first ``most`` ids of each document; the rest is not read.
 
     With ``offsets`` the first piece has PIECE_BYTES, so that all ids of a document no longer than
     that are counted.
@@ -401,9 +408,7 @@ def encode_first(
 
 
 def _trimmed(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """(k, 2) int32 offsets without the spaces at their ends: byte-level BPE counts the space before
-    a word to the word.
-    """
+    """Return (k, 2) int32 offsets without spaces at their ends, which byte-level BPE includes."""
     if not offsets:
         return np.zeros((0, 2), dtype=np.int32)
     start, end = np.array(offsets, dtype=np.int32).T
@@ -418,8 +423,9 @@ def _trimmed(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
 def encode_words(
     tokenizer: Tokenizer, rows: Sequence[Sequence[str]], most: int, dtype: Any
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each row of words (ids, number of the word that each id is a part of), every word
-    tokenised by itself; at least the first ``most`` ids.
+    """Tokenise each word of each row by itself, at least up to the first ``most`` ids.
+
+    Returns (ids, number of the word that each id belongs to) for each row.
     """
     space = " " if marks_beginnings(tokenizer) else ""
     found: list[tuple[np.ndarray, np.ndarray]] = [
@@ -445,5 +451,5 @@ def encode_words(
 
 
 def texts_of(documents: Iterable[Buffer]) -> list[str]:
-    """All pieces of all documents, to train a tokenizer on."""
+    """Yield all pieces of all documents, to train a tokenizer on."""
     return list(chain.from_iterable(map(pieces, documents)))

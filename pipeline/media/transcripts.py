@@ -19,20 +19,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from pipeline.core.ragged import lengths, padded, ragged
 
 BLANK = "<blank>"
-"""The name of label 0, which stands for no label at all (Graves et al. 2006)."""
+"""Name of label 0, which means no label (Graves et al. 2006)."""
 MOST_CHARACTERS = 500
 WORD_BEGINS = "▁"
 """How sub-words write the space before a word (SentencePiece, Kudo and Richardson 2018)."""
 ROWS_AT_ONCE = 256
-"""Pairs whose distances are counted together."""
+"""Pairs whose distances are computed together."""
 
 
 # ---------------------------------------------------------------- normalisation
 
 
 class _Punctuation(dict[int, str]):
-    """What ``no_punctuation`` makes of each character's code, found out once: dashes, connectors
-    and slashes (those of fractions too) part words, other marks and symbols vanish.
+    """Table of what ``no_punctuation`` makes of each character, computed on demand.
+
+    Dashes, connectors and slashes (also in fractions) become spaces; other marks and symbols are
+    removed.
     """
 
     def __missing__(self, code: int) -> str:
@@ -43,8 +45,9 @@ class _Punctuation(dict[int, str]):
 
 
 class _Format(dict[int, str]):
-    """What ``nfkc`` makes of each character's code before it composes: characters of format vanish,
-    but for those that join letters or keep them apart.
+    """Table of what ``nfkc`` makes of each character before composition, computed on demand.
+
+    Format characters are removed, except for those that join letters or keep them apart.
     """
 
     def __missing__(self, code: int) -> str:
@@ -61,8 +64,9 @@ _APOSTROPHES = str.maketrans({**dict.fromkeys("’‘ʼ‛`´\uff40\u1fef\u1ffd"
 
 
 def _composed(text: str) -> str:
-    """Letters and accents as one character again, as ``nfkc`` has them: a change of case parts
-    some, and where a mark between them goes they come together.
+    """Compose letters and accents, as ``nfkc`` does.
+
+    A change of case decomposes some, and removing a mark between them brings others together.
     """
     return unicodedata.normalize("NFC", text)
 
@@ -75,19 +79,21 @@ RULES: dict[str, Callable[[str], str]] = {
     "no_punctuation": lambda text: _composed(text.translate(_PUNCTUATION)),
     "spaces": lambda text: " ".join(text.split()),
 }
-"""Rules of normalisation by name. apostrophe: its typographic forms become ', those too that nfkc
-would make (of ŉ). nfkc: Unicode's compatibility composition (UAX 15), without characters of format
-(Cf: soft hyphens, spaces of no width, byte order marks), but for the joiner and non-joiner, which
-spell words. no_punctuation: Unicode's marks (P) and symbols (S) go, but for '; dashes, underscores
-and slashes become spaces, also that of ½, which is 1 2. spaces: white space becomes single spaces,
-none at the ends. A text that went through the rules of ``rules_of`` stays as it is when it goes
-through them again.
+"""Rules of normalisation by name.
+
+apostrophe: its typographic forms become ', also those that nfkc would make (of ŉ). nfkc: Unicode's
+compatibility composition (UAX 15), without format characters (Cf: soft hyphens, zero-width spaces,
+byte order marks) except for joiner and non-joiner, which spell words. no_punctuation: Unicode's
+marks (P) and symbols (S) are removed, except for '; dashes, underscores and slashes become spaces,
+also that of ½, which is 1 2. spaces: white space becomes single spaces, none at the ends. A text
+that was normalised by the rules of ``rules_of`` is not changed by them again.
 """
 
 
 def rules_of(case: str, punctuation: str) -> str:
-    """Names of the rules, in their order, with spaces between them: what state and results say of a
-    text. ``case`` is upper, lower or keep, ``punctuation`` drop or keep.
+    """Return the names of the rules, in order, separated by spaces, as state and results show them.
+
+    ``case`` is upper, lower or keep, ``punctuation`` drop or keep.
     """
     return " ".join(
         [
@@ -101,7 +107,7 @@ def rules_of(case: str, punctuation: str) -> str:
 
 
 def normalised(text: str, rules: str) -> str:
-    """The text after the named rules. Raises ValueError for a rule that is not known."""
+    """Apply the named rules to a text. Raises ValueError for an unknown rule."""
     for name in rules.split():
         if name not in RULES:
             raise ValueError(
@@ -116,9 +122,10 @@ def normalised(text: str, rules: str) -> str:
 
 @dataclass(frozen=True)
 class Alphabet:
-    """Labels of normalised texts. ``labels``: their names by number, the blank first.
-    ``characters``: all that the training texts hold. ``tokenizer``: JSON of the sub-words, "" where
-    each character is a label.
+    """Labels of normalised texts.
+
+    ``labels``: names by number, the blank first. ``characters``: all those of the training texts.
+    ``tokenizer``: JSON of the sub-words, "" where each character is a label.
     """
 
     labels: tuple[str, ...]
@@ -127,8 +134,9 @@ class Alphabet:
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Alphabet:
-        """The characters of normalised texts, sorted; the space parts words. Raises ValueError for
-        no character and for more than 500.
+        """Make an alphabet of the characters of normalised texts, sorted.
+
+        Raises ValueError for no character and for more than 500.
         """
         found = _characters(texts)
         if len(found) > MOST_CHARACTERS:
@@ -142,8 +150,8 @@ class Alphabet:
 
     @classmethod
     def of_subwords(cls, texts: Sequence[str], vocabulary: int) -> Alphabet:
-        """``vocabulary`` labels at most, the blank with them: byte pair encoding (Sennrich et al.
-        2016) trained on normalised texts.
+        """Make an alphabet of at most ``vocabulary`` labels by byte pair encoding (Sennrich et al.
+        2016).
 
         Raises ValueError where the characters alone are as many.
         """
@@ -170,7 +178,7 @@ class Alphabet:
         return cls(tuple(state["labels"]), state["characters"], state["tokenizer"])
 
     def state(self) -> dict[str, Any]:
-        """JSON from which ``from_state`` makes it again."""
+        """JSON for ``from_state``."""
         return {
             "labels": [*self.labels],
             "characters": self.characters,
@@ -187,7 +195,7 @@ class Alphabet:
 
     @cached_property
     def _pieces(self) -> tuple[str, ...]:
-        """What each label writes."""
+        """The text of each label."""
         return (
             "",
             *(
@@ -197,8 +205,8 @@ class Alphabet:
         )
 
     def strange(self, text: str) -> str:
-        """ "" or which characters of a normalised text are outside the alphabet, and how often they
-        come.
+        """Return "" or which characters of a normalised text the alphabet lacks, and how often they
+        occur.
         """
         often = Counter(text)
         strange = [
@@ -210,7 +218,7 @@ class Alphabet:
         return f"no training transcript holds {', '.join(strange[:8])}{more}" if strange else ""
 
     def encode(self, text: str) -> np.ndarray:
-        """(L,) int32 label numbers of a normalised text, all of whose characters are known."""
+        """Return (L,) int32 labels of a normalised text, all of whose characters are known."""
         numbers = (
             [one + 1 for one in self._trained.encode(text).ids]
             if self.tokenizer
@@ -219,16 +227,14 @@ class Alphabet:
         return np.array(numbers, dtype=np.int32)
 
     def decode(self, labels: Iterable[int]) -> str:
-        """The text of label numbers, single spaces between its words; numbers below 1 write
-        nothing.
-        """
+        """Return the text of labels, with single spaces between words; numbers below 1 are skipped."""
         return " ".join("".join(self._pieces[label] for label in labels if label > 0).split())
 
     def words(
         self, labels: np.ndarray, first: np.ndarray, last: np.ndarray
     ) -> list[tuple[str, int, int]]:
-        """(word, its first frame, its last one) of label numbers (L,) that lie on the frames
-        ``first`` to ``last`` (L,).
+        """Return (word, first frame, last frame) of labels (L,) on the frames ``first`` to ``last``
+        (L,).
         """
         out: list[tuple[str, int, int]] = []
         letters = [
@@ -258,8 +264,8 @@ def _characters(texts: Iterable[str]) -> str:
 
 
 def repeats(labels: np.ndarray) -> int:
-    """How many labels (L,) equal the one before: CTC parts them by a blank, which takes a frame of
-    its own.
+    """Count labels (L,) that equal the one before: CTC needs a blank between them, which takes a
+    frame.
     """
     return int((labels[1:] == labels[:-1]).sum())
 
@@ -268,11 +274,11 @@ def repeats(labels: np.ndarray) -> int:
 
 
 def edit_distances(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> np.ndarray:
-    """(n,) int64: how many insertions, deletions and substitutions turn each of ``ours`` (whole
-    numbers, at least 0) into its partner (Levenshtein 1966).
+    """Return (n,) int64 Levenshtein distances between ``ours`` and their partners (Levenshtein
+    1966).
 
-    Many pairs at a time, a column of their tables in one step: torchaudio's and a plain loop take a
-    pair in Python, 10 ms for 200 letters.
+    Sequences are integers of at least 0. Many pairs are computed together, a column of their tables
+    in one step: torchaudio and a plain loop take 10 ms a pair of 200 letters in Python.
     """
     out = np.zeros(len(ours), dtype=np.int64)
     order = np.argsort([len(one) for one in ours], kind="stable")
@@ -296,9 +302,11 @@ def edit_distances(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> 
 
 
 def errors(said: Sequence[str], right: Sequence[str]) -> dict[str, np.ndarray]:
-    """``word_errors``, ``words``, ``char_errors`` and ``chars`` (n,) int64 of normalised hypotheses
-    and references: their edit distances, and how many words and characters (spaces too) the
-    references have. WER and CER are the ratios of their sums, as jiwer has it.
+    """Count errors and units of normalised hypotheses and references.
+
+    ``word_errors``, ``words``, ``char_errors`` and ``chars`` (n,) int64: edit distances, and how
+    many words and characters (spaces too) the references have. WER and CER are the ratios of their
+    sums, as in jiwer.
     """
     number: dict[str, int] = {}
     words = [
@@ -339,8 +347,8 @@ class Cue(NamedTuple):
 
 
 def cues(words: Iterable[Mapping[str, Any]]) -> list[Cue]:
-    """Subtitles of {word, start, end} in the order of their times; a word that is longer than a
-    line has one for itself.
+    """Make subtitles of {word, start, end} in the order of time; a word longer than a line has its
+    own.
     """
     held: list[tuple[float, float, list[str]]] = []
     for one in words:
@@ -365,7 +373,7 @@ def cues(words: Iterable[Mapping[str, Any]]) -> list[Cue]:
 
 
 def srt(shown: Iterable[Cue]) -> str:
-    """A SubRip file of cues."""
+    """Format cues as a SubRip file."""
     return "".join(
         f"{number}\n{_clock(one.start)} --> {_clock(one.end)}\n" + "\n".join(one.lines) + "\n\n"
         for number, one in enumerate(shown, 1)
@@ -378,11 +386,10 @@ def _clock(seconds: float) -> str:
 
 
 def file_names(recordings: Iterable[str], suffix: str) -> dict[str, str]:
-    """A relative file name for each recording (a path, a URI or any name), all different, also
-    where case is ignored; none leads out of its folder.
+    """Return a distinct relative file name for each recording (a path, a URI or any name).
 
-    Folders that all of them share are left out, and so is the recording's own suffix, unless two
-    would then have one name.
+    Names are distinct without regard to case, and none leads out of its folder. Common folders are
+    left out, and so is the recording's suffix, unless two would then have one name.
     """
     names = sorted(set(recordings))
     parts = {
@@ -411,7 +418,8 @@ def file_names(recordings: Iterable[str], suffix: str) -> dict[str, str]:
 
 
 def _safe(part: str) -> str:
-    """One part of a path as every file system takes it: no control character, none of those that
-    Windows refuses, 100 characters at most; "" for spaces.
+    """Make one part of a path valid on every file system.
+
+    No control characters, nothing that Windows rejects, at most 100 characters; "" for spaces.
     """
     return re.sub(r'[\x00-\x1f\x7f<>:"|?*]', "_", part).strip()[:100]

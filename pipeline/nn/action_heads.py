@@ -1,4 +1,4 @@
-"""Actions of trajectories: how columns hold them, and what heads tell of them.
+"""Actions of trajectories: how columns hold them, and what heads predict of them.
 
 Shapes: B rows, T steps of an episode, A numbers or classes of an action, H actions of a chunk, K
 components. Numbers are standardised, classes are one-hot.
@@ -19,7 +19,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 
 LOG_STD = (-5.0, 2.0)
-"""Bounds of the logarithm of a standardised action's deviation: below, a few exact demonstrations
+"""Bounds of the log standard deviation of a standardised action: below, a few exact demonstrations
 would drive the density to infinity.
 """
 Kind = Literal["continuous", "discrete"]
@@ -29,9 +29,10 @@ Kind = Literal["continuous", "discrete"]
 
 
 def kind_of(column: pa.ChunkedArray, name: str) -> Kind:
-    """``continuous``: a list of numbers a step; ``discrete``: a class name (text, whole number or
-    truth value) a step, as modality trajectory reads them. Raises ValueError for a column of
-    another type.
+    """Return ``continuous`` or ``discrete``, as modality trajectory reads a column of actions.
+
+    Continuous: a list of numbers for each step; discrete: a class name (text, integer or boolean).
+    Raises ValueError for a column of another type.
     """
     inner = _value_type(column.type)
     deep = _value_type(inner) if inner is not None else None
@@ -62,15 +63,15 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def names_of(column: pa.ChunkedArray) -> list[str]:
-    """The class names of all rows, as texts, sorted: the order that modality trajectory gives
-    them.
+    """Return the class names of all rows as texts, sorted, which is the order of modality
+    trajectory.
     """
     flat = pc.cast(pc.list_flatten(column), pa.string())
     return sorted(name for name in flat.unique().to_pylist() if name is not None)
 
 
 def counts(column: pa.ChunkedArray) -> np.ndarray:
-    """(n,) int64 actions of each row; 0 for a row that is null."""
+    """Return (n,) int64 actions of each row; 0 for null."""
     # pyright: ignore
     return pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
 
@@ -79,9 +80,11 @@ def counts(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def temporal_ensemble(plans: list[np.ndarray], rate: float | None) -> np.ndarray:
-    """(n, A) the action of now from the chunks (n, H, A) of the last steps, the oldest first and
-    the last one made now: their predictions of it, weighed by exp(-rate i), i = 0 for the oldest,
-    as ACT's code has it; without a rate the newest alone.
+    """Average the predictions of the current action from the last chunks (n, H, A), oldest first:
+    (n, A).
+
+    Weights are exp(-rate i), i = 0 for the oldest, as in ACT's code; without a rate the newest
+    chunk counts alone.
     """
     said = np.stack([plan[:, len(plans) - 1 - place] for place, plan in enumerate(plans)])
     if rate is None:
@@ -91,8 +94,9 @@ def temporal_ensemble(plans: list[np.ndarray], rate: float | None) -> np.ndarray
 
 
 def chunks(actions: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(B, T, size, A) of actions (B, T, A): at each step its own and those that follow; (B, T,
-    size) which lie within the row's mask (B, T).
+    """Cut actions (B, T, A) into (B, T, size, A): at each step its own and the following ones.
+
+    Also returns (B, T, size) bool, true within the row's mask (B, T).
     """
     ahead = F.pad(actions, (0, 0, 0, size - 1)).unfold(1, size, 1).movedim(-1, 2)
     there = F.pad(mask, (0, size - 1), value=False).unfold(1, size, 1)
@@ -100,16 +104,14 @@ def chunks(actions: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def head_of(asked: str, discrete: bool) -> str:
-    """The head of a space: spaces of the other kind than the option's (those of a source) have the
-    automatic one.
-    """
+    """Return the head of a space; a space of another kind than the option's has the automatic one."""
     if discrete:
         return "categorical"
     return "mse" if asked in ("auto", "categorical") else asked
 
 
 def output_width(head: str, action: int, components: int) -> int:
-    """Numbers that tell of one action."""
+    """Return how many numbers a head predicts for one action."""
     return {
         "mse": action,
         "gaussian": 2 * action,
@@ -124,25 +126,26 @@ def _bounded(raw: Tensor) -> Tensor:
 
 
 def _mixture(out: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(..., K) logits, (..., K, A) means and (..., K, A) logarithms of deviations."""
+    """Return (..., K) logits, (..., K, A) means and (..., K, A) log standard deviations."""
     logits, rest = out[..., :components], out[..., components:].unflatten(-1, (2, components, -1))
     return logits, rest[..., 0, :, :], _bounded(rest[..., 1, :, :])
 
 
 def _log_densities(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """(..., A) of each number by itself."""
+    """Return (..., A) log densities of single numbers."""
     return (
         -0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)
     )
 
 
 def losses(head: str, out: Tensor, target: Tensor, components: int, beta: float = 0.0) -> Tensor:
-    """(...) losses of what a head tells (..., outputs) of actions (..., A): of mse the squared
-    error averaged over an action's numbers, else the negative log-likelihood in nats.
+    """Return (...) losses of predictions (..., outputs) for actions (..., A).
 
-    ``beta``: densities are weighed by the variance that is told, to this power and as a constant
-    (beta-NLL, Seitzer et al. 2022): without it what is told badly gets a large variance and is
-    learned no more. Of a mixture the variance is the geometric mean over numbers and components.
+    The squared error averaged over an action's numbers for mse, else the negative log-likelihood in
+    nats. ``beta`` weights densities by the predicted variance to this power, as a constant
+    (beta-NLL, Seitzer et al. 2022): without it, what is predicted badly gets a large variance and
+    is not learned further. The variance of a mixture is the geometric mean over numbers and
+    components.
     """
     if head == "mse":
         return (out - target).square().mean(-1)
@@ -163,7 +166,7 @@ def losses(head: str, out: Tensor, target: Tensor, components: int, beta: float 
 
 
 def likeliest(head: str, out: Tensor, components: int) -> Tensor:
-    """(..., A) the action that a policy takes, standardised; of classes their scores."""
+    """Return (..., A) the action that a policy takes, standardised; for classes their scores."""
     if head == "gaussian":
         return out.chunk(2, -1)[0]
     if head == "mixture":

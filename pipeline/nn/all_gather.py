@@ -1,6 +1,4 @@
-"""Rows of all ranks at hand on each of them, for losses that compare the rows of a global batch
-with each other.
-"""
+"""Gather rows from all ranks, for losses that compare the rows of a global batch with each other."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from torch import Tensor
 
 
 def ranks() -> tuple[int, int]:
-    """This process's rank and how many there are: (0, 1) where none were started."""
+    """Return this process's rank and the number of ranks: (0, 1) without torch.distributed."""
     return (
         (dist.get_rank(), dist.get_world_size())
         if dist.is_available() and dist.is_initialized()
@@ -19,9 +17,7 @@ def ranks() -> tuple[int, int]:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum over ranks, on each of them, without a gradient. Every rank must call it, with the
-    same shape.
-    """
+    """Sum over ranks, without a gradient. Every rank must call it, with the same shape."""
     tensor = tensor.detach().clone()
     if ranks()[1] > 1:
         dist.all_reduce(tensor)
@@ -29,14 +25,13 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 def gather(local: Tensor) -> tuple[Tensor, int]:
-    """(B_0 + B_1 + ..., ...) the rows of all ranks in their order, and at which place this rank's
-    own begin.
+    """Return the rows of all ranks, (B_0 + B_1 + ..., ...), and the place of this rank's first row.
 
-    ``local``: (B_r, ...) floats; ranks may hold unequal numbers of rows and one of them none, and
-    every rank must call it. A gradient goes back to this rank's own rows only, and nothing is sent
-    for it: each rank computes the whole loss of all rows, so its own rows get their whole gradient,
-    and the sum over ranks is the loss's. (Sending gradients back would need all ranks in the
-    backward pass, where one without rows has no graph to send from.)
+    ``local``: (B_r, ...) floats. Ranks may hold different numbers of rows, also none; every rank
+    must call it. A gradient flows to this rank's own rows only, and nothing is sent for it: each
+    rank computes the whole loss of all rows, so its own rows get their whole gradient, and the sum
+    over ranks is the loss's. (Sending gradients back would need all ranks in the backward pass,
+    where one without rows has no graph to send from.)
     """
     rank, count = ranks()
     if count == 1:

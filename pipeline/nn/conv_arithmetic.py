@@ -1,5 +1,6 @@
-"""Where the frames of a chain of convolutions lie: ``convolutions`` are (kernel, stride, padding on
-each side), from the samples to the frames.
+"""Positions of the frames of a chain of convolutions.
+
+``convolutions`` are (kernel, stride, padding on each side), from the samples to the frames.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ Convolutions = Sequence[Sequence[int]]
 
 
 def count(lengths: Any, convolutions: Convolutions) -> Any:
-    """How many frames so many samples give: an int, an array or a tensor of whole numbers, and the
-    same back (Dumoulin and Visin 2016, relation 6).
+    """Return how many frames so many samples give (Dumoulin and Visin 2016, relation 6).
 
-    Zero for inputs shorter than the kernels reach.
+    Takes and returns an int, an integer array or tensor; 0 for inputs shorter than the kernels.
     """
     for kernel, stride, padding in convolutions:
         there = lengths > 0
@@ -26,14 +26,14 @@ def count(lengths: Any, convolutions: Convolutions) -> Any:
 
 
 def stride(convolutions: Convolutions) -> int:
-    """Samples from one frame to the next."""
+    """Return the samples from one frame to the next."""
     return (
         int(np.prod([step for _, step, _ in convolutions], dtype=np.int64)) if convolutions else 1
     )
 
 
 def field(convolutions: Convolutions) -> int:
-    """Samples that one frame sees: its receptive field."""
+    """Return the receptive field of a frame in samples."""
     reach = 1
     for kernel, step, _ in reversed(list(convolutions)):
         reach = (reach - 1) * step + kernel
@@ -41,7 +41,7 @@ def field(convolutions: Convolutions) -> int:
 
 
 def first(convolutions: Convolutions) -> int:
-    """The sample that frame 0 begins to see: negative where there is padding."""
+    """Return the first sample in the receptive field of frame 0; negative where there is padding."""
     start, step = 0, 1
     for _, own, padding in convolutions:
         start -= padding * step
@@ -50,8 +50,6 @@ def first(convolutions: Convolutions) -> int:
 
 
 def seconds(frames: np.ndarray, convolutions: Convolutions, rate: int) -> np.ndarray:
-    """Times at which frames begin, were each as long as the way to the next one and centred on what
-    it sees.
-    """
+    """Return the times at which frames start, each as long as the stride and centred on its field."""
     begin = first(convolutions) + (field(convolutions) - stride(convolutions)) / 2
     return np.maximum(0.0, (begin + np.asarray(frames) * stride(convolutions)) / rate)

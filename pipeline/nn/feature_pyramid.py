@@ -1,4 +1,4 @@
-"""Feature pyramids over a backbone's stages, for detection and segmentation.
+"""Feature pyramids over a backbone's feature maps, for detection and segmentation.
 
 A backbone with maps of several strides gets a Feature Pyramid Network (Lin et al. 2017); one whose
 maps all have one stride (a plain ViT) gets the simple feature pyramid of its last map (Li et al.
@@ -20,12 +20,14 @@ from pipeline.core.contracts import Backbone, FeatureMapSpec, Features
 
 
 class Pyramid(nn.Module):
-    """Maps of one width, finest first. ``strides`` are those of its maps in pixels of the input: of
-    the ``wanted`` ones those that the backbone has (a plain ViT's patch size times powers of two),
-    then what ``top`` adds: "p6p7" two strided convolutions (RetinaNet, FCOS), "pool" one
-    subsampling (Faster R-CNN). ``out_channels`` is what torchvision's detectors ask for.
+    """Feature maps of one width, finest first.
 
-    Raises ValueError for a backbone without stages, or with none of the wanted strides.
+    ``strides`` are those of its maps in pixels of the input: of the ``wanted`` ones those that the
+    backbone has (a plain ViT: its patch size times powers of two), then those that ``top`` adds:
+    "p6p7" two strided convolutions (RetinaNet, FCOS), "pool" one subsampling (Faster R-CNN).
+    ``out_channels`` is what torchvision's detectors ask for.
+
+    Raises ValueError for a backbone without feature maps, or with none of the wanted strides.
     """
 
     def __init__(
@@ -78,8 +80,9 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Maps (B, channels, ceil(H / stride), ceil(W / stride)) by names "0", "1", ... and those
-        of ``top``; ``size`` is the input's (H, W).
+        """Return maps (B, channels, ceil(H / stride), ceil(W / stride)) by names "0", "1", ...
+
+        The names of those of ``top`` are torchvision's; ``size`` is the input's (H, W).
         """
         if self.simple is not None:
             maps = self.simple(features.stages[self.simple.stage])
@@ -101,8 +104,10 @@ class Pyramid(nn.Module):
 
 
 class SimplePyramid(nn.Module):
-    """All scales from one map: transposed convolutions to finer ones, pooling to coarser ones, then
-    a 1x1 and a 3x3 convolution with layer norms (Li et al. 2022, section 3).
+    """All scales from one map (Li et al. 2022, section 3).
+
+    Transposed convolutions for finer ones and pooling for coarser ones, then a 1x1 and a 3x3
+    convolution with layer norms.
     """
 
     def __init__(self, stage: FeatureMapSpec, wanted: tuple[int, ...], channels: int):

@@ -1,5 +1,5 @@
-"""Losses for rows of which one class is rare: class weights and the focal loss. For training; what
-is evaluated is never weighted.
+"""Losses for imbalanced classes: class weights and the focal loss. For training; evaluation is
+never weighted.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 
 def balanced(counts: Sequence[int], device: torch.device) -> Tensor:
-    """(C,) float32 weights rows / (classes x rows of the class): every class weighs as much, and
-    all training rows together what they did (King and Zeng 2001). A class without rows weighs
-    nothing.
+    """Return (C,) float32 weights rows / (classes x rows of the class) (King and Zeng 2001).
+
+    Every class then has the same weight, and all training rows together the same as before. A class
+    without rows has weight 0.
     """
     total = sum(counts)
     return torch.tensor(
@@ -29,10 +30,10 @@ def cross_entropies(
     gamma: float = 0.0,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """(K,) cross entropies of scores (K, C) with labels (K,), times (1 - p) ** gamma, p the
-    probability of the true class (focal loss, Lin et al. 2017).
+    """Return (K,) cross entropies of scores (K, C) with labels (K,), times (1 - p) ** gamma.
 
-    ``weight`` (C,) is that of the row's class; ``smoothing`` is label smoothing.
+    p is the probability of the true class (focal loss, Lin et al. 2017). ``weight`` (C,) is that of
+    the row's class; ``smoothing`` is label smoothing.
     """
     losses = F.cross_entropy(
         scores, label, weight=weight, reduction="none", label_smoothing=smoothing
@@ -47,8 +48,9 @@ def cross_entropies(
 def binary_cross_entropies(
     scores: Tensor, label: Tensor, pos_weight: Tensor | None = None, gamma: float = 0.0
 ) -> Tensor:
-    """The same of labels that are true or not by themselves: scores and float labels of any shape,
-    an array of it back; ``pos_weight`` weighs positives.
+    """Return the same for independent binary labels: scores and float labels of any shape.
+
+    ``pos_weight`` weights positives.
     """
     losses = F.binary_cross_entropy_with_logits(
         scores, label, reduction="none", pos_weight=pos_weight
@@ -62,7 +64,8 @@ def binary_cross_entropies(
 
 
 def _hard(log_chance: Tensor, gamma: float) -> Tensor:
-    """(1 - p) ** gamma of log p. Where p is 1 in float32 the slope of a root would be infinite: p
-    stays below it.
+    """Return (1 - p) ** gamma from log p.
+
+    p is kept below 1: where it is 1 in float32 the slope of a root would be infinite.
     """
     return (1 - log_chance.exp()).clamp(min=1e-6) ** gamma
