@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from pipeline.checkpoints.bundle import Bundle
     from pipeline.report.matrix import Cell
+    from pipeline.report.results import ResultRow
     from pipeline.train.progress import Progress
     from pipeline.transfer.stages import JobState
 
@@ -49,7 +50,7 @@ class Outcome:
     """A row for each source and target, best first: ``target``, ``source``, ``backbone`` and a value
     for each transferability score.
     """
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[ResultRow] = field(default_factory=list)
     """The job's rows of the results table."""
     cells: list[Cell] = field(default_factory=list)
     """The matrix of the report: means, gains over scratch and their intervals."""
@@ -150,7 +151,8 @@ def results(job: Job | str) -> pa.Table:
     from pipeline.report import results as table
 
     root = job if isinstance(job, str) else job.root
-    return pa.Table.from_pylist(table.read(root), schema=table.SCHEMA)
+    rows = [row.columns() for row in table.read(root)]
+    return pa.Table.from_pylist(rows, schema=table.SCHEMA)
 
 
 def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:
@@ -297,7 +299,6 @@ def checked(
 
 
 def _run(state: JobState, stages: Sequence[Stage]) -> Outcome:
-    from pipeline.report import results
     from pipeline.train import launch
     from pipeline.transfer import fanout
     from pipeline.transfer import stages as work
@@ -314,11 +315,10 @@ def _run(state: JobState, stages: Sequence[Stage]) -> Outcome:
     scores = work.score(state, shared) if "score" in stages else []
     if "finetune" not in stages:
         return Outcome(_bundles(state), scores, failed=work.failures(state, []))
-    rows = results.with_all_columns(work.collect(state, work.finetune(state, shared)))
-    return reported(state, rows)
+    return reported(state, work.collect(state, work.finetune(state, shared)))
 
 
-def reported(state: JobState, rows: list[dict[str, Any]]) -> Outcome:
+def reported(state: JobState, rows: list[ResultRow]) -> Outcome:
     """Write the report of a job's rows."""
     from pipeline.io import storage
     from pipeline.report import code_versions, results

@@ -15,6 +15,7 @@ from toys import furthest, image_rows, make_run, weights
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, Task, View
 from pipeline.core.rng import uniform
+from pipeline.core.specs import Architecture
 from pipeline.data.stream import LoadedBatch
 from pipeline.train import loop
 from pipeline.train.loop import Ranks
@@ -31,11 +32,7 @@ class Conv(Backbone):
         self.norm: nn.Module = nn.GroupNorm(2, width) if norm == "group" else nn.BatchNorm2d(width)
         self.block = nn.Conv2d(width, width, 3, padding=1)
         self.pooled_dim = width
-        self.arch = {
-            "name": "toys/conv",
-            "options": {},
-            "inputs": {"channels": channels, "size": SIZE},
-        }
+        self.arch = Architecture("toys/conv", {}, {"channels": channels, "size": SIZE})
 
     def forward(self, batch: Batch, *, token_mask=None, want=()) -> Features:
         return Features(

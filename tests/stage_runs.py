@@ -12,19 +12,16 @@ from toys import label_state, task_of
 
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job
+from pipeline.core.specs import ModalitySpec
 from pipeline.data.stream import DataWorkers
-from pipeline.report import results
+from pipeline.report.results import ResultRow
 from pipeline.train import launch, pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
 from pipeline.transfer import fanout, predict, stages, trial
 
 COLUMNS = {"image": "picture", "label": "class"}
-MODALITY = {
-    "name": "image",
-    "options": {"size": 32, "channels": 3},
-    "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
-}
+MODALITY = ModalitySpec("image", {"size": 32, "channels": 3}, {"mean": [0.5] * 3, "std": [0.2] * 3})
 
 
 class Silent(Progress):
@@ -117,14 +114,14 @@ def changed(job: Job, **parts) -> Job:
     return Job.model_validate({**job.model_dump(mode="json"), **parts})
 
 
-def primary(rows: list[dict[str, Any]], **where) -> list[dict[str, Any]]:
+def primary(rows: list[ResultRow], **where) -> list[ResultRow]:
     """Test rows of the primary metric."""
     return [
         row
         for row in rows
-        if row["split"] == "test"
-        and row["metric"] == "accuracy"
-        and all(row[k] == v for k, v in where.items())
+        if row.split == "test"
+        and row.metric == "accuracy"
+        and all(getattr(row, k) == v for k, v in where.items())
     ]
 
 
@@ -132,8 +129,6 @@ def prepared(job: Job, *remake: str) -> stages.JobState:
     return stages.check(job, Silent(), remake=remake)
 
 
-def run_through(job: Job, *remake: str) -> tuple[stages.JobState, list[dict[str, Any]]]:
+def run_through(job: Job, *remake: str) -> tuple[stages.JobState, list[ResultRow]]:
     state = prepared(job, *remake)
-    return state, results.with_all_columns(
-        stages.collect(state, stages.finetune(state, stages.share(state)))
-    )
+    return state, stages.collect(state, stages.finetune(state, stages.share(state)))

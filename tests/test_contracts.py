@@ -40,6 +40,7 @@ from pipeline.config import registry
 from pipeline.config.registry import Options
 from pipeline.core.contracts import Batch, Task, Technique, trains
 from pipeline.core.contracts.objective_capabilities import CachedHead, CouplesRows, UpdatesAfterStep
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.metrics.catalog import metric
 from pipeline.objectives.classification import Classification
 from pipeline.train import loop
@@ -78,7 +79,7 @@ def rows_for(name: str):
         return text_rows(8, text_modality(name)), given
     for rows in (image_rows(8, size=32, channels=3), text_rows(8, text_modality(name))):
         try:
-            bundle.build_backbone({"name": name, "options": {}, "inputs": rows.modality.inputs()})
+            bundle.build_backbone(Architecture(name, {}, rows.modality.inputs()))
         except ValueError:
             continue
         return rows, {}
@@ -267,7 +268,10 @@ def test_heads_swap(case):
 
 
 def test_arch_rebuilds_it_from_a_seed(case):
-    assert json.loads(json.dumps(case.backbone.arch)) == case.backbone.arch
+    assert (
+        Architecture.from_json(json.loads(json.dumps(case.backbone.arch.to_json())))
+        == case.backbone.arch
+    )
     torch.manual_seed(11)
     state = torch.get_rng_state()
     a = bundle.build_backbone(case.backbone.arch, seed=5)
@@ -294,11 +298,11 @@ def test_arch_rebuilds_it_from_a_seed(case):
 
 def test_names_and_outputs_survive_a_bundle(case, tmp_path):
     case.task.eval()
-    modality = {
-        "name": case.rows.modality.registered_name,
-        "options": case.rows.modality.options.model_dump(),
-        "state": case.rows.modality.state,
-    }
+    modality = ModalitySpec(
+        case.rows.modality.registered_name,
+        case.rows.modality.options.model_dump(),
+        case.rows.modality.state,
+    )
     bundle.save(str(tmp_path / "bundle"), case.task, modality, columns={"label": "label"})
     found = bundle.load(str(tmp_path / "bundle"))
     again = found.task()
@@ -306,7 +310,7 @@ def test_names_and_outputs_survive_a_bundle(case, tmp_path):
     with torch.no_grad():
         a, b = (task.objective.predict(task.backbone, case.batch) for task in (case.task, again))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    twin = bundle.build_backbone(found.manifest["arch"], seed=3)
+    twin = bundle.build_backbone(found.manifest.arch, seed=3)
     moved = bundle.transfer(twin, found.backbone_tensors(), "bundle")
     assert not moved.new and not moved.dropped and set(moved.kept) == set(twin.state_dict())
     assert bundle.load(str(tmp_path / "bundle")).modality().inputs() == case.rows.modality.inputs()
@@ -438,13 +442,11 @@ def test_an_objective_can_be_written_down(objective):
     """Options and state are JSON, and build the same again."""
     task, _ = objective
     head = task.objective
-    spec = json.loads(
-        json.dumps(
-            {
-                "name": head.registered_name,
-                "options": head.options.model_dump(),
-                "state": head.state,
-            }
+    spec = ObjectiveSpec.from_json(
+        json.loads(
+            json.dumps(
+                ObjectiveSpec(head.registered_name, head.options.model_dump(), head.state).to_json()
+            )
         )
     )
     again = bundle.build_task(task.backbone.arch, spec)
@@ -634,9 +636,7 @@ def test_a_modality_fits_decodes_and_collates_by_row(name):
     assert json.loads(json.dumps(state)) == state and state == kind.fit(
         options, table, columns, "timm/resnet10t"
     )
-    modality = bundle.build_modality(
-        {"name": name, "options": options.model_dump(), "state": state}
-    )
+    modality = bundle.build_modality(ModalitySpec(name, options.model_dump(), state))
     assert json.loads(json.dumps(modality.inputs())) == modality.inputs()
     arrays, bad = modality.decode(table, columns)
     assert bad == [""] * 8 and all(len(array) == 8 for array in arrays.values())

@@ -23,6 +23,7 @@ from pipeline import cli
 from pipeline.checkpoints import bundle
 from pipeline.config import plugins, provenance, registry, yaml_loader
 from pipeline.config.schema import JobError
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.transfer import grid
 
 SPECTRA = Path(__file__).parent / "plugin" / "spectra"
@@ -285,17 +286,9 @@ def test_an_installed_package_has_an_entry_point(tmp_path, monkeypatch):
 
 
 def test_a_bundle_cannot_name_a_plugin(tmp_path, spectra):
-    arch = {
-        "name": "spectra/perceptron",
-        "options": {},
-        "inputs": {"features": "spectrum", "bands": 4},
-    }
-    head = {"name": "regression", "options": {}, "state": {"mean": 0.0, "std": 1.0}}
-    modality = {
-        "name": "spectrum",
-        "options": {"bands": 4},
-        "state": {"mean": [0.0] * 4, "std": [1.0] * 4},
-    }
+    arch = Architecture("spectra/perceptron", {}, {"features": "spectrum", "bands": 4})
+    head = ObjectiveSpec("regression", {}, {"mean": 0.0, "std": 1.0})
+    modality = ModalitySpec("spectrum", {"bands": 4}, {"mean": [0.0] * 4, "std": [1.0] * 4})
     uri = str(tmp_path / "bundle")
     bundle.save(uri, bundle.build_task(arch, head, seed=0), modality, plugins=[str(SPECTRA)])
     table = pa.table({"spectrum": [[1.0, 2.0, 3.0, 4.0], [0.0] * 4, None]})
@@ -314,8 +307,8 @@ def test_a_bundle_cannot_name_a_plugin(tmp_path, spectra):
 
 def test_a_trials_code_holds_its_plugins(tmp_path, spectra):
     job = yaml_loader.load(job_file(tmp_path))
-    arch = {"name": "spectra/perceptron", "options": {}, "inputs": {}}
-    made = grid.bases({"lamps": (arch, {"name": "spectrum", "options": {}, "state": {}})})
+    arch = Architecture("spectra/perceptron", {}, {})
+    made = grid.bases({"lamps": (arch, ModalitySpec("spectrum", {}, {}))})
     code = grid.made_by(job.targets["kinds"], made[0], job.techniques[2]).code
     assert {
         "modality spectrum",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import Train
 from pipeline.core.contracts import Backbone, Batch, Features, Modality, Objective, Task, Technique
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data.manifest import Group, Manifest, Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Decoder, Rows, train_batches
@@ -314,11 +315,7 @@ class Net(Backbone):
         self.drop = nn.Dropout(dropout)
         self.block = nn.Linear(width, width)
         self.pooled_dim = width
-        self.arch = {
-            "name": "toys/net",
-            "options": {},
-            "inputs": {"channels": channels, "size": size},
-        }
+        self.arch = Architecture("toys/net", {}, {"channels": channels, "size": size})
 
     def forward(self, batch: Batch, *, token_mask=None, want=()) -> Features:
         x = self.norm(self.stem(batch["image"].flatten(1)))
@@ -350,8 +347,8 @@ def task_of(
 ) -> Task:
     """A task of registered parts."""
     return bundle.build_task(
-        {"name": name, "options": backbone, "inputs": inputs},
-        {"name": objective, "options": options or {}, "state": state or {}},
+        Architecture(name, backbone, inputs),
+        ObjectiveSpec(objective, options or {}, state or {}),
         seed,
     )
 
@@ -497,12 +494,10 @@ def shared_of(
     from pipeline.transfer.trial import Shared
 
     arch, modality = source or (
-        {"name": "timm/test_vit", "options": {}, "inputs": {"channels": 3, "size": 32}},
-        {
-            "name": "image",
-            "options": ImageOptions(size=32).model_dump(),
-            "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
-        },
+        Architecture("timm/test_vit", {}, {"channels": 3, "size": 32}),
+        ModalitySpec(
+            "image", ImageOptions(size=32).model_dump(), {"mean": [0.5] * 3, "std": [0.2] * 3}
+        ),
     )
     base = grid.bases({"src": (arch, modality)})[0]
     held = {

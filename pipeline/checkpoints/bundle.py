@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.config import provenance, registry
+from pipeline.config.provenance import Provenance
 from pipeline.core.contracts import Backbone, Modality, Objective, Task
+from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.io import atomic_folder, s3, storage
 
 FORMAT_VERSION = 1
@@ -41,41 +43,37 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, **provenance.versions()}
 
 
-def build_modality(spec: Mapping[str, Any]) -> Modality:
-    """A modality from its ``{name, options, state}``."""
-    kind = registry.get("modality", spec["name"])
-    return kind(kind.options_class(**spec["options"]), spec["state"])
+def build_modality(spec: ModalitySpec) -> Modality:
+    """Build a modality with its fitted state."""
+    kind = registry.get("modality", spec.name)
+    return kind(kind.options_class(**spec.options), spec.state)
 
 
-def build_backbone(arch: Mapping[str, Any], seed: int | None = None) -> Backbone:
-    """A backbone with random weights from ``{name: library/model, options, inputs}``, from ``seed``
-    when given.
-    """
-    library, _, architecture = arch["name"].partition("/")
+def build_backbone(arch: Architecture, seed: int | None = None) -> Backbone:
+    """Build a backbone with random weights, from ``seed`` when given."""
+    library, _, architecture = arch.name.partition("/")
     kind = registry.get("model", library)
-    options = kind.options_class(**arch["options"])
+    options = kind.options_class(**arch.options)
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)
-        return kind(architecture, options, dict(arch["inputs"]))
+        return kind(architecture, options, dict(arch.inputs))
 
 
 def build_task(
-    arch: Mapping[str, Any],
-    objective: Mapping[str, Any],
+    arch: Architecture,
+    objective: ObjectiveSpec,
     seed: int | None = None,
     head_seed: int | None = None,
 ) -> Task:
-    """Backbone and objective; ``objective`` is ``{name, options, state}``. Raises ValueError where
-    they do not fit.
-    """
+    """Build backbone and objective. Raises ValueError where they do not fit."""
     backbone = build_backbone(arch, seed)
-    kind = registry.get("objective", objective["name"])
+    kind = registry.get("objective", objective.name)
     with torch.random.fork_rng(devices=[]):
         if seed is not None or head_seed is not None:
             torch.manual_seed(head_seed if head_seed is not None else (seed or 0) + 1)
         return Task(
-            backbone, kind(backbone, kind.options_class(**objective["options"]), objective["state"])
+            backbone, kind(backbone, kind.options_class(**objective.options), objective.state)
         )
 
 
@@ -127,7 +125,7 @@ def transfer(
         problems.append(f"{len(unnamed)} tensors have no place ({', '.join(unnamed[:4])})")
     if problems:
         raise BundleError(
-            f"{origin} does not fit {backbone.arch['name']}: {'; '.join(problems)}. Check the "
+            f"{origin} does not fit {backbone.arch.name}: {'; '.join(problems)}. Check the "
             "model's name and its input"
         )
     backbone.load_state_dict({n: t for n, t in tensors.items() if n in own}, strict=False)
@@ -145,10 +143,10 @@ def carry_head(task: Task, bundle: Bundle) -> str:
 
     Labels decide, not shapes: a head for other labels is never kept.
     """
-    theirs, mine = bundle.manifest["objective"], task.objective
-    if theirs["name"] != mine.registered_name:
-        return f"head new: the objective was {theirs['name']}, now it is {mine.registered_name}"
-    return load_head(mine, bundle.head_tensors(), theirs["state"].get("labels"))
+    theirs, mine = bundle.manifest.objective, task.objective
+    if theirs.name != mine.registered_name:
+        return f"head new: the objective was {theirs.name}, now it is {mine.registered_name}"
+    return load_head(mine, bundle.head_tensors(), theirs.state.get("labels"))
 
 
 def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[str] | None) -> str:
@@ -180,19 +178,19 @@ def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[s
 
 
 def carry_tensors(
-    mine: Any, theirs: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    mine: Any, theirs: ObjectiveSpec, tensors: Mapping[str, Tensor]
 ) -> tuple[int, str]:
     """Load what a source's head has of the same name, shape and meaning
     (`TransfersHead`): how many tensors were kept, and in words. ``theirs``: the
-    source's objective, {name, options}.
+    source's objective.
     """
-    if theirs["name"] != mine.registered_name:
-        return 0, f"head new: the source's objective was {theirs['name']}"
+    if theirs.name != mine.registered_name:
+        return 0, f"head new: the source's objective was {theirs.name}"
     own = mine.state_dict()
     kept = {
         n: t
         for n, t in tensors.items()
-        if n in own and own[n].shape == t.shape and mine.is_transferable(theirs["options"], n)
+        if n in own and own[n].shape == t.shape and mine.is_transferable(theirs.options, n)
     }
     mine.load_state_dict(kept, strict=False)
     description = Transfer(
@@ -204,25 +202,92 @@ def carry_tensors(
 
 
 @dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself: what rebuilds its network and its rows, where it comes from,
+    and how it was trained.
+
+    ``training`` holds what the run reported of itself, ``metrics`` the validation metrics,
+    ``columns`` the column of each role, ``made_by`` the hashes of the code that made it
+    (`pipeline.config.provenance`), ``files`` and ``sha256`` the checksums of its folder.
+    """
+
+    arch: Architecture
+    modality: ModalitySpec
+    objective: ObjectiveSpec
+    created: str = ""
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+    parent: str | None = None
+    training: dict[str, Any] = field(default_factory=dict[str, Any])
+    spec_hash: str = ""
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    columns: dict[str, str] = field(default_factory=dict[str, str])
+    made_by: dict[str, Any] | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    sha256: str = ""
+
+    @property
+    def made(self) -> Provenance | None:
+        """Code and versions that made it; None where they were not recorded."""
+        return provenance.from_metadata({"made_by": self.made_by, "versions": self.versions})
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as its folder's JSON, without the checksums, which writing the folder
+        adds.
+        """
+        stated = {
+            one.name: getattr(self, one.name)
+            for one in fields(self)
+            if one.name not in ("files", "sha256")
+        }
+        parts = {
+            "arch": self.arch.to_json(),
+            "modality": self.modality.to_json(),
+            "objective": self.objective.to_json(),
+        }
+        return {"format_version": FORMAT_VERSION, "kind": "bundle", **stated, **parts}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Manifest:
+        """Read the JSON of a bundle's folder. Raises ValueError where it is none, or one of a newer
+        format.
+        """
+        version = found.get("format_version")
+        if found.get("kind") != "bundle" or not isinstance(version, int):
+            raise ValueError("this folder is no bundle")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"the bundle has format {version}, this program reads up to {FORMAT_VERSION}; "
+                "update onetomany"
+            )
+        stated = {
+            one.name: found[one.name] for one in fields(cls) if found.get(one.name) is not None
+        }
+        parts = {"arch": Architecture, "modality": ModalitySpec, "objective": ObjectiveSpec}
+        return cls(
+            **{**stated, **{name: kind.from_json(found.get(name)) for name, kind in parts.items()}}
+        )
+
+
+@dataclass(frozen=True)
 class Bundle:
     uri: str
-    manifest: dict[str, Any]
+    manifest: Manifest
     tensors: dict[str, Tensor]
 
     def task(self) -> Task:
         """Backbone and objective with these weights, in evaluation mode. Raises BundleError when it
         holds a backbone alone.
         """
-        if self.manifest["objective"]["name"] == "none":
+        if self.manifest.objective.name == "none":
             raise BundleError(
                 f"{self.uri}: this bundle is a backbone without a head; fine-tune it first"
             )
-        task = build_task(self.manifest["arch"], self.manifest["objective"])
+        task = build_task(self.manifest.arch, self.manifest.objective)
         task.load_state_dict(self.tensors)
         return task.eval()
 
     def modality(self) -> Modality:
-        return build_modality(self.manifest["modality"])
+        return build_modality(self.manifest.modality)
 
     def backbone_tensors(self) -> dict[str, Tensor]:
         return {
@@ -239,31 +304,17 @@ class Bundle:
         }
 
 
-def save(uri: str, model: Task | Backbone, modality: Mapping[str, Any], **extra: Any) -> None:
-    """Write a bundle of a task, or of a backbone alone (an imported checkpoint).
-
-    ``modality`` is ``{name, options, state}``; ``extra`` (parent, metrics, spec, transfer...) go
-    into the manifest.
+def save(uri: str, model: Task | Backbone, modality: ModalitySpec, **extra: Any) -> None:
+    """Write a bundle of a task, or of a backbone alone (an imported checkpoint). ``extra`` are
+    further fields of its `Manifest`.
     """
     backbone = model.backbone if isinstance(model, Task) else model
-    objective = {"name": "none", "options": {}, "state": {}}
+    objective = NO_OBJECTIVE
     if isinstance(model, Task):
         head = model.objective
-        objective = {
-            "name": head.registered_name,
-            "options": head.options.model_dump(),
-            "state": head.state,
-        }
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "kind": "bundle",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "arch": backbone.arch,
-        "modality": dict(modality),
-        "objective": objective,
-        **extra,
-    }
+        objective = ObjectiveSpec(head.registered_name, head.options.model_dump(), head.state)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest = Manifest(backbone.arch, modality, objective, created, versions(), **extra)
     prefix = "" if isinstance(model, Task) else "backbone."
     tensors = {
         prefix + name: tensor.detach().cpu().contiguous().clone()
@@ -273,7 +324,7 @@ def save(uri: str, model: Task | Backbone, modality: Mapping[str, Any], **extra:
         path = Path(scratch, "weights.safetensors")
         with s3.naming("write", path):
             save_file(tensors, path)
-        atomic_folder.commit_folder(uri, {"weights.safetensors": path}, manifest)
+        atomic_folder.commit_folder(uri, {"weights.safetensors": path}, manifest.to_json())
 
 
 def exists(uri: str) -> bool:
@@ -284,22 +335,25 @@ def weights_sha256(uri: str) -> str:
     """The SHA-256 of a bundle's weights, as its manifest has it: two bundles with the same one hold
     the same tensors.
     """
-    return atomic_folder.open_folder(uri)["files"]["weights.safetensors"]["sha256"]
+    return read_manifest(uri).files["weights.safetensors"]["sha256"]
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The manifest of a bundle, its own checksum verified. Raises BundleError for a newer format,
+    StorageError for a missing or damaged one.
+    """
+    found = atomic_folder.open_folder(uri)
+    try:
+        return Manifest.from_json(found)
+    except ValueError as error:
+        raise BundleError(f"{uri}: {error}") from None
 
 
 def load(uri: str) -> Bundle:
     """A verified bundle. Raises BundleError for a newer format, StorageError for a missing or
     damaged one.
     """
-    manifest = atomic_folder.open_folder(uri)
-    version = manifest.get("format_version")
-    if manifest.get("kind") != "bundle" or not isinstance(version, int):
-        raise BundleError(f"{uri}: this folder is no bundle")
-    if version > FORMAT_VERSION:
-        raise BundleError(
-            f"{uri}: the bundle has format {version}, this program reads up to "
-            f"{FORMAT_VERSION}; update onetomany"
-        )
+    manifest = read_manifest(uri)
     with storage.scratch_folder() as scratch:
         folder = atomic_folder.fetch_folder(uri, Path(scratch, "bundle"))
         return Bundle(uri, manifest, load_file(Path(folder, "weights.safetensors")))

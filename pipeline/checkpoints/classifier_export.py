@@ -28,7 +28,7 @@ def is_exportable(task: Task) -> bool:
     """Whether ``exported_classifier`` can build this task: a linear head on a model of timm or
     transformers.
     """
-    library = task.backbone.arch["name"].partition("/")[0]
+    library = task.backbone.arch.name.partition("/")[0]
     return library in LIBRARIES and task.objective.registered_name in OBJECTIVES
 
 
@@ -39,7 +39,7 @@ def describe(task: Task, modality: Modality) -> dict[str, Any]:
     backbone, objective = task.backbone, task.objective
     model: Any = backbone
     name = objective.registered_name
-    library, _, architecture = backbone.arch["name"].partition("/")
+    library, _, architecture = backbone.arch.name.partition("/")
     spec: dict[str, Any] = {
         "library": library,
         "architecture": architecture,
@@ -80,7 +80,7 @@ def _pool(task: Task) -> str | None:
     """Which feature the head reads: none where the model library pools by itself (timm)."""
     if task.objective.registered_name == "tagging":
         return "tokens"
-    if task.backbone.arch["name"].startswith("timm/"):
+    if task.backbone.arch.name.startswith("timm/"):
         return None
     return getattr(task.backbone, "pool", "mean")
 

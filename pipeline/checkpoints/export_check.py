@@ -205,7 +205,7 @@ def _compare(ours: Tensor, theirs: Tensor, what: str, mask: Tensor | None = None
 
 
 def _backbone(found: Bundle) -> Backbone:
-    backbone = bundle.build_backbone(found.manifest["arch"])
+    backbone = bundle.build_backbone(found.manifest.arch)
     bundle.transfer(backbone, found.backbone_tensors(), found.uri)
     return backbone.eval()
 
@@ -268,7 +268,7 @@ def compare_tensors(found: Bundle, tensors: dict[str, Tensor]) -> Comparison:
     same = f"all {len(found.tensors)} tensors are the same bit for bit"
     if batch is None:
         return Comparison(0.0, 0.0, 0, same)
-    twin = bundle.build_backbone(found.manifest["arch"])
+    twin = bundle.build_backbone(found.manifest.arch)
     twin.load_state_dict(
         {
             name.removeprefix("backbone."): tensor
@@ -329,8 +329,8 @@ def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparis
         return compare_classifier(found, folder)
     batch = random_batch(found.modality())
     assert batch is not None
-    plain = backbone_only or found.manifest["objective"]["name"] == "none"
-    if found.manifest["arch"]["name"].startswith("timm/"):
+    plain = backbone_only or found.manifest.objective.name == "none"
+    if found.manifest.arch.name.startswith("timm/"):
         import timm
 
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.contracts import Modality
+from pipeline.core.specs import ModalitySpec
 from pipeline.io import storage
 
 PREPROCESSOR, PROCESSOR, VOCABULARY, TOKENIZER_CONFIG = (
@@ -45,7 +46,7 @@ QUANTIZER = (
 # ---------------------------------------------------------------- reading
 
 
-def modality(folder: str) -> dict[str, Any]:
+def modality(folder: str) -> ModalitySpec:
     """The audio modality of a folder's feature extractor: its rate, and whether recordings are
     normalised. Raises ValueError for another kind.
     """
@@ -75,11 +76,11 @@ def modality(folder: str) -> dict[str, Any]:
             f"sampling_rate {rate}, do_normalize {normalize}); wav2vec 2.0 has a {EXTRACTOR} "
             "of feature_size 1"
         )
-    return {
-        "name": "audio",
-        "options": {"rate": rate, "features": "wave", "normalize": normalize},
-        "state": {"features": "wave", "normalize": normalize},
-    }
+    return ModalitySpec(
+        "audio",
+        {"rate": rate, "features": "wave", "normalize": normalize},
+        {"features": "wave", "normalize": normalize},
+    )
 
 
 def heads(

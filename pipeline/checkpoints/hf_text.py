@@ -26,6 +26,7 @@ from pipeline.checkpoints import bundle, classifier_export, hf_speech
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import hf_config
 from pipeline.core.contracts import Task
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
 from pipeline.media import tokenizer as tokenizers
 
@@ -100,8 +101,8 @@ class Checkpoint:
     says why an objective's head is none of them.
     """
 
-    arch: dict[str, Any]
-    modality: dict[str, Any]
+    arch: Architecture
+    modality: ModalitySpec
     tensors: dict[str, Tensor]
     drop: tuple[str, ...]
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -151,9 +152,9 @@ def read(folder: str, config: dict[str, Any]) -> Checkpoint:
             "were added"
         )
     length = min(_positions(family, config), 512)
-    modality = {"name": "text", "options": {"length": length}, "state": state}
+    modality = ModalitySpec("text", {"length": length}, state)
     inputs = bundle.build_modality(modality).inputs()
-    arch = {"name": f"transformers/{family}", "options": {"config": built}, "inputs": inputs}
+    arch = Architecture(f"transformers/{family}", {"config": built}, inputs)
     heads, labels, headless = _heads(family, config, tensors)
     masks = tuple(
         f"model.{name}" for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))
@@ -186,11 +187,9 @@ def _speech(
         heads, labels, headless = hf_speech.heads(folder, config, tensors)
     except ValueError as error:
         raise BundleError(f"hf:{error}") from None
-    arch = {
-        "name": "transformers/wav2vec2",
-        "options": {"config": built},
-        "inputs": bundle.build_modality(modality).inputs(),
-    }
+    arch = Architecture(
+        "transformers/wav2vec2", {"config": built}, bundle.build_modality(modality).inputs()
+    )
     drop = (*(f"model.{head}" for head in HEADS), "model.masked_spec_embed")
     return Checkpoint(
         arch,
@@ -392,7 +391,7 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     mean of the tokens) is written beside the plain model, with the code that joins them
     (``classifier_export``). Raises BundleError for other heads that the library has no class for.
     """
-    library, _, family = found.manifest["arch"]["name"].partition("/")
+    library, _, family = found.manifest.arch.name.partition("/")
     if library == "timm":
         return _write_timm(found, folder, backbone_only)
     if library != "transformers":
@@ -402,7 +401,7 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         )
     import transformers
 
-    objective = found.manifest["objective"]["name"]
+    objective = found.manifest.objective.name
     known = hf_speech.OBJECTIVES if family == "wav2vec2" else tuple(CLASSES)
     if not backbone_only and objective not in known:
         raise BundleError(
@@ -411,7 +410,7 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
             "--backbone-only writes the plain model"
         )
     if backbone_only or objective == "none":
-        backbone, head, objective = bundle.build_backbone(found.manifest["arch"]), None, "none"
+        backbone, head, objective = bundle.build_backbone(found.manifest.arch), None, "none"
         bundle.transfer(backbone, found.backbone_tensors(), found.uri)
     else:
         task = found.task()
@@ -427,7 +426,7 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         copy.deepcopy(model.config),
     )
     tokenizer, specials = _with_post_processor(
-        found.manifest["modality"]["state"], words=objective == "tagging"
+        found.manifest.modality.state, words=objective == "tagging"
     )
     note = ""
     if head is not None:
@@ -442,7 +441,7 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
             tensors = _with_head(family, objective, head, tensors)
     ids = {key: tokenizer.token_to_id(token) for key, token in specials.items()}
     _configure(
-        config, family, ids, tensors, objective, found.manifest["objective"]["state"].get("labels")
+        config, family, ids, tensors, objective, found.manifest.objective.state.get("labels")
     )
     _save(getattr(transformers, name), config, tensors, folder)
     _save_tokenizer(tokenizer, specials, folder, found.modality().inputs()["length"], config)
@@ -726,7 +725,7 @@ def _attach_timm_classifier(backbone: Any, head: Any) -> str:
     """Give timm's model its classifier for the head's labels; in words why that cannot give the
     head's scores, or nothing.
     """
-    name = backbone.arch["name"]
+    name = backbone.arch.name
     if head.options.norm:
         return f"{name} of timm has no layer norm before its classifier"
     backbone.model.reset_classifier(len(head.state["labels"]))
@@ -746,10 +745,10 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     """
     import timm
 
-    objective = found.manifest["objective"]["name"]
+    objective = found.manifest.objective.name
     task = found.task() if objective in LINEAR_HEADS else None
     if task is None:
-        backbone: Any = bundle.build_backbone(found.manifest["arch"])
+        backbone: Any = bundle.build_backbone(found.manifest.arch)
         bundle.transfer(backbone, found.backbone_tensors(), found.uri)
         if objective != "none" and not backbone_only:
             raise BundleError(
@@ -782,6 +781,6 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         model, str(folder), model_config=timm_config, safe_serialization=True, data_config=input_
     )
     return (
-        f"{backbone.arch['name']} with {sum(p.numel() for p in model.parameters())} parameters, "
+        f"{backbone.arch.name} with {sum(p.numel() for p in model.parameters())} parameters, "
         f"{len(timm_config.get('label_names', []))} labels"
     )

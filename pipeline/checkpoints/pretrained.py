@@ -26,6 +26,7 @@ from pipeline.config.schema import ComponentConfig
 from pipeline.core.capabilities import ineffective_options
 from pipeline.core.contracts import Backbone, Task
 from pipeline.core.contracts.objective_capabilities import TransfersHead
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import atomic_folder, file_identity, storage
 
 HEADS = (
@@ -59,8 +60,8 @@ class PretrainedCheckpoint:
 
     origin: str
     tensors: dict[str, Tensor]
-    arch: dict[str, Any] | None = None
-    modality: dict[str, Any] | None = None
+    arch: Architecture | None = None
+    modality: ModalitySpec | None = None
     bundle: bundle.Bundle | None = None
     drop: tuple[str, ...] = field(default=HEADS)
     notes: tuple[str, ...] = ()
@@ -105,7 +106,7 @@ class PretrainedCheckpoint:
         name, objective = task.objective.registered_name, task.objective
         if self.bundle and isinstance(objective, TransfersHead):
             return bundle.carry_tensors(
-                objective, self.bundle.manifest["objective"], self.bundle.head_tensors()
+                objective, self.bundle.manifest.objective, self.bundle.head_tensors()
             )[1]
         if self.bundle:
             return bundle.carry_head(task, self.bundle)
@@ -196,8 +197,8 @@ def read(text: str, architecture: str | None = None) -> PretrainedCheckpoint:
         return PretrainedCheckpoint(
             text,
             found.backbone_tensors(),
-            found.manifest["arch"],
-            found.manifest["modality"],
+            found.manifest.arch,
+            found.manifest.modality,
             found,
             drop=(),
         )
@@ -420,9 +421,9 @@ def _meta_backbone(architecture: str, tensors: dict[str, Tensor]) -> Backbone:
     arch, _ = timm_input_spec(architecture, {})
     channels = next((tensor.shape[1] for tensor in tensors.values() if tensor.dim() == 4), 16)
     if channels >= 16:  # a stem that turns blocks of 4 x 4 pixels into channels, or another network
-        channels = arch["inputs"]["channels"]
+        channels = arch.inputs["channels"]
     with torch.device("meta"):
-        return bundle.build_backbone({**arch, "inputs": {**arch["inputs"], "channels": channels}})
+        return bundle.build_backbone(replace(arch, inputs={**arch.inputs, "channels": channels}))
 
 
 def _read_by_order(text: str, uri: str, architecture: str) -> PretrainedCheckpoint:
@@ -471,13 +472,13 @@ def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, st
             raise BundleError(
                 f"tensor {place} of {len(here)} differs: {a} {tuple(found[a].shape)} in the "
                 f"file, {b} {tuple(own[b].shape)} in "
-                f"{backbone.arch['name']}. Their orders are not the same: give a file with "
-                "timm's names"
+                f"{backbone.arch.name}. Their orders are not the same: give a file with timm's "
+                "names"
             )
     if len(there) < len(here):
         raise BundleError(
-            f"the file ends after {len(there)} tensors, {backbone.arch['name']} has "
-            f"{len(here)} (next: {here[len(there)]})"
+            f"the file ends after {len(there)} tensors, {backbone.arch.name} has {len(here)} "
+            f"(next: {here[len(there)]})"
         )
     for name in there[len(here) :]:
         shape = found[name].shape
@@ -485,8 +486,8 @@ def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, st
             len(shape) < 2 or shape[1] != backbone.pooled_dim or shape[2:].numel() != 1
         ):
             raise BundleError(
-                f"{name} {tuple(shape)} stands behind the last tensor of "
-                f"{backbone.arch['name']} ({here[-1]}) and is no classifier of it"
+                f"{name} {tuple(shape)} stands behind the last tensor of {backbone.arch.name} "
+                f"({here[-1]}) and is no classifier of it"
             )
     pairs = dict(zip(there, here, strict=False))
     if len(counters[0]) == len(counters[1]):
@@ -568,7 +569,7 @@ def _timm_hub(name: str) -> PretrainedCheckpoint:
         tensors,
         arch,
         modality,
-        drop=(*HEADS, *_classifiers(_meta_backbone(arch["name"], tensors))),
+        drop=(*HEADS, *_classifiers(_meta_backbone(arch.name, tensors))),
     )
 
 
@@ -618,20 +619,20 @@ def _timm_folder(folder: str, config: dict[str, Any]) -> PretrainedCheckpoint:
             f"backbone: timm/{architecture}, init: file:{weights}"
         )
     arch, modality = _timm_input_spec(architecture, there)
-    arch["options"] = options
+    arch = replace(arch, options=options)
     tensors = _with_backbone_names(_tensors(weights), architecture)
     return PretrainedCheckpoint(
         f"hf:{folder}",
         tensors,
         arch,
         modality,
-        drop=(*HEADS, *_classifiers(_meta_backbone(arch["name"], tensors))),
+        drop=(*HEADS, *_classifiers(_meta_backbone(arch.name, tensors))),
     )
 
 
 def _timm_input_spec(
     architecture: str, config: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Architecture, ModalitySpec]:
     """(arch, modality) from timm's ``pretrained_cfg``. Raises BundleError for an input that no
     model has.
     """
@@ -649,16 +650,12 @@ def _timm_input_spec(
             f"{str(config['std'])[:60]}; images have 1 or 3 channels and 8 to 4096 pixels a "
             "side, and a mean and std for each channel"
         )
-    modality = {
-        "name": "image",
-        "options": {"size": size, "channels": channels},
-        "state": {"mean": list(config["mean"]), "std": list(config["std"])},
-    }
-    return {
-        "name": f"timm/{architecture}",
-        "options": {},
-        "inputs": {"channels": channels, "size": size},
-    }, modality
+    modality = ModalitySpec(
+        "image",
+        {"size": size, "channels": channels},
+        {"mean": list(config["mean"]), "std": list(config["std"])},
+    )
+    return Architecture(f"timm/{architecture}", {}, {"channels": channels, "size": size}), modality
 
 
 def strip_weights_tag(name: str) -> str:
@@ -668,7 +665,7 @@ def strip_weights_tag(name: str) -> str:
     return name.partition(".")[0] if name.startswith("timm/") else name
 
 
-def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, ModalitySpec]:
     """Arch and modality of a timm model whose weights file says nothing of its input: timm's own
     configuration does.
 
@@ -693,8 +690,8 @@ def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[dict[str, Any],
         )
     arch, modality = _timm_input_spec(architecture.partition(".")[0], config.to_dict())
     if "." in architecture:
-        modality["options"] |= _crop_options(config)
-    return {**arch, "options": options}, modality
+        modality = replace(modality, options={**modality.options, **_crop_options(config)})
+    return replace(arch, options=options), modality
 
 
 def _crop_options(config: Any) -> dict[str, Any]:
@@ -709,8 +706,8 @@ def _crop_options(config: Any) -> dict[str, Any]:
 
 
 def override_modality(
-    arch: dict[str, Any], modality: dict[str, Any], given: ComponentConfig | None, place: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    arch: Architecture, modality: ModalitySpec, given: ComponentConfig | None, place: str
+) -> tuple[Architecture, ModalitySpec]:
     """Arch and modality of a checkpoint with what the job states of its rows
     (``sources.NAME.modality``).
 
@@ -718,29 +715,27 @@ def override_modality(
     """
     if given is None:
         return arch, modality
-    if given.name != modality["name"]:
+    if given.name != modality.name:
         raise BundleError(
-            f"{place}: the checkpoint reads {modality['name']}, the job says {given.name}: "
-            "leave it out"
+            f"{place}: the checkpoint reads {modality.name}, the job says {given.name}: leave "
+            "it out"
         )
     kind = registry.get("modality", given.name)
-    if problem := ineffective_options(kind, given.options, modality["options"]):
+    if problem := ineffective_options(kind, given.options, modality.options):
         raise BundleError(f"{place}: {problem}")
-    options = {**modality["options"], **given.options}
+    options = {**modality.options, **given.options}
     try:
-        made = kind(kind.options_class(**options), modality["state"])
+        made = kind(kind.options_class(**options), modality.state)
     except ValueError as error:
         raise BundleError(f"{place}: {error}") from None
-    state = {**modality["state"], **made.state}
-    return {**arch, "inputs": {**arch["inputs"], **made.inputs()}}, {
-        "name": given.name,
-        "options": options,
-        "state": state,
-    }
+    state = {**modality.state, **made.state}
+    return replace(arch, inputs={**arch.inputs, **made.inputs()}), ModalitySpec(
+        given.name, options, state
+    )
 
 
 def describe_input(
-    modality: dict[str, Any], name: str, given: ComponentConfig | None, checkpoint: str
+    modality: ModalitySpec, name: str, given: ComponentConfig | None, checkpoint: str
 ) -> str:
     """In words, how the images of a checkpoint without data are read and who says so; "" for rows
     that are no images.
@@ -749,9 +744,9 @@ def describe_input(
         checkpoint: what the checkpoint itself is, where it says how its images are read (a folder,
             a bundle); "" where only its name does.
     """
-    if modality["name"] != "image":
+    if modality.name != "image":
         return ""
-    options, state = modality["options"], modality["state"]
+    options, state = modality.options, modality.state
     levels = {part: "/".join(f"{value:g}" for value in state[part]) for part in ("mean", "std")}
     is_cropped = "crop_share" in options and options.get("fit", "crop") == "crop"
     crop = f", crop_share {options['crop_share']:g}" if is_cropped else ""

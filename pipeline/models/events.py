@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["gru", "strats"]
 DAY = 24.0
@@ -70,7 +71,7 @@ class EventsBackbone(Backbone):
                 f"{name}: width {options.width} is not divided by heads {options.heads}"
             )
         self.options = options
-        self.arch = {"name": name, "options": options.model_dump(), "inputs": dict(inputs)}
+        self.arch = Architecture(name, options.model_dump(), dict(inputs))
         self.token_dim, self.pooled_dim, self.causal = (
             options.width,
             2 * options.width,
@@ -84,8 +85,8 @@ class EventsBackbone(Backbone):
     ) -> Features:
         if token_mask is not None and self.causal:
             raise ValueError(
-                f"{self.arch['name']} has no token for each event: forecast pretrains it, or "
-                "mask events with events/strats"
+                f"{self.arch.name} has no token for each event: forecast pretrains it, or mask "
+                "events with events/strats"
             )
         return self.body(batch, self.static(batch), token_mask)
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["mlp", "transformer"]
 
@@ -98,7 +99,7 @@ class Policy(Backbone):
                 "vision: timm/resnet18, or leave column images out"
             )
         self.options = options
-        self.arch = {"name": name, "options": options.model_dump(), "inputs": dict(inputs)}
+        self.arch = Architecture(name, options.model_dump(), dict(inputs))
         self.token_dim = self.pooled_dim = options.width
         self.spaces: tuple[str, ...] = tuple(inputs["spaces"])
         width = options.width
@@ -130,7 +131,7 @@ class Policy(Backbone):
     ) -> Features:
         if token_mask is not None:
             raise ValueError(
-                f"{self.arch['name']} cannot hide steps: dynamics pretrains it without labels, "
+                f"{self.arch.name} cannot hide steps: dynamics pretrains it without labels, "
                 "behaviour_cloning with actions"
             )
         mask = batch["mask"]
@@ -198,7 +199,7 @@ class Policy(Backbone):
         """
         if "images" not in batch.data:
             raise ValueError(
-                f"{self.arch['name']} reads frames with {self.options.vision}, and these rows "
+                f"{self.arch.name} reads frames with {self.options.vision}, and these rows "
                 "have none: name column images"
             )
         frames = batch["images"][mask]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["ft_transformer"]
 
@@ -52,7 +53,7 @@ class FTTransformer(Backbone):
             raise ValueError(
                 f"{name}: width {options.width} is not divided by heads {options.heads}"
             )
-        self.arch = {"name": name, "options": options.model_dump(), "inputs": dict(inputs)}
+        self.arch = Architecture(name, options.model_dump(), dict(inputs))
         self.pooled_dim = self.token_dim = options.width
         self.embed = Tokens(inputs["numbers"], inputs["codes"], options.width)
         self.blocks = nn.ModuleList(Block(options, first=not i) for i in range(options.layers))
@@ -62,7 +63,7 @@ class FTTransformer(Backbone):
         self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
     ) -> Features:
         if token_mask is not None:
-            raise ValueError(f"{self.arch['name']} cannot leave tokens out")
+            raise ValueError(f"{self.arch.name} cannot leave tokens out")
         x, mask = self.embed(batch)
         for block in self.blocks:
             x = block(x, mask)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
+from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ("timm", "models/*.py", r"^@register_model\ndef (\w+)")
 
@@ -65,11 +66,7 @@ class Timm(Backbone):
         self.model: Any = _create(
             architecture, inputs["channels"], inputs["size"], options.patch_size, **rates
         )
-        self.arch = {
-            "name": f"timm/{architecture}",
-            "options": options.model_dump(),
-            "inputs": dict(inputs),
-        }
+        self.arch = Architecture(f"timm/{architecture}", options.model_dump(), dict(inputs))
         self.creation_arguments = creation_arguments(
             architecture, inputs["channels"], inputs["size"], options.patch_size
         )
@@ -118,7 +115,7 @@ class Timm(Backbone):
         """
         if self.patch is None:
             raise ValueError(
-                f"{self.arch['name']} cannot leave patches out: only plain vision transformers "
+                f"{self.arch.name} cannot leave patches out: only plain vision transformers "
                 "can (timm/vit_*, timm/deit_*)"
             )
         m = self.model

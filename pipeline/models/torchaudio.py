@@ -17,6 +17,7 @@ from torchaudio.models import Conformer, DeepSpeech
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.specs import Architecture
 from pipeline.nn import conv_arithmetic
 
 ARCHITECTURES = ["deepspeech", "deepspeech2", "conformer"]
@@ -132,7 +133,7 @@ class Torchaudio(Backbone):
             )
         o = _resolved(architecture, options)
         self.architecture = architecture
-        self.arch = {"name": name, "options": o, "inputs": dict(inputs)}
+        self.arch = Architecture(name, o, dict(inputs))
         bins, drop = inputs["channels"], o["dropout"]
         self.front: _Front | None = None
         self.hides_frames = architecture != "deepspeech"
@@ -213,7 +214,7 @@ class Torchaudio(Backbone):
             )  # DDP waits for its gradient
         elif token_mask is not None:
             raise ValueError(
-                f"{self.arch['name']} cannot leave tokens out; for masked pretraining take "
+                f"{self.arch.name} cannot leave tokens out; for masked pretraining take "
                 "torchaudio/deepspeech2 or transformers/wav2vec2"
             )
         if self.deepspeech is not None:

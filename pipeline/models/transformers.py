@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pipeline.config import hf_config
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.specs import Architecture
 from pipeline.nn import conv_arithmetic
 
 ARCHITECTURES = ["bert", "roberta", "distilbert", "gpt2", "wav2vec2"]
@@ -124,11 +125,7 @@ class Transformers(Backbone):
         self.causal = architecture == "gpt2"
         self.model: Any = _build(architecture, options, inputs)
         config = self.model.config
-        self.arch = {
-            "name": f"transformers/{architecture}",
-            "options": options.model_dump(),
-            "inputs": dict(inputs),
-        }
+        self.arch = Architecture(f"transformers/{architecture}", options.model_dump(), dict(inputs))
         self.pooled_dim = self.token_dim = config.hidden_size
         self.padding: int | None = _padding(config, inputs) if architecture == "roberta" else None
         """Position of padding, where positions are counted from the next one; None where they start
@@ -444,11 +441,7 @@ class Wav2Vec2(Backbone):
         config.layerdrop, config._attn_implementation = 0.0, "sdpa"
         self.architecture, self.options = architecture, options
         self.model: Any = hf.Wav2Vec2Model(config)
-        self.arch = {
-            "name": f"transformers/{architecture}",
-            "options": options.model_dump(),
-            "inputs": dict(inputs),
-        }
+        self.arch = Architecture(f"transformers/{architecture}", options.model_dump(), dict(inputs))
         self.pooled_dim = self.token_dim = config.hidden_size
         self.latent_dim: int = config.conv_dim[-1]
         self.convolutions = tuple(
@@ -475,7 +468,7 @@ class Wav2Vec2(Backbone):
         if token_mask is not None:
             if hider is None:
                 raise ValueError(
-                    f"{self.arch['name']}: its configuration has mask_time_prob: 0 and so no "
+                    f"{self.arch.name}: its configuration has mask_time_prob: 0 and so no "
                     "embedding to hide frames behind; set it to 0.065"
                 )
             hidden = torch.where(token_mask[:, :, None], hider.to(hidden.dtype), hidden)

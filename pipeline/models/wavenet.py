@@ -15,6 +15,7 @@ from torchaudio.functional import mu_law_encoding
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.specs import Architecture
 from pipeline.nn import conv_arithmetic
 
 ARCHITECTURES = ["wavenet"]
@@ -99,7 +100,7 @@ class WaveNet(Backbone):
                 "many before it as behind"
             )
         self.options = options
-        self.arch = {"name": name, "options": options.model_dump(), "inputs": dict(inputs)}
+        self.arch = Architecture(name, options.model_dump(), dict(inputs))
         self.pooled_dim = self.token_dim = options.skip
         self.receptive_field: int = 1 + options.stacks * (options.kernel - 1) * (
             2**options.layers - 1
@@ -129,8 +130,8 @@ class WaveNet(Backbone):
     ) -> Features:
         if token_mask is not None:
             raise ValueError(
-                f"{self.arch['name']} cannot leave tokens out: next_sample pretrains it, "
-                "masking does not"
+                f"{self.arch.name} cannot leave tokens out: next_sample pretrains it, masking "
+                "does not"
             )
         wave, mask = batch["wave"], batch["mask"]
         short = max(0, self.options.pool - wave.shape[1])

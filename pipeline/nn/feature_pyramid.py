@@ -38,7 +38,7 @@ class Pyramid(nn.Module):
         top: Literal["none", "p6p7", "pool"] = "none",
     ):
         super().__init__()
-        name = backbone.arch["name"]
+        name = backbone.arch.name
         if not backbone.feature_map_specs:
             raise ValueError(
                 f"{name} gives no feature maps (stages); detection and segmentation need an "

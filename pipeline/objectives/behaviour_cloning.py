@@ -238,7 +238,7 @@ class BehaviourCloning(Objective):
     def __init__(self, backbone: Backbone, options: BehaviourCloningOptions, state: dict[str, Any]):
         """Raise ValueError for a backbone that is no policy, and images in a rollout."""
         super().__init__(backbone, options, state)
-        name, inputs = backbone.arch["name"], backbone.arch["inputs"]
+        name, inputs = backbone.arch.name, backbone.arch.inputs
         if "spaces" not in inputs or backbone.token_dim is None or not backbone.causal:
             raise ValueError(
                 f"{name} is no policy: behaviour_cloning takes a causal backbone of trajectories, "
@@ -349,7 +349,7 @@ class BehaviourCloning(Objective):
         has_actions, is_discrete = "actions" in batch.data, self.state["kind"] == "discrete"
         if self.reads_actions and not has_actions and "executed" not in batch.data:
             raise ValueError(
-                f"{backbone.arch['name']} reads the actions before each step, and these rows have "
+                f"{backbone.arch.name} reads the actions before each step, and these rows have "
                 "none: say --column actions=NAME, or executed"
             )
         predictions = {"space": batch["space"], "task": batch["task"]}
@@ -490,8 +490,8 @@ class Pilot:
 
     def begin(self, worlds: Sequence[World]) -> None:
         """Forget everything seen and done."""
-        options, spaces = self.backbone.arch["options"], self.objective.spaces.values()
-        is_transformer = self.backbone.arch["name"].endswith("/transformer")
+        options, spaces = self.backbone.arch.options, self.objective.spaces.values()
+        is_transformer = self.backbone.arch.name.endswith("/transformer")
         reach = options["context" if is_transformer else "window"]
         self.observation_width = max(space["observation"] for space in spaces)
         self.action_width = max(space["action"] for space in spaces)

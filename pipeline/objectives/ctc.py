@@ -179,7 +179,7 @@ class CTC(Objective):
         """
         _check_backbone(backbone)
         convolutions = [list(one) for one in backbone.convolutions or ()]
-        rate = int(backbone.arch["inputs"]["rate"])
+        rate = int(backbone.arch.inputs["rate"])
         return {**state, "convolutions": convolutions, "rate": rate}
 
     @classmethod
@@ -434,7 +434,7 @@ def _check_backbone(backbone: Backbone) -> int:
     """Return the width of its tokens; raise ValueError where they are no frames of a recording."""
     if backbone.token_dim is None or backbone.convolutions is None:
         raise ValueError(
-            f"{backbone.arch['name']} gives no frames of a recording: ctc needs a backbone of "
+            f"{backbone.arch.name} gives no frames of a recording: ctc needs a backbone of "
             "speech (torchaudio/deepspeech, deepspeech2 or conformer, wavenet/wavenet, "
             "transformers/wav2vec2)"
         )

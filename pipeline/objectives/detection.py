@@ -643,7 +643,7 @@ class TwoStage(nn.Module):
         strides = self.backbone.strides
         if any(stride & (stride - 1) for stride in strides):
             raise ValueError(
-                f"{backbone.arch['name']}: faster_rcnn pools regions from maps whose strides are "
+                f"{backbone.arch.name}: faster_rcnn pools regions from maps whose strides are "
                 f"powers of two, these are {list(strides)}; use method: fcos, or patches of 8, 16 "
                 "or 32 px"
             )

@@ -134,10 +134,10 @@ class DINO(Objective):
 
     def __init__(self, backbone: Backbone, options: DINOOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
-        inputs = backbone.arch["inputs"]
+        inputs = backbone.arch.inputs
         if "size" not in inputs:
             raise ValueError(
-                f"{backbone.arch['name']}: dino compares views of images; these rows are "
+                f"{backbone.arch.name}: dino compares views of images; these rows are "
                 f"{', '.join(inputs) or 'something else'}"
             )
         step = getattr(backbone, "patch", None) or 1
@@ -160,7 +160,7 @@ class DINO(Objective):
                 self.teacher_backbone.eval()(Batch(row, key, {"image": image}))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"{self.teacher_backbone.arch['name']} does not take dino's small views of "
+                f"{self.teacher_backbone.arch.name} does not take dino's small views of "
                 f"{self.local_size} px ({str(error).splitlines()[0]}): set another "
                 "dino.local_size, dino.local_crops: 0, or take a backbone for images of any size"
             ) from None

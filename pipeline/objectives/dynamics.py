@@ -88,10 +88,10 @@ class Dynamics(Objective):
     def __init__(self, backbone: Backbone, options: DynamicsOptions, state: dict[str, Any]):
         """Raise ValueError for a backbone that is no policy, and where both weights are 0."""
         super().__init__(backbone, options, state)
-        inputs, width = backbone.arch["inputs"], backbone.token_dim
+        inputs, width = backbone.arch.inputs, backbone.token_dim
         if "spaces" not in inputs or width is None or not backbone.causal:
             raise ValueError(
-                f"{backbone.arch['name']} is no policy: dynamics takes a causal backbone of "
+                f"{backbone.arch.name} is no policy: dynamics takes a causal backbone of "
                 "trajectories, such as policy/transformer"
             )
         if not options.forward and not options.inverse:

@@ -65,10 +65,10 @@ class Forecast(Objective):
 
     def __init__(self, backbone: Backbone, options: ForecastOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
-        inputs = backbone.arch["inputs"]
+        inputs = backbone.arch.inputs
         if "variables" not in inputs:
             raise ValueError(
-                f"{backbone.arch['name']} reads no events: forecast takes a backbone of events, "
+                f"{backbone.arch.name} reads no events: forecast takes a backbone of events, "
                 "such as events/gru"
             )
         self.variables: int = inputs["variables"]

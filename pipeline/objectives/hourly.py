@@ -170,7 +170,7 @@ class Hourly(Objective):
     @classmethod
     def bind_to_backbone(cls, state, backbone):
         """Add ``hours``, up to which events are read."""
-        hours = backbone.arch["inputs"].get("hours")
+        hours = backbone.arch.inputs.get("hours")
         return state if hours is None else {**state, "hours": hours}
 
     @classmethod
@@ -213,7 +213,7 @@ class Hourly(Objective):
         super().__init__(backbone, options, state)
         if backbone.token_dim is None or not backbone.causal:
             raise ValueError(
-                f"{backbone.arch['name']} is not causal: a prediction at an hour would see what "
+                f"{backbone.arch.name} is not causal: a prediction at an hour would see what "
                 "comes after it; hourly needs a backbone of events that reads them in one "
                 "direction, with tokens (see its option causal)"
             )
@@ -231,7 +231,7 @@ class Hourly(Objective):
         tokens, ends = features.tokens, features.stages.get("times")
         if tokens is None or ends is None:
             raise ValueError(
-                f"{backbone.arch['name']} does not tell when its tokens end "
+                f"{backbone.arch.name} does not tell when its tokens end "
                 '(stages["times"]): hourly needs a backbone of events'
             )
         real = features.mask

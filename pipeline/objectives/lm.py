@@ -92,14 +92,14 @@ class MaskedLM(Objective):
         super().__init__(backbone, options, state)
         from transformers.activations import ACT2FN
 
-        embedding, inputs = backbone.embedding(), backbone.arch["inputs"]
-        name = backbone.arch["name"]
+        embedding, inputs = backbone.embedding(), backbone.arch.inputs
+        name = backbone.arch.name
         if backbone.causal:
             raise ValueError(
                 f"{name} is causal: masked prediction needs a bidirectional backbone "
                 "(transformers/bert), or use clm"
             )
-        if backbone.arch["options"].get("pool") == "pooler":
+        if backbone.arch.options.get("pool") == "pooler":
             raise ValueError(
                 f"{name}: mlm never reads the pooler, so it would not be trained; leave out pool: "
                 "pooler"
@@ -258,7 +258,7 @@ class CausalLM(Objective):
     def __init__(self, backbone: Backbone, options: CausalOptions, state: dict[str, Any]):
         """Raise ValueError for a backbone that sees the future, or has no room to generate."""
         super().__init__(backbone, options, state)
-        name = backbone.arch["name"]
+        name = backbone.arch.name
         backbone.embedding()
         if not backbone.causal:
             raise ValueError(
@@ -275,8 +275,8 @@ class CausalLM(Objective):
                 f"clm: top_k {options.top_k} draws from several tokens, temperature 0 always takes "
                 "the likeliest: set temperature too (1.0)"
             )
-        self.vocabulary: int = backbone.arch["inputs"]["vocabulary"]
-        self.pad_id, _, self.begin_id, self.end_id, _ = backbone.arch["inputs"]["specials"]
+        self.vocabulary: int = backbone.arch.inputs["vocabulary"]
+        self.pad_id, _, self.begin_id, self.end_id, _ = backbone.arch.inputs["specials"]
 
     def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return losses and weights (B, N - 1) of the tokens behind the first one."""

@@ -49,7 +49,7 @@ class MAE(Objective):
 
     def __init__(self, backbone: Backbone, options: MAEOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
-        name, inputs = backbone.arch["name"], backbone.arch["inputs"]
+        name, inputs = backbone.arch.name, backbone.arch.inputs
         patch = getattr(backbone, "patch", None)
         if patch is None or backbone.token_dim is None:
             raise ValueError(

@@ -52,10 +52,10 @@ class MaskedEvents(Objective):
     def __init__(self, backbone: Backbone, options: MaskedEventsOptions, state: dict[str, Any]):
         """Raise ValueError for a backbone without a token an event, and for nothing to hide."""
         super().__init__(backbone, options, state)
-        inputs = backbone.arch["inputs"]
+        inputs = backbone.arch.inputs
         if "variables" not in inputs or backbone.causal:
             raise ValueError(
-                f"{backbone.arch['name']} has no token for each event: masked_events takes "
+                f"{backbone.arch.name} has no token for each event: masked_events takes "
                 "events/strats; for events/gru take forecast"
             )
         if not options.values and not options.events:

@@ -56,7 +56,7 @@ class NextSample(Objective):
         levels = getattr(backbone, "levels", None)
         if levels is None or getattr(backbone, "receptive_field", None) is None:
             raise ValueError(
-                f"{backbone.arch['name']} cannot predict the next sample: that takes a causal "
+                f"{backbone.arch.name} cannot predict the next sample: that takes a causal "
                 "backbone at the rate of the samples (wavenet/wavenet); for others use ctc, or "
                 "wav2vec2 with transformers/wav2vec2, torchaudio/deepspeech2 or conformer"
             )
@@ -64,7 +64,7 @@ class NextSample(Objective):
         self.crop: int | None = None
         """Samples of a crop."""
         if options.crop is not None:
-            self.crop = max(2, round(options.crop * backbone.arch["inputs"]["rate"]))
+            self.crop = max(2, round(options.crop * backbone.arch.inputs["rate"]))
         self.head = nn.Sequential(
             nn.ReLU(),
             nn.Linear(backbone.token_dim, options.hidden),

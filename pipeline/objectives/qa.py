@@ -135,7 +135,7 @@ class QuestionAnswering(Objective):
         super().__init__(backbone, options, state)
         if backbone.token_dim is None:
             raise ValueError(
-                f"{backbone.arch['name']} gives no tokens: question answering needs a backbone of "
+                f"{backbone.arch.name} gives no tokens: question answering needs a backbone of "
                 "texts (transformers/bert)"
             )
         self.head = nn.Linear(backbone.token_dim, 2)

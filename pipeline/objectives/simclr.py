@@ -55,10 +55,10 @@ class SimCLR(Objective):
 
     def __init__(self, backbone: Backbone, options: SimCLROptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
-        inputs = backbone.arch["inputs"]
+        inputs = backbone.arch.inputs
         if "size" not in inputs:
             raise ValueError(
-                f"{backbone.arch['name']}: simclr compares views of images; these rows are "
+                f"{backbone.arch.name}: simclr compares views of images; these rows are "
                 f"{', '.join(inputs) or 'something else'}"
             )
         hidden = options.hidden or backbone.pooled_dim

@@ -195,7 +195,7 @@ class Tagging(Objective):
         super().__init__(backbone, options, state)
         if backbone.token_dim is None:
             raise ValueError(
-                f"{backbone.arch['name']} gives no tokens: tagging needs a backbone of texts "
+                f"{backbone.arch.name} gives no tokens: tagging needs a backbone of texts "
                 "(transformers/bert)"
             )
         self.tagset = _tagset(state)

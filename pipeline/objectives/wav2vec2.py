@@ -167,7 +167,7 @@ class Wav2Vec2Pretraining(Objective):
         super().__init__(backbone, options, state)
         if not getattr(backbone, "hides_frames", False):
             raise ValueError(
-                f"{backbone.arch['name']}: wav2vec2 hides frames between convolutions and a "
+                f"{backbone.arch.name}: wav2vec2 hides frames between convolutions and a "
                 "context network, which takes transformers/wav2vec2, torchaudio/deepspeech2 or "
                 "torchaudio/conformer"
             )

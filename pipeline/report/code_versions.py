@@ -8,11 +8,12 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pipeline.config import provenance
 from pipeline.config.provenance import Provenance
-from pipeline.report.matrix import Cell, cell_key
+from pipeline.report.matrix import Cell, CellKey, cell_key
+from pipeline.report.results import ResultRow
+from pipeline.report.trial_record import TrialRecord
 
 OTHER = "made by other code or versions"
 MIXED = "compares trials of different code or versions"
@@ -20,8 +21,6 @@ SIGNS = {OTHER: "†", MIXED: "‡"}
 """How a cell is marked, in words and by a sign."""
 NOT_RECORDED = "not recorded"
 MOST_REASONS = 4
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class TrialProvenance:
 
 
 def provenance_of_record(
-    record: Mapping[str, Any], now: Provenance, source: str, weights: str | None
+    record: TrialRecord, now: Provenance, source: str, weights: str | None
 ) -> TrialProvenance:
     """What made the trial of a record.
 
@@ -53,19 +52,21 @@ def provenance_of_record(
         weights: The SHA-256 of its source's weights as they are now; none for scratch, or where
             there are none yet.
     """
-    made = provenance.from_metadata(record)
+    made = record.made
     found = provenance.changes(made, now)
-    for metadata in record.get("begun_by") or ():
+    for metadata in record.begun_by:
         begun = provenance.changes(provenance.from_metadata(metadata), now)
         found += (f"begun by other code or versions ({', '.join(begun)})",) if begun else ()
-    started_from = record.get("parent_weights")
+    started_from = record.parent_weights
     if weights and started_from and started_from != weights:
         found += (f"source {source} was made anew since",)
     return TrialProvenance(made, found)
 
 
 def mark_cells(
-    cells: Sequence[Cell], rows: Sequence[Row], trial_provenance: Mapping[str, TrialProvenance]
+    cells: Sequence[Cell],
+    rows: Sequence[ResultRow],
+    trial_provenance: Mapping[str, TrialProvenance],
 ) -> list[Cell]:
     """The cells, each with ``made``: empty, or how it is marked.
 
@@ -74,17 +75,15 @@ def mark_cells(
     linear probe), were made by different code or versions; else it is of other code where one of
     its own trials was not made as it would be now.
     """
-    trials: dict[tuple, list[str]] = defaultdict(list)
+    trials: dict[CellKey, list[str]] = defaultdict(list)
     for row in rows:
-        is_tested = (
-            row["trial_stage"] == "final" and row["status"] == "done" and row["split"] == "test"
-        )
+        is_tested = row.trial_stage == "final" and row.status == "done" and row.split == "test"
         if (
             is_tested
-            and row["trial_id"] in trial_provenance
-            and row["trial_id"] not in trials[cell_key(row)]
+            and row.trial_id in trial_provenance
+            and row.trial_id not in trials[cell_key(row)]
         ):
-            trials[cell_key(row)].append(row["trial_id"])
+            trials[cell_key(row)].append(row.trial_id)
     out = []
     for cell in cells:
         own = trials[cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction]
@@ -127,11 +126,11 @@ def _trials(count: int) -> str:
     return f"{count} trial{'' if count == 1 else 's'}"
 
 
-def versions_table(rows: Sequence[Row]) -> list[list[str]]:
+def versions_table(rows: Sequence[ResultRow]) -> list[list[str]]:
     """For each library the versions that trials were made with, and for how many: (library,
     versions).
     """
-    trials = {row["trial_id"]: row.get("versions") for row in rows}
+    trials = {row.trial_id: row.versions for row in rows}
     found: dict[str, Counter[str]] = {name: Counter() for name in provenance.LIBRARIES}
     for text in trials.values():
         versions = json.loads(text) if text else {}

@@ -9,18 +9,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
 from pipeline.metrics import catalog
 from pipeline.metrics.metric import UNBOUNDED
 from pipeline.report import results, stats
+from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
-Row = dict[str, Any]
 Estimate = tuple[float | None, float | None, float | None]
 """(middle, low, high)."""
+
+CellKey = tuple[str, str, str, str, str]
+"""(source, backbone, target, technique with its options, label fraction)."""
 
 SCRATCH = "none"
 """The source of trials that start from random weights: what the others of their backbone, target
@@ -105,7 +107,7 @@ class Cell:
     baseline_gain: float | None = None
     baseline_low: float | None = None
     baseline_high: float | None = None
-    compared_with: tuple[tuple[str, str, str, str, str], ...] = ()
+    compared_with: tuple[CellKey, ...] = ()
     """Keys (`cell_key`) of the cells that its gains are over: what it is held against, and the best
     scratch network.
     """
@@ -131,28 +133,24 @@ class _Trials:
     trials.
     """
 
-    key: tuple[str, str, str, str, str]
-    done: list[Row]
+    key: CellKey
+    done: list[ResultRow]
     failed: int
-    group: list[Row]
+    group: list[ResultRow]
 
     @property
     def metric(self) -> str:
-        return (
-            self.done[0]["metric"]
-            if self.done
-            else next((row["metric"] for row in self.group if row["metric"]), "")
-        )
+        return next((row.metric for row in (*self.done[:1], *self.group) if row.metric), "")
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ResultRow]:
         """Test rows of the primary metric, one a seed."""
-        return [row for row in self.done if row["metric"] == self.metric]
+        return [row for row in self.done if row.metric == self.metric]
 
     @property
     def technique(self) -> str:
         """The technique's name without its options."""
-        return str(self.group[0].get("technique") or "")
+        return self.group[0].technique
 
     def validation(self) -> float:
         """Mean validation value of the final trials, larger is better; minus infinity where there
@@ -160,14 +158,8 @@ class _Trials:
         """
         found: dict[str, float] = {}
         for row in self.group:
-            if (
-                row["trial_stage"] == "final"
-                and row["split"] == "validation"
-                and row["value"] is not None
-            ):
-                found.setdefault(
-                    row["trial_id"], row["value"] if row["higher_is_better"] else -row["value"]
-                )
+            if row.trial_stage == "final" and row.split == "validation" and row.value is not None:
+                found.setdefault(row.trial_id, row.value if row.higher_is_better else -row.value)
         return fmean(found.values()) if found else -math.inf
 
     def choice(self) -> _Choice:
@@ -175,26 +167,20 @@ class _Trials:
         searched = [
             row
             for row in self.group
-            if row["trial_stage"] == "search"
-            and row["status"] == "done"
-            and row["split"] == "validation"
-            and row["metric"]
+            if row.trial_stage == "search"
+            and row.status == "done"
+            and row.split == "validation"
+            and row.metric
         ]
         if not searched:
             return _Choice()
-        if all(row["metric"] != self.metric for row in searched):
-            return _Choice(unknown=f"which was judged by {searched[0]['metric']}")
+        if all(row.metric != self.metric for row in searched):
+            return _Choice(unknown=f"which was judged by {searched[0].metric}")
         draws: dict[str, dict[str, float]] = defaultdict(dict)
         for row in searched:
-            if (
-                row["metric"] != self.metric
-                or row["value"] is None
-                or not math.isfinite(row["value"])
-            ):
+            if row.metric != self.metric or row.value is None or not math.isfinite(row.value):
                 continue
-            draws[_draw(row)][row["trial_id"]] = (
-                row["value"] if row["higher_is_better"] else -row["value"]
-            )
+            draws[_draw(row)][row.trial_id] = row.value if row.higher_is_better else -row.value
         if len(draws) < 2:
             return _Choice()
         again = [list(values.values()) for values in draws.values() if len(values) > 1]
@@ -217,17 +203,17 @@ class _Choice:
     unknown: str = ""
 
 
-def _draw(row: Row) -> str:
+def _draw(row: ResultRow) -> str:
     """The setting that a search trial was given, the same for every seed; rows that do not state it
     stand alone.
 
     What ran (``hyper_parameters``) does not serve here: the steps of epochs, for one, differ from
     seed to seed where the rows of a label fraction and their costs do.
     """
-    return row["drawn"] or row["trial_id"]
+    return row.drawn or row.trial_id
 
 
-def matrix_cells(rows: list[Row], runs: dict[str, RunPredictions]) -> list[Cell]:
+def matrix_cells(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list[Cell]:
     """One Cell for each (source, backbone, target, technique, label fraction) of ``rows``, which
     are results rows.
 
@@ -236,8 +222,8 @@ def matrix_cells(rows: list[Row], runs: dict[str, RunPredictions]) -> list[Cell]
     all failed, in search or finally, is there too. Sorted by target, label fraction, then gain with
     the largest first (scratch stands at zero, what has no gain comes last).
     """
-    groups: dict[tuple, list[Row]] = defaultdict(list)
-    for row in results.with_all_columns(rows):
+    groups: dict[CellKey, list[ResultRow]] = defaultdict(list)
+    for row in rows:
         groups[cell_key(row)].append(row)
     found = []
     for key, group in groups.items():
@@ -262,7 +248,7 @@ def _corrected(found: list[Cell]) -> list[Cell]:
     return out
 
 
-def _is_scratch(key: tuple) -> bool:
+def _is_scratch(key: CellKey) -> bool:
     return key[0] == SCRATCH and key[3] == "scratch"
 
 
@@ -316,21 +302,18 @@ def fraction_order(label_fraction: str) -> tuple[int, float, str]:
         return 2, 0.0, label_fraction
 
 
-def cell_key(row: Row) -> tuple[str, str, str, str, str]:
-    """(source, backbone, target, technique with its options, label fraction) of a results row."""
-    source, backbone, target, fraction = (
-        str(row.get(n) or "") for n in ("source", "backbone", "target", "label_fraction")
-    )
+def cell_key(row: ResultRow) -> CellKey:
+    """The key of the cell that a results row belongs to."""
     return (
-        source,
-        backbone,
-        target,
-        results.technique(row) if row.get("technique") else "",
-        fraction,
+        row.source,
+        row.backbone,
+        row.target,
+        results.technique(row) if row.technique else "",
+        row.label_fraction,
     )
 
 
-def _order(cell: Cell) -> tuple:
+def _order(cell: Cell) -> tuple[object, ...]:
     of_scratch = cell.gain is not None and not cell.against
     gain = (cell.gain or 0.0) if of_scratch else 0.0 if cell.verdict == REFERENCE else -math.inf
     return (
@@ -344,30 +327,30 @@ def _order(cell: Cell) -> tuple:
     )
 
 
-def _final_trials(group: list[Row]) -> tuple[list[Row], int] | None:
+def _final_trials(group: list[ResultRow]) -> tuple[list[ResultRow], int] | None:
     """(the primary test row of each finished final trial, how many failed); None for a cell that
     has no final trial yet.
 
     A cell whose search trials all failed has no final trials, and still counts: they are its
     failures.
     """
-    final = [row for row in group if row["trial_stage"] == "final"]
-    primary: dict[str, Row] = {}
+    final = [row for row in group if row.trial_stage == "final"]
+    primary: dict[str, ResultRow] = {}
     for row in final:
-        if row["status"] == "done" and row["split"] == "test" and row["metric"]:
-            primary.setdefault(row["trial_id"], row)
-    failed = {row["trial_id"] for row in final if row["status"] == "failed"} - set(primary)
-    if not final and all(row["status"] != "done" for row in group):
-        failed = {row["trial_id"] for row in group if row["status"] == "failed"}
+        if row.status == "done" and row.split == "test" and row.metric:
+            primary.setdefault(row.trial_id, row)
+    failed = {row.trial_id for row in final if row.status == "failed"} - set(primary)
+    if not final and all(row.status != "done" for row in group):
+        failed = {row.trial_id for row in group if row.status == "failed"}
     return (list(primary.values()), len(failed)) if primary or failed else None
 
 
-def _mean(rows: list[Row], name: str) -> float | None:
-    values = [row[name] for row in rows if row.get(name) is not None]
+def _mean(rows: list[ResultRow], name: str) -> float | None:
+    values = [value for row in rows if (value := getattr(row, name)) is not None]
     return fmean(values) if values else None
 
 
-def _whole(rows: list[Row], name: str) -> int | None:
+def _whole(rows: list[ResultRow], name: str) -> int | None:
     mean = _mean(rows, name)
     return None if mean is None else round(mean)
 
@@ -386,7 +369,7 @@ def _cell(
     source, backbone, target, technique, fraction = one.key
     done, group = one.rows, one.group
     first = done[0] if done else group[0]
-    higher = bool(first.get("higher_is_better")) if done else True
+    higher = bool(first.higher_is_better) if done else True
     mean, how = _mean_of(one, runs)
     gain = _gain_of(one, reference, runs)
     compared = reference is not None and bool(reference.done) and bool(done)
@@ -424,7 +407,7 @@ def _cell(
         params_trained=_whole(done, "params_trained"),
         n_train=_whole(done, "n_train"),
         n_test=_whole(done, "n_eval"),
-        hyper_parameters=first.get("hyper_parameters") or "{}",
+        hyper_parameters=first.hyper_parameters or "{}",
         verdict=_verdict(one, gain),
         interval="; ".join(text for text in (how, gain.how) if text),
         paired_seeds=gain.seeds if compared else None,
@@ -477,9 +460,11 @@ def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> 
     return WINS if low > 0 else LOSES if high < 0 else NOT_SHOWN
 
 
-def _predictions(rows: list[Row], runs: dict[str, RunPredictions]) -> list[RunPredictions] | None:
+def _predictions(
+    rows: list[ResultRow], runs: dict[str, RunPredictions]
+) -> list[RunPredictions] | None:
     """Test predictions of all these trials; None where some are not at hand."""
-    found = [runs[row["trial_id"]] for row in rows if row["trial_id"] in runs]
+    found = [runs[row.trial_id] for row in rows if row.trial_id in runs]
     return found if found and len(found) == len(rows) else None
 
 
@@ -499,12 +484,12 @@ def _mean_of(one: _Trials, runs: dict[str, RunPredictions]) -> tuple[Estimate, s
             ValueError,
         ) as error:  # predictions without what the metric reads, or rows that cannot be paired
             why = f": {error}"
-    mean, *ends = stats.t_interval([row["value"] for row in rows if row["value"] is not None])
+    mean, *ends = stats.t_interval([row.value for row in rows if row.value is not None])
     if len(rows) == 1:
         return (
             _finite((mean, None, None))[0],
-            rows[0].get("value_low"),
-            rows[0].get("value_high"),
+            rows[0].value_low,
+            rows[0].value_high,
         ), f"mean: {ONE_SEED}"
     least, most = _bounds(metric)
     return _finite((mean, *np.clip(ends, least, most))), f"mean: {T_INTERVAL}{why}"
@@ -520,7 +505,7 @@ def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, RunPredictions
     """The gain of a cell over another cell, paired on their common seeds."""
     if other is None or not one.done:
         return _GainEstimate()
-    rows, theirs = one.rows, [row for row in other.done if row["metric"] == one.metric]
+    rows, theirs = one.rows, [row for row in other.done if row.metric == one.metric]
     seeds = _seeds(rows) & _seeds(theirs)
     if not seeds:
         return _GainEstimate(
@@ -528,8 +513,8 @@ def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, RunPredictions
             if theirs
             else ""
         )
-    rows = [row for row in rows if row["seed"] in seeds]
-    theirs = [row for row in theirs if row["seed"] in seeds]
+    rows = [row for row in rows if row.seed in seeds]
+    theirs = [row for row in theirs if row.seed in seeds]
     metric, why = catalog.find(one.metric), ""
     ours, scratch = _predictions(rows, runs), _predictions(theirs, runs)
     if metric is not None and ours is not None and scratch is not None:
@@ -549,16 +534,16 @@ def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, RunPredictions
             )
         except (KeyError, ValueError) as error:
             why = f": {error}"
-    by_seed = {row["seed"]: row["value"] for row in theirs}
-    sign = 1 if rows[0].get("higher_is_better") else -1
-    pairs = [
-        (row["value"], by_seed[row["seed"]])
+    by_seed = {row.seed: row.value for row in theirs}
+    sign = 1 if rows[0].higher_is_better else -1
+    gains = [
+        sign * (row.value - theirs_value)
         for row in rows
-        if row["value"] is not None and by_seed[row["seed"]] is not None
+        if row.value is not None and (theirs_value := by_seed[row.seed]) is not None
     ]
-    if not pairs:
+    if not gains:
         return _GainEstimate(seeds=len(seeds))
-    value, *ends = stats.t_interval([sign * (mine - their) for mine, their in pairs])
+    value, *ends = stats.t_interval(gains)
     least, most = _bounds(metric)
     estimate = _finite((value, *np.clip(ends, least - most, most - least)))
     how = ONE_SEED if len(seeds) == 1 else f"{T_INTERVAL}{why}"
@@ -569,8 +554,8 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _seeds(rows: list[Row]) -> set:
-    return {row["seed"] for row in rows}
+def _seeds(rows: list[ResultRow]) -> set[int]:
+    return {row.seed for row in rows}
 
 
 def _too_few(runs: list[RunPredictions]) -> str:

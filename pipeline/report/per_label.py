@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from pipeline.report.blocks import (
 )
 from pipeline.report.matrix import REFERENCE, SCRATCH, Cell, verdict
 from pipeline.report.plots import cell_label, reliability
+from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
 MOST_CLASSES = 20
@@ -39,8 +39,6 @@ SIGNS = (
     " ▲ wins, ▼ loses, ○ not shown, ? too few test units to tell, not corrected for their number."
 )
 """Said of tables of gains beside the job's own."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ TYPES = LabelKind("Type by type", "Type", "Test entities", "types", (("entity_f1
 
 
 def blocks(
-    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, RunPredictions]
+    target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[Block]:
     """Of the best finished cell of a target (by its primary metric; labels: the best with a source,
     beside scratch). Nothing where the test predictions are not at hand or have no classes.
@@ -100,7 +98,7 @@ def blocks(
 
 
 def best_cell(
-    done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, RunPredictions]
+    done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> tuple[Cell, list[RunPredictions], list[RunPredictions]] | None:
     """The best finished cell with a source (without one the best of all), its runs, and those of
     scratch with the same backbone and labels ([] for scratch itself). None where no test
@@ -133,18 +131,18 @@ def _best(shown: list[tuple[Cell, list[RunPredictions]]]) -> tuple[Cell, list[Ru
 
 
 def runs_of(
-    cell: Cell, rows: Sequence[Row], runs: dict[str, RunPredictions]
+    cell: Cell, rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[RunPredictions]:
     """Test predictions of a cell's seeds."""
     ids = dict.fromkeys(
-        row["trial_id"]
+        row.trial_id
         for row in rows
-        if row["trial_stage"] == "final"
-        and row["status"] == "done"
-        and row["target"] == cell.target
-        and row["source"] == cell.source
-        and (row["backbone"] or "") == cell.backbone
-        and row["label_fraction"] == cell.label_fraction
+        if row.trial_stage == "final"
+        and row.status == "done"
+        and row.target == cell.target
+        and row.source == cell.source
+        and row.backbone == cell.backbone
+        and row.label_fraction == cell.label_fraction
         and results.technique(row) == cell.technique
     )
     return [runs[one] for one in ids if one in runs]
@@ -235,7 +233,7 @@ def _confusion(target: str, cell: Cell, runs: list[RunPredictions]) -> list[Bloc
 
 
 def two_classes(
-    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, RunPredictions]
+    target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[Block]:
     """Every metric of the best cell with a source beside scratch, and whether their probabilities
     came true (a reliability diagram).
@@ -245,12 +243,12 @@ def two_classes(
         return []
     best, ours, scratch = found
     ids = {
-        row["metric"]: None
+        row.metric: None
         for row in rows
-        if row["target"] == best.target
-        and row["split"] == "test"
-        and row["metric"]
-        and row["value"] is not None
+        if row.target == best.target
+        and row.split == "test"
+        and row.metric
+        and row.value is not None
     }
     names = [
         name

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,8 @@ from pipeline.report.matrix import (
     fraction_order,
     matrix_cells,
 )
+from pipeline.report.results import ResultRow
+from pipeline.report.trial_record import CurvePoint
 
 if TYPE_CHECKING:
     import rich.table
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "matrix_cells", "table", "write"]
 
-Row = dict[str, Any]
 _DASH = page.DASH
 SEARCH_NOISE = (
     "Where hyper-parameters were searched, the settings that were tried again with further "
@@ -233,8 +234,8 @@ def write(
     *,
     job_name: str,
     cells: Sequence[Cell],
-    rows: Sequence[Row],
-    curves: dict[str, list[dict[str, Any]]],
+    rows: Sequence[ResultRow],
+    curves: Mapping[str, Sequence[CurvePoint]],
     pretraining: Sequence[dict[str, Any]],
     splits: dict[str, str],
     notes: Sequence[str],
@@ -245,17 +246,16 @@ def write(
 ) -> tuple[str, str]:
     """Write report.md and report.html under ``root_uri``, each atomically, and give their URIs.
 
-    ``rows``: results rows (failures and totals are read from them). ``curves``: trial id to
-    ``[{"step", "loss", "validation": {metric: value}}]``. ``pretraining``: one dict a source with
-    ``source, backbone, objective, steps, rows, seconds, rows_per_second, metrics, transfer,
-    bundle_uri, splits``, any of which may be missing. ``splits``: target to where its splits come
-    from. ``versions``: whatever was fixed beside the libraries (the hash of the job); the versions
-    of the libraries are those that each trial was run with. ``runs``: trial id to test predictions,
-    for what is said of single classes and labels. ``made``: sentences on the trials that other code
-    or versions made. ``scores``: ``source|target`` to ``score_name`` and ``score_value``, also of
-    sources that were left out because of them; none: those of the rows.
+    ``rows``: results rows (failures and totals are read from them). ``curves``: trial id to its
+    validations. ``pretraining``: one dict a source with ``source, backbone, objective, steps, rows,
+    seconds, rows_per_second, metrics, transfer, bundle_uri, splits``, any of which may be missing.
+    ``splits``: target to where its splits come from. ``versions``: whatever was fixed beside the
+    libraries (the hash of the job); the versions of the libraries are those that each trial was run
+    with. ``runs``: trial id to test predictions, for what is said of single classes and labels.
+    ``made``: sentences on the trials that other code or versions made. ``scores``:
+    ``source|target`` to ``score_name`` and ``score_value``, also of sources that were left out
+    because of them; none: those of the rows.
     """
-    rows = results.with_all_columns(rows)
     groups: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.target].append(cell)
@@ -334,7 +334,7 @@ def _correction(cells: Sequence[Cell]) -> str:
 def _summary(
     cells: Sequence[Cell],
     groups: dict[str, list[Cell]],
-    rows: Sequence[Row],
+    rows: Sequence[ResultRow],
     places: dict[str, int],
 ) -> list[Block]:
     found, stands = _verdicts(cells), _survivors(cells)
@@ -356,7 +356,7 @@ def _summary(
     tally.append((str(found[NOT_SHOWN]), "not shown", NOT_SHOWN))
     others = ((TOO_FEW, TOO_FEW), (UNCOMPARED, UNCOMPARED), (FAILED, "without a result"))
     tally += [(str(found[name]), what, name) for name, what in others if found[name]]
-    trials = {(row["trial_id"], row["trial_stage"]) for row in rows}
+    trials = {(row.trial_id, row.trial_stage) for row in rows}
     out.append(KeyFigures([*tally, (str(len(trials)), "trials", "")]))
     body = []
     for target, group in groups.items():
@@ -502,8 +502,8 @@ def _label(cell: Cell, backbones: bool) -> str:
 def _target(
     target: str,
     group: list[Cell],
-    rows: Sequence[Row],
-    curves: dict[str, list[dict[str, Any]]],
+    rows: Sequence[ResultRow],
+    curves: Mapping[str, Sequence[CurvePoint]],
     places: int,
     split: str,
     runs: dict[str, stats.RunPredictions],
@@ -624,42 +624,42 @@ def _matrix_value(cell: Cell | None, places: int) -> str | Value:
 
 
 def _followed(
-    metric: str, target: str, rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]]
+    metric: str, target: str, rows: Sequence[ResultRow], curves: Mapping[str, Sequence[CurvePoint]]
 ) -> str:
     """The metric that learning curves show: the primary one, or what validations have in its place
     where it is told of test rows alone.
     """
     held = (
-        point.get("validation") or {}
+        point.metrics
         for row in rows
-        if row["target"] == target
-        for point in curves.get(row["trial_id"], ())
+        if row.target == target
+        for point in curves.get(row.trial_id, ())
     )
-    names = list(next(held, {}))
+    names = list(next(held, dict[str, float]()))
     return metric if metric in names or not names else names[0]
 
 
 def _curves(
-    target: str, metric: str, rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]]
+    target: str, metric: str, rows: Sequence[ResultRow], curves: Mapping[str, Sequence[CurvePoint]]
 ) -> dict[str, plots.Series]:
     """label fraction -> (source, technique) -> (step, mean over seeds) of the validation metric."""
     trials = {
-        row["trial_id"]: row
+        row.trial_id: row
         for row in rows
-        if row["target"] == target and row["trial_stage"] == "final" and row["status"] == "done"
+        if row.target == target and row.trial_stage == "final" and row.status == "done"
     }
     points: dict[tuple[str, str, str], dict[float, list[float]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for trial_id, row in trials.items():
         for point in curves.get(trial_id, ()):
-            value = (point.get("validation") or {}).get(metric)
+            value = point.metrics.get(metric)
             if (
-                value is not None and math.isfinite(value) and point["step"]
+                value is not None and math.isfinite(value) and point.step
             ):  # what was not trained has no curve
-                points[row["label_fraction"], row["source"], results.technique(row)][
-                    point["step"]
-                ].append(value)
+                points[row.label_fraction, row.source, results.technique(row)][point.step].append(
+                    value
+                )
     out: dict[str, plots.Series] = defaultdict(dict)
     for (fraction, source, technique), by_step in points.items():
         out[fraction][source, technique] = [
@@ -671,14 +671,12 @@ def _curves(
 # ---------------------------------------------------------------- the rest
 
 
-def _trials(rows: Sequence[Row]) -> list[Row]:
+def _trials(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """One row for each trial and stage."""
-    return list({(row["trial_id"], row["trial_stage"]): row for row in reversed(rows)}.values())[
-        ::-1
-    ]
+    return list({(row.trial_id, row.trial_stage): row for row in reversed(rows)}.values())[::-1]
 
 
-def _cost(cells: Sequence[Cell], rows: Sequence[Row]) -> list[Block]:
+def _cost(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block]:
     shown: dict[tuple[str, str, str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
         if cell.seconds is not None:
@@ -687,9 +685,9 @@ def _cost(cells: Sequence[Cell], rows: Sequence[Row]) -> list[Block]:
         return []
     spent: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
     for row in _trials(rows):
-        spent[
-            row["target"], row["source"], row.get("backbone") or "", results.technique(row)
-        ].append(row.get("seconds") or 0.0)
+        spent[row.target, row.source, row.backbone, results.technique(row)].append(
+            row.seconds or 0.0
+        )
     several = {
         target for target, *_ in shown if len({key[2] for key in shown if key[0] == target}) > 1
     }
@@ -726,13 +724,13 @@ def _cost(cells: Sequence[Cell], rows: Sequence[Row]) -> list[Block]:
     ]
 
 
-def _scores(rows: Sequence[Row], scores: dict[str, dict[str, Any]] | None) -> list[Block]:
+def _scores(rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None) -> list[Block]:
     """The score of every source, also of those that were left out because of theirs."""
-    tried = {(row["target"], row["source"]) for row in rows}
-    found = {
-        (r["target"], r["source"], r["score_name"]): r["score_value"]
+    tried = {(row.target, row.source) for row in rows}
+    found: dict[tuple[str, str, str], float] = {
+        (r.target, r.source, r.score_name): r.score_value
         for r in rows
-        if r.get("score_name") and r.get("score_value") is not None
+        if r.score_name and r.score_value is not None
     }
     for pair, scored in (scores or {}).items():
         source, _, target = pair.rpartition("|")
@@ -817,13 +815,13 @@ def _pretraining(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
     return [Heading("Pretraining"), page.Table(head, body, 4), *more]
 
 
-def _failures(rows: Sequence[Row]) -> list[Block]:
-    failed = [row for row in _trials(rows) if row["status"] == "failed"]
+def _failures(rows: Sequence[ResultRow]) -> list[Block]:
+    failed = [row for row in _trials(rows) if row.status == "failed"]
     if not failed:
         return []
-    by_error: dict[str, list[Row]] = defaultdict(list)
+    by_error: dict[str, list[ResultRow]] = defaultdict(list)
     for row in failed:
-        by_error[row.get("error") or "no error was recorded"].append(row)
+        by_error[row.error or "no error was recorded"].append(row)
     out: list[Block] = [
         Heading("Failures"),
         Text(f"{_plural(len(failed), 'trial')} failed; the others went on without them."),
@@ -831,9 +829,9 @@ def _failures(rows: Sequence[Row]) -> list[Block]:
     for error, group in sorted(by_error.items(), key=lambda kv: -len(kv[1])):
         lines = error.strip().splitlines() or [error]
         which = [
-            f"{r['trial_id']}: {r['target']} · {r['source']} · {results.technique(r)} · labels "
-            f"{r['label_fraction']} · seed {r['seed']} "
-            f"({r['trial_stage']}) {r.get('hyper_parameters') or ''}".strip()
+            f"{r.trial_id}: {r.target} · {r.source} · {results.technique(r)} · labels "
+            f"{r.label_fraction} · seed {r.seed} "
+            f"({r.trial_stage}) {r.hyper_parameters or ''}".strip()
             for r in group[:20]
         ]
         which += [f"and {len(group) - 20} more"] if len(group) > 20 else []
@@ -845,7 +843,7 @@ def _failures(rows: Sequence[Row]) -> list[Block]:
     return out
 
 
-def _duplicates(rows: Sequence[Row]) -> list[Block]:
+def _duplicates(rows: Sequence[ResultRow]) -> list[Block]:
     found = results.duplicates(list(rows))
     if not found:
         return []
@@ -871,7 +869,7 @@ def _splits(splits: dict[str, str]) -> list[Block]:
 
 def _method(
     cells: Sequence[Cell],
-    rows: Sequence[Row],
+    rows: Sequence[ResultRow],
     notes: Sequence[str],
     versions: dict[str, str],
     made: Sequence[str],
@@ -902,7 +900,7 @@ def _method(
             f"{SIGNIFICANT * compared:.1f} would still be won or lost by them. Corrected p "
             "values are Holm's (1979)."
         )
-    if any(row["trial_stage"] == "search" for row in rows):
+    if any(row.trial_stage == "search" for row in rows):
         said.append(SEARCH_NOISE)
     ways = Counter(cell.interval for cell in cells if cell.interval)
     said += [f"{way}: {_plural(count, 'cell')}." for way, count in ways.items()]
@@ -924,7 +922,7 @@ def _method(
         ("git_sha", "git commit"),
         ("device", "device"),
     ):
-        values = sorted({str(row[column]) for row in rows if row.get(column)})
+        values = sorted({str(getattr(row, column)) for row in rows if getattr(row, column)})
         if values and not set(values) <= set(map(str, versions.values())):
             ran.append(
                 [
@@ -933,7 +931,7 @@ def _method(
                     + (f" and {len(values) - 6} more" if len(values) > 6 else ""),
                 ]
             )
-    times = [row["started_at"] for row in rows if row.get("started_at")]
+    times = [row.started_at for row in rows if row.started_at]
     ran += [["first trial started", f"{min(times):%Y-%m-%d %H:%M} UTC"]] if times else []
     if ran:
         out += [Heading("Versions", 3), page.Table(["What", "Which"], ran, 2)]

@@ -12,9 +12,10 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable
-from datetime import datetime
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,84 +27,180 @@ FILE = "results.parquet"
 CHECKSUM = b"onetomany.sha256"
 """The field of the file's own metadata that holds the checksum of its rows."""
 
-_TEXT, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
-SCHEMA = pa.schema(
-    [
-        ("job", _TEXT),
-        ("source", _TEXT),
-        ("backbone", _TEXT),
-        ("target", _TEXT),
-        ("objective", _TEXT),
-        ("technique", _TEXT),
-        ("hyper_parameters", _TEXT),
-        ("seed", _INT),
-        ("label_fraction", _TEXT),
-        ("trial_id", _TEXT),
-        ("trial_stage", _TEXT),
-        ("status", _TEXT),
-        ("error", _TEXT),
-        ("metric", _TEXT),
-        ("value", _FLOAT),
-        ("value_low", _FLOAT),
-        ("value_high", _FLOAT),
-        ("interval", _TEXT),
-        ("higher_is_better", pa.bool_()),
-        ("split", _TEXT),
-        ("n_train", _INT),
-        ("n_eval", _INT),
-        ("n_units", _INT),
-        ("params_trained", _INT),
-        ("steps", _INT),
-        ("seconds", _FLOAT),
-        ("device", _TEXT),
-        ("bundle_uri", _TEXT),
-        ("parent_uri", _TEXT),
-        ("scratch_value", _FLOAT),
-        ("gain", _FLOAT),
-        ("gain_low", _FLOAT),
-        ("gain_high", _FLOAT),
-        ("score_name", _TEXT),
-        ("score_value", _FLOAT),
-        ("spec_hash", _TEXT),
-        ("git_sha", _TEXT),
-        ("started_at", pa.timestamp("us", tz="UTC")),
-        ("split_origin", _TEXT),
-        ("paired_seeds", _INT),
-        ("gain_p_holm", _FLOAT),
-        ("baseline_gain", _FLOAT),
-        ("current", pa.bool_()),
-        ("versions", _TEXT),
-        ("made_by", _TEXT),
-        ("drawn", _TEXT),
-    ]
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One row of the results table. The table has these columns, in this order.
+
+    A failed trial leaves one row without split and metric. What is not known is None, or empty
+    where a row always has it.
+    """
+
+    job: str = ""
+    source: str = ""
+    """``none`` for scratch."""
+    backbone: str = ""
+    target: str = ""
+    objective: str = ""
+    technique: str = ""
+    hyper_parameters: str | None = None
+    """JSON of all that ran."""
+    seed: int = 0
+    label_fraction: str = ""
+    """"1.0", "0.05", "5/class" or "5 rows"."""
+    trial_id: str = ""
+    trial_stage: str = ""
+    """"search" or "final"."""
+    status: str = ""
+    """"done", "failed" or "pruned"."""
+    error: str | None = None
+    metric: str | None = None
+    value: float | None = None
+    value_low: float | None = None
+    value_high: float | None = None
+    interval: str | None = None
+    """How the intervals of the row were made."""
+    higher_is_better: bool | None = None
+    split: str | None = None
+    n_train: int | None = None
+    n_eval: int | None = None
+    n_units: int | None = None
+    params_trained: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    device: str | None = None
+    bundle_uri: str | None = None
+    parent_uri: str | None = None
+    scratch_value: float | None = None
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
+    score_name: str | None = None
+    score_value: float | None = None
+    spec_hash: str | None = None
+    git_sha: str | None = None
+    started_at: datetime | None = None
+    split_origin: str | None = None
+    """Where the splits come from (a column, files, at random by which hash): rows of one target
+    that differ in it were tested on other rows.
+    """
+    paired_seeds: int | None = None
+    """Seeds that a trial's cell and its scratch both have."""
+    gain_p_holm: float | None = None
+    """p value of the cell's mean gain over these seeds, corrected by Holm for all comparisons of
+    the job; of the primary metric alone.
+    """
+    baseline_gain: float | None = None
+    """Gain over the target's best scratch network at the same label fraction and seed, chosen on
+    validation rows.
+    """
+    current: bool | None = None
+    """Whether the job, as it was when it last ran, has the trial; rows of others are kept until
+    they are pruned.
+    """
+    versions: str | None = None
+    """JSON, library to version. Null for trials that were run before it was recorded."""
+    made_by: str | None = None
+    """Hash of the code that made the trial (`pipeline.config.provenance`). Null for trials that
+    were run before it was recorded.
+    """
+    drawn: str | None = None
+    """JSON: the hyper-parameters that the search drew for the trial, the same for all seeds of a
+    setting; {} where there was no search.
+    """
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that ran, by name."""
+        return json.loads(self.hyper_parameters or "{}")
+
+    @classmethod
+    def from_columns(cls, found: Mapping[str, Any]) -> Self:
+        """A row from its columns. Raises ValueError for a column that there is not, and for a value
+        of a kind of its own that it has not.
+        """
+        for name in found:
+            if name not in COLUMNS:
+                raise ValueError(f"results have no column {name!r}; {nearest(name, COLUMNS)}")
+        return cls(**{name: value for name, value in found.items() if value is not None})
+
+    def columns(self) -> dict[str, Any]:
+        """Column to value, as the table holds it: null where there is nothing."""
+        return {
+            name: None if value == "" and name in ALWAYS else value
+            for name, value in vars(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """A row of a trial's record (`to_json`)."""
+        settings, started = found.get("hyper_parameters"), found.get("started_at")
+        changed = {
+            "hyper_parameters": None if settings is None else json.dumps(settings, sort_keys=True),
+            "started_at": None if started is None else datetime.fromtimestamp(started, UTC),
+        }
+        return cls.from_columns({**found, **changed})
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as a trial's record holds it: settings as an object, times in seconds since
+        1970.
+        """
+        changed = {
+            "hyper_parameters": None
+            if self.hyper_parameters is None
+            else json.loads(self.hyper_parameters),
+            "started_at": None if self.started_at is None else self.started_at.timestamp(),
+        }
+        return {
+            name: value
+            for name, value in {**self.columns(), **changed}.items()
+            if name not in COMPARED
+        }
+
+
+COLUMNS = tuple(one.name for one in fields(ResultRow))
+ALWAYS = tuple(one.name for one in fields(ResultRow) if one.default == "")
+"""Columns of text that every row has."""
+COMPARED = (
+    "scratch_value",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "score_name",
+    "score_value",
+    "split_origin",
+    "paired_seeds",
+    "gain_p_holm",
+    "baseline_gain",
+    "current",
+    "versions",
+    "made_by",
+    "drawn",
 )
-"""``split_origin`` says where the splits come from (a column, files, at random by which hash): rows
-of one target that differ in it were tested on other rows. ``source`` is "none" for scratch;
-``hyper_parameters`` is JSON; ``label_fraction`` is "1.0", "0.05", "5/class" or "5 rows"; a failed
-trial leaves one row without split and metric. ``paired_seeds`` counts the seeds that a trial's cell
-and its scratch both have, ``gain_p_holm`` is the p value of the cell's mean gain over these seeds,
-corrected by Holm for all comparisons of the job (primary metric alone), ``baseline_gain`` the gain
-over the target's best scratch network at the same label fraction and seed, chosen on validation
-rows. ``current`` is true for the trials that the job, as it was when it last ran, consists of; rows
-of others are kept until they are pruned. ``versions`` is JSON, library to version; ``made_by`` is
-the hash of the code that made the trial (`config.provenance`); both are null for trials that were
-run before they were recorded. ``drawn`` is JSON: the hyper-parameters that the search drew for the
-trial, the same for all seeds of a setting; {} where there was no search (``hyper_parameters`` has
-all that ran).
+"""Columns that a trial does not know by itself: they are filled in when the rows of all trials are
+collected.
 """
+
+_ARROW = {
+    "str": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "datetime": pa.timestamp("us", tz="UTC"),
+}
+SCHEMA = pa.schema(
+    [(one.name, _ARROW[str(one.type).removesuffix(" | None")]) for one in fields(ResultRow)]
+)
 
 _ALLOWED = {"trial_stage": ("search", "final"), "status": ("done", "failed", "pruned")}
 
-Row = dict[str, Any]
 
-
-def append(uri: str, rows: list[Row], current: Collection[str] | None = None) -> None:
-    """Add rows to the table under the folder ``uri``; columns that a row lacks are null. The file
-    is replaced whole, atomically.
+def append(uri: str, rows: list[ResultRow], current: Collection[str] | None = None) -> None:
+    """Add rows to the table under the folder ``uri``. The file is replaced whole, atomically.
 
     A row with the (trial_id, split, metric, trial_stage) of an earlier one takes its place. Earlier
     rows of a trial that ended otherwise than now (it failed then and is done now, or the other way
-    round) go. Raises ValueError for an unknown column or a value of the wrong type.
+    round) go. Raises ValueError for a value of the wrong type.
 
     Args:
         current: Ids of every trial of the job as it is now. The column ``current`` of all rows, old
@@ -112,24 +209,24 @@ def append(uri: str, rows: list[Row], current: Collection[str] | None = None) ->
     if not rows and current is None:
         return
     new = _checked(rows)
-    status_now = {(row["trial_id"], row["trial_stage"]): row["status"] for row in new}
-    kept: dict[tuple, Row] = {}
+    status_now = {(row.trial_id, row.trial_stage): row.status for row in new}
+    kept: dict[tuple[str | None, ...], ResultRow] = {}
     for row in _read_or_none(uri):
-        ended_as = status_now.get((row["trial_id"], row["trial_stage"]), row["status"])
-        if row["status"] == ended_as:
+        ended_as = status_now.get((row.trial_id, row.trial_stage), row.status)
+        if row.status == ended_as:
             kept[_key(row)] = row
     for row in new:
         kept[_key(row)] = row
     if not kept:
         return
+    out = list(kept.values())
     if current is not None:
         wanted = set(current)
-        for row in kept.values():
-            row["current"] = row["trial_id"] in wanted
-    _write(uri, list(kept.values()))
+        out = [replace(row, current=row.trial_id in wanted) for row in out]
+    _write(uri, out)
 
 
-def _read_or_none(uri: str) -> list[Row]:
+def _read_or_none(uri: str) -> list[ResultRow]:
     """The rows that are there; none of a damaged table, which is told: it is written anew with the
     rows that come.
     """
@@ -147,21 +244,21 @@ def remove(uri: str, trial_ids: Collection[str]) -> int:
     """Remove the rows of these trials from the table under the folder ``uri``; how many went."""
     gone = set(trial_ids)
     rows = read(uri)
-    kept = [row for row in rows if row["trial_id"] not in gone]
+    kept = [row for row in rows if row.trial_id not in gone]
     if len(kept) < len(rows):
         _write(uri, kept)
     return len(rows) - len(kept)
 
 
-def _write(uri: str, rows: list[Row]) -> None:
+def _write(uri: str, rows: list[ResultRow]) -> None:
     sink = io.BytesIO()
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    table = pa.Table.from_pylist([row.columns() for row in rows], schema=SCHEMA)
     table = table.replace_schema_metadata({CHECKSUM: _checksum(table)})
     pq.write_table(table, sink, compression="zstd")
     storage.write_bytes(storage.join(uri, FILE), sink.getvalue())
 
 
-def read(uri: str) -> list[Row]:
+def read(uri: str) -> list[ResultRow]:
     """The rows of the table under the folder ``uri``, oldest first; none when there is no table
     yet.
 
@@ -179,7 +276,7 @@ def read(uri: str) -> list[Row]:
             f"{path} has columns that this version does not know: {', '.join(unknown)}; it was "
             "written by a newer one"
         )
-    return with_all_columns(table.to_pylist())
+    return [ResultRow.from_columns(row) for row in table.to_pylist()]
 
 
 def _parsed(path: str, data: bytes) -> pa.Table:
@@ -210,75 +307,66 @@ def _checksum(table: pa.Table) -> bytes:
     return digest.hexdigest().encode()
 
 
-def select(rows: Iterable[Row], trial_ids: Collection[str]) -> list[Row]:
+def select(rows: Iterable[ResultRow], trial_ids: Collection[str]) -> list[ResultRow]:
     """The rows of these trials, in order."""
     wanted = set(trial_ids)
-    return [row for row in rows if row["trial_id"] in wanted]
+    return [row for row in rows if row.trial_id in wanted]
 
 
-def with_all_columns(rows: Iterable[Row]) -> list[Row]:
-    """The rows with every column of the table, None where they lack it."""
-    return [{name: row.get(name) for name in SCHEMA.names} for row in rows]
-
-
-def disambiguate_targets(rows: Iterable[Row]) -> list[Row]:
+def disambiguate_targets(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """The rows; where those of one target were split in several ways, its name says which: an
     official split and a random one never share a table.
     """
     rows = list(rows)
-    origins: dict[Any, set] = defaultdict(set)
+    origins: dict[str, set[str | None]] = defaultdict(set)
     for row in rows:
-        origins[row.get("target")].add(row.get("split_origin"))
+        origins[row.target].add(row.split_origin)
     return [
-        {**row, "target": f"{row['target']} [{row.get('split_origin') or 'splits not recorded'}]"}
-        if len(origins[row.get("target")]) > 1
+        replace(row, target=f"{row.target} [{row.split_origin or 'splits not recorded'}]")
+        if len(origins[row.target]) > 1
         else row
         for row in rows
     ]
 
 
-def technique(row: Row) -> str:
+def technique(row: ResultRow) -> str:
     """A row's technique with the options it was given: ``lp_ft (probe_share 0.3)``; with other
     options it is another one.
     """
-    ran = row.get("hyper_parameters") or "{}"
-    options = (json.loads(ran) if isinstance(ran, str) else ran).get("technique") or {}
+    options: dict[str, Any] = row.settings.get("technique") or {}
     description = ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
-    return f"{row['technique']} ({description})" if description else row["technique"]
+    return f"{row.technique} ({description})" if description else row.technique
 
 
-def _key(row: Row) -> tuple:
-    return row["trial_id"], row["split"], row["metric"], row["trial_stage"]
+def _key(row: ResultRow) -> tuple[str | None, ...]:
+    return row.trial_id, row.split, row.metric, row.trial_stage
 
 
-def _checked(rows: list[Row]) -> list[Row]:
-    """The rows with every column, of the schema's types."""
+def _checked(rows: list[ResultRow]) -> list[ResultRow]:
+    """The rows as the table would give them back."""
     for row in rows:
-        for name in row:
-            if name not in SCHEMA.names:
-                raise ValueError(f"results have no column {name!r}; {nearest(name, SCHEMA.names)}")
-        if not row.get("trial_id"):
+        if not row.trial_id:
             raise ValueError("a results row needs its trial_id")
         for name, allowed in _ALLOWED.items():
-            if row.get(name) is not None and row[name] not in allowed:
-                raise ValueError(
-                    f"results column {name} is {row[name]!r}; use {', '.join(allowed)}"
-                )
-        started = row.get("started_at")
+            value = getattr(row, name)
+            if value and value not in allowed:
+                raise ValueError(f"results column {name} is {value!r}; use {', '.join(allowed)}")
+        started = row.started_at
         if isinstance(started, datetime) and started.tzinfo is None:
             raise ValueError(f"started_at {started} has no time zone; give UTC")
     try:
-        return pa.Table.from_pylist(rows, schema=SCHEMA).to_pylist()
+        table = pa.Table.from_pylist([row.columns() for row in rows], schema=SCHEMA)
+        return [ResultRow.from_columns(row) for row in table.to_pylist()]
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise ValueError(
             _misfit(rows) or f"results rows do not fit their columns: {error}"
         ) from error
 
 
-def _misfit(rows: list[Row]) -> str | None:
+def _misfit(rows: list[ResultRow]) -> str | None:
     """The first value that its column cannot hold, for the error message."""
     for row in rows:
-        for name, value in row.items():
+        for name, value in row.columns().items():
             try:
                 pa.array([value], SCHEMA.field(name).type)
             except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
@@ -294,7 +382,7 @@ def _misfit(rows: list[Row]) -> str | None:
 _SETTINGS = ("source", "backbone", "technique", "label_fraction", "seed", "hyper_parameters")
 
 
-def duplicates(rows: list[Row]) -> list[str]:
+def duplicates(rows: list[ResultRow]) -> list[str]:
     """A sentence for each set of finished trials of one target with identical results under
     different settings.
 
@@ -304,24 +392,21 @@ def duplicates(rows: list[Row]) -> list[str]:
     A search trial and the final run of the same setting are no duplicates. Sources are compared
     with each other and with scratch, because weights that were never loaded show there.
     """
-    measured: dict[tuple, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    trials: dict[str, Row] = {}
+    measured: dict[tuple[str, str | None], dict[str, dict[str, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    trials: dict[str, ResultRow] = {}
     for row in rows:
-        value = row.get("value")
-        if (
-            row["status"] == "done"
-            and row.get("metric")
-            and value is not None
-            and math.isfinite(value)
-        ):
-            trials.setdefault(row["trial_id"], row)
-            measured[row["target"], row["split"]][row["trial_id"]][row["metric"]] = value
+        value = row.value
+        if row.status == "done" and row.metric and value is not None and math.isfinite(value):
+            trials.setdefault(row.trial_id, row)
+            measured[row.target, row.split][row.trial_id][row.metric] = value
     out: dict[frozenset[str], str] = {}
     for (target, split), by_trial in measured.items():
-        alike: dict[tuple, list[str]] = defaultdict(list)
+        alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
         for trial_id, values in by_trial.items():
             if "loss" in values:
-                alike[("loss", f"{values['loss']:.12g}")].append(trial_id)
+                alike["loss", f"{values['loss']:.12g}"].append(trial_id)
             elif len(values) > 1:
                 alike[tuple((name, f"{values[name]:.12g}") for name in sorted(values))].append(
                     trial_id
@@ -333,7 +418,7 @@ def duplicates(rows: list[Row]) -> list[str]:
             ]
             if differing and frozenset(ids) not in out:
                 what = (
-                    f"{split} loss {float(signature[1]):.6g}"
+                    f"{split} loss {float(str(signature[1])):.6g}"
                     if signature[0] == "loss"
                     else f"every {split} metric"
                 )
@@ -341,9 +426,9 @@ def duplicates(rows: list[Row]) -> list[str]:
     return list(out.values())
 
 
-def _setting(row: Row, name: str) -> Any:
+def _setting(row: ResultRow, name: str) -> Any:
     """A setting in a form that compares equal when it means the same."""
-    value = row.get(name)
+    value = getattr(row, name)
     if name != "hyper_parameters" or not value:
         return value
     try:
@@ -352,9 +437,9 @@ def _setting(row: Row, name: str) -> Any:
         return value
 
 
-def _sentence(target: str, what: str, found: list[Row], differing: list[str]) -> str:
+def _sentence(target: str, what: str, found: list[ResultRow], differing: list[str]) -> str:
     shown = [
-        f"{row['trial_id']} ({', '.join(str(row.get(name)) for name in differing)})"
+        f"{row.trial_id} ({', '.join(str(getattr(row, name)) for name in differing)})"
         for row in found[:4]
     ]
     more = f" and {len(found) - 4} more" if len(found) > 4 else ""

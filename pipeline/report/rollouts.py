@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,9 +14,9 @@ from pipeline.report import plots, stats
 from pipeline.report.blocks import DASH, Block, Figure, Heading, Table, Text, Value, places, spread
 from pipeline.report.matrix import REFERENCE, Cell, fraction_order
 from pipeline.report.per_label import runs_of
+from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
-Row = dict[str, Any]
 SHOWN_METRICS = ("success", "return", "steps")
 """Metrics of an episode, also of the expert's (``expert_success``) and of random actions'
 (``random_success``) in the same worlds.
@@ -27,7 +26,7 @@ Estimate = tuple[float, float, float]
 
 
 def blocks(
-    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, RunPredictions]
+    target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[Block]:
     """How the policies of a target fare in its simulator: the expert, random actions, and every
     cell by number of demonstrations, the untrained ones (zero shot) first. Nothing where no policy

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +23,11 @@ from pipeline.report import per_label, stats
 from pipeline.report.blocks import DASH, Block, Heading, Table, Text, Value, places
 from pipeline.report.matrix import Cell
 from pipeline.report.plots import cell_label
+from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
 LEAST_UNITS, HIDDEN_BELOW, MOST_VALUES = 20, 5, 20
 UNKNOWN = "not recorded"
-
-Row = dict[str, Any]
 
 
 def read(selection: Selection, columns: Sequence[str], place: str) -> dict[str, np.ndarray]:
@@ -161,27 +159,30 @@ def select_subgroup(run: RunPredictions, where: np.ndarray) -> RunPredictions:
 # ---------------------------------------------------------------- results rows
 
 
-def result_rows(run: RunPredictions, row: Row) -> list[Row]:
+def result_rows(run: RunPredictions, row: ResultRow) -> list[ResultRow]:
     """A results row for each part that is scored: ``auroc@sex=female`` of the primary metric's
     ``row``.
     """
-    of = catalog.metric(row["metric"])
-    out = []
+    of = catalog.metric(row.metric or "")
+    out: list[ResultRow] = []
     for part in split_by_subgroup(run, of):
         if part.scored:
             mine = select_subgroup(run, part.where)
             low, high = stats.interval(of, mine.predictions, groups=mine.groups)
             out.append(
-                {
-                    **row,
-                    **dict.fromkeys(("gain", "gain_low", "gain_high", "scratch_value")),
-                    "metric": f"{row['metric']}@{part.name}",
-                    "value": of.value(mine.predictions),
-                    "value_low": low,
-                    "value_high": high,
-                    "n_eval": len(mine.rows),
-                    "n_units": part.units,
-                }
+                replace(
+                    row,
+                    gain=None,
+                    gain_low=None,
+                    gain_high=None,
+                    scratch_value=None,
+                    metric=f"{row.metric}@{part.name}",
+                    value=of.value(mine.predictions),
+                    value_low=low,
+                    value_high=high,
+                    n_eval=len(mine.rows),
+                    n_units=part.units,
+                )
             )
     return out
 
@@ -190,7 +191,7 @@ def result_rows(run: RunPredictions, row: Row) -> list[Row]:
 
 
 def blocks(
-    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, RunPredictions]
+    target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[Block]:
     """Of the best finished cell with a source, beside scratch. Nothing where no subgroups were
     named, or test predictions are not at hand.

@@ -113,8 +113,8 @@ class AdaptedTask(Task):
                 - {name.rpartition(".")[2] for name in past}
             )
             raise ValueError(
-                f"{self.backbone.arch['name']} uses the weights of {_some(past)} without "
-                "calling these modules, so that adapters there "
+                f"{self.backbone.arch.name} uses the weights of {_some(past)} without calling "
+                "these modules, so that adapters there "
                 "do nothing. Name others by their endings, as in modules: "
                 f"[{', '.join(good) or '...'}]"
             )
@@ -220,8 +220,8 @@ def choose_modules(backbone: Backbone, modules: str | list[str]) -> dict[str, nn
         )
         there = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(12)) or "none"
         raise ValueError(
-            f"{backbone.arch['name']} has no module {asked}. Its linear and convolution "
-            f"layers, by the ends of their names: {there}. "
+            f"{backbone.arch.name} has no module {asked}. Its linear and convolution layers, "
+            f"by the ends of their names: {there}. "
             f"Give modules: all, or a list of such endings"
         )
     return {name: module for name, module in found.items() if name in chosen}

@@ -6,7 +6,7 @@ Nothing is written or trained.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pipeline.config import registry
 from pipeline.config.schema import HUBS
 from pipeline.core.capabilities import Packs
 from pipeline.core.contracts import Objective, Task
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.stream import Decoder, check_bad_row_budget
@@ -40,8 +41,8 @@ CONFIDENCE = 0.99
 class PlannedSource(NamedTuple):
     """Architecture and modality that the bundle of a source would have."""
 
-    arch: dict[str, Any]
-    modality: dict[str, Any]
+    arch: Architecture
+    modality: ModalitySpec
     findings: list[Finding]
     is_estimated: bool = False
     """Whether the modality was fitted on fewer rows than a run takes."""
@@ -56,8 +57,8 @@ def source(stage: SourceStage) -> PlannedSource | None:
         StorageError: a file or checkpoint cannot be read.
     """
     if stage.done:
-        found = storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))
-        return PlannedSource(found["arch"], found["modality"], [])
+        found = bundle.read_manifest(stage.bundle_uri)
+        return PlannedSource(found.arch, found.modality, [])
     text = stage.checkpoint_text
     if text and text.partition(":")[0] in HUBS:
         return None
@@ -89,7 +90,7 @@ def _corpus(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -
     reads = bundle.build_modality(modality)
     arch = train_source.arch_of(spec, start, reads.inputs())
     state = train_source.bind_state(objective, state, arch)
-    fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
+    fitted = ObjectiveSpec(spec.objective.name, options.model_dump(), state)
     if start:
         start.load_into(bundle.build_task(arch, fitted, seed=stage.seed).backbone)
     else:
@@ -128,7 +129,7 @@ def _packed_batches(stage: SourceStage, decoder: Decoder) -> list[Finding]:
     ]
 
 
-def build(arch: dict[str, Any], objective: dict[str, Any]) -> Task:
+def build(arch: Architecture, objective: ObjectiveSpec) -> Task:
     """Build the task, on the meta device where the backbone allows it.
 
     Raises:

@@ -4,6 +4,7 @@ brings, completed by what these rows have besides.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Source, Target, spec_hash
 from pipeline.core.capabilities import ExtendsState, ReportsCoverage, ineffective_options
 from pipeline.core.contracts import Modality, Objective
+from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.io import checksums, file_identity, storage
@@ -74,7 +76,7 @@ def fit_modality(
     place: str,
     path: str,
     most_rows: int | None = None,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[ModalitySpec, str]:
     """The source's modality as it stands in its bundle, and in words what a checkpoint's knows of
     its training ``rows`` (`completed`). ``place``: the source in the job file; ``path``: where what
     was fitted is kept. ``most_rows``: an estimate from so many rows, of which nothing is kept.
@@ -86,12 +88,12 @@ def fit_modality(
         registry.get("objective", spec.objective.name) if spec.objective else Objective,
     )
     if start and start.modality:
-        if start.modality["name"] != component.name:
+        if start.modality.name != component.name:
             raise ValueError(
-                f"{place}: {start.origin} reads {start.modality['name']}, the data are "
+                f"{place}: {start.origin} reads {start.modality.name}, the data are "
                 f"{component.name}"
             )
-        theirs = start.modality["options"]
+        theirs = start.modality.options
         own, named = (
             registry.get("modality", component.name).target_options,
             options_by_content("modality", component),
@@ -113,10 +115,10 @@ def fit_modality(
                 "it out"
             )
         return extend_modality(
-            {**start.modality, "options": {**theirs, **named}}, rows, objective, spec.data.columns
+            replace(start.modality, options={**theirs, **named}), rows, objective, spec.data.columns
         )
     if (fitted := checksums.document_or_none(path, "it is fitted again")) is not None:
-        return fitted, ""
+        return ModalitySpec.from_json(fitted), ""
     kind = registry.get("modality", component.name)
     options = kind.options_class(**component.options)
     names = fitted_columns(kind, objective, spec.data.columns)
@@ -131,13 +133,10 @@ def fit_modality(
         spec.data.columns,
         spec.backbone.name,
     )
-    found = {
-        "name": component.name,
-        "options": {**options.model_dump(), **options_by_content("modality", component)},
-        "state": state,
-    }
+    stated = {**options.model_dump(), **options_by_content("modality", component)}
+    found = ModalitySpec(component.name, stated, state)
     if most_rows is None:
-        checksums.write_document(path, found)
+        checksums.write_document(path, found.to_json())
     return found, ""
 
 
@@ -160,8 +159,8 @@ def fit_objective(spec: Source | Target, splits: Splits) -> dict[str, Any]:
 
 
 def extend_modality(
-    modality: dict[str, Any], rows: Selection, objective: type[Objective], columns: dict[str, str]
-) -> tuple[dict[str, Any], str]:
+    modality: ModalitySpec, rows: Selection, objective: type[Objective], columns: dict[str, str]
+) -> tuple[ModalitySpec, str]:
     """Extend a fitted modality by a sample of other rows than it was fitted on (`ExtendsState`).
 
     Returns:
@@ -179,7 +178,7 @@ def extend_modality(
     )
     state = reads.extend_state(table, columns) if extends else reads.state
     coverage = reads.coverage(table, columns) if reports else ""
-    return {**modality, "state": state}, coverage
+    return replace(modality, state=state), coverage
 
 
 def fitted_roles(modality: type[Modality]) -> tuple[str, ...]:

@@ -27,10 +27,11 @@ from ray.util.client import ray as ray_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import prepare_ray
+from pipeline.checkpoints import bundle
 from pipeline.config import plugins
 from pipeline.config.schema import Source
 from pipeline.data.stream import DataWorkers, Rows
-from pipeline.io import atomic_folder, s3, signals, storage, write_fence
+from pipeline.io import s3, signals, storage, write_fence
 from pipeline.io.file_identity import ChangedFileError
 from pipeline.train import node_types, source
 from pipeline.train import pretrain as work_of
@@ -532,14 +533,9 @@ def resources() -> dict[str, float]:
 
 def source_metadata(stage: source.SourceStage) -> dict[str, Any]:
     """What the report says of a source that is done."""
-    manifest = atomic_folder.open_folder(stage.bundle_uri)
-    made = {"versions": manifest.get("versions", {}), "changes": stage.changes()}
-    return {
-        **manifest.get("training", {}),
-        "source": stage.name,
-        "bundle": stage.bundle_uri,
-        **made,
-    }
+    manifest = bundle.read_manifest(stage.bundle_uri)
+    made = {"versions": manifest.versions, "changes": stage.changes()}
+    return {**manifest.training, "source": stage.name, "bundle": stage.bundle_uri, **made}
 
 
 def _report_findings(name: str, findings: Iterable[Finding], progress: Progress) -> None:

@@ -152,8 +152,8 @@ def order_of(work: RankJob, rows: Rows, item_rows: int | None = None) -> Plan:
 def decoder_of(fitted: FittedSource) -> Decoder:
     return Decoder(
         bundle.build_modality(fitted.modality),
-        fitted.objective["name"],
-        fitted.objective["state"],
+        fitted.objective.name,
+        fitted.objective.state,
         fitted.columns,
     )
 
@@ -194,8 +194,8 @@ def train_rank(
     outcome = finished.outcome
     metadata = {
         "source": work.name,
-        "backbone": fitted.arch["name"],
-        "objective": fitted.objective["name"],
+        "backbone": fitted.arch.name,
+        "objective": fitted.objective.name,
         "rows": len(made.rows),
         "seconds": round(outcome.seconds, 2),
         "rows_per_second": round(outcome.rows_per_second, 1),
@@ -325,9 +325,9 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
         manifest = bundle.load(stage.bundle_uri).manifest
         return {
             **metadata,
-            "backbone": manifest["arch"]["name"],
-            "objective": manifest["objective"]["name"],
-            "metrics": manifest.get("metrics", {}),
+            "backbone": manifest.arch.name,
+            "objective": manifest.objective.name,
+            "metrics": manifest.metrics,
             "transfer": "the bundle itself",
         }
     text = spec.init or spec.backbone.name
@@ -340,7 +340,7 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
     backbone = bundle.build_backbone(arch, stage.seed)
     moved = start.load_into(backbone)
     metadata |= {
-        "backbone": arch["name"],
+        "backbone": arch.name,
         "objective": "none (checkpoint)",
         "seconds": round(time.time() - began, 2),
         "metrics": {},
@@ -355,6 +355,6 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
         training=metadata,
         spec_hash=stage.key,
         metrics={},
-        made_by=made_by(spec, arch, modality["name"]).metadata()["made_by"],
+        made_by=made_by(spec, arch, modality.name).metadata()["made_by"],
     )
     return metadata

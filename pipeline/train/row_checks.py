@@ -12,6 +12,7 @@ from pipeline.checkpoints import bundle
 from pipeline.core.capabilities import ComparesFeatureNames, TruncatesLongRows, TruncationStats
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import AllowsNullLabels
+from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.train import fit
@@ -97,7 +98,7 @@ def _truncation(
 
 
 def unshared_names(
-    modality: dict[str, Any], objective: type[Objective], rows: Selection, columns: dict[str, str]
+    modality: ModalitySpec, objective: type[Objective], rows: Selection, columns: dict[str, str]
 ) -> list[Finding]:
     """List all variables, fields and categories that only the source or only these rows have.
 

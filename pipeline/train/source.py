@@ -17,11 +17,12 @@ from pipeline.core.capabilities import Costed, cost_column
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import BindsToBackbone, LengthBound
 from pipeline.core.rng import mix
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget
-from pipeline.io import atomic_folder, storage
+from pipeline.io import storage
 from pipeline.io.file_identity import ChangedFileError, FileIdentity
 from pipeline.train import config_checks, resume_history, row_checks, token_rows
 from pipeline.train import fit as fitting
@@ -151,12 +152,12 @@ class SourceStage:
         """
         if self.is_given or not self.has_bundle:
             return ()
-        manifest = atomic_folder.open_folder(self.bundle_uri)
-        now = made_by(self.spec, manifest["arch"], manifest["modality"]["name"])
-        found = provenance.changes(provenance.from_metadata(manifest), now)
+        manifest = bundle.read_manifest(self.bundle_uri)
+        now = made_by(self.spec, manifest.arch, manifest.modality.name)
+        found = provenance.changes(manifest.made, now)
         earlier = [
             provenance.from_metadata(metadata)
-            for metadata in (manifest.get("made_by") or {}).get("begun_by", ())
+            for metadata in (manifest.made_by or {}).get("begun_by", ())
         ]
         since = [provenance.changes(before, made_by(self.spec)) for before in earlier]
         return (
@@ -241,7 +242,7 @@ def stage(job: Job, name: str) -> SourceStage:
 
 
 def made_by(
-    spec: Source, arch: dict[str, Any] | None = None, modality: str | None = None
+    spec: Source, arch: Architecture | None = None, modality: str | None = None
 ) -> Provenance:
     """What makes a source now.
 
@@ -249,10 +250,9 @@ def made_by(
         arch: The backbone's architecture, where a checkpoint tells it; without it, as the job says.
         modality: The name of the modality of a checkpoint without data.
     """
-    arch = arch or {
-        "name": pretrained.strip_weights_tag(spec.backbone.name),
-        "options": spec.backbone.options,
-    }
+    arch = arch or Architecture(
+        pretrained.strip_weights_tag(spec.backbone.name), spec.backbone.options
+    )
     imported = spec.init is not None or spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
     modules = (
         *(provenance.SOURCE_CODE if spec.data else ()),
@@ -264,8 +264,8 @@ def made_by(
         modules,
         provenance.components_of(
             modality,
-            arch["name"],
-            arch["options"],
+            arch.name,
+            arch.options,
             objective,
             spec.technique.name if spec.data else None,
         ),
@@ -330,9 +330,9 @@ def canonical_shards(spec: Source) -> int:
 class FittedSource:
     """What was fitted on the corpus, and the rows as training reads them."""
 
-    arch: dict[str, Any]
-    modality: dict[str, Any]
-    objective: dict[str, Any]
+    arch: Architecture
+    modality: ModalitySpec
+    objective: ObjectiveSpec
     columns: dict[str, str]
     train: Selection
     validation: Selection
@@ -407,7 +407,9 @@ def fit(stage: SourceStage) -> FittedSource:
     )
 
 
-def _fit_network(stage: SourceStage) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]:
+def _fit_network(
+    stage: SourceStage,
+) -> tuple[Architecture, ModalitySpec, ObjectiveSpec, str]:
     """Architecture, modality and objective of the bundle, and in words what a checkpoint gave."""
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
@@ -416,8 +418,8 @@ def _fit_network(stage: SourceStage) -> tuple[dict[str, Any], dict[str, Any], di
     start, arch, moved, coverage = None, None, "", ""
     if stage.checkpoint_text and bundle.exists(stage.initial_uri):  # an earlier try has read it
         manifest = bundle.load(stage.initial_uri).manifest
-        modality, arch = manifest["modality"], manifest["arch"]
-        moved = manifest["training"]["transfer"]
+        modality, arch = manifest.modality, manifest.arch
+        moved = manifest.training["transfer"]
     else:
         if stage.checkpoint_text:
             start = pretrained.read(stage.checkpoint_text, spec.backbone.name)
@@ -428,7 +430,7 @@ def _fit_network(stage: SourceStage) -> tuple[dict[str, Any], dict[str, Any], di
     if arch is None:
         arch = arch_of(spec, start, bundle.build_modality(modality).inputs())
     state = bind_state(objective, state, arch)
-    described = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
+    described = ObjectiveSpec(spec.objective.name, options.model_dump(), state)
     if start is not None:
         stage.check_checkpoint()
         moved = import_pretrained(
@@ -451,11 +453,11 @@ class _Rows:
     lost: int = 0
 
 
-def _fit_rows(stage: SourceStage, modality: dict[str, Any], objective: dict[str, Any]) -> _Rows:
+def _fit_rows(stage: SourceStage, modality: ModalitySpec, objective: ObjectiveSpec) -> _Rows:
     """Pack or tokenise texts, then leave out the rows that cannot be trained on."""
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None
-    kind, columns = registry.get("objective", objective["name"]), dict(spec.data.columns)
+    kind, columns = registry.get("objective", objective.name), dict(spec.data.columns)
     rows = _Rows(splits.train, splits.validation, columns, splits.corpora, [], [])
     roles = (*kind.roles, *kind.optional_roles)
     labels = tuple(columns[role] for role in roles if role in columns)
@@ -463,7 +465,7 @@ def _fit_rows(stage: SourceStage, modality: dict[str, Any], objective: dict[str,
     if form:
         _tokenise(stage, rows, token_rows.TextWork(modality, columns, form, labels))
     reads = bundle.build_modality(modality)
-    decoder = Decoder(reads, objective["name"], objective["state"], rows.columns)
+    decoder = Decoder(reads, objective.name, objective.state, rows.columns)
     if spec.train.batch_cost is not None or checks_labels_before_decoding(
         kind, reads, rows.columns
     ):
@@ -527,7 +529,7 @@ def _mixture_notes(spec: Source, corpora: tuple[int, ...]) -> list[str]:
     return [drawn, "validation is unweighted"]
 
 
-def findings_of(stage: SourceStage, modality: dict[str, Any]) -> list[Finding]:
+def findings_of(stage: SourceStage, modality: ModalitySpec) -> list[Finding]:
     """What a sample of a source's rows shows: texts that are cut, missing labels, unknown names."""
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
@@ -602,7 +604,7 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
 
 
 def bind_state(
-    objective: type[Objective], state: dict[str, Any], arch: dict[str, Any]
+    objective: type[Objective], state: dict[str, Any], arch: Architecture
 ) -> dict[str, Any]:
     """What an objective learned, with what it must know of the backbone (`BindsToBackbone`). Raises
     ValueError where that is not for it.
@@ -615,40 +617,36 @@ def bind_state(
 
 def arch_of(
     spec: Source, start: pretrained.PretrainedCheckpoint | None, inputs: dict[str, Any]
-) -> dict[str, Any]:
+) -> Architecture:
     """The architecture that the job names, or that its checkpoint tells. Raises BundleError where
     the two contradict each other.
     """
     if start is None or start.arch is None:
-        return {
-            "name": spec.backbone.name,
-            "options": dict(spec.backbone.options),
-            "inputs": inputs,
-        }
+        return Architecture(spec.backbone.name, dict(spec.backbone.options), inputs)
     given = dict(spec.backbone.options)
     if (
         not spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
-        and pretrained.strip_weights_tag(spec.backbone.name) != start.arch["name"]
+        and pretrained.strip_weights_tag(spec.backbone.name) != start.arch.name
     ):
         raise BundleError(
-            f"{start.origin} holds a {start.arch['name']}, the job says {spec.backbone.name}: "
+            f"{start.origin} holds a {start.arch.name}, the job says {spec.backbone.name}: "
             "name the same backbone"
         )
-    fixed = [name for name in given if "config" in start.arch["options"] and name != "pool"]
+    fixed = [name for name in given if "config" in start.arch.options and name != "pool"]
     if fixed:
         raise BundleError(
             f"backbone options {', '.join(fixed)}: the configuration of {start.origin} decides "
             "them; leave them out"
         )
     return adapt_arch_to_inputs(
-        {**start.arch, "options": {**start.arch["options"], **given}},
-        {**start.arch["inputs"], **inputs},
+        replace(start.arch, options={**start.arch.options, **given}),
+        {**start.arch.inputs, **inputs},
     )
 
 
 def checkpoint_parts(
     spec: Source, start: pretrained.PretrainedCheckpoint, place: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Architecture, ModalitySpec]:
     """Arch and modality of a source without data: what its checkpoint tells, else timm's own, with
     what the job states of its rows.
 
@@ -665,30 +663,30 @@ def checkpoint_parts(
     return pretrained.override_modality(arch, modality, spec.modality, f"{place}.modality")
 
 
-def adapt_arch_to_inputs(arch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+def adapt_arch_to_inputs(arch: Architecture, inputs: dict[str, Any]) -> Architecture:
     """An architecture whose weights are there, for rows that are read otherwise than theirs were:
     with as many positions as it had, where their number followed from the length of those rows.
     """
     options, known = (
-        dict(arch["options"]),
-        registry.entry("model", arch["name"].partition("/")[0]).options.model_fields,
+        dict(arch.options),
+        registry.entry("model", arch.name.partition("/")[0]).options.model_fields,
     )
     if (
         "positions" in known
         and not options.get("positions")
         and not options.get("config")
-        and inputs.get("length") != arch["inputs"].get("length")
+        and inputs.get("length") != arch.inputs.get("length")
     ):
-        options["positions"] = arch["inputs"]["length"]
-    return {**arch, "options": options, "inputs": inputs}
+        options["positions"] = arch.inputs["length"]
+    return replace(arch, options=options, inputs=inputs)
 
 
 def import_pretrained(
     stage: SourceStage,
     start: pretrained.PretrainedCheckpoint,
-    arch: dict[str, Any],
-    modality: dict[str, Any],
-    objective: dict[str, Any],
+    arch: Architecture,
+    modality: ModalitySpec,
+    objective: ObjectiveSpec,
     uri: str,
     coverage: str,
 ) -> str:

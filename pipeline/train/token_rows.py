@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.checkpoints import bundle
 from pipeline.core.capabilities import Packs
 from pipeline.core.contracts import Objective
+from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.data.stream import check_bad_row_budget, map_items
@@ -36,7 +37,7 @@ EMPTY = "the text is empty"
 class TextWork:
     """How rows of tokens are made from texts; it can be sent to a Ray task."""
 
-    modality: dict[str, Any]
+    modality: ModalitySpec
     columns: dict[str, str]
     """The column of each role, in the rows as they come."""
     form: str
@@ -66,7 +67,7 @@ class TokenRows:
 
 def form_of(
     objective: type[Objective],
-    modality: dict[str, Any],
+    modality: ModalitySpec,
     rows: Selection,
     columns: dict[str, str],
 ) -> str:

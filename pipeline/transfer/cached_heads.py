@@ -28,6 +28,7 @@ from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch, Rows
 from pipeline.io import checksums, heartbeat, storage
 from pipeline.metrics.catalog import Predictions
+from pipeline.report.trial_record import TrialRecord
 from pipeline.train import evaluate, experiment, loop
 from pipeline.train.log import RowTrace
 from pipeline.train.loop import Ranks
@@ -36,7 +37,7 @@ from pipeline.train.pretrain import device_name
 from pipeline.transfer import trial as trials
 from pipeline.transfer.grid import Trial
 from pipeline.transfer.pruning import STACKS
-from pipeline.transfer.trial import Record, Shared, TargetData
+from pipeline.transfer.trial import Shared, TargetData
 
 FEATURES_FORMAT = 1
 FEATURES_CODE = ("pipeline.train.online_probe",)
@@ -61,13 +62,13 @@ def kept_features(
     if source not in shared.source_keys or not data.key:
         return features(backbone, rows, device, cast)
     labelled = [
-        data.objective["name"],
-        data.objective["state"],
+        data.objective.name,
+        data.objective.state,
     ]  # the rows' labels are kept too: which column is which label
     arch = shared.bases[base].arch
     made = provenance.made_by(
         FEATURES_CODE,
-        provenance.components_of(data.spec.data.modality.name, arch["name"], arch["options"]),
+        provenance.components_of(data.spec.data.modality.name, arch.name, arch.options),
     )
     by = [
         shared.parent_weights.get(source),
@@ -298,7 +299,7 @@ class SharedFeatures:
 
 def run(
     group: list[Trial], shared: Shared, alive: Callable[[], None] = heartbeat.beat
-) -> list[Record]:
+) -> list[TrialRecord]:
     """Train the heads of several trials of one (source, backbone, target) together.
 
     Trials whose steps or batches differ are trained in stacks of their own, and so is a head that
@@ -332,11 +333,11 @@ def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
 
 def _stacks(
     group: list[Trial], shared: Shared, cached: SharedFeatures
-) -> tuple[list[Record], list[list[Member]]]:
+) -> tuple[list[TrialRecord], list[list[Member]]]:
     """Records of trials whose settings are invalid, and the others by the stack they train in."""
     head = trials.build(group[0], shared)[0].objective
     is_random = draws_random_numbers(head, cached.splits["train"])
-    failed: list[Record] = []
+    failed: list[TrialRecord] = []
     stacks: dict[tuple[Any, ...], list[Member]] = {}
     for trial in group:
         try:
@@ -350,7 +351,7 @@ def _stacks(
     return failed, list(stacks.values())
 
 
-def _failed(trial: Trial, shared: Shared, error: Exception) -> Record:
+def _failed(trial: Trial, shared: Shared, error: Exception) -> TrialRecord:
     return trials.failed_record(trial, shared, f"{type(error).__name__}: {error}"[:2000])
 
 
@@ -379,7 +380,7 @@ def _run_stack(
     shared: Shared,
     cached: SharedFeatures,
     alive: Callable[[], None],
-) -> list[Record]:
+) -> list[TrialRecord]:
     """Train the heads of one stack, test each of them and write its record."""
     began, first = time.time(), members[0]
     heads, start_hashes = zip(*(_build_head(one.trial, shared) for one in members), strict=True)
@@ -455,8 +456,7 @@ def _run_stack(
         )
         is_kept = shared.keep_bundles and test is not None
         task = Task(cached.backbone, head) if is_kept else None
-        trials.write(member.trial, shared, record, test, task)
-        records.append(record)
+        records.append(trials.write(member.trial, shared, record, test, task))
     storage.remove_tree(folder)
     return records
 
@@ -502,7 +502,7 @@ class _StackBatches:
             trace(step, self.ids[places])
 
 
-def _run_alone(trial: Trial, shared: Shared, alive: Callable[[], None]) -> Record:
+def _run_alone(trial: Trial, shared: Shared, alive: Callable[[], None]) -> TrialRecord:
     """Train a head again, without the others; an error is this head's alone."""
     try:
         return trials.run(trial, shared, alive=alive)

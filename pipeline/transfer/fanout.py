@@ -31,12 +31,13 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from pipeline.config.schema import Fanout, Job
 from pipeline.io import checksums, heartbeat, storage, write_fence
 from pipeline.metrics.catalog import metric
+from pipeline.report.trial_record import TrialRecord
 from pipeline.train import launch
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress, duration
 from pipeline.transfer import cached_heads, trial
 from pipeline.transfer.grid import SCRATCH, Trial
-from pipeline.transfer.trial import Record, Shared
+from pipeline.transfer.trial import Shared
 
 RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
 """ASHA halves the trials of a cell at 20, 40 and 80 percent of their steps, however often they
@@ -294,7 +295,7 @@ def _run_unit(
             )
     finally:
         release_memory()
-    failed = sum(record["status"] == "failed" for record in records)
+    failed = sum(record.failed for record in records)
     tune.report(
         {
             "goodness": 0.0,
@@ -306,7 +307,7 @@ def _run_unit(
     )
 
 
-def _rank_of_trial(config: dict[str, Any], ranks: Ranks) -> Record:
+def _rank_of_trial(config: dict[str, Any], ranks: Ranks) -> TrialRecord:
     """One rank of a trial under Ray Train."""
     pulse: Pulse | None = config["pulse"]
     with heartbeat.listening(pulse.listener() if pulse else lambda: None):
@@ -321,7 +322,7 @@ def _records(
     config: dict[str, Any],
     report: trial.Report,
     pulse: Pulse | None,
-) -> list[Record]:
+) -> list[TrialRecord]:
     """Run a unit's trials and return their records.
 
     Raises:
@@ -435,7 +436,7 @@ class _ProgressCallback(tune.Callback):
         self.total = sum(len(unit.trials) for unit in work)
         self.done = self.failed = self.pruned = 0
         self.began = self.last_end = time.time()
-        self.best: dict[str, Record] = {}
+        self.best: dict[str, TrialRecord] = {}
 
     def __getstate__(self):
         """Tune pickles its callbacks; this one is never restored, and a terminal has no pickle."""
@@ -487,38 +488,35 @@ class _ProgressCallback(tune.Callback):
         self._ended(trials, trial)
 
 
-def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Record]) -> None:
+def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, TrialRecord]) -> None:
     """Remove the bundles of trials that another seed of their cell beats on validation."""
     if keep != "best":
         return
     records = trial.read_records(root, [one.id for one in trials])
     for one in trials:
         record = records.get(one.id)
-        if record is None or record["status"] != "done" or not record["rows"][0].get("bundle_uri"):
+        if record is None or record.status != "done" or not record.rows[0].bundle_uri:
             continue
         old = best.get(one.cell)
-        loser = record
+        loser: TrialRecord | None = record
         if old is None or _is_better(record, old):
             best[one.cell], loser = record, old
-        if loser is not None and loser["trial_id"] != best[one.cell]["trial_id"]:
-            storage.remove_tree(loser["rows"][0]["bundle_uri"])
+        uri = loser.rows[0].bundle_uri if loser is not None else None
+        if loser is not None and uri and loser.trial_id != best[one.cell].trial_id:
+            storage.remove_tree(uri)
 
 
-def _is_better(a: Record, b: Record) -> bool:
+def _is_better(a: TrialRecord, b: TrialRecord) -> bool:
     """Compare by the primary metric of the validation rows; the smaller seed wins a tie.
 
     The order in which trials end must not matter: else each of two equal ones could be removed for
     the other, one as they end and one at the end of the run.
     """
-    row = next(row for row in a["rows"] if row["split"] == "validation")
+    row = next(row for row in a.rows if row.split == "validation")
 
-    def rank(record: Record) -> tuple[bool, float, int]:
-        value = record["validation"][row["metric"]] * (1 if row["higher_is_better"] else -1)
-        return (
-            not math.isnan(value),
-            0.0 if math.isnan(value) else value,
-            -record["rows"][0]["seed"],
-        )
+    def rank(record: TrialRecord) -> tuple[bool, float, int]:
+        value = record.validation[row.metric or ""] * (1 if row.higher_is_better else -1)
+        return not math.isnan(value), 0.0 if math.isnan(value) else value, -record.rows[0].seed
 
     return rank(a) > rank(b)
 
@@ -531,7 +529,7 @@ def run(
     progress: Progress,
     anew: Collection[str] = (),
     wait: bool | None = None,
-) -> list[Record]:
+) -> list[TrialRecord]:
     """Run the trials that have no record yet.
 
     Args:
@@ -566,11 +564,7 @@ def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
     scheduler that the job no longer has.
     """
     record = trial.read_record(root, one.id)
-    if (
-        record is None
-        or record["status"] == "failed"
-        or (record["status"] == "pruned" and spec.scheduler != "asha")
-    ):
+    if record is None or record.failed or (record.status == "pruned" and spec.scheduler != "asha"):
         return True
     return not trial.is_complete(root, one.id, record)
 
@@ -704,12 +698,10 @@ def _tune(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def record_of_this_run(shared: Shared, one: Trial) -> Record | None:
+def record_of_this_run(shared: Shared, one: Trial) -> TrialRecord | None:
     """The record of a trial that this very run has written; an older one may still be there."""
     record = trial.read_record(shared.root, one.id)
-    return (
-        record if record is not None and record.get("run") == shared.metadata.get("run") else None
-    )
+    return record if record is not None and record.run == shared.metadata.get("run") else None
 
 
 def _record_lost_trials(

@@ -5,7 +5,6 @@ id that names its content.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from pipeline.config.schema import ComponentConfig, Job, Target, round_hyper_par
 from pipeline.core.contracts import Technique, trains
 from pipeline.core.contracts.objective_capabilities import CountsRows
 from pipeline.core.rng import mix, row_keys
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data.stream import Rows
 from pipeline.train.experiment import technique_of
 from pipeline.train.fit import options_by_content
@@ -38,14 +38,14 @@ class Base:
     weights fit it.
     """
 
-    arch: dict[str, Any]
-    modality: dict[str, Any]
+    arch: Architecture
+    modality: ModalitySpec
     label: str
     sources: tuple[str, ...]
 
     @property
     def key(self) -> str:
-        return spec_hash(self.arch, self.modality)
+        return spec_hash(self.arch.to_json(), self.modality.to_json())
 
 
 @dataclass(frozen=True)
@@ -98,24 +98,22 @@ def fraction_text(fraction: Fraction, objective: str = "") -> str:
     )
 
 
-def bases(stages: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> list[Base]:
+def bases(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> list[Base]:
     """Sources grouped by architecture and modality state: scratch is trained once for each group.
 
     ``stages``: source name to (arch, modality). Groups of one backbone name are told apart by their
     first source.
     """
     found: dict[str, list[str]] = {}
-    parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    parts: dict[str, tuple[Architecture, ModalitySpec]] = {}
     for name, (arch, modality) in stages.items():
-        key = spec_hash(arch, modality)
+        key = spec_hash(arch.to_json(), modality.to_json())
         parts.setdefault(key, (arch, modality))
         found.setdefault(key, []).append(name)
-    labels = [arch["name"] for arch, _ in parts.values()]
+    labels = [arch.name for arch, _ in parts.values()]
     out = []
     for key, (arch, modality) in parts.items():
-        label = (
-            arch["name"] if labels.count(arch["name"]) == 1 else f"{arch['name']}@{found[key][0]}"
-        )
+        label = arch.name if labels.count(arch.name) == 1 else f"{arch.name}@{found[key][0]}"
         out.append(Base(arch, modality, label, tuple(found[key])))
     return out
 
@@ -222,8 +220,8 @@ def make_trial(
         TRIAL_FORMAT,
         source,
         target_name,
-        base.arch,
-        base.modality,
+        base.arch.to_json(),
+        base.modality.to_json(),
         source_key if source != SCRATCH else None,
         data_key,
         what,
@@ -262,8 +260,8 @@ def made_by(target: Target, base: Base, technique: ComponentConfig) -> Provenanc
     )
     pieces = provenance.components_of(
         target.data.modality.name,
-        base.arch["name"],
-        base.arch["options"],
+        base.arch.name,
+        base.arch.options,
         target.objective.name,
         technique.name,
     )

@@ -157,12 +157,12 @@ def _table(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
     return out
 
 
-def check(uri: str, srt: bool = False) -> dict[str, Any]:
+def check(uri: str, srt: bool = False) -> bundle.Manifest:
     """The manifest of a bundle that predictions can be made with (``srt``: subtitles of them too).
     Raises BundleError or StorageError, a damaged file named.
     """
     found = bundle.load(uri)
-    name = found.manifest["objective"]["name"]
+    name = found.manifest.objective.name
     if name == "none":
         raise BundleError(f"{uri}: this bundle is a backbone without a head; fine-tune it first")
     objective = registry.get("objective", name)
@@ -203,14 +203,14 @@ def predict(
     manifest = check(uri, srt)
     with file_identity.progress_to(progress.update):
         found, named = manifests.build_with_named(data, form, storage.join(output, ".imports"))
-    modality = bundle.build_modality(manifest["modality"])
-    objective = registry.get("objective", manifest["objective"]["name"])
+    modality = bundle.build_modality(manifest.modality)
+    objective = registry.get("objective", manifest.objective.name)
     where = (
         data[0]
         if found.files and found.files[0].startswith(storage.join(output, ".imports"))
         else found.files[0]
     )
-    columns = _columns(modality, objective, manifest.get("columns", {}), columns, found, where)
+    columns = _columns(modality, objective, manifest.columns, columns, found, where)
     _check_types(modality, columns, found, where)
     carried = _carried(modality, columns, found)
     kept = _kept(modality, columns, found, keep, where)
@@ -220,14 +220,14 @@ def predict(
         files = file_columns(modality, columns)
         (selection,), more = manifests.with_named_files([selection], files, "content")
         found, reads = selection.manifest, [*reads, *more]
-    key = spec_hash(manifest["files"], found.fingerprint, columns, kept)
+    key = spec_hash(manifest.files, found.fingerprint, columns, kept)
     begun = storage.join(output, "_predictions.json")
     if storage.exists(begun) and checksums.read_document(begun).get("key") != key:
         raise ValueError(
             f"{output} holds predictions of another bundle, of other files or with other "
             "columns of the rows (--keep); give an empty folder"
         )
-    classes = manifest["objective"]["state"].get("labels")
+    classes = manifest.objective.state.get("labels")
     checksums.write_document(
         begun,
         {
@@ -296,14 +296,14 @@ def embed(
         ValueError: a missing column, or one of another type than the bundle reads.
     """
     found = bundle.load(uri)
-    modality, backbone = found.modality(), bundle.build_backbone(found.manifest["arch"])
+    modality, backbone = found.modality(), bundle.build_backbone(found.manifest.arch)
     bundle.transfer(backbone, found.backbone_tensors(), uri)
-    name = found.manifest["objective"]["name"]
+    name = found.manifest.objective.name
     objective = Objective if name == "none" else registry.get("objective", name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with storage.scratch_folder() as scratch, file_identity.progress_to(progress.update):
         manifest, _ = manifests.build_with_named(data, form, str(scratch))
-        known = found.manifest.get("columns", {})
+        known = found.manifest.columns
         named = _columns(modality, objective, known, columns, manifest, data[0])
         _check_types(modality, named, manifest, data[0])
         rows = Rows(Selection(manifest), Decoder(modality, None, {}, named))
@@ -587,7 +587,6 @@ def export(uri: str, output: str, kind: str, backbone_only: bool) -> str:
 
 
 def _export_bundle(found: bundle.Bundle, output: str) -> str:
-    manifest = {k: v for k, v in found.manifest.items() if k != "files"}
     with storage.scratch_folder() as scratch:
         folder = atomic_folder.fetch_folder(found.uri, Path(scratch, "copy"))
         compared = export_check.compare_tensors(
@@ -597,10 +596,10 @@ def _export_bundle(found: bundle.Bundle, output: str) -> str:
         atomic_folder.commit_folder(
             output,
             {"weights.safetensors": Path(folder, "weights.safetensors").read_bytes()},
-            manifest,
+            found.manifest.to_json(),
         )
     return (
-        f"{output}: bundle of {found.manifest['arch']['name']}, {len(found.tensors)} tensors; "
+        f"{output}: bundle of {found.manifest.arch.name}, {len(found.tensors)} tensors; "
         f"{compared.text()}"
     )
 
@@ -613,7 +612,7 @@ def _export_folder(found: bundle.Bundle, output: str, backbone_only: bool) -> st
     metadata = {
         "kind": "export",
         "bundle": found.uri,
-        "sha256_of_bundle": found.manifest["sha256"],
+        "sha256_of_bundle": found.manifest.sha256,
         "backbone_only": backbone_only,
         "versions": bundle.versions(),
     }
@@ -646,7 +645,7 @@ def _export_state_dict(found: bundle.Bundle, output: str, backbone_only: bool) -
     with storage.scratch_folder() as scratch:
         place = Path(scratch, name)
         beside: dict[str, str] = {}
-        if backbone_only or found.manifest["objective"]["name"] == "none":
+        if backbone_only or found.manifest.objective.name == "none":
             tensors = {
                 one.removeprefix("backbone.").removeprefix("model."): tensor
                 for one, tensor in found.backbone_tensors().items()
@@ -701,7 +700,12 @@ def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Any], dict[st
             f"{stem}_classifier.json": json.dumps(spec, indent=2, ensure_ascii=False),
             f"{stem}_classifier.py": classifier_export.code(),
         }
-    description = {key: found.manifest[key] for key in ("arch", "modality", "objective")}
+    parts = {
+        "arch": found.manifest.arch,
+        "modality": found.manifest.modality,
+        "objective": found.manifest.objective,
+    }
+    description = {name: part.to_json() for name, part in parts.items()}
     return tensors, {f"{stem}_model.json": json.dumps(description, indent=2, ensure_ascii=False)}
 
 

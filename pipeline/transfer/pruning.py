@@ -12,13 +12,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import CHECKPOINT_PREFIXES
-from pipeline.io import atomic_folder, checksums, storage
+from pipeline.io import checksums, storage
 from pipeline.report import results
 from pipeline.report.matrix import SCRATCH, cell_key
+from pipeline.report.results import ResultRow
 from pipeline.train import resume_history
 
 USES_FILE = "uses.json"
@@ -28,8 +28,6 @@ prunes them.
 STACKS = "stacks"
 """In a job's folder: the resume points of heads that train together."""
 MOST_CELLS = 6
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,11 @@ class StaleTrials:
         ]
 
 
-def describe_stale(rows: Sequence[Row]) -> list[str]:
+def describe_stale(rows: Sequence[ResultRow]) -> list[str]:
     """A sentence on the rows of the results table whose trials the job no longer has; none where
     there are none.
     """
-    stale = [row for row in rows if row["current"] is False]
+    stale = [row for row in rows if row.current is False]
     if not stale:
         return []
     found = _cells(stale)
@@ -87,9 +85,9 @@ def describe_stale(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _cells(rows: Iterable[Row]) -> list[str]:
+def _cells(rows: Iterable[ResultRow]) -> list[str]:
     """The cells of some rows, each with how many trials it has."""
-    trials = {(row["trial_id"], row["trial_stage"]): cell_key(row) for row in rows}
+    trials = {(row.trial_id, row.trial_stage): cell_key(row) for row in rows}
     count = Counter(trials.values())
     out = []
     for (source, backbone, target, technique, fraction), number in count.items():
@@ -109,7 +107,7 @@ def find_stale(root: str, current: set[str], used: Mapping[str, str]) -> StaleTr
         used: Place of a bundle or checkpoint to who uses it (`uses`).
     """
     rows = results.read(root)
-    there = {*_folders(storage.join(root, "trials")), *(row["trial_id"] for row in rows)} - current
+    there = {*_folders(storage.join(root, "trials")), *(row.trial_id for row in rows)} - current
     kept = {}
     for name in sorted(there):
         inside = _place(storage.join(root, "trials", name)) + "/"
@@ -117,7 +115,7 @@ def find_stale(root: str, current: set[str], used: Mapping[str, str]) -> StaleTr
         if users:
             kept[name] = ", ".join(users)
     gone = there - kept.keys()
-    stale = [row for row in rows if row["trial_id"] in gone]
+    stale = [row for row in rows if row.trial_id in gone]
     stacks = _stale_stacks(root, current)
     return StaleTrials(len(stale), tuple(sorted(gone)), tuple(_cells(stale)), kept, stacks)
 
@@ -183,10 +181,10 @@ def _used_by(root: str) -> set[str]:
         found |= {
             place for places in checksums.read_document(recorded).values() for place in places
         }
-    found |= {row["parent_uri"] for row in results.read(root) if row["parent_uri"]}
+    found |= {row.parent_uri for row in results.read(root) if row.parent_uri}
     for name in _folders(storage.join(root, "sources")):
         uri = storage.join(root, "sources", name, "bundle")
-        parent = atomic_folder.open_folder(uri).get("parent") if bundle.exists(uri) else None
+        parent = bundle.read_manifest(uri).parent if bundle.exists(uri) else None
         if parent:
             found.add(parent)
     return found

@@ -112,10 +112,10 @@ def score(
     ValueError without labels, or where a feature is not finite.
     """
     data = shared.targets[target, base_key]
-    objective = registry.get("objective", data.objective["name"])
+    objective = registry.get("objective", data.objective.name)
     if not isinstance(objective, CachedHead):
         raise ValueError(
-            f"targets.{target}: scores need labels, the objective {data.objective['name']} has none"
+            f"targets.{target}: scores need labels, the objective {data.objective.name} has none"
         )
     backbone = bundle.build_backbone(data.arch)
     bundle.transfer(

@@ -5,11 +5,11 @@ not done again.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import provenance, registry
 from pipeline.config.schema import Job, spec_hash
 from pipeline.data.manifest import Selection
-from pipeline.io import atomic_folder, checksums, file_identity, storage, write_fence
+from pipeline.io import checksums, file_identity, storage, write_fence
 from pipeline.metrics.catalog import metric
 from pipeline.report import code_versions as origins
 from pipeline.report import matrix, report, results, stats, subgroups
 from pipeline.report.code_versions import TrialProvenance
+from pipeline.report.results import ResultRow
+from pipeline.report.trial_record import TrialRecord
 from pipeline.train import launch, source
 from pipeline.train.experiment import technique_of
 from pipeline.train.progress import Progress
@@ -160,7 +162,7 @@ def _modality_name(stage: source.SourceStage) -> str | None:
     if stage.spec.data is not None:
         return stage.spec.data.modality.name
     if stage.has_bundle:
-        return atomic_folder.open_folder(stage.bundle_uri)["modality"]["name"]
+        return bundle.read_manifest(stage.bundle_uri).modality.name
     return pretrained.modality_name(stage.spec.backbone.name)
 
 
@@ -204,7 +206,7 @@ def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
     )
 
 
-def _records(state: JobState, found: list[Trial]) -> list[Any]:
+def _records(state: JobState, found: list[Trial]) -> list[TrialRecord | None]:
     records = trial.read_records(state.job.root, [one.id for one in found])
     return [records.get(one.id) for one in found]
 
@@ -288,10 +290,10 @@ def _search(state: JobState, bases: list[Base], chosen: dict[str, set[str]]) -> 
 
 def _bases(state: JobState) -> list[Base]:
     manifests = {
-        name: atomic_folder.open_folder(stage.bundle_uri) for name, stage in state.sources.items()
+        name: bundle.read_manifest(stage.bundle_uri) for name, stage in state.sources.items()
     }
     return grid.bases(
-        {name: (manifest["arch"], manifest["modality"]) for name, manifest in manifests.items()}
+        {name: (manifest.arch, manifest.modality) for name, manifest in manifests.items()}
     )
 
 
@@ -434,7 +436,7 @@ def share(state: JobState) -> Shared:
     uris = {name: stage.bundle_uri for name, stage in state.sources.items()}
     loaded = {name: targets.weights(uri) for name, uri in uris.items()}
     manifests = {name: manifest for name, (_, _, manifest) in loaded.items()}
-    bases = grid.bases({name: (one["arch"], one["modality"]) for name, one in manifests.items()})
+    bases = grid.bases({name: (one.arch, one.modality) for name, one in manifests.items()})
     data: dict[tuple[str, str], trial.TargetData] = {}
     for name in list(state.targets):
         state.progress.update(f"{name}: reading")
@@ -459,7 +461,7 @@ def share(state: JobState) -> Shared:
         keep_bundles=job.fanout.keep_bundles != "none",
         source_keys={name: stage.key for name, stage in state.sources.items()},
         metadata={"git_sha": _git_sha(), "spec_hash": spec_hash(job)},
-        heads={name: (manifests[name]["objective"], head) for name, (_, head, _) in loaded.items()},
+        heads={name: (manifests[name].objective, head) for name, (_, head, _) in loaded.items()},
         fences=write_fence.current_fences(),
         parent_weights={name: bundle.weights_sha256(uri) for name, uri in uris.items()},
         remake="trials" in state.remake,
@@ -770,7 +772,7 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
     return [*search, *final]
 
 
-def current(state: JobState) -> list[dict[str, Any]]:
+def current(state: JobState) -> list[ResultRow]:
     """Rows of the job as it is now, from the records of the trials that have ended, with the notes
     of the run that left them.
     """
@@ -789,11 +791,11 @@ def current(state: JobState) -> list[dict[str, Any]]:
         _chosen_before(state) or {name: set(matching(state, name)) for name in state.targets},
     )
     search, final = _planned_trials(state, bases, chosen)
-    return results.with_all_columns(collect(state, [*search, *final]))
+    return collect(state, [*search, *final])
 
 
 def _tried(
-    search: list[Trial], records: list[Any]
+    search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, list[tuple[dict[str, float], list[float]]]]:
     """Cell to its draws, each with the validation values of the seeds that it was tried with,
     larger is better.
@@ -802,11 +804,12 @@ def _tried(
     """
     out: dict[str, dict[str, tuple[dict[str, float], dict[str, float]]]] = defaultdict(dict)
     for one, record in zip(search, records, strict=True):
-        if record is None or record["status"] != "done":
+        if record is None or record.status != "done":
             continue
-        row = next(r for r in record["rows"] if r["metric"] and r["split"] == "validation")
-        value = row["value"] if row["higher_is_better"] else -row["value"]
-        if np.isnan(value):
+        row = next(r for r in record.rows if r.metric and r.split == "validation")
+        measured = math.nan if row.value is None else row.value
+        value = measured if row.higher_is_better else -measured
+        if math.isnan(value):
             continue
         _, values = out[one.cell].setdefault(
             json.dumps(one.hyper_parameters, sort_keys=True), (one.hyper_parameters, {})
@@ -818,7 +821,9 @@ def _tried(
     }
 
 
-def _ranked(search: list[Trial], records: list[Any]) -> dict[str, list[dict[str, float]]]:
+def _ranked(
+    search: list[Trial], records: Sequence[TrialRecord | None]
+) -> dict[str, list[dict[str, float]]]:
     """Cell to its draws, the best first; of draws that are equally good, the one that was drawn
     first.
     """
@@ -828,7 +833,9 @@ def _ranked(search: list[Trial], records: list[Any]) -> dict[str, list[dict[str,
     }
 
 
-def _winners(search: list[Trial], records: list[Any]) -> dict[str, dict[str, float]]:
+def _winners(
+    search: list[Trial], records: Sequence[TrialRecord | None]
+) -> dict[str, dict[str, float]]:
     """The best draw of every cell on validation, at equal budget; pruned and failed trials do not
     win.
     """
@@ -843,7 +850,7 @@ def _draw_sort_key(draw: tuple[dict[str, float], list[float]]) -> tuple[int, flo
     return len(values), float(np.mean(values))
 
 
-def collect(state: JobState, found: list[Trial]) -> list[dict[str, Any]]:
+def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
     """Records of trials to rows of the results table, with the gain of each over scratch at the
     same seed.
 
@@ -853,12 +860,12 @@ def collect(state: JobState, found: list[Trial]) -> list[dict[str, Any]]:
     records = trial.read_records(root, [one.id for one in found])
     state.trial_provenance = provenance_of_trials(state, found, _bases(state))
     if state.job.fanout.keep_bundles == "best":
-        best: dict[str, Any] = {}
+        best: dict[str, TrialRecord] = {}
         fanout.prune_bundles(root, [one for one in found if one.stage == "final"], "best", best)
-        kept = {record["trial_id"] for record in best.values()}
+        kept = {record.trial_id for record in best.values()}
     else:
         kept = set(records)
-    bundles = {one: uri for one in kept if (uri := records[one]["rows"][0]["bundle_uri"])}
+    bundles = {one: uri for one in kept if (uri := records[one].rows[0].bundle_uri)}
     is_there = storage.at_once(bundle.exists, bundles.values())
     kept = {
         one for one, there in zip(bundles, is_there, strict=True) if there
@@ -872,58 +879,54 @@ def collect(state: JobState, found: list[Trial]) -> list[dict[str, Any]]:
         partial(trial.read_predictions, root)
     )  # of a trial's several metrics, and of its scratch
     targets_of = {one.id: one.target for one in found}
-    rows = []
+    rows: list[ResultRow] = []
     for one in found:
-        for row in records.get(one.id, {"rows": []})["rows"]:
-            row = {
-                **row,
-                "job": state.job.name,
-                "source": one.source,
-                "backbone": one.backbone,
-                "target": one.target,
-                "current": True,
-                "split_origin": state.targets[one.target].split_origin,
-                "hyper_parameters": json.dumps(row["hyper_parameters"], sort_keys=True),
-                "started_at": datetime.fromtimestamp(row["started_at"], UTC),
-            }
-            row |= state.scores.get(f"{one.source}|{one.target}", {})
-            row["drawn"] = json.dumps(one.hyper_parameters, sort_keys=True)
-            row |= state.trial_provenance[one.id].columns()
-            if one.id not in kept:
-                row["bundle_uri"] = None
+        known = {
+            "job": state.job.name,
+            "source": one.source,
+            "backbone": one.backbone,
+            "target": one.target,
+            "current": True,
+            "split_origin": state.targets[one.target].split_origin,
+            "drawn": json.dumps(one.hyper_parameters, sort_keys=True),
+            **state.scores.get(f"{one.source}|{one.target}", {}),
+        }
+        if one.id in records:
+            known |= state.trial_provenance[one.id].columns()
+        if one.id not in kept:
+            known["bundle_uri"] = None
+        for row in records[one.id].rows if one.id in records else ():
+            row = replace(row, **known)
             against = scratch.get(
                 (one.base, one.target, grid.fraction_text(one.label_fraction), one.seed)
             )
             if (
-                row["split"] == "test"
+                row.split == "test"
                 and against is not None
                 and against.id in records
                 and one.source != SCRATCH
             ):
-                row |= _gain(predictions, one, against, row, records)
+                row = replace(row, **_gain(predictions, one, against, row, records))
                 if mixed := provenance.differences(
                     state.trial_provenance[one.id].made, state.trial_provenance[against.id].made
                 ):
                     note = f"the gain {origins.MIXED} ({', '.join(mixed)})"
-                    row["interval"] = f"{row['interval']}; {note}" if row.get("interval") else note
+                    row = replace(row, interval=f"{row.interval}; {note}" if row.interval else note)
             rows.append(row)
         rows += _by_subgroup(state, predictions, rows, one)
-    results.append(
-        root,
-        _compared(rows, matrix.matrix_cells(rows, _tested_runs(state, rows, targets_of))),
-        current={one.id for one in found},
-    )
+    rows = _compared(rows, matrix.matrix_cells(rows, _tested_runs(state, rows, targets_of)))
+    results.append(root, rows, current={one.id for one in found})
     return rows
 
 
 def _tested_runs(
-    state: JobState, rows: list[dict[str, Any]], targets_of: dict[str, str]
+    state: JobState, rows: list[ResultRow], targets_of: dict[str, str]
 ) -> dict[str, stats.RunPredictions]:
     """Test predictions of the finished final trials of these rows, by trial id."""
     tested = {
-        row["trial_id"]: row["seed"]
+        row.trial_id: row.seed
         for row in rows
-        if row["trial_stage"] == "final" and row["status"] == "done" and row["split"] == "test"
+        if row.trial_stage == "final" and row.status == "done" and row.split == "test"
     }
     found = {one: trial.read_predictions(state.job.root, one, seed) for one, seed in tested.items()}
     return {
@@ -933,55 +936,70 @@ def _tested_runs(
     }
 
 
-def _compared(rows: list[dict[str, Any]], cells: list[matrix.Cell]) -> list[dict[str, Any]]:
+def _compared(rows: list[ResultRow], cells: list[matrix.Cell]) -> list[ResultRow]:
     """Fill in, on the test rows of trials that started from a source, what only the comparison of
     whole cells tells: on how many paired seeds it rests, its corrected p value (of the primary
-    metric), and the gain over the target's best scratch network with the same seed. Gives the same
-    rows.
+    metric), and the gain over the target's best scratch network with the same seed.
     """
     by_key = {
         (cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction): cell
         for cell in cells
     }
-    tested = [
-        row
-        for row in rows
-        if row["trial_stage"] == "final"
-        and row["split"] == "test"
-        and row["metric"]
-        and row["status"] == "done"
-    ]
+    tested = [row for row in rows if _is_tested(row)]
     scratch = {
-        (row["backbone"], row["target"], row["label_fraction"], row["metric"], row["seed"]): row[
-            "value"
-        ]
+        (row.backbone, row.target, row.label_fraction, row.metric, row.seed): row.value
         for row in tested
-        if row["source"] == SCRATCH and results.technique(row) == "scratch"
+        if row.source == SCRATCH and results.technique(row) == "scratch"
     }
-    for row in tested:
+    out: list[ResultRow] = []
+    for row in rows:
         cell = by_key.get(matrix.cell_key(row))
-        if cell is None or row["source"] == SCRATCH or "@" in row["metric"]:
+        if (
+            not _is_tested(row)
+            or cell is None
+            or row.source == SCRATCH
+            or "@" in (row.metric or "")
+        ):
+            out.append(row)
             continue
-        row["paired_seeds"] = cell.paired_seeds
-        row["gain_p_holm"] = cell.gain_p_holm if row["metric"] == cell.metric else None
-        best = scratch.get(
-            (cell.baseline, row["target"], row["label_fraction"], row["metric"], row["seed"])
+        best = scratch.get((cell.baseline, row.target, row.label_fraction, row.metric, row.seed))
+        baseline_gain = (
+            None
+            if best is None or row.value is None
+            else (row.value - best) * (1 if row.higher_is_better else -1)
         )
-        if best is not None and row["value"] is not None:
-            row["baseline_gain"] = (row["value"] - best) * (1 if row["higher_is_better"] else -1)
-    return rows
+        gain_p_holm = cell.gain_p_holm if row.metric == cell.metric else None
+        out.append(
+            replace(
+                row,
+                paired_seeds=cell.paired_seeds,
+                gain_p_holm=gain_p_holm,
+                baseline_gain=baseline_gain,
+            )
+        )
+    return out
+
+
+def _is_tested(row: ResultRow) -> bool:
+    """Whether a row is the test result of a final trial."""
+    return (
+        row.trial_stage == "final"
+        and row.split == "test"
+        and bool(row.metric)
+        and row.status == "done"
+    )
 
 
 def _by_subgroup(
     state: JobState,
     predictions: Callable[[str, int], stats.RunPredictions | None],
-    rows: list[dict[str, Any]],
+    rows: list[ResultRow],
     one: Trial,
-) -> list[dict[str, Any]]:
+) -> list[ResultRow]:
     """The primary metric's row of a final trial, once for each subgroup of the test rows."""
     spec, primary = (
         state.targets[one.target].spec,
-        next((row for row in rows if row["trial_id"] == one.id and row["split"] == "test"), None),
+        next((row for row in rows if row.trial_id == one.id and row.split == "test"), None),
     )
     run = predictions(one.id, one.seed) if spec.subgroups and primary is not None else None
     return (
@@ -1009,26 +1027,22 @@ def _gain(
     predictions: Callable[[str, int], stats.RunPredictions | None],
     one: Trial,
     against: Trial,
-    row: dict[str, Any],
-    records: dict[str, Any],
-) -> dict[str, Any]:
+    row: ResultRow,
+    records: dict[str, TrialRecord],
+) -> dict[str, float]:
     theirs = next(
-        (
-            r["value"]
-            for r in records[against.id]["rows"]
-            if r["split"] == "test" and r["metric"] == row["metric"]
-        ),
+        (r.value for r in records[against.id].rows if r.split == "test" and r.metric == row.metric),
         None,
     )
-    if theirs is None:
+    if theirs is None or row.value is None or row.metric is None:
         return {}
     out = {
         "scratch_value": theirs,
-        "gain": (row["value"] - theirs) * (1 if row["higher_is_better"] else -1),
+        "gain": (row.value - theirs) * (1 if row.higher_is_better else -1),
     }
-    if "/" in row["metric"]:  # one label's own: the report has its interval over all seeds
+    if "/" in row.metric:  # one label's own: the report has its interval over all seeds
         return out
-    of = metric(row["metric"])
+    of = metric(row.metric)
     ours, scratch = (predictions(t.id, t.seed) for t in (one, against))
     if (
         (of.units is not None or of.resampled is not None)
@@ -1039,24 +1053,17 @@ def _gain(
     return out
 
 
-def show(state: JobState, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], tuple[str, str]]:
+def show(state: JobState, rows: list[ResultRow]) -> tuple[list[matrix.Cell], tuple[str, str]]:
     """Cells of the job's table, and the written report."""
-    root, named = state.job.root, {row["trial_id"]: row["target"] for row in rows}
+    root, named = state.job.root, {row.trial_id: row.target for row in rows}
     rows = results.disambiguate_targets(rows)
-    final = [row for row in rows if row["trial_stage"] == "final"]
+    final = [row for row in rows if row.trial_stage == "final"]
     runs = _tested_runs(state, rows, named)
     cells = origins.mark_cells(matrix.matrix_cells(rows, runs), rows, state.trial_provenance)
-    curves = {}
-    for trial_id, record in trial.read_records(root, {row["trial_id"] for row in final}).items():
-        if record:
-            curves[trial_id] = [
-                {
-                    "step": c["step"],
-                    "loss": c.get("loss"),
-                    "validation": {k: v for k, v in c.items() if k != "step"},
-                }
-                for c in record["curve"]
-            ]
+    curves = {
+        name: record.curve
+        for name, record in trial.read_records(root, {row.trial_id for row in final}).items()
+    }
     if not state.pretraining:
         state.pretraining = [
             launch.source_metadata(stage) for stage in state.sources.values() if stage.has_bundle
@@ -1090,14 +1097,13 @@ def _describe_splits(state: JobState, stage: TargetStage) -> str:
     return stage.splits.sizes() + (description if gone else "")
 
 
-def failures(state: JobState, rows: list[dict[str, Any]]) -> list[str]:
+def failures(state: JobState, rows: list[ResultRow]) -> list[str]:
     """A line for each target that was left out and each trial that failed."""
     left_out = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
     return left_out + sorted(
         {
-            f"{row['target']} / {row['technique']} / {row['source']} seed {row['seed']}: "
-            f"{row['error']}"
+            f"{row.target} / {row.technique} / {row.source} seed {row.seed}: {row.error}"
             for row in rows
-            if row["status"] == "failed"
+            if row.status == "failed"
         }
     )

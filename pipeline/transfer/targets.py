@@ -36,6 +36,7 @@ from pipeline.core.contracts.objective_capabilities import (
     rollout_metrics,
     target_metrics,
 )
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Splits
 from pipeline.data.stream import Decoder, Rows
@@ -290,7 +291,7 @@ def _classes(spec: Target, splits: Splits, state: dict[str, Any]) -> np.ndarray 
     return objective.encode(table, spec.data.columns, state)["label"]
 
 
-def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
+def _modality(target: TargetStage, base: Base) -> tuple[ModalitySpec, str]:
     """The source's modality with the options that a target may set for itself, and completed by the
     target's own rows (`fit.extend_modality`).
     """
@@ -298,19 +299,19 @@ def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
     own = registry.get("modality", component.name).target_options
     named = fit.options_by_content("modality", component)
     kind = registry.get("modality", component.name)
-    if problem := ineffective_options(kind, named, base.modality["options"]):
+    if problem := ineffective_options(kind, named, base.modality.options):
         raise ValueError(f"targets.{target.name}.data.modality: {problem}")
     _refuse(
         target,
         {
             k: component.options[k]
             for k, v in named.items()
-            if k not in own and base.modality["options"].get(k) != v
+            if k not in own and base.modality.options.get(k) != v
         },
-        base.modality["options"],
+        base.modality.options,
     )
     return fit.extend_modality(
-        {**base.modality, "options": {**base.modality["options"], **named}},
+        replace(base.modality, options={**base.modality.options, **named}),
         target.splits.train,
         registry.get("objective", target.spec.objective.name),
         target.spec.data.columns,
@@ -333,16 +334,16 @@ def _refuse(target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any])
 class TargetReading(NamedTuple):
     """How a target's rows are read for one base, before any is decoded."""
 
-    spec_of_modality: dict[str, Any]
+    spec_of_modality: ModalitySpec
     modality: Modality
     coverage: str
     """In words, what the source knows of these rows (`Modality.known`)."""
-    arch: dict[str, Any]
-    objective: dict[str, Any]
+    arch: Architecture
+    objective: ObjectiveSpec
 
     @property
     def state(self) -> dict[str, Any]:
-        return self.objective["state"]
+        return self.objective.state
 
 
 def reading_of(target: TargetStage, base: Base) -> TargetReading:
@@ -356,11 +357,11 @@ def reading_of(target: TargetStage, base: Base) -> TargetReading:
     except ValueError as error:
         raise ValueError(f"data.modality: {error}") from None
     options = objective.options_class(**target.spec.objective.options)
-    arch = train_source.adapt_arch_to_inputs(base.arch, modality.inputs() or base.arch["inputs"])
+    arch = train_source.adapt_arch_to_inputs(base.arch, modality.inputs() or base.arch.inputs)
     state = train_source.bind_state(
         objective, target.state or fit.fit_objective(target.spec, target.splits), arch
     )
-    fitted = {"name": target.spec.objective.name, "options": options.model_dump(), "state": state}
+    fitted = ObjectiveSpec(target.spec.objective.name, options.model_dump(), state)
     _check_base(target, base, arch, fitted)
     return TargetReading(spec_of_modality, modality, known, arch, fitted)
 
@@ -463,7 +464,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         split_text="; ".join([splits.sizes(), *notes]),
         arch=reading.arch,
         modality=reading.spec_of_modality,
-        key=spec_hash(target.key, reading.spec_of_modality),
+        key=spec_hash(target.key, reading.spec_of_modality.to_json()),
         reads=() if is_held else splits.reads,
         findings=tuple(findings(target, reading)),
     )
@@ -533,19 +534,19 @@ def _groups(spec: Target, rows: Rows) -> np.ndarray | None:
 
 
 def _packed(
-    target: TargetStage, split: str, selection: manifests.Selection, modality: dict[str, Any]
+    target: TargetStage, split: str, selection: manifests.Selection, modality: ModalitySpec
 ) -> token_rows.TokenRows:
     """The split's documents packed into rows, once for all bases that read alike. Raises ValueError
     where none is left.
     """
     work = token_rows.TextWork(modality, target.spec.data.columns, "packed", ())
     made = provenance.made_by(
-        ("pipeline.train.token_rows",), (("modality", modality["name"]),)
+        ("pipeline.train.token_rows",), (("modality", modality.name),)
     )  # texts that other code has packed are not used again
     folder = storage.join(
         target.root,
         "packed",
-        f"{target.name}-{split}-{spec_hash(STAGE_FORMAT, target.key, modality, made.hash, made.versions)}",
+        f"{target.name}-{split}-{spec_hash(STAGE_FORMAT, target.key, modality.to_json(), made.hash, made.versions)}",
     )
     made = token_rows.make(
         folder, split, selection, work, target.spec.data.max_bad_rows, (len(selection),)
@@ -563,7 +564,7 @@ def reading_key(target: TargetStage, base: Base) -> str:
     objective = registry.get("objective", target.spec.objective.name)
     # which rows can be used may follow from the backbone too
     is_bound = isinstance(objective, BindsToBackbone)
-    return spec_hash(base.modality, *([base.arch] if is_bound else []))
+    return spec_hash(base.modality.to_json(), *([base.arch.to_json()] if is_bound else []))
 
 
 def for_base(data: TargetData, base: Base) -> TargetData:
@@ -571,49 +572,49 @@ def for_base(data: TargetData, base: Base) -> TargetData:
     does not suit them.
     """
     arch = train_source.adapt_arch_to_inputs(
-        base.arch, bundle.build_modality(data.modality).inputs() or base.arch["inputs"]
+        base.arch, bundle.build_modality(data.modality).inputs() or base.arch.inputs
     )
     _build(base, arch, data.objective)
     return replace(data, arch=arch)
 
 
-def _build(base: Base, arch: dict[str, Any], objective: dict[str, Any]) -> Task:
+def _build(base: Base, arch: Architecture, objective: ObjectiveSpec) -> Task:
     """The task with random weights, which the source's would fit. Raises ValueError where objective
     or rows do not suit the backbone: more tokens than it has positions, an objective that needs
     another kind of backbone.
     """
     try:
         task = bundle.build_task(arch, objective, seed=0)
-        if arch["inputs"] != base.arch["inputs"]:
+        if arch.inputs != base.arch.inputs:
             bundle.transfer(
                 task.backbone,
                 bundle.build_backbone(base.arch, seed=0).state_dict(),
                 f"the backbone of {', '.join(base.sources)}",
             )
     except ValueError as error:
-        read = {name: value for name, value in arch["inputs"].items() if isinstance(value, int)}
+        read = {name: value for name, value in arch.inputs.items() if isinstance(value, int)}
         raise ValueError(
-            f"the backbone {base.label} does not suit {objective['name']} on these rows "
-            f"({read}): {error}"
+            f"the backbone {base.label} does not suit {objective.name} on these rows ({read}): "
+            f"{error}"
         ) from None
     return task
 
 
 def _check_base(
-    target: TargetStage, base: Base, arch: dict[str, Any], objective: dict[str, Any]
+    target: TargetStage, base: Base, arch: Architecture, objective: ObjectiveSpec
 ) -> None:
     """Raises ValueError where a technique, the objective or the rows do not suit the backbone."""
     task = _build(base, arch, objective)
     layers = task.layers()
     head = task.objective if isinstance(task.objective, TransfersHead) else None
-    unseen = head.unseen_inputs(base.arch["inputs"], arch["inputs"]) if head else ""
+    unseen = head.unseen_inputs(base.arch.inputs, arch.inputs) if head else ""
     own_techniques = f"give targets.{target.name} techniques of its own"
     for component in target.techniques:
         technique, name = technique_of(component), component.name
         from_source = technique.starts_from == "source"
         if from_source and not trains(technique) and head is None:
             raise ValueError(
-                f"techniques: {name} tries the source's own head, and {objective['name']} starts "
+                f"techniques: {name} tries the source's own head, and {objective.name} starts "
                 f"with a new one: leave it out, or {own_techniques}"
             )
         is_unchanged = technique.frozen or not trains(technique)
@@ -628,7 +629,7 @@ def _check_base(
             wrapped = technique.wrap(_build(base, arch, objective))
         if not _trains_something(technique, wrapped.layers()):
             raise ValueError(
-                f"techniques: {name} trains the head alone, and {objective['name']} has none (its "
+                f"techniques: {name} trains the head alone, and {objective.name} has none (its "
                 f"output is the backbone's own embedding): {own_techniques}, such as "
                 "[scratch, full, lora]"
             )
@@ -682,7 +683,7 @@ def _check_length(place: str, source: Source, wanted: int | None, length: int | 
         )
 
 
-def weights(uri: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
+def weights(uri: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], bundle.Manifest]:
     """A bundle's backbone and its head as arrays (for the object store), and its manifest."""
     found = bundle.load(uri)
     with warnings.catch_warnings():

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -27,6 +29,7 @@ from pipeline.core.contracts.objective_capabilities import (
     target_metrics,
 )
 from pipeline.core.rng import mix
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import (
@@ -42,6 +45,8 @@ from pipeline.io.file_identity import FileIdentity
 from pipeline.metrics.catalog import Predictions, metric
 from pipeline.metrics.label_sets import scored
 from pipeline.report import stats
+from pipeline.report.results import ResultRow
+from pipeline.report.trial_record import TrialRecord, curve_of
 from pipeline.train import evaluate, experiment, loop, resume_history, streams
 from pipeline.train.experiment import Experiment
 from pipeline.train.loop import Ranks
@@ -52,7 +57,6 @@ from pipeline.transfer.grid import SCRATCH, Base, Trial, fraction_text, label_su
 EVAL_ROWS = 256
 AT_THRESHOLD = ("precision_at_threshold", "sensitivity_at_threshold", "specificity_at_threshold")
 """Metrics of test rows alone: the threshold is chosen on the validation rows."""
-Record = dict[str, Any]
 RECORD, PREDICTIONS = "record.json", "predictions.npz"
 AGAIN = "the trial counts as not done, and the next run makes it again"
 """What happens to a trial of which something is damaged."""
@@ -65,7 +69,7 @@ class TargetData:
     """
 
     spec: Target
-    objective: dict[str, Any]
+    objective: ObjectiveSpec
     train: Rows
     validation: Rows
     test: Rows
@@ -74,9 +78,9 @@ class TargetData:
     groups: np.ndarray | None
     """(n_test,) group numbers of the test rows, in the order of their ids."""
     split_text: str
-    arch: dict[str, Any] = field(default_factory=dict)
+    arch: Architecture
     """The base's architecture, for the input as this target is read."""
-    modality: dict[str, Any] = field(default_factory=dict)
+    modality: ModalitySpec
     key: str = ""
     """Names the rows as they are read: what was computed from them once is filed under it."""
     reads: tuple[FileIdentity, ...] = ()
@@ -94,9 +98,9 @@ class TargetData:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Metric names, the primary one first."""
-        kind = registry.get("objective", self.objective["name"])
-        options = kind.options_class(**self.objective["options"])
-        declared = target_metrics(kind, options, self.objective["state"])
+        kind = registry.get("objective", self.objective.name)
+        options = kind.options_class(**self.objective.options)
+        declared = target_metrics(kind, options, self.objective.state)
         primary = (
             self.spec.metric
             if self.spec.metric and self.spec.metric not in self.test_metrics
@@ -107,9 +111,9 @@ class TargetData:
     @property
     def test_metrics(self) -> tuple[str, ...]:
         """Names of metrics of test rows alone, the one that the target names first."""
-        kind = registry.get("objective", self.objective["name"])
-        options = kind.options_class(**self.objective["options"])
-        declared = rollout_metrics(kind, options, self.objective["state"])
+        kind = registry.get("objective", self.objective.name)
+        options = kind.options_class(**self.objective.options)
+        declared = rollout_metrics(kind, options, self.objective.state)
         return tuple(sorted(declared, key=lambda name: name != self.spec.metric))
 
     @property
@@ -117,7 +121,7 @@ class TargetData:
         """Names of what single values are told of: the types of entities, or the classes or labels
         in the order of the scores' columns.
         """
-        state = self.objective["state"]
+        state = self.objective.state
         return tuple(map(str, state.get("types", state.get("labels", ()))))
 
 
@@ -135,7 +139,7 @@ class Shared:
     keep_bundles: bool
     source_keys: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
-    heads: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = field(default_factory=dict)
+    heads: dict[str, tuple[ObjectiveSpec, dict[str, np.ndarray]]] = field(default_factory=dict)
     """Of each source its objective and the tensors of its head, for objectives that carry them
     over.
     """
@@ -160,19 +164,20 @@ def checkpoints(shared: Shared, trial: Trial) -> str:
     return experiment.checkpoints_of(folder(shared, trial))
 
 
-def read_record(root: str, trial_id: str) -> Record | None:
+def read_record(root: str, trial_id: str) -> TrialRecord | None:
     """The record of a trial, or none where it has none or a damaged one, which is told."""
-    record = checksums.document_or_none(storage.join(root, "trials", trial_id, RECORD), AGAIN)
-    if record is not None and not isinstance(record.get("rows"), list):
-        checksums.notify(
-            f"{storage.join(root, 'trials', trial_id, RECORD)} is damaged: it is no record of "
-            f"a trial: {AGAIN}"
-        )
+    uri = storage.join(root, "trials", trial_id, RECORD)
+    found = checksums.document_or_none(uri, AGAIN)
+    if found is None:
         return None
-    return record
+    try:
+        return TrialRecord.from_json(found)
+    except ValueError as error:
+        checksums.notify(f"{uri} is damaged: {error}: {AGAIN}")
+        return None
 
 
-def read_records(root: str, trial_ids: Iterable[str]) -> dict[str, Record]:
+def read_records(root: str, trial_ids: Iterable[str]) -> dict[str, TrialRecord]:
     """Trial id to its record, of the trials that have one; several are read at once. Damage is
     told.
     """
@@ -181,17 +186,14 @@ def read_records(root: str, trial_ids: Iterable[str]) -> dict[str, Record]:
     return {one: record for one, record in zip(wanted, found, strict=True) if record is not None}
 
 
-def is_complete(root: str, trial_id: str, record: Record) -> bool:
+def is_complete(root: str, trial_id: str, record: TrialRecord) -> bool:
     """Whether the predictions that the record names are there as they were written; damage is
     told.
     """
-    return (
-        PREDICTIONS not in record.get("files", {})
-        or _predictions(root, trial_id, record) is not None
-    )
+    return PREDICTIONS not in record.files or _predictions(root, trial_id, record) is not None
 
 
-def _predictions(root: str, trial_id: str, record: Record) -> bytes | None:
+def _predictions(root: str, trial_id: str, record: TrialRecord | None) -> bytes | None:
     """The bytes of a trial's predictions, or none where there are none or damaged ones, which is
     told.
 
@@ -199,7 +201,7 @@ def _predictions(root: str, trial_id: str, record: Record) -> bytes | None:
     they are.
     """
     uri = storage.join(root, "trials", trial_id, PREDICTIONS)
-    entry = record.get("files", {}).get(PREDICTIONS)
+    entry = record.files.get(PREDICTIONS) if record is not None else None
     try:
         data = storage.read_bytes(uri)
         if entry is not None:
@@ -253,15 +255,15 @@ def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 def _finished(shared: Shared, trial_id: str) -> FinishedTrial:
     """A trial that has ended, with its weights. Raises ValueError where it failed or kept none."""
     record = read_record(shared.root, trial_id)
-    row = record["rows"][0] if record and record["status"] == "done" else {}
-    uri = row.get("bundle_uri")
-    if record is None or uri is None:
+    row = record.rows[0] if record and record.status == "done" else None
+    uri = row.bundle_uri if row else None
+    if record is None or row is None or uri is None:
         raise ValueError(f"trial {trial_id}, whose weights are needed, failed or kept no bundle")
     return FinishedTrial(
-        technique=row["technique"],
-        seed=row["seed"],
-        hyper_parameters=row["hyper_parameters"],
-        validation=record["validation"],
+        technique=row.technique,
+        seed=row.seed,
+        hyper_parameters=row.settings,
+        validation=record.validation,
         weights=lambda: bundle.load(uri).tensors,
     )
 
@@ -303,7 +305,7 @@ def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
 
 def _caches_features(data: TargetData) -> bool:
     """Whether a frozen backbone's features are computed once for all trials."""
-    objective = registry.get("objective", data.objective["name"])
+    objective = registry.get("objective", data.objective.name)
     has_cached_head = isinstance(objective, CachedHead)
     return data.in_memory and not data.spec.workers and has_cached_head
 
@@ -340,7 +342,7 @@ def run(
     ranks: Ranks | None = None,
     report: Report = lambda step, steps, metrics: None,
     alive: Callable[[], None] = heartbeat.beat,
-) -> Record:
+) -> TrialRecord:
     """Train, validate and (final trials) test once; write record, predictions and bundle.
 
     A trial that was killed continues from its newest resume point; the points are removed when the
@@ -407,7 +409,7 @@ def run(
     if ranks.first:
         file_identity.check_unchanged(data.reads)
         is_kept = shared.keep_bundles and trial.stage == "final"
-        write(trial, shared, record, test, task if is_kept else None, frames)
+        return write(trial, shared, record, test, task if is_kept else None, frames)
     return record
 
 
@@ -488,7 +490,7 @@ def make_record(
     test: Predictions | None,
     status: str = "done",
     error: str | None = None,
-) -> Record:
+) -> TrialRecord:
     """A trial's record: its result rows (without gains, which need the other trials), its curve and
     what truly ran.
     """
@@ -507,8 +509,8 @@ def make_record(
             else {}
         ),
         **(
-            {"normalization": data.objective["state"]["normalization"]}
-            if "normalization" in data.objective["state"]
+            {"normalization": data.objective.state["normalization"]}
+            if "normalization" in data.objective.state
             else {}
         ),
         "start_weights": metadata.get("start_weights"),
@@ -516,75 +518,75 @@ def make_record(
         **({"technique": trial.technique.options} if trial.technique.options else {}),
     }
     groups = groups_of(data, test)
-    common = {
-        "job": shared.job,
-        "source": trial.source,
-        "backbone": trial.backbone,
-        "target": trial.target,
-        "objective": data.objective["name"],
-        "technique": trial.technique.name,
-        "hyper_parameters": ran,
-        "seed": trial.seed,
-        "label_fraction": fraction_text(trial.label_fraction, data.spec.objective.name),
-        "trial_id": trial.id,
-        "trial_stage": trial.stage,
-        "status": status,
-        "error": error,
-        "n_train": metadata.get("n_train"),
-        "params_trained": metadata.get("params_trained"),
-        "steps": metadata.get("steps"),
-        "seconds": metadata.get("seconds"),
-        "device": metadata.get("device"),
-        "bundle_uri": None,
-        "parent_uri": shared.parents.get(trial.source),
-        "spec_hash": shared.metadata.get("spec_hash"),
-        "git_sha": shared.metadata.get("git_sha"),
-        "started_at": began,
-    }
-    rows: list[dict[str, Any]] = []
+    common = ResultRow(
+        job=shared.job,
+        source=trial.source,
+        backbone=trial.backbone,
+        target=trial.target,
+        objective=data.objective.name,
+        technique=trial.technique.name,
+        hyper_parameters=json.dumps(ran, sort_keys=True),
+        seed=trial.seed,
+        label_fraction=fraction_text(trial.label_fraction, data.spec.objective.name),
+        trial_id=trial.id,
+        trial_stage=trial.stage,
+        status=status,
+        error=error,
+        n_train=metadata.get("n_train"),
+        params_trained=metadata.get("params_trained"),
+        steps=metadata.get("steps"),
+        seconds=metadata.get("seconds"),
+        device=metadata.get("device"),
+        parent_uri=shared.parents.get(trial.source),
+        spec_hash=shared.metadata.get("spec_hash"),
+        git_sha=shared.metadata.get("git_sha"),
+        started_at=datetime.fromtimestamp(began, UTC),
+    )
+    rows: list[ResultRow] = []
     for split, found in (
         ("test", compute_test_metrics(data, test) if test else {}),
         ("validation", validation),
     ):
         for name in found if split == "test" else data.metrics if found else ():
             of = metric(name, data.label_names)
-            row = {
-                **common,
-                "metric": name,
-                "value": found[name],
-                "higher_is_better": of.higher_is_better,
-                "split": split,
-                "n_eval": len(test["row"])
-                if split == "test" and test is not None
-                else len(data.validation),
-            }
+            row = replace(
+                common,
+                metric=name,
+                value=found[name],
+                higher_is_better=of.higher_is_better,
+                split=split,
+                n_eval=len(data.validation),
+            )
             if split == "test" and test is not None:
-                row["value_low"], row["value_high"] = stats.interval(of, test, groups=groups)
-                row["interval"] = "95% bootstrap over test " + (
-                    "rows" if groups is None else "groups"
+                low, high = stats.interval(of, test, groups=groups)
+                units = len(test["row"]) if groups is None else len(np.unique(groups))
+                row = replace(
+                    row,
+                    n_eval=len(test["row"]),
+                    value_low=low,
+                    value_high=high,
+                    n_units=units,
+                    interval="95% bootstrap over test " + ("rows" if groups is None else "groups"),
                 )
-                row["n_units"] = len(test["row"]) if groups is None else len(np.unique(groups))
             rows.append(row)
-    if not rows:
-        rows = [{**common, "metric": None, "split": None}]
     made = made_by(data.spec, shared.bases[trial.base], trial.technique)
-    return {
-        "trial_id": trial.id,
-        "cell": trial.cell,
-        "status": status,
-        "error": error,
+    return TrialRecord(
+        trial.id,
+        trial.cell,
+        status,
+        error,
+        tuple(rows or [common]),
+        validation,
+        curve_of(metadata.get("curve", ())),
+        metadata.get("transfer", ""),
+        metadata.get("kept_step"),
+        metadata.get("skipped_steps", 0),
+        metadata.get("resumed_from", 0),
+        shared.parent_weights.get(trial.source),
+        shared.metadata.get("run"),
         **made.metadata(),
-        "parent_weights": shared.parent_weights.get(trial.source),
-        "run": shared.metadata.get("run"),
-        "begun_by": metadata.get("begun_by", []),
-        "rows": rows,
-        "curve": metadata.get("curve", []),
-        "transfer": metadata.get("transfer", ""),
-        "validation": validation,
-        "kept_step": metadata.get("kept_step"),
-        "skipped_steps": metadata.get("skipped_steps", 0),
-        "resumed_from": metadata.get("resumed_from", 0),
-    }
+        begun_by=tuple(metadata.get("begun_by", ())),
+    )
 
 
 def compute_test_metrics(data: TargetData, test: Predictions) -> dict[str, float]:
@@ -631,7 +633,7 @@ def failed_record(
     status: str = "failed",
     validation: dict[str, float] | None = None,
     metadata: dict[str, Any] | None = None,
-) -> Record:
+) -> TrialRecord:
     """The record of a trial that did not end well. It is written too, so that the table has its
     row.
     """
@@ -642,22 +644,22 @@ def failed_record(
     record = make_record(
         trial, shared, train, time.time(), metadata or {}, validation or {}, None, status, error
     )
-    write(trial, shared, record, None, None)
-    return record
+    return write(trial, shared, record, None, None)
 
 
 def write(
     trial: Trial,
     shared: Shared,
-    record: Record,
+    record: TrialRecord,
     test: Predictions | None,
     task: Task | None,
     rollout_frames: np.ndarray | None = None,
-) -> None:
+) -> TrialRecord:
     """Predictions (and pictures, ``rollout_frames``) and bundle first, the record last: a trial
     with a record is complete.
 
     Its resume points go then; those of a failed trial stay, since the next run tries it again.
+    Returns the record as it is written.
     """
     data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
     if test is not None:
@@ -667,7 +669,9 @@ def write(
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **test, **extra)  # type: ignore[arg-type]
         storage.write_bytes(storage.join(where, PREDICTIONS), buffer.getvalue())
-        record["files"] = {PREDICTIONS: atomic_folder.entry_of_bytes(buffer.getvalue())}
+        record = replace(
+            record, files={PREDICTIONS: atomic_folder.entry_of_bytes(buffer.getvalue())}
+        )
     if task is not None:
         uri = storage.join(where, "bundle")
         bundle.save(
@@ -676,23 +680,23 @@ def write(
             data.modality,
             parent=shared.parents.get(trial.source),
             spec_hash=trial.id,
-            metrics=record["validation"],
-            made_by=record["made_by"],
+            metrics=record.validation,
+            made_by=record.made_by,
             columns=data.spec.data.columns,
             training={"trial": trial.cell, "seed": trial.seed},
         )
-        for row in record["rows"]:
-            row["bundle_uri"] = uri
-    checksums.write_document(storage.join(where, RECORD), record)
-    if record["status"] != "failed":
+        record = replace(record, rows=tuple(replace(row, bundle_uri=uri) for row in record.rows))
+    checksums.write_document(storage.join(where, RECORD), record.to_json())
+    if not record.failed:
         resume_history.clear(where)
+    return record
 
 
 def read_predictions(root: str, trial_id: str, seed: int) -> stats.RunPredictions | None:
     """Test predictions of a finished trial, for paired intervals; none where there are none or
     damaged ones, which is told.
     """
-    data = _predictions(root, trial_id, read_record(root, trial_id) or {})
+    data = _predictions(root, trial_id, read_record(root, trial_id))
     if data is None:
         return None
     with np.load(io.BytesIO(data), allow_pickle=False) as found:

@@ -37,6 +37,8 @@ from pathlib import Path
 import ingest
 import timing
 
+from pipeline.core.specs import ModalitySpec
+
 COPIES, BATCH_SECONDS, WARM, STEPS = 64, 160.0, 250, 160
 QUICK = {"copies": 3, "warm": 2, "steps": 6}
 TARGET = 0.75
@@ -110,11 +112,7 @@ def sides(path: Path, files: list[bytes], warm: int, steps: int, place: str) -> 
     )
 
     modality = bundle.build_modality(
-        {
-            "name": "audio",
-            "options": {},
-            "state": {"features": "mel", "mean": [0.0] * 80, "std": [1.0] * 80},
-        }
+        ModalitySpec("audio", {}, {"features": "mel", "mean": [0.0] * 80, "std": [1.0] * 80})
     )
     decoder = Decoder(modality, None, {}, {"audio": "audio", "seconds": "seconds"})
     rows = Rows(manifest.Selection(manifest.build(str(path), "parquet", "")), decoder).with_costs(0)

@@ -40,6 +40,8 @@ from typing import Any
 import ingest
 import timing
 
+from pipeline.core.specs import Architecture, ObjectiveSpec
+
 BATCHES = {224: 16, 64: 128}
 KINDS: dict[str, dict[str, Any]] = {
     "crop": {},
@@ -279,15 +281,9 @@ def epochs(args: Any, results: dict[str, Any], folder: str) -> list[list[str]]:
         real.selection, real.decoder, {"image": pixels, "label": np.arange(spec["rows"]) % 10}
     )
     device = torch.device("cuda" if gpu else "cpu")
-    arch = {
-        "name": f"timm/{spec['model']}",
-        "options": {},
-        "inputs": {"channels": 3, "size": spec["size"]},
-    }
+    arch = Architecture(f"timm/{spec['model']}", {}, {"channels": 3, "size": spec["size"]})
     task = bundle.build_task(
-        arch,
-        {"name": "classification", "options": {}, "state": real.decoder.objective_state},
-        seed=0,
+        arch, ObjectiveSpec("classification", {}, real.decoder.objective_state), seed=0
     ).to(device)
     if args.place != "train":
         from pipeline.train import launch

@@ -140,7 +140,7 @@ def run_job(job: Job) -> Any:
     shared = stages.share(state)
     real, fanout.run = fanout.run, run_here
     try:
-        rows = results.with_all_columns(stages.collect(state, stages.finetune(state, shared)))
+        rows = stages.collect(state, stages.finetune(state, shared))
     finally:
         fanout.run = real
     stages.show(state, rows)
@@ -225,9 +225,9 @@ def read_job(job: Job) -> Any:
     done = {one.id: ended for one, ended in stages.trial_status(state)}
     rows = stages.current(state)
     runs = {
-        row["trial_id"]: trial.read_predictions(job.root, row["trial_id"], 0)
+        row.trial_id: trial.read_predictions(job.root, row.trial_id, 0)
         for row in rows
-        if row["trial_stage"] == "final"
+        if row.trial_stage == "final"
     }
     arrays = {name: (run.rows, run.predictions) for name, run in runs.items() if run is not None}
     return done, rows, results.read(job.root), state.notes, state.scores, arrays

@@ -27,6 +27,8 @@ from typing import Any
 
 import timing
 
+from pipeline.core.specs import Architecture, ObjectiveSpec
+
 RATE, LETTERS = 16000, 14.0
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 
@@ -83,7 +85,7 @@ def main() -> None:
     buckets = BucketPlan(seconds, args.rows * float(seconds.mean()) * 1.06, 1)
     naive = Plan(len(seconds), 1, round(len(seconds) / buckets.batches_an_epoch))
     modality = Audio(AudioOptions(), {"features": "mel", "mean": [0.0] * 80, "std": [1.0] * 80})
-    arch = {"name": "torchaudio/deepspeech2", "options": {}, "inputs": modality.inputs()}
+    arch = Architecture("torchaudio/deepspeech2", {}, modality.inputs())
     state = {
         "labels": ["<blank>", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ '"],
         "units": "characters",
@@ -93,9 +95,7 @@ def main() -> None:
         "normalization": "none",
         "tokenizer": None,
     }
-    task = bundle.build_task(arch, {"name": "ctc", "options": {}, "state": state}, seed=0).to(
-        device
-    )
+    task = bundle.build_task(arch, ObjectiveSpec("ctc", {}, state), seed=0).to(device)
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4)
 
     def batch(rows: Any) -> Batch:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import timing
 
+from pipeline.core.specs import ModalitySpec
+
 COPIES, QUICK_COPIES, GROUP, BATCH, TARGET = 6, 1, 512, 64, 0.6
 COLUMNS = {role: role for role in ("times", "variables", "values")}
 
@@ -73,7 +75,7 @@ def main() -> None:
             EventsOptions(), pq.read_table(path).slice(0, 2048), COLUMNS, "events/gru"
         )
         sides = timing.batches_and_scan(
-            path, megabytes, {"name": "events", "options": {}, "state": state}, COLUMNS, BATCH
+            path, megabytes, ModalitySpec("events", {}, state), COLUMNS, BATCH
         )
         for side in sides.values():
             side()  # warm

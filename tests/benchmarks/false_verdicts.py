@@ -65,13 +65,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import timing
+
+from pipeline.report.results import ResultRow
+from pipeline.report.trial_record import TrialRecord
 
 TARGETS, CELLS = 3, 4
 LEVEL = 0.8
@@ -243,17 +246,17 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
                 target.cell(),
             )
             seeds = case.scratch_seeds if not number and case.scratch_seeds else case.seeds
-            common = {
-                "job": "aa",
-                "source": source[0],
-                "technique": source[1],
-                "backbone": "b",
-                "target": f"t{place}",
-                "label_fraction": "1.0",
-                "status": "done",
-                "metric": name,
-                "higher_is_better": True,
-            }
+            common = ResultRow(
+                job="aa",
+                source=source[0],
+                technique=source[1],
+                backbone="b",
+                target=f"t{place}",
+                label_fraction="1.0",
+                status="done",
+                metric=name,
+                higher_is_better=True,
+            )
             draw = _searched(case, cell, draws, common, rows) if case.finalists else 0.0
             for one in range(seeds - (case.lost if number else 0)):
                 trial_id = f"{place}-{number}-{one}"
@@ -265,21 +268,21 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
                 )
                 value = catalog.metric(name).value(runs[trial_id].predictions)
                 rows.append(
-                    {
-                        **common,
-                        "trial_id": trial_id,
-                        "trial_stage": "final",
-                        "split": "test",
-                        "seed": one,
-                        "value": value,
-                        "hyper_parameters": "{}",
-                    }
+                    replace(
+                        common,
+                        trial_id=trial_id,
+                        trial_stage="final",
+                        split="test",
+                        seed=one,
+                        value=value,
+                        hyper_parameters="{}",
+                    )
                 )
     return [cell for cell in matrix.matrix_cells(rows, runs) if cell.source != "none"]
 
 
 def _searched(
-    case: Case, cell: Cell, draws: np.ndarray, common: dict[str, Any], rows: list[dict[str, Any]]
+    case: Case, cell: Cell, draws: np.ndarray, common: ResultRow, rows: list[ResultRow]
 ) -> float:
     """The draw that a search chooses, through the stages' own ranking; its rows are added to the
     table.
@@ -290,20 +293,18 @@ def _searched(
     records: list[Any] = []
 
     def add(draw: float, seed: int) -> None:
-        row = {
-            **common,
-            "trial_id": f"{common['target']}-{common['source']}-{draw}-{seed}",
-            "trial_stage": "search",
-            "split": "validation",
-            "seed": seed,
-            "value": cell.validated(-LOSS_PER_DECADE * draw**2),
-            "drawn": json.dumps({"lr": draw}),
-        }
-        rows.append(row)
-        search.append(
-            SimpleNamespace(id=row["trial_id"], cell="cell", hyper_parameters={"lr": draw})
+        row = replace(
+            common,
+            trial_id=f"{common.target}-{common.source}-{draw}-{seed}",
+            trial_stage="search",
+            split="validation",
+            seed=seed,
+            value=cell.validated(-LOSS_PER_DECADE * draw**2),
+            drawn=json.dumps({"lr": draw}),
         )
-        records.append({"status": "done", "rows": [row]})
+        rows.append(row)
+        search.append(SimpleNamespace(id=row.trial_id, cell="cell", hyper_parameters={"lr": draw}))
+        records.append(TrialRecord(row.trial_id, rows=(row,)))
 
     assert case.finalists is not None
     top, further = case.finalists

@@ -23,6 +23,8 @@ from typing import Any
 
 import timing
 
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
+
 
 def shared_of(root: str) -> tuple[Any, Any]:
     """What the trials read, made in memory, and a function (how many, first seed) to trials."""
@@ -59,23 +61,13 @@ def shared_of(root: str) -> tuple[Any, Any]:
             },
         }
     )
-    text = {
-        "name": "text",
-        "options": {"length": 16},
-        "state": {"vocabulary": 256, "specials": [0, 1, 2, 3, 4]},
-    }
+    text = ModalitySpec("text", {"length": 16}, {"vocabulary": 256, "specials": [0, 1, 2, 3, 4]})
     modality = bundle.build_modality(text)
-    arch = {
-        "name": "transformers/bert",
-        "options": {"layers": 1, "hidden": 8, "heads": 1},
-        "inputs": modality.inputs(),
-    }
+    arch = Architecture(
+        "transformers/bert", {"layers": 1, "hidden": 8, "heads": 1}, modality.inputs()
+    )
     base = trials.bases({"source": (arch, text)})[0]
-    objective = {
-        "name": "classification",
-        "options": {},
-        "state": {"values": [0, 1], "labels": ["no", "yes"]},
-    }
+    objective = ObjectiveSpec("classification", {}, {"values": [0, 1], "labels": ["no", "yes"]})
 
     def rows(n: int, seed: int) -> Any:
         random = np.random.default_rng(seed)
@@ -86,12 +78,19 @@ def shared_of(root: str) -> tuple[Any, Any]:
         }
         manifest = Manifest(("memory",), (Group(0, 0, n, 1),), pa.schema([]), str(seed))
         return Rows(
-            Selection(manifest), Decoder(modality, "classification", objective["state"], {}), arrays
+            Selection(manifest), Decoder(modality, "classification", objective.state, {}), arrays
         )
 
     parts = [rows(40, seed) for seed in range(3)]
     data = TargetData(
-        job.targets["target"], objective, *parts, parts[0].arrays["label"], None, "made in memory"
+        job.targets["target"],
+        objective,
+        *parts,
+        parts[0].arrays["label"],
+        None,
+        "made in memory",
+        arch,
+        text,
     )
     weights = {
         name: tensor.numpy()
@@ -167,7 +166,7 @@ class Fan:
             "trivial", trials, self.shared, Fanout(keep_bundles="none"), progress or Count()
         )
         took = time.perf_counter() - began
-        failed = [record["error"] for record in records if record["status"] != "done"]
+        failed = [record.error for record in records if record.status != "done"]
         assert not failed, failed[0]
         return took
 

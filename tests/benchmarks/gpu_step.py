@@ -27,6 +27,8 @@ from typing import Any
 
 import timing
 
+from pipeline.core.specs import Architecture, ObjectiveSpec
+
 WARM_STEPS, TURN_STEPS = 4, 8
 CASE_SECONDS = 100
 """A case is not begun when less of --minutes is left."""
@@ -62,11 +64,7 @@ def gpt2(device: Any, batch: int, quick: bool) -> Case:
         if quick
         else (1024, 50304, {"layers": 12, "hidden": 768, "heads": 12})
     )
-    arch = {
-        "name": "transformers/gpt2",
-        "options": {**sizes, "dropout": 0.0},
-        "inputs": _inputs(vocabulary, length),
-    }
+    arch = Architecture("transformers/gpt2", {**sizes, "dropout": 0.0}, _inputs(vocabulary, length))
     config = GPT2Config(
         vocab_size=vocabulary,
         n_positions=length,
@@ -82,7 +80,7 @@ def gpt2(device: Any, batch: int, quick: bool) -> Case:
     )
     batches = _texts(device, batch, length, vocabulary)
     inputs = [{"input_ids": b["tokens"], "labels": b["tokens"]} for b in batches]
-    task = bundle.build_task(arch, {"name": "clm", "options": {}, "state": {}}, seed=0)
+    task = bundle.build_task(arch, ObjectiveSpec("clm", {}, {}), seed=0)
     plain = GPT2LMHeadModel(config)
     plain.loss_type = "ForCausalLM"  # else it warns about its name, which breaks the compiled graph
     return Case(
@@ -112,11 +110,7 @@ def bert(length: int, beside: str) -> Callable[[Any, int, bool], Case]:
             if quick
             else (length, 30528, {"layers": 12, "hidden": 768, "heads": 12})
         )
-        arch = {
-            "name": "transformers/bert",
-            "options": {**sizes, "dropout": 0.1},
-            "inputs": _inputs(vocabulary, n),
-        }
+        arch = Architecture("transformers/bert", {**sizes, "dropout": 0.1}, _inputs(vocabulary, n))
         config = BertConfig(
             vocab_size=vocabulary,
             max_position_embeddings=n,
@@ -134,7 +128,7 @@ def bert(length: int, beside: str) -> Callable[[Any, int, bool], Case]:
             {"input_ids": b["tokens"], "labels": wanted}
             for b, wanted in zip(batches, labels, strict=True)
         ]
-        task = bundle.build_task(arch, {"name": "mlm", "options": {}, "state": {}}, seed=0)
+        task = bundle.build_task(arch, ObjectiveSpec("mlm", {}, {}), seed=0)
         return Case(
             task,
             batches,
@@ -161,11 +155,9 @@ def resnet50(device: Any, batch: int, quick: bool) -> Case:
     from pipeline.core.contracts import Batch
 
     size, classes, name = (32, 10, "resnet10t") if quick else (224, 1000, "resnet50")
-    arch = {"name": f"timm/{name}", "options": {}, "inputs": {"channels": 3, "size": size}}
+    arch = Architecture(f"timm/{name}", {}, {"channels": 3, "size": size})
     state = {"values": list(range(classes)), "labels": [str(i) for i in range(classes)]}
-    task = bundle.build_task(
-        arch, {"name": "classification", "options": {}, "state": state}, seed=0
-    )
+    task = bundle.build_task(arch, ObjectiveSpec("classification", {}, state), seed=0)
     batches = []
     for _ in range(2):
         image = torch.randn(batch, 3, size, size, device=device).to(

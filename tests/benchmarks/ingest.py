@@ -29,6 +29,8 @@ from typing import Any
 
 import timing
 
+from pipeline.core.specs import ModalitySpec
+
 SIZES = {
     224: {"rows": 8000, "batch": 128, "warm": 24, "steps": 64, "target": 0.9},
     64: {"rows": 20000, "batch": 256, "warm": 48, "steps": 160, "target": 0.8},
@@ -98,11 +100,7 @@ def rows_of(path: Path, size: int) -> Any:
     from pipeline.data.stream import Decoder, Rows
 
     modality = bundle.build_modality(
-        {
-            "name": "image",
-            "options": {"size": size},
-            "state": {"mean": [0.5] * 3, "std": [0.25] * 3},
-        }
+        ModalitySpec("image", {"size": size}, {"mean": [0.5] * 3, "std": [0.25] * 3})
     )
     decoder = Decoder(
         modality,

@@ -87,13 +87,13 @@ def write_table(place: str, number: int) -> None:
     results.append(
         place,
         [
-            {
-                "trial_id": f"{number}-{i}",
-                "status": "done",
-                "trial_stage": "final",
-                "metric": "accuracy",
-                "split": "test",
-            }
+            results.ResultRow(
+                trial_id=f"{number}-{i}",
+                status="done",
+                trial_stage="final",
+                metric="accuracy",
+                split="test",
+            )
             for i in range(3)
         ],
     )

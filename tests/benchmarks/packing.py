@@ -40,6 +40,8 @@ from typing import Any
 
 import timing
 
+from pipeline.core.specs import Architecture, ObjectiveSpec
+
 WARM_STEPS = 3
 SIDE_BATCH = 8
 """Documents that are padded to the longest of them."""
@@ -184,12 +186,8 @@ def task_of(
 ) -> Any:
     from pipeline.checkpoints import bundle
 
-    arch = {
-        "name": f"transformers/{architecture}",
-        "options": {**sizes, **options},
-        "inputs": modality.inputs(),
-    }
-    return bundle.build_task(arch, {"name": objective, "options": {}, "state": {}}, seed=0)
+    arch = Architecture(f"transformers/{architecture}", {**sizes, **options}, modality.inputs())
+    return bundle.build_task(arch, ObjectiveSpec(objective, {}, {}), seed=0)
 
 
 # ---------------------------------------------------------------- (a) packed and padded

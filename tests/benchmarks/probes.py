@@ -23,6 +23,8 @@ from typing import Any
 
 import timing
 
+from pipeline.core.specs import Architecture, ModalitySpec
+
 HEADS, QUICK_HEADS = 64, 8
 SOME = 4
 """Heads of a turn that are trained one at a time."""
@@ -59,13 +61,11 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
             },
         }
     )
-    image = bundle.build_modality({"name": "image", "options": {"size": size}, "state": {}})
-    modality = {
-        "name": "image",
-        "options": image.options.model_dump(),
-        "state": {"mean": [0.5] * 3, "std": [0.25] * 3},
-    }
-    arch = {"name": backbone, "options": {}, "inputs": image.inputs()}
+    image = bundle.build_modality(ModalitySpec("image", {"size": size}, {}))
+    modality = ModalitySpec(
+        "image", image.options.model_dump(), {"mean": [0.5] * 3, "std": [0.25] * 3}
+    )
+    arch = Architecture(backbone, {}, image.inputs())
     base = grid.bases({"photos": (arch, modality)})[0]
     weights = {
         name: tensor.numpy()
@@ -201,16 +201,16 @@ def _gap(together: list[Any], alone: list[Any]) -> float:
     the same results.
     """
     values = {
-        (row["trial_id"], row["metric"]): row["value"]
+        (row.trial_id, row.metric): row.value
         for record in together
-        for row in record["rows"]
-        if row["split"] == "test"
+        for row in record.rows
+        if row.split == "test"
     }
     return max(
-        abs(values[row["trial_id"], row["metric"]] - row["value"])
+        abs(values[row.trial_id, row.metric] - row.value)
         for record in alone
-        for row in record["rows"]
-        if row["split"] == "test"
+        for row in record.rows
+        if row.split == "test"
     )
 
 

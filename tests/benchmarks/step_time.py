@@ -24,6 +24,8 @@ from typing import Any
 
 import timing
 
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
+
 WARM_STEPS = 5
 
 
@@ -59,16 +61,14 @@ def bert(quick: bool) -> Case:
             np.uint32
         ),
     }
-    arch = {"name": "transformers/bert", "options": sizes, "inputs": inputs}
-    text = {
-        "name": "text",
-        "options": {"length": length},
-        "state": {"vocabulary": vocabulary, "specials": inputs["specials"]},
-    }
+    arch = Architecture("transformers/bert", sizes, inputs)
+    text = ModalitySpec(
+        "text", {"length": length}, {"vocabulary": vocabulary, "specials": inputs["specials"]}
+    )
     return _case(
         "BERT 4 x 256, length 128, batch 16, MLM",
         arch,
-        {"name": "mlm", "options": {}, "state": {}},
+        ObjectiveSpec("mlm", {}, {}),
         text,
         arrays,
         16,
@@ -86,21 +86,13 @@ def resnet(quick: bool) -> Case:
         "image": random.integers(0, 256, (n, 3, 32, 32)).astype(np.uint8),
         "label": random.integers(0, 10, n),
     }
-    arch = {
-        "name": "timm/resnet10t" if quick else "timm/resnet18",
-        "options": {},
-        "inputs": {"channels": 3, "size": 32},
-    }
-    image = {
-        "name": "image",
-        "options": {"size": 32},
-        "state": {"mean": [0.5] * 3, "std": [0.25] * 3},
-    }
-    objective = {
-        "name": "classification",
-        "options": {},
-        "state": {"values": list(range(10)), "labels": [str(i) for i in range(10)]},
-    }
+    arch = Architecture(
+        "timm/resnet10t" if quick else "timm/resnet18", {}, {"channels": 3, "size": 32}
+    )
+    image = ModalitySpec("image", {"size": 32}, {"mean": [0.5] * 3, "std": [0.25] * 3})
+    objective = ObjectiveSpec(
+        "classification", {}, {"values": list(range(10)), "labels": [str(i) for i in range(10)]}
+    )
     return _case(
         "ResNet-18, 32 px, batch 32", arch, objective, image, arrays, 8 if quick else 32, "accuracy"
     )
@@ -127,9 +119,7 @@ def _case(
         pa.schema([]),
         "memory",
     )
-    rows = Rows(
-        Selection(manifest), Decoder(made, objective["name"], objective["state"], {}), arrays
-    )
+    rows = Rows(Selection(manifest), Decoder(made, objective.name, objective.state, {}), arrays)
     from pipeline.core.contracts import Batch
 
     keys = torch.from_numpy(row_keys(0, np.zeros(n, dtype=np.int64), np.arange(n)))

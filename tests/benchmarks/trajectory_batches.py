@@ -24,6 +24,8 @@ from typing import Any
 
 import timing
 
+from pipeline.core.specs import ModalitySpec
+
 EPISODES, QUICK_EPISODES, GROUP_MB, BATCH, TARGET = 4000, 200, 8, 32, 0.6
 ROBOTS = {"hopper": (11, 3), "walker": (17, 6), "reacher": (8, 2)}
 """Numbers of an observation and of an action."""
@@ -69,7 +71,7 @@ def sides_of(path: Path, megabytes: float) -> dict[str, Callable[[], float]]:
         TrajectoryOptions(), pq.ParquetFile(path).read_row_group(0), COLUMNS, "policy/mlp"
     )
     return timing.batches_and_scan(
-        path, megabytes, {"name": "trajectory", "options": {}, "state": state}, COLUMNS, BATCH
+        path, megabytes, ModalitySpec("trajectory", {}, state), COLUMNS, BATCH
     )
 
 

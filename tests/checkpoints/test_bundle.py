@@ -13,14 +13,11 @@ from toys import image_rows, label_state, net_task, take, task_of, weights
 
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.io import atomic_folder, storage
 
 INPUTS = {"channels": 3, "size": 32}
-MODALITY = {
-    "name": "image",
-    "options": {"size": 32, "channels": 3},
-    "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
-}
+MODALITY = ModalitySpec("image", {"size": 32, "channels": 3}, {"mean": [0.5] * 3, "std": [0.2] * 3})
 
 
 def make(labels=("cat", "dog", "owl"), seed=0, name="timm/test_vit", **options):
@@ -58,15 +55,15 @@ def scores(task, batch):
 def test_a_bundle_gives_back_task_modality_and_facts(task, batch, saved):
     found = bundle.load(str(saved))
     assert torch.equal(scores(found.task(), batch), scores(task, batch))
-    assert found.modality().inputs() == INPUTS and found.modality().state == MODALITY["state"]
+    assert found.modality().inputs() == INPUTS and found.modality().state == MODALITY.state
     assert (
-        found.manifest["parent"] == "bundle:somewhere"
-        and found.manifest["metrics"] == {"accuracy": 0.5}
-        and found.manifest["spec_hash"] == "abc"
+        found.manifest.parent == "bundle:somewhere"
+        and found.manifest.metrics == {"accuracy": 0.5}
+        and found.manifest.spec_hash == "abc"
     )
     assert (
-        found.manifest["versions"]["torch"] == torch.__version__.partition("+")[0]
-        or found.manifest["versions"]["torch"] == torch.__version__
+        found.manifest.versions["torch"] == torch.__version__.partition("+")[0]
+        or found.manifest.versions["torch"] == torch.__version__
     )
     assert set(found.backbone_tensors()) == set(task.backbone.state_dict())
     assert bundle.exists(str(saved)) and not bundle.exists(str(saved.parent / "other"))
@@ -146,7 +143,7 @@ def test_saving_again_replaces_the_whole(task, batch, saved):
     found = bundle.load(str(saved))
     assert (
         torch.equal(scores(found.task(), batch), scores(other, batch))
-        and "parent" not in found.manifest
+        and found.manifest.parent is None
     )
 
 
@@ -224,7 +221,7 @@ def test_another_objective_gets_a_new_head(tmp_path):
         task_of("transformers/bert", modality.inputs(), name, state, **SMALL)
         for name, state in (("mlm", {}), ("classification", label_state()))
     )
-    spec = {"name": "text", "options": modality.options.model_dump(), "state": modality.state}
+    spec = ModalitySpec("text", modality.options.model_dump(), modality.state)
     bundle.save(str(tmp_path / "b"), old, spec)
     assert (
         bundle.carry_head(new, bundle.load(str(tmp_path / "b")))
@@ -315,8 +312,8 @@ def test_nothing_may_be_left_over_unless_it_is_named(task):
 def test_seeds_of_backbone_and_head_are_apart():
     def built(seed, head_seed=None):
         return bundle.build_task(
-            {"name": "timm/test_vit", "options": {}, "inputs": INPUTS},
-            {"name": "classification", "options": {}, "state": label_state()},
+            Architecture("timm/test_vit", {}, INPUTS),
+            ObjectiveSpec("classification", {}, label_state()),
             seed=seed,
             head_seed=head_seed,
         )

@@ -16,6 +16,7 @@ from toys import (
 
 from pipeline.checkpoints import bundle, export_check
 from pipeline.checkpoints.bundle import BundleError
+from pipeline.core.specs import ModalitySpec
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.modalities.events import Events, EventsOptions
 from pipeline.modalities.image import Image, ImageOptions
@@ -65,7 +66,7 @@ def test_a_modality_without_random_rows_is_compared_by_its_tensors(tmp_path):
     bundle.save(
         str(tmp_path / "b"),
         task,
-        {"name": "trajectory", "options": modality.options.model_dump(), "state": modality.state},
+        ModalitySpec("trajectory", modality.options.model_dump(), modality.state),
     )
     found = bundle.load(str(tmp_path / "b"))
     assert (

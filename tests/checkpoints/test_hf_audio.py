@@ -3,6 +3,7 @@ its own classes.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from toys import furthest, label_state, task_of, weights
 from pipeline.checkpoints import bundle, exported_classifier, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import ModalitySpec, ObjectiveSpec
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.transfer import predict
 
@@ -119,7 +121,7 @@ def test_a_folder_gives_transformers_own_states(ending, norm, normalize, tmp_pat
     assert (
         start.arch is not None
         and start.modality is not None
-        and start.arch["name"] == "transformers/wav2vec2"
+        and start.arch.name == "transformers/wav2vec2"
     )
     backbone = bundle.build_backbone(start.arch, seed=1).eval()
     moved = start.load_into(backbone)
@@ -145,14 +147,14 @@ def test_a_folder_gives_transformers_own_states(ending, norm, normalize, tmp_pat
         assert (found.tokens[row, : len(want)] - want).abs().max() < 1e-5
     assert pretrained.modality_name(f"hf:{tmp_path / 'model'}") == "audio"
     assert (
-        start.modality["state"] == {"features": "wave", "normalize": normalize}
-        and start.arch["inputs"]["rate"] == 16000
+        start.modality.state == {"features": "wave", "normalize": normalize}
+        and start.arch.inputs["rate"] == 16000
     )
 
 
 def test_rates_are_the_extractors(tmp_path):
     start = pretrained.read(f"hf:{saved('Model', tmp_path, rate=8000)}")
-    assert start.modality["options"]["rate"] == 8000 and start.arch["inputs"]["rate"] == 8000
+    assert start.modality.options["rate"] == 8000 and start.arch.inputs["rate"] == 8000
 
 
 def test_a_checkpoint_without_an_embedding_for_masks_gets_one(tmp_path):
@@ -168,10 +170,9 @@ def test_a_checkpoint_without_an_embedding_for_masks_gets_one(tmp_path):
     backbone = bundle.build_backbone(start.arch, seed=1)
     assert start.load_into(backbone).new == ("model.masked_spec_embed",)
     other = bundle.build_backbone(
-        {
-            **start.arch,
-            "options": {"config": {**start.arch["options"]["config"], "mask_time_prob": 0.0}},
-        },
+        replace(
+            start.arch, options={"config": {**start.arch.options["config"], "mask_time_prob": 0.0}}
+        ),
         seed=1,
     )
     assert not start.load_into(other).new, "a model that never hides frames needs none"
@@ -239,7 +240,7 @@ def test_a_processors_configuration_tells_the_rate_too(tmp_path):
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps({"feature_extractor": message}))
     before = pretrained.fingerprint(f"hf:{tmp_path}")
-    assert pretrained.read(f"hf:{tmp_path}").modality["options"] == {
+    assert pretrained.read(f"hf:{tmp_path}").modality.options == {
         "rate": 16000,
         "features": "wave",
         "normalize": False,
@@ -273,7 +274,7 @@ def test_what_rows_a_name_stands_for(name, kind):
 
 def task_from(start, objective: str, state=None, options=None):
     task = bundle.build_task(
-        start.arch, {"name": objective, "options": options or {}, "state": state or {}}, seed=3
+        start.arch, ObjectiveSpec(objective, options or {}, state or {}), seed=3
     ).eval()
     start.load_into(task.backbone)
     return task, start.load_head_into(task)
@@ -371,7 +372,7 @@ def bundled(
     bundle.save(
         str(folder / "bundle"),
         task,
-        {"name": "audio", "options": modality.options.model_dump(), "state": modality.state},
+        ModalitySpec("audio", modality.options.model_dump(), modality.state),
     )
     return task, modality, str(folder / "bundle")
 
@@ -414,7 +415,7 @@ def test_transcripts_are_those_of_the_bundle(norm, normalize, tmp_path):
     start = pretrained.read(f"hf:{tmp_path / 'out'}")
     twin, kept = task_from(start, "ctc", ALPHABET)
     assert kept == "head kept: the same labels" and furthest(weights(twin), weights(task)) == 0
-    assert start.modality["options"]["normalize"] == (normalize is None)
+    assert start.modality.options["normalize"] == (normalize is None)
 
 
 @torch.no_grad()
@@ -507,7 +508,7 @@ def test_the_plain_model_is_written_alone(tmp_path):
     batch = rows(modality, tmp_path / "sound")
     for only, out in ((True, tmp_path / "a"), (False, tmp_path / "b")):
         if not only:  # a bundle without a head
-            bundle.save(uri, task.backbone, bundle.load(uri).manifest["modality"])
+            bundle.save(uri, task.backbone, bundle.load(uri).manifest.modality)
         assert "Wav2Vec2Model with" in predict.export(uri, str(out), "hugging-face", only)
         found, features = (
             loaded("AutoModel", out)(batch["wave"], attention_mask=batch["mask"].long()),

@@ -4,6 +4,7 @@ its own classes.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from pipeline.checkpoints import bundle, exported_classifier, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import ModalitySpec, ObjectiveSpec
 from pipeline.media.tokenizer import train_tokenizer
 from pipeline.train import source
 from pipeline.transfer import predict
@@ -208,7 +210,7 @@ def compare(folder, masks=()):
 def test_a_folder_gives_transformers_own_states(folder):
     start, moved = compare(folder)
     family = json.loads((folder / "config.json").read_text())["model_type"]
-    assert start.arch["name"] == f"transformers/{family}"
+    assert start.arch.name == f"transformers/{family}"
     assert all(
         name.split(".")[1]
         in (
@@ -222,7 +224,7 @@ def test_a_folder_gives_transformers_own_states(folder):
         )
         for name in moved.dropped
     )  # and each is reported
-    assert start.modality["options"]["length"] == 40
+    assert start.modality.options["length"] == 40
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     own.no_padding()
     own.no_truncation()
@@ -232,7 +234,7 @@ def test_a_folder_gives_transformers_own_states(folder):
         modality.tokenizer.encode(text, add_special_tokens=False).ids
         == own.encode(text, add_special_tokens=False).ids
     )
-    assert start.arch["inputs"] == modality.inputs() and start.arch["inputs"]["continuing"]
+    assert start.arch.inputs == modality.inputs() and start.arch.inputs["continuing"]
 
 
 def test_old_names_of_published_checkpoints(folder, tmp_path):
@@ -417,7 +419,7 @@ def test_an_index_names_files_of_its_own_folder_only(tmp_path):
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_the_pooler_is_kept_where_it_is_wanted(family, tmp_path):
     start = pretrained.read(f"hf:{saved(family, tmp_path / 'with')}")
-    arch = {**start.arch, "options": {**start.arch["options"], "pool": "pooler"}}
+    arch = replace(start.arch, options={**start.arch.options, "pool": "pooler"})
     backbone = bundle.build_backbone(arch, seed=1).eval()
     moved = start.load_into(backbone)
     assert not moved.new and not any(".pooler." in name for name in moved.dropped)
@@ -447,7 +449,7 @@ def test_the_pooler_is_kept_where_it_is_wanted(family, tmp_path):
 
 def task_from(start, objective: str, state=None, options=None, seed: int = 3):
     task = bundle.build_task(
-        start.arch, {"name": objective, "options": options or {}, "state": state or {}}, seed=seed
+        start.arch, ObjectiveSpec(objective, options or {}, state or {}), seed=seed
     ).eval()
     start.load_into(task.backbone)
     return task, start.load_head_into(task)
@@ -661,7 +663,7 @@ def bundled(folder, family: str, objective: str, modality=None, options=None, **
     bundle.save(
         str(folder / "bundle"),
         task,
-        {"name": "text", "options": modality.options.model_dump(), "state": modality.state},
+        ModalitySpec("text", modality.options.model_dump(), modality.state),
     )
     return task, str(folder / "bundle")
 
@@ -742,22 +744,17 @@ def test_an_export_starts_again_with_the_same_weights(family, objective, tmp_pat
     task, uri = bundled(tmp_path, family, objective)
     predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
     start = pretrained.read(f"hf:{tmp_path / 'out'}")
-    arch = {
-        **start.arch,
-        "options": {**start.arch["options"], "pool": task.backbone.arch["options"]["pool"]},
-    }
+    arch = replace(
+        start.arch, options={**start.arch.options, "pool": task.backbone.arch.options["pool"]}
+    )
     twin = bundle.build_task(
         arch,
-        {
-            "name": objective,
-            "options": task.objective.options.model_dump(),
-            "state": task.objective.state,
-        },
+        ObjectiveSpec(objective, task.objective.options.model_dump(), task.objective.state),
         seed=9,
     )
     assert not start.load_into(twin.backbone).new
     assert furthest(weights(twin.backbone), weights(task.backbone)) == 0
-    assert start.modality["state"]["specials"] == modality_of(family).state["specials"]
+    assert start.modality.state["specials"] == modality_of(family).state["specials"]
     said = start.load_head_into(twin)
     if objective != "classification":
         assert said.startswith(("head kept", "no head to carry")) and (
@@ -772,7 +769,7 @@ def test_the_plain_model_is_written_alone(family, tmp_path):
     task, uri = bundled(tmp_path, family, "classification", options={"norm": True}, pool=pool)
     for only, out in ((True, tmp_path / "a"), (False, tmp_path / "b")):
         if not only:  # a bundle without a head
-            bundle.save(uri, task.backbone, bundle.load(uri).manifest["modality"])
+            bundle.save(uri, task.backbone, bundle.load(uri).manifest.modality)
         predict.export(uri, str(out), "hugging-face", only)
         batch = rows(modality_of(family), sentences(3, seed=8)[0])
         found = loaded("AutoModel", out)(
@@ -826,7 +823,7 @@ def test_a_gpt2_that_pads_with_the_end_of_text_gets_a_token_for_padding(tmp_path
     theirs = loaded("AutoModelForSequenceClassification", tmp_path / "out")(**encoded).logits
     assert (theirs - scores(task, "classification", rows(modality, texts))).abs().max() < 1e-5
     start = pretrained.read(f"hf:{tmp_path / 'out'}")
-    assert start.arch["inputs"]["vocabulary"] == modality.inputs()["vocabulary"] + 1
+    assert start.arch.inputs["vocabulary"] == modality.inputs()["vocabulary"] + 1
 
 
 @torch.no_grad()
@@ -906,10 +903,9 @@ def test_a_classifier_that_transformers_does_not_have_is_written_beside_the_plai
     assert (ours - theirs).abs().max() < 1e-5 < ours.std()
     assert (out / "classifier.py").read_text() == Path(exported_classifier.__file__).read_text()
     start = pretrained.read(f"hf:{out}")
-    arch = {
-        **start.arch,
-        "options": {**start.arch["options"], "pool": task.backbone.arch["options"]["pool"]},
-    }
+    arch = replace(
+        start.arch, options={**start.arch.options, "pool": task.backbone.arch.options["pool"]}
+    )
     twin = bundle.build_backbone(arch, seed=9)
     assert not start.load_into(twin).new and furthest(weights(twin), weights(task.backbone)) == 0
     predict.export(uri, str(tmp_path / "weights.safetensors"), "state-dict", False)

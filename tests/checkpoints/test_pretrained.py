@@ -18,6 +18,7 @@ from toys import image_rows, label_state, take, task_of
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
 
 INPUTS = {"channels": 3, "size": 32}
@@ -93,11 +94,7 @@ def test_a_training_checkpoint_holds_a_state_dict(task, plain, tmp_path, key):
 def test_our_own_weights_are_a_file_too(task, tmp_path):
     """A bundle's safetensors, or the state dict of a task: the head is left, the backbone loads."""
     loads(write(dict(task.state_dict()), tmp_path / "task.pt"), task)
-    modality = {
-        "name": "image",
-        "options": {"size": 32},
-        "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
-    }
+    modality = ModalitySpec("image", {"size": 32}, {"mean": [0.5] * 3, "std": [0.2] * 3})
     bundle.save(str(tmp_path / "b"), task, modality)
     moved = loads(f"file:{tmp_path / 'b' / 'weights.safetensors'}", task)
     assert not moved.dropped
@@ -169,12 +166,8 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
 
 def test_an_input_is_described_by_timm():
     arch, modality = pretrained.timm_input_spec("timm/resnet18", {"drop_rate": 0.1})
-    assert arch == {
-        "name": "timm/resnet18",
-        "options": {"drop_rate": 0.1},
-        "inputs": {"channels": 3, "size": 224},
-    }
-    assert modality["options"] == {"size": 224, "channels": 3} and modality["state"][
+    assert arch == Architecture("timm/resnet18", {"drop_rate": 0.1}, {"channels": 3, "size": 224})
+    assert modality.options == {"size": 224, "channels": 3} and modality.state[
         "mean"
     ] == pytest.approx([0.485, 0.456, 0.406])
     with pytest.raises(BundleError, match="a weights file does not tell its input"):
@@ -192,8 +185,8 @@ def test_an_input_is_described_by_timm():
 def test_a_tag_of_timm_has_its_own_input(tag, mean):
     """DINO's and MAE's weights want ImageNet's mean, the default ones of the same name 0.5."""
     arch, modality = pretrained.timm_input_spec(f"timm/{tag}", {})
-    assert arch["name"] == f"timm/{tag.partition('.')[0]}" and modality["state"]["mean"][0] == mean
-    options = {key: modality["options"].get(key) for key in ("crop_share", "interpolation")}
+    assert arch.name == f"timm/{tag.partition('.')[0]}" and modality.state["mean"][0] == mean
+    options = {key: modality.options.get(key) for key in ("crop_share", "interpolation")}
     assert options == (
         {"crop_share": 0.9, "interpolation": "bicubic"}
         if "." in tag
@@ -250,7 +243,7 @@ def loaded(text: str, name: str, size: int = 64):
     """A backbone with the checkpoint's weights, and what was transferred."""
     start = pretrained.read(text, name)
     backbone = bundle.build_backbone(
-        {"name": name, "options": {}, "inputs": {"channels": 3, "size": size}}, seed=7
+        Architecture(name, {}, {"channels": 3, "size": size}), seed=7
     ).eval()
     return backbone, start.load_into(backbone)
 
@@ -488,7 +481,7 @@ def test_published_efficientnet_lite0_is_timms_tf_efficientnet_lite0():
     assert (
         (wrong - expected).abs().max() > 0.1 * expected.abs().max()
     )  # it fits and pads otherwise: names and shapes cannot tell
-    assert pretrained.timm_input_spec("timm/tf_efficientnet_lite0", {})[1]["state"] == {
+    assert pretrained.timm_input_spec("timm/tf_efficientnet_lite0", {})[1].state == {
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
     }
@@ -573,9 +566,7 @@ class Holder:
 
     def __init__(self, tensors):
         del tensors
-        self.backbone = bundle.build_backbone(
-            {"name": "timm/test_resnet", "options": {}, "inputs": INPUTS}
-        )
+        self.backbone = bundle.build_backbone(Architecture("timm/test_resnet", {}, INPUTS))
 
 
 def test_order_is_for_state_dicts_of_timm_backbones(plain, tmp_path):
@@ -610,16 +601,12 @@ def test_a_folder_of_timm_gives_timms_own_features(timm_folder):
     folder, model = timm_folder
     start = pretrained.read(f"hf:{folder}")
     config = model.pretrained_cfg
-    assert start.arch == {
-        "name": "timm/test_vit",
-        "options": {},
-        "inputs": {"channels": 1, "size": config["input_size"][1]},
-    }
-    assert start.modality == {
-        "name": "image",
-        "options": {"size": config["input_size"][1], "channels": 1},
-        "state": {"mean": [0.5], "std": [0.5]},
-    }
+    assert start.arch == Architecture(
+        "timm/test_vit", {}, {"channels": 1, "size": config["input_size"][1]}
+    )
+    assert start.modality == ModalitySpec(
+        "image", {"size": config["input_size"][1], "channels": 1}, {"mean": [0.5], "std": [0.5]}
+    )
     backbone = bundle.build_backbone(start.arch, seed=3).eval()
     moved = start.load_into(backbone)
     assert not moved.new and sorted(moved.dropped) == ["model.head.bias", "model.head.weight"]

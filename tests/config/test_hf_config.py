@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import hf_config
+from pipeline.core.specs import Architecture
 
 FETCHING = {
     "attn_implementation": "kernels-community/flash-attn",
@@ -46,11 +47,9 @@ def test_keys_that_fetch_or_import_code_never_reach_transformers(tmp_path, monke
     start = pretrained.read(f"hf:{folder}")
     backbone = bundle.build_backbone(start.arch, seed=1)
     assert not start.load_into(backbone).new
-    held = {
-        "name": start.arch["name"],
-        "inputs": start.arch["inputs"],
-        "options": {"config": {**start.arch["options"]["config"], **FETCHING}},
-    }
+    held = Architecture(
+        start.arch.name, {"config": {**start.arch.options["config"], **FETCHING}}, start.arch.inputs
+    )
     bundle.build_backbone(held, seed=1)  # a bundle from elsewhere, or the option config of a job
     assert len(seen) >= 2 and not [keys & {*FETCHING} for keys in seen if keys & {*FETCHING}]
     assert backbone.model.config._attn_implementation in ("sdpa", "eager")
@@ -105,9 +104,7 @@ def test_a_model_of_other_code_is_refused(key, tmp_path):
 def test_absurd_values_are_one_line_before_anything_is_built(family, given, said):
     inputs = {"vocabulary": 10, "length": 8, "specials": [0, 1, 2, 3, 4], "features": "wave"}
     with pytest.raises(ValueError, match=said) as caught:
-        bundle.build_backbone(
-            {"name": f"transformers/{family}", "options": {"config": given}, "inputs": inputs}
-        )
+        bundle.build_backbone(Architecture(f"transformers/{family}", {"config": given}, inputs))
     assert "\n" not in str(caught.value)
 
 

@@ -18,6 +18,7 @@ import yaml
 
 from pipeline.checkpoints import bundle
 from pipeline.config import yaml_loader
+from pipeline.core.specs import ModalitySpec
 from pipeline.io import atomic_folder, storage
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.shard_tasks import Settings
@@ -247,11 +248,7 @@ def toy_bundle(folder: Path) -> str:
 
     torch.manual_seed(0)
     task = task_of("timm/test_resnet", {"channels": 1, "size": 16}, "classification", label_state())
-    modality = {
-        "name": "image",
-        "options": {"size": 16, "channels": 1},
-        "state": {"mean": [0.5], "std": [0.2]},
-    }
+    modality = ModalitySpec("image", {"size": 16, "channels": 1}, {"mean": [0.5], "std": [0.2]})
     bundle.save(str(folder / "toy"), task, modality, columns={"image": "image", "label": "label"})
     return str(folder / "toy")
 

@@ -346,7 +346,7 @@ WRITES = {
         storage.join(root, "folder"), {"data": b"x"}, {}
     ),
     "the table": lambda root: results.append(
-        root, [{"trial_id": "t", "status": "done", "trial_stage": "final"}]
+        root, [results.ResultRow(trial_id="t", status="done", trial_stage="final")]
     ),
     "a resume point": lambda root: checkpoint.save(
         storage.join(root, "checkpoints"), Ranks(), {"step": 1}

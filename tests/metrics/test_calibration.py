@@ -60,7 +60,7 @@ def predicted(task, rows, shared):
 
 def test_two_classes_have_clinical_metrics_with_intervals(ran):
     shared, one, record = ran
-    rows = {row["metric"]: row for row in record["rows"] if row["split"] == "test"}
+    rows = {row.metric: row for row in record.rows if row.split == "test"}
     run = one_trial.read_predictions(shared.root, one.id, 0)
     p = run.predictions
     assert run.labels == ("class 1", "class 0") and next(iter(rows)) == "auprc"
@@ -76,45 +76,40 @@ def test_two_classes_have_clinical_metrics_with_intervals(ran):
         *AT_THRESHOLD,
     }
     chance = calibration.softmax(p["scores"])[:, 1]
-    assert rows["auprc"]["value"] == pytest.approx(
+    assert rows["auprc"].value == pytest.approx(
         theirs.average_precision_score(p["label"], chance), abs=1e-9
     )
     assert (
-        rows["brier"]["value"]
-        == pytest.approx(theirs.brier_score_loss(p["label"], chance), abs=1e-9)
-        and not rows["brier"]["higher_is_better"]
+        rows["brier"].value == pytest.approx(theirs.brier_score_loss(p["label"], chance), abs=1e-9)
+        and not rows["brier"].higher_is_better
     )
-    threshold = record["rows"][0]["hyper_parameters"]["threshold"]
+    threshold = record.rows[0].settings["threshold"]
     called = chance >= threshold
-    assert rows["sensitivity_at_threshold"]["value"] == pytest.approx(
+    assert rows["sensitivity_at_threshold"].value == pytest.approx(
         theirs.recall_score(p["label"], called)
     )
-    assert rows["precision_at_threshold"]["value"] == pytest.approx(
+    assert rows["precision_at_threshold"].value == pytest.approx(
         theirs.precision_score(p["label"], called)
     )
-    assert rows["specificity_at_threshold"]["value"] == pytest.approx(
+    assert rows["specificity_at_threshold"].value == pytest.approx(
         theirs.recall_score(1 - p["label"], ~called)
     )
     assert all(
-        row["value_low"] <= row["value"] <= row["value_high"]
-        for name, row in rows.items()
-        if name != "ece"
+        row.value_low <= row.value <= row.value_high for name, row in rows.items() if name != "ece"
     )
-    assert not set(AT_THRESHOLD) & {
-        row["metric"] for row in record["rows"] if row["split"] == "validation"
-    }
+    assert not set(AT_THRESHOLD) & {row.metric for row in record.rows if row.split == "validation"}
     json.dumps(record)
 
 
 def test_they_are_those_of_the_validation_rows_and_stand_in_the_bundle(ran):
     shared, one, record = ran
     data = next(iter(shared.targets.values()))
-    found = bundle.load(record["rows"][0]["bundle_uri"])
-    state = found.manifest["objective"]["state"]
-    assert {
-        name: record["rows"][0]["hyper_parameters"][name] for name in ("temperature", "threshold")
-    } == {n: state[n] for n in ("temperature", "threshold")}
-    assert "temperature" not in data.objective["state"]  # which other trials share
+    found = bundle.load(record.rows[0].bundle_uri)
+    state = found.manifest.objective.state
+    assert {name: record.rows[0].settings[name] for name in ("temperature", "threshold")} == {
+        n: state[n] for n in ("temperature", "threshold")
+    }
+    assert "temperature" not in data.objective.state  # which other trials share
     task = found.task()
     fitted = task.objective.state
     task.objective.state = {
@@ -146,11 +141,11 @@ def test_the_test_rows_have_no_say(ran, paths, tmp_path):
     data = next(iter(shared.targets.values()))
     data.test.arrays["label"] = 1 - data.test.arrays["label"]
     again = one_trial.run(trial_of(job, shared, one.technique.name), shared)
-    a, b = (each["rows"][0] for each in (record, again))
-    assert [b["hyper_parameters"][name] for name in ("temperature", "threshold")] == [
-        a["hyper_parameters"][name] for name in ("temperature", "threshold")
+    a, b = (each.rows[0] for each in (record, again))
+    assert [b.settings[name] for name in ("temperature", "threshold")] == [
+        a.settings[name] for name in ("temperature", "threshold")
     ]
-    assert a["value"] != b["value"]
+    assert a.value != b.value
 
 
 def test_heads_together_are_calibrated_one_by_one(paths, tmp_path):
@@ -164,23 +159,18 @@ def test_heads_together_are_calibrated_one_by_one(paths, tmp_path):
         for lr, seed in itertools.product((0.001, 0.1), (0, 1))
     ]
     assert cached_heads.batchable(group, worlds[0])
-    together = {record["trial_id"]: record for record in cached_heads.run(group, worlds[0])}
+    together = {record.trial_id: record for record in cached_heads.run(group, worlds[0])}
     found = set()
     for one in group:
         alone = one_trial.run(one, worlds[1])
-        for x, y in zip(together[one.id]["rows"], alone["rows"], strict=True):
-            assert x["metric"] == y["metric"] and x["value"] == pytest.approx(y["value"], abs=1e-4)
-        a, b = (record["rows"][0] for record in (together[one.id], alone))
+        for x, y in zip(together[one.id].rows, alone.rows, strict=True):
+            assert x.metric == y.metric and x.value == pytest.approx(y.value, abs=1e-4)
+        a, b = (record.rows[0] for record in (together[one.id], alone))
         for name in ("temperature", "threshold"):
-            assert a["hyper_parameters"][name] == pytest.approx(
-                b["hyper_parameters"][name], rel=1e-3
-            )
-            states = [
-                bundle.load(row["bundle_uri"]).manifest["objective"]["state"][name]
-                for row in (a, b)
-            ]
-            assert states == [a["hyper_parameters"][name], b["hyper_parameters"][name]]
-        found.add(a["hyper_parameters"]["temperature"])
+            assert a.settings[name] == pytest.approx(b.settings[name], rel=1e-3)
+            states = [bundle.load(row.bundle_uri).manifest.objective.state[name] for row in (a, b)]
+            assert states == [a.settings[name], b.settings[name]]
+        found.add(a.settings["temperature"])
     assert len(found) == 4
 
 
@@ -188,14 +178,14 @@ def test_a_search_trial_is_not_calibrated(paths, tmp_path):
     job = job_of(tmp_path, paths, objective=OPTIONS)
     shared = shared_of(tmp_path, job, paths)
     record = one_trial.run(trial_of(job, shared, "full", stage="search"), shared)
-    assert "temperature" not in record["rows"][0]["hyper_parameters"]
+    assert "temperature" not in record.rows[0].hyper_parameters
 
 
 def test_without_the_options_nothing_is_fitted(paths, tmp_path):
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     record = one_trial.run(trial_of(job, shared), shared)
-    tested = [row["metric"] for row in record["rows"] if row["split"] == "test"]
+    tested = [row.metric for row in record.rows if row.split == "test"]
     assert tested == [
         "accuracy",
         "macro_f1",
@@ -208,9 +198,9 @@ def test_without_the_options_nothing_is_fitted(paths, tmp_path):
     ]
     assert (
         registry.entries("metric").keys() >= set(tested)
-        and "temperature" not in record["rows"][0]["hyper_parameters"]
+        and "temperature" not in record.rows[0].settings
     )
-    assert np.isfinite([row["value"] for row in record["rows"]]).all()
+    assert np.isfinite([row.value for row in record.rows]).all()
 
 
 def test_metrics_of_classes_may_be_the_first_of_any_target_with_classes(paths, tmp_path):

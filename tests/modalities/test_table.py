@@ -9,6 +9,7 @@ import torch
 from toys import stays, table_rows, take
 
 from pipeline.checkpoints import bundle
+from pipeline.core.specs import Architecture
 from pipeline.modalities.table import Table, TableOptions
 
 COLUMNS = {"features": "static"}
@@ -17,7 +18,7 @@ COLUMNS = {"features": "static"}
 def built(inputs, **options):
     chosen = {"width": 16, "layers": 2, "heads": 2, **options}
     return bundle.build_backbone(
-        {"name": "table/ft_transformer", "options": chosen, "inputs": inputs}, seed=1
+        Architecture("table/ft_transformer", chosen, inputs), seed=1
     ).eval()
 
 
@@ -81,11 +82,7 @@ def test_it_has_the_papers_parts():
     ReGLU twice as wide going in.
     """
     backbone = bundle.build_backbone(
-        {
-            "name": "table/ft_transformer",
-            "options": {},
-            "inputs": {"features": "table", "numbers": 8, "codes": 0},
-        },
+        Architecture("table/ft_transformer", {}, {"features": "table", "numbers": 8, "codes": 0}),
         seed=0,
     )
     width, hidden = 192, 256

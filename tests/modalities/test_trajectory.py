@@ -16,6 +16,7 @@ from toys import TRAJECTORY_COLUMNS, episodes
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
+from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifest
 from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
 from pipeline.media.episodes import Episodes, cleaned
@@ -803,13 +804,11 @@ def test_an_empty_table_and_an_empty_batch_have_their_shapes():
 
 def test_the_state_and_the_inputs_are_json_and_build_it_again():
     modality = made(episodes(8))
-    spec = json.loads(
-        json.dumps(
-            {
-                "name": "trajectory",
-                "options": modality.options.model_dump(),
-                "state": modality.state,
-            }
+    spec = ModalitySpec.from_json(
+        json.loads(
+            json.dumps(
+                ModalitySpec("trajectory", modality.options.model_dump(), modality.state).to_json()
+            )
         )
     )
     again = bundle.build_modality(spec)

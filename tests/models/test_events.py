@@ -9,13 +9,12 @@ from toys import event_rows, take, task_of
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import Architecture
 from pipeline.models.events import grid
 
 
 def built(name: str, inputs, **options):
-    return bundle.build_backbone(
-        {"name": f"events/{name}", "options": options, "inputs": inputs}, seed=3
-    ).eval()
+    return bundle.build_backbone(Architecture(f"events/{name}", options, inputs), seed=3).eval()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import Architecture
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
 
 INPUTS = {
@@ -29,8 +30,7 @@ KINDS = ("mlp", "transformer")
 
 def built(name: str, inputs=None, seed: int = 3, **options):
     return bundle.build_backbone(
-        {"name": f"policy/{name}", "options": {**SMALL, **options}, "inputs": inputs or INPUTS},
-        seed=seed,
+        Architecture(f"policy/{name}", {**SMALL, **options}, inputs or INPUTS), seed=seed
     ).eval()
 
 

@@ -15,6 +15,7 @@ from toys import label_state, task_of
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import Architecture, ModalitySpec
 
 FAMILIES = {
     "vgg11": 32,
@@ -51,12 +52,7 @@ VIEWS = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_p
 
 def build(name: str, size: int, channels: int = 3, seed: int = 0, **options):
     return bundle.build_backbone(
-        {
-            "name": f"timm/{name}",
-            "options": options,
-            "inputs": {"channels": channels, "size": size},
-        },
-        seed,
+        Architecture(f"timm/{name}", options, {"channels": channels, "size": size}), seed
     ).eval()
 
 
@@ -209,9 +205,7 @@ def test_models_that_cannot_be_backbones_and_options_they_lack_are_refused():
     with pytest.raises(
         ValueError, match=r"timm/resnet18 reads images; these rows are vocabulary, length"
     ):
-        bundle.build_backbone(
-            {"name": "timm/resnet18", "options": {}, "inputs": {"vocabulary": 10, "length": 8}}
-        )
+        bundle.build_backbone(Architecture("timm/resnet18", {}, {"vocabulary": 10, "length": 8}))
 
 
 # ---------------------------------------------------------------- layers
@@ -284,16 +278,12 @@ def test_stochastic_depth_is_off_unless_asked_for():
 
 @torch.no_grad()
 def test_outputs_survive_a_bundle(tmp_path):
-    modality = {
-        "name": "image",
-        "options": {"size": 64},
-        "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
-    }
+    modality = ModalitySpec("image", {"size": 64}, {"mean": [0.5] * 3, "std": [0.2] * 3})
     for name in VIEWS:
         backbone = shaken(build(name, 64))
         bundle.save(str(tmp_path / name), backbone, modality)
         found = bundle.load(str(tmp_path / name))
-        again = bundle.build_backbone(found.manifest["arch"], seed=9).eval()
+        again = bundle.build_backbone(found.manifest.arch, seed=9).eval()
         assert not bundle.transfer(again, found.backbone_tensors(), name).changed
         assert torch.equal(again(images()).pooled, backbone(images()).pooled)
 
@@ -376,11 +366,7 @@ def test_what_no_rule_covers_stays_refused():
 
 def test_small_images_may_have_small_patches():
     backbone = bundle.build_backbone(
-        {
-            "name": "timm/vit_tiny_patch16_224",
-            "options": {"patch_size": 4},
-            "inputs": {"channels": 1, "size": 32},
-        }
+        Architecture("timm/vit_tiny_patch16_224", {"patch_size": 4}, {"channels": 1, "size": 32})
     )
     assert backbone.feature_map_specs[0].stride == 4 and backbone(
         images(2, 32, 1), want=("stages",)
@@ -391,9 +377,5 @@ def test_small_images_may_have_small_patches():
     ):
         with pytest.raises(ValueError, match=message):
             bundle.build_backbone(
-                {
-                    "name": f"timm/{name}",
-                    "options": {"patch_size": patch},
-                    "inputs": {"channels": 1, "size": 32},
-                }
+                Architecture(f"timm/{name}", {"patch_size": patch}, {"channels": 1, "size": 32})
             )

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.nn import conv_arithmetic
 
 BINS = 12
@@ -36,8 +37,7 @@ SIZES = (23, 1, 37, 0, 8)
 def build(variant: str, inputs=None, **options):
     name = f"torchaudio/{'deepspeech2' if variant == 'plane' else variant}"
     backbone = bundle.build_backbone(
-        {"name": name, "options": {**VARIANTS[variant], **options}, "inputs": inputs or INPUTS},
-        seed=1,
+        Architecture(name, {**VARIANTS[variant], **options}, inputs or INPUTS), seed=1
     ).eval()
     # weights that are not what they begin as, so that no bias and no norm can be forgotten unseen
     with torch.no_grad():
@@ -351,10 +351,10 @@ def test_bf16_stays_close_and_finite(variant):
 def test_a_bundle_gives_the_same_backbone(variant, tmp_path):
     """Also when the defaults have changed since: every option stands in it."""
     backbone = build(variant)
-    bundle.save(str(tmp_path / "b"), backbone, {"name": "audio", "options": {}, "state": {}})
+    bundle.save(str(tmp_path / "b"), backbone, ModalitySpec("audio", {}, {}))
     held = bundle.load(str(tmp_path / "b"))
-    assert None not in held.manifest["arch"]["options"].values()
-    other = bundle.build_backbone(held.manifest["arch"], seed=9).eval()
+    assert None not in held.manifest.arch.options.values()
+    other = bundle.build_backbone(held.manifest.arch, seed=9).eval()
     assert bundle.transfer(other, held.backbone_tensors(), "b").new == ()
     assert (
         torch.equal(other(mels(*SIZES)).tokens, backbone(mels(*SIZES)).tokens)

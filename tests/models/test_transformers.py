@@ -12,6 +12,7 @@ from toys import SMALL
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import Architecture
 
 VOCABULARY, LENGTH, PAD = 50, 24, 1
 INPUTS = {"vocabulary": VOCABULARY, "length": LENGTH, "specials": [PAD, 3, 0, 2, 4]}
@@ -28,7 +29,7 @@ SIZES = ((9, 10, 5), (24,), (3, 17), (11,))
 def build(family: str, **options):
     options = {**SMALL, **({} if "config" in options else {"layers": 3}), **options}
     return bundle.build_backbone(
-        {"name": f"transformers/{family}", "options": options, "inputs": INPUTS}, seed=2
+        Architecture(f"transformers/{family}", options, INPUTS), seed=2
     ).eval()
 
 
@@ -188,7 +189,7 @@ def test_a_whole_configuration_gives_the_same_model(family):
     assert torch.equal(
         again(batch(tokens=tokens, mask=mask)).pooled, first(batch(tokens=tokens, mask=mask)).pooled
     )
-    assert again.arch["options"]["config"]["model_type"] == family
+    assert again.arch.options["config"]["model_type"] == family
 
 
 def test_the_length_must_fit_the_positions():

@@ -12,6 +12,7 @@ from toys import furthest, weights
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.nn import conv_arithmetic
 
 INPUTS = {"features": "wave", "rate": 16000, "channels": 1, "convolutions": []}
@@ -39,7 +40,7 @@ LENGTHS = (3000, 8000, 0, 401, 399)
 def build(kind: str = "sizes", inputs=None, **options):
     given = {**KINDS[kind], **options}
     made = bundle.build_backbone(
-        {"name": "transformers/wav2vec2", "options": given, "inputs": inputs or INPUTS}, seed=2
+        Architecture("transformers/wav2vec2", given, inputs or INPUTS), seed=2
     ).eval()
     with torch.no_grad():  # norms and biases that are not what they begin as
         for p in made.parameters():
@@ -233,7 +234,7 @@ def test_sizes_are_the_papers():
 def test_it_can_be_built_without_memory():
     with torch.device("meta"):
         backbone = bundle.build_backbone(
-            {"name": "transformers/wav2vec2", "options": {"config": GROUP}, "inputs": INPUTS}
+            Architecture("transformers/wav2vec2", {"config": GROUP}, INPUTS)
         )
     assert (
         backbone.model.feature_projection.projection.weight.is_meta
@@ -244,9 +245,9 @@ def test_it_can_be_built_without_memory():
 @torch.no_grad()
 def test_it_survives_a_bundle(kind, tmp_path):
     backbone = build(kind)
-    bundle.save(str(tmp_path / "b"), backbone, {"name": "audio", "options": {}, "state": {}})
+    bundle.save(str(tmp_path / "b"), backbone, ModalitySpec("audio", {}, {}))
     found = bundle.load(str(tmp_path / "b"))
-    twin = bundle.build_backbone(found.manifest["arch"], seed=9).eval()
+    twin = bundle.build_backbone(found.manifest.arch, seed=9).eval()
     moved = bundle.transfer(twin, found.backbone_tensors(), "bundle")
     assert not moved.new and not moved.dropped and furthest(weights(twin), weights(backbone)) == 0
     assert torch.equal(twin(batch_of()).pooled, backbone(batch_of()).pooled)
@@ -327,9 +328,5 @@ def test_families_for_texts_refuse_what_is_wav2vec2s(name):
         ValueError, match=f"transformers/bert has no {name}: wav2vec2 has that; leave it out"
     ):
         bundle.build_backbone(
-            {
-                "name": "transformers/bert",
-                "options": {name: 8 if name == "conv_channels" else [8]},
-                "inputs": inputs,
-            }
+            Architecture("transformers/bert", {name: 8 if name == "conv_channels" else [8]}, inputs)
         )

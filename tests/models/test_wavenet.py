@@ -10,6 +10,7 @@ from torchaudio.functional import mu_law_decoding, mu_law_encoding
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.nn import conv_arithmetic
 from pipeline.objectives.ctc import CTC, CTCOptions
@@ -28,8 +29,7 @@ SMALL = {
 
 def build(inputs=None, **options):
     backbone = bundle.build_backbone(
-        {"name": "wavenet/wavenet", "options": {**SMALL, **options}, "inputs": inputs or INPUTS},
-        seed=3,
+        Architecture("wavenet/wavenet", {**SMALL, **options}, inputs or INPUTS), seed=3
     ).eval()
     with torch.no_grad():  # weights that are not what they begin as, so that no zero hides a layer
         for i, p in enumerate(backbone.parameters()):
@@ -83,9 +83,7 @@ def test_the_published_stack_sees_1024_samples():
     """Section 2.1: dilations 1, 2, 4, ... 512 have a receptive field of 1024."""
     assert build(layers=10, stacks=1, residual=2, skip=2).receptive_field == 1024
     assert (
-        bundle.build_backbone(
-            {"name": "wavenet/wavenet", "options": {}, "inputs": INPUTS}
-        ).receptive_field
+        bundle.build_backbone(Architecture("wavenet/wavenet", {}, INPUTS)).receptive_field
         == 1 + 2 * 1023
     )
 
@@ -126,12 +124,9 @@ def test_tokens_are_the_means_of_the_rectified_sum():
 
 @torch.no_grad()
 def test_the_convolutions_over_tokens_see_both_sides_and_begin_as_nothing():
-    fresh = bundle.build_backbone(
-        {"name": "wavenet/wavenet", "options": SMALL, "inputs": INPUTS}, seed=3
-    ).eval()
+    fresh = bundle.build_backbone(Architecture("wavenet/wavenet", SMALL, INPUTS), seed=3).eval()
     without = bundle.build_backbone(
-        {"name": "wavenet/wavenet", "options": {**SMALL, "frame_layers": 0}, "inputs": INPUTS},
-        seed=5,
+        Architecture("wavenet/wavenet", {**SMALL, "frame_layers": 0}, INPUTS), seed=5
     ).eval()
     without.load_state_dict(
         {n: t for n, t in fresh.state_dict().items() if not n.startswith("frames.")}
@@ -155,9 +150,7 @@ def test_convolutions_over_tokens_that_were_never_trained_are_made_anew():
     """
     found = []
     for seed, trained in ((1, None), (2, None), (3, 1)):
-        backbone = bundle.build_backbone(
-            {"name": "wavenet/wavenet", "options": SMALL, "inputs": INPUTS}, seed=seed
-        )
+        backbone = bundle.build_backbone(Architecture("wavenet/wavenet", SMALL, INPUTS), seed=seed)
         for block in backbone.frames:
             block.wide.weight.mul_(0.1)
         if trained is not None:
@@ -278,9 +271,9 @@ def test_bf16_stays_close_and_finite():
 @torch.no_grad()
 def test_a_bundle_gives_the_same_backbone(tmp_path):
     backbone = build()
-    bundle.save(str(tmp_path / "b"), backbone, {"name": "audio", "options": {}, "state": {}})
+    bundle.save(str(tmp_path / "b"), backbone, ModalitySpec("audio", {}, {}))
     again = bundle.load(str(tmp_path / "b"))
-    other = bundle.build_backbone(again.manifest["arch"], seed=9).eval()
+    other = bundle.build_backbone(again.manifest.arch, seed=9).eval()
     assert bundle.transfer(other, again.backbone_tensors(), "b").new == ()
     assert (
         torch.equal(other(waves(60)).tokens, backbone(waves(60)).tokens)
@@ -317,13 +310,13 @@ def test_tokens_cannot_be_left_out():
 
 def test_a_network_that_predicts_samples_goes_on_to_recognise_words(tmp_path):
     """Section 3.4: every weight of it is carried over, and learns from transcripts."""
-    arch = {"name": "wavenet/wavenet", "options": SMALL, "inputs": INPUTS}
-    learned = bundle.build_task(arch, {"name": "next_sample", "options": {}, "state": {}}, seed=1)
+    arch = Architecture("wavenet/wavenet", SMALL, INPUTS)
+    learned = bundle.build_task(arch, ObjectiveSpec("next_sample", {}, {}), seed=1)
     learned.objective.after_training(learned.backbone)
     bundle.save(
         str(tmp_path / "source"),
         learned,
-        {"name": "audio", "options": {}, "state": {}},
+        ModalitySpec("audio", {}, {}),
         training={"transfer": ""},
         metrics={},
     )
@@ -332,7 +325,7 @@ def test_a_network_that_predicts_samples_goes_on_to_recognise_words(tmp_path):
         CTC.fit(CTCOptions(), pa.table({"said": ["AB", "BA"]}), {"transcript": "said"}),
         learned.backbone,
     )
-    task = bundle.build_task(arch, {"name": "ctc", "options": {}, "state": state}, seed=2)
+    task = bundle.build_task(arch, ObjectiveSpec("ctc", {}, state), seed=2)
     bundle.transfer(task.backbone, found, "the source")
     assert all(
         torch.equal(tensor, found[name]) for name, tensor in task.backbone.state_dict().items()

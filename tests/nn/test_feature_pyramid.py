@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
+from pipeline.core.specs import Architecture
 from pipeline.nn.feature_pyramid import Pyramid
 
 
@@ -17,7 +18,7 @@ class Maps(Backbone):
 
     def __init__(self, stages: tuple[FeatureMapSpec, ...], sizes: tuple[int, ...] = ()):
         nn.Module.__init__(self)
-        self.feature_map_specs, self.sizes, self.arch = stages, sizes, {"name": "toys/maps"}
+        self.feature_map_specs, self.sizes, self.arch = stages, sizes, Architecture("toys/maps")
 
     def forward(self, batch, *, token_mask=None, want=()):
         b, side = len(batch), batch["image"].shape[-1]
@@ -63,7 +64,7 @@ def maps_of(backbone: Backbone, side: int, **words):
 )
 def test_real_backbones(name, wanted, top, strides):
     backbone = bundle.build_backbone(
-        {"name": f"timm/{name}", "options": {}, "inputs": {"channels": 3, "size": 160}}, seed=0
+        Architecture(f"timm/{name}", {}, {"channels": 3, "size": 160}), seed=0
     )
     pyramid, found = maps_of(backbone, 160, wanted=wanted, top=top)
     assert pyramid.strides == strides

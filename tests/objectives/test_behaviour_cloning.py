@@ -18,6 +18,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
 from pipeline.core.contracts.objective_capabilities import CountsRows, TransfersHead
+from pipeline.core.specs import Architecture, ObjectiveSpec
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import Decoder, Rows
 from pipeline.metrics.catalog import metric
@@ -43,7 +44,7 @@ class Steps(Backbone):
     def __init__(self, inputs, width: int = 6, window: int = 100):
         nn.Module.__init__(self)
         self.pooled_dim = self.token_dim = width
-        self.arch = {"name": "toys/steps", "options": {"window": window}, "inputs": inputs}
+        self.arch = Architecture("toys/steps", {"window": window}, inputs)
         self.encoders = nn.ModuleDict(
             {
                 name: nn.Linear(space["observation"], width)
@@ -60,7 +61,7 @@ class Steps(Backbone):
 
     def forward(self, batch: Batch, *, token_mask=None, want=()) -> Features:
         mask, tokens = batch["mask"], 0
-        for number, (name, space) in enumerate(self.arch["inputs"]["spaces"].items()):
+        for number, (name, space) in enumerate(self.arch.inputs["spaces"].items()):
             x = self.encoders[name](batch["observations"][..., : space["observation"]])
             if "actions" in batch.data:
                 x = (
@@ -89,7 +90,7 @@ class Plain(Backbone):
         self.pooled_dim = self.token_dim = max(
             space["observation"] for space in inputs["spaces"].values()
         )
-        self.arch = {"name": "toys/plain", "options": {"window": 1}, "inputs": inputs}
+        self.arch = Architecture("toys/plain", {"window": 1}, inputs)
         self.nothing = nn.Parameter(torch.zeros(()))
 
     def forward(self, batch: Batch, *, token_mask=None, want=()) -> Features:
@@ -564,7 +565,7 @@ def test_backbones_that_are_no_policies_are_refused():
     task.backbone.causal = False
     with pytest.raises(ValueError, match="toys/steps is no policy"):
         BehaviourCloning(task.backbone, OPTIONS, {"kind": "continuous", "columns": []})
-    task.backbone.causal, task.backbone.arch["inputs"]["images"] = True, [3, 64, 64]
+    task.backbone.causal, task.backbone.arch.inputs["images"] = True, [3, 64, 64]
     with pytest.raises(ValueError, match="reads images, and a rollout gives observations alone"):
         BehaviourCloning(task.backbone, OPTIONS, {"kind": "continuous", "columns": ["environment"]})
 
@@ -710,7 +711,7 @@ def test_it_can_be_written_down_and_carried_over():
     head = BehaviourCloning(backbone, task.objective.options, task.objective.state)
     many, message = bundle.carry_tensors(
         head,
-        {"name": "behaviour_cloning", "options": task.objective.options.model_dump()},
+        ObjectiveSpec("behaviour_cloning", task.objective.options.model_dump()),
         task.objective.state_dict(),
     )
     assert (
@@ -738,7 +739,7 @@ def test_it_can_be_written_down_and_carried_over():
 def test_a_decoder_that_means_something_else_is_new(theirs, mine, kept):
     """Deviations of a gaussian are as many numbers as the second action of a chunk."""
     source, target = case(**theirs)[0], case(**mine)[0]
-    spec = {"name": "behaviour_cloning", "options": source.objective.options.model_dump()}
+    spec = ObjectiveSpec("behaviour_cloning", source.objective.options.model_dump())
     assert bundle.carry_tensors(target.objective, spec, source.objective.state_dict())[0] == kept
 
 
@@ -922,14 +923,14 @@ def test_what_a_policy_does_in_a_rollout_is_what_it_predicts_of_that_episode(arc
     modality = Trajectory(
         TrajectoryOptions(), Trajectory.fit(TrajectoryOptions(), table, COLUMNS, "")
     )
-    arch = {
-        "name": f"policy/{architecture}",
-        "options": {"width": 16, "window": 3, "context": 8, "heads": 2},
-        "inputs": modality.inputs(),
-    }
+    arch = Architecture(
+        f"policy/{architecture}",
+        {"width": 16, "window": 3, "context": 8, "heads": 2},
+        modality.inputs(),
+    )
     state = BehaviourCloning.fit(OPTIONS, table, COLUMNS)
     task = bundle.build_task(
-        arch, {"name": "behaviour_cloning", "options": options, "state": state}, seed=1
+        arch, ObjectiveSpec("behaviour_cloning", options, state), seed=1
     ).eval()
     decoded, _ = modality.decode(table, COLUMNS)
     order = [1, 0]
@@ -967,18 +968,14 @@ def test_classes_are_acted_by_name_and_remembered(architecture):
     modality = Trajectory(
         TrajectoryOptions(), Trajectory.fit(TrajectoryOptions(), table, COLUMNS, "")
     )
-    arch = {
-        "name": f"policy/{architecture}",
-        "options": {"width": 16, "window": 2, "context": 9, "heads": 2},
-        "inputs": modality.inputs(),
-    }
+    arch = Architecture(
+        f"policy/{architecture}",
+        {"width": 16, "window": 2, "context": 9, "heads": 2},
+        modality.inputs(),
+    )
     task = bundle.build_task(
         arch,
-        {
-            "name": "behaviour_cloning",
-            "options": {},
-            "state": BehaviourCloning.fit(OPTIONS, table, COLUMNS),
-        },
+        ObjectiveSpec("behaviour_cloning", {}, BehaviourCloning.fit(OPTIONS, table, COLUMNS)),
         seed=1,
     ).eval()
     seen = np.array(table["seen"][4].as_py(), dtype=np.float32)
@@ -1081,16 +1078,8 @@ def test_what_is_done_lies_within_the_bounds_and_is_remembered_so():
         {**modality.state, "spaces": {name: {**space, "action_mean": [0.5], "action_std": [2.0]}}},
     )
     task = bundle.build_task(
-        {
-            "name": "policy/transformer",
-            "options": {"width": 16, "heads": 2},
-            "inputs": modality.inputs(),
-        },
-        {
-            "name": "behaviour_cloning",
-            "options": {},
-            "state": BehaviourCloning.fit(OPTIONS, table, PENDULUM),
-        },
+        Architecture("policy/transformer", {"width": 16, "heads": 2}, modality.inputs()),
+        ObjectiveSpec("behaviour_cloning", {}, BehaviourCloning.fit(OPTIONS, table, PENDULUM)),
         seed=0,
     ).eval()
     pilot, env = (

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
 from pipeline.core.ragged import ragged
+from pipeline.core.specs import Architecture
 from pipeline.data import manifest
 from pipeline.data.loader import Decoder
 from pipeline.data.stream import Rows, TooManyBadRowsError
@@ -46,11 +47,7 @@ class Known(Backbone):
     def __init__(self, width: int, convolutions=MEL):
         nn.Module.__init__(self)
         self.token_dim, self.pooled_dim, self.convolutions = width, width, convolutions
-        self.arch = {
-            "name": "toys/known",
-            "options": {},
-            "inputs": {"features": "mel", "rate": 16000},
-        }
+        self.arch = Architecture("toys/known", {}, {"features": "mel", "rate": 16000})
 
     def forward(self, batch, *, token_mask=None, want=()):
         x, mask = batch["mel"], batch["mask"]

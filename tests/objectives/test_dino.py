@@ -13,17 +13,14 @@ from toys import furthest, task_of, weights
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
 from pipeline.core.contracts.objective_capabilities import CouplesRows
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.objectives.dino import DINO, Head, as_buffers
 from pipeline.train import loop
 from tests.train.test_ddp import Team
 
 SMALL = {"prototypes": 12, "hidden": 10, "bottleneck": 6, "local_crops": 3, "local_size": 8}
 """On images of 8 px a small view is a look at its own noise."""
-IMAGE = {
-    "name": "image",
-    "options": {"size": 64, "channels": 3},
-    "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
-}
+IMAGE = ModalitySpec("image", {"size": 64, "channels": 3}, {"mean": [0.5] * 3, "std": [0.2] * 3})
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +298,7 @@ def test_a_size_that_the_backbone_does_not_take_is_refused():
 
 def test_rows_that_are_no_images_are_refused():
     backbone = Conv()
-    backbone.arch = {"name": "toys/words", "options": {}, "inputs": {"vocabulary": 9}}
+    backbone.arch = Architecture("toys/words", {}, {"vocabulary": 9})
     with pytest.raises(
         ValueError, match="toys/words: dino compares views of images; these rows are vocabulary"
     ):

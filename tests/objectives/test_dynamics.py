@@ -10,6 +10,7 @@ from toys import Net
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch, Task
+from pipeline.core.specs import Architecture, ObjectiveSpec
 from pipeline.data.stream import Decoder
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
 from pipeline.objectives.dynamics import MOST_STEPS, STILL, Dynamics, DynamicsOptions, RunningScale
@@ -59,12 +60,10 @@ def case(
     state = Dynamics.fit(chosen, table, COLUMNS)
     arrays, bad = Decoder(modality, "dynamics", state, COLUMNS)(table)
     assert not any(bad)
-    arch = {
-        "name": f"policy/{architecture}",
-        "options": {"width": 16, "window": 2, "heads": 2},
-        "inputs": modality.inputs(),
-    }
-    task = bundle.build_task(arch, {"name": "dynamics", "options": options, "state": state}, seed=3)
+    arch = Architecture(
+        f"policy/{architecture}", {"width": 16, "window": 2, "heads": 2}, modality.inputs()
+    )
+    task = bundle.build_task(arch, ObjectiveSpec("dynamics", options, state), seed=3)
     return (
         task,
         Batch(np.arange(n), torch.zeros(n, dtype=torch.int64), modality.collate(arrays)),

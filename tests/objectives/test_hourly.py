@@ -18,6 +18,7 @@ from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Job
 from pipeline.core.contracts import Backbone, Batch, Features, Task
 from pipeline.core.ragged import ragged
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.metrics.catalog import metric
 from pipeline.objectives.hourly import Hourly, HourlyOptions
 from pipeline.report import subgroups
@@ -39,10 +40,7 @@ class Monitor(Backbone):
 
     def __init__(self, width: int = 6):
         nn.Module.__init__(self)
-        self.inner, self.arch = (
-            nn.Linear(2, width),
-            {"name": "toys/monitor", "options": {}, "inputs": {}},
-        )
+        self.inner, self.arch = nn.Linear(2, width), Architecture("toys/monitor", {}, {})
 
     def forward(self, batch: Batch, *, token_mask=None, want=()) -> Features:
         assert set(want) == {"tokens", "stages"}
@@ -512,12 +510,8 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
     kind = registry.get("modality", "events")
     options = kind.options_class()
     state = kind.fit(options, tables["train"], columns, "events/gru")
-    modality = {"name": "events", "options": options.model_dump(), "state": state}
-    arch = {
-        "name": "events/gru",
-        "options": {"width": 16},
-        "inputs": bundle.build_modality(modality).inputs(),
-    }
+    modality = ModalitySpec("events", options.model_dump(), state)
+    arch = Architecture("events/gru", {"width": 16}, bundle.build_modality(modality).inputs())
     data = {
         **{name: str(tmp_path / f"{name}.parquet") for name in tables},
         "modality": "events",
@@ -567,18 +561,18 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
         "",
     )
     record = one_trial.run(one, shared)
-    tested = {row["metric"]: row for row in record["rows"] if row["split"] == "test"}
+    tested = {row.metric: row for row in record.rows if row.split == "test"}
     names = (
         ("auroc", "auprc", "loss", "min_precision_sensitivity", "brier", "ece")
         if classes == 2
         else ("kappa", "macro_f1", "accuracy", "loss")
     )
     assert tuple(tested) == names and all(
-        row["n_units"] == 25 and row["interval"].endswith("groups") for row in tested.values()
+        row.n_units == 25 and row.interval.endswith("groups") for row in tested.values()
     )
     assert (
-        tested[names[0]]["value"] > (0.85 if classes == 2 else 0.5)
-        and tested[names[0]]["value_low"] < tested[names[0]]["value"]
+        tested[names[0]].value > (0.85 if classes == 2 else 0.5)
+        and tested[names[0]].value_low < tested[names[0]].value
     )
     run = one_trial.read_predictions(shared.root, one.id, 0)
     label = run.predictions["label"]
@@ -589,11 +583,11 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
     message = subgroups.with_subgroups(
         run, stage.splits.test, subgroups.read(stage.splits.test, ["static.Gender"], "p")
     )
-    parts = subgroups.result_rows(message, record["rows"][0])
-    assert [row["metric"] for row in parts] == [
+    parts = subgroups.result_rows(message, record.rows[0])
+    assert [row.metric for row in parts] == [
         f"{names[0]}@Gender=female",
         f"{names[0]}@Gender=male",
-    ] and [row["n_units"] for row in parts] == [25, 25]
-    assert (
-        "temperature" in bundle.load(record["rows"][0]["bundle_uri"]).manifest["objective"]["state"]
-    ) == (classes == 2)
+    ] and [row.n_units for row in parts] == [25, 25]
+    assert ("temperature" in bundle.load(record.rows[0].bundle_uri).manifest.objective.state) == (
+        classes == 2
+    )

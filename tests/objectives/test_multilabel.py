@@ -2,6 +2,8 @@
 head finds its labels.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,6 +13,7 @@ from toys import Net, image_rows, images
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch, Task
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.objectives.multilabel import Multilabel, MultilabelOptions
 
 COLUMNS = {"labels": "findings"}
@@ -210,26 +213,24 @@ def test_training_finds_the_labels_and_written_names_them():
 
 def test_a_head_is_carried_over_by_the_names_of_its_labels(tmp_path):
     modality = image_rows(4).modality
-    arch = {"name": "timm/test_vit", "options": {}, "inputs": {"channels": 1, "size": 32}}
-    head = {
-        "name": "multilabel",
-        "options": {},
-        "state": {"labels": KNOWN, "separator": "|", "positives": [1, 1, 1], "rows": 3},
-    }
+    arch = Architecture("timm/test_vit", {}, {"channels": 1, "size": 32})
+    head = ObjectiveSpec(
+        "multilabel", {}, {"labels": KNOWN, "separator": "|", "positives": [1, 1, 1], "rows": 3}
+    )
     task = bundle.build_task(arch, head, seed=1)
     bundle.save(
         str(tmp_path / "b"),
         task,
-        {"name": "image", "options": modality.options.model_dump(), "state": modality.state},
+        ModalitySpec("image", modality.options.model_dump(), modality.state),
     )
     saved = bundle.load(str(tmp_path / "b"))
     again = bundle.build_task(
-        arch, {**head, "state": {**head["state"], "labels": KNOWN[::-1]}}, seed=2
+        arch, replace(head, state={**head["state"], "labels": KNOWN[::-1]}), seed=2
     )
     assert bundle.carry_head(again, saved) == "head kept: the same labels, put into their new order"
     assert torch.equal(again.objective.head.weight, task.objective.head.weight.flip(0))
     other = bundle.build_task(
-        arch, {**head, "state": {**head["state"], "labels": ["Edema", "Mass", "Nodule"]}}, seed=2
+        arch, replace(head, state={**head["state"], "labels": ["Edema", "Mass", "Nodule"]}), seed=2
     )
     assert "head new: its labels differ" in bundle.carry_head(other, saved)
 

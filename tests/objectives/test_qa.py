@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
+from pipeline.core.specs import Architecture
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.data.stream import Decoder, Rows
@@ -202,7 +203,7 @@ class Words(Backbone):
         nn.Module.__init__(self)
         self.table = nn.Embedding(vocabulary, width)
         self.pooled_dim = self.token_dim = width
-        self.arch = {"name": "tests/words", "options": {}, "inputs": INPUTS}
+        self.arch = Architecture("tests/words", {}, INPUTS)
         self.seen: list[int] = []
 
     def forward(self, batch: Batch, *, token_mask=None, want=()) -> Features:

@@ -8,6 +8,7 @@ from looks import Conv, check_ranks, check_resume, run_of, some, task
 from torch.nn import functional as F
 
 from pipeline.core.contracts.objective_capabilities import CouplesRows
+from pipeline.core.specs import Architecture
 from pipeline.objectives.simclr import SimCLR
 from pipeline.train import loop
 from tests.train.test_ddp import Team
@@ -78,7 +79,7 @@ def test_two_views_of_the_input_with_the_options_strengths():
 
 def test_rows_that_are_no_images_are_refused():
     backbone = Conv()
-    backbone.arch = {"name": "toys/words", "options": {}, "inputs": {"vocabulary": 9}}
+    backbone.arch = Architecture("toys/words", {}, {"vocabulary": 9})
     with pytest.raises(
         ValueError, match="toys/words: simclr compares views of images; these rows are vocabulary"
     ):

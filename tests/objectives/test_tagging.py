@@ -3,6 +3,7 @@ entities counted as seqeval counts them.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.core.contracts import Batch, RawRows, Task
+from pipeline.core.specs import ModalitySpec, ObjectiveSpec
 from pipeline.data.stream import Decoder
 from pipeline.metrics.catalog import metric
 from pipeline.objectives.tagging import Tagging, TaggingOptions
@@ -469,16 +471,16 @@ def test_a_head_is_carried_over_by_the_names_of_its_tags(tmp_path):
     task = task_of()
     words = {
         "arch": task.backbone.arch,
-        "objective": {"name": "tagging", "options": {"max_words": 6}, "state": fitted()},
+        "objective": ObjectiveSpec("tagging", {"max_words": 6}, fitted()),
     }
-    bundle.save(str(tmp_path / "b"), task, {"name": "text", "options": {}, "state": {}})
+    bundle.save(str(tmp_path / "b"), task, ModalitySpec("text", {}, {}))
     saved = bundle.load(str(tmp_path / "b"))
     turned = {**fitted(), "labels": [LABELS[k] for k in (0, 3, 4, 1, 2)], "types": ["per", "loc"]}
-    again = bundle.build_task(words["arch"], {**words["objective"], "state": turned}, seed=3)
+    again = bundle.build_task(words["arch"], replace(words["objective"], state=turned), seed=3)
     assert bundle.carry_head(again, saved) == "head kept: the same labels, put into their new order"
     assert torch.equal(again.objective.head.weight, task.objective.head.weight[[0, 3, 4, 1, 2]])
     other = bundle.build_task(
-        words["arch"], {**words["objective"], "state": fitted([["B-per", "B-org"]])}, seed=3
+        words["arch"], replace(words["objective"], state=fitted([["B-per", "B-org"]])), seed=3
     )
     assert "head new: its labels differ" in bundle.carry_head(other, saved)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipeline.config.schema import Job
 from pipeline.data.stream import DataWorkers
 from pipeline.io import checksums, storage
 from pipeline.report import code_versions, matrix, report, results
+from pipeline.report.trial_record import TrialRecord
 from pipeline.train import loop, pretrain, resume_history, source
 from pipeline.train.loop import Ranks
 from pipeline.transfer import cached_heads, dry_run, grid, stages, trial
@@ -95,7 +97,7 @@ def test_every_trial_and_bundle_records_what_made_it(tmp_path, bundles, paths, h
     for one in here:
         record = trial.read_record(job.root, one)
         assert record is not None
-        made = provenance.from_metadata(record)
+        made = record.made
         assert (
             made is not None
             and made.versions == provenance.versions()
@@ -110,10 +112,10 @@ def test_every_trial_and_bundle_records_what_made_it(tmp_path, bundles, paths, h
         } <= made.code.keys()
         assert sum(part.startswith("technique ") for part in made.code) == 1
     for row in results.read(job.root):
-        assert json.loads(row["versions"]) == provenance.versions() and len(row["made_by"]) == 12
-    assert len({row["made_by"] for row in rows}) == 3, "three techniques"
-    kept = next(row["bundle_uri"] for row in primary(rows) if row["bundle_uri"])
-    assert provenance.from_metadata(bundle.load(kept).manifest) is not None
+        assert json.loads(row.versions) == provenance.versions() and len(row.made_by) == 12
+    assert len({row.made_by for row in rows}) == 3, "three techniques"
+    kept = next(row.bundle_uri for row in primary(rows) if row.bundle_uri)
+    assert bundle.load(kept).manifest.made is not None
 
 
 def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
@@ -157,9 +159,9 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
         "else `run` says that nothing is to run"
     )
     state, rows = again(job, "sources", "trials")
-    assert sorted(here) == sorted(
-        {row["trial_id"] for row in rows if row["technique"] == "full"}
-    ), "exactly those"
+    assert sorted(here) == sorted({row.trial_id for row in rows if row.technique == "full"}), (
+        "exactly those"
+    )
     assert not any(cell.made for cell in shown(state, rows)[0])
     here.clear()
     assert all(done for _, done in stages.trial_status(prepared(job, "trials"))), "and once"
@@ -183,16 +185,15 @@ def test_a_comparison_of_trials_of_different_versions_carries_the_mark(
         "lp_ft": code_versions.MIXED,
     }, "scratch is as old as full is"
     assert "lp_ft ‡" in terminal and "‡ compares trials of different code or versions" in terminal
-    before = provenance.from_metadata(
-        trial.read_record(job.root, primary(rows, technique="full")[0]["trial_id"]) or {}
-    )
-    assert before is not None
+    record = trial.read_record(job.root, primary(rows, technique="full")[0].trial_id)
+    assert record is not None and record.made is not None
+    before = record.made
     mixed = (
         "the gain compares trials of different code or versions (timm 9.9 and "
         f"{before.versions['timm']})"
     )
-    assert all(mixed in row["interval"] for row in primary(rows, technique="lp_ft"))
-    assert all("different code" not in row["interval"] for row in primary(rows, technique="full"))
+    assert all(mixed in row.interval for row in primary(rows, technique="lp_ft"))
+    assert all("different code" not in row.interval for row in primary(rows, technique="full"))
     assert f"| timm | {before.versions['timm']} (4 trials), 9.9 (2 trials) |" in markdown, (
         "each trial's versions, not today's beside yesterday's"
     )
@@ -218,9 +219,7 @@ def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here)
         )
     here.clear()
     state, rows = again(job)
-    assert here == [] and {row["made_by"] for row in rows} == {row["versions"] for row in rows} == {
-        None
-    }
+    assert here == [] and {row.made_by for row in rows} == {row.versions for row in rows} == {None}
     assert any(
         "made before code and versions were recorded" in line
         for line in code_versions.describe_changes(state.trial_provenance)
@@ -235,14 +234,14 @@ def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here)
 
 def test_trials_of_a_source_that_was_made_anew_are_marked(tmp_path, bundles, paths, here):
     """Its key is the same, its weights are others: a trial's record says which it started from."""
-    record = {**Provenance({}, {}).metadata(), "parent_weights": "old"}
+    record = TrialRecord("one", **Provenance({}, {}).metadata(), parent_weights="old")
     assert code_versions.provenance_of_record(record, Provenance({}, {}), "a", "new").changes == (
         "source a was made anew since",
     )
     assert code_versions.provenance_of_record(record, Provenance({}, {}), "a", "old").changes == ()
     assert (
         code_versions.provenance_of_record(
-            {**record, "parent_weights": None}, Provenance({}, {}), "none", None
+            replace(record, parent_weights=None), Provenance({}, {}), "none", None
         ).changes
         == ()
     )
@@ -250,7 +249,7 @@ def test_trials_of_a_source_that_was_made_anew_are_marked(tmp_path, bundles, pat
     _, rows = again(job)
     weights = bundle.weights_sha256(bundles["a"].partition(":")[2])
     started = {
-        row["source"]: (trial.read_record(job.root, row["trial_id"]) or {})["parent_weights"]
+        row.source: trial.read_records(job.root, [row.trial_id])[row.trial_id].parent_weights
         for row in rows
     }
     assert started == {"a": weights, "none": None}
@@ -303,7 +302,7 @@ def test_a_trial_that_other_code_goes_on_with_says_so(
     edit("pipeline.train.loop")
     state, _ = again(job)
     record = trial.read_record(job.root, one)
-    assert record is not None and record["resumed_from"] > 0 and len(record["begun_by"]) == 1
+    assert record is not None and record.resumed_from > 0 and len(record.begun_by) == 1
     assert state.trial_provenance[one].changes == (
         "begun by other code or versions (pipeline.train.loop changed)",
     )
@@ -312,7 +311,7 @@ def test_a_trial_that_other_code_goes_on_with_says_so(
     record = trial.read_record(job.root, one)
     assert (
         record is not None
-        and record["resumed_from"] == 0
+        and record.resumed_from == 0
         and state.trial_provenance[one].changes == ()
     )
 
@@ -327,7 +326,7 @@ def test_a_trial_of_which_nothing_is_used_was_begun_by_nobody_else(
     edit("pipeline.train.loop")
     state, _ = again(job)
     record = trial.read_record(job.root, one)
-    assert record is not None and record["resumed_from"] == 0 and record["begun_by"] == []
+    assert record is not None and record.resumed_from == 0 and record.begun_by == ()
     assert state.trial_provenance[one].changes == ()
 
 
@@ -351,11 +350,7 @@ def test_resume_points_of_other_weights_are_not_gone_on_with(tmp_path, bundles, 
     message: list[str] = []
     with checksums.notifications_to(message.append):
         record = trial.run(one, anew, Ranks())
-    assert (
-        record["resumed_from"] == 0
-        and record["parent_weights"] == "other"
-        and record["begun_by"] == []
-    )
+    assert record.resumed_from == 0 and record.parent_weights == "other" and record.begun_by == ()
     assert "trained from other weights of the source" in message[0]
 
 
@@ -373,7 +368,7 @@ def test_what_was_left_half_trained_is_made_anew_on_request(
     record = trial.read_record(job.root, one)
     assert (
         record is not None
-        and record["resumed_from"] == 0
+        and record.resumed_from == 0
         and state.trial_provenance[one].changes == ()
     )
 
@@ -385,9 +380,9 @@ def test_resume_points_of_before_they_had_a_record_count_as_not_recorded(
     killed_in_training(monkeypatch, lambda: trial.run(one, shared, Ranks()))
     storage.remove_tree(storage.join(trial.folder(shared, one), resume_history.FILE))
     record = trial.run(one, shared, Ranks())
-    assert record["resumed_from"] > 0
+    assert record.resumed_from > 0
     origin = code_versions.provenance_of_record(
-        record, provenance.from_metadata(record) or Provenance({}, {}), "a", None
+        record, record.made or Provenance({}, {}), "a", None
     )
     assert origin.changes == (f"begun by other code or versions ({provenance.NOT_RECORDED})",)
 
@@ -400,10 +395,9 @@ def test_a_trial_whose_resume_points_are_all_damaged_starts_again(
     for path in Path(trial.checkpoints(shared, one)).glob("*/state.pt"):
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     record = trial.run(one, shared, Ranks())
-    assert record["status"] == "done" and record["resumed_from"] == 0
+    assert record.status == "done" and record.resumed_from == 0
     assert (
-        "is damaged" in record["transfer"]
-        and "training starts again from step 0" in record["transfer"]
+        "is damaged" in record.transfer and "training starts again from step 0" in record.transfer
     )
 
 
@@ -458,12 +452,12 @@ def test_a_source_of_other_code_is_used_marked_and_made_anew_on_request(
     run_source(stage)
     assert stage.done and stage.changes() == ()
     first = bundle.load(stage.bundle_uri).manifest
-    assert provenance.from_metadata(first) is not None
+    assert first.made is not None
 
     edit("pipeline.train.optim", torch="9.9")
     reasons = (
         "pipeline.train.optim changed",
-        f"torch {provenance.from_metadata(first).versions['torch']} then, now 9.9",
+        f"torch {first.made.versions['torch']} then, now 9.9",
     )  # type: ignore[union-attr]
     assert stage.changes() == reasons and stage.done
     state = prepared(job)
@@ -497,7 +491,7 @@ def test_a_source_of_other_code_is_used_marked_and_made_anew_on_request(
     work = pretrain.rank_job(anew, fitted, DataWorkers(), 1)
     pretrain.train_rank(work, Ranks(), held=pretrain.decoded(work))
     assert anew.done and anew.changes() == ()
-    assert bundle.load(stage.bundle_uri).manifest["sha256"] != first["sha256"]
+    assert bundle.load(stage.bundle_uri).manifest.sha256 != first.sha256
 
 
 def test_a_source_that_other_code_goes_on_with_says_so(tmp_path, paths, edit):
@@ -508,7 +502,7 @@ def test_a_source_that_other_code_goes_on_with_says_so(tmp_path, paths, edit):
     edit("pipeline.train.loop")
     run_source(stage)
     manifest = bundle.load(stage.bundle_uri).manifest
-    assert len(manifest["made_by"]["begun_by"]) == 1
+    assert len(manifest.made_by["begun_by"]) == 1
     assert stage.changes() == ("begun by other code or versions (pipeline.train.loop changed)",)
 
 

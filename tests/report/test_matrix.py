@@ -5,6 +5,7 @@ over.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from pipeline.config.provenance import Provenance
 from pipeline.metrics import catalog
 from pipeline.report import code_versions, matrix
+from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
 UNITS = 200
@@ -22,30 +24,32 @@ NOW, BEFORE = (
 )
 
 
-def row_of(source: str, technique: str, seed: int, **more: Any) -> dict[str, Any]:
+def row_of(source: str, technique: str, seed: int, **more: Any) -> ResultRow:
     backbone = more.get("backbone", "b")
-    return {
-        "trial_id": f"{source}-{backbone}-{technique}-{seed}",
-        "source": source,
-        "backbone": backbone,
-        "target": "t",
-        "technique": technique,
-        "label_fraction": "1.0",
-        "seed": seed,
-        "trial_stage": "final",
-        "status": "done",
-        "split": "test",
-        "metric": "accuracy",
-        "higher_is_better": True,
-        "hyper_parameters": "{}",
-        "drawn": "{}",
-        **more,
-    }
+    return ResultRow.from_columns(
+        {
+            "trial_id": f"{source}-{backbone}-{technique}-{seed}",
+            "source": source,
+            "backbone": backbone,
+            "target": "t",
+            "technique": technique,
+            "label_fraction": "1.0",
+            "seed": seed,
+            "trial_stage": "final",
+            "status": "done",
+            "split": "test",
+            "metric": "accuracy",
+            "higher_is_better": True,
+            "hyper_parameters": "{}",
+            "drawn": "{}",
+            **more,
+        }
+    )
 
 
 def of_seeds(
     source: str, technique: str, level: float, **more: Any
-) -> tuple[list[dict[str, Any]], dict[str, RunPredictions]]:
+) -> tuple[list[ResultRow], dict[str, RunPredictions]]:
     """Test and validation rows and test predictions of three seeds of a cell."""
     rows, runs = [], {}
     for seed in range(3):
@@ -53,38 +57,44 @@ def of_seeds(
         label = np.arange(UNITS) % 2
         right = rng.random(UNITS) < level
         scores = (np.eye(2)[label] == right[:, None]).astype(np.float32)
-        row = row_of(source, technique, seed, **more)
         run = RunPredictions(
             np.arange(UNITS),
             {"scores": scores, "label": label, "loss": np.zeros(UNITS), "count": np.ones(UNITS)},
             seed,
         )
-        row["value"] = catalog.metric("accuracy").value(run.predictions)
-        rows += [row, {**row, "split": "validation"}]
-        runs[row["trial_id"]] = run
+        row = row_of(
+            source, technique, seed, value=catalog.metric("accuracy").value(run.predictions), **more
+        )
+        rows += [row, replace(row, split="validation")]
+        runs[row.trial_id] = run
     return rows, runs
 
 
 def searched(
     source: str, technique: str, metric: str = "accuracy", **ran: list[int]
-) -> list[dict[str, Any]]:
+) -> list[ResultRow]:
     """Validation rows of a search: two settings with three seeds each, about equally good."""
     rng, rows = np.random.default_rng(0), []
     for lr in (0.1, 0.2):
         for place, seed in enumerate((0, 1000, 1001)):
             hyper_parameters = {"lr": lr, **{name: values[place] for name, values in ran.items()}}
-            row = row_of(
-                source, technique, seed, trial_stage="search", split="validation", metric=metric
-            )
-            row |= {
-                "trial_id": f"{source}-{technique}-{lr}-{seed}",
-                "value": 0.7 + rng.normal(0, 0.05),
-            }
-            row |= {
+            drawn = {
                 "hyper_parameters": json.dumps(hyper_parameters),
                 "drawn": json.dumps({"lr": lr}),
             }
-            rows.append(row)
+            rows.append(
+                row_of(
+                    source,
+                    technique,
+                    seed,
+                    trial_stage="search",
+                    split="validation",
+                    metric=metric,
+                    trial_id=f"{source}-{technique}-{lr}-{seed}",
+                    value=0.7 + rng.normal(0, 0.05),
+                    **drawn,
+                )
+            )
     return rows
 
 

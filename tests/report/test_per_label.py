@@ -2,7 +2,6 @@
 table of labels in the report.
 """
 
-import json
 import re
 
 import numpy as np
@@ -17,6 +16,7 @@ from pipeline.io import storage
 from pipeline.metrics import catalog
 from pipeline.report import blocks as page
 from pipeline.report import matrix, per_label, report, results
+from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 from pipeline.transfer import cached_heads, targets
 from pipeline.transfer import trial as one_trial
@@ -61,27 +61,29 @@ def table(
         for run in seeds:
             trial_id = f"{source}-{technique}-{run.seed}"
             rows.append(
-                {
-                    "job": "j",
-                    "source": source,
-                    "backbone": "b",
-                    "target": "t",
-                    "technique": technique,
-                    "hyper_parameters": "{}",
-                    "seed": run.seed,
-                    "label_fraction": "1.0",
-                    "trial_id": trial_id,
-                    "trial_stage": "final",
-                    "status": "done",
-                    "split": "test",
-                    "n_eval": len(run.rows),
-                    "metric": metric,
-                    "value": catalog.metric(metric).value(run.predictions),
-                    "higher_is_better": True,
-                }
+                ResultRow(
+                    **{
+                        "job": "j",
+                        "source": source,
+                        "backbone": "b",
+                        "target": "t",
+                        "technique": technique,
+                        "hyper_parameters": "{}",
+                        "seed": run.seed,
+                        "label_fraction": "1.0",
+                        "trial_id": trial_id,
+                        "trial_stage": "final",
+                        "status": "done",
+                        "split": "test",
+                        "n_eval": len(run.rows),
+                        "metric": metric,
+                        "value": catalog.metric(metric).value(run.predictions),
+                        "higher_is_better": True,
+                    }
+                )
             )
             runs[trial_id] = run
-    return results.with_all_columns(rows), runs
+    return rows, runs
 
 
 def said(rows, runs) -> list[page.Block]:
@@ -306,16 +308,14 @@ def test_heads_of_label_sets_trained_together_equal_one_at_a_time(world):
         for lr, fraction in ((0.01, 1.0), (0.1, 0.5))
     ]
     assert cached_heads.batchable(group, shared[0])
-    together = {record["trial_id"]: record for record in cached_heads.run(group, shared[0])}
+    together = {record.trial_id: record for record in cached_heads.run(group, shared[0])}
     for one in group:
-        rows, alone = together[one.id]["rows"], one_trial.run(one, shared[1])["rows"]
-        assert [(row["split"], row["metric"]) for row in rows] == [
-            (row["split"], row["metric"]) for row in alone
+        rows, alone = together[one.id].rows, one_trial.run(one, shared[1]).rows
+        assert [(row.split, row.metric) for row in rows] == [
+            (row.split, row.metric) for row in alone
         ]
         for x, y in zip(rows, alone, strict=True):
-            assert (x["value"], x.get("value_low")) == pytest.approx(
-                (y["value"], y.get("value_low")), abs=1e-5
-            )
+            assert (x.value, x.value_low) == pytest.approx((y.value, y.value_low), abs=1e-5)
 
 
 def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, tmp_path):
@@ -328,7 +328,7 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
         for seed in (0, 1)
     ]
     records = [one_trial.run(one, shared) for one in tries]
-    tested = [row["metric"] for row in records[0]["rows"] if row["split"] == "test"]
+    tested = [row.metric for row in records[0].rows if row.split == "test"]
     assert tested == [
         "macro_auroc",
         "macro_average_precision",
@@ -342,30 +342,26 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
     ]
     found = one_trial.read_predictions(shared.root, tries[0].id, 0)
     assert found is not None and found.labels == ("a", "b", "rare")
-    for row in records[0]["rows"][5:9]:
-        name, _, label = row["metric"].partition("/")
+    for row in records[0].rows[5:9]:
+        name, _, label = row.metric.partition("/")
         k = found.labels.index(label)
         other = {
             "auroc": theirs.roc_auc_score,
             "average_precision": theirs.average_precision_score,
         }[name]
-        assert row["value"] == pytest.approx(
+        assert row.value == pytest.approx(
             other(found.predictions["labels"][:, k], found.predictions["scores"][:, k]), abs=1e-9
         )
         assert (
-            row["value_low"] < row["value"] < row["value_high"]
-            and row["n_units"] == 30
-            and row["higher_is_better"]
+            row.value_low < row.value < row.value_high
+            and row.n_units == 30
+            and row.higher_is_better
         )
-    macro = records[0]["rows"][0]
-    assert macro["value"] == pytest.approx(
-        np.mean([row["value"] for row in records[0]["rows"] if row["metric"].startswith("auroc/")])
+    macro = records[0].rows[0]
+    assert macro.value == pytest.approx(
+        np.mean([row.value for row in records[0].rows if row.metric.startswith("auroc/")])
     )
-    rows = [
-        {**row, "hyper_parameters": json.dumps(row["hyper_parameters"]), "started_at": None}
-        for record in records
-        for row in record["rows"]
-    ]
+    rows = [row for record in records for row in record.rows]
     results.append(str(tmp_path), rows)
     read = results.read(str(tmp_path))
     runs = {
@@ -397,7 +393,7 @@ def test_kept_features_follow_which_column_is_which_label(world, tmp_path):
         assert run is not None and run.labels == tuple(names)
         found[names[0]] = (
             dict(zip(names, run.predictions["labels"].T.tolist(), strict=True)),
-            record["status"],
+            record.status,
         )
     assert found["a"] == found["b"] and found["a"][0]["a"] != found["a"][0]["b"]
 
@@ -411,7 +407,7 @@ def test_mixed_images_are_not_trained_from_cached_features(world):
     shared = shared_of(folder, mixing, paths, root="mixing")
     one = trial_of(mixing, shared)
     assert not cached_heads.batchable([one], shared)
-    assert one_trial.run(one, shared)["status"] == "done"
+    assert one_trial.run(one, shared).status == "done"
 
 
 def test_test_rows_must_have_the_positives_that_were_asked_for(world, tmp_path):
@@ -421,7 +417,7 @@ def test_test_rows_must_have_the_positives_that_were_asked_for(world, tmp_path):
     _, paths, job_with = world
     job = job_with(multilabel={"min_positives": 20})
     shared = shared_of(tmp_path, job, paths)
-    assert one_trial.run(trial_of(job, shared, stage="search"), shared)["status"] == "done"
+    assert one_trial.run(trial_of(job, shared, stage="search"), shared).status == "done"
     data = next(iter(shared.targets.values()))
     with_a = np.flatnonzero(data.test.arrays["labels"][:, 0])
     data.test = data.test.subset(np.setdiff1d(np.arange(30), with_a[:1]))

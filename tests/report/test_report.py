@@ -14,7 +14,9 @@ from pipeline.metrics import catalog
 from pipeline.report import blocks as page
 from pipeline.report import matrix as cells_module
 from pipeline.report import plots, report, results
+from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
+from pipeline.report.trial_record import CurvePoint
 
 # skill of each (source, technique) by target: what the simulated trials are good for
 SKILL = {
@@ -82,43 +84,41 @@ def trial(target, source, technique, fraction, seed, skill, n=400):
         "started_at": datetime(2025, 6, 1, 9, tzinfo=UTC) + timedelta(minutes=seed),
     }
     rows = [
-        {
-            **common,
-            "metric": name,
-            "value": catalog.metric(name).value(predictions),
-            "higher_is_better": catalog.metric(name).higher_is_better,
-        }
+        ResultRow.from_columns(
+            {
+                **common,
+                "metric": name,
+                "value": catalog.metric(name).value(predictions),
+                "higher_is_better": catalog.metric(name).higher_is_better,
+            }
+        )
         for name in ("accuracy", "loss")
     ]
     curve = [
-        {
-            "step": s,
-            "loss": 2 / (1 + s / 60),
-            "validation": {
-                "accuracy": level * (1 - np.exp(-s / (60 if source != "none" else 120)))
-            },
-        }
+        CurvePoint(s, {"accuracy": level * (1 - np.exp(-s / (60 if source != "none" else 120)))})
         for s in range(30, 301, 30)
     ]
     return rows, RunPredictions(np.arange(n), predictions, seed), curve
 
 
 def failure(target, error, trial_id="fa-1", **more):
-    return {
-        "job": "vision",
-        "source": "garments",
-        "backbone": "timm/resnet18",
-        "target": target,
-        "technique": "lora",
-        "hyper_parameters": "{}",
-        "seed": 1,
-        "label_fraction": "1.0",
-        "trial_id": trial_id,
-        "trial_stage": "final",
-        "status": "failed",
-        "error": error,
-        **more,
-    }
+    return ResultRow.from_columns(
+        {
+            "job": "vision",
+            "source": "garments",
+            "backbone": "timm/resnet18",
+            "target": target,
+            "technique": "lora",
+            "hyper_parameters": "{}",
+            "seed": 1,
+            "label_fraction": "1.0",
+            "trial_id": trial_id,
+            "trial_stage": "final",
+            "status": "failed",
+            "error": error,
+            **more,
+        }
+    )
 
 
 def simulate(skill=SKILL, fractions=("0.05", "1.0"), seeds=3):
@@ -129,7 +129,7 @@ def simulate(skill=SKILL, fractions=("0.05", "1.0"), seeds=3):
                 for seed in range(seeds):
                     new, run, curve = trial(target, source, technique, fraction, seed, level)
                     rows += new
-                    runs[new[0]["trial_id"]], curves[new[0]["trial_id"]] = run, curve
+                    runs[new[0].trial_id], curves[new[0].trial_id] = run, curve
     return rows, runs, curves
 
 
@@ -178,14 +178,11 @@ def example(root):
         failure("clothing", TRACEBACK, "cl-lora-2", seed=2),
         failure("handwriting", "RuntimeError: out of memory", "ha-lora-1"),
     ]
-    twins = [r for r in rows if r["trial_id"] == "cl-di-full-1.0-0" and r["metric"] == "loss"]
+    twins = [r for r in rows if r.trial_id == "cl-di-full-1.0-0" and r.metric == "loss"]
     rows += [
-        {
-            **r,
-            "trial_id": "cl-di-full-search",
-            "trial_stage": "search",
-            "hyper_parameters": '{"lr": 0.1}',
-        }
+        replace(
+            r, trial_id="cl-di-full-search", trial_stage="search", hyper_parameters='{"lr": 0.1}'
+        )
         for r in twins
     ]
     return write(root, rows, runs, curves)
@@ -246,9 +243,9 @@ def test_cells_hold_the_mean_over_seeds_and_the_paired_gain(written):
     def mean(source, technique):
         return np.mean(
             [
-                r["value"]
+                r.value
                 for r in rows
-                if (r["target"], r["source"], r["technique"], r["label_fraction"], r["metric"])
+                if (r.target, r.source, r.technique, r.label_fraction, r.metric)
                 == ("clothing", source, technique, "1.0", "accuracy")
             ]
         )
@@ -328,15 +325,13 @@ def test_cells_are_sorted_by_target_fraction_and_gain(written):
 def test_scratch_is_matched_on_backbone_target_and_fraction():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]})
     other = [
-        {**r, "backbone": "timm/vit", "trial_id": r["trial_id"] + "v"}
+        replace(r, backbone="timm/vit", trial_id=r.trial_id + "v")
         for r in rows
-        if r["source"] != "none"
+        if r.source != "none"
     ]
-    rows = [
-        r for r in rows if not (r["source"] == "none" and r["label_fraction"] == "0.05")
-    ] + other
+    rows = [r for r in rows if not (r.source == "none" and r.label_fraction == "0.05")] + other
     for cell in report.matrix_cells(
-        rows, runs | {r["trial_id"]: runs[r["trial_id"][:-1]] for r in other}
+        rows, runs | {r.trial_id: runs[r.trial_id[:-1]] for r in other}
     ):
         compared = cell.backbone == "timm/resnet18" and cell.label_fraction == "1.0"
         assert cell.verdict in (
@@ -362,7 +357,7 @@ def test_missing_predictions_fall_back_to_the_seeds_and_say_so():
     )
     (one,) = (
         c
-        for c in report.matrix_cells([r for r in rows if r["seed"] == 0], {})
+        for c in report.matrix_cells([r for r in rows if r.seed == 0], {})
         if c.technique == "lp_ft"
     )
     assert (
@@ -379,7 +374,7 @@ def test_missing_predictions_fall_back_to_the_seeds_and_say_so():
 
 def test_lower_is_better_turns_the_gain():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
-    cell = find(report.matrix_cells([r for r in rows if r["metric"] == "loss"], runs))
+    cell = find(report.matrix_cells([r for r in rows if r.metric == "loss"], runs))
     assert (
         cell.metric == "loss"
         and not cell.higher_is_better
@@ -387,18 +382,16 @@ def test_lower_is_better_turns_the_gain():
         and cell.gain > 0
     )
     assert find(
-        report.matrix_cells([r for r in rows if r["metric"] == "loss"], {})
+        report.matrix_cells([r for r in rows if r.metric == "loss"], {})
     ).gain == pytest.approx(cell.gain)
 
 
 def test_failures_are_counted_also_when_the_search_never_finished():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
     lost = [
-        r["trial_id"]
-        for r in rows
-        if r["technique"] == "full" and r["source"] == "garments" and r["seed"] == 2
+        r.trial_id for r in rows if r.technique == "full" and r.source == "garments" and r.seed == 2
     ]
-    rows = [r for r in rows if r["trial_id"] not in lost] + [
+    rows = [r for r in rows if r.trial_id not in lost] + [
         failure("clothing", "boom", lost[0], technique="full", seed=2)
     ]
     rows += [failure("clothing", "boom", f"s{i}", trial_stage="search") for i in range(4)]
@@ -427,7 +420,7 @@ def test_groups_of_the_runs_are_used():
 def kept(rows, runs, keep):
     """Rows and runs of the trials that ``keep`` says of a row."""
     rows = [row for row in rows if keep(row)]
-    ids = {row["trial_id"] for row in rows}
+    ids = {row.trial_id for row in rows}
     return rows, {name: run for name, run in runs.items() if name in ids}
 
 
@@ -439,7 +432,7 @@ def test_below_two_paired_seeds_nothing_is_won_or_lost():
     for seeds, of in ((3, "none"), (1, "garments")):
         cell = find(
             report.matrix_cells(
-                *kept(rows, runs, lambda row, of=of: row["source"] != of or row["seed"] == 0)
+                *kept(rows, runs, lambda row, of=of: row.source != of or row.seed == 0)
             )
         )
         assert (cell.n_seeds, cell.paired_seeds, cell.verdict, cell.gain_p_holm) == (
@@ -453,9 +446,7 @@ def test_below_two_paired_seeds_nothing_is_won_or_lost():
             and "gain: 95 % over test units of one seed, whose spread is unknown" in cell.interval
         )
     two = find(
-        report.matrix_cells(
-            *kept(rows, runs, lambda row: row["source"] != "none" or row["seed"] < 2)
-        )
+        report.matrix_cells(*kept(rows, runs, lambda row: row.source != "none" or row.seed < 2))
     )
     assert (
         (two.n_seeds, two.paired_seeds) == (3, 2)
@@ -466,7 +457,7 @@ def test_below_two_paired_seeds_nothing_is_won_or_lost():
 
 def test_the_number_of_paired_seeds_stands_in_table_and_report(tmp_path):
     rows, runs, curves = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
-    rows, runs = kept(rows, runs, lambda row: row["source"] != "none" or row["seed"] == 0)
+    rows, runs = kept(rows, runs, lambda row: row.source != "none" or row.seed == 0)
     cells, md, _ = write(tmp_path, rows, runs, curves)
     lines = render(cells).splitlines()
     assert any(
@@ -558,7 +549,7 @@ def test_a_random_probe_is_held_against_the_linear_probe_of_the_best_source(tmp_
         }
     }
     rows, runs, curves = simulate(skill, fractions=("1.0",))
-    rows += [{**row, "split": "validation"} for row in rows if row["metric"] == "accuracy"]
+    rows += [replace(row, split="validation") for row in rows if row.metric == "accuracy"]
     cells, md, _ = write(tmp_path, rows, runs, curves)
     cell = find(cells, source="none", technique="random_probe")
     best = find(cells, technique="linear_probe")
@@ -573,7 +564,7 @@ def test_a_random_probe_is_held_against_the_linear_probe_of_the_best_source(tmp_
     )
     assert "linear_probe of" in render(cells)
     alone = find(
-        report.matrix_cells(*kept(rows, runs, lambda row: row["technique"] != "linear_probe")),
+        report.matrix_cells(*kept(rows, runs, lambda row: row.technique != "linear_probe")),
         source="none",
         technique="random_probe",
     )
@@ -589,11 +580,11 @@ def backbones(tmp_path=None):
         {"clothing": {("none", "scratch"): 0.78, ("digits", "full"): 0.82}}, fractions=("1.0",)
     )
     more = [
-        {**row, "backbone": "timm/vit", "trial_id": f"v{row['trial_id']}", "seconds": 900.0}
+        replace(row, backbone="timm/vit", trial_id=f"v{row.trial_id}", seconds=900.0)
         for row in more
     ]
     rows, runs = [*rows, *more], runs | {f"v{name}": run for name, run in more_runs.items()}
-    rows += [{**row, "split": "validation"} for row in rows if row["metric"] == "accuracy"]
+    rows += [replace(row, split="validation") for row in rows if row.metric == "accuracy"]
     return rows, runs, curves | {f"v{name}": curve for name, curve in more_curves.items()}
 
 
@@ -619,9 +610,7 @@ def test_gains_over_different_scratch_networks_say_so_and_stand_beside_the_gain_
         for line in render(cells).splitlines()
     )
     rows, runs, _ = backbones()
-    turned = [
-        {**row, "value": -row["value"]} if row["split"] == "validation" else row for row in rows
-    ]
+    turned = [replace(row, value=-row.value) if row.split == "validation" else row for row in rows]
     assert {
         cell.baseline for cell in report.matrix_cells(turned, runs) if cell.source != "none"
     } == {"timm/resnet18"}, "validation rows decide, not test rows"
@@ -851,14 +840,7 @@ def test_sparse_input_is_taken(tmp_path):
     """One fraction, no curves, no n_train, a source that was only loaded."""
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("5/class",), seeds=1)
     rows = [
-        {
-            **r,
-            "n_train": None,
-            "seconds": None,
-            "params_trained": None,
-            "started_at": None,
-            "device": None,
-        }
+        replace(r, n_train=None, seconds=None, params_trained=None, started_at=None, device=None)
         for r in rows
     ]
     results.append(str(tmp_path), rows)
@@ -885,9 +867,7 @@ def test_curves_are_means_over_seeds():
     rows, _, curves = simulate({"clothing": {("garments", "full"): 0.8}}, fractions=("1.0",))
     panels = report._curves("clothing", "accuracy", rows, curves)
     points = dict(panels["1.0"]["garments", "full"])
-    assert points[30] == pytest.approx(
-        np.mean([c[0]["validation"]["accuracy"] for c in curves.values()])
-    )
+    assert points[30] == pytest.approx(np.mean([c[0].metrics["accuracy"] for c in curves.values()]))
     assert report._curves("clothing", "auroc", rows, curves) == {}
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from pipeline.io import storage
 from pipeline.report import results
+from pipeline.report.results import ResultRow
 
 DESIGN = """job source backbone target objective technique hyper_parameters seed label_fraction
 trial_id trial_stage status error metric value value_low value_high interval higher_is_better split n_train n_eval n_units
@@ -15,7 +17,7 @@ params_trained steps seconds device bundle_uri parent_uri scratch_value gain gai
 split_origin paired_seeds gain_p_holm baseline_gain current versions made_by drawn"""
 
 
-def row(trial_id="a", metric="accuracy", value=0.5, **more):
+def columns(trial_id="a", metric="accuracy", value=0.5, **more):
     return {
         "job": "j",
         "source": "s",
@@ -37,6 +39,10 @@ def row(trial_id="a", metric="accuracy", value=0.5, **more):
     }
 
 
+def row(*args, **more):
+    return ResultRow.from_columns(columns(*args, **more))
+
+
 def test_columns_are_the_public_ones():
     assert results.SCHEMA.names == DESIGN.split()
     assert results.SCHEMA.field("started_at").type == pa.timestamp("us", tz="UTC")
@@ -50,14 +56,10 @@ def test_round_trip(tmp_path):
     results.append(uri, [])
     results.append(uri, [row("b", label_fraction="5/class")])
     read = results.read(uri)
-    assert [r["trial_id"] for r in read] == ["a", "b"]
-    assert list(read[0]) == results.SCHEMA.names
-    assert read[0]["started_at"] == started and read[0]["started_at"].utcoffset() == timedelta(0)
-    assert (
-        read[0]["n_eval"] == 7
-        and read[0]["error"] is None
-        and read[1]["label_fraction"] == "5/class"
-    )
+    assert [r.trial_id for r in read] == ["a", "b"]
+    assert list(read[0].columns()) == results.SCHEMA.names
+    assert read[0].started_at == started and read[0].started_at.utcoffset() == timedelta(0)
+    assert read[0].n_eval == 7 and read[0].error is None and read[1].label_fraction == "5/class"
     assert pq.read_schema(tmp_path / "job" / results.FILE).equals(results.SCHEMA)
 
 
@@ -68,7 +70,7 @@ def test_same_key_is_superseded(tmp_path):
         uri,
         [row(value=0.3), row(split="validation", value=0.4), row(trial_stage="search", value=0.5)],
     )
-    found = [(r["metric"], r["split"], r["trial_stage"], r["value"]) for r in results.read(uri)]
+    found = [(r.metric, r.split, r.trial_stage, r.value) for r in results.read(uri)]
     assert found == [
         ("accuracy", "test", "final", 0.3),
         ("loss", "test", "final", 2.0),
@@ -83,7 +85,7 @@ def test_a_failure_is_superseded_by_the_rerun_that_is_done(tmp_path):
         str(tmp_path), [failed, row("b", None, None, status="failed", error="bang", split=None)]
     )
     results.append(str(tmp_path), [row("a")])
-    assert [(r["trial_id"], r["status"]) for r in results.read(str(tmp_path))] == [
+    assert [(r.trial_id, r.status) for r in results.read(str(tmp_path))] == [
         ("b", "failed"),
         ("a", "done"),
     ]
@@ -94,7 +96,7 @@ def test_results_of_a_trial_that_fails_when_it_is_made_anew_go(tmp_path):
     failed = row("a", None, None, status="failed", error="boom", split=None)
     results.append(str(tmp_path), [row("a"), row("a", "loss", 2.0), row("b")])
     results.append(str(tmp_path), [failed], current={"a", "b"})
-    assert [(r["trial_id"], r["status"]) for r in results.read(str(tmp_path))] == [
+    assert [(r.trial_id, r.status) for r in results.read(str(tmp_path))] == [
         ("b", "done"),
         ("a", "failed"),
     ]
@@ -118,7 +120,7 @@ def test_wrong_rows_are_refused_and_nothing_is_written(tmp_path, bad, says):
     results.append(str(tmp_path), [row()])
     before = (tmp_path / results.FILE).read_bytes()
     with pytest.raises(ValueError, match=says):
-        results.append(str(tmp_path), [row("b"), {**row("c"), **bad}])
+        results.append(str(tmp_path), [row("b"), ResultRow.from_columns({**columns("c"), **bad})])
     assert (tmp_path / results.FILE).read_bytes() == before
 
 
@@ -129,18 +131,18 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     )
     with pytest.raises(OSError):
         results.append(str(tmp_path), [row("b")])
-    assert [r["trial_id"] for r in results.read(str(tmp_path))] == ["a"]
+    assert [r.trial_id for r in results.read(str(tmp_path))] == ["a"]
     assert [p.name for p in tmp_path.iterdir()] == [results.FILE]
 
 
 def test_older_files_are_filled_and_newer_ones_refused(tmp_path):
     old = pa.schema([f for f in results.SCHEMA if f.name != "git_sha"])
-    pq.write_table(pa.Table.from_pylist([row()], schema=old), tmp_path / results.FILE)
-    assert results.read(str(tmp_path))[0]["git_sha"] is None
+    pq.write_table(pa.Table.from_pylist([columns()], schema=old), tmp_path / results.FILE)
+    assert results.read(str(tmp_path))[0].git_sha is None
     results.append(str(tmp_path), [row("b", git_sha="abc")])
-    assert [r["git_sha"] for r in results.read(str(tmp_path))] == [None, "abc"]
+    assert [r.git_sha for r in results.read(str(tmp_path))] == [None, "abc"]
     new = results.SCHEMA.append(pa.field("shiny", pa.string()))
-    pq.write_table(pa.Table.from_pylist([row()], schema=new), tmp_path / results.FILE)
+    pq.write_table(pa.Table.from_pylist([columns()], schema=new), tmp_path / results.FILE)
     with pytest.raises(ValueError, match="shiny"):
         results.append(str(tmp_path), [row("b")])
 
@@ -148,15 +150,11 @@ def test_older_files_are_filled_and_newer_ones_refused(tmp_path):
 def test_rows_of_trials_that_the_job_no_longer_has_are_marked(tmp_path):
     uri = str(tmp_path)
     results.append(uri, [row("a"), row("b")], current={"a", "b"})
-    assert {r["trial_id"]: r["current"] for r in results.read(uri)} == {"a": True, "b": True}
+    assert {r.trial_id: r.current for r in results.read(uri)} == {"a": True, "b": True}
     results.append(uri, [row("c")], current={"b", "c", "not run yet"})
-    assert {r["trial_id"]: r["current"] for r in results.read(uri)} == {
-        "a": False,
-        "b": True,
-        "c": True,
-    }
+    assert {r.trial_id: r.current for r in results.read(uri)} == {"a": False, "b": True, "c": True}
     results.append(uri, [], current={"a"})
-    assert {r["trial_id"]: r["current"] for r in results.read(uri)} == {
+    assert {r.trial_id: r.current for r in results.read(uri)} == {
         "a": True,
         "b": False,
         "c": False,
@@ -165,24 +163,21 @@ def test_rows_of_trials_that_the_job_no_longer_has_are_marked(tmp_path):
 
 def test_a_table_of_before_the_column_gets_it_at_the_next_run(tmp_path):
     old = pa.schema([f for f in results.SCHEMA if f.name != "current"])
-    pq.write_table(pa.Table.from_pylist([row("a")], schema=old), tmp_path / results.FILE)
-    assert results.read(str(tmp_path))[0]["current"] is None
+    pq.write_table(pa.Table.from_pylist([columns("a")], schema=old), tmp_path / results.FILE)
+    assert results.read(str(tmp_path))[0].current is None
     results.append(str(tmp_path), [row("b")], current={"b"})
-    assert [r["current"] for r in results.read(str(tmp_path))] == [False, True]
+    assert [r.current for r in results.read(str(tmp_path))] == [False, True]
 
 
 def test_rows_of_trials_are_removed(tmp_path):
     assert results.remove(str(tmp_path), {"a"}) == 0 and not (tmp_path / results.FILE).exists()
     results.append(str(tmp_path), [row("a"), row("b"), row("a", "loss", 1.0)])
     assert results.remove(str(tmp_path), {"a", "never run"}) == 2
-    assert [r["trial_id"] for r in results.read(str(tmp_path))] == ["b"]
+    assert [r.trial_id for r in results.read(str(tmp_path))] == ["b"]
 
 
 def test_select():
-    assert [r["trial_id"] for r in results.select([row("a"), row("b"), row("a")], ["a"])] == [
-        "a",
-        "a",
-    ]
+    assert [r.trial_id for r in results.select([row("a"), row("b"), row("a")], ["a"])] == ["a", "a"]
 
 
 def final(trial_id, loss, accuracy=0.5, **more):
@@ -196,7 +191,7 @@ def test_duplicates_flag_equal_losses_under_different_settings():
         *final("c", 1 / 3, seed=2),
         *final("d", 0.7, seed=3),
     ]
-    rows += [{**r, "split": "validation"} for r in rows]  # the same three trials are named once
+    rows += [replace(r, split="validation") for r in rows]  # the same three trials are named once
     (sentence,) = results.duplicates(rows)
     assert (
         sentence
@@ -236,28 +231,28 @@ def test_without_loss_two_equal_metrics_are_needed():
     rows = [row("a"), row("b", seed=1), row("a", "auroc", 0.9), row("b", "auroc", 0.9, seed=1)]
     (sentence,) = results.duplicates(rows)
     assert "every test metric is identical in 2 trials that differ in seed" in sentence
-    rows[-1]["value"] = 0.91
+    rows[-1] = replace(rows[-1], value=0.91)
     assert not results.duplicates(rows)
 
 
 def test_rows_of_one_target_that_were_split_in_two_ways_are_told_apart():
     rows = [
-        {"target": "xray", "split_origin": "column split_by_patient", "value": 0.6},
-        {"target": "xray", "split_origin": "test: random 0.2", "value": 0.9},
-        {"target": "xray", "value": 0.7},
-        {"target": "photos", "split_origin": "files"},
-        {"target": "photos", "split_origin": "files"},
+        ResultRow(target="xray", split_origin="column split_by_patient", value=0.6),
+        ResultRow(target="xray", split_origin="test: random 0.2", value=0.9),
+        ResultRow(target="xray", value=0.7),
+        ResultRow(target="photos", split_origin="files"),
+        ResultRow(target="photos", split_origin="files"),
     ]
     message = results.disambiguate_targets(rows)
-    assert [row["target"] for row in message] == [
+    assert [row.target for row in message] == [
         "xray [column split_by_patient]",
         "xray [test: random 0.2]",
         "xray [splits not recorded]",
         "photos",
         "photos",
     ]
-    assert [row.get("value") for row in message] == [row.get("value") for row in rows]
+    assert [row.value for row in message] == [row.value for row in rows]
     assert (
         results.disambiguate_targets(rows[:1] + rows[3:]) == rows[:1] + rows[3:]
-        and rows[0]["target"] == "xray"
+        and rows[0].target == "xray"
     )

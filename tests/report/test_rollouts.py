@@ -3,6 +3,7 @@ expert and chance, and pictures where there are some.
 """
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from toys import image_files, job_of, shared_of, trial_of
 from pipeline.io import storage
 from pipeline.objectives.classification import Classification
 from pipeline.report import blocks, matrix, rollouts
+from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 from pipeline.transfer import trial
 
@@ -30,29 +32,31 @@ def message(technique, source, fraction, n_train, seed, success, rollout_frames=
         "expert_steps": np.full(WORLDS, 6.0),
         "diverged": np.zeros(WORLDS),
     }
-    row = {
-        "trial_id": name,
-        "trial_stage": "final",
-        "status": "done",
-        "target": "robot",
-        "source": source,
-        "backbone": "policy/mlp",
-        "technique": technique,
-        "label_fraction": fraction,
-        "seed": seed,
-        "split": "test",
-        "metric": "success",
-        "value": success / WORLDS,
-        "higher_is_better": True,
-        "n_train": n_train,
-        "hyper_parameters": "{}",
-        "n_eval": WORLDS,
-    }
+    row = ResultRow(
+        **{
+            "trial_id": name,
+            "trial_stage": "final",
+            "status": "done",
+            "target": "robot",
+            "source": source,
+            "backbone": "policy/mlp",
+            "technique": technique,
+            "label_fraction": fraction,
+            "seed": seed,
+            "split": "test",
+            "metric": "success",
+            "value": success / WORLDS,
+            "higher_is_better": True,
+            "n_train": n_train,
+            "hyper_parameters": "{}",
+            "n_eval": WORLDS,
+        }
+    )
     return row, RunPredictions(np.arange(WORLDS), arrays, seed, rollout_frames=rollout_frames)
 
 
 def shown(*trials):
-    rows, runs = [row for row, _ in trials], {row["trial_id"]: run for row, run in trials}
+    rows, runs = [row for row, _ in trials], {row.trial_id: run for row, run in trials}
     found = matrix.matrix_cells(rows, runs)
     return rollouts.blocks("robot", found, rows, runs)
 
@@ -89,7 +93,7 @@ def test_backbones_are_named_where_there_are_several():
         message("scratch", "none", "5 rows", 5, 0, 9),
         message("scratch", "none", "5 rows", 5, 1, 3),
     )
-    second[0]["backbone"] = "policy/transformer"
+    second = replace(second[0], backbone="policy/transformer"), second[1]
     table = next(block for block in shown(first, second) if isinstance(block, blocks.Table))
     assert [str(line[0]) for line in table.rows] == [
         "expert",
@@ -118,7 +122,7 @@ def test_episodes_that_diverged_are_counted():
 def test_nothing_is_told_of_targets_without_a_simulator():
     row, run = message("full", "sim", "1 rows", 1, 0, 6)
     run.predictions.pop("return")
-    assert rollouts.blocks("robot", [], [row], {row["trial_id"]: run}) == [] == shown((row, run))
+    assert rollouts.blocks("robot", [], [row], {row.trial_id: run}) == [] == shown((row, run))
 
 
 def test_pictures_are_of_the_untrained_and_of_the_fewest_demonstrations():
@@ -154,7 +158,7 @@ def test_a_trial_keeps_its_pictures_beside_its_predictions(tmp_path, monkeypatch
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     record = trial.run(trial_of(job, shared, "full"), shared)
-    run = trial.read_predictions(shared.root, record["trial_id"], 0)
+    run = trial.read_predictions(shared.root, record.trial_id, 0)
     assert (
         run is not None
         and np.array_equal(run.rollout_frames, pictures[0])
@@ -164,7 +168,7 @@ def test_a_trial_keeps_its_pictures_beside_its_predictions(tmp_path, monkeypatch
     with np.load(
         io.BytesIO(
             storage.read_bytes(
-                storage.join(shared.root, "trials", record["trial_id"], "predictions.npz")
+                storage.join(shared.root, "trials", record.trial_id, "predictions.npz")
             )
         )
     ) as kept:

@@ -2,7 +2,6 @@
 never told.
 """
 
-import json
 import re
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from pipeline.io import storage
 from pipeline.metrics import catalog
 from pipeline.report import blocks as page
 from pipeline.report import matrix, per_label, plots, report, results, stats, subgroups
+from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 from pipeline.transfer import targets
 from pipeline.transfer import trial as one_trial
@@ -206,45 +206,44 @@ def test_values_of_single_people_are_not_named():
 @pytest.mark.parametrize("grouped", [False, True])
 def test_rows_are_the_metric_of_the_part_with_its_own_interval(grouped):
     run = run_of(groups=np.arange(N) // 4 if grouped else None)
-    primary = {
-        "metric": "auroc",
-        "value": 0.5,
-        "trial_id": "t",
-        "split": "test",
-        "gain": 0.1,
-        "gain_low": 0.0,
-        "gain_high": 0.2,
-        "scratch_value": 0.4,
-        "n_eval": N,
-        "n_units": N,
-        "seed": 3,
-    }
+    primary = ResultRow(
+        metric="auroc",
+        value=0.5,
+        trial_id="t",
+        split="test",
+        gain=0.1,
+        gain_low=0.0,
+        gain_high=0.2,
+        scratch_value=0.4,
+        n_eval=N,
+        n_units=N,
+        seed=3,
+    )
     rows = subgroups.result_rows(run, primary)
-    assert [row["metric"] for row in rows] == [
+    assert [row.metric for row in rows] == [
         "auroc@sex=female",
         "auroc@sex=male",
         "auroc@unit=MICU",
         "auroc@unit=SICU",
     ]
     for row in rows:
-        column, _, name = row["metric"].partition("@")[2].partition("=")
+        column, _, name = row.metric.partition("@")[2].partition("=")
         where = run.subgroups[column] == name
         assert (
-            row["value"] == pytest.approx(value(run, where))
-            and row["value_low"] < row["value"] < row["value_high"]
+            row.value == pytest.approx(value(run, where))
+            and row.value_low < row.value < row.value_high
         )
         part = {key: array[where] for key, array in run.predictions.items()}
-        assert (row["value_low"], row["value_high"]) == stats.interval(
+        assert (row.value_low, row.value_high) == stats.interval(
             catalog.metric("auroc"), part, groups=run.groups[where] if grouped else None
         )
-        assert row["n_eval"] == where.sum() and row["n_units"] == (
+        assert row.n_eval == where.sum() and row.n_units == (
             len(np.unique(run.groups[where])) if grouped else where.sum()
         )
         assert (
-            row["gain"] is row["gain_low"] is row["gain_high"] is row["scratch_value"] is None
-            and row["seed"] == 3
+            row.gain is row.gain_low is row.gain_high is row.scratch_value is None and row.seed == 3
         )
-    assert rows[0]["value"] > rows[1]["value"] + 0.1
+    assert rows[0].value > rows[1].value + 0.1
 
 
 def test_a_part_without_a_macro_average_is_only_counted():
@@ -295,17 +294,17 @@ def table(
                 "n_eval": len(run.rows),
             }
             rows += [
-                {
+                ResultRow(
                     **common,
-                    "metric": name,
-                    "value": catalog.metric(name).value(run.predictions),
-                    "higher_is_better": catalog.metric(name).higher_is_better,
-                }
+                    metric=name,
+                    value=catalog.metric(name).value(run.predictions),
+                    higher_is_better=catalog.metric(name).higher_is_better,
+                )
                 for name in (metric, "auprc", "brier")
             ]
             rows += subgroups.result_rows(run, rows[-3])
             runs[trial_id] = run
-    return results.with_all_columns(rows), runs
+    return rows, runs
 
 
 MADE = {
@@ -496,19 +495,13 @@ def test_a_job_names_columns_of_its_test_rows(tmp_path):
     message = subgroups.with_subgroups(
         run, stage.splits.test, subgroups.read(stage.splits.test, ["sex"], "p")
     )
-    rows = subgroups.result_rows(message, record["rows"][0])
-    assert [row["metric"] for row in rows] == ["auroc@sex=female", "auroc@sex=male"] and [
-        row["n_eval"] for row in rows
+    rows = subgroups.result_rows(message, record.rows[0])
+    assert [row.metric for row in rows] == ["auroc@sex=female", "auroc@sex=male"] and [
+        row.n_eval for row in rows
     ] == [20, 40]
-    assert rows[1]["value"] == pytest.approx(value(message, np.arange(60) % 3 > 0))
-    results.append(
-        str(tmp_path),
-        [
-            {**row, "hyper_parameters": json.dumps(row["hyper_parameters"]), "started_at": None}
-            for row in (*record["rows"], *rows)
-        ],
-    )
-    assert [row["metric"] for row in results.read(str(tmp_path))][-2:] == [
+    assert rows[1].value == pytest.approx(value(message, np.arange(60) % 3 > 0))
+    results.append(str(tmp_path), [*record.rows, *rows])
+    assert [row.metric for row in results.read(str(tmp_path))][-2:] == [
         "auroc@sex=female",
         "auroc@sex=male",
     ]

@@ -11,18 +11,15 @@ from transfer.test_stages import Silent, trials_in_this_process, whole
 from pipeline.checkpoints import bundle
 from pipeline.config import plugins, registry
 from pipeline.config.schema import Job
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.data.stream import eval_batches
 from pipeline.transfer import stages, trial
 from pipeline.transfer.grid import SCRATCH
 
-RESNET = {"name": "timm/resnet10t", "options": {}, "inputs": {"channels": 3, "size": 32}}
-IMAGE = {
-    "name": "image",
-    "options": {"size": 32},
-    "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
-}
+RESNET = Architecture("timm/resnet10t", {}, {"channels": 3, "size": 32})
+IMAGE = ModalitySpec("image", {"size": 32}, {"mean": [0.5] * 3, "std": [0.2] * 3})
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +40,7 @@ def source_rows(path: str) -> dict:
 
 
 def weights_of(record) -> dict[str, torch.Tensor]:
-    return bundle.load(record["rows"][0]["bundle_uri"]).tensors
+    return bundle.load(record.rows[0].bundle_uri).tensors
 
 
 # ---------------------------------------------------------------- streams
@@ -129,7 +126,7 @@ def test_statistics_are_those_of_the_test_rows(tmp_path, paths):
 def soup_job(tmp_path, paths, keep: str) -> Job:
     job = job_of(tmp_path, paths, train={"steps": 3})
     backbone = bundle.build_backbone(
-        {"name": "timm/test_vit", "options": {}, "inputs": {"channels": 3, "size": 32}}, seed=1
+        Architecture("timm/test_vit", {}, {"channels": 3, "size": 32}), seed=1
     )
     bundle.save(str(tmp_path / "src"), backbone, IMAGE)
     plain = job.model_dump(mode="json")
@@ -147,29 +144,29 @@ def test_a_soup_is_the_mean_of_the_finished_trials(tmp_path, paths, monkeypatch)
     ran = trials_in_this_process(monkeypatch)
     job = soup_job(tmp_path, paths, "all")
     _, rows = whole(job)
-    tests = [row for row in rows if row["split"] == "test" and row["metric"] == "accuracy"]
-    assert [(row["technique"], row["seed"]) for row in tests if row["source"] != SCRATCH] == [
+    tests = [row for row in rows if row.split == "test" and row.metric == "accuracy"]
+    assert [(row.technique, row.seed) for row in tests if row.source != SCRATCH] == [
         ("full", 0),
         ("full", 1),
         ("soup", 0),
     ]
     found = {
-        (row["technique"], row["seed"]): bundle.load(row["bundle_uri"]).tensors
+        (row.technique, row.seed): bundle.load(row.bundle_uri).tensors
         for row in tests
-        if row["source"] != SCRATCH
+        if row.source != SCRATCH
     }
     for name, tensor in found["soup", 0].items():
         mean = (found["full", 0][name] + found["full", 1][name]) / 2
         assert torch.allclose(tensor.float(), mean.float(), atol=1e-6), name
-    soup = next(row for row in tests if row["technique"] == "soup")
-    assert soup["steps"] == 0 and soup["params_trained"] == 0
+    soup = next(row for row in tests if row.technique == "soup")
+    assert soup.steps == 0 and soup.params_trained == 0
     before = list(ran)
     whole(job)
     assert list(ran) == before, "a second run makes nothing again"
     more = job.model_copy(update={"fanout": job.fanout.model_copy(update={"seeds": 3})})
     _, rows = whole(more)
-    fresh = {row["trial_id"] for row in rows if row["technique"] == "soup"}
-    assert len(fresh) == 1 and soup["trial_id"] not in fresh, "another soup, of three"
+    fresh = {row.trial_id for row in rows if row.technique == "soup"}
+    assert len(fresh) == 1 and soup.trial_id not in fresh, "another soup, of three"
 
 
 def test_a_soup_wants_the_bundles_of_all_trials(tmp_path, paths):

@@ -36,6 +36,7 @@ from toys import (
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Batch, Task
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
 from pipeline.techniques.full import Full
 from pipeline.techniques.linear_probe import LinearProbe
@@ -155,10 +156,10 @@ def test_the_update_is_the_paper_s(name, options, alpha_over):
         )
         found = after[f"{name}.weight"] - before[f"{name}.weight"]
         assert (
-            (found.T if "gpt2" in task.backbone.arch["name"] else found) - update
+            (found.T if "gpt2" in task.backbone.arch.name else found) - update
         ).abs().max() < 1e-6
         changed += 1
-    assert changed == (12 if "bert" in task.backbone.arch["name"] else 8)  # of 2 blocks
+    assert changed == (12 if "bert" in task.backbone.arch.name else 8)  # of 2 blocks
 
 
 def test_the_seed_makes_the_adapters_and_nothing_else_does():
@@ -496,7 +497,7 @@ def text_world(folder: Path):
             pa.table({"text": said, "label": [f"class {i}" for i in labels]}), paths[split]
         )
     modality = text_modality()
-    arch = {"name": "transformers/bert", "options": SMALL, "inputs": modality.inputs()}
+    arch = Architecture("transformers/bert", SMALL, modality.inputs())
     data = {**paths, "modality": "text", "columns": {"text": "text", "label": "label"}}
     source = {"data": data, "backbone": {"transformers/bert": SMALL}, "objective": "classification"}
     job = Job.model_validate(
@@ -515,12 +516,7 @@ def text_world(folder: Path):
         }
     )
     base = grid.bases(
-        {
-            "src": (
-                arch,
-                {"name": "text", "options": modality.options.model_dump(), "state": modality.state},
-            )
-        }
+        {"src": (arch, ModalitySpec("text", modality.options.model_dump(), modality.state))}
     )[0]
     held = {
         name: tensor.numpy()
@@ -559,11 +555,11 @@ def world(worlds):
 def test_lora_stands_beside_the_other_techniques(worlds, kind, name):
     job, shared = worlds[kind]
     record = trial.run(trial_of(job, shared, name), shared)
-    rows = {row["split"]: row for row in record["rows"] if row["metric"] == "accuracy"}
+    rows = {row.split: row for row in record.rows if row.metric == "accuracy"}
     assert (
-        record["status"] == "done"
+        record.status == "done"
         and set(rows) == {"test", "validation"}
-        and rows["test"]["technique"] == name
+        and rows["test"].technique == name
     )
 
 
@@ -572,10 +568,10 @@ def test_a_trial_s_bundle_is_the_plain_task_and_predicts_what_was_recorded(world
     job, shared = worlds[kind]
     one = trial_of(job, shared, PLUG)
     record = trial.run(one, shared)
-    assert record["status"] == "done", record["error"]
-    test = next(row for row in record["rows"] if row["split"] == "test")
+    assert record.status == "done", record.error
+    test = next(row for row in record.rows if row.split == "test")
     plain, _, _ = trial.build(one, shared)
-    kept = bundle.load(test["bundle_uri"])
+    kept = bundle.load(test.bundle_uri)
     assert list(kept.task().state_dict()) == list(plain.state_dict())
     data = shared.targets["task", one.base]
     found = scores(kept.task(), take(data.test, range(len(data.test))))
@@ -589,7 +585,7 @@ def test_a_trial_s_bundle_is_the_plain_task_and_predicts_what_was_recorded(world
         if not torch.equal(tensor, torch.from_numpy(shared.weights["src"][name]))
     }
     assert moved and moved <= {name for name in shared.weights["src"] if name.endswith("weight")}
-    assert test["params_trained"] < sum(p.numel() for p in plain.parameters()) / 2
+    assert test.params_trained < sum(p.numel() for p in plain.parameters()) / 2
 
 
 def test_a_trial_s_seed_makes_its_adapters(world, monkeypatch):

@@ -11,6 +11,7 @@ from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import yaml_loader
 from pipeline.config.schema import JobError
+from pipeline.core.specs import Architecture
 from pipeline.train import dry_checks, pretrain, row_checks, source
 
 INPUTS = {"channels": 3, "size": 160}
@@ -19,7 +20,7 @@ IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 def written(folder, **fields):
     """A job file with one source: timm's smallest ResNet from a weights file."""
-    backbone = bundle.build_backbone({"name": "timm/test_resnet", "options": {}, "inputs": INPUTS})
+    backbone = bundle.build_backbone(Architecture("timm/test_resnet", {}, INPUTS))
     save_file(
         {name.removeprefix("model."): tensor for name, tensor in backbone.state_dict().items()},
         folder / "w.safetensors",
@@ -39,7 +40,7 @@ def imported(path):
 
 def test_what_the_job_states_is_how_rows_are_read(tmp_path):
     plain, metadata, before = imported(written(tmp_path))
-    assert plain.manifest["modality"]["state"]["mean"] == pytest.approx([0.5, 0.5, 0.5]), (
+    assert plain.manifest.modality.state["mean"] == pytest.approx([0.5, 0.5, 0.5]), (
         "timm's own for test_resnet"
     )
     (message,) = (finding.text for finding in row_checks.findings_from_metadata(metadata))
@@ -57,10 +58,11 @@ def test_what_the_job_states_is_how_rows_are_read(tmp_path):
     }
     found, metadata, after = imported(written(tmp_path, modality={"image": given}))
     modality = found.modality()
-    assert (modality.state["mean"], modality.state["std"]) == IMAGENET and found.manifest[
-        "modality"
-    ]["state"]["mean"] == IMAGENET[0]
-    assert modality.inputs() == {"channels": 3, "size": 96} == found.manifest["arch"]["inputs"]
+    assert (
+        modality.state["mean"],
+        modality.state["std"],
+    ) == IMAGENET and found.manifest.modality.state["mean"] == IMAGENET[0]
+    assert modality.inputs() == {"channels": 3, "size": 96} == found.manifest.arch.inputs
     assert (modality.options.crop_share, modality.options.interpolation) == (0.875, "bicubic")
     (message,) = (finding.text for finding in row_checks.findings_from_metadata(metadata))
     assert (
@@ -69,7 +71,7 @@ def test_what_the_job_states_is_how_rows_are_read(tmp_path):
         and "assumed" not in message
     )
     assert before.key != after.key, "rows that are read otherwise are another source"
-    assert metadata["findings"] == found.manifest["training"]["findings"], (
+    assert metadata["findings"] == found.manifest.training["findings"], (
         "a run that finds it done tells it too"
     )
 
@@ -96,11 +98,11 @@ def test_a_dry_run_sees_what_the_run_would_make(tmp_path, modality):
 
     def foreseen():
         found = dry_checks.source(source.stage(yaml_loader.load(path), "s"))
-        return found.arch["name"], found.arch["inputs"], found.modality
+        return found.arch.name, found.arch.inputs, found.modality
 
     def made():
         manifest = imported(path)[0].manifest
-        return manifest["arch"]["name"], manifest["arch"]["inputs"], manifest["modality"]
+        return manifest.arch.name, manifest.arch.inputs, manifest.modality
 
     assert outcome(foreseen) == outcome(made)
 
@@ -108,7 +110,7 @@ def test_a_dry_run_sees_what_the_run_would_make(tmp_path, modality):
 def test_a_tag_is_a_name_of_a_backbone(tmp_path):
     found, metadata, _ = imported(written(tmp_path, backbone="timm/test_resnet.r160_in1k"))
     assert (
-        found.manifest["arch"]["name"] == "timm/test_resnet"
+        found.manifest.arch.name == "timm/test_resnet"
         and found.modality().options.crop_share == 0.95
     )
     assert row_checks.findings_from_metadata(metadata)[0].text.endswith(

@@ -106,7 +106,7 @@ def test_a_target_says_what_its_source_knows_of_its_rows(first):
         "the source's state is asked, not the one that has grown"
     )
     assert (
-        list(data.modality["state"]["spaces"]) == ["o5a2", "o7a3"]
+        list(data.modality.state["spaces"]) == ["o5a2", "o7a3"]
         and "asked for" not in data.split_text
     )
     task = job.targets["task"].model_copy(update={"label_fractions": [5, 200]})
@@ -127,10 +127,9 @@ def test_a_source_that_continues_on_another_robot_grows_and_keeps_what_it_has(fi
     initial = bundle.load(f"{stage.uri}/initial").tensors
     _, fitted, _ = pretrained(job)  # as after a restart: the text is kept with what was read
     after = bundle.load(stage.bundle_uri)
-    assert list(fitted.modality["state"]["spaces"]) == ["o5a2", "o7a3"]
+    assert list(fitted.modality.state["spaces"]) == ["o5a2", "o7a3"]
     assert (
-        fitted.modality["state"]["spaces"]["o5a2"]
-        == before.manifest["modality"]["state"]["spaces"]["o5a2"]
+        fitted.modality.state["spaces"]["o5a2"] == before.manifest.modality.state["spaces"]["o5a2"]
     )
     assert (
         "0 of 1 spaces are known; new: o7a3 (12 rows)" in fitted.moved

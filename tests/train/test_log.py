@@ -12,6 +12,7 @@ import pytest
 from toys import image_files
 
 from pipeline.checkpoints import bundle
+from pipeline.core.specs import ModalitySpec
 from pipeline.data.stream import DataWorkers
 from pipeline.io import storage
 from pipeline.train import pretrain, source
@@ -119,5 +120,5 @@ def test_a_bundle_and_a_resume_point_that_do_not_fit_say_so(small_disk, monkeypa
     task = task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state())
     fill(small_disk)
     with pytest.raises(storage.StorageError, match=clear):
-        bundle.save(str(small_disk / "bundle"), task, {"name": "image", "options": {}, "state": {}})
+        bundle.save(str(small_disk / "bundle"), task, ModalitySpec("image", {}, {}))
     assert not list(small_disk.glob(".onetomany*"))

@@ -118,8 +118,8 @@ def test_it_is_tried_at_every_validation_and_kept_with_the_bundle(tmp_path, imag
     assert [point["probe_knn"] for point in metadata["curve"]] == logged
     manifest = bundle.load(stage.bundle_uri).manifest
     assert (
-        manifest["metrics"]["probe_knn"] == logged[-1]
-        and manifest["training"]["metrics"]["probe_knn"] == logged[-1]
+        manifest.metrics["probe_knn"] == logged[-1]
+        and manifest.training["metrics"]["probe_knn"] == logged[-1]
     )
     # the last one again, from the bundle, by scikit-learn
     backbone, modality = (

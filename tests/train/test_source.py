@@ -20,6 +20,7 @@ from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Job
+from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
 from pipeline.io import storage
@@ -244,11 +245,7 @@ def test_how_files_are_identified_is_no_part_of_the_key_but_what_it_gives_is(tmp
     assert all("-stat:" in file.content for file in by_stat.reads)
 
 
-MODALITY = {
-    "name": "image",
-    "options": {"size": 32, "channels": 3},
-    "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
-}
+MODALITY = ModalitySpec("image", {"size": 32, "channels": 3}, {"mean": [0.5] * 3, "std": [0.2] * 3})
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -306,11 +303,11 @@ def test_options_that_the_checkpoint_does_not_fix_are_the_jobs(tmp_path, images,
         "src",
     )
     fitted = source.fit(stage)
-    assert fitted.arch["options"]["drop_rate"] == 0.25
-    assert fitted.modality["options"]["flip"] is False, (
+    assert fitted.arch.options["drop_rate"] == 0.25
+    assert fitted.modality.options["flip"] is False, (
         "the job's own, which the checkpoint says nothing of"
     )
-    assert fitted.modality["state"] == MODALITY["state"], "the checkpoint's"
+    assert fitted.modality.state == MODALITY.state, "the checkpoint's"
 
 
 # ---------------------------------------------------------------- text
@@ -381,7 +378,7 @@ def test_a_source_goes_on_from_a_bundle_with_rows_of_another_length(tmp_path, te
         and "tensors kept, 0 new" in metadata["transfer"]
     )
     assert held.modality().inputs()["length"] == length
-    assert (fitted.arch == bundle.load(first.bundle_uri).manifest["arch"]) == (length == 24), (
+    assert (fitted.arch == bundle.load(first.bundle_uri).manifest.arch) == (length == 24), (
         "the same network is one base"
     )
 
@@ -483,7 +480,7 @@ def test_a_tokenizer_counts_by_what_it_holds_and_not_by_its_place(tmp_path, text
     job = tokenizer_job(tmp_path, texts, tokenizer)
     stage, fitted, metadata = pretrained(job)
     assert (
-        fitted.modality["state"]["tokenizer"] == text_modality().state["tokenizer"]
+        fitted.modality.state["tokenizer"] == text_modality().state["tokenizer"]
         and metadata["steps"] == 6
     )
     assert str(tmp_path) not in json.dumps(fitted.modality), "no place of this machine travels"
@@ -870,5 +867,5 @@ def test_what_the_objective_warns_of_is_a_fact_of_the_source(tmp_path, images, m
     )
     assert (
         metadata["warning"] == "collapsed"
-        and bundle.load(stage.bundle_uri).manifest["training"]["warning"] == "collapsed"
+        and bundle.load(stage.bundle_uri).manifest.training["warning"] == "collapsed"
     )

@@ -9,6 +9,7 @@ from toys import furthest, image_files, label_state, task_of
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Phase
+from pipeline.core.specs import ModalitySpec
 from pipeline.data.stream import DataWorkers
 from pipeline.io import storage
 from pipeline.techniques.full import Full
@@ -16,11 +17,7 @@ from pipeline.train import pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.transfer import targets
 
-MODALITY = {
-    "name": "image",
-    "options": {"size": 32, "channels": 3},
-    "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
-}
+MODALITY = ModalitySpec("image", {"size": 32, "channels": 3}, {"mean": [0.5] * 3, "std": [0.2] * 3})
 LORA = {"lora": {"rank": 2, "modules": ["qkv"]}}
 
 

@@ -16,6 +16,7 @@ from toys import SMALL, image_files, job_of, sentences, shared_of, text_modality
 from pipeline.checkpoints import bundle
 from pipeline.config import provenance
 from pipeline.core.batch import Batch
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.transfer import cached_heads, fanout
 from pipeline.transfer import trial as one_trial
 
@@ -50,7 +51,7 @@ def both(
         for hyper, seed, fraction in itertools.product(hypers, seeds, fractions)
     ]
     assert len({one.id for one in group}) == len(group) and cached_heads.batchable(group, worlds[0])
-    together = {record["trial_id"]: record for record in cached_heads.run(group, worlds[0])}
+    together = {record.trial_id: record for record in cached_heads.run(group, worlds[0])}
     alone = {one.id: one_trial.run(one, worlds[1]) for one in group}
     assert together.keys() == alone.keys()
     return group, together, alone, worlds
@@ -59,18 +60,17 @@ def both(
 def check(group, together, alone, worlds, tolerance=1e-5):
     for one in group:
         a, b = together[one.id], alone[one.id]
-        assert [(row["split"], row["metric"]) for row in a["rows"]] == [
-            (row["split"], row["metric"]) for row in b["rows"]
+        assert [(row.split, row.metric) for row in a.rows] == [
+            (row.split, row.metric) for row in b.rows
         ]
-        for x, y in zip(a["rows"], b["rows"], strict=True):
-            assert x["value"] == pytest.approx(y["value"], abs=tolerance)
-            for name in ("value_low", "value_high"):
-                assert (
-                    x.get(name) == pytest.approx(y.get(name), abs=tolerance)
-                    if name in x
-                    else name not in y
-                )
-            different = {name for name in x.keys() | y.keys() if x.get(name) != y.get(name)}
+        for x, y in zip(a.rows, b.rows, strict=True):
+            assert x.value == pytest.approx(y.value, abs=tolerance)
+            assert (x.value_low is None) == (y.value_low is None)
+            if x.value_low is not None:
+                bounds = x.value_low, x.value_high
+                assert bounds == pytest.approx((y.value_low, y.value_high), abs=tolerance)
+            theirs = y.columns()
+            different = {name for name, value in x.columns().items() if value != theirs[name]}
             assert different <= {
                 "value",
                 "value_low",
@@ -79,11 +79,11 @@ def check(group, together, alone, worlds, tolerance=1e-5):
                 "started_at",
                 "bundle_uri",
             }
-        assert a["kept_step"] == b["kept_step"] and a["transfer"] == b["transfer"]
-        for p, q in zip(a["curve"], b["curve"], strict=True):
-            assert p == pytest.approx(q, abs=tolerance)
+        assert a.kept_step == b.kept_step and a.transfer == b.transfer
+        for p, q in zip(a.curve, b.curve, strict=True):
+            assert p.step == q.step and p.metrics == pytest.approx(q.metrics, abs=tolerance)
         if one.stage == "final":
-            heads = [bundle.load(record["rows"][0]["bundle_uri"]).tensors for record in (a, b)]
+            heads = [bundle.load(record.rows[0].bundle_uri).tensors for record in (a, b)]
             assert heads[0].keys() == heads[1].keys()
             for name in heads[0]:
                 assert (heads[0][name].double() - heads[1][name].double()).abs().max() < tolerance
@@ -105,7 +105,7 @@ def test_heads_together_equal_one_at_a_time(paths, tmp_path):
     ]
     group, together, alone, worlds = both(tmp_path, paths, hypers, SEEDS, FRACTIONS)
     check(group, together, alone, worlds)
-    values = {record["rows"][2]["value"] for record in together.values()}
+    values = {record.rows[2].value for record in together.values()}
     assert len(values) == len(group) == 12  # no two of them are copies
 
 
@@ -119,12 +119,8 @@ def test_texts_are_cached_as_they_are_trained_on(tmp_path):
             pa.table({"text": texts, "class": [f"c{label}" for label in labels]}), found[split]
         )
     source = (
-        {
-            "name": "transformers/bert",
-            "options": {**SMALL, "dropout": 0.1},
-            "inputs": modality.inputs(),
-        },
-        {"name": "text", "options": modality.options.model_dump(), "state": modality.state},
+        Architecture("transformers/bert", {**SMALL, "dropout": 0.1}, modality.inputs()),
+        ModalitySpec("text", modality.options.model_dump(), modality.state),
     )
     data = {**found, "modality": "text", "columns": {"text": "text", "label": "class"}}
     check(
@@ -150,7 +146,7 @@ def test_a_scaled_rate_is_that_rate_together_and_alone(paths, tmp_path):
     check(*scaled)
     plain = both(tmp_path / "plain", paths, [{"lr": 0.03}, {"lr": 0.003}])
     scaled_loss, same, slower = (
-        [point["loss"] for point in record["curve"]]
+        [point.metrics["loss"] for point in record.curve]
         for run in (scaled, plain)
         for record in run[1].values()
     )
@@ -204,9 +200,7 @@ def test_search_trials_read_no_test_rows(paths, tmp_path):
         tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], stage="search"
     )
     check(group, together, alone, worlds)
-    assert {row["split"] for record in together.values() for row in record["rows"]} == {
-        "validation"
-    }
+    assert {row.split for record in together.values() for row in record.rows} == {"validation"}
 
 
 def test_label_smoothing_and_another_metric(paths, tmp_path):
@@ -218,7 +212,7 @@ def test_label_smoothing_and_another_metric(paths, tmp_path):
         objective={"classification": {"label_smoothing": 0.1, "norm": False}},
     )
     check(group, together, alone, worlds, tolerance=2e-5)
-    assert next(iter(together.values()))["rows"][0]["metric"] == "balanced_accuracy"
+    assert next(iter(together.values())).rows[0].metric == "balanced_accuracy"
 
 
 @pytest.mark.parametrize(
@@ -277,10 +271,10 @@ def test_heads_that_were_killed_go_on_bit_for_bit(paths, tmp_path, objective):
         cached_heads.run(group, parts, kill)
     torch.manual_seed(12345)
     found = cached_heads.run(group, parts)
-    assert max(record["resumed_from"] for record in found) == 4
+    assert max(record.resumed_from for record in found) == 4
     for a, b in zip(found, want, strict=True):
-        assert a["curve"] == b["curve"] and a["kept_step"] == b["kept_step"]
-        assert [row["value"] for row in a["rows"]] == [row["value"] for row in b["rows"]]
+        assert a.curve == b.curve and a.kept_step == b.kept_step
+        assert [row.value for row in a.rows] == [row.value for row in b.rows]
     for one in group:
         lines = [
             json.loads(line)
@@ -332,24 +326,24 @@ def test_killed_heads_do_not_go_on_from_other_weights(killed):
     shared, group = killed
     anew = dataclasses.replace(shared, parent_weights={"src": "second"})
     found = cached_heads.run(group, anew)
-    assert {record["resumed_from"] for record in found} == {0}
-    assert {record["parent_weights"] for record in found} == {"second"}
+    assert {record.resumed_from for record in found} == {0}
+    assert {record.parent_weights for record in found} == {"second"}
 
 
 def test_killed_heads_that_other_code_goes_on_with_say_so(killed, edited):
     shared, group = killed
     edited()
     found = cached_heads.run(group, shared)
-    assert {record["resumed_from"] for record in found} == {4}
-    assert all(len(record["begun_by"]) == 1 for record in found)
+    assert {record.resumed_from for record in found} == {4}
+    assert all(len(record.begun_by) == 1 for record in found)
 
 
 def test_killed_heads_of_other_code_are_made_anew_on_request(killed, edited):
     shared, group = killed
     edited()
     found = cached_heads.run(group, dataclasses.replace(shared, remake=True))
-    assert {record["resumed_from"] for record in found} == {0}
-    assert all(record["begun_by"] == [] for record in found)
+    assert {record.resumed_from for record in found} == {0}
+    assert all(record.begun_by == () for record in found)
 
 
 @pytest.fixture
@@ -398,9 +392,9 @@ def test_a_head_that_fails_alone_too_is_one_failed_trial(paths, tmp_path, spoilt
     group = [trial_of(job, shared, "linear_probe", hyper) for hyper in HYPERS]
     spoilt({3}, alone_too=True)
     records = cached_heads.run(group, shared)
-    assert [record["status"] for record in records] == ["done", "failed", "done"]
-    assert records[1]["error"].startswith("NonFiniteError: loss or gradient was not finite")
-    assert [one_trial.read_record(shared.root, one.id)["status"] for one in group] == [
+    assert [record.status for record in records] == ["done", "failed", "done"]
+    assert records[1].error.startswith("NonFiniteError: loss or gradient was not finite")
+    assert [one_trial.read_record(shared.root, one.id).status for one in group] == [
         "done",
         "failed",
         "done",
@@ -420,7 +414,7 @@ def test_a_huge_rate_disturbs_no_other(paths, tmp_path):
         for root in ("together", "alone")
     ]
     group = [trial_of(job, worlds[0], "linear_probe", hyper) for hyper in hypers]
-    records = {record["trial_id"]: record for record in cached_heads.run(group, worlds[0])}
+    records = {record.trial_id: record for record in cached_heads.run(group, worlds[0])}
     fine = [group[0], group[2]]
     check(fine, records, {one.id: one_trial.run(one, worlds[1]) for one in fine}, worlds)
     assert group[1].id in records
@@ -434,12 +428,7 @@ def test_features_are_the_backbones_in_evaluation_mode(paths, tmp_path):
     shared = shared_of(tmp_path, job, paths)
     data = next(iter(shared.targets.values()))
     backbone = bundle.build_backbone(
-        {
-            "name": "timm/test_resnet",
-            "options": {"drop_rate": 0.5},
-            "inputs": {"channels": 3, "size": 32},
-        },
-        seed=1,
+        Architecture("timm/test_resnet", {"drop_rate": 0.5}, {"channels": 3, "size": 32}), seed=1
     )
     found, rest = cached_heads.features(backbone.train(), data.train, torch.device("cpu"))
     from toys import take

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.io import storage
 from pipeline.report import results
+from pipeline.report.results import ResultRow
 from pipeline.transfer import stages
 from tests.transfer import test_stages
 from tests.transfer.test_stages import job_of, reported, whole
@@ -18,9 +19,10 @@ bundles, here, paths = test_stages.bundles, test_stages.here, test_stages.paths
 TIMES = ("seconds", "started_at")
 
 
-def plain(rows: list[dict]) -> list[str]:
+def plain(rows: list[ResultRow]) -> list[str]:
     return sorted(
-        repr({name: value for name, value in row.items() if name not in TIMES}) for row in rows
+        repr({name: value for name, value in row.columns().items() if name not in TIMES})
+        for row in rows
     )
 
 
@@ -53,7 +55,7 @@ def damage_predictions(folder: Path) -> Path:
 @pytest.mark.parametrize("damage", [damage_record, damage_predictions])
 def test_a_trial_of_which_something_is_damaged_runs_again(job, here, caplog, damage):
     _, rows = whole(job)
-    one = next(row["trial_id"] for row in rows if row["technique"] == "full")
+    one = next(row.trial_id for row in rows if row.technique == "full")
     ran = sorted(here)
     here.clear()
     path = damage(Path(job.root, "trials", one))
@@ -61,7 +63,7 @@ def test_a_trial_of_which_something_is_damaged_runs_again(job, here, caplog, dam
     assert f"{path} is damaged" in caplog.text and "the next run makes it again" in caplog.text
     assert stages.trial_status(state) and not all(done for _, done in stages.trial_status(state))
     if damage is damage_record:
-        assert {row["trial_id"] for row in left} == {row["trial_id"] for row in rows} - {one}, (
+        assert {row.trial_id for row in left} == {row.trial_id for row in rows} - {one}, (
             "its numbers are not believed"
         )
     _, again = whole(job)
@@ -90,14 +92,14 @@ def test_a_damaged_table_is_written_again_from_the_records(job, here, caplog):
 
 def test_every_flipped_bit_of_a_small_table_is_found_or_changes_nothing(tmp_path):
     rows = [
-        {
-            "trial_id": f"t{i}",
-            "status": "done",
-            "trial_stage": "final",
-            "metric": "accuracy",
-            "split": "test",
-            "value": i / 7,
-        }
+        ResultRow(
+            trial_id=f"t{i}",
+            status="done",
+            trial_stage="final",
+            metric="accuracy",
+            split="test",
+            value=i / 7,
+        )
         for i in range(3)
     ]
     results.append(str(tmp_path), rows)

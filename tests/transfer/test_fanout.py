@@ -22,6 +22,7 @@ from toys import image_files, job_of, shared_of, trial_of
 
 from pipeline.config.schema import ComponentConfig, Fanout, Job
 from pipeline.modalities.image import Image
+from pipeline.report.trial_record import TrialRecord
 from pipeline.train import launch
 from pipeline.train.launch import ClusterError
 from pipeline.train.loop import Ranks
@@ -231,7 +232,7 @@ def test_goodness_is_higher_for_the_better_whatever_the_metric(
 
     def run(one, shared, report):
         report(3, 12, {metric: 0.25})
-        return {"status": "done"}
+        return TrialRecord(one.id)
 
     unit = fanout.Unit((trial_of(job, shared, "full", stage="search"),), False)
     first, last = run_unit(monkeypatch, shared, unit, run)
@@ -260,9 +261,9 @@ def test_whatever_a_trial_raises_becomes_its_record(paths, tmp_path, monkeypatch
     record = one_trial.read_record(shared.root, one.id)
     assert (
         record is not None
-        and record["status"] == "failed"
-        and record["error"].startswith("MemoryError: no more")
-        and len(record["error"]) == 2000
+        and record.status == "failed"
+        and record.error.startswith("MemoryError: no more")
+        and len(record.error) == 2000
     )
 
 
@@ -336,9 +337,7 @@ def test_the_best_seed_of_a_cell_keeps_its_bundle(tmp_path, order, higher, once)
         for one in trials:
             fanout.prune_bundles(str(tmp_path), [one], "best", best)
     winner = f"full-{2 if higher else 0}"
-    assert left(tmp_path) == [winner] and [record["trial_id"] for record in best.values()] == [
-        winner
-    ]
+    assert left(tmp_path) == [winner] and [record.trial_id for record in best.values()] == [winner]
     assert all((tmp_path / "trials" / one.id / "record.json").exists() for one in trials), (
         "their results stay"
     )
@@ -398,7 +397,7 @@ def test_trials_make_bundles_only_where_some_are_kept(paths, tmp_path):
         shared = shared_of(tmp_path, job, paths, root=f"keep-{keep}", keep_bundles=keep)
         for stage in ("search", "final"):
             record = one_trial.run(trial_of(job, shared, "full", stage=stage), shared, Ranks())
-            assert (record["rows"][0]["bundle_uri"] is not None) == (keep and stage == "final")
+            assert (record.rows[0].bundle_uri is not None) == (keep and stage == "final")
         assert len(left(Path(shared.root))) == keep
 
 
@@ -534,10 +533,10 @@ def test_only_what_is_to_run_is_run(world, monkeypatch, tmp_path):
 
     monkeypatch.setattr(fanout, "_tune", tune)
     records = fanout.run("x", trials, shared, job.fanout, None)  # type: ignore[arg-type]
-    assert ran == [one.id for one in trials[1:]] and [record["trial_id"] for record in records] == [
+    assert ran == [one.id for one in trials[1:]] and [record.trial_id for record in records] == [
         one.id for one in trials
     ]
-    assert [record["status"] for record in records] == ["done"] * 4
+    assert [record.status for record in records] == ["done"] * 4
 
 
 # ---------------------------------------------------------------- units
@@ -773,13 +772,13 @@ def test_a_trial_that_hangs_is_ended_and_the_others_go_on(paths, tmp_path, ray_h
     spec = Fanout.model_validate({"silence_timeout_minutes": 0.25, "cpus_per_trial": 0.5})
     progress = Notes()
     records = fanout.run("x", [*hanging, *fine], shared, spec, progress)
-    assert [record["status"] for record in records] == ["failed"] * 3 + ["done"] * 3, [
-        record["error"] for record in records
+    assert [record.status for record in records] == ["failed"] * 3 + ["done"] * 3, [
+        record.error for record in records
     ]
     for record in records[:3]:
         assert (
             "took no step and read no batch for 0.25 minutes (fanout.silence_timeout_minutes)"
-            in record["error"]
+            in record.error
         )
     assert len([line for line in progress.lines if "its process was ended" in line]) == 3
 
@@ -794,8 +793,8 @@ def test_a_trial_that_takes_too_long_is_ended(paths, tmp_path, ray_here):
     spec = Fanout.model_validate({"trial_timeout_minutes": 0.1, "cpus_per_trial": 0.5})
     (record,) = fanout.run("x", [endless], shared, spec, Notes())
     assert (
-        record["status"] == "failed"
-        and "ran longer than 0.1 minutes (fanout.trial_timeout_minutes)" in record["error"]
+        record.status == "failed"
+        and "ran longer than 0.1 minutes (fanout.trial_timeout_minutes)" in record.error
     )
 
 

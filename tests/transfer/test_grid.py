@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,10 @@ from toys import image_files, image_rows, job_of, rows_of, shared_of, trial_of
 
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import ComponentConfig, Job, Train
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifest
 from pipeline.data.stream import Rows
+from pipeline.report.trial_record import TrialRecord
 from pipeline.transfer import cached_heads, grid
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.grid import label_subset
@@ -303,13 +306,10 @@ def test_draws_come_from_the_jobs_seed_alone(world):
 
 
 def bases_of(*names):
-    modality = {"name": "image", "options": {}, "state": {}}
+    modality = ModalitySpec("image", {}, {})
     return grid.bases(
         {
-            name: (
-                {"name": f"timm/{arch}", "options": {}, "inputs": {}},
-                {**modality, "state": {"mean": [mean]}},
-            )
+            name: (Architecture(f"timm/{arch}", {}, {}), replace(modality, state={"mean": [mean]}))
             for name, arch, mean in names
         }
     )
@@ -362,9 +362,7 @@ def test_a_probe_of_random_weights_starts_where_scratch_does_and_moves_the_head_
     assert all(torch.equal(start[name], kept[name]) for name in start)
     record = one_trial.run(found["random_probe"], shared)
     task = one_trial.build(found["random_probe"], shared)[0]
-    assert record["rows"][0]["params_trained"] == sum(
-        p.numel() for p in task.objective.parameters()
-    )
+    assert record.rows[0].params_trained == sum(p.numel() for p in task.objective.parameters())
     assert cached_heads.batchable([found["random_probe"]], shared) and not cached_heads.batchable(
         [found["scratch"]], shared
     )
@@ -458,40 +456,38 @@ def test_a_trial_writes_what_truly_ran(world, paths, tmp_path):
     shared = shared_of(tmp_path, job, paths, keep_bundles=True)
     one = trial_of(job, shared, "lp_ft", {"lr": 0.004}, fraction=0.5, seed=2)
     record = one_trial.run(one, shared)
-    rows = record["rows"]
-    assert {(row["split"], row["metric"]) for row in rows} == {
+    rows = record.rows
+    assert {(row.split, row.metric) for row in rows} == {
         (s, m) for s in ("test", "validation") for m in ("accuracy", "macro_f1", "loss")
     }
     first = rows[0]
     assert (
-        first["split"],
-        first["metric"],
-        first["status"],
-        first["steps"],
-        first["n_train"],
-        first["n_eval"],
-        first["n_units"],
+        first.split,
+        first.metric,
+        first.status,
+        first.steps,
+        first.n_train,
+        first.n_eval,
+        first.n_units,
     ) == ("test", "accuracy", "done", 12, 30, 24, 24)
-    assert (
-        first["hyper_parameters"]["lr"] == 0.004 and first["hyper_parameters"]["global_batch"] == 16
-    )
+    assert first.settings["lr"] == 0.004 and first.settings["global_batch"] == 16
     task, _, start = one_trial.build(one, shared)
-    assert first["hyper_parameters"]["start_weights"] == start and first["params_trained"] == sum(
+    assert first.settings["start_weights"] == start and first.params_trained == sum(
         p.numel() for p in task.parameters()
     )
     assert (
-        first["value_low"] <= first["value"] <= first["value_high"]
-        and first["interval"] == "95% bootstrap over test rows"
+        first.value_low <= first.value <= first.value_high
+        and first.interval == "95% bootstrap over test rows"
     )
-    assert one_trial.read_record(shared.root, one.id)["trial_id"] == one.id
+    assert one_trial.read_record(shared.root, one.id).trial_id == one.id
     run = one_trial.read_predictions(shared.root, one.id, 2)
     assert run is not None and run.rows.tolist() == list(range(24))
     assert (
         run.predictions["scores"].argmax(1) == run.predictions["label"]
-    ).mean() == pytest.approx(first["value"])
+    ).mean() == pytest.approx(first.value)
     from pipeline.checkpoints import bundle
 
-    again = bundle.load(first["bundle_uri"]).task()
+    again = bundle.load(first.bundle_uri).task()
     assert list(again.objective.state["labels"]) == ["class 0", "class 1", "class 2"]
     assert one_trial.weights_hash(again) != start
 
@@ -511,17 +507,10 @@ def killed_after(steps: int):
     return alive
 
 
-def without_time(record: dict) -> dict:
+def without_time(record: TrialRecord) -> dict:
     """A record but for what is another every time, and for where it lies."""
-    rows = [
-        {
-            name: value
-            for name, value in row.items()
-            if name not in ("seconds", "started_at", "bundle_uri")
-        }
-        for row in record["rows"]
-    ]
-    return {**record, "rows": rows, "resumed_from": None}
+    rows = [replace(row, seconds=None, started_at=None, bundle_uri=None) for row in record.rows]
+    return replace(record, rows=tuple(rows), resumed_from=0).to_json()
 
 
 @pytest.mark.parametrize("technique", ["full", "lp_ft", "scratch", "linear_probe"])
@@ -546,9 +535,9 @@ def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique)
     torch.manual_seed(12345)  # the process that goes on has a random state of its own
     taken = []
     found = one_trial.run(one, parts, alive=lambda: taken.append(1))
-    assert found["resumed_from"] == 4 and len(taken) == 12 - 4 and want["resumed_from"] == 0
+    assert found.resumed_from == 4 and len(taken) == 12 - 4 and want.resumed_from == 0
     assert without_time(found) == without_time(want) and not points.exists()
-    weights = [bundle.load(record["rows"][0]["bundle_uri"]).tensors for record in (found, want)]
+    weights = [bundle.load(record.rows[0].bundle_uri).tensors for record in (found, want)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     logs = [
         [
@@ -638,8 +627,8 @@ def test_a_search_trial_never_reads_the_test_rows(world, paths, tmp_path):
     data = next(iter(shared.targets.values()))
     data.test = None  # type: ignore[assignment]
     record = one_trial.run(trial_of(job, shared, "full", stage="search"), shared)
-    assert {row["split"] for row in record["rows"]} == {"validation"} and all(
-        "value_low" not in row for row in record["rows"]
+    assert {row.split for row in record.rows} == {"validation"} and all(
+        row.value_low is None for row in record.rows
     )
 
 
@@ -649,9 +638,9 @@ def test_a_failed_trial_has_its_row(world, paths, tmp_path):
     one = trial_of(job, shared, "full", {"lr": 0.7})
     record = one_trial.failed_record(one, shared, "OutOfMemoryError: no more")
     assert one_trial.read_record(shared.root, one.id) == record
-    assert [
-        (row["status"], row["error"], row["hyper_parameters"]["lr"]) for row in record["rows"]
-    ] == [("failed", "OutOfMemoryError: no more", 0.7)]
+    assert [(row.status, row.error, row.settings["lr"]) for row in record.rows] == [
+        ("failed", "OutOfMemoryError: no more", 0.7)
+    ]
 
 
 def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, paths):
@@ -688,16 +677,10 @@ def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, p
         grid.bases(
             {
                 "src": (
-                    {
-                        "name": "timm/test_resnet",
-                        "options": {},
-                        "inputs": {"channels": 3, "size": 32},
-                    },
-                    {
-                        "name": "image",
-                        "options": {**options, "fit": fit},
-                        "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
-                    },
+                    Architecture("timm/test_resnet", {}, {"channels": 3, "size": 32}),
+                    ModalitySpec(
+                        "image", {**options, "fit": fit}, {"mean": [0.5] * 3, "std": [0.2] * 3}
+                    ),
                 )
             }
         )[0]
@@ -723,22 +706,11 @@ def test_a_crop_share_of_a_target_is_for_rows_that_are_cropped(tmp_path, paths):
         return targets.stage(job_of(tmp_path, paths, data=data), "task")
 
     def base(**options):
-        modality = {
-            "name": "image",
-            "options": {"size": 32, "channels": 3, **options},
-            "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
-        }
+        modality = ModalitySpec(
+            "image", {"size": 32, "channels": 3, **options}, {"mean": [0.5] * 3, "std": [0.2] * 3}
+        )
         return grid.bases(
-            {
-                "src": (
-                    {
-                        "name": "timm/test_resnet",
-                        "options": {},
-                        "inputs": {"channels": 3, "size": 32},
-                    },
-                    modality,
-                )
-            }
+            {"src": (Architecture("timm/test_resnet", {}, {"channels": 3, "size": 32}), modality)}
         )[0]
 
     with pytest.raises(

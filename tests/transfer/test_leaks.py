@@ -15,6 +15,7 @@ from toys import stays
 
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.transfer import leaks, stages
 from tests.transfer.test_targets import Silent
 
@@ -117,8 +118,8 @@ def notes_of(
     kind = registry.get("modality", modality)
     options = kind.options_class()
     state = kind.fit(options, made if known is None else known, columns, "")
-    fitted = {"name": modality, "options": options.model_dump(), "state": state}
-    arch = {**backbone, "inputs": kind(options, state).inputs()}
+    fitted = ModalitySpec(modality, options.model_dump(), state)
+    arch = Architecture(**backbone, inputs=kind(options, state).inputs())
     bundle.save(
         str(folder / "source"),
         bundle.build_backbone(arch, seed=0),
@@ -214,7 +215,7 @@ def test_all_names_that_one_side_lacks_stand_in_the_report(tmp_path):
     )
     ours = records(200, False)
     found = notes_of(tmp_path, ours, "events", EVENTS, RECURRENT, theirs)
-    known = bundle.load(str(tmp_path / "source")).manifest["modality"]["state"]["variables"]
+    known = bundle.load(str(tmp_path / "source")).manifest.modality.state["variables"]
     lacking = next(
         note for note in found if "variables that the source knows and its rows lack" in note
     )

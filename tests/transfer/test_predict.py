@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -23,6 +24,7 @@ from pipeline.checkpoints import bundle, classifier_export, exported_classifier,
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifest
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item
@@ -94,11 +96,11 @@ def test_a_row_that_cannot_be_read_has_its_reason_and_no_prediction(name, tmp_pa
 
 # ---------------------------------------------------------------- export
 
-IMAGES = {
-    "name": "image",
-    "options": {"size": 64, "fit": "squash", "crop_share": 0.9},
-    "state": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
-}
+IMAGES = ModalitySpec(
+    "image",
+    {"size": 64, "fit": "squash", "crop_share": 0.9},
+    {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def text_bundle(tmp_path_factory):
     bundle.save(
         uri,
         task_of("transformers/bert", modality.inputs(), "mlm", **SMALL),
-        {"name": "text", "options": modality.options.model_dump(), "state": modality.state},
+        ModalitySpec("text", modality.options.model_dump(), modality.state),
     )
     return uri
 
@@ -169,7 +171,7 @@ def test_timm_gives_the_bundles_scores_and_its_folder_starts_again(name, objecti
     assert not start.load_into(twin).new and torch.equal(
         twin(batch).pooled, task.backbone(batch).pooled
     )
-    assert start.modality["state"] == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert start.modality.state == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
 
 
 OPEN_ALONE = """
@@ -258,7 +260,7 @@ def test_a_classifier_trained_with_defaults_is_exported_with_its_norm(
     start = pretrained.read(f"hf:{out}") if not suffix else pretrained.read(f"file:{target}", name)
     arch = start.arch or task.backbone.arch
     twin = bundle.build_backbone(
-        {**arch, "inputs": task.backbone.arch["inputs"], "options": task.backbone.arch["options"]}
+        replace(arch, inputs=task.backbone.arch.inputs, options=task.backbone.arch.options)
     )
     assert not start.load_into(twin).new and all(
         torch.equal(t, weights(task.backbone)[n]) for n, t in weights(twin).items()
@@ -366,7 +368,7 @@ def test_an_export_is_whole_or_absent_and_never_over_another_folder(
     atomic_folder.verify_folder(out, metadata)
     assert (
         metadata["bundle"] == text_bundle
-        and metadata["sha256_of_bundle"] == bundle.load(text_bundle).manifest["sha256"]
+        and metadata["sha256_of_bundle"] == bundle.load(text_bundle).manifest.sha256
     )
     with pytest.raises(
         ValueError, match=r"out is there already; give a new folder, or remove it first"

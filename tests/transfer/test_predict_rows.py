@@ -25,17 +25,14 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.checkpoints import bundle
+from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifest
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.modalities.image import Image, ImageOptions
 from pipeline.train.progress import Progress
 from pipeline.transfer import predict
 
-PIXELS = {
-    "name": "image",
-    "options": {"size": 16, "channels": 1},
-    "state": {"mean": [0.5], "std": [0.2]},
-}
+PIXELS = ModalitySpec("image", {"size": 16, "channels": 1}, {"mean": [0.5], "std": [0.2]})
 
 
 def image_bundle(folder) -> str:
@@ -140,7 +137,7 @@ def test_an_error_in_a_data_worker_is_one_line(ray_here, tmp_path):
 
 def modalities():
     return {
-        "image": (Image(ImageOptions(**PIXELS["options"]), PIXELS["state"]), "timm/test_resnet"),
+        "image": (Image(ImageOptions(**PIXELS.options), PIXELS.state), "timm/test_resnet"),
         "text": (text_modality(), "transformers/bert"),
         "audio": (
             Audio(
@@ -236,7 +233,7 @@ def test_a_column_of_another_type_is_one_line_before_anything_starts(name, colum
     bundle.save(
         str(tmp_path / "b"),
         task,
-        {"name": name, "options": modality.options.model_dump(), "state": modality.state},
+        ModalitySpec(name, modality.options.model_dump(), modality.state),
         columns=roles,
     )
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")

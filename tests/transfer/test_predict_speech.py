@@ -18,6 +18,7 @@ from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.core.contracts import Batch
+from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifest
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item
@@ -105,7 +106,7 @@ def save(folder, steps: int = 0) -> str:
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()
-    named = {"name": "audio", "options": options.model_dump(), "state": modality.state}
+    named = ModalitySpec("audio", options.model_dump(), modality.state)
     bundle.save(str(folder / "bundle"), task.eval(), named, columns=columns)
     return str(folder / "bundle")
 
@@ -126,7 +127,7 @@ def found(uri: str, table: pa.Table, folder, **columns: str) -> list[pa.Table]:
     pq.write_table(table, folder / "rows.parquet")
     rows = manifest.build([str(folder / "rows.parquet")], "auto", str(folder / "imports"))
     kind, modality = registry.get("objective", "ctc"), bundle.load(uri).modality()
-    columns = predict._columns(modality, kind, bundle.load(uri).manifest["columns"], columns, rows)
+    columns = predict._columns(modality, kind, bundle.load(uri).manifest.columns, columns, rows)
     work = predict._Predictor(
         uri, Selection(rows), columns, predict._carried(modality, columns, rows)
     )
@@ -336,7 +337,7 @@ def test_subtitles_of_what_transcribes_nothing_are_refused(untrained, tmp_path):
     bundle.save(
         str(tmp_path / "bundle"),
         task,
-        {"name": "image", "options": {"size": 32}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}},
+        ModalitySpec("image", {"size": 32}, {"mean": [0.5] * 3, "std": [0.2] * 3}),
     )
     with pytest.raises(
         BundleError,

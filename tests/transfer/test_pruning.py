@@ -50,7 +50,7 @@ def both(tmp_path, vit, paths, here) -> tuple[Job, set[str], set[str]]:
     first = job_of(tmp_path, {"a": {"backbone": vit}}, paths)
     _, old = run_through(first)
     _, new = run_through(with_steps(first, 4))
-    return with_steps(first, 4), {row["trial_id"] for row in old}, {row["trial_id"] for row in new}
+    return with_steps(first, 4), {row.trial_id for row in old}, {row.trial_id for row in new}
 
 
 def folders(job: Job) -> set[str]:
@@ -72,7 +72,7 @@ def test_stale_rows_are_named_and_stand_in_no_table(both):
     assert [cell.n_seeds for cell in cells] == [2, 2, 2], "two seeds of now, not four"
     assert "rows of results.parquet are stale" in storage.read_bytes(markdown).decode()
     assert state.notes == [], "told anew each time, not kept"
-    assert pruning.describe_stale([row for row in results.read(job.root) if row["current"]]) == []
+    assert pruning.describe_stale([row for row in results.read(job.root) if row.current]) == []
 
 
 def test_stale_trials_go_with_their_rows_and_bundles_and_nothing_else_does(both):
@@ -84,10 +84,10 @@ def test_stale_trials_go_with_their_rows_and_bundles_and_nothing_else_does(both)
         and found.rows == len(results.read(job.root)) // 2
         and not found.kept
     )
-    before = [row for row in results.read(job.root) if row["current"]]
+    before = [row for row in results.read(job.root) if row.current]
     pruning.prune(job.root, found)
     assert folders(job) == new and results.read(job.root) == before
-    assert all(bundle.exists(row["bundle_uri"]) for row in before if row["bundle_uri"])
+    assert all(bundle.exists(row.bundle_uri) for row in before if row.bundle_uri)
     assert stages.stale(prepared(job)).lines() == [
         "nothing is stale: every trial that is kept belongs to the job"
     ]
@@ -116,9 +116,7 @@ def test_stacks_of_stale_trials_go(both):
 def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):
     job, old, new = both
     used = next(
-        row["bundle_uri"]
-        for row in results.read(job.root)
-        if row["bundle_uri"] and row["trial_id"] in old
+        row.bundle_uri for row in results.read(job.root) if row.bundle_uri and row.trial_id in old
     )
     other = changed(job_of(tmp_path, {"b": {"backbone": f"bundle:{used}"}}, paths), name="other")
     stages.share(prepared(other))
@@ -126,15 +124,13 @@ def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):
     assert found.kept == {Path(used).parent.name: "job other"}
     pruning.prune(job.root, found)
     assert bundle.exists(used) and folders(job) == new | found.kept.keys()
-    assert any(row["bundle_uri"] == used for row in results.read(job.root)), "and its rows"
+    assert any(row.bundle_uri == used for row in results.read(job.root)), "and its rows"
 
 
 def test_jobs_that_recorded_no_uses_are_known_by_their_tables(both, tmp_path, paths):
     job, old, _ = both
     used = next(
-        row["bundle_uri"]
-        for row in results.read(job.root)
-        if row["bundle_uri"] and row["trial_id"] in old
+        row.bundle_uri for row in results.read(job.root) if row.bundle_uri and row.trial_id in old
     )
     other = changed(job_of(tmp_path, {"b": {"backbone": f"bundle:{used}"}}, paths), name="other")
     run_through(other)
@@ -145,9 +141,7 @@ def test_jobs_that_recorded_no_uses_are_known_by_their_tables(both, tmp_path, pa
 def test_a_trial_that_the_jobs_own_source_starts_from_stays(both, tmp_path):
     job, old, _ = both
     used = next(
-        row["bundle_uri"]
-        for row in results.read(job.root)
-        if row["bundle_uri"] and row["trial_id"] in old
+        row.bundle_uri for row in results.read(job.root) if row.bundle_uri and row.trial_id in old
     )
     own = changed(job, sources={"a": {"backbone": f"bundle:{used}"}})
     run_through(own)
@@ -167,7 +161,7 @@ def test_nothing_is_pruned_while_the_jobs_trials_are_not_known(both):
     again = [
         row
         for row in results.read(job.root)
-        if row["current"] and row["trial_stage"] == "search" and row["seed"] > 0
+        if row.current and row.trial_stage == "search" and row.seed > 0
     ]
     assert again, "the best draws were tried again, and belong to the job"
     assert set(stages.stale(prepared(searching)).trials) == folders(job) - {

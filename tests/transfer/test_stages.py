@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +25,12 @@ from toys import image_files, label_state, task_of
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Job
+from pipeline.core.specs import Architecture
 from pipeline.data import duplicates
 from pipeline.io import checksums, file_identity, storage
 from pipeline.report import results
+from pipeline.report.results import ResultRow
+from pipeline.report.trial_record import TrialRecord
 from pipeline.train import row_checks, source
 from pipeline.train.loop import Ranks
 from pipeline.transfer import dry_run, grid, overlap, stages, targets, trial
@@ -45,7 +49,7 @@ def saved(path: Path, seed: int, mean: float = 0.5) -> str:
     bundle.save(
         str(path),
         task,
-        {**MODALITY, "state": {"mean": [mean] * 3, "std": [0.2] * 3}},
+        replace(MODALITY, state={"mean": [mean] * 3, "std": [0.2] * 3}),
         training={"transfer": ""},
         metrics={},
     )
@@ -115,7 +119,7 @@ def whole(job: Job) -> tuple[stages.JobState, list[dict[str, Any]]]:
     """The stages of `run` after pretraining."""
     state = prepared(job)
     shared = stages.share(state)
-    rows = results.with_all_columns(stages.collect(state, stages.finetune(state, shared)))
+    rows = stages.collect(state, stages.finetune(state, shared))
     return state, rows
 
 
@@ -127,7 +131,7 @@ def reported(job: Job) -> tuple[stages.JobState, list[dict[str, Any]]]:
 
 def alike(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
     def key(row):
-        return row["trial_id"], str(row["split"]), str(row["metric"])
+        return row.trial_id, str(row.split), str(row.metric)
 
     return sorted(one, key=key) == sorted(other, key=key)
 
@@ -137,8 +141,8 @@ def primary(rows: list[dict[str, Any]], **where) -> list[dict[str, Any]]:
     return [
         row
         for row in rows
-        if row["split"] == "test"
-        and row["metric"] == "accuracy"
+        if row.split == "test"
+        and row.metric == "accuracy"
         and all(row[k] == v for k, v in where.items())
     ]
 
@@ -155,7 +159,7 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
     ), "known, and none done"
     _, rows = whole(job)
     assert len(here) == 2 * (1 + 2 * 2), "scratch once for the two sources, which read alike"
-    assert {(row["source"], row["technique"], row["seed"]) for row in primary(rows)} == {
+    assert {(row.source, row.technique, row.seed) for row in primary(rows)} == {
         *(("none", "scratch", seed) for seed in range(2)),
         *(
             (name, technique, seed)
@@ -164,25 +168,23 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
             for seed in range(2)
         ),
     }
-    scratch = {row["seed"]: row["value"] for row in primary(rows, source="none")}
+    scratch = {row.seed: row.value for row in primary(rows, source="none")}
     for row in primary(rows):
-        if row["source"] == "none":
-            assert row["gain"] is None and row["scratch_value"] is None
+        if row.source == "none":
+            assert row.gain is None and row.scratch_value is None
         else:
-            assert row["scratch_value"] == scratch[row["seed"]], "of the same seed"
+            assert row.scratch_value == scratch[row.seed], "of the same seed"
             assert (
-                row["gain"] == pytest.approx(row["value"] - row["scratch_value"])
-                and row["gain_low"] <= row["gain"] <= row["gain_high"]
+                row.gain == pytest.approx(row.value - row.scratch_value)
+                and row.gain_low <= row.gain <= row.gain_high
             )
     losses = [
-        row
-        for row in rows
-        if row["metric"] == "loss" and row["split"] == "test" and row["source"] != "none"
+        row for row in rows if row.metric == "loss" and row.split == "test" and row.source != "none"
     ]
     assert losses and all(
-        row["gain"] == pytest.approx(row["scratch_value"] - row["value"]) for row in losses
+        row.gain == pytest.approx(row.scratch_value - row.value) for row in losses
     ), "lower is better"
-    assert all(row["gain"] is None for row in rows if row["split"] == "validation")
+    assert all(row.gain is None for row in rows if row.split == "validation")
     written = results.read(job.root)
     assert alike(written, rows) and len(written) == 10 * 2 * 3
     state, again = reported(job)
@@ -215,27 +217,21 @@ def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths
     state, rows = whole(job)
     cells = {(cell.source, cell.backbone): cell for cell in stages.show(state, rows)[0]}
     for row in rows:
-        compared = row["split"] == "test" and row["source"] != "none"
-        cell = cells[row["source"], row["backbone"]]
-        assert row["paired_seeds"] == (2 if compared else None)
-        assert row["gain_p_holm"] == (
-            cell.gain_p_holm if compared and row["metric"] == cell.metric else None
+        compared = row.split == "test" and row.source != "none"
+        cell = cells[row.source, row.backbone]
+        assert row.paired_seeds == (2 if compared else None)
+        assert row.gain_p_holm == (
+            cell.gain_p_holm if compared and row.metric == cell.metric else None
         )
         if compared:
             best = next(
-                other["value"]
+                other.value
                 for other in rows
-                if (
-                    other["source"],
-                    other["backbone"],
-                    other["seed"],
-                    other["metric"],
-                    other["split"],
-                )
-                == ("none", cell.baseline, row["seed"], row["metric"], "test")
+                if (other.source, other.backbone, other.seed, other.metric, other.split)
+                == ("none", cell.baseline, row.seed, row.metric, "test")
             )
-            assert row["baseline_gain"] == pytest.approx(
-                (row["value"] - best) * (1 if row["higher_is_better"] else -1)
+            assert row.baseline_gain == pytest.approx(
+                (row.value - best) * (1 if row.higher_is_better else -1)
             )
     assert {cell.baseline for cell in cells.values() if cell.source != "none"} <= {
         "timm/test_vit",
@@ -247,21 +243,21 @@ def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths
 def test_a_bundle_is_told_of_where_it_is(tmp_path, bundles, paths, here):
     """The best seed of each cell, and no other, says where its bundle lies."""
     _, rows = whole(job_of(tmp_path, {"a": bundles["a"]}, paths))
-    uris = {row["trial_id"]: row["bundle_uri"] for row in primary(rows)}
+    uris = {row.trial_id: row.bundle_uri for row in primary(rows)}
     assert all(
-        uri is None or bundle.load(uri).manifest["spec_hash"] == name for name, uri in uris.items()
+        uri is None or bundle.load(uri).manifest.spec_hash == name for name, uri in uris.items()
     )
     assert sum(uri is not None for uri in uris.values()) == 3
     for cell in (("none", "scratch"), ("a", "linear_probe"), ("a", "full")):
         of = {
-            row["trial_id"]: row
+            row.trial_id: row
             for row in rows
-            if (row["source"], row["technique"]) == cell
-            and row["split"] == "validation"
-            and row["metric"] == "accuracy"
+            if (row.source, row.technique) == cell
+            and row.split == "validation"
+            and row.metric == "accuracy"
         }
-        (kept,) = (row for row in of.values() if row["bundle_uri"])
-        assert kept["value"] == max(row["value"] for row in of.values())
+        (kept,) = (row for row in of.values() if row.bundle_uri)
+        assert kept.value == max(row.value for row in of.values())
 
 
 @pytest.mark.parametrize(
@@ -275,9 +271,7 @@ def test_a_row_never_names_a_bundle_that_is_gone(tmp_path, bundles, paths, here,
     whole(job)
     _, rows = whole(changed(job, fanout=words))
     assert {
-        row["bundle_uri"]
-        for row in rows
-        if row["bundle_uri"] and not bundle.exists(row["bundle_uri"])
+        row.bundle_uri for row in rows if row.bundle_uri and not bundle.exists(row.bundle_uri)
     } == set()
 
 
@@ -286,17 +280,17 @@ def test_a_gain_without_predictions_has_no_interval(tmp_path, bundles, paths, he
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
     _, rows = whole(job)
     for row in primary(rows, source="none"):
-        storage.remove_tree(storage.join(job.root, "trials", row["trial_id"], "predictions.npz"))
+        storage.remove_tree(storage.join(job.root, "trials", row.trial_id, "predictions.npz"))
     _, again = reported(job)
-    compared = [row for row in again if row["gain"] is not None]
-    assert {row["metric"] for row in compared} == {"accuracy", "macro_f1", "loss"} and len(
+    compared = [row for row in again if row.gain is not None]
+    assert {row.metric for row in compared} == {"accuracy", "macro_f1", "loss"} and len(
         compared
     ) == 6
     for row in compared:
-        sign = -1 if row["metric"] == "loss" else 1
+        sign = -1 if row.metric == "loss" else 1
         assert (
-            row["gain"] == pytest.approx(sign * (row["value"] - row["scratch_value"]))
-            and row["gain_low"] is row["gain_high"] is None
+            row.gain == pytest.approx(sign * (row.value - row.scratch_value))
+            and row.gain_low is row.gain_high is None
         )
 
 
@@ -322,7 +316,7 @@ def test_an_interrupted_run_is_reported_as_far_as_it_came(
     with pytest.raises(KeyboardInterrupt):
         whole(job)
     _, rows = reported(job)
-    assert {row["trial_id"] for row in rows} == set(count)
+    assert {row.trial_id for row in rows} == set(count)
     ended = stages.trial_status(prepared(job))
     assert sorted(done for _, done in ended) == [False, True, True, True]
     monkeypatch.setattr(trial, "run", real)
@@ -337,9 +331,9 @@ def test_a_technique_more_keeps_the_rows_that_are_there(tmp_path, bundles, paths
     here.clear()
     _, more = whole(changed(job, techniques=["scratch", "full", "linear_probe"]))
     assert len(here) == 2 and {
-        row["trial_id"] for row in more if row["technique"] == "linear_probe"
+        row.trial_id for row in more if row.technique == "linear_probe"
     } == set(here)
-    assert alike([row for row in more if row["technique"] != "linear_probe"], rows)
+    assert alike([row for row in more if row.technique != "linear_probe"], rows)
     written = results.read(job.root)
     assert alike(written, more)
     here.clear()
@@ -357,12 +351,12 @@ def test_the_table_marks_rows_of_trials_that_are_no_longer_in_the_job(
     longer = Job.model_validate(steps)
     _, rows = whole(longer)
     written = results.read(job.root)
-    now = {row["trial_id"] for row in rows}
+    now = {row.trial_id for row in rows}
     assert len(written) == 2 * len(rows), "what was run before is kept"
-    assert {row["trial_id"] for row in written if row["current"]} == now
-    assert all(row["current"] is False for row in written if row["trial_id"] not in now)
+    assert {row.trial_id for row in written if row.current} == now
+    assert all(row.current is False for row in written if row.trial_id not in now)
     reported(job)
-    assert {row["trial_id"] for row in results.read(job.root) if not row["current"]} == now, (
+    assert {row.trial_id for row in results.read(job.root) if not row.current} == now, (
         "the job as it was before again"
     )
 
@@ -371,15 +365,9 @@ def searched(rows, technique):
     """Draw to seed to validation value."""
     out: dict[float, dict[int, float]] = {}
     for row in rows:
-        if (row["trial_stage"], row["technique"], row["metric"]) == (
-            "search",
-            technique,
-            "accuracy",
-        ):
-            assert row["split"] == "validation"
-            out.setdefault(json.loads(row["hyper_parameters"])["lr"], {})[row["seed"]] = row[
-                "value"
-            ]
+        if (row.trial_stage, row.technique, row.metric) == ("search", technique, "accuracy"):
+            assert row.split == "validation"
+            out.setdefault(json.loads(row.hyper_parameters)["lr"], {})[row.seed] = row.value
     return out
 
 
@@ -408,10 +396,10 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
         )
         final = primary(rows, technique=technique)
         assert all(set(values[lr]) == {0, 1000, 1001} for lr in again) and {
-            row["seed"] for row in final
+            row.seed for row in final
         } == {0, 1}
         means = {lr: sum(values[lr].values()) / 3 for lr in again}
-        (chosen,) = {json.loads(row["hyper_parameters"])["lr"] for row in final}
+        (chosen,) = {json.loads(row.hyper_parameters)["lr"] for row in final}
         assert means[chosen] == max(means.values())
     assert alike(reported(job)[1], rows)
     ended = stages.trial_status(prepared(job))
@@ -421,15 +409,15 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
         "it varies, or by chance every draw was as good"
     )
     for row in rows:
-        drawn = json.loads(row["drawn"])
-        assert (
-            drawn in grid.draws(job) and drawn["lr"] == json.loads(row["hyper_parameters"])["lr"]
-        ), "search and final trials"
+        drawn = json.loads(row.drawn)
+        assert drawn in grid.draws(job) and drawn["lr"] == json.loads(row.hyper_parameters)["lr"], (
+            "search and final trials"
+        )
     here.clear()
     _, without = whole(
         changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}})
     )
-    assert {row["seed"] for row in without if row["trial_stage"] == "search"} == {0}
+    assert {row.seed for row in without if row.trial_stage == "search"} == {0}
     state, again_rows = reported(
         changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}})
     )
@@ -442,7 +430,7 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
 def test_a_draw_that_failed_with_a_further_seed_does_not_win(world_of_draws):
     search, records = world_of_draws
     assert stages._winners(search, records) == {"cell": {"lr": 0.2}}
-    records[-1]["status"] = "failed"
+    records[-1] = replace(records[-1], status="failed")
     assert stages._winners(search, records) == {"cell": {"lr": 0.1}}, (
         "with one seed fewer than the other"
     )
@@ -459,19 +447,8 @@ def world_of_draws():
     search, records = [], []
     for (lr, seed), value in values.items():
         search.append(SimpleNamespace(id=f"{lr}-{seed}", cell="cell", hyper_parameters={"lr": lr}))
-        records.append(
-            {
-                "status": "done",
-                "rows": [
-                    {
-                        "metric": "accuracy",
-                        "split": "validation",
-                        "value": value,
-                        "higher_is_better": True,
-                    }
-                ],
-            }
-        )
+        row = ResultRow(metric="accuracy", split="validation", value=value, higher_is_better=True)
+        records.append(TrialRecord(search[-1].id, rows=(row,)))
     return search, records
 
 
@@ -492,8 +469,8 @@ def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here
         } == {3}
         best = max(values, key=lambda lr: sum(values[lr].values()))
         final = primary(rows, technique=technique)
-        assert [row["seed"] for row in final] == [0, 1] and {
-            json.loads(row["hyper_parameters"])["lr"] for row in final
+        assert [row.seed for row in final] == [0, 1] and {
+            json.loads(row.hyper_parameters)["lr"] for row in final
         } == {best}, "of draws that are equally good, the first"
     assert alike(reported(job)[1], rows)
     assert (
@@ -548,15 +525,14 @@ def test_two_names_of_one_bundle_are_two_sources(tmp_path, bundles, paths, here)
     state, rows = whole(job)
     assert state.sources["a"].key != state.sources["same"].key
     by_source = {
-        name: {row["trial_id"] for row in primary(rows, source=name)}
-        for name in ("a", "same", "none")
+        name: {row.trial_id for row in primary(rows, source=name)} for name in ("a", "same", "none")
     }
     assert (
         all(len(found) == 2 for found in by_source.values())
         and len(set.union(*by_source.values())) == 6
     )
     values = [
-        sorted((row["seed"], row["value"]) for row in primary(rows, source=name))
+        sorted((row.seed, row.value) for row in primary(rows, source=name))
         for name in ("a", "same")
     ]
     assert values[0] == values[1], "with the same results"
@@ -570,8 +546,8 @@ def test_what_a_checkpoint_holds_decides_and_not_its_place(tmp_path, bundles, pa
     moved = changed(job, sources={"a": {"backbone": f"bundle:{tmp_path / 'there'}"}})
     assert prepared(moved).sources["a"].key == prepared(job).sources["a"].key
     here.clear()
-    assert {row["trial_id"] for row in whole(moved)[1]} == {
-        row["trial_id"] for row in rows
+    assert {row.trial_id for row in whole(moved)[1]} == {
+        row.trial_id for row in rows
     } and here == []
     shutil.rmtree(tmp_path / "here")
     saved(tmp_path / "here", 2)
@@ -581,8 +557,8 @@ def test_what_a_checkpoint_holds_decides_and_not_its_place(tmp_path, bundles, pa
     here.clear()
     _, again = whole(job)
     assert len(here) == 2, "full with each seed; scratch has no weights of a source"
-    assert {row["trial_id"] for row in primary(again, source="none")} == {
-        row["trial_id"] for row in primary(rows, source="none")
+    assert {row.trial_id for row in primary(again, source="none")} == {
+        row.trial_id for row in primary(rows, source="none")
     }
 
 
@@ -594,20 +570,20 @@ def test_rows_that_are_there_take_the_label_that_their_backbone_has_now(
     """
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
     _, rows = whole(job)
-    assert {row["backbone"] for row in rows} == {"timm/test_vit"}
+    assert {row.backbone for row in rows} == {"timm/test_vit"}
     here.clear()
     _, both = whole(
         changed(job, sources={"a": {"backbone": bundles["a"]}, "far": {"backbone": bundles["far"]}})
     )
     assert len(here) == 4, "only what is new: full and scratch of the other base"
-    old = {row["trial_id"] for row in rows}
-    assert {row["backbone"] for row in both if row["trial_id"] in old} == {"timm/test_vit@a"}
-    assert {row["backbone"] for row in both if row["trial_id"] not in old} == {"timm/test_vit@far"}
+    old = {row.trial_id for row in rows}
+    assert {row.backbone for row in both if row.trial_id in old} == {"timm/test_vit@a"}
+    assert {row.backbone for row in both if row.trial_id not in old} == {"timm/test_vit@far"}
     assert alike(results.read(job.root), both), "in the file too"
     for row in primary(both):
-        if row["source"] != "none":
-            (against,) = primary(both, source="none", backbone=row["backbone"], seed=row["seed"])
-            assert row["scratch_value"] == against["value"], "scratch of its own base"
+        if row.source != "none":
+            (against,) = primary(both, source="none", backbone=row.backbone, seed=row.seed)
+            assert row.scratch_value == against.value, "scratch of its own base"
 
 
 def test_a_target_with_another_name_is_another_target(tmp_path, bundles, paths, here):
@@ -620,8 +596,8 @@ def test_a_target_with_another_name_is_another_target(tmp_path, bundles, paths, 
             target_names=("one", "two"),
         )
     )
-    assert len({row["trial_id"] for row in rows}) == 2 * 4
-    assert {(row["target"], row["source"]) for row in primary(rows)} == {
+    assert len({row.trial_id for row in rows}) == 2 * 4
+    assert {(row.target, row.source) for row in primary(rows)} == {
         (t, s) for t in ("one", "two") for s in ("a", "none")
     }
 
@@ -646,11 +622,11 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
     scored = stages.score(state, stages.share(prepared(job)))
     best = max(scored, key=lambda row: row["logme"])["source"]
     other = "b" if best == "a" else "a"
-    assert {row["source"] for row in rows} == {best, "none"}
+    assert {row.source for row in rows} == {best, "none"}
     assert f"task: sources kept by logme: {best}; left out: {other}" in state.notes
     named = primary(rows, source=best)
     assert all(
-        (row["score_name"], row["score_value"])
+        (row.score_name, row.score_value)
         == ("logme", pytest.approx(max(one["logme"] for one in scored)))
         for row in named
     )
@@ -667,7 +643,7 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
     here.clear()
     everything = changed(job, fanout={"seeds": 2})
     _, all_rows = whole(everything)
-    assert len(here) == 2 and {row["source"] for row in all_rows} == {"a", "b", "none"}
+    assert len(here) == 2 and {row.source for row in all_rows} == {"a", "b", "none"}
     whole(job)
     assert alike(reported(job)[1], rows), "though trials of the other source have ended meanwhile"
 
@@ -687,16 +663,14 @@ def test_a_source_without_a_score_is_ranked_last_and_named_and_the_others_go_on(
         tmp_path, sources, paths, techniques=("scratch", "full"), select={"score": "knn", "top": 2}
     )
     state, rows = whole(job)
-    assert {row["source"] for row in rows} == {"a", "b", "none"}
+    assert {row.source for row in rows} == {"a", "b", "none"}
     named = [
         note
         for note in state.notes
         if "source broken has no logme and no knn score and is ranked last" in note
     ]
     assert len(named) == 1 and "not finite" in named[0]
-    assert [row["source"] for row in stages.score(state, stages.share(prepared(job)))][
-        -1
-    ] == "broken"
+    assert [row.source for row in stages.score(state, stages.share(prepared(job)))][-1] == "broken"
 
 
 def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(
@@ -711,7 +685,7 @@ def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(
         select={"score": "logme", "top": 1},
     )
     _, rows = whole(job)
-    (best,) = {row["source"] for row in rows} - {"none"}
+    (best,) = {row.source for row in rows} - {"none"}
     other = "b" if best == "a" else "a"
     dumped = job.model_dump(mode="json")
     dumped["targets"]["task"]["sources"] = [other]
@@ -720,8 +694,8 @@ def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(
     assert best not in {one.source for one, _ in ended} and not (
         ended and all(done for _, done in ended)
     ), "else `run` says that nothing is to run"
-    assert best not in {row["source"] for row in reported(job)[1]}
-    assert {row["source"] for row in whole(job)[1]} == {other, "none"}
+    assert best not in {row.source for row in reported(job)[1]}
+    assert {row.source for row in whole(job)[1]} == {other, "none"}
 
 
 def test_rows_that_were_there_before_have_their_sources_score_too(tmp_path, bundles, paths, here):
@@ -730,7 +704,7 @@ def test_rows_that_were_there_before_have_their_sources_score_too(tmp_path, bund
     )
     whole(job)
     _, rows = whole(changed(job, fanout={"seeds": 2, "select": {"score": "knn", "top": 2}}))
-    assert {row["score_name"] for row in primary(rows) if row["source"] != "none"} == {"knn"}
+    assert {row.score_name for row in primary(rows) if row.source != "none"} == {"knn"}
 
 
 # ---------------------------------------------------------------- bad targets, bad labels
@@ -769,7 +743,7 @@ def test_a_target_over_its_budget_of_bad_rows_is_left_out_and_the_other_goes_on(
     assert set(state.broken) == {"bad"} and state.broken["bad"].startswith(
         f"9 of {36 if split == 'train' else 18} rows cannot be used"
     )
-    assert {row["target"] for row in rows} == {"good"} and len(primary(rows)) == 4
+    assert {row.target for row in rows} == {"good"} and len(primary(rows)) == 4
     failed = stages.failures(state, rows)
     assert len(failed) == 1 and failed[0].startswith("targets.bad: 9 of ")
     assert any(
@@ -817,7 +791,7 @@ def test_a_target_that_was_left_out_is_tried_again(tmp_path, bundles, paths, her
     assert (
         len(here) == 4
         and state.broken == {}
-        and {row["target"] for row in primary(rows)} == {"good", "bad"}
+        and {row.target for row in primary(rows)} == {"good", "bad"}
     )
 
 
@@ -840,7 +814,7 @@ def test_bad_rows_within_the_budget_are_left_out_and_noted(tmp_path, bundles, pa
         max_bad_rows=0.1,
     )
     state, rows = whole(job)
-    assert state.broken == {} and {row["n_train"] for row in rows} == {34}
+    assert state.broken == {} and {row.n_train for row in rows} == {34}
     (note,) = state.notes
     assert (
         note.startswith("task: train 36, validation 18, test 18 rows")
@@ -998,7 +972,7 @@ def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles,
     state = prepared(job)
     shared = stages.share(state)
     (again,) = stages.final_trials(state, list(shared.bases.values()), {"task": {"a"}}, {})
-    assert again.id != one.id and trial.run(again, shared, Ranks())["status"] == "done"
+    assert again.id != one.id and trial.run(again, shared, Ranks()).status == "done"
 
 
 def changed_pictures(path: str, places: list[int], quality: int = 90) -> pa.Table:
@@ -1061,13 +1035,13 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job
     assert (any("a is a checkpoint" in note for note in state.notes)) == (mode != "none")
     kept = [i for i in range(18) if i not in left_out]
     for row in primary(rows):
-        assert row["n_eval"] == len(kept) and row["split_origin"].startswith(
+        assert row.n_eval == len(kept) and row.split_origin.startswith(
             "validation files; test files"
         )
-        assert (
-            trial.read_predictions(job.root, row["trial_id"], row["seed"]).rows.tolist() == kept
-        ), "scratch and every source alike"
-        assert row["split_origin"].endswith(f"left out ({mode})") == (mode != "none")
+        assert trial.read_predictions(job.root, row.trial_id, row.seed).rows.tolist() == kept, (
+            "scratch and every source alike"
+        )
+        assert row.split_origin.endswith(f"left out ({mode})") == (mode != "none")
     again, same = reported(job)
     assert (
         again.notes == state.notes
@@ -1220,7 +1194,7 @@ def test_bases_that_read_alike_keep_their_own_architectures(tmp_path, bundles, p
     shared = stages.share(
         prepared(job_of(tmp_path, {"a": bundles["a"], "b": f"bundle:{tmp_path / 'resnet'}"}, paths))
     )
-    assert {shared.targets["task", base.key].arch["name"] for base in shared.bases.values()} == {
+    assert {shared.targets["task", base.key].arch.name for base in shared.bases.values()} == {
         "timm/test_vit",
         "timm/test_resnet",
     }
@@ -1240,17 +1214,15 @@ def test_a_target_read_in_another_size_is_other_trials(tmp_path, bundles, paths,
     here.clear()
     larger = with_data(job, "task", modality={"image": {"size": 48}})
     state, other = whole(larger)
-    assert len(here) == 2 and not {row["trial_id"] for row in other} & {
-        row["trial_id"] for row in rows
-    }
+    assert len(here) == 2 and not {row.trial_id for row in other} & {row.trial_id for row in rows}
     sizes = {}
     for one in (job, larger):
         state = prepared(one)
         (data,) = stages.share(state).targets.values()
         sizes[data.key] = (
             data.train.arrays["image"].shape[-1],
-            data.arch["inputs"]["size"],
-            data.modality["options"]["size"],
+            data.arch.inputs["size"],
+            data.modality.options["size"],
         )
     assert list(sizes.values()) == [(32, 32, 32), (48, 48, 48)], (
         "and features of its rows are kept under another key"
@@ -1269,17 +1241,17 @@ def test_every_row_says_where_its_splits_come_from_and_two_ways_never_share_a_ta
         job, "task", validation=None, test=None, test_fraction=0.3, validation_fraction=0.2
     )
     state, drawn = whole(random)
-    assert {row["split_origin"] for row in files} == {"validation files; test files"}
-    assert {row["split_origin"] for row in drawn} == {
+    assert {row.split_origin for row in files} == {"validation files; test files"}
+    assert {row.split_origin for row in drawn} == {
         "test: random 0.3 of train by hash of the row; validation: random 0.2 of train by "
         "hash of the row"
     }
     both = results.read(job.root)
-    assert {row["split_origin"] for row in both} == {
-        row["split_origin"] for row in [*files, *drawn]
+    assert {row.split_origin for row in both} == {
+        row.split_origin for row in [*files, *drawn]
     } and len(both) == len(files) + len(drawn)
     cells, where = stages.show(state, both)
-    names = {f"task [{row['split_origin']}]" for row in both}
+    names = {f"task [{row.split_origin}]" for row in both}
     assert {cell.target for cell in cells} == names and all(cell.n_seeds == 2 for cell in cells)
     text = storage.read_bytes(where[0]).decode()
     assert all(name.split(" [")[1].rstrip("]") in text for name in names)
@@ -1352,32 +1324,30 @@ def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_noth
     )
     job = job_of(tmp_path, {"a": bundles["a"]}, files, techniques=("scratch", "full"))
     _, before = whole(job)
-    assert len(here) == 4 and not [row for row in before if "@" in (row["metric"] or "")]
+    assert len(here) == 4 and not [row for row in before if "@" in (row.metric or "")]
     dumped = job.model_dump(mode="json")
     dumped["targets"]["task"]["subgroups"] = ["sex"]
     state, rows = whole(Job.model_validate(dumped))
     assert len(here) == 4, "no trial is run anew"
-    parts = [row for row in rows if "@" in (row["metric"] or "")]
-    assert {row["metric"] for row in parts} == {
+    parts = [row for row in rows if "@" in (row.metric or "")]
+    assert {row.metric for row in parts} == {
         "accuracy@sex=female",
         "accuracy@sex=male",
         "accuracy@sex=not recorded",
     } and len(parts) == 4 * 3
-    assert {(row["metric"].partition("=")[2], row["n_eval"]) for row in parts} == {
+    assert {(row.metric.partition("=")[2], row.n_eval) for row in parts} == {
         ("female", 26),
         ("male", 20),
         ("not recorded", 20),
     }
     assert all(
-        row["split"] == "test"
-        and row["value_low"] <= row["value"] <= row["value_high"]
-        and row["gain"] is None
+        row.split == "test" and row.value_low <= row.value <= row.value_high and row.gain is None
         for row in parts
     )
-    whole_rows = {row["trial_id"]: row["value"] for row in primary(rows)}
+    whole_rows = {row.trial_id: row.value for row in primary(rows)}
     for trial_id, value in whole_rows.items():
-        mine = [row for row in parts if row["trial_id"] == trial_id]
-        assert value == pytest.approx(sum(row["value"] * row["n_eval"] for row in mine) / 66)
+        mine = [row for row in parts if row.trial_id == trial_id]
+        assert value == pytest.approx(sum(row.value * row.n_eval for row in mine) / 66)
     _, (markdown, _) = stages.show(state, rows)
     text = storage.read_bytes(markdown).decode()
     assert "### Subgroups" in text and "| sex=female | 26 |" in text and "### Calibration" in text
@@ -1440,7 +1410,7 @@ def test_a_dry_run_counts_the_trials_that_try_the_best_draws_again(tmp_path, bun
 
 def test_a_source_that_is_a_checkpoint_without_data_is_made_and_its_note_kept(tmp_path):
     backbone = bundle.build_backbone(
-        {"name": "timm/test_resnet", "options": {}, "inputs": {"channels": 3, "size": 32}}
+        Architecture("timm/test_resnet", {}, {"channels": 3, "size": 32})
     )
     weights = {
         name.removeprefix("model."): tensor for name, tensor in backbone.state_dict().items()
@@ -1465,8 +1435,7 @@ def test_a_source_that_is_a_checkpoint_without_data_is_made_and_its_note_kept(tm
     uri = made.sources["s"].bundle_uri
     manifest = bundle.load(uri).manifest
     assert (
-        row_checks.findings_from_metadata(manifest["training"])[0].line("sources.s")
-        == made.notes[0]
+        row_checks.findings_from_metadata(manifest.training)[0].line("sources.s") == made.notes[0]
     )
 
 
@@ -1497,7 +1466,7 @@ def test_records_are_read_several_at_once_and_each_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "read_bytes", read_together)
     found = trial.read_records(str(tmp_path), [*ids, *ids])
-    assert {name: record["trial_id"] for name, record in found.items()} == {
+    assert {name: record.trial_id for name, record in found.items()} == {
         one: one for one in ids[1:]
     }
     assert len(asked) == 8

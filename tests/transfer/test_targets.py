@@ -18,6 +18,7 @@ from toys import SMALL, sentences, task_of, text_modality
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import Job
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import TooManyBadRowsError
 from pipeline.modalities.audio import Audio, AudioOptions
@@ -38,7 +39,7 @@ class Silent:
 
 def modality_of(backbone: str) -> dict[str, Any]:
     made = text_modality(backbone, LENGTH)
-    return {"name": "text", "options": made.options.model_dump(), "state": made.state}
+    return ModalitySpec("text", made.options.model_dump(), made.state)
 
 
 def saved(path: Path, backbone: str, **options: Any) -> str:
@@ -182,28 +183,23 @@ def test_a_causal_model_is_fine_tuned_on_documents_and_told_by_packed_rows(tmp_p
     records = [trial.run(one, shared, Ranks()) for one in found]
     data = data_of(shared)
     for one, record in zip(found, records, strict=True):
-        values = {(row["split"], row["metric"]): row for row in record["rows"]}
-        assert (
-            values["test", "perplexity"]["value"] > 1
-            and values["test", "bits_per_byte"]["value"] > 0
+        values = {(row.split, row.metric): row for row in record.rows}
+        assert values["test", "perplexity"].value > 1 and values["test", "bits_per_byte"].value > 0
+        assert values["test", "perplexity"].value == pytest.approx(
+            np.exp(values["test", "loss"].value)
         )
-        assert values["test", "perplexity"]["value"] == pytest.approx(
-            np.exp(values["test", "loss"]["value"])
-        )
-        assert values["test", "loss"]["n_train"] == round(one.label_fraction * len(data.train)), (
+        assert values["test", "loss"].n_train == round(one.label_fraction * len(data.train)), (
             "shares are shares of packed rows"
         )
-        assert (
-            values["test", "loss"]["n_units"] == values["test", "loss"]["n_eval"] == len(data.test)
-        )
+        assert values["test", "loss"].n_units == values["test", "loss"].n_eval == len(data.test)
         kept = trial.read_predictions(shared.root, one.id, 0)
         assert (
             kept is not None
             and len(kept.rows) == len(data.test)
             and {"loss", "count", "bytes"} <= set(kept.predictions)
         )
-        manifest = bundle.load(record["rows"][0]["bundle_uri"]).manifest
-        assert manifest["columns"] == {"text": "words"}, "what predict reads: rows as they are"
+        manifest = bundle.load(record.rows[0].bundle_uri).manifest
+        assert manifest.columns == {"text": "words"}, "what predict reads: rows as they are"
     assert not fanout.unfinished(shared.root, found[0], job.fanout)
 
 
@@ -219,14 +215,14 @@ def test_a_probe_of_a_masked_model_trains_the_head_alone(tmp_path, models, texts
     assert not unit.together, "its head reads tokens: no features are cached"
     record = trial.run(one, shared, Ranks())
     after, start = (
-        bundle.load(record["rows"][0]["bundle_uri"]),
+        bundle.load(record.rows[0].bundle_uri),
         bundle.load(models["bert"].partition(":")[2]),
     )
     assert all(
         (tensor == start.backbone_tensors()[name]).all()
         for name, tensor in after.backbone_tensors().items()
     )
-    assert record["rows"][0]["params_trained"] == sum(
+    assert record.rows[0].params_trained == sum(
         p.numel() for p in after.task().objective.parameters()
     )
 
@@ -281,7 +277,7 @@ def test_texts_beyond_the_budget_and_splits_without_a_text_leave_the_target_out(
     (base,) = grid.bases(
         {
             "src": (
-                bundle.load(models["gpt2"].partition(":")[2]).manifest["arch"],
+                bundle.load(models["gpt2"].partition(":")[2]).manifest.arch,
                 modality_of("transformers/gpt2"),
             )
         }
@@ -350,7 +346,7 @@ def test_rows_longer_than_the_backbone_are_refused_before_training(
     fits = job_of(
         tmp_path, source, texts, "classification", columns, {"modality": {"text": {"length": 16}}}
     )
-    assert data_of(shared_of(fits)[1]).arch["inputs"]["length"] == 16
+    assert data_of(shared_of(fits)[1]).arch.inputs["length"] == 16
 
 
 def test_every_base_of_a_target_is_tried(tmp_path, models, texts):
@@ -524,7 +520,7 @@ def pair_job(folder: Path, source: dict[str, str]) -> Job:
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
     pq.write_table(
-        pa.Table.from_pylist([row for row in rows if row["split"] == "test"][:4] * 5),
+        pa.Table.from_pylist([row for row in rows if row.split == "test"][:4] * 5),
         folder / "corpus.parquet",
     )
     data = {"modality": {"text": {"length": 16, "vocabulary": 256}}}
@@ -633,15 +629,13 @@ def test_transcripts_that_no_recording_holds_are_listed_however_rows_are_read(
     rows[10]["audio"] = rows[10]["audio"][:200]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     heard = Audio(AudioOptions(mels=24), {"features": "mel", "mean": [0.0] * 24, "std": [1.0] * 24})
-    arch = {
-        "name": "torchaudio/deepspeech2",
-        "options": {"layers": 1, "hidden": 8, "channels": 8},
-        "inputs": heard.inputs(),
-    }
+    arch = Architecture(
+        "torchaudio/deepspeech2", {"layers": 1, "hidden": 8, "channels": 8}, heard.inputs()
+    )
     bundle.save(
         str(tmp_path / "source"),
         bundle.build_backbone(arch, 0),
-        {"name": "audio", "options": heard.options.model_dump(), "state": heard.state},
+        ModalitySpec("audio", heard.options.model_dump(), heard.state),
         training={"transfer": ""},
         metrics={},
     )
@@ -678,9 +672,9 @@ def test_transcripts_that_no_recording_holds_are_listed_however_rows_are_read(
     assert "40 labels need 40 frames, the recording has 2" in data.split_text
     (one, *_) = stages.final_trials(state, list(shared.bases.values()), {"task": {"src"}}, {})
     record = trial.run(one, shared, Ranks())
-    assert record["rows"][0]["n_train"] == 17 and (
-        "1 training rows left out" in record["transfer"]
-    ) == (decode == "train")
+    assert record.rows[0].n_train == 17 and ("1 training rows left out" in record.transfer) == (
+        decode == "train"
+    )
 
 
 def test_options_that_contradict_the_source_are_refused_before_it_is_trained(

@@ -1,7 +1,5 @@
 """The source's network tried as it is, its head carried over, and scratch with a larger budget."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from transfer.test_stages import Silent
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import Job
+from pipeline.core.specs import ObjectiveSpec
 from pipeline.objectives.classification import Classification
 from pipeline.report import matrix
 from pipeline.transfer import dry_run, grid, stages, targets, trial
@@ -62,14 +61,9 @@ def test_zero_shot_is_the_source_itself(tmp_path, paths, carried):
     job, shared = world(tmp_path, paths)
     one = trial_of(job, shared, "zero_shot", fraction=0)
     record = trial.run(one, shared)
-    row = next(r for r in record["rows"] if r["split"] == "test")
-    assert (row["steps"], row["n_train"], row["params_trained"], row["label_fraction"]) == (
-        0,
-        0,
-        0,
-        "0/class",
-    )
-    kept = bundle.load(row["bundle_uri"])
+    row = next(r for r in record.rows if r.split == "test")
+    assert (row.steps, row.n_train, row.params_trained, row.label_fraction) == (0, 0, 0, "0/class")
+    kept = bundle.load(row.bundle_uri)
     assert all(
         torch.equal(kept.tensors[f"backbone.{name}"], torch.from_numpy(array))
         for name, array in shared.weights["src"].items()
@@ -78,8 +72,8 @@ def test_zero_shot_is_the_source_itself(tmp_path, paths, carried):
         torch.equal(kept.tensors[f"objective.{name}"], torch.from_numpy(array))
         for name, array in shared.heads["src"][1].items()
     )
-    assert "head: 2 tensors kept, 0 new, 0 dropped" in record["transfer"] and [
-        point["step"] for point in record["curve"]
+    assert "head: 2 tensors kept, 0 new, 0 dropped" in record.transfer and [
+        point.step for point in record.curve
     ] == [0]
 
 
@@ -123,7 +117,7 @@ def test_a_head_is_carried_by_name_and_shape_alone(tmp_path, paths, carried):
     start, moved, _ = trial.build(trial_of(job, shared, "full"), shared)
     assert "head: 1 tensors kept, 1 new (head.bias), 2 dropped (head.bias, old)" in moved
     assert torch.equal(start.objective.state_dict()["head.bias"], fresh)
-    shared.heads["src"] = ({"name": "multilabel", "options": {}}, head)
+    shared.heads["src"] = (ObjectiveSpec("multilabel"), head)
     assert (
         "head new: the source's objective was multilabel"
         in trial.build(trial_of(job, shared, "full"), shared)[1]
@@ -169,12 +163,8 @@ def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, path
         trial.run(trial_of(job, shared, component), shared)
         for component in ("scratch", {"scratch": {"budget": 2.5}}, "full")
     ]
-    assert [record["rows"][0]["steps"] for record in records] == [12, 30, 12]
-    rows = [
-        {**row, "hyper_parameters": json.dumps(row["hyper_parameters"])}
-        for record in records
-        for row in record["rows"]
-    ]
+    assert [record.rows[0].steps for record in records] == [12, 30, 12]
+    rows = [row for record in records for row in record.rows]
     table = {(cell.source, cell.technique): cell.verdict for cell in matrix.matrix_cells(rows, {})}
     assert (
         table.keys() == {("none", "scratch"), ("none", "scratch (budget 2.5)"), ("src", "full")}
@@ -190,14 +180,14 @@ def test_metrics_of_test_rows_alone_come_first_and_are_not_asked_of_validation_r
     job, shared = world(tmp_path, paths)
     record = trial.run(trial_of(job, shared, "full"), shared)
     by_split = {
-        split: [row["metric"] for row in record["rows"] if row["split"] == split]
+        split: [row.metric for row in record.rows if row.split == split]
         for split in ("test", "validation")
     }
     assert (
         by_split["test"][:3] == ["answer_f1", "exact_match", "accuracy"]
         and by_split["validation"][0] == "accuracy"
     )
-    assert {row["metric"]: row["value"] for row in record["rows"] if row["split"] == "test"}[
+    assert {row.metric: row.value for row in record.rows if row.split == "test"}[
         "exact_match"
     ] == 1.0
     assert not {"answer_f1", "exact_match"} & set(by_split["validation"])
@@ -212,7 +202,7 @@ def test_metrics_of_test_rows_alone_come_first_and_are_not_asked_of_validation_r
 
 
 def _read(shared, record):
-    return trial.read_predictions(shared.root, record["trial_id"], 0).predictions
+    return trial.read_predictions(shared.root, record.trial_id, 0).predictions
 
 
 def test_a_target_s_rows_may_complete_what_a_source_fitted(tmp_path, paths, monkeypatch):
@@ -232,11 +222,11 @@ def test_a_target_s_rows_may_complete_what_a_source_fitted(tmp_path, paths, monk
     _, shared = world(tmp_path, paths)
     data = next(iter(shared.targets.values()))
     assert (
-        data.modality["state"]["mean"] == [0.25] * 3
+        data.modality.state["mean"] == [0.25] * 3
         and data.train.modality.state["mean"] == [0.25] * 3
     )
     assert (
-        next(iter(shared.bases.values())).modality["state"]["mean"] == [0.5] * 3
+        next(iter(shared.bases.values())).modality.state["mean"] == [0.5] * 3
         and seen[0][0] == 30
         and seen[0][1]["image"] == "picture"
     )
@@ -251,7 +241,7 @@ def test_weights_of_a_bundle_come_with_its_head(tmp_path, paths):
     assert set(backbone) == set(task.backbone.state_dict()) and set(head) == set(
         task.objective.state_dict()
     )
-    assert manifest["objective"]["name"] == "classification"
+    assert manifest.objective.name == "classification"
 
 
 def test_a_dry_run_counts_the_steps_of_a_budget(tmp_path, paths):

@@ -49,6 +49,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.core.batch import Batch
+from pipeline.core.specs import Architecture
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Backbone(nn.Module, ABC):
     """(kernel, stride, padding) of each convolution between the input's samples and ``tokens``, in
     that order (`pipeline.nn.conv_arithmetic`): the number of tokens follows from a row's length.
     None for inputs that are not signals."""
-    arch: dict[str, Any]
-    """What rebuilds the network: ``{"name": "library/model", "options": {...}, "inputs": {...}}``."""
+    arch: Architecture
+    """What rebuilds the network."""
 
     @abstractmethod
     def __init__(self, architecture: str, options: Any, inputs: dict[str, Any]):
@@ -136,6 +137,6 @@ class Backbone(nn.Module, ABC):
     def embedding(self) -> nn.Embedding:
         """Return the token embedding, for objectives that tie their output to it."""
         raise ValueError(
-            f"{self.arch['name']} has no token embedding: language-model objectives need a text "
+            f"{self.arch.name} has no token embedding: language-model objectives need a text "
             "backbone"
         )

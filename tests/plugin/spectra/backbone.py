@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["perceptron"]
 
@@ -27,7 +28,7 @@ class Perceptron(Backbone):
         if inputs.get("features") != "spectrum":
             raise ValueError("spectra/perceptron reads spectra (modality spectrum)")
         name = f"spectra/{architecture}"
-        self.arch = {"name": name, "options": options.model_dump(), "inputs": dict(inputs)}
+        self.arch = Architecture(name, options.model_dump(), dict(inputs))
         self.pooled_dim = options.width
         self.enter = nn.Linear(inputs["bands"], options.width)
         self.middle = nn.Linear(options.width, options.width)
