@@ -56,7 +56,7 @@ class ChecksRoles(Protocol):
 
 
 def check_roles(modality: Any, roles: tuple[str, ...]) -> None:
-    """Raise ValueError where a modality's options do not suit an objective that reads these roles."""
+    """Raise ValueError where a modality's options do not suit these roles of an objective."""
     if isinstance(modality, ChecksRoles):
         modality.check(roles)
 
@@ -95,13 +95,14 @@ class ExtendsState(Protocol):
     """A modality whose state lists kinds of rows (robots, tasks) and grows with new ones."""
 
     fit_roles: ClassVar[tuple[str, ...]]
-    """Roles that are read to fit or extend the state, whatever the objective predicts. Those left out
-    are large (frames)."""
+    """Roles that are read to fit or extend the state, whatever the objective predicts. Those left
+    out are large (frames).
+    """
     strata: ClassVar[tuple[str, ...]]
     """Roles of which every value must be in the sample of rows that the state is fitted on."""
 
     def extend_state(self, table: Any, columns: dict[str, str]) -> dict[str, Any]:
-        """Return the state with what is new in these rows appended; what is known stays the same."""
+        """Return the state with what is new in these rows appended; the rest does not change."""
         ...
 
 
@@ -110,7 +111,7 @@ class ReportsCoverage(Protocol):
     """A modality that knows its inputs by name: variables, fields, robots."""
 
     def coverage(self, table: Any, columns: dict[str, str]) -> str:
-        """Describe what of these rows the fitted state covers, and what is ignored; "" for nothing."""
+        """Describe what of these rows the state covers and what is ignored; "" for nothing."""
         ...
 
 
@@ -171,12 +172,12 @@ class Costed(Protocol):
 
 
 def cost_column(modality: Any, columns: Mapping[str, str]) -> str | None:
-    """Return the column that holds what rows cost, where the modality knows costs and there is one."""
+    """Return the column that holds what rows cost, or None where there is none."""
     return columns.get(modality.cost_role) if isinstance(modality, Costed) else None
 
 
 class TruncationStats(NamedTuple):
-    """How much of a sample of rows is not read: ``lost`` of ``units``, in ``cut`` of ``rows`` rows."""
+    """How much is not read: ``lost`` of ``units`` units, in ``cut`` of ``rows`` rows."""
 
     rows: int
     cut: int

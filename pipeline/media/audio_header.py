@@ -58,7 +58,7 @@ def promised(file: Any) -> float:
 def _chunks(
     file: Any, size: int, at: int, form: str, name: int = 4, even: int = 1
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (first four bytes of the name, start of the content, header as a number) of each chunk."""
+    """Yield (first four bytes of its name, start of its content, header as a number) of each chunk."""
     head = name + struct.calcsize(form)
     for _ in range(CHUNKS):
         if at + head > size:
@@ -111,7 +111,7 @@ def _w64(file: Any, size: int, start: bytes) -> tuple[int, int]:
 
 
 def _caf(file: Any, size: int, start: bytes) -> tuple[int, int]:
-    """Read CAF (Apple, "Core Audio Format Specification"): length -1 means that it was not known."""
+    """Read CAF (Apple, "Core Audio Format Specification"); length -1 means unknown."""
     return next(
         ((length, at) for name, at, length in _chunks(file, size, 8, ">q") if name == b"data"),
         (0, 0),

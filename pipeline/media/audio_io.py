@@ -517,7 +517,10 @@ def _cut(
 
 
 def _energies(blocks: Iterator[np.ndarray], frames: int, rate: int) -> np.ndarray:
-    """Return the mean square of each hop. Raises BrokenAudioError where the blocks end too early."""
+    """Return the mean square of each hop.
+
+    Raises BrokenAudioError where the blocks end too early.
+    """
     hop, done, found = _hop(rate), 0, []
     while done < frames:
         block = next(blocks, np.zeros(0, dtype=np.float32))

@@ -293,7 +293,7 @@ def _numbers(
 def _classes(
     table: pa.Table, name: str, role: str, reasons: list[str]
 ) -> tuple[np.ndarray, np.ndarray, Numbers]:
-    """Do the same for lists of class names, of integers or of booleans, which are then the names."""
+    """Do the same for lists of class names, integers or booleans, which are then the names."""
     column, kind = joined(table[name]), table.schema.field(name).type
     value = kind.value_type if is_list(kind) else pa.null()
     plain = value.value_type if pa.types.is_dictionary(value) else value

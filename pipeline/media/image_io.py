@@ -95,7 +95,7 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
 
 
 def _check_size(data: bytes) -> None:
-    """Raise ValueError for a header of more than MOST_PIXELS, and for bytes that are not an image."""
+    """Raise ValueError for a header of more than MOST_PIXELS, and for other bytes."""
     frame = _jpeg_frame(data) if data.startswith(JPEG) else None
     size = (
         struct.unpack_from(">II", data, 16)

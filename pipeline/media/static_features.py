@@ -71,7 +71,7 @@ class StaticFeatures:
         return {"numbers": len(self.state["numbers"]), "codes": len(self.state["codes"])}
 
     def required_type(self, kind: pa.DataType) -> str:
-        """Describe the type that is needed where a column cannot be read with this state; else ""."""
+        """Describe the needed type where a column cannot be read with this state; else ""."""
         if not pa.types.is_struct(kind):
             return "a struct of numbers, texts and lists of texts"
         texts = {code.partition("=")[0] for code in self.state["codes"]}
@@ -226,7 +226,7 @@ class StaticFeatures:
 
 
 def _fields(column: Any, name: str) -> list[tuple[str, Any]]:
-    """Return (name, values as one Arrow array) of a struct's fields; a null struct has null fields."""
+    """Return (name, values as one Arrow array) of each field; a null struct has null fields."""
     column = (
         pa.concat_arrays(column.chunks)
         if isinstance(column, pa.ChunkedArray) and column.num_chunks

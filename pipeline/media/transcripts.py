@@ -227,7 +227,7 @@ class Alphabet:
         return np.array(numbers, dtype=np.int32)
 
     def decode(self, labels: Iterable[int]) -> str:
-        """Return the text of labels, with single spaces between words; numbers below 1 are skipped."""
+        """Return the text of labels, single spaces between words; numbers below 1 are skipped."""
         return " ".join("".join(self._pieces[label] for label in labels if label > 0).split())
 
     def words(
@@ -381,8 +381,10 @@ def srt(shown: Iterable[Cue]) -> str:
 
 
 def _clock(seconds: float) -> str:
-    whole = round(seconds * 1000)
-    return f"{whole // 3600000:02d}:{whole // 60000 % 60:02d}:{whole // 1000 % 60:02d},{whole % 1000:03d}"
+    whole, milliseconds = divmod(round(seconds * 1000), 1000)
+    minutes, second = divmod(whole, 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour:02d}:{minute:02d}:{second:02d},{milliseconds:03d}"
 
 
 def file_names(recordings: Iterable[str], suffix: str) -> dict[str, str]:

@@ -373,7 +373,7 @@ class Audio(Modality):
         return self._masked(batch) if self.features == "mel" else batch
 
     def _played(self, x: Tensor, lengths: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Play each row at one of three speeds; rows that would become shorter than a window stay."""
+        """Play each row at one of three speeds, except where it would be shorter than a window."""
         percents = torch.tensor(
             [
                 round(100 * (1 + change))

@@ -180,14 +180,12 @@ class Events(Modality):
         share = sum(counts[name] for name in shared) / max(1, counts.total())
         text = f"{len(shared)} of {len(counts)} variables are known ({share:.1%} of the events)"
         lost = [name for name, _ in counts.most_common() if name not in shared]
-        named = [name for name in lost if rows[name] >= self.options.min_rows][
-            :NAMED
-        ]  # a rare name may tell of a patient
+        # a rare name may identify a patient
+        shown = [name for name in lost if rows[name] >= self.options.min_rows][:NAMED]
+        if len(shown) < len(lost):
+            shown.append(f"{len(lost) - len(shown)} others")
         if lost:
-            text += (
-                "; left out: "
-                f"{', '.join([*named, *([f'{len(lost) - len(named)} others'] if len(named) < len(lost) else [])])}"
-            )
+            text += f"; left out: {', '.join(shown)}"
         static = (
             self.static_features.coverage(table[columns["static"]], columns["static"])
             if columns.get("static") in table.column_names

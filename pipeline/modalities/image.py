@@ -466,7 +466,7 @@ class Image(Modality):
         return self._normalised(x)
 
     def finish(self, batch: Batch) -> Batch:
-        """Normalise the image, and convert boxes from shares of the image to pixels of the input."""
+        """Normalise the image, and convert boxes from shares of it to pixels of the input."""
         if "boxes" in batch.data:
             batch = batch.replace(
                 boxes=ops.placed_boxes(batch["boxes"], self._frame(batch), self.options.size)

@@ -1,4 +1,4 @@
-"""Image backbones of timm (Wightman 2019): VGG, ResNet, Inception, ViT, ConvNeXt, EfficientNet, ..."""
+"""Image backbones of timm (Wightman 2019): VGG, ResNet, Inception, ViT, ConvNeXt and many more."""
 
 from __future__ import annotations
 

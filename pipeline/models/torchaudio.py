@@ -240,7 +240,7 @@ class Torchaudio(Backbone):
         )
 
     def _deepspeech(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute (B, N, hidden) and (B,) lengths with torchaudio's layers up to the output layer."""
+        """Compute (B, N, hidden) and (B,) lengths, without the output layer of torchaudio."""
         model: Any = self.deepspeech
         c = self.context
         x = (

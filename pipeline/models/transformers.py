@@ -484,7 +484,10 @@ class Wav2Vec2(Backbone):
         )
 
     def _convolved(self, wave: Tensor, lengths: Tensor) -> Tensor:
-        """Run the convolutions on (B, n) samples; (B,) ``lengths`` of the rows. Returns (B, N, C)."""
+        """Run the convolutions on (B, n) samples; (B,) ``lengths`` of the rows.
+
+        Returns (B, N, C).
+        """
         assert self.convolutions is not None
         x = F.pad(wave, (0, max(0, conv_arithmetic.field(self.convolutions) - wave.shape[1])))[
             :, None

@@ -1,4 +1,4 @@
-"""Gather rows from all ranks, for losses that compare the rows of a global batch with each other."""
+"""Gather rows from all ranks, for losses that compare the rows of a global batch."""
 
 from __future__ import annotations
 

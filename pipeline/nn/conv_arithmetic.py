@@ -41,7 +41,7 @@ def field(convolutions: Convolutions) -> int:
 
 
 def first(convolutions: Convolutions) -> int:
-    """Return the first sample in the receptive field of frame 0; negative where there is padding."""
+    """Return the first sample that frame 0 depends on; negative where there is padding."""
     start, step = 0, 1
     for _, own, padding in convolutions:
         start -= padding * step
@@ -50,6 +50,6 @@ def first(convolutions: Convolutions) -> int:
 
 
 def seconds(frames: np.ndarray, convolutions: Convolutions, rate: int) -> np.ndarray:
-    """Return the times at which frames start, each as long as the stride and centred on its field."""
+    """Return the times at which frames start, each one stride long and centred on its field."""
     begin = first(convolutions) + (field(convolutions) - stride(convolutions)) / 2
     return np.maximum(0.0, (begin + np.asarray(frames) * stride(convolutions)) / rate)

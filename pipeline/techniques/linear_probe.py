@@ -19,7 +19,10 @@ class ProbeOptions(Options):
 
 @register("technique", "linear_probe", options=ProbeOptions)
 class LinearProbe(Technique):
-    """Train the head alone. The backbone stays in evaluation mode, so its features are computed once."""
+    """Train the head alone, on features that are computed once.
+
+    The backbone stays in evaluation mode.
+    """
 
     frozen = True
 

@@ -140,14 +140,17 @@ class _Note:
 
 
 class AdapterTechnique(Technique, ABC):
-    """Train adapters at ``lr_scale`` times ``lr`` and the head at ``lr``; the backbone is frozen."""
+    """Train adapters at ``lr_scale`` times ``lr`` and the head at ``lr``, nothing else."""
 
     @abstractmethod
     def settings(self, chosen: dict[str, nn.Module]) -> tuple[Any, Any]:
         """Return peft's tuner class and configuration; ``wrap`` fills in ``target_modules``."""
 
     def wrap(self, task: Task) -> Task:
-        """Add the adapters. Raises ValueError where the backbone lacks the modules that are named."""
+        """Add the adapters.
+
+        Raises ValueError where the backbone lacks the modules that are named.
+        """
         chosen = choose_modules(task.backbone, self.options.modules)
         tuner, settings = self.settings(chosen)
         settings.target_modules = "|".join(

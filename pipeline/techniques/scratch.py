@@ -20,7 +20,7 @@ class ScratchOptions(Options):
 
 @register("technique", "scratch", options=ScratchOptions)
 class Scratch(Technique):
-    """Train the same network from random weights, with the same number of steps or a multiple of it."""
+    """Train the same network from random weights, for the same steps or a multiple of them."""
 
     starts_from = "random"
 

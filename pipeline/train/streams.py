@@ -42,8 +42,8 @@ def of_technique(
         rows: The rows of each stream that there is.
         seed: Each stream has an order of its own, which follows from it and is the same after a
             restart and on any number of ranks.
-        train: Settings of the run; batches have ``global_batch`` rows, or all where there are fewer.
-        ranks: Each rank reads its part of every batch.
+        train: Settings of the run; batches have ``global_batch`` rows, or all where there are
+        fewer. ranks: Each rank reads its part of every batch.
 
     Raises:
         ValueError: for a stream that there is not.
@@ -52,8 +52,8 @@ def of_technique(
     for number, name in enumerate(technique.streams()):
         if name not in rows:
             raise ValueError(
-                f"{technique.registered_name} reads the rows of stream {name!r}, and there are only "
-                f"{', '.join(sorted(rows))}: a source that is a checkpoint has no rows"
+                f"{technique.registered_name} reads the rows of stream {name!r}, and there are "
+                f"only {', '.join(sorted(rows))}: a source that is a checkpoint has no rows"
             )
         part = unlabelled(rows[name])
         shards = train.canonical_shards or SHARDS

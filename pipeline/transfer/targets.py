@@ -671,7 +671,9 @@ def check_modality(target: TargetStage, source: Source) -> None:
 
 
 def _check_length(place: str, source: Source, wanted: int | None, length: int | None) -> None:
-    """Raises ValueError where rows are longer than the positions that the source is trained with."""
+    """Raises ValueError where rows are longer than the positions that the source is trained
+    with.
+    """
     backbone = source.backbone
     room = backbone.options.get("positions") or length
     has_positions = backbone.name.startswith("transformers/") and not backbone.options.get("config")

@@ -152,7 +152,9 @@ class Shared:
     remake: bool = False
     """Whether resume points of other code or versions are dropped, since trials are made anew."""
     source_rows: dict[str, tuple[Selection, dict[str, str]]] = field(default_factory=dict)
-    """Training rows of each source that has data, with their columns, where a technique reads them."""
+    """Training rows of each source that has data, with their columns, where a technique reads
+    them.
+    """
 
 
 def folder(shared: Shared, trial: Trial) -> str:
@@ -356,7 +358,8 @@ def run(
         The record.
 
     Raises:
-        TooManyBadRowsError: more rows of a streamed target than its budget allows cannot be decoded.
+        TooManyBadRowsError: more rows of a streamed target than its budget allows cannot be
+        decoded.
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.time()
@@ -423,7 +426,7 @@ def history_of(folder: str, trials: list[Trial], shared: Shared) -> resume_histo
 
 
 def _stream_rows(trial: Trial, shared: Shared) -> dict[str, Rows]:
-    """Rows that the trial's technique may read beside those it trains on (``Technique.streams``)."""
+    """Return the rows that the trial's technique may read (``Technique.streams``)."""
     data = shared.targets[trial.target, trial.base]
     out = {"target": data.train}
     if trial.source in shared.source_rows:

@@ -37,7 +37,8 @@ A complete small library with one architecture, for the rows of the example in `
 
 ``ARCHITECTURES`` lists the model names of the library, or says where to find them: a tuple of
 package, glob and regular expression. ``WANTS`` (optional) says what inputs an architecture asks its
-modality for, such as ``{"wavenet": {"features": "wave"}}``. Both are read without importing the file.
+modality for, such as ``{"wavenet": {"features": "wave"}}``. Both are read without importing the
+file.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class Backbone(nn.Module, ABC):
         options: An instance of the library's registered options class.
         inputs: What the modality gives (`Modality.inputs`).
 
-    Weights start random, drawn from torch's generator. Raises ValueError where the inputs do not fit.
+    Weights start random, drawn from torch's generator. Raises ValueError where the inputs do not
+    fit.
     """
 
     pooled_dim: int
@@ -127,7 +129,7 @@ class Backbone(nn.Module, ABC):
         """
 
     def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Convert a checkpoint's tensors to this input (resampled position embeddings, summed colours).
+        """Convert a checkpoint's tensors to this input: resample position embeddings, sum colours.
 
         Returns:
             The tensors under this backbone's names, and a description of each change.

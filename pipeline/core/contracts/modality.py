@@ -134,7 +134,7 @@ class Modality(Registered, ABC):
         """
 
     def inputs(self) -> dict[str, Any]:
-        """Return what a backbone must know to be built: channels and size, or vocabulary and length."""
+        """Return what a backbone must know to be built: channels and size, or vocabulary."""
         return {}
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:

@@ -82,8 +82,9 @@ class Technique(Registered):
     """The weights that a trial starts with: the source's, random ones (a baseline), or what
     ``after_fanout`` makes of finished trials."""
     frozen: ClassVar[bool] = False
-    """True: nothing of the backbone ever changes, so its features may be computed once. ``penalty``,
-    ``streams`` and ``at_test`` are then not used."""
+    """True: nothing of the backbone ever changes, so its features may be computed once.
+    ``penalty``, ``streams`` and ``at_test`` are then not used.
+    """
 
     def __init__(self, options: Any = None):
         self.options: Any = options if options is not None else self.options_class()
@@ -93,7 +94,7 @@ class Technique(Registered):
         return task
 
     def finish(self, task: Task) -> Task:
-        """Return the trained task as it is tested and saved, under the names that ``wrap`` was given.
+        """Return the trained task as it is tested and saved, with the names that ``wrap`` got.
 
         Adapters are merged into the weights; helpers of training are dropped.
         """
@@ -138,9 +139,9 @@ class Technique(Registered):
         """Adapt the finished task to the test rows before they are predicted.
 
         Args:
-            task: What ``finish`` returned.
-            batches: Starts a pass over the test rows: finished batches without labels, in order, the
-                same ones on every rank. Nothing is read unless it is called.
+            task: What ``finish`` returned. batches: Starts a pass over the test rows, which yields
+            finished batches without labels, in
+                order and the same on every rank. Nothing is read unless it is called.
         """
         return task
 
@@ -148,8 +149,9 @@ class Technique(Registered):
         """Return weights made of finished trials, where ``starts_from`` is "trials".
 
         Args:
-            trials: Final trials of the same source, target and label fraction, of all techniques that
-                train; their bundles must have been kept (``fanout.keep_bundles: all``).
+            trials: Final trials of the same source, target and label fraction. Their bundles must
+            have
+                been kept (``fanout.keep_bundles: all``).
         """
         raise NotImplementedError
 
