@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 EXPERT, TRAINING = "onetomany-expert-1", "onetomany-training-2"
-"""What the bytes of `Trained`, and of a checkpoint, say they are."""
+"""What the bytes of `TrainedPolicy`, and of a checkpoint, say they are."""
 FARTHEST = 10.0
 """Normalised observations and rewards are clipped at this many standard deviations."""
 
@@ -69,7 +69,7 @@ class Bounds:
 
 @dataclass
 class TrainedPolicy:
-    """A policy that `train` made. Acts without torch and without chance.
+    """A policy that `training.train` made. Acts without torch and without chance.
 
     Attributes:
         weights: name -> float32 array; linear layers as torch names them in a Sequential,

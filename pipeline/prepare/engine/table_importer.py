@@ -56,7 +56,7 @@ class InferredSchema:
 
     Attributes:
         columns: of the rows, without `split`.
-        description: for each input split, what reading its rows needs to know.
+        scan_results: for each input split, what reading its rows needs to know.
         notes: counts for the summary.
         info: what the columns mean, kept in the manifest.
         dropped: rows that were left out on purpose, to be listed.
@@ -74,7 +74,7 @@ class TableImporter(Importer):
 
     Attributes:
         amounts: what the summary adds up: {word: the column whose lengths are added}.
-        mixes: shuffle the rows of a shard in a fixed order, since files are often sorted by class;
+        shuffles_rows: shuffle the rows of a shard in a fixed order, since files are often sorted by class;
             otherwise they keep the order of the files.
     """
 
