@@ -324,7 +324,7 @@ def _words(config: Any, batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparison:
-    """A folder as ``hugging_face.write`` leaves it, opened by timm or transformers."""
+    """A folder as `hf_text.write` leaves it, opened by timm or transformers."""
     if (folder / classifier_export.CODE).exists():
         return compare_classifier(found, folder)
     batch = random_batch(found.modality())

@@ -1,7 +1,7 @@
 """What a folder of transformers holds for speech beside its weights, both ways: wav2vec 2.0
 (Baevski et al. 2020) with its preprocessor and CTC labels.
 
-``hugging_face`` reads and writes the folders; here are the words of their JSON files. Errors are
+`hf_text` reads and writes the folders; here are the words of their JSON files. Errors are
 ValueErrors that begin with the folder.
 """
 

@@ -2,7 +2,7 @@
 and written to be used elsewhere; timm's are written too.
 
 Families are BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), DistilBERT (Sanh et al. 2019),
-GPT-2 (Radford et al. 2019) and, of samples in the place of texts (``speech_folders``), wav2vec 2.0
+GPT-2 (Radford et al. 2019) and, of samples in the place of texts (`hf_speech`), wav2vec 2.0
 (Baevski et al. 2020). Backbone names are ``model.`` and transformers' own; heads have transformers'
 names there and the objectives' here.
 """

@@ -1,4 +1,4 @@
-"""The job: its parts typed and frozen, what they refuse, and their JSON Schema. `jobfile` reads it
+"""The job: its parts typed and frozen, what they refuse, and their JSON Schema. `yaml_loader` reads it
 from YAML, and has the rules of the text.
 
 Nothing here imports torch or Ray: every mistake of a job file is reported at once, before anything

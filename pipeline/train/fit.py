@@ -78,7 +78,7 @@ def fit_modality(
     most_rows: int | None = None,
 ) -> tuple[ModalitySpec, str]:
     """The source's modality as it stands in its bundle, and in words what a checkpoint's knows of
-    its training ``rows`` (`completed`). ``place``: the source in the job file; ``path``: where what
+    its training ``rows`` (`extend_modality`). ``place``: the source in the job file; ``path``: where what
     was fitted is kept. ``most_rows``: an estimate from so many rows, of which nothing is kept.
     Raises ValueError where the job contradicts the checkpoint.
     """

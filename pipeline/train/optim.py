@@ -152,7 +152,7 @@ def global_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 
 class EMA:
-    """Exponential moving average of the trainable weights; ``swapped`` puts it into the model for a
+    """Exponential moving average of the trainable weights; `swap` puts it into the model for a
     while.
     """
 

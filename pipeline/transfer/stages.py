@@ -61,7 +61,7 @@ class JobState:
     left_out: dict[str, int] = field(default_factory=dict)
     """How many test rows of a target were left out because they also stand in a source."""
     key: str = ""
-    """Of all that the facts of a run depend on (`_keep_facts`)."""
+    """Of all that the facts of a run depend on (`_save_metadata`)."""
     subgroups: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """Of each target that names some: column to the values of its test rows."""
     trial_provenance: dict[str, TrialProvenance] = field(default_factory=dict)
