@@ -1,89 +1,65 @@
-"""What every registered backbone, objective, technique and modality promises
-(pipeline/contracts.py). New ones are found by the registry.
-
-A backbone library that is not in EXAMPLES is tried with its first architecture; something that none
-of the toy rows fits is skipped.
+"""What every registered modality, backbone, objective and technique promises, tried on the rows of
+`contract_rows`. A piece that has no rows there fails.
 """
 
-import io
 import itertools
 import json
 import math
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
+from contract_rows import BACKBONES, MODALITIES, OBJECTIVES, N, wake
 from toys import (
-    SMALL,
-    TRAJECTORY_COLUMNS,
-    episodes,
-    event_rows,
     image_rows,
     label_state,
     make_run,
     net_task,
-    packed_rows,
-    sentences,
-    table_rows,
+    rows_of,
     take,
     task_of,
-    text_modality,
-    text_rows,
-    trajectory_rows,
     weights,
 )
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.registry import Options
-from pipeline.core.contracts import Batch, Task, Technique, trains
-from pipeline.core.contracts.objective_capabilities import CachedHead, CouplesRows, UpdatesAfterStep
+from pipeline.core.contracts import Batch, RawRows, Task, Technique, trains
+from pipeline.core.contracts.objective_capabilities import (
+    CachedHead,
+    CouplesRows,
+    Postprocesses,
+    UpdatesAfterStep,
+)
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.metrics.catalog import metric
 from pipeline.objectives.classification import Classification
 from pipeline.train import loop
 
-EXAMPLES = {
-    "timm": {
-        "resnet10t": 32,
-        "vgg11": 32,
-        "inception_v3": 75,
-        "vit_tiny_patch16_224": 32,
-        "convnext_atto": 32,
-    },
-    "events": {"gru": {}, "strats": {}},
-    "policy": {"mlp": {}, "transformer": {}},
-    "transformers": {"bert": SMALL, "roberta": SMALL, "distilbert": SMALL, "gpt2": SMALL},
-}
 LARGE = ("timm/vgg11",)
 """Half a gigabyte of weights."""
-BACKBONES = [
-    f"{library}/{name}"
-    for library in registry.names("model")
-    for name in EXAMPLES.get(library, sorted(registry.architectures(library))[:1])
-]
+FEW = 20
+"""A library with no more architectures lists them itself, and each is tried."""
 
 
-def rows_for(name: str):
-    """Toy rows and the backbone's options; images where they fit, else texts."""
-    library, _, architecture = name.partition("/")
-    given = EXAMPLES.get(library, {}).get(architecture)
-    if isinstance(given, int):
-        return image_rows(8, size=given, channels=3), {}
-    made = {"events": event_rows, "table": table_rows, "policy": trajectory_rows}
-    if library in made:
-        return made[library](8), {}
-    if isinstance(given, dict):
-        return text_rows(8, text_modality(name)), given
-    for rows in (image_rows(8, size=32, channels=3), text_rows(8, text_modality(name))):
-        try:
-            bundle.build_backbone(Architecture(name, {}, rows.modality.inputs()))
-        except ValueError:
-            continue
-        return rows, {}
-    pytest.skip(f"{name}: neither images nor texts fit; give it rows here")
+@pytest.mark.parametrize(
+    ("kind", "tried"),
+    [
+        ("modality", MODALITIES),
+        ("objective", OBJECTIVES),
+        ("model", {name.partition("/")[0] for name in BACKBONES}),
+    ],
+)
+def test_every_piece_has_rows(kind, tried):
+    assert set(registry.names(kind)) - set(tried) == set(), "contract_rows.py has no rows of these"
+
+
+@pytest.mark.parametrize("library", registry.names("model"))
+def test_every_architecture_of_a_short_list_has_rows(library):
+    known = registry.architectures(library)
+    if len(known) <= FEW:
+        assert {f"{library}/{name}" for name in known} - BACKBONES.keys() == set()
 
 
 class Case:
@@ -91,14 +67,16 @@ class Case:
 
     def __init__(self, name: str):
         self.name = name
-        self.rows, options = rows_for(name)
-        self.task = task_of(
-            name, self.rows.modality.inputs(), "classification", label_state(), seed=1, **options
-        )
-        with torch.no_grad():  # zero-initialised scales would hide the gradient of what they scale
-            for p in self.task.parameters():
-                if p.dim() < 2:
-                    p.add_(0.1 * torch.randn(p.shape))
+        make_sample, options = BACKBONES[name]
+        sample = make_sample()
+        modality = sample.fitted(name)
+        arrays, bad = modality.decode(sample.table, sample.columns)
+        assert not any(bad), bad
+        state = label_state()
+        labels = {"label": np.arange(N) % 3}
+        self.rows = rows_of(modality, {**arrays, **labels}, "classification", state)
+        self.task = task_of(name, modality.inputs(), "classification", state, seed=1, **options)
+        wake(self.task)
         self.batch = take(self.rows, np.arange(4))
 
     @property
@@ -187,17 +165,28 @@ def test_a_row_does_not_depend_on_its_neighbours_in_evaluation(case):
     assert (whole[2:3] - part).abs().max() < 1e-4 * whole.abs().max()
 
 
+def still(task: Task) -> list[str]:
+    """Parameters without a gradient, or with one that is zero or not finite."""
+    return [
+        name
+        for name, p in task.named_parameters()
+        if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any()
+    ]
+
+
 def test_every_parameter_gets_a_gradient(case):
     case.task.train()
     case.task.zero_grad()
     total, count, logs = case.task(case.batch)
     assert count == 4 and torch.isfinite(total) and set(logs) == set(case.task.objective.log_names)
     total.backward()
-    without = [
-        name
-        for name, p in case.task.named_parameters()
-        if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any()
-    ]
+    without = still(case.task)
+    if without:  # what stands in the place of hidden tokens
+        tokens = case.backbone(case.batch, want=("tokens",)).tokens
+        hidden = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        hidden[:, 1] = True
+        case.backbone(case.batch, token_mask=hidden).pooled.sum().backward()
+        without = still(case.task)
     case.task.zero_grad()
     assert without == []
 
@@ -319,46 +308,17 @@ def test_names_and_outputs_survive_a_bundle(case, tmp_path):
 # ---------------------------------------------------------------- objectives
 
 
-def objective_case(name: str):
-    """A task of an objective with the smallest backbone that it takes, and rows."""
-    kind = registry.get("objective", name)
-    if name in ("behaviour_cloning", "dynamics"):
-        table = episodes(12)
-        rows = trajectory_rows(12, table)
-        state = kind.fit(kind.options_class(), table, TRAJECTORY_COLUMNS)
-        return task_of("policy/mlp", rows.modality.inputs(), name, state, seed=1, width=16), rows
-    if not set(kind.roles) <= {"label"}:
-        pytest.skip(f"{name} reads the roles {kind.roles}: give it rows here")
-    for backbone in ("transformers/bert", "transformers/gpt2", "timm/test_vit"):
-        image = backbone.startswith("timm")
-        if image:
-            rows = image_rows(8, size=32, channels=3)
-        else:
-            rows = (
-                packed_rows(12, text_modality(backbone), name)
-                if kind.packed
-                else text_rows(8, text_modality(backbone))
-            )
-        state = label_state() if "label" in kind.roles else {}
-        try:
-            return task_of(
-                backbone, rows.modality.inputs(), name, state, seed=1, **({} if image else SMALL)
-            ), rows
-        except ValueError:
-            continue
-    pytest.skip(f"{name}: none of the toy backbones fits; give it one here")
-
-
 @pytest.fixture(params=registry.names("objective"))
 def objective(request):
-    return objective_case(request.param)
+    """A task with the smallest backbone that the objective takes, its rows and where they are from."""
+    return OBJECTIVES[request.param].build(request.param)
 
 
 def test_loss_is_a_sum_with_its_count(objective):
     """Parts of a batch give parts of its sum, which is what lets the loop divide by the global
     count.
     """
-    task, rows = objective
+    task, rows = objective.task, objective.rows
     task.eval()
     batch = take(rows, np.arange(6), objective=task.objective)
     total, count, logs = task(batch)
@@ -377,17 +337,20 @@ def test_loss_is_a_sum_with_its_count(objective):
 
 
 def test_an_objective_trains_everything_it_made(objective):
-    task, rows = objective
+    task, rows = objective.task, objective.rows
     task.train()
     if isinstance(task.objective, UpdatesAfterStep):
         task.objective.after_step(task.backbone, 0, 1)  # what stands still at first moves now
     task(take(rows, np.arange(6), objective=task.objective))[0].backward()
-    assert [name for name, p in task.named_parameters() if p.grad is None or not p.grad.any()] == []
+    left = still(task)
+    unused = tuple(f"backbone.{part}" for part in objective.unused)
+    assert [name for name in left if not name.startswith(unused or (" ",))] == []
+    assert all(any(name.startswith(part) for name in left) for part in unused)
 
 
 def test_an_empty_batch_gives_noughts_and_touches_every_parameter(objective):
     """A rank whose rows were all undecodable takes part in the reduction."""
-    task, rows = objective
+    task, rows = objective.task, objective.rows
     batch = take(rows, np.arange(2), objective=task.objective)
     empty = Batch(
         batch.rows[:0], batch.keys[:0], {name: tensor[:0] for name, tensor in batch.data.items()}
@@ -403,12 +366,16 @@ def test_an_empty_batch_gives_noughts_and_touches_every_parameter(objective):
 
 @torch.no_grad()
 def test_predictions_are_by_row_and_give_the_metrics(objective):
-    task, rows = objective
+    task, rows = objective.task, objective.rows
     task.eval()
     batch = take(rows, np.arange(6), objective=task.objective)
     found = task.objective.predict(task.backbone, batch)
     assert all(len(tensor) == 6 for tensor in found.values())
     arrays = {name: tensor.numpy() for name, tensor in found.items()}
+    if isinstance(task.objective, Postprocesses):
+        sample = objective.sample
+        raw = RawRows(sample.table.slice(0, 6), sample.columns, rows.modality)
+        arrays = task.objective.postprocess(arrays, raw)
     values = {name: metric(name).value(arrays) for name in task.objective.metrics}
     assert all(math.isfinite(value) for value in values.values()) and "loss" in values
     total, count, _ = task(batch)
@@ -418,14 +385,15 @@ def test_predictions_are_by_row_and_give_the_metrics(objective):
         for name, tensor in part.items():
             whole = found[name][[4, 1]]
             if whole.ndim > 1:  # steps are padded to the longest row of a batch
-                assert not whole[:, tensor.shape[1] :].nan_to_num().any()
+                beyond = whole[:, tensor.shape[1] :].nan_to_num()
+                assert set(beyond.unique().tolist()) in (set(), {0}, {-1})
                 whole = whole[:, : tensor.shape[1]]
             torch.testing.assert_close(tensor, whole, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @torch.no_grad()
 def test_a_head_on_cached_features_is_the_same_head(objective):
-    task, rows = objective
+    task, rows = objective.task, objective.rows
     if not isinstance(task.objective, CachedHead):
         pytest.skip("it needs more than pooled features")
     task.eval()
@@ -440,7 +408,7 @@ def test_a_head_on_cached_features_is_the_same_head(objective):
 
 def test_an_objective_can_be_written_down(objective):
     """Options and state are JSON, and build the same again."""
-    task, _ = objective
+    task = objective.task
     head = task.objective
     spec = ObjectiveSpec.from_json(
         json.loads(
@@ -608,48 +576,51 @@ def test_scratch_is_there_and_starts_from_nothing():
 # ---------------------------------------------------------------- modalities
 
 
-def table_of(name: str) -> tuple[pa.Table, bytes]:
-    """Eight good rows, and the bytes of one that cannot be decoded."""
-    if name == "image":
-        pictures = []
-        for seed in range(8):
-            buffer = io.BytesIO()
-            PIL.Image.fromarray(
-                np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            ).save(buffer, "PNG")
-            pictures.append(buffer.getvalue())
-        return pa.table({"x": pictures}), b"broken"
-    if name == "text":
-        return pa.table(
-            {"x": pa.array([text.encode() for text in sentences(8)[0]], pa.binary())}
-        ), b"\xff\xfe"
-    pytest.skip(f"{name}: give it rows here")
+BROKEN = {"audio": b"broken", "image": b"broken", "text": b"\xff\xfe"}
+"""One value of the first role that cannot be decoded."""
 
 
 @pytest.mark.parametrize("name", registry.names("modality"))
 def test_a_modality_fits_decodes_and_collates_by_row(name):
-    table, broken = table_of(name)
-    kind = registry.get("modality", name)
-    columns = {kind.roles[0]: "x"}
-    options = kind.options_class()
-    state = kind.fit(options, table, columns, "timm/resnet10t")
+    make_sample, backbone = MODALITIES[name]
+    sample, kind = make_sample(), registry.get("modality", name)
+    table, columns, options = sample.table, sample.columns, kind.options_class(**sample.options)
+    state = kind.fit(options, table, columns, backbone)
     assert json.loads(json.dumps(state)) == state and state == kind.fit(
-        options, table, columns, "timm/resnet10t"
+        options, table, columns, backbone
     )
-    modality = bundle.build_modality(ModalitySpec(name, options.model_dump(), state))
+    modality = sample.fitted(backbone)
     assert json.loads(json.dumps(modality.inputs())) == modality.inputs()
     arrays, bad = modality.decode(table, columns)
-    assert bad == [""] * 8 and all(len(array) == 8 for array in arrays.values())
-    mixed, bad = modality.decode(
-        pa.table({"x": [*table["x"].to_pylist()[:3], broken, *table["x"].to_pylist()[3:]]}), columns
-    )
-    assert [bool(reason) for reason in bad] == [False] * 3 + [True] + [False] * 5
-    keep = np.arange(9) != 3
-    assert all(np.array_equal(mixed[key][keep], arrays[key]) for key in arrays)
-    batch = Batch(np.arange(8), torch.arange(8), modality.collate(arrays))
-    assert all(len(tensor) == 8 for tensor in batch.data.values())
+    assert bad == [""] * N and all(len(array) == N for array in arrays.values())
+    batch = Batch(np.arange(N), torch.arange(N), modality.collate(arrays))
+    assert all(len(tensor) == N for tensor in batch.data.values())
     for done in (modality.finish(batch), modality.finish(modality.augment(batch))):
-        assert all(len(tensor) == 8 for tensor in done.data.values())
+        assert all(len(tensor) == N for tensor in done.data.values())
+
+
+@pytest.mark.parametrize("name", registry.names("modality"))
+def test_a_row_that_cannot_be_decoded_spoils_itself_alone(name):
+    make_sample, backbone = MODALITIES[name]
+    sample = make_sample()
+    modality, column = (
+        sample.fitted(backbone),
+        sample.columns[registry.get("modality", name).roles[0]],
+    )
+    arrays, _ = modality.decode(sample.table, sample.columns)
+    values = sample.table[column].to_pylist()
+    kind = pa.binary() if name in BROKEN else sample.table.schema.field(column).type
+    values = [value.encode() if isinstance(value, str) else value for value in values]
+    values[3] = BROKEN.get(name)
+    place = sample.table.column_names.index(column)
+    spoiled = sample.table.set_column(place, column, pa.array(values, kind))
+    mixed, bad = modality.decode(spoiled, sample.columns)
+    assert [bool(reason) for reason in bad] == [i == 3 for i in range(N)]
+    for key, array in arrays.items():
+        for i in range(N):
+            assert i == 3 or np.array_equal(
+                mixed[key][i], array[i], equal_nan=array.dtype.kind == "f"
+            ), (key, i)
 
 
 # ---------------------------------------------------------------- batches

@@ -6,6 +6,7 @@ import ast
 import io
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def floor(module: str) -> int:
     return next(number for number, names in enumerate(FLOORS) if part(module) in names)
 
 
+@cache
 def tree(module: str) -> ast.Module:
     return ast.parse(NAMES[module].read_text(), str(NAMES[module]))
 

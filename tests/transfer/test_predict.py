@@ -219,29 +219,28 @@ def opened_alone(folder, module: str, images: torch.Tensor, *place: str) -> torc
     return torch.load(out, weights_only=True)
 
 
+LARGE = pytest.mark.slow
+"""Half a gigabyte of weights; its pre-logits are layers of their own."""
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("kind", "suffix"),
-    [("hugging-face", ""), ("state-dict", ".safetensors"), ("state-dict", ".pt")],
-)
-@pytest.mark.parametrize(
-    ("name", "objective", "more"),
+    ("kind", "suffix", "name", "objective", "more"),
     [
-        ("timm/test_resnet", "classification", {}),
-        ("timm/test_vit", "multilabel", {"patch_size": 8}),
-        ("timm/test_vgg", "classification", {}),
+        ("hugging-face", "", "timm/test_resnet", "classification", {}),
+        ("state-dict", ".pt", "timm/test_resnet", "classification", {}),
+        ("hugging-face", "", "timm/test_vit", "multilabel", {"patch_size": 8}),
+        ("state-dict", ".safetensors", "timm/test_vit", "multilabel", {"patch_size": 8}),
+        pytest.param("hugging-face", "", "timm/vgg11", "classification", {}, marks=LARGE),
+        pytest.param("state-dict", ".safetensors", "timm/vgg11", "classification", {}, marks=LARGE),
     ],
 )
 def test_a_classifier_trained_with_defaults_is_exported_with_its_norm(
-    name, objective, more, kind, suffix, tmp_path
+    kind, suffix, name, objective, more, tmp_path
 ):
     """The layer norm before the linear layer has no parameters: weights alone gave other classes in
     timm.
     """
-    if name == "timm/test_vgg" and "test_vgg" not in registry.architectures("timm"):
-        name = "timm/vgg11"
-    if (name, suffix) == ("timm/vgg11", ".pt"):
-        pytest.skip("one form of a large model is enough")
     task, uri = image_bundle(tmp_path, name, None, objective, **more)
     assert task.objective.options.norm
     out = tmp_path / "export"
