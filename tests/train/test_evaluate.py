@@ -37,6 +37,8 @@ def rows(tmp_path) -> Rows:
 class Reads(Objective):
     """Predicts a sum of the tokens, and completes it by the sum that the row's own text gives."""
 
+    raw_roles = ("text",)
+
     def __init__(self):
         torch.nn.Module.__init__(self)
 

@@ -7,7 +7,6 @@ from toys import image_files, job_of, shared_of, trial_of
 from transfer.test_stages import Silent
 
 from pipeline.checkpoints import bundle
-from pipeline.config import registry
 from pipeline.config.schema import Job
 from pipeline.core.specs import ObjectiveSpec
 from pipeline.objectives.classification import Classification
@@ -48,7 +47,7 @@ class RollsOut(Classification):
 
 @pytest.fixture
 def carried(monkeypatch):
-    monkeypatch.setitem(registry._registered, ("objective", "classification"), KeepsHead)
+    monkeypatch.setattr("pipeline.objectives.classification.Classification", KeepsHead)
 
 
 def world(tmp_path, paths, **change):
@@ -176,7 +175,7 @@ def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, path
 def test_metrics_of_test_rows_alone_come_first_and_are_not_asked_of_validation_rows(
     tmp_path, paths, monkeypatch
 ):
-    monkeypatch.setitem(registry._registered, ("objective", "classification"), RollsOut)
+    monkeypatch.setattr("pipeline.objectives.classification.Classification", RollsOut)
     job, shared = world(tmp_path, paths)
     record = trial.run(trial_of(job, shared, "full"), shared)
     by_split = {
