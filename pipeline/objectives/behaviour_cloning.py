@@ -533,7 +533,7 @@ class Pilot:
 
     def _action(
         self, name: str, rows: np.ndarray, value: np.ndarray
-    ) -> tuple[Sequence[Any], np.ndarray]:
+    ) -> tuple[Sequence[Any] | np.ndarray, np.ndarray]:
         """Return the actions of the worlds of a space, and as the backbone remembers them.
 
         Args:

@@ -141,7 +141,7 @@ class Classification(Objective):
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
         """Return ``label`` (n,) int64 class numbers."""
-        name = columns.get("label")
+        name = columns.get("label", "")
         if name not in table.column_names:  # new rows to predict
             return {}
         column = _plain(table[name])

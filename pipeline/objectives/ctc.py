@@ -197,6 +197,7 @@ class CTC(Objective):
         if arrays is not None:
             samples = lengths(arrays["audio"])
         else:
+            assert seconds is not None
             longest = (seconds + SLACK) * state["rate"]
             samples = np.where(seconds > 0, longest, 0).astype(np.int64)
         labels: Any = (arrays or {}).get("transcript")  # as ``encode`` made them

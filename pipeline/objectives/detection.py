@@ -675,7 +675,9 @@ class TwoStage(nn.Module):
             nms_thresh=options.nms_threshold or 0.5,
             detections_per_img=DETECTIONS,
         )
-        self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler = self.samplers
+        sampled: tuple[Any, Any] = (self.rpn, self.roi_heads)
+        for part, sampler in zip(sampled, self.samplers, strict=True):
+            part.fg_bg_sampler = sampler
 
     def _regions(
         self, maps: dict[str, Tensor], boxes: list[Tensor], batch: Batch

@@ -80,7 +80,6 @@ class Multilabel(Objective):
     null_label_means = "a row without any label"
     label_tensors = ("labels",)
     output_types = {"prediction": pa.list_(pa.string())}
-    mixes_inputs = False
 
     @classmethod
     def fit(cls, options, table, columns):

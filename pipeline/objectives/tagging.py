@@ -146,7 +146,7 @@ class Tagging(Objective):
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
         """Return ``tags`` (n, W) int16, -1 where no word is, or its tag is null."""
-        name = columns.get("tags")
+        name = columns.get("tags", "")
         if name not in table.column_names:  # new rows to predict
             return {}
         most = state["max_words"]

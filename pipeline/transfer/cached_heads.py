@@ -23,7 +23,11 @@ from torch.func import functional_call, vmap
 from pipeline.config import provenance
 from pipeline.config.schema import Train, spec_hash
 from pipeline.core.contracts import Backbone, Batch, Objective, Task
-from pipeline.core.contracts.objective_capabilities import CachedHead, is_calibrated
+from pipeline.core.contracts.objective_capabilities import (
+    CachedHead,
+    MixesInputs,
+    is_calibrated,
+)
 from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch, Rows
 from pipeline.io import checksums, heartbeat, storage
@@ -264,7 +268,8 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     first = group[0]
     data = shared.targets[first.target, first.base]
     objective = trials.build(first, shared)[0].objective
-    if not isinstance(objective, CachedHead) or objective.mixes_inputs:
+    mixes_inputs = isinstance(objective, MixesInputs) and objective.mixes_inputs
+    if not isinstance(objective, CachedHead) or mixes_inputs:
         return False
     return first.technique_object.frozen and data.spec.workers == 0
 

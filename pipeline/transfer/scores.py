@@ -8,7 +8,7 @@ import torch
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.registry import register
-from pipeline.core.contracts.objective_capabilities import CachedHead
+from pipeline.core.contracts.objective_capabilities import has_classes
 from pipeline.core.rng import mix
 from pipeline.metrics.ranking import weighted_auroc
 from pipeline.train.online_probe import KNN, neighbours
@@ -113,7 +113,7 @@ def score(
     """
     data = shared.targets[target, base_key]
     objective = registry.get("objective", data.objective.name)
-    if not isinstance(objective, CachedHead):
+    if not has_classes(objective):
         raise ValueError(
             f"targets.{target}: scores need labels, the objective {data.objective.name} has none"
         )

@@ -27,11 +27,11 @@ from pipeline.core.capabilities import check_roles, ineffective_options
 from pipeline.core.contracts import Modality, Objective, Task, Technique, trains
 from pipeline.core.contracts.objective_capabilities import (
     BindsToBackbone,
-    CachedHead,
     ChecksTestRows,
     CountsRows,
     CouplesRows,
     TransfersHead,
+    has_classes,
     invalid_label_reasons,
     rollout_metrics,
     target_metrics,
@@ -93,7 +93,7 @@ class TargetStage:
         labels.
         """
         objective = registry.get("objective", self.spec.objective.name)
-        return isinstance(objective, CachedHead)
+        return has_classes(objective)
 
     @property
     def packed(self) -> bool:

@@ -5,7 +5,7 @@ An objective has a capability by having its members; nothing is declared. Caller
 callers need the answer, a function below asks for them.
 
 Training and transfer:
-    `CachedHead`: the head needs pooled features alone.
+    `CachedHead`, `MixesInputs`: the head needs pooled features alone, unless inputs are mixed.
     `CouplesRows`: rows of a global batch are compared.
     `ComparesViews`: random views of a row are compared.
     `UpdatesAfterStep`, `ReplacesBackbone`: something moves with the steps, such as a teacher.
@@ -48,18 +48,10 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class CachedHead(Protocol):
-    """Its head needs pooled features alone: a frozen backbone computes them once for all trials.
-
-    Such rows have one class or one set of labels each, so transferability scores can read them.
-    """
+    """Its head needs pooled features alone: a frozen backbone computes them once for all trials."""
 
     label_tensors: ClassVar[tuple[str, ...]]
     """Tensors that the head reads beside the features."""
-
-    @property
-    def mixes_inputs(self) -> bool:
-        """Whether training mixes or masks inputs, so that cached features will not do."""
-        ...
 
     def head_loss(self, features: Tensor, batch: Batch) -> Loss:
         """Return ``Objective.loss`` from pooled features (B, D)."""
@@ -67,6 +59,16 @@ class CachedHead(Protocol):
 
     def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``Objective.predict`` from pooled features (B, D)."""
+        ...
+
+
+@runtime_checkable
+class MixesInputs(Protocol):
+    """Its inputs can be mixed with other rows' in training, so that cached features will not do."""
+
+    @property
+    def mixes_inputs(self) -> bool:
+        """Whether the options ask for it."""
         ...
 
 
@@ -297,6 +299,15 @@ class RollsOut(Protocol):
 
 
 # ---------------------------------------------------------------- asked by several callers
+
+
+def has_classes(objective: type[Objective]) -> TypeGuard[type[CachedHead]]:
+    """Return whether a row has one class or one set of labels, which its pooled features predict.
+
+    Transferability scores can read such rows.
+    """
+    tensors = objective.label_tensors if isinstance(objective, CachedHead) else ()
+    return tensors in (("label",), ("labels",))
 
 
 def target_metrics(objective: type[Objective], options: Any, state: State) -> tuple[str, ...]:
