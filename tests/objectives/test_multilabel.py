@@ -225,12 +225,12 @@ def test_a_head_is_carried_over_by_the_names_of_its_labels(tmp_path):
     )
     saved = bundle.load(str(tmp_path / "b"))
     again = bundle.build_task(
-        arch, replace(head, state={**head["state"], "labels": KNOWN[::-1]}), seed=2
+        arch, replace(head, state={**head.state, "labels": KNOWN[::-1]}), seed=2
     )
     assert bundle.carry_head(again, saved) == "head kept: the same labels, put into their new order"
     assert torch.equal(again.objective.head.weight, task.objective.head.weight.flip(0))
     other = bundle.build_task(
-        arch, replace(head, state={**head["state"], "labels": ["Edema", "Mass", "Nodule"]}), seed=2
+        arch, replace(head, state={**head.state, "labels": ["Edema", "Mass", "Nodule"]}), seed=2
     )
     assert "head new: its labels differ" in bundle.carry_head(other, saved)
 
