@@ -20,7 +20,7 @@ import torch
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import Target, Train, with_hyper_parameters
-from pipeline.core.contracts import FinishedTrial, Objective, Task, trains
+from pipeline.core.contracts import FinishedTrial, Objective, Task, Technique, trains
 from pipeline.core.contracts.objective_capabilities import (
     CachedHead,
     TransfersHead,
@@ -364,6 +364,7 @@ def run(
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.time()
     data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
+    technique = trial.technique_object  # one for the whole trial: it may keep what it saw
     train, rows, steps = resolve_training(trial, shared)
     task, moved, start_hash = build(trial, shared)
     history = history_of(where, [trial], shared)
@@ -372,7 +373,7 @@ def run(
     finished = experiment.run(
         Experiment(
             task=task,
-            technique=trial.technique_object,
+            technique=technique,
             technique_seed=mix(shared.seed, trial.seed, 4),
             train=train,
             steps=steps,
@@ -395,7 +396,7 @@ def run(
     )
     task, test, frames = finished.task, None, None
     if trial.stage == "final":
-        task, test, frames = predict_test(task, trial, data, train, ranks)
+        task, test, frames = predict_test(task, technique, data, train, ranks)
     unread = {row: why for (split, row), why in finished.bad_rows.items() if split == "train"}
     moved = "; ".join([moved, *_rows_left_out(data, test, rows, unread), *finished.damaged])
     metadata = {
@@ -404,7 +405,7 @@ def run(
         "device": device_name(ranks.device),
         "start_weights": start_hash,
         "transfer": moved,
-        "n_train": len(rows) - len(unread) if trains(trial.technique_object) else 0,
+        "n_train": len(rows) - len(unread) if trains(technique) else 0,
         "begun_by": history.others,
         "fitted": calibration_of(task.objective),
     }
@@ -436,7 +437,7 @@ def _stream_rows(trial: Trial, shared: Shared) -> dict[str, Rows]:
 
 
 def predict_test(
-    task: Task, trial: Trial, data: TargetData, train: Train, ranks: Ranks
+    task: Task, technique: Technique, data: TargetData, train: Train, ranks: Ranks
 ) -> tuple[Task, Predictions, np.ndarray | None]:
     """Calibrate on the validation rows, then predict the test rows, each once.
 
@@ -453,7 +454,7 @@ def predict_test(
         mine = evaluate.Postprocessor(data.validation)(objective, mine)
         objective.calibrate(evaluate.gather_predictions(mine, ranks))
     inputs = partial(streams.test_inputs, data.test, ready, ranks, EVAL_ROWS)
-    task = trial.technique_object.at_test(task, inputs)
+    task = technique.at_test(task, inputs)
     bad: list[tuple[int, str]] = []
     batches = _batches(data.test, ranks)
     mine = evaluate.predictions(task, batches, ready, ranks, autocast(), bad.extend)

@@ -7,6 +7,7 @@ A complete small library with one architecture, for the rows of the example in `
 
     from pipeline.config.registry import Options, register
     from pipeline.core.contracts import Backbone, Features
+    from pipeline.core.specs import Architecture
 
     ARCHITECTURES = ["mlp"]
 
@@ -21,11 +22,8 @@ A complete small library with one architecture, for the rows of the example in `
             super().__init__(architecture, options, inputs)
             if "length" not in inputs:
                 raise ValueError("sensor/mlp reads rows of a fixed length")
-            self.arch = {
-                "name": f"sensor/{architecture}",
-                "options": options.model_dump(),
-                "inputs": dict(inputs),
-            }
+            name = f"sensor/{architecture}"
+            self.arch = Architecture(name, options.model_dump(), dict(inputs))
             self.pooled_dim = options.width
             self.body = nn.Sequential(nn.Linear(inputs["length"], options.width), nn.ReLU())
 

@@ -3,6 +3,11 @@
 A technique is a set of hooks of the one training loop. By default each of them does nothing, which
 is full fine-tuning. Three complete ones::
 
+    from pipeline.config.registry import register
+    from pipeline.core.contracts import Technique
+
+
+    @register("technique", "l2_sp")
     class L2SP(Technique):
         '''Fine-tune close to the starting point (Li et al. 2018).'''
 
@@ -12,10 +17,11 @@ is full fine-tuning. Three complete ones::
 
         def penalty(self, task, batch, streams):
             now = task.backbone.parameters()
-            return 0.01 * sum((p - p0).square().sum() for p, p0 in zip(now, self.start))
+            return 0.01 * sum((p - p0).square().sum() for p, p0 in zip(now, self.start, strict=True))
 
 
-    class Coral(Technique):
+    @register("technique", "mean_alignment")
+    class MeanAlignment(Technique):
         '''Align the means of source and target features (after Sun and Saenko 2016).'''
 
         def streams(self):
@@ -26,7 +32,8 @@ is full fine-tuning. Three complete ones::
             return (here.mean(0) - there.mean(0)).square().sum()
 
 
-    class Soup(Technique):
+    @register("technique", "seed_soup")
+    class SeedSoup(Technique):
         '''Average the weights of all seeds of full fine-tuning (Wortsman et al. 2022).'''
 
         starts_from = "trials"
