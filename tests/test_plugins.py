@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +20,12 @@ import pytest
 from typer.testing import CliRunner
 
 import pipeline
-from pipeline import cli
+from pipeline import cli, prepare_ray
 from pipeline.checkpoints import bundle
 from pipeline.config import plugins, provenance, registry, yaml_loader
 from pipeline.config.schema import JobError
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
+from pipeline.train import launch
 from pipeline.transfer import grid
 
 SPECTRA = Path(__file__).parent / "plugin" / "spectra"
@@ -357,8 +359,38 @@ def test_the_contract_suite_runs_over_a_plugins_pieces():
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 20
 
 
+@pytest.fixture
+def ray_with_spectra(spectra):
+    """A Ray whose workers know the plugin, as `launch.start` begins one for a job."""
+    import ray
+
+    ray.shutdown()  # the one that other tests share does not know it
+    prepare_ray()
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        job_config=launch.OwnCode(),
+        runtime_env=launch.plugins_env(),
+    )
+    yield
+    ray.shutdown()
+
+
+def test_workers_of_a_ray_that_runs_already_must_know_the_plugins(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(runtime_env={}))
+    launch.start(None, False)
+    plugins.use([str(SPECTRA)])
+    with pytest.raises(launch.ClusterError, match="its workers do not know the plugins spectra"):
+        launch.start(None, False)
+
+
 @pytest.mark.ray
-def test_a_job_of_plugins_runs_from_files_to_predictions(tmp_path):
+@pytest.mark.timeout(600)
+def test_a_job_of_plugins_runs_from_files_to_predictions(tmp_path, ray_with_spectra):
     """Prepare, pretrain, score, fine-tune, report and predict, in Ray's workers."""
     raw = spectra_files(tmp_path / "raw")
     done = onetomany("prepare", "spectra", raw, "-o", tmp_path / "rows", "--plugin", SPECTRA)

@@ -107,7 +107,7 @@ def start(address: str | None, verbose: bool) -> None:
                 address=where,
                 logging_level=level,
                 log_to_driver=verbose,
-                runtime_env=_plugins_env(),
+                runtime_env=plugins_env(),
                 **extra,
                 **_job_config(where),
             )
@@ -133,8 +133,8 @@ def session(address: str | None, verbose: bool) -> Iterator[None]:
         stop()
 
 
-def _plugins_env() -> dict[str, Any] | None:
-    """The runtime environment that brings the job's plugins to Ray's workers, on every node."""
+def plugins_env() -> dict[str, Any] | None:
+    """Return the ``runtime_env`` of ``ray.init`` that brings the plugins in use to every worker."""
     listed = os.environ.get(plugins.VARIABLE)
     if not listed:
         return None
