@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -23,7 +22,6 @@ class Regression(Objective):
 
     roles = ("value",)
     metrics = ("rmse", "loss")
-    label_tensors = ("value",)
 
     @classmethod
     def fit(cls, options, table, columns):
@@ -43,25 +41,17 @@ class Regression(Objective):
         super().__init__(backbone, options, state)
         self.head = nn.Linear(backbone.pooled_dim, 1)
 
-    def _scaled(self, batch: Batch) -> Tensor:
-        return (batch["value"] - self.state["mean"]) / self.state["std"]
-
-    def head_loss(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        error = self.head(features)[:, 0] - self._scaled(batch)
-        return (error**2).sum(), torch.tensor(float(len(error)), device=error.device), {}
-
-    def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
-        scaled = self.head(features)[:, 0]
-        out = {"prediction": scaled * self.state["std"] + self.state["mean"]}
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        scaled = self.head(backbone(batch).pooled)[:, 0]
+        found = {"prediction": scaled * self.state["std"] + self.state["mean"]}
         if "value" in batch.data:
-            out |= {"value": batch["value"], "loss": (scaled - self._scaled(batch)) ** 2}
-        return out
+            wanted = (batch["value"] - self.state["mean"]) / self.state["std"]
+            found |= {"value": batch["value"], "loss": (scaled - wanted) ** 2}
+        return found
 
     def loss(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        return self.head_loss(backbone(batch).pooled, batch)
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        return self.head_predict(backbone(batch).pooled, batch)
+        losses = self.predict(backbone, batch)["loss"]
+        return losses.sum(), losses.new_full((), float(len(losses))), {}
 
 
 def _values(table, columns) -> np.ndarray:
