@@ -292,7 +292,7 @@ def test_a_bundle_cannot_name_a_plugin(tmp_path, spectra):
     head = ObjectiveSpec("regression", {}, {"mean": 0.0, "std": 1.0})
     modality = ModalitySpec("spectrum", {"bands": 4}, {"mean": [0.0] * 4, "std": [1.0] * 4})
     uri = str(tmp_path / "bundle")
-    bundle.save(uri, bundle.build_task(arch, head, seed=0), modality, plugins=[str(SPECTRA)])
+    bundle.save(uri, bundle.build_task(arch, head, seed=0), modality)
     table = pa.table({"spectrum": [[1.0, 2.0, 3.0, 4.0], [0.0] * 4, None]})
     pq.write_table(table, tmp_path / "rows.parquet")
     found = pipeline.embed(uri, str(tmp_path / "rows.parquet"), plugins=[str(SPECTRA)])

@@ -13,7 +13,12 @@ import pyarrow as pa
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Source, Target, spec_hash
-from pipeline.core.capabilities import ExtendsState, ReportsCoverage, ineffective_options
+from pipeline.core.capabilities import (
+    ExtendsState,
+    ReadsFiles,
+    ReportsCoverage,
+    ineffective_options,
+)
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifest as manifests
@@ -144,7 +149,8 @@ def label_columns(spec: Source | Target) -> list[str]:
     """Return the columns that an objective is fitted on: not those of files (masks)."""
     assert spec.data is not None and spec.objective is not None
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
-    files = registry.get("modality", spec.data.modality.name).file_roles
+    modality = registry.get("modality", spec.data.modality.name)
+    files = modality.file_roles if isinstance(modality, ReadsFiles) else ()
     roles = (*objective.roles, *objective.optional_roles)
     return [columns[role] for role in roles if role in columns and role not in files]
 
