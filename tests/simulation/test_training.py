@@ -81,6 +81,7 @@ def test_the_pendulum_is_balanced():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_hopper_hops():
     """The figure that jobs/robotics/locomotion.yaml rests on: about eight minutes of one core.
 
