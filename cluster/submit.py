@@ -1,7 +1,8 @@
 """Run a job file on a Ray cluster through Ray Jobs: ship it, start it there, follow its log, return
 its exit code.
 
-    onetomany submit jobs/vision/vision.yaml --address http://head:8265 --set storage=s3://bucket/runs
+    onetomany submit jobs/vision/vision.yaml --address http://head:8265 --set
+    storage=s3://bucket/runs
 
 What travels is one zip: the job file, the files that it names by relative paths, and this code, so
 that the cluster runs what is installed here; its own installation only has to bring the

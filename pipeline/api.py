@@ -47,8 +47,8 @@ class Outcome:
     bundles: dict[str, str] = field(default_factory=dict)
     """URI of each source's bundle."""
     scores: list[dict[str, Any]] = field(default_factory=list)
-    """A row for each source and target, best first: ``target``, ``source``, ``backbone`` and a value
-    for each transferability score.
+    """A row for each source and target, best first: ``target``, ``source``, ``backbone`` and a
+    value for each transferability score.
     """
     rows: list[ResultRow] = field(default_factory=list)
     """The job's rows of the results table."""

@@ -1,4 +1,5 @@
-"""How the tests run: the environment, two processes for the whole of them, one Ray, and an S3 server.
+"""How the tests run: the environment, two processes for the whole of them, one Ray, and an S3
+server.
 
 The environment stands here since Ray, tokenizers and others read it when they are imported.
 """
@@ -15,7 +16,8 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 for name, value in {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else workers start through `uv run`, in an environment of their own
+    # else workers start through `uv run`, in an environment of their own
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "OMP_NUM_THREADS": "1",
@@ -36,14 +38,18 @@ MOST_PROCESSES = 4
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Processes for the whole suite; none (0) for named files, which are done sooner in the process that is there."""
+    """Processes for the whole suite; none (0) for named files, which are done sooner in the process
+    that is there.
+    """
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     return min(MOST_PROCESSES, os.cpu_count() or 1) if is_whole else 0
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Put the tests of Ray first and into one group, so that one process runs them all on one Ray."""
+    """Put the tests of Ray first and into one group, so that one process runs them all on one
+    Ray.
+    """
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
         if item.get_closest_marker("ray"):
@@ -80,7 +86,8 @@ def _stop_ray():
 def start_ray(s3_server):
     """A function that starts the Ray that all tests share, unless it runs, and returns the module.
 
-    It has two logical CPUs. The S3 server comes first, since Ray's processes have the environment of their start.
+    It has two logical CPUs. The S3 server comes first, since Ray's processes have the environment
+    of their start.
     """
 
     def start():
@@ -127,7 +134,9 @@ def hide_ray():
 
 @pytest.fixture
 def ray_here(start_ray, request):
-    """The shared Ray, whose workers get what the test's file defines by value, since they cannot import it."""
+    """The shared Ray, whose workers get what the test's file defines by value, since they cannot
+    import it.
+    """
     ray = start_ray()
     ray.cloudpickle.register_pickle_by_value(request.module)
     yield ray
@@ -139,9 +148,11 @@ def ray_here(start_ray, request):
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """A bucket on moto's server at a real loopback port, so that subprocesses reach it too; yields s3://bucket.
+    """A bucket on moto's server at a real loopback port, so that subprocesses reach it too; yields
+    s3://bucket.
 
-    The AWS_* variables point to it until the session ends. Tests share the bucket: write below a prefix of your own.
+    The AWS_* variables point to it until the session ends. Tests share the bucket: write below a
+    prefix of your own.
     """
     import boto3
     from moto.server import ThreadedMotoServer

@@ -199,7 +199,8 @@ WRONG = {
     "no_such_file": (None, "neither a .py file nor a folder with __init__.py"),
     "takes_a_name_of_ours": (
         'from x import register\n@register("technique", "full")\nclass A:\n    pass\n',
-        "takes_a_name_of_ours.py:2: technique 'full' is already declared in pipeline.techniques.full",
+        "takes_a_name_of_ours.py:2: technique 'full' is already declared in "
+        "pipeline.techniques.full",
     ),
     "registers_nothing": ("class A:\n    pass\n", "nothing is registered in"),
     "another_kind": (
@@ -211,7 +212,8 @@ WRONG = {
         "write the kind and the name out",
     ),
     "other_options": (
-        "class A(Options):\n    x: Path = Field(None)\n@register('technique', 'x', options=A)\nclass B:\n    pass\n",
+        "class A(Options):\n    x: Path = Field(None)\n@register('technique', 'x', "
+        "options=A)\nclass B:\n    pass\n",
         "builtin types, Literal and Field only",
     ),
 }
@@ -252,7 +254,8 @@ def test_a_plugin_is_not_imported_while_a_job_is_checked(tmp_path):
     program = (
         "import sys\nfrom pipeline.config import yaml_loader\n"
         f"yaml_loader.load({str(file)!r})\n"
-        "print([name for name in sys.modules if name.startswith('spectra')], 'torch' in sys.modules)"
+        "print([name for name in sys.modules if name.startswith('spectra')], 'torch' in "
+        "sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[] False", done.stderr

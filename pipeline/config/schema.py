@@ -1,5 +1,5 @@
-"""The job: its parts typed and frozen, what they refuse, and their JSON Schema. `yaml_loader` reads it
-from YAML, and has the rules of the text.
+"""The job: its parts typed and frozen, what they refuse, and their JSON Schema. `yaml_loader` reads
+it from YAML, and has the rules of the text.
 
 Nothing here imports torch or Ray: every mistake of a job file is reported at once, before anything
 starts.
@@ -958,14 +958,11 @@ def schema() -> dict:
 
     def choice(kind: str) -> dict:
         names = registry.names(kind)
-        text: dict[str, Any] = (
-            {"type": "string", "enum": names}
-            if kind != "model"
-            else {
-                "type": "string",
-                "pattern": rf"^(({'|'.join(names)})/.+|({'|'.join(p[:-1] for p in CHECKPOINT_PREFIXES)}):.+)$",
-            }
-        )
+        text: dict[str, Any] = {"type": "string", "enum": names}
+        if kind == "model":
+            libraries = "|".join(names)
+            prefixes = "|".join(prefix[:-1] for prefix in CHECKPOINT_PREFIXES)
+            text = {"type": "string", "pattern": rf"^(({libraries})/.+|({prefixes}):.+)$"}
         options = {
             name: {
                 "anyOf": [registry.entry(kind, name).options.model_json_schema(), {"type": "null"}]

@@ -205,8 +205,8 @@ class Loader:
 
 
 class RowCosts:
-    """Costs of the rows of an item (`Costed.costs`), from the column that holds them or from the rows
-    themselves.
+    """Costs of the rows of an item (`Costed.costs`), from the column that holds them or from the
+    rows themselves.
     """
 
     def __init__(self, selection: Selection, modality: Modality, columns: dict[str, str]):

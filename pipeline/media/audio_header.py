@@ -58,7 +58,9 @@ def promised(file: Any) -> float:
 def _chunks(
     file: Any, size: int, at: int, form: str, name: int = 4, even: int = 1
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (first four bytes of its name, start of its content, header as a number) of each chunk."""
+    """Yield (first four bytes of its name, start of its content, header as a number) of each
+    chunk.
+    """
     head = name + struct.calcsize(form)
     for _ in range(CHUNKS):
         if at + head > size:

@@ -194,7 +194,9 @@ class Grid(nn.Module):
 
 
 class One(nn.Module):
-    """Embed a number as (..., width) with d^1/2 tanh units (continuous value embedding of STraTS)."""
+    """Embed a number as (..., width) with d^1/2 tanh units (continuous value embedding of
+    STraTS).
+    """
 
     def __init__(self, width: int):
         super().__init__()

@@ -104,7 +104,9 @@ def chunks(actions: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def head_of(asked: str, discrete: bool) -> str:
-    """Return the head of a space: the option's, or the automatic one for a space of another kind."""
+    """Return the head of a space: the option's, or the automatic one for a space of another
+    kind.
+    """
     if discrete:
         return "categorical"
     return "mse" if asked in ("auto", "categorical") else asked

@@ -18,7 +18,9 @@ from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.rng import uniform
 
 CROP_STREAM = 1 << 18
-"""Random stream of the crops, apart from the modality's changes, which follow from the same keys."""
+"""Random stream of the crops, apart from the modality's changes, which follow from the same
+keys.
+"""
 
 LEVELS = 256
 

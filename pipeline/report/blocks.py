@@ -205,14 +205,25 @@ def _md_block(block: Block) -> str:
 def page(title: str, eyebrow: str, blocks: Sequence[Block]) -> str:
     """The whole page. It has no script, and loads nothing."""
     body = "\n".join(_html_block(block) for block in blocks)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta '
-        'name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light '
-        f'dark">\n<title>{_h(eyebrow)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n'
-        "<header><p "
-        f'class="eyebrow">{_h(eyebrow)}</p>\n<h1>{_h(title)}</h1></header>\n{body}\n</main>\n</body>\n</html>\n'
-    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{_h(eyebrow)}</title>
+<style>
+{_style()}</style>
+</head>
+<body>
+<main>
+<header><p class="eyebrow">{_h(eyebrow)}</p>
+<h1>{_h(title)}</h1></header>
+{body}
+</main>
+</body>
+</html>
+"""
 
 
 def _h(text: str) -> str:
@@ -248,9 +259,10 @@ def _html_table(table: Table) -> str:
         for row in table.rows
     ]
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    header = f"<thead><tr>{head}</tr></thead>"
     return (
-        '<div class="scroll" '
-        f'tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+        f'<div class="scroll" tabindex="0"><table>\n{header}\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
     )
 
 

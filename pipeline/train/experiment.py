@@ -68,7 +68,9 @@ class Experiment:
     decode_validation_bytes: int = 0
     """A rank's validation rows are decoded once where they take no more than this."""
     stream_rows: dict[str, Rows] = field(default_factory=dict)
-    """Rows that the technique may read beside the training rows, by stream (``Technique.streams``)."""
+    """Rows that the technique may read beside the training rows, by stream
+    (``Technique.streams``).
+    """
     extra_metrics: dict[str, Callable[[Task], float]] = field(default_factory=dict)
     """Computed at every validation beside ``metrics``."""
     restarts: bool = False
@@ -213,7 +215,9 @@ def _validator(
 
 
 class BadRows:
-    """Rows of all ranks that could not be used, each once; every rank holds them against the budget."""
+    """Rows of all ranks that could not be used, each once; every rank holds them against the
+    budget.
+    """
 
     def __init__(self, experiment: Experiment, ranks: Ranks):
         rows, validation = experiment.rows.selection, experiment.validation.selection

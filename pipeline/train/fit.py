@@ -83,9 +83,9 @@ def fit_modality(
     most_rows: int | None = None,
 ) -> tuple[ModalitySpec, str]:
     """The source's modality as it stands in its bundle, and in words what a checkpoint's knows of
-    its training ``rows`` (`extend_modality`). ``place``: the source in the job file; ``path``: where what
-    was fitted is kept. ``most_rows``: an estimate from so many rows, of which nothing is kept.
-    Raises ValueError where the job contradicts the checkpoint.
+    its training ``rows`` (`extend_modality`). ``place``: the source in the job file; ``path``:
+    where what was fitted is kept. ``most_rows``: an estimate from so many rows, of which nothing is
+    kept. Raises ValueError where the job contradicts the checkpoint.
     """
     assert spec.data is not None
     component, objective = (
@@ -199,8 +199,8 @@ def fitted_columns(
 ) -> list[str]:
     """Return the columns that a modality is fitted on.
 
-    A modality that names its own roles (`ExtendsState`) reads those even where the objective predicts
-    them; of others, what is predicted (a mask that moves with its image) is left out.
+    A modality that names its own roles (`ExtendsState`) reads those even where the objective
+    predicts them; of others, what is predicted (a mask that moves with its image) is left out.
     """
     roles = fitted_roles(modality)
     if not isinstance(modality, ExtendsState):

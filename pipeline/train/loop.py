@@ -173,7 +173,9 @@ class _PhaseState:
                 "left to train"
             )
         self.optimizer = optim.optimizer(self.groups, train)
-        self.module: nn.Module = torch.compile(task) if train.compile else task  # type: ignore[assignment]
+        self.module: nn.Module = task
+        if train.compile:
+            self.module = torch.compile(task)  # type: ignore[assignment]
         if run.ranks.count > 1:  # wrapped again: DDP does not reduce layers that are thawed later
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         self.statistics = [buffer for buffer in task.buffers() if buffer.is_floating_point()]
@@ -216,7 +218,8 @@ def fit(run: TrainingRun) -> Outcome:
     The task ends with the weights that were kept.
 
     Raises:
-        NonFiniteError: ``max_bad_steps`` steps in a row were not finite; names the rows of the last.
+        NonFiniteError: ``max_bad_steps`` steps in a row were not finite; names the rows of the
+            last.
     """
     train, task, ranks, device = run.train, run.task, run.ranks, run.ranks.device
     phases = run.technique.phases(run.steps)

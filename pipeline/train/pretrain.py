@@ -263,7 +263,9 @@ def experiment_of(
 
 
 def start_task(work: RankJob) -> Task:
-    """The task with the weights that it starts from; a resume point, if there is one, has its own."""
+    """The task with the weights that it starts from; a resume point, if there is one, has its
+    own.
+    """
     fitted = work.fitted
     task = bundle.build_task(fitted.arch, fitted.objective, seed=work.seed)
     if fitted.initial and not checkpoint.newest(experiment.checkpoints_of(work.uri)):

@@ -1,4 +1,5 @@
-"""Texts to rows of tokens, once for a split: packed documents for language models, else tokenised rows.
+"""Texts to rows of tokens, once for a split: packed documents for language models, else tokenised
+rows.
 
 Both are written as Parquet in a folder of their own, by Ray tasks of some thousand texts each.
 """
@@ -71,7 +72,9 @@ def form_of(
     rows: Selection,
     columns: dict[str, str],
 ) -> str:
-    """The form (`TextWork.form`) that the objective and the rows ask for; looks at the first row."""
+    """The form (`TextWork.form`) that the objective and the rows ask for; looks at the first
+    row.
+    """
     if objective.packed:
         return "packed"
     reads = bundle.build_modality(modality)

@@ -543,11 +543,8 @@ def _packed(
     made = provenance.made_by(
         ("pipeline.train.token_rows",), (("modality", modality.name),)
     )  # texts that other code has packed are not used again
-    folder = storage.join(
-        target.root,
-        "packed",
-        f"{target.name}-{split}-{spec_hash(STAGE_FORMAT, target.key, modality.to_json(), made.hash, made.versions)}",
-    )
+    key = spec_hash(STAGE_FORMAT, target.key, modality.to_json(), made.hash, made.versions)
+    folder = storage.join(target.root, "packed", f"{target.name}-{split}-{key}")
     made = token_rows.make(
         folder, split, selection, work, target.spec.data.max_bad_rows, (len(selection),)
     )

@@ -8,8 +8,8 @@ share; each cell (source, technique) has rows that it finds easier or harder tha
 whatever its seed (``Case.agree`` of the latent spread); each seed has a level of its own (deviation
 0.01 or 0.02 of the metric) and its own noise on every row. All cells have the same expected metric
 over rows and seeds, so every win and every loss is false. A matrix has 3 targets with 4 cells and
-one scratch each, 12 comparisons, as the quickstart has; they go through ``report.matrix.matrix_cells``,
-search and choice through ``transfer.stages``.
+one scratch each, 12 comparisons, as the quickstart has; they go through
+``report.matrix.matrix_cells``, search and choice through ``transfer.stages``.
 
 Columns: false verdicts among the comparisons that were made (with their 95 % interval over
 matrices), what share was not judged (one paired seed, too few units), how many intervals exclude

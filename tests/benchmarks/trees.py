@@ -7,9 +7,9 @@ place of a pretrained network for records.
 scikit-learn's HistGradientBoostingClassifier with its defaults on, of each variable, mean, least,
 greatest, first, last, number and deviation over 48 hours and over the last 24, beside age, sex,
 height, weight and the kind of unit. Trained on the very stays that the trials of
-jobs/healthcare/physionet2012_small.yaml are (target mortality, by its shares and seeds), ``and validation`` on
-those and the validation stays, which trials choose their step by; tested on all of set-b. The job's
-figures stand beside these in its header.
+jobs/healthcare/physionet2012_small.yaml are (target mortality, by its shares and seeds), ``and
+validation`` on those and the validation stays, which trials choose their step by; tested on all of
+set-b. The job's figures stand beside these in its header.
 """
 
 from __future__ import annotations

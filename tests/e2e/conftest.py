@@ -1,8 +1,9 @@
-"""Small real data for whole runs (cut from the samples that ship with the project), and the command.
+"""Small real data for whole runs (cut from the samples that ship with the project), and the
+command.
 
 `onetomany` calls it in this process. `onetomany_here` does so without Ray, whatever the verb, and
-`onetomany_on_ray` on the Ray that the tests share. `onetomany_alone` starts a process, for what only
-a process shows.
+`onetomany_on_ray` on the Ray that the tests share. `onetomany_alone` starts a process, for what
+only a process shows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ SMALL = Path(__file__).with_name("small.yaml")
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
-    """images.parquet (300 Fashion-MNIST rows), stories.txt and reviews.parquet (sentiment sentences)."""
+    """images.parquet (300 Fashion-MNIST rows), stories.txt and reviews.parquet (sentiment
+    sentences).
+    """
     folder = tmp_path_factory.mktemp("tiny")
     images = pq.read_table(SAMPLES / "fashion_mnist_6000.parquet")
     labels = images["label"].to_numpy()
@@ -98,7 +101,9 @@ def onetomany_alone(tiny_data):
 
 @pytest.fixture(scope="session")
 def onetomany_here(onetomany):
-    """The same without Ray: sources and trials one after the other, in this process, on one rank."""
+    """The same without Ray: sources and trials one after the other, in this process, on one
+    rank.
+    """
 
     def call(*words: object, cwd: Path, env: dict[str, str] | None = None) -> Ended:
         with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +130,9 @@ def command_line(*words: object) -> list[str]:
 
 
 def environment(tiny_data: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment of a command in a process of its own; without RAY_ADDRESS in ``extra`` it starts its own Ray."""
+    """The environment of a command in a process of its own; without RAY_ADDRESS in ``extra`` it
+    starts its own Ray.
+    """
     found = {**os.environ, "TINY_DATA": str(tiny_data), "PYTHONPATH": str(ROOT)}
     found.pop("RAY_ADDRESS", None)
     return found | (extra or {})

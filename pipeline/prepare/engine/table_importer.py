@@ -74,8 +74,8 @@ class TableImporter(Importer):
 
     Attributes:
         amounts: what the summary adds up: {word: the column whose lengths are added}.
-        shuffles_rows: shuffle the rows of a shard in a fixed order, since files are often sorted by class;
-            otherwise they keep the order of the files.
+        shuffles_rows: shuffle the rows of a shard in a fixed order, since files are often sorted by
+            class; otherwise they keep the order of the files.
     """
 
     amounts: ClassVar[dict[str, str]] = {}
