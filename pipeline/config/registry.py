@@ -391,7 +391,6 @@ def wanted_inputs(backbone: str) -> dict[str, Any]:
     return dict(wanted.get(model, {}))
 
 
-@cache
 def _constant(library: Entry, name: str) -> Any:
     """Return a constant of a model library's file, which is not imported; None without it."""
     for node in ast.parse(library.file.read_text(encoding="utf-8")).body:

@@ -728,6 +728,8 @@ def test_what_rows_cost_is_read_by_whole_row_groups_of_few_bytes(
     seen = []
 
     class Length(Squares):
+        cost_role, cost_unit = "length", "characters"
+
         def costs(self, table, columns):
             seen.append(len(table))
             return np.array([len(text) for text in table["text"].to_pylist()], dtype=np.float64)

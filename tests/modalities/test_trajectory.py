@@ -16,6 +16,7 @@ from toys import TRAJECTORY_COLUMNS, episodes
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
+from pipeline.core.capabilities import check_roles
 from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifest
 from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
@@ -816,8 +817,8 @@ def test_the_state_and_the_inputs_are_json_and_build_it_again():
         again.inputs() == modality.inputs() == json.loads(json.dumps(modality.inputs()))
         and again.names == modality.names
     )
-    Trajectory(TrajectoryOptions(), {}).check(
-        ("actions",)
+    check_roles(
+        Trajectory(TrajectoryOptions(), {}), ("actions",)
     )  # a job is checked before anything is fitted
 
 
