@@ -157,7 +157,8 @@ def _dry_run(file: Path, overrides: list[str] | None, wait: bool | None, remake:
         Progress() as progress,
         api.checked(job, stages, progress, wait, remake.value) as state,
     ):
-        for line in (*dry_run.describe(state), *preflight.check_rows(state)):
+        out.print("\n".join(dry_run.describe(state)), markup=False, soft_wrap=True)
+        for line in preflight.check_rows(state):
             out.print(line, markup=False, soft_wrap=True)
 
 

@@ -16,8 +16,8 @@ is full fine-tuning. Three complete ones::
             return task
 
         def penalty(self, task, batch, streams):
-            now = task.backbone.parameters()
-            return 0.01 * sum((p - p0).square().sum() for p, p0 in zip(now, self.start, strict=True))
+            pairs = zip(task.backbone.parameters(), self.start, strict=True)
+            return 0.01 * sum((now - start).square().sum() for now, start in pairs)
 
 
     @register("technique", "mean_alignment")
