@@ -1,6 +1,8 @@
-"""Eight rows for every modality, backbone library and objective, as they stand in a Parquet file: what the contract suite runs on.
+"""Eight rows for every modality, backbone library and objective, as they stand in a Parquet file:
+what the contract suite runs on.
 
-A new piece needs an entry in one of the tables at the end; `test_contracts.py` fails and names it without one.
+A new piece needs an entry in one of the tables at the end; without one `test_contracts.py` fails
+and names it.
 """
 
 from __future__ import annotations
@@ -273,7 +275,9 @@ BACKBONES: dict[str, tuple[Callable[[], Sample], dict[str, Any]]] = {
     "transformers/wav2vec2": (SAMPLES, WAV2VEC2),
     "wavenet/wavenet": (SAMPLES, WAVENET),
 }
-"""Backbone to rows and options: every architecture of a library that lists them, some of one that takes them from a package."""
+"""Backbone to rows and options: every architecture of a library that lists them, some of one that
+takes them from a package.
+"""
 
 OBJECTIVES: dict[str, Case] = {
     "behaviour_cloning": Case(demonstrations, "policy/mlp", {"width": 16}),

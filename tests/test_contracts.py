@@ -310,7 +310,7 @@ def test_names_and_outputs_survive_a_bundle(case, tmp_path):
 
 @pytest.fixture(params=registry.names("objective"))
 def objective(request):
-    """A task with the smallest backbone that the objective takes, its rows and where they are from."""
+    """A task with the smallest backbone that the objective takes, its rows and their sample."""
     return OBJECTIVES[request.param].build(request.param)
 
 

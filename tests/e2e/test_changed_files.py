@@ -16,7 +16,12 @@ JOB = """
 name: toy
 sources:
   corpus:
-    data: {train: rows.parquet, modality: {image: {size: 28, channels: 1}}, columns: {image: image, label: label}, validation_fraction: 0.1, decode: workers}
+    data:
+      train: rows.parquet
+      modality: {image: {size: 28, channels: 1}}
+      columns: {image: image, label: label}
+      validation_fraction: 0.1
+      decode: workers
     backbone: timm/test_resnet
     objective: classification
     train: {steps: 100000, global_batch: 16}

@@ -57,13 +57,21 @@ RANKS = """\
 name: ranks
 sources:
   stories:
-    data: {uri: "${TINY_DATA}/stories.txt", modality: {text: {length: 32, vocabulary: 512}}, columns: {text: text}, validation_fraction: 0.2}
+    data:
+      uri: ${TINY_DATA}/stories.txt
+      modality: {text: {length: 32, vocabulary: 512}}
+      columns: {text: text}
+      validation_fraction: 0.2
     backbone: {transformers/bert: {layers: 1, hidden: 32, heads: 2, dropout: 0.0}}
     objective: mlm
     train: {steps: 4, global_batch: 16}
 targets:
   reviews:
-    data: {uri: "${TINY_DATA}/reviews.parquet", split_column: split, modality: text, columns: {text: text, label: label}}
+    data:
+      uri: ${TINY_DATA}/reviews.parquet
+      split_column: split
+      modality: text
+      columns: {text: text, label: label}
     objective: classification
     metric: loss
     train: {steps: 6, global_batch: 8, lr: 0.01, eval_every_steps: 2, ema: 0.5}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.conftest import TINY, command_line, environment
 
-pytestmark = [pytest.mark.ray]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 STEPS, BATCH = 60, 16
 SET = [
     f"sources.garments.train={{steps: {STEPS}, global_batch: {BATCH}, checkpoint_every_steps: "
