@@ -1,0 +1,81 @@
+"""The page of the Objective contract: its example is complete, and protocols are what they say."""
+
+import inspect
+import textwrap
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
+from toys import image_rows, take, task_of
+
+from pipeline.config import registry
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Objective, Task
+from pipeline.core.contracts import objective as page
+from pipeline.core.contracts import objective_capabilities as capabilities
+
+PROTOCOLS = [
+    kind
+    for kind in vars(capabilities).values()
+    if isinstance(kind, type)
+    and getattr(kind, "_is_protocol", False)
+    and kind.__module__ != "typing"
+]
+
+
+def example() -> type[Objective]:
+    """The objective that the page shows, as a plugin's file would hold it."""
+    code = textwrap.dedent(page.__doc__.partition("::\n")[2].partition("\nWhat only some")[0])
+    names = {
+        "Options": Options,
+        "Field": Field,
+        "register": register,
+        "Objective": Objective,
+        "np": np,
+        "nn": nn,
+        "F": F,
+    }
+    exec(code, names)
+    return names["Regression"]
+
+
+def test_the_example_of_the_page_trains_and_predicts():
+    kind = example()
+    table = pa.table({"y": [1.0, 2.0, 3.0, 6.0]})
+    options, state = kind.options_class(), kind.fit(None, table, {"target": "y"})
+    assert state == {"mean": 3.0, "std": pytest.approx(1.8708, abs=1e-4)}
+    target = kind.encode(table, {"target": "y"}, state)["target"]
+    assert kind.encode(table, {}, state) == {}
+    rows = image_rows(4, size=32, channels=3)
+    backbone = task_of(
+        "timm/test_vit",
+        rows.modality.inputs(),
+        "classification",
+        {"values": [0, 1], "labels": ["a", "b"]},
+        seed=1,
+    ).backbone
+    task = Task(backbone, kind(backbone, options, state))
+    batch = take(rows, np.arange(4)).replace(target=torch.from_numpy(target))
+    total, count, logs = task(batch)
+    total.backward()
+    assert count == 4 and logs == {}
+    assert all(parameter.grad is not None for parameter in task.objective.parameters())
+    new_rows = take(rows, np.arange(4))
+    assert set(task.objective.predict(backbone, new_rows)) == {"value"}
+
+
+def test_the_contract_is_small():
+    """What few objectives need belongs into a protocol."""
+    own = {name for name in vars(Objective) if not name.startswith("_") or name == "__init__"}
+    assert len(own | set(inspect.get_annotations(Objective))) <= 12
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.__name__)
+def test_each_capability_is_had_by_some_objective_and_not_by_all(protocol):
+    kinds = [registry.get("objective", name) for name in registry.names("objective")]
+    able = [kind for kind in kinds if isinstance(kind, protocol)]
+    assert 0 < len(able) < len(kinds) and not isinstance(Objective, protocol)
