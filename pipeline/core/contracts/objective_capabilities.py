@@ -258,7 +258,7 @@ class UsesRawRows(Protocol):
 
 @runtime_checkable
 class Postprocesses(Protocol):
-    """Its metrics need what predictions alone do not tell: whether an answer is right."""
+    """Its metrics need more than predictions: whether an answer is right."""
 
     def postprocess(self, predictions: Predictions, rows: RawRows) -> Predictions:
         """Return the predictions with what the metrics read; numbers, rows first, on the host."""
@@ -270,7 +270,7 @@ class WritesColumns(Protocol):
     """``onetomany predict`` writes other columns than its predictions."""
 
     output_types: ClassVar[dict[str, pa.DataType]]
-    """Types of the columns that hold lists: a file of empty lists does not tell them."""
+    """Types of the columns that hold lists: they do not follow from a file of empty lists."""
 
     def output_columns(self, predictions: Predictions, rows: RawRows) -> Predictions:
         """Return named columns, rows first; texts and lists as object arrays."""
