@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pipeline.config.schema import FULL, Train, spec_hash
+from pipeline.core.contracts import trains
 from pipeline.data.plan import Plan
 from pipeline.report.code_versions import OTHER, describe_changes
 from pipeline.train import source
@@ -14,118 +17,127 @@ from pipeline.transfer.targets import TargetStage
 
 def describe(state: JobState) -> list[str]:
     """The resolved stages, trials and cost of ``--dry-run``."""
-    job, lines = state.job, []
-    for name, stage in state.sources.items():
-        changed = ", ".join(stage.changes())
-        done = "done" if stage.done else "to run"
-        if changed:
-            done = (
-                f"{done} anew, as it was {OTHER}: {changed}"
-                if stage.remake
-                else f"{done}, {OTHER}: {changed}; it is used as it is"
-            )
-        if stage.splits is None:
-            lines.append(f"source {name}: {stage.spec.init or stage.spec.backbone} [{done}]")
-            continue
-        train = stage.spec.train
-        rows = len(stage.splits.train)
-        steps = _steps(train, rows, stage.packed)
-        summary = (
-            f"{steps} steps" if isinstance(steps, int) else f"{train.epochs or 1:g} epochs in steps"
-        )
-        by = f"{stage.spec.objective}"
-        if stage.spec.technique != FULL:
-            by += f" with {stage.spec.technique}"
-        lines.append(
-            f"source {name}: {stage.spec.backbone} by {by}, {summary} of "
-            f"{_size(train)} on "
-            f"{stage.spec.workers} ranks; {stage.splits.sizes()} [{done}]"
-        )
-    ready = stages.trial_status(state)
-    total, steps_total, unknown = 0, 0, ""
-    for name, stage in state.targets.items():
-        names = stages.matching(state, name)
-        if job.fanout.select:
-            names = names[: job.fanout.select.top]
-        kinds = {_kind(state, n) for n in names}
-        plugs = grid.techniques(job, stage.spec)
-        untrained = [component for component in plugs if not grid.needs_training(component)]
-        fractions = len(stage.spec.label_fractions)
-        tried = sum(fractions if grid.combines_trials(one) else 1 for one in untrained) * len(names)
-        plugs = [component for component in plugs if grid.needs_training(component)]
-        counts = [
-            (
-                technique_of(component),
-                len(kinds) if grid.starts_random(component) else len(names),
-            )
-            for component in plugs
-        ]
-        cells = sum(many for _, many in counts)
-        tries, seeds = job.fanout.trials if job.fanout.trials > 1 else 0, job.fanout.seeds
-        again = job.fanout.search_finalists.further_trials(tries)
-        tries += again
-        total += len(stage.spec.label_fractions) * cells * (tries + seeds)
-        for fraction in stage.spec.label_fractions:
-            rows = stage.labelled(fraction)
-            train = stage.spec.train.model_copy(
-                update={"global_batch": min(stage.spec.train.global_batch, rows)}
-            )
-            steps = _steps(train, rows, stage.packed)
-            summary = (
-                f"{steps} steps" if isinstance(steps, int) else f"{train.epochs or 1:g} epochs"
-            )
-            if isinstance(steps, int):
-                steps_total += sum(
-                    many * (tries + seeds) * technique.steps(steps) for technique, many in counts
-                )
-                longer = sorted({technique.steps(steps) for technique, _ in counts} - {steps})
-                summary += (
-                    f" (with a budget of its own {', '.join(map(str, longer))})" if longer else ""
-                )
-            else:
-                unknown = f" and those to be known {steps}"
-            drawn = (
-                " (before search)"
-                if {"steps", "epochs", "global_batch"} & set(job.fanout.search)
-                else ""
-            )
-            share = grid.fraction_text(fraction, stage.spec.objective.name)
-            searched = f"{cells * tries} search" + (
-                f" ({cells * again} of them try the best draws again)" if again else ""
-            )
-            lines.append(
-                f"target {name} at {share} labels: {cells} cells = {searched} + "
-                f"{cells * seeds} final trials of "
-                f"{summary}{drawn} on {rows} {'documents' if stage.packed else 'rows'}; "
-                f"{stage.splits.sizes()}"
-            )
-        lines += _evidence(stage)
-        if tried:
-            total += tried
-            lines.append(f"target {name} without training: {tried} final trials")
-    kept = (
-        f", {sum(done for _, done in ready)} of the {len(ready)} trials are done" if ready else ""
-    )
+    lines = [_describe_source(name, stage) for name, stage in state.sources.items()]
+    total, steps, unknown = 0, 0, ""
+    for name in state.targets:
+        cost = _describe_target(state, name)
+        lines += cost.lines
+        total, steps, unknown = total + cost.trials, steps + cost.steps, cost.unknown or unknown
+    status = stages.trial_status(state)
+    done = sum(is_done for _, is_done in status)
+    kept = f", {done} of the {len(status)} trials are done" if status else ""
     lines.append(
-        f"in all: {total} trials, {steps_total} steps{unknown}{kept}; results in {job.root}"
+        f"in all: {total} trials, {steps} steps{unknown}{kept}; results in {state.job.root}"
     )
-    _, origins = stages.reusable_results(state)
-    summary = describe_changes(origins)
-    if summary and "trials" in state.remake:
-        summary[0] = summary[0].partition(" and are used")[0] + " and are made anew"
-    anew = [name for name, stage in state.sources.items() if stage.remake and stage.changes()]
-    if anew and "trials" in state.remake:
-        summary.append(
-            f"the trials of {', '.join(anew)} are made anew too, unless the weights of the "
-            "source come out as they were"
+    return [*lines, *_describe_reuse(state)]
+
+
+def _describe_source(name: str, stage: source.SourceStage) -> str:
+    spec, changed = stage.spec, ", ".join(stage.changes())
+    done = "done" if stage.done else "to run"
+    if changed and stage.remake:
+        done = f"{done} anew, as it was {OTHER}: {changed}"
+    elif changed:
+        done = f"{done}, {OTHER}: {changed}; it is used as it is"
+    if stage.splits is None:
+        return f"source {name}: {spec.init or spec.backbone} [{done}]"
+    steps = _steps(spec.train, len(stage.splits.train), stage.packed)
+    length = f"{spec.train.epochs or 1:g} epochs in steps"
+    if isinstance(steps, int):
+        length = f"{steps} steps"
+    technique = "" if spec.technique == FULL else f" with {spec.technique}"
+    return (
+        f"source {name}: {spec.backbone} by {spec.objective}{technique}, {length} of "
+        f"{_size(spec.train)} on {spec.workers} ranks; {stage.splits.sizes()} [{done}]"
+    )
+
+
+@dataclass
+class _TargetCost:
+    """What the trials of a target cost, in words and in numbers."""
+
+    lines: list[str]
+    trials: int = 0
+    steps: int = 0
+    unknown: str = ""
+    """In words, that further steps are not known yet."""
+
+
+def _describe_target(state: JobState, name: str) -> _TargetCost:
+    job, stage = state.job, state.targets[name]
+    names = stages.matching(state, name)
+    if job.fanout.select:
+        names = names[: job.fanout.select.top]
+    bases = {_kind(state, one) for one in names}
+    techniques = [technique_of(component) for component in grid.techniques(job, stage.spec)]
+    trained = [one for one in techniques if trains(one)]
+    # what combines trials does so for each label fraction; what tests a source as it is, once
+    fractions = len(stage.spec.label_fractions)
+    others = [one for one in techniques if not trains(one)]
+    repeats = [fractions if one.starts_from == "trials" else 1 for one in others]
+    untrained = sum(repeats) * len(names)
+    from_random = len(bases)
+    counts = [(one, from_random if one.starts_from == "random" else len(names)) for one in trained]
+    cells = sum(count for _, count in counts)
+    draws = job.fanout.trials if job.fanout.trials > 1 else 0
+    again = job.fanout.search_finalists.further_trials(draws)
+    searched, seeds = draws + again, job.fanout.seeds
+    search = f"{cells * searched} search"
+    if again:
+        search += f" ({cells * again} of them try the best draws again)"
+    is_drawn = {"steps", "epochs", "global_batch"} & set(job.fanout.search)
+    cost = _TargetCost([])
+    for fraction in stage.spec.label_fractions:
+        rows = stage.labelled(fraction)
+        batch = min(stage.spec.train.global_batch, rows)
+        train = stage.spec.train.model_copy(update={"global_batch": batch})
+        steps = _steps(train, rows, stage.packed)
+        length = f"{train.epochs or 1:g} epochs"
+        if isinstance(steps, int):
+            length = f"{steps} steps"
+            cost.steps += (searched + seeds) * sum(
+                count * technique.steps(steps) for technique, count in counts
+            )
+            longer = sorted({technique.steps(steps) for technique in trained} - {steps})
+            if longer:
+                length += f" (with a budget of its own {', '.join(map(str, longer))})"
+        else:
+            cost.unknown = f" and those to be known {steps}"
+        if is_drawn:
+            length += " (before search)"
+        cost.trials += cells * (searched + seeds)
+        share = grid.fraction_text(fraction, stage.spec.objective.name)
+        unit = "documents" if stage.packed else "rows"
+        cost.lines.append(
+            f"target {name} at {share} labels: {cells} cells = {search} + {cells * seeds} final "
+            f"trials of {length} on {rows} {unit}; {stage.splits.sizes()}"
         )
-    return [*lines, *summary]
+    cost.lines += _evidence(stage)
+    if untrained:
+        cost.trials += untrained
+        cost.lines.append(f"target {name} without training: {untrained} final trials")
+    return cost
+
+
+def _describe_reuse(state: JobState) -> list[str]:
+    """Which results of other code or versions are used as they are, or made again."""
+    _, made_by = stages.reusable_results(state)
+    lines = describe_changes(made_by)
+    if "trials" not in state.remake:
+        return lines
+    if lines:
+        lines[0] = lines[0].partition(" and are used")[0] + " and are made anew"
+    anew = [name for name, stage in state.sources.items() if stage.remake and stage.changes()]
+    if anew:
+        lines.append(
+            f"the trials of {', '.join(anew)} are made anew too, unless the weights of the source "
+            "come out as they were"
+        )
+    return lines
 
 
 def _evidence(stage: TargetStage) -> list[str]:
-    """How many units of each split tell two networks apart, and whether those of the test split are
-    enough for a verdict.
-    """
+    """How many units each split has for comparisons, and whether the test split has enough."""
     found = stage.evidence()
     if not found:
         return []
@@ -140,30 +152,28 @@ def _evidence(stage: TargetStage) -> list[str]:
 
 
 def _steps(train: Train, rows: int, packed: bool) -> int | str:
-    """Steps of a run, or when they will be known: into how many rows documents are packed, or into
-    how many batches rows are cut, a run finds out.
+    """Steps of a run, or in words when they will be known.
+
+    A run finds out into how many rows documents are packed, and how many batches by cost there are.
     """
     if train.steps is not None:
         return train.steps
     if packed:
         return "after packing"
-    return (
-        "after sorting"
-        if train.batch_cost is not None
-        else Plan(rows, 0, train.global_batch).steps(train.epochs or 1.0)
-    )
+    if train.batch_cost is not None:
+        return "after sorting"
+    return Plan(rows, 0, train.global_batch).steps(train.epochs or 1.0)
 
 
 def _size(train: Train) -> str:
-    return (
-        f"{train.global_batch} rows" if train.batch_cost is None else f"cost {train.batch_cost:g}"
-    )
+    """The size of a batch, in words."""
+    if train.batch_cost is None:
+        return f"{train.global_batch} rows"
+    return f"cost {train.batch_cost:g}"
 
 
 def _kind(state: JobState, name: str) -> tuple[str, ...]:
-    """What tells apart the networks that scratch is trained for: the backbone and what is fitted on
-    a source's rows.
-    """
+    """What a source shares with others whose scratch trials are the same: backbone and rows."""
     stage = state.sources[name]
     if stage.splits is None or stage.spec.data is None:
         return (str(stage.spec.backbone), stage.spec.init or "")

@@ -1,8 +1,8 @@
-"""Promise 10: test rows of a target that also stand in its sources, or among its own training rows:
-counted, told, and left out where the job says so.
+"""Test rows of a target that are also in the training rows of its sources, or of the target itself.
 
-Rows are compared by what they hold, by the record that they were cut from, and by their group
-(patient, speaker) where both sides name one.
+They are counted and reported, and left out where the job says so (``drop_overlap``). Rows are
+compared by their content, by the record that they were cut from, and by their group (patient,
+speaker) where both sides name one.
 """
 
 from __future__ import annotations
@@ -26,19 +26,23 @@ from pipeline.train.source import SourceStage, data_key
 from pipeline.transfer.targets import TargetStage
 
 MOST_ROWS, MOST_BYTES = 200_000, 4 << 30
-"""What is read only to be counted; ``drop_overlap`` reads whatever it takes."""
+"""The most rows and bytes that are read only to count; ``drop_overlap`` reads all that it needs."""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What was found, in sentences, and the test rows that stay."""
+    """What was found."""
 
     notes: tuple[str, ...]
+    """Sentences for terminal and report."""
     test: Selection
+    """The test rows that stay."""
 
 
 def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
-    """What the rows that are left out depend on; nothing where none are."""
+    """A hash of all that the left-out rows depend on; an empty string where none are left out."""
+    if target.spec.drop_overlap == "none":
+        return ""
     mode, spec = target.spec.drop_overlap, target.spec.data
     held = []
     for _, stage in sorted(sources.items()):
@@ -53,27 +57,20 @@ def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
                     *([record] if record else []),
                 ]
             )
-    return (
-        ""
-        if mode == "none"
-        else spec_hash(
-            mode, duplicates.VERSION, duplicates.NEAR_BITS, duplicates.NEAR_CORRELATION, held
-        )
-    )
+    method = (duplicates.VERSION, duplicates.NEAR_BITS, duplicates.NEAR_CORRELATION)
+    return spec_hash(mode, *method, held)
 
 
 def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
-    """Roles by which rows are the same: the input itself (of records its times, variables and
-    values), and the second text where the rows of both sides are pairs (many pairs share their
-    first).
+    """The roles by which rows are compared: the input itself, and the second text of pairs.
+
+    Many pairs share their first text, so the second counts where both sides have pairs.
     """
     kind = registry.get("modality", modality)
-    pairs = [
-        role
-        for role in ("text_pair",)
-        if role in kind.optional_roles and all(role in named for named in columns)
-    ]
-    return (*kind.roles, *pairs)
+    has_pairs = "text_pair" in kind.optional_roles
+    if has_pairs and all("text_pair" in named for named in columns):
+        return (*kind.roles, "text_pair")
+    return kind.roles
 
 
 def record_column(modality: str, *selections: Selection) -> str:
@@ -87,7 +84,8 @@ def record_column(modality: str, *selections: Selection) -> str:
 
 
 def in_groups(test: Selection, group: str, others: Selection, other_group: str) -> np.ndarray:
-    """(n,) which test rows have a group (a patient, a speaker) that also stands in the other rows.
+    """(n,) whether the group (patient, speaker) of each test row is also in the other rows.
+
     Null is no group.
     """
     there = {
@@ -129,109 +127,144 @@ def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
 
 
 def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> Overlap:
-    """Compare the test rows with the training rows of every source and of the target itself; what
-    rows are compared by is kept under the folder.
+    """Compare the test rows with the training rows of every source and of the target itself.
 
     Test rows are left out for all sources alike, so that their trials are compared on the same
-    rows. Raises ValueError when none would stay.
+    rows.
+
+    Args:
+        folder: Where the signatures by which rows are compared are kept.
+
+    Raises:
+        ValueError: no test row would stay.
     """
     name, mode, test = target.name, target.spec.drop_overlap, target.splits.test
-    modality = target.spec.data.modality.name
-    notes, gone = [], np.zeros(len(test), dtype=bool)
-    group = target.spec.data.group
-    others: list[tuple[str, Selection, dict[str, str]]] = []
+    columns, notes = target.spec.data.columns, []
+    gone = np.zeros(len(test), dtype=bool)
     for source_name, stage in sources.items():
-        if stage.splits is not None and stage.spec.data is not None:
-            others.append((f"source {source_name}", stage.splits.train, stage.spec.data.columns))
-            shared = np.zeros(len(test), dtype=bool)
-            corpora = [stage.spec.data, *stage.spec.data.more]
-            grouped = [
-                (rows, data.group)
-                for rows, data in zip(stage.splits.trains, corpora, strict=True)
-                if data.group
-            ]
-            if group:
-                for rows, theirs in grouped:
-                    shared |= in_groups(test, group, rows, theirs)
-            if shared.any():
-                theirs = " or ".join(dict.fromkeys(theirs for _, theirs in grouped))
-                named = group if group == theirs else f"{group} here, {theirs} there"
+        if stage.splits is None or stage.spec.data is None:
+            if mode != "none":
                 notes.append(
-                    f"{name}: {shared.sum()} of {len(test)} test rows are of a group that also "
-                    "stands in the training rows of source "
-                    f"{source_name} (group: {named})"
+                    f"{name}: source {source_name} is a checkpoint, and what it was trained on is "
+                    "not known here: none of its rows can be left out"
                 )
-            if mode == "group":
-                gone |= shared
-                if not grouped:
-                    notes.append(
-                        f"{name}: source {source_name} names no group: of its rows only equal "
-                        "ones can be left out"
-                    )
-                elif len(grouped) < len(corpora):
-                    without = len(corpora) - len(grouped)
-                    names = (
-                        "names no group: of its rows"
-                        if without == 1
-                        else "name no group: of their rows"
-                    )
-                    notes.append(
-                        f"{name}: {without} of {len(corpora)} corpora of source {source_name} "
-                        f"{names} only equal ones can be left out"
-                    )
-        elif mode != "none":
-            notes.append(
-                f"{name}: source {source_name} is a checkpoint, and what it was trained on is "
-                "not known here: none of its rows can be left out"
-            )
-    others.append(("its own training rows", target.splits.train, target.spec.data.columns))
-    for where, selection, columns in others:
-        ours = where.startswith("its own")
-        if (mode == "none" or ours) and (
-            max(len(selection), len(test)) > MOST_ROWS
-            or _bytes(selection, modality, columns) > MOST_BYTES
-        ):
-            notes.append(
-                f"{name}: too many rows to look for its test rows in {where}"
-                + ("" if ours else "; drop_overlap: exact or near reads them all")
-            )
             continue
-        roles = compared(modality, target.spec.data.columns, columns)
-        record = record_column(modality, test, selection)
-        mine, theirs = (
-            duplicates.row_signatures(
-                rows,
-                modality,
-                tuple(named[role] for role in roles),
-                folder,
-                (named.get("start"), named.get("seconds")),
-                record,
-            )
-            for rows, named in ((test, target.spec.data.columns), (selection, columns))
+        shared, found = _shared_groups(target, source_name, stage)
+        notes += found
+        if mode == "group":
+            gone |= shared
+    compared_rows = [
+        (f"source {source_name}", stage.splits.train, stage.spec.data.columns)
+        for source_name, stage in sources.items()
+        if stage.splits is not None and stage.spec.data is not None
+    ]
+    for where, rows, theirs in compared_rows:
+        duplicated, found = _duplicates(target, rows, theirs, where, folder, mode == "none")
+        notes += found
+        if mode != "none":
+            gone |= duplicated
+    own = "its own training rows"
+    notes += _duplicates(target, target.splits.train, columns, own, folder, True)[1]
+    if mode == "none":
+        return Overlap(tuple(notes), test)
+    if gone.all():
+        raise ValueError(
+            f"targets.{name}.drop_overlap: all {len(test)} test rows also stand in a source and "
+            "none is left; take another test split"
         )
-        same = duplicates.exact_duplicates(mine, theirs)
-        cut = duplicates.same_record(mine, theirs) & ~same
-        like = duplicates.near_duplicates(mine, theirs) & ~same
-        if same.any() or cut.any() or like.any():
-            description = f"{same.sum()} of {len(test)} test rows also stand in {where}"
-            description += (
-                f", {cut.sum()} more as another cut of the same record (column {record})"
-                if cut.any()
-                else ""
-            )
-            description += f", {like.sum()} more nearly so (perceptual hash)" if like.any() else ""
-            notes.append(f"{name}: {description}")
-        if mode != "none" and not ours:
-            gone |= same | cut | like if mode == "near" else same | cut
-    if mode != "none":
-        if gone.all():
-            raise ValueError(
-                f"targets.{name}.drop_overlap: all {len(test)} test rows also stand in a "
-                "source and none is left; take another test split"
-            )
-        also = "or their group also" if mode == "group" else "also"
-        notes.append(
-            f"{name}: {gone.sum()} of {len(test)} test rows left out because they {also} stand "
-            f"in a source (drop_overlap: {mode})"
-        )
+    also = "or their group also" if mode == "group" else "also"
+    notes.append(
+        f"{name}: {gone.sum()} of {len(test)} test rows left out because they {also} stand in a "
+        f"source (drop_overlap: {mode})"
+    )
     return Overlap(tuple(notes), test.keep(~gone) if gone.any() else test)
+
+
+def _shared_groups(
+    target: TargetStage, source_name: str, stage: SourceStage
+) -> tuple[np.ndarray, list[str]]:
+    """(n,) whether each test row's group is in a source's training rows, and notes on it."""
+    assert stage.splits is not None and stage.spec.data is not None
+    name, test, group = target.name, target.splits.test, target.spec.data.group
+    shared, notes = np.zeros(len(test), dtype=bool), []
+    corpora = [stage.spec.data, *stage.spec.data.more]
+    pairs = zip(stage.splits.trains, corpora, strict=True)
+    grouped = [(rows, data.group) for rows, data in pairs if data.group]
+    if group:
+        for rows, theirs in grouped:
+            shared |= in_groups(test, group, rows, theirs)
+    if shared.any():
+        theirs = " or ".join(dict.fromkeys(theirs for _, theirs in grouped))
+        named = group if group == theirs else f"{group} here, {theirs} there"
+        notes.append(
+            f"{name}: {shared.sum()} of {len(test)} test rows are of a group that also stands in "
+            f"the training rows of source {source_name} (group: {named})"
+        )
+    without = len(corpora) - len(grouped)
+    if target.spec.drop_overlap != "group" or not without:
+        return shared, notes
+    if not grouped:
+        notes.append(
+            f"{name}: source {source_name} names no group: of its rows only equal ones can be "
+            "left out"
+        )
+    else:
+        names = "names no group: of its rows" if without == 1 else "name no group: of their rows"
+        notes.append(
+            f"{name}: {without} of {len(corpora)} corpora of source {source_name} {names} only "
+            "equal ones can be left out"
+        )
+    return shared, notes
+
+
+def _duplicates(
+    target: TargetStage,
+    rows: Selection,
+    columns: dict[str, str],
+    where: str,
+    folder: str,
+    only_counted: bool,
+) -> tuple[np.ndarray, list[str]]:
+    """Compare the test rows with other rows by their content.
+
+    Args:
+        where: The other rows in words.
+        only_counted: Whether nothing is left out: then large corpora are not read.
+
+    Returns:
+        (n,) whether each test row is to be left out, and notes on it.
+    """
+    name, test, modality = target.name, target.splits.test, target.spec.data.modality.name
+    own_columns, mode = target.spec.data.columns, target.spec.drop_overlap
+    if only_counted and _is_large(test, rows, modality, columns):
+        advice = "; drop_overlap: exact or near reads them all"
+        is_source = where.startswith("source ")
+        note = f"{name}: too many rows to look for its test rows in {where}"
+        return np.zeros(len(test), dtype=bool), [note + (advice if is_source else "")]
+    roles, record = compared(modality, own_columns, columns), record_column(modality, test, rows)
+
+    def signatures(selection: Selection, named: dict[str, str]) -> duplicates.RowSignatures:
+        read = tuple(named[role] for role in roles)
+        span = (named.get("start"), named.get("seconds"))
+        return duplicates.row_signatures(selection, modality, read, folder, span, record)
+
+    mine, theirs = signatures(test, own_columns), signatures(rows, columns)
+    same = duplicates.exact_duplicates(mine, theirs)
+    cut = duplicates.same_record(mine, theirs) & ~same
+    like = duplicates.near_duplicates(mine, theirs) & ~same
+    notes = []
+    if (same | cut | like).any():
+        note = f"{name}: {same.sum()} of {len(test)} test rows also stand in {where}"
+        if cut.any():
+            note += f", {cut.sum()} more as another cut of the same record (column {record})"
+        if like.any():
+            note += f", {like.sum()} more nearly so (perceptual hash)"
+        notes.append(note)
+    return (same | cut | like if mode == "near" else same | cut), notes
+
+
+def _is_large(test: Selection, rows: Selection, modality: str, columns: dict[str, str]) -> bool:
+    """Whether rows are too many, or take too many bytes, to be read only for counting."""
+    if max(len(rows), len(test)) > MOST_ROWS:
+        return True
+    return _bytes(rows, modality, columns) > MOST_BYTES
