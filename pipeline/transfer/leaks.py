@@ -1,10 +1,10 @@
-"""A single feature that nearly decides the label on training rows: most often it was made from the
-label, or is known only after it.
+"""Label leaks: single features that nearly decide the label of the training rows.
 
-Each feature alone (a field of a table; of a variable of a record how often it stands there, its
-first, last, least and largest value) predicts the class of one half of the rows from the other
-half, by the commonest class of its bin, so a column that merely numbers the rows tells nothing; of
-two classes also by the best threshold on all rows.
+Most often such a feature was made from the label, or is known only after it. Each feature alone (a
+field of a table; of a record's variable its count, first, last, smallest and largest value)
+predicts the class of one half of the rows from the other half, by the most frequent class of its
+bin, so that a column of row numbers predicts nothing. Of two classes the best threshold on all rows
+is tried too.
 """
 
 from __future__ import annotations
@@ -23,22 +23,19 @@ from pipeline.train import fit
 from pipeline.train.row_checks import Finding
 
 DECIDES = 0.98
-"""Balanced accuracy of one feature alone from which it is told. Honest single features of published
-tables stay below: petal width of the irises reaches 0.96, radius of breast tumours 0.91, the
-Glasgow Coma Scale for death in intensive care 0.7; a column that was made from the label has 0.99
-to 1.
+"""Balanced accuracy of one feature from which on it is reported. Honest features of published tables
+stay below: petal width of the irises reaches 0.96, radius of breast tumours 0.91, the Glasgow Coma
+Scale for death in intensive care 0.7; a column that was made from the label reaches 0.99 to 1.
 """
 ROWS, BINS, FEWEST = 4096, 64, 10
-"""Rows that are looked at (as many of each class), bins of a number, and the fewest rows that a
-class, or each side of a label, must have.
+"""Rows of the sample (as many of each class), bins of a number, and the fewest rows that a class,
+or each side of a label, must have.
 """
 MOST_LABELS, SHOWN = 50, 5
 
 
 def find_leaks(modality: Modality, spec: Target, rows: Selection, state: dict) -> list[Finding]:
-    """A warning where a feature decides the label of training rows; of multilabel targets each
-    label is looked at alone.
-    """
+    """Warn of features that decide the label; each label of a multi-label target is tried alone."""
     objective = registry.get("objective", spec.objective.name)
     role = next((role for role in ("label", "labels") if role in objective.roles), None)
     if role is None or not isinstance(modality, HasSingleFeatures) or not len(rows):
@@ -53,23 +50,18 @@ def find_leaks(modality: Modality, spec: Target, rows: Selection, state: dict) -
         rows.ids(places)
     )
     truth = objective.encode(table, columns, state)[role]
-    tasks = (
-        {"the label": truth}
-        if role == "label"
-        else {
-            f"label {state['labels'][k]}": truth[:, k]
-            for k in range(min(MOST_LABELS, truth.shape[1]))
-        }
-    )
+    tasks = {"the label": truth}
+    if role == "labels":
+        names = state["labels"][:MOST_LABELS]
+        tasks = {f"label {label}": truth[:, k] for k, label in enumerate(names)}
     common = {name: _common(np.asarray(one, dtype=np.int64)) for name, one in tasks.items()}
     usable = {name: classes for name, classes in common.items() if classes.max() >= 1}
     if not usable:
         return []
     found: dict[str, list[tuple[float, str]]] = {}
     for feature, values in modality.single_features(table, columns):
-        for name, score in zip(
-            usable, balanced_accuracies(values, list(usable.values())), strict=True
-        ):
+        scores = balanced_accuracies(values, list(usable.values()))
+        for name, score in zip(usable, scores, strict=True):
             if score >= DECIDES:
                 found.setdefault(name, []).append((score, feature))
     return [_finding(name, scores, len(table)) for name, scores in found.items()]
@@ -96,9 +88,7 @@ def _places(
     state: dict,
     role: str,
 ) -> np.ndarray:
-    """Rows to look at: of one class each as many of every class as there are, up to ROWS in all;
-    else evenly spread.
-    """
+    """Indices of the sample, at most ROWS: as many rows of each class, or evenly spread."""
     count = len(rows)
     if count <= ROWS:
         return np.arange(count)
@@ -109,27 +99,29 @@ def _places(
     order = order[np.argsort(classes[order], kind="stable")]
     starts = np.searchsorted(classes[order], np.arange(classes.max() + 2))
     each = max(FEWEST, ROWS // len(np.unique(classes)))
-    kept = np.concatenate(
-        [order[start : min(stop, start + each)] for start, stop in pairwise(starts)]
-    )
-    return np.sort(
-        kept[:ROWS] if len(kept) <= ROWS else np.random.default_rng(1).permutation(kept)[:ROWS]
-    )
+    spans = pairwise(starts)
+    kept = np.concatenate([order[start : min(stop, start + each)] for start, stop in spans])
+    if len(kept) > ROWS:
+        kept = np.random.default_rng(1).permutation(kept)[:ROWS]
+    return np.sort(kept)
 
 
 def _common(classes: np.ndarray) -> np.ndarray:
-    """(n,) classes numbered from 0, -1 for rows of a class that has fewer than FEWEST of them."""
+    """(n,) classes numbered from 0; -1 for classes that have fewer than FEWEST rows."""
     kinds, which, counts = np.unique(classes, return_inverse=True, return_counts=True)
     number = np.where(counts >= FEWEST, np.cumsum(counts >= FEWEST) - 1, -1)
     return number[which.reshape(-1)] if len(kinds) else classes
 
 
 def balanced_accuracies(values: np.ndarray, tasks: list[np.ndarray]) -> list[float]:
-    """Of each task the mean recall over classes as one feature predicts them, each half of the rows
-    from the other half.
+    """How well one feature predicts each task: half of the rows from the other half, and back.
 
-    values: (n,) float64 with NaN where there is none, or (n,) int64 numbers of categories. A task
-    is (n,) class numbers from 0, -1 for rows that do not count.
+    Args:
+        values: (n,) float64, NaN where a row has none; or (n,) int64 numbers of categories.
+        tasks: (n,) class numbers from 0 each; -1 for rows that do not count.
+
+    Returns:
+        Each task's mean recall over its classes.
     """
     half = np.random.default_rng(0).permutation(len(values)) % 2 == 0
     right = [np.zeros(task.max() + 1) for task in tasks]
@@ -142,13 +134,10 @@ def balanced_accuracies(values: np.ndarray, tasks: list[np.ndarray]) -> list[flo
                 minlength=(bins.max() + 1) * kinds,
             ).reshape(-1, kinds)
             rates = cells / np.maximum(1, cells.sum(0))
-            said = np.where(
-                cells.any(1), rates.argmax(1), -1
-            )  # a bin that was never seen says nothing
-            judged = task[judge & known]
-            hits += np.bincount(
-                judged, weights=said[bins[judge & known]] == judged, minlength=kinds
-            )
+            predicted = np.where(cells.any(1), rates.argmax(1), -1)  # -1: no row in this bin
+            truth = task[judge & known]
+            is_hit = predicted[bins[judge & known]] == truth
+            hits += np.bincount(truth, weights=is_hit, minlength=kinds)
     scores = [
         float((hits / np.bincount(task[task >= 0], minlength=len(hits))).mean())
         for hits, task in zip(right, tasks, strict=True)
@@ -162,35 +151,34 @@ def balanced_accuracies(values: np.ndarray, tasks: list[np.ndarray]) -> list[flo
 
 
 def _best_threshold(values: np.ndarray, task: np.ndarray) -> float:
-    """Balanced accuracy of two classes by the best threshold on all rows; a row without a value is
-    told wrongly.
+    """Balanced accuracy of two classes by the best threshold on all rows.
 
-    Of few rows a half has too few near the threshold to find it. FEWEST rows of each class are
-    enough that chance alone does not reach DECIDES: of 10 and 10 rows it separates all once in
-    90,000 features.
+    Rows without a value count as wrong. Half of few rows would have too few near the threshold to
+    find it; with FEWEST rows of each class, chance alone does not reach DECIDES: of 10 and 10 rows
+    it separates all once in 90,000 features.
     """
     usable = np.isfinite(values) & (task >= 0)
     order = np.argsort(values[usable], kind="stable")
     ranked, truth = values[usable][order], task[usable][order]
     negatives, positives = np.bincount(task[task >= 0], minlength=2)
-    ends = (
-        np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
-        if len(ranked)
-        else np.zeros(0, dtype=np.int64)
-    )
-    below = np.stack(
-        [np.cumsum(truth == 0)[ends] / negatives, np.cumsum(truth == 1)[ends] / positives]
-    )  # shares of each class up to each value
-    whole = below[:, -1:] if len(ends) else np.zeros((2, 1))
-    above = whole - below
-    return float(
-        max(np.max(below[0] + above[1], initial=0.0), np.max(below[1] + above[0], initial=0.0)) / 2
-    )
+    ends = np.zeros(0, dtype=np.int64)
+    if len(ranked):
+        ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
+    # shares of each class up to each value
+    below_0 = np.cumsum(truth == 0)[ends] / negatives
+    below_1 = np.cumsum(truth == 1)[ends] / positives
+    above_0 = below_0[-1:] - below_0
+    above_1 = below_1[-1:] - below_1
+    rising = np.max(below_0 + above_1, initial=0.0)
+    falling = np.max(below_1 + above_0, initial=0.0)
+    return float(max(rising, falling) / 2)
 
 
 def _bins(values: np.ndarray, learn: np.ndarray) -> np.ndarray:
-    """(n,) bin of each row: categories as they are; numbers between edges from the ``learn`` rows,
-    missing ones in a bin of their own.
+    """(n,) the bin of each row.
+
+    Categories are bins; numbers are cut at edges from the ``learn`` rows, and missing ones have a
+    bin of their own.
     """
     if np.issubdtype(values.dtype, np.integer):
         return values - values.min()

@@ -1,5 +1,6 @@
-"""What a look at the files tells before a run: for ``--dry-run``. It raises what the run would
-refuse, after minutes of training or not.
+"""Checks of the files before a run: for ``--dry-run``.
+
+They raise the errors that a run would end with, some of them only after training.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ ESTIMATED = " (estimated: a run trains its tokenizer on more rows)"
 
 
 def check_rows(state: JobState) -> list[str]:
-    """Sentences about sources and targets, from a sample of their rows. Raises ValueError with all
-    that a run would refuse, each problem on a line of its own.
+    """Describe sources and targets, from a sample of their rows.
+
+    Raises:
+        ValueError: all errors that a run would end with, one a line.
     """
     lines: list[str] = []
     problems: list[str] = []
@@ -41,11 +44,10 @@ def check_rows(state: JobState) -> list[str]:
         seen[name] = found
         lines += _lines(f"source {name}", found.findings, found.is_estimated)
     bases = grid.bases({name: (found.arch, found.modality) for name, found in seen.items()})
+    estimated = {source for source, found in seen.items() if found.is_estimated}
     for name in state.targets:
         try:
-            lines += _target(
-                state, name, bases, {source for source, found in seen.items() if found.is_estimated}
-            )
+            lines += _target(state, name, bases, estimated)
         except (ValueError, storage.StorageError) as error:
             problems.append(_at(f"targets.{name}", error))
     if problems:
@@ -54,9 +56,7 @@ def check_rows(state: JobState) -> list[str]:
 
 
 def _target(state: JobState, name: str, bases: list[Base], estimated: set[str]) -> list[str]:
-    """What is noticed in a target's rows as each base reads them. Raises ValueError or StorageError
-    as the run would.
-    """
+    """Describe a target's rows as each base reads them; raises what a run would raise."""
     target, matching = state.targets[name], set(stages.matching(state, name))
     dry_checks.check_named_files(target.splits)
     lines = _lines(
@@ -92,6 +92,6 @@ def _lines(name: str, findings: Iterable[Finding], is_estimated: bool) -> list[s
 
 
 def _at(place: str, error: Exception) -> str:
-    """The error with its place in the job file, which some errors name already."""
+    """The error's message, with its place in the job file unless it begins with it."""
     text = str(error)
     return text if text.startswith(place) else f"{place}: {text}"
