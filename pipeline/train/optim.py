@@ -93,9 +93,8 @@ def optimizer(parameter_groups: list[dict[str, Any]], train: Train) -> torch.opt
         nesterov=train.momentum > 0,
         fused=True,
     )
-    if (
-        train.momentum
-    ):  # zeros from the start: torch 2.11 leaves the buffers unset when the first step is skipped
+    # zeros from the start: torch 2.11 leaves the buffers unset when the first step is skipped
+    if train.momentum:
         for parameter in (p for group in sgd.param_groups for p in group["params"]):
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd

@@ -57,28 +57,21 @@ def kept_features(
     split: str,
     device: torch.device,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``features`` of a split of a target, computed once for a source and kept in the job's folder
-    for whoever needs them next.
-    """
+    """``features`` of a split of a target, computed once for a source and kept in a file."""
     data = shared.targets[target, base]
     rows: Rows = getattr(data, split)
     cast = loop.autocast(data.spec.train, device)
     if source not in shared.source_keys or not data.key:
         return features(backbone, rows, device, cast)
-    labelled = [
-        data.objective.name,
-        data.objective.state,
-    ]  # the rows' labels are kept too: which column is which label
+    # the rows' labels are kept too: which column is which label
+    labelled = [data.objective.name, data.objective.state]
     arch = shared.bases[base].arch
     made = provenance.made_by(
         FEATURES_CODE,
         provenance.components_of(data.spec.data.modality.name, arch.name, arch.options),
     )
-    by = [
-        shared.parent_weights.get(source),
-        made.hash,
-        made.versions,
-    ]  # they cost little: those of other weights, code or versions are not used again
+    # features cost little: those of other weights, code or versions are computed again
+    by = [shared.parent_weights.get(source), made.hash, made.versions]
     key = spec_hash(
         FEATURES_FORMAT,
         shared.source_keys.get(source),
@@ -92,18 +85,14 @@ def kept_features(
         data.spec.train.precision,
     )
     uri = storage.join(shared.root, "features", f"{target}-{source}-{split}-{key}")
-    if (content := checksums.kept_bytes(uri, "the features are computed again")) is not None:
-        found = load(content)
-        return found.pop("pooled").to(device), {
-            name: tensor.to(device) for name, tensor in found.items()
-        }
+    content = checksums.kept_bytes(uri, "the features are computed again")
+    if content is not None:
+        tensors = {name: tensor.to(device) for name, tensor in load(content).items()}
+        return tensors.pop("pooled"), tensors
     pooled, rest = features(backbone, rows, device, cast)
-    checksums.keep_bytes(
-        uri,
-        save(
-            {name: tensor.cpu().contiguous() for name, tensor in {**rest, "pooled": pooled}.items()}
-        ),
-    )
+    tensors = {**rest, "pooled": pooled}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    checksums.keep_bytes(uri, save(tensors))
     return pooled, rest
 
 
@@ -119,16 +108,13 @@ class HeadStack(nn.Module):
         self.names = [name for name, _ in heads[0].named_parameters()]
         self.stacked = nn.ParameterList(
             [
-                nn.Parameter(
-                    torch.stack([dict(h.named_parameters())[name].detach() for h in heads])
-                )
+                nn.Parameter(torch.stack([head.get_parameter(name).detach() for head in heads]))
                 for name in self.names
             ]
         )
+        # non-finite steps of each head; in a buffer, so that resume points have them
         self.bad: Tensor
-        self.register_buffer(
-            "bad", torch.zeros(len(heads))
-        )  # non-finite steps of each head; a resume point keeps them
+        self.register_buffer("bad", torch.zeros(len(heads)))
         self._views: list[list[nn.Parameter]] = []
 
     def layers(self) -> dict[str, list[str]]:

@@ -347,9 +347,7 @@ def _records(
                 )
             ]
         return [trial.run(unit.first, shared, report=report)]
-    except (
-        Exception
-    ) as error:  # whatever it is, it belongs to these trials alone; it is in their rows
+    except Exception as error:  # it is in the rows of these trials, the others go on
         write_fence.check(shared.root)
         reason = f"{type(error).__name__}: {error}"[:2000]
         return [

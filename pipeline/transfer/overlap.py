@@ -95,12 +95,10 @@ def in_groups(test: Selection, group: str, others: Selection, other_group: str) 
         ).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
         if value is not None
     }
-    # pyright: ignore
     coded = pc.dictionary_encode(manifests.read_columns(test, [group])[group].combine_chunks())
-    known = np.array(
-        [*(manifests.value_text(value) in there for value in coded.dictionary.to_pylist()), False]
-    )  # the last one is for nulls
-    return known[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    is_shared = [manifests.value_text(value) in there for value in coded.dictionary.to_pylist()]
+    is_shared.append(False)  # for nulls, whose index is -1
+    return np.array(is_shared)[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
 
 
 def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:

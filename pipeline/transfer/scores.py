@@ -34,15 +34,13 @@ def logme(found: np.ndarray, labels: np.ndarray) -> float:
     n = len(f)
     u, s, _ = np.linalg.svd(f, full_matrices=False)
     sigma = s**2  # (r,)
-    y = (
-        _varying_columns(labels) if labels.ndim > 1 else labels[:, None] == np.unique(labels)
-    ).astype(np.float64)  # (n, C)
+    one_hot = labels[:, None] == np.unique(labels) if labels.ndim == 1 else _varying_columns(labels)
+    y = one_hot.astype(np.float64)  # (n, C)
     if not y.shape[1]:
         return float("nan")
     z2 = (u.T @ y) ** 2  # (r, C)
-    rest = (
-        np.maximum(y.sum(0) - z2.sum(0), 0.0) if len(s) < n else 0.0
-    )  # (C,) what no direction explains
+    # (C,) what no direction explains
+    rest = np.maximum(y.sum(0) - z2.sum(0), 0.0) if len(s) < n else 0.0
     t = max(float(sigma.max()), 1e-30) * np.logspace(-10, 4, 561)[:, None]
     scale = ((1 / (t + sigma)) @ z2 + rest / t) / n  # (T, C) 1 / alpha
     logdet = np.log(t + sigma).sum(1, keepdims=True) + (n - len(s)) * np.log(t)
@@ -50,9 +48,9 @@ def logme(found: np.ndarray, labels: np.ndarray) -> float:
     top = value.argmax(0).clip(1, len(t) - 2)
     left, best, right = (np.take_along_axis(value, (top + k)[None], 0)[0] for k in (-1, 0, 1))
     bend = left - 2 * best + right
-    peak = best - np.where(
-        bend < 0, (left - right) ** 2 / (8 * np.where(bend < 0, bend, -1.0)), 0.0
-    )  # of the parabola through the three
+    # the peak of the parabola through the three
+    downward = np.where(bend < 0, bend, -1.0)
+    peak = best - np.where(bend < 0, (left - right) ** 2 / (8 * downward), 0.0)
     return float(np.where(value.max(0) > best, value.max(0), peak).mean())
 
 
@@ -131,8 +129,7 @@ def score(
     if wrong:
         raise ValueError(
             f"targets.{target}: the features of source {source} are not finite for {wrong} of "
-            f"{len(found)} rows; its weights are damaged, "
-            "or it was trained until they overflowed"
+            f"{len(found)} rows; its weights are damaged, or it was trained until they overflowed"
         )
     # of the rows that could be decoded
     labels = rest[objective.label_tensors[0]].cpu().numpy()
