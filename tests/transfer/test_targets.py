@@ -520,7 +520,7 @@ def pair_job(folder: Path, source: dict[str, str]) -> Job:
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
     pq.write_table(
-        pa.Table.from_pylist([row for row in rows if row.split == "test"][:4] * 5),
+        pa.Table.from_pylist([row for row in rows if row["split"] == "test"][:4] * 5),
         folder / "corpus.parquet",
     )
     data = {"modality": {"text": {"length": 16, "vocabulary": 256}}}
