@@ -23,9 +23,9 @@ from pipeline.train import fit
 from pipeline.train.row_checks import Finding
 
 DECIDES = 0.98
-"""Balanced accuracy of one feature from which on it is reported. Honest features of published tables
-stay below: petal width of the irises reaches 0.96, radius of breast tumours 0.91, the Glasgow Coma
-Scale for death in intensive care 0.7; a column that was made from the label reaches 0.99 to 1.
+"""Balanced accuracy of one feature from which on it is reported. Honest features of published
+tables stay below: petal width of the irises reaches 0.96, radius of breast tumours 0.91, the
+Glasgow Coma Scale for death in intensive care 0.7; a column made from the label reaches 0.99 to 1.
 """
 ROWS, BINS, FEWEST = 4096, 64, 10
 """Rows of the sample (as many of each class), bins of a number, and the fewest rows that a class,
