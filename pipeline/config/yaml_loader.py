@@ -280,7 +280,7 @@ def _apply_override(data: dict, setting: str, problems: list[tuple[int, str]]) -
                 )
                 return ()
             part = int(part)
-        elif not isinstance(at, dict):  # a plug written short: {name: {}} takes options
+        elif not isinstance(at, dict):  # a component written short: {name: {}} takes options
             problems.append(
                 (
                     0,
@@ -470,7 +470,7 @@ def _checkpoint_problems(
 
 
 def _name_of(component: Any) -> Any:
-    """The name in a plug as it is written: by itself, or with its options."""
+    """Return the name of a component as it is written: by itself, or with its options."""
     return (
         component.get("name", next(iter(component), None))
         if isinstance(component, dict)
