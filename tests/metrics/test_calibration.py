@@ -98,7 +98,7 @@ def test_two_classes_have_clinical_metrics_with_intervals(ran):
         row.value_low <= row.value <= row.value_high for name, row in rows.items() if name != "ece"
     )
     assert not set(AT_THRESHOLD) & {row.metric for row in record.rows if row.split == "validation"}
-    json.dumps(record)
+    json.dumps(record.to_json())
 
 
 def test_they_are_those_of_the_validation_rows_and_stand_in_the_bundle(ran):
