@@ -259,13 +259,13 @@ class Manifest:
                 f"the bundle has format {version}, this program reads up to {FORMAT_VERSION}; "
                 "update onetomany"
             )
-        stated = {
+        stated: dict[str, Any] = {
             one.name: found[one.name] for one in fields(cls) if found.get(one.name) is not None
         }
-        parts = {"arch": Architecture, "modality": ModalitySpec, "objective": ObjectiveSpec}
-        return cls(
-            **{**stated, **{name: kind.from_json(found.get(name)) for name, kind in parts.items()}}
-        )
+        stated["arch"] = Architecture.from_json(found.get("arch"))
+        stated["modality"] = ModalitySpec.from_json(found.get("modality"))
+        stated["objective"] = ObjectiveSpec.from_json(found.get("objective"))
+        return cls(**stated)
 
 
 @dataclass(frozen=True)

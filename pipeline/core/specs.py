@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Self, cast
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Spec:
                 f"{cls.__name__}: a JSON object with {', '.join(names)} was expected, not "
                 f"{found!r:.80}"
             )
-        # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-        values: dict[str, Any] = {str(name): value for name, value in found.items()}
+        values = dict(cast(Mapping[str, Any], found))
         if differing := sorted(set(names) ^ set(values)):
             raise ValueError(
                 f"{cls.__name__}: its fields are {', '.join(names)}; {', '.join(differing)} "

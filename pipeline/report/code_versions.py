@@ -84,7 +84,7 @@ def mark_cells(
             and row.trial_id not in trials[cell_key(row)]
         ):
             trials[cell_key(row)].append(row.trial_id)
-    out = []
+    out: list[Cell] = []
     for cell in cells:
         own = trials[cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction]
         against = [one for key in cell.compared_with for one in trials[key]]
@@ -133,10 +133,10 @@ def versions_table(rows: Sequence[ResultRow]) -> list[list[str]]:
     trials = {row.trial_id: row.versions for row in rows}
     found: dict[str, Counter[str]] = {name: Counter() for name in provenance.LIBRARIES}
     for text in trials.values():
-        versions = json.loads(text) if text else {}
+        versions: dict[str, str] = json.loads(text) if text else {}
         for name, count in found.items():
             count[versions.get(name, NOT_RECORDED)] += 1
-    out = []
+    out: list[list[str]] = []
     for name, count in found.items():
         several = len(count) > 1
         version_texts = [

@@ -225,7 +225,7 @@ def matrix_cells(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list
     groups: dict[CellKey, list[ResultRow]] = defaultdict(list)
     for row in rows:
         groups[cell_key(row)].append(row)
-    found = []
+    found: list[_Trials] = []
     for key, group in groups.items():
         final = _final_trials(group)
         if final is not None:

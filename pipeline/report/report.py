@@ -358,7 +358,7 @@ def _summary(
     tally += [(str(found[name]), what, name) for name, what in others if found[name]]
     trials = {(row.trial_id, row.trial_stage) for row in rows}
     out.append(KeyFigures([*tally, (str(len(trials)), "trials", "")]))
-    body = []
+    body: list[list[str | Value]] = []
     for target, group in groups.items():
         best = max(
             (c for c in group if c.gain is not None and c.source != SCRATCH),
@@ -691,7 +691,7 @@ def _cost(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block]:
     several = {
         target for target, *_ in shown if len({key[2] for key in shown if key[0] == target}) > 1
     }
-    body = []
+    body: list[list[str]] = []
     for key, group in shown.items():
         seconds = sum((c.seconds or 0) * c.n_seeds for c in group) / sum(c.n_seeds for c in group)
         params = [c.params_trained for c in group if c.params_trained is not None]
@@ -740,7 +740,7 @@ def _scores(rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None)
         )
     if not found:
         return []
-    body = []
+    body: list[list[str]] = []
     best_first = sorted(
         found.items(), key=lambda kv: (kv[0][0], kv[0][2], math.isnan(kv[1]), -kv[1])
     )
@@ -756,12 +756,13 @@ def _scores(rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None)
 def _pretraining(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
     if not pretraining:
         return []
-    body, more = [], []
+    body: list[list[str]] = []
+    more: list[Block] = []
     for item in pretraining:
-        values = (item.get("metrics") or {}).items()
+        metrics: dict[str, Any] = item.get("metrics") or {}
         measured = ", ".join(
             f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}"
-            for name, value in values
+            for name, value in metrics.items()
         )
         body.append(
             [
@@ -780,11 +781,8 @@ def _pretraining(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
             if item.get("changes")
             else []
         )
-        ran = {
-            name: version
-            for name, version in (item.get("versions") or {}).items()
-            if name in provenance.LIBRARIES
-        }
+        versions: dict[str, str] = item.get("versions") or {}
+        ran = {name: version for name, version in versions.items() if name in provenance.LIBRARIES}
         said += (
             [Text("Versions: " + ", ".join(f"{name} {version}" for name, version in ran.items()))]
             if ran

@@ -91,18 +91,13 @@ class TrialRecord:
         if not isinstance(found.get("rows"), list):
             raise ValueError("it is no record of a trial")
         names = [one.name for one in fields(cls)]
-        stated = {
+        stated: dict[str, Any] = {
             name: value for name, value in found.items() if name in names and value is not None
         }
-        rows = tuple(ResultRow.from_json(row) for row in found["rows"])
-        return cls(
-            **{
-                **stated,
-                "rows": rows,
-                "curve": curve_of(stated.get("curve", ())),
-                "begun_by": tuple(stated.get("begun_by", ())),
-            }
-        )
+        stated["rows"] = tuple(ResultRow.from_json(row) for row in found["rows"])
+        stated["curve"] = curve_of(stated.get("curve", ()))
+        stated["begun_by"] = tuple(stated.get("begun_by", ()))
+        return cls(**stated)
 
 
 def curve_of(points: Iterable[Mapping[str, Any]]) -> tuple[CurvePoint, ...]:
