@@ -1,7 +1,7 @@
-"""What training leaves: weights (safetensors) and one JSON manifest with all that is needed to use
-them again.
+"""Bundles: the weights (safetensors) that training leaves, and a JSON manifest to use them again.
 
-A bundle is whole or absent: written aside, checksummed, manifest last. Nothing in it is code.
+A bundle is complete or absent: it is written aside, with checksums and the manifest last. Nothing
+in it is code.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ FORMAT_VERSION = 1
 
 
 class BundleError(ValueError):
-    """A bundle or checkpoint that cannot be used, with the reason and what to do."""
+    """A bundle or checkpoint cannot be used. The message has the reason and what to do."""
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Return the versions that a result depends on."""
     packages = ("onetomany", "ray", "numpy", "pyarrow")
     found = {}
     for name in packages:
@@ -50,7 +50,11 @@ def build_modality(spec: ModalitySpec) -> Modality:
 
 
 def build_backbone(arch: Architecture, seed: int | None = None) -> Backbone:
-    """Build a backbone with random weights, from ``seed`` when given."""
+    """Build a backbone with random weights.
+
+    Args:
+        seed: Seed of the weights; None for torch's generator as it is.
+    """
     library, _, architecture = arch.name.partition("/")
     kind = registry.get("model", library)
     options = kind.options_class(**arch.options)
@@ -66,28 +70,37 @@ def build_task(
     seed: int | None = None,
     head_seed: int | None = None,
 ) -> Task:
-    """Build backbone and objective. Raises ValueError where they do not fit."""
+    """Build a backbone and an objective with random weights.
+
+    Args:
+        seed: Seed of the backbone's weights, and of the head's where it has no seed of its own.
+        head_seed: Seed of the head's weights.
+
+    Raises:
+        ValueError: Backbone and objective do not fit each other.
+    """
     backbone = build_backbone(arch, seed)
     kind = registry.get("objective", objective.name)
     with torch.random.fork_rng(devices=[]):
         if seed is not None or head_seed is not None:
             torch.manual_seed(head_seed if head_seed is not None else (seed or 0) + 1)
-        return Task(
-            backbone, kind(backbone, kind.options_class(**objective.options), objective.state)
-        )
+        options = kind.options_class(**objective.options)
+        return Task(backbone, kind(backbone, options, objective.state))
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Which tensors were carried over, by name."""
+    """Which tensors were loaded, by name."""
 
     kept: tuple[str, ...]
     new: tuple[str, ...]
     dropped: tuple[str, ...]
     changed: tuple[str, ...] = ()
-    """What was put into another shape, in words."""
+    """Which tensors got another shape, in words."""
 
     def text(self) -> str:
+        """Return the transfer as one line."""
+
         def part(names: tuple[str, ...]) -> str:
             return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
 
@@ -101,12 +114,18 @@ class Transfer:
 def transfer(
     backbone: Backbone, tensors: Mapping[str, Tensor], origin: str, drop: tuple[str, ...] = ()
 ) -> Transfer:
-    """Load a backbone strictly: every one of its tensors must be given with its shape.
+    """Load a backbone strictly: every one of its tensors must be given, with its shape.
 
-    The backbone may put a tensor into the shape that its input asks for
-    (``Backbone.convert_checkpoint``), which is told. Tensors under a prefix of ``drop`` (a
-    classifier) may be left over. Raises BundleError naming what is missing, has another shape or is
-    left over without having been named.
+    The backbone may convert a tensor to the shape that its input needs
+    (``Backbone.convert_checkpoint``); the result says so.
+
+    Args:
+        origin: Where the tensors come from, for messages.
+        drop: Prefixes of tensors that may be left over (a classifier).
+
+    Raises:
+        BundleError: Names what is missing, has another shape, or is left over without being in
+            ``drop``.
     """
     own = backbone.state_dict()
     tensors, changed = backbone.convert_checkpoint(dict(tensors))
@@ -138,10 +157,12 @@ def transfer(
 
 
 def carry_head(task: Task, bundle: Bundle) -> str:
-    """Load the bundle's head when its labels are the same by name (in any order); says in words
-    what was done.
+    """Load the bundle's head when its labels have the same names, in any order.
 
     Labels decide, not shapes: a head for other labels is never kept.
+
+    Returns:
+        What was done, in words.
     """
     theirs, mine = bundle.manifest.objective, task.objective
     if theirs.name != mine.registered_name:
@@ -150,8 +171,13 @@ def carry_head(task: Task, bundle: Bundle) -> str:
 
 
 def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[str] | None) -> str:
-    """Load a head whose tensors have the objective's own names and stand for ``labels``, by the
-    rules of ``carry_head``.
+    """Load a head whose tensors have the objective's own names, by the rules of `carry_head`.
+
+    Args:
+        labels: What the tensors stand for.
+
+    Returns:
+        What was done, in words.
     """
     old, new = labels, mine.state.get("labels")
     if old is not None and new is not None and sorted(old) != sorted(new):
@@ -167,10 +193,11 @@ def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[s
     if old is not None and new is not None and list(old) != list(new):
         said += ", put into their new order"
         last = {"head.weight", "head.bias"}  # one row a label
-        if not last & set(tensors) or any(
+        others_have_labels = any(
             t.dim() and t.shape[0] == len(old) for n, t in tensors.items() if n not in last
-        ):
-            return "head new: its labels stand in another order"
+        )
+        if not last & set(tensors) or others_have_labels:
+            return "head new: its labels are in another order"
         order = torch.tensor([old.index(name) for name in new])
         tensors = {n: t[order] if n in last else t for n, t in tensors.items()}
     mine.load_state_dict(dict(tensors))
@@ -180,9 +207,15 @@ def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[s
 def carry_tensors(
     mine: Any, theirs: ObjectiveSpec, tensors: Mapping[str, Tensor]
 ) -> tuple[int, str]:
-    """Load what a source's head has of the same name, shape and meaning
-    (`TransfersHead`): how many tensors were kept, and in words. ``theirs``: the
-    source's objective.
+    """Load the tensors of a source's head that have the same name, shape and meaning.
+
+    See `TransfersHead`.
+
+    Args:
+        theirs: The source's objective.
+
+    Returns:
+        How many tensors were loaded, and what was done in words.
     """
     if theirs.name != mine.registered_name:
         return 0, f"head new: the source's objective was {theirs.name}"
@@ -270,13 +303,17 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
+    """A bundle that was read: its place, manifest and tensors."""
+
     uri: str
     manifest: Manifest
     tensors: dict[str, Tensor]
 
     def task(self) -> Task:
-        """Backbone and objective with these weights, in evaluation mode. Raises BundleError when it
-        holds a backbone alone.
+        """Return backbone and objective with these weights, in evaluation mode.
+
+        Raises:
+            BundleError: The bundle holds a backbone alone.
         """
         if self.manifest.objective.name == "none":
             raise BundleError(
@@ -287,26 +324,28 @@ class Bundle:
         return task.eval()
 
     def modality(self) -> Modality:
+        """Return the modality as it was fitted."""
         return build_modality(self.manifest.modality)
 
     def backbone_tensors(self) -> dict[str, Tensor]:
-        return {
-            n.removeprefix("backbone."): t
-            for n, t in self.tensors.items()
-            if n.startswith("backbone.")
-        }
+        """Return the tensors of the backbone under its own names."""
+        return self._below("backbone.")
 
     def head_tensors(self) -> dict[str, Tensor]:
-        return {
-            n.removeprefix("objective."): t
-            for n, t in self.tensors.items()
-            if n.startswith("objective.")
-        }
+        """Return the tensors of the head under its own names."""
+        return self._below("objective.")
+
+    def _below(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose names begin with a prefix, without it."""
+        found = [(name, tensor) for name, tensor in self.tensors.items() if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in found}
 
 
 def save(uri: str, model: Task | Backbone, modality: ModalitySpec, **extra: Any) -> None:
-    """Write a bundle of a task, or of a backbone alone (an imported checkpoint). ``extra`` are
-    further fields of its `Manifest`.
+    """Write a bundle of a task, or of a backbone alone (an imported checkpoint).
+
+    Args:
+        extra: Further fields of its `Manifest`.
     """
     backbone = model.backbone if isinstance(model, Task) else model
     objective = NO_OBJECTIVE
@@ -328,12 +367,14 @@ def save(uri: str, model: Task | Backbone, modality: ModalitySpec, **extra: Any)
 
 
 def exists(uri: str) -> bool:
+    """Return whether there is a bundle."""
     return storage.exists(storage.join(uri, "manifest.json"))
 
 
 def weights_sha256(uri: str) -> str:
-    """The SHA-256 of a bundle's weights, as its manifest has it: two bundles with the same one hold
-    the same tensors.
+    """Return the SHA-256 of a bundle's weights, from its manifest.
+
+    Two bundles with the same one hold the same tensors.
     """
     return read_manifest(uri).files["weights.safetensors"]["sha256"]
 
@@ -350,8 +391,11 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def load(uri: str) -> Bundle:
-    """A verified bundle. Raises BundleError for a newer format, StorageError for a missing or
-    damaged one.
+    """Read a bundle and verify it.
+
+    Raises:
+        BundleError: The folder is no bundle, or has a newer format.
+        StorageError: The bundle is missing or damaged.
     """
     manifest = read_manifest(uri)
     with storage.scratch_folder() as scratch:

@@ -1,8 +1,7 @@
-"""What an exported classifier needs beside its backbone: the head's tensors, ``classifier.json``
-and the code that loads both.
+"""What an exported classifier needs beside its backbone: head, description and loading code.
 
-Classes of timm and transformers have no layer norm before their linear layer, and that norm has no
-parameters, so weights alone cannot carry it. The export carries it as a module:
+Classes of timm and transformers have no layer norm before their linear layer, and our norm has no
+parameters, so weights alone cannot say that it is there. The export has it in code:
 ``exported_classifier`` is copied beside the weights.
 """
 
@@ -25,16 +24,18 @@ CODE, SPEC, HEAD = "classifier.py", "classifier.json", "head.safetensors"
 
 
 def is_exportable(task: Task) -> bool:
-    """Whether ``exported_classifier`` can build this task: a linear head on a model of timm or
-    transformers.
+    """Return whether ``exported_classifier`` can build this task.
+
+    It can for a linear head on a model of timm or transformers.
     """
     library = task.backbone.arch.name.partition("/")[0]
     return library in LIBRARIES and task.objective.registered_name in OBJECTIVES
 
 
 def describe(task: Task, modality: Modality) -> dict[str, Any]:
-    """The content of ``classifier.json``: how the model is built, what the head reads, its labels
-    and its input.
+    """Return the content of ``classifier.json``.
+
+    It says how the model is built, what the head reads, its labels and its input.
     """
     backbone, objective = task.backbone, task.objective
     model: Any = backbone
@@ -66,18 +67,16 @@ def describe(task: Task, modality: Modality) -> dict[str, Any]:
         }
         return spec
     spec["config"] = model.model.config.to_dict()
-    spec["arguments"] = (
-        {"add_pooling_layer": spec["pool"] == "pooler"}
-        if architecture in ("bert", "roberta")
-        else {}
-    )
+    spec["arguments"] = {}
+    if architecture in ("bert", "roberta"):
+        spec["arguments"]["add_pooling_layer"] = spec["pool"] == "pooler"
     inputs = modality.inputs()
     spec["input"] = {key: inputs[key] for key in ("length", "rate", "scale") if key in inputs}
     return spec
 
 
 def _pool(task: Task) -> str | None:
-    """Which feature the head reads: none where the model library pools by itself (timm)."""
+    """Return which feature the head reads; None where the model library pools by itself (timm)."""
     if task.objective.registered_name == "tagging":
         return "tokens"
     if task.backbone.arch.name.startswith("timm/"):
@@ -86,24 +85,25 @@ def _pool(task: Task) -> str | None:
 
 
 def head_of(task: Task) -> Any:
-    """The linear layer of a task's head."""
+    """Return the linear layer of a task's head."""
     objective: Any = task.objective
     return objective.head
 
 
 def has_norm(task: Task) -> bool:
-    """Whether a layer norm without parameters stands before the linear layer."""
+    """Return whether a layer norm without parameters comes before the linear layer."""
     return bool(getattr(task.objective.options, "norm", False))
 
 
 def temperature(task: Task) -> float:
-    """What the scores are divided by, fitted on validation rows; 1 where nothing was."""
+    """Return what the scores are divided by: fitted on validation rows, else 1."""
     return float(task.objective.state.get("temperature", 1.0))
 
 
 def linear_tensors(task: Task) -> dict[str, Tensor]:
-    """``weight`` and ``bias`` of the head, divided by the temperature: they give the calibrated
-    scores.
+    """Return the head's ``weight`` and ``bias``, divided by the temperature.
+
+    They give the calibrated scores.
     """
     head, divisor = head_of(task), temperature(task)
     return {
@@ -113,23 +113,24 @@ def linear_tensors(task: Task) -> dict[str, Tensor]:
 
 
 def norm_tensors(task: Task) -> dict[str, Tensor]:
-    """Ones and noughts in the place of the parameters that the norm has not: a strict load then
-    sees that it is there.
+    """Return ones and zeros in the place of the parameters that the norm does not have.
+
+    A strict load then sees that the norm is there.
     """
     width = int(head_of(task).in_features)
     return {"weight": torch.ones(width), "bias": torch.zeros(width)} if has_norm(task) else {}
 
 
 def head_tensors(task: Task) -> dict[str, Tensor]:
-    """The head under the names of ``exported_classifier.Classifier``."""
-    named = {"norm": norm_tensors(task), "head": linear_tensors(task)}
-    return {
-        f"{layer}.{part}": tensor
-        for layer, parts in named.items()
-        for part, tensor in parts.items()
-    }
+    """Return the head under the names of ``exported_classifier.Classifier``."""
+    norm = {f"norm.{part}": tensor for part, tensor in norm_tensors(task).items()}
+    head = {f"head.{part}": tensor for part, tensor in linear_tensors(task).items()}
+    return norm | head
 
 
 def code() -> str:
-    """The Python file that loads an exported classifier; it needs nothing of this package."""
+    """Return the Python source that loads an exported classifier.
+
+    It needs nothing of this package.
+    """
     return Path(exported_classifier.__file__).read_text(encoding="utf-8")

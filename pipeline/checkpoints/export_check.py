@@ -1,7 +1,6 @@
-"""Comparison of an export with its bundle: both are run on the same seeded random rows, and the
-largest difference is told.
+"""Compare an export with its bundle by running both on the same random rows.
 
-Rows go through the bundle's own modality where files can be made up (images, recordings); tokens,
+Rows go through the bundle's own modality where files can be made up (images, recordings). Tokens,
 events and tables are drawn from what the bundle knows. The exported side is read from the written
 files, by the classes that its user would take.
 """
@@ -26,21 +25,28 @@ from pipeline.core.contracts import Backbone, Batch, Modality, Task
 
 ROWS, SEED = 4, 0
 TOLERANCE = 1e-4
-"""Largest difference that an export may have, as a share of the bundle's largest absolute value (at
-least 1): float32 arithmetic in another order gives some 1e-6.
+"""Largest difference that an export may have, relative to the bundle's largest absolute value.
+
+That value counts as 1 at least. Float32 arithmetic in another order gives about 1e-6.
 """
 TOKENS = 24
 """Tokens of the longest random text."""
 SECONDS = 0.5
-"""Length of the random recordings; all are as long, since some published models give other numbers
-on padded rows.
+"""Length of the random recordings.
+
+All have the same length, because some published models give other numbers on padded rows.
 """
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest absolute difference of (``rows``) rows' ``what``, and the bundle's largest absolute
-    value. ``rows`` 0: tensors were compared.
+    """Result of comparing an export with its bundle.
+
+    Attributes:
+        difference: Largest absolute difference.
+        largest: The bundle's largest absolute value.
+        rows: Number of rows; 0 where tensors were compared.
+        what: What was compared, in words.
     """
 
     difference: float
@@ -49,6 +55,7 @@ class Comparison:
     what: str
 
     def text(self) -> str:
+        """Return the comparison as one line."""
         if not self.rows:
             return f"compared with the bundle: {self.what}"
         return (
@@ -59,8 +66,10 @@ class Comparison:
 
 
 def require(found: Comparison, uri: str) -> Comparison:
-    """Raises BundleError where an export differs from its bundle by more than ``TOLERANCE``, or
-    gives what is no number.
+    """Return the comparison if the difference is within `TOLERANCE`.
+
+    Raises:
+        BundleError: The difference is larger or no number.
     """
     allowed = TOLERANCE * max(1.0, found.largest)
     if not found.difference <= allowed:  # NaN too
@@ -77,17 +86,19 @@ def require(found: Comparison, uri: str) -> Comparison:
 
 
 def random_batch(modality: Modality, rows: int = ROWS, seed: int = SEED) -> Batch | None:
-    """Finished rows as a backbone reads them, the same for the same seed; None for a modality that
-    no rows can be made up for.
+    """Return finished rows as a backbone reads them, the same for the same seed.
+
+    None for a modality whose rows cannot be made up.
     """
     rng = np.random.default_rng(seed)
-    make = {
+    makers = {
         "image": _images,
         "text": _texts,
         "audio": _recordings,
-        "table": _facts,
+        "table": _table_rows,
         "events": _events,
-    }.get(modality.registered_name)
+    }
+    make = makers.get(modality.registered_name)
     if make is None:
         return None
     batch = Batch(np.arange(rows), torch.arange(rows), make(modality, rows, rng))
@@ -95,6 +106,7 @@ def random_batch(modality: Modality, rows: int = ROWS, seed: int = SEED) -> Batc
 
 
 def _decoded(modality: Modality, table: pa.Table) -> dict[str, Tensor]:
+    """Return the decoded rows of a table."""
     arrays, reasons = modality.decode(table, {name: name for name in table.column_names})
     if wrong := next(filter(None, reasons), ""):
         raise BundleError(f"random rows for the comparison cannot be decoded: {wrong}")
@@ -102,6 +114,7 @@ def _decoded(modality: Modality, table: pa.Table) -> dict[str, Tensor]:
 
 
 def _images(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Return decoded images of random pixels."""
     from PIL import Image
 
     side, files = modality.options.size, []
@@ -113,6 +126,7 @@ def _images(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Ten
 
 
 def _recordings(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Return decoded recordings of noise."""
     import soundfile
 
     files = []
@@ -125,8 +139,10 @@ def _recordings(modality: Any, rows: int, rng: np.random.Generator) -> dict[str,
 
 
 def _texts(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Tokens of all the vocabulary but its special ones, in the frame that the modality gives its
-    rows; rows of several lengths.
+    """Return rows of random tokens, of several lengths.
+
+    They are drawn from the vocabulary without its special tokens, and framed as the modality frames
+    its rows.
     """
     pad, _, cls, sep, _ = modality.state["specials"]
     special = {number for number in modality.state["specials"] if number is not None}
@@ -144,10 +160,8 @@ def _texts(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tens
     return {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
 
 
-def _fact_columns(
-    static_features: Any, rows: int, rng: np.random.Generator
-) -> list[dict[str, Any]]:
-    """Values for every known number, and a known text of each field."""
+def _static_rows(static_features: Any, rows: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Return rows with a value for every known number, and with a known text for each field."""
     state, out = static_features.state, []
     fields: dict[str, list[str]] = {}
     for code in state["codes"]:
@@ -162,37 +176,35 @@ def _fact_columns(
     return out
 
 
-def _facts(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    return _decoded(
-        modality, pa.table({"features": _fact_columns(modality.static_features, rows, rng)})
-    )
+def _table_rows(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Return decoded rows of a table."""
+    features = _static_rows(modality.static_features, rows, rng)
+    return _decoded(modality, pa.table({"features": features}))
 
 
 def _events(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Return decoded rows of events."""
     state, table = modality.state, {"times": [], "variables": [], "values": []}
     for _ in range(rows):
         count = int(rng.integers(5, 20))
         places = rng.integers(0, len(state["variables"]), count)
         table["times"].append(np.sort(rng.uniform(0, modality.options.hours, count)).tolist())
         table["variables"].append([state["variables"][place] for place in places])
-        table["values"].append(
-            [
-                float(state["mean"][place] + state["std"][place] * rng.standard_normal())
-                for place in places
-            ]
-        )
-    static = (
-        {"static": _fact_columns(modality.static_features, rows, rng)}
-        if any(modality.static_features.sizes().values())
-        else {}
-    )
-    return _decoded(modality, pa.table({**table, **static}))
+        values = [
+            float(state["mean"][place] + state["std"][place] * rng.standard_normal())
+            for place in places
+        ]
+        table["values"].append(values)
+    if any(modality.static_features.sizes().values()):
+        table["static"] = _static_rows(modality.static_features, rows, rng)
+    return _decoded(modality, pa.table(table))
 
 
 # ---------------------------------------------------------------- what is compared
 
 
 def _compare(ours: Tensor, theirs: Tensor, what: str, mask: Tensor | None = None) -> Comparison:
+    """Return the comparison of two tensors, where ``mask`` is true."""
     if ours.shape != theirs.shape:
         raise BundleError(
             f"the export gives {what} of shape {tuple(theirs.shape)}, the bundle "
@@ -205,24 +217,27 @@ def _compare(ours: Tensor, theirs: Tensor, what: str, mask: Tensor | None = None
 
 
 def _backbone(found: Bundle) -> Backbone:
+    """Return the bundle's backbone in evaluation mode."""
     backbone = bundle.build_backbone(found.manifest.arch)
     bundle.transfer(backbone, found.backbone_tensors(), found.uri)
     return backbone.eval()
 
 
 def _features(backbone: Backbone, batch: Batch) -> Tensor:
+    """Return a backbone's pooled features."""
     return backbone(batch).pooled.float()
 
 
 @torch.no_grad()
 def logits(task: Task, batch: Batch) -> Tensor | None:
-    """What transformers calls logits: (B, L), or (B, N, L) of tokens; None for an objective that
-    compares something else.
+    """Return what transformers calls logits: (B, L), or (B, N, L) of tokens.
+
+    None for an objective of which something else is compared.
     """
     name, objective, backbone = task.objective.registered_name, task.objective, task.backbone
     head: Any = objective
     if name in ("classification", "multilabel"):
-        found = objective.head_predict(backbone(batch).pooled, batch)
+        found = head.head_predict(backbone(batch).pooled, batch)
         assert found is not None
         return found["scores"]
     if name == "ctc":
@@ -230,17 +245,15 @@ def logits(task: Task, batch: Batch) -> Tensor | None:
     if name == "tagging":
         tokens = backbone(batch, want=("tokens",)).tokens
         assert tokens is not None
-        return head.head(
-            torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])
-            if head.options.norm
-            else tokens
-        )
+        if head.options.norm:
+            tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])
+        return head.head(tokens)
     if name in ("mlm", "clm"):
         tokens = backbone(batch, want=("tokens",)).tokens
-        hidden = head.transform(tokens) if name == "mlm" else tokens
-        return torch.nn.functional.linear(
-            hidden, backbone.embedding().weight, head.bias if name == "mlm" else None
-        )
+        weight = backbone.embedding().weight
+        if name == "mlm":
+            return torch.nn.functional.linear(head.transform(tokens), weight, head.bias)
+        return torch.nn.functional.linear(tokens, weight)
     if name == "qa":
         return head.head(backbone(batch, want=("tokens",)).tokens)
     return None
@@ -248,10 +261,12 @@ def logits(task: Task, batch: Batch) -> Tensor | None:
 
 @torch.no_grad()
 def compare_tensors(found: Bundle, tensors: dict[str, Tensor]) -> Comparison:
-    """Tensors of the bundle's own names: the same ones bit for bit, and on random rows the features
-    of a backbone that holds them.
+    """Compare tensors under the bundle's own names.
 
-    Raises BundleError where a tensor is missing or differs.
+    They must be equal bit for bit, and a backbone that holds them must give the same features.
+
+    Raises:
+        BundleError: A tensor is missing or differs.
     """
     wrong = [
         name
@@ -269,52 +284,39 @@ def compare_tensors(found: Bundle, tensors: dict[str, Tensor]) -> Comparison:
     if batch is None:
         return Comparison(0.0, 0.0, 0, same)
     twin = bundle.build_backbone(found.manifest.arch)
-    twin.load_state_dict(
-        {
-            name.removeprefix("backbone."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("backbone.")
-        }
-    )
+    twin.load_state_dict(Bundle(found.uri, found.manifest, tensors).backbone_tensors())
     return _compare(_features(_backbone(found), batch), _features(twin.eval(), batch), "features")
 
 
 @torch.no_grad()
 def compare_backbone(found: Bundle, tensors: dict[str, Tensor]) -> Comparison:
-    """A plain state dict of the model library's own names, loaded into its model."""
-    return compare_tensors(
-        Bundle(
-            found.uri,
-            found.manifest,
-            {f"backbone.{name}": tensor for name, tensor in found.backbone_tensors().items()},
-        ),
-        {f"backbone.model.{name}": tensor for name, tensor in tensors.items()},
-    )
+    """Compare a plain state dict under the model library's names, loaded into its model."""
+    ours = {f"backbone.{name}": tensor for name, tensor in found.backbone_tensors().items()}
+    theirs = {f"backbone.model.{name}": tensor for name, tensor in tensors.items()}
+    return compare_tensors(Bundle(found.uri, found.manifest, ours), theirs)
 
 
 @torch.no_grad()
 def compare_classifier(found: Bundle, place: Path) -> Comparison:
-    """An exported folder or state dict that ``exported_classifier.load`` opens."""
+    """Compare an exported folder or state dict that ``exported_classifier.load`` opens."""
     task, model = found.task(), exported_classifier.load(place)
     batch = random_batch(found.modality())
     assert batch is not None
     ours = logits(task, batch)
     assert ours is not None
-    # pyright: ignore
-    inputs: Any = batch["image"] if "image" in batch.data else _words(model.model.config, batch)
+    config: Any = model.model.config if "image" not in batch.data else None
+    inputs: Any = batch["image"] if config is None else _words(config, batch)
     return _compare(ours, model(inputs), "scores", batch.data.get("mask"))
 
 
 def _words(config: Any, batch: Batch) -> dict[str, Tensor]:
-    """A batch in the words of a model of transformers."""
+    """Return a batch under the names that models of transformers have for it."""
     if "wave" in batch.data:
-        masked = (
-            getattr(config, "feat_extract_norm", "layer") == "layer"
-        )  # the others were trained without a mask
-        return {
-            "input_values": batch["wave"],
-            **({"attention_mask": batch["mask"].long()} if masked else {}),
-        }
+        words = {"input_values": batch["wave"]}
+        # models of the other kind were trained without a mask
+        if getattr(config, "feat_extract_norm", "layer") == "layer":
+            words["attention_mask"] = batch["mask"].long()
+        return words
     mask = batch["mask"]
     return {
         "input_ids": batch["tokens"].masked_fill(~mask, config.pad_token_id or 0),
@@ -324,7 +326,7 @@ def _words(config: Any, batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparison:
-    """A folder as `hf_text.write` leaves it, opened by timm or transformers."""
+    """Compare a folder as `hf_text.write` leaves it, opened by timm or transformers."""
     if (folder / classifier_export.CODE).exists():
         return compare_classifier(found, folder)
     batch = random_batch(found.modality())
@@ -355,17 +357,16 @@ def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparis
             features.tokens, model.base_model(**words).last_hidden_state, "states", features.mask
         )
     given = model(**words)
-    theirs = (
-        torch.stack([given.start_logits, given.end_logits], -1)
-        if "start_logits" in given
-        else given.logits
-    )
+    if "start_logits" in given:
+        theirs = torch.stack([given.start_logits, given.end_logits], -1)
+    else:
+        theirs = given.logits
     mask = batch.data["mask"] if "tokens" in batch.data else None
     return _compare(ours, theirs, "scores", mask)
 
 
 def read_state_dict(place: Path) -> dict[str, Tensor]:
-    """A written state dict, read again."""
+    """Read a state dict that was written."""
     if place.suffix == ".safetensors":
         return load_file(place)
     return torch.load(place, map_location="cpu", weights_only=True)

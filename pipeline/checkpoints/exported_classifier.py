@@ -1,20 +1,19 @@
-"""A classifier that One to Many trained: a model of timm or transformers, a layer norm and a linear
-layer.
+"""A classifier trained by One to Many: a timm or transformers model, a layer norm, a linear layer.
 
 This file was written beside the weights of an export. It needs torch and safetensors, and timm
-(images) or transformers (texts, recordings); it reads ``classifier.json`` and two safetensors
+(images) or transformers (texts, recordings). It reads ``classifier.json`` and two safetensors
 files, and runs no other code.
 
     from classifier import load
 
-    model = load("FOLDER")  # or load("weights.safetensors"), for which weights_classifier.json lies
-    beside it logits = model(images)  # timm: (B, C, H, W) float, normalised with ``mean`` and
-    ``std`` of classifier.json logits = model(tokenizer(texts, padding=True, return_tensors="pt"))
-    # transformers: the tokenizer's or extractor's output
+    model = load("FOLDER")
+    model = load("weights.safetensors")  # needs weights_classifier.json beside it
+    logits = model(images)  # timm: (B, C, H, W) float, by mean and std of the json
+    logits = model(tokenizer(texts, padding=True, return_tensors="pt"))  # transformers
 
 Column k of the logits belongs to ``labels[k]`` of classifier.json. A temperature that was fitted on
-validation rows is part of the linear layer already. For recordings of unequal length give one at a
-time, where the model was trained so (``feat_extract_norm: group`` in its configuration).
+validation rows is already part of the linear layer. Give recordings of unequal length one at a time
+where the model was trained so (``feat_extract_norm: group`` in its configuration).
 """
 
 from __future__ import annotations
@@ -27,45 +26,42 @@ import torch
 from torch import Tensor, nn
 
 PREFIXES = {"backbone.model.": "model.", "objective.head.": "head.", "objective.norm.": "norm."}
-"""What a state dict of One to Many has before its names, and what they have here."""
+"""Prefixes of names in a state dict of One to Many, and what they are here."""
 
 
 class Classifier(nn.Module):
-    """Logits (B, L) of a model's pooled feature, or (B, N, L) of its tokens where ``pool`` is
-    tokens.
+    """Logits (B, L) of a model's pooled feature, or (B, N, L) where ``pool`` is tokens.
 
     Args:
-        model: the timm model without its classifier, or the plain model of transformers.
-        spec: the content of classifier.json.
+        model: The timm model without its classifier, or the plain model of transformers.
+        spec: The content of classifier.json.
     """
 
     def __init__(self, model: nn.Module, spec: dict[str, Any]):
         super().__init__()
-        self.model, self.library, self.pool, self.labels = (
-            model,
-            spec["library"],
-            spec["pool"],
-            spec["labels"],
-        )
+        self.model = model
+        self.library, self.pool, self.labels = spec["library"], spec["pool"], spec["labels"]
         self.norm = nn.LayerNorm(spec["width"]) if spec["norm"] else nn.Identity()
         self.head = nn.Linear(spec["width"], len(self.labels))
 
     def forward(self, inputs: Any, **more: Any) -> Tensor:
-        """Args: images (B, C, H, W), or the mapping that a tokenizer or feature extractor returns,
-        or its parts by name.
+        """Return the logits.
+
+        Args:
+            inputs: Images (B, C, H, W), or the mapping that a tokenizer or feature extractor
+                returns.
+            more: Parts of that mapping by name.
         """
         return self.head(self.norm(self.features(inputs, **more)))
 
     def features(self, inputs: Any, **more: Any) -> Tensor:
-        """What the head reads: (B, D), or (B, N, D) of tokens."""
+        """Return what the head reads: (B, D), or (B, N, D) of tokens."""
         model: Any = self.model
         if self.library == "timm":
             return model.forward_head(model.forward_features(inputs), pre_logits=True)
-        words = (
-            {**inputs, **more}
-            if not isinstance(inputs, Tensor)
-            else {model.main_input_name: inputs, **more}
-        )
+        if isinstance(inputs, Tensor):
+            inputs = {model.main_input_name: inputs}
+        words = {**inputs, **more}
         found = model(**words)
         hidden = found.last_hidden_state
         if self.pool == "tokens":
@@ -82,8 +78,9 @@ class Classifier(nn.Module):
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def _mask(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B, N) true for the states that are no padding; of recordings a state stands for many
-        samples.
+        """Return (B, N), true for the states that are no padding.
+
+        In recordings one state stands for many samples.
         """
         if attention_mask is None:
             return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
@@ -94,13 +91,12 @@ class Classifier(nn.Module):
 
 
 def build(spec: dict[str, Any]) -> Classifier:
-    """The classifier of a classifier.json, with random weights."""
+    """Return the classifier that a classifier.json describes, with random weights."""
     if spec["library"] == "timm":
         import timm
 
-        return Classifier(
-            timm.create_model(spec["architecture"], pretrained=False, **spec["arguments"]), spec
-        )
+        model = timm.create_model(spec["architecture"], pretrained=False, **spec["arguments"])
+        return Classifier(model, spec)
     import transformers
 
     config = transformers.AutoConfig.for_model(**spec["config"])
@@ -108,38 +104,38 @@ def build(spec: dict[str, Any]) -> Classifier:
 
 
 def load(place: str | Path | None = None) -> Classifier:
-    """The trained classifier in evaluation mode, on the CPU.
+    """Return the trained classifier in evaluation mode, on the CPU.
 
     Args:
-        place: an exported folder, or a state dict (.safetensors, .pt or .pth) with
-            NAME_classifier.json beside it; none: the folder of this file.
+        place: An exported folder, or a state dict (.safetensors, .pt or .pth) with
+            NAME_classifier.json beside it. None for the folder of this file.
 
-    Raises RuntimeError where a tensor is missing, left over or of another shape.
+    Raises:
+        RuntimeError: A tensor is missing, left over or of another shape.
     """
     from safetensors.torch import load_file
 
     place = Path(place) if place is not None else Path(__file__).parent
     if place.is_dir():
         spec = json.loads((place / "classifier.json").read_text(encoding="utf-8"))
-        tensors = {
-            f"model.{name}": tensor
-            for name, tensor in load_file(place / "model.safetensors").items()
-        }
+        own = load_file(place / "model.safetensors")
+        tensors = {f"model.{name}": tensor for name, tensor in own.items()}
         tensors |= load_file(place / "head.safetensors")
     else:
         beside = place.with_name(f"{place.stem}_classifier.json")
         spec = json.loads(beside.read_text(encoding="utf-8"))
-        safe = place.suffix == ".safetensors"
-        held = (
-            load_file(place) if safe else torch.load(place, map_location="cpu", weights_only=True)
-        )
-        tensors = {_renamed(name): tensor for name, tensor in held.items()}
+        if place.suffix == ".safetensors":
+            own = load_file(place)
+        else:
+            own = torch.load(place, map_location="cpu", weights_only=True)
+        tensors = {_renamed(name): tensor for name, tensor in own.items()}
     model = build(spec)
     model.load_state_dict(tensors, strict=True)
     return model.eval()
 
 
 def _renamed(name: str) -> str:
+    """Return a tensor's name in this class."""
     for theirs, ours in PREFIXES.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)

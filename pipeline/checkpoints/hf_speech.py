@@ -1,8 +1,7 @@
-"""What a folder of transformers holds for speech beside its weights, both ways: wav2vec 2.0
-(Baevski et al. 2020) with its preprocessor and CTC labels.
+"""Folders of transformers for speech: wav2vec 2.0, its preprocessor and its CTC labels.
 
-`hf_text` reads and writes the folders; here are the words of their JSON files. Errors are
-ValueErrors that begin with the folder.
+wav2vec 2.0 is by Baevski et al. (2020). `hf_text` reads and writes the folders; this module knows
+their JSON files, in both directions. Errors are ValueErrors that begin with the folder.
 """
 
 from __future__ import annotations
@@ -18,18 +17,14 @@ from pipeline.core.contracts import Modality
 from pipeline.core.specs import ModalitySpec
 from pipeline.io import storage
 
-PREPROCESSOR, PROCESSOR, VOCABULARY, TOKENIZER_CONFIG = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "vocab.json",
-    "tokenizer_config.json",
-)
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+VOCABULARY, TOKENIZER_CONFIG = "vocab.json", "tokenizer_config.json"
 FILES = (PREPROCESSOR, PROCESSOR, VOCABULARY, TOKENIZER_CONFIG)
 PREFIX = "wav2vec2."
 OBJECTIVES = ("wav2vec2", "ctc", "classification", "multilabel", "none")
-"""For whose heads transformers has a class."""
+"""Objectives for whose heads transformers has a class."""
 BLANK, PAD, SPACE = "<blank>", "<pad>", "|"
-"""What stands for no label, here and there, and for the space there."""
+"""What stands for no label (here and in transformers), and for the space in transformers."""
 EXTRACTOR = "Wav2Vec2FeatureExtractor"
 QUANTIZER = (
     "quantizer.codevectors",
@@ -40,41 +35,39 @@ QUANTIZER = (
     "project_q.weight",
     "project_q.bias",
 )
-"""Names of the pretraining head, there and here."""
+"""Names of the pretraining head's tensors, the same here and in transformers."""
 
 
 # ---------------------------------------------------------------- reading
 
 
 def modality(folder: str) -> ModalitySpec:
-    """The audio modality of a folder's feature extractor: its rate, and whether recordings are
-    normalised. Raises ValueError for another kind.
+    """Return the audio modality of a folder's feature extractor.
+
+    It has the extractor's sampling rate, and whether recordings are normalised.
+
+    Raises:
+        ValueError: The feature extractor is missing or of another kind.
     """
-    extractor_config = _json(folder, PREPROCESSOR) or _json(folder, PROCESSOR).get(
-        "feature_extractor"
-    )
+    extractor_config = _json(folder, PREPROCESSOR)
+    if not extractor_config:
+        extractor_config = _json(folder, PROCESSOR).get("feature_extractor")
     if not isinstance(extractor_config, dict) or not extractor_config:
         raise ValueError(
             f"{folder}: {PREPROCESSOR} is missing, which says the rate of the samples; save "
             "the model again with its feature extractor "
             "(transformers' AutoFeatureExtractor, save_pretrained)"
         )
-    rate, normalize, kind = (
-        extractor_config.get("sampling_rate"),
-        extractor_config.get("do_normalize", True),
-        extractor_config.get("feature_extractor_type", EXTRACTOR),
-    )
-    if (
-        kind != EXTRACTOR
-        or extractor_config.get("feature_size", 1) != 1
-        or not isinstance(rate, int)
-        or not isinstance(normalize, bool)
-    ):
+    rate = extractor_config.get("sampling_rate")
+    normalize = extractor_config.get("do_normalize", True)
+    kind = extractor_config.get("feature_extractor_type", EXTRACTOR)
+    size = extractor_config.get("feature_size", 1)
+    reads_samples = kind == EXTRACTOR and size == 1
+    if not reads_samples or not isinstance(rate, int) or not isinstance(normalize, bool):
         raise ValueError(
             f"{folder}: {PREPROCESSOR} is none of samples (feature_extractor_type {kind}, "
-            f"feature_size {extractor_config.get('feature_size', 1)}, "
-            f"sampling_rate {rate}, do_normalize {normalize}); wav2vec 2.0 has a {EXTRACTOR} "
-            "of feature_size 1"
+            f"feature_size {size}, sampling_rate {rate}, do_normalize {normalize}); "
+            f"wav2vec 2.0 has a {EXTRACTOR} of feature_size 1"
         )
     return ModalitySpec(
         "audio",
@@ -86,16 +79,17 @@ def modality(folder: str) -> ModalitySpec:
 def heads(
     folder: str, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...] | None, dict[str, str]]:
-    """(tensors of the heads under our objectives' names, labels of the CTC head, why there is no
-    head for an objective).
+    """Return the heads of a folder's checkpoint.
+
+    Returns:
+        The tensors of each head under our names, by objective; the labels of the CTC head; and for
+        other objectives why there is no head.
     """
     found: dict[str, dict[str, Tensor]] = {}
     headless: dict[str, str] = {}
     if all(name in tensors for name in QUANTIZER):
-        found["wav2vec2"] = {
-            **{name: tensors[name] for name in QUANTIZER},
-            "progress": torch.zeros(()),
-        }
+        found["wav2vec2"] = {name: tensors[name] for name in QUANTIZER}
+        found["wav2vec2"]["progress"] = torch.zeros(())
     else:
         headless["wav2vec2"] = "the checkpoint holds none of Wav2Vec2ForPreTraining"
     labels = None
@@ -112,47 +106,36 @@ def heads(
 
 
 def _labels(folder: str, config: dict[str, Any], count: int) -> dict[str, int] | str:
-    """Our labels, the blank first, and their rows in the head: its special tokens but the blank,
-    which no transcript holds, are left out. Else why not.
+    """Return our labels, the blank first, with their rows in the CTC head, or why there are none.
+
+    Special tokens other than the blank are left out, because no transcript holds them.
     """
-    vocabulary, token_config = (
-        _json(folder, VOCABULARY),
-        {**_json(folder, "special_tokens_map.json"), **_json(folder, TOKENIZER_CONFIG)},
-    )
-    if not vocabulary or not all(
-        isinstance(number, int) and 0 <= number < count for number in vocabulary.values()
-    ):
-        return (
-            f"its {VOCABULARY} does not say what the {count} rows of its output stand for"
-            if vocabulary
-            else f"the folder has no {VOCABULARY}"
-        )
-    blank, delimiter = (
-        config.get("pad_token_id", 0),
-        _token(token_config, "word_delimiter_token", SPACE),
-    )
+    vocabulary = _json(folder, VOCABULARY)
+    if not vocabulary:
+        return f"the folder has no {VOCABULARY}"
+    if not all(isinstance(number, int) and 0 <= number < count for number in vocabulary.values()):
+        return f"its {VOCABULARY} does not say what the {count} rows of its output stand for"
+    token_config = _json(folder, "special_tokens_map.json") | _json(folder, TOKENIZER_CONFIG)
+    blank = config.get("pad_token_id", 0)
+    delimiter = _token(token_config, "word_delimiter_token", SPACE)
     named = {number: " " if token == delimiter else token for token, number in vocabulary.items()}
-    special = {
-        _token(token_config, role, token)
-        for role, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
-    }
-    return {
-        BLANK: blank,
-        **{
-            token: number
-            for number, token in sorted(named.items())
-            if number != blank and token not in special
-        },
-    }
+    usual_tokens = (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
+    special = {_token(token_config, role, usual) for role, usual in usual_tokens}
+    labels = {BLANK: blank}
+    for number, token in sorted(named.items()):
+        if number != blank and token not in special:
+            labels[token] = number
+    return labels
 
 
 def _token(token_config: dict[str, Any], role: str, usual: str) -> str | None:
+    """Return a special token by its role."""
     value = token_config.get(role, usual)
     return value.get("content") if isinstance(value, dict) else value
 
 
 def _json(folder: str, name: str) -> dict[str, Any]:
-    """A JSON object of the folder; empty where there is none."""
+    """Return a JSON object of the folder; empty where the file is missing."""
     path = storage.join(folder, name)
     found = storage.read_json(path) if storage.exists(path) else {}
     if not isinstance(found, dict):
@@ -167,8 +150,13 @@ def _json(folder: str, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Folder:
-    """A model of transformers: the ``kind`` of its class, ``config`` and ``tensors``, and the JSON
-    ``files`` beside them.
+    """A model of transformers, to be written as a folder.
+
+    Attributes:
+        kind: Name of its class.
+        config: Its configuration.
+        tensors: Its weights.
+        files: Further JSON files beside them.
     """
 
     kind: str
@@ -178,17 +166,17 @@ class Folder:
 
 
 def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
-    """The folder of a wav2vec 2.0 backbone, with its head where an ``objective`` is given. Raises
-    ValueError for a head that transformers has no class for.
+    """Return a wav2vec 2.0 backbone as a folder, with its head where an ``objective`` is given.
+
+    Raises:
+        ValueError: transformers has no class for the head.
     """
-    config, tensors = (
-        copy.deepcopy(backbone.model.config),
-        {name: tensor.detach() for name, tensor in backbone.model.state_dict().items()},
-    )
+    config = copy.deepcopy(backbone.model.config)
+    tensors = {name: tensor.detach() for name, tensor in backbone.model.state_dict().items()}
     options: Any = reader.options
-    normalize = (
-        reader.state.get("normalize", True) if options.normalize is None else options.normalize
-    )
+    normalize = options.normalize
+    if normalize is None:
+        normalize = reader.state.get("normalize", True)
     files: dict[str, Any] = {
         PREPROCESSOR: {
             "feature_extractor_type": EXTRACTOR,
@@ -203,34 +191,22 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
     if objective is None:
         return Folder("Wav2Vec2Model", config, tensors, files)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
-    own, name = (
-        {key: tensor.detach() for key, tensor in objective.state_dict().items()},
-        objective.registered_name,
-    )
+    own = {key: tensor.detach() for key, tensor in objective.state_dict().items()}
+    name = objective.registered_name
     if name == "wav2vec2":
         o = objective.options
-        (
-            config.num_codevector_groups,
-            config.num_codevectors_per_group,
-            config.codevector_dim,
-            config.proj_codevector_dim,
-        ) = (o.groups, o.entries, o.code_width, o.width)
-        (
-            config.num_negatives,
-            config.contrastive_logits_temperature,
-            config.diversity_loss_weight,
-        ) = o.negatives, o.temperature, o.diversity
-        config.feat_quantizer_dropout, config.mask_time_prob, config.mask_time_length = (
-            o.dropout,
-            o.mask_start * o.mask_length,
-            o.mask_length,
-        )
-        return Folder(
-            "Wav2Vec2ForPreTraining",
-            config,
-            {**tensors, **{key: own[key] for key in QUANTIZER}},
-            files,
-        )
+        config.num_codevector_groups = o.groups
+        config.num_codevectors_per_group = o.entries
+        config.codevector_dim = o.code_width
+        config.proj_codevector_dim = o.width
+        config.num_negatives = o.negatives
+        config.contrastive_logits_temperature = o.temperature
+        config.diversity_loss_weight = o.diversity
+        config.feat_quantizer_dropout = o.dropout
+        config.mask_time_prob = o.mask_start * o.mask_length
+        config.mask_time_length = o.mask_length
+        tensors |= {key: own[key] for key in QUANTIZER}
+        return Folder("Wav2Vec2ForPreTraining", config, tensors, files)
     if getattr(objective.options, "norm", False):
         raise ValueError(
             "the head has a layer norm before its linear layer, Wav2Vec2ForCTC of "
@@ -239,12 +215,8 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
         )
     if name == "ctc":
         vocabulary = _vocabulary(objective)
-        config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = (
-            len(vocabulary),
-            0,
-            None,
-            None,
-        )
+        config.vocab_size, config.pad_token_id = len(vocabulary), 0
+        config.bos_token_id = config.eos_token_id = None
         config.final_dropout = objective.options.dropout
         files |= {
             VOCABULARY: vocabulary,
@@ -261,43 +233,27 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
             },
         }
         files[PREPROCESSOR]["processor_class"] = "Wav2Vec2Processor"
-        return Folder(
-            "Wav2Vec2ForCTC",
-            config,
-            {**tensors, **{f"lm_head.{part}": own[f"head.{part}"] for part in ("weight", "bias")}},
-            files,
-        )
-    labels, width = (
-        objective.state["labels"],
-        config.hidden_size,
-    )  # its projector comes before the mean over frames: the identity changes nothing
+        tensors |= {f"lm_head.{part}": own[f"head.{part}"] for part in ("weight", "bias")}
+        return Folder("Wav2Vec2ForCTC", config, tensors, files)
+    labels, width = objective.state["labels"], config.hidden_size
     config.classifier_proj_size, config.use_weighted_layer_sum = width, False
-    config.id2label, config.label2id = (
-        dict(enumerate(labels)),
-        {label: number for number, label in enumerate(labels)},
-    )
-    config.problem_type = (
-        "single_label_classification" if name == "classification" else "multi_label_classification"
-    )
-    return Folder(
-        "Wav2Vec2ForSequenceClassification",
-        config,
-        {
-            **tensors,
-            "projector.weight": torch.eye(width),
-            "projector.bias": torch.zeros(width),
-            **{
-                f"classifier.{part}": own[f"head.{part}"] / objective.state.get("temperature", 1.0)
-                for part in ("weight", "bias")
-            },
-        },
-        files,
-    )
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    kind = "single" if name == "classification" else "multi"
+    config.problem_type = f"{kind}_label_classification"
+    # the class's projector comes before the mean over frames: the identity changes nothing
+    tensors |= {"projector.weight": torch.eye(width), "projector.bias": torch.zeros(width)}
+    divisor = objective.state.get("temperature", 1.0)
+    tensors |= {f"classifier.{part}": own[f"head.{part}"] / divisor for part in ("weight", "bias")}
+    return Folder("Wav2Vec2ForSequenceClassification", config, tensors, files)
 
 
 def _vocabulary(objective: Any) -> dict[str, int]:
-    """Token to row of a CTC head. Raises ValueError for sub-words, an alphabet with the sign that
-    stands for the space, and layers that transformers' head has not.
+    """Return token to row of a CTC head.
+
+    Raises:
+        ValueError: transformers cannot read the head: its labels are sub-words, or one of them is
+            the sign for the space, or it has layers that transformers' head lacks.
     """
     if objective.state.get("units", "characters") != "characters":
         raise ValueError(
@@ -305,26 +261,20 @@ def _vocabulary(objective: Any) -> dict[str, int]:
             "sub-words. Train with objective option units: "
             "characters to export it, or give --backbone-only for the plain model"
         )
-    if any(
-        not isinstance(part, (nn.Linear, nn.Dropout))
-        for part in objective.children()
-        if next(part.parameters(), None) is not None
-    ):
+    parts = [part for part in objective.children() if next(part.parameters(), None) is not None]
+    if not all(isinstance(part, (nn.Linear, nn.Dropout)) for part in parts):
         raise ValueError(
             "the head has convolutions before its linear layer, Wav2Vec2ForCTC of "
             "transformers has none. Train with objective option "
             "convolutions: 0 to export it, or give --backbone-only for the plain model"
         )
     labels = objective.state["labels"]
-    if (
-        SPACE in labels
-    ):  # transformers 5.23 forgets another word_delimiter_token when it reads the tokenizer
+    # transformers 5.23 forgets another word_delimiter_token when it reads the tokenizer
+    if SPACE in labels:
         raise ValueError(
             f"{SPACE!r} is one of this head's labels, and Wav2Vec2CTCTokenizer of transformers "
             "writes the space so. Train with objective option "
             "punctuation: drop to export it, or give --backbone-only for the plain model"
         )
-    return {
-        PAD if label == BLANK else SPACE if label == " " else label: number
-        for number, label in enumerate(labels)
-    }
+    theirs: dict[str, str] = {BLANK: PAD, " ": SPACE}
+    return {theirs.get(label) or label: number for number, label in enumerate(labels)}

@@ -1,10 +1,9 @@
-"""Folders of transformers: config.json, model.safetensors and tokenizer.json, read to start from
-and written to be used elsewhere; timm's are written too.
+"""Read and write folders of transformers (config, weights and tokenizer), and write those of timm.
 
 Families are BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), DistilBERT (Sanh et al. 2019),
-GPT-2 (Radford et al. 2019) and, of samples in the place of texts (`hf_speech`), wav2vec 2.0
-(Baevski et al. 2020). Backbone names are ``model.`` and transformers' own; heads have transformers'
-names there and the objectives' here.
+GPT-2 (Radford et al. 2019) and, for recordings (`hf_speech`), wav2vec 2.0 (Baevski et al. 2020).
+Names of backbone tensors are ``model.`` and transformers' own; heads have transformers' names in
+the folder and the objectives' names here.
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ FAMILIES = {
     "gpt2": ("GPT2", "transformer."),
     "wav2vec2": ("Wav2Vec2", hf_speech.PREFIX),
 }
-"""Of each family the beginning of its classes' names, and of its tensors' names where a model has a
-head.
-"""
+"""For each family the prefix of its classes, and of its tensors where a model has a head."""
 MASKED = {
     "bert": (
         "cls.predictions.transform.dense",
@@ -55,8 +52,9 @@ MASKED = {
         "vocab_projector",
     ),
 }
-"""Of each family's masked-language-model head: dense layer, layer norm, bias, and the output that
-is tied to the embedding.
+"""For each family the parts of its masked-language-model head.
+
+They are the dense layer, the layer norm, the bias, and the output that is tied to the embedding.
 """
 HEADS = (
     "cls.",
@@ -82,23 +80,24 @@ CLASSES = {
     "multilabel": "ForSequenceClassification",
     "none": "Model",
 }
-"""How the class of transformers ends that has an objective's head, of families for texts."""
+"""Suffix of the transformers class with an objective's head, in families for texts."""
 POOLS = {"bert": "pooler", "roberta": "pooler", "distilbert": "first", "gpt2": "last"}
-"""What ForSequenceClassification of each family reads."""
+"""The feature that ForSequenceClassification of each family reads."""
 LINEAR_HEADS = ("classification", "multilabel")
 LINEAR = {"head.weight": "weight", "head.bias": "bias"}
-MODEL, INDEX, CONFIG, TOKENIZER = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "tokenizer.json",
-)
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder's content under the backbone's names. ``heads`` is keyed by objective; ``headless``
-    says why an objective's head is none of them.
+    """The content of a folder, under the backbone's names.
+
+    Attributes:
+        drop: Prefixes of tensors that a backbone need not have.
+        heads: Tensors of each head under the objective's names, by objective.
+        labels: What the rows of the ``tagging`` or ``ctc`` head stand for.
+        headless: Objective to the reason why there is no head for it.
     """
 
     arch: Architecture
@@ -114,8 +113,13 @@ class Checkpoint:
 
 
 def read(folder: str, config: dict[str, Any]) -> Checkpoint:
-    """The checkpoint of a folder whose ``config`` is read. Raises BundleError with what is missing
-    or does not fit, and what to do.
+    """Return the checkpoint in a folder.
+
+    Args:
+        config: The content of the folder's config.json.
+
+    Raises:
+        BundleError: Something is missing or does not fit; the message says what to do.
     """
     family = _family(folder, config)
     try:
@@ -131,25 +135,20 @@ def read(folder: str, config: dict[str, Any]) -> Checkpoint:
             "save_pretrained, and its tokenizer"
         )
     tensors = _current_names(_weights(folder, weights), FAMILIES[family][1])
-    if (
-        family == "roberta" and "pooler.dense.weight" not in tensors
-    ):  # RobertaForSequenceClassification counts its pooler to the classifier
+    if family == "roberta" and "pooler.dense.weight" not in tensors:
+        # RobertaForSequenceClassification has its pooler in the classifier
         tensors = {
             name.replace("classifier.dense.", "pooler.dense."): tensor
             for name, tensor in tensors.items()
         }
     state = _tokenizer(folder)
-    rows = (
-        tensors[_embedding(family)].shape[0]
-        if _embedding(family) in tensors
-        else config.get("vocab_size", 0)
-    )
+    embedding = tensors.get(_embedding(family))
+    rows = config.get("vocab_size", 0) if embedding is None else embedding.shape[0]
     if state["vocabulary"] > rows:
         raise BundleError(
             f"hf:{folder}: its tokenizer has {state['vocabulary']} tokens, the embedding of "
-            f"its model has {rows}: they do not belong "
-            "together, or the model was not resized (resize_token_embeddings) after tokens "
-            "were added"
+            f"its model has {rows}: they do not belong together, or the model was not resized "
+            "(resize_token_embeddings) after tokens were added"
         )
     length = min(_positions(family, config), 512)
     modality = ModalitySpec("text", {"length": length}, state)
@@ -159,27 +158,19 @@ def read(folder: str, config: dict[str, Any]) -> Checkpoint:
     masks = tuple(
         f"model.{name}" for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))
     )
-    drop = (
-        *(f"model.{head}" for head in ("pooler.", *HEADS)),
-        "model.embeddings.position_ids",
-        *masks,
-    )
-    return Checkpoint(
-        arch,
-        modality,
-        {f"model.{name}": t for name, t in tensors.items()},
-        drop,
-        heads,
-        labels,
-        headless,
-    )
+    prefixes = tuple(f"model.{head}" for head in ("pooler.", *HEADS))
+    drop = (*prefixes, "model.embeddings.position_ids", *masks)
+    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    return Checkpoint(arch, modality, named, drop, heads, labels, headless)
 
 
 def _speech(
     folder: str, config: dict[str, Any], built: dict[str, Any], tensors: dict[str, Tensor]
 ) -> Checkpoint:
-    """wav2vec 2.0's: a model that was trained without masks (mask_time_prob: 0) has no embedding
-    for them, and one that was published without it gets one.
+    """Return a wav2vec 2.0 checkpoint.
+
+    A model that was trained without masks (mask_time_prob: 0) has no embedding for them, and one
+    that was published without it gets a new one.
     """
     tensors = _current_names(tensors, hf_speech.PREFIX)
     try:
@@ -191,18 +182,12 @@ def _speech(
         "transformers/wav2vec2", {"config": built}, bundle.build_modality(modality).inputs()
     )
     drop = (*(f"model.{head}" for head in HEADS), "model.masked_spec_embed")
-    return Checkpoint(
-        arch,
-        modality,
-        {f"model.{name}": t for name, t in tensors.items()},
-        drop,
-        heads,
-        labels,
-        headless,
-    )
+    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    return Checkpoint(arch, modality, named, drop, heads, labels, headless)
 
 
 def _family(folder: str, config: dict[str, Any]) -> str:
+    """Return the family of a configuration. Raise BundleError for one that cannot be read."""
     family = config.get("model_type")
     if family not in FAMILIES:
         raise BundleError(
@@ -217,21 +202,22 @@ def _family(folder: str, config: dict[str, Any]) -> str:
             f"hf:{folder}: position_embedding_type {positions!r} in {CONFIG}: transformers "
             "computes absolute positions only; take another model"
         )
-    if other := [
-        name
-        for name in ("is_decoder", "add_cross_attention")
-        if config.get(name) and family != "gpt2"
-    ]:
-        raise BundleError(
-            f"hf:{folder}: {CONFIG} says {other[0]}: true; a {family} is read as an encoder, "
-            "take a checkpoint of one"
-        )
+    for key in ("is_decoder", "add_cross_attention"):
+        if config.get(key) and family != "gpt2":
+            raise BundleError(
+                f"hf:{folder}: {CONFIG} says {key}: true; a {family} is read as an encoder, "
+                "take a checkpoint of one"
+            )
     return family
 
 
 def weight_files(folder: str) -> list[str]:
-    """Full names of the files with a folder's weights: ``model.safetensors``, or the shards that
-    its index names. Raises BundleError.
+    """Return the files that hold a folder's weights.
+
+    They are ``model.safetensors``, or the shards that its index names.
+
+    Raises:
+        BundleError: A file is missing, or the index is none.
     """
     whole, index = storage.join(folder, MODEL), storage.join(folder, INDEX)
     if storage.exists(whole):
@@ -243,14 +229,11 @@ def weight_files(folder: str) -> list[str]:
         )
     found = storage.read_json(index)
     where = found.get("weight_map") if isinstance(found, dict) else None
-    if (
-        not isinstance(where, dict)
-        or not where
-        or not all(
-            isinstance(v, str) and v.endswith(".safetensors") and "/" not in v
-            for v in where.values()
-        )
-    ):
+
+    def is_shard(name: Any) -> bool:
+        return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name
+
+    if not isinstance(where, dict) or not where or not all(map(is_shard, where.values())):
         raise BundleError(
             f"{index}: no index of shards (weight_map: tensor names to .safetensors files of "
             "this folder); save the model again"
@@ -265,6 +248,7 @@ def weight_files(folder: str) -> list[str]:
 
 
 def _weights(folder: str, files: list[str]) -> dict[str, Tensor]:
+    """Return the tensors in some weight files."""
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -282,23 +266,28 @@ def _weights(folder: str, files: list[str]) -> dict[str, Tensor]:
 
 
 def _current_names(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Names as transformers has them today, without the family's prefix: bert-base-uncased says
-    LayerNorm.gamma and .beta.
+    """Return the tensors under transformers' current names, without the family's prefix.
+
+    Older checkpoints such as bert-base-uncased say LayerNorm.gamma and LayerNorm.beta.
     """
-    return {
-        name.removeprefix(prefix)
-        .replace("LayerNorm.gamma", "LayerNorm.weight")
-        .replace("LayerNorm.beta", "LayerNorm.bias"): tensor
-        for name, tensor in tensors.items()
-    }
+
+    def current(name: str) -> str:
+        name = name.removeprefix(prefix).replace("LayerNorm.gamma", "LayerNorm.weight")
+        return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+    return {current(name): tensor for name, tensor in tensors.items()}
 
 
 def _embedding(family: str) -> str:
+    """Return the name of a family's token embedding."""
     return "wte.weight" if family == "gpt2" else "embeddings.word_embeddings.weight"
 
 
 def _positions(family: str, config: dict[str, Any]) -> int:
-    """Longest row: RoBERTa counts positions from behind its padding's number (fairseq)."""
+    """Return the longest row.
+
+    RoBERTa counts positions from after its padding's number (fairseq).
+    """
     most = config.get("max_position_embeddings") or config.get("n_positions") or 512
     return most - config.get("pad_token_id", 1) - 1 if family == "roberta" else most
 
@@ -306,8 +295,11 @@ def _positions(family: str, config: dict[str, Any]) -> int:
 def _heads(
     family: str, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...] | None, dict[str, str]]:
-    """(tensors of the heads under our objectives' names, the labels of a tagging head, why there is
-    no head for an objective).
+    """Return the heads of a checkpoint.
+
+    Returns:
+        The tensors of each head under the objective's names, by objective; the labels of a tagging
+        head; and for other objectives why there is no head.
     """
     heads: dict[str, dict[str, Tensor]] = {}
     headless: dict[str, str] = {}
@@ -315,11 +307,10 @@ def _heads(
     built = (config.get("architectures") or [""])[0]
     embedding = tensors.get(_embedding(family))
     if family in MASKED:
-        names, tied = _masked(family), f"{MASKED[family][3]}.weight"
-        held = {
-            **tensors,
-            names["bias"]: tensors.get(names["bias"], tensors.get(f"{MASKED[family][3]}.bias")),
-        }
+        names, output = _masked(family), MASKED[family][3]
+        tied = f"{output}.weight"
+        bias = tensors.get(names["bias"], tensors.get(f"{output}.bias"))
+        held = {**tensors, names["bias"]: bias}
         if any(held.get(name) is None for name in names.values()):
             headless["mlm"] = "the checkpoint holds no masked-language-model head"
         elif not _is_tied(tensors.get(tied), embedding):
@@ -327,7 +318,7 @@ def _heads(
                 f"the checkpoint's output ({tied}) is not its embedding, and that of mlm is"
             )
         else:
-            heads["mlm"] = {mine: held[theirs] for mine, theirs in names.items()}
+            heads["mlm"] = {ours: held[theirs] for ours, theirs in names.items()}
     elif _is_tied(tensors.get("lm_head.weight"), embedding):
         heads["clm"] = {}
     else:
@@ -335,14 +326,12 @@ def _heads(
             "the checkpoint's output (lm_head.weight) is not its embedding, and that of clm is"
         )
     for objective, theirs in (("tagging", "classifier"), ("qa", "qa_outputs")):
-        if f"{theirs}.weight" not in tensors or (
-            objective == "tagging" and not built.endswith(CLASSES["tagging"])
-        ):
-            headless[objective] = (
-                f"the checkpoint holds none of {FAMILIES[family][0]}{CLASSES[objective]}"
-            )
+        suffix = CLASSES[objective]
+        is_other_head = objective == "tagging" and not built.endswith(suffix)
+        if f"{theirs}.weight" not in tensors or is_other_head:
+            headless[objective] = f"the checkpoint holds none of {FAMILIES[family][0]}{suffix}"
         else:
-            heads[objective] = {mine: tensors[f"{theirs}.{part}"] for mine, part in LINEAR.items()}
+            heads[objective] = {ours: tensors[f"{theirs}.{part}"] for ours, part in LINEAR.items()}
     if "tagging" in heads:
         named = config.get("id2label") or {
             f"{i}": f"LABEL_{i}" for i in range(len(heads["tagging"]["head.bias"]))
@@ -352,25 +341,21 @@ def _heads(
 
 
 def _masked(family: str) -> dict[str, str]:
-    """Our names of a masked-language-model head to the family's."""
+    """Return our names of a masked-language-model head, mapped to the family's."""
     dense, norm, bias, _ = MASKED[family]
-    return {
-        "bias": bias,
-        **{
-            f"{mine}.{part}": f"{theirs}.{part}"
-            for mine, theirs in (("transform.0", dense), ("transform.2", norm))
-            for part in ("weight", "bias")
-        },
-    }
+    names = {"bias": bias}
+    for ours, theirs in (("transform.0", dense), ("transform.2", norm)):
+        names |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
+    return names
 
 
 def _is_tied(output: Tensor | None, embedding: Tensor | None) -> bool:
-    """Whether an output is tied to its embedding; transformers leaves it out where it is."""
+    """Return whether an output is tied to its embedding. transformers leaves a tied one out."""
     return output is None or (embedding is not None and torch.equal(output, embedding))
 
 
 def _tokenizer(folder: str) -> dict[str, Any]:
-    """The text modality's state of a folder's tokenizer."""
+    """Return the text modality's state for a folder's tokenizer."""
     try:
         text, vocabulary, specials = tokenizers.from_folder(folder)
     except ValueError as error:
@@ -382,14 +367,19 @@ def _tokenizer(folder: str) -> dict[str, Any]:
 
 
 def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
-    """Write a bundle as transformers' own save_pretrained does, or as timm's save_for_hf; returns
-    what was written, in words.
+    """Write a bundle as transformers' save_pretrained does, or as timm's save_for_hf.
 
-    Transformers' AutoModel classes give the bundle's scores, its AutoTokenizer the modality's token
-    ids; ``timm.create_model("local-dir:FOLDER", pretrained=True)`` gives those of an image
-    classifier. A linear head that the library has no class for (one with a layer norm, or on the
-    mean of the tokens) is written beside the plain model, with the code that joins them
-    (``classifier_export``). Raises BundleError for other heads that the library has no class for.
+    transformers' AutoModel classes give the bundle's scores, and its AutoTokenizer the modality's
+    token ids. ``timm.create_model("local-dir:FOLDER", pretrained=True)`` gives the scores of an
+    image classifier. A linear head that the library has no class for (one with a layer norm, or on
+    the mean of the tokens) is written beside the plain model, with the code that joins them
+    (``classifier_export``).
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        BundleError: The library has no class for another kind of head.
     """
     library, _, family = found.manifest.arch.name.partition("/")
     if library == "timm":
@@ -406,8 +396,7 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     if not backbone_only and objective not in known:
         raise BundleError(
             f"{found.uri}: transformers has no class with a head for {objective} (it has for "
-            f"{', '.join(known[:-1])}); "
-            "--backbone-only writes the plain model"
+            f"{', '.join(known[:-1])}); --backbone-only writes the plain model"
         )
     if backbone_only or objective == "none":
         backbone, head, objective = bundle.build_backbone(found.manifest.arch), None, "none"
@@ -421,36 +410,30 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         return _write_with_own_head(found, Task(backbone, head), folder, lacking)
     model: Any = backbone.model
     name = FAMILIES[family][0] + CLASSES[objective]
-    tensors, config = (
-        {n: t.detach() for n, t in model.state_dict().items()},
-        copy.deepcopy(model.config),
-    )
-    tokenizer, specials = _with_post_processor(
-        found.manifest.modality.state, words=objective == "tagging"
-    )
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    config = copy.deepcopy(model.config)
+    state = found.manifest.modality.state
+    tokenizer, specials = _with_post_processor(state, words=objective == "tagging")
     note = ""
-    if head is not None:
-        if objective in LINEAR_HEADS:
-            tensors, note = _sequence(family, Task(backbone, head), tensors)
-            if family == "gpt2" and specials["pad_token"] == specials["sep_token"]:
-                tensors, note = (
-                    _with_padding_token(tokenizer, specials, tensors),
-                    f"{note}; a token for padding was added, as the end of a text was that too",
-                )
-        else:
-            tensors = _with_head(family, objective, head, tensors)
+    if head is not None and objective in LINEAR_HEADS:
+        tensors, note = _sequence(family, Task(backbone, head), tensors)
+        if family == "gpt2" and specials["pad_token"] == specials["sep_token"]:
+            tensors = _with_padding_token(tokenizer, specials, tensors)
+            note += "; a token for padding was added, as the end of a text was that too"
+    elif head is not None:
+        tensors = _with_head(family, objective, head, tensors)
     ids = {key: tokenizer.token_to_id(token) for key, token in specials.items()}
-    _configure(
-        config, family, ids, tensors, objective, found.manifest.objective.state.get("labels")
-    )
+    labels = found.manifest.objective.state.get("labels")
+    _configure(config, family, ids, tensors, objective, labels)
     _save(getattr(transformers, name), config, tensors, folder)
     _save_tokenizer(tokenizer, specials, folder, found.modality().inputs()["length"], config)
     return f"{name} with {sum(t.numel() for t in tensors.values())} parameters{note}"
 
 
 def _missing_in_family(family: str, backbone: Any, head: Any) -> str:
-    """What the family's own class with a head for the objective has not, in words; nothing where it
-    gives the same scores.
+    """Return what the family's own class for the objective lacks, in words.
+
+    "" where it gives the same scores.
     """
     objective = head.registered_name
     if objective not in classifier_export.OBJECTIVES:
@@ -466,35 +449,31 @@ def _missing_in_family(family: str, backbone: Any, head: Any) -> str:
             lacking.append(f"bias for {labels} labels")
     if not lacking:
         return ""
-    return (
-        f"{FAMILIES[family][0]}{CLASSES[objective]} of transformers has no "
-        f"{' and no '.join(lacking)}"
-    )
+    name = FAMILIES[family][0] + CLASSES[objective]
+    return f"{name} of transformers has no {' and no '.join(lacking)}"
 
 
 def _write_with_own_head(found: bundle.Bundle, task: Any, folder: Path, lacking: str) -> str:
-    """The plain model as the library opens it, and beside it the head, what it is and the code that
-    joins both.
-    """
+    """Write the plain model, and beside it the head, its description and the loading code."""
     text = write(found, folder, backbone_only=True).removesuffix(", 0 labels")
     spec = classifier_export.describe(task, found.modality())
-    save_file(
-        classifier_export.head_tensors(task),
-        folder / classifier_export.HEAD,
-        metadata={"format": "pt"},
-    )
-    (folder / classifier_export.SPEC).write_text(
-        json.dumps(spec, indent=2, ensure_ascii=False), encoding="utf-8"
-    )
+    head = classifier_export.head_tensors(task)
+    save_file(head, folder / classifier_export.HEAD, metadata={"format": "pt"})
+    _write_json(folder / classifier_export.SPEC, spec)
     (folder / classifier_export.CODE).write_text(classifier_export.code(), encoding="utf-8")
     return (
         f"{text}, with a classifier of {len(spec['labels'])} labels beside it: {lacking}, so "
-        "load it with load() of "
-        f"{classifier_export.CODE} in this folder"
+        f"load it with load() of {classifier_export.CODE} in this folder"
     )
 
 
+def _write_json(path: Path, value: Any) -> None:
+    """Write a value as an indented JSON file."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
 def _write_speech(found: bundle.Bundle, backbone: Any, head: Any, folder: Path) -> str:
+    """Write a wav2vec 2.0 bundle."""
     import transformers
 
     if head is not None and head.registered_name in LINEAR_HEADS and head.options.norm:
@@ -509,9 +488,7 @@ def _write_speech(found: bundle.Bundle, backbone: Any, head: Any, folder: Path) 
         raise BundleError(f"{found.uri}: {error}") from None
     _save(getattr(transformers, made.kind), made.config, made.tensors, folder)
     for name, content in made.files.items():
-        (folder / name).write_text(
-            json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8"
-        )
+        _write_json(folder / name, content)
     return f"{made.kind} with {sum(t.numel() for t in made.tensors.values())} parameters"
 
 
@@ -523,8 +500,9 @@ def _configure(
     objective: str,
     labels: list[str] | None,
 ) -> None:
-    """The configuration that the bundle's backbone was built with, with the tokenizer's ids, the
-    embedding's rows and the labels of its head.
+    """Complete the configuration that the bundle's backbone was built with.
+
+    It gets the tokenizer's ids, the number of rows of the embedding and the labels of the head.
     """
     config.pad_token_id = ids["pad_token"]
     if family in ("roberta", "gpt2"):
@@ -533,27 +511,22 @@ def _configure(
         t.shape[0] for name, t in tensors.items() if name.endswith(_embedding(family))
     )
     config.tie_word_embeddings = True
-    config.num_labels = (
-        2  # a checkpoint's own labels are not this model's; question answering has first and last
-    )
+    # a checkpoint's own labels are not this model's; question answering has first and last
+    config.num_labels = 2
     if labels is not None and objective != "none":
-        config.id2label, config.label2id = (
-            dict(enumerate(labels)),
-            {label: i for i, label in enumerate(labels)},
-        )
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
     if objective in LINEAR_HEADS:
-        config.problem_type = (
-            "single_label_classification"
-            if objective == "classification"
-            else "multi_label_classification"
-        )
+        kind = "single" if objective == "classification" else "multi"
+        config.problem_type = f"{kind}_label_classification"
 
 
 def _with_head(
     family: str, objective: str, head: Any, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The model's tensors under its prefix, and the head's; a pooler has no place beside these
-    heads.
+    """Return the model's tensors under its prefix, and the head's.
+
+    A pooler has no place in these classes.
     """
     prefix = FAMILIES[family][1]
     out = {
@@ -563,65 +536,51 @@ def _with_head(
     }
     own = {name: tensor.detach() for name, tensor in head.state_dict().items()}
     if objective == "mlm":
-        out |= {theirs: own[mine] for mine, theirs in _masked(family).items()}
+        out |= {theirs: own[ours] for ours, theirs in _masked(family).items()}
     elif objective != "clm":
         layer = "classifier" if objective == "tagging" else "qa_outputs"
-        out |= {f"{layer}.{part}": own[mine] for mine, part in LINEAR.items()}
+        out |= {f"{layer}.{part}": own[ours] for ours, part in LINEAR.items()}
     return out
 
 
 def _sequence(family: str, task: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """(tensors of the family's ForSequenceClassification that give the head's scores, a note), for
-    a head that it has (``_missing_in_family``).
+    """Return the tensors of the family's ForSequenceClassification, and a note.
+
+    They give the scores of a head that the class can hold (`_missing_in_family`).
     """
     prefix = FAMILIES[family][1]
     weight, bias = classifier_export.linear_tensors(task).values()
     out = {f"{prefix}{key}": t for key, t in tensors.items()}
     if family == "bert":
         return {**out, "classifier.weight": weight, "classifier.bias": bias}, ""
-    if family == "roberta":  # the same arithmetic, the pooler counted to the head
-        dense = {
-            f"classifier.dense.{part}": out.pop(f"{prefix}pooler.dense.{part}")
-            for part in ("weight", "bias")
-        }
-        return {
-            **out,
-            **dense,
-            "classifier.out_proj.weight": weight,
-            "classifier.out_proj.bias": bias,
-        }, ""
+    if family == "roberta":  # the same arithmetic, with the pooler as part of the head
+        for part in ("weight", "bias"):
+            out[f"classifier.dense.{part}"] = out.pop(f"{prefix}pooler.dense.{part}")
+        return {**out, "classifier.out_proj.weight": weight, "classifier.out_proj.bias": bias}, ""
     labels, width = weight.shape
-    if family == "distilbert":  # between there is a dense layer with ReLU: relu(z) - relu(-z) is z
+    if family == "distilbert":
+        # the class has a dense layer with ReLU in between: relu(z) - relu(-z) is z
+        positive, negative = slice(labels), slice(labels, 2 * labels)
         pre, shift, post = torch.zeros(width, width), torch.zeros(width), torch.zeros(labels, width)
-        pre[:labels], pre[labels : 2 * labels], shift[:labels], shift[labels : 2 * labels] = (
-            weight,
-            -weight,
-            bias,
-            -bias,
-        )
-        post[:, :labels], post[:, labels : 2 * labels] = torch.eye(labels), -torch.eye(labels)
-        return {
-            **out,
-            "pre_classifier.weight": pre,
-            "pre_classifier.bias": shift,
-            "classifier.weight": post,
-            "classifier.bias": torch.zeros(labels),
-        }, ""
+        pre[positive], pre[negative] = weight, -weight
+        shift[positive], shift[negative] = bias, -bias
+        post[:, positive], post[:, negative] = torch.eye(labels), -torch.eye(labels)
+        out |= {"pre_classifier.weight": pre, "pre_classifier.bias": shift}
+        out |= {"classifier.weight": post, "classifier.bias": torch.zeros(labels)}
+        return out, ""
+    out["score.weight"] = weight
     if not bias.any():
-        return {**out, "score.weight": weight}, ""
+        return out, ""
     shift = _ln_f_shift(task.objective)
     assert shift is not None
-    shifted = (out[f"{prefix}ln_f.bias"].double() + shift).float()
-    return {
-        **out,
-        f"{prefix}ln_f.bias": shifted,
-        "score.weight": weight,
-    }, "; the classifier's bias went into the bias of ln_f, as score has none"
+    out[f"{prefix}ln_f.bias"] = (out[f"{prefix}ln_f.bias"].double() + shift).float()
+    return out, "; the classifier's bias went into the bias of ln_f, as score has none"
 
 
 def _ln_f_shift(head: Any) -> Tensor | None:
-    """(D,) float64 what GPT-2's last norm must add so that ``score``, which has no bias, gives the
-    head's; none where there is no such vector.
+    """Return what GPT-2's last norm must add in the place of the head's bias, (D,) float64.
+
+    ``score`` of transformers has no bias. None where no such vector exists.
     """
     weight, bias = head.head.weight.detach().double(), head.head.bias.detach().double()
     if not bias.any():
@@ -634,8 +593,10 @@ def _ln_f_shift(head: Any) -> Tensor | None:
 def _with_padding_token(
     tokenizer: Any, specials: dict[str, str], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A token of its own for padding: GPT2ForSequenceClassification reads the last token that is
-    none, and the end of a text must not be one.
+    """Add a token for padding to the tokenizer, and return the tensors with a row for it.
+
+    GPT2ForSequenceClassification reads the last token that is no padding, so the end of a text must
+    not be padding.
     """
     specials["pad_token"] = "<|pad|>"
     tokenizer.add_special_tokens([specials["pad_token"]])
@@ -645,42 +606,38 @@ def _with_padding_token(
 
 
 def _save(kind: Any, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
-    """config.json and model.safetensors, names and shapes checked against the model's own class;
-    tied tensors are left out as there.
+    """Write config.json and model.safetensors.
+
+    Names and shapes are checked against the model's own class. Tied tensors are left out, as
+    transformers does.
     """
     with torch.device("meta"):
         model = kind(config)
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    spare = {
-        name for name in own if name.startswith("pooler.") and name not in tensors
-    }  # AutoModel makes one anew where none is given
+    # AutoModel makes a new pooler where none is given
+    spare = {name for name in own if name.startswith("pooler.") and name not in tensors}
     given = {name: tensor.shape for name, tensor in tensors.items()}
-    assert given == {name: shape for name, shape in own.items() if name not in tied | spare}, (
-        f"{kind.__name__}: {own} expected, {given} given"
-    )
+    expected = {name: shape for name, shape in own.items() if name not in tied | spare}
+    assert given == expected, f"{kind.__name__}: {own} expected, {given} given"
     config.architectures, config.dtype = [kind.__name__], "float32"
     config.save_pretrained(folder)
-    save_file(
-        {name: tensor.float().contiguous() for name, tensor in tensors.items()},
-        folder / MODEL,
-        metadata={"format": "pt"},
-    )
+    weights = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    save_file(weights, folder / MODEL, metadata={"format": "pt"})
 
 
 def _with_post_processor(state: dict[str, Any], words: bool) -> tuple[Any, dict[str, str]]:
-    """The tokenizer with the frame that the modality gives its rows ([CLS] a [SEP] b [SEP]) as its
-    post-processor, and its special tokens by role.
+    """Return the tokenizer with the modality's frame as its post-processor, and its special tokens.
 
-    For ``words`` byte-level BPE puts a space before each, as the modality does (transformers:
-    is_split_into_words).
+    The frame is [CLS] a [SEP] b [SEP]. The special tokens are keyed by role.
+
+    Args:
+        words: Rows are lists of words: byte-level BPE puts a space before each, as the modality
+            does (transformers: is_split_into_words).
     """
     tokenizer: Any = Tokenizer.from_str(state["tokenizer"])
-    roles = zip(
-        ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
-        state["specials"],
-        strict=True,
-    )
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    roles = zip(names, state["specials"], strict=True)
     specials = {role: tokenizer.id_to_token(number) for role, number in roles if number is not None}
     cls, sep = specials["cls_token"], specials["sep_token"]
     frame = processors.TemplateProcessing(
@@ -690,9 +647,8 @@ def _with_post_processor(state: dict[str, Any], words: bool) -> tuple[Any, dict[
             (token, tokenizer.token_to_id(token)) for token in dict.fromkeys((cls, sep))
         ],
     )
-    if "ByteLevel" in str(
-        tokenizer.pre_tokenizer
-    ):  # as the modality's offsets, without the space that begins a word
+    if "ByteLevel" in str(tokenizer.pre_tokenizer):
+        # as the modality's offsets: without the space that begins a word
         frame = processors.Sequence([processors.ByteLevel(trim_offsets=True), frame])
     if words and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
         tokenizer.pre_tokenizer.add_prefix_space = True
@@ -703,8 +659,10 @@ def _with_post_processor(state: dict[str, Any], words: bool) -> tuple[Any, dict[
 def _save_tokenizer(
     tokenizer: Any, specials: dict[str, str], folder: Path, length: int, config: Any
 ) -> None:
-    """A class of transformers that reads tokenizer.json as it stands, in its version 4 and 5: those
-    of the families make rules of their own.
+    """Write the tokenizer for a class of transformers that takes tokenizer.json as it is.
+
+    Versions 4 and 5 of transformers both read it so; the families' own classes add rules of their
+    own.
     """
     tokenizer.save(str(folder / TOKENIZER))
     types = ["token_type_ids"] if getattr(config, "type_vocab_size", 1) > 1 else []
@@ -722,26 +680,27 @@ def _save_tokenizer(
 
 
 def _attach_timm_classifier(backbone: Any, head: Any) -> str:
-    """Give timm's model its classifier for the head's labels; in words why that cannot give the
-    head's scores, or nothing.
+    """Give timm's model its classifier for the head's labels.
+
+    Returns:
+        Why that cannot give the head's scores, or "".
     """
     name = backbone.arch.name
     if head.options.norm:
         return f"{name} of timm has no layer norm before its classifier"
     backbone.model.reset_classifier(len(head.state["labels"]))
     last = backbone.model.get_classifier()
-    if (
-        not isinstance(last, torch.nn.Linear)
-        or last.weight.shape != head.head.weight.shape
-        or last.bias is None
-    ):
+    is_linear = isinstance(last, torch.nn.Linear) and last.bias is not None
+    if not is_linear or last.weight.shape != head.head.weight.shape:
         return f"{name} of timm has another classifier ({last}, this head is {head.head})"
     return ""
 
 
 def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
-    """As timm.models.save_for_hf leaves a model. Raises BundleError where timm's classifier would
-    give other scores than this head.
+    """Write a model as timm.models.save_for_hf does.
+
+    Raises:
+        BundleError: timm has no head for the objective.
     """
     import timm
 
@@ -766,9 +725,8 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         timm_config = {"label_names": task.objective.state["labels"]}
     crop = {"crop": "center", "squash": "squash", "pad": "border"}[modality.options.fit]
     size = (modality.options.channels, modality.options.size, modality.options.size)
-    crop_share = (
-        modality.options.crop_share if modality.options.fit == "crop" else 1.0
-    )  # timm crops whatever the mode, and here squash and pad do not
+    # timm crops in every mode; here squash and pad do not
+    crop_share = modality.options.crop_share if modality.options.fit == "crop" else 1.0
     input_ = {
         "input_size": size,
         "mean": tuple(modality.state["mean"]),

