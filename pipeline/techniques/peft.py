@@ -183,18 +183,16 @@ def adaptable_modules(backbone: nn.Module) -> dict[str, nn.Module]:
     """
     from transformers.pytorch_utils import Conv1D
 
-    def plain(module: nn.Module) -> bool:
-        if (
-            type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
-        ):  # timm's, of the efficientnets from TensorFlow: it pads and convolves
-            return (
-                module.groups == 1
-                and set(module.dilation) == {1}
-                and module.padding_mode == "zeros"
-            )  # type: ignore[union-attr, arg-type]
-        return type(module) in (nn.Linear, Conv1D)
+    def is_plain(module: nn.Module) -> bool:
+        kind = type(module)
+        # Conv2dSame is timm's, of the efficientnets from TensorFlow: it pads and convolves
+        if kind is not nn.Conv2d and kind.__name__ != "Conv2dSame":
+            return kind in (nn.Linear, Conv1D)
+        assert isinstance(module, nn.Conv2d)
+        is_dilated = set(module.dilation) != {1}
+        return module.groups == 1 and not is_dilated and module.padding_mode == "zeros"
 
-    return {name: module for name, module in backbone.named_modules() if plain(module)}
+    return {name: module for name, module in backbone.named_modules() if is_plain(module)}
 
 
 def choose_modules(backbone: Backbone, modules: str | list[str]) -> dict[str, nn.Module]:

@@ -173,8 +173,7 @@ def extend_modality(
         The modality, and a description of what it knew of these rows before (`ReportsCoverage`).
     """
     reads = bundle.build_modality(modality)
-    extends, reports = isinstance(reads, ExtendsState), isinstance(reads, ReportsCoverage)
-    if not extends and not reports:
+    if not isinstance(reads, (ExtendsState, ReportsCoverage)):
         return modality, ""
     table = sample(
         rows,
@@ -182,8 +181,8 @@ def extend_modality(
         FIT_ROWS,
         strata_of(type(reads), columns),
     )
-    state = reads.extend_state(table, columns) if extends else reads.state
-    coverage = reads.coverage(table, columns) if reports else ""
+    state = reads.extend_state(table, columns) if isinstance(reads, ExtendsState) else reads.state
+    coverage = reads.coverage(table, columns) if isinstance(reads, ReportsCoverage) else ""
     return replace(modality, state=state), coverage
 
 
