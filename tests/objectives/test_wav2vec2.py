@@ -477,7 +477,7 @@ def test_a_few_steps_lower_the_loss_on_real_speech():
     waves = [torch.from_numpy(soundfile.read(file, dtype="float32")[0])[:48000] for file in files]
     waves = [(wave - wave.mean()) / (wave.std() + 1e-4) for wave in waves]
     made = task(
-        {"entries": 40, "code_width": 32, "width": 32, "negatives": 20},
+        {"entries": 40, "code_width": 32, "width": 32, "negatives": 20, "diversity": 0.2},
         hidden=64,
         conv_channels=48,
         conv_kernels=None,

@@ -80,6 +80,7 @@ def test_the_pendulum_is_balanced():
     assert expert.curve[0, 1] < 60 < expert.curve[-1, 1]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_hopper_hops():
