@@ -354,7 +354,7 @@ def test_subtitles_of_what_transcribes_nothing_are_refused(untrained, tmp_path):
         and "transcribes nothing" in message.output
         and not (tmp_path / "out").exists()
     )
-    assert predict.check(untrained, srt=True)["objective"]["name"] == "ctc"
+    assert predict.check(untrained, srt=True).objective.name == "ctc"
 
 
 # ---------------------------------------------------------------- whole
