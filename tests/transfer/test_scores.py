@@ -2,6 +2,8 @@
 bad one.
 """
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -169,8 +171,8 @@ def test_a_source_is_scored_on_a_target(tmp_path, monkeypatch):
             )
         )
     }
-    data_.labels = None
-    with pytest.raises(ValueError, match=r"targets\.task: scores need labels"):
+    data_.objective = dataclasses.replace(data_.objective, name="clm")
+    with pytest.raises(ValueError, match=r"targets\.task: scores need labels, the objective clm"):
         scores.score(shared, "src", key, "task")
 
 
