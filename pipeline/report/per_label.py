@@ -119,7 +119,7 @@ def best_cell(
                 and best.source != SCRATCH
                 and (cell.backbone, cell.label_fraction) == (best.backbone, best.label_fraction)
             ),
-            [],
+            list[RunPredictions](),
         ),
     )
 
@@ -367,28 +367,27 @@ def _each(
 ) -> list[Block]:
     names, p = ours[0].labels, ours[0].predictions
     positive = p["labels" if kind is LABELS else "actual"].sum(0, dtype=np.int64)
+    most_frequent_first: list[int] = np.argsort(-positive, kind="stable").tolist()
     often = [
         k
-        for k in np.argsort(-positive, kind="stable")
+        for k in most_frequent_first
         if 0 < positive[k] < (len(ours[0].rows) if kind is LABELS else np.inf)
     ]
-    estimates: dict[str, list[tuple]] = defaultdict(list)
+    estimates: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     gains: dict[str, list[stats.Gain]] = defaultdict(list)
     paired = bool(scratch) and bool({run.seed for run in ours} & {run.seed for run in scratch})
     for k in often[:MOST_LABELS]:
         for name, _ in kind.measures:
             each = catalog.per_label(name)
             assert each is not None
-            of = each.of(names[k], int(k))
+            of = each.of(names[k], k)
             estimates[name].append(stats.mean_interval(of, ours))
             if paired:
                 estimates[f"{name} scratch"].append(stats.mean_interval(of, scratch))
                 gains[name].append(stats.compare(of, ours, scratch))
     digits = places([(low, high) for _, low, high in estimates[kind.measures[0][0]]])
-    head, body = (
-        [kind.first, kind.counted],
-        [[names[k], f"{positive[k]:,}"] for k in often[:MOST_LABELS]],
-    )
+    head = [kind.first, kind.counted]
+    body: list[list[str | Value]] = [[names[k], f"{positive[k]:,}"] for k in often[:MOST_LABELS]]
     for name, said in kind.measures:
         for extra in ("", " scratch") if paired else ("",):
             head.append(f"{said}{extra.replace(' scratch', ', scratch')}")
@@ -397,7 +396,7 @@ def _each(
         if paired:
             head.append(f"{said}, gain")
             for line, gain, k in zip(body, gains[name], often, strict=False):
-                line.append(gain_estimate(gain, digits, _enough_of_label(kind, ours[0], int(k))))
+                line.append(gain_estimate(gain, digits, _enough_of_label(kind, ours[0], k)))
     least = max(
         int(run.predictions["min_positives"].max(initial=1))
         if "min_positives" in run.predictions

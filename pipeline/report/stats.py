@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import special
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from pipeline.metrics.catalog import Metric, Predictions
 
@@ -87,7 +87,7 @@ class RunPredictions:
     seed: int
     groups: np.ndarray | None = None
     labels: tuple[str, ...] = ()
-    subgroups: dict[str, np.ndarray] = field(default_factory=dict)
+    subgroups: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     rollout_frames: np.ndarray | None = None
 
 
@@ -149,7 +149,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     depend on each other.
     """
     count, corrected, running = len(p_values), [1.0] * len(p_values), 0.0
-    for rank, place in enumerate(np.argsort(p_values, kind="stable")):
+    order: list[int] = np.argsort(p_values, kind="stable").tolist()
+    for rank, place in enumerate(order):
         running = max(running, min(1.0, (count - rank) * p_values[place]))
         corrected[place] = running
     return corrected
@@ -248,7 +249,7 @@ def compare(
     the metric's bounds allow a difference. Raises ValueError when no seed or no row is common, or a
     row or seed stands twice.
     """
-    sides = []
+    sides: list[dict[int, RunPredictions]] = []
     for name, side in (("ours", ours), ("scratch", scratch)):
         by_seed = {run.seed: run for run in side}
         if len(by_seed) != len(side):
@@ -400,7 +401,7 @@ def _aligned(
         groups, owner = runs[0].groups, runs[0]
     if groups is not None:
         groups = _for_rows(groups, owner.rows, rows)
-    out = []
+    out: list[Predictions] = []
     for run in runs:
         if np.array_equal(run.rows, rows):  # the usual case: no copy of the scores
             out.append(run.predictions)
@@ -493,11 +494,11 @@ def _resample(
         units = np.stack([np.bincount(member, column) for column in units.T], axis=1)
     totals = _totals(units, draws, rng).reshape(-1, len(runs), 2)
     counted = totals[..., 1] != 0
-    ratios = np.divide(
-        totals[..., 0], totals[..., 1], out=np.full(counted.shape, np.nan), where=counted
-    )
+    ratios: np.ndarray = np.full(counted.shape, np.nan)
+    np.divide(totals[..., 0], totals[..., 1], out=ratios, where=counted)
     if metric.final is not float:
-        ratios[counted] = [metric.final(float(ratio)) for ratio in ratios[counted]]
+        finite: list[float] = ratios[counted].tolist()
+        ratios[counted] = [metric.final(ratio) for ratio in finite]
     return ratios
 
 
@@ -520,7 +521,7 @@ def _totals(units: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarr
         )
     draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _WORK // n))
     chunk = max(1, _CELLS // n)
-    out = []
+    out: list[np.ndarray] = []
     for start in range(0, draws, chunk):
         out.append(_counts(n, min(chunk, draws - start), rng).astype(np.float64) @ units)
     return np.concatenate(out)
@@ -552,7 +553,7 @@ def _recount(
         (p["label"].size for p in runs if "label" in p), default=n
     )  # a row may have many positions, and each is drawn with it
     chunk, drawn = max(1, _CELLS // max(n, held)), n if member is None else int(member.max()) + 1
-    out = []
+    out: list[np.ndarray] = []
     for start in range(0, draws, chunk):
         counts = _counts(drawn, min(chunk, draws - start), rng)
         counts = counts if member is None else counts[:, member]
@@ -572,23 +573,20 @@ def _recompute(
     draws: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    members = None
+    members: list[np.ndarray] | None = None
     if member is not None:
         order = np.argsort(member, kind="stable")
         members = np.split(order, np.cumsum(np.bincount(member))[:-1])
     out = np.empty((draws, len(runs)))
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a metric may warn of a class that a resample misses, once a draw
+        # a metric may warn of a class that a resample misses, once a draw
+        warnings.simplefilter("ignore")
         for row in out:
-            picked = (
-                rng.integers(0, n, n)
-                if members is None
-                else np.concatenate(
-                    [members[g] for g in rng.integers(0, len(members), len(members))]
-                )
-            )
+            if members is None:
+                picked = rng.integers(0, n, n)
+            else:
+                drawn: list[int] = rng.integers(0, len(members), len(members)).tolist()
+                picked = np.concatenate([members[g] for g in drawn])
             row[:] = [
                 metric.value({name: array[picked] for name, array in p.items()}) for p in runs
             ]
