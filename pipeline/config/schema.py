@@ -1,8 +1,7 @@
-"""The job: its parts typed and frozen, what they refuse, and their JSON Schema. `yaml_loader` reads
-it from YAML, and has the rules of the text.
+"""The parts of a job, typed and frozen, with what they refuse, and their JSON Schema.
 
-Nothing here imports torch or Ray: every mistake of a job file is reported at once, before anything
-starts.
+`yaml_loader` reads a job from YAML and has the rules of the text. Nothing here imports torch or
+Ray: every mistake in a job file is reported at once, before anything starts.
 """
 
 from __future__ import annotations
@@ -32,8 +31,10 @@ from pipeline.config import registry
 from pipeline.io import s3, storage
 
 CHECKPOINT_PREFIXES = ("bundle:", "file:", "file-by-order:", "hf:", "hf-hub:", "timm-hub:")
-"""Prefixes of an existing checkpoint: a bundle, a safetensors or state-dict file (by its names, or
-by order and shape where they differ), a Hugging Face folder, a name on the hub.
+"""Prefixes of an existing checkpoint.
+
+A bundle; a safetensors or state-dict file, by its names or by order and shape where they differ; a
+Hugging Face folder; a name on a hub.
 """
 HUBS = ("hf-hub", "timm-hub")
 """Prefixes that name no place on a disk."""
@@ -48,18 +49,19 @@ class JobError(ValueError):
 
 
 class Spec(registry.Strict):
-    """Base of every part of a job: frozen, an undeclared field is refused, and true and false are
-    no numbers.
+    """Base of every part of a job.
+
+    Undeclared fields are refused, true and false are no numbers.
     """
 
 
 Whole = Annotated[int, BeforeValidator(registry.reject_bool)]
 Number = Annotated[float, BeforeValidator(registry.reject_bool)]
-"""Numbers in lists: pydantic alone would read true as 1."""
+"""A number in a list, where pydantic alone would read true as 1."""
 
 
 def _refuse(problems: list[tuple[tuple[str | int, ...], str]]) -> None:
-    """Raise what is wrong with parts of a spec, each at its own place in it."""
+    """Raise the problems of parts of a spec, each at its own place."""
     if problems:
         raise ValidationError.from_exception_data(
             "job",
@@ -122,6 +124,7 @@ Uris = str | list[str]
 
 
 def _fraction(value: float | int) -> float | int:
+    """Check a label fraction."""
     if not value > 0 or (isinstance(value, float) and value > 1):
         raise ValueError(
             "a share is above 0 and at most 1.0; rows per class are an integer of at least 1"
@@ -130,8 +133,9 @@ def _fraction(value: float | int) -> float | int:
 
 
 class Data(Spec):
-    """Where rows come from and what they mean. Either ``uri`` (split here or by a column) or
-    ``train`` with its own files.
+    """Where rows come from and what they mean.
+
+    Either ``uri`` (split by a column or by fractions) or ``train`` with files of its own.
     """
 
     uri: Uris | None = Field(
@@ -265,16 +269,14 @@ class Data(Spec):
 
     @property
     def weights(self) -> tuple[float | None, ...]:
-        """Those of the first corpus and of each that is joined to it."""
+        """The weights of the first corpus and of each that is joined to it."""
         return (self.weight, *(part.weight for part in self.more))
 
     def values_of(self, split: str) -> list[str]:
-        """The values of ``split_column`` that mean a split."""
-        others = {
-            value for name, values in self.split_values.items() if name != split for value in values
-        }
-        # type: ignore[call-overload]
-        return self.split_values.get(split, [value for value in (split,) if value not in others])
+        """Return the values of ``split_column`` that mean a split."""
+        named: dict[Any, list[str]] = {**self.split_values}
+        others = {value for name, values in named.items() if name != split for value in values}
+        return named.get(split, [value for value in (split,) if value not in others])
 
     @model_validator(mode="after")
     def _joinable(self):
@@ -319,7 +321,10 @@ class Data(Spec):
 
 
 class Train(Spec):
-    """How long and how to train. One loop reads it, for pretraining and for every fine-tune."""
+    """How long and how to train.
+
+    The same loop reads it for pretraining and for every fine-tune.
+    """
 
     steps: int | None = Field(None, ge=1, description="optimiser steps; give steps or epochs")
     epochs: float | None = Field(
@@ -435,10 +440,12 @@ NUMERIC = tuple(
 
 
 def with_hyper_parameters(train: Train, hyper: Mapping[str, Any]) -> Train:
-    """The train spec with some fields set: steps take the place of epochs, and epochs that of
-    steps.
+    """Return the train spec with some fields set.
 
-    Raises ValidationError for an unknown field or a value that its field does not take.
+    Steps replace epochs, and epochs replace steps.
+
+    Raises:
+        ValidationError: A field is unknown, or does not take its value.
     """
     lengths = ("steps", "epochs") if {"steps", "epochs"} & hyper.keys() else ()
     own = train.model_dump(exclude=None if train.batch_cost is None else {"global_batch"})
@@ -446,8 +453,9 @@ def with_hyper_parameters(train: Train, hyper: Mapping[str, Any]) -> Train:
 
 
 def round_hyper_parameter(name: str, value: float) -> float:
-    """A value of a search as it is drawn: whole for a field of whole numbers, else of six
-    digits.
+    """Return a value of a search as it is drawn.
+
+    It is whole for a field of whole numbers, else it has six digits.
     """
     return (
         round(value) if Train.model_fields[name].annotation in _INTEGER else float(f"{value:.6g}")
@@ -457,8 +465,9 @@ def round_hyper_parameter(name: str, value: float) -> float:
 def search_problems(
     search: Mapping[str, list[float]], trains: Iterable[Train]
 ) -> list[tuple[str, str]]:
-    """(field, what is wrong) of every end of a range and every choice that the train spec of some
-    target does not take.
+    """Return (field, what is wrong) of values of a search that a target's train spec does not take.
+
+    The values are the ends of ranges, and the choices.
     """
     specs = list(trains) or [Train.model_validate({})]
     out: dict[tuple[str, str], None] = {}
@@ -479,10 +488,10 @@ def search_problems(
 
 
 def changed_fields(spec: BaseModel) -> set[str]:
-    """Names of the fields that do not have their default value.
+    """Return the names of the fields that do not have their default value.
 
-    A field that means nothing where it stands is refused when it is changed: a spec that was
-    written out whole by a program holds every field, and its defaults harm nobody.
+    A field that has no meaning where it stands is refused only when it is changed: a program may
+    write out a spec with every field, and defaults do no harm.
     """
     defaults = {
         name: field.get_default(call_default_factory=True)
@@ -494,7 +503,7 @@ def changed_fields(spec: BaseModel) -> set[str]:
 def _unused_field_problems(
     spec: BaseModel, fields: Iterable[str], at: tuple[str | int, ...], why: str
 ) -> list[tuple[tuple[str | int, ...], str]]:
-    """A problem of each of the fields that is changed although nothing would read it."""
+    """Return a problem for each of the fields that is changed although nothing would read it."""
     return [
         ((*at, name), f"{why}: leave it out") for name in sorted(changed_fields(spec) & set(fields))
     ]
@@ -503,7 +512,7 @@ def _unused_field_problems(
 def _weight_problems(
     data: Data | None, at: str, why: str
 ) -> list[tuple[tuple[str | int, ...], str]]:
-    """A problem of every weight in a data spec whose corpora are not drawn from by weights."""
+    """Return a problem for every weight of a data spec whose corpora are not drawn by weights."""
     given = data.weights if data is not None else ()
     return [
         (
@@ -516,8 +525,9 @@ def _weight_problems(
 
 
 class Source(Spec):
-    """What to pretrain, or an existing checkpoint to start from (then data and train may be left
-    out).
+    """What to pretrain, or an existing checkpoint to start from.
+
+    A checkpoint needs neither data nor train.
     """
 
     data: Data | None = Field(None, description="the source corpus")
@@ -659,6 +669,7 @@ class Source(Spec):
 
     @property
     def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most ranks."""
         return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
 
 
@@ -704,8 +715,10 @@ class Target(Spec):
 
     @model_validator(mode="after")
     def _one_row_beside_shares(self):
-        """An integer 1 beside shares is nearly always meant as all rows, and would be one row a
-        class; where 1.0 stands there too, it is not.
+        """Refuse an integer 1 beside shares.
+
+        It would be one row a class, and nearly always means all rows. Where 1.0 is in the list too,
+        it is not refused.
         """
         fractions = self.label_fractions
         shares = [fraction for fraction in fractions if isinstance(fraction, float)]
@@ -746,9 +759,7 @@ class Select(Spec):
 
 
 class Finalists(Spec):
-    """How the best draws of a search are tried again before one of them is chosen, the same for
-    scratch.
-    """
+    """How the best draws of a search are tried again before one is chosen; the same for scratch."""
 
     top: int = Field(
         3,
@@ -764,12 +775,13 @@ class Finalists(Spec):
     )
 
     def further_trials(self, draws: int) -> int:
-        """Trials of a cell beyond its ``draws``."""
+        """Return the number of trials of a cell beyond its ``draws``."""
         tried_again = min(self.top, draws)
         return tried_again * self.seeds if tried_again > 1 else 0
 
 
 def _searchable(name: str) -> str:
+    """Check that a field of train can be searched."""
     if name not in Train.model_fields:
         raise ValueError(f"unknown field of train; {registry.nearest(name, NUMERIC)}")
     if name not in NUMERIC:
@@ -935,13 +947,13 @@ class Job(Spec):
 
     @property
     def root(self) -> str:
-        """Folder of this job's runs, absolute: Ray's workers have current folders of their own."""
+        """The absolute folder of this job's runs. Ray's workers have other current folders."""
         remote, path = s3.split(self.storage)
         return storage.join(self.storage if remote else os.path.abspath(path), self.name)
 
 
 def spec_hash(*parts: Any) -> str:
-    """12 hex digits of SHA-256 over the canonical JSON of the parts (specs or plain values)."""
+    """Return 12 hex digits of the SHA-256 over the canonical JSON of specs or plain values."""
     plain = [
         part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts
     ]
@@ -949,8 +961,9 @@ def spec_hash(*parts: Any) -> str:
 
 
 def schema() -> dict:
-    """JSON Schema of a job, with descriptions, for editors; registered names are listed as
-    enumerations.
+    """Return the JSON Schema of a job with descriptions, for editors.
+
+    Registered names are listed as enumerations.
     """
     out = Job.model_json_schema()
     component = out["$defs"].pop("ComponentConfig")

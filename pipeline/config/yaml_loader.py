@@ -1,10 +1,9 @@
-"""Reading a job file: YAML with line numbers, overrides, and every mistake at once with the nearest
-right name.
+"""Read a job file: YAML with line numbers, overrides, and all mistakes reported at once.
 
-The rules of the text: a doubled key is refused, ``1e-4`` is a number, a date is text, ``<<:
-*anchor`` merges (own keys win), ``${NAME}``, in values and in keys, comes from the environment,
-data paths are relative to the job file, ``storage`` to the current folder, and ``--set a.b=c``
-overrides any field.
+An unknown name is reported with the nearest right one. The rules of the text: a repeated key is
+refused, ``1e-4`` is a number, a date is text, ``<<: *anchor`` merges (a mapping's own keys win),
+``${NAME}`` in values and keys comes from the environment, data paths are relative to the job file,
+``storage`` to the current folder, and ``--set a.b=c`` overrides any field.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class _Loader(yaml.SafeLoader):
     visited = 0
 
     def visit(self) -> None:
-        """Count a value. Raises YAMLError from `MOST_VALUES` on."""
+        """Count a value. Raise YAMLError beyond `MOST_VALUES`."""
         self.visited += 1
         if self.visited > MOST_VALUES:
             raise yaml.YAMLError(
@@ -69,12 +68,14 @@ _Loader.add_implicit_resolver(
 Path_ = tuple[str | int, ...]
 MOST_DEEP = 64
 MOST_VALUES = 100_000
-"""Values of a job file once its aliases are written out: a few lines of aliases of aliases can
-stand for 10^8.
+"""Most values of a job file once its aliases are written out.
+
+A few lines of aliases of aliases can stand for 10^8 values.
 """
 LONG_VALUE = 4
-"""Letters from which on a variable's value is hidden wherever it stands in an error; a shorter one
-where it is the whole value.
+"""Letters from which on a variable's value is masked anywhere in an error message.
+
+A shorter one is masked only where it is the whole value.
 """
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 OF_ALL = ("decode", "shuffle", "max_bad_rows")
@@ -88,6 +89,7 @@ def _plain(
     lines: dict[Path_, int],
     problems: list[tuple[int, str]],
 ) -> Any:
+    """Return the value of a YAML node, noting the line of every part of it in ``lines``."""
     lines[path] = node.start_mark.line + 1
     loader.visit()
     if len(path) > MOST_DEEP:
@@ -104,11 +106,8 @@ def _plain(
         ]
     try:
         value = loader.construct_object(node)
-    except (
-        ValueError,
-        LookupError,
-        AttributeError,
-    ) as error:  # a text that looks like what it is not, or a tag that does not fit
+    except (ValueError, LookupError, AttributeError) as error:
+        # a text that looks like what it is not, or a tag that does not fit
         problems.append(
             (
                 lines[path],
@@ -117,9 +116,9 @@ def _plain(
             )
         )
         return node.value
-    return (
-        _expand_environment(value, lines[path], path, problems) if isinstance(value, str) else value
-    )
+    if isinstance(value, str):
+        return _expand_environment(value, lines[path], path, problems)
+    return value
 
 
 def _pairs(
@@ -129,8 +128,9 @@ def _pairs(
     loader: _Loader,
     depth: int = 0,
 ) -> dict[str, tuple[int, yaml.Node]]:
-    """(line, value) of every key of a mapping: its own, and below them the merged ones (<<), of
-    which the first named wins.
+    """Return key to (line, value) of a mapping: its merged keys (<<) and its own.
+
+    Its own keys win, and of merged mappings the one that is named first.
     """
     own: dict[str, tuple[int, yaml.Node]] = {}
     merged: dict[str, tuple[int, yaml.Node]] = {}
@@ -143,10 +143,8 @@ def _pairs(
         if not isinstance(key_node, yaml.ScalarNode):
             problems.append((line, f"{_dotted_path(path)}: a key is a text, no list or mapping"))
             continue
-        key, merge = (
-            _expand_environment(key_node.value, line, path, problems),
-            key_node.tag == f"{_YAML}merge",
-        )
+        key = _expand_environment(key_node.value, line, path, problems)
+        merge = key_node.tag == f"{_YAML}merge"
         merges += merge
         if key in own or (merge and merges > 1):
             problems.append(
@@ -163,18 +161,15 @@ def _pairs(
             if isinstance(base, yaml.MappingNode):
                 merged = {**_pairs(base, path, problems, loader, depth + 1), **merged}
             else:
-                problems.append(
-                    (
-                        line,
-                        f"{_dotted_path((*path, key))}: merges a mapping or a list of "
-                        "mappings, e.g. "
-                        "<<: *anchor",
-                    )
-                )
+                place = _dotted_path((*path, key))
+                text = f"{place}: merges a mapping or a list of mappings, e.g. <<: *anchor"
+                problems.append((line, text))
     return {**merged, **own}
 
 
 def _expand_environment(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) -> str:
+    """Return a text with the values of its ``${NAME}`` variables."""
+
     def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             problems.append(
@@ -190,8 +185,12 @@ def _expand_environment(text: str, line: int, path: Path_, problems: list[tuple[
 
 
 def _mask_environment(message: str, written: list[str]) -> str:
-    """A message with ``${NAME}`` in the place of the values that the texts in ``output_columns``
-    take from the environment: they may be secrets.
+    """Return a message with ``${NAME}`` in the place of values from the environment.
+
+    They may be secrets.
+
+    Args:
+        written: The texts of the job that may name variables.
     """
     names = dict.fromkeys(
         name for text in written for name in _VARIABLE.findall(text) if os.environ.get(name)
@@ -210,10 +209,12 @@ def _mask_environment(message: str, written: list[str]) -> str:
 
 
 def _dotted_path(path: Path_) -> str:
+    """Return a place in the job as text."""
     return ".".join(str(part) for part in path) or "the job"
 
 
 def _read(text: str, problems: list[tuple[int, str]]) -> tuple[Any, dict[Path_, int]]:
+    """Return the mapping that a job's text holds, and the line of each of its parts."""
     lines: dict[Path_, int] = {}
     loader = _Loader(text)
     try:
@@ -221,17 +222,11 @@ def _read(text: str, problems: list[tuple[int, str]]) -> tuple[Any, dict[Path_, 
         data = _plain(node, loader, (), lines, problems) if node else None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        tab = (
-            "; YAML is indented by spaces, this line holds a tab"
-            if mark and "\t" in text.splitlines()[min(mark.line, len(text.splitlines()) - 1)]
-            else ""
-        )
-        problems.append(
-            (
-                mark.line + 1 if mark else 1,
-                f"not valid YAML: {getattr(error, 'problem', error)}{tab}",
-            )
-        )
+        written = text.splitlines()
+        has_tab = mark and "\t" in written[min(mark.line, len(written) - 1)]
+        tab = "; YAML is indented by spaces, this line holds a tab" if has_tab else ""
+        message = f"not valid YAML: {getattr(error, 'problem', error)}{tab}"
+        problems.append((mark.line + 1 if mark else 1, message))
         return None, lines
     except RecursionError:  # of yaml's own reader, before anything can be counted
         problems.append((1, "not valid YAML: nested too deeply"))
@@ -245,6 +240,7 @@ def _read(text: str, problems: list[tuple[int, str]]) -> tuple[Any, dict[Path_, 
 
 
 def _apply_override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path_:
+    """Set the field that ``--set a.b=value`` names, and return its place; () where that fails."""
     dotted, equals, text = setting.partition("=")
     path = tuple(dotted.split("."))
     if not equals or not all(path):
@@ -270,24 +266,15 @@ def _apply_override(data: dict, setting: str, problems: list[tuple[int, str]]) -
         last = i == len(path) - 1
         if isinstance(at, list):
             if not part.isdigit() or int(part) >= len(at):
-                problems.append(
-                    (
-                        0,
-                        f"--set {setting}: {_dotted_path(path[:i])} is a list of {len(at)}; "
-                        "write its "
-                        "index",
-                    )
-                )
+                place = _dotted_path(path[:i])
+                text = f"--set {setting}: {place} is a list of {len(at)}; write its index"
+                problems.append((0, text))
                 return ()
             part = int(part)
         elif not isinstance(at, dict):  # a component written short: {name: {}} takes options
-            problems.append(
-                (
-                    0,
-                    f"--set {setting}: {_dotted_path(path[:i])} is "
-                    f"{'the text ' if isinstance(at, str) else ''}{at!r}, it has no fields",
-                )
-            )
+            shown = f"the text {at!r}" if isinstance(at, str) else f"{at!r}"
+            text = f"--set {setting}: {_dotted_path(path[:i])} is {shown}, it has no fields"
+            problems.append((0, text))
             return ()
         steps.append(part)
         here: Any = at
@@ -304,7 +291,7 @@ def _apply_override(data: dict, setting: str, problems: list[tuple[int, str]]) -
 
 
 def _fields_at(loc: Path_) -> dict[str, Any]:
-    """Field names of the spec that a location points into, to name the nearest one."""
+    """Return the fields of the spec that a location points into, to name the nearest one."""
     kinds: dict[str, type[Spec]] = {
         "data": Data,
         "probe": Data,
@@ -321,6 +308,7 @@ def _fields_at(loc: Path_) -> dict[str, Any]:
 
 
 def _describe_error(error: Any) -> str:
+    """Return what pydantic says of a value, in our words."""
     value, kind = error["input"], error["type"]
     if kind == "extra_forbidden":
         return (
@@ -329,17 +317,16 @@ def _describe_error(error: Any) -> str:
         )
     if kind == "missing":
         return "this field is required"
-    shown = (
-        ""
-        if isinstance(value, (dict, list)) or error["loc"][-1:] == ("[key]",)
-        else f" (got {value!r})"
-    )
-    return error["msg"].removeprefix("Value error, ") + shown
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(value, (dict, list)) or error["loc"][-1:] == ("[key]",):
+        return message
+    return f"{message} (got {value!r})"
 
 
 def _union_problems(error: ValidationError) -> list[tuple[Path_, str]]:
-    """Each wrong value once, at its own place: pydantic tells every member of a union, under a
-    made-up part of the path.
+    """Return every wrong value once, with its place.
+
+    pydantic reports each member of a union, under an invented part of the path.
     """
     out: dict[Path_, str] = {}
     unions: set[Path_] = set()
@@ -353,18 +340,17 @@ def _union_problems(error: ValidationError) -> list[tuple[Path_, str]]:
         loc = tuple(part for part, no_part in zip(item["loc"], made_up, strict=True) if not no_part)
         if item["loc"][-1:] != ("[key]",) and any(item["loc"][: len(key)] == key for key in keys):
             continue  # the value of a wrong key
-        out[loc] = (
-            f"{out[loc]}; or: {_describe_error(item)}" if loc in out else _describe_error(item)
-        )
+        text = _describe_error(item)
+        out[loc] = f"{out[loc]}; or: {text}" if loc in out else text
         if made_up[-1:] == [True]:
             unions.add(loc)
     inner = {loc[:n] for loc in out for n in range(len(loc))}
-    return [
-        (loc, text) for loc, text in out.items() if loc not in unions & inner
-    ]  # "no number" of a list whose second item is wrong
+    # not: "no number" of a list whose second item is wrong
+    return [(loc, text) for loc, text in out.items() if loc not in unions & inner]
 
 
 def _component_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
+    """Return what is wrong with a registered name and its options."""
     try:
         component = ComponentConfig.model_validate(raw)
     except ValidationError:
@@ -430,14 +416,13 @@ def _component_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, s
 
 
 def _input_problems(part: dict, path: Path_) -> list[tuple[Path_, str]]:
-    """What is wrong with how the rows of a checkpoint are read: its modality's options, and a tag
-    of timm where data decide.
+    """Return what is wrong with how the rows of a checkpoint are read.
+
+    That is its modality's options, and a timm tag where data decide.
     """
-    out = (
-        _component_problems("modality", part["modality"], (*path, "modality"))
-        if part.get("modality") is not None
-        else []
-    )
+    out: list[tuple[Path_, str]] = []
+    if part.get("modality") is not None:
+        out += _component_problems("modality", part["modality"], (*path, "modality"))
     backbone = str(_name_of(part["backbone"]))
     if backbone.startswith("timm/") and "." in backbone and part.get("data") is not None:
         plain = backbone.partition(".")[0]
@@ -454,6 +439,7 @@ def _input_problems(part: dict, path: Path_) -> list[tuple[Path_, str]]:
 def _checkpoint_problems(
     text: Any, path: Path_, folder: Path, elsewhere: bool
 ) -> list[tuple[Path_, str]]:
+    """Return what is wrong with the place of a checkpoint."""
     if not isinstance(text, str) or not text.startswith(CHECKPOINT_PREFIXES):
         known = (
             f"{text!r} is no checkpoint; write one of {', '.join(CHECKPOINT_PREFIXES)} followed by "
@@ -462,44 +448,43 @@ def _checkpoint_problems(
         return [(path, known)] if path[-1] == "init" and isinstance(text, str) else []
     prefix, uri = text.split(":", 1)
     problem = "" if prefix in HUBS else _uri_problem(uri, folder, elsewhere, globs=False)
-    return (
-        [(path, f"{prefix} {problem}; a hub name needs the prefix hf-hub: or timm-hub:")]
-        if problem
-        else []
-    )
+    if not problem:
+        return []
+    return [(path, f"{prefix} {problem}; a hub name needs the prefix hf-hub: or timm-hub:")]
 
 
 def _name_of(component: Any) -> Any:
-    """Return the name of a component as it is written: by itself, or with its options."""
-    return (
-        component.get("name", next(iter(component), None))
-        if isinstance(component, dict)
-        else component
-    )
+    """Return the name of a component as it is written: alone, or with its options."""
+    if isinstance(component, dict):
+        return component.get("name", next(iter(component), None))
+    return component
 
 
 def _listed(value: Any) -> list:
+    """Return a list, or an empty one for another value."""
     return value if isinstance(value, list) else []
 
 
 def _resolve_uri(uri: str, folder: Path) -> str:
-    """A URI as it is, a path relative to the job file made absolute. Raises StorageError for what
-    names no place.
+    """Return a URI as it is, and a path relative to the job file as an absolute one.
+
+    Raises:
+        StorageError: It names no place.
     """
-    return (
-        uri
-        if storage.is_remote(uri) or uri.startswith("file://")
-        else str((folder / uri).resolve())
-    )
+    if storage.is_remote(uri) or uri.startswith("file://"):
+        return uri
+    return str((folder / uri).resolve())
 
 
 def _is_absolute(uri: str) -> bool:
+    """Return whether a path or URI is absolute."""
     return uri.startswith("file:///") or Path(uri).is_absolute()
 
 
 def _uri_problem(uri: str, folder: Path, elsewhere: bool, globs: bool = True) -> str:
-    """What is wrong with a place of data or of a checkpoint, or nothing; nothing too where a
-    variable in it is not set, which is told already.
+    """Return what is wrong with a place of data or of a checkpoint, or "".
+
+    "" too where a variable in it is not set, which is reported elsewhere.
     """
     if _VARIABLE.search(uri):
         return ""
@@ -513,16 +498,15 @@ def _uri_problem(uri: str, folder: Path, elsewhere: bool, globs: bool = True) ->
         )
     except storage.StorageError as error:
         return str(error)
-    return (
-        ""
-        if found
-        else f"{uri}: no such {'file, folder or glob' if globs else 'path'} (looked for {place})"
-    )
+    if found:
+        return ""
+    return f"{uri}: no such {'file, folder or glob' if globs else 'path'} (looked for {place})"
 
 
 def _role_problems(rows: dict, objective: Any, at: Path_) -> list[tuple[Path_, str]]:
-    """Columns whose role neither the modality nor the objective has, and required roles without a
-    column; those of a probe have no objective but a label.
+    """Return unknown roles of columns, and required roles without a column.
+
+    A probe has no objective, but a label.
     """
     columns = rows.get("columns", {})
     try:
@@ -555,7 +539,7 @@ def _role_problems(rows: dict, objective: Any, at: Path_) -> list[tuple[Path_, s
 
 
 def _search_problems(data: dict) -> list[tuple[Path_, str]]:
-    """What is wrong with the search, told also while other parts of the job are wrong."""
+    """Return what is wrong with the search, also while other parts of the job are wrong."""
 
     def valid(spec: type[Spec], raw: Any) -> Any:
         try:
@@ -591,14 +575,15 @@ def _search_problems(data: dict) -> list[tuple[Path_, str]]:
 
 
 def _mappings(value: Any) -> dict[str, dict]:
-    return (
-        {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
-    )
+    """Return the mappings among the values of a mapping."""
+    entries = value.items() if isinstance(value, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, dict)}
 
 
 def _corpora(part: dict, path: Path_) -> Iterator[tuple[dict, Path_]]:
-    """Every mapping of a source or target that names rows, with its place: data, probe, and what is
-    joined to them.
+    """Yield every mapping of a source or target that names rows, with its place.
+
+    They are data, probe, and what is joined to them.
     """
     for field in ("data", "probe"):
         if isinstance(rows := part.get(field), dict):
@@ -611,15 +596,15 @@ def _corpora(part: dict, path: Path_) -> Iterator[tuple[dict, Path_]]:
 
 
 def _named_uris(rows: dict) -> Iterator[tuple[Any, Any, Path_]]:
-    """Every text of a data spec, or of what holds an objective, that names a place: what holds it,
-    its key there, its field.
+    """Yield every text that names a place: what holds it, its key there, and its field.
+
+    Args:
+        rows: A data spec, or a mapping with an objective.
     """
     for field in ("uri", "train", "validation", "test"):
-        holder, keys = (
-            (rows[field], range(len(rows[field])))
-            if isinstance(rows.get(field), list)
-            else (rows, {field} & rows.keys())
-        )
+        holder, keys = rows, {field} & rows.keys()
+        if isinstance(rows.get(field), list):
+            holder, keys = rows[field], range(len(rows[field]))
         yield from ((holder, key, (field,)) for key in keys if isinstance(holder[key], str))
     for kind in ("modality", "objective"):
         component = rows[kind] if isinstance(rows.get(kind), dict) else {}
@@ -639,13 +624,11 @@ def _named_uris(rows: dict) -> Iterator[tuple[Any, Any, Path_]]:
 def _data_problems(
     part: dict, path: Path_, folder: Path, elsewhere: bool
 ) -> list[tuple[Path_, str]]:
+    """Return what is wrong with the rows of a source or target."""
     out: list[tuple[Path_, str]] = []
     for rows, at in _corpora(part, path):
-        out += (
-            _component_problems("modality", rows["modality"], (*at, "modality"))
-            if "modality" in rows
-            else []
-        )
+        if "modality" in rows:
+            out += _component_problems("modality", rows["modality"], (*at, "modality"))
         out += [
             ((*at, *field), problem)
             for holder, key, field in _named_uris(rows)
@@ -674,8 +657,9 @@ def _data_problems(
 
 
 def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
-    """Unknown names and roles, wrong options, searches and places, in the raw mapping (so that they
-    are found beside other mistakes).
+    """Return unknown names and roles, wrong options, searches and places.
+
+    They are looked for in the raw mapping, so that they are found beside other mistakes.
     """
     out: list[tuple[Path_, str]] = _search_problems(data)
     remote = False
@@ -777,10 +761,13 @@ def _absolute(job: dict, folder: Path) -> dict:
 def load(
     path: str | Path, overrides: list[str] | tuple[str, ...] = (), elsewhere: bool = False
 ) -> Job:
-    """Read, override and check a job file. ``elsewhere``: it will run on other machines, so an
-    absolute path need not exist here.
+    """Read, override and check a job file.
 
-    Raises JobError with every problem found, each as ``file:line: field: what; fix``.
+    Args:
+        elsewhere: The job will run on other machines, so an absolute path need not exist here.
+
+    Raises:
+        JobError: Has every problem, each as ``file:line: field: what; fix``.
     """
     path = Path(path)
     return Job.model_validate(
@@ -789,10 +776,12 @@ def load(
 
 
 def relative_places(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
-    """The files, folders and globs that a job names by paths relative to its file: plugins, data,
-    checkpoints, tokenizers, language models.
+    """Return the files, folders and globs that a job names by paths relative to its file.
 
-    Raises JobError as `load` does.
+    They are plugins, data, checkpoints, tokenizers and language models.
+
+    Raises:
+        JobError: As for `load`.
     """
     job = _checked(Path(path), overrides, elsewhere=True)
     named: list[str] = [one for one in job.get("plugins", ()) if plugins.is_path(one)]
@@ -812,9 +801,7 @@ def relative_places(path: str | Path, overrides: list[str] | tuple[str, ...] = (
 
 
 def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool) -> dict:
-    """A job file as a mapping, overridden, in which nothing is wrong; its places are as they are
-    written.
-    """
+    """Return a job file as an overridden mapping without mistakes, its places as written."""
     problems: list[tuple[int, str]] = []
     try:
         text = path.read_text(encoding="utf-8")
