@@ -75,22 +75,20 @@ def check_modality(place: str, name: str, options: dict[str, Any], objective: st
 
 
 def check_packed(place: str, data: Data, objective: str) -> None:
-    """Raises ValueError where rows cannot be packed for an objective that wants it, or have more
-    than the one text that is packed.
-    """
+    """Raises ValueError where rows cannot be packed, or have more than the one text of a row."""
     kind = registry.get("modality", data.modality.name)
+    optional_roles: tuple[str, ...] = kind.optional_roles
     if not isinstance(kind, Packs):
         able = _modalities_with(Packs)
         raise ValueError(
             f"{place}.objective: {objective} reads packed documents, and {data.modality.name} "
             f"rows cannot be packed: it is for {', '.join(able)}"
         )
-    for role in kind.optional_roles:
+    for role in optional_roles:
         if role in data.columns:
             raise ValueError(
                 f"{place}.data.columns.{role}: {objective} reads one text a row, packed with "
-                f"others: leave {role} out, or write both texts "
-                "into one column"
+                f"others: leave {role} out, or write both texts into one column"
             )
 
 

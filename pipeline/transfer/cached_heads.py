@@ -514,11 +514,11 @@ def _predicted(stack: HeadStack, rows: Part, train: Train) -> list[Predictions]:
 def _alone(head: Objective, rows: Part, train: Train) -> Predictions:
     """Predictions of one head, with what it alone has fitted on the validation rows."""
     head = head.to(rows[0].device).eval()
-    with loop.autocast(train, rows[0].device):
-        found = head.head_predict(
-            rows[0], Batch(np.zeros(len(rows[0]), dtype=np.int64), torch.zeros(0), rows[1])
-        )
-    assert found is not None
+    assert isinstance(head, CachedHead)
+    features, tensors = rows
+    ids = np.zeros(len(features), dtype=np.int64)
+    with loop.autocast(train, features.device):
+        found = head.head_predict(features, Batch(ids, torch.zeros(0), tensors))
     return {name: tensor.cpu().numpy() for name, tensor in found.items()}
 
 

@@ -111,7 +111,8 @@ def score(
     """
     data = shared.targets[target, base_key]
     objective = registry.get("objective", data.objective.name)
-    if not has_classes(objective):
+    lacks_labels = "label" in objective.roles and data.labels is None
+    if not has_classes(objective) or lacks_labels:
         raise ValueError(
             f"targets.{target}: scores need labels, the objective {data.objective.name} has none"
         )

@@ -246,8 +246,8 @@ def _check_labels(
     for start in range(0, len(table), CHECKED_ROWS):
         objective.encode(table.slice(start, CHECKED_ROWS), columns, state)
     if split == "test" and isinstance(objective, ChecksTestRows):
-        options = objective.options_class(**spec.objective.options)
-        objective.check_test(options, table, columns, state)
+        options = registry.get("objective", spec.objective.name).options_class
+        objective.check_test(options(**spec.objective.options), table, columns, state)
 
 
 def _for_targets(objective: type[Objective]) -> bool:

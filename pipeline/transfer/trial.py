@@ -451,7 +451,7 @@ def predict_test(
     if is_calibrated(objective):
         batches = _batches(data.validation, ranks)
         mine = evaluate.predictions(task, batches, ready, ranks, autocast())
-        mine = evaluate.Postprocessor(data.validation)(objective, mine)
+        mine = evaluate.Postprocessor(data.validation)(task.objective, mine)
         objective.calibrate(evaluate.gather_predictions(mine, ranks))
     inputs = partial(streams.test_inputs, data.test, ready, ranks, EVAL_ROWS)
     task = technique.at_test(task, inputs)
