@@ -141,7 +141,7 @@ def test_a_target_reads_every_field_of_data_and_train(paths, tmp_path, technique
                 if technique == "linear_probe"
                 else [trial.run(one, shared)]
             )
-            assert records[0]["status"] == "done"
+            assert records[0].status == "done"
     assert set(Data.model_fields) - seen[Data] == set()
     assert set(Train.model_fields) - seen[Train] == set()
 
