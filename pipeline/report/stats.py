@@ -494,7 +494,7 @@ def _resample(
         units = np.stack([np.bincount(member, column) for column in units.T], axis=1)
     totals = _totals(units, draws, rng).reshape(-1, len(runs), 2)
     counted = totals[..., 1] != 0
-    ratios: np.ndarray = np.full(counted.shape, np.nan)
+    ratios = np.full(totals.shape[:-1], np.nan)
     np.divide(totals[..., 0], totals[..., 1], out=ratios, where=counted)
     if metric.final is not float:
         finite: list[float] = ratios[counted].tolist()
