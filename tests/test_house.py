@@ -277,6 +277,16 @@ def test_at_most_four_modules_stand_at_the_root():
     assert len(list((ROOT / "pipeline").glob("*.py"))) <= 4
 
 
+def test_contracts_have_at_most_twelve_members():
+    for module in NAMES:
+        if module.startswith("pipeline.core.contracts"):
+            for node in tree(module).body:
+                if isinstance(node, ast.ClassDef):
+                    kinds = (ast.FunctionDef, ast.AnnAssign, ast.Assign)
+                    members = [member for member in node.body if isinstance(member, kinds)]
+                    assert len(members) <= 12, f"{node.name} has {len(members)} members"
+
+
 @EACH
 def test_classes_are_asked_for_in_their_own_folder_only(module):
     """Elsewhere a protocol is asked for, so that a class of somebody else's can have it."""

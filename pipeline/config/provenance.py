@@ -68,8 +68,10 @@ MAKES_NO_NUMBERS = frozenset(
         "pipeline.io.heartbeat",
         "pipeline.io.signals",
         "pipeline.transfer.leaks",
-        # tells of results that are there
+        # describes results that are there
+        "pipeline.report.results",
         "pipeline.report.subgroups",
+        "pipeline.report.trial_record",
         "pipeline.train.resume_history",
         # reads other people's checkpoints: counted for the sources that start from one
         "pipeline.checkpoints.pretrained",

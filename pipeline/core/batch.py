@@ -58,7 +58,8 @@ class Batch:
         out = np.empty(len(self), dtype=np.int64)
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             out[part] = np.roll(part, -1)
-        return torch.from_numpy(out).to(self.keys.device)  # pyright: ignore[reportUnknownMemberType]
+        other = torch.from_numpy(out)  # pyright: ignore[reportUnknownMemberType]
+        return other.to(self.keys.device)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
