@@ -1,8 +1,7 @@
-"""A report as blocks, written twice: as Markdown and as one HTML page that needs no network and no
-script.
+"""The blocks of a report, and how they are written as Markdown and as HTML.
 
-Text is escaped here and nowhere else: blocks hold plain text, and figures hold SVG made by
-``transfer.plots``.
+The HTML page has no script and loads nothing from the network. Text is escaped in this module
+only: blocks hold plain text, and figures hold SVG from ``pipeline.report.plots``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 MARKS = {"wins": "▲", "loses": "▼", "not shown": "○", "too few to tell": "?"}
-"""Verdicts are told by sign and word, never by colour alone."""
+"""The sign of each verdict. A verdict is shown by its sign and its word, never by colour alone."""
 DASH = "–"
 
 
@@ -28,7 +27,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """``kind``: "" or "lead" or "note" or "warning"."""
+    """A paragraph. ``kind`` is "", "lead", "note" or "warning"."""
 
     text: str
     kind: str = ""
@@ -46,8 +45,9 @@ class Code:
 
 @dataclass(frozen=True)
 class Value:
-    """A table cell of one or more lines, the first one prominent; ``tone`` colours the last (a
-    verdict).
+    """A table cell of one or more lines. The first line is prominent.
+
+    ``tone`` is a verdict, which gives the last line its colour.
     """
 
     lines: tuple[str, ...]
@@ -56,7 +56,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Table:
-    """``text_columns`` leading columns are text, the others numbers."""
+    """A table. The first ``text_columns`` columns hold text, the others numbers."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str | Value]]
@@ -64,9 +64,10 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Heat:
-    """A table of shares between 0 and 1, shown in per cent and shaded by them; ``names`` are the
-    rows' names.
+class Heatmap:
+    """A table of shares from 0 to 1, shown in per cent. A larger share has a darker cell.
+
+    ``names`` are the names of the rows, ``corner`` is the header above them.
     """
 
     corner: str
@@ -78,54 +79,61 @@ class Heat:
 
 @dataclass(frozen=True)
 class KeyFigures:
-    """Numbers to see first: (number, what, tone)."""
+    """The most important numbers of the report, as (number, label, tone)."""
 
     items: Sequence[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """``instead``: what Markdown shows, where there is no figure."""
+    """An SVG figure. Markdown cannot show it and has the ``fallback`` block in its place."""
 
     svg: str
     caption: str = ""
-    instead: Block | None = None
+    fallback: Block | None = None
 
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks behind a title: folded in HTML, plain in Markdown."""
+    """Blocks below a title that are folded in HTML and always open in Markdown."""
 
     title: str
     blocks: Sequence[Block] = field(default_factory=tuple)
 
 
-Block = Heading | Text | Bullets | Code | Table | Heat | KeyFigures | Figure | Details
+Block = Heading | Text | Bullets | Code | Table | Heatmap | KeyFigures | Figure | Details
 
 
 # ---------------------------------------------------------------- numbers
 
 
-def places(intervals: Iterable[tuple[float | None, float | None]]) -> int:
-    """Decimals that show two digits of a typical interval's half width."""
+def decimal_places(intervals: Iterable[tuple[float | None, float | None]]) -> int:
+    """Return how many decimals show two digits of the median interval's half width."""
     widths = [
         high - low for low, high in intervals if low is not None and high is not None and high > low
     ]
     return min(6, max(0, math.ceil(-math.log10(median(widths) / 2)) + 1)) if widths else 3
 
 
-def spread(
-    middle: float | None, low: float | None, high: float | None, places: int, sign: str = ""
+def format_interval(
+    middle: float | None, low: float | None, high: float | None, decimals: int, sign: str = ""
 ) -> str:
+    """Return "middle [low, high]" with so many decimals, without bounds where they are missing.
+
+    ``sign`` is "+" to show the sign of positive numbers too.
+    """
     if middle is None:
         return DASH
     bounds = (
-        "" if low is None or high is None else f" [{low:{sign}.{places}f}, {high:{sign}.{places}f}]"
+        ""
+        if low is None or high is None
+        else f" [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]"
     )
-    return f"{middle:{sign}.{places}f}{bounds}"
+    return f"{middle:{sign}.{decimals}f}{bounds}"
 
 
-def percent(share: float) -> str:
+def format_percent(share: float) -> str:
+    """Return a share from 0 to 1 as whole per cent, "<1" or "·" for zero."""
     return "·" if share == 0 else "<1" if share < 0.005 else f"{100 * share:.0f}"
 
 
@@ -133,16 +141,19 @@ def percent(share: float) -> str:
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
+    """Return the whole report as Markdown."""
     return (
-        f"# {_md(title)}\n\n"
-        + "\n\n".join(text for block in blocks if (text := _md_block(block)))
+        f"# {_escape_markdown(title)}\n\n"
+        + "\n\n".join(text for block in blocks if (text := _block_as_markdown(block)))
         + "\n"
     )
 
 
-def _md(text: str) -> str:
-    """Plain text in one line of Markdown. What means nothing where it stands is left: underscores
-    in words, lone brackets.
+def _escape_markdown(text: str) -> str:
+    """Return plain text as one line of Markdown, escaped.
+
+    Characters without a meaning at their position are not escaped, such as an underscore inside a
+    word or a bracket alone.
     """
     text = " ".join(str(text).split())
     text = re.sub(
@@ -151,9 +162,11 @@ def _md(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _md_cell(value: str | Value) -> str:
+def _cell_as_markdown(value: str | Value) -> str:
     return (
-        "<br>".join(_md(line) for line in value.lines) if isinstance(value, Value) else _md(value)
+        "<br>".join(_escape_markdown(line) for line in value.lines)
+        if isinstance(value, Value)
+        else _escape_markdown(value)
     )
 
 
@@ -162,48 +175,55 @@ def _fence(text: str) -> str:
     return f"{ticks}\n{text.strip(chr(10))}\n{ticks}"
 
 
-def _md_block(block: Block) -> str:
+def _block_as_markdown(block: Block) -> str:
     if isinstance(block, Heading):
-        return f"{'#' * block.level} {_md(block.text)}"
+        return f"{'#' * block.level} {_escape_markdown(block.text)}"
     if isinstance(block, Text):
-        return f"> {_md(block.text)}" if block.kind in ("note", "warning") else _md(block.text)
+        return (
+            f"> {_escape_markdown(block.text)}"
+            if block.kind in ("note", "warning")
+            else _escape_markdown(block.text)
+        )
     if isinstance(block, Bullets):
-        return "\n".join(f"- {_md(item)}" for item in block.items)
+        return "\n".join(f"- {_escape_markdown(item)}" for item in block.items)
     if isinstance(block, Code):
         return _fence(block.text)
     if isinstance(block, KeyFigures):
-        return " · ".join(f"**{_md(number)}** {_md(what)}" for number, what, _ in block.items)
+        return " · ".join(
+            f"**{_escape_markdown(number)}** {_escape_markdown(what)}"
+            for number, what, _ in block.items
+        )
     if isinstance(block, Table):
         rule = [":--" if i < block.text_columns else "--:" for i in range(len(block.header))]
         lines = [
-            [_md(name) for name in block.header],
+            [_escape_markdown(name) for name in block.header],
             rule,
-            *([_md_cell(value) for value in row] for row in block.rows),
+            *([_cell_as_markdown(value) for value in row] for row in block.rows),
         ]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    if isinstance(block, Heat):
+    if isinstance(block, Heatmap):
         body = [
-            [name, *map(percent, line)]
+            [name, *map(format_percent, line)]
             for name, line in zip(block.names, block.shares, strict=True)
         ]
-        return _md_block(Table([block.corner, *block.header], body)) + (
-            f"\n\n_{_md(block.caption)}_" if block.caption else ""
+        return _block_as_markdown(Table([block.corner, *block.header], body)) + (
+            f"\n\n_{_escape_markdown(block.caption)}_" if block.caption else ""
         )
     if isinstance(block, Details):
-        inner = "\n\n".join(text for part in block.blocks if (text := _md_block(part)))
-        return f"**{_md(block.title)}**\n\n{inner}" if inner else ""
+        inner = "\n\n".join(text for part in block.blocks if (text := _block_as_markdown(part)))
+        return f"**{_escape_markdown(block.title)}**\n\n{inner}" if inner else ""
     return (
-        _md_block(block.instead)
-        if block.instead
-        else f"_{_md(block.caption)} Figure in report.html._"
+        _block_as_markdown(block.fallback)
+        if block.fallback
+        else f"_{_escape_markdown(block.caption)} Figure in report.html._"
     )
 
 
 # ---------------------------------------------------------------- HTML
 
 
-def page(title: str, eyebrow: str, blocks: Sequence[Block]) -> str:
-    """The whole page. It has no script, and loads nothing."""
+def html_page(title: str, eyebrow: str, blocks: Sequence[Block]) -> str:
+    """Return the whole report as an HTML page, without a script and without anything to load."""
     body = "\n".join(_html_block(block) for block in blocks)
     return f"""<!doctype html>
 <html lang="en">
@@ -211,14 +231,14 @@ def page(title: str, eyebrow: str, blocks: Sequence[Block]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{_h(eyebrow)}</title>
+<title>{_escape_html(eyebrow)}</title>
 <style>
 {_style()}</style>
 </head>
 <body>
 <main>
-<header><p class="eyebrow">{_h(eyebrow)}</p>
-<h1>{_h(title)}</h1></header>
+<header><p class="eyebrow">{_escape_html(eyebrow)}</p>
+<h1>{_escape_html(title)}</h1></header>
 {body}
 </main>
 </body>
@@ -226,26 +246,26 @@ def page(title: str, eyebrow: str, blocks: Sequence[Block]) -> str:
 """
 
 
-def _h(text: str) -> str:
+def _escape_html(text: str) -> str:
     return html.escape(str(text), quote=True)
 
 
-def typographic(text: str) -> str:
-    """A number as HTML shows it: with a minus sign for the hyphen."""
+def with_minus_sign(text: str) -> str:
+    """Return the text with a minus sign in place of the hyphen of each negative number."""
     return re.sub(r"(?<![\w.])-(?=\d)", "\u2212", text)
 
 
 def _html_cell(value: str | Value) -> str:
     if not isinstance(value, Value):
-        return _h(typographic(value))
-    first, *rest = (_h(typographic(line)) for line in value.lines)
-    tones = [""] * (len(rest) - 1) + [f" {_slug(value.tone)}"] if rest else []
+        return _escape_html(with_minus_sign(value))
+    first, *rest = (_escape_html(with_minus_sign(line)) for line in value.lines)
+    tones = [""] * (len(rest) - 1) + [f" {_css_class(value.tone)}"] if rest else []
     return f"<b>{first}</b>" + "".join(
         f'<span class="sub{tone}">{line}</span>' for line, tone in zip(rest, tones, strict=True)
     )
 
 
-def _slug(tone: str) -> str:
+def _css_class(tone: str) -> str:
     return re.sub(r"[^a-z]+", "-", tone.lower()).strip("-")
 
 
@@ -253,7 +273,9 @@ def _html_table(table: Table) -> str:
     def tag(i: int, name: str, inner: str, scope: str = "") -> str:
         return f"<{name}{scope}{'' if i < table.text_columns else ' class=n'}>{inner}</{name}>"
 
-    head = "".join(tag(i, "th", _h(name), ' scope="col"') for i, name in enumerate(table.header))
+    head = "".join(
+        tag(i, "th", _escape_html(name), ' scope="col"') for i, name in enumerate(table.header)
+    )
     rows = [
         "".join(tag(i, "td", _html_cell(value)) for i, value in enumerate(row))
         for row in table.rows
@@ -266,24 +288,25 @@ def _html_table(table: Table) -> str:
     )
 
 
-def _html_heat(heat: Heat) -> str:
-    head = f'<th scope="col">{_h(heat.corner)}</th>' + "".join(
-        f'<th scope="col" class=n>{_h(name)}</th>' for name in heat.header
+def _html_heatmap(heatmap: Heatmap) -> str:
+    head = f'<th scope="col">{_escape_html(heatmap.corner)}</th>' + "".join(
+        f'<th scope="col" class=n>{_escape_html(name)}</th>' for name in heatmap.header
     )
     # 55 % at most: ink stays readable on it in light and dark
     shade = "background:color-mix(in srgb,var(--s0) {:.0f}%,transparent)"
     lines = [
         "".join(
-            f'<td class=n style="{shade.format(55 * share)}">{_h(percent(share))}</td>'
+            f'<td class=n style="{shade.format(55 * share)}">'
+            f"{_escape_html(format_percent(share))}</td>"
             for share in line
         )
-        for line in heat.shares
+        for line in heatmap.shares
     ]
     body = "\n".join(
-        f'<tr><th scope="row">{_h(name)}</th>{line}</tr>'
-        for name, line in zip(heat.names, lines, strict=True)
+        f'<tr><th scope="row">{_escape_html(name)}</th>{line}</tr>'
+        for name, line in zip(heatmap.names, lines, strict=True)
     )
-    caption = f"<figcaption>{_h(heat.caption)}</figcaption>" if heat.caption else ""
+    caption = f"<figcaption>{_escape_html(heatmap.caption)}</figcaption>" if heatmap.caption else ""
     return (
         '<figure><div class="scroll" tabindex="0"><table '
         f'class="heat">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
@@ -293,31 +316,32 @@ def _html_heat(heat: Heat) -> str:
 
 def _html_block(block: Block) -> str:
     if isinstance(block, Heading):
-        return f"<h{block.level}>{_h(block.text)}</h{block.level}>"
+        return f"<h{block.level}>{_escape_html(block.text)}</h{block.level}>"
     if isinstance(block, Text):
         return (
-            f'<p class="{_slug(block.kind)}">{_h(block.text)}</p>'
+            f'<p class="{_css_class(block.kind)}">{_escape_html(block.text)}</p>'
             if block.kind
-            else f"<p>{_h(block.text)}</p>"
+            else f"<p>{_escape_html(block.text)}</p>"
         )
     if isinstance(block, Bullets):
-        return "<ul>" + "".join(f"<li>{_h(item)}</li>" for item in block.items) + "</ul>"
+        return "<ul>" + "".join(f"<li>{_escape_html(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Code):
-        return f"<pre>{_h(block.text.strip(chr(10)))}</pre>"
+        return f"<pre>{_escape_html(block.text.strip(chr(10)))}</pre>"
     if isinstance(block, Table):
         return _html_table(block)
-    if isinstance(block, Heat):
-        return _html_heat(block)
+    if isinstance(block, Heatmap):
+        return _html_heatmap(block)
     if isinstance(block, KeyFigures):
         items = (
-            f'<div class="{_slug(tone)}"><dd>{_h(number)}</dd><dt>{_h(what)}</dt></div>'
+            f'<div class="{_css_class(tone)}"><dd>{_escape_html(number)}</dd>'
+            f"<dt>{_escape_html(what)}</dt></div>"
             for number, what, tone in block.items
         )
         return f'<dl class="tally">{"".join(items)}</dl>'
     if isinstance(block, Details):
         inner = "\n".join(_html_block(part) for part in block.blocks)
-        return f"<details><summary>{_h(block.title)}</summary>\n{inner}\n</details>"
-    caption = f"<figcaption>{_h(block.caption)}</figcaption>" if block.caption else ""
+        return f"<details><summary>{_escape_html(block.title)}</summary>\n{inner}\n</details>"
+    caption = f"<figcaption>{_escape_html(block.caption)}</figcaption>" if block.caption else ""
     return f'<figure><div class="scroll" tabindex="0">{block.svg}</div>{caption}</figure>'
 
 

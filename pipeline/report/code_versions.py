@@ -20,7 +20,7 @@ MIXED = "compares trials of different code or versions"
 SIGNS = {OTHER: "†", MIXED: "‡"}
 """How a cell is marked, in words and by a sign."""
 NOT_RECORDED = "not recorded"
-MOST_REASONS = 4
+MAX_REASONS = 4
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def describe_changes(trial_provenance: Mapping[str, TrialProvenance]) -> list[st
 
 
 def _short(changes: Sequence[str]) -> str:
-    more = f" and {len(changes) - MOST_REASONS} more" if len(changes) > MOST_REASONS else ""
-    return ", ".join(changes[:MOST_REASONS]) + more
+    more = f" and {len(changes) - MAX_REASONS} more" if len(changes) > MAX_REASONS else ""
+    return ", ".join(changes[:MAX_REASONS]) + more
 
 
 def _trials(count: int) -> str:

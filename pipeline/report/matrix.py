@@ -42,7 +42,7 @@ WINS, LOSES, NOT_SHOWN, TOO_FEW = "wins", "loses", "not shown", "too few to tell
 REFERENCE, FAILED, UNCOMPARED = "reference", "failed", "not compared"
 COMPARED = (WINS, LOSES, NOT_SHOWN)
 """Verdicts of a comparison that was made; these are what Holm's correction counts."""
-LEAST_SEEDS = 2
+MIN_SEEDS = 2
 """Paired seeds below which nothing is a win or a loss: one says nothing of the spread between
 seeds. In comparisons without any true difference one seed gave 19 % (seed deviation .01) to 50 %
 (.02) wins and losses.
@@ -453,7 +453,7 @@ def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> 
     """The verdict on a gain from its interval, the paired seeds, and whether there are enough test
     units.
     """
-    if low is None or high is None or seeds < LEAST_SEEDS:
+    if low is None or high is None or seeds < MIN_SEEDS:
         return UNCOMPARED
     if not enough:
         return TOO_FEW

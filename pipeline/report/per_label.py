@@ -1,5 +1,7 @@
-"""What the report says of single classes and labels: the confusion matrix of a target's best cell,
-and its labels or types of entities one by one.
+"""Report blocks on single classes and labels.
+
+For the best cell of a target they show the confusion matrix, or the metrics of each label or entity
+type, and for two classes all metrics and the calibration.
 """
 
 from __future__ import annotations
@@ -18,33 +20,37 @@ from pipeline.report.blocks import (
     Block,
     Figure,
     Heading,
-    Heat,
+    Heatmap,
     Table,
     Text,
     Value,
-    places,
-    spread,
+    decimal_places,
+    format_interval,
 )
 from pipeline.report.matrix import REFERENCE, SCRATCH, Cell, verdict
 from pipeline.report.plots import cell_label, reliability
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
-MOST_CLASSES = 20
-"""A confusion matrix of more classes is not readable: then the commonest confusions are listed."""
-MOST_PAIRS = 10
-MOST_LABELS = 60
+MAX_CLASSES = 20
+"""Above this number of classes the most frequent confusions are listed instead of the matrix, which
+would not be readable.
+"""
+MAX_PAIRS = 10
+MAX_LABELS = 60
 
 SIGNS = (
-    " ▲ wins, ▼ loses, ○ not shown, ? too few test units to tell, not corrected for their number."
+    " ▲ wins, ▼ loses, ○ not shown, ? too few test units for a verdict; not corrected for the "
+    "number of comparisons."
 )
-"""Said of tables of gains beside the job's own."""
+"""Explanation of the signs in tables of gains other than the job's main one."""
 
 
 @dataclass(frozen=True)
 class LabelKind:
-    """What is told one by one: labels of rows, or types of entities. ``measures``: metrics of one,
-    and how the table calls them.
+    """The texts and metrics of a table with a line for each label of the rows or each entity type.
+
+    ``measures`` are pairs (metric of a single label, its name in the table).
     """
 
     heading: str
@@ -69,40 +75,53 @@ TYPES = LabelKind("Type by type", "Type", "Test entities", "types", (("entity_f1
 def blocks(
     target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[Block]:
-    """Of the best finished cell of a target (by its primary metric; labels: the best with a source,
-    beside scratch). Nothing where the test predictions are not at hand or have no classes.
+    """Return the blocks on classes or labels of a target's best finished cell.
 
-    done: cells of the target with a mean. rows: results rows, of any target.
+    The best cell has the best mean of the primary metric. For labels and entity types it is the
+    best cell with a source, compared with scratch.
+
+    Args:
+        target: Name of the target.
+        done: Cells of the target that have a mean.
+        rows: Results rows, of any target.
+        runs: Trial id to test predictions.
+
+    Returns:
+        No block where test predictions are missing or have no classes.
     """
     shown = [(cell, found) for cell in done if (found := runs_of(cell, rows, runs))]
     if not shown:
         return []
     best, ours = _best(shown)
-    if all(_two(run) for run in ours):
+    if all(_has_two_classes(run) for run in ours):
         return [
             *two_classes(target, done, rows, runs),
-            *(_confusion(target, best, ours) if all(_classes(run) for run in ours) else []),
+            *(_confusion(target, best, ours) if all(_has_classes(run) for run in ours) else []),
         ]
-    if all(_classes(run) for run in ours):
+    if all(_has_classes(run) for run in ours):
         return _confusion(target, best, ours)
     kind = next(
         (
             kind
-            for kind, has in ((LABELS, _label_sets), (TYPES, _type_counts))
-            if all(has(run) for run in ours)
+            for kind, applies in ((LABELS, _has_label_sets), (TYPES, _has_type_counts))
+            if all(applies(run) for run in ours)
         ),
         None,
     )
-    picked_one = best_cell(done, rows, runs)
-    return _each(kind, target, *picked_one) if kind is not None and picked_one is not None else []
+    compared = best_cell(done, rows, runs)
+    if kind is None or compared is None:
+        return []
+    return _label_table(kind, target, *compared)
 
 
 def best_cell(
     done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> tuple[Cell, list[RunPredictions], list[RunPredictions]] | None:
-    """The best finished cell with a source (without one the best of all), its runs, and those of
-    scratch with the same backbone and labels ([] for scratch itself). None where no test
-    predictions are at hand.
+    """Return the best finished cell with its runs and the runs of its scratch network.
+
+    The best cell is taken from those with a source, or from all where there is none. The scratch
+    network has the same backbone and labels; its list is empty where the best cell is scratch.
+    Returns None where there are no test predictions.
     """
     shown = [(cell, found) for cell in done if (found := runs_of(cell, rows, runs))]
     if not shown:
@@ -133,7 +152,7 @@ def _best(shown: list[tuple[Cell, list[RunPredictions]]]) -> tuple[Cell, list[Ru
 def runs_of(
     cell: Cell, rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[RunPredictions]:
-    """Test predictions of a cell's seeds."""
+    """Return the test predictions of a cell, one run for each seed."""
     ids = dict.fromkeys(
         row.trial_id
         for row in rows
@@ -145,11 +164,11 @@ def runs_of(
         and row.label_fraction == cell.label_fraction
         and results.technique(row) == cell.technique
     )
-    return [runs[one] for one in ids if one in runs]
+    return [runs[trial_id] for trial_id in ids if trial_id in runs]
 
 
-def _two(run: RunPredictions) -> bool:
-    """Two classes, of each row or at each of its positions."""
+def _has_two_classes(run: RunPredictions) -> bool:
+    """Return whether there are two classes, for each row or for each position of a row."""
     p = run.predictions
     return (
         {"scores", "label"} <= set(p)
@@ -158,7 +177,7 @@ def _two(run: RunPredictions) -> bool:
     )
 
 
-def _classes(run: RunPredictions) -> bool:
+def _has_classes(run: RunPredictions) -> bool:
     p = run.predictions
     return (
         {"scores", "label"} <= set(p)
@@ -168,7 +187,7 @@ def _classes(run: RunPredictions) -> bool:
     )
 
 
-def _label_sets(run: RunPredictions) -> bool:
+def _has_label_sets(run: RunPredictions) -> bool:
     p = run.predictions
     return {"scores", "labels"} <= set(p) and p["scores"].shape == p["labels"].shape == (
         len(run.rows),
@@ -176,7 +195,7 @@ def _label_sets(run: RunPredictions) -> bool:
     )
 
 
-def _type_counts(run: RunPredictions) -> bool:
+def _has_type_counts(run: RunPredictions) -> bool:
     p = run.predictions
     return {"hits", "guessed", "actual"} <= set(p) and p["hits"].shape == p["actual"].shape == (
         len(run.rows),
@@ -200,7 +219,7 @@ def _confusion(target: str, cell: Cell, runs: list[RunPredictions]) -> list[Bloc
     sizes = counts.sum(1)
     shares = counts / np.maximum(sizes[:, None], 1)
     whose = f"{target}: {cell_label(cell)} of labels, {_seeds(len(runs))}"
-    if len(names) <= MOST_CLASSES:
+    if len(names) <= MAX_CLASSES:
         each = [f"{name} ({size // len(runs):,})" for name, size in zip(names, sizes, strict=True)]
         caption = (
             f"{whose}. Per cent of the test rows of each true class (how many there are) that were "
@@ -208,12 +227,14 @@ def _confusion(target: str, cell: Cell, runs: list[RunPredictions]) -> list[Bloc
         )
         return [
             Heading("Confusion matrix", 3),
-            Heat("True class", [_short(name) for name in names], each, shares.tolist(), caption),
+            Heatmap(
+                "True class", [_truncate(name) for name in names], each, shares.tolist(), caption
+            ),
         ]
     wrong = np.where(np.eye(len(names), dtype=bool), 0, counts)
     pairs = [
         divmod(int(flat), len(names))
-        for flat in np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
+        for flat in np.argsort(-wrong, axis=None, kind="stable")[:MAX_PAIRS]
     ]
     body = [
         [names[i], names[j], f"{counts[i, j] / len(runs):,.1f}", f"{100 * shares[i, j]:.1f} %"]
@@ -235,8 +256,9 @@ def _confusion(target: str, cell: Cell, runs: list[RunPredictions]) -> list[Bloc
 def two_classes(
     target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[Block]:
-    """Every metric of the best cell with a source beside scratch, and whether their probabilities
-    came true (a reliability diagram).
+    """Return all metrics of the best cell with a source and of scratch, and a reliability diagram.
+
+    The positions of a row count as rows of their own where each has a class.
     """
     found = best_cell(done, rows, runs)
     if found is None:
@@ -253,20 +275,22 @@ def two_classes(
     names = [
         name
         for name in ids
-        if catalog.find(name) and all(_has(name, run) for run in (*ours, *scratch))
+        if catalog.find(name) and all(_can_compute(name, run) for run in (*ours, *scratch))
     ]
     paired = bool({run.seed for run in ours} & {run.seed for run in scratch})
     body: list[list[str | Value]] = []
     for name in names:
-        of = catalog.metric(name)
-        means = [stats.mean_interval(of, side) for side in ((ours, scratch) if paired else (ours,))]
-        gain = stats.compare(of, ours, scratch) if paired else None
+        metric = catalog.metric(name)
+        means = [
+            stats.mean_interval(metric, side) for side in ((ours, scratch) if paired else (ours,))
+        ]
+        gain = stats.compare(metric, ours, scratch) if paired else None
         bounds = [(low, high) for _, low, high in means] + ([(gain.low, gain.high)] if gain else [])
-        digits = places(bounds)
+        digits = decimal_places(bounds)
         enough = all(stats.evidence(run).enough for run in (*ours, *scratch))
         line: list[str | Value] = [
-            f"{name} {'↑' if of.higher_is_better else '↓'}",
-            *(estimate(one, digits) for one in means),
+            f"{name} {'↑' if metric.higher_is_better else '↓'}",
+            *(estimate(mean, digits) for mean in means),
         ]
         body.append([*line, *([gain_estimate(gain, digits, enough)] if gain else [])])
     said = (
@@ -287,15 +311,18 @@ def two_classes(
     return out + _reliability(target, best, ours, scratch if paired else [])
 
 
-def _has(name: str, run: RunPredictions) -> bool:
+def _can_compute(name: str, run: RunPredictions) -> bool:
+    """Return whether the run has a decision threshold, for the metrics that need one."""
     return not name.endswith("_at_threshold") or "threshold" in run.predictions
 
 
 def _reliability(
     target: str, cell: Cell, ours: list[RunPredictions], scratch: list[RunPredictions]
 ) -> list[Block]:
-    """Of bins with equally many predictions, so many that each has at least 20 groups or rows:
-    nothing of single ones can be read from it.
+    """Return the reliability diagram of a cell and its scratch network.
+
+    Bins hold equally many predictions, and each holds at least 20 groups or rows, so that nothing
+    about a single patient or row can be read from it.
     """
     curves: dict[str, list[tuple[float, float, int]]] = {}
     for name, side in ((cell_label(cell), ours), ("scratch", scratch)):
@@ -322,43 +349,44 @@ def _reliability(
             ),
             default=1,
         )
-        said, true = (
+        predicted, observed = (
             (np.concatenate(parts) for parts in zip(*pairs, strict=True))
             if pairs
             else (np.zeros(0), np.zeros(0))
         )
-        if points := calibration.reliability(said, true, least=20 * most * max(len(side), 1)):
+        least = 20 * most * max(len(side), 1)
+        if points := calibration.reliability(predicted, observed, least=least):
             curves[name] = points
     if not curves:
         return []
     listed = [
-        [name, f"{100 * said:.3g} %", f"{100 * true:.3g} %", f"{n:,}"]
+        [name, f"{100 * predicted:.3g} %", f"{100 * observed:.3g} %", f"{n:,}"]
         for name, points in curves.items()
-        for said, true, n in points
+        for predicted, observed, n in points
     ]
     caption = (
-        f"{target}: what share of the rows were {ours[0].labels[1]}, by the probability that "
-        "was said; on the line it is the same. Bins hold equally "
-        f"many predictions, {_seeds(len(ours))}."
+        f"{target}: the share of rows that were {ours[0].labels[1]}, by the probability that was "
+        "predicted. On the line both are equal. Bins hold equally many predictions, "
+        f"{_seeds(len(ours))}."
     )
     return [
         Heading("Calibration", 3),
         Figure(
             reliability(curves, ours[0].labels[1]),
             caption,
-            Table(["Model", "Mean probability", "Came true", "Predictions"], listed),
+            Table(["Model", "Mean probability", "Observed share", "Predictions"], listed),
         ),
     ]
 
 
-def _short(name: str, most: int = 14) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+def _truncate(name: str, max_length: int = 14) -> str:
+    return name if len(name) <= max_length else name[: max_length - 1] + "…"
 
 
 # ---------------------------------------------------------------- labels and types
 
 
-def _each(
+def _label_table(
     kind: LabelKind,
     target: str,
     cell: Cell,
@@ -376,18 +404,18 @@ def _each(
     estimates: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     gains: dict[str, list[stats.Gain]] = defaultdict(list)
     paired = bool(scratch) and bool({run.seed for run in ours} & {run.seed for run in scratch})
-    for k in often[:MOST_LABELS]:
+    for k in often[:MAX_LABELS]:
         for name, _ in kind.measures:
-            each = catalog.per_label(name)
-            assert each is not None
-            of = each.of(names[k], k)
-            estimates[name].append(stats.mean_interval(of, ours))
+            per_label_metric = catalog.per_label(name)
+            assert per_label_metric is not None
+            metric = per_label_metric.of(names[k], k)
+            estimates[name].append(stats.mean_interval(metric, ours))
             if paired:
-                estimates[f"{name} scratch"].append(stats.mean_interval(of, scratch))
-                gains[name].append(stats.compare(of, ours, scratch))
-    digits = places([(low, high) for _, low, high in estimates[kind.measures[0][0]]])
+                estimates[f"{name} scratch"].append(stats.mean_interval(metric, scratch))
+                gains[name].append(stats.compare(metric, ours, scratch))
+    digits = decimal_places([(low, high) for _, low, high in estimates[kind.measures[0][0]]])
     head = [kind.first, kind.counted]
-    body: list[list[str | Value]] = [[names[k], f"{positive[k]:,}"] for k in often[:MOST_LABELS]]
+    body: list[list[str | Value]] = [[names[k], f"{positive[k]:,}"] for k in often[:MAX_LABELS]]
     for name, said in kind.measures:
         for extra in ("", " scratch") if paired else ("",):
             head.append(f"{said}{extra.replace(' scratch', ', scratch')}")
@@ -411,8 +439,8 @@ def _each(
         f" Macro averages are over the labels with at least {least} test rows." if least > 1 else ""
     )
     caption += (
-        f" The {MOST_LABELS} commonest of {len(often)} {kind.plural}; results.parquet has all."
-        if len(often) > MOST_LABELS
+        f" The {MAX_LABELS} commonest of {len(often)} {kind.plural}; results.parquet has all."
+        if len(often) > MAX_LABELS
         else ""
     )
     caption += SIGNS if paired else ""
@@ -424,38 +452,41 @@ def _plural(seeds: int) -> str:
 
 
 def _enough_of_label(kind: LabelKind, run: RunPredictions, column: int) -> bool:
-    """Whether a verdict can be given on one label: enough test units on its rarer side, or with an
-    entity of its type.
+    """Return whether there are enough test units for a verdict on one label or entity type.
+
+    Counted are the units with the label or those without it, whichever are fewer; for an entity
+    type the units that have such an entity.
     """
     if kind is LABELS:
         return (
             stats.rarer_side(run.predictions["labels"][:, column] > 0, run.groups)
-            >= stats.LEAST_RARER_UNITS
+            >= stats.MIN_RARER_UNITS
         )
     return (
-        stats.count_units(run.predictions["actual"][:, column] > 0, run.groups) >= stats.LEAST_UNITS
+        stats.count_units(run.predictions["actual"][:, column] > 0, run.groups) >= stats.MIN_UNITS
     )
 
 
 def estimate(found: tuple[float, float, float], digits: int) -> Value | str:
-    """A table cell of (middle, low, high), the interval below."""
+    """Return a table cell of (middle, low, high) with the interval on its second line."""
     middle, low, high = (None if np.isnan(v) else v for v in found)
-    return DASH if middle is None else _lines(spread(middle, low, high, digits))
+    return DASH if middle is None else _lines(format_interval(middle, low, high, digits))
 
 
 def gain_estimate(gain: stats.Gain, digits: int, enough: bool) -> Value | str:
-    """A table cell of a gain with its verdict, which needs ``enough`` test units and two paired
-    seeds.
+    """Return a table cell of a gain with its verdict.
+
+    A win or a loss needs ``enough`` test units and two paired seeds.
     """
     middle, low, high = (None if np.isnan(v) else v for v in (gain.value, gain.low, gain.high))
     if middle is None:
         return DASH
     word = verdict(low, high, gain.seeds, enough)
-    return _lines(spread(middle, low, high, digits, "+"), MARKS.get(word, ""), word)
+    return _lines(format_interval(middle, low, high, digits, "+"), MARKS.get(word, ""), word)
 
 
 def _lines(text: str, mark: str = "", tone: str = "") -> Value:
-    """A value and, below it, its interval with its verdict's mark."""
+    """Return a table cell: the value, and below it the interval and the sign of the verdict."""
     first, _, bounds = text.partition(" ")
     second = f"{bounds} {mark}".strip()
     return Value((first, second) if second else (first,), tone)

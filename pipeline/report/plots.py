@@ -1,8 +1,8 @@
-"""The report's figures, as SVG to stand inside the page: its fonts and its light and dark colours,
-no outside reference.
+"""The figures of the report, as SVG elements of the HTML page.
 
-matplotlib draws with placeholder colours, which are then replaced by the page's CSS variables
-(``--ink``, ``--s0`` ...).
+They have the page's fonts and its light and dark colours, and refer to no other file. matplotlib
+draws with placeholder colours, which are then replaced by the CSS variables of the page (``--ink``,
+``--s0`` ...).
 """
 
 from __future__ import annotations
@@ -51,23 +51,24 @@ _WIDTH = 8.0  # inches; 576 units of the page's 58 rem, so 9 pt is about 14 px t
 def forest(
     cells: Sequence[Cell], title: str, limits: tuple[float, float], label_inches: float
 ) -> str:
-    """Gains with their intervals and the zero line, one line a cell; the same ``limits`` and label
-    width align several of them.
+    """Draw the gain of each cell with its interval on one line, and the zero line.
+
+    Figures with the same ``limits`` of the x axis and the same label width are aligned.
     """
-    with _style():
+    with _plot_settings():
         height = 0.75 + 0.235 * len(cells)
         figure, (axes,) = _figure(height)
         figure.set_layout_engine("none")
         left = label_inches / _WIDTH
         axes.set_position((left, 0.45 / height, 0.985 - left, 1 - 0.75 / height))
         axes.axvline(0, color=_SOFT, linewidth=0.9, zorder=1)
-        looks = {
+        styles = {
             WINS: (_WINS, "^", _WINS),
             LOSES: (_LOSES, "v", _LOSES),
             NOT_SHOWN: (_SOFT, "o", _PAPER),
         }
         for y, cell in enumerate(cells):
-            colour, marker, fill = looks.get(cell.verdict, looks[NOT_SHOWN])
+            colour, marker, fill = styles.get(cell.verdict, styles[NOT_SHOWN])
             if cell.gain_low is not None and cell.gain_high is not None:
                 axes.plot(
                     [cell.gain_low, cell.gain_high],
@@ -100,8 +101,9 @@ def forest(
 
 
 def forest_layout(groups: dict[str, list[Cell]]) -> tuple[dict[str, tuple[float, float]], float]:
-    """x limits of each group, shared by groups of one metric, and the label width in inches that
-    fits all of them.
+    """Return the x limits of each group and the label width, in inches, that fits all groups.
+
+    Groups with the same metric have the same limits.
     """
     ends: dict[str, list[float]] = {}
     for cells in groups.values():
@@ -122,16 +124,19 @@ def forest_layout(groups: dict[str, list[Cell]]) -> tuple[dict[str, tuple[float,
 
 
 def learning(panels: dict[str, Series], metric: str) -> str:
-    """Validation metric by step, a panel for each label fraction and a line for each (source,
-    technique).
+    """Draw the validation metric by step.
+
+    There is one panel for each label fraction, and in it one line for each (source, technique).
     """
-    with _style():
+    with _plot_settings():
         names = sorted(panels, key=fraction_order)
-        across = min(len(names), 3)
-        down = math.ceil(len(names) / across)
-        keys = _keys(key for series in panels.values() for key in series)
-        entries = _entries(keys)
-        figure, grid = _figure(0.1 + 2.3 * down + _legend_inches(entries), down, across)
+        num_columns = min(len(names), 3)
+        num_rows = math.ceil(len(names) / num_columns)
+        keys = _unique_pairs(key for series in panels.values() for key in series)
+        entries = _legend_entries(keys)
+        figure, grid = _figure(
+            0.1 + 2.3 * num_rows + _legend_inches(entries), num_rows, num_columns
+        )
         for axes, name in itertools.zip_longest(grid, names):
             if name is None:
                 axes.set_visible(False)
@@ -141,7 +146,7 @@ def learning(panels: dict[str, Series], metric: str) -> str:
                     *zip(*points, strict=True),
                     marker="o" if len(points) == 1 else None,
                     markersize=4,
-                    **_look(key, keys),
+                    **_line_style(key, keys),
                 )
             axes.set_title(f"labels: {fraction_label(name)}", loc="left", fontsize=9, color=_SOFT)
             axes.grid(color=_LINE, linewidth=0.6)
@@ -152,42 +157,43 @@ def learning(panels: dict[str, Series], metric: str) -> str:
 
 
 def label_efficiency(cells: Sequence[Cell]) -> str:
-    """Test metric by number of labelled rows, a line for each (source, technique) with its
-    intervals; what was trained on none is a level line.
+    """Draw the test metric by number of labelled rows, with intervals.
+
+    There is one line for each (source, technique). It is horizontal where no row was trained on.
     """
-    with _style():
+    with _plot_settings():
         shown = [cell for cell in cells if cell.mean is not None and cell.n_train]
         untrained = [cell for cell in cells if cell.mean is not None and cell.n_train == 0]
-        keys = _keys((cell.source, cell.technique) for cell in [*shown, *untrained])
-        entries = _entries(keys)
+        keys = _unique_pairs((cell.source, cell.technique) for cell in [*shown, *untrained])
+        entries = _legend_entries(keys)
         figure, (axes,) = _figure(2.9 + _legend_inches(entries))
         sizes = {cell.label_fraction: cell.n_train or 0 for cell in shown}
         for i, key in enumerate(keys):
-            mine = sorted(
+            line_cells = sorted(
                 (cell for cell in shown if (cell.source, cell.technique) == key),
                 key=lambda cell: cell.n_train or 0,
             )
-            nudge = 1 + 0.12 / len(keys) * (
+            offset = 1 + 0.12 / len(keys) * (
                 i - (len(keys) - 1) / 2
             )  # so that intervals at one size do not cover each other
             x, y = (
-                [(cell.n_train or 0) * nudge for cell in mine],
-                [cell.mean or 0.0 for cell in mine],
+                [(cell.n_train or 0) * offset for cell in line_cells],
+                [cell.mean or 0.0 for cell in line_cells],
             )
             below = [
                 cell.mean - cell.low if cell.mean is not None and cell.low is not None else 0.0
-                for cell in mine
+                for cell in line_cells
             ]
             above = [
                 cell.high - cell.mean if cell.mean is not None and cell.high is not None else 0.0
-                for cell in mine
+                for cell in line_cells
             ]
             bars = [[max(0.0, v) for v in below], [max(0.0, v) for v in above]]
             axes.errorbar(
-                x, y, yerr=bars, marker="o", markersize=3.5, elinewidth=1, **_look(key, keys)
+                x, y, yerr=bars, marker="o", markersize=3.5, elinewidth=1, **_line_style(key, keys)
             )
         for cell in untrained:
-            axes.axhline(cell.mean or 0.0, **_look((cell.source, cell.technique), keys))
+            axes.axhline(cell.mean or 0.0, **_line_style((cell.source, cell.technique), keys))
         axes.set_xscale("log")
         ticks = sorted(set(sizes.values()))
         sizes_text = [
@@ -209,62 +215,81 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
         return _svg(figure, f"Test {shown[0].metric} by number of labels")
 
 
-def strips(rollouts: dict[str, np.ndarray]) -> str:
-    """Pictures of an episode from left to right, (F, H, W, 3) uint8, a line for each name."""
-    with _style():
-        frames = max(len(rollout_frames) for rollout_frames in rollouts.values())
-        figure, axes = _figure(1.25 * len(rollouts), len(rollouts), frames)
+def strips(episodes: dict[str, np.ndarray]) -> str:
+    """Draw frames of episodes, one line for each name, time from left to right.
+
+    Args:
+        episodes: Name to frames, (F, H, W, 3) uint8.
+    """
+    with _plot_settings():
+        frames = max(len(frames_of_episode) for frames_of_episode in episodes.values())
+        figure, axes = _figure(1.25 * len(episodes), len(episodes), frames)
         for axis in axes:
             axis.set_axis_off()
-        for line, (name, rollout_frames) in enumerate(rollouts.items()):
-            axes[line * frames].set_title(_short(name, 60), loc="left")
-            for place, picture in enumerate(rollout_frames):
+        for line, (name, frames_of_episode) in enumerate(episodes.items()):
+            axes[line * frames].set_title(_truncate(name, 60), loc="left")
+            for place, picture in enumerate(frames_of_episode):
                 axes[line * frames + place].imshow(picture)
-        return _svg(figure, f"Pictures of episodes: {', '.join(rollouts)}")
+        return _svg(figure, f"Pictures of episodes: {', '.join(episodes)}")
 
 
 def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str) -> str:
-    """What came true by the probability that was said, a line for each name: (probability, share,
-    rows) points; the first is ours, the second grey.
+    """Draw a reliability diagram: the observed share of a class by its predicted probability.
+
+    Args:
+        curves: Name to points (probability, share, rows). The first curve is in colour, the second
+            one, of scratch, is grey.
+        positive: Name of the class.
     """
-    with _style():
-        looks: list[dict[str, Any]] = [
+    with _plot_settings():
+        styles: list[dict[str, Any]] = [
             {"color": _COLOURS[0], "linewidth": 1.8},
             {"color": _SOFT, "linestyle": _DASHES[2], "linewidth": 1.8},
         ]
-        entries = [(_short(name, 48), look) for name, look in zip(curves, looks, strict=False)]
+        entries = [
+            (_truncate(name, 48), style) for name, style in zip(curves, styles, strict=False)
+        ]
         figure, (axes,) = _figure(3.4 + _legend_inches(entries))
-        most = min(
+        axis_end = min(
             1.0,
-            1.08 * max(max(said, true) for points in curves.values() for said, true, _ in points),
+            1.08
+            * max(
+                max(predicted, observed)
+                for points in curves.values()
+                for predicted, observed, _ in points
+            ),
         )
-        axes.plot([0, most], [0, most], color=_LINE, linewidth=1.2, zorder=1)
-        for points, (_, look) in zip(curves.values(), entries, strict=False):
+        axes.plot([0, axis_end], [0, axis_end], color=_LINE, linewidth=1.2, zorder=1)
+        for points, (_, style) in zip(curves.values(), entries, strict=False):
             axes.plot(
-                [said for said, _, _ in points],
-                [true for _, true, _ in points],
+                [predicted for predicted, _, _ in points],
+                [observed for _, observed, _ in points],
                 marker="o",
                 markersize=4,
-                **look,
+                **style,
             )
-        axes.set_xlim(0, most)
-        axes.set_ylim(0, most)
+        axes.set_xlim(0, axis_end)
+        axes.set_ylim(0, axis_end)
         axes.grid(color=_LINE, linewidth=0.6)
-        axes.set_xlabel(f"probability of {_short(positive, 40)} that was said")
-        axes.set_ylabel("share that came true")
+        axes.set_xlabel(f"predicted probability of {_truncate(positive, 40)}")
+        axes.set_ylabel("observed share")
         _legend(figure, entries)
-        return _svg(figure, f"Calibration: share of {positive} by the probability that was said")
+        return _svg(figure, f"Calibration: observed share of {positive} by predicted probability")
 
 
 def cell_label(cell: Cell) -> str:
+    """Return the source, technique and label fraction of a cell, shortened for a figure."""
     return (
-        f"{_short(cell.source, 24)} · {_short(cell.technique, 28)} · "
+        f"{_truncate(cell.source, 24)} · {_truncate(cell.technique, 28)} · "
         f"{fraction_label(cell.label_fraction)}"
     )
 
 
 def fraction_label(label_fraction: str) -> str:
-    """ "0.05" -> "5 %", "5/class" and "5 rows" as they are, "0 rows" -> "none"."""
+    """Return a label fraction as the report shows it.
+
+    "0.05" becomes "5 %" and "0 rows" becomes "none"; "5/class" and "5 rows" stay as they are.
+    """
     if label_fraction in ("0/class", "0 rows"):
         return "none"
     if label_fraction == "1 rows":
@@ -275,21 +300,22 @@ def fraction_label(label_fraction: str) -> str:
         return label_fraction
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _truncate(text: str, max_length: int) -> str:
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
-# ---------------------------------------------------------------- looks
+# ---------------------------------------------------------------- styles
 
 
-def _keys(found: Any) -> list[tuple[str, str]]:
-    """(source, technique) pairs, each once, scratch last."""
+def _unique_pairs(found: Any) -> list[tuple[str, str]]:
+    """Return (source, technique) pairs, each once, those of scratch last."""
     return sorted(set(found), key=lambda key: (key[0] == "none", key))
 
 
-def _look(key: tuple[str, str], keys: list[tuple[str, str]]) -> dict[str, Any]:
-    """A colour for each technique, a dash for each source; scratch is grey, and so is what else
-    starts from no source, with a dash of its own.
+def _line_style(key: tuple[str, str], keys: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return the colour of a technique and the dash pattern of a source.
+
+    Scratch is grey. Other techniques without a source are grey too, each with its own dash pattern.
     """
     techniques = list(dict.fromkeys(technique for source, technique in keys if source != "none"))
     sources = list(dict.fromkeys(source for source, _ in keys if source != "none"))
@@ -307,49 +333,52 @@ def _look(key: tuple[str, str], keys: list[tuple[str, str]]) -> dict[str, Any]:
     }
 
 
-def _entries(keys: list[tuple[str, str]]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, look) of a legend: techniques, and with several sources also the dash of each."""
+def _legend_entries(keys: list[tuple[str, str]]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the (name, style) entries of a legend.
+
+    They are the techniques and, where there are several sources, the dash pattern of each source.
+    """
     techniques = {
-        technique: _look((source, technique), keys)
+        technique: _line_style((source, technique), keys)
         for source, technique in reversed(keys)
         if source != "none"
     }
     sources = {
-        source: _look((source, technique), keys)
+        source: _line_style((source, technique), keys)
         for source, technique in reversed(keys)
         if source != "none"
     }
     several = len(sources) > 1
     out = [
-        (_short(name, 32), look | ({"linestyle": "-"} if several else {}))
-        for name, look in sorted(techniques.items())
+        (_truncate(name, 32), style | ({"linestyle": "-"} if several else {}))
+        for name, style in sorted(techniques.items())
     ]
     out += [
-        (_short(name, 32), look | {"color": _INK})
-        for name, look in sorted(sources.items())
+        (_truncate(name, 32), style | {"color": _INK})
+        for name, style in sorted(sources.items())
         if several
     ]
     return out + [
-        (_short(technique, 32), _look((source, technique), keys))
+        (_truncate(technique, 32), _line_style((source, technique), keys))
         for source, technique in keys
         if source == "none"
     ]
 
 
-def _columns(entries: list[tuple[str, dict[str, Any]]]) -> int:
+def _legend_columns(entries: list[tuple[str, dict[str, Any]]]) -> int:
     return max(
         1, min(len(entries), int(104 / (max((len(name) for name, _ in entries), default=1) + 8)))
     )
 
 
 def _legend_inches(entries: list[tuple[str, dict[str, Any]]]) -> float:
-    return 0.1 + 0.19 * math.ceil(len(entries) / _columns(entries))
+    return 0.1 + 0.19 * math.ceil(len(entries) / _legend_columns(entries))
 
 
 def _legend(figure: Figure, entries: list[tuple[str, dict[str, Any]]]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], **look) for _, look in entries]
+    handles = [Line2D([], [], **style) for _, style in entries]
     names = [
         name.lstrip("_") or name for name, _ in entries
     ]  # matplotlib hides names that begin with an underscore
@@ -357,7 +386,7 @@ def _legend(figure: Figure, entries: list[tuple[str, dict[str, Any]]]) -> None:
         handles,
         names,
         loc="outside lower left",
-        ncols=_columns(entries),
+        ncols=_legend_columns(entries),
         frameon=False,
         labelcolor=_INK,
         handlelength=2.6,
@@ -365,7 +394,7 @@ def _legend(figure: Figure, entries: list[tuple[str, dict[str, Any]]]) -> None:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def _plot_settings() -> Iterator[None]:
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -401,17 +430,18 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(height: float, down: int = 1, across: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes, without pyplot and its global state."""
+def _figure(height: float, num_rows: int = 1, num_columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its axes, made without pyplot and its global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    return figure, list(figure.subplots(down, across, sharey=True, squeeze=False).flat)
+    return figure, list(figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flat)
 
 
 def _svg(figure: Figure, description: str) -> str:
-    """The figure as an <svg> element with the page's fonts and colours and with ids of its own. The
-    same figure gives the same text.
+    """Return the figure as an <svg> element with the fonts and colours of the page.
+
+    Its ids differ from those of other figures. The same figure always gives the same text.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import provenance
 from pipeline.io import storage
-from pipeline.report import blocks as page
-from pipeline.report import code_versions, per_label, plots, results, rollouts, stats, subgroups
+from pipeline.report import (
+    blocks,
+    code_versions,
+    per_label,
+    plots,
+    results,
+    rollouts,
+    stats,
+    subgroups,
+)
 from pipeline.report.blocks import (
     Block,
     Bullets,
@@ -31,8 +39,8 @@ from pipeline.report.blocks import (
 )
 from pipeline.report.matrix import (
     FAILED,
-    LEAST_SEEDS,
     LOSES,
+    MIN_SEEDS,
     NOT_SHOWN,
     REFERENCE,
     SCRATCH,
@@ -53,7 +61,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "matrix_cells", "table", "write"]
 
-_DASH = page.DASH
+_DASH = blocks.DASH
 SEARCH_NOISE = (
     "Where hyper-parameters were searched, the settings that were tried again with further "
     "seeds tell how much the choice itself varies, and "
@@ -68,24 +76,25 @@ SEARCH_NOISE = (
 # ---------------------------------------------------------------- numbers
 
 
-def _places_by_target(shown: Sequence[Cell]) -> dict[str, int]:
+def _decimals_by_target(shown: Sequence[Cell]) -> dict[str, int]:
     by_target: dict[str, list[Cell]] = defaultdict(list)
     for cell in shown:
         by_target[cell.target].append(cell)
     return {
-        target: page.places([(c.low, c.high) for c in group]) for target, group in by_target.items()
+        target: blocks.decimal_places([(c.low, c.high) for c in group])
+        for target, group in by_target.items()
     }
 
 
-def _value(cell: Cell, places: int) -> str:
-    return page.spread(cell.mean, cell.low, cell.high, places)
+def _format_mean(cell: Cell, decimals: int) -> str:
+    return blocks.format_interval(cell.mean, cell.low, cell.high, decimals)
 
 
-def _gain(cell: Cell, places: int) -> str:
-    return page.spread(cell.gain, cell.gain_low, cell.gain_high, places, "+")
+def _format_gain(cell: Cell, decimals: int) -> str:
+    return blocks.format_interval(cell.gain, cell.gain_low, cell.gain_high, decimals, "+")
 
 
-def _seconds(seconds: float | None) -> str:
+def _format_seconds(seconds: float | None) -> str:
     if seconds is None:
         return _DASH
     if seconds < 100:
@@ -93,7 +102,7 @@ def _seconds(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _count(number: float | None) -> str:
+def _format_count(number: float | None) -> str:
     return _DASH if number is None else f"{number:,.0f}"
 
 
@@ -122,7 +131,7 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
         collapse_padding=True,
         caption_justify="left",
         caption_style="dim",
-        caption=_caption(cells),
+        caption=_table_caption(cells),
     )
     signs = [
         f"{code_versions.SIGNS[made]} {made}"
@@ -135,7 +144,7 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
     out.add_column("technique", overflow="fold")
     for name in ("labels", "mean [95 %]", "gain [95 %]", "seeds", "s/trial"):
         out.add_column(name, justify="right", no_wrap=True)
-    places = _places_by_target(cells)
+    decimals = _decimals_by_target(cells)
     styles = {WINS: "bold green", LOSES: "bold red", FAILED: "bold red"}
     target, several = None, False
     for cell in cells:
@@ -147,9 +156,9 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
             )
             out.add_row()
             out.add_row(Rich(cell.target, "bold"), Rich(better, "dim"))
-        digits, mark = places[cell.target], page.MARKS.get(cell.verdict)
+        digits, mark = decimals[cell.target], blocks.MARKS.get(cell.verdict)
         gain = (
-            f"{mark} {_gain(cell, digits)}"
+            f"{mark} {_format_gain(cell, digits)}"
             if mark
             else "scratch"
             if cell.verdict == REFERENCE
@@ -174,19 +183,23 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
             Rich(f" {source}"),
             Rich(technique),
             Rich(plots.fraction_label(cell.label_fraction)),
-            Rich(_value(cell, digits)),
+            Rich(_format_mean(cell, digits)),
             Rich(gain, styles.get(cell.verdict, "")),
-            _seeds_shown(cell),
+            _format_seeds(cell),
             Rich(seconds),
         )
-        if _other_baseline(cell):
+        if _has_other_baseline(cell):
             out.add_row(
-                "", Rich("best scratch", "dim"), "", "", Rich(_baseline_gain(cell, digits), "dim")
+                "",
+                Rich("best scratch", "dim"),
+                "",
+                "",
+                Rich(_format_baseline_gain(cell, digits), "dim"),
             )
     return out
 
 
-def _caption(cells: Sequence[Cell]) -> str:
+def _table_caption(cells: Sequence[Cell]) -> str:
     """What the signs of the terminal's table mean."""
     said = [
         "▲ wins, ▼ loses: the 95 % interval of the gain over scratch excludes zero;",
@@ -197,7 +210,7 @@ def _caption(cells: Sequence[Cell]) -> str:
         said.append(
             "? too few to tell: too few test units for a verdict; the report has their number."
         )
-    if any(_other_baseline(cell) for cell in cells):
+    if any(_has_other_baseline(cell) for cell in cells):
         said.append(
             "Gains are over the scratch network of the same backbone; below them those over "
             "the target's"
@@ -206,7 +219,7 @@ def _caption(cells: Sequence[Cell]) -> str:
     return "\n" + "\n".join(said)
 
 
-def _seeds_shown(cell: Cell) -> rich.text.Text:
+def _format_seeds(cell: Cell) -> rich.text.Text:
     """Paired seeds of a cell (for scratch all that finished), and of how many that were started
     where those are more.
     """
@@ -217,13 +230,15 @@ def _seeds_shown(cell: Cell) -> rich.text.Text:
     return Rich(str(seeds)) if seeds == started else Rich(f"{seeds} of {started}", "red")
 
 
-def _other_baseline(cell: Cell) -> bool:
+def _has_other_baseline(cell: Cell) -> bool:
     """Whether another backbone's scratch is better than the one that a cell is held against."""
     return bool(cell.baseline) and cell.baseline != cell.backbone and cell.baseline_gain is not None
 
 
-def _baseline_gain(cell: Cell, places: int) -> str:
-    return page.spread(cell.baseline_gain, cell.baseline_low, cell.baseline_high, places, "+")
+def _format_baseline_gain(cell: Cell, decimals: int) -> str:
+    return blocks.format_interval(
+        cell.baseline_gain, cell.baseline_low, cell.baseline_high, decimals, "+"
+    )
 
 
 # ---------------------------------------------------------------- the written report
@@ -259,40 +274,45 @@ def write(
     groups: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.target].append(cell)
-    places = _places_by_target(cells)
-    blocks: list[Block] = [*_summary(cells, groups, rows, places), *_gains(groups, places)]
-    for target, group in groups.items():
-        blocks += _target(
-            target, group, rows, curves, places[target], splits.get(target, ""), runs or {}
-        )
-    blocks += [
-        *_cost(cells, rows),
-        *_scores(rows, scores),
-        *_pretraining(pretraining),
-        *_failures(rows),
-        *_duplicates(rows),
+    decimals = _decimals_by_target(cells)
+    content: list[Block] = [
+        *_summary_blocks(cells, groups, rows, decimals),
+        *_gain_blocks(groups, decimals),
     ]
-    blocks += [
-        *_splits({t: s for t, s in splits.items() if t not in groups}),
-        *_method(cells, rows, notes, versions, made),
+    for target, group in groups.items():
+        content += _target_blocks(
+            target, group, rows, curves, decimals[target], splits.get(target, ""), runs or {}
+        )
+    content += [
+        *_cost_blocks(cells, rows),
+        *_score_blocks(rows, scores),
+        *_pretraining_blocks(pretraining),
+        *_failure_blocks(rows),
+        *_duplicate_blocks(rows),
+    ]
+    content += [
+        *_split_blocks({t: s for t, s in splits.items() if t not in groups}),
+        *_method_blocks(cells, rows, notes, versions, made),
     ]
     title = _headline(cells)
     out = storage.join(root_uri, "report.md"), storage.join(root_uri, "report.html")
     storage.write_bytes(
-        out[0], page.markdown(f"{job_name}: {title[0].lower()}{title[1:]}", blocks).encode()
+        out[0], blocks.markdown(f"{job_name}: {title[0].lower()}{title[1:]}", content).encode()
     )
-    storage.write_bytes(out[1], page.page(title, f"One to Many: job {job_name}", blocks).encode())
+    storage.write_bytes(
+        out[1], blocks.html_page(title, f"One to Many: job {job_name}", content).encode()
+    )
     return out
 
 
-def _verdicts(cells: Iterable[Cell]) -> Counter[str]:
+def _count_verdicts(cells: Iterable[Cell]) -> Counter[str]:
     """How many cells with a source have each verdict."""
     return Counter(
         cell.verdict for cell in cells if cell.source != SCRATCH or cell.verdict == FAILED
     )
 
 
-def _survivors(cells: Iterable[Cell]) -> Counter[str]:
+def _count_survivors(cells: Iterable[Cell]) -> Counter[str]:
     """Wins and losses of cells with a source that stand after Holm's correction."""
     return Counter(cell.verdict for cell in cells if cell.transfers and cell.survives)
 
@@ -301,26 +321,26 @@ def _headline(cells: Sequence[Cell]) -> str:
     """Wins and losses that survive the correction for the number of comparisons."""
     compared = sum(cell.transfers for cell in cells)
     if not compared:
-        return _no_verdict(cells)
-    stands = _survivors(cells)
+        return _headline_without_comparisons(cells)
+    stands = _count_survivors(cells)
     lost = f", and lost in {stands[LOSES]}" if stands[LOSES] else ", and lost in none"
     return f"Transfer paid in {stands[WINS]} of {_plural(compared, 'comparison')}{lost}"
 
 
-def _no_verdict(cells: Sequence[Cell]) -> str:
+def _headline_without_comparisons(cells: Sequence[Cell]) -> str:
     """Why nothing was won or lost, in a headline."""
     if cells and all(cell.verdict == FAILED for cell in cells):
         return "No trial finished"
     if any(cell.verdict == TOO_FEW for cell in cells):
         return "No verdict: the test rows are too few to tell"
     if any(cell.paired_seeds == 1 for cell in cells):
-        return f"No verdict: one seed does not tell a gain from luck, {LEAST_SEEDS} are needed"
+        return f"No verdict: one seed does not tell a gain from luck, {MIN_SEEDS} are needed"
     return "Nothing to compare with scratch yet"
 
 
-def _correction(cells: Sequence[Cell]) -> str:
+def _describe_correction(cells: Sequence[Cell]) -> str:
     """What the headline counts, in one sentence."""
-    found, stands = _verdicts(cells), _survivors(cells)
+    found, stands = _count_verdicts(cells), _count_survivors(cells)
     family = sum(cell.gain_p_holm is not None for cell in cells)
     return (
         "The headline counts wins and losses that survive Holm's correction for all "
@@ -331,13 +351,13 @@ def _correction(cells: Sequence[Cell]) -> str:
     )
 
 
-def _summary(
+def _summary_blocks(
     cells: Sequence[Cell],
     groups: dict[str, list[Cell]],
     rows: Sequence[ResultRow],
-    places: dict[str, int],
+    decimals: dict[str, int],
 ) -> list[Block]:
-    found, stands = _verdicts(cells), _survivors(cells)
+    found, stands = _count_verdicts(cells), _count_survivors(cells)
     out: list[Block] = []
     if any(cell.transfers for cell in cells):
         out.append(
@@ -345,7 +365,7 @@ def _summary(
                 "A comparison is one source, technique and label fraction on one target "
                 "against training from scratch with the same backbone, labels, "
                 "seeds and search budget. It is won or lost where the 95 % interval of the "
-                f"gain excludes zero. {_correction(cells)}",
+                f"gain excludes zero. {_describe_correction(cells)}",
                 "lead",
             )
         )
@@ -365,14 +385,14 @@ def _summary(
             key=lambda c: c.gain or 0,
             default=None,
         )
-        counts = _verdicts(group)
+        counts = _count_verdicts(group)
         value = (
             Value(
                 (
-                    f"{_gain(best, places[target])}",
+                    f"{_format_gain(best, decimals[target])}",
                     f"{best.source} · {best.technique} · "
                     f"{plots.fraction_label(best.label_fraction)}",
-                    f"{page.MARKS.get(best.verdict, '')} {best.verdict}",
+                    f"{blocks.MARKS.get(best.verdict, '')} {best.verdict}",
                 ),
                 best.verdict,
             )
@@ -383,7 +403,7 @@ def _summary(
         body.append([target, group[0].metric or _DASH, value, *map(str, numbers)])
     if body:
         out.append(
-            page.Table(
+            blocks.Table(
                 [
                     "Target",
                     "Metric",
@@ -407,7 +427,7 @@ def _summary(
     return out
 
 
-def _gains(groups: dict[str, list[Cell]], places: dict[str, int]) -> list[Block]:
+def _gain_blocks(groups: dict[str, list[Cell]], decimals: dict[str, int]) -> list[Block]:
     shown = {
         target: compared
         for target, group in groups.items()
@@ -422,17 +442,20 @@ def _gains(groups: dict[str, list[Cell]], places: dict[str, int]) -> list[Block]
         svg = plots.forest(
             group, f"{target}, gain in {group[0].metric}", limits[target], label_inches
         )
-        listed = [[plots.cell_label(c), _gain(c, places[target]), *_comparison(c)] for c in group]
+        listed = [
+            [plots.cell_label(c), _format_gain(c, decimals[target]), *_comparison_columns(c)]
+            for c in group
+        ]
         out.append(
             Figure(svg, f"{target}: gain in {group[0].metric} over scratch, with 95 % intervals.")
         )
         out.append(
-            page.Table(
+            blocks.Table(
                 [target, f"Gain in {group[0].metric}", "Verdict", "Paired seeds", "p", "p (Holm)"],
                 listed,
             )
         )
-        out += _baselines(target, group, places[target])
+        out += _baseline_blocks(target, group, decimals[target])
     out.append(
         Text(
             "▲ wins, ▼ loses, ○ not shown: the interval holds zero, which does not say that "
@@ -446,18 +469,18 @@ def _gains(groups: dict[str, list[Cell]], places: dict[str, int]) -> list[Block]
     return out
 
 
-def _comparison(cell: Cell) -> list[str]:
+def _comparison_columns(cell: Cell) -> list[str]:
     """Verdict, paired seeds and p values of a comparison, as a table shows them."""
-    word = f"{page.MARKS.get(cell.verdict, '')} {cell.verdict} {_sign(cell)}".strip()
-    corrected = _p_value(cell.gain_p_holm) + (" *" if cell.survives else "")
-    return [word, _count(cell.paired_seeds), _p_value(cell.gain_p), corrected]
+    word = f"{blocks.MARKS.get(cell.verdict, '')} {cell.verdict} {_code_mark(cell)}".strip()
+    corrected = _format_p_value(cell.gain_p_holm) + (" *" if cell.survives else "")
+    return [word, _format_count(cell.paired_seeds), _format_p_value(cell.gain_p), corrected]
 
 
-def _p_value(value: float | None) -> str:
+def _format_p_value(value: float | None) -> str:
     return _DASH if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
-def _baselines(target: str, group: Sequence[Cell], places: int) -> list[Block]:
+def _baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[Block]:
     """With several scratch networks: that gains are measured against different ones, and the gains
     over the best of them.
     """
@@ -479,12 +502,17 @@ def _baselines(target: str, group: Sequence[Cell], places: int) -> list[Block]:
         f"{'; '.join(best) or 'unknown'}. Gains over it:"
     )
     listed = [
-        [plots.cell_label(c), c.backbone, _gain(c, places), _baseline_gain(c, places)]
+        [
+            plots.cell_label(c),
+            c.backbone,
+            _format_gain(c, decimals),
+            _format_baseline_gain(c, decimals),
+        ]
         for c in group
     ]
     return [
         Text(said),
-        page.Table(
+        blocks.Table(
             [target, "Backbone", "Gain over its own scratch", "Gain over the best scratch"],
             listed,
             2,
@@ -495,16 +523,16 @@ def _baselines(target: str, group: Sequence[Cell], places: int) -> list[Block]:
 # ---------------------------------------------------------------- one target
 
 
-def _label(cell: Cell, backbones: bool) -> str:
+def _row_label(cell: Cell, backbones: bool) -> str:
     return f"{cell.source} · {cell.technique}" + (f" ({cell.backbone})" if backbones else "")
 
 
-def _target(
+def _target_blocks(
     target: str,
     group: list[Cell],
     rows: Sequence[ResultRow],
     curves: Mapping[str, Sequence[CurvePoint]],
-    places: int,
+    decimals: int,
     split: str,
     runs: dict[str, stats.RunPredictions],
 ) -> list[Block]:
@@ -518,7 +546,7 @@ def _target(
         averaged = (
             _plural(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
         )
-        rows_read = " or ".join(_count(n) for n in sizes) or "an unknown number of"
+        rows_read = " or ".join(_format_count(n) for n in sizes) or "an unknown number of"
         out.append(
             Text(
                 f"Test {metric} ({better} is better), mean over {averaged} on {rows_read} test "
@@ -527,11 +555,11 @@ def _target(
                 "tell, * survives Holm's correction)."
             )
         )
-    out.append(_matrix(group, places))
+    out.append(_matrix_table(group, decimals))
     if split:
         out.append(Text(f"Splits: {split}", "note"))
-    followed = _followed(metric, target, rows, curves)
-    panels = _curves(target, followed, rows, curves)
+    followed = _curve_metric(metric, target, rows, curves)
+    panels = _learning_curves(target, followed, rows, curves)
     if panels:
         out.append(
             Figure(
@@ -554,7 +582,7 @@ def _target(
     )
 
 
-def _matrix(group: list[Cell], places: int) -> page.Table:
+def _matrix_table(group: list[Cell], decimals: int) -> blocks.Table:
     fractions = sorted({c.label_fraction for c in group}, key=fraction_order)
     several = len({c.backbone for c in group}) > 1
     lines: dict[tuple[str, str, str], dict[str, Cell]] = defaultdict(dict)
@@ -573,37 +601,39 @@ def _matrix(group: list[Cell], places: int) -> page.Table:
         ),
     ]
     counted = {
-        f: f"{name} ({_count(sizes[f])} rows)" if f in sizes and not f.endswith(" rows") else name
+        f: f"{name} ({_format_count(sizes[f])} rows)"
+        if f in sizes and not f.endswith(" rows")
+        else name
         for name, f in zip(header[1:], fractions, strict=True)
     }
     header = [header[0], *counted.values()]
     body = [
         [
-            _label(next(iter(line.values())), several),
-            *(_matrix_value(line.get(f), places) for f in fractions),
+            _row_label(next(iter(line.values())), several),
+            *(_matrix_value(line.get(f), decimals) for f in fractions),
         ]
         for line in lines.values()
     ]
-    return page.Table(header, body)
+    return blocks.Table(header, body)
 
 
-def _sign(cell: Cell) -> str:
+def _code_mark(cell: Cell) -> str:
     """The mark of a cell whose trials were made by other code or versions, with its words."""
     return f"{code_versions.SIGNS[cell.made]} {cell.made}" if cell.made else ""
 
 
-def _matrix_value(cell: Cell | None, places: int) -> str | Value:
+def _matrix_value(cell: Cell | None, decimals: int) -> str | Value:
     if cell is None:
         return _DASH
     if cell.verdict == FAILED:
         return Value(("failed", _plural(cell.n_failed, "trial")), FAILED)
-    lines = [page.spread(cell.mean, None, None, places)]
+    lines = [blocks.format_interval(cell.mean, None, None, decimals)]
     lines += (
-        [_value(cell, places).partition(" ")[2]]
+        [_format_mean(cell, decimals).partition(" ")[2]]
         if cell.low is not None and cell.high is not None
         else []
     )
-    lines += [_sign(cell)] if cell.made else []
+    lines += [_code_mark(cell)] if cell.made else []
     if cell.n_failed:
         lines.append(f"{_plural(cell.n_failed, 'trial')} failed")
     if cell.evidence:
@@ -612,7 +642,9 @@ def _matrix_value(cell: Cell | None, places: int) -> str | Value:
         lines.append(f"against {cell.against}:")
     if cell.gain is not None:
         survives = " *" if cell.survives else ""
-        lines.append(f"{page.MARKS.get(cell.verdict, '')} {_gain(cell, places)}{survives}".strip())
+        lines.append(
+            f"{blocks.MARKS.get(cell.verdict, '')} {_format_gain(cell, decimals)}{survives}".strip()
+        )
     if cell.verdict == UNCOMPARED:
         seeds = (
             f" ({_plural(cell.paired_seeds, 'paired seed')})"
@@ -623,7 +655,7 @@ def _matrix_value(cell: Cell | None, places: int) -> str | Value:
     return Value(tuple(lines), cell.verdict)
 
 
-def _followed(
+def _curve_metric(
     metric: str, target: str, rows: Sequence[ResultRow], curves: Mapping[str, Sequence[CurvePoint]]
 ) -> str:
     """The metric that learning curves show: the primary one, or what validations have in its place
@@ -639,7 +671,7 @@ def _followed(
     return metric if metric in names or not names else names[0]
 
 
-def _curves(
+def _learning_curves(
     target: str, metric: str, rows: Sequence[ResultRow], curves: Mapping[str, Sequence[CurvePoint]]
 ) -> dict[str, plots.Series]:
     """label fraction -> (source, technique) -> (step, mean over seeds) of the validation metric."""
@@ -671,12 +703,12 @@ def _curves(
 # ---------------------------------------------------------------- the rest
 
 
-def _trials(rows: Sequence[ResultRow]) -> list[ResultRow]:
+def _unique_trials(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """One row for each trial and stage."""
     return list({(row.trial_id, row.trial_stage): row for row in reversed(rows)}.values())[::-1]
 
 
-def _cost(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block]:
+def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block]:
     shown: dict[tuple[str, str, str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
         if cell.seconds is not None:
@@ -684,7 +716,7 @@ def _cost(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block]:
     if not shown:
         return []
     spent: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
-    for row in _trials(rows):
+    for row in _unique_trials(rows):
         spent[row.target, row.source, row.backbone, results.technique(row)].append(
             row.seconds or 0.0
         )
@@ -696,20 +728,20 @@ def _cost(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block]:
         seconds = sum((c.seconds or 0) * c.n_seeds for c in group) / sum(c.n_seeds for c in group)
         params = [c.params_trained for c in group if c.params_trained is not None]
         trials = spent.get(key, [])
-        name = _label(group[0], key[0] in several)
+        name = _row_label(group[0], key[0] in several)
         body.append(
             [
                 key[0],
                 name,
-                _seconds(seconds),
-                _count(max(params, default=None)),
-                _count(len(trials)),
-                _seconds(sum(trials)),
+                _format_seconds(seconds),
+                _format_count(max(params, default=None)),
+                _format_count(len(trials)),
+                _format_seconds(sum(trials)),
             ]
         )
     return [
         Heading("Cost"),
-        page.Table(
+        blocks.Table(
             [
                 "Target",
                 "Source · technique",
@@ -724,7 +756,9 @@ def _cost(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block]:
     ]
 
 
-def _scores(rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None) -> list[Block]:
+def _score_blocks(
+    rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None
+) -> list[Block]:
     """The score of every source, also of those that were left out because of theirs."""
     tried = {(row.target, row.source) for row in rows}
     found: dict[tuple[str, str, str], float] = {
@@ -749,11 +783,11 @@ def _scores(rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None)
         body.append([target, source, name, what, _DASH if math.isnan(value) else f"{value:.4g}"])
     return [
         Heading("Transferability scores"),
-        page.Table(["Target", "Source", "Score", "What became of it", "Value"], body, 4),
+        blocks.Table(["Target", "Source", "Score", "What became of it", "Value"], body, 4),
     ]
 
 
-def _pretraining(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
+def _pretraining_blocks(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
     if not pretraining:
         return []
     body: list[list[str]] = []
@@ -770,10 +804,10 @@ def _pretraining(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
                 str(item.get("backbone") or _DASH),
                 str(item.get("objective") or _DASH),
                 measured or _DASH,
-                _count(item.get("steps")),
-                _count(item.get("rows")),
-                _seconds(item.get("seconds")),
-                _count(item.get("rows_per_second")),
+                _format_count(item.get("steps")),
+                _format_count(item.get("rows")),
+                _format_seconds(item.get("seconds")),
+                _format_count(item.get("rows_per_second")),
             ]
         )
         said = (
@@ -810,11 +844,11 @@ def _pretraining(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
             else []
         )
     head = ["Source", "Backbone", "Objective", "Metrics", "Steps", "Rows read", "Time", "Rows/s"]
-    return [Heading("Pretraining"), page.Table(head, body, 4), *more]
+    return [Heading("Pretraining"), blocks.Table(head, body, 4), *more]
 
 
-def _failures(rows: Sequence[ResultRow]) -> list[Block]:
-    failed = [row for row in _trials(rows) if row.status == "failed"]
+def _failure_blocks(rows: Sequence[ResultRow]) -> list[Block]:
+    failed = [row for row in _unique_trials(rows) if row.status == "failed"]
     if not failed:
         return []
     by_error: dict[str, list[ResultRow]] = defaultdict(list)
@@ -841,7 +875,7 @@ def _failures(rows: Sequence[ResultRow]) -> list[Block]:
     return out
 
 
-def _duplicates(rows: Sequence[ResultRow]) -> list[Block]:
+def _duplicate_blocks(rows: Sequence[ResultRow]) -> list[Block]:
     found = results.duplicates(list(rows))
     if not found:
         return []
@@ -857,7 +891,7 @@ def _duplicates(rows: Sequence[ResultRow]) -> list[Block]:
     ]
 
 
-def _splits(splits: dict[str, str]) -> list[Block]:
+def _split_blocks(splits: dict[str, str]) -> list[Block]:
     return (
         [Heading("Splits"), Bullets([f"{name}: {text}" for name, text in splits.items()])]
         if splits
@@ -865,7 +899,7 @@ def _splits(splits: dict[str, str]) -> list[Block]:
     )
 
 
-def _method(
+def _method_blocks(
     cells: Sequence[Cell],
     rows: Sequence[ResultRow],
     notes: Sequence[str],
@@ -887,8 +921,8 @@ def _method(
         method,
         "Gains are paired: the same seeds and the same test rows, drawn together for both "
         "sides. Positive is better. A verdict needs "
-        f"{LEAST_SEEDS} paired seeds, and {stats.LEAST_RARER_UNITS} test units of the rarer "
-        f"class ({stats.LEAST_UNITS} test units where rows have no "
+        f"{MIN_SEEDS} paired seeds, and {stats.MIN_RARER_UNITS} test units of the rarer "
+        f"class ({stats.MIN_UNITS} test units where rows have no "
         "classes). No interval passes the bounds of its metric.",
     ]
     if compared:
@@ -932,13 +966,13 @@ def _method(
     times = [row.started_at for row in rows if row.started_at]
     ran += [["first trial started", f"{min(times):%Y-%m-%d %H:%M} UTC"]] if times else []
     if ran:
-        out += [Heading("Versions", 3), page.Table(["What", "Which"], ran, 2)]
+        out += [Heading("Versions", 3), blocks.Table(["What", "Which"], ran, 2)]
     winners = [
         [
             c.target,
-            _label(c, False),
+            _row_label(c, False),
             plots.fraction_label(c.label_fraction),
-            _parameters(c.hyper_parameters),
+            _format_parameters(c.hyper_parameters),
         ]
         for c in cells
         if c.n_seeds
@@ -948,7 +982,7 @@ def _method(
             Details(
                 "Hyper-parameters of the final trials",
                 [
-                    page.Table(
+                    blocks.Table(
                         ["Target", "Source · technique", "Labels", "Hyper-parameters"], winners, 4
                     )
                 ],
@@ -957,7 +991,7 @@ def _method(
     return out
 
 
-def _parameters(text: str) -> str:
+def _format_parameters(text: str) -> str:
     try:
         return ", ".join(f"{name} {value}" for name, value in json.loads(text).items()) or _DASH
     except (ValueError, AttributeError):

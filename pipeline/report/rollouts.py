@@ -1,5 +1,6 @@
-"""Policies in the simulator: what the report says of success, return and length of their episodes,
-beside the expert and random actions.
+"""Report blocks on policies in a simulator: success, return and length of their episodes.
+
+They are compared with those of the expert and of random actions.
 """
 
 from __future__ import annotations
@@ -11,26 +12,40 @@ import numpy as np
 
 from pipeline.metrics.catalog import metric
 from pipeline.report import plots, stats
-from pipeline.report.blocks import DASH, Block, Figure, Heading, Table, Text, Value, places, spread
+from pipeline.report.blocks import (
+    DASH,
+    Block,
+    Figure,
+    Heading,
+    Table,
+    Text,
+    Value,
+    decimal_places,
+    format_interval,
+)
 from pipeline.report.matrix import REFERENCE, Cell, fraction_order
 from pipeline.report.per_label import runs_of
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
 SHOWN_METRICS = ("success", "return", "steps")
-"""Metrics of an episode, also of the expert's (``expert_success``) and of random actions'
+"""Metrics of an episode.
+
+The same metrics are recorded for the expert (``expert_success``) and for random actions
 (``random_success``) in the same worlds.
 """
-MOST_STRIPS = 5
+MAX_STRIPS = 5
 Estimate = tuple[float, float, float]
 
 
 def blocks(
     target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[Block]:
-    """How the policies of a target fare in its simulator: the expert, random actions, and every
-    cell by number of demonstrations, the untrained ones (zero shot) first. Nothing where no policy
-    was tried in one.
+    """Return the blocks on the policies of a target in its simulator.
+
+    The table lists the expert, random actions and every cell, sorted by number of demonstrations,
+    so that untrained policies (zero shot) come first. Returns no block where no policy was run in a
+    simulator.
     """
     ran = [
         (cell, found)
@@ -61,29 +76,31 @@ def blocks(
         [_estimate(f"{prefix}{name}", found) for name in SHOWN_METRICS]
         for _, prefix, found in shown
     ]
-    digits = [places([line[i][1:] for line in estimates]) for i in range(len(SHOWN_METRICS))]
+    digits = [
+        decimal_places([line[i][1:] for line in estimates]) for i in range(len(SHOWN_METRICS))
+    ]
     body: list[list[str | Value]] = [
         [label, *(_format_estimate(one, digit) for one, digit in zip(line, digits, strict=True))]
         for (label, *_), line in zip(shown, estimates, strict=True)
     ]
-    gone = sum(
+    num_diverged = sum(
         int(run.predictions["diverged"].sum())
         for _, found in ran
         for run in found
         if "diverged" in run.predictions
     )
-    said = (
+    caption = (
         f"{target}: mean over the {len(first[0].rows)} test worlds and seeds, with 95 % "
         "intervals; every policy starts from the same states. "
         + (
-            f"In {gone} episodes the simulation diverged; none of them is a success."
-            if gone
+            f"In {num_diverged} episodes the simulation diverged; none of them is a success."
+            if num_diverged
             else ""
         )
     )
     out: list[Block] = [
         Heading("In the simulator", 3),
-        Text(said.strip()),
+        Text(caption.strip()),
         Table(["Policy", "Success", "Return", "Steps"], body),
     ]
     return [*out, *_strips(target, ran, several)]
@@ -92,8 +109,10 @@ def blocks(
 def _strips(
     target: str, ran: list[tuple[Cell, list[RunPredictions]]], several: bool
 ) -> list[Block]:
-    """Pictures of the first test world for untrained policies and those of the fewest
-    demonstrations; nothing where none could be made.
+    """Return pictures of the first test world.
+
+    They show untrained policies and those trained on the fewest demonstrations. Returns no block
+    where no pictures were recorded.
     """
     filmed = [
         (cell, rollout_frames)
@@ -109,11 +128,11 @@ def _strips(
         if not cell.n_train or cell.n_train == least
     }
     caption = f"{target}: the first test world, one of the seeds; black is behind an episode's end."
-    return [Figure(plots.strips(dict(list(shown.items())[:MOST_STRIPS])), caption)]
+    return [Figure(plots.strips(dict(list(shown.items())[:MAX_STRIPS])), caption)]
 
 
 def _label(cell: Cell, several: bool) -> str:
-    """``several``: there are several backbones, so that each is named."""
+    """Return the name of a policy, with its backbone where there are ``several``."""
     who = f"{cell.source} · {cell.technique}"
     who += f" ({cell.backbone})" if several else ""
     return (
@@ -122,7 +141,7 @@ def _label(cell: Cell, several: bool) -> str:
 
 
 def _estimate(name: str, found: list[RunPredictions]) -> Estimate:
-    """(mean, low, high), NaN where it was not recorded."""
+    """Return (mean, low, high) of a metric, NaN where it was not recorded."""
     if any(name not in run.predictions for run in found):
         return math.nan, math.nan, math.nan
     return stats.mean_interval(metric(name), found)
@@ -132,6 +151,6 @@ def _format_estimate(value: Estimate, digits: int) -> str | Value:
     if math.isnan(value[0]):
         return DASH
     middle, low, high = value
-    return spread(
+    return format_interval(
         middle, None if math.isnan(low) else low, None if math.isnan(high) else high, digits
     )

@@ -50,13 +50,13 @@ _CELLS = 4_000_000
 _WORK = 200_000_000
 """Resampled units in all: above it there are fewer draws, down to RECOMPUTED_DRAWS."""
 
-LEAST_RARER_UNITS = 10
+MIN_RARER_UNITS = 10
 """Test units of the rarer class below which no verdict is given. Of networks without any true
 difference whose seeds agree on what they find hard, so many intervals of AUROC excluded zero: 21 %
 with 2 positive rows, 12 % with 3, 9 % with 5, and 5 to 6 % with 10 and with 20
 (tests/benchmarks/false_verdicts.py).
 """
-LEAST_UNITS = 20
+MIN_UNITS = 20
 """Test units (rows, or groups where they are declared) below which no verdict is given: fewer do
 not show the tails of what they stand for. Of differences with a long tail and a true mean of zero
 (lognormal, sigma 1) so many intervals excluded zero: 19 % with 5 units, 15 % with 10, 12 % with 20
@@ -304,7 +304,7 @@ def evidence(run: RunPredictions) -> Evidence:
         return class_evidence(p["label"], run.groups, unit)
     if "labels" in p and "scores" in p:
         return label_set_evidence(p["labels"], run.groups, unit)
-    return Evidence(count_units(np.ones(len(run.rows), dtype=bool), run.groups), LEAST_UNITS, unit)
+    return Evidence(count_units(np.ones(len(run.rows), dtype=bool), run.groups), MIN_UNITS, unit)
 
 
 def class_evidence(label: np.ndarray, groups: np.ndarray | None, unit: str) -> Evidence:
@@ -313,7 +313,7 @@ def class_evidence(label: np.ndarray, groups: np.ndarray | None, unit: str) -> E
     """
     known = label >= 0
     if not known.any():
-        return Evidence(0, LEAST_RARER_UNITS, f"{unit} of the rarer class")
+        return Evidence(0, MIN_RARER_UNITS, f"{unit} of the rarer class")
     commonest = np.bincount(label[known].astype(np.int64)).argmax()
     positions = (len(label), -1)
     of_commonest = (known & (label == commonest)).reshape(positions).any(1)
@@ -322,7 +322,7 @@ def class_evidence(label: np.ndarray, groups: np.ndarray | None, unit: str) -> E
     classes = len(np.unique(label[known]))
     return Evidence(
         count,
-        LEAST_RARER_UNITS,
+        MIN_RARER_UNITS,
         f"{unit} of the rarer class" if classes <= 2 else f"{unit} outside of the commonest class",
     )
 
@@ -331,7 +331,7 @@ def label_set_evidence(labels: np.ndarray, groups: np.ndarray | None, unit: str)
     """Evidence of rows with a set of labels each, ``labels`` (n, L) 0 or 1."""
     total = count_units(np.ones(len(labels), dtype=bool), groups)
     rarer = sum(rarer_side(column > 0, groups) for column in labels.T)
-    return Evidence(min(rarer, total), LEAST_RARER_UNITS, f"{unit} of the rarer side of the labels")
+    return Evidence(min(rarer, total), MIN_RARER_UNITS, f"{unit} of the rarer side of the labels")
 
 
 def rarer_side(positive: np.ndarray, groups: np.ndarray | None) -> int:

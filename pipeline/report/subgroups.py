@@ -1,10 +1,12 @@
-"""How well a target is predicted for parts of its test rows: by sex, age band, care unit. The parts
-are columns of the rows (``Target.subgroups``).
+"""Metrics of a target for subgroups of its test rows, such as sex, age band or care unit.
 
-Small parts tell little, and may tell of single people: one with fewer than 20 units (groups such as
-patients, where they are declared) or without both classes is shown with its size alone, those with
-fewer than 5 together, without their names. They are computed from the kept predictions: a column
-more trains nothing anew.
+The subgroups are the values of columns of the rows (``Target.subgroups``). They are computed from
+the kept predictions, so naming another column trains nothing again.
+
+A small subgroup gives a useless estimate and may reveal something about a single person. One with
+fewer than 20 units (rows, or groups such as patients where they are declared) or without both
+classes is shown with its size only. Those with fewer than 5 units are shown together, without
+their names.
 """
 
 from __future__ import annotations
@@ -20,22 +22,30 @@ from pipeline.data.manifest import Selection, read_columns
 from pipeline.metrics import catalog
 from pipeline.metrics.catalog import Metric, Predictions
 from pipeline.report import per_label, stats
-from pipeline.report.blocks import DASH, Block, Heading, Table, Text, Value, places
+from pipeline.report.blocks import DASH, Block, Heading, Table, Text, Value, decimal_places
 from pipeline.report.matrix import Cell
 from pipeline.report.plots import cell_label
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
-LEAST_UNITS, HIDDEN_BELOW, MOST_VALUES = 20, 5, 20
+MIN_UNITS, HIDDEN_BELOW, MAX_VALUES = 20, 5, 20
 UNKNOWN = "not recorded"
 
 
 def read(selection: Selection, columns: Sequence[str], place: str) -> dict[str, np.ndarray]:
-    """Column to (n,) texts, its value for each row of the selection; of a struct's field,
-    ``static.Gender``, under the field's own name.
+    """Read the subgroup columns of a selection.
 
-    Raises ValueError for a column that is not there, holds lists, or has more than 20 different
-    values; it tells no value.
+    Args:
+        selection: The test rows.
+        columns: Names of columns. The field of a struct is named with dots, ``static.Gender``.
+        place: Where the columns are named, for error messages.
+
+    Returns:
+        Column, or the field's own name, to (n,) texts, one for each row.
+
+    Raises:
+        ValueError: A column is missing, holds lists, or has more than 20 different values. The
+            message contains no value of a row.
     """
     out: dict[str, np.ndarray] = {}
     for name in columns:
@@ -58,14 +68,14 @@ def read(selection: Selection, columns: Sequence[str], place: str) -> dict[str, 
         texts = np.array(
             [UNKNOWN if value is None else str(value) for value in values.to_pylist()], dtype=object
         )
-        if (many := len(set(texts))) > MOST_VALUES:
+        if (many := len(set(texts))) > MAX_VALUES:
             raise ValueError(
                 f"{place}: {name} has {many} different values among the test rows, and a table "
-                f"of subgroups takes {MOST_VALUES}: give a column of "
+                f"of subgroups takes {MAX_VALUES}: give a column of "
                 "bands or kinds"
             )
         if at.rpartition(".")[2] in out:
-            raise ValueError(f"{place}: {at.rpartition('.')[2]} stands twice")
+            raise ValueError(f"{place}: {at.rpartition('.')[2]} is named twice")
         out[at.rpartition(".")[2]] = texts
     return out
 
@@ -73,7 +83,7 @@ def read(selection: Selection, columns: Sequence[str], place: str) -> dict[str, 
 def with_subgroups(
     run: RunPredictions, selection: Selection, found: dict[str, np.ndarray]
 ) -> RunPredictions:
-    """The run with what ``read`` gave of its rows."""
+    """Return the run with the subgroup values that ``read`` returned, in the order of its rows."""
     where = np.searchsorted(selection.ids(np.arange(len(selection))), run.rows)
     return replace(run, subgroups={name: texts[where] for name, texts in found.items()})
 
@@ -83,8 +93,11 @@ def with_subgroups(
 
 @dataclass(frozen=True)
 class Subgroup:
-    """Some test rows: ``where`` (n,) bool, ``units`` how many groups or rows, ``positives`` where
-    there are two classes.
+    """A part of the test rows.
+
+    ``where`` (n,) bool selects its rows and ``units`` is the number of its groups or rows.
+    ``positives`` is the number of positive rows where there are two classes. ``scored`` is whether
+    a metric is shown for it.
     """
 
     name: str
@@ -94,35 +107,37 @@ class Subgroup:
     scored: bool
 
 
-def split_by_subgroup(run: RunPredictions, of: Metric) -> list[Subgroup]:
-    """Every value of every column, by its name; those that fewer than 5 units have stand together
-    without theirs, with the smallest others where they would be fewer than 5 still. ``scored``: it
-    has enough units, and the metric a value.
+def split_by_subgroup(run: RunPredictions, metric: Metric) -> list[Subgroup]:
+    """Return a subgroup for each value of each subgroup column.
+
+    Values with fewer than 5 units are merged into one subgroup without their names. Where these
+    have fewer than 5 units together, the next smallest ones are merged with them. A subgroup is
+    ``scored`` when it has enough units and the metric has a value on it.
     """
     out = []
     for column, texts in run.subgroups.items():
         found = sorted(
-            (_subgroup(f"{column}={value}", texts == value, run, of) for value in set(texts)),
-            key=lambda part: (part.units, part.name),
+            (_subgroup(f"{column}={value}", texts == value, run, metric) for value in set(texts)),
+            key=lambda subgroup: (subgroup.units, subgroup.name),
         )
         small, where = 0, np.zeros(len(texts), dtype=bool)
         while small < len(found) and (
-            found[small].units < HIDDEN_BELOW or (small and _units(run, where) < HIDDEN_BELOW)
+            found[small].units < HIDDEN_BELOW or (small and _count_units(run, where) < HIDDEN_BELOW)
         ):
             where = where | found[small].where
             small += 1
-        out += sorted(found[small:], key=lambda part: part.name)
-        out += [_subgroup(f"{column}: others", where, run, of)] if small else []
+        out += sorted(found[small:], key=lambda subgroup: subgroup.name)
+        out += [_subgroup(f"{column}: others", where, run, metric)] if small else []
     return out
 
 
-def _units(run: RunPredictions, where: np.ndarray) -> int:
+def _count_units(run: RunPredictions, where: np.ndarray) -> int:
     return int(where.sum()) if run.groups is None else len(np.unique(run.groups[where]))
 
 
-def _subgroup(name: str, where: np.ndarray, run: RunPredictions, of: Metric) -> Subgroup:
-    p = _masked(run.predictions, where)
-    units = _units(run, where)
+def _subgroup(name: str, where: np.ndarray, run: RunPredictions, metric: Metric) -> Subgroup:
+    p = _select_rows(run.predictions, where)
+    units = _count_units(run, where)
     label = p["label"] if "label" in p and p.get("scores", np.zeros(0)).shape[-1] == 2 else None
     both = label is None or ((label == 1).any() and (label == 0).any())
     return Subgroup(
@@ -130,26 +145,26 @@ def _subgroup(name: str, where: np.ndarray, run: RunPredictions, of: Metric) -> 
         where,
         units,
         None if label is None else int((label == 1).sum()),
-        bool(units >= LEAST_UNITS and both and _has_value(of, p)),
+        bool(units >= MIN_UNITS and both and _has_value(metric, p)),
     )
 
 
-def _has_value(of: Metric, p: Predictions) -> bool:
+def _has_value(metric: Metric, p: Predictions) -> bool:
     try:
-        return bool(np.isfinite(of.value(p)))
-    except ValueError:  # no label has the positives that a macro average asks for
+        return bool(np.isfinite(metric.value(p)))
+    except ValueError:  # no label has as many positives as a macro average needs
         return False
 
 
-def _masked(p: Predictions, where: np.ndarray) -> Predictions:
+def _select_rows(p: Predictions, where: np.ndarray) -> Predictions:
     return {name: array[where] for name, array in p.items()}
 
 
 def select_subgroup(run: RunPredictions, where: np.ndarray) -> RunPredictions:
-    """The run with those rows alone."""
+    """Return the run with only the rows ``where``, (n,) bool, is true."""
     return RunPredictions(
         run.rows[where],
-        _masked(run.predictions, where),
+        _select_rows(run.predictions, where),
         run.seed,
         None if run.groups is None else run.groups[where],
         run.labels,
@@ -160,15 +175,16 @@ def select_subgroup(run: RunPredictions, where: np.ndarray) -> RunPredictions:
 
 
 def result_rows(run: RunPredictions, row: ResultRow) -> list[ResultRow]:
-    """A results row for each part that is scored: ``auroc@sex=female`` of the primary metric's
-    ``row``.
+    """Return a results row for each scored subgroup, made from the ``row`` of the primary metric.
+
+    The metric of such a row is named ``auroc@sex=female``.
     """
-    of = catalog.metric(row.metric or "")
+    metric = catalog.metric(row.metric or "")
     out: list[ResultRow] = []
-    for part in split_by_subgroup(run, of):
-        if part.scored:
-            mine = select_subgroup(run, part.where)
-            low, high = stats.interval(of, mine.predictions, groups=mine.groups)
+    for subgroup in split_by_subgroup(run, metric):
+        if subgroup.scored:
+            selected = select_subgroup(run, subgroup.where)
+            low, high = stats.interval(metric, selected.predictions, groups=selected.groups)
             out.append(
                 replace(
                     row,
@@ -176,12 +192,12 @@ def result_rows(run: RunPredictions, row: ResultRow) -> list[ResultRow]:
                     gain_low=None,
                     gain_high=None,
                     scratch_value=None,
-                    metric=f"{row.metric}@{part.name}",
-                    value=of.value(mine.predictions),
+                    metric=f"{row.metric}@{subgroup.name}",
+                    value=metric.value(selected.predictions),
                     value_low=low,
                     value_high=high,
-                    n_eval=len(mine.rows),
-                    n_units=part.units,
+                    n_eval=len(selected.rows),
+                    n_units=subgroup.units,
                 )
             )
     return out
@@ -193,85 +209,96 @@ def result_rows(run: RunPredictions, row: ResultRow) -> list[ResultRow]:
 def blocks(
     target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[Block]:
-    """Of the best finished cell with a source, beside scratch. Nothing where no subgroups were
-    named, or test predictions are not at hand.
+    """Return the table of subgroups for the best finished cell with a source, and for scratch.
+
+    Returns no block where no subgroups were named or test predictions are missing.
     """
-    picked = per_label.best_cell(done, rows, runs)
-    if picked is None or not all(run.subgroups for run in picked[1]):
+    compared = per_label.best_cell(done, rows, runs)
+    if compared is None or not all(run.subgroups for run in compared[1]):
         return []
-    best, ours, scratch = picked
-    of = catalog.metric(best.metric)
-    every = _subgroup("all test rows", np.ones(len(ours[0].rows), dtype=bool), ours[0], of)
-    shown = [every, *split_by_subgroup(ours[0], of)]
+    best, ours, scratch = compared
+    metric = catalog.metric(best.metric)
+    everyone = _subgroup("all test rows", np.ones(len(ours[0].rows), dtype=bool), ours[0], metric)
+    shown = [everyone, *split_by_subgroup(ours[0], metric)]
     paired = (
         bool(scratch)
         and bool({run.seed for run in ours} & {run.seed for run in scratch})
-        and all(_alike(run, ours[0]) for run in scratch)
+        and all(_same_rows(run, ours[0]) for run in scratch)
     )
-    if not all(_alike(run, ours[0]) for run in ours):
+    if not all(_same_rows(run, ours[0]) for run in ours):
         return []
     means = {
-        part.name: _means(of, part, ours, scratch if paired else [])
-        for part in shown
-        if part.scored or part is every
+        subgroup.name: _means(metric, subgroup, ours, scratch if paired else [])
+        for subgroup in shown
+        if subgroup.scored or subgroup is everyone
     }
-    digits = places([(found[0][1], found[0][2]) for found in means.values()])
+    digits = decimal_places([(found[0][1], found[0][2]) for found in means.values()])
     unit = "Test rows" if ours[0].groups is None else "Test groups"
     head = [
         "Subgroup",
         unit,
-        *(["Positives"] if every.positives is not None else []),
+        *(["Positives"] if everyone.positives is not None else []),
         best.metric,
         *([f"{best.metric}, scratch", "gain"] if paired else []),
     ]
     body: list[list[str | Value]] = []
-    for part in shown:
-        line: list[str | Value] = [part.name, _size(part.units)]
-        found = means.get(part.name, [])
-        line += [_size(part.positives) if found else DASH] if part.positives is not None else []
+    for subgroup in shown:
+        line: list[str | Value] = [subgroup.name, _format_size(subgroup.units)]
+        found = means.get(subgroup.name, [])
         line += (
-            [per_label.estimate(one, digits) for one in found]
+            [_format_size(subgroup.positives) if found else DASH]
+            if subgroup.positives is not None
+            else []
+        )
+        line += (
+            [per_label.estimate(mean, digits) for mean in found]
             if found
             else [DASH] * (2 if paired else 1)
         )
         if paired:
-            line.append(_gain(of, part, ours, scratch, digits) if found else DASH)
+            line.append(_gain_cell(metric, subgroup, ours, scratch, digits) if found else DASH)
         body.append(line)
-    said = (
+    caption = (
         f"{target}: {cell_label(best)} of labels{' beside scratch' if paired else ''}, "
         f"{best.metric} with 95 % intervals. A subgroup with fewer than "
-        f"{LEAST_UNITS} {unit.lower()}, or without both classes, is not "
+        f"{MIN_UNITS} {unit.lower()}, or without both classes, is not "
         f"scored.{per_label.SIGNS if paired else ''}"
     )
-    return [Heading("Subgroups", 3), Text(said), Table(head, body)]
+    return [Heading("Subgroups", 3), Text(caption), Table(head, body)]
 
 
-def _alike(run: RunPredictions, other: RunPredictions) -> bool:
+def _same_rows(run: RunPredictions, other: RunPredictions) -> bool:
     return np.array_equal(run.rows, other.rows)
 
 
 def _means(
-    of: Metric, part: Subgroup, ours: list[RunPredictions], scratch: list[RunPredictions]
+    metric: Metric, subgroup: Subgroup, ours: list[RunPredictions], scratch: list[RunPredictions]
 ) -> list[tuple[float, float, float]]:
-    """The mean of ours, and where there is scratch, that of scratch, on the rows of a part."""
-    sides = [[select_subgroup(run, part.where) for run in side] for side in (ours, scratch) if side]
-    return [stats.mean_interval(of, side) for side in sides]
+    """Return (mean, low, high) of a subgroup for ours, and for scratch where there is one."""
+    sides = [
+        [select_subgroup(run, subgroup.where) for run in side] for side in (ours, scratch) if side
+    ]
+    return [stats.mean_interval(metric, side) for side in sides]
 
 
-def _gain(
-    of: Metric,
-    part: Subgroup,
+def _gain_cell(
+    metric: Metric,
+    subgroup: Subgroup,
     ours: list[RunPredictions],
     scratch: list[RunPredictions],
     digits: int,
 ) -> Value | str:
-    """A table cell of the gain of ours over scratch on the rows of a part."""
-    mine, theirs = ([select_subgroup(run, part.where) for run in side] for side in (ours, scratch))
-    enough = all(stats.evidence(run).enough for run in (*mine, *theirs))
-    return per_label.gain_estimate(stats.compare(of, mine, theirs), digits, enough)
+    """Return the table cell of the gain over scratch on the rows of a subgroup."""
+    selected, selected_scratch = (
+        [select_subgroup(run, subgroup.where) for run in side] for side in (ours, scratch)
+    )
+    enough = all(stats.evidence(run).enough for run in (*selected, *selected_scratch))
+    return per_label.gain_estimate(
+        stats.compare(metric, selected, selected_scratch), digits, enough
+    )
 
 
-def _size(count: int | None) -> str:
+def _format_size(count: int | None) -> str:
     return (
         DASH if count is None else f"<{HIDDEN_BELOW}" if 0 < count < HIDDEN_BELOW else f"{count:,}"
     )

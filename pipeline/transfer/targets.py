@@ -121,7 +121,7 @@ class TargetStage:
             else:
                 out[name] = stats.Evidence(
                     stats.count_units(np.ones(len(selection), dtype=bool), groups),
-                    stats.LEAST_UNITS,
+                    stats.MIN_UNITS,
                     unit,
                 )
         return out

@@ -14,8 +14,7 @@ from toys import image_files, job_of, shared_of, trial_of
 from pipeline.config.schema import Job
 from pipeline.io import storage
 from pipeline.metrics import catalog
-from pipeline.report import blocks as page
-from pipeline.report import matrix, per_label, report, results
+from pipeline.report import blocks, matrix, per_label, report, results
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 from pipeline.transfer import cached_heads, targets
@@ -86,7 +85,7 @@ def table(
     return rows, runs
 
 
-def said(rows, runs) -> list[page.Block]:
+def said(rows, runs) -> list[blocks.Block]:
     cells = matrix.matrix_cells(rows, runs)
     return per_label.blocks("t", [cell for cell in cells if cell.mean is not None], rows, runs)
 
@@ -101,7 +100,7 @@ def test_the_confusion_matrix_is_that_of_the_best_cell():
         ("src", "linear_probe"): [classes(90, NAMES, s, 0.6) for s in (0, 1)],
     }
     heading, heat = said(*table("accuracy", made))
-    assert heading.text == "Confusion matrix" and isinstance(heat, page.Heat)
+    assert heading.text == "Confusion matrix" and isinstance(heat, blocks.Heatmap)
     best = made["src", "full"]
     want = sum(
         theirs.confusion_matrix(run.predictions["label"], run.predictions["scores"].argmax(1))
@@ -123,7 +122,7 @@ def test_of_many_classes_the_commonest_confusions_are_listed():
     truth = run.predictions["label"]
     run.predictions["scores"][truth == 7] = np.eye(30, dtype=np.float32)[12]
     heading, _, listed = said(*table("accuracy", {("src", "full"): [run]}))
-    assert heading.text == "Commonest confusions" and len(listed.rows) == per_label.MOST_PAIRS
+    assert heading.text == "Commonest confusions" and len(listed.rows) == per_label.MAX_PAIRS
     assert listed.rows[0] == ["class 7", "class 12", f"{(truth == 7).sum():.1f}", "100.0 %"]
 
 
@@ -173,7 +172,7 @@ def test_the_table_of_labels_has_ours_beside_scratch():
             if float(low) > 0
             else "not shown"
         )
-        assert line[4].tone == word and mark == page.MARKS[word]
+        assert line[4].tone == word and mark == blocks.MARKS[word]
     assert listed.rows[0][4].tone == "wins"
 
 
@@ -184,7 +183,7 @@ def test_scratch_is_no_probe_of_random_weights():
         ("src", "linear_probe"): [findings(200, NAMES, 0, 1.8)],
     }
     rows, runs = table("macro_auroc", made)
-    shown = next(block for block in said(rows, runs) if isinstance(block, page.Table))
+    shown = next(block for block in said(rows, runs) if isinstance(block, blocks.Table))
     [scratch] = made["none", "scratch"]
     for line in shown.rows:
         want = catalog.metric(f"auroc/{line[0]}", NAMES).value(scratch.predictions)
@@ -373,8 +372,8 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
     assert [cell.metric for cell in cells] == ["macro_auroc"] * 2 and all(
         cell.n_seeds == 2 and cell.low is not None for cell in cells
     )
-    blocks = per_label.blocks("task", cells, read, runs)
-    assert [line[0] for line in blocks[-1].rows] == ["a", "b"]
+    out = per_label.blocks("task", cells, read, runs)
+    assert [line[0] for line in out[-1].rows] == ["a", "b"]
 
 
 def test_kept_features_follow_which_column_is_which_label(world, tmp_path):

@@ -11,9 +11,8 @@ from rich.console import Console
 
 from pipeline.io import storage
 from pipeline.metrics import catalog
-from pipeline.report import blocks as page
+from pipeline.report import blocks, plots, report, results
 from pipeline.report import matrix as cells_module
-from pipeline.report import plots, report, results
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 from pipeline.report.trial_record import CurvePoint
@@ -720,11 +719,11 @@ def test_every_number_appears_and_losses_are_not_hidden(written):
             shown = [f"{cell.mean:.3f}", f"[{cell.low:.3f}, {cell.high:.3f}]"]
             if cell.gain is not None:
                 shown.append(
-                    f"{page.MARKS[cell.verdict]} {cell.gain:+.3f} [{cell.gain_low:+.3f}, "
+                    f"{blocks.MARKS[cell.verdict]} {cell.gain:+.3f} [{cell.gain_low:+.3f}, "
                     f"{cell.gain_high:+.3f}]"
                 )
             for number in shown:
-                assert (page.typographic(number) if text is html else number) in text, number
+                assert (blocks.with_minus_sign(number) if text is html else number) in text, number
     wins, losses = (sum(c.verdict == v for c in cells) for v in ("wins", "loses"))
     assert wins and losses
     kept, kept_losses = (
@@ -767,9 +766,9 @@ def unfenced(text):
 
 
 def check_markdown(text):
-    blocks = [b for b in unfenced(text).split("\n\n") if b.startswith("|")]
-    assert blocks
-    for block in blocks:
+    tables = [b for b in unfenced(text).split("\n\n") if b.startswith("|")]
+    assert tables
+    for block in tables:
         lines = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in block.splitlines()]
         assert len({len(line) for line in lines}) == 1, block
         assert all(re.fullmatch(r" (:--|--:) ", part) for part in lines[1])
@@ -858,17 +857,20 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 
 
 def test_decimals_follow_the_interval():
-    assert page.places([(0.81, 0.83), (0.5, 0.6), (0.7, 0.72)]) == 3
-    assert page.places([(20.0, 21.0)]) == 2 and page.places([(1000.0, 1400.0)]) == 0
-    assert page.places([(0.5, 0.5), (None, None)]) == 3
+    assert blocks.decimal_places([(0.81, 0.83), (0.5, 0.6), (0.7, 0.72)]) == 3
+    assert (
+        blocks.decimal_places([(20.0, 21.0)]) == 2
+        and blocks.decimal_places([(1000.0, 1400.0)]) == 0
+    )
+    assert blocks.decimal_places([(0.5, 0.5), (None, None)]) == 3
 
 
 def test_curves_are_means_over_seeds():
     rows, _, curves = simulate({"clothing": {("garments", "full"): 0.8}}, fractions=("1.0",))
-    panels = report._curves("clothing", "accuracy", rows, curves)
+    panels = report._learning_curves("clothing", "accuracy", rows, curves)
     points = dict(panels["1.0"]["garments", "full"])
     assert points[30] == pytest.approx(np.mean([c[0].metrics["accuracy"] for c in curves.values()]))
-    assert report._curves("clothing", "auroc", rows, curves) == {}
+    assert report._learning_curves("clothing", "auroc", rows, curves) == {}
 
 
 def test_plots_leave_matplotlib_as_it_was():

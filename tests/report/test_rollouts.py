@@ -133,7 +133,7 @@ def test_pictures_are_of_the_untrained_and_of_the_fewest_demonstrations():
         message("full", "sim", "5 rows", 5, 0, 9, rollout_frames),
     )
     figure = next(block for block in out if isinstance(block, blocks.Figure))
-    text = blocks.page("t", "e", out)
+    text = blocks.html_page("t", "e", out)
     assert (
         "Pictures of episodes: sim · zero_shot, sim · full, 1 episode" in text
         and text.count("<image") == 8

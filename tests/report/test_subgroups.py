@@ -15,8 +15,7 @@ from toys import image_files, job_of, shared_of, trial_of
 from pipeline.data.manifest import Selection, build
 from pipeline.io import storage
 from pipeline.metrics import catalog
-from pipeline.report import blocks as page
-from pipeline.report import matrix, per_label, plots, report, results, stats, subgroups
+from pipeline.report import blocks, matrix, per_label, plots, report, results, stats, subgroups
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 from pipeline.transfer import targets
@@ -119,7 +118,7 @@ def test_columns_and_fields_of_structs_are_read(selection):
         (["static"], r"static holds struct<.*of a struct name the field: static\.FIELD"),
         (["static.Sex"], "static has no field 'Sex'"),
         (["sex.x"], "sex has no field 'x'"),
-        (["sex", "sex"], "sex stands twice"),
+        (["sex", "sex"], "sex is named twice"),
     ],
 )
 def test_columns_that_tell_no_parts_are_refused(selection, columns, message):
@@ -128,7 +127,7 @@ def test_columns_that_tell_no_parts_are_refused(selection, columns, message):
 
 
 def test_a_column_of_people_is_refused_and_not_told(selection, monkeypatch):
-    monkeypatch.setattr(subgroups, "MOST_VALUES", 3)
+    monkeypatch.setattr(subgroups, "MAX_VALUES", 3)
     with pytest.raises(
         ValueError,
         match="many has 4 different values among the test rows, and a table of subgroups takes 3",
@@ -367,7 +366,7 @@ def test_the_report_has_a_line_for_each_part_and_hides_small_ones():
 
 
 def test_few_positives_are_hidden_too():
-    assert [subgroups._size(count) for count in (0, 1, 4, 5, 1234, None)] == [
+    assert [subgroups._format_size(count) for count in (0, 1, 4, 5, 1234, None)] == [
         "0",
         "<5",
         "<5",
@@ -380,13 +379,13 @@ def test_few_positives_are_hidden_too():
 def test_two_classes_have_all_metrics_and_a_calibration_curve_in_the_report(tmp_path):
     rows, runs = table(MADE)
     cells = matrix.matrix_cells(rows, runs)
-    blocks = per_label.blocks("t", cells, rows, runs)
-    assert [block.text for block in blocks if isinstance(block, page.Heading)] == [
+    out = per_label.blocks("t", cells, rows, runs)
+    assert [block.text for block in out if isinstance(block, blocks.Heading)] == [
         "All metrics",
         "Calibration",
         "Confusion matrix",
     ]
-    listed = next(block for block in blocks if isinstance(block, page.Table))
+    listed = next(block for block in out if isinstance(block, blocks.Table))
     assert [line[0] for line in listed.rows] == [
         "auroc ↑",
         "auprc ↑",
@@ -399,7 +398,7 @@ def test_two_classes_have_all_metrics_and_a_calibration_curve_in_the_report(tmp_
     assert [float(value.lines[0]) for value in listed.rows[2][1:]] == pytest.approx(
         [*brier, brier[1] - brier[0]], abs=0.002
     )
-    figure = next(block for block in blocks if isinstance(block, page.Figure))
+    figure = next(block for block in out if isinstance(block, blocks.Figure))
     shown = figure.instead.rows
     assert (
         len(shown) == 20
@@ -428,7 +427,7 @@ def test_two_classes_have_all_metrics_and_a_calibration_curve_in_the_report(tmp_
     assert (
         "### Subgroups" in markdown
         and "| unit: others | 15 |" in markdown
-        and "probability of dead that was said" in html
+        and "predicted probability of dead" in html
     )
     assert "#0101" not in html and "#0102" not in html
 
@@ -443,7 +442,7 @@ def test_predictions_at_positions_have_them_without_a_confusion_matrix():
     assert [
         block.text
         for block in per_label.blocks("t", cells, rows, runs)
-        if isinstance(block, page.Heading)
+        if isinstance(block, blocks.Heading)
     ] == ["All metrics", "Calibration"]
     listed = subgroups.blocks("t", cells, rows, runs)[2]
     assert listed.rows[0][:3] == [
@@ -464,7 +463,7 @@ def test_a_curve_of_few_rows_is_not_drawn():
     assert "Calibration" not in [
         block.text
         for block in per_label.blocks("t", matrix.matrix_cells(rows, runs), rows, runs)
-        if isinstance(block, page.Heading)
+        if isinstance(block, blocks.Heading)
     ]
 
 
