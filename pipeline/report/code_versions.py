@@ -1,5 +1,7 @@
-"""What made a job's trials, and how that is told: which are of other code or versions than now, and
-which comparisons mix them.
+"""Which code and library versions made the trials of a job.
+
+Trials that other code or versions made than those of now are marked in the report, and so are
+comparisons between trials of different code or versions.
 """
 
 from __future__ import annotations
@@ -18,22 +20,24 @@ from pipeline.report.trial_record import TrialRecord
 OTHER = "made by other code or versions"
 MIXED = "compares trials of different code or versions"
 SIGNS = {OTHER: "†", MIXED: "‡"}
-"""How a cell is marked, in words and by a sign."""
+"""The marks of a cell, each with its sign."""
 NOT_RECORDED = "not recorded"
 MAX_REASONS = 4
 
 
 @dataclass(frozen=True)
 class TrialProvenance:
-    """What made a trial. ``changes``: in words, how that differs from what would make it now; empty
-    where nothing does.
+    """The code and versions that made a trial; ``made`` is None where they were not recorded.
+
+    ``changes`` describes, in words, how they differ from the code and versions of now. It is empty
+    where nothing differs.
     """
 
     made: Provenance | None
     changes: tuple[str, ...] = ()
 
     def columns(self) -> dict[str, str | None]:
-        """The two columns of the results table."""
+        """Return the columns ``versions`` and ``made_by`` of the results table."""
         if self.made is None:
             return {"versions": None, "made_by": None}
         return {
@@ -45,12 +49,14 @@ class TrialProvenance:
 def provenance_of_record(
     record: TrialRecord, now: Provenance, source: str, weights: str | None
 ) -> TrialProvenance:
-    """What made the trial of a record.
+    """Return the code and versions that made the trial of a record.
 
     Args:
-        now: What would make it now.
-        weights: The SHA-256 of its source's weights as they are now; none for scratch, or where
-            there are none yet.
+        record: The record of the trial.
+        now: The code and versions of now.
+        source: Name of the trial's source.
+        weights: SHA-256 of the source's weights as they are now; None for scratch, or where the
+            source has no weights yet.
     """
     made = record.made
     found = provenance.changes(made, now)
@@ -68,12 +74,12 @@ def mark_cells(
     rows: Sequence[ResultRow],
     trial_provenance: Mapping[str, TrialProvenance],
 ) -> list[Cell]:
-    """The cells, each with ``made``: empty, or how it is marked.
+    """Return the cells with their ``code_mark``, which is empty where nothing differs.
 
-    A cell is mixed where two of its trials, or one of them and one of those that its gains are over
-    (``Cell.compared_with``: scratch of its own and of the best backbone, for a random probe the
-    linear probe), were made by different code or versions; else it is of other code where one of
-    its own trials was not made as it would be now.
+    A cell is MIXED where its trials and those that its gains are over (``Cell.compared_with``) were
+    not all made by the same code and versions. These others are scratch of the same backbone, the
+    best scratch network, and for a random probe the linear probe. Otherwise a cell is OTHER where
+    one of its own trials was made by other code or versions than those of now.
     """
     trials: dict[CellKey, list[str]] = defaultdict(list)
     for row in rows:
@@ -87,48 +93,49 @@ def mark_cells(
     out: list[Cell] = []
     for cell in cells:
         own = trials[cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction]
-        against = [one for key in cell.compared_with for one in trials[key]]
-        made = [trial_provenance[one].made for one in (*own, *against)]
+        against = [trial_id for key in cell.compared_with for trial_id in trials[key]]
+        made = [trial_provenance[trial_id].made for trial_id in (*own, *against)]
         if any(provenance.differences(made[0], other) for other in made[1:]):
-            out.append(replace(cell, made=MIXED))
-        elif any(trial_provenance[one].changes for one in own):
-            out.append(replace(cell, made=OTHER))
+            out.append(replace(cell, code_mark=MIXED))
+        elif any(trial_provenance[trial_id].changes for trial_id in own):
+            out.append(replace(cell, code_mark=OTHER))
         else:
             out.append(cell)
     return out
 
 
 def describe_changes(trial_provenance: Mapping[str, TrialProvenance]) -> list[str]:
-    """A sentence on the trials that were not made as they would be now, and one for each reason;
-    none where there are none.
+    """Return a sentence on the trials of other code or versions, and one for each reason.
+
+    Returns an empty list where there are no such trials.
     """
-    changed = [origin for origin in trial_provenance.values() if origin.changes]
+    changed = [made for made in trial_provenance.values() if made.changes]
     if not changed:
         return []
-    by_reason = Counter(_short(origin.changes) for origin in changed)
+    by_reason = Counter(_join_reasons(made.changes) for made in changed)
     head = (
         f"{len(changed)} of {len(trial_provenance)} trials were made by other code or versions "
-        "than those "
-        "of now and are used as they are"
+        "than those of now and are used as they are"
     )
     return [
         f"{head}; --remake changed makes them anew",
-        *(f"{_trials(count)}: {reason}" for reason, count in by_reason.most_common()),
+        *(f"{_count_trials(count)}: {reason}" for reason, count in by_reason.most_common()),
     ]
 
 
-def _short(changes: Sequence[str]) -> str:
+def _join_reasons(changes: Sequence[str]) -> str:
     more = f" and {len(changes) - MAX_REASONS} more" if len(changes) > MAX_REASONS else ""
     return ", ".join(changes[:MAX_REASONS]) + more
 
 
-def _trials(count: int) -> str:
+def _count_trials(count: int) -> str:
     return f"{count} trial{'' if count == 1 else 's'}"
 
 
 def versions_table(rows: Sequence[ResultRow]) -> list[list[str]]:
-    """For each library the versions that trials were made with, and for how many: (library,
-    versions).
+    """Return (library, versions) for each library.
+
+    Where trials were made with several versions of a library, each has its number of trials.
     """
     trials = {row.trial_id: row.versions for row in rows}
     found: dict[str, Counter[str]] = {name: Counter() for name in provenance.LIBRARIES}
@@ -140,7 +147,7 @@ def versions_table(rows: Sequence[ResultRow]) -> list[list[str]]:
     for name, count in found.items():
         several = len(count) > 1
         version_texts = [
-            f"{version} ({_trials(number)})" if several else version
+            f"{version} ({_count_trials(number)})" if several else version
             for version, number in count.most_common()
         ]
         out.append([name, ", ".join(version_texts)])

@@ -94,9 +94,9 @@ class Cell:
     hyper_parameters: str
     verdict: str
     interval: str = ""
-    made: str = ""
-    """Where its trials were made by other code or versions than those of now, or by different ones:
-    how it is marked (`transfer.origins`).
+    code_mark: str = ""
+    """The mark of a cell whose trials were made by other code or versions than those of now, or by
+    different ones (`pipeline.report.code_versions`).
     """
     paired_seeds: int | None = None
     gain_p: float | None = None

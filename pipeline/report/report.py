@@ -1,8 +1,8 @@
-"""The report of a job: the terminal's table, report.md and report.html.
+"""The report of a job: the table for the terminal, report.md and report.html.
 
-It says where transfer paid, where it did not and where that cannot be told, and from what. Cells
-come from ``transfer.cells``, figures from ``transfer.plots``, the two texts from ``transfer.page``;
-this module decides what is said.
+It shows where transfer paid, where it did not, and where the trials do not allow a conclusion. The
+cells come from ``pipeline.report.matrix`` and the figures from ``pipeline.report.plots``;
+``pipeline.report.blocks`` writes Markdown and HTML. This module decides what the report contains.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ __all__ = ["Cell", "matrix_cells", "table", "write"]
 _DASH = blocks.DASH
 SEARCH_NOISE = (
     "Where hyper-parameters were searched, the settings that were tried again with further "
-    "seeds tell how much the choice itself varies, and "
+    "seeds show how much the choice itself varies, and "
     "intervals of gains include that: in simulated comparisons without a difference 3 to 5 % "
     "were won or lost. A search whose settings were "
-    "tried with one seed alone does not tell it, and its intervals say so: there 6 to 12 % "
-    "were won or lost. Nor does a search that "
-    "was judged by another metric than the tested one, whose intervals say that."
+    "tried with one seed alone does not show it, and its intervals say so: there 6 to 12 % "
+    "were won or lost. Neither does a search that "
+    "was judged by another metric than the tested one, whose intervals say so too."
 )
 
 
@@ -114,12 +114,12 @@ def _plural(number: int, noun: str) -> str:
 
 
 def table(cells: Sequence[Cell]) -> rich.table.Table:
-    """The matrix for the terminal, grouped by target; it fits 100 columns, and verdicts have signs
-    as well as colours.
+    """Return the matrix as a table for the terminal, grouped by target.
 
-    ``seeds`` counts the seeds that a cell has in common with what it is compared with, of those
-    that were started. Under a gain over the scratch network of a cell's own backbone stands the one
-    over the best scratch, where that is another.
+    It fits 100 columns, and verdicts have signs as well as colours. The column ``seeds`` counts the
+    seeds that a cell shares with the cell it is compared with, and those that were started where
+    these are more. A gain is over the scratch network of the cell's own backbone. Where another
+    scratch network of the target is better, the gain over that one is on the next line.
     """
     from rich.table import Table
     from rich.text import Text as Rich
@@ -134,9 +134,9 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
         caption=_table_caption(cells),
     )
     signs = [
-        f"{code_versions.SIGNS[made]} {made}"
-        for made in code_versions.SIGNS
-        if any(cell.made == made for cell in cells)
+        f"{sign} {mark}"
+        for mark, sign in code_versions.SIGNS.items()
+        if any(cell.code_mark == mark for cell in cells)
     ]
     if signs:
         out.caption = f"{out.caption}\n{', '.join(signs)} (than those of now)."
@@ -178,7 +178,7 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
             else cell.source
         )
         technique = f"{cell.technique} (against {cell.against})" if cell.against else cell.technique
-        technique += f" {code_versions.SIGNS[cell.made]}" if cell.made else ""
+        technique += f" {code_versions.SIGNS[cell.code_mark]}" if cell.code_mark else ""
         out.add_row(
             Rich(f" {source}"),
             Rich(technique),
@@ -200,28 +200,29 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
 
 
 def _table_caption(cells: Sequence[Cell]) -> str:
-    """What the signs of the terminal's table mean."""
-    said = [
+    """Return the meaning of the signs in the terminal's table."""
+    lines = [
         "▲ wins, ▼ loses: the 95 % interval of the gain over scratch excludes zero;",
         "* also after Holm's correction for all comparisons. ○ not shown: it holds zero.",
         "Positive is better. seeds: those that scratch has too; a verdict needs two.",
     ]
     if any(cell.verdict == TOO_FEW for cell in cells):
-        said.append(
+        lines.append(
             "? too few to tell: too few test units for a verdict; the report has their number."
         )
     if any(_has_other_baseline(cell) for cell in cells):
-        said.append(
+        lines.append(
             "Gains are over the scratch network of the same backbone; below them those over "
             "the target's"
         )
-        said.append("best scratch network (by validation), where that is of another backbone.")
-    return "\n" + "\n".join(said)
+        lines.append("best scratch network (by validation), where that is of another backbone.")
+    return "\n" + "\n".join(lines)
 
 
 def _format_seeds(cell: Cell) -> rich.text.Text:
-    """Paired seeds of a cell (for scratch all that finished), and of how many that were started
-    where those are more.
+    """Return the paired seeds of a cell, "2 of 3" where more were started.
+
+    Scratch is paired with nothing: for it they are all seeds that finished.
     """
     from rich.text import Text as Rich
 
@@ -231,7 +232,7 @@ def _format_seeds(cell: Cell) -> rich.text.Text:
 
 
 def _has_other_baseline(cell: Cell) -> bool:
-    """Whether another backbone's scratch is better than the one that a cell is held against."""
+    """Return whether the target's best scratch network has another backbone than the cell."""
     return bool(cell.baseline) and cell.baseline != cell.backbone and cell.baseline_gain is not None
 
 
@@ -256,20 +257,31 @@ def write(
     notes: Sequence[str],
     versions: dict[str, str],
     runs: dict[str, stats.RunPredictions] | None = None,
-    made: Sequence[str] = (),
+    code_notes: Sequence[str] = (),
     scores: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[str, str]:
-    """Write report.md and report.html under ``root_uri``, each atomically, and give their URIs.
+    """Write report.md and report.html under ``root_uri``, each atomically.
 
-    ``rows``: results rows (failures and totals are read from them). ``curves``: trial id to its
-    validations. ``pretraining``: one dict a source with ``source, backbone, objective, steps, rows,
-    seconds, rows_per_second, metrics, transfer, bundle_uri, splits``, any of which may be missing.
-    ``splits``: target to where its splits come from. ``versions``: whatever was fixed beside the
-    libraries (the hash of the job); the versions of the libraries are those that each trial was run
-    with. ``runs``: trial id to test predictions, for what is said of single classes and labels.
-    ``made``: sentences on the trials that other code or versions made. ``scores``:
-    ``source|target`` to ``score_name`` and ``score_value``, also of sources that were left out
-    because of them; none: those of the rows.
+    Args:
+        root_uri: The folder of the job.
+        job_name: Name of the job.
+        cells: The cells of the matrix.
+        rows: Results rows. Failures and totals are computed from them.
+        curves: Trial id to its validations.
+        pretraining: One dict for each source with ``source, backbone, objective, steps, rows,
+            seconds, rows_per_second, metrics, transfer, bundle_uri, splits``, any of which may be
+            missing.
+        splits: Target to where its splits come from.
+        notes: Sentences for the section on the method.
+        versions: What identifies the job apart from the libraries, such as its hash. The versions
+            of libraries are those that each trial ran with.
+        runs: Trial id to test predictions, for the tables of classes, labels and subgroups.
+        code_notes: Sentences on the trials that were made by other code or versions.
+        scores: ``source|target`` to ``score_name`` and ``score_value``, also of sources that were
+            left out because of their score. Without it only the scores in ``rows`` are shown.
+
+    Returns:
+        The URIs of report.md and report.html.
     """
     groups: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
@@ -292,7 +304,7 @@ def write(
     ]
     content += [
         *_split_blocks({t: s for t, s in splits.items() if t not in groups}),
-        *_method_blocks(cells, rows, notes, versions, made),
+        *_method_blocks(cells, rows, notes, versions, code_notes),
     ]
     title = _headline(cells)
     out = storage.join(root_uri, "report.md"), storage.join(root_uri, "report.html")
@@ -306,47 +318,47 @@ def write(
 
 
 def _count_verdicts(cells: Iterable[Cell]) -> Counter[str]:
-    """How many cells with a source have each verdict."""
+    """Return how many cells with a source have each verdict; failed cells of scratch count too."""
     return Counter(
         cell.verdict for cell in cells if cell.source != SCRATCH or cell.verdict == FAILED
     )
 
 
 def _count_survivors(cells: Iterable[Cell]) -> Counter[str]:
-    """Wins and losses of cells with a source that stand after Holm's correction."""
+    """Return how many wins and losses remain after Holm's correction."""
     return Counter(cell.verdict for cell in cells if cell.transfers and cell.survives)
 
 
 def _headline(cells: Sequence[Cell]) -> str:
-    """Wins and losses that survive the correction for the number of comparisons."""
+    """Return the title: the wins and losses that survive Holm's correction."""
     compared = sum(cell.transfers for cell in cells)
     if not compared:
         return _headline_without_comparisons(cells)
-    stands = _count_survivors(cells)
-    lost = f", and lost in {stands[LOSES]}" if stands[LOSES] else ", and lost in none"
-    return f"Transfer paid in {stands[WINS]} of {_plural(compared, 'comparison')}{lost}"
+    surviving = _count_survivors(cells)
+    lost = f", and lost in {surviving[LOSES]}" if surviving[LOSES] else ", and lost in none"
+    return f"Transfer paid in {surviving[WINS]} of {_plural(compared, 'comparison')}{lost}"
 
 
 def _headline_without_comparisons(cells: Sequence[Cell]) -> str:
-    """Why nothing was won or lost, in a headline."""
+    """Return the title of a report without comparisons: why nothing was won or lost."""
     if cells and all(cell.verdict == FAILED for cell in cells):
         return "No trial finished"
     if any(cell.verdict == TOO_FEW for cell in cells):
-        return "No verdict: the test rows are too few to tell"
+        return "No verdict: there are too few test rows"
     if any(cell.paired_seeds == 1 for cell in cells):
-        return f"No verdict: one seed does not tell a gain from luck, {MIN_SEEDS} are needed"
+        return f"No verdict: one seed cannot tell a gain from luck, {MIN_SEEDS} are needed"
     return "Nothing to compare with scratch yet"
 
 
 def _describe_correction(cells: Sequence[Cell]) -> str:
-    """What the headline counts, in one sentence."""
-    found, stands = _count_verdicts(cells), _count_survivors(cells)
+    """Return a sentence on what the headline counts."""
+    found, surviving = _count_verdicts(cells), _count_survivors(cells)
     family = sum(cell.gain_p_holm is not None for cell in cells)
     return (
         "The headline counts wins and losses that survive Holm's correction for all "
         f"{_plural(family, 'comparison')} of the job (corrected p below "
-        f"{SIGNIFICANT}, marked *): {stands[WINS]} of {_plural(found[WINS], 'win')} and "
-        f"{stands[LOSES]} of {found[LOSES]} "
+        f"{SIGNIFICANT}, marked *): {surviving[WINS]} of {_plural(found[WINS], 'win')} and "
+        f"{surviving[LOSES]} of {found[LOSES]} "
         f"loss{'' if found[LOSES] == 1 else 'es'} by the plain interval."
     )
 
@@ -357,7 +369,7 @@ def _summary_blocks(
     rows: Sequence[ResultRow],
     decimals: dict[str, int],
 ) -> list[Block]:
-    found, stands = _count_verdicts(cells), _count_survivors(cells)
+    found, surviving = _count_verdicts(cells), _count_survivors(cells)
     out: list[Block] = []
     if any(cell.transfers for cell in cells):
         out.append(
@@ -369,8 +381,8 @@ def _summary_blocks(
                 "lead",
             )
         )
-    tally = [(str(stands[WINS]), "won", WINS), (str(stands[LOSES]), "lost", LOSES)]
-    corrected_away = found[WINS] + found[LOSES] - stands[WINS] - stands[LOSES]
+    tally = [(str(surviving[WINS]), "won", WINS), (str(surviving[LOSES]), "lost", LOSES)]
+    corrected_away = found[WINS] + found[LOSES] - surviving[WINS] - surviving[LOSES]
     if corrected_away:
         tally.append((str(corrected_away), "by the plain interval alone", NOT_SHOWN))
     tally.append((str(found[NOT_SHOWN]), "not shown", NOT_SHOWN))
@@ -470,7 +482,7 @@ def _gain_blocks(groups: dict[str, list[Cell]], decimals: dict[str, int]) -> lis
 
 
 def _comparison_columns(cell: Cell) -> list[str]:
-    """Verdict, paired seeds and p values of a comparison, as a table shows them."""
+    """Return the table columns of a comparison: verdict, paired seeds and both p values."""
     word = f"{blocks.MARKS.get(cell.verdict, '')} {cell.verdict} {_code_mark(cell)}".strip()
     corrected = _format_p_value(cell.gain_p_holm) + (" *" if cell.survives else "")
     return [word, _format_count(cell.paired_seeds), _format_p_value(cell.gain_p), corrected]
@@ -481,8 +493,9 @@ def _format_p_value(value: float | None) -> str:
 
 
 def _baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[Block]:
-    """With several scratch networks: that gains are measured against different ones, and the gains
-    over the best of them.
+    """Return the table of gains over the best scratch network, where there are several backbones.
+
+    A note above it says that the other gains are measured against different networks.
     """
     backbones = sorted({cell.backbone for cell in group})
     if len(backbones) < 2:
@@ -494,7 +507,7 @@ def _baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[
             if cell.baseline
         }
     )
-    said = (
+    note = (
         f"{target}: these gains are measured against {len(backbones)} different scratch "
         "networks, each against that of its own backbone "
         f"({', '.join(backbones)}), so they cannot be compared with each other. The target's "
@@ -511,7 +524,7 @@ def _baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[
         for c in group
     ]
     return [
-        Text(said),
+        Text(note),
         blocks.Table(
             [target, "Backbone", "Gain over its own scratch", "Gain over the best scratch"],
             listed,
@@ -618,8 +631,8 @@ def _matrix_table(group: list[Cell], decimals: int) -> blocks.Table:
 
 
 def _code_mark(cell: Cell) -> str:
-    """The mark of a cell whose trials were made by other code or versions, with its words."""
-    return f"{code_versions.SIGNS[cell.made]} {cell.made}" if cell.made else ""
+    """Return the sign and words for a cell whose trials were made by other code or versions."""
+    return f"{code_versions.SIGNS[cell.code_mark]} {cell.code_mark}" if cell.code_mark else ""
 
 
 def _matrix_value(cell: Cell | None, decimals: int) -> str | Value:
@@ -633,7 +646,7 @@ def _matrix_value(cell: Cell | None, decimals: int) -> str | Value:
         if cell.low is not None and cell.high is not None
         else []
     )
-    lines += [_code_mark(cell)] if cell.made else []
+    lines += [_code_mark(cell)] if cell.code_mark else []
     if cell.n_failed:
         lines.append(f"{_plural(cell.n_failed, 'trial')} failed")
     if cell.evidence:
@@ -658,23 +671,29 @@ def _matrix_value(cell: Cell | None, decimals: int) -> str | Value:
 def _curve_metric(
     metric: str, target: str, rows: Sequence[ResultRow], curves: Mapping[str, Sequence[CurvePoint]]
 ) -> str:
-    """The metric that learning curves show: the primary one, or what validations have in its place
-    where it is told of test rows alone.
+    """Return the metric that the learning curves show.
+
+    It is the primary metric. Where that is computed on test rows only, it is the first metric of
+    the validations.
     """
-    held = (
+    validations = (
         point.metrics
         for row in rows
         if row.target == target
         for point in curves.get(row.trial_id, ())
     )
-    names = list(next(held, dict[str, float]()))
+    names = list(next(validations, dict[str, float]()))
     return metric if metric in names or not names else names[0]
 
 
 def _learning_curves(
     target: str, metric: str, rows: Sequence[ResultRow], curves: Mapping[str, Sequence[CurvePoint]]
 ) -> dict[str, plots.Series]:
-    """label fraction -> (source, technique) -> (step, mean over seeds) of the validation metric."""
+    """Return the learning curves of a target's final trials.
+
+    Returns:
+        Label fraction to (source, technique) to points (step, mean over seeds of the metric).
+    """
     trials = {
         row.trial_id: row
         for row in rows
@@ -688,7 +707,7 @@ def _learning_curves(
             value = point.metrics.get(metric)
             if (
                 value is not None and math.isfinite(value) and point.step
-            ):  # what was not trained has no curve
+            ):  # step 0: a trial without training has no curve
                 points[row.label_fraction, row.source, results.technique(row)][point.step].append(
                     value
                 )
@@ -704,7 +723,7 @@ def _learning_curves(
 
 
 def _unique_trials(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """One row for each trial and stage."""
+    """Return one row for each trial and stage."""
     return list({(row.trial_id, row.trial_stage): row for row in reversed(rows)}.values())[::-1]
 
 
@@ -759,7 +778,7 @@ def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block
 def _score_blocks(
     rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None
 ) -> list[Block]:
-    """The score of every source, also of those that were left out because of theirs."""
+    """Return the table of transferability scores, also of sources left out because of theirs."""
     tried = {(row.target, row.source) for row in rows}
     found: dict[tuple[str, str, str], float] = {
         (r.target, r.source, r.score_name): r.score_value
@@ -810,24 +829,24 @@ def _pretraining_blocks(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
                 _format_count(item.get("rows_per_second")),
             ]
         )
-        said = (
+        details = (
             [Text(f"Source {code_versions.OTHER}: {', '.join(item['changes'])}", "warning")]
             if item.get("changes")
             else []
         )
         versions: dict[str, str] = item.get("versions") or {}
         ran = {name: version for name, version in versions.items() if name in provenance.LIBRARIES}
-        said += (
+        details += (
             [Text("Versions: " + ", ".join(f"{name} {version}" for name, version in ran.items()))]
             if ran
             else []
         )
-        said += [
+        details += [
             Text(f"{what}: {item[name]}")
             for name, what in (("bundle_uri", "Bundle"), ("splits", "Splits"))
             if item.get(name)
         ]
-        said += (
+        details += (
             [Text("Transfer of tensors:"), Code(str(item["transfer"]))]
             if item.get("transfer")
             else []
@@ -837,10 +856,10 @@ def _pretraining_blocks(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
                 Details(
                     f"{item.get('source', 'source')}: where it comes from and what was carried "
                     "over",
-                    said,
+                    details,
                 )
             ]
-            if said
+            if details
             else []
         )
     head = ["Source", "Backbone", "Objective", "Metrics", "Steps", "Rows read", "Time", "Rows/s"]
@@ -882,7 +901,7 @@ def _duplicate_blocks(rows: Sequence[ResultRow]) -> list[Block]:
     return [
         Heading("Identical results under different settings"),
         Text(
-            "Trials that differ in a setting and still agree to 12 digits say that the "
+            "Trials that differ in a setting and still agree to 12 digits are a sign that the "
             "setting had no effect: look at these before you "
             "trust them.",
             "warning",
@@ -904,7 +923,7 @@ def _method_blocks(
     rows: Sequence[ResultRow],
     notes: Sequence[str],
     versions: dict[str, str],
-    made: Sequence[str],
+    code_notes: Sequence[str],
 ) -> list[Block]:
     compared = sum(cell.gain_p_holm is not None for cell in cells)
     method = (
@@ -917,7 +936,7 @@ def _method_blocks(
         "many and the metric is no sum over them). Of one seed they are percentile bootstraps "
         "over test units alone."
     )
-    said = [
+    sentences = [
         method,
         "Gains are paired: the same seeds and the same test rows, drawn together for both "
         "sides. Positive is better. A verdict needs "
@@ -926,26 +945,26 @@ def _method_blocks(
         "classes). No interval passes the bounds of its metric.",
     ]
     if compared:
-        said.append(
+        sentences.append(
             "The plain intervals are not corrected for the number of comparisons: of "
             f"{compared} comparisons without any true difference, about "
             f"{SIGNIFICANT * compared:.1f} would still be won or lost by them. Corrected p "
             "values are Holm's (1979)."
         )
     if any(row.trial_stage == "search" for row in rows):
-        said.append(SEARCH_NOISE)
+        sentences.append(SEARCH_NOISE)
     ways = Counter(cell.interval for cell in cells if cell.interval)
-    said += [f"{way}: {_plural(count, 'cell')}." for way, count in ways.items()]
-    out: list[Block] = [Heading("How this was made"), Bullets(said)]
+    sentences += [f"{way}: {_plural(count, 'cell')}." for way, count in ways.items()]
+    out: list[Block] = [Heading("How this was made"), Bullets(sentences)]
     if notes:
         out += [Heading("Notes", 3), Bullets(list(notes))]
-    if made:
+    if code_notes:
         out += [
             Heading("Trials of other code or versions", 3),
-            Text(made[0], "warning"),
-            Bullets(list(made[1:])),
+            Text(code_notes[0], "warning"),
+            Bullets(list(code_notes[1:])),
         ]
-    ran = [
+    made_with = [
         *code_versions.versions_table(rows),
         *([name, str(version)] for name, version in versions.items()),
     ]
@@ -956,7 +975,7 @@ def _method_blocks(
     ):
         values = sorted({str(getattr(row, column)) for row in rows if getattr(row, column)})
         if values and not set(values) <= set(map(str, versions.values())):
-            ran.append(
+            made_with.append(
                 [
                     what,
                     ", ".join(values[:6])
@@ -964,9 +983,9 @@ def _method_blocks(
                 ]
             )
     times = [row.started_at for row in rows if row.started_at]
-    ran += [["first trial started", f"{min(times):%Y-%m-%d %H:%M} UTC"]] if times else []
-    if ran:
-        out += [Heading("Versions", 3), blocks.Table(["What", "Which"], ran, 2)]
+    made_with += [["first trial started", f"{min(times):%Y-%m-%d %H:%M} UTC"]] if times else []
+    if made_with:
+        out += [Heading("Versions", 3), blocks.Table(["What", "Which"], made_with, 2)]
     winners = [
         [
             c.target,

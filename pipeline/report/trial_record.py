@@ -1,5 +1,6 @@
-"""The record of a trial: what it measured, what ran and what made it. It stands as JSON beside the
-trial's predictions and bundle.
+"""The record of a trial: its measurements, its settings and the code that made it.
+
+It is a JSON file in the same folder as the trial's predictions and bundle.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from pipeline.config.provenance import Provenance
 from pipeline.report.results import ResultRow
 
 VERSION = 1
-"""The version of a record's JSON. Records that were written before they stated one have version
-1.
+"""The version of the JSON format. Records without a version were written before it was recorded and
+have version 1.
 """
 
 
 class CurvePoint(NamedTuple):
-    """The validation metrics of a trial after so many steps."""
+    """The validation metrics of a trial after ``step`` steps."""
 
     step: int
     metrics: dict[str, float]
@@ -27,13 +28,14 @@ class CurvePoint(NamedTuple):
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A trial that has ended. Its rows have no gains yet, which need the other trials
-    (`stages.collect`).
+    """A trial that has ended.
+
+    Its rows have no gains yet. `stages.collect` computes them from all trials.
     """
 
     trial_id: str
     cell: str = ""
-    """What is compared with scratch: everything but hyper-parameters and seed."""
+    """The cell of the matrix: all settings of the trial except hyper-parameters and seed."""
     status: str = "done"
     """"done", "failed" or "pruned"."""
     error: str | None = None
@@ -41,7 +43,7 @@ class TrialRecord:
     validation: dict[str, float] = field(default_factory=dict[str, float])
     curve: tuple[CurvePoint, ...] = ()
     transfer: str = ""
-    """Which tensors were carried over, and what else the run noted."""
+    """Which tensors were copied from the source, and other notes of the run."""
     kept_step: int | None = None
     """The step whose weights were kept."""
     skipped_steps: int = 0
@@ -53,13 +55,13 @@ class TrialRecord:
     made_by: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict[str, str])
     begun_by: tuple[dict[str, Any], ...] = ()
-    """What made earlier parts of it, where that was other code or versions."""
+    """Other code and versions that trained earlier parts of it, before it was resumed."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
-    """Checksums of the files beside it."""
+    """Checksums of the other files of the trial."""
 
     @property
     def made(self) -> Provenance | None:
-        """Code and versions that made it; None where they were not recorded."""
+        """The code and versions that made it; None where they were not recorded."""
         return provenance.from_metadata({"made_by": self.made_by, "versions": self.versions})
 
     @property
@@ -67,7 +69,8 @@ class TrialRecord:
         return self.status == "failed"
 
     def to_json(self) -> dict[str, Any]:
-        stated = {one.name: getattr(self, one.name) for one in fields(self)}
+        """Return the record as a JSON object."""
+        stated = {field.name: getattr(self, field.name) for field in fields(self)}
         rows = [row.to_json() for row in self.rows]
         curve = [{"step": point.step, **point.metrics} for point in self.curve]
         return {
@@ -80,8 +83,10 @@ class TrialRecord:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Self:
-        """Read what `to_json` gave. Raises ValueError where it is no record of a trial, or one of a
-        newer version.
+        """Make a record from the JSON object of `to_json`.
+
+        Raises:
+            ValueError: The object is no record of a trial, or has a newer version.
         """
         if found.get("version", VERSION) > VERSION:
             raise ValueError(
@@ -90,7 +95,7 @@ class TrialRecord:
             )
         if not isinstance(found.get("rows"), list):
             raise ValueError("it is no record of a trial")
-        names = [one.name for one in fields(cls)]
+        names = [field.name for field in fields(cls)]
         stated: dict[str, Any] = {
             name: value for name, value in found.items() if name in names and value is not None
         }
@@ -101,7 +106,7 @@ class TrialRecord:
 
 
 def curve_of(points: Iterable[Mapping[str, Any]]) -> tuple[CurvePoint, ...]:
-    """A curve from the training loop's ``{"step", metric: value}``."""
+    """Return a curve from the ``{"step": ..., metric: value}`` objects of the training loop."""
     return tuple(
         CurvePoint(point["step"], {name: value for name, value in point.items() if name != "step"})
         for point in points

@@ -1082,7 +1082,7 @@ def show(state: JobState, rows: list[ResultRow]) -> tuple[list[matrix.Cell], tup
         notes=notes,
         versions={"job": spec_hash(state.job)},
         runs=runs,
-        made=origins.describe_changes(state.trial_provenance),
+        code_notes=origins.describe_changes(state.trial_provenance),
         scores=state.scores,
     )
     return cells, where

@@ -125,9 +125,9 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
     _, rows = again(job)
     state, rows = again(job)
     found, markdown, terminal = shown(state, rows)
-    assert not any(cell.made for cell in found) and "†" not in terminal and "†" not in markdown, (
-        "nothing has changed"
-    )
+    assert (
+        not any(cell.code_mark for cell in found) and "†" not in terminal and "†" not in markdown
+    ), "nothing has changed"
     assert not [line for line in dry_run.describe(prepared(job)) if "other code" in line]
 
     here.clear()
@@ -141,9 +141,9 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
     state, rows = again(job)
     assert here == [], "nothing that is done is redone in silence"
     found, markdown, terminal = shown(state, rows)
-    assert {cell.technique for cell in found if cell.made == code_versions.OTHER} == {
+    assert {cell.technique for cell in found if cell.code_mark == code_versions.OTHER} == {
         "full"
-    } and not any(cell.made == code_versions.MIXED for cell in found)
+    } and not any(cell.code_mark == code_versions.MIXED for cell in found)
     assert "full †" in terminal and "† made by other code or versions" in terminal
     assert (
         "† made by other code or versions" in markdown
@@ -162,7 +162,7 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
     assert sorted(here) == sorted({row.trial_id for row in rows if row.technique == "full"}), (
         "exactly those"
     )
-    assert not any(cell.made for cell in shown(state, rows)[0])
+    assert not any(cell.code_mark for cell in shown(state, rows)[0])
     here.clear()
     assert all(done for _, done in stages.trial_status(prepared(job, "trials"))), "and once"
     again(job, "trials")
@@ -178,7 +178,7 @@ def test_a_comparison_of_trials_of_different_versions_carries_the_mark(
     edit(timm="9.9")
     state, rows = again(job)
     found, markdown, terminal = shown(state, rows)
-    by_technique = {cell.technique: cell.made for cell in found}
+    by_technique = {cell.technique: cell.code_mark for cell in found}
     assert by_technique == {
         "scratch": code_versions.OTHER,
         "full": code_versions.OTHER,
@@ -204,7 +204,7 @@ def test_seeds_of_different_code_make_a_cell_mixed(tmp_path, bundles, paths, her
     again(changed(job, fanout={"seeds": 1}))
     edit("pipeline.train.loop")
     state, rows = again(job)
-    assert {cell.made for cell in shown(state, rows)[0]} == {code_versions.MIXED}
+    assert {cell.code_mark for cell in shown(state, rows)[0]} == {code_versions.MIXED}
 
 
 def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here):
@@ -225,7 +225,7 @@ def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here)
         for line in code_versions.describe_changes(state.trial_provenance)
     )
     found, markdown, _ = shown(state, rows)
-    assert {cell.made for cell in found} == {
+    assert {cell.code_mark for cell in found} == {
         code_versions.OTHER
     } and "| torch | not recorded |" in markdown
     again(job, "trials")

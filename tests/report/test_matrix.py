@@ -156,7 +156,7 @@ def marks(
         for name in runs
     }
     found = code_versions.mark_cells(matrix.matrix_cells(rows, runs), rows, made)
-    return {(cell.source, cell.backbone, cell.technique): cell.made for cell in found}
+    return {(cell.source, cell.backbone, cell.technique): cell.code_mark for cell in found}
 
 
 def test_a_random_probe_is_mixed_with_the_linear_probe_that_it_is_held_against():

@@ -463,7 +463,7 @@ def test_the_number_of_paired_seeds_stands_in_table_and_report(tmp_path):
         "garments" in line and "not compared" in line and " 1 of 3 " in line for line in lines
     )
     assert "not compared (1 paired seed)" in md and md.startswith(
-        "# vision: no verdict: one seed does not tell a gain from luck, 2 are needed"
+        "# vision: no verdict: one seed cannot tell a gain from luck, 2 are needed"
     )
     assert "| garments · full · 100 % |" in md and " not compared | 1 | – | – |" in md
 
@@ -513,7 +513,7 @@ def test_too_few_units_of_the_rarer_class_are_too_few_to_tell(tmp_path):
         and "3 test rows of the rarer class, a verdict needs 10" in md
         and "? +0." in render(cells)
     )
-    assert md.startswith("# vision: no verdict: the test rows are too few to tell")
+    assert md.startswith("# vision: no verdict: there are too few test rows")
     assert find(report.matrix_cells(rows, runs)).verdict == "wins"
 
 

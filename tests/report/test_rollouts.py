@@ -150,11 +150,11 @@ def test_a_trial_keeps_its_pictures_beside_its_predictions(tmp_path, monkeypatch
     paths = image_files(tmp_path, {"train": 24, "validation": 9, "test": 9})
     pictures = np.arange(9 * 2 * 4 * 5 * 3, dtype=np.uint8).reshape(9, 2, 4, 5, 3)
 
-    def tested(self, backbone, found, origin):
-        self.rollout_frames = pictures[0]
-        return found
+    def rollout_evaluation(self, backbone, predictions, rows):
+        return predictions, pictures[0]
 
-    monkeypatch.setattr(Classification, "rollout_evaluation", tested)
+    monkeypatch.setattr(Classification, "rollout_metrics", lambda *_: ("accuracy",), raising=False)
+    monkeypatch.setattr(Classification, "rollout_evaluation", rollout_evaluation, raising=False)
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     record = trial.run(trial_of(job, shared, "full"), shared)
