@@ -1,4 +1,4 @@
-"""One to Many: pretrain backbones once, adapt them to many targets, prove with numbers that the
+"""One to Many: pretrain backbones once, adapt them to many targets, and measure whether the
 transfer paid.
 
 The public functions are those of `pipeline.api`. They are imported when they are first used, so

@@ -1,4 +1,4 @@
 """Images, sound, text, episodes and static features as arrays, without any knowledge of training.
 
-Imports ``core`` and the floors below it.
+Imports ``core`` and lower layers.
 """

@@ -1,4 +1,4 @@
 """Metrics of predictions, of which every one can be computed again on resampled test rows.
 
-Imports ``io`` and ``config``.
+Imports ``config`` and lower layers.
 """

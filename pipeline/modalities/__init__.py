@@ -1,4 +1,4 @@
 """How rows become tensors: one file for each modality.
 
-A modality imports ``media`` and the floors below it, never another modality.
+A modality imports ``media``, ``nn`` and lower layers, never another modality.
 """

@@ -1,5 +1,5 @@
-"""Pieces of networks that several objectives and models share.
+"""Parts of networks that several objectives and models share.
 
 Losses, a feature pyramid, gathering over ranks, the arithmetic of convolutions, heads for actions.
-Imports ``core`` and the floors below it.
+Imports ``core`` and lower layers.
 """

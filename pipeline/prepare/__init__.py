@@ -2,5 +2,5 @@
 
 ``importers`` holds one file for each publisher, ``readers`` the formats, ``engine`` what writes the
 shards, ``cohorts`` one file for each clinical task, ``clinical`` the tables of variables and units.
-Imports ``data`` and the floors below it.
+Imports ``data`` and lower layers.
 """

@@ -1,4 +1,4 @@
 """Simulated robots: environments, experts, rollouts and their pictures (extra ``robotics``).
 
-Imports ``core`` and the floors below it.
+Imports ``core`` and lower layers.
 """

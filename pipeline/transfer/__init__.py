@@ -1,4 +1,4 @@
 """From pretrained sources to a table of results: trials, their fan-out, scores and predictions.
 
-``fanout`` is the module that imports Ray Tune. Imports every floor below it.
+``fanout`` is the module that imports Ray Tune. May import every lower layer.
 """

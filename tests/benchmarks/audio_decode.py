@@ -1,4 +1,4 @@
-"""(h) Sound decoded: batches of the stream against a bare soundfile loop, in seconds of sound per
+"""Sound decoded: batches of the stream against a bare soundfile loop, in seconds of sound per
 second and core.
 
     ONETOMANY_DATA=/path/to/data .venv/bin/python tests/benchmarks/audio_decode.py --json audio.json     # about 5 minutes on 2 quiet cores; --quick: 40 s
@@ -13,7 +13,7 @@ that does nothing. Warm-up is left out, and a side stops long before its end.
 
 ``per core`` is seconds of sound per second of processor time, of this process and for ``workers``
 of all that it started, Ray's own included; ``wall`` by the clock (the stream decodes in one thread
-or process, and collates in another). Target of issue 5: at least 0.75 of the bare loop per core.
+or process, and collates in another). Target: at least 0.75 of the bare loop per core.
 
 A side warms up until the reader holds as many row groups as it may keep: before that it takes fresh
 memory from the system for all that it reads, which is zeroed page by page and costs as much again

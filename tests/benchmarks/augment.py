@@ -1,4 +1,4 @@
-"""(f) Augmentation of a batch on the device against torchvision's transforms one image at a time on
+"""Augmentation of a batch on the device against torchvision's transforms one image at a time on
 the CPU; a real-JPEG epoch against a synthetic one.
 
     ONETOMANY_DATA=/path/to/data .venv/bin/python tests/benchmarks/augment.py --json augment.json     # some 10 minutes on 2 quiet cores; --quick: 1 min

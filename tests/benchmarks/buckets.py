@@ -1,4 +1,4 @@
-"""(i) Batches of like length against batches of rows in any order, at as many updates of the
+"""Batches of like length against batches of rows in any order, at as many updates of the
 weights.
 
     .venv/bin/python tests/benchmarks/buckets.py --json buckets.json      # about 5 minutes on 2 quiet cores; --quick: half a minute

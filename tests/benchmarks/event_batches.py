@@ -1,4 +1,4 @@
-"""(k) Event records: batches of the stream against a bare pyarrow scan of the same file, in
+"""Event records: batches of the stream against a bare pyarrow scan of the same file, in
 megabytes per second and core.
 
     ONETOMANY_DATA=/path/to/data .venv/bin/python tests/benchmarks/event_batches.py --json events.json     # about a minute; --quick: 10 s
@@ -9,7 +9,7 @@ Parquet, one row a stay, in row groups of 512. ``bare`` reads their columns with
 shuffling, no names looked up, nothing standardised, padded or collated. ``stream`` is what training
 reads: batches of 64 rows in the order of a plan (row groups permuted, rows permuted inside),
 decoded by modality events in this process with one thread. Megabytes are those of the Arrow columns
-in memory, the same on both sides; seconds are processor time of this process. Target of issue 6: at
+in memory, the same on both sides; seconds are processor time of this process. Target: at
 least 0.6 of the bare scan.
 """
 

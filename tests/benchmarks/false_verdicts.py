@@ -1,4 +1,4 @@
-"""(p) How often a comparison without any true difference is called a win or a loss: A/A matrices
+"""How often a comparison without any true difference is called a win or a loss: A/A matrices
 through the report's own verdicts.
 
     .venv/bin/python tests/benchmarks/false_verdicts.py --json false_verdicts.json     # 3 minutes of processor time; --quick: 12 s

@@ -1,14 +1,14 @@
-"""(d) What a trial costs beyond its training, through the real fan-out on Ray Tune; (e) memory of
-the driver over 200 trials.
+"""What a trial costs beyond its training, through the real fan-out on Ray Tune; memory of the
+driver over 200 trials.
 
     .venv/bin/python tests/benchmarks/fanout.py --json fanout.json      # about 6 minutes on 2 quiet cores; --quick: 60 s
 
 Trivial trials: one step on 40 rows of 16 tokens, a BERT of one layer 8 wide, technique full,
-validated once, tested, with predictions and record written. (d) transfer/fanout.run with 10 and
+validated once, tested, with predictions and record written. Cost: transfer/fanout.run with 10 and
 with 50 of them in turns, in one Ray session, after a fan-out that is not counted; the slope is (t50
 - t10) / 40, the fixed start t10 - 10 x slope. Beside it: the same trial called in this process,
-which says how much of the slope is the trial's own and how much Tune's. (e) the resident memory of
-this process while 200 trials run: its greatest value up to the 50th and up to the 200th. Targets:
+which says how much of the slope is the trial's own and how much Tune's. Memory: what is
+resident of this process while 200 trials run: its greatest value up to the 50th and up to the 200th. Targets:
 slope at most 0.1 s, fixed start at most 10 s, memory within 5 %.
 """
 

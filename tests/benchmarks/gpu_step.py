@@ -1,4 +1,4 @@
-"""(b) on a GPU: the loop on GPT-2 124M, BERT-base and ResNet-50 against bare compiled loops, with
+"""Step time on a GPU: the loop on GPT-2 124M, BERT-base and ResNet-50 against bare compiled loops, with
 what an H100 reached in a bare loop beside.
 
     PYTHONPATH=. PYTHONUNBUFFERED=1 python3 tests/benchmarks/gpu_step.py --json gpu_step.json     # under 8 minutes on one H100; --quick: 20 s, on a CPU too

@@ -1,4 +1,4 @@
-"""(a) Ingest of JPEG Parquet: the stream against torch DataLoader with 2 workers and the same
+"""Ingest of JPEG Parquet: the stream against torch DataLoader with 2 workers and the same
 decode; and the decode + resize kernel.
 
     ONETOMANY_DATA=/path/to/data .venv/bin/python tests/benchmarks/ingest.py --json ingest.json     # about 7 minutes on 2 quiet cores; --quick: 30 s

@@ -1,4 +1,4 @@
-"""(g) Packed documents against padded ones, the loop against HF Trainer on one corpus, and a small
+"""Packed documents against padded ones, the loop against HF Trainer on one corpus, and a small
 GPT against a bare torch loop.
 
     .venv/bin/python tests/benchmarks/packing.py --json packing.json      # about 12 minutes on 2 quiet cores; --quick: 1 minute
@@ -190,7 +190,7 @@ def task_of(
     return bundle.build_task(arch, ObjectiveSpec(objective, {}, {}), seed=0)
 
 
-# ---------------------------------------------------------------- (a) packed and padded
+# ---------------------------------------------------------------- packed and padded
 
 
 def bare_rate(setting: Setting, task: Any, batches: list[Any]) -> Callable[[], float]:
@@ -268,7 +268,7 @@ def padding(setting: Setting, repeats: int) -> tuple[dict[str, Any], list[list[s
     }, lines
 
 
-# ---------------------------------------------------------------- (b) HF Trainer
+# ---------------------------------------------------------------- HF Trainer
 
 
 def loop_rate(setting: Setting, task: Any, rows: Any, size: int) -> Callable[[], float]:
@@ -452,7 +452,7 @@ def trainer(setting: Setting, repeats: int) -> tuple[dict[str, Any], list[list[s
     }, lines
 
 
-# ---------------------------------------------------------------- (c) a small GPT
+# ---------------------------------------------------------------- a small GPT
 
 
 def shakespeare(setting: Setting, repeats: int) -> tuple[dict[str, Any], list[list[str]]]:
@@ -608,7 +608,7 @@ def bits_per_character(total: Callable[[Any], Any], batches: list[Any]) -> float
     return loss / math.log(2) / sum(int((batch["segments"][:, 1:] > 0).sum()) for batch in batches)
 
 
-# ---------------------------------------------------------------- (d) a GPU
+# ---------------------------------------------------------------- a GPU
 
 
 def gpu(setting: Setting, repeats: int) -> tuple[dict[str, Any], list[list[str]]]:

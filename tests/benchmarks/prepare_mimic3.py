@@ -1,4 +1,4 @@
-"""(k) `prepare mimic3` on synthetic CHARTEVENTS of 1x, 4x and 16x rows: rows a second and core, and
+"""`prepare mimic3` on synthetic CHARTEVENTS of 1x, 4x and 16x rows: rows a second and core, and
 the peak memory of all its processes, which must stay flat.
 
     .venv/bin/python tests/benchmarks/prepare_mimic3.py --json prepare_mimic3.json      # 0.25, 1 and 4 M rows: about 3 minutes on 2 cores; --quick: 1 minute

@@ -1,4 +1,4 @@
-"""(c) 64 linear probes x 10 epochs: features computed once and heads trained as one batch, against
+"""64 linear probes x 10 epochs: features computed once and heads trained as one batch, against
 64 runs that each recompute features.
 
     ONETOMANY_DATA=/path/to/data .venv/bin/python tests/benchmarks/probes.py --json probes.json     # about 12 minutes on 2 quiet cores; --quick: 20 s

@@ -1,4 +1,4 @@
-"""(o) `prepare rollouts` with two Ray workers against a bare gymnasium loop in one process:
+"""`prepare rollouts` with two Ray workers against a bare gymnasium loop in one process:
 environment steps per second.
 
     .venv/bin/python tests/benchmarks/rollouts.py --json rollouts.json      # about 3 minutes on 2 cores; --quick: 1 minute
@@ -10,7 +10,7 @@ user runs it, on Ray with two CPUs, whose workers have run before: worlds made, 
 computed once, episodes simulated in parts of 16 (and a random policy's beside each, whose steps
 count too), checked, and written as Parquet with manifest and summary; all of its wall time counts.
 ``alone``: the same in this process without Ray, by processor time, for what the importer itself
-costs. Target of issue 7: at least 1.6 of the bare loop. Two processes need two idle cores.
+costs. Target: at least 1.6 of the bare loop. Two processes need two idle cores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""(b) Step time of the loop against HF Trainer and a bare torch loop, on a small BERT and a
+"""Step time of the loop against HF Trainer and a bare torch loop, on a small BERT and a
 ResNet-18, in this process.
 
     .venv/bin/python tests/benchmarks/step_time.py --json step_time.json      # about 5 minutes on 2 quiet cores; --quick: 20 s

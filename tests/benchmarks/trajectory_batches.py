@@ -1,4 +1,4 @@
-"""(n) Trajectories: batches of the stream against a bare pyarrow scan of the same file, in
+"""Trajectories: batches of the stream against a bare pyarrow scan of the same file, in
 megabytes per second and core.
 
     .venv/bin/python tests/benchmarks/trajectory_batches.py --json trajectories.json     # about a minute; --quick: 10 s
@@ -12,7 +12,7 @@ shuffling, nothing standardised, padded or collated. ``stream`` is what training
 trajectory in this process with one thread: numbers checked, standardised, padded. ``mixed`` is the
 same with three embodiments of 11, 17 and 8 numbers in turn, against a bare scan of its own file.
 Megabytes are those of the Arrow columns in memory, the same on both sides; seconds are processor
-time of this process. Target of issue 7: at least 0.6 of the bare scan.
+time of this process. Target: at least 0.6 of the bare scan.
 """
 
 from __future__ import annotations

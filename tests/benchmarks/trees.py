@@ -1,4 +1,4 @@
-"""(l) Gradient-boosted trees on summary features of PhysioNet 2012: what a user would pick in the
+"""Gradient-boosted trees on summary features of PhysioNet 2012: what a user would pick in the
 place of a pretrained network for records.
 
     onetomany prepare physionet2012 /path/to/data/healthcare/physionet2012 -o records/physionet2012
