@@ -190,9 +190,9 @@ class _Walk:
         """
         if not place.is_relative_to(self.root):
             raise SubmitError(
-                f"{who} names {place}, which is not below {self.root}, the folder that is "
-                "shipped from. Put it there, or "
-                "on s3:// or a disk that the cluster shares, and name it by that place"
+                f"{who} names {place}, which is not below {self.root}, the folder that is shipped "
+                "from. Put it there, or on s3:// or a disk that the cluster shares, and name it by "
+                "that place"
             )
         name = PurePosixPath(*place.relative_to(self.root).parts)
         parts = (name, *name.parents)
@@ -220,9 +220,9 @@ class _Walk:
         real = os.path.realpath(place)
         if not Path(real).is_relative_to(os.path.realpath(self.root)):
             raise SubmitError(
-                f"{place} is a link that leads to {real}, out of the folder that is shipped "
-                "from. Copy the file there, or "
-                "put it on s3:// or a disk that the cluster shares, and name it by that place"
+                f"{place} is a link that leads to {real}, out of the folder that is shipped from. "
+                "Copy the file there, or put it on s3:// or a disk that the cluster shares, and "
+                "name it by that place"
             )
         if place.is_file():
             self.files[str(name)] = place
@@ -268,7 +268,6 @@ def write_zip(package: Package, archive: Path) -> Path:
     named = ", ".join(f"{name} ({file.stat().st_size / 2**20:.0f} MiB)" for name, file in largest)
     raise SubmitError(
         f"the package has {size_mib:.0f} MiB, and Ray takes less than {MAX_PACKAGE_MIB}; the "
-        f"largest files: {named}. "
-        "Put data on s3:// or a shared disk and name it there in the job, or exclude what the "
-        "job does not read"
+        f"largest files: {named}. Put data on s3:// or a shared disk and name it there in the job, "
+        "or exclude what the job does not read"
     )

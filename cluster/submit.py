@@ -184,12 +184,10 @@ def _refuse_secrets(env: Mapping[str, str]) -> None:
     if not (found := secret_names(env)):
         return
     raise SubmitError(
-        f"--env {', '.join(found)}: the variables of a job stand in clear in Ray's logs on "
-        "every node and in the job "
-        "API. Give the cluster its keys where it is started (an instance role, a Kubernetes "
-        "Secret, the environment "
-        "of `ray start`), or add --secrets-in-clear if everyone who can reach this cluster "
-        "may read them"
+        f"--env {', '.join(found)}: the variables of a job stand in clear in Ray's logs on every "
+        "node and in the job API. Give the cluster its keys where it is started (an instance role, "
+        "a Kubernetes Secret, the environment of `ray start`), or add --secrets-in-clear if "
+        "everyone who can reach this cluster may read them"
     )
 
 
@@ -217,28 +215,25 @@ class _Client(JobSubmissionClient):
 def _connect(address: str) -> _Client:
     if not re.match(r"https?://[^/]", address):
         raise SubmitError(
-            f"{address!r} is not the address of a Ray dashboard, such as http://head:8265 "
-            "(6379 and 10001 are other "
-            "services). `ray dashboard CLUSTER.yaml` or `kubectl port-forward` brings that "
-            "port here"
+            f"{address!r} is not the address of a Ray dashboard, such as http://head:8265 (6379 "
+            "and 10001 are other services). `ray dashboard CLUSTER.yaml` or `kubectl port-forward` "
+            "brings that port here"
         )
     try:
         return _Client(address)
     except AuthenticationError as error:
         state = "refused the one given" if _auth_headers() else "none is set here"
         raise SubmitError(
-            f"{address} wants a token, and {state}. Get it from the cluster (`ray "
-            "get-auth-token` there, a Kubernetes "
-            "Secret with KubeRay), then set RAY_AUTH_TOKEN to it or RAY_AUTH_TOKEN_PATH to a "
-            "file with it, and "
-            "RAY_AUTH_MODE, where it is set at all, to token"
+            f"{address} wants a token, and {state}. Get it from the cluster (`ray get-auth-token` "
+            "there, a Kubernetes Secret with KubeRay), then set RAY_AUTH_TOKEN to it or "
+            "RAY_AUTH_TOKEN_PATH to a file with it, and RAY_AUTH_MODE, where it is set at all, to "
+            "token"
         ) from error
     except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
         raise SubmitError(
             f"no Ray dashboard answered at {address} within {CONNECT_SECONDS:.0f} s. Is the "
-            "cluster up, and its port "
-            "8265 open or forwarded to this machine (`ray dashboard CLUSTER.yaml`, `kubectl "
-            "port-forward`)?"
+            "cluster up, and its port 8265 open or forwarded to this machine (`ray dashboard "
+            "CLUSTER.yaml`, `kubectl port-forward`)?"
         ) from error
     except (RuntimeError, ValueError, KeyError, requests.RequestException) as error:
         raise SubmitError(
@@ -311,10 +306,9 @@ def _remarks(
     )
     if host := unencrypted_host(address):
         yield (
-            f"warning: what goes to {host} by http can be read and changed on the way: the "
-            "token, the code, the data. Use "
-            "a tunnel to a port of this machine (`ray dashboard CLUSTER.yaml`, `kubectl "
-            "port-forward`) or https"
+            f"warning: what goes to {host} by http can be read and changed on the way: the token, "
+            "the code, the data. Use a tunnel to a port of this machine (`ray dashboard "
+            "CLUSTER.yaml`, `kubectl port-forward`) or https"
         )
     there = client._server_ray_version
     if there and there != ray.__version__:
@@ -329,9 +323,8 @@ def _remarks(
     if not os.path.isabs(storage.removeprefix("file://")):
         yield (
             f"warning: storage is {storage!r}, a folder in the job's temporary copy on the "
-            "cluster, which is deleted "
-            "later, results and all. Use s3://bucket/prefix or an absolute path on a disk "
-            "that every node shares"
+            "cluster, which is deleted later, results and all. Use s3://bucket/prefix or an "
+            "absolute path on a disk that every node shares"
         )
     elif (nodes := _count_nodes(client)) != 1:
         count = nodes or "of the"
@@ -415,8 +408,8 @@ async def _follow(client: _Client, submission_id: str, echo: Callable[[str], obj
             if time.monotonic() - heard > LOST_SECONDS:
                 raise SubmitError(
                     f"lost contact with the cluster ({_last_line(error)}). {submission_id} may "
-                    "still be running: "
-                    f"ray job logs --follow --address {client.get_address()} {submission_id}"
+                    f"still be running: ray job logs --follow --address {client.get_address()} "
+                    f"{submission_id}"
                 ) from error
         await asyncio.sleep(RETRY_SECONDS)
 

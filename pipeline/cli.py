@@ -26,9 +26,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help=(
-        "One job file pretrains backbones on large source corpora, fans out many fine-tunes "
-        "of them onto target tasks, "
-        "and shows the gain of each over training from scratch."
+        "One job file pretrains backbones on large source corpora, fans out many fine-tunes of "
+        "them onto target tasks, and shows the gain of each over training from scratch."
     ),
 )
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 110)
@@ -81,8 +80,7 @@ Anew = Annotated[
     typer.Option(
         "--remake",
         help="changed: make anew the sources and trials that other code or library versions made, "
-        "and nothing else; "
-        "--dry-run lists them. none: use them as they are, marked.",
+        "and nothing else; --dry-run lists them. none: use them as they are, marked.",
     ),
 ]
 
@@ -360,8 +358,8 @@ def export(
         str,
         typer.Option(
             help="bundle: a verified copy of the folder; hugging-face: a folder that "
-            "transformers' Auto classes open (or "
-            "timm.create_model, local-dir:); state-dict: one .safetensors or .pt file."
+            "transformers' Auto classes open (or timm.create_model, local-dir:); state-dict: one "
+            ".safetensors or .pt file."
         ),
     ] = "bundle",
     backbone_only: Annotated[

@@ -60,8 +60,7 @@ class Comparison:
             return f"compared with the bundle: {self.what}"
         return (
             f"compared with the bundle on {self.rows} random rows: largest difference of "
-            f"{self.what} {self.difference:.1e} "
-            f"(values up to {self.largest:.2g})"
+            f"{self.what} {self.difference:.1e} (values up to {self.largest:.2g})"
         )
 
 
@@ -74,10 +73,9 @@ def require(found: Comparison, uri: str) -> Comparison:
     allowed = TOLERANCE * max(1.0, found.largest)
     if not found.difference <= allowed:  # NaN too
         raise BundleError(
-            f"{uri}: the export gives other numbers than the bundle: {found.what} differ by up "
-            f"to {found.difference:.3g} on {found.rows} "
-            f"random rows, at most {allowed:.2g} is allowed; nothing was written. Take --kind "
-            "bundle, and report this"
+            f"{uri}: the export gives other numbers than the bundle: {found.what} differ by up to "
+            f"{found.difference:.3g} on {found.rows} random rows, at most {allowed:.2g} is "
+            "allowed; nothing was written. Take --kind bundle, and report this"
         )
     return found
 

@@ -54,9 +54,9 @@ def modality(folder: str) -> ModalitySpec:
         extractor_config = _json(folder, PROCESSOR).get("feature_extractor")
     if not isinstance(extractor_config, dict) or not extractor_config:
         raise ValueError(
-            f"{folder}: {PREPROCESSOR} is missing, which says the rate of the samples; save "
-            "the model again with its feature extractor "
-            "(transformers' AutoFeatureExtractor, save_pretrained)"
+            f"{folder}: {PREPROCESSOR} is missing, which says the rate of the samples; save the "
+            "model again with its feature extractor (transformers' AutoFeatureExtractor, "
+            "save_pretrained)"
         )
     rate = extractor_config.get("sampling_rate")
     normalize = extractor_config.get("do_normalize", True)
@@ -258,23 +258,23 @@ def _vocabulary(objective: Any) -> dict[str, int]:
     if objective.state.get("units", "characters") != "characters":
         raise ValueError(
             "Wav2Vec2CTCTokenizer of transformers joins characters, this head's labels are "
-            "sub-words. Train with objective option units: "
-            "characters to export it, or give --backbone-only for the plain model"
+            "sub-words. Train with objective option units: characters to export it, or give "
+            "--backbone-only for the plain model"
         )
     parts = [part for part in objective.children() if next(part.parameters(), None) is not None]
     if not all(isinstance(part, (nn.Linear, nn.Dropout)) for part in parts):
         raise ValueError(
-            "the head has convolutions before its linear layer, Wav2Vec2ForCTC of "
-            "transformers has none. Train with objective option "
-            "convolutions: 0 to export it, or give --backbone-only for the plain model"
+            "the head has convolutions before its linear layer, Wav2Vec2ForCTC of transformers has "
+            "none. Train with objective option convolutions: 0 to export it, or give "
+            "--backbone-only for the plain model"
         )
     labels = objective.state["labels"]
     # transformers 5.23 forgets another word_delimiter_token when it reads the tokenizer
     if SPACE in labels:
         raise ValueError(
             f"{SPACE!r} is one of this head's labels, and Wav2Vec2CTCTokenizer of transformers "
-            "writes the space so. Train with objective option "
-            "punctuation: drop to export it, or give --backbone-only for the plain model"
+            "writes the space so. Train with objective option punctuation: drop to export it, or "
+            "give --backbone-only for the plain model"
         )
     theirs: dict[str, str] = {BLANK: PAD, " ": SPACE}
     return {theirs.get(label) or label: number for number, label in enumerate(labels)}

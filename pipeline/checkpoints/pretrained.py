@@ -450,10 +450,9 @@ def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, st
         kinds = {a.rpartition(".")[2], b.rpartition(".")[2]}
         if found[a].shape != own[b].shape or (len(kinds) == 2 and kinds <= parts):
             raise BundleError(
-                f"tensor {place} of {len(here)} differs: {a} {tuple(found[a].shape)} in the "
-                f"file, {b} {tuple(own[b].shape)} in "
-                f"{backbone.arch.name}. Their orders are not the same: give a file with timm's "
-                "names"
+                f"tensor {place} of {len(here)} differs: {a} {tuple(found[a].shape)} in the file, "
+                f"{b} {tuple(own[b].shape)} in {backbone.arch.name}. Their orders are not the "
+                "same: give a file with timm's names"
             )
     if len(there) < len(here):
         raise BundleError(

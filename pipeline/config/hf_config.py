@@ -29,8 +29,8 @@ KEYS: dict[str, frozenset[str]] = {
         "bert": _ENCODER,
         "roberta": _ENCODER,
         "distilbert": "vocab_size max_position_embeddings sinusoidal_pos_embds n_layers n_heads "
-        "dim hidden_dim dropout attention_dropout activation "
-        "qa_dropout seq_classif_dropout hidden_size num_attention_heads num_hidden_layers",
+        "dim hidden_dim dropout attention_dropout activation qa_dropout seq_classif_dropout "
+        "hidden_size num_attention_heads num_hidden_layers",
         "gpt2": "vocab_size n_positions n_embd n_layer n_head n_inner activation_function "
         "resid_pdrop embd_pdrop attn_pdrop layer_norm_epsilon summary_type "
         "summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
@@ -38,20 +38,17 @@ KEYS: dict[str, frozenset[str]] = {
         "reorder_and_upcast_attn hidden_size max_position_embeddings num_attention_heads "
         "num_hidden_layers",
         "wav2vec2": "vocab_size hidden_size num_hidden_layers num_attention_heads "
-        "intermediate_size hidden_act hidden_dropout activation_dropout "
-        "attention_dropout feat_proj_dropout feat_quantizer_dropout final_dropout layerdrop "
-        "layer_norm_eps feat_extract_norm "
-        "feat_extract_activation conv_dim conv_stride conv_kernel conv_bias "
-        "num_conv_pos_embeddings num_conv_pos_embedding_groups "
-        "do_stable_layer_norm apply_spec_augment mask_time_prob mask_time_length "
-        "mask_time_min_masks mask_feature_prob mask_feature_length "
-        "mask_feature_min_masks num_codevectors_per_group num_codevector_groups "
-        "contrastive_logits_temperature num_negatives codevector_dim "
+        "intermediate_size hidden_act hidden_dropout activation_dropout attention_dropout "
+        "feat_proj_dropout feat_quantizer_dropout final_dropout layerdrop layer_norm_eps "
+        "feat_extract_norm feat_extract_activation conv_dim conv_stride conv_kernel conv_bias "
+        "num_conv_pos_embeddings num_conv_pos_embedding_groups do_stable_layer_norm "
+        "apply_spec_augment mask_time_prob mask_time_length mask_time_min_masks mask_feature_prob "
+        "mask_feature_length mask_feature_min_masks num_codevectors_per_group "
+        "num_codevector_groups contrastive_logits_temperature num_negatives codevector_dim "
         "proj_codevector_dim diversity_loss_weight ctc_loss_reduction ctc_zero_infinity "
-        "use_weighted_layer_sum classifier_proj_size tdnn_dim "
-        "tdnn_kernel tdnn_dilation xvector_output_dim add_adapter adapter_kernel_size "
-        "adapter_stride num_adapter_layers output_hidden_size "
-        "adapter_attn_dim",
+        "use_weighted_layer_sum classifier_proj_size tdnn_dim tdnn_kernel tdnn_dilation "
+        "xvector_output_dim add_adapter adapter_kernel_size adapter_stride num_adapter_layers "
+        "output_hidden_size adapter_attn_dim",
     }.items()
 }
 """Keys of each family that say how its model is built."""
@@ -98,9 +95,8 @@ def plain(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if wrong := [key for key in CHANGES if config.get(key)]:
         raise ValueError(
-            f"{wrong[0]}: the model is computed by other code than {family}'s own, and none "
-            "from outside is run; "
-            f"take a plain {family} checkpoint"
+            f"{wrong[0]}: the model is computed by other code than {family}'s own, and none from "
+            f"outside is run; take a plain {family} checkpoint"
         )
     out = {key: config[key] for key in config if key in KEYS[family]}
     for key, value in out.items():

@@ -161,14 +161,14 @@ class Data(Spec):
     ] = Field(
         "auto",
         description="auto: by file name; recordings longer than 30 s are cut at silence (audio); "
-        "plain text is read as a row a line (text), as "
-        "rows parted by blank lines (paragraphs), or as a row a file (documents)",
+        "plain text is read as a row a line (text), as rows parted by blank lines (paragraphs), "
+        "or as a row a file (documents)",
     )
     identity: Literal["content", "stat"] = Field(
         "content",
         description="how a changed file is found: content: every file, and every file that a row "
-        "names, is read once and hashed; stat: by size "
-        "and time of change alone, for corpora that are too large to be read twice",
+        "names, is read once and hashed; stat: by size and time of change alone, for corpora that "
+        "are too large to be read twice",
     )
     where: dict[str, list[str | int | float | bool]] = Field(
         default_factory=dict, description="keep rows whose column holds one of these values"
@@ -208,9 +208,8 @@ class Data(Spec):
         gt=0,
         allow_inf_nan=False,
         description="sources with more corpora: share of the training rows that is drawn from "
-        "this one, relative to "
-        "the others' weights, whatever their sizes; each corpus comes whole in every epoch of "
-        "its own; all have a weight or none; validation is unweighted",
+        "this one, relative to the others' weights, whatever their sizes; each corpus comes whole "
+        "in every epoch of its own; all have a weight or none; validation is unweighted",
     )
     max_bad_rows: float = Field(
         0.01,
@@ -222,15 +221,14 @@ class Data(Spec):
     decode: Literal["auto", "memory", "workers", "train", "device"] = Field(
         "auto",
         description="where rows are decoded: once into shared memory, in Ray Data workers, in the "
-        "train worker itself, or (images) on its device, "
-        "a GPU's own JPEG decoder; auto: sources in Ray Data workers, targets in memory when "
-        "they fit; workers and device: sources only",
+        "train worker itself, or (images) on its device, a GPU's own JPEG decoder; auto: sources "
+        "in Ray Data workers, targets in memory when they fit; workers and device: sources only",
     )
     shuffle: Literal["auto", "rows", "blocks"] = Field(
         "auto",
         description="order of the training rows. rows: a full permutation; blocks: row groups "
-        "permuted, rows permuted inside; auto: rows up to "
-        "256 MiB of files and for a target that lies in memory, else blocks",
+        "permuted, rows permuted inside; auto: rows up to 256 MiB of files and for a target that "
+        "lies in memory, else blocks",
     )
 
     @model_validator(mode="after")
@@ -337,8 +335,7 @@ class Train(Spec):
         None,
         gt=0,
         description="in the place of global_batch: a step takes rows of like length, as many as "
-        "cost so much "
-        "in all when padded to the longest (audio: seconds)",
+        "cost so much in all when padded to the longest (audio: seconds)",
     )
     micro_batch: int | None = Field(
         None,
@@ -533,14 +530,13 @@ class Source(Spec):
     data: Data | None = Field(None, description="the source corpus")
     backbone: ComponentConfig = Field(
         description="library/model, e.g. timm/resnet18 or {transformers/bert: {layers: 4}}; or "
-        "bundle:URI, hf:FOLDER, hf-hub:NAME, "
-        "timm-hub:NAME"
+        "bundle:URI, hf:FOLDER, hf-hub:NAME, timm-hub:NAME"
     )
     init: str | None = Field(
         None,
         description="weights to start from: bundle:URI, file:PATH (safetensors or state dict), "
-        "hf:FOLDER; file-by-order:PATH "
-        "pairs tensors by order and shape where the file's names differ",
+        "hf:FOLDER; file-by-order:PATH pairs tensors by order and shape where the file's names "
+        "differ",
     )
     modality: ComponentConfig | None = Field(
         None,
@@ -559,8 +555,8 @@ class Source(Spec):
     probe: Data | None = Field(
         None,
         description="labelled rows on which the backbone's features are tried at every "
-        "validation: kNN accuracy on the "
-        "validation split by the nearest training rows; columns: the input and label",
+        "validation: kNN accuracy on the validation split by the nearest training rows; columns: "
+        "the input and label",
     )
     train: Train = Field(
         default_factory=lambda: Train.model_validate({}), description="how to pretrain"
@@ -699,15 +695,14 @@ class Target(Spec):
     drop_overlap: Literal["none", "exact", "near", "group"] = Field(
         "none",
         description="leave out test rows that also stand in a source's training rows: exact: the "
-        "same bytes, or another cut of the same record; "
-        "near: also images that are nearly the same by a perceptual hash; group: also rows "
-        "whose group (patient, speaker) stands there; all are counted",
+        "same bytes, or another cut of the same record; near: also images that are nearly the "
+        "same by a perceptual hash; group: also rows whose group (patient, speaker) stands there; "
+        "all are counted",
     )
     subgroups: list[str] = Field(
         default_factory=list,
         description="columns of the test rows (sex, age_band, static.CareUnit) by whose values "
-        "the report and "
-        "the results tell the primary metric apart",
+        "the report and the results tell the primary metric apart",
     )
     workers: int = Field(
         0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process"
@@ -810,15 +805,14 @@ class Fanout(Spec):
         default_factory=dict,
         json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}},
         description="numeric field of train to [low, high] (log-uniform), or to 3 or more values "
-        "to choose from; needs trials above 1; "
-        "steps drawn take the place of a target's epochs, and the other way round",
+        "to choose from; needs trials above 1; steps drawn take the place of a target's epochs, "
+        "and the other way round",
     )
     search_finalists: Finalists = Field(
         default_factory=lambda: Finalists.model_validate({}),
         description="the best few draws of a search are tried again with further seeds before one "
-        "is "
-        "chosen: chosen by one seed, hyper-parameters are partly luck, which the interval of "
-        "a gain cannot know of. top: 1 turns it off",
+        "is chosen: chosen by one seed, hyper-parameters are partly luck, which the interval of a "
+        "gain cannot know of. top: 1 turns it off",
     )
     scheduler: Literal["fifo", "asha"] = Field(
         "fifo", description="asha stops the worse search trials of a cell early"
@@ -835,16 +829,14 @@ class Fanout(Spec):
         gt=0,
         allow_inf_nan=False,
         description="a trial that runs longer is ended and fails, the others go on; none: no "
-        "limit. Of a "
-        "trial on several ranks the time counts from when the first rank has its place",
+        "limit. Of a trial on several ranks the time counts from when the first rank has its place",
     )
     silence_timeout_minutes: float | None = Field(
         30.0,
         gt=0,
         allow_inf_nan=False,
         description="a trial that takes no step and reads no batch for so long is ended and "
-        "fails, the others go on; "
-        "null: it may hang for ever",
+        "fails, the others go on; null: it may hang for ever",
     )
     select: Select | None = Field(
         None, description="keep only the best-scored sources of each target"

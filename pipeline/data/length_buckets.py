@@ -86,9 +86,9 @@ class BucketPlan(Plan):
             raise ValueError(f"row {row} costs {costs[row]}: a cost is a number from 0 on")
         if len(costs) and not costs.any():
             raise ValueError(
-                f"all {len(costs)} rows cost 0, so that batch_cost cannot cut them: no column "
-                "and no header of theirs tells what they cost; "
-                "look at the first of them, name a column that tells, or say global_batch"
+                f"all {len(costs)} rows cost 0, so that batch_cost cannot cut them: no column and "
+                "no header of theirs tells what they cost; look at the first of them, name a "
+                "column that tells, or say global_batch"
             )
         super().__init__(
             len(costs),

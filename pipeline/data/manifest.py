@@ -529,8 +529,7 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
     if not mask.any():
         raise ValueError(
             f"{at}.where: each of its conditions ({', '.join(where)}) holds for some rows of "
-            f"{selection.manifest.files[0]}, and all together "
-            "for none; leave one out"
+            f"{selection.manifest.files[0]}, and all together for none; leave one out"
         )
     return selection.keep(mask)
 
@@ -590,8 +589,8 @@ def splits(
         if group != groups[0] and (need_test or groups[0]):
             raise ValueError(
                 f"{at}.more.{i}.group: it is {group or 'not given'}, that of the first rows "
-                f"{groups[0] or 'is not given'}; "
-                "joined corpora are grouped by one column, say the same of each"
+                f"{groups[0] or 'is not given'}; joined corpora are grouped by one column, say the "
+                "same of each"
             )
     out = (
         parts[0]
@@ -614,9 +613,9 @@ def splits(
     for i, (weight, rows) in enumerate(zip(data.weights, out.corpora, strict=True)):
         if weight is not None and not rows:
             raise ValueError(
-                f"{at}{f'.more.{i - 1}' if i else ''}: this corpus has weight {weight:g} and "
-                "no training row to draw; leave it out, or look "
-                f"at its splits and where ({parts[i].sizes()})"
+                f"{at}{f'.more.{i - 1}' if i else ''}: this corpus has weight {weight:g} and no "
+                "training row to draw; leave it out, or look at its splits and where "
+                f"({parts[i].sizes()})"
             )
     for group in dict.fromkeys(filter(None, groups)):
         _no_crossing(
@@ -883,9 +882,9 @@ def _concatenated(
             theirs, ours = selection.manifest.schema.field(name).type, first.schema.field(name).type
             if _kind(theirs) != _kind(ours) and name not in as_bytes:
                 raise ValueError(
-                    f"{place}: column {name!r} is {theirs} in {selection.manifest.files[0]} "
-                    f"and {ours} in {first.files[0]}; "
-                    "joined corpora need columns of the same type: write one of them anew"
+                    f"{place}: column {name!r} is {theirs} in {selection.manifest.files[0]} and "
+                    f"{ours} in {first.files[0]}; joined corpora need columns of the same type: "
+                    "write one of them anew"
                 )
     if len(selections) == 1:
         return selections[0]
@@ -957,11 +956,10 @@ def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
         many = len(crossing)
         raise ValueError(
             f"{at}.group: {many} of {len(first_seen)} values of {group} "
-            f"{'stands' if many == 1 else 'stand'} in more than one split: the value "
-            f"of {place} is in {split}, and {other_place}, which is in {other}, has the same; "
-            "a group must not cross splits: take a "
-            f"split_column that keeps each {group} whole, or leave the splits out to have them "
-            f"made by hash of {group}"
+            f"{'stands' if many == 1 else 'stand'} in more than one split: the value of {place} is "
+            f"in {split}, and {other_place}, which is in {other}, has the same; a group must not "
+            f"cross splits: take a split_column that keeps each {group} whole, or leave the splits "
+            f"out to have them made by hash of {group}"
         )
 
 

@@ -218,9 +218,8 @@ def draws_a_chunk(weights: np.ndarray) -> np.ndarray:
     if (out < 1).any():
         c = int(out.argmin())
         raise ValueError(
-            f"the weight {weights[c]:g} of corpus {c + 1} is {shares[c]:.2g} of all weights, "
-            f"and the smallest share is 1 of {CHUNK}: "
-            "raise it, or leave the corpus out"
+            f"the weight {weights[c]:g} of corpus {c + 1} is {shares[c]:.2g} of all weights, and "
+            f"the smallest share is 1 of {CHUNK}: raise it, or leave the corpus out"
         )
     return out
 
@@ -287,8 +286,8 @@ class Plan(Order):
         if ranks > self.shards:
             raise ValueError(
                 f"{ranks} ranks are more than the {self.shards} canonical shards: raise "
-                "train.canonical_shards "
-                f"or train.global_batch (now {self.global_batch}), or use fewer workers"
+                f"train.canonical_shards or train.global_batch (now {self.global_batch}), or use "
+                "fewer workers"
             )
         return list(range(rank, self.shards, ranks))
 

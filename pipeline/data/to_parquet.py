@@ -198,8 +198,7 @@ def to_parquet(
     if not pairs or kinds == {""}:
         raise ValueError(
             f"{', '.join(uris)}: no files of a known kind ({', '.join(sorted(FORMATS))}, and "
-            "compressed "
-            f"{', '.join(CODECS)}); set data.format"
+            f"compressed {', '.join(CODECS)}); set data.format"
         )
     if len(kinds) > 1:
         raise ValueError(
@@ -272,10 +271,10 @@ def _check_prepared(files: list[FileIdentity]) -> None:
         entry = manifests[folder].get(name)
         if entry is not None and not checksums.is_same(file.content, entry):
             raise storage.DamagedError(
-                f"{file.uri} is not what `onetomany prepare` wrote: it does not have the "
-                f"SHA-256 that {PREPARED} beside it states; remove "
-                "the file and give the same prepare command, which then writes it alone (or "
-                f"remove {PREPARED}, where you changed it yourself)"
+                f"{file.uri} is not what `onetomany prepare` wrote: it does not have the SHA-256 "
+                f"that {PREPARED} beside it states; remove the file and give the same prepare "
+                f"command, which then writes it alone (or remove {PREPARED}, where you changed it "
+                "yourself)"
             )
 
 
@@ -484,8 +483,8 @@ def _parsed(file: str, number: int, chunk: bytes, schema: pa.Schema | None) -> p
         after = f" (counted from line {number})" if number > 1 else ""
         raise ValueError(
             f"{file}: not readable as jsonl, one object a line: "
-            f"{str(error).splitlines()[0]}{after}; correct the "
-            "line, or let onetomany prepare text leave it out and list it"
+            f"{str(error).splitlines()[0]}{after}; correct the line, or let onetomany prepare text "
+            "leave it out and list it"
         ) from None
 
 
@@ -584,9 +583,8 @@ def _read_lines(file: str) -> Iterator[bytes]:
         while line := handle.readline(LINE_BYTES):
             if len(line) == LINE_BYTES and not line.endswith(b"\n"):
                 raise ValueError(
-                    f"{file}:{number}: the line is longer than {LINE_BYTES >> 20} MiB; a text "
-                    "file has one document a line, "
-                    "or say format: paragraphs or documents"
+                    f"{file}:{number}: the line is longer than {LINE_BYTES >> 20} MiB; a text file "
+                    "has one document a line, or say format: paragraphs or documents"
                 )
             yield _marked(file, line) if number == 1 else line
             number += 1

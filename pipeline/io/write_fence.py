@@ -77,9 +77,9 @@ def describe_loss(root: str, holder: dict[str, Any] | None) -> str:
     if holder is not None:
         why = f"process {holder.get('pid')} on {holder.get('host')} has it now"
     return (
-        f"{root}: this run no longer holds the lease of its folder ({why}), so it stops and "
-        "writes nothing more; "
-        "what it finished is kept. Give the command again when no other run is at work"
+        f"{root}: this run no longer holds the lease of its folder ({why}), so it stops and writes "
+        "nothing more; what it finished is kept. Give the command again when no other run is at "
+        "work"
     )
 
 

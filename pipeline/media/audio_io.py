@@ -249,15 +249,13 @@ def _promised(file: _Watched) -> float:
     """
     if audio_header.is_joined(file):
         raise BrokenAudioError(
-            "several recordings joined in one OGG file, of which only the first would be "
-            "read; write them as one: "
-            "ffmpeg -i in.ogg out.flac"
+            "several recordings joined in one OGG file, of which only the first would be read; "
+            "write them as one: ffmpeg -i in.ogg out.flac"
         )
     if audio_header.has_unknown_length(file):
         raise BrokenAudioError(
-            "MP3 of a varying bit rate without a table of its length, so that its end would "
-            "be lost; write it again: "
-            "ffmpeg -i in.mp3 -c copy out.mp3"
+            "MP3 of a varying bit rate without a table of its length, so that its end would be "
+            "lost; write it again: ffmpeg -i in.mp3 -c copy out.mp3"
         )
     return audio_header.promised(file)
 
@@ -265,9 +263,9 @@ def _promised(file: _Watched) -> float:
 def _check_promise(times: float, rate: int, frames: int) -> None:
     if times == np.inf:
         raise BrokenAudioError(
-            f"the file ends without OGG's last page, after {frames / rate:.2f} s of sound: it "
-            "was cut off, or its writer was stopped (to "
-            "take it as it is: ffmpeg -i in.ogg -c copy out.ogg)"
+            f"the file ends without OGG's last page, after {frames / rate:.2f} s of sound: it was "
+            "cut off, or its writer was stopped (to take it as it is: ffmpeg -i in.ogg -c copy "
+            "out.ogg)"
         )
     if round(frames * times) > frames:
         raise BrokenAudioError(_cut_off(frames / rate, frames * times / rate))
@@ -360,16 +358,15 @@ def _read(
     finite = np.isfinite(samples)
     if not finite.all():
         raise BrokenAudioError(
-            f"{count - int(finite.sum())} of {count} samples are no numbers (NaN or infinite), "
-            "the first at "
-            f"{(first + int(finite.argmin())) / rate:.3f} s"
+            f"{count - int(finite.sum())} of {count} samples are no numbers (NaN or infinite), the "
+            f"first at {(first + int(finite.argmin())) / rate:.3f} s"
         )
     peak = float(max(found.max(), -found.min()))
     if peak > MOST_PEAK:
         raise BrokenAudioError(
-            f"its samples are floating-point numbers up to {peak:g}, where full scale is 1: "
-            "they are in integer scale; divide them by "
-            "what is full there (ffmpeg -i in.wav -af volume=1/32768 out.wav)"
+            f"its samples are floating-point numbers up to {peak:g}, where full scale is 1: they "
+            "are in integer scale; divide them by what is full there (ffmpeg -i in.wav -af "
+            "volume=1/32768 out.wav)"
         )
     return found, samples, rate, subtype
 

@@ -102,8 +102,7 @@ class Episodes:
             for i in np.flatnonzero(taken != steps).tolist():
                 reasons[i] = reasons[i] or (
                     f"the episode has {steps[i]} observations and {taken[i]} {role}: an action "
-                    "stands beside every observation; leave "
-                    "out a last observation that has none"
+                    "stands beside every observation; leave out a last observation that has none"
                 )
             for i in np.flatnonzero(wide != action_widths).tolist() if len(found) > 1 else ():
                 reasons[i] = (

@@ -272,9 +272,9 @@ def resize(
     height, width, top, left = place(picture.shape[1:], size, fit, crop_share)
     if height * width > MOST_PIXELS:  # 1 x 8000 to 224: 2.4 GB
         raise ValueError(
-            f"the image is too thin to be cropped: {picture.shape[2]} x {picture.shape[1]} "
-            f"pixels would become {width} x {height}, more than "
-            f"{MOST_PIXELS} in all; fit: pad or squash takes it"
+            f"the image is too thin to be cropped: {picture.shape[2]} x {picture.shape[1]} pixels "
+            f"would become {width} x {height}, more than {MOST_PIXELS} in all; fit: pad or squash "
+            "takes it"
         )
     if (height, width) != tuple(picture.shape[1:]):
         whole = picture[None].float() if picture.is_cuda else picture[None]

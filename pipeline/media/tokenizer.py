@@ -154,8 +154,8 @@ def from_folder(folder: str) -> tuple[str, int, list[int]]:
         there = storage.exists(folder)
         raise ValueError(
             f"{folder}: {'no tokenizer.json in this folder' if there else 'no such folder'}; a "
-            "tokenizer is a folder with tokenizer.json, "
-            "as tokenizer.save_pretrained(FOLDER) of transformers writes it (a fast tokenizer)"
+            "tokenizer is a folder with tokenizer.json, as tokenizer.save_pretrained(FOLDER) of "
+            "transformers writes it (a fast tokenizer)"
         )
     try:
         tokenizer = Tokenizer.from_str(storage.read_bytes(path).decode())

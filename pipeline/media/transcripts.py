@@ -158,9 +158,9 @@ class Alphabet:
         found = _characters(texts)
         if len(found) + 2 >= vocabulary:
             raise ValueError(
-                f"they hold {len(found)} different characters, so that vocabulary {vocabulary} "
-                "has no room for sub-words: set vocabulary to "
-                f"{4 * len(found)} or so, or units: characters"
+                f"they hold {len(found)} different characters, so that vocabulary {vocabulary} has "
+                f"no room for sub-words: set vocabulary to {4 * len(found)} or so, or units: "
+                "characters"
             )
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(

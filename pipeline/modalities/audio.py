@@ -83,8 +83,7 @@ class AudioOptions(Options):
         le=0.5,
         multiple_of=0.01,
         description="training: played slower by this share (whole percent), as it is, or faster "
-        "(0.1: "
-        "0.9, 1 and 1.1), pitch and all",
+        "(0.1: 0.9, 1 and 1.1), pitch and all",
     )
     noise: float = Field(
         0.0, ge=0, le=1, description="training: share of the rows with white noise"
@@ -313,8 +312,8 @@ class Audio(Modality):
                     )  # reads all of it, and raises what is wrong
                 raise ValueError(
                     f"{error}: cut long recordings (a folder read as format: audio is cut at "
-                    "silence, and start and seconds name a piece), "
-                    "or raise the modality's max_seconds"
+                    "silence, and start and seconds name a piece), or raise the modality's "
+                    "max_seconds"
                 ) from None
         if own != rate:
             samples = audio_io.resample(samples, own, rate)

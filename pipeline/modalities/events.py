@@ -360,8 +360,8 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
         if not is_list(column.type) or not _suits(role, column.type.value_type):
             raise ValueError(
                 f"column {columns[role]}: it holds {column.type}; {role} are lists of "
-                f"{'texts' if role == 'variables' else 'numbers'}, "
-                "as onetomany prepare events writes them"
+                f"{'texts' if role == 'variables' else 'numbers'}, as onetomany prepare events "
+                "writes them"
             )
     counts = {role: lengths(column).astype(np.int64) for role, column in found.items()}
     n = counts["times"]

@@ -51,8 +51,8 @@ class ImageOptions(Options):
     fit: Literal["crop", "squash", "pad"] = Field(
         "crop",
         description="crop: shorter side to size, centre crop; squash: both sides to size; pad: "
-        "longer side to size, the rest filled with the mean "
-        "colour. Boxes and masks need squash or pad",
+        "longer side to size, the rest filled with the mean colour. Boxes and masks need squash "
+        "or pad",
     )
     crop: Literal["auto", "shift", "resized", "none"] = Field(
         "auto",
@@ -99,8 +99,7 @@ class ImageOptions(Options):
         gt=0,
         le=1,
         description="of fit: crop, the share of the resized shorter side that the centre crop "
-        "keeps (timm's crop_pct): "
-        "0.875 resizes to 256 for a size of 224; refused with another fit",
+        "keeps (timm's crop_pct): 0.875 resizes to 256 for a size of 224; refused with another fit",
     )
     interpolation: Literal["bilinear", "bicubic"] = Field(
         "bilinear", description="how images are resized, antialiased"
@@ -228,9 +227,8 @@ class Image(Modality):
         dense = [role for role in ("boxes", "mask") if role in roles]
         if dense and self.options.fit == "crop":
             raise ValueError(
-                f"fit: crop cuts away what lies at the edge, {' and '.join(dense)} and all; "
-                f"with {' and '.join(dense)} say fit: pad (keeps the "
-                "aspect) or fit: squash"
+                f"fit: crop cuts away what lies at the edge, {' and '.join(dense)} and all; with "
+                f"{' and '.join(dense)} say fit: pad (keeps the aspect) or fit: squash"
             )
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:

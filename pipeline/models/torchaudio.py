@@ -65,8 +65,8 @@ class TorchaudioOptions(Options):
         None,
         min_length=1,
         description="frames from one step to the next, for each convolution; of deepspeech, which "
-        "has none, one number; none: [2] for "
-        "deepspeech, as published (section 3.3), [2, 2] for the others",
+        "has none, one number; none: [2] for deepspeech, as published (section 3.3), [2, 2] for "
+        "the others",
     )
     context: int | None = Field(
         None,

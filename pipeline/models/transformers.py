@@ -74,8 +74,7 @@ class TransformersOptions(Options):
     pool: Literal["auto", "mean", "first", "last", "pooler"] = Field(
         "auto",
         description="pooled feature; auto: mean of the tokens, or the last one of a causal model; "
-        "pooler: dense and tanh of the first token, "
-        "as BERT and RoBERTa have them",
+        "pooler: dense and tanh of the first token, as BERT and RoBERTa have them",
     )
 
 
@@ -254,9 +253,9 @@ def _build(architecture: str, options: TransformersOptions, inputs: dict[str, An
     )
     if architecture != "gpt2" and getattr(config, "is_decoder", False):
         raise ValueError(
-            f"transformers/{architecture}: the configuration says is_decoder: true, a model "
-            "that sees no future; here it is to see both sides: "
-            "take a checkpoint of an encoder, or transformers/gpt2"
+            f"transformers/{architecture}: the configuration says is_decoder: true, a model that "
+            "sees no future; here it is to see both sides: take a checkpoint of an encoder, or "
+            "transformers/gpt2"
         )
     if architecture in POOLERS:
         return models[architecture](config, add_pooling_layer=options.pool == "pooler")
@@ -354,10 +353,9 @@ def _padding(config: Any, inputs: dict[str, Any]) -> int:
     """
     if config.pad_token_id != inputs["specials"][0]:
         raise ValueError(
-            f"the tokenizer pads with token {inputs['specials'][0]}, roberta's configuration "
-            f"with pad_token_id {config.pad_token_id}: "
-            "they must be the same, positions are counted from it; give the tokenizer of this "
-            "checkpoint"
+            f"the tokenizer pads with token {inputs['specials'][0]}, roberta's configuration with "
+            f"pad_token_id {config.pad_token_id}: they must be the same, positions are counted "
+            "from it; give the tokenizer of this checkpoint"
         )
     return config.pad_token_id
 

@@ -90,9 +90,8 @@ class WaveNet(Backbone):
             )
         if "scale" in inputs:
             raise ValueError(
-                f"{name} reads samples between -1 and 1, as mu-law wants them; these are "
-                f"scaled to {inputs['scale']}: "
-                "set normalize: false in data.modality"
+                f"{name} reads samples between -1 and 1, as mu-law wants them; these are scaled to "
+                f"{inputs['scale']}: set normalize: false in data.modality"
             )
         if options.frame_kernel % 2 == 0:
             raise ValueError(

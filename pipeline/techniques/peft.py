@@ -114,9 +114,8 @@ class AdaptedTask(Task):
             )
             raise ValueError(
                 f"{self.backbone.arch.name} uses the weights of {_some(past)} without calling "
-                "these modules, so that adapters there "
-                "do nothing. Name others by their endings, as in modules: "
-                f"[{', '.join(good) or '...'}]"
+                "these modules, so that adapters there do nothing. Name others by their endings, "
+                f"as in modules: [{', '.join(good) or '...'}]"
             )
 
     def merged(self) -> Task:
@@ -221,9 +220,8 @@ def choose_modules(backbone: Backbone, modules: str | list[str]) -> dict[str, nn
         )
         there = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(12)) or "none"
         raise ValueError(
-            f"{backbone.arch.name} has no module {asked}. Its linear and convolution layers, "
-            f"by the ends of their names: {there}. "
-            f"Give modules: all, or a list of such endings"
+            f"{backbone.arch.name} has no module {asked}. Its linear and convolution layers, by "
+            f"the ends of their names: {there}. Give modules: all, or a list of such endings"
         )
     return {name: module for name, module in found.items() if name in chosen}
 

@@ -41,21 +41,20 @@ def source(place: str, spec: Source) -> None:
     if couples_rows and spec.train.micro_batch is not None:
         raise ValueError(
             f"{place}.train.micro_batch: the loss of {spec.objective.name} is that of a whole "
-            "global batch, which parts of it would "
-            "not give; leave it out, and use more workers, or a smaller global_batch or batch_cost"
+            "global batch, which parts of it would not give; leave it out, and use more workers, "
+            "or a smaller global_batch or batch_cost"
         )
     if isinstance(objective, ComparesViews) and not isinstance(modality, MakesViews):
         raise ValueError(
             f"{place}.objective: {spec.objective.name} compares random views of a row, and "
-            f"{spec.data.modality.name} rows have none; "
-            "it is for images"
+            f"{spec.data.modality.name} rows have none; it is for images"
         )
     is_keep_stated = "keep" in spec.train.model_fields_set
     if couples_rows and spec.train.keep == "best" and is_keep_stated:
         raise ValueError(
-            f"{place}.train.keep: the validation loss of {spec.objective.name} says little of "
-            "the backbone (its teacher, codes or "
-            "distractors change as it learns); leave it out: the last weights are kept"
+            f"{place}.train.keep: the validation loss of {spec.objective.name} says little of the "
+            "backbone (its teacher, codes or distractors change as it learns); leave it out: the "
+            "last weights are kept"
         )
     if spec.data.decode == "device" and not isinstance(modality, DecodesOnDevice):
         raise ValueError(

@@ -348,9 +348,9 @@ def wait_for(bundles: list[dict[str, float]], what: str, progress: Progress) -> 
         while not group.wait(2):
             there = ray.cluster_resources()
             progress.update(
-                f"{what}: waits for {asked}; {len(ray.nodes())} nodes with "
-                f"{there.get('CPU', 0):g} CPU and "
-                f"{there.get('GPU', 0):g} GPU are there  {duration(time.monotonic() - began)}"
+                f"{what}: waits for {asked}; {len(ray.nodes())} nodes with {there.get('CPU', 0):g} "
+                f"CPU and {there.get('GPU', 0):g} GPU are there  "
+                f"{duration(time.monotonic() - began)}"
             )
         progress.note(f"{what}: the nodes are there after {duration(time.monotonic() - began)}")
     finally:
@@ -394,12 +394,10 @@ def check_fits(
     ):
         verb = "can grow to" if grows else "has"
         raise ClusterError(
-            f"{place}: the cluster {verb} {describe_nodes(have)}, "
-            f"the request is {fewest} ranks x ({mine.cpus:g} CPU + {mine.gpus:g} GPU, each on "
-            "one node) "
-            f"and {mine.data.cpus_per_actor:g} CPU of data workers a rank; it can never be "
-            "met. Lower workers, cpus_per_worker or "
-            "gpus_per_worker, or join a larger cluster (--address)"
+            f"{place}: the cluster {verb} {describe_nodes(have)}, the request is {fewest} ranks x "
+            f"({mine.cpus:g} CPU + {mine.gpus:g} GPU, each on one node) and "
+            f"{mine.data.cpus_per_actor:g} CPU of data workers a rank; it can never be met. Lower "
+            "workers, cpus_per_worker or gpus_per_worker, or join a larger cluster (--address)"
         )
     cores = os.cpu_count() or 1
     warnings = []

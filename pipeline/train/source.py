@@ -113,8 +113,8 @@ class SourceStage:
         if self.checkpoint_text and pretrained.fingerprint(self.checkpoint_text) != self.start:
             raise ChangedFileError(
                 f"sources.{self.name}: {self.checkpoint_text} was changed while it was in use: it "
-                "holds something else than when the run "
-                "was planned; leave it alone until the run ends, and run again"
+                "holds something else than when the run was planned; leave it alone until the run "
+                "ends, and run again"
             )
 
     @property

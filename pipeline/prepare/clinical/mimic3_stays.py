@@ -111,9 +111,8 @@ def find_tables(found: Listing, source: str) -> dict[str, list[Entry]]:
     for name, purpose in NEEDED.items():
         if name not in tables:
             raise ValueError(
-                f"{source}: no table {name.upper()} (.csv, .csv.gz or .parquet), which is "
-                f"needed for {purpose}; "
-                f"there are {', '.join(sorted(tables)) or 'none'}"
+                f"{source}: no table {name.upper()} (.csv, .csv.gz or .parquet), which is needed "
+                f"for {purpose}; there are {', '.join(sorted(tables)) or 'none'}"
             )
     for name, entries in tables.items():
         if len(entries) > 1 and name != "chartevents":
@@ -265,9 +264,8 @@ def check_zones(name: str, zoned: set[bool], other: str, other_zoned: set[bool])
         return
     with_zone, without = (name, other) if True in zoned else (other, name)
     raise ValueError(
-        f"{with_zone}: its times have a zone (Z, +02:00), and those of {without} have none: "
-        "nobody can tell how far apart they are; "
-        "write both with a zone, or both without"
+        f"{with_zone}: its times have a zone (Z, +02:00), and those of {without} have none: nobody "
+        "can tell how far apart they are; write both with a zone, or both without"
     )
 
 

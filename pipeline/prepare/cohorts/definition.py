@@ -109,8 +109,8 @@ def select(
         if len(column) != len(kept) or pa.types.is_null(column.type) or name in KEPT:
             raise ValueError(
                 f"cohort {definition.registered_name}: its column {name} is {column.type} of "
-                f"{len(column)} rows, where there are {len(kept)}; "
-                f"it must have a type and a name other than {', '.join(KEPT)}"
+                f"{len(column)} rows, where there are {len(kept)}; it must have a type and a name "
+                f"other than {', '.join(KEPT)}"
             )
     columns = {name: kept[name] for name in KEPT if name in kept.column_names}
     return pa.table({**columns, **made}), why

@@ -40,8 +40,7 @@ class LengthOfStayOptions(Options):
     exclude: Literal["benchmark", "none"] = Field(
         "benchmark",
         description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
-        "in the "
-        "admission and no move between ICUs; none: all stays",
+        "in the admission and no move between ICUs; none: all stays",
     )
 
 

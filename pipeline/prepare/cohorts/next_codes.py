@@ -34,8 +34,7 @@ class NextCodesOptions(Options):
     exclude: Literal["benchmark", "none"] = Field(
         "none",
         description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
-        "in the "
-        "admission and no move between ICUs; none: all stays",
+        "in the admission and no move between ICUs; none: all stays",
     )
 
 

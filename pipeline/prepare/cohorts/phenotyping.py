@@ -31,8 +31,7 @@ class PhenotypingOptions(Options):
     exclude: Literal["benchmark", "none"] = Field(
         "benchmark",
         description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
-        "in the "
-        "admission and no move between ICUs; none: all stays",
+        "in the admission and no move between ICUs; none: all stays",
     )
 
 

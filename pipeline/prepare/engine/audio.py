@@ -485,8 +485,7 @@ def _spans(
     if (row.get("transcript") or "").strip():
         raise BrokenAudioError(
             f"{stop - start:.1f} s with a transcript, longer than "
-            f"longest={sound_options.longest:g}: "
-            "align and cut it, or raise --set longest"
+            f"longest={sound_options.longest:g}: align and cut it, or raise --set longest"
         )
     return audio_io.pieces(
         data, None, sound_options.longest, sound_options.cut, start, None if whole else stop - start

@@ -282,9 +282,8 @@ def _duplicate_lines(same: dict[str, Any]) -> list[str]:
     out = [
         "",
         f"Exact duplicates: {same['files']} files stand more than once "
-        f"({same['rows_beyond_the_first']} rows beyond the first); "
-        f"within splits: {_format_counts(same['within'])}; across splits: "
-        f"{_format_counts(same['across'])}; with "
+        f"({same['rows_beyond_the_first']} rows beyond the first); within splits: "
+        f"{_format_counts(same['within'])}; across splits: {_format_counts(same['across'])}; with "
         f"different labels: {same['with_different_labels']}.",
     ]
     return out + [f"- {' = '.join(group)}" for group in same["examples"]]

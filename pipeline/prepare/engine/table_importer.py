@@ -243,8 +243,7 @@ class TableShardTask(ShardTask):
         if not self.total:
             raise ValueError(
                 f"{self.input_splits[0].entry.uri}: no rows in the layout that this importer "
-                "reads; "
-                "see onetomany prepare --list"
+                "reads; see onetomany prepare --list"
             )
         examples = [
             SplitReader(input_split, Opener(), before=before).place(int(at) if at.isdigit() else at)

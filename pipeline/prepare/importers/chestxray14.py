@@ -103,9 +103,8 @@ class ChestXray14(ImageImporter):
         missing = [record["line"] for record in records if record["path"] not in images]
         if missing and self.options.missing == "refuse":
             raise ValueError(
-                f"{uri}: the images of {_counted_lines(missing)} are not below {source}; get "
-                "them, or leave them out "
-                "with --set missing=skip"
+                f"{uri}: the images of {_counted_lines(missing)} are not below {source}; get them, "
+                "or leave them out with --set missing=skip"
             )
         _refuse_patients_in_both(uri, present, splits)
         rows = []

@@ -35,8 +35,7 @@ class CohortOptions(Options):
     task: str = Field(
         "",
         description="the definition: mortality, decompensation, length_of_stay, phenotyping, "
-        "readmission, or one of your own (a file in "
-        "pipeline/prepare/cohorts)",
+        "readmission, or one of your own (a file in pipeline/prepare/cohorts)",
     )
     history: bool = Field(
         True,

@@ -278,8 +278,8 @@ def _scheme(found: list[Found]) -> str:
     if not prefixes <= {"B", "I", "O", "E", "S"}:
         raise ValueError(
             f"tags that begin with {preview(sorted(prefixes - set('BIOES')))}: neither bio, bioes "
-            "nor iob1; is tag_column right? "
-            "--set scheme=none takes tags of any kind, --set scheme=bio lists such rows as broken"
+            "nor iob1; is tag_column right? --set scheme=none takes tags of any kind, --set "
+            "scheme=bio lists such rows as broken"
         )
     if prefixes & {"E", "S"}:
         return "bioes"

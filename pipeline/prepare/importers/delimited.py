@@ -186,8 +186,8 @@ class Csv(TableImporter):
         if "split" in dict(taken):
             raise ValueError(
                 f"{place}: a column is called split, as the one that says which rows are for "
-                "training and which for tests; if it is that, say "
-                "--set split_column=split, else rename it: --set columns=fold=split"
+                "training and which for tests; if it is that, say --set split_column=split, else "
+                "rename it: --set columns=fold=split"
             )
         return [*taken, ("split", header.index(split))] if split else taken
 

@@ -307,11 +307,9 @@ class LongTable(GroupedImporter):
                     else f"column {o.start!r} of the entities"
                 )
                 raise ValueError(
-                    f"{preview(entry.name for entry in byte_range.entries)}: {with_zone} has "
-                    "times with a "
-                    "zone (Z, +02:00), and the other column has none: "
-                    "nobody can tell how far apart they are; write both with a zone, or both "
-                    "without"
+                    f"{preview(entry.name for entry in byte_range.entries)}: {with_zone} has times "
+                    "with a zone (Z, +02:00), and the other column has none: nobody can tell how "
+                    "far apart they are; write both with a zone, or both without"
                 )
             rows = _found(ids, _trimmed(batch[o.entity].combine_chunks()))
             hours, timed = self._hours(batch[o.time], rows, keys["start"], byte_range)
@@ -359,11 +357,9 @@ class LongTable(GroupedImporter):
         if far := np.count_nonzero(timed & (rows >= 0) & (np.abs(hours) > MOST_HOURS)):
             raise ValueError(
                 f"{preview(entry.name for entry in byte_range.entries)}: {far} of {len(hours)} "
-                "rows are "
-                f"more than {MOST_HOURS} hours "
-                f"from the entity's start, with --set unit={self.options.unit}; name their "
-                "unit, or if they are absolute, write them as "
-                "timestamps (2101-10-20 19:08:00) and give unit=timestamp and start=COLUMN of "
+                f"rows are more than {MOST_HOURS} hours from the entity's start, with --set "
+                f"unit={self.options.unit}; name their unit, or if they are absolute, write them "
+                "as timestamps (2101-10-20 19:08:00) and give unit=timestamp and start=COLUMN of "
                 "the entities' table"
             )
         return hours, timed

@@ -80,8 +80,8 @@ class ImageNet(ImageImporter):
         if train is None and validation is None:
             raise ValueError(
                 f"{source}: neither training nor validation images; looked for "
-                f"{', '.join((*TRAIN, *VALIDATION))}, "
-                f"also in {' and '.join(BELOW[1:])}; say --set train=NAME"
+                f"{', '.join((*TRAIN, *VALIDATION))}, also in {' and '.join(BELOW[1:])}; say --set "
+                "train=NAME"
             )
         rows, marks, left = [], [], {}
         for split, uri in (("train", train), ("validation", validation)):

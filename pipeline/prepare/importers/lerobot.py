@@ -173,8 +173,7 @@ class Lerobot(EpisodeImporter):
                     )
                     raise ValueError(
                         f"{source}: feature {name!r} for --set {option} {what}, where rows of "
-                        "numbers are needed; "
-                        f"{registry.nearest(name, numbers)}"
+                        f"numbers are needed; {registry.nearest(name, numbers)}"
                     )
         cameras = [name for name, about in there.items() if about["dtype"] in ("video", "image")]
         if o.images and o.images not in cameras:
@@ -396,8 +395,8 @@ def _check_rows(episode: EpisodeInfo, rows: pa.Table) -> None:
     if episode.rows is not None and episode.rows[1] - episode.rows[0] != episode.length:
         raise UnusableError(
             f"dataset_from_index {episode.rows[0]} to dataset_to_index {episode.rows[1]} are "
-            f"{episode.rows[1] - episode.rows[0]} rows, "
-            f"but its length in the metadata is {episode.length}"
+            f"{episode.rows[1] - episode.rows[0]} rows, but its length in the metadata is "
+            f"{episode.length}"
         )
     if len(rows) != episode.length:
         raise UnusableError(

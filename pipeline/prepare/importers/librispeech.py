@@ -84,9 +84,9 @@ class LibriSpeech(AudioImporter):
         strange = [name for name, parts in by_subset.items() if parts is None]
         if strange:
             raise ValueError(
-                f"{source}: files that do not lie as SUBSET/SPEAKER/CHAPTER/FILE, SUBSET "
-                f"called train-, dev- or test-: {preview(strange)}; "
-                "move them, or use importer manifest for other layouts"
+                f"{source}: files that do not lie as SUBSET/SPEAKER/CHAPTER/FILE, SUBSET called "
+                f"train-, dev- or test-: {preview(strange)}; move them, or use importer manifest "
+                "for other layouts"
             )
         there = {parts[0] for parts in by_subset.values() if parts}
         for name in wanted:

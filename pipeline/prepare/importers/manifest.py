@@ -55,8 +55,7 @@ class ManifestOptions(Options):
     manifests: str = Field(
         "",
         description="files to read, below SOURCE, such as train_manifest.json,dev_manifest.json; "
-        "empty: those with manifest in their "
-        "name, else every .json and .jsonl",
+        "empty: those with manifest in their name, else every .json and .jsonl",
     )
     split: str = Field(
         "",

@@ -54,8 +54,8 @@ class SpeechCommandsOptions(Options):
     split: Literal["official", "hash", "train", "validation", "test"] = Field(
         "official",
         description="official: by validation_list.txt and testing_list.txt; hash: by the "
-        "publisher's hash of the speaker, which those lists "
-        "follow; or all rows in one split, such as the publisher's separate test set",
+        "publisher's hash of the speaker, which those lists follow; or all rows in one split, "
+        "such as the publisher's separate test set",
     )
     rate: int = Field(
         0,

@@ -358,9 +358,7 @@ class Table(TableImporter):
                 odd = sorted(set(names) ^ set(columns))
                 raise ValueError(
                     f"{input_split.name}: other columns than {first}: {preview(odd)} in one of "
-                    "them "
-                    "alone; make them alike, or name the features: "
-                    "--set columns="
+                    "them alone; make them alike, or name the features: --set columns="
                 )
             for i, name in enumerate(names):
                 kind, present, strange = (

@@ -328,9 +328,8 @@ class Trajectories(TableImporter):
             ):
                 raise ValueError(
                     f"{input_split.name}: {self.roles.actions[0]} is {text!r}, while it began with "
-                    "whole numbers and so was taken as classes; "
-                    "say --set discrete=false where it is numbers, --set discrete=true where "
-                    "it is names of classes"
+                    "whole numbers and so was taken as classes; say --set discrete=false where it "
+                    "is numbers, --set discrete=true where it is names of classes"
                 )
         known: dict[str, tuple[list[int], str]] = {}
         for input_split, one in zip(input_splits, found, strict=True):
@@ -348,8 +347,8 @@ class Trajectories(TableImporter):
                     )
                     raise ValueError(
                         f"{input_split.name}: episode {name}: {what} of {b} numbers, where "
-                        f"{first[1]} has {a}, of the same robot; "
-                        "name robots by --set embodiment=COLUMN, or prepare them apart"
+                        f"{first[1]} has {a}, of the same robot; name robots by --set "
+                        "embodiment=COLUMN, or prepare them apart"
                     )
         names = Counter(name for one in found for name in one["names"].tolist())
         doubled = sorted(name for name, count in names.items() if count > 1)

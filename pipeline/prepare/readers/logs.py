@@ -256,8 +256,7 @@ class EpisodeCutter:
         if self.log in self.seen:
             raise ValueError(
                 f"{self.input_split.name}: the rows of episode {self.log} do not stand together: "
-                f"others lie before row {self.row}; sort the table "
-                f"by {self.roles.episode}"
+                f"others lie before row {self.row}; sort the table by {self.roles.episode}"
                 + (f" and {self.roles.order}" if self.roles.order else "")
             )
         self.seen.add(self.log)
@@ -435,9 +434,8 @@ def _vector_actions(rows: pa.Table, roles: ColumnRoles) -> np.ndarray:
             step, place = (int(i) for i in out[0])
             limit = np.broadcast_to(np.array(bound), actions.shape[1])[place]
             raise UnusableError(
-                f"action {names[place] if names else place} is {actions[step, place]:g} in "
-                f"step {step}, "
-                f"{'below' if option == 'action_low' else 'above'} {option}={limit:g}"
+                f"action {names[place] if names else place} is {actions[step, place]:g} in step "
+                f"{step}, {'below' if option == 'action_low' else 'above'} {option}={limit:g}"
             )
     return actions.astype(np.float32)
 
