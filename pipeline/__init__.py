@@ -85,9 +85,10 @@ def prepare_ray() -> None:
     is joined workers have their nodes' environment.
     """
     library, version = platform.libc_ver()
+    # glibc before 2.35 refused a threshold above 32 MiB
     keeps = library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (
         2,
         35,
-    )  # before, it refused a threshold above 32 MiB
+    )
     for name, value in (RAY_SETTINGS | (KEEP_MEMORY if keeps else {})).items():
         os.environ.setdefault(name, value)

@@ -893,9 +893,9 @@ class Job(Spec):
     plugins: list[str] = Field(
         default_factory=list,
         exclude_if=lambda listed: not listed,  # a job without any has the hash that it always had
-        description="modules that add pieces (techniques, metrics, ...): a .py file or a package's "
-        "folder, relative to the job file (a path has a slash or ends in .py), or the name of an "
-        "installed module. They are code, and are run",
+        description="modules that add components (techniques, metrics, ...): a .py file or a "
+        "package's folder, relative to the job file (a path has a slash or ends in .py), or the "
+        "name of an installed module. They are code, and are run",
     )
     sources: dict[str, Source] = Field(
         description="what to pretrain on, or existing checkpoints", min_length=1
@@ -978,9 +978,10 @@ def schema() -> dict:
         if kind == "model":
             table["additionalProperties"] = False
             table["patternProperties"] = {f"^{name}/": value for name, value in options.items()}
+            # The options of any library: the checkpoint says which one it is of
             table["patternProperties"][rf"^({'|'.join(p[:-1] for p in CHECKPOINT_PREFIXES)}):"] = {
                 "anyOf": list(options.values())
-            }  # the checkpoint tells which
+            }
         else:
             table |= {"properties": options, "additionalProperties": False}
         return {"anyOf": [text, table]}

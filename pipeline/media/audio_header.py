@@ -159,9 +159,8 @@ def is_joined(file: Any) -> bool:
     """
     file.seek(0)
     start, at, serials = file.read(1 << 12), 0, set()
-    while (
-        start[at : at + 4] == b"OggS" and len(start) >= at + 27 and start[at + 5] & 2
-    ):  # multiplexed streams begin all at once
+    # Multiplexed streams begin all at once
+    while start[at : at + 4] == b"OggS" and len(start) >= at + 27 and start[at + 5] & 2:
         serials.add(start[at + 14 : at + 18])
         at += 27 + start[at + 26] + sum(start[at + 27 : at + 27 + start[at + 26]])
     last = _last_page(file, file.seek(0, io.SEEK_END)) if serials else b""

@@ -332,9 +332,8 @@ def _read(
 ) -> tuple[np.ndarray, np.ndarray, int, str]:
     """Return (samples (n, channels), their mean (n,), rate, subtype)."""
     file = _Watched(data)
-    times = (
-        _promised(file) if start == 0 else 1.0
-    )  # a piece's recording was looked at when it was cut; here the piece must be there
+    # A piece's recording was looked at when it was cut; here the piece must be there
+    times = _promised(file) if start == 0 else 1.0
     with opened(file) as sound:
         rate, frames, subtype = sound.samplerate, _frames(sound), sound.subtype
         _check_promise(times, rate, frames)
@@ -538,9 +537,8 @@ def _quietest(energies: np.ndarray, total: float, longest: float, hop: float) ->
     """
     wide = round(QUIET_SECONDS / HOP_SECONDS)
     sums = np.cumsum(np.concatenate([[0.0], np.pad(energies, wide // 2, mode="edge")]))
-    quiet = (sums[wide:] - sums[:-wide])[
-        : len(energies)
-    ]  # of the 0.2 s around each hop's beginning
+    # Of the 0.2 s around each hop's beginning
+    quiet = (sums[wide:] - sums[:-wide])[: len(energies)]
     quiet = np.maximum(quiet, 1e-9)  # silence is silence, whatever the rounding of sums
     cuts, start = [], 0.0
     while total - start > longest:

@@ -84,13 +84,11 @@ class Episodes:
         roles = [
             role for role in ("actions", "executed") if columns.get(role) in table.column_names
         ]
-        if (
-            len(roles) == 2 and table[columns["executed"]].null_count
-        ):  # nothing else was done there than what is to be learned
+        # Nothing else was done there than what is to be learned
+        if len(roles) == 2 and table[columns["executed"]].null_count:
             name, kind = columns["executed"], table.schema.field(columns["executed"]).type
-            with suppress(
-                pa.ArrowInvalid, pa.ArrowNotImplementedError
-            ):  # of another kind than actions: the rows are told as they are read
+            # Of another kind than actions: the rows are told as they are read
+            with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 done = pc.if_else(
                     pc.is_null(table[name]), table[columns["actions"]].cast(kind), table[name]
                 )  # pyright: ignore[reportAttributeAccessIssue]

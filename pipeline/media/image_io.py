@@ -155,9 +155,8 @@ def pixels(data: bytes, channels: int) -> Tensor:
     """
     _check_size(data)
     webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    extended = data[12:16] == b"VP8X" and bool(
-        data[20:21] and data[20] & 0b1010
-    )  # animated, or with EXIF
+    # Animated, or with EXIF
+    extended = data[12:16] == b"VP8X" and bool(data[20:21] and data[20] & 0b1010)
     if not (data.startswith((JPEG, PNG)) or (webp and channels == 3 and not extended)):
         return _by_pillow(
             data,
@@ -210,9 +209,8 @@ def class_numbers(data: bytes) -> np.ndarray:
         Exception
     ) as error:  # broken bytes make Pillow raise OSError, SyntaxError, struct.error and others
         raise ValueError(f"broken mask: {error}") from None
-    return (
-        found // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else found
-    )  # Pillow stretches them to 255
+    # Pillow stretches them to 255
+    return found // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else found
 
 
 def classes(data: bytes, size: torch.Size) -> Tensor:

@@ -116,9 +116,8 @@ def _separable(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
     """Multiply (B, C, S, S) by a (B, T, S) matrix along each axis: (B, C, T, T)."""
     rows, channels, side, _ = x.shape
     size = across.shape[1]
-    with torch.autocast(
-        x.device.type, enabled=False
-    ):  # evaluation makes views inside it, and bfloat16 has fewer levels than a picture
+    # Evaluation makes views inside it, and bfloat16 has fewer levels than a picture
+    with torch.autocast(x.device.type, enabled=False):
         half = torch.bmm(x.reshape(rows, channels * side, side), across.transpose(1, 2))
         half = (
             half.view(rows, channels, side, size)

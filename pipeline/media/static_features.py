@@ -275,9 +275,8 @@ def _numeric(kind: pa.DataType) -> bool:
 
 
 def _floats(values: Any) -> np.ndarray:
-    return pc.cast(values, pa.float64(), safe=False).to_numpy(
-        zero_copy_only=False
-    )  # a checked cast tells the value in its error
+    # A checked cast tells the value in its error
+    return pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
 
 
 def _codes(field: str, values: Any) -> list[list[str]]:

@@ -108,9 +108,8 @@ def _train_wordpiece(texts: list[str], vocabulary: int, lowercase: bool) -> Toke
         continuing = continuing or sorted(
             token for token in tokenizer.get_vocab() if token.startswith("##") and len(token) == 3
         )
-    tokenizer = _wordpiece(
-        tokenizer.get_vocab(), lowercase
-    )  # the continuing characters are no special tokens of the result
+    # The continuing characters are no special tokens of the result
+    tokenizer = _wordpiece(tokenizer.get_vocab(), lowercase)
     tokenizer.add_special_tokens(list(SPECIALS))
     return tokenizer
 

@@ -293,9 +293,8 @@ def edit_distances(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> 
         for i in range(a.shape[1]):
             change = np.minimum(table[:, :-1] + (b != a[:, i : i + 1]), table[:, 1:] + 1)
             change = np.concatenate([np.full((len(rows), 1), i + 1), change], axis=1)
-            table = (
-                np.minimum.accumulate(change - ramp, axis=1) + ramp
-            )  # insertions: the least of all that end further left
+            # Insertions: the least of all that end further left
+            table = np.minimum.accumulate(change - ramp, axis=1) + ramp
             done = np.flatnonzero(ends[0] == i + 1)
             out[rows[done]] = table[done, ends[1][done]]
     return out

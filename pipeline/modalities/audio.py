@@ -199,9 +199,8 @@ class Audio(Modality):
             torch.zeros(options.mels, dtype=torch.float64),
             torch.zeros(options.mels, dtype=torch.float64),
         )
-        for place in np.random.default_rng(0).permutation(
-            len(table)
-        ):  # FIT_SECONDS from all over the sample, not from its beginning
+        # FIT_SECONDS from all over the sample, not from its beginning
+        for place in np.random.default_rng(0).permutation(len(table)):
             arrays, reasons = modality.decode(table.slice(place, 1), columns)
             bad += reasons
             for row in arrays["audio"][[not reason for reason in reasons]]:
@@ -307,9 +306,8 @@ class Audio(Modality):
                 )
             except LongAudioError as error:
                 if uncut and begin is None:
-                    audio_io.pieces(
-                        file, None, max(1.0, most)
-                    )  # reads all of it, and raises what is wrong
+                    # Reads all of it, and raises what is wrong
+                    audio_io.pieces(file, None, max(1.0, most))
                 raise ValueError(
                     f"{error}: cut long recordings (a folder read as format: audio is cut at "
                     "silence, and start and seconds name a piece), or raise the modality's "

@@ -135,18 +135,18 @@ class Image(Modality):
     )
 
     def __init__(self, options: Any, state: dict[str, Any]):
+        # The source's rows had colours and these are grey, or the other way
         other = len(state.get("mean", ())) not in (
             0,
             options.channels,
-        )  # the source's rows had colours and these are grey, or the other way
+        )
         given = (
             None
             if other and isinstance(options.mean, list) and len(options.mean) == len(state["mean"])
             else _published(options)
         )
-        if (
-            not given and other
-        ):  # what is given holds for a checkpoint's rows too, whose state says otherwise
+        # What is given holds for a checkpoint's rows too, whose state says otherwise
+        if not given and other:
             given = [
                 [round(sum(state[name]) / len(state[name]), 6)] * options.channels
                 for name in ("mean", "std")
@@ -187,10 +187,11 @@ class Image(Modality):
             ),
             [],
         )
+        # How often each level stands in each channel: exact
         counts, levels = (
             np.zeros((options.channels, 256), dtype=np.int64),
             np.arange(256),
-        )  # how often each level stands in each channel: exact
+        )
         step = max(1, min(FIT_IMAGES, FIT_BYTES // (options.channels * options.size**2)))
         for start in range(0, len(table), step):
             arrays, reasons = modality.decode(table.slice(start, step), columns)

@@ -387,9 +387,8 @@ class Text(Modality):
                 ]
             )
         tokens = np.array(counts, dtype=np.int64).sum(0)
-        lost = np.maximum(
-            0, tokens - room
-        )  # of a pair the longer text is cut first, until both have room
+        # Of a pair the longer text is cut first, until both have room
+        lost = np.maximum(0, tokens - room)
         return TruncationStats(
             len(table), int(np.count_nonzero(lost)), int(tokens.sum()), int(lost.sum()), "tokens"
         )
@@ -496,9 +495,8 @@ class Text(Modality):
         if "segments" in arrays:
             out["segments"] = torch.from_numpy(arrays["segments"].astype(np.int32))
         else:
-            width = min(
-                width, -(-int(arrays["lengths"].max(initial=1)) // 8) * 8
-            )  # few distinct widths
+            # Few distinct widths
+            width = min(width, -(-int(arrays["lengths"].max(initial=1)) // 8) * 8)
             out["mask"] = torch.from_numpy(np.arange(width) < arrays["lengths"][..., None])
         for name in own:
             cut = arrays[name][..., :width, :] if name == "offsets" else arrays[name][..., :width]
@@ -520,9 +518,8 @@ def _documents(column, role: str) -> tuple[list[memoryview], list[str]]:
     if pa.types.is_null(column.type):
         column = pa.nulls(len(column), pa.large_binary())
     try:
-        raw = column.cast(
-            pa.large_binary()
-        )  # before chunks are joined: together they may hold more than 2 GiB
+        # Before chunks are joined: together they may hold more than 2 GiB
+        raw = column.cast(pa.large_binary())
     except pa.ArrowNotImplementedError:
         raise ValueError(
             f"the {role} column holds {column.type} values, not text; check data.columns"

@@ -280,9 +280,8 @@ class Trajectory(Modality):
                 "" if robot in fits else f"{self.spaces[robot].text()}, the row has {said}",
             )
         own = self._by_width(observation, action)
-        if (
-            action == CLASSES and own
-        ):  # their names tell of their number alone: ``extend_state`` has looked which are meant
+        # Their names tell of their number alone: ``extend_state`` has looked which are meant
+        if action == CLASSES and own:
             return self.state.get("chosen", {}).get(str(observation), own[-1]), ""
         if len(own or fits) == 1:
             return (own or fits)[0], ""

@@ -261,9 +261,8 @@ class Strats(nn.Module):
     def forward(self, batch: Batch, static: Tensor, token_mask: Tensor | None) -> Features:
         mask = batch["mask"]
         x = self.embed(batch, token_mask)
-        seen = mask | ~mask.any(
-            1, keepdim=True
-        )  # a row without events attends to its padding, whose tokens count for nothing
+        # A row without events attends to its padding, whose tokens count for nothing
+        seen = mask | ~mask.any(1, keepdim=True)
         for block in self.blocks:
             x = block(x, src_key_padding_mask=~seen)
         x = self.norm(x) * mask[..., None]

@@ -158,9 +158,8 @@ class Policy(Backbone):
         none.
         """
         parts, places = [], []
-        present: list[int] = (space.unique().tolist() if len(self.spaces) > 1 else []) or [
-            0
-        ]  # ascending
+        # Ascending, as `unique` sorts
+        present: list[int] = (space.unique().tolist() if len(self.spaces) > 1 else []) or [0]
         for number in present:
             rows = (space == number).nonzero()[:, 0] if len(present) > 1 else None
             mine = x if rows is None else x[rows]
@@ -368,9 +367,8 @@ class History(nn.Module):
         if steps > self.context:
             pieces = -(-steps // self.context)
             spare = pieces * self.context - steps
-            kept = (
-                F.pad(mask, (0, spare)).view(rows * pieces, self.context).any(1)
-            )  # not those that are padding alone
+            # Without the pieces that are padding alone
+            kept = F.pad(mask, (0, spare)).view(rows * pieces, self.context).any(1)
 
             def cut(part: Tensor) -> Tensor:
                 return F.pad(part, (0, 0, 0, spare)).view(rows * pieces, self.context, width)[kept]

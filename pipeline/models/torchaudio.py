@@ -207,11 +207,12 @@ class Torchaudio(Backbone):
         if self.front is not None:
             latent, lengths = self.front(x, lengths)
             hider = self.front.mask_embedding.to(latent.dtype)
+            # Without a mask the embedding takes part all the same: DDP waits for its gradient
             x = (
                 latent + 0.0 * hider
                 if token_mask is None
                 else torch.where(token_mask[:, :, None], hider, latent)
-            )  # DDP waits for its gradient
+            )
         elif token_mask is not None:
             raise ValueError(
                 f"{self.arch.name} cannot leave tokens out; for masked pretraining take "
@@ -225,9 +226,8 @@ class Torchaudio(Backbone):
                 x = layer(x, lengths)
         if self.conformer is not None:
             x = self.enter(x)
-            seen = real | (
-                torch.arange(x.shape[1], device=x.device) == 0
-            )  # a row of nothing looks at its first step: no row of the softmax is empty
+            # A row of nothing looks at its first step: no row of the softmax is empty
+            seen = real | (torch.arange(x.shape[1], device=x.device) == 0)
             for layer in self.conformer.conformer_layers:
                 x = _conformer_layer(layer, x, real, seen)
         x = x * real[:, :, None]
@@ -243,9 +243,8 @@ class Torchaudio(Backbone):
         """Compute (B, N, hidden) and (B,) lengths, without the output layer of torchaudio."""
         model: Any = self.deepspeech
         c = self.context
-        x = (
-            F.pad(x, (0, 0, c, c)).unfold(1, 2 * c + 1, self.own[0][1]).transpose(2, 3).flatten(2)
-        )  # the earliest frame first
+        # The earliest frame first
+        x = F.pad(x, (0, 0, c, c)).unfold(1, 2 * c + 1, self.own[0][1]).transpose(2, 3).flatten(2)
         lengths = conv_arithmetic.count(lengths, self.own)
         x = _packed(model.bi_rnn, model.fc3(model.fc2(model.fc1(x))), lengths)
         return model.fc4(x[:, :, : model.n_hidden] + x[:, :, model.n_hidden :]), lengths

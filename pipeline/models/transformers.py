@@ -333,9 +333,8 @@ def _sizes(
         "hidden_dropout_prob": drop,
         "attention_probs_dropout_prob": drop,
     }
-    if (
-        architecture == "roberta"
-    ):  # as published: one token type, norms with 1e-5, positions behind that of padding
+    # As published: one token type, norms with 1e-5, positions behind that of padding
+    if architecture == "roberta":
         own |= {
             "max_position_embeddings": positions + pad + 1,
             "type_vocab_size": 1,
@@ -512,9 +511,8 @@ class Wav2Vec2(Backbone):
         hidden = hidden.masked_fill(~mask[:, :, None], 0.0)
         hidden = hidden + encoder.pos_conv_embed(hidden)
         hidden = encoder.dropout(hidden if self.prenorm else encoder.layer_norm(hidden))
-        keys = (mask | ~mask.any(1, keepdim=True))[
-            :, None, None, :
-        ]  # a row without frames sees its padding: no row of the softmax is empty
+        # A row without frames sees its padding: no row of the softmax is empty
+        keys = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]
         for layer in encoder.layers:
             hidden = layer(hidden, attention_mask=keys)
         return encoder.layer_norm(hidden) if self.prenorm else hidden

@@ -170,9 +170,8 @@ class WaveNet(Backbone):
             assert isinstance(block, _Frames)
             if not block.out.weight.any():
                 with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(
-                        number
-                    )  # torch.manual_seed would seed the GPUs too, which are not forked
+                    # torch.manual_seed would seed the GPUs too, which are not forked
+                    torch.default_generator.manual_seed(number)
                     fresh = nn.Conv1d(
                         self.options.skip, self.options.skip, self.options.frame_kernel
                     )

@@ -44,9 +44,8 @@ class Pyramid(nn.Module):
                 f"{name} gives no feature maps (stages); detection and segmentation need an "
                 "image backbone such as timm/resnet50 or a ViT"
             )
-        last = {
-            stage.stride: stage for stage in backbone.feature_map_specs
-        }  # the last one of each stride
+        # The last one of each stride
+        last = {stage.stride: stage for stage in backbone.feature_map_specs}
         self.out_channels = channels
         self.simple: SimplePyramid | None = None
         if len(last) == 1:
@@ -95,9 +94,8 @@ class Pyramid(nn.Module):
         for i, (name, stride) in enumerate(zip(self.names, self.base, strict=True)):
             grid = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
             x = features.stages[name]
-            if (
-                x.shape[-2:] != grid
-            ):  # Inception does not pad: its maps are a little smaller than their stride says
+            # Inception does not pad: its maps are a little smaller than their stride says
+            if x.shape[-2:] != grid:
                 x = F.interpolate(x, size=grid, mode="bilinear", align_corners=False)
             stages[str(i)] = x
         return self.fpn(stages)
@@ -114,9 +112,8 @@ class SimplePyramid(nn.Module):
         super().__init__()
         self.stage = stage.name
         powers = sorted({round(math.log2(stride / stage.stride)) for stride in wanted})
-        powers = [
-            power for power in powers if power >= 0 or stage.stride % (1 << -power) == 0
-        ]  # patches of 14 px: 7, 14, 28
+        # Patches of 14 px give the strides 7, 14 and 28
+        powers = [power for power in powers if power >= 0 or stage.stride % (1 << -power) == 0]
         self.strides = tuple(
             stage.stride << power if power >= 0 else stage.stride >> -power for power in powers
         )

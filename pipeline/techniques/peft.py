@@ -20,24 +20,28 @@ from pipeline.core.contracts import Backbone, Task, Technique
 ADDED = "adapters"
 """Layer of everything that a method adds to the backbone."""
 ATTENTION = (
+    # bert, roberta, electra; neox
     "query",
     "key",
     "value",
-    "query_key_value",  # bert, roberta, electra; neox
+    "query_key_value",
+    # distilbert
     "q_lin",
     "k_lin",
-    "v_lin",  # distilbert
+    "v_lin",
+    # gpt2 (one matrix for all three); opt, llama, timm's eva
     "c_attn",
     "q_proj",
     "k_proj",
-    "v_proj",  # gpt2 (one matrix for all three); opt, llama, timm's eva
+    "v_proj",
+    # timm's vit, deit, swin; pvt, cait, convit
     "qkv",
     "q",
     "k",
     "v",
     "kv",
     "qk",
-)  # timm's vit, deit, swin; pvt, cait, convit
+)
 """Names of query, key and value projections, by family."""
 
 
@@ -57,9 +61,8 @@ class AdaptedTask(Task):
         super().__init__(task.backbone, task.objective)
         named = dict(task.named_parameters())
         owner = {id(named[name]): layer for layer, names in task.layers().items() for name in names}
-        self._tuner = [
-            tuner(task.backbone, settings, "default")
-        ]  # in a list: torch would file it, and every parameter, a second time
+        # In a list: torch would file it, and every parameter, a second time
+        self._tuner = [tuner(task.backbone, settings, "default")]
         self._layers: dict[str, list[str]] = {layer: [] for layer in task.layers()}
         head = self._layers.pop("head")
         self._layers |= {ADDED: [], "head": head}
@@ -152,9 +155,8 @@ class AdapterTechnique(Technique, ABC):
         """
         chosen = choose_modules(task.backbone, self.options.modules)
         tuner, settings = self.settings(chosen)
-        settings.target_modules = "|".join(
-            name.replace(".", r"\.") for name in chosen
-        )  # an expression of whole names: a list would match endings
+        # An expression of whole names: a list would match endings
+        settings.target_modules = "|".join(name.replace(".", r"\.") for name in chosen)
         return AdaptedTask(task, tuner, settings)
 
     def rates(self, layers, phase):

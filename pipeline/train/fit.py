@@ -103,6 +103,7 @@ def fit_modality(
             registry.get("modality", component.name).target_options,
             options_by_content("modality", component),
         )
+        # A checkpoint brings its own tokenizer
         given = {
             k: component.options[k]
             for k, v in named.items()
@@ -111,7 +112,7 @@ def fit_modality(
                 k, v if k not in registry.path_options("modality", component.name) else None
             )
             != v
-        }  # a checkpoint brings its own tokenizer
+        }
         if problem := ineffective_options(registry.get("modality", component.name), named, theirs):
             raise ValueError(f"{place}.data.modality: {problem}")
         if given:

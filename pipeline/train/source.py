@@ -220,9 +220,8 @@ def stage(job: Job, name: str) -> SourceStage:
     what["start"] = start = pretrained.fingerprint(spec.init) if spec.init else None
     if spec.objective is not None:
         what["objective"]["options"] = fitting.options_by_content("objective", spec.objective)
-    if spec.backbone.name.startswith(
-        CHECKPOINT_PREFIXES
-    ):  # where a checkpoint lies does not count, what it holds does
+    # Where a checkpoint lies does not count, what it holds does
+    if spec.backbone.name.startswith(CHECKPOINT_PREFIXES):
         what["backbone"]["name"] = start = pretrained.fingerprint(spec.backbone.name)
     key = spec_hash(
         STAGE_FORMAT,
@@ -592,9 +591,8 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
             columns={role: name for role, name in decoder.columns.items() if role != cost_role},
         )
         own: Any = replace(rows.subset(places), decoder=untold).with_costs().costs
-        seconds = np.where(
-            own > 0, own, STRETCHED * costs[places] + ROUNDED
-        )  # 0: a file that cannot be read
+        # A cost of 0 is a file that cannot be read
+        seconds = np.where(own > 0, own, STRETCHED * costs[places] + ROUNDED)
         reasons[places] = objective.untrainable_reasons(
             table.take(places), decoder.columns, decoder.objective_state, None, seconds
         )
