@@ -152,9 +152,8 @@ def start(
             f"other machines can reach {host}: without a token they could run code as you"
         )
     port, dashboard_port = _claim_port(host, port), _claim_port(host, dashboard_port)
-    temp_dir = Path(
-        tempfile.mkdtemp(prefix="o2m")
-    )  # short: Ray's socket paths may have 107 characters
+    # Short: Ray's socket paths may have 107 characters
+    temp_dir = Path(tempfile.mkdtemp(prefix="o2m"))
     mark = secrets.token_hex(8)
     env = {"RAY_AUTH_MODE": "token" if token else "disabled"}
     if loopback:
@@ -177,10 +176,8 @@ def start(
         *("--node-ip-address", host, "--disable-usage-stats"),
         *("--num-cpus", str(cpus_per_node), "--num-gpus", str(gpus_per_node)),
         *("--object-store-memory", str(object_store_mib * 2**20)),
-        *(
-            "--dashboard-agent-listen-port",
-            "0",
-        ),  # 0 chooses: at a fixed port a second cluster here could run no jobs
+        # 0 chooses: at a fixed port a second cluster here could run no jobs
+        *("--dashboard-agent-listen-port", "0"),
     ]
     head = [
         *(
@@ -192,10 +189,8 @@ def start(
             "--dashboard-port",
             str(dashboard_port),
         ),
-        *(
-            "--ray-client-server-port",
-            str(_claim_port(host, 0)),
-        ),  # else 10001, which another cluster may hold
+        # Else 10001, which another cluster may hold
+        *("--ray-client-server-port", str(_claim_port(host, 0))),
     ]
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -428,9 +423,8 @@ def _claim_port(host: str, port: int) -> int:
 
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
-        with contextlib.suppress(
-            psutil.NoSuchProcess
-        ):  # psutil checks the start time: a reused id is not hit
+        # psutil checks the start time: a reused id is not hit
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=STOP_SECONDS)
 

@@ -17,9 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-CODE = (
-    Path(__file__).resolve().parent.parent
-)  # a checkout, or site-packages: both packages stand side by side in it
+# A checkout, or site-packages: both packages stand side by side in it
+CODE = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "cluster")
 IGNORE_FILE = ".onetomanyignore"
 SECRETS = (

@@ -387,9 +387,8 @@ async def _follow(client: _Client, submission_id: str, echo: Callable[[str], obj
     lines, heard = _Lines(echo), time.monotonic()
     while True:
         lines.restart()
-        with contextlib.suppress(
-            Exception
-        ):  # whatever broke, the next request tells whether the job is still there
+        # Whatever broke, the next request tells whether the job is still there
+        with contextlib.suppress(Exception):
             await _tail(client, submission_id, lines)
         try:
             details = await asyncio.to_thread(client.get_job_info, submission_id)

@@ -941,9 +941,8 @@ def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
     Null is no group. The error counts values and names one row of each split by its position: it
     never holds a value, which may identify a patient.
     """
-    first_seen: dict[
-        str, tuple[str, str]
-    ] = {}  # value of the group to the split where it was first found, and the row
+    # Value of the group to the split where it was first found, and the row
+    first_seen: dict[str, tuple[str, str]] = {}
     crossing: dict[str, tuple[str, str, str, str]] = {}
     for name in SPLITS:
         for selection in (getattr(part, name) for part in parts):

@@ -141,9 +141,8 @@ class _Watched:
                 self._file.seek(at)
                 # every binary file has it
                 count = self._file.readinto(buffer)  # pyright: ignore[reportAttributeAccessIssue]
-        except (
-            BaseException
-        ) as error:  # of any kind: cffi would print it and go on; ``check`` raises it
+        except BaseException as error:
+            # Of any kind: cffi would print it and go on; ``check`` raises it
             self._error = error
         for place, byte in enumerate(self.length, FLAC_LENGTH.start):
             if at <= place < at + count:

@@ -110,9 +110,8 @@ def _check_size(data: bytes) -> None:
             raise ValueError(f"the image is too large: {error}") from None
         except PIL.UnidentifiedImageError:
             raise ValueError("not a JPEG, PNG, WebP, GIF or BMP image, or a broken one") from None
-        except (
-            Exception
-        ) as error:  # broken bytes make Pillow raise OSError, SyntaxError, struct.error and others
+        except Exception as error:
+            # Broken bytes make Pillow raise OSError, SyntaxError, struct.error and others
             raise ValueError(f"broken image: {error}") from None
     if size[0] * size[1] > MOST_PIXELS:
         raise ValueError(
@@ -205,9 +204,8 @@ def class_numbers(data: bytes) -> np.ndarray:
     try:
         with PIL.Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             found = np.array(image).astype(np.int64)
-    except (
-        Exception
-    ) as error:  # broken bytes make Pillow raise OSError, SyntaxError, struct.error and others
+    except Exception as error:
+        # Broken bytes make Pillow raise OSError, SyntaxError, struct.error and others
         raise ValueError(f"broken mask: {error}") from None
     # Pillow stretches them to 255
     return found // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else found

@@ -250,7 +250,8 @@ class Image(Modality):
             except (
                 RuntimeError,
                 ValueError,
-            ) as error:  # what torchvision raises for bytes that are no image
+            ) as error:
+                # What torchvision raises for bytes that are no image
                 bad[i] = _reason(error)
         return {name: tensor.numpy() for name, tensor in out.items()}, bad
 

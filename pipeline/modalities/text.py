@@ -307,9 +307,8 @@ class Text(Modality):
             else None
         )
         parts: list[tuple[np.ndarray, ...]] = []
-        places: list[
-            tuple[int, int, int, np.ndarray]
-        ] = []  # row, window, where its text begins, offsets
+        # Row, window, where its text begins, offsets
+        places: list[tuple[int, int, int, np.ndarray]] = []
         for row, text in enumerate(texts):
             question = (asked[row].ids,) if asked else ()
             before = 1 + sum(len(ids) + 1 for ids in question)

@@ -390,7 +390,8 @@ class Trajectory(Modality):
                 except (
                     RuntimeError,
                     ValueError,
-                ) as error:  # what torchvision raises for bytes that are no image
+                ) as error:
+                    # What torchvision raises for bytes that are no image
                     reasons[i] = (
                         f"images: step {t}: "
                         f"{(str(error).splitlines() or [type(error).__name__])[0][:200]}"

@@ -407,7 +407,8 @@ class Reader:
                 EOFError,
                 NotImplementedError,
                 RuntimeError,
-            ) as error:  # RuntimeError: it is encrypted
+            ) as error:
+                # RuntimeError: it is encrypted
                 raise BrokenImageError(f"broken member of the zip: {error}") from None
         if len(data) > MOST_BYTES:
             raise BrokenImageError("it unpacks to more than an image has")
