@@ -158,8 +158,7 @@ def check_resume(folder, objective: str, **options: Any) -> None:
     cut.on_rows = stop
     with suppress(StopError):
         loop.fit(cut)
-    rest = run_of(
-        task(objective, seed=9, **options), **words
-    )  # all that counts is in the resume point
+    # All that counts is in the resume point
+    rest = run_of(task(objective, seed=9, **options), **words)
     assert loop.fit(rest).resumed_from == 3
     assert furthest(weights(whole.task), weights(rest.task)) == 0.0

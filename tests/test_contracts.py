@@ -457,9 +457,8 @@ def test_labels_are_fitted_by_value_and_named():
     state = fit(OPTIONS, table, {"label": "y", "label_name": "n"})
     assert state == {"values": [1, 2, 3], "labels": ["a", "b", "c"]}
     assert Classification.encode(table, {"label": "y"}, state)["label"].tolist() == [2, 0, 2, 1]
-    assert (
-        Classification.encode(table.select(["n"]), {"label": "y"}, state) == {}
-    )  # new rows to predict
+    # New rows to predict
+    assert Classification.encode(table.select(["n"]), {"label": "y"}, state) == {}
 
 
 @pytest.mark.parametrize(

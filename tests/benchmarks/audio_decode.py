@@ -116,9 +116,8 @@ def sides(path: Path, files: list[bytes], warm: int, steps: int, place: str) -> 
     )
     decoder = Decoder(modality, None, {}, {"audio": "audio", "seconds": "seconds"})
     rows = Rows(manifest.Selection(manifest.build(str(path), "parquet", "")), decoder).with_costs(0)
-    plan = plan_of(
-        rows, 0, 0, BATCH_SECONDS, shuffle="blocks", item_rows=rows_an_item(rows, 8)
-    )  # as a source of this size is read
+    # As a source of this size is read
+    plan = plan_of(rows, 0, 0, BATCH_SECONDS, shuffle="blocks", item_rows=rows_an_item(rows, 8))
     span = range(2 * (warm + steps))  # twice what is read: no side comes near its end
 
     def ours(place: str) -> Callable[[], Iterator[float]]:

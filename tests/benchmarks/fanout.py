@@ -38,9 +38,8 @@ def shared_of(root: str) -> tuple[Any, Any]:
     from pipeline.transfer import grid as trials
     from pipeline.transfer.trial import Shared, TargetData
 
-    here = str(
-        Path(__file__).resolve()
-    )  # the job names a file that exists; the rows are made below
+    # The job names a file that exists; the rows are made below
+    here = str(Path(__file__).resolve())
     job = Job.model_validate(
         {
             "name": "trivial",

@@ -302,9 +302,8 @@ def measure(case: Case, device: Any, turns: int) -> dict[str, list[float]]:
                 began = time.perf_counter()
                 other(steps)
                 timed(name, began, steps)
-        yield LoadedBatch(
-            case.batches[0], [], 0.0
-        )  # the loop asks for one more: that is how the last turn's end is seen
+        # The loop asks for one more: that is how the last turn's end is seen
+        yield LoadedBatch(case.batches[0], [], 0.0)
 
     train = Train(
         steps=total,

@@ -180,9 +180,8 @@ def sides(path: Path, size: int, spec: dict[str, Any]) -> dict[str, Steady]:
 
     rows, batch = rows_of(path, size), spec["batch"]
     plan = Plan(len(rows), 0, batch, item_rows=rows_an_item(rows, 8))
-    span = range(
-        2 * (spec["warm"] + spec["steps"])
-    )  # twice what is read: no side comes near its end
+    # Twice what is read: no side comes near its end
+    span = range(2 * (spec["warm"] + spec["steps"]))
 
     def ours(place: str) -> Callable[[], Iterator[Any]]:
         def make() -> Iterator[Any]:

@@ -248,10 +248,11 @@ def trainer_side(case: Case, steps: int, folder: str) -> Callable[[], float]:
     task, total = copy.deepcopy(case.task), WARM_STEPS + steps + 1
     names = [name for name in case.ready if name != "keys"]
     n = len(case.rows)
+    # "label" is a special word there
     data = [
         {"keys": case.ready["keys"][i], **{f"row_{name}": case.ready[name][i] for name in names}}
         for i in range(n)
-    ]  # "label" is a special word there
+    ]
 
     class Wrapped(nn.Module):
         def __init__(self):

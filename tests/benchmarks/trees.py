@@ -95,9 +95,8 @@ def main() -> None:
         scores = []
         for seed, names in enumerate(drawn[share][: args.repeats]):
             rows = train.index.get_indexer(names)
-            kept = train.columns[
-                train.iloc[rows].nunique() > 1
-            ]  # scikit-learn cannot bin a column of nothing, or of one value
+            # scikit-learn cannot bin a column of nothing, or of one value
+            kept = train.columns[train.iloc[rows].nunique() > 1]
             model = HistGradientBoostingClassifier(random_state=seed).fit(
                 train.iloc[rows][kept], label[rows]
             )

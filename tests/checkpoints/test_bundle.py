@@ -208,9 +208,8 @@ def test_other_labels_get_a_new_head_that_says_so(task, tmp_path):
         new = make(labels, seed=5)
         before = weights(new.objective)
         assert carried(task, new, tmp_path) == f"head new: its labels differ from these ({named})"
-        assert all(
-            torch.equal(before[n], t) for n, t in weights(new.objective).items()
-        )  # of the same shape or not
+        # Of the same shape or not
+        assert all(torch.equal(before[n], t) for n, t in weights(new.objective).items())
 
 
 def test_another_objective_gets_a_new_head(tmp_path):

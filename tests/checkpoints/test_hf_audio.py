@@ -320,9 +320,8 @@ def test_a_ctc_head_goes_by_the_names_of_its_labels(tmp_path):
         task_from(pretrained.read(f"hf:{tmp_path / 'model'}"), "ctc", ALPHABET)[1]
         == "head new: the folder has no vocab.json"
     )
-    (tmp_path / "model" / "vocab.json").write_text(
-        json.dumps({"eng": letters})
-    )  # several languages in one
+    # Several languages in one
+    (tmp_path / "model" / "vocab.json").write_text(json.dumps({"eng": letters}))
     assert (
         "vocab.json does not say what the 8 rows"
         in task_from(pretrained.read(f"hf:{tmp_path / 'model'}"), "ctc", ALPHABET)[1]

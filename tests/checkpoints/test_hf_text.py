@@ -211,6 +211,7 @@ def test_a_folder_gives_transformers_own_states(folder):
     start, moved = compare(folder)
     family = json.loads((folder / "config.json").read_text())["model_type"]
     assert start.arch.name == f"transformers/{family}"
+    # Each is reported
     assert all(
         name.split(".")[1]
         in (
@@ -223,7 +224,7 @@ def test_a_folder_gives_transformers_own_states(folder):
             "classifier",
         )
         for name in moved.dropped
-    )  # and each is reported
+    )
     assert start.modality.options["length"] == 40
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     own.no_padding()
@@ -438,9 +439,8 @@ def test_the_pooler_is_kept_where_it_is_wanted(family, tmp_path):
         moved.new
     ) & set(moved.kept)
     assert all(torch.equal(fresh[name], twin.state_dict()[name]) for name in moved.new)
-    with pytest.raises(
-        BundleError, match="2 tensors are missing"
-    ):  # a bundle's backbone is whole: nothing is made up
+    # A bundle's backbone is whole: nothing is made up
+    with pytest.raises(BundleError, match="2 tensors are missing"):
         pretrained.PretrainedCheckpoint("bundle:x", without.tensors, arch, drop=()).load_into(twin)
 
 
@@ -561,9 +561,10 @@ def test_a_tagging_head_goes_by_the_names_of_its_labels(tmp_path):
         task_from(start, "qa")[1]
         == "head new: the checkpoint holds none of RobertaForQuestionAnswering"
     )
+    # Its classifier is of sentences
     sentence = pretrained.read(
         f"hf:{saved('bert.ForSequenceClassification', tmp_path / 'sentence', num_labels=5)}"
-    )  # its classifier is of sentences
+    )
     assert (
         task_from(sentence, "tagging", TAGS)[1]
         == "head new: the checkpoint holds none of BertForTokenClassification"
@@ -885,9 +886,8 @@ def test_a_classifier_that_transformers_does_not_have_is_written_beside_the_plai
         and "compared with the bundle on 4 random rows: largest difference of scores" in text
     )
     _, report = hf.AutoModel.from_pretrained(out, output_loading_info=True)
-    assert all(
-        name.startswith("pooler.") for names in report.values() for name in names
-    )  # AutoModel makes one anew where none was trained
+    # AutoModel makes one anew where none was trained
+    assert all(name.startswith("pooler.") for names in report.values() for name in names)
     texts = sentences(5, seed=8)[0]
     batch = rows(modality_of(family), texts)
     encoded = hf.AutoTokenizer.from_pretrained(out)(

@@ -411,10 +411,11 @@ def lite0_logits(t: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     def conv(x, name, stride=1, groups=1):
         weight = t[f"{name}.weight"]
         pads = []
+        # TensorFlow's SAME: the odd pixel goes to the right and below
         for side in (
             x.shape[3],
             x.shape[2],
-        ):  # TensorFlow's SAME: the odd pixel goes to the right and below
+        ):
             over = max((-(-side // stride) - 1) * stride + weight.shape[2] - side, 0)
             pads += [over // 2, over - over // 2]
         return F.conv2d(F.pad(x, pads), weight, stride=stride, groups=groups)
@@ -478,9 +479,8 @@ def test_published_efficientnet_lite0_is_timms_tf_efficientnet_lite0():
 
     right, wrong = logits("timm/tf_efficientnet_lite0"), logits("timm/efficientnet_lite0")
     assert (right - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert (
-        (wrong - expected).abs().max() > 0.1 * expected.abs().max()
-    )  # it fits and pads otherwise: names and shapes cannot tell
+    # It fits and pads otherwise: names and shapes cannot tell
+    assert (wrong - expected).abs().max() > 0.1 * expected.abs().max()
     assert pretrained.timm_input_spec("timm/tf_efficientnet_lite0", {})[1].state == {
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
@@ -555,9 +555,8 @@ def test_order_that_does_not_fit_is_refused_with_its_place(plain, tmp_path, spoi
     torch.save(spoil(renamed(backbone)), tmp_path / "w.pth")
     with pytest.raises(BundleError, match=message):
         pretrained.read(f"file-by-order:{tmp_path / 'w.pth'}", "timm/test_resnet")
-    with pytest.raises(
-        BundleError, match="does not fit timm/test_resnet"
-    ):  # and by name it is told of names, without a hint to the order
+    # And by name it is told of names, without a hint to the order
+    with pytest.raises(BundleError, match="does not fit timm/test_resnet"):
         loads(f"file:{tmp_path / 'w.pth'}", Holder(backbone))
 
 

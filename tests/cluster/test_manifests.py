@@ -274,9 +274,8 @@ def test_the_image_is_locked_and_its_user_is_nobody_special(dockerfile):
     assert any(
         "useradd" in rest and "--uid 1000" in rest for word, rest in dockerfile if word == "RUN"
     )
-    assert any(
-        "HOME=/home/ray" in rest for word, rest in dockerfile if word == "ENV"
-    )  # `ray up` reads it
+    # `ray up` reads it
+    assert any("HOME=/home/ray" in rest for word, rest in dockerfile if word == "ENV")
 
 
 def test_the_base_of_the_image_has_a_full_version_and_can_be_given_a_digest(dockerfile):

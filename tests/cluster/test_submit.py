@@ -456,10 +456,11 @@ def _ends(dashboard, status: str, code: int | None, message: str = "why") -> Non
     dashboard.replies |= {
         "/api/jobs/": (200, {"job_id": "id", "submission_id": "id"}),
         "/api/jobs/[^/]+": (200, details),
+        # Without logs/tail: following falls back on it
         "/api/jobs/[^/]+/logs": (
             200,
             {"logs": "one\ntwo"},
-        ),  # without logs/tail: following falls back on it
+        ),
     }
 
 

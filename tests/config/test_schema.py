@@ -769,11 +769,12 @@ def test_a_job_is_frozen(load):
             None,
         ),
         ("sources.garments.workers=[1, 4]", ("sources", "garments", "workers"), (1, 4)),
+        # `train` is not in the file
         (
             "sources.words.train.steps=7",
             ("sources", "words", "train", "steps"),
             7,
-        ),  # train is not in the file
+        ),
         ("sources.words.data.max_bad_rows=0.5", ("sources", "words", "data", "max_bad_rows"), 0.5),
         (
             "targets.clothing.label_fractions.0=0.25",
@@ -1703,9 +1704,8 @@ def test_a_wrong_file_is_refused_in_under_two_seconds_without_torch_or_ray(folde
             print(error)
         print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "timm", "transformers", "tokenizers", "pyarrow", "numpy", "pandas"}))
     """)
-    before = resource.getrusage(
-        resource.RUSAGE_CHILDREN
-    )  # the processor's time: the machine is shared
+    # The processor's time: the machine is shared
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", program, folder / "job.yaml"],
         cwd=ROOT,

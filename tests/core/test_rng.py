@@ -98,18 +98,16 @@ def test_numbers_of_a_row_do_not_depend_on_its_batch():
     whole = rng.uniform(keys, 8)
     assert torch.equal(rng.uniform(keys[37:40], 8), whole[37:40])
     assert torch.equal(rng.uniform(keys.flip(0), 8), whole.flip(0))
-    assert torch.equal(
-        rng.uniform(keys, 3), whole[:, :3]
-    )  # asking for fewer numbers gives the same first ones
+    # Asking for fewer numbers gives the same first ones
+    assert torch.equal(rng.uniform(keys, 3), whole[:, :3])
 
 
 def test_streams_are_separate():
     keys = torch.from_numpy(rng.row_keys(0, np.zeros(1000, dtype=np.int64), np.arange(1000)))
     a, b = rng.uniform(keys, 4, stream=0), rng.uniform(keys, 4, stream=1)
     assert not torch.isin(a, b).all()
-    assert (
-        abs(np.corrcoef(a.flatten(), b.flatten())[0, 1]) < 0.06
-    )  # 4000 pairs: standard error 0.016
+    # 4000 pairs: standard error 0.016
+    assert abs(np.corrcoef(a.flatten(), b.flatten())[0, 1]) < 0.06
 
 
 def test_uniform_is_uniform_over_rows_and_over_draws():
@@ -123,9 +121,8 @@ def test_uniform_is_uniform_over_rows_and_over_draws():
         torch.from_numpy(rng.row_keys(11, np.ones(4096, dtype=np.int64), np.arange(4096))), 16
     ).numpy()
     for a, b in ((x[:-1], x[1:]), (x, later), (x[:, :-1], x[:, 1:])):
-        assert (
-            abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02
-        )  # 60,000 pairs: standard error 0.004
+        # 60,000 pairs: standard error 0.004
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02
 
 
 @pytest.mark.gpu

@@ -394,11 +394,12 @@ def test_images_that_cannot_be_read_or_show_nothing_are_near_to_none(signs):
 def test_rows_are_read_once_and_again_when_they_change(signs, tmp_path, monkeypatch):
     path, whole = tmp_path / "rows.parquet", real(CLOTHING, 120)
     pq.write_table(pa.table({"image": whole}), path, row_group_size=50)
+    # As a Ray task gets it
     there = pickle.loads(
         pickle.dumps(
             d._SignatureMaker(m.Selection(m.build(str(path), "auto", "")), "image", ("image",))
         )
-    )  # as a Ray task gets it
+    )
     assert (there((50, 100))["hash"] == signs(whole[50:100]).hash).all()
     calls, work = [], d._SignatureMaker.__call__
     monkeypatch.setattr(

@@ -271,11 +271,12 @@ ORDERS = st.lists(st.integers(0, 62), max_size=80)
 def test_take_equals_pandas_in_any_order(files, imports, rows, cache):
     reader = m.Reader(m.build(str(files), "auto", imports), ["text", "label"], cache_bytes=cache)
     expected = people(0, 63)[["text", "label"]].iloc[rows]
+    # The cache is warm from the second on
     for half in (
         expected.iloc[: len(rows) // 2],
         expected.iloc[len(rows) // 2 :],
         expected,
-    ):  # the cache is warm from the second on
+    ):
         got = reader.take(half.index.to_numpy(dtype=np.int64))
         assert got.column_names == ["text", "label"]
         assert got.to_pydict() == {name: half[name].tolist() for name in half}
@@ -1057,11 +1058,12 @@ def test_where_that_keeps_no_row_says_what_there_is(files, split, where, message
 @pytest.mark.parametrize(
     ("values", "group", "message"),
     [
+        # Stays of people
         (
             [f"MRN{i // 3:04}" for i in range(24)],
             [f"p{i // 6}" for i in range(24)],
             "it holds 8 distinct values in 24 rows",
-        ),  # stays of people
+        ),
         ([f"MRN{i:04}" for i in range(6)], None, "it holds 6 distinct values in 6 rows"),
         (["a", "a", "MRN0000", None], None, "it holds 2 distinct values in 3 rows, 1 nulls"),
         (["a", "b"] * 6, [f"p{i // 2}" for i in range(12)], r"it holds a \(6 rows\), b \(6 rows\)"),

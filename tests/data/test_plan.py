@@ -351,9 +351,8 @@ def test_first_batches_of_a_row_shuffle_are_drawn_from_everywhere():
         indices, _ = Plan(n, seed, 200).batch(0)
         counts += np.bincount(indices * 8 // n, minlength=8)
     expected = counts.sum() / 8
-    assert (
-        (counts - expected) ** 2 / expected
-    ).sum() < 24.3  # chi-squared, 7 degrees of freedom, p = 0.001
+    # Chi-squared, 7 degrees of freedom, p = 0.001
+    assert ((counts - expected) ** 2 / expected).sum() < 24.3
 
 
 def test_block_shuffle_reads_few_groups_at_a_time_and_mixes_inside_them():

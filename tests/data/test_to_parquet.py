@@ -84,9 +84,10 @@ def test_a_folder_of_documents_has_one_row_a_file(tmp_path, imports):
         ("README.md", b"no text of it"),
     ):
         (tmp_path / "t" / name).write_bytes(data)
+    # The modality tells of the empty one
     assert rows_of(tmp_path / "t", imports, "documents") == {
         "text": [b"first", b"second\n\nfile", b""]
-    }  # the modality tells of the empty one
+    }
     with pytest.raises(ValueError, match=r"c\.txt: the file is empty"):
         m.build(str(tmp_path / "t"), "text", imports)
 
@@ -274,9 +275,8 @@ def test_a_folder_read_as_documents_has_no_tables_and_images_among_them(tmp_path
     assert rows_of(folder, imports, "documents") == {"text": [b"first\n\nsecond"]}
     assert rows_of(folder, imports, "paragraphs") == {"text": [b"first", b"second"]}
     assert rows_of(folder, imports, "csv") == {"file": ["a.txt"], "label": [1]}
-    assert rows_of(folder / "*.csv", imports, "text") == {
-        "text": [b"file,label", b"a.txt,1"]
-    }  # a glob names what it means
+    # A glob names what it means
+    assert rows_of(folder / "*.csv", imports, "text") == {"text": [b"file,label", b"a.txt,1"]}
     with pytest.raises(ValueError, match="no file of format parquet in there"):
         m.build(str(folder), "parquet", imports)
 

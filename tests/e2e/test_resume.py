@@ -169,9 +169,8 @@ def test_another_number_of_ranks_after_the_kill(
     again = onetomany_on_ray(*words(tmp_path, "sources.garments.workers=1"), cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
     (manifest,) = tmp_path.glob("runs/tiny/sources/*/bundle/manifest.json")
-    point = json.loads(manifest.read_text())["training"][
-        "resumed_from"
-    ]  # the workers may outlive their driver by a checkpoint
+    # The workers may outlive their driver by a checkpoint
+    point = json.loads(manifest.read_text())["training"]["resumed_from"]
     assert point >= 7
     first = {line["step"]: line["rows"] for line in trace(tmp_path, 1) if line["step"] < point}
     later = [line for line in trace(tmp_path, 0)]

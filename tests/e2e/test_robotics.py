@@ -113,9 +113,8 @@ def test_the_report_shows_policies_beside_expert_and_chance(done):
             and "random" in text
             and "zero_shot" in text
         )
-    assert (done[0] / "report.html").read_text().count(
-        "Pictures of episodes"
-    ) >= 1  # the walls are drawn without a graphics driver
+    # The walls are drawn without a graphics driver
+    assert (done[0] / "report.html").read_text().count("Pictures of episodes") >= 1
 
 
 def test_a_bundle_tells_the_actions_of_new_episodes(done, rollouts, command, tmp_path):

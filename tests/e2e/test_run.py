@@ -63,16 +63,13 @@ def test_rows_say_what_ran(ran):
         ]
         for r in rows
     }
-    assert (
-        starts["shoes", "garments", "full", 0] == starts["shoes", "garments", "lp_ft", 0]
-    )  # the same weights and head
-    assert (
-        starts["shoes", "none", "scratch", 0] != starts["shoes", "none", "scratch", 1]
-    )  # a seed is not a copy
+    # The same weights and head
+    assert starts["shoes", "garments", "full", 0] == starts["shoes", "garments", "lp_ft", 0]
+    # A seed is not a copy
+    assert starts["shoes", "none", "scratch", 0] != starts["shoes", "none", "scratch", 1]
     assert starts["shoes", "garments", "full", 0] != starts["shoes", "none", "scratch", 0]
-    assert (
-        "train " in done.stderr and "validation " in done.stderr and "test " in done.stderr
-    )  # split sizes are printed
+    # Split sizes are printed
+    assert "train " in done.stderr and "validation " in done.stderr and "test " in done.stderr
     assert "tensors kept" in json.dumps(
         [
             json.loads((folder / f"runs/tiny/trials/{r['trial_id']}/record.json").read_text())[
@@ -259,13 +256,11 @@ def test_a_search_picks_on_validation(ran, request, command, scheduler):
         {row["trial_id"]: row for row in search if (row["seed"] == 0) == is_first}
         for is_first in (True, False)
     )
-    assert (
-        len(first) == 8 and 0 < len(again) <= 2 * 3 * 2
-    )  # scratch is tuned with the same budget; the best draws that were not stopped are tried again
+    # Scratch is tuned with the same budget; the best draws that were not stopped are tried again
+    assert len(first) == 8 and 0 < len(again) <= 2 * 3 * 2
     assert all(row["status"] == "done" for row in again.values())
-    assert not [
-        row for row in search if row["split"] == "test"
-    ]  # test is read by the final trials alone
+    # Test is read by the final trials alone
+    assert not [row for row in search if row["split"] == "test"]
     rates = {
         technique: sorted(
             json.loads(row["hyper_parameters"])["lr"]

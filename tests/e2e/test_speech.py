@@ -55,9 +55,8 @@ def speech_data(tmp_path_factory) -> Path:
             }
         )
     rows[3]["audio"] = rows[3]["audio"][:60]  # cut off
-    rows[7]["text"] = rows[50]["text"] = (
-        " ".join(WORDS) * 9
-    )  # more letters than frames: not to be learned from, yet to be tested on
+    # More letters than frames: not to be learned from, yet to be tested on
+    rows[7]["text"] = rows[50]["text"] = " ".join(WORDS) * 9
     rows[51]["text"] = "zero \N{GREEK SMALL LETTER ALPHA}"  # a letter that training never has
     pq.write_table(pa.Table.from_pylist(rows), folder / "spoken.parquet", row_group_size=16)
     (folder / "recordings" / "a").mkdir(parents=True)

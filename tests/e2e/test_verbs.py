@@ -176,10 +176,11 @@ def test_a_dry_run_counts_what_a_run_will_do(onetomany, tmp_path):
         "targets.shoes.train={epochs: 2, global_batch: 8}",
         cwd=tmp_path,
     ).stdout
+    # 2 epochs of 9 rows in batches of 8
     assert (
         "target shoes at 3/class labels: 4 cells = 0 search + 8 final trials of 3 steps on 9 rows"
         in more
-    )  # 2 epochs of 9 rows in batches of 8
+    )
 
 
 def test_mistakes_are_all_told_at_once_before_torch_is_imported(onetomany, tmp_path):

@@ -83,9 +83,8 @@ def test_manifest_is_not_trusted(root, tmp_path):
     uri = storage.join(root, "bundle")
     entry = {"sha256": "0" * 64, "size": 1}
     for files in ({"../../escape": entry}, {"/etc/x": entry}, {"a": {"size": 1}}, ["a"], None):
-        storage.write_json(
-            uri + "/manifest.json", atomic_folder.with_checksum({"files": files})
-        )  # whoever forges names can seal them too
+        # Whoever forges names can seal them too
+        storage.write_json(uri + "/manifest.json", atomic_folder.with_checksum({"files": files}))
         with pytest.raises(StorageError, match="bundle: "):
             atomic_folder.verify_folder(uri, atomic_folder.open_folder(uri))
         with pytest.raises(StorageError, match="bundle: "):
@@ -250,9 +249,8 @@ def test_killed_local_commit_shows_nothing_or_a_whole_folder(tmp_path, first):
     before = "nothing" if first else "old"
     states = [state for _, state in seen]
     assert len(seen) > 15 and [code for code, _ in seen] == [9] * (len(seen) - 1) + [0]
-    assert states == sorted(
-        states, key=["nothing", "old", "new"].index
-    )  # before, then after; never a mixture
+    # Before, then after; never a mixture
+    assert states == sorted(states, key=["nothing", "old", "new"].index)
     assert set(states) == {before, "new"} and states.count(before) > 10
 
 

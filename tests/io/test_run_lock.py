@@ -148,9 +148,8 @@ def test_a_number_that_went_to_another_process_is_not_the_run(root):
     left_behind(root, process_began=psutil.Process().create_time() - 5000)
     with run_lock.hold(root):
         pass
-    left_behind(
-        root, process_began=psutil.Process().create_time() + 0.3
-    )  # the clock of the system was set a little
+    # The clock of the system was set a little
+    left_behind(root, process_began=psutil.Process().create_time() + 0.3)
     with pytest.raises(BusyError), run_lock.hold(root):
         pytest.fail("two runs at once")
 

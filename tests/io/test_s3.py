@@ -98,9 +98,8 @@ def s3_answers(monkeypatch, *answers):
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, body = left.pop(0) if len(left) > 1 else left[0]
             self.send_response(status)
-            self.send_header(
-                "Content-Length", str(len(body.rstrip(b"|")) + 3 * body.count(b"|"))
-            )  # "|": cut short
+            # "|": cut short
+            self.send_header("Content-Length", str(len(body.rstrip(b"|")) + 3 * body.count(b"|")))
             self.close_connection = b"|" in body
             self.end_headers()
             self.wfile.write(b"" if self.command == "HEAD" else body.rstrip(b"|"))

@@ -248,9 +248,8 @@ def test_killed_write_leaves_the_old_file_and_sweep_clears_up(tmp_path):
     for number, name in enumerate((".job.tmp-0123/deep/file", ".env", "x.tmp-1")):
         (tmp_path / name).write_bytes(bytes(number))
         os.utime(tmp_path / name, (0, 0))
-    (left,) = storage.sweep(
-        str(tmp_path), 3600
-    )  # its process is gone; who wrote the others, all too young, nobody knows
+    # Its process is gone; who wrote the others, all too young, nobody knows
+    (left,) = storage.sweep(str(tmp_path), 3600)
     assert Path(left).name.startswith(".state.json.tmp-")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as living:
         writing = tmp_path / storage.beside(tmp_path / "x").name.replace(

@@ -299,19 +299,19 @@ def test_a_varying_rate_of_mp3_without_a_table_is_refused():
     for tag in (b"", b"ID3\x04\x00\x00\x00\x00\x01\x00" + bytes(128)):
         varying, constant = (tag + file.getvalue() for file in out.values())
         assert len(audio_io.decode(varying)[0]) == len(audio_io.decode(constant)[0]) == 20 * RATE
+        # Without the first frame, which is the table
         bare, even = (
             tag + file.getvalue()[file.getvalue().index(b"\xff\xf3", 100) :]
             for file in out.values()
-        )  # without the first frame, which is the table
+        )
         refused(
             bare, "varying bit rate without a table of its length.*ffmpeg -i in.mp3 -c copy out.mp3"
         )
         with pytest.raises(BrokenAudioError, match="varying bit rate"):
             audio_io.pieces(bare, None, 5.0)
         assert audio_io.inspect(even).seconds == pytest.approx(20, abs=0.2)
-        holed = varying.replace(
-            b"Xing\0\0\0\x0f", b"Xing\0\0\0\x0e"
-        )  # a table that does not say how many frames there are
+        # A table that does not say how many frames there are
+        holed = varying.replace(b"Xing\0\0\0\x0f", b"Xing\0\0\0\x0e")
         assert holed != varying
         refused(holed, "varying bit rate")
 

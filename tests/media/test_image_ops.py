@@ -47,9 +47,8 @@ def test_windows_of_whole_pixels_are_torchvisions_resized_crops(size):
     for i, (left, top, width, height) in enumerate(corners):
         want = F.resized_crop(x[i].float(), top, left, height, width, [size, size], antialias=True)
         want = want.flip(-1) if i % 2 else want
-        edge = 1 + size // min(
-            width, height
-        )  # torchvision cuts first and so never sees the pixel beyond the window
+        # Torchvision cuts first and so never sees the pixel beyond the window
+        edge = 1 + size // min(width, height)
         inner = (slice(None), slice(edge, -edge), slice(edge, -edge)) if i else ...
         torch.testing.assert_close(found[i][inner], want[inner], atol=0.02, rtol=0)
 
@@ -116,10 +115,11 @@ def test_boxes_are_cut_at_the_edges_and_lost_when_little_is_left():
         ]
     )
     boxes = ops.placed_boxes(shares, frame, 100)
+    # The second: 4 of 54 pixels each way are left
     want = [
         [[10, 35, 50, 55], [0, 25, 100, 75], [0, 0, 0, 0], [0, 50, 50, 75]],
         [[0, 0, 100, 100], [0, 0, 0, 0], [0, 50, 50, 100], [0, 0, 0, 0]],
-    ]  # the second: 4 of 54 pixels each way are left
+    ]
     torch.testing.assert_close(boxes, torch.tensor(want, dtype=torch.float32), atol=1e-4, rtol=0)
 
 
@@ -221,9 +221,8 @@ def test_randaugment_is_torchvisions_operations_row_by_row(magnitude):
             )
             seen.add((name, signed and sign < 0.5))
         apart = (found[i].int() - torch.as_tensor(want).int()).abs()
-        assert (apart > 1).float().mean() < 0.01, (
-            i
-        )  # a level that was rounded otherwise, then sharpened or posterised
+        # A level that was rounded otherwise, then sharpened or posterised
+        assert (apart > 1).float().mean() < 0.01, i
     assert len(seen) == 14 + 9
 
 
@@ -233,13 +232,11 @@ def test_still_operations_move_nothing():
     x[:, :, 5, 9] = 250
     found = ops.rand_augment(x, uniform(keys(200), 4), 20, [0.0] * 3, still=True).float().mean(1)
     away = (found - found[:, :1, :1]).abs().flatten(1)
-    assert (
-        away.argmax(1) == 5 * 16 + 9
-    ).float().mean() > 0.8  # posterised or levelled out in the others, never elsewhere
+    # Posterised or levelled out in the others, never elsewhere
+    assert (away.argmax(1) == 5 * 16 + 9).float().mean() > 0.8
     away[:, 5 * 16 + 9] = 0
-    near = [
-        y * 16 + x for y in range(3, 8) for x in range(7, 12)
-    ]  # sharpness reaches one pixel far, and may be drawn twice
+    # Sharpness reaches one pixel far, and may be drawn twice
+    near = [y * 16 + x for y in range(3, 8) for x in range(7, 12)]
     away[:, near] = 0
     assert away.max() == 0
 

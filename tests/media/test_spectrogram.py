@@ -58,9 +58,8 @@ def test_log_mels_are_those_of_the_formula():
     rows = []
     for start in range(0, 2000 - WINDOW + 1, HOP):
         framed = np.zeros(512)
-        framed[:WINDOW] = (
-            x[start : start + WINDOW] * window
-        )  # where in the 512 it lies does not change the power
+        # Where in the 512 it lies does not change the power
+        framed[:WINDOW] = x[start : start + WINDOW] * window
         rows.append(np.log((np.abs(np.fft.rfft(framed)) ** 2) @ filters + 1e-6))
     found = ops.log_mel(torch.from_numpy(x).float()[None], RATE, WINDOW, HOP, 80)[0]
     assert found.shape == (11, 80) and np.abs(found.numpy() - np.array(rows)).max() < 1e-4

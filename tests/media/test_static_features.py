@@ -35,11 +35,12 @@ def test_numbers_are_standardised_and_gaps_are_told_apart_from_means():
         np.array(two, float).clip(*np.quantile(two, (0.001, 0.999))).std()
         for two in ([20, 40], [1, 3])
     )
+    # Means are 30 and 2
     np.testing.assert_allclose(
         found["numbers"],
         [[-10 / ages, -1 / beds], [10 / ages, 0], [0, 1 / beds], [0, 0]],
         rtol=1e-6,
-    )  # means are 30 and 2
+    )
     assert found["numbers_known"].tolist() == [
         [True, True],
         [True, False],
@@ -63,10 +64,11 @@ def test_texts_are_places_in_a_vocabulary_of_field_and_text():
 
 
 def test_rare_texts_are_not_known():
+    # A stands twice in the third row, which is one row
     assert facts(min_rows=2).state["codes"] == [
         "codes=a",
         "sex=f",
-    ]  # a stands twice in the third row, which is one row
+    ]
 
 
 def test_fields_are_known_by_name_in_any_order_and_types_may_differ():
@@ -81,9 +83,8 @@ def test_fields_are_known_by_name_in_any_order_and_types_may_differ():
         ),
     )
     found = facts().decode(other, 2, "static")
-    np.testing.assert_allclose(
-        found["numbers"], [[20 / 9.98, 0], [0, 0]], rtol=1e-6
-    )  # 50 is 20 above the mean; the quantiles are 20.02 and 39.98
+    # 50 is 20 above the mean; the quantiles are 20.02 and 39.98
+    np.testing.assert_allclose(found["numbers"], [[20 / 9.98, 0], [0, 0]], rtol=1e-6)
     assert [row.tolist() for row in found["codes"]] == [[4], []]
     assert (
         facts().coverage(other, "static")
@@ -110,9 +111,8 @@ def test_a_field_of_another_kind_than_it_was_fitted_on_is_refused_and_no_value_i
         with pytest.raises(ValueError, match=message) as error:
             facts().decode(pa.array([{field: value}]), 1, "facts")
         assert "63" not in str(error.value) and "column facts" in str(error.value)
-    assert (
-        not facts().decode(pa.array([{"age": None}]), 1, "facts")["numbers_known"].any()
-    )  # a column of nulls is no other kind
+    # A column of nulls is no other kind
+    assert not facts().decode(pa.array([{"age": None}]), 1, "facts")["numbers_known"].any()
     large = pa.array([{"age": 9007199254740995}], pa.struct({"age": pa.int64()}))
     assert facts().decode(large, 1, "facts")["numbers"][0, 0] == MOST
 

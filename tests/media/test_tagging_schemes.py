@@ -122,13 +122,15 @@ def test_a_row_keeps_the_scheme_when_repairing_changes_nothing(scheme):
     good = [not tagging_schemes.check(row, scheme) for row in named(tags, scheme)]
     assert good == (again == tags).all(1).tolist() and 100 < sum(good) < 300
     assert not any(tagging_schemes.check(row, scheme) for row in named(again, scheme))
+    # The entities are the same
     assert all(
         np.array_equal(a, b) for a, b in zip(tagset.chunks(again), tagset.chunks(tags), strict=True)
-    )  # the entities are the same
+    )
+    # And now they are whole
     assert all(
         np.array_equal(a, b)
         for a, b in zip(tagset.chunks(again, strict=True), tagset.chunks(tags), strict=True)
-    )  # and now they are whole
+    )
     assert np.array_equal(again < 0, tags < 0)
 
 

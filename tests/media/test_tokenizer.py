@@ -127,12 +127,13 @@ def folder_of(
             None,
             [4, 3, 2, 1, 5],
         ),
+        # Llama
         (
             ["<unk>", "<s>", "</s>"],
             {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
             None,
             [2, 0, 1, 2, 2],
-        ),  # Llama
+        ),
         (
             ["<s>", "</s>", "<unk>", "x"],
             {"eos_token": "</s>"},
@@ -229,9 +230,8 @@ def test_tokens_that_go_on_a_word():
     assert bits(t.continuing(wordpiece, 6, [0]), 6) == [0, 0, 0, 1, 1, 0]
     names = ["<s>", "in", "Ġin", "ing", "Ċ", "ĉx", "Ġ", "."]
     bpe = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
-    assert t.continuing(bpe, 8, [0]) is None and not t.marks_beginnings(
-        bpe
-    )  # nothing says how it marks words
+    # Nothing says how it marks words
+    assert t.continuing(bpe, 8, [0]) is None and not t.marks_beginnings(bpe)
     for split, change in (
         (pre_tokenizers.ByteLevel(), str),
         (pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()]), str),
@@ -446,6 +446,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(ids))
         env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"},
     )
     more_kib, ids = map(int, done.stdout.split())
-    assert (
-        ids > 4 << 20 and more_kib < 250 << 10
-    )  # seen: 83 MiB, and 3 GiB for the line as a whole (2026-11-25)
+    # Seen: 83 MiB, and 3 GiB for the line as a whole (2026-11-25)
+    assert ids > 4 << 20 and more_kib < 250 << 10

@@ -192,9 +192,10 @@ def test_bits_per_byte_is_the_same_whatever_the_tokens():
         == metric("bits_per_byte").value(fine)
     )
     assert metric("perplexity").value(coarse) != pytest.approx(metric("perplexity").value(fine))
+    # Rows packed before bytes were counted
     assert math.isnan(
         metric("bits_per_byte").value({"loss": np.array([1.0]), "count": np.array([1.0])})
-    )  # rows packed before bytes were counted
+    )
 
 
 def test_metrics_of_entities_words_and_answers_are_their_formulas():
@@ -248,9 +249,8 @@ def test_units_give_the_value(name):
     assert units.shape == (200, 2) and units.dtype == np.float64
     assert of.of_units(units) == pytest.approx(of.value(p), abs=1e-12)
     half = {key: array[:100] for key, array in p.items()}
-    assert of.of_units(units[:100]) == pytest.approx(
-        of.value(half), abs=1e-12
-    )  # a unit belongs to its row
+    # A unit belongs to its row
+    assert of.of_units(units[:100]) == pytest.approx(of.value(half), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name, of in METRICS.items() if of.units])
@@ -480,10 +480,11 @@ def test_intervals_of_positions_draw_rows_and_groups():
     """
     p = hourly(60, most=40)
     p["label"] = np.where(p["label"] < 0, -1, np.arange(60)[:, None] % 2)
+    # A row's positions are alike, and err alike
     p["scores"] += np.random.default_rng(0).normal(size=(60, 1, 1)) * [
         0,
         1,
-    ]  # a row's positions are alike, and err alike
+    ]
     rows, positions = (stats.interval(metric("auroc"), q) for q in (p, flat(p)))
     assert rows[1] - rows[0] > 1.3 * (positions[1] - positions[0])
     groups = stats.interval(metric("auroc"), p, groups=np.arange(60) // 6)
@@ -640,10 +641,11 @@ def test_resamples_of_classes_equal_scikit_learn_on_repeated_rows(name, n, class
 @pytest.mark.filterwarnings("ignore:No positive class found")
 def test_resamples_of_label_sets_equal_scikit_learn_on_repeated_rows(name, n, step):
     p = label_sets(n, 6, seed=n, step=step)
+    # Every label counts among the rows, though not in every draw
     p["labels"][0], p["labels"][1] = (
         1,
         0,
-    )  # every label counts among the rows, though not in every draw
+    )
     counts = np.random.default_rng(n).multinomial(n, np.full(n, 1 / n), size=25)
     found = metric(name).resampled(p, counts)
     assert found == pytest.approx(
@@ -707,9 +709,8 @@ def test_a_macro_average_is_over_labels_with_enough_positives():
         metric("macro_auroc").value(p) == pytest.approx((each["c"] + each["d"]) / 2)
         and len(each) == 4
     )
-    counts = np.random.default_rng(0).multinomial(
-        60, np.full(60, 1 / 60), size=20
-    )  # a draw with 15 positives keeps its label, one with 25 gains none
+    # A draw with 15 positives keeps its label, one with 25 gains none
+    counts = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), size=20)
     halves = [
         np.mean(
             [
@@ -772,17 +773,15 @@ def test_the_metric_of_a_type_of_entities_reads_its_column():
         assert of.value(p) == pytest.approx(
             2 * p["hits"][:, k].sum() / (p["guessed"][:, k] + p["actual"][:, k]).sum()
         )
-        assert of.higher_is_better and of.of_units(of.units(p)) == of.value(
-            p
-        )  # a ratio of sums: its intervals are cheap
+        # A ratio of sums: its intervals are cheap
+        assert of.higher_is_better and of.of_units(of.units(p)) == of.value(p)
     assert metric("entity_f1").per_label.name == "entity_f1"
     for name in ("hits", "guessed", "actual"):
         p[name][:, 1] = 0
     p["hits"][:, 2] = p["actual"][:, 2] = 0
     found = catalog.per_label("entity_f1").values(p, names)
-    assert (
-        set(found) == {"person", "work/of art"} and found["work/of art"] == 0
-    )  # what is found and never there is wrong; what is neither is nothing
+    # What is found and never there is wrong; what is neither is nothing
+    assert set(found) == {"person", "work/of art"} and found["work/of art"] == 0
     with pytest.raises(ValueError, match="entity_f1/person: it is not known which column"):
         metric("entity_f1/person").value(p)
 

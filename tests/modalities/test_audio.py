@@ -230,9 +230,8 @@ def test_pieces_of_a_recording_on_s3_are_read_by_ranges(s3_server, monkeypatch):
     for row, start, stop in zip(found, (150, 0), (151, 2), strict=True):
         assert np.abs(row / 32768 - whole[16000 * start : 16000 * stop, 0]).max() < 2 / 32768
     taken.clear()
-    assert (
-        "200.00 s long" in read([uri], max_seconds=5.0)[1][0] and sum(taken) < 3 << 20
-    )  # told by its header
+    # Told by its header
+    assert "200.00 s long" in read([uri], max_seconds=5.0)[1][0] and sum(taken) < 3 << 20
 
 
 def test_an_io_error_of_s3_is_no_bad_row(s3_server, monkeypatch, fast):

@@ -131,12 +131,13 @@ def test_fit_keeps_what_enough_rows_have_and_is_what_numpy_says():
         if t < 12
     ]
     assert state["variables"] == sorted({v for _, v, _ in flat})
+    # No quantile: the rarest value may be one patient's
     assert set(state) == {
         "variables",
         "mean",
         "std",
         "static",
-    }  # no quantile: the rarest value may be one patient's
+    }
     for name, mean, std in zip(*(state[key] for key in ("variables", "mean", "std")), strict=True):
         values = np.array([x for _, v, x in flat if v == name], dtype=np.float64)
         clipped = values.clip(*np.quantile(values, (0.001, 0.999)))

@@ -71,9 +71,8 @@ def test_squashed_pixels_are_those_of_pil(height, width, form):
         .resize((48, 48), PIL.Image.Resampling.BILINEAR)
     )
     assert bad == [""] and found.shape == (1, 3, 48, 48) and found.dtype == np.uint8
-    assert (
-        psnr(found[0], channels_first(want)) > 45
-    )  # rounding of the two steps; 60 and more on most
+    # Rounding of the two steps; 60 and more on most
+    assert psnr(found[0], channels_first(want)) > 45
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 144), (144, 96), (64, 64)])
@@ -215,9 +214,8 @@ def test_paths_are_read(tmp_path):
     path.write_bytes(encoded(pixels))
     found, bad = decoded([str(path), str(path)], size=24)
     assert bad == ["", ""] and np.array_equal(found[1], np.moveaxis(pixels, -1, 0))
-    with pytest.raises(
-        OSError, match=r"gone\.png"
-    ):  # an I/O error is not a bad row: it is retried, and then it stops the run
+    # An I/O error is not a bad row: it is retried, and then it stops the run
+    with pytest.raises(OSError, match=r"gone\.png"):
         decoded([str(tmp_path / "gone.png")], size=24)
 
 

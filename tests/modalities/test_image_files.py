@@ -87,9 +87,8 @@ def test_exif_orientation_is_applied(form, turn):
         pixels = np.moveaxis(found["image"][0], 0, -1)[
             top : top + want.height, left : left + want.width
         ]
-        assert (
-            np.abs(pixels.astype(int) - np.asarray(want)).max() <= 2
-        )  # chroma upsampling differs between libjpeg builds
+        # Chroma upsampling differs between libjpeg builds
+        assert np.abs(pixels.astype(int) - np.asarray(want)).max() <= 2
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
@@ -140,9 +139,10 @@ def test_colours_that_the_gpu_would_mistake_go_to_the_host(monkeypatch):
     colour = soft(24, 40)
     red = saved(colour, "JPEG", keep_rgb=True)
     marker = red.index(b"\xff\xee")
+    # Its components are called R, G and B all the same
     unmarked = (
         red[:marker] + red[marker + 2 + int.from_bytes(red[marker + 2 : marker + 4], "big") :]
-    )  # its components are called R, G and B all the same
+    )
     host = [
         saved(colour.convert("CMYK"), "JPEG"),
         red,
@@ -226,9 +226,10 @@ def test_a_header_that_promises_too_much_is_refused_before_memory_is_taken(name,
         ), bad
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    # Kilobytes
     assert (
         peak < 32 << 20 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
-    )  # kilobytes
+    )
 
 
 def test_the_reason_tells_the_size():
@@ -435,9 +436,8 @@ def test_masks_give_class_numbers_with_their_images_geometry(fit, device):
     want = np.full((48, 48), 255)
     want[top : top + h, left : left + w] = 0
     assert np.array_equal(found["mask"][0] == 255, want == 255)
-    pillow = PIL.Image.fromarray(classes).resize(
-        (w, h), PIL.Image.Resampling.NEAREST
-    )  # between centres of pixels, not between their corners
+    # Between centres of pixels, not between their corners
+    pillow = PIL.Image.fromarray(classes).resize((w, h), PIL.Image.Resampling.NEAREST)
     assert np.array_equal(found["mask"][0, top : top + h, left : left + w], np.asarray(pillow))
 
 

@@ -77,9 +77,10 @@ def test_boxes_and_masks_move_with_what_was_painted(crop):
             lost += 1
             continue
         found.append(iou(box, bounds(white)))
+    # Slivers of few pixels at the edge
     assert (
         np.median(found) > 0.97 and np.mean(np.array(found) > 0.9) > 0.97 and min(found) > 0.75
-    ), sorted(found)[:5]  # slivers of few pixels at the edge
+    ), sorted(found)[:5]
     assert lost < n / 5 and (crop == "resized" or lost <= 4) and not after["boxes"][:, 1:].any()
     assert after["boxes"].min() >= 0 and after["boxes"].max() <= SIZE
 
@@ -189,12 +190,13 @@ def test_randaugment_moves_nothing_under_boxes_and_masks():
         and sum((a != b).any() for a, b in zip(after["image"], before["image"], strict=True)) > 20
     )
     white = (before["mask"] == 1).float()[:, None]
+    # Sharpened
     near = (
         torch.nn.functional.max_pool2d(white, 5, 1, 2)[:, 0]
         - 1
         + torch.nn.functional.max_pool2d(1 - white, 5, 1, 2)[:, 0]
         > 0
-    )  # sharpened
+    )
     for image, part, edge in zip(after["image"], white[:, 0] > 0, near, strict=True):
         for where in (part & ~edge, ~part & ~edge):
             assert (image[:, where] == image[:, where][:, :1]).all()
@@ -204,14 +206,12 @@ def test_what_lies_outside_is_the_mean_colour():
     kind = Image(ImageOptions(size=SIZE, fit="pad", crop="resized", scale=[0.5, 0.5]), STATE)
     after = kind.finish(kind.augment(painted(20)))
     outside = after["mask"] == 255
-    edge = (
-        torch.nn.functional.max_pool2d((~outside).float()[:, None], 5, 1, 2)[:, 0] > 0
-    )  # blended with what is inside
+    # Blended with what is inside
+    edge = torch.nn.functional.max_pool2d((~outside).float()[:, None], 5, 1, 2)[:, 0] > 0
     letterbox = after["image"].permute(0, 2, 3, 1)[outside & ~edge]
     black = torch.tensor([-m / s for m, s in zip(STATE["mean"], STATE["std"], strict=True)])
-    either = (letterbox.abs().amax(1) < 0.01) | (
-        (letterbox - black).abs().amax(1) < 0.01
-    )  # painted's own padding is black
+    # Painted's own padding is black
+    either = (letterbox.abs().amax(1) < 0.01) | ((letterbox - black).abs().amax(1) < 0.01)
     assert either.all() and (letterbox.abs().amax(1) < 0.01).float().mean() > 0.5
 
 

@@ -29,9 +29,10 @@ def test_text_goes_there_and_back(modality):
         ids = modality.tokenizer.encode(text, add_special_tokens=False).ids
         assert UNK not in ids and not set(ids) & set(range(5))
         back = modality.tokenizer.decode(ids)
+        # WordPiece is lower case, spaced by itself
         squeezed = (
             (lambda t: t.replace(" ", "").lower()) if modality.state["vocabulary"] < 400 else str
-        )  # WordPiece is lower case, spaced by itself
+        )
         assert squeezed(back) == squeezed(text)
 
 
@@ -244,9 +245,8 @@ def test_packing_nothing_gives_no_rows(modality):
     assert packed.num_rows == 0 and packed.column_names == ["tokens", "segments", "bytes"]
     assert left_out == ["the text is null", "the text is empty"]
     _, left_out = modality.pack(pa.table({"text": [" \n"]}), COLUMNS)
-    assert left_out == [
-        "the text is empty" if modality.state["vocabulary"] < 400 else ""
-    ]  # WordPiece knows no spaces
+    # WordPiece knows no spaces
+    assert left_out == ["the text is empty" if modality.state["vocabulary"] < 400 else ""]
 
 
 def test_packed_rows_survive_parquet(modality, tmp_path):
@@ -369,9 +369,8 @@ def test_masks_have_their_shares(masked):
         0.1, abs=4 * (0.09 / n) ** 0.5 + 0.01
     )
     random = new[(new != MASK) & (new != old)]
-    assert (
-        len(random) / n == pytest.approx(0.1, abs=0.02) and len(random.unique()) > 150
-    )  # from all of the vocabulary
+    # From all of the vocabulary
+    assert len(random) / n == pytest.approx(0.1, abs=0.02) and len(random.unique()) > 150
     elsewhere = torch.ones_like(tokens, dtype=torch.bool).scatter(1, places, False)
     assert torch.equal(tokens[elsewhere], batch["tokens"][elsewhere])
     counts = torch.bincount(places.flatten(), minlength=128).float()
@@ -383,9 +382,10 @@ def test_specials_are_never_predicted(masked):
     batch = take(rows, np.arange(400))
     places, valid, _ = task.objective._chosen(batch)
     assert (batch["tokens"].gather(1, places)[valid] >= 5).all()
+    # Three tokens to choose from
     bare = batch.replace(
         tokens=torch.where(torch.arange(128) < 125, SEP, batch["tokens"].clamp(min=5))
-    )  # three tokens to choose from
+    )
     places, valid, tokens = task.objective._chosen(bare)
     assert valid.sum(1).tolist() == [3] * 400 and set(places[valid].tolist()) == {125, 126, 127}
     assert torch.equal(tokens[:, :125], bare["tokens"][:, :125])

@@ -460,9 +460,8 @@ def test_bytes_of_packed_rows(modality):
     )
     batch = modality.collate(arrays)
     assert batch["bytes"].dtype == torch.float32 and batch["bytes"].shape == (packed.num_rows,)
-    assert (
-        "bytes" not in modality.decode(packed, {"tokens": "tokens", "segments": "segments"})[0]
-    )  # shards of before
+    # Shards of before
+    assert "bytes" not in modality.decode(packed, {"tokens": "tokens", "segments": "segments"})[0]
 
 
 def test_large_vocabularies_are_stored_in_32_bits(wordpiece):

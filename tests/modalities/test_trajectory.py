@@ -209,9 +209,8 @@ def test_spaces_without_a_name_are_told_by_their_widths():
         == "2 spaces have observations of 3 numbers and actions of 2 numbers (arm, leg): column "
         "embodiment must tell which"
     )
-    assert read(made(table(walk(4), embodiment=["arm"])), table(walk(4)))[1] == [
-        ""
-    ]  # the only one with these widths
+    # The only one with these widths
+    assert read(made(table(walk(4), embodiment=["arm"])), table(walk(4)))[1] == [""]
 
 
 @pytest.mark.parametrize(
@@ -817,9 +816,8 @@ def test_the_state_and_the_inputs_are_json_and_build_it_again():
         again.inputs() == modality.inputs() == json.loads(json.dumps(modality.inputs()))
         and again.names == modality.names
     )
-    check_roles(
-        Trajectory(TrajectoryOptions(), {}), ("actions",)
-    )  # a job is checked before anything is fitted
+    # A job is checked before anything is fitted
+    check_roles(Trajectory(TrajectoryOptions(), {}), ("actions",))
 
 
 def test_nothing_is_copied_of_plain_columns():

@@ -89,9 +89,8 @@ def test_values_are_carried_forward_and_their_age_is_told(rows):
     assert x[:, 0, 0].tolist() == [2.0] * 6 and x[:, 1, 0].tolist() == [1.0] + [0.0] * 5
     torch.testing.assert_close(x[:, 2, 0], torch.arange(6) / 48)
     assert x[:5, 0, 1].tolist() == [0.0] * 5 and x[5, 0, 1] == 1.0
-    torch.testing.assert_close(
-        x[:5, 2, 1], torch.arange(1, 6) / 48
-    )  # never measured: since before the start
+    # Never measured: since before the start
+    torch.testing.assert_close(x[:5, 2, 1], torch.arange(1, 6) / 48)
 
 
 @torch.no_grad()

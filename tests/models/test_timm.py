@@ -165,9 +165,8 @@ def test_transformers_take_images_of_other_sizes_too(name):
     batch = images(2, 96)
     other = build(name, 96)
     moved = bundle.transfer(other, backbone.state_dict(), "the other size")
-    if name.startswith(
-        "swin"
-    ):  # a window that shrinks with the map is another network: only the shape is the same
+    # A window that shrinks with the map is another network: only the shape is the same
+    if name.startswith("swin"):
         assert backbone(batch).pooled.shape == other(batch).pooled.shape
         return
     assert any("resampled from 8 x 8 to 6 x 6" in text for text in moved.changed)
@@ -351,10 +350,11 @@ def test_windows_of_swin_are_resampled_as_timm_does():
 
 def test_what_no_rule_covers_stays_refused():
     old, new = build("vit_tiny_patch16_224", 64), build("vit_tiny_patch16_224", 96)
+    # 11 patches are no square
     tensors = {
         **old.state_dict(),
         "model.pos_embed": torch.zeros(1, 12, 192),
-    }  # 11 patches are no square
+    }
     with pytest.raises(
         bundle.BundleError,
         match=r"model\.pos_embed is \(1, 12, 192\) there and \(1, 37, 192\) here",

@@ -183,9 +183,10 @@ def test_deepspeech2_is_a_loop_over_its_parts(kind):
                 step = torch.einsum("oit,ti->o", weight, window) + bias
             else:
                 high = weight.shape[3]
+                # T, in, places, high
                 plane = F.pad(
                     window.unflatten(1, (weight.shape[1], -1)), (high // 2, high // 2)
-                ).unfold(2, high, 2)  # t, in, places, high
+                ).unfold(2, high, 2)
                 step = (torch.einsum("oith,tiph->op", weight, plane) + bias[:, None]).flatten()
             out.append(
                 F.layer_norm(step, step.shape, layer["norm"].weight, layer["norm"].bias).clamp(

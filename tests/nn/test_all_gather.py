@@ -30,9 +30,8 @@ def gathered(ranks: Ranks, cut: int) -> tuple[Tensor, int, Tensor, Tensor]:
     """All rows, where one's own begin, the gradient of the whole loss in one's own, and a sum."""
     mine = (ROWS[:cut] if ranks.rank == 0 else ROWS[cut:]).clone().requires_grad_()
     found, first = gather(mine)
-    if len(
-        mine
-    ):  # a rank without rows has nothing to send back, and the other does not wait for it
+    # A rank without rows has nothing to send back, and the other does not wait for it
+    if len(mine):
         coupled(found).backward()
     grad = mine.grad if mine.grad is not None else torch.zeros_like(mine)
     return found.detach(), first, grad, summed(mine.sum())

@@ -235,9 +235,10 @@ def test_losses_are_those_of_distributions_step_by_step(options):
                         )
                         total -= float(message.log_prob(goal))
                         mean = means[of[:k].argmax()]
+                    # In the action's own units
                     error = float(
                         ((mean - goal) * torch.tensor(space["action_std"])).square().sum()
-                    )  # in the action's own units
+                    )
                 count += 1
                 if h == 0:
                     squares[i] += error
@@ -463,9 +464,8 @@ def test_what_is_fitted():
             )
             == names
         )
-        judged = rows.append_column(
-            "won", pa.array([True, *[None] * (len(rows) - 1)])
-        )  # the rows know it themselves
+        # The rows know it themselves
+        judged = rows.append_column("won", pa.array([True, *[None] * (len(rows) - 1)]))
         assert BehaviourCloning.fit(
             OPTIONS, judged, {**COLUMNS, "environment": "env", "success": "won"}
         )["judged"]
@@ -751,9 +751,8 @@ def test_chunks_are_ensembled_as_the_paper_has_it():
     weights 1, exp(-0.5), exp(-1) from the oldest on.
     """
     rng = np.random.default_rng(0)
-    plans = [
-        rng.normal(size=(2, 3, 4)).astype(np.float32) for _ in range(4)
-    ]  # made at steps 0 to 3
+    # Made at steps 0 to 3
+    plans = [rng.normal(size=(2, 3, 4)).astype(np.float32) for _ in range(4)]
     weights = np.exp(-0.5 * np.arange(3))
     want = (
         weights[0] * plans[1][:, 2] + weights[1] * plans[2][:, 1] + weights[2] * plans[3][:, 0]
@@ -1103,11 +1102,12 @@ def test_what_is_done_lies_within_the_bounds_and_is_remembered_so():
         task.objective.decoders[name].weight.zero_()
         task.objective.decoders[name].bias.fill_((wanted - 0.5) / 2.0)
         assert pilot.act([np.zeros(9, dtype=np.float32)], None)[0].tolist() == pytest.approx([done])
+    # (1 - 0.5) / 2, (-0.5 - 0.5) / 2; this step's own is not known
     assert held == [
         [0.0],
         [0.25, 0.0],
         [0.25, -0.5, 0.0],
-    ]  # (1 - 0.5) / 2, (-0.5 - 0.5) / 2; this step's own is not known
+    ]
 
 
 def test_a_simulation_that_diverged_is_no_success(monkeypatch):
@@ -1137,11 +1137,12 @@ def test_a_simulation_that_diverged_is_no_success(monkeypatch):
         and out["diverged"].tolist() == [0, 1]
         and out["return"].tolist() == [6.5, 6.5]
     )
+    # Pictures of the first alone
     assert (
         pictures.shape == (behaviour_cloning.FRAMES, 2, 4, 3)
         and (pictures[:2] == 7).all()
         and not pictures[2:].any()
-    )  # pictures of the first alone
+    )
     assert out["success"].shape == (2,) and "film" not in out
 
 

@@ -119,9 +119,8 @@ def ring(n: int = 16, shards: int = 4) -> torch.Tensor:
 def test_shares_have_the_beta_distribution(alpha):
     found = classification.beta(keys(20_000), alpha).double().numpy()
     assert found.min() >= 0 and found.max() <= 1
-    inner = found[
-        (found > 1e-6) & (found < 1 - 1e-6)
-    ]  # float32 rounds the ends, where a small alpha has much of its mass
+    # float32 rounds the ends, where a small alpha has much of its mass
+    inner = found[(found > 1e-6) & (found < 1 - 1e-6)]
     low, high = stats.beta.cdf((1e-6, 1 - 1e-6), alpha, alpha)
     assert len(inner) / len(found) == pytest.approx(high - low, abs=0.015)
     assert (
@@ -198,9 +197,8 @@ def test_with_both_each_row_takes_one():
     rows = batch(4000)
     x, other = rows["image"], ring(4000)
     _, share, found = classification.mixed(rows, 0.5, 0.5)
-    cut = (
-        ((found == x) | (found == x[other])).flatten(1).all(1)
-    )  # every pixel is one row's or the other's
+    # Every pixel is one row's or the other's
+    cut = ((found == x) | (found == x[other])).flatten(1).all(1)
     assert 0.45 < cut.float().mean() < 0.56
     assert not torch.equal(share[:2000], share[2000:])
 

@@ -213,9 +213,8 @@ def test_more_labels_than_frames_are_found_before_training():
         )
     ] == [True, False, False]
     log_probs, count = torch.randn(1, 6, 4).log_softmax(-1), torch.tensor
-    for row, reason in zip(
-        labels[:3], reasons, strict=False
-    ):  # torch agrees where there is no alignment
+    # Torch agrees where there is no alignment
+    for row, reason in zip(labels[:3], reasons, strict=False):
         loss = F.ctc_loss(
             log_probs.transpose(0, 1),
             torch.tensor([row]),
@@ -482,9 +481,10 @@ def test_the_loss_is_in_float32_under_bf16():
     with torch.autocast("cpu", torch.bfloat16):
         assert task.objective.emissions(task.backbone, batch_of(mels))[0].dtype == torch.float32
         total = task(batch_of(mels, said))[0]
+    # The head alone was rounded
     assert total.dtype == torch.float32 and 0 < abs(
         float((total - wanted).detach())
-    ) < 0.02 * float(wanted.detach())  # the head alone was rounded
+    ) < 0.02 * float(wanted.detach())
 
 
 def test_convolutions_hear_their_neighbours_alone():
@@ -710,9 +710,8 @@ def test_words_stand_where_they_were_said():
     out = task.objective.output_columns(found, RawRows(table, columns, None))
     assert out["text"].tolist() == ["AB CC", "", "BB"]
     edge = [float(one) for one in conv_arithmetic.seconds(np.arange(30), MEL, 16000)]
-    assert edge[4] == pytest.approx(
-        4 * 0.01 + 120 / 16000
-    )  # a frame sees 400 samples, and stands for the 160 in their middle
+    # A frame sees 400 samples, and stands for the 160 in their middle
+    assert edge[4] == pytest.approx(4 * 0.01 + 120 / 16000)
     assert out["words"][0] == [
         {"word": "AB", "start": pytest.approx(edge[4]), "end": pytest.approx(edge[8])},
         {"word": "CC", "start": pytest.approx(edge[14]), "end": pytest.approx(edge[19])},

@@ -383,11 +383,12 @@ def test_a_crowd_is_neither_object_nor_background():
     maps = detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE))
     without, counts = detector.losses(maps, batch, detection._targets(batch))
     crowd, labels, boxes = batch["crowd"].clone(), batch["labels"].clone(), batch["boxes"].clone()
+    # All over the image, and over its object
     crowd[0, 1], labels[0, 1], boxes[0, 1] = (
         True,
         2,
         torch.tensor([0.0, 0.0, SIDE, SIDE]),
-    )  # all over the image, and over its object
+    )
     with_crowd, same = detector.losses(
         maps, batch, detection._targets(batch.replace(crowd=crowd, labels=labels, boxes=boxes))
     )
@@ -519,10 +520,11 @@ def test_predictions_are_shares_of_the_whole_image(fit, monkeypatch):
             name: tensor.numpy()
             for name, tensor in task.objective.predict(task.backbone, batch).items()
         }
+    # One lay outside
     assert found["boxes"].shape == (2, 100, 4) and (found["classes"] >= 0).sum(1).tolist() == [
         2,
         1,
-    ]  # one lay outside
+    ]
     np.testing.assert_allclose(found["boxes"][0, :2], boxes[0], atol=1e-5)
     np.testing.assert_allclose(found["boxes"][1, :1], boxes[1], atol=1e-5)
     np.testing.assert_allclose(found["true_boxes"][0, :2], boxes[0], atol=1e-5)

@@ -74,9 +74,8 @@ def as_written(objective, backbone, batch: Batch, views: int, temperature: float
 def test_the_loss_is_the_papers(crops):
     made = dino(local_crops=crops, freeze_prototypes=0.0)
     objective, batch = made.objective, some(5, made.objective.views())
-    loop.fit(
-        run_of(made, steps=3)
-    )  # a student that differs from its teacher, and a centre that is not zero
+    # A student that differs from its teacher, and a centre that is not zero
+    loop.fit(run_of(made, steps=3))
     before = objective.center.clone()
     assert len(made.objective.views()) == 2 + crops and objective.center.abs().max() > 0
     temperature = float(objective.temperature())
@@ -212,9 +211,8 @@ def test_a_copy_of_buffers_gives_what_its_module_gives():
 
 def test_the_teacher_starts_as_the_student_also_after_a_checkpoint_was_loaded():
     made, other = dino(), dino(seed=5)
-    made.backbone.load_state_dict(
-        other.backbone.state_dict()
-    )  # as bundle.transfer does, after the teacher was made
+    # As bundle.transfer does, after the teacher was made
+    made.backbone.load_state_dict(other.backbone.state_dict())
     made(some(4, made.objective.views()))
     assert furthest(weights(made.objective.teacher_backbone), weights(other.backbone)) == 0.0
 

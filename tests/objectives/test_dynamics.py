@@ -167,9 +167,10 @@ def test_padding_and_other_rows_change_nothing(architecture, discrete):
     )
     assert batch["mask"][7].sum() == 4
     torch.testing.assert_close(alone["loss"][0], found["loss"][7])
+    # The row of one step
     total, count, _ = task(
         Batch(batch.rows[:1], batch.keys[:1], {name: t[:1] for name, t in batch.data.items()})
-    )  # the row of one step
+    )
     assert total == 0 and count == 0
 
 

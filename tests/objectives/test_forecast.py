@@ -66,9 +66,8 @@ def test_the_loss_is_the_formula_on_what_the_network_forecasts(rows, backbone):
     mean, seen = objective.ahead(batch, hours)
     value, logit = objective.head(tokens).unflatten(-1, (2, 5)).unbind(-2)
     expected = count = 0.0
-    for i, n in (
-        (real & seen.any(2) & (hours <= 20.0)).nonzero().tolist()
-    ):  # 4 hours before the window's end
+    # 4 hours before the window's end
+    for i, n in (real & seen.any(2) & (hours <= 20.0)).nonzero().tolist():
         chance = torch.sigmoid(logit[i, n]).double()
         message = -torch.where(seen[i, n], chance, 1 - chance).log()
         squares = [

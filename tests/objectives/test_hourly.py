@@ -71,9 +71,8 @@ def rows(n: int = 40, seed: int = 0, classes: int = 2) -> Batch:
     labels = [
         np.clip(np.floor((m + 1) * classes / 2), 0, classes - 1).astype(np.int16) for m in means
     ]
-    kept = [
-        np.sort(rng.permutation(h)[: rng.integers(0, h + 1)]) for h in hours
-    ]  # labels at some hours, at half past
+    # Labels at some hours, at half past
+    kept = [np.sort(rng.permutation(h)[: rng.integers(0, h + 1)]) for h in hours]
     data = {
         "label_times": ragged(
             (e[k] + 0.5).astype(np.float32) for e, k in zip(ends, kept, strict=True)

@@ -349,9 +349,8 @@ def test_words_end_with_their_document():
     joined, sound, _ = task.objective._chosen(
         batch(tokens=tokens, mask=torch.ones_like(tokens, dtype=torch.bool))
     )
-    assert {tuple(sorted(p.tolist())) for p in joined} == {
-        (5, 6, 7)
-    } and sound.all()  # as one text the word has five tokens: more than the three places
+    # As one text the word has five tokens: more than the three places
+    assert {tuple(sorted(p.tolist())) for p in joined} == {(5, 6, 7)} and sound.all()
 
 
 def test_whole_words_of_a_row_depend_on_its_key_alone():
@@ -471,9 +470,8 @@ def test_masked_bytes_are_the_predicted_share():
     text = (given["tokens"] > 4).sum(1)
     torch.testing.assert_close(found["bytes"], given["bytes"] * found["count"] / text)
     assert "bytes" not in task.objective.predict(task.backbone, rows())
-    half = torch.where(
-        torch.arange(given["tokens"].shape[1]) % 2 == 0, UNK, given["tokens"]
-    )  # what is never predicted has bytes as well
+    # What is never predicted has bytes as well
+    half = torch.where(torch.arange(given["tokens"].shape[1]) % 2 == 0, UNK, given["tokens"])
     found = task.objective.predict(task.backbone, given.replace(tokens=half))
     torch.testing.assert_close(
         found["bytes"], given["bytes"] * found["count"] / ((half == UNK) | (half > 4)).sum(1)
@@ -542,9 +540,8 @@ def test_text_ends_where_the_model_ends_it(writer, monkeypatch):
     free = generated(writer, given)
     end = next(token for token in free[2] if token != free[2][0])
     monkeypatch.setattr(writer.objective, "end_id", end)
-    given = given.replace(
-        tokens=torch.where(given["tokens"] == SEP, end, given["tokens"])
-    )  # the texts' own end has that id too
+    # The texts' own end has that id too
+    given = given.replace(tokens=torch.where(given["tokens"] == SEP, end, given["tokens"]))
     found = generated(writer, given)
     assert found == [
         row[: row.index(end)] + [-1] * (NEW - row.index(end)) if end in row else row for row in free

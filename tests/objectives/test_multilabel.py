@@ -175,9 +175,10 @@ def test_the_loss_is_the_binary_cross_entropy(pos_weight, weights):
     assert sum(p[0].item() for p in parts) == pytest.approx(total.item(), rel=1e-6)
     found = task.eval().objective.predict(task.backbone, rows)
     plain = F.binary_cross_entropy(chance, y, reduction="none").mean(1)
+    # Never weighted
     assert found["loss"].double().detach().numpy() == pytest.approx(
         plain.detach().numpy(), rel=1e-5
-    )  # never weighted
+    )
     assert (
         torch.equal(found["labels"], rows["labels"]) and found["min_positives"].tolist() == [1] * 24
     )

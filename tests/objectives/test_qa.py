@@ -93,9 +93,8 @@ def test_every_form_of_a_column_gives_the_same_spans():
         columns,
     )["span"] == [[-1, -1], [25, 31]]
     assert QuestionAnswering.encode(pa.table({"context": [CONTEXT]}), COLUMNS, {}) == {}
-    assert golds(table_of([" London,"], [24]))["span"] == [
-        [25, 32]
-    ]  # outer spaces are no part of a span
+    # Outer spaces are no part of a span
+    assert golds(table_of([" London,"], [24]))["span"] == [[25, 32]]
 
 
 @pytest.mark.parametrize(
@@ -187,9 +186,8 @@ def test_rows_without_an_answer_need_the_option():
         [0, 1],
         [-1, -1],
     ]
-    with pytest.raises(
-        ValueError, match="1 of 2 rows have no answer"
-    ):  # of any split: each is encoded before anything starts
+    # Of any split: each is encoded before anything starts
+    with pytest.raises(ValueError, match="1 of 2 rows have no answer"):
         QuestionAnswering.encode(table, COLUMNS, {"unanswerable": False})
 
 
@@ -353,10 +351,11 @@ def test_windows_are_predicted_in_parts(monkeypatch):
     rows, task = some(9, seed=5), words_task()
     batch = cut(rows, 16, 4, 8, [[4, 11]] * 9)
     whole = predicted(task, batch)
+    # Real windows, each once
     assert (
         sum(task.backbone.seen) == batch["mask"].any(-1).sum()
         and max(task.backbone.seen) <= qa.AT_ONCE
-    )  # real windows, each once
+    )
     monkeypatch.setattr(qa, "AT_ONCE", 4)
     task.backbone.seen.clear()
     parts = predicted(task, batch)
@@ -425,10 +424,11 @@ def test_characters_that_the_tokenizer_drops_at_the_ends_do_not_lose_an_answer()
 
 def test_the_loss_is_that_of_transformers_question_answering():
     task = toys.task_of("transformers/bert", INPUTS, "qa", {}, **toys.SMALL).train()
+    # Each fills its window: transformers counts padding, this loss does not
     rows = [
         ([5, 6, 7], list(range(10, 20))),
         ([8, 9, 5], list(range(30, 40))),
-    ]  # each fills its window: transformers counts padding, this loss does not
+    ]
     batch = cut(rows, 16, 0, 2, [[8, 15], [-1, -1]])
     config = {**task.backbone.model.config.to_dict(), "num_labels": 2}
     model = hf.BertForQuestionAnswering(hf.BertConfig(**config)).train()

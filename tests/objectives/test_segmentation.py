@@ -111,9 +111,8 @@ def test_miou_equals_the_references(seed, monkeypatch):
         return
     found = predicted(guess, truth, classes, monkeypatch, ignore)
     value = metric("miou").value(found)
-    scored = np.setdiff1d(
-        np.union1d(truth[there], guess[there]), [ignore]
-    )  # a class that is ignored is none of the mean, also where it is predicted
+    # A class that is ignored is none of the mean, also where it is predicted
+    scored = np.setdiff1d(np.union1d(truth[there], guess[there]), [ignore])
     assert value == pytest.approx(
         jaccard_score(truth[there], guess[there], average="macro", labels=scored, zero_division=0),
         abs=1e-6,
@@ -227,6 +226,7 @@ def test_classes_out_of_range_are_refused_by_number():
         for mask in masks
     ]
     reason = "the mask holds class 9, but objective.classes says 3 (0 to 2) and 7 is ignored"
+    # What cannot be read is the modality's to refuse
     assert found == [
         "",
         reason,
@@ -235,7 +235,7 @@ def test_classes_out_of_range_are_refused_by_number():
         "",
         "",
         reason,
-    ]  # what cannot be read is the modality's to refuse
+    ]
     assert Segmentation.invalid_label_reasons(pa.table({"image": [b""]}), COLUMNS, state) == [""]
     for classes in (1, 256, ["a", "a"]):
         with pytest.raises(
@@ -308,9 +308,8 @@ def test_it_learns_sixteen_masks_from_scratch():
         join_type="inner",
     ).sort_by("image_id")
     found = [np.array(PIL.Image.open(io.BytesIO(mask))) for mask in table["mask"].to_pylist()]
-    kinds = np.unique(
-        np.concatenate([[0], *(mask.ravel() for mask in found)])
-    )  # 0 is unlabelled; of 200 numbers most do not stand in 16 images
+    # 0 is unlabelled; of 200 numbers most do not stand in 16 images
+    kinds = np.unique(np.concatenate([[0], *(mask.ravel() for mask in found)]))
     table = table.set_column(
         table.column_names.index("mask"),
         "mask",

@@ -164,9 +164,10 @@ def test_a_tag_that_training_never_has_is_told_with_its_nearest():
         r"or I-per\? \(5 known\)",
     ):
         Tagging.encode(table_of([["O", "B-pre"]]), COLUMNS, state)
+    # Though no training row has I-loc
     assert Tagging.encode(table_of([["B-loc", "I-loc"]]), COLUMNS, state)["tags"][
         0, :2
-    ].tolist() == [1, 2]  # though no training row has I-loc
+    ].tolist() == [1, 2]
     with pytest.raises(ValueError, match="tag '9' never stands in the training rows"):
         Tagging.encode(table_of([[9]]), COLUMNS, fitted([[0, 1]], names=["O", "B-a"]))
 
@@ -183,13 +184,14 @@ def test_rows_that_cannot_be_used_are_refused_with_their_reason():
     }
     tags = [*(row.split() for row in bad), None, ["O", None], ["O", "O"], ["O"]]
     words = [*([["w"] * len(row.split()) for row in bad]), None, ["a", "b"], ["a", "b", "c"], None]
+    # A null text is the modality's to tell
     want = [
         *bad.values(),
         "its tags are null",
         "the tag of word 1 is null",
         "3 words, but 2 tags",
         "",
-    ]  # a null text is the modality's to tell
+    ]
     table, state = table_of(tags, words, pa.list_(pa.string())), fitted()
     assert Tagging.invalid_label_reasons(table, COLUMNS, state) == want
     assert Tagging.encode(table, COLUMNS, state)["tags"][4].tolist() == [1, 2, -1, -1, -1, -1]

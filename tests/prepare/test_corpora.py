@@ -289,9 +289,8 @@ def test_documents_that_share_no_more_than_bands_are_verified():
     """
     draw = np.random.default_rng(0)
     signs = draw.integers(0, 1 << 32, (400, cleaning.NUM_PERM), dtype=np.uint32)
-    signs[:200, : cleaning.rows_a_band(0.8)] = signs[
-        0, : cleaning.rows_a_band(0.8)
-    ]  # one band of 200 documents
+    # One band of 200 documents
+    signs[:200, : cleaning.rows_a_band(0.8)] = signs[0, : cleaning.rows_a_band(0.8)]
     assert (cleaning.near(signs, 0.8) == np.arange(400)).all()
     signs[150] = signs[7]
     signs[150, 100:120] += 1

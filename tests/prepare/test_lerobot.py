@@ -211,9 +211,10 @@ def v30(tmp_path):
     episodes_table().to_parquet(
         write(root / "meta/episodes/chunk-000/file-000.parquet", ""), index=False
     )
+    # The text is the index
     pd.DataFrame({"task_index": list(TASKS)}, index=pd.Index(list(TASKS.values()))).to_parquet(
         root / "meta/tasks.parquet"
-    )  # the text is the index
+    )
     return root
 
 
@@ -267,9 +268,8 @@ def test_the_layouts_give_the_same_bytes_whatever_the_parts_and_row_groups(
     )
     prepare(v30, tmp_path / "d", "split=train")
     assert pa.concat_tables(found[0]).to_pylist() == read(tmp_path / "d")
-    prepare(
-        v30, tmp_path / "e", "split=train", part_mb=250 / 2**20
-    )  # episodes are 6, 4 and 5 steps of six float32 and one more
+    # Episodes are 6, 4 and 5 steps of six float32 and one more
+    prepare(v30, tmp_path / "e", "split=train", part_mb=250 / 2**20)
     assert [len(pq.read_table(file)) for file in sorted((tmp_path / "e").glob("*.parquet"))] == [
         2,
         1,

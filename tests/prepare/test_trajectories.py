@@ -143,9 +143,8 @@ def test_wherever_blocks_of_a_table_end_the_rows_are_the_same(tmp_path, monkeypa
         ("a-00001", "train"): 14,
         ("a-00002", "test"): 10,
         ("b-00000", "train"): 1,
-        **{
-            (f"c-{i:05d}", "train"): n for i, n in enumerate((16, 16, 16, 16, 4))
-        },  # round(22.5) is 22
+        # round(22.5) is 22
+        **{(f"c-{i:05d}", "train"): n for i, n in enumerate((16, 16, 16, 16, 4))},
         ("c-00005", "test"): 16,
         ("c-00006", "test"): 6,
         ("d-00000", "train"): 5,
@@ -371,10 +370,11 @@ def test_order_may_be_times_with_parts_of_a_second(tmp_path):
     pd.DataFrame({"when": times, "x": [1.0, 2]}).to_parquet(tmp_path / "b.parquet")
     prepare(tmp_path / "b.parquet", tmp_path / "two", "observations=x", "order=when")
     assert [row["steps"] for out in ("out", "two") for row in read(tmp_path / out)] == [5, 2]
+    # Ascending in UTC alone
     write(
         tmp_path / "c.csv",
         "when,x\n" + "".join(f"2024-05-01T10:00:00.{i}00+0{5 - i}:00,{i}\n" for i in range(1, 6)),
-    )  # ascending in UTC alone
+    )
     prepare(tmp_path / "c.csv", tmp_path / "three", "observations=x", "order=when")
     assert [row["steps"] for row in read(tmp_path / "three")] == [5]
 

@@ -289,9 +289,10 @@ def test_walkers_succeed_by_staying_up_and_getting_on():
         def act(self, observations, rewards):
             return [None if one is None else np.zeros(3) for one in observations]
 
+    # It stands, and gets nowhere
     assert [(one.success, one.terminated) for one in rollout(worlds, Still())] == [
         (False, False)
-    ] * 2  # it stands, and gets nowhere
+    ] * 2
 
 
 @pytest.mark.parametrize(

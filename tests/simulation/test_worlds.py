@@ -217,6 +217,7 @@ def test_a_classifier_that_has_seen_only_the_twin_knows_what_the_real_robot_did(
         np.concatenate([one.actions for one in found]),
     )
     seen, actions = logged()
+    # 0.14 for the most frequent action alone
     assert (
         f1_score(actions, [ACTIONS[code] for code in forest.predict(seen)], average="macro") > 0.85
-    )  # 0.14 for the most frequent action alone
+    )

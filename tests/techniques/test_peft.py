@@ -205,9 +205,8 @@ def test_what_cannot_be_merged_is_left_alone():
     backbone.attention, backbone.kept = nn.MultiheadAttention(4, 2), nn.Conv2d(4, 4, 3)
     assert list(adaptable_modules(backbone)) == ["stem", "block", "kept"]
     found = adaptable_modules(made("timm/test_nfnet")[0].backbone)
-    assert found and all(
-        "attn" in name for name in found
-    )  # its convolutions standardise their weights; squeeze and excitation do not
+    # Its convolutions standardise their weights; squeeze and excitation do not
+    assert found and all("attn" in name for name in found)
 
 
 # ---------------------------------------------------------------- errors
@@ -335,9 +334,8 @@ def test_only_adapters_and_head_move_and_have_optimiser_state(monkeypatch):
     outcome = loop.fit(run)
     moving = {*layers[ADDED], *layers["head"]}
     after = weights(run.task)
-    assert {
-        name for name in after if not torch.equal(after[name], before[name])
-    } == moving  # norm statistics stay, too
+    # Norm statistics stay, too
+    assert {name for name in after if not torch.equal(after[name], before[name])} == moving
     assert (
         outcome.params_trained
         == sum(before[name].numel() for name in moving)

@@ -148,11 +148,12 @@ def check_same(two, one, tolerance=1e-5):
         {"micro_batch": 2},
         {"ema": 0.8, "clip_norm": 0.05, "weight_decay": 0.3},
         {"optimizer": "sgd", "global_batch": 6},
+        # One rank holds twice as many rows as the other
         {
             "global_batch": 6,
             "plan_shards": 3,
             "micro_batch": 1,
-        },  # one rank holds twice as many rows as the other
+        },
         {"augment": True},
     ],
     ids=str,

@@ -296,11 +296,12 @@ def test_what_can_never_be_met_is_refused_with_what_is_asked_and_what_is_there()
         (1, {"cpus_per_worker": 2}, [(2.0, 0.0)]),  # no part of a CPU is left for data
         (2, {"gpus_per_worker": 1}, [(8.0, 1.0)]),
         (1, {"gpus_per_worker": 1}, [(8.0, 0.0)]),
+        # 13.5 CPUs for 12, in pieces that hold three ranks
         (
             4,
             {"cpus_per_worker": 3},
             [(4.0, 0.0), (4.0, 0.0), (5.5, 0.0)],
-        ),  # 13.5 CPUs for 12, in pieces that hold three ranks
+        ),
         (1, {}, []),
     ],
     ids=str,

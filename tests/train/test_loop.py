@@ -93,9 +93,8 @@ def reference(run: loop.TrainingRun, skip: tuple[int, ...] = ()):
         if spec.clip_norm:
             torch.nn.utils.clip_grad_norm_(task.parameters(), spec.clip_norm)
         if step in skip:
-            for (
-                p
-            ) in task.parameters():  # torch's schedulers want to see a step: this one moves nothing
+            # Torch's schedulers want to see a step: this one moves nothing
+            for p in task.parameters():
                 p.grad = None
         optimizer.step()
         if step not in skip:
@@ -319,9 +318,8 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(rows, micr
     outcome = loop.fit(run)
     assert furthest(weights(run.task), want) < 1e-6
     assert outcome.skipped_steps == 2 and logs[-1]["skipped_steps"] == 2
-    assert logs[-1]["loss"] == pytest.approx(
-        np.mean(losses), abs=1e-6
-    )  # the mean of what was trained on
+    # The mean of what was trained on
+    assert logs[-1]["loss"] == pytest.approx(np.mean(losses), abs=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -520,9 +518,10 @@ def test_lp_ft_trains_the_head_first_and_then_everything(rows, norm):
         assert not torch.equal(after["objective.head.weight"], before["objective.head.weight"])
     assert all(not torch.equal(found[-1][name], before[name]) for name in backbone)
     assert [log["phase"] for log in logs] == ["probe"] * 3 + ["full"] * 3
+    # Each phase its own cosine
     assert [log["lr"] for log in logs] == pytest.approx(
         [0.01, 0.0075, 0.0025, 0.001, 0.00075, 0.00025]
-    )  # each phase its own cosine
+    )
     assert modes == [False] * 3 + [True] * 3
     assert outcome.params_trained == sum(p.numel() for p in run.task.parameters())
 
@@ -645,9 +644,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 def test_a_resume_point_that_was_not_finished_is_passed_over(rows, validation, tmp_path):
     loop.fit(resumable(rows, validation, tmp_path, "full"))
     assert checkpoint.newest(str(tmp_path)) == 9
-    os.remove(
-        tmp_path / "step-0000000009" / "manifest.json"
-    )  # written last, so on S3 it is what a killed writer lacks
+    # Written last, so on S3 it is what a killed writer lacks
+    os.remove(tmp_path / "step-0000000009" / "manifest.json")
     assert checkpoint.newest(str(tmp_path)) == 6
     state, passed_over = checkpoint.load(str(tmp_path), Ranks())
     assert state is not None and state["step"] == 6 and passed_over == []

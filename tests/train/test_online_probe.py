@@ -78,10 +78,11 @@ def pretrained(spec: Job, on_progress=lambda record: None):
 @pytest.mark.parametrize("k", [1, 5])
 def test_neighbours_are_scikit_learns(k):
     rng = np.random.default_rng(0)
+    # More than one block of rows
     found, tried = (
         rng.normal(size=(300, 6)),
         rng.normal(size=(1100, 6)),
-    )  # more than one block of rows
+    )
     theirs = (
         KNeighborsClassifier(k, metric="cosine")
         .fit(found, np.zeros(300))
@@ -407,7 +408,6 @@ def test_the_last_weights_of_a_loss_that_couples_rows_are_kept(tmp_path, images)
     ):
         source.stage(job(tmp_path, images, keep="best"), "src")
     source.stage(job(tmp_path, images, objective="mae", keep="best"), "src")
-    _, _, metadata = pretrained(
-        job(tmp_path, images, lr=0.5)
-    )  # a rate at which validation gets worse
+    # A rate at which validation gets worse
+    _, _, metadata = pretrained(job(tmp_path, images, lr=0.5))
     assert metadata["kept_step"] == 6 and len(metadata["curve"]) == 2

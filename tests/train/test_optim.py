@@ -343,6 +343,5 @@ def test_swapping_the_average_twice_changes_nothing():
     assert furthest(weights(task), held) == 0.0
     average.swap(task)
     assert furthest(weights(task), live) == 0.0 and furthest(average.average, held) == 0.0
-    assert places == {
-        name: p.data_ptr() for name, p in task.named_parameters()
-    }  # the optimiser's parameters are still these
+    # The optimiser's parameters are still these
+    assert places == {name: p.data_ptr() for name, p in task.named_parameters()}

@@ -340,9 +340,8 @@ def test_parts_of_another_packing_are_no_rows_and_the_budget_is_that_of_now(tmp_
     )
     fitted = source.fit(stage)
     folder = Path(stage.uri, "tokens", "train")
-    Path(folder, "part-00009.parquet").write_bytes(
-        Path(folder, "part-00000.parquet").read_bytes()
-    )  # on S3 a killed packing may leave one
+    # On S3 a killed packing may leave one
+    Path(folder, "part-00009.parquet").write_bytes(Path(folder, "part-00000.parquet").read_bytes())
     assert len(source.fit(stage).train) == len(fitted.train)
     strict = source.stage(
         text_job(tmp_path, str(tmp_path / "bad.parquet"), "mlm", max_bad_rows=0.01), "src"
