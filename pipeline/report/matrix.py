@@ -1,5 +1,6 @@
-"""The matrix sources x targets x techniques x label fractions: one cell for the seeds of each, with
-its gain over scratch.
+"""The matrix of sources, targets, techniques and label fractions.
+
+A cell holds the final trials of one combination, one for each seed, and its gain over scratch.
 """
 
 from __future__ import annotations
@@ -25,25 +26,27 @@ CellKey = tuple[str, str, str, str, str]
 """(source, backbone, target, technique with its options, label fraction)."""
 
 SCRATCH = "none"
-"""The source of trials that start from random weights: what the others of their backbone, target
-and label fraction are held against. It is shown under this name wherever a source is named.
+"""The source of trials that start from random weights. The other trials of the same backbone,
+target and label fraction are compared with them. It has this name wherever a source is shown.
 """
 
 COUNTERPARTS = {"random_probe": "linear_probe"}
-"""Techniques without a source that are held against another technique instead of scratch: a probe
-of random features says what a probe of pretrained ones is worth. The counterpart is that of the
-source with the best validation value for the same backbone, target and labels.
+"""Techniques without a source that are compared with another technique instead of scratch.
+
+A probe of random features shows how much of a linear probe's result is due to pretraining. Among
+the cells of the counterpart with the same backbone, target and labels, the one of the source with
+the best validation value is taken.
 """
 
 ONE_SEED = "one seed, whose spread is unknown"
-T_INTERVAL = "95 % Student's t over seeds (test predictions not at hand), not enough for a verdict"
+T_INTERVAL = "95 % Student's t over seeds (test predictions are missing), not enough for a verdict"
 
 WINS, LOSES, NOT_SHOWN, TOO_FEW = "wins", "loses", "not shown", "too few to tell"
 REFERENCE, FAILED, UNCOMPARED = "reference", "failed", "not compared"
 COMPARED = (WINS, LOSES, NOT_SHOWN)
-"""Verdicts of a comparison that was made; these are what Holm's correction counts."""
+"""Verdicts of a comparison that was made. Holm's correction counts these."""
 MIN_SEEDS = 2
-"""Paired seeds below which nothing is a win or a loss: one says nothing of the spread between
+"""A win or a loss needs this number of paired seeds, because one does not show the spread between
 seeds. In comparisons without any true difference one seed gave 19 % (seed deviation .01) to 50 %
 (.02) wins and losses.
 """
@@ -52,24 +55,29 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Cell:
-    """The final trials of one (source, backbone, target, technique, label fraction), on the test
-    split.
+    """The final trials of one (source, backbone, target, technique, label fraction), on test rows.
 
-    ``mean [low, high]`` is the primary metric over seeds; ``gain [gain_low, gain_high]`` is
-    positive when better than scratch, whatever the metric's direction. What could not be computed
-    is None. ``interval`` says how both intervals were made.
+    ``mean [low, high]`` is the primary metric over seeds. ``gain [gain_low, gain_high]`` is
+    positive when better than scratch, whatever the direction of the metric. Values that could not
+    be computed are None. ``interval`` describes how both intervals were made.
 
-    ``verdict``: "wins" or "loses" where the gain's interval excludes zero, "not shown" where it
-    holds zero (which does not say that there is no difference); "too few to tell" where the test
-    units are too few for a verdict (``evidence``), "not compared" below two paired seeds, without
-    scratch to compare with, or without test predictions; "reference" for scratch, "failed" without
-    a finished trial. ``gain_p`` is the p value of a gain of zero, ``gain_p_holm`` the same
-    corrected for all comparisons of the job.
+    ``verdict`` is one of:
 
-    ``against`` names what the gain is over where that is not scratch. ``baseline_gain`` is the gain
-    over the best scratch network (by validation) of the same target and label fraction, whose
-    backbone is ``baseline``: with several backbones, gains are measured against different scratch
-    networks.
+    - "wins" or "loses": the interval of the gain excludes zero.
+    - "not shown": the interval contains zero. This does not prove that there is no difference.
+    - "too few to tell": there are too few test units for a verdict; ``evidence`` has their number.
+    - "not compared": there are fewer than two paired seeds, no scratch trials to compare with, or
+      no test predictions.
+    - "reference": the cell is scratch.
+    - "failed": no trial finished.
+
+    ``gain_p`` is the p value of the hypothesis that the gain is zero. ``gain_p_holm`` is corrected
+    for all comparisons of the job.
+
+    ``against`` names the cell that the gain is over where that is not scratch. ``baseline_gain`` is
+    the gain over the best scratch network (by validation) of the same target and label fraction,
+    and ``baseline`` is its backbone. With several backbones, ``gain`` is measured against different
+    scratch networks and ``baseline_gain`` against a single one.
     """
 
     source: str
@@ -108,18 +116,18 @@ class Cell:
     baseline_low: float | None = None
     baseline_high: float | None = None
     compared_with: tuple[CellKey, ...] = ()
-    """Keys (`cell_key`) of the cells that its gains are over: what it is held against, and the best
+    """Keys (`cell_key`) of the cells that its gains are over: the one of ``gain`` and the best
     scratch network.
     """
 
     @property
     def transfers(self) -> bool:
-        """Whether a source is held against scratch, and it could be told which is better."""
+        """Whether the cell has a source and was compared with scratch."""
         return self.source != SCRATCH and self.verdict in COMPARED
 
     @property
     def survives(self) -> bool:
-        """Whether a win or a loss stands after Holm's correction."""
+        """Whether the cell is a win or a loss also after Holm's correction."""
         return (
             self.verdict in (WINS, LOSES)
             and self.gain_p_holm is not None
@@ -128,9 +136,11 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class _Trials:
-    """What is known of a cell before it is compared: results rows and test predictions of its final
-    trials.
+class _CellTrials:
+    """The trials of a cell before it is compared with another one.
+
+    ``done`` are test rows of finished final trials, ``failed`` is the number of failed trials, and
+    ``group`` are all results rows of the cell.
     """
 
     key: CellKey
@@ -144,7 +154,7 @@ class _Trials:
 
     @property
     def rows(self) -> list[ResultRow]:
-        """Test rows of the primary metric, one a seed."""
+        """Test rows of the primary metric, one for each seed."""
         return [row for row in self.done if row.metric == self.metric]
 
     @property
@@ -153,8 +163,9 @@ class _Trials:
         return self.group[0].technique
 
     def validation(self) -> float:
-        """Mean validation value of the final trials, larger is better; minus infinity where there
-        is none.
+        """Return the mean validation value of the final trials, where larger is better.
+
+        It is minus infinity where there is none.
         """
         found: dict[str, float] = {}
         for row in self.group:
@@ -163,7 +174,7 @@ class _Trials:
         return fmean(found.values()) if found else -math.inf
 
     def choice(self) -> _Choice:
-        """What choosing the hyper-parameters in a search added to the variance."""
+        """Return the variance that choosing the hyper-parameters in a search added."""
         searched = [
             row
             for row in self.group
@@ -176,66 +187,65 @@ class _Trials:
             return _Choice()
         if all(row.metric != self.metric for row in searched):
             return _Choice(unknown=f"which was judged by {searched[0].metric}")
+        # By the drawn setting, which is the same for all seeds. `hyper_parameters` is not: the
+        # steps of an epoch, for one, differ between seeds where the rows of a label fraction do.
         draws: dict[str, dict[str, float]] = defaultdict(dict)
         for row in searched:
             if row.metric != self.metric or row.value is None or not math.isfinite(row.value):
                 continue
-            draws[_draw(row)][row.trial_id] = row.value if row.higher_is_better else -row.value
+            setting = row.drawn or row.trial_id
+            draws[setting][row.trial_id] = row.value if row.higher_is_better else -row.value
         if len(draws) < 2:
             return _Choice()
-        again = [list(values.values()) for values in draws.values() if len(values) > 1]
-        if len(again) < 2:
+        repeated = [list(values.values()) for values in draws.values() if len(values) > 1]
+        if len(repeated) < 2:
             return _Choice(unknown="whose settings were tried with one seed")
-        return _Choice(stats.choice_variance(again))
+        return _Choice(stats.choice_variance(repeated))
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """The variance that choosing the hyper-parameters added: nothing where there was nothing to
-    choose from.
+    """The variance that choosing the hyper-parameters added, 0 where there was no choice.
 
-    ``unknown`` says why the search does not tell the variance, which then is not counted. A search
-    tells it of the metric that its validations measured, in that metric's unit, and of settings
-    that were tried with several seeds.
+    The variance can be estimated for the metric that the validations of the search measured, and
+    from settings that were tried with several seeds. Otherwise ``unknown`` gives the reason, and
+    the variance is not counted.
     """
 
     variance: float = 0.0
     unknown: str = ""
 
 
-def _draw(row: ResultRow) -> str:
-    """The setting that a search trial was given, the same for every seed; rows that do not state it
-    stand alone.
-
-    What ran (``hyper_parameters``) does not serve here: the steps of epochs, for one, differ from
-    seed to seed where the rows of a label fraction and their costs do.
-    """
-    return row.drawn or row.trial_id
-
-
 def matrix_cells(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list[Cell]:
-    """One Cell for each (source, backbone, target, technique, label fraction) of ``rows``, which
-    are results rows.
+    """Return one Cell for each (source, backbone, target, technique, label fraction).
 
-    ``runs`` maps trial ids to test predictions. Where those of a cell or of its scratch are
-    missing, its intervals are Student's t over seeds, and ``interval`` says so. A cell whose trials
-    all failed, in search or finally, is there too. Sorted by target, label fraction, then gain with
-    the largest first (scratch stands at zero, what has no gain comes last).
+    Args:
+        rows: Results rows.
+        runs: Trial id to test predictions. Where those of a cell or of its scratch are missing, its
+            intervals are Student's t over seeds, and ``interval`` says so.
+
+    Returns:
+        The cells, also those whose trials all failed in the search or in the final runs. They are
+        sorted by target, label fraction and gain, the largest first. Scratch counts as a gain of
+        zero, and cells without a gain come last.
     """
     groups: dict[CellKey, list[ResultRow]] = defaultdict(list)
     for row in rows:
         groups[cell_key(row)].append(row)
-    found: list[_Trials] = []
+    found: list[_CellTrials] = []
     for key, group in groups.items():
         final = _final_trials(group)
         if final is not None:
-            found.append(_Trials(key, *final, group))
-    out = [_cell(one, _reference(one, found), _best_scratch(one, found), runs) for one in found]
-    return sorted(_corrected(out), key=_order)
+            found.append(_CellTrials(key, *final, group))
+    out = [
+        _cell(trials, _reference(trials, found), _best_scratch(trials, found), runs)
+        for trials in found
+    ]
+    return sorted(_corrected(out), key=_sort_key)
 
 
 def _corrected(found: list[Cell]) -> list[Cell]:
-    """The cells with their p values corrected for the number of comparisons (`stats.holm`)."""
+    """Return the cells with p values corrected for the number of comparisons (`stats.holm`)."""
     compared = [
         place
         for place, cell in enumerate(found)
@@ -252,11 +262,13 @@ def _is_scratch(key: CellKey) -> bool:
     return key[0] == SCRATCH and key[3] == "scratch"
 
 
-def _reference(one: _Trials, found: list[_Trials]) -> _Trials | None:
-    """What a cell is held against: scratch of the same backbone, target and labels, or its
-    technique's counterpart.
+def _reference(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials | None:
+    """Return the trials that a cell is compared with.
+
+    They are those of scratch with the same backbone, target and labels, or those of the technique's
+    counterpart (COUNTERPARTS).
     """
-    source, backbone, target, _, fraction = one.key
+    source, backbone, target, _, fraction = trials.key
     alike = [
         other
         for other in found
@@ -264,36 +276,38 @@ def _reference(one: _Trials, found: list[_Trials]) -> _Trials | None:
     ]
     if source != SCRATCH:
         return next((other for other in alike if _is_scratch(other.key)), None)
-    counterpart = COUNTERPARTS.get(one.technique)
+    counterpart = COUNTERPARTS.get(trials.technique)
     candidates = [
         other
         for other in alike
         if other.key[0] != SCRATCH and other.technique == counterpart and other.done
     ]
-    return max(candidates, key=_Trials.validation, default=None)
+    return max(candidates, key=_CellTrials.validation, default=None)
 
 
-def _best_scratch(one: _Trials, found: list[_Trials]) -> _Trials | None:
-    """The scratch network of any backbone with the best validation value for the target and label
-    fraction of a cell.
+def _best_scratch(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials | None:
+    """Return the scratch trials with the best validation value, of any backbone.
+
+    They have the target and label fraction of the cell.
     """
-    if one.key[0] == SCRATCH:
+    if trials.key[0] == SCRATCH:
         return None
     candidates = [
         other
         for other in found
         if _is_scratch(other.key)
         and other.done
-        and (other.key[2], other.key[4]) == (one.key[2], one.key[4])
+        and (other.key[2], other.key[4]) == (trials.key[2], trials.key[4])
     ]
     if len(candidates) > 1:
         candidates = [other for other in candidates if math.isfinite(other.validation())]
-    return max(candidates, key=_Trials.validation, default=None)
+    return max(candidates, key=_CellTrials.validation, default=None)
 
 
 def fraction_order(label_fraction: str) -> tuple[int, float, str]:
-    """Sort key of label fractions: rows per class or rows alone first, then shares, each from small
-    to large.
+    """Return the sort key of a label fraction.
+
+    Numbers of rows come before shares of the rows, each from small to large.
     """
     number = label_fraction.removesuffix("/class").removesuffix(" rows")
     try:
@@ -303,7 +317,7 @@ def fraction_order(label_fraction: str) -> tuple[int, float, str]:
 
 
 def cell_key(row: ResultRow) -> CellKey:
-    """The key of the cell that a results row belongs to."""
+    """Return the key of the cell that a results row belongs to."""
     return (
         row.source,
         row.backbone,
@@ -313,7 +327,7 @@ def cell_key(row: ResultRow) -> CellKey:
     )
 
 
-def _order(cell: Cell) -> tuple[object, ...]:
+def _sort_key(cell: Cell) -> tuple[object, ...]:
     of_scratch = cell.gain is not None and not cell.against
     gain = (cell.gain or 0.0) if of_scratch else 0.0 if cell.verdict == REFERENCE else -math.inf
     return (
@@ -328,11 +342,10 @@ def _order(cell: Cell) -> tuple[object, ...]:
 
 
 def _final_trials(group: list[ResultRow]) -> tuple[list[ResultRow], int] | None:
-    """(the primary test row of each finished final trial, how many failed); None for a cell that
-    has no final trial yet.
+    """Return the primary test row of each finished final trial, and the number of failed trials.
 
-    A cell whose search trials all failed has no final trials, and still counts: they are its
-    failures.
+    Returns None for a cell without a final trial yet. Where all search trials failed there are no
+    final trials, and the search trials count as the failures of the cell.
     """
     final = [row for row in group if row.trial_stage == "final"]
     primary: dict[str, ResultRow] = {}
@@ -350,7 +363,7 @@ def _mean(rows: list[ResultRow], name: str) -> float | None:
     return fmean(values) if values else None
 
 
-def _whole(rows: list[ResultRow], name: str) -> int | None:
+def _mean_rounded(rows: list[ResultRow], name: str) -> int | None:
     mean = _mean(rows, name)
     return None if mean is None else round(mean)
 
@@ -361,21 +374,21 @@ def _finite(values: Estimate) -> Estimate:
 
 
 def _cell(
-    one: _Trials,
-    reference: _Trials | None,
-    best_scratch: _Trials | None,
+    trials: _CellTrials,
+    reference: _CellTrials | None,
+    best_scratch: _CellTrials | None,
     runs: dict[str, RunPredictions],
 ) -> Cell:
-    source, backbone, target, technique, fraction = one.key
-    done, group = one.rows, one.group
+    source, backbone, target, technique, fraction = trials.key
+    done, group = trials.rows, trials.group
     first = done[0] if done else group[0]
     higher = bool(first.higher_is_better) if done else True
-    mean, how = _mean_of(one, runs)
-    gain = _gain_of(one, reference, runs)
+    mean, how = _mean_of(trials, runs)
+    gain = _gain_of(trials, reference, runs)
     compared = reference is not None and bool(reference.done) and bool(done)
     baseline, own = _GainEstimate(), best_scratch is None or best_scratch is reference
     if best_scratch is not None and done:
-        baseline = gain if own else _gain_of(one, best_scratch, runs)
+        baseline = gain if own else _gain_of(trials, best_scratch, runs)
     gained_over = ((reference, gain), (best_scratch, baseline))
     compared_with = {
         other.key: None
@@ -393,10 +406,10 @@ def _cell(
         target=target,
         technique=technique,
         label_fraction=fraction,
-        metric=one.metric,
+        metric=trials.metric,
         higher_is_better=higher,
         n_seeds=len(done),
-        n_failed=one.failed,
+        n_failed=trials.failed,
         mean=mean[0],
         low=mean[1],
         high=mean[2],
@@ -404,11 +417,11 @@ def _cell(
         gain_low=gain.estimate[1],
         gain_high=gain.estimate[2],
         seconds=_mean(done, "seconds"),
-        params_trained=_whole(done, "params_trained"),
-        n_train=_whole(done, "n_train"),
-        n_test=_whole(done, "n_eval"),
+        params_trained=_mean_rounded(done, "params_trained"),
+        n_train=_mean_rounded(done, "n_train"),
+        n_test=_mean_rounded(done, "n_eval"),
         hyper_parameters=first.hyper_parameters or "{}",
-        verdict=_verdict(one, gain),
+        verdict=_verdict(trials, gain),
         interval="; ".join(text for text in (how, gain.how) if text),
         paired_seeds=gain.seeds if compared else None,
         gain_p=gain.p_value,
@@ -424,10 +437,11 @@ def _cell(
 
 @dataclass(frozen=True)
 class _GainEstimate:
-    """The gain of a cell over another: (gain, low, high), how it was made, its p value and on how
-    many paired seeds and units it rests.
+    """The gain of a cell over another one.
 
-    ``evidence`` says which units are too few for a verdict, and is empty where they are enough.
+    ``estimate`` is (gain, low, high) and ``how`` describes its interval. ``seeds`` is the number of
+    paired seeds. ``evidence`` describes the test units where they are too few for a verdict, and is
+    empty otherwise. ``predicted`` is whether it was computed from test predictions.
     """
 
     estimate: Estimate = (None, None, None)
@@ -438,10 +452,10 @@ class _GainEstimate:
     predicted: bool = False
 
 
-def _verdict(one: _Trials, gain: _GainEstimate) -> str:
-    if not one.done:
+def _verdict(trials: _CellTrials, gain: _GainEstimate) -> str:
+    if not trials.done:
         return FAILED
-    if _is_scratch(one.key):
+    if _is_scratch(trials.key):
         return REFERENCE
     if not gain.predicted:
         return UNCOMPARED
@@ -450,8 +464,13 @@ def _verdict(one: _Trials, gain: _GainEstimate) -> str:
 
 
 def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> str:
-    """The verdict on a gain from its interval, the paired seeds, and whether there are enough test
-    units.
+    """Return the verdict on a gain.
+
+    Args:
+        low: Lower bound of the gain's interval, or None.
+        high: Upper bound.
+        seeds: Number of paired seeds.
+        enough: Whether there are enough test units.
     """
     if low is None or high is None or seeds < MIN_SEEDS:
         return UNCOMPARED
@@ -463,26 +482,29 @@ def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> 
 def _predictions(
     rows: list[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[RunPredictions] | None:
-    """Test predictions of all these trials; None where some are not at hand."""
+    """Return the test predictions of all these trials, or None where some are missing."""
     found = [runs[row.trial_id] for row in rows if row.trial_id in runs]
     return found if found and len(found) == len(rows) else None
 
 
-def _mean_of(one: _Trials, runs: dict[str, RunPredictions]) -> tuple[Estimate, str]:
-    """((mean, low, high), how): from predictions where all are at hand, else over seeds."""
-    rows = one.rows
+def _mean_of(trials: _CellTrials, runs: dict[str, RunPredictions]) -> tuple[Estimate, str]:
+    """Return (mean, low, high) of a cell and a description of its interval.
+
+    It is computed from the test predictions, or by Student's t over seeds where some are missing.
+    """
+    rows = trials.rows
     if not rows:
         return (None, None, None), ""
-    metric, found, why = catalog.find(one.metric), _predictions(rows, runs), ""
+    metric, found, why = catalog.find(trials.metric), _predictions(rows, runs), ""
     if metric is not None and found is not None:
         try:
             return _finite(
                 stats.mean_interval(metric, found)
-            ), f"mean: 95 % over {_resampled(found)} {_seed_words(len(found), 'seed')}"
+            ), f"mean: 95 % over {_unit_name(found)} {_describe_seeds(len(found), 'seed')}"
         except (
             KeyError,
             ValueError,
-        ) as error:  # predictions without what the metric reads, or rows that cannot be paired
+        ) as error:  # an array that the metric needs is missing, or rows cannot be paired
             why = f": {error}"
     mean, *ends = stats.t_interval([row.value for row in rows if row.value is not None])
     if len(rows) == 1:
@@ -496,16 +518,18 @@ def _mean_of(one: _Trials, runs: dict[str, RunPredictions]) -> tuple[Estimate, s
 
 
 def _bounds(metric: catalog.Metric | None) -> tuple[float, float]:
-    """A metric's bounds where they are known without predictions."""
+    """Return the bounds of a metric where they are known without predictions."""
     known = metric.fixed_bounds if metric is not None else None
     return known if known is not None and np.isfinite(known).all() else UNBOUNDED
 
 
-def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, RunPredictions]) -> _GainEstimate:
-    """The gain of a cell over another cell, paired on their common seeds."""
-    if other is None or not one.done:
+def _gain_of(
+    trials: _CellTrials, other: _CellTrials | None, runs: dict[str, RunPredictions]
+) -> _GainEstimate:
+    """Return the gain of a cell over another cell, paired on their common seeds."""
+    if other is None or not trials.done:
         return _GainEstimate()
-    rows, theirs = one.rows, [row for row in other.done if row.metric == one.metric]
+    rows, theirs = trials.rows, [row for row in other.done if row.metric == trials.metric]
     seeds = _seeds(rows) & _seeds(theirs)
     if not seeds:
         return _GainEstimate(
@@ -515,10 +539,10 @@ def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, RunPredictions
         )
     rows = [row for row in rows if row.seed in seeds]
     theirs = [row for row in theirs if row.seed in seeds]
-    metric, why = catalog.find(one.metric), ""
+    metric, why = catalog.find(trials.metric), ""
     ours, scratch = _predictions(rows, runs), _predictions(theirs, runs)
     if metric is not None and ours is not None and scratch is not None:
-        choices = one.choice(), other.choice()
+        choices = trials.choice(), other.choice()
         try:
             found = stats.compare(
                 metric, ours, scratch, choice=sum(choice.variance for choice in choices)
@@ -526,10 +550,10 @@ def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, RunPredictions
             estimate = _finite((found.value, found.low, found.high))
             return _GainEstimate(
                 estimate,
-                _how(ours, scratch, found.seeds, choices),
-                _number(found.p_value),
+                _describe_interval(ours, scratch, found.seeds, choices),
+                _finite_or_none(found.p_value),
                 found.seeds,
-                _too_few([*ours, *scratch]),
+                _missing_evidence([*ours, *scratch]),
                 True,
             )
         except (KeyError, ValueError) as error:
@@ -550,7 +574,7 @@ def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, RunPredictions
     return _GainEstimate(estimate, f"gain: {how}", seeds=len(seeds))
 
 
-def _number(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
@@ -558,29 +582,29 @@ def _seeds(rows: list[ResultRow]) -> set[int]:
     return {row.seed for row in rows}
 
 
-def _too_few(runs: list[RunPredictions]) -> str:
-    """Which test units are too few for a verdict; empty where they are enough."""
+def _missing_evidence(runs: list[RunPredictions]) -> str:
+    """Return a description of the test units where they are too few for a verdict, or ""."""
     least = min(
         (stats.evidence(run) for run in runs), key=lambda found: (found.enough, found.count)
     )
     return "" if least.enough else least.text()
 
 
-def _resampled(runs: list[RunPredictions]) -> str:
+def _unit_name(runs: list[RunPredictions]) -> str:
     return "test groups" if all(run.groups is not None for run in runs) else "test units"
 
 
-def _seed_words(count: int, noun: str) -> str:
+def _describe_seeds(count: int, noun: str) -> str:
     return f"and {count} {noun}s" if count > 1 else f"of {ONE_SEED}"
 
 
-def _how(
+def _describe_interval(
     ours: list[RunPredictions], theirs: list[RunPredictions], seeds: int, choices: Sequence[_Choice]
 ) -> str:
-    """What the interval of a gain was made of, in words."""
-    everyone = [*ours, *theirs]
-    how = f"gain: 95 % over {_resampled(everyone)} {_seed_words(seeds, 'paired seed')}"
-    most, common = max(len(run.rows) for run in everyone), len(stats.common_rows(everyone))
+    """Return a description of how the interval of a gain was made."""
+    both = [*ours, *theirs]
+    how = f"gain: 95 % over {_unit_name(both)} {_describe_seeds(seeds, 'paired seed')}"
+    most, common = max(len(run.rows) for run in both), len(stats.common_rows(both))
     if common < most:
         how += f", on the {common} of {most} rows that all of them have"
     unknown = [choice.unknown for choice in choices if choice.unknown]

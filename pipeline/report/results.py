@@ -1,7 +1,7 @@
 """The results table: one row for each (trial, split, metric), in
 ``<storage>/<job>/results.parquet``.
 
-Its columns are a public interface: they may be added to, never renamed. One process, the driver,
+Its columns are a public interface: columns may be added but never renamed. Only the driver process
 writes it.
 """
 
@@ -25,15 +25,15 @@ from pipeline.io import checksums, storage
 
 FILE = "results.parquet"
 CHECKSUM = b"onetomany.sha256"
-"""The field of the file's own metadata that holds the checksum of its rows."""
+"""The field of the Parquet metadata that holds the checksum of the rows."""
 
 
 @dataclass(frozen=True)
 class ResultRow:
     """One row of the results table. The table has these columns, in this order.
 
-    A failed trial leaves one row without split and metric. What is not known is None, or empty
-    where a row always has it.
+    A failed trial has one row without split and metric. Unknown values are None, or an empty string
+    in the columns that every row should have.
     """
 
     job: str = ""
@@ -44,7 +44,7 @@ class ResultRow:
     objective: str = ""
     technique: str = ""
     hyper_parameters: str | None = None
-    """JSON of all that ran."""
+    """JSON of all settings of the trial."""
     seed: int = 0
     label_fraction: str = ""
     """"1.0", "0.05", "5/class" or "5 rows"."""
@@ -81,22 +81,22 @@ class ResultRow:
     git_sha: str | None = None
     started_at: datetime | None = None
     split_origin: str | None = None
-    """Where the splits come from (a column, files, at random by which hash): rows of one target
-    that differ in it were tested on other rows.
+    """Where the splits come from (a column, files, at random by which hash). Rows of a target with
+    different values were measured on different test rows.
     """
     paired_seeds: int | None = None
-    """Seeds that a trial's cell and its scratch both have."""
+    """Number of seeds that both the cell of the trial and its scratch have."""
     gain_p_holm: float | None = None
-    """p value of the cell's mean gain over these seeds, corrected by Holm for all comparisons of
-    the job; of the primary metric alone.
+    """p value of the cell's mean gain over these seeds, corrected by Holm's method for all
+    comparisons of the job. Only rows of the primary metric have it.
     """
     baseline_gain: float | None = None
     """Gain over the target's best scratch network at the same label fraction and seed, chosen on
     validation rows.
     """
     current: bool | None = None
-    """Whether the job, as it was when it last ran, has the trial; rows of others are kept until
-    they are pruned.
+    """Whether the trial belongs to the job as it was when it last ran. Rows of other trials are
+    kept until they are pruned.
     """
     versions: str | None = None
     """JSON, library to version. Null for trials that were run before it was recorded."""
@@ -105,19 +105,21 @@ class ResultRow:
     were run before it was recorded.
     """
     drawn: str | None = None
-    """JSON: the hyper-parameters that the search drew for the trial, the same for all seeds of a
-    setting; {} where there was no search.
+    """JSON of the hyper-parameters that the search drew for the trial, which are the same for all
+    seeds of a setting. It is {} where there was no search.
     """
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that ran, by name."""
+        """All settings of the trial, by name."""
         return json.loads(self.hyper_parameters or "{}")
 
     @classmethod
     def from_columns(cls, found: Mapping[str, Any]) -> Self:
-        """A row from its columns. Raises ValueError for a column that there is not, and for a value
-        of a kind of its own that it has not.
+        """Make a row from its columns.
+
+        Raises:
+            ValueError: The table has no such column.
         """
         for name in found:
             if name not in COLUMNS:
@@ -125,7 +127,7 @@ class ResultRow:
         return cls(**{name: value for name, value in found.items() if value is not None})
 
     def columns(self) -> dict[str, Any]:
-        """Column to value, as the table holds it: null where there is nothing."""
+        """Return column to value as the table holds it, with None for empty values."""
         return {
             name: None if value == "" and name in ALWAYS else value
             for name, value in vars(self).items()
@@ -133,7 +135,7 @@ class ResultRow:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Self:
-        """A row of a trial's record (`to_json`)."""
+        """Make a row from a trial's record (`to_json`)."""
         settings, started = found.get("hyper_parameters"), found.get("started_at")
         changed = {
             "hyper_parameters": None if settings is None else json.dumps(settings, sort_keys=True),
@@ -142,8 +144,9 @@ class ResultRow:
         return cls.from_columns({**found, **changed})
 
     def to_json(self) -> dict[str, Any]:
-        """The row as a trial's record holds it: settings as an object, times in seconds since
-        1970.
+        """Return the row as a trial's record holds it.
+
+        Settings are a JSON object and times are seconds since 1970.
         """
         changed = {
             "hyper_parameters": None
@@ -158,9 +161,9 @@ class ResultRow:
         }
 
 
-COLUMNS = tuple(one.name for one in fields(ResultRow))
-ALWAYS = tuple(one.name for one in fields(ResultRow) if one.default == "")
-"""Columns of text that every row has."""
+COLUMNS = tuple(field.name for field in fields(ResultRow))
+ALWAYS = tuple(field.name for field in fields(ResultRow) if field.default == "")
+"""Text columns that every row has."""
 COMPARED = (
     "scratch_value",
     "gain",
@@ -177,8 +180,7 @@ COMPARED = (
     "made_by",
     "drawn",
 )
-"""Columns that a trial does not know by itself: they are filled in when the rows of all trials are
-collected.
+"""Columns that need the other trials. They are filled in when the rows of all trials are collected.
 """
 
 _ARROW = {
@@ -189,34 +191,39 @@ _ARROW = {
     "datetime": pa.timestamp("us", tz="UTC"),
 }
 SCHEMA = pa.schema(
-    [(one.name, _ARROW[str(one.type).removesuffix(" | None")]) for one in fields(ResultRow)]
+    [(field.name, _ARROW[str(field.type).removesuffix(" | None")]) for field in fields(ResultRow)]
 )
 
 _ALLOWED = {"trial_stage": ("search", "final"), "status": ("done", "failed", "pruned")}
 
 
 def append(uri: str, rows: list[ResultRow], current: Collection[str] | None = None) -> None:
-    """Add rows to the table under the folder ``uri``. The file is replaced whole, atomically.
+    """Add rows to the table in the folder ``uri``. The whole file is replaced, atomically.
 
-    A row with the (trial_id, split, metric, trial_stage) of an earlier one takes its place. Earlier
-    rows of a trial that ended otherwise than now (it failed then and is done now, or the other way
-    round) go. Raises ValueError for a value of the wrong type.
+    A row replaces an earlier one with the same (trial_id, split, metric, trial_stage). Earlier rows
+    of a trial with another status (it failed then and is done now, or the other way round) are
+    removed.
 
     Args:
-        current: Ids of every trial of the job as it is now. The column ``current`` of all rows, old
-            ones too, is set by it; without it that column stays as it is.
+        uri: The folder of the job.
+        rows: The rows to add.
+        current: Ids of all trials of the job as it is now. The column ``current`` of all rows, also
+            of old ones, is set from it. Without it that column does not change.
+
+    Raises:
+        ValueError: A value has the wrong type.
     """
     if not rows and current is None:
         return
-    new = _checked(rows)
+    new = _validate(rows)
     status_now = {(row.trial_id, row.trial_stage): row.status for row in new}
     kept: dict[tuple[str | None, ...], ResultRow] = {}
     for row in _read_or_none(uri):
         ended_as = status_now.get((row.trial_id, row.trial_stage), row.status)
         if row.status == ended_as:
-            kept[_key(row)] = row
+            kept[_row_key(row)] = row
     for row in new:
-        kept[_key(row)] = row
+        kept[_row_key(row)] = row
     if not kept:
         return
     out = list(kept.values())
@@ -227,8 +234,9 @@ def append(uri: str, rows: list[ResultRow], current: Collection[str] | None = No
 
 
 def _read_or_none(uri: str) -> list[ResultRow]:
-    """The rows that are there; none of a damaged table, which is told: it is written anew with the
-    rows that come.
+    """Read the rows of the table, or none with a warning where the table is damaged.
+
+    A damaged table is then written again from the new rows.
     """
     try:
         return read(uri)
@@ -241,10 +249,10 @@ def _read_or_none(uri: str) -> list[ResultRow]:
 
 
 def remove(uri: str, trial_ids: Collection[str]) -> int:
-    """Remove the rows of these trials from the table under the folder ``uri``; how many went."""
-    gone = set(trial_ids)
+    """Remove the rows of trials from the table in the folder ``uri``; return how many."""
+    unwanted = set(trial_ids)
     rows = read(uri)
-    kept = [row for row in rows if row.trial_id not in gone]
+    kept = [row for row in rows if row.trial_id not in unwanted]
     if len(kept) < len(rows):
         _write(uri, kept)
     return len(rows) - len(kept)
@@ -259,17 +267,19 @@ def _write(uri: str, rows: list[ResultRow]) -> None:
 
 
 def read(uri: str) -> list[ResultRow]:
-    """The rows of the table under the folder ``uri``, oldest first; none when there is no table
-    yet.
+    """Read the rows of the table in the folder ``uri``, oldest first.
 
-    Columns that an older file lacks are null. Raises ValueError when the file has columns that this
-    version does not know, and DamagedError when it does not hold what was written. A table that was
-    written before it had a checksum is taken as it is.
+    Returns an empty list where there is no table yet. Columns that an older file lacks are None. A
+    table without a checksum, which older versions wrote, is not checked.
+
+    Raises:
+        ValueError: The file has columns that this version does not know.
+        DamagedError: The file is not as it was written.
     """
     path = storage.join(uri, FILE)
     if not storage.exists(path):
         return []
-    table = _parsed(path, storage.read_bytes(path))
+    table = _parse(path, storage.read_bytes(path))
     unknown = [name for name in table.column_names if name not in SCHEMA.names]
     if unknown:
         raise ValueError(
@@ -279,15 +289,13 @@ def read(uri: str) -> list[ResultRow]:
     return [ResultRow.from_columns(row) for row in table.to_pylist()]
 
 
-def _parsed(path: str, data: bytes) -> pa.Table:
+def _parse(path: str, data: bytes) -> pa.Table:
     try:
         table = pq.read_table(io.BytesIO(data))
         stated = (table.schema.metadata or {}).get(CHECKSUM)
         if stated is None or stated == _checksum(table):
             return table
-    except (
-        Exception
-    ) as error:  # of any kind: what a damaged file makes of the reader has no common base
+    except Exception as error:  # a damaged file can raise exceptions without a common base class
         raise storage.DamagedError(
             f"{path} is damaged: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -298,7 +306,7 @@ def _parsed(path: str, data: bytes) -> pa.Table:
 
 
 def _checksum(table: pa.Table) -> bytes:
-    """SHA-256 of names, types and values, however they are stored."""
+    """Return the SHA-256 of names, types and values, which does not depend on the encoding."""
     digest = hashlib.sha256(
         json.dumps([[field.name, str(field.type)] for field in table.schema]).encode()
     )
@@ -308,14 +316,15 @@ def _checksum(table: pa.Table) -> bytes:
 
 
 def select(rows: Iterable[ResultRow], trial_ids: Collection[str]) -> list[ResultRow]:
-    """The rows of these trials, in order."""
+    """Return the rows of these trials, in their order."""
     wanted = set(trial_ids)
     return [row for row in rows if row.trial_id in wanted]
 
 
 def disambiguate_targets(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """The rows; where those of one target were split in several ways, its name says which: an
-    official split and a random one never share a table.
+    """Return the rows with the split in the target's name where a target has several splits.
+
+    This keeps results on an official split and on a random split apart.
     """
     rows = list(rows)
     origins: dict[str, set[str | None]] = defaultdict(set)
@@ -330,20 +339,25 @@ def disambiguate_targets(rows: Iterable[ResultRow]) -> list[ResultRow]:
 
 
 def technique(row: ResultRow) -> str:
-    """A row's technique with the options it was given: ``lp_ft (probe_share 0.3)``; with other
-    options it is another one.
+    """Return a row's technique with its options: ``lp_ft (probe_share 0.3)``.
+
+    The same technique with other options counts as another technique.
     """
     options: dict[str, Any] = row.settings.get("technique") or {}
     description = ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
     return f"{row.technique} ({description})" if description else row.technique
 
 
-def _key(row: ResultRow) -> tuple[str | None, ...]:
+def _row_key(row: ResultRow) -> tuple[str | None, ...]:
     return row.trial_id, row.split, row.metric, row.trial_stage
 
 
-def _checked(rows: list[ResultRow]) -> list[ResultRow]:
-    """The rows as the table would give them back."""
+def _validate(rows: list[ResultRow]) -> list[ResultRow]:
+    """Return the rows as they would be read from the table.
+
+    Raises:
+        ValueError: A value is not allowed in its column.
+    """
     for row in rows:
         if not row.trial_id:
             raise ValueError("a results row needs its trial_id")
@@ -359,12 +373,12 @@ def _checked(rows: list[ResultRow]) -> list[ResultRow]:
         return [ResultRow.from_columns(row) for row in table.to_pylist()]
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise ValueError(
-            _misfit(rows) or f"results rows do not fit their columns: {error}"
+            _describe_mismatch(rows) or f"results rows do not fit their columns: {error}"
         ) from error
 
 
-def _misfit(rows: list[ResultRow]) -> str | None:
-    """The first value that its column cannot hold, for the error message."""
+def _describe_mismatch(rows: list[ResultRow]) -> str | None:
+    """Return an error message for the first value that its column cannot hold."""
     for row in rows:
         for name, value in row.columns().items():
             try:
@@ -383,14 +397,14 @@ _SETTINGS = ("source", "backbone", "technique", "label_fraction", "seed", "hyper
 
 
 def duplicates(rows: list[ResultRow]) -> list[str]:
-    """A sentence for each set of finished trials of one target with identical results under
-    different settings.
+    """Return a sentence for each set of trials with identical results under different settings.
 
-    Such trials say that a setting had no effect (a source that was not loaded, a seed or learning
-    rate that was not used). Identical means: the same loss to 12 digits, or where no loss was
-    written at least two metrics that all agree to 12 digits; equal accuracies alone may be chance.
-    A search trial and the final run of the same setting are no duplicates. Sources are compared
-    with each other and with scratch, because weights that were never loaded show there.
+    Identical results are a sign that a setting had no effect: a source was not loaded, or a seed or
+    learning rate was not used. Finished trials of one target are identical when they have the same
+    loss to 12 digits. Where no loss was recorded, at least two metrics must agree to 12 digits,
+    because equal accuracies alone may be chance. A search trial and the final run of the same
+    setting are no duplicates. Sources are compared with each other and with scratch, which shows
+    weights that were never loaded.
     """
     measured: dict[tuple[str, str | None], dict[str, dict[str, float]]] = defaultdict(
         lambda: defaultdict(dict)
@@ -414,7 +428,9 @@ def duplicates(rows: list[ResultRow]) -> list[str]:
         for signature, ids in alike.items():
             found = [trials[i] for i in ids]
             differing = [
-                name for name in _SETTINGS if len({_setting(row, name) for row in found}) > 1
+                name
+                for name in _SETTINGS
+                if len({_normalize_setting(row, name) for row in found}) > 1
             ]
             if differing and frozenset(ids) not in out:
                 what = (
@@ -422,12 +438,12 @@ def duplicates(rows: list[ResultRow]) -> list[str]:
                     if signature[0] == "loss"
                     else f"every {split} metric"
                 )
-                out[frozenset(ids)] = _sentence(target, what, found, differing)
+                out[frozenset(ids)] = _describe_duplicates(target, what, found, differing)
     return list(out.values())
 
 
-def _setting(row: ResultRow, name: str) -> Any:
-    """A setting in a form that compares equal when it means the same."""
+def _normalize_setting(row: ResultRow, name: str) -> Any:
+    """Return a setting in a form that is equal for equal settings."""
     value = getattr(row, name)
     if name != "hyper_parameters" or not value:
         return value
@@ -437,7 +453,9 @@ def _setting(row: ResultRow, name: str) -> Any:
         return value
 
 
-def _sentence(target: str, what: str, found: list[ResultRow], differing: list[str]) -> str:
+def _describe_duplicates(
+    target: str, what: str, found: list[ResultRow], differing: list[str]
+) -> str:
     shown = [
         f"{row.trial_id} ({', '.join(str(getattr(row, name)) for name in differing)})"
         for row in found[:4]

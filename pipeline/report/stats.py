@@ -1,14 +1,14 @@
 """95 % intervals of a metric, of its mean over seeds and of its gain over scratch, and p values of
 gains.
 
-One run alone has the percentile bootstrap over its test units (Efron and Tibshirani, An
-Introduction to the Bootstrap, 1993), or over whole groups (patients, speakers) where they are
-declared. Units and groups are both called units below.
+The interval of a single run is the percentile bootstrap over its test rows (Efron and Tibshirani,
+An Introduction to the Bootstrap, 1993), or over whole groups (patients, speakers) where groups are
+declared. A unit below is a group where groups are declared, otherwise a row.
 
-Several seeds on the same test units are what radiology calls a multi-reader multi-case study: seeds
-are the readers, units the cases, and the quantity of a pair of runs is its gain. A gain varies with
-the seed (initialisation, row order, label subset), with the units that happen to be in the test
-split, and with both together. Its mean over S seeds has the variance
+Several seeds on the same test units form what radiology calls a multi-reader multi-case study: the
+seeds are the readers and the units are the cases. The quantity measured is the gain of a pair of
+runs. It varies with the seed (initialisation, row order, label subset), with the units that happen
+to be in the test split, and with both together. Its mean over S seeds has the variance
 
     seed variance of the gains / S  +  covariance over units between the gains of two seeds
 
@@ -17,16 +17,15 @@ from S values, the second from resampled units. The degrees of freedom of Studen
 follow Satterthwaite (1946), as Hillis (Statistics in Medicine 26(3), 2007) found best for few
 readers. All units of one draw are the same for every run, and gains are paired on seed and on row.
 
-Why no percentile bootstrap over seeds: of 3 seeds it is [min, max], which misses the truth in 25 %
-of the cases when seeds are the larger noise. One deviation from Hillis, on the safe side: the seed
-variance is never taken for less than what resampled units alone explain of it. Otherwise three
-seeds that agree by chance give an interval of no width.
+A percentile bootstrap over seeds would not do: of 3 seeds it is [min, max], which misses the true
+value in 25 % of the cases when seeds are the larger noise. One deviation from Hillis makes the
+intervals wider: the seed variance is at least what resampled units alone explain of it. Otherwise
+three seeds that agree by chance would give an interval without width.
 
-Where hyper-parameters were searched, the noise of the choice itself is a third part
-(`choice_variance`).
+Where hyper-parameters were searched, the noise of that choice is a third part (`choice_variance`).
 
-tests/benchmarks/false_verdicts.py measures all this on comparisons without any true difference; its
-table stands there.
+tests/benchmarks/false_verdicts.py measures the share of false verdicts on comparisons without any
+true difference, and holds the table of results.
 """
 
 from __future__ import annotations
@@ -43,43 +42,50 @@ from pipeline.metrics.catalog import Metric, Predictions
 
 DRAWS = 1000
 RECOMPUTED_DRAWS = 200
-"""Draws for a metric without units: it is computed anew for each of them."""
+"""Draws for a metric that is not a sum over units and must be computed again for each draw."""
 
-_CELLS = 4_000_000
-"""Resampled units held at once (8 bytes each, twice)."""
-_WORK = 200_000_000
-"""Resampled units in all: above it there are fewer draws, down to RECOMPUTED_DRAWS."""
+_MAX_UNITS_IN_MEMORY = 4_000_000
+"""Resampled units that are held at the same time (8 bytes each, twice)."""
+_MAX_UNITS_DRAWN = 200_000_000
+"""Resampled units in all draws. Where they would be more, there are fewer draws, down to
+RECOMPUTED_DRAWS.
+"""
 
 MIN_RARER_UNITS = 10
-"""Test units of the rarer class below which no verdict is given. Of networks without any true
-difference whose seeds agree on what they find hard, so many intervals of AUROC excluded zero: 21 %
-with 2 positive rows, 12 % with 3, 9 % with 5, and 5 to 6 % with 10 and with 20
-(tests/benchmarks/false_verdicts.py).
+"""A verdict needs this number of test units of the rarer class.
+
+Measured on networks without any true difference whose seeds find the same rows hard, the share of
+AUROC intervals that excluded zero was 21 % with 2 positive rows, 12 % with 3, 9 % with 5, and 5 to
+6 % with 10 and with 20 (tests/benchmarks/false_verdicts.py).
 """
 MIN_UNITS = 20
-"""Test units (rows, or groups where they are declared) below which no verdict is given: fewer do
-not show the tails of what they stand for. Of differences with a long tail and a true mean of zero
-(lognormal, sigma 1) so many intervals excluded zero: 19 % with 5 units, 15 % with 10, 12 % with 20
-and 9 % with 60; of groups of rows that are right or wrong 3 % with 10 and 5 % with 20 and with 40.
+"""A verdict needs this number of test units. Fewer do not show the tails of their distribution.
+
+Measured on differences with a long tail and a true mean of zero (lognormal, sigma 1), the share of
+intervals that excluded zero was 19 % with 5 units, 15 % with 10, 12 % with 20 and 9 % with 60. On
+groups of rows that are right or wrong it was 3 % with 10 groups and 5 % with 20 and with 40.
 """
 
 CHOICE_DRAWS = 1000
-"""Simulated searches for the variance that the choice of hyper-parameters adds."""
+"""Number of simulated searches that estimate the variance of choosing hyper-parameters."""
 CHOICE_DEGREES = 2
-"""Degrees of freedom of that variance: of the few settings that are tried again, three by default,
-one less.
+"""Degrees of freedom of that variance: one less than the number of settings that are tried again,
+three by default.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class RunPredictions:
-    """Test predictions of one trial: ``rows`` (n,) int64 row ids, each once, and what was predicted
-    for them.
+    """Test predictions of one trial.
 
-    ``groups`` (n,) names the patient, speaker or scene of each row, where the data declare one;
-    ``labels`` the columns of the scores; ``subgroups`` the value of each row (n,) in each column
-    that the target is told apart by. ``rollout_frames``: (F, H, W, 3) uint8 pictures of the first
-    row's episode.
+    Attributes:
+        rows: (n,) int64 row ids, each once.
+        predictions: Arrays by name, their first dimension is n.
+        seed: Seed of the trial.
+        groups: (n,) patient, speaker or scene of each row, where the data declare one.
+        labels: Names of the columns of the scores.
+        subgroups: Column of ``Target.subgroups`` to (n,) its value for each row.
+        rollout_frames: (F, H, W, 3) uint8 pictures of the first row's episode.
     """
 
     rows: np.ndarray
@@ -93,11 +99,11 @@ class RunPredictions:
 
 @dataclass(frozen=True)
 class Gain:
-    """A gain over scratch, positive when better whatever the metric's direction.
+    """A gain over scratch. Positive is better, whatever the direction of the metric.
 
-    ``low`` and ``high`` bound its 95 % interval. ``seeds`` says how many seeds both sides have: of
-    one seed the interval is over test units alone and ``p_value`` is NaN, because one value says
-    nothing of the spread between seeds.
+    ``low`` and ``high`` bound its 95 % interval. ``seeds`` is the number of paired seeds. With one
+    seed the interval is over test units only and ``p_value`` is NaN, because a single value does
+    not show the spread between seeds.
     """
 
     value: float
@@ -109,29 +115,30 @@ class Gain:
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """The variance of a mean over seeds and the degrees of freedom of Student's t that go with
-    it.
-    """
+    """The variance of a mean over seeds, with its degrees of freedom for Student's t."""
 
     variance: float
-    degrees: float
+    degrees_of_freedom: float
 
     def half_width(self) -> float:
-        """Of the 95 % interval."""
+        """Return half the width of the 95 % interval."""
         if self.variance <= 0:
             return 0.0
-        return float(special.stdtrit(self.degrees, 0.975)) * math.sqrt(self.variance)
+        return float(special.stdtrit(self.degrees_of_freedom, 0.975)) * math.sqrt(self.variance)
 
     def p_value(self, mean: float) -> float:
-        """Two-sided, of the hypothesis that the true mean is zero."""
+        """Return the two-sided p value of the hypothesis that the true mean is zero."""
         if self.variance <= 0:
             return 1.0 if mean == 0 else 0.0
-        return float(2 * special.stdtr(self.degrees, -abs(mean) / math.sqrt(self.variance)))
+        return float(
+            2 * special.stdtr(self.degrees_of_freedom, -abs(mean) / math.sqrt(self.variance))
+        )
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) over seeds by Student's t, for runs whose predictions are gone; NaN bounds
-    for one value.
+    """Return (mean, low, high) of one value for each seed by Student's t.
+
+    It serves runs whose test predictions are missing. The bounds of a single value are NaN.
     """
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean()) if len(array) else math.nan
@@ -142,11 +149,11 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for their number: below 0.05 the chance of even one false among all of
-    them is below 5 %.
+    """Return p values corrected for the number of comparisons.
 
-    Holm (Scandinavian Journal of Statistics 6(2), 1979); it asks nothing of how the comparisons
-    depend on each other.
+    When those below 0.05 are called significant, the probability of one or more false ones among
+    all comparisons is at most 5 %. The method of Holm (Scandinavian Journal of Statistics 6(2),
+    1979) holds however the comparisons depend on each other.
     """
     count, corrected, running = len(p_values), [1.0] * len(p_values), 0.0
     order: list[int] = np.argsort(p_values, kind="stable").tolist()
@@ -157,14 +164,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def choice_variance(trials: Sequence[Sequence[float]], *, seed: int = 0) -> float:
-    """Variance that choosing the best of several hyper-parameter settings adds to the chosen one's
-    true value.
+    """Return the variance that choosing the best of several hyper-parameter settings adds.
 
-    ``trials``: of each setting that was tried again its validation values, one a seed; all have at
-    least two. The search is repeated with the noise that its seeds show (one pooled variance), and
-    the variance is that of the chosen settings' means: nothing where one setting is clearly best or
-    all are equally good, much where the search could as well have ended elsewhere. 0 for fewer than
-    two settings.
+    The search is simulated with the noise between its seeds (one pooled variance), and the result
+    is the variance of the means of the chosen settings. It is near zero where one setting is
+    clearly best or all are equally good, and large where another search might well choose another
+    setting.
+
+    Args:
+        trials: Validation values of each setting that was tried again, one for each seed, at least
+            two.
+        seed: Seed of the simulation.
+
+    Returns:
+        The variance, 0 for fewer than two settings.
     """
     if len(trials) < 2:
         return 0.0
@@ -185,8 +198,17 @@ def interval(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """(low, high) of one run's metric, over test units. ``groups`` (n,): whole groups are
-    resampled. (NaN, NaN) without rows.
+    """Return the 95 % interval (low, high) of a run's metric over test units.
+
+    Args:
+        metric: The metric.
+        predictions: Predictions of n rows.
+        groups: (n,) group of each row; with it whole groups are resampled.
+        draws: Number of bootstrap draws.
+        seed: Seed of the draws.
+
+    Returns:
+        The bounds, NaN without rows.
     """
     values = _resample(metric, [predictions], groups, draws, np.random.default_rng(seed))
     return _bounds(values[:, 0])
@@ -200,19 +222,27 @@ def mean_interval(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """(mean, low, high) of the mean over the seeds' runs, over test units and seeds, within the
-    metric's bounds.
+    """Return (mean, low, high) of the metric's mean over runs of several seeds.
 
-    ``groups`` (n,) belongs to the rows of ``runs[0]``; without it the runs' own groups are taken.
-    Rows that not every run has are left out. Raises ValueError when no row is common, or a row
-    stands twice.
+    The interval is over seeds and test units and stays within the bounds of the metric. Only rows
+    that all runs have are used.
+
+    Args:
+        metric: The metric.
+        runs: One run for each seed.
+        groups: (n,) group of each row of ``runs[0]``; without it the groups of the runs.
+        draws: Number of bootstrap draws.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: The runs have no row in common, or a row is twice in a run.
     """
     if not runs:
         raise ValueError("no runs to average")
-    predictions, groups = _aligned(runs, groups, runs[0])
+    predictions, groups = _align(runs, groups, runs[0])
     values = np.array([metric.value(p) for p in predictions])
     resampled = _resample(metric, predictions, groups, draws, np.random.default_rng(seed))
-    mean, low, high, _ = _estimate(values, resampled, _units(predictions, groups), 0.0)
+    mean, low, high, _ = _estimate(values, resampled, _count_drawn_units(predictions, groups), 0.0)
     low, high = np.clip((low, high), *metric.bounds(predictions[0]))
     return mean, float(low), float(high)
 
@@ -226,7 +256,7 @@ def gain(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """(gain, low, high) of ours over scratch, as `compare` has it."""
+    """Return (gain, low, high) of ours over scratch as `compare` computes them."""
     found = compare(metric, ours, scratch, groups, draws=draws, seed=seed)
     return found.value, found.low, found.high
 
@@ -241,13 +271,22 @@ def compare(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Gain:
-    """The gain of ours over scratch; positive is better, also for a metric where lower is better.
+    """Return the gain of ours over scratch. Positive is better, also where a lower metric is.
 
-    Paired on seed (seeds that only one side has are left out) and on row. ``groups`` (n,) belongs
-    to the rows of ``ours[0]``; without it the runs' own groups are taken. ``choice``: the variance
-    that the choice of hyper-parameters adds, of both sides together. The interval stays within what
-    the metric's bounds allow a difference. Raises ValueError when no seed or no row is common, or a
-    row or seed stands twice.
+    Runs are paired by seed and by row; seeds and rows that only one side has are left out. The
+    interval stays within the differences that the bounds of the metric allow.
+
+    Args:
+        metric: The metric.
+        ours: One run for each seed.
+        scratch: One run for each seed.
+        groups: (n,) group of each row of ``ours[0]``; without it the groups of the runs.
+        choice: Variance that choosing hyper-parameters adds, the sum of both sides.
+        draws: Number of bootstrap draws.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: There is no seed or no row in common, or a row or seed is twice on one side.
     """
     sides: list[dict[int, RunPredictions]] = []
     for name, side in (("ours", ours), ("scratch", scratch)):
@@ -261,13 +300,16 @@ def compare(
     seeds = sorted(set(sides[0]) & set(sides[1]))
     if not seeds:
         raise ValueError(f"no seed in common: ours {sorted(sides[0])}, scratch {sorted(sides[1])}")
-    predictions, groups = _aligned([side[s] for side in sides for s in seeds], groups, ours[0])
+    predictions, groups = _align([side[s] for side in sides for s in seeds], groups, ours[0])
     sign, n = (1.0 if metric.higher_is_better else -1.0), len(seeds)
     values = np.array([metric.value(p) for p in predictions])
     gains = sign * (values[:n] - values[n:])
     resampled = _resample(metric, predictions, groups, draws, np.random.default_rng(seed))
     mean, low, high, p_value = _estimate(
-        gains, sign * (resampled[:, :n] - resampled[:, n:]), _units(predictions, groups), choice
+        gains,
+        sign * (resampled[:, :n] - resampled[:, n:]),
+        _count_drawn_units(predictions, groups),
+        choice,
     )
     least, most = metric.bounds(predictions[0])
     low, high = np.clip((low, high), least - most, most - least)
@@ -276,8 +318,9 @@ def compare(
 
 @dataclass(frozen=True)
 class Evidence:
-    """How many test units a verdict rests on: of the rarer class where rows have classes or labels,
-    else all of them.
+    """The number of test units behind a verdict, and how many it needs.
+
+    Where rows have classes or labels, only the units of the rarer class are counted.
     """
 
     count: int
@@ -293,11 +336,12 @@ class Evidence:
 
 
 def evidence(run: RunPredictions) -> Evidence:
-    """The test units that tell two networks apart.
+    """Return the number of test units that can show a difference between two networks.
 
-    Of rows with a class: those of the commonest class, or those of all others, whichever are fewer.
-    Of rows with a set of labels: the rarer side of each label, summed over the labels. A group
-    counts once on each side on which it has rows.
+    Of rows with one class these are the units of the most frequent class or those of all others,
+    whichever are fewer. Of rows with a set of labels these are the units with a label or those
+    without it, whichever are fewer, summed over the labels. A group with rows on both sides counts
+    on both.
     """
     p, unit = run.predictions, "rows" if run.groups is None else "groups"
     if "label" in p and "scores" in p:
@@ -308,8 +352,12 @@ def evidence(run: RunPredictions) -> Evidence:
 
 
 def class_evidence(label: np.ndarray, groups: np.ndarray | None, unit: str) -> Evidence:
-    """Evidence of rows with a class each, ``label`` (n,), or one at each of their positions, (n, M)
-    with -1 where there is none.
+    """Return the evidence of rows with classes.
+
+    Args:
+        label: (n,) class of each row, or (n, M) class of each position, -1 where there is none.
+        groups: (n,) group of each row, or None.
+        unit: The word for a unit, "rows" or "groups".
     """
     known = label >= 0
     if not known.any():
@@ -328,34 +376,37 @@ def class_evidence(label: np.ndarray, groups: np.ndarray | None, unit: str) -> E
 
 
 def label_set_evidence(labels: np.ndarray, groups: np.ndarray | None, unit: str) -> Evidence:
-    """Evidence of rows with a set of labels each, ``labels`` (n, L) 0 or 1."""
+    """Return the evidence of rows with a set of labels each, ``labels`` (n, L) 0 or 1."""
     total = count_units(np.ones(len(labels), dtype=bool), groups)
     rarer = sum(rarer_side(column > 0, groups) for column in labels.T)
     return Evidence(min(rarer, total), MIN_RARER_UNITS, f"{unit} of the rarer side of the labels")
 
 
 def rarer_side(positive: np.ndarray, groups: np.ndarray | None) -> int:
-    """Units with a positive row, or those with a negative one, whichever are fewer. ``positive``
-    (n,) bool.
+    """Return the number of units with a positive row or with a negative one, the smaller of both.
+
+    ``positive`` is (n,) bool.
     """
     return min(count_units(positive, groups), count_units(~positive, groups))
 
 
 def count_units(where: np.ndarray, groups: np.ndarray | None) -> int:
-    """How many rows, or groups with such a row, are ``where``, (n,) bool."""
+    """Return how many rows ``where``, (n,) bool, selects, or how many groups have such a row."""
     return int(where.sum()) if groups is None else len(np.unique(groups[where]))
 
 
 def common_rows(runs: list[RunPredictions]) -> np.ndarray:
-    """Sorted ids of the rows that every run has. Raises ValueError when a row stands twice in a
-    run.
+    """Return the sorted ids of the rows that all runs have.
+
+    Raises:
+        ValueError: A row is twice in a run.
     """
     common = None
     for run in runs:
         rows = np.unique(run.rows)
         if len(rows) != len(run.rows):
             raise ValueError(
-                f"{len(run.rows) - len(rows)} row ids stand twice in the predictions of seed "
+                f"{len(run.rows) - len(rows)} row ids are twice in the predictions of seed "
                 f"{run.seed}; give each row once"
             )
         common = rows if common is None else np.intersect1d(common, rows, assume_unique=True)
@@ -365,15 +416,17 @@ def common_rows(runs: list[RunPredictions]) -> np.ndarray:
 # ---------------------------------------------------------------- pairing
 
 
-def _places(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where each wanted row id stands in ``rows``."""
+def _positions(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the position in ``rows`` of each wanted row id."""
     order = np.argsort(rows, kind="stable")
     return order[np.searchsorted(rows, wanted, sorter=order)]
 
 
-def _for_rows(groups: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """``groups`` of ``rows``, in the order of ``wanted``. Raises ValueError where a wanted row has
-    none.
+def _groups_of_rows(groups: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the groups of the ``wanted`` rows, in their order.
+
+    Raises:
+        ValueError: A wanted row has no group.
     """
     if len(groups) != len(rows):
         raise ValueError(f"{len(groups)} groups for {len(rows)} rows; give one a row")
@@ -382,15 +435,15 @@ def _for_rows(groups: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> np.nd
             f"{len(np.setdiff1d(wanted, rows))} rows have no group; give groups for the rows "
             "of every run"
         )
-    return np.asarray(groups)[_places(rows, wanted)]
+    return np.asarray(groups)[_positions(rows, wanted)]
 
 
-def _aligned(
+def _align(
     runs: list[RunPredictions], groups: np.ndarray | None, owner: RunPredictions
 ) -> tuple[list[Predictions], np.ndarray | None]:
-    """Every run's predictions for the common rows, sorted by row id, and the groups of those rows.
+    """Return the predictions of each run for the common rows, sorted by row id, and their groups.
 
-    Given ``groups`` are those of ``owner``'s rows.
+    ``groups``, where they are given, belong to the rows of ``owner``.
     """
     rows = common_rows(runs)
     if not len(rows):
@@ -400,14 +453,14 @@ def _aligned(
     if groups is None and all(run.groups is not None for run in runs):
         groups, owner = runs[0].groups, runs[0]
     if groups is not None:
-        groups = _for_rows(groups, owner.rows, rows)
+        groups = _groups_of_rows(groups, owner.rows, rows)
     out: list[Predictions] = []
     for run in runs:
         if np.array_equal(run.rows, rows):  # the usual case: no copy of the scores
             out.append(run.predictions)
         else:
-            places = _places(run.rows, rows)
-            out.append({name: array[places] for name, array in run.predictions.items()})
+            positions_in_run = _positions(run.rows, rows)
+            out.append({name: array[positions_in_run] for name, array in run.predictions.items()})
     return out, groups
 
 
@@ -422,18 +475,23 @@ def _bounds(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _units(predictions: list[Predictions], groups: np.ndarray | None) -> int:
-    """How many units are drawn from: groups where there are any, else rows."""
+def _count_drawn_units(predictions: list[Predictions], groups: np.ndarray | None) -> int:
+    """Return the number of units: of groups where there are any, otherwise of rows."""
     return len(next(iter(predictions[0].values()))) if groups is None else len(np.unique(groups))
 
 
 def _estimate(
     values: np.ndarray, resampled: np.ndarray, units: int, choice: float
 ) -> tuple[float, float, float, float]:
-    """(mean, low, high, p value of a mean of zero) of one value a seed, (S,), and its resampled
-    values, (draws, S).
+    """Return (mean, low, high, p value of the hypothesis that the mean is zero).
 
-    Of one seed: the percentile interval over units, and no p value.
+    With one seed the interval is the percentile interval over units, and the p value is NaN.
+
+    Args:
+        values: (S,) one value for each seed.
+        resampled: (draws, S) the same values on resampled units.
+        units: Number of units.
+        choice: Variance that choosing hyper-parameters adds.
     """
     mean = float(values.mean())
     resampled = resampled[np.isfinite(resampled).all(axis=1)]
@@ -449,8 +507,10 @@ def _estimate(
 def _uncertainty(
     values: np.ndarray, resampled: np.ndarray, units: int, choice: float
 ) -> Uncertainty:
-    """The variance of the mean of S values, (S,), over seeds, units and the choice of
-    hyper-parameters (see the module's text).
+    """Return the variance of the mean of ``values``, (S,), with its degrees of freedom.
+
+    It is over seeds, units and the choice of hyper-parameters, as the docstring of the module
+    describes.
     """
     seeds = len(values)
     covariance = np.cov(resampled, rowvar=False) * (
@@ -476,7 +536,7 @@ def _resample(
     draws: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """(draws, runs) values of the metric, all runs on the same resampled units in each draw."""
+    """Return (draws, runs) values of the metric, where all runs of a draw have the same units."""
     n = len(next(iter(runs[0].values())))
     if not n:
         return np.full((draws, len(runs)), np.nan)
@@ -486,13 +546,13 @@ def _resample(
             raise ValueError(f"{len(groups)} groups for {n} rows; give one a row")
         member = np.unique(groups, return_inverse=True)[1].reshape(-1)
     if metric.units is None and metric.resampled is not None:
-        return _recount(metric, runs, member, n, draws, rng)
+        return _resample_counts(metric, runs, member, n, draws, rng)
     if metric.units is None:
-        return _recompute(metric, runs, member, n, min(draws, RECOMPUTED_DRAWS), rng)
+        return _resample_rows(metric, runs, member, n, min(draws, RECOMPUTED_DRAWS), rng)
     units = np.concatenate([np.asarray(metric.units(p), dtype=np.float64) for p in runs], axis=1)
     if member is not None:
         units = np.stack([np.bincount(member, column) for column in units.T], axis=1)
-    totals = _totals(units, draws, rng).reshape(-1, len(runs), 2)
+    totals = _resampled_totals(units, draws, rng).reshape(-1, len(runs), 2)
     counted = totals[..., 1] != 0
     ratios = np.full(totals.shape[:-1], np.nan)
     np.divide(totals[..., 0], totals[..., 1], out=ratios, where=counted)
@@ -502,25 +562,25 @@ def _resample(
     return ratios
 
 
-def _totals(units: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(draws, K) sums of as many units (n, K) as there are, drawn with replacement, in bounded
-    memory.
+def _resampled_totals(units: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (draws, K) sums of n units drawn with replacement from ``units`` (n, K).
 
-    Equal units are drawn together, by a multinomial over their kinds: the same distribution, and
-    for hits and misses of a few runs there are a few dozen kinds, whatever n is.
+    Memory is bounded. Equal units are drawn together by a multinomial over the distinct values,
+    which has the same distribution: for hits and misses of a few runs there are a few dozen
+    distinct values, whatever n is.
     """
     n = len(units)
-    kinds, counts = np.unique(units, axis=0, return_counts=True)
-    if 4 * len(kinds) <= n:
-        chunk = max(1, _CELLS // len(kinds))
+    distinct, counts = np.unique(units, axis=0, return_counts=True)
+    if 4 * len(distinct) <= n:
+        chunk = max(1, _MAX_UNITS_IN_MEMORY // len(distinct))
         return np.concatenate(
             [
-                rng.multinomial(n, counts / n, size=min(chunk, draws - i)) @ kinds
+                rng.multinomial(n, counts / n, size=min(chunk, draws - i)) @ distinct
                 for i in range(0, draws, chunk)
             ]
         )
-    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _WORK // n))
-    chunk = max(1, _CELLS // n)
+    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _MAX_UNITS_DRAWN // n))
+    chunk = max(1, _MAX_UNITS_IN_MEMORY // n)
     out: list[np.ndarray] = []
     for start in range(0, draws, chunk):
         out.append(_counts(n, min(chunk, draws - start), rng).astype(np.float64) @ units)
@@ -528,12 +588,12 @@ def _totals(units: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarr
 
 
 def _counts(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(draws, n) int64: how often each of n units comes when n are drawn with replacement."""
+    """Return (draws, n) int64 counts of each of n units when n are drawn with replacement."""
     picked = rng.integers(0, n, (draws, n)) + n * np.arange(draws)[:, None]
     return np.bincount(picked.reshape(-1), minlength=draws * n).reshape(draws, n)
 
 
-def _recount(
+def _resample_counts(
     metric: Metric,
     runs: list[Predictions],
     member: np.ndarray | None,
@@ -541,18 +601,23 @@ def _recount(
     draws: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Values from how often each unit was drawn (whole groups with ``member``), chunk by chunk of
-    draws, all runs on the same counts.
+    """Return (draws, runs) values of a metric that can be computed from counts of the units.
+
+    All runs of a draw have the same counts. ``member`` (n,) is the group of each row where whole
+    groups are drawn.
     """
     assert metric.resampled is not None
     cells = max(
         array.size for p in runs for array in p.values()
     )  # a metric of many classes reads each of them in every draw
-    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _WORK // cells))
+    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _MAX_UNITS_DRAWN // cells))
     held = max(
         (p["label"].size for p in runs if "label" in p), default=n
     )  # a row may have many positions, and each is drawn with it
-    chunk, drawn = max(1, _CELLS // max(n, held)), n if member is None else int(member.max()) + 1
+    chunk, drawn = (
+        max(1, _MAX_UNITS_IN_MEMORY // max(n, held)),
+        n if member is None else int(member.max()) + 1,
+    )
     out: list[np.ndarray] = []
     for start in range(0, draws, chunk):
         counts = _counts(drawn, min(chunk, draws - start), rng)
@@ -565,7 +630,7 @@ def _recount(
     return np.concatenate(out)
 
 
-def _recompute(
+def _resample_rows(
     metric: Metric,
     runs: list[Predictions],
     member: np.ndarray | None,

@@ -128,10 +128,10 @@ def test_groups_widen_the_interval_by_the_design_effect():
 def test_memory_is_bounded(monkeypatch):
     p = losses(np.random.default_rng(8).random(500))
     whole = stats.interval(LOSS, p)
-    monkeypatch.setattr(stats, "_CELLS", 1500)  # three draws a chunk
+    monkeypatch.setattr(stats, "_MAX_UNITS_IN_MEMORY", 1500)  # three draws a chunk
     assert stats.interval(LOSS, p) == pytest.approx(whole, abs=1e-12)
-    monkeypatch.setattr(stats, "_WORK", 1)
-    assert stats._totals(
+    monkeypatch.setattr(stats, "_MAX_UNITS_DRAWN", 1)
+    assert stats._resampled_totals(
         np.random.default_rng(0).random((50, 2)), 1000, np.random.default_rng(0)
     ).shape == (stats.RECOMPUTED_DRAWS, 2)
 
@@ -234,7 +234,7 @@ def test_gain_uses_the_rows_in_common():
     assert stats.gain(LOSS, [ours], [scratch]) == pytest.approx((1, 1, 1))
     with pytest.raises(ValueError, match="no test row in common"):
         stats.gain(LOSS, [ours], [run(losses(np.ones(2)), rows=[8, 9])])
-    with pytest.raises(ValueError, match="stand twice"):
+    with pytest.raises(ValueError, match="are twice"):
         stats.gain(LOSS, [ours], [run(losses(np.ones(2)), rows=[1, 1])])
     assert list(stats.common_rows([ours, scratch])) == [0, 1, 2]
 
@@ -534,13 +534,13 @@ def test_counted_draws_hold_bounded_memory(monkeypatch):
     p = losses(np.random.default_rng(8).random(500))
     whole = stats.interval(of, p)
     assert sizes == [stats.DRAWS]
-    monkeypatch.setattr(stats, "_CELLS", 1500)  # three draws a chunk
+    monkeypatch.setattr(stats, "_MAX_UNITS_IN_MEMORY", 1500)  # three draws a chunk
     assert stats.interval(of, p) == pytest.approx(whole, abs=1e-12) and set(sizes[1:]) == {3, 1}
     for cells, draws in (
         (500 * 700 * 3, 700),
         (1, stats.RECOMPUTED_DRAWS),
     ):  # scores of 3 classes a row: three times the work
         sizes.clear()
-        monkeypatch.setattr(stats, "_WORK", cells)
+        monkeypatch.setattr(stats, "_MAX_UNITS_DRAWN", cells)
         stats.interval(of, {**p, "scores": np.zeros((500, 3))})
         assert sum(sizes) == draws
