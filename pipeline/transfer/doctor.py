@@ -1,4 +1,4 @@
-"""What ``doctor`` looks at: this machine, its cluster, and a job's data, storage and resources."""
+"""The checks of ``doctor``: this machine, its cluster, and a job's data, storage and resources."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.train.progress import Progress
 from pipeline.transfer import dry_run, fanout, stages
 
 EXTRAS = {"beam": "flashlight", "robotics": "mujoco", "video": "av"}
-"""Extras of pyproject.toml, and a module of each."""
+"""Extras of pyproject.toml, each with one of its modules."""
 
 
 class Line(NamedTuple):
@@ -34,7 +34,7 @@ class Line(NamedTuple):
 
 
 def run_checks(job: Job | None, address: str | None) -> list[Line]:
-    """One line a check: ok, warn or FAIL, what was found and what to do."""
+    """Return one line for each check: ok, warn or FAIL, the finding, and what to do."""
     lines = _machine()
     found, on = _ray(address)
     lines += found
@@ -46,7 +46,7 @@ def run_checks(job: Job | None, address: str | None) -> list[Line]:
 
 
 def _judged(good: bool, what: str, found: str, advice: str) -> Line:
-    """Fine, or a warning with what to do."""
+    """Return ok, or a warning with what to do."""
     return Line("ok" if good else "warn", what, found, "" if good else advice)
 
 
@@ -57,7 +57,7 @@ CUDA release notes).
 
 
 def nvidia_driver() -> str | None:
-    """The version of NVIDIA's driver here, such as ``580.95.05``, or none where there is none."""
+    """Return the version of NVIDIA's driver, such as ``580.95.05``, or none where there is none."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found = subprocess.run(
@@ -73,10 +73,10 @@ def nvidia_driver() -> str | None:
 
 
 def driver_line(driver: str | None, cuda: str | None) -> Line:
-    """Whether NVIDIA's driver runs the CUDA that torch was built for.
+    """Check whether NVIDIA's driver runs the CUDA version that torch was built for.
 
     Args:
-        driver: the driver's version (`nvidia_driver`), none without one.
+        driver: Version of the driver (`nvidia_driver`), none where there is none.
         cuda: ``torch.version.cuda``, none for a build without CUDA.
     """
     if driver is None:
@@ -173,7 +173,7 @@ def _machine() -> list[Line]:
 
 
 def _ray(address: str | None) -> tuple[list[Line], launch.Cluster | None]:
-    """What Ray says, and the cluster when it answers."""
+    """Check that Ray works, and describe its cluster where one answers."""
     what = f"Ray ({address or os.environ.get('RAY_ADDRESS') or 'started here'})"
     try:
         launch.start(address, verbose=False)
@@ -194,7 +194,7 @@ def _ray(address: str | None) -> tuple[list[Line], launch.Cluster | None]:
 
 
 def _resources(job: Job, on: launch.Cluster) -> list[Line]:
-    """Whether the cluster can ever give what the sources and the trials ask for."""
+    """Check whether the cluster can ever provide the resources of the sources and trials."""
     lines = []
     for name, spec in job.sources.items():
         mine = launch.share_of(spec, on)

@@ -1,4 +1,4 @@
-"""What a job would do, in words: stages, trials and cost in trials and steps."""
+"""A description of what a job would do: stages, trials and cost in trials and steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.transfer.targets import TargetStage
 
 
 def describe(state: JobState) -> list[str]:
-    """The resolved stages, trials and cost of ``--dry-run``."""
+    """Return the text of ``--dry-run``: the resolved stages, trials and cost."""
     lines = [_describe_source(name, stage) for name, stage in state.sources.items()]
     total, steps, unknown = 0, 0, ""
     for name in state.targets:
@@ -54,13 +54,13 @@ def _describe_source(name: str, stage: source.SourceStage) -> str:
 
 @dataclass
 class _TargetCost:
-    """What the trials of a target cost, in words and in numbers."""
+    """The cost of a target's trials, as text and as numbers."""
 
     lines: list[str]
     trials: int = 0
     steps: int = 0
     unknown: str = ""
-    """In words, that further steps are not known yet."""
+    """A sentence that further steps are not known yet, or an empty string."""
 
 
 def _describe_target(state: JobState, name: str) -> _TargetCost:
@@ -120,7 +120,7 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
 
 
 def _describe_reuse(state: JobState) -> list[str]:
-    """Which results of other code or versions are used as they are, or made again."""
+    """Return which results of other code or versions are used as they are or made again."""
     _, made_by = stages.reusable_results(state)
     lines = describe_changes(made_by)
     if "trials" not in state.remake:
@@ -137,7 +137,10 @@ def _describe_reuse(state: JobState) -> list[str]:
 
 
 def _evidence(stage: TargetStage) -> list[str]:
-    """How many units each split has for comparisons, and whether the test split has enough."""
+    """Return the number of units in each split that count for a verdict.
+
+    The sentence also says whether the test split has enough of them.
+    """
     found = stage.evidence()
     if not found:
         return []
@@ -152,9 +155,10 @@ def _evidence(stage: TargetStage) -> list[str]:
 
 
 def _steps(train: Train, rows: int, packed: bool) -> int | str:
-    """Steps of a run, or in words when they will be known.
+    """Return the steps of a run, or a text where they are not known yet.
 
-    A run finds out into how many rows documents are packed, and how many batches by cost there are.
+    Only the run finds out into how many rows documents are packed, and how many batches by cost
+    there are.
     """
     if train.steps is not None:
         return train.steps
@@ -166,14 +170,14 @@ def _steps(train: Train, rows: int, packed: bool) -> int | str:
 
 
 def _size(train: Train) -> str:
-    """The size of a batch, in words."""
+    """Return the size of a batch as text."""
     if train.batch_cost is None:
         return f"{train.global_batch} rows"
     return f"cost {train.batch_cost:g}"
 
 
 def _kind(state: JobState, name: str) -> tuple[str, ...]:
-    """What a source shares with others whose scratch trials are the same: backbone and rows."""
+    """Return a key that sources with the same scratch trials share: their backbone and rows."""
     stage = state.sources[name]
     if stage.splits is None or stage.spec.data is None:
         return (str(stage.spec.backbone), stage.spec.init or "")

@@ -1,5 +1,6 @@
-"""Which trials a job means: sources x targets x techniques x label fractions x seeds, each with an
-id that names its content.
+"""The trials of a job: sources x targets x techniques x label fractions x seeds.
+
+The id of a trial is a hash of its content.
 """
 
 from __future__ import annotations
@@ -21,22 +22,20 @@ from pipeline.train.fit import options_by_content
 from pipeline.train.source import HOW_NOT_WHAT
 
 TRIAL_FORMAT = 8
-"""The format of a trial's id. Code that makes other numbers does not raise it: what made a trial
-stands in its record (`pipeline.config.provenance`).
+"""The format of a trial's id. A change of code that changes numbers does not raise it, because the
+record of a trial has the code that made it (`pipeline.config.provenance`).
 """
 SCRATCH = "none"
 FURTHER_SEARCH_SEEDS = 1000
-"""Seeds with which the best draws of a search are tried again count from here: none of them is a
-seed of the final trials, which read the test rows.
+"""The first seed with which the best draws of a search are tried again. The final trials, which
+read the test rows, have none of these seeds.
 """
 Fraction = float | int
 
 
 @dataclass(frozen=True)
 class Base:
-    """What trials start from: an architecture with its fitted modality, and the sources whose
-    weights fit it.
-    """
+    """An architecture with its fitted modality, and the sources whose weights fit it."""
 
     arch: Architecture
     modality: ModalitySpec
@@ -63,11 +62,11 @@ class Trial:
     stage: str
     id: str
     members: tuple[str, ...] = ()
-    """Ids of the finished trials that its weights are made of (``Technique.after_fanout``)."""
+    """Ids of the finished trials whose weights it combines (``Technique.after_fanout``)."""
 
     @property
     def cell(self) -> str:
-        """What is compared with scratch: everything but hyper-parameters and seed."""
+        """The cell of the matrix: all settings of the trial except hyper-parameters and seed."""
         return "|".join(
             (
                 self.source,
@@ -84,8 +83,9 @@ class Trial:
 
 
 def fraction_text(fraction: Fraction, objective: str = "") -> str:
-    """A label fraction as tables have it: a share, or rows a class; rows alone where the
-    ``objective`` says that its rows have no class (`CountsRows`).
+    """Return a label fraction as tables show it: a share, or rows per class.
+
+    It is a number of rows where the rows of the ``objective`` have no class (`CountsRows`).
     """
     kind = registry.get("objective", objective) if objective else None
     unit = f" {kind.label_fraction_unit}" if isinstance(kind, CountsRows) else "/class"
@@ -99,10 +99,12 @@ def fraction_text(fraction: Fraction, objective: str = "") -> str:
 
 
 def bases(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> list[Base]:
-    """Sources grouped by architecture and modality state: scratch is trained once for each group.
+    """Group the sources by architecture and modality state. Scratch is trained once for each group.
 
-    ``stages``: source name to (arch, modality). Groups of one backbone name are told apart by their
-    first source.
+    Groups with the same backbone name are distinguished by their first source.
+
+    Args:
+        stages: Source name to (architecture, modality).
     """
     found: dict[str, list[str]] = {}
     parts: dict[str, tuple[Architecture, ModalitySpec]] = {}
@@ -119,8 +121,9 @@ def bases(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> list[Base]:
 
 
 def draws(job: Job) -> list[dict[str, float]]:
-    """Hyper-parameter draws, the same for every cell (scratch too): [low, high] is log-uniform, a
-    longer list is a choice.
+    """Draw hyper-parameters, the same for every cell and for scratch.
+
+    A pair [low, high] is drawn log-uniformly, and one value is chosen from a longer list.
     """
     fan = job.fanout
     if fan.trials == 1:
@@ -141,7 +144,7 @@ def draws(job: Job) -> list[dict[str, float]]:
 
 
 def techniques(job: Job, target: Target) -> list[ComponentConfig]:
-    """The target's or the job's techniques, scratch first and always."""
+    """Return the techniques of the target or the job, scratch always first."""
     named = target.techniques if target.techniques is not None else job.techniques
     rest = [component for component in named if not starts_random(component)]
     unsourced = [component for component in named if starts_random(component)]
@@ -150,30 +153,32 @@ def techniques(job: Job, target: Target) -> list[ComponentConfig]:
 
 
 def needs_training(component: ComponentConfig) -> bool:
-    """Tell whether a technique takes any training step; one that does not is tried once."""
+    """Return whether a technique takes any training step. One that takes none is tried once."""
     return trains(technique_of(component))
 
 
 def is_tried_once(component: ComponentConfig) -> bool:
-    """Tell whether a technique tests the source's network as it is, whatever the label fraction."""
+    """Return whether a technique tests the source's network as it is, at any label fraction."""
     return not needs_training(component) and not combines_trials(component)
 
 
 def starts_random(component: ComponentConfig) -> bool:
-    """Tell whether a technique starts from random weights, so that no source is needed."""
+    """Return whether a technique starts from random weights, so that no source is needed."""
     return registry.get("technique", component.name).starts_from == "random"
 
 
 def combines_trials(component: ComponentConfig) -> bool:
-    """Tell whether a technique makes its weights of finished trials."""
+    """Return whether a technique makes its weights from finished trials."""
     return registry.get("technique", component.name).starts_from == "trials"
 
 
 def planned_cells(
     job: Job, target_name: str, found: list[Base], chosen: set[str]
 ) -> list[tuple[Base, str, ComponentConfig, Fraction]]:
-    """(base, source, technique, label fraction) of a target; ``chosen`` are the sources that may be
-    used. What learns nothing stands at no rows, 0.
+    """Return (base, source, technique, label fraction) for each cell of a target.
+
+    A technique without training has a label fraction of 0 rows. ``chosen`` are the sources that may
+    be used.
     """
     target = job.targets[target_name]
     out: list[tuple[Base, str, ComponentConfig, Fraction]] = []
@@ -249,8 +254,9 @@ def make_trial(
 
 
 def made_by(target: Target, base: Base, technique: ComponentConfig) -> Provenance:
-    """What makes a trial of a target now: the code of its pieces and of the loop, and the versions
-    of libraries.
+    """Return the code and library versions that would make a trial of a target now.
+
+    The code is that of the trial's components and of the training loop.
     """
     frozen = registry.get("technique", technique.name).frozen
     modules = (
@@ -271,11 +277,14 @@ def made_by(target: Target, base: Base, technique: ComponentConfig) -> Provenanc
 def label_subset(
     rows: Rows, labels: np.ndarray | None, fraction: Fraction, seed: int
 ) -> np.ndarray:
-    """Places of a stratified, nested part of the training rows: for one seed, the 5 % set is part
-    of the 25 % set.
+    """Return the positions of a stratified part of the training rows.
 
-    Floats are shares of every class (at least one row), integers are rows a class; without labels,
-    of all rows. Raises ValueError for a share outside (0, 1].
+    With one seed the parts are nested: the 5 % set is part of the 25 % set. A float is a share of
+    every class (at least one row), an integer is a number of rows per class. Without labels both
+    count all rows.
+
+    Raises:
+        ValueError: A share is not in (0, 1].
     """
     n = len(rows)
     if isinstance(fraction, float) and not 0 < fraction <= 1:

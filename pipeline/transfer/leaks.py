@@ -1,10 +1,10 @@
 """Label leaks: single features that nearly decide the label of the training rows.
 
-Most often such a feature was made from the label, or is known only after it. Each feature alone (a
-field of a table; of a record's variable its count, first, last, smallest and largest value)
-predicts the class of one half of the rows from the other half, by the most frequent class of its
-bin, so that a column of row numbers predicts nothing. Of two classes the best threshold on all rows
-is tried too.
+Most often such a feature was computed from the label, or is known only after it. A feature is a
+field of a table, or the count, first, last, smallest or largest value of a variable in a record.
+Each feature alone predicts the class of one half of the rows from the other half, by the most
+frequent class of its bin, so that a column of row numbers predicts nothing. For two classes the
+best threshold on all rows is tried too.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from pipeline.train import fit
 from pipeline.train.row_checks import Finding
 
 DECIDES = 0.98
-"""Balanced accuracy of one feature from which on it is reported. Honest features of published
-tables stay below: petal width of the irises reaches 0.96, radius of breast tumours 0.91, the
-Glasgow Coma Scale for death in intensive care 0.7; a column made from the label reaches 0.99 to 1.
+"""A feature with this balanced accuracy or more is reported. Honest features of published tables
+are below: petal width of the irises reaches 0.96, radius of breast tumours 0.91, and the Glasgow
+Coma Scale for death in intensive care 0.7. A column that was computed from the label reaches 0.99
+to 1.
 """
 ROWS, BINS, FEWEST = 4096, 64, 10
-"""Rows of the sample (as many of each class), bins of a number, and the fewest rows that a class,
-or each side of a label, must have.
+"""Rows of the sample (equally many of each class), bins of a number, and the fewest rows that a
+class, or each side of a label, must have.
 """
 MOST_LABELS, SHOWN = 50, 5
 
 
 def find_leaks(modality: Modality, spec: Target, rows: Selection, state: dict) -> list[Finding]:
-    """Warn of features that decide the label; each label of a multi-label target is tried alone."""
+    """Return warnings about features that decide the label. Each label of a set is tried alone."""
     objective = registry.get("objective", spec.objective.name)
     role = next((role for role in ("label", "labels") if role in objective.roles), None)
     if role is None or not isinstance(modality, HasSingleFeatures) or not len(rows):
@@ -88,7 +89,7 @@ def _places(
     state: dict,
     role: str,
 ) -> np.ndarray:
-    """Indices of the sample, at most ROWS: as many rows of each class, or evenly spread."""
+    """Return the positions of at most ROWS rows: equally many of each class, or evenly spread."""
     count = len(rows)
     if count <= ROWS:
         return np.arange(count)
@@ -107,14 +108,14 @@ def _places(
 
 
 def _common(classes: np.ndarray) -> np.ndarray:
-    """(n,) classes numbered from 0; -1 for classes that have fewer than FEWEST rows."""
+    """Return (n,) classes numbered from 0; -1 for classes that have fewer than FEWEST rows."""
     kinds, which, counts = np.unique(classes, return_inverse=True, return_counts=True)
     number = np.where(counts >= FEWEST, np.cumsum(counts >= FEWEST) - 1, -1)
     return number[which.reshape(-1)] if len(kinds) else classes
 
 
 def balanced_accuracies(values: np.ndarray, tasks: list[np.ndarray]) -> list[float]:
-    """How well one feature predicts each task: half of the rows from the other half, and back.
+    """Return how well one feature predicts each task, a half of the rows from the other half.
 
     Args:
         values: (n,) float64, NaN where a row has none; or (n,) int64 numbers of categories.
@@ -151,10 +152,10 @@ def balanced_accuracies(values: np.ndarray, tasks: list[np.ndarray]) -> list[flo
 
 
 def _best_threshold(values: np.ndarray, task: np.ndarray) -> float:
-    """Balanced accuracy of two classes by the best threshold on all rows.
+    """Return the balanced accuracy of two classes by the best threshold on all rows.
 
     Rows without a value count as wrong. Half of few rows would have too few near the threshold to
-    find it; with FEWEST rows of each class, chance alone does not reach DECIDES: of 10 and 10 rows
+    find it. With FEWEST rows of each class, chance alone does not reach DECIDES: of 10 and 10 rows
     it separates all once in 90,000 features.
     """
     usable = np.isfinite(values) & (task >= 0)
@@ -175,9 +176,9 @@ def _best_threshold(values: np.ndarray, task: np.ndarray) -> float:
 
 
 def _bins(values: np.ndarray, learn: np.ndarray) -> np.ndarray:
-    """(n,) the bin of each row.
+    """Return (n,) the bin of each row.
 
-    Categories are bins; numbers are cut at edges from the ``learn`` rows, and missing ones have a
+    Categories are bins. Numbers are cut at edges from the ``learn`` rows, and missing ones have a
     bin of their own.
     """
     if np.issubdtype(values.dtype, np.integer):

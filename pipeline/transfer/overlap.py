@@ -26,21 +26,22 @@ from pipeline.train.source import SourceStage, data_key
 from pipeline.transfer.targets import TargetStage
 
 MOST_ROWS, MOST_BYTES = 200_000, 4 << 30
-"""The most rows and bytes that are read only to count; ``drop_overlap`` reads all that it needs."""
+"""The most rows and bytes that are read only to count overlap. ``drop_overlap`` reads all it needs.
+"""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What was found."""
+    """The overlap of a target's test rows with training rows."""
 
     notes: tuple[str, ...]
     """Sentences for terminal and report."""
     test: Selection
-    """The test rows that stay."""
+    """The test rows that are kept."""
 
 
 def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
-    """A hash of all that the left-out rows depend on; an empty string where none are left out."""
+    """Return a hash of all that the left-out rows depend on, or "" where none are left out."""
     if target.spec.drop_overlap == "none":
         return ""
     mode, spec = target.spec.drop_overlap, target.spec.data
@@ -62,9 +63,9 @@ def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
 
 
 def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
-    """The roles by which rows are compared: the input itself, and the second text of pairs.
+    """Return the roles by which rows are compared: the input itself, and the second text of pairs.
 
-    Many pairs share their first text, so the second counts where both sides have pairs.
+    Many pairs share their first text, so the second is compared where both sides have pairs.
     """
     kind = registry.get("modality", modality)
     has_pairs = "text_pair" in kind.optional_roles
@@ -74,8 +75,9 @@ def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
 
 
 def record_column(modality: str, *selections: Selection) -> str:
-    """The column with the id of the record that each row was cut from, where all have it; else
-    nothing.
+    """Return the column with the id of the record that each row was cut from.
+
+    Returns none where not all rows have it.
     """
     kind = registry.get("modality", modality)
     name = kind.record_column if isinstance(kind, CutFromRecords) else ""
@@ -84,7 +86,7 @@ def record_column(modality: str, *selections: Selection) -> str:
 
 
 def in_groups(test: Selection, group: str, others: Selection, other_group: str) -> np.ndarray:
-    """(n,) whether the group (patient, speaker) of each test row is also in the other rows.
+    """Return (n,) whether the group (patient, speaker) of each test row is also in the other rows.
 
     Null is no group.
     """
@@ -102,8 +104,9 @@ def in_groups(test: Selection, group: str, others: Selection, other_group: str) 
 
 
 def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
-    """About so many bytes are read of the rows; where a column of images or recordings holds the
-    places of their files, as a few of them tell.
+    """Return roughly how many bytes of the rows are read.
+
+    Where a column of images or recordings holds paths, the size is estimated from a few files.
     """
     named = columns[registry.get("modality", modality).roles[0]]
     kind = selection.manifest.schema.field(named).type if len(selection) else pa.null()
@@ -134,7 +137,7 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
         folder: Where the signatures by which rows are compared are kept.
 
     Raises:
-        ValueError: no test row would stay.
+        ValueError: No test row would be kept.
     """
     name, mode, test = target.name, target.spec.drop_overlap, target.splits.test
     columns, notes = target.spec.data.columns, []
@@ -181,7 +184,7 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
 def _shared_groups(
     target: TargetStage, source_name: str, stage: SourceStage
 ) -> tuple[np.ndarray, list[str]]:
-    """(n,) whether each test row's group is in a source's training rows, and notes on it."""
+    """Return (n,) whether each test row's group is in a source's training rows, and notes."""
     assert stage.splits is not None and stage.spec.data is not None
     name, test, group = target.name, target.splits.test, target.spec.data.group
     shared, notes = np.zeros(len(test), dtype=bool), []
@@ -226,11 +229,11 @@ def _duplicates(
     """Compare the test rows with other rows by their content.
 
     Args:
-        where: The other rows in words.
-        only_counted: Whether nothing is left out: then large corpora are not read.
+        where: Description of the other rows.
+        only_counted: Whether nothing is left out. Large corpora are then not read.
 
     Returns:
-        (n,) whether each test row is to be left out, and notes on it.
+        (n,) whether each test row is to be left out, and notes.
     """
     name, test, modality = target.name, target.splits.test, target.spec.data.modality.name
     own_columns, mode = target.spec.data.columns, target.spec.drop_overlap
@@ -262,7 +265,7 @@ def _duplicates(
 
 
 def _is_large(test: Selection, rows: Selection, modality: str, columns: dict[str, str]) -> bool:
-    """Whether rows are too many, or take too many bytes, to be read only for counting."""
+    """Return whether rows are too many, or take too many bytes, to be read only for counting."""
     if max(len(rows), len(test)) > MOST_ROWS:
         return True
     return _bytes(rows, modality, columns) > MOST_BYTES

@@ -1,4 +1,4 @@
-"""Use of a bundle after training: predictions on new files, and export."""
+"""Use of a bundle after training: predictions on new files, features, and export."""
 
 from __future__ import annotations
 
@@ -39,27 +39,28 @@ from pipeline.train.online_probe import features
 from pipeline.train.progress import Progress
 
 ROWS_A_PART, PIECES_A_SHARD = 1024, 128
-"""Rows of a file of predictions; of recordings fewer, as a row of half a minute takes a megabyte in
-memory.
+"""Rows of a file of predictions. There are fewer for recordings, because a row of half a minute
+takes a megabyte of memory.
 """
 PIECE = ("start", "seconds")
-"""Roles of a row that is a piece of a longer recording: rows to predict have them or not, whatever
-those of training had.
+"""Roles of a row that is a piece of a longer recording. Rows to predict may have them or not,
+whatever the training rows had.
 """
 IDS = ("id", "image_id", "entity")
-"""Columns that name a row, as importers write them: predictions have them too."""
+"""Columns with the id of a row, as importers write them. Predictions have them too."""
 INPUT = "input_"
-"""Before the name of a column of the rows that is called as one of the predictions is."""
+"""Prefix of a column of the rows that has the same name as a column of the predictions."""
 MOST_NAMED, MOST_LETTERS = 20, 120
-"""Classes that are named in what is printed, and letters of a type."""
+"""How many classes are printed by name, and how many letters of a type."""
 EXPORTED = "onetomany.json"
-"""Of an exported folder: where it is from, and each file's checksum."""
+"""File of an exported folder with its origin and the checksum of each file."""
 
 
 class _Predictor:
-    """A bundle in a data worker: rows of an item to columns. Opened at the first item, once a
-    process. ``carried``: columns of the rows that stand beside the predictions, by the names that
-    they have there.
+    """A bundle in a data worker, which predicts the rows of an item.
+
+    It is opened at the first item, once per process. ``carried`` are columns of the rows that are
+    copied to the predictions, by their names there.
     """
 
     def __init__(
@@ -115,8 +116,10 @@ class _Predictor:
         return objective.output_columns(predictions, raw_rows)
 
     def _pieces(self, ids: np.ndarray) -> Arrays:
-        """(n,) each: the recording's name, and where in it a row begins and how long it is, in
-        seconds, NaN where that is not told.
+        """Return the recording, start and length of each row, (n,) each, by column name.
+
+        Start and length are in seconds, NaN where the rows do not have them. The result is empty
+        where rows are no pieces of recordings.
         """
         if not self.carried:
             return {}
@@ -137,8 +140,10 @@ class _Predictor:
 
 
 def _table(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
-    """One line a row, in order; a row that cannot be decoded was predicted from zeros: it has its
-    reason and no prediction.
+    """Return one line for each row, in order.
+
+    A row that cannot be decoded was predicted from zeros: its line has the reason and no
+    prediction.
     """
     bad = np.array([int(i) in reasons for i in ids], dtype=bool)
     out: Arrays = {
@@ -158,8 +163,13 @@ def _table(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
 
 
 def check(uri: str, srt: bool = False) -> bundle.Manifest:
-    """The manifest of a bundle that predictions can be made with (``srt``: subtitles of them too).
-    Raises BundleError or StorageError, a damaged file named.
+    """Return the manifest of a bundle after checking that it can make predictions.
+
+    ``srt`` is whether subtitles are wanted too.
+
+    Raises:
+        BundleError: The bundle has no head, or makes no transcripts for subtitles.
+        StorageError: A file is missing or damaged.
     """
     found = bundle.load(uri)
     name = found.manifest.objective.name
@@ -188,17 +198,21 @@ def predict(
     srt: bool = False,
     keep: tuple[str, ...] = (),
 ) -> str:
-    """Predict files with Ray Data into ``output``/part-NNNNN.parquet, in row order; parts that are
-    there already are kept.
+    """Predict files with Ray Data into ``output``/part-NNNNN.parquet, in row order.
 
-    Beside the predictions stand, where the rows have them: ``file``, the place of the file that a
-    row is (of folders), their id (``IDS``), and the columns that ``keep`` names, as they are in the
-    rows (as ``input_NAME`` where predictions have a column NAME); of recordings ``recording``,
-    ``start`` and ``seconds``. The names of the classes that ``probabilities`` are of stand as JSON
-    in the Parquet files' own metadata (``classes``), and in what is returned. ``srt``: also one
-    .srt a recording, its rows joined in the order of ``start``. Raises BundleError for a bundle
-    without a head, or one that transcribes nothing where subtitles are wanted; ValueError for a
-    missing column, one of another type than the bundle reads, or an output of something else.
+    Parts that exist already are kept. Predictions also have these columns, where the rows have
+    them: ``file`` (path of the file, for folders of files), the id of the row (``IDS``), the
+    columns that ``keep`` names, and for recordings ``recording``, ``start`` and ``seconds``. A kept
+    column with the name of a prediction is written as ``input_NAME``. The names of the classes of
+    ``probabilities`` are JSON in the metadata of the Parquet files (``classes``) and in the
+    returned value.
+
+    With ``srt``, each recording also has an .srt file of its rows in the order of ``start``.
+
+    Raises:
+        BundleError: The bundle has no head, or makes no transcripts where subtitles are wanted.
+        ValueError: A column is missing or has another type than the bundle reads, or the output
+            folder belongs to other predictions.
     """
     manifest = check(uri, srt)
     with file_identity.progress_to(progress.update):
@@ -286,14 +300,14 @@ def embed(
     Args:
         uri: A bundle, with or without a head.
         data: Files, folders or globs.
-        columns: Role to column, where it is named otherwise than in training.
+        columns: Role to column, where it has another name than in training.
         form: The format of the files, as in a job.
 
     Returns:
         (rows, D) float32; NaN for a row that cannot be decoded.
 
     Raises:
-        ValueError: a missing column, or one of another type than the bundle reads.
+        ValueError: A column is missing or has another type than the bundle reads.
     """
     found = bundle.load(uri)
     modality, backbone = found.modality(), bundle.build_backbone(found.manifest.arch)
@@ -314,8 +328,9 @@ def embed(
 
 
 def _named_classes(classes: list[str] | None, parts: list[str]) -> str:
-    """In words, which class each number of ``probabilities`` is of, where the predictions have that
-    column.
+    """Return a sentence on the class of each number in ``probabilities``.
+
+    It is empty where the predictions do not have that column.
     """
     if not classes or not parts:
         return ""
@@ -339,8 +354,10 @@ def _kept(
     keep: tuple[str, ...],
     where: str,
 ) -> dict[str, str]:
-    """Columns of the rows that stand beside their predictions, by the names that they have there.
-    Raises ValueError for one that is not there.
+    """Return the columns of the rows that are copied to the predictions, by their names there.
+
+    Raises:
+        ValueError: There is no such column.
     """
     names, out = found.schema.names, {}
     files = file_columns(modality, columns)
@@ -357,9 +374,7 @@ def _kept(
 
 
 def _tells_place(kind: pa.DataType) -> bool:
-    """Whether a column of files holds their paths, by themselves or in Hugging Face's structs of
-    bytes and path.
-    """
+    """Return whether a column of files has paths, as texts or in Hugging Face's structs."""
     if pa.types.is_struct(kind):
         return "path" in {field.name for field in kind}
     return arrow_lists.is_text(kind)
@@ -368,11 +383,10 @@ def _tells_place(kind: pa.DataType) -> bool:
 def _with_kept(
     found: pa.Table, rows: pa.Table | None, kept: dict[str, str], classes: list[str] | None
 ) -> pa.Table:
-    """Predictions with the rows' own columns behind ``row``, and the names of the classes in the
-    table's metadata.
+    """Return predictions with the rows' own columns after ``row``, and class names in the metadata.
 
-    A column of the rows that is called as one of the predictions is stands as ``input_NAME``:
-    ``text`` of a transcribed recording is what the model heard, ``input_text`` what the rows say.
+    A column of the rows with the name of a prediction is written as ``input_NAME``: ``text`` of a
+    transcribed recording is the transcript, ``input_text`` is the text of the rows.
     """
     place, written_as = 1, _names_of_kept(list(kept), found.column_names)
     for name, column in kept.items():
@@ -390,8 +404,9 @@ def _with_kept(
 
 
 def _names_of_kept(kept: list[str], of_predictions: list[str]) -> dict[str, str]:
-    """The name that each kept column of the rows has beside predictions: its own, where no
-    prediction has that.
+    """Return the name of each kept column of the rows in the predictions.
+
+    It is the column's own name where no prediction has that name.
     """
     taken, out = {*of_predictions, *kept}, {}
     for name in kept:
@@ -406,8 +421,9 @@ def _names_of_kept(kept: list[str], of_predictions: list[str]) -> dict[str, str]
 def _check_types(
     modality: Modality, columns: dict[str, str], found: manifests.Manifest, where: str
 ) -> None:
-    """Raises ValueError with file, column, the type that it has and the one that is needed, before
-    anything is read.
+    """Raise ValueError for a column of another type than the bundle reads, before rows are read.
+
+    The message has the file, the column and both types.
     """
     for role, name in columns.items():
         kind = found.schema.field(name).type if name in found.schema.names else None
@@ -425,7 +441,7 @@ def _check_types(
 
 
 def _short(kind: Any) -> str:
-    """A type in words; long ones (structs of many fields) cut."""
+    """Return the text of a type, shortened where it is long (structs of many fields)."""
     text = str(kind)
     return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}..."
 
@@ -445,12 +461,14 @@ def _columns(
     found: manifests.Manifest,
     where: str = "",
 ) -> dict[str, str]:
-    """The column of each role that rows to predict need: as told, or named as in training, or as
-    the role itself (an imported folder's).
+    """Return the column of each role that rows to predict need.
 
-    Raises ValueError for one that is not there, and for a label, which rows to predict need not
-    have. A piece's roles are taken where they were in training, and from a folder of files, which
-    was cut into them.
+    It is the one in ``columns``, or the one of training, or one with the name of the role (as in an
+    imported folder). The roles of a piece of a recording are taken where training had them, and
+    from a folder of files, which was cut into pieces.
+
+    Raises:
+        ValueError: There is no such column, or a label is named, which rows to predict do not need.
     """
     labels, out, where = (
         (*objective.roles, *objective.optional_roles),
@@ -493,7 +511,7 @@ def _columns(
 
 
 def _are_places(found: manifests.Manifest, name: str) -> bool:
-    """Whether the column holds places of files, not their bytes."""
+    """Return whether the column has paths of files, not their bytes."""
     kind = found.schema.field(name).type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
@@ -501,8 +519,9 @@ def _are_places(found: manifests.Manifest, name: str) -> bool:
 def _carried(
     modality: Modality, columns: dict[str, str], found: manifests.Manifest
 ) -> dict[str, str]:
-    """Columns that tell of which recording a row is a piece; a column of files' names is one of
-    recordings.
+    """Return the columns that identify the recording of a row.
+
+    A column of file names identifies recordings too.
     """
     if not set(PIECE) & set(modality.optional_roles):
         return {}
@@ -519,8 +538,9 @@ def _carried(
 
 
 def _subtitles(output: str, parts: list[str]) -> int:
-    """One .srt a recording beside the parts, each written at once; how many. A recording's rows are
-    held until its last one is read.
+    """Write one .srt file for each recording and return their number.
+
+    The rows of a recording are held in memory until its last one is read.
     """
 
     def read(part: str, wanted: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -568,13 +588,16 @@ def _arrow(block: Arrays, types: dict[str, pa.DataType]) -> pa.Table:
 
 
 def export(uri: str, output: str, kind: str, backbone_only: bool) -> str:
-    """A verified copy of a bundle, its weights as one .safetensors or .pt file, or a folder that
-    transformers (or timm) opens.
+    """Export a bundle: as a verified copy, as one .safetensors or .pt file, or as a folder.
 
-    Every export is read again and compared with the bundle on random rows (``export_check``) before
-    it is put in its place; what is returned tells the largest difference. Raises ValueError for
-    another kind or suffix, and where an export is there already; BundleError for what the other
-    library has no class for, and for an export that gives other numbers than the bundle.
+    A folder can be opened by transformers or timm. Every export is read again and compared with the
+    bundle on random rows (``export_check``) before it is moved to its place. The result has the
+    largest difference.
+
+    Raises:
+        ValueError: The kind or suffix is unknown, or an export exists already.
+        BundleError: The other library has no class for the bundle, or the export gives other
+            numbers than the bundle.
     """
     found = bundle.load(uri)
     if kind == "bundle":
@@ -634,9 +657,11 @@ def _export_folder(found: bundle.Bundle, output: str, backbone_only: bool) -> st
 
 
 def _export_state_dict(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
-    """One file of tensors. With a head a description lies beside it, and for a linear head on timm
-    or transformers the code that loads it: the layer norm before it has no parameters, so the
-    tensors alone would not tell that it is there.
+    """Write one file of tensors.
+
+    With a head there is also a file that describes it, and for a linear head on timm or
+    transformers the code that loads it. The layer norm before such a head has no parameters, so the
+    tensors alone would not show that it exists.
     """
     if not output.endswith((".safetensors", ".pt", ".pth")):
         raise ValueError(f"{output}: a state dict is a .safetensors, .pt or .pth file")
@@ -679,9 +704,7 @@ def _export_state_dict(found: bundle.Bundle, output: str, backbone_only: bool) -
 
 
 def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """(tensors of a task, the norm before its linear layer as ones and noughts, texts of the files
-    beside them).
-    """
+    """Return the tensors of a task, with its norm as ones and zeros, and further text files."""
     task, modality = found.task(), found.modality()
     tensors = dict(found.tensors)
     head = getattr(task.objective, "head", None)

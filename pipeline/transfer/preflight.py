@@ -1,6 +1,6 @@
-"""Checks of the files before a run: for ``--dry-run``.
+"""Checks of the data files before a run, for ``--dry-run``.
 
-They raise the errors that a run would end with, some of them only after training.
+They raise the errors that a run would end with, some of which it would raise only after training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def check_rows(state: JobState) -> list[str]:
     """Describe sources and targets, from a sample of their rows.
 
     Raises:
-        ValueError: all errors that a run would end with, one a line.
+        ValueError: The message has all errors that a run would end with, one per line.
     """
     lines: list[str] = []
     problems: list[str] = []
@@ -56,7 +56,7 @@ def check_rows(state: JobState) -> list[str]:
 
 
 def _target(state: JobState, name: str, bases: list[Base], estimated: set[str]) -> list[str]:
-    """Describe a target's rows as each base reads them; raises what a run would raise."""
+    """Describe a target's rows as each base reads them, or raise the error of a run."""
     target, matching = state.targets[name], set(stages.matching(state, name))
     dry_checks.check_named_files(target.splits)
     lines = _lines(
@@ -92,6 +92,6 @@ def _lines(name: str, findings: Iterable[Finding], is_estimated: bool) -> list[s
 
 
 def _at(place: str, error: Exception) -> str:
-    """The error's message, with its place in the job file unless it begins with it."""
+    """Return the error's message with its place in the job file, unless it begins with it."""
     text = str(error)
     return text if text.startswith(place) else f"{place}: {text}"

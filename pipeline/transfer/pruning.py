@@ -1,9 +1,8 @@
-"""Stale trials: what the results table and the storage hold of trials that a job no longer has, and
-how it is removed on request.
+"""Stale trials: trials in the results table and the storage that the job no longer has.
 
-A trial is stale when the job, as its file says it now, does not consist of it any more: another
+A trial is stale when it is no longer part of the job as its file is now, because of another
 setting, seed, technique, source or target, or changed data. Its rows and its bundle are kept until
-they are pruned, since another job may start from them.
+the user asks to prune them, since another job may start from them.
 """
 
 from __future__ import annotations
@@ -22,25 +21,27 @@ from pipeline.report.results import ResultRow
 from pipeline.train import resume_history
 
 USES_FILE = "uses.json"
-"""In a job's folder: the bundles and checkpoints that its sources start from, so that no other job
-prunes them.
+"""File in a job's folder with the bundles and checkpoints that its sources start from, so that no
+other job prunes them.
 """
 STACKS = "stacks"
-"""In a job's folder: the resume points of heads that train together."""
+"""Folder in a job's folder with the resume points of heads that train together."""
 MOST_CELLS = 6
 
 
 @dataclass(frozen=True)
 class StaleTrials:
-    """What pruning would remove. ``rows``: rows of results.parquet; ``trials``: ids whose folders
-    (record, predictions, bundle, log) go.
+    """What pruning would remove.
+
+    ``rows`` is the number of rows in results.parquet. ``trials`` are the ids of trials whose
+    folders (record, predictions, bundle, log) would be removed.
     """
 
     rows: int
     trials: tuple[str, ...]
     cells: tuple[str, ...]
     kept: dict[str, str] = field(default_factory=dict)
-    """Trial id to who uses its bundle: these stay."""
+    """Trial id to the users of its bundle. These trials are kept."""
     stacks: tuple[str, ...] = ()
     """Names of the folders with resume points of heads that would train together."""
 
@@ -49,7 +50,7 @@ class StaleTrials:
         return not (self.rows or self.trials or self.stacks)
 
     def lines(self) -> list[str]:
-        """What goes and what stays, in words."""
+        """Return lines on what is removed and what is kept."""
         if self.is_empty:
             out = ["nothing is stale: every trial that is kept belongs to the job"]
         else:
@@ -69,8 +70,9 @@ class StaleTrials:
 
 
 def describe_stale(rows: Sequence[ResultRow]) -> list[str]:
-    """A sentence on the rows of the results table whose trials the job no longer has; none where
-    there are none.
+    """Return a sentence on the rows of trials that are no longer part of the job.
+
+    Returns none where there are no such rows.
     """
     stale = [row for row in rows if row.current is False]
     if not stale:
@@ -86,7 +88,7 @@ def describe_stale(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def _cells(rows: Iterable[ResultRow]) -> list[str]:
-    """The cells of some rows, each with how many trials it has."""
+    """Return the cells of some rows, each with its number of trials."""
     trials = {(row.trial_id, row.trial_stage): cell_key(row) for row in rows}
     count = Counter(trials.values())
     out = []
@@ -100,11 +102,12 @@ def _cells(rows: Iterable[ResultRow]) -> list[str]:
 
 
 def find_stale(root: str, current: set[str], used: Mapping[str, str]) -> StaleTrials:
-    """The stale trials of the job in the folder ``root``.
+    """Find the stale trials of the job in the folder ``root``.
 
     Args:
+        root: The folder of the job.
         current: Ids of all trials of the job.
-        used: Place of a bundle or checkpoint to who uses it (`uses`).
+        used: Place of a bundle or checkpoint to its users (`uses`).
     """
     rows = results.read(root)
     there = {*_folders(storage.join(root, "trials")), *(row.trial_id for row in rows)} - current
@@ -121,8 +124,9 @@ def find_stale(root: str, current: set[str], used: Mapping[str, str]) -> StaleTr
 
 
 def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:
-    """Stacks of which some trial is not in the job any more (so nothing goes on with them), or is
-    not known.
+    """Return the stacks of heads with a trial that is no longer part of the job, or is unknown.
+
+    Nothing can continue from their resume points.
     """
     out = []
     for name in _folders(storage.join(root, STACKS)):
@@ -133,7 +137,7 @@ def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:
 
 
 def prune(root: str, stale: StaleTrials) -> None:
-    """Remove what is stale: the rows first, so that the table never names a bundle that is gone."""
+    """Remove stale trials, the rows first, so that the table never names a missing bundle."""
     results.remove(root, stale.trials)
     for name in stale.trials:
         storage.remove_tree(storage.join(root, "trials", name))
@@ -145,20 +149,18 @@ def prune(root: str, stale: StaleTrials) -> None:
 
 
 def record_uses(root: str, sources: Mapping[str, Sequence[str]]) -> None:
-    """Record in a job's folder what its sources start from: source to the places of bundles and
-    checkpoints.
-    """
+    """Record in a job's folder the bundles and checkpoints that each of its sources starts from."""
     checksums.write_document(
         storage.join(root, USES_FILE), {name: list(places) for name, places in sources.items()}
     )
 
 
 def uses(root: str, own: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Place to who uses it, of what the sources of this job and of all jobs beside it in the same
-    storage start from.
+    """Return place to users, of the bundles and checkpoints that sources start from.
 
-    Jobs that were run before their uses were recorded are known by the parents in their tables and
-    bundles. Jobs that lie elsewhere are not known.
+    The sources are those of this job and of all jobs next to it in the same storage. Of jobs that
+    ran before their uses were recorded, the parents in their tables and bundles are used. Jobs in
+    other places are not known.
     """
     out = {
         _place(place): f"this job's source {name}"
@@ -191,8 +193,9 @@ def _used_by(root: str) -> set[str]:
 
 
 def _place(text: str) -> str:
-    """A bundle's or checkpoint's place as it compares: without what a job writes before it, and a
-    local one without links.
+    """Return the place of a bundle or checkpoint in a form that can be compared.
+
+    It has no prefix such as ``bundle:``, and links in a local path are resolved.
     """
     place = text.partition(":")[2] if text.startswith(CHECKPOINT_PREFIXES) else text
     place = place.rstrip("/")
@@ -200,7 +203,7 @@ def _place(text: str) -> str:
 
 
 def _folders(uri: str) -> list[str]:
-    """Names of the folders in a folder; none where there is no such folder."""
+    """Return the names of the folders in a folder; none where there is no such folder."""
     if not storage.is_dir(uri):
         return []
     filesystem, path = storage.filesystem(uri)

@@ -1,4 +1,4 @@
-"""Transferability scores: how well a source's features suit a target, before any fine-tune."""
+"""Transferability scores: how well a source's features fit a target, before any fine-tuning."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ SCORE_ROWS = 2000
 
 @register("score", "logme", title="LogME")
 def logme(found: np.ndarray, labels: np.ndarray) -> float:
-    """Log of the maximum evidence a row, averaged over classes (LogME: You et al., ICML 2021).
-    Higher is better.
+    """Return the log of the maximum evidence per row, averaged over classes. Higher is better.
 
-    found: (n, D) features. labels: (n,) class numbers, or (n, L) 0 or 1, then averaged over the
-    labels that some rows have and some have not; NaN without such a label. The evidence is that of
-    y ~ N(0, (t I + F F') / alpha); the best alpha of every t is known, so t alone is searched. The
-    published fixed point gave NaN or -inf in 117 of 300 random cases, nearly all with D > n, and
-    stops at the lower of two maxima in others.
+    The score is LogME (You et al., ICML 2021). The evidence is that of y ~ N(0, (t I + F F') /
+    alpha). The best alpha of every t is known, so only t is searched. The published fixed point
+    gave NaN or -inf in 117 of 300 random cases, nearly all with D > n, and stopped at the lower of
+    two maxima in others.
+
+    Args:
+        found: (n, D) features.
+        labels: (n,) class numbers, or (n, L) 0 or 1. Of the latter, labels that all rows or no row
+            has are left out.
+
+    Returns:
+        The score, NaN where no label is left.
     """
     f = found.astype(np.float64)
     n = len(f)
@@ -55,17 +61,22 @@ def logme(found: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _varying_columns(labels: np.ndarray) -> np.ndarray:
-    """The columns of (n, L) labels that hold both 0 and 1."""
+    """Return the columns of (n, L) labels that contain both 0 and 1."""
     return labels[:, labels.any(0) & ~labels.all(0)]
 
 
 @register("score", "knn", title="kNN")
 def knn(found: np.ndarray, labels: np.ndarray, k: int = KNN) -> float:
-    """Leave-one-out accuracy of the majority of the k nearest rows by cosine. Higher is better.
+    """Return the leave-one-out accuracy of the k nearest rows by cosine. Higher is better.
 
-    labels: (n,) class numbers. Of (n, L) labels, 0 or 1, it is the macro AUROC of how many of the k
-    nearest rows have each label, as most rows have none of the rare ones, whatever the features;
-    NaN where no label tells rows apart.
+    The prediction of a row is the most frequent class of its neighbours. For (n, L) labels, 0 or 1,
+    the score is the macro AUROC of the number of neighbours with each label, because an accuracy
+    would be high for rare labels whatever the features are. It is NaN where no label varies.
+
+    Args:
+        found: (n, D) features.
+        labels: (n,) class numbers, or (n, L) 0 or 1.
+        k: Number of neighbours.
     """
     y = torch.from_numpy(labels.astype(np.int64))
     nearest = y[neighbours(found, k)]
@@ -80,10 +91,10 @@ def knn(found: np.ndarray, labels: np.ndarray, k: int = KNN) -> float:
 
 
 def fewest_labels(shared: Shared, data: TargetData) -> np.ndarray:
-    """Places of the training rows of the target's smallest label fraction, as the trials of seed 0
-    draw them.
+    """Return the positions of training rows in the target's smallest label fraction.
 
-    The fractions of one seed are nested: every trial of that seed may use these rows.
+    They are drawn as in the trials of seed 0. The fractions of one seed are nested, so every trial
+    of that seed may use these rows.
     """
     seed = mix(shared.seed, 0)
     subsets = [
@@ -100,14 +111,18 @@ def score(
     target: str,
     names: tuple[str, ...] | None = None,
 ) -> dict[str, float]:
-    """Scores of a source on the training rows of a target (at most SCORE_ROWS, evenly spread).
+    """Return the scores of a source on at most SCORE_ROWS training rows of a target, evenly spread.
 
-    names: which of the registered scores; none: all. Each is a function of features (n, D) and of
-    class numbers (n,) or label sets (n, L), and higher is better.
+    Only rows are read that the trials with the fewest labels may use too (`fewest_labels`). A
+    choice of sources by all labels would help trials that may use only 5 % of them. Each score is a
+    function of features (n, D) and of class numbers (n,) or label sets (n, L), and higher is
+    better.
 
-    Only rows are read that the trials with the fewest labels may use too (`fewest_labels`): a
-    choice of sources by all labels would help trials that must do with 5 % of them. Raises
-    ValueError without labels, or where a feature is not finite.
+    Args:
+        names: Names of registered scores; none: all.
+
+    Raises:
+        ValueError: There are no labels, or a feature is not finite.
     """
     data = shared.targets[target, base_key]
     objective = registry.get("objective", data.objective.name)

@@ -1,5 +1,6 @@
-"""A job's stages in order: sources, scores, trials, results, report. Each is keyed: what is done is
-not done again.
+"""The stages of a job in order: sources, scores, trials, results, report.
+
+The results of a stage are stored under keys of their inputs, so that finished work is not repeated.
 """
 
 from __future__ import annotations
@@ -39,40 +40,44 @@ from pipeline.transfer.trial import Shared
 
 @dataclass
 class JobState:
-    """What the stages of one command know so far."""
+    """The knowledge that the stages of one command share."""
 
     job: Job
     progress: Progress
     verbose: bool = False
     wait: bool | None = None
-    """Whether to wait for nodes that are not there yet (`launch.cluster`)."""
+    """Whether to wait for nodes that have not joined the cluster yet (`launch.cluster`)."""
     remake: tuple[str, ...] = ()
-    """"sources", "trials" or both: what is made anew where other code or versions made it."""
+    """"sources", "trials" or both: which results are made again where other code or versions made
+    them.
+    """
     sources: dict[str, source.SourceStage] = field(default_factory=dict)
     targets: dict[str, TargetStage] = field(default_factory=dict)
     pretraining: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
-    """Targets that could not be made ready, with the reason: the others go on without them."""
+    """Targets that could not be prepared, each with the reason. The others continue without them.
+    """
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     """``source|target`` to the result columns ``score_name`` and ``score_value``, where sources
-    were chosen by them.
+    were chosen by scores.
     """
     left_out: dict[str, int] = field(default_factory=dict)
-    """How many test rows of a target were left out because they also stand in a source."""
+    """Target to the number of its test rows that were left out because they are also in a source.
+    """
     key: str = ""
-    """Of all that the facts of a run depend on (`_save_metadata`)."""
+    """Hash of everything that the metadata of a run depends on (`_save_metadata`)."""
     subgroups: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    """Of each target that names some: column to the values of its test rows."""
+    """Target to the values of its test rows in each subgroup column, for targets with subgroups."""
     trial_provenance: dict[str, TrialProvenance] = field(default_factory=dict)
-    """Trial id to what made it, of the trials in the table."""
+    """Trial id to the code and versions that made it, for the trials in the table."""
 
 
 def check(job: Job, progress: Progress, **options: Any) -> JobState:
-    """Everything that can be known before anything starts: data, columns, splits, storage.
+    """Check everything that can be checked before a run starts: data, columns, splits, storage.
 
     Raises:
-        ValueError: names all problems.
+        ValueError: The message lists all problems.
     """
     storage.check_writable(job.root)
     state, problems = JobState(job, progress, **options), []
@@ -111,7 +116,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
 
 
 def _source_problems(state: JobState, target: TargetStage) -> list[str]:
-    """What is wrong with a target beside the sources that it is to be adapted from."""
+    """Return what is wrong between a target and the sources that it is to be adapted from."""
     names, problems = matching(state, target.name), []
     if not names:
         modality = target.spec.data.modality.name
@@ -125,7 +130,7 @@ def _source_problems(state: JobState, target: TargetStage) -> list[str]:
 
 
 def _score_problems(job: Job, target: TargetStage) -> list[str]:
-    """What is wrong where sources are chosen by scores that the target's rows do not have."""
+    """Return the problem where sources are chosen by scores and the target's rows allow none."""
     select = job.fanout.select
     if select is None or target.scored:
         return []
@@ -137,7 +142,7 @@ def _score_problems(job: Job, target: TargetStage) -> list[str]:
 
 
 def _notes_on_identity(job: Job) -> list[str]:
-    """A sentence for each source and target whose files are not known by their content."""
+    """Return a sentence for each source and target whose files are not identified by content."""
     named = [
         (f"sources.{name}", data)
         for name, spec in job.sources.items()
@@ -167,7 +172,7 @@ def _modality_name(stage: source.SourceStage) -> str | None:
 
 
 def matching(state: JobState, target: str) -> list[str]:
-    """Sources that a target fans out: those it names, or all of its modality."""
+    """Return the sources that a target is adapted from: those it names, or all of its modality."""
     spec = state.job.targets[target]
     named = spec.sources if spec.sources is not None else list(state.sources)
     return [
@@ -178,15 +183,16 @@ def matching(state: JobState, target: str) -> list[str]:
 
 
 def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
-    """Every trial of the job and whether it needs no run any more; empty while a source has no
-    bundle, or the search is not through.
+    """Return each trial of the job and whether it is finished.
+
+    The result is empty while a source has no bundle or the search is not finished.
     """
     if (
         not state.targets
         or not all(stage.done for stage in state.sources.values())
         or _read_metadata(state).get("broken")
     ):
-        return []  # a target that was left out is tried again
+        return []  # a target that was left out is prepared again
     if checksums.is_damaged(_metadata_uri(state)):
         return []  # the run goes through its stages once more, which makes them again
     bases, chosen = _bases(state), _chosen_before(state)
@@ -226,7 +232,7 @@ def _trial_status(
 def provenance_of_trials(
     state: JobState, found: list[Trial], bases: list[Base]
 ) -> dict[str, TrialProvenance]:
-    """Trial id to what made it, of those that have ended."""
+    """Return trial id to the code and versions that made it, for trials that have ended."""
     by_key = {base.key: base for base in bases}
     weights = {
         name: bundle.weights_sha256(stage.bundle_uri)
@@ -244,7 +250,7 @@ def provenance_of_trials(
 
 
 def _trials_to_remake(state: JobState, found: list[Trial], bases: list[Base]) -> set[str]:
-    """Ids of the trials that have ended and are to be made anew."""
+    """Return the ids of the trials that have ended and are to be made again."""
     if "trials" not in state.remake:
         return set()
     return {
@@ -255,11 +261,13 @@ def _trials_to_remake(state: JobState, found: list[Trial], bases: list[Base]) ->
 def reusable_results(
     state: JobState,
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, TrialProvenance]]:
-    """What is there and would be used as it is: source to how code and versions have changed since,
-    and the trials that are known, by id.
+    """Return the existing results that would be used as they are.
 
-    The trials of a search that is not through, or behind a source without a bundle, are known as
-    far as they can be.
+    Where the search is not finished, or a source has no bundle, only the trials that are already
+    known are returned.
+
+    Returns:
+        Source to the changes of code and versions since it was made, and the known trials by id.
     """
     changed = {name: stage.changes() for name, stage in state.sources.items() if stage.has_bundle}
     chosen = _chosen_before(state)
@@ -273,7 +281,7 @@ def reusable_results(
 def _planned_trials(
     state: JobState, bases: list[Base], chosen: dict[str, set[str]]
 ) -> tuple[list[Trial], list[Trial]]:
-    """The search trials that have ended, and the final trials that follow from them."""
+    """Return the search trials that have ended, and the final trials that follow from them."""
     search = _search(state, bases, chosen)
     records = _records(state, search)
     there = [one for one, record in zip(search, records, strict=True) if record is not None]
@@ -281,9 +289,7 @@ def _planned_trials(
 
 
 def _search(state: JobState, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
-    """All draws of the search, and the best of those that have ended once more with further
-    seeds.
-    """
+    """Return all draws of the search, and the best finished ones again with further seeds."""
     draws = search_trials(state, bases, chosen)
     return [*draws, *finalist_trials(state, bases, chosen, _ranked(draws, _records(state, draws)))]
 
@@ -319,7 +325,7 @@ def _save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
 
 
 def _read_metadata(state: JobState) -> dict[str, Any]:
-    """The facts that the newest run of these same sources and targets left, or none."""
+    """Return the metadata that the newest run of the same sources and targets wrote, or none."""
     remedy = (
         "what it told the report (notes, scores, targets that were left out) is missing until the "
         "job runs again"
@@ -329,8 +335,9 @@ def _read_metadata(state: JobState) -> dict[str, Any]:
 
 
 def _chosen_before(state: JobState) -> dict[str, set[str]] | None:
-    """Sources of each target as the newest run chose them; none when that must still be found out
-    by scores.
+    """Return the sources of each target as the newest run chose them.
+
+    Returns none where they must still be chosen by scores.
     """
     if state.job.fanout.select is None:
         return {name: set(matching(state, name)) for name in state.targets}
@@ -339,9 +346,7 @@ def _chosen_before(state: JobState) -> dict[str, set[str]] | None:
 
 
 def used_places(state: JobState) -> dict[str, tuple[str, ...]]:
-    """Of each source the bundle that trials start from, and the checkpoint that it started from
-    itself.
-    """
+    """Return for each source its bundle, and the checkpoint that the source itself started from."""
     return {
         name: tuple(filter(None, (stage.bundle_uri, stage.checkpoint_text)))
         for name, stage in state.sources.items()
@@ -349,8 +354,10 @@ def used_places(state: JobState) -> dict[str, tuple[str, ...]]:
 
 
 def all_ids(state: JobState) -> set[str]:
-    """Ids of all trials of the job, whether they have run or not. Raises ValueError while they
-    cannot be known.
+    """Return the ids of all trials of the job, whether they have run or not.
+
+    Raises:
+        ValueError: They cannot be known yet.
     """
     lacking = [name for name, stage in state.sources.items() if not stage.has_bundle]
     broken, chosen = _read_metadata(state).get("broken") or {}, _chosen_before(state)
@@ -378,8 +385,10 @@ def all_ids(state: JobState) -> set[str]:
 
 
 def stale(state: JobState) -> pruning.StaleTrials:
-    """The trials that are kept and that the job no longer has. Raises ValueError while that cannot
-    be known.
+    """Return the stored trials that are no longer part of the job.
+
+    Raises:
+        ValueError: The trials of the job cannot be known yet.
     """
     return pruning.find_stale(
         state.job.root, all_ids(state), pruning.uses(state.job.root, used_places(state))
@@ -387,7 +396,7 @@ def stale(state: JobState) -> pruning.StaleTrials:
 
 
 def pretrain(state: JobState) -> None:
-    """Every source to its bundle."""
+    """Pretrain each source that has no bundle yet, and collect the metadata of all."""
     pruning.record_uses(state.job.root, used_places(state))
     for name, stage in state.sources.items():
         metadata = launch.pretrain(stage, state.progress, state.verbose, state.wait)
@@ -410,7 +419,7 @@ def pretrain(state: JobState) -> None:
 
 
 def report_done(state: JobState, name: str) -> None:
-    """Tell of a source that is done, and of what has changed since it was made."""
+    """Report a source that is finished already, and what has changed since it was made."""
     stage = state.sources[name]
     state.progress.note(f"{name}: done before ({stage.bundle_uri})")
     if changed := stage.changes():
@@ -421,10 +430,10 @@ def report_done(state: JobState, name: str) -> None:
 
 
 def share(state: JobState) -> Shared:
-    """What the trials read: weights, decoded targets.
+    """Prepare the data that the trials read: weights and decoded targets.
 
     Raises:
-        ValueError: a source has no bundle yet, or no target could be made ready.
+        ValueError: A source has no bundle yet, or no target could be prepared.
     """
     job = state.job
     missing = [name for name, stage in state.sources.items() if not stage.has_bundle]
@@ -442,7 +451,7 @@ def share(state: JobState) -> Shared:
         state.progress.update(f"{name}: reading")
         try:
             data |= {(name, base): one for base, one in _prepare_target(state, name, bases).items()}
-        except ValueError as error:  # one bad target: the others go on
+        except ValueError as error:  # one bad target: the others continue
             state.broken[name] = str(error)
             state.notes.append(f"{name}: left out: {error}")
             state.progress.note(f"warning: targets.{name} is left out: {error}")
@@ -470,10 +479,12 @@ def share(state: JobState) -> Shared:
 
 
 def _prepare_target(state: JobState, name: str, bases: list[Base]) -> dict[str, trial.TargetData]:
-    """A target as each base reads it, by the base's key; what was noticed goes into the notes.
+    """Prepare a target as each base reads it, and add findings to the notes.
+
+    The result is by the key of the base.
 
     Raises:
-        ValueError: the target cannot be used.
+        ValueError: The target cannot be used.
     """
     job, target = state.job, state.targets[name]
     sources = {one: state.sources[one] for one in matching(state, name)}
@@ -508,7 +519,7 @@ def _prepare_target(state: JobState, name: str, bases: list[Base]) -> dict[str, 
 
 
 def _source_rows(state: JobState) -> dict[str, tuple[Selection, dict[str, str]]]:
-    """Training rows of each source that has data, where some technique reads them."""
+    """Return the training rows of each source that has data, where a technique reads them."""
     named = [one for target in state.targets.values() for one in target.techniques]
     if not any("source" in technique_of(one).streams() for one in named):
         return {}
@@ -520,7 +531,7 @@ def _source_rows(state: JobState) -> dict[str, tuple[Selection, dict[str, str]]]
 
 
 def _git_sha() -> str | None:
-    """The commit of this code, where it lies in a checkout."""
+    """Return the commit of this code, where it is in a Git checkout."""
     try:
         out = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"],
@@ -535,7 +546,7 @@ def _git_sha() -> str | None:
 
 
 def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
-    """Transferability of every source for every target."""
+    """Compute the transferability of every source for every target."""
     out = []
     for name, target in state.targets.items():
         if not target.scored:
@@ -560,8 +571,9 @@ def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
 def _score_of(
     state: JobState, shared: Shared, source_name: str, base_key: str, target: str
 ) -> dict[str, float]:
-    """The scores of one source, NaN where they cannot be computed: it is noted, and the other
-    sources go on.
+    """Return the scores of one source, NaN where they cannot be computed.
+
+    A failure is added to the notes, and the other sources continue.
     """
     try:
         found = scores.score(shared, source_name, base_key, target)
@@ -584,13 +596,13 @@ def _score_of(
 
 
 def _rank(score: float) -> tuple[bool, float]:
-    """Sorts scores from the best to the worst, and NaN behind them all."""
+    """Return the sort key of a score: the best first, NaN last."""
     missing = bool(np.isnan(score))
     return missing, 0.0 if missing else -score
 
 
 def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
-    """Sources to fan out for each target: all, or the best-scored."""
+    """Select the sources of each target: all, or those with the best scores."""
     select = state.job.fanout.select
     chosen = {name: set(matching(state, name)) for name in state.targets}
     if select is None:
@@ -646,7 +658,7 @@ def _trial(
 
 
 def search_trials(state: JobState, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
-    """Every cell with every draw; none when there is only one draw."""
+    """Return a trial for every cell and draw; none where there is only one draw."""
     draws = grid.draws(state.job)
     found = _cells(state, bases, chosen) if len(draws) > 1 else []
     return [
@@ -663,10 +675,12 @@ def finalist_trials(
     chosen: dict[str, set[str]],
     ranked: dict[str, list[dict[str, float]]],
 ) -> list[Trial]:
-    """The best few draws of every cell with further seeds (`Fanout.search_finalists`); none where
-    there is nothing to choose from.
+    """Return trials of the best few draws of every cell with further seeds.
 
-    ``ranked``: cell to its draws, the best first.
+    Their number is in `Fanout.search_finalists`. There are none where there is a single draw.
+
+    Args:
+        ranked: Cell to its draws, the best first.
     """
     spec, out = state.job.fanout.search_finalists, []
     for name, cell in _cells(state, bases, chosen) if ranked else ():
@@ -686,8 +700,9 @@ def final_trials(
     chosen: dict[str, set[str]],
     winners: dict[str, dict[str, float]],
 ) -> list[Trial]:
-    """Every cell's winner with every seed; a cell whose search has no winner runs with the target's
-    own settings.
+    """Return the trials of every cell's winner with every seed.
+
+    A cell whose search has no winner has the settings of the target.
     """
     out: list[Trial] = []
     combined = []
@@ -713,8 +728,9 @@ def final_trials(
 
 
 def finetune(state: JobState, shared: Shared) -> list[Trial]:
-    """Search (when there are draws), try the best draws again, then every cell's winner with every
-    seed. Returns all trials of the job.
+    """Run the search, the best draws again, and then every cell's winner with every seed.
+
+    There is a search only where there are several draws. Returns all trials of the job.
     """
     job, bases = state.job, list(shared.bases.values())
     chosen = _select(state, shared)
@@ -773,8 +789,9 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
 
 
 def current(state: JobState) -> list[ResultRow]:
-    """Rows of the job as it is now, from the records of the trials that have ended, with the notes
-    of the run that left them.
+    """Return the results rows of the job as it is now, and the notes of the run that made them.
+
+    They are read from the records of the trials that have ended.
     """
     if not state.targets or not all(stage.has_bundle for stage in state.sources.values()):
         return []
@@ -797,8 +814,7 @@ def current(state: JobState) -> list[ResultRow]:
 def _tried(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, list[tuple[dict[str, float], list[float]]]]:
-    """Cell to its draws, each with the validation values of the seeds that it was tried with,
-    larger is better.
+    """Return cell to its draws, each with the validation value of every seed, larger is better.
 
     Trials without a record and those that failed, were stopped early or have no value are left out.
     """
@@ -824,8 +840,9 @@ def _tried(
 def _ranked(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, list[dict[str, float]]]:
-    """Cell to its draws, the best first; of draws that are equally good, the one that was drawn
-    first.
+    """Return cell to its draws, the best first.
+
+    Of equally good draws the one that was drawn first comes first.
     """
     return {
         cell: [hyper for hyper, _ in sorted(draws, key=_draw_sort_key, reverse=True)]
@@ -836,25 +853,26 @@ def _ranked(
 def _winners(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, dict[str, float]]:
-    """The best draw of every cell on validation, at equal budget; pruned and failed trials do not
-    win.
+    """Return the best draw of every cell on validation, at equal budget.
+
+    Trials that were stopped early or failed cannot win.
     """
     return {cell: ranked[0] for cell, ranked in _ranked(search, records).items()}
 
 
 def _draw_sort_key(draw: tuple[dict[str, float], list[float]]) -> tuple[int, float]:
-    """A draw that more seeds have finished of comes first: draws that were not tried again, or
-    failed with a seed, were found worse.
+    """Return the sort key of a draw, by the number of finished seeds and then by validation value.
+
+    Draws that were not tried again, or failed with a seed, were found worse.
     """
     _, values = draw
     return len(values), float(np.mean(values))
 
 
 def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
-    """Records of trials to rows of the results table, with the gain of each over scratch at the
-    same seed.
+    """Make results rows from the records of trials, with the gain over scratch with the same seed.
 
-    Names are those of the job as it is now: a record may be older than a name.
+    Names are those of the job as it is now, because a record may be older than a name.
     """
     root = state.job.root
     records = trial.read_records(root, [one.id for one in found])
@@ -922,7 +940,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
 def _tested_runs(
     state: JobState, rows: list[ResultRow], targets_of: dict[str, str]
 ) -> dict[str, stats.RunPredictions]:
-    """Test predictions of the finished final trials of these rows, by trial id."""
+    """Return the test predictions of the finished final trials of these rows, by trial id."""
     tested = {
         row.trial_id: row.seed
         for row in rows
@@ -937,9 +955,11 @@ def _tested_runs(
 
 
 def _compared(rows: list[ResultRow], cells: list[matrix.Cell]) -> list[ResultRow]:
-    """Fill in, on the test rows of trials that started from a source, what only the comparison of
-    whole cells tells: on how many paired seeds it rests, its corrected p value (of the primary
-    metric), and the gain over the target's best scratch network with the same seed.
+    """Fill in the columns that need the comparison of whole cells.
+
+    They are the number of paired seeds, the corrected p value (primary metric only) and the gain
+    over the target's best scratch network with the same seed. Only test rows of trials with a
+    source have them.
     """
     by_key = {
         (cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction): cell
@@ -981,7 +1001,7 @@ def _compared(rows: list[ResultRow], cells: list[matrix.Cell]) -> list[ResultRow
 
 
 def _is_tested(row: ResultRow) -> bool:
-    """Whether a row is the test result of a final trial."""
+    """Return whether a row is the test result of a final trial."""
     return (
         row.trial_stage == "final"
         and row.split == "test"
@@ -996,7 +1016,7 @@ def _by_subgroup(
     rows: list[ResultRow],
     one: Trial,
 ) -> list[ResultRow]:
-    """The primary metric's row of a final trial, once for each subgroup of the test rows."""
+    """Return rows of a final trial's primary metric, one for each subgroup of the test rows."""
     spec, primary = (
         state.targets[one.target].spec,
         next((row for row in rows if row.trial_id == one.id and row.split == "test"), None),
@@ -1012,7 +1032,7 @@ def _by_subgroup(
 def _with_subgroups(
     state: JobState, target: str, run: stats.RunPredictions
 ) -> stats.RunPredictions:
-    """The run with the subgroups that its target names."""
+    """Return the run with the subgroups that its target names."""
     stage = state.targets.get(target)
     if stage is None or not stage.spec.subgroups:
         return run
@@ -1054,7 +1074,7 @@ def _gain(
 
 
 def show(state: JobState, rows: list[ResultRow]) -> tuple[list[matrix.Cell], tuple[str, str]]:
-    """Cells of the job's table, and the written report."""
+    """Write the report, and return the cells of the table and the report's two URIs."""
     root, named = state.job.root, {row.trial_id: row.target for row in rows}
     rows = results.disambiguate_targets(rows)
     final = [row for row in rows if row.trial_stage == "final"]
@@ -1098,7 +1118,7 @@ def _describe_splits(state: JobState, stage: TargetStage) -> str:
 
 
 def failures(state: JobState, rows: list[ResultRow]) -> list[str]:
-    """A line for each target that was left out and each trial that failed."""
+    """Return a line for each target that was left out and each trial that failed."""
     left_out = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
     return left_out + sorted(
         {

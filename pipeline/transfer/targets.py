@@ -1,5 +1,7 @@
-"""Targets made ready for trials: their splits, their rows decoded once for every base, and what
-both share with a source.
+"""Targets prepared for trials.
+
+The splits of a target are read and checked against its sources, and its rows are decoded once for
+every base.
 """
 
 from __future__ import annotations
@@ -64,11 +66,11 @@ class TargetStage:
     spec: Target
     splits: Splits
     state: dict[str, Any] = field(default_factory=dict)
-    """What the objective learned of the training rows: label names."""
+    """The state that the objective fitted on the training rows, such as label names."""
     against: str = ""
-    """What the test rows that are left out depend on (`overlap.key`)."""
+    """What the left-out test rows depend on (`overlap.key`)."""
     root: str = ""
-    """The job's folder, where packed rows are kept."""
+    """The folder of the job, where packed rows are kept."""
     techniques: tuple[ComponentConfig, ...] = ()
 
     @property
@@ -81,7 +83,7 @@ class TargetStage:
 
     @property
     def split_origin(self) -> str:
-        """Where the splits come from, as the results table says it."""
+        """Where the splits come from, in the words of the results table."""
         drop = self.spec.drop_overlap
         return self.splits.origin + (
             f"; test rows that stand in a source left out ({drop})" if drop != "none" else ""
@@ -89,8 +91,8 @@ class TargetStage:
 
     @property
     def scored(self) -> bool:
-        """Whether transferability scores can be computed: of rows with one class, or with a set of
-        labels.
+        """Whether transferability scores can be computed, which need one class or a set of labels
+        in each row.
         """
         objective = registry.get("objective", self.spec.objective.name)
         return has_classes(objective)
@@ -100,8 +102,9 @@ class TargetStage:
         return registry.get("objective", self.spec.objective.name).packed
 
     def evidence(self) -> dict[str, stats.Evidence]:
-        """Split to the units that tell two networks apart there, counted as for a verdict; nothing
-        where documents will be packed into rows.
+        """Return for each split the number of units that count for a verdict.
+
+        It is empty where documents will be packed into rows.
         """
         if self.packed:
             return {}
@@ -127,8 +130,9 @@ class TargetStage:
         return out
 
     def labelled(self, fraction: float | int) -> int:
-        """How many training rows a label fraction stands for; where documents will be packed into
-        rows, how many documents.
+        """Return the number of training rows of a label fraction.
+
+        Where documents will be packed into rows it is the number of documents.
         """
         n = len(self.splits.train)
         if fraction == 1 and isinstance(fraction, float):
@@ -145,10 +149,10 @@ class TargetStage:
 
 
 def stage(job: Job, name: str) -> TargetStage:
-    """Read a target's splits and check all that can be checked before the sources are trained.
+    """Read a target's splits and make all checks that need no trained source.
 
     Raises:
-        ValueError: data that cannot be used, or a metric that the objective does not give.
+        ValueError: The data cannot be used, or the objective has no such metric.
     """
     spec, place = job.targets[name], f"targets.{name}"
     modality = registry.get("modality", spec.data.modality.name)
@@ -181,7 +185,7 @@ def stage(job: Job, name: str) -> TargetStage:
 def _check_spec(
     place: str, spec: Target, modality: type[Modality], objective: type[Objective]
 ) -> None:
-    """Raises ValueError for settings that contradict each other, before any row is read."""
+    """Raise ValueError for settings that contradict each other, before any row is read."""
     name = spec.objective.name
     if not _for_targets(objective):
         names = registry.names("objective")
@@ -219,7 +223,7 @@ def _check_spec(
 def _check_metric(
     place: str, spec: Target, objective: type[Objective], state: dict[str, Any]
 ) -> None:
-    """Raises ValueError where the target names a metric that its objective does not give."""
+    """Raise ValueError where the target names a metric that its objective does not have."""
     if spec.metric is None:
         return
     options = objective.options_class(**spec.objective.options)
@@ -238,7 +242,7 @@ def _check_metric(
 def _check_labels(
     split: str, selection: manifests.Selection, spec: Target, state: dict[str, Any]
 ) -> None:
-    """Raises ValueError for labels of a split that training would not know, or not score."""
+    """Raise ValueError for labels of a split that training would not know, or could not score."""
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
     table = manifests.read_columns(selection, fit.label_columns(spec))
     _try_rows(selection, spec, state)
@@ -259,7 +263,7 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any
     """Encode a few rows with all their columns, which an objective may compare with its labels.
 
     Raises:
-        ValueError: a column does not hold what its role needs.
+        ValueError: A column does not hold what its role needs.
     """
     modality = registry.get("modality", spec.data.modality.name)
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
@@ -283,7 +287,7 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any
 
 
 def _classes(spec: Target, splits: Splits, state: dict[str, Any]) -> np.ndarray | None:
-    """(n_train,) class numbers, for objectives whose rows have one class."""
+    """Return (n_train,) class numbers, for objectives whose rows have one class."""
     objective = registry.get("objective", spec.objective.name)
     if "label" not in objective.roles:
         return None
@@ -292,8 +296,9 @@ def _classes(spec: Target, splits: Splits, state: dict[str, Any]) -> np.ndarray 
 
 
 def _modality(target: TargetStage, base: Base) -> tuple[ModalitySpec, str]:
-    """The source's modality with the options that a target may set for itself, and completed by the
-    target's own rows (`fit.extend_modality`).
+    """Return the source's modality with the target's own options.
+
+    It is extended by the rows of the target (`fit.extend_modality`).
     """
     component = target.spec.data.modality
     own = registry.get("modality", component.name).target_options
@@ -319,7 +324,7 @@ def _modality(target: TargetStage, base: Base) -> tuple[ModalitySpec, str]:
 
 
 def _refuse(target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raises ValueError where options of the target's modality are others than its source's."""
+    """Raise ValueError where the target's modality has other options than its source's."""
     if differ:
         own = registry.get("modality", target.spec.data.modality.name).target_options
         raise ValueError(
@@ -332,12 +337,12 @@ def _refuse(target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any])
 
 
 class TargetReading(NamedTuple):
-    """How a target's rows are read for one base, before any is decoded."""
+    """How the rows of a target are read for one base, before any is decoded."""
 
     spec_of_modality: ModalitySpec
     modality: Modality
     coverage: str
-    """In words, what the source knows of these rows (`Modality.known`)."""
+    """A description of what the source knows of these rows (`Modality.known`)."""
     arch: Architecture
     objective: ObjectiveSpec
 
@@ -347,7 +352,11 @@ class TargetReading(NamedTuple):
 
 
 def reading_of(target: TargetStage, base: Base) -> TargetReading:
-    """Raises ValueError where rows, objective, techniques or backbone do not suit each other."""
+    """Return how a target is read for one base.
+
+    Raises:
+        ValueError: Rows, objective, techniques and backbone are not compatible.
+    """
     spec_of_modality, known = _modality(target, base)
     modality = bundle.build_modality(spec_of_modality)
     objective = registry.get("objective", target.spec.objective.name)
@@ -367,8 +376,10 @@ def reading_of(target: TargetStage, base: Base) -> TargetReading:
 
 
 def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
-    """What a look at a sample of the rows tells: texts that are cut, a feature that decides the
-    label, names that one side lacks, null labels.
+    """Return warnings from a sample of the rows.
+
+    They are about texts that are cut, a feature that decides the label, names that only one side
+    has, and null labels.
     """
     spec, objective = target.spec, registry.get("objective", target.spec.objective.name)
     splits, columns = target.splits.by_name(), target.spec.data.columns
@@ -381,8 +392,9 @@ def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
 
 
 def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[Finding]:
-    """Batches and label counts that the job asks for and the training rows do not give;
-    ``searched``: batches that may be drawn.
+    """Return the batch sizes and label counts of the job that the training rows cannot provide.
+
+    ``searched`` are batch sizes that the search may draw.
     """
     train, out = target.spec.train, []
     rows = {fraction: target.labelled(fraction) for fraction in target.spec.label_fractions}
@@ -428,8 +440,8 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     """Read the three splits as a base reads them, decoded where they fit into memory.
 
     Raises:
-        ValueError: a label that never stands in the training rows, or too many bad rows.
-        ChangedFileError: a file holds something else than when the run was planned.
+        ValueError: A label is in no training row, or there are too many bad rows.
+        ChangedFileError: A file has changed since the run was planned.
     """
     spec, splits = target.spec, target.splits
     reading = reading_of(target, base)
@@ -471,13 +483,13 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
 
 
 BadRow = tuple[str, str, str]
-"""Split, place and reason of a row that is left out."""
+"""Split, position and reason of a row that is left out."""
 
 
 def _selections(
     target: TargetStage, reading: TargetReading
 ) -> tuple[dict[str, manifests.Selection], dict[str, str], list[BadRow], list[str]]:
-    """The rows of each split, the column of each role, what was left out, and notes on it."""
+    """Return the rows of each split, the column of each role, the rows left out, and notes."""
     splits = target.splits.by_name()
     if not target.packed:
         notes = [reading.coverage] if reading.coverage else []
@@ -497,8 +509,10 @@ def _selections(
 
 
 def _trainable(target: TargetStage, rows: Rows) -> tuple[Rows, list[BadRow]]:
-    """The training rows with their costs, where batches are cut by them, without those that are
-    too short to be trained on."""
+    """Return the training rows without those that are too short to train on.
+
+    Their costs are computed where batches are made by cost.
+    """
     spec = target.spec
     objective = registry.get("objective", spec.objective.name)
     is_streamed = rows.arrays is None  # rows in memory have been looked through
@@ -518,7 +532,7 @@ def _trainable(target: TargetStage, rows: Rows) -> tuple[Rows, list[BadRow]]:
 
 
 def _labels(target: TargetStage, rows: Rows, state: dict[str, Any]) -> np.ndarray | None:
-    """(n_train,) class numbers of the training rows, where rows have one class."""
+    """Return (n_train,) class numbers of the training rows, where rows have one class."""
     if rows.arrays is None:
         return _classes(target.spec, target.splits, state)
     roles = registry.get("objective", target.spec.objective.name).roles
@@ -526,7 +540,7 @@ def _labels(target: TargetStage, rows: Rows, state: dict[str, Any]) -> np.ndarra
 
 
 def _groups(spec: Target, rows: Rows) -> np.ndarray | None:
-    """(n,) group numbers of the rows, where the target names a column of groups."""
+    """Return (n,) group numbers of the rows, where the target names a column of groups."""
     if not spec.data.group:
         return None
     table = manifests.read_columns(rows.selection, [spec.data.group])
@@ -536,8 +550,10 @@ def _groups(spec: Target, rows: Rows) -> np.ndarray | None:
 def _packed(
     target: TargetStage, split: str, selection: manifests.Selection, modality: ModalitySpec
 ) -> token_rows.TokenRows:
-    """The split's documents packed into rows, once for all bases that read alike. Raises ValueError
-    where none is left.
+    """Pack the documents of a split into rows, once for all bases that read them alike.
+
+    Raises:
+        ValueError: No row is left.
     """
     work = token_rows.TextWork(modality, target.spec.data.columns, "packed", ())
     made = provenance.made_by(
@@ -557,7 +573,7 @@ def _packed(
 
 
 def reading_key(target: TargetStage, base: Base) -> str:
-    """What the decoded rows of a target depend on: bases that read them alike share them."""
+    """Return what the decoded rows of a target depend on; bases with the same key share them."""
     objective = registry.get("objective", target.spec.objective.name)
     # which rows can be used may follow from the backbone too
     is_bound = isinstance(objective, BindsToBackbone)
@@ -565,8 +581,10 @@ def reading_key(target: TargetStage, base: Base) -> str:
 
 
 def for_base(data: TargetData, base: Base) -> TargetData:
-    """The same rows for another base that reads them alike. Raises ValueError where its backbone
-    does not suit them.
+    """Return the same rows for another base that reads them in the same way.
+
+    Raises:
+        ValueError: The base's backbone is not compatible with them.
     """
     arch = train_source.adapt_arch_to_inputs(
         base.arch, bundle.build_modality(data.modality).inputs() or base.arch.inputs
@@ -576,9 +594,11 @@ def for_base(data: TargetData, base: Base) -> TargetData:
 
 
 def _build(base: Base, arch: Architecture, objective: ObjectiveSpec) -> Task:
-    """The task with random weights, which the source's would fit. Raises ValueError where objective
-    or rows do not suit the backbone: more tokens than it has positions, an objective that needs
-    another kind of backbone.
+    """Build the task with random weights, into which the source's weights would be loaded.
+
+    Raises:
+        ValueError: Objective or rows are not compatible with the backbone: there are more tokens
+            than it has positions, or the objective needs another kind of backbone.
     """
     try:
         task = bundle.build_task(arch, objective, seed=0)
@@ -600,7 +620,7 @@ def _build(base: Base, arch: Architecture, objective: ObjectiveSpec) -> Task:
 def _check_base(
     target: TargetStage, base: Base, arch: Architecture, objective: ObjectiveSpec
 ) -> None:
-    """Raises ValueError where a technique, the objective or the rows do not suit the backbone."""
+    """Raise ValueError where a technique, the objective or the rows do not fit the backbone."""
     task = _build(base, arch, objective)
     layers = task.layers()
     head = task.objective if isinstance(task.objective, TransfersHead) else None
@@ -633,7 +653,7 @@ def _check_base(
 
 
 def _trains_something(technique: Technique, layers: dict[str, list[str]]) -> bool:
-    """Whether some parameter moves in every phase."""
+    """Return whether some parameter is trained in every phase."""
     for phase in technique.phases(10):
         rates = technique.rates(layers, phase.name)
         if not any(layers[name] for name, rate in rates.items() if rate):
@@ -642,7 +662,7 @@ def _trains_something(technique: Technique, layers: dict[str, list[str]]) -> boo
 
 
 def check_modality(target: TargetStage, source: Source) -> None:
-    """Raises ValueError where the target's objective does not suit how its rows would be read.
+    """Raise ValueError where the target's objective does not work with how its rows would be read.
 
     They are read with the options of the source, and with those that the target may set itself.
     """
@@ -668,9 +688,7 @@ def check_modality(target: TargetStage, source: Source) -> None:
 
 
 def _check_length(place: str, source: Source, wanted: int | None, length: int | None) -> None:
-    """Raises ValueError where rows are longer than the positions that the source is trained
-    with.
-    """
+    """Raise ValueError where rows are longer than the positions that the source is trained with."""
     backbone = source.backbone
     room = backbone.options.get("positions") or length
     has_positions = backbone.name.startswith("transformers/") and not backbone.options.get("config")
@@ -683,7 +701,7 @@ def _check_length(place: str, source: Source, wanted: int | None, length: int | 
 
 
 def weights(uri: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], bundle.Manifest]:
-    """A bundle's backbone and its head as arrays (for the object store), and its manifest."""
+    """Return a bundle's backbone and head as arrays (for the object store), and its manifest."""
     found = bundle.load(uri)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

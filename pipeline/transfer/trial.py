@@ -1,5 +1,6 @@
-"""One trial: the same loop as pretraining, on a target's rows, from a source's weights or from
-scratch. No Ray here.
+"""One trial: the training loop of pretraining on the rows of a target.
+
+It starts from the weights of a source or from random ones. This module does not use Ray.
 """
 
 from __future__ import annotations
@@ -56,17 +57,15 @@ from pipeline.transfer.grid import SCRATCH, Base, Trial, fraction_text, label_su
 
 EVAL_ROWS = 256
 AT_THRESHOLD = ("precision_at_threshold", "sensitivity_at_threshold", "specificity_at_threshold")
-"""Metrics of test rows alone: the threshold is chosen on the validation rows."""
+"""Metrics of test rows only, because their threshold is chosen on the validation rows."""
 RECORD, PREDICTIONS = "record.json", "predictions.npz"
 AGAIN = "the trial counts as not done, and the next run makes it again"
-"""What happens to a trial of which something is damaged."""
+"""What happens to a trial with a damaged file."""
 
 
 @dataclass
 class TargetData:
-    """A target as one base reads it: decoded rows of the three splits and what the objective
-    fitted.
-    """
+    """A target as one base reads it: decoded rows of the three splits, and the fitted objective."""
 
     spec: Target
     objective: ObjectiveSpec
@@ -79,17 +78,19 @@ class TargetData:
     """(n_test,) group numbers of the test rows, in the order of their ids."""
     split_text: str
     arch: Architecture
-    """The base's architecture, for the input as this target is read."""
+    """The architecture of the base, for the input as this target is read."""
     modality: ModalitySpec
     key: str = ""
-    """Names the rows as they are read: what was computed from them once is filed under it."""
+    """Key of how the rows are read. Results that were computed from the rows once are stored under
+    it.
+    """
     reads: tuple[FileIdentity, ...] = ()
-    """Files that trials read, where the rows are not in memory: no record is written when one of
+    """Files that trials read, where the rows are not in memory. No record is written when one of
     them has changed.
     """
 
     findings: tuple[Finding, ...] = ()
-    """What was noticed in its rows before any training, for terminal and report."""
+    """Findings about its rows from before training, for terminal and report."""
 
     @property
     def in_memory(self) -> bool:
@@ -97,7 +98,7 @@ class TargetData:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Metric names, the primary one first."""
+        """Names of the metrics, the primary one first."""
         kind = registry.get("objective", self.objective.name)
         options = kind.options_class(**self.objective.options)
         declared = target_metrics(kind, options, self.objective.state)
@@ -110,7 +111,7 @@ class TargetData:
 
     @property
     def test_metrics(self) -> tuple[str, ...]:
-        """Names of metrics of test rows alone, the one that the target names first."""
+        """Names of metrics of test rows only, the one that the target names first."""
         kind = registry.get("objective", self.objective.name)
         options = kind.options_class(**self.objective.options)
         declared = rollout_metrics(kind, options, self.objective.state)
@@ -118,16 +119,14 @@ class TargetData:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of what single values are told of: the types of entities, or the classes or labels
-        in the order of the scores' columns.
-        """
+        """Names of entity types, or of classes or labels in the order of the scores' columns."""
         state = self.objective.state
         return tuple(map(str, state.get("types", state.get("labels", ()))))
 
 
 @dataclass
 class Shared:
-    """What every trial reads: put once into the object store, read by all without a copy."""
+    """The data that all trials read, put into the object store once and read without a copy."""
 
     job: str
     root: str
@@ -140,21 +139,16 @@ class Shared:
     source_keys: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     heads: dict[str, tuple[ObjectiveSpec, dict[str, np.ndarray]]] = field(default_factory=dict)
-    """Of each source its objective and the tensors of its head, for objectives that carry them
-    over.
-    """
+    """Source to its objective and the tensors of its head, for objectives that reuse them."""
     fences: tuple[write_fence.Fence, ...] = ()
-    """The run that the trials belong to: they write while it holds its lease."""
+    """The run that the trials belong to. They write only while it holds its lease."""
     parent_weights: dict[str, str] = field(default_factory=dict)
-    """Of each source the SHA-256 of its weights: a trial tells by it which weights it started
-    from.
+    """Source to the SHA-256 of its weights, which a trial records as the weights it started from.
     """
     remake: bool = False
-    """Whether resume points of other code or versions are dropped, since trials are made anew."""
+    """Whether resume points of other code or versions are dropped, since trials are made again."""
     source_rows: dict[str, tuple[Selection, dict[str, str]]] = field(default_factory=dict)
-    """Training rows of each source that has data, with their columns, where a technique reads
-    them.
-    """
+    """Source to its training rows with their columns, where a technique reads them."""
 
 
 def folder(shared: Shared, trial: Trial) -> str:
@@ -162,12 +156,12 @@ def folder(shared: Shared, trial: Trial) -> str:
 
 
 def checkpoints(shared: Shared, trial: Trial) -> str:
-    """Folder of a trial's resume points, the same kind as a source's."""
+    """Return the folder of a trial's resume points, of the same kind as those of a source."""
     return experiment.checkpoints_of(folder(shared, trial))
 
 
 def read_record(root: str, trial_id: str) -> TrialRecord | None:
-    """The record of a trial, or none where it has none or a damaged one, which is told."""
+    """Return the record of a trial, or none where it has none or, with a warning, a damaged one."""
     uri = storage.join(root, "trials", trial_id, RECORD)
     found = checksums.document_or_none(uri, AGAIN)
     if found is None:
@@ -180,8 +174,9 @@ def read_record(root: str, trial_id: str) -> TrialRecord | None:
 
 
 def read_records(root: str, trial_ids: Iterable[str]) -> dict[str, TrialRecord]:
-    """Trial id to its record, of the trials that have one; several are read at once. Damage is
-    told.
+    """Return trial id to record, for the trials that have one. Several are read at the same time.
+
+    A damaged record is left out with a warning.
     """
     wanted = list(dict.fromkeys(trial_ids))
     found = storage.at_once(lambda one: read_record(root, one), wanted)
@@ -189,18 +184,18 @@ def read_records(root: str, trial_ids: Iterable[str]) -> dict[str, TrialRecord]:
 
 
 def is_complete(root: str, trial_id: str, record: TrialRecord) -> bool:
-    """Whether the predictions that the record names are there as they were written; damage is
-    told.
+    """Return whether the predictions that the record names exist and are undamaged.
+
+    Damaged ones cause a warning.
     """
     return PREDICTIONS not in record.files or _predictions(root, trial_id, record) is not None
 
 
 def _predictions(root: str, trial_id: str, record: TrialRecord | None) -> bytes | None:
-    """The bytes of a trial's predictions, or none where there are none or damaged ones, which is
-    told.
+    """Return the bytes of a trial's predictions, or none where they are missing or damaged.
 
-    A record that was written before it named its files vouches for none of them: they are taken as
-    they are.
+    Damaged ones cause a warning. Predictions of an old record, which has no checksums, are not
+    checked.
     """
     uri = storage.join(root, "trials", trial_id, PREDICTIONS)
     entry = record.files.get(PREDICTIONS) if record is not None else None
@@ -222,10 +217,10 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     """Build the task that a trial starts with.
 
     Returns:
-        The task, which tensors came from the source (in words), and a hash of its weights.
+        The task, a description of the tensors that came from the source, and a hash of its weights.
 
     Raises:
-        ValueError: a trial without training whose head has nothing of the source's.
+        ValueError: The trial has no training and its head has no weights of the source.
     """
     data = shared.targets[trial.target, trial.base]
     seed = mix(shared.seed, trial.seed)
@@ -255,7 +250,11 @@ def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def _finished(shared: Shared, trial_id: str) -> FinishedTrial:
-    """A trial that has ended, with its weights. Raises ValueError where it failed or kept none."""
+    """Return a trial that has ended, with its weights.
+
+    Raises:
+        ValueError: The trial failed or kept no weights.
+    """
     record = read_record(shared.root, trial_id)
     row = record.rows[0] if record and record.status == "done" else None
     uri = row.bundle_uri if row else None
@@ -279,11 +278,11 @@ def weights_hash(task: torch.nn.Module) -> str:
 
 
 def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
-    """The training settings as they are used, the labelled rows of this trial, and its steps.
+    """Resolve the training settings, the labelled rows of this trial, and its number of steps.
 
-    The batch is never larger than the rows. A frozen backbone reads rows without augmentation;
-    where its features are computed once they are all of one length, so batches by ``batch_cost``
-    have as many rows as it stands for on average.
+    The batch is never larger than the rows. A frozen backbone reads rows without augmentation.
+    Where its features are computed once, all features have the same length, so a batch by
+    ``batch_cost`` has as many rows as that cost means on average.
     """
     data, technique = shared.targets[trial.target, trial.base], trial.technique_object
     train, rows = data.spec.train, data.train
@@ -306,16 +305,16 @@ def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
 
 
 def _caches_features(data: TargetData) -> bool:
-    """Whether a frozen backbone's features are computed once for all trials."""
+    """Return whether the features of a frozen backbone are computed once for all trials."""
     objective = registry.get("objective", data.objective.name)
     has_cached_head = isinstance(objective, CachedHead)
     return data.in_memory and not data.spec.workers and has_cached_head
 
 
 def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
-    """The order in which a trial's training rows are read.
+    """Return the order in which a trial reads its training rows.
 
-    It is that of a source, but rows in memory are fully permuted unless the job says otherwise.
+    It is that of a source, but rows in memory are fully permuted unless the job sets another order.
     """
     data = shared.targets[trial.target, trial.base]
     shards = train.canonical_shards or max(8, data.spec.workers)
@@ -335,7 +334,7 @@ def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
 
 
 Report = Callable[[int, int, dict[str, Any]], None]
-"""Called with step, steps in all and validation metrics."""
+"""Called with the step, the total number of steps, and the validation metrics."""
 
 
 def run(
@@ -345,12 +344,14 @@ def run(
     report: Report = lambda step, steps, metrics: None,
     alive: Callable[[], None] = heartbeat.beat,
 ) -> TrialRecord:
-    """Train, validate and (final trials) test once; write record, predictions and bundle.
+    """Train, validate and, in a final trial, test once; write record, predictions and bundle.
 
-    A trial that was killed continues from its newest resume point; the points are removed when the
-    record is written.
+    A trial that was killed continues from its newest resume point. The resume points are removed
+    when the record is written.
 
     Args:
+        trial: The trial.
+        shared: The data that all trials read.
         report: Called at every validation; may raise loop.Stop.
         alive: Called at every step.
 
@@ -358,8 +359,8 @@ def run(
         The record.
 
     Raises:
-        TooManyBadRowsError: more rows of a streamed target than its budget allows cannot be
-        decoded.
+        TooManyBadRowsError: More rows of a streamed target cannot be decoded than its budget
+            allows.
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.time()
@@ -418,7 +419,7 @@ def run(
 
 
 def history_of(folder: str, trials: list[Trial], shared: Shared) -> resume_history.ResumeHistory:
-    """What made the resume points in a folder of trials that differ in seeds and settings alone."""
+    """Return the history of the resume points of trials that differ only in seeds and settings."""
     first = trials[0]
     spec = shared.targets[first.target, first.base].spec
     made = made_by(spec, shared.bases[first.base], first.technique)
@@ -439,7 +440,7 @@ def _stream_rows(trial: Trial, shared: Shared) -> dict[str, Rows]:
 def predict_test(
     task: Task, technique: Technique, data: TargetData, train: Train, ranks: Ranks
 ) -> tuple[Task, Predictions, np.ndarray | None]:
-    """Calibrate on the validation rows, then predict the test rows, each once.
+    """Calibrate on the validation rows, then predict each test row once.
 
     Returns:
         The task as it was tested, the predictions of all ranks, and pictures of a policy's first
@@ -466,7 +467,7 @@ def predict_test(
 def _rows_left_out(
     data: TargetData, test: Predictions | None, rows: Rows, unread: dict[int, str]
 ) -> list[str]:
-    """In words, how many test and training rows could not be read."""
+    """Return sentences on the number of test and training rows that could not be read."""
     notes = []
     if test is not None and len(test["row"]) < len(data.test):
         notes.append(f"{len(data.test) - len(test['row'])} test rows could not be read")
@@ -495,8 +496,9 @@ def make_record(
     status: str = "done",
     error: str | None = None,
 ) -> TrialRecord:
-    """A trial's record: its result rows (without gains, which need the other trials), its curve and
-    what truly ran.
+    """Make the record of a trial: its results rows, its curve and the settings that were used.
+
+    The rows have no gains yet, which need the other trials.
     """
     data = shared.targets[trial.target, trial.base]
     ran = {
@@ -594,10 +596,13 @@ def make_record(
 
 
 def compute_test_metrics(data: TargetData, test: Predictions) -> dict[str, float]:
-    """Test values by metric, the primary one first. Behind them those of single labels
-    (``auroc/Effusion``) that a metric of several averages: of every label that some test rows have
-    and some have not. Raises ValueError where no label has the positives that it needs to be
-    averaged.
+    """Return the test values by metric, the primary one first.
+
+    After them come the values of single labels (``auroc/Effusion``) where a metric averages over
+    labels: of every label that some test rows have and some do not.
+
+    Raises:
+        ValueError: No label has as many positive rows as the average needs.
     """
     if "min_positives" in test:
         scored(test, strict=True)
@@ -613,7 +618,7 @@ def compute_test_metrics(data: TargetData, test: Predictions) -> dict[str, float
 
 
 def calibration_of(objective: Objective) -> dict[str, float]:
-    """What was fitted on the validation rows after training."""
+    """Return what was fitted on the validation rows after training."""
     return {
         name: objective.state[name]
         for name in ("temperature", "threshold")
@@ -622,7 +627,7 @@ def calibration_of(objective: Objective) -> dict[str, float]:
 
 
 def groups_of(data: TargetData, test: Predictions | None) -> np.ndarray | None:
-    """The groups of the test rows that were predicted."""
+    """Return the groups of the test rows that were predicted."""
     if data.groups is None or test is None:
         return None
     return data.groups[
@@ -638,9 +643,7 @@ def failed_record(
     validation: dict[str, float] | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> TrialRecord:
-    """The record of a trial that did not end well. It is written too, so that the table has its
-    row.
-    """
+    """Write the record of a trial that failed, so that the results table has its row."""
     data = shared.targets[trial.target, trial.base]
     train = data.spec.train.model_copy(
         update=trial.hyper_parameters
@@ -659,11 +662,10 @@ def write(
     task: Task | None,
     rollout_frames: np.ndarray | None = None,
 ) -> TrialRecord:
-    """Predictions (and pictures, ``rollout_frames``) and bundle first, the record last: a trial
-    with a record is complete.
+    """Write predictions, pictures (``rollout_frames``) and bundle first, and the record last.
 
-    Its resume points go then; those of a failed trial stay, since the next run tries it again.
-    Returns the record as it is written.
+    A trial with a record is therefore complete. Its resume points are then removed; those of a
+    failed trial are kept, since the next run tries it again. Returns the record as it is written.
     """
     data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
     if test is not None:
@@ -697,8 +699,9 @@ def write(
 
 
 def read_predictions(root: str, trial_id: str, seed: int) -> stats.RunPredictions | None:
-    """Test predictions of a finished trial, for paired intervals; none where there are none or
-    damaged ones, which is told.
+    """Return the test predictions of a finished trial, for paired intervals.
+
+    Returns none where they are missing or, with a warning, damaged.
     """
     data = _predictions(root, trial_id, read_record(root, trial_id))
     if data is None:
