@@ -174,7 +174,7 @@ class Data(Spec):
         default_factory=dict, description="keep rows whose column holds one of these values"
     )
     split_column: str | None = Field(
-        None, description="a column that names each row's split; it is obeyed"
+        None, description="a column with each row's split; it is used as it is"
     )
     split_values: dict[Literal["train", "validation", "test"], list[str]] = Field(
         default_factory=lambda: {
@@ -261,7 +261,7 @@ class Data(Spec):
         named = [value for values in self.split_values.values() for value in values]
         if twice := sorted({value for value in named if named.count(value) > 1}):
             raise ValueError(
-                f"split_values: {', '.join(twice)} stands twice; a row lies in one split"
+                f"split_values: {', '.join(twice)} is named twice; a row is in one split"
             )
         return self
 
@@ -334,8 +334,8 @@ class Train(Spec):
     batch_cost: float | None = Field(
         None,
         gt=0,
-        description="in the place of global_batch: a step takes rows of like length, as many as "
-        "cost so much in all when padded to the longest (audio: seconds)",
+        description="instead of global_batch: a step takes rows of similar length, as many as "
+        "have this cost in all when padded to the longest (audio: seconds)",
     )
     micro_batch: int | None = Field(
         None,
@@ -487,7 +487,7 @@ def search_problems(
 def changed_fields(spec: BaseModel) -> set[str]:
     """Return the names of the fields that do not have their default value.
 
-    A field that has no meaning where it stands is refused only when it is changed: a program may
+    A field without a meaning at its position is rejected only when it is changed: a program may
     write out a spec with every field, and defaults do no harm.
     """
     defaults = {
@@ -540,7 +540,7 @@ class Source(Spec):
     )
     modality: ComponentConfig | None = Field(
         None,
-        description="of a checkpoint without data, how its rows are read, e.g. {image: {mean: "
+        description="for a checkpoint without data: how its rows are read, e.g. {image: {mean: "
         "imagenet, std: imagenet, size: 224, crop_share: 0.9, "
         "interpolation: bicubic}}; none: what the checkpoint says, else what timm says of its "
         "model (a tag, timm/NAME.TAG, has its own)",
@@ -554,7 +554,7 @@ class Source(Spec):
     )
     probe: Data | None = Field(
         None,
-        description="labelled rows on which the backbone's features are tried at every "
+        description="labelled rows on which the backbone's features are tested at every "
         "validation: kNN accuracy on the validation split by the nearest training rows; columns: "
         "the input and label",
     )
@@ -614,8 +614,8 @@ class Source(Spec):
             [
                 (
                     ("data", "weight"),
-                    "it tells how often a corpus is drawn from beside others (data.more), and "
-                    "here is one: leave it out",
+                    "it is the share of a corpus beside others (data.more), and there is only one "
+                    "corpus here: leave it out",
                 )
             ]
             if self.data and self.data.weight is not None and not self.data.more
@@ -694,15 +694,15 @@ class Target(Spec):
     )
     drop_overlap: Literal["none", "exact", "near", "group"] = Field(
         "none",
-        description="leave out test rows that also stand in a source's training rows: exact: the "
+        description="leave out test rows that are also in a source's training rows: exact: the "
         "same bytes, or another cut of the same record; near: also images that are nearly the "
-        "same by a perceptual hash; group: also rows whose group (patient, speaker) stands there; "
+        "same by a perceptual hash; group: also rows whose group (patient, speaker) is there; "
         "all are counted",
     )
     subgroups: list[str] = Field(
         default_factory=list,
         description="columns of the test rows (sex, age_band, static.CareUnit) by whose values "
-        "the report and the results tell the primary metric apart",
+        "the report and the results also give the primary metric",
     )
     workers: int = Field(
         0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process"
@@ -770,7 +770,7 @@ class Finalists(Spec):
     )
 
     def further_trials(self, draws: int) -> int:
-        """Return the number of trials of a cell beyond its ``draws``."""
+        """Return the number of further trials of a cell with this number of ``draws``."""
         tried_again = min(self.top, draws)
         return tried_again * self.seeds if tried_again > 1 else 0
 
@@ -805,14 +805,15 @@ class Fanout(Spec):
         default_factory=dict,
         json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}},
         description="numeric field of train to [low, high] (log-uniform), or to 3 or more values "
-        "to choose from; needs trials above 1; steps drawn take the place of a target's epochs, "
-        "and the other way round",
+        "to choose from; needs trials above 1; "
+        "drawn steps replace a target's epochs, and the other way round",
     )
     search_finalists: Finalists = Field(
         default_factory=lambda: Finalists.model_validate({}),
         description="the best few draws of a search are tried again with further seeds before one "
-        "is chosen: chosen by one seed, hyper-parameters are partly luck, which the interval of a "
-        "gain cannot know of. top: 1 turns it off",
+        "is "
+        "chosen: a choice by one seed is partly luck, which the interval of a gain cannot "
+        "include. top: 1 turns it off",
     )
     scheduler: Literal["fifo", "asha"] = Field(
         "fifo", description="asha stops the worse search trials of a cell early"
@@ -981,7 +982,7 @@ def schema() -> dict:
             # The options of any library: the checkpoint says which one it is of
             table["patternProperties"][rf"^({'|'.join(p[:-1] for p in CHECKPOINT_PREFIXES)}):"] = {
                 "anyOf": list(options.values())
-            }
+            }  # the checkpoint has the kind
         else:
             table |= {"properties": options, "additionalProperties": False}
         return {"anyOf": [text, table]}

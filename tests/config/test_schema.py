@@ -696,8 +696,8 @@ def test_one_corpus_alone_has_no_weight(problems):
     start, end = WEIGHED.index("      more:\n"), WEIGHED.index("    backbone:")
     found = problems(WEIGHED[:start] + WEIGHED[end:])
     assert found == [
-        "8: sources.words.data.weight: it tells how often a corpus is drawn from beside "
-        "others (data.more), and here is one: leave it out"
+        "8: sources.words.data.weight: it is the share of a corpus beside others "
+        "(data.more), and there is only one corpus here: leave it out"
     ]
 
 

@@ -429,7 +429,7 @@ def test_a_value_of_the_split_column_is_one_split_alone(tmp_path, split):
         and not rows[0] & rows[1]
     )
     with pytest.raises(
-        ValueError, match="split_values: validation stands twice; a row lies in one split"
+        ValueError, match="split_values: validation is named twice; a row is in one split"
     ):
         split(
             uri=str(tmp_path / "a.parquet"),
