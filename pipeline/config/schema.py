@@ -701,8 +701,8 @@ class Target(Spec):
     )
     subgroups: list[str] = Field(
         default_factory=list,
-        description="columns of the test rows (sex, age_band, static.CareUnit) by whose values "
-        "the report and the results also give the primary metric",
+        description="columns of the test rows (sex, age_band, static.CareUnit): "
+        "the report and the results also give the primary metric for each of their values",
     )
     workers: int = Field(
         0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process"
@@ -805,14 +805,13 @@ class Fanout(Spec):
         default_factory=dict,
         json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}},
         description="numeric field of train to [low, high] (log-uniform), or to 3 or more values "
-        "to choose from; needs trials above 1; "
-        "drawn steps replace a target's epochs, and the other way round",
+        "to choose from; needs trials above 1; drawn steps replace a target's epochs, and the "
+        "other way round",
     )
     search_finalists: Finalists = Field(
         default_factory=lambda: Finalists.model_validate({}),
         description="the best few draws of a search are tried again with further seeds before one "
-        "is "
-        "chosen: a choice by one seed is partly luck, which the interval of a gain cannot "
+        "is chosen: a choice by one seed is partly luck, which the interval of a gain cannot "
         "include. top: 1 turns it off",
     )
     scheduler: Literal["fifo", "asha"] = Field(
@@ -982,7 +981,7 @@ def schema() -> dict:
             # The options of any library: the checkpoint says which one it is of
             table["patternProperties"][rf"^({'|'.join(p[:-1] for p in CHECKPOINT_PREFIXES)}):"] = {
                 "anyOf": list(options.values())
-            }  # the checkpoint has the kind
+            }
         else:
             table |= {"properties": options, "additionalProperties": False}
         return {"anyOf": [text, table]}
