@@ -2,8 +2,8 @@
 
     import pipeline
 
-    job = pipeline.load_job("jobs/quickstart.yaml", {"fanout.seeds": 1})
-    outcome = pipeline.run(job)
+    job = pipeline.load_job("jobs/quickstart.yaml", {"storage": "/tmp/runs"})
+    outcome = pipeline.run(job)      # finetune too; pretrain returns the bundles, score a list
     outcome.report, outcome.bundles                  # report.html; a bundle for every source
     pipeline.results(job).to_pandas()                # one row a trial, split and metric
     pipeline.embed(outcome.bundles["garments"], "new.parquet")    # (rows, features)
@@ -161,7 +161,7 @@ def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:
     Args:
         uri: A folder or s3:// URI, such as those of `Outcome.bundles` and the column
             ``bundle_uri`` of `results`.
-        plugins: Modules or paths that hold pieces it is made of.
+        plugins: Modules or paths that hold components it is made of.
     """
     from pipeline.checkpoints import bundle
 
@@ -192,7 +192,7 @@ def predict(
         format: Of the files, as in a job's data.
         keep: Columns of the rows that are written beside the predictions.
         srt: Of speech, also write one file of subtitles a recording.
-        plugins: Modules or paths that hold pieces the bundle is made of.
+        plugins: Modules or paths that hold components the bundle is made of.
         address: A Ray cluster to join, as for `run`.
         verbose: Show Ray's own messages too.
 
@@ -226,7 +226,7 @@ def embed(
         data: Files, folders or globs, local or on S3.
         columns: Role to column, where a column is named otherwise than in training.
         format: Of the files, as in a job's data.
-        plugins: Modules or paths that hold pieces the bundle is made of.
+        plugins: Modules or paths that hold components the bundle is made of.
 
     Returns:
         (rows, D) float32 pooled features, in the order of the rows; NaN for a row that cannot be

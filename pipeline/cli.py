@@ -51,8 +51,8 @@ Address = Annotated[
 Plugin = Annotated[
     list[str] | None,
     typer.Option(
-        help="A .py file, a package's folder or an installed module whose pieces are needed. It is "
-        "code, and is run.",
+        help="A .py file, a package's folder or an installed module whose components are needed. "
+        "It is code, and is run.",
         metavar="PATH",
     ),
 ]
@@ -80,7 +80,7 @@ Anew = Annotated[
     typer.Option(
         "--remake",
         help="changed: make anew the sources and trials that other code or library versions made, "
-        "and nothing else; --dry-run lists them. none: use them as they are, marked.",
+        "and nothing else; run --dry-run lists them. none: use them as they are, marked.",
     ),
 ]
 
@@ -239,7 +239,9 @@ def pretrain(
 def score(
     job: JobFile, set_: Set = None, address: Address = None, verbose: Verbose = False
 ) -> None:
-    """Rank the pretrained sources for each target by LogME and kNN, without training."""
+    """Rank the pretrained sources for each target by transferability scores (LogME, kNN and those
+    of plugins), without training.
+    """
     _stages(job, set_, address, verbose, None, ("score",))
 
 

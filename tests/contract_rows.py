@@ -1,7 +1,7 @@
 """Eight rows for every modality, backbone library and objective, as they stand in a Parquet file:
 what the contract suite runs on.
 
-A new piece needs an entry in one of the tables at the end; without one `test_contracts.py` fails
+A new component needs an entry in one of the tables at the end; without one `test_contracts.py` fails
 and names it.
 """
 

@@ -23,8 +23,7 @@ class Batch:
     Attributes:
         rows: (B,) int64 row ids of the manifest, on the host.
         keys: (B,) int64, one random key a row from (seed, epoch, row). All that is random about a
-            row
-            (crop, mask) follows from its key, so it is the same at any number of ranks.
+            row (crop, mask) follows from its key, so it is the same at any number of ranks.
         data: Named tensors, each with first dimension B.
         shards: (B,) the canonical shard of each row, where a plan made the batch.
     """

@@ -1,8 +1,7 @@
 """Optional protocols: what only some modalities offer.
 
-A modality has a capability by defining its members; nothing else is declared. Each capability is
-asked for in one place, by ``isinstance``. A class may be asked as well as an instance, since it has
-the same members.
+A modality has a capability by defining its members; nothing else is declared. It is asked for by
+``isinstance``, of an instance or of a class.
 """
 
 from __future__ import annotations

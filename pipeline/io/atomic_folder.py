@@ -79,9 +79,8 @@ def commit_folder(
     Args:
         uri: The folder.
         files: Name in the folder (with slashes, where it has subfolders) to bytes, or to a local
-            file
-            that is handed over: it is moved or streamed, never read whole into memory, gone after a
-                success and untouched after a failure.
+            file that is handed over: it is moved or streamed, never read whole into memory, gone
+            after a success and untouched after a failure.
         manifest: What else the manifest says.
         manifest_name: The manifest's file name.
 

@@ -64,11 +64,9 @@ class FileIdentity(NamedTuple):
     Attributes:
         uri: The file.
         content: Its size and what identifies its bytes: ``12-sha256:...``, on S3 ``12-etag:...``,
-            with
-            the mode ``stat`` ``12-stat:...``; ``absent`` when there is no file.
+            with the mode ``stat`` ``12-stat:...``; ``absent`` when there is no file.
         stamp: Size, times of change and inode; on S3 the content. While it is the same, the content
-            is
-            taken to be the same.
+            is taken to be the same.
     """
 
     uri: str

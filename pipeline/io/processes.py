@@ -49,8 +49,7 @@ def has_ended(number: int, began: float | None = None) -> bool:
     Args:
         number: The process number.
         began: When the process began, by ``psutil``. A number that another process has got since
-            does
-            not count.
+            does not count.
     """
     try:
         process = psutil.Process(number)

@@ -42,8 +42,7 @@ def keep_signal_handler() -> Iterator[None]:
 
     Raises:
         KeyboardInterrupt: SIGTERM came while the other handler was there. Ray's ends the process
-            with
-            SystemExit.
+            with SystemExit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -306,8 +306,8 @@ def decode(
 
     Raises:
         BrokenAudioError: not a sound file, no samples, fewer samples than the header promises, a
-        piece
-            after the recording's end, samples that are not finite or above 16 times full scale.
+            piece after the recording's end, samples that are not finite or above 16 times full
+            scale.
         LongAudioError: more than ``most`` seconds; raised before they are read.
     """
     _, samples, rate, _ = _read(data, start, seconds, most, sixteen_at)

@@ -30,10 +30,9 @@ def average_precision(
 
     Args:
         found: ``boxes`` (n, D, 4) corners x0 y0 x1 y1, D at most 100; ``scores`` (n, D);
-            ``classes``
-            (n, D), -1 for no detection; and the truth: ``true_boxes`` (n, M, 4), ``true_classes``
-            (n, M), -1 for no box; ``true_crowd`` (n, M). A crowd may be matched by any number of
-            detections, which then count neither as hits nor as errors.
+            ``classes`` (n, D), -1 for no detection; and the truth: ``true_boxes`` (n, M, 4),
+            ``true_classes`` (n, M), -1 for no box; ``true_crowd`` (n, M). A crowd may be matched by
+            any number of detections, which then count neither as hits nor as errors.
         thresholds: (T,) of IoU.
         counts: (R, n) how often each image counts; None for once.
 

@@ -162,7 +162,8 @@ class _PhaseState:
         task, train = run.task, run.train
         layers = task.layers()
         rates = optim.apply_rates(task, layers, run.technique.rates(layers, phase.name))
-        own = getattr(task, "groups", None)  # a stack of heads has a rate for each
+        # A stack of heads (`pipeline.transfer.cached_heads`) has a rate for each
+        own = getattr(task, "groups", None)
         self.groups = optim.groups(task, rates, train) if own is None else own(rates, train)
         for group in self.groups:
             group["peak"] *= phase.lr_scale
@@ -526,8 +527,9 @@ def _step(
     for the device.
     """
     to_mean = ranks.count / stats[1].clamp(min=1e-12)  # DDP has divided by the ranks
+    # A stack of heads (`pipeline.transfer.cached_heads`) clips each of them alone
     clip = getattr(task, "clip_gradients", None)
-    if clip is not None:  # a stack of heads clips each of them alone
+    if clip is not None:
         norm, finite = clip(train.clip_norm, to_mean)
         coefficient = torch.ones_like(to_mean)
     else:

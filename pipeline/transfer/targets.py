@@ -342,7 +342,7 @@ class TargetReading(NamedTuple):
     spec_of_modality: ModalitySpec
     modality: Modality
     coverage: str
-    """A description of what the source knows of these rows (`Modality.known`)."""
+    """A description of what the source knows of these rows (`ReportsCoverage.coverage`)."""
     arch: Architecture
     objective: ObjectiveSpec
 

@@ -2,18 +2,15 @@
 
 import inspect
 import textwrap
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from pydantic import Field
-from torch import nn
-from torch.nn import functional as F
 from toys import image_rows, take, task_of
 
 from pipeline.config import registry
-from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Objective, Task
 from pipeline.core.contracts import objective as page
 from pipeline.core.contracts import objective_capabilities as capabilities
@@ -30,15 +27,7 @@ PROTOCOLS = [
 def example() -> type[Objective]:
     """The objective that the page shows, as a plugin's file would hold it."""
     code = textwrap.dedent(page.__doc__.partition("::\n")[2].partition("\nWhat only some")[0])
-    names = {
-        "Options": Options,
-        "Field": Field,
-        "register": register,
-        "Objective": Objective,
-        "np": np,
-        "nn": nn,
-        "F": F,
-    }
+    names: dict[str, Any] = {}
     exec(code, names)
     return names["Regression"]
 

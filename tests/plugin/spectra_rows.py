@@ -1,4 +1,4 @@
-"""Rows of the plugin's pieces for the contract suite, as somebody with a plugin would add theirs:
+"""Rows of the plugin's components for the contract suite, as any plugin may add its own:
 
     PYTHONPATH=.:tests:tests/plugin ONETOMANY_PLUGINS=spectra \
         pytest -p spectra_rows tests/test_contracts.py

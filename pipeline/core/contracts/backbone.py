@@ -37,6 +37,14 @@ A complete small library with one architecture, for the rows of the example in `
 package, glob and regular expression. ``WANTS`` (optional) says what inputs an architecture asks its
 modality for, such as ``{"wavenet": {"features": "wave"}}``. Both are read without importing the
 file.
+
+Single objectives ask a backbone for more, and refuse one that lacks it:
+
+- ``mae``: ``patch``, pixels a patch's side; ``dino`` cuts its views to multiples of it.
+- ``next_sample``: ``levels(wave)``, ``receptive_field`` in samples, and ``renew_frames()``.
+- ``clm`` that generates: ``positions``, the longest row, and ``advance``, one step with a cache.
+- ``mlm``: ``activation`` and ``norm_eps`` of its head (gelu and 1e-12 where there are none).
+- ``wav2vec2``: ``hides_frames``, with ``latent_dim`` and ``frame_mask(batch)``.
 """
 
 from __future__ import annotations

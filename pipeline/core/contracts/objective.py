@@ -2,9 +2,16 @@
 
 An objective is one file in ``pipeline/objectives/``; the registry finds it by its decorator. This
 one predicts a number a row. It is complete: a job may say ``objective: regression`` once the file
-is there.
+is there::
 
-::
+    import numpy as np
+    from pydantic import Field
+    from torch import nn
+    from torch.nn import functional as F
+
+    from pipeline.config.registry import Options, register
+    from pipeline.core.contracts import Objective
+
 
     class RegressionOptions(Options):
         dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")

@@ -1,8 +1,8 @@
 """What some objectives can do, as protocols of one or two members each.
 
-An objective has a capability by having its members; nothing is declared. Callers ask with
-``isinstance``, of an objective or of its class, each capability in one place; where several
-callers need the answer, a function below asks for them.
+An objective has a capability by having its members; nothing is declared. It is asked for by
+``isinstance``, of an instance or of a class; where several callers need the answer, a function
+below asks for them.
 
 Training and transfer:
     `CachedHead`, `MixesInputs`: the head needs pooled features alone, unless inputs are mixed.
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class CachedHead(Protocol):
-    """Its head needs pooled features alone: a frozen backbone computes them once for all trials."""
+    """An objective whose head needs pooled features alone: cached ones serve all trials."""
 
     label_tensors: ClassVar[tuple[str, ...]]
     """Tensors that the head reads beside the features."""
@@ -64,7 +64,7 @@ class CachedHead(Protocol):
 
 @runtime_checkable
 class MixesInputs(Protocol):
-    """Its inputs can be mixed with other rows' in training, so that cached features will not do."""
+    """An objective whose inputs can be mixed with other rows', so cached features will not do."""
 
     @property
     def mixes_inputs(self) -> bool:
@@ -74,7 +74,7 @@ class MixesInputs(Protocol):
 
 @runtime_checkable
 class CouplesRows(Protocol):
-    """Its loss compares the rows of a global batch: it gathers over ranks, no micro-batches."""
+    """An objective whose loss compares the rows of a global batch: it takes no micro-batches."""
 
     def forward_without_rows(self, backbone: Backbone) -> None:
         """Take part in the loss's collective operations on a rank that has no rows."""
@@ -83,7 +83,7 @@ class CouplesRows(Protocol):
 
 @runtime_checkable
 class ComparesViews(Protocol):
-    """Its loss compares random views of a row, which the modality makes instead of augmenting."""
+    """An objective whose loss compares random views of a row, made instead of augmenting."""
 
     def views(self) -> tuple[View, ...]:
         """Return the views; batches hold them as ``view0``, ``view1``, ..., in evaluation too."""
@@ -92,7 +92,7 @@ class ComparesViews(Protocol):
 
 @runtime_checkable
 class UpdatesAfterStep(Protocol):
-    """Something of it moves with the steps: a momentum teacher, a temperature."""
+    """An objective of which something moves with the steps: a momentum teacher, a temperature."""
 
     def after_step(self, backbone: Backbone, step: int, steps: int) -> str | None:
         """Update after optimiser step ``step`` of ``steps``; return a warning, or None."""
@@ -101,7 +101,7 @@ class UpdatesAfterStep(Protocol):
 
 @runtime_checkable
 class ReplacesBackbone(Protocol):
-    """The backbone that is kept is not the trained one as it stands (the teacher's, say)."""
+    """An objective that keeps another backbone than the trained one (the teacher's, say)."""
 
     def after_training(self, backbone: Backbone) -> None:
         """Change the backbone in place, once, before the bundle is written."""
@@ -110,7 +110,7 @@ class ReplacesBackbone(Protocol):
 
 @runtime_checkable
 class TransfersHead(Protocol):
-    """A target with this objective starts with its source's head, tensor by tensor."""
+    """An objective whose target starts with its source's head, tensor by tensor."""
 
     def is_transferable(self, options: dict[str, Any], name: str) -> bool:
         """Return whether tensor ``name`` of a head made with ``options`` means the same here."""
@@ -130,7 +130,7 @@ class TransfersHead(Protocol):
 
 @runtime_checkable
 class ChecksLabels(Protocol):
-    """Some labels cannot be used (a box without area)."""
+    """An objective of which some labels cannot be used (a box without area)."""
 
     @classmethod
     def invalid_label_reasons(cls, table: pa.Table, columns: Columns, state: State) -> list[str]:
@@ -143,7 +143,7 @@ class ChecksLabels(Protocol):
 
 @runtime_checkable
 class ChecksTestRows(Protocol):
-    """Its metrics have no value on some splits (a single class)."""
+    """An objective whose metrics have no value on some splits (a single class)."""
 
     @classmethod
     def check_test(cls, options: Any, table: pa.Table, columns: Columns, state: State) -> None:
@@ -157,7 +157,7 @@ class ChecksTestRows(Protocol):
 
 @runtime_checkable
 class AllowsNullLabels(Protocol):
-    """A null in the column of its first role is an answer of its own."""
+    """An objective for which a null in the column of its first role is an answer of its own."""
 
     null_label_means: ClassVar[str]
     """What it is taken for: "a row without any label"."""
@@ -165,7 +165,7 @@ class AllowsNullLabels(Protocol):
 
 @runtime_checkable
 class LengthBound(Protocol):
-    """Rows can be too short to be trained on, though they can be scored."""
+    """An objective whose rows can be too short to be trained on, though they can be scored."""
 
     @classmethod
     def untrainable_reasons(
@@ -187,7 +187,7 @@ class LengthBound(Protocol):
 
 @runtime_checkable
 class BindsToBackbone(Protocol):
-    """Part of its state follows from the backbone (how many tokens a row has)."""
+    """An objective whose state follows in part from the backbone (how many tokens a row has)."""
 
     @classmethod
     def bind_to_backbone(cls, state: State, backbone: Backbone) -> State:
@@ -201,7 +201,7 @@ class BindsToBackbone(Protocol):
 
 @runtime_checkable
 class CountsRows(Protocol):
-    """Its rows have no class: whole label fractions are rows (demonstrations), not rows a class."""
+    """An objective without classes: whole label fractions are rows (demonstrations)."""
 
     label_fraction_unit: ClassVar[str]
     """How a number of rows is written in tables: "rows"."""
@@ -212,7 +212,7 @@ class CountsRows(Protocol):
 
 @runtime_checkable
 class ChoosesTargetMetrics(Protocol):
-    """A target's metrics follow from the labels (how many classes) or the options."""
+    """An objective whose target's metrics follow from the labels (how many classes) or options."""
 
     @classmethod
     def target_metrics(cls, options: Any, state: State) -> tuple[str, ...]:
@@ -222,7 +222,7 @@ class ChoosesTargetMetrics(Protocol):
 
 @runtime_checkable
 class ChoosesSourceMetrics(Protocol):
-    """A source's metrics follow from the labels too; the first decides which weights are kept."""
+    """An objective whose source's metrics follow from the labels; the first chooses the weights."""
 
     @classmethod
     def source_metrics(cls, options: Any, state: State) -> tuple[str, ...]:
@@ -232,7 +232,7 @@ class ChoosesSourceMetrics(Protocol):
 
 @runtime_checkable
 class Calibrated(Protocol):
-    """It fits what turns scores into probabilities and decisions after training."""
+    """An objective that fits after training what turns scores into probabilities and decisions."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -250,7 +250,7 @@ class Calibrated(Protocol):
 
 @runtime_checkable
 class UsesRawRows(Protocol):
-    """It reads columns of the rows beside its predictions."""
+    """An objective that reads columns of the rows beside its predictions."""
 
     raw_roles: ClassVar[tuple[str, ...]]
     """Roles whose columns it reads."""
@@ -258,7 +258,7 @@ class UsesRawRows(Protocol):
 
 @runtime_checkable
 class Postprocesses(Protocol):
-    """Its metrics need more than predictions: whether an answer is right."""
+    """An objective whose metrics need more than predictions: whether an answer is right."""
 
     def postprocess(self, predictions: Predictions, rows: RawRows) -> Predictions:
         """Return the predictions with what the metrics read; numbers, rows first, on the host."""
@@ -267,7 +267,7 @@ class Postprocesses(Protocol):
 
 @runtime_checkable
 class WritesColumns(Protocol):
-    """``onetomany predict`` writes other columns than its predictions."""
+    """An objective of which ``onetomany predict`` writes other columns than its predictions."""
 
     output_types: ClassVar[dict[str, pa.DataType]]
     """Types of the columns that hold lists: they do not follow from a file of empty lists."""
@@ -279,7 +279,7 @@ class WritesColumns(Protocol):
 
 @runtime_checkable
 class RollsOut(Protocol):
-    """A policy, which is tried in the simulated worlds of the test rows."""
+    """An objective that trains a policy, tried in the simulated worlds of the test rows."""
 
     @classmethod
     def rollout_metrics(cls, options: Any, state: State) -> tuple[str, ...]:

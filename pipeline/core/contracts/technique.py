@@ -146,9 +146,9 @@ class Technique(Registered):
         """Adapt the finished task to the test rows before they are predicted.
 
         Args:
-            task: What ``finish`` returned. batches: Starts a pass over the test rows, which yields
-            finished batches without labels, in
-                order and the same on every rank. Nothing is read unless it is called.
+            task: What ``finish`` returned.
+            batches: Starts a pass over the test rows, which yields finished batches without labels,
+                in order and the same on every rank. Nothing is read unless it is called.
         """
         return task
 
@@ -157,8 +157,7 @@ class Technique(Registered):
 
         Args:
             trials: Final trials of the same source, target and label fraction. Their bundles must
-            have
-                been kept (``fanout.keep_bundles: all``).
+                have been kept (``fanout.keep_bundles: all``).
         """
         raise NotImplementedError
 
