@@ -121,8 +121,7 @@ def collect(
     Args:
         job_file: the job file.
         named: files, folders and globs that the job names, relative to the job file.
-        root: the folder whose shape is kept, and that nothing may come from beyond; the job file's
-            own.
+        root: the folder whose shape is kept, and that all must lie in; the job file's own.
         include: further files, folders and globs, relative to the root.
         exclude: shell patterns of file and folder names that stay here; with a slash in front, of
             paths below the root. Those of the root's `.onetomanyignore`, one a line, are added.

@@ -89,7 +89,7 @@ def commit_folder(
 
     Raises:
         write_fence.LostLeaseError: The folder belongs to a run that lost its lease. Nothing is
-        changed.
+            changed.
     """
     write_fence.check(uri)
     remote, path = s3.split(uri, below_root=True)

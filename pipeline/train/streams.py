@@ -43,7 +43,8 @@ def of_technique(
         seed: Each stream has an order of its own, which follows from it and is the same after a
             restart and on any number of ranks.
         train: Settings of the run; batches have ``global_batch`` rows, or all where there are
-        fewer. ranks: Each rank reads its part of every batch.
+            fewer.
+        ranks: Each rank reads its part of every batch.
 
     Raises:
         ValueError: for a stream that there is not.

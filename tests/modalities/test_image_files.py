@@ -226,7 +226,7 @@ def test_a_header_that_promises_too_much_is_refused_before_memory_is_taken(name,
         ), bad
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # Kilobytes
+    # ru_maxrss counts kilobytes
     assert (
         peak < 32 << 20 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
     )

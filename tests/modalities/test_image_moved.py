@@ -190,7 +190,7 @@ def test_randaugment_moves_nothing_under_boxes_and_masks():
         and sum((a != b).any() for a, b in zip(after["image"], before["image"], strict=True)) > 20
     )
     white = (before["mask"] == 1).float()[:, None]
-    # Sharpened
+    # Pixels near an edge may be sharpened
     near = (
         torch.nn.functional.max_pool2d(white, 5, 1, 2)[:, 0]
         - 1
@@ -206,7 +206,7 @@ def test_what_lies_outside_is_the_mean_colour():
     kind = Image(ImageOptions(size=SIZE, fit="pad", crop="resized", scale=[0.5, 0.5]), STATE)
     after = kind.finish(kind.augment(painted(20)))
     outside = after["mask"] == 255
-    # Blended with what is inside
+    # Pixels at its edge are blended with what is inside
     edge = torch.nn.functional.max_pool2d((~outside).float()[:, None], 5, 1, 2)[:, 0] > 0
     letterbox = after["image"].permute(0, 2, 3, 1)[outside & ~edge]
     black = torch.tensor([-m / s for m, s in zip(STATE["mean"], STATE["std"], strict=True)])
