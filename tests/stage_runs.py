@@ -74,7 +74,9 @@ def sources_in_this_process(monkeypatch) -> None:
         progress.note(f"{stage.name}: {work.split_text}")
         for finding in fitted.findings:
             progress.note(finding.line(stage.name))
-        pretrain.train_rank(dataclasses.replace(work, place="train"), Ranks())
+        data = work.data.model_copy(update={"decode": "train"})
+        spec = work.spec.model_copy(update={"data": data})
+        pretrain.train_rank(dataclasses.replace(work, spec=spec), Ranks())
         return launch.source_metadata(stage)
 
     monkeypatch.setattr(launch, "pretrain", run)

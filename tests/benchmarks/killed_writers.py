@@ -102,7 +102,7 @@ def write_table(place: str, number: int) -> None:
 def check_table(place: str) -> bool:
     if not storage.exists(storage.join(place, results.FILE)):
         raise storage.NotFoundError(place)
-    by_append = Counter(row["trial_id"].split("-")[0] for row in results.read(place))
+    by_append = Counter(row.trial_id.split("-")[0] for row in results.read(place))
     return set(by_append.values()) == {3}
 
 

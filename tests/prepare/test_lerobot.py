@@ -502,7 +502,7 @@ def test_videos_that_are_missing_or_broken(v21, tmp_path):
         (
             {"meta/info.json": info("v2.1", splits={"train": "0:2", "test": "1:3"})},
             [],
-            r"split 'test': '1:3' overlaps the range of train; mend .*split=train",
+            r"split 'test': '1:3' overlaps the range of train; correct .*split=train",
         ),
         ({"meta/info.json": info("v2.1", fps=None)}, [], r"meta/info\.json has no fps"),
         (

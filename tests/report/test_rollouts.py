@@ -150,11 +150,17 @@ def test_a_trial_keeps_its_pictures_beside_its_predictions(tmp_path, monkeypatch
     paths = image_files(tmp_path, {"train": 24, "validation": 9, "test": 9})
     pictures = np.arange(9 * 2 * 4 * 5 * 3, dtype=np.uint8).reshape(9, 2, 4, 5, 3)
 
-    def rollout_evaluation(self, backbone, predictions, rows):
-        return predictions, pictures[0]
+    class Acting(Classification):
+        """A class of its own: whether a class has a capability is remembered by Python 3.11."""
 
-    monkeypatch.setattr(Classification, "rollout_metrics", lambda *_: ("accuracy",), raising=False)
-    monkeypatch.setattr(Classification, "rollout_evaluation", rollout_evaluation, raising=False)
+        @classmethod
+        def rollout_metrics(cls, *_):
+            return ("accuracy",)
+
+        def rollout_evaluation(self, backbone, predictions, rows):
+            return predictions, pictures[0]
+
+    monkeypatch.setattr("pipeline.objectives.classification.Classification", Acting)
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     record = trial.run(trial_of(job, shared, "full"), shared)

@@ -748,7 +748,11 @@ def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(
     train = Train.model_validate({"batch_cost": 60.0, "steps": 5})
     spec = SimpleNamespace(train=train, workers=0, data=SimpleNamespace(shuffle="auto"))
     data = SimpleNamespace(
-        train=rows, labels=None, spec=spec, objective={"name": objective}, in_memory=in_memory
+        train=rows,
+        labels=None,
+        spec=spec,
+        objective=SimpleNamespace(name=objective),
+        in_memory=in_memory,
     )
     shared = SimpleNamespace(targets={("task", "base"): data}, seed=0)
     component = ComponentConfig.model_validate(technique)

@@ -143,7 +143,7 @@ def primary(rows: list[dict[str, Any]], **where) -> list[dict[str, Any]]:
         for row in rows
         if row.split == "test"
         and row.metric == "accuracy"
-        and all(row[k] == v for k, v in where.items())
+        and all(getattr(row, k) == v for k, v in where.items())
     ]
 
 
@@ -670,7 +670,9 @@ def test_a_source_without_a_score_is_ranked_last_and_named_and_the_others_go_on(
         if "source broken has no logme and no knn score and is ranked last" in note
     ]
     assert len(named) == 1 and "not finite" in named[0]
-    assert [row.source for row in stages.score(state, stages.share(prepared(job)))][-1] == "broken"
+    assert [row["source"] for row in stages.score(state, stages.share(prepared(job)))][
+        -1
+    ] == "broken"
 
 
 def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(
