@@ -134,7 +134,9 @@ def format_interval(
 
 def format_percent(share: float) -> str:
     """Return a share from 0 to 1 as whole per cent, "<1" or "·" for zero."""
-    return "·" if share == 0 else "<1" if share < 0.005 else f"{100 * share:.0f}"
+    if share == 0:
+        return "·"
+    return "<1" if share < 0.005 else f"{100 * share:.0f}"
 
 
 # ---------------------------------------------------------------- Markdown

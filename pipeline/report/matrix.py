@@ -328,8 +328,9 @@ def cell_key(row: ResultRow) -> CellKey:
 
 
 def _sort_key(cell: Cell) -> tuple[object, ...]:
-    of_scratch = cell.gain is not None and not cell.against
-    gain = (cell.gain or 0.0) if of_scratch else 0.0 if cell.verdict == REFERENCE else -math.inf
+    gain = 0.0 if cell.verdict == REFERENCE else -math.inf
+    if cell.gain is not None and not cell.against:
+        gain = cell.gain
     return (
         cell.target,
         fraction_order(cell.label_fraction),
@@ -476,7 +477,9 @@ def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> 
         return UNCOMPARED
     if not enough:
         return TOO_FEW
-    return WINS if low > 0 else LOSES if high < 0 else NOT_SHOWN
+    if low > 0:
+        return WINS
+    return LOSES if high < 0 else NOT_SHOWN
 
 
 def _predictions(
@@ -498,23 +501,18 @@ def _mean_of(trials: _CellTrials, runs: dict[str, RunPredictions]) -> tuple[Esti
     metric, found, why = catalog.find(trials.metric), _predictions(rows, runs), ""
     if metric is not None and found is not None:
         try:
-            return _finite(
-                stats.mean_interval(metric, found)
-            ), f"mean: 95 % over {_unit_name(found)} {_describe_seeds(len(found), 'seed')}"
-        except (
-            KeyError,
-            ValueError,
-        ) as error:  # an array that the metric needs is missing, or rows cannot be paired
+            mean = _finite(stats.mean_interval(metric, found))
+            how = f"mean: 95 % over {_unit_name(found)} {_describe_seeds(len(found), 'seed')}"
+            return mean, how
+        # an array that the metric needs is missing, or rows cannot be paired
+        except (KeyError, ValueError) as error:
             why = f": {error}"
-    mean, *ends = stats.t_interval([row.value for row in rows if row.value is not None])
+    middle, *ends = stats.t_interval([row.value for row in rows if row.value is not None])
     if len(rows) == 1:
-        return (
-            _finite((mean, None, None))[0],
-            rows[0].value_low,
-            rows[0].value_high,
-        ), f"mean: {ONE_SEED}"
+        bounds = rows[0].value_low, rows[0].value_high
+        return (_finite((middle, None, None))[0], *bounds), f"mean: {ONE_SEED}"
     least, most = _bounds(metric)
-    return _finite((mean, *np.clip(ends, least, most))), f"mean: {T_INTERVAL}{why}"
+    return _finite((middle, *np.clip(ends, least, most))), f"mean: {T_INTERVAL}{why}"
 
 
 def _bounds(metric: catalog.Metric | None) -> tuple[float, float]:

@@ -293,7 +293,7 @@ def two_classes(
             *(estimate(mean, digits) for mean in means),
         ]
         body.append([*line, *([gain_estimate(gain, digits, enough)] if gain else [])])
-    said = (
+    caption = (
         f"{target}: {cell_label(best)} of labels{' beside scratch' if paired else ''}, mean "
         f"over {_plural(len(ours))} with 95 % intervals; the positive "
         f"class is {ours[0].labels[1]}. ↑ higher is better, ↓ lower is; a positive gain is "
@@ -302,7 +302,7 @@ def two_classes(
     out: list[Block] = (
         [
             Heading("All metrics", 3),
-            Text(said),
+            Text(caption),
             Table(["Metric", best.source, *(["scratch", "gain"] if paired else [])], body),
         ]
         if body
@@ -312,7 +312,7 @@ def two_classes(
 
 
 def _can_compute(name: str, run: RunPredictions) -> bool:
-    """Return whether the run has a decision threshold, for the metrics that need one."""
+    """Return whether the run has what a metric needs: some need a decision threshold."""
     return not name.endswith("_at_threshold") or "threshold" in run.predictions
 
 
@@ -416,13 +416,13 @@ def _label_table(
     digits = decimal_places([(low, high) for _, low, high in estimates[kind.measures[0][0]]])
     head = [kind.first, kind.counted]
     body: list[list[str | Value]] = [[names[k], f"{positive[k]:,}"] for k in often[:MAX_LABELS]]
-    for name, said in kind.measures:
+    for name, shown_name in kind.measures:
         for extra in ("", " scratch") if paired else ("",):
-            head.append(f"{said}{extra.replace(' scratch', ', scratch')}")
-            for line, one in zip(body, estimates[f"{name}{extra}"], strict=True):
-                line.append(estimate(one, digits))
+            head.append(f"{shown_name}{extra.replace(' scratch', ', scratch')}")
+            for line, found in zip(body, estimates[f"{name}{extra}"], strict=True):
+                line.append(estimate(found, digits))
         if paired:
-            head.append(f"{said}, gain")
+            head.append(f"{shown_name}, gain")
             for line, gain, k in zip(body, gains[name], often, strict=False):
                 line.append(gain_estimate(gain, digits, _enough_of_label(kind, ours[0], k)))
     least = max(

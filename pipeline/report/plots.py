@@ -173,13 +173,10 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
                 (cell for cell in shown if (cell.source, cell.technique) == key),
                 key=lambda cell: cell.n_train or 0,
             )
-            offset = 1 + 0.12 / len(keys) * (
-                i - (len(keys) - 1) / 2
-            )  # so that intervals at one size do not cover each other
-            x, y = (
-                [(cell.n_train or 0) * offset for cell in line_cells],
-                [cell.mean or 0.0 for cell in line_cells],
-            )
+            # intervals of the same number of rows are drawn side by side
+            offset = 1 + 0.12 / len(keys) * (i - (len(keys) - 1) / 2)
+            x = [(cell.n_train or 0) * offset for cell in line_cells]
+            y = [cell.mean or 0.0 for cell in line_cells]
             below = [
                 cell.mean - cell.low if cell.mean is not None and cell.low is not None else 0.0
                 for cell in line_cells
@@ -379,9 +376,8 @@ def _legend(figure: Figure, entries: list[tuple[str, dict[str, Any]]]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **style) for _, style in entries]
-    names = [
-        name.lstrip("_") or name for name, _ in entries
-    ]  # matplotlib hides names that begin with an underscore
+    # matplotlib hides names that begin with an underscore
+    names = [name.lstrip("_") or name for name, _ in entries]
     figure.legend(
         handles,
         names,
@@ -424,9 +420,8 @@ def _plot_settings() -> Iterator[None]:
         "legend.fontsize": 8.5,
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing"
-        )  # the reader's browser has the font
+        # the browser of the reader has the glyph
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 
 

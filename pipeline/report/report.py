@@ -151,27 +151,12 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
         if cell.target != target:
             target = cell.target
             several = len({other.backbone for other in cells if other.target == target}) > 1
-            better = (
-                "" if not cell.metric else f"{cell.metric} {'↑' if cell.higher_is_better else '↓'}"
-            )
+            arrow = "↑" if cell.higher_is_better else "↓"
+            metric = f"{cell.metric} {arrow}" if cell.metric else ""
             out.add_row()
-            out.add_row(Rich(cell.target, "bold"), Rich(better, "dim"))
-        digits, mark = decimals[cell.target], blocks.MARKS.get(cell.verdict)
-        gain = (
-            f"{mark} {_format_gain(cell, digits)}"
-            if mark
-            else "scratch"
-            if cell.verdict == REFERENCE
-            else cell.verdict
-        )
-        gain += "*" if cell.survives else ""
-        seconds = (
-            _DASH
-            if cell.seconds is None
-            else f"{cell.seconds:.3g}"
-            if cell.seconds < 1000
-            else f"{cell.seconds:.0f}"
-        )
+            out.add_row(Rich(cell.target, "bold"), Rich(metric, "dim"))
+        digits = decimals[cell.target]
+
         source = (
             f"{cell.source} {cell.backbone.rpartition('/')[2]}"
             if several and cell.source == SCRATCH
@@ -184,9 +169,9 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
             Rich(technique),
             Rich(plots.fraction_label(cell.label_fraction)),
             Rich(_format_mean(cell, digits)),
-            Rich(gain, styles.get(cell.verdict, "")),
+            Rich(_terminal_gain(cell, digits), styles.get(cell.verdict, "")),
             _format_seeds(cell),
-            Rich(seconds),
+            Rich(_terminal_seconds(cell.seconds)),
         )
         if _has_other_baseline(cell):
             out.add_row(
@@ -197,6 +182,22 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
                 Rich(_format_baseline_gain(cell, digits), "dim"),
             )
     return out
+
+
+def _terminal_gain(cell: Cell, decimals: int) -> str:
+    """Return the gain with the sign of its verdict, or the verdict where there is no gain."""
+    if cell.verdict == REFERENCE:
+        return "scratch"
+    mark = blocks.MARKS.get(cell.verdict)
+    if not mark:
+        return cell.verdict
+    return f"{mark} {_format_gain(cell, decimals)}{'*' if cell.survives else ''}"
+
+
+def _terminal_seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return _DASH
+    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:.0f}"
 
 
 def _table_caption(cells: Sequence[Cell]) -> str:
@@ -431,8 +432,8 @@ def _summary_blocks(
         )
         out.append(
             Text(
-                "The largest gain of several is picked by its test value, so it flatters a "
-                "little; the full matrix is below.",
+                "The largest gain of several is picked by its test value, so it is a little too "
+                "large on average; the full matrix is below.",
                 "note",
             )
         )
@@ -489,7 +490,9 @@ def _comparison_columns(cell: Cell) -> list[str]:
 
 
 def _format_p_value(value: float | None) -> str:
-    return _DASH if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+    if value is None:
+        return _DASH
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def _baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[Block]:
@@ -604,22 +607,14 @@ def _matrix_table(group: list[Cell], decimals: int) -> blocks.Table:
     ):
         lines[cell.source, cell.backbone, cell.technique][cell.label_fraction] = cell
     sizes = {c.label_fraction: c.n_train for c in group if c.n_train}
-    header = [
-        "Source · technique",
-        *(
-            f"{plots.fraction_label(f)} of labels"
-            if f.replace(".", "").isdigit()
-            else plots.fraction_label(f)
-            for f in fractions
-        ),
-    ]
-    counted = {
-        f: f"{name} ({_format_count(sizes[f])} rows)"
-        if f in sizes and not f.endswith(" rows")
-        else name
-        for name, f in zip(header[1:], fractions, strict=True)
-    }
-    header = [header[0], *counted.values()]
+    header = ["Source · technique"]
+    for fraction in fractions:
+        name = plots.fraction_label(fraction)
+        if fraction.replace(".", "").isdigit():
+            name += " of labels"
+        if fraction in sizes and not fraction.endswith(" rows"):
+            name += f" ({_format_count(sizes[fraction])} rows)"
+        header.append(name)
     body = [
         [
             _row_label(next(iter(line.values())), several),
@@ -641,12 +636,10 @@ def _matrix_value(cell: Cell | None, decimals: int) -> str | Value:
     if cell.verdict == FAILED:
         return Value(("failed", _plural(cell.n_failed, "trial")), FAILED)
     lines = [blocks.format_interval(cell.mean, None, None, decimals)]
-    lines += (
-        [_format_mean(cell, decimals).partition(" ")[2]]
-        if cell.low is not None and cell.high is not None
-        else []
-    )
-    lines += [_code_mark(cell)] if cell.code_mark else []
+    if cell.low is not None and cell.high is not None:
+        lines.append(_format_mean(cell, decimals).partition(" ")[2])
+    if cell.code_mark:
+        lines.append(_code_mark(cell))
     if cell.n_failed:
         lines.append(f"{_plural(cell.n_failed, 'trial')} failed")
     if cell.evidence:
@@ -705,12 +698,11 @@ def _learning_curves(
     for trial_id, row in trials.items():
         for point in curves.get(trial_id, ()):
             value = point.metrics.get(metric)
-            if (
-                value is not None and math.isfinite(value) and point.step
-            ):  # step 0: a trial without training has no curve
-                points[row.label_fraction, row.source, results.technique(row)][point.step].append(
-                    value
-                )
+            # step 0: a trial without training has no curve
+            if value is None or not math.isfinite(value) or not point.step:
+                continue
+            line = points[row.label_fraction, row.source, results.technique(row)]
+            line[point.step].append(value)
     out: dict[str, plots.Series] = defaultdict(dict)
     for (fraction, source, technique), by_step in points.items():
         out[fraction][source, technique] = [

@@ -13,7 +13,6 @@ import numpy as np
 from pipeline.metrics.catalog import metric
 from pipeline.report import plots, stats
 from pipeline.report.blocks import (
-    DASH,
     Block,
     Figure,
     Heading,
@@ -80,7 +79,7 @@ def blocks(
         decimal_places([line[i][1:] for line in estimates]) for i in range(len(SHOWN_METRICS))
     ]
     body: list[list[str | Value]] = [
-        [label, *(_format_estimate(one, digit) for one, digit in zip(line, digits, strict=True))]
+        [label, *(_format_estimate(*pair) for pair in zip(line, digits, strict=True))]
         for (label, *_), line in zip(shown, estimates, strict=True)
     ]
     num_diverged = sum(
@@ -135,9 +134,9 @@ def _label(cell: Cell, several: bool) -> str:
     """Return the name of a policy, with its backbone where there are ``several``."""
     who = f"{cell.source} · {cell.technique}"
     who += f" ({cell.backbone})" if several else ""
-    return (
-        f"{who}, {cell.n_train} episode{'s' if cell.n_train != 1 else ''}" if cell.n_train else who
-    )
+    if not cell.n_train:
+        return who
+    return f"{who}, {cell.n_train} episode{'' if cell.n_train == 1 else 's'}"
 
 
 def _estimate(name: str, found: list[RunPredictions]) -> Estimate:
@@ -148,9 +147,5 @@ def _estimate(name: str, found: list[RunPredictions]) -> Estimate:
 
 
 def _format_estimate(value: Estimate, digits: int) -> str | Value:
-    if math.isnan(value[0]):
-        return DASH
-    middle, low, high = value
-    return format_interval(
-        middle, None if math.isnan(low) else low, None if math.isnan(high) else high, digits
-    )
+    middle, low, high = (None if math.isnan(number) else number for number in value)
+    return format_interval(middle, low, high, digits)

@@ -329,9 +329,11 @@ class Evidence:
 
     @property
     def enough(self) -> bool:
+        """Whether there are enough units for a verdict."""
         return self.count >= self.least
 
     def text(self) -> str:
+        """Return a description of the number of units and of how many a verdict needs."""
         return f"{self.count} test {self.what}, a verdict needs {self.least}"
 
 
@@ -513,9 +515,8 @@ def _uncertainty(
     describes.
     """
     seeds = len(values)
-    covariance = np.cov(resampled, rowvar=False) * (
-        units / max(units - 1, 1)
-    )  # a resample varies too little by (n - 1) / n
+    # the variance of a resample is too small by the factor (n - 1) / n
+    covariance = np.cov(resampled, rowvar=False) * (units / max(units - 1, 1))
     diagonal = float(np.trace(covariance))
     shared = max(0.0, (float(covariance.sum()) - diagonal) / (seeds * (seeds - 1)))
     explained_by_units = max(0.0, diagonal / seeds - shared) / seeds
@@ -607,17 +608,13 @@ def _resample_counts(
     groups are drawn.
     """
     assert metric.resampled is not None
-    cells = max(
-        array.size for p in runs for array in p.values()
-    )  # a metric of many classes reads each of them in every draw
+    # a metric of many classes reads each of them in every draw
+    cells = max(array.size for p in runs for array in p.values())
     draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _MAX_UNITS_DRAWN // cells))
-    held = max(
-        (p["label"].size for p in runs if "label" in p), default=n
-    )  # a row may have many positions, and each is drawn with it
-    chunk, drawn = (
-        max(1, _MAX_UNITS_IN_MEMORY // max(n, held)),
-        n if member is None else int(member.max()) + 1,
-    )
+    # a row may have many positions, and each is drawn with it
+    positions = max((p["label"].size for p in runs if "label" in p), default=n)
+    chunk = max(1, _MAX_UNITS_IN_MEMORY // max(n, positions))
+    drawn = n if member is None else int(member.max()) + 1
     out: list[np.ndarray] = []
     for start in range(0, draws, chunk):
         counts = _counts(drawn, min(chunk, draws - start), rng)

@@ -299,6 +299,6 @@ def _gain_cell(
 
 
 def _format_size(count: int | None) -> str:
-    return (
-        DASH if count is None else f"<{HIDDEN_BELOW}" if 0 < count < HIDDEN_BELOW else f"{count:,}"
-    )
+    if count is None:
+        return DASH
+    return f"<{HIDDEN_BELOW}" if 0 < count < HIDDEN_BELOW else f"{count:,}"

@@ -66,6 +66,7 @@ class TrialRecord:
 
     @property
     def failed(self) -> bool:
+        """Whether the trial failed."""
         return self.status == "failed"
 
     def to_json(self) -> dict[str, Any]:
