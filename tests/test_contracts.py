@@ -1,5 +1,5 @@
 """What every registered modality, backbone, objective and technique promises, tried on the rows of
-`contract_rows`. A piece that has no rows there fails.
+`contract_rows`. A component that has no rows there fails.
 """
 
 import itertools

@@ -1,5 +1,5 @@
-"""Plugins: pieces of somebody else's, one of each kind, in a job, the schema, the report and the
-contract suite; only from a job's own list, the command line, or installed packages.
+"""Plugins: components of somebody else's, one of each kind, in a job, the schema, the report and
+the contract suite; only from a job's own list, the command line, or installed packages.
 """
 
 import importlib
@@ -29,7 +29,7 @@ from pipeline.train import launch
 from pipeline.transfer import grid
 
 SPECTRA = Path(__file__).parent / "plugin" / "spectra"
-PIECES = {
+COMPONENTS = {
     "modality": ("modality.py", ["spectrum"]),
     "model": ("backbone.py", ["spectra"]),
     "objective": ("objective.py", ["regression"]),
@@ -62,12 +62,12 @@ def onetomany(*words):
 
 
 def test_there_is_a_plugin_of_every_kind():
-    assert PIECES.keys() == registry.FOLDERS.keys()
+    assert COMPONENTS.keys() == registry.FOLDERS.keys()
 
 
-@pytest.mark.parametrize("kind", PIECES)
+@pytest.mark.parametrize("kind", COMPONENTS)
 def test_one_file_adds_a_piece_and_nothing_else_is_touched(spectra, kind):
-    file, names = PIECES[kind]
+    file, names = COMPONENTS[kind]
     found = [one for one in registry.entries(kind).values() if not one.is_ours]
     assert [(one.name, one.file) for one in found] == [(name, SPECTRA / file) for name in names]
     for one in found:
@@ -84,11 +84,11 @@ def test_the_readme_says_what_to_touch():
         assert f"pipeline/{place}" in text, f"README says where a {kind} goes"
 
 
-@pytest.mark.parametrize("kind", PIECES)
+@pytest.mark.parametrize("kind", COMPONENTS)
 def test_it_shows_up_in_the_schema(kind):
     plain = json.loads(onetomany("schema").stdout)
     shown = onetomany("schema", "--plugin", SPECTRA).stdout
-    for name in PIECES[kind][1]:
+    for name in COMPONENTS[kind][1]:
         assert f'"{name}"' in shown or f'"{kind} {name}"' in shown or f"|{name}|" in shown
     assert plain != json.loads(shown)
 
@@ -323,7 +323,7 @@ def test_a_trials_code_holds_its_plugins(tmp_path, spectra):
         "metric rmse",
         "objective classification",
     } <= code.keys()
-    assert not [part for part in code if part.startswith("spectra.")], "each piece by itself"
+    assert not [part for part in code if part.startswith("spectra.")], "each component by itself"
     plugins.use([])
     bare = provenance.components_of("image", "timm/resnet18", {}, "classification", "full")
     assert not [name for kind, name in bare if kind == "metric"]
@@ -341,7 +341,7 @@ def test_submit_ships_the_plugins_of_a_job(tmp_path):
     file = job_file(tmp_path, "more/spectra_shipped")
     done = onetomany("submit", file, "--dry-run")
     assert done.exit_code == 0, done.output
-    for name in ("__init__", *(Path(file).stem for file, _ in PIECES.values())):
+    for name in ("__init__", *(Path(file).stem for file, _ in COMPONENTS.values())):
         assert f"  more/spectra_shipped/{name}.py" in done.output
 
 

@@ -560,7 +560,7 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
     of the others. Raises TooManyBadRowsError.
 
     A column may be rounded, even to whole seconds: what it leaves open the rows' own headers tell.
-    Pieces of recordings are as long as told.
+    Segments of recordings are as long as their column `seconds` says.
     """
     decoder, ids, costs = rows.decoder, rows.selection.ids(np.arange(len(rows))), rows.costs
     objective = registry.get("objective", str(decoder.objective))

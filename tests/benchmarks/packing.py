@@ -239,9 +239,8 @@ def padding(setting: Setting, repeats: int) -> tuple[dict[str, Any], list[list[s
     )
     fill = sum(useful(batch) for batch in packed) / sum(batch["tokens"].numel() for batch in packed)
     print(
-        f"  padding: {share:.1%} of the padded batches is padding, {1 - fill:.1%} of the "
-        f"packed ones; {sum(held) / len(held):.0f} and "
-        f"{size * setting.length} positions a step"
+        f"  padding: {share:.1%} of the padded batches is padding, {1 - fill:.1%} of the packed "
+        f"ones; {sum(held) / len(held):.0f} and {size * setting.length} positions a step"
     )
     rates = timing.interleaved(
         {"packed": bare_rate(setting, task, packed), "padded": bare_rate(setting, task, padded)},

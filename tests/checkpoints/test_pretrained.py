@@ -470,8 +470,7 @@ def test_published_efficientnet_lite0_is_timms_tf_efficientnet_lite0():
         backbone, moved = loaded(f"file-by-order:{path}", name, 160)
         assert moved.text() == (
             "294 tensors kept, 0 new, 2 dropped (_fc.weight, _fc.bias); 294 tensors paired by "
-            "order and shape, names unread "
-            "(_conv_stem.weight became model.conv_stem.weight)"
+            "order and shape, names unread (_conv_stem.weight became model.conv_stem.weight)"
         )
         return torch.nn.functional.linear(
             backbone(batch).pooled, tensors["_fc.weight"], tensors["_fc.bias"]

@@ -140,7 +140,7 @@ def test_what_a_trial_uses_is_found_by_its_imports():
     )
     assert not [
         part for part in code for name in left_out if part.startswith(f"pipeline.{name}")
-    ], "of the pieces those that it uses, and no files"
+    ], "of the components those that it uses, and no files"
 
 
 def test_each_piece_has_code_of_its_own():

@@ -1264,9 +1264,8 @@ def test_mistakes_are_refused_by_one_line(problems, right, wrong, message):
 def test_missing_files_are_told_before_anything_starts_with_the_place_looked_at(problems, folder):
     found = problems(change=("      uri: rows.parquet", "      uri: nowhere/rows.parquet"))
     assert found == [
-        f"{line_of('uri: rows')}: sources.garments.data.uri: nowhere/rows.parquet: no such "
-        "file, folder or glob "
-        f"(looked for {folder / 'nowhere/rows.parquet'})"
+        f"{line_of('uri: rows')}: sources.garments.data.uri: nowhere/rows.parquet: no such file, "
+        f"folder or glob (looked for {folder / 'nowhere/rows.parquet'})"
     ]
 
 
@@ -1511,9 +1510,8 @@ def test_targets_are_not_decoded_in_data_workers(load, problems):
         )
     text = GOOD.replace(f"data: {target}", f"data:\n      <<: {target}\n      decode: workers")
     assert problems(text) == [
-        f"{line_of('decode', text)}: targets.clothing.data.decode: targets are decoded in "
-        "memory or in the train worker: "
-        "say decode: memory, train or auto"
+        f"{line_of('decode', text)}: targets.clothing.data.decode: targets are decoded in memory "
+        "or in the train worker: say decode: memory, train or auto"
     ]
     assert (
         load(change=("      uri: rows.parquet", "      uri: rows.parquet\n      decode: workers"))
@@ -1528,9 +1526,8 @@ def test_rows_are_traced_to_local_storage_only(load, problems):
     assert load(change=("      epochs: 2", traced)).targets["clothing"].train.trace_rows
     found = problems(GOOD.replace("      epochs: 2", traced), "storage=s3://bucket/runs")
     assert found == [
-        f"{line_of('epochs: 2') + 1}: targets.clothing.train.trace_rows: rows are traced to "
-        "local folders only, "
-        "and storage is s3://bucket/runs; leave it out"
+        f"{line_of('epochs: 2') + 1}: targets.clothing.train.trace_rows: rows are traced to local "
+        "folders only, and storage is s3://bucket/runs; leave it out"
     ]
     assert (
         len(problems(GOOD, "storage=s3://bucket/runs", "sources.words.train.trace_rows=true")) == 1

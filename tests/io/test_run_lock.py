@@ -364,10 +364,9 @@ def test_a_run_that_lost_its_lease_writes_nothing_more(root, what):
         storage.write_bytes(root + "-elsewhere", b"x")  # what lies outside is not concerned
         WRITES[what](root)
     assert str(caught.value) == (
-        f"{root}: this run no longer holds the lease of its folder (process 12 on elsewhere "
-        "has it now), so it stops and writes "
-        "nothing more; what it finished is kept. Give the command again when no other run is "
-        "at work"
+        f"{root}: this run no longer holds the lease of its folder (process 12 on elsewhere has it "
+        "now), so it stops and writes nothing more; what it finished is kept. Give the command "
+        "again when no other run is at work"
     )
     assert storage.list_files(root) == before and held(root) == storage.read_json(
         storage.join(root, ".run.json")

@@ -238,8 +238,7 @@ def test_killed_write_leaves_the_old_file_and_sweep_clears_up(tmp_path):
     storage.write_bytes(uri, b"old")
     source = (
         "import os, sys; from pipeline.io import file_identity as identity; from pipeline.io "
-        "import storage; os.replace = lambda *_: "
-        "os._exit(9); "
+        "import storage; os.replace = lambda *_: os._exit(9); "
     )
     assert run_python(source + "storage.write_bytes(sys.argv[1], b'new')", uri).returncode == 9
     assert storage.read_bytes(uri) == b"old" and len(os.listdir(tmp_path)) == 2

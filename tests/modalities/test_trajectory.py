@@ -670,8 +670,7 @@ def test_what_was_executed_stands_beside_what_is_to_be_learned():
     assert modality.decode(short, columns)[1] == [
         "executed are 3 numbers a step, actions are 2 numbers a step: they are of one kind",
         "the episode has 4 observations and 3 executed: an action stands beside every "
-        "observation; leave out a last "
-        "observation that has none",
+        "observation; leave out a last observation that has none",
     ]
     some = rows.set_column(
         rows.schema.get_field_index("executed"), "executed", pa.array([walk(6, seed=8)[1], None])

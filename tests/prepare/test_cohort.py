@@ -427,10 +427,9 @@ def test_a_definition_of_ones_own_is_one_file(tmp_path):
     )
     write(tmp_path / "a.parquet", table)
     program = (
-        "from pipeline.prepare.engine import importing; from pipeline.prepare.engine import "
-        "write; write.Preparation('cohort', "
-        "'../a.parquet', '../out', "
-        "importing.options_of('cohort', ['task=sepsis', 'lead=5'])).run()"
+        "from pipeline.prepare.engine import importing; from pipeline.prepare.engine import write; "
+        "write.Preparation('cohort', '../a.parquet', '../out', importing.options_of('cohort', "
+        "['task=sepsis', 'lead=5'])).run()"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

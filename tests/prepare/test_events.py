@@ -96,9 +96,8 @@ def test_streams_equal_sql(tmp_path, form):
     assert len(manifest["files"]) > 5
     found = {int(key): events(row) for key, row in rows(tmp_path / "out").items()}
     sql = duckdb.sql(
-        "select machine, list((h, what, r) order by h, what, r) from (select distinct "
-        "machine, time::float as h, what, reading::float as r "
-        "from data) group by machine"
+        "select machine, list((h, what, r) order by h, what, r) from (select distinct machine, "
+        "time::float as h, what, reading::float as r from data) group by machine"
     ).fetchall()
     assert found == {
         machine: [tuple(one.values()) if isinstance(one, dict) else tuple(one) for one in listed]
@@ -563,13 +562,12 @@ def test_data_folder(tmp_path):
         found.column_names
     )
     ours = duckdb.sql(
-        "select v, count(*), round(sum(x), 1), min(t), max(t) from (select unnest(variables) "
-        "v, unnest(values)::double x, "
-        "unnest(times) t from found) group by v order by v"
+        "select v, count(*), round(sum(x), 1), min(t), max(t) from (select unnest(variables) v, "
+        "unnest(values)::double x, unnest(times) t from found) group by v order by v"
     ).fetchall()
     sql = duckdb.sql(
         "select parameter::varchar v, count(*), round(sum(value::double), 1), min(minute / "
-        "60)::float, max(minute / 60)::float from "
-        f"(select distinct * from '{folder}/events_b.parquet') group by v order by v"
+        "60)::float, max(minute / 60)::float from (select distinct * from "
+        f"'{folder}/events_b.parquet') group by v order by v"
     ).fetchall()
     assert ours == sql and len(sql) == 37

@@ -769,8 +769,8 @@ def test_demo_codes_equal_sql(demo, prepared):
     own = dict(
         duckdb.sql(
             f"select icustay_id, list(distinct icd9_code) from '{demo}/icustays.parquet' join "
-            f"'{demo}/diagnoses_icd.parquet' using (hadm_id) "
-            "where icd9_code is not null group by icustay_id"
+            f"'{demo}/diagnoses_icd.parquet' using (hadm_id) where icd9_code is not null group by "
+            "icustay_id"
         ).fetchall()
     )
     earlier = dict(

@@ -333,7 +333,7 @@ def test_tables_equal_sql(tmp_path):
                  where v >= outlier_low and v <= outlier_high)
         select p, count(*), round(sum(v::double), 0) from good group by p order by p""").fetchall()
     ours = duckdb.sql(
-        f"select p, count(*), round(sum(v::double), 0) from "
-        f"(select unnest(variables) p, unnest(values) v from {found}) group by p order by p"
+        "select p, count(*), round(sum(v::double), 0) from (select unnest(variables) p, "
+        f"unnest(values) v from {found}) group by p order by p"
     ).fetchall()
     assert ours == sql and len(sql) == 37

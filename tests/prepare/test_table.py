@@ -389,8 +389,7 @@ def test_parquet_types(tmp_path):
 def test_distinct_values_are_counted_alike_in_every_process(tmp_path):
     program = (
         "from pipeline.prepare.importers import table; print([table._hash(value) for value in "
-        "('a', 1, "
-        "'1', 2.0, '2', True)])"
+        "('a', 1, '1', 2.0, '2', True)])"
     )
     runs = {
         subprocess.run(
