@@ -100,18 +100,11 @@ def blocks(
         ]
     if all(_has_classes(run) for run in ours):
         return _confusion(target, best, ours)
-    kind = next(
-        (
-            kind
-            for kind, applies in ((LABELS, _has_label_sets), (TYPES, _has_type_counts))
-            if all(applies(run) for run in ours)
-        ),
-        None,
-    )
     compared = best_cell(done, rows, runs)
-    if kind is None or compared is None:
-        return []
-    return _label_table(kind, target, *compared)
+    for kind, applies in ((LABELS, _has_label_sets), (TYPES, _has_type_counts)):
+        if compared is not None and all(applies(run) for run in ours):
+            return _label_table(kind, target, *compared)
+    return []
 
 
 def best_cell(
@@ -127,20 +120,13 @@ def best_cell(
     if not shown:
         return None
     best, ours = _best([pair for pair in shown if pair[0].source != SCRATCH] or shown)
-    return (
-        best,
-        ours,
-        next(
-            (
-                found
-                for cell, found in shown
-                if cell.verdict == REFERENCE
-                and best.source != SCRATCH
-                and (cell.backbone, cell.label_fraction) == (best.backbone, best.label_fraction)
-            ),
-            list[RunPredictions](),
-        ),
-    )
+    if best.source == SCRATCH:
+        return best, ours, []
+    for cell, found in shown:
+        is_alike = (cell.backbone, cell.label_fraction) == (best.backbone, best.label_fraction)
+        if cell.verdict == REFERENCE and is_alike:
+            return best, ours, found
+    return best, ours, []
 
 
 def _best(shown: list[tuple[Cell, list[RunPredictions]]]) -> tuple[Cell, list[RunPredictions]]:
@@ -316,6 +302,13 @@ def _can_compute(name: str, run: RunPredictions) -> bool:
     return not name.endswith("_at_threshold") or "threshold" in run.predictions
 
 
+def _largest_unit(run: RunPredictions) -> int:
+    """Return the largest number of predictions of a single group or row."""
+    unit = np.unique(run.rows if run.groups is None else run.groups, return_inverse=True)[1]
+    labels_of_row = (run.predictions["label"] >= 0).reshape(len(run.rows), -1).sum(1)
+    return int(np.bincount(np.repeat(unit, labels_of_row)).max(initial=1))
+
+
 def _reliability(
     target: str, cell: Cell, ours: list[RunPredictions], scratch: list[RunPredictions]
 ) -> list[Block]:
@@ -333,22 +326,7 @@ def _reliability(
             for run in side
             for known in [run.predictions["label"] >= 0]
         ]
-        most = max(
-            (
-                int(
-                    np.bincount(
-                        np.repeat(
-                            np.unique(
-                                run.rows if run.groups is None else run.groups, return_inverse=True
-                            )[1],
-                            (run.predictions["label"] >= 0).reshape(len(run.rows), -1).sum(1),
-                        )
-                    ).max(initial=1)
-                )
-                for run in side
-            ),
-            default=1,
-        )
+        most = max((_largest_unit(run) for run in side), default=1)
         predicted, observed = (
             (np.concatenate(parts) for parts in zip(*pairs, strict=True))
             if pairs

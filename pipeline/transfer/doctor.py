@@ -57,7 +57,7 @@ CUDA release notes).
 
 
 def nvidia_driver() -> str | None:
-    """Return the version of NVIDIA's driver, such as ``580.95.05``, or none where there is none."""
+    """Return the version of NVIDIA's driver, such as ``580.95.05``, or None where there is none."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found = subprocess.run(
@@ -76,8 +76,8 @@ def driver_line(driver: str | None, cuda: str | None) -> Line:
     """Check whether NVIDIA's driver runs the CUDA version that torch was built for.
 
     Args:
-        driver: Version of the driver (`nvidia_driver`), none where there is none.
-        cuda: ``torch.version.cuda``, none for a build without CUDA.
+        driver: Version of the driver (`nvidia_driver`), None where there is none.
+        cuda: ``torch.version.cuda``, None for a build without CUDA.
     """
     if driver is None:
         return Line(

@@ -77,7 +77,7 @@ def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
 def record_column(modality: str, *selections: Selection) -> str:
     """Return the column with the id of the record that each row was cut from.
 
-    Returns none where not all rows have it.
+    Returns "" where not all rows have it.
     """
     kind = registry.get("modality", modality)
     name = kind.record_column if isinstance(kind, CutFromRecords) else ""

@@ -72,7 +72,7 @@ class StaleTrials:
 def describe_stale(rows: Sequence[ResultRow]) -> list[str]:
     """Return a sentence on the rows of trials that are no longer part of the job.
 
-    Returns none where there are no such rows.
+    Returns an empty list where there are no such rows.
     """
     stale = [row for row in rows if row.current is False]
     if not stale:
@@ -203,7 +203,7 @@ def _place(text: str) -> str:
 
 
 def _folders(uri: str) -> list[str]:
-    """Return the names of the folders in a folder; none where there is no such folder."""
+    """Return the names of the folders in a folder; [] where there is no such folder."""
     if not storage.is_dir(uri):
         return []
     filesystem, path = storage.filesystem(uri)

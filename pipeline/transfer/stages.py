@@ -325,7 +325,7 @@ def _save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
 
 
 def _read_metadata(state: JobState) -> dict[str, Any]:
-    """Return the metadata that the newest run of the same sources and targets wrote, or none."""
+    """Return the metadata that the newest run of the same sources and targets wrote, or {}."""
     remedy = (
         "what it told the report (notes, scores, targets that were left out) is missing until the "
         "job runs again"
@@ -337,7 +337,7 @@ def _read_metadata(state: JobState) -> dict[str, Any]:
 def _chosen_before(state: JobState) -> dict[str, set[str]] | None:
     """Return the sources of each target as the newest run chose them.
 
-    Returns none where they must still be chosen by scores.
+    Returns None where they must still be chosen by scores.
     """
     if state.job.fanout.select is None:
         return {name: set(matching(state, name)) for name in state.targets}

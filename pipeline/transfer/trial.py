@@ -161,7 +161,7 @@ def checkpoints(shared: Shared, trial: Trial) -> str:
 
 
 def read_record(root: str, trial_id: str) -> TrialRecord | None:
-    """Return the record of a trial, or none where it has none or, with a warning, a damaged one."""
+    """Return the record of a trial, or None where it is missing or, with a warning, damaged."""
     uri = storage.join(root, "trials", trial_id, RECORD)
     found = checksums.document_or_none(uri, AGAIN)
     if found is None:
@@ -192,7 +192,7 @@ def is_complete(root: str, trial_id: str, record: TrialRecord) -> bool:
 
 
 def _predictions(root: str, trial_id: str, record: TrialRecord | None) -> bytes | None:
-    """Return the bytes of a trial's predictions, or none where they are missing or damaged.
+    """Return the bytes of a trial's predictions, or None where they are missing or damaged.
 
     Damaged ones cause a warning. Predictions of an old record, which has no checksums, are not
     checked.
@@ -701,7 +701,7 @@ def write(
 def read_predictions(root: str, trial_id: str, seed: int) -> stats.RunPredictions | None:
     """Return the test predictions of a finished trial, for paired intervals.
 
-    Returns none where they are missing or, with a warning, damaged.
+    Returns None where they are missing or, with a warning, damaged.
     """
     data = _predictions(root, trial_id, read_record(root, trial_id))
     if data is None:

@@ -194,8 +194,8 @@ class Cell:
     test: np.ndarray
     validation: np.ndarray
 
-    def rollout_evaluation(self, quality: float) -> dict[str, np.ndarray]:
-        """Test predictions of a new seed."""
+    def test_predictions(self, quality: float) -> dict[str, np.ndarray]:
+        """Return test predictions of a new seed."""
         latent = self._latent(self.target.test + self.test, quality)
         label = self.target.label
         if (
@@ -262,7 +262,7 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
                 trial_id = f"{place}-{number}-{one}"
                 runs[trial_id] = RunPredictions(
                     np.arange(case.rows),
-                    cell.rollout_evaluation(-LOSS_PER_DECADE * draw**2),
+                    cell.test_predictions(-LOSS_PER_DECADE * draw**2),
                     one,
                     target.group,
                 )
