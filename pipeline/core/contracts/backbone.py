@@ -69,9 +69,8 @@ class Features:
     """(B, N, D) one vector a position."""
     mask: Tensor | None = None
     """(B, N) bool, true for real positions; None: all of them are."""
-    stages: dict[str, Tensor] = field(
-        default_factory=lambda: {}
-    )  # torch.compile cannot trace dict[...]()
+    # torch.compile cannot trace dict[...]()
+    stages: dict[str, Tensor] = field(default_factory=lambda: {})
     """Named intermediate outputs, such as the feature maps of a convolutional network."""
     latent: Tensor | None = None
     """Output of the convolutions below the context network (speech), where it was wanted."""
