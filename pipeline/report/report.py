@@ -821,41 +821,32 @@ def _pretraining_blocks(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
                 _format_count(item.get("rows_per_second")),
             ]
         )
-        details = (
-            [Text(f"Source {code_versions.OTHER}: {', '.join(item['changes'])}", "warning")]
-            if item.get("changes")
-            else []
-        )
-        versions: dict[str, str] = item.get("versions") or {}
-        ran = {name: version for name, version in versions.items() if name in provenance.LIBRARIES}
-        details += (
-            [Text("Versions: " + ", ".join(f"{name} {version}" for name, version in ran.items()))]
-            if ran
-            else []
-        )
-        details += [
-            Text(f"{what}: {item[name]}")
-            for name, what in (("bundle_uri", "Bundle"), ("splits", "Splits"))
-            if item.get(name)
-        ]
-        details += (
-            [Text("Transfer of tensors:"), Code(str(item["transfer"]))]
-            if item.get("transfer")
-            else []
-        )
-        more += (
-            [
-                Details(
-                    f"{item.get('source', 'source')}: where it comes from and what was carried "
-                    "over",
-                    details,
-                )
-            ]
-            if details
-            else []
-        )
+        details = _source_details(item)
+        if details:
+            title = f"{item.get('source', 'source')}: where it comes from and what was carried over"
+            more.append(Details(title, details))
     head = ["Source", "Backbone", "Objective", "Metrics", "Steps", "Rows read", "Time", "Rows/s"]
     return [Heading("Pretraining"), blocks.Table(head, body, 4), *more]
+
+
+def _source_details(item: dict[str, Any]) -> list[Block]:
+    """Return the code, versions, bundle, splits and copied tensors of a source."""
+    details: list[Block] = []
+    if item.get("changes"):
+        changes = ", ".join(item["changes"])
+        details.append(Text(f"Source {code_versions.OTHER}: {changes}", "warning"))
+    versions: dict[str, str] = item.get("versions") or {}
+    libraries = [
+        f"{name} {version}" for name, version in versions.items() if name in provenance.LIBRARIES
+    ]
+    if libraries:
+        details.append(Text(f"Versions: {', '.join(libraries)}"))
+    for name, title in (("bundle_uri", "Bundle"), ("splits", "Splits")):
+        if item.get(name):
+            details.append(Text(f"{title}: {item[name]}"))
+    if item.get("transfer"):
+        details += [Text("Transfer of tensors:"), Code(str(item["transfer"]))]
+    return details
 
 
 def _failure_blocks(rows: Sequence[ResultRow]) -> list[Block]:
