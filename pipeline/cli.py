@@ -612,6 +612,7 @@ def version() -> None:
 
 
 def main() -> None:
+    plugins.ignore_inherited()
     prepare_ray()
     signals.install()
     app()

@@ -290,6 +290,22 @@ def test_an_installed_package_has_an_entry_point(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- code, never data
 
 
+def test_a_variable_of_the_shell_cannot_name_a_plugin():
+    environment = {
+        **os.environ,
+        plugins.VARIABLE: "spectra",
+        "PYTHONPATH": os.pathsep.join(map(str, (SPECTRA.parents[2], SPECTRA.parent))),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "schema"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and '"linear_probe"' in done.stdout, done.stderr
+    assert "last_layers" not in done.stdout
+
+
 def test_a_bundle_cannot_name_a_plugin(tmp_path, spectra):
     arch = Architecture("spectra/perceptron", {}, {"features": "spectrum", "bands": 4})
     head = ObjectiveSpec("regression", {}, {"mean": 0.0, "std": 1.0})

@@ -23,7 +23,7 @@ from pathlib import Path
 GROUP = "onetomany"
 VARIABLE = "ONETOMANY_PLUGINS"
 """Environment variable with the modules of a job's list, joined by commas. Ray's workers read
-it.
+it; the command line removes one that the user's shell has (`ignore_inherited`).
 """
 
 _paths: dict[str, Path] = {}
@@ -76,6 +76,11 @@ def use(listed: Iterable[str], folder: str | Path = ".") -> None:
         os.environ[VARIABLE] = ",".join(names)
     else:
         os.environ.pop(VARIABLE, None)
+
+
+def ignore_inherited() -> None:
+    """Remove what this process inherited from a shell, which is no place to name code."""
+    os.environ.pop(VARIABLE, None)
 
 
 def is_path(text: str) -> bool:
