@@ -232,21 +232,40 @@ def _trial_status(
 def provenance_of_trials(
     state: JobState, found: list[Trial], bases: list[Base]
 ) -> dict[str, TrialProvenance]:
-    """Return trial id to the code and versions that made it, for trials that have ended."""
+    """Return trial id to the code and versions that made it, for trials that have ended.
+
+    What has changed of a trial's members has changed of it too: ``found`` holds both.
+    """
     by_key = {base.key: base for base in bases}
     weights = {
         name: bundle.weights_sha256(stage.bundle_uri)
         for name, stage in state.sources.items()
         if stage.has_bundle
     }
-    out = {}
-    for one, record in zip(found, _records(state, found), strict=True):
+    out, records = {}, _records(state, found)
+    began = {record.trial_id: _began(record) for record in records if record is not None}
+    for one, record in zip(found, records, strict=True):
         if record is not None:
             now = grid.made_by(state.job.targets[one.target], by_key[one.base], one.technique)
             out[one.id] = origins.provenance_of_record(
                 record, now, one.source, weights.get(one.source)
             )
+    for one in found:
+        members = [member for member in one.members if member in out]
+        if one.id not in out or not members:
+            continue
+        changes = [change for member in members for change in out[member].changes]
+        if any(began[member] > began[one.id] for member in members):
+            changes.append("trials that it combines were made anew since")
+        all_changes = dict.fromkeys((*out[one.id].changes, *changes))
+        out[one.id] = replace(out[one.id], changes=tuple(all_changes))
     return out
+
+
+def _began(record: TrialRecord) -> float:
+    """Return when a trial began, in seconds; 0 where its record does not say."""
+    moments = [row.started_at.timestamp() for row in record.rows if row.started_at]
+    return min(moments, default=0.0)
 
 
 def _trials_to_remake(state: JobState, found: list[Trial], bases: list[Base]) -> set[str]:
@@ -772,6 +791,7 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
         state.progress.note(f"warning: {state.notes[-1]}")
     _save_metadata(state, chosen)
     final = final_trials(state, bases, chosen, winners)
+    anew = _trials_to_remake(state, final, bases)  # of both groups, before a member is made again
     combined = [one for one in final if one.members]
     trained = [one for one in final if not one.members]
     for name, group in (("fine-tune", trained), ("combine", combined)):
@@ -782,7 +802,7 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
                 shared,
                 job.fanout,
                 state.progress,
-                _trials_to_remake(state, group, bases),
+                anew,
                 state.wait,
             )
     return [*search, *final]

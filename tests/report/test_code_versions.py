@@ -27,7 +27,7 @@ from stage_runs import run_through as again
 from toys import image_files
 
 from pipeline.checkpoints import bundle
-from pipeline.config import provenance
+from pipeline.config import plugins, provenance
 from pipeline.config.provenance import Provenance
 from pipeline.config.schema import Job
 from pipeline.data.stream import DataWorkers
@@ -167,6 +167,39 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
     assert all(done for _, done in stages.trial_status(prepared(job, "trials"))), "and once"
     again(job, "trials")
     assert here == []
+
+
+def test_a_combined_trial_is_made_anew_with_the_trials_that_it_combines(
+    tmp_path, bundles, paths, here, edit
+):
+    plugins.use([str(Path(__file__).parents[1] / "plugin" / "adaptation")])
+    try:
+        job = changed(
+            toy(tmp_path, bundles, paths),
+            techniques=["full", "soup"],
+            fanout={"seeds": 2, "keep_bundles": "all"},
+        )
+        _, rows = again(job)
+        here.clear()
+        edit("technique full")
+        assert "3 trials: technique full changed" in dry_run.describe(prepared(job)), "and the soup"
+        again(job, "trials")
+        ids = {row.trial_id for row in rows if row.technique in ("full", "soup")}
+        assert sorted(here) == sorted(ids) and len(ids) == 3
+        here.clear()
+        again(job, "trials")
+        assert here == [], "and once"
+
+        # as if the run had been stopped after a member: its record is newer than the soup's
+        member = next(row.trial_id for row in rows if row.technique == "full")
+        soup = next(row.trial_id for row in rows if row.technique == "soup")
+        storage.remove_tree(storage.join(job.root, "trials", member))
+        again(job)
+        here.clear()
+        again(job, "trials")
+        assert here == [soup]
+    finally:
+        plugins.use([])
 
 
 def test_a_comparison_of_trials_of_different_versions_carries_the_mark(
