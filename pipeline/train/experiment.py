@@ -162,7 +162,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         on_log=record.write,
         on_eval=record.validated,
         on_rows=RowTrace(experiment.folder, ranks.rank) if train.trace_rows else None,
-        bad_rows=partial(record.bad_rows.add, "train"),
+        bad_rows=record.bad_rows.add,
         alive=experiment.on_step,
     )
     with record:
@@ -221,7 +221,8 @@ class BadRows:
 
     def __init__(self, experiment: Experiment, ranks: Ranks):
         rows, validation = experiment.rows.selection, experiment.validation.selection
-        self.selections = {"train": rows, "validation": validation}
+        further = {name: one.selection for name, one in experiment.stream_rows.items()}
+        self.selections = {"train": rows, "validation": validation, **further}
         self.max_bad_rows, self.lost, self.ranks = experiment.max_bad_rows, experiment.lost, ranks
         self.new: list[tuple[str, int, str]] = []
         self.found: dict[tuple[str, int], str] = {}

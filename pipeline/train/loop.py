@@ -123,8 +123,8 @@ class TrainingRun:
     on_eval: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None
     on_rows: Callable[[int, np.ndarray], None] | None = None
     """Called with the row ids of every step (``train.trace_rows``)."""
-    bad_rows: Callable[[list[tuple[int, str]]], None] = lambda bad: None
-    """Called with rows that could not be decoded, and why."""
+    bad_rows: Callable[[str, list[tuple[int, str]]], None] = lambda split, bad: None
+    """Called with rows that could not be decoded, and why; the split is "train" or a stream."""
     clock: Callable[[], float] = time.perf_counter
     alive: Callable[[], None] = heartbeat.beat
     """Called at every step, so that a watchdog sees that the run does not hang."""
@@ -246,7 +246,7 @@ def fit(run: TrainingRun) -> Outcome:
         if ema:
             ema.average = {name: tensor.to(device) for name, tensor in saved["ema"].items()}
         if saved.get("bad_rows"):
-            run.bad_rows(list(saved["bad_rows"].items()))
+            run.bad_rows("train", list(saved["bad_rows"].items()))
     assert start < run.steps, "a run of zero steps trains nothing"
 
     eval_every = train.eval_every_steps or max(1, run.steps // 5)
@@ -277,8 +277,13 @@ def fit(run: TrainingRun) -> Outcome:
             batch, bad, waited = next(stream)
             if bad:
                 progress.unread.update(bad)
-                run.bad_rows(bad)
-            others = {name: next(one).batch for name, one in further.items()}
+                run.bad_rows("train", bad)
+            beside = {name: next(one) for name, one in further.items()}
+            for name, loaded in beside.items():
+                waited += loaded.waited
+                if loaded.bad:
+                    run.bad_rows(name, loaded.bad)
+            others = {name: loaded.batch for name, loaded in beside.items()}
             sums = _backward(run, live, batch, others, progress.names)
             norm = _step(live, sums, ranks, train, task, progress.bad_run, progress.bad_total)
             warning = None
@@ -445,7 +450,8 @@ def _backward(
 ) -> Tensor:
     """Forward and backward of every micro-batch; the last one reduces gradients over ranks.
 
-    ``others`` are batches of further streams, cut into as many parts as ``batch``.
+    ``others`` are batches of further streams, cut into as many parts as ``batch``. A part without
+    rows, or with none of a stream, has no penalty: the mean of nothing is not a number.
 
     Returns:
         Sums over all ranks: the losses, how many there are, and those that the objective logs.
@@ -463,7 +469,8 @@ def _backward(
         }
         with live.no_sync(number == len(parts)), autocast(train, device):
             total, count, logs = live.module(part)
-            penalty = run.technique.penalty(run.task, part, streams)
+            has_rows = all(len(one) for one in (part, *streams.values()))
+            penalty = run.technique.penalty(run.task, part, streams) if has_rows else None
             (total if penalty is None else total + penalty * count).backward()
         logged = (logs.get(name, zero).float() for name in names[2:])
         sums += torch.stack([total.detach().float(), count.float(), *logged])

@@ -628,6 +628,12 @@ def _check_base(
     own_techniques = f"give targets.{target.name} techniques of its own"
     for component in target.techniques:
         technique, name = technique_of(component), component.name
+        unused = ("penalty", "streams", "at_test")
+        overridden = [one for one in unused if _overrides(technique, one)]
+        if technique.frozen and overridden:
+            raise ValueError(
+                f"techniques: {name} is frozen, so its {' and '.join(overridden)} would not be used"
+            )
         from_source = technique.starts_from == "source"
         if from_source and not trains(technique) and head is None:
             raise ValueError(
@@ -650,6 +656,11 @@ def _check_base(
                 f"output is the backbone's own embedding): {own_techniques}, such as "
                 "[scratch, full, lora]"
             )
+
+
+def _overrides(technique: Technique, hook: str) -> bool:
+    """Return whether a technique has a hook of its own."""
+    return getattr(type(technique), hook) is not getattr(Technique, hook)
 
 
 def _trains_something(technique: Technique, layers: dict[str, list[str]]) -> bool:

@@ -1,8 +1,11 @@
 """Domain adaptation, test-time statistics and weight soups are techniques of one file each."""
 
+import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from toys import image_files, job_of, shared_of, trial_of
@@ -10,11 +13,11 @@ from transfer.test_stages import Silent, trials_in_this_process, whole
 
 from pipeline.checkpoints import bundle
 from pipeline.config import plugins, registry
-from pipeline.config.schema import Job
+from pipeline.config.schema import ComponentConfig, Job
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
-from pipeline.data.stream import eval_batches
+from pipeline.data.stream import TooManyBadRowsError, eval_batches
 from pipeline.transfer import stages, trial
 from pipeline.transfer.grid import SCRATCH
 
@@ -87,6 +90,57 @@ def test_streams_are_cut_as_the_batch_is(tmp_path, paths, monkeypatch, micro_bat
     shared.source_rows = source_rows(paths["train"])
     trial.run(trial_of(job, shared, "coral"), shared)
     assert sizes == ([(16, 16, 16)] * 2 if micro_batch is None else [(4, 4, 4)] * 8)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.01])
+def test_unreadable_rows_of_a_stream_are_listed_and_held_against_the_budget(tmp_path, paths, share):
+    table = pq.read_table(paths["test"])
+    pictures = table["picture"].to_pylist()
+    pictures[3] = pictures[7] = b"no picture"
+    pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "source.parquet")
+    job = job_of(tmp_path, paths)
+    data = job.targets["task"].data.model_copy(update={"max_bad_rows": share})
+    target = job.targets["task"].model_copy(update={"data": data})
+    job = job.model_copy(update={"targets": {"task": target}})
+    shared = shared_of(tmp_path, job, paths)
+    shared.source_rows = source_rows(str(tmp_path / "source.parquet"))
+    one = trial_of(job, shared, "coral")
+    if share < 0.1:
+        with pytest.raises(TooManyBadRowsError, match="2 of 20 rows cannot be used"):
+            trial.run(one, shared)
+        return
+    record = trial.run(one, shared)
+    assert record.rows[0].n_train == 30, "all rows of the target are there"
+    text = Path(trial.folder(shared, one), "quarantine.jsonl").read_text()
+    listed = [json.loads(line) for line in text.splitlines()]
+    assert sorted((row["split"], row["row"]) for row in listed) == [("source", 3), ("source", 7)]
+
+
+def test_an_empty_part_of_a_stream_has_no_penalty(tmp_path, paths, monkeypatch):
+    sizes = []
+    penalty = registry.get("technique", "coral").penalty
+
+    def counted(self, task, batch, streams):
+        sizes.append(len(streams["source"]))
+        return penalty(self, task, batch, streams)
+
+    monkeypatch.setattr(registry.get("technique", "coral"), "penalty", counted)
+    pq.write_table(pq.read_table(paths["train"]).slice(0, 2), tmp_path / "two.parquet")
+    job = job_of(tmp_path, paths, train={"micro_batch": 4, "steps": 2})
+    shared = shared_of(tmp_path, job, paths)
+    shared.source_rows = source_rows(str(tmp_path / "two.parquet"))
+    record = trial.run(trial_of(job, shared, "coral"), shared)
+    assert record.skipped_steps == 0 and sizes == [1] * 4, "2 of the 4 parts have no row"
+
+
+def test_a_frozen_technique_with_hooks_that_nothing_calls_is_refused(tmp_path, paths, monkeypatch):
+    kind = registry.get("technique", "coral")
+    monkeypatch.setattr(kind, "frozen", True)
+    job = job_of(tmp_path, paths).model_copy(update={"techniques": [ComponentConfig(name="coral")]})
+    with pytest.raises(
+        ValueError, match="coral is frozen, so its penalty and streams would not be used"
+    ):
+        shared_of(tmp_path, job, paths)
 
 
 def test_a_source_without_rows_is_named(tmp_path, paths):

@@ -262,7 +262,7 @@ def test_a_short_batch_is_divided_by_what_it_holds(rows):
 
     run.batches, run.bad_rows, run.on_log = (
         short,
-        lambda bad: message.append(len(bad)),
+        lambda split, bad: message.append((split, len(bad))),
         logs.append,
     )
     twin = copy.deepcopy(run.task)
@@ -272,7 +272,7 @@ def test_a_short_batch_is_divided_by_what_it_holds(rows):
     want = {name: p.detach() - 0.1 * p.grad for name, p in twin.named_parameters()}
     outcome = loop.fit(run)
     assert furthest(weights(run.task), want) < 1e-6
-    assert message == [3, 8] and outcome.skipped_steps == 0
+    assert message == [("train", 3), ("train", 8)] and outcome.skipped_steps == 0
     assert logs[0]["loss"] == pytest.approx(total.item() / 5, abs=1e-6) and math.isnan(
         logs[1]["loss"]
     )

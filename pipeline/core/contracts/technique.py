@@ -90,7 +90,8 @@ class Technique(Registered):
     ``after_fanout`` makes of finished trials."""
     frozen: ClassVar[bool] = False
     """True: nothing of the backbone ever changes, so its features may be computed once.
-    ``penalty``, ``streams`` and ``at_test`` are then not used.
+    ``penalty``, ``streams`` and ``at_test`` would not be used then: one that has any of them is
+    refused.
     """
 
     def __init__(self, options: Any = None):
@@ -129,7 +130,8 @@ class Technique(Registered):
         Args:
             task: The task as ``wrap`` returned it.
             batch: The finished training batch (a micro-batch where there are several).
-            streams: A batch of each of ``streams``, of about as many rows.
+            streams: A batch of each of ``streams``, of about as many rows. None of the batches is
+                empty: where one is, there is no penalty.
         """
         return None
 
