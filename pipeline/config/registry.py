@@ -153,10 +153,14 @@ def registration(node: ast.AST) -> ast.Call | None:
 
 def _declared(module: str, file: Path) -> Iterator[Entry]:
     """Yield the components of a source file, which is not imported."""
-    text = file.read_text(encoding="utf-8")
-    if "register(" not in text:
-        return
-    tree = ast.parse(text, str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+        if "register(" not in text:
+            return
+        tree = ast.parse(text, str(file))
+    except (SyntaxError, UnicodeDecodeError, OSError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise ValueError(f"{file}:{line}: cannot be read as Python: {error}") from None
     for node in tree.body:
         call = registration(node)
         if call is None:
@@ -215,6 +219,8 @@ def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
             f"{file}: options classes may use builtin types, Literal and Field only, "
             f"as they are read without importing this file ({error})"
         ) from None
+    except Exception as error:  # whatever somebody's class body raises is a fault of that file
+        raise ValueError(f"{file}: options class {name}: {type(error).__name__}: {error}") from None
     return space[name]
 
 
@@ -358,7 +364,15 @@ def path_options(kind: str, name: str) -> dict[str, tuple[str, ...]]:
 def get(kind: str, name: str) -> Any:
     """Return the registered object. Its file is imported now if it was not yet."""
     found = entry(kind, name)
-    return getattr(importlib.import_module(found.module), found.attribute)
+    try:
+        module = importlib.import_module(found.module)
+    except ImportError as error:
+        if found.module.startswith("pipeline."):
+            raise
+        raise ValueError(
+            f"{found.file}:{found.line}: {kind} {name!r} cannot be imported: {error}"
+        ) from error
+    return getattr(module, found.attribute)
 
 
 def architectures(library: str) -> frozenset[str]:

@@ -548,6 +548,8 @@ class Source(Spec):
     objective: ComponentConfig | None = Field(None, description="classification, mlm, clm, ...")
     technique: ComponentConfig = Field(
         FULL,
+        # hashes of jobs and sources are those from before sources had techniques
+        exclude_if=lambda technique: technique == FULL,
         description="how a source that continues a checkpoint is trained: full, lora, ...; modules"
         " that a technique adds are merged into the weights of the bundle; a source with random"
         " weights trains every layer",

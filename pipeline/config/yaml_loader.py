@@ -318,7 +318,8 @@ def _describe_error(error: Any) -> str:
     if kind == "missing":
         return "this field is required"
     message = error["msg"].removeprefix("Value error, ")
-    if isinstance(value, (dict, list)) or error["loc"][-1:] == ("[key]",):
+    is_named = repr(value) in message
+    if is_named or isinstance(value, (dict, list)) or error["loc"][-1:] == ("[key]",):
         return message
     return f"{message} (got {value!r})"
 

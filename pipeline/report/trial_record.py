@@ -89,21 +89,22 @@ class TrialRecord:
         Raises:
             ValueError: The object is no record of a trial, or has a newer version.
         """
-        if found.get("version", VERSION) > VERSION:
+        version = found.get("version", VERSION)
+        if isinstance(version, int) and version > VERSION:
             raise ValueError(
-                f"it has version {found['version']}, this program reads up to {VERSION}; "
-                "update onetomany"
+                f"it has version {version}, this program reads up to {VERSION}; update onetomany"
             )
-        if not isinstance(found.get("rows"), list):
-            raise ValueError("it is no record of a trial")
         names = [field.name for field in fields(cls)]
         stated: dict[str, Any] = {
             name: value for name, value in found.items() if name in names and value is not None
         }
-        stated["rows"] = tuple(ResultRow.from_json(row) for row in found["rows"])
-        stated["curve"] = curve_of(stated.get("curve", ()))
-        stated["begun_by"] = tuple(stated.get("begun_by", ()))
-        return cls(**stated)
+        try:
+            stated["rows"] = tuple(ResultRow.from_json(row) for row in found["rows"])
+            stated["curve"] = curve_of(stated.get("curve", ()))
+            stated["begun_by"] = tuple(stated.get("begun_by", ()))
+            return cls(**stated)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"it is no record of a trial ({error!r})") from None
 
 
 def curve_of(points: Iterable[Mapping[str, Any]]) -> tuple[CurvePoint, ...]:

@@ -144,10 +144,12 @@ def plugins_env() -> dict[str, Any] | None:
 
 def _check_plugins() -> None:
     """Raise ClusterError where this process's Ray was started without the plugins in use."""
-    listed = os.environ.get(plugins.VARIABLE, "")
+    listed = os.environ.get(plugins.VARIABLE)
+    if not listed:
+        return
     session: Any = ray.get_runtime_context().runtime_env or {}
     known = session.get("env_vars", {}).get(plugins.VARIABLE)
-    if listed and known != listed:
+    if known != listed:
         raise ClusterError(
             f"Ray runs in this process already, and its workers do not know the plugins {listed}: "
             "end it (ray.shutdown()) before the job runs"

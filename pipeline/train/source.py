@@ -12,7 +12,7 @@ from pipeline.checkpoints import bundle, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
-from pipeline.config.schema import CHECKPOINT_PREFIXES, FULL, Data, Job, Source, spec_hash
+from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Job, Source, spec_hash
 from pipeline.core.capabilities import Costed, cost_column
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import BindsToBackbone, LengthBound
@@ -215,8 +215,6 @@ def stage(job: Job, name: str) -> SourceStage:
     )
     if spec.modality is None:
         del what["modality"]
-    if spec.technique == FULL:
-        del what["technique"]  # keys are those of jobs from before sources had techniques
     what["start"] = start = pretrained.fingerprint(spec.init) if spec.init else None
     if spec.objective is not None:
         what["objective"]["options"] = fitting.options_by_content("objective", spec.objective)

@@ -409,6 +409,8 @@ def _run_stack(
             alive=alive,
         )
     )
+    tested = _predicted(stack, cached.splits["test"], train) if "test" in cached.splits else None
+    held = _predicted(stack, validation, train) if tested and is_calibrated(heads[0]) else None
     seconds = (outcome.seconds_before + time.time() - began) / len(members) + cached.seconds
     common = {
         "steps": outcome.steps,
@@ -418,8 +420,6 @@ def _run_stack(
         "resumed_from": outcome.resumed_from,
         "begun_by": history.others,
     }
-    tested = _predicted(stack, cached.splits["test"], train) if "test" in cached.splits else None
-    held = _predicted(stack, validation, train) if tested and is_calibrated(heads[0]) else None
     records = []
     for k, (member, head) in enumerate(zip(members, heads, strict=True)):
         if float(stack.bad[k]):

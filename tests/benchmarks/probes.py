@@ -183,17 +183,15 @@ def heads(shared: Any, data: Any, cached: dict[str, Any], stacks: list[list[Any]
     """Train stacks of heads on cached features, with everything that follows (validation, test,
     records).
     """
+    from pipeline.io import heartbeat
     from pipeline.transfer import cached_heads, trial
 
-    for members in stacks:
-        ready = []
-        for one in members:
-            train, rows, steps = trial.resolve_training(one, shared)
-            ready.append((one, train, rows, steps))
-        backbone = trial.build(members[0], shared)[0].backbone
-        cached_heads._stack(
-            ready, shared, data, backbone, cached, "", 0.0, cached["train"][0].device
-        )
+    for stack in stacks:
+        members = [cached_heads.Member(one, *trial.resolve_training(one, shared)) for one in stack]
+        backbone = trial.build(stack[0], shared)[0].backbone
+        device = cached["train"][0].device
+        features = cached_heads.SharedFeatures(data, backbone, cached, "", 0.0, device)
+        cached_heads._run_stack(members, shared, features, heartbeat.beat)
 
 
 def _gap(together: list[Any], alone: list[Any]) -> float:

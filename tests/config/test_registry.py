@@ -318,3 +318,23 @@ def test_nearest_is_short():
     many = [f"name{i:04d}" for i in range(1000)]
     assert registry.nearest("zzz", many).endswith("name0019, ... (1000 in all)")
     assert registry.nearest("name0005", many[:5] + many[6:]).count(" or ") <= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "@register('technique', 'odd')\nclass Odd(:\n    pass\n",
+            r"made\.py:2: cannot be read as",
+        ),
+        (
+            "@register('technique', 'odd', options=OddOptions)\nclass Odd:\n    pass\n"
+            "class OddOptions(Options):\n    b: int = 1 // 0\n",
+            r"made\.py: options class OddOptions: ZeroDivisionError",
+        ),
+    ],
+)
+def test_a_faulty_file_is_named_in_one_line(house, text, message):
+    house(technique=text)
+    with pytest.raises(ValueError, match=message):
+        registry.entries("technique")

@@ -1741,6 +1741,13 @@ def test_spec_hash_is_the_same_in_every_process_and_order():
     assert there.stdout.strip() == job.spec_hash(job.Train(steps=3), "a")
 
 
+def test_a_technique_that_is_not_named_is_no_part_of_a_source(load):
+    """Hashes of jobs are those from before sources had techniques."""
+    plain, named = load(), load(GOOD, "sources.garments.technique=lora")
+    assert "technique" not in plain.model_dump(mode="json")["sources"]["garments"]
+    assert job.spec_hash(plain) != job.spec_hash(named)
+
+
 def test_spec_hash_sees_every_field():
     base = job.Train(steps=5)
     other = {
