@@ -478,6 +478,7 @@ def share(state: JobState) -> Shared:
     if not state.targets:
         problems = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
         raise ValueError("\n".join(problems))
+    source_rows = _source_rows(state)
     return Shared(
         job=job.name,
         root=job.root,
@@ -493,7 +494,8 @@ def share(state: JobState) -> Shared:
         fences=write_fence.current_fences(),
         parent_weights={name: bundle.weights_sha256(uri) for name, uri in uris.items()},
         remake="trials" in state.remake,
-        source_rows=_source_rows(state),
+        source_rows=source_rows,
+        source_reads={name: state.sources[name].reads for name in source_rows},
     )
 
 

@@ -465,6 +465,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         notes.append(f"{len(bad)} rows left out: {first}")
     file_identity.check_unchanged(splits.reads)
     is_held = all(rows.arrays is not None for rows in parts.values())
+    is_read_again = any(_reads_rows_again(technique_of(one)) for one in target.techniques)
     return TargetData(
         spec=spec,
         objective=reading.objective,
@@ -477,7 +478,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         arch=reading.arch,
         modality=reading.spec_of_modality,
         key=spec_hash(target.key, reading.spec_of_modality.to_json()),
-        reads=() if is_held else splits.reads,
+        reads=() if is_held and not is_read_again else splits.reads,
         findings=tuple(findings(target, reading)),
     )
 
@@ -661,6 +662,11 @@ def _check_base(
 def _overrides(technique: Technique, hook: str) -> bool:
     """Return whether a technique has a hook of its own."""
     return getattr(type(technique), hook) is not getattr(Technique, hook)
+
+
+def _reads_rows_again(technique: Technique) -> bool:
+    """Return whether a technique reads rows as they come, from their files (`train.streams`)."""
+    return bool(technique.streams()) or _overrides(technique, "at_test")
 
 
 def _trains_something(technique: Technique, layers: dict[str, list[str]]) -> bool:

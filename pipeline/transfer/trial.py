@@ -85,8 +85,8 @@ class TargetData:
     it.
     """
     reads: tuple[FileIdentity, ...] = ()
-    """Files that trials read, where the rows are not in memory. No record is written when one of
-    them has changed.
+    """Files that trials read, where the rows are not in memory or a technique reads them again. No
+    record is written when one of them has changed.
     """
 
     findings: tuple[Finding, ...] = ()
@@ -149,6 +149,8 @@ class Shared:
     """Whether resume points of other code or versions are dropped, since trials are made again."""
     source_rows: dict[str, tuple[Selection, dict[str, str]]] = field(default_factory=dict)
     """Source to its training rows with their columns, where a technique reads them."""
+    source_reads: dict[str, tuple[FileIdentity, ...]] = field(default_factory=dict)
+    """Source to the files of these rows. They too are as they were when a record is written."""
 
 
 def folder(shared: Shared, trial: Trial) -> str:
@@ -412,7 +414,8 @@ def run(
     }
     record = make_record(trial, shared, train, began, metadata, finished.metrics, test)
     if ranks.first:
-        file_identity.check_unchanged(data.reads)
+        further = shared.source_reads if "source" in technique.streams() else {}
+        file_identity.check_unchanged([*data.reads, *further.get(trial.source, ())])
         is_kept = shared.keep_bundles and trial.stage == "final"
         return write(trial, shared, record, test, task if is_kept else None, frames)
     return record

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.data.stream import TooManyBadRowsError, eval_batches
+from pipeline.io import file_identity
 from pipeline.transfer import stages, trial
 from pipeline.transfer.grid import SCRATCH
 
@@ -114,6 +116,31 @@ def test_unreadable_rows_of_a_stream_are_listed_and_held_against_the_budget(tmp_
     text = Path(trial.folder(shared, one), "quarantine.jsonl").read_text()
     listed = [json.loads(line) for line in text.splitlines()]
     assert sorted((row["split"], row["row"]) for row in listed) == [("source", 3), ("source", 7)]
+
+
+@pytest.mark.parametrize("name", ["source.parquet", "train.parquet"])
+def test_no_record_is_written_when_a_file_of_a_stream_has_changed(
+    tmp_path, paths, monkeypatch, name
+):
+    """It changes after its last rows were read, when nothing opens it again."""
+    mine = {split: str(tmp_path / f"{split}.parquet") for split in paths}
+    for split, path in mine.items():
+        shutil.copy(paths[split], path)
+    source = str(shutil.copy(paths["test"], tmp_path / "source.parquet"))
+    job = job_of(tmp_path, mine).model_copy(update={"techniques": [ComponentConfig(name="coral")]})
+    shared = shared_of(tmp_path, job, mine)
+    shared.source_rows = source_rows(source)
+    shared.source_reads = {"src": tuple(file_identity.identify([source]))}
+    predict = trial.predict_test
+
+    def meanwhile(*arguments):
+        file = tmp_path / name
+        pq.write_table(pq.read_table(file).slice(1), file)
+        return predict(*arguments)
+
+    monkeypatch.setattr(trial, "predict_test", meanwhile)
+    with pytest.raises(file_identity.ChangedFileError, match=name):
+        trial.run(trial_of(job, shared, "coral"), shared)
 
 
 def test_an_empty_part_of_a_stream_has_no_penalty(tmp_path, paths, monkeypatch):
