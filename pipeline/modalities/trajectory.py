@@ -364,7 +364,7 @@ class Trajectory(Modality):
                 text, space = actions.classes[actions.values[at]], self.spaces[self.names[place[i]]]
                 reasons[i] = (
                     f"actions: step {at - actions.ends[i]} is {text!r}, which is no class of "
-                    f"space {space.name}; {nearest(text, space.discrete)}"
+                    f"space {space.name}; {nearest(text, space.discrete or ())}"
                 )
         return codes
 
