@@ -14,11 +14,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import __version__, api, prepare_ray
+from pipeline import __version__, api
 from pipeline.config import plugins, registry
 from pipeline.config.schema import Data, Job, JobError, schema
 from pipeline.config.yaml_loader import load
 from pipeline.io import signals
+from pipeline.io.ray_environment import prepare_ray
 
 app = typer.Typer(
     no_args_is_help=True,

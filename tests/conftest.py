@@ -93,7 +93,7 @@ def start_ray(s3_server):
     def start():
         import ray
 
-        from pipeline import prepare_ray
+        from pipeline.io.ray_environment import prepare_ray
         from pipeline.train.launch import OwnCode
 
         if not ray.is_initialized():

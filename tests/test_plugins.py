@@ -20,11 +20,12 @@ import pytest
 from typer.testing import CliRunner
 
 import pipeline
-from pipeline import cli, prepare_ray
+from pipeline import cli
 from pipeline.checkpoints import bundle
 from pipeline.config import plugins, provenance, registry, yaml_loader
 from pipeline.config.schema import JobError
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
+from pipeline.io.ray_environment import prepare_ray
 from pipeline.train import launch
 from pipeline.transfer import grid
 

@@ -66,6 +66,7 @@ MAKES_NO_NUMBERS = frozenset(
         "pipeline.train.log",
         "pipeline.train.progress",
         "pipeline.io.heartbeat",
+        "pipeline.io.ray_environment",
         "pipeline.io.signals",
         "pipeline.transfer.leaks",
         # describes results that are there

@@ -26,13 +26,13 @@ from ray.job_config import JobConfig
 from ray.util.client import ray as ray_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import prepare_ray
 from pipeline.checkpoints import bundle
 from pipeline.config import plugins
 from pipeline.config.schema import Source
 from pipeline.data.stream import DataWorkers, Rows
 from pipeline.io import s3, signals, storage, write_fence
 from pipeline.io.file_identity import ChangedFileError
+from pipeline.io.ray_environment import prepare_ray
 from pipeline.train import node_types, source
 from pipeline.train import pretrain as work_of
 from pipeline.train.loop import NonFiniteError, Ranks

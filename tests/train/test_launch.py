@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pipeline
 from pipeline.config.schema import Source
 from pipeline.data.stream import DataWorkers
+from pipeline.io import ray_environment
 from pipeline.train import launch
 from pipeline.train.launch import ClusterError, Share, capacity, check_fits, share
 
@@ -43,11 +43,11 @@ def test_only_a_c_library_that_takes_it_is_told_to_keep_memory(library, keeps, m
     KiB anew.
     """
     monkeypatch.setattr("platform.libc_ver", lambda: library)
-    for name in pipeline.KEEP_MEMORY:
+    for name in ray_environment.KEEP_MEMORY:
         monkeypatch.delenv(name, raising=False)
-    pipeline.prepare_ray()
-    assert {name for name in pipeline.KEEP_MEMORY if name in os.environ} == (
-        set(pipeline.KEEP_MEMORY) if keeps else set()
+    ray_environment.prepare_ray()
+    assert {name for name in ray_environment.KEEP_MEMORY if name in os.environ} == (
+        set(ray_environment.KEEP_MEMORY) if keeps else set()
     )
 
 
