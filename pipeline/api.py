@@ -148,11 +148,11 @@ def results(job: Job | str) -> pa.Table:
     """Return the results table of a job, or of a job's folder: a row a trial, split and metric."""
     import pyarrow as pa
 
-    from pipeline.report import results as table
+    from pipeline.report import results as results_table
 
     root = job if isinstance(job, str) else job.root
-    rows = [row.columns() for row in table.read(root)]
-    return pa.Table.from_pylist(rows, schema=table.SCHEMA)
+    rows = [row.columns() for row in results_table.read(root)]
+    return pa.Table.from_pylist(rows, schema=results_table.SCHEMA)
 
 
 def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:
@@ -201,14 +201,14 @@ def predict(
     """
     from pipeline.train import launch
     from pipeline.train.progress import Progress
-    from pipeline.transfer import predict as work
+    from pipeline.transfer import inference
 
     use_plugins(plugins)
-    work.check(bundle, srt)
+    inference.check(bundle, srt)
     with launch.session(address, verbose), Progress() as progress:
         files = [data] if isinstance(data, str) else list(data)
         named = dict(columns or {})
-        return work.predict(bundle, files, output, named, format, progress, srt, tuple(keep))
+        return inference.predict(bundle, files, output, named, format, progress, srt, tuple(keep))
 
 
 def embed(
@@ -233,12 +233,12 @@ def embed(
         decoded.
     """
     from pipeline.train.progress import Progress
-    from pipeline.transfer import predict as work
+    from pipeline.transfer import inference
 
     use_plugins(plugins)
     with Progress() as progress:
         files = [data] if isinstance(data, str) else list(data)
-        return work.embed(bundle, files, dict(columns or {}), format, progress)
+        return inference.embed(bundle, files, dict(columns or {}), format, progress)
 
 
 # ---------------------------------------------------------------- stages
@@ -246,7 +246,7 @@ def embed(
 
 def run_stages(
     job: Job,
-    stages: Sequence[Stage],
+    wanted: Sequence[Stage],
     *,
     address: str | None = None,
     wait: bool | None = None,
@@ -258,30 +258,30 @@ def run_stages(
     from pipeline.io import run_lock
     from pipeline.train import launch
     from pipeline.train.progress import Progress
-    from pipeline.transfer import stages as work
+    from pipeline.transfer import stages
 
-    if not job.targets and "pretrain" not in stages:
+    if not job.targets and "pretrain" not in wanted:
         raise ValueError("this job has no targets")
     began = Progress() if progress is None else nullcontext(progress)
     with (
         began as shown,
-        checked(job, stages, shown, wait, remake, verbose) as state,
+        checked(job, wanted, shown, wait, remake, verbose) as state,
         run_lock.hold(job.root, shown.note),
     ):
-        ended = work.trial_status(state) if "finetune" in stages else []
+        ended = stages.trial_status(state) if "finetune" in wanted else []
         if ended and all(is_done for _, is_done in ended):
             for name in state.sources:
-                work.report_done(state, name)
+                stages.report_done(state, name)
             shown.note(f"all {len(ended)} trials are done; nothing to run")
-            return reported(state, work.current(state))
+            return reported(state, stages.current(state))
         with launch.session(address, verbose):
-            return _run(state, stages)
+            return _run(state, wanted)
 
 
 @contextmanager
 def checked(
     job: Job,
-    stages: Sequence[Stage],
+    wanted: Sequence[Stage],
     progress: Progress,
     wait: bool | None = None,
     remake: Remake = "none",
@@ -289,33 +289,32 @@ def checked(
 ) -> Iterator[JobState]:
     """Check everything that can be known before anything starts. See `run`."""
     from pipeline.io import checksums
-    from pipeline.transfer import stages as work
+    from pipeline.transfer import stages
 
     use_plugins(job.plugins)
     made_anew = {"pretrain": "sources", "finetune": "trials"} if remake == "changed" else {}
-    remade = tuple(made_anew[stage] for stage in stages if stage in made_anew)
+    remade = tuple(made_anew[stage] for stage in wanted if stage in made_anew)
     with checksums.notifications_to(progress.note):
-        yield work.check(job, progress, verbose=verbose, wait=wait, remake=remade)
+        yield stages.check(job, progress, verbose=verbose, wait=wait, remake=remade)
 
 
-def _run(state: JobState, stages: Sequence[Stage]) -> Outcome:
+def _run(state: JobState, wanted: Sequence[Stage]) -> Outcome:
     from pipeline.train import launch
-    from pipeline.transfer import fanout
-    from pipeline.transfer import stages as work
+    from pipeline.transfer import fanout, stages
 
-    if "finetune" in stages:
+    if "finetune" in wanted:
         cluster = launch.cluster(state.wait)
         if cluster.is_declared:
             fanout.check_fits(state.job, cluster.nodes, cluster.grows)
-    if "pretrain" in stages:
-        work.pretrain(state)
-    if not state.targets or tuple(stages) == ("pretrain",):
+    if "pretrain" in wanted:
+        stages.pretrain(state)
+    if not state.targets or tuple(wanted) == ("pretrain",):
         return Outcome(_bundles(state))
-    shared = work.share(state)
-    scores = work.score(state, shared) if "score" in stages else []
-    if "finetune" not in stages:
-        return Outcome(_bundles(state), scores, failed=work.failures(state, []))
-    return reported(state, work.collect(state, work.finetune(state, shared)))
+    shared = stages.share(state)
+    scores = stages.score(state, shared) if "score" in wanted else []
+    if "finetune" not in wanted:
+        return Outcome(_bundles(state), scores, failed=stages.failures(state, []))
+    return reported(state, stages.collect(state, stages.finetune(state, shared)))
 
 
 def reported(state: JobState, rows: list[ResultRow]) -> Outcome:

@@ -378,11 +378,12 @@ def export(
     `NAME_classifier.py` beside a state dict. Every export is compared with the bundle on random
     rows, the largest difference is printed, and an export that gives other numbers is refused.
     """
-    from pipeline.transfer import predict as apply
+    from pipeline.checkpoints.export import export_bundle
 
     with _exit_codes():
         plugins.use(plugin or ())
-        out.print(apply.export(bundle, output, kind, backbone_only), markup=False, soft_wrap=True)
+        text = export_bundle(bundle, output, kind, backbone_only)
+        out.print(text, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -588,9 +589,9 @@ def doctor(
     address: Address = None,
 ) -> None:
     """Is this machine or cluster ready, and what is missing."""
-    from pipeline.transfer import doctor as doctoring
+    from pipeline.transfer.doctor import run_checks
 
-    lines = doctoring.run_checks(_job(job, set_) if job else None, address)
+    lines = run_checks(_job(job, set_) if job else None, address)
     table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
     for line in lines:
         table.add_row(line.mark, line.what, line.found, line.advice)

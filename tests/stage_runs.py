@@ -18,7 +18,7 @@ from pipeline.report.results import ResultRow
 from pipeline.train import launch, pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
-from pipeline.transfer import fanout, predict, stages, trial
+from pipeline.transfer import fanout, inference, stages, trial
 
 COLUMNS = {"image": "picture", "label": "class"}
 MODALITY = ModalitySpec("image", {"size": 32, "channels": 3}, {"mean": [0.5] * 3, "std": [0.2] * 3})
@@ -89,7 +89,7 @@ def without_ray(monkeypatch) -> None:
     monkeypatch.setattr(launch, "start", lambda address, verbose: None)
     monkeypatch.setattr(launch, "resources", lambda: resources)
     monkeypatch.setattr(launch, "cluster", lambda wait=None: launch.Cluster([(2.0, 0.0)], 1 << 30))
-    monkeypatch.setattr(predict, "map_blocks", lambda work, items, workers: map(work, items))
+    monkeypatch.setattr(inference, "map_blocks", lambda work, items, workers: map(work, items))
     sources_in_this_process(monkeypatch)
     trials_in_this_process(monkeypatch)
 

@@ -100,7 +100,7 @@ def test_imports_are_seen():
         "def f():\n    import torch\n    __import__('pandas')\n    "
         "importlib.import_module('pipeline.cli')\n"
     )
-    assert list(imported("pipeline.data.manifest", ast.parse(text))) == [
+    assert list(imported("pipeline.data.manifests", ast.parse(text))) == [
         "ray.data",
         "pipeline.io.s3",
         "pipeline.io.storage",

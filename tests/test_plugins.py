@@ -325,7 +325,7 @@ def test_a_bundle_cannot_name_a_plugin(tmp_path, spectra):
 def test_a_trials_code_holds_its_plugins(tmp_path, spectra):
     job = yaml_loader.load(job_file(tmp_path))
     arch = Architecture("spectra/perceptron", {}, {})
-    made = grid.bases({"lamps": (arch, ModalitySpec("spectrum", {}, {}))})
+    made = grid.backbone_groups({"lamps": (arch, ModalitySpec("spectrum", {}, {}))})
     code = grid.made_by(job.targets["kinds"], made[0], job.techniques[2]).code
     assert {
         "modality spectrum",

@@ -17,7 +17,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config.schema import Train
 from pipeline.core.contracts import Backbone, Batch, Features, Modality, Objective, Task, Technique
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
-from pipeline.data.manifest import Group, Manifest, Selection
+from pipeline.data.manifests import Group, Manifest, Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Decoder, Rows, train_batches
 from pipeline.modalities.events import Events, EventsOptions
@@ -499,7 +499,7 @@ def shared_of(
             "image", ImageOptions(size=32).model_dump(), {"mean": [0.5] * 3, "std": [0.2] * 3}
         ),
     )
-    base = grid.bases({"src": (arch, modality)})[0]
+    base = grid.backbone_groups({"src": (arch, modality)})[0]
     held = {
         name: tensor.numpy()
         for name, tensor in bundle.build_backbone(arch, seed=77).state_dict().items()
@@ -515,7 +515,7 @@ def shared_of(
         job="toy",
         root=str(folder / root),
         seed=job.seed,
-        bases={base.key: base},
+        backbone_groups={base.key: base},
         weights={"src": held},
         parents={"src": "bundle:src"},
         targets={("task", base.key): data},
@@ -536,7 +536,10 @@ def trial_of(
     from pipeline.config.schema import ComponentConfig
     from pipeline.transfer import grid
 
-    base, component = next(iter(shared.bases.values())), ComponentConfig.model_validate(technique)
+    base, component = (
+        next(iter(shared.backbone_groups.values())),
+        ComponentConfig.model_validate(technique),
+    )
     source = grid.SCRATCH if grid.starts_random(component) else "src"
     return grid.make_trial(
         job,

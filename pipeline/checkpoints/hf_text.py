@@ -27,7 +27,7 @@ from pipeline.config import hf_config
 from pipeline.core.contracts import Task
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
-from pipeline.media import tokenizer as tokenizers
+from pipeline.media import tokenization
 
 FAMILIES = {
     "bert": ("Bert", "bert."),
@@ -357,7 +357,7 @@ def _is_tied(output: Tensor | None, embedding: Tensor | None) -> bool:
 def _tokenizer(folder: str) -> dict[str, Any]:
     """Return the text modality's state for a folder's tokenizer."""
     try:
-        text, vocabulary, specials = tokenizers.from_folder(folder)
+        text, vocabulary, specials = tokenization.from_folder(folder)
     except ValueError as error:
         raise BundleError(f"hf:{error}") from None
     return {"tokenizer": text, "vocabulary": vocabulary, "specials": specials}

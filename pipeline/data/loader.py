@@ -23,7 +23,7 @@ from pipeline.core.contracts.objective_capabilities import (
 )
 from pipeline.core.ragged import ragged, size
 from pipeline.data.length_buckets import BucketPlan
-from pipeline.data.manifest import READER_BYTES, Reader, Selection
+from pipeline.data.manifests import READER_BYTES, Reader, Selection
 from pipeline.data.plan import Item, Plan
 
 

@@ -28,7 +28,7 @@ from pipeline.core.ragged import lengths
 from pipeline.core.rng import row_keys
 from pipeline.data.length_buckets import WINDOW_ROWS, BucketPlan
 from pipeline.data.loader import Block, Decoder, Loader, RowCosts, row_bytes, threaded_map
-from pipeline.data.manifest import Selection
+from pipeline.data.manifests import Selection
 from pipeline.data.plan import Item, Mixture, Plan, Shuffle
 from pipeline.io import heartbeat, write_fence
 from pipeline.io.file_identity import ChangedFileError

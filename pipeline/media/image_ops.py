@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as nn
+from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2 import functional as TF
 
 IGNORED = 255
 """Class of a mask's pixels outside the image."""
@@ -242,7 +242,7 @@ def sample(x: Tensor, window: Window, size: int) -> Tensor:
         * (2 / x.shape[-1])
         - 1
     )
-    return nn.grid_sample(
+    return F.grid_sample(
         x.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False
     )
 
@@ -366,7 +366,7 @@ def _affine(
     about: list[float] | None = None,
 ) -> Tensor:
     turned = [math.degrees(math.atan(amount)) for amount in shear]
-    return F.affine(
+    return TF.affine(
         x,
         angle=0,
         translate=list(shift),
@@ -379,25 +379,25 @@ def _affine(
 
 
 SIGNED: tuple[Callable[[Tensor, float, list[float]], Tensor], ...] = (
-    lambda x, level, fill: F.adjust_brightness(x, 1 + 0.9 * level),
-    lambda x, level, fill: F.adjust_saturation(x, 1 + 0.9 * level),
-    lambda x, level, fill: F.adjust_contrast(x, 1 + 0.9 * level),
-    lambda x, level, fill: F.adjust_sharpness(x, 1 + 0.9 * level),
+    lambda x, level, fill: TF.adjust_brightness(x, 1 + 0.9 * level),
+    lambda x, level, fill: TF.adjust_saturation(x, 1 + 0.9 * level),
+    lambda x, level, fill: TF.adjust_contrast(x, 1 + 0.9 * level),
+    lambda x, level, fill: TF.adjust_sharpness(x, 1 + 0.9 * level),
     lambda x, level, fill: _affine(x, fill, shear=(0.3 * level, 0), about=[0, 0]),
     lambda x, level, fill: _affine(x, fill, shear=(0, 0.3 * level), about=[0, 0]),
     lambda x, level, fill: _affine(x, fill, shift=(int(150 / 331 * x.shape[-1] * level), 0)),
     lambda x, level, fill: _affine(x, fill, shift=(0, int(150 / 331 * x.shape[-1] * level))),
-    lambda x, level, fill: F.rotate(
+    lambda x, level, fill: TF.rotate(
         x, 30 * level, interpolation=InterpolationMode.BILINEAR, fill=fill
     ),
 )
 """Operations whose level may be negative; the first four move nothing."""
 UNSIGNED: tuple[Callable[[Tensor, float], Tensor], ...] = (
     lambda x, level: x,
-    lambda x, level: F.posterize(x, round(8 - 4 * level)),
-    lambda x, level: F.solarize(x, 255 * (1 - level)),
-    lambda x, level: F.autocontrast(x),
-    lambda x, level: F.equalize(x),
+    lambda x, level: TF.posterize(x, round(8 - 4 * level)),
+    lambda x, level: TF.solarize(x, 255 * (1 - level)),
+    lambda x, level: TF.autocontrast(x),
+    lambda x, level: TF.equalize(x),
 )
 
 

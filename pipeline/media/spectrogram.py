@@ -11,9 +11,9 @@ from functools import lru_cache
 from math import gcd
 
 import torch
+import torchaudio
 from torch import Tensor
-from torch.nn import functional as nn
-from torchaudio import functional as F
+from torch.nn import functional as F
 
 FLOOR = 1e-6
 """Added to a mel bin's power before the logarithm: about the power of rounding to 16 bits."""
@@ -38,7 +38,10 @@ def window_samples(rate: int, window: float, hop: float) -> tuple[int, int]:
 
 @lru_cache(32)
 def _filters(bins: int, rate: int, mels: int, device: str) -> Tensor:
-    return F.melscale_fbanks(bins, 0.0, rate / 2, mels, rate, norm=None, mel_scale="htk").to(device)
+    filters = torchaudio.functional.melscale_fbanks(
+        bins, 0.0, rate / 2, mels, rate, norm=None, mel_scale="htk"
+    )
+    return filters.to(device)
 
 
 def fft_size(window: int) -> int:
@@ -58,10 +61,10 @@ def log_mel(x: Tensor, rate: int, window: int, hop: int, mels: int) -> Tensor:
     """
     size = fft_size(window)
     left = (size - window) // 2
-    x = nn.pad(x, (left, size - window - left + max(0, window - x.shape[1])))
+    x = F.pad(x, (left, size - window - left + max(0, window - x.shape[1])))
     with torch.autocast(x.device.type, enabled=False):
         shape = torch.hann_window(window, device=x.device)
-        power = F.spectrogram(
+        power = torchaudio.functional.spectrogram(
             x.float(), 0, shape, size, hop, window, power=2.0, normalized=False, center=False
         )
         return (
@@ -93,7 +96,7 @@ def speed(x: Tensor, lengths: Tensor, percent: int) -> tuple[Tensor, Tensor]:
             for name in ("enabled", "benchmark", "benchmark_limit", "deterministic")
         }
         with cudnn.flags(**kept, allow_tf32=False), torch.autocast(x.device.type, enabled=False):
-            x = F.resample(x.float(), old, new)
+            x = torchaudio.functional.resample(x.float(), old, new)
     return x * within(lengths, x.shape[1]), lengths
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as nn
+from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register, wanted_inputs
 from pipeline.core.arrow_compute import pc
@@ -27,8 +27,7 @@ from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.ragged import ragged
 from pipeline.core.rng import uniform
 from pipeline.io import storage
-from pipeline.media import audio_io
-from pipeline.media import spectrogram as ops
+from pipeline.media import audio_io, spectrogram
 from pipeline.media.audio_io import BrokenAudioError, LongAudioError
 from pipeline.nn import conv_arithmetic
 
@@ -155,7 +154,9 @@ class Audio(Modality):
 
     def __init__(self, options: Any, state: dict[str, Any]):
         super().__init__(options, state)
-        self.window, self.hop = ops.window_samples(options.rate, options.window, options.hop)
+        self.window, self.hop = spectrogram.window_samples(
+            options.rate, options.window, options.hop
+        )
         if self.hop > self.window:
             raise ValueError(
                 f"hop: {options.hop:g} s from one frame to the next, each {options.window:g} s "
@@ -166,11 +167,12 @@ class Audio(Modality):
                 f"noise_snr: {options.noise_snr} must be the least and the greatest ratio in "
                 "dB, between -20 and 100"
             )
-        if self.features == "mel" and options.mels > ops.fft_size(self.window) // 2:
+        if self.features == "mel" and options.mels > spectrogram.fft_size(self.window) // 2:
             raise ValueError(
                 f"mels: {options.mels} bins of a window of {options.window:g} s at "
                 f"{options.rate} Hz, which tells "
-                f"{ops.fft_size(self.window) // 2} frequencies; take fewer, or a larger window"
+                f"{spectrogram.fft_size(self.window) // 2} frequencies; take fewer, or a larger "
+                "window"
             )
 
     @property
@@ -204,8 +206,8 @@ class Audio(Modality):
             arrays, reasons = modality.decode(table.slice(place, 1), columns)
             bad += reasons
             for row in arrays["audio"][[not reason for reason in reasons]]:
-                mel = ops.log_mel(
-                    ops.floats(torch.from_numpy(row)[None]),
+                mel = spectrogram.log_mel(
+                    spectrogram.floats(torch.from_numpy(row)[None]),
                     options.rate,
                     modality.window,
                     modality.hop,
@@ -361,7 +363,7 @@ class Audio(Modality):
         mean.
         """
         options, lengths = self.options, batch["audio_lengths"]
-        x = ops.floats(batch["audio"])
+        x = spectrogram.floats(batch["audio"])
         if options.speed:
             x, lengths = self._played(x, lengths, uniform(batch.keys, 1, SPEED)[:, 0])
         if options.noise:
@@ -385,7 +387,7 @@ class Audio(Modality):
         out = x.new_zeros((len(x), max(1, int(new.max()))))
         for percent in chosen.unique().tolist():
             rows = (chosen == percent).nonzero()[:, 0]
-            part, _ = ops.speed(x[rows, : int(lengths[rows].max())], lengths[rows], percent)
+            part, _ = spectrogram.speed(x[rows, : int(lengths[rows].max())], lengths[rows], percent)
             out[rows, : part.shape[1]] = part
         return out, new
 
@@ -398,7 +400,9 @@ class Audio(Modality):
         low, high = self.options.noise_snr
         noise = uniform(keys[rows], x.shape[1], WHITE) - 0.5
         return x.index_copy(
-            0, rows, ops.noisy(x[rows], lengths[rows], noise, low + (high - low) * u[rows, 1])
+            0,
+            rows,
+            spectrogram.noisy(x[rows], lengths[rows], noise, low + (high - low) * u[rows, 1]),
         )
 
     def _masked(self, batch: Batch) -> Batch:
@@ -409,14 +413,14 @@ class Audio(Modality):
         u = uniform(batch.keys, 2 * number, MASKS).view(len(batch), number, 2)
         counts = mask.sum(1)
         bins = torch.full_like(counts, options.mels)
-        frequency = ops.bands(
+        frequency = spectrogram.bands(
             u[:, : options.frequency_masks],
             bins,
             options.mels,
             (bins * options.frequency_width).floor(),
         )
         longest = torch.full_like(counts, round(options.time_width / options.hop))
-        time = ops.bands(
+        time = spectrogram.bands(
             u[:, options.frequency_masks :],
             counts,
             mel.shape[1],
@@ -427,19 +431,26 @@ class Audio(Modality):
     def finish(self, batch: Batch) -> Batch:
         """Compute the features, unless ``augment`` has done so."""
         return (
-            self._featured(batch, ops.floats(batch["audio"]), batch["audio_lengths"])
+            self._featured(batch, spectrogram.floats(batch["audio"]), batch["audio_lengths"])
             if "audio" in batch.data
             else batch
         )
 
     def _featured(self, batch: Batch, x: Tensor, lengths: Tensor) -> Batch:
         if self.features == "wave":
-            x = nn.pad(x, (0, max(0, self.window - x.shape[1])))  # rows of no samples alone
-            mask = ops.within(lengths, x.shape[1])
-            made = {"wave": ops.standardized(x, lengths) if self._normalizes() else x, "mask": mask}
+            x = F.pad(x, (0, max(0, self.window - x.shape[1])))  # rows of no samples alone
+            mask = spectrogram.within(lengths, x.shape[1])
+            made = {
+                "wave": spectrogram.standardized(x, lengths) if self._normalizes() else x,
+                "mask": mask,
+            }
         else:
-            mel = ops.log_mel(x, self.options.rate, self.window, self.hop, self.options.mels)
-            mask = ops.within(conv_arithmetic.count(lengths, self._convolutions()), mel.shape[1])
+            mel = spectrogram.log_mel(
+                x, self.options.rate, self.window, self.hop, self.options.mels
+            )
+            mask = spectrogram.within(
+                conv_arithmetic.count(lengths, self._convolutions()), mel.shape[1]
+            )
             mean, std = (
                 torch.tensor(self.state[name], device=x.device) for name in ("mean", "std")
             )

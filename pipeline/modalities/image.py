@@ -19,8 +19,7 @@ from pipeline.core.arrow_lists import holds_files
 from pipeline.core.contracts import Arrays, Batch, Modality, View
 from pipeline.core.rng import uniform
 from pipeline.io import storage
-from pipeline.media import image_io
-from pipeline.media import image_ops as ops
+from pipeline.media import image_io, image_ops
 from pipeline.media.image_io import resize
 
 FIT_IMAGES, FIT_BYTES = 64, 64 << 20
@@ -290,7 +289,7 @@ class Image(Modality):
             )[[1, 0, 3, 2]]
         if classes is not None:
             out["mask"][i] = resize(
-                classes[None].to(pixels.device), size, fit, fill=[ops.IGNORED], nearest=True
+                classes[None].to(pixels.device), size, fit, fill=[image_ops.IGNORED], nearest=True
             )[0]
 
     def _fill(self) -> list[float]:
@@ -377,16 +376,18 @@ class Image(Modality):
         if dense:
             batch = self._moved(batch, crop)
         elif crop == "resized":
-            window = ops.crop_window(
+            window = image_ops.crop_window(
                 uniform(keys, 5, CROP), options.size, tuple(options.area), options.flip
             )
-            batch = batch.replace(image=ops.levels(ops.sample(x, window, options.size)))
+            batch = batch.replace(image=image_ops.levels(image_ops.sample(x, window, options.size)))
         elif crop == "shift" or options.flip:
             reach = max(1, options.size // 8) if crop == "shift" else 0
-            batch = batch.replace(image=ops.shifted(x, uniform(keys, 3, CROP), reach, options.flip))
+            batch = batch.replace(
+                image=image_ops.shifted(x, uniform(keys, 3, CROP), reach, options.flip)
+            )
         if options.randaugment:
             batch = batch.replace(
-                image=ops.rand_augment(
+                image=image_ops.rand_augment(
                     batch["image"],
                     uniform(keys, 4, RAND),
                     options.randaugment,
@@ -395,10 +396,10 @@ class Image(Modality):
                 )
             )
         if options.colour:
-            changed = ops.colour_jitter(
+            changed = image_ops.colour_jitter(
                 batch["image"].float() / 255, uniform(keys, 8, COLOUR), options.colour
             )
-            batch = batch.replace(image=ops.levels(changed * 255))
+            batch = batch.replace(image=image_ops.levels(changed * 255))
         return batch
 
     def _moved(self, batch: Batch, crop: str) -> Batch:
@@ -408,16 +409,18 @@ class Image(Modality):
             return batch
         u = uniform(batch.keys, 4, CROP)
         if crop == "resized":
-            window = ops.zoom_window(u, size, tuple(options.scale), options.flip)
+            window = image_ops.zoom_window(u, size, tuple(options.scale), options.flip)
         else:
-            window = ops.shift_window(u, size, size // 8 if crop == "shift" else 0, options.flip)
+            window = image_ops.shift_window(
+                u, size, size // 8 if crop == "shift" else 0, options.flip
+            )
         fill = torch.tensor(self._fill(), device=batch["image"].device)
         found = {
-            "image": ops.levels(ops.resample(batch["image"], window, size, fill)),
-            "frame": ops.moved_frame(self._frame(batch), window, size),
+            "image": image_ops.levels(image_ops.resample(batch["image"], window, size, fill)),
+            "frame": image_ops.moved_frame(self._frame(batch), window, size),
         }
         if "mask" in batch.data:
-            found["mask"] = ops.resample_mask(batch["mask"], window, size)
+            found["mask"] = image_ops.resample_mask(batch["mask"], window, size)
         return batch.replace(**found)
 
     def _frame(self, batch: Batch) -> Tensor:
@@ -449,27 +452,33 @@ class Image(Modality):
         """
         size = self.options.size
         into = view.size or size
-        x = (ops.sample if into >= size else ops.resample)(
-            batch["image"], ops.crop_window(u[:, :5], size, view.area, self.options.flip), into
+        x = (image_ops.sample if into >= size else image_ops.resample)(
+            batch["image"],
+            image_ops.crop_window(u[:, :5], size, view.area, self.options.flip),
+            into,
         ) / 255
-        x = ops.some(
+        x = image_ops.some(
             x,
             u[:, 14] < view.jitter,
-            lambda part, rows: ops.colour_jitter(part, u[rows, 5:13], 0.8 * view.strength),
+            lambda part, rows: image_ops.colour_jitter(part, u[rows, 5:13], 0.8 * view.strength),
         )
         if x.shape[1] == 3:
-            x = ops.some(x, u[:, 15] < view.grey, lambda part, rows: ops.grey(part).expand_as(part))
-        x = ops.some(
-            x, u[:, 16] < view.blur, lambda part, rows: ops.blur(part, 0.1 + 1.9 * u[rows, 13])
+            x = image_ops.some(
+                x, u[:, 15] < view.grey, lambda part, rows: image_ops.grey(part).expand_as(part)
+            )
+        x = image_ops.some(
+            x,
+            u[:, 16] < view.blur,
+            lambda part, rows: image_ops.blur(part, 0.1 + 1.9 * u[rows, 13]),
         )
-        x = ops.some(x, u[:, 17] < view.solarize, lambda part, rows: ops.solarize(part))
+        x = image_ops.some(x, u[:, 17] < view.solarize, lambda part, rows: image_ops.solarize(part))
         return self._normalised(x)
 
     def finish(self, batch: Batch) -> Batch:
         """Normalise the image, and convert boxes from shares of it to pixels of the input."""
         if "boxes" in batch.data:
             batch = batch.replace(
-                boxes=ops.placed_boxes(batch["boxes"], self._frame(batch), self.options.size)
+                boxes=image_ops.placed_boxes(batch["boxes"], self._frame(batch), self.options.size)
             )
         return self._in_parts(
             batch,

@@ -22,8 +22,8 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_bytes, is_list, is_text
 from pipeline.core.capabilities import TruncationStats
 from pipeline.core.contracts import Arrays, Modality
-from pipeline.media import tokenizer as tokenizers
-from pipeline.media.tokenizer import PIECE_BYTES, SPECIALS
+from pipeline.media import tokenization
+from pipeline.media.tokenization import PIECE_BYTES, SPECIALS
 
 LARGEST_WORD = 32767
 """Largest number of a word in its row (int16)."""
@@ -99,7 +99,7 @@ class Text(Modality):
                     f"tokenizer: {options.tokenizer} is there already, so "
                     f"{', '.join(sorted(beside))} decide nothing; leave them out"
                 )
-            text, vocabulary, specials = tokenizers.from_folder(options.tokenizer)
+            text, vocabulary, specials = tokenization.from_folder(options.tokenizer)
             return {"tokenizer": text, "vocabulary": vocabulary, "specials": specials}
         documents = [
             b" ".join(row) if isinstance(row, list) else row
@@ -118,8 +118,8 @@ class Text(Modality):
         algorithm = options.algorithm
         if algorithm == "auto":
             algorithm = wanted_inputs(backbone).get("tokenizer", "wordpiece")
-        tokenizer = tokenizers.train_tokenizer(
-            tokenizers.texts_of(documents), algorithm, options.vocabulary, options.lowercase
+        tokenizer = tokenization.train_tokenizer(
+            tokenization.texts_of(documents), algorithm, options.vocabulary, options.lowercase
         )
         return {
             "tokenizer": tokenizer.to_str(),
@@ -141,7 +141,7 @@ class Text(Modality):
 
     @cached_property
     def _continuing(self) -> str | None:
-        return tokenizers.continuing(
+        return tokenization.continuing(
             self.tokenizer, self.state["vocabulary"], self.state["specials"]
         )
 
@@ -257,7 +257,7 @@ class Text(Modality):
             *(_documents(table[columns[role]], role) for role in roles), strict=True
         )
         texts = [
-            [one.ids for one in tokenizers.encode_first(self.tokenizer, some, room, self._dtype)]
+            [one.ids for one in tokenization.encode_first(self.tokenizer, some, room, self._dtype)]
             for some in documents
         ]
         if len(texts) == 1:
@@ -276,7 +276,7 @@ class Text(Modality):
         lists, bad = _words(column, "text")
         room = self.options.length - 2
         words = [[word.decode() for word in row[: LARGEST_WORD + 1]] for row in lists]
-        encoded = tokenizers.encode_words(self.tokenizer, words, room, self._dtype)
+        encoded = tokenization.encode_words(self.tokenizer, words, room, self._dtype)
         rows = self._rows([(ids[:room],) for ids, _ in encoded], self.options.length)
         numbers = np.full(rows.tokens.shape, -1, dtype=np.int16)
         for row, (_, of) in enumerate(encoded):
@@ -296,11 +296,11 @@ class Text(Modality):
             *(_documents(table[columns[role]], role) for role in roles), strict=True
         )
         bad = [next(filter(None, row), "") for row in zip(*reasons, strict=True)]
-        texts = tokenizers.encode_first(
+        texts = tokenization.encode_first(
             self.tokenizer, documents[-1], length * most + 1, self._dtype, offsets=True
         )
         asked = (
-            tokenizers.encode_first(
+            tokenization.encode_first(
                 self.tokenizer, documents[0], length + 1, self._dtype, offsets=True
             )
             if len(roles) == 2
@@ -376,7 +376,7 @@ class Text(Modality):
         counts = []
         for role in roles:
             documents, _ = _documents(table[columns[role]], role)
-            encoded = tokenizers.encode_first(
+            encoded = tokenization.encode_first(
                 self.tokenizer, documents, room + 1, self._dtype, offsets=True
             )
             counts.append(
@@ -397,7 +397,7 @@ class Text(Modality):
         lists, _ = _words(column, "text")
         room = self.options.length - 2
         words = [[word.decode() for word in row[: LARGEST_WORD + 1]] for row in lists]
-        encoded = tokenizers.encode_words(self.tokenizer, words, room + 1, self._dtype)
+        encoded = tokenization.encode_words(self.tokenizer, words, room + 1, self._dtype)
         total, lost = (
             np.array([len(row) for row in lists], dtype=np.int64),
             np.zeros(len(lists), dtype=np.int64),
@@ -451,7 +451,7 @@ class Text(Modality):
         """
         length, stored = self.options.length, self._stored
         documents, bad = _documents(table[columns["text"]], "text")
-        encoded = tokenizers.encode(self.tokenizer, documents, stored)
+        encoded = tokenization.encode(self.tokenizer, documents, stored)
         bad = [
             reason or ("" if len(ids) else "the text is empty")
             for ids, reason in zip(encoded, bad, strict=True)
@@ -540,7 +540,7 @@ def _documents(column, role: str) -> tuple[list[memoryview], list[str]]:
         raw.cast(pa.large_string())  # Arrow checks a whole column in no time
     except pa.ArrowInvalid:
         for i, document in enumerate(documents):
-            if reason := tokenizers.not_utf8(document):
+            if reason := tokenization.not_utf8(document):
                 documents[i], bad[i] = data[:0], reason
     return documents, bad
 

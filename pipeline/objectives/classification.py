@@ -20,7 +20,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.rng import uniform
 from pipeline.metrics import calibration
-from pipeline.nn import losses as imbalance
+from pipeline.nn import losses
 from pipeline.nn.eager import eager
 
 _BETA, _CUT = 101, 102
@@ -183,8 +183,8 @@ class Classification(Objective):
         """Return (B,) losses: smoothed, weighted by class, focal."""
         weight = None
         if self.options.class_weight != "none":
-            weight = imbalance.balanced(self.state["counts"], scores.device)
-        return imbalance.cross_entropies(
+            weight = losses.balanced(self.state["counts"], scores.device)
+        return losses.cross_entropies(
             scores, label, weight, self.options.focal, self.options.label_smoothing
         )
 

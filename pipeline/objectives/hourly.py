@@ -21,7 +21,7 @@ from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.ragged import ragged
 from pipeline.metrics import calibration
-from pipeline.nn import losses as imbalance
+from pipeline.nn import losses
 
 
 class HourlyOptions(Options):
@@ -285,10 +285,10 @@ class Hourly(Objective):
         if self.training:
             gamma = self.options.focal
             if self.options.class_weight != "none":
-                weight = imbalance.balanced(self.state["counts"], scores.device)
-        losses = imbalance.cross_entropies(scores, label, weight, gamma)
+                weight = losses.balanced(self.state["counts"], scores.device)
+        row_losses = losses.cross_entropies(scores, label, weight, gamma)
         count = torch.full((), float(len(label)), device=scores.device)
-        return losses.sum() + unused, count, {"accuracy": (scores.argmax(-1) == label).sum()}
+        return row_losses.sum() + unused, count, {"accuracy": (scores.argmax(-1) == label).sum()}
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``scores`` (B, M, C) and ``times`` (B, M).
@@ -301,13 +301,13 @@ class Hourly(Objective):
         if "label_values" not in batch.data:
             return predictions
         label = torch.where(is_time, batch["label_values"].long(), -1)
-        losses = F.cross_entropy(
+        row_losses = F.cross_entropy(
             scores.flatten(0, 1), label.flatten(), reduction="none", ignore_index=-1
         )
         return {
             **predictions,
             "label": label,
-            "loss": losses.view(label.shape).sum(1),
+            "loss": row_losses.view(label.shape).sum(1),
             "count": is_time.sum(1).float(),
         }
 

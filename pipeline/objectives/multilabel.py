@@ -19,7 +19,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.metrics import calibration
-from pipeline.nn import losses as imbalance
+from pipeline.nn import losses
 
 
 class MultilabelOptions(Options):
@@ -152,9 +152,9 @@ class Multilabel(Objective):
         scores, labels = self.scores(features), batch["labels"].float()
         gamma = self.options.focal if self.training else 0.0
         weight = self._pos_weight(scores.device)
-        losses = imbalance.binary_cross_entropies(scores, labels, weight, gamma)
+        row_losses = losses.binary_cross_entropies(scores, labels, weight, gamma)
         count = torch.full((), float(labels.shape[0]), device=labels.device)
-        return losses.mean(-1).sum(), count, {}
+        return row_losses.mean(-1).sum(), count, {}
 
     def loss(self, backbone: Backbone, batch: Batch):
         return self.head_loss(backbone(batch).pooled, batch)
@@ -165,12 +165,12 @@ class Multilabel(Objective):
         if "labels" not in batch.data:
             return {"scores": scores}
         labels, rows = batch["labels"], len(batch["labels"])
-        losses = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")
+        row_losses = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")
         least = self.options.min_positives
         return {
             "scores": scores,
             "labels": labels,
-            "loss": losses.mean(-1),
+            "loss": row_losses.mean(-1),
             "min_positives": torch.full((rows,), least, dtype=torch.int32, device=labels.device),
         }
 

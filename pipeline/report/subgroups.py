@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
-from pipeline.data.manifest import Selection, read_columns
+from pipeline.data.manifests import Selection, read_columns
 from pipeline.metrics import catalog
 from pipeline.metrics.catalog import Metric, Predictions
 from pipeline.report import per_label, stats

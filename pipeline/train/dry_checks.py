@@ -18,11 +18,11 @@ from pipeline.config.schema import HUBS
 from pipeline.core.capabilities import Packs
 from pipeline.core.contracts import Objective, Task
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection, Splits
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection, Splits
 from pipeline.data.stream import Decoder, check_bad_row_budget
 from pipeline.io import file_identity, storage
-from pipeline.train import fit
+from pipeline.train import fit_components
 from pipeline.train import source as train_source
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import SourceStage
@@ -80,13 +80,13 @@ def _corpus(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -
     assert spec.data is not None and splits is not None and spec.objective is not None
     check_named_files(splits)
     path = storage.join(stage.uri, "modality.json")
-    modality, _ = fit.fit_modality(
+    modality, _ = fit_components.fit_modality(
         spec, splits.train, start, f"sources.{stage.name}", path, most_rows=FITTED_ROWS
     )
     objective = registry.get("objective", spec.objective.name)
     options = objective.options_class(**spec.objective.options)
     columns = dict(spec.data.columns)
-    state = fit.fit_objective(spec, splits)
+    state = fit_components.fit_objective(spec, splits)
     reads = bundle.build_modality(modality)
     arch = train_source.arch_of(spec, start, reads.inputs())
     state = train_source.bind_state(objective, state, arch)

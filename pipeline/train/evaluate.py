@@ -18,7 +18,7 @@ from pipeline.core.contracts.objective_capabilities import (
     RollsOut,
     UsesRawRows,
 )
-from pipeline.data.manifest import Reader
+from pipeline.data.manifests import Reader
 from pipeline.data.stream import LoadedBatch, Rows, eval_batches
 from pipeline.metrics.catalog import Predictions, metric
 

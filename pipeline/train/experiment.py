@@ -26,7 +26,7 @@ from pipeline.data.stream import LoadedBatch, Rows, check_bad_row_budget, train_
 from pipeline.io import heartbeat, storage
 from pipeline.train import evaluate, loop, resume_history, streams
 from pipeline.train.log import MetricsLog, RowTrace
-from pipeline.train.loop import Outcome, Ranks
+from pipeline.train.loop import Ranks, TrainingOutcome
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Finished:
 
     task: Task
     """As the technique leaves it: adapters are merged into the weights."""
-    outcome: Outcome
+    outcome: TrainingOutcome
     metrics: dict[str, float]
     """Validation metrics of the weights that were kept."""
     metadata: dict[str, Any]
@@ -178,7 +178,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
     )
 
 
-def _metadata(outcome: Outcome, kept_step: int, plan: Plan) -> dict[str, Any]:
+def _metadata(outcome: TrainingOutcome, kept_step: int, plan: Plan) -> dict[str, Any]:
     names = ("steps", "params_trained", "skipped_steps", "resumed_from", "curve")
     metadata = {name: getattr(outcome, name) for name in names} | {"kept_step": kept_step}
     if isinstance(plan, BucketPlan):

@@ -33,8 +33,7 @@ from pipeline.data.stream import DataWorkers, Rows
 from pipeline.io import s3, signals, storage, write_fence
 from pipeline.io.file_identity import ChangedFileError
 from pipeline.io.ray_environment import prepare_ray
-from pipeline.train import node_types, source
-from pipeline.train import pretrain as work_of
+from pipeline.train import node_types, pretrain, source
 from pipeline.train.loop import NonFiniteError, Ranks
 from pipeline.train.progress import Progress, duration, training_line
 from pipeline.train.row_checks import Finding, findings_from_metadata
@@ -165,7 +164,7 @@ def stop() -> None:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankResources:
     """Logical resources of one rank and of its data workers."""
 
     cpus: float
@@ -251,15 +250,15 @@ def _declared_on_the_head() -> list[node_types.NodeType] | None:
 
 
 def capacity(have: Nodes, cpus: float, gpus: float) -> int:
-    """How many bundles of so many CPUs and GPUs the nodes have room for at once.
+    """How many requests of so many CPUs and GPUs the nodes have room for at once.
 
-    A bundle is on one node, a share of a GPU on one GPU.
+    A request is met by one node, a share of a GPU by one GPU.
     """
     return sum(_room_on(*node, cpus, gpus) for node in have)
 
 
 def _room_on(node_cpus: float, node_gpus: float, cpus: float, gpus: float) -> int:
-    """How many bundles one node has room for."""
+    """How many requests one node has room for."""
     unlimited = 10**9
     by_cpu = math.floor(node_cpus / cpus + 1e-6) if cpus else unlimited
     if not gpus:
@@ -269,7 +268,9 @@ def _room_on(node_cpus: float, node_gpus: float, cpus: float, gpus: float) -> in
     return min(by_cpu, int(node_gpus) * math.floor(1 / gpus + 1e-6))
 
 
-def share(spec: Source, cpus: float, gpus: float, object_store_bytes: float = 2 << 30) -> Share:
+def plan_resources(
+    spec: Source, cpus: float, gpus: float, object_store_bytes: float = 2 << 30
+) -> RankResources:
     """A rank's part of a cluster; some CPUs are always left for Ray Data, which needs them."""
     ranks = spec.worker_range[1]
     rank_cpus = spec.cpus_per_worker
@@ -282,7 +283,7 @@ def share(spec: Source, cpus: float, gpus: float, object_store_bytes: float = 2 
     data = DataWorkers(max(1, int(left)), min(1.0, left), int(object_store_bytes * 0.5 / ranks))
     cores = os.cpu_count() or 1
     threads = cores / ranks if cpus <= cores else rank_cpus
-    return Share(rank_cpus, rank_gpus, data, max(1, int(threads)))
+    return RankResources(rank_cpus, rank_gpus, data, max(1, int(threads)))
 
 
 def _gpus_of_rank(gpus: float, ranks: int) -> float:
@@ -319,29 +320,29 @@ def nodes_for(spec: Source, on: Cluster) -> Nodes:
     return ordered
 
 
-def share_of(spec: Source, on: Cluster) -> Share:
-    """A rank's part of a cluster, by `nodes_for` and `share`."""
+def plan_on_cluster(spec: Source, on: Cluster) -> RankResources:
+    """A rank's part of a cluster, by `nodes_for` and `plan_resources`."""
     planned = nodes_for(spec, on)
     cpus, gpus = (sum(node[i] for node in planned) for i in (0, 1))
-    return share(spec, cpus, gpus, on.object_store_bytes)
+    return plan_resources(spec, cpus, gpus, on.object_store_bytes)
 
 
-def bundles_of(mine: Share, ranks: int) -> list[dict[str, float]]:
-    """The resource bundles of so many ranks and their data workers, without empty ones."""
+def resource_requests(mine: RankResources, ranks: int) -> list[dict[str, float]]:
+    """What so many ranks and their data workers ask for, without empty requests."""
     rank = {"CPU": mine.cpus, "GPU": mine.gpus}
     data = {"CPU": mine.data.cpus_per_actor}
     asked = [rank] * ranks + [data] * (ranks * mine.data.actors)
-    return [{name: amount for name, amount in bundle.items() if amount > 0} for bundle in asked]
+    return [{name: amount for name, amount in one.items() if amount > 0} for one in asked]
 
 
-def wait_for(bundles: list[dict[str, float]], what: str, progress: Progress) -> None:
-    """Ask a cluster that grows for bundles of logical resources, and wait until it has them.
+def wait_for(requests: list[dict[str, float]], what: str, progress: Progress) -> None:
+    """Ask a cluster that grows for logical resources, and wait until it has them.
 
     The resources are given back at the end; new nodes stay until the cluster's idle time is over.
     """
     keep_ray_datas_actors_here()
-    group = ray.util.placement_group(bundles, strategy="PACK")
-    asked = describe_bundles(bundles)
+    group = ray.util.placement_group(requests, strategy="PACK")
+    asked = describe_requests(requests)
     began = time.monotonic()
     try:
         if group.wait(1):
@@ -372,16 +373,16 @@ def keep_ray_datas_actors_here() -> None:
     get_or_create_stats_actor()
 
 
-def describe_bundles(bundles: list[dict[str, float]]) -> str:
-    """Bundles in words: ``2 x 1 CPU + 1 GPU and 4 x 1 CPU``."""
+def describe_requests(requests: list[dict[str, float]]) -> str:
+    """Describe resource requests: ``2 x 1 CPU + 1 GPU and 4 x 1 CPU``."""
     each = Counter(
-        " + ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles
+        " + ".join(f"{amount:g} {name}" for name, amount in one.items()) for one in requests
     )
     return " and ".join(f"{count} x {text}" for text, count in each.items())
 
 
 def check_fits(
-    spec: Source, mine: Share, have: Nodes, place: str, grows: bool = False
+    spec: Source, mine: RankResources, have: Nodes, place: str, grows: bool = False
 ) -> list[str]:
     """Return warnings.
 
@@ -467,7 +468,7 @@ def _rank_main(config: dict[str, Any]) -> None:
 
     try:
         with write_fence.guarded_by(work.fences):
-            work_of.train_rank(
+            pretrain.train_rank(
                 work,
                 ranks,
                 on_progress,
@@ -545,7 +546,7 @@ def _report_findings(name: str, findings: Iterable[Finding], progress: Progress)
             progress.note(finding.line(name))
 
 
-def pretrain(
+def run_source(
     stage: source.SourceStage, progress: Progress, verbose: bool, wait: bool | None = None
 ) -> dict[str, Any]:
     """Run a source stage to its bundle; a bundle that is there already is used.
@@ -564,18 +565,18 @@ def pretrain(
     if stage.done:
         return {**source_metadata(stage), "cached": True}
     if stage.splits is None:
-        metadata = work_of.import_checkpoint(stage)
+        metadata = pretrain.import_checkpoint(stage)
         _report_findings(stage.name, findings_from_metadata(metadata), progress)
         return {**metadata, "bundle": stage.bundle_uri}
     mine, most = _plan_ranks(stage, progress, wait)
     progress.update(f"{stage.name}: reading and fitting the source")
     fitted = source.fit(stage)
-    work = work_of.rank_job(stage, fitted, mine.data, mine.threads)
+    work = pretrain.rank_job(stage, fitted, mine.data, mine.threads)
     progress.note(f"{stage.name}: {work.split_text}")
     _report_findings(stage.name, fitted.findings, progress)
     if work.place == "memory":
         progress.update(f"{stage.name}: decoding {len(fitted.train)} rows")
-    rows = work_of.decoded(work)
+    rows = pretrain.decoded(work)
     record = _train(stage, work, rows, mine, most, progress, verbose)
     storage.remove_tree(storage.join(stage.uri, "ray"))
     progress.update(training_line(stage.name, record), final=True)
@@ -584,10 +585,10 @@ def pretrain(
 
 def _plan_ranks(
     stage: source.SourceStage, progress: Progress, wait: bool | None
-) -> tuple[Share, int]:
+) -> tuple[RankResources, int]:
     """Each rank's share of the cluster, and the most ranks; waits for nodes where it grows."""
     spec, on = stage.spec, cluster(wait)
-    mine, nodes = share_of(spec, on), nodes_for(spec, on)
+    mine, nodes = plan_on_cluster(spec, on), nodes_for(spec, on)
     for line in check_fits(spec, mine, nodes, f"sources.{stage.name}", on.grows):
         progress.note(line)
     fewest, most = spec.worker_range
@@ -595,15 +596,15 @@ def _plan_ranks(
     # elastic ranks leave Ray Data its CPUs
     room = int((cpus + 1e-6) // (mine.cpus + mine.data.cpus_per_actor))
     if on.grows:
-        wait_for(bundles_of(mine, fewest), stage.name, progress)
+        wait_for(resource_requests(mine, fewest), stage.name, progress)
     return mine, max(fewest, min(most, room))
 
 
 def _train(
     stage: source.SourceStage,
-    work: work_of.RankJob,
+    work: pretrain.RankJob,
     rows: Rows | None,
-    mine: Share,
+    mine: RankResources,
     most: int,
     progress: Progress,
     verbose: bool,
@@ -662,7 +663,7 @@ def _reason(error: Exception | None) -> str:
 
 
 def _trainer(
-    stage: source.SourceStage, mine: Share, config: dict[str, Any], verbose: bool, most: int
+    stage: source.SourceStage, mine: RankResources, config: dict[str, Any], verbose: bool, most: int
 ) -> Any:
     import ray.train
     import ray.train.torch

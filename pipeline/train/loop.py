@@ -137,7 +137,7 @@ class TrainingRun:
 
 
 @dataclass
-class Outcome:
+class TrainingOutcome:
     """What a run did. ``curve`` holds one record a validation; weights are in the task.
 
     ``seconds`` counts the parts before the resume point too; ``seconds_before`` are those alone.
@@ -213,7 +213,7 @@ def autocast(train: Train, device: torch.device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
 
 
-def fit(run: TrainingRun) -> Outcome:
+def fit(run: TrainingRun) -> TrainingOutcome:
     """Train to ``run.steps``, from the newest resume point if there is one.
 
     The task ends with the weights that were kept.
@@ -325,7 +325,7 @@ def fit(run: TrainingRun) -> Outcome:
     if run.evaluate:
         run.keeper.restore(task)
     seconds = run.clock() - progress.began
-    return Outcome(
+    return TrainingOutcome(
         steps=step + 1,
         seconds=progress.seconds_before + seconds,
         rows_per_second=ranks.count * progress.rows / max(seconds, 1e-9),
@@ -488,7 +488,7 @@ def _rank_zero_verdict(verdict: bool, ranks: Ranks) -> bool:
     return bool(agreed.item())
 
 
-def evaluate_untrained(run: TrainingRun) -> Outcome:
+def evaluate_untrained(run: TrainingRun) -> TrainingOutcome:
     """The task as it is: validated once, nothing trained."""
     run.task.to(run.ranks.device)
     run.on_start(0, [])
@@ -496,7 +496,7 @@ def evaluate_untrained(run: TrainingRun) -> Outcome:
     if run.evaluate:
         curve = [{"step": 0, **_evaluated(run, None, 0)}]
         run.on_eval(0, {name: value for name, value in curve[0].items() if name != "step"})
-    return Outcome(
+    return TrainingOutcome(
         steps=0,
         seconds=run.clock() - began,
         rows_per_second=0.0,

@@ -20,8 +20,8 @@ from pipeline.config import registry
 from pipeline.config.schema import Data, Source
 from pipeline.core.contracts import Backbone, Modality, Task
 from pipeline.core.contracts.objective_capabilities import CachedHead, ReplacesBackbone
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection, Splits
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection, Splits
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget, eval_batches
 from pipeline.train import evaluate
 

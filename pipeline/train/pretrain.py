@@ -20,7 +20,7 @@ from pipeline.core.contracts import Task
 from pipeline.core.contracts.objective_capabilities import ReplacesBackbone, source_metrics
 from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
-from pipeline.data.manifest import Selection
+from pipeline.data.manifests import Selection
 from pipeline.data.plan import Plan, Shuffle
 from pipeline.data.stream import (
     DataWorkers,

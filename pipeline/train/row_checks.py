@@ -13,9 +13,9 @@ from pipeline.core.capabilities import ComparesFeatureNames, TruncatesLongRows, 
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import AllowsNullLabels
 from pipeline.core.specs import ModalitySpec
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection
-from pipeline.train import fit
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection
+from pipeline.train import fit_components
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
 """Rows of the sample of a split; fewer where rows are large, about so many bytes in their files.
@@ -93,7 +93,7 @@ def _truncation(
     bytes_a_row = max(1, selection.manifest.size // max(1, selection.manifest.rows))
     rows = min(SAMPLE_ROWS, max(FEWEST_ROWS, SAMPLE_BYTES // bytes_a_row))
     names = [columns[role] for role in ("text", "text_pair") if role in columns]
-    table = fit.sample(selection, names, rows)
+    table = fit_components.sample(selection, names, rows)
     return modality.truncation(table, columns), len(table)
 
 
@@ -107,7 +107,11 @@ def unshared_names(
     reads = bundle.build_modality(modality)
     if not isinstance(reads, ComparesFeatureNames) or not len(rows):
         return []
-    table = fit.sample(rows, fit.fitted_columns(type(reads), objective, columns), fit.FIT_ROWS)
+    table = fit_components.sample(
+        rows,
+        fit_components.fitted_columns(type(reads), objective, columns),
+        fit_components.FIT_ROWS,
+    )
     sampled = f" (of {len(table):,} of {len(rows):,} rows)" if len(table) < len(rows) else ""
     return [
         Finding(one.text() + sampled, in_terminal=False)

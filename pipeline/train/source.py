@@ -18,15 +18,20 @@ from pipeline.core.contracts import Modality, Objective
 from pipeline.core.contracts.objective_capabilities import BindsToBackbone, LengthBound
 from pipeline.core.rng import mix
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection, Splits
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection, Splits
 from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget
 from pipeline.io import storage
 from pipeline.io.file_identity import ChangedFileError, FileIdentity
-from pipeline.train import config_checks, resume_history, row_checks, token_rows
-from pipeline.train import fit as fitting
-from pipeline.train import online_probe as probes
+from pipeline.train import (
+    config_checks,
+    fit_components,
+    online_probe,
+    resume_history,
+    row_checks,
+    token_rows,
+)
 from pipeline.train.row_checks import Finding
 
 STAGE_FORMAT = 8
@@ -61,7 +66,7 @@ def data_key(data: Data) -> dict[str, Any]:
     left_out = dict.fromkeys(WHERE_NOT_WHAT | {"decode", "max_bad_rows", "identity"}, True)
     out = data.model_dump(mode="json", exclude={**left_out, "more": {"__all__": left_out}})
     for one, part in ((out, data), *zip(out["more"], data.more, strict=True)):
-        one["modality"]["options"] = fitting.options_by_content("modality", part.modality)
+        one["modality"]["options"] = fit_components.options_by_content("modality", part.modality)
     return out
 
 
@@ -194,7 +199,7 @@ def stage(job: Job, name: str) -> SourceStage:
         splits = manifests.splits(
             spec.data, roles, f"sources.{name}", storage.join(job.root, "imports"), need_test=False
         )
-    probe = probes.splits(
+    probe = online_probe.splits(
         spec,
         f"sources.{name}",
         bool(splits and len(splits.validation)),
@@ -217,7 +222,9 @@ def stage(job: Job, name: str) -> SourceStage:
         del what["modality"]
     what["start"] = start = pretrained.fingerprint(spec.init) if spec.init else None
     if spec.objective is not None:
-        what["objective"]["options"] = fitting.options_by_content("objective", spec.objective)
+        what["objective"]["options"] = fit_components.options_by_content(
+            "objective", spec.objective
+        )
     # Where a checkpoint lies does not count, what it holds does
     if spec.backbone.name.startswith(CHECKPOINT_PREFIXES):
         what["backbone"]["name"] = start = pretrained.fingerprint(spec.backbone.name)
@@ -344,7 +351,7 @@ class FittedSource:
     """In words, how many rows there are and what became of them."""
     corpora: tuple[int, ...]
     """How many of the training rows each corpus has, in their order."""
-    probe: probes.Probe | None = None
+    probe: online_probe.Probe | None = None
     costs: np.ndarray | None = None
     """What each training row costs, where batches are cut by it."""
     lost: int = 0
@@ -374,7 +381,7 @@ def fit(stage: SourceStage) -> FittedSource:
     notes = [splits.sizes(), *rows.notes, *_mixture_notes(spec, rows.corpora)]
     probe = None
     if spec.probe and stage.probe:
-        probe = probes.prepare(spec.probe, stage.probe, bundle.build_modality(modality))
+        probe = online_probe.prepare(spec.probe, stage.probe, bundle.build_modality(modality))
         sizes = f"{len(probe.train)} training and {len(probe.validation)} validation rows"
         notes.append(f"probe of {sizes}")
     if begun_by:
@@ -422,8 +429,8 @@ def _fit_network(
             start = pretrained.read(stage.checkpoint_text, spec.backbone.name)
         path = storage.join(stage.uri, "modality.json")
         place = f"sources.{stage.name}"
-        modality, coverage = fitting.fit_modality(spec, splits.train, start, place, path)
-    state = fitting.fit_objective(spec, splits)
+        modality, coverage = fit_components.fit_modality(spec, splits.train, start, place, path)
+    state = fit_components.fit_objective(spec, splits)
     if arch is None:
         arch = arch_of(spec, start, bundle.build_modality(modality).inputs())
     state = bind_state(objective, state, arch)

@@ -20,11 +20,11 @@ from pipeline.checkpoints import bundle
 from pipeline.core.capabilities import Packs
 from pipeline.core.contracts import Objective
 from pipeline.core.specs import ModalitySpec
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection
 from pipeline.data.stream import check_bad_row_budget, map_items
 from pipeline.io import atomic_folder, checksums, s3, storage
-from pipeline.train import fit as fitting
+from pipeline.train import fit_components
 
 TASK_ROWS, TASK_BYTES = 8192, 16 << 20
 """Texts of one task: at most so many, of about so many bytes in their files."""
@@ -80,8 +80,8 @@ def form_of(
     reads = bundle.build_modality(modality)
     if not isinstance(reads, Packs) or not len(rows):
         return ""
-    names = fitting.fitted_columns(type(reads), objective, columns)
-    tokenised = reads.tokenize(fitting.sample(rows, names, 1), columns)
+    names = fit_components.fitted_columns(type(reads), objective, columns)
+    tokenised = reads.tokenize(fit_components.sample(rows, names, 1), columns)
     return "" if tokenised is None else "tokenised"
 
 

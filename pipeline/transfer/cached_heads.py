@@ -52,20 +52,20 @@ def kept_features(
     backbone: nn.Module,
     shared: Shared,
     source: str,
-    base: str,
+    backbone_key: str,
     target: str,
     split: str,
     device: torch.device,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``features`` of a split of a target, computed once for a source and kept in a file."""
-    data = shared.targets[target, base]
+    data = shared.targets[target, backbone_key]
     rows: Rows = getattr(data, split)
     cast = loop.autocast(data.spec.train, device)
     if source not in shared.source_keys or not data.key:
         return features(backbone, rows, device, cast)
     # the rows' labels are kept too: which column is which label
     labelled = [data.objective.name, data.objective.state]
-    arch = shared.bases[base].arch
+    arch = shared.backbone_groups[backbone_key].arch
     made = provenance.made_by(
         FEATURES_CODE,
         provenance.components_of(data.spec.data.modality.name, arch.name, arch.options),
@@ -76,7 +76,7 @@ def kept_features(
         FEATURES_FORMAT,
         shared.source_keys.get(source),
         by,
-        base,
+        backbone_key,
         data.key,
         labelled,
         split,
@@ -252,7 +252,7 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     own, and a head that reads pooled features only.
     """
     first = group[0]
-    data = shared.targets[first.target, first.base]
+    data = shared.targets[first.target, first.backbone_key]
     objective = trials.build(first, shared)[0].objective
     mixes_inputs = isinstance(objective, MixesInputs) and objective.mixes_inputs
     if not isinstance(objective, CachedHead) or mixes_inputs:
@@ -315,10 +315,10 @@ def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
     first, began = group[0], time.time()
     task, transfer, _ = trials.build(first, shared)
     names = ["train", "validation", *(["test"] if first.stage == "final" else [])]
-    key = (first.source, first.base, first.target)
+    key = (first.source, first.backbone_key, first.target)
     splits = {name: kept_features(task.backbone, shared, *key, name, device) for name in names}
     seconds = (time.time() - began) / len(group)
-    data = shared.targets[first.target, first.base]
+    data = shared.targets[first.target, first.backbone_key]
     return SharedFeatures(data, task.backbone, splits, transfer, seconds, device)
 
 

@@ -197,7 +197,7 @@ def _resources(job: Job, on: launch.Cluster) -> list[Line]:
     """Check whether the cluster can ever provide the resources of the sources and trials."""
     lines = []
     for name, spec in job.sources.items():
-        mine = launch.share_of(spec, on)
+        mine = launch.plan_on_cluster(spec, on)
         try:
             found = (
                 launch.check_fits(

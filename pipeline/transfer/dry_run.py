@@ -68,7 +68,7 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
     names = stages.matching(state, name)
     if job.fanout.select:
         names = names[: job.fanout.select.top]
-    bases = {_kind(state, one) for one in names}
+    groups = {_kind(state, one) for one in names}
     techniques = [technique_of(component) for component in grid.techniques(job, stage.spec)]
     trained = [one for one in techniques if trains(one)]
     # what combines trials does so for each label fraction; what tests a source as it is, once
@@ -76,7 +76,7 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
     others = [one for one in techniques if not trains(one)]
     repeats = [fractions if one.starts_from == "trials" else 1 for one in others]
     untrained = sum(repeats) * len(names)
-    from_random = len(bases)
+    from_random = len(groups)
     counts = [(one, from_random if one.starts_from == "random" else len(names)) for one in trained]
     cells = sum(count for _, count in counts)
     draws = job.fanout.trials if job.fanout.trials > 1 else 0

@@ -224,10 +224,10 @@ def units(trials: list[Trial], shared: Shared) -> list[Unit]:
     frozen: dict[tuple, list[Trial]] = defaultdict(list)
     single: list[Unit] = []
     for one in trials:
-        if one.technique_object.frozen and shared.targets[one.target, one.base].in_memory:
+        if one.technique_object.frozen and shared.targets[one.target, one.backbone_key].in_memory:
             weights = one.seed if one.source == SCRATCH else None
             technique = str(one.technique)
-            key = (one.source, weights, one.base, one.target, technique, one.stage)
+            key = (one.source, weights, one.backbone_key, one.target, technique, one.stage)
             frozen[key].append(one)
         else:
             single.append(Unit((one,), False))
@@ -266,7 +266,7 @@ def _run_unit(
     started = time.time()
 
     def report(step: int, steps: int, metrics: dict[str, Any]) -> None:
-        name = shared.targets[unit.first.target, unit.first.base].metrics[0]
+        name = shared.targets[unit.first.target, unit.first.backbone_key].metrics[0]
         sign = 1.0 if metric(name).higher_is_better else -1.0
         tune.report(
             {
@@ -570,7 +570,7 @@ def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
 def _by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
     out: dict[int, list[Unit]] = defaultdict(list)
     for unit in work:
-        out[shared.targets[unit.first.target, unit.first.base].spec.workers].append(unit)
+        out[shared.targets[unit.first.target, unit.first.backbone_key].spec.workers].append(unit)
     return dict(sorted(out.items()))
 
 

@@ -18,7 +18,7 @@ from pipeline.core.rng import mix, row_keys
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data.stream import Rows
 from pipeline.train.experiment import technique_of
-from pipeline.train.fit import options_by_content
+from pipeline.train.fit_components import options_by_content
 from pipeline.train.source import HOW_NOT_WHAT
 
 TRIAL_FORMAT = 8
@@ -34,7 +34,7 @@ Fraction = float | int
 
 
 @dataclass(frozen=True)
-class Base:
+class BackboneGroup:
     """An architecture with its fitted modality, and the sources whose weights fit it."""
 
     arch: Architecture
@@ -52,7 +52,7 @@ class Trial:
     """One (source, backbone, target, technique, hyper-parameters, label fraction, seed)."""
 
     source: str
-    base: str
+    backbone_key: str
     backbone: str
     target: str
     technique: ComponentConfig
@@ -70,7 +70,7 @@ class Trial:
         return "|".join(
             (
                 self.source,
-                self.base,
+                self.backbone_key,
                 self.target,
                 str(self.technique),
                 fraction_text(self.label_fraction),
@@ -98,7 +98,7 @@ def fraction_text(fraction: Fraction, objective: str = "") -> str:
     )
 
 
-def bases(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> list[Base]:
+def backbone_groups(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> list[BackboneGroup]:
     """Group the sources by architecture and modality state. Scratch is trained once for each group.
 
     Groups with the same backbone name are distinguished by their first source.
@@ -116,7 +116,7 @@ def bases(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> list[Base]:
     out = []
     for key, (arch, modality) in parts.items():
         label = arch.name if labels.count(arch.name) == 1 else f"{arch.name}@{found[key][0]}"
-        out.append(Base(arch, modality, label, tuple(found[key])))
+        out.append(BackboneGroup(arch, modality, label, tuple(found[key])))
     return out
 
 
@@ -173,17 +173,17 @@ def combines_trials(component: ComponentConfig) -> bool:
 
 
 def planned_cells(
-    job: Job, target_name: str, found: list[Base], chosen: set[str]
-) -> list[tuple[Base, str, ComponentConfig, Fraction]]:
-    """Return (base, source, technique, label fraction) for each cell of a target.
+    job: Job, target_name: str, found: list[BackboneGroup], chosen: set[str]
+) -> list[tuple[BackboneGroup, str, ComponentConfig, Fraction]]:
+    """Return (group, source, technique, label fraction) for each cell of a target.
 
     A technique without training has a label fraction of 0 rows. ``chosen`` are the sources that may
     be used.
     """
     target = job.targets[target_name]
-    out: list[tuple[Base, str, ComponentConfig, Fraction]] = []
-    for base in found:
-        sources = [s for s in base.sources if s in chosen]
+    out: list[tuple[BackboneGroup, str, ComponentConfig, Fraction]] = []
+    for group in found:
+        sources = [s for s in group.sources if s in chosen]
         if not sources:
             continue
         for fraction in target.label_fractions:
@@ -191,11 +191,11 @@ def planned_cells(
                 if is_tried_once(component):
                     continue
                 if starts_random(component):
-                    out.append((base, SCRATCH, component, fraction))
+                    out.append((group, SCRATCH, component, fraction))
                 else:
-                    out += [(base, source, component, fraction) for source in sources]
+                    out += [(group, source, component, fraction) for source in sources]
         out += [
-            (base, source, component, 0)
+            (group, source, component, 0)
             for component in techniques(job, target)
             if is_tried_once(component)
             for source in sources
@@ -206,7 +206,7 @@ def planned_cells(
 def make_trial(
     job: Job,
     target_name: str,
-    cell: tuple[Base, str, ComponentConfig, Fraction],
+    cell: tuple[BackboneGroup, str, ComponentConfig, Fraction],
     hyper: dict[str, float],
     seed: int,
     stage: str,
@@ -214,7 +214,7 @@ def make_trial(
     data_key: str,
     members: tuple[str, ...] = (),
 ) -> Trial:
-    base, source, component, fraction = cell
+    group, source, component, fraction = cell
     target = job.targets[target_name]
     what = [
         target.model_dump(mode="json", include={"objective", "metric", "workers"}),
@@ -225,8 +225,8 @@ def make_trial(
         TRIAL_FORMAT,
         source,
         target_name,
-        base.arch.to_json(),
-        base.modality.to_json(),
+        group.arch.to_json(),
+        group.modality.to_json(),
         source_key if source != SCRATCH else None,
         data_key,
         what,
@@ -240,8 +240,8 @@ def make_trial(
     )
     return Trial(
         source,
-        base.key,
-        base.label,
+        group.key,
+        group.label,
         target_name,
         component,
         hyper,
@@ -253,7 +253,7 @@ def make_trial(
     )
 
 
-def made_by(target: Target, base: Base, technique: ComponentConfig) -> Provenance:
+def made_by(target: Target, group: BackboneGroup, technique: ComponentConfig) -> Provenance:
     """Return the code and library versions that would make a trial of a target now.
 
     The code is that of the trial's components and of the training loop.
@@ -266,8 +266,8 @@ def made_by(target: Target, base: Base, technique: ComponentConfig) -> Provenanc
     )
     pieces = provenance.components_of(
         target.data.modality.name,
-        base.arch.name,
-        base.arch.options,
+        group.arch.name,
+        group.arch.options,
         target.objective.name,
         technique.name,
     )

@@ -17,9 +17,9 @@ from pipeline.config import registry
 from pipeline.config.schema import Target
 from pipeline.core.capabilities import HasSingleFeatures
 from pipeline.core.contracts import Modality
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection
-from pipeline.train import fit
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection
+from pipeline.train import fit_components
 from pipeline.train.row_checks import Finding
 
 DECIDES = 0.98
@@ -46,7 +46,7 @@ def find_leaks(modality: Modality, spec: Target, rows: Selection, state: dict) -
         columns[one] for one in (*objective.roles, *objective.optional_roles) if one in columns
     ]
     places = _places(rows, label_columns, objective, columns, state, role)
-    inputs = fit.fitted_columns(type(modality), objective, columns)
+    inputs = fit_components.fitted_columns(type(modality), objective, columns)
     table = manifests.Reader(rows.manifest, [*dict.fromkeys([*inputs, *label_columns])]).take(
         rows.ids(places)
     )

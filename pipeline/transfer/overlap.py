@@ -17,11 +17,10 @@ from pipeline.config.schema import spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import CutFromRecords
-from pipeline.data import duplicates
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection
+from pipeline.data import duplicates, manifests
+from pipeline.data.manifests import Selection
 from pipeline.io import file_identity
-from pipeline.train.fit import sample
+from pipeline.train.fit_components import sample
 from pipeline.train.source import SourceStage, data_key
 from pipeline.transfer.targets import TargetStage
 

@@ -13,7 +13,7 @@ from pipeline.train import dry_checks
 from pipeline.train.dry_checks import PlannedSource
 from pipeline.train.row_checks import Finding
 from pipeline.transfer import grid, stages, targets
-from pipeline.transfer.grid import Base
+from pipeline.transfer.grid import BackboneGroup
 from pipeline.transfer.stages import JobState
 
 ESTIMATED = " (estimated: a run trains its tokenizer on more rows)"
@@ -43,11 +43,13 @@ def check_rows(state: JobState) -> list[str]:
             continue
         seen[name] = found
         lines += _lines(f"source {name}", found.findings, found.is_estimated)
-    bases = grid.bases({name: (found.arch, found.modality) for name, found in seen.items()})
+    groups = grid.backbone_groups(
+        {name: (found.arch, found.modality) for name, found in seen.items()}
+    )
     estimated = {source for source, found in seen.items() if found.is_estimated}
     for name in state.targets:
         try:
-            lines += _target(state, name, bases, estimated)
+            lines += _target(state, name, groups, estimated)
         except (ValueError, storage.StorageError) as error:
             problems.append(_at(f"targets.{name}", error))
     if problems:
@@ -55,8 +57,10 @@ def check_rows(state: JobState) -> list[str]:
     return lines
 
 
-def _target(state: JobState, name: str, bases: list[Base], estimated: set[str]) -> list[str]:
-    """Describe a target's rows as each base reads them, or raise the error of a run."""
+def _target(
+    state: JobState, name: str, groups: list[BackboneGroup], estimated: set[str]
+) -> list[str]:
+    """Describe a target's rows as each backbone group reads them, or raise the error of a run."""
     target, matching = state.targets[name], set(stages.matching(state, name))
     dry_checks.check_named_files(target.splits)
     lines = _lines(
@@ -65,11 +69,11 @@ def _target(state: JobState, name: str, bases: list[Base], estimated: set[str]) 
         False,
     )
     known: set[str] = set()
-    for base in bases:
-        if not matching & set(base.sources):
+    for group in groups:
+        if not matching & set(group.sources):
             continue
-        read = targets.reading_of(target, base)
-        key = targets.reading_key(target, base)
+        read = targets.reading_of(target, group)
+        key = targets.reading_key(target, group)
         if key in known:
             continue
         known.add(key)
@@ -79,7 +83,7 @@ def _target(state: JobState, name: str, bases: list[Base], estimated: set[str]) 
         )
         for split, selection in target.splits.by_name().items():
             found += dry_checks.rows(split, selection, decoder, target.spec.data.max_bad_rows)
-        lines += _lines(f"target {name}", found, bool(estimated & set(base.sources)))
+        lines += _lines(f"target {name}", found, bool(estimated & set(group.sources)))
     return list(dict.fromkeys(lines))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import provenance, registry
 from pipeline.config.schema import Job, spec_hash
-from pipeline.data.manifest import Selection
+from pipeline.data.manifests import Selection
 from pipeline.io import checksums, file_identity, storage, write_fence
 from pipeline.metrics.catalog import metric
 from pipeline.report import code_versions as origins
@@ -33,7 +33,7 @@ from pipeline.train.experiment import technique_of
 from pipeline.train.progress import Progress
 from pipeline.train.row_checks import findings_from_metadata
 from pipeline.transfer import fanout, grid, overlap, pruning, scores, targets, trial
-from pipeline.transfer.grid import SCRATCH, Base, Trial
+from pipeline.transfer.grid import SCRATCH, BackboneGroup, Trial
 from pipeline.transfer.targets import TargetStage
 from pipeline.transfer.trial import Shared
 
@@ -195,20 +195,22 @@ def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
         return []  # a target that was left out is prepared again
     if checksums.is_damaged(_metadata_uri(state)):
         return []  # the run goes through its stages once more, which makes them again
-    bases, chosen = _bases(state), _chosen_before(state)
+    groups, chosen = _backbone_groups(state), _chosen_before(state)
     if chosen is None:
         return []
-    draws = search_trials(state, bases, chosen)
-    done = _trial_status(state, draws, bases)
+    draws = search_trials(state, groups, chosen)
+    done = _trial_status(state, draws, groups)
     if not all(one for _, one in done):
         return []
-    again = finalist_trials(state, bases, chosen, _ranked(draws, _records(state, draws)))
-    done += _trial_status(state, again, bases)
+    again = finalist_trials(state, groups, chosen, _ranked(draws, _records(state, draws)))
+    done += _trial_status(state, again, groups)
     if not all(one for _, one in done):
         return []
     search = [*draws, *again]
     return done + _trial_status(
-        state, final_trials(state, bases, chosen, _winners(search, _records(state, search))), bases
+        state,
+        final_trials(state, groups, chosen, _winners(search, _records(state, search))),
+        groups,
     )
 
 
@@ -218,9 +220,9 @@ def _records(state: JobState, found: list[Trial]) -> list[TrialRecord | None]:
 
 
 def _trial_status(
-    state: JobState, found: list[Trial], bases: list[Base]
+    state: JobState, found: list[Trial], groups: list[BackboneGroup]
 ) -> list[tuple[Trial, bool]]:
-    anew = _trials_to_remake(state, found, bases)
+    anew = _trials_to_remake(state, found, groups)
     as_they_are = [one for one in found if one.id not in anew]
     unfinished = fanout.unfinished_of(state.job.root, as_they_are, state.job.fanout)
     return [(one, one.id not in anew and one.id not in unfinished) for one in found]
@@ -230,13 +232,13 @@ def _trial_status(
 
 
 def provenance_of_trials(
-    state: JobState, found: list[Trial], bases: list[Base]
+    state: JobState, found: list[Trial], groups: list[BackboneGroup]
 ) -> dict[str, TrialProvenance]:
     """Return trial id to the code and versions that made it, for trials that have ended.
 
     What has changed of a trial's members has changed of it too: ``found`` holds both.
     """
-    by_key = {base.key: base for base in bases}
+    by_key = {group.key: group for group in groups}
     weights = {
         name: bundle.weights_sha256(stage.bundle_uri)
         for name, stage in state.sources.items()
@@ -246,7 +248,9 @@ def provenance_of_trials(
     began = {record.trial_id: _began(record) for record in records if record is not None}
     for one, record in zip(found, records, strict=True):
         if record is not None:
-            now = grid.made_by(state.job.targets[one.target], by_key[one.base], one.technique)
+            now = grid.made_by(
+                state.job.targets[one.target], by_key[one.backbone_key], one.technique
+            )
             out[one.id] = origins.provenance_of_record(
                 record, now, one.source, weights.get(one.source)
             )
@@ -268,12 +272,12 @@ def _began(record: TrialRecord) -> float:
     return min(moments, default=0.0)
 
 
-def _trials_to_remake(state: JobState, found: list[Trial], bases: list[Base]) -> set[str]:
+def _trials_to_remake(state: JobState, found: list[Trial], groups: list[BackboneGroup]) -> set[str]:
     """Return the ids of the trials that have ended and are to be made again."""
     if "trials" not in state.remake:
         return set()
     return {
-        one for one, origin in provenance_of_trials(state, found, bases).items() if origin.changes
+        one for one, origin in provenance_of_trials(state, found, groups).items() if origin.changes
     }
 
 
@@ -292,32 +296,34 @@ def reusable_results(
     chosen = _chosen_before(state)
     if len(changed) < len(state.sources) or chosen is None:
         return changed, {}
-    bases = _bases(state)
-    search, final = _planned_trials(state, bases, chosen)
-    return changed, provenance_of_trials(state, [*search, *final], bases)
+    groups = _backbone_groups(state)
+    search, final = _planned_trials(state, groups, chosen)
+    return changed, provenance_of_trials(state, [*search, *final], groups)
 
 
 def _planned_trials(
-    state: JobState, bases: list[Base], chosen: dict[str, set[str]]
+    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
 ) -> tuple[list[Trial], list[Trial]]:
     """Return the search trials that have ended, and the final trials that follow from them."""
-    search = _search(state, bases, chosen)
+    search = _search(state, groups, chosen)
     records = _records(state, search)
     there = [one for one, record in zip(search, records, strict=True) if record is not None]
-    return there, final_trials(state, bases, chosen, _winners(search, records))
+    return there, final_trials(state, groups, chosen, _winners(search, records))
 
 
-def _search(state: JobState, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
+def _search(
+    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+) -> list[Trial]:
     """Return all draws of the search, and the best finished ones again with further seeds."""
-    draws = search_trials(state, bases, chosen)
-    return [*draws, *finalist_trials(state, bases, chosen, _ranked(draws, _records(state, draws)))]
+    draws = search_trials(state, groups, chosen)
+    return [*draws, *finalist_trials(state, groups, chosen, _ranked(draws, _records(state, draws)))]
 
 
-def _bases(state: JobState) -> list[Base]:
+def _backbone_groups(state: JobState) -> list[BackboneGroup]:
     manifests = {
         name: bundle.read_manifest(stage.bundle_uri) for name, stage in state.sources.items()
     }
-    return grid.bases(
+    return grid.backbone_groups(
         {name: (manifest.arch, manifest.modality) for name, manifest in manifests.items()}
     )
 
@@ -388,13 +394,16 @@ def all_ids(state: JobState) -> set[str]:
     elif chosen is None:
         why = "which sources are fanned out is not known yet"
     if not why and chosen is not None:
-        bases = _bases(state)
-        search = _search(state, bases, chosen)
+        groups = _backbone_groups(state)
+        search = _search(state, groups, chosen)
         records = _records(state, search)
         if None not in records:
             return {
                 one.id
-                for one in (*search, *final_trials(state, bases, chosen, _winners(search, records)))
+                for one in (
+                    *search,
+                    *final_trials(state, groups, chosen, _winners(search, records)),
+                )
             }
         why = "its search is not through"
     raise ValueError(
@@ -418,7 +427,7 @@ def pretrain(state: JobState) -> None:
     """Pretrain each source that has no bundle yet, and collect the metadata of all."""
     pruning.record_uses(state.job.root, used_places(state))
     for name, stage in state.sources.items():
-        metadata = launch.pretrain(stage, state.progress, state.verbose, state.wait)
+        metadata = launch.run_source(stage, state.progress, state.verbose, state.wait)
         state.pretraining.append(metadata)
         if metadata.get("cached"):
             report_done(state, name)
@@ -464,12 +473,16 @@ def share(state: JobState) -> Shared:
     uris = {name: stage.bundle_uri for name, stage in state.sources.items()}
     loaded = {name: targets.weights(uri) for name, uri in uris.items()}
     manifests = {name: manifest for name, (_, _, manifest) in loaded.items()}
-    bases = grid.bases({name: (one.arch, one.modality) for name, one in manifests.items()})
+    groups = grid.backbone_groups(
+        {name: (one.arch, one.modality) for name, one in manifests.items()}
+    )
     data: dict[tuple[str, str], trial.TargetData] = {}
     for name in list(state.targets):
         state.progress.update(f"{name}: reading")
         try:
-            data |= {(name, base): one for base, one in _prepare_target(state, name, bases).items()}
+            data |= {
+                (name, group): one for group, one in _prepare_target(state, name, groups).items()
+            }
         except ValueError as error:  # one bad target: the others continue
             state.broken[name] = str(error)
             state.notes.append(f"{name}: left out: {error}")
@@ -483,7 +496,7 @@ def share(state: JobState) -> Shared:
         job=job.name,
         root=job.root,
         seed=job.seed,
-        bases={base.key: base for base in bases},
+        backbone_groups={group.key: group for group in groups},
         weights={name: backbone for name, (backbone, _, _) in loaded.items()},
         parents=uris,
         targets=data,
@@ -499,10 +512,12 @@ def share(state: JobState) -> Shared:
     )
 
 
-def _prepare_target(state: JobState, name: str, bases: list[Base]) -> dict[str, trial.TargetData]:
-    """Prepare a target as each base reads it, and add findings to the notes.
+def _prepare_target(
+    state: JobState, name: str, groups: list[BackboneGroup]
+) -> dict[str, trial.TargetData]:
+    """Prepare a target as each backbone group reads it, and add findings to the notes.
 
-    The result is by the key of the base.
+    The result is by the key of the backbone group.
 
     Raises:
         ValueError: The target cannot be used.
@@ -513,15 +528,15 @@ def _prepare_target(state: JobState, name: str, bases: list[Base]) -> dict[str, 
     target = replace(target, splits=replace(target.splits, test=seen.test))
     data: dict[str, trial.TargetData] = {}
     by_reading: dict[str, trial.TargetData] = {}
-    for base in bases:
-        if not set(base.sources) & set(sources):
+    for group in groups:
+        if not set(group.sources) & set(sources):
             continue
-        key = targets.reading_key(target, base)
+        key = targets.reading_key(target, group)
         if key in by_reading:
-            data[base.key] = targets.for_base(by_reading[key], base)
+            data[group.key] = targets.for_group(by_reading[key], group)
         else:
-            data[base.key] = targets.prepare(target, base)
-        by_reading[key] = data[base.key]
+            data[group.key] = targets.prepare(target, group)
+        by_reading[key] = data[group.key]
     text = f"{name}: {next(iter(data.values())).split_text}"
     if "rows left out" in text:
         state.notes.append(text)
@@ -577,13 +592,13 @@ def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
             )
             state.progress.note(state.notes[-1])
             continue
-        for base in shared.bases.values():
-            for source_name in base.sources:
-                if source_name in matching(state, name) and (name, base.key) in shared.targets:
+        for group in shared.backbone_groups.values():
+            for source_name in group.sources:
+                if source_name in matching(state, name) and (name, group.key) in shared.targets:
                     state.progress.update(f"score: {source_name} for {name}")
-                    found = _score_of(state, shared, source_name, base.key, name)
+                    found = _score_of(state, shared, source_name, group.key, name)
                     out.append(
-                        {"target": name, "source": source_name, "backbone": base.label, **found}
+                        {"target": name, "source": source_name, "backbone": group.label, **found}
                     )
     first = next(iter(registry.entries("score")))
     return sorted(out, key=lambda row: (row["target"], *_rank(row[first])))
@@ -650,15 +665,15 @@ def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
 
 
 def _cells(
-    state: JobState, bases: list[Base], chosen: dict[str, set[str]]
-) -> list[tuple[str, tuple[Base, str, Any, Any]]]:
+    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+) -> list[tuple[str, tuple[BackboneGroup, str, Any, Any]]]:
     return [
         (name, cell)
         for name in state.targets
         for cell in grid.planned_cells(
             state.job,
             name,
-            [b for b in bases if set(b.sources) & set(matching(state, name))],
+            [b for b in groups if set(b.sources) & set(matching(state, name))],
             chosen[name],
         )
     ]
@@ -667,7 +682,7 @@ def _cells(
 def _trial(
     state: JobState,
     name: str,
-    cell: tuple[Base, str, Any, Any],
+    cell: tuple[BackboneGroup, str, Any, Any],
     hyper: dict[str, float],
     seed: int,
     stage: str,
@@ -678,10 +693,12 @@ def _trial(
     return grid.make_trial(state.job, name, cell, hyper, seed, stage, key, data_key, members)
 
 
-def search_trials(state: JobState, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
+def search_trials(
+    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+) -> list[Trial]:
     """Return a trial for every cell and draw; none where there is only one draw."""
     draws = grid.draws(state.job)
-    found = _cells(state, bases, chosen) if len(draws) > 1 else []
+    found = _cells(state, groups, chosen) if len(draws) > 1 else []
     return [
         _trial(state, name, cell, hyper, 0, "search")
         for name, cell in found
@@ -692,7 +709,7 @@ def search_trials(state: JobState, bases: list[Base], chosen: dict[str, set[str]
 
 def finalist_trials(
     state: JobState,
-    bases: list[Base],
+    groups: list[BackboneGroup],
     chosen: dict[str, set[str]],
     ranked: dict[str, list[dict[str, float]]],
 ) -> list[Trial]:
@@ -704,7 +721,7 @@ def finalist_trials(
         ranked: Cell to its draws, the best first.
     """
     spec, out = state.job.fanout.search_finalists, []
-    for name, cell in _cells(state, bases, chosen) if ranked else ():
+    for name, cell in _cells(state, groups, chosen) if ranked else ():
         best = ranked.get(_trial(state, name, cell, {}, 0, "search").cell, [])[: spec.top]
         if len(best) > 1:
             out += [
@@ -717,7 +734,7 @@ def finalist_trials(
 
 def final_trials(
     state: JobState,
-    bases: list[Base],
+    groups: list[BackboneGroup],
     chosen: dict[str, set[str]],
     winners: dict[str, dict[str, float]],
 ) -> list[Trial]:
@@ -727,7 +744,7 @@ def final_trials(
     """
     out: list[Trial] = []
     combined = []
-    for name, cell in _cells(state, bases, chosen):
+    for name, cell in _cells(state, groups, chosen):
         if grid.combines_trials(cell[2]):
             combined.append((name, cell))
             continue
@@ -737,12 +754,12 @@ def final_trials(
             for seed in range(state.job.fanout.seeds if grid.needs_training(cell[2]) else 1)
         ]
     for name, cell in combined:
-        base, source, _, fraction = cell
+        group, source, _, fraction = cell
         members = tuple(
             one.id
             for one in out
-            if (one.source, one.base, one.target, one.label_fraction)
-            == (source, base.key, name, fraction)
+            if (one.source, one.backbone_key, one.target, one.label_fraction)
+            == (source, group.key, name, fraction)
         )
         out.append(_trial(state, name, cell, {}, 0, "final", members))
     return out
@@ -753,9 +770,9 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
 
     There is a search only where there are several draws. Returns all trials of the job.
     """
-    job, bases = state.job, list(shared.bases.values())
+    job, groups = state.job, list(shared.backbone_groups.values())
     chosen = _select(state, shared)
-    search = search_trials(state, bases, chosen)
+    search = search_trials(state, groups, chosen)
     records = (
         fanout.run(
             "search",
@@ -763,13 +780,13 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
             shared,
             job.fanout,
             state.progress,
-            _trials_to_remake(state, search, bases),
+            _trials_to_remake(state, search, groups),
             state.wait,
         )
         if search
         else []
     )
-    again = finalist_trials(state, bases, chosen, _ranked(search, records))
+    again = finalist_trials(state, groups, chosen, _ranked(search, records))
     if again:
         unpruned = job.fanout.model_copy(
             update={"scheduler": "fifo"}
@@ -780,7 +797,7 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
             shared,
             unpruned,
             state.progress,
-            _trials_to_remake(state, again, bases),
+            _trials_to_remake(state, again, groups),
             state.wait,
         )
         search = [*search, *again]
@@ -792,8 +809,8 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
         )
         state.progress.note(f"warning: {state.notes[-1]}")
     _save_metadata(state, chosen)
-    final = final_trials(state, bases, chosen, winners)
-    anew = _trials_to_remake(state, final, bases)  # of both groups, before a member is made again
+    final = final_trials(state, groups, chosen, winners)
+    anew = _trials_to_remake(state, final, groups)  # of both groups, before a member is made again
     combined = [one for one in final if one.members]
     trained = [one for one in final if not one.members]
     for name, group in (("fine-tune", trained), ("combine", combined)):
@@ -825,11 +842,11 @@ def current(state: JobState) -> list[ResultRow]:
     state.targets = {
         name: stage for name, stage in state.targets.items() if name not in state.broken
     }
-    bases, chosen = (
-        _bases(state),
+    groups, chosen = (
+        _backbone_groups(state),
         _chosen_before(state) or {name: set(matching(state, name)) for name in state.targets},
     )
-    search, final = _planned_trials(state, bases, chosen)
+    search, final = _planned_trials(state, groups, chosen)
     return collect(state, [*search, *final])
 
 
@@ -898,7 +915,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
     """
     root = state.job.root
     records = trial.read_records(root, [one.id for one in found])
-    state.trial_provenance = provenance_of_trials(state, found, _bases(state))
+    state.trial_provenance = provenance_of_trials(state, found, _backbone_groups(state))
     if state.job.fanout.keep_bundles == "best":
         best: dict[str, TrialRecord] = {}
         fanout.prune_bundles(root, [one for one in found if one.stage == "final"], "best", best)
@@ -911,7 +928,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
         one for one, there in zip(bundles, is_there, strict=True) if there
     }  # another run may have kept fewer
     scratch = {
-        (one.base, one.target, grid.fraction_text(one.label_fraction), one.seed): one
+        (one.backbone_key, one.target, grid.fraction_text(one.label_fraction), one.seed): one
         for one in found
         if one.source == SCRATCH and str(one.technique) == "scratch" and one.stage == "final"
     }
@@ -938,7 +955,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
         for row in records[one.id].rows if one.id in records else ():
             row = replace(row, **known)
             against = scratch.get(
-                (one.base, one.target, grid.fraction_text(one.label_fraction), one.seed)
+                (one.backbone_key, one.target, grid.fraction_text(one.label_fraction), one.seed)
             )
             if (
                 row.split == "test"

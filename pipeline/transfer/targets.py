@@ -1,7 +1,7 @@
 """Targets prepared for trials.
 
 The splits of a target are read and checked against its sources, and its rows are decoded once for
-every base.
+every backbone group.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from pipeline.core.contracts.objective_capabilities import (
     target_metrics,
 )
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Splits
+from pipeline.data import manifests
+from pipeline.data.manifests import Splits
 from pipeline.data.stream import Decoder, Rows
 from pipeline.io import file_identity, storage
 from pipeline.metrics import catalog
 from pipeline.report import stats, subgroups
-from pipeline.train import config_checks, fit, row_checks, token_rows
+from pipeline.train import config_checks, fit_components, row_checks, token_rows
 from pipeline.train import source as train_source
 from pipeline.train.experiment import technique_of
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import STAGE_FORMAT, data_key
 from pipeline.transfer import leaks
-from pipeline.transfer.grid import Base, combines_trials, fraction_text, techniques
+from pipeline.transfer.grid import BackboneGroup, combines_trials, fraction_text, techniques
 from pipeline.transfer.trial import TargetData
 
 MEMORY_BYTES = 2 << 30
@@ -109,7 +109,7 @@ class TargetStage:
         if self.packed:
             return {}
         objective, group = registry.get("objective", self.spec.objective.name), self.spec.data.group
-        columns = [*fit.label_columns(self.spec), *([group] if group else [])]
+        columns = [*fit_components.label_columns(self.spec), *([group] if group else [])]
         unit, out = "groups" if group else "rows", {}
         for name, selection in self.splits.by_name().items():
             table = manifests.read_columns(selection, list(dict.fromkeys(columns)))
@@ -162,7 +162,7 @@ def stage(job: Job, name: str) -> TargetStage:
     imports = storage.join(job.root, "imports")
     splits = manifests.splits(spec.data, roles, place, imports, need_test=True)
     try:
-        state = fit.fit_objective(spec, splits)
+        state = fit_components.fit_objective(spec, splits)
     except ValueError as error:
         raise ValueError(f"{place}.data, train split: {error}") from None
     _check_metric(place, spec, objective, state)
@@ -244,7 +244,7 @@ def _check_labels(
 ) -> None:
     """Raise ValueError for labels of a split that training would not know, or could not score."""
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
-    table = manifests.read_columns(selection, fit.label_columns(spec))
+    table = manifests.read_columns(selection, fit_components.label_columns(spec))
     _try_rows(selection, spec, state)
     # boxes and label sets of a large corpus would take gigabytes at once
     for start in range(0, len(table), CHECKED_ROWS):
@@ -267,9 +267,9 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any
     """
     modality = registry.get("modality", spec.data.modality.name)
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
-    roles = (*fit.fitted_roles(modality), *objective.roles, *objective.optional_roles)
+    roles = (*fit_components.fitted_roles(modality), *objective.roles, *objective.optional_roles)
     names = list(dict.fromkeys(columns[role] for role in roles if role in columns))
-    table = fit.sample(selection, names, TRIED_ROWS)
+    table = fit_components.sample(selection, names, TRIED_ROWS)
     wrong_types = (TypeError, AttributeError, pa.ArrowNotImplementedError, pa.ArrowTypeError)
     try:
         objective.encode(table, columns, state)
@@ -291,32 +291,32 @@ def _classes(spec: Target, splits: Splits, state: dict[str, Any]) -> np.ndarray 
     objective = registry.get("objective", spec.objective.name)
     if "label" not in objective.roles:
         return None
-    table = manifests.read_columns(splits.train, fit.label_columns(spec))
+    table = manifests.read_columns(splits.train, fit_components.label_columns(spec))
     return objective.encode(table, spec.data.columns, state)["label"]
 
 
-def _modality(target: TargetStage, base: Base) -> tuple[ModalitySpec, str]:
+def _modality(target: TargetStage, group: BackboneGroup) -> tuple[ModalitySpec, str]:
     """Return the source's modality with the target's own options.
 
-    It is extended by the rows of the target (`fit.extend_modality`).
+    It is extended by the rows of the target (`fit_components.extend_modality`).
     """
     component = target.spec.data.modality
     own = registry.get("modality", component.name).target_options
-    named = fit.options_by_content("modality", component)
+    named = fit_components.options_by_content("modality", component)
     kind = registry.get("modality", component.name)
-    if problem := ineffective_options(kind, named, base.modality.options):
+    if problem := ineffective_options(kind, named, group.modality.options):
         raise ValueError(f"targets.{target.name}.data.modality: {problem}")
     _refuse(
         target,
         {
             k: component.options[k]
             for k, v in named.items()
-            if k not in own and base.modality.options.get(k) != v
+            if k not in own and group.modality.options.get(k) != v
         },
-        base.modality.options,
+        group.modality.options,
     )
-    return fit.extend_modality(
-        replace(base.modality, options={**base.modality.options, **named}),
+    return fit_components.extend_modality(
+        replace(group.modality, options={**group.modality.options, **named}),
         target.splits.train,
         registry.get("objective", target.spec.objective.name),
         target.spec.data.columns,
@@ -337,7 +337,7 @@ def _refuse(target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any])
 
 
 class TargetReading(NamedTuple):
-    """How the rows of a target are read for one base, before any is decoded."""
+    """How the rows of a target are read for one backbone group, before any is decoded."""
 
     spec_of_modality: ModalitySpec
     modality: Modality
@@ -351,13 +351,13 @@ class TargetReading(NamedTuple):
         return self.objective.state
 
 
-def reading_of(target: TargetStage, base: Base) -> TargetReading:
-    """Return how a target is read for one base.
+def reading_of(target: TargetStage, group: BackboneGroup) -> TargetReading:
+    """Return how a target is read for one backbone group.
 
     Raises:
         ValueError: Rows, objective, techniques and backbone are not compatible.
     """
-    spec_of_modality, known = _modality(target, base)
+    spec_of_modality, known = _modality(target, group)
     modality = bundle.build_modality(spec_of_modality)
     objective = registry.get("objective", target.spec.objective.name)
     try:
@@ -366,12 +366,12 @@ def reading_of(target: TargetStage, base: Base) -> TargetReading:
     except ValueError as error:
         raise ValueError(f"data.modality: {error}") from None
     options = objective.options_class(**target.spec.objective.options)
-    arch = train_source.adapt_arch_to_inputs(base.arch, modality.inputs() or base.arch.inputs)
+    arch = train_source.adapt_arch_to_inputs(group.arch, modality.inputs() or group.arch.inputs)
     state = train_source.bind_state(
-        objective, target.state or fit.fit_objective(target.spec, target.splits), arch
+        objective, target.state or fit_components.fit_objective(target.spec, target.splits), arch
     )
     fitted = ObjectiveSpec(target.spec.objective.name, options.model_dump(), state)
-    _check_base(target, base, arch, fitted)
+    _check_group(target, group, arch, fitted)
     return TargetReading(spec_of_modality, modality, known, arch, fitted)
 
 
@@ -436,15 +436,15 @@ def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[
     return out
 
 
-def prepare(target: TargetStage, base: Base) -> TargetData:
-    """Read the three splits as a base reads them, decoded where they fit into memory.
+def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
+    """Read the three splits as a backbone group reads them, decoded where they fit into memory.
 
     Raises:
         ValueError: A label is in no training row, or there are too many bad rows.
         ChangedFileError: A file has changed since the run was planned.
     """
     spec, splits = target.spec, target.splits
-    reading = reading_of(target, base)
+    reading = reading_of(target, group)
     selections, columns, bad, notes = _selections(target, reading)
     decoder = Decoder(reading.modality, spec.objective.name, reading.state, columns)
     parts = {
@@ -551,7 +551,7 @@ def _groups(spec: Target, rows: Rows) -> np.ndarray | None:
 def _packed(
     target: TargetStage, split: str, selection: manifests.Selection, modality: ModalitySpec
 ) -> token_rows.TokenRows:
-    """Pack the documents of a split into rows, once for all bases that read them alike.
+    """Pack the documents of a split into rows, once for all backbone groups that read them alike.
 
     Raises:
         ValueError: No row is left.
@@ -573,28 +573,28 @@ def _packed(
     return made
 
 
-def reading_key(target: TargetStage, base: Base) -> str:
-    """Return what the decoded rows of a target depend on; bases with the same key share them."""
+def reading_key(target: TargetStage, group: BackboneGroup) -> str:
+    """Return what the decoded rows of a target depend on; groups with the same key share them."""
     objective = registry.get("objective", target.spec.objective.name)
     # which rows can be used may follow from the backbone too
     is_bound = isinstance(objective, BindsToBackbone)
-    return spec_hash(base.modality.to_json(), *([base.arch.to_json()] if is_bound else []))
+    return spec_hash(group.modality.to_json(), *([group.arch.to_json()] if is_bound else []))
 
 
-def for_base(data: TargetData, base: Base) -> TargetData:
-    """Return the same rows for another base that reads them in the same way.
+def for_group(data: TargetData, group: BackboneGroup) -> TargetData:
+    """Return the same rows for another backbone group that reads them in the same way.
 
     Raises:
-        ValueError: The base's backbone is not compatible with them.
+        ValueError: The group's backbone is not compatible with them.
     """
     arch = train_source.adapt_arch_to_inputs(
-        base.arch, bundle.build_modality(data.modality).inputs() or base.arch.inputs
+        group.arch, bundle.build_modality(data.modality).inputs() or group.arch.inputs
     )
-    _build(base, arch, data.objective)
+    _build(group, arch, data.objective)
     return replace(data, arch=arch)
 
 
-def _build(base: Base, arch: Architecture, objective: ObjectiveSpec) -> Task:
+def _build(group: BackboneGroup, arch: Architecture, objective: ObjectiveSpec) -> Task:
     """Build the task with random weights, into which the source's weights would be loaded.
 
     Raises:
@@ -603,29 +603,29 @@ def _build(base: Base, arch: Architecture, objective: ObjectiveSpec) -> Task:
     """
     try:
         task = bundle.build_task(arch, objective, seed=0)
-        if arch.inputs != base.arch.inputs:
+        if arch.inputs != group.arch.inputs:
             bundle.transfer(
                 task.backbone,
-                bundle.build_backbone(base.arch, seed=0).state_dict(),
-                f"the backbone of {', '.join(base.sources)}",
+                bundle.build_backbone(group.arch, seed=0).state_dict(),
+                f"the backbone of {', '.join(group.sources)}",
             )
     except ValueError as error:
         read = {name: value for name, value in arch.inputs.items() if isinstance(value, int)}
         raise ValueError(
-            f"the backbone {base.label} does not suit {objective.name} on these rows ({read}): "
+            f"the backbone {group.label} does not suit {objective.name} on these rows ({read}): "
             f"{error}"
         ) from None
     return task
 
 
-def _check_base(
-    target: TargetStage, base: Base, arch: Architecture, objective: ObjectiveSpec
+def _check_group(
+    target: TargetStage, group: BackboneGroup, arch: Architecture, objective: ObjectiveSpec
 ) -> None:
     """Raise ValueError where a technique, the objective or the rows do not fit the backbone."""
-    task = _build(base, arch, objective)
+    task = _build(group, arch, objective)
     layers = task.layers()
     head = task.objective if isinstance(task.objective, TransfersHead) else None
-    unseen = head.unseen_inputs(base.arch.inputs, arch.inputs) if head else ""
+    unseen = head.unseen_inputs(group.arch.inputs, arch.inputs) if head else ""
     own_techniques = f"give targets.{target.name} techniques of its own"
     for component in target.techniques:
         technique, name = technique_of(component), component.name
@@ -650,7 +650,7 @@ def _check_base(
         if _trains_something(technique, layers):
             continue
         with torch.random.fork_rng(devices=[]):  # adapters draw their weights
-            wrapped = technique.wrap(_build(base, arch, objective))
+            wrapped = technique.wrap(_build(group, arch, objective))
         if not _trains_something(technique, wrapped.layers()):
             raise ValueError(
                 f"techniques: {name} trains the head alone, and {objective.name} has none (its "

@@ -31,7 +31,7 @@ from pipeline.core.contracts.objective_capabilities import (
 )
 from pipeline.core.rng import mix
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
-from pipeline.data.manifest import Selection
+from pipeline.data.manifests import Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import (
     Decoder,
@@ -53,7 +53,14 @@ from pipeline.train.experiment import Experiment
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
 from pipeline.train.row_checks import Finding
-from pipeline.transfer.grid import SCRATCH, Base, Trial, fraction_text, label_subset, made_by
+from pipeline.transfer.grid import (
+    SCRATCH,
+    BackboneGroup,
+    Trial,
+    fraction_text,
+    label_subset,
+    made_by,
+)
 
 EVAL_ROWS = 256
 AT_THRESHOLD = ("precision_at_threshold", "sensitivity_at_threshold", "specificity_at_threshold")
@@ -65,7 +72,7 @@ AGAIN = "the trial counts as not done, and the next run makes it again"
 
 @dataclass
 class TargetData:
-    """A target as one base reads it: decoded rows of the three splits, and the fitted objective."""
+    """A target as one backbone group reads it: decoded splits, and the fitted objective."""
 
     spec: Target
     objective: ObjectiveSpec
@@ -78,7 +85,7 @@ class TargetData:
     """(n_test,) group numbers of the test rows, in the order of their ids."""
     split_text: str
     arch: Architecture
-    """The architecture of the base, for the input as this target is read."""
+    """The architecture of the backbone group, for the input as this target is read."""
     modality: ModalitySpec
     key: str = ""
     """Key of how the rows are read. Results that were computed from the rows once are stored under
@@ -131,7 +138,7 @@ class Shared:
     job: str
     root: str
     seed: int
-    bases: dict[str, Base]
+    backbone_groups: dict[str, BackboneGroup]
     weights: dict[str, dict[str, np.ndarray]]
     parents: dict[str, str]
     targets: dict[tuple[str, str], TargetData]
@@ -224,7 +231,7 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     Raises:
         ValueError: The trial has no training and its head has no weights of the source.
     """
-    data = shared.targets[trial.target, trial.base]
+    data = shared.targets[trial.target, trial.backbone_key]
     seed = mix(shared.seed, trial.seed)
     task = bundle.build_task(data.arch, data.objective, seed=seed, head_seed=mix(seed, 1))
     if trial.members:
@@ -286,7 +293,7 @@ def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     Where its features are computed once, all features have the same length, so a batch by
     ``batch_cost`` has as many rows as that cost means on average.
     """
-    data, technique = shared.targets[trial.target, trial.base], trial.technique_object
+    data, technique = shared.targets[trial.target, trial.backbone_key], trial.technique_object
     train, rows = data.spec.train, data.train
     if not trains(technique):
         batch = min(train.global_batch, len(rows))
@@ -318,7 +325,7 @@ def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
 
     It is that of a source, but rows in memory are fully permuted unless the job sets another order.
     """
-    data = shared.targets[trial.target, trial.base]
+    data = shared.targets[trial.target, trial.backbone_key]
     shards = train.canonical_shards or max(8, data.spec.workers)
     shuffle = shuffle_of(data.spec.data, rows.selection)
     if data.in_memory and data.spec.data.shuffle == "auto":
@@ -366,7 +373,7 @@ def run(
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.time()
-    data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
+    data, where = shared.targets[trial.target, trial.backbone_key], folder(shared, trial)
     technique = trial.technique_object  # one for the whole trial: it may keep what it saw
     train, rows, steps = resolve_training(trial, shared)
     task, moved, start_hash = build(trial, shared)
@@ -424,15 +431,15 @@ def run(
 def history_of(folder: str, trials: list[Trial], shared: Shared) -> resume_history.ResumeHistory:
     """Return the history of the resume points of trials that differ only in seeds and settings."""
     first = trials[0]
-    spec = shared.targets[first.target, first.base].spec
-    made = made_by(spec, shared.bases[first.base], first.technique)
+    spec = shared.targets[first.target, first.backbone_key].spec
+    made = made_by(spec, shared.backbone_groups[first.backbone_key], first.technique)
     weights = shared.parent_weights.get(first.source)
     return resume_history.ResumeHistory(folder, made, weights, [trial.id for trial in trials])
 
 
 def _stream_rows(trial: Trial, shared: Shared) -> dict[str, Rows]:
     """Return the rows that the trial's technique may read (``Technique.streams``)."""
-    data = shared.targets[trial.target, trial.base]
+    data = shared.targets[trial.target, trial.backbone_key]
     out = {"target": data.train}
     if trial.source in shared.source_rows:
         selection, columns = shared.source_rows[trial.source]
@@ -503,7 +510,7 @@ def make_record(
 
     The rows have no gains yet, which need the other trials.
     """
-    data = shared.targets[trial.target, trial.base]
+    data = shared.targets[trial.target, trial.backbone_key]
     ran = {
         **trial.hyper_parameters,
         **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")},
@@ -578,7 +585,7 @@ def make_record(
                     interval="95% bootstrap over test " + ("rows" if groups is None else "groups"),
                 )
             rows.append(row)
-    made = made_by(data.spec, shared.bases[trial.base], trial.technique)
+    made = made_by(data.spec, shared.backbone_groups[trial.backbone_key], trial.technique)
     return TrialRecord(
         trial.id,
         trial.cell,
@@ -647,7 +654,7 @@ def failed_record(
     metadata: dict[str, Any] | None = None,
 ) -> TrialRecord:
     """Write the record of a trial that failed, so that the results table has its row."""
-    data = shared.targets[trial.target, trial.base]
+    data = shared.targets[trial.target, trial.backbone_key]
     train = data.spec.train.model_copy(
         update=trial.hyper_parameters
     )  # not checked: it may be what failed
@@ -670,7 +677,7 @@ def write(
     A trial with a record is therefore complete. Its resume points are then removed; those of a
     failed trial are kept, since the next run tries it again. Returns the record as it is written.
     """
-    data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
+    data, where = shared.targets[trial.target, trial.backbone_key], folder(shared, trial)
     if test is not None:
         extra = {} if data.groups is None else {"group": groups_of(data, test)}
         extra |= {"label_names": np.array(data.label_names)} if data.label_names else {}

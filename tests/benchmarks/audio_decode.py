@@ -101,7 +101,7 @@ def sides(path: Path, files: list[bytes], warm: int, steps: int, place: str) -> 
     import soundfile
 
     from pipeline.checkpoints import bundle
-    from pipeline.data import manifest
+    from pipeline.data import manifests
     from pipeline.data.stream import (
         DataWorkers,
         Decoder,
@@ -115,7 +115,9 @@ def sides(path: Path, files: list[bytes], warm: int, steps: int, place: str) -> 
         ModalitySpec("audio", {}, {"features": "mel", "mean": [0.0] * 80, "std": [1.0] * 80})
     )
     decoder = Decoder(modality, None, {}, {"audio": "audio", "seconds": "seconds"})
-    rows = Rows(manifest.Selection(manifest.build(str(path), "parquet", "")), decoder).with_costs(0)
+    rows = Rows(manifests.Selection(manifests.build(str(path), "parquet", "")), decoder).with_costs(
+        0
+    )
     # As a source of this size is read
     plan = plan_of(rows, 0, 0, BATCH_SECONDS, shuffle="blocks", item_rows=rows_an_item(rows, 8))
     span = range(2 * (warm + steps))  # twice what is read: no side comes near its end

@@ -38,7 +38,7 @@ from toys import image_files, sentences  # the tests' own
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config.schema import Job
-from pipeline.data import duplicates, manifest
+from pipeline.data import duplicates, manifests
 from pipeline.data.stream import DataWorkers
 from pipeline.io import checksums, run_lock, storage
 from pipeline.prepare.engine import importing, write
@@ -236,7 +236,7 @@ def read_job(job: Job) -> Any:
 def read_texts(job: Job) -> Any:
     """The rows that a source of texts is trained on, and how they are read."""
     fitted = source.fit(source.stage(job, "texts"))
-    table = manifest.read_columns(fitted.train, fitted.train.manifest.schema.names)
+    table = manifests.read_columns(fitted.train, fitted.train.manifest.schema.names)
     return fitted.modality, table.to_pylist(), fitted.objective
 
 
@@ -303,8 +303,8 @@ class Prepare:
             "csv", self.raw, self.output, importing.options_of("csv", []), write.Settings()
         )
         done = work.run()
-        rows = manifest.read_columns(
-            manifest.Selection(manifest.build(self.output, "parquet", "")), ["text", "label"]
+        rows = manifests.read_columns(
+            manifests.Selection(manifests.build(self.output, "parquet", "")), ["text", "label"]
         ).to_pylist()
         return done, rows
 

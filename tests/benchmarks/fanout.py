@@ -33,7 +33,7 @@ def shared_of(root: str) -> tuple[Any, Any]:
 
     from pipeline.checkpoints import bundle
     from pipeline.config.schema import ComponentConfig, Job
-    from pipeline.data.manifest import Group, Manifest, Selection
+    from pipeline.data.manifests import Group, Manifest, Selection
     from pipeline.data.stream import Decoder, Rows
     from pipeline.transfer import grid as trials
     from pipeline.transfer.trial import Shared, TargetData
@@ -65,7 +65,7 @@ def shared_of(root: str) -> tuple[Any, Any]:
     arch = Architecture(
         "transformers/bert", {"layers": 1, "hidden": 8, "heads": 1}, modality.inputs()
     )
-    base = trials.bases({"source": (arch, text)})[0]
+    base = trials.backbone_groups({"source": (arch, text)})[0]
     objective = ObjectiveSpec("classification", {}, {"values": [0, 1], "labels": ["no", "yes"]})
 
     def rows(n: int, seed: int) -> Any:

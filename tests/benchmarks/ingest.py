@@ -96,7 +96,7 @@ def make_parquet(images: list[Any], size: int, rows: int, path: Path) -> None:
 
 def rows_of(path: Path, size: int) -> Any:
     from pipeline.checkpoints import bundle
-    from pipeline.data import manifest
+    from pipeline.data import manifests
     from pipeline.data.stream import Decoder, Rows
 
     modality = bundle.build_modality(
@@ -108,7 +108,7 @@ def rows_of(path: Path, size: int) -> Any:
         {"values": list(range(10)), "labels": [str(i) for i in range(10)]},
         {"image": "image", "label": "label"},
     )
-    return Rows(manifest.Selection(manifest.build(str(path), "parquet", "")), decoder)
+    return Rows(manifests.Selection(manifests.build(str(path), "parquet", "")), decoder)
 
 
 class Table:

@@ -134,7 +134,7 @@ def rows_of(modality: Any, texts: list[str], objective: str, packed: bool) -> An
     """Rows in memory: packed ones, or one a text."""
     import pyarrow as pa
 
-    from pipeline.data.manifest import Group, Manifest, Selection
+    from pipeline.data.manifests import Group, Manifest, Selection
     from pipeline.data.stream import Decoder, Rows
 
     table, columns = pa.table({"text": texts}), {"text": "text"}

@@ -66,7 +66,7 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
         "image", image.options.model_dump(), {"mean": [0.5] * 3, "std": [0.25] * 3}
     )
     arch = Architecture(backbone, {}, image.inputs())
-    base = grid.bases({"photos": (arch, modality)})[0]
+    base = grid.backbone_groups({"photos": (arch, modality)})[0]
     weights = {
         name: tensor.numpy()
         for name, tensor in bundle.build_backbone(arch, seed=0).state_dict().items()

@@ -107,7 +107,7 @@ def _case(
 
     from pipeline.checkpoints import bundle
     from pipeline.core.rng import row_keys
-    from pipeline.data.manifest import Group, Manifest, Selection
+    from pipeline.data.manifests import Group, Manifest, Selection
     from pipeline.data.stream import Decoder, Rows
     from pipeline.train.evaluate import device_preprocessing
 

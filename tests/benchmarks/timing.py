@@ -169,11 +169,11 @@ def batches_and_scan(
     import pyarrow.parquet as pq
 
     from pipeline.checkpoints import bundle
-    from pipeline.data import manifest
+    from pipeline.data import manifests
     from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
 
     rows = Rows(
-        manifest.Selection(manifest.build(str(path), "parquet", "")),
+        manifests.Selection(manifests.build(str(path), "parquet", "")),
         Decoder(bundle.build_modality(modality), None, {}, columns),
     )
     plan, steps = plan_of(rows, 0, batch, shuffle="blocks"), len(rows) // batch

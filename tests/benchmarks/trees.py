@@ -29,7 +29,7 @@ def subsets() -> dict[str, list[np.ndarray]]:
     """
     from pipeline.config import yaml_loader
     from pipeline.core.rng import mix
-    from pipeline.data.manifest import read_columns
+    from pipeline.data.manifests import read_columns
     from pipeline.data.stream import Rows
     from pipeline.transfer import grid, targets
 

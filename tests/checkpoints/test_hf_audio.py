@@ -14,12 +14,11 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from toys import furthest, label_state, task_of, weights
 
-from pipeline.checkpoints import bundle, exported_classifier, pretrained
+from pipeline.checkpoints import bundle, export, exported_classifier, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.core.contracts import Batch
 from pipeline.core.specs import ModalitySpec, ObjectiveSpec
 from pipeline.modalities.audio import Audio, AudioOptions
-from pipeline.transfer import predict
 
 CONFIG = {
     "hidden_size": 32,
@@ -390,7 +389,7 @@ def test_transcripts_are_those_of_the_bundle(norm, normalize, tmp_path):
     """From files to texts by transformers alone: processor, model, greedy decoding."""
     given = {"config": {**CONFIG, **NORMS["group"]}} if norm == "group" else {}
     task, modality, uri = bundled(tmp_path, "ctc", ALPHABET, normalize=normalize, **given)
-    said = predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    said = export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     assert "Wav2Vec2ForCTC with" in said
     waves = recordings(tmp_path / "sound")
     batch = rows(modality, tmp_path / "sound")
@@ -433,7 +432,7 @@ def test_other_heads_are_transformers_own(objective, tmp_path):
     task, modality, uri = bundled(
         tmp_path, objective, state[objective], HEAD if objective == "wav2vec2" else {"norm": False}
     )
-    predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     recordings(tmp_path / "sound")
     batch = rows(modality, tmp_path / "sound")
     given = {"input_values": batch["wave"], "attention_mask": batch["mask"].long()}
@@ -480,7 +479,7 @@ def test_a_classifier_trained_with_defaults_is_written_beside_the_plain_model(
     given = {"config": {**CONFIG, **NORMS["group"]}} if norm == "group" else {}
     task, modality, uri = bundled(tmp_path, objective, state[objective], {}, **given)
     assert task.objective.options.norm
-    text = predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    text = export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     assert (
         "no layer norm before the linear layer, so load it with load() of classifier.py in "
         "this folder; compared with the bundle" in text
@@ -508,7 +507,7 @@ def test_the_plain_model_is_written_alone(tmp_path):
     for only, out in ((True, tmp_path / "a"), (False, tmp_path / "b")):
         if not only:  # a bundle without a head
             bundle.save(uri, task.backbone, bundle.load(uri).manifest.modality)
-        assert "Wav2Vec2Model with" in predict.export(uri, str(out), "hugging-face", only)
+        assert "Wav2Vec2Model with" in export.export_bundle(uri, str(out), "hugging-face", only)
         found, features = (
             loaded("AutoModel", out)(batch["wave"], attention_mask=batch["mask"].long()),
             task.backbone(batch, want=("tokens",)),
@@ -542,5 +541,5 @@ def test_a_head_that_transformers_does_not_have_is_refused(
 ):
     _, _, uri = bundled(tmp_path, objective, state, options)
     with pytest.raises(BundleError, match=message):
-        predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+        export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     assert not (tmp_path / "out").exists()

@@ -28,14 +28,13 @@ from toys import (
     weights,
 )
 
-from pipeline.checkpoints import bundle, exported_classifier, pretrained
+from pipeline.checkpoints import bundle, export, exported_classifier, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Batch
 from pipeline.core.specs import ModalitySpec, ObjectiveSpec
-from pipeline.media.tokenizer import train_tokenizer
+from pipeline.media.tokenization import train_tokenizer
 from pipeline.train import source
-from pipeline.transfer import predict
 
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2")
 TAGS = {
@@ -696,7 +695,7 @@ def loaded(kind: str, folder):
 def test_transformers_gives_the_bundles_scores(family, objective, tmp_path):
     task, uri = bundled(tmp_path, family, objective)
     out = tmp_path / "out"
-    text = predict.export(uri, str(out), "hugging-face", False)
+    text = export.export_bundle(uri, str(out), "hugging-face", False)
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"][0] in text and sorted(file.name for file in out.iterdir()) == [
         "config.json",
@@ -743,7 +742,7 @@ def test_transformers_gives_the_bundles_scores(family, objective, tmp_path):
 def test_an_export_starts_again_with_the_same_weights(family, objective, tmp_path):
     """Its head too, where a checkpoint's head is read; the classifier is fine-tuned anew."""
     task, uri = bundled(tmp_path, family, objective)
-    predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     start = pretrained.read(f"hf:{tmp_path / 'out'}")
     arch = replace(
         start.arch, options={**start.arch.options, "pool": task.backbone.arch.options["pool"]}
@@ -771,7 +770,7 @@ def test_the_plain_model_is_written_alone(family, tmp_path):
     for only, out in ((True, tmp_path / "a"), (False, tmp_path / "b")):
         if not only:  # a bundle without a head
             bundle.save(uri, task.backbone, bundle.load(uri).manifest.modality)
-        predict.export(uri, str(out), "hugging-face", only)
+        export.export_bundle(uri, str(out), "hugging-face", only)
         batch = rows(modality_of(family), sentences(3, seed=8)[0])
         found = loaded("AutoModel", out)(
             input_ids=batch["tokens"], attention_mask=batch["mask"].long()
@@ -814,7 +813,7 @@ def test_a_gpt2_that_pads_with_the_end_of_text_gets_a_token_for_padding(tmp_path
     """
     modality = published("gpt2")
     task, uri = bundled(tmp_path, "gpt2", "classification", modality)
-    text = predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    text = export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     assert "bias went into the bias of ln_f" in text and "a token for padding was added" in text
     texts = sentences(5, seed=8)[0]
     encoded = hf.AutoTokenizer.from_pretrained(tmp_path / "out")(
@@ -880,7 +879,7 @@ def test_a_classifier_that_transformers_does_not_have_is_written_beside_the_plai
     """
     task, uri = bundled(tmp_path, family, objective, options=options, **backbone)
     out = tmp_path / "out"
-    text = predict.export(uri, str(out), "hugging-face", False)
+    text = export.export_bundle(uri, str(out), "hugging-face", False)
     assert (
         said in text
         and "compared with the bundle on 4 random rows: largest difference of scores" in text
@@ -908,7 +907,7 @@ def test_a_classifier_that_transformers_does_not_have_is_written_beside_the_plai
     )
     twin = bundle.build_backbone(arch, seed=9)
     assert not start.load_into(twin).new and furthest(weights(twin), weights(task.backbone)) == 0
-    predict.export(uri, str(tmp_path / "weights.safetensors"), "state-dict", False)
+    export.export_bundle(uri, str(tmp_path / "weights.safetensors"), "state-dict", False)
     again = exported_classifier.load(tmp_path / "weights.safetensors")
     assert furthest(weights(again), weights(exported_classifier.load(out))) == 0
 
@@ -920,7 +919,7 @@ def test_more_labels_than_a_head_can_hold_are_written_beside_the_plain_model(
 ):
     monkeypatch.setitem(STATES, "classification", label_state(30))
     task, uri = bundled(tmp_path, family, "classification")
-    text = predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    text = export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     assert ("no room for 30 labels" if family == "distilbert" else "no bias for 30 labels") in text
     batch = rows(modality_of(family), sentences(5, seed=8)[0])
     theirs = exported_classifier.load(tmp_path / "out")(
@@ -942,7 +941,7 @@ def test_a_checkpoint_with_other_labels_is_exported_with_the_heads_own(tmp_path)
     start = pretrained.read(f"hf:{tmp_path / 'model'}")
     task, _ = task_from(start, "qa", STATES["qa"])
     bundle.save(str(tmp_path / "b"), task, start.modality)
-    predict.export(str(tmp_path / "b"), str(tmp_path / "out"), "hugging-face", False)
+    export.export_bundle(str(tmp_path / "b"), str(tmp_path / "out"), "hugging-face", False)
     batch = rows(bundle.build_modality(start.modality), sentences(3, seed=8)[0])
     found = loaded("AutoModelForQuestionAnswering", tmp_path / "out")(
         input_ids=batch["tokens"], attention_mask=batch["mask"].long()
@@ -961,7 +960,7 @@ def test_the_exported_tokenizer_frames_texts_and_pairs_as_the_modality(family, t
     kind, _, family = family.rpartition(" ")
     modality = published(family) if kind else modality_of(family)
     _, uri = bundled(tmp_path, family, "clm" if family == "gpt2" else "mlm", modality)
-    predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.model_max_length == 32
     first, second = sentences(40, seed=8)[0], ["Short.", *sentences(39, seed=9)[0]]
@@ -992,7 +991,7 @@ def test_the_exported_tokenizer_frames_texts_and_pairs_as_the_modality(family, t
 def test_the_exported_tokenizer_of_a_tagger_reads_words_as_the_modality(family, tmp_path):
     modality = modality_of(family)
     _, uri = bundled(tmp_path, family, "tagging")
-    predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     words = [text.split() for text in sentences(10, seed=8)[0]]
     arrays, _ = modality.decode(pa.table({"text": words}), {"text": "text"})
     data = modality.collate(arrays)
@@ -1010,7 +1009,7 @@ def test_exported_offsets_are_the_modalitys(tmp_path):
             modality.options.model_copy(update={"windows": 4, "stride": 4}), modality.state
         )
         _, uri = bundled(tmp_path / family, family, "qa", windowed)
-        predict.export(uri, str(tmp_path / family / "out"), "hugging-face", False)
+        export.export_bundle(uri, str(tmp_path / family / "out"), "hugging-face", False)
         question, context = "was the book red?", "  ".join(sentences(2, seed=8)[0])
         arrays, bad = windowed.decode(
             pa.table({"text": [question], "other": [context]}),

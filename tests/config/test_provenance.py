@@ -159,7 +159,7 @@ def test_each_piece_has_code_of_its_own():
         ),
     )
     assert (
-        "pipeline.media.tokenizer" in text
+        "pipeline.media.tokenization" in text
         and "pipeline.media.image_io" not in text
         and "pipeline.checkpoints.hf_text" not in text
     )

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.config import registry, yaml_loader
 from pipeline.config import schema as job
-from pipeline.train.fit import options_by_content
+from pipeline.train.fit_components import options_by_content
 
 jsonschema = pytest.importorskip("jsonschema")
 ROOT = Path(job.__file__).parents[2]

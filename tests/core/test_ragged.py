@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.core.contracts import Batch, Modality, Objective, Task
 from pipeline.core.ragged import lengths, padded, ragged, size
-from pipeline.data import manifest as m
+from pipeline.data import manifests as m
 from pipeline.data import stream
 from pipeline.data.stream import DataWorkers, Decoder, Rows
 from pipeline.train import evaluate

@@ -10,7 +10,7 @@ from pipeline.config.schema import spec_hash
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import CurvePoint, TrialRecord
-from pipeline.transfer.grid import Base
+from pipeline.transfer.grid import BackboneGroup
 
 ARCH = Architecture("timm/resnet18", {"drop_rate": 0.1}, {"channels": 3, "size": 32})
 IMAGE = ModalitySpec("image", {"size": 32}, {"mean": [0.5] * 3, "std": [0.2] * 3})
@@ -47,7 +47,7 @@ def test_what_is_no_spec_is_refused(found, message):
 def test_the_key_of_what_trials_start_from_is_that_of_plain_dictionaries():
     arch = {"name": ARCH.name, "options": ARCH.options, "inputs": ARCH.inputs}
     modality = {"name": IMAGE.name, "options": IMAGE.options, "state": IMAGE.state}
-    assert Base(ARCH, IMAGE, "resnet", ("a",)).key == spec_hash(arch, modality)
+    assert BackboneGroup(ARCH, IMAGE, "resnet", ("a",)).key == spec_hash(arch, modality)
 
 
 def test_a_record_comes_back_as_it_was():

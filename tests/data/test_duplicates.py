@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy.fft import dctn
 
 from pipeline.data import duplicates as d
-from pipeline.data import manifest as m
+from pipeline.data import manifests as m
 from pipeline.data import to_parquet
 from pipeline.io import storage
 

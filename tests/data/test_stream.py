@@ -20,7 +20,7 @@ import torch
 
 from pipeline.core.contracts import Modality
 from pipeline.core.rng import row_keys
-from pipeline.data import manifest as m
+from pipeline.data import manifests as m
 from pipeline.data import stream
 from pipeline.data.loader import row_bytes, threaded_map
 from pipeline.data.plan import Item, Plan

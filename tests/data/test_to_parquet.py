@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.data import csv_tables
-from pipeline.data import manifest as m
+from pipeline.data import manifests as m
 from pipeline.data import to_parquet as made
 from pipeline.io import storage
 from pipeline.modalities.text import Text, TextOptions

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from pipeline.config.schema import Data
-from pipeline.data import manifest as m
+from pipeline.data import manifests as m
 from pipeline.data import to_parquet as made
 from pipeline.io import storage
 from pipeline.modalities.audio import Audio, AudioOptions

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from faults import run_python
 
-from pipeline.data import csv_tables, manifest, to_parquet
+from pipeline.data import csv_tables, manifests, to_parquet
 from pipeline.prepare.readers import archives
 
 MEBIBYTE = 1 << 20
@@ -17,12 +17,12 @@ READ = """
 import resource, sys
 import numpy as np
 from pipeline.data import to_parquet as imports; from pipeline.data import manifest
-from pipeline.data.manifest import Reader, Selection
+from pipeline.data.manifests import Reader, Selection
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    found = manifest.build([sys.argv[1]], "auto", sys.argv[2])
+    found = manifests.build([sys.argv[1]], "auto", sys.argv[2])
     if sys.argv[3] == "columns":
-        manifest.read_columns(Selection(found), [found.schema.names[0]])
+        manifests.read_columns(Selection(found), [found.schema.names[0]])
     else:
         Reader(found, [found.schema.names[0]]).take(np.arange(4))
     said = "read"
@@ -112,4 +112,4 @@ def test_limits_are_what_the_errors_say():
         to_parquet.LINE_BYTES == csv_tables.ROW_BYTES == 64 * MEBIBYTE
         and archives.MOST_BYTES == 256 * MEBIBYTE
     )
-    assert manifest.GROUP_BYTES <= 512 * MEBIBYTE
+    assert manifests.GROUP_BYTES <= 512 * MEBIBYTE

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data import manifest as manifests
+from pipeline.data import manifests
 from pipeline.io import atomic_folder, checksums, file_identity, storage
 from pipeline.io.storage import DamagedError
 from tests.benchmarks import bit_flips, killed_writers

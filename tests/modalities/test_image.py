@@ -414,7 +414,7 @@ def test_rows_decoded_on_the_device_are_the_batches_of_any_other_place(tmp_path)
     rows are found and left out alike.
     """
     from pipeline.config import registry
-    from pipeline.data import manifest, stream
+    from pipeline.data import manifests, stream
     from pipeline.data.loader import threaded_map
     from pipeline.data.plan import Plan
 
@@ -435,7 +435,7 @@ def test_rows_decoded_on_the_device_are_the_batches_of_any_other_place(tmp_path)
     kind = registry.get("modality", "image")
     modality = kind(kind.options_class(size=24), {"mean": [0.5] * 3, "std": [0.2] * 3})
     rows = stream.Rows(
-        manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", "")),
+        manifests.Selection(manifests.build(str(tmp_path / "rows.parquet"), "auto", "")),
         stream.Decoder(
             modality, "classification", {"values": [0, 1], "labels": ["a", "b"]}, columns
         ),

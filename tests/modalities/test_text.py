@@ -14,7 +14,7 @@ from toys import SMALL, rows_of, sentences, take, task_of
 
 from pipeline.config import registry
 from pipeline.core.capabilities import Packs
-from pipeline.media.tokenizer import SPECIALS
+from pipeline.media.tokenization import SPECIALS
 from pipeline.modalities.text import Text, TextOptions
 
 COLUMNS = {"text": "text"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from toys import sentences
 
-from pipeline.media import tokenizer as tokenizers
+from pipeline.media import tokenization
 from pipeline.modalities.text import Text, TextOptions
 
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -176,7 +176,7 @@ def test_a_row_of_words_that_is_none_says_why(wordpiece):
         [],
         [b"one", None],
         [b"one", b"tw\xff", None],
-        [b"x" * (tokenizers.PIECE_BYTES + 1)],
+        [b"x" * (tokenization.PIECE_BYTES + 1)],
         [b"last", b"one"],
     ]
     arrays, bad = wordpiece.decode(
@@ -408,7 +408,7 @@ def test_offsets_go_on_over_the_pieces_of_a_long_text(modality, monkeypatch):
     text = " ".join(sentences(30, seed=8)[0]) + " ünï 日本語  end"
     model = having(modality, length=64, stride=16, windows=60)
     whole, bad = model.decode(pa.table({"a": [text]}), {"text": "a"})
-    monkeypatch.setattr(tokenizers, "PIECE_BYTES", 200)
+    monkeypatch.setattr(tokenization, "PIECE_BYTES", 200)
     parts, _ = model.decode(pa.table({"a": [text]}), {"text": "a"})
     assert not any(bad) and all(np.array_equal(parts[name], whole[name]) for name in whole)
     short = having(modality, length=64, stride=16, windows=2)
@@ -478,7 +478,7 @@ def test_large_vocabularies_are_stored_in_32_bits(wordpiece):
 def test_long_documents_among_short_ones_pack_as_they_would_whole(modality, monkeypatch):
     rows = ["", *texts(10, 7), " ".join(texts(30, 8, 6)), *texts(5, 9), "日本語 " * 50]
     whole, bad = modality.pack(pa.table({"a": rows}), {"text": "a"})
-    monkeypatch.setattr(tokenizers, "PIECE_BYTES", 100)
+    monkeypatch.setattr(tokenization, "PIECE_BYTES", 100)
     assert modality.pack(pa.table({"a": rows}), {"text": "a"}) == (whole, bad)
 
 

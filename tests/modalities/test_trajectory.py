@@ -18,7 +18,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.core.capabilities import check_roles
 from pipeline.core.specs import ModalitySpec
-from pipeline.data import manifest
+from pipeline.data import manifests
 from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
 from pipeline.media.episodes import Episodes, cleaned
 from pipeline.modalities.trajectory import MOST, Trajectory, TrajectoryOptions
@@ -768,7 +768,7 @@ def test_batches_of_a_file_are_its_rows(tmp_path, cost):
     rows = episodes(40, seed=3)
     pa.parquet.write_table(rows, tmp_path / "rows.parquet", row_group_size=7)
     modality = made(rows)
-    selection = manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "parquet", ""))
+    selection = manifests.Selection(manifests.build(str(tmp_path / "rows.parquet"), "parquet", ""))
     data = Rows(selection, Decoder(modality, None, {}, TRAJECTORY_COLUMNS))
     data = data.with_costs(0) if cost else data
     plan = plan_of(data, 0, 8, cost)

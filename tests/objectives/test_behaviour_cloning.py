@@ -19,7 +19,7 @@ from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
 from pipeline.core.contracts.objective_capabilities import CountsRows, TransfersHead
 from pipeline.core.specs import Architecture, ObjectiveSpec
-from pipeline.data import manifest as manifests
+from pipeline.data import manifests
 from pipeline.data.stream import Decoder, Rows
 from pipeline.metrics.catalog import metric
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions

@@ -24,7 +24,7 @@ from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
 from pipeline.core.ragged import ragged
 from pipeline.core.specs import Architecture
-from pipeline.data import manifest
+from pipeline.data import manifests
 from pipeline.data.loader import Decoder
 from pipeline.data.stream import Rows, TooManyBadRowsError
 from pipeline.media import transcripts
@@ -263,7 +263,7 @@ def test_rows_that_cannot_be_learned_from_are_left_out_before_any_is_decoded(
         {"audio": "sound", **COLUMNS, **({"seconds": "long"} if message else {})},
     )
     rows = Rows(
-        manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
+        manifests.Selection(manifests.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
         decoder,
     ).with_costs(cpus=0)
     monkeypatch.setattr(
@@ -304,7 +304,7 @@ def test_a_piece_of_a_recording_is_as_long_as_told(tmp_path):
         {"audio": "sound", **COLUMNS, "seconds": "long", "start": "from"},
     )
     rows = Rows(
-        manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
+        manifests.Selection(manifests.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
         decoder,
     ).with_costs(cpus=0)
     assert [row for row, _ in source.drop_untrainable(rows, 1.0)[1]] == [0, 2], (
@@ -322,7 +322,7 @@ def test_transcripts_are_read_again_without_their_recordings(tmp_path):
         Audio(AudioOptions(), {"features": "mel"}), "ctc", {}, {"audio": "sound", **COLUMNS}
     )
     rows = Rows(
-        manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
+        manifests.Selection(manifests.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
         decoder,
     )
     assert set(decoder.names()) == {"sound", "said"}

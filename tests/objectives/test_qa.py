@@ -19,8 +19,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
 from pipeline.core.specs import Architecture
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection
 from pipeline.data.stream import Decoder, Rows
 from pipeline.metrics.catalog import metric
 from pipeline.objectives import qa

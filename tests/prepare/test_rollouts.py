@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.config.schema import Data
-from pipeline.data import manifest
+from pipeline.data import manifests
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.write import Preparation, Settings, verify
 from pipeline.simulation import experts, training
@@ -478,7 +478,7 @@ def test_a_job_reads_the_rows(tmp_path):
             "test_fraction": 0.0,
         }
     )
-    found = manifest.splits(data, ("features",), "sources.a", str(tmp_path / "imports"), False)
+    found = manifests.splits(data, ("features",), "sources.a", str(tmp_path / "imports"), False)
     assert {split: len(getattr(found, split)) for split in done["rows"]} == done["rows"]
 
 

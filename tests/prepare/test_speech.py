@@ -29,7 +29,7 @@ from prepare.speech import (
 )
 
 from pipeline.config.schema import Data
-from pipeline.data import manifest as manifests
+from pipeline.data import manifests
 
 LAYOUTS = {
     "librispeech": librispeech,

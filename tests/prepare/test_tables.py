@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.config import registry
 from pipeline.config.schema import Data
-from pipeline.data import manifest
+from pipeline.data import manifests
 from pipeline.io import storage
 from pipeline.prepare.engine import importing, inputs, table_importer
 from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
@@ -146,7 +146,7 @@ def test_a_job_reads_what_every_importer_of_tables_writes(name, request, tmp_pat
             "test_fraction": 0.0,
         }
     )
-    found = manifest.splits(data, ("text",), "sources.a", str(tmp_path / "imports"), False)
+    found = manifests.splits(data, ("text",), "sources.a", str(tmp_path / "imports"), False)
     assert {split: len(getattr(found, split)) for split in done["rows"]} == done["rows"] and len(
         done["rows"]
     ) > 1

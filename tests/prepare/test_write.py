@@ -28,7 +28,7 @@ from pipeline import cli
 from pipeline.config import registry
 from pipeline.config.registry import Options
 from pipeline.config.schema import Data
-from pipeline.data import manifest
+from pipeline.data import manifests
 from pipeline.io import storage
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.shard_tasks import (
@@ -80,7 +80,7 @@ def test_a_job_reads_what_every_importer_of_images_writes(name, request, tmp_pat
             "test_fraction": 0.0,
         }
     )
-    found = manifest.splits(data, ("image",), "sources.a", str(tmp_path / "imports"), False)
+    found = manifests.splits(data, ("image",), "sources.a", str(tmp_path / "imports"), False)
     assert {split: len(getattr(found, split)) for split in done["rows"]} == done["rows"]
     rows = read(tmp_path / "out")
     for row in rows:
@@ -509,7 +509,7 @@ def test_a_source_and_an_output_on_s3(folder, tmp_path, s3_server):
     assert done["rows"] == {"train": 8, "validation": 4, "test": 3}
     assert verify(f"{root}/out") == done
     assert prepare("imagefolder", f"{root}/raw", f"{root}/out", rows_per_part=3) == done
-    assert manifest.build(f"{root}/out", "auto", str(tmp_path)).rows == 15
+    assert manifests.build(f"{root}/out", "auto", str(tmp_path)).rows == 15
 
 
 @pytest.mark.parametrize(

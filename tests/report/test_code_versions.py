@@ -367,7 +367,7 @@ def full_trial(job: Job) -> tuple[trial.Shared, grid.Trial]:
     """What the trials of a job read, and its trial of full fine-tuning."""
     state = prepared(job)
     shared = stages.share(state)
-    found = stages.final_trials(state, list(shared.bases.values()), {"task": {"a"}}, {})
+    found = stages.final_trials(state, list(shared.backbone_groups.values()), {"task": {"a"}}, {})
     return shared, next(one for one in found if one.technique.name == "full")
 
 
@@ -439,7 +439,7 @@ def test_features_of_other_code_are_computed_again(tmp_path, paths, here, edit):
     run_source(prepared(job).sources["src"])
     state = prepared(job)
     shared = stages.share(state)
-    (base,) = shared.bases.values()
+    (base,) = shared.backbone_groups.values()
     task = bundle.load(state.sources["src"].bundle_uri).task()
 
     def kept() -> set[str]:

@@ -24,7 +24,7 @@ def test_a_grey_target_of_a_source_of_colours(tmp_path, bundles, here):
     for one in (job, test_stages.with_data(job, "task", modality={"image": {"channels": 1}})):
         state = test_stages.prepared(one)
         shared = stages.share(state)
-        (data,), (base,) = shared.targets.values(), shared.bases.values()
+        (data,), (base,) = shared.targets.values(), shared.backbone_groups.values()
         last = stages.final_trials(state, [base], {"task": {"a"}}, {})[-1]
         assert last.source == "a"
         task, moved, _ = trial.build(last, shared)

@@ -12,7 +12,7 @@ import pytest
 import sklearn.metrics as theirs
 from toys import image_files, job_of, shared_of, trial_of
 
-from pipeline.data.manifest import Selection, build
+from pipeline.data.manifests import Selection, build
 from pipeline.io import storage
 from pipeline.metrics import catalog
 from pipeline.report import blocks, matrix, per_label, plots, report, results, stats, subgroups

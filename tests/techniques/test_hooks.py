@@ -16,8 +16,8 @@ from pipeline.checkpoints import bundle
 from pipeline.config import plugins, registry
 from pipeline.config.schema import ComponentConfig, Job
 from pipeline.core.specs import Architecture, ModalitySpec
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection
 from pipeline.data.stream import TooManyBadRowsError, eval_batches
 from pipeline.io import file_identity
 from pipeline.transfer import stages, trial

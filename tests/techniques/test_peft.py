@@ -513,7 +513,7 @@ def text_world(folder: Path):
             },
         }
     )
-    base = grid.bases(
+    base = grid.backbone_groups(
         {"src": (arch, ModalitySpec("text", modality.options.model_dump(), modality.state))}
     )[0]
     held = {
@@ -524,7 +524,7 @@ def text_world(folder: Path):
         job="toy",
         root=str(folder / "root"),
         seed=0,
-        bases={base.key: base},
+        backbone_groups={base.key: base},
         weights={"src": held},
         parents={"src": "bundle:src"},
         targets={("task", base.key): targets.prepare(targets.stage(job, "task"), base)},

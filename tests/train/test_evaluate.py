@@ -12,7 +12,7 @@ import torch
 from toys import sentences, text_modality
 
 from pipeline.core.contracts import Objective
-from pipeline.data import manifest as manifests
+from pipeline.data import manifests
 from pipeline.data.stream import Decoder, Rows, eval_batches
 from pipeline.train import evaluate
 from pipeline.train.loop import Ranks

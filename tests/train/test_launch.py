@@ -16,7 +16,7 @@ from pipeline.config.schema import Source
 from pipeline.data.stream import DataWorkers
 from pipeline.io import ray_environment
 from pipeline.train import launch
-from pipeline.train.launch import ClusterError, Share, capacity, check_fits, share
+from pipeline.train.launch import ClusterError, RankResources, capacity, check_fits, plan_resources
 
 
 def spec(workers: int | tuple[int, int] = 1, **more) -> Source:
@@ -84,7 +84,7 @@ def test_a_bundle_lies_on_one_node_and_a_share_of_a_gpu_on_one_gpu(nodes, cpus, 
 
 @given(st.integers(1, 64), st.floats(0.5, 512), st.integers(0, 16))
 def test_ranks_and_their_data_workers_never_take_more_cpus_than_there_are(ranks, cpus, gpus):
-    mine = share(spec(ranks), cpus, gpus)
+    mine = plan_resources(spec(ranks), cpus, gpus)
     data = mine.data.actors * mine.data.cpus_per_actor
     assert mine.data.actors >= 1 and mine.data.cpus_per_actor > 0 and mine.threads >= 1
     assert ranks * mine.cpus <= cpus / 2 + 1e-9, (
@@ -97,7 +97,7 @@ def test_ranks_and_their_data_workers_never_take_more_cpus_than_there_are(ranks,
 @given(st.integers(1, 32), st.floats(0.5, 64), st.floats(0.05, 32))
 def test_what_fits_by_the_check_leaves_cpus_to_the_data_workers(ranks, cpus, each):
     asked = spec(ranks, cpus_per_worker=each)
-    mine = share(asked, cpus, 0)
+    mine = plan_resources(asked, cpus, 0)
     try:
         check_fits(asked, mine, [(cpus, 0.0)], "sources.a")
     except ClusterError:
@@ -126,7 +126,7 @@ def test_what_fits_by_the_check_leaves_cpus_to_the_data_workers(ranks, cpus, eac
     ],
 )
 def test_ranks_that_share_a_gpu_talk_over_gloo(ranks, gpus, each, backend):
-    mine = share(spec(ranks), 64, gpus)
+    mine = plan_resources(spec(ranks), 64, gpus)
     assert mine.gpus == each
     found = launch._backend(mine.gpus)
     assert backend == (found and found.backend)
@@ -137,7 +137,7 @@ def test_ranks_that_share_a_gpu_talk_over_gloo(ranks, gpus, each, backend):
 
 @given(st.integers(1, 64), st.integers(1, 16))
 def test_every_number_of_ranks_can_be_placed_on_the_gpus_of_one_node(ranks, gpus):
-    mine = share(spec(ranks), 256, gpus)
+    mine = plan_resources(spec(ranks), 256, gpus)
     assert 0 < mine.gpus <= 1 and capacity([(256.0, float(gpus))], mine.cpus, mine.gpus) >= ranks
     assert capacity([(256.0, float(gpus))], mine.cpus, mine.gpus) < ranks + gpus, (
         "and no GPU holds two ranks more than another"
@@ -145,12 +145,12 @@ def test_every_number_of_ranks_can_be_placed_on_the_gpus_of_one_node(ranks, gpus
 
 
 def test_what_the_job_says_of_a_rank_is_what_it_gets():
-    mine = share(spec(2, cpus_per_worker=3, gpus_per_worker=0), 16, 4)
+    mine = plan_resources(spec(2, cpus_per_worker=3, gpus_per_worker=0), 16, 4)
     assert (mine.cpus, mine.gpus) == (3, 0) and mine.data.actors == 5
-    assert share(spec(2), 16, 0, object_store_bytes=1000).data.object_store_bytes == 250, (
+    assert plan_resources(spec(2), 16, 0, object_store_bytes=1000).data.object_store_bytes == 250, (
         "half of the store, shared by the ranks"
     )
-    assert share(spec((2, 8)), 8, 0).cpus == 0.5, "by the most ranks, not the fewest"
+    assert plan_resources(spec((2, 8)), 8, 0).cpus == 0.5, "by the most ranks, not the fewest"
 
 
 # ---------------------------------------------------------------- a cluster that grows
@@ -178,7 +178,7 @@ def test_a_source_is_planned_for_the_fewest_declared_nodes_that_hold_its_ranks(w
     """None of them is there yet: what happens to be there says nothing of a cluster that grows."""
     asked = spec(**words)
     assert launch.nodes_for(asked, AWS) == planned
-    mine = launch.share_of(asked, AWS)
+    mine = launch.plan_on_cluster(asked, AWS)
     assert mine.cpus >= 1 and (mine.gpus > 0) == (words.get("gpus_per_worker") != 0)
     assert (
         check_fits(asked, mine, launch.nodes_for(asked, AWS), "sources.a", grows=True) is not None
@@ -194,7 +194,7 @@ def test_of_a_cluster_of_fixed_size_all_nodes_are_planned_for():
 def test_where_nobody_says_what_can_come_the_job_says_what_it_needs(words):
     unknown = launch.Cluster([(0.0, 0.0)], 2 << 30, grows=True, is_declared=False)
     asked = spec(3, **words)
-    mine = launch.share_of(asked, unknown)
+    mine = launch.plan_on_cluster(asked, unknown)
     assert (mine.cpus, mine.gpus) == (
         words.get("cpus_per_worker", 1),
         words.get("gpus_per_worker", 0),
@@ -214,19 +214,23 @@ def test_no_bundle_that_a_growing_cluster_is_asked_for_is_empty(ranks, nodes, is
     asked = spec(ranks)
     try:
         check_fits(
-            asked, launch.share_of(asked, on), launch.nodes_for(asked, on), "sources.a", grows=True
+            asked,
+            launch.plan_on_cluster(asked, on),
+            launch.nodes_for(asked, on),
+            "sources.a",
+            grows=True,
         )
     except ClusterError:
         assert is_declared
         return
-    bundles = launch.bundles_of(launch.share_of(asked, on), ranks)
+    bundles = launch.resource_requests(launch.plan_on_cluster(asked, on), ranks)
     assert len(bundles) >= 2 * ranks
     assert all(bundle.get("CPU", 0) > 0 and 0 not in bundle.values() for bundle in bundles)
 
 
 def test_bundles_in_words():
     assert (
-        launch.describe_bundles([{"CPU": 1, "GPU": 0.5}, {"CPU": 1, "GPU": 0.5}, {"CPU": 2}])
+        launch.describe_requests([{"CPU": 1, "GPU": 0.5}, {"CPU": 1, "GPU": 0.5}, {"CPU": 2}])
         == "2 x 1 CPU + 0.5 GPU and 1 x 2 CPU"
     )
 
@@ -238,7 +242,7 @@ def test_what_no_declared_node_can_hold_is_refused_with_what_can_come():
     ):
         check_fits(
             asked,
-            launch.share_of(asked, AWS),
+            launch.plan_on_cluster(asked, AWS),
             launch.nodes_for(asked, AWS),
             "sources.a",
             grows=True,
@@ -281,7 +285,7 @@ def test_a_cluster_that_declares_its_nodes_is_waited_for_unless_told_otherwise(l
 def test_what_can_never_be_met_is_refused_with_what_is_asked_and_what_is_there():
     asked = spec(2, cpus_per_worker=6)
     with pytest.raises(ClusterError) as caught:
-        check_fits(asked, share(asked, 16, 0), [(4.0, 0.0)] * 4, "sources.big")
+        check_fits(asked, plan_resources(asked, 16, 0), [(4.0, 0.0)] * 4, "sources.big")
     message = str(caught.value)
     assert message.startswith(
         "sources.big: the cluster has 4 nodes of 4 CPU + 0 GPU, the request is 2 ranks x (6 "
@@ -308,21 +312,21 @@ def test_what_can_never_be_met_is_refused_with_what_is_asked_and_what_is_there()
 )
 def test_requests_that_do_not_fit(workers, words, nodes):
     asked = spec(workers, **words)
-    mine = share(asked, sum(n[0] for n in nodes), sum(n[1] for n in nodes))
+    mine = plan_resources(asked, sum(n[0] for n in nodes), sum(n[1] for n in nodes))
     with pytest.raises(ClusterError, match="it can never be met"):
         check_fits(asked, mine, nodes, "sources.a")
 
 
 def test_an_elastic_request_needs_its_fewest_ranks_only():
     asked = spec((2, 8), cpus_per_worker=1)
-    assert check_fits(asked, share(asked, 3, 0), [(3.0, 0.0)], "sources.a") != [], (
+    assert check_fits(asked, plan_resources(asked, 3, 0), [(3.0, 0.0)], "sources.a") != [], (
         "eight ranks would share three CPUs: a warning"
     )
     whole = spec(8, cpus_per_worker=1)
     with pytest.raises(ClusterError, match="the request is 8 ranks"):
-        check_fits(whole, share(whole, 3, 0), [(3.0, 0.0)], "sources.a")
+        check_fits(whole, plan_resources(whole, 3, 0), [(3.0, 0.0)], "sources.a")
     with pytest.raises(ClusterError, match="the request is 2 ranks"):
-        check_fits(asked, share(asked, 2, 0), [(1.0, 0.0)] * 2, "sources.a")
+        check_fits(asked, plan_resources(asked, 2, 0), [(1.0, 0.0)] * 2, "sources.a")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +336,9 @@ def test_an_elastic_request_needs_its_fewest_ranks_only():
 def test_more_ranks_than_cores_is_a_warning(monkeypatch, ranks, cpus, cores, warned):
     """Cores where the cluster is this machine, its CPUs where it is larger."""
     monkeypatch.setattr(launch.os, "cpu_count", lambda: cores)
-    found = check_fits(spec(ranks), share(spec(ranks), cpus, 0), [(float(cpus), 0.0)], "sources.a")
+    found = check_fits(
+        spec(ranks), plan_resources(spec(ranks), cpus, 0), [(float(cpus), 0.0)], "sources.a"
+    )
     assert found == (
         [f"warning: sources.a: {ranks} ranks are more than the {cpus} CPUs; they will share them"]
         if warned
@@ -342,14 +348,14 @@ def test_more_ranks_than_cores_is_a_warning(monkeypatch, ranks, cpus, cores, war
 
 def test_ranks_that_share_gpus_are_a_warning():
     nodes = [(16.0, 1.0)]
-    (line,) = check_fits(spec(2), share(spec(2), 16, 1), nodes, "sources.a")
+    (line,) = check_fits(spec(2), plan_resources(spec(2), 16, 1), nodes, "sources.a")
     assert line.startswith(
         "warning: sources.a: 2 ranks share 1 GPUs; they reduce over gloo, which is slow"
     )
-    assert check_fits(spec(1), share(spec(1), 16, 1), nodes, "sources.a") == []
-    assert check_fits(spec(1), Share(1, 0.25, DataWorkers(), 1), nodes, "sources.a") == [], (
-        "one rank reduces over nothing"
-    )
+    assert check_fits(spec(1), plan_resources(spec(1), 16, 1), nodes, "sources.a") == []
+    assert (
+        check_fits(spec(1), RankResources(1, 0.25, DataWorkers(), 1), nodes, "sources.a") == []
+    ), "one rank reduces over nothing"
 
 
 def test_a_cluster_in_words():

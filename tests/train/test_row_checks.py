@@ -11,7 +11,7 @@ import pytest
 from toys import sentences, text_modality
 
 from pipeline.config import registry
-from pipeline.data.manifest import Selection, build
+from pipeline.data.manifests import Selection, build
 from pipeline.modalities.text import Text
 from pipeline.train import row_checks
 

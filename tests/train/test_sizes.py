@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.schema import Train
-from pipeline.data import manifest as manifests
+from pipeline.data import manifests
 from pipeline.data.plan import Plan
 from pipeline.train import pretrain, token_rows
 

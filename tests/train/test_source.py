@@ -21,7 +21,7 @@ from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Job
 from pipeline.core.specs import ModalitySpec
-from pipeline.data import manifest as manifests
+from pipeline.data import manifests
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
 from pipeline.io import storage
 from pipeline.io.file_identity import ChangedFileError
@@ -487,7 +487,7 @@ def test_a_tokenizer_counts_by_what_it_holds_and_not_by_its_place(tmp_path, text
     )
     moved = tokenizer.rename(tmp_path / "elsewhere")
     assert key(tokenizer_job(tmp_path, texts, moved)) == stage.key
-    (base,) = grid.bases({"src": (fitted.arch, fitted.modality)})
+    (base,) = grid.backbone_groups({"src": (fitted.arch, fitted.modality)})
     same = tokenizer_job(tmp_path, texts, moved, tokenizer=str(moved))
     assert targets.prepare(targets.stage(same, "task"), base).modality == fitted.modality, (
         "the same tokenizer named once more"

@@ -137,9 +137,9 @@ def test_damaged_features_are_computed_again(tmp_path, bundles, paths, caplog):
 
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("linear_probe",), seeds=1)
     shared = stages.share(test_stages.prepared(job))
-    base = next(iter(shared.bases))
-    backbone = bundle.build_backbone(shared.targets["task", base].arch, seed=3).eval()
-    words = (backbone, shared, "a", base, "task", "test", torch.device("cpu"))
+    backbone_key = next(iter(shared.backbone_groups))
+    backbone = bundle.build_backbone(shared.targets["task", backbone_key].arch, seed=3).eval()
+    words = (backbone, shared, "a", backbone_key, "task", "test", torch.device("cpu"))
     first, _ = cached_heads.kept_features(*words)
     (path,) = Path(job.root, "features").rglob("content")
     flip(path, path.stat().st_size - 2, 3)
@@ -155,15 +155,15 @@ def test_damaged_features_are_computed_again(tmp_path, bundles, paths, caplog):
 
 
 def test_a_damaged_import_is_brought_in_again(tmp_path, caplog):
-    from pipeline.data import manifest
+    from pipeline.data import manifests
 
     (tmp_path / "rows.csv").write_text(
         "text,label\n" + "\n".join(f"row {i},{i % 3}" for i in range(50))
     )
 
     def read() -> list[dict]:
-        found = manifest.build(str(tmp_path / "rows.csv"), "auto", str(tmp_path / "imports"))
-        return manifest.read_columns(manifest.Selection(found), ["text", "label"]).to_pylist()
+        found = manifests.build(str(tmp_path / "rows.csv"), "auto", str(tmp_path / "imports"))
+        return manifests.read_columns(manifests.Selection(found), ["text", "label"]).to_pylist()
 
     rows = read()
     (path,) = (tmp_path / "imports").rglob("rows.parquet")

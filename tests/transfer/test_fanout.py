@@ -741,7 +741,7 @@ def with_targets(shared, one, **kinds):
     """A trial of ``one``'s kind on each of further targets, which are read by modalities of their
     own.
     """
-    data, out = shared.targets[one.target, one.base], []
+    data, out = shared.targets[one.target, one.backbone_key], []
     for name, kind in kinds.items():
         modality = kind(data.train.modality.options, data.train.modality.state)
         parts = {
@@ -751,7 +751,7 @@ def with_targets(shared, one, **kinds):
             for split in ("train", "validation", "test")
             for rows in [getattr(data, split)]
         }
-        shared.targets[name, one.base] = dataclasses.replace(data, **parts)
+        shared.targets[name, one.backbone_key] = dataclasses.replace(data, **parts)
         out.append(dataclasses.replace(one, target=name, id=f"{one.id}-{name}"))
     return out
 

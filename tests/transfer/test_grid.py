@@ -21,7 +21,7 @@ from toys import image_files, image_rows, job_of, rows_of, shared_of, trial_of
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import ComponentConfig, Job, Train
 from pipeline.core.specs import Architecture, ModalitySpec
-from pipeline.data import manifest
+from pipeline.data import manifests
 from pipeline.data.stream import Rows
 from pipeline.report.trial_record import TrialRecord
 from pipeline.transfer import cached_heads, grid
@@ -141,13 +141,13 @@ def test_an_id_does_not_follow_what_changes_no_number(world, path, value):
 
 def test_an_id_follows_weights_and_rows_and_scratch_has_no_weights(world):
     job, shared = world
-    base = next(iter(shared.bases.values()))
+    group = next(iter(shared.backbone_groups.values()))
 
     def made(source, technique, source_key, data_key):
         return grid.make_trial(
             job,
             "task",
-            (base, source, ComponentConfig(name=technique), 1.0),
+            (group, source, ComponentConfig(name=technique), 1.0),
             {},
             0,
             "final",
@@ -307,7 +307,7 @@ def test_draws_come_from_the_jobs_seed_alone(world):
 
 def bases_of(*names):
     modality = ModalitySpec("image", {}, {})
-    return grid.bases(
+    return grid.backbone_groups(
         {
             name: (Architecture(f"timm/{arch}", {}, {}), replace(modality, state={"mean": [mean]}))
             for name, arch, mean in names
@@ -317,17 +317,17 @@ def bases_of(*names):
 
 def test_sources_that_read_alike_share_one_scratch(world):
     found = bases_of(("a", "r", 0.5), ("b", "r", 0.5), ("c", "r", 0.1), ("d", "v", 0.5))
-    assert [base.sources for base in found] == [("a", "b"), ("c",), ("d",)]
-    assert [base.label for base in found] == ["timm/r@a", "timm/r@c", "timm/v"]
-    assert len({base.key for base in found}) == 3
+    assert [group.sources for group in found] == [("a", "b"), ("c",), ("d",)]
+    assert [group.label for group in found] == ["timm/r@a", "timm/r@c", "timm/v"]
+    assert len({group.key for group in found}) == 3
     job = changed(world[0], "targets.task.label_fractions", [0.1, 1.0])
     cells = grid.planned_cells(job, "task", found, {"a", "b", "c"})
     assert all(
-        base.label != "timm/v" for base, *_ in cells
+        group.label != "timm/v" for group, *_ in cells
     )  # no chosen source, so no scratch either
     scratch = Counter(
-        (base.label, fraction)
-        for base, source, component, fraction in cells
+        (group.label, fraction)
+        for group, source, component, fraction in cells
         if source == grid.SCRATCH
     )
     assert scratch == {
@@ -607,13 +607,13 @@ def test_a_target_beyond_memory_is_shuffled_by_the_sources_rule(
     )  # and a reader kept few of the 32 row groups
     monkeypatch.setattr("pipeline.data.stream.ITEM_ROWS", (8, 8))
     reads = Counter()
-    original = manifest.pq.ParquetFile.read_row_group
+    original = manifests.pq.ParquetFile.read_row_group
 
     def counted(self, number, *args, **words):
         reads.update([number])
         return original(self, number, *args, **words)
 
-    monkeypatch.setattr(manifest.pq.ParquetFile, "read_row_group", counted)
+    monkeypatch.setattr(manifests.pq.ParquetFile, "read_row_group", counted)
     one_trial.run(trial_of(job, shared, "full", stage="search"), shared)
     epochs = sum(reads.values()) / len(reads)
     assert len(reads) == 32 and (epochs < most if most else epochs > 5), (
@@ -674,7 +674,7 @@ def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, p
     )
     stage, options = targets.stage(job, "task"), {"size": 32, "channels": 3}
     crops, pads = (
-        grid.bases(
+        grid.backbone_groups(
             {
                 "src": (
                     Architecture("timm/test_resnet", {}, {"channels": 3, "size": 32}),
@@ -705,11 +705,11 @@ def test_a_crop_share_of_a_target_is_for_rows_that_are_cropped(tmp_path, paths):
         }
         return targets.stage(job_of(tmp_path, paths, data=data), "task")
 
-    def base(**options):
+    def group(**options):
         modality = ModalitySpec(
             "image", {"size": 32, "channels": 3, **options}, {"mean": [0.5] * 3, "std": [0.2] * 3}
         )
-        return grid.bases(
+        return grid.backbone_groups(
             {"src": (Architecture("timm/test_resnet", {}, {"channels": 3, "size": 32}), modality)}
         )[0]
 
@@ -717,8 +717,8 @@ def test_a_crop_share_of_a_target_is_for_rows_that_are_cropped(tmp_path, paths):
         ValueError,
         match=r"targets\.task\.data\.modality: crop_share 0\.5 has no effect with fit: squash",
     ):
-        targets.reading_of(stage(crop_share=0.5), base(fit="squash"))
-    assert targets.reading_of(stage(fit="pad"), base(crop_share=0.9)).modality.options.fit == "pad"
+        targets.reading_of(stage(crop_share=0.5), group(fit="squash"))
+    assert targets.reading_of(stage(fit="pad"), group(crop_share=0.9)).modality.options.fit == "pad"
 
 
 @pytest.mark.parametrize(
@@ -741,7 +741,7 @@ def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(
     costs = np.where(np.arange(100) % 10, 4.0, 30.0)  # 6.6 on average
     decoder = SimpleNamespace(size=len)
     rows = Rows(
-        manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
+        manifests.Selection(manifests.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
         decoder,
         costs=costs,
     )

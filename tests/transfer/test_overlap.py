@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.config.schema import Job
-from pipeline.data import manifest
+from pipeline.data import manifests
 from pipeline.io import storage
 from pipeline.prepare.cohorts import definition
 from pipeline.train.progress import Progress
@@ -22,10 +22,10 @@ def test_rows_that_name_files_count_as_the_files(tmp_path):
         (tmp_path / f"{i}.wav").write_bytes(bytes(1000 + i % 2 * 1000))
     paths = [*(str(tmp_path / f"{i}.wav") for i in range(40)), str(tmp_path / "gone.wav"), None]
 
-    def rows(values: list, kind: pa.DataType) -> manifest.Selection:
+    def rows(values: list, kind: pa.DataType) -> manifests.Selection:
         pq.write_table(pa.table({"sound": pa.array(values, kind)}), tmp_path / "rows.parquet")
-        return manifest.Selection(
-            manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))
+        return manifests.Selection(
+            manifests.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))
         )
 
     assert (
@@ -55,7 +55,9 @@ def test_any_type_of_text_that_names_files_counts_as_the_files(tmp_path, kind):
     values = [str(tmp_path / "a.wav")] * 40 + ["a\0b.wav"] * 2
     cells = [{"path": value} for value in values] if pa.types.is_struct(kind) else values
     pq.write_table(pa.table({"sound": pa.array(cells, kind)}), tmp_path / "rows.parquet")
-    rows = manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path)))
+    rows = manifests.Selection(
+        manifests.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))
+    )
     assert overlap._bytes(rows, "audio", {"audio": "sound"}) == 1000 * 42
 
 

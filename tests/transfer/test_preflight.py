@@ -18,7 +18,7 @@ from pipeline.config.schema import Job
 from pipeline.io import storage
 from pipeline.train import dry_checks, source
 from pipeline.transfer import preflight, stages, targets
-from pipeline.transfer.grid import bases
+from pipeline.transfer.grid import backbone_groups
 from pipeline.transfer.stages import JobState
 
 # fixtures
@@ -307,9 +307,9 @@ def test_a_length_beyond_the_positions_of_a_model_is_refused(tmp_path, models): 
     )
     found = dry_checks.source(checked(job).sources["src"])
     assert found is not None
-    (base,) = bases({"src": (found.arch, found.modality)})
+    (group,) = backbone_groups({"src": (found.arch, found.modality)})
     with pytest.raises(ValueError) as run:
-        targets.prepare(checked(job).targets["task"], base)
+        targets.prepare(checked(job).targets["task"], group)
     assert refused(job) == f"targets.task: {run.value}" and "64" in str(run.value)
 
 

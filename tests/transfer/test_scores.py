@@ -147,14 +147,14 @@ def test_a_source_is_scored_on_a_target(tmp_path, monkeypatch):
     paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
-    key = next(iter(shared.bases))
+    key = next(iter(shared.backbone_groups))
     data_ = shared.targets["task", key]
     found = scores.score(shared, "src", key, "task")
     assert list(found) == ["logme", "knn"] and scores.score(shared, "src", key, "task") == found
     from pipeline.checkpoints import bundle
     from pipeline.transfer.cached_heads import features
 
-    backbone = bundle.build_backbone(shared.bases[key].arch)
+    backbone = bundle.build_backbone(shared.backbone_groups[key].arch)
     bundle.transfer(
         backbone, {n: torch.from_numpy(a) for n, a in shared.weights["src"].items()}, "src"
     )
@@ -212,7 +212,7 @@ def test_weights_that_are_not_finite_have_no_score(tmp_path):
         ValueError,
         match=r"targets\.task: the features of source src are not finite for 60 of 60 rows",
     ):
-        scores.score(shared, "src", next(iter(shared.bases)), "task")
+        scores.score(shared, "src", next(iter(shared.backbone_groups)), "task")
 
 
 def test_a_row_that_cannot_be_decoded_as_it_is_read_shifts_no_label(tmp_path):
@@ -230,7 +230,7 @@ def test_a_row_that_cannot_be_decoded_as_it_is_read_shifts_no_label(tmp_path):
         job = job_of(tmp_path, paths).model_dump(mode="json")
         job["targets"]["task"]["data"]["decode"] = decode
         shared = shared_of(tmp_path, Job.model_validate(job), paths)
-        found.append(scores.score(shared, "src", next(iter(shared.bases)), "task"))
+        found.append(scores.score(shared, "src", next(iter(shared.backbone_groups)), "task"))
     assert found[0] == pytest.approx(found[1])
 
 

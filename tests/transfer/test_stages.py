@@ -42,7 +42,7 @@ def paths(tmp_path_factory):
 
 
 def saved(path: Path, seed: int, mean: float = 0.5) -> str:
-    """A bundle of a ViT; other weights for another seed, another base for another mean."""
+    """A bundle of a ViT; other weights for another seed, another backbone group for another mean."""
     task = task_of(
         "timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=seed
     )
@@ -565,7 +565,7 @@ def test_what_a_checkpoint_holds_decides_and_not_its_place(tmp_path, bundles, pa
 def test_rows_that_are_there_take_the_label_that_their_backbone_has_now(
     tmp_path, bundles, paths, here
 ):
-    """A second base of one architecture: timm/test_vit becomes timm/test_vit@a, and the new table
+    """A second backbone group of one architecture: timm/test_vit becomes timm/test_vit@a, and the new table
     names it so in every row.
     """
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
@@ -575,7 +575,7 @@ def test_rows_that_are_there_take_the_label_that_their_backbone_has_now(
     _, both = whole(
         changed(job, sources={"a": {"backbone": bundles["a"]}, "far": {"backbone": bundles["far"]}})
     )
-    assert len(here) == 4, "only what is new: full and scratch of the other base"
+    assert len(here) == 4, "only what is new: full and scratch of the other backbone group"
     old = {row.trial_id for row in rows}
     assert {row.backbone for row in both if row.trial_id in old} == {"timm/test_vit@a"}
     assert {row.backbone for row in both if row.trial_id not in old} == {"timm/test_vit@far"}
@@ -583,7 +583,7 @@ def test_rows_that_are_there_take_the_label_that_their_backbone_has_now(
     for row in primary(both):
         if row.source != "none":
             (against,) = primary(both, source="none", backbone=row.backbone, seed=row.seed)
-            assert row.scratch_value == against.value, "scratch of its own base"
+            assert row.scratch_value == against.value, "scratch of its own backbone group"
 
 
 def test_a_target_with_another_name_is_another_target(tmp_path, bundles, paths, here):
@@ -964,7 +964,7 @@ def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles,
     job = with_data(job, "task", train=str(tmp_path / "train.parquet"), decode="train")
     state = prepared(job)
     shared = stages.share(state)
-    (one,) = stages.final_trials(state, list(shared.bases.values()), {"task": {"a"}}, {})
+    (one,) = stages.final_trials(state, list(shared.backbone_groups.values()), {"task": {"a"}}, {})
     Path(names[3]).write_bytes(table["picture"][4].as_py())
     with pytest.raises(
         file_identity.ChangedFileError, match=f"^{names[3]} was changed while it was in use"
@@ -973,7 +973,9 @@ def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles,
     assert trial.read_record(job.root, one.id) is None
     state = prepared(job)
     shared = stages.share(state)
-    (again,) = stages.final_trials(state, list(shared.bases.values()), {"task": {"a"}}, {})
+    (again,) = stages.final_trials(
+        state, list(shared.backbone_groups.values()), {"task": {"a"}}, {}
+    )
     assert again.id != one.id and trial.run(again, shared, Ranks()).status == "done"
 
 
@@ -1196,15 +1198,17 @@ def test_bases_that_read_alike_keep_their_own_architectures(tmp_path, bundles, p
     shared = stages.share(
         prepared(job_of(tmp_path, {"a": bundles["a"], "b": f"bundle:{tmp_path / 'resnet'}"}, paths))
     )
-    assert {shared.targets["task", base.key].arch.name for base in shared.bases.values()} == {
+    assert {
+        shared.targets["task", group.key].arch.name for group in shared.backbone_groups.values()
+    } == {
         "timm/test_vit",
         "timm/test_resnet",
     }
-    for base in shared.bases.values():
-        data = shared.targets["task", base.key]
+    for group in shared.backbone_groups.values():
+        data = shared.targets["task", group.key]
         assert (
-            data.arch == base.arch
-            and data.train is shared.targets["task", next(iter(shared.bases))].train
+            data.arch == group.arch
+            and data.train is shared.targets["task", next(iter(shared.backbone_groups))].train
         ), "decoded once"
 
 

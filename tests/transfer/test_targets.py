@@ -19,7 +19,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import Job
 from pipeline.core.specs import Architecture, ModalitySpec
-from pipeline.data import manifest as manifests
+from pipeline.data import manifests
 from pipeline.data.stream import TooManyBadRowsError
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.train.loop import Ranks
@@ -178,7 +178,7 @@ def test_documents_of_a_target_are_packed_once_and_read_as_rows(
 def test_a_causal_model_is_fine_tuned_on_documents_and_told_by_packed_rows(tmp_path, models, texts):
     job = job_of(tmp_path, models["gpt2"], texts, label_fractions=[0.5, 1.0])
     state, shared = shared_of(job)
-    found = stages.final_trials(state, list(shared.bases.values()), {"task": {"src"}}, {})
+    found = stages.final_trials(state, list(shared.backbone_groups.values()), {"task": {"src"}}, {})
     assert {one.label_fraction for one in found} == {0.5, 1.0} and len(found) == 4
     records = [trial.run(one, shared, Ranks()) for one in found]
     data = data_of(shared)
@@ -208,7 +208,9 @@ def test_a_probe_of_a_masked_model_trains_the_head_alone(tmp_path, models, texts
     state, shared = shared_of(job)
     one = next(
         t
-        for t in stages.final_trials(state, list(shared.bases.values()), {"task": {"src"}}, {})
+        for t in stages.final_trials(
+            state, list(shared.backbone_groups.values()), {"task": {"src"}}, {}
+        )
         if t.technique.name == "linear_probe"
     )
     (unit,) = fanout.units([one], shared)
@@ -274,7 +276,7 @@ def test_texts_beyond_the_budget_and_splits_without_a_text_leave_the_target_out(
 ):
     job = job_of(tmp_path, models["gpt2"], texts, data={"max_bad_rows": 0.0})
     stage = targets.stage(job, "task")
-    (base,) = grid.bases(
+    (group,) = grid.backbone_groups(
         {
             "src": (
                 bundle.load(models["gpt2"].partition(":")[2]).manifest.arch,
@@ -285,7 +287,7 @@ def test_texts_beyond_the_budget_and_splits_without_a_text_leave_the_target_out(
     with pytest.raises(
         TooManyBadRowsError, match=r"of 144 rows cannot be used.*texts\.parquet row 5"
     ):
-        targets.prepare(stage, base)
+        targets.prepare(stage, group)
     pq.write_table(
         pa.table(
             {
@@ -300,7 +302,7 @@ def test_texts_beyond_the_budget_and_splits_without_a_text_leave_the_target_out(
     ):
         targets.prepare(
             targets.stage(job_of(tmp_path, models["gpt2"], str(tmp_path / "few.parquet")), "task"),
-            base,
+            group,
         )
 
 
@@ -350,7 +352,7 @@ def test_rows_longer_than_the_backbone_are_refused_before_training(
 
 
 def test_every_base_of_a_target_is_tried(tmp_path, models, texts):
-    """The second base reads its rows like the first one, from which they are taken."""
+    """The second backbone group reads its rows like the first one, from which they are taken."""
     job = job_of(tmp_path, models["bert"], texts, "mlm")
     both = job.model_dump(mode="json")
     task = task_of(
@@ -670,7 +672,9 @@ def test_transcripts_that_no_recording_holds_are_listed_however_rows_are_read(
         and f"{7 if decode == 'memory' else 6} rows left out" in data.split_text
     )
     assert "40 labels need 40 frames, the recording has 2" in data.split_text
-    (one, *_) = stages.final_trials(state, list(shared.bases.values()), {"task": {"src"}}, {})
+    (one, *_) = stages.final_trials(
+        state, list(shared.backbone_groups.values()), {"task": {"src"}}, {}
+    )
     record = trial.run(one, shared, Ranks())
     assert record.rows[0].n_train == 17 and ("1 training rows left out" in record.transfer) == (
         decode == "train"

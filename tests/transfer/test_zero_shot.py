@@ -85,7 +85,7 @@ def test_zero_shot_is_tried_once_whatever_the_labels_and_seeds(tmp_path, paths, 
             }
         }
     )
-    found = grid.planned_cells(job, "task", list(shared.bases.values()), {"src"})
+    found = grid.planned_cells(job, "task", list(shared.backbone_groups.values()), {"src"})
     assert [(source, component.name, fraction) for _, source, component, fraction in found] == [
         ("none", "scratch", 0.5),
         ("src", "full", 0.5),
@@ -225,7 +225,7 @@ def test_a_target_s_rows_may_complete_what_a_source_fitted(tmp_path, paths, monk
         and data.train.modality.state["mean"] == [0.25] * 3
     )
     assert (
-        next(iter(shared.bases.values())).modality.state["mean"] == [0.5] * 3
+        next(iter(shared.backbone_groups.values())).modality.state["mean"] == [0.5] * 3
         and seen[0][0] == 30
         and seen[0][1]["image"] == "picture"
     )

@@ -19,13 +19,13 @@ from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.core.contracts import Batch
 from pipeline.core.specs import ModalitySpec
-from pipeline.data import manifest
-from pipeline.data.manifest import Selection
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection
 from pipeline.data.plan import Item
 from pipeline.io import storage
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.objectives.ctc import CTC, CTCOptions
-from pipeline.transfer import predict
+from pipeline.transfer import inference
 
 RATE, TONE, GAP, PAUSE = 16000, 0.12, 0.06, 0.3
 """A letter is a tone of its own, with silence behind it, and more behind a word."""
@@ -125,14 +125,14 @@ def found(uri: str, table: pa.Table, folder, **columns: str) -> list[pa.Table]:
     """What is written of the table, in items of three rows."""
     folder.mkdir(exist_ok=True)
     pq.write_table(table, folder / "rows.parquet")
-    rows = manifest.build([str(folder / "rows.parquet")], "auto", str(folder / "imports"))
+    rows = manifests.build([str(folder / "rows.parquet")], "auto", str(folder / "imports"))
     kind, modality = registry.get("objective", "ctc"), bundle.load(uri).modality()
-    columns = predict._columns(modality, kind, bundle.load(uri).manifest.columns, columns, rows)
-    work = predict._Predictor(
-        uri, Selection(rows), columns, predict._carried(modality, columns, rows)
+    columns = inference._columns(modality, kind, bundle.load(uri).manifest.columns, columns, rows)
+    work = inference._Predictor(
+        uri, Selection(rows), columns, inference._carried(modality, columns, rows)
     )
     return [
-        predict._arrow(work(Item(-1, i, min(i + 3, rows.rows))), kind.output_types)
+        inference._arrow(work(Item(-1, i, min(i + 3, rows.rows))), kind.output_types)
         for i in range(0, rows.rows, 3)
     ]
 
@@ -227,9 +227,9 @@ def test_columns_are_those_of_training_or_named_as_their_roles(untrained, tmp_pa
             pa.table({name: pa.array([], kind) for name, kind in table.items()}),
             tmp_path / "rows.parquet",
         )
-        rows = manifest.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
-        named = predict._columns(modality, kind, known, given, rows)
-        return named, predict._carried(modality, named, rows)
+        rows = manifests.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
+        named = inference._columns(modality, kind, known, given, rows)
+        return named, inference._carried(modality, named, rows)
 
     known, number = {"audio": "sound", "transcript": "said", "seconds": "length"}, pa.float64()
     assert columns(known, {}, sound=pa.binary(), said=pa.string()) == ({"audio": "sound"}, {})
@@ -271,7 +271,7 @@ def test_columns_are_those_of_training_or_named_as_their_roles(untrained, tmp_pa
     ):
         columns(known, {"transcript": "said"}, sound=pa.binary(), said=pa.string())
     text, image = (registry.get("modality", name) for name in ("text", "image"))
-    assert not set(predict.PIECE) & {*text.optional_roles, *image.optional_roles}
+    assert not set(inference.PIECE) & {*text.optional_roles, *image.optional_roles}
 
 
 # ---------------------------------------------------------------- subtitles
@@ -303,7 +303,7 @@ def test_subtitles_join_the_rows_of_a_recording_in_their_order(root):
         )
         pq.write_table(table, sink)
         storage.write_bytes(parts[-1], sink.getvalue())
-    assert predict._subtitles(root, parts) == 3
+    assert inference._subtitles(root, parts) == 3
     written = {
         one.removeprefix(root).lstrip("/"): storage.read_bytes(one).decode()
         for one in storage.list_files(root)
@@ -324,7 +324,7 @@ def test_subtitles_join_the_rows_of_a_recording_in_their_order(root):
     )
     storage.write_bytes(storage.join(root, "alone", "part-00000.parquet"), sink.getvalue())
     assert (
-        predict._subtitles(
+        inference._subtitles(
             storage.join(root, "alone"), [storage.join(root, "alone", "part-00000.parquet")]
         )
         == 1
@@ -344,7 +344,7 @@ def test_subtitles_of_what_transcribes_nothing_are_refused(untrained, tmp_path):
         match="--srt writes what was said and when, and this bundle's classification transcribes "
         "nothing; leave --srt out",
     ):
-        predict.check(str(tmp_path / "bundle"), srt=True)
+        inference.check(str(tmp_path / "bundle"), srt=True)
     message = CliRunner().invoke(
         cli.app,
         ["predict", str(tmp_path / "bundle"), "nowhere", "-o", str(tmp_path / "out"), "--srt"],
@@ -354,7 +354,7 @@ def test_subtitles_of_what_transcribes_nothing_are_refused(untrained, tmp_path):
         and "transcribes nothing" in message.output
         and not (tmp_path / "out").exists()
     )
-    assert predict.check(untrained, srt=True).objective.name == "ctc"
+    assert inference.check(untrained, srt=True).objective.name == "ctc"
 
 
 # ---------------------------------------------------------------- whole

@@ -20,16 +20,23 @@ from toys import SMALL, label_state, sentences, task_of, text_modality, weights
 from typer.testing import CliRunner
 
 from pipeline import cli
-from pipeline.checkpoints import bundle, classifier_export, exported_classifier, hf_text, pretrained
+from pipeline.checkpoints import (
+    bundle,
+    classifier_export,
+    export,
+    exported_classifier,
+    hf_text,
+    pretrained,
+)
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.core.contracts import Batch
 from pipeline.core.specs import ModalitySpec
-from pipeline.data import manifest
-from pipeline.data.manifest import Selection
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection
 from pipeline.data.plan import Item
 from pipeline.io import atomic_folder, storage
-from pipeline.transfer import predict
+from pipeline.transfer import inference
 
 HEADS = {
     "classification": ({}, label_state()),
@@ -66,16 +73,16 @@ def test_a_row_that_cannot_be_read_has_its_reason_and_no_prediction(name, tmp_pa
     files = [encoded(0), b"no image", encoded(1), *[b"none of these"] * 2]
     pq.write_table(pa.table({"image": files}), tmp_path / "rows.parquet")
     selection = Selection(
-        manifest.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
+        manifests.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
     )
     work, types = (
-        predict._Predictor(str(tmp_path / "bundle"), selection, {"image": "image"}),
+        inference._Predictor(str(tmp_path / "bundle"), selection, {"image": "image"}),
         registry.get("objective", name).output_types,
     )
     (tmp_path / "out").mkdir()
     for start, stop in ((0, 3), (3, 5)):
         pq.write_table(
-            predict._arrow(work(Item(-1, start, stop)), types),
+            inference._arrow(work(Item(-1, start, stop)), types),
             tmp_path / f"out/part-{start}.parquet",
         )
     parts = [pq.read_table(file) for file in sorted((tmp_path / "out").iterdir())]
@@ -147,7 +154,7 @@ def test_timm_gives_the_bundles_scores_and_its_folder_starts_again(name, objecti
     import timm
 
     task, uri = image_bundle(tmp_path, name, {"norm": False}, objective, **more)
-    text = predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    text = export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     assert text.startswith(f"{tmp_path / 'out'}: {name} with ")
     assert (
         f", {len(task.objective.state['labels'])} labels; compared with the bundle on 4 random "
@@ -246,7 +253,7 @@ def test_a_classifier_trained_with_defaults_is_exported_with_its_norm(
     assert task.objective.options.norm
     out = tmp_path / "export"
     target = out / f"weights{suffix}" if suffix else out
-    text = predict.export(uri, str(target), kind, False)
+    text = export.export_bundle(uri, str(target), kind, False)
     assert "compared with the bundle on 4 random rows: largest difference of scores " in text
     x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     ours = task.objective.predict(
@@ -281,7 +288,7 @@ def test_an_exported_classifier_gives_calibrated_scores(norm, kind, tmp_path):
     bundle.save(uri, task, IMAGES)
     out = tmp_path / "export"
     target = out if kind == "hugging-face" else out / "weights.safetensors"
-    predict.export(uri, str(target), kind, False)
+    export.export_bundle(uri, str(target), kind, False)
     x = torch.randn(2, 3, 64, 64)
     ours = task.objective.predict(
         task.backbone, Batch(np.arange(2), torch.arange(2), {"image": x})
@@ -311,13 +318,13 @@ def test_an_export_that_differs_from_its_bundle_is_refused(tmp_path, monkeypatch
             match=r"the export gives other numbers than the bundle: scores differ by up to .*; "
             r"nothing was written",
         ):
-            predict.export(uri, str(tmp_path / name), kind, False)
+            export.export_bundle(uri, str(tmp_path / name), kind, False)
         assert not (tmp_path / name).exists()
 
 
 def test_a_state_dict_of_another_head_says_how_it_is_built(tmp_path):
     task, uri = image_bundle(tmp_path, objective="segmentation")
-    text = predict.export(uri, str(tmp_path / "weights.pt"), "state-dict", False)
+    text = export.export_bundle(uri, str(tmp_path / "weights.pt"), "state-dict", False)
     assert (
         "weights_model.json beside it" in text and "largest difference of features 0.0e+00" in text
     )
@@ -326,11 +333,11 @@ def test_a_state_dict_of_another_head_says_how_it_is_built(tmp_path):
     assert message["arch"] == task.backbone.arch.to_json()
     held = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert all(torch.equal(tensor, held[name]) for name, tensor in task.state_dict().items())
-    text = predict.export(uri, str(tmp_path / "copy"), "bundle", False)
+    text = export.export_bundle(uri, str(tmp_path / "copy"), "bundle", False)
     assert (
         "compared with the bundle on 4 random rows: largest difference of features 0.0e+00" in text
     )
-    text = predict.export(uri, str(tmp_path / "plain.safetensors"), "state-dict", True)
+    text = export.export_bundle(uri, str(tmp_path / "plain.safetensors"), "state-dict", True)
     assert "largest difference of features 0.0e+00" in text
 
 
@@ -340,9 +347,9 @@ def test_a_head_that_timm_has_not_is_refused_and_its_backbone_written(tmp_path):
         BundleError,
         match="timm has no head for segmentation; --backbone-only writes the plain model",
     ):
-        predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+        export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     assert not (tmp_path / "out").exists()
-    assert ", 0 labels; compared with the bundle" in predict.export(
+    assert ", 0 labels; compared with the bundle" in export.export_bundle(
         uri, str(tmp_path / "out"), "hugging-face", True
     )
     start = pretrained.read(f"hf:{tmp_path / 'out'}")
@@ -362,10 +369,10 @@ def test_an_export_is_whole_or_absent_and_never_over_another_folder(
 
         patch.setattr(hf_text, "_save_tokenizer", broken)
         with pytest.raises(OSError, match="the disk is full"):
-            predict.export(text_bundle, str(out), "hugging-face", False)
+            export.export_bundle(text_bundle, str(out), "hugging-face", False)
         assert not list(tmp_path.iterdir())
-    predict.export(text_bundle, str(out), "hugging-face", False)
-    metadata = atomic_folder.open_folder(out, predict.EXPORTED)
+    export.export_bundle(text_bundle, str(out), "hugging-face", False)
+    metadata = atomic_folder.open_folder(out, export.EXPORTED)
     atomic_folder.verify_folder(out, metadata)
     assert (
         metadata["bundle"] == text_bundle
@@ -374,24 +381,26 @@ def test_an_export_is_whole_or_absent_and_never_over_another_folder(
     with pytest.raises(
         ValueError, match=r"out is there already; give a new folder, or remove it first"
     ):
-        predict.export(text_bundle, str(out), "hugging-face", False)
+        export.export_bundle(text_bundle, str(out), "hugging-face", False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(
         storage.StorageError,
         match=r"mine has files but no onetomany\.json; replacing it could lose work",
     ):
-        predict.export(text_bundle, str(tmp_path / "mine"), "hugging-face", False)
+        export.export_bundle(text_bundle, str(tmp_path / "mine"), "hugging-face", False)
     with pytest.raises(ValueError, match=r"thesis\.txt is there already"):
-        predict.export(text_bundle, str(tmp_path / "mine" / "thesis.txt"), "hugging-face", False)
+        export.export_bundle(
+            text_bundle, str(tmp_path / "mine" / "thesis.txt"), "hugging-face", False
+        )
     with pytest.raises(
         ValueError, match="--kind onnx: kinds are bundle, hugging-face and state-dict"
     ):
-        predict.export(text_bundle, str(tmp_path / "x"), "onnx", False)
+        export.export_bundle(text_bundle, str(tmp_path / "x"), "onnx", False)
 
 
 def test_a_folder_is_exported_and_read_on_s3_too(text_bundle, root):
-    predict.export(text_bundle, f"{root}/out", "hugging-face", False)
+    export.export_bundle(text_bundle, f"{root}/out", "hugging-face", False)
     start, here = pretrained.read(f"hf:{root}/out"), bundle.load(text_bundle)
     assert all(
         torch.equal(tensor, start.tensors[name]) for name, tensor in here.backbone_tensors().items()
@@ -400,7 +409,7 @@ def test_a_folder_is_exported_and_read_on_s3_too(text_bundle, root):
         pretrained.fingerprint(f"hf:{root}/out").count(" ") == 4
     )  # config, tokenizer with its two descriptions, weights
     with pytest.raises(ValueError, match="out is there already"):
-        predict.export(text_bundle, f"{root}/out", "hugging-face", True)
+        export.export_bundle(text_bundle, f"{root}/out", "hugging-face", True)
 
 
 def test_the_command_writes_a_folder_that_transformers_opens(text_bundle, tmp_path):

@@ -19,9 +19,9 @@ from transfer.test_stages import Silent
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Job
-from pipeline.data import manifest as manifests
+from pipeline.data import manifests
 from pipeline.modalities.trajectory import Trajectory
-from pipeline.train import fit, source
+from pipeline.train import fit_components, source
 from pipeline.transfer import stages
 from pipeline.transfer.trial import TargetData
 
@@ -171,10 +171,10 @@ def test_every_task_stands_in_the_sample(tmp_path):
         tmp_path / "a.parquet",
     )
     selection = manifests.Selection(manifests.build(str(tmp_path / "a.parquet"), "parquet", ""))
-    assert set(fit.sample(selection, ["skill"], 64)["skill"].to_pylist()) == {"push"}, (
+    assert set(fit_components.sample(selection, ["skill"], 64)["skill"].to_pylist()) == {"push"}, (
         "what an even step finds"
     )
-    found = fit.sample(selection, ["number", "skill"], 64, ["skill"]).to_pydict()
+    found = fit_components.sample(selection, ["number", "skill"], 64, ["skill"]).to_pydict()
     assert (
         set(found["skill"]) == {"push", "pull", "rare", None} and 64 <= len(found["number"]) <= 66
     )
@@ -183,17 +183,20 @@ def test_every_task_stands_in_the_sample(tmp_path):
         and 20 < found["skill"].count("push") < 44
         and 20 < found["skill"].count("pull") < 44
     )
-    assert len(fit.sample(selection, ["number"], 8, ["number"])) == 16, (
+    assert len(fit_components.sample(selection, ["number"], 8, ["number"])) == 16, (
         "as many again at most, where nearly all differ"
     )
-    assert len(fit.sample(selection, ["number"], 1000, ["skill"])) == rows
+    assert len(fit_components.sample(selection, ["number"], 1000, ["skill"])) == rows
 
 
 def test_frames_are_not_read_to_fit_a_modality(tmp_path, monkeypatch):
     columns = {**COLUMNS, "images": "images"}
     uri = robot(tmp_path / "seen.parquet", 5, 2, frames=b"no picture")
     objective = registry.get("objective", "behaviour_cloning")
-    assert fit.fitted_columns(Trajectory, objective, columns) == ["observations", "actions"]
+    assert fit_components.fitted_columns(Trajectory, objective, columns) == [
+        "observations",
+        "actions",
+    ]
     read: list[str] = []
     plain = manifests.Reader.__init__
     monkeypatch.setattr(
@@ -214,7 +217,7 @@ def test_frames_are_not_read_to_fit_a_modality(tmp_path, monkeypatch):
     }
     stage = source.stage(Job.model_validate(spec), "src")
     assert stage.splits is not None
-    fit.fit_modality(
+    fit_components.fit_modality(
         stage.spec, stage.splits.train, None, "sources.src", str(tmp_path / "modality.json")
     )
     assert set(read) == {"observations", "actions"}

@@ -24,13 +24,13 @@ from toys import (
 from typer.testing import CliRunner
 
 from pipeline import cli
-from pipeline.checkpoints import bundle
+from pipeline.checkpoints import bundle, export
 from pipeline.core.specs import ModalitySpec
-from pipeline.data import manifest
+from pipeline.data import manifests
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.modalities.image import Image, ImageOptions
 from pipeline.train.progress import Progress
-from pipeline.transfer import predict
+from pipeline.transfer import inference
 
 PIXELS = ModalitySpec("image", {"size": 16, "channels": 1}, {"mean": [0.5], "std": [0.2]})
 
@@ -238,7 +238,7 @@ def test_a_column_of_another_type_is_one_line_before_anything_starts(name, colum
     )
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match=said) as caught:
-        predict.predict(
+        inference.predict(
             str(tmp_path / "b"),
             [str(tmp_path / "rows.parquet")],
             str(tmp_path / "out"),
@@ -278,8 +278,8 @@ def test_what_is_to_be_kept_must_be_there(tmp_path):
         pa.table({"image": [b""], "id": [1], "error": [2], "weight": [0.5]}),
         tmp_path / "rows.parquet",
     )
-    found = manifest.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
-    assert predict._kept(modality, {"image": "image"}, found, ("weight",), "rows") == {
+    found = manifests.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
+    assert inference._kept(modality, {"image": "image"}, found, ("weight",), "rows") == {
         "id": "id",
         "weight": "weight",
     }
@@ -287,8 +287,8 @@ def test_what_is_to_be_kept_must_be_there(tmp_path):
         ValueError,
         match="--keep hospital: rows has no such column; columns are image, id, error, weight",
     ):
-        predict._kept(modality, {"image": "image"}, found, ("hospital",), "rows")
-    assert predict._kept(modality, {"image": "image"}, found, ("error",), "rows") == {
+        inference._kept(modality, {"image": "image"}, found, ("hospital",), "rows")
+    assert inference._kept(modality, {"image": "image"}, found, ("error",), "rows") == {
         "id": "id",
         "error": "error",
     }
@@ -300,7 +300,9 @@ def test_a_kept_column_that_is_called_as_a_prediction_is_stands_as_an_input():
     """
     predictions = pa.table({"row": [0, 1], "text": ["herd", "word"], "error": ["", ""]})
     rows = pa.table({"text": ["heard", "word"], "input_text": ["a", "b"], "speaker": [5, 6]})
-    found = predict._with_kept(predictions, rows, {name: name for name in rows.column_names}, None)
+    found = inference._with_kept(
+        predictions, rows, {name: name for name in rows.column_names}, None
+    )
     assert found.column_names == [
         "row",
         "input_input_text",
@@ -320,9 +322,9 @@ def test_weights_are_readable_by_the_group(tmp_path):
     before = os.umask(0o027)
     try:
         uri = image_bundle(tmp_path)
-        predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
-        predict.export(uri, str(tmp_path / "weights.safetensors"), "state-dict", False)
-        predict.export(uri, str(tmp_path / "copy"), "bundle", False)
+        export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
+        export.export_bundle(uri, str(tmp_path / "weights.safetensors"), "state-dict", False)
+        export.export_bundle(uri, str(tmp_path / "copy"), "bundle", False)
     finally:
         os.umask(before)
     places = [

@@ -21,8 +21,8 @@ from pipeline.core.capabilities import (
 )
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.specs import ModalitySpec
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection, Splits
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection, Splits
 from pipeline.io import checksums, file_identity, storage
 
 FIT_ROWS, FIT_TEXT_BYTES = 2048, 64 << 20

@@ -12,8 +12,8 @@ import pytest
 from toys import sentences
 
 from pipeline.io import storage
-from pipeline.media import tokenizer as t
-from pipeline.media.tokenizer import SPECIALS, train_tokenizer
+from pipeline.media import tokenization as t
+from pipeline.media.tokenization import SPECIALS, train_tokenizer
 
 # ---------------------------------------------------------------- training
 
@@ -428,7 +428,7 @@ def test_a_line_of_twenty_megabytes_takes_a_bounded_memory(kind, corpus):
 import resource, sys
 import numpy as np
 from toys import sentences
-from pipeline.media import tokenizer as t
+from pipeline.media import tokenization as t
 tokenizer = t.train_tokenizer(sentences(300, seed=3)[0], sys.argv[1], 400, True)
 line = " ".join(sentences(2000, seed=1)[0]).encode()
 line *= (20 << 20) // len(line)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.schema import Data
-from pipeline.data import manifest as m
+from pipeline.data import manifests as m
 from pipeline.data import to_parquet as made
 from pipeline.io import file_identity, storage
 
