@@ -5,6 +5,7 @@ already.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ class Silent(Progress):
         self.lines.append(line)
 
 
-def saved_vit(folder: Path, seed: int = 1) -> str:
-    """The name of a ViT's bundle."""
+def saved_vit(folder: Path, seed: int = 1, mean: float = 0.5) -> str:
+    """The name of a ViT's bundle; another mean of the pixels is another backbone group."""
     task = task_of(
         "timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=seed
     )
-    bundle.save(str(folder), task, MODALITY, training={"transfer": ""}, metrics={})
+    modality = dataclasses.replace(MODALITY, state={**MODALITY.state, "mean": [mean] * 3})
+    bundle.save(str(folder), task, modality, training={"transfer": ""}, metrics={})
     return f"bundle:{folder}"
 
 
@@ -94,7 +96,18 @@ def without_ray(monkeypatch) -> None:
     trials_in_this_process(monkeypatch)
 
 
-def job_of(folder: Path, sources: dict[str, Any], paths: dict[str, str]) -> Job:
+def job_of(
+    folder: Path,
+    sources: dict[str, Any],
+    paths: dict[str, str],
+    techniques: Sequence[str] = ("scratch", "full", "lp_ft"),
+    target_names: Sequence[str] = ("task",),
+    **fan,
+) -> Job:
+    """A job of sources and targets; a source that is a text is a bundle's URI."""
+    sources = {
+        name: {"backbone": of} if isinstance(of, str) else of for name, of in sources.items()
+    }
     target = {
         "data": {**paths, "modality": "image", "columns": COLUMNS},
         "objective": "classification",
@@ -105,9 +118,9 @@ def job_of(folder: Path, sources: dict[str, Any], paths: dict[str, str]) -> Job:
             "name": "toy",
             "storage": str(folder / "runs"),
             "sources": sources,
-            "targets": {"task": target},
-            "techniques": ["scratch", "full", "lp_ft"],
-            "fanout": {"seeds": 2},
+            "targets": dict.fromkeys(target_names, target),
+            "techniques": list(techniques),
+            "fanout": {"seeds": 2, **fan},
         }
     )
 

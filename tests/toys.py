@@ -20,12 +20,15 @@ from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data.manifests import Group, Manifest, Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Decoder, Rows, train_batches
+from pipeline.metrics import catalog
 from pipeline.modalities.events import Events, EventsOptions
 from pipeline.modalities.image import Image, ImageOptions
 from pipeline.modalities.table import Table, TableOptions
 from pipeline.modalities.text import Text, TextOptions
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
 from pipeline.objectives.classification import Classification
+from pipeline.report.results import ResultRow
+from pipeline.report.stats import RunPredictions
 from pipeline.techniques.full import Full
 from pipeline.train import evaluate, loop
 from pipeline.train.loop import Ranks
@@ -50,6 +53,34 @@ WORDS = (
 
 
 # ---------------------------------------------------------------- rows
+
+
+def result_rows(source: str, technique: str, run: RunPredictions, *metrics: str) -> list[ResultRow]:
+    """Test rows of a finished trial, a row a metric, with values computed from its predictions."""
+    trial = {
+        "job": "j",
+        "source": source,
+        "backbone": "b",
+        "target": "t",
+        "technique": technique,
+        "hyper_parameters": "{}",
+        "seed": run.seed,
+        "label_fraction": "1.0",
+        "trial_id": f"{source}-{technique}-{run.seed}",
+        "trial_stage": "final",
+        "status": "done",
+        "split": "test",
+        "n_eval": len(run.rows),
+    }
+    return [
+        ResultRow(
+            **trial,
+            metric=name,
+            value=catalog.metric(name).value(run.predictions),
+            higher_is_better=catalog.metric(name).higher_is_better,
+        )
+        for name in metrics
+    ]
 
 
 def selection(n: int) -> Selection:

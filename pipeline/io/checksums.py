@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.io import atomic_folder, file_identity, storage
 from pipeline.io.s3 import Uri
 from pipeline.io.storage import DamagedError
 
 log = logging.getLogger(__name__)
+Content = TypeVar("Content")
 _SEAL = "content_sha256"
 """The field of a document that holds the SHA-256 of all others."""
 _CONTENT = "content"
@@ -70,8 +71,13 @@ def document_or_none(uri: Uri, remedy: str) -> dict[str, Any] | None:
     Args:
         remedy: What happens now, for the notification about damage.
     """
+    return _intact_or_none(read_document, uri, remedy)
+
+
+def _intact_or_none(read: Callable[[Uri], Content], uri: Uri, remedy: str) -> Content | None:
+    """Return what is read, or None, with a notification if it is damaged and not just missing."""
     try:
-        return read_document(uri)
+        return read(uri)
     except storage.NotFoundError:
         return None
     except DamagedError as error:
@@ -114,13 +120,7 @@ def kept_bytes(uri: Uri, remedy: str) -> bytes | None:
     Args:
         remedy: What happens now, for the notification about damage.
     """
-    try:
-        return read_kept(uri)
-    except storage.NotFoundError:
-        return None
-    except DamagedError as error:
-        notify(f"{error}: {remedy}")
-        return None
+    return _intact_or_none(read_kept, uri, remedy)
 
 
 def read_file(uri: Uri, manifest: Mapping[str, Any], name: str) -> bytes:

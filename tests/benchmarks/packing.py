@@ -355,21 +355,10 @@ def trainer_rate(
 
     def side() -> float:
         clock, first = Clock(), len(seen)
-        arguments = hf.TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=size,
-            max_steps=total,
-            learning_rate=1e-4,
-            weight_decay=0.05,
-            optim="adamw_torch_fused",
-            lr_scheduler_type="cosine",
-            warmup_steps=round(0.1 * total),
-            max_grad_norm=1.0,
-            save_strategy="no",
-            eval_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+        arguments = timing.trainer_arguments(
+            folder,
+            size,
+            total,
             use_cpu=setting.device.type == "cpu",
             bf16=setting.device.type == "cuda",
             dataloader_drop_last=True,

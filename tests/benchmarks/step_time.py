@@ -282,23 +282,8 @@ def trainer_side(case: Case, steps: int, folder: str) -> Callable[[], float]:
     def side() -> float:
         clock = Clock()
         clock.times = []
-        arguments = transformers.TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=case.batch,
-            max_steps=total,
-            learning_rate=1e-4,
-            weight_decay=0.05,
-            optim="adamw_torch_fused",
-            lr_scheduler_type="cosine",
-            warmup_steps=round(0.1 * total),
-            max_grad_norm=1.0,
-            save_strategy="no",
-            eval_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            remove_unused_columns=False,
+        arguments = timing.trainer_arguments(
+            folder, case.batch, total, use_cpu=True, remove_unused_columns=False
         )
         trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[clock])
         trainer.remove_callback(transformers.PrinterCallback)

@@ -199,3 +199,31 @@ def batches_and_scan(
         return megabytes / (time.process_time() - began)
 
     return {"bare": partial(rate, bare), "stream": partial(rate, stream)}
+
+
+def trainer_arguments(folder: str, rows: int, steps: int, **more: Any) -> Any:
+    """Arguments of transformers' Trainer for this project's default optimiser and schedule, with
+    nothing written or logged.
+
+    Args:
+        rows: Rows of a step.
+    """
+    import transformers
+
+    return transformers.TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=rows,
+        max_steps=steps,
+        learning_rate=1e-4,
+        weight_decay=0.05,
+        optim="adamw_torch_fused",
+        lr_scheduler_type="cosine",
+        warmup_steps=round(0.1 * steps),
+        max_grad_norm=1.0,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **more,
+    )

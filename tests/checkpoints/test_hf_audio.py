@@ -39,6 +39,12 @@ NORMS = {
 }
 LETTERS = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "E": 5, "T": 6, "'": 7}
 """As wav2vec2-base-960h has them, with fewer letters."""
+STATES = {
+    "wav2vec2": None,
+    "classification": label_state(),
+    "multilabel": {"labels": ["a", "b", "c"], "separator": "|", "positives": [1, 1, 1], "rows": 3},
+}
+"""What each objective's head is fitted to."""
 ALPHABET = {
     "labels": ["<blank>", " ", "'", "E", "T"],
     "characters": " 'ET",
@@ -419,18 +425,8 @@ def test_transcripts_are_those_of_the_bundle(norm, normalize, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("objective", ["wav2vec2", "classification", "multilabel"])
 def test_other_heads_are_transformers_own(objective, tmp_path):
-    state = {
-        "wav2vec2": None,
-        "classification": label_state(),
-        "multilabel": {
-            "labels": ["a", "b", "c"],
-            "separator": "|",
-            "positives": [1, 1, 1],
-            "rows": 3,
-        },
-    }
     task, modality, uri = bundled(
-        tmp_path, objective, state[objective], HEAD if objective == "wav2vec2" else {"norm": False}
+        tmp_path, objective, STATES[objective], HEAD if objective == "wav2vec2" else {"norm": False}
     )
     export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     recordings(tmp_path / "sound")
@@ -458,7 +454,7 @@ def test_other_heads_are_transformers_own(objective, tmp_path):
     scores = task.objective.predict(task.backbone, batch)["scores"]
     assert (scores - want).abs().max() < 1e-5 and want.std() > 0.01
     names = json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]
-    assert names == {str(i): name for i, name in enumerate(state[objective]["labels"])}
+    assert names == {str(i): name for i, name in enumerate(STATES[objective]["labels"])}
 
 
 @torch.no_grad()
@@ -467,17 +463,8 @@ def test_other_heads_are_transformers_own(objective, tmp_path):
 def test_a_classifier_trained_with_defaults_is_written_beside_the_plain_model(
     norm, objective, tmp_path
 ):
-    state = {
-        "classification": label_state(),
-        "multilabel": {
-            "labels": ["a", "b", "c"],
-            "separator": "|",
-            "positives": [1, 1, 1],
-            "rows": 3,
-        },
-    }
     given = {"config": {**CONFIG, **NORMS["group"]}} if norm == "group" else {}
-    task, modality, uri = bundled(tmp_path, objective, state[objective], {}, **given)
+    task, modality, uri = bundled(tmp_path, objective, STATES[objective], {}, **given)
     assert task.objective.options.norm
     text = export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
     assert (

@@ -136,3 +136,17 @@ def environment(tiny_data: Path, extra: dict[str, str] | None = None) -> dict[st
     found = {**os.environ, "TINY_DATA": str(tiny_data), "PYTHONPATH": str(ROOT)}
     found.pop("RAY_ADDRESS", None)
     return found | (extra or {})
+
+
+@pytest.fixture(scope="module")
+def run_job(command, tmp_path_factory):
+    """Run a job file with variables set. Returns the folder of the job and all that was printed."""
+
+    def call(job: Path, **variables: object) -> tuple[Path, str]:
+        where = tmp_path_factory.mktemp("run")
+        env = {name: str(value) for name, value in variables.items()}
+        ended = command("run", job, cwd=where, env=env)
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        return where / "runs" / job.stem, ended.stdout + ended.stderr
+
+    return call

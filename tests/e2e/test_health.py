@@ -67,12 +67,9 @@ def health_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(health_data, command, tmp_path_factory):
+def done(health_data, run_job):
     """(the folder of the job, all that it printed), run once."""
-    where = tmp_path_factory.mktemp("run")
-    ended = command("run", JOB, cwd=where, env={"HEALTH_DATA": str(health_data)})
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    return where / "runs" / "health", ended.stdout + ended.stderr
+    return run_job(JOB, HEALTH_DATA=health_data)
 
 
 def test_every_target_has_its_cells_and_metrics(done):

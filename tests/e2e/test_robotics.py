@@ -48,12 +48,9 @@ def rollouts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(rollouts, command, tmp_path_factory):
+def done(rollouts, run_job):
     """(the folder of the job, all that it printed), run once."""
-    where = tmp_path_factory.mktemp("run")
-    ended = command("run", JOB, cwd=where, env={"ROLLOUTS": str(rollouts)})
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    return where / "runs" / "robotics", ended.stdout + ended.stderr
+    return run_job(JOB, ROLLOUTS=rollouts)
 
 
 def test_policies_are_tried_in_each_test_world(done, rollouts):

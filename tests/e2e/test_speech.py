@@ -75,12 +75,9 @@ def speech_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(speech_data, command, tmp_path_factory) -> Path:
+def done(speech_data, run_job) -> Path:
     """The folder of the job, run once."""
-    where = tmp_path_factory.mktemp("run")
-    ended = command("run", JOB, cwd=where, env={"SPEECH_DATA": str(speech_data)})
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    return where / "runs" / "speech"
+    return run_job(JOB, SPEECH_DATA=speech_data)[0]
 
 
 pytestmark = pytest.mark.timeout(600)

@@ -84,12 +84,9 @@ def text_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(text_data, command, tmp_path_factory) -> Path:
+def done(text_data, run_job) -> Path:
     """The folder of the job, run once."""
-    where = tmp_path_factory.mktemp("run")
-    ended = command("run", JOB, cwd=where, env={"TEXT_DATA": str(text_data)})
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    return where / "runs" / "text"
+    return run_job(JOB, TEXT_DATA=text_data)[0]
 
 
 pytestmark = pytest.mark.timeout(600)

@@ -4,13 +4,23 @@ holds.
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 import pytest
+
+from pipeline.config.schema import Data
+from pipeline.data import manifests
+from pipeline.prepare.engine import importing
+from pipeline.prepare.engine.write import Preparation, Settings
 
 WNIDS = {"n02119789": "kit fox", "n01440764": "tench", "n02100735": "English setter"}
 """In the devkit's order, which is not the sorted one."""
@@ -48,6 +58,110 @@ def read(output) -> list[dict]:
         for file in sorted(Path(output).glob("*.parquet"))
         for row in pq.read_table(file).to_pylist()
     ]
+
+
+def prepare(name: str, source, output, *pairs: str, **settings) -> dict:
+    """Run an importer with options (``key=value``) and settings. Returns its manifest."""
+    return Preparation(
+        name,
+        str(source),
+        str(output),
+        importing.options_of(name, list(pairs)),
+        Settings(**settings),
+    ).run()
+
+
+def prepare_and_read(name: str, source, output, *pairs: str, **settings) -> tuple[list[dict], dict]:
+    """Run an importer. Returns the rows in the order of the parts, and the summary."""
+    prepare(name, source, output, *pairs, **settings)
+    return read(output), summary(output)
+
+
+def summary(output) -> dict:
+    return json.loads(Path(output, "_summary.json").read_text())
+
+
+def parts(output) -> dict[str, bytes]:
+    """The bytes of each part."""
+    return {file.name: file.read_bytes() for file in sorted(Path(output).glob("*.parquet"))}
+
+
+def entity_rows(output) -> dict:
+    """Rows by entity."""
+    found = read(output)
+    by_entity = {row["entity"]: row for row in found}
+    assert len(by_entity) == len(found), "an entity stands twice"
+    return by_entity
+
+
+def entity_events(row: dict) -> list[tuple]:
+    """The (time, variable, value) triples of a row."""
+    assert row["events"] == len(row["times"]) == len(row["variables"]) == len(row["values"])
+    return list(zip(row["times"], row["variables"], row["values"], strict=True))
+
+
+def splits_of_a_job(
+    tmp_path: Path, modality: str, role: str, column: str = "", folder: str = "out"
+) -> dict[str, int]:
+    """Rows of each split that a job reads from an output below `tmp_path`, whose `role` is in a
+    column of that name or of another.
+    """
+    data = Data.model_validate(
+        {
+            "uri": str(tmp_path / folder),
+            "split_column": "split",
+            "modality": modality,
+            "columns": {role: column or role},
+            "validation_fraction": 0.0,
+            "test_fraction": 0.0,
+        }
+    )
+    found = manifests.splits(data, (role,), "sources.a", str(tmp_path / "imports"), False)
+    counts = {split: len(getattr(found, split)) for split in ("train", "validation", "test")}
+    return {split: count for split, count in counts.items() if count}
+
+
+KILLED = """
+    import os, signal
+    from prepare.conftest import prepare
+    from pipeline.prepare.engine import {module}
+    real, calls = {module}.{name}, []
+
+    def killed(*arguments):
+        calls.append(1)
+        done = real(*arguments)
+        if len(calls) == {at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    {module}.{name} = killed
+    prepare(*{arguments!r}, **{settings!r})
+"""
+
+
+def prepare_killed(
+    name: str, source, output, *pairs: str, at: int, function="write._write_shard", **settings
+) -> None:
+    """Run an importer in a process that is killed when so many calls of a function of the engine
+    have returned: a part is there then, its record is not.
+    """
+    module, _, called = function.partition(".")
+    program = textwrap.dedent(KILLED).format(
+        module=module,
+        name=called,
+        at=at,
+        arguments=(name, str(source), str(output), *pairs),
+        settings=settings,
+    )
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tests.parent,
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.fixture

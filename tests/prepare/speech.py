@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from prepare.conftest import read, write
+from prepare.conftest import write
 
 from pipeline.config import registry
 from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.write import Preparation, Settings
 
 
 def sound(
@@ -41,18 +40,6 @@ def wave(
 def samples(data: bytes) -> np.ndarray:
     """(n,) int16, by soundfile alone."""
     return soundfile.read(io.BytesIO(data), dtype="int16")[0]
-
-
-def prepare(name: str, source, output, *pairs: str, **settings) -> tuple[list[dict], dict]:
-    """The rows in the order of the parts, and the summary."""
-    Preparation(
-        name,
-        str(source),
-        str(output),
-        importing.options_of(name, list(pairs)),
-        Settings(**settings),
-    ).run()
-    return read(output), json.loads((Path(output) / "_summary.json").read_text())
 
 
 def index(name: str, source, *pairs: str) -> tuple[list[dict], importing.Index]:

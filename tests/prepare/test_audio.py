@@ -5,11 +5,6 @@ bytes however often a run is killed.
 import gzip
 import hashlib
 import io
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 import tracemalloc
 import wave as wavefile
 from pathlib import Path
@@ -18,8 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from prepare.conftest import read, tar, write
-from prepare.speech import librispeech, manifest, prepare, reasons, samples, sound, wave
+from prepare.conftest import parts, prepare_and_read, prepare_killed, read, tar, write
+from prepare.speech import librispeech, manifest, reasons, samples, sound, wave
 from scipy.signal import resample_poly
 
 from pipeline import cli
@@ -29,10 +24,6 @@ from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verif
 from pipeline.prepare.readers import archives
 
 ROOT = Path(cli.__file__).parents[1]
-
-
-def parts(output) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(Path(output).glob("*.parquet"))}
 
 
 def listed(root, **sounds: bytes) -> Path:
@@ -55,7 +46,7 @@ def test_recordings_keep_the_publishers_bytes_where_nothing_changes(tmp_path):
         "float": sound(6, form="WAV", subtype="FLOAT"),
         "five": sound(7, form="WAV", channels=5),
     }
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "manifest", listed(tmp_path / "in", **sounds).parent, tmp_path / "out", "rate=0"
     )
     assert {row["path"].split(".")[0]: row["audio"] for row in rows} == sounds
@@ -83,7 +74,9 @@ def test_rate_and_mono_write_anew_once_and_only_what_differs(tmp_path):
     ).parent
     rows = {
         row["path"].split(".")[0]: row
-        for row in prepare("manifest", source, tmp_path / "out", "rate=16000", "mono=true")[0]
+        for row in prepare_and_read(
+            "manifest", source, tmp_path / "out", "rate=16000", "mono=true"
+        )[0]
     }
     assert rows["same"]["audio"] == (source / "same.bin.wav").read_bytes()
     for name in ("tone", "stereo"):
@@ -110,7 +103,7 @@ def test_rate_and_mono_write_anew_once_and_only_what_differs(tmp_path):
         <= 0.5 / 32768 + 1e-6
     )
     with pytest.raises(ValueError, match="rate=10: from 1000 to 1000000"):
-        prepare("manifest", source, tmp_path / "none", "rate=10")
+        prepare_and_read("manifest", source, tmp_path / "none", "rate=10")
 
 
 def test_sixteen_bits_stay_exact_when_written_anew(tmp_path):
@@ -120,7 +113,7 @@ def test_sixteen_bits_stay_exact_when_written_anew(tmp_path):
     manifest(
         tmp_path / "in", [{"audio_filepath": "a.wav", "offset": 1.0, "duration": 0.5, "text": "x"}]
     )
-    (row,) = prepare("manifest", tmp_path / "in", tmp_path / "out")[0]
+    (row,) = prepare_and_read("manifest", tmp_path / "in", tmp_path / "out")[0]
     assert (samples(row["audio"]) == values[16000:24000]).all()
     assert (row["recording_start"], row["seconds"]) == (1.0, 0.5)
 
@@ -143,7 +136,7 @@ def bursts(lengths: list[float], rate: int = 8000) -> np.ndarray:
 def test_a_long_recording_is_cut_where_it_is_silent(tmp_path):
     whole = (bursts([2.2, 1.4, 2, 1.9, 2.3, 0.8, 2.1, 1.5]) * 32767).astype(np.int16)
     source = listed(tmp_path / "in", long=wave(whole, 8000), short=sound(1, 5.0, 8000)).parent
-    rows, found = prepare("manifest", source, tmp_path / "out", "longest=6")
+    rows, found = prepare_and_read("manifest", source, tmp_path / "out", "longest=6")
     pieces = sorted(
         (row for row in rows if row["path"].startswith("long")),
         key=lambda row: row["recording_start"],
@@ -165,7 +158,9 @@ def test_a_long_recording_is_cut_where_it_is_silent(tmp_path):
     )
     even = [
         row
-        for row in prepare("manifest", source, tmp_path / "even", "longest=6", "cut=windows")[0]
+        for row in prepare_and_read(
+            "manifest", source, tmp_path / "even", "longest=6", "cut=windows"
+        )[0]
         if row["path"].startswith("long")
     ]
     assert max(row["seconds"] for row in even) - min(
@@ -188,7 +183,7 @@ def test_a_long_recording_with_a_transcript_is_broken_with_advice(tmp_path):
         tmp_path / "in",
         [{"audio_filepath": "a.wav", "text": "long"}, {"audio_filepath": "b.wav", "text": " "}],
     )
-    rows, found = prepare("manifest", tmp_path / "in", tmp_path / "out", "longest=2")
+    rows, found = prepare_and_read("manifest", tmp_path / "in", tmp_path / "out", "longest=2")
     assert reasons(found) == {
         "a.wav": "3.0 s with a transcript, longer than longest=2: align and cut it, or raise "
         "--set longest"
@@ -249,7 +244,7 @@ def test_most_of_a_long_recording_is_cut_in_bounded_memory_too(tmp_path, monkeyp
     )
     manifest(tmp_path / "in", [{"audio_filepath": path.name, "offset": 61.0, "duration": 1000.0}])
     rows = sorted(
-        prepare("manifest", tmp_path / "in", tmp_path / "out")[0],
+        prepare_and_read("manifest", tmp_path / "in", tmp_path / "out")[0],
         key=lambda row: row["recording_start"],
     )
     assert (
@@ -279,8 +274,8 @@ def test_broken_recordings_are_listed_with_their_reason(tmp_path):
     with pytest.raises(
         ValueError, match=r"of 7 rows are broken, more than --max-bad 0.01 allows. First ones: "
     ):
-        prepare("manifest", source, tmp_path / "out")
-    rows, found = prepare("manifest", source, tmp_path / "out", max_bad=0.9)
+        prepare_and_read("manifest", source, tmp_path / "out")
+    rows, found = prepare_and_read("manifest", source, tmp_path / "out", max_bad=0.9)
     message = reasons(found)
     assert [row["path"] for row in rows] == ["good.bin.wav"] and len(message) == len(bad)
     for name, (_, reason) in bad.items():
@@ -291,7 +286,7 @@ def test_a_bad_stretch_of_a_long_recording_is_one_broken_piece(tmp_path):
     values = bursts([3] * 8)
     values[60000] = np.inf
     source = listed(tmp_path / "in", long=wave(values, 8000, subtype="FLOAT")).parent
-    rows, found = prepare("manifest", source, tmp_path / "out", "longest=4")
+    rows, found = prepare_and_read("manifest", source, tmp_path / "out", "longest=4")
     ((path, reason),) = reasons(found).items()
     assert (
         len(rows) == 7
@@ -311,7 +306,7 @@ def test_broken_pieces_count_against_pieces_and_broken_files_against_files(tmp_p
     source = listed(
         tmp_path / "in", long=wave(values, 8000, subtype="FLOAT"), short=sound(1, 1.0, 8000)
     ).parent
-    rows, found = prepare("manifest", source, tmp_path / "out", "longest=4", max_bad=0.02)
+    rows, found = prepare_and_read("manifest", source, tmp_path / "out", "longest=4", max_bad=0.02)
     assert len(rows) == 198 and len(found["broken"]["files"]) == 3
     again = Preparation(
         "manifest",
@@ -324,9 +319,9 @@ def test_broken_pieces_count_against_pieces_and_broken_files_against_files(tmp_p
     with pytest.raises(
         ValueError, match=r"3 of 201 rows are broken, more than --max-bad 0\.01 allows"
     ):
-        prepare("manifest", source, tmp_path / "strict", "longest=4", max_bad=0.01)
+        prepare_and_read("manifest", source, tmp_path / "strict", "longest=4", max_bad=0.01)
     with pytest.raises(ValueError, match=r"3 of 201 rows are broken, more than --max-bad 0 allows"):
-        prepare("manifest", source, tmp_path / "none", "longest=4", max_bad=0)
+        prepare_and_read("manifest", source, tmp_path / "none", "longest=4", max_bad=0)
     source = listed(
         tmp_path / "in",
         **{f"no{i}": b"no sound" for i in range(2)},
@@ -336,7 +331,7 @@ def test_broken_pieces_count_against_pieces_and_broken_files_against_files(tmp_p
     with pytest.raises(
         ValueError, match=r"2 of 4 rows are broken, more than --max-bad 0\.02 allows"
     ):
-        prepare("manifest", source, tmp_path / "files", "longest=4", max_bad=0.02)
+        prepare_and_read("manifest", source, tmp_path / "files", "longest=4", max_bad=0.02)
 
 
 def test_silent_and_clipped_recordings_are_kept_and_counted(tmp_path):
@@ -364,7 +359,7 @@ def test_silent_and_clipped_recordings_are_kept_and_counted(tmp_path):
             [{"audio_filepath": f"{name}.wav", "text": "x"} for name in sounds],
             f"{split}_manifest.json",
         )
-    rows, found = prepare("manifest", tmp_path / "in", tmp_path / "out")
+    rows, found = prepare_and_read("manifest", tmp_path / "in", tmp_path / "out")
     assert (
         len(rows) == 6
         and found["notes"]["silent"] == {"train": 1, "validation": 1}
@@ -423,7 +418,7 @@ def test_equal_recordings_with_different_transcripts_are_counted(tmp_path):
     for name in "ab":
         write(tmp_path / f"in/{name}.wav", sound(1, form="WAV"))
     manifest(tmp_path / "in", [{"audio_filepath": f"{name}.wav", "text": name} for name in "ab"])
-    same = prepare("manifest", tmp_path / "in", tmp_path / "out")[1]["duplicates"]
+    same = prepare_and_read("manifest", tmp_path / "in", tmp_path / "out")[1]["duplicates"]
     assert (same["files"], same["rows_beyond_the_first"], same["with_different_labels"]) == (
         1,
         1,
@@ -437,7 +432,7 @@ def test_options_of_images_are_refused(tmp_path):
         with pytest.raises(
             ValueError, match="importer manifest reads recordings, not images; leave it out"
         ):
-            prepare("manifest", source, tmp_path / "out", **wrong)
+            prepare_and_read("manifest", source, tmp_path / "out", **wrong)
 
 
 # ---------------------------------------------------------------- archives
@@ -465,52 +460,35 @@ def test_pieces_of_one_member_of_a_gzipped_tar_are_read_once(tmp_path, monkeypat
     packed = write(tmp_path / "packed/all.tar.gz", gzip.compress(tar(members)))
     wanted = {
         (row["path"], row["recording_start"]): row
-        for row in prepare("manifest", tmp_path / "plain", tmp_path / "one")[0]
+        for row in prepare_and_read("manifest", tmp_path / "plain", tmp_path / "one")[0]
     }
     monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: pytest.fail("unpacked anew"))
     got = {
         (row["path"], row["recording_start"]): row
-        for row in prepare("manifest", packed, tmp_path / "two")[0]
+        for row in prepare_and_read("manifest", packed, tmp_path / "two")[0]
     }
     assert got == wanted and len(got) == 6
     write(tmp_path / "bare/all.tar", tar(members))
     members_of_tar = {
         (row["path"].removeprefix("all/"), row["recording_start"]): row["audio"]
-        for row in prepare("manifest", tmp_path / "bare", tmp_path / "three")[0]
+        for row in prepare_and_read("manifest", tmp_path / "bare", tmp_path / "three")[0]
     }
     assert members_of_tar == {key: row["audio"] for key, row in wanted.items()}
 
 
 # ---------------------------------------------------------------- resuming
 
-KILLED = """
-    import os, signal
-    from pipeline.prepare.engine import importing; from pipeline.prepare.engine import write
-    real, calls = write._write_shard, []
-
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            real(*arguments)
-            os.kill(os.getpid(), signal.SIGKILL)  # its part is there, its record is not
-        return real(*arguments)
-
-    write._write_shard = killed
-    write.Preparation("librispeech", {source!r}, {output!r}, importing.options_of("librispeech", ["rate=8000"]), write.Settings(rows_per_part=2)).run()
-"""
-
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     librispeech(tmp_path / "in")
-    prepare("librispeech", tmp_path / "in", tmp_path / "whole", "rate=8000", rows_per_part=2)
-    program = textwrap.dedent(KILLED).format(
-        source=str(tmp_path / "in"), output=str(tmp_path / "out")
+    prepare_and_read(
+        "librispeech", tmp_path / "in", tmp_path / "whole", "rate=8000", rows_per_part=2
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    prepare_killed(
+        "librispeech", tmp_path / "in", tmp_path / "out", "rate=8000", at=3, rows_per_part=2
     )
-    assert done.returncode == -signal.SIGKILL and len(parts(tmp_path / "out")) == 3
-    rows, found = prepare(
+    assert len(parts(tmp_path / "out")) == 3
+    rows, found = prepare_and_read(
         "librispeech", tmp_path / "in", tmp_path / "out", "rate=8000", rows_per_part=2
     )
     assert parts(tmp_path / "out") == parts(tmp_path / "whole") and len(rows) == 10
@@ -520,7 +498,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     )
     assert found["notes"]["written anew as FLAC"] == {"train": 8, "validation": 2}
     with pytest.raises(ValueError, match="another source or of other options"):
-        prepare("librispeech", tmp_path / "in", tmp_path / "out", "rate=16000", rows_per_part=2)
+        prepare_and_read(
+            "librispeech", tmp_path / "in", tmp_path / "out", "rate=16000", rows_per_part=2
+        )
 
 
 def test_broken_rows_of_the_lists_count_in_the_budget_of_a_run_that_is_complete(tmp_path):
@@ -545,8 +525,8 @@ def test_on_ray_recordings_become_the_same_bytes(ray_here, hide_ray, tmp_path):
     librispeech(tmp_path / "in")
     words = ("librispeech", tmp_path / "in")
     with hide_ray():
-        here = prepare(*words, tmp_path / "here", "rate=8000", rows_per_part=2)
-    assert prepare(*words, tmp_path / "there", "rate=8000", rows_per_part=2) == here
+        here = prepare_and_read(*words, tmp_path / "here", "rate=8000", rows_per_part=2)
+    assert prepare_and_read(*words, tmp_path / "there", "rate=8000", rows_per_part=2) == here
     assert parts(tmp_path / "here") == parts(tmp_path / "there")
     assert (
         storage.read_json(tmp_path / "here" / MANIFEST)["files"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -17,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import read
+from prepare import conftest
+from prepare.conftest import parts, prepare_killed, read, summary
 from prepare.test_cohorts import SCHEMA, drawn, reference, rows, stay
 from typer.testing import CliRunner
 
@@ -25,7 +27,7 @@ from pipeline import cli
 from pipeline.io import storage
 from pipeline.prepare.cohorts import phenotyping
 from pipeline.prepare.engine import importing, table_importer
-from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
+from pipeline.prepare.engine.write import MANIFEST, Preparation, verify
 
 SMALL = 2000 / 2**20
 """MiB: parts of a few rows."""
@@ -33,28 +35,13 @@ CANARY = 123.456789
 """Hours of a death: no value of a patient may stand anywhere but in the rows themselves."""
 
 
-def prepare(source, output, *pairs: str, name: str = "cohort", **settings) -> dict:
-    return Preparation(
-        name,
-        str(source),
-        str(output),
-        importing.options_of(name, list(pairs)),
-        Settings(**settings),
-    ).run()
+prepare = partial(conftest.prepare, "cohort")
 
 
 def write(path: Path, table: pa.Table, group: int = 10) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=group)
     return path
-
-
-def summary(output: Path) -> dict:
-    return json.loads((output / "_summary.json").read_text())
-
-
-def parts(output: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(output.glob("*.parquet"))}
 
 
 @pytest.fixture
@@ -349,26 +336,7 @@ def test_an_option_left_out_counts_as_its_default_and_history_can_be_cut(tmp_pat
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(stays, tmp_path):
     folder, _ = stays
     whole = prepare(folder, tmp_path / "whole", "task=decompensation", part_mb=SMALL)
-    program = textwrap.dedent(f"""
-        import os, signal
-        from pipeline.prepare.engine import importing; from pipeline.prepare.engine import write
-        real, calls = write._write_shard, []
-        def killed(*arguments):
-            calls.append(1)
-            if len(calls) == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments)
-        write._write_shard = killed
-        write.Preparation("cohort", {str(folder)!r}, {str(tmp_path / "out")!r}, importing.options_of("cohort", ["task=decompensation"]),
-                          write.Settings(part_mb={SMALL!r})).run()
-    """)
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=storage.join(os.path.dirname(cli.__file__), ".."),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -9, done.stderr
+    prepare_killed("cohort", folder, tmp_path / "out", "task=decompensation", at=3, part_mb=SMALL)
     assert len(list((tmp_path / "out").glob("*.parquet"))) == 3
     assert (
         prepare(folder, tmp_path / "out", "task=decompensation", part_mb=SMALL)["files"]

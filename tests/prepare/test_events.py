@@ -3,7 +3,6 @@ general importer; references by DuckDB and by hand.
 """
 
 import gzip
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import pytest
+from prepare.conftest import entity_events, entity_rows, prepare, summary
 
 from pipeline.io import storage
 from pipeline.prepare.clinical import plausible
@@ -23,37 +23,6 @@ from pipeline.prepare.readers import csv_blocks
 
 COLUMNS = ["entity=machine", "variable=what", "value=reading"]
 KB = 1 / 1024
-
-
-def prepare(name: str, source, output, *pairs: str, **settings) -> dict:
-    return Preparation(
-        name,
-        str(source),
-        str(output),
-        importing.options_of(name, list(pairs)),
-        Settings(**settings),
-    ).run()
-
-
-def rows(output) -> dict:
-    """Rows by entity."""
-    found = [
-        row
-        for file in sorted(Path(output).glob("*.parquet"))
-        for row in pq.read_table(file).to_pylist()
-    ]
-    out = {row["entity"]: row for row in found}
-    assert len(out) == len(found), "an entity stands twice"
-    return out
-
-
-def events(row: dict) -> list[tuple]:
-    assert row["events"] == len(row["times"]) == len(row["variables"]) == len(row["values"])
-    return list(zip(row["times"], row["variables"], row["values"], strict=True))
-
-
-def summary(output) -> dict:
-    return json.loads(Path(output, "_summary.json").read_text())
 
 
 def dropped(output) -> dict[str, int]:
@@ -94,7 +63,7 @@ def test_streams_equal_sql(tmp_path, form):
             pcsv.write_csv(data, sink)
     manifest = prepare("events", file, tmp_path / "out", *COLUMNS, part_mb=64 * KB)
     assert len(manifest["files"]) > 5
-    found = {int(key): events(row) for key, row in rows(tmp_path / "out").items()}
+    found = {int(key): entity_events(row) for key, row in entity_rows(tmp_path / "out").items()}
     sql = duckdb.sql(
         "select machine, list((h, what, r) order by h, what, r) from (select distinct machine, "
         "time::float as h, what, reading::float as r from data) group by machine"
@@ -137,7 +106,9 @@ def test_parts_do_not_change_rows(tmp_path):
             Settings(part_mb=20 * KB),
         ).task
         assert len(work.sources.byte_ranges) > 5
-    assert len(many["files"]) > 10 and rows(tmp_path / "one") == rows(tmp_path / "many")
+    assert len(many["files"]) > 10 and entity_rows(tmp_path / "one") == entity_rows(
+        tmp_path / "many"
+    )
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
@@ -195,7 +166,7 @@ def test_on_ray(ray_here, hide_ray, tmp_path):
     with hide_ray():
         prepare(*words, tmp_path / "here", *COLUMNS, "newlines=false", part_mb=20 * KB)
     prepare(*words, tmp_path / "there", *COLUMNS, "newlines=false", part_mb=20 * KB)
-    assert rows(tmp_path / "here") == rows(tmp_path / "there")
+    assert entity_rows(tmp_path / "here") == entity_rows(tmp_path / "there")
 
 
 # ---------------------------------------------------------------- columns, times and values
@@ -211,15 +182,15 @@ def test_values_as_texts(tmp_path):
         'heat,"1,200",7,7\n,5,7,8\nheat,5,,9\nheat,5,7,\nheat,1e60,7,9\nspeed,+2.50,8,-1.5\nheat,5,7,10\nheat,5,7,10\n'
     )
     prepare("events", tmp_path / "long.csv", tmp_path / "out", *COLUMNS)
-    found = rows(tmp_path / "out")
+    found = entity_rows(tmp_path / "out")
     near = np.float32(0.1).item()
-    assert events(found["7"]) == [
+    assert entity_events(found["7"]) == [
         (1, "heat", near),
         (2, "heat", 10),
         (6, "heat", 3),
         (10, "heat", 5),
     ]
-    assert events(found["8"]) == [(-1.5, "speed", 2.5)]
+    assert entity_events(found["8"]) == [(-1.5, "speed", 2.5)]
     assert dropped(tmp_path / "out") == {
         "events: no number": 2,
         "events: a pair of numbers": 1,
@@ -265,7 +236,7 @@ def test_numbers_equal_python():
 def test_units(tmp_path, unit, time, hours):
     (tmp_path / "long.csv").write_text(f"entity,time,variable,value\na,{time},x,1\n")
     prepare("events", tmp_path / "long.csv", tmp_path / "out", f"unit={unit}")
-    assert events(rows(tmp_path / "out")["a"]) == [(hours, "x", 1)]
+    assert entity_events(entity_rows(tmp_path / "out")["a"]) == [(hours, "x", 1)]
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])
@@ -297,8 +268,10 @@ def test_times_with_a_zone_are_read(tmp_path, form, hour):
         "unit=timestamp",
         "start=begin",
     )
-    found = rows(tmp_path / "out")
-    assert events(found["1"]) == [(4.5, "HR", 80)] and events(found["2"]) == [(4.5, "HR", 81)]
+    found = entity_rows(tmp_path / "out")
+    assert entity_events(found["1"]) == [(4.5, "HR", 80)] and entity_events(found["2"]) == [
+        (4.5, "HR", 81)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -374,16 +347,16 @@ def test_entities_with_facts_and_outcomes(tmp_path, form):
         "clean=clinical",
     ]
     manifest = prepare("events", tmp_path / f"long.{form}", tmp_path / "out", *options)
-    found = rows(tmp_path / "out")
+    found = entity_rows(tmp_path / "out")
     ids = dict(zip((1, 2, 3), (1, 2, 3) if form == "parquet" else ("1", "2", "3"), strict=True))
     assert manifest["rows"] == {"test": 3} and set(found) == set(ids.values()), (
         "ids of CSV are texts, however they look"
     )
     found, person = {i: found[one] for i, one in ids.items()}, int if form == "parquet" else str
     assert (
-        events(found[1]) == [(-1, "Temp", 37), (6.5, "HR", 80)]
-        and events(found[3]) == [(-1, "HR", 90)]
-        and events(found[2]) == []
+        entity_events(found[1]) == [(-1, "Temp", 37), (6.5, "HR", 80)]
+        and entity_events(found[3]) == [(-1, "HR", 90)]
+        and entity_events(found[2]) == []
     )
     assert [found[i]["static"] for i in (1, 2, 3)] == [
         {"Age": 70.5, "Sex": "M"},
@@ -409,7 +382,7 @@ def test_clinical_ranges(tmp_path):
     f = {
         name: np.float32(value).item() for name, value in (("pH", 7.35), ("SaO2", 97), ("Temp", 38))
     }
-    assert events(rows(tmp_path / "out")["a"]) == [
+    assert entity_events(entity_rows(tmp_path / "out")["a"]) == [
         (0, "FiO2", 50),
         (1, "FiO2", 40),
         (2, "FiO2", 100),
@@ -464,7 +437,7 @@ def test_lines_that_are_no_rows(tmp_path):
     (tmp_path / "long.csv").write_text("entity,time,variable,value\n" + "\n".join(lines) + "\n")
     prepare("events", tmp_path / "long.csv", tmp_path / "out")
     assert summary(tmp_path / "out")["notes"]["lines that are no rows, left out"] == 1
-    assert sum(row["events"] for row in rows(tmp_path / "out").values()) == 399
+    assert sum(row["events"] for row in entity_rows(tmp_path / "out").values()) == 399
     lines[101:110] = ["1,secret"] * 9
     (tmp_path / "long.csv").write_text("entity,time,variable,value\n" + "\n".join(lines) + "\n")
     with pytest.raises(
@@ -493,7 +466,7 @@ def test_empty_tables(tmp_path):
     with pytest.raises(ValueError, match="no entities"):
         prepare("events", tmp_path / "long.csv", tmp_path / "out")
     prepare("events", tmp_path / "long.csv", tmp_path / "out", f"entities={tmp_path}/people.csv")
-    assert events(rows(tmp_path / "out")["1"]) == []
+    assert entity_events(entity_rows(tmp_path / "out")["1"]) == []
     (tmp_path / "nothing.csv").write_text("")
     with pytest.raises(ValueError, match=r"nothing\.csv: an empty file"):
         prepare("events", tmp_path / "nothing.csv", tmp_path / "out2")

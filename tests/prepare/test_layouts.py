@@ -13,22 +13,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import read, write
-
-from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.write import Preparation, Settings
-
-
-def prepare(name: str, source, output, *pairs: str, **settings) -> tuple[list[dict], dict]:
-    """The rows in the order of the parts, and the summary."""
-    Preparation(
-        name,
-        str(source),
-        str(output),
-        importing.options_of(name, list(pairs)),
-        Settings(**settings),
-    ).run()
-    return read(output), json.loads((Path(output) / "_summary.json").read_text())
+from prepare.conftest import prepare_and_read, write
 
 
 def reasons(found: dict) -> dict[str, str]:
@@ -65,7 +50,7 @@ def test_iob1_is_found_out_and_becomes_bio(tmp_path):
     text = "".join(
         f"-DOCSTART- -X- O O\n\n{lines([s], '{} NN I-NP {}' + chr(10))}" for s in CLASSIC
     )
-    rows, found = prepare("conll", write(tmp_path / "eng.testa", text), tmp_path / "out")
+    rows, found = prepare_and_read("conll", write(tmp_path / "eng.testa", text), tmp_path / "out")
     assert [row["tags"] for row in rows] == AS_BIO and [row["words"] for row in rows] == [
         words for words, _ in CLASSIC
     ]
@@ -90,7 +75,7 @@ def test_documents_are_numbered_over_all_files(tmp_path):
         write(tmp_path / "in" / name, text)
     assert [
         (row["words"][0], row["document"])
-        for row in prepare("conll", tmp_path / "in", tmp_path / "out")[0]
+        for row in prepare_and_read("conll", tmp_path / "in", tmp_path / "out")[0]
     ] == [("x", 1), ("y", 2), ("z", 3), ("z", 3), ("w", 4)]
 
 
@@ -98,7 +83,7 @@ GOOD = "good B-PER\nword I-PER\n\n" * 40
 
 
 def test_spaces_that_are_not_ascii_are_part_of_a_word(tmp_path):
-    rows, _ = prepare(
+    rows, _ = prepare_and_read(
         "conll",
         write(tmp_path / "a.conll", "5\u00a0km  B-NUM \nfar\tO\n\n"),
         tmp_path / "out",
@@ -110,7 +95,7 @@ def test_spaces_that_are_not_ascii_are_part_of_a_word(tmp_path):
 def test_what_stands_before_the_first_docstart_is_a_document_of_its_own(tmp_path):
     write(tmp_path / "in/a.train", "-DOCSTART- O\n\na O\n\n")
     write(tmp_path / "in/b.train", "b O\n\n-DOCSTART- O\n\nc O\n")
-    rows, found = prepare("conll", tmp_path / "in", tmp_path / "out")
+    rows, found = prepare_and_read("conll", tmp_path / "in", tmp_path / "out")
     assert [(row["words"], row["document"]) for row in rows] == [
         (["a"], 1),
         (["b"], 2),
@@ -119,7 +104,7 @@ def test_what_stands_before_the_first_docstart_is_a_document_of_its_own(tmp_path
 
 
 def test_a_carriage_return_within_a_line_does_not_make_a_word_of_two_lines(tmp_path):
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "conll",
         write(tmp_path / "a.conll", "Anna B-PER\rsleeps O\n\nRome B-LOC\n\n"),
         tmp_path / "out",
@@ -134,7 +119,7 @@ def test_broken_sentences_are_listed_with_their_line(tmp_path):
         "Inside I-LOC\n\nOther B-LOC\nkind I-PER\n\nno_tag\nmore O\n\nthree X O\n\nfoo PER\n\n"
         + GOOD
     )
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "conll", write(tmp_path / "a.conll", text), tmp_path / "out", "scheme=bio", max_bad=0.2
     )
     assert len(rows) == 40
@@ -150,7 +135,7 @@ def test_broken_sentences_are_listed_with_their_line(tmp_path):
         "lines of 1 columns, where the others of the file have 2" in message["a.conll:6"]
         and "lines of 3 columns" in message["a.conll:9"]
     )
-    fixed, found = prepare(
+    fixed, found = prepare_and_read(
         "conll", tmp_path / "a.conll", tmp_path / "fixed", "scheme=bio", "repair=true", max_bad=0.2
     )
     assert (
@@ -161,7 +146,7 @@ def test_broken_sentences_are_listed_with_their_line(tmp_path):
 
 
 def test_bioes_is_checked_and_bilou_and_tags_of_another_kind_are_told(tmp_path):
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "conll",
         write(tmp_path / "a.txt", "a B-X\nb E-X\n\nc S-X\n\nd B-X\n\n" + "e O\n\n" * 20),
         tmp_path / "out",
@@ -173,10 +158,14 @@ def test_bioes_is_checked_and_bilou_and_tags_of_another_kind_are_told(tmp_path):
         and list(reasons(found)) == ["a.txt:6"]
     )
     with pytest.raises(ValueError, match="tags that begin with L, U: neither bio, bioes nor iob1"):
-        prepare("conll", write(tmp_path / "b.txt", "a B-X\nb L-X\n\nc U-X\n"), tmp_path / "none")
+        prepare_and_read(
+            "conll", write(tmp_path / "b.txt", "a B-X\nb L-X\n\nc U-X\n"), tmp_path / "none"
+        )
     with pytest.raises(ValueError, match=r"tags that begin with DT, NN: .*scheme=none"):
-        prepare("conll", write(tmp_path / "c.txt", "the DT\ncat NN\n"), tmp_path / "none2")
-    assert prepare("conll", tmp_path / "c.txt", tmp_path / "pos", "scheme=none")[0][0]["tags"] == [
+        prepare_and_read("conll", write(tmp_path / "c.txt", "the DT\ncat NN\n"), tmp_path / "none2")
+    assert prepare_and_read("conll", tmp_path / "c.txt", tmp_path / "pos", "scheme=none")[0][0][
+        "tags"
+    ] == [
         "DT",
         "NN",
     ]
@@ -184,7 +173,7 @@ def test_bioes_is_checked_and_bilou_and_tags_of_another_kind_are_told(tmp_path):
 
 def test_columns_separators_and_comments(tmp_path):
     text = "# id 1\n1\tNew York\tNNP\tB-LOC\n2\tnow\tRB\tO\n\n# id 2\n1\t#\tX\tO\n"
-    rows, _ = prepare(
+    rows, _ = prepare_and_read(
         "conll",
         write(tmp_path / "a.tsv", text),
         tmp_path / "out",
@@ -196,7 +185,7 @@ def test_columns_separators_and_comments(tmp_path):
         (["New York", "now"], ["B-LOC", "O"]),
         (["#"], ["O"]),
     ]
-    _, found = prepare(
+    _, found = prepare_and_read(
         "conll", write(tmp_path / "b.txt", "a O\n\n" * 50 + "b\n"), tmp_path / "two", "tag_column=1"
     )
     assert reasons(found) == {"b.txt:101": "line 101: 1 columns: no column 1"}
@@ -219,7 +208,7 @@ def test_wnut17_comes_back_as_it_was(tmp_path):
             tmp_path / "in" / name,
             lines([(row["tokens"], row["ner_tags"]) for row in rows], "{}\t{}\n"),
         )
-    rows, found = prepare("conll", tmp_path / "in", tmp_path / "out", max_bad=0)
+    rows, found = prepare_and_read("conll", tmp_path / "in", tmp_path / "out", max_bad=0)
     assert {
         split: [(row["words"], row["tags"]) for row in rows if row["split"] == split]
         for split in wanted
@@ -240,7 +229,9 @@ def test_wnut17_comes_back_as_it_was(tmp_path):
         for words, tags in wanted["train"]
     ]
     write(tmp_path / "classic/train.txt", lines(classic, "{}\t{}\n"))
-    rows, found = prepare("conll", tmp_path / "classic", tmp_path / "from-classic", max_bad=0)
+    rows, found = prepare_and_read(
+        "conll", tmp_path / "classic", tmp_path / "from-classic", max_bad=0
+    )
     assert [(row["words"], row["tags"]) for row in rows] == wanted["train"] and found["notes"][
         "scheme"
     ].startswith("iob1")
@@ -300,7 +291,7 @@ def test_answers_are_checked_where_they_stand(tmp_path):
         asked("text", "", 0),
         asked("true", "D", True),
     )
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "squad", write(tmp_path / "dev-v2.0.json", text), tmp_path / "out", max_bad=0.3
     )
     message = {
@@ -335,7 +326,7 @@ def test_answers_are_checked_where_they_stand(tmp_path):
         for row in rows
         for answer, start in zip(row["answers"], row["answer_start"], strict=True)
     )
-    fixed, found = prepare(
+    fixed, found = prepare_and_read(
         "squad", tmp_path / "dev-v2.0.json", tmp_path / "fixed", "repair=true", max_bad=0.3
     )
     assert {row["id"]: row["answer_start"] for row in fixed}["off"] == [25] and found["notes"][
@@ -349,7 +340,7 @@ def test_answers_are_checked_where_they_stand(tmp_path):
 def test_ids_that_stand_in_two_files_and_files_of_another_layout(tmp_path):
     write(tmp_path / "in/train-a.json", squad())
     write(tmp_path / "in/train-b.json", squad())
-    rows, found = prepare("squad", tmp_path / "in", tmp_path / "out", max_bad=0.5)
+    rows, found = prepare_and_read("squad", tmp_path / "in", tmp_path / "out", max_bad=0.5)
     assert (
         len(rows) == 40
         and set(reasons(found).values()) == {"its id stood before"}
@@ -362,7 +353,7 @@ def test_ids_that_stand_in_two_files_and_files_of_another_layout(tmp_path):
         ('{"data": [{"paragraphs": 3}]}', "not of SQuAD's layout"),
     ):
         with pytest.raises(ValueError, match=f"c.json: {said}"):
-            prepare("squad", write(tmp_path / "c.json", text), tmp_path / "none")
+            prepare_and_read("squad", write(tmp_path / "c.json", text), tmp_path / "none")
 
 
 def test_ids_that_are_none_or_cannot_be_written_or_stood_at_a_broken_question(tmp_path):
@@ -377,7 +368,7 @@ def test_ids_that_are_none_or_cannot_be_written_or_stood_at_a_broken_question(tm
         .encode()
         .replace(b"@@", b"a\xff")
     )
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "squad", write(tmp_path / "dev.json", text), tmp_path / "out", max_bad=0.1
     )
     kept = {row["id"]: row["answer_start"] for row in rows}
@@ -411,7 +402,7 @@ def test_offsets_count_characters_also_beyond_the_basic_plane(tmp_path):
         ]
     }
     for name, escapes in (("a", True), ("b", False)):
-        rows, found = prepare(
+        rows, found = prepare_and_read(
             "squad",
             write(tmp_path / f"{name}.json", json.dumps(document, ensure_ascii=escapes)),
             tmp_path / name,
@@ -447,7 +438,7 @@ def test_xquad_comes_back_as_it_was(tmp_path):
             for title, paragraphs in articles.items()
         ]
         write(tmp_path / f"in/{split}-v1.1.json", json.dumps({"version": "1.1", "data": data}))
-    rows, _ = prepare("squad", tmp_path / "in", tmp_path / "out", max_bad=0)
+    rows, _ = prepare_and_read("squad", tmp_path / "in", tmp_path / "out", max_bad=0)
     names = ("id", "title", "context", "question", "split")
     assert {
         row["id"]: {
@@ -476,17 +467,19 @@ def by_text(rows: list[dict]) -> list[dict]:
 def test_columns_are_mapped_kept_and_dropped(tmp_path):
     write(tmp_path / "a.csv", 'review,stars,when\n"one, two",5,today\nthree,4,\n')
     pairs = ["columns=text=review,label=stars"]
-    rows, found = prepare("csv", tmp_path / "a.csv", tmp_path / "out", *pairs)
+    rows, found = prepare_and_read("csv", tmp_path / "a.csv", tmp_path / "out", *pairs)
     assert by_text(rows) == [
         {"text": "one, two", "label": 5, "when": "today", "split": "train"},
         {"text": "three", "label": 4, "when": None, "split": "train"},
     ]
     assert found["classes"]["train"]["labels"] == {"4": 1, "5": 1}
     assert set(
-        prepare("csv", tmp_path / "a.csv", tmp_path / "dropped", *pairs, "keep=false")[0][0]
+        prepare_and_read("csv", tmp_path / "a.csv", tmp_path / "dropped", *pairs, "keep=false")[0][
+            0
+        ]
     ) == {"text", "label", "split"}
     write(tmp_path / "b.csv", "5;a text\n3;b\n")
-    rows, _ = prepare(
+    rows, _ = prepare_and_read(
         "csv",
         tmp_path / "b.csv",
         tmp_path / "bare",
@@ -498,7 +491,7 @@ def test_columns_are_mapped_kept_and_dropped(tmp_path):
         {"label": 5, "text": "a text", "split": "train"},
         {"label": 3, "text": "b", "split": "train"},
     ]
-    rows, _ = prepare(
+    rows, _ = prepare_and_read(
         "csv",
         tmp_path / "b.csv",
         tmp_path / "named",
@@ -516,7 +509,7 @@ def test_types_are_the_same_over_all_files(tmp_path):
         "text,label,zip,score,long\na,,55555,0.5,123456789012345678901\n",
     )
     write(tmp_path / "in/test.csv", "text,zip,score,long\nb,1,-2e3,\n")
-    rows, found = prepare("csv", tmp_path / "in", tmp_path / "out")
+    rows, found = prepare_and_read("csv", tmp_path / "in", tmp_path / "out")
     schemas = [pq.read_schema(file) for file in (tmp_path / "out").glob("*.parquet")]
     wanted = {
         "text": pa.string(),
@@ -535,12 +528,14 @@ def test_types_are_the_same_over_all_files(tmp_path):
         "b": (None, "1", -2000.0, None),
     }
     assert found["notes"]["files without a column label, where it is null"] == "test.csv"
-    rows, _ = prepare("csv", tmp_path / "in", tmp_path / "typed", "types=label=string,score=float")
+    rows, _ = prepare_and_read(
+        "csv", tmp_path / "in", tmp_path / "typed", "types=label=string,score=float"
+    )
     assert {row["label"] for row in rows} == {"1", None}
     with pytest.raises(
         ValueError, match="--set types=zip=int: it holds values that are no numbers"
     ):
-        prepare("csv", tmp_path / "in", tmp_path / "none", "types=zip=int")
+        prepare_and_read("csv", tmp_path / "in", tmp_path / "none", "types=zip=int")
 
 
 def test_quotes_line_ends_in_fields_and_a_quote_that_is_left_open(tmp_path):
@@ -548,7 +543,9 @@ def test_quotes_line_ends_in_fields_and_a_quote_that_is_left_open(tmp_path):
         'text,label\n"two\nlines, and ""quotes""",1\n"left open,2\nafter,3\n5" '
         'disk,4\n"swallows,5\nthis"one,6\n' + "more,7\n" * 60 + '"at the end,8\nlast,9\n'
     )
-    rows, found = prepare("csv", write(tmp_path / "a.csv", text), tmp_path / "out", max_bad=0.1)
+    rows, found = prepare_and_read(
+        "csv", write(tmp_path / "a.csv", text), tmp_path / "out", max_bad=0.1
+    )
     message = reasons(found)
     assert set(message) == {"a.csv:4", "a.csv:7", "a.csv:69"} and all(
         "quote" in reason or "CSV" in reason for reason in message.values()
@@ -562,7 +559,7 @@ def test_quotes_line_ends_in_fields_and_a_quote_that_is_left_open(tmp_path):
         "more": 7,
         "last": 9,
     }
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "csv",
         write(tmp_path / "b.tsv", 'text\tlabel\n"he said\t1\nso" he did\t2\n'),
         tmp_path / "tsv",
@@ -574,7 +571,7 @@ def test_quotes_line_ends_in_fields_and_a_quote_that_is_left_open(tmp_path):
 
 def test_a_quote_may_stand_in_a_field_without_quotes_beside_one_that_goes_over_lines(tmp_path):
     text = 'size,text\n5" disk,"two\nlines"\n"7"" disk","one ""\n\nmore"\n8,b\n'
-    rows, _ = prepare("csv", write(tmp_path / "a.csv", text), tmp_path / "out", max_bad=0)
+    rows, _ = prepare_and_read("csv", write(tmp_path / "a.csv", text), tmp_path / "out", max_bad=0)
     wanted = list(csv.DictReader(io.StringIO(text, newline="")))
     assert len(wanted) == 3 and by_text(
         [{n: row[n] for n in ("size", "text")} for row in rows]
@@ -598,15 +595,15 @@ def test_a_quote_may_stand_in_a_field_without_quotes_beside_one_that_goes_over_l
 )
 def test_no_row_is_taken_for_the_names_of_the_columns_nor_all_columns_for_one(data, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        prepare("csv", write(tmp_path / "a.csv", data), tmp_path / "out", max_bad=0.9)
+        prepare_and_read("csv", write(tmp_path / "a.csv", data), tmp_path / "out", max_bad=0.9)
 
 
 def test_a_row_of_empty_fields_and_one_without_a_split_are_broken(tmp_path):
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "csv", write(tmp_path / "a.tsv", "text\tlabel\n\t\n\nfoo\t1\n"), tmp_path / "tsv"
     )
     assert len(rows) == 1 and reasons(found) == {"a.tsv:2": "no text"}
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "csv",
         write(tmp_path / "b.csv", "text,fold\na,train\nb, \nc,dev\n"),
         tmp_path / "out",
@@ -618,7 +615,9 @@ def test_a_row_of_empty_fields_and_one_without_a_split_are_broken(tmp_path):
     with pytest.raises(
         ValueError, match="--set split=test: --set split_column=fold gives each row its own"
     ):
-        prepare("csv", tmp_path / "b.csv", tmp_path / "none", "split_column=fold", "split=test")
+        prepare_and_read(
+            "csv", tmp_path / "b.csv", tmp_path / "none", "split_column=fold", "split=test"
+        )
 
 
 def test_what_cannot_be_is_told(tmp_path):
@@ -635,17 +634,19 @@ def test_what_cannot_be_is_told(tmp_path):
         (["encoding=klingon"], "no encoding"),
     ):
         with pytest.raises(ValueError, match=said):
-            prepare("csv", tmp_path / "a.csv", tmp_path / "none", *pairs)
+            prepare_and_read("csv", tmp_path / "a.csv", tmp_path / "none", *pairs)
     with pytest.raises(ValueError, match="two columns are called 'a'"):
-        prepare("csv", write(tmp_path / "b.csv", "a,a\n1,2\n"), tmp_path / "none2")
-    rows, found = prepare("csv", tmp_path / "a.csv", tmp_path / "out", "split_column=split")
+        prepare_and_read("csv", write(tmp_path / "b.csv", "a,a\n1,2\n"), tmp_path / "none2")
+    rows, found = prepare_and_read(
+        "csv", tmp_path / "a.csv", tmp_path / "out", "split_column=split"
+    )
     assert {row["text"]: row["split"] for row in rows} == {
         "a": "validation",
         "b": "train",
         "c": "test",
     }
     assert found["rows"] == {"test": 1, "train": 1, "validation": 1}
-    rows, _ = prepare(
+    rows, _ = prepare_and_read(
         "csv",
         write(tmp_path / "c.csv", "text\nna\xefve\n".encode("latin-1")),
         tmp_path / "latin",
@@ -656,7 +657,7 @@ def test_what_cannot_be_is_told(tmp_path):
 
 def test_rows_sorted_by_class_are_mixed(tmp_path):
     write(tmp_path / "a.csv", "text,label\n" + "".join(f"t{i},{i // 500}\n" for i in range(1000)))
-    rows, _ = prepare("csv", tmp_path / "a.csv", tmp_path / "out")
+    rows, _ = prepare_and_read("csv", tmp_path / "a.csv", tmp_path / "out")
     assert (
         150 < sum(row["label"] for row in rows[:500]) < 350
         and len({row["text"] for row in rows}) == 1000
@@ -675,7 +676,7 @@ def test_sentiment_sentences_come_back_as_pandas_reads_them(suffix, tmp_path):
             [row["text"], row["label"], row["domain"]] for row in wanted if row["split"] == split
         )
         write(tmp_path / f"in/{split}.{suffix}", sink.getvalue())
-    rows, _ = prepare(
+    rows, _ = prepare_and_read(
         "csv", tmp_path / "in", tmp_path / "out", "columns=text=sentence,label=polarity", max_bad=0
     )
     key = ["text", "label", "domain", "split"]

@@ -5,6 +5,7 @@ frames of videos, and metadata that is not true.
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prepare import conftest
 from prepare.conftest import encoded, read, write
 
-from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.write import Preparation, Settings, verify
+from pipeline.prepare.engine.write import verify
 from pipeline.prepare.readers import parquet
+
+prepare = partial(conftest.prepare, "lerobot")
 
 FPS, FRONT = 10, "observation.images.front"
 LENGTHS = (6, 4, 5)
@@ -36,16 +39,6 @@ FEATURES = {
     },
     "timestamp": {"dtype": "float32", "shape": [1]},
 }
-
-
-def prepare(source, output, *pairs: str, **settings) -> dict:
-    return Preparation(
-        "lerobot",
-        str(source),
-        str(output),
-        importing.options_of("lerobot", list(pairs)),
-        Settings(**settings),
-    ).run()
 
 
 def reasons(output) -> dict[str, str]:

@@ -7,8 +7,8 @@ import uuid
 
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import write
-from prepare.speech import bad, index, librispeech, manifest, prepare, reasons, samples, sound
+from prepare.conftest import prepare_and_read, write
+from prepare.speech import bad, index, librispeech, manifest, reasons, samples, sound
 
 from pipeline.io import storage
 from pipeline.prepare.engine.write import Preparation, Settings, verify
@@ -53,7 +53,9 @@ def test_manifests_of_every_split_with_pieces_and_further_fields(tmp_path):
         "dev_manifest.jsonl",
     )
     write(tmp_path / "lists/notes.json", "{}")
-    rows, found = prepare("manifest", tmp_path, tmp_path.parent / f"{tmp_path.name}-out", max_bad=0)
+    rows, found = prepare_and_read(
+        "manifest", tmp_path, tmp_path.parent / f"{tmp_path.name}-out", max_bad=0
+    )
     rows = {row["transcript"]: row for row in rows}
     piece, whole, rest = rows["Grüße"], rows[""], rows["rest"]
     assert (
@@ -167,7 +169,7 @@ def test_a_piece_behind_its_recordings_end_is_broken(tmp_path):
             {"audio_filepath": "a.wav", "duration": 0.5, "text": "y"},
         ],
     )
-    rows, found = prepare("manifest", tmp_path / "in", tmp_path / "out")
+    rows, found = prepare_and_read("manifest", tmp_path / "in", tmp_path / "out")
     assert [(row["transcript"], row["seconds"]) for row in rows] == [("y", 0.5)]
     assert reasons(found) == {
         "a.wav from 0.50 s to 2.50 s": "a piece from 0.5 s on, 2 s long, of a recording of 1.00 s"

@@ -3,9 +3,9 @@ checked against plain SQL (DuckDB) over the raw tables.
 """
 
 import gzip
-import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -15,10 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import pytest
+from prepare import conftest
+from prepare.conftest import entity_events, entity_rows, summary
 
 from pipeline.prepare.clinical import plausible
-from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.write import Preparation, Settings
+
+prepare = partial(conftest.prepare, "mimic3")
 
 DEMO = pytest.mark.skipif(
     "ONETOMANY_DATA" not in os.environ, reason="needs the folder that ONETOMANY_DATA names"
@@ -118,39 +120,10 @@ TABLES = {
 SOME = {"max_bad": 0.9}
 
 
-def prepare(source, output, *pairs: str, **settings) -> dict:
-    return Preparation(
-        "mimic3",
-        str(source),
-        str(output),
-        importing.options_of("mimic3", list(pairs)),
-        Settings(**settings),
-    ).run()
-
-
-def rows(output) -> dict:
-    found = [
-        row
-        for file in sorted(Path(output).glob("*.parquet"))
-        for row in pq.read_table(file).to_pylist()
-    ]
-    assert len({row["entity"] for row in found}) == len(found)
-    return {row["entity"]: row for row in found}
-
-
-def events(row: dict) -> list[tuple]:
-    assert row["events"] == len(row["times"])
-    return list(zip(row["times"], row["variables"], row["values"], strict=True))
-
-
 def f(*events: tuple) -> list[tuple]:
     return [
         (np.float32(time).item(), name, np.float32(value).item()) for time, name, value in events
     ]
-
-
-def summary(output) -> dict:
-    return json.loads(Path(output, "_summary.json").read_text())
 
 
 @pytest.fixture
@@ -170,16 +143,16 @@ def test_streams(mimic, tmp_path):
     all by hand.
     """
     prepare(mimic, tmp_path / "out", **SOME)
-    found = rows(tmp_path / "out")
+    found = entity_rows(tmp_path / "out")
     assert list(map(int, sorted(found))) == [1000, 1001, 1010, 2000]
-    assert events(found[1000]) == f(
+    assert entity_events(found[1000]) == f(
         (-1.5, "HR", 90),
         (1.5, "HR", 80),
         (2, "DiasABP", 80),
         (2, "SysABP", 120),
         (2, "input: .9% Normal Saline", 250),
     )
-    assert events(found[1001]) == f(
+    assert entity_events(found[1001]) == f(
         (-24, "HR", 70),
         (6, "CapillaryRefill", 0),
         (6, "FiO2", 50),
@@ -191,7 +164,7 @@ def test_streams(mimic, tmp_path):
         (9, "GCS_motor", 6),
         (9, "GCS_verbal", 4),
     )
-    assert events(found[1010]) == f(
+    assert entity_events(found[1010]) == f(
         (4, "GCS", 14),
         (4, "GCS_eye", 3),
         (4, "GCS_motor", 6),
@@ -203,7 +176,7 @@ def test_streams(mimic, tmp_path):
         (24, "TroponinT", 0.01),
         (25, "Creatinine", 1.5),
     )
-    assert events(found[2000]) == f(
+    assert entity_events(found[2000]) == f(
         (-12, "Glucose", 500),
         (0, "drug: Heparin Sodium", 1),
         (3, "Urine", 150),
@@ -288,7 +261,10 @@ def test_units_are_converted_or_left_out_and_counted(mimic, tmp_path):
         "\n".join([TABLES["CHARTEVENTS"].splitlines()[0], *lines]) + "\n"
     )
     prepare(mimic, tmp_path / "out", "inputs=false", **SOME)
-    found = [(name, round(value, 2)) for _, name, value in events(rows(tmp_path / "out")[1010])]
+    found = [
+        (name, round(value, 2))
+        for _, name, value in entity_events(entity_rows(tmp_path / "out")[1010])
+    ]
     assert sorted(found) == sorted(
         [
             ("Creatinine", 1.0),
@@ -338,7 +314,7 @@ def test_amounts_of_inputs_in_other_units_are_left_out_and_counted(mimic, tmp_pa
     prepare(mimic, tmp_path / "out", **SOME)
     found = [
         (name, value)
-        for _, name, value in events(rows(tmp_path / "out")[2000])
+        for _, name, value in entity_events(entity_rows(tmp_path / "out")[2000])
         if name.startswith("input: ")
     ]
     assert found == [
@@ -382,9 +358,9 @@ def test_tables_whose_times_all_have_a_zone(mimic, tmp_path):
     for name in TABLES.keys() - {"PATIENTS"}:
         (mimic / f"{name}.csv").write_text(re.sub(r"(\d\d:\d\d:\d\d)", r"\1-05:00", TABLES[name]))
     prepare(mimic, tmp_path / "zoned", **SOME)
-    plain, zoned = rows(tmp_path / "plain"), rows(tmp_path / "zoned")
-    assert {entity: events(row) for entity, row in zoned.items()} == {
-        entity: events(row) for entity, row in plain.items()
+    plain, zoned = entity_rows(tmp_path / "plain"), entity_rows(tmp_path / "zoned")
+    assert {entity: entity_events(row) for entity, row in zoned.items()} == {
+        entity: entity_events(row) for entity, row in plain.items()
     }
 
 
@@ -435,7 +411,7 @@ def test_every_unit_of_the_demo_and_of_the_table_of_items_is_known():
 
 def test_facts_and_outcomes(mimic, tmp_path):
     prepare(mimic, tmp_path / "out", **SOME)
-    found = rows(tmp_path / "out")
+    found = entity_rows(tmp_path / "out")
     years = (
         (np.datetime64("2100-01-01T10") - np.datetime64("2050-01-01T00"))
         / np.timedelta64(1, "D")
@@ -538,17 +514,20 @@ def test_tables_that_may_be_missing(mimic, tmp_path):
         "DIAGNOSES_ICD",
         "D_ITEMS",
     }
-    found = rows(tmp_path / "out")
+    found = entity_rows(tmp_path / "out")
     assert {(row["icd9"], row["next_icd9"]) for row in found.values()} == {(None, None)}, (
         "not known is not none"
     )
-    assert events(found[2000]) == f((-12, "Glucose", 500), (24, "UrinePH", 6.5))
+    assert entity_events(found[2000]) == f((-12, "Glucose", 500), (24, "UrinePH", 6.5))
 
 
 def test_options_leave_tables_out(mimic, tmp_path):
     prepare(mimic, tmp_path / "out", "drugs=false", "inputs=false", **SOME)
     assert not [
-        name for row in rows(tmp_path / "out").values() for name in row["variables"] if ": " in name
+        name
+        for row in entity_rows(tmp_path / "out").values()
+        for name in row["variables"]
+        if ": " in name
     ]
 
 
@@ -557,7 +536,9 @@ def test_empty_tables(mimic, tmp_path):
     header = TABLES["CHARTEVENTS"].splitlines()[0]
     (mimic / "CHARTEVENTS.csv").write_text(header + "\n")
     prepare(mimic, tmp_path / "out", **SOME)
-    assert events(rows(tmp_path / "out")[1000]) == f((2, "input: .9% Normal Saline", 250))
+    assert entity_events(entity_rows(tmp_path / "out")[1000]) == f(
+        (2, "input: .9% Normal Saline", 250)
+    )
     (mimic / "ICUSTAYS.csv").write_text(TABLES["ICUSTAYS"].splitlines()[0] + "\n")
     with pytest.raises(ValueError, match="no entities"):
         prepare(mimic, tmp_path / "out2", **SOME)
@@ -592,7 +573,7 @@ def test_forms_of_the_tables(mimic, tmp_path):
     files, rows in another order: the same streams.
     """
     prepare(mimic, tmp_path / "out", **SOME)
-    expected = rows(tmp_path / "out")
+    expected = entity_rows(tmp_path / "out")
     for form in ("csv.gz", "parquet", "split"):
         root = tmp_path / form
         root.mkdir()
@@ -618,7 +599,7 @@ def test_forms_of_the_tables(mimic, tmp_path):
                 ) as sink:
                     pcsv.write_csv(lower, sink)
         prepare(root, tmp_path / f"out {form}", **SOME)
-        assert rows(tmp_path / f"out {form}") == expected
+        assert entity_rows(tmp_path / f"out {form}") == expected
 
 
 # ---------------------------------------------------------------- the demo
@@ -659,7 +640,7 @@ def test_demo_as_the_publishers_csv(demo, prepared, tmp_path, case):
         ) as sink:
             pcsv.write_csv(read, sink)
     manifest = prepare(root, tmp_path / "out", part_mb=1)
-    assert len(manifest["files"]) > 5 and rows(tmp_path / "out") == rows(prepared)
+    assert len(manifest["files"]) > 5 and entity_rows(tmp_path / "out") == entity_rows(prepared)
 
 
 STREAMS = """
@@ -696,7 +677,11 @@ def test_demo_streams_equal_sql(demo, prepared):
     connection = duckdb.connect()
     connection.execute("set timezone = 'UTC'")
     sql = connection.execute(STREAMS.format(demo=demo, clinical=plausible.CLINICAL)).fetchall()
-    ours = [(entity, *event) for entity, row in rows(prepared).items() for event in events(row)]
+    ours = [
+        (entity, *event)
+        for entity, row in entity_rows(prepared).items()
+        for event in entity_events(row)
+    ]
     assert len(ours) > 150_000 and sorted(ours) == sorted(sql)
     counts = dict(
         connection.execute(
@@ -719,7 +704,7 @@ def test_no_row_of_the_demo_is_lost_by_its_unit(prepared):
 @DEMO
 def test_demo_stays_equal_sql(demo, prepared):
     """Stays, patients and outcomes against SQL."""
-    found = rows(prepared)
+    found = entity_rows(prepared)
     assert len(found) == 136 and len({row["patient"] for row in found.values()}) == 100
     sql = duckdb.sql(f"""
         with a as (select *, lead(admittime) over (partition by subject_id order by admittime) next from '{demo}/admissions.parquet')
@@ -765,7 +750,7 @@ def test_demo_stays_equal_sql(demo, prepared):
 @DEMO
 def test_demo_codes_equal_sql(demo, prepared):
     """Codes of this admission, and of those before it, never the other way round."""
-    found = rows(prepared)
+    found = entity_rows(prepared)
     own = dict(
         duckdb.sql(
             f"select icustay_id, list(distinct icd9_code) from '{demo}/icustays.parquet' join "

@@ -3,35 +3,19 @@ taken for something else without a word.
 """
 
 import json
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import read, write
+from prepare.conftest import prepare, read, summary, write
 from prepare.test_cohorts import rows as event_rows
 from prepare.test_cohorts import stay
 from prepare.test_mimic3 import TABLES
 
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.write import Preparation, Settings
 
 HEAD = "entity,time,variable,value\n"
-
-
-def prepare(name: str, source, output, *pairs: str, **settings) -> dict:
-    return Preparation(
-        name,
-        str(source),
-        str(output),
-        importing.options_of(name, list(pairs)),
-        Settings(**settings),
-    ).run()
-
-
-def summary(output) -> dict:
-    return json.loads(Path(output, "_summary.json").read_text())
 
 
 def listed(output) -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@ written back as the publisher's files.
 """
 
 import io
-import json
 import os
 import tarfile
 from pathlib import Path
@@ -12,10 +11,9 @@ import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from prepare.conftest import entity_events, entity_rows, prepare, summary
 
 from pipeline.prepare.clinical import plausible
-from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.write import Preparation, Settings
 from pipeline.prepare.importers import physionet2012
 
 HEAD = "Time,Parameter,Value\n"
@@ -23,35 +21,6 @@ HEADER = "RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death\n"
 DATA = pytest.mark.skipif(
     "ONETOMANY_DATA" not in os.environ, reason="needs the folder that ONETOMANY_DATA names"
 )
-
-
-def prepare(name: str, source, output, *pairs: str, **settings) -> dict:
-    return Preparation(
-        name,
-        str(source),
-        str(output),
-        importing.options_of(name, list(pairs)),
-        Settings(**settings),
-    ).run()
-
-
-def rows(output) -> dict:
-    found = [
-        row
-        for file in sorted(Path(output).glob("*.parquet"))
-        for row in pq.read_table(file).to_pylist()
-    ]
-    assert len({row["entity"] for row in found}) == len(found)
-    return {row["entity"]: row for row in found}
-
-
-def events(row: dict) -> list[tuple]:
-    assert row["events"] == len(row["times"])
-    return list(zip(row["times"], row["variables"], row["values"], strict=True))
-
-
-def summary(output) -> dict:
-    return json.loads(Path(output, "_summary.json").read_text())
 
 
 def record(number: int, age=54, gender=0, height=-1, unit=4, weight=-1, more: str = "") -> str:
@@ -94,12 +63,14 @@ EXPECTED = [
 
 
 def check(output) -> None:
-    found = rows(output)
+    found = entity_rows(output)
     assert set(found) == {132539, 132540, 142675, 152871}
-    assert events(found[132539]) == [
+    assert entity_events(found[132539]) == [
         (np.float32(t).item(), name, np.float32(v).item()) for t, name, v in EXPECTED
     ]
-    assert events(found[142675]) == [(1, "Weight", 70)] and events(found[132540]) == []
+    assert (
+        entity_events(found[142675]) == [(1, "Weight", 70)] and entity_events(found[132540]) == []
+    )
     assert [found[i]["static"] for i in sorted(found)] == [
         {"Age": 54, "Gender": "female", "Height": None, "Weight": None, "CareUnit": "SICU"},
         {"Age": 76, "Gender": "male", "Height": 175.3, "Weight": 80.6, "CareUnit": "CSRU"},
@@ -276,7 +247,7 @@ def test_text_files_equal_the_tables(tmp_path):
     ]
     prepare("physionet2012", tmp_path / "txt", tmp_path / "from_txt", part_mb=0.2)
     prepare("physionet2012", folder, tmp_path / "from_tables")
-    texts, tables = rows(tmp_path / "from_txt"), rows(tmp_path / "from_tables")
+    texts, tables = entity_rows(tmp_path / "from_txt"), entity_rows(tmp_path / "from_tables")
     assert (
         sorted(texts) == sorted(wanted)
         and len(tables) == 8000
@@ -295,9 +266,9 @@ def test_text_files_equal_the_tables(tmp_path):
             "static=Age,Gender",
             "clean=clinical",
         )
-        general = rows(tmp_path / name)
+        general = entity_rows(tmp_path / name)
         assert len(general) == 4000 and all(
-            events(general[number]) == events(tables[number]) for number in general
+            entity_events(general[number]) == entity_events(tables[number]) for number in general
         )
         assert all(
             general[number]["In-hospital_death"] == tables[number]["in_hospital_death"]

@@ -11,12 +11,10 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from prepare.conftest import read
+from prepare.conftest import read, splits_of_a_job
 from typer.testing import CliRunner
 
 from pipeline import cli
-from pipeline.config.schema import Data
-from pipeline.data import manifests
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.write import Preparation, Settings, verify
 from pipeline.simulation import experts, training
@@ -468,18 +466,7 @@ def test_the_same_seeds_give_the_same_bytes_on_ray(ray_here, hide_ray, tmp_path)
 
 def test_a_job_reads_the_rows(tmp_path):
     done = prepare(tmp_path / "out", *SHORT, "episodes=5", "test_episodes=2")
-    data = Data.model_validate(
-        {
-            "uri": str(tmp_path / "out"),
-            "split_column": "split",
-            "modality": "table",
-            "columns": {"features": "observations"},
-            "validation_fraction": 0.0,
-            "test_fraction": 0.0,
-        }
-    )
-    found = manifests.splits(data, ("features",), "sources.a", str(tmp_path / "imports"), False)
-    assert {split: len(getattr(found, split)) for split in done["rows"]} == done["rows"]
+    assert splits_of_a_job(tmp_path, "table", "features", "observations") == done["rows"]
 
 
 # ----------------------------------------------- what is wrong is told before anything is simulated

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import tar, write
+from prepare.conftest import prepare_and_read, splits_of_a_job, tar, write
 from prepare.speech import (
     CLIPS,
     an4,
@@ -21,15 +21,11 @@ from prepare.speech import (
     commonvoice,
     index,
     librispeech,
-    prepare,
     samples,
     sound,
     speech_commands,
     wave,
 )
-
-from pipeline.config.schema import Data
-from pipeline.data import manifests
 
 LAYOUTS = {
     "librispeech": librispeech,
@@ -62,7 +58,7 @@ def test_rows_of_archives_are_those_of_folders(name, tmp_path, monkeypatch):
     kept = {
         form: [
             {key: value for key, value in row.items() if key not in drop}
-            for row in prepare(
+            for row in prepare_and_read(
                 name,
                 tmp_path / "in"
                 if form == "folder"
@@ -84,22 +80,9 @@ def test_rows_of_archives_are_those_of_folders(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_job_reads_what_every_importer_of_recordings_writes(name, tmp_path):
     LAYOUTS[name](tmp_path / "in")
-    rows, _ = prepare(name, tmp_path / "in", tmp_path / "out", rows_per_part=3)
-    data = Data.model_validate(
-        {
-            "uri": str(tmp_path / "out"),
-            "split_column": "split",
-            "modality": "audio",
-            "columns": {"audio": "audio"},
-            "validation_fraction": 0.0,
-            "test_fraction": 0.0,
-        }
-    )
-    found = manifests.splits(data, ("audio",), "sources.a", str(tmp_path / "imports"), False)
-    assert {split: len(getattr(found, split)) for split in ("train", "validation", "test")} == {
-        split: sum(row["split"] == split for row in rows)
-        for split in ("train", "validation", "test")
-    }
+    rows, _ = prepare_and_read(name, tmp_path / "in", tmp_path / "out", rows_per_part=3)
+    found = splits_of_a_job(tmp_path, "audio", "audio")
+    assert found == Counter(row["split"] for row in rows)
     assert all(row["seconds"] > 0.1 and row["audio"] for row in rows)
 
 
@@ -108,7 +91,7 @@ def test_a_job_reads_what_every_importer_of_recordings_writes(name, tmp_path):
 
 def test_librispeech_rows_have_their_transcripts_speakers_and_splits(tmp_path):
     wanted = librispeech(tmp_path)
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "librispeech", tmp_path, tmp_path.parent / f"{tmp_path.name}-out", max_bad=0
     )
     assert {
@@ -241,7 +224,7 @@ def test_a_member_that_leads_outside_is_refused(tmp_path):
 
 def test_commonvoice_rows_are_those_of_its_tables(tmp_path):
     folder = commonvoice(tmp_path)
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "commonvoice", tmp_path, tmp_path.parent / f"{tmp_path.name}-out", max_bad=0
     )
     splits = {"train": "train", "dev": "validation", "test": "test"}
@@ -279,7 +262,7 @@ def test_commonvoice_rows_are_those_of_its_tables(tmp_path):
 
 def test_commonvoice_resampled_is_flac_of_that_rate(tmp_path):
     commonvoice(tmp_path / "in")
-    rows, found = prepare("commonvoice", tmp_path / "in", tmp_path / "out", "rate=16000")
+    rows, found = prepare_and_read("commonvoice", tmp_path / "in", tmp_path / "out", "rate=16000")
     assert all(
         row["audio"].startswith(b"fLaC")
         and len(samples(row["audio"])) == round(row["seconds"] * 16000)
@@ -377,7 +360,7 @@ def test_commonvoice_with_what_is_wrong_in_it(tmp_path):
 
 def test_speech_commands_rows_follow_the_lists(tmp_path):
     speech_commands(tmp_path)
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "speech_commands", tmp_path, tmp_path.parent / f"{tmp_path.name}-out", max_bad=0
     )
     assert Counter((row["split"], row["label"]) for row in rows) == {
@@ -399,7 +382,7 @@ def test_speech_commands_rows_follow_the_lists(tmp_path):
 
 def test_speech_commands_silence_and_unknown_words(tmp_path):
     speech_commands(tmp_path / "in")
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "speech_commands", tmp_path / "in", tmp_path / "out", "words=yes,no", "silence=_silence_"
     )
     labels = Counter((row["split"], row["label"]) for row in rows)
@@ -425,7 +408,7 @@ def test_speech_commands_silence_and_unknown_words(tmp_path):
     }
     assert {
         row["label"]
-        for row in prepare(
+        for row in prepare_and_read(
             "speech_commands", tmp_path / "in", tmp_path / "two", "words=yes,no", "unknown=none"
         )[0]
     } == {"yes", "no"}
@@ -506,7 +489,7 @@ TEXTS = {
 )
 def test_an4_in_each_of_its_forms(tmp_path, form, suffix, pair):
     wanted = an4(tmp_path / "an4", form, suffix)
-    rows, found = prepare(
+    rows, found = prepare_and_read(
         "an4", tmp_path, tmp_path.parent / f"{tmp_path.name}-out", pair, max_bad=0
     )
     assert {row["utterance"]: row["transcript"] for row in rows} == TEXTS
@@ -525,7 +508,7 @@ def test_an4_in_each_of_its_forms(tmp_path, form, suffix, pair):
 def test_an4_raw_archives_are_told_by_their_name(tmp_path):
     for order, name in (("little", "an4_raw.littleendian"), ("big", "an4_raw.bigendian")):
         wanted = an4(tmp_path / order, order, ".raw")
-        rows, _ = prepare(
+        rows, _ = prepare_and_read(
             "an4",
             packed(tmp_path / order, tmp_path / f"{name}.tar.gz", "tar.gz"),
             tmp_path / f"{order}-out",
@@ -581,7 +564,7 @@ def test_an4_comes_back_as_it_was(tmp_path):
     for kind, text in lists.items():
         write(tmp_path / f"in/etc/an4_test.{kind}", text)
         write(tmp_path / f"in/etc/an4_train.{kind}", "")
-    rows, found = prepare("an4", tmp_path / "in", tmp_path / "out", max_bad=0)
+    rows, found = prepare_and_read("an4", tmp_path / "in", tmp_path / "out", max_bad=0)
     got = {row["utterance"]: row for row in rows}
     assert len(got) == 130 and all(
         got[row["utt_id"].rpartition("/")[2]]["transcript"] == row["transcript"] for row in wanted

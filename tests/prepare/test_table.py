@@ -10,33 +10,26 @@ import os
 import subprocess
 import sys
 from decimal import Decimal
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import read, write
+from prepare import conftest
+from prepare.conftest import parts, read, write
 from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.io import storage
-from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
+from pipeline.prepare.engine.write import MANIFEST, verify
+
+prepare = partial(conftest.prepare, "table")
 
 HEAD = "stay,patient,age,sex,unit,lab,died\n"
 BODY = "1,7,54,f,2,0.5,0\n2,7,,m,1,<0.1,1\n3,8,61.5,?,1,ERROR,0\n4,9,NA,f,2,1e-3,1\n"
 ROLES = ("label=died", "id=stay", "group=patient")
-
-
-def prepare(source, output, *pairs: str, **settings) -> dict:
-    return Preparation(
-        "table",
-        str(source),
-        str(output),
-        importing.options_of("table", list(pairs)),
-        Settings(**settings),
-    ).run()
 
 
 def by(output, key: str = "stay") -> list[dict]:
@@ -45,10 +38,6 @@ def by(output, key: str = "stay") -> list[dict]:
 
 def notes(output) -> dict:
     return json.loads((output / "_summary.json").read_text())["notes"]
-
-
-def parts(output) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(output.glob("*.parquet"))}
 
 
 def test_numbers_and_categories(tmp_path):

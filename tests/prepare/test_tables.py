@@ -7,7 +7,6 @@ import io
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import textwrap
@@ -17,16 +16,14 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import read, tar, write
+from prepare.conftest import prepare, prepare_killed, read, splits_of_a_job, tar, write
 from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.config import registry
-from pipeline.config.schema import Data
-from pipeline.data import manifests
 from pipeline.io import storage
-from pipeline.prepare.engine import importing, inputs, table_importer
-from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
+from pipeline.prepare.engine import inputs, table_importer
+from pipeline.prepare.engine.write import MANIFEST, Preparation, verify
 
 SMALL = 200 / 2**20
 """MiB: parts of a few rows."""
@@ -52,16 +49,6 @@ SQUAD = {
         }
     ],
 }
-
-
-def prepare(name: str, source, output, *pairs: str, **settings) -> dict:
-    return Preparation(
-        name,
-        str(source),
-        str(output),
-        importing.options_of(name, list(pairs)),
-        Settings(**settings),
-    ).run()
 
 
 def parts(output) -> dict[str, bytes]:
@@ -136,20 +123,8 @@ def test_a_job_reads_what_every_importer_of_tables_writes(name, request, tmp_pat
     fixture, pairs = SOURCES[name]
     done = prepare(name, request.getfixturevalue(fixture), tmp_path / "out", *pairs, part_mb=SMALL)
     role, modality = {"conll": "words", "squad": "context"}.get(name, "text"), "text"
-    data = Data.model_validate(
-        {
-            "uri": str(tmp_path / "out"),
-            "split_column": "split",
-            "modality": modality,
-            "columns": {"text": role},
-            "validation_fraction": 0.0,
-            "test_fraction": 0.0,
-        }
-    )
-    found = manifests.splits(data, ("text",), "sources.a", str(tmp_path / "imports"), False)
-    assert {split: len(getattr(found, split)) for split in done["rows"]} == done["rows"] and len(
-        done["rows"]
-    ) > 1
+    assert splits_of_a_job(tmp_path, modality, "text", role) == done["rows"]
+    assert len(done["rows"]) > 1
     rows = read(tmp_path / "out")
     assert (
         len(rows) == sum(done["rows"].values()) == done["read"]
@@ -182,24 +157,6 @@ def test_parts_of_another_size_or_options_are_another_run(text, tmp_path):
             prepare("text", text, tmp_path / "out", *pairs, **settings)
 
 
-KILLED = """
-    import os, signal
-    from pipeline.prepare.engine import importing, {module}
-    real, calls = {module}.{name}, []
-
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == {at}:
-            real(*arguments)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments)
-
-    {module}.{name} = killed
-    from pipeline.prepare.engine import write
-    write.Preparation("text", {source!r}, {output!r}, importing.options_of("text", ["dedup=near"]), write.Settings(part_mb={small!r})).run()
-"""
-
-
 @pytest.mark.parametrize(
     "killed", ["table_importer._scan", pytest.param("write._write_shard", marks=pytest.mark.slow)]
 )
@@ -207,22 +164,16 @@ def test_a_run_killed_in_either_pass_goes_on_to_the_same_bytes(killed, text, tmp
     write(text / "train-c.txt", "train-a.txt has a line 7 of words\nand another one\n")
     whole = prepare("text", text, tmp_path / "whole", "dedup=near", part_mb=SMALL)
     assert len(whole["files"]) == 20
-    (module, name), writes = killed.split("."), killed.startswith("write")
-    program = textwrap.dedent(KILLED).format(
-        module=module,
-        name=name,
+    writes = killed.startswith("write")
+    prepare_killed(
+        "text",
+        text,
+        tmp_path / "out",
+        "dedup=near",
         at=5 if writes else 4,
-        source=str(text),
-        output=str(tmp_path / "out"),
-        small=SMALL,
+        function=killed,
+        part_mb=SMALL,
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=storage.join(os.path.dirname(cli.__file__), ".."),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
     surveyed, kept = (
         sorted((tmp_path / "out/_survey").iterdir()),
         {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.parquet")},

@@ -5,6 +5,7 @@ episode that is left out.
 import gzip
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import read, write
+from prepare import conftest
+from prepare.conftest import read, summary, write
 from typer.testing import CliRunner
 
 from pipeline import cli
@@ -20,23 +22,11 @@ from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.write import Preparation, Settings, verify
 from pipeline.prepare.readers import csv_blocks
 
+prepare = partial(conftest.prepare, "trajectories")
+
 ROLES = ("observations=x,y", "actions=move", "episode=run", "order=t")
 HEAD = "run,t,x,y,move,paid,over\n"
 BODY = "a,0,1,2,left,0,false\na,1,3,4,left,0.5,false\na,2,5,6,right,1,true\nb,0,7,8,right,2,false\nb,5,9,10,left,3,true\n"
-
-
-def prepare(source, output, *pairs: str, **settings) -> dict:
-    return Preparation(
-        "trajectories",
-        str(source),
-        str(output),
-        importing.options_of("trajectories", list(pairs)),
-        Settings(**settings),
-    ).run()
-
-
-def summary(output) -> dict:
-    return json.loads((Path(output) / "_summary.json").read_text())
 
 
 def reasons(output) -> dict[str, str]:

@@ -5,10 +5,6 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import uuid
 from collections import Counter
 from functools import partial
@@ -19,7 +15,16 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare.conftest import encoded, read, tar, write
+from prepare.conftest import (
+    encoded,
+    parts,
+    prepare,
+    prepare_killed,
+    read,
+    splits_of_a_job,
+    tar,
+    write,
+)
 from prepare.speech import sound
 from pycocotools import mask as reference
 from typer.testing import CliRunner
@@ -27,7 +32,6 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.config import registry
 from pipeline.config.registry import Options
-from pipeline.config.schema import Data
 from pipeline.data import manifests
 from pipeline.io import storage
 from pipeline.prepare.engine import importing
@@ -50,38 +54,13 @@ SOURCES = {
 }
 
 
-def prepare(name: str, source, output, *pairs: str, **settings) -> dict:
-    return Preparation(
-        name,
-        str(source),
-        str(output),
-        importing.options_of(name, list(pairs)),
-        Settings(**settings),
-    ).run()
-
-
-def parts(output) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(Path(output).glob("*.parquet"))}
-
-
 # ---------------------------------------------------------------- what is written
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_job_reads_what_every_importer_of_images_writes(name, request, tmp_path):
     done = prepare(name, request.getfixturevalue(SOURCES[name]), tmp_path / "out", rows_per_part=2)
-    data = Data.model_validate(
-        {
-            "uri": str(tmp_path / "out"),
-            "split_column": "split",
-            "modality": "image",
-            "columns": {"image": "image"},
-            "validation_fraction": 0.0,
-            "test_fraction": 0.0,
-        }
-    )
-    found = manifests.splits(data, ("image",), "sources.a", str(tmp_path / "imports"), False)
-    assert {split: len(getattr(found, split)) for split in done["rows"]} == done["rows"]
+    assert splits_of_a_job(tmp_path, "image", "image") == done["rows"]
     rows = read(tmp_path / "out")
     for row in rows:
         with PIL.Image.open(io.BytesIO(row["image"])) as image:
@@ -356,30 +335,10 @@ def test_lists_of_labels_are_counted_one_by_one(chest, tmp_path):
 
 # ---------------------------------------------------------------- resuming
 
-KILLED = """
-    import os, signal
-    from pipeline.prepare.engine import write
-    real, calls = write._write_shard, []
-
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            real(*arguments)
-            os.kill(os.getpid(), signal.SIGKILL)  # its part is there, its record is not
-        return real(*arguments)
-
-    write._write_shard = killed
-    write.Preparation("imagefolder", {source!r}, {output!r}, None, write.Settings(rows_per_part=2, resize=20)).run()
-"""
-
 
 def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
     prepare("imagefolder", folder, tmp_path / "whole", rows_per_part=2, resize=20)
-    program = textwrap.dedent(KILLED).format(source=str(folder), output=str(tmp_path / "out"))
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == -signal.SIGKILL
+    prepare_killed("imagefolder", folder, tmp_path / "out", at=3, rows_per_part=2, resize=20)
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.parquet")}
     assert len(kept) == 3 and len(list((tmp_path / "out/_parts").iterdir())) == 2
     work = Preparation(

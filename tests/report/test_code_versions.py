@@ -91,6 +91,12 @@ def shown(state: stages.JobState, rows: list[dict[str, Any]]) -> tuple[list[matr
 # ---------------------------------------------------------------- trials
 
 
+def assert_trained_from_the_start(job: Job, state: stages.JobState, one: str) -> None:
+    record = trial.read_record(job.root, one)
+    assert record is not None and record.resumed_from == 0
+    assert state.trial_provenance[one].changes == ()
+
+
 def test_every_trial_and_bundle_records_what_made_it(tmp_path, bundles, paths, here):
     job = toy(tmp_path, bundles, paths)
     _, rows = again(job)
@@ -341,12 +347,7 @@ def test_a_trial_that_other_code_goes_on_with_says_so(
     )
     assert resume_history.read_provenance(folder) == [], "the record has it"
     state, _ = again(job, "trials")
-    record = trial.read_record(job.root, one)
-    assert (
-        record is not None
-        and record.resumed_from == 0
-        and state.trial_provenance[one].changes == ()
-    )
+    assert_trained_from_the_start(job, state, one)
 
 
 def test_a_trial_of_which_nothing_is_used_was_begun_by_nobody_else(
@@ -398,12 +399,7 @@ def test_what_was_left_half_trained_is_made_anew_on_request(
     (one,) = set(here)
     edit("pipeline.train.loop")
     state, _ = again(job, "trials")
-    record = trial.read_record(job.root, one)
-    assert (
-        record is not None
-        and record.resumed_from == 0
-        and state.trial_provenance[one].changes == ()
-    )
+    assert_trained_from_the_start(job, state, one)
 
 
 def test_resume_points_of_before_they_had_a_record_count_as_not_recorded(

@@ -9,13 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as theirs
-from toys import image_files, job_of, shared_of, trial_of
+from toys import image_files, job_of, result_rows, shared_of, trial_of
 
 from pipeline.config.schema import Job
 from pipeline.io import storage
 from pipeline.metrics import catalog
 from pipeline.report import blocks, matrix, per_label, report, results
-from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 from pipeline.transfer import cached_heads, targets
 from pipeline.transfer import trial as one_trial
@@ -58,30 +57,8 @@ def table(
     rows, runs = [], {}
     for (source, technique), seeds in made.items():
         for run in seeds:
-            trial_id = f"{source}-{technique}-{run.seed}"
-            rows.append(
-                ResultRow(
-                    **{
-                        "job": "j",
-                        "source": source,
-                        "backbone": "b",
-                        "target": "t",
-                        "technique": technique,
-                        "hyper_parameters": "{}",
-                        "seed": run.seed,
-                        "label_fraction": "1.0",
-                        "trial_id": trial_id,
-                        "trial_stage": "final",
-                        "status": "done",
-                        "split": "test",
-                        "n_eval": len(run.rows),
-                        "metric": metric,
-                        "value": catalog.metric(metric).value(run.predictions),
-                        "higher_is_better": True,
-                    }
-                )
-            )
-            runs[trial_id] = run
+            rows += result_rows(source, technique, run, metric)
+            runs[rows[-1].trial_id] = run
     return rows, runs
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as theirs
-from toys import image_files, job_of, shared_of, trial_of
+from toys import image_files, job_of, result_rows, shared_of, trial_of
 
 from pipeline.data.manifests import Selection, build
 from pipeline.io import storage
@@ -276,33 +276,9 @@ def table(
     rows, runs = [], {}
     for (source, technique), seeds in made.items():
         for run in seeds:
-            trial_id = f"{source}-{technique}-{run.seed}"
-            common = {
-                "job": "j",
-                "source": source,
-                "backbone": "b",
-                "target": "t",
-                "technique": technique,
-                "hyper_parameters": "{}",
-                "seed": run.seed,
-                "label_fraction": "1.0",
-                "trial_id": trial_id,
-                "trial_stage": "final",
-                "status": "done",
-                "split": "test",
-                "n_eval": len(run.rows),
-            }
-            rows += [
-                ResultRow(
-                    **common,
-                    metric=name,
-                    value=catalog.metric(name).value(run.predictions),
-                    higher_is_better=catalog.metric(name).higher_is_better,
-                )
-                for name in (metric, "auprc", "brier")
-            ]
-            rows += subgroups.result_rows(run, rows[-3])
-            runs[trial_id] = run
+            of_trial = result_rows(source, technique, run, metric, "auprc", "brier")
+            rows += [*of_trial, *subgroups.result_rows(run, of_trial[0])]
+            runs[of_trial[0].trial_id] = run
     return rows, runs
 
 

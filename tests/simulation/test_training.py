@@ -1,6 +1,7 @@
 """Training an expert: what it learns, that a stop changes nothing, its file."""
 
 import sys
+from functools import partial
 
 import gymnasium
 import numpy as np
@@ -224,7 +225,8 @@ def test_the_process_keeps_its_own_random_state():
 
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_stop_changes_nothing(root, after):
-    whole = train(PENDULUM, env_steps=STEPS, seed=3, settings=QUICK)
+    train_pendulum = partial(train, PENDULUM, env_steps=STEPS, seed=3, settings=QUICK)
+    whole = train_pendulum()
     heard = []
 
     def stop(text):
@@ -232,39 +234,17 @@ def test_a_stop_changes_nothing(root, after):
         if len(heard) == after + 1:
             raise StoppedError
 
+    checkpoint = f"{root}/a/training"
     with pytest.raises(StoppedError):
-        train(
-            PENDULUM,
-            env_steps=STEPS,
-            seed=3,
-            settings=QUICK,
-            checkpoint=f"{root}/a/training",
-            progress=stop,
-        )
+        train_pendulum(checkpoint=checkpoint, progress=stop)
     heard.clear()
-    again = train(
-        PENDULUM,
-        env_steps=STEPS,
-        seed=3,
-        settings=QUICK,
-        checkpoint=f"{root}/a/training",
-        progress=heard.append,
-    )
+    again = train_pendulum(checkpoint=checkpoint, progress=heard.append)
     assert again.to_bytes() == whole.to_bytes()
     assert f"from {after * 256} steps" in heard[0] and len(heard) == 1 + 3 - after
     assert whole.curve.shape == (3, 3) and whole.curve[:, 0].tolist() == [256, 512, 768]
     heard.clear()
-    assert (
-        train(
-            PENDULUM,
-            env_steps=STEPS,
-            seed=3,
-            settings=QUICK,
-            checkpoint=f"{root}/a/training",
-            progress=heard.append,
-        ).to_bytes()
-        == whole.to_bytes()
-    )
+    finished = train_pendulum(checkpoint=checkpoint, progress=heard.append)
+    assert finished.to_bytes() == whole.to_bytes()
     assert len(heard) == 1, "a finished training is not repeated"
 
 

@@ -9,6 +9,7 @@ import json
 import shutil
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,20 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import stage_runs
 import torch
 from safetensors.torch import save_file
-from stage_runs import COLUMNS, MODALITY, Silent, trials_in_this_process
+from stage_runs import (
+    COLUMNS,
+    MODALITY,
+    Silent,
+    changed,
+    prepared,
+    primary,
+    run_through,
+    saved_vit,
+    trials_in_this_process,
+)
 from toys import image_files, label_state, task_of
 
 from pipeline.checkpoints import bundle
@@ -41,62 +53,17 @@ def paths(tmp_path_factory):
     return image_files(tmp_path_factory.mktemp("data"), {"train": 36, "validation": 18, "test": 18})
 
 
-def saved(path: Path, seed: int, mean: float = 0.5) -> str:
-    """A bundle of a ViT; other weights for another seed, another backbone group for another mean."""
-    task = task_of(
-        "timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=seed
-    )
-    bundle.save(
-        str(path),
-        task,
-        replace(MODALITY, state={"mean": [mean] * 3, "std": [0.2] * 3}),
-        training={"transfer": ""},
-        metrics={},
-    )
-    return f"bundle:{path}"
-
-
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
     return {
-        "a": saved(folder / "a", 1),
-        "b": saved(folder / "b", 2),
-        "far": saved(folder / "far", 3, mean=0.4),
+        "a": saved_vit(folder / "a", 1),
+        "b": saved_vit(folder / "b", 2),
+        "far": saved_vit(folder / "far", 3, mean=0.4),
     }
 
 
-def job_of(
-    folder: Path,
-    sources: dict[str, Any],
-    paths: dict[str, str],
-    techniques=("scratch", "linear_probe", "full"),
-    target_names=("task",),
-    **fan,
-) -> Job:
-    """A job of bundles and targets; a source that is a text is a bundle's URI."""
-    sources = {
-        name: {"backbone": of} if isinstance(of, str) else of for name, of in sources.items()
-    }
-    target = {
-        "data": {**paths, "modality": "image", "columns": COLUMNS},
-        "objective": "classification",
-        "train": {"steps": 3, "global_batch": 12, "lr": 0.01, "eval_every_steps": 3},
-    }
-    return Job.model_validate(
-        {
-            "name": "toy",
-            "storage": str(folder / "runs"),
-            "sources": sources,
-            "targets": dict.fromkeys(target_names, target),
-            "techniques": list(techniques),
-            "fanout": {"seeds": 2, **fan},
-        }
-    )
-
-
-def changed(job: Job, **parts) -> Job:
-    return Job.model_validate({**job.model_dump(mode="json"), **parts})
+job_of = partial(stage_runs.job_of, techniques=("scratch", "linear_probe", "full"))
 
 
 def with_data(job: Job, name: str, **data) -> Job:
@@ -105,22 +72,10 @@ def with_data(job: Job, name: str, **data) -> Job:
     return Job.model_validate(dumped)
 
 
-def prepared(job: Job) -> stages.JobState:
-    return stages.check(job, Silent())
-
-
 @pytest.fixture
 def here(monkeypatch):
     """Trials run in this process, one after the other; the ids of those that ran."""
     return trials_in_this_process(monkeypatch)
-
-
-def whole(job: Job) -> tuple[stages.JobState, list[dict[str, Any]]]:
-    """The stages of `run` after pretraining."""
-    state = prepared(job)
-    shared = stages.share(state)
-    rows = stages.collect(state, stages.finetune(state, shared))
-    return state, rows
 
 
 def reported(job: Job) -> tuple[stages.JobState, list[dict[str, Any]]]:
@@ -136,17 +91,6 @@ def alike(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
     return sorted(one, key=key) == sorted(other, key=key)
 
 
-def primary(rows: list[dict[str, Any]], **where) -> list[dict[str, Any]]:
-    """Test rows of the primary metric."""
-    return [
-        row
-        for row in rows
-        if row.split == "test"
-        and row.metric == "accuracy"
-        and all(getattr(row, k) == v for k, v in where.items())
-    ]
-
-
 # -------------------------------------------------------- a whole run, and what `report` says of it
 
 
@@ -157,7 +101,7 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
         stages.trial_status(before) == [(one, False) for one, _ in stages.trial_status(before)]
         and len(stages.trial_status(before)) == 10
     ), "known, and none done"
-    _, rows = whole(job)
+    _, rows = run_through(job)
     assert len(here) == 2 * (1 + 2 * 2), "scratch once for the two sources, which read alike"
     assert {(row.source, row.technique, row.seed) for row in primary(rows)} == {
         *(("none", "scratch", seed) for seed in range(2)),
@@ -196,7 +140,7 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
         and {one.id for one, _ in ended} == set(here)
     )
     here.clear()
-    _, third = whole(job)
+    _, third = run_through(job)
     assert here == [] and alike(third, rows), "a second run runs nothing"
 
 
@@ -214,7 +158,7 @@ def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths
         paths,
         techniques=("scratch", "full"),
     )
-    state, rows = whole(job)
+    state, rows = run_through(job)
     cells = {(cell.source, cell.backbone): cell for cell in stages.show(state, rows)[0]}
     for row in rows:
         compared = row.split == "test" and row.source != "none"
@@ -242,7 +186,7 @@ def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths
 
 def test_a_bundle_is_told_of_where_it_is(tmp_path, bundles, paths, here):
     """The best seed of each cell, and no other, says where its bundle lies."""
-    _, rows = whole(job_of(tmp_path, {"a": bundles["a"]}, paths))
+    _, rows = run_through(job_of(tmp_path, {"a": bundles["a"]}, paths))
     uris = {row.trial_id: row.bundle_uri for row in primary(rows)}
     assert all(
         uri is None or bundle.load(uri).manifest.spec_hash == name for name, uri in uris.items()
@@ -268,8 +212,8 @@ def test_a_bundle_is_told_of_where_it_is(tmp_path, bundles, paths, here):
 def test_a_row_never_names_a_bundle_that_is_gone(tmp_path, bundles, paths, here, words):
     """After a run that kept the best bundles, another that keeps others or has fewer seeds."""
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), seeds=3)
-    whole(job)
-    _, rows = whole(changed(job, fanout=words))
+    run_through(job)
+    _, rows = run_through(changed(job, fanout=words))
     assert {
         row.bundle_uri for row in rows if row.bundle_uri and not bundle.exists(row.bundle_uri)
     } == set()
@@ -278,7 +222,7 @@ def test_a_row_never_names_a_bundle_that_is_gone(tmp_path, bundles, paths, here,
 def test_a_gain_without_predictions_has_no_interval(tmp_path, bundles, paths, here):
     """A metric may lack test units too. It is better or worse by its direction."""
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
-    _, rows = whole(job)
+    _, rows = run_through(job)
     for row in primary(rows, source="none"):
         storage.remove_tree(storage.join(job.root, "trials", row.trial_id, "predictions.npz"))
     _, again = reported(job)
@@ -314,22 +258,22 @@ def test_an_interrupted_run_is_reported_as_far_as_it_came(
 
     monkeypatch.setattr(trial, "run", stop)
     with pytest.raises(KeyboardInterrupt):
-        whole(job)
+        run_through(job)
     _, rows = reported(job)
     assert {row.trial_id for row in rows} == set(count)
     ended = stages.trial_status(prepared(job))
     assert sorted(done for _, done in ended) == [False, True, True, True]
     monkeypatch.setattr(trial, "run", real)
     here.clear()
-    whole(job)
+    run_through(job)
     assert here == [one.id for one, done in ended if not done], "the rest alone"
 
 
 def test_a_technique_more_keeps_the_rows_that_are_there(tmp_path, bundles, paths, here):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
-    _, rows = whole(job)
+    _, rows = run_through(job)
     here.clear()
-    _, more = whole(changed(job, techniques=["scratch", "full", "linear_probe"]))
+    _, more = run_through(changed(job, techniques=["scratch", "full", "linear_probe"]))
     assert len(here) == 2 and {
         row.trial_id for row in more if row.technique == "linear_probe"
     } == set(here)
@@ -337,7 +281,7 @@ def test_a_technique_more_keeps_the_rows_that_are_there(tmp_path, bundles, paths
     written = results.read(job.root)
     assert alike(written, more)
     here.clear()
-    _, fewer = whole(job)
+    _, fewer = run_through(job)
     assert here == [] and alike(fewer, rows), "the table of a job is of the job as it is now"
 
 
@@ -345,11 +289,11 @@ def test_the_table_marks_rows_of_trials_that_are_no_longer_in_the_job(
     tmp_path, bundles, paths, here
 ):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
-    whole(job)
+    run_through(job)
     steps = job.model_dump(mode="json")
     steps["targets"]["task"]["train"]["steps"] = 4
     longer = Job.model_validate(steps)
-    _, rows = whole(longer)
+    _, rows = run_through(longer)
     written = results.read(job.root)
     now = {row.trial_id for row in rows}
     assert len(written) == 2 * len(rows), "what was run before is kept"
@@ -384,7 +328,7 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
         search={"lr": [1e-4, 1e-1]},
         search_finalists=finalists,
     )
-    _, rows = whole(job)
+    _, rows = run_through(job)
     for technique in ("scratch", "full"):
         values = searched(rows, technique)
         assert sorted(values) == sorted(draw["lr"] for draw in grid.draws(job)) and all(
@@ -414,7 +358,7 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
             "search and final trials"
         )
     here.clear()
-    _, without = whole(
+    _, without = run_through(
         changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}})
     )
     assert {row.seed for row in without if row.trial_stage == "search"} == {0}
@@ -461,7 +405,7 @@ def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here
         trials=2,
         search={"lr": [1e-4, 1e-1]},
     )
-    _, rows = whole(job)
+    _, rows = run_through(job)
     for technique in ("scratch", "full"):
         values = searched(rows, technique)
         assert sorted(values) == sorted(draw["lr"] for draw in grid.draws(job)) and {
@@ -491,7 +435,7 @@ def test_ended_knows_nothing_of_the_finals_while_the_search_is_not_through(
         search={"lr": [1e-4, 1e-1]},
     )
     assert stages.trial_status(prepared(job)) == []
-    whole(job)
+    run_through(job)
     one = next(one for one, _ in stages.trial_status(prepared(job)) if one.stage == "search")
     storage.remove_tree(storage.join(job.root, "trials", one.id, "record.json"))
     assert stages.trial_status(prepared(job)) == []
@@ -522,7 +466,7 @@ def test_two_names_of_one_bundle_are_two_sources(tmp_path, bundles, paths, here)
     job = job_of(
         tmp_path, {"a": bundles["a"], "same": bundles["a"]}, paths, techniques=("scratch", "full")
     )
-    state, rows = whole(job)
+    state, rows = run_through(job)
     assert state.sources["a"].key != state.sources["same"].key
     by_source = {
         name: {row.trial_id for row in primary(rows, source=name)} for name in ("a", "same", "none")
@@ -539,23 +483,23 @@ def test_two_names_of_one_bundle_are_two_sources(tmp_path, bundles, paths, here)
 
 
 def test_what_a_checkpoint_holds_decides_and_not_its_place(tmp_path, bundles, paths, here):
-    first = saved(tmp_path / "here", 1)
+    first = saved_vit(tmp_path / "here", 1)
     job = job_of(tmp_path, {"a": first}, paths, techniques=("scratch", "full"))
-    _, rows = whole(job)
+    _, rows = run_through(job)
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     moved = changed(job, sources={"a": {"backbone": f"bundle:{tmp_path / 'there'}"}})
     assert prepared(moved).sources["a"].key == prepared(job).sources["a"].key
     here.clear()
-    assert {row.trial_id for row in whole(moved)[1]} == {
+    assert {row.trial_id for row in run_through(moved)[1]} == {
         row.trial_id for row in rows
     } and here == []
     shutil.rmtree(tmp_path / "here")
-    saved(tmp_path / "here", 2)
+    saved_vit(tmp_path / "here", 2)
     assert prepared(job).sources["a"].key != prepared(moved).sources["a"].key, (
         "the same path, other weights"
     )
     here.clear()
-    _, again = whole(job)
+    _, again = run_through(job)
     assert len(here) == 2, "full with each seed; scratch has no weights of a source"
     assert {row.trial_id for row in primary(again, source="none")} == {
         row.trial_id for row in primary(rows, source="none")
@@ -569,10 +513,10 @@ def test_rows_that_are_there_take_the_label_that_their_backbone_has_now(
     names it so in every row.
     """
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
-    _, rows = whole(job)
+    _, rows = run_through(job)
     assert {row.backbone for row in rows} == {"timm/test_vit"}
     here.clear()
-    _, both = whole(
+    _, both = run_through(
         changed(job, sources={"a": {"backbone": bundles["a"]}, "far": {"backbone": bundles["far"]}})
     )
     assert len(here) == 4, "only what is new: full and scratch of the other backbone group"
@@ -587,7 +531,7 @@ def test_rows_that_are_there_take_the_label_that_their_backbone_has_now(
 
 
 def test_a_target_with_another_name_is_another_target(tmp_path, bundles, paths, here):
-    _, rows = whole(
+    _, rows = run_through(
         job_of(
             tmp_path,
             {"a": bundles["a"]},
@@ -618,7 +562,7 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
     assert stages.trial_status(prepared(job)) == [], (
         "which sources are fanned out must be found out first"
     )
-    state, rows = whole(job)
+    state, rows = run_through(job)
     scored = stages.score(state, stages.share(prepared(job)))
     best = max(scored, key=lambda row: row["logme"])["source"]
     other = "b" if best == "a" else "a"
@@ -642,9 +586,9 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
     )
     here.clear()
     everything = changed(job, fanout={"seeds": 2})
-    _, all_rows = whole(everything)
+    _, all_rows = run_through(everything)
     assert len(here) == 2 and {row.source for row in all_rows} == {"a", "b", "none"}
-    whole(job)
+    run_through(job)
     assert alike(reported(job)[1], rows), "though trials of the other source have ended meanwhile"
 
 
@@ -662,7 +606,7 @@ def test_a_source_without_a_score_is_ranked_last_and_named_and_the_others_go_on(
     job = job_of(
         tmp_path, sources, paths, techniques=("scratch", "full"), select={"score": "knn", "top": 2}
     )
-    state, rows = whole(job)
+    state, rows = run_through(job)
     assert {row.source for row in rows} == {"a", "b", "none"}
     named = [
         note
@@ -686,7 +630,7 @@ def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(
         techniques=("scratch", "full"),
         select={"score": "logme", "top": 1},
     )
-    _, rows = whole(job)
+    _, rows = run_through(job)
     (best,) = {row.source for row in rows} - {"none"}
     other = "b" if best == "a" else "a"
     dumped = job.model_dump(mode="json")
@@ -697,15 +641,15 @@ def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(
         ended and all(done for _, done in ended)
     ), "else `run` says that nothing is to run"
     assert best not in {row.source for row in reported(job)[1]}
-    assert {row.source for row in whole(job)[1]} == {other, "none"}
+    assert {row.source for row in run_through(job)[1]} == {other, "none"}
 
 
 def test_rows_that_were_there_before_have_their_sources_score_too(tmp_path, bundles, paths, here):
     job = job_of(
         tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths, techniques=("scratch", "full")
     )
-    whole(job)
-    _, rows = whole(changed(job, fanout={"seeds": 2, "select": {"score": "knn", "top": 2}}))
+    run_through(job)
+    _, rows = run_through(changed(job, fanout={"seeds": 2, "select": {"score": "knn", "top": 2}}))
     assert {row.score_name for row in primary(rows) if row.source != "none"} == {"knn"}
 
 
@@ -741,7 +685,7 @@ def test_a_target_over_its_budget_of_bad_rows_is_left_out_and_the_other_goes_on(
         target_names=("good", "bad"),
     )
     job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", split, 9))
-    state, rows = whole(job)
+    state, rows = run_through(job)
     assert set(state.broken) == {"bad"} and state.broken["bad"].startswith(
         f"9 of {36 if split == 'train' else 18} rows cannot be used"
     )
@@ -763,7 +707,7 @@ def test_report_still_tells_of_a_target_that_was_left_out(tmp_path, bundles, pat
         target_names=("good", "bad"),
     )
     job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", "train", 9))
-    state, rows = whole(job)
+    state, rows = run_through(job)
     again, same = reported(job)
     assert alike(same, rows)
     assert again.notes == state.notes and again.broken == state.broken
@@ -784,12 +728,12 @@ def test_a_target_that_was_left_out_is_tried_again(tmp_path, bundles, paths, her
         select=select,
     )
     job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", "train", 9))
-    whole(job)
+    run_through(job)
     job = with_data(job, "bad", max_bad_rows=0.5)
     ended = stages.trial_status(prepared(job))
     assert not (ended and all(done for _, done in ended)), "else `run` says that nothing is to run"
     here.clear()
-    state, rows = whole(job)
+    state, rows = run_through(job)
     assert (
         len(here) == 4
         and state.broken == {}
@@ -804,7 +748,7 @@ def test_where_every_target_is_left_out_nothing_runs(tmp_path, bundles, paths, h
         **damaged(paths, tmp_path / "damaged", "validation", 9),
     )
     with pytest.raises(ValueError, match=r"^targets\.task: 9 of 18 rows cannot be used"):
-        whole(job)
+        run_through(job)
     assert here == []
 
 
@@ -815,7 +759,7 @@ def test_bad_rows_within_the_budget_are_left_out_and_noted(tmp_path, bundles, pa
         **damaged(paths, tmp_path / "damaged", "train", 2),
         max_bad_rows=0.1,
     )
-    state, rows = whole(job)
+    state, rows = run_through(job)
     assert state.broken == {} and {row.n_train for row in rows} == {34}
     (note,) = state.notes
     assert (
@@ -891,7 +835,7 @@ def with_source_data(job: Job, name: str, train: str, form: str = "auto", column
         "train": {"steps": 2, "global_batch": 4},
     }
     made = Job.model_validate(dumped)
-    saved(Path(source.stage(made, name).bundle_uri), 7)
+    saved_vit(Path(source.stage(made, name).bundle_uri), 7)
     return made
 
 
@@ -908,7 +852,7 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_reported_again(
         "corpus",
         str(tmp_path / "corpus.parquet"),
     )
-    state, rows = whole(job)
+    state, rows = run_through(job)
     assert (
         state.notes == ["task: 5 of 18 test rows also stand in source corpus"]
         and state.notes[0] in state.progress.lines
@@ -1026,7 +970,7 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job
     leaking, here, mode, left_out
 ):
     job = with_target(leaking, drop_overlap=mode)
-    state, rows = whole(job)
+    state, rows = run_through(job)
     counted = (
         "task: 5 of 18 test rows also stand in source corpus, 3 more nearly so (perceptual hash)"
     )
@@ -1059,7 +1003,7 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job
     ) == bool(left_out)
     assert counted in text
     here.clear()
-    whole(job)
+    run_through(job)
     assert here == []
 
 
@@ -1216,10 +1160,10 @@ def test_a_target_read_in_another_size_is_other_trials(tmp_path, bundles, paths,
     kind = registry.get("modality", "image")
     monkeypatch.setattr(kind, "target_options", ("size",))
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",))
-    _, rows = whole(job)
+    _, rows = run_through(job)
     here.clear()
     larger = with_data(job, "task", modality={"image": {"size": 48}})
-    state, other = whole(larger)
+    state, other = run_through(larger)
     assert len(here) == 2 and not {row.trial_id for row in other} & {row.trial_id for row in rows}
     sizes = {}
     for one in (job, larger):
@@ -1242,11 +1186,11 @@ def test_every_row_says_where_its_splits_come_from_and_two_ways_never_share_a_ta
     tmp_path, bundles, paths, here
 ):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",))
-    _, files = whole(job)
+    _, files = run_through(job)
     random = with_data(
         job, "task", validation=None, test=None, test_fraction=0.3, validation_fraction=0.2
     )
-    state, drawn = whole(random)
+    state, drawn = run_through(random)
     assert {row.split_origin for row in files} == {"validation files; test files"}
     assert {row.split_origin for row in drawn} == {
         "test: random 0.3 of train by hash of the row; validation: random 0.2 of train by "
@@ -1304,7 +1248,7 @@ def test_which_targets_are_scored(tmp_path, paths, objective, scored):
 
 def test_show_writes_the_report_of_the_rows(tmp_path, bundles, paths, here):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
-    state, rows = whole(job)
+    state, rows = run_through(job)
     cells, where = stages.show(state, rows)
     assert {(cell.source, cell.technique, cell.n_seeds) for cell in cells} == {
         ("none", "scratch", 2),
@@ -1329,11 +1273,11 @@ def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_noth
         files["test"],
     )
     job = job_of(tmp_path, {"a": bundles["a"]}, files, techniques=("scratch", "full"))
-    _, before = whole(job)
+    _, before = run_through(job)
     assert len(here) == 4 and not [row for row in before if "@" in (row.metric or "")]
     dumped = job.model_dump(mode="json")
     dumped["targets"]["task"]["subgroups"] = ["sex"]
-    state, rows = whole(Job.model_validate(dumped))
+    state, rows = run_through(Job.model_validate(dumped))
     assert len(here) == 4, "no trial is run anew"
     parts = [row for row in rows if "@" in (row.metric or "")]
     assert {row.metric for row in parts} == {

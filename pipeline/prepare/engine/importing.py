@@ -13,6 +13,7 @@ import pyarrow as pa
 import pydantic
 
 from pipeline.config import registry
+from pipeline.config.registry import Options
 from pipeline.io import storage
 from pipeline.prepare.readers.archives import Entry
 
@@ -165,6 +166,11 @@ def options_of(name: str, pairs: list[str]) -> Any:
                 f"{registry.nearest(key, kind.model_fields)}"
             )
         given[key] = value
+    return validated(kind, given)
+
+
+def validated(kind: type[Options], given: dict[str, Any]) -> Any:
+    """Make options of the values of `--set`. Raises ValueError for the first wrong one."""
     try:
         return kind.model_validate(given)
     except pydantic.ValidationError as error:

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pydantic
 from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.prepare.cohorts import definition
-from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.importing import preview, validated
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers import parquet
@@ -187,10 +186,4 @@ def _options(task: str, given: dict[str, str]) -> Any:
                 f"--set {name}={value}: neither prepare cohort nor its task {task} has an "
                 f"option {name!r}; {registry.nearest(name, known)}"
             )
-    try:
-        return kind.model_validate(given)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(
-            f"--set {first['loc'][0]}={first['input']}: {first['msg'].lower()}"
-        ) from None
+    return validated(kind, given)
