@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from contract_rows import BACKBONES, MODALITIES, OBJECTIVES, N, wake
+from pipeline.core.metrics.catalog import metric
 from toys import (
     image_rows,
     label_state,
@@ -33,7 +34,6 @@ from pipeline.core.contracts.objective_capabilities import (
     UpdatesAfterStep,
 )
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
-from pipeline.metrics.catalog import metric
 from pipeline.objectives.classification import Classification
 from pipeline.train import loop
 

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import Train
 from pipeline.core.contracts import Backbone, Batch, Features, Modality, Objective, Task, Technique
+from pipeline.core.metrics import catalog
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data.manifests import Group, Manifest, Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Decoder, Rows, train_batches
-from pipeline.metrics import catalog
 from pipeline.modalities.events import Events, EventsOptions
 from pipeline.modalities.image import Image, ImageOptions
 from pipeline.modalities.table import Table, TableOptions

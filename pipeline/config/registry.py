@@ -31,7 +31,7 @@ FOLDERS = {
     "model": "models",
     "objective": "objectives",
     "technique": "techniques",
-    "metric": "metrics",
+    "metric": "core/metrics",
     "score": "transfer/scores.py",
     "importer": "prepare/importers",
     "cohort": "prepare/cohorts",

@@ -24,12 +24,12 @@ from pipeline.config.registry import Options, register, wanted_inputs
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import holds_files
 from pipeline.core.contracts import Arrays, Batch, Modality
+from pipeline.core.nn import conv_arithmetic
 from pipeline.core.ragged import ragged
 from pipeline.core.rng import uniform
 from pipeline.io import storage
 from pipeline.media import audio_io, spectrogram
 from pipeline.media.audio_io import BrokenAudioError, LongAudioError
-from pipeline.nn import conv_arithmetic
 
 SPEED, NOISE, WHITE, MASKS = 0, 1, 2, 3
 """Streams of a row's key."""

@@ -17,8 +17,8 @@ from torchaudio.models import Conformer, DeepSpeech
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture
-from pipeline.nn import conv_arithmetic
 
 ARCHITECTURES = ["deepspeech", "deepspeech2", "conformer"]
 

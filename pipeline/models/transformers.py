@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from pipeline.config import hf_config
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture
-from pipeline.nn import conv_arithmetic
 
 ARCHITECTURES = ["bert", "roberta", "distilbert", "gpt2", "wav2vec2"]
 

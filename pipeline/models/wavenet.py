@@ -15,8 +15,8 @@ from torchaudio.functional import mu_law_encoding
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture
-from pipeline.nn import conv_arithmetic
 
 ARCHITECTURES = ["wavenet"]
 

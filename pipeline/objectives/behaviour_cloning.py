@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
-from pipeline.nn import action_heads
+from pipeline.core.nn import action_heads
 from pipeline.simulation.environment import World, make
 from pipeline.simulation.rollout import has_success_criterion, rollout
 

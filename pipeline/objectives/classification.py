@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.metrics import calibration
+from pipeline.core.nn import losses
+from pipeline.core.nn.eager import eager
 from pipeline.core.rng import uniform
-from pipeline.metrics import calibration
-from pipeline.nn import losses
-from pipeline.nn.eager import eager
 
 _BETA, _CUT = 101, 102
 """Random streams of a row's key: how much is mixed, and where the patch lies."""

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.nn import conv_arithmetic
+from pipeline.core.nn.eager import eager
 from pipeline.core.ragged import lengths, ragged
 from pipeline.io import storage
 from pipeline.media import transcripts
 from pipeline.media.tagging_schemes import texts
-from pipeline.nn import conv_arithmetic
-from pipeline.nn.eager import eager
 
 BEAM_THRESHOLD = 50.0
 """A hypothesis whose log score is further below the best one's is dropped."""

@@ -36,10 +36,10 @@ from torchvision.ops import (
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.core.nn.feature_pyramid import Pyramid
 from pipeline.core.rng import uniform
 from pipeline.media import image_io
 from pipeline.media.image_ops import in_crowd
-from pipeline.nn.feature_pyramid import Pyramid
 
 DETECTIONS = 100
 """Detections an image: as many as COCO's metric looks at."""

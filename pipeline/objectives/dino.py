@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective, View
-from pipeline.nn.all_gather import summed
+from pipeline.core.nn.all_gather import summed
 
 
 class DINOOptions(Options):

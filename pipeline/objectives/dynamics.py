@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
-from pipeline.nn import action_heads
+from pipeline.core.nn import action_heads
 
 STILL = 1e-3
 """Root mean square of a number's change, in its standard deviations, below which it is constant."""

@@ -19,9 +19,9 @@ from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.metrics import calibration
+from pipeline.core.nn import losses
 from pipeline.core.ragged import ragged
-from pipeline.metrics import calibration
-from pipeline.nn import losses
 
 
 class HourlyOptions(Options):

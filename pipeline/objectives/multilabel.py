@@ -18,8 +18,8 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
-from pipeline.metrics import calibration
-from pipeline.nn import losses
+from pipeline.core.metrics import calibration
+from pipeline.core.nn import losses
 
 
 class MultilabelOptions(Options):

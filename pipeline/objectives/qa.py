@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.core.nn.eager import eager
 from pipeline.media.tagging_schemes import answer_scores, texts
-from pipeline.nn.eager import eager
 
 AT_ONCE = 32
 """Windows predicted at a time: evaluation hands over hundreds of rows of several windows each."""

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features, Objective
+from pipeline.core.nn.feature_pyramid import Pyramid
 from pipeline.io import storage
 from pipeline.media import image_io
-from pipeline.nn.feature_pyramid import Pyramid
 
 OUTSIDE = image_io.IGNORED
 """Class of pixels outside the image, as the modality writes it."""

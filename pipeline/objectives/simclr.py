@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective, View
-from pipeline.nn.all_gather import gather
+from pipeline.core.nn.all_gather import gather
 
 
 class SimCLROptions(Options):

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.nn import all_gather
 from pipeline.core.rng import uniform
-from pipeline.nn import all_gather
 
 SPANS, STARTS, NEGATIVES, NOISE = ((1 << 16) + use for use in range(4))
 """Random streams of the rows' keys, apart from the modality's, which follow from the same keys."""

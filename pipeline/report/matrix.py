@@ -13,8 +13,8 @@ from statistics import fmean
 
 import numpy as np
 
-from pipeline.metrics import catalog
-from pipeline.metrics.metric import UNBOUNDED
+from pipeline.core.metrics import catalog
+from pipeline.core.metrics.metric import UNBOUNDED
 from pipeline.report import results, stats
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.metrics import calibration, catalog, classes
+from pipeline.core.metrics import calibration, catalog, classes
 from pipeline.report import results, stats
 from pipeline.report.blocks import (
     DASH,

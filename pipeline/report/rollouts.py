@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.metrics.catalog import metric
+from pipeline.core.metrics.catalog import metric
 from pipeline.report import plots, stats
 from pipeline.report.blocks import (
     Block,

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-from pipeline.metrics.catalog import Metric, Predictions
+from pipeline.core.metrics.catalog import Metric, Predictions
 
 DRAWS = 1000
 RECOMPUTED_DRAWS = 200

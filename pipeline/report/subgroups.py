@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
+from pipeline.core.metrics import catalog
+from pipeline.core.metrics.catalog import Metric, Predictions
 from pipeline.data.manifests import Selection, read_columns
-from pipeline.metrics import catalog
-from pipeline.metrics.catalog import Metric, Predictions
 from pipeline.report import per_label, stats
 from pipeline.report.blocks import DASH, Block, Heading, Table, Text, Value, decimal_places
 from pipeline.report.matrix import Cell

@@ -18,9 +18,9 @@ from pipeline.core.contracts.objective_capabilities import (
     RollsOut,
     UsesRawRows,
 )
+from pipeline.core.metrics.catalog import Predictions, metric
 from pipeline.data.manifests import Reader
 from pipeline.data.stream import LoadedBatch, Rows, eval_batches
-from pipeline.metrics.catalog import Predictions, metric
 
 OnBad = Callable[[list[tuple[int, str]]], None]
 """Called with rows that could not be decoded, and why."""

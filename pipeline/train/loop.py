@@ -23,10 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config.schema import Train
 from pipeline.core.contracts import Batch, Phase, Task, Technique
 from pipeline.core.contracts.objective_capabilities import UpdatesAfterStep
+from pipeline.core.metrics.catalog import metric
 from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch
 from pipeline.io import heartbeat
-from pipeline.metrics.catalog import metric
 from pipeline.train import checkpoint, optim
 
 Log = dict[str, Any]

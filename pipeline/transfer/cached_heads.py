@@ -28,10 +28,10 @@ from pipeline.core.contracts.objective_capabilities import (
     MixesInputs,
     is_calibrated,
 )
+from pipeline.core.metrics.catalog import Predictions
 from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch, Rows
 from pipeline.io import checksums, heartbeat, storage
-from pipeline.metrics.catalog import Predictions
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import evaluate, experiment, loop
 from pipeline.train.log import RowTrace

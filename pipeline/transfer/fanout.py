@@ -29,8 +29,8 @@ from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline.config.schema import Fanout, Job
+from pipeline.core.metrics.catalog import metric
 from pipeline.io import checksums, heartbeat, storage, write_fence
-from pipeline.metrics.catalog import metric
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import launch
 from pipeline.train.loop import Ranks

@@ -9,8 +9,8 @@ from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.registry import register
 from pipeline.core.contracts.objective_capabilities import has_classes
+from pipeline.core.metrics.ranking import weighted_auroc
 from pipeline.core.rng import mix
-from pipeline.metrics.ranking import weighted_auroc
 from pipeline.train.online_probe import KNN, neighbours
 from pipeline.transfer.cached_heads import features
 from pipeline.transfer.grid import label_subset

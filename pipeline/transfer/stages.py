@@ -20,9 +20,9 @@ import numpy as np
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import provenance, registry
 from pipeline.config.schema import Job, spec_hash
+from pipeline.core.metrics.catalog import metric
 from pipeline.data.manifests import Selection
 from pipeline.io import checksums, file_identity, storage, write_fence
-from pipeline.metrics.catalog import metric
 from pipeline.report import code_versions as origins
 from pipeline.report import matrix, report, results, stats, subgroups
 from pipeline.report.code_versions import TrialProvenance

@@ -38,12 +38,12 @@ from pipeline.core.contracts.objective_capabilities import (
     rollout_metrics,
     target_metrics,
 )
+from pipeline.core.metrics import catalog
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
 from pipeline.data.manifests import Splits
 from pipeline.data.stream import Decoder, Rows
 from pipeline.io import file_identity, storage
-from pipeline.metrics import catalog
 from pipeline.report import stats, subgroups
 from pipeline.train import config_checks, fit_components, row_checks, token_rows
 from pipeline.train import source as train_source

@@ -29,6 +29,8 @@ from pipeline.core.contracts.objective_capabilities import (
     rollout_metrics,
     target_metrics,
 )
+from pipeline.core.metrics.catalog import Predictions, metric
+from pipeline.core.metrics.label_sets import scored
 from pipeline.core.rng import mix
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data.manifests import Selection
@@ -43,8 +45,6 @@ from pipeline.data.stream import (
 )
 from pipeline.io import atomic_folder, checksums, file_identity, heartbeat, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
-from pipeline.metrics.catalog import Predictions, metric
-from pipeline.metrics.label_sets import scored
 from pipeline.report import stats
 from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord, curve_of

@@ -70,12 +70,12 @@ def main() -> None:
 
     from pipeline.checkpoints import bundle
     from pipeline.core.contracts import Batch
+    from pipeline.core.nn import conv_arithmetic
     from pipeline.core.ragged import ragged
     from pipeline.core.rng import row_keys
     from pipeline.data.length_buckets import BucketPlan
     from pipeline.data.plan import Plan
     from pipeline.modalities.audio import Audio, AudioOptions
-    from pipeline.nn import conv_arithmetic
 
     torch.set_num_threads(args.threads)
     device, clock = torch.device("cuda" if torch.cuda.is_available() else "cpu"), CLOCKS[args.clock]

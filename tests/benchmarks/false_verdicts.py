@@ -229,7 +229,7 @@ class Cell:
 
 def matrix_of(case: Case, seed: int) -> list[Any]:
     """The cells of one simulated job, as its report would have them."""
-    from pipeline.metrics import catalog
+    from pipeline.core.metrics import catalog
     from pipeline.report import matrix
     from pipeline.report.stats import RunPredictions
 

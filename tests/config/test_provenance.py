@@ -119,7 +119,7 @@ def test_what_a_trial_uses_is_found_by_its_imports():
         "data.plan",
         "data.loader",
         "data.stream",
-        "metrics.catalog",
+        "core.metrics.catalog",
         "core.contracts",
         "checkpoints.bundle",
         "media.image_ops",

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torchaudio
 
+from pipeline.core.nn import conv_arithmetic
 from pipeline.media import spectrogram as ops
-from pipeline.nn import conv_arithmetic
 
 RATE, WINDOW, HOP = 16000, 400, 160
 

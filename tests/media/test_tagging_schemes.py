@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import seqeval.metrics as theirs
 import seqeval.metrics.sequence_labeling as conll
+from pipeline.core.metrics.catalog import metric
 from seqeval.scheme import IOB2, IOBES, Entities
 from torchmetrics.functional.text.squad import (
     _compute_exact_match_score,
@@ -19,7 +20,6 @@ from torchmetrics.functional.text.squad import (
 
 from pipeline.media import tagging_schemes
 from pipeline.media.tagging_schemes import Tagset
-from pipeline.metrics.catalog import metric
 
 TYPES = ("loc", "org-unit", "person")
 SETS = {

@@ -15,11 +15,11 @@ import soundfile
 import torch
 
 from pipeline.core.contracts import Batch
+from pipeline.core.nn import conv_arithmetic
 from pipeline.core.ragged import ragged
 from pipeline.io import s3, storage
 from pipeline.media import spectrogram as ops
 from pipeline.modalities.audio import Audio, AudioOptions
-from pipeline.nn import conv_arithmetic
 
 MEL = {"features": "mel", "mean": [-6.0] * 80, "std": [3.0] * 80}
 WAVE = {"features": "wave", "normalize": True}

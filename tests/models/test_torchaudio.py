@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
+from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture, ModalitySpec
-from pipeline.nn import conv_arithmetic
 
 BINS = 12
 INPUTS = {"features": "mel", "rate": 16000, "channels": BINS, "convolutions": [[400, 160, 0]]}

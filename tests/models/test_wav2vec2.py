@@ -12,8 +12,8 @@ from toys import furthest, weights
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
+from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture, ModalitySpec
-from pipeline.nn import conv_arithmetic
 
 INPUTS = {"features": "wave", "rate": 16000, "channels": 1, "convolutions": []}
 SIZES = {"layers": 2, "hidden": 32, "heads": 4, "conv_channels": 24}

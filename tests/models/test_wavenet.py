@@ -10,9 +10,9 @@ from torchaudio.functional import mu_law_decoding, mu_law_encoding
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
+from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.modalities.audio import Audio, AudioOptions
-from pipeline.nn import conv_arithmetic
 from pipeline.objectives.ctc import CTC, CTCOptions
 
 INPUTS = {"features": "wave", "rate": 8000, "channels": 1, "convolutions": []}

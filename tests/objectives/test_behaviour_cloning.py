@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as theirs
 import torch
+from pipeline.core.metrics.catalog import metric
 from torch import distributions as dist
 from torch import nn
 from toys import Net, rows_of
@@ -18,12 +19,11 @@ from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
 from pipeline.core.contracts.objective_capabilities import CountsRows, TransfersHead
+from pipeline.core.nn import action_heads
 from pipeline.core.specs import Architecture, ObjectiveSpec
 from pipeline.data import manifests
 from pipeline.data.stream import Decoder, Rows
-from pipeline.metrics.catalog import metric
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
-from pipeline.nn import action_heads
 from pipeline.objectives import behaviour_cloning
 from pipeline.objectives.behaviour_cloning import BehaviourCloning, BehaviourCloningOptions, Pilot
 from pipeline.simulation.environment import World, make

@@ -17,20 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from pipeline.core.metrics.catalog import metric
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
+from pipeline.core.nn import conv_arithmetic
 from pipeline.core.ragged import ragged
 from pipeline.core.specs import Architecture
 from pipeline.data import manifests
 from pipeline.data.loader import Decoder
 from pipeline.data.stream import Rows, TooManyBadRowsError
 from pipeline.media import transcripts
-from pipeline.metrics.catalog import metric
 from pipeline.modalities.audio import Audio, AudioOptions
-from pipeline.nn import conv_arithmetic
 from pipeline.objectives import ctc
 from pipeline.objectives.ctc import CTC, CTCOptions
 from pipeline.train import evaluate, source

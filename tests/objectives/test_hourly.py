@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as theirs
 import torch
+from pipeline.core.metrics.catalog import metric
 from torch import nn
 from torch.nn import functional as F
 from toys import Net
@@ -19,7 +20,6 @@ from pipeline.config.schema import ComponentConfig, Job
 from pipeline.core.contracts import Backbone, Batch, Features, Task
 from pipeline.core.ragged import ragged
 from pipeline.core.specs import Architecture, ModalitySpec
-from pipeline.metrics.catalog import metric
 from pipeline.objectives.hourly import Hourly, HourlyOptions
 from pipeline.report import subgroups
 from pipeline.train import evaluate

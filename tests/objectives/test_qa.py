@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers as hf
+from pipeline.core.metrics.catalog import metric
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -22,7 +23,6 @@ from pipeline.core.specs import Architecture
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import Decoder, Rows
-from pipeline.metrics.catalog import metric
 from pipeline.objectives import qa
 from pipeline.objectives.qa import QAOptions, QuestionAnswering
 from pipeline.train import loop

@@ -14,6 +14,7 @@ import pytest
 import seqeval.metrics as theirs
 import torch
 import transformers as hf
+from pipeline.core.metrics.catalog import metric
 from seqeval.scheme import IOB2
 from torch.nn import functional as F
 
@@ -22,7 +23,6 @@ from pipeline.config import registry
 from pipeline.core.contracts import Batch, RawRows, Task
 from pipeline.core.specs import ModalitySpec, ObjectiveSpec
 from pipeline.data.stream import Decoder
-from pipeline.metrics.catalog import metric
 from pipeline.objectives.tagging import Tagging, TaggingOptions
 from pipeline.report import per_label
 from pipeline.report.blocks import Heading, Table, Text

@@ -114,7 +114,7 @@ def test_every_trial_and_bundle_records_what_made_it(tmp_path, bundles, paths, h
             "modality image",
             "model timm",
             "pipeline.train.loop",
-            "pipeline.metrics.catalog",
+            "pipeline.core.metrics.catalog",
         } <= made.code.keys()
         assert sum(part.startswith("technique ") for part in made.code) == 1
     for row in results.read(job.root):

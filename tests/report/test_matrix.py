@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from pipeline.config.provenance import Provenance
-from pipeline.metrics import catalog
+from pipeline.core.metrics import catalog
 from pipeline.report import code_versions, matrix
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
 UNITS = 200
 NOW, BEFORE = (
-    Provenance(code={"pipeline.metrics.catalog": "same"}, versions={"timm": version})
+    Provenance(code={"pipeline.core.metrics.catalog": "same"}, versions={"timm": version})
     for version in ("2.0", "1.0")
 )
 

@@ -12,8 +12,8 @@ import sklearn.metrics as theirs
 from toys import image_files, job_of, result_rows, shared_of, trial_of
 
 from pipeline.config.schema import Job
+from pipeline.core.metrics import catalog
 from pipeline.io import storage
-from pipeline.metrics import catalog
 from pipeline.report import blocks, matrix, per_label, report, results
 from pipeline.report.stats import RunPredictions
 from pipeline.transfer import cached_heads, targets

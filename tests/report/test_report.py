@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pipeline.core.metrics import catalog
 from pipeline.io import storage
-from pipeline.metrics import catalog
 from pipeline.report import blocks, plots, report, results
 from pipeline.report import matrix as cells_module
 from pipeline.report.results import ResultRow

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.metrics import catalog
+from pipeline.core.metrics import catalog
 from pipeline.report import stats
 from pipeline.report.stats import RunPredictions
 

@@ -12,9 +12,9 @@ import pytest
 import sklearn.metrics as theirs
 from toys import image_files, job_of, result_rows, shared_of, trial_of
 
+from pipeline.core.metrics import catalog
 from pipeline.data.manifests import Selection, build
 from pipeline.io import storage
-from pipeline.metrics import catalog
 from pipeline.report import blocks, matrix, per_label, plots, report, results, stats, subgroups
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions

@@ -107,8 +107,8 @@ class Backbone(nn.Module, ABC):
     """Whether a token depends on earlier positions only."""
     convolutions: tuple[tuple[int, int, int], ...] | None = None
     """(kernel, stride, padding) of each convolution between the input's samples and ``tokens``, in
-    that order (`pipeline.nn.conv_arithmetic`): the number of tokens follows from a row's length.
-    None for inputs that are not signals."""
+    that order (`pipeline.core.nn.conv_arithmetic`): the number of tokens follows from a row's
+    length. None for inputs that are not signals."""
     arch: Architecture
     """What rebuilds the network."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.config.registry import register
-from pipeline.metrics.metric import (
+from pipeline.core.metrics.metric import (
     SHARE,
     PerLabel,
     Predictions,
@@ -15,7 +15,7 @@ from pipeline.metrics.metric import (
     ratio,
     resampled,
 )
-from pipeline.metrics.ranking import Ranking, weighted_auroc, weighted_average_precision
+from pipeline.core.metrics.ranking import Ranking, weighted_auroc, weighted_average_precision
 
 
 def scored(p: Predictions, strict: bool = False) -> np.ndarray:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.config.registry import register
-from pipeline.metrics import coco_ap
-from pipeline.metrics.metric import SHARE, Predictions, mean_where, pairs, ratio, resampled
+from pipeline.core.metrics import coco_ap
+from pipeline.core.metrics.metric import SHARE, Predictions, mean_where, pairs, ratio, resampled
 
 
 @register("metric", "map")

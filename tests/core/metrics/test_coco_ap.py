@@ -12,7 +12,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline.metrics.coco_ap import average_precision
+from pipeline.core.metrics.coco_ap import average_precision
 
 Found = dict[str, np.ndarray]
 
@@ -196,8 +196,8 @@ def test_nothing_to_find_has_no_value():
 def test_more_images_than_are_matched_at_once(monkeypatch):
     found = case(5, images=30)
     whole = ours(found)
-    monkeypatch.setattr("pipeline.metrics.coco_ap._IMAGES", 7)
-    monkeypatch.setattr("pipeline.metrics.coco_ap._CELLS", 100)
+    monkeypatch.setattr("pipeline.core.metrics.coco_ap._IMAGES", 7)
+    monkeypatch.setattr("pipeline.core.metrics.coco_ap._CELLS", 100)
     np.testing.assert_allclose(ours(found), whole, atol=1e-12)
     counts = np.random.default_rng(0).integers(0, 3, (9, 30))
     many = ours(found, counts)

@@ -10,10 +10,10 @@ import sklearn.metrics as theirs
 import torch
 
 from pipeline.config import registry
-from pipeline.metrics import calibration, catalog, classes
-from pipeline.metrics.catalog import metric
-from pipeline.metrics.label_sets import scored
-from pipeline.metrics.ranking import (
+from pipeline.core.metrics import calibration, catalog, classes
+from pipeline.core.metrics.catalog import metric
+from pipeline.core.metrics.label_sets import scored
+from pipeline.core.metrics.ranking import (
     weighted_auroc,
     weighted_average_precision,
     weighted_min_precision_sensitivity,
@@ -796,7 +796,7 @@ def test_confusion_equals_scikit_learn():
 
 def test_names_bounds_and_directions_are_known_without_torch():
     program = (
-        "import sys\nfrom pipeline.config import registry\nfrom pipeline.metrics import catalog\n"
+        "import sys\nfrom pipeline.config import registry\nfrom pipeline.core.metrics import catalog\n"
         "for name in registry.names('metric'):\n"
         "    of = catalog.metric(name)\n"
         "    assert of.name == name and isinstance(of.higher_is_better, bool), name\n"

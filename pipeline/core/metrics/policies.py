@@ -7,7 +7,15 @@ import math
 import numpy as np
 
 from pipeline.config.registry import register
-from pipeline.metrics.metric import NOT_NEGATIVE, SHARE, Bounds, Predictions, pairs, ratio, summed
+from pipeline.core.metrics.metric import (
+    NOT_NEGATIVE,
+    SHARE,
+    Bounds,
+    Predictions,
+    pairs,
+    ratio,
+    summed,
+)
 
 
 def _mean(p: Predictions, name: str) -> np.ndarray:

@@ -9,8 +9,8 @@ from torch import nn
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
+from pipeline.core.nn.feature_pyramid import Pyramid
 from pipeline.core.specs import Architecture
-from pipeline.nn.feature_pyramid import Pyramid
 
 
 class Maps(Backbone):

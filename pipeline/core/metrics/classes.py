@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.config.registry import register
-from pipeline.metrics import calibration
-from pipeline.metrics.label_sets import macro, scored
-from pipeline.metrics.metric import (
+from pipeline.core.metrics import calibration
+from pipeline.core.metrics.label_sets import macro, scored
+from pipeline.core.metrics.metric import (
     SHARE,
     Bounds,
     Predictions,
@@ -21,7 +21,7 @@ from pipeline.metrics.metric import (
     resampled,
     summed,
 )
-from pipeline.metrics.ranking import (
+from pipeline.core.metrics.ranking import (
     Ranking,
     weighted_auroc,
     weighted_average_precision,

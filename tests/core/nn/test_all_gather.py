@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.nn.all_gather import gather, summed
+from pipeline.core.nn.all_gather import gather, summed
 from pipeline.train.loop import Ranks
 from tests.train.test_ddp import Team
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from pipeline.config.registry import register
-from pipeline.metrics.metric import NOT_NEGATIVE, Bounds, Predictions, pairs, ratio
+from pipeline.core.metrics.metric import NOT_NEGATIVE, Bounds, Predictions, pairs, ratio
 
 
 def _mean_loss(p: Predictions) -> np.ndarray:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.config import registry
-from pipeline.metrics import classes, dense, label_sets, likelihood, policies, text
-from pipeline.metrics.metric import Metric, PerLabel, Predictions
+from pipeline.core.metrics import classes, dense, label_sets, likelihood, policies, text
+from pipeline.core.metrics.metric import Metric, PerLabel, Predictions
 
 __all__ = ["Metric", "PerLabel", "Predictions", "find", "for_role", "metric", "per_label"]
 

@@ -12,7 +12,7 @@ from toys import image_files, job_of, shared_of, trial_of
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
-from pipeline.metrics import calibration
+from pipeline.core.metrics import calibration
 from pipeline.transfer import cached_heads, targets
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.trial import AT_THRESHOLD

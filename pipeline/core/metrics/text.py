@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.config.registry import register
-from pipeline.metrics.metric import (
+from pipeline.core.metrics.metric import (
     NOT_NEGATIVE,
     SHARE,
     PerLabel,
