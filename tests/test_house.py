@@ -318,6 +318,31 @@ def test_classes_are_asked_for_in_their_own_folder_only(module):
             assert not asked & concrete, f"{NAMES[module]}:{node.lineno}: {asked & concrete}"
 
 
+def is_protocol(node: ast.AST) -> bool:
+    return isinstance(node, ast.ClassDef) and "runtime_checkable" in map(
+        ast.unparse, node.decorator_list
+    )
+
+
+def test_a_capability_is_asked_for_in_one_place():
+    """Where several callers need the answer, a function beside the protocol asks for all of them."""
+    asked = {
+        node.name: []
+        for module in NAMES
+        if module.startswith("pipeline.core")
+        for node in tree(module).body
+        if is_protocol(node)
+    }
+    assert {"Packs", "CachedHead"} <= set(asked)
+    for module, file in NAMES.items():
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                kinds = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)}
+                for name in kinds & set(asked):
+                    asked[name].append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert not {name: places for name, places in asked.items() if len(places) > 1}
+
+
 def test_a_line_of_code_has_nine_tokens_at_most_on_average():
     """As in well-kept libraries of this field: 6 (torchtitan) to 9 (big_vision)."""
     layout = (

@@ -24,7 +24,7 @@ from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig
 from pipeline.core.capabilities import ineffective_options
 from pipeline.core.contracts import Backbone, Task
-from pipeline.core.contracts.objective_capabilities import TransfersHead
+from pipeline.core.contracts.objective_capabilities import transfers_head
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import atomic_folder, file_identity, storage
 
@@ -106,7 +106,7 @@ class PretrainedCheckpoint:
             What was done, in words; "" for a checkpoint that never holds heads.
         """
         name, objective = task.objective.registered_name, task.objective
-        if self.bundle and isinstance(objective, TransfersHead):
+        if self.bundle and transfers_head(objective):
             theirs, tensors = self.bundle.manifest.objective, self.bundle.head_tensors()
             return bundle.carry_tensors(objective, theirs, tensors)[1]
         if self.bundle:

@@ -1,13 +1,13 @@
 """Optional protocols: what only some modalities offer.
 
-A modality has a capability by defining its members; nothing else is declared. It is asked for by
-``isinstance``, of an instance or of a class.
+A modality has a capability by defining its members; nothing else is declared. Each is asked for by
+``isinstance``, of an instance or of a class, in one function: here, where several callers need it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.modality import View
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 # ---------------------------------------------------------------- columns
 
@@ -27,10 +30,14 @@ class ReadsFiles(Protocol):
     """Roles of those columns. The content of the named files is part of every key."""
 
 
+def file_roles(modality: Any) -> tuple[str, ...]:
+    """Return the roles of columns that may name files, the input itself first."""
+    return modality.file_roles if isinstance(modality, ReadsFiles) else ()
+
+
 def file_columns(modality: Any, columns: Mapping[str, str]) -> tuple[str, ...]:
     """Return the columns that may name files, the input itself first."""
-    roles = modality.file_roles if isinstance(modality, ReadsFiles) else ()
-    return tuple(columns[role] for role in roles if role in columns)
+    return tuple(columns[role] for role in file_roles(modality) if role in columns)
 
 
 @runtime_checkable
@@ -105,6 +112,11 @@ class ExtendsState(Protocol):
         ...
 
 
+def extends_state(modality: Any) -> TypeIs[ExtendsState]:
+    """Return whether the modality's state grows with new kinds of rows."""
+    return isinstance(modality, ExtendsState)
+
+
 @runtime_checkable
 class ReportsCoverage(Protocol):
     """A modality that knows its inputs by name: variables, fields, robots."""
@@ -112,6 +124,11 @@ class ReportsCoverage(Protocol):
     def coverage(self, table: Any, columns: dict[str, str]) -> str:
         """Describe what of these rows the state covers and what is ignored; "" for nothing."""
         ...
+
+
+def reports_coverage(modality: Any) -> TypeIs[ReportsCoverage]:
+    """Return whether the modality knows its inputs by name."""
+    return isinstance(modality, ReportsCoverage)
 
 
 class NameDifference(NamedTuple):
@@ -170,9 +187,14 @@ class Costed(Protocol):
         ...
 
 
+def is_costed(modality: Any) -> TypeIs[Costed]:
+    """Return whether rows of the modality cost different amounts to train on."""
+    return isinstance(modality, Costed)
+
+
 def cost_column(modality: Any, columns: Mapping[str, str]) -> str | None:
     """Return the column that holds what rows cost, or None where there is none."""
-    return columns.get(modality.cost_role) if isinstance(modality, Costed) else None
+    return columns.get(modality.cost_role) if is_costed(modality) else None
 
 
 class TruncationStats(NamedTuple):
@@ -224,6 +246,11 @@ class Packs(Protocol):
         ...
 
 
+def can_pack(modality: Any) -> TypeIs[Packs]:
+    """Return whether rows of the modality can be turned into token ids once, before training."""
+    return isinstance(modality, Packs)
+
+
 @runtime_checkable
 class DecodesOnDevice(Protocol):
     """A modality whose files can be decoded on the device (JPEG on a GPU)."""
@@ -243,6 +270,11 @@ class DecodesOnDevice(Protocol):
         ...
 
 
+def decodes_on_device(modality: Any) -> TypeIs[DecodesOnDevice]:
+    """Return whether files of the modality can be decoded on the device."""
+    return isinstance(modality, DecodesOnDevice)
+
+
 @runtime_checkable
 class MakesViews(Protocol):
     """A modality that can make random views of a row for self-supervised objectives."""
@@ -250,3 +282,8 @@ class MakesViews(Protocol):
     def views(self, batch: Batch, views: tuple[View, ...]) -> Batch:
         """Add ``view0``, ``view1``, ...: finished tensors, random by ``batch.keys`` alone."""
         ...
+
+
+def makes_views(modality: Any) -> TypeIs[MakesViews]:
+    """Return whether the modality can make random views of a row."""
+    return isinstance(modality, MakesViews)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.config import registry
-from pipeline.core.capabilities import Costed, DecodesOnDevice, Packs, cost_column
+from pipeline.core.capabilities import can_pack, cost_column, decodes_on_device, is_costed
 from pipeline.core.contracts import Arrays, Modality
 from pipeline.core.contracts.objective_capabilities import (
     invalid_label_reasons,
@@ -64,7 +64,7 @@ class Decoder:
     def names(self, roles: tuple[str, ...] | None = None) -> list[str]:
         """Return the columns of all roles, or of the given ones."""
         objective = registry.get("objective", self.objective) if self.objective else None
-        packed = self.modality.packed_roles if isinstance(self.modality, Packs) else ()
+        packed = self.modality.packed_roles if can_pack(self.modality) else ()
         inputs = (*self.modality.roles, *self.modality.optional_roles, *packed)
         roles = (
             (*inputs, *((*objective.roles, *objective.optional_roles) if objective else ()))
@@ -85,7 +85,7 @@ class Decoder:
 
     def __call__(self, table) -> tuple[Arrays, list[str]]:
         if self.encoded:
-            assert isinstance(self.modality, DecodesOnDevice)
+            assert decodes_on_device(self.modality)
             files, bad = self.modality.encoded(table, self.columns)
             arrays = {"encoded": files}
         else:
@@ -210,7 +210,7 @@ class RowCosts:
     """
 
     def __init__(self, selection: Selection, modality: Modality, columns: dict[str, str]):
-        assert isinstance(modality, Costed), f"{modality.registered_name} rows have no costs"
+        assert is_costed(modality), f"{modality.registered_name} rows have no costs"
         self.selection, self.modality, self.columns = selection, modality, columns
         self.roles = (*modality.roles, *modality.optional_roles)
         self.has_column = cost_column(modality, columns) is not None

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.core.capabilities import DecodesOnDevice
+from pipeline.core.capabilities import decodes_on_device
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.ragged import lengths
 from pipeline.core.rng import row_keys
@@ -449,7 +449,7 @@ def _assembled(
                     held.popleft()
         made: dict[str, Tensor] = {}
         if device is not None:
-            assert isinstance(rows.modality, DecodesOnDevice)
+            assert decodes_on_device(rows.modality)
             made, reasons = rows.modality.unpack(arrays.pop("encoded"), device)
             fresh = [(i, reason) for i, reason in enumerate(reasons) if reason and good[i]]
             bad += [(int(ids[i]), reason) for i, reason in fresh]

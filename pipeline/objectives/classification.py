@@ -100,6 +100,7 @@ class Classification(Objective):
     metrics = ("accuracy", "macro_f1", "loss")
     log_names = ("accuracy",)
     label_tensors = ("label",)
+    class_tensor = "label"
     output_types = {}
 
     @classmethod

@@ -79,6 +79,7 @@ class Multilabel(Objective):
     metrics = ("macro_auroc", "macro_average_precision", "macro_f1", "micro_f1", "loss")
     null_label_means = "a row without any label"
     label_tensors = ("labels",)
+    class_tensor = "labels"
     output_types = {"prediction": pa.list_(pa.string())}
 
     @classmethod

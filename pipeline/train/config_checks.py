@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.config import registry
 from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Source, Train
 from pipeline.core.capabilities import (
-    Costed,
-    DecodesOnDevice,
-    MakesViews,
-    Packs,
+    can_pack,
     check_roles,
+    decodes_on_device,
     ineffective_options,
+    is_costed,
+    makes_views,
 )
 from pipeline.core.contracts import Objective, Technique, trains
 from pipeline.core.contracts.objective_capabilities import (
-    ComparesViews,
-    CouplesRows,
-    ReplacesBackbone,
+    compares_views,
+    couples_rows,
+    replaces_backbone,
 )
 from pipeline.train.experiment import technique_of
 
@@ -37,26 +38,25 @@ def source(place: str, spec: Source) -> None:
         check_packed(place, spec.data, spec.objective.name)
     check_costs(place, spec.data, spec.train, objective)
     check_technique(place, spec)
-    couples_rows = isinstance(objective, CouplesRows)
-    if couples_rows and spec.train.micro_batch is not None:
+    if couples_rows(objective) and spec.train.micro_batch is not None:
         raise ValueError(
             f"{place}.train.micro_batch: the loss of {spec.objective.name} is that of a whole "
             "global batch, which parts of it would not give; leave it out, and use more workers, "
             "or a smaller global_batch or batch_cost"
         )
-    if isinstance(objective, ComparesViews) and not isinstance(modality, MakesViews):
+    if compares_views(objective) and not makes_views(modality):
         raise ValueError(
             f"{place}.objective: {spec.objective.name} compares random views of a row, and "
             f"{spec.data.modality.name} rows have none; it is for images"
         )
     is_keep_stated = "keep" in spec.train.model_fields_set
-    if couples_rows and spec.train.keep == "best" and is_keep_stated:
+    if couples_rows(objective) and spec.train.keep == "best" and is_keep_stated:
         raise ValueError(
             f"{place}.train.keep: the validation loss of {spec.objective.name} says little of the "
             "backbone (its teacher, codes or distractors change as it learns); leave it out: the "
             "last weights are kept"
         )
-    if spec.data.decode == "device" and not isinstance(modality, DecodesOnDevice):
+    if spec.data.decode == "device" and not decodes_on_device(modality):
         raise ValueError(
             f"{place}.data.decode: {spec.data.modality.name} rows are not decoded on the "
             "device; use workers, train, memory or auto"
@@ -77,8 +77,8 @@ def check_packed(place: str, data: Data, objective: str) -> None:
     """Raises ValueError where rows cannot be packed, or have more than the one text of a row."""
     kind = registry.get("modality", data.modality.name)
     optional_roles: tuple[str, ...] = kind.optional_roles
-    if not isinstance(kind, Packs):
-        able = _modalities_with(Packs)
+    if not can_pack(kind):
+        able = _modalities_with(can_pack)
         raise ValueError(
             f"{place}.objective: {objective} reads packed documents, and {data.modality.name} "
             f"rows cannot be packed: it is for {', '.join(able)}"
@@ -95,7 +95,7 @@ def check_costs(place: str, data: Data, train: Train, objective: type[Objective]
     """Raises ValueError where batches cannot be cut by what rows cost."""
     if train.batch_cost is None:
         return
-    able = _modalities_with(Costed)
+    able = _modalities_with(is_costed)
     why = ""
     if data.modality.name not in able or objective.packed:
         why = f"rows of {data.modality.name} all cost the same here (it is for {', '.join(able)})"
@@ -131,7 +131,7 @@ def check_technique(place: str, spec: Source) -> None:
         )
     adds_modules = type(technique).wrap is not Technique.wrap
     objective = registry.get("objective", spec.objective.name)
-    if adds_modules and isinstance(objective, ReplacesBackbone):
+    if adds_modules and replaces_backbone(objective):
         raise ValueError(
             f"{where}: {name} adds modules to the backbone, and {spec.objective.name} copies "
             "weights to and from a backbone without them; use full"
@@ -145,9 +145,7 @@ def _freezes_backbone(technique: Technique) -> bool:
     return any(technique.rates(layers, phase.name)["backbone"] == 0 for phase in phases)
 
 
-def _modalities_with(capability: Any) -> list[str]:
+def _modalities_with(capability: Callable[[Any], bool]) -> list[str]:
     return [
-        name
-        for name in registry.names("modality")
-        if isinstance(registry.get("modality", name), capability)
+        name for name in registry.names("modality") if capability(registry.get("modality", name))
     ]

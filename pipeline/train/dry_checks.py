@@ -15,7 +15,7 @@ from scipy.stats import beta
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
 from pipeline.config.schema import HUBS
-from pipeline.core.capabilities import Packs
+from pipeline.core.capabilities import can_pack
 from pipeline.core.contracts import Objective, Task
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
@@ -115,7 +115,7 @@ def _packed_batches(stage: SourceStage, decoder: Decoder) -> list[Finding]:
         return []
     part = Selection(rows_to_pack.manifest, rows_to_pack.ids(_places(rows_to_pack)))
     table = manifests.Reader(part.manifest, decoder.names()).take(part.ids(np.arange(len(part))))
-    assert isinstance(decoder.modality, Packs)
+    assert can_pack(decoder.modality)
     packed = len(decoder.modality.pack(table, decoder.columns)[0])
     about = round(packed * len(rows_to_pack) / len(part))
     if about >= batch:
@@ -198,6 +198,6 @@ def _bad_rows(part: Selection, decoder: Decoder) -> list[str]:
     """For each row an empty string, or why it cannot be used."""
     objective = registry.get("objective", decoder.objective) if decoder.objective else Objective
     table = manifests.Reader(part.manifest, decoder.names()).take(part.ids(np.arange(len(part))))
-    if objective.packed and isinstance(decoder.modality, Packs):
+    if objective.packed and can_pack(decoder.modality):
         return decoder.modality.pack(table, decoder.columns)[1]
     return decoder(table)[1]

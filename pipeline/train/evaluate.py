@@ -10,13 +10,13 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from pipeline.core.capabilities import MakesViews
+from pipeline.core.capabilities import makes_views
 from pipeline.core.contracts import Batch, Objective, RawRows, Task
 from pipeline.core.contracts.objective_capabilities import (
-    ComparesViews,
     Postprocesses,
-    RollsOut,
     UsesRawRows,
+    compares_views,
+    rolls_out,
 )
 from pipeline.core.metrics.catalog import Predictions, metric
 from pipeline.data.manifests import Reader
@@ -109,7 +109,7 @@ class Postprocessor:
         As calling it, and a policy's own episodes are run.
         """
         predictions = self(task.objective, predictions)
-        if not predictions or not isinstance(task.objective, RollsOut):
+        if not predictions or not rolls_out(task.objective):
             return predictions, None
         raw_rows = self.raw_rows(task.objective, predictions["row"])
         return task.objective.rollout_evaluation(task.backbone, predictions, raw_rows)
@@ -186,14 +186,14 @@ def device_preprocessing(
     compares, and its finish.
     """
     modality = rows.modality
-    views = objective.views() if isinstance(objective, ComparesViews) else ()
+    views = objective.views() if compares_views(objective) else ()
 
     def ready(batch: Batch, training: bool) -> Batch:
         if len(batch) == 0:
             return batch
         with torch.no_grad():
             if views:
-                assert isinstance(modality, MakesViews)
+                assert makes_views(modality)
                 return modality.views(batch, views)
             return modality.finish(modality.augment(batch) if training else batch)
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Train
 from pipeline.core.contracts import Batch, Task, Technique, trains
-from pipeline.core.contracts.objective_capabilities import CouplesRows
+from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.plan import Plan
@@ -132,7 +132,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
     ready = evaluate.device_preprocessing(rows, objective)
     record = _Record(experiment, ranks)
     check = _validator(experiment, ranks, ready, record.bad_rows)
-    keep = "last" if isinstance(objective, CouplesRows) else train.keep
+    keep = "last" if couples_rows(objective) else train.keep
     keeper = loop.KeepBest(experiment.metrics[0], keep)
     batches = partial(
         experiment.read,

@@ -14,10 +14,10 @@ from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Source, Target, spec_hash
 from pipeline.core.capabilities import (
-    ExtendsState,
-    ReadsFiles,
-    ReportsCoverage,
+    extends_state,
+    file_roles,
     ineffective_options,
+    reports_coverage,
 )
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.specs import ModalitySpec
@@ -151,7 +151,7 @@ def label_columns(spec: Source | Target) -> list[str]:
     assert spec.data is not None and spec.objective is not None
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
     modality = registry.get("modality", spec.data.modality.name)
-    files = modality.file_roles if isinstance(modality, ReadsFiles) else ()
+    files = file_roles(modality)
     roles = (*objective.roles, *objective.optional_roles)
     return [columns[role] for role in roles if role in columns and role not in files]
 
@@ -174,7 +174,7 @@ def extend_modality(
         The modality, and a description of what it knew of these rows before (`ReportsCoverage`).
     """
     reads = bundle.build_modality(modality)
-    if not isinstance(reads, (ExtendsState, ReportsCoverage)):
+    if not extends_state(reads) and not reports_coverage(reads):
         return modality, ""
     table = sample(
         rows,
@@ -182,14 +182,14 @@ def extend_modality(
         FIT_ROWS,
         strata_of(type(reads), columns),
     )
-    state = reads.extend_state(table, columns) if isinstance(reads, ExtendsState) else reads.state
-    coverage = reads.coverage(table, columns) if isinstance(reads, ReportsCoverage) else ""
+    state = reads.extend_state(table, columns) if extends_state(reads) else reads.state
+    coverage = reads.coverage(table, columns) if reports_coverage(reads) else ""
     return replace(modality, state=state), coverage
 
 
 def fitted_roles(modality: type[Modality]) -> tuple[str, ...]:
     """Return the roles that a modality is fitted on, where the objective does not predict them."""
-    if isinstance(modality, ExtendsState):
+    if extends_state(modality):
         return modality.fit_roles
     return (*modality.roles, *modality.optional_roles)
 
@@ -203,7 +203,7 @@ def fitted_columns(
     predicts them; of others, what is predicted (a mask that moves with its image) is left out.
     """
     roles = fitted_roles(modality)
-    if not isinstance(modality, ExtendsState):
+    if not extends_state(modality):
         roles = [
             role for role in roles if role not in (*objective.roles, *objective.optional_roles)
         ]
@@ -212,5 +212,5 @@ def fitted_columns(
 
 def strata_of(modality: type[Modality], columns: dict[str, str]) -> list[str]:
     """Return the columns of which every value must be in the sample (`ExtendsState.strata`)."""
-    roles = modality.strata if isinstance(modality, ExtendsState) else ()
+    roles = modality.strata if extends_state(modality) else ()
     return [columns[role] for role in roles if role in columns]

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from pipeline.config import registry
 from pipeline.config.schema import Data, Source
 from pipeline.core.contracts import Backbone, Modality, Task
-from pipeline.core.contracts.objective_capabilities import CachedHead, ReplacesBackbone
+from pipeline.core.contracts.objective_capabilities import (
+    replaces_backbone,
+    tensors_beside_features,
+)
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection, Splits
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget, eval_batches
@@ -48,7 +51,7 @@ def features(
     backbone.to(device).eval()
     name = rows.decoder.objective
     objective = registry.get("objective", name) if name else None
-    labels = objective.label_tensors if isinstance(objective, CachedHead) else ()
+    labels = tensors_beside_features(objective)
     ready = evaluate.device_preprocessing(rows)
     pooled, rest, ids = [], [], []
     for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
@@ -200,7 +203,7 @@ def exported_backbone(task: Task) -> Iterator[Backbone]:
 
     Where that is a teacher's, its weights are in the backbone inside the ``with`` block only.
     """
-    if not isinstance(task.objective, ReplacesBackbone):
+    if not replaces_backbone(task.objective):
         yield task.backbone
         return
     held = {name: tensor.detach().clone() for name, tensor in task.backbone.state_dict().items()}

@@ -15,9 +15,9 @@ import torch
 
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config.schema import Data, Source, Train
-from pipeline.core.capabilities import Costed
+from pipeline.core.capabilities import is_costed
 from pipeline.core.contracts import Task
-from pipeline.core.contracts.objective_capabilities import ReplacesBackbone, source_metrics
+from pipeline.core.contracts.objective_capabilities import replaces_backbone, source_metrics
 from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifests import Selection
@@ -109,7 +109,7 @@ def rank_job(
     rows = training_rows(work)
     plan, text = order_of(work, rows, 1), fitted.text
     if isinstance(plan, BucketPlan):
-        assert isinstance(rows.modality, Costed)
+        assert is_costed(rows.modality)
         text += (
             f"; {plan.batches_an_epoch:.0f} batches an epoch of up to {plan.batch_cost:g} "
             f"{rows.modality.cost_unit}, {plan.padding():.1%} of them padding"
@@ -276,7 +276,7 @@ def start_task(work: RankJob) -> Task:
 def write(work: RankJob, finished: Finished, metadata: dict[str, Any]) -> None:
     """Write the bundle, then remove what only an unfinished source needs."""
     fitted, task = work.fitted, finished.task
-    if isinstance(task.objective, ReplacesBackbone):
+    if replaces_backbone(task.objective):
         task.objective.after_training(task.backbone)
     bundle.save(
         storage.join(work.uri, "bundle"),

@@ -13,9 +13,9 @@ from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
 from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Job, Source, spec_hash
-from pipeline.core.capabilities import Costed, cost_column
+from pipeline.core.capabilities import cost_column, is_costed
 from pipeline.core.contracts import Modality, Objective
-from pipeline.core.contracts.objective_capabilities import BindsToBackbone, LengthBound
+from pipeline.core.contracts.objective_capabilities import binds_to_backbone, bounds_length
 from pipeline.core.rng import mix
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
@@ -553,11 +553,7 @@ def checks_labels_before_decoding(
     found before any is decoded: where a column tells how long they are. Else only batches that are
     cut by it are worth a look into every file.
     """
-    return _has_untrainable_check(objective) and cost_column(modality, columns) is not None
-
-
-def _has_untrainable_check(objective: type[Objective]) -> bool:
-    return isinstance(objective, LengthBound)
+    return bounds_length(objective) and cost_column(modality, columns) is not None
 
 
 def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
@@ -569,9 +565,9 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
     """
     decoder, ids, costs = rows.decoder, rows.selection.ids(np.arange(len(rows))), rows.costs
     objective = registry.get("objective", str(decoder.objective))
-    if not _has_untrainable_check(objective) or not len(rows):
+    if not bounds_length(objective) or not len(rows):
         return rows, []
-    assert costs is not None and isinstance(decoder.modality, Costed)
+    assert costs is not None and is_costed(decoder.modality)
     cost_role = decoder.modality.cost_role
     table = manifests.read_columns(
         rows.selection,
@@ -612,7 +608,7 @@ def bind_state(
     """What an objective learned, with what it must know of the backbone (`BindsToBackbone`). Raises
     ValueError where that is not for it.
     """
-    if not isinstance(objective, BindsToBackbone):
+    if not binds_to_backbone(objective):
         return state
     with torch.device("meta"):
         return objective.bind_to_backbone(state, bundle.build_backbone(arch, seed=0))

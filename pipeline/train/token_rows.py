@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.checkpoints import bundle
-from pipeline.core.capabilities import Packs
+from pipeline.core.capabilities import can_pack
 from pipeline.core.contracts import Objective
 from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifests
@@ -78,7 +78,7 @@ def form_of(
     if objective.packed:
         return "packed"
     reads = bundle.build_modality(modality)
-    if not isinstance(reads, Packs) or not len(rows):
+    if not can_pack(reads) or not len(rows):
         return ""
     names = fit_components.fitted_columns(type(reads), objective, columns)
     tokenised = reads.tokenize(fit_components.sample(rows, names, 1), columns)
@@ -161,7 +161,7 @@ class _Task:
         """Corpus, rows of tokens, and (row, reason) of each text that is left out."""
         work, (corpus, start, stop) = self.work, span
         modality = bundle.build_modality(work.modality)
-        assert isinstance(modality, Packs)
+        assert can_pack(modality)
         roles = (*modality.roles, *modality.optional_roles)
         read = [work.columns[role] for role in roles if role in work.columns]
         ids = self.selection.ids(np.arange(start, stop))

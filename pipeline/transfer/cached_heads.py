@@ -24,8 +24,8 @@ from pipeline.config import provenance
 from pipeline.config.schema import Train, spec_hash
 from pipeline.core.contracts import Backbone, Batch, Objective, Task
 from pipeline.core.contracts.objective_capabilities import (
-    CachedHead,
     MixesInputs,
+    has_cached_head,
     is_calibrated,
 )
 from pipeline.core.metrics.catalog import Predictions
@@ -255,7 +255,7 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     data = shared.targets[first.target, first.backbone_key]
     objective = trials.build(first, shared)[0].objective
     mixes_inputs = isinstance(objective, MixesInputs) and objective.mixes_inputs
-    if not isinstance(objective, CachedHead) or mixes_inputs:
+    if not has_cached_head(objective) or mixes_inputs:
         return False
     return first.technique_object.frozen and data.spec.workers == 0
 
@@ -514,7 +514,7 @@ def _predicted(stack: HeadStack, rows: Part, train: Train) -> list[Predictions]:
 def _alone(head: Objective, rows: Part, train: Train) -> Predictions:
     """Predictions of one head, with what it alone has fitted on the validation rows."""
     head = head.to(rows[0].device).eval()
-    assert isinstance(head, CachedHead)
+    assert has_cached_head(head)
     features, tensors = rows
     ids = np.zeros(len(features), dtype=np.int64)
     with loop.autocast(train, features.device):

@@ -13,7 +13,7 @@ from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
 from pipeline.config.schema import ComponentConfig, Job, Target, round_hyper_parameter, spec_hash
 from pipeline.core.contracts import Technique, trains
-from pipeline.core.contracts.objective_capabilities import CountsRows
+from pipeline.core.contracts.objective_capabilities import counts_rows
 from pipeline.core.rng import mix, row_keys
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data.stream import Rows
@@ -88,7 +88,7 @@ def fraction_text(fraction: Fraction, objective: str = "") -> str:
     It is a number of rows where the rows of the ``objective`` have no class (`CountsRows`).
     """
     kind = registry.get("objective", objective) if objective else None
-    unit = f" {kind.label_fraction_unit}" if isinstance(kind, CountsRows) else "/class"
+    unit = f" {kind.label_fraction_unit}" if counts_rows(kind) else "/class"
     return (
         f"{fraction}{unit}"
         if isinstance(fraction, int)

@@ -18,12 +18,12 @@ from pipeline.config import registry
 from pipeline.config.schema import spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
-from pipeline.core.capabilities import Costed, file_columns
+from pipeline.core.capabilities import file_columns, is_costed
 from pipeline.core.contracts import Arrays, Modality, Objective
 from pipeline.core.contracts.objective_capabilities import (
-    ComparesViews,
-    WritesColumns,
+    compares_views,
     output_types,
+    writes_columns,
 )
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
@@ -106,7 +106,7 @@ class _Predictor:
     def _output_columns(self, predictions: Arrays, rows: Rows, ids: np.ndarray) -> Arrays:
         """Return the columns that are written of predictions."""
         objective = self._task.objective
-        if not isinstance(objective, WritesColumns):
+        if not writes_columns(objective):
             return predictions
         raw_rows = evaluate.Postprocessor(rows).raw_rows(objective, ids)
         return objective.output_columns(predictions, raw_rows)
@@ -172,7 +172,7 @@ def check(uri: str, srt: bool = False) -> bundle.Manifest:
     if name == "none":
         raise BundleError(f"{uri}: this bundle is a backbone without a head; fine-tune it first")
     objective = registry.get("objective", name)
-    if isinstance(objective, ComparesViews):
+    if compares_views(objective):
         raise BundleError(
             f"{uri}: {name} compares views of a row and predicts nothing; fine-tune it first"
         )
@@ -248,7 +248,7 @@ def predict(
             "labels": classes,
         },
     )
-    step = PIECES_A_SHARD if isinstance(modality, Costed) else ROWS_A_PART
+    step = PIECES_A_SHARD if is_costed(modality) else ROWS_A_PART
     items = [Item(-1, i, min(i + step, found.rows)) for i in range(0, found.rows, step)]
     parts = {
         item: storage.join(output, f"part-{number:05d}.parquet")

@@ -148,7 +148,7 @@ def score(
             f"{len(found)} rows; its weights are damaged, or it was trained until they overflowed"
         )
     # of the rows that could be decoded
-    labels = rest[objective.label_tensors[0]].cpu().numpy()
+    labels = rest[objective.class_tensor].cpu().numpy()
     pooled = found.cpu().numpy()
     wanted = names or tuple(registry.entries("score"))
     return {name: registry.get("score", name)(pooled, labels) for name in wanted}

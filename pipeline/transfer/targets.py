@@ -28,15 +28,15 @@ from pipeline.config.schema import (
 from pipeline.core.capabilities import check_roles, ineffective_options
 from pipeline.core.contracts import Modality, Objective, Task, Technique, trains
 from pipeline.core.contracts.objective_capabilities import (
-    BindsToBackbone,
     ChecksTestRows,
-    CountsRows,
-    CouplesRows,
-    TransfersHead,
+    binds_to_backbone,
+    counts_rows,
+    couples_rows,
     has_classes,
     invalid_label_reasons,
     rollout_metrics,
     target_metrics,
+    transfers_head,
 )
 from pipeline.core.metrics import catalog
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
@@ -198,7 +198,7 @@ def _check_spec(
         config_checks.check_packed(place, spec.data, name)
     config_checks.check_costs(place, spec.data, spec.train, objective)
     counts = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
-    if counts and "label" not in objective.roles and not isinstance(objective, CountsRows):
+    if counts and "label" not in objective.roles and not counts_rows(objective):
         raise ValueError(
             f"{place}.label_fractions: {counts[0]} means {counts[0]} rows a class, and a row of "
             f"{name} has no single class: give shares, such as 0.1"
@@ -256,7 +256,7 @@ def _check_labels(
 
 def _for_targets(objective: type[Objective]) -> bool:
     has_labels = objective.packed or bool(objective.roles)
-    return has_labels and not isinstance(objective, CouplesRows)
+    return has_labels and not couples_rows(objective)
 
 
 def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any]) -> None:
@@ -577,7 +577,7 @@ def reading_key(target: TargetStage, group: BackboneGroup) -> str:
     """Return what the decoded rows of a target depend on; groups with the same key share them."""
     objective = registry.get("objective", target.spec.objective.name)
     # which rows can be used may follow from the backbone too
-    is_bound = isinstance(objective, BindsToBackbone)
+    is_bound = binds_to_backbone(objective)
     return spec_hash(group.modality.to_json(), *([group.arch.to_json()] if is_bound else []))
 
 
@@ -624,7 +624,7 @@ def _check_group(
     """Raise ValueError where a technique, the objective or the rows do not fit the backbone."""
     task = _build(group, arch, objective)
     layers = task.layers()
-    head = task.objective if isinstance(task.objective, TransfersHead) else None
+    head = task.objective if transfers_head(task.objective) else None
     unseen = head.unseen_inputs(group.arch.inputs, arch.inputs) if head else ""
     own_techniques = f"give targets.{target.name} techniques of its own"
     for component in target.techniques:

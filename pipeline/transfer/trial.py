@@ -23,11 +23,11 @@ from pipeline.config import registry
 from pipeline.config.schema import Target, Train, with_hyper_parameters
 from pipeline.core.contracts import FinishedTrial, Objective, Task, Technique, trains
 from pipeline.core.contracts.objective_capabilities import (
-    CachedHead,
-    TransfersHead,
+    has_cached_head,
     is_calibrated,
     rollout_metrics,
     target_metrics,
+    transfers_head,
 )
 from pipeline.core.metrics.catalog import Predictions, metric
 from pipeline.core.metrics.label_sets import scored
@@ -243,7 +243,7 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     weights = _tensors(shared.weights[trial.source])
     backbone = bundle.transfer(task.backbone, weights, trial.source).text()
     kept, head = 0, "head new"
-    if isinstance(task.objective, TransfersHead):
+    if transfers_head(task.objective):
         source_objective, arrays = shared.heads[trial.source]
         kept, head = bundle.carry_tensors(task.objective, source_objective, _tensors(arrays))
     if not trains(trial.technique_object) and not kept:
@@ -316,8 +316,7 @@ def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
 def _caches_features(data: TargetData) -> bool:
     """Return whether the features of a frozen backbone are computed once for all trials."""
     objective = registry.get("objective", data.objective.name)
-    has_cached_head = isinstance(objective, CachedHead)
-    return data.in_memory and not data.spec.workers and has_cached_head
+    return data.in_memory and not data.spec.workers and has_cached_head(objective)
 
 
 def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:

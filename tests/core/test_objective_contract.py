@@ -68,3 +68,22 @@ def test_each_capability_is_had_by_some_objective_and_not_by_all(protocol):
     kinds = [registry.get("objective", name) for name in registry.names("objective")]
     able = [kind for kind in kinds if isinstance(kind, protocol)]
     assert 0 < len(able) < len(kinds) and not isinstance(Objective, protocol)
+
+
+def test_a_cached_head_of_numbers_has_no_classes():
+    """Its tensor is kept beside the features, and transferability scores do not read it."""
+
+    class Numbers:
+        label_tensors = ("label", "weight")
+
+        def head_loss(self, features, batch): ...
+
+        def head_predict(self, features, batch): ...
+
+    assert capabilities.has_cached_head(Numbers) and not capabilities.has_classes(Numbers)
+    assert capabilities.tensors_beside_features(Numbers) == ("label", "weight")
+    for name, tensor in (("classification", "label"), ("multilabel", "labels")):
+        kind = registry.get("objective", name)
+        assert capabilities.has_classes(kind) and kind.class_tensor == tensor
+        assert capabilities.tensors_beside_features(kind) == (tensor,)
+    assert not capabilities.has_classes(registry.get("objective", "segmentation"))

@@ -1,8 +1,8 @@
 """What some objectives can do, as protocols of one or two members each.
 
-An objective has a capability by having its members; nothing is declared. It is asked for by
-``isinstance``, of an instance or of a class; where several callers need the answer, a function
-below asks for them.
+An objective has a capability by having its members; nothing is declared. Each is asked for by
+``isinstance``, of an instance or of a class, in one function: the last ones below, where several
+callers need the answer.
 
 Training and transfer:
     `CachedHead`, `MixesInputs`: the head needs pooled features alone, unless inputs are mixed.
@@ -12,6 +12,7 @@ Training and transfer:
     `TransfersHead`: a target starts with its source's head.
 
 Rows and labels:
+    `HasClasses`: a row has one class or one set of labels.
     `ChecksLabels`, `ChecksTestRows`, `AllowsNullLabels`: labels are looked through.
     `LengthBound`: rows can be too short to be trained on.
     `BindsToBackbone`: part of the state follows from the backbone.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from torch import Tensor
+    from typing_extensions import TypeIs
 
     from pipeline.core.batch import Batch
     from pipeline.core.contracts.backbone import Backbone
@@ -126,6 +128,17 @@ class TransfersHead(Protocol):
 
 
 # ---------------------------------------------------------------- rows and labels
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """An objective of which a row has one class or one set of labels, known before training.
+
+    Transferability scores compare such rows by their features.
+    """
+
+    class_tensor: ClassVar[str]
+    """Tensor of its batches that holds them: (B,) class numbers, or (B, L) 0 or 1."""
 
 
 @runtime_checkable
@@ -301,13 +314,66 @@ class RollsOut(Protocol):
 # ---------------------------------------------------------------- asked by several callers
 
 
-def has_classes(objective: type[Objective]) -> TypeGuard[type[CachedHead]]:
-    """Return whether a row has one class or one set of labels, which its pooled features predict.
+def has_cached_head(objective: Any) -> TypeIs[CachedHead]:
+    """Return whether the head needs pooled features alone."""
+    return isinstance(objective, CachedHead)
 
-    Transferability scores can read such rows.
-    """
-    tensors = objective.label_tensors if isinstance(objective, CachedHead) else ()
-    return tensors in (("label",), ("labels",))
+
+def couples_rows(objective: Any) -> TypeIs[CouplesRows]:
+    """Return whether the loss compares the rows of a global batch."""
+    return isinstance(objective, CouplesRows)
+
+
+def compares_views(objective: Any) -> TypeIs[ComparesViews]:
+    """Return whether the loss compares random views of a row."""
+    return isinstance(objective, ComparesViews)
+
+
+def replaces_backbone(objective: Any) -> TypeIs[ReplacesBackbone]:
+    """Return whether another backbone than the trained one is kept."""
+    return isinstance(objective, ReplacesBackbone)
+
+
+def transfers_head(objective: Any) -> TypeIs[TransfersHead]:
+    """Return whether a target starts with its source's head."""
+    return isinstance(objective, TransfersHead)
+
+
+def bounds_length(objective: Any) -> TypeIs[LengthBound]:
+    """Return whether rows can be too short to be trained on."""
+    return isinstance(objective, LengthBound)
+
+
+def binds_to_backbone(objective: Any) -> TypeIs[BindsToBackbone]:
+    """Return whether part of the state follows from the backbone."""
+    return isinstance(objective, BindsToBackbone)
+
+
+def counts_rows(objective: Any) -> TypeIs[CountsRows]:
+    """Return whether whole label fractions count rows."""
+    return isinstance(objective, CountsRows)
+
+
+def rolls_out(objective: Any) -> TypeIs[RollsOut]:
+    """Return whether a policy is trained, which can be tried in a simulator."""
+    return isinstance(objective, RollsOut)
+
+
+def writes_columns(objective: Any) -> TypeIs[WritesColumns]:
+    """Return whether other columns than the predictions are written."""
+    return isinstance(objective, WritesColumns)
+
+
+def has_classes(objective: Any) -> TypeIs[HasClasses]:
+    """Return whether a row has one class or one set of labels."""
+    return isinstance(objective, HasClasses)
+
+
+def tensors_beside_features(objective: Any) -> tuple[str, ...]:
+    """Return the label tensors that are kept with pooled features."""
+    read = objective.label_tensors if has_cached_head(objective) else ()
+    classes = (objective.class_tensor,) if has_classes(objective) else ()
+    return tuple(dict.fromkeys((*read, *classes)))
 
 
 def target_metrics(objective: type[Objective], options: Any, state: State) -> tuple[str, ...]:
@@ -326,7 +392,7 @@ def source_metrics(objective: type[Objective], options: Any, state: State) -> tu
 
 def rollout_metrics(objective: type[Objective], options: Any, state: State) -> tuple[str, ...]:
     """Return the metrics of a policy's own episodes; () for other objectives."""
-    return objective.rollout_metrics(options, state) if isinstance(objective, RollsOut) else ()
+    return objective.rollout_metrics(options, state) if rolls_out(objective) else ()
 
 
 def invalid_label_reasons(
@@ -347,11 +413,11 @@ def untrainable_reasons(
     objective: type[Objective], table: pa.Table, columns: Columns, state: State, arrays: Arrays
 ) -> list[str]:
     """Return for each row "" or why it cannot be trained on, by its decoded arrays."""
-    if isinstance(objective, LengthBound):
+    if bounds_length(objective):
         return objective.untrainable_reasons(table, columns, state, arrays)
     return [""] * len(table)
 
 
 def output_types(objective: type[Objective]) -> dict[str, pa.DataType]:
     """Return the types of the columns of lists that are written of predictions."""
-    return objective.output_types if isinstance(objective, WritesColumns) else {}
+    return objective.output_types if writes_columns(objective) else {}

@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.backbone import Backbone
 from pipeline.core.contracts.objective import Loss, Objective
-from pipeline.core.contracts.objective_capabilities import CouplesRows
+from pipeline.core.contracts.objective_capabilities import couples_rows
 
 
 class Task(nn.Module):
@@ -27,7 +27,7 @@ class Task(nn.Module):
             return self.objective.loss(self.backbone, batch)
         trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
         zero = sum(((parameter * 0.0).sum() for parameter in trained), torch.zeros(()))
-        if isinstance(self.objective, CouplesRows):
+        if couples_rows(self.objective):
             self.objective.forward_without_rows(self.backbone)
         return zero, torch.zeros((), device=zero.device), {}
 
