@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 import torch
 from contract_rows import BACKBONES, MODALITIES, OBJECTIVES, N, wake
-from pipeline.core.metrics.catalog import metric
 from toys import (
     image_rows,
     label_state,
@@ -33,6 +32,7 @@ from pipeline.core.contracts.objective_capabilities import (
     Postprocesses,
     UpdatesAfterStep,
 )
+from pipeline.core.metrics.catalog import metric
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.objectives.classification import Classification
 from pipeline.train import loop

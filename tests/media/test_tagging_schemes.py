@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import seqeval.metrics as theirs
 import seqeval.metrics.sequence_labeling as conll
-from pipeline.core.metrics.catalog import metric
 from seqeval.scheme import IOB2, IOBES, Entities
 from torchmetrics.functional.text.squad import (
     _compute_exact_match_score,
@@ -18,6 +17,7 @@ from torchmetrics.functional.text.squad import (
     _normalize_text,
 )
 
+from pipeline.core.metrics.catalog import metric
 from pipeline.media import tagging_schemes
 from pipeline.media.tagging_schemes import Tagset
 

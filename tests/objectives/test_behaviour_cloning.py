@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as theirs
 import torch
-from pipeline.core.metrics.catalog import metric
 from torch import distributions as dist
 from torch import nn
 from toys import Net, rows_of
@@ -19,6 +18,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
 from pipeline.core.contracts.objective_capabilities import CountsRows, TransfersHead
+from pipeline.core.metrics.catalog import metric
 from pipeline.core.nn import action_heads
 from pipeline.core.specs import Architecture, ObjectiveSpec
 from pipeline.data import manifests

@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
-from pipeline.core.metrics.catalog import metric
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
+from pipeline.core.metrics.catalog import metric
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.ragged import ragged
 from pipeline.core.specs import Architecture

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pipeline.core.metrics.catalog import metric
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from pipeline.config import registry
 from pipeline.core.contracts import Batch, Task
+from pipeline.core.metrics.catalog import metric
 from pipeline.data.stream import Decoder
 from pipeline.objectives import detection
 from pipeline.objectives.detection import Detection, DetectionOptions

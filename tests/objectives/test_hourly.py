@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as theirs
 import torch
-from pipeline.core.metrics.catalog import metric
 from torch import nn
 from torch.nn import functional as F
 from toys import Net
@@ -18,6 +17,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Job
 from pipeline.core.contracts import Backbone, Batch, Features, Task
+from pipeline.core.metrics.catalog import metric
 from pipeline.core.ragged import ragged
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.objectives.hourly import Hourly, HourlyOptions

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers as hf
-from pipeline.core.metrics.catalog import metric
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
+from pipeline.core.metrics.catalog import metric
 from pipeline.core.specs import Architecture
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pipeline.core.metrics.catalog import metric
 from sklearn.metrics import jaccard_score
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from pipeline.config import registry
 from pipeline.core.contracts import Batch, Task
+from pipeline.core.metrics.catalog import metric
 from pipeline.data.stream import Decoder
 from pipeline.objectives.segmentation import Segmentation, SegmentationOptions
 from pipeline.train import loop

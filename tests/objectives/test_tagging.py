@@ -14,13 +14,13 @@ import pytest
 import seqeval.metrics as theirs
 import torch
 import transformers as hf
-from pipeline.core.metrics.catalog import metric
 from seqeval.scheme import IOB2
 from torch.nn import functional as F
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.core.contracts import Batch, RawRows, Task
+from pipeline.core.metrics.catalog import metric
 from pipeline.core.specs import ModalitySpec, ObjectiveSpec
 from pipeline.data.stream import Decoder
 from pipeline.objectives.tagging import Tagging, TaggingOptions

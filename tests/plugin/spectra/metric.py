@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from pipeline.core.metrics.metric import NOT_NEGATIVE, SHARE, Predictions, plain, ratio
 
 from pipeline.config.registry import register
+from pipeline.core.metrics.metric import NOT_NEGATIVE, SHARE, Predictions, plain, ratio
 
 
 @register("metric", "rmse")
