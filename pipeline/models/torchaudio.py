@@ -136,7 +136,6 @@ class Torchaudio(Backbone):
         self.arch = Architecture(name, o, dict(inputs))
         bins, drop = inputs["channels"], o["dropout"]
         self.front: _Front | None = None
-        self.hides_frames = architecture != "deepspeech"
         self.deepspeech: Any = None
         self.recurrent: nn.ModuleList | None = None
         self.conformer: Any = None

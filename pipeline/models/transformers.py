@@ -408,9 +408,6 @@ class Wav2Vec2(Backbone):
     SpecAugment: masks come from the objective or the modality.
     """
 
-    hides_frames = True
-    """Whether ``token_mask`` hides frames from the context network."""
-
     def __init__(self, architecture: str, options: TransformersOptions, inputs: dict[str, Any]):
         super().__init__(architecture, options, inputs)
         if inputs.get("features") != "wave":

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective, View
+from pipeline.core.contracts.backbone_capabilities import patch_size
 from pipeline.core.nn.all_gather import summed
 
 
@@ -140,7 +141,7 @@ class DINO(Objective):
                 f"{backbone.arch.name}: dino compares views of images; these rows are "
                 f"{', '.join(inputs) or 'something else'}"
             )
-        step = getattr(backbone, "patch", None) or 1
+        step = patch_size(backbone) or 1
         in_steps = round(inputs["size"] * 3 / 7 / step) * step
         self.local_size = options.local_size or max(step, 8, in_steps)
         self.head = Head(backbone.pooled_dim, options)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts.backbone_capabilities import longest_continued, masked_head_settings
 from pipeline.core.rng import uniform
 
 NEVER = 2.0
@@ -115,8 +116,7 @@ class MaskedLM(Objective):
                 "transformers/gpt2"
             )
         width = embedding.embedding_dim
-        activation = getattr(backbone, "activation", "gelu")
-        eps = getattr(backbone, "norm_eps", 1e-12)
+        activation, eps = masked_head_settings(backbone)
         self.transform = nn.Sequential(
             nn.Linear(width, width), ACT2FN[activation], nn.LayerNorm(width, eps=eps)
         )
@@ -264,7 +264,7 @@ class CausalLM(Objective):
             raise ValueError(
                 f"{name} sees the future: causal prediction needs transformers/gpt2, or use mlm"
             )
-        self.positions = int(getattr(backbone, "positions", 0))
+        self.positions = longest_continued(backbone)
         if options.generate and options.generate >= self.positions:
             raise ValueError(
                 f"clm: generate {options.generate} leaves no place for a text in the "

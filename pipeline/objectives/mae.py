@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts.backbone_capabilities import patch_size
 from pipeline.core.rng import uniform
 
 MASK_STREAM = 1 << 16
@@ -50,7 +51,7 @@ class MAE(Objective):
     def __init__(self, backbone: Backbone, options: MAEOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
         name, inputs = backbone.arch.name, backbone.arch.inputs
-        patch = getattr(backbone, "patch", None)
+        patch = patch_size(backbone)
         if patch is None or backbone.token_dim is None:
             raise ValueError(
                 f"{name}: mae hides patches, which takes a plain vision transformer "

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts.backbone_capabilities import predicts_samples
 from pipeline.core.rng import uniform
 
 CROP_STREAM = 1 << 18
@@ -55,8 +56,7 @@ class NextSample(Objective):
     def __init__(self, backbone: Backbone, options: NextSampleOptions, state: dict[str, Any]):
         """Raise ValueError for a backbone that is not causal at the rate of the samples."""
         super().__init__(backbone, options, state)
-        levels = getattr(backbone, "levels", None)
-        if levels is None or getattr(backbone, "receptive_field", None) is None:
+        if not predicts_samples(backbone):
             raise ValueError(
                 f"{backbone.arch.name} cannot predict the next sample: that takes a causal "
                 "backbone at the rate of the samples (wavenet/wavenet); for others use ctc, or "

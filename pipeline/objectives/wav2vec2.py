@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts.backbone_capabilities import hides_frames
 from pipeline.core.nn import all_gather
 from pipeline.core.rng import uniform
 
@@ -165,7 +166,7 @@ class Wav2Vec2Pretraining(Objective):
     def __init__(self, backbone: Backbone, options: Wav2Vec2Options, state: dict[str, Any]):
         """Raise ValueError for a backbone that cannot hide frames, or a width not divisible."""
         super().__init__(backbone, options, state)
-        if not getattr(backbone, "hides_frames", False):
+        if not hides_frames(backbone):
             raise ValueError(
                 f"{backbone.arch.name}: wav2vec2 hides frames between convolutions and a "
                 "context network, which takes transformers/wav2vec2, torchaudio/deepspeech2 or "
@@ -176,8 +177,9 @@ class Wav2Vec2Pretraining(Objective):
                 f"wav2vec2.code_width {options.code_width} must be a multiple of wav2vec2.groups "
                 f"{options.groups}"
             )
-        features: Any = backbone.latent_dim
-        self.quantizer = Quantizer(features, options.groups, options.entries, options.code_width)
+        self.quantizer = Quantizer(
+            backbone.latent_dim, options.groups, options.entries, options.code_width
+        )
         self.project_hid = nn.Linear(backbone.pooled_dim, options.width)
         self.project_q = nn.Linear(options.code_width, options.width)
         self.drop = nn.Dropout(options.dropout)

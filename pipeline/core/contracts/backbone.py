@@ -38,13 +38,8 @@ package, glob and regular expression. ``WANTS`` (optional) says what inputs an a
 modality for, such as ``{"wavenet": {"features": "wave"}}``. Both are read without importing the
 file.
 
-Single objectives ask a backbone for more, and refuse one that lacks it where no default is named:
-
-- ``mae``: ``patch``, pixels a patch's side; ``dino`` wants views of whole patches (1).
-- ``next_sample``: ``levels(wave)``, ``receptive_field`` in samples, and ``renew_frames()``.
-- ``clm`` that generates: ``positions``, the longest row, and ``advance``, one step with a cache.
-- ``mlm``: ``activation`` (gelu) and ``norm_eps`` (1e-12), for its head.
-- ``wav2vec2``: ``hides_frames``, with ``latent_dim`` and ``frame_mask(batch)``.
+What single objectives need of a backbone is in ``backbone_capabilities``; they refuse one that
+lacks it where no default is named.
 """
 
 from __future__ import annotations

@@ -1,0 +1,122 @@
+"""What single objectives need of a backbone, as protocols of one to three members each.
+
+A backbone has a capability by having its members; nothing is declared. Each is asked for by
+``isinstance`` in the function below it, when an objective is built.
+
+    `CutsPatches`: an image is cut into patches that can be left out (``mae``, ``dino``).
+    `PredictsSamples`: it is causal at the rate of the samples (``next_sample``).
+    `HidesFrames`: frames can be hidden from the context network (``wav2vec2``).
+    `Continues`: a text can be continued token by token (``clm`` that generates).
+    `ShapesMaskedHead`: the family has a head of its own for masked tokens (``mlm``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import TypeIs
+
+    from pipeline.core.batch import Batch
+
+
+@runtime_checkable
+class CutsPatches(Protocol):
+    """A backbone that may be a plain vision transformer, whose patches can be left out."""
+
+    patch: int | None
+    """Pixels a side of a patch; None: this architecture has no such patches."""
+
+
+def patch_size(backbone: Any) -> int | None:
+    """Return the pixels a side of patches that can be left out, None where there are none."""
+    return backbone.patch if isinstance(backbone, CutsPatches) else None
+
+
+@runtime_checkable
+class PredictsSamples(Protocol):
+    """A causal backbone at the rate of the samples.
+
+    Its output "latent" (B, n, D) at a sample depends on that sample and earlier ones.
+    """
+
+    receptive_field: int
+    """Samples that "latent" of a sample depends on: itself and those before it."""
+
+    def levels(self, wave: Tensor) -> Tensor:
+        """Return (B, n) int64 levels of samples, what is predicted."""
+        ...
+
+    def renew_frames(self) -> None:
+        """Initialise the layers over tokens again where they were never trained."""
+        ...
+
+
+def predicts_samples(backbone: Any) -> TypeIs[PredictsSamples]:
+    """Return whether the backbone is causal at the rate of the samples."""
+    return isinstance(backbone, PredictsSamples)
+
+
+@runtime_checkable
+class HidesFrames(Protocol):
+    """A backbone with convolutions below a context network: ``token_mask`` hides frames between.
+
+    Its output "latent" (B, N, latent_dim) is that of the convolutions.
+    """
+
+    latent_dim: int
+
+    def frame_mask(self, batch: Batch) -> Tensor:
+        """Return (B, N) bool, true for a row's own frames; N is 1 where no row has any."""
+        ...
+
+
+def hides_frames(backbone: Any) -> TypeIs[HidesFrames]:
+    """Return whether frames can be hidden from the backbone's context network."""
+    return isinstance(backbone, HidesFrames)
+
+
+@runtime_checkable
+class Continues(Protocol):
+    """A backbone of text that can go on from where it was, where it is causal."""
+
+    positions: int
+    """Tokens of the longest row."""
+
+    def advance(
+        self, tokens: Tensor, mask: Tensor, positions: Tensor, past: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Continue a sequence.
+
+        Args:
+            tokens: (B, n) ids.
+            mask: (B, past + n) bool, true for what may be attended to.
+            positions: (B, n) positions of ``tokens``.
+            past: Keys and values of the earlier tokens; None: there are none.
+
+        Returns:
+            States (B, n, D), and the new past.
+        """
+        ...
+
+
+def longest_continued(backbone: Any) -> int:
+    """Return the tokens of the longest row that can be continued, 0 where none can."""
+    return backbone.positions if isinstance(backbone, Continues) else 0
+
+
+@runtime_checkable
+class ShapesMaskedHead(Protocol):
+    """A backbone of a family whose head for masked tokens has its own activation and norm."""
+
+    activation: str
+    """A name of transformers.activations."""
+    norm_eps: float
+
+
+def masked_head_settings(backbone: Any) -> tuple[str, float]:
+    """Return activation and epsilon of the norm, those of BERT where the family names none."""
+    if isinstance(backbone, ShapesMaskedHead):
+        return backbone.activation, backbone.norm_eps
+    return "gelu", 1e-12
