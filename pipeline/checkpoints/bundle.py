@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from pipeline.config import provenance, registry
@@ -58,9 +58,9 @@ def build_backbone(arch: Architecture, seed: int | None = None) -> Backbone:
     library, _, architecture = arch.name.partition("/")
     kind = registry.get("model", library)
     options = kind.options_class(**arch.options)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
         return kind(architecture, options, dict(arch.inputs))
 
 
@@ -81,9 +81,10 @@ def build_task(
     """
     backbone = build_backbone(arch, seed)
     kind = registry.get("objective", objective.name)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
         if seed is not None or head_seed is not None:
-            torch.manual_seed(head_seed if head_seed is not None else (seed or 0) + 1)
+            own_seed = head_seed if head_seed is not None else (seed or 0) + 1
+            torch.manual_seed(own_seed)  # pyright: ignore[reportUnknownMemberType]
         options = kind.options_class(**objective.options)
         return Task(backbone, kind(backbone, options, objective.state))
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from pipeline.checkpoints import bundle, classifier_export, exported_classifier
@@ -115,7 +115,8 @@ def _images(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Ten
     """Return decoded images of random pixels."""
     from PIL import Image
 
-    side, files = modality.options.size, []
+    side = modality.options.size
+    files: list[bytes] = []
     for _ in range(rows):
         sink = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(sink, "PNG")
@@ -125,9 +126,9 @@ def _images(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Ten
 
 def _recordings(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
     """Return decoded recordings of noise."""
-    import soundfile
+    import soundfile  # pyright: ignore[reportMissingTypeStubs]
 
-    files = []
+    files: list[bytes] = []
     for _ in range(rows):
         sink = io.BytesIO()
         samples = (0.2 * rng.standard_normal(int(SECONDS * modality.options.rate))).clip(-1, 1)
@@ -155,12 +156,13 @@ def _texts(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tens
         tokens[row, :length] = rng.choice(words, length)
         tokens[row, 0], tokens[row, length - 1] = cls, sep
     mask = np.arange(longest) < lengths[:, None]
-    return {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
+    return {"tokens": torch.as_tensor(tokens), "mask": torch.as_tensor(mask)}
 
 
 def _static_rows(static_features: Any, rows: int, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Return rows with a value for every known number, and with a known text for each field."""
-    state, out = static_features.state, []
+    state = static_features.state
+    out: list[dict[str, Any]] = []
     fields: dict[str, list[str]] = {}
     for code in state["codes"]:
         name, _, text = code.partition("=")
@@ -182,7 +184,8 @@ def _table_rows(modality: Any, rows: int, rng: np.random.Generator) -> dict[str,
 
 def _events(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
     """Return decoded rows of events."""
-    state, table = modality.state, {"times": [], "variables": [], "values": []}
+    state = modality.state
+    table: dict[str, list[Any]] = {"times": [], "variables": [], "values": []}
     for _ in range(rows):
         count = int(rng.integers(5, 20))
         places = rng.integers(0, len(state["variables"]), count)

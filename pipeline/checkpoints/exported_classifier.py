@@ -99,8 +99,9 @@ def build(spec: dict[str, Any]) -> Classifier:
         return Classifier(model, spec)
     import transformers
 
-    config = transformers.AutoConfig.for_model(**spec["config"])
-    return Classifier(transformers.AutoModel.from_config(config, **spec["arguments"]), spec)
+    config_of: Any = transformers.AutoConfig.for_model  # pyright: ignore[reportUnknownMemberType]
+    build: Any = transformers.AutoModel.from_config  # pyright: ignore[reportUnknownMemberType]
+    return Classifier(build(config_of(**spec["config"]), **spec["arguments"]), spec)
 
 
 def load(place: str | Path | None = None) -> Classifier:
@@ -113,7 +114,7 @@ def load(place: str | Path | None = None) -> Classifier:
     Raises:
         RuntimeError: A tensor is missing, left over or of another shape.
     """
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
     place = Path(place) if place is not None else Path(__file__).parent
     if place.is_dir():

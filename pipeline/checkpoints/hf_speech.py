@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.core.contracts import Modality
 from pipeline.core.specs import ModalitySpec
 from pipeline.io import storage
+from pipeline.io.json_values import Json, JsonObject, as_object
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 VOCABULARY, TOKENIZER_CONFIG = "vocab.json", "tokenizer_config.json"
@@ -51,8 +52,8 @@ def modality(folder: str) -> ModalitySpec:
     """
     extractor_config = _json(folder, PREPROCESSOR)
     if not extractor_config:
-        extractor_config = _json(folder, PROCESSOR).get("feature_extractor")
-    if not isinstance(extractor_config, dict) or not extractor_config:
+        extractor_config = as_object(_json(folder, PROCESSOR).get("feature_extractor"))
+    if not extractor_config:
         raise ValueError(
             f"{folder}: {PREPROCESSOR} is missing, which says the rate of the samples; save the "
             "model again with its feature extractor (transformers' AutoFeatureExtractor, "
@@ -110,10 +111,15 @@ def _labels(folder: str, config: dict[str, Any], count: int) -> dict[str, int] |
 
     Special tokens other than the blank are left out, because no transcript holds them.
     """
-    vocabulary = _json(folder, VOCABULARY)
-    if not vocabulary:
+    numbers = _json(folder, VOCABULARY)
+    if not numbers:
         return f"the folder has no {VOCABULARY}"
-    if not all(isinstance(number, int) and 0 <= number < count for number in vocabulary.values()):
+    vocabulary = {
+        token: number
+        for token, number in numbers.items()
+        if isinstance(number, int) and 0 <= number < count
+    }
+    if len(vocabulary) < len(numbers):
         return f"its {VOCABULARY} does not say what the {count} rows of its output stand for"
     token_config = _json(folder, "special_tokens_map.json") | _json(folder, TOKENIZER_CONFIG)
     blank = config.get("pad_token_id", 0)
@@ -128,16 +134,17 @@ def _labels(folder: str, config: dict[str, Any], count: int) -> dict[str, int] |
     return labels
 
 
-def _token(token_config: dict[str, Any], role: str, usual: str) -> str | None:
+def _token(token_config: JsonObject, role: str, usual: str) -> str | None:
     """Return a special token by its role."""
     value = token_config.get(role, usual)
-    return value.get("content") if isinstance(value, dict) else value
+    token = value.get("content") if isinstance(value, dict) else value
+    return token if isinstance(token, str) else None
 
 
-def _json(folder: str, name: str) -> dict[str, Any]:
+def _json(folder: str, name: str) -> JsonObject:
     """Return a JSON object of the folder; empty where the file is missing."""
     path = storage.join(folder, name)
-    found = storage.read_json(path) if storage.exists(path) else {}
+    found: Json = storage.read_json(path) if storage.exists(path) else {}
     if not isinstance(found, dict):
         raise ValueError(
             f"{path}: not a JSON object; save the model again with transformers' save_pretrained"
@@ -162,7 +169,7 @@ class Folder:
     kind: str
     config: Any
     tensors: dict[str, Tensor]
-    files: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
@@ -235,7 +242,8 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
         files[PREPROCESSOR]["processor_class"] = "Wav2Vec2Processor"
         tensors |= {f"lm_head.{part}": own[f"head.{part}"] for part in ("weight", "bias")}
         return Folder("Wav2Vec2ForCTC", config, tensors, files)
-    labels, width = objective.state["labels"], config.hidden_size
+    labels: list[str] = objective.state["labels"]
+    width = config.hidden_size
     config.classifier_proj_size, config.use_weighted_layer_sum = width, False
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}

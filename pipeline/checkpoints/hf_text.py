@@ -12,12 +12,12 @@ import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from pipeline.config import hf_config
 from pipeline.core.contracts import Task
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
+from pipeline.io.json_values import as_object
 from pipeline.media import tokenization
 
 FAMILIES = {
@@ -104,9 +105,9 @@ class Checkpoint:
     modality: ModalitySpec
     tensors: dict[str, Tensor]
     drop: tuple[str, ...]
-    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     labels: tuple[str, ...] | None = None
-    headless: dict[str, str] = field(default_factory=dict)
+    headless: dict[str, str] = field(default_factory=dict[str, str])
 
 
 # ---------------------------------------------------------------- reading
@@ -227,18 +228,15 @@ def weight_files(folder: str) -> list[str]:
             f"hf:{folder}: {MODEL} is missing; save the model again with transformers' "
             "save_pretrained (safetensors)"
         )
-    found = storage.read_json(index)
-    where = found.get("weight_map") if isinstance(found, dict) else None
-
-    def is_shard(name: Any) -> bool:
-        return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name
-
-    if not isinstance(where, dict) or not where or not all(map(is_shard, where.values())):
+    where = as_object(as_object(storage.read_json(index)).get("weight_map"))
+    names = {name for name in where.values() if isinstance(name, str)}
+    are_shards = all(name.endswith(".safetensors") and "/" not in name for name in names)
+    if not where or not are_shards or not all(isinstance(name, str) for name in where.values()):
         raise BundleError(
             f"{index}: no index of shards (weight_map: tensor names to .safetensors files of "
             "this folder); save the model again"
         )
-    shards = [storage.join(folder, name) for name in sorted(set(where.values()))]
+    shards = [storage.join(folder, name) for name in sorted(names)]
     if absent := [shard for shard in shards if not storage.exists(shard)]:
         raise BundleError(
             f"{absent[0]} is missing: {INDEX} names {len(shards)} shards, {len(absent)} of "
@@ -310,8 +308,8 @@ def _heads(
         names, output = _masked(family), MASKED[family][3]
         tied = f"{output}.weight"
         bias = tensors.get(names["bias"], tensors.get(f"{output}.bias"))
-        held = {**tensors, names["bias"]: bias}
-        if any(held.get(name) is None for name in names.values()):
+        held = tensors if bias is None else {**tensors, names["bias"]: bias}
+        if any(name not in held for name in names.values()):
             headless["mlm"] = "the checkpoint holds no masked-language-model head"
         elif not _is_tied(tensors.get(tied), embedding):
             headless["mlm"] = (
@@ -582,10 +580,12 @@ def _ln_f_shift(head: Any) -> Tensor | None:
 
     ``score`` of transformers has no bias. None where no such vector exists.
     """
-    weight, bias = head.head.weight.detach().double(), head.head.bias.detach().double()
+    weight: Tensor = head.head.weight.detach().double()
+    bias: Tensor = head.head.bias.detach().double()
     if not bias.any():
         return torch.zeros(weight.shape[1], dtype=torch.float64)
-    shift = torch.linalg.pinv(weight) @ bias  # W d = b
+    inverse = cast(Tensor, torch.linalg.pinv(weight))  # pyright: ignore[reportUnknownMemberType]
+    shift = inverse @ bias  # W d = b
     wrong = (weight @ shift - bias).abs().max() > 1e-6 * bias.abs().max()
     return None if wrong else shift
 
@@ -690,7 +690,7 @@ def _attach_timm_classifier(backbone: Any, head: Any) -> str:
         return f"{name} of timm has no layer norm before its classifier"
     backbone.model.reset_classifier(len(head.state["labels"]))
     last = backbone.model.get_classifier()
-    is_linear = isinstance(last, torch.nn.Linear) and last.bias is not None
+    is_linear = isinstance(last, torch.nn.Linear) and "bias" in dict(last.named_parameters())
     if not is_linear or last.weight.shape != head.head.weight.shape:
         return f"{name} of timm has another classifier ({last}, this head is {head.head})"
     return ""
@@ -735,9 +735,8 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         "crop_pct": crop_share,
         "crop_mode": crop,
     }
-    timm.models.save_for_hf(
-        model, str(folder), model_config=timm_config, safe_serialization=True, data_config=input_
-    )
+    save: Any = timm.models.save_for_hf  # pyright: ignore[reportUnknownMemberType]
+    save(model, str(folder), model_config=timm_config, safe_serialization=True, data_config=input_)
     return (
         f"{backbone.arch.name} with {sum(p.numel() for p in model.parameters())} parameters, "
         f"{len(timm_config.get('label_names', []))} labels"

@@ -12,7 +12,7 @@ import io
 import re
 import sys
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -27,6 +27,7 @@ from pipeline.core.contracts import Backbone, Task
 from pipeline.core.contracts.objective_capabilities import transfers_head
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import atomic_folder, file_identity, storage
+from pipeline.io.json_values import Json
 
 HEADS = (
     "model.fc.",
@@ -75,9 +76,9 @@ class PretrainedCheckpoint:
     bundle: bundle.Bundle | None = None
     drop: tuple[str, ...] = field(default=HEADS)
     notes: tuple[str, ...] = ()
-    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     labels: tuple[str, ...] | None = None
-    headless: dict[str, str] = field(default_factory=dict)
+    headless: dict[str, str] = field(default_factory=dict[str, str])
 
     def load_into(self, backbone: Backbone) -> bundle.Transfer:
         """Load the backbone strictly (``bundle.transfer``).
@@ -211,7 +212,7 @@ def _tensors(uri: str) -> dict[str, Tensor]:
         data = storage.read_bytes(uri)
         if uri.endswith(".safetensors"):
             return load_safetensors(data)
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        found: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except storage.StorageError:
         raise
     except Exception as error:
@@ -221,11 +222,20 @@ def _tensors(uri: str) -> dict[str, Tensor]:
             f"({type(error).__name__}: {str(error)[:200]})"
         ) from error
     for key in ("state_dict", "model", "model_state", "model_state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        inner = found.get(key) if _is_mapping(found) else None
+        if _is_mapping(inner):
+            found = inner
+    if not _is_mapping(found) or not _are_tensors(found):
         raise BundleError(f"{uri}: the file holds no state dict (names to tensors)")
     return found
+
+
+def _is_mapping(value: object) -> TypeGuard[dict[str, object]]:
+    return isinstance(value, dict)
+
+
+def _are_tensors(found: dict[str, Any]) -> TypeGuard[dict[str, Tensor]]:
+    return all(isinstance(value, Tensor) for value in found.values())
 
 
 def _with_backbone_names(tensors: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
@@ -364,11 +374,9 @@ def _from_torchvision(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Te
     Tensors get timm's shape where only dimensions of size one differ (a layer's scale, a linear
     layer as convolution).
     """
-    names, own, out = (
-        TORCHVISION.get(type(backbone.model).__module__.rpartition(".")[2]),
-        backbone.state_dict(),
-        {},
-    )
+    names = TORCHVISION.get(type(backbone.model).__module__.rpartition(".")[2])
+    own = backbone.state_dict()
+    out: dict[str, Tensor] = {}
     if names is None:
         return None
     for name, tensor in tensors.items():
@@ -482,7 +490,7 @@ def _hugging_face(folder: str) -> PretrainedCheckpoint:
             f"hf:{folder}: no config.json in this folder; a Hugging Face folder has "
             "config.json, model.safetensors and tokenizer.json"
         )
-    config = storage.read_json(path)
+    config: Json = storage.read_json(path)
     if not isinstance(config, dict):
         raise BundleError(f"{path}: not a configuration (a JSON object)")
     if "architecture" in config:
@@ -520,7 +528,7 @@ def _hub_folder(name: str) -> str:
     Raises:
         BundleError: It cannot be downloaded.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     try:
         return snapshot_download(name, allow_patterns=list(HUB_FILES))
@@ -673,7 +681,7 @@ def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, M
         )
     import timm
 
-    config = timm.models.get_pretrained_cfg(architecture)
+    config: Any = timm.models.get_pretrained_cfg(architecture)
     if config is None:
         raise BundleError(
             f"{name}: timm has no input configuration for it; give the source data, or a name "

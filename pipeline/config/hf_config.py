@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.io.json_values import Json
+
 _SPECIAL = (
     "pad_token_id bos_token_id eos_token_id tie_word_embeddings initializer_range use_cache "
     "is_decoder add_cross_attention"
@@ -110,7 +112,7 @@ def plain(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _check(key: str, value: Any) -> None:
+def _check(key: str, value: Json) -> None:
     """Raise ValueError for a value that is not plain, or for a size beyond its bound."""
     many = value if isinstance(value, list | tuple) else [value]
     if len(many) > LISTED or not all(
@@ -165,7 +167,8 @@ def _parameters(family: str, config: Mapping[str, Any]) -> float:
     )
     convolved = 0
     if family == "wav2vec2":
-        channels, kernels = config.get("conv_dim") or [], config.get("conv_kernel") or []
+        channels: list[int] = config.get("conv_dim") or []
+        kernels: list[int] = config.get("conv_kernel") or []
         convolved = sum(
             a * b * kernel
             for a, b, kernel in zip(channels, channels[1:], kernels[1:], strict=False)

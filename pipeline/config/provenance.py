@@ -20,10 +20,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 from pipeline.config import registry
 from pipeline.config.plugins import source_file
+from pipeline.io.json_values import Json, as_object
 
 LIBRARIES = ("torch", "torchvision", "torchaudio", "timm", "transformers", "peft")
 """Libraries that compute numbers: another version of one of them may give other results."""
@@ -124,13 +125,12 @@ def from_metadata(record: Mapping[str, Any]) -> Provenance | None:
 
     None where it was written before that was recorded.
     """
-    made_by = record.get("made_by")
-    if not isinstance(made_by, Mapping):
+    made_by: Json = record.get("made_by")
+    if not isinstance(made_by, dict):
         return None
-    versions = record.get("versions") or {}
-    return Provenance(
-        dict(made_by["code"]), {name: versions[name] for name in LIBRARIES if name in versions}
-    )
+    code = {part: str(found) for part, found in as_object(made_by["code"]).items()}
+    versions = as_object(record.get("versions"))
+    return Provenance(code, {name: str(versions[name]) for name in LIBRARIES if name in versions})
 
 
 def changes(then: Provenance | None, now: Provenance) -> tuple[str, ...]:
@@ -145,7 +145,7 @@ def changes(then: Provenance | None, now: Provenance) -> tuple[str, ...]:
     """
     if then is None:
         return (NOT_RECORDED,)
-    out = []
+    out: list[str] = []
     for part in sorted(then.code.keys() | now.code.keys()):
         if part not in then.code:
             out.append(f"{part} is used now")
@@ -181,7 +181,7 @@ def _other_versions(then: Provenance, now: Provenance, between: str = "then, now
 @cache
 def versions() -> dict[str, str]:
     """Return the installed version of each library that computes numbers."""
-    found = {}
+    found: dict[str, str] = {}
     for name in LIBRARIES:
         try:
             found[name] = metadata.version(name)
@@ -283,7 +283,8 @@ def _component_source(module: str, kind: str, name: str) -> tuple[str, tuple[str
 def _reachable_statements(tree: ast.Module, kind: str, name: str) -> list[ast.stmt]:
     """Return the statements that define a registered object and all that it names, in order."""
     defines: dict[str, list[ast.stmt]] = {}
-    always, waiting = [], []
+    always: list[ast.stmt] = []
+    waiting: list[ast.stmt] = []
     for statement in tree.body:
         defined = list(_defined(statement))
         for each in defined:
@@ -435,7 +436,7 @@ def _serialize_field(name: str, value: Any, words: list[str], imports: set[str])
     before = len(words)
     words.append(f".{name}")
     if isinstance(value, list):
-        for item in value:
+        for item in cast("list[Any]", value):
             _serialize_node(item, words, imports)
     elif value is not None:
         _serialize_node(value, words, imports)

@@ -18,12 +18,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeGuard, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config import plugins
 from pipeline.config.plugins import Plugin
+from pipeline.io.json_values import as_list, as_object
 
 PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = {
@@ -59,8 +60,8 @@ class Strict(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _reject_bool(cls, value, info):
-        is_bool = "bool" in str(cls.model_fields[info.field_name].annotation)
+    def _reject_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        is_bool = "bool" in str(cls.model_fields[str(info.field_name)].annotation)
         return value if is_bool else reject_bool(value)
 
 
@@ -109,12 +110,11 @@ class Entry:
     @property
     def path_options(self) -> dict[str, tuple[str, ...]]:
         """Options that name a file or folder, with the files that count in such a folder."""
-        found = {}
+        found: dict[str, tuple[str, ...]] = {}
         for name, field in self.options.model_fields.items():
-            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            extra = as_object(field.json_schema_extra)
             if extra.get("format") == PATH_FORMAT:
-                files: Any = extra.get(FOLDER_FILES, ())
-                found[name] = tuple(files)
+                found[name] = tuple(str(file) for file in as_list(extra.get(FOLDER_FILES)))
         return found
 
 
@@ -250,10 +250,10 @@ def _roles(node: Any, attribute: str, tree: ast.Module, file: Path) -> tuple[str
         if item.value is None or attribute not in {getattr(one, "id", "") for one in targets}:
             continue
         try:
-            value = ast.literal_eval(item.value)
+            value: object = ast.literal_eval(item.value)
         except ValueError:
             value = None
-        if not isinstance(value, tuple) or not all(isinstance(role, str) for role in value):
+        if not _is_texts(value):
             raise ValueError(
                 f"{file}:{item.lineno}: {attribute} must be a tuple of texts written out, "
                 "as this file is read without being imported"
@@ -266,6 +266,12 @@ def _roles(node: Any, attribute: str, tree: ast.Module, file: Path) -> tuple[str
             if found is not None:
                 return found
     return None
+
+
+def _is_texts(value: object) -> TypeGuard[tuple[str, ...]]:
+    return isinstance(value, tuple) and all(
+        isinstance(one, str) for one in cast("tuple[object, ...]", value)
+    )
 
 
 # ---------------------------------------------------------------- looking up
@@ -298,7 +304,8 @@ def _entries(kind: str, of: tuple[Plugin, ...]) -> dict[str, Entry]:
 @cache
 def _ours(kind: str) -> tuple[Entry, ...]:
     """Return the components of a kind in this package, in the order of file and line."""
-    place, found = PACKAGE / FOLDERS[kind], []
+    place = PACKAGE / FOLDERS[kind]
+    found: list[Entry] = []
     for file in [place] if place.suffix else sorted(place.glob("*.py")):
         module = ".".join(("pipeline", *file.relative_to(PACKAGE).with_suffix("").parts))
         found += _declared(module, file)
@@ -389,7 +396,7 @@ def _architectures(library: Entry) -> frozenset[str]:
     value = _constant(library, "ARCHITECTURES")
     if value is None:
         raise ValueError(f"{library.module} declares no ARCHITECTURES")
-    return _scan(*value) if isinstance(value, tuple) else frozenset(value)
+    return _scan(*value) if _is_texts(value) else frozenset(value)
 
 
 def wanted_inputs(backbone: str) -> dict[str, Any]:
@@ -401,8 +408,8 @@ def wanted_inputs(backbone: str) -> dict[str, Any]:
     library, _, model = backbone.partition("/")
     if library not in entries("model"):
         return {}
-    wanted = _constant(entry("model", library), "WANTS") or {}
-    return dict(wanted.get(model, {}))
+    wanted = as_object(_constant(entry("model", library), "WANTS"))
+    return dict(as_object(wanted.get(model)))
 
 
 def _constant(library: Entry, name: str) -> Any:

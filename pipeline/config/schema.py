@@ -29,6 +29,7 @@ from pydantic_core.core_schema import no_info_after_validator_function
 
 from pipeline.config import registry
 from pipeline.io import s3, storage
+from pipeline.io.json_values import Json, JsonObject
 
 CHECKPOINT_PREFIXES = ("bundle:", "file:", "file-by-order:", "hf:", "hf-hub:", "timm-hub:")
 """Prefixes of an existing checkpoint.
@@ -86,7 +87,7 @@ class ComponentConfig(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _short(cls, value):
+    def _short(cls, value: Json) -> JsonObject:
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict) and len(value) == 1 and "name" not in value:
@@ -199,7 +200,7 @@ class Data(Spec):
         None, description="a column (patient, speaker) whose values never cross splits"
     )
     more: list[Data] = Field(
-        default_factory=list,
+        default_factory=list["Data"],
         description="further corpora, their splits joined to these: columns of the same names and "
         "types",
     )
@@ -426,7 +427,7 @@ class Train(Spec):
         return self
 
 
-_INTEGER = (int, int | None)
+_INTEGER: tuple[object, ...] = (int, int | None)
 _CHANGE_NOTHING = {"log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes"}
 NUMERIC = tuple(
     name
@@ -954,7 +955,7 @@ def spec_hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def schema() -> dict:
+def schema() -> dict[str, Any]:
     """Return the JSON Schema of a job with descriptions, for editors.
 
     Registered names are listed as enumerations.
@@ -963,7 +964,7 @@ def schema() -> dict:
     component = out["$defs"].pop("ComponentConfig")
     del component
 
-    def choice(kind: str) -> dict:
+    def choice(kind: str) -> dict[str, Any]:
         names = registry.names(kind)
         text: dict[str, Any] = {"type": "string", "enum": names}
         if kind == "model":
@@ -976,7 +977,7 @@ def schema() -> dict:
             }
             for name in names
         }
-        table = {"type": "object", "minProperties": 1, "maxProperties": 1}
+        table: dict[str, Any] = {"type": "object", "minProperties": 1, "maxProperties": 1}
         if kind == "model":
             table["additionalProperties"] = False
             table["patternProperties"] = {f"^{name}/": value for name, value in options.items()}
@@ -996,7 +997,7 @@ def schema() -> dict:
         "techniques": "technique",
     }
 
-    def put(node: Any, field: str = "") -> Any:
+    def put(node: Json, field: str = "") -> Any:
         if isinstance(node, list):
             return [put(item, field) for item in node]
         if not isinstance(node, dict):
@@ -1006,7 +1007,7 @@ def schema() -> dict:
         return {
             k: (
                 {name: put(sub, name) for name, sub in v.items()}
-                if k == "properties"
+                if k == "properties" and isinstance(v, dict)
                 else put(v, field)
             )
             for k, v in node.items()

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast
 
 import yaml
 from pydantic import ValidationError
@@ -35,6 +36,7 @@ from pipeline.config.schema import (
 )
 from pipeline.config.schema import schema as schema
 from pipeline.io import storage
+from pipeline.io.json_values import Json, JsonObject, as_list, as_object
 
 # ---------------------------------------------------------------- reading the text
 
@@ -59,13 +61,14 @@ _Loader.yaml_implicit_resolvers = {
     key: [(tag, expression) for tag, expression in value if tag != f"{_YAML}timestamp"]
     for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
+_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
     f"{_YAML}float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
 
 Path_ = tuple[str | int, ...]
+T = TypeVar("T", bound=Spec)
 MOST_DEEP = 64
 MOST_VALUES = 100_000
 """Most values of a job file once its aliases are written out.
@@ -88,14 +91,14 @@ def _plain(
     path: Path_,
     lines: dict[Path_, int],
     problems: list[tuple[int, str]],
-) -> Any:
+) -> Json:
     """Return the value of a YAML node, noting the line of every part of it in ``lines``."""
     lines[path] = node.start_mark.line + 1
     loader.visit()
     if len(path) > MOST_DEEP:
         raise yaml.YAMLError("nested too deeply, or an alias that holds itself")
     if isinstance(node, yaml.MappingNode):
-        out: dict[str, Any] = {}
+        out: JsonObject = {}
         for key, (line, value_node) in _pairs(node, path, problems, loader).items():
             out[key] = _plain(value_node, loader, (*path, key), lines, problems)
             lines[(*path, key)] = line
@@ -105,7 +108,7 @@ def _plain(
             _plain(child, loader, (*path, i), lines, problems) for i, child in enumerate(node.value)
         ]
     try:
-        value = loader.construct_object(node)
+        value = cast("Json", loader.construct_object(node))  # pyright: ignore[reportUnknownMemberType]
     except (ValueError, LookupError, AttributeError) as error:
         # a text that looks like what it is not, or a tag that does not fit
         problems.append(
@@ -213,7 +216,7 @@ def _dotted_path(path: Path_) -> str:
     return ".".join(str(part) for part in path) or "the job"
 
 
-def _read(text: str, problems: list[tuple[int, str]]) -> tuple[Any, dict[Path_, int]]:
+def _read(text: str, problems: list[tuple[int, str]]) -> tuple[JsonObject | None, dict[Path_, int]]:
     """Return the mapping that a job's text holds, and the line of each of its parts."""
     lines: dict[Path_, int] = {}
     loader = _Loader(text)
@@ -232,14 +235,14 @@ def _read(text: str, problems: list[tuple[int, str]]) -> tuple[Any, dict[Path_, 
         problems.append((1, "not valid YAML: nested too deeply"))
         return None, lines
     finally:
-        loader.dispose()
+        loader.dispose()  # pyright: ignore[reportUnknownMemberType]
     if not isinstance(data, dict):
         problems.append((1, "a job is a mapping with name, sources and targets"))
         return None, lines
     return data, lines
 
 
-def _apply_override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path_:
+def _apply_override(data: JsonObject, setting: str, problems: list[tuple[int, str]]) -> Path_:
     """Set the field that ``--set a.b=value`` names, and return its place; () where that fails."""
     dotted, equals, text = setting.partition("=")
     path = tuple(dotted.split("."))
@@ -261,7 +264,7 @@ def _apply_override(data: dict, setting: str, problems: list[tuple[int, str]]) -
         return ()
     problems.extend((0, f"{message} (from --set {setting})") for _, message in inner)
     steps: list[str | int] = []
-    at: Any = data
+    at: Json = data
     for i, part in enumerate(path):
         last = i == len(path) - 1
         if isinstance(at, list):
@@ -270,20 +273,23 @@ def _apply_override(data: dict, setting: str, problems: list[tuple[int, str]]) -
                 text = f"--set {setting}: {place} is a list of {len(at)}; write its index"
                 problems.append((0, text))
                 return ()
-            part = int(part)
-        elif not isinstance(at, dict):  # a component written short: {name: {}} takes options
+            index = int(part)
+            steps.append(index)
+            if last:
+                at[index] = value
+            at = at[index]
+        elif isinstance(at, dict):
+            steps.append(part)
+            if last:
+                at[part] = value
+            elif at.get(part) is None:
+                at[part] = {}
+            at = at[part]
+        else:  # a component written short: {name: {}} takes options
             shown = f"the text {at!r}" if isinstance(at, str) else f"{at!r}"
             text = f"--set {setting}: {_dotted_path(path[:i])} is {shown}, it has no fields"
             problems.append((0, text))
             return ()
-        steps.append(part)
-        here: Any = at
-        if last:
-            here[part] = value
-        else:
-            if isinstance(at, dict) and at.get(part) is None:
-                here[part] = {}
-            at = here[part]
     return tuple(steps)
 
 
@@ -350,7 +356,7 @@ def _union_problems(error: ValidationError) -> list[tuple[Path_, str]]:
     return [(loc, text) for loc, text in out.items() if loc not in unions & inner]
 
 
-def _component_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
+def _component_problems(kind: str, raw: Json, path: Path_) -> list[tuple[Path_, str]]:
     """Return what is wrong with a registered name and its options."""
     try:
         component = ComponentConfig.model_validate(raw)
@@ -416,7 +422,7 @@ def _component_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, s
     return out
 
 
-def _input_problems(part: dict, path: Path_) -> list[tuple[Path_, str]]:
+def _input_problems(part: JsonObject, path: Path_) -> list[tuple[Path_, str]]:
     """Return what is wrong with how the rows of a checkpoint are read.
 
     That is its modality's options, and a timm tag where data decide.
@@ -438,7 +444,7 @@ def _input_problems(part: dict, path: Path_) -> list[tuple[Path_, str]]:
 
 
 def _checkpoint_problems(
-    text: Any, path: Path_, folder: Path, elsewhere: bool
+    text: Json, path: Path_, folder: Path, elsewhere: bool
 ) -> list[tuple[Path_, str]]:
     """Return what is wrong with the place of a checkpoint."""
     if not isinstance(text, str) or not text.startswith(CHECKPOINT_PREFIXES):
@@ -454,16 +460,11 @@ def _checkpoint_problems(
     return [(path, f"{prefix} {problem}; a hub name needs the prefix hf-hub: or timm-hub:")]
 
 
-def _name_of(component: Any) -> Any:
+def _name_of(component: Json) -> Json:
     """Return the name of a component as it is written: alone, or with its options."""
     if isinstance(component, dict):
         return component.get("name", next(iter(component), None))
     return component
-
-
-def _listed(value: Any) -> list:
-    """Return a list, or an empty one for another value."""
-    return value if isinstance(value, list) else []
 
 
 def _resolve_uri(uri: str, folder: Path) -> str:
@@ -504,7 +505,7 @@ def _uri_problem(uri: str, folder: Path, elsewhere: bool, globs: bool = True) ->
     return f"{uri}: no such {'file, folder or glob' if globs else 'path'} (looked for {place})"
 
 
-def _role_problems(rows: dict, objective: Any, at: Path_) -> list[tuple[Path_, str]]:
+def _role_problems(rows: JsonObject, objective: Json, at: Path_) -> list[tuple[Path_, str]]:
     """Return unknown roles of columns, and required roles without a column.
 
     A probe has no objective, but a label.
@@ -539,18 +540,18 @@ def _role_problems(rows: dict, objective: Any, at: Path_) -> list[tuple[Path_, s
     ]
 
 
-def _search_problems(data: dict) -> list[tuple[Path_, str]]:
+def _search_problems(data: JsonObject) -> list[tuple[Path_, str]]:
     """Return what is wrong with the search, also while other parts of the job are wrong."""
 
-    def valid(spec: type[Spec], raw: Any) -> Any:
+    def valid(spec: type[T], raw: Json) -> T | None:
         try:
             return spec.model_validate({} if raw is None else raw)
         except ValidationError:
             return None  # reported by the typed pass
 
-    fanout = data.get("fanout")
-    search = fanout.get("search") if isinstance(fanout, dict) else None
-    if not isinstance(fanout, dict) or not isinstance(search, dict) or not search:
+    fanout = as_object(data.get("fanout"))
+    search = as_object(fanout.get("search"))
+    if not search:
         return []
     trains = [
         train
@@ -575,55 +576,69 @@ def _search_problems(data: dict) -> list[tuple[Path_, str]]:
     ]
 
 
-def _mappings(value: Any) -> dict[str, dict]:
+def _mappings(value: Json) -> dict[str, JsonObject]:
     """Return the mappings among the values of a mapping."""
-    entries = value.items() if isinstance(value, dict) else ()
-    return {name: entry for name, entry in entries if isinstance(entry, dict)}
+    return {name: entry for name, entry in as_object(value).items() if isinstance(entry, dict)}
 
 
-def _corpora(part: dict, path: Path_) -> Iterator[tuple[dict, Path_]]:
+def _corpora(part: JsonObject, path: Path_) -> Iterator[tuple[JsonObject, Path_]]:
     """Yield every mapping of a source or target that names rows, with its place.
 
     They are data, probe, and what is joined to them.
     """
     for field in ("data", "probe"):
-        if isinstance(rows := part.get(field), dict):
-            yield rows, (*path, field)
-            yield from (
-                (more, (*path, field, "more", i))
-                for i, more in enumerate(_listed(rows.get("more")))
-                if isinstance(more, dict)
-            )
+        rows = part.get(field)
+        if not isinstance(rows, dict):
+            continue
+        yield rows, (*path, field)
+        for i, more in enumerate(as_list(rows.get("more"))):
+            if isinstance(more, dict):
+                yield more, (*path, field, "more", i)
 
 
-def _named_uris(rows: dict) -> Iterator[tuple[Any, Any, Path_]]:
-    """Yield every text that names a place: what holds it, its key there, and its field.
+class _NamedUri(NamedTuple):
+    """A text that names a place, and the field that it stands in."""
+
+    text: str
+    field: Path_
+    replace: Callable[[str], None]
+    """Write another text in its place."""
+
+
+def _named_uris(rows: JsonObject) -> Iterator[_NamedUri]:
+    """Yield every text that names a place.
 
     Args:
         rows: A data spec, or a mapping with an objective.
     """
     for field in ("uri", "train", "validation", "test"):
-        holder, keys = rows, {field} & rows.keys()
-        if isinstance(rows.get(field), list):
-            holder, keys = rows[field], range(len(rows[field]))
-        yield from ((holder, key, (field,)) for key in keys if isinstance(holder[key], str))
+        named = rows.get(field)
+        if isinstance(named, str):
+            yield _NamedUri(named, (field,), partial(rows.__setitem__, field))
+        listed = as_list(named)
+        for i, text in enumerate(listed):
+            if isinstance(text, str):
+                yield _NamedUri(text, (field,), partial(listed.__setitem__, i))
     for kind in ("modality", "objective"):
-        component = rows[kind] if isinstance(rows.get(kind), dict) else {}
-        name, way = (
-            (component["name"], "options")
-            if "name" in component
-            else [next(iter(component), "")] * 2
-        )
-        if isinstance(options := component.get(way), dict):
-            yield from (
-                (options, one, (kind, way, one))
-                for one in registry.path_options(kind, str(name))
-                if isinstance(options.get(one), str)
-            )
+        component = as_object(rows.get(kind))
+        way = "options" if "name" in component else next(iter(component), "")
+        name = component.get("name", way)
+        options = as_object(component.get(way))
+        for one in registry.path_options(kind, str(name)):
+            text = options.get(one)
+            if isinstance(text, str):
+                yield _NamedUri(text, (kind, way, one), partial(options.__setitem__, one))
+
+
+def _named_by(part: JsonObject) -> Iterator[_NamedUri]:
+    """Yield every text of a source or target that names data, a tokenizer or a language model."""
+    for rows, _ in _corpora(part, ()):
+        yield from _named_uris(rows)
+    yield from _named_uris({"objective": part.get("objective")})
 
 
 def _data_problems(
-    part: dict, path: Path_, folder: Path, elsewhere: bool
+    part: JsonObject, path: Path_, folder: Path, elsewhere: bool
 ) -> list[tuple[Path_, str]]:
     """Return what is wrong with the rows of a source or target."""
     out: list[tuple[Path_, str]] = []
@@ -631,9 +646,9 @@ def _data_problems(
         if "modality" in rows:
             out += _component_problems("modality", rows["modality"], (*at, "modality"))
         out += [
-            ((*at, *field), problem)
-            for holder, key, field in _named_uris(rows)
-            if (problem := _uri_problem(holder[key], folder, elsewhere))
+            ((*at, *named.field), problem)
+            for named in _named_uris(rows)
+            if (problem := _uri_problem(named.text, folder, elsewhere))
         ]
         if at[-1] in ("data", "probe"):
             out += _role_problems(rows, part.get("objective"), at)
@@ -657,7 +672,7 @@ def _data_problems(
     return out
 
 
-def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
+def _name_problems(data: JsonObject, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
     """Return unknown names and roles, wrong options, searches and places.
 
     They are looked for in the raw mapping, so that they are found beside other mistakes.
@@ -665,7 +680,8 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
     out: list[tuple[Path_, str]] = _search_problems(data)
     remote = False
     try:
-        remote = isinstance(data.get("storage"), str) and storage.is_remote(data["storage"])
+        place = data.get("storage")
+        remote = isinstance(place, str) and storage.is_remote(place)
     except storage.StorageError as error:
         out.append((("storage",), str(error)))
     for kind, name, part in [
@@ -678,9 +694,9 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
             out += _component_problems("objective", part["objective"], (kind, name, "objective"))
             places = _named_uris({"objective": part["objective"]})
             out += [
-                ((kind, name, *at), problem)
-                for held, key, at in places
-                if (problem := _uri_problem(held[key], folder, elsewhere))
+                ((kind, name, *named.field), problem)
+                for named in places
+                if (problem := _uri_problem(named.text, folder, elsewhere))
             ]
         if kind == "sources" and part.get("technique") is not None:
             place = (kind, name, "technique")
@@ -693,11 +709,7 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
             out += _input_problems(part, (kind, name))
         if part.get("init") is not None and kind == "sources":
             out += _checkpoint_problems(part["init"], (kind, name, "init"), folder, elsewhere)
-        if (
-            remote
-            and isinstance(part.get("train"), dict)
-            and part["train"].get("trace_rows") is True
-        ):
+        if remote and as_object(part.get("train")).get("trace_rows") is True:
             out.append(
                 (
                     (kind, name, "train", "trace_rows"),
@@ -707,21 +719,21 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
             )
         out += [
             one
-            for i, component in enumerate(_listed(part.get("techniques")))
+            for i, component in enumerate(as_list(part.get("techniques")))
             for one in _component_problems("technique", component, (kind, name, "techniques", i))
         ]
     return out + [
         one
-        for i, component in enumerate(_listed(data.get("techniques")))
+        for i, component in enumerate(as_list(data.get("techniques")))
         for one in _component_problems("technique", component, ("techniques", i))
     ]
 
 
-def _plugin_problems(data: dict, folder: Path) -> list[tuple[Path_, str]]:
+def _plugin_problems(data: JsonObject, folder: Path) -> list[tuple[Path_, str]]:
     """Make the job's plugins the ones in use; what is wrong with them, those without fault stay."""
     out: list[tuple[Path_, str]] = []
     good: list[str] = []
-    for i, text in enumerate(_listed(data.get("plugins"))):
+    for i, text in enumerate(as_list(data.get("plugins"))):
         if not isinstance(text, str):
             continue  # reported by the typed pass
         try:
@@ -735,28 +747,45 @@ def _plugin_problems(data: dict, folder: Path) -> list[tuple[Path_, str]]:
     return out
 
 
-def _absolute(job: dict, folder: Path) -> dict:
+def _absolute(job: JsonObject, folder: Path) -> JsonObject:
     """Data paths, checkpoints and plugins made absolute: they are relative to the job file."""
     if "plugins" in job:
-        listed = job["plugins"]
         job["plugins"] = [
-            _resolve_uri(one, folder) if plugins.is_path(one) else one for one in listed
+            _resolve_uri(one, folder) if plugins.is_path(one) else one for one in _plugins(job)
         ]
-    for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
-        for rows, _ in (*_corpora(part, ()), ({"objective": part.get("objective")}, ())):
-            for holder, key, _ in _named_uris(rows):
-                holder[key] = _resolve_uri(holder[key], folder)
+    for part in _parts(job):
+        for named in _named_by(part):
+            named.replace(_resolve_uri(named.text, folder))
         for field in ("backbone", "init"):
-            if (text := str(_name_of(part.get(field)))).startswith(CHECKPOINT_PREFIXES) and (
-                prefix := text.partition(":")[0]
-            ) not in HUBS:
-                place = f"{prefix}:{_resolve_uri(text.partition(':')[2], folder)}"
-                part[field] = (
-                    {**ComponentConfig.model_validate(part[field]).model_dump(), "name": place}
-                    if isinstance(part[field], dict)
-                    else place
-                )
+            component = part.get(field)
+            found = _checkpoint_place(component)
+            if found is None:
+                continue
+            prefix, uri = found
+            place = f"{prefix}:{_resolve_uri(uri, folder)}"
+            part[field] = (
+                {**ComponentConfig.model_validate(component).model_dump(), "name": place}
+                if isinstance(component, dict)
+                else place
+            )
     return job
+
+
+def _parts(job: JsonObject) -> list[JsonObject]:
+    """Return the sources and targets of a job."""
+    return [part for group in ("sources", "targets") for part in _mappings(job.get(group)).values()]
+
+
+def _plugins(job: JsonObject) -> list[str]:
+    """Return the plugins that a job names."""
+    return [one for one in as_list(job.get("plugins")) if isinstance(one, str)]
+
+
+def _checkpoint_place(component: Json) -> tuple[str, str] | None:
+    """Return prefix and place of a checkpoint that lies at a path or URI; None for another name."""
+    text = str(_name_of(component))
+    prefix, _, place = text.partition(":")
+    return (prefix, place) if text.startswith(CHECKPOINT_PREFIXES) and prefix not in HUBS else None
 
 
 def load(
@@ -785,14 +814,13 @@ def relative_places(path: str | Path, overrides: list[str] | tuple[str, ...] = (
         JobError: As for `load`.
     """
     job = _checked(Path(path), overrides, elsewhere=True)
-    named: list[str] = [one for one in job.get("plugins", ()) if plugins.is_path(one)]
-    for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
-        for rows, _ in (*_corpora(part, ()), ({"objective": part.get("objective")}, ())):
-            named += [holder[key] for holder, key, _ in _named_uris(rows)]
-        for text in [str(_name_of(part.get(field))) for field in ("backbone", "init")]:
-            prefix, _, place = text.partition(":")
-            if text.startswith(CHECKPOINT_PREFIXES) and prefix not in HUBS:
-                named.append(place)
+    named = [one for one in _plugins(job) if plugins.is_path(one)]
+    for part in _parts(job):
+        named += [one.text for one in _named_by(part)]
+        for field in ("backbone", "init"):
+            found = _checkpoint_place(part.get(field))
+            if found is not None:
+                named.append(found[1])
     here = [
         place
         for place in named
@@ -801,7 +829,7 @@ def relative_places(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     return list(dict.fromkeys(here))
 
 
-def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool) -> dict:
+def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool) -> JsonObject:
     """Return a job file as an overridden mapping without mistakes, its places as written."""
     problems: list[tuple[int, str]] = []
     try:

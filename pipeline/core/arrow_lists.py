@@ -66,12 +66,12 @@ def take(table: pa.Table, places: np.ndarray) -> pa.Table:
     others = table.drop_columns(list(long))
     others = others.take(pa.array(places)) if others.num_columns else others
     cuts = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
-    columns = []
+    columns: list[pa.ChunkedArray] = []
     for name in table.column_names:
         if name not in long:
             columns.append(others[name])
             continue
-        parts = []
+        parts: list[pa.Array] = []
         for start, stop in pairwise(cuts):
             parts += table[name].slice(int(places[start]), stop - start).chunks
         columns.append(pa.chunked_array(parts).combine_chunks())

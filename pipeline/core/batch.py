@@ -57,8 +57,7 @@ class Batch:
         out = np.empty(len(self), dtype=np.int64)
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             out[part] = np.roll(part, -1)
-        other = torch.from_numpy(out)  # pyright: ignore[reportUnknownMemberType]
-        return other.to(self.keys.device)
+        return torch.as_tensor(out).to(self.keys.device)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""

@@ -137,10 +137,11 @@ def map_blocks(
             num_gpus=workers.gpus_per_actor or None,
             compute=pool,
         )
-        for block in data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4):
+        blocks: Any = data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4)
+        for block in blocks:  # the numpy format gives arrays
             if REFUSED in block:
                 raise pickle.loads(bytes(block[REFUSED][0]))
-            yield block  # pyright: ignore[reportReturnType] - the numpy format gives arrays
+            yield block
 
 
 def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> Iterator[Block]:

@@ -5,6 +5,8 @@ draws with placeholder colours, which are then replaced by the CSS variables of 
 ``--s0`` ...).
 """
 
+# matplotlib does not type the keywords of its methods, so every call would be reported
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import html
@@ -14,7 +16,7 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -390,7 +392,7 @@ def _legend(figure: Figure, entries: list[tuple[str, dict[str, Any]]]) -> None:
 
 
 @contextmanager
-def _plot_settings() -> Iterator[None]:
+def _plot_settings() -> Generator[None]:
     import matplotlib
 
     matplotlib.use("Agg", force=False)

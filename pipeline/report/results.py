@@ -292,7 +292,8 @@ def read(uri: str) -> list[ResultRow]:
 def _parse(path: str, data: bytes) -> pa.Table:
     try:
         table = pq.read_table(io.BytesIO(data))
-        stated = (table.schema.metadata or {}).get(CHECKSUM)
+        metadata: dict[bytes, bytes] = table.schema.metadata or {}
+        stated = metadata.get(CHECKSUM)
         if stated is None or stated == _checksum(table):
             return table
     except Exception as error:  # a damaged file can raise exceptions without a common base class

@@ -114,7 +114,7 @@ def split_by_subgroup(run: RunPredictions, metric: Metric) -> list[Subgroup]:
     have fewer than 5 units together, the next smallest ones are merged with them. A subgroup is
     ``scored`` when it has enough units and the metric has a value on it.
     """
-    out = []
+    out: list[Subgroup] = []
     for column, texts in run.subgroups.items():
         found = sorted(
             (_subgroup(f"{column}={value}", texts == value, run, metric) for value in set(texts)),

@@ -424,7 +424,7 @@ def _check_types(
     for role, name in columns.items():
         kind = found.schema.field(name).type if name in found.schema.names else None
         needed = modality.required_type(role, kind) if kind is not None else ""
-        if needed:
+        if kind is not None and needed:
             raise ValueError(
                 f"{where}: column {name} holds {_short(kind)}, and this bundle's {role} needs "
                 f"{needed}"

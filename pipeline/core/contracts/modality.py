@@ -148,7 +148,7 @@ class Modality(Registered, ABC):
             out[name] = padded(array) if is_ragged else array
             if is_ragged:
                 out[f"{name}_lengths"] = lengths(array)
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in out.items()}
+        return {name: torch.as_tensor(np.ascontiguousarray(array)) for name, array in out.items()}
 
     def augment(self, batch: Batch) -> Batch:
         """Augment a training batch on the device, with random numbers from ``batch.keys`` alone."""
