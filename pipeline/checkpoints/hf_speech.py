@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.contracts import Modality
+from pipeline.core.contracts.objective_capabilities import transformers_head
 from pipeline.core.specs import ModalitySpec
 from pipeline.io import storage
 from pipeline.io.json_values import Json, JsonObject, as_object
@@ -22,8 +23,6 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 VOCABULARY, TOKENIZER_CONFIG = "vocab.json", "tokenizer_config.json"
 FILES = (PREPROCESSOR, PROCESSOR, VOCABULARY, TOKENIZER_CONFIG)
 PREFIX = "wav2vec2."
-OBJECTIVES = ("wav2vec2", "ctc", "classification", "multilabel", "none")
-"""Objectives for whose heads transformers has a class."""
 BLANK, PAD, SPACE = "<blank>", "<pad>", "|"
 """What stands for no label (here and in transformers), and for the space in transformers."""
 EXTRACTOR = "Wav2Vec2FeatureExtractor"
@@ -199,8 +198,10 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
         return Folder("Wav2Vec2Model", config, tensors, files)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
     own = {key: tensor.detach() for key, tensor in objective.state_dict().items()}
-    name = objective.registered_name
-    if name == "wav2vec2":
+    exported = transformers_head(objective)
+    assert exported is not None
+    kind = f"Wav2Vec2{exported.model}"
+    if exported.model == "ForPreTraining":
         o = objective.options
         config.num_codevector_groups = o.groups
         config.num_codevectors_per_group = o.entries
@@ -213,14 +214,14 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
         config.mask_time_prob = o.mask_start * o.mask_length
         config.mask_time_length = o.mask_length
         tensors |= {key: own[key] for key in QUANTIZER}
-        return Folder("Wav2Vec2ForPreTraining", config, tensors, files)
+        return Folder(kind, config, tensors, files)
     if getattr(objective.options, "norm", False):
         raise ValueError(
             "the head has a layer norm before its linear layer, Wav2Vec2ForCTC of "
             "transformers has none. Train with objective option norm: "
             "false to export it, or give --backbone-only for the plain model"
         )
-    if name == "ctc":
+    if exported.model == "ForCTC":
         vocabulary = _vocabulary(objective)
         config.vocab_size, config.pad_token_id = len(vocabulary), 0
         config.bos_token_id = config.eos_token_id = None
@@ -240,20 +241,19 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
             },
         }
         files[PREPROCESSOR]["processor_class"] = "Wav2Vec2Processor"
-        tensors |= {f"lm_head.{part}": own[f"head.{part}"] for part in ("weight", "bias")}
-        return Folder("Wav2Vec2ForCTC", config, tensors, files)
+        tensors |= {theirs: own[ours] for ours, theirs in exported.tensors}
+        return Folder(kind, config, tensors, files)
     labels: list[str] = objective.state["labels"]
     width = config.hidden_size
     config.classifier_proj_size, config.use_weighted_layer_sum = width, False
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
-    kind = "single" if name == "classification" else "multi"
-    config.problem_type = f"{kind}_label_classification"
+    config.problem_type = exported.problem_type
     # the class's projector comes before the mean over frames: the identity changes nothing
     tensors |= {"projector.weight": torch.eye(width), "projector.bias": torch.zeros(width)}
     divisor = objective.state.get("temperature", 1.0)
     tensors |= {f"classifier.{part}": own[f"head.{part}"] / divisor for part in ("weight", "bias")}
-    return Folder("Wav2Vec2ForSequenceClassification", config, tensors, files)
+    return Folder(kind, config, tensors, files)
 
 
 def _vocabulary(objective: Any) -> dict[str, int]:

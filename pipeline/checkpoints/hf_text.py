@@ -23,8 +23,9 @@ from torch import Tensor
 
 from pipeline.checkpoints import bundle, classifier_export, hf_speech
 from pipeline.checkpoints.bundle import BundleError
-from pipeline.config import hf_config
+from pipeline.config import hf_config, registry
 from pipeline.core.contracts import Task
+from pipeline.core.contracts.objective_capabilities import TransformersHead, transformers_head
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
 from pipeline.io.json_values import as_object
@@ -72,20 +73,10 @@ HEADS = (
     "project_q.",
     "projector.",
 )
-CLASSES = {
-    "mlm": "ForMaskedLM",
-    "clm": "LMHeadModel",
-    "tagging": "ForTokenClassification",
-    "qa": "ForQuestionAnswering",
-    "classification": "ForSequenceClassification",
-    "multilabel": "ForSequenceClassification",
-    "none": "Model",
-}
-"""Suffix of the transformers class with an objective's head, in families for texts."""
 POOLS = {"bert": "pooler", "roberta": "pooler", "distilbert": "first", "gpt2": "last"}
 """The feature that ForSequenceClassification of each family reads."""
-LINEAR_HEADS = ("classification", "multilabel")
-LINEAR = {"head.weight": "weight", "head.bias": "bias"}
+SEQUENCE = "ForSequenceClassification"
+"""The class of a linear head on one feature of a row."""
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
@@ -323,13 +314,20 @@ def _heads(
         headless["clm"] = (
             "the checkpoint's output (lm_head.weight) is not its embedding, and that of clm is"
         )
-    for objective, theirs in (("tagging", "classifier"), ("qa", "qa_outputs")):
-        suffix = CLASSES[objective]
-        is_other_head = objective == "tagging" and not built.endswith(suffix)
-        if f"{theirs}.weight" not in tensors or is_other_head:
-            headless[objective] = f"the checkpoint holds none of {FAMILIES[family][0]}{suffix}"
+    for objective in registry.names("objective"):
+        declared = transformers_head(registry.get("objective", objective))
+        if declared is None or not declared.tensors or not _has_class(family, objective):
+            continue
+        theirs = [name for _, name in declared.tensors]
+        # ForSequenceClassification has a classifier too
+        is_shared = theirs[0].startswith("classifier.")
+        is_other_head = is_shared and not built.endswith(declared.model)
+        if theirs[0] not in tensors or is_other_head:
+            headless[objective] = (
+                f"the checkpoint holds none of {FAMILIES[family][0]}{declared.model}"
+            )
         else:
-            heads[objective] = {ours: tensors[f"{theirs}.{part}"] for ours, part in LINEAR.items()}
+            heads[objective] = {ours: tensors[name] for ours, name in declared.tensors}
     if "tagging" in heads:
         named = config.get("id2label") or {
             f"{i}": f"LABEL_{i}" for i in range(len(heads["tagging"]["head.bias"]))
@@ -390,14 +388,15 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     import transformers
 
     objective = found.manifest.objective.name
-    known = hf_speech.OBJECTIVES if family == "wav2vec2" else tuple(CLASSES)
-    if not backbone_only and objective not in known:
+    backbone_only = backbone_only or objective == "none"
+    if not backbone_only and not _has_class(family, objective):
+        known = [name for name in registry.names("objective") if _has_class(family, name)]
         raise BundleError(
             f"{found.uri}: transformers has no class with a head for {objective} (it has for "
-            f"{', '.join(known[:-1])}); --backbone-only writes the plain model"
+            f"{', '.join(known)}); --backbone-only writes the plain model"
         )
-    if backbone_only or objective == "none":
-        backbone, head, objective = bundle.build_backbone(found.manifest.arch), None, "none"
+    if backbone_only:
+        backbone, head = bundle.build_backbone(found.manifest.arch), None
         bundle.transfer(backbone, found.backbone_tensors(), found.uri)
     else:
         task = found.task()
@@ -407,25 +406,36 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     if head is not None and (lacking := _missing_in_family(family, backbone, head)):
         return _write_with_own_head(found, Task(backbone, head), folder, lacking)
     model: Any = backbone.model
-    name = FAMILIES[family][0] + CLASSES[objective]
+    exported = transformers_head(head)
+    name = FAMILIES[family][0] + (exported.model if exported else "Model")
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     config = copy.deepcopy(model.config)
     state = found.manifest.modality.state
-    tokenizer, specials = _with_post_processor(state, words=objective == "tagging")
+    tokenizer, specials = _with_post_processor(
+        state, words=exported is not None and exported.splits_words
+    )
     note = ""
-    if head is not None and objective in LINEAR_HEADS:
+    if head is not None and exported and exported.model == SEQUENCE:
         tensors, note = _sequence(family, Task(backbone, head), tensors)
         if family == "gpt2" and specials["pad_token"] == specials["sep_token"]:
             tensors = _with_padding_token(tokenizer, specials, tensors)
             note += "; a token for padding was added, as the end of a text was that too"
-    elif head is not None:
-        tensors = _with_head(family, objective, head, tensors)
+    elif exported:
+        tensors = _with_head(family, exported, head, tensors)
     ids = {key: tokenizer.token_to_id(token) for key, token in specials.items()}
     labels = found.manifest.objective.state.get("labels")
-    _configure(config, family, ids, tensors, objective, labels)
+    _configure(config, family, ids, tensors, exported, labels)
     _save(getattr(transformers, name), config, tensors, folder)
     _save_tokenizer(tokenizer, specials, folder, found.modality().inputs()["length"], config)
     return f"{name} with {sum(t.numel() for t in tensors.values())} parameters{note}"
+
+
+def _has_class(family: str, objective: str) -> bool:
+    """Return whether transformers has a class of the family with an objective's head."""
+    import transformers
+
+    declared = transformers_head(registry.get("objective", objective))
+    return declared is not None and hasattr(transformers, FAMILIES[family][0] + declared.model)
 
 
 def _missing_in_family(family: str, backbone: Any, head: Any) -> str:
@@ -433,11 +443,11 @@ def _missing_in_family(family: str, backbone: Any, head: Any) -> str:
 
     "" where it gives the same scores.
     """
-    objective = head.registered_name
-    if objective not in classifier_export.OBJECTIVES:
+    exported = transformers_head(head)
+    if exported is None or head.registered_name not in classifier_export.OBJECTIVES:
         return ""
     lacking = ["layer norm before the linear layer"] if head.options.norm else []
-    if objective in LINEAR_HEADS:
+    if exported.model == SEQUENCE:
         pool, labels, width = POOLS[family], len(head.state["labels"]), backbone.pooled_dim
         if backbone.pool != pool:
             lacking.append(f"pool: {backbone.pool} (it reads {pool})")
@@ -447,7 +457,7 @@ def _missing_in_family(family: str, backbone: Any, head: Any) -> str:
             lacking.append(f"bias for {labels} labels")
     if not lacking:
         return ""
-    name = FAMILIES[family][0] + CLASSES[objective]
+    name = FAMILIES[family][0] + exported.model
     return f"{name} of transformers has no {' and no '.join(lacking)}"
 
 
@@ -474,7 +484,8 @@ def _write_speech(found: bundle.Bundle, backbone: Any, head: Any, folder: Path) 
     """Write a wav2vec 2.0 bundle."""
     import transformers
 
-    if head is not None and head.registered_name in LINEAR_HEADS and head.options.norm:
+    exported = transformers_head(head)
+    if exported and exported.model == SEQUENCE and head.options.norm:
         lacking = (
             "Wav2Vec2ForSequenceClassification of transformers has no layer norm before the "
             "linear layer"
@@ -495,7 +506,7 @@ def _configure(
     family: str,
     ids: dict[str, int],
     tensors: dict[str, Tensor],
-    objective: str,
+    exported: TransformersHead | None,
     labels: list[str] | None,
 ) -> None:
     """Complete the configuration that the bundle's backbone was built with.
@@ -511,16 +522,15 @@ def _configure(
     config.tie_word_embeddings = True
     # a checkpoint's own labels are not this model's; question answering has first and last
     config.num_labels = 2
-    if labels is not None and objective != "none":
+    if labels is not None and exported:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: number for number, label in enumerate(labels)}
-    if objective in LINEAR_HEADS:
-        kind = "single" if objective == "classification" else "multi"
-        config.problem_type = f"{kind}_label_classification"
+    if exported and exported.problem_type:
+        config.problem_type = exported.problem_type
 
 
 def _with_head(
-    family: str, objective: str, head: Any, tensors: dict[str, Tensor]
+    family: str, exported: TransformersHead, head: Any, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the model's tensors under its prefix, and the head's.
 
@@ -533,12 +543,8 @@ def _with_head(
         if not name.startswith("pooler.")
     }
     own = {name: tensor.detach() for name, tensor in head.state_dict().items()}
-    if objective == "mlm":
-        out |= {theirs: own[ours] for ours, theirs in _masked(family).items()}
-    elif objective != "clm":
-        layer = "classifier" if objective == "tagging" else "qa_outputs"
-        out |= {f"{layer}.{part}": own[ours] for ours, part in LINEAR.items()}
-    return out
+    names = _masked(family).items() if exported.model == "ForMaskedLM" else exported.tensors
+    return out | {theirs: own[ours] for ours, theirs in names}
 
 
 def _sequence(family: str, task: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
@@ -705,11 +711,13 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     import timm
 
     objective = found.manifest.objective.name
-    task = found.task() if objective in LINEAR_HEADS else None
+    has_head = objective != "none"
+    exported = transformers_head(registry.get("objective", objective)) if has_head else None
+    task = found.task() if exported and exported.model == SEQUENCE else None
     if task is None:
         backbone: Any = bundle.build_backbone(found.manifest.arch)
         bundle.transfer(backbone, found.backbone_tensors(), found.uri)
-        if objective != "none" and not backbone_only:
+        if has_head and not backbone_only:
             raise BundleError(
                 f"{found.uri}: timm has no head for {objective}; --backbone-only writes the "
                 "plain model, --kind state-dict all tensors"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.metrics import calibration
 from pipeline.core.nn import losses
 from pipeline.core.nn.eager import eager
@@ -98,6 +99,9 @@ class Classification(Objective):
     roles = ("label",)
     optional_roles = ("label_name",)
     metrics = ("accuracy", "macro_f1", "loss")
+    transformers_head = TransformersHead(
+        "ForSequenceClassification", problem_type="single_label_classification"
+    )
     log_names = ("accuracy",)
     label_tensors = ("label",)
     class_tensor = "label"

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.nn.eager import eager
 from pipeline.core.ragged import lengths, ragged
@@ -119,6 +120,13 @@ class CTC(Objective):
 
     roles = ("transcript",)
     metrics = ("wer", "cer", "loss")
+    transformers_head = TransformersHead(
+        "ForCTC",
+        tensors=(
+            ("head.weight", "lm_head.weight"),
+            ("head.bias", "lm_head.bias"),
+        ),
+    )
     log_names = ("dropped",)
     raw_roles = ("transcript", "start")
     output_types = {

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.contracts.backbone_capabilities import longest_continued, masked_head_settings
+from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.rng import uniform
 
 NEVER = 2.0
@@ -79,6 +80,7 @@ class MaskedLM(Objective):
     """
 
     metrics = ("perplexity", "bits_per_byte", "loss")
+    transformers_head = TransformersHead("ForMaskedLM")
     log_names = ("accuracy",)
     packed = True
     output_types = {}
@@ -252,6 +254,7 @@ class CausalLM(Objective):
     """
 
     metrics = ("perplexity", "bits_per_byte", "loss")
+    transformers_head = TransformersHead("LMHeadModel")
     packed = True
     output_types = {}
 

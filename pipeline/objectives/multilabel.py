@@ -18,6 +18,7 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.metrics import calibration
 from pipeline.core.nn import losses
 
@@ -77,6 +78,9 @@ class Multilabel(Objective):
 
     roles = ("labels",)
     metrics = ("macro_auroc", "macro_average_precision", "macro_f1", "micro_f1", "loss")
+    transformers_head = TransformersHead(
+        "ForSequenceClassification", problem_type="multi_label_classification"
+    )
     null_label_means = "a row without any label"
     label_tensors = ("labels",)
     class_tensor = "labels"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn.eager import eager
 from pipeline.media.tagging_schemes import answer_scores, texts
 
@@ -76,6 +77,13 @@ class QuestionAnswering(Objective):
 
     roles = ("answers", "answer_start")
     metrics = ("answer_f1", "exact_match", "loss")
+    transformers_head = TransformersHead(
+        "ForQuestionAnswering",
+        tensors=(
+            ("head.weight", "qa_outputs.weight"),
+            ("head.bias", "qa_outputs.bias"),
+        ),
+    )
     null_label_means = "a question that has no answer"
     raw_roles = ("answers", "answer_start", "text_pair")
     output_types = {}

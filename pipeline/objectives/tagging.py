@@ -19,6 +19,7 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.media.tagging_schemes import Tagset, check, scheme, texts
 
 MOST_TAGS = int(np.iinfo(np.int16).max)
@@ -78,6 +79,14 @@ class Tagging(Objective):
 
     roles = ("tags",)
     metrics = ("entity_f1", "word_accuracy", "loss")
+    transformers_head = TransformersHead(
+        "ForTokenClassification",
+        tensors=(
+            ("head.weight", "classifier.weight"),
+            ("head.bias", "classifier.bias"),
+        ),
+        splits_words=True,
+    )
     log_names = ("accuracy",)
     raw_roles = ("text",)
     output_types = {

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.contracts.backbone_capabilities import hides_frames
+from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn import all_gather
 from pipeline.core.rng import uniform
 
@@ -152,6 +153,7 @@ class Wav2Vec2Pretraining(Objective):
     """
 
     metrics = ("loss",)
+    transformers_head = TransformersHead("ForPreTraining")
     log_names = (
         "accuracy",
         "contrastive",

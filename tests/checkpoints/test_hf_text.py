@@ -28,10 +28,12 @@ from toys import (
     weights,
 )
 
-from pipeline.checkpoints import bundle, export, exported_classifier, pretrained
+from pipeline.checkpoints import bundle, export, exported_classifier, hf_text, pretrained
 from pipeline.checkpoints.bundle import BundleError
+from pipeline.config import registry
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Batch
+from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.specs import ModalitySpec, ObjectiveSpec
 from pipeline.media.tokenization import train_tokenizer
 from pipeline.train import source
@@ -1068,3 +1070,18 @@ def test_a_published_sentence_encoder_gives_its_own_states_and_embeddings():
         .encode(texts, convert_to_tensor=True)
     )
     assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_an_objective_says_which_class_of_transformers_has_its_head(monkeypatch):
+    """No second place names it: what an objective declares is what the families are asked for."""
+    assert hf_text._has_class("bert", "tagging") and not hf_text._has_class("bert", "ctc")
+    assert not hf_text._has_class("bert", "detection")
+    assert hf_text._has_class("wav2vec2", "ctc") and not hf_text._has_class("wav2vec2", "tagging")
+    declared = TransformersHead("ForCausalLM")
+    monkeypatch.setattr(
+        registry.get("objective", "detection"), "transformers_head", declared, False
+    )
+    assert not hf_text._has_class("bert", "detection")
+    declared = TransformersHead("ForMultipleChoice")
+    monkeypatch.setattr(registry.get("objective", "detection"), "transformers_head", declared)
+    assert hf_text._has_class("bert", "detection") and not hf_text._has_class("gpt2", "detection")

@@ -23,11 +23,20 @@ Predictions:
     `Calibrated`: scores are calibrated on the validation rows.
     `UsesRawRows`, `Postprocesses`, `WritesColumns`: stored columns are read beside predictions.
     `RollsOut`: a policy acts in a simulator.
+    `ExportsHead`: transformers has a class with the head.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    NamedTuple,
+    Protocol,
+    TypeGuard,
+    runtime_checkable,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -309,6 +318,32 @@ class RollsOut(Protocol):
             first world, None where none could be made.
         """
         ...
+
+
+class TransformersHead(NamedTuple):
+    """How transformers holds the head of an objective."""
+
+    model: str
+    """Name of the class behind that of its family: ForTokenClassification."""
+    tensors: tuple[tuple[str, str], ...] = ()
+    """Our names of the head's tensors, each with the name that all families have for it; none where
+    families differ, or where the head is tied."""
+    problem_type: str | None = None
+    """The configuration's problem_type, for ForSequenceClassification."""
+    splits_words: bool = False
+    """Whether rows are words: the tokenizer is saved so that it takes them."""
+
+
+@runtime_checkable
+class ExportsHead(Protocol):
+    """An objective for whose head transformers has a class, in some families."""
+
+    transformers_head: ClassVar[TransformersHead]
+
+
+def transformers_head(objective: Any) -> TransformersHead | None:
+    """Return how transformers holds the head of an objective; None where it has no class."""
+    return objective.transformers_head if isinstance(objective, ExportsHead) else None
 
 
 # ---------------------------------------------------------------- asked by several callers
