@@ -1,7 +1,7 @@
 """Batches that techniques read beside those that a trial is trained on.
 
-`Technique.streams` names further training batches, `Technique.at_test` reads the test rows. Neither
-sees a label.
+`Technique.streams` names further training batches, `AdaptsAtTest.at_test` reads the test rows.
+Neither sees a label.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from pipeline.config.schema import (
     spec_hash,
 )
 from pipeline.core.capabilities import check_roles, ineffective_options
-from pipeline.core.contracts import Modality, Objective, Task, Technique, trains
+from pipeline.core.contracts import Modality, Objective, Task, Technique, adapts_at_test, trains
 from pipeline.core.contracts.objective_capabilities import (
     ChecksTestRows,
     binds_to_backbone,
@@ -629,11 +629,9 @@ def _check_group(
     own_techniques = f"give targets.{target.name} techniques of its own"
     for component in target.techniques:
         technique, name = technique_of(component), component.name
-        unused = ("penalty", "streams", "at_test")
-        overridden = [one for one in unused if _overrides(technique, one)]
-        if technique.frozen and overridden:
+        if technique.frozen and (unused := _unused_hooks(technique)):
             raise ValueError(
-                f"techniques: {name} is frozen, so its {' and '.join(overridden)} would not be used"
+                f"techniques: {name} is frozen, so its {' and '.join(unused)} would not be used"
             )
         from_source = technique.starts_from == "source"
         if from_source and not trains(technique) and head is None:
@@ -659,14 +657,19 @@ def _check_group(
             )
 
 
-def _overrides(technique: Technique, hook: str) -> bool:
-    """Return whether a technique has a hook of its own."""
-    return getattr(type(technique), hook) is not getattr(Technique, hook)
+def _unused_hooks(technique: Technique) -> list[str]:
+    """Return the hooks of a frozen technique that are not called: its features are kept."""
+    has = {
+        "penalty": type(technique).penalty is not Technique.penalty,
+        "streams": bool(technique.streams()),
+        "at_test": adapts_at_test(technique),
+    }
+    return [hook for hook, is_there in has.items() if is_there]
 
 
 def _reads_rows_again(technique: Technique) -> bool:
     """Return whether a technique reads rows as they come, from their files (`train.streams`)."""
-    return bool(technique.streams()) or _overrides(technique, "at_test")
+    return bool(technique.streams()) or adapts_at_test(technique)
 
 
 def _trains_something(technique: Technique, layers: dict[str, list[str]]) -> bool:

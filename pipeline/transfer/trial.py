@@ -21,7 +21,14 @@ import torch
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import Target, Train, with_hyper_parameters
-from pipeline.core.contracts import FinishedTrial, Objective, Task, Technique, trains
+from pipeline.core.contracts import (
+    FinishedTrial,
+    Objective,
+    Task,
+    Technique,
+    adapts_at_test,
+    trains,
+)
 from pipeline.core.contracts.objective_capabilities import (
     has_cached_head,
     is_calibrated,
@@ -464,7 +471,8 @@ def predict_test(
         mine = evaluate.Postprocessor(data.validation)(task.objective, mine)
         objective.calibrate(evaluate.gather_predictions(mine, ranks))
     inputs = partial(streams.test_inputs, data.test, ready, ranks, EVAL_ROWS)
-    task = technique.at_test(task, inputs)
+    if adapts_at_test(technique):
+        task = technique.at_test(task, inputs)
     bad: list[tuple[int, str]] = []
     batches = _batches(data.test, ranks)
     mine = evaluate.predictions(task, batches, ready, ranks, autocast(), bad.extend)

@@ -168,6 +168,9 @@ def test_a_frozen_technique_with_hooks_that_nothing_calls_is_refused(tmp_path, p
         ValueError, match="coral is frozen, so its penalty and streams would not be used"
     ):
         shared_of(tmp_path, job, paths)
+    monkeypatch.setattr(kind, "at_test", lambda self, task, batches: task, raising=False)
+    with pytest.raises(ValueError, match="its penalty and streams and at_test would not be used"):
+        shared_of(tmp_path, job, paths)
 
 
 def test_a_source_without_rows_is_named(tmp_path, paths):

@@ -5,7 +5,13 @@ from pipeline.core.contracts.backbone import Backbone, FeatureMapSpec, Features
 from pipeline.core.contracts.modality import Arrays, Modality, View
 from pipeline.core.contracts.objective import Loss, Objective, RawRows
 from pipeline.core.contracts.task import Task
-from pipeline.core.contracts.technique import FinishedTrial, Phase, Technique, trains
+from pipeline.core.contracts.technique import (
+    FinishedTrial,
+    Phase,
+    Technique,
+    adapts_at_test,
+    trains,
+)
 
 __all__ = [
     "Arrays",
@@ -22,5 +28,6 @@ __all__ = [
     "Task",
     "Technique",
     "View",
+    "adapts_at_test",
     "trains",
 ]

@@ -50,13 +50,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from pipeline.config.registry import Registered
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.task import Task
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 
 @dataclass(frozen=True)
@@ -144,16 +147,6 @@ class Technique(Registered):
         """
         return ()
 
-    def at_test(self, task: Task, batches: Callable[[], Iterator[Batch]]) -> Task:
-        """Adapt the finished task to the test rows before they are predicted.
-
-        Args:
-            task: What ``finish`` returned.
-            batches: Starts a pass over the test rows, which yields finished batches without labels,
-                in order and the same on every rank. Nothing is read unless it is called.
-        """
-        return task
-
     def after_fanout(self, trials: Sequence[FinishedTrial]) -> Mapping[str, Tensor]:
         """Return weights made of finished trials, where ``starts_from`` is "trials".
 
@@ -162,6 +155,26 @@ class Technique(Registered):
                 have been kept (``fanout.keep_bundles: all``).
         """
         raise NotImplementedError
+
+
+@runtime_checkable
+class AdaptsAtTest(Protocol):
+    """A technique that changes the finished task by the test rows, without their labels."""
+
+    def at_test(self, task: Task, batches: Callable[[], Iterator[Batch]]) -> Task:
+        """Adapt the finished task to the test rows before they are predicted.
+
+        Args:
+            task: What ``finish`` returned.
+            batches: Starts a pass over the test rows, which yields finished batches without labels,
+                in order and the same on every rank. Nothing is read unless it is called.
+        """
+        ...
+
+
+def adapts_at_test(technique: Any) -> TypeIs[AdaptsAtTest]:
+    """Return whether a technique changes the finished task by the test rows."""
+    return isinstance(technique, AdaptsAtTest)
 
 
 def trains(technique: Technique) -> bool:
