@@ -565,13 +565,14 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
     """
     decoder, ids, costs = rows.decoder, rows.selection.ids(np.arange(len(rows))), rows.costs
     objective = registry.get("objective", str(decoder.objective))
+    roles: tuple[str, ...] = objective.roles
     if not bounds_length(objective) or not len(rows):
         return rows, []
     assert costs is not None and is_costed(decoder.modality)
     cost_role = decoder.modality.cost_role
     table = manifests.read_columns(
         rows.selection,
-        [decoder.columns[role] for role in objective.roles if role in decoder.columns],
+        [decoder.columns[role] for role in roles if role in decoder.columns],
     )
     whole = np.full(len(rows), cost_role in decoder.columns)
     if whole.all() and "start" in decoder.columns:
