@@ -175,7 +175,8 @@ class BehaviourCloning(Objective):
         _check_head(options, kind, name)
         given = [role for role in cls.optional_roles if role in columns]
         state: dict[str, Any] = {"kind": kind, "columns": given}
-        environment, success = columns.get("environment", ""), columns.get("success", "")
+        environment = columns.get("environment", "")
+        success = columns.get("success", "")
         if environment in table.column_names:
             worlds = _worlds(table[environment].drop_null().slice(0, TRIED), environment)
             is_given = success in table.column_names and table[success].null_count < len(table)
@@ -238,7 +239,8 @@ class BehaviourCloning(Objective):
     def __init__(self, backbone: Backbone, options: BehaviourCloningOptions, state: dict[str, Any]):
         """Raise ValueError for a backbone that is no policy, and images in a rollout."""
         super().__init__(backbone, options, state)
-        name, inputs = backbone.arch.name, backbone.arch.inputs
+        name = backbone.arch.name
+        inputs = backbone.arch.inputs
         if "spaces" not in inputs or backbone.token_dim is None or not backbone.causal:
             raise ValueError(
                 f"{name} is no policy: behaviour_cloning takes a causal backbone of trajectories, "
@@ -310,24 +312,30 @@ class BehaviourCloning(Objective):
 
     def _losses(self, name: str, output: Tensor, rows: Tensor, batch: Batch) -> _Losses:
         """Return the losses of the rows (n,) of space ``name``, by its decoder's output."""
-        head, options = self.heads[name], self.options
-        acts, std = batch["actions"][rows], batch["action_std"][rows]
+        head = self.heads[name]
+        options = self.options
+        acts = batch["actions"][rows]
+        std = batch["action_std"][rows]
         acts = acts[..., : self.spaces[name]["action"]]
         target, counted = action_heads.chunks(acts, batch["mask"][rows], options.chunk)
         beta = options.beta if self.training else 0.0
         losses = action_heads.losses(head, output, target, options.components, beta)
         best = action_heads.likeliest(head, output, options.components)
         if head == "categorical":
-            errors = (best.argmax(-1) != target.argmax(-1)).float()
+            is_wrong = best.argmax(-1) != target.argmax(-1)
+            errors = is_wrong.float()
         else:
             std = std[:, None, None, : best.shape[-1]]
-            errors = ((best - target) * std).square().mean(-1)
-        losses, errors = losses.masked_fill(~counted, 0.0), errors.masked_fill(~counted, 0.0)
+            in_units = (best - target) * std
+            errors = in_units.square().mean(-1)
+        losses = losses.masked_fill(~counted, 0.0)
+        errors = errors.masked_fill(~counted, 0.0)
         return _Losses(losses, counted, errors)
 
     def loss(self, backbone: Backbone, batch: Batch):
         total = torch.zeros((), device=batch["mask"].device)
-        count, error = torch.zeros_like(total), torch.zeros_like(total)
+        count = torch.zeros_like(total)
+        error = torch.zeros_like(total)
         for name, rows, output in self._outputs(backbone, batch):
             found = self._losses(name, output, rows, batch)
             total = total + found.losses.sum()
@@ -342,11 +350,12 @@ class BehaviourCloning(Objective):
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return what the class describes, with ``space`` and ``task`` (B,) of the batch.
 
-        With actions also ``loss``, a sum over ``count`` places (B,). For new rows ``action``
+        With actions also ``loss``, a sum over ``count`` actions (B,). For new rows ``action``
         (B, T, A) standardised, NaN behind a row's end.
         """
         mask = batch["mask"]
-        has_actions, is_discrete = "actions" in batch.data, self.state["kind"] == "discrete"
+        has_actions = "actions" in batch.data
+        is_discrete = self.state["kind"] == "discrete"
         if self.reads_actions and not has_actions and "executed" not in batch.data:
             raise ValueError(
                 f"{backbone.arch.name} reads the actions before each step, and these rows have "
@@ -391,7 +400,8 @@ class BehaviourCloning(Objective):
         """
         modality: Any = raw_rows.modality
         spaces = modality.state["spaces"]
-        n, names = len(predictions["space"]), list(spaces)
+        n = len(predictions["space"])
+        names = list(spaces)
         columns: dict[str, np.ndarray] = {}
         for row, number in enumerate(predictions["space"]):
             space = names[int(number)]
@@ -425,9 +435,11 @@ class BehaviourCloning(Objective):
         name = raw_rows.columns["environment"]
         worlds = _worlds(raw_rows.table[name], name)
         self.eval()
-        space, task = predictions["space"], predictions["task"]
+        space = predictions["space"]
+        task = predictions["task"]
         pilot = Pilot(backbone.eval(), self, raw_rows.modality, space, task)
-        steps_a_frame = max(1, max(world.steps for world in worlds) // FRAMES)
+        longest = max(world.steps for world in worlds)
+        steps_a_frame = max(1, longest // FRAMES)
         episodes = rollout(worlds, pilot, start=pilot.set_bounds, frames=steps_a_frame)
         diverged = np.array([bool(episode.diverged) for episode in episodes], dtype=np.float64)
         success = np.array([episode.success for episode in episodes], dtype=np.float64)
@@ -452,8 +464,8 @@ class Pilot:
     backbone was trained to (``window`` observations, or ``context`` steps).
 
     Args:
-        space: (n,) int64, of each world the place of its space among the modality's.
-        task: (n,) int64, of each world the place of its task.
+        space: (n,) int64, of each world the index of its space among the modality's.
+        task: (n,) int64, of each world the index of its task.
 
     ``act`` raises ValueError for a world whose observations are not those of its space.
     """
@@ -466,7 +478,9 @@ class Pilot:
         space: np.ndarray,
         task: np.ndarray,
     ):
-        self.backbone, self.objective, self.modality = backbone, objective, modality
+        self.backbone = backbone
+        self.objective = objective
+        self.modality = modality
         self.rows: dict[str, np.ndarray] = {}
         for number, name in enumerate(objective.spaces):
             rows = np.flatnonzero(space == number)
@@ -490,7 +504,8 @@ class Pilot:
 
     def begin(self, worlds: Sequence[World]) -> None:
         """Forget everything seen and done."""
-        options, spaces = self.backbone.arch.options, self.objective.spaces.values()
+        options = self.backbone.arch.options
+        spaces = self.objective.spaces.values()
         is_transformer = self.backbone.arch.name.endswith("/transformer")
         reach = options["context" if is_transformer else "window"]
         self.observation_width = max(space["observation"] for space in spaces)
@@ -539,16 +554,20 @@ class Pilot:
         Args:
             value: (n, A) standardised numbers, or scores of classes.
         """
-        space, width = self.known[name], self.objective.spaces[name]["action"]
+        space = self.known[name]
+        width = self.objective.spaces[name]["action"]
         chosen = value[:, :width]
         if space["discrete"]:
             # by name: the environment may number classes otherwise than the training rows
-            place = chosen.argmax(1)
-            return [space["discrete"][k] for k in place], np.eye(width)[place]
+            classes = chosen.argmax(1)
+            names = [space["discrete"][k] for k in classes]
+            one_hot = np.eye(width)[classes]
+            return names, one_hot
         wanted = self.modality.act(name, chosen)
         pairs = zip(rows, wanted, strict=True)
         acted = np.stack([np.clip(action, *self.bounds[row]) for row, action in pairs])
-        mean, std = np.array(space["action_mean"]), np.array(space["action_std"])
+        mean = np.array(space["action_mean"])
+        std = np.array(space["action_std"])
         return acted, (acted - mean) / std
 
     @torch.no_grad()
@@ -567,7 +586,8 @@ class Pilot:
         keys = torch.zeros(n, dtype=torch.int64, device=self.device)
         batch = Batch(np.arange(n), keys, {**data, **self.fixed})
         with torch.autocast(self.device.type, enabled=False):
-            tokens = self.backbone(self.modality.finish(batch), want=("tokens",)).tokens
+            inputs = self.modality.finish(batch)
+            tokens = self.backbone(inputs, want=("tokens",)).tokens
             assert tokens is not None
             decoded = objective.decoded(tokens[:, -1:], self.fixed["space"])
         plan = np.zeros((n, objective.options.chunk, self.action_width), dtype=np.float32)
@@ -576,7 +596,8 @@ class Pilot:
             best = action_heads.likeliest(head, output[:, 0], objective.options.components)
             if head == "categorical":
                 best = best.softmax(-1)
-            plan[rows.cpu().numpy(), :, : best.shape[-1]] = best.cpu().numpy()
+            width = best.shape[-1]
+            plan[rows.cpu().numpy(), :, :width] = best.cpu().numpy()
         return plan
 
 

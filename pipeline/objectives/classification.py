@@ -200,7 +200,8 @@ class Classification(Objective):
                 "options mixup and cutmix of classification mix images: they cannot train a head "
                 "on cached features; leave them out"
             )
-        scores, label = self.scores(features).float(), batch["label"]
+        scores = self.scores(features).float()
+        label = batch["label"]
         if self.training and (options.class_weight != "none" or options.focal):
             total = self._training_losses(scores, label).sum()
         else:
@@ -217,12 +218,17 @@ class Classification(Objective):
     def _mixed_loss(self, backbone: Backbone, batch: Batch):
         """Return the loss of mixed images, each label weighed by its image's share."""
         other, share, images = mixed(batch, self.options.mixup, self.options.cutmix)
-        scores = self.scores(backbone(batch.replace(image=images)).pooled).float()
+        features = backbone(batch.replace(image=images)).pooled
+        scores = self.scores(features).float()
         total = torch.zeros((), device=scores.device)
         hits = torch.zeros((), device=scores.device)
-        for label, weight in ((batch["label"], share), (batch["label"][other], 1 - share)):
-            total = total + (weight * self._training_losses(scores, label)).sum()
-            hits = hits + (weight * (scores.argmax(-1) == label)).sum()
+        of_row = (batch["label"], share)
+        of_partner = (batch["label"][other], 1 - share)
+        for label, weight in (of_row, of_partner):
+            weighted = weight * self._training_losses(scores, label)
+            is_hit = scores.argmax(-1) == label
+            total = total + weighted.sum()
+            hits = hits + (weight * is_hit).sum()
         count = torch.full((), float(len(batch)), device=scores.device)
         return total, count, {"accuracy": hits.detach()}
 
@@ -253,7 +259,8 @@ class Classification(Objective):
 
     def calibrate(self, predictions):
         """Fit the temperature, then the threshold on the scores that it gives."""
-        scores, label = predictions["scores"], predictions["label"]
+        scores = predictions["scores"]
+        label = predictions["label"]
         if self.options.calibrate == "temperature":
             temperature = calibration.temperature(scores, label)
             self.state = {**self.state, "temperature": temperature}
@@ -317,7 +324,8 @@ def _label_names(table: pa.Table, columns: dict[str, str], values: list[Any]) ->
     Raises:
         ValueError: a label has several names.
     """
-    label, label_name = columns["label"], columns["label_name"]
+    label = columns["label"]
+    label_name = columns["label_name"]
     names_of: dict[Any, list[str]] = {}
     for pair in table.group_by([label, label_name]).aggregate([]).to_pylist():
         names_of.setdefault(pair[label], []).append(str(pair[label_name]))
@@ -331,7 +339,7 @@ def _label_names(table: pa.Table, columns: dict[str, str], values: list[Any]) ->
 
 
 def _order(values: list[Any], names: list[str], options: ClassificationOptions) -> list[int]:
-    """Return the places of the values in class order.
+    """Return the indices of the values in class order.
 
     Raises:
         ValueError: the positive class is not there, or an option for two classes has more.
@@ -383,50 +391,62 @@ def mixed(batch: Batch, mixup: float, cutmix: float) -> tuple[Tensor, Tensor, Te
             f"these {len(batch)} rows lie in as many shards: raise global_batch (and "
             "micro_batch), or lower canonical_shards"
         )
-    image, keys = batch["image"], batch.keys
+    image = batch["image"]
+    keys = batch.keys
     other = batch.partners().to(image.device)
-    coin, place = uniform(keys, 1, _CUT)[:, 0], uniform(keys, 3, _CUT)[:, 1:]
+    coin = uniform(keys, 1, _CUT)[:, 0]
+    centre = uniform(keys, 3, _CUT)[:, 1:]
     if mixup and cutmix:
         is_cut = coin < 0.5
     else:
         is_cut = torch.full_like(coin, bool(cutmix), dtype=torch.bool)
     share = torch.where(is_cut, beta(keys, cutmix or 1.0), beta(keys, mixup or 1.0))
-    patch = _patch(share, place, image.shape[-2], image.shape[-1]).float()
-    share = torch.where(is_cut, 1 - patch.mean((1, 2)), share)
+    height, width = image.shape[-2:]
+    patch = _patch(share, centre, height, width).float()
+    share_outside = 1 - patch.mean((1, 2))
+    share = torch.where(is_cut, share_outside, share)
     weight = torch.where(is_cut[:, None, None], 1 - patch, share[:, None, None])
     weight = weight[:, None].to(image.dtype)
-    return other, share, weight * image + (1 - weight) * image[other]
+    images = weight * image + (1 - weight) * image[other]
+    return other, share, images
 
 
 def beta(keys: Tensor, alpha: float) -> Tensor:
-    """Return (B,) float32 draws from Beta(alpha, alpha), 0 < alpha <= 1, by (B,) keys.
+    """Return (B,) float32 samples of Beta(alpha, alpha), 0 < alpha <= 1, by (B,) keys.
 
     The first of 32 tries that is accepted (Joehnk, Metrika 8, 1964), in logarithms, as
     U ** (1 / alpha) is 0 in float32 for a small alpha. At worst (alpha 1) a try is accepted half
     of the time, so none is once in 4e9 rows.
     """
-    u = uniform(keys, 2 * _TRIES, _BETA).clamp(min=2.0**-25).log() / alpha
-    a, b = u[:, :_TRIES], u[:, _TRIES:]
-    first = (torch.logaddexp(a, b) <= 0).int().argmax(1, keepdim=True)
-    return torch.sigmoid(a - b).gather(1, first)[:, 0]
+    u = uniform(keys, 2 * _TRIES, _BETA).clamp(min=2.0**-25)
+    u = u.log() / alpha
+    a = u[:, :_TRIES]
+    b = u[:, _TRIES:]
+    is_accepted = torch.logaddexp(a, b) <= 0
+    first = is_accepted.int().argmax(1, keepdim=True)
+    samples = torch.sigmoid(a - b)
+    return samples.gather(1, first)[:, 0]
 
 
-def _patch(share: Tensor, place: Tensor, height: int, width: int) -> Tensor:
+def _patch(share: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
     """Return (B, height, width) bool: the part that comes from the partner.
 
     Its sides are sqrt(1 - share) of the image's, around a centre anywhere in it.
 
     Args:
         share: (B,) of the row itself.
-        place: (B, 2) the centre's, from 0 to 1.
+        centre: (B, 2) from 0 to 1.
     """
     side = (1 - share).clamp(min=0).sqrt()
 
-    def inside(pixels: int, centre: Tensor) -> Tensor:
+    def inside(pixels: int, middle: Tensor) -> Tensor:
         """Return (B, pixels), rounded as the authors' code does."""
-        middle = (centre * pixels).floor()[:, None]
-        half = ((side * pixels).floor() / 2).floor()[:, None]
+        middle = (middle * pixels).floor()[:, None]
+        length = (side * pixels).floor()
+        half = (length / 2).floor()[:, None]
         along = torch.arange(pixels, device=share.device)[None]
         return (along >= middle - half) & (along < middle + half)
 
-    return inside(height, place[:, 0])[:, :, None] & inside(width, place[:, 1])[:, None, :]
+    rows = inside(height, centre[:, 0])
+    columns = inside(width, centre[:, 1])
+    return rows[:, :, None] & columns[:, None, :]

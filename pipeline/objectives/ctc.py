@@ -238,14 +238,16 @@ class CTC(Objective):
     def emissions(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (B, N, C) float32 log probabilities and (B,) int64 frames of each row."""
         features = backbone(batch, want=("tokens",))
-        x, mask = features.tokens, features.mask
+        x = features.tokens
+        mask = features.mask
         assert x is not None and mask is not None
         if self.options.norm:
             x = F.layer_norm(x, x.shape[-1:])
         for convolution in self.convolutions:
             x = x.masked_fill(~mask[..., None], 0.0)  # padding is silence
             x = F.relu(convolution(x.transpose(1, 2)).transpose(1, 2))
-        return self.head(self.dropout(x)).float().log_softmax(-1), mask.sum(1)
+        scores = self.head(self.dropout(x)).float()
+        return scores.log_softmax(-1), mask.sum(1)
 
     def _losses(
         self, log_probs: Tensor, ends: Tensor, batch: Batch
@@ -310,10 +312,11 @@ class CTC(Objective):
         text: Any = np.empty(len(begins), dtype=object)
         words: Any = np.empty(len(begins), dtype=object)
         names = ("prediction", "first", "last")
-        for row, placed in enumerate(zip(*(predictions[name] for name in names), strict=True)):
-            labels, first, last = (array[placed[0] >= 0] for array in placed)
-            text[row] = self.alphabet.decode(placed[0])
-            words[row] = self._timed_words(labels, first, last, begins[row])
+        arrays = (predictions[name] for name in names)
+        for row, (labels, first, last) in enumerate(zip(*arrays, strict=True)):
+            text[row] = self.alphabet.decode(labels)
+            real = labels >= 0
+            words[row] = self._timed_words(labels[real], first[real], last[real], begins[row])
         return {"text": text, "confidence": predictions["confidence"], "words": words}
 
     def _timed_words(
@@ -348,7 +351,8 @@ class CTC(Objective):
 
     def _best_hypothesis(self, log_probs: Tensor, end: int) -> np.ndarray:
         """Return (L,) int32 labels of one row, of which ``end`` frames are real."""
-        best_score, best_labels = float("-inf"), np.zeros(0, dtype=np.int32)
+        best_score = float("-inf")
+        best_labels = np.zeros(0, dtype=np.int32)
         if not end:
             return best_labels
         decoder = self._decoder().decoder
@@ -360,7 +364,8 @@ class CTC(Objective):
             num_words = len(self.alphabet.decode(labels).split())
             score = hypothesis.score + self.options.word_score * num_words
             if score > best_score:
-                best_score, best_labels = score, labels
+                best_score = score
+                best_labels = labels
         return best_labels
 
 
@@ -395,7 +400,8 @@ def _search(labels: tuple[str, ...], beam: int, lm: str | None, weight: float) -
         criterion_type=flashlight.CriterionType.CTC,
     )
     # no label is silence, which flashlight would take for one before the first frame
-    silence, blank = -1, 0
+    silence = -1
+    blank = 0
     decoder = flashlight.LexiconFreeDecoder(options, model, silence, blank, [])
     return _Decoder(decoder, model)
 
@@ -491,7 +497,8 @@ def ctc_losses(
         (B,) float32 nats; (B,) int64 labels that they are of; and (B,) int64 labels of rows that
         have no alignment, whose loss and gradient are zero.
     """
-    labels, counts = labels.long(), counts.long()
+    labels = labels.long()
+    counts = counts.long()
     if not log_probs.shape[1]:
         log_probs = F.pad(log_probs, (0, 0, 0, 1))
     inside = torch.arange(labels.shape[1], device=labels.device) < counts[:, None]
@@ -524,11 +531,14 @@ def greedy(log_probs: Tensor, ends: Tensor) -> Tensor:
     inside = torch.arange(path.shape[1], device=path.device) < ends[:, None]
     before = F.pad(path, (1, 0))[:, :-1]
     kept = (path != 0) & inside & (path != before)
-    place = kept.cumsum(1) - 1
-    longest = int(kept.sum(1).max()) if path.numel() else 0
+    position = kept.cumsum(1) - 1
+    longest = 0
+    if path.numel():
+        longest = int(kept.sum(1).max())
     labels = torch.full((len(path), longest), -1, dtype=torch.int32, device=path.device)
     row, frame = kept.nonzero(as_tuple=True)
-    labels[row, place[row, frame]] = path[row, frame].to(torch.int32)
+    column = position[row, frame]
+    labels[row, column] = path[row, frame].to(torch.int32)
     return labels
 
 
@@ -539,15 +549,21 @@ def aligned(log_probs: Tensor, ends: Tensor, labels: Tensor) -> tuple[Tensor, Te
         First and last frame of each label (B, L) int32 in the likeliest alignment, -1 where no
         label is.
     """
-    first, last = torch.full_like(labels, -1), torch.full_like(labels, -1)
+    first = torch.full_like(labels, -1)
+    last = torch.full_like(labels, -1)
     counts = (labels >= 0).sum(1).tolist()
     for row, (end, count) in enumerate(zip(ends.tolist(), counts, strict=True)):
         if not count:
             continue
         emissions = log_probs[row : row + 1, :end].contiguous()
-        path = audio.forced_align(emissions, labels[row : row + 1, :count].contiguous())[0][0]
-        before, after = F.pad(path, (1, 0))[:-1], F.pad(path, (0, 1))[1:]
-        begins = ((path != 0) & (path != before)).nonzero()[:, 0]
-        ends_here = ((path != 0) & (path != after)).nonzero()[:, 0]
-        first[row, :count], last[row, :count] = begins.to(torch.int32), ends_here.to(torch.int32)
+        of_row = labels[row : row + 1, :count].contiguous()
+        alignment, _ = audio.forced_align(emissions, of_row)
+        path = alignment[0]
+        before = F.pad(path, (1, 0))[:-1]
+        after = F.pad(path, (0, 1))[1:]
+        is_label = path != 0
+        begins = is_label & (path != before)
+        ends_here = is_label & (path != after)
+        first[row, :count] = begins.nonzero()[:, 0].to(torch.int32)
+        last[row, :count] = ends_here.nonzero()[:, 0].to(torch.int32)
     return first, last

@@ -176,7 +176,8 @@ class Detection(Objective):
         """Return ``boxes`` (n, M, 4), ``labels`` (n, M) and ``crowd`` (n, M)."""
         if columns.get("boxes") not in table.column_names:  # new rows to predict
             return {}
-        n, most = len(table), state["max_boxes"]
+        n = len(table)
+        most = state["max_boxes"]
         boxes = np.zeros((n, most, 4), np.float32)
         labels = np.full((n, most), -1, np.int64)
         crowd = np.zeros((n, most), bool)
@@ -234,7 +235,8 @@ class Detection(Objective):
     def _predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         _, maps = self._maps(backbone, batch)
         frame = batch["frame"].float()
-        b, device = len(batch), frame.device
+        b = len(batch)
+        device = frame.device
         boxes = torch.zeros(b, DETECTIONS, 4, device=device)
         scores = torch.zeros(b, DETECTIONS, device=device)
         classes = torch.full((b, DETECTIONS), -1, device=device)
@@ -338,7 +340,8 @@ def _boxes(row: dict[str, Any], index: dict[Any, int], state: dict[str, Any]) ->
     Raises:
         ValueError: what is wrong with them.
     """
-    boxes, labels = row["boxes"], row["labels"]
+    boxes = row["boxes"]
+    labels = row["labels"]
     if boxes is None or labels is None:
         raise ValueError("its boxes or labels are null; an image without objects has empty lists")
     crowd = row.get("crowd") or [False] * len(boxes)
@@ -371,7 +374,8 @@ def _size_of(row: dict[str, Any]) -> tuple[float, float]:
     Raises:
         ValueError: there is no size, or it is that of the picture before it is turned upright.
     """
-    width, height = row["width"], row["height"]
+    width = row["width"]
+    height = row["height"]
     if not (width and height and width > 0 and height > 0):
         raise ValueError(f"boxes in pixels, but the image is {width} x {height}")
     wide, high = image_io.upright_size(row.get("image")) or (width, height)
@@ -412,9 +416,12 @@ def _has_area(boxes: Tensor) -> Tensor:
 
 
 def _targets(batch: Batch) -> Targets:
-    boxes, labels, crowd = batch["boxes"].float(), batch["labels"], batch["crowd"].bool()
+    boxes = batch["boxes"].float()
+    labels = batch["labels"]
+    crowd = batch["crowd"].bool()
     is_box = _has_area(boxes) & (labels >= 0)
-    is_object, is_crowd = is_box & ~crowd, is_box & crowd
+    is_object = is_box & ~crowd
+    is_crowd = is_box & crowd
     return [
         {
             "boxes": boxes[i][is_object[i]],
@@ -431,7 +438,8 @@ def _shares(boxes: Tensor, frame: Tensor) -> Tensor:
     Args:
         frame: (B, 4) width, height, left and top of the image in the input.
     """
-    size, corner = frame[:, None, :2].repeat(1, 1, 2), frame[:, None, 2:].repeat(1, 1, 2)
+    size = frame[:, None, :2].repeat(1, 1, 2)
+    corner = frame[:, None, 2:].repeat(1, 1, 2)
     return ((boxes - corner) / size).clamp(0, 1)
 
 
@@ -468,18 +476,24 @@ class _Head(FCOSHead):
         logits = head_outputs["cls_logits"].float()
         shifts = head_outputs["bbox_regression"].float()
         centerness = head_outputs["bbox_ctrness"].float()
-        grid, matched = torch.stack(anchors), torch.stack(matched_idxs)
+        grid = torch.stack(anchors)
+        matched = torch.stack(matched_idxs)
         is_object = matched >= 0
-        pairs = [*zip(targets, matched, strict=True)]
-        # the padding is what -1 picks
-        boxes = torch.stack([F.pad(t["boxes"], (0, 0, 0, 1))[m] for t, m in pairs])
-        labels = torch.stack([F.pad(t["labels"], (0, 1))[m] for t, m in pairs])
+        middle = (grid[..., :2] + grid[..., 2:]) / 2
+        of_images = {"boxes": [], "labels": [], "is_ignored": []}
+        for target, index, points in zip(targets, matched, middle, strict=True):
+            # the padding is what -1 picks
+            padded_boxes = F.pad(target["boxes"], (0, 0, 0, 1))
+            padded_labels = F.pad(target["labels"], (0, 1))
+            of_images["boxes"].append(padded_boxes[index])
+            of_images["labels"].append(padded_labels[index])
+            of_images["is_ignored"].append(_points_in(points, target["crowd"]))
+        boxes = torch.stack(of_images["boxes"])
+        labels = torch.stack(of_images["labels"])
+        is_ignored = torch.stack(of_images["is_ignored"])
+
         wanted = torch.zeros_like(logits)
         wanted[is_object, labels[is_object]] = 1.0
-        middle = (grid[..., :2] + grid[..., 2:]) / 2
-        is_ignored = torch.stack(
-            [_points_in(points, t["crowd"]) for t, points in zip(targets, middle, strict=True)]
-        )
         focal = sigmoid_focal_loss(logits, wanted, reduction="none").sum(-1)
         focal = focal.masked_fill(is_ignored & ~is_object, 0.0)
 
@@ -487,8 +501,11 @@ class _Head(FCOSHead):
         true = boxes[is_object]
         box = generalized_box_iou_loss(predicted, true, reduction="none")
         sides = self.box_coder.encode(grid[is_object], true)
-        across, down = sides[:, [0, 2]], sides[:, [1, 3]]
-        centre = (across.amin(1) / across.amax(1)) * (down.amin(1) / down.amax(1))
+        across = sides[:, [0, 2]]
+        down = sides[:, [1, 3]]
+        across_ratio = across.amin(1) / across.amax(1)
+        down_ratio = down.amin(1) / down.amax(1)
+        centre = across_ratio * down_ratio
         of_centre = F.binary_cross_entropy_with_logits(
             centerness[..., 0][is_object], torch.sqrt(centre), reduction="none"
         )
@@ -502,7 +519,8 @@ class _Head(FCOSHead):
 
 def _points_in(points: Tensor, boxes: Tensor) -> Tensor:
     """Return (A,) which of the points (A, 2) lie in one of the boxes (c, 4)."""
-    above, below = points[:, None] > boxes[:, :2], points[:, None] < boxes[:, 2:]
+    above = points[:, None] > boxes[:, :2]
+    below = points[:, None] < boxes[:, 2:]
     return (above & below).all(-1).any(-1)
 
 
@@ -563,12 +581,15 @@ class Sampler:
     """torchvision's BalancedPositiveNegativeSampler, from the rows' keys."""
 
     def __init__(self, size: int, positive: float, stream: int):
-        self.size, self.positive, self.stream = size, positive, stream
+        self.size = size
+        self.positive = positive
+        self.stream = stream
         self.keys: Any = None
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return masks of the samples of each image, where labels are 1 or more, and 0."""
-        positive, negative = [], []
+        positive = []
+        negative = []
         for key, labels in zip(self.keys, matched_idxs, strict=True):
             order = uniform(key[None], len(labels), self.stream)[0].argsort()
             most_positive = int(self.size * self.positive)
@@ -596,16 +617,19 @@ class _Proposals(RegionProposalNetwork):
         anchors = self.anchor_generator(images, levels)
         sizes = [of_level[0].numel() for of_level in scores]
         scores, shifts = concat_box_prediction_layers(scores, shifts)
-        scores, shifts = scores.float(), shifts.float()
+        scores = scores.float()
+        shifts = shifts.float()
         boxes = self.box_coder.decode(shifts.detach(), anchors).view(len(anchors), -1, 4)
         boxes, _ = self.filter_proposals(boxes, scores, images.image_sizes, sizes)
         if targets is None:
             return boxes, {}
         labels, matched = self.assign_targets_to_anchors(anchors, targets)
-        labels = [
-            of_image.masked_fill((of_image == 0) & in_crowd(a, t["crowd"]), -1.0)
-            for of_image, a, t in zip(labels, anchors, targets, strict=True)
-        ]
+        without_crowds = []
+        for of_image, boxes_of_image, target in zip(labels, anchors, targets, strict=True):
+            is_background = of_image == 0
+            is_ignored = is_background & in_crowd(boxes_of_image, target["crowd"])
+            without_crowds.append(of_image.masked_fill(is_ignored, -1.0))
+        labels = without_crowds
         scores = scores.view(len(anchors), -1)
         shifts = shifts.view(len(anchors), -1, 4)
         wanted = self.box_coder.encode(matched, anchors)
@@ -616,9 +640,9 @@ class _Proposals(RegionProposalNetwork):
         positive, negative = (torch.stack(masks) for masks in self.fg_bg_sampler(labels))
         sampled = positive | negative
         count = sampled.sum(1).clamp(min=1)
-        boxes = F.smooth_l1_loss(
-            shifts[positive], torch.stack(wanted)[positive], beta=1 / 9, reduction="none"
-        ).sum(-1)
+        wanted_shifts = torch.stack(wanted)[positive]
+        boxes = F.smooth_l1_loss(shifts[positive], wanted_shifts, beta=1 / 9, reduction="none")
+        boxes = boxes.sum(-1)
         objects = F.binary_cross_entropy_with_logits(
             scores, torch.stack(labels).clamp(min=0), reduction="none"
         )
@@ -698,19 +722,21 @@ class TwoStage(nn.Module):
         # 0 is the background
         shifted = [{**target, "labels": target["labels"] + 1} for target in targets]
         boxes, parts = self.rpn(_sized(batch), maps, shifted)
-        boxes = [
-            of_image[~in_crowd(of_image, t["crowd"]) | _overlaps(of_image, t["boxes"])]
-            for of_image, t in zip(boxes, targets, strict=True)
-        ]
-        boxes, _, labels, wanted = self.roi_heads.select_training_samples(boxes, shifted)
+        usable = []
+        for of_image, target in zip(boxes, targets, strict=True):
+            is_in_crowd = in_crowd(of_image, target["crowd"])
+            is_on_object = _overlaps(of_image, target["boxes"])
+            usable.append(of_image[~is_in_crowd | is_on_object])
+        boxes, _, labels, wanted = self.roi_heads.select_training_samples(usable, shifted)
         scores, shifts = self._regions(maps, boxes, batch)
         sizes = [len(of_image) for of_image in boxes]
-        classes, is_object = torch.cat(labels), torch.cat(labels) > 0
+        classes = torch.cat(labels)
+        is_object = torch.cat(labels) > 0
         classification = F.cross_entropy(scores, classes, reduction="none")
         shifts = shifts.unflatten(1, (-1, 4))[is_object, classes[is_object]]
-        box = F.smooth_l1_loss(
-            shifts, torch.cat(wanted)[is_object], beta=1 / 9, reduction="none"
-        ).sum(-1)
+        wanted_shifts = torch.cat(wanted)[is_object]
+        box = F.smooth_l1_loss(shifts, wanted_shifts, beta=1 / 9, reduction="none")
+        box = box.sum(-1)
         box = torch.zeros_like(classification).masked_scatter(is_object, box)
         for name, values in (("classification", classification), ("box", box)):
             means = [part.sum() / max(1, len(part)) for part in values.split(sizes)]

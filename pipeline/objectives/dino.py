@@ -145,7 +145,8 @@ class DINO(Objective):
         in_steps = round(inputs["size"] * 3 / 7 / step) * step
         self.local_size = options.local_size or max(step, 8, in_steps)
         self.head = Head(backbone.pooled_dim, options)
-        self.teacher_backbone, self.teacher_head = as_buffers(backbone), as_buffers(self.head)
+        self.teacher_backbone = as_buffers(backbone)
+        self.teacher_head = as_buffers(self.head)
         self.register_buffer("center", torch.zeros(options.prototypes))
         self.register_buffer("progress", torch.zeros(()))
         self._is_teacher_set = False
@@ -155,7 +156,8 @@ class DINO(Objective):
     def _check_local_size(self, channels: int) -> None:
         """Raise ValueError for a backbone that cannot read small views."""
         image = torch.zeros(1, channels, self.local_size, self.local_size)
-        row, key = np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64)
+        row = np.zeros(1, dtype=np.int64)
+        key = torch.zeros(1, dtype=torch.int64)
         try:
             with torch.no_grad():
                 self.teacher_backbone.eval()(Batch(row, key, {"image": image}))
@@ -169,7 +171,8 @@ class DINO(Objective):
     def views(self) -> tuple[View, ...]:
         """Return two large views and ``local_crops`` small ones."""
         options = self.options
-        large, small = (options.area, 1.0), (0.05, options.area)
+        large = (options.area, 1.0)
+        small = (0.05, options.area)
         first = View(area=large, strength=0.5, blur=1.0)
         second = View(area=large, strength=0.5, blur=0.1, solarize=0.2)
         local = View(size=self.local_size, area=small, strength=0.5, blur=0.5)
@@ -197,8 +200,9 @@ class DINO(Objective):
         outputs = []
         for of_one_size in (names[:2], names[2:]):
             if of_one_size:
-                images = batch.replace(image=torch.cat([batch[name] for name in of_one_size]))
-                outputs.append(self.head(backbone(images).pooled, train_prototypes))
+                views = torch.cat([batch[name] for name in of_one_size])
+                features = backbone(batch.replace(image=views)).pooled
+                outputs.append(self.head(features, train_prototypes))
         logits = torch.cat(outputs).float() / self.options.student_temperature
         return logits.log_softmax(-1).view(len(names), len(batch), -1)
 
@@ -223,19 +227,24 @@ class DINO(Objective):
         for view, log_probability in enumerate(student):
             others = both - target[view] if view < 2 else both
             losses.append(-(others * log_probability).sum(-1))
-        return torch.stack(losses).sum(0) / (2 * (len(student) - 1))
+        num_pairs = 2 * (len(student) - 1)
+        return torch.stack(losses).sum(0) / num_pairs
 
     def loss(self, backbone: Backbone, batch: Batch):
         self._set_teacher(backbone)
         teacher = self._teacher_outputs(batch)
-        log_target = ((teacher - self.center) / self.temperature()).log_softmax(-1)
+        centred = teacher - self.center
+        log_target = (centred / self.temperature()).log_softmax(-1)
         target = log_target.exp()
-        total = self._rows(target, self._student_outputs(backbone, batch)).sum()
-        outputs, targets = teacher.sum((0, 1)), target.sum((0, 1))
+        student = self._student_outputs(backbone, batch)
+        total = self._rows(target, student).sum()
+        outputs = teacher.sum((0, 1))
+        targets = target.sum((0, 1))
         mean = self._update_center(outputs, targets, 2 * len(batch))
         batch_entropy = -torch.special.xlogy(mean, mean).sum()
+        entropies = -(target * log_target).sum(-1)
         logs = {
-            "teacher_entropy": -(target * log_target).sum(-1).mean(0).sum(),
+            "teacher_entropy": entropies.mean(0).sum(),
             "batch_entropy": batch_entropy * len(batch),
         }
         return total, total.new_full((), float(len(batch))), logs
@@ -267,7 +276,8 @@ class DINO(Objective):
             count: how many views those are.
         """
         k = len(outputs)
-        sums = summed(torch.cat([outputs, targets, outputs.new_full((1,), float(count))]))
+        own_count = outputs.new_full((1,), float(count))
+        sums = summed(torch.cat([outputs, targets, own_count]))
         outputs, targets, counts = sums.tensor_split((k, 2 * k))
         mean = outputs / counts.clamp(min=1.0)
         is_usable = (counts > 0) & torch.isfinite(mean).all()
@@ -282,7 +292,8 @@ class DINO(Objective):
         momentum = 1 - (1 - self.options.momentum) * falling
         pairs = ((self.teacher_backbone, backbone), (self.teacher_head, self.head))
         for teacher, student in pairs:
-            held, new = dict(teacher.named_buffers()), dict(student.named_parameters())
+            held = dict(teacher.named_buffers())
+            new = dict(student.named_parameters())
             torch._foreach_lerp_(
                 [held[name] for name in new],
                 [parameter.detach() for parameter in new.values()],

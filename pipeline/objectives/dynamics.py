@@ -88,7 +88,8 @@ class Dynamics(Objective):
     def __init__(self, backbone: Backbone, options: DynamicsOptions, state: dict[str, Any]):
         """Raise ValueError for a backbone that is no policy, and where both weights are 0."""
         super().__init__(backbone, options, state)
-        inputs, width = backbone.arch.inputs, backbone.token_dim
+        inputs = backbone.arch.inputs
+        width = backbone.token_dim
         if "spaces" not in inputs or width is None or not backbone.causal:
             raise ValueError(
                 f"{backbone.arch.name} is no policy: dynamics takes a causal backbone of "
@@ -136,10 +137,13 @@ class Dynamics(Objective):
         self, name: str, tokens: Tensor, observations: Tensor, acts: Tensor, counted: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return (n, T - 1) squared errors of the predicted change, and of predicting none."""
-        change = self.changes[name](observations[:, 1:] - observations[:, :-1], counted)
+        difference = observations[:, 1:] - observations[:, :-1]
+        change = self.changes[name](difference, counted)
         inputs = torch.cat([tokens[:, :-1], acts.to(tokens.dtype)], -1)
         predicted = self.forward_heads[name](inputs).float()
-        return (predicted - change).square().mean(-1), change.square().mean(-1)
+        error = (predicted - change).square().mean(-1)
+        zero_error = change.square().mean(-1)
+        return error, zero_error
 
     def _inverse_parts(
         self, name: str, tokens: Tensor, acts: Tensor
@@ -170,7 +174,8 @@ class Dynamics(Objective):
             rows = (batch["space"] == number).nonzero()[:, 0]
             if not len(rows):
                 continue
-            acts = batch.data.get("executed", batch["actions"])[rows, :-1, : space["action"]]
+            executed = batch.data.get("executed", batch["actions"])
+            acts = executed[rows, :-1, : space["action"]]
             if space["discrete"]:  # a class that stands in no training row was executed
                 counted[rows] &= acts.any(-1)
             loss = parts["loss"][rows]

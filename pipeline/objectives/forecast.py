@@ -110,27 +110,35 @@ class Forecast(Objective):
     def _until(self, batch: Batch, hours: Tensor, value: Tensor) -> Tensor:
         """Return (B, T, V) sums of ``value`` (B, N) over the events before each hour."""
         mask, (rows, length) = batch["mask"], hours.shape
-        place = torch.searchsorted(hours.contiguous(), batch["times"].contiguous(), right=True)
-        kept = mask & (place < length)
+        times = batch["times"].contiguous()
+        hour = torch.searchsorted(hours.contiguous(), times, right=True)
+        kept = mask & (hour < length)
         row = torch.arange(rows, device=hours.device)[:, None]
-        index = (row * length + place) * self.variables + batch["variables"]
-        sums = torch.zeros(rows * length * self.variables, dtype=value.dtype, device=hours.device)
+        index = row * length + hour
+        index = index * self.variables + batch["variables"]
+        size = rows * length * self.variables
+        sums = torch.zeros(size, dtype=value.dtype, device=hours.device)
         sums = sums.index_add_(0, index[kept], value[kept])
-        return sums.view(rows, length, self.variables).cumsum(1)
+        of_hours = sums.view(rows, length, self.variables)
+        return of_hours.cumsum(1)
 
     def _cut(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Return the events before an hour of each row, and that hour (B, 1)."""
-        times, mask = batch["times"], batch["mask"]
+        times = batch["times"]
+        mask = batch["mask"]
         first = times.masked_fill(~mask, float("inf")).amin(1)
         last = times.masked_fill(~mask, float("-inf")).amax(1)
         low = (first + self.options.after).clamp(max=self.latest)
-        high = torch.maximum((last - self.options.horizon / 2).clamp(max=self.latest), low)
+        high = (last - self.options.horizon / 2).clamp(max=self.latest)
+        high = torch.maximum(high, low)
         share = torch.full_like(first, 0.5)
         if self.training:
             share = uniform(batch.keys, 1, CUT)[:, 0]
-        hour = torch.where(mask.any(1), low + (high - low) * share, torch.zeros_like(first))
-        hour = hour.nan_to_num()
-        return batch.replace(mask=mask & (times < hour[:, None])), hour[:, None]
+        hour = low + (high - low) * share
+        hour = torch.where(mask.any(1), hour, torch.zeros_like(first))
+        hour = hour.nan_to_num()[:, None]
+        is_seen = mask & (times < hour)
+        return batch.replace(mask=is_seen), hour
 
     def _features(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what is forecast from: (B, T, D) features, (B, T) hours and which are real.
@@ -153,7 +161,8 @@ class Forecast(Objective):
         real = real & present.any(2) & (hours <= self.latest)
         output = self.head(features).float().unflatten(-1, (2, self.variables))
         value, logit = output.unbind(-2)
-        squares = (value - mean).clamp(-FARTHEST, FARTHEST).square() * present
+        difference = (value - mean).clamp(-FARTHEST, FARTHEST)
+        squares = difference.square() * present
         entropy = F.binary_cross_entropy_with_logits(logit, present.float(), reduction="none")
         losses = squares.mean(2) + self.options.presence * entropy.mean(2)
         # DDP waits for every parameter's gradient

@@ -181,13 +181,16 @@ class Hourly(Objective):
         """
         if columns.get("label_values") not in table.column_names:
             return [""] * len(table)
-        times_name, values_name = columns["label_times"], columns["label_values"]
+        times_name = columns["label_times"]
+        values_name = columns["label_values"]
         times, num_times = _lists(table[times_name], times_name)
         values, num_values = _lists(table[values_name], values_name)
         row_of_time = np.repeat(np.arange(len(table)), num_times)
         row_of_value = np.repeat(np.arange(len(table)), num_values)
         ascends = np.ones(len(times), dtype=bool)
-        ascends[1:] = (times[1:] >= times[:-1]) | (row_of_time[1:] != row_of_time[:-1])
+        is_later = times[1:] >= times[:-1]
+        is_new_row = row_of_time[1:] != row_of_time[:-1]
+        ascends[1:] = is_later | is_new_row
         classes = len(state["labels"])
         is_class = np.isin(values, np.arange(classes))
         reasons = np.full(len(table), "", dtype=object)
@@ -228,7 +231,8 @@ class Hourly(Objective):
         And a zero that every parameter of the backbone contributes to.
         """
         features = backbone(batch, want=("tokens", "stages"))
-        tokens, ends = features.tokens, features.stages.get("times")
+        tokens = features.tokens
+        ends = features.stages.get("times")
         if tokens is None or ends is None:
             raise ValueError(
                 f"{backbone.arch.name} does not tell when its tokens end "
@@ -240,22 +244,28 @@ class Hourly(Objective):
         times, is_time = self._times(batch, ends, real)
         ends = ends.masked_fill(~real, torch.inf).contiguous()
 
-        # place 0 is the start vector, place k + 1 token k
-        has_events = F.pad(features.stages.get("charted", real) & real, (1, 0), value=True)
-        places = torch.arange(has_events.shape[1], device=ends.device)
-        last_with_events = torch.where(has_events, places, 0).cummax(1).values
+        # position 0 is the start vector, position k + 1 is token k
+        has_events = features.stages.get("charted", real) & real
+        has_events = F.pad(has_events, (1, 0), value=True)
+        positions = torch.arange(has_events.shape[1], device=ends.device)
+        last_with_events = torch.where(has_events, positions, 0).cummax(1).values
         ended = torch.searchsorted(ends, times.contiguous(), right=True)
-        place = last_with_events.gather(1, ended)
-        age = (times - F.pad(ends, (1, 0)).gather(1, place)).clamp(min=0).log1p()
+        position = last_with_events.gather(1, ended)
+        end_of_token = F.pad(ends, (1, 0)).gather(1, position)
+        age = (times - end_of_token).clamp(min=0)
+        log_age = age.log1p()[..., None]
 
         start = self.start.to(tokens.dtype).expand(len(tokens), 1, -1)
         tokens = torch.cat([start, tokens], dim=1)
-        read = tokens.gather(1, place[..., None].expand(-1, -1, tokens.shape[2]))
+        index = position[..., None].expand(-1, -1, tokens.shape[2])
+        read = tokens.gather(1, index)
         if self.options.norm:
             read = F.layer_norm(read, read.shape[-1:])
         read = F.dropout(read, self.options.dropout, self.training)
-        scores = self.head(torch.cat([read, age[..., None].to(read.dtype)], dim=-1)).float()
-        return scores, times, is_time, features.pooled.float().sum() * 0.0
+        inputs = torch.cat([read, log_age.to(read.dtype)], dim=-1)
+        scores = self.head(inputs).float()
+        unused = features.pooled.float().sum() * 0.0
+        return scores, times, is_time, unused
 
     def _times(self, batch: Batch, ends: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Return the times (B, M) to predict at, and which of them are real (B, M).
@@ -265,8 +275,9 @@ class Hourly(Objective):
         """
         if "label_times" in batch.data:
             times = batch["label_times"].to(ends)
-            places = torch.arange(times.shape[1], device=ends.device)
-            return times, places < batch["label_times_lengths"][:, None]
+            positions = torch.arange(times.shape[1], device=ends.device)
+            lengths = batch["label_times_lengths"][:, None]
+            return times, positions < lengths
         every = self.options.every
         if ends.shape[1]:
             last = ends.masked_fill(~real, -torch.inf).amax(1)
@@ -274,21 +285,26 @@ class Hourly(Objective):
             last = ends.new_full((len(ends),), -torch.inf)
         count = (last / every).ceil().clamp(min=1)
         most = int(count.max().item())
-        hours = every * torch.arange(1, most + 1, device=ends.device, dtype=ends.dtype)
+        numbers = torch.arange(1, most + 1, device=ends.device, dtype=ends.dtype)
+        hours = every * numbers
         times = hours.expand(len(ends), -1)
-        return times, times <= (every * count)[:, None]
+        last_hours = (every * count)[:, None]
+        return times, times <= last_hours
 
     def loss(self, backbone: Backbone, batch: Batch):
         scores, _, is_time, unused = self._scores(backbone, batch)
-        scores, label = scores[is_time], batch["label_values"].long()[is_time]
-        weight, gamma = None, 0.0
+        scores = scores[is_time]
+        label = batch["label_values"].long()[is_time]
+        weight = None
+        gamma = 0.0
         if self.training:
             gamma = self.options.focal
             if self.options.class_weight != "none":
                 weight = losses.balanced(self.state["counts"], scores.device)
         row_losses = losses.cross_entropies(scores, label, weight, gamma)
         count = torch.full((), float(len(label)), device=scores.device)
-        return row_losses.sum() + unused, count, {"accuracy": (scores.argmax(-1) == label).sum()}
+        hits = scores.argmax(-1) == label
+        return row_losses.sum() + unused, count, {"accuracy": hits.sum()}
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``scores`` (B, M, C) and ``times`` (B, M).
@@ -318,7 +334,8 @@ class Hourly(Objective):
     def calibrate(self, predictions):
         """Fit the temperature."""
         is_time = predictions["label"] >= 0
-        scores, label = predictions["scores"][is_time], predictions["label"][is_time]
+        scores = predictions["scores"][is_time]
+        label = predictions["label"][is_time]
         self.state = {**self.state, "temperature": calibration.temperature(scores, label)}
 
     def output_columns(self, predictions, raw_rows):

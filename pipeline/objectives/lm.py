@@ -95,7 +95,8 @@ class MaskedLM(Objective):
         super().__init__(backbone, options, state)
         from transformers.activations import ACT2FN
 
-        embedding, inputs = backbone.embedding(), backbone.arch.inputs
+        embedding = backbone.embedding()
+        inputs = backbone.arch.inputs
         name = backbone.arch.name
         if backbone.causal:
             raise ValueError(
@@ -134,26 +135,29 @@ class MaskedLM(Objective):
     # ---------------------------------------------------------------- what is masked
 
     def _chosen(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return places (B, k), whether they count (B, k), and tokens (B, N) with masks.
+        """Return positions (B, k), whether they count (B, k), and tokens (B, N) with masks.
 
         All of it follows from the rows' keys.
         """
         tokens = batch["tokens"]
         k = max(1, round(self.options.mask_share * tokens.shape[1]))
         if self.options.whole_word:
-            places, valid = self._words(batch, k)
+            positions, valid = self._words(batch, k)
         else:
-            places, valid = self._tokens(batch, k)
-        how, other = uniform(batch.keys, k, stream=1), uniform(batch.keys, k, stream=2)
+            positions, valid = self._tokens(batch, k)
+        how = uniform(batch.keys, k, stream=1)
+        other = uniform(batch.keys, k, stream=2)
         random = (other * self.vocabulary).long()
         random = random.clamp(max=self.vocabulary - 1)  # the product may be rounded up
-        old = tokens.gather(1, places)
+        old = tokens.gather(1, positions)
         new = torch.where(how < 0.9, random, old)
         new = torch.where(how < 0.8, self.mask_id, new)
-        return places, valid, tokens.scatter(1, places, torch.where(valid, new, old))
+        new = torch.where(valid, new, old)
+        masked = tokens.scatter(1, positions, new)
+        return positions, valid, masked
 
     def _most(self, batch: Batch, k: int) -> Tensor:
-        """Return (B, 1) how many of the k places each row may use.
+        """Return (B, 1) how many of the k positions each row may use.
 
         The share of its tokens without padding, at least one.
         """
@@ -163,54 +167,69 @@ class MaskedLM(Objective):
         return share.round().long().clamp(1, k)
 
     def _tokens(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
-        """Return places (B, k) of tokens, and whether they count (B, k)."""
+        """Return positions (B, k) of tokens, and whether they count (B, k)."""
         tokens = batch["tokens"]
-        u = torch.where(self._is_text(tokens), uniform(batch.keys, tokens.shape[1]), NEVER)
-        values, places = u.topk(k, dim=1, largest=False)
+        u = uniform(batch.keys, tokens.shape[1])
+        u = torch.where(self._is_text(tokens), u, NEVER)
+        values, positions = u.topk(k, dim=1, largest=False)
         is_within_share = torch.arange(k, device=tokens.device) < self._most(batch, k)
-        return places, (values < NEVER) & is_within_share
+        is_text = values < NEVER
+        return positions, is_text & is_within_share
 
     def _is_text(self, tokens: Tensor) -> Tensor:
         """Return (B, N) true for the tokens that may be chosen."""
         return ~torch.isin(tokens, self.specials)  # type: ignore[arg-type]
 
     def _words(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
-        """Return places (B, k) of whole words, and whether they count (B, k).
+        """Return positions (B, k) of whole words, and whether they count (B, k).
 
-        A word's tokens share the number drawn for its first one, so sorting by it keeps them
+        A word's tokens share the number sampled for its first one, so sorting by it keeps them
         together; only the last word can be cut.
         """
         tokens = batch["tokens"]
         n = tokens.shape[1]
-        is_text, most = self._is_text(tokens), self._most(batch, k)
-        places = torch.arange(n, device=tokens.device).expand_as(tokens)
+        is_text = self._is_text(tokens)
+        most = self._most(batch, k)
+        positions = torch.arange(n, device=tokens.device).expand_as(tokens)
+
+        # a word begins where a token does not continue the text before it
         begins = torch.ones_like(is_text)
-        begins[:, 1:] = ~(self.continuing[tokens[:, 1:]] & is_text[:, :-1])  # type: ignore[index]
+        is_continuing = self.continuing[tokens[:, 1:]]  # type: ignore[index]
+        begins[:, 1:] = ~(is_continuing & is_text[:, :-1])
         if "segments" in batch.data:
-            begins[:, 1:] |= batch["segments"][:, 1:] != batch["segments"][:, :-1]
-        word = torch.where(begins, places, 0).cummax(1).values
-        counts = torch.zeros_like(tokens).scatter_add(1, word, torch.ones_like(tokens))
+            segments = batch["segments"]
+            begins[:, 1:] |= segments[:, 1:] != segments[:, :-1]
+        word = torch.where(begins, positions, 0).cummax(1).values
+        counts = torch.zeros_like(tokens)
+        counts = counts.scatter_add(1, word, torch.ones_like(tokens))
         size = counts.gather(1, word)
+
         u = uniform(batch.keys, n).gather(1, word)
-        values, order = torch.where(is_text & (size <= most), u, NEVER).sort(dim=1, stable=True)
+        can_be_masked = is_text & (size <= most)
+        u = torch.where(can_be_masked, u, NEVER)
+        values, order = u.sort(dim=1, stable=True)
         word = word.gather(1, order)
-        last, next_one = word.gather(1, most - 1), word.gather(1, most.clamp(max=n - 1))
+        last = word.gather(1, most - 1)
+        next_one = word.gather(1, most.clamp(max=n - 1))
         is_cut = (last == next_one) & (most < n)
         cut_word = torch.where(is_cut, last, -1)
-        valid = (values < NEVER) & (places < most) & (word != cut_word)
+        valid = (values < NEVER) & (positions < most) & (word != cut_word)
         return order[:, :k], valid[:, :k]
 
     # ---------------------------------------------------------------- loss and predictions
 
     def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return losses, weights and hits, (B, k) each."""
-        places, valid, tokens = self._chosen(batch)
-        hidden = backbone(batch.replace(tokens=tokens), want=("tokens",)).tokens
+        positions, valid, tokens = self._chosen(batch)
+        masked = batch.replace(tokens=tokens)
+        hidden = backbone(masked, want=("tokens",)).tokens
         assert hidden is not None
-        hidden = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
+        index = positions[:, :, None].expand(-1, -1, hidden.shape[2])
+        hidden = hidden.gather(1, index)
         scores = F.linear(self.transform(hidden), backbone.embedding().weight, self.bias)
-        target = batch["tokens"].gather(1, places)
-        losses = F.cross_entropy(scores.flatten(0, 1).float(), target.flatten(), reduction="none")
+        target = batch["tokens"].gather(1, positions)
+        flat_scores = scores.flatten(0, 1).float()
+        losses = F.cross_entropy(flat_scores, target.flatten(), reduction="none")
         weight = valid.to(losses.dtype)
         hits = (scores.argmax(-1) == target) & valid
         return losses.view_as(target) * weight, weight, hits
@@ -330,12 +349,17 @@ class CausalLM(Objective):
         """
         tokens = batch["tokens"]
         lengths = _mask(batch).sum(1)
-        last = tokens.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
-        lengths = lengths - ((last == self.end_id) & (lengths > 1)).long()
-        n = min(max(1, int(lengths.max())), self.positions - self.options.generate)
-        places = lengths[:, None] - n + torch.arange(n, device=tokens.device)
-        real = places >= 0
-        return torch.where(real, tokens.gather(1, places.clamp(min=0)), self.pad_id), real
+        last_position = (lengths - 1).clamp(min=0)[:, None]
+        last = tokens.gather(1, last_position)[:, 0]
+        has_end = (last == self.end_id) & (lengths > 1)
+        lengths = lengths - has_end.long()
+        longest = max(1, int(lengths.max()))
+        n = min(longest, self.positions - self.options.generate)
+        first = lengths[:, None] - n
+        positions = first + torch.arange(n, device=tokens.device)
+        real = positions >= 0
+        prompts = tokens.gather(1, positions.clamp(min=0))
+        return torch.where(real, prompts, self.pad_id), real
 
     @torch.no_grad()
     def _generate(self, backbone: Backbone, batch: Batch) -> Tensor:
@@ -345,7 +369,8 @@ class CausalLM(Objective):
         """
         count = self.options.generate
         tokens, mask = self._prompts(batch)
-        positions, past = (mask.long().cumsum(1) - 1).clamp(min=0), None
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        past = None
         out = torch.full((len(tokens), count), -1, dtype=torch.int64, device=tokens.device)
         has_ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         u = uniform(batch.keys, count, stream=3)
@@ -353,30 +378,33 @@ class CausalLM(Objective):
         for step in range(count):
             hidden, past = advance(tokens, mask, positions, past)
             scores = F.linear(hidden[:, -1], backbone.embedding().weight)
-            new = self._sampled(scores[:, : self.vocabulary].float(), u[:, step])
+            scores = scores[:, : self.vocabulary].float()
+            new = self._sampled(scores, u[:, step])
             has_ended = has_ended | (new == self.end_id)
             if bool(has_ended.all()):
                 break
             out[:, step] = torch.where(has_ended, -1, new)
             tokens = torch.where(has_ended, self.pad_id, new)[:, None]
             positions = positions[:, -1:] + 1
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            one_more = torch.ones_like(mask[:, :1])
+            mask = torch.cat([mask, one_more], dim=1)
         return out
 
     def _sampled(self, scores: Tensor, u: Tensor) -> Tensor:
-        """Return (B,) ids: the likeliest, or one drawn from the top ones by probability.
+        """Return (B,) ids: the likeliest, or one sampled from the top ones by probability.
 
         Args:
             scores: (B, V).
-            u: (B,) uniform numbers, the place in the cumulated probabilities.
+            u: (B,) uniform numbers, compared with the cumulated probabilities.
         """
         if not self.options.temperature:
             return scores.argmax(1)
         k = min(self.options.top_k or scores.shape[1], scores.shape[1])
         values, ids = scores.topk(k, dim=1)
-        is_below = (values / self.options.temperature).softmax(1).cumsum(1) <= u[:, None]
-        place = is_below.sum(1, keepdim=True).clamp(max=k - 1)
-        return ids.gather(1, place)[:, 0]
+        probabilities = (values / self.options.temperature).softmax(1)
+        is_below = probabilities.cumsum(1) <= u[:, None]
+        index = is_below.sum(1, keepdim=True).clamp(max=k - 1)
+        return ids.gather(1, index)[:, 0]
 
     def output_columns(self, predictions, raw_rows):
         """Return the predictions with ``perplexity`` of each row, and ``generated`` as text."""

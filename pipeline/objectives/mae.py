@@ -50,14 +50,16 @@ class MAE(Objective):
 
     def __init__(self, backbone: Backbone, options: MAEOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
-        name, inputs = backbone.arch.name, backbone.arch.inputs
+        name = backbone.arch.name
+        inputs = backbone.arch.inputs
         patch = patch_size(backbone)
         if patch is None or backbone.token_dim is None:
             raise ValueError(
                 f"{name}: mae hides patches, which takes a plain vision transformer "
                 "(timm/vit_*, timm/deit_*); simclr and dino take any image backbone"
             )
-        size, width = inputs["size"], options.width
+        size = inputs["size"]
+        width = options.width
         if size % patch or size < 2 * patch:
             raise ValueError(
                 f"{name}: images of {size} px are no whole number of patches of {patch} px, two "
@@ -67,7 +69,8 @@ class MAE(Objective):
             raise ValueError(
                 f"mae.width {width} must be a multiple of 4 and of mae.heads {options.heads}"
             )
-        self.patch, self.side = patch, size // patch
+        self.patch = patch
+        self.side = size // patch
         count = self.side**2
         self.hidden = min(count - 1, max(1, round(options.mask_ratio * count)))
         self.enter = nn.Linear(backbone.token_dim, width)
@@ -86,26 +89,30 @@ class MAE(Objective):
             keys: (B,) the rows' keys.
         """
         noise = uniform(keys, self.side**2, stream=MASK_STREAM)
-        places = noise.topk(self.hidden, dim=1).indices
-        return torch.zeros_like(noise, dtype=torch.bool).scatter(1, places, True)
+        patches = noise.topk(self.hidden, dim=1).indices
+        mask = torch.zeros_like(noise, dtype=torch.bool)
+        return mask.scatter(1, patches, True)
 
     def patches(self, image: Tensor) -> Tensor:
         """Return the targets (B, N, p * p * C) of images (B, C, H, W)."""
         b, c = image.shape[:2]
         grid = image.float().view(b, c, self.side, self.patch, self.side, self.patch)
-        patches = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        grid = grid.permute(0, 2, 4, 3, 5, 1)
+        patches = grid.flatten(3).flatten(1, 2)
         if not self.options.norm_pixels:
             return patches
-        mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+        mean = patches.mean(-1, keepdim=True)
+        variance = patches.var(-1, keepdim=True)
         return (patches - mean) / (variance + 1e-6).sqrt()
 
     def order(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the places (B, V, 1) of visible and (B, H, 1) of hidden patches, each in order.
+        """Return the indices (B, V, 1) of visible and (B, H, 1) of hidden patches, each in order.
 
         Their numbers are known, so this does not wait for the device as reading the mask would.
         """
         order = mask.byte().argsort(dim=1, stable=True).unsqueeze(2)
-        visible, hidden = order.split((mask.shape[1] - self.hidden, self.hidden), dim=1)
+        num_visible = mask.shape[1] - self.hidden
+        visible, hidden = order.split((num_visible, self.hidden), dim=1)
         return visible, hidden
 
     def decoded(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -120,9 +127,12 @@ class MAE(Objective):
         prefix = x.shape[1] - (n - self.hidden)
         visible, hidden = (places.expand(-1, -1, x.shape[2]) for places in self.order(mask))
         blank = self.mask_token.to(x.dtype).expand(b, n, -1)
-        grid = blank.scatter(1, visible, x[:, prefix:]) + self.positions.to(x.dtype)
-        decoded = self.norm(self.blocks(torch.cat([x[:, :prefix], grid], dim=1)))
-        return self.pixels(decoded[:, prefix:].gather(1, hidden))
+        grid = blank.scatter(1, visible, x[:, prefix:])
+        grid = grid + self.positions.to(x.dtype)
+        inputs = torch.cat([x[:, :prefix], grid], dim=1)
+        decoded = self.norm(self.blocks(inputs))
+        of_hidden = decoded[:, prefix:].gather(1, hidden)
+        return self.pixels(of_hidden)
 
     def _rows(self, backbone: Backbone, batch: Batch) -> Tensor:
         """Return (B, H) losses."""
@@ -132,7 +142,8 @@ class MAE(Objective):
         target = self.patches(batch["image"])
         hidden = self.order(mask)[1].expand(-1, -1, target.shape[2])
         predicted = self.decoded(features.tokens, mask).float()
-        losses = (predicted - target.gather(1, hidden)).square().mean(-1)
+        difference = predicted - target.gather(1, hidden)
+        losses = difference.square().mean(-1)
         # a pooling layer with weights is part of the graph: DDP waits for every gradient
         return losses + 0.0 * features.pooled.sum()
 

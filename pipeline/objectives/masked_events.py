@@ -70,26 +70,34 @@ class MaskedEvents(Objective):
 
     def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (B,) each: mean squared errors, cross entropies, and which rows have either."""
-        mask, width = batch["mask"], batch["mask"].shape[1]
-        hidden = mask & (uniform(batch.keys, width, HIDE) < self.options.values)
-        left_out = mask & ~hidden & (uniform(batch.keys, width, LEAVE) < self.options.events)
-        seen = batch.replace(mask=mask & ~left_out, values=batch["values"].masked_fill(hidden, 0.0))
+        mask = batch["mask"]
+        width = batch["mask"].shape[1]
+        may_hide = uniform(batch.keys, width, HIDE) < self.options.values
+        hidden = mask & may_hide
+        may_leave = uniform(batch.keys, width, LEAVE) < self.options.events
+        left_out = mask & ~hidden & may_leave
+        values = batch["values"].masked_fill(hidden, 0.0)
+        seen = batch.replace(mask=mask & ~left_out, values=values)
         features = backbone(seen, token_mask=hidden, want=("tokens",))
 
         predicted = self.value(features.tokens)[..., 0].float()
-        squares = (predicted - batch["values"]).square() * hidden
-        error = squares.sum(1) / hidden.sum(1).clamp(min=1)
+        difference = predicted - batch["values"]
+        squares = difference.square() * hidden
+        num_hidden = hidden.sum(1).clamp(min=1)
+        error = squares.sum(1) / num_hidden
 
         counts = torch.zeros(len(batch), self.variables, device=mask.device)
         counts = counts.scatter_add_(1, batch["variables"], left_out.float())
         logits = self.left_out(features.pooled).float()
-        entropy = F.binary_cross_entropy_with_logits(logits, (counts > 0).float(), reduction="none")
+        is_left_out = (counts > 0).float()
+        entropy = F.binary_cross_entropy_with_logits(logits, is_left_out, reduction="none")
         return error, entropy.mean(1), hidden.any(1), mask.any(1)
 
     def _losses(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return (B,) losses, (B,) which rows count, and what is logged, (B,) each."""
         error, entropy, has_hidden, has_events = self._rows(backbone, batch)
-        values, events = error * has_hidden, entropy * has_events
+        values = error * has_hidden
+        events = entropy * has_events
         losses = values + self.options.weight * events
         return losses, has_events.float(), {"value_error": values, "events_loss": events}
 

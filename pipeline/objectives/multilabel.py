@@ -154,7 +154,8 @@ class Multilabel(Objective):
         self.state = {**self.state, "temperature": temperature}
 
     def head_loss(self, features: Tensor, batch: Batch):
-        scores, labels = self.scores(features), batch["labels"].float()
+        scores = self.scores(features)
+        labels = batch["labels"].float()
         gamma = self.options.focal if self.training else 0.0
         weight = self._pos_weight(scores.device)
         row_losses = losses.binary_cross_entropies(scores, labels, weight, gamma)
@@ -169,7 +170,8 @@ class Multilabel(Objective):
         scores = self.scores(features) / self.state.get("temperature", 1.0)
         if "labels" not in batch.data:
             return {"scores": scores}
-        labels, rows = batch["labels"], len(batch["labels"])
+        labels = batch["labels"]
+        rows = len(batch["labels"])
         row_losses = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")
         least = self.options.min_positives
         return {
@@ -231,7 +233,8 @@ def _entries(column: pa.ChunkedArray, name: str, separator: str) -> tuple[pa.Arr
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
-        column, kind = column.cast(kind.value_type), kind.value_type
+        column = column.cast(kind.value_type)
+        kind = kind.value_type
     if pa.types.is_null(kind):
         return pa.array([], pa.string()), np.zeros(0, dtype=np.int64)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):

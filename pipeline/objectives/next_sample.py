@@ -79,7 +79,8 @@ class NextSample(Objective):
 
         The crop of a row lies outside its padding; a shorter row is kept whole.
         """
-        wave, mask = batch["wave"], batch["mask"]
+        wave = batch["wave"]
+        mask = batch["mask"]
         if self.crop is None or wave.shape[1] <= self.crop:
             return batch
         room = (mask.sum(1) - self.crop).clamp(min=0)
@@ -88,8 +89,8 @@ class NextSample(Objective):
             start = (share * (room + 1)).long()
         else:
             start = room // 2
-        places = start[:, None] + torch.arange(self.crop, device=wave.device)
-        return batch.replace(wave=wave.gather(1, places), mask=mask.gather(1, places))
+        samples = start[:, None] + torch.arange(self.crop, device=wave.device)
+        return batch.replace(wave=wave.gather(1, samples), mask=mask.gather(1, samples))
 
     def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return (B, n - 1) losses in nats, weights and hits of the samples behind the first."""
@@ -99,11 +100,13 @@ class NextSample(Objective):
         levels: Tensor = backbone.levels(batch["wave"])[:, 1:]  # type: ignore[operator]
         scores = self.head(features.latent[:, :-1])
         weight = batch["mask"][:, 1:]
-        flat = F.cross_entropy(scores.flatten(0, 1).float(), levels.flatten(), reduction="none")
+        flat_scores = scores.flatten(0, 1).float()
+        flat = F.cross_entropy(flat_scores, levels.flatten(), reduction="none")
         losses = flat.view_as(levels) * weight
         # the layers over tokens are part of the graph: DDP waits for every gradient
         losses = losses + 0.0 * features.pooled.sum()
-        return losses, weight.float(), (scores.argmax(-1) == levels) & weight
+        hits = (scores.argmax(-1) == levels) & weight
+        return losses, weight.float(), hits
 
     def loss(self, backbone: Backbone, batch: Batch):
         losses, weight, hits = self._rows(backbone, batch)

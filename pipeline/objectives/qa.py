@@ -179,16 +179,22 @@ class QuestionAnswering(Objective):
         ``none`` (R,) is the score of no answer; with answers also ``loss`` (R,).
         """
         scores, _ = self._scores(backbone, windows)
-        offsets, most = windows["offsets"].long(), self.options.max_answer_length
+        offsets = windows["offsets"].long()
+        most = self.options.max_answer_length
         is_context = (offsets[..., 0] >= 0)[..., None]
         inside = scores.masked_fill(~is_context, float("-inf"))
-        last = F.pad(inside[..., 1], (0, most - 1), value=float("-inf")).unfold(1, most, 1)
-        best, place = (inside[..., :1] + last).flatten(1).max(1)
-        row, first = torch.arange(len(best), device=best.device), place // most
-        end = torch.where(best.isfinite(), first + place % most, 0)
+        padded = F.pad(inside[..., 1], (0, most - 1), value=float("-inf"))
+        last = padded.unfold(1, most, 1)
+        spans = (inside[..., :1] + last).flatten(1)
+        best, index = spans.max(1)
+        row = torch.arange(len(best), device=best.device)
+        first = index // most
+        end = torch.where(best.isfinite(), first + index % most, 0)
+        begin_character = offsets[row, first, 0]
+        end_character = offsets[row, end, 1]
         predictions = {
             "best": best,
-            "span": torch.stack([offsets[row, first, 0], offsets[row, end, 1]], 1),
+            "span": torch.stack([begin_character, end_character], 1),
             "none": scores[:, 0].sum(1),
         }
         if "target" in windows.data:
@@ -218,10 +224,12 @@ class QuestionAnswering(Objective):
 
         score, window = by_row("best", float("-inf")).max(1)
         null = by_row("none", float("inf")).amin(1)
-        is_none_likelier = (null - score > self.options.null_threshold) & self.options.unanswerable
+        is_none_likelier = null - score > self.options.null_threshold
+        is_none_likelier = is_none_likelier & self.options.unanswerable
         has_no_answer = ~score.isfinite() | is_none_likelier
         row = torch.arange(len(batch), device=real.device)
-        answer = by_row("span", -1)[row, window].masked_fill(has_no_answer[:, None], -1)
+        answer = by_row("span", -1)[row, window]
+        answer = answer.masked_fill(has_no_answer[:, None], -1)
         predictions = {"answer": answer.to(torch.int32), "score": score, "null_score": null}
         if "span" in batch.data:
             predictions["loss"] = by_row("loss", 0.0).sum(1)
@@ -297,24 +305,26 @@ def flattened(batch: Batch, rounded: bool = False) -> tuple[Batch, Tensor]:
     names = ("tokens", "mask", "types", "offsets")
     data = {name: batch[name][real] for name in names if name in batch.data}
     if "span" in batch.data:
-        order, count = real.cumsum(1)[real], real.sum(1)[row]
+        order = real.cumsum(1)[real]
+        count = real.sum(1)[row]
         span = batch["span"][row].long()
         data["target"] = targets(data["offsets"].long(), span, order == 1, order == count)
     data["weight"] = torch.ones(len(row), device=row.device)
     if rounded and len(row):
         step = 1 << max(0, len(row).bit_length() - 3)
         padded_length = -(-len(row) // step) * step
-        place = torch.arange(padded_length, device=row.device)
-        repeated = place.clamp(max=len(row) - 1)
+        index = torch.arange(padded_length, device=row.device)
+        repeated = index.clamp(max=len(row) - 1)
         row = row[repeated]
         data = {name: tensor[repeated] for name, tensor in data.items()}
-        data["weight"] = (place < real.sum()).float()
-    rows, keys = batch.rows[row.cpu().numpy()], batch.keys[row.to(batch.keys.device)]
+        data["weight"] = (index < real.sum()).float()
+    rows = batch.rows[row.cpu().numpy()]
+    keys = batch.keys[row.to(batch.keys.device)]
     return Batch(rows, keys, data), real
 
 
 def targets(offsets: Tensor, span: Tensor, opens: Tensor, closes: Tensor) -> Tensor:
-    """Return (R, 2) int64 places of the answer's first and last token in each window.
+    """Return (R, 2) int64 positions of the answer's first and last token in each window.
 
     (0, 0) where the window does not hold the whole answer. Characters that the tokenizer drops at
     either end of the context are in no window, which is why its first and last window count as
@@ -328,14 +338,18 @@ def targets(offsets: Tensor, span: Tensor, opens: Tensor, closes: Tensor) -> Ten
     """
     begin, end = offsets.unbind(-1)
     is_context = end > begin
-    inside = is_context & (end > span[:, :1]) & (begin < span[:, 1:])
+    overlaps = (end > span[:, :1]) & (begin < span[:, 1:])
+    inside = is_context & overlaps
     low = torch.where(is_context, begin, torch.iinfo(torch.int64).max).amin(1)
     high = torch.where(is_context, end, -1).amax(1)
-    holds_begin, holds_end = opens | (low <= span[:, 0]), closes | (high >= span[:, 1])
+    holds_begin = opens | (low <= span[:, 0])
+    holds_end = closes | (high >= span[:, 1])
     holds_answer = inside.any(1) & holds_begin & holds_end
     first = inside.int().argmax(1)
-    last = inside.shape[1] - 1 - inside.int().flip(1).argmax(1)
-    return torch.where(holds_answer[:, None], torch.stack([first, last], 1), 0)
+    from_the_end = inside.int().flip(1).argmax(1)
+    last = inside.shape[1] - 1 - from_the_end
+    positions = torch.stack([first, last], 1)
+    return torch.where(holds_answer[:, None], positions, 0)
 
 
 # ---------------------------------------------------------------- rows
@@ -352,7 +366,8 @@ def _column(table: pa.Table, columns: dict[str, str], role: str) -> list[Any]:
     Raises:
         ValueError: a column of another type.
     """
-    column, name = table[columns[role]], columns[role]
+    column = table[columns[role]]
+    name = columns[role]
     if pa.types.is_struct(column.type):  # SQuAD's {text, answer_start}
         inner = {"answers": "text", "answer_start": "answer_start"}[role]
         if column.type.get_field_index(inner) < 0:
@@ -447,7 +462,8 @@ def _misplaced_reason(answers: Answers, context: str | None) -> str:
 
 def _places(answer: str, context: str) -> list[int]:
     """Return every place of the answer in the context."""
-    places, at = [], context.find(answer)
+    places = []
+    at = context.find(answer)
     while at >= 0:
         places.append(at)
         at = context.find(answer, at + 1)

@@ -95,7 +95,8 @@ class Segmentation(Objective):
         """
         if columns.get("mask") not in table.column_names:
             return [""] * len(table)
-        classes, ignore = len(state["labels"]), state["ignore"]
+        classes = len(state["labels"])
+        ignore = state["ignore"]
         masks = table[columns["mask"]]
         return [_invalid_mask_reason(mask.as_py(), classes, ignore) for mask in masks]
 
@@ -180,7 +181,9 @@ class Segmentation(Objective):
         frames = predictions["frame"].round().astype(int)
         pairs = zip(predictions["classes"], frames, strict=True)
         for row, (classes, (width, height, left, top)) in enumerate(pairs):
-            height, width = max(1, height), max(1, width)  # an undecodable row has no size
+            # an undecodable row has no size
+            height = max(1, height)
+            width = max(1, width)
             down = slice(max(0, top), top + height)
             across = slice(max(0, left), left + width)
             buffer = io.BytesIO()

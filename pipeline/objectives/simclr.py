@@ -80,8 +80,9 @@ class SimCLR(Objective):
         Both go through the backbone as one batch: its norm statistics are of both.
         """
         both = batch.replace(image=torch.cat([batch["view0"], batch["view1"]]))
-        projected = F.normalize(self.head(backbone(both).pooled).float(), dim=1)
-        return projected.view(2, len(batch), -1).transpose(0, 1)
+        projected = self.head(backbone(both).pooled).float()
+        unit = F.normalize(projected, dim=1)
+        return unit.view(2, len(batch), -1).transpose(0, 1)
 
     def _losses(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N, 2) losses and hits of (N, 2, width) unit vectors."""
@@ -103,7 +104,8 @@ class SimCLR(Objective):
         own_rows = slice(first, first + len(batch))
         whole = losses.sum()
         # the value of this rank's rows with the gradient of all rows' loss
-        total = losses[own_rows].sum().detach() + (whole - whole.detach())
+        without_value = whole - whole.detach()
+        total = losses[own_rows].sum().detach() + without_value
         count = total.new_full((), 2.0 * len(batch))
         return total, count, {"top1": hits[own_rows].sum()}
 

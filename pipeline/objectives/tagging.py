@@ -162,7 +162,8 @@ class Tagging(Objective):
         flat, lengths, _ = _lists(table[name], name)
         values = _label_numbers(flat, name, state)
         row = np.repeat(np.arange(len(table)), lengths)
-        word = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        first_of_row = np.cumsum(lengths) - lengths
+        word = np.arange(len(values)) - np.repeat(first_of_row, lengths)
         kept = word < most
         tags = np.full((len(table), most), -1, dtype=np.int16)
         tags[row[kept], word[kept]] = values[kept]
@@ -232,7 +233,8 @@ class Tagging(Objective):
 
         -100 where no word begins.
         """
-        words, tags = batch["words"].long(), batch["tags"].long()
+        words = batch["words"].long()
+        tags = batch["tags"].long()
         begins = (words >= 0) & (words < tags.shape[1])
         truth = tags.gather(1, torch.where(begins, words, 0))
         truth = torch.where(begins & (truth >= 0), truth, -100)
@@ -256,10 +258,14 @@ class Tagging(Objective):
         ``words`` (B,); and ``loss`` with its ``count`` (B,).
         """
         scores, _ = self._scores(backbone, batch)
-        words, most = batch["words"].long(), self.state["max_words"]
-        row, place = ((words >= 0) & (words < most)).nonzero(as_tuple=True)
+        words = batch["words"].long()
+        most = self.state["max_words"]
+        has_word = (words >= 0) & (words < most)
+        row, position = has_word.nonzero(as_tuple=True)
         guess = torch.full((len(batch), most), -1, dtype=torch.int16, device=scores.device)
-        guess[row, words[row, place]] = scores.argmax(-1)[row, place].to(torch.int16)
+        word = words[row, position]
+        tag = scores.argmax(-1)[row, position]
+        guess[row, word] = tag.to(torch.int16)
         if "tags" not in batch.data:
             return {"prediction": guess}
         tags = batch["tags"]
@@ -295,7 +301,8 @@ class Tagging(Objective):
         for row, (words, numbers) in enumerate(pairs):
             missing = max(0, len(words) - len(numbers))
             numbers = np.pad(numbers[: len(words)], (0, missing), constant_values=-1)
-            tags[row], entities[row] = names[numbers].tolist(), []
+            tags[row] = names[numbers].tolist()
+            entities[row] = []
         if is_plain:
             return {"tags": tags}
         chunks = self.tagset.chunks(predictions["prediction"], self.options.strict)
@@ -389,8 +396,8 @@ def _label_numbers(flat: pa.Array, name: str, state: dict[str, Any]) -> np.ndarr
             f"objective.names); {nearest(value, known)} ({len(known)} known)"
         )
     numbers = np.array([*(state["labels"].index(tag) for tag in known.values()), -1])
-    places = pc.fill_null(found, -1)
-    return numbers[places.to_numpy(zero_copy_only=False)]
+    indices = pc.fill_null(found, -1)
+    return numbers[indices.to_numpy(zero_copy_only=False)]
 
 
 def _invalid_tags_reason(

@@ -78,7 +78,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, features: int, groups: int, entries: int, width: int):
         super().__init__()
-        self.groups, self.entries = groups, entries
+        self.groups = groups
+        self.entries = entries
         self.codevectors = nn.Parameter(torch.rand(1, groups * entries, width // groups))
         self.weight_proj = nn.Linear(features, groups * entries)
         nn.init.normal_(self.weight_proj.weight)
@@ -201,88 +202,117 @@ class Wav2Vec2Pretraining(Objective):
             keys: (B,) the rows' keys.
             real: (B, N) true where a row has frames.
         """
-        length, n, span = real.sum(1), real.shape[1], self.options.mask_length
+        length = real.sum(1)
+        n = real.shape[1]
+        span = self.options.mask_length
         room = (length - span + 1).clamp(min=0)
         rounding = uniform(keys, 1, stream=SPANS)[:, 0].double()
         count = (self.options.mask_start * length.double() + rounding).long()
         count = count.clamp(min=1).minimum(room)
-        places = torch.arange(n, device=keys.device)
-        noise = torch.where(places < room[:, None], uniform(keys, n, stream=STARTS), NEVER)
-        rank = noise.argsort(dim=1, stable=True).argsort(dim=1)
+        frames = torch.arange(n, device=keys.device)
+        can_begin = frames < room[:, None]
+        noise = torch.where(can_begin, uniform(keys, n, stream=STARTS), NEVER)
+        order = noise.argsort(dim=1, stable=True)
+        rank = order.argsort(dim=1)
         begins = rank < count[:, None]
-        begun_so_far = begins.long().cumsum(1)
-        return begun_so_far > F.pad(begun_so_far, (span, 0))[:, :n]
+        begun = begins.long().cumsum(1)
+        ended = F.pad(begun, (span, 0))[:, :n]
+        return begun > ended
 
     def hidden(self, spans: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the places (B, K) of the hidden frames, in order, and which of them are real.
+        """Return the indices (B, K) of the hidden frames, in order, and which of them are real.
 
         K is how many there can be, so no shape waits for the device.
         """
-        n, options = spans.shape[1], self.options
-        most = min(n, max(1, int(options.mask_start * n + 1)) * options.mask_length)
-        places = (~spans).byte().argsort(dim=1, stable=True)[:, :most]
-        return places, torch.arange(most, device=spans.device) < spans.sum(1)[:, None]
+        n = spans.shape[1]
+        options = self.options
+        most_spans = max(1, int(options.mask_start * n + 1))
+        most = min(n, most_spans * options.mask_length)
+        hidden_first = (~spans).byte().argsort(dim=1, stable=True)
+        frames = hidden_first[:, :most]
+        num_hidden = spans.sum(1)[:, None]
+        is_real = torch.arange(most, device=spans.device) < num_hidden
+        return frames, is_real
 
     def distractors(self, keys: Tensor, valid: Tensor) -> Tensor:
         """Return (B, K, negatives) which hidden frames of the row each one is compared with.
 
-        Any but itself, drawn with replacement.
+        Any but itself, sampled with replacement.
         """
-        k, negatives = valid.shape[1], self.options.negatives
+        k = valid.shape[1]
+        negatives = self.options.negatives
         others = valid.sum(1)[:, None, None] - 1
-        share = uniform(keys, k * negatives, stream=NEGATIVES).view(len(keys), k, -1)
-        drawn = (share * others).long().minimum(others - 1)
+        share = uniform(keys, k * negatives, stream=NEGATIVES)
+        share = share.view(len(keys), k, -1)
+        sampled = (share * others).long()
+        sampled = sampled.minimum(others - 1)
         itself = torch.arange(k, device=keys.device)[:, None]
-        return (drawn + (drawn >= itself)).clamp(0, k - 1)
+        skips_itself = sampled + (sampled >= itself)
+        return skips_itself.clamp(0, k - 1)
 
-    def noise(self, keys: Tensor, places: int) -> Tensor:
-        """Return (B, places, G, V) Gumbel noise."""
-        options = self.options
-        count = places * options.groups * options.entries
-        u = uniform(keys, count, stream=NOISE).clamp(min=2.0**-25)
-        return -(-u.log()).log().view(len(keys), places, options.groups, options.entries)
+    def noise(self, keys: Tensor, frames: int) -> Tensor:
+        """Return (B, frames, G, V) Gumbel noise."""
+        groups = self.options.groups
+        entries = self.options.entries
+        u = uniform(keys, frames * groups * entries, stream=NOISE)
+        u = u.clamp(min=2.0**-25)
+        gumbel = -(-u.log()).log()
+        return gumbel.view(len(keys), frames, groups, entries)
 
     def gumbel_temperature(self) -> Tensor:
         """Return the quantiser's temperature at this point of the run."""
         options = self.options
-        return options.gumbel_start * (options.gumbel_end / options.gumbel_start) ** self.progress
+        ratio = options.gumbel_end / options.gumbel_start
+        return options.gumbel_start * ratio**self.progress
 
     # ---------------------------------------------------------------- loss
 
     def _compared(self, backbone: Any, batch: Batch) -> Compared:
-        options, real = self.options, backbone.frame_mask(batch)
+        options = self.options
+        real = backbone.frame_mask(batch)
         spans = self.spans(batch.keys, real)
-        places, valid = self.hidden(spans)
+        frames, valid = self.hidden(spans)
         is_penalised = options.feature_penalty > 0 and self.training
         want = ("tokens", "latent", "convolved") if is_penalised else ("tokens", "latent")
         features = backbone(batch, token_mask=spans, want=want)
         with torch.autocast(batch.keys.device.type, enabled=False):
-            latent = _at(features.latent, places).float()
-            context = _at(features.tokens, places).float()
-            noise = self.noise(batch.keys, places.shape[1]) if self.training else None
+            latent = _at(features.latent, frames).float()
+            context = _at(features.tokens, frames).float()
+            noise = None
+            if self.training:
+                noise = self.noise(batch.keys, frames.shape[1])
             temperature = self.gumbel_temperature()
             codes, logits, chosen = self.quantizer(self.drop(latent), noise, temperature)
             predicted = F.normalize(self.project_hid(context), dim=-1)
             compared = F.normalize(self.project_q(codes), dim=-1)
-            cosines = predicted @ compared.transpose(1, 2) / options.temperature
+            cosines = predicted @ compared.transpose(1, 2)
+            scores = cosines / options.temperature
+
             distractors = self.distractors(batch.keys, valid)
             is_same_code = _equal(chosen).gather(2, distractors)
-            others = cosines.gather(2, distractors).masked_fill(is_same_code, float("-inf"))
-            own = cosines.diagonal(dim1=1, dim2=2)
-            losses = torch.cat([own[:, :, None], others], dim=2).logsumexp(2) - own
-            valid = valid & (valid.sum(1, keepdim=True) > 1)
+            others = scores.gather(2, distractors)
+            others = others.masked_fill(is_same_code, float("-inf"))
+            own = scores.diagonal(dim1=1, dim2=2)
+            candidates = torch.cat([own[:, :, None], others], dim=2)
+            losses = candidates.logsumexp(2) - own
+
+            has_others = valid.sum(1, keepdim=True) > 1
+            valid = valid & has_others
             best_other = others.amax(2)
-            hits = (own > best_other) & (best_other > float("-inf")) & valid
+            is_compared = best_other > float("-inf")
+            hits = (own > best_other) & is_compared & valid
             squares = losses.new_zeros(())
             if is_penalised:
                 convolved = features.stages["convolved"].float()
-                squares = (convolved.square().mean(2) * real).sum()
+                of_frame = convolved.square().mean(2)
+                squares = (of_frame * real).sum()
         losses = torch.where(valid, losses, 0.0)
         return Compared(losses, hits, valid, logits, squares, real.sum())
 
     def loss(self, backbone: Backbone, batch: Batch):
         found = self._compared(backbone, batch)
-        total, count = found.losses.sum(), found.valid.sum().float()
+        total = found.losses.sum()
+        count = found.valid.sum().float()
         logs = {"accuracy": found.hits.sum(), "contrastive": total.detach()}
         of_codes = self.log_names[2:]
         if not self.training:
@@ -290,30 +320,38 @@ class Wav2Vec2Pretraining(Objective):
         options = self.options
         size = options.groups * options.entries
         valid = found.valid[:, :, None, None]
-        soft = (found.logits.softmax(-1) * valid).sum((0, 1))
-        hard = (F.one_hot(found.logits.argmax(-1), options.entries) * valid).sum((0, 1))
+        soft = found.logits.softmax(-1) * valid
+        soft = soft.sum((0, 1))
+        hard = F.one_hot(found.logits.argmax(-1), options.entries) * valid
+        hard = hard.sum((0, 1))
         counts = torch.stack([count, found.squares, found.frames.float()])
         local = torch.cat([soft.flatten(), hard.flatten(), counts])
         # the value of all ranks with the gradient of this one's rows
-        everyone = local + (all_gather.summed(local) - local.detach())
+        of_other_ranks = all_gather.summed(local) - local.detach()
+        everyone = local + of_other_ranks
         soft, hard, sums = everyone.split([size, size, 3])
-        hidden_frames = sums[0].clamp(min=1.0)
+        num_hidden, squares, num_frames = sums[0], sums[1], sums[2]
+        hidden_frames = num_hidden.clamp(min=1.0)
+
         used = _perplexity(hard.view(options.groups, -1) / hidden_frames)
-        perplexity = _perplexity(soft.view(options.groups, -1) / hidden_frames)
-        least, usage, perplexity = used.min(), used.sum(), perplexity.sum()
+        of_groups = _perplexity(soft.view(options.groups, -1) / hidden_frames)
+        perplexity = of_groups.sum()
         in_use = (hard > 0).float().mean()
         diversity = (size - perplexity) / size
-        penalty = options.feature_penalty * sums[1] / sums[2].clamp(min=1.0)
-        extra = sums[0] * (options.diversity * diversity + penalty)
+        penalty = options.feature_penalty * squares / num_frames.clamp(min=1.0)
+        extra = num_hidden * (options.diversity * diversity + penalty)
         # few frames cannot choose many entries
-        has_enough_frames = sums[0] >= 10 * COLLAPSED
-        self.usage.copy_(torch.where(has_enough_frames, least, self.usage).detach())
-        values = (diversity, usage, perplexity, in_use)
+        has_enough_frames = num_hidden >= 10 * COLLAPSED
+        usage = torch.where(has_enough_frames, used.min(), self.usage)
+        self.usage.copy_(usage.detach())
+
+        values = (diversity, used.sum(), perplexity, in_use)
         for name, value in zip(of_codes, values, strict=True):
             logs[name] = value.detach() * count
         # each rank's share of the value, with the gradient of the whole
         share = (extra * count / hidden_frames).detach()
-        return total + share + (extra - extra.detach()), count, logs
+        without_value = extra - extra.detach()
+        return total + share + without_value, count, logs
 
     def forward_without_rows(self, backbone: Backbone) -> None:
         """Take part in the sum of the codes' shares without rows."""
@@ -345,13 +383,14 @@ class Wav2Vec2Pretraining(Objective):
         return {"loss": found.losses.sum(1), "count": found.valid.sum(1).float()}
 
 
-def _at(tensor: Tensor, places: Tensor) -> Tensor:
-    """Return (B, K, C) of (B, N, C) at the places (B, K)."""
-    return tensor.gather(1, places[:, :, None].expand(-1, -1, tensor.shape[2]))
+def _at(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Return (B, K, C) of (B, N, C) at the indices (B, K)."""
+    index = indices[:, :, None].expand(-1, -1, tensor.shape[2])
+    return tensor.gather(1, index)
 
 
 def _equal(chosen: Tensor) -> Tensor:
-    """Return (B, K, K) true where two places have the same code, from (B, K, G) entries."""
+    """Return (B, K, K) true where two frames have the same code, from (B, K, G) entries."""
     return (chosen[:, :, None] == chosen[:, None, :]).all(-1)
 
 
@@ -360,4 +399,6 @@ def _perplexity(shares: Tensor) -> Tensor:
 
     Finite, with its gradient, where an entry has no share.
     """
-    return (-(shares * shares.clamp(min=1e-20).log()).sum(-1)).exp()
+    logs = shares.clamp(min=1e-20).log()
+    entropies = -(shares * logs).sum(-1)
+    return entropies.exp()
