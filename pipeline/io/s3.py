@@ -3,6 +3,7 @@
 A URI is a plain path, file:///path or s3://bucket/key on any server that speaks S3 (AWS, MinIO,
 Ceph), with endpoint, keys and region from the usual AWS_* variables. An I/O error that may pass is
 retried with growing pauses. One that will not (403, 404, disk full) raises `StorageError` at once.
+This loop serves local files as well, so those of botocore and s3fs, which would multiply, are off.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 A URI is a plain path, file:///path or s3://bucket/key. A reader sees the whole new file, the whole
 old one, or none. I/O errors that may pass are retried (`s3`). Every function raises `StorageError`
 when an error remains; the docstrings name only further errors. `atomic_folder` builds on this.
+
+s3fs reads and writes S3. fsspec's local files are not used: they show before they are on the disk.
+Nor are its globs, which read a failing server as an empty folder and refuse ``**.parquet``.
 """
 
 from __future__ import annotations

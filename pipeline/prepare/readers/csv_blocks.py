@@ -2,6 +2,10 @@
 
 Columns may be in any order and case. What is read at a time is a block of some MiB, and nothing is
 done for each row in Python. No error message holds a value of the table.
+
+pyarrow parses. What it and duckdb do not do is here: byte ranges, by which many tasks read one
+file, a second pass that reads a column as texts where a field is not of its kind, and times with
+zones.
 """
 
 from __future__ import annotations

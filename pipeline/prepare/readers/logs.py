@@ -1,7 +1,7 @@
 """Tables with one row a step, cut into episodes.
 
 Rows of a log are contiguous and in the order of time, so a table of any length is read in one pass
-with one episode in memory.
+with one episode in memory. To group them by pandas or duckdb would hold or sort the whole table.
 """
 
 from __future__ import annotations
