@@ -201,14 +201,18 @@ class _SignatureMaker:
         )
         names = list(
             dict.fromkeys(
-                place for place in map(_place, table[self.columns[0]]) if isinstance(place, str)
+                recording
+                for recording in map(_recording_source, table[self.columns[0]])
+                if isinstance(recording, str)
             )
         )
         known = dict(zip(names, threaded_map(_recording, names), strict=True))
         digests, readable = np.zeros(len(table), dtype=np.uint64), np.zeros(len(table), dtype=bool)
-        for i, place in enumerate(map(_place, table[self.columns[0]])):
-            if place:
-                content, total = known[place] if isinstance(place, str) else _recording(place)
+        for i, recording in enumerate(map(_recording_source, table[self.columns[0]])):
+            if recording:
+                content, total = (
+                    known[recording] if isinstance(recording, str) else _recording(recording)
+                )
                 digests[i], readable[i] = (
                     _digest(content + _piece(starts[i], lengths[i], total)),
                     True,
@@ -225,8 +229,8 @@ def _single_precision(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
         kind = table.schema.field(name).type
         wanted = _with_float32(kind)
         if wanted is not None:
-            place = table.schema.get_field_index(name)
-            table = table.set_column(place, name, pc.cast(table[name], wanted, safe=False))
+            index = table.schema.get_field_index(name)
+            table = table.set_column(index, name, pc.cast(table[name], wanted, safe=False))
     return table
 
 
@@ -240,7 +244,7 @@ def _with_float32(kind: pa.DataType) -> pa.DataType | None:
     return None if inner is None else pa.large_list(inner)
 
 
-def _place(cell: pa.Scalar) -> str | bytes | None:
+def _recording_source(cell: pa.Scalar) -> str | bytes | None:
     """Return the bytes or the file of a cell of recordings, as the modality takes it."""
     value = cell.as_py()
     value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
@@ -248,10 +252,14 @@ def _place(cell: pa.Scalar) -> str | bytes | None:
     return value if isinstance(value, (str, bytes)) and not names_no_file else None
 
 
-def _recording(place: str | bytes) -> tuple[bytes, float]:
+def _recording(recording: str | bytes) -> tuple[bytes, float]:
     """Return (a digest of a sound file's bytes, its seconds); 0 for a broken file."""
     digest = hashlib.blake2b(digest_size=16)
-    with io.BytesIO(place) if isinstance(place, bytes) else storage.open_read(place) as file:
+    with (
+        io.BytesIO(recording)
+        if isinstance(recording, bytes)
+        else storage.open_read(recording) as file
+    ):
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
         try:
@@ -327,9 +335,9 @@ def _digest(content: bytes) -> int:
 
 def phash(grey: np.ndarray) -> np.ndarray:
     """Return (n,) uint64 hashes of (n, 32, 32) grey pixels."""
-    places, numbers = np.arange(SIDE), np.arange(1, FREQUENCIES + 1)
+    positions, numbers = np.arange(SIDE), np.arange(1, FREQUENCIES + 1)
     # (8, 32), DCT-II without the constant
-    wave = np.cos(np.pi / SIDE * numbers[:, None] * (places + 0.5))
+    wave = np.cos(np.pi / SIDE * numbers[:, None] * (positions + 0.5))
     found = (wave @ grey.astype(np.float64) @ wave.T).reshape(len(grey), FREQUENCIES**2)
     bits = found > np.median(found, axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view("<u8").reshape(-1)
@@ -393,14 +401,14 @@ class _Images:
                 [rows.hash[:, None].view(np.uint8).reshape(len(rows), 8), rows.thumb], axis=1
             )
         )
-        _, places, of = np.unique(
+        _, indices, of = np.unique(
             whole.view(f"V{whole.shape[1]}").reshape(-1), return_index=True, return_inverse=True
         )
-        self.of, self.hash, self.thumb = of.reshape(-1), rows.hash[places], rows.thumb[places]
+        self.of, self.hash, self.thumb = of.reshape(-1), rows.hash[indices], rows.thumb[indices]
 
-    def standard(self, places: np.ndarray) -> np.ndarray:
+    def standard(self, indices: np.ndarray) -> np.ndarray:
         """Return (k, 256) thumbnails of mean 0 and length 1."""
-        found = self.thumb[places].astype(np.float32)
+        found = self.thumb[indices].astype(np.float32)
         found -= found.mean(1, keepdims=True)
         return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6)
 

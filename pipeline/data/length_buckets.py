@@ -209,11 +209,11 @@ class BucketPlan(Plan):
         return epoch * self.rows + int(self._epoch(epoch)[1][batch])
 
     def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        epochs, places = np.divmod(np.arange(start, stop) * self.shards + shard, self.rows)
-        indices = np.empty(len(places), dtype=np.int64)
+        epochs, positions = np.divmod(np.arange(start, stop) * self.shards + shard, self.rows)
+        indices = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            indices[here] = self._epoch(int(epoch))[0][places[here]]
+            indices[here] = self._epoch(int(epoch))[0][positions[here]]
         return indices, epochs
 
     def padding(self, epoch: int = 0) -> float:

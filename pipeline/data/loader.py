@@ -75,13 +75,13 @@ class Decoder:
 
     def size(self, selection: Selection) -> int:
         """Estimate the bytes of the decoded selection from a few of its rows."""
-        places = np.unique(
+        indices = np.unique(
             np.linspace(0, max(0, len(selection) - 1), min(8, len(selection))).astype(np.int64)
         )
-        if not len(places):
+        if not len(indices):
             return 0
-        arrays, _ = self(Reader(selection.manifest, self.names()).take(selection.ids(places)))
-        return int(sum(map(size, arrays.values())) / len(places) * len(selection))
+        arrays, _ = self(Reader(selection.manifest, self.names()).take(selection.ids(indices)))
+        return int(sum(map(size, arrays.values())) / len(indices) * len(selection))
 
     def __call__(self, table) -> tuple[Arrays, list[str]]:
         if self.encoded:

@@ -80,7 +80,7 @@ class Manifest:
             else file_identity.open_unchanged(known)
         )
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """Return file and row group of a row id, for messages."""
         g = int(np.searchsorted(self.starts, row, side="right")) - 1
         return (
@@ -318,10 +318,10 @@ def _expanded_bytes(part: pa.Array) -> int:
     if not pa.types.is_dictionary(part.type):
         return part.nbytes
     sizes = pc.fill_null(pc.binary_length(part.dictionary), 0).to_numpy(zero_copy_only=False)
-    places = pc.drop_null(part.indices).to_numpy(zero_copy_only=False)
+    indices = pc.drop_null(part.indices).to_numpy(zero_copy_only=False)
     return (
         int(
-            np.bincount(places, minlength=len(sizes))[: len(sizes)].astype(np.int64)
+            np.bincount(indices, minlength=len(sizes))[: len(sizes)].astype(np.int64)
             @ sizes.astype(np.int64)
         )
         if len(sizes)
@@ -565,7 +565,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def splits(
-    data: Data, roles: tuple[str, ...], place: str, imports_uri: str, need_test: bool
+    data: Data, roles: tuple[str, ...], job_field: str, imports_uri: str, need_test: bool
 ) -> Splits:
     """Return train, validation and test rows of a data spec; those of further corpora (`more`)
     come after those of the first.
@@ -573,7 +573,7 @@ def splits(
     Raises ValueError for a missing column, an empty split, a split value that the column does not
     have, a group in two splits, or corpora that cannot be joined.
     """
-    at = f"{place}.data"
+    at = f"{job_field}.data"
     parts = [_splits(data, roles, at, imports_uri)]
     for i, part in enumerate(data.more):
         parts.append(
@@ -749,19 +749,19 @@ def _with_row(
     """Return the error on a file that rows name, with the first such row; a long name is cut."""
     message = str(error)
     name = max((name for name in names if name in message), key=len, default="")
-    places = (
-        _place_of_name(selection, column, name) for selection in selections for column in columns
+    locations = (
+        _location_of_name(selection, column, name) for selection in selections for column in columns
     )
-    place = next((place for place in places if place), "") if name else ""
-    if not place:
+    location = next((location for location in locations if location), "") if name else ""
+    if not location:
         return error
     short = (
         name if len(name) <= SHOWN_LETTERS else f"{name[:SHOWN_LETTERS]}... ({len(name)} letters)"
     )
-    return type(error)(f"{place}: {message.replace(name, short)}")
+    return type(error)(f"{location}: {message.replace(name, short)}")
 
 
-def _place_of_name(selection: Selection, column: str, name: str) -> str:
+def _location_of_name(selection: Selection, column: str, name: str) -> str:
     """Return file, row and column where a file is first named, or ""."""
     if not len(selection) or not _can_name_files(selection.manifest.schema.field(column).type):
         return ""
@@ -769,7 +769,7 @@ def _place_of_name(selection: Selection, column: str, name: str) -> str:
         path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
         if path == name:
             row = int(selection.ids(np.array([index]))[0])
-            return f"{selection.manifest.place(row)}, column {column!r}"
+            return f"{selection.manifest.location(row)}, column {column!r}"
     return ""
 
 
@@ -778,8 +778,8 @@ def _can_name_files(kind: pa.DataType) -> bool:
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not pa.types.is_struct(values):
         return arrow_lists.is_text(values)
-    place = values.get_field_index("path")
-    return place >= 0 and arrow_lists.is_text(values.field(place).type)
+    index = values.get_field_index("path")
+    return index >= 0 and arrow_lists.is_text(values.field(index).type)
 
 
 def _named_files(selection: Selection, columns: tuple[str, ...]) -> list[str]:
@@ -861,7 +861,7 @@ def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[s
 def _concatenated(
     selections: list[Selection],
     columns: list[str],
-    places: list[str],
+    job_fields: list[str],
     texts: frozenset[str] = frozenset(),
 ) -> Selection:
     """Concatenate the row ids, files and row groups of several manifests.
@@ -877,14 +877,14 @@ def _concatenated(
         if {_kind(selection.manifest.schema.field(name).type) for selection in selections}
         == {"text", "bytes"}
     }
-    for selection, place in zip(selections, places, strict=True):
+    for selection, job_field in zip(selections, job_fields, strict=True):
         for name in dict.fromkeys(columns):
             theirs, ours = selection.manifest.schema.field(name).type, first.schema.field(name).type
             if _kind(theirs) != _kind(ours) and name not in as_bytes:
                 raise ValueError(
-                    f"{place}: column {name!r} is {theirs} in {selection.manifest.files[0]} and "
-                    f"{ours} in {first.files[0]}; joined corpora need columns of the same type: "
-                    "write one of them anew"
+                    f"{job_field}: column {name!r} is {theirs} in "
+                    f"{selection.manifest.files[0]} and {ours} in {first.files[0]}; joined corpora "
+                    "need columns of the same type: write one of them anew"
                 )
     if len(selections) == 1:
         return selections[0]
@@ -947,18 +947,22 @@ def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
     for name in SPLITS:
         for selection in (getattr(part, name) for part in parts):
             for value, row in _first_rows(selection, group) if len(selection) else ():
-                split, place = first_seen.setdefault(value, (name, selection.manifest.place(row)))
+                split, location = first_seen.setdefault(
+                    value, (name, selection.manifest.location(row))
+                )
                 if split != name:
-                    crossing.setdefault(value, (split, place, name, selection.manifest.place(row)))
+                    crossing.setdefault(
+                        value, (split, location, name, selection.manifest.location(row))
+                    )
     if crossing:
-        split, place, other, other_place = next(iter(crossing.values()))
+        split, location, other, other_location = next(iter(crossing.values()))
         many = len(crossing)
         raise ValueError(
             f"{at}.group: {many} of {len(first_seen)} values of {group} "
-            f"{'stands' if many == 1 else 'stand'} in more than one split: the value of {place} is "
-            f"in {split}, and {other_place}, which is in {other}, has the same; a group must not "
-            f"cross splits: take a split_column that keeps each {group} whole, or leave the splits "
-            f"out to have them made by hash of {group}"
+            f"{'stands' if many == 1 else 'stand'} in more than one split: the value of "
+            f"{location} is in {split}, and {other_location}, which is in {other}, has the same; a "
+            f"group must not cross splits: take a split_column that keeps each {group} whole, or "
+            f"leave the splits out to have them made by hash of {group}"
         )
 
 

@@ -85,10 +85,10 @@ class Order:
         made = self._epoch_order(epoch)
         if isinstance(made, np.ndarray):
             return made[start:stop]
-        blocks, places = made
+        blocks, starts = made
         out = []
-        for i in range(int(np.searchsorted(places, start, side="right")) - 1, len(blocks)):
-            if places[i] >= stop:
+        for i in range(int(np.searchsorted(starts, start, side="right")) - 1, len(blocks)):
+            if starts[i] >= stop:
                 break
             low, high = self.boundaries[blocks[i]], self.boundaries[blocks[i] + 1]
             inside = (
@@ -97,7 +97,7 @@ class Order:
                 )
                 + low
             )
-            out.append(inside[max(start - places[i], 0) : stop - places[i]])
+            out.append(inside[max(start - starts[i], 0) : stop - starts[i]])
         return np.concatenate(out) if out else np.zeros(0, dtype=np.int64)
 
     # ------------------------------------------------ shards
@@ -130,7 +130,7 @@ class Order:
 
 
 class MixtureOrder:
-    """Corpora drawn from by weights, each in an order of its own.
+    """Corpora sampled by weights, each in an order of its own.
 
     Within a chunk the draws of a corpus are stratified: one at random in each of equal stretches,
     so that its share is near its weight after any number of positions.
@@ -208,7 +208,7 @@ class MixtureOrder:
 def draws_a_chunk(weights: np.ndarray) -> np.ndarray:
     """Return (corpora,) whole numbers that add up to CHUNK, each within one of its share.
 
-    Raises ValueError for weights that are not above 0, or so small that nothing would be drawn.
+    Raises ValueError for weights that are not above 0, or so small that nothing would be sampled.
     """
     if not len(weights) or not (np.isfinite(weights).all() and (weights > 0).all()):
         raise ValueError(f"weights {', '.join(f'{w:g}' for w in weights)}: each must be above 0")
@@ -303,22 +303,22 @@ class Plan(Order):
         """Return the positions of the shard's sequence that global batch `step` takes."""
         return self._before(self.start(step), shard), self._before(self.start(step + 1), shard)
 
-    def places(self, step: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
+    def positions(self, step: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (n,) shards and (n,) positions in their sequences of the rank's part of a global
         batch, in order.
         """
-        positions = np.arange(self.start(step), self.start(step + 1))
-        positions = positions[(positions % self.shards) % ranks == rank]
-        return positions % self.shards, positions // self.shards
+        rows = np.arange(self.start(step), self.start(step + 1))
+        rows = rows[(rows % self.shards) % ranks == rank]
+        return rows % self.shards, rows // self.shards
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Return (n,) row indices and (n,) epochs of the rank's part of a global batch, in
         order.
         """
-        shards, places = self.places(step, rank, ranks)
+        shards, positions = self.positions(step, rank, ranks)
         indices, epochs = (
-            np.empty(len(places), dtype=np.int64),
-            np.empty(len(places), dtype=np.int64),
+            np.empty(len(positions), dtype=np.int64),
+            np.empty(len(positions), dtype=np.int64),
         )
         for shard in self.owned(rank, ranks):
             here = shards == shard

@@ -33,7 +33,7 @@ from pipeline.data.plan import Item, Mixture, Plan, Shuffle
 from pipeline.io import heartbeat, write_fence
 from pipeline.io.file_identity import ChangedFileError
 
-Place = Literal["memory", "workers", "train", "device"]
+DecodeAt = Literal["memory", "workers", "train", "device"]
 WINDOW_BYTES, WINDOW_MOST_BYTES = 192 << 20, 2 << 30
 """Size of the row groups from which a batch by cost takes its rows, and its upper limit where
 batches are large. Each `Reader` holds two windows and what an item covers, and reads each group
@@ -66,7 +66,7 @@ class TooManyBadRowsError(ValueError):
     """More rows than allowed cannot be decoded or used for training."""
 
 
-# ---------------------------------------------------------------- places of decoding
+# ---------------------------------------------------------------- where rows are decoded
 
 REFUSED = "__refused__"
 """The only column of a block that stands for a ValueError or a ChangedFileError, which it holds."""
@@ -289,8 +289,8 @@ class Rows:
 
     def part(self, rank: int, ranks: int) -> Rows:
         """Return a rank's contiguous share of the rows, as `eval_batches` divides them."""
-        places = np.arange(len(self) * rank // ranks, len(self) * (rank + 1) // ranks)
-        return self if ranks == 1 else self.subset(places)
+        positions = np.arange(len(self) * rank // ranks, len(self) * (rank + 1) // ranks)
+        return self if ranks == 1 else self.subset(positions)
 
     def subset(self, indices: np.ndarray) -> Rows:
         """Return the rows at the given positions, in ascending order; itself, without a copy, for
@@ -333,7 +333,8 @@ def check_bad_row_budget(
     found, rows = dict(bad), rows + lost  # a row that is met again in the next epoch is one bad row
     if len(found) + lost > max(1, share * rows):
         named = "; ".join(
-            f"{selection.manifest.place(row)}: {reason}" for row, reason in list(found.items())[:3]
+            f"{selection.manifest.location(row)}: {reason}"
+            for row, reason in list(found.items())[:3]
         )
         raise TooManyBadRowsError(
             f"{len(found) + lost} of {rows} rows cannot be used, more than "
@@ -423,9 +424,12 @@ def _assembled(
     waiting: dict[int, deque] = {shard: deque() for shard in plan.owned(rank, ranks)}
     items = plan.items(steps.start, steps.stop, rank, ranks)
     for step in steps:
-        shards, places = plan.places(step, rank, ranks)
-        ids, epochs = np.empty(len(places), dtype=np.int64), np.empty(len(places), dtype=np.int64)
-        good, arrays, bad = np.ones(len(places), dtype=bool), {}, []
+        shards, positions = plan.positions(step, rank, ranks)
+        ids, epochs = (
+            np.empty(len(positions), dtype=np.int64),
+            np.empty(len(positions), dtype=np.int64),
+        )
+        good, arrays, bad = np.ones(len(positions), dtype=bool), {}, []
         for shard, held in waiting.items():
             to = np.flatnonzero(shards == shard)
             done = 0
@@ -438,13 +442,15 @@ def _assembled(
                 part, here = slice(at, at + take), to[done : done + take]
                 for name, array in block.arrays.items():
                     if name not in arrays:
-                        arrays[name] = np.empty((len(places), *array.shape[1:]), dtype=array.dtype)
+                        arrays[name] = np.empty(
+                            (len(positions), *array.shape[1:]), dtype=array.dtype
+                        )
                     arrays[name][here] = array[part]
                 ids[here], epochs[here] = block.rows[part], block.epochs[part]
-                for place, reason in zip(here, block.bad[part], strict=True):
+                for position, reason in zip(here, block.bad[part], strict=True):
                     if reason:
-                        good[place] = False
-                        bad.append((int(ids[place]), reason))
+                        good[position] = False
+                        bad.append((int(ids[position]), reason))
                 done, held[0][1] = done + take, at + take
                 if held[0][1] == len(block.rows):
                     held.popleft()
@@ -476,7 +482,7 @@ def _from_memory(
     reasons = dict(rows.bad) if rows.kept else {}
     for step in steps:
         indices, epochs = plan.batch(step, rank, ranks)
-        shards = plan.places(step, rank, ranks)[0]
+        shards = plan.positions(step, rank, ranks)[0]
         ids, bad = rows.selection.ids(indices), []
         if reasons:
             bad = [(int(i), reasons[int(i)]) for i in ids if int(i) in reasons]
@@ -493,7 +499,7 @@ def train_batches(
     *,
     rank: int = 0,
     ranks: int = 1,
-    place: Place = "train",
+    decode: DecodeAt = "train",
     pin: bool = False,
     threads: int = 1,
     workers: DataWorkers | None = None,
@@ -503,7 +509,7 @@ def train_batches(
     """Yield the rank's part of the global batches `steps`, in order, exactly len(steps) of them.
 
     Batches are made `ahead` in a thread (pinned for a GPU); rows in memory on a CPU are sliced on
-    request. With `device` as the place of decoding, Ray Data workers read the files, and that
+    request. With decoding on the `device`, Ray Data workers read the files, and that
     thread decodes them on `device`.
     """
     if rows.arrays is not None:
@@ -511,12 +517,12 @@ def train_batches(
         if not pin:
             return _timed(batches)
     else:
-        there = (device or torch.device("cpu")) if place == "device" else None
+        there = (device or torch.device("cpu")) if decode == "device" else None
         loader = Loader(rows.selection, replace(rows.decoder, encoded=there is not None), plan)
         items = plan.items(steps.start, steps.stop, rank, ranks)
         blocks = (
             threaded_map(loader, items, threads, threads + 2)
-            if place == "train"
+            if decode == "train"
             else _ray_blocks(loader, items, workers or DataWorkers())
         )
         batches = _assembled(rows, plan, blocks, steps, rank, ranks, there)
@@ -556,7 +562,7 @@ def eval_batches(
                 if bad:
                     good = np.array([not reason for reason in reasons])
                     ids, arrays = ids[good], {name: array[good] for name, array in arrays.items()}
-            for part in _places_of_like_length(arrays, len(ids)):
+            for part in _indices_of_like_length(arrays, len(ids)):
                 batch = _collate(
                     rows,
                     0,
@@ -570,7 +576,7 @@ def eval_batches(
     return _timed(batches())
 
 
-def _places_of_like_length(arrays: Arrays, rows: int) -> list[Any]:
+def _indices_of_like_length(arrays: Arrays, rows: int) -> list[Any]:
     """Return the positions of rows that are evaluated together: all, or of ragged rows those of
     similar length, as many as EVAL_SAMPLES allow.
     """

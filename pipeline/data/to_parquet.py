@@ -64,7 +64,7 @@ LONGEST_SECONDS = 30.0
 """Longer recordings are cut where they are quietest."""
 AUDIO_VERSION = 1
 PREPARED = "_manifest.json"
-"""What `onetomany prepare` leaves beside its shards, with the SHA-256 of each."""
+"""What `onetomany prepare` leaves with its shards, with the SHA-256 of each."""
 PREPARED_FIELDS = ("format_version", "importer", "resize", "quality", "broken")
 """Fields that tell it from other programs' files of that name. A flipped bit changes at most one
 of them.
@@ -165,7 +165,7 @@ class ImportedFiles(NamedTuple):
 
     files: list[str]
     fingerprint: str | None = None
-    """Of the content, independent of its place; None where the Parquet files are the source."""
+    """Of the content, independent of where it is; None where the Parquet files are the source."""
     own: tuple[FileIdentity, ...] = ()
     """The Parquet files, where they are the source."""
     named: tuple[FileIdentity, ...] = ()
@@ -256,7 +256,7 @@ def to_parquet(
 
 
 def _check_prepared(files: list[FileIdentity]) -> None:
-    """Compare Parquet files that `onetomany prepare` wrote with the manifest beside them.
+    """Compare Parquet files that `onetomany prepare` wrote with the manifest in their folder.
 
     Files that are identified by a time of change (data.identity: stat) or by an ETag of S3 are not
     compared. Raises DamagedError for the first one with other content.
@@ -272,7 +272,7 @@ def _check_prepared(files: list[FileIdentity]) -> None:
         if entry is not None and not checksums.is_same(file.content, entry):
             raise storage.DamagedError(
                 f"{file.uri} is not what `onetomany prepare` wrote: it does not have the SHA-256 "
-                f"that {PREPARED} beside it states; remove the file and give the same prepare "
+                f"that {PREPARED} in its folder states; remove the file and give the same prepare "
                 f"command, which then writes it alone (or remove {PREPARED}, where you changed it "
                 "yourself)"
             )
@@ -292,7 +292,7 @@ def _prepared_files(folder: str) -> dict[str, Any]:
     known = [name for name in PREPARED_FIELDS if f'"{name}"'.encode() in content]
     if len(known) < len(PREPARED_FIELDS) - 1:
         log.warning(
-            "%s is no manifest of `onetomany prepare`: the files beside it are not compared "
+            "%s is no manifest of `onetomany prepare`: the files in its folder are not compared "
             "with it",
             uri,
         )
@@ -328,11 +328,11 @@ def _listed(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
         (i for i, names in enumerate(zip(*loose, strict=False)) if len(set(names)) > 1),
         min(map(len, loose), default=0),
     )
-    places = [
+    uris = [
         file if storage.is_remote(file) else os.path.abspath(s3.split(file)[1]) for file, _ in pairs
     ]
     out = []
-    for (file, root), found in zip(pairs, identity.identify(places, mode), strict=True):
+    for (file, root), found in zip(pairs, identity.identify(uris, mode), strict=True):
         name = file[len(root) :].lstrip("/") if root else "/".join(file.split("/")[shared:])
         out.append(_File(found, name, PurePosixPath(found.uri).parent.name))
     return out

@@ -187,7 +187,7 @@ class _CellTrials:
             return _Choice()
         if all(row.metric != self.metric for row in searched):
             return _Choice(unknown=f"which was judged by {searched[0].metric}")
-        # By the drawn setting, which is the same for all seeds. `hyper_parameters` is not: the
+        # By the sampled setting, which is the same for all seeds. `hyper_parameters` is not: the
         # steps of an epoch, for one, differ between seeds where the rows of a label fraction do.
         draws: dict[str, dict[str, float]] = defaultdict(dict)
         for row in searched:
@@ -247,14 +247,14 @@ def matrix_cells(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list
 def _corrected(found: list[Cell]) -> list[Cell]:
     """Return the cells with p values corrected for the number of comparisons (`stats.holm`)."""
     compared = [
-        place
-        for place, cell in enumerate(found)
+        index
+        for index, cell in enumerate(found)
         if cell.verdict in COMPARED and cell.gain_p is not None
     ]
-    corrected = stats.holm([found[place].gain_p or 0.0 for place in compared])
+    corrected = stats.holm([found[index].gain_p or 0.0 for index in compared])
     out = list(found)
-    for place, p_value in zip(compared, corrected, strict=True):
-        out[place] = replace(out[place], gain_p_holm=p_value)
+    for index, p_value in zip(compared, corrected, strict=True):
+        out[index] = replace(out[index], gain_p_holm=p_value)
     return out
 
 

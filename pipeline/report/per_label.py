@@ -280,7 +280,7 @@ def two_classes(
         ]
         body.append([*line, *([gain_estimate(gain, digits, enough)] if gain else [])])
     caption = (
-        f"{target}: {cell_label(best)} of labels{' beside scratch' if paired else ''}, mean "
+        f"{target}: {cell_label(best)} of labels{' and scratch' if paired else ''}, mean "
         f"over {_plural(len(ours))} with 95 % intervals; the positive "
         f"class is {ours[0].labels[1]}. ↑ higher is better, ↓ lower is; a positive gain is "
         f"better.{SIGNS if paired else ''}"
@@ -410,7 +410,7 @@ def _label_table(
         for run in ours
     )
     caption = (
-        f"{target}: {cell_label(cell)} of labels{' beside scratch' if paired else ''}, mean over "
+        f"{target}: {cell_label(cell)} of labels{' and scratch' if paired else ''}, mean over "
         f"{_plural(len(ours))} with 95 % intervals.{kind.explanation}"
     )
     caption += (

@@ -175,7 +175,7 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
                 (cell for cell in shown if (cell.source, cell.technique) == key),
                 key=lambda cell: cell.n_train or 0,
             )
-            # intervals of the same number of rows are drawn side by side
+            # intervals of the same number of rows are plotted side by side
             offset = 1 + 0.12 / len(keys) * (i - (len(keys) - 1) / 2)
             x = [(cell.n_train or 0) * offset for cell in line_cells]
             y = [cell.mean or 0.0 for cell in line_cells]
@@ -227,8 +227,8 @@ def strips(episodes: dict[str, np.ndarray]) -> str:
             axis.set_axis_off()
         for line, (name, frames_of_episode) in enumerate(episodes.items()):
             axes[line * frames].set_title(_truncate(name, 60), loc="left")
-            for place, picture in enumerate(frames_of_episode):
-                axes[line * frames + place].imshow(picture)
+            for column, picture in enumerate(frames_of_episode):
+                axes[line * frames + column].imshow(picture)
         return _svg(figure, f"Pictures of episodes: {', '.join(episodes)}")
 
 

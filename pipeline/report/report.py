@@ -921,7 +921,7 @@ def _method_blocks(
     )
     sentences = [
         method,
-        "Gains are paired: the same seeds and the same test rows, drawn together for both "
+        "Gains are paired: the same seeds and the same test rows, sampled together for both "
         "sides. Positive is better. A verdict needs "
         f"{MIN_SEEDS} paired seeds, and {stats.MIN_RARER_UNITS} test units of the rarer "
         f"class ({stats.MIN_UNITS} test units where rows have no "

@@ -46,7 +46,7 @@ RECOMPUTED_DRAWS = 200
 
 _MAX_UNITS_IN_MEMORY = 4_000_000
 """Resampled units that are held at the same time (8 bytes each, twice)."""
-_MAX_UNITS_DRAWN = 200_000_000
+_MAX_UNITS_SAMPLED = 200_000_000
 """Resampled units in all draws. Where they would be more, there are fewer draws, down to
 RECOMPUTED_DRAWS.
 """
@@ -157,9 +157,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """
     count, corrected, running = len(p_values), [1.0] * len(p_values), 0.0
     order: list[int] = np.argsort(p_values, kind="stable").tolist()
-    for rank, place in enumerate(order):
-        running = max(running, min(1.0, (count - rank) * p_values[place]))
-        corrected[place] = running
+    for rank, index in enumerate(order):
+        running = max(running, min(1.0, (count - rank) * p_values[index]))
+        corrected[index] = running
     return corrected
 
 
@@ -242,7 +242,9 @@ def mean_interval(
     predictions, groups = _align(runs, groups, runs[0])
     values = np.array([metric.value(p) for p in predictions])
     resampled = _resample(metric, predictions, groups, draws, np.random.default_rng(seed))
-    mean, low, high, _ = _estimate(values, resampled, _count_drawn_units(predictions, groups), 0.0)
+    mean, low, high, _ = _estimate(
+        values, resampled, _count_sampled_units(predictions, groups), 0.0
+    )
     low, high = np.clip((low, high), *metric.bounds(predictions[0]))
     return mean, float(low), float(high)
 
@@ -308,7 +310,7 @@ def compare(
     mean, low, high, p_value = _estimate(
         gains,
         sign * (resampled[:, :n] - resampled[:, n:]),
-        _count_drawn_units(predictions, groups),
+        _count_sampled_units(predictions, groups),
         choice,
     )
     least, most = metric.bounds(predictions[0])
@@ -477,7 +479,7 @@ def _bounds(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _count_drawn_units(predictions: list[Predictions], groups: np.ndarray | None) -> int:
+def _count_sampled_units(predictions: list[Predictions], groups: np.ndarray | None) -> int:
     """Return the number of units: of groups where there are any, otherwise of rows."""
     return len(next(iter(predictions[0].values()))) if groups is None else len(np.unique(groups))
 
@@ -564,9 +566,9 @@ def _resample(
 
 
 def _resampled_totals(units: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Return (draws, K) sums of n units drawn with replacement from ``units`` (n, K).
+    """Return (draws, K) sums of n units sampled with replacement from ``units`` (n, K).
 
-    Memory is bounded. Equal units are drawn together by a multinomial over the distinct values,
+    Memory is bounded. Equal units are sampled together by a multinomial over the distinct values,
     which has the same distribution: for hits and misses of a few runs there are a few dozen
     distinct values, whatever n is.
     """
@@ -580,7 +582,7 @@ def _resampled_totals(units: np.ndarray, draws: int, rng: np.random.Generator) -
                 for i in range(0, draws, chunk)
             ]
         )
-    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _MAX_UNITS_DRAWN // n))
+    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _MAX_UNITS_SAMPLED // n))
     chunk = max(1, _MAX_UNITS_IN_MEMORY // n)
     out: list[np.ndarray] = []
     for start in range(0, draws, chunk):
@@ -589,7 +591,7 @@ def _resampled_totals(units: np.ndarray, draws: int, rng: np.random.Generator) -
 
 
 def _counts(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Return (draws, n) int64 counts of each of n units when n are drawn with replacement."""
+    """Return (draws, n) int64 counts of each of n units when n are sampled with replacement."""
     picked = rng.integers(0, n, (draws, n)) + n * np.arange(draws)[:, None]
     return np.bincount(picked.reshape(-1), minlength=draws * n).reshape(draws, n)
 
@@ -605,19 +607,19 @@ def _resample_counts(
     """Return (draws, runs) values of a metric that can be computed from counts of the units.
 
     All runs of a draw have the same counts. ``member`` (n,) is the group of each row where whole
-    groups are drawn.
+    groups are sampled.
     """
     assert metric.resampled is not None
     # a metric of many classes reads each of them in every draw
     cells = max(array.size for p in runs for array in p.values())
-    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _MAX_UNITS_DRAWN // cells))
-    # a row may have many positions, and each is drawn with it
+    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _MAX_UNITS_SAMPLED // cells))
+    # a row may have many positions, and each is sampled with it
     positions = max((p["label"].size for p in runs if "label" in p), default=n)
     chunk = max(1, _MAX_UNITS_IN_MEMORY // max(n, positions))
-    drawn = n if member is None else int(member.max()) + 1
+    sampled = n if member is None else int(member.max()) + 1
     out: list[np.ndarray] = []
     for start in range(0, draws, chunk):
-        counts = _counts(drawn, min(chunk, draws - start), rng)
+        counts = _counts(sampled, min(chunk, draws - start), rng)
         counts = counts if member is None else counts[:, member]
         out.append(
             np.stack(
@@ -647,8 +649,8 @@ def _resample_rows(
             if members is None:
                 picked = rng.integers(0, n, n)
             else:
-                drawn: list[int] = rng.integers(0, len(members), len(members)).tolist()
-                picked = np.concatenate([members[g] for g in drawn])
+                sampled: list[int] = rng.integers(0, len(members), len(members)).tolist()
+                picked = np.concatenate([members[g] for g in sampled])
             row[:] = [
                 metric.value({name: array[picked] for name, array in p.items()}) for p in runs
             ]

@@ -32,13 +32,13 @@ MIN_UNITS, HIDDEN_BELOW, MAX_VALUES = 20, 5, 20
 UNKNOWN = "not recorded"
 
 
-def read(selection: Selection, columns: Sequence[str], place: str) -> dict[str, np.ndarray]:
+def read(selection: Selection, columns: Sequence[str], job_field: str) -> dict[str, np.ndarray]:
     """Read the subgroup columns of a selection.
 
     Args:
         selection: The test rows.
         columns: Names of columns. The field of a struct is named with dots, ``static.Gender``.
-        place: Where the columns are named, for error messages.
+        job_field: Where the columns are named, for error messages.
 
     Returns:
         Column, or the field's own name, to (n,) texts, one for each row.
@@ -52,17 +52,19 @@ def read(selection: Selection, columns: Sequence[str], place: str) -> dict[str, 
         root, *fields = name.split(".") if name not in selection.manifest.schema.names else [name]
         if root not in selection.manifest.schema.names:
             raise ValueError(
-                f"{place}: the test rows have no column {root!r}; columns are "
+                f"{job_field}: the test rows have no column {root!r}; columns are "
                 f"{', '.join(selection.manifest.schema.names)}"
             )
         values, at = read_columns(selection, [root])[root], root
         for field in fields:
             if not pa.types.is_struct(values.type) or values.type.get_field_index(field) < 0:
-                raise ValueError(f"{place}: {at} has no field {field!r}; it holds {values.type}")
+                raise ValueError(
+                    f"{job_field}: {at} has no field {field!r}; it holds {values.type}"
+                )
             values, at = pc.struct_field(values, field), f"{at}.{field}"
         if pa.types.is_nested(values.type):
             raise ValueError(
-                f"{place}: {name} holds {values.type}; a subgroup is one text or number a row "
+                f"{job_field}: {name} holds {values.type}; a subgroup is one text or number a row "
                 f"(of a struct name the field: {name}.FIELD)"
             )
         texts = np.array(
@@ -70,12 +72,12 @@ def read(selection: Selection, columns: Sequence[str], place: str) -> dict[str, 
         )
         if (many := len(set(texts))) > MAX_VALUES:
             raise ValueError(
-                f"{place}: {name} has {many} different values among the test rows, and a table "
+                f"{job_field}: {name} has {many} different values among the test rows, and a table "
                 f"of subgroups takes {MAX_VALUES}: give a column of "
                 "bands or kinds"
             )
         if at.rpartition(".")[2] in out:
-            raise ValueError(f"{place}: {at.rpartition('.')[2]} is named twice")
+            raise ValueError(f"{job_field}: {at.rpartition('.')[2]} is named twice")
         out[at.rpartition(".")[2]] = texts
     return out
 
@@ -259,7 +261,7 @@ def blocks(
             line.append(_gain_cell(metric, subgroup, ours, scratch, digits) if found else DASH)
         body.append(line)
     caption = (
-        f"{target}: {cell_label(best)} of labels{' beside scratch' if paired else ''}, "
+        f"{target}: {cell_label(best)} of labels{' and scratch' if paired else ''}, "
         f"{best.metric} with 95 % intervals. A subgroup with fewer than "
         f"{MIN_UNITS} {unit.lower()}, or without both classes, is not "
         f"scored.{per_label.SIGNS if paired else ''}"

@@ -183,7 +183,7 @@ def rows(split: str, selection: Selection, decoder: Decoder, max_bad: float) -> 
     row, reason = bad[0]
     description = f"{len(bad)} of {len(part)} {split} rows that were looked at cannot be used"
     return [
-        Finding(f"{description}; the first one: {selection.manifest.place(row)}: {reason}", True)
+        Finding(f"{description}; the first one: {selection.manifest.location(row)}: {reason}", True)
     ]
 
 

@@ -261,7 +261,7 @@ class BadRows:
 
     def place(self, split: str, row: int) -> str:
         """File and number of a row."""
-        return self.selections[split].manifest.place(row)
+        return self.selections[split].manifest.location(row)
 
 
 class _Record:

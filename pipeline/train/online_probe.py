@@ -250,7 +250,7 @@ def probe_evaluator(
                 {
                     "split": name,
                     "row": row,
-                    "place": selection.manifest.place(row),
+                    "place": selection.manifest.location(row),
                     "reason": reason,
                 }
                 for row, reason in everyone

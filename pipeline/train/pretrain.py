@@ -24,8 +24,8 @@ from pipeline.data.manifests import Selection
 from pipeline.data.plan import Plan, Shuffle
 from pipeline.data.stream import (
     DataWorkers,
+    DecodeAt,
     Decoder,
-    Place,
     Rows,
     plan_of,
     rows_an_item,
@@ -79,7 +79,7 @@ class RankJob:
         return self.spec.data
 
     @property
-    def place(self) -> Place:
+    def place(self) -> DecodeAt:
         """Where training rows are decoded."""
         return "workers" if self.data.decode == "auto" else self.data.decode
 
@@ -242,7 +242,7 @@ def experiment_of(
         plan=order_of(work, rows),
         read=partial(
             train_batches,
-            place=work.place,
+            decode=work.place,
             threads=work.threads,
             workers=work.workers,
             device=ranks.device,

@@ -506,7 +506,7 @@ def _leave_out_untrainable(spec: Source, rows: _Rows, decoder: Decoder) -> None:
     assert spec.data is not None
     costed = Rows(rows.train, decoder).with_costs()
     kept, lost = drop_untrainable(costed, spec.data.max_bad_rows)
-    place = rows.train.manifest.place
+    place = rows.train.manifest.location
     rows.left_out += [
         {"split": "train", "row": row, "place": place(row), "reason": reason}
         for row, reason in lost

@@ -135,7 +135,7 @@ def _write(
             with s3.naming("write", files[name]):
                 pq.write_table(table, files[name], row_group_size=4096)
         _check(bad, selection, max_bad_rows)
-        places = selection.manifest.place
+        places = selection.manifest.location
         left_out = [{"row": row, "place": places(row), "reason": why} for row, why in bad]
         facts = {
             "split": split,

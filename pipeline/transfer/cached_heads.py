@@ -4,7 +4,7 @@ problem, by the one loop.
 A stack of K heads is one module whose parameters have a leading K; each head has its own rows,
 order, learning rate and clip, and its gradients touch no other head, so the results are those of
 training one at a time. A head that draws random numbers (dropout) is a stack of its own, since what
-it draws would depend on the heads beside it.
+it draws would depend on the other heads.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from pipeline.transfer.trial import Shared, TargetData
 
 FEATURES_FORMAT = 1
 FEATURES_CODE = ("pipeline.train.online_probe",)
-"""Modules that features start from, beside the modality and the backbone's library."""
+"""Modules that features start from, with the modality and the backbone's library."""
 
 
 def kept_features(
@@ -468,13 +468,13 @@ class _StackBatches:
         self.ids = selection.ids(np.arange(len(selection)))
         self.plans = [trials.order_of(m.trial, shared, m.train, m.rows) for m in members]
         own_ids = [m.rows.selection.ids(np.arange(len(m.rows))) for m in members]
-        self.places = [np.searchsorted(self.ids, ids) for ids in own_ids]
+        self.indices = [np.searchsorted(self.ids, ids) for ids in own_ids]
         self.traces: list[RowTrace] = []
 
     def _rows(self, step: int) -> list[np.ndarray]:
-        """Places in the features of each head's rows at a step."""
-        pairs = zip(self.plans, self.places, strict=True)
-        return [places[plan.batch(step)[0]] for plan, places in pairs]
+        """Indices in the features of each head's rows at a step."""
+        pairs = zip(self.plans, self.indices, strict=True)
+        return [indices[plan.batch(step)[0]] for plan, indices in pairs]
 
     def __call__(self, span: range) -> Iterator[LoadedBatch]:
         for step in span:
@@ -485,12 +485,12 @@ class _StackBatches:
             yield LoadedBatch(batch, [], 0.0)
 
     def trace(self, step: int, rows: np.ndarray) -> None:
-        """Write the ids of each head's rows beside its trial."""
+        """Write the ids of each head's rows into its trial's folder."""
         if not self.traces:
             folders = [trials.folder(self.shared, member.trial) for member in self.members]
             self.traces = [RowTrace(folder, 0) for folder in folders]
-        for trace, places in zip(self.traces, self._rows(step), strict=True):
-            trace(step, self.ids[places])
+        for trace, indices in zip(self.traces, self._rows(step), strict=True):
+            trace(step, self.ids[indices])
 
 
 def _run_alone(trial: Trial, shared: Shared, alive: Callable[[], None]) -> TrialRecord:

@@ -127,7 +127,7 @@ def _machine() -> list[Line]:
             (os.cpu_count() or 1) > 1,
             "CPU cores",
             str(os.cpu_count()),
-            "two or more let data workers run beside training",
+            "two or more let data workers run along with training",
         ),
         _judged(
             memory.available > 4 << 30,

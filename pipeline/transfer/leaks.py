@@ -45,10 +45,10 @@ def find_leaks(modality: Modality, spec: Target, rows: Selection, state: dict) -
     label_columns = [
         columns[one] for one in (*objective.roles, *objective.optional_roles) if one in columns
     ]
-    places = _places(rows, label_columns, objective, columns, state, role)
+    indices = _indices(rows, label_columns, objective, columns, state, role)
     inputs = fit_components.fitted_columns(type(modality), objective, columns)
     table = manifests.Reader(rows.manifest, [*dict.fromkeys([*inputs, *label_columns])]).take(
-        rows.ids(places)
+        rows.ids(indices)
     )
     truth = objective.encode(table, columns, state)[role]
     tasks = {"the label": truth}
@@ -81,7 +81,7 @@ def _finding(label: str, scores: list[tuple[float, str]], rows: int) -> Finding:
     )
 
 
-def _places(
+def _indices(
     rows: Selection,
     label_columns: list[str],
     objective,

@@ -109,18 +109,16 @@ def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
     """
     named = columns[registry.get("modality", modality).roles[0]]
     kind = selection.manifest.schema.field(named).type if len(selection) else pa.null()
-    may_be_places = arrow_lists.is_text(kind) or pa.types.is_struct(kind)
-    if modality == "text" or not may_be_places:
+    may_be_uris = arrow_lists.is_text(kind) or pa.types.is_struct(kind)
+    if modality == "text" or not may_be_uris:
         return selection.manifest.size
     cells = sample(selection, [named], 16)[named].to_pylist()
     if any(isinstance(cell, dict) and cell.get("bytes") for cell in cells):
         return selection.manifest.size
-    places = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
+    uris = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
     held = [
         file.content.partition("-")[0]
-        for file in file_identity.identify(
-            [place for place in places if place], "stat", absent_ok=True
-        )
+        for file in file_identity.identify([uri for uri in uris if uri], "stat", absent_ok=True)
     ]
     sizes = [int(size) for size in held if size != file_identity.ABSENT]
     return len(selection) * sum(sizes) // max(1, len(sizes))

@@ -107,7 +107,7 @@ def find_stale(root: str, current: set[str], used: Mapping[str, str]) -> StaleTr
     Args:
         root: The folder of the job.
         current: Ids of all trials of the job.
-        used: Place of a bundle or checkpoint to its users (`uses`).
+        used: Location of a bundle or checkpoint to its users (`uses`).
     """
     rows = results.read(root)
     there = {*_folders(storage.join(root, "trials")), *(row.trial_id for row in rows)} - current

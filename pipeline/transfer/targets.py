@@ -458,7 +458,7 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
     parts["train"], untrainable = _trainable(target, parts["train"])
     bad += untrainable
     for name, rows in parts.items():
-        place = rows.selection.manifest.place
+        place = rows.selection.manifest.location
         bad += [(name, place(row), reason) for row, reason in rows.bad]
     if bad:
         first = "; ".join(f"{split} {place}: {reason}" for split, place, reason in bad[:3])
@@ -527,7 +527,7 @@ def _trainable(target: TargetStage, rows: Rows) -> tuple[Rows, list[BadRow]]:
     if not is_streamed:
         return rows, []
     kept, bad = train_source.drop_untrainable(rows, spec.data.max_bad_rows)
-    place = rows.selection.manifest.place
+    place = rows.selection.manifest.location
     left_out = [("train", place(row), reason) for row, reason in bad]
     return kept if has_costs else replace(kept, costs=None), left_out
 

@@ -490,7 +490,7 @@ def _rows_left_out(
         notes.append(f"{len(data.test) - len(test['row'])} test rows could not be read")
     if unread:
         row, reason = min(unread.items())
-        first = f"{rows.selection.manifest.place(row)}: {reason}"
+        first = f"{rows.selection.manifest.location(row)}: {reason}"
         more = ", ..." if len(unread) > 1 else ""
         notes.append(f"{len(unread)} training rows left out ({first}{more})")
     return notes

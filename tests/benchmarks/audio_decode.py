@@ -128,7 +128,7 @@ def sides(path: Path, files: list[bytes], warm: int, steps: int, place: str) -> 
                 rows,
                 plan,
                 span,
-                place=place,
+                decode=place,
                 threads=1,
                 workers=DataWorkers(actors=1, cpus_per_actor=0.5),
             )  # type: ignore[arg-type]
@@ -151,7 +151,7 @@ def sides(path: Path, files: list[bytes], warm: int, steps: int, place: str) -> 
                 / 16000
             )
 
-    batch = next(iter(train_batches(rows, plan, range(1), place="train"))).batch
+    batch = next(iter(train_batches(rows, plan, range(1), decode="train"))).batch
     for row, length, id_ in zip(batch["audio"], batch["audio_lengths"], batch.rows, strict=True):
         want = soundfile.read(io.BytesIO(files[id_ % len(files)]), dtype="int16")[0]
         assert len(want) == length and (row[:length].numpy() == want).all(), (

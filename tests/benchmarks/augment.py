@@ -226,7 +226,7 @@ def epoch(
                 rows,
                 plan,
                 span,
-                place=place,
+                decode=place,
                 pin=device.type == "cuda",
                 threads=threads,  # type: ignore[arg-type]
                 workers=DataWorkers(actors=max(1, threads), cpus_per_actor=0.5),

@@ -189,7 +189,7 @@ def sides(path: Path, size: int, spec: dict[str, Any]) -> dict[str, Steady]:
                 rows,
                 plan,
                 span,
-                place=place,
+                decode=place,
                 threads=2,
                 workers=DataWorkers(actors=2, cpus_per_actor=0.5),
             )  # type: ignore[arg-type]

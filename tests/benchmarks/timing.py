@@ -188,7 +188,7 @@ def batches_and_scan(
         assert (
             sum(
                 len(loaded.batch)
-                for loaded in train_batches(rows, plan, range(steps), place="train", threads=1)
+                for loaded in train_batches(rows, plan, range(steps), decode="train", threads=1)
             )
             == steps * batch
         )

@@ -134,7 +134,7 @@ def test_ray_data_workers_give_the_same_rows(ray_here, rows):
         assert (
             plain(
                 stream.train_batches(
-                    rows, plan, range(20), place="workers", workers=DataWorkers(1, 0.5)
+                    rows, plan, range(20), decode="workers", workers=DataWorkers(1, 0.5)
                 )
             )
             == expected

@@ -104,7 +104,7 @@ def test_items_bring_what_the_batches_need_from_any_step(ranks):
             for step in range(first, last):
                 indices, (shards, _) = (
                     plan.batch(step, rank, ranks)[0],
-                    plan.places(step, rank, ranks),
+                    plan.positions(step, rank, ranks),
                 )
                 assert [held[int(shard)].pop(0) for shard in shards] == indices.tolist()
             assert not any(held.values()), "nothing is read that no batch needs"

@@ -132,10 +132,10 @@ def test_only_footers_are_read(files, imports):
 
 def test_the_place_of_a_row_names_its_file_and_its_row_in_it(files, imports):
     built = m.build(str(files), "auto", imports)
-    assert built.place(0) == f"{files}/a.parquet row 0"
-    assert built.place(19) == f"{files}/a.parquet row 19"
-    assert built.place(20) == f"{files}/b.parquet row 0"
-    assert built.place(62) == f"{files}/c.parquet row 29"
+    assert built.location(0) == f"{files}/a.parquet row 0"
+    assert built.location(19) == f"{files}/a.parquet row 19"
+    assert built.location(20) == f"{files}/b.parquet row 0"
+    assert built.location(62) == f"{files}/c.parquet row 29"
 
 
 def test_fingerprint_follows_the_content_not_the_folder(files, imports, tmp_path):
@@ -380,7 +380,7 @@ def test_files_without_rows_are_no_matter(files, imports):
     built = m.build(str(files), "auto", imports)
     assert built.rows == 63
     assert numbers(m.Selection(built)) == list(range(63))
-    assert built.place(20) == f"{files}/b.parquet row 0"
+    assert built.location(20) == f"{files}/b.parquet row 0"
     assert m.Reader(built, ["number"]).take(np.array([62, 20])).to_pydict() == {"number": [62, 20]}
 
 
@@ -799,8 +799,8 @@ def test_joined_corpora_follow_each_other_with_their_own_splits_and_filters(
             texts[i] for i in mixed
         ]
         assert joined.boundaries[0] == 0 and joined.boundaries[-1] == len(joined)
-        assert joined.manifest.place(int(ids[-1])).startswith(str(tmp_path / "other.parquet"))
-        assert joined.manifest.place(int(ids[-1])).endswith(
+        assert joined.manifest.location(int(ids[-1])).startswith(str(tmp_path / "other.parquet"))
+        assert joined.manifest.location(int(ids[-1])).endswith(
             f"row {other.number[other.part == value].max() - 100}"
         )
     assert got.origin.startswith("corpus 1: test: random 0.2 of train") and got.origin.endswith(

@@ -121,7 +121,7 @@ def test_ranks_share_out_the_global_batch(plan, step, ranks):
     merged, merged_epochs = np.full(plan.global_batch, -1), np.full(plan.global_batch, -1)
     first = step * plan.global_batch
     for rank in range(ranks):
-        shards, places = plan.places(step, rank, ranks)
+        shards, places = plan.positions(step, rank, ranks)
         indices, epochs = plan.batch(step, rank, ranks)
         at = places * plan.shards + shards - first
         assert (np.diff(at) > 0).all(), "a rank's part is in the order of positions"
@@ -197,7 +197,7 @@ def test_items_bring_the_rows_of_their_steps_and_nothing_else(plan, first, more,
     for rank in range(ranks) if ranks <= plan.shards else ():
         queues = read(plan, first, last, rank, ranks)
         for step in range(first, last):
-            shards, _ = plan.places(step, rank, ranks)
+            shards, _ = plan.positions(step, rank, ranks)
             got = [queues[shard].pop(0) for shard in shards.tolist()]
             indices, epochs = plan.batch(step, rank, ranks)
             assert got == list(zip(indices.tolist(), epochs.tolist(), strict=True))

@@ -618,11 +618,11 @@ def test_ray_data_workers_give_the_same_batches(ray_here, tmp_path):
     workers = DataWorkers(actors=1, cpus_per_actor=0.5)
     whole = list(stream.train_batches(rows, plan, range(15)))
     DECODED.clear()
-    same(stream.train_batches(rows, plan, range(15), place="workers", workers=workers), whole)
+    same(stream.train_batches(rows, plan, range(15), decode="workers", workers=workers), whole)
     assert DECODED == [], "nothing is decoded in this process"
     assert sum(len(loaded.bad) for loaded in whole) >= 3
     resumed = stream.train_batches(
-        rows, plan, range(9, 15), rank=1, ranks=2, place="workers", workers=workers
+        rows, plan, range(9, 15), rank=1, ranks=2, decode="workers", workers=workers
     )
     same(resumed, stream.train_batches(rows, plan, range(9, 15), rank=1, ranks=2))
     assert threads_of("prefetch") == []
@@ -637,7 +637,7 @@ def test_an_item_stays_one_block_however_small_ray_wants_its_blocks(ray_here, ro
     monkeypatch.setattr(context, "target_max_block_size", 64)
     plan = plan_of(rows, item_rows=20)
     same(
-        stream.train_batches(rows, plan, range(13), place="workers"),
+        stream.train_batches(rows, plan, range(13), decode="workers"),
         stream.train_batches(rows, plan, range(13)),
     )
 
@@ -648,14 +648,14 @@ def test_two_executions_join_without_a_seam(ray_here, rows, monkeypatch):
     """A list of items longer than one execution takes is cut into several."""
     monkeypatch.setattr(stream, "ITEMS_AN_EXECUTION", 7)
     plan = plan_of(rows, item_rows=20)
-    check(stream.train_batches(rows, plan, range(13), place="workers"), rows, plan, range(13))
+    check(stream.train_batches(rows, plan, range(13), decode="workers"), rows, plan, range(13))
 
 
 @pytest.mark.ray
 def test_a_fault_in_a_data_worker_reaches_the_consumer(ray_here, tmp_path):
     rows = make(tmp_path / "rows", {77: "stop 77"})
     with pytest.raises(Exception, match="a fault in decode"):
-        list(stream.train_batches(rows, plan_of(rows), range(13), place="workers"))
+        list(stream.train_batches(rows, plan_of(rows), range(13), decode="workers"))
     assert threads_of("prefetch") == []
 
 
@@ -667,7 +667,7 @@ def test_leaving_ray_data_early_frees_its_workers(ray_here, rows):
             rows,
             plan_of(rows, item_rows=4),
             range(100),
-            place="workers",
+            decode="workers",
             workers=DataWorkers(actors=2, cpus_per_actor=1.0),
         )
         next(batches)

@@ -445,7 +445,7 @@ def test_rows_decoded_on_the_device_are_the_batches_of_any_other_place(tmp_path)
     blocks = threaded_map(loader, plan.items(0, 8), 1)
     there = list(stream._assembled(rows, plan, blocks, range(8), 0, 1, torch.device("cpu")))
     plain = [
-        (batch, bad) for batch, bad, _ in stream.train_batches(rows, plan, range(8), place="train")
+        (batch, bad) for batch, bad, _ in stream.train_batches(rows, plan, range(8), decode="train")
     ]
     for (batch, bad), (other, bad_other) in zip(there, plain, strict=True):
         assert (

@@ -804,7 +804,7 @@ def demonstrations(n: int = 3, steps: int = 40, width: int = 9) -> pa.Table:
 
 
 LAW = {1: 4.0, 6: 0.5}
-"""Place in the observation and factor: the hinge's sine and the pole's velocity."""
+"""Index in the observation and factor: the hinge's sine and the pole's velocity."""
 
 
 def lawful(table: pa.Table, **options) -> tuple[Task, RawRows, dict[str, np.ndarray]]:

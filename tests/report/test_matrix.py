@@ -99,7 +99,7 @@ def searched(
 
 
 def compared(*searches: dict[str, Any]) -> matrix.Cell:
-    """The cell of a source, beside scratch; both were searched in the same way, or not at all."""
+    """The cell of a source, and scratch; both were searched in the same way, or not at all."""
     scratch, fine_tuned = of_seeds("none", "scratch", 0.7), of_seeds("a", "full", 0.75)
     rows = [*scratch[0], *fine_tuned[0]]
     for options in searches:

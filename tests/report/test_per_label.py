@@ -110,7 +110,7 @@ def test_the_table_of_labels_has_ours_beside_scratch():
         ("src", "full"): [findings(300, names, s, 1.8, 20) for s in (0, 1, 2)],
     }
     _, text, listed = said(*table("macro_auroc", made))
-    assert "at least 20 test rows" in text.text and "beside scratch, mean over 3 seeds" in text.text
+    assert "at least 20 test rows" in text.text and "and scratch, mean over 3 seeds" in text.text
     assert listed.header == [
         "Label",
         "Test rows",
@@ -180,7 +180,7 @@ def test_labels_are_compared_with_scratch_where_scratch_is_the_better():
     _, text, listed = said(*table("macro_auroc", made))
     assert (
         "src · full" in text.text
-        and "beside scratch" in text.text
+        and "and scratch" in text.text
         and float(listed.rows[0][4].lines[0]) < 0
     )
 

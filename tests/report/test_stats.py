@@ -130,7 +130,7 @@ def test_memory_is_bounded(monkeypatch):
     whole = stats.interval(LOSS, p)
     monkeypatch.setattr(stats, "_MAX_UNITS_IN_MEMORY", 1500)  # three draws a chunk
     assert stats.interval(LOSS, p) == pytest.approx(whole, abs=1e-12)
-    monkeypatch.setattr(stats, "_MAX_UNITS_DRAWN", 1)
+    monkeypatch.setattr(stats, "_MAX_UNITS_SAMPLED", 1)
     assert stats._resampled_totals(
         np.random.default_rng(0).random((50, 2)), 1000, np.random.default_rng(0)
     ).shape == (stats.RECOMPUTED_DRAWS, 2)
@@ -541,6 +541,6 @@ def test_counted_draws_hold_bounded_memory(monkeypatch):
         (1, stats.RECOMPUTED_DRAWS),
     ):  # scores of 3 classes a row: three times the work
         sizes.clear()
-        monkeypatch.setattr(stats, "_MAX_UNITS_DRAWN", cells)
+        monkeypatch.setattr(stats, "_MAX_UNITS_SAMPLED", cells)
         stats.interval(of, {**p, "scores": np.zeros((500, 3))})
         assert sum(sizes) == draws
