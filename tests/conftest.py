@@ -4,11 +4,14 @@ server.
 The environment stands here since Ray, tokenizers and others read it when they are imported.
 """
 
+import functools
+import json
 import os
 import sys
 import tempfile
 import uuid
 from contextlib import contextmanager
+from pathlib import Path
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 """The name of this process, where pytest-xdist started it beside others."""
@@ -25,6 +28,10 @@ for name, value in {
     "HF_HUB_OFFLINE": "1",
 }.items():
     os.environ.setdefault(name, value)
+os.environ.setdefault(
+    "ONETOMANY_TEST_GROUPS",
+    os.path.join(tempfile.gettempdir(), f"onetomany-test-groups-{os.getpid()}.json"),
+)
 cache = os.path.join(tempfile.gettempdir(), f"onetomany-tests-{os.getuid()}")  # not the user's own
 os.environ["ONETOMANY_CACHE"] = os.path.join(os.environ.get("ONETOMANY_CACHE", cache), WORKER)
 
@@ -45,24 +52,37 @@ def pytest_xdist_auto_num_workers(config):
     return min(MOST_PROCESSES, os.cpu_count() or 1) if is_whole else 0
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Put the tests of Ray first and into one group, so that one process runs them all on one
-    Ray.
+    """Put the tests of Ray first, and tell the scheduler their groups: those that share one Ray, and
+    those that start their own.
+
+    By a file, since pytest-xdist 3.8 cannot add the groups to the names of pytest 9.2.
     """
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    if WORKER == "gw0":
+        marks = {item.nodeid: item.get_closest_marker("ray") for item in items}
+        groups = {
+            name: "own ray" if mark.kwargs.get("own") else "ray"
+            for name, mark in marks.items()
+            if mark is not None
+        }
+        Path(os.environ["ONETOMANY_TEST_GROUPS"]).write_text(json.dumps(groups))
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """Hand out the group of Ray first, then whole files, which share their fixtures."""
-    from xdist.scheduler import LoadGroupScheduling
+    """Hand out each group of Ray to one process, then whole files, which share their fixtures."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    class GroupsAndFiles(LoadGroupScheduling):
+    class GroupsAndFiles(LoadScopeScheduling):
+        @functools.cached_property
+        def groups(self):
+            file = Path(os.environ["ONETOMANY_TEST_GROUPS"])
+            found = json.loads(file.read_text())
+            file.unlink()
+            return found
+
         def _split_scope(self, nodeid):
-            return super()._split_scope(nodeid).partition("::")[0]
+            return self.groups.get(nodeid) or nodeid.partition("::")[0]
 
     return GroupsAndFiles(config, log)
 

@@ -69,7 +69,7 @@ def test_a_head_that_cannot_start_leaves_nothing(monkeypatch):
     assert set(Path(local.tempfile.gettempdir()).glob("o2m*")) == before
 
 
-@pytest.mark.ray
+@pytest.mark.ray(own=True)
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_nodes_on_loopback_die_one_by_one_and_leave_nothing():
@@ -95,7 +95,7 @@ def test_two_nodes_on_loopback_die_one_by_one_and_leave_nothing():
         bystander.wait()
 
 
-@pytest.mark.ray
+@pytest.mark.ray(own=True)
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_command_asks_for_a_token_and_stops_on_sigterm(monkeypatch, tmp_path):

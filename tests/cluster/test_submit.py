@@ -663,7 +663,7 @@ def real_cluster():
         yield cluster
 
 
-@pytest.mark.ray
+@pytest.mark.ray(own=True)
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_job_on_two_nodes_is_followed_to_its_exit_code(real_cluster, tmp_path):
@@ -690,7 +690,7 @@ def test_a_job_on_two_nodes_is_followed_to_its_exit_code(real_cluster, tmp_path)
     assert any("must be one disk that all 2 nodes share" in line for line in lines)
 
 
-@pytest.mark.ray
+@pytest.mark.ray(own=True)
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_ctrl_c_leaves_the_job_running(real_cluster, tmp_path):

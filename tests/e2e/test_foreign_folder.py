@@ -8,17 +8,17 @@ import pytest
 
 from tests.e2e.conftest import SMALL
 
-pytestmark = pytest.mark.ray
+OWN = pytest.param("own", marks=[pytest.mark.ray(own=True), pytest.mark.slow])
 
 
-@pytest.mark.parametrize("ray", ["shared", pytest.param("own", marks=pytest.mark.slow)])
-def test_a_folder_that_holds_a_pipeline_of_its_own(ray, onetomany_alone, ray_address, tmp_path):
+@pytest.mark.parametrize("ray", [pytest.param("shared", marks=pytest.mark.ray), OWN])
+def test_a_folder_that_holds_a_pipeline_of_its_own(ray, onetomany_alone, request, tmp_path):
     for name in ("pipeline", "cluster"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(
             "raise SystemExit('the package in the current folder was taken')\n"
         )
-    env = {"RAY_ADDRESS": ray_address} if ray == "shared" else {}
+    env = {"RAY_ADDRESS": request.getfixturevalue("ray_address")} if ray == "shared" else {}
     done = onetomany_alone("run", SMALL, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "runs/small/report.html").exists()

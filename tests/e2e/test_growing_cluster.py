@@ -14,7 +14,7 @@ from growing import GrowingCluster
 
 from tests.e2e.conftest import SMALL, TINY
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray(own=True), pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = {

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.conftest import ROOT, SMALL
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.ray(own=True)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from cluster.local import local_cluster
 from pipeline.io import storage
 from tests.e2e.conftest import SMALL
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray(own=True), pytest.mark.slow, pytest.mark.timeout(600)]
 
 SECRETS = {
     name: f"canary-{uuid.uuid4().hex}" for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")

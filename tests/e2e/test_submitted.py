@@ -13,7 +13,7 @@ import pytest
 from cluster.local import local_cluster
 from tests.e2e.conftest import TINY
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray(own=True), pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

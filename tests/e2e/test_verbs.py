@@ -328,13 +328,12 @@ def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany_
         )
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "job", [pytest.param(job, marks=NEEDS_DATA) for job in SMALL], ids=lambda job: job.stem
 )
-def test_two_steps_of_every_small_job(job, onetomany_on_ray, tmp_path, tmp_path_factory):
+def test_two_steps_of_every_small_job(job, onetomany_here, tmp_path, tmp_path_factory):
     spec = yaml.safe_load(job.read_text())
     words = [
         f"sources.{name}.train={{steps: 2, global_batch: 8}}"
@@ -342,7 +341,7 @@ def test_two_steps_of_every_small_job(job, onetomany_on_ray, tmp_path, tmp_path_
         if "data" in source
     ]
     words += [f"targets.{name}.train={{steps: 2, global_batch: 8}}" for name in spec["targets"]]
-    done = onetomany_on_ray(
+    done = onetomany_here(
         "run",
         job,
         *(word for each in [*words, "fanout.seeds=1"] for word in ("--set", each)),
@@ -352,7 +351,7 @@ def test_two_steps_of_every_small_job(job, onetomany_on_ray, tmp_path, tmp_path_
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.ray
+@pytest.mark.ray(own=True)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_quickstart_on_s3_wins_somewhere_and_hides_no_loss(

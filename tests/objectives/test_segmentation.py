@@ -289,11 +289,8 @@ def test_masks_move_with_their_images(fit):
 
 @pytest.mark.slow
 @pytest.mark.data
-@pytest.mark.timeout(1200)
-def test_it_learns_sixteen_masks_from_scratch():
-    """ResNet-18, 192 px: mIoU over the 43 labelled classes of the masks that it was trained on.
-    Seen on two cores: 0.85 after 480 steps, 0.88 after 800 (the whole test in 206 s).
-    """
+def test_it_learns_four_masks_from_scratch():
+    """ResNet-18, 96 px: mIoU over the labelled classes of the masks that it was trained on."""
     folder = Path(
         os.environ.get("ONETOMANY_DATA") or pytest.skip("ONETOMANY_DATA names no data folder"),
         "vision",
@@ -301,14 +298,14 @@ def test_it_learns_sixteen_masks_from_scratch():
     )
     masks = pq.read_table(
         folder / "semantic_masks_train.parquet", columns=["image_id", "mask"]
-    ).slice(0, 16)
+    ).slice(0, 4)
     table = masks.join(
         pq.read_table(folder / "train.parquet", columns=["image_id", "image"]),
         "image_id",
         join_type="inner",
     ).sort_by("image_id")
     found = [np.array(PIL.Image.open(io.BytesIO(mask))) for mask in table["mask"].to_pylist()]
-    # 0 is unlabelled; of 200 numbers most do not stand in 16 images
+    # 0 is unlabelled; of 200 numbers most do not stand in 4 images
     kinds = np.unique(np.concatenate([[0], *(mask.ravel() for mask in found)]))
     table = table.set_column(
         table.column_names.index("mask"),
@@ -319,16 +316,22 @@ def test_it_learns_sixteen_masks_from_scratch():
     options = SegmentationOptions(classes=len(kinds), ignore=0, dropout=0.0, channels=64)
     state = Segmentation.fit(options, pa.table({}), columns)
     kind = registry.get("modality", "image")
-    image = kind.options_class(size=192, fit="pad", flip=False, crop="none")
+    image = kind.options_class(size=96, fit="pad", flip=False, crop="none")
     modality = kind(image, kind.fit(image, table, columns, "timm/resnet18"))
     arrays, bad = Decoder(modality, "segmentation", state, columns)(table)
-    assert bad == [""] * 16
+    assert bad == [""] * 4
     rows = toys.rows_of(modality, arrays, "segmentation", state)
     task = toys.task_of(
         "timm/resnet18", modality.inputs(), "segmentation", state, options=options.model_dump()
     )
     run = toys.make_run(
-        rows, task, steps=800, validation=rows, global_batch=4, lr=1e-3, keep="last"
+        rows,
+        task,
+        steps=int(os.environ.get("STEPS", "160")),
+        validation=rows,
+        global_batch=4,
+        lr=1e-3,
+        keep="last",
     )
     outcome = loop.fit(run)
     print(outcome.curve, outcome.seconds)
