@@ -464,7 +464,6 @@ def test_labels_are_fitted_by_value_and_named():
 @pytest.mark.parametrize(
     ("table", "columns", "message"),
     [
-        ({"y": [1, None]}, {"label": "y"}, r"column y: 1 of 2 rows have no label \(null\)"),
         ({"y": ["a", "a"]}, {"label": "y"}, r"the training rows hold one label only \(\['a'\]\)"),
         (
             {"y": [0, 1, 0], "n": ["a", "b", "c"]},
@@ -486,17 +485,6 @@ def test_labels_of_one_name_stay_apart():
         {"label": "y", "label_name": "n"},
     )
     assert state["labels"] == ["crane (0)", "owl", "crane (2)"]
-
-
-def test_a_label_never_seen_in_training_is_named():
-    state = {"values": ["cat", "dog"], "labels": ["cat", "dog"]}
-    with pytest.raises(
-        ValueError,
-        match="column y: label 'dgo' never stands in the training rows; did you mean dog",
-    ):
-        Classification.encode(pa.table({"y": ["cat", "dgo"]}), {"label": "y"}, state)
-    with pytest.raises(ValueError, match=r"column y: 1 of 2 rows have no label \(null\)"):
-        Classification.encode(pa.table({"y": ["cat", None]}), {"label": "y"}, state)
 
 
 # ---------------------------------------------------------------- techniques

@@ -310,9 +310,8 @@ def test_a_ctc_head_goes_by_the_names_of_its_labels(tmp_path):
         task.objective.head(tokens) - model.lm_head(tokens)[..., [3, 2, 4, 1, 0]]
     ).abs().max() < 1e-6
     other = {**ALPHABET, "labels": ["<blank>", " ", "'", "e", "t"], "characters": " 'et"}
-    assert task_from(start, "ctc", other)[1].startswith(
-        "head new: its labels differ from these (4 names, e.g. E, T, e, t)"
-    )
+    said = task_from(start, "ctc", other)[1]
+    assert said.startswith("head new: ") and "(4 names, e.g. E, T, e, t)" in said
     assert (
         task_from(start, "ctc", ALPHABET, {"convolutions": 1})[1] == "head new: its options differ"
     )
@@ -338,7 +337,7 @@ def test_pretraining_goes_on_with_the_checkpoints_own_quantiser(tmp_path):
     task, said = task_from(start, "wav2vec2", options=HEAD)
     model = hf.Wav2Vec2ForPreTraining.from_pretrained(tmp_path)
     own = {name: p for name, p in model.state_dict().items() if not name.startswith("wav2vec2.")}
-    assert said == "head kept: the checkpoint's own for wav2vec2"
+    assert said.startswith("head kept: ") and said.endswith("wav2vec2")
     assert (
         furthest(
             own, {name: t for name, t in weights(task.objective).items() if name != "progress"}

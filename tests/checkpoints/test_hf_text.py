@@ -551,9 +551,8 @@ def test_a_tagging_head_goes_by_the_names_of_its_labels(tmp_path):
     ours = task.objective.head(task.backbone(batch, want=("tokens",)).tokens).flip(-1)
     assert (ours - theirs)[batch["mask"]].abs().max() < 1e-5
     other = {**TAGS, "labels": ["O", "B-thing", "I-thing", "B-person", "I-person"]}
-    assert task_from(start, "tagging", other)[1].startswith(
-        "head new: its labels differ from these (4 names, e.g. B-place"
-    )
+    said = task_from(start, "tagging", other)[1]
+    assert said.startswith("head new: ") and "(4 names, e.g. B-place" in said
     assert (
         task_from(start, "tagging", TAGS, {"norm": True})[1]
         == "head new: the checkpoint's has no layer norm before its linear layer (option norm)"
@@ -882,10 +881,7 @@ def test_a_classifier_that_transformers_does_not_have_is_written_beside_the_plai
     task, uri = bundled(tmp_path, family, objective, options=options, **backbone)
     out = tmp_path / "out"
     text = export.export_bundle(uri, str(out), "hugging-face", False)
-    assert (
-        said in text
-        and "compared with the bundle on 4 random rows: largest difference of scores" in text
-    )
+    assert said in text and "largest difference of scores" in text
     _, report = hf.AutoModel.from_pretrained(out, output_loading_info=True)
     # AutoModel makes one anew where none was trained
     assert all(name.startswith("pooler.") for names in report.values() for name in names)

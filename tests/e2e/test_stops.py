@@ -279,8 +279,5 @@ def test_a_run_that_loses_its_lease_stops_with_one_line_and_writes_nothing_more(
     assert [line for line in output.splitlines() if line.startswith("error: ")] == [
         line for line in output.splitlines() if "no longer holds the lease" in line
     ]
-    assert (
-        "(process 12 on elsewhere has it now), so it stops and writes nothing more; what it "
-        "finished is kept" in output
-    )
+    assert "process 12 on elsewhere" in output
     assert written == times_of_files() and json.loads(lease.read_text()) == other

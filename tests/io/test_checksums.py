@@ -194,8 +194,7 @@ def test_a_damaged_part_of_prepare_is_refused_by_a_job_and_made_again_by_prepare
     flip(part, 60)
     with pytest.raises(
         DamagedError,
-        match=rf"{part.name} is not what `onetomany prepare` wrote: .*; remove the file and give "
-        r"the same prepare command",
+        match=rf"{part.name} is not what `onetomany prepare` wrote: ",
     ):
         read()
     (tmp_path / "out/_manifest.json").unlink()  # prepare is given again, to go on

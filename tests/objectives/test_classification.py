@@ -55,13 +55,18 @@ def test_names_stored_as_a_dictionary():
     }
 
 
-def test_unknown_and_missing_labels_of_a_dictionary_are_told():
-    state = Classification.fit(OPTIONS, pa.table({"kind": dictionary(["cat", "dog"])}), COLUMNS)
+def plain(*chunks: list) -> pa.ChunkedArray:
+    return pa.chunked_array(chunks)
+
+
+@pytest.mark.parametrize("column", [plain, dictionary])
+def test_unknown_and_missing_labels_are_told(column):
+    state = Classification.fit(OPTIONS, pa.table({"kind": column(["cat", "dog"])}), COLUMNS)
     with pytest.raises(
         ValueError,
         match="column kind: label 'dgo' never stands in the training rows; did you mean dog",
     ):
-        Classification.encode(pa.table({"kind": dictionary(["cat"], ["dgo"])}), COLUMNS, state)
+        Classification.encode(pa.table({"kind": column(["cat"], ["dgo"])}), COLUMNS, state)
     missing = (
         r"column kind: 1 of 3 rows have no label \(null\); write their labels, or leave these "
         r"rows out: data\.where: \{kind: \[cat, dog\]\} "
@@ -72,7 +77,7 @@ def test_unknown_and_missing_labels_of_a_dictionary_are_told():
         lambda table: Classification.encode(table, COLUMNS, state),
     ):
         with pytest.raises(ValueError, match=missing):
-            read(pa.table({"kind": dictionary(["cat", None], ["dog"])}))
+            read(pa.table({"kind": column(["cat", None], ["dog"])}))
 
 
 @pytest.mark.parametrize("column", [pa.array([1, 2]), pa.array([1, 2]).dictionary_encode()])

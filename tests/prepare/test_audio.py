@@ -271,9 +271,7 @@ def test_broken_recordings_are_listed_with_their_reason(tmp_path):
     source = listed(
         tmp_path / "in", good=good, **{name: data for name, (data, _) in bad.items()}
     ).parent
-    with pytest.raises(
-        ValueError, match=r"of 7 rows are broken, more than --max-bad 0.01 allows. First ones: "
-    ):
+    with pytest.raises(ValueError, match=r"of 7 .*--max-bad 0\.01 "):
         prepare_and_read("manifest", source, tmp_path / "out")
     rows, found = prepare_and_read("manifest", source, tmp_path / "out", max_bad=0.9)
     message = reasons(found)
@@ -316,11 +314,9 @@ def test_broken_pieces_count_against_pieces_and_broken_files_against_files(tmp_p
         Settings(max_bad=0.02),
     )
     assert again.is_done and again.run()["broken"] == 3
-    with pytest.raises(
-        ValueError, match=r"3 of 201 rows are broken, more than --max-bad 0\.01 allows"
-    ):
+    with pytest.raises(ValueError, match=r"3 of 201 .*--max-bad 0\.01 "):
         prepare_and_read("manifest", source, tmp_path / "strict", "longest=4", max_bad=0.01)
-    with pytest.raises(ValueError, match=r"3 of 201 rows are broken, more than --max-bad 0 allows"):
+    with pytest.raises(ValueError, match=r"3 of 201 .*--max-bad 0 "):
         prepare_and_read("manifest", source, tmp_path / "none", "longest=4", max_bad=0)
     source = listed(
         tmp_path / "in",
@@ -328,9 +324,7 @@ def test_broken_pieces_count_against_pieces_and_broken_files_against_files(tmp_p
         long=wave(values, 8000, subtype="FLOAT"),
         short=sound(1, 1.0, 8000),
     ).parent
-    with pytest.raises(
-        ValueError, match=r"2 of 4 rows are broken, more than --max-bad 0\.02 allows"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 4 .*--max-bad 0\.02 "):
         prepare_and_read("manifest", source, tmp_path / "files", "longest=4", max_bad=0.02)
 
 
@@ -513,9 +507,7 @@ def test_broken_rows_of_the_lists_count_in_the_budget_of_a_run_that_is_complete(
         "librispeech", str(tmp_path / "in"), str(tmp_path / "out"), None, Settings(max_bad=0.5)
     ).run()
     assert (done["read"], done["broken"], done["rows"]) == (10, 2, {"train": 6, "validation": 2})
-    with pytest.raises(
-        ValueError, match=r"2 of 10 rows are broken, more than --max-bad 0\.01 allows"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 10 .*--max-bad 0\.01 "):
         Preparation("librispeech", str(tmp_path / "in"), str(tmp_path / "out")).run()
 
 

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.io import storage
 from pipeline.prepare.cohorts import phenotyping
+from pipeline.prepare.cohorts.definition import invalid_row_reasons
 from pipeline.prepare.engine import importing, table_importer
 from pipeline.prepare.engine.write import MANIFEST, Preparation, verify
 
@@ -201,16 +202,17 @@ def test_broken_rows_are_listed_by_their_place_alone(tmp_path):
     source = write(tmp_path / "a.parquet", rows(*good[:13], bad, *good[13:]))
     done = prepare(source, tmp_path / "out", "task=mortality")
     assert done["broken"] == 1 and done["rows"] == {"train": 100}
+    (broken,) = invalid_row_reasons(rows(bad))
     assert summary(tmp_path / "out")["broken"]["files"] == [
         {
             "path": "a.parquet:14",
             "split": "train",
-            "reason": "times, variables and values of different lengths",
+            "reason": broken,
         }
     ]
     with pytest.raises(ValueError, match="1 of 101 rows are broken") as message:
         prepare(source, tmp_path / "none", "task=mortality", max_bad=0)
-    assert "a.parquet:14: times" in str(message.value)
+    assert f"a.parquet:14: {broken}" in str(message.value)
     prepare(source, tmp_path / "cut", "task=mortality", part_mb=SMALL)
     assert [row["path"] for row in summary(tmp_path / "cut")["broken"]["files"]] == [
         "a.parquet:14"

@@ -217,9 +217,7 @@ def test_broken_rows_are_told_by_place_without_their_values(tmp_path):
         ("a.csv:3", "3 fields, where there are 7 columns"),
         ("a.csv:4", "not UTF-8 text"),
     ]
-    with pytest.raises(
-        ValueError, match=r"3 of 203 rows are broken, more than --max-bad 0\.01 allows"
-    ) as message:
+    with pytest.raises(ValueError, match=r"3 of 203 .*--max-bad 0\.01 ") as message:
         prepare(source, tmp_path / "none", *ROLES)
     assert "SECRET" not in str(message.value)
     assert not any(

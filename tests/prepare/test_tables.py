@@ -403,8 +403,7 @@ def test_each_importer_lists_bytes_that_are_no_text_with_their_place(tmp_path):
         assert all(reason in found[f"{file}:{place}"] for place, reason in reasons.items()), found
         with pytest.raises(
             ValueError,
-            match=rf"{len(reasons)} of {done['read']} rows are broken, more than --max-bad 0.01 "
-            rf"allows. First ones: {file}:",
+            match=rf"{len(reasons)} of {done['read']} .*--max-bad 0\.01 .*: {file}:",
         ):
             prepare(name, tmp_path / file, tmp_path / f"none-{file}")
         assert not list((tmp_path / f"none-{file}").glob("*.parquet")), (

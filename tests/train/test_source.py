@@ -347,9 +347,7 @@ def test_parts_of_another_packing_are_no_rows_and_the_budget_is_that_of_now(tmp_
         text_job(tmp_path, str(tmp_path / "bad.parquet"), "mlm", max_bad_rows=0.01), "src"
     )
     assert strict.key == stage.key
-    with pytest.raises(
-        TooManyBadRowsError, match=r"rows cannot be used, more than data\.max_bad_rows=0\.01"
-    ):
+    with pytest.raises(TooManyBadRowsError, match=r"max_bad_rows=0\.01"):
         source.fit(strict)
 
 
@@ -389,9 +387,7 @@ def test_text_that_cannot_be_read_is_counted_listed_and_held_against_the_budget(
     ]
     broken[12] = b""
     uri = write_texts(tmp_path / "broken.parquet", broken, [f"kind {i}" for i in labels])
-    with pytest.raises(
-        TooManyBadRowsError, match=r"cannot be used, more than data\.max_bad_rows=0\.01"
-    ):
+    with pytest.raises(TooManyBadRowsError, match=r"max_bad_rows=0\.01"):
         pretrained(text_job(tmp_path, uri, "mlm"))
     stage, fitted, metadata = pretrained(text_job(tmp_path, uri, "mlm", max_bad_rows=0.05))
     listed = [
@@ -655,8 +651,7 @@ def test_weights_are_part_of_the_key_and_must_be_drawable(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"sources\.src: the weight 1e-06 of corpus 3 is 1e-06 of all weights, and the "
-        r"smallest share is 1 of 4096",
+        match=r"sources\.src: the weight 1e-06 of corpus 3 .* 1 of 4096",
     ):
         source.stage(
             mixed_job(tmp_path, files, weights=(0.5, 0.5, 1e-6), objective="classification"), "src"

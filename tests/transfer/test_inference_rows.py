@@ -216,8 +216,7 @@ LISTS = {"times": pa.array([[1.0]]), "variables": pa.array([["v0"]]), "values": 
         (
             "trajectory",
             {"observations": pa.array([[1.0]])},
-            "column observations holds list<.*double>, .* needs lists, one entry a step, of "
-            "lists of numbers",
+            "column observations holds list<.*double>, and this bundle's observations needs lists",
         ),
     ],
 )

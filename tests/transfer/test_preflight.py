@@ -89,14 +89,9 @@ def with_source(
 def test_null_texts_of_a_source_are_refused_as_its_run_refuses_them(tmp_path, objective):
     job = with_source(tmp_path, written(tmp_path / "rows.parquet", nulls=30), objective)
     message = refused(job)
-    assert (
-        message.startswith("sources.src: train split: ")
-        and "rows cannot be used, more than data.max_bad_rows=0.01 allows" in message
-    )
+    assert message.startswith("sources.src: train split: ") and "data.max_bad_rows=0.01 " in message
     assert f"{tmp_path / 'rows.parquet'} row 0: the text is null" in message
-    with pytest.raises(
-        ValueError, match=r"rows cannot be used, more than data\.max_bad_rows=0\.01 allows"
-    ):
+    with pytest.raises(ValueError, match=r"data\.max_bad_rows=0\.01 "):
         source.fit(checked(job).sources["src"])
 
 
@@ -202,10 +197,7 @@ def test_null_texts_of_a_target_are_refused_as_its_run_refuses_them(tmp_path, mo
         stages.share(state)
     message = refused(job)
     assert message.startswith("targets.task: train split: ") and "the text is null" in message
-    assert (
-        "rows cannot be used, more than data.max_bad_rows=0.05 allows" in message
-        and "rows cannot be used, more than" in str(run.value)
-    )
+    assert "data.max_bad_rows=0.05 " in message and "data.max_bad_rows=0.05 " in str(run.value)
 
 
 def test_a_few_bad_rows_are_told(tmp_path, models):  # noqa: F811

@@ -581,10 +581,7 @@ def test_pairs_are_test_rows_of_a_source_when_both_texts_are_there(tmp_path):
 
 def test_weights_of_corpora_are_for_sources(tmp_path, models, texts):
     more = [{"uri": texts, "split_column": "split", "modality": "text", "weight": 1.0}]
-    with pytest.raises(
-        ValueError,
-        match=r"weights mix the corpora of a source; a target's rows are trained on as they are",
-    ):
+    with pytest.raises(ValueError, match=r"targets\.task\.data\.weight"):
         job_of(tmp_path, models["gpt2"], texts, data={"weight": 2.0, "more": more})
 
 
@@ -723,9 +720,7 @@ def test_texts_that_are_cut_stand_in_the_report(tmp_path, models, texts):
     )
     state, _ = shared_of(job)
     (found,) = [note for note in state.notes if "are cut at length 8" in note]
-    assert found.startswith(
-        "warning: task: texts are cut at length 8, and what lies beyond is never read: train "
-    )
+    assert found.startswith("warning: task: ") and "train " in found
     assert "validation " in found and "test " in found
 
 
