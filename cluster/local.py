@@ -45,7 +45,7 @@ STOP_SECONDS = 15.0
 # `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0` makes Ray resolve this machine to 127.0.0.1, but `ray start`
 # then declines to join a head. So in the process of `ray start` (not in its children) the switch is
 # on, and the address resolved here.
-_LOOPBACK_RAY = """
+LOOPBACK_RAY = """
 from ray._private import ray_constants, services
 services.get_node_ip_address = lambda address=None: "127.0.0.1"
 ray_constants.ENABLE_RAY_CLUSTER = True
@@ -151,7 +151,7 @@ def start(
         raise ClusterError(
             f"other machines can reach {host}: without a token they could run code as you"
         )
-    port, dashboard_port = _claim_port(host, port), _claim_port(host, dashboard_port)
+    port, dashboard_port = claim_port(host, port), claim_port(host, dashboard_port)
     # Short: Ray's socket paths may have 107 characters
     temp_dir = Path(tempfile.mkdtemp(prefix="o2m"))
     mark = secrets.token_hex(8)
@@ -169,7 +169,7 @@ def start(
             sys.executable,
             "-P",
             "-c",
-            _LOOPBACK_RAY if loopback else _PLAIN_RAY,
+            LOOPBACK_RAY if loopback else _PLAIN_RAY,
             "start",
             "--block",
         ),
@@ -190,15 +190,17 @@ def start(
             str(dashboard_port),
         ),
         # Else 10001, which another cluster may hold
-        *("--ray-client-server-port", str(_claim_port(host, 0))),
+        *("--ray-client-server-port", str(claim_port(host, 0))),
     ]
     try:
         deadline = time.monotonic() + START_SECONDS
-        _launch(handle, [*common, *head], gpus_per_node)
-        _wait(handle, deadline, lambda: _answers(handle), "the job API", stopped)
+        launch_node(handle, [*common, *head], gpus_per_node)
+        wait_until(handle, deadline, lambda: is_answering(handle), "the job API", stopped)
         for _ in range(1, nodes):
-            _launch(handle, [*common, "--address", handle.address], gpus_per_node)
-        _wait(handle, deadline, lambda: _alive_nodes(handle) == nodes, f"{nodes} nodes", stopped)
+            launch_node(handle, [*common, "--address", handle.address], gpus_per_node)
+        wait_until(
+            handle, deadline, lambda: alive_nodes(handle) == nodes, f"{nodes} nodes", stopped
+        )
     except BaseException:
         handle.stop()
         raise
@@ -292,14 +294,14 @@ def _greeting(handle: Handle, nodes: int) -> str:
     )
 
 
-def _launch(
+def launch_node(
     handle: Handle, command: list[str], gpus: int, settings: Mapping[str, str] | None = None
 ) -> None:
     """Start one node, `settings` added to its environment. Its own output goes to a file, so nobody
     has to read a pipe.
     """
     index = len(handle.nodes)
-    env = _with_gpus(_environment(handle), index, gpus) | dict(settings or {})
+    env = with_gpus(node_environment(handle), index, gpus) | dict(settings or {})
     with open(handle.temp_dir / f"node{index}.out", "wb") as log:
         handle.nodes.append(
             subprocess.Popen(
@@ -324,7 +326,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _wait(
+def wait_until(
     handle: Handle, deadline: float, ready, what: str, stopped: threading.Event | None
 ) -> None:
     while not ready():
@@ -346,18 +348,18 @@ def _last_words(handle: Handle, index: int) -> str:
     return (handle.temp_dir / f"node{index}.out").read_text(errors="replace")[-2000:]
 
 
-def _answers(handle: Handle) -> bool:
+def is_answering(handle: Handle) -> bool:
     """Whether the job API takes requests, at the address that we will hand out."""
-    return _get(handle, "/api/jobs/") is not None
+    return get_json(handle, "/api/jobs/") is not None
 
 
-def _alive_nodes(handle: Handle) -> int:
-    reply = _get(handle, "/api/v0/nodes?detail=0&limit=1000&timeout=5")
+def alive_nodes(handle: Handle) -> int:
+    reply = get_json(handle, "/api/v0/nodes?detail=0&limit=1000&timeout=5")
     rows = reply["data"]["result"]["result"] if reply else []
     return sum(row["state"] == "ALIVE" for row in rows)
 
 
-def _get(handle: Handle, path: str):
+def get_json(handle: Handle, path: str):
     """The JSON at a path of the dashboard, or None while it cannot answer. No proxy: this is our
     own machine.
     """
@@ -372,7 +374,7 @@ def _get(handle: Handle, path: str):
         return None
 
 
-def _environment(handle: Handle) -> dict[str, str]:
+def node_environment(handle: Handle) -> dict[str, str]:
     """What the nodes run under: ours, without the addresses of other clusters, and with our Python
     first on PATH, since a submitted job is started as plain `python`.
     """
@@ -386,7 +388,7 @@ def _environment(handle: Handle) -> dict[str, str]:
     return env
 
 
-def _with_gpus(env: dict[str, str], index: int, gpus: int) -> dict[str, str]:
+def with_gpus(env: dict[str, str], index: int, gpus: int) -> dict[str, str]:
     """Give node `index` its own slice of the visible GPUs: nodes that all count from 0 would share
     the first ones.
     """
@@ -405,7 +407,7 @@ def _with_gpus(env: dict[str, str], index: int, gpus: int) -> dict[str, str]:
     return env | {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
 
 
-def _claim_port(host: str, port: int) -> int:
+def claim_port(host: str, port: int) -> int:
     """A free port, or the given one if it is free. If another process takes it before Ray does, Ray
     fails.
     """

@@ -88,7 +88,7 @@ class GrowingCluster(AutoscalingCluster):
         }
 
     def start(self, _system_config=None, override_env=None):
-        port, dashboard_port = local._claim_port("127.0.0.1", 0), local._claim_port("127.0.0.1", 0)
+        port, dashboard_port = local.claim_port("127.0.0.1", 0), local.claim_port("127.0.0.1", 0)
         folder = Path(tempfile.mkdtemp(prefix="o2m"))
         address = f"127.0.0.1:{port}"
         self._config["provider"]["gcs_address"] = address
@@ -108,7 +108,7 @@ class GrowingCluster(AutoscalingCluster):
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         }
         command = [
-            *(sys.executable, "-P", "-c", local._LOOPBACK_RAY, "start", "--block", "--head"),
+            *(sys.executable, "-P", "-c", local.LOOPBACK_RAY, "start", "--block", "--head"),
             *(
                 "--node-ip-address",
                 "127.0.0.1",
@@ -130,7 +130,7 @@ class GrowingCluster(AutoscalingCluster):
                 "--dashboard-agent-listen-port",
                 "0",
                 "--ray-client-server-port",
-                str(local._claim_port("127.0.0.1", 0)),
+                str(local.claim_port("127.0.0.1", 0)),
             ),
             *(
                 "--object-store-memory",
@@ -138,12 +138,12 @@ class GrowingCluster(AutoscalingCluster):
                 f"--autoscaling-config={folder / 'autoscaler.json'}",
             ),
         ]
-        local._launch(self.handle, command, 0, settings)
+        local.launch_node(self.handle, command, 0, settings)
         try:
-            local._wait(
+            local.wait_until(
                 self.handle,
                 time.monotonic() + 120,
-                lambda: local._answers(self.handle),
+                lambda: local.is_answering(self.handle),
                 "the job API",
                 None,
             )
@@ -158,7 +158,7 @@ class GrowingCluster(AutoscalingCluster):
         """ALIVE or DEAD of every node that there has been beside the head."""
         reply = None
         while reply is None:  # the dashboard answers late on a busy machine
-            reply = local._get(self.handle, "/api/v0/nodes?detail=0&limit=1000&timeout=5")
+            reply = local.get_json(self.handle, "/api/v0/nodes?detail=0&limit=1000&timeout=5")
         return [
             node["state"] for node in reply["data"]["result"]["result"] if not node["is_head_node"]
         ]

@@ -276,7 +276,7 @@ def test_an_installed_package_has_an_entry_point(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: installed-pieces\nVersion: 1.5\n")
     (info / "entry_points.txt").write_text("[onetomany]\nones = installed_pieces\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    plugins._installed.cache_clear()
+    plugins.installed_plugins.cache_clear()
     try:
         assert [one.named_by for one in plugins.active()] == [
             "entry point ones of installed-pieces 1.5"
@@ -285,7 +285,7 @@ def test_an_installed_package_has_an_entry_point(tmp_path, monkeypatch):
         assert '"always_one"' in onetomany("schema").stdout
     finally:
         monkeypatch.undo()
-        plugins._installed.cache_clear()
+        plugins.installed_plugins.cache_clear()
 
 
 # ---------------------------------------------------------------- code, never data

@@ -41,13 +41,13 @@ class Plugin:
 def active() -> tuple[Plugin, ...]:
     """Return the installed plugins and those of the job in use."""
     listed = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
-    installed = _installed()
+    installed = installed_plugins()
     known = {plugin.module for plugin in installed}
     return (*installed, *(Plugin(name, f"plugin {name}") for name in listed if name not in known))
 
 
 @cache
-def _installed() -> tuple[Plugin, ...]:
+def installed_plugins() -> tuple[Plugin, ...]:
     found: dict[str, Plugin] = {}
     for point in metadata.entry_points(group=GROUP):
         package = f" of {point.dist.name} {point.dist.version}" if point.dist else ""

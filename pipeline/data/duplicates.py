@@ -114,7 +114,7 @@ def row_signatures(
     if content is not None:
         with np.load(io.BytesIO(content), allow_pickle=False) as found:
             return RowSignatures(**{name: found[name] for name in found.files})
-    work = _SignatureMaker(selection, modality, columns, piece, record)
+    work = SignatureMaker(selection, modality, columns, piece, record)
     cuts = selection.boundaries.tolist()
     spans = list(pairwise(cuts))  # row groups, which are read whole
     large = selection.manifest.size > SPREAD_BYTES or (
@@ -130,7 +130,7 @@ def row_signatures(
     return RowSignatures(**arrays)
 
 
-class _SignatureMaker:
+class SignatureMaker:
     """Makes the signatures of a span of a selection, in this process or in a Ray task."""
 
     def __init__(
@@ -152,7 +152,7 @@ class _SignatureMaker:
     def __call__(self, span: tuple[int, int]) -> dict[str, np.ndarray]:
         kind = registry.get("modality", self.modality)
         names = list(dict.fromkeys([*self.columns, *filter(None, (*self.piece, self.record))]))
-        table = _single_precision(
+        table = single_precision(
             Reader(self.selection.manifest, names).take(self.selection.ids(np.arange(*span))),
             self.columns,
         )
@@ -220,27 +220,27 @@ class _SignatureMaker:
         return {"digest": digests, "readable": readable}
 
 
-def _single_precision(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
+def single_precision(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
     """Cast floating-point columns, also in lists, to float32, which models read.
 
     A number that is a double in one table and a float in another is then the same.
     """
     for name in dict.fromkeys(columns):
         kind = table.schema.field(name).type
-        wanted = _with_float32(kind)
+        wanted = with_float32(kind)
         if wanted is not None:
             index = table.schema.get_field_index(name)
             table = table.set_column(index, name, pc.cast(table[name], wanted, safe=False))
     return table
 
 
-def _with_float32(kind: pa.DataType) -> pa.DataType | None:
+def with_float32(kind: pa.DataType) -> pa.DataType | None:
     """Return the type with float32 for floating-point numbers; None where there are none."""
     if pa.types.is_floating(kind):
         return pa.float32()
     if not arrow_lists.is_list(kind):
         return None
-    inner = _with_float32(kind.value_type)
+    inner = with_float32(kind.value_type)
     return None if inner is None else pa.large_list(inner)
 
 
@@ -368,7 +368,7 @@ def near_duplicates(rows: RowSignatures, others: RowSignatures) -> np.ndarray:
     theirs = _Images(others)
     mine = _Images(rows)
     alike = np.zeros(len(mine.hash), dtype=bool)
-    for low, high in _bands():
+    for low, high in bands_of_signatures():
         keys = _band(theirs.hash, low, high)
         order = np.argsort(keys, kind="stable")
         left = np.flatnonzero(~alike)
@@ -413,7 +413,7 @@ class _Images:
         return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6)
 
 
-def _bands() -> Iterator[tuple[int, int]]:
+def bands_of_signatures() -> Iterator[tuple[int, int]]:
     cuts = [64 * i // (NEAR_BITS + 1) for i in range(NEAR_BITS + 2)]
     return pairwise(cuts)
 

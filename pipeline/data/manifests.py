@@ -814,12 +814,12 @@ def _paths_of(selection: Selection, name: str) -> list[str]:
         paths = pc.struct_field(cells, "path").to_pylist()
         has_bytes = np.zeros(len(paths), dtype=bool)
         if cells.type.get_field_index("bytes") >= 0:
-            has_bytes = _has_bytes(pc.struct_field(cells, "bytes"))
+            has_bytes = cells_with_bytes(pc.struct_field(cells, "bytes"))
         out += [path for path, inside in zip(paths, has_bytes, strict=True) if path and not inside]
     return out
 
 
-def _has_bytes(values: pa.Array) -> np.ndarray:
+def cells_with_bytes(values: pa.Array) -> np.ndarray:
     """Return (n,) bool: values that are bytes, at least one; null is none."""
     if pa.types.is_null(values.type):
         return np.zeros(len(values), dtype=bool)

@@ -408,7 +408,7 @@ def _collate(
     )
 
 
-def _assembled(
+def assembled(
     rows: Rows,
     plan: Plan,
     blocks: Iterator[Block],
@@ -525,10 +525,10 @@ def train_batches(
             if decode == "train"
             else _ray_blocks(loader, items, workers or DataWorkers())
         )
-        batches = _assembled(rows, plan, blocks, steps, rank, ranks, there)
+        batches = assembled(rows, plan, blocks, steps, rank, ranks, there)
     if pin:
         batches = ((batch.pin(), bad) for batch, bad in batches)
-    return _timed(_prefetched(batches, ahead))
+    return _timed(prefetched(batches, ahead))
 
 
 def eval_batches(
@@ -604,7 +604,7 @@ def _timed(batches: Iterator[tuple[Batch, list]]) -> Iterator[LoadedBatch]:
         started = time.perf_counter()
 
 
-def _prefetched(batches: Iterator, ahead: int) -> Iterator:
+def prefetched(batches: Iterator, ahead: int) -> Iterator:
     """Yield the same items, made by a thread; its errors are raised here, and leaving early stops
     it.
     """

@@ -288,11 +288,11 @@ def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
         return uri, f"{stamp.size}-{digest}", age_ns > GRAIN_SECONDS * 1e9
 
     def read_small(uris: Sequence[str]) -> list[str]:
-        return [s3.call("read", uri, _hash_whole, uri, files[uri]) for uri in uris]
+        return [s3.call("read", uri, hash_whole, uri, files[uri]) for uri in uris]
 
     def read_piece(piece: tuple[str, int]) -> bytes:
         uri, number = piece
-        return s3.call("read", uri, _hash_piece, uri, number)
+        return s3.call("read", uri, hash_piece, uri, number)
 
     groups = _parted(small, FILES_A_TASK)
     for group, digests in zip(groups, _in_threads(read_small, groups), strict=True):
@@ -320,25 +320,25 @@ def _wait_for_new_large_files(files: dict[str, _Stamp]) -> None:
         time.sleep(GRAIN_SECONDS - age_seconds + 0.01)
 
 
-def _hash_whole(uri: str, stamp: _Stamp) -> str:
+def hash_whole(uri: str, stamp: _Stamp) -> str:
     """Return the SHA-256 of a file in hex. Raise ChangedFileError when it changes meanwhile."""
     digest = hashlib.sha256()
     with open(s3.split(uri)[1], "rb", buffering=0) as file:
-        _hash_bytes(file, stamp.size + 1, digest)
+        hash_bytes(file, stamp.size + 1, digest)
         _refuse_changed(uri, _stamp(os.fstat(file.fileno())), stamp)
     return digest.hexdigest()
 
 
-def _hash_piece(uri: str, number: int) -> bytes:
+def hash_piece(uri: str, number: int) -> bytes:
     """Return the SHA-256 of one piece of a file."""
     digest = hashlib.sha256()
     with open(s3.split(uri)[1], "rb", buffering=0) as file:
         file.seek(number * PIECE_BYTES)
-        _hash_bytes(file, PIECE_BYTES, digest)
+        hash_bytes(file, PIECE_BYTES, digest)
     return digest.digest()
 
 
-def _hash_bytes(file: Any, most: int, digest: Any) -> None:
+def hash_bytes(file: Any, most: int, digest: Any) -> None:
     """Hash up to ``most`` bytes from the file's position on."""
     buffer = memoryview(bytearray(min(READ_BYTES, most)))
     while most > 0 and (count := file.readinto(buffer[: min(len(buffer), most)])):

@@ -80,7 +80,7 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
             # an error: the next renewal, or the run itself, will say what is wrong
             with contextlib.suppress(storage.StorageError):
                 # a run that was taken for dead does not take the lease back
-                if not _is_held(root, mine):
+                if not is_held(root, mine):
                     lost.set()
                     if not ended.is_set():
                         _interrupt(holder)
@@ -107,7 +107,7 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
         with contextlib.suppress(storage.StorageError):
             storage.remove_tree(_renewal_uri(root, mine["id"]))
         with contextlib.suppress(storage.StorageError):
-            if _is_held(root, mine):
+            if is_held(root, mine):
                 storage.remove_tree(write_fence.lease_uri(root))
 
 
@@ -147,7 +147,7 @@ def _enter(root: str, mine: Lease) -> None:
     uri = write_fence.lease_uri(root)
     for _ in _turns(root):
         if storage.create(uri, storage.encode(_now(mine))):
-            if _is_held(root, mine):  # a server may keep conditions less strictly than it says
+            if is_held(root, mine):  # a server may keep conditions less strictly than it says
                 return
             continue
         held = write_fence.read_lease(root)
@@ -186,7 +186,7 @@ def _take_over(root: str, dead: Lease, mine: Lease) -> bool:
         for one in left:
             storage.remove_tree(one)
     storage.remove_tree(claim)
-    return is_still_there and _is_held(root, mine)
+    return is_still_there and is_held(root, mine)
 
 
 def _enter_without_conditions(root: str, mine: Lease) -> None:
@@ -275,7 +275,7 @@ def _read(uri: str) -> Lease | None:
         return None
 
 
-def _is_held(root: str, mine: Lease) -> bool:
+def is_held(root: str, mine: Lease) -> bool:
     """Return whether the lease of the folder is ours."""
     found = write_fence.read_lease(root)
     return found is not None and found["id"] == mine["id"]

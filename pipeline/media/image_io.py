@@ -41,7 +41,7 @@ def on_gpu(files: Any, channels: int, device: torch.device) -> dict[int, Tensor]
     places = [
         i
         for i, data in enumerate(files)
-        if data.startswith(JPEG) and _plain(data) and not _turned(data)
+        if data.startswith(JPEG) and _plain(data) and not is_turned(data)
     ]
     if not places:
         return {}
@@ -57,7 +57,7 @@ def on_gpu(files: Any, channels: int, device: torch.device) -> dict[int, Tensor]
     return dict(zip(places, found, strict=True))
 
 
-def _turned(data: bytes) -> bool:
+def is_turned(data: bytes) -> bool:
     if b"Exif\0" not in data[: 1 << 17]:
         return False
     try:
@@ -71,11 +71,11 @@ def _turned(data: bytes) -> bool:
 
 def _plain(data: bytes) -> bool:
     """Tell whether a JPEG is grey or YCbCr, of a size that may be decoded."""
-    height, width, components, ycc = _jpeg_frame(data) or (0, 0, 0, False)
+    height, width, components, ycc = jpeg_frame(data) or (0, 0, 0, False)
     return 0 < height * width <= MOST_PIXELS and (components == 1 or (components == 3 and ycc))
 
 
-def _jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
+def jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
     """Read height, width and number of components from the frame header (ITU-T T.81, B.2.2).
 
     The last value tells whether three components are YCbCr, which Adobe's marker may deny (ITU-T
@@ -96,7 +96,7 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
 
 def _check_size(data: bytes) -> None:
     """Raise ValueError for a header of more than MOST_PIXELS, and for other bytes."""
-    frame = _jpeg_frame(data) if data.startswith(JPEG) else None
+    frame = jpeg_frame(data) if data.startswith(JPEG) else None
     size = (
         struct.unpack_from(">II", data, 16)
         if data.startswith(PNG) and len(data) > 24

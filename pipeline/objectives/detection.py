@@ -214,7 +214,7 @@ class Detection(Objective):
 
     def loss(self, backbone: Backbone, batch: Batch):
         features, maps = self._maps(backbone, batch)
-        parts, counts = self.detector.losses(maps, batch, _targets(batch))
+        parts, counts = self.detector.losses(maps, batch, targets_of(batch))
         # layers after the last map are part of the graph: DDP waits for every gradient
         unused = features.pooled.float().sum() * 0.0
         total = torch.stack([*parts.values()]).sum() + unused
@@ -250,7 +250,7 @@ class Detection(Objective):
         predictions = {"boxes": boxes, "scores": scores, "classes": classes}
         if "labels" not in batch.data:
             return predictions
-        parts, counts = self.detector.losses(maps, batch, _targets(batch))
+        parts, counts = self.detector.losses(maps, batch, targets_of(batch))
         is_box = _has_area(batch["boxes"]) & (batch["labels"] >= 0)
         return {
             **predictions,
@@ -415,7 +415,7 @@ def _has_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2:] > boxes[..., :2]).all(-1)
 
 
-def _targets(batch: Batch) -> Targets:
+def targets_of(batch: Batch) -> Targets:
     boxes = batch["boxes"].float()
     labels = batch["labels"]
     crowd = batch["crowd"].bool()

@@ -122,7 +122,7 @@ class Forecast(Objective):
         of_hours = sums.view(rows, length, self.variables)
         return of_hours.cumsum(1)
 
-    def _cut(self, batch: Batch) -> tuple[Batch, Tensor]:
+    def cut_at_an_hour(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Return the events before an hour of each row, and that hour (B, 1)."""
         times = batch["times"]
         mask = batch["mask"]
@@ -150,11 +150,13 @@ class Forecast(Objective):
             assert features.tokens is not None and features.mask is not None
             hours = features.stages["times"]
             return features.tokens, hours, features.mask, features.pooled
-        seen, hours = self._cut(batch)
+        seen, hours = self.cut_at_an_hour(batch)
         pooled = backbone(seen).pooled
         return pooled[:, None], hours, seen["mask"].any(1, keepdim=True), pooled
 
-    def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def row_losses(
+        self, backbone: Backbone, batch: Batch
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return (B, T) losses, which count, and (B, T) parts of them to log."""
         features, hours, real, pooled = self._features(backbone, batch)
         mean, present = self.ahead(batch, hours)
@@ -176,11 +178,11 @@ class Forecast(Objective):
         return losses * real, real.float(), logs
 
     def loss(self, backbone: Backbone, batch: Batch):
-        losses, real, logs = self._rows(backbone, batch)
+        losses, real, logs = self.row_losses(backbone, batch)
         logs = {name: value.detach().sum() for name, value in logs.items()}
         return losses.sum(), real.sum(), logs
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss``, summed over the hours forecast from, and their ``count``, (B,) each."""
-        losses, real, _ = self._rows(backbone, batch)
+        losses, real, _ = self.row_losses(backbone, batch)
         return {"loss": losses.sum(1), "count": real.sum(1)}

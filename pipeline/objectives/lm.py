@@ -134,7 +134,7 @@ class MaskedLM(Objective):
 
     # ---------------------------------------------------------------- what is masked
 
-    def _chosen(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def chosen_positions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return positions (B, k), whether they count (B, k), and tokens (B, N) with masks.
 
         All of it follows from the rows' keys.
@@ -220,7 +220,7 @@ class MaskedLM(Objective):
 
     def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return losses, weights and hits, (B, k) each."""
-        positions, valid, tokens = self._chosen(batch)
+        positions, valid, tokens = self.chosen_positions(batch)
         masked = batch.replace(tokens=tokens)
         hidden = backbone(masked, want=("tokens",)).tokens
         assert hidden is not None

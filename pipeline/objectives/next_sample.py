@@ -92,7 +92,7 @@ class NextSample(Objective):
         samples = start[:, None] + torch.arange(self.crop, device=wave.device)
         return batch.replace(wave=wave.gather(1, samples), mask=mask.gather(1, samples))
 
-    def _rows(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def row_losses(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return (B, n - 1) losses in nats, weights and hits of the samples behind the first."""
         batch = self.cropped(batch)
         features = backbone(batch, want=("latent",))
@@ -109,7 +109,7 @@ class NextSample(Objective):
         return losses, weight.float(), hits
 
     def loss(self, backbone: Backbone, batch: Batch):
-        losses, weight, hits = self._rows(backbone, batch)
+        losses, weight, hits = self.row_losses(backbone, batch)
         total = losses.sum()
         logs = {"bits_per_sample": total.detach() / math.log(2), "accuracy": hits.sum()}
         return total, weight.sum(), logs
@@ -120,5 +120,5 @@ class NextSample(Objective):
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` in nats and ``count``, the samples that were predicted, both (B,)."""
-        losses, weight, _ = self._rows(backbone, batch)
+        losses, weight, _ = self.row_losses(backbone, batch)
         return {"loss": losses.sum(1), "count": weight.sum(1)}

@@ -150,7 +150,7 @@ class QuestionAnswering(Objective):
 
     # ---------------------------------------------------------------- loss and predictions
 
-    def _scores(self, backbone: Backbone, windows: Batch) -> tuple[Tensor, Features]:
+    def head_scores(self, backbone: Backbone, windows: Batch) -> tuple[Tensor, Features]:
         """Return scores (R, N, 2) as first and as last token, -inf at padding."""
         features = backbone(windows, want=("tokens",))
         assert features.tokens is not None
@@ -167,7 +167,7 @@ class QuestionAnswering(Objective):
 
     def loss(self, backbone: Backbone, batch: Batch):
         windows, _ = flattened(batch, torch.compiler.is_compiling())
-        scores, features = self._scores(backbone, windows)
+        scores, features = self.head_scores(backbone, windows)
         # a pooler is part of the graph: DDP waits for every parameter's gradient
         unused = features.pooled.float().sum() * 0.0
         total = (self._losses(scores, windows) * windows["weight"]).sum()
@@ -178,7 +178,7 @@ class QuestionAnswering(Objective):
 
         ``none`` (R,) is the score of no answer; with answers also ``loss`` (R,).
         """
-        scores, _ = self._scores(backbone, windows)
+        scores, _ = self.head_scores(backbone, windows)
         offsets = windows["offsets"].long()
         most = self.options.max_answer_length
         is_context = (offsets[..., 0] >= 0)[..., None]

@@ -112,7 +112,7 @@ class Segmentation(Objective):
         )
         self.head = nn.Conv2d(width, len(state["labels"]), 1)
 
-    def _scores(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Features]:
+    def head_scores(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Features]:
         """Return logits (B, C, H, W) at the input's resolution, and the features."""
         size = batch["image"].shape[-2:]
         features = backbone(batch, want=("stages",))
@@ -128,7 +128,7 @@ class Segmentation(Objective):
         return torch.where(is_labelled, mask, OUTSIDE), is_labelled
 
     def loss(self, backbone: Backbone, batch: Batch):
-        scores, features = self._scores(backbone, batch)
+        scores, features = self.head_scores(backbone, batch)
         truth, is_labelled = self._truth(batch)
         total = F.cross_entropy(scores, truth, ignore_index=OUTSIDE, reduction="sum")
         # layers after the last map are part of the graph: DDP waits for every gradient
@@ -146,7 +146,7 @@ class Segmentation(Objective):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        scores, _ = self._scores(backbone, batch)
+        scores, _ = self.head_scores(backbone, batch)
         guess = scores.argmax(1)
         if "mask" not in batch.data:
             return {"classes": guess.to(torch.uint8), "frame": batch["frame"]}

@@ -213,7 +213,7 @@ class Tagging(Objective):
 
     # ---------------------------------------------------------------- loss and predictions
 
-    def _scores(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Features]:
+    def head_scores(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Features]:
         """Return logits (B, N, L), and the features."""
         if "words" not in batch.data:
             raise ValueError(
@@ -244,7 +244,7 @@ class Tagging(Objective):
         return losses.view_as(truth), truth
 
     def loss(self, backbone: Backbone, batch: Batch):
-        scores, features = self._scores(backbone, batch)
+        scores, features = self.head_scores(backbone, batch)
         losses, truth = self._losses(scores, batch)
         # a pooler is part of the graph: DDP waits for every parameter's gradient
         unused = features.pooled.float().sum() * 0.0
@@ -257,7 +257,7 @@ class Tagging(Objective):
         With tags ``hits``, ``guessed`` and ``actual`` (B, T), entities by type; ``right`` of
         ``words`` (B,); and ``loss`` with its ``count`` (B,).
         """
-        scores, _ = self._scores(backbone, batch)
+        scores, _ = self.head_scores(backbone, batch)
         words = batch["words"].long()
         most = self.state["max_words"]
         has_word = (words >= 0) & (words < most)

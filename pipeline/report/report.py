@@ -575,7 +575,7 @@ def _target_blocks(
     if split:
         out.append(Text(f"Splits: {split}", "note"))
     followed = _curve_metric(metric, target, rows, curves)
-    panels = _learning_curves(target, followed, rows, curves)
+    panels = learning_curves(target, followed, rows, curves)
     if panels:
         out.append(
             Figure(
@@ -679,7 +679,7 @@ def _curve_metric(
     return metric if metric in names or not names else names[0]
 
 
-def _learning_curves(
+def learning_curves(
     target: str, metric: str, rows: Sequence[ResultRow], curves: Mapping[str, Sequence[CurvePoint]]
 ) -> dict[str, plots.Series]:
     """Return the learning curves of a target's final trials.

@@ -555,7 +555,7 @@ def _resample(
     units = np.concatenate([np.asarray(metric.units(p), dtype=np.float64) for p in runs], axis=1)
     if member is not None:
         units = np.stack([np.bincount(member, column) for column in units.T], axis=1)
-    totals = _resampled_totals(units, draws, rng).reshape(-1, len(runs), 2)
+    totals = resampled_totals(units, draws, rng).reshape(-1, len(runs), 2)
     counted = totals[..., 1] != 0
     ratios = np.full(totals.shape[:-1], np.nan)
     np.divide(totals[..., 0], totals[..., 1], out=ratios, where=counted)
@@ -565,7 +565,7 @@ def _resample(
     return ratios
 
 
-def _resampled_totals(units: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+def resampled_totals(units: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Return (draws, K) sums of n units sampled with replacement from ``units`` (n, K).
 
     Memory is bounded. Equal units are sampled together by a multinomial over the distinct values,

@@ -245,10 +245,10 @@ def blocks(
     ]
     body: list[list[str | Value]] = []
     for subgroup in shown:
-        line: list[str | Value] = [subgroup.name, _format_size(subgroup.units)]
+        line: list[str | Value] = [subgroup.name, format_size(subgroup.units)]
         found = means.get(subgroup.name, [])
         line += (
-            [_format_size(subgroup.positives) if found else DASH]
+            [format_size(subgroup.positives) if found else DASH]
             if subgroup.positives is not None
             else []
         )
@@ -300,7 +300,7 @@ def _gain_cell(
     )
 
 
-def _format_size(count: int | None) -> str:
+def format_size(count: int | None) -> str:
     if count is None:
         return DASH
     return f"<{HIDDEN_BELOW}" if 0 < count < HIDDEN_BELOW else f"{count:,}"

@@ -246,7 +246,7 @@ def _declared_on_the_head() -> list[node_types.NodeType] | None:
     try:
         return ray.get(task.remote(gcs_address))
     except RayTaskError as error:
-        raise node_types.NodeTypesError(_first_cause(error)) from error
+        raise node_types.NodeTypesError(first_cause(error)) from error
 
 
 def capacity(have: Nodes, cpus: float, gpus: float) -> int:
@@ -484,7 +484,7 @@ def _rank_main(config: dict[str, Any]) -> None:
         UserCodeException,
         ChangedFileError,
     ) as error:
-        ray.get(board.fail.remote(_first_cause(error)))
+        ray.get(board.fail.remote(first_cause(error)))
         raise
     except storage.StorageError as error:
         if s3.is_full(error):  # a restart would only fill the disk again
@@ -492,7 +492,7 @@ def _rank_main(config: dict[str, Any]) -> None:
         raise
 
 
-def _first_cause(error: BaseException) -> str:
+def first_cause(error: BaseException) -> str:
     """The message of the error that began it, without Ray's account of the way it took."""
     while isinstance(error, RayError) and (
         inner := getattr(error, "cause", None) or error.__cause__

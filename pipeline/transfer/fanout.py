@@ -48,7 +48,7 @@ UNIT_TRIALS = 64
 
 
 @ray.remote(num_cpus=0)
-class _Pulses:
+class Pulses:
     """When each process that runs trials last sent a heartbeat, by the clock of this process."""
 
     def __init__(self):
@@ -127,7 +127,7 @@ def _begin(board: Any, unit: int, every_seconds: float, waits_for_ranks: bool) -
     return pulse
 
 
-class _Watchdog:
+class Watchdog:
     """Kills the processes of trials that hang or take too long.
 
     It runs outside of them, since a process that hangs in C code does not react to anything.
@@ -145,11 +145,11 @@ class _Watchdog:
         self.reasons: dict[int, str] = {}
         waits = [*self.limits.values(), *([self.silence] if self.silence is not None else [])]
         self.look_every_seconds = min([5.0, *(seconds / 5 for seconds in waits)])
-        self.board = _Pulses.remote()
+        self.board = Pulses.remote()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def __enter__(self) -> _Watchdog:
+    def __enter__(self) -> Watchdog:
         if self.silence is not None or self.limits:
             self._thread.start()
         return self
@@ -254,7 +254,7 @@ def _run_unit(
         held: A list with the reference of what all trials share.
         work: All units; ``config["unit"]`` is the number of this one.
         asha: Whether validations are reported to the scheduler.
-        board: The `_Pulses` that gets heartbeats; None: no watchdog.
+        board: The `Pulses` that gets heartbeats; None: no watchdog.
     """
     pulse = None
     if board is not None:
@@ -417,7 +417,7 @@ class GroupedASHA(TrialScheduler):
         return f"ASHA in {len(self.groups)} cells"
 
 
-class _ProgressCallback(tune.Callback):
+class ProgressCallback(tune.Callback):
     """Shows progress, and removes a trial's bundle as soon as a better one of its cell exists."""
 
     def __init__(
@@ -543,7 +543,7 @@ def run(
     lacking = unfinished_of(shared.root, [one for one in trials if one.id not in anew], spec)
     todo = [one for one in trials if one.id in anew or one.id in lacking]
     work = units(todo, shared)
-    for workers, part in _by_workers(work, shared).items():
+    for workers, part in units_by_workers(work, shared).items():
         _tune(name, part, shared, spec, workers, progress, wait)
     records = trial.read_records(shared.root, [one.id for one in trials])
     for one in trials:
@@ -567,7 +567,7 @@ def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
     return not trial.is_complete(root, one.id, record)
 
 
-def _by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
+def units_by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
     out: dict[int, list[Unit]] = defaultdict(list)
     for unit in work:
         out[shared.targets[unit.first.target, unit.first.backbone_key].spec.workers].append(unit)
@@ -658,9 +658,9 @@ def _tune(
     )
     scheduler = GroupedASHA({i: unit.first.cell for i, unit in enumerate(work)}) if asha else None
     scratch = tempfile.mkdtemp(prefix="onetomany-tune-")
-    watchdog = _Watchdog(work, spec, progress)
+    watchdog = Watchdog(work, spec, progress)
     try:
-        show = _ProgressCallback(name, work, shared, progress, spec.keep_bundles, watchdog.ended)
+        show = ProgressCallback(name, work, shared, progress, spec.keep_bundles, watchdog.ended)
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(

@@ -52,7 +52,7 @@ MOST_NAMED, MOST_LETTERS = 20, 120
 """How many classes are printed by name, and how many letters of a type."""
 
 
-class _Predictor:
+class Predictor:
     """A bundle in a data worker, which predicts the rows of an item.
 
     It is opened at the first item, once per process. ``carried`` are columns of the rows that are
@@ -220,10 +220,10 @@ def predict(
         if found.files and found.files[0].startswith(storage.join(output, ".imports"))
         else found.files[0]
     )
-    columns = _columns(modality, objective, manifest.columns, columns, found, where)
+    columns = columns_of_roles(modality, objective, manifest.columns, columns, found, where)
     _check_types(modality, columns, found, where)
-    carried = _carried(modality, columns, found)
-    kept = _kept(modality, columns, found, keep, where)
+    carried = recording_columns(modality, columns, found)
+    kept = kept_columns(modality, columns, found, keep, where)
     reads = [*(file for file in found.identities if file is not None), *named]
     selection = Selection(found)
     if not named:
@@ -264,14 +264,14 @@ def predict(
         int(have.get("object_store_memory", 1 << 30) // 2),
         1.0 if gpus else 0.0,
     )
-    work = _Predictor(uri, selection, columns, carried)
+    work = Predictor(uri, selection, columns, carried)
     bad, reader = 0, manifests.Reader(found, list(dict.fromkeys(kept.values())))
     for item, block in zip(todo, map_blocks(work, todo, workers), strict=True):
         bad += sum(1 for reason in block["error"] if reason)
         sink = io.BytesIO()
         rows = reader.take(selection.ids(np.arange(item.start, item.stop))) if kept else None
         pq.write_table(
-            _with_kept(_arrow(block, output_types(objective)), rows, kept, classes), sink
+            with_kept_columns(to_table(block, output_types(objective)), rows, kept, classes), sink
         )
         storage.write_bytes(parts[item], sink.getvalue())
         progress.update(
@@ -282,7 +282,7 @@ def predict(
     return (
         f"{output}: {found.rows} rows in {len(items)} parts"
         + (f", {len(items) - len(todo)} of them from before" if len(todo) < len(items) else "")
-        + (f", {_subtitles(output, list(parts.values()))} recordings as .srt" if srt else "")
+        + (f", {write_subtitles(output, list(parts.values()))} recordings as .srt" if srt else "")
         + (f"; {bad} rows could not be read, see column error" if bad else "")
         + _named_classes(classes, list(parts.values()))
     )
@@ -314,7 +314,7 @@ def embed(
     with storage.scratch_folder() as scratch, file_identity.progress_to(progress.update):
         manifest, _ = manifests.build_with_named(data, form, str(scratch))
         known = found.manifest.columns
-        named = _columns(modality, objective, known, columns, manifest, data[0])
+        named = columns_of_roles(modality, objective, known, columns, manifest, data[0])
         _check_types(modality, named, manifest, data[0])
         rows = Rows(Selection(manifest), Decoder(modality, None, {}, named))
         held = rows.in_memory(1.0, cpus=0, keep_bad=True)
@@ -343,7 +343,7 @@ def _named_classes(classes: list[str] | None, parts: list[str]) -> str:
     return f"; probabilities are of the classes, in this order: {first}{more}"
 
 
-def _kept(
+def kept_columns(
     modality: Modality,
     columns: dict[str, str],
     found: manifests.Manifest,
@@ -376,7 +376,7 @@ def _tells_place(kind: pa.DataType) -> bool:
     return arrow_lists.is_text(kind)
 
 
-def _with_kept(
+def with_kept_columns(
     found: pa.Table, rows: pa.Table | None, kept: dict[str, str], classes: list[str] | None
 ) -> pa.Table:
     """Return predictions with the rows' own columns after ``row``, and class names in the metadata.
@@ -449,7 +449,7 @@ def _prepared(where: str) -> str:
     )
 
 
-def _columns(
+def columns_of_roles(
     modality: Modality,
     objective: type[Objective],
     known: dict[str, str],
@@ -512,7 +512,7 @@ def _are_places(found: manifests.Manifest, name: str) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _carried(
+def recording_columns(
     modality: Modality, columns: dict[str, str], found: manifests.Manifest
 ) -> dict[str, str]:
     """Return the columns that identify the recording of a row.
@@ -533,7 +533,7 @@ def _carried(
     return out
 
 
-def _subtitles(output: str, parts: list[str]) -> int:
+def write_subtitles(output: str, parts: list[str]) -> int:
     """Write one .srt file for each recording and return their number.
 
     The rows of a recording are held in memory until its last one is read.
@@ -571,7 +571,7 @@ def _subtitles(output: str, parts: list[str]) -> int:
     return len(files)
 
 
-def _arrow(block: Arrays, types: dict[str, pa.DataType]) -> pa.Table:
+def to_table(block: Arrays, types: dict[str, pa.DataType]) -> pa.Table:
     return pa.table(
         {
             name: pa.array(

@@ -102,7 +102,7 @@ def in_groups(test: Selection, group: str, others: Selection, other_group: str) 
     return np.array(is_shared)[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
 
 
-def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
+def bytes_to_read(selection: Selection, modality: str, columns: dict[str, str]) -> int:
     """Return roughly how many bytes of the rows are read.
 
     Where a column of images or recordings holds paths, the size is estimated from a few files.
@@ -265,4 +265,4 @@ def _is_large(test: Selection, rows: Selection, modality: str, columns: dict[str
     """Return whether rows are too many, or take too many bytes, to be read only for counting."""
     if max(len(rows), len(test)) > MOST_ROWS:
         return True
-    return _bytes(rows, modality, columns) > MOST_BYTES
+    return bytes_to_read(rows, modality, columns) > MOST_BYTES

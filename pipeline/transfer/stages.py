@@ -202,14 +202,14 @@ def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
     done = _trial_status(state, draws, groups)
     if not all(one for _, one in done):
         return []
-    again = finalist_trials(state, groups, chosen, _ranked(draws, _records(state, draws)))
+    again = finalist_trials(state, groups, chosen, ranked_draws(draws, _records(state, draws)))
     done += _trial_status(state, again, groups)
     if not all(one for _, one in done):
         return []
     search = [*draws, *again]
     return done + _trial_status(
         state,
-        final_trials(state, groups, chosen, _winners(search, _records(state, search))),
+        final_trials(state, groups, chosen, winning_draws(search, _records(state, search))),
         groups,
     )
 
@@ -308,7 +308,7 @@ def _planned_trials(
     search = _search(state, groups, chosen)
     records = _records(state, search)
     there = [one for one, record in zip(search, records, strict=True) if record is not None]
-    return there, final_trials(state, groups, chosen, _winners(search, records))
+    return there, final_trials(state, groups, chosen, winning_draws(search, records))
 
 
 def _search(
@@ -316,7 +316,10 @@ def _search(
 ) -> list[Trial]:
     """Return all draws of the search, and the best finished ones again with further seeds."""
     draws = search_trials(state, groups, chosen)
-    return [*draws, *finalist_trials(state, groups, chosen, _ranked(draws, _records(state, draws)))]
+    return [
+        *draws,
+        *finalist_trials(state, groups, chosen, ranked_draws(draws, _records(state, draws))),
+    ]
 
 
 def _backbone_groups(state: JobState) -> list[BackboneGroup]:
@@ -402,7 +405,7 @@ def all_ids(state: JobState) -> set[str]:
                 one.id
                 for one in (
                     *search,
-                    *final_trials(state, groups, chosen, _winners(search, records)),
+                    *final_trials(state, groups, chosen, winning_draws(search, records)),
                 )
             }
         why = "its search is not through"
@@ -786,7 +789,7 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
         if search
         else []
     )
-    again = finalist_trials(state, groups, chosen, _ranked(search, records))
+    again = finalist_trials(state, groups, chosen, ranked_draws(search, records))
     if again:
         unpruned = job.fanout.model_copy(
             update={"scheduler": "fifo"}
@@ -801,7 +804,7 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
             state.wait,
         )
         search = [*search, *again]
-    winners = _winners(search, records)
+    winners = winning_draws(search, records)
     for cell in sorted({one.cell for one in search} - set(winners)):
         state.notes.append(
             f"search: no trial of {cell} ended well, so it has no winner: its final trials run "
@@ -876,7 +879,7 @@ def _tried(
     }
 
 
-def _ranked(
+def ranked_draws(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, list[dict[str, float]]]:
     """Return cell to its draws, the best first.
@@ -889,14 +892,14 @@ def _ranked(
     }
 
 
-def _winners(
+def winning_draws(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, dict[str, float]]:
     """Return the best draw of every cell on validation, at equal budget.
 
     Trials that were stopped early or failed cannot win.
     """
-    return {cell: ranked[0] for cell, ranked in _ranked(search, records).items()}
+    return {cell: ranked[0] for cell, ranked in ranked_draws(search, records).items()}
 
 
 def _draw_sort_key(draw: tuple[dict[str, float], list[float]]) -> tuple[int, float]:

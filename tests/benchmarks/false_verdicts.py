@@ -310,10 +310,10 @@ def _searched(
     top, further = case.finalists
     for draw in draws:
         add(float(draw), 0)
-    for hyper in stages._ranked(search, records)["cell"][:top] if top > 1 else ():
+    for hyper in stages.ranked_draws(search, records)["cell"][:top] if top > 1 else ():
         for seed in range(1, 1 + further):
             add(hyper["lr"], seed)
-    return stages._winners(search, records)["cell"]["lr"]
+    return stages.winning_draws(search, records)["cell"]["lr"]
 
 
 def measured(case: Case, matrices: int, first: int = 0) -> dict[str, Any]:

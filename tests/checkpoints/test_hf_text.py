@@ -476,7 +476,7 @@ def test_masked_language_modelling_goes_on_with_the_checkpoints_own_head(kind, m
     assert said == "head kept: the checkpoint's own for mlm"
     data = packed_rows(40, bundle.build_modality(start.modality))
     batch = take(data, np.arange(6))
-    places, valid, tokens = task.objective._chosen(batch)
+    places, valid, tokens = task.objective.chosen_positions(batch)
     model = hf.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     total, count = 0.0, 0
     for row, segments in enumerate(batch["segments"]):
@@ -580,7 +580,7 @@ def test_a_question_answering_head_is_kept(tmp_path):
     theirs = hf.AutoModelForQuestionAnswering.from_pretrained(tmp_path).eval()(
         input_ids=batch["tokens"], attention_mask=batch["mask"].long()
     )
-    ours, _ = task.objective._scores(task.backbone, batch)
+    ours, _ = task.objective.head_scores(task.backbone, batch)
     assert (ours[..., 0] - theirs.start_logits)[batch["mask"]].abs().max() < 1e-5 and (
         ours[..., 1] - theirs.end_logits
     )[batch["mask"]].abs().max() < 1e-5

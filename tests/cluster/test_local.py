@@ -36,11 +36,11 @@ def test_a_taken_port_is_named():
 
 
 def test_nodes_get_different_gpus():
-    assert local._with_gpus({}, 1, 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
-    assert local._with_gpus({"CUDA_VISIBLE_DEVICES": "4,6,7"}, 2, 1)["CUDA_VISIBLE_DEVICES"] == "7"
-    assert local._with_gpus({"A": "b"}, 2, 0) == {"A": "b"}
+    assert local.with_gpus({}, 1, 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert local.with_gpus({"CUDA_VISIBLE_DEVICES": "4,6,7"}, 2, 1)["CUDA_VISIBLE_DEVICES"] == "7"
+    assert local.with_gpus({"A": "b"}, 2, 0) == {"A": "b"}
     with pytest.raises(local.ClusterError, match="too few GPUs for node 1"):
-        local._with_gpus({"CUDA_VISIBLE_DEVICES": "4,6,7"}, 1, 2)
+        local.with_gpus({"CUDA_VISIBLE_DEVICES": "4,6,7"}, 1, 2)
 
 
 def test_nodes_do_not_inherit_another_cluster(monkeypatch, tmp_path):
@@ -49,7 +49,7 @@ def test_nodes_do_not_inherit_another_cluster(monkeypatch, tmp_path):
     handle = local.Handle(
         "127.0.0.1:1", "http://127.0.0.1:2", tmp_path, {"RAY_AUTH_MODE": "disabled"}, "mark"
     )
-    env = local._environment(handle)
+    env = local.node_environment(handle)
     assert "RAY_ADDRESS" not in env and "RAY_AUTH_TOKEN" not in env
     assert env[local.MARK] == "mark" and env["PATH"].startswith(str(Path(sys.executable).parent))
 
@@ -62,7 +62,7 @@ def test_help_says_how(capsys):
 
 
 def test_a_head_that_cannot_start_leaves_nothing(monkeypatch):
-    monkeypatch.setattr(local, "_LOOPBACK_RAY", "import sys; sys.exit('no such luck')")
+    monkeypatch.setattr(local, "LOOPBACK_RAY", "import sys; sys.exit('no such luck')")
     before = set(Path(local.tempfile.gettempdir()).glob("o2m*"))
     with pytest.raises(local.ClusterError, match="no such luck"):
         local.start(1)
@@ -77,7 +77,7 @@ def test_two_nodes_on_loopback_die_one_by_one_and_leave_nothing():
     try:
         with local.local_cluster(2) as cluster:
             processes = cluster.processes()
-            assert local._alive_nodes(cluster) == 2
+            assert local.alive_nodes(cluster) == 2
             assert {"gcs_server", "raylet"} <= {process.name() for process in processes}
             assert _listening(processes) and all(
                 address in ("127.0.0.1", "::1") for address in _listening(processes)

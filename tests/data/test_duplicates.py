@@ -149,9 +149,9 @@ def test_the_search_finds_what_comparing_all_pairs_finds(seed, pairs):
 
 
 def test_bands_cover_the_hash_once():
-    assert [bit for low, high in d._bands() for bit in range(low, high)] == list(range(64)) and len(
-        list(d._bands())
-    ) == d.NEAR_BITS + 1
+    assert [bit for low, high in d.bands_of_signatures() for bit in range(low, high)] == list(
+        range(64)
+    ) and len(list(d.bands_of_signatures())) == d.NEAR_BITS + 1
 
 
 # ---------------------------------------------------------------- real images
@@ -397,13 +397,13 @@ def test_rows_are_read_once_and_again_when_they_change(signs, tmp_path, monkeypa
     # As a Ray task gets it
     there = pickle.loads(
         pickle.dumps(
-            d._SignatureMaker(m.Selection(m.build(str(path), "auto", "")), "image", ("image",))
+            d.SignatureMaker(m.Selection(m.build(str(path), "auto", "")), "image", ("image",))
         )
     )
     assert (there((50, 100))["hash"] == signs(whole[50:100]).hash).all()
-    calls, work = [], d._SignatureMaker.__call__
+    calls, work = [], d.SignatureMaker.__call__
     monkeypatch.setattr(
-        d._SignatureMaker, "__call__", lambda self, span: calls.append(span) or work(self, span)
+        d.SignatureMaker, "__call__", lambda self, span: calls.append(span) or work(self, span)
     )
     first, again = signs(path), signs(path)
     assert calls == [(0, 50), (50, 100), (100, 120)], "row group by row group"
@@ -474,12 +474,12 @@ def test_numbers_stored_in_another_width_are_the_same(tmp_path):
 
 
 def test_lists_of_lists_of_doubles_are_those_of_floats(signs):
-    assert d._with_float32(pa.list_(pa.list_(pa.float64()))) == pa.large_list(
+    assert d.with_float32(pa.list_(pa.list_(pa.float64()))) == pa.large_list(
         pa.large_list(pa.float32())
     )
-    assert d._with_float32(pa.list_(pa.int64())) is None and d._with_float32(pa.string()) is None
+    assert d.with_float32(pa.list_(pa.int64())) is None and d.with_float32(pa.string()) is None
     nested = pa.table({"a": pa.array([[[0.1]], None], pa.list_(pa.list_(pa.float64(), 1)))})
-    assert d._single_precision(nested, ("a",))["a"].to_pylist() == [
+    assert d.single_precision(nested, ("a",))["a"].to_pylist() == [
         [[float(np.float32(0.1))]],
         None,
     ]

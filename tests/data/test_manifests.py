@@ -1439,8 +1439,8 @@ def test_a_struct_that_names_no_file_is_part_of_the_table_alone(imports, tmp_pat
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()], ids=str)
 def test_bytes_of_any_type_are_seen(kind):
-    assert m._has_bytes(pa.array([b"abc", b"", None], kind)).tolist() == [True, False, False]
-    assert m._has_bytes(pa.nulls(2)).tolist() == [False, False]
+    assert m.cells_with_bytes(pa.array([b"abc", b"", None], kind)).tolist() == [True, False, False]
+    assert m.cells_with_bytes(pa.nulls(2)).tolist() == [False, False]
 
 
 def test_a_name_with_nul_is_one_bad_row(pets, imports, tmp_path):

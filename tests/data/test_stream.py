@@ -435,7 +435,7 @@ def test_prefetch_goes_a_bounded_way_ahead():
             made.append(i)
             yield i
 
-    got = stream._prefetched(numbers(), 3)
+    got = stream.prefetched(numbers(), 3)
     assert next(got) == 0
     time.sleep(0.3)
     assert len(made) <= 1 + 3 + 1, "what was taken, three that wait and one in hand"
@@ -448,7 +448,7 @@ def test_prefetch_raises_after_what_was_made_before_the_error():
         yield 2
         raise KeyError("third")
 
-    got = stream._prefetched(numbers(), 5)
+    got = stream.prefetched(numbers(), 5)
     assert [next(got), next(got)] == [1, 2]
     with pytest.raises(KeyError, match="third"):
         next(got)

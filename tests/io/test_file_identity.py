@@ -31,12 +31,12 @@ def old(path, seconds: float = 100.0):
 @pytest.fixture
 def reads(monkeypatch):
     """Files that are truly read, one entry a reading."""
-    seen, whole, piece = [], file_identity._hash_whole, file_identity._hash_piece
+    seen, whole, piece = [], file_identity.hash_whole, file_identity.hash_piece
     monkeypatch.setattr(
-        file_identity, "_hash_whole", lambda uri, stamp: (seen.append(uri), whole(uri, stamp))[1]
+        file_identity, "hash_whole", lambda uri, stamp: (seen.append(uri), whole(uri, stamp))[1]
     )
     monkeypatch.setattr(
-        file_identity, "_hash_piece", lambda uri, number: (seen.append(uri), piece(uri, number))[1]
+        file_identity, "hash_piece", lambda uri, number: (seen.append(uri), piece(uri, number))[1]
     )
     return seen
 
@@ -302,14 +302,14 @@ def test_a_touched_file_known_by_stat_has_changed(tmp_path):
 
 
 def test_a_file_that_is_written_while_it_is_hashed_is_an_error(tmp_path, monkeypatch):
-    path, real = tmp_path / "a", file_identity._hash_bytes
+    path, real = tmp_path / "a", file_identity.hash_bytes
     path.write_bytes(b"one")
 
     def hash_bytes(file, most, digest):
         real(file, most, digest)
         path.write_bytes(b"more than before")
 
-    monkeypatch.setattr(file_identity, "_hash_bytes", hash_bytes)
+    monkeypatch.setattr(file_identity, "hash_bytes", hash_bytes)
     with pytest.raises(
         file_identity.ChangedFileError, match=f"^{path} was changed while it was read"
     ):

@@ -211,7 +211,7 @@ def test_a_lease_that_another_host_renews_is_obeyed_however_old_it_is(root):
 
 def test_a_run_does_not_take_its_lease_back_in_the_moment_of_renewing_it(root, monkeypatch):
     """Another run takes the lease over after this one has looked at it and before it renews it."""
-    looks, taken = run_lock._is_held, []
+    looks, taken = run_lock.is_held, []
 
     def is_held(place, mine):
         found = looks(place, mine)
@@ -220,7 +220,7 @@ def test_a_run_does_not_take_its_lease_back_in_the_moment_of_renewing_it(root, m
         return found
 
     monkeypatch.setattr(run_lock, "RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(run_lock, "_is_held", is_held)
+    monkeypatch.setattr(run_lock, "is_held", is_held)
     with (
         pytest.raises(write_fence.LostLeaseError, match="process 12 on elsewhere has it now"),
         run_lock.hold(root),

@@ -112,16 +112,16 @@ def test_what_the_gpu_would_not_turn_goes_to_the_host():
     turned, plain = saved(soft(24, 40), "JPEG", exif=exif), saved(soft(24, 40), "JPEG")
     exif[0x0112] = 1
     assert (
-        image_io._turned(turned)
-        and not image_io._turned(plain)
-        and not image_io._turned(saved(soft(24, 40), "JPEG", exif=exif))
+        image_io.is_turned(turned)
+        and not image_io.is_turned(plain)
+        and not image_io.is_turned(saved(soft(24, 40), "JPEG", exif=exif))
     )
     assert (
-        image_io._jpeg_frame(turned)
-        == image_io._jpeg_frame(saved(soft(24, 40), "JPEG", progressive=True))
+        image_io.jpeg_frame(turned)
+        == image_io.jpeg_frame(saved(soft(24, 40), "JPEG", progressive=True))
         == (24, 40, 3, True)
     )
-    assert image_io._jpeg_frame(plain[:30]) is None
+    assert image_io.jpeg_frame(plain[:30]) is None
 
 
 def test_colours_that_the_gpu_would_mistake_go_to_the_host(monkeypatch):

@@ -359,7 +359,7 @@ def masked(wordpiece):
 def test_masks_have_their_shares(masked):
     task, rows = masked
     batch = take(rows, np.arange(400))
-    places, valid, tokens = task.objective._chosen(batch)
+    places, valid, tokens = task.objective.chosen_positions(batch)
     assert valid.all() and places.shape == (400, round(0.15 * 128))
     assert all(len(set(row)) == len(row) for row in places.tolist())
     old, new = batch["tokens"].gather(1, places), tokens.gather(1, places)
@@ -380,13 +380,13 @@ def test_masks_have_their_shares(masked):
 def test_specials_are_never_predicted(masked):
     task, rows = masked
     batch = take(rows, np.arange(400))
-    places, valid, _ = task.objective._chosen(batch)
+    places, valid, _ = task.objective.chosen_positions(batch)
     assert (batch["tokens"].gather(1, places)[valid] >= 5).all()
     # Three tokens to choose from
     bare = batch.replace(
         tokens=torch.where(torch.arange(128) < 125, SEP, batch["tokens"].clamp(min=5))
     )
-    places, valid, tokens = task.objective._chosen(bare)
+    places, valid, tokens = task.objective.chosen_positions(bare)
     assert valid.sum(1).tolist() == [3] * 400 and set(places[valid].tolist()) == {125, 126, 127}
     assert torch.equal(tokens[:, :125], bare["tokens"][:, :125])
     total, count, _ = task(bare)
@@ -403,10 +403,10 @@ def test_a_row_of_specials_alone_counts_for_nothing(masked):
 
 def test_masks_come_from_the_keys_alone(masked):
     task, rows = masked
-    whole = task.objective._chosen(take(rows, np.arange(20)))
-    part = task.objective._chosen(take(rows, [19, 4]))
+    whole = task.objective.chosen_positions(take(rows, np.arange(20)))
+    part = task.objective.chosen_positions(take(rows, [19, 4]))
     assert all(torch.equal(a[[19, 4]], b) for a, b in zip(whole, part, strict=True))
-    other = task.objective._chosen(take(rows, np.arange(20), seed=1))
+    other = task.objective.chosen_positions(take(rows, np.arange(20), seed=1))
     assert not torch.equal(whole[2], other[2])
 
 
@@ -415,7 +415,7 @@ def test_loss_of_masked_prediction_is_the_mean_over_what_was_chosen(masked):
     task, rows = masked
     batch = take(rows, np.arange(6))
     total, count, logs = task(batch)
-    places, valid, tokens = task.objective._chosen(batch)
+    places, valid, tokens = task.objective.chosen_positions(batch)
     hidden = task.backbone(batch.replace(tokens=tokens), want=("tokens",)).tokens
     scores = (
         task.objective.transform(hidden) @ task.backbone.embedding().weight.T + task.objective.bias

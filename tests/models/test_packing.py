@@ -193,7 +193,7 @@ def test_masked_loss_is_that_of_the_documents_alone(architecture):
     """The masks of the packed row, put by hand into each document."""
     task = make(architecture)
     whole, places = packed()
-    chosen, valid, tokens = task.objective._chosen(whole)
+    chosen, valid, tokens = task.objective.chosen_positions(whole)
     total, count, _ = task(whole)
     picked = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, chosen, valid)
     want = torch.zeros(())

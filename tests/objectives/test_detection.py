@@ -258,7 +258,7 @@ def test_new_rows_have_no_labels():
 def test_fcos_equals_torchvision(monkeypatch):
     """Where every image has objects, the sums over the count are torchvision's own losses."""
     task, batch = task_of("fcos").eval(), batch_of()
-    detector, targets = task.objective.detector, detection._targets(batch)
+    detector, targets = task.objective.detector, detection.targets_of(batch)
     outputs, anchors, sizes = detector._outputs(
         detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE)), batch
     )
@@ -381,7 +381,7 @@ def test_a_crowd_is_neither_object_nor_background():
     task, batch = task_of("fcos").eval(), batch_of(2, boxes=1)
     detector = task.objective.detector
     maps = detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE))
-    without, counts = detector.losses(maps, batch, detection._targets(batch))
+    without, counts = detector.losses(maps, batch, detection.targets_of(batch))
     crowd, labels, boxes = batch["crowd"].clone(), batch["labels"].clone(), batch["boxes"].clone()
     # All over the image, and over its object
     crowd[0, 1], labels[0, 1], boxes[0, 1] = (
@@ -390,7 +390,7 @@ def test_a_crowd_is_neither_object_nor_background():
         torch.tensor([0.0, 0.0, SIDE, SIDE]),
     )
     with_crowd, same = detector.losses(
-        maps, batch, detection._targets(batch.replace(crowd=crowd, labels=labels, boxes=boxes))
+        maps, batch, detection.targets_of(batch.replace(crowd=crowd, labels=labels, boxes=boxes))
     )
     assert torch.equal(counts, same) and torch.equal(without["box"], with_crowd["box"])
     assert (
@@ -417,9 +417,9 @@ def test_regions_in_a_crowd_are_no_background_of_two_stages(monkeypatch):
     crowd, labels, boxes = batch["crowd"].clone(), batch["labels"].clone(), batch["boxes"].clone()
     crowd[0, 1], labels[0, 1], boxes[0, 1] = True, 2, torch.tensor([8.0, 8.0, 80.0, 64.0])
     maps = detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE))
-    without, _ = detector.losses(maps, batch, detection._targets(batch))
+    without, _ = detector.losses(maps, batch, detection.targets_of(batch))
     found, counts = detector.losses(
-        maps, batch, detection._targets(batch.replace(crowd=crowd, labels=labels, boxes=boxes))
+        maps, batch, detection.targets_of(batch.replace(crowd=crowd, labels=labels, boxes=boxes))
     )
     assert counts.tolist() == [1, 1] and all(
         found[name][1] == without[name][1] for name in found
@@ -512,7 +512,7 @@ def test_predictions_are_shares_of_the_whole_image(fit, monkeypatch):
                 "labels": torch.cat([t["labels"], torch.tensor([0])]),
                 "scores": torch.linspace(0.9, 0.5, len(t["labels"]) + 1),
             }
-            for t in detection._targets(batch)
+            for t in detection.targets_of(batch)
         ],
     )
     with torch.no_grad():

@@ -58,7 +58,7 @@ def test_the_loss_is_the_formula_on_what_the_network_forecasts(rows, backbone):
         found = made.backbone(batch)
         tokens, hours, real = found.tokens, found.stages["times"], found.mask
     else:
-        cut, hours = objective._cut(batch)
+        cut, hours = objective.cut_at_an_hour(batch)
         assert (
             cut["times"][cut["mask"]] < hours.expand_as(cut["times"])[cut["mask"]]
         ).all() and cut["mask"].sum() < batch["mask"].sum()
@@ -88,11 +88,11 @@ def test_the_loss_is_the_formula_on_what_the_network_forecasts(rows, backbone):
 def test_a_cut_row_is_forecast_without_its_future(rows):
     """The prediction stays when all from the cut on is changed; the loss does not."""
     made, batch = task(rows, "forecast", "events/strats", after=2.0), take(rows, np.arange(8))
-    cut, hours = made.objective._cut(batch)
+    cut, hours = made.objective.cut_at_an_hour(batch)
     earliest = float(hours[batch["mask"].any(1)].min())
     other = future_changed(batch, float(hours.max()))
     keep = [i for i in range(8) if batch["mask"][i].any()]
-    again, _ = made.objective._cut(other)
+    again, _ = made.objective.cut_at_an_hour(other)
     torch.testing.assert_close(
         made.backbone(cut).pooled[keep], made.backbone(again).pooled[keep], rtol=0, atol=0
     )
@@ -105,7 +105,7 @@ def test_what_the_window_cuts_off_is_no_absence(rows):
     measured there.
     """
     made, batch = task(rows, "forecast", horizon=6.0), take(rows, np.arange(8))
-    _, real, _ = made.objective._rows(made.backbone, batch)
+    _, real, _ = made.objective.row_losses(made.backbone, batch)
     hours = made.backbone(batch).stages["times"]
     assert real[hours == 18.0].any() and not real[hours > 18.0].any() and (hours > 18.0).any()
     with pytest.raises(ValueError, match="24 hours ahead are as many as the window has"):

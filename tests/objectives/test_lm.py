@@ -156,7 +156,7 @@ def test_masked_loss_is_that_of_transformers(family, config):
     )
     assert sorted(dict(task.objective.named_parameters())) == sorted(head_names(family))
     given = rows()
-    places, valid, tokens = task.objective._chosen(given)
+    places, valid, tokens = task.objective.chosen_positions(given)
     labels = torch.full_like(tokens, -100).scatter(
         1, places, torch.where(valid, given["tokens"].gather(1, places), -100)
     )
@@ -284,7 +284,7 @@ def drawn_words(row_tokens, row_segments, key, k: int) -> list[int]:
 @pytest.mark.parametrize("share", [0.1, 0.15, 0.4, 0.97])
 def test_whole_words_are_chosen(share):
     task, given = make("bert", {"whole_word": True, "mask_share": share}), packed(40)
-    places, valid, tokens = task.objective._chosen(given)
+    places, valid, tokens = task.objective.chosen_positions(given)
     assert places.shape == valid.shape == (40, max(1, round(share * LENGTH)))
     for i in range(40):
         found, k = (
@@ -308,11 +308,11 @@ def test_padding_takes_no_share_of_the_masks(options):
     them.
     """
     task, given = make("bert", options), rows(30)
-    places, valid, tokens = task.objective._chosen(given)
+    places, valid, tokens = task.objective.chosen_positions(given)
     for i in range(30):
         size = int(given["mask"][i].sum())
         alone = {name: tensor[i : i + 1, :size] for name, tensor in given.data.items()}
-        near, sound, masked = task.objective._chosen(
+        near, sound, masked = task.objective.chosen_positions(
             Batch(given.rows[i : i + 1], given.keys[i : i + 1], alone)
         )
         assert set(places[i][valid[i]].tolist()) == set(near[0][sound[0]].tolist()) and torch.equal(
@@ -329,7 +329,7 @@ def test_random_tokens_are_those_that_the_tokenizer_has():
     """
     config = {**make("bert").backbone.model.config.to_dict(), "vocab_size": 600}
     objective, given = make("bert", config=config).objective, packed(400)
-    places, valid, tokens = objective._chosen(given)
+    places, valid, tokens = objective.chosen_positions(given)
     new = tokens.gather(1, places)[valid]
     drawn = new[(new != SPECIALS[-1]) & (new != given["tokens"].gather(1, places)[valid])]
     assert len(drawn) > 100 and VOCABULARY - 10 < drawn.max() < VOCABULARY
@@ -342,11 +342,11 @@ def test_words_end_with_their_document():
     tokens = torch.tensor([[10, 40, 41, 42, 43, 11, 12, 13]]).expand(200, -1)
     segments = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 2]], dtype=torch.int32).expand(200, -1)
     task = make("bert", {"whole_word": True, "mask_share": 0.375})
-    places, valid, _ = task.objective._chosen(batch(tokens=tokens, segments=segments))
+    places, valid, _ = task.objective.chosen_positions(batch(tokens=tokens, segments=segments))
     found = {tuple(sorted(p[v].tolist())) for p, v in zip(places, valid, strict=True)}
     assert (0, 1, 2) in found and any({3, 4} <= set(f) and not {0, 1, 2} & set(f) for f in found)
     assert all(len({0, 1, 2} & set(f)) in (0, 3) and len({3, 4} & set(f)) in (0, 2) for f in found)
-    joined, sound, _ = task.objective._chosen(
+    joined, sound, _ = task.objective.chosen_positions(
         batch(tokens=tokens, mask=torch.ones_like(tokens, dtype=torch.bool))
     )
     # As one text the word has five tokens: more than the three places
@@ -355,8 +355,8 @@ def test_words_end_with_their_document():
 
 def test_whole_words_of_a_row_depend_on_its_key_alone():
     task, given = make("bert", {"whole_word": True}), packed(12)
-    whole = task.objective._chosen(given)
-    part = task.objective._chosen(
+    whole = task.objective.chosen_positions(given)
+    part = task.objective.chosen_positions(
         Batch(
             given.rows[5:7],
             given.keys[5:7],
@@ -364,7 +364,7 @@ def test_whole_words_of_a_row_depend_on_its_key_alone():
         )
     )
     assert all(torch.equal(a[5:7], b) for a, b in zip(whole, part, strict=True))
-    other = task.objective._chosen(Batch(given.rows, given.keys + 1, given.data))
+    other = task.objective.chosen_positions(Batch(given.rows, given.keys + 1, given.data))
     assert not torch.equal(whole[0], other[0])
 
 
@@ -375,7 +375,7 @@ def test_words_are_drawn_evenly():
     n = 4000
     tokens = torch.tensor([[CLS, *range(5, 15), 40, 16, 41, 18, 19, 20, SEP]]).expand(n, -1)
     task = make("bert", {"whole_word": True, "mask_share": 0.3})
-    places, valid, _ = task.objective._chosen(
+    places, valid, _ = task.objective.chosen_positions(
         batch(tokens=tokens, mask=torch.ones_like(tokens, dtype=torch.bool))
     )
     rate = torch.zeros(tokens.shape).scatter(1, places, valid.float()).mean(0)

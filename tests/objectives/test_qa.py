@@ -338,7 +338,7 @@ def test_the_null_score_is_the_smallest_of_a_row_s_windows():
     )
     windows, real = qa.flattened(batch)
     with torch.no_grad():
-        scores, _ = task.objective._scores(task.backbone, windows)
+        scores, _ = task.objective.head_scores(task.backbone, windows)
     row = real.nonzero()[:, 0]
     want = [scores[row == i, 0].sum(1).min().item() for i in range(3)]
     assert (

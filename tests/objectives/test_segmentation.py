@@ -80,7 +80,7 @@ def predicted(
     scores = (
         torch.nn.functional.one_hot(torch.from_numpy(guess), classes).permute(0, 3, 1, 2).float()
     )
-    monkeypatch.setattr(task.objective, "_scores", lambda backbone, batch: (scores, None))
+    monkeypatch.setattr(task.objective, "head_scores", lambda backbone, batch: (scores, None))
     batch = Batch(
         np.arange(len(guess)),
         torch.arange(len(guess)),
@@ -173,7 +173,9 @@ def test_sums_and_counts_add_up_over_ranks(monkeypatch):
     assert found["intersection"].sum() == logs["pixel_accuracy"]
     assert (total / count).item() == pytest.approx(
         torch.nn.functional.cross_entropy(
-            task.objective._scores(task.backbone, batch)[0], batch["mask"].long(), ignore_index=255
+            task.objective.head_scores(task.backbone, batch)[0],
+            batch["mask"].long(),
+            ignore_index=255,
         ).item(),
         rel=1e-5,
     )
@@ -265,7 +267,7 @@ def test_masks_move_with_their_images(fit):
         torch.where(batch["image"][:, :1] > 0.5, 1.0, -1.0)
         * torch.tensor([-1.0, 1.0])[None, :, None, None]
     )
-    task.objective._scores = lambda backbone, batch: (scores, None)
+    task.objective.head_scores = lambda backbone, batch: (scores, None)
     found = {
         name: tensor.numpy()
         for name, tensor in task.objective.predict(task.backbone, batch).items()

@@ -492,7 +492,7 @@ def test_the_options_norm_and_dropout_are_obeyed():
     for norm in (False, True):
         task = task_of(norm=norm).eval()
         tokens = task.backbone(batch, want=("tokens",)).tokens * 3 + 1
-        scores = task.objective._scores(
+        scores = task.objective.head_scores(
             lambda *_, tokens=tokens, **__: type(
                 "F", (), {"tokens": tokens, "pooled": tokens[:, 0]}
             )(),

@@ -140,7 +140,7 @@ KILLED = """
 
 
 def prepare_killed(
-    name: str, source, output, *pairs: str, at: int, function="write._write_shard", **settings
+    name: str, source, output, *pairs: str, at: int, function="write.write_shard", **settings
 ) -> None:
     """Run an importer in a process that is killed when so many calls of a function of the engine
     have returned: a part is there then, its record is not.

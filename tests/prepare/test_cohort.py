@@ -185,7 +185,7 @@ def test_row_groups_are_bounded(stays, tmp_path, monkeypatch):
     prepare(folder, tmp_path / "out", "task=length_of_stay")
     for file in (tmp_path / "out").glob("*.parquet"):
         about, table = pq.ParquetFile(file).metadata, pq.read_table(file)
-        weights = table_importer._weights(table)
+        weights = table_importer.row_bytes(table)
         start = 0
         assert about.num_row_groups > 3
         for i in range(about.num_row_groups):
@@ -488,7 +488,7 @@ def test_on_ray_the_command_line_writes_the_same_bytes(stays, ray_here, hide_ray
 @pytest.mark.parametrize("limit", ["GROUP_ROWS", "GROUP_BYTES"])
 def test_blocks_of_any_size_make_the_same_row_groups(limit, tmp_path, monkeypatch):
     table = rows(*drawn(203))
-    weights = table_importer._weights(table)
+    weights = table_importer.row_bytes(table)
     monkeypatch.setattr(
         table_importer, limit, 50 if limit == "GROUP_ROWS" else int(weights.mean() * 40)
     )

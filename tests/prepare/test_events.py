@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
         pcsv.write_csv(table(i, 2000), source / f"part{i}.csv")
     prepare("events", source, tmp_path / "whole", *COLUMNS, part_mb=64 * KB)
     done = Counter()
-    real, make = grouped._partition, grouped._make
+    real, make = grouped.partition_events, grouped._make
 
     def partition(*args):
         done["read"] += 1
@@ -135,7 +135,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return make(*args)
 
-    monkeypatch.setattr(grouped, "_partition", partition)
+    monkeypatch.setattr(grouped, "partition_events", partition)
     monkeypatch.setattr(grouped, "_make", made)
     for read, written in ((4, 0), (7, 3)):
         with pytest.raises(KeyboardInterrupt):

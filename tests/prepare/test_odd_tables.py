@@ -150,7 +150,7 @@ def test_a_start_in_another_format_is_told(usable, max_bad, said, tmp_path, monk
         HEAD + "1,2101-06-01 06:30:00,HR,80\n9,2101-06-01 06:30:00,HR,80\n"
     )
     monkeypatch.setattr(
-        "pipeline.prepare.engine.grouped._partition",
+        "pipeline.prepare.engine.grouped.partition_events",
         lambda *_: pytest.fail("events were read before the entities were judged"),
     )
     with pytest.raises(ValueError, match=said) as message:

@@ -158,7 +158,8 @@ def test_parts_of_another_size_or_options_are_another_run(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "killed", ["table_importer._scan", pytest.param("write._write_shard", marks=pytest.mark.slow)]
+    "killed",
+    ["table_importer.scan_shard", pytest.param("write.write_shard", marks=pytest.mark.slow)],
 )
 def test_a_run_killed_in_either_pass_goes_on_to_the_same_bytes(killed, text, tmp_path, monkeypatch):
     write(text / "train-c.txt", "train-a.txt has a line 7 of words\nand another one\n")
@@ -181,10 +182,10 @@ def test_a_run_killed_in_either_pass_goes_on_to_the_same_bytes(killed, text, tmp
     assert (len(surveyed), len(kept), len(list(tmp_path.glob("out/_parts/*")))) == (
         (20, 5, 4) if writes else (4, 0, 0)
     )
-    asked, real = [], table_importer._scan
+    asked, real = [], table_importer.scan_shard
     monkeypatch.setattr(
         table_importer,
-        "_scan",
+        "scan_shard",
         lambda importer, uri, pieces: asked.append(uri) or real(importer, uri, pieces),
     )
     done = prepare("text", text, tmp_path / "out", "dedup=near", part_mb=SMALL)

@@ -403,7 +403,7 @@ def test_a_run_that_is_complete_reads_no_image(folder, tmp_path, monkeypatch):
     before = {
         file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.is_file()
     }
-    monkeypatch.setattr("pipeline.prepare.engine.write._write_shard", None)
+    monkeypatch.setattr("pipeline.prepare.engine.write.write_shard", None)
     assert prepare("imagefolder", folder, tmp_path / "out", rows_per_part=3) == first
     assert {
         file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.is_file()

@@ -867,10 +867,10 @@ def test_decimals_follow_the_interval():
 
 def test_curves_are_means_over_seeds():
     rows, _, curves = simulate({"clothing": {("garments", "full"): 0.8}}, fractions=("1.0",))
-    panels = report._learning_curves("clothing", "accuracy", rows, curves)
+    panels = report.learning_curves("clothing", "accuracy", rows, curves)
     points = dict(panels["1.0"]["garments", "full"])
     assert points[30] == pytest.approx(np.mean([c[0].metrics["accuracy"] for c in curves.values()]))
-    assert report._learning_curves("clothing", "auroc", rows, curves) == {}
+    assert report.learning_curves("clothing", "auroc", rows, curves) == {}
 
 
 def test_plots_leave_matplotlib_as_it_was():

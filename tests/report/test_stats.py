@@ -131,7 +131,7 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(stats, "_MAX_UNITS_IN_MEMORY", 1500)  # three draws a chunk
     assert stats.interval(LOSS, p) == pytest.approx(whole, abs=1e-12)
     monkeypatch.setattr(stats, "_MAX_UNITS_SAMPLED", 1)
-    assert stats._resampled_totals(
+    assert stats.resampled_totals(
         np.random.default_rng(0).random((50, 2)), 1000, np.random.default_rng(0)
     ).shape == (stats.RECOMPUTED_DRAWS, 2)
 

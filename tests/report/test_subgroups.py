@@ -342,7 +342,7 @@ def test_the_report_has_a_line_for_each_part_and_hides_small_ones():
 
 
 def test_few_positives_are_hidden_too():
-    assert [subgroups._format_size(count) for count in (0, 1, 4, 5, 1234, None)] == [
+    assert [subgroups.format_size(count) for count in (0, 1, 4, 5, 1234, None)] == [
         "0",
         "<5",
         "<5",

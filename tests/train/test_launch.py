@@ -460,10 +460,10 @@ def test_the_cause_of_an_error_is_told_without_the_way_it_took():
     from ray.exceptions import RayTaskError
 
     assert (
-        launch._first_cause(RayTaskError("f", "traceback", ValueError("row 3 is bad")))
+        launch.first_cause(RayTaskError("f", "traceback", ValueError("row 3 is bad")))
         == "row 3 is bad"
     )
-    assert launch._first_cause(KeyError("x")) == "KeyError: 'x'"
+    assert launch.first_cause(KeyError("x")) == "KeyError: 'x'"
 
 
 def test_a_warning_of_the_ranks_is_told_once(monkeypatch):

@@ -607,7 +607,7 @@ def test_units_are_told_apart_by_the_ranks_that_their_target_asks_for(world):
     job, shared = world
     data = next(iter(shared.targets.values()))
     work = fanout.units([trial_of(job, shared, "full")], shared)
-    assert fanout._by_workers(work, shared) == {0: work} and data.spec.workers == 0
+    assert fanout.units_by_workers(work, shared) == {0: work} and data.spec.workers == 0
 
 
 def test_the_line_tells_trials_that_have_begun_since():
@@ -622,7 +622,7 @@ def test_the_line_tells_trials_that_have_begun_since():
         SimpleNamespace(trials=("a",), first=None),
         SimpleNamespace(trials=("b", "c"), first=None),
     ]
-    show = fanout._ProgressCallback(
+    show = fanout.ProgressCallback(
         "fine-tune",
         work,
         SimpleNamespace(root=""),
@@ -648,7 +648,7 @@ def test_the_time_left_falls_while_trials_run(monkeypatch):
     )
     monkeypatch.setattr(fanout.time, "time", lambda: now[0])
     work = [SimpleNamespace(trials=(str(i),), first=None) for i in range(6)]
-    show = fanout._ProgressCallback(
+    show = fanout.ProgressCallback(
         "fine-tune",
         work,
         SimpleNamespace(root=""),
@@ -804,7 +804,7 @@ def test_silence_and_time_count_from_the_first_beat_where_ranks_must_find_their_
     """Their nodes may come minutes later."""
     now = [0.0]
     monkeypatch.setattr(fanout.time, "monotonic", lambda: now[0])
-    board = fanout._Pulses.__ray_metadata__.modified_class()
+    board = fanout.Pulses.__ray_metadata__.modified_class()
     board.begin("a", "process a", 0)
     board.begin("b", "process b", 1, True)
     board.begin("c", "process c", 2)
@@ -843,15 +843,13 @@ def test_a_rank_is_heard_of_before_it_does_anything(monkeypatch):
 
 def test_heads_that_train_together_share_the_time_that_each_has(world, monkeypatch):
     job, shared = world
-    monkeypatch.setattr(fanout, "_Pulses", SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(fanout, "Pulses", SimpleNamespace(remote=lambda: None))
     trials = tuple(trial_of(job, shared, "linear_probe", seed=seed) for seed in range(3))
     work = [fanout.Unit(trials, True), fanout.Unit(trials[:1], False)]
-    watchdog = fanout._Watchdog(
-        work, Fanout.model_validate({"trial_timeout_minutes": 2.0}), Notes()
-    )
+    watchdog = fanout.Watchdog(work, Fanout.model_validate({"trial_timeout_minutes": 2.0}), Notes())
     assert watchdog.limits == {0: 360.0, 1: 120.0} and watchdog.silence == 30 * 60
     assert (
-        fanout._Watchdog(
+        fanout.Watchdog(
             work, Fanout.model_validate({"silence_timeout_minutes": None}), Notes()
         ).silence
         is None

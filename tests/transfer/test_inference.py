@@ -76,13 +76,13 @@ def test_a_row_that_cannot_be_read_has_its_reason_and_no_prediction(name, tmp_pa
         manifests.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
     )
     work, types = (
-        inference._Predictor(str(tmp_path / "bundle"), selection, {"image": "image"}),
+        inference.Predictor(str(tmp_path / "bundle"), selection, {"image": "image"}),
         registry.get("objective", name).output_types,
     )
     (tmp_path / "out").mkdir()
     for start, stop in ((0, 3), (3, 5)):
         pq.write_table(
-            inference._arrow(work(Item(-1, start, stop)), types),
+            inference.to_table(work(Item(-1, start, stop)), types),
             tmp_path / f"out/part-{start}.parquet",
         )
     parts = [pq.read_table(file) for file in sorted((tmp_path / "out").iterdir())]

@@ -278,7 +278,7 @@ def test_what_is_to_be_kept_must_be_there(tmp_path):
         tmp_path / "rows.parquet",
     )
     found = manifests.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
-    assert inference._kept(modality, {"image": "image"}, found, ("weight",), "rows") == {
+    assert inference.kept_columns(modality, {"image": "image"}, found, ("weight",), "rows") == {
         "id": "id",
         "weight": "weight",
     }
@@ -286,8 +286,8 @@ def test_what_is_to_be_kept_must_be_there(tmp_path):
         ValueError,
         match="--keep hospital: rows has no such column; columns are image, id, error, weight",
     ):
-        inference._kept(modality, {"image": "image"}, found, ("hospital",), "rows")
-    assert inference._kept(modality, {"image": "image"}, found, ("error",), "rows") == {
+        inference.kept_columns(modality, {"image": "image"}, found, ("hospital",), "rows")
+    assert inference.kept_columns(modality, {"image": "image"}, found, ("error",), "rows") == {
         "id": "id",
         "error": "error",
     }
@@ -299,7 +299,7 @@ def test_a_kept_column_that_is_called_as_a_prediction_is_stands_as_an_input():
     """
     predictions = pa.table({"row": [0, 1], "text": ["herd", "word"], "error": ["", ""]})
     rows = pa.table({"text": ["heard", "word"], "input_text": ["a", "b"], "speaker": [5, 6]})
-    found = inference._with_kept(
+    found = inference.with_kept_columns(
         predictions, rows, {name: name for name in rows.column_names}, None
     )
     assert found.column_names == [

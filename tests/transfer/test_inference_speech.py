@@ -127,12 +127,14 @@ def found(uri: str, table: pa.Table, folder, **columns: str) -> list[pa.Table]:
     pq.write_table(table, folder / "rows.parquet")
     rows = manifests.build([str(folder / "rows.parquet")], "auto", str(folder / "imports"))
     kind, modality = registry.get("objective", "ctc"), bundle.load(uri).modality()
-    columns = inference._columns(modality, kind, bundle.load(uri).manifest.columns, columns, rows)
-    work = inference._Predictor(
-        uri, Selection(rows), columns, inference._carried(modality, columns, rows)
+    columns = inference.columns_of_roles(
+        modality, kind, bundle.load(uri).manifest.columns, columns, rows
+    )
+    work = inference.Predictor(
+        uri, Selection(rows), columns, inference.recording_columns(modality, columns, rows)
     )
     return [
-        inference._arrow(work(Item(-1, i, min(i + 3, rows.rows))), kind.output_types)
+        inference.to_table(work(Item(-1, i, min(i + 3, rows.rows))), kind.output_types)
         for i in range(0, rows.rows, 3)
     ]
 
@@ -228,8 +230,8 @@ def test_columns_are_those_of_training_or_named_as_their_roles(untrained, tmp_pa
             tmp_path / "rows.parquet",
         )
         rows = manifests.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
-        named = inference._columns(modality, kind, known, given, rows)
-        return named, inference._carried(modality, named, rows)
+        named = inference.columns_of_roles(modality, kind, known, given, rows)
+        return named, inference.recording_columns(modality, named, rows)
 
     known, number = {"audio": "sound", "transcript": "said", "seconds": "length"}, pa.float64()
     assert columns(known, {}, sound=pa.binary(), said=pa.string()) == ({"audio": "sound"}, {})
@@ -303,7 +305,7 @@ def test_subtitles_join_the_rows_of_a_recording_in_their_order(root):
         )
         pq.write_table(table, sink)
         storage.write_bytes(parts[-1], sink.getvalue())
-    assert inference._subtitles(root, parts) == 3
+    assert inference.write_subtitles(root, parts) == 3
     written = {
         one.removeprefix(root).lstrip("/"): storage.read_bytes(one).decode()
         for one in storage.list_files(root)
@@ -324,7 +326,7 @@ def test_subtitles_join_the_rows_of_a_recording_in_their_order(root):
     )
     storage.write_bytes(storage.join(root, "alone", "part-00000.parquet"), sink.getvalue())
     assert (
-        inference._subtitles(
+        inference.write_subtitles(
             storage.join(root, "alone"), [storage.join(root, "alone", "part-00000.parquet")]
         )
         == 1

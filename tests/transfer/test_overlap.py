@@ -30,14 +30,14 @@ def test_rows_that_name_files_count_as_the_files(tmp_path):
 
     assert (
         1000 * 42
-        < overlap._bytes(rows(paths, pa.string()), "audio", {"audio": "sound"})
+        < overlap.bytes_to_read(rows(paths, pa.string()), "audio", {"audio": "sound"})
         < 2000 * 42
     )
-    assert overlap._bytes(rows(paths[-1:], pa.string()), "image", {"image": "sound"}) == 0
+    assert overlap.bytes_to_read(rows(paths[-1:], pa.string()), "image", {"image": "sound"}) == 0
     held = rows([b"abc"] * 42, pa.binary())
-    assert overlap._bytes(held, "audio", {"audio": "sound"}) == held.manifest.size
+    assert overlap.bytes_to_read(held, "audio", {"audio": "sound"}) == held.manifest.size
     texts = rows(["a text"] * 42, pa.string())
-    assert overlap._bytes(texts, "text", {"text": "sound"}) == texts.manifest.size
+    assert overlap.bytes_to_read(texts, "text", {"text": "sound"}) == texts.manifest.size
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_any_type_of_text_that_names_files_counts_as_the_files(tmp_path, kind):
     rows = manifests.Selection(
         manifests.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))
     )
-    assert overlap._bytes(rows, "audio", {"audio": "sound"}) == 1000 * 42
+    assert overlap.bytes_to_read(rows, "audio", {"audio": "sound"}) == 1000 * 42
 
 
 # ---------------------------------------------------------------- records that were cut, and people

@@ -373,15 +373,15 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
 
 def test_a_draw_that_failed_with_a_further_seed_does_not_win(world_of_draws):
     search, records = world_of_draws
-    assert stages._winners(search, records) == {"cell": {"lr": 0.2}}
+    assert stages.winning_draws(search, records) == {"cell": {"lr": 0.2}}
     records[-1] = replace(records[-1], status="failed")
-    assert stages._winners(search, records) == {"cell": {"lr": 0.1}}, (
+    assert stages.winning_draws(search, records) == {"cell": {"lr": 0.1}}, (
         "with one seed fewer than the other"
     )
-    assert stages._ranked(search[:3], records[:3]) == {
+    assert stages.ranked_draws(search[:3], records[:3]) == {
         "cell": [{"lr": 0.3}, {"lr": 0.2}, {"lr": 0.1}]
     }
-    assert stages._winners([], []) == {}
+    assert stages.winning_draws([], []) == {}
 
 
 @pytest.fixture
@@ -1021,7 +1021,7 @@ def test_another_way_to_leave_rows_out_is_other_trials(leaking, tmp_path, here, 
 
 def test_rows_are_read_once_to_be_compared(leaking, here, monkeypatch):
     stages.share(prepared(leaking))
-    monkeypatch.setattr(duplicates, "_SignatureMaker", None)
+    monkeypatch.setattr(duplicates, "SignatureMaker", None)
     stages.share(prepared(leaking))
 
 

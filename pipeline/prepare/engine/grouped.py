@@ -248,7 +248,7 @@ class GroupedShardTask(ShardTask):
             if checksums.intact_folder(uri, "this piece is read again") is None
         ]
         split = partial(
-            _partition, self.importer, self.entities.keys, self.buckets, len(self.shards)
+            partition_events, self.importer, self.entities.keys, self.buckets, len(self.shards)
         )
         for number, _ in enumerate(run_tasks(split, jobs, cpus), 1):
             report_progress(
@@ -359,7 +359,7 @@ def _buckets(
 # ---------------------------------------------------------------- the first pass
 
 
-def _partition(
+def partition_events(
     importer: GroupedImporter,
     keys: Any,
     buckets: np.ndarray,

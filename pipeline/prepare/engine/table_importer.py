@@ -222,7 +222,7 @@ class TableShardTask(ShardTask):
             for uri, shard in zip(uris, self.shards, strict=True)
             if uri not in there
         ]
-        for number, _ in enumerate(run_tasks(partial(_scan, self.importer), jobs, cpus), 1):
+        for number, _ in enumerate(run_tasks(partial(scan_shard, self.importer), jobs, cpus), 1):
             report_progress(
                 f"prepare {self.importer.registered_name}: surveyed "
                 f"{len(uris) - len(jobs) + number}/{len(uris)} parts",
@@ -289,7 +289,7 @@ class TableShardTask(ShardTask):
             storage.write_bytes(storage.join(output, "_dropped.parquet"), sink.getvalue())
 
 
-def _scan(importer: TableImporter, uri: str, input_splits: list[InputSplit]) -> None:
+def scan_shard(importer: TableImporter, uri: str, input_splits: list[InputSplit]) -> None:
     """Scan the input splits of a shard and keep the results at `uri`."""
     out = {}
     with closing(Opener()) as opener:
@@ -381,7 +381,7 @@ def _lengths(column: Any) -> np.ndarray:
     return np.asarray(count(column).fill_null(0).to_numpy(), dtype=np.int64)
 
 
-def _weights(block: pa.Table) -> np.ndarray:
+def row_bytes(block: pa.Table) -> np.ndarray:
     """Estimated bytes of each row, (rows,) int64, as `RowGroups.write` counts them."""
     out = np.zeros(len(block), dtype=np.int64)
     for column in block.columns:
@@ -450,7 +450,7 @@ class RowGroups:
         """Add a table of rows; the row groups do not depend on how rows were cut into tables."""
         if self.held:
             self._flush()
-        total, at = np.cumsum(_weights(block)), 0
+        total, at = np.cumsum(row_bytes(block)), 0
         while at < len(block):
             before = int(total[at - 1]) if at else 0
             most = at + GROUP_ROWS - sum(map(len, self.blocks))

@@ -209,7 +209,7 @@ class Preparation:
         )
         jobs = ((storage.join(self.output, shard.name), self.task.payload(shard)) for shard in todo)
         for shard, record in zip(
-            todo, run_tasks(partial(_write_shard, self.task.make_shard), jobs, cpus), strict=True
+            todo, run_tasks(partial(write_shard, self.task.make_shard), jobs, cpus), strict=True
         ):
             self.records[shard.name] = record
             checksums.write_document(self._record_uri(shard), record)
@@ -344,9 +344,7 @@ def verify(output: str) -> dict[str, Any]:
     return manifest
 
 
-def _write_shard(
-    make: Callable[[Any, Path], ShardResult], uri: str, payload: Any
-) -> dict[str, Any]:
+def write_shard(make: Callable[[Any, Path], ShardResult], uri: str, payload: Any) -> dict[str, Any]:
     """Make and write one shard; return its record."""
     with storage.scratch_folder() as scratch:
         made = make(payload, Path(scratch))
