@@ -8,10 +8,11 @@ import pytest
 
 from tests.e2e.conftest import SMALL
 
+SHARED = pytest.param("shared", marks=[pytest.mark.ray, pytest.mark.slow])
 OWN = pytest.param("own", marks=[pytest.mark.ray(own=True), pytest.mark.slow])
 
 
-@pytest.mark.parametrize("ray", [pytest.param("shared", marks=pytest.mark.ray), OWN])
+@pytest.mark.parametrize("ray", [SHARED, OWN])
 def test_a_folder_that_holds_a_pipeline_of_its_own(ray, onetomany_alone, request, tmp_path):
     for name in ("pipeline", "cluster"):
         (tmp_path / name).mkdir()

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from growing import GrowingCluster
 
-from tests.e2e.conftest import SMALL, TINY
+from tests.e2e.conftest import SMALL
 
 pytestmark = [pytest.mark.ray(own=True), pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -93,18 +93,15 @@ def test_what_no_declared_node_can_hold_is_refused_before_anything_starts(
     )
 
 
-def test_the_tiny_job_runs_on_a_cluster_that_grows_from_nothing(
+def test_elastic_ranks_and_many_trials_run_on_a_cluster_that_grows_from_nothing(
     growing, onetomany_alone, tiny_data, tmp_path
 ):
-    """Two sources of two ranks, one of them elastic, and sixteen trials."""
     assert shrinks_to_nothing(growing)
-    done = submitted(
-        onetomany_alone, growing, TINY, tmp_path, "--set", "sources.garments.workers=[1, 2]"
-    )
+    words = ("--set", "sources.garments.workers=[1, 2]", "--set", "fanout.seeds=8")
+    done = submitted(onetomany_alone, growing, SMALL, tmp_path, *words)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    rows = pq.read_table(tmp_path / "runs/tiny/results.parquet").to_pylist()
-    assert {row["status"] for row in rows} == {"done"} and {row["target"] for row in rows} == {
-        "shoes",
-        "reviews",
-    }
+    rows = pq.read_table(tmp_path / "runs/small/results.parquet").to_pylist()
+    assert {row["status"] for row in rows} == {"done"} and len(
+        {row["trial_id"] for row in rows}
+    ) == 16
     assert shrinks_to_nothing(growing)

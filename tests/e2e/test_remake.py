@@ -12,11 +12,11 @@ import pytest
 
 from tests.e2e.conftest import ROOT, SMALL
 
-pytestmark = pytest.mark.ray(own=True)
+pytestmark = pytest.mark.ray
 
 
 @pytest.mark.slow
-def test_an_edited_technique(onetomany_alone, tmp_path):
+def test_an_edited_technique(onetomany_alone, ray_address, tmp_path):
     code = tmp_path / "code"
     for package in ("pipeline", "cluster"):
         shutil.copytree(
@@ -26,7 +26,8 @@ def test_an_edited_technique(onetomany_alone, tmp_path):
     work.mkdir()
 
     def command(*words: str) -> str:
-        done = onetomany_alone("run", SMALL, *words, cwd=work, env={"PYTHONPATH": str(code)})
+        env = {"PYTHONPATH": str(code), "RAY_ADDRESS": ray_address}
+        done = onetomany_alone("run", SMALL, *words, cwd=work, env=env)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout + done.stderr
 

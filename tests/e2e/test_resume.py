@@ -132,6 +132,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_driver_killed(undisturbed, tmp_path, tiny_data, ray_address, onetomany_on_ray):
     process = launch(tmp_path, tiny_data, ray_address)
     wait_for_step(tmp_path, 24)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.local import local_cluster
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import SMALL
 
 pytestmark = [pytest.mark.ray(own=True), pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,22 +38,22 @@ def test_a_job_file_runs_on_the_cluster_to_its_table_and_its_exit_code(
         "TINY_DATA",
         "--set",
         f"storage={tmp_path}/runs",
+        "--set",
+        "sources.garments.workers=2",
     )
-    done = onetomany_alone("submit", TINY, *words, cwd=tmp_path, env=env, timeout=500)
+    done = onetomany_alone("submit", SMALL, *words, cwd=tmp_path, env=env, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert (
-        "submitted tiny-" in done.stdout
-        and "fine-tune: trials 16/16" in done.stdout
+        "submitted small-" in done.stdout
+        and "fine-tune: trials 2/2" in done.stdout
         and "succeeded" in done.stdout
     )
-    rows = pq.read_table(tmp_path / "runs/tiny/results.parquet").to_pylist()
-    assert {row["status"] for row in rows} == {"done"} and {row["target"] for row in rows} == {
-        "shoes",
-        "reviews",
-    }
+    rows = pq.read_table(tmp_path / "runs/small/results.parquet").to_pylist()
+    assert {row["status"] for row in rows} == {"done"}
+    assert {row["technique"] for row in rows} == {"scratch", "full"}
     bad = onetomany_alone(
         "submit",
-        TINY,
+        SMALL,
         *words,
         "--set",
         "targets.shoes.workers=400",
@@ -63,7 +63,7 @@ def test_a_job_file_runs_on_the_cluster_to_its_table_and_its_exit_code(
     )
     assert bad.returncode == 1 and "it can never be met" in bad.stdout, bad.stdout[-3000:]
     wrong = onetomany_alone(
-        "submit", TINY, *words, "--set", "sources.garments.worker=2", cwd=tmp_path, env=env
+        "submit", SMALL, *words, "--set", "sources.garments.worker=2", cwd=tmp_path, env=env
     )
     assert (
         wrong.returncode == 2

@@ -71,10 +71,10 @@ def test_every_verb_is_helpful(onetomany, onetomany_alone, tmp_path):
 
 def test_the_schema_takes_every_shipped_job(onetomany, tmp_path):
     schema = json.loads(onetomany("schema", cwd=tmp_path).stdout)
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.check_schema(schema)
     for job in (*JOBS, TINY):
-        jsonschema.validate(
-            yaml.safe_load(re.sub(r"(?<![\d.])(\d+)e-", r"\1.0e-", job.read_text())), schema
-        )
+        validator.validate(yaml.safe_load(re.sub(r"(?<![\d.])(\d+)e-", r"\1.0e-", job.read_text())))
 
 
 def test_a_dry_run_of_the_quickstart_tells_its_cost(onetomany, tmp_path):

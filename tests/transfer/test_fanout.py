@@ -757,6 +757,7 @@ def with_targets(shared, one, **kinds):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_trial_that_hangs_is_ended_and_the_others_go_on(paths, tmp_path, ray_here):
     """In Python, in C code that holds the lock, and as heads on cached features; what is slow but
