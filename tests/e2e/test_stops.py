@@ -62,7 +62,7 @@ def until(process: subprocess.Popen, found, what: str, seconds: float = 200) -> 
 
 def ctrl_c(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGINT)
-    output = process.communicate(timeout=100)[0]
+    output = process.communicate(timeout=200)[0]
     assert process.returncode == 130, output[-3000:]
     assert STOPPED in output and "Traceback" not in output, output[-3000:]
 
@@ -72,7 +72,7 @@ def terminate(process: subprocess.Popen, line: str = STOPPED) -> None:
     143.
     """
     os.kill(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=100)[0]
+    output = process.communicate(timeout=200)[0]
     assert process.returncode == 143, output[-3000:]
     assert (
         output.count(line) == 1 and "Traceback" not in output and "SIGTERM received" not in output
@@ -275,7 +275,7 @@ def test_a_run_that_loses_its_lease_stops_with_one_line_and_writes_nothing_more(
         return {path: path.stat().st_mtime_ns for path in found}
 
     written = times_of_files()
-    output = process.communicate(timeout=100)[0]
+    output = process.communicate(timeout=200)[0]
     assert process.returncode == 1 and "Traceback" not in output, output[-3000:]
     assert [line for line in output.splitlines() if line.startswith("error: ")] == [
         line for line in output.splitlines() if "no longer holds the lease" in line
