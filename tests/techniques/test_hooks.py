@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from stage_runs import Silent, run_through, trials_in_this_process
 from toys import image_files, job_of, shared_of, trial_of
-from transfer.test_stages import Silent, trials_in_this_process, whole
 
 from pipeline.checkpoints import bundle
 from pipeline.config import plugins, registry
@@ -227,7 +227,7 @@ def soup_job(tmp_path, paths, keep: str) -> Job:
 def test_a_soup_is_the_mean_of_the_finished_trials(tmp_path, paths, monkeypatch):
     ran = trials_in_this_process(monkeypatch)
     job = soup_job(tmp_path, paths, "all")
-    _, rows = whole(job)
+    _, rows = run_through(job)
     tests = [row for row in rows if row.split == "test" and row.metric == "accuracy"]
     assert [(row.technique, row.seed) for row in tests if row.source != SCRATCH] == [
         ("full", 0),
@@ -245,10 +245,10 @@ def test_a_soup_is_the_mean_of_the_finished_trials(tmp_path, paths, monkeypatch)
     soup = next(row for row in tests if row.technique == "soup")
     assert soup.steps == 0 and soup.params_trained == 0
     before = list(ran)
-    whole(job)
+    run_through(job)
     assert list(ran) == before, "a second run makes nothing again"
     more = job.model_copy(update={"fanout": job.fanout.model_copy(update={"seeds": 3})})
-    _, rows = whole(more)
+    _, rows = run_through(more)
     fresh = {row.trial_id for row in rows if row.technique == "soup"}
     assert len(fresh) == 1 and soup.trial_id not in fresh, "another soup, of three"
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from stage_runs import run_through
 
 from pipeline.io import storage
 from pipeline.report import results
 from pipeline.report.results import ResultRow
 from pipeline.transfer import stages
 from tests.transfer import test_stages
-from tests.transfer.test_stages import job_of, reported, whole
+from tests.transfer.test_stages import job_of, reported
 
 bundles, here, paths = test_stages.bundles, test_stages.here, test_stages.paths
 TIMES = ("seconds", "started_at")
@@ -54,7 +55,7 @@ def damage_predictions(folder: Path) -> Path:
 
 @pytest.mark.parametrize("damage", [damage_record, damage_predictions])
 def test_a_trial_of_which_something_is_damaged_runs_again(job, here, caplog, damage):
-    _, rows = whole(job)
+    _, rows = run_through(job)
     one = next(row.trial_id for row in rows if row.technique == "full")
     ran = sorted(here)
     here.clear()
@@ -66,14 +67,14 @@ def test_a_trial_of_which_something_is_damaged_runs_again(job, here, caplog, dam
         assert {row.trial_id for row in left} == {row.trial_id for row in rows} - {one}, (
             "its numbers are not believed"
         )
-    _, again = whole(job)
+    _, again = run_through(job)
     assert here == [one] and one in ran
     assert plain(again) == plain(rows)
     assert all(done for _, done in stages.trial_status(state))
 
 
 def test_a_damaged_table_is_written_again_from_the_records(job, here, caplog):
-    _, rows = whole(job)
+    _, rows = run_through(job)
     before = results.read(job.root)
     path = Path(job.root, "results.parquet")
     group = pq.ParquetFile(path).metadata.row_group(0)
@@ -116,12 +117,12 @@ def test_every_flipped_bit_of_a_small_table_is_found_or_changes_nothing(tmp_path
 
 
 def test_damaged_facts_are_made_again(job, here, caplog):
-    state, _ = whole(job)
+    state, _ = run_through(job)
     here.clear()
     path = Path(job.root, "facts.json")
     flip(path, path.read_bytes().index(b'"notes"') + 2)
     assert stages.trial_status(state) == [], "the run goes through its stages"
-    whole(job)
+    run_through(job)
     assert (
         here == []
         and all(done for _, done in stages.trial_status(state))
