@@ -81,7 +81,7 @@ def sources_in_this_process(monkeypatch) -> None:
         pretrain.train_rank(dataclasses.replace(work, spec=spec), Ranks())
         return launch.source_metadata(stage)
 
-    monkeypatch.setattr(launch, "pretrain", run)
+    monkeypatch.setattr(launch, "run_source", run)
 
 
 def without_ray(monkeypatch) -> None:
