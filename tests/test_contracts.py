@@ -500,7 +500,7 @@ def test_phases_fill_the_steps_and_rates_cover_every_layer(technique):
     for steps in (1, 2, 3, 10, 1000):
         phases = technique.phases(steps)
         assert sum(phase.steps for phase in phases) == (steps if trains(technique) else 0)
-        assert all(phase.steps > 0 and phase.lr_scale > 0 for phase in phases)
+        assert all(phase.steps > 0 and phase.lr_scale >= 0 for phase in phases)
         for phase in phases:
             rates = technique.rates(layers, phase.name)
             assert (
@@ -522,7 +522,7 @@ def test_a_technique_trains_what_it_says_and_nothing_else(technique):
         name
         for phase in technique.phases(6)
         for layer, rate in technique.rates(layers, phase.name).items()
-        if rate > 0
+        if rate > 0 and phase.lr_scale > 0
         for name in layers[layer]
     }
     after = weights(task)

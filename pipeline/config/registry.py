@@ -76,6 +76,36 @@ class Options(Strict):
     """
 
 
+class LayerOptions(Options):
+    """Options of every technique that trains the backbone.
+
+    Its options class derives from this one, or is this one. `pipeline.core.contracts.layer_rates`
+    and `pipeline.train.optim` apply them: a technique's own code does not.
+    """
+
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learning rate of a layer relative to the next one, from the head down; 0.65 to"
+        " 0.9 keeps lower layers near the source (Clark et al. 2020; Bao et al. 2022)",
+    )
+    freeze: int | str | None = Field(
+        None,
+        description="layers of the backbone that do not train: how many from the input on, or the "
+        "name of the last one of them",
+    )
+    freeze_norm_stats: bool = Field(
+        False,
+        description="whether running statistics of batch norms stay those of the source; for small "
+        "batches and few rows",
+    )
+
+
+SHARED_OPTIONS: dict[str, type[Options]] = {"Options": Options, "LayerOptions": LayerOptions}
+"""Classes that options classes may derive from without importing them."""
+
+
 class Registered:
     """What ``register`` sets on every class."""
 
@@ -124,7 +154,7 @@ def register(kind: str, name: str, options: type[Options] = Options, title: str 
     Args:
         kind: One of `FOLDERS`.
         name: The name in job files, written out.
-        options: The class of its options, in the same file.
+        options: The class of its options, in the same file, or one of `SHARED_OPTIONS`.
         title: How tables call it, where that is not the name.
     """
     if kind not in FOLDERS:
@@ -201,10 +231,12 @@ def _literals(call: ast.Call, where: str) -> tuple[str, str, str]:
 
 def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
     """Return the pydantic class ``name``, compiled alone out of a file that is not imported."""
+    if name in SHARED_OPTIONS:
+        return SHARED_OPTIONS[name]
     if name not in {node.name for node in _classes(tree)}:
         raise ValueError(f"{file}: options class {name} must stand in the same file")
     space: dict[str, Any] = {
-        "Options": Options,
+        **SHARED_OPTIONS,
         "Field": Field,
         "Literal": Literal,
         "model_validator": model_validator,
@@ -227,7 +259,7 @@ def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
 def _is_options(node: ast.ClassDef, tree: ast.Module) -> bool:
     bases = {getattr(base, "id", "") for base in node.bases}
     others = [other for other in _classes(tree) if other.name in bases and other is not node]
-    return "Options" in bases or any(_is_options(other, tree) for other in others)
+    return not bases.isdisjoint(SHARED_OPTIONS) or any(_is_options(other, tree) for other in others)
 
 
 def _classes(tree: ast.Module) -> list[ast.ClassDef]:

@@ -97,6 +97,8 @@ class Cell:
     gain_high: float | None
     seconds: float | None
     params_trained: int | None
+    layers_trained: str
+    """The layers that the trials trained; "" where it is not known."""
     n_train: int | None
     n_test: int | None
     hyper_parameters: str
@@ -419,6 +421,7 @@ def _cell(
         gain_high=gain.estimate[2],
         seconds=_mean(done, "seconds"),
         params_trained=_mean_rounded(done, "params_trained"),
+        layers_trained="; ".join(dict.fromkeys(row.layers_trained or "" for row in done)),
         n_train=_mean_rounded(done, "n_train"),
         n_test=_mean_rounded(done, "n_eval"),
         hyper_parameters=first.hyper_parameters or "{}",

@@ -744,6 +744,7 @@ def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block
             [
                 key[0],
                 name,
+                "; ".join(dict.fromkeys(c.layers_trained for c in group)),
                 _format_seconds(seconds),
                 _format_count(max(params, default=None)),
                 _format_count(len(trials)),
@@ -756,13 +757,14 @@ def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block
             [
                 "Target",
                 "Source · technique",
+                "Layers trained",
                 "Final trial",
                 "Parameters trained",
                 "Trials with search",
                 "All trials",
             ],
             body,
-            2,
+            3,
         ),
     ]
 

@@ -108,6 +108,10 @@ class ResultRow:
     """JSON of the hyper-parameters that the search drew for the trial, which are the same for all
     seeds of a setting. It is {} where there was no search.
     """
+    layers_trained: str | None = None
+    """The layers that were trained, by their names. Null for trials that were run before it was
+    recorded.
+    """
 
     @property
     def settings(self) -> dict[str, Any]:

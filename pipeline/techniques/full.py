@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from pipeline.config.registry import register
+from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Technique
 
 
-@register("technique", "full")
+@register("technique", "full", options=LayerOptions)
 class Full(Technique):
-    """Train every layer from the first step on."""
+    """Train every layer from the first step on.
+
+    With ``layer_decay`` lower layers learn more slowly (Clark et al. 2020; Bao et al. 2022), with
+    ``freeze`` the lowest ones not at all. Both help where the source's features suit the target and
+    its rows are few; they hurt where the inputs differ, since then the lowest layers must change.
+    """

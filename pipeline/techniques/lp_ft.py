@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Phase, Technique
 
 
-class LPFTOptions(Options):
+class LPFTOptions(LayerOptions):
     probe_share: float = Field(
         0.3, gt=0, lt=1, description="share of the steps that train the head alone"
     )

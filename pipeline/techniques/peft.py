@@ -14,11 +14,11 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Backbone, Task, Technique
 
 ADDED = "adapters"
-"""Layer of everything that a method adds to the backbone."""
+"""Part of a layer that holds what a method adds to it: ``block00/adapters``."""
 ATTENTION = (
     # bert, roberta, electra; neox
     "query",
@@ -48,8 +48,8 @@ ATTENTION = (
 class AdaptedTask(Task):
     """A task whose backbone holds adapters of peft.
 
-    Its layers are those of the plain task, under the names that its parameters have now, and
-    ``adapters``. The adapters' weights are drawn from torch's generator.
+    Its layers are those of the plain task, under the names that its parameters have now, each
+    followed by the adapters inside it. The adapters' weights are drawn from torch's generator.
 
     Args:
         task: The plain task; its backbone is changed in place.
@@ -61,13 +61,22 @@ class AdaptedTask(Task):
         super().__init__(task.backbone, task.objective)
         named = dict(task.named_parameters())
         owner = {id(named[name]): layer for layer, names in task.layers().items() for name in names}
+        inside = {name.rpartition(".")[0]: owner[id(named[name])] for name in named}
         # In a list: torch would file it, and every parameter, a second time
         self._tuner = [tuner(task.backbone, settings, "default")]
-        self._layers: dict[str, list[str]] = {layer: [] for layer in task.layers()}
-        head = self._layers.pop("head")
-        self._layers |= {ADDED: [], "head": head}
+        parts = {layer: (layer, f"{layer}/{ADDED}") for layer in task.layers()}
+        self._layers: dict[str, list[str]] = {part: [] for both in parts.values() for part in both}
         for name, parameter in self.named_parameters():
-            self._layers[owner.get(id(parameter), ADDED)].append(name)
+            if id(parameter) in owner:
+                self._layers[owner[id(parameter)]].append(name)
+                continue
+            module = name
+            while module not in inside:
+                module = module.rpartition(".")[0]
+            self._layers[f"{inside[module]}/{ADDED}"].append(name)
+        for layer in parts:
+            if not self._layers[f"{layer}/{ADDED}"]:
+                del self._layers[f"{layer}/{ADDED}"]
         self._called: set[str] = set()
         self._hooks: list[Any] = [
             module.register_forward_hook(_Note(self._called, name))
@@ -161,7 +170,7 @@ class AdapterTechnique(Technique, ABC):
 
     def rates(self, layers, phase):
         return {
-            name: self.options.lr_scale if name == ADDED else float(name == "head")
+            name: self.options.lr_scale if name.endswith(f"/{ADDED}") else float(name == "head")
             for name in layers
         }
 
@@ -232,7 +241,7 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
-class LoraOptions(Options):
+class LoraOptions(LayerOptions):
     rank: int = Field(8, ge=1, description="rank of the update of each weight")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.config import registry
+from pipeline.config.registry import LayerOptions
 from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Source, Train
 from pipeline.core.capabilities import (
     can_pack,
@@ -15,7 +16,7 @@ from pipeline.core.capabilities import (
     is_costed,
     makes_views,
 )
-from pipeline.core.contracts import Objective, Technique, trains
+from pipeline.core.contracts import Objective, Technique, layer_rates, trains
 from pipeline.core.contracts.objective_capabilities import (
     compares_views,
     couples_rows,
@@ -141,8 +142,10 @@ def check_technique(place: str, spec: Source) -> None:
 def _freezes_backbone(technique: Technique) -> bool:
     """Whether a layer of the backbone stands still in some phase."""
     layers = {"backbone": ["backbone.weight"], "head": ["objective.weight"]}
+    if isinstance(technique.options, LayerOptions) and technique.options.freeze is not None:
+        return True
     phases = technique.phases(100)
-    return any(technique.rates(layers, phase.name)["backbone"] == 0 for phase in phases)
+    return any(layer_rates(technique, layers, phase.name)["backbone"] == 0 for phase in phases)
 
 
 def _modalities_with(capability: Callable[[Any], bool]) -> list[str]:

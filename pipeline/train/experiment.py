@@ -179,7 +179,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
 
 
 def _metadata(outcome: TrainingOutcome, kept_step: int, plan: Plan) -> dict[str, Any]:
-    names = ("steps", "params_trained", "skipped_steps", "resumed_from", "curve")
+    names = ("steps", "params_trained", "layers_trained", "skipped_steps", "resumed_from", "curve")
     metadata = {name: getattr(outcome, name) for name in names} | {"kept_step": kept_step}
     if isinstance(plan, BucketPlan):
         metadata["padding_share"] = round(plan.padding(), 4)

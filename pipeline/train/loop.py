@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.config.registry import LayerOptions
 from pipeline.config.schema import Train
-from pipeline.core.contracts import Batch, Phase, Task, Technique
+from pipeline.core.contracts import Batch, Phase, Task, Technique, layer_rates, reads_gradients
 from pipeline.core.contracts.objective_capabilities import UpdatesAfterStep
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.rng import mix
@@ -150,6 +151,7 @@ class TrainingOutcome:
     skipped_steps: int
     curve: list[dict[str, Any]]
     params_trained: int
+    layers_trained: str
     resumed_from: int
     stopped_early: bool = False
     seconds_before: float = 0.0
@@ -161,7 +163,13 @@ class _PhaseState:
     def __init__(self, run: TrainingRun, phase: Phase):
         task, train = run.task, run.train
         layers = task.layers()
-        rates = optim.apply_rates(task, layers, run.technique.rates(layers, phase.name))
+        self.task = task
+        options = run.technique.options
+        self.freeze_norm_stats = (
+            isinstance(options, LayerOptions) and options.freeze_norm_stats
+        ) or phase.lr_scale == 0
+        rates = layer_rates(run.technique, layers, phase.name)
+        rates = optim.apply_rates(task, layers, rates, self.freeze_norm_stats)
         # A stack of heads (`pipeline.transfer.cached_heads`) has a rate for each
         own = getattr(task, "groups", None)
         self.groups = optim.groups(task, rates, train) if own is None else own(rates, train)
@@ -181,6 +189,10 @@ class _PhaseState:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         self.statistics = [buffer for buffer in task.buffers() if buffer.is_floating_point()]
         self.sound = [buffer.clone() for buffer in self.statistics]
+
+    def train_mode(self) -> None:
+        """Put modules into the modes that the phase trains them in."""
+        optim.train_mode(self.task, freeze_norm_stats=self.freeze_norm_stats)
 
     @torch.no_grad()
     def restore_norm_statistics(self) -> None:
@@ -269,7 +281,12 @@ def fit(run: TrainingRun) -> TrainingOutcome:
                         live.optimizer.load_state_dict(saved["optimizer"])
                     checkpoint.restore_rng(saved, run.seed, ranks)
             phase = phases[phase_number]
-            scale = optim.factor(step - starts[phase_number], phase.steps, train)
+            in_phase = step - starts[phase_number]
+            scale = (
+                phase.factor(in_phase, phase.steps)
+                if phase.factor
+                else optim.factor(in_phase, phase.steps, train)
+            )
             for group in live.optimizer.param_groups:
                 group["lr"] = group["peak"] * scale
 
@@ -285,6 +302,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
                     run.bad_rows(name, loaded.bad)
             others = {name: loaded.batch for name, loaded in beside.items()}
             sums = _backward(run, live, batch, others, progress.names)
+            if reads_gradients(run.technique):
+                run.technique.read_gradients(task, phase.name, in_phase)
             norm = _step(live, sums, ranks, train, task, progress.bad_run, progress.bad_total)
             warning = None
             if isinstance(task.objective, UpdatesAfterStep):
@@ -309,6 +328,7 @@ def fit(run: TrainingRun) -> TrainingOutcome:
                 run.on_log(progress.record(done, phase, live, norm))
             if validates:
                 metrics = _evaluated(run, ema, done)
+                live.train_mode()
                 progress.add_validation(done, metrics)
                 run.on_eval(done, metrics)
             if saves:
@@ -325,6 +345,7 @@ def fit(run: TrainingRun) -> TrainingOutcome:
     if run.evaluate:
         run.keeper.restore(task)
     seconds = run.clock() - progress.began
+    trained = _layers_trained(run, phases)
     return TrainingOutcome(
         steps=step + 1,
         seconds=progress.seconds_before + seconds,
@@ -332,7 +353,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
         wait_share=progress.waited / max(seconds, 1e-9),
         skipped_steps=int(progress.bad_total),
         curve=progress.curve,
-        params_trained=_params_trained(run, phases),
+        params_trained=_params_trained(run, trained),
+        layers_trained=optim.describe_layers(task.layers(), trained),
         resumed_from=start,
         stopped_early=stopped,
         seconds_before=progress.seconds_before,
@@ -504,20 +526,25 @@ def evaluate_untrained(run: TrainingRun) -> TrainingOutcome:
         skipped_steps=0,
         curve=curve,
         params_trained=0,
+        layers_trained="none",
         resumed_from=0,
     )
 
 
-def _params_trained(run: TrainingRun, phases: tuple[Phase, ...]) -> int:
-    """Parameters that any phase moves."""
-    layers, named = run.task.layers(), dict(run.task.named_parameters())
-    moved = {
+def _layers_trained(run: TrainingRun, phases: tuple[Phase, ...]) -> set[str]:
+    """Layers that any phase moves."""
+    layers = run.task.layers()
+    return {
         layer
         for phase in phases
-        for layer, rate in run.technique.rates(layers, phase.name).items()
-        if rate > 0
+        for layer, rate in layer_rates(run.technique, layers, phase.name).items()
+        if rate > 0 and phase.lr_scale > 0
     }
-    return sum(named[name].numel() for layer in moved for name in layers[layer])
+
+
+def _params_trained(run: TrainingRun, trained: set[str]) -> int:
+    layers, named = run.task.layers(), dict(run.task.named_parameters())
+    return sum(named[name].numel() for layer in trained for name in layers[layer])
 
 
 @torch.no_grad()
@@ -560,9 +587,7 @@ def _step(
 
 
 def _evaluated(run: TrainingRun, ema: optim.EMA | None, step: int) -> dict[str, Any]:
-    """Validation metrics of the current (averaged) weights, the same on every rank; modes are put
-    back.
-    """
+    """Validation metrics of the current (averaged) weights, the same on every rank."""
     assert run.evaluate is not None
     if ema:
         ema.swap(run.task)
@@ -573,5 +598,4 @@ def _evaluated(run: TrainingRun, ema: optim.EMA | None, step: int) -> dict[str, 
     run.keeper.update(step, metrics, run.task)
     if ema:
         ema.swap(run.task)
-    optim.train_mode(run.task)
     return metrics

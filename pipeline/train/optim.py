@@ -16,13 +16,17 @@ from pipeline.core.contracts import Task
 
 
 def apply_rates(
-    task: Task, layers: dict[str, list[str]], rates: dict[str, float]
+    task: Task,
+    layers: dict[str, list[str]],
+    rates: dict[str, float],
+    freeze_norm_stats: bool = False,
 ) -> dict[str, float]:
     """Freeze and thaw layers, and put frozen modules into evaluation mode.
 
     Args:
         layers: Layer name to parameter names (`Task.layers`).
         rates: Layer name to learning-rate multiplier; 0 freezes.
+        freeze_norm_stats: Whether running statistics of all norms stand still.
 
     Returns:
         Parameter name to learning-rate multiplier.
@@ -46,19 +50,55 @@ def apply_rates(
         raise ValueError(f"{len(missing)} parameters belong to no layer: {', '.join(missing[:5])}")
     for name, parameter in named.items():
         parameter.requires_grad_(rates[owner[name]] > 0)
-    train_mode(task)
+    train_mode(task, freeze_norm_stats=freeze_norm_stats)
     return {name: rates[layer] for name, layer in owner.items()}
 
 
-def train_mode(module: nn.Module, parent: bool = True) -> None:
+def train_mode(module: nn.Module, parent: bool = True, freeze_norm_stats: bool = False) -> None:
     """Set training mode where a module has trainable parameters, evaluation mode elsewhere.
 
-    So dropout and norm statistics of frozen parts stand still.
+    So dropout and norm statistics of frozen parts stand still. With ``freeze_norm_stats`` those of
+    trained parts do too: such norms use the statistics that they came with.
     """
     parameters = list(module.parameters())
     module.training = any(p.requires_grad for p in parameters) if parameters else parent
     for child in module.children():
-        train_mode(child, module.training)
+        train_mode(child, module.training, freeze_norm_stats)
+    if freeze_norm_stats and isinstance(module, nn.modules.batchnorm._NormBase):
+        module.training = False
+
+
+def describe_layers(layers: dict[str, list[str]], chosen: set[str]) -> str:
+    """Describe layers as a table shows them: ``block02 to block05, head``.
+
+    Args:
+        layers: Layer name to parameter names, from input to output.
+        chosen: Names of the layers to describe.
+    """
+    filled = [name for name, parameters in layers.items() if parameters]
+    if all(name in chosen for name in filled):
+        return "all layers"
+    parts: dict[str, list[str]] = {}
+    for name in filled:
+        if name != "head":
+            whole, _, part = name.partition("/")
+            parts.setdefault(part, []).append(whole)
+    described = []
+    for part, names in parts.items():
+        runs: list[list[str]] = [[]]
+        for name in names:
+            if (f"{name}/{part}" if part else name) in chosen:
+                runs[-1].append(name)
+            elif runs[-1]:
+                runs.append([])
+        said = ", ".join(
+            run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs if run
+        )
+        if said:
+            described.append(f"{part} of {said}" if part else said)
+    if "head" in chosen:
+        described.append("head")
+    return ", ".join(described)
 
 
 def groups(task: Task, rates: dict[str, float], train: Train) -> list[dict[str, Any]]:

@@ -436,6 +436,7 @@ def _run_stack(
         metadata = {
             **common,
             "params_trained": sum(parameter[k].numel() for parameter in stack.stacked),
+            "layers_trained": "head",
             "start_weights": start_hashes[k],
             "n_train": len(member.rows),
             "curve": keeper.curves[k],

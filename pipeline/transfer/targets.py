@@ -26,7 +26,15 @@ from pipeline.config.schema import (
     spec_hash,
 )
 from pipeline.core.capabilities import check_roles, ineffective_options
-from pipeline.core.contracts import Modality, Objective, Task, Technique, adapts_at_test, trains
+from pipeline.core.contracts import (
+    Modality,
+    Objective,
+    Task,
+    Technique,
+    adapts_at_test,
+    layer_rates,
+    trains,
+)
 from pipeline.core.contracts.objective_capabilities import (
     ChecksTestRows,
     binds_to_backbone,
@@ -675,7 +683,7 @@ def _reads_rows_again(technique: Technique) -> bool:
 def _trains_something(technique: Technique, layers: dict[str, list[str]]) -> bool:
     """Return whether some parameter is trained in every phase."""
     for phase in technique.phases(10):
-        rates = technique.rates(layers, phase.name)
+        rates = layer_rates(technique, layers, phase.name)
         if not any(layers[name] for name, rate in rates.items() if rate):
             return False
     return True

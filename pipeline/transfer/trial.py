@@ -557,6 +557,7 @@ def make_record(
         error=error,
         n_train=metadata.get("n_train"),
         params_trained=metadata.get("params_trained"),
+        layers_trained=metadata.get("layers_trained"),
         steps=metadata.get("steps"),
         seconds=metadata.get("seconds"),
         device=metadata.get("device"),

@@ -36,6 +36,7 @@ from toys import (
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Batch, Task
+from pipeline.core.contracts.technique import whole_layer
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
 from pipeline.techniques.full import Full
@@ -88,10 +89,16 @@ def wrapped(task: Task, technique: Lora | None = None, seed: int = 0) -> Adapted
     return found.eval()
 
 
+def added(task: AdaptedTask) -> list[str]:
+    """Names of the adapters' parameters."""
+    layers = task.layers()
+    return [name for layer in layers if layer.endswith(f"/{ADDED}") for name in layers[layer]]
+
+
 def shaken(task: AdaptedTask) -> AdaptedTask:
     """Adapters as if they had been trained."""
     with torch.no_grad():
-        for name in task.layers()[ADDED]:
+        for name in added(task):
             task.get_parameter(name).add_(0.05 * torch.randn_like(task.get_parameter(name)))
     return task
 
@@ -119,11 +126,17 @@ def test_adapters_start_from_nothing_and_end_in_the_weights(name, options):
     adapted = wrapped(task, technique)
     assert torch.equal(scores(adapted, batch), plain)
     layers = adapted.layers()
-    assert list(layers)[-2:] == [ADDED, "head"] and set(layers) == {*made(name)[0].layers(), ADDED}
+    assert list(layers)[-1] == "head" and {whole_layer(layer) for layer in layers} == set(
+        made(name)[0].layers()
+    )
     assert sorted(n for names in layers.values() for n in names) == sorted(
         n for n, _ in adapted.named_parameters()
     )
-    assert all(("lora_" in n) == (layer == ADDED) for layer, names in layers.items() for n in names)
+    assert all(
+        ("lora_" in n) == layer.endswith(f"/{ADDED}")
+        for layer, names in layers.items()
+        for n in names
+    )
     want = scores(shaken(adapted), batch)
     assert (want - plain).abs().max() > 1e-3
     ended = technique.finish(adapted)
@@ -332,7 +345,7 @@ def test_only_adapters_and_head_move_and_have_optimiser_state(monkeypatch):
     run = adapted_run(ema=0.9)
     before, layers = weights(run.task), run.task.layers()
     outcome = loop.fit(run)
-    moving = {*layers[ADDED], *layers["head"]}
+    moving = {*added(run.task), *layers["head"]}
     after = weights(run.task)
     # Norm statistics stay, too
     assert {name for name in after if not torch.equal(after[name], before[name])} == moving

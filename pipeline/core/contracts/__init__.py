@@ -8,8 +8,11 @@ from pipeline.core.contracts.task import Task
 from pipeline.core.contracts.technique import (
     FinishedTrial,
     Phase,
+    ReadsGradients,
     Technique,
     adapts_at_test,
+    layer_rates,
+    reads_gradients,
     trains,
 )
 
@@ -25,9 +28,12 @@ __all__ = [
     "Objective",
     "Phase",
     "RawRows",
+    "ReadsGradients",
     "Task",
     "Technique",
     "View",
     "adapts_at_test",
+    "layer_rates",
+    "reads_gradients",
     "trains",
 ]

@@ -54,7 +54,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from torch import Tensor
 
-from pipeline.config.registry import Registered
+from pipeline.config.registry import LayerOptions, Registered, nearest
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.task import Task
 
@@ -69,6 +69,11 @@ class Phase:
     name: str
     steps: int
     lr_scale: float = 1.0
+    """0: gradients are computed (`ReadsGradients`) and nothing moves."""
+    factor: Callable[[int, int], float] | None = None
+    """Learning-rate factor of a step of the phase, given the number of its steps; None: as
+    ``train.warmup`` and ``train.schedule`` say.
+    """
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,78 @@ class AdaptsAtTest(Protocol):
 def adapts_at_test(technique: Any) -> TypeIs[AdaptsAtTest]:
     """Return whether a technique changes the finished task by the test rows."""
     return isinstance(technique, AdaptsAtTest)
+
+
+@runtime_checkable
+class ReadsGradients(Protocol):
+    """A technique that decides something by the gradients of training."""
+
+    def read_gradients(self, task: Task, phase: str, step: int) -> None:
+        """Look at ``grad`` of the task's parameters before an optimiser step.
+
+        Gradients are the same on every rank. They are those of the summed loss, not of its mean.
+        What is decided must be in a buffer of the task, so that resume points have it.
+
+        Args:
+            task: The task as ``wrap`` returned it.
+            phase: Name of the phase.
+            step: Step of the phase, from 0.
+        """
+        ...
+
+
+def reads_gradients(technique: Any) -> TypeIs[ReadsGradients]:
+    """Return whether a technique decides something by the gradients of training."""
+    return isinstance(technique, ReadsGradients)
+
+
+def layer_rates(technique: Technique, layers: dict[str, list[str]], phase: str) -> dict[str, float]:
+    """Return the learning-rate multiplier of every layer, with the technique's `LayerOptions`.
+
+    A layer named ``NAME/PART`` (the biases or the adapters of a layer) is as deep as ``NAME``.
+
+    Raises:
+        ValueError: The option ``freeze`` names no layer, or leaves no layer of the backbone.
+    """
+    rates = technique.rates(layers, phase)
+    options = technique.options
+    if not isinstance(options, LayerOptions):
+        return rates
+    own = [name for name, parameters in layers.items() if parameters and _is_backbone(parameters)]
+    depths = {name: depth for depth, name in enumerate(dict.fromkeys(map(whole_layer, own)))}
+    frozen = _frozen_layers(technique.registered_name, options.freeze, list(depths))
+    found: dict[str, float] = {}
+    for name, rate in rates.items():
+        depth = depths.get(whole_layer(name)) if name in own else None
+        decay = 1.0 if depth is None else options.layer_decay ** (len(depths) - depth)
+        found[name] = 0.0 if name in own and whole_layer(name) in frozen else rate * decay
+    return found
+
+
+def whole_layer(name: str) -> str:
+    """Return the name of the layer that a layer or a part of one (``NAME/PART``) belongs to."""
+    return name.partition("/")[0]
+
+
+def _is_backbone(parameters: Sequence[str]) -> bool:
+    return parameters[0].startswith("backbone.")
+
+
+def _frozen_layers(technique: str, freeze: int | str | None, names: list[str]) -> list[str]:
+    """Return the layers that the option ``freeze`` means, out of those of the backbone."""
+    if freeze is None:
+        return []
+    if isinstance(freeze, str) and freeze not in names:
+        raise ValueError(
+            f"{technique}: freeze: the backbone has no layer {freeze!r}; {nearest(freeze, names)}"
+        )
+    count = names.index(freeze) + 1 if isinstance(freeze, str) else freeze
+    if not 1 <= count < len(names):
+        raise ValueError(
+            f"{technique}: freeze: {freeze!r} must leave a layer of the backbone to train: it has "
+            f"{len(names)}, {names[0]} to {names[-1]}; linear_probe trains the head alone"
+        )
+    return names[:count]
 
 
 def trains(technique: Technique) -> bool:

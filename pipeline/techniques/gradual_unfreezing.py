@@ -1,0 +1,81 @@
+"""Gradual unfreezing with slanted triangular and discriminative rates (ULMFiT)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pydantic import Field
+
+from pipeline.config.registry import LayerOptions, register
+from pipeline.core.contracts import Phase, Technique
+
+
+class GradualUnfreezingOptions(LayerOptions):
+    groups: int = Field(
+        4, ge=1, description="groups of neighbouring layers that are thawed together, from the top"
+    )
+    unfreeze_share: float = Field(
+        0.5, gt=0, lt=1, description="share of the steps before all groups are thawed"
+    )
+    discriminative: float = Field(
+        2.6, ge=1, description="learning rate of a group relative to the one below it"
+    )
+    cut: float = Field(0.1, gt=0, lt=1, description="share of the steps in which the rate rises")
+    ratio: float = Field(
+        32.0, gt=1, description="highest learning rate of the run relative to the lowest one"
+    )
+
+
+@register("technique", "gradual_unfreezing", options=GradualUnfreezingOptions)
+class GradualUnfreezing(Technique):
+    """Train the head, then thaw the backbone's layers from the top down (Howard and Ruder 2018).
+
+    The rates of all groups rise and fall together over the whole run, which takes the place of
+    ``train.warmup`` and ``train.schedule``. A group learns 1 / ``discriminative`` as fast as the
+    one above it, and the head at ``lr``.
+
+    It assumes that lower layers are more general. It helps on few rows and where a new head would
+    spoil the source's features at first. It hurts where the lowest layers must change (other
+    sensors, other spectra), since they learn last and least, and in short runs.
+    """
+
+    def phases(self, steps):
+        groups = self.options.groups
+        unfreezing = round(self.options.unfreeze_share * steps)
+        ends = [round(unfreezing * (i + 1) / groups) for i in range(groups)]
+        phases, began = [], 0
+        for thawed, end in enumerate([*ends, steps]):
+            if end > began:
+                factor = partial(self._factor, began, steps)
+                phases.append(Phase(f"{thawed} of {groups} groups", end - began, factor=factor))
+                began = end
+        return tuple(phases)
+
+    def _factor(self, began: int, steps: int, step: int, phase_steps: int) -> float:
+        return slanted_triangular(
+            began + step, steps, cut=self.options.cut, ratio=self.options.ratio
+        )
+
+    def rates(self, layers, phase):
+        thawed, groups = int(phase.split()[0]), self.options.groups
+        own = [name for name, parameters in layers.items() if _is_of_backbone(parameters)]
+        found = dict.fromkeys(layers, 1.0)
+        for number, name in enumerate(own):
+            # groups are counted from the top, where the first one is
+            above = (len(own) - 1 - number) * groups // len(own)
+            found[name] = self.options.discriminative ** -(above + 1) if above < thawed else 0.0
+        return found
+
+
+def _is_of_backbone(parameters: list[str]) -> bool:
+    return bool(parameters) and parameters[0].startswith("backbone.")
+
+
+def slanted_triangular(step: int, steps: int, *, cut: float, ratio: float) -> float:
+    """Return the learning-rate factor of a step (Howard and Ruder 2018, equation 3).
+
+    It rises linearly for ``cut`` of the steps and then falls to 1 / ``ratio``.
+    """
+    peak = max(1, int(steps * cut))
+    share = step / peak if step < peak else 1 - (step - peak) / max(1, steps - peak)
+    return (1 + share * (ratio - 1)) / ratio
