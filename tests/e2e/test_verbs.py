@@ -4,6 +4,7 @@ bad input.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -19,6 +21,7 @@ import yaml
 from pipeline.checkpoints import bundle
 from pipeline.config import yaml_loader
 from pipeline.core.specs import ModalitySpec
+from pipeline.data import manifests
 from pipeline.io import atomic_folder, storage
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.shard_tasks import Settings
@@ -328,12 +331,30 @@ def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany_
         )
 
 
+@pytest.fixture
+def few_rows_to_evaluate(monkeypatch):
+    """Validation and test splits of 300 rows at most, evenly spaced."""
+    real = manifests.splits
+
+    def splits(*words, **options):
+        found = real(*words, **options)
+        thin = {}
+        for name in ("validation", "test"):
+            rows = getattr(found, name)
+            thin[name] = rows.keep(np.arange(len(rows)) % max(1, -(-len(rows) // 300)) == 0)
+        return dataclasses.replace(found, **thin)
+
+    monkeypatch.setattr(manifests, "splits", splits)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "job", [pytest.param(job, marks=NEEDS_DATA) for job in SMALL], ids=lambda job: job.stem
 )
-def test_two_steps_of_every_small_job(job, onetomany_here, tmp_path, tmp_path_factory):
+def test_two_steps_of_every_small_job(
+    job, onetomany_here, few_rows_to_evaluate, tmp_path, tmp_path_factory
+):
     spec = yaml.safe_load(job.read_text())
     words = [
         f"sources.{name}.train={{steps: 2, global_batch: 8}}"
