@@ -168,5 +168,5 @@ def test_a_teacher_has_no_adapters(tmp_path, images, checkpoint):
 
 def test_a_checkpoint_without_data_has_no_technique(tmp_path, checkpoint):
     spec = {"backbone": checkpoint, "technique": "lora"}
-    with pytest.raises(ValueError, match=r"sources\.src\.technique: "):
+    with pytest.raises(ValueError, match=r"sources\.src\.technique"):
         Job.model_validate({"name": "toy", "storage": str(tmp_path), "sources": {"src": spec}})
