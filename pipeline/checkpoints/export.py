@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import (
+    load_file,  # pyright: ignore[reportUnknownVariableType]
+    save_file,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from pipeline.checkpoints import bundle, classifier_export, export_check, hf_text
 from pipeline.io import atomic_folder, storage
@@ -61,7 +64,7 @@ def _export_folder(found: bundle.Bundle, output: str, backbone_only: bool) -> st
         storage.exists(output) and not storage.is_dir(output)
     ):
         raise ValueError(f"{output} is there already; give a new folder, or remove it first")
-    metadata = {
+    metadata: dict[str, Any] = {
         "kind": "export",
         "bundle": found.uri,
         "sha256_of_bundle": found.manifest.sha256,

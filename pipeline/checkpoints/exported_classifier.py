@@ -99,9 +99,9 @@ def build(spec: dict[str, Any]) -> Classifier:
         return Classifier(model, spec)
     import transformers
 
-    config_of: Any = transformers.AutoConfig.for_model  # pyright: ignore[reportUnknownMemberType]
-    build: Any = transformers.AutoModel.from_config  # pyright: ignore[reportUnknownMemberType]
-    return Classifier(build(config_of(**spec["config"]), **spec["arguments"]), spec)
+    untyped: Any = transformers
+    config = untyped.AutoConfig.for_model(**spec["config"])
+    return Classifier(untyped.AutoModel.from_config(config, **spec["arguments"]), spec)
 
 
 def load(place: str | Path | None = None) -> Classifier:

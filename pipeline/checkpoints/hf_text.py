@@ -743,8 +743,10 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         "crop_pct": crop_share,
         "crop_mode": crop,
     }
-    save: Any = timm.models.save_for_hf  # pyright: ignore[reportUnknownMemberType]
-    save(model, str(folder), model_config=timm_config, safe_serialization=True, data_config=input_)
+    untyped: Any = timm.models
+    untyped.save_for_hf(
+        model, str(folder), model_config=timm_config, safe_serialization=True, data_config=input_
+    )
     return (
         f"{backbone.arch.name} with {sum(p.numel() for p in model.parameters())} parameters, "
         f"{len(timm_config.get('label_names', []))} labels"

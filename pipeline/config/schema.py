@@ -427,7 +427,7 @@ class Train(Spec):
         return self
 
 
-_INTEGER: tuple[object, ...] = (int, int | None)
+_INTEGER: tuple[Any, ...] = (int, int | None)
 _CHANGE_NOTHING = {"log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes"}
 NUMERIC = tuple(
     name

@@ -268,7 +268,8 @@ def _apply_override(data: JsonObject, setting: str, problems: list[tuple[int, st
     for i, part in enumerate(path):
         last = i == len(path) - 1
         if isinstance(at, list):
-            if not part.isdigit() or int(part) >= len(at):
+            items = cast("list[Json]", at)
+            if not part.isdigit() or int(part) >= len(items):
                 place = _dotted_path(path[:i])
                 text = f"--set {setting}: {place} is a list of {len(at)}; write its index"
                 problems.append((0, text))
@@ -276,8 +277,8 @@ def _apply_override(data: JsonObject, setting: str, problems: list[tuple[int, st
             index = int(part)
             steps.append(index)
             if last:
-                at[index] = value
-            at = at[index]
+                items[index] = value
+            at = items[index]
         elif isinstance(at, dict):
             steps.append(part)
             if last:
