@@ -324,7 +324,9 @@ class _Front(nn.Module):
             (kernel, step, kernel // 2) for kernel, step in zip(kernels, strides, strict=True)
         ]
         self.layers, width, depth = nn.ModuleList(), bins, 1
+        self.depths: list[int] = []
         for number, (kernel, step, padding) in enumerate(self.shapes):
+            self.depths.append(depth)
             if plane:
                 high = (41 if number == 0 else 21) if wide else 3
                 convolution: nn.Module = nn.Conv2d(
@@ -344,9 +346,9 @@ class _Front(nn.Module):
         for number, layer in enumerate(self.layers):
             parts: Any = layer
             if self.plane:
-                depth = parts["convolution"].in_channels
+                # an adapter may stand in the convolution's place, without its attributes
                 x = (
-                    parts["convolution"](x.unflatten(2, (depth, -1)).transpose(1, 2))
+                    parts["convolution"](x.unflatten(2, (self.depths[number], -1)).transpose(1, 2))
                     .transpose(1, 2)
                     .flatten(2)
                 )

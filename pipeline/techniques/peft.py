@@ -1,24 +1,35 @@
-"""Adapters: small trainable additions to a frozen backbone, by the library peft (LoRA).
+"""Adapters: small trainable additions to a frozen backbone, by the library peft.
 
 Another method of peft is an options class and a small class over ``AdapterTechnique``: ``settings``
-configures peft, what it adds is trained, and ``finish`` merges it. This suits every method that
-replaces modules and can be merged (IA3, AdaLoRA, VeRA, OFT).
+configures peft, what it adds is trained, and ``finish`` merges it into the weights.
+
+Every weight matrix of a backbone is reached. peft replaces the modules that it knows; other weights
+(recurrent layers, torch's attention, grouped, dilated and standardised convolutions) become the
+weight of a linear layer that peft adapts, and are computed from it (``_WeightAsLinear``). Left
+alone are embeddings, depthwise convolutions, whose kernels are smaller than an adapter, and weights
+that are parametrised already (wav2vec 2.0's positional convolution).
 """
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field
-from torch import nn
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Backbone, Task, Technique
 
 ADDED = "adapters"
 """Part of a layer that holds what a method adds to it: ``block00/adapters``."""
+ADAPTER = "default"
+"""peft's name of the one adapter that there is."""
 ATTENTION = (
     # bert, roberta, electra; neox
     "query",
@@ -41,8 +52,55 @@ ATTENTION = (
     "v",
     "kv",
     "qk",
+    # torch's MultiheadAttention (all three)
+    "in_proj_weight",
 )
 """Names of query, key and value projections, by family."""
+
+
+class Target(NamedTuple):
+    """A weight matrix of a backbone that can be adapted."""
+
+    module: str
+    """Name of its module."""
+    weight: str
+    """Name of the weight in the module."""
+    kind: str
+    """Class of the module."""
+
+    @property
+    def name(self) -> str:
+        """Its module's name, or the parameter's where a module has several matrices."""
+        return self.module if self.weight == "weight" else f"{self.module}.{self.weight}"
+
+    def matches(self, ending: str) -> bool:
+        """Whether the name of the weight or of its module ends like this."""
+        names = (self.module, f"{self.module}.{self.weight}")
+        return any(f".{name}".endswith(f".{ending}") for name in names)
+
+
+class _WeightAsLinear(nn.Module):
+    """A parametrisation that computes a weight from a linear layer that peft adapts.
+
+    Args:
+        weight: (rows, ...) of which the first dimension is the output.
+        transposed: Whether the weight is (input, output), as GPT-2's.
+        weight_of: Gives the weight (rows, columns) that an adapted layer applies.
+    """
+
+    def __init__(self, weight: Tensor, transposed: bool, weight_of: Callable[[Any], Tensor]):
+        super().__init__()
+        matrix = weight.detach().T if transposed else weight.detach().flatten(1)
+        self.transposed, self.weight_of = transposed, weight_of
+        rows, columns = matrix.shape
+        self.linear: Any = nn.Linear(columns, rows, bias=False, device="meta")
+        self.linear.weight = nn.Parameter(matrix.clone())
+
+    def forward(self, original: Tensor) -> Tensor:
+        with torch.autocast(original.device.type, enabled=False):
+            is_adapted = hasattr(self.linear, "base_layer")
+            matrix = self.weight_of(self.linear) if is_adapted else self.linear.weight
+        return (matrix.T if self.transposed else matrix).reshape(original.shape)
 
 
 class AdaptedTask(Task):
@@ -53,17 +111,40 @@ class AdaptedTask(Task):
 
     Args:
         task: The plain task; its backbone is changed in place.
-        tuner: peft's class, such as ``LoraModel``.
-        settings: peft's configuration.
+        technique: Whose adapters are added.
+        targets: The weights to adapt.
     """
 
-    def __init__(self, task: Task, tuner: Any, settings: Any):
+    def __init__(self, task: Task, technique: AdapterTechnique, targets: list[Target]):
         super().__init__(task.backbone, task.objective)
         named = dict(task.named_parameters())
         owner = {id(named[name]): layer for layer, names in task.layers().items() for name in names}
         inside = {name.rpartition(".")[0]: owner[id(named[name])] for name in named}
-        # In a list: torch would file it, and every parameter, a second time
-        self._tuner = [tuner(task.backbone, settings, "default")]
+        replaced: list[str] = []
+        self._computed: list[Target] = []
+        self._orders: dict[str, list[str]] = {}
+        for target in targets:
+            module = task.backbone.get_submodule(target.module)
+            if technique.replaces(task.backbone, target):
+                replaced.append(target.module)
+                continue
+            weight = module.get_parameter(target.weight)
+            linear = _WeightAsLinear(weight, _is_transposed(module), technique.weight_of)
+            owner[id(linear.linear.weight)] = owner[id(weight)]
+            self._computed.append(target)
+            self._orders.setdefault(target.module, list(module._parameters))
+            parametrize.register_parametrization(module, target.weight, linear, unsafe=True)
+            replaced.append(f"{target.module}.parametrizations.{target.weight}.0.linear")
+        tuner, settings = technique.settings(
+            [task.backbone.get_submodule(name) for name in replaced]
+        )
+        # An expression of whole names: a list would match endings
+        settings.target_modules = "|".join(name.replace(".", r"\.") for name in replaced)
+        with warnings.catch_warnings():
+            # peft tells which of its settings it adjusts to a layer
+            warnings.simplefilter("ignore", UserWarning)
+            # In a list: torch would file it, and every parameter, a second time
+            self._tuner = [tuner(task.backbone, settings, ADAPTER)]
         parts = {layer: (layer, f"{layer}/{ADDED}") for layer in task.layers()}
         self._layers: dict[str, list[str]] = {part: [] for both in parts.values() for part in both}
         for name, parameter in self.named_parameters():
@@ -73,7 +154,9 @@ class AdaptedTask(Task):
             module = name
             while module not in inside:
                 module = module.rpartition(".")[0]
-            self._layers[f"{inside[module]}/{ADDED}"].append(name)
+            # peft keeps a constant or two among its parameters
+            layer = f"{inside[module]}/{ADDED}" if parameter.requires_grad else inside[module]
+            self._layers[layer].append(name)
         for layer in parts:
             if not self._layers[f"{layer}/{ADDED}"]:
                 del self._layers[f"{layer}/{ADDED}"]
@@ -86,8 +169,13 @@ class AdaptedTask(Task):
     def layers(self) -> dict[str, list[str]]:
         return {layer: list(names) for layer, names in self._layers.items()}
 
+    @property
+    def tuner(self) -> Any:
+        """peft's model over the backbone."""
+        return self._tuner[0]
+
     def adapters(self) -> list[str]:
-        """Return the names, in the backbone, of the modules that were replaced."""
+        """Return the names, in the backbone, of the layers that peft put in."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         return [
@@ -97,7 +185,8 @@ class AdaptedTask(Task):
         ]
 
     def _watched(self) -> dict[str, nn.Module]:
-        names = self.adapters()
+        computed = tuple(f"{target.module}.parametrizations." for target in self._computed)
+        names = [name for name in self.adapters() if not name.startswith(computed or (" ",))]
         return {
             name: self.backbone.get_submodule(name)
             for name in dict.fromkeys([*names, *(name.rpartition(".")[0] for name in names)])
@@ -137,7 +226,31 @@ class AdaptedTask(Task):
         for hook in self._hooks:
             hook.remove()
         self._tuner.pop().merge_and_unload()
+        for target in self._computed:
+            module = self.backbone.get_submodule(target.module)
+            original = getattr(module, target.weight).detach().clone()
+            parametrize.remove_parametrizations(module, target.weight, leave_parametrized=False)
+            with torch.no_grad():
+                module.get_parameter(target.weight).copy_(original)
+        for name, order in self._orders.items():
+            _restore_order(self.backbone.get_submodule(name), order)
         return Task(self.backbone, self.objective)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether a module's weight is (input, output): that of GPT-2's Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _restore_order(module: nn.Module, order: list[str]) -> None:
+    """Put a module's parameters in the order that they had."""
+    held = dict(module._parameters)
+    module._parameters.clear()
+    module._parameters.update({name: held[name] for name in order})
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 class _Note:
@@ -153,20 +266,36 @@ class _Note:
 class AdapterTechnique(Technique, ABC):
     """Train adapters at ``lr_scale`` times ``lr`` and the head at ``lr``, nothing else."""
 
+    replaced: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
+    """Classes of the modules that peft replaces for this method; other weights are computed by a
+    linear layer that it replaces."""
+
     @abstractmethod
-    def settings(self, chosen: dict[str, nn.Module]) -> tuple[Any, Any]:
-        """Return peft's tuner class and configuration; ``wrap`` fills in ``target_modules``."""
+    def settings(self, modules: list[nn.Module]) -> tuple[Any, Any]:
+        """Return peft's tuner class and configuration; ``target_modules`` is filled in.
+
+        Args:
+            modules: The modules that peft will replace.
+        """
+
+    def replaces(self, backbone: nn.Module, target: Target) -> bool:
+        """Whether peft replaces the module of a weight."""
+        module = backbone.get_submodule(target.module)
+        parent = backbone.get_submodule(target.module.rpartition(".")[0])
+        # torch's encoder layer reads the weights of its parts where it takes no gradient
+        is_read = isinstance(parent, nn.TransformerEncoderLayer)
+        return target.kind in self.replaced and not is_read and _is_plain(module)
+
+    def weight_of(self, layer: Any) -> Tensor:
+        """Return the weight (rows, columns) that peft's layer over a linear layer applies."""
+        return layer.base_layer.weight + layer.get_delta_weight(ADAPTER)
 
     def wrap(self, task: Task) -> Task:
         """Add the adapters.
 
         Raises ValueError where the backbone lacks the modules that are named.
         """
-        chosen = choose_modules(task.backbone, self.options.modules)
-        tuner, settings = self.settings(chosen)
-        # An expression of whole names: a list would match endings
-        settings.target_modules = "|".join(name.replace(".", r"\.") for name in chosen)
-        return AdaptedTask(task, tuner, settings)
+        return AdaptedTask(task, self, choose_weights(task.backbone, self.options.modules))
 
     def rates(self, layers, phase):
         return {
@@ -183,41 +312,55 @@ class AdapterTechnique(Technique, ABC):
         return task.merged() if isinstance(task, AdaptedTask) else task
 
 
-def adaptable_modules(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that adapters can be merged into, by name.
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a convolution is neither grouped nor dilated: peft cannot merge the first and ignores
+    the dilation of the second."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return True
+    return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
 
-    They are linear layers, GPT-2's Conv1D and plain convolutions. Left out are subclasses (weights
-    that are standardised or normalised first, the output layer of torch's MultiheadAttention) and
-    grouped or dilated convolutions: peft 0.21 cannot merge the first and ignores the dilation of
-    the second.
-    """
+
+def adaptable_weights(backbone: nn.Module) -> list[Target]:
+    """Return the weight matrices that adapters can be merged into, from input to output."""
     from transformers.pytorch_utils import Conv1D
 
-    def is_plain(module: nn.Module) -> bool:
-        kind = type(module)
-        # Conv2dSame is timm's, of the efficientnets from TensorFlow: it pads and convolves
-        if kind is not nn.Conv2d and kind.__name__ != "Conv2dSame":
-            return kind in (nn.Linear, Conv1D)
-        assert isinstance(module, nn.Conv2d)
-        is_dilated = set(module.dilation) != {1}
-        return module.groups == 1 and not is_dilated and module.padding_mode == "zeros"
+    found = []
+    for name, module in backbone.named_modules():
+        if parametrize.is_parametrized(module):
+            continue
+        if isinstance(module, nn.Linear | Conv1D):
+            weights = ["weight"]
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            is_depthwise = module.groups > 1 and module.in_channels == module.groups
+            weights = [] if is_depthwise else ["weight"]
+        elif isinstance(module, nn.RNNBase):
+            weights = [own for own in module._parameters if own.startswith("weight_")]
+        elif isinstance(module, nn.MultiheadAttention):
+            own = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+            weights = [one for one in own if getattr(module, one) is not None]
+        else:
+            continue
+        found += [Target(name, weight, type(module).__name__) for weight in weights]
+    return found
 
-    return {name: module for name, module in backbone.named_modules() if is_plain(module)}
 
-
-def choose_modules(backbone: Backbone, modules: str | list[str]) -> dict[str, nn.Module]:
-    """Return the adaptable modules that an option means: "attention", "all", or endings of names.
+def choose_weights(backbone: Backbone, modules: str | list[str]) -> list[Target]:
+    """Return the weights that an option means: "attention", "all", or endings of names.
 
     Raises ValueError where one of them means none.
     """
-    found = adaptable_modules(backbone)
-    wanted = ("",) if modules == "all" else ATTENTION if modules == "attention" else tuple(modules)
-    hits = {
-        ending: [name for name in found if not ending or f".{name}".endswith(f".{ending}")]
-        for ending in wanted
-    }
-    without = [ending for ending in wanted if not hits[ending]] if isinstance(modules, list) else []
-    chosen = {name for names in hits.values() for name in names}
+    found = adaptable_weights(backbone)
+    wanted = ATTENTION if modules == "attention" else tuple(modules)
+    without = [
+        ending
+        for ending in (wanted if isinstance(modules, list) else ())
+        if not any(target.matches(ending) for target in found)
+    ]
+    chosen = [
+        target
+        for target in found
+        if modules == "all" or any(target.matches(ending) for ending in wanted)
+    ]
     if not chosen or without:
         asked = (
             f"ending with {', '.join(without)}"
@@ -226,33 +369,44 @@ def choose_modules(backbone: Backbone, modules: str | list[str]) -> dict[str, nn
             if modules == "attention"
             else "that could be adapted"
         )
-        kinds = Counter(
-            f"{name.rpartition('.')[2]} ({type(module).__name__})" for name, module in found.items()
-        )
+        kinds = Counter(f"{one.name.rpartition('.')[2]} ({one.kind})" for one in found)
         there = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(12)) or "none"
         raise ValueError(
             f"{backbone.arch.name} has no module {asked}. Its linear and convolution layers, by "
             f"the ends of their names: {there}. Give modules: all, or a list of such endings"
         )
-    return {name: module for name, module in found.items() if name in chosen}
+    return chosen
 
 
 def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
-class LoraOptions(LayerOptions):
+class AdapterOptions(LayerOptions):
+    modules: Literal["attention", "all"] | list[str] = Field(
+        "all",
+        description="where: attention (query, key and value projections), all weight matrices "
+        "(linear, convolution, recurrent and attention layers), or a list of endings of module "
+        "names",
+    )
+    lr_scale: float = Field(1.0, gt=0, description="learning rate of the adapters, relative to lr")
+
+
+class LoraOptions(AdapterOptions):
     rank: int = Field(8, ge=1, description="rank of the update of each weight")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="dropout of the adapters' input, in training"
+        0.0,
+        ge=0,
+        lt=1,
+        description="dropout of the adapters' input, in training; weights that are computed "
+        "(recurrent layers, torch's attention) have none",
     )
-    modules: Literal["attention", "all"] | list[str] = Field(
-        "all",
-        description="where: attention (query, key and value projections), all linear and "
-        "convolution layers, or a list of endings of module names",
+    start: Literal["zero", "pissa"] = Field(
+        "zero",
+        description="zero: the update starts from nothing; pissa: from the weight's largest "
+        "singular values, and the rest of the weight stands still (Meng et al. 2024)",
     )
-    lr_scale: float = Field(1.0, gt=0, description="learning rate of the adapters, relative to lr")
     rslora: bool = Field(
         False,
         description="scale by alpha / sqrt(rank), so that high ranks learn as fast (Kalajdzievski "
@@ -269,20 +423,341 @@ class LoraOptions(LayerOptions):
 class Lora(AdapterTechnique):
     """Low-rank updates of frozen weights (Hu et al. 2022): W + alpha / rank B A.
 
-    A (rank, in) starts random, B (out, rank) zero. All linear layers by default: adapting attention
-    alone falls behind full fine-tuning (Dettmers et al. 2023, section 4; Biderman et al. 2024).
+    A (rank, in) starts random, B (out, rank) zero. All layers by default: adapting attention alone
+    falls behind full fine-tuning (Dettmers et al. 2023, section 4; Biderman et al. 2024).
+
+    It assumes that the change a target needs has a low rank. It helps on few rows, where it
+    regularises, and where memory is short. It hurts where the inputs differ much from the source's
+    and rows are many: full fine-tuning then learns more.
     """
 
-    def settings(self, chosen):
+    def weight_of(self, layer):
+        if not self.options.dora:
+            return super().weight_of(layer)
+        return layer(torch.eye(layer.in_features, device=layer.base_layer.weight.device)).T
+
+    def replaces(self, backbone, target):
+        # PiSSA takes singular values of matrices
+        kinds = self.replaced if self.options.start == "pissa" else (*self.replaced, *CONVOLUTIONS)
+        return target.kind in kinds and super().replaces(
+            backbone, target._replace(kind=self.replaced[0])
+        )
+
+    def settings(self, modules):
         from peft import LoraConfig, LoraModel
-        from transformers.pytorch_utils import Conv1D
 
         o = self.options
         return LoraModel, LoraConfig(
             r=o.rank,
             lora_alpha=o.alpha,
             lora_dropout=o.dropout,
+            init_lora_weights="pissa" if o.start == "pissa" else True,
             use_rslora=o.rslora,
             use_dora=o.dora,  # type: ignore[arg-type]
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
+            fan_in_fan_out=any(_is_transposed(module) for module in modules),
         )
+
+
+CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv2dSame")
+"""Convolutions that peft replaces for LoRA. Conv2dSame is timm's, of the efficientnets from
+TensorFlow: it pads and convolves.
+"""
+
+
+class IA3Options(AdapterOptions):
+    lr_scale: float = Field(10.0, gt=0, description="learning rate of the adapters, relative to lr")
+
+
+@register("technique", "ia3", options=IA3Options)
+class IA3(AdapterTechnique):
+    """Scale the outputs of frozen layers by learned vectors, which start at 1 (Liu et al. 2022).
+
+    The paper scales keys, values and the inner layer of the feed-forward parts; here it is every
+    layer that ``modules`` means.
+
+    It assumes that the source's features need only be turned up or down. It helps on very few rows,
+    and costs the fewest parameters. It hurts where features must be mixed anew.
+    """
+
+    def weight_of(self, layer):
+        return layer.base_layer.weight * layer.ia3_l[ADAPTER]
+
+    def settings(self, modules):
+        from peft import IA3Config, IA3Model
+
+        transposed = any(_is_transposed(module) for module in modules)
+        return IA3Model, IA3Config(feedforward_modules=[], fan_in_fan_out=transposed)
+
+
+class VeraOptions(AdapterOptions):
+    rank: int = Field(256, ge=1, description="rank of the random matrices that all layers share")
+    lr_scale: float = Field(10.0, gt=0, description="learning rate of the adapters, relative to lr")
+
+
+@register("technique", "vera", options=VeraOptions)
+class Vera(AdapterTechnique):
+    """Low-rank updates by two random matrices that all layers share and that stand still, and two
+    learned vectors a layer (Kopiczko et al. 2024).
+
+    It assumes what LoRA does, and costs a tenth of its parameters: for many adapters of one
+    backbone. It hurts where a layer's update needs directions that the random ones lack.
+    """
+
+    def settings(self, modules):
+        from peft import VeraConfig, VeraModel
+
+        # drawn as all else that a technique draws
+        key = int(torch.randint(2**31, ()))
+        transposed = any(_is_transposed(module) for module in modules)
+        return VeraModel, VeraConfig(
+            r=self.options.rank, projection_prng_key=key, fan_in_fan_out=transposed
+        )
+
+
+class OFTOptions(AdapterOptions):
+    block: int = Field(
+        32,
+        ge=2,
+        description="inputs that are rotated together; the nearest divisor of a layer's inputs",
+    )
+
+
+@register("technique", "oft", options=OFTOptions)
+class OFT(AdapterTechnique):
+    """Rotate the inputs of frozen layers: W R, with R orthogonal and block-diagonal (Qiu et al.
+    2023).
+
+    Rotations keep angles and lengths of a layer's weights. It assumes that these carry what the
+    source knows. It helps where full fine-tuning forgets it, on few rows. It hurts where the scale
+    of features must change. A layer with a single input stays as it is.
+    """
+
+    replaced = ("Linear",)
+
+    def weight_of(self, layer):
+        rotation, weight = layer.oft_R[ADAPTER], layer.base_layer.weight
+        # the transposed rotation is that of the negated angles
+        blocks = rotation._cayley_batch(
+            -rotation.weight, rotation.block_size, use_cayley_neumann=False
+        )
+        rotated = torch.einsum("orb,rbc->orc", weight.unflatten(1, (len(blocks), -1)), blocks)
+        return rotated.flatten(1)
+
+    def settings(self, modules):
+        from peft import OFTConfig, OFTModel
+
+        return OFTModel, OFTConfig(r=0, oft_block_size=self.options.block, use_cayley_neumann=False)
+
+
+class LohaOptions(AdapterOptions):
+    rank: int = Field(8, ge=1, description="rank of each of the two factors")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+
+
+@register("technique", "loha", options=LohaOptions)
+class Loha(AdapterTechnique):
+    """Updates that are the elementwise product of two low-rank ones, so of rank up to ``rank``
+    squared (Hyeon-Woo et al. 2022).
+
+    It assumes what LoRA does, with a higher rank for twice the parameters. It helps where LoRA's
+    rank is too small, and hurts where rows are few.
+    """
+
+    replaced = ("Linear", "Conv1d", "Conv2d")
+
+    def settings(self, modules):
+        from peft import LoHaConfig, LoHaModel
+
+        return LoHaModel, LoHaConfig(r=self.options.rank, alpha=self.options.alpha)
+
+
+class LokrOptions(LohaOptions):
+    rank: int = Field(8, ge=1, description="rank of the larger factor")
+
+
+@register("technique", "lokr", options=LokrOptions)
+class Lokr(AdapterTechnique):
+    """Updates that are the Kronecker product of a small matrix and a low-rank one (Edalati et al.
+    2022; Yeh et al. 2024).
+
+    It assumes that a layer's blocks change alike. It reaches a full rank with fewer parameters than
+    LoRA, and helps where those are counted. It hurts where the blocks need different changes.
+    """
+
+    replaced = ("Linear", "Conv1d", "Conv2d")
+
+    def settings(self, modules):
+        from peft import LoKrConfig, LoKrModel
+
+        return LoKrModel, LoKrConfig(r=self.options.rank, alpha=self.options.alpha)
+
+
+class AdaLoraOptions(AdapterOptions):
+    rank: int = Field(8, ge=1, description="mean rank of the updates at the end")
+    start_rank: int = Field(12, ge=1, description="rank of each update at the start")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / start_rank")
+    warm_share: float = Field(
+        0.1, ge=0, lt=1, description="share of the steps before ranks are taken away"
+    )
+    final_share: float = Field(
+        0.3, ge=0, lt=1, description="share of the steps after the ranks are settled"
+    )
+    orthogonality: float = Field(
+        0.1, ge=0, description="weight of the penalty that keeps both factors orthogonal"
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.rank > self.start_rank:
+            raise ValueError("rank must be at most start_rank: ranks are taken away")
+        if self.warm_share + self.final_share >= 1:
+            raise ValueError("warm_share and final_share must leave steps between them")
+        return self
+
+
+BETA = 0.85
+"""Of the moving averages of importance (Zhang et al. 2023, appendix)."""
+
+
+class _RankBudget(nn.Module):
+    """Which singular values of the updates are kept, by their importance.
+
+    Args:
+        layers: peft's layers, with factors A (r, in) and B (out, r) and singular values E (r, 1).
+    """
+
+    def __init__(self, layers: list[Any]):
+        super().__init__()
+        self._layers = [layers]  # in a list: they are modules of the backbone
+        self.is_stepped = True
+        """Whether an optimiser may have moved singular values that are not kept."""
+        for number, layer in enumerate(layers):
+            for part, parameter in _factors(layer).items():
+                for kind in ("mean", "spread"):
+                    self.register_buffer(f"{kind}_{part}{number}", torch.zeros_like(parameter))
+            kept = torch.ones(len(layer.lora_E[ADAPTER]), dtype=torch.bool)
+            self.register_buffer(f"kept{number}", kept.to(layer.lora_E[ADAPTER].device))
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Average |weight x gradient| and its spread over the steps (equations 8 to 10)."""
+        for number, layer in enumerate(self._layers[0]):
+            for part, parameter in _factors(layer).items():
+                if parameter.grad is None:
+                    continue
+                mean = self.get_buffer(f"mean_{part}{number}")
+                spread = self.get_buffer(f"spread_{part}{number}")
+                now = (parameter * parameter.grad).abs().nan_to_num(0.0, 0.0, 0.0)
+                mean.lerp_(now, 1 - BETA)
+                spread.lerp_((now - mean).abs(), 1 - BETA)
+
+    @torch.no_grad()
+    def allocate(self, budget: int) -> None:
+        """Keep the ``budget`` most important singular values of all layers."""
+        scores = []
+        for number in range(len(self._layers[0])):
+            found = {
+                part: self.get_buffer(f"mean_{part}{number}")
+                * self.get_buffer(f"spread_{part}{number}")
+                for part in ("A", "B", "E")
+            }
+            scores.append(found["E"][:, 0] + found["A"].mean(1) + found["B"].mean(0))
+        ranked = torch.cat(scores)
+        count = len(ranked) - budget
+        threshold = ranked.kthvalue(count).values if count else ranked.new_tensor(-torch.inf)
+        for number, score in enumerate(scores):
+            self.get_buffer(f"kept{number}").copy_(score > threshold)
+
+    @torch.no_grad()
+    def apply_to_layers(self) -> None:
+        """Set the singular values that are not kept to 0."""
+        for number, layer in enumerate(self._layers[0]):
+            kept = self.get_buffer(f"kept{number}")
+            layer.lora_E[ADAPTER].masked_fill_(~kept[:, None], 0.0)
+
+    def before_forward(self, module: nn.Module, inputs: Any) -> None:
+        """Set what an optimiser step has moved to 0 again (a forward hook)."""
+        if self.is_stepped:
+            self.apply_to_layers()
+            self.is_stepped = False
+
+    def orthogonality(self) -> Tensor:
+        """Return the mean of |A A' - 1| and |B' B - 1| (equation 4)."""
+        distances = []
+        for layer in self._layers[0]:
+            a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            unit = torch.eye(len(a), device=a.device)
+            distances += [(a @ a.T - unit).norm(), (b.T @ b - unit).norm()]
+        return torch.stack(distances).mean()
+
+
+def _factors(layer: Any) -> dict[str, nn.Parameter]:
+    return {
+        "A": layer.lora_A[ADAPTER],
+        "B": layer.lora_B[ADAPTER],
+        "E": layer.lora_E[ADAPTER],
+    }
+
+
+@register("technique", "adalora", options=AdaLoraOptions)
+class AdaLora(AdapterTechnique):
+    """Low-rank updates B E A whose ranks move to the layers that need them (Zhang et al. 2023).
+
+    All updates start with ``start_rank`` singular values E. The least important ones of all layers
+    are set to 0 until ``rank`` a layer are left; importance is the averaged |weight x gradient| of
+    a triplet times its spread.
+
+    It assumes what LoRA does, and that layers differ in what they must change. It helps where few
+    parameters must suffice and runs are long. It hurts in short runs, whose importances are noise,
+    and on few rows.
+    """
+
+    def settings(self, modules):
+        from peft import AdaLoraConfig, AdaLoraModel
+
+        o = self.options
+        return AdaLoraModel, AdaLoraConfig(
+            init_r=o.start_rank,
+            target_r=o.rank,
+            lora_alpha=o.alpha,
+            fan_in_fan_out=any(_is_transposed(module) for module in modules),
+            total_step=1,  # of peft's own schedule, which needs to know the steps before the run
+            tinit=-1,
+        )
+
+    def wrap(self, task):
+        wrapped = super().wrap(task)
+        assert isinstance(wrapped, AdaptedTask)
+        names = wrapped.adapters()
+        wrapped.budget = _RankBudget([wrapped.backbone.get_submodule(name) for name in names])
+        self._hook = wrapped.backbone.register_forward_pre_hook(wrapped.budget.before_forward)
+        return wrapped
+
+    def phases(self, steps):
+        self._steps = steps
+        return super().phases(steps)
+
+    def read_gradients(self, task, phase, step):
+        """Measure importances and take ranks away (`ReadsGradients`)."""
+        first = round(self.options.warm_share * self._steps)
+        last = self._steps - round(self.options.final_share * self._steps)
+        task.budget.is_stepped = True
+        if step < last:
+            task.budget.measure()
+        if first < step <= last:
+            task.budget.allocate(self._ranks_left(step, first, last, task))
+
+    def _ranks_left(self, step: int, first: int, last: int, task: AdaptedTask) -> int:
+        """Return how many singular values all layers keep at a step (equation 12)."""
+        layers, o = len(task.adapters()), self.options
+        left = 1 - (step - first) / (last - first)
+        return int(layers * (o.start_rank - o.rank) * left**3 + layers * o.rank)
+
+    def penalty(self, task, batch, streams):
+        super().penalty(task, batch, streams)
+        return self.options.orthogonality * task.budget.orthogonality()
+
+    def finish(self, task):
+        self._hook.remove()
+        task.budget.apply_to_layers()
+        return super().finish(task)

@@ -41,7 +41,7 @@ from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
 from pipeline.techniques.full import Full
 from pipeline.techniques.linear_probe import LinearProbe
-from pipeline.techniques.peft import ADDED, AdaptedTask, Lora, LoraOptions, adaptable_modules
+from pipeline.techniques.peft import ADDED, AdaptedTask, Lora, LoraOptions, adaptable_weights
 from pipeline.train import loop, optim
 from pipeline.transfer import fanout, grid, targets, trial
 
@@ -208,18 +208,20 @@ def test_attention_is_found_by_name(name, endings):
     assert all("att" in found for found in adapted.adapters())
 
 
-def test_what_cannot_be_merged_is_left_alone():
-    """Grouped and dilated convolutions, and convolutions that standardise their weights."""
+def test_depthwise_convolutions_and_embeddings_are_left_alone():
     backbone = net_task().backbone
-    backbone.grouped, backbone.dilated = (
+    backbone.grouped, backbone.depthwise = (
+        nn.Conv2d(4, 4, 3, groups=2),
         nn.Conv2d(4, 4, 3, groups=4),
-        nn.Conv2d(4, 4, 3, dilation=2),
     )
-    backbone.attention, backbone.kept = nn.MultiheadAttention(4, 2), nn.Conv2d(4, 4, 3)
-    assert list(adaptable_modules(backbone)) == ["stem", "block", "kept"]
-    found = adaptable_modules(made("timm/test_nfnet")[0].backbone)
-    # Its convolutions standardise their weights; squeeze and excitation do not
-    assert found and all("attn" in name for name in found)
+    backbone.attention, backbone.words = nn.MultiheadAttention(4, 2), nn.Embedding(4, 4)
+    assert [target.name for target in adaptable_weights(backbone)] == [
+        "stem",
+        "block",
+        "grouped",
+        "attention.in_proj_weight",
+        "attention.out_proj",
+    ]
 
 
 # ---------------------------------------------------------------- errors
@@ -584,7 +586,7 @@ def test_a_trial_s_bundle_is_the_plain_task_and_predicts_what_was_recorded(world
     plain, _, _ = trial.build(one, shared)
     kept = bundle.load(test.bundle_uri)
     assert list(kept.task().state_dict()) == list(plain.state_dict())
-    data = shared.targets["task", one.base]
+    data = shared.targets["task", one.backbone_key]
     found = scores(kept.task(), take(data.test, range(len(data.test))))
     with np.load(
         io.BytesIO(storage.read_bytes(storage.join(trial.folder(shared, one), "predictions.npz")))
