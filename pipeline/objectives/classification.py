@@ -200,7 +200,7 @@ class Classification(Objective):
                 "options mixup and cutmix of classification mix images: they cannot train a head "
                 "on cached features; leave them out"
             )
-        scores = self.scores(features).float()
+        scores = losses.at_least_float32(self.scores(features))
         label = batch["label"]
         if self.training and (options.class_weight != "none" or options.focal):
             total = self._training_losses(scores, label).sum()

@@ -134,7 +134,8 @@ class Multilabel(Objective):
         """Return logits (B, L) of pooled features (B, D)."""
         if self.options.norm:
             pooled = F.layer_norm(pooled, pooled.shape[-1:])
-        return self.head(F.dropout(pooled, self.options.dropout, self.training)).float()
+        pooled = F.dropout(pooled, self.options.dropout, self.training)
+        return losses.at_least_float32(self.head(pooled))
 
     def _pos_weight(self, device: torch.device) -> Tensor | None:
         """Return (L,) negatives a positive. No buffer: a stack of heads shares its template's."""
@@ -155,7 +156,7 @@ class Multilabel(Objective):
 
     def head_loss(self, features: Tensor, batch: Batch):
         scores = self.scores(features)
-        labels = batch["labels"].float()
+        labels = batch["labels"].to(scores.dtype)
         gamma = self.options.focal if self.training else 0.0
         weight = self._pos_weight(scores.device)
         row_losses = losses.binary_cross_entropies(scores, labels, weight, gamma)

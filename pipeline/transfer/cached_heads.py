@@ -5,6 +5,9 @@ A stack of K heads is one module whose parameters have a leading K; each head ha
 order, learning rate and clip, and its gradients touch no other head, so the results are those of
 training one at a time. A head that draws random numbers (dropout) is a stack of its own, since what
 it draws would depend on the other heads.
+
+Where the technique says so (`SolvesHead`) each head is the solution of a convex problem instead
+(`pipeline.transfer.solved_heads`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch.func import functional_call, vmap
 
 from pipeline.config import provenance
 from pipeline.config.schema import Train, spec_hash
-from pipeline.core.contracts import Backbone, Batch, Objective, Task
+from pipeline.core.contracts import Backbone, Batch, Objective, Task, solves_head
 from pipeline.core.contracts.objective_capabilities import (
     MixesInputs,
     has_cached_head,
@@ -38,6 +41,7 @@ from pipeline.train.log import RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.online_probe import features
 from pipeline.train.pretrain import device_name
+from pipeline.transfer import solved_heads
 from pipeline.transfer import trial as trials
 from pipeline.transfer.grid import Trial
 from pipeline.transfer.pruning import STACKS
@@ -303,9 +307,16 @@ def run(
         The same records as ``trial.run`` gives.
     """
     cached = _shared_features(group, shared)
-    records, stacks = _stacks(group, shared, cached)
+    head = trials.build(group[0], shared)[0].objective
+    is_random = draws_random_numbers(head, cached.splits["train"])
+    records, stacks = _stacks(group, shared, is_random)
+    technique = group[0].technique_object
+    penalties = technique.penalties() if solves_head(technique) else ()
     for members in stacks:
-        records += _run_stack(members, shared, cached, alive)
+        if penalties and not is_random:
+            records += [_solve(one, shared, cached, penalties, alive) for one in members]
+        else:
+            records += _run_stack(members, shared, cached, alive)
     return records
 
 
@@ -323,11 +334,9 @@ def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
 
 
 def _stacks(
-    group: list[Trial], shared: Shared, cached: SharedFeatures
+    group: list[Trial], shared: Shared, is_random: bool
 ) -> tuple[list[TrialRecord], list[list[Member]]]:
     """Records of trials whose settings are invalid, and the others by the stack they train in."""
-    head = trials.build(group[0], shared)[0].objective
-    is_random = draws_random_numbers(head, cached.splits["train"])
     failed: list[TrialRecord] = []
     stacks: dict[tuple[Any, ...], list[Member]] = {}
     for trial in group:
@@ -453,6 +462,71 @@ def _run_stack(
     return records
 
 
+def _solve(
+    member: Member,
+    shared: Shared,
+    cached: SharedFeatures,
+    penalties: tuple[float, ...],
+    alive: Callable[[], None],
+) -> TrialRecord:
+    """Solve the head of a trial for every penalty, test the best one and write its record."""
+    began, trial, train = time.time(), member.trial, member.train
+    head, start_hash = _build_head(trial, shared)
+    validation = cached.splits["validation"]
+    features, tensors = cached.splits["train"]
+    index = torch.from_numpy(_places(cached.data, member.rows)).to(features.device)
+
+    def validate(solved: Objective) -> dict[str, float]:
+        return evaluate.values(_alone(solved, validation, train), cached.data.metrics)
+
+    try:
+        solutions = solved_heads.solve(
+            head,
+            features[index],
+            {name: tensor[index] for name, tensor in tensors.items()},
+            penalties,
+            validate,
+            alive,
+        )
+    except FloatingPointError as error:
+        return _failed(trial, shared, error)
+    chosen = solved_heads.best(solutions, cached.data.metrics[0])
+    head, test, calibrated = chosen.head, None, chosen.head
+    if "test" in cached.splits:
+        if is_calibrated(calibrated):
+            calibrated.calibrate(_alone(head, validation, train))
+        ids = cached.data.test.selection.ids(np.arange(len(cached.data.test)))
+        test = {"row": ids, **_alone(head, cached.splits["test"], train)}
+    iterations = sum(solution.iterations for solution in solutions)
+    # no rate, batch or decay took part
+    settings = {"solver": "lbfgs", "penalty": chosen.penalty}
+    settings |= dict.fromkeys(("lr", "global_batch", "weight_decay", "optimizer"))
+    metadata = {
+        "steps": iterations,
+        "seconds": time.time() - began + cached.seconds,
+        "device": device_name(cached.device),
+        "transfer": cached.transfer,
+        "resumed_from": 0,
+        "params_trained": sum(parameter.numel() for parameter in head.parameters()),
+        "layers_trained": "head",
+        "start_weights": start_hash,
+        "n_train": len(member.rows),
+        "curve": [{"step": iterations, **chosen.metrics}],
+        "kept_step": iterations,
+        "fitted": {**settings, **trials.calibration_of(head)},
+    }
+    record = trials.make_record(trial, shared, train, began, metadata, chosen.metrics, test)
+    is_kept = shared.keep_bundles and test is not None
+    task = Task(cached.backbone, head) if is_kept else None
+    return trials.write(trial, shared, record, test, task)
+
+
+def _places(data: TargetData, rows: Rows) -> np.ndarray:
+    """Places of a trial's own rows in the features of all training rows."""
+    ids = data.train.selection.ids(np.arange(len(data.train)))
+    return np.searchsorted(ids, rows.selection.ids(np.arange(len(rows))))
+
+
 def _build_head(trial: Trial, shared: Shared) -> tuple[Objective, str]:
     """A trial's head and the hash of its start weights; the backbone is the same for all trials."""
     task, _, start_hash = trials.build(trial, shared)
@@ -468,8 +542,7 @@ class _StackBatches:
         selection = cached.data.train.selection
         self.ids = selection.ids(np.arange(len(selection)))
         self.plans = [trials.order_of(m.trial, shared, m.train, m.rows) for m in members]
-        own_ids = [m.rows.selection.ids(np.arange(len(m.rows))) for m in members]
-        self.indices = [np.searchsorted(self.ids, ids) for ids in own_ids]
+        self.indices = [_places(cached.data, m.rows) for m in members]
         self.traces: list[RowTrace] = []
 
     def _rows(self, step: int) -> list[np.ndarray]:

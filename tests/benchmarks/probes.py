@@ -83,7 +83,7 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
         held,
         False,
     )
-    cell = (base, "photos", ComponentConfig(name="linear_probe"), 1.0)
+    cell = (base, "photos", ComponentConfig(name="linear_probe", options={"solver": "sgd"}), 1.0)
     made = [
         grid.make_trial(
             job, "clothing", cell, {"lr": 1e-3 * 1.1 ** (k % 8)}, k, "final", "random", stage.key
@@ -100,7 +100,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as root:
         shared, group = shared_of(root, args.quick)
-        data, count = shared.targets[group[0].target, group[0].base], len(group)
+        data, count = shared.targets[group[0].target, group[0].backbone_key], len(group)
         print(
             f"  {data.split_text}; {trial.resolve_training(group[0], shared)[2]} steps a probe; "
             f"seconds for {count} probes"
@@ -165,7 +165,7 @@ def cached_features(first: Any, shared: Any) -> dict[str, Any]:
     from pipeline.transfer import cached_heads, trial
 
     data, backbone = (
-        shared.targets[first.target, first.base],
+        shared.targets[first.target, first.backbone_key],
         trial.build(first, shared)[0].backbone,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -212,7 +212,7 @@ def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany_on_ray):
     """
     words = (
         "--set",
-        "techniques=[scratch, full, linear_probe]",
+        "techniques=[scratch, full, {linear_probe: {solver: sgd}}]",
         "--set",
         "targets.shoes.train={steps: 4, global_batch: 8, augment: false}",
         "--set",

@@ -20,6 +20,7 @@ from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.transfer import cached_heads, fanout
 from pipeline.transfer import trial as one_trial
 
+BY_STEPS = {"linear_probe": {"solver": "sgd"}}
 LRS, SEEDS, FRACTIONS = (1e-3, 3e-2, 0.5), (0, 1), (0.5, 4)
 
 
@@ -36,7 +37,7 @@ def both(
     fractions=(1.0,),
     stage="final",
     train=None,
-    technique="linear_probe",
+    technique=BY_STEPS,
     source=None,
     **target,
 ):
@@ -155,13 +156,18 @@ def test_a_scaled_rate_is_that_rate_together_and_alone(paths, tmp_path):
 
 def test_probes_of_random_weights_share_the_features_of_their_seed(paths, tmp_path):
     group, together, alone, worlds = both(
-        tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], (1,), (0.5, 1.0), technique="random_probe"
+        tmp_path,
+        paths,
+        [{"lr": 0.003}, {"lr": 0.05}],
+        (1,),
+        (0.5, 1.0),
+        technique={"random_probe": {"solver": "sgd"}},
     )
     check(group, together, alone, worlds)
     other = trial_of(
         job_of(tmp_path, paths, {"eval_every_steps": 4}),
         worlds[0],
-        "random_probe",
+        {"random_probe": {"solver": "sgd"}},
         {"lr": 0.05},
         seed=2,
     )
@@ -259,7 +265,7 @@ def test_heads_that_were_killed_go_on_bit_for_bit(paths, tmp_path, objective):
     whole, parts = (
         shared_of(tmp_path, job, paths, root=root, keep_bundles=True) for root in ("whole", "parts")
     )
-    group = [trial_of(job, whole, "linear_probe", {"lr": lr}) for lr in LRS]
+    group = [trial_of(job, whole, BY_STEPS, {"lr": lr}) for lr in LRS]
     want = cached_heads.run(group, whole)
     taken = iter(range(1, 10**6))
 
@@ -294,7 +300,7 @@ def killed(paths, tmp_path):
     job = job_of(tmp_path, paths, {"checkpoint_every_steps": 4, "eval_every_steps": 3})
     shared = shared_of(tmp_path, job, paths)
     shared.parent_weights = {"src": "first"}
-    group = [trial_of(job, shared, "linear_probe", {"lr": lr}) for lr in LRS]
+    group = [trial_of(job, shared, BY_STEPS, {"lr": lr}) for lr in LRS]
     taken = iter(range(1, 10**6))
 
     def kill():
@@ -389,7 +395,7 @@ def test_a_head_that_fails_alone_too_is_one_failed_trial(paths, tmp_path, spoilt
     """Promise 7: the heads beside it, before and after, are done and have their records."""
     job = job_of(tmp_path, paths, {"eval_every_steps": 4})
     shared = shared_of(tmp_path, job, paths)
-    group = [trial_of(job, shared, "linear_probe", hyper) for hyper in HYPERS]
+    group = [trial_of(job, shared, BY_STEPS, hyper) for hyper in HYPERS]
     spoilt({3}, alone_too=True)
     records = cached_heads.run(group, shared)
     assert [record.status for record in records] == ["done", "failed", "done"]
@@ -413,7 +419,7 @@ def test_a_huge_rate_disturbs_no_other(paths, tmp_path):
         shared_of(tmp_path, job, paths, root=root, keep_bundles=True)
         for root in ("together", "alone")
     ]
-    group = [trial_of(job, worlds[0], "linear_probe", hyper) for hyper in hypers]
+    group = [trial_of(job, worlds[0], BY_STEPS, hyper) for hyper in hypers]
     records = {record.trial_id: record for record in cached_heads.run(group, worlds[0])}
     fine = [group[0], group[2]]
     check(fine, records, {one.id: one_trial.run(one, worlds[1]) for one in fine}, worlds)
@@ -442,14 +448,14 @@ def test_features_are_the_backbones_in_evaluation_mode(paths, tmp_path):
 def test_only_frozen_techniques_in_one_process_are_batched(paths, tmp_path):
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
-    assert cached_heads.batchable([trial_of(job, shared, "linear_probe")], shared)
+    assert cached_heads.batchable([trial_of(job, shared, BY_STEPS)], shared)
     assert not any(
         cached_heads.batchable([trial_of(job, shared, technique)], shared)
         for technique in ("full", "lp_ft", "scratch")
     )
     spread = job_of(tmp_path, paths, workers=2)
     assert not cached_heads.batchable(
-        [trial_of(spread, other := shared_of(tmp_path, spread, paths), "linear_probe")], other
+        [trial_of(spread, other := shared_of(tmp_path, spread, paths), BY_STEPS)], other
     )
 
 
@@ -462,6 +468,6 @@ def test_the_source_is_left_as_it_was(paths, tmp_path):
     before = {name: array.copy() for name, array in shared.weights["src"].items()}
     for array in shared.weights["src"].values():
         array.setflags(write=False)
-    cached_heads.run([trial_of(job, shared, "linear_probe", {"lr": lr}) for lr in LRS], shared)
+    cached_heads.run([trial_of(job, shared, BY_STEPS, {"lr": lr}) for lr in LRS], shared)
     one_trial.run(trial_of(job, shared, "full"), shared)
     assert all(np.array_equal(before[name], array) for name, array in shared.weights["src"].items())

@@ -9,10 +9,12 @@ from pipeline.core.contracts.technique import (
     FinishedTrial,
     Phase,
     ReadsGradients,
+    SolvesHead,
     Technique,
     adapts_at_test,
     layer_rates,
     reads_gradients,
+    solves_head,
     trains,
 )
 
@@ -29,11 +31,13 @@ __all__ = [
     "Phase",
     "RawRows",
     "ReadsGradients",
+    "SolvesHead",
     "Task",
     "Technique",
     "View",
     "adapts_at_test",
     "layer_rates",
     "reads_gradients",
+    "solves_head",
     "trains",
 ]

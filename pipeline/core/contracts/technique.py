@@ -205,6 +205,23 @@ def reads_gradients(technique: Any) -> TypeIs[ReadsGradients]:
     return isinstance(technique, ReadsGradients)
 
 
+@runtime_checkable
+class SolvesHead(Protocol):
+    """A frozen technique whose head is the solution of a convex problem on kept features."""
+
+    def penalties(self) -> tuple[float, ...]:
+        """Return the L2 penalties of which one is chosen on validation rows.
+
+        () where the head trains by steps. It does so too where features are not kept.
+        """
+        ...
+
+
+def solves_head(technique: Any) -> TypeIs[SolvesHead]:
+    """Return whether the head of a frozen technique may be solved, not trained by steps."""
+    return isinstance(technique, SolvesHead)
+
+
 def layer_rates(technique: Technique, layers: dict[str, list[str]], phase: str) -> dict[str, float]:
     """Return the learning-rate multiplier of every layer, with the technique's `LayerOptions`.
 

@@ -23,6 +23,11 @@ def balanced(counts: Sequence[int], device: torch.device) -> Tensor:
     )
 
 
+def at_least_float32(scores: Tensor) -> Tensor:
+    """Return scores in float32 where they are in a lower precision; float64 stays."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
 def cross_entropies(
     scores: Tensor,
     label: Tensor,
@@ -36,13 +41,17 @@ def cross_entropies(
     the row's class; ``smoothing`` is label smoothing.
     """
     losses = F.cross_entropy(
-        scores, label, weight=weight, reduction="none", label_smoothing=smoothing
+        scores, label, weight=_like(weight, scores), reduction="none", label_smoothing=smoothing
     )
     return (
         losses
         if not gamma
         else losses * _hard(scores.log_softmax(-1).gather(-1, label[..., None])[..., 0], gamma)
     )
+
+
+def _like(weight: Tensor | None, scores: Tensor) -> Tensor | None:
+    return None if weight is None else weight.to(scores.dtype)
 
 
 def binary_cross_entropies(
@@ -53,7 +62,7 @@ def binary_cross_entropies(
     ``pos_weight`` weights positives.
     """
     losses = F.binary_cross_entropy_with_logits(
-        scores, label, reduction="none", pos_weight=pos_weight
+        scores, label, reduction="none", pos_weight=_like(pos_weight, scores)
     )
     return (
         losses

@@ -155,7 +155,7 @@ def test_heads_together_are_calibrated_one_by_one(paths, tmp_path):
         for root in ("together", "alone")
     ]
     group = [
-        trial_of(job, worlds[0], "linear_probe", {"lr": lr}, seed=seed)
+        trial_of(job, worlds[0], {"linear_probe": {"solver": "sgd"}}, {"lr": lr}, seed=seed)
         for lr, seed in itertools.product((0.001, 0.1), (0, 1))
     ]
     assert cached_heads.batchable(group, worlds[0])

@@ -1,0 +1,188 @@
+"""A head on frozen features is the solution of its convex problem, as scikit-learn finds it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pydantic
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
+from toys import image_files, job_of, net_task, shared_of, trial_of
+
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Task
+from pipeline.objectives.multilabel import Multilabel
+from pipeline.techniques.linear_probe import PENALTIES, LinearProbe, ProbeOptions
+from pipeline.transfer import cached_heads, solved_heads
+from pipeline.transfer import trial as one_trial
+
+N, D = 300, 16
+
+
+def features(seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(N, D, generator=generator) * torch.linspace(0.2, 3, D)
+
+
+def labels(found: torch.Tensor, classes: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    scores = found @ torch.randn(D, classes, generator=generator)
+    return scores + 2 * torch.randn(N, classes, generator=generator)
+
+
+def solve(head, tensors, penalties, validate=lambda head: {"accuracy": 0.0}):
+    return solved_heads.solve(head, features(), tensors, penalties, validate, lambda: None)
+
+
+@pytest.mark.parametrize("penalty", [1e-1, 1e-2, 1e-3])
+def test_classes_are_multinomial_logistic_regression(penalty):
+    """scikit-learn's C is 1 / (penalty x rows)."""
+    label = labels(features(), 3).argmax(1)
+    found = solve(net_task(classes=3).objective, {"label": label}, [penalty])[0]
+    inputs = F.layer_norm(features(), (D,)).double().numpy()
+    theirs = LogisticRegression(C=1 / (penalty * N), tol=1e-12, max_iter=100_000)
+    theirs.fit(inputs, label.numpy())
+    head = found.head.head
+    assert np.abs(head.weight.detach().numpy() - theirs.coef_).max() < 1e-4
+    ours = F.softmax(head(F.layer_norm(features(), (D,))), 1).detach().numpy()
+    assert np.abs(ours - theirs.predict_proba(inputs)).max() < 1e-4
+
+
+@pytest.mark.parametrize("penalty", [1e-1, 1e-3])
+def test_labels_are_one_logistic_regression_each(penalty):
+    """The loss is a mean over L labels, so a label's own penalty is L times as large."""
+    table = (labels(features(), 4) > 0).to(torch.uint8)
+    backbone = net_task().backbone
+    state = {"labels": list("abcd"), "separator": "|", "positives": [1] * 4, "rows": N}
+    head = Multilabel(backbone, Multilabel.options_class(), state)
+    found = solve(head, {"labels": table}, [penalty])[0]
+    inputs = F.layer_norm(features(), (D,)).double().numpy()
+    for k in range(4):
+        theirs = LogisticRegression(C=1 / (4 * penalty * N), tol=1e-12, max_iter=100_000)
+        theirs.fit(inputs, table[:, k].numpy())
+        own = found.head.head
+        assert np.abs(own.weight[k].detach().numpy() - theirs.coef_[0]).max() < 1e-4
+        assert abs(float(own.bias[k].detach()) - theirs.intercept_[0]) < 1e-4
+
+
+def test_the_start_does_not_matter_and_is_left_alone():
+    label = labels(features(), 3).argmax(1)
+    heads = [net_task(seed, classes=3).objective for seed in (0, 1)]
+    before = heads[0].head.weight.detach().clone()
+    first, other = (solve(head, {"label": label}, [1e-2])[0] for head in heads)
+    torch.testing.assert_close(first.head.head.weight, other.head.head.weight, atol=1e-4, rtol=0)
+    assert torch.equal(heads[0].head.weight, before)
+
+
+def test_penalties_go_from_strong_to_weak_and_the_best_on_validation_is_taken():
+    label = labels(features(), 3).argmax(1)
+    scores = {1.0: 0.5, 0.1: 0.9, 0.01: 0.9, 0.001: math.nan}
+    losses = {1.0: 0.1, 0.1: 0.4, 0.01: 0.3, 0.001: 0.1}
+    given = iter(sorted(scores, reverse=True))
+
+    def validate(head):
+        penalty = next(given)
+        return {"accuracy": scores[penalty], "loss": losses[penalty]}
+
+    found = solve(net_task(classes=3).objective, {"label": label}, list(scores), validate)
+    assert [one.penalty for one in found] == [1.0, 0.1, 0.01, 0.001]
+    lengths = [float(one.head.head.weight.detach().norm()) for one in found]
+    assert lengths == sorted(lengths)
+    assert solved_heads.best(found, "accuracy").penalty == 0.01
+    assert solved_heads.best(found, "loss").penalty == 1.0
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    label = labels(features(), 3).argmax(1)
+    broken = features()
+    broken[3] = math.nan
+    with pytest.raises(FloatingPointError, match=r"the loss of the head is nan at penalty 0\.1"):
+        solved_heads.solve(
+            net_task(classes=3).objective,
+            broken,
+            {"label": label},
+            [0.1],
+            lambda head: {},
+            lambda: None,
+        )
+
+
+# ---------------------------------------------------------------- trials
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return image_files(tmp_path_factory.mktemp("data"), {"train": 64, "validation": 30, "test": 36})
+
+
+def test_a_probe_needs_no_learning_rate(paths, tmp_path):
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths, keep_bundles=True)
+    group = [trial_of(job, shared, "linear_probe", {"lr": lr}) for lr in (1e-6, 1.0)]
+    slow, fast = cached_heads.run(group, shared)
+    assert slow.status == fast.status == "done", slow.error
+    assert [row.value for row in slow.rows] == [row.value for row in fast.rows]
+    settings = slow.rows[0].settings
+    assert settings["solver"] == "lbfgs" and settings["penalty"] in PENALTIES
+    assert settings["lr"] is None and settings["optimizer"] is None
+    row = slow.rows[0]
+    assert row.layers_trained == "head" and row.steps > 0 and slow.kept_step == row.steps
+    kept = bundle.load(row.bundle_uri)
+    source = shared.weights["src"]
+    assert all(np.array_equal(source[n], t.numpy()) for n, t in kept.backbone_tensors().items())
+
+
+def test_the_trial_s_head_is_scikit_learn_s(paths, tmp_path):
+    """Of its own rows alone, at a label fraction; the test row's scores follow from it."""
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths, keep_bundles=True)
+    one = trial_of(job, shared, {"linear_probe": {"penalty": 0.01}}, fraction=0.5)
+    (record,) = cached_heads.run([one], shared)
+    data = shared.targets["task", one.backbone_key]
+    task = one_trial.build(one, shared)[0]
+    _, rows, _ = one_trial.resolve_training(one, shared)
+    pooled, rest = cached_heads.features(task.backbone, rows, torch.device("cpu"))
+    assert len(pooled) == record.rows[0].n_train < 40
+    inputs = F.layer_norm(pooled, pooled.shape[1:]).double().numpy()
+    theirs = LogisticRegression(C=1 / (0.01 * len(pooled)), tol=1e-12, max_iter=100_000)
+    theirs.fit(inputs, rest["label"].numpy())
+    found = bundle.load(record.rows[0].bundle_uri).task()
+    assert np.abs(found.objective.head.weight.detach().numpy() - theirs.coef_).max() < 1e-4
+    tested, truth = cached_heads.features(task.backbone, data.test, torch.device("cpu"))
+    accuracy = theirs.score(
+        F.layer_norm(tested, tested.shape[1:]).double().numpy(), truth["label"].numpy()
+    )
+    row = next(r for r in record.rows if r.split == "test" and r.metric == "accuracy")
+    assert row.value == pytest.approx(accuracy)
+    assert isinstance(found, Task) and row.settings["penalty"] == 0.01
+
+
+def test_random_features_are_solved_too(paths, tmp_path):
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths)
+    records = cached_heads.run(
+        [trial_of(job, shared, "random_probe", seed=1, stage="search")], shared
+    )
+    assert records[0].status == "done" and records[0].rows[0].settings["solver"] == "lbfgs"
+    assert {row.split for row in records[0].rows} == {"validation"}
+
+
+def test_heads_with_dropout_train_by_steps(paths, tmp_path):
+    job = job_of(tmp_path, paths, objective={"classification": {"dropout": 0.5}})
+    shared = shared_of(tmp_path, job, paths)
+    (record,) = cached_heads.run([trial_of(job, shared, "linear_probe", stage="search")], shared)
+    assert record.rows[0].steps == 12 and "solver" not in record.rows[0].settings
+
+
+def test_options_say_how_the_head_is_found():
+    assert LinearProbe().penalties() == PENALTIES
+    assert LinearProbe(ProbeOptions(penalty=0.1)).penalties() == (0.1,)
+    for options in ({"solver": "sgd"}, {"lr_scale": 100.0}):
+        assert LinearProbe(ProbeOptions(**options)).penalties() == ()
+    assert LinearProbe(ProbeOptions(lr_scale=100.0)).phases(5)[0].lr_scale == 100.0
+    for options in ({"solver": "lbfgs", "lr_scale": 2.0}, {"solver": "sgd", "penalty": 1.0}):
+        with pytest.raises(pydantic.ValidationError, match="is for solver"):
+            ProbeOptions(**options)
