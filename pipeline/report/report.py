@@ -744,11 +744,11 @@ def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block
             [
                 key[0],
                 name,
-                "; ".join(dict.fromkeys(c.layers_trained for c in group)),
                 _format_seconds(seconds),
                 _format_count(max(params, default=None)),
                 _format_count(len(trials)),
                 _format_seconds(sum(trials)),
+                "; ".join(dict.fromkeys(c.layers_trained for c in group)),
             ]
         )
     return [
@@ -757,14 +757,14 @@ def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block
             [
                 "Target",
                 "Source · technique",
-                "Layers trained",
                 "Final trial",
                 "Parameters trained",
                 "Trials with search",
                 "All trials",
+                "Layers trained",
             ],
             body,
-            3,
+            2,
         ),
     ]
 

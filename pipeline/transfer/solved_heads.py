@@ -94,7 +94,7 @@ def _minimise(
         loss = total.to(inputs.dtype) / count + penalty / 2 * squares
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss of the head is {float(loss)} at penalty {penalty:g}"
+                f"the loss of the head is {loss.item()} at penalty {penalty:g}"
             )
         loss.backward()
         return loss
