@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.api import (
         Outcome,
+        advise,
         embed,
         finetune,
         load_bundle,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Outcome",
+    "advise",
     "embed",
     "finetune",
     "load_bundle",

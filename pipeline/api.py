@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.checkpoints.bundle import Bundle
+    from pipeline.report.advice import Advice
     from pipeline.report.matrix import Cell
     from pipeline.report.results import ResultRow
     from pipeline.train.progress import Progress
@@ -153,6 +154,55 @@ def results(job: Job | str) -> pa.Table:
     root = job if isinstance(job, str) else job.root
     rows = [row.columns() for row in results_table.read(root)]
     return pa.Table.from_pylist(rows, schema=results_table.SCHEMA)
+
+
+def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advice]:
+    """Say which source and technique each target should take, from results that are there.
+
+    Args:
+        places: Jobs, job files (.yaml), folders of jobs, or their results.parquet; local or on S3.
+        target: Advise on this target alone.
+
+    Raises:
+        ValueError: A place has no results, or none of the target.
+    """
+    from pipeline.report import advice
+    from pipeline.report import results as results_table
+    from pipeline.transfer import trial
+
+    stores: dict[str, advice.Store] = {}
+    for place in places:
+        root = _root(place)
+        rows = results_table.read(root)
+        if not rows:
+            raise ValueError(
+                f"{root}: no {results_table.FILE} here; name a job that has run, its folder or "
+                f"its {results_table.FILE}"
+            )
+        runs = {
+            row.trial_id: trial.read_predictions(root, row.trial_id, row.seed)
+            for row in rows
+            if row.trial_stage == "final" and row.split == "test" and row.status == "done"
+        }
+        found = {name: run for name, run in runs.items() if run is not None}
+        stores[root] = advice.Store(root, rows, found)
+    return advice.advise(list(stores.values()), target)
+
+
+def _root(place: Job | str) -> str:
+    """Return the folder of a job, of its file, or of its results table."""
+    from pipeline.report import results as results_table
+
+    if isinstance(place, Job):
+        return place.root
+    if place.endswith((".yaml", ".yml")):
+        return load_job(place).root
+    folder, _, name = place.rpartition("/")
+    if not name.endswith(".parquet"):
+        return place
+    if name != results_table.FILE:
+        raise ValueError(f"{place}: a results table is named {results_table.FILE}")
+    return folder or "."
 
 
 def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:

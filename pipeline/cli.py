@@ -299,6 +299,39 @@ def report(
 
 
 @app.command()
+def advise(
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            help="Job files, folders of jobs, or their results.parquet; local or s3://.",
+            metavar="JOB|RESULTS...",
+        ),
+    ],
+    target: Annotated[
+        str | None, typer.Option(help="Advise on this target alone; none: on all.", metavar="NAME")
+    ] = None,
+    set_: Set = None,
+) -> None:
+    """Which source and technique each target should take, why, and what one more experiment would
+    settle most. Reads the results of one or several jobs; starts nothing.
+
+    Says `use` where the interval of an entry's expected gain over scratch lies above zero,
+    `train from scratch` where even the best lies below, and `not enough evidence` otherwise, or
+    where no entry has two seeds paired with scratch. `--set` applies to the job files.
+
+    Example: `onetomany advise jobs/quickstart.yaml runs/other --target shoes`
+    """
+    from pipeline.report.advice import METHOD
+
+    jobs = [_job(Path(one), set_) if one.endswith((".yaml", ".yml")) else one for one in places]
+    with _exit_codes():
+        found = api.advise(jobs, target)
+    for one in found:
+        out.print("\n".join(one.lines()), markup=False, soft_wrap=True)
+    out.print(METHOD, markup=False, soft_wrap=True)
+
+
+@app.command()
 def predict(
     bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (folder or s3://).")],
     data: Annotated[list[str], typer.Argument(help="Files, folders or globs to predict.")],

@@ -26,6 +26,7 @@ FUNCTIONS = (
     "embed",
     "load_bundle",
     "results",
+    "advise",
 )
 QUICKSTART = Path(__file__).parents[1] / "jobs" / "quickstart.yaml"
 

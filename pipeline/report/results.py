@@ -112,6 +112,8 @@ class ResultRow:
     """The layers that were trained, by their names. Null for trials that were run before it was
     recorded.
     """
+    modality: str | None = None
+    """The modality of the target. Null for trials that were run before it was recorded."""
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -565,6 +565,7 @@ def make_record(
         spec_hash=shared.metadata.get("spec_hash"),
         git_sha=shared.metadata.get("git_sha"),
         started_at=datetime.fromtimestamp(began, UTC),
+        modality=data.spec.data.modality.name,
     )
     rows: list[ResultRow] = []
     for split, found in (

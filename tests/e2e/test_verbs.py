@@ -46,6 +46,7 @@ VERBS = (
     "score",
     "finetune",
     "report",
+    "advise",
     "predict",
     "export",
     "submit",

@@ -1,0 +1,262 @@
+"""Advice from results tables: closed forms, constructed stores, too little evidence, foreign
+files.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import api
+from pipeline.cli import app
+from pipeline.core.metrics import catalog
+from pipeline.io import storage
+from pipeline.report import advice, matrix, results, stats
+from pipeline.report.advice import Store
+from pipeline.report.results import ResultRow
+from pipeline.report.stats import RunPredictions
+
+UNITS = 400
+
+
+def cell(
+    source: str, technique: str, level: float, seeds: int = 3, **more: Any
+) -> tuple[list[ResultRow], dict[str, RunPredictions]]:
+    """Test rows and predictions of a cell whose networks are right with probability ``level``."""
+    rows, runs = [], {}
+    for seed in range(seeds):
+        rng = np.random.default_rng([seed, 7])
+        label = np.arange(UNITS) % 2
+        right = rng.random(UNITS) < level
+        scores = (np.eye(2)[label] == right[:, None]).astype(np.float32)
+        arrays = {
+            "scores": scores,
+            "label": label,
+            "loss": np.zeros(UNITS),
+            "count": np.ones(UNITS),
+        }
+        values = {
+            "trial_id": f"{source}-{technique}-{seed}-{sorted(more.items())}",
+            "job": "j",
+            "source": source,
+            "backbone": "b",
+            "target": "t",
+            "objective": "classification",
+            "technique": technique,
+            "label_fraction": "1.0",
+            "seed": seed,
+            "trial_stage": "final",
+            "status": "done",
+            "split": "test",
+            "metric": "accuracy",
+            "higher_is_better": True,
+            "modality": "table",
+            "seconds": 2.5,
+            "params_trained": 1200,
+            "value": catalog.metric("accuracy").value(arrays),
+            **more,
+        }
+        row = ResultRow.from_columns(values)
+        rows.append(row)
+        runs[row.trial_id] = RunPredictions(np.arange(UNITS), arrays, seed)
+    return rows, runs
+
+
+def store(*cells: tuple[list[ResultRow], dict[str, RunPredictions]], name: str = "one") -> Store:
+    rows, runs = [], {}
+    for found_rows, found_runs in cells:
+        rows += found_rows
+        runs |= found_runs
+    return Store(name, rows, runs)
+
+
+def good_and_bad(**more: Any) -> Store:
+    return store(
+        cell("none", "scratch", 0.60, **more),
+        cell("good", "full", 0.80, **more),
+        cell("good", "linear_probe", 0.75, **more),
+        cell("bad", "full", 0.50, **more),
+        cell("bad", "linear_probe", 0.45, **more),
+        name=str(more),
+    )
+
+
+# ---------------------------------------------------------------- the model
+
+
+def test_shrunken_means_equal_james_and_steins():
+    """With equal variances and a positive spread: mean + (1 - (k - 3) V / S) (y - mean), with
+    Morris's variance, and the interval is that of the normal distribution.
+    """
+    y, v = np.array([0.1, -0.05, 0.3, 0.22, 0.07, -0.2]), 0.01
+    k, centred = len(y), y - y.mean()
+    scatter = centred @ centred
+    b = (k - 3) * v / scatter
+    found = stats.shrunken_means(list(y), [v] * k)
+    np.testing.assert_allclose([one.mean for one in found], y.mean() + (1 - b) * centred)
+    variance = v * (1 - b * (k - 1) / k) + 2 / (k - 3) * b**2 * centred**2
+    np.testing.assert_allclose([one.variance for one in found], variance)
+    assert found[0].high - found[0].mean == pytest.approx(1.959964 * variance[0] ** 0.5)
+
+
+def test_equal_values_are_drawn_as_far_as_can_be():
+    """No spread beyond the errors: the weight of the mean is (k - 3) / (k - 1)."""
+    found = stats.shrunken_means([0.1, 0.12, 0.11, 0.1, 0.12], [0.04] * 5)
+    assert [one.weight_of_mean for one in found] == pytest.approx([0.5] * 5)
+
+
+def test_the_larger_error_is_drawn_further():
+    variances = [0.001, 0.001, 0.001, 0.001, 0.03]
+    found = stats.shrunken_means([0.0, 0.1, 0.2, 0.1, 0.3], variances)
+    w = 1 / (np.array(variances) + 1.0)  # any spread: weights grow with the error
+    assert found[4].weight_of_mean > 3 * found[0].weight_of_mean and w[4] < w[0]
+    assert 0.1 < found[4].mean < 0.3 and found[4].variance < 0.03
+
+
+def test_three_values_are_left_as_they_are():
+    found = stats.shrunken_means([0.0, 0.1, 0.5], [0.1, 0.2, 0.0])
+    assert [(one.mean, one.variance) for one in found] == [(0.0, 0.1), (0.1, 0.2), (0.5, 0.0)]
+
+
+# ---------------------------------------------------------------- the advice
+
+
+def test_a_source_that_pays_is_recommended_and_one_that_hurts_is_named():
+    (found,) = advice.advise([good_and_bad()])
+    assert (found.verdict, found.source, found.technique) == ("use", "good", "full")
+    assert found.expected is not None
+    mean, low, high = found.expected
+    store_ = good_and_bad()
+    measured = max(one.baseline_gain or 0 for one in matrix.matrix_cells(store_.rows, store_.runs))
+    assert 0 < low < mean < high and measured - 0.01 < mean < measured
+    text = "\n".join(found.lines())
+    assert "use source good with full" in text and "over 3 seeds" in text
+    assert "2.5 s, 1,200 parameters trained" in text
+    assert "source bad with full hurts" in text
+    assert "the chance that" in found.next_experiment
+
+
+def test_where_every_source_hurts_scratch_is_the_advice():
+    (found,) = advice.advise([store(cell("none", "scratch", 0.8), cell("bad", "full", 0.5))])
+    assert (found.verdict, found.source) == ("scratch", None)
+    assert "train from scratch" in found.headline
+
+
+def test_an_interval_around_zero_is_not_enough():
+    (found,) = advice.advise([store(cell("none", "scratch", 0.7), cell("same", "full", 0.71))])
+    assert (found.verdict, found.source) == ("not enough evidence", None)
+    assert "contains zero" in found.headline
+
+
+def test_one_seed_is_not_enough():
+    few = store(cell("none", "scratch", 0.6, seeds=1), cell("good", "full", 0.9, seeds=1))
+    (found,) = advice.advise([few])
+    assert found.verdict == "not enough evidence" and found.expected is None
+    assert "1 seed paired with scratch, 2 are needed" in found.headline
+    assert found.next_experiment == "another seed of source good with full and of scratch"
+
+
+def test_without_scratch_there_is_no_gain():
+    (found,) = advice.advise([store(cell("good", "full", 0.9))])
+    assert found.verdict == "not enough evidence" and "no gain over scratch" in found.headline
+
+
+def test_one_more_seed_where_seeds_differ_most():
+    """The runner-up's gains differ between seeds, the best one's do not."""
+    gains = {"good": (0.27, 0.3, 0.33), "wild": (0.1, 0.29, 0.5)}
+    known = store(
+        cell("none", "scratch", 0.5), cell("good", "full", 0.8), cell("wild", "full", 0.79)
+    )
+    rows = [
+        replace(row, baseline_gain=gains[row.source][row.seed]) if row.source in gains else row
+        for row in known.rows
+    ]
+    (found,) = advice.advise([Store("one", rows, known.runs)])
+    assert found.next_experiment.startswith("one more seed of source wild with full")
+    before, after = map(int, re.findall(r"(\d+)%", found.next_experiment))
+    assert after < before <= 50
+
+
+def test_seeds_that_agree_leave_the_doubt_to_the_test_rows():
+    known = store(
+        cell("none", "scratch", 0.5), cell("good", "full", 0.8), cell("near", "full", 0.79)
+    )
+    rows = [replace(row, baseline_gain=0.3) for row in known.rows]
+    (found,) = advice.advise([Store("one", rows, known.runs)])
+    assert found.next_experiment.startswith("more test rows, or another split")
+
+
+def test_two_stores_are_read_together():
+    """Like entries of another job draw the expected gain; trials in both are used once."""
+    one, other = good_and_bad(), good_and_bad(target="u")
+    alone = advice.advise([one])[0]
+    together = {found.target: found for found in advice.advise([one, other])}
+    assert set(together) == {"t", "u"}
+    assert together["t"].expected != alone.expected
+    again = advice.advise([one, Store("copy", one.rows, one.runs)])
+    assert [found.expected for found in again] == [alone.expected]
+    only = advice.advise([one, other], "u")
+    assert [found.target for found in only] == ["u"]
+    assert only[0].expected == together["u"].expected
+    assert only[0].headline == f"use source good with full ({other.name})"
+
+
+def test_another_modality_is_no_like_entry():
+    one, other = good_and_bad(), good_and_bad(target="u", modality="image")
+    assert advice.advise([one, other], "t")[0].expected == advice.advise([one])[0].expected
+
+
+def test_an_unknown_target_names_those_that_are_there():
+    with pytest.raises(ValueError, match=r"no tested trial of a target 'x'; there are t"):
+        advice.advise([good_and_bad()], "x")
+
+
+def test_fractions_are_advised_apart():
+    both = store(
+        *(
+            one
+            for fraction, level in (("0.05", 0.85), ("1.0", 0.6))
+            for one in (
+                cell("none", "scratch", 0.6, label_fraction=fraction),
+                cell("good", "full", level, label_fraction=fraction),
+            )
+        )
+    )
+    verdicts = [(found.label_fraction, found.verdict) for found in advice.advise([both])]
+    assert verdicts == [("0.05", "use"), ("1.0", "not enough evidence")]
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_folder_and_its_table_give_the_same_advice(tmp_path):
+    results.append(str(tmp_path), good_and_bad().rows)
+    by_folder = api.advise([str(tmp_path)])
+    by_file = api.advise([str(tmp_path / results.FILE), str(tmp_path)])
+    assert by_folder == by_file
+    shown = CliRunner().invoke(app, ["advise", str(tmp_path), "--target", "t"])
+    assert shown.exit_code == 0, shown.output
+    assert "t at 1.0 labels: " in shown.stdout and "Morris, JASA 1983" in shown.stdout
+    assert "test predictions are missing" in shown.stdout
+
+
+def test_no_results_and_foreign_files_are_one_clear_error(tmp_path):
+    with pytest.raises(ValueError, match=r"no results\.parquet here"):
+        api.advise([str(tmp_path)])
+    with pytest.raises(ValueError, match=r"rows\.parquet: a results table is named"):
+        api.advise([str(tmp_path / "rows.parquet")])
+    pq.write_table(pa.table({"pixel": [1]}), tmp_path / results.FILE)
+    with pytest.raises(ValueError, match="columns that this version does not know: pixel"):
+        api.advise([str(tmp_path)])
+    (tmp_path / results.FILE).write_bytes(b"something else")
+    with pytest.raises(storage.DamagedError, match="is damaged"):
+        api.advise([str(tmp_path)])
+    failed = CliRunner().invoke(app, ["advise", str(tmp_path)])
+    assert failed.exit_code == 2 and failed.stderr.count("error:") == 1
