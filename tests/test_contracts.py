@@ -12,6 +12,7 @@ import pytest
 import torch
 from contract_rows import BACKBONES, MODALITIES, OBJECTIVES, N, wake
 from toys import (
+    add_streams,
     image_rows,
     label_state,
     make_run,
@@ -516,6 +517,7 @@ def test_a_technique_trains_what_it_says_and_nothing_else(technique):
     run = make_run(
         image_rows(32), task, steps=6, technique=technique, lr=0.01, warmup=0.0, weight_decay=0.1
     )
+    add_streams(run, image_rows(32), image_rows(32, seed=1))
     outcome = loop.fit(run) if trains(technique) else loop.evaluate_untrained(run)
     layers = task.layers()
     moving = {

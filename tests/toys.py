@@ -433,6 +433,32 @@ def make_run(
     )
 
 
+def without_labels(rows: Rows) -> Rows:
+    assert rows.arrays is not None
+    arrays = {name: array for name, array in rows.arrays.items() if not name.startswith("label")}
+    return Rows(rows.selection, rows.decoder, arrays)
+
+
+def add_streams(
+    run: loop.TrainingRun, rows: Rows, source: Rows, labelled: bool = True, seed: int = 5
+) -> None:
+    """Give a run the streams that its technique names, from rows in memory.
+
+    ``labelled``: whether the run's own rows have labels, or are the target's without any.
+    """
+    parts = {"source": without_labels(source), "target": without_labels(rows)}
+    parts["labelled_source"] = source
+    for number, name in enumerate(run.technique.streams()):
+        if name == "target" and not labelled:
+            continue
+        plan = Plan(len(parts[name]), seed + number, run.train.global_batch)
+        run.streams[name] = partial(
+            train_batches, parts[name], plan, rank=run.ranks.rank, ranks=run.ranks.count
+        )
+    run.labelled = labelled
+    run.ready = evaluate.training_preprocessing(rows, run.task.objective, run.technique)
+
+
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of parameters and buffers."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}

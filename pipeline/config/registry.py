@@ -102,7 +102,24 @@ class LayerOptions(Options):
     )
 
 
-SHARED_OPTIONS: dict[str, type[Options]] = {"Options": Options, "LayerOptions": LayerOptions}
+class AdaptationOptions(LayerOptions):
+    """Options of techniques that compare rows of the target with rows of its source."""
+
+    weight: float = Field(1.0, gt=0, description="weight of the penalty, relative to the loss")
+    source_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the mean loss of the source's labelled rows; 0: they are read "
+        "without labels, which any two objectives allow, or not at all where the penalty is of the "
+        "target's rows alone",
+    )
+
+
+SHARED_OPTIONS: dict[str, type[Options]] = {
+    "Options": Options,
+    "LayerOptions": LayerOptions,
+    "AdaptationOptions": AdaptationOptions,
+}
 """Classes that options classes may derive from without importing them."""
 
 

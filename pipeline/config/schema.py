@@ -126,9 +126,11 @@ Uris = str | list[str]
 
 def _fraction(value: float | int) -> float | int:
     """Check a label fraction."""
-    if not value > 0 or (isinstance(value, float) and value > 1):
+    is_no_label = isinstance(value, int) and value == 0
+    if not is_no_label and (not value > 0 or (isinstance(value, float) and value > 1)):
         raise ValueError(
-            "a share is above 0 and at most 1.0; rows per class are an integer of at least 1"
+            "a share is above 0 and at most 1.0; rows per class are an integer of at least 1, and "
+            "the integer 0 is no label at all"
         )
     return value
 
@@ -684,7 +686,17 @@ class Target(Spec):
         Annotated[float | int, BeforeValidator(registry.reject_bool), AfterValidator(_fraction)]
     ] = Field(
         default_factory=lambda: [1.0],
-        description="floats: shares (stratified, nested), 1.0 is all; integers: rows a class",
+        description="floats: shares (stratified, nested), 1.0 is all; integers: rows a class; 0: "
+        "no label of the target, for the techniques that need none (dann, pseudo_labels, ...): "
+        "what is chosen is then chosen on the validation rows of the source",
+    )
+    unlabelled: Data | None = Field(
+        None,
+        # a target without any has the key that it always had
+        exclude_if=lambda unlabelled: unlabelled is None,
+        description="rows of the target without labels, for techniques that adapt to them (dann, "
+        "coral, pseudo_labels, adabn, ...): all of them are read, in the columns that the modality "
+        "needs; none: the training rows, whose labels are then not read",
     )
     sources: list[str] | None = Field(
         None, description="which sources to adapt; none: all of the same modality"
@@ -744,6 +756,37 @@ class Target(Spec):
                 "shares of them",
             )
         )
+        return self
+
+    @model_validator(mode="after")
+    def _unlabelled_rows(self):
+        """Refuse what means nothing for rows that are all read, and never scored."""
+        given = self.unlabelled
+        if given is None:
+            return self
+        place = "unlabelled"
+        problems = _weight_problems(given, place, "unlabelled rows are read as they are")
+        for name in ("validation", "test"):
+            if getattr(given, name) is not None:
+                problems.append(
+                    ((place, name), "all unlabelled rows are trained on: name the files in uri")
+                )
+        problems += _unused_field_problems(
+            given,
+            ["split_column", "validation_fraction", "test_fraction", "decode", "max_bad_rows"],
+            (place,),
+            "all unlabelled rows are trained on, as those of data are",
+        )
+        own = self.data.modality
+        if given.modality.name != own.name or given.modality.options not in ({}, own.options):
+            problems.append(
+                (
+                    (place, "modality"),
+                    f"it is {given.modality}, that of data {own}; unlabelled rows are read as the "
+                    "target's are: say the same",
+                )
+            )
+        _refuse(problems)
         return self
 
 

@@ -302,6 +302,7 @@ def _fields_at(loc: Path_) -> dict[str, Any]:
     kinds: dict[str, type[Spec]] = {
         "data": Data,
         "probe": Data,
+        "unlabelled": Data,
         "more": Data,
         "train": Train,
         "fanout": Fanout,
@@ -509,24 +510,23 @@ def _uri_problem(uri: str, folder: Path, elsewhere: bool, globs: bool = True) ->
 def _role_problems(rows: JsonObject, objective: Json, at: Path_) -> list[tuple[Path_, str]]:
     """Return unknown roles of columns, and required roles without a column.
 
-    A probe has no objective, but a label.
+    A probe has no objective, but a label. Unlabelled rows have neither, and the columns of the
+    target unless they name their own.
     """
     columns = rows.get("columns", {})
     try:
         inputs, optional_inputs = registry.roles(
             "modality", ComponentConfig.model_validate(rows.get("modality")).name
         )
-        labels, optional_labels = (
-            (("label",), ())
-            if at[-1] == "probe"
-            else registry.roles("objective", ComponentConfig.model_validate(objective).name)
-        )
+        labels, optional_labels = _label_roles(objective, at)
     except ValueError:
         return []  # an unknown name or a wrong shape, reported with its place elsewhere
     if not isinstance(columns, dict):
         return []
     required, place = dict.fromkeys((*inputs, *labels)), (*at, "columns")
     known = {*required, *optional_inputs, *optional_labels}
+    if at[-1] == "unlabelled" and not columns:
+        required = {}
     return [
         *(
             ((*place, role), f"unknown role; {registry.nearest(role, known)}")
@@ -539,6 +539,15 @@ def _role_problems(rows: JsonObject, objective: Json, at: Path_) -> list[tuple[P
             if role not in columns
         ),
     ]
+
+
+def _label_roles(objective: Json, at: Path_) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the roles of labels that rows must have, and those that they may have."""
+    if at[-1] == "probe":
+        return ("label",), ()
+    if at[-1] == "unlabelled":
+        return (), ()
+    return registry.roles("objective", ComponentConfig.model_validate(objective).name)
 
 
 def _search_problems(data: JsonObject) -> list[tuple[Path_, str]]:
@@ -585,9 +594,9 @@ def _mappings(value: Json) -> dict[str, JsonObject]:
 def _corpora(part: JsonObject, path: Path_) -> Iterator[tuple[JsonObject, Path_]]:
     """Yield every mapping of a source or target that names rows, with its place.
 
-    They are data, probe, and what is joined to them.
+    They are data, probe, unlabelled, and what is joined to them.
     """
-    for field in ("data", "probe"):
+    for field in ("data", "probe", "unlabelled"):
         rows = part.get(field)
         if not isinstance(rows, dict):
             continue
@@ -651,7 +660,7 @@ def _data_problems(
             for named in _named_uris(rows)
             if (problem := _uri_problem(named.text, folder, elsewhere))
         ]
-        if at[-1] in ("data", "probe"):
+        if at[-1] in ("data", "probe", "unlabelled"):
             out += _role_problems(rows, part.get("objective"), at)
         else:
             out += [

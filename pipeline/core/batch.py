@@ -84,6 +84,15 @@ class Batch:
             return [self]
         return self.parts(-(-len(self) // size))
 
+    def empty(self) -> Batch:
+        """Return a batch with the same tensors and no row."""
+        return Batch(
+            self.rows[:0],
+            self.keys[:0],
+            {name: tensor[:0] for name, tensor in self.data.items()},
+            None if self.shards is None else self.shards[:0],
+        )
+
     def parts(self, count: int) -> list[Batch]:
         """Cut the batch into ``count`` parts, in order and as even as can be."""
         cuts = [len(self) * i // count for i in range(count + 1)]

@@ -60,6 +60,8 @@ class Decoder:
     """Inputs stay encoded, to be decoded on the device."""
     training: bool = True
     """Rows are for training: those that can only be scored are left out."""
+    relabel: Callable[[Arrays], Arrays] | None = None
+    """Turns what the objective encodes into another data set's label numbers; can be pickled."""
 
     def names(self, roles: tuple[str, ...] | None = None) -> list[str]:
         """Return the columns of all roles, or of the given ones."""
@@ -92,7 +94,8 @@ class Decoder:
             arrays, bad = self.modality.decode(table, self.columns)
         if self.objective:
             objective = registry.get("objective", self.objective)
-            arrays = arrays | objective.encode(table, self.columns, self.objective_state)
+            labels = objective.encode(table, self.columns, self.objective_state)
+            arrays = arrays | (self.relabel(labels) if self.relabel else labels)
             of_rows = (table, self.columns, self.objective_state)
             reasons = [bad, invalid_label_reasons(objective, *of_rows)]
             if self.training:

@@ -105,6 +105,7 @@ class Classification(Objective):
     log_names = ("accuracy",)
     label_tensors = ("label",)
     class_tensor = "label"
+    head_options = ("norm",)
     output_types = {}
 
     @classmethod

@@ -84,6 +84,7 @@ class Multilabel(Objective):
     null_label_means = "a row without any label"
     label_tensors = ("labels",)
     class_tensor = "labels"
+    head_options = ("norm",)
     output_types = {"prediction": pa.list_(pa.string())}
 
     @classmethod

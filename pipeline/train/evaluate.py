@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.capabilities import makes_views
-from pipeline.core.contracts import Batch, Objective, RawRows, Task
+from pipeline.core.contracts import Batch, Objective, RawRows, Task, Technique
 from pipeline.core.contracts.objective_capabilities import (
     Postprocesses,
     UsesRawRows,
@@ -177,6 +177,25 @@ def evaluator(
         return values(gather_predictions(mine, ranks), names)
 
     return evaluate
+
+
+def training_preprocessing(
+    rows: Rows, objective: Objective, technique: Technique
+) -> Callable[[Batch, bool], Batch]:
+    """As `device_preprocessing`, with the views beside the rows that the technique compares."""
+    ready, modality = device_preprocessing(rows, objective), rows.modality
+    if not compares_views(technique):
+        return ready
+    assert makes_views(modality), "Technique.check_target refuses other modalities"
+    views = technique.views()
+
+    def with_views(batch: Batch, training: bool) -> Batch:
+        if len(batch) == 0:
+            return batch
+        with torch.no_grad():
+            return ready(modality.views(batch, views), training)
+
+    return with_views
 
 
 def device_preprocessing(

@@ -19,6 +19,7 @@ from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Train
 from pipeline.core.contracts import Batch, Task, Technique, trains
 from pipeline.core.contracts.objective_capabilities import couples_rows
+from pipeline.core.contracts.technique_capabilities import prepares_on_target
 from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.plan import Plan
@@ -71,6 +72,10 @@ class Experiment:
     """Rows that the technique may read beside the training rows, by stream
     (``Technique.streams``).
     """
+    stream_batch: int | None = None
+    """Rows of a batch of these; None: as many as of a training batch."""
+    labelled: bool = True
+    """False: the training rows have no labels. They are the stream "target" themselves."""
     extra_metrics: dict[str, Callable[[Task], float]] = field(default_factory=dict)
     """Computed at every validation beside ``metrics``."""
     restarts: bool = False
@@ -130,6 +135,10 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         task = technique.wrap(experiment.task)
 
     ready = evaluate.device_preprocessing(rows, objective)
+    if prepares_on_target(technique):
+        target = experiment.stream_rows["target"]
+        inputs = partial(streams.test_inputs, target, ready, ranks, experiment.eval_batch)
+        task = technique.prepare(task.to(ranks.device), inputs)
     record = _Record(experiment, ranks)
     check = _validator(experiment, ranks, ready, record.bad_rows)
     keep = "last" if couples_rows(objective) else train.keep
@@ -143,7 +152,15 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         pin=ranks.device.type == "cuda",
     )
     seed = mix(experiment.seed, 5)
-    further = streams.of_technique(technique, experiment.stream_rows, seed, train, ranks)
+    further = streams.of_technique(
+        technique,
+        experiment.stream_rows,
+        seed,
+        train,
+        ranks,
+        batch=experiment.stream_batch,
+        known=() if experiment.labelled else ("target",),
+    )
     work = loop.TrainingRun(
         task=task,
         technique=technique,
@@ -152,7 +169,8 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         seed=experiment.seed,
         batches=batches,
         streams=further,
-        ready=ready,
+        labelled=experiment.labelled,
+        ready=evaluate.training_preprocessing(rows, objective, technique),
         keeper=keeper,
         evaluate=check,
         ranks=ranks,

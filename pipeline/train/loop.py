@@ -24,7 +24,9 @@ from pipeline.config.registry import LayerOptions
 from pipeline.config.schema import Train
 from pipeline.core.contracts import Batch, Phase, Task, Technique, layer_rates, reads_gradients
 from pipeline.core.contracts.objective_capabilities import UpdatesAfterStep
+from pipeline.core.contracts.technique_capabilities import FollowsProgress, gathers_rows
 from pipeline.core.metrics.catalog import metric
+from pipeline.core.nn.all_gather import summed
 from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch
 from pipeline.io import heartbeat
@@ -120,6 +122,10 @@ class TrainingRun:
     """Folder of resume points; none: the run cannot be resumed."""
     streams: dict[str, Callable[[range], Iterator[LoadedBatch]]] = field(default_factory=dict)
     """Further batches for ``Technique.penalty``, by name (``Technique.streams``)."""
+    labelled: bool = True
+    """False: the batches have no labels. They are the stream "target" of the penalty, which is all
+    that is learned from.
+    """
     on_log: Callable[[Log], None] = lambda record: None
     on_eval: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None
     on_rows: Callable[[int, np.ndarray], None] | None = None
@@ -233,8 +239,14 @@ def fit(run: TrainingRun) -> TrainingOutcome:
     Raises:
         NonFiniteError: ``max_bad_steps`` steps in a row were not finite; names the rows of the
             last.
+        ValueError: micro-batches, and a penalty that compares the rows of a whole batch.
     """
     train, task, ranks, device = run.train, run.task, run.ranks, run.ranks.device
+    if train.micro_batch and gathers_rows(run.technique):
+        raise ValueError(
+            f"train.micro_batch: {run.technique.registered_name} compares the rows of a whole "
+            "batch, which micro-batches would cut: leave it out"
+        )
     phases = run.technique.phases(run.steps)
     starts = np.concatenate([[0], np.cumsum([p.steps for p in phases])]).tolist()
     assert starts[-1] == run.steps, f"phases last {starts[-1]} steps, the run {run.steps}"
@@ -301,6 +313,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
                 if loaded.bad:
                     run.bad_rows(name, loaded.bad)
             others = {name: loaded.batch for name, loaded in beside.items()}
+            if isinstance(run.technique, FollowsProgress):
+                run.technique.at_step(step, run.steps)
             sums = _backward(run, live, batch, others, progress.names)
             if reads_gradients(run.technique):
                 run.technique.read_gradients(task, phase.name, in_phase)
@@ -473,7 +487,8 @@ def _backward(
     """Forward and backward of every micro-batch; the last one reduces gradients over ranks.
 
     ``others`` are batches of further streams, cut into as many parts as ``batch``. A part without
-    rows, or with none of a stream, has no penalty: the mean of nothing is not a number.
+    rows, or with none of a stream, has no penalty: the mean of nothing is not a number. A penalty
+    that gathers rows is asked for on every rank, since the others wait for this one.
 
     Returns:
         Sums over all ranks: the losses, how many there are, and those that the objective logs.
@@ -481,6 +496,7 @@ def _backward(
     train, device = run.train, run.ranks.device
     sums = torch.zeros(len(names), device=device)
     zero = sums.new_zeros(())
+    gathers = gathers_rows(run.technique)
     parts = batch.split(train.micro_batch)
     beside = {name: other.parts(len(parts)) for name, other in others.items()}
     for number, part in enumerate(parts, 1):
@@ -490,10 +506,21 @@ def _backward(
             for name, cut in beside.items()
         }
         with live.no_sync(number == len(parts)), autocast(train, device):
-            total, count, logs = live.module(part)
+            if run.labelled:
+                total, count, logs = live.module(part)
+            else:
+                total, count, logs = live.module(part.empty())
+                count, streams = count + len(part), {**streams, "target": part}
             has_rows = all(len(one) for one in (part, *streams.values()))
-            penalty = run.technique.penalty(run.task, part, streams) if has_rows else None
-            (total if penalty is None else total + penalty * count).backward()
+            penalty = None
+            if gathers or has_rows:
+                penalty = run.technique.penalty(run.task, part, streams)
+            # the sum over ranks is divided by the count of all of them
+            weight = summed(count) if gathers else count
+            objective = total if penalty is None else total + penalty * weight
+            objective.backward()
+            # without labels the penalty is the loss
+            total = total if run.labelled else objective
         logged = (logs.get(name, zero).float() for name in names[2:])
         sums += torch.stack([total.detach().float(), count.float(), *logged])
     if run.ranks.count > 1:

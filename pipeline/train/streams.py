@@ -1,7 +1,7 @@
 """Batches that techniques read beside those that a trial is trained on.
 
-`Technique.streams` names further training batches, `AdaptsAtTest.at_test` reads the test rows.
-Neither sees a label.
+`Technique.streams` names further training batches, `PreparesOnTarget` reads rows of the target
+before training, `AdaptsAtTest.at_test` the test rows. None of them sees a label of the target.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from pipeline.config.schema import Train
 from pipeline.core.batch import Batch
 from pipeline.core.contracts import Technique
+from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE
 from pipeline.core.rng import mix
+from pipeline.data.manifests import Reader
 from pipeline.data.stream import (
     LoadedBatch,
     Rows,
@@ -28,12 +32,26 @@ SHARDS = 8
 
 
 def unlabelled(rows: Rows) -> Rows:
-    """Return the same rows, decoded as they come and without labels."""
-    return Rows(rows.selection, replace(rows.decoder, objective=None, objective_state={}))
+    """Return the same rows without labels."""
+    decoder = replace(rows.decoder, objective=None, objective_state={}, relabel=None)
+    if rows.arrays is None or not len(rows):
+        return replace(rows, decoder=decoder, arrays=None)
+    first = rows.selection.ids(np.arange(1))
+    table = Reader(rows.selection.manifest, decoder.names()).take(first)
+    inputs, _ = decoder(table)
+    arrays = {name: array for name, array in rows.arrays.items() if name in inputs}
+    return replace(rows, decoder=decoder, arrays=arrays)
 
 
 def of_technique(
-    technique: Technique, rows: Mapping[str, Rows], seed: int, train: Train, ranks: Ranks
+    technique: Technique,
+    rows: Mapping[str, Rows],
+    seed: int,
+    train: Train,
+    ranks: Ranks,
+    *,
+    batch: int | None = None,
+    known: tuple[str, ...] = (),
 ) -> dict[str, Callable[[range], Iterator[LoadedBatch]]]:
     """Make the streams that a technique names.
 
@@ -42,26 +60,29 @@ def of_technique(
         rows: The rows of each stream that there is.
         seed: Each stream has an order of its own, which follows from it and is the same after a
             restart and on any number of ranks.
-        train: Settings of the run; batches have ``global_batch`` rows, or all where there are
-            fewer.
+        train: Settings of the run.
         ranks: Each rank reads its part of every batch.
+        batch: Rows of a batch, or all where there are fewer; None: ``global_batch``.
+        known: Streams that the run has already.
 
     Raises:
         ValueError: for a stream that there is not.
     """
     out = {}
     for number, name in enumerate(technique.streams()):
+        if name in known:
+            continue
         if name not in rows:
             raise ValueError(
                 f"{technique.registered_name} reads the rows of stream {name!r}, and there are "
                 f"only {', '.join(sorted(rows))}: a source that is a checkpoint has no rows"
             )
-        part = unlabelled(rows[name])
+        part = rows[name] if name == LABELLED_SOURCE else unlabelled(rows[name])
         shards = train.canonical_shards or SHARDS
         plan = plan_of(
             part,
             mix(seed, number),
-            min(train.global_batch, len(part)),
+            min(batch or train.global_batch, len(part)),
             shards=shards,
             item_rows=rows_an_item(part, shards),
         )
@@ -75,7 +96,7 @@ def of_technique(
 def test_inputs(
     rows: Rows, ready: Callable[[Batch, bool], Batch], ranks: Ranks, size: int
 ) -> Iterator[Batch]:
-    """Yield finished batches of all test rows without labels, the same ones on every rank."""
+    """Yield finished batches of all rows without labels, the same ones on every rank."""
     for loaded in eval_batches(unlabelled(rows), size):
         if len(loaded.batch):
             yield ready(loaded.batch.to(ranks.device), False)

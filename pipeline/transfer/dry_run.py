@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import FULL, Train, spec_hash
 from pipeline.core.contracts import trains
+from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.data.plan import Plan
 from pipeline.report.code_versions import OTHER, describe_changes
 from pipeline.train import source
@@ -72,23 +73,28 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
     techniques = [technique_of(component) for component in grid.techniques(job, stage.spec)]
     trained = [one for one in techniques if trains(one)]
     # what combines trials does so for each label fraction; what tests a source as it is, once
-    fractions = len(stage.spec.label_fractions)
+    fractions = len([fraction for fraction in stage.spec.label_fractions if fraction])
     others = [one for one in techniques if not trains(one)]
     repeats = [fractions if one.starts_from == "trials" else 1 for one in others]
     untrained = sum(repeats) * len(names)
     from_random = len(groups)
-    counts = [(one, from_random if one.starts_from == "random" else len(names)) for one in trained]
-    cells = sum(count for _, count in counts)
+    all_counts = [
+        (one, from_random if one.starts_from == "random" else len(names)) for one in trained
+    ]
     draws = job.fanout.trials if job.fanout.trials > 1 else 0
     again = job.fanout.search_finalists.further_trials(draws)
     searched, seeds = draws + again, job.fanout.seeds
-    search = f"{cells * searched} search"
-    if again:
-        search += f" ({cells * again} of them try the best draws again)"
     is_drawn = {"steps", "epochs", "global_batch"} & set(job.fanout.search)
     cost = _TargetCost([])
     for fraction in stage.spec.label_fractions:
-        rows = stage.labelled(fraction)
+        counts = [
+            (one, count) for one, count in all_counts if fraction or adapts_without_labels(one)
+        ]
+        cells = sum(count for _, count in counts)
+        search = f"{cells * searched} search"
+        if again:
+            search += f" ({cells * again} of them try the best draws again)"
+        rows = stage.labelled(fraction) if fraction else stage.rows_without_labels
         batch = min(stage.spec.train.global_batch, rows)
         train = stage.spec.train.model_copy(update={"global_batch": batch})
         steps = _steps(train, rows, stage.packed)
@@ -98,7 +104,7 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
             cost.steps += (searched + seeds) * sum(
                 count * technique.steps(steps) for technique, count in counts
             )
-            longer = sorted({technique.steps(steps) for technique in trained} - {steps})
+            longer = sorted({technique.steps(steps) for technique, _ in counts} - {steps})
             if longer:
                 length += f" (with a budget of its own {', '.join(map(str, longer))})"
         else:
@@ -110,7 +116,8 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
         unit = "documents" if stage.packed else "rows"
         cost.lines.append(
             f"target {name} at {share} labels: {cells} cells = {search} + {cells * seeds} final "
-            f"trials of {length} on {rows} {unit}; {stage.splits.sizes()}"
+            f"trials of {length} on {rows} {unit}{'' if fraction else ' without labels'}; "
+            f"{stage.splits.sizes()}"
         )
     cost.lines += _evidence(stage)
     if untrained:

@@ -505,12 +505,15 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Tri
 
 
 def _is_better(a: TrialRecord, b: TrialRecord) -> bool:
-    """Compare by the primary metric of the validation rows; the smaller seed wins a tie.
+    """Compare by the primary metric of the validation rows; the smaller seed wins a tie, and where
+    there are no validation rows (no label of the target is known, and none of the source).
 
     The order in which trials end must not matter: else each of two equal ones could be removed for
     the other, one as they end and one at the end of the run.
     """
-    row = next(row for row in a.rows if row.split == "validation")
+    row = next((row for row in a.rows if row.split == "validation"), None)
+    if row is None:
+        return a.rows[0].seed < b.rows[0].seed
 
     def rank(record: TrialRecord) -> tuple[bool, float, int]:
         value = record.validation[row.metric or ""] * (1 if row.higher_is_better else -1)

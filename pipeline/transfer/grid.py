@@ -14,6 +14,7 @@ from pipeline.config.provenance import Provenance
 from pipeline.config.schema import ComponentConfig, Job, Target, round_hyper_parameter, spec_hash
 from pipeline.core.contracts import Technique, trains
 from pipeline.core.contracts.objective_capabilities import counts_rows
+from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.core.rng import mix, row_keys
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data.stream import Rows
@@ -162,6 +163,11 @@ def is_tried_once(component: ComponentConfig) -> bool:
     return not needs_training(component) and not combines_trials(component)
 
 
+def needs_labels(component: ComponentConfig) -> bool:
+    """Return whether a technique needs labels of the target to train on."""
+    return not adapts_without_labels(technique_of(component))
+
+
 def starts_random(component: ComponentConfig) -> bool:
     """Return whether a technique starts from random weights, so that no source is needed."""
     return registry.get("technique", component.name).starts_from == "random"
@@ -177,8 +183,8 @@ def planned_cells(
 ) -> list[tuple[BackboneGroup, str, ComponentConfig, Fraction]]:
     """Return (group, source, technique, label fraction) for each cell of a target.
 
-    A technique without training has a label fraction of 0 rows. ``chosen`` are the sources that may
-    be used.
+    A technique without training has a label fraction of 0 rows; of the others only those have it
+    that need no label. ``chosen`` are the sources that may be used.
     """
     target = job.targets[target_name]
     out: list[tuple[BackboneGroup, str, ComponentConfig, Fraction]] = []
@@ -188,7 +194,7 @@ def planned_cells(
             continue
         for fraction in target.label_fractions:
             for component in techniques(job, target):
-                if is_tried_once(component):
+                if is_tried_once(component) or (fraction == 0 and needs_labels(component)):
                     continue
                 if starts_random(component):
                     out.append((group, SCRATCH, component, fraction))

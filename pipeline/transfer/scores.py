@@ -100,8 +100,9 @@ def fewest_labels(shared: Shared, data: TargetData) -> np.ndarray:
     subsets = [
         label_subset(data.train, data.labels, fraction, seed)
         for fraction in data.spec.label_fractions
+        if fraction
     ]
-    return min(subsets, key=len)
+    return min(subsets, key=len, default=np.zeros(0, dtype=np.int64))
 
 
 def score(

@@ -20,7 +20,10 @@ import numpy as np
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import provenance, registry
 from pipeline.config.schema import Job, spec_hash
+from pipeline.core.contracts.objective_capabilities import names_labels
+from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE
 from pipeline.core.metrics.catalog import metric
+from pipeline.core.specs import ObjectiveSpec
 from pipeline.data.manifests import Selection
 from pipeline.io import checksums, file_identity, storage, write_fence
 from pipeline.report import code_versions as origins
@@ -28,11 +31,11 @@ from pipeline.report import matrix, report, results, stats, subgroups
 from pipeline.report.code_versions import TrialProvenance
 from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
-from pipeline.train import launch, source
+from pipeline.train import fit_components, launch, source
 from pipeline.train.experiment import technique_of
 from pipeline.train.progress import Progress
 from pipeline.train.row_checks import findings_from_metadata
-from pipeline.transfer import fanout, grid, overlap, pruning, scores, targets, trial
+from pipeline.transfer import fanout, grid, label_sets, overlap, pruning, scores, targets, trial
 from pipeline.transfer.grid import SCRATCH, BackboneGroup, Trial
 from pipeline.transfer.targets import TargetStage
 from pipeline.transfer.trial import Shared
@@ -96,6 +99,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     for target in state.targets.values():
         if are_read:
             problems += _source_problems(state, target)
+            problems += _label_problems(state, target)
         problems += _score_problems(job, target)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
@@ -129,9 +133,57 @@ def _source_problems(state: JobState, target: TargetStage) -> list[str]:
     return problems
 
 
+def _label_problems(state: JobState, target: TargetStage) -> list[str]:
+    """Return why rows or heads of a source cannot serve a target whose technique asks for them.
+
+    Labels that only one side has are added to the notes.
+    """
+    problems: dict[str, None] = {}
+    for component in target.techniques:
+        technique = technique_of(component)
+        place = f"targets.{target.name}: techniques: {component.name}"
+        for name in matching(state, target.name):
+            stage = state.sources[name]
+            reads_labels = LABELLED_SOURCE in technique.streams()
+            if stage.splits is None:
+                if targets.reads_source(technique):
+                    problems[
+                        f"{place} reads the rows of its source, and {name} is a checkpoint without "
+                        "data: give the target techniques or sources of its own"
+                    ] = None
+                continue
+            if not reads_labels:
+                continue
+            ours = ObjectiveSpec(target.spec.objective.name, {}, target.state)
+            theirs = _fitted_labels(stage, ours.name)
+            if problem := label_sets.problem(name, theirs, ours):
+                problems[f"{place} reads the labelled rows of its source: {problem}"] = None
+            elif text := label_sets.compare(theirs.state, ours.state).text():
+                note = f"{target.name}: labels of source {name}, by name: {text}"
+                if note not in state.notes:
+                    state.notes.append(note)
+                    state.progress.note(note)
+    return list(problems)
+
+
+def _fitted_labels(stage: source.SourceStage, objective: str) -> ObjectiveSpec:
+    """Return a source's objective with its labels, as far as they can be compared at all."""
+    spec, splits = stage.spec, stage.splits
+    assert spec.objective is not None and splits is not None
+    name = spec.objective.name
+    is_comparable = name == objective and names_labels(registry.get("objective", name))
+    state = fit_components.fit_objective(spec, splits) if is_comparable else {}
+    return ObjectiveSpec(name, {}, state)
+
+
 def _score_problems(job: Job, target: TargetStage) -> list[str]:
     """Return the problem where sources are chosen by scores and the target's rows allow none."""
     select = job.fanout.select
+    if select is not None and target.scored and 0 in target.spec.label_fractions:
+        return [
+            f"fanout.select: {select.score} scores sources by labels of targets.{target.name}, of "
+            "which label_fractions: 0 may use none: leave select out, or put 0 in a job of its own"
+        ]
     if select is None or target.scored:
         return []
     return [
@@ -149,7 +201,12 @@ def _notes_on_identity(job: Job) -> list[str]:
         for data in (spec.data, spec.probe)
         if data is not None
     ]
-    named += [(f"targets.{name}", spec.data) for name, spec in job.targets.items()]
+    named += [
+        (f"targets.{name}", data)
+        for name, spec in job.targets.items()
+        for data in (spec.data, spec.unlabelled)
+        if data is not None
+    ]
     by_stat = dict.fromkeys(
         place
         for place, data in named
@@ -495,6 +552,11 @@ def share(state: JobState) -> Shared:
         problems = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
         raise ValueError("\n".join(problems))
     source_rows = _source_rows(state)
+    validation = {
+        name: splits.validation
+        for name in source_rows
+        if (splits := state.sources[name].splits) is not None and len(splits.validation)
+    }
     return Shared(
         job=job.name,
         root=job.root,
@@ -512,6 +574,7 @@ def share(state: JobState) -> Shared:
         remake="trials" in state.remake,
         source_rows=source_rows,
         source_reads={name: state.sources[name].reads for name in source_rows},
+        source_validation=validation,
     )
 
 
@@ -560,7 +623,7 @@ def _prepare_target(
 def _source_rows(state: JobState) -> dict[str, tuple[Selection, dict[str, str]]]:
     """Return the training rows of each source that has data, where a technique reads them."""
     named = [one for target in state.targets.values() for one in target.techniques]
-    if not any("source" in technique_of(one).streams() for one in named):
+    if not any(targets.reads_source(technique_of(one)) for one in named):
         return {}
     return {
         name: (stage.splits.train, dict(stage.spec.data.columns))
@@ -692,7 +755,10 @@ def _trial(
     members: tuple[str, ...] = (),
 ) -> Trial:
     key = state.sources[cell[1]].key if cell[1] != SCRATCH else ""
-    data_key = state.targets[name].key
+    target, technique = state.targets[name], technique_of(cell[2])
+    data_key = target.key
+    if target.unlabelled_key and targets.reads_target(technique):
+        data_key = spec_hash(data_key, target.unlabelled_key)
     return grid.make_trial(state.job, name, cell, hyper, seed, stage, key, data_key, members)
 
 
@@ -864,7 +930,9 @@ def _tried(
     for one, record in zip(search, records, strict=True):
         if record is None or record.status != "done":
             continue
-        row = next(r for r in record.rows if r.metric and r.split == "validation")
+        row = next((r for r in record.rows if r.metric and r.split == "validation"), None)
+        if row is None:
+            continue
         measured = math.nan if row.value is None else row.value
         value = measured if row.higher_is_better else -measured
         if math.isnan(value):

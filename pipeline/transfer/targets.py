@@ -42,9 +42,16 @@ from pipeline.core.contracts.objective_capabilities import (
     couples_rows,
     has_classes,
     invalid_label_reasons,
+    names_labels,
     rollout_metrics,
     target_metrics,
     transfers_head,
+)
+from pipeline.core.contracts.technique_capabilities import (
+    LABELLED_SOURCE,
+    adapts_without_labels,
+    gathers_rows,
+    prepares_on_target,
 )
 from pipeline.core.metrics import catalog
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
@@ -80,6 +87,16 @@ class TargetStage:
     root: str = ""
     """The folder of the job, where packed rows are kept."""
     techniques: tuple[ComponentConfig, ...] = ()
+    unlabelled: Splits | None = None
+    """Rows without labels beside the splits, all of them in ``train``."""
+
+    @property
+    def unlabelled_key(self) -> str:
+        """What techniques depend on that read the target's rows without labels, beside `key`."""
+        data = self.spec.unlabelled
+        if data is None or self.unlabelled is None:
+            return ""
+        return spec_hash(data_key(data), self.unlabelled.fingerprint)
 
     @property
     def key(self) -> str:
@@ -137,6 +154,11 @@ class TargetStage:
                 )
         return out
 
+    @property
+    def rows_without_labels(self) -> int:
+        """The number of rows that techniques read without labels."""
+        return len((self.unlabelled or self.splits).train)
+
     def labelled(self, fraction: float | int) -> int:
         """Return the number of training rows of a label fraction.
 
@@ -165,10 +187,12 @@ def stage(job: Job, name: str) -> TargetStage:
     spec, place = job.targets[name], f"targets.{name}"
     modality = registry.get("modality", spec.data.modality.name)
     objective = registry.get("objective", spec.objective.name)
-    _check_spec(place, spec, modality, objective)
+    chosen = tuple(techniques(job, spec))
+    _check_spec(place, spec, chosen, modality, objective)
     roles = (*modality.roles, *objective.roles)
     imports = storage.join(job.root, "imports")
     splits = manifests.splits(spec.data, roles, place, imports, need_test=True)
+    unlabelled = _unlabelled(spec, modality, place, imports)
     try:
         state = fit_components.fit_objective(spec, splits)
     except ValueError as error:
@@ -180,18 +204,42 @@ def stage(job: Job, name: str) -> TargetStage:
             _check_labels(split, selection, spec, state)
         except ValueError as error:
             raise ValueError(f"{place}.data, {split} split: {error}") from None
-    chosen = tuple(techniques(job, spec))
     combining = [one.name for one in chosen if combines_trials(one)]
     if combining and job.fanout.keep_bundles != "all":
         raise ValueError(
             f"{place}: techniques: {combining[0]} is made of the weights of finished trials, which "
             "are to be kept: say fanout.keep_bundles: all"
         )
-    return TargetStage(name, spec, splits, state, root=job.root, techniques=chosen)
+    return TargetStage(
+        name, spec, splits, state, root=job.root, techniques=chosen, unlabelled=unlabelled
+    )
+
+
+def _unlabelled(spec: Target, modality: type[Modality], place: str, imports: str) -> Splits | None:
+    """Read the rows without labels that a target names.
+
+    Raises:
+        ValueError: They cannot be used.
+    """
+    if spec.unlabelled is None:
+        return None
+    at, roles = f"{place}.unlabelled", (*modality.roles, *modality.optional_roles)
+    columns = {role: name for role, name in spec.data.columns.items() if role in roles}
+    data = spec.unlabelled.model_copy(
+        update={"validation_fraction": 0.0, "columns": spec.unlabelled.columns or columns}
+    )
+    try:
+        return manifests.splits(data, modality.roles, at, imports, need_test=False)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{at}.data", at)) from None
 
 
 def _check_spec(
-    place: str, spec: Target, modality: type[Modality], objective: type[Objective]
+    place: str,
+    spec: Target,
+    chosen: tuple[ComponentConfig, ...],
+    modality: type[Modality],
+    objective: type[Objective],
 ) -> None:
     """Raise ValueError for settings that contradict each other, before any row is read."""
     name = spec.objective.name
@@ -205,7 +253,9 @@ def _check_spec(
     if objective.packed:
         config_checks.check_packed(place, spec.data, name)
     config_checks.check_costs(place, spec.data, spec.train, objective)
-    counts = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
+    _check_unlabelled(place, spec, chosen, modality, objective)
+    whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
+    counts = [fraction for fraction in whole if fraction]
     if counts and "label" not in objective.roles and not counts_rows(objective):
         raise ValueError(
             f"{place}.label_fractions: {counts[0]} means {counts[0]} rows a class, and a row of "
@@ -226,6 +276,67 @@ def _check_spec(
         raise ValueError(
             f"{place}.subgroups: the rows of {name} are packed from several: leave them out"
         )
+
+
+def _check_unlabelled(
+    place: str,
+    spec: Target,
+    chosen: tuple[ComponentConfig, ...],
+    modality: type[Modality],
+    objective: type[Objective],
+) -> None:
+    """Raise ValueError for techniques that do not suit the target, or rows that none would read."""
+    found = [(component.name, technique_of(component)) for component in chosen]
+    for name, technique in found:
+        if adapts_without_labels(technique):
+            try:
+                technique.check_target(objective, modality)
+            except ValueError as error:
+                raise ValueError(f"{place}: techniques: {name} {error}") from None
+        if spec.train.micro_batch and gathers_rows(technique):
+            raise ValueError(
+                f"{place}.train.micro_batch: {name} compares the rows of a whole batch, which "
+                "micro-batches would cut: leave it out"
+            )
+    without_labels = [name for name, one in found if adapts_without_labels(one) or not trains(one)]
+    if 0 in spec.label_fractions and not without_labels:
+        able = [
+            name
+            for name in registry.names("technique")
+            if adapts_without_labels(technique_of(ComponentConfig(name=name)))
+        ]
+        raise ValueError(
+            f"{place}.label_fractions: 0 means no label of the target, and none of the techniques "
+            f"can do without: leave 0 out, or add one of {', '.join(able)}"
+        )
+    if 0 in spec.label_fractions and not names_labels(objective):
+        trained = [n for n, one in found if adapts_without_labels(one) and trains(one)]
+        if trained:
+            raise ValueError(
+                f"{place}.label_fractions: 0 means no label of the target, and {trained[0]} would "
+                f"have none of the source either: those of {spec.objective.name} cannot be "
+                "compared by name"
+            )
+    readers = [name for name, one in found if reads_target(one) or reads_source(one)]
+    if objective.packed and (spec.unlabelled or readers):
+        raise ValueError(
+            f"{place}: rows without labels are not read for {spec.objective.name}, whose rows are "
+            f"packed from several: leave {', '.join([*readers, 'unlabelled'])} out"
+        )
+    if spec.unlabelled and not any(reads_target(one) for _, one in found):
+        raise ValueError(
+            f"{place}.unlabelled: none of the techniques reads rows without labels: leave it out"
+        )
+
+
+def reads_target(technique: Technique) -> bool:
+    """Return whether a technique reads rows of the target without labels."""
+    return "target" in technique.streams() or prepares_on_target(technique)
+
+
+def reads_source(technique: Technique) -> bool:
+    """Return whether a technique reads rows of its source."""
+    return bool({"source", LABELLED_SOURCE} & {*technique.streams()})
 
 
 def _check_metric(
@@ -405,7 +516,8 @@ def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[
     ``searched`` are batch sizes that the search may draw.
     """
     train, out = target.spec.train, []
-    rows = {fraction: target.labelled(fraction) for fraction in target.spec.label_fractions}
+    fractions = [fraction for fraction in target.spec.label_fractions if fraction]
+    rows = {fraction: target.labelled(fraction) for fraction in fractions}
     batch = int(max(train.global_batch, *searched)) if searched else train.global_batch
     short = {fraction: count for fraction, count in rows.items() if count < batch}
     if short and train.batch_cost is None and not target.packed:
@@ -422,9 +534,7 @@ def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[
     classes = _classes(target.spec, target.splits, target.state)
     counts = np.array([len(target.splits.train)]) if classes is None else np.bincount(classes)
     names = [str(name) for name in target.state.get("labels", ())] if classes is not None else []
-    for wanted in (
-        fraction for fraction in target.spec.label_fractions if isinstance(fraction, int)
-    ):
+    for wanted in (fraction for fraction in fractions if isinstance(fraction, int)):
         lacking = np.flatnonzero((counts < wanted) & (counts > 0))
         if len(lacking) and names:
             description = ", ".join(f"{names[k]} has {counts[k]}" for k in lacking)
@@ -465,6 +575,8 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
         parts = {name: rows.in_memory(spec.data.max_bad_rows) for name, rows in parts.items()}
     parts["train"], untrainable = _trainable(target, parts["train"])
     bad += untrainable
+    unlabelled, unreadable = _unlabelled_rows(target, reading)
+    bad += unreadable
     for name, rows in parts.items():
         place = rows.selection.manifest.location
         bad += [(name, place(row), reason) for row, reason in rows.bad]
@@ -474,21 +586,42 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
     file_identity.check_unchanged(splits.reads)
     is_held = all(rows.arrays is not None for rows in parts.values())
     is_read_again = any(_reads_rows_again(technique_of(one)) for one in target.techniques)
+    further_reads = target.unlabelled.reads if target.unlabelled else ()
     return TargetData(
         spec=spec,
         objective=reading.objective,
         train=parts["train"],
         validation=parts["validation"],
         test=parts["test"],
+        unlabelled=unlabelled,
         labels=_labels(target, parts["train"], reading.state),
         groups=None if target.packed else _groups(spec, parts["test"]),
         split_text="; ".join([splits.sizes(), *notes]),
         arch=reading.arch,
         modality=reading.spec_of_modality,
         key=spec_hash(target.key, reading.spec_of_modality.to_json()),
-        reads=() if is_held and not is_read_again else splits.reads,
+        reads=() if is_held and not is_read_again else (*splits.reads, *further_reads),
         findings=tuple(findings(target, reading)),
     )
+
+
+def _unlabelled_rows(
+    target: TargetStage, reading: TargetReading
+) -> tuple[Rows | None, list[BadRow]]:
+    """Return the target's own rows without labels, where it names some, and those left out."""
+    spec, found = target.spec, target.unlabelled
+    if found is None or spec.unlabelled is None:
+        return None, []
+    roles = (*reading.modality.roles, *reading.modality.optional_roles)
+    own = {role: name for role, name in spec.data.columns.items() if role in roles}
+    decoder = Decoder(reading.modality, None, {}, spec.unlabelled.columns or own)
+    rows = Rows(found.train, decoder)
+    if spec.data.decode == "memory" or decoder.size(found.train) <= MEMORY_BYTES:
+        rows = rows.in_memory(spec.data.max_bad_rows)
+    if spec.train.batch_cost is not None:
+        rows = rows.with_costs()
+    place = found.train.manifest.location
+    return rows, [("unlabelled", place(row), reason) for row, reason in rows.bad]
 
 
 BadRow = tuple[str, str, str]
@@ -642,7 +775,8 @@ def _check_group(
                 f"techniques: {name} is frozen, so its {' and '.join(unused)} would not be used"
             )
         from_source = technique.starts_from == "source"
-        if from_source and not trains(technique) and head is None:
+        is_named = names_labels(type(task.objective))
+        if from_source and not trains(technique) and head is None and not is_named:
             raise ValueError(
                 f"techniques: {name} tries the source's own head, and {objective.name} starts "
                 f"with a new one: leave it out, or {own_techniques}"
@@ -677,7 +811,8 @@ def _unused_hooks(technique: Technique) -> list[str]:
 
 def _reads_rows_again(technique: Technique) -> bool:
     """Return whether a technique reads rows as they come, from their files (`train.streams`)."""
-    return bool(technique.streams()) or adapts_at_test(technique)
+    is_read_once = prepares_on_target(technique) or adapts_at_test(technique)
+    return bool(technique.streams()) or is_read_once
 
 
 def _trains_something(technique: Technique, layers: dict[str, list[str]]) -> bool:

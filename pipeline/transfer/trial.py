@@ -36,6 +36,7 @@ from pipeline.core.contracts.objective_capabilities import (
     target_metrics,
     transfers_head,
 )
+from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE, adapts_without_labels
 from pipeline.core.metrics.catalog import Predictions, metric
 from pipeline.core.metrics.label_sets import scored
 from pipeline.core.rng import mix
@@ -60,6 +61,7 @@ from pipeline.train.experiment import Experiment
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
 from pipeline.train.row_checks import Finding
+from pipeline.transfer import label_sets
 from pipeline.transfer.grid import (
     SCRATCH,
     BackboneGroup,
@@ -105,6 +107,13 @@ class TargetData:
 
     findings: tuple[Finding, ...] = ()
     """Findings about its rows from before training, for terminal and report."""
+    unlabelled: Rows | None = None
+    """Rows of ``targets.x.unlabelled``."""
+
+    @property
+    def without_labels(self) -> Rows:
+        """Rows that techniques read without labels: those given for it, or the training rows."""
+        return streams.unlabelled(self.train) if self.unlabelled is None else self.unlabelled
 
     @property
     def in_memory(self) -> bool:
@@ -165,6 +174,50 @@ class Shared:
     """Source to its training rows with their columns, where a technique reads them."""
     source_reads: dict[str, tuple[FileIdentity, ...]] = field(default_factory=dict)
     """Source to the files of these rows. They too are as they were when a record is written."""
+    source_validation: dict[str, Selection] = field(default_factory=dict)
+    """Source to its validation rows, with the same columns."""
+
+
+def is_without_labels(trial: Trial) -> bool:
+    """Return whether a trial trains and no label of its target may be read before the test."""
+    return trial.label_fraction == 0 and trains(trial.technique_object)
+
+
+def data_of(trial: Trial, shared: Shared) -> TargetData:
+    """Return the target of a trial, with the rows on which everything is chosen.
+
+    They are the target's validation rows, or where no label of the target may be read those of the
+    source, as far as it has any.
+    """
+    data = shared.targets[trial.target, trial.backbone_key]
+    if not is_without_labels(trial):
+        return data
+    found = shared.source_validation.get(trial.source)
+    if found is None:
+        return replace(data, validation=data.validation.subset(np.zeros(0, dtype=np.int64)))
+    return replace(data, validation=_labelled_source(trial, shared, found, training=False))
+
+
+def _labelled_source(
+    trial: Trial, shared: Shared, selection: Selection, training: bool = True
+) -> Rows:
+    """Return rows of a source with their labels as the target numbers them.
+
+    Rows of a class that the target lacks are left out.
+    """
+    data = shared.targets[trial.target, trial.backbone_key]
+    _, columns = shared.source_rows[trial.source]
+    theirs, _ = shared.heads[trial.source]
+    match = label_sets.compare(theirs.state, data.objective.state)
+    decoder = Decoder(
+        data.train.modality,
+        theirs.name,
+        theirs.state,
+        columns,
+        training=training,
+        relabel=label_sets.Relabel(match),
+    )
+    return Rows(label_sets.shared_rows(selection, columns, theirs, match), decoder)
 
 
 def folder(shared: Shared, trial: Trial) -> str:
@@ -250,10 +303,17 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     weights = _tensors(shared.weights[trial.source])
     backbone = bundle.transfer(task.backbone, weights, trial.source).text()
     kept, head = 0, "head new"
+    technique = trial.technique_object
+    is_untrained = not trains(technique)
     if transfers_head(task.objective):
         source_objective, arrays = shared.heads[trial.source]
         kept, head = bundle.carry_tensors(task.objective, source_objective, _tensors(arrays))
-    if not trains(trial.technique_object) and not kept:
+    elif is_untrained or adapts_without_labels(technique):
+        source_objective, arrays = shared.heads[trial.source]
+        kept, head = label_sets.carry_head(task.objective, source_objective, _tensors(arrays))
+        if is_untrained and 0 < kept < len(data.label_names):
+            kept, head = 0, f"it lacks some of the target's labels; {head}"
+    if is_untrained and not kept:
         raise ValueError(
             f"{trial.technique.name}: nothing of the head of source {trial.source} fits this "
             f"target ({head}): it can only be fine-tuned"
@@ -306,7 +366,10 @@ def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
         batch = min(train.global_batch, len(rows))
         return train.model_copy(update={"global_batch": batch}), rows, 0
     seed = mix(shared.seed, trial.seed)
-    rows = rows.subset(label_subset(rows, data.labels, trial.label_fraction, seed))
+    if is_without_labels(trial):
+        rows = data.without_labels
+    else:
+        rows = rows.subset(label_subset(rows, data.labels, trial.label_fraction, seed))
     train = with_hyper_parameters(train, trial.hyper_parameters)
     batch, changes = train.global_batch, {}
     if technique.frozen:
@@ -379,7 +442,7 @@ def run(
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.time()
-    data, where = shared.targets[trial.target, trial.backbone_key], folder(shared, trial)
+    data, where = data_of(trial, shared), folder(shared, trial)
     technique = trial.technique_object  # one for the whole trial: it may keep what it saw
     train, rows, steps = resolve_training(trial, shared)
     task, moved, start_hash = build(trial, shared)
@@ -403,6 +466,11 @@ def run(
             folder=where,
             log_folder=where,
             stream_rows=_stream_rows(trial, shared),
+            # few labels make a small batch, and alignment needs a large one
+            stream_batch=with_hyper_parameters(
+                data.spec.train, trial.hyper_parameters
+            ).global_batch,
+            labelled=not is_without_labels(trial),
             restarts=True,
             on_start=history.start,
             on_validation=report,
@@ -421,13 +489,16 @@ def run(
         "device": device_name(ranks.device),
         "start_weights": start_hash,
         "transfer": moved,
-        "n_train": len(rows) - len(unread) if trains(technique) else 0,
+        "n_train": 0
+        if is_without_labels(trial) or not trains(technique)
+        else len(rows) - len(unread),
         "begun_by": history.others,
         "fitted": calibration_of(task.objective),
     }
     record = make_record(trial, shared, train, began, metadata, finished.metrics, test)
     if ranks.first:
-        further = shared.source_reads if "source" in technique.streams() else {}
+        reads_source = {"source", LABELLED_SOURCE} & {*technique.streams()}
+        further = shared.source_reads if reads_source else {}
         file_identity.check_unchanged([*data.reads, *further.get(trial.source, ())])
         is_kept = shared.keep_bundles and trial.stage == "final"
         return write(trial, shared, record, test, task if is_kept else None, frames)
@@ -446,10 +517,12 @@ def history_of(folder: str, trials: list[Trial], shared: Shared) -> resume_histo
 def _stream_rows(trial: Trial, shared: Shared) -> dict[str, Rows]:
     """Return the rows that the trial's technique may read (``Technique.streams``)."""
     data = shared.targets[trial.target, trial.backbone_key]
-    out = {"target": data.train}
+    out = {"target": data.train if data.unlabelled is None else data.unlabelled}
     if trial.source in shared.source_rows:
         selection, columns = shared.source_rows[trial.source]
         out["source"] = Rows(selection, Decoder(data.train.modality, None, {}, columns))
+        if LABELLED_SOURCE in trial.technique_object.streams():
+            out[LABELLED_SOURCE] = _labelled_source(trial, shared, selection)
     return out
 
 
@@ -465,7 +538,7 @@ def predict_test(
     ready = evaluate.device_preprocessing(data.test, task.objective)
     autocast = partial(loop.autocast, train, ranks.device)
     objective: Any = task.objective
-    if is_calibrated(objective):
+    if is_calibrated(objective) and len(data.validation):
         batches = _batches(data.validation, ranks)
         mine = evaluate.predictions(task, batches, ready, ranks, autocast())
         mine = evaluate.Postprocessor(data.validation)(task.objective, mine)
@@ -517,7 +590,7 @@ def make_record(
 
     The rows have no gains yet, which need the other trials.
     """
-    data = shared.targets[trial.target, trial.backbone_key]
+    data = data_of(trial, shared)
     ran = {
         **trial.hyper_parameters,
         **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")},

@@ -55,7 +55,7 @@ def test_a_penalty_reads_rows_of_source_and_target_without_their_labels(
     tmp_path, paths, monkeypatch
 ):
     seen = []
-    kind = registry.get("technique", "coral")
+    kind = registry.get("technique", "mean_alignment")
     penalty = kind.penalty
 
     def watched(self, task, batch, streams):
@@ -68,7 +68,7 @@ def test_a_penalty_reads_rows_of_source_and_target_without_their_labels(
     for number, path in enumerate((paths["test"], paths["test"], paths["validation"])):
         shared = shared_of(tmp_path, job, paths, root=f"root{number}", keep_bundles=True)
         shared.source_rows = source_rows(path)
-        records.append(trial.run(trial_of(job, shared, "coral"), shared))
+        records.append(trial.run(trial_of(job, shared, "mean_alignment"), shared))
     steps = len(seen) // 3
     assert steps == 12 and seen[:steps] == seen[steps : 2 * steps] != seen[2 * steps :]
     assert {tuple(names) for one in seen for names, _ in one.values()} == {("image",)}
@@ -86,11 +86,11 @@ def test_streams_are_cut_as_the_batch_is(tmp_path, paths, monkeypatch, micro_bat
     def counted(self, task, batch, streams):
         sizes.append((len(batch), len(streams["source"]), len(streams["target"])))
 
-    monkeypatch.setattr(registry.get("technique", "coral"), "penalty", counted)
+    monkeypatch.setattr(registry.get("technique", "mean_alignment"), "penalty", counted)
     job = job_of(tmp_path, paths, train={"micro_batch": micro_batch, "steps": 2})
     shared = shared_of(tmp_path, job, paths)
     shared.source_rows = source_rows(paths["train"])
-    trial.run(trial_of(job, shared, "coral"), shared)
+    trial.run(trial_of(job, shared, "mean_alignment"), shared)
     assert sizes == ([(16, 16, 16)] * 2 if micro_batch is None else [(4, 4, 4)] * 8)
 
 
@@ -106,7 +106,7 @@ def test_unreadable_rows_of_a_stream_are_listed_and_held_against_the_budget(tmp_
     job = job.model_copy(update={"targets": {"task": target}})
     shared = shared_of(tmp_path, job, paths)
     shared.source_rows = source_rows(str(tmp_path / "source.parquet"))
-    one = trial_of(job, shared, "coral")
+    one = trial_of(job, shared, "mean_alignment")
     if share < 0.1:
         with pytest.raises(TooManyBadRowsError, match="2 of 20 rows cannot be used"):
             trial.run(one, shared)
@@ -127,7 +127,9 @@ def test_no_record_is_written_when_a_file_of_a_stream_has_changed(
     for split, path in mine.items():
         shutil.copy(paths[split], path)
     source = str(shutil.copy(paths["test"], tmp_path / "source.parquet"))
-    job = job_of(tmp_path, mine).model_copy(update={"techniques": [ComponentConfig(name="coral")]})
+    job = job_of(tmp_path, mine).model_copy(
+        update={"techniques": [ComponentConfig(name="mean_alignment")]}
+    )
     shared = shared_of(tmp_path, job, mine)
     shared.source_rows = source_rows(source)
     shared.source_reads = {"src": tuple(file_identity.identify([source]))}
@@ -140,32 +142,34 @@ def test_no_record_is_written_when_a_file_of_a_stream_has_changed(
 
     monkeypatch.setattr(trial, "predict_test", meanwhile)
     with pytest.raises(file_identity.ChangedFileError, match=name):
-        trial.run(trial_of(job, shared, "coral"), shared)
+        trial.run(trial_of(job, shared, "mean_alignment"), shared)
 
 
 def test_an_empty_part_of_a_stream_has_no_penalty(tmp_path, paths, monkeypatch):
     sizes = []
-    penalty = registry.get("technique", "coral").penalty
+    penalty = registry.get("technique", "mean_alignment").penalty
 
     def counted(self, task, batch, streams):
         sizes.append(len(streams["source"]))
         return penalty(self, task, batch, streams)
 
-    monkeypatch.setattr(registry.get("technique", "coral"), "penalty", counted)
+    monkeypatch.setattr(registry.get("technique", "mean_alignment"), "penalty", counted)
     pq.write_table(pq.read_table(paths["train"]).slice(0, 2), tmp_path / "two.parquet")
     job = job_of(tmp_path, paths, train={"micro_batch": 4, "steps": 2})
     shared = shared_of(tmp_path, job, paths)
     shared.source_rows = source_rows(str(tmp_path / "two.parquet"))
-    record = trial.run(trial_of(job, shared, "coral"), shared)
+    record = trial.run(trial_of(job, shared, "mean_alignment"), shared)
     assert record.skipped_steps == 0 and sizes == [1] * 4, "2 of the 4 parts have no row"
 
 
 def test_a_frozen_technique_with_hooks_that_nothing_calls_is_refused(tmp_path, paths, monkeypatch):
-    kind = registry.get("technique", "coral")
+    kind = registry.get("technique", "mean_alignment")
     monkeypatch.setattr(kind, "frozen", True)
-    job = job_of(tmp_path, paths).model_copy(update={"techniques": [ComponentConfig(name="coral")]})
+    job = job_of(tmp_path, paths).model_copy(
+        update={"techniques": [ComponentConfig(name="mean_alignment")]}
+    )
     with pytest.raises(
-        ValueError, match="coral is frozen, so its penalty and streams would not be used"
+        ValueError, match="mean_alignment is frozen, so its penalty and streams would not be used"
     ):
         shared_of(tmp_path, job, paths)
     monkeypatch.setattr(kind, "at_test", lambda self, task, batches: task, raising=False)
@@ -176,8 +180,10 @@ def test_a_frozen_technique_with_hooks_that_nothing_calls_is_refused(tmp_path, p
 def test_a_source_without_rows_is_named(tmp_path, paths):
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
-    with pytest.raises(ValueError, match=r"coral reads .* stream 'source', and there are only tar"):
-        trial.run(trial_of(job, shared, "coral"), shared)
+    with pytest.raises(
+        ValueError, match=r"mean_alignment reads .* stream 'source', and there are only tar"
+    ):
+        trial.run(trial_of(job, shared, "mean_alignment"), shared)
 
 
 # ---------------------------------------------------------------- at_test
@@ -264,4 +270,4 @@ def test_files_of_the_plugin_are_as_many_as_its_techniques():
     folder = Path(__file__).parents[1] / "plugin" / "adaptation"
     files = {file.stem for file in folder.glob("*.py")} - {"__init__"}
     ours = {name for name, one in registry.entries("technique").items() if not one.is_ours}
-    assert files == ours == {"coral", "batch_statistics", "soup"}
+    assert files == ours == {"mean_alignment", "batch_statistics", "soup"}

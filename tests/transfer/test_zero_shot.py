@@ -138,7 +138,8 @@ def test_heads_are_new_where_the_objective_carries_none(tmp_path, paths):
     )
 
 
-def test_zero_shot_needs_a_head_that_is_carried(tmp_path, paths):
+def test_zero_shot_needs_a_head_that_is_carried(tmp_path, paths, monkeypatch):
+    monkeypatch.delattr(Classification, "head_options")
     job = job_of(tmp_path, paths)
     job = job.model_validate(
         {**job.model_dump(mode="json"), "techniques": ["scratch", "zero_shot"]}

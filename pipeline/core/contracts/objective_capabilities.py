@@ -10,6 +10,7 @@ Training and transfer:
     `ComparesViews`: random views of a row are compared.
     `UpdatesAfterStep`, `ReplacesBackbone`: something moves with the steps, such as a teacher.
     `TransfersHead`: a target starts with its source's head.
+    `NamesLabels`: a head can be carried over label by label, by their names.
 
 Rows and labels:
     `HasClasses`: a row has one class or one set of labels.
@@ -94,7 +95,10 @@ class CouplesRows(Protocol):
 
 @runtime_checkable
 class ComparesViews(Protocol):
-    """An objective whose loss compares random views of a row, made instead of augmenting."""
+    """An objective whose loss compares random views of a row, made instead of augmenting.
+
+    Of a technique: they stand beside the augmented rows, in training.
+    """
 
     def views(self) -> tuple[View, ...]:
         """Return the views; batches hold them as ``view0``, ``view1``, ..., in evaluation too."""
@@ -134,6 +138,18 @@ class TransfersHead(Protocol):
         Both are ``Modality.inputs`` as the backbones hold them.
         """
         ...
+
+
+@runtime_checkable
+class NamesLabels(Protocol):
+    """An objective whose state lists the names of its ``labels``, one row of the head for each.
+
+    So two data sets can be compared by name, and rows of the head carried over. What has a row a
+    label is a tensor whose first dimension is the number of labels.
+    """
+
+    head_options: ClassVar[tuple[str, ...]]
+    """Options that change what the weights of the head mean: with others they are not carried."""
 
 
 # ---------------------------------------------------------------- rows and labels
@@ -377,6 +393,11 @@ def transfers_head(objective: Any) -> TypeIs[TransfersHead]:
 def bounds_length(objective: Any) -> TypeIs[LengthBound]:
     """Return whether rows can be too short to be trained on."""
     return isinstance(objective, LengthBound)
+
+
+def names_labels(objective: Any) -> TypeIs[NamesLabels]:
+    """Return whether labels of two data sets can be compared by name."""
+    return isinstance(objective, NamesLabels)
 
 
 def binds_to_backbone(objective: Any) -> TypeIs[BindsToBackbone]:

@@ -139,15 +139,18 @@ class Technique(Registered):
             task: The task as ``wrap`` returned it.
             batch: The finished training batch (a micro-batch where there are several).
             streams: A batch of each of ``streams``, of about as many rows. None of the batches is
-                empty: where one is, there is no penalty.
+                empty: where one is, there is no penalty (but for `GathersRows`).
         """
         return None
 
     def streams(self) -> tuple[str, ...]:
         """Name further streams of batches that ``penalty`` reads.
 
-        "target": all training rows of the target, without labels, whatever the label fraction is.
+        "target": all training rows of the target, whatever the label fraction is, or those of
+        ``targets.x.unlabelled``; without labels.
         "source": the training rows of the source, read as the target's rows are, without labels.
+        "labelled_source": those of them whose labels the target has too, by name, with labels that
+        are numbered as the target's are.
         Each has its own reproducible order; batches are augmented as the training batch is.
         """
         return ()

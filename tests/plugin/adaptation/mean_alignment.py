@@ -8,12 +8,12 @@ from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Technique
 
 
-class CoralOptions(Options):
+class AlignmentOptions(Options):
     weight: float = Field(1.0, gt=0, description="weight of the distance between the features")
 
 
-@register("technique", "coral", options=CoralOptions)
-class Coral(Technique):
+@register("technique", "mean_alignment", options=AlignmentOptions)
+class MeanAlignment(Technique):
     """Penalise the distance between the means of the features (after Sun and Saenko 2016)."""
 
     def streams(self):

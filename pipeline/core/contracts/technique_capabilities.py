@@ -1,0 +1,91 @@
+"""What some techniques can do, as protocols of one member each.
+
+A technique has a capability by having its member; nothing is declared. Each is asked for by
+``isinstance`` in one function: here, where several callers need it.
+
+    `AdaptsWithoutLabels`: no label of the target is needed.
+    `GathersRows`: the penalty compares the rows of all ranks.
+    `FollowsProgress`: the penalty changes with the steps.
+    `PreparesOnTarget`: rows of the target are read once before anything is trained.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from typing_extensions import TypeIs
+
+    from pipeline.core.batch import Batch
+    from pipeline.core.contracts.modality import Modality
+    from pipeline.core.contracts.objective import Objective
+    from pipeline.core.contracts.task import Task
+
+LABELLED_SOURCE = "labelled_source"
+"""The stream of the source's rows with labels (``Technique.streams``)."""
+
+
+@runtime_checkable
+class AdaptsWithoutLabels(Protocol):
+    """A technique that needs no label of the target (``label_fractions: [0]``).
+
+    It starts with the head of its source, label by label, by their names. At label fraction 0 the
+    rows of the target are trained on by its penalty alone, and everything that is chosen (weights,
+    hyper-parameters, calibration) is chosen on the validation rows of the source.
+    """
+
+    def check_target(self, objective: type[Objective], modality: type[Modality]) -> None:
+        """Raise ValueError where it does not suit an objective or a modality."""
+        ...
+
+
+@runtime_checkable
+class GathersRows(Protocol):
+    """A technique whose penalty compares the rows of a global batch, so it takes no micro-batches.
+
+    ``penalty`` is called on every rank, with empty batches too, and gathers the rows itself
+    (`pipeline.core.nn.all_gather`). The sum of the gradients of all ranks is that of the penalty.
+    """
+
+    gathers_rows: ClassVar[bool]
+
+
+@runtime_checkable
+class FollowsProgress(Protocol):
+    """A technique whose penalty changes in the course of training (a ramp)."""
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Take note of the step, from 0, before ``penalty`` is called in it."""
+        ...
+
+
+@runtime_checkable
+class PreparesOnTarget(Protocol):
+    """A technique that reads rows of the target once, before anything is trained or validated."""
+
+    def prepare(self, task: Task, batches: Callable[[], Iterator[Batch]]) -> Task:
+        """Return the task to train or to test.
+
+        Args:
+            task: What ``wrap`` returned, on its device.
+            batches: Starts a pass over the unlabelled rows of the target, which yields finished
+                batches in order and the same on every rank.
+        """
+        ...
+
+
+def adapts_without_labels(technique: Any) -> TypeIs[AdaptsWithoutLabels]:
+    """Return whether a technique needs no label of the target."""
+    return isinstance(technique, AdaptsWithoutLabels)
+
+
+def gathers_rows(technique: Any) -> TypeIs[GathersRows]:
+    """Return whether the penalty compares the rows of all ranks."""
+    return isinstance(technique, GathersRows)
+
+
+def prepares_on_target(technique: Any) -> TypeIs[PreparesOnTarget]:
+    """Return whether rows of the target are read before anything is trained."""
+    return isinstance(technique, PreparesOnTarget)

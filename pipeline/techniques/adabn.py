@@ -1,0 +1,63 @@
+"""AdaBN: batch-norm statistics of the target (Li et al. 2017)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.config.registry import register
+from pipeline.core.contracts import Technique
+
+
+@register("technique", "adabn")
+class AdaBN(Technique):
+    """Test the source's network with the batch-norm statistics of the target's rows.
+
+    Mean and variance of every batch norm are those of the target's rows without labels; weights and
+    head are the source's, and nothing is trained. (Li et al., Revisiting Batch Normalization for
+    Practical Domain Adaptation, ICLR workshops 2017.)
+
+    Assumes that the domains differ in the scale of the features (light, microphone, scanner). Costs
+    one pass over the rows. Hurts where the shares of the classes differ much: the statistics then
+    hold the classes, too. Networks without batch norm are refused.
+    """
+
+    def check_target(self, objective, modality):
+        """Any will do whose head is carried over."""
+
+    def wrap(self, task):
+        if not batch_norms(task):
+            raise ValueError(
+                f"adabn: {task.backbone.arch.name} has no batch norm, whose statistics could be "
+                "measured: use tent (other norms), or dann"
+            )
+        return task
+
+    def phases(self, steps):
+        return ()
+
+    def rates(self, layers, phase):
+        return dict.fromkeys(layers, 0.0)
+
+    def prepare(self, task, batches):
+        norms = batch_norms(task)
+        task.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        with torch.no_grad():
+            for batch in batches():
+                task.backbone(batch)
+        for norm in norms:
+            norm.eval()
+        return task
+
+
+def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return the batch norms that keep running statistics."""
+    return [
+        one
+        for one in module.modules()
+        if isinstance(one, nn.modules.batchnorm._BatchNorm) and one.track_running_stats
+    ]

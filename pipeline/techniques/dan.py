@@ -1,0 +1,60 @@
+"""Maximum mean discrepancy with several kernels, of features alone or together with predictions
+(Long et al. 2015, 2017).
+"""
+
+from __future__ import annotations
+
+from pipeline.config.registry import AdaptationOptions, register
+from pipeline.core.nn.domain_adaptation import (
+    DomainAdaptation,
+    Features,
+    gathered,
+    layer_normed,
+    of_all_rows,
+)
+from pipeline.core.nn.domain_losses import joint_mmd
+
+
+@register("technique", "dan", options=AdaptationOptions)
+class DAN(DomainAdaptation):
+    """Penalise the maximum mean discrepancy of source and target features.
+
+    The unbiased estimate over the whole batch, with a sum of five Gaussian kernels around the mean
+    distance of rows. (Long et al., Learning Transferable Features with Deep Adaptation Networks,
+    ICML 2015.)
+
+    Assumes about the same share of each class in both domains. Helps where adversarial training is
+    unstable: there is no second network. Hurts with small batches (the estimate is noise) and where
+    the shares of the classes differ.
+    """
+
+    def layers(self, task, rows: Features):
+        """Return the (B, D) outputs that are aligned together."""
+        return [layer_normed(rows.pooled)]
+
+    def alignment(self, task, source, target):
+        assert source is not None
+        here, there = (
+            [gathered(layer) for layer in self.layers(task, rows)] for rows in (source, target)
+        )
+        if min(len(here[0]), len(there[0])) < 2:
+            return sum(layer.sum() for layer in (*here, *there)) * 0.0
+        return of_all_rows(joint_mmd(here, there))
+
+
+@register("technique", "jan", options=AdaptationOptions)
+class JAN(DAN):
+    """Penalise the discrepancy of features and predictions together.
+
+    As `dan`, with the product of the kernels of features and of class probabilities, so that what
+    is aligned is their joint distribution. (Long et al., Deep Transfer Learning with Joint
+    Adaptation Networks, ICML 2017.)
+
+    Assumes that predictions on the target are right more often than not. Helps where classes lie
+    apart; hurts where the first predictions are wrong.
+    """
+
+    needs_classes = True
+
+    def layers(self, task, rows):
+        return [layer_normed(rows.pooled), rows.probabilities(task.objective)]

@@ -1,0 +1,56 @@
+"""Domain-adversarial training of features (Ganin et al. 2016)."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from pipeline.config.registry import AdaptationOptions, register
+from pipeline.core.nn.domain_adaptation import (
+    DomainAdaptation,
+    DomainClassifier,
+    TaskWithModule,
+    layer_normed,
+    mean,
+    progress_ramp,
+)
+from pipeline.core.nn.domain_losses import reversed_gradient
+
+
+class DANNOptions(AdaptationOptions):
+    hidden: int = Field(256, ge=1, description="hidden units of the domain classifier")
+
+
+@register("technique", "dann", options=DANNOptions)
+class DANN(DomainAdaptation):
+    """Train features from which a classifier cannot tell source from target.
+
+    The classifier is trained to tell them; its gradient is reversed before it reaches the backbone,
+    times a factor that rises from 0 to 1 in the course of training. (Ganin et al., Domain-
+    Adversarial Training of Neural Networks, JMLR 2016.)
+
+    Assumes that the labels depend on the features alike in both domains, and that both have about
+    the same share of each class. Helps where the inputs look different and the task is the same.
+    Hurts where the shares differ or a domain has classes of its own: rows of different classes are
+    then aligned (Zhao et al. 2019). CDAN aligns class by class.
+    """
+
+    def wrap(self, task):
+        width = task.backbone.pooled_dim
+        return TaskWithModule(
+            task.backbone, task.objective, DomainClassifier(width, self.options.hidden)
+        )
+
+    def finish(self, task):
+        return task.plain()
+
+    def alignment(self, task, source, target):
+        assert source is not None and isinstance(task, TaskWithModule)
+        classifier = task.added
+        assert isinstance(classifier, DomainClassifier)
+        factor = progress_ramp(self)
+        total = torch.zeros((), device=source.pooled.device)
+        for rows, is_source in ((source, True), (target, False)):
+            features = reversed_gradient(layer_normed(rows.pooled), factor)
+            total = total + mean(classifier.losses(features, is_source)) / 2
+        return total

@@ -1,0 +1,43 @@
+"""Minimum class confusion (Jin et al. 2020)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeline.config.registry import AdaptationOptions, register
+from pipeline.core.nn.domain_adaptation import (
+    DomainAdaptation,
+    gathered,
+    of_all_rows,
+)
+from pipeline.core.nn.domain_losses import class_confusion
+
+
+class MCCOptions(AdaptationOptions):
+    temperature: float = Field(
+        2.5, gt=0, description="scores are divided by it, since networks are too certain"
+    )
+
+
+@register("technique", "mcc", options=MCCOptions)
+class MCC(DomainAdaptation):
+    """Penalise that a batch of the target is torn between classes.
+
+    The confusion of two classes is the product of their probabilities over the batch; certain rows
+    count more. Nothing is aligned, so the domains may have other shares of the classes, and with
+    ``source_weight: 0`` no row of the source is read. (Jin et al., Minimum Class Confusion for
+    Versatile Domain Adaptation, ECCV 2020.)
+
+    Assumes a batch with several rows of most classes. Helps with partial label sets too. Hurts with
+    many classes and small batches, and where the source's predictions are mostly wrong: it makes
+    them certain.
+    """
+
+    compares_domains = False
+    needs_one_class = True
+
+    def alignment(self, task, source, target):
+        scores = gathered(target.scores(task.objective))
+        if not len(scores):
+            return target.pooled.sum() * 0.0
+        return of_all_rows(class_confusion(scores, self.options.temperature))

@@ -1,0 +1,101 @@
+"""TENT: norms are trained on the test rows by the entropy of predictions (Wang et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Batch, Task, Technique
+from pipeline.core.contracts.objective_capabilities import has_classes
+from pipeline.core.nn.domain_losses import entropies, label_set_entropies
+
+
+class TentOptions(Options):
+    lr: float = Field(1e-3, gt=0, description="learning rate of Adam for the norms")
+    passes: int = Field(1, ge=1, description="passes over the test rows")
+
+
+@register("technique", "tent", options=TentOptions)
+class Tent(Technique):
+    """Adapt the source's network to the test rows by the entropy of its predictions.
+
+    Scales and shifts of the norms are trained, all else stays; batch norms take the statistics of
+    the batch meanwhile, and those of all test rows afterwards. The paper predicts a batch in the
+    step that adapts to it; here all rows are predicted after the last pass. Validation metrics are
+    those of the source's network. (Wang et al., Tent: Fully Test-Time Adaptation by Entropy
+    Minimization, ICLR 2021.)
+
+    Assumes test rows of all classes in every batch, and predictions that are right more often than
+    not. Helps against changes of the inputs alone (noise, blur, scanners). Hurts where one class is
+    much the most frequent, or with many passes: every row ends in one class. Networks without norms
+    that can be trained are refused.
+    """
+
+    def check_target(self, objective, modality):
+        if not has_classes(objective):
+            raise ValueError(
+                f"lowers the entropy of predicted classes, and {objective.registered_name} "
+                "predicts none for a row: use adabn"
+            )
+
+    def wrap(self, task):
+        if not norm_parameters(task):
+            raise ValueError(
+                f"tent: {task.backbone.arch.name} has no norm with parameters that could be "
+                "trained: use pseudo_labels"
+            )
+        return task
+
+    def phases(self, steps):
+        return ()
+
+    def rates(self, layers, phase):
+        return dict.fromkeys(layers, 0.0)
+
+    def at_test(self, task, batches):
+        task.eval()
+        trained = norm_parameters(task)
+        wanted = {name: p.requires_grad for name, p in task.named_parameters()}
+        for parameter in task.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        norms = [one for one in task.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.train()
+        optimizer = torch.optim.Adam(trained.values(), lr=self.options.lr)
+        for _ in range(self.options.passes):
+            for batch in batches():
+                with torch.enable_grad():
+                    loss = entropy(task, batch)
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+        with torch.no_grad():
+            for batch in batches() if norms else ():
+                task.backbone(batch)
+        for name, parameter in task.named_parameters():
+            parameter.requires_grad_(wanted[name])
+        return task.eval()
+
+
+def entropy(task: Task, batch: Batch) -> torch.Tensor:
+    """Return the mean entropy of what is predicted of a batch, in nats."""
+    scores = task.objective.predict(task.backbone, batch)["scores"]
+    is_one_class = task.objective.class_tensor == "label"
+    return (entropies(scores) if is_one_class else label_set_entropies(scores)).mean()
+
+
+def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the scales and shifts of all norms, of whatever library, by name."""
+    return {
+        f"{name}.{own}": parameter
+        for name, one in module.named_modules()
+        if "norm" in type(one).__name__.lower()
+        for own, parameter in one.named_parameters(recurse=False)
+    }

@@ -1,0 +1,172 @@
+"""Labels of a source and a target, compared by name: rows are relabelled, heads carried over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.config import registry
+from pipeline.core.contracts import Arrays, Objective
+from pipeline.core.contracts.objective_capabilities import names_labels
+from pipeline.core.specs import ObjectiveSpec
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection
+
+SHOWN = 8
+"""Labels that a message names."""
+
+
+@dataclass(frozen=True)
+class LabelMatch:
+    """The labels of a source and of a target, each in its own order."""
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Labels that both have, in the order of the target."""
+        return tuple(name for name in self.target if name in self.source)
+
+    @property
+    def of_source_alone(self) -> tuple[str, ...]:
+        return tuple(name for name in self.source if name not in self.target)
+
+    @property
+    def of_target_alone(self) -> tuple[str, ...]:
+        return tuple(name for name in self.target if name not in self.source)
+
+    def text(self) -> str:
+        """Describe a partial or open label set; "" where both have the same labels."""
+        parts = []
+        if self.of_source_alone:
+            parts.append(
+                f"{_some(self.of_source_alone)} only in the source, whose rows are left out"
+            )
+        if self.of_target_alone:
+            parts.append(
+                f"{_some(self.of_target_alone)} only in the target, where only the target's own "
+                "labels can teach them"
+            )
+        if not parts:
+            return ""
+        return f"{len(self.shared)} labels are shared; {'; '.join(parts)}"
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def compare(source: Mapping[str, Any], target: Mapping[str, Any]) -> LabelMatch:
+    """Compare the labels of two fitted objectives, given their states."""
+    theirs, ours = (tuple(map(str, state["labels"])) for state in (source, target))
+    return LabelMatch(theirs, ours)
+
+
+@dataclass(frozen=True)
+class Relabel:
+    """Turns label numbers of a source into those of a target.
+
+    Rows of a class that the target lacks must have been left out (`shared_rows`). A label of a set
+    that the target lacks is dropped.
+    """
+
+    match: LabelMatch
+
+    def __call__(self, labels: Arrays) -> Arrays:
+        """Return ``label`` (n,) or ``labels`` (n, L) as the target numbers them."""
+        out = dict(labels)
+        if "label" in labels:
+            known = {name: number for number, name in enumerate(self.match.target)}
+            numbers = np.array([known.get(name, -1) for name in self.match.source], dtype=np.int64)
+            out["label"] = numbers[labels["label"]]
+        if "labels" in labels:
+            places = [self.match.source.index(name) for name in self.match.target]
+            out["labels"] = np.ascontiguousarray(labels["labels"][:, places])
+        return out
+
+
+def shared_rows(
+    selection: Selection, columns: dict[str, str], source: ObjectiveSpec, match: LabelMatch
+) -> Selection:
+    """Return the rows of a source whose class the target has too; all rows where they have sets."""
+    objective = registry.get("objective", source.name)
+    if "label" not in objective.roles or not match.of_source_alone:
+        return selection
+    roles = (*objective.roles, *objective.optional_roles)
+    names = list(dict.fromkeys(columns[role] for role in roles if role in columns))
+    labels = objective.encode(manifests.read_columns(selection, names), columns, source.state)
+    is_shared = np.array([name in match.target for name in match.source])
+    return selection.keep(is_shared[labels["label"]])
+
+
+def problem(
+    source: str, theirs: ObjectiveSpec, ours: ObjectiveSpec, *, needs_all: bool = False
+) -> str:
+    """Describe why the labels of a source cannot serve a target; "" where they can.
+
+    Args:
+        source: Its name, for the message.
+        theirs: The objective of the source, fitted.
+        ours: That of the target.
+        needs_all: Whether the source must have every label of the target: there is no training, or
+            a row has a set of labels, where one that is not listed counts as absent.
+    """
+    if theirs.name != ours.name:
+        return (
+            f"the objective of source {source} is {theirs.name}, that of the target {ours.name}: "
+            "their labels cannot be compared"
+        )
+    if not names_labels(registry.get("objective", ours.name)):
+        return f"the labels of {ours.name} have no names by which two data sets could be compared"
+    match = compare(theirs.state, ours.state)
+    if not match.shared:
+        return (
+            f"source {source} and the target share no label ({_some(match.source)}; "
+            f"{_some(match.target)}): give the same label the same name in both, by a column for "
+            "the role label_name where numbers differ"
+        )
+    needs_all = needs_all or "labels" in registry.get("objective", ours.name).roles
+    if needs_all and match.of_target_alone:
+        return f"source {source} does not know the target's labels {_some(match.of_target_alone)}"
+    return ""
+
+
+def carry_head(
+    objective: Objective, source: ObjectiveSpec, tensors: Mapping[str, Tensor]
+) -> tuple[int, str]:
+    """Load the rows of a source's head for the labels that it shares with a target's.
+
+    Returns:
+        How many labels have been carried over, and what was done in words.
+    """
+    if source.name != objective.registered_name or not names_labels(objective):
+        return 0, f"head new: the source's objective was {source.name}"
+    differ = [
+        name
+        for name in objective.head_options
+        if source.options.get(name) != getattr(objective.options, name)
+    ]
+    if differ:
+        return 0, f"head new: the source's head was trained with another {', '.join(differ)}"
+    match = compare(source.state, objective.state)
+    own = objective.state_dict()
+    theirs = [match.source.index(name) for name in match.shared]
+    ours = [match.target.index(name) for name in match.shared]
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape[1:] != tensor.shape[1:]:
+            return 0, f"head new: {name} of the source's head has another shape"
+        if tensor.dim() and len(tensor) == len(match.source):
+            own[name][ours] = tensor[theirs].to(own[name])
+        elif own[name].shape == tensor.shape:
+            own[name].copy_(tensor)
+    objective.load_state_dict(own)
+    detail = match.text()
+    return len(match.shared), (
+        f"head: {len(match.shared)} labels carried over by name{f' ({detail})' if detail else ''}"
+    )

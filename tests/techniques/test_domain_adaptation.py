@@ -1,0 +1,573 @@
+"""Domain adaptation: each technique's defining property, on rows of every modality."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from contract_rows import BACKBONES, N, wake
+from torch.nn import functional as F
+from toys import (
+    add_streams,
+    furthest,
+    image_rows,
+    label_state,
+    make_run,
+    net_task,
+    rows_of,
+    task_of,
+    weights,
+    without_labels,
+)
+
+from pipeline.config import registry
+from pipeline.core.contracts import Batch, Task
+from pipeline.core.contracts.technique_capabilities import adapts_without_labels
+from pipeline.core.nn import domain_adaptation, domain_losses
+from pipeline.data.stream import Rows, eval_batches
+from pipeline.techniques.adabn import AdaBN
+from pipeline.techniques.cdan import CDAN
+from pipeline.techniques.coral import Coral
+from pipeline.techniques.dan import DAN
+from pipeline.techniques.dann import DANN
+from pipeline.techniques.full import Full
+from pipeline.techniques.mcd import MCD
+from pipeline.techniques.pooled import Pooled, PooledOptions
+from pipeline.techniques.pseudo_labels import PseudoLabelOptions, PseudoLabels
+from pipeline.techniques.tent import Tent, TentOptions, entropy
+from pipeline.train import evaluate, loop
+from pipeline.train.loop import Ranks
+
+TRAINED = (
+    "dann",
+    "cdan",
+    "coral",
+    "dan",
+    "jan",
+    "mcc",
+    "mcd",
+    "pseudo_labels",
+    "fixmatch",
+    "pooled",
+)
+ONE_OF_EACH = {
+    "image": "timm/resnet10t",
+    "text": "transformers/bert",
+    "audio": "torchaudio/deepspeech2",
+    "events": "events/gru",
+    "table": "table/ft_transformer",
+    "trajectory": "policy/mlp",
+}
+"""A backbone of every modality."""
+
+
+# ---------------------------------------------------------------- closed forms
+
+
+def features(n: int, seed: int, width: int = 5) -> torch.Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def test_a_reversed_gradient_is_minus_lambda_times_the_plain_one():
+    x = features(4, 0).requires_grad_()
+    weight = features(5, 1)
+    (plain,) = torch.autograd.grad((x @ weight.T).tanh().sum(), x)
+    reverse = domain_losses.reversed_gradient(x, 0.7)
+    assert torch.equal(reverse, x)
+    (turned,) = torch.autograd.grad((reverse @ weight.T).tanh().sum(), x)
+    assert torch.allclose(turned, -0.7 * plain, rtol=1e-12)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+def test_dann_turns_the_gradient_of_the_domain_loss_by_its_schedule(progress):
+    """Of the backbone, and not that of the domain classifier."""
+    technique = DANN()
+    torch.manual_seed(0)
+    task = technique.wrap(net_task())
+    assert isinstance(task, domain_adaptation.TaskWithModule)
+    source, target = (batch_of(image_rows(8, seed=seed)) for seed in (1, 2))
+    technique.at_step(round(10 * progress), 10)
+    factor = 2 / (1 + math.exp(-10 * progress)) - 1
+    loss = technique.alignment(task, *pair(task, source, target))
+    plain = 0.0
+    for batch, truth in ((source, 1.0), (target, 0.0)):
+        pooled = task.backbone(batch).pooled
+        logits = task.added(F.layer_norm(pooled, pooled.shape[-1:]))
+        plain = (
+            plain + F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, truth)) / 2
+        )
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    for module, scale in ((task.backbone, -factor), (task.added, 1.0)):
+        names = list(module.parameters())
+        got = torch.autograd.grad(loss, names, retain_graph=True)
+        want = torch.autograd.grad(plain, names, retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            assert torch.allclose(a, scale * b, atol=1e-6)
+
+
+def test_coral_is_the_closed_form():
+    source, target = features(7, 0), features(9, 1)
+    covariances = [np.cov(rows.numpy(), rowvar=False) for rows in (source, target)]
+    want = np.square(covariances[0] - covariances[1]).sum() / (4 * 5**2)
+    assert domain_losses.coral(source, target).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_the_discrepancy_is_a_loop_over_pairs():
+    source, target = features(5, 0), features(6, 1)
+    rows = torch.cat([source, target])
+    square = [[float((a - b).square().sum()) for b in rows] for a in rows]
+    mean = sum(map(sum, square)) / (11 * 10)
+
+    def kernel(i: int, j: int) -> float:
+        return sum(math.exp(-square[i][j] / (2 * width * mean)) for width in domain_losses.KERNELS)
+
+    here, there = range(5), range(5, 11)
+    want = sum(kernel(i, j) for i in here for j in here if i != j) / (5 * 4)
+    want += sum(kernel(i, j) for i in there for j in there if i != j) / (6 * 5)
+    want -= 2 * sum(kernel(i, j) for i in here for j in there) / (5 * 6)
+    assert domain_losses.mmd(source, target).item() == pytest.approx(want, rel=1e-4)
+
+
+def test_the_joint_discrepancy_multiplies_the_kernels():
+    source, target = (features(5, 0), features(5, 2, 3)), (features(6, 1), features(6, 3, 3))
+    joined = [torch.cat(pair) for pair in zip(source, target, strict=True)]
+    kernel = domain_losses.gaussian_kernels(joined[0]) * domain_losses.gaussian_kernels(joined[1])
+    want = domain_losses.kernel_mmd(kernel, 5)
+    assert domain_losses.joint_mmd(source, target).item() == pytest.approx(want.item(), rel=1e-6)
+    assert domain_losses.joint_mmd(source[:1], target[:1]).item() == pytest.approx(
+        domain_losses.mmd(source[0], target[0]).item(), rel=1e-6
+    )
+
+
+def test_entropies_are_those_of_the_probabilities():
+    scores = features(6, 0)
+    chances = scores.softmax(-1).numpy()
+    assert np.allclose(
+        domain_losses.entropies(scores), -(chances * np.log(chances)).sum(1), rtol=1e-5
+    )
+    each = scores.sigmoid().numpy()
+    want = -(each * np.log(each) + (1 - each) * np.log(1 - each)).sum(1)
+    assert np.allclose(domain_losses.label_set_entropies(scores), want, rtol=1e-5)
+
+
+def test_class_confusion_is_the_paper_s_formula():
+    scores, temperature = features(8, 0, 3), 2.5
+    chances = (scores / temperature).softmax(-1).numpy()
+    entropy = -(chances * np.log(chances)).sum(1)
+    row_weights = 1 + np.exp(-entropy)
+    row_weights = 8 * row_weights / row_weights.sum()
+    confusion = np.zeros((3, 3))
+    for j in range(3):
+        for k in range(3):
+            confusion[j, k] = sum(row_weights[i] * chances[i, j] * chances[i, k] for i in range(8))
+    confusion /= confusion.sum(1, keepdims=True)
+    want = sum(confusion[j, k] for j in range(3) for k in range(3) if j != k) / 3
+    got = domain_losses.class_confusion(scores, temperature)
+    assert got.item() == pytest.approx(want, rel=1e-5)
+    certain = torch.eye(3).repeat(4, 1) * 200
+    assert domain_losses.class_confusion(certain).item() < 1e-6
+
+
+def test_random_products_estimate_the_inner_products_of_whole_ones():
+    """Of CDAN: with wide features the products are random, and their inner products unbiased."""
+    torch.manual_seed(0)
+    from pipeline.techniques.cdan import ConditionalClassifier
+
+    whole = ConditionalClassifier(6, 4, hidden=3, most=100)
+    drawn = ConditionalClassifier(6, 4, hidden=3, most=20)
+    drawn.of_features, drawn.of_classes = torch.randn(6, 200_000), torch.randn(4, 200_000)
+    pooled, chances = torch.randn(3, 6), torch.rand(3, 4)
+    one, other = (made.products(pooled, chances) for made in (whole, drawn))
+    assert one.shape == (3, 24) and torch.allclose(one @ one.T, other @ other.T, atol=0.3)
+
+
+# ---------------------------------------------------------------- rows of every modality
+
+
+class World:
+    """A task with rows of two domains; the labels are those of three classes in turn."""
+
+    def __init__(self, modality: str):
+        name = ONE_OF_EACH[modality]
+        make_sample, options = BACKBONES[name]
+        sample = make_sample()
+        reads = sample.fitted(name)
+        arrays, bad = reads.decode(sample.table, sample.columns)
+        assert not any(bad)
+        labels = {"label": np.arange(N) % 3}
+        self.rows = rows_of(reads, {**arrays, **labels}, "classification", label_state())
+        self.source = self.rows.subset(np.arange(0, N))
+        self.inputs = Rows(self.rows.selection, self.rows.decoder, dict(arrays))
+        self.make = partial(
+            task_of, name, reads.inputs(), "classification", label_state(), seed=1, **options
+        )
+
+    def task(self) -> Task:
+        task = self.make()
+        wake(task)
+        return task
+
+    def batch(self) -> Batch:
+        return batch_of(self.rows)
+
+
+@pytest.fixture(scope="module", params=ONE_OF_EACH)
+def world(request):
+    return World(request.param)
+
+
+def batch_of(rows: Rows) -> Batch:
+    (loaded,) = eval_batches(rows, len(rows))
+    return evaluate.device_preprocessing(rows)(loaded.batch, False)
+
+
+def pair(task: Task, source: Batch, target: Batch):
+    return [domain_adaptation.Features.of(task, batch) for batch in (source, target)]
+
+
+def adapting_run(technique, rows: Rows, source: Rows, task: Task, *, labelled=True, **words):
+    """A run with the streams that the technique names; ``task`` is wrapped here."""
+    torch.manual_seed(3)
+    rows = rows if labelled else without_labels(rows)
+    run = make_run(rows, technique.wrap(task), technique=technique, **words)
+    add_streams(run, rows, source, labelled)
+    return run
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_technique_trains_with_and_without_labels_of_the_target(world, name, labelled):
+    """And leaves a task with the names that it got, whose modules are all trained."""
+    kind, modality = registry.get("technique", name), type(world.rows.modality)
+    technique = kind()
+    objective = registry.get("objective", "classification")
+    if name == "fixmatch" and modality.registered_name != "image":
+        with pytest.raises(ValueError, match="needs a weak and a strong view of a row"):
+            technique.check_target(objective, modality)
+        return
+    technique.check_target(objective, modality)
+    task = world.task()
+    before = weights(task)
+    logs: list = []
+    run = adapting_run(
+        technique, world.rows, world.source, task, labelled=labelled, steps=2, lr=1e-2, warmup=0.0
+    )
+    run.on_log = logs.append
+    added = set(weights(run.task)) - set(before)
+    start = weights(run.task)
+    outcome = loop.fit(run)
+    assert outcome.skipped_steps == 0 and all(math.isfinite(log["loss"]) for log in logs)
+    done = weights(run.task)
+    trained = added & set(dict(run.task.named_parameters()))
+    moved = [name for name in trained if not torch.equal(start[name], done[name])]
+    assert sorted(moved) == sorted(trained)
+    after = weights(technique.finish(run.task))
+    assert set(after) == set(before)
+    assert any(not torch.equal(after[k], before[k]) for k in before if k.startswith("backbone."))
+    assert not torch.equal(after["objective.head.weight"], before["objective.head.weight"])
+
+
+# ---------------------------------------------------------------- what moves, what does not
+
+
+def test_pooling_with_weight_zero_is_full_fine_tuning():
+    rows, source = image_rows(24), image_rows(24, seed=1)
+    runs = [
+        adapting_run(technique, rows, source, net_task(norm="batch"), lr=0.01)
+        for technique in (Full(), Pooled(PooledOptions(weight=0.0)), Pooled())
+    ]
+    for run in runs:
+        loop.fit(run)
+    plain, none, pooled = (weights(run.task) for run in runs)
+    assert furthest(plain, none) == 0.0 and furthest(plain, pooled) > 1e-4
+
+
+def test_pooling_is_the_sum_of_both_losses():
+    task, technique = net_task(), Pooled(PooledOptions(weight=0.5))
+    source, batch = batch_of(image_rows(8, seed=1)), batch_of(image_rows(8))
+    penalty = technique.penalty(task, batch, {"labelled_source": source})
+    losses, count, _ = task(source)
+    assert penalty.item() == pytest.approx(0.5 * (losses / count).item(), rel=1e-6)
+
+
+def test_pseudo_labels_are_confident_predictions():
+    """Rows below the threshold have no loss; the others that of their likeliest class."""
+    task = net_task()
+    with torch.no_grad():
+        task.objective.head.weight.mul_(8)
+    batch = batch_of(without_labels(image_rows(12)))
+    target = domain_adaptation.Features.of(task, batch)
+    scores = target.scores(task.objective)
+    confidence, label = scores.softmax(-1).max(-1)
+    threshold = float(confidence.detach().median())
+    technique = PseudoLabels(PseudoLabelOptions(threshold=threshold, ramp=0.5))
+    technique.at_step(1, 4)
+    sure = confidence >= threshold
+    want = 0.5 * (F.cross_entropy(scores, label, reduction="none") * sure).sum() / 12
+    assert 0 < int(sure.sum()) < 12
+    assert technique.alignment(task, None, target).item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_two_heads_disagree_more_and_the_backbone_less():
+    """MCD: a step along the gradient of the alignment raises the discrepancy by the heads' part,
+    and lowers it by the backbone's.
+    """
+    technique = MCD()
+    torch.manual_seed(0)
+    task = technique.wrap(net_task())
+    target = batch_of(image_rows(24))
+
+    def discrepancy() -> torch.Tensor:
+        pooled = task.backbone(target).pooled
+        one, other = (head.scores(pooled).softmax(-1) for head in (task.objective, task.added))
+        return (one - other).abs().mean()
+
+    before = float(discrepancy().detach())
+    loss = technique.alignment(task, None, pair(task, target, target)[1])
+    assert loss.item() == pytest.approx(-before, rel=1e-5)
+    parts = {
+        "heads": [*task.objective.parameters(), *task.added.parameters()],
+        "backbone": list(task.backbone.parameters()),
+    }
+    gradients = {
+        part: torch.autograd.grad(loss, parameters, retain_graph=True)
+        for part, parameters in parts.items()
+    }
+    for part, parameters in parts.items():
+        found = gradients[part]
+        kept = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p, gradient in zip(parameters, found, strict=True):
+                p.sub_(0.01 * gradient)
+            after = float(discrepancy())
+            for p, old in zip(parameters, kept, strict=True):
+                p.copy_(old)
+        assert (after > before) if part == "heads" else (after < before), part
+
+
+def shifted(rows: Rows, scale: float = 0.5) -> Rows:
+    assert rows.arrays is not None
+    darker = (rows.arrays["image"] * scale).astype(np.uint8)
+    return Rows(rows.selection, rows.decoder, {**rows.arrays, "image": darker})
+
+
+def inputs_of(rows: Rows, size: int = 8):
+    ready = evaluate.device_preprocessing(rows)
+    return lambda: (ready(one.batch, False) for one in eval_batches(without_labels(rows), size))
+
+
+def test_adabn_takes_the_statistics_of_the_targets_rows():
+    task = net_task(norm="batch")
+    before, rows = weights(task), shifted(image_rows(32))
+    technique = AdaBN()
+    adapted = technique.prepare(technique.wrap(task), inputs_of(rows))
+    norm = adapted.backbone.norm
+    whole = adapted.backbone.stem(batch_of(rows)["image"].flatten(1))
+    each = [part.var(0) for part in whole.split(8)]
+    assert torch.allclose(norm.running_mean, whole.mean(0), atol=1e-5)
+    assert torch.allclose(norm.running_var, torch.stack(each).mean(0), atol=1e-5)
+    after = weights(adapted)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed <= {f"backbone.norm.{n}" for n in ("running_mean", "running_var")} | {
+        "backbone.norm.num_batches_tracked"
+    }
+    with pytest.raises(ValueError, match="toys/net has no batch norm"):
+        technique.wrap(net_task(norm="layer"))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_tent_changes_norms_alone_and_lowers_the_entropy(norm):
+    task, rows = net_task(norm=norm), shifted(image_rows(32))
+    before = weights(task)
+    technique = Tent(TentOptions(lr=0.01, passes=3))
+    with torch.no_grad():
+        first = float(entropy(task.eval(), batch_of(rows)))
+    adapted = technique.at_test(technique.wrap(task), inputs_of(rows))
+    with torch.no_grad():
+        last = float(entropy(adapted, batch_of(rows)))
+    assert last < first
+    after = weights(adapted)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("backbone.norm.") for name in changed)
+    assert {"backbone.norm.weight", "backbone.norm.bias"} <= changed
+    assert all(parameter.requires_grad for parameter in adapted.parameters())
+
+
+@pytest.mark.parametrize("modality", ["image", "text", "table"])
+def test_tent_finds_the_norms_of_other_libraries(modality):
+    made = World(modality)
+    task = made.task()
+    before = weights(task)
+    batches = lambda: iter([made.batch()])  # noqa: E731 - a pass over one batch
+    adapted = Tent(TentOptions(lr=0.01)).at_test(task, batches)
+    changed = {k for k, v in weights(adapted).items() if not torch.equal(before[k], v)}
+    linear = {
+        f"{name}.{own}"
+        for name, module in task.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding))
+        for own, _ in module.named_parameters(recurse=False)
+    }
+    assert changed and not changed & linear
+
+
+def test_networks_without_norms_are_refused():
+    task = net_task()
+    task.backbone.norm = torch.nn.Identity()
+    with pytest.raises(ValueError, match="toys/net has no norm with parameters"):
+        Tent().wrap(task)
+
+
+# ---------------------------------------------------------------- objectives
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "message"),
+    [
+        ("dann", "behaviour_cloning", "reads the labels of the source, and those of behaviour_cl"),
+        ("cdan", "ctc", "reads the labels of the source"),
+        ("mcc", "multilabel", "compares the probabilities of exclusive classes"),
+        ("tent", "ctc", "lowers the entropy of predicted classes"),
+        ("pooled", "tagging", "reads the labels of the source"),
+    ],
+)
+def test_objectives_that_do_not_suit_are_refused(name, objective, message):
+    technique = registry.get("technique", name)()
+    kind, image = registry.get("objective", objective), registry.get("modality", "image")
+    with pytest.raises(ValueError, match=message):
+        technique.check_target(kind, image)
+
+
+def test_features_alone_are_aligned_for_any_objective():
+    for kind in (DANN, Coral, DAN):
+        options = kind.options_class(source_weight=0.0)
+        assert kind(options).streams() == ("source", "target")
+        kind(options).check_target(
+            registry.get("objective", "ctc"), registry.get("modality", "audio")
+        )
+    with pytest.raises(ValueError, match="compares predicted classes, and ctc predicts none"):
+        CDAN(CDAN.options_class(source_weight=0.0)).check_target(
+            registry.get("objective", "ctc"), registry.get("modality", "audio")
+        )
+
+
+@pytest.mark.parametrize("name", ["cdan", "jan", "pseudo_labels", "mcd"])
+def test_label_sets_are_adapted_to(name):
+    rows = image_rows(16)
+    assert rows.arrays is not None
+    labels = (np.arange(16)[:, None] % np.array([2, 3]) == 0).astype(np.uint8)
+    arrays = {"image": rows.arrays["image"], "labels": labels}
+    state = {"labels": ["a", "b"], "separator": "|", "positives": [8, 6], "rows": 16}
+    rows = rows_of(rows.modality, arrays, "multilabel", state)
+    plain = net_task()
+    kind = registry.get("objective", "multilabel")
+    task = Task(plain.backbone, kind(plain.backbone, kind.options_class(), state))
+    technique = registry.get("technique", name)()
+    technique.check_target(kind, type(rows.modality))
+    run = adapting_run(technique, rows, rows, task, steps=2)
+    run.evaluate = None
+    before = weights(task)
+    loop.fit(run)
+    assert furthest(before, weights(technique.finish(run.task))) > 0
+
+
+def test_micro_batches_are_refused():
+    run = adapting_run(DANN(), image_rows(24), image_rows(24), net_task(), micro_batch=4)
+    with pytest.raises(ValueError, match=r"train\.micro_batch: dann compares the rows of a whole"):
+        loop.fit(run)
+
+
+def test_every_trained_technique_is_tried_here():
+    found = {
+        name
+        for name in registry.names("technique")
+        if adapts_without_labels(registry.get("technique", name)())
+    }
+    assert found == {*TRAINED, "adabn", "tent"}
+
+
+# ---------------------------------------------------------------- resume and ranks
+
+
+class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
+    pass
+
+
+@pytest.mark.parametrize("name", ["dann", "mcd", "pseudo_labels"])
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, name, labelled):
+    def run_in(folder: Path, stop: int | None = None):
+        run = adapting_run(
+            registry.get("technique", name)(),
+            image_rows(24),
+            image_rows(20, seed=1),
+            net_task(dropout=0.3),
+            labelled=labelled,
+            steps=8,
+            lr=0.01,
+            checkpoint_every_steps=3,
+            checkpoints=str(folder),
+        )
+
+        def on_log(log):
+            if log["step"] == stop:
+                raise Killed
+
+        run.on_log = on_log
+        return run
+
+    whole = run_in(tmp_path / "whole")
+    loop.fit(whole)
+    with pytest.raises(Killed):
+        loop.fit(run_in(tmp_path / "parts", stop=5))
+    torch.manual_seed(99)
+    again = run_in(tmp_path / "parts")
+    assert loop.fit(again).resumed_from == 3
+    assert furthest(weights(whole.task), weights(again.task)) == 0.0
+
+
+def run_of_ranks(name: str, labelled: bool, ranks: Ranks) -> loop.TrainingRun:
+    return adapting_run(
+        registry.get("technique", name)(),
+        image_rows(24),
+        image_rows(20, seed=1),
+        net_task(),
+        labelled=labelled,
+        steps=3,
+        lr=0.01,
+        ranks=ranks,
+        warmup=0.0,
+    )
+
+
+def rank_of_two(rank: int, file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
+    for name in TRAINED:
+        for labelled in (True, False):
+            run, logs = run_of_ranks(name, labelled, Ranks(rank, 2)), []
+            run.on_log = logs.append
+            loop.fit(run)
+            saved = {"weights": weights(run.task), "loss": [log["loss"] for log in logs]}
+            torch.save(saved, f"{out}-{name}-{labelled}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_weights_of_one(tmp_path):
+    out = str(tmp_path / "out")
+    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path / "store"), out), nprocs=2)
+    for name in TRAINED:
+        for labelled in (True, False):
+            run, logs = run_of_ranks(name, labelled, Ranks()), []
+            run.on_log = logs.append
+            loop.fit(run)
+            two = [
+                torch.load(f"{out}-{name}-{labelled}-{rank}", weights_only=True) for rank in (0, 1)
+            ]
+            assert furthest(two[0]["weights"], two[1]["weights"]) == 0.0, name
+            assert furthest(two[0]["weights"], weights(run.task)) < 2e-4, name
+            assert two[0]["loss"] == pytest.approx([log["loss"] for log in logs], abs=1e-4), name

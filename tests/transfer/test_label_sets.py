@@ -1,0 +1,385 @@
+"""Labels of source and target compared by name: heads, rows of the source, and targets of which no
+label is known.
+"""
+
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from stage_runs import Silent
+from toys import image_files, job_of, shared_of, trial_of
+
+from pipeline.checkpoints import bundle
+from pipeline.config.schema import Job
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
+from pipeline.data import manifests
+from pipeline.data.manifests import Selection
+from pipeline.data.stream import eval_batches
+from pipeline.objectives.classification import Classification, ClassificationOptions
+from pipeline.transfer import dry_run, grid, label_sets, stages, trial
+
+COLUMNS = {"image": "picture", "label": "class"}
+STATE = {"values": ["class 2", "class 0", "class 1"], "labels": ["class 2", "class 0", "class 1"]}
+"""The target's labels in another order."""
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    sizes = {"train": 30, "validation": 12, "test": 20, "more": 14}
+    return image_files(tmp_path_factory.mktemp("data"), sizes)
+
+
+def splits_of(paths):
+    return {name: paths[name] for name in ("train", "validation", "test")}
+
+
+def world(tmp_path, paths, technique="dann", fractions=(0, 1.0), root="root", **target):
+    """A job and what its trials read, with a source whose labels stand in another order."""
+    job = job_of(tmp_path, splits_of(paths), label_fractions=list(fractions), **target)
+    job = small(job, ["scratch", technique])
+    shared = shared_of(tmp_path, job, paths, root=root, keep_bundles=True)
+    theirs, head = shared.heads["src"]
+    shared.heads["src"] = (ObjectiveSpec("classification", theirs.options, STATE), head)
+    rows = {name: Selection(manifests.build([paths[name]], "parquet", "")) for name in paths}
+    shared.source_rows = {"src": (rows["test"], COLUMNS)}
+    shared.source_validation = {"src": rows["more"]}
+    return job, shared
+
+
+def small(job: Job, techniques, source=None) -> Job:
+    """With these techniques, and a source whose batches its few rows can fill."""
+    dumped = {**job.model_dump(mode="json"), "techniques": techniques}
+    source = source or dumped["sources"]["src"]
+    if "data" in source:
+        source = {**source, "train": {"global_batch": 8}}
+    dumped["sources"] = {"src": source}
+    return Job.model_validate(dumped)
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def test_partial_and_open_label_sets_are_named():
+    match = label_sets.LabelMatch(("a", "b", "c"), ("b", "a", "d"))
+    assert match.shared == ("b", "a")
+    assert match.text() == (
+        "2 labels are shared; c only in the source, whose rows are left out; d only in the target, "
+        "where only the target's own labels can teach them"
+    )
+    assert label_sets.LabelMatch(("a", "b"), ("b", "a")).text() == ""
+
+
+def test_labels_are_numbered_as_the_targets_are():
+    match = label_sets.LabelMatch(("a", "b", "c"), ("c", "a", "d"))
+    relabel = pickle.loads(pickle.dumps(label_sets.Relabel(match)))
+    found = relabel({"label": np.array([2, 0, 0, 1]), "other": np.arange(4)})
+    assert found["label"].tolist() == [0, 1, 1, -1] and found["other"].tolist() == [0, 1, 2, 3]
+    match = label_sets.LabelMatch(("a", "b", "c"), ("c", "a"))
+    sets = np.array([[1, 0, 0], [0, 1, 1]], dtype=np.uint8)
+    assert label_sets.Relabel(match)({"labels": sets})["labels"].tolist() == [[0, 1], [1, 0]]
+
+
+def test_rows_of_labels_that_the_target_lacks_are_left_out(paths):
+    selection = Selection(manifests.build([paths["train"]], "parquet", ""))
+    spec = ObjectiveSpec("classification", {}, STATE)
+    match = label_sets.LabelMatch(tuple(STATE["labels"]), ("class 0", "class 2"))
+    kept = label_sets.shared_rows(selection, COLUMNS, spec, match)
+    names = manifests.read_columns(kept, ["class"])["class"].to_pylist()
+    assert set(names) == {"class 0", "class 2"} and len(kept) == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "target", "needs_all", "message"),
+    [
+        ("mlm", {}, {"labels": ["a"]}, False, "the objective of source s is mlm"),
+        ("classification", ["0", "1"], ["no", "yes"], False, r"share no label \(0, 1; no, yes\)"),
+        ("classification", ["a", "b"], ["b", "c"], True, "does not know the target's labels c"),
+        ("classification", ["a", "b"], ["b", "c"], False, ""),
+        ("multilabel", ["a", "b"], ["b", "c"], False, "does not know the target's labels c"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(name, source, target, needs_all, message):
+    ours = "classification" if name == "mlm" else name
+    states = [{"labels": list(labels)} for labels in (source, target)]
+    found = label_sets.problem(
+        "s",
+        ObjectiveSpec(name, {}, states[0]),
+        ObjectiveSpec(ours, {}, states[1]),
+        needs_all=needs_all,
+    )
+    assert bool(found) == bool(message)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(found)
+
+
+def test_rows_of_a_head_go_to_labels_of_the_same_name():
+    from toys import Net
+
+    made = Classification(
+        Net(), ClassificationOptions(), {"values": [0, 1, 2], "labels": ["a", "b", "d"]}
+    )
+    before = made.head.weight.detach().clone()
+    theirs = ObjectiveSpec("classification", {"norm": True}, {"labels": ["c", "b", "a"]})
+    tensors = {"head.weight": torch.randn(3, 16), "head.bias": torch.randn(3)}
+    count, text = label_sets.carry_head(made, theirs, tensors)
+    assert count == 2 and text.startswith("head: 2 labels carried over by name (2 labels are share")
+    assert torch.equal(made.head.weight[0], tensors["head.weight"][2])
+    assert torch.equal(made.head.bias[1], tensors["head.bias"][1])
+    assert torch.equal(made.head.weight[2], before[2])
+    other = ObjectiveSpec("classification", {"norm": False}, theirs.state)
+    assert label_sets.carry_head(made, other, tensors) == (
+        0,
+        "head new: the source's head was trained with another norm",
+    )
+
+
+# ---------------------------------------------------------------- trials
+
+
+def test_the_sources_network_is_tested_label_by_label(tmp_path, paths):
+    job, shared = world(tmp_path, paths, "zero_shot", fractions=(1.0,))
+    record = trial.run(trial_of(job, shared, "zero_shot", fraction=0), shared)
+    assert "head: 3 labels carried over by name" in record.transfer
+    tensors = bundle.load(record.rows[0].bundle_uri).tensors
+    theirs = torch.from_numpy(shared.heads["src"][1]["head.weight"])
+    order = [STATE["labels"].index(f"class {number}") for number in range(3)]
+    assert torch.equal(tensors["objective.head.weight"], theirs[order])
+    row = next(row for row in record.rows if row.split == "test")
+    assert (row.steps, row.n_train, row.label_fraction) == (0, 0, "0/class")
+
+
+def test_a_head_that_lacks_a_label_is_not_tested(tmp_path, paths):
+    job, shared = world(tmp_path, paths, "zero_shot", fractions=(1.0,))
+    theirs, head = shared.heads["src"]
+    state = {name: [*values[:2], "class 9"] for name, values in STATE.items()}
+    shared.heads["src"] = (ObjectiveSpec("classification", theirs.options, state), head)
+    with pytest.raises(ValueError, match="it lacks some of the target's labels; head: 2 labels"):
+        trial.build(trial_of(job, shared, "zero_shot", fraction=0), shared)
+
+
+def wrong_labels(paths, folder):
+    """The same files, every training and validation label of the target another one."""
+    out = dict(paths)
+    for name in ("train", "validation"):
+        table = pq.read_table(paths[name])
+        turned = [f"class {(int(one[-1]) + 1) % 3}" for one in table["class"].to_pylist()]
+        out[name] = str(folder / f"{name}.parquet")
+        pq.write_table(
+            table.set_column(table.schema.get_field_index("class"), "class", pa.array(turned)),
+            out[name],
+            row_group_size=16,
+        )
+    return out
+
+
+@pytest.mark.parametrize("technique", ["dann", "pseudo_labels"])
+def test_without_labels_everything_is_chosen_on_the_source(tmp_path, paths, technique):
+    """Wrong labels of training and validation rows change nothing, weights and validation."""
+    found = []
+    for number, files in enumerate((paths, wrong_labels(paths, tmp_path))):
+        job, shared = world(tmp_path, {**files, "more": paths["more"]}, technique, root=str(number))
+        record = trial.run(trial_of(job, shared, technique, fraction=0), shared)
+        row = next(row for row in record.rows if row.split == "test")
+        assert (row.n_train, row.label_fraction, row.status) == (0, "0/class", "done")
+        validation = next(row for row in record.rows if row.split == "validation")
+        assert validation.n_eval == 14, "the source's"
+        found.append((bundle.load(row.bundle_uri).tensors, record.validation))
+    (one, metrics), (other, others) = found
+    assert metrics == others and one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rows_without_labels_are_read_where_a_target_names_some(tmp_path, paths, monkeypatch):
+    from pipeline.techniques.dann import DANN
+
+    seen: set[tuple[int, ...]] = set()
+    penalty = DANN.penalty
+
+    def watched(self, task, batch, streams):
+        seen.update((len(batch), *streams["target"].rows.tolist()) for _ in (0,))
+        return penalty(self, task, batch, streams)
+
+    monkeypatch.setattr(DANN, "penalty", watched)
+    table = pq.read_table(paths["more"]).drop(["class"])
+    pq.write_table(table, tmp_path / "unlabelled.parquet")
+    data = {"uri": str(tmp_path / "unlabelled.parquet"), "modality": "image"}
+    job, shared = world(tmp_path, paths, "dann", unlabelled=data)
+    for fraction in (1.0, 0):
+        seen.clear()
+        trial.run(trial_of(job, shared, "dann", fraction=fraction), shared)
+        rows = {row for _, *one in seen for row in one}
+        assert rows == set(range(14)), "every row of the file, and no other"
+    keys = [
+        stages.check(one, Silent()).targets["task"]
+        for one in (job, world(tmp_path, paths, "dann", root="other")[0])
+    ]
+    assert keys[0].key == keys[1].key and keys[0].unlabelled_key and not keys[1].unlabelled_key
+
+
+def test_adabn_measures_the_training_rows_and_tent_adapts_to_the_test_rows(tmp_path, paths):
+    """Neither trains anything else of the source's network."""
+    resnet = Architecture("timm/resnet10t", {}, {"channels": 3, "size": 32})
+    image = ModalitySpec("image", {"size": 32}, {"mean": [0.5] * 3, "std": [0.2] * 3})
+    job = job_of(tmp_path, splits_of(paths))
+    shared = shared_of(tmp_path, job, paths, keep_bundles=True, source=(resnet, image))
+    found = {}
+    for name in ("zero_shot", "adabn", "tent"):
+        record = trial.run(trial_of(job, shared, name, fraction=0), shared)
+        found[name] = bundle.load(record.rows[0].bundle_uri).tensors
+    plain = found["zero_shot"]
+    for name in ("adabn", "tent"):
+        changed = {key for key in plain if not torch.equal(plain[key], found[name][key])}
+        norms = {
+            f"backbone.{at}.{own}"
+            for at, one in bundle.build_backbone(resnet, seed=0).named_modules()
+            if isinstance(one, torch.nn.BatchNorm2d)
+            for own in one.state_dict()
+        }
+        assert changed and changed <= norms
+        statistics = all(key.endswith(("_mean", "_var", "_tracked")) for key in changed)
+        assert statistics == (name == "adabn")
+    data = next(iter(shared.targets.values()))
+    task = bundle.build_task(resnet, data.objective, seed=0)
+    task.load_state_dict(plain)
+    images = data.train.modality.finish(next(iter(eval_batches(data.train, 256))).batch)["image"]
+    first = task.backbone.model.conv1[0](images)
+    mean = found["adabn"]["backbone.model.conv1.1.running_mean"]
+    assert torch.allclose(mean, first.mean((0, 2, 3)), atol=1e-5)
+
+
+def test_a_batch_of_a_stream_is_not_as_small_as_the_labels_are(tmp_path, paths, monkeypatch):
+    from pipeline.techniques.dann import DANN
+
+    sizes = []
+    monkeypatch.setattr(
+        DANN,
+        "penalty",
+        lambda self, task, batch, streams: sizes.append(
+            [len(batch), *(len(one) for one in streams.values())]
+        ),
+    )
+    job, shared = world(tmp_path, paths, "dann", fractions=(1,), train={"steps": 2})
+    shared.source_rows["src"] = (
+        Selection(manifests.build([paths["train"]], "parquet", "")),
+        COLUMNS,
+    )
+    trial.run(trial_of(job, shared, "dann", fraction=1), shared)
+    assert sizes == [[3, 16, 16]] * 2
+
+
+def test_cells_without_labels_are_those_of_techniques_that_need_none(tmp_path, paths):
+    job = job_of(tmp_path, splits_of(paths), label_fractions=[0, 0.5])
+    job = small(job, ["scratch", "full", "dann", "zero_shot", "adabn"])
+    state = stages.check(job, Silent())
+    text = "\n".join(dry_run.describe(state))
+    assert "at 0/class labels: 1 cells = 0 search + 3 final trials of 12 steps on 30 rows" in text
+    assert "at 0.5 labels: 3 cells" in text and "without training: 2 final trials" in text
+    arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
+    group = grid.BackboneGroup(arch, ModalitySpec("image"), "net", ("src",))
+    cells = grid.planned_cells(job, "task", [group], {"src"})
+    assert [(component.name, fraction) for _, _, component, fraction in cells if not fraction] == [
+        ("dann", 0),
+        ("zero_shot", 0),
+        ("adabn", 0),
+    ]
+
+
+# ---------------------------------------------------------------- what is refused before anything
+
+
+def checked(tmp_path, paths, techniques, source=None, **target):
+    job = job_of(tmp_path, splits_of(paths), **target)
+    return stages.check(small(job, techniques, source), Silent())
+
+
+def relabelled(paths, folder, rename):
+    table = pq.read_table(paths["train"])
+    names = pa.array([rename(one) for one in table["class"].to_pylist()])
+    path = str(folder / "source.parquet")
+    at = table.schema.get_field_index("class")
+    pq.write_table(table.set_column(at, "class", names), path)
+    data = {"train": path, "modality": {"image": {"size": 32}}, "columns": COLUMNS}
+    return {"data": data, "backbone": "timm/test_vit", "objective": "classification"}
+
+
+def test_label_sets_are_compared_before_anything_starts(tmp_path, paths):
+    source = relabelled(paths, tmp_path, lambda name: name.replace("class 0", "class 7"))
+    state = checked(tmp_path, paths, ["scratch", "dann"], source)
+    assert state.notes == [
+        "task: labels of source src, by name: 2 labels are shared; class 7 only in the source, "
+        "whose rows are left out; class 0 only in the target, where only the target's own labels "
+        "can teach them"
+    ]
+    assert not checked(tmp_path, paths, ["scratch", "dann"]).notes
+    source = relabelled(paths, tmp_path, lambda name: name.replace("class", "kind"))
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.task: techniques: dann reads the labelled rows of its source: source src "
+        r"and the target share no label \(kind 0, kind 1, kind 2; class 0, class 1, class 2\)",
+    ):
+        checked(tmp_path, paths, ["scratch", "dann"], source)
+    assert checked(tmp_path, paths, ["scratch", {"dann": {"source_weight": 0.0}}], source)
+
+
+@pytest.mark.parametrize(
+    ("techniques", "target", "message"),
+    [
+        (["full"], {"label_fractions": [0]}, r"label_fractions: 0 means no label of the target"),
+        (
+            ["full"],
+            {"unlabelled": {"uri": "train", "modality": "image"}},
+            r"unlabelled: none of the techniques reads rows without labels",
+        ),
+        (
+            ["dann"],
+            {"train": {"steps": 2, "micro_batch": 2}},
+            r"train\.micro_batch: dann compares the rows of a whole batch",
+        ),
+        (
+            ["dann"],
+            {"unlabelled": {"uri": "train", "modality": "image", "columns": {"image": "pic"}}},
+            r"targets\.task\.unlabelled\.columns\.image: .* no column 'pic'",
+        ),
+    ],
+)
+def test_what_would_not_be_read_is_refused(tmp_path, paths, techniques, target, message):
+    if "unlabelled" in target:
+        target["unlabelled"]["uri"] = paths["more"]
+    with pytest.raises(ValueError, match=message):
+        checked(tmp_path, paths, techniques, **target)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"test": "b", "train": "a"}, "all unlabelled rows are trained on"),
+        ({"uri": "a", "split_column": "split"}, "all unlabelled rows are trained on"),
+        ({"uri": "a", "modality": "text"}, "unlabelled rows are read as the target's are"),
+        ({"uri": "a", "weight": 2.0}, "unlabelled rows are read as they are"),
+    ],
+)
+def test_unlabelled_rows_have_no_splits_of_their_own(tmp_path, paths, given, message):
+    with pytest.raises(ValueError, match=message):
+        job_of(tmp_path, splits_of(paths), unlabelled={"modality": "image", **given})
+
+
+def test_a_checkpoint_has_no_rows_to_read(tmp_path, paths):
+    from toys import label_state, task_of
+
+    task = task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state())
+    from stage_runs import MODALITY
+
+    bundle.save(str(tmp_path / "given"), task, MODALITY)
+    source = {"backbone": f"bundle:{tmp_path / 'given'}"}
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.task: techniques: dann reads the rows of its source, and src is a "
+        "checkpoint without data",
+    ):
+        checked(tmp_path, paths, ["scratch", "dann"], source)
+    free = {"pseudo_labels": {"source_weight": 0.0}}
+    assert checked(tmp_path, paths, ["scratch", free], source, label_fractions=[0, 1.0])
