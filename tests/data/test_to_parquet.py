@@ -288,7 +288,7 @@ def test_a_folder_read_as_documents_has_no_tables_and_images_among_them(tmp_path
     ("name", "content"),
     [
         ("a.txt", b"fine\nbad \xff byte\nalso fine\n"),
-        ("a.txt.gz", gzip.compress(b"fine\nbad \xff byte\nalso fine\n")),
+        ("a.txt.gz", gzip.compress(b"fine\nbad \xff byte\nalso fine\n", mtime=0)),
         ("a.csv", b"text,label\nfine,1\nbad \xff byte,2\nalso fine,3\n"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": "bad \xff byte"}\n{"text": "also fine"}\n'),
     ],
