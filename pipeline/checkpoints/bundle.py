@@ -18,13 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
+from pipeline.checkpoints import differences
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
 from pipeline.core.contracts import Backbone, Modality, Objective, Task
 from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.io import atomic_folder, s3, storage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest format that is read: 2 is that of a bundle that holds what differs from another one;
+whole bundles are written in format 1."""
 
 
 class BundleError(ValueError):
@@ -240,9 +243,11 @@ class Manifest:
     """What a bundle says of itself: what rebuilds its network and its rows, where it comes from,
     and how it was trained.
 
-    ``training`` holds what the run reported of itself, ``metrics`` the validation metrics,
-    ``columns`` the column of each role, ``made_by`` the hashes of the code that made it
-    (`pipeline.config.provenance`), ``files`` and ``sha256`` the checksums of its folder.
+    ``base`` names, by its place and the SHA-256 of its weights, the bundle that is needed to read
+    this one; None for a bundle that holds all weights. ``training`` holds what the run reported of
+    itself, ``metrics`` the validation metrics, ``columns`` the column of each role, ``made_by`` the
+    hashes of the code that made it (`pipeline.config.provenance`), ``files`` and ``sha256`` the
+    checksums of its folder.
     """
 
     arch: Architecture
@@ -251,6 +256,7 @@ class Manifest:
     created: str = ""
     versions: dict[str, str] = field(default_factory=dict[str, str])
     parent: str | None = None
+    base: dict[str, str] | None = None
     training: dict[str, Any] = field(default_factory=dict[str, Any])
     spec_hash: str = ""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
@@ -278,7 +284,12 @@ class Manifest:
             "modality": self.modality.to_json(),
             "objective": self.objective.to_json(),
         }
-        return {"format_version": FORMAT_VERSION, "kind": "bundle", **stated, **parts}
+        version = 1
+        if self.base is None:
+            del stated["base"]
+        else:
+            version = 2
+        return {"format_version": version, "kind": "bundle", **stated, **parts}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Manifest:
@@ -342,12 +353,36 @@ class Bundle:
         return {name.removeprefix(prefix): tensor for name, tensor in found}
 
 
-def save(uri: str, model: Task | Backbone, modality: ModalitySpec, **extra: Any) -> None:
+@dataclass(frozen=True)
+class Base:
+    """A bundle that another one may be written as the difference to."""
+
+    uri: str
+    sha256: str
+    """Of its weights."""
+    backbone: Mapping[str, Tensor]
+    """Its backbone, under its own names."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the backbone's tensors under the names of a task."""
+        return {f"backbone.{name}": tensor for name, tensor in self.backbone.items()}
+
+
+def save(
+    uri: str,
+    model: Task | Backbone,
+    modality: ModalitySpec,
+    base: Base | None = None,
+    **extra: Any,
+) -> None:
     """Write a bundle of a task, or of a backbone alone (an imported checkpoint).
 
     Args:
+        base: Write what differs from this bundle, and name it; None: all weights.
         extra: Further fields of its `Manifest`.
     """
+    if base is not None:
+        extra["base"] = {"uri": base.uri, "sha256": base.sha256}
     backbone = model.backbone if isinstance(model, Task) else model
     objective = NO_OBJECTIVE
     if isinstance(model, Task):
@@ -360,6 +395,8 @@ def save(uri: str, model: Task | Backbone, modality: ModalitySpec, **extra: Any)
         prefix + name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in model.state_dict().items()
     }
+    if base is not None:
+        tensors = differences.reduce(tensors, base.tensors())
     with storage.scratch_folder() as scratch:
         path = Path(scratch, "weights.safetensors")
         with s3.naming("write", path):
@@ -401,4 +438,27 @@ def load(uri: str) -> Bundle:
     manifest = read_manifest(uri)
     with storage.scratch_folder() as scratch:
         folder = atomic_folder.fetch_folder(uri, Path(scratch, "bundle"))
-        return Bundle(uri, manifest, load_file(Path(folder, "weights.safetensors")))
+        tensors = load_file(Path(folder, "weights.safetensors"))
+    if manifest.base is not None:
+        tensors = differences.restore(tensors, _read_base(uri, manifest.base).tensors())
+    return Bundle(uri, manifest, tensors)
+
+
+def _read_base(uri: str, named: Mapping[str, str]) -> Base:
+    """Read the bundle that another one is the difference to.
+
+    Raises:
+        BundleError: It is missing, or has other weights than it had.
+    """
+    place = named["uri"]
+    try:
+        found = weights_sha256(place)
+    except storage.NotFoundError as error:
+        raise BundleError(
+            f"{uri} holds what differs from {place}, which is gone: {error}; restore it"
+        ) from error
+    if found != named["sha256"]:
+        raise BundleError(
+            f"{uri} holds what differs from {place}, whose weights have changed since: restore them"
+        )
+    return Base(place, found, load(place).backbone_tensors())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def export_bundle(uri: str, output: str, kind: str, backbone_only: bool) -> str:
 
 
 def _export_copy(found: bundle.Bundle, output: str) -> str:
+    if found.manifest.base is not None:
+        return _export_whole(found, output)
     with storage.scratch_folder() as scratch:
         folder = atomic_folder.fetch_folder(found.uri, Path(scratch, "copy"))
         compared = export_check.compare_tensors(
@@ -53,6 +56,21 @@ def _export_copy(found: bundle.Bundle, output: str) -> str:
             {"weights.safetensors": Path(folder, "weights.safetensors").read_bytes()},
             found.manifest.to_json(),
         )
+    return (
+        f"{output}: bundle of {found.manifest.arch.name}, {len(found.tensors)} tensors; "
+        f"{compared.text()}"
+    )
+
+
+def _export_whole(found: bundle.Bundle, output: str) -> str:
+    """Write a bundle that holds what differs from another one with all of its weights."""
+    manifest = replace(found.manifest, base=None)
+    with storage.scratch_folder() as scratch:
+        path = Path(scratch, "weights.safetensors")
+        save_file(found.tensors, path)
+        atomic_folder.commit_folder(output, {"weights.safetensors": path}, manifest.to_json())
+    compared = export_check.compare_tensors(found, bundle.load(output).tensors)
+    export_check.require(compared, found.uri)
     return (
         f"{output}: bundle of {found.manifest.arch.name}, {len(found.tensors)} tensors; "
         f"{compared.text()}"

@@ -892,6 +892,14 @@ class Fanout(Spec):
         description="fine-tuned bundles kept: the best seed of each cell on validation, all, or "
         "none",
     )
+    bundle_weights: Literal["whole", "changes"] = Field(
+        "whole",
+        # hashes of jobs are those from before there was a choice
+        exclude_if=lambda value: value == "whole",
+        description="whole: a fine-tuned bundle can be used alone; changes: it holds what differs "
+        "from its source's bundle, changes of a low rank (merged adapters) as two factors, and is "
+        "read together with that bundle; onetomany export makes it whole",
+    )
 
     @model_validator(mode="after")
     def _ranges(self):

@@ -566,6 +566,7 @@ def share(state: JobState) -> Shared:
         parents=uris,
         targets=data,
         keep_bundles=job.fanout.keep_bundles != "none",
+        keep_changes_alone=job.fanout.bundle_weights == "changes",
         source_keys={name: stage.key for name, stage in state.sources.items()},
         metadata={"git_sha": _git_sha(), "spec_hash": spec_hash(job)},
         heads={name: (manifests[name].objective, head) for name, (_, head, _) in loaded.items()},

@@ -168,6 +168,8 @@ class Shared:
     parent_weights: dict[str, str] = field(default_factory=dict)
     """Source to the SHA-256 of its weights, which a trial records as the weights it started from.
     """
+    keep_changes_alone: bool = False
+    """Whether bundles hold what differs from the bundle of their source."""
     remake: bool = False
     """Whether resume points of other code or versions are dropped, since trials are made again."""
     source_rows: dict[str, tuple[Selection, dict[str, str]]] = field(default_factory=dict)
@@ -776,6 +778,7 @@ def write(
             uri,
             task,
             data.modality,
+            base=_base_of(trial, shared),
             parent=shared.parents.get(trial.source),
             spec_hash=trial.id,
             metrics=record.validation,
@@ -788,6 +791,15 @@ def write(
     if not record.failed:
         resume_history.clear(where)
     return record
+
+
+def _base_of(trial: Trial, shared: Shared) -> bundle.Base | None:
+    """Return the bundle that a trial's is written as the difference to."""
+    source = trial.source
+    if not shared.keep_changes_alone or source not in shared.parent_weights:
+        return None
+    weights = _tensors(shared.weights[source])
+    return bundle.Base(shared.parents[source], shared.parent_weights[source], weights)
 
 
 def read_predictions(root: str, trial_id: str, seed: int) -> stats.RunPredictions | None:

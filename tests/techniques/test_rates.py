@@ -158,11 +158,18 @@ def test_every_technique_that_trains_the_backbone_has_them():
     for name in registry.names("technique"):
         kind = registry.get("technique", name)
         technique = kind()
-        tunes = kind.starts_from == "source" and trains(technique) and not kind.frozen
+        task = technique.wrap(net_task()) if trains(technique) else net_task()
+        layers = task.layers()
+        moving = {
+            layer
+            for phase in technique.phases(40)
+            for layer, rate in technique.rates(layers, phase.name).items()
+            if rate and layers[layer] and layers[layer][0].startswith("backbone.")
+        }
+        tunes = bool(moving) and kind.starts_from == "source"
         assert isinstance(technique.options, LayerOptions) == tunes, name
         if not tunes:
             continue
-        task = technique.wrap(net_task())
         technique = kind(kind.options_class(freeze=1))
         for phase in technique.phases(40):
             rates = layer_rates(technique, task.layers(), phase.name)
