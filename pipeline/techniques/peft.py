@@ -267,8 +267,8 @@ class AdapterTechnique(Technique, ABC):
     """Train adapters at ``lr_scale`` times ``lr`` and the head at ``lr``, nothing else."""
 
     replaced: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
-    """Classes of the modules that peft replaces for this method; other weights are computed by a
-    linear layer that it replaces."""
+    """Classes of the modules that peft replaces for this method; other weights are computed from a
+    linear layer that it adapts."""
 
     @abstractmethod
     def settings(self, modules: list[nn.Module]) -> tuple[Any, Any]:
@@ -532,7 +532,8 @@ class OFT(AdapterTechnique):
     of features must change. A layer with a single input stays as it is.
     """
 
-    replaced = ("Linear",)
+    # peft 0.21 takes an input of four dimensions, as swin's linear layers have, for an image
+    replaced = ()
 
     def weight_of(self, layer):
         rotation, weight = layer.oft_R[ADAPTER], layer.base_layer.weight
