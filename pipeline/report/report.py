@@ -997,6 +997,7 @@ def _method_blocks(
 
 def _format_parameters(text: str) -> str:
     try:
-        return ", ".join(f"{name} {value}" for name, value in json.loads(text).items()) or _DASH
+        named = json.loads(text).items()
+        return ", ".join(f"{name} {value}" for name, value in named if value is not None) or _DASH
     except (ValueError, AttributeError):
         return text

@@ -116,7 +116,7 @@ def test_missing_parts_are_found(saved):
 def test_a_newer_format_is_refused(saved):
     change(saved, format_version=bundle.FORMAT_VERSION + 1)
     with pytest.raises(
-        BundleError, match=r"the bundle has format 2, this program reads up to 1; update onetomany"
+        BundleError, match=r"the bundle has format 3, this program reads up to 2; update onetomany"
     ):
         bundle.load(str(saved))
 
