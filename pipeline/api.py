@@ -48,8 +48,9 @@ class Outcome:
     bundles: dict[str, str] = field(default_factory=dict)
     """URI of each source's bundle."""
     scores: list[dict[str, Any]] = field(default_factory=list)
-    """A row for each source and target, best first: ``target``, ``source``, ``backbone`` and a
-    value for each transferability score.
+    """A row for each source and target, best first: ``target``, ``source``, ``backbone``, a value
+    for each transferability score (None where it is not defined), ``intervals`` and ``undefined``,
+    score to (low, high) and to the reason.
     """
     rows: list[ResultRow] = field(default_factory=list)
     """The job's rows of the results table."""
@@ -140,7 +141,7 @@ def score(job: Job, *, address: str | None = None, verbose: bool = False) -> lis
     """Rank the pretrained sources for each target, without training. See `run`.
 
     Returns:
-        ``target``, ``source``, ``backbone`` and a value for each transferability score, best first.
+        Rows as in `Outcome.scores`, best first.
     """
     return run_stages(job, ("score",), address=address, verbose=verbose).scores
 

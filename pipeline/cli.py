@@ -191,14 +191,34 @@ def _prune(state: Any, dry_run: bool) -> None:
 
 
 def _print_scores(rows: list[dict[str, Any]]) -> None:
-    scores = registry.entries("score")
-    titles = [entry.title or name for name, entry in scores.items()]
-    title = "Transferability (higher is better)"
-    table = Table("target", "source", "backbone", *titles, title=title)
-    for row in rows:
-        values = [f"{row[name]:.4f}" for name in scores]
-        table.add_row(row["target"], row["source"], row["backbone"], *values)
-    out.print(table)
+    """Print a table for each target: a line for each score, a column for each source."""
+    from pipeline.transfer import scoring
+
+    scores, titles = scoring.scores(), registry.entries("score")
+    for target in dict.fromkeys(row["target"] for row in rows):
+        found = [row for row in rows if row["target"] == target]
+        sources = [f"{row['source']}\n{row['backbone']}" for row in found]
+        table = Table("score", *sources, title=f"Transferability to {target}, best source first")
+        table.caption = "↑ higher is better, ↓ lower; ± 95 % interval over rows"
+        for name, score in scores.items():
+            arrow = "↑" if score.higher_is_better else "↓"
+            values = [_format_score(row, name) for row in found]
+            table.add_row(f"{titles[name].title or name} {arrow}", *values)
+        out.print(table)
+        reasons = {
+            f"{titles[name].title or name} of {row['source']}: {reason}"
+            for row in found
+            for name, reason in row["undefined"].items()
+        }
+        for reason in sorted(reasons):
+            out.print(f"undefined: {reason}", markup=False, soft_wrap=True)
+
+
+def _format_score(row: dict[str, Any], name: str) -> str:
+    if row[name] is None:
+        return "undefined"
+    low, high = row["intervals"].get(name, (None, None))
+    return f"{row[name]:.4f}" + ("" if low is None else f" ± {(high - low) / 2:.2g}")
 
 
 @app.command()
@@ -240,8 +260,8 @@ def pretrain(
 def score(
     job: JobFile, set_: Set = None, address: Address = None, verbose: Verbose = False
 ) -> None:
-    """Rank the pretrained sources for each target by transferability scores (LogME, kNN and those
-    of plugins), without training.
+    """Rank the pretrained sources for each target by transferability scores (LogME, LEEP, kNN,
+    distances, ... and those of plugins), without training.
     """
     _stages(job, set_, address, verbose, None, ("score",))
 

@@ -20,6 +20,7 @@ from pipeline.train import launch, pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
 from pipeline.transfer import fanout, inference, stages, trial
+from pipeline.transfer.scoring import score_pair
 
 COLUMNS = {"image": "picture", "label": "class"}
 MODALITY = ModalitySpec("image", {"size": 32, "channels": 3}, {"mean": [0.5] * 3, "std": [0.2] * 3})
@@ -49,7 +50,9 @@ def saved_vit(folder: Path, seed: int = 1, mean: float = 0.5) -> str:
 
 
 def trials_in_this_process(monkeypatch) -> list[str]:
-    """Trials run one after the other, without Ray Tune; the ids of those that ran."""
+    """Trials run one after the other, without Ray Tune, and so do scores; the ids of the trials
+    that ran.
+    """
     ran: list[str] = []
 
     def run(name, wanted, shared, spec, progress, anew=(), wait=None):
@@ -59,7 +62,11 @@ def trials_in_this_process(monkeypatch) -> list[str]:
                 trial.run(one, shared, Ranks())
         return [trial.read_record(shared.root, one.id) for one in wanted]
 
+    def scored(pairs, shared, spec, wait=None):
+        return [score_pair(pair, shared) for pair in pairs]
+
     monkeypatch.setattr(fanout, "run", run)
+    monkeypatch.setattr(fanout, "score_pairs", scored)
     return ran
 
 

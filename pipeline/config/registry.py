@@ -33,7 +33,7 @@ FOLDERS = {
     "objective": "objectives",
     "technique": "techniques",
     "metric": "core/metrics",
-    "score": "transfer/scores.py",
+    "score": "transfer/scores",
     "importer": "prepare/importers",
     "cohort": "prepare/cohorts",
 }

@@ -155,7 +155,12 @@ def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> 
 
 
 def map_items(
-    fn: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1.0, ahead: int | None = None
+    fn: Callable[[Any], Any],
+    items: Iterable[Any],
+    *,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    ahead: int | None = None,
 ) -> Iterator[Any]:
     """Yield the results of `fn` over items, in order, as Ray tasks with a bounded window, or in
     this process if Ray is not running.
@@ -168,7 +173,7 @@ def map_items(
     if not ray.is_initialized():
         yield from map(fn, items)
         return
-    task = ray.remote(num_cpus=cpus, max_retries=3)(_apply)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_apply)
     window = ahead or max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
     held, fences = ray.put(fn), write_fence.current_fences()
     items = iter(items)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
-from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.nn import action_heads
 from pipeline.simulation.environment import World, make
 from pipeline.simulation.rollout import has_success_criterion, rollout
@@ -127,6 +127,8 @@ class BehaviourCloning(Objective):
         "random_steps",
     )
     raw_roles = optional_roles
+    position_labels = ("classes", "numbers")
+    position_features = ("tokens",)
     metrics = ("loss", "action_error")
     log_names = ("error",)
     label_fraction_unit = "rows"
@@ -304,6 +306,17 @@ class BehaviourCloning(Objective):
                 output = self.decoders[name](tokens[rows]).float()
                 found.append((name, rows, output.unflatten(-1, (self.options.chunk, -1))))
         return found
+
+    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the tokens (m, D) of all steps, and their own actions.
+
+        Those are standardised numbers (m, A), padded to the widest space, or classes (m,).
+        """
+        tokens, is_step = features.tokens, batch["mask"]
+        assert tokens is not None
+        actions = batch["actions"][is_step]
+        labels = actions.argmax(-1) if self.state["kind"] == "discrete" else actions.float()
+        return tokens[is_step].float(), labels
 
     def _outputs(self, backbone: Backbone, batch: Batch) -> list[tuple[str, Tensor, Tensor]]:
         tokens = backbone(batch, want=("tokens",)).tokens

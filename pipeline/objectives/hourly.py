@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
-from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.metrics import calibration
 from pipeline.core.nn import losses
 from pipeline.core.ragged import ragged
@@ -91,6 +91,8 @@ class Hourly(Objective):
     roles = ("label_times", "label_values")
     metrics = ("auroc", "auprc", "loss", "min_precision_sensitivity", "brier", "ece")
     log_names = ("accuracy",)
+    position_labels = ("classes",)
+    position_features = ("tokens", "stages")
     output_types = {
         "times": pa.list_(pa.float32()),
         "prediction": pa.list_(pa.int32()),
@@ -231,13 +233,24 @@ class Hourly(Objective):
         And a zero that every parameter of the backbone contributes to.
         """
         features = backbone(batch, want=("tokens", "stages"))
-        tokens = features.tokens
-        ends = features.stages.get("times")
-        if tokens is None or ends is None:
+        if features.tokens is None or "times" not in features.stages:
             raise ValueError(
                 f"{backbone.arch.name} does not tell when its tokens end "
                 '(stages["times"]): hourly needs a backbone of events'
             )
+        read, log_age, times, is_time = self._read(features, batch)
+        if self.options.norm:
+            read = F.layer_norm(read, read.shape[-1:])
+        read = F.dropout(read, self.options.dropout, self.training)
+        inputs = torch.cat([read, log_age.to(read.dtype)], dim=-1)
+        scores = self.head(inputs).float()
+        unused = features.pooled.float().sum() * 0.0
+        return scores, times, is_time, unused
+
+    def _read(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what the head reads of tokens (B, M, D) and of time (B, M, 1), and `_times`."""
+        tokens, ends = features.tokens, features.stages["times"]
+        assert tokens is not None
         real = features.mask
         if real is None:
             real = torch.ones(ends.shape, dtype=torch.bool, device=ends.device)
@@ -258,14 +271,12 @@ class Hourly(Objective):
         start = self.start.to(tokens.dtype).expand(len(tokens), 1, -1)
         tokens = torch.cat([start, tokens], dim=1)
         index = position[..., None].expand(-1, -1, tokens.shape[2])
-        read = tokens.gather(1, index)
-        if self.options.norm:
-            read = F.layer_norm(read, read.shape[-1:])
-        read = F.dropout(read, self.options.dropout, self.training)
-        inputs = torch.cat([read, log_age.to(read.dtype)], dim=-1)
-        scores = self.head(inputs).float()
-        unused = features.pooled.float().sum() * 0.0
-        return scores, times, is_time, unused
+        return tokens.gather(1, index), log_age, times, is_time
+
+    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the tokens (m, D) that labels are read from, and their classes (m,)."""
+        read, _, _, is_time = self._read(features, batch)
+        return read[is_time].float(), batch["label_values"].long()[is_time]
 
     def _times(self, batch: Batch, ends: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Return the times (B, M) to predict at, and which of them are real (B, M).

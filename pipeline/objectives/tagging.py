@@ -89,6 +89,8 @@ class Tagging(Objective):
     )
     log_names = ("accuracy",)
     raw_roles = ("text",)
+    position_labels = ("classes",)
+    position_features = ("tokens",)
     output_types = {
         "tags": pa.list_(pa.string()),
         "entities": pa.list_(
@@ -233,15 +235,24 @@ class Tagging(Objective):
 
         -100 where no word begins.
         """
-        words = batch["words"].long()
-        tags = batch["tags"].long()
-        begins = (words >= 0) & (words < tags.shape[1])
-        truth = tags.gather(1, torch.where(begins, words, 0))
-        truth = torch.where(begins & (truth >= 0), truth, -100)
+        truth = self._truth(batch)
         losses = F.cross_entropy(
             scores.flatten(0, 1), truth.flatten(), reduction="none", ignore_index=-100
         )
         return losses.view_as(truth), truth
+
+    def _truth(self, batch: Batch) -> Tensor:
+        """Return the tag numbers (B, N) of the words that begin at a position, else -100."""
+        words, tags = batch["words"].long(), batch["tags"].long()
+        begins = (words >= 0) & (words < tags.shape[1])
+        truth = tags.gather(1, torch.where(begins, words, 0))
+        return torch.where(begins & (truth >= 0), truth, -100)
+
+    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the tokens (m, D) that begin a word, and their tag numbers (m,)."""
+        truth, tokens = self._truth(batch), features.tokens
+        assert tokens is not None
+        return tokens[truth >= 0].float(), truth[truth >= 0]
 
     def loss(self, backbone: Backbone, batch: Batch):
         scores, features = self.head_scores(backbone, batch)

@@ -23,6 +23,7 @@ from pipeline.report import (
     plots,
     results,
     rollouts,
+    score_audit,
     stats,
     subgroups,
 )
@@ -53,6 +54,7 @@ from pipeline.report.matrix import (
     matrix_cells,
 )
 from pipeline.report.results import ResultRow
+from pipeline.report.source_scores import PairScores
 from pipeline.report.trial_record import CurvePoint
 
 if TYPE_CHECKING:
@@ -260,6 +262,8 @@ def write(
     runs: dict[str, stats.RunPredictions] | None = None,
     code_notes: Sequence[str] = (),
     scores: dict[str, dict[str, Any]] | None = None,
+    source_scores: Mapping[str, PairScores] | None = None,
+    modalities: Mapping[str, str] | None = None,
 ) -> tuple[str, str]:
     """Write report.md and report.html under ``root_uri``, each atomically.
 
@@ -280,6 +284,8 @@ def write(
         code_notes: Sentences on the trials that were made by other code or versions.
         scores: ``source|target`` to ``score_name`` and ``score_value``, also of sources that were
             left out because of their score. Without it only the scores in ``rows`` are shown.
+        source_scores: ``source|target`` to every transferability score.
+        modalities: Target to the name of its modality.
 
     Returns:
         The URIs of report.md and report.html.
@@ -299,6 +305,7 @@ def write(
     content += [
         *_cost_blocks(cells, rows),
         *_score_blocks(rows, scores),
+        *score_audit.blocks_of(cells, source_scores or {}, modalities or {}),
         *_pretraining_blocks(pretraining),
         *_failure_blocks(rows),
         *_duplicate_blocks(rows),
@@ -793,7 +800,8 @@ def _score_blocks(
     )
     for (target, source, name), value in best_first:
         what = "fine-tuned" if (target, source) in tried else "left out"
-        body.append([target, source, name, what, _DASH if math.isnan(value) else f"{value:.4g}"])
+        shown = "undefined" if math.isnan(value) else f"{value:.4g}"
+        body.append([target, source, name, what, shown])
     return [
         Heading("Transferability scores"),
         blocks.Table(["Target", "Source", "Score", "What became of it", "Value"], body, 4),

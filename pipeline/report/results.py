@@ -114,6 +114,10 @@ class ResultRow:
     """
     modality: str | None = None
     """The modality of the target. Null for trials that were run before it was recorded."""
+    source_scores: str | None = None
+    """JSON, transferability score to ``value``, ``low`` and ``high`` of the source for the target,
+    null where the score is not defined. Null where no scores were computed.
+    """
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -185,6 +189,7 @@ COMPARED = (
     "versions",
     "made_by",
     "drawn",
+    "source_scores",
 )
 """Columns that need the other trials. They are filled in when the rows of all trials are collected.
 """

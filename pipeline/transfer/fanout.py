@@ -16,9 +16,10 @@ import time
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -30,13 +31,16 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline.config.schema import Fanout, Job
 from pipeline.core.metrics.catalog import metric
+from pipeline.data.stream import map_items
 from pipeline.io import checksums, heartbeat, storage, write_fence
+from pipeline.report.source_scores import PairScores
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import launch
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress, duration
 from pipeline.transfer import cached_heads, trial
 from pipeline.transfer.grid import SCRATCH, Trial
+from pipeline.transfer.scoring import Pair, score_pair
 from pipeline.transfer.trial import Shared
 
 RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
@@ -587,6 +591,19 @@ def per_trial(spec: Fanout, have: launch.Nodes) -> tuple[float, float]:
         # a head node without CPUs runs no trial
         cpus = min(cpus, max((node[0] for node in have if node[0] > 0), default=1.0))
     return cpus, share
+
+
+def score_pairs(
+    pairs: list[Pair], shared: Shared, spec: Fanout, wait: bool | None = None
+) -> Iterator[PairScores]:
+    """Yield the scores of each pair, in order, as Ray tasks that each have what a trial has.
+
+    Without Ray they are computed in this process.
+    """
+    cpus, gpus = 1.0, 0.0
+    if pairs and ray.is_initialized():
+        cpus, gpus = per_trial(spec, launch.cluster(wait).nodes)
+    yield from map_items(partial(score_pair, shared=shared), pairs, cpus=cpus, gpus=gpus)
 
 
 def check_fits(job: Job, have: launch.Nodes, grows: bool = False) -> None:

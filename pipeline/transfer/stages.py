@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import provenance, registry
-from pipeline.config.schema import Job, spec_hash
+from pipeline.config.schema import Job, Select, spec_hash
 from pipeline.core.contracts.objective_capabilities import names_labels
 from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE
 from pipeline.core.metrics.catalog import metric
@@ -30,13 +30,15 @@ from pipeline.report import code_versions as origins
 from pipeline.report import matrix, report, results, stats, subgroups
 from pipeline.report.code_versions import TrialProvenance
 from pipeline.report.results import ResultRow
+from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import fit_components, launch, source
 from pipeline.train.experiment import technique_of
 from pipeline.train.progress import Progress
 from pipeline.train.row_checks import findings_from_metadata
-from pipeline.transfer import fanout, grid, label_sets, overlap, pruning, scores, targets, trial
+from pipeline.transfer import fanout, grid, label_sets, overlap, pruning, scoring, targets, trial
 from pipeline.transfer.grid import SCRATCH, BackboneGroup, Trial
+from pipeline.transfer.scoring import Pair
 from pipeline.transfer.targets import TargetStage
 from pipeline.transfer.trial import Shared
 
@@ -65,6 +67,8 @@ class JobState:
     """``source|target`` to the result columns ``score_name`` and ``score_value``, where sources
     were chosen by scores.
     """
+    source_scores: dict[str, PairScores] = field(default_factory=dict)
+    """``source|target`` to every transferability score, where they were computed."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Target to the number of its test rows that were left out because they are also in a source.
     """
@@ -177,19 +181,24 @@ def _fitted_labels(stage: source.SourceStage, objective: str) -> ObjectiveSpec:
 
 
 def _score_problems(job: Job, target: TargetStage) -> list[str]:
-    """Return the problem where sources are chosen by scores and the target's rows allow none."""
+    """Return the problem where sources are chosen by a score that the target's rows do not have."""
     select = job.fanout.select
-    if select is not None and target.scored and 0 in target.spec.label_fractions:
+    if select is None:
+        return []
+    score = scoring.scores()[select.score]
+    objective = target.spec.objective.name
+    kinds = scoring.label_kinds(registry.get("objective", objective))
+    if kinds and "labels" in score.inputs and 0 in target.spec.label_fractions:
         return [
             f"fanout.select: {select.score} scores sources by labels of targets.{target.name}, of "
             "which label_fractions: 0 may use none: leave select out, or put 0 in a job of its own"
         ]
-    if select is None or target.scored:
+    if any(map(score.takes, kinds or (None,))):
         return []
     return [
-        f"fanout.select: targets.{target.name} is {target.spec.objective.name}, and {select.score} "
-        "scores sources by classes or labels of rows: leave select out, or put the target in a job "
-        "of its own"
+        f"fanout.select: targets.{target.name} is {objective}, and {select.score} scores sources "
+        f"by {' or '.join(score.tasks)} of rows: choose a score that reads no labels (frechet, "
+        "mmd, proxy_a), leave select out, or put the target in a job of its own"
     ]
 
 
@@ -401,6 +410,7 @@ def _save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
         "notes": state.notes,
         "broken": state.broken,
         "scores": state.scores,
+        "source_scores": {pair: found.to_json() for pair, found in state.source_scores.items()},
         "left_out": state.left_out,
     }
     checksums.write_document(
@@ -649,80 +659,113 @@ def _git_sha() -> str | None:
 
 
 def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
-    """Compute the transferability of every source for every target."""
-    out = []
-    for name, target in state.targets.items():
-        if not target.scored:
-            state.notes.append(
-                f"{name}: no transferability scores, which need classes or labels of rows; its "
-                f"objective is {target.spec.objective.name}"
-            )
-            state.progress.note(state.notes[-1])
-            continue
-        for group in shared.backbone_groups.values():
-            for source_name in group.sources:
-                if source_name in matching(state, name) and (name, group.key) in shared.targets:
-                    state.progress.update(f"score: {source_name} for {name}")
-                    found = _score_of(state, shared, source_name, group.key, name)
-                    out.append(
-                        {"target": name, "source": source_name, "backbone": group.label, **found}
-                    )
-    first = next(iter(registry.entries("score")))
-    return sorted(out, key=lambda row: (row["target"], *_rank(row[first])))
+    """Score every source for every target.
 
-
-def _score_of(
-    state: JobState, shared: Shared, source_name: str, base_key: str, target: str
-) -> dict[str, float]:
-    """Return the scores of one source, NaN where they cannot be computed.
-
-    A failure is added to the notes, and the other sources continue.
+    Returns:
+        A row for each pair, best first by the score that chooses sources (LogME where none does):
+        ``target``, ``source``, ``backbone``, each score's value, None where it is not defined;
+        ``intervals`` and ``undefined``, score to (low, high) and to the reason.
     """
-    try:
-        found = scores.score(shared, source_name, base_key, target)
-    except (ValueError, ArithmeticError, RuntimeError) as error:
-        reason, found = (
-            f"{type(error).__name__}: {error}",
-            dict.fromkeys(registry.entries("score"), float("nan")),
-        )
-    else:
-        reason = "no label tells its rows apart"
-    missing = [name for name, value in found.items() if np.isnan(value)]
-    if missing:
-        line = (
-            f"{target}: source {source_name} has no {' and no '.join(missing)} score and is ranked "
-            f"last ({reason})"
-        )
-        state.notes.append(line)
-        state.progress.note(f"warning: {line}")
-    return found
+    _compute_scores(state, shared, list(state.targets))
+    by = (state.job.fanout.select or Select()).score
+    out = []
+    for (name, group), sources in _pairs(state, shared, list(state.targets)).items():
+        for source_name in sources:
+            found = state.source_scores[f"{source_name}|{name}"].scores
+            out.append(
+                {
+                    "target": name,
+                    "source": source_name,
+                    "backbone": shared.backbone_groups[group].label,
+                    **{score: value.value for score, value in found.items()},
+                    "intervals": {
+                        score: (value.low, value.high)
+                        for score, value in found.items()
+                        if value.low is not None
+                    },
+                    "undefined": {
+                        score: value.reason for score, value in found.items() if value.value is None
+                    },
+                }
+            )
+    ranks = {pair: _rank(found.scores[by]) for pair, found in state.source_scores.items()}
+    return sorted(out, key=lambda row: (row["target"], *ranks[f"{row['source']}|{row['target']}"]))
 
 
-def _rank(score: float) -> tuple[bool, float]:
-    """Return the sort key of a score: the best first, NaN last."""
-    missing = bool(np.isnan(score))
-    return missing, 0.0 if missing else -score
+def _pairs(
+    state: JobState, shared: Shared, names: Sequence[str]
+) -> dict[tuple[str, str], list[str]]:
+    """Return (target, key of a backbone group) to the sources of the group that are scored."""
+    return {
+        (name, group.key): [one for one in group.sources if one in matching(state, name)]
+        for name in names
+        for group in shared.backbone_groups.values()
+        if (name, group.key) in shared.targets
+    }
+
+
+def _compute_scores(state: JobState, shared: Shared, names: Sequence[str]) -> None:
+    """Compute the scores of every source for these targets, on the workers.
+
+    A source that cannot be scored is added to the notes, and the others continue.
+    """
+    rows = {
+        name: (scoring.sample(stage.splits.train), dict(stage.spec.data.columns))
+        for name, stage in state.sources.items()
+        if stage.splits is not None and stage.spec.data is not None
+    }
+    pairs = [
+        Pair(source_name, group, name, rows.get(source_name))
+        for (name, group), sources in _pairs(state, shared, names).items()
+        for source_name in sources
+    ]
+    found = fanout.score_pairs(pairs, shared, state.job.fanout, state.wait)
+    for number, one in enumerate(found):
+        state.progress.update(f"scores: {number + 1}/{len(pairs)}")
+        state.source_scores[f"{one.source}|{one.target}"] = one
+        if one.error:
+            line = (
+                f"{one.target}: source {one.source} has no score and is ranked last ({one.error})"
+            )
+            state.notes.append(line)
+            state.progress.note(f"warning: {line}")
+
+
+def _rank(score: ScoreValue) -> tuple[bool, float]:
+    """Return the sort key of a score: the best first, what is not defined last."""
+    if score.value is None:
+        return True, 0.0
+    return False, -score.value if score.higher_is_better else score.value
 
 
 def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
-    """Select the sources of each target: all, or those with the best scores."""
+    """Select the sources of each target: all, or those with the best scores.
+
+    Targets with a choice of sources are scored also where all of them are fanned out: the report
+    then compares the scores with what fine-tuning showed.
+    """
     select = state.job.fanout.select
     chosen = {name: set(matching(state, name)) for name in state.targets}
+    scored = [name for name in state.targets if select is not None or len(chosen[name]) > 1]
+    _compute_scores(state, shared, scored)
     if select is None:
         return chosen
-    by_target: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in score(state, shared):
-        by_target[row["target"]].append(row)
-        value = None if np.isnan(row[select.score]) else row[select.score]
-        state.scores[f"{row['source']}|{row['target']}"] = {
-            "score_name": select.score,
-            "score_value": value,
-        }
-    for name, found in by_target.items():
-        best = sorted(found, key=lambda row: _rank(row[select.score]))[: select.top]
-        chosen[name] = {row["source"] for row in best}
-        dropped = [row["source"] for row in found if row["source"] not in chosen[name]]
-        if dropped:
+    for name in scored:
+        ranks: dict[str, tuple[bool, float]] = {}
+        for source_name in matching(state, name):
+            pair = f"{source_name}|{name}"
+            found = state.source_scores[pair].scores[select.score]
+            ranks[source_name] = _rank(found)
+            state.scores[pair] = {"score_name": select.score, "score_value": found.value}
+        if all(is_undefined for is_undefined, _ in ranks.values()):
+            state.notes.append(
+                f"{name}: no source has a {select.score} score, so none is left out by it"
+            )
+            state.progress.note(f"warning: {state.notes[-1]}")
+            continue
+        best = sorted(ranks, key=ranks.__getitem__)
+        chosen[name] = set(best[: select.top])
+        if dropped := best[select.top :]:
             state.notes.append(
                 f"{name}: sources kept by {select.score}: {', '.join(sorted(chosen[name]))}; "
                 f"left out: {', '.join(dropped)}"
@@ -909,6 +952,10 @@ def current(state: JobState) -> list[ResultRow]:
         metadata.get("notes", []),
         *(metadata.get(name, {}) for name in ("broken", "scores", "left_out")),
     )
+    state.source_scores = {
+        pair: PairScores.from_json(found)
+        for pair, found in metadata.get("source_scores", {}).items()
+    }
     state.targets = {
         name: stage for name, stage in state.targets.items() if name not in state.broken
     }
@@ -1019,6 +1066,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
             "split_origin": state.targets[one.target].split_origin,
             "drawn": json.dumps(one.hyper_parameters, sort_keys=True),
             **state.scores.get(f"{one.source}|{one.target}", {}),
+            "source_scores": _score_column(state, one),
         }
         if one.id in records:
             known |= state.trial_provenance[one.id].columns()
@@ -1046,6 +1094,18 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
     rows = _compared(rows, matrix.matrix_cells(rows, _tested_runs(state, rows, targets_of)))
     results.append(root, rows, current={one.id for one in found})
     return rows
+
+
+def _score_column(state: JobState, one: Trial) -> str | None:
+    """Return the scores of a trial's source for its target, as the results table has them."""
+    found = state.source_scores.get(f"{one.source}|{one.target}")
+    if found is None:
+        return None
+    shown = {
+        name: {"value": score.value, "low": score.low, "high": score.high}
+        for name, score in found.scores.items()
+    }
+    return json.dumps(shown, sort_keys=True)
 
 
 def _tested_runs(
@@ -1215,6 +1275,8 @@ def show(state: JobState, rows: list[ResultRow]) -> tuple[list[matrix.Cell], tup
         runs=runs,
         code_notes=origins.describe_changes(state.trial_provenance),
         scores=state.scores,
+        source_scores=state.source_scores,
+        modalities={name: stage.spec.data.modality.name for name, stage in state.targets.items()},
     )
     return cells, where
 

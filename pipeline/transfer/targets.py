@@ -116,9 +116,7 @@ class TargetStage:
 
     @property
     def scored(self) -> bool:
-        """Whether transferability scores can be computed, which need one class or a set of labels
-        in each row.
-        """
+        """Whether each row has one class or a set of labels, whose rarer side verdicts count."""
         objective = registry.get("objective", self.spec.objective.name)
         return has_classes(objective)
 

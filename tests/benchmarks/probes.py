@@ -49,9 +49,7 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
         {
             "name": "probes",
             "storage": root,
-            "sources": {
-                "photos": {"backbone": backbone, "init": "file:none", "objective": "classification"}
-            },
+            "sources": {"photos": {"backbone": backbone, "init": "file:none"}},
             "targets": {
                 "clothing": {
                     "data": {**files, "modality": "image", "columns": columns},

@@ -31,6 +31,7 @@ from pipeline.transfer import fanout
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.fanout import GroupedASHA
 from pipeline.transfer.grid import Trial
+from pipeline.transfer.scoring import Pair, score_pair
 
 
 @pytest.fixture(scope="module")
@@ -855,3 +856,22 @@ def test_heads_that_train_together_share_the_time_that_each_has(world, monkeypat
         ).silence
         is None
     )
+
+
+@pytest.mark.ray
+def test_scores_are_computed_on_the_workers(paths, tmp_path, ray_here):
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths)
+    key = next(iter(shared.backbone_groups))
+    data = shared.targets["task", key]
+    rows = (data.test.selection, dict(data.spec.data.columns))
+    pairs = [Pair("src", key, "task", rows), Pair("src", key, "task")]
+    found = list(fanout.score_pairs(pairs, shared, Fanout(cpus_per_trial=0.5)))
+    for pair, theirs in zip(pairs, found, strict=True):
+        ours = score_pair(pair, shared)
+        assert not theirs.error and theirs.source_rows == ours.source_rows
+        for name, score in ours.scores.items():
+            assert theirs.scores[name].reason == score.reason
+            assert (score.value is None) == (theirs.scores[name].value is None)
+            if score.value is not None:
+                assert theirs.scores[name].value == pytest.approx(score.value, rel=1e-3, abs=1e-3)

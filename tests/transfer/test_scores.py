@@ -1,20 +1,32 @@
 """LogME is the maximum of the evidence, kNN is scikit-learn's, and both rank a good source above a
-bad one.
+bad one. Scores of a source and a target read the rows that they may, and what is not defined has no
+value.
 """
 
 import dataclasses
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from contract_rows import OBJECTIVES
 from scipy.optimize import minimize
-from toys import image_files, job_of, shared_of, trial_of
+from toys import image_files, job_of, label_state, shared_of, trial_of
 
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
 from pipeline.config.schema import Job
-from pipeline.transfer import scores, trial
-from pipeline.transfer.scores import knn, logme
+from pipeline.core.specs import ObjectiveSpec
+from pipeline.report.source_scores import PairScores
+from pipeline.train import online_probe
+from pipeline.transfer import scoring, trial
+from pipeline.transfer.scores.knn import knn
+from pipeline.transfer.scores.leep import leep, nce
+from pipeline.transfer.scores.logme import logme
+from pipeline.transfer.scoring import Pair, score_pair
 
 
 def data(n: int, d: int, classes: int = 3, signal: float = 1.0, seed: int = 0):
@@ -143,37 +155,124 @@ def test_knn_over_several_blocks_and_with_few_rows():
     assert knn(np.array([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]), np.array([0, 0, 1, 1]), 1) == 1.0
 
 
+def values(found: PairScores) -> dict[str, float | None]:
+    return {name: score.value for name, score in found.scores.items()}
+
+
 def test_a_source_is_scored_on_a_target(tmp_path, monkeypatch):
     paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     key = next(iter(shared.backbone_groups))
     data_ = shared.targets["task", key]
-    found = scores.score(shared, "src", key, "task")
-    assert list(found) == ["logme", "knn"] and scores.score(shared, "src", key, "task") == found
-    from pipeline.checkpoints import bundle
-    from pipeline.transfer.cached_heads import features
-
+    pair = Pair("src", key, "task", (data_.validation.selection, data_.spec.data.columns))
+    found = score_pair(pair, shared)
+    assert not found.error and values(score_pair(pair, shared)) == values(found)
+    assert PairScores.from_json(json.loads(json.dumps(found.to_json()))) == found
     backbone = bundle.build_backbone(shared.backbone_groups[key].arch)
     bundle.transfer(
         backbone, {n: torch.from_numpy(a) for n, a in shared.weights["src"].items()}, "src"
     )
-    pooled, _ = features(backbone, data_.train, torch.device("cpu"))
-    assert found["knn"] == knn(pooled.numpy(), data_.labels) and found["logme"] == pytest.approx(
-        logme(pooled.numpy(), data_.labels)
+    pooled = online_probe.features(backbone, data_.train, torch.device("cpu"))[0].numpy()
+    assert values(found)["knn"] == knn(pooled, data_.labels)
+    assert values(found)["logme"] == pytest.approx(logme(pooled, data_.labels))
+    monkeypatch.setattr(scoring, "SCORE_ROWS", 20)
+    spread = np.unique(np.linspace(0, 59, 20).astype(int))
+    fewer = score_pair(pair, shared, ("knn",))
+    assert values(fewer) == {"knn": pytest.approx(knn(pooled[spread], data_.labels[spread]))}
+    assert (fewer.rows, found.rows, found.source_rows) == (20, 60, 24)
+
+
+def test_scores_that_are_defined_have_an_interval_and_others_a_reason(tmp_path):
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
+    key = next(iter(shared.backbone_groups))
+    found = score_pair(Pair("src", key, "task"), shared)
+    for name, score in found.scores.items():
+        if score.value is None:
+            assert score.reason and score.low is None
+        else:
+            assert score.low <= score.value <= score.high and score.seconds > 0, name
+    undefined = {name for name, score in found.scores.items() if score.value is None}
+    distances = {"frechet", "mmd", "proxy_a"}
+    assert distances <= undefined, "a checkpoint's rows are not there"
+    assert undefined <= {*distances, "leep", "nce"}
+
+
+def test_the_classes_of_the_source_are_those_of_its_head(tmp_path):
+    """LEEP reads what the source's own head says of the target's rows."""
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
+    key = next(iter(shared.backbone_groups))
+    data_ = shared.targets["task", key]
+    spec = ObjectiveSpec("classification", {"norm": False}, label_state(5))
+    task = bundle.build_task(data_.arch, spec, seed=3)
+    head = {name: tensor.numpy() for name, tensor in task.objective.state_dict().items()}
+    shared.heads["src"] = (spec, head)
+    backbone = bundle.build_backbone(data_.arch)
+    bundle.transfer(
+        backbone, {n: torch.from_numpy(a) for n, a in shared.weights["src"].items()}, "src"
     )
-    monkeypatch.setattr(scores, "SCORE_ROWS", 20)
-    assert scores.score(shared, "src", key, "task", ("knn",)) == {
-        "knn": pytest.approx(
-            knn(
-                pooled.numpy()[np.unique(np.linspace(0, 59, 20).astype(int))],
-                data_.labels[np.unique(np.linspace(0, 59, 20).astype(int))],
-            )
-        )
-    }
-    data_.objective = dataclasses.replace(data_.objective, name="clm")
-    with pytest.raises(ValueError, match=r"targets\.task: scores need labels, the objective clm"):
-        scores.score(shared, "src", key, "task")
+    pooled = online_probe.features(backbone, data_.train, torch.device("cpu"))[0].numpy()
+    logits = pooled.astype(np.float64) @ head["head.weight"].T + head["head.bias"]
+    theta = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    found = values(score_pair(Pair("src", key, "task"), shared))
+    assert found["leep"] == pytest.approx(leep(theta, data_.labels), abs=1e-6)
+    assert found["nce"] == pytest.approx(nce(theta, data_.labels), abs=1e-6)
+    shared.heads["src"] = (ObjectiveSpec("simclr", {}, {}), {})
+    without = score_pair(Pair("src", key, "task"), shared).scores["leep"]
+    assert (without.value, without.reason) == (
+        None,
+        "the source predicts no single class of a row (it is of simclr)",
+    )
+
+
+def test_scores_are_computed_once_for_the_same_weights_rows_and_labels(tmp_path, monkeypatch):
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
+    key = next(iter(shared.backbone_groups))
+    data_ = shared.targets["task", key]
+    data_.key, shared.source_keys["src"] = "rows", "source"
+    pair, passes = Pair("src", key, "task"), []
+    compute = scoring.features
+
+    def counted(*args):
+        passes.append(1)
+        return compute(*args)
+
+    monkeypatch.setattr(scoring, "features", counted)
+    found = score_pair(pair, shared)
+    assert score_pair(pair, shared) == found and len(passes) == 1, "one pass for all scores"
+    changes = [
+        lambda: shared.source_keys.update(src="another"),
+        lambda: shared.parent_weights.update(src="other weights"),
+        lambda: setattr(data_, "key", "other rows"),
+        lambda: setattr(
+            data_, "spec", data_.spec.model_copy(update={"label_fractions": [0.5, 1.0]})
+        ),
+    ]
+    for number, change in enumerate(changes):
+        change()
+        score_pair(pair, shared)
+        assert len(passes) == 2 + number
+    next(iter(shared.weights["src"].values()))[...] = np.nan
+    shared.parent_weights.update(src="damaged")
+    assert score_pair(pair, shared).error and score_pair(pair, shared).error
+    assert len(passes) == 4 + len(changes) - 1, "a failure is not kept"
+
+
+@pytest.mark.parametrize("name", ["clm", "detection", "ctc"])
+def test_a_target_without_classes_has_distances_alone(tmp_path, name):
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
+    key = next(iter(shared.backbone_groups))
+    data_ = shared.targets["task", key]
+    data_.objective = dataclasses.replace(data_.objective, name=name)
+    rows = (data_.test.selection, data_.spec.data.columns)
+    found = score_pair(Pair("src", key, "task", rows), shared)
+    defined = {name for name, score in found.scores.items() if score.value is not None}
+    assert defined == {"frechet", "mmd", "proxy_a"}
+    assert f"{name} gives neither rows nor their positions" in found.scores["logme"].reason
 
 
 @pytest.mark.parametrize(
@@ -187,7 +286,7 @@ def test_scores_read_no_label_that_the_poorest_trials_may_not(tmp_path, fraction
     job = job_of(tmp_path, paths, label_fractions=fractions)
     shared = shared_of(tmp_path, job, paths)
     (name, key), data_ = next(iter(shared.targets.items()))
-    allowed = scores.fewest_labels(shared, data_)
+    allowed = scoring.fewest_labels(shared, data_)
     assert len(allowed) == rows
     for fraction in fractions:
         trial_rows = trial.resolve_training(
@@ -196,23 +295,21 @@ def test_scores_read_no_label_that_the_poorest_trials_may_not(tmp_path, fraction
         assert set(data_.train.subset(allowed).selection.ids(np.arange(rows))) <= set(
             trial_rows.selection.ids(np.arange(len(trial_rows)))
         )
-    want = scores.score(shared, "src", key, name)
+    want = values(score_pair(Pair("src", key, name), shared))
     data_.labels = data_.labels.copy()  # what the fractions are drawn by
     data_.train.arrays["label"][np.setdiff1d(np.arange(60), allowed)] = (
         2  # labels of rows that may not be read
     )
-    assert scores.score(shared, "src", key, name) == want
+    assert values(score_pair(Pair("src", key, name), shared)) == want
 
 
 def test_weights_that_are_not_finite_have_no_score(tmp_path):
     paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
     shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
     next(iter(shared.weights["src"].values()))[...] = np.nan
-    with pytest.raises(
-        ValueError,
-        match=r"targets\.task: the features of source src are not finite for 60 of 60 rows",
-    ):
-        scores.score(shared, "src", next(iter(shared.backbone_groups)), "task")
+    found = score_pair(Pair("src", next(iter(shared.backbone_groups)), "task"), shared)
+    assert "the features of source src are not finite for 60 of 60 rows" in found.error
+    assert set(values(found).values()) == {None}
 
 
 def test_a_row_that_cannot_be_decoded_as_it_is_read_shifts_no_label(tmp_path):
@@ -230,7 +327,8 @@ def test_a_row_that_cannot_be_decoded_as_it_is_read_shifts_no_label(tmp_path):
         job = job_of(tmp_path, paths).model_dump(mode="json")
         job["targets"]["task"]["data"]["decode"] = decode
         shared = shared_of(tmp_path, Job.model_validate(job), paths)
-        found.append(scores.score(shared, "src", next(iter(shared.backbone_groups)), "task"))
+        pair = Pair("src", next(iter(shared.backbone_groups)), "task")
+        found.append(values(score_pair(pair, shared)))
     assert found[0] == pytest.approx(found[1])
 
 
@@ -259,3 +357,56 @@ def test_scores_of_label_sets():
     want = [roc_auc_score(column, column[near].sum(1)) for column in sets.T[:2].astype(int)]
     assert knn(features, sets) == pytest.approx(np.mean(want), abs=1e-9)
     assert np.isnan(logme(features, sets[:, 2:])) and np.isnan(knn(features, sets[:, 2:]))
+
+
+# ---------------------------------------------------------------- every kind of target
+
+OF_CLASSES = {"cka", "gbc", "h_score", "knn", "logme", "nleep", "transrate"}
+DEFINED = {
+    "classification": OF_CLASSES,
+    "tagging": OF_CLASSES,
+    "hourly": OF_CLASSES,
+    "multilabel": {"cka", "knn", "logme"},
+    "behaviour_cloning": {"cka", "logme"},
+}
+"""Objective to the scores that are defined without a source's rows and classes."""
+
+
+@pytest.mark.parametrize("name", registry.names("objective"))
+def test_every_kind_of_target_has_the_scores_that_are_defined_for_it(name):
+    built = OBJECTIVES[name].build(name)
+    backbone, objective = built.task.backbone, built.task.objective
+    data_ = SimpleNamespace(
+        objective=ObjectiveSpec(name, objective.options.model_dump(), objective.state),
+        arch=backbone.arch,
+        train=built.rows,
+        labels=None,
+        spec=SimpleNamespace(label_fractions=[1.0]),
+    )
+    weights = {name: tensor.numpy() for name, tensor in backbone.state_dict().items()}
+    shared = SimpleNamespace(
+        seed=0,
+        heads={},
+        targets={("task", "key"): data_},
+        weights={"src": weights},
+        source_keys={},
+    )
+    found = score_pair(Pair("src", "key", "task"), shared)  # type: ignore[arg-type]
+    assert not found.error
+    defined = {name for name, score in found.scores.items() if score.value is not None}
+    assert defined == DEFINED.get(name, set())
+    kinds = scoring.label_kinds(type(objective))
+    allowed = {name for name, one in scoring.scores().items() if any(map(one.takes, kinds))}
+    assert defined <= allowed, "what the job file is checked by"
+
+
+def test_labels_of_words_are_scored_by_the_features_of_words():
+    built = OBJECTIVES["tagging"].build("tagging")
+    found, labelled, labels = scoring._position_features(
+        built.task.objective, built.task.backbone, built.rows, torch.device("cpu")
+    )
+    tags = built.rows.arrays["tags"]
+    words = built.rows.arrays["words"]
+    read = [tags[i, word] for i in range(len(words)) for word in words[i] if word >= 0]
+    assert len(found) == len(built.rows) and len(labelled) == len(labels)
+    assert sorted(labels.tolist()) == sorted(tag for tag in read if tag >= 0)

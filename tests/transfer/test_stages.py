@@ -45,7 +45,7 @@ from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import row_checks, source
 from pipeline.train.loop import Ranks
-from pipeline.transfer import dry_run, grid, overlap, stages, targets, trial
+from pipeline.transfer import dry_run, grid, overlap, scoring, stages, targets, trial
 
 
 @pytest.fixture(scope="session")
@@ -609,9 +609,7 @@ def test_a_source_without_a_score_is_ranked_last_and_named_and_the_others_go_on(
     state, rows = run_through(job)
     assert {row.source for row in rows} == {"a", "b", "none"}
     named = [
-        note
-        for note in state.notes
-        if "source broken has no logme and no knn score and is ranked last" in note
+        note for note in state.notes if "source broken has no score and is ranked last" in note
     ]
     assert len(named) == 1 and "not finite" in named[0]
     assert [row["source"] for row in stages.score(state, stages.share(prepared(job)))][
@@ -651,6 +649,40 @@ def test_rows_that_were_there_before_have_their_sources_score_too(tmp_path, bund
     run_through(job)
     _, rows = run_through(changed(job, fanout={"seeds": 2, "select": {"score": "knn", "top": 2}}))
     assert {row.score_name for row in primary(rows) if row.source != "none"} == {"knn"}
+
+
+def test_every_score_is_recorded_and_audited_where_there_is_a_choice(
+    tmp_path, bundles, paths, here
+):
+    sources = {"a": bundles["a"], "b": bundles["b"]}
+    job = job_of(tmp_path, sources, paths, techniques=("scratch", "full"))
+    state, rows = run_through(job)
+    assert set(state.source_scores) == {"a|task", "b|task"}
+    for name in "ab":
+        kept = json.loads(primary(rows, source=name)[0].source_scores or "")
+        assert kept["logme"]["low"] < kept["logme"]["value"] < kept["logme"]["high"]
+        assert kept["frechet"] == {"value": None, "low": None, "high": None}
+    assert {row.source_scores for row in primary(rows, source="none")} == {None}
+    assert {row.score_name for row in rows} == {None}, "no score chose the sources"
+    again, same = reported(job)
+    assert again.source_scores == state.source_scores and alike(same, rows)
+    text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
+    assert "## What the scores were worth" in text and "| image | LogME |" in text
+    assert "undefined" in text and "the source is a checkpoint" in text
+
+
+def test_a_score_that_no_source_has_leaves_none_out(tmp_path, bundles, paths, here):
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"], "b": bundles["b"]},
+        paths,
+        techniques=("scratch", "full"),
+        select={"score": "mmd", "top": 1},
+    )
+    state, rows = run_through(job)
+    assert {row.source for row in rows} == {"a", "b", "none"}
+    assert "task: no source has a mmd score, so none is left out by it" in state.notes
+    assert {row.score_value for row in primary(rows, source="a")} == {None}
 
 
 # ---------------------------------------------------------------- bad targets, bad labels
@@ -1213,21 +1245,16 @@ def test_every_row_says_where_its_splits_come_from_and_two_ways_never_share_a_ta
 # ---------------------------------------------------------------- targets without classes
 
 
-def test_scores_need_classes_or_labels(tmp_path, bundles, paths, here, monkeypatch):
-    monkeypatch.setattr(targets.TargetStage, "scored", property(lambda self: False))
+def test_a_score_that_reads_labels_needs_them(tmp_path, bundles, paths, here, monkeypatch):
+    monkeypatch.setattr(scoring, "label_kinds", lambda objective: ())
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",))
-    state = prepared(job)
-    assert stages.score(state, stages.share(state)) == []
-    assert state.notes == [
-        "task: no transferability scores, which need classes or labels of rows; its objective "
-        "is classification"
-    ]
     with pytest.raises(
         ValueError,
         match=r"fanout\.select: targets\.task is classification, and logme scores sources by "
-        r"classes or labels of rows: leave",
+        r"classes or label sets or numbers of rows: choose a score that reads no labels",
     ):
         prepared(changed(job, fanout={"seeds": 2, "select": {"top": 1}}))
+    prepared(changed(job, fanout={"seeds": 2, "select": {"score": "mmd", "top": 1}}))
 
 
 @pytest.mark.parametrize(

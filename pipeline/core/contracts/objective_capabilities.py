@@ -18,6 +18,7 @@ Rows and labels:
     `LengthBound`: rows can be too short to be trained on.
     `BindsToBackbone`: part of the state follows from the backbone.
     `CountsRows`: whole label fractions count rows.
+    `LabelsPositions`: a label belongs to a word, an hour or a step, not to a row.
 
 Predictions:
     `ChoosesTargetMetrics`, `ChoosesSourceMetrics`: metrics follow from the labels.
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
     from pipeline.core.batch import Batch
-    from pipeline.core.contracts.backbone import Backbone
+    from pipeline.core.contracts.backbone import Backbone, Features
     from pipeline.core.contracts.modality import Arrays, View
     from pipeline.core.contracts.objective import Loss, Objective, RawRows
 
@@ -243,6 +244,23 @@ class CountsRows(Protocol):
 
     label_fraction_unit: ClassVar[str]
     """How a number of rows is written in tables: "rows"."""
+
+
+@runtime_checkable
+class LabelsPositions(Protocol):
+    """An objective whose labels belong to positions of a row: a word, an hour, a step.
+
+    Transferability scores read such labels with the features of their positions.
+    """
+
+    position_labels: ClassVar[tuple[str, ...]]
+    """What they can be: "classes", "numbers"."""
+    position_features: ClassVar[tuple[str, ...]]
+    """What the backbone is asked for beside pooled features (``want``)."""
+
+    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return (m, D) features and (m,) class numbers or (m, T) numbers, of all labels."""
+        ...
 
 
 # ---------------------------------------------------------------- predictions

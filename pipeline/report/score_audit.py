@@ -1,0 +1,448 @@
+"""What each transferability score was worth: its ranking of sources beside that of fine-tuning.
+
+A score is right where the sources that it puts first are those whose fine-tuned networks are best.
+What fine-tuning showed of a source is the mean of the primary metric on test rows over the
+techniques that every source of the target was tried with, for each label fraction.
+
+- Weighted Kendall tau (Vigna 2015) of scores and means: 1 for the same order, -1 for the reverse;
+  exchanges at the top count most. Averaged over label fractions, then over targets.
+- Regret of top k: how much worse the best of the k sources that the score puts first is than the
+  best of all, in units of the metric. 0 is the best.
+- The interval of tau draws targets with repetition and, where they are few, sources within each.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from scipy.stats import weightedtau
+
+from pipeline.config import registry
+from pipeline.report import blocks, plots
+from pipeline.report.blocks import Block, Bullets, Details, Heading, Text
+from pipeline.report.matrix import SCRATCH, Cell
+from pipeline.report.source_scores import PairScores, ScoreValue
+
+DRAWS = 200
+MIN_PAIRS = 8
+"""Pairs of a source and a target that an interval of tau needs."""
+MANY_TARGETS = 8
+UNDEFINED = "undefined"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What fine-tuning showed of the sources of a target at one label fraction.
+
+    ``means`` are source to mean metric, larger is better; ``halves`` are half the widths of their
+    intervals, 0 where there is none. ``metric`` is as it is shown, with its own direction.
+    """
+
+    target: str
+    label_fraction: str
+    metric: str
+    higher_is_better: bool
+    means: dict[str, float]
+    halves: dict[str, float]
+
+    @property
+    def best(self) -> str:
+        return max(self.means, key=self.means.__getitem__)
+
+    def shown(self, source: str) -> float:
+        """Return the mean metric of a source in its own direction."""
+        return self.means[source] if self.higher_is_better else -self.means[source]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A score beside what fine-tuning showed, in one domain. None where nothing can be said."""
+
+    domain: str
+    score: str
+    tau: float | None
+    low: float | None
+    high: float | None
+    top_1: float | None
+    """Regret of the source that the score puts first."""
+    top_3: float | None
+    """Regret of the best of its first three, where there are more than three sources."""
+    chance: float | None
+    """Regret that a source drawn at random has on average."""
+    seconds: float | None
+    """Of the score for a source and a target, with the features that all scores share."""
+    trial_seconds: float | None
+    """Of one fine-tuning trial."""
+    pairs: int
+    """Pairs of a source and a target that have both."""
+    misled: tuple[str, ...] = ()
+    """A sentence for each target where following the score would have done harm."""
+
+
+def outcomes(cells: Sequence[Cell]) -> list[Outcome]:
+    """Return what fine-tuning showed, for targets with at least two sources.
+
+    Techniques that train nothing are left out, and those that not every source was tried with.
+    """
+    tried: dict[tuple[str, str], dict[str, dict[str, Cell]]] = defaultdict(dict)
+    for cell in cells:
+        if cell.source != SCRATCH and cell.mean is not None and cell.params_trained:
+            group = tried[cell.target, cell.label_fraction]
+            group.setdefault(cell.source, {})[cell.technique] = cell
+    out = []
+    for (target, fraction), by_source in tried.items():
+        common = set.intersection(*(set(found) for found in by_source.values()))
+        if len(by_source) < 2 or not common:
+            continue
+        first = next(iter(by_source.values()))[min(common)]
+        sign = 1.0 if first.higher_is_better else -1.0
+        means, halves = {}, {}
+        for source, found in by_source.items():
+            chosen = [found[technique] for technique in sorted(common)]
+            means[source] = sign * fmean(cell.mean or 0.0 for cell in chosen)
+            halves[source] = fmean(_half_width(cell) for cell in chosen)
+        out.append(Outcome(target, fraction, first.metric, first.higher_is_better, means, halves))
+    return out
+
+
+def _half_width(cell: Cell) -> float:
+    return 0.0 if cell.low is None or cell.high is None else (cell.high - cell.low) / 2
+
+
+# ---------------------------------------------------------------- one score
+
+
+def tau(values: Sequence[float], means: Sequence[float]) -> float:
+    """Return the weighted Kendall tau, NaN where all values or all means are equal."""
+    if len(set(values)) < 2 or len(set(means)) < 2:
+        return float("nan")
+    return float(weightedtau(values, means).statistic)
+
+
+def ranked(found: Mapping[str, ScoreValue], outcome: Outcome) -> dict[str, float]:
+    """Return source to score, larger is better and the best first, of the defined ones."""
+    signed = {
+        source: found[source].value * (1 if found[source].higher_is_better else -1)  # type: ignore[operator]
+        for source in outcome.means
+        if source in found and found[source].value is not None
+    }
+    return dict(sorted(signed.items(), key=lambda pair: -pair[1]))
+
+
+def regret(order: Iterable[str], outcome: Outcome, top: int) -> float:
+    """Return how much worse the best of the first ``top`` sources is than the best of all."""
+    chosen = list(order)[:top]
+    return outcome.means[outcome.best] - max(outcome.means[source] for source in chosen)
+
+
+def audit(
+    domain: str,
+    score: str,
+    found: Mapping[tuple[str, str], ScoreValue],
+    shown: Sequence[Outcome],
+    seconds: float | None = None,
+    trial_seconds: float | None = None,
+    draws: int = DRAWS,
+) -> Audit:
+    """Compare a score with what fine-tuning showed.
+
+    Args:
+        found: (target, source) to the score.
+        shown: Outcomes of the domain.
+        seconds: See `Audit`.
+        trial_seconds: See `Audit`.
+        draws: Draws of the bootstrap.
+    """
+    orders: list[tuple[Outcome, dict[str, float]]] = []
+    for outcome in shown:
+        of_target = {source: v for (target, source), v in found.items() if target == outcome.target}
+        order = ranked(of_target, outcome)
+        if len(order) > 1:
+            orders.append((outcome, order))
+    pairs = len({(one.target, source) for one, order in orders for source in order})
+    if not orders:
+        return Audit(domain, score, None, None, None, None, None, None, seconds, trial_seconds, 0)
+    low, high = _interval(orders, draws) if pairs >= MIN_PAIRS else (None, None)
+    wide = [(one, order) for one, order in orders if len(one.means) > 3]
+    return Audit(
+        domain,
+        score,
+        _mean_by_target((one.target, _tau_of(one, order)) for one, order in orders),
+        low,
+        high,
+        _mean_by_target((one.target, regret(order, one, 1)) for one, order in orders),
+        _mean_by_target((one.target, regret(order, one, 3)) for one, order in wide),
+        _mean_by_target((one.target, _chance(one)) for one, _ in orders),
+        seconds,
+        trial_seconds,
+        pairs,
+        tuple(line for one, order in orders if (line := _misled(one, order))),
+    )
+
+
+def _tau_of(outcome: Outcome, order: Mapping[str, float]) -> float:
+    return tau(list(order.values()), [outcome.means[source] for source in order])
+
+
+def _chance(outcome: Outcome) -> float:
+    return outcome.means[outcome.best] - fmean(outcome.means.values())
+
+
+def _mean_by_target(values: Iterable[tuple[str, float]]) -> float | None:
+    """Return the mean over targets of each one's mean, without NaN; None where nothing is left."""
+    by_target: dict[str, list[float]] = defaultdict(list)
+    for target, value in values:
+        if np.isfinite(value):
+            by_target[target].append(value)
+    return fmean(fmean(found) for found in by_target.values()) if by_target else None
+
+
+def _interval(
+    orders: Sequence[tuple[Outcome, dict[str, float]]], draws: int
+) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of tau over targets.
+
+    Where there are fewer than `MANY_TARGETS`, sources are drawn within each target too.
+    """
+    rng = np.random.default_rng(0)
+    by_target: dict[str, list[tuple[Outcome, dict[str, float]]]] = defaultdict(list)
+    for outcome, order in orders:
+        by_target[outcome.target].append((outcome, order))
+    groups, found = list(by_target.values()), []
+    if len(groups) >= MANY_TARGETS:
+        taus = [
+            _mean_by_target((one.target, _tau_of(one, order)) for one, order in g) for g in groups
+        ]
+        known = np.array([value for value in taus if value is not None])
+        if len(known) < MANY_TARGETS:
+            return None, None
+        means = known[rng.integers(0, len(known), (10 * draws, len(known)))].mean(1)
+        low, high = np.percentile(means, (2.5, 97.5))
+        return float(low), float(high)
+    for _ in range(draws):
+        of_targets = []
+        for place in rng.integers(0, len(groups), len(groups)):
+            sources = list(groups[place][0][1])
+            drawn = [sources[k] for k in rng.integers(0, len(sources), len(sources))]
+            taus = [_tau_of_drawn(one, order, drawn) for one, order in groups[place]]
+            if known := [value for value in taus if np.isfinite(value)]:
+                of_targets.append(fmean(known))
+        if of_targets:
+            found.append(fmean(of_targets))
+    if len(found) < draws / 2:
+        return None, None
+    low, high = np.percentile(found, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _tau_of_drawn(outcome: Outcome, order: Mapping[str, float], drawn: Sequence[str]) -> float:
+    known = [source for source in drawn if source in order]
+    return tau([order[source] for source in known], [outcome.means[source] for source in known])
+
+
+def _misled(outcome: Outcome, order: Mapping[str, float]) -> str:
+    """Return a sentence where the first choice is worse than a random one, and by more than noise.
+
+    The noise is half the widths of both intervals, added as for independent means.
+    """
+    first, best = next(iter(order)), outcome.best
+    lost = regret(order, outcome, 1)
+    noise = float(np.hypot(outcome.halves[first], outcome.halves[best]))
+    if lost <= max(_chance(outcome), noise) or lost <= 0:
+        return ""
+    return (
+        f"on {outcome.target} ({plots.fraction_label(outcome.label_fraction)} labels) its first "
+        f"choice {first} reached {outcome.metric} {outcome.shown(first):.3g} where {best} reached "
+        f"{outcome.shown(best):.3g}; a source drawn at random would have lost "
+        f"{_chance(outcome):.2g} instead of {lost:.2g}"
+    )
+
+
+# ---------------------------------------------------------------- all scores of a job
+
+
+def audits(
+    cells: Sequence[Cell], scores: Mapping[str, PairScores], modalities: Mapping[str, str]
+) -> list[Audit]:
+    """Return an audit for each domain and score.
+
+    Args:
+        cells: The cells of the matrix.
+        scores: ``source|target`` to every score.
+        modalities: Target to its modality. Targets that are not in it are a domain of their own.
+    """
+    shown = outcomes(cells)
+    by_domain: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in shown:
+        by_domain[modalities.get(outcome.target, "")].append(outcome)
+    out = []
+    for domain, found in by_domain.items():
+        targets = {outcome.target for outcome in found}
+        pairs = [pair for pair in scores.values() if pair.target in targets]
+        trial_seconds = [
+            cell.seconds
+            for cell in cells
+            if cell.target in targets and cell.source != SCRATCH and cell.params_trained
+            if cell.seconds is not None
+        ]
+        for name in dict.fromkeys(name for pair in pairs for name in pair.scores):
+            values = {
+                (pair.target, pair.source): pair.scores[name]
+                for pair in pairs
+                if name in pair.scores
+            }
+            seconds = [
+                pair.seconds + (pair.scores[name].seconds or 0.0)
+                for pair in pairs
+                if name in pair.scores and pair.scores[name].value is not None
+            ]
+            out.append(
+                audit(
+                    domain,
+                    name,
+                    values,
+                    found,
+                    fmean(seconds) if seconds else None,
+                    fmean(trial_seconds) if trial_seconds else None,
+                )
+            )
+    return out
+
+
+def title(name: str) -> str:
+    """Return how tables call a score; one of a plugin that is not there by its name."""
+    known = registry.entries("score")
+    return (known[name].title if name in known else "") or name
+
+
+def blocks_of_scores(scores: Mapping[str, PairScores]) -> list[Block]:
+    """Return a table of every score of each target: scores by sources."""
+    by_target: dict[str, list[PairScores]] = defaultdict(list)
+    for pair in scores.values():
+        by_target[pair.target].append(pair)
+    tables: list[Block] = []
+    for target, pairs in by_target.items():
+        names = dict.fromkeys(name for pair in pairs for name in pair.scores)
+        body = [
+            [_title_with_arrow(name, pairs), *(_shown(pair, name) for pair in pairs)]
+            for name in names
+        ]
+        tables.append(blocks.Table([target, *(pair.source for pair in pairs)], body))
+    reasons = {
+        f"{title(name)}, {pair.source} for {pair.target}: {value.reason}"
+        for pair in scores.values()
+        for name, value in pair.scores.items()
+        if value.value is None and value.reason
+    }
+    if reasons:
+        tables += [Text("Undefined:"), Bullets(sorted(reasons))]
+    return [Details("Every score of every source", tables)] if tables else []
+
+
+def _title_with_arrow(name: str, pairs: Sequence[PairScores]) -> str:
+    higher = next(pair.scores[name].higher_is_better for pair in pairs if name in pair.scores)
+    return f"{title(name)} {'↑' if higher else '↓'}"
+
+
+def _shown(pair: PairScores, name: str) -> str:
+    value = pair.scores.get(name)
+    if value is None or value.value is None:
+        return UNDEFINED
+    if value.low is None or value.high is None:
+        return f"{value.value:.4g}"
+    return f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+
+
+def blocks_of_audits(found: Sequence[Audit]) -> list[Block]:
+    """Return the table of the audits, and what it means in words."""
+    known = [one for one in found if one.tau is not None or one.top_1 is not None]
+    if not known:
+        return []
+    body = [
+        [
+            one.domain or blocks.DASH,
+            title(one.score),
+            _interval_text(one),
+            _number(one.top_1),
+            _number(one.top_3),
+            _number(one.chance),
+            _number(one.seconds, "s"),
+            _number(one.trial_seconds, "s"),
+        ]
+        for one in sorted(
+            known, key=lambda one: (one.domain, -(one.tau if one.tau is not None else -2))
+        )
+    ]
+    head = [
+        "Domain",
+        "Score",
+        "Weighted tau",
+        "Regret of top 1",
+        "Regret of top 3",
+        "Regret of chance",
+        "Scoring",
+        "One trial",
+    ]
+    few = [one for one in known if one.low is None]
+    out: list[Block] = [
+        Heading("What the scores were worth"),
+        Text(
+            "Each score's order of the sources beside that of fine-tuning, which is the mean of "
+            "the primary metric on test rows over techniques. Weighted Kendall tau is 1 for the "
+            "same order and -1 for the reverse; regret is what the first choice (the best of the "
+            "first three) loses to the best source, and chance what a source drawn at random "
+            "loses. The interval draws targets with repetition and, where they are few, their "
+            "sources."
+        ),
+        blocks.Table(head, body, 2),
+    ]
+    if few:
+        out.append(
+            Text(
+                f"Too few to tell how certain a tau is: {few[0].pairs} pairs of a source and a "
+                f"target, an interval needs {MIN_PAIRS}. With so few an order is right or wrong "
+                "by luck.",
+                "note",
+            )
+        )
+    lines = [
+        f"{title(one.score)} would have misled: {line}." for one in known for line in one.misled
+    ]
+    if lines:
+        out.append(Bullets(lines))
+    else:
+        out.append(Text("No score would have misled by more than the noise of the metric."))
+    return out
+
+
+def _interval_text(one: Audit) -> str:
+    return blocks.format_interval(one.tau, one.low, one.high, 2, "+")
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return blocks.DASH
+    return f"{value:.3g} {unit}".strip()
+
+
+def blocks_of(
+    cells: Sequence[Cell], scores: Mapping[str, PairScores], modalities: Mapping[str, str]
+) -> list[Block]:
+    """Return the section on scores of a report; [] where none were computed."""
+    if not scores:
+        return []
+    out = blocks_of_audits(audits(cells, scores, modalities))
+    tried = {(one.target, source) for one in outcomes(cells) for source in one.means}
+    targets = {target for target, _ in tried}
+    untried = [
+        f"{pair.source} for {pair.target}"
+        for pair in scores.values()
+        if pair.target in targets and (pair.target, pair.source) not in tried
+    ]
+    if untried and out:
+        out.append(Text(f"Not fine-tuned, and so not compared: {', '.join(untried)}.", "note"))
+    return [*out, *blocks_of_scores(scores)]

@@ -1,0 +1,46 @@
+"""The transferability scores of a source for a target, as runs record them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ScoreValue:
+    """A score of a source for a target. ``value`` is None where it is not defined."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    higher_is_better: bool = True
+    seconds: float | None = None
+    """Of this score alone, with its interval, from features that are there."""
+    reason: str = ""
+    """Why there is no value."""
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Every score of a source for a target."""
+
+    source: str
+    target: str
+    scores: dict[str, ScoreValue]
+    rows: int = 0
+    """Rows of the target that were read."""
+    source_rows: int = 0
+    seconds: float = 0.0
+    """Of the features that all scores share."""
+    device: str = ""
+    error: str = ""
+    """Why nothing could be computed."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> PairScores:
+        values = {name: ScoreValue(**value) for name, value in found["scores"].items()}
+        return cls(**{**found, "scores": values})

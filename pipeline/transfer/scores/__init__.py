@@ -1,0 +1,1 @@
+"""Transferability scores, one family a file; `pipeline.transfer.scoring` computes them."""

@@ -1,0 +1,37 @@
+"""Nearest neighbours: how often rows that lie close together have the same label."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pipeline.config.registry import register
+from pipeline.core.contracts.score import score
+from pipeline.core.metrics.ranking import weighted_auroc
+from pipeline.train.online_probe import KNN, neighbours
+
+
+@register("score", "knn", title="kNN")
+@score(tasks=("classes", "label sets"), bounds=(0.0, 1.0))
+def knn(features: np.ndarray, labels: np.ndarray, k: int = KNN) -> float:
+    """Return the leave-one-out accuracy of the k nearest rows by cosine. Higher is better.
+
+    The prediction of a row is the most frequent class of its neighbours. For (n, L) labels, 0 or 1,
+    the score is the macro AUROC of the number of neighbours with each label, because an accuracy
+    would be high for rare labels whatever the features are. It is NaN where no label varies.
+
+    Args:
+        features: (n, D) features.
+        labels: (n,) class numbers, or (n, L) 0 or 1.
+        k: Number of neighbours.
+    """
+    y = torch.from_numpy(labels.astype(np.int64))
+    nearest = y[neighbours(features, k)]
+    if y.dim() == 1:
+        return float((nearest.mode(1).values == y).double().mean())
+    everyone = np.ones((len(features), 1))
+    areas = [
+        weighted_auroc(vote, label, everyone)[0]
+        for vote, label in zip(nearest.sum(1).numpy().T, (y.numpy() > 0).T, strict=True)
+    ]
+    return float(np.nanmean(areas)) if not np.isnan(areas).all() else float("nan")

@@ -1,0 +1,400 @@
+"""How transferability scores are computed: one pass of features for a source and a target, from
+which every registered score is made. This module does not use Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.checkpoints import bundle
+from pipeline.config import provenance, registry
+from pipeline.config.schema import spec_hash
+from pipeline.core.batch import Batch
+from pipeline.core.contracts import Backbone, Objective
+from pipeline.core.contracts.objective_capabilities import (
+    LabelsPositions,
+    has_cached_head,
+    has_classes,
+    tensors_beside_features,
+)
+from pipeline.core.contracts.score import LabelKind, Score, half, interval_of_halves
+from pipeline.core.metrics.calibration import softmax
+from pipeline.core.rng import mix
+from pipeline.data.manifests import Selection
+from pipeline.data.stream import Decoder, Rows, eval_batches
+from pipeline.io import checksums, storage
+from pipeline.report.source_scores import PairScores, ScoreValue
+from pipeline.train import evaluate
+from pipeline.train.online_probe import FEATURE_ROWS, features
+from pipeline.train.pretrain import device_name
+from pipeline.transfer.grid import label_subset
+from pipeline.transfer.trial import Shared, TargetData
+
+SCORES_FORMAT = 1
+SCORING_CODE = ("pipeline.transfer.scoring",)
+SCORE_ROWS = 2000
+SOURCE_ROWS, SOURCE_RUNS = 500, 20
+"""Training rows of a source that distances read, in so many runs of consecutive rows: rows that lie
+together are read together."""
+FEWEST_ROWS = 10
+"""Rows that an interval needs: it is made from halves of them."""
+
+
+def scores() -> dict[str, Score]:
+    """Return every registered score by its name; a plain function is one of classes and sets."""
+    found = {name: registry.get("score", name) for name in registry.entries("score")}
+    return {name: one if isinstance(one, Score) else Score(one) for name, one in found.items()}
+
+
+def label_kinds(objective: type[Objective]) -> tuple[LabelKind, ...]:
+    """Return what the labels of rows, or of their positions, can be.
+
+    () where neither has features of its own (boxes, transcripts, answers): only scores without
+    labels are defined there.
+    """
+    if isinstance(objective, LabelsPositions):
+        return objective.position_labels  # type: ignore[return-value]
+    if has_classes(objective):
+        return ("classes", "label sets")
+    return ("numbers",) if len(tensors_beside_features(objective)) == 1 else ()
+
+
+def _label_tensor(objective: type[Objective]) -> str:
+    """Return the batch's tensor that holds the labels of rows; "" where they have none."""
+    if has_classes(objective):
+        return objective.class_tensor
+    return next(iter(tensors_beside_features(objective)), "") if label_kinds(objective) else ""
+
+
+def kind_of(labels: np.ndarray) -> LabelKind:
+    """Return which kind of labels an array holds."""
+    if np.issubdtype(labels.dtype, np.floating):
+        return "numbers"
+    return "classes" if labels.ndim == 1 else "label sets"
+
+
+# ---------------------------------------------------------------- what is asked, what is found
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source to be scored for a target."""
+
+    source: str
+    backbone_key: str
+    target: str
+    source_rows: tuple[Selection, dict[str, str]] | None = None
+    """Training rows of the source with their columns, where it has any (`sample`)."""
+
+
+def sample(selection: Selection) -> Selection:
+    """Return at most SOURCE_ROWS rows of a selection, in runs that are evenly spread."""
+    n = len(selection)
+    if n <= SOURCE_ROWS:
+        return selection
+    length = SOURCE_ROWS // SOURCE_RUNS
+    starts = np.linspace(0, n - length, SOURCE_RUNS).astype(np.int64)
+    places = np.unique(starts[:, None] + np.arange(length))
+    return Selection(selection.manifest, selection.ids(places))
+
+
+# ---------------------------------------------------------------- one source for one target
+
+
+def fewest_labels(shared: Shared, data: TargetData) -> np.ndarray:
+    """Return the positions of training rows in the target's smallest label fraction above 0.
+
+    They are drawn as in the trials of seed 0. The fractions of one seed are nested, so every trial
+    of that seed may use these rows.
+    """
+    seed = mix(shared.seed, 0)
+    subsets = [
+        label_subset(data.train, data.labels, fraction, seed)
+        for fraction in data.spec.label_fractions
+        if fraction
+    ]
+    return min(subsets, key=len, default=np.zeros(0, dtype=np.int64))
+
+
+def score_pair(pair: Pair, shared: Shared, names: tuple[str, ...] = ()) -> PairScores:
+    """Return the scores of a source for a target. A failure is part of the answer.
+
+    All scores of the same weights, rows, code and versions are computed once and kept in a file.
+
+    Args:
+        names: Names of registered scores; none: all.
+    """
+    uri = "" if names else _kept_uri(pair, shared)
+    kept = checksums.document_or_none(uri, "scores are computed again") if uri else None
+    if kept is not None:
+        return PairScores.from_json(kept)
+    wanted = {name: one for name, one in scores().items() if not names or name in names}
+    try:
+        found = _score_pair(pair, shared, wanted)
+    except (ValueError, ArithmeticError, RuntimeError) as error:  # the other sources go on
+        reason = f"{type(error).__name__}: {error}"
+        none = {
+            name: ScoreValue(None, higher_is_better=one.higher_is_better, reason=reason)
+            for name, one in wanted.items()
+        }
+        return PairScores(pair.source, pair.target, none, error=reason)
+    if uri:
+        checksums.write_document(uri, found.to_json())
+    return found
+
+
+def _kept_uri(pair: Pair, shared: Shared) -> str:
+    """Return the file of a pair's scores; "" where what they depend on has no key."""
+    data = shared.targets[pair.target, pair.backbone_key]
+    if pair.source not in shared.source_keys or not data.key:
+        return ""
+    arch = shared.backbone_groups[pair.backbone_key].arch
+    components = provenance.components_of(
+        data.spec.data.modality.name, arch.name, arch.options, data.objective.name
+    )
+    of_scores = tuple(("score", name) for name in registry.entries("score"))
+    made = provenance.made_by(SCORING_CODE, (*components, *of_scores))
+    key = spec_hash(
+        SCORES_FORMAT,
+        shared.source_keys[pair.source],
+        [shared.parent_weights.get(pair.source), made.hash, made.versions],
+        pair.backbone_key,
+        data.key,
+        [data.objective.name, data.objective.state],
+        [shared.seed, *data.spec.label_fractions],
+        pair.source_rows is not None,
+    )
+    return storage.join(shared.root, "scores", f"{pair.target}-{pair.source}-{key}.json")
+
+
+@dataclass
+class _Inputs:
+    """What scores read, and why something is missing."""
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    labelled: np.ndarray | None = None
+    """(m, D) features of labelled positions, where labels belong to positions of rows."""
+
+    def read_by(self, one: Score) -> dict[str, np.ndarray]:
+        """Return the arrays that a score reads."""
+        found = {name: self.arrays[name] for name in one.inputs}
+        if self.labelled is not None and {"features", "labels"} <= set(one.inputs):
+            found["features"] = self.labelled
+        return found
+
+
+def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> PairScores:
+    """Score on at most SCORE_ROWS training rows of the target, evenly spread.
+
+    Only rows are read that the trials with the fewest labels may use too (`fewest_labels`). A
+    choice of sources by all labels would help trials that may use only 5 % of them.
+
+    Raises:
+        ValueError: A feature is not finite.
+    """
+    began = time.perf_counter()
+    data = shared.targets[pair.target, pair.backbone_key]
+    given = _Inputs()
+    if not label_kinds(registry.get("objective", data.objective.name)):
+        given.missing["labels"] = (
+            f"{data.objective.name} gives neither rows nor their positions labels that scores read"
+        )
+    if pair.source_rows is None:
+        given.missing["source_features"] = "the source is a checkpoint, whose rows are not there"
+    if all(set(one.inputs) & set(given.missing) for one in wanted.values()):
+        undefined = {name: _value(one, given) for name, one in wanted.items()}
+        return PairScores(pair.source, pair.target, undefined)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = bundle.build_backbone(data.arch)
+    weights = shared.weights[pair.source]
+    bundle.transfer(
+        backbone, {name: torch.from_numpy(a) for name, a in weights.items()}, pair.source
+    )
+    _add_target(given, pair, shared, data, backbone, device)
+    if any("source_features" in one.inputs for one in wanted.values()):
+        _add_source(given, pair, data, backbone, device)
+    seconds = time.perf_counter() - began
+    return PairScores(
+        pair.source,
+        pair.target,
+        {name: _value(one, given) for name, one in wanted.items()},
+        len(given.arrays["features"]),
+        len(given.arrays.get("source_features", ())),
+        seconds,
+        device_name(device),
+    )
+
+
+def _add_target(
+    given: _Inputs,
+    pair: Pair,
+    shared: Shared,
+    data: TargetData,
+    backbone: Backbone,
+    device: torch.device,
+) -> None:
+    """Add the features of the target's rows, their labels, and the source's classes for them."""
+    objective = registry.get("objective", data.objective.name)
+    allowed = fewest_labels(shared, data)
+    if not len(allowed):  # whoever may use no label may still read the rows
+        given.missing["labels"] = "label_fractions: 0 allows no label"
+        allowed = np.arange(len(data.train))
+    rows = data.train.subset(allowed[_spread(len(allowed))])
+    labels, labelled = None, None
+    if isinstance(objective, LabelsPositions):
+        options = objective.options_class(**data.objective.options)  # type: ignore[attr-defined]
+        task = objective(backbone, options, data.objective.state)  # type: ignore[operator]
+        found, labelled, labels = _position_features(task, backbone, rows, device)
+    else:
+        found, rest = features(backbone, rows, device)
+        labels = rest.get(_label_tensor(objective))  # of the rows that could be decoded
+    for one in (found, labelled):
+        wrong = 0 if one is None else int((~torch.isfinite(one).all(1)).sum())
+        if one is not None and wrong:
+            raise ValueError(
+                f"targets.{pair.target}: the features of source {pair.source} are not finite for "
+                f"{wrong} of {len(one)} rows; its weights are damaged, or it was trained until "
+                "they overflowed"
+            )
+    given.arrays["features"] = found.cpu().numpy()
+    if labels is not None and "labels" not in given.missing:
+        given.arrays["labels"] = labels.cpu().numpy()
+    else:
+        given.missing.setdefault("labels", "the target's rows have none")
+    if labelled is not None:
+        given.labelled = labelled.cpu().numpy()
+    probabilities = _source_probabilities(shared, pair, backbone, found)
+    if labelled is not None:
+        probabilities = "the source's classes are those of rows, the labels those of positions"
+    if isinstance(probabilities, str):
+        given.missing["probabilities"] = probabilities
+    else:
+        given.arrays["probabilities"] = probabilities
+
+
+def _spread(n: int) -> np.ndarray:
+    """Return at most SCORE_ROWS of n positions, evenly spread."""
+    return np.unique(np.linspace(0, n - 1, min(SCORE_ROWS, n)).astype(np.int64))
+
+
+@torch.no_grad()
+def _position_features(
+    objective: Any, backbone: Backbone, rows: Rows, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (n, D) pooled features, and those of at most SCORE_ROWS positions with their labels.
+
+    Args:
+        objective: One whose labels belong to positions (`LabelsPositions`).
+    """
+    backbone.to(device).eval()
+    objective.to(device).eval()
+    ready = evaluate.device_preprocessing(rows)
+    pooled, labelled, labels = [], [], []
+    for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
+        batch = ready(batch.to(device), False)
+        found = backbone(batch, want=objective.position_features)
+        pooled.append(found.pooled.float())
+        of_batch, theirs = objective.labelled_positions(found, batch)
+        labelled.append(of_batch)
+        labels.append(theirs)
+    places = torch.from_numpy(_spread(sum(map(len, labels))))
+    return torch.cat(pooled), torch.cat(labelled)[places], torch.cat(labels)[places]
+
+
+def _source_probabilities(
+    shared: Shared, pair: Pair, backbone: Backbone, found: torch.Tensor
+) -> np.ndarray | str:
+    """Return (n, Z) probabilities of the source's own classes, or why there are none."""
+    spec, tensors = shared.heads.get(pair.source, (None, {}))
+    if spec is None:
+        return "the source is a checkpoint without classes of its own"
+    kind = registry.get("objective", spec.name)
+    if not has_classes(kind) or not has_cached_head(kind) or "labels" in kind.roles:
+        return f"the source predicts no single class of a row (it is of {spec.name})"
+    head = kind(backbone, kind.options_class(**spec.options), spec.state)
+    head.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in tensors.items()})
+    head.to(found.device).eval()
+    with torch.no_grad():
+        none = Batch(np.arange(len(found)), torch.zeros(0), {})
+        logits = head.head_predict(found, none)["scores"]
+    return softmax(logits.double().cpu().numpy())
+
+
+def _add_source(
+    given: _Inputs,
+    pair: Pair,
+    data: TargetData,
+    backbone: Backbone,
+    device: torch.device,
+) -> None:
+    """Add the features of the source's own rows, which are decoded as the target's are."""
+    if pair.source_rows is None:
+        return
+    selection, columns = pair.source_rows
+    rows = Rows(selection, Decoder(data.train.modality, None, {}, columns))
+    try:
+        found, _ = features(backbone, rows, device)
+    except (ValueError, RuntimeError) as error:  # scores that do not read them go on
+        given.missing["source_features"] = f"{type(error).__name__}: {error}"
+        return
+    fine = found[torch.isfinite(found).all(1)]
+    if len(fine) < 2:
+        given.missing["source_features"] = "fewer than two rows of the source can be used"
+        return
+    given.arrays["source_features"] = fine.cpu().numpy()
+
+
+# ---------------------------------------------------------------- one score
+
+
+def _value(one: Score, given: _Inputs) -> ScoreValue:
+    """Return a score with its interval, or why it is not defined."""
+    undefined = partial(ScoreValue, None, None, None, one.higher_is_better, None)
+    for name in one.inputs:
+        if name in given.missing:
+            return undefined(given.missing[name])
+    kind = kind_of(given.arrays["labels"]) if "labels" in one.inputs else None
+    if kind is not None and kind not in one.tasks:
+        return undefined(f"it is defined for {' and '.join(one.tasks)}, and the labels are {kind}")
+    began, read = time.perf_counter(), given.read_by(one)
+    try:
+        found = one.of(read)
+        value, *interval = (
+            found if isinstance(found, tuple) else (found, *_interval(one, read, found))
+        )
+    except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
+        return undefined(f"{type(error).__name__}: {error}")
+    seconds = time.perf_counter() - began
+    if not np.isfinite(value):
+        return undefined("the rows are too few, or nothing tells them apart")
+    value, low, high = (float(np.clip(part, *one.bounds)) for part in (value, *interval))
+    if not np.isfinite([low, high]).all() or min(map(len, read.values())) < FEWEST_ROWS:
+        return ScoreValue(value, None, None, one.higher_is_better, seconds)
+    return ScoreValue(value, low, high, one.higher_is_better, seconds)
+
+
+def _interval(one: Score, read: Mapping[str, np.ndarray], value: float) -> tuple[float, float]:
+    """Return the 95 % interval over rows, NaN where there are fewer than FEWEST_ROWS."""
+    if min(map(len, read.values())) < FEWEST_ROWS:
+        return float("nan"), float("nan")
+
+    def value_of_half(rng: np.random.Generator) -> float:
+        of_target = half(len(read["features" if "features" in read else "labels"]), rng)
+        of_source = half(len(read.get("source_features", ())), rng)
+        found = one.of(
+            {
+                name: rows[of_source if name == "source_features" else of_target]
+                for name, rows in read.items()
+            }
+        )
+        return found[0] if isinstance(found, tuple) else found
+
+    return interval_of_halves(value, value_of_half)
