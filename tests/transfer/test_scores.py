@@ -227,6 +227,19 @@ def test_the_classes_of_the_source_are_those_of_its_head(tmp_path):
     )
 
 
+def test_where_no_label_may_be_used_only_distances_are_defined(tmp_path):
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
+    key = next(iter(shared.backbone_groups))
+    data_ = shared.targets["task", key]
+    data_.spec = data_.spec.model_copy(update={"label_fractions": [0]})
+    rows = (data_.test.selection, data_.spec.data.columns)
+    found = score_pair(Pair("src", key, "task", rows), shared)
+    defined = {name for name, score in found.scores.items() if score.value is not None}
+    assert defined == {"frechet", "mmd", "proxy_a"} and found.rows == 60
+    assert found.scores["logme"].reason == "label_fractions: 0 allows no label"
+
+
 def test_scores_are_computed_once_for_the_same_weights_rows_and_labels(tmp_path, monkeypatch):
     paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
     shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
