@@ -19,9 +19,9 @@ from pipeline.config.schema import spec_hash
 from pipeline.core.batch import Batch
 from pipeline.core.contracts import Backbone, Objective
 from pipeline.core.contracts.objective_capabilities import (
-    LabelsPositions,
     has_cached_head,
     has_classes,
+    labels_positions,
     tensors_beside_features,
 )
 from pipeline.core.contracts.score import LabelKind, Score, half, interval_of_halves
@@ -59,7 +59,7 @@ def label_kinds(objective: type[Objective]) -> tuple[LabelKind, ...]:
     () where neither has features of its own (boxes, transcripts, answers): only scores without
     labels are defined there.
     """
-    if isinstance(objective, LabelsPositions):
+    if labels_positions(objective):
         return objective.position_labels  # type: ignore[return-value]
     if has_classes(objective):
         return ("classes", "label sets")
@@ -249,7 +249,7 @@ def _add_target(
         allowed = np.arange(len(data.train))
     rows = data.train.subset(allowed[_spread(len(allowed))])
     labels, labelled = None, None
-    if isinstance(objective, LabelsPositions):
+    if labels_positions(objective):
         options = objective.options_class(**data.objective.options)  # type: ignore[attr-defined]
         task = objective(backbone, options, data.objective.state)  # type: ignore[operator]
         found, labelled, labels = _position_features(task, backbone, rows, device)

@@ -443,6 +443,11 @@ def has_classes(objective: Any) -> TypeIs[HasClasses]:
     return isinstance(objective, HasClasses)
 
 
+def labels_positions(objective: Any) -> TypeIs[LabelsPositions]:
+    """Return whether labels belong to positions of a row."""
+    return isinstance(objective, LabelsPositions)
+
+
 def tensors_beside_features(objective: Any) -> tuple[str, ...]:
     """Return the label tensors that are kept with pooled features."""
     read = objective.label_tensors if has_cached_head(objective) else ()
