@@ -710,8 +710,9 @@ class Target(Spec):
     drop_overlap: Literal["none", "exact", "near", "group"] = Field(
         "none",
         description="leave out test rows that are also in a source's training rows: exact: the "
-        "same bytes, or another cut of the same record; near: also images that are nearly the "
-        "same by a perceptual hash; group: also rows whose group (patient, speaker) is there; "
+        "same content, or another cut of the same record; near: also images, texts and "
+        "recordings that are nearly the same (perceptual hash, MinHash of words, perceptual hash "
+        "of log-mels); group: also rows whose group (patient, speaker) is there; "
         "all are counted",
     )
     subgroups: list[str] = Field(

@@ -49,6 +49,42 @@ class CutFromRecords(Protocol):
     when a target is compared with its sources."""
 
 
+class NearSearch(Protocol):
+    """How rows that are nearly equal are recognised by the signatures of both."""
+
+    method: str
+    """In words, for messages: perceptual hash."""
+    settings: tuple[float, ...]
+    """Numbers that decide which rows are found."""
+
+    def bands(self, signatures: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield (n,) keys of the rows; only rows that share one of them are compared."""
+        ...
+
+    def alike(
+        self, signatures: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """Return (n,) whether each row is nearly equal to the other one at its index."""
+        ...
+
+
+@runtime_checkable
+class FindsNearRows(Protocol):
+    """A modality of which rows can be found that are nearly the same (an image stored anew)."""
+
+    near_search: ClassVar[NearSearch]
+
+    @classmethod
+    def near_signatures(cls, table: Any, columns: dict[str, str]) -> dict[str, np.ndarray]:
+        """Return arrays with an entry for each row, by which rows are compared."""
+        ...
+
+
+def finds_near_rows(modality: Any) -> TypeIs[FindsNearRows]:
+    """Return whether rows of the modality that are nearly the same can be found."""
+    return isinstance(modality, FindsNearRows)
+
+
 # ---------------------------------------------------------------- options
 
 
@@ -165,6 +201,11 @@ class HasSingleFeatures(Protocol):
         Values are (n,) float64 with NaN where there is none, or (n,) int64 category numbers.
         """
         ...
+
+
+def has_single_features(modality: Any) -> TypeIs[HasSingleFeatures]:
+    """Return whether rows of the modality are made of single features."""
+    return isinstance(modality, HasSingleFeatures)
 
 
 # ---------------------------------------------------------------- rows

@@ -28,7 +28,7 @@ from pipeline.core.nn import conv_arithmetic
 from pipeline.core.ragged import ragged
 from pipeline.core.rng import uniform
 from pipeline.io import storage
-from pipeline.media import audio_io, spectrogram
+from pipeline.media import audio_io, perceptual_hash, spectrogram
 from pipeline.media.audio_io import BrokenAudioError, LongAudioError
 
 SPEED, NOISE, WHITE, MASKS = 0, 1, 2, 3
@@ -43,6 +43,10 @@ deviations loud.
 AT_ONCE = 4 << 20
 """Files of at most this many bytes are read whole, by one request on S3."""
 NO_SOUND = np.zeros(0, dtype=np.int16)
+NEAR_RATE, NEAR_DECIBELS = 8000, 60.0
+"""Samples a second, and how far below its loudest bin a recording is looked at, where recordings
+are compared: what is above half the rate or nearly silent changes with each compression.
+"""
 
 
 class AudioOptions(Options):
@@ -138,6 +142,7 @@ class Audio(Modality):
     roles = ("audio",)
     optional_roles = ("start", "seconds")
     file_roles = ("audio",)
+    near_search = perceptual_hash.PerceptualSearch("perceptual hash of log-mel spectrograms")
     target_options = (
         "max_seconds",
         "speed",
@@ -322,6 +327,25 @@ class Audio(Modality):
                 f"{len(samples) / rate:g} s, shorter than one window of {self.options.window:g} s"
             )
         return samples if samples.dtype == np.int16 else audio_io.pcm(samples)
+
+    @classmethod
+    def near_signatures(cls, table, columns):
+        """Return the perceptual hashes of the log-mel spectrograms, as pictures of one size.
+
+        Zeros for what is no recording. The loudness does not count.
+        """
+        side = perceptual_hash.SIDE
+        modality = cls(AudioOptions(rate=NEAR_RATE, mels=side, max_seconds=3600.0), {})
+        sounds, reasons = modality.decode(table, columns)
+        pictures = np.zeros((len(table), side, side), dtype=np.uint8)
+        for i in np.flatnonzero([not reason for reason in reasons]):
+            samples = spectrogram.floats(torch.from_numpy(sounds["audio"][i]))[None]
+            mel = spectrogram.log_mel(samples, NEAR_RATE, modality.window, modality.hop, side)
+            decibels = 10 / math.log(10) * mel.transpose(1, 2)
+            picture = F.adaptive_avg_pool1d(decibels, side)[0]
+            above = 1 + (picture - picture.max()) / NEAR_DECIBELS
+            pictures[i] = (255 * above.clamp(min=0)).round().byte().numpy()
+        return perceptual_hash.signatures(pictures)
 
     def costs(self, table, columns) -> np.ndarray:
         """Return (B,) float64 seconds of each row.

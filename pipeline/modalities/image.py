@@ -19,7 +19,7 @@ from pipeline.core.arrow_lists import holds_files
 from pipeline.core.contracts import Arrays, Batch, Modality, View
 from pipeline.core.rng import uniform
 from pipeline.io import storage
-from pipeline.media import image_io, image_ops
+from pipeline.media import image_io, image_ops, perceptual_hash
 from pipeline.media.image_io import resize
 
 FIT_IMAGES, FIT_BYTES = 64, 64 << 20
@@ -119,6 +119,7 @@ class Image(Modality):
     roles = ("image",)
     optional_roles = ("mask",)
     file_roles = ("image", "mask")
+    near_search = perceptual_hash.PerceptualSearch("perceptual hash")
     target_options = (
         "size",
         "channels",
@@ -295,6 +296,15 @@ class Image(Modality):
     def _fill(self) -> list[float]:
         """Return the mean colour in levels (0 to 255), which ``finish`` turns into 0."""
         return [255 * level for level in self.state.get("mean", [0.0] * self.options.channels)]
+
+    @classmethod
+    def near_signatures(cls, table, columns):
+        """Return the perceptual hashes of the images, of zeros for what is no image."""
+        options = ImageOptions(size=perceptual_hash.SIDE, channels=1, fit="squash")
+        modality = cls(options, {})
+        encoded, _ = modality.encoded(table, {"image": columns["image"]})
+        pixels, _ = modality.unpack(encoded, torch.device("cpu"))
+        return perceptual_hash.signatures(pixels["image"].numpy()[:, 0])
 
     def encoded(self, table, columns) -> tuple[np.ndarray, list[str]]:
         out, bad = np.full(len(table), b"", dtype=object), [""] * len(table)

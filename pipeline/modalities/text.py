@@ -22,11 +22,13 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_bytes, is_list, is_text
 from pipeline.core.capabilities import TruncationStats
 from pipeline.core.contracts import Arrays, Modality
-from pipeline.media import tokenization
+from pipeline.media import minhash, tokenization
 from pipeline.media.tokenization import PIECE_BYTES, SPECIALS
 
 LARGEST_WORD = 32767
 """Largest number of a word in its row (int16)."""
+NEAR_JACCARD = 0.8
+"""Least similarity of the word shingles of two texts that are nearly the same."""
 
 
 class TextOptions(Options):
@@ -61,6 +63,13 @@ class TextOptions(Options):
     stride: int = Field(128, ge=0, le=65535, description="tokens that neighbouring windows share")
 
 
+def _plain_text(cell: Any) -> str:
+    """Return a cell as one text: of lists their words, of null ""."""
+    if isinstance(cell, list):
+        return " ".join(map(_plain_text, cell))
+    return cell.decode(errors="replace") if isinstance(cell, bytes) else cell or ""
+
+
 class _Rows(NamedTuple):
     """Token rows ``[CLS] a [SEP] b [SEP]``: padded ids (B, N), lengths (B,), token types (B, N)."""
 
@@ -88,6 +97,7 @@ class Text(Modality):
     roles = ("text",)
     optional_roles = ("text_pair",)
     packed_roles = ("tokens", "segments", "bytes")
+    near_search = minhash.MinHashSearch(NEAR_JACCARD)
     target_options = ("length", "stride", "windows")
 
     @classmethod
@@ -126,6 +136,15 @@ class Text(Modality):
             "vocabulary": tokenizer.get_vocab_size(),
             "specials": list(range(len(SPECIALS))),
         }
+
+    @classmethod
+    def near_signatures(cls, table, columns):
+        """Return MinHash signatures of the texts of each row, (n, texts, 128)."""
+        names = [columns[role] for role in ("text", "text_pair") if role in columns]
+        cells = [map(_plain_text, table[name].to_pylist()) for name in names]
+        texts = [text for row in zip(*cells, strict=True) for text in row]
+        found = np.array(list(minhash.signatures(iter(texts))), dtype=np.uint32)
+        return {"minhash": found.reshape(len(table), len(names), minhash.NUM_PERM)}
 
     def required_type(self, role, kind) -> str:
         if role not in ("text", "text_pair"):

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.config import registry
 from pipeline.config.schema import Target
-from pipeline.core.capabilities import HasSingleFeatures
+from pipeline.core.capabilities import has_single_features
 from pipeline.core.contracts import Modality
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
@@ -39,7 +39,7 @@ def find_leaks(modality: Modality, spec: Target, rows: Selection, state: dict) -
     """Return warnings about features that decide the label. Each label of a set is tried alone."""
     objective = registry.get("objective", spec.objective.name)
     role = next((role for role in ("label", "labels") if role in objective.roles), None)
-    if role is None or not isinstance(modality, HasSingleFeatures) or not len(rows):
+    if role is None or not has_single_features(modality) or not len(rows):
         return []
     columns = spec.data.columns
     label_columns = [

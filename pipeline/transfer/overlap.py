@@ -16,7 +16,7 @@ from pipeline.config import registry
 from pipeline.config.schema import spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
-from pipeline.core.capabilities import CutFromRecords
+from pipeline.core.capabilities import CutFromRecords, file_columns, finds_near_rows
 from pipeline.data import duplicates, manifests
 from pipeline.data.manifests import Selection
 from pipeline.io import file_identity
@@ -27,6 +27,9 @@ from pipeline.transfer.targets import TargetStage
 MOST_ROWS, MOST_BYTES = 200_000, 4 << 30
 """The most rows and bytes that are read only to count overlap. ``drop_overlap`` reads all it needs.
 """
+
+SPAN_ROLES = ("start", "seconds")
+"""Roles that say which segment of its recording a row is."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
                     *([record] if record else []),
                 ]
             )
-    method = (duplicates.VERSION, duplicates.NEAR_BITS, duplicates.NEAR_CORRELATION)
-    return spec_hash(mode, *method, held)
+    kind = registry.get("modality", spec.modality.name)
+    near = kind.near_search.settings if mode == "near" and finds_near_rows(kind) else ()
+    return spec_hash(mode, duplicates.VERSION, *near, held)
 
 
 def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
@@ -107,12 +111,12 @@ def bytes_to_read(selection: Selection, modality: str, columns: dict[str, str]) 
 
     Where a column of images or recordings holds paths, the size is estimated from a few files.
     """
-    named = columns[registry.get("modality", modality).roles[0]]
-    kind = selection.manifest.schema.field(named).type if len(selection) else pa.null()
+    named = file_columns(registry.get("modality", modality), columns)[:1]
+    kind = selection.manifest.schema.field(named[0]).type if named and len(selection) else pa.null()
     may_be_uris = arrow_lists.is_text(kind) or pa.types.is_struct(kind)
-    if modality == "text" or not may_be_uris:
+    if not may_be_uris:
         return selection.manifest.size
-    cells = sample(selection, [named], 16)[named].to_pylist()
+    cells = sample(selection, [named[0]], 16)[named[0]].to_pylist()
     if any(isinstance(cell, dict) and cell.get("bytes") for cell in cells):
         return selection.manifest.size
     uris = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
@@ -242,21 +246,21 @@ def _duplicates(
     roles, record = compared(modality, own_columns, columns), record_column(modality, test, rows)
 
     def signatures(selection: Selection, named: dict[str, str]) -> duplicates.RowSignatures:
-        read = tuple(named[role] for role in roles)
-        span = (named.get("start"), named.get("seconds"))
-        return duplicates.row_signatures(selection, modality, read, folder, span, record)
+        read = {role: named[role] for role in (*roles, *SPAN_ROLES) if role in named}
+        return duplicates.row_signatures(selection, modality, read, folder, record)
 
     mine, theirs = signatures(test, own_columns), signatures(rows, columns)
     same = duplicates.exact_duplicates(mine, theirs)
     cut = duplicates.same_record(mine, theirs) & ~same
-    like = duplicates.near_duplicates(mine, theirs) & ~same
-    notes = []
+    like = duplicates.near_duplicates(mine, theirs, modality) & ~same
+    notes, kind = [], registry.get("modality", modality)
+    method = kind.near_search.method if finds_near_rows(kind) else ""
     if (same | cut | like).any():
         note = f"{name}: {same.sum()} of {len(test)} test rows also stand in {where}"
         if cut.any():
             note += f", {cut.sum()} more as another cut of the same record (column {record})"
         if like.any():
-            note += f", {like.sum()} more nearly so (perceptual hash)"
+            note += f", {like.sum()} more nearly so ({method})"
         notes.append(note)
     return (same | cut | like if mode == "near" else same | cut), notes
 

@@ -25,7 +25,7 @@ from pipeline.config.schema import (
     Target,
     spec_hash,
 )
-from pipeline.core.capabilities import check_roles, ineffective_options
+from pipeline.core.capabilities import check_roles, finds_near_rows, ineffective_options
 from pipeline.core.contracts import (
     Modality,
     Objective,
@@ -259,10 +259,15 @@ def _check_spec(
             f"{place}.label_fractions: {counts[0]} means {counts[0]} rows a class, and a row of "
             f"{name} has no single class: give shares, such as 0.1"
         )
-    if spec.drop_overlap == "near" and modality.roles[0] != "image":
+    if spec.drop_overlap == "near" and not finds_near_rows(modality):
+        able = [
+            one
+            for one in registry.names("modality")
+            if finds_near_rows(registry.get("modality", one))
+        ]
         raise ValueError(
-            f"{place}.drop_overlap: near duplicates are found among images, these rows are "
-            f"{spec.data.modality.name}: say exact"
+            f"{place}.drop_overlap: near duplicates are found among rows of {', '.join(able)}, "
+            f"these rows are {spec.data.modality.name}: say exact"
         )
     if spec.drop_overlap == "group" and not spec.data.group:
         raise ValueError(

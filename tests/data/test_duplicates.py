@@ -17,15 +17,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.fft import dctn
 
+from pipeline.config import registry
 from pipeline.data import duplicates as d
 from pipeline.data import manifests as m
 from pipeline.data import to_parquet
 from pipeline.io import storage
+from pipeline.media import perceptual_hash
 
 CLOTHING = Path(d.__file__).parents[2] / "jobs" / "data" / "clothing_48px.parquet"
 WITH_DATA = pytest.mark.skipif(
     "ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA names no data folder"
 )
+
+
+ROLES = {"text": ("text", "text_pair"), "audio": ("audio", "start", "seconds")}
+
+
+def near(rows: d.RowSignatures, others: d.RowSignatures, modality: str = "image") -> np.ndarray:
+    return d.near_duplicates(rows, others, modality)
+
+
+def by_role(modality: str, columns: tuple[str, ...]) -> dict[str, str]:
+    roles = ROLES.get(modality) or registry.get("modality", modality).roles
+    return dict(zip(roles, columns, strict=False))
 
 
 @pytest.fixture
@@ -38,7 +52,6 @@ def signs(tmp_path):
         column: str | tuple[str, ...] = "image",
         form: str = "auto",
         rows: list[int] | None = None,
-        piece: tuple[str | None, str | None] = (None, None),
     ) -> d.RowSignatures:
         if isinstance(of, list):
             number = len(list(tmp_path.glob("made-*")))
@@ -54,9 +67,8 @@ def signs(tmp_path):
         return d.row_signatures(
             m.Selection(found, None if rows is None else np.array(rows)),
             modality,
-            (column,) if isinstance(column, str) else column,
+            by_role(modality, (column,) if isinstance(column, str) else column),
             str(tmp_path / "signs"),
-            piece,
         )
 
     return signs
@@ -106,8 +118,12 @@ def test_the_hash_is_that_of_the_paper():
     grey = np.random.default_rng(0).integers(0, 256, (20, 32, 32)).astype(np.uint8)
     low = dctn(grey.astype(float), axes=(1, 2), norm="ortho")[:, 1:9, 1:9].reshape(20, 64)
     expected = low > np.median(low, axis=1, keepdims=True)
-    found = d.phash(grey)
-    assert found.dtype == np.uint64 and found.shape == (20,) and d.phash(grey[:0]).shape == (0,)
+    found = perceptual_hash.phash(grey)
+    assert (
+        found.dtype == np.uint64
+        and found.shape == (20,)
+        and perceptual_hash.phash(grey[:0]).shape == (0,)
+    )
     assert (np.unpackbits(found[:, None].view(np.uint8), axis=1).astype(bool) == expected).all()
     assert (expected.sum(1) == 32).all()
 
@@ -115,7 +131,9 @@ def test_the_hash_is_that_of_the_paper():
 def made(hashes, thumbs, first: int) -> d.RowSignatures:
     digests = np.arange(first, first + len(hashes), dtype=np.uint64)
     return d.RowSignatures(
-        digests, np.ones(len(hashes), bool), np.array(hashes, np.uint64), np.array(thumbs, np.uint8)
+        digests,
+        np.ones(len(hashes), bool),
+        {"hash": np.array(hashes, np.uint64), "thumb": np.array(thumbs, np.uint8)},
     )
 
 
@@ -137,21 +155,21 @@ def test_the_search_finds_what_comparing_all_pairs_finds(seed, pairs):
     noise = rng.normal(0, 1, (60, 256)) * rng.choice([0, 5, 15, 60], 60)[:, None]
     rows = made(hashes[chosen] ^ flips, np.clip(thumbs[chosen] + noise, 0, 255), 0)
     others = made(hashes, thumbs, 1000)
-    apart = np.bitwise_count(rows.hash[:, None] ^ others.hash[None])
-    alike = np.corrcoef(rows.thumb, others.thumb)[:60, 60:]
-    clear = np.abs(alike - d.NEAR_CORRELATION) > 1e-5
-    expected = (apart <= d.NEAR_BITS) & (alike >= d.NEAR_CORRELATION)
+    apart = np.bitwise_count(rows.near["hash"][:, None] ^ others.near["hash"][None])
+    alike = np.corrcoef(rows.near["thumb"], others.near["thumb"])[:60, 60:]
+    clear = np.abs(alike - perceptual_hash.NEAR_CORRELATION) > 1e-5
+    expected = (apart <= perceptual_hash.NEAR_BITS) & (alike >= perceptual_hash.NEAR_CORRELATION)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(d, "PAIRS", pairs)
-        found = d.near_duplicates(rows, others)
+        found = near(rows, others)
     assert (found == expected.any(1))[clear.all(1)].all()
     assert found.any() and not found.all(), "both happen"
 
 
 def test_bands_cover_the_hash_once():
-    assert [bit for low, high in d.bands_of_signatures() for bit in range(low, high)] == list(
+    assert [bit for low, high in perceptual_hash.band_limits() for bit in range(low, high)] == list(
         range(64)
-    ) and len(list(d.bands_of_signatures())) == d.NEAR_BITS + 1
+    ) and len(list(perceptual_hash.band_limits())) == perceptual_hash.NEAR_BITS + 1
 
 
 # ---------------------------------------------------------------- real images
@@ -163,10 +181,8 @@ def test_photos_encoded_or_resized_are_found(signs, change):
     photos = signs(whole)
     changed = signs([CHANGES[change](data) for data in whole[:150]])
     assert not d.exact_duplicates(changed, photos).any()
-    assert d.near_duplicates(changed, photos).mean() >= 0.98
-    assert d.near_duplicates(changed, signs(whole[150:])).mean() <= 0.01, (
-        "others are not taken for them"
-    )
+    assert near(changed, photos).mean() >= 0.98
+    assert near(changed, signs(whole[150:])).mean() <= 0.01, "others are not taken for them"
 
 
 def test_photos_that_are_cut_or_mirrored_are_other_ones(signs):
@@ -175,20 +191,22 @@ def test_photos_that_are_cut_or_mirrored_are_other_ones(signs):
     with_changes = [
         png(np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))[:, ::-1]) for data in whole
     ]
-    assert d.near_duplicates(signs(with_changes), signs(whole)).mean() < 0.3
+    assert near(signs(with_changes), signs(whole)).mean() < 0.3
 
 
 def test_different_photos_are_not_near(signs):
     photos = real(CLOTHING, 2313)
     half = len(photos) // 2
-    assert d.near_duplicates(signs(photos[:half]), signs(photos[half:])).mean() < 0.003
+    assert near(signs(photos[:half]), signs(photos[half:])).mean() < 0.003
 
 
 def neighbours(found: d.RowSignatures) -> np.ndarray:
     """How many other rows each row is near to, by comparing every two."""
-    assert found.hash is not None and found.thumb is not None
-    close = np.bitwise_count(found.hash[:, None] ^ found.hash[None]) <= d.NEAR_BITS
-    alike = np.corrcoef(found.thumb) >= d.NEAR_CORRELATION
+    close = (
+        np.bitwise_count(found.near["hash"][:, None] ^ found.near["hash"][None])
+        <= perceptual_hash.NEAR_BITS
+    )
+    alike = np.corrcoef(found.near["thumb"]) >= perceptual_hash.NEAR_CORRELATION
     return (close & alike).sum(1) - 1
 
 
@@ -208,11 +226,10 @@ def test_xrays_that_look_alike_are_not_near(signs, place, most):
     path = Path(os.environ["ONETOMANY_DATA"]) / place
     found = signs(path)
     assert (neighbours(found) > 0).sum() <= most
-    assert found.hash is not None
-    loose = np.bitwise_count(found.hash[:, None] ^ found.hash[None]) <= 6
+    loose = np.bitwise_count(found.near["hash"][:, None] ^ found.near["hash"][None]) <= 6
     assert loose.sum() - len(found) > 10
     variants = signs([CHANGES["jpeg 75"](data) for data in real(path, 200)])
-    assert d.near_duplicates(variants, found).mean() >= 0.99
+    assert near(variants, found).mean() >= 0.99
 
 
 # ---------------------------------------------------------------- what is compared
@@ -233,7 +250,7 @@ def test_images_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_path):
     assert d.exact_duplicates(signs(pictures), a).tolist() == [True] * 6 + [False] * 3, (
         "bytes of a column against files"
     )
-    assert (d.near_duplicates(a, b) == d.exact_duplicates(a, b)).all()
+    assert (near(a, b) == d.exact_duplicates(a, b)).all()
 
 
 def test_a_large_image_folder_is_read_on_ray(signs, tmp_path, monkeypatch):
@@ -249,7 +266,7 @@ def test_a_large_image_folder_is_read_on_ray(signs, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(to_parquet, "GROUP_ROWS", 2)
     assert len(signs(tmp_path / "folder", rows=[0, 2, 4])) == 3 and not spread
-    monkeypatch.setattr(d, "SPREAD_IMAGES", 5)
+    monkeypatch.setattr(d, "SPREAD_FILES", 5)
     assert len(signs(tmp_path / "folder")) == 6 and spread == [3]
 
 
@@ -263,7 +280,7 @@ def test_texts_are_compared_as_texts_and_repeats_count_each(signs, tmp_path):
         True,
         False,
     ], "nothing is no text"
-    assert d.near_duplicates(signs(test, "text", "words"), theirs).tolist() == [
+    assert near(signs(test, "text", "words"), theirs, "text").tolist() == [
         True,
         True,
         False,
@@ -310,7 +327,7 @@ def test_recordings_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_pat
         d.exact_duplicates(a, b).tolist() == [False] * 4 + [True] * 2
         and d.exact_duplicates(b, a).tolist() == [True] * 2 + [False] * 3
     )
-    assert d.near_duplicates(a, b).tolist() == d.exact_duplicates(a, b).tolist()
+    assert near(a, b, "audio").tolist() == d.exact_duplicates(a, b).tolist()
     assert (
         d.exact_duplicates(signs(sounds, "audio", "audio"), a).tolist() == [True] * 6 + [False] * 3
     ), "bytes of a column against files"
@@ -334,7 +351,7 @@ def test_recordings_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_pat
 def test_pieces_of_one_recording_are_rows_of_their_own(signs, tmp_path, monkeypatch):
     path, long = tmp_path / "long.flac", sound(1, 4.0)
     path.write_bytes(long)
-    columns, piece = ("audio", "from", "long"), ("from", "long")
+    columns = ("audio", "from", "long")
 
     def made(*rows):
         pq.write_table(
@@ -348,12 +365,14 @@ def test_pieces_of_one_recording_are_rows_of_their_own(signs, tmp_path, monkeypa
             ),
             tmp_path / "p.parquet",
         )
-        return signs(tmp_path / "p.parquet", "audio", "audio", piece=piece)
+        return signs(tmp_path / "p.parquet", "audio", columns)
 
     opened, real = [], storage.open_read
     monkeypatch.setattr(storage, "open_read", lambda uri: opened.append(uri) or real(uri))
     theirs = made((str(path), 0.0, 1.0), (str(path), 1.0, 1.5), (str(path), 2.5, None))
-    assert opened.count(str(path)) == 1, "each file is read once a row group"
+    assert opened.count(str(path)) == 1 + 3, (
+        "each file is read whole once a row group, and each piece is decoded"
+    )
     assert len({*theirs.digest.tolist()}) == 3
     assert d.exact_duplicates(
         made(
@@ -383,12 +402,11 @@ def test_images_that_cannot_be_read_or_show_nothing_are_near_to_none(signs):
     broken = [b"no image", b"", None]
     mine = signs([grey, dark, *broken])
     assert mine.readable.tolist() == [True, True, True, False, False]
-    assert (
-        d.near_duplicates(mine, signs([jpeg(grey, 80), b"another one", b"", None])).tolist()
-        == [False] * 5
-    ), "flat ones have nothing to compare"
+    assert near(mine, signs([jpeg(grey, 80), b"another one", b"", None])).tolist() == [False] * 5, (
+        "flat ones have nothing to compare"
+    )
     assert d.exact_duplicates(mine, mine).tolist() == [True, True, True, False, False]
-    assert d.near_duplicates(mine, signs([grey])).tolist() == [True, False, False, False, False]
+    assert near(mine, signs([grey])).tolist() == [True, False, False, False, False]
 
 
 def test_rows_are_read_once_and_again_when_they_change(signs, tmp_path, monkeypatch):
@@ -397,18 +415,22 @@ def test_rows_are_read_once_and_again_when_they_change(signs, tmp_path, monkeypa
     # As a Ray task gets it
     there = pickle.loads(
         pickle.dumps(
-            d.SignatureMaker(m.Selection(m.build(str(path), "auto", "")), "image", ("image",))
+            d.SignatureMaker(
+                m.Selection(m.build(str(path), "auto", "")), "image", {"image": "image"}
+            )
         )
     )
-    assert (there((50, 100))["hash"] == signs(whole[50:100]).hash).all()
+    assert (there((50, 100))["near_hash"] == signs(whole[50:100]).near["hash"]).all()
     calls, work = [], d.SignatureMaker.__call__
     monkeypatch.setattr(
         d.SignatureMaker, "__call__", lambda self, span: calls.append(span) or work(self, span)
     )
     first, again = signs(path), signs(path)
     assert calls == [(0, 50), (50, 100), (100, 120)], "row group by row group"
-    for name in ("digest", "readable", "hash", "thumb"):
+    for name in ("digest", "readable"):
         assert (getattr(first, name) == getattr(again, name)).all()
+    assert {*first.near} == {"hash", "thumb"}
+    assert all((first.near[name] == again.near[name]).all() for name in first.near)
     signs(path, rows=[3, 110])
     assert calls[3:] == [(0, 1), (1, 2)]
     pq.write_table(pa.table({"image": whole[::-1]}), path, row_group_size=120)
@@ -464,7 +486,7 @@ def test_numbers_stored_in_another_width_are_the_same(tmp_path):
             d.row_signatures(
                 rows,
                 "events",
-                ("times", "variables", "values"),
+                by_role("events", ("times", "variables", "values")),
                 str(tmp_path / "signs"),
                 record="entity",
             )
@@ -474,12 +496,95 @@ def test_numbers_stored_in_another_width_are_the_same(tmp_path):
 
 
 def test_lists_of_lists_of_doubles_are_those_of_floats(signs):
-    assert d.with_float32(pa.list_(pa.list_(pa.float64()))) == pa.large_list(
+    assert d.with_canonical_numbers(pa.list_(pa.list_(pa.float64()))) == pa.large_list(
         pa.large_list(pa.float32())
     )
-    assert d.with_float32(pa.list_(pa.int64())) is None and d.with_float32(pa.string()) is None
+    assert d.with_canonical_numbers(pa.list_(pa.int64())) == pa.large_list(pa.float64())
+    assert d.with_canonical_numbers(pa.string()) is None
     nested = pa.table({"a": pa.array([[[0.1]], None], pa.list_(pa.list_(pa.float64(), 1)))})
-    assert d.single_precision(nested, ("a",))["a"].to_pylist() == [
+    assert d.canonical_numbers(nested, ("a",))["a"].to_pylist() == [
         [[float(np.float32(0.1))]],
         None,
     ]
+
+
+def test_rows_of_tables_are_the_same_in_any_order_and_type_of_their_fields(tmp_path):
+    here = pa.array(
+        [{"age": 12, "dose": 0.1, "sex": "f"}, {"age": 12, "dose": 0.2, "sex": "f"}],
+        pa.struct([("age", pa.int64()), ("dose", pa.float64()), ("sex", pa.string())]),
+    )
+    there = pa.array(
+        [{"sex": "f", "dose": 0.1, "age": 12.0}, {"sex": "m", "dose": 0.2, "age": 12.0}],
+        pa.struct([("sex", pa.string()), ("dose", pa.float32()), ("age", pa.float64())]),
+    )
+    found = []
+    for name, column in (("here", here), ("there", there)):
+        pq.write_table(pa.table({"features": column}), tmp_path / f"{name}.parquet")
+        rows = m.Selection(m.build(str(tmp_path / f"{name}.parquet"), "auto", str(tmp_path)))
+        columns = {"features": "features"}
+        found.append(d.row_signatures(rows, "table", columns, str(tmp_path / "signs")))
+    assert d.exact_duplicates(*found).tolist() == [True, False]
+    assert near(*found, "table").tolist() == [True, False], "tables have no near rows"
+
+
+# ---------------------------------------------------------------- nearly the same
+
+
+WORDS = [f"word{i}" for i in range(400)]
+
+
+def article(seed: int, length: int = 120) -> list[str]:
+    return np.random.default_rng(seed).choice(WORDS, length).tolist()
+
+
+def test_texts_with_a_word_changed_are_near_and_other_texts_are_not(signs):
+    whole = [article(seed) for seed in range(40)]
+    source = signs([" ".join(words) for words in whole], "text", "text")
+    changed = [" ".join([*words[:60], "OTHER,", *words[61:]]).upper() for words in whole]
+    half = [" ".join([*words[:60], *article(100 + i, 60)]) for i, words in enumerate(whole)]
+    mine = signs([*changed, *half, None, ""], "text", "text")
+    assert not d.exact_duplicates(mine, source).any()
+    assert near(mine, source, "text").tolist() == [True] * 40 + [False] * 42
+
+
+def test_pairs_of_texts_are_near_when_both_are(signs):
+    """A paragraph with another question is another row."""
+    first, second = " ".join(article(1)), " ".join(article(2))
+    source = signs([(first, second)], "text", ("text", "text_pair"))
+    rows = [(first + ".", second.upper()), (first, " ".join(article(3)))]
+    assert near(signs(rows, "text", ("text", "text_pair")), source, "text").tolist() == [
+        True,
+        False,
+    ]
+
+
+def tune(seed: int) -> np.ndarray:
+    """Return two seconds of notes of random pitch and length at 16 kHz."""
+    draw = np.random.default_rng(seed)
+    ends = np.sort(draw.integers(0, 32000, 7))
+    pitch = np.repeat(draw.uniform(200, 3000, 8), np.diff([0, *ends, 32000]))
+    return 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / 16000)
+
+
+def written(samples: np.ndarray, rate: int = 16000, form: str = "WAV", **how) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, samples, rate, format=form, **how)
+    return out.getvalue()
+
+
+def test_recordings_stored_anew_are_near_and_others_are_not(signs):
+    tunes = [tune(seed) for seed in range(12)]
+    source = signs([written(one) for one in tunes], "audio", "audio")
+    changed = {
+        "compressed": [written(one, form="OGG", subtype="VORBIS") for one in tunes],
+        "softer": [written(one / 4) for one in tunes],
+        "half the rate": [written(one[::2], 8000) for one in tunes],
+    }
+    for what, recordings in changed.items():
+        mine = signs(recordings, "audio", "audio")
+        assert not d.exact_duplicates(mine, source).any()
+        assert near(mine, source, "audio").all(), what
+    others = signs([written(tune(100 + seed)) for seed in range(12)], "audio", "audio")
+    silent = signs([written(np.zeros(16000)), b"no sound"], "audio", "audio")
+    assert not near(others, source, "audio").any()
+    assert not near(silent, signs([written(np.zeros(20000))], "audio", "audio"), "audio").any()

@@ -18,6 +18,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline.config import registry
+from pipeline.media import minhash
 from pipeline.prepare.engine import importing, inputs
 from pipeline.prepare.engine.write import Preparation, Settings
 from pipeline.prepare.readers import cleaning
@@ -288,9 +289,9 @@ def test_documents_that_share_no_more_than_bands_are_verified():
     are, in whatever group they stand.
     """
     draw = np.random.default_rng(0)
-    signs = draw.integers(0, 1 << 32, (400, cleaning.NUM_PERM), dtype=np.uint32)
+    signs = draw.integers(0, 1 << 32, (400, minhash.NUM_PERM), dtype=np.uint32)
     # One band of 200 documents
-    signs[:200, : cleaning.rows_a_band(0.8)] = signs[0, : cleaning.rows_a_band(0.8)]
+    signs[:200, : minhash.rows_a_band(0.8)] = signs[0, : minhash.rows_a_band(0.8)]
     assert (cleaning.near(signs, 0.8) == np.arange(400)).all()
     signs[150] = signs[7]
     signs[150, 100:120] += 1
@@ -307,15 +308,14 @@ def test_documents_that_share_no_more_than_bands_are_verified():
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9, 1.0])
 def test_bands_meet_at_the_threshold(threshold):
-    rows = cleaning.rows_a_band(threshold)
-    assert 1 <= rows <= cleaning.NUM_PERM
+    rows = minhash.rows_a_band(threshold)
+    assert 1 <= rows <= minhash.NUM_PERM
     assert (
-        threshold == 1
-        or 1 - (1 - threshold**rows) ** (cleaning.NUM_PERM // rows) >= cleaning.RECALL
+        threshold == 1 or 1 - (1 - threshold**rows) ** (minhash.NUM_PERM // rows) >= minhash.RECALL
     )
     assert (
         threshold == 1
-        or 1 - (1 - threshold ** (rows + 1)) ** (cleaning.NUM_PERM // (rows + 1)) < cleaning.RECALL
+        or 1 - (1 - threshold ** (rows + 1)) ** (minhash.NUM_PERM // (rows + 1)) < minhash.RECALL
     )
 
 
@@ -460,7 +460,7 @@ def test_a_hundred_thousand_documents_take_the_memory_and_time_that_is_said():
     import resource
 
     draw = np.random.default_rng(0)
-    signs = draw.integers(0, 1 << 32, (100_000, cleaning.NUM_PERM), dtype=np.uint32)
+    signs = draw.integers(0, 1 << 32, (100_000, minhash.NUM_PERM), dtype=np.uint32)
     signs[50_000:] = signs[:50_000]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = cleaning.near(signs, 0.8)

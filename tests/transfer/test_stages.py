@@ -1135,14 +1135,14 @@ def test_near_duplicates_of_other_rows_than_images_are_refused(tmp_path, bundles
     ).model_dump(mode="json")
     dumped["targets"]["task"] |= {"drop_overlap": "near"}
     dumped["targets"]["task"]["data"] |= {
-        "modality": "text",
-        "columns": {"text": "words", "label": "class"},
+        "modality": "table",
+        "columns": {"features": "words", "label": "class"},
         "test_fraction": 0.2,
     }
     with pytest.raises(
         ValueError,
-        match=r"targets\.task\.drop_overlap: near duplicates are found among images, these rows "
-        r"are text: say exact",
+        match=r"targets\.task\.drop_overlap: near duplicates are found among rows of "
+        r"audio, image, text, these rows are table: say exact",
     ):
         prepared(Job.model_validate(dumped))
 

@@ -17,6 +17,7 @@ from pydantic import Field
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.data.loader import threaded_map
+from pipeline.media import minhash
 from pipeline.prepare.engine.inputs import (
     ROW_BYTES,
     InputFiles,
@@ -364,7 +365,7 @@ class Text(TableImporter):
                     yield text
 
         if self.options.dedup == "near":
-            signs = list(cleaning.signatures(staying()))
+            signs = list(minhash.signatures(staying()))
         else:
             for _ in staying():
                 pass
@@ -373,7 +374,7 @@ class Text(TableImporter):
             "places": np.array(places, dtype=np.int64),
             "reasons": np.array(reasons, dtype=np.uint8),
             "digests": np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2),
-            "signs": np.array(signs, dtype=np.uint32).reshape(-1, cleaning.NUM_PERM),
+            "signs": np.array(signs, dtype=np.uint32).reshape(-1, minhash.NUM_PERM),
             "kinds": np.array(list(kinds.values()), dtype=np.int64),
         }
 

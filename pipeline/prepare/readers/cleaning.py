@@ -13,28 +13,22 @@ documents of 20 words, 9 s of one processor for both passes (2026-11-25).
 from __future__ import annotations
 
 import hashlib
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
-from datasketch import MinHash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-NUM_PERM, SHINGLE = 128, 5
-RECALL = 0.999
-"""Two documents exactly at the threshold share a band with at least this probability."""
+from pipeline.media.minhash import NUM_PERM, mixed, rows_a_band
+
 NEIGHBOURS = 32
 """Of documents that share a band, each is compared with the first one and with so many before it.
 """
-AT_A_TIME = 8192
-"""Shingles that are hashed at a time: those of a book would take gigabytes."""
 PAIRS = 1 << 20
 """Pairs that are compared at a time."""
-WORD = re.compile(r"\w+")
 
 
 # ---------------------------------------------------------------- one document
@@ -77,27 +71,6 @@ def digest(text: str) -> bytes:
     ]
 
 
-def shingles(text: str) -> set[bytes]:
-    """Return all runs of SHINGLE words, in lower case and without punctuation.
-
-    A shorter text has one shingle of all its words; one without words has its punctuation.
-    """
-    words = WORD.findall(text.lower()) or text.split()
-    return {
-        " ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))
-    }
-
-
-def signatures(texts: Iterator[str]) -> Iterator[np.ndarray]:
-    """Yield the MinHash signature of each text, (NUM_PERM,) uint32."""
-    empty = MinHash(num_perm=NUM_PERM, seed=1)
-    for text in texts:
-        one, found = empty.copy(), list(shingles(text))
-        for start in range(0, len(found), AT_A_TIME):
-            one.update_batch(found[start : start + AT_A_TIME])
-        yield one.hashvalues.astype(np.uint32)
-
-
 # ---------------------------------------------------------------- all documents
 
 
@@ -112,16 +85,6 @@ def exact(digests: np.ndarray) -> np.ndarray:
     return out
 
 
-def rows_a_band(threshold: float) -> int:
-    """Return the most rows of a band with which a pair at the threshold shares a band with
-    probability RECALL (more rows make fewer pairs).
-    """
-    return max(
-        (r for r in range(1, NUM_PERM + 1) if 1 - (1 - threshold**r) ** (NUM_PERM // r) >= RECALL),
-        default=1,
-    )
-
-
 def near(signs: np.ndarray, threshold: float) -> np.ndarray:
     """Return the first document of each one's component of near duplicates, (n,) int64.
 
@@ -132,7 +95,7 @@ def near(signs: np.ndarray, threshold: float) -> np.ndarray:
         return np.arange(n)
     lefts, rights = [np.arange(0)], [np.arange(0)]
     for first in range(0, NUM_PERM - rows + 1, rows):
-        for left, right in _candidates(_mixed(signs[:, first : first + rows])):
+        for left, right in _candidates(mixed(signs[:, first : first + rows])):
             for start in range(0, len(left), PAIRS):
                 a, b = left[start : start + PAIRS], right[start : start + PAIRS]
                 alike = np.count_nonzero(signs[a] == signs[b], axis=1) >= threshold * NUM_PERM
@@ -145,15 +108,6 @@ def near(signs: np.ndarray, threshold: float) -> np.ndarray:
     firsts = np.full(component.max() + 1, n, dtype=np.int64)
     np.minimum.at(firsts, component, np.arange(n))
     return firsts[component]
-
-
-def _mixed(band: np.ndarray) -> np.ndarray:
-    """Hash a band (n, r) to (n,) uint64. A collision costs one comparison."""
-    out = np.zeros(len(band), dtype=np.uint64)
-    for column in band.T:
-        out = (out ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-        out ^= out >> np.uint64(29)
-    return out
 
 
 def _candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,0 +1,85 @@
+"""Texts that are nearly the same: MinHash signatures of their word shingles.
+
+Near duplicates are texts whose sets of word 5-shingles have at least a given Jaccard similarity,
+estimated by MinHash (Broder 1997) and found by banding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from datasketch import MinHash
+
+NUM_PERM, SHINGLE = 128, 5
+RECALL = 0.999
+"""Two documents exactly at the threshold share a band with at least this probability."""
+AT_A_TIME = 8192
+"""Shingles that are hashed at a time: those of a book would take gigabytes."""
+WORD = re.compile(r"\w+")
+
+
+def shingles(text: str) -> set[bytes]:
+    """Return all runs of SHINGLE words, in lower case and without punctuation.
+
+    A shorter text has one shingle of all its words; one without words has its punctuation.
+    """
+    words = WORD.findall(text.lower()) or text.split()
+    return {
+        " ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))
+    }
+
+
+def signatures(texts: Iterator[str]) -> Iterator[np.ndarray]:
+    """Yield the MinHash signature of each text, (NUM_PERM,) uint32."""
+    empty = MinHash(num_perm=NUM_PERM, seed=1)
+    for text in texts:
+        one, found = empty.copy(), list(shingles(text))
+        for start in range(0, len(found), AT_A_TIME):
+            one.update_batch(found[start : start + AT_A_TIME])
+        yield one.hashvalues.astype(np.uint32)
+
+
+def rows_a_band(threshold: float) -> int:
+    """Return the most rows of a band with which a pair at the threshold shares a band with
+    probability RECALL (more rows make fewer pairs).
+    """
+    return max(
+        (r for r in range(1, NUM_PERM + 1) if 1 - (1 - threshold**r) ** (NUM_PERM // r) >= RECALL),
+        default=1,
+    )
+
+
+def mixed(band: np.ndarray) -> np.ndarray:
+    """Hash a band (n, r) to (n,) uint64. A collision costs one comparison."""
+    out = np.zeros(len(band), dtype=np.uint64)
+    for column in band.T:
+        out = (out ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        out ^= out >> np.uint64(29)
+    return out
+
+
+class MinHashSearch:
+    """Compares rows of one text or of two by ``minhash`` (n, texts, NUM_PERM).
+
+    Rows are alike when each of their texts is. Two pairs at the threshold in both texts share a
+    band less often than two texts do.
+    """
+
+    method = "MinHash of words"
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.settings = (threshold,)
+
+    def bands(self, signatures: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+        found, rows = signatures["minhash"], rows_a_band(self.threshold)
+        for first in range(0, NUM_PERM - rows + 1, rows):
+            yield mixed(found[:, :, first : first + rows].reshape(len(found), -1))
+
+    def alike(
+        self, signatures: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        same = np.count_nonzero(signatures["minhash"] == others["minhash"], axis=2)
+        return (same >= self.threshold * NUM_PERM).all(1)
