@@ -23,9 +23,11 @@ from toys import (
     TRAJECTORY_COLUMNS,
     episodes,
     images,
+    label_state,
     rows_of,
     sentences,
     stays,
+    task_of,
 )
 
 from pipeline.checkpoints import bundle
@@ -320,3 +322,22 @@ OBJECTIVES: dict[str, Case] = {
     ),
 }
 """Objective to the rows, the smallest backbone and the options that it is tried with."""
+
+
+def classified(name: str, seed: int = 1) -> tuple[Task, Rows]:
+    """A backbone with a head for three classes, and its rows in memory.
+
+    The backbone is one of `BACKBONES` or of `MODALITIES`.
+    """
+    make_sample, options = BACKBONES.get(name) or next(
+        (make_sample, {}) for make_sample, backbone in MODALITIES.values() if backbone == name
+    )
+    sample = make_sample()
+    modality = sample.fitted(name)
+    arrays, bad = modality.decode(sample.table, sample.columns)
+    assert not any(bad), bad
+    state = label_state()
+    rows = rows_of(modality, {**arrays, "label": np.arange(N) % 3}, "classification", state)
+    task = task_of(name, modality.inputs(), "classification", state, seed=seed, **options)
+    wake(task)
+    return task, rows

@@ -10,14 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from contract_rows import BACKBONES, MODALITIES, OBJECTIVES, N, wake
+from contract_rows import BACKBONES, MODALITIES, OBJECTIVES, N, classified
 from toys import (
     add_streams,
     image_rows,
     label_state,
     make_run,
     net_task,
-    rows_of,
     take,
     task_of,
     weights,
@@ -33,6 +32,7 @@ from pipeline.core.contracts.objective_capabilities import (
     Postprocesses,
     UpdatesAfterStep,
 )
+from pipeline.core.contracts.technique_capabilities import reads_source
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.objectives.classification import Classification
@@ -68,16 +68,7 @@ class Case:
 
     def __init__(self, name: str):
         self.name = name
-        make_sample, options = BACKBONES[name]
-        sample = make_sample()
-        modality = sample.fitted(name)
-        arrays, bad = modality.decode(sample.table, sample.columns)
-        assert not any(bad), bad
-        state = label_state()
-        labels = {"label": np.arange(N) % 3}
-        self.rows = rows_of(modality, {**arrays, **labels}, "classification", state)
-        self.task = task_of(name, modality.inputs(), "classification", state, seed=1, **options)
-        wake(self.task)
+        self.task, self.rows = classified(name)
         self.batch = take(self.rows, np.arange(4))
 
     @property
@@ -493,7 +484,10 @@ def test_labels_of_one_name_stay_apart():
 
 @pytest.fixture(params=registry.names("technique"))
 def technique(request) -> Technique:
-    return registry.get("technique", request.param)()
+    made = registry.get("technique", request.param)()
+    if reads_source(made):
+        made.read_source(net_task(norm="batch"))
+    return made
 
 
 def test_phases_fill_the_steps_and_rates_cover_every_layer(technique):

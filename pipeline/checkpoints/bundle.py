@@ -247,7 +247,8 @@ class Manifest:
     this one; None for a bundle that holds all weights. ``training`` holds what the run reported of
     itself, ``metrics`` the validation metrics, ``columns`` the column of each role, ``made_by`` the
     hashes of the code that made it (`pipeline.config.provenance`), ``files`` and ``sha256`` the
-    checksums of its folder.
+    checksums of its folder. ``technique`` is the one whose modules are part of the network, with
+    its options, if any.
     """
 
     arch: Architecture
@@ -261,6 +262,7 @@ class Manifest:
     spec_hash: str = ""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     columns: dict[str, str] = field(default_factory=dict[str, str])
+    technique: dict[str, Any] | None = None
     made_by: dict[str, Any] | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     sha256: str = ""
@@ -332,6 +334,9 @@ class Bundle:
                 f"{self.uri}: this bundle is a backbone without a head; fine-tune it first"
             )
         task = build_task(self.manifest.arch, self.manifest.objective)
+        if self.manifest.technique is not None:
+            kind = registry.get("technique", self.manifest.technique["name"])
+            task = kind(kind.options_class(**self.manifest.technique["options"])).wrap(task)
         task.load_state_dict(self.tensors)
         return task.eval()
 

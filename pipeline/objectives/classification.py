@@ -5,6 +5,7 @@ Shapes: B rows of a batch, n rows of a table, D features, C classes.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any, Literal
 
@@ -237,11 +238,20 @@ class Classification(Objective):
 
     def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``scores`` (B, C), with labels ``label`` and ``loss``, and the ``threshold``."""
-        scores = self.scores(features).float() / self.state.get("temperature", 1.0)
+        return self._calibrated(self.scores(features).float(), batch.data.get("label"))
+
+    def average(self, predictions):
+        """Return the mean of the probabilities, as scores (Lakshminarayanan et al. 2017)."""
+        logs = torch.stack([one["scores"].log_softmax(-1) for one in predictions])
+        scores = logs.logsumexp(0) - math.log(len(predictions))
+        return self._calibrated(scores, predictions[0].get("label"))
+
+    def _calibrated(self, scores: Tensor, label: Tensor | None) -> dict[str, Tensor]:
+        scores = scores / self.state.get("temperature", 1.0)
         predictions = {"scores": scores}
-        if "label" in batch.data:
-            predictions["label"] = batch["label"]
-            predictions["loss"] = F.cross_entropy(scores, batch["label"], reduction="none")
+        if label is not None:
+            predictions["label"] = label
+            predictions["loss"] = F.cross_entropy(scores, label, reduction="none")
         if "threshold" in self.state:
             predictions["threshold"] = torch.full(
                 (scores.shape[0],),

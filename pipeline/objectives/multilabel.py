@@ -169,11 +169,19 @@ class Multilabel(Objective):
 
     def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``scores`` (B, L), and with labels ``labels``, ``loss`` and ``min_positives``."""
-        scores = self.scores(features) / self.state.get("temperature", 1.0)
-        if "labels" not in batch.data:
+        return self._calibrated(self.scores(features), batch.data.get("labels"))
+
+    def average(self, predictions):
+        """Return the mean of the probabilities, as scores (Lakshminarayanan et al. 2017)."""
+        scores = torch.stack([one["scores"] for one in predictions])
+        yes, no = (F.logsigmoid(sign * scores).logsumexp(0) for sign in (1, -1))
+        return self._calibrated(yes - no, predictions[0].get("labels"))
+
+    def _calibrated(self, scores: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        scores = scores / self.state.get("temperature", 1.0)
+        if labels is None:
             return {"scores": scores}
-        labels = batch["labels"]
-        rows = len(batch["labels"])
+        rows = len(labels)
         row_losses = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")
         least = self.options.min_positives
         return {

@@ -22,6 +22,7 @@ from pipeline.core.contracts.objective_capabilities import (
     couples_rows,
     replaces_backbone,
 )
+from pipeline.core.contracts.technique_capabilities import keeps_modules, reads_source
 from pipeline.train.experiment import technique_of
 
 
@@ -129,6 +130,13 @@ def check_technique(place: str, spec: Source) -> None:
     if technique.streams():
         raise ValueError(
             f"{where}: {name} reads rows of a source and of a target; it is for targets"
+        )
+    if reads_source(technique):
+        raise ValueError(f"{where}: {name} reads the network of a source; it is for targets")
+    if keeps_modules(technique):
+        raise ValueError(
+            f"{where}: {name} adds modules that stay, and no target could start from these: "
+            "it is for targets"
         )
     adds_modules = type(technique).wrap is not Technique.wrap
     objective = registry.get("objective", spec.objective.name)

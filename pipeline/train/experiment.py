@@ -7,6 +7,7 @@ are read, what is written at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,11 @@ from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Train
 from pipeline.core.contracts import Batch, Task, Technique, trains
 from pipeline.core.contracts.objective_capabilities import couples_rows
-from pipeline.core.contracts.technique_capabilities import prepares_on_target
+from pipeline.core.contracts.technique_capabilities import (
+    ChoosesOnValidation,
+    prepares_on_target,
+)
+from pipeline.core.metrics.catalog import metric
 from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.plan import Plan
@@ -185,23 +190,52 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
     )
     with record:
         outcome = loop.fit(work) if trains(technique) else loop.evaluate_untrained(work)
+        metrics, chosen = keeper.metrics, {}
+        if isinstance(technique, ChoosesOnValidation):
+            goodness = _goodness(technique, check, experiment.metrics[0])
+            task, chosen = technique.choose(task, goodness)
+            metrics = check(task) if check else metrics
     return Finished(
         task=technique.finish(task),
         outcome=outcome,
-        metrics=keeper.metrics,
-        metadata=_metadata(outcome, keeper.step, experiment.plan),
+        metrics=metrics,
+        metadata=_metadata(outcome, keeper.step, experiment.plan, chosen),
         bad_rows=record.bad_rows.found,
         warning=record.warning,
         damaged=record.damaged,
     )
 
 
-def _metadata(outcome: TrainingOutcome, kept_step: int, plan: Plan) -> dict[str, Any]:
+def _metadata(
+    outcome: TrainingOutcome, kept_step: int, plan: Plan, chosen: dict[str, Any]
+) -> dict[str, Any]:
     names = ("steps", "params_trained", "layers_trained", "skipped_steps", "resumed_from", "curve")
     metadata = {name: getattr(outcome, name) for name in names} | {"kept_step": kept_step}
     if isinstance(plan, BucketPlan):
         metadata["padding_share"] = round(plan.padding(), 4)
+    if chosen:
+        metadata["chosen"] = chosen
     return metadata
+
+
+def _goodness(
+    technique: Technique, check: Callable[[Task], dict[str, float]] | None, primary: str
+) -> Callable[[Task], float]:
+    """A function that judges a network by the primary metric of the validation rows, larger is
+    better.
+    """
+    sign = 1.0 if metric(primary).higher_is_better else -1.0
+
+    def goodness(task: Task) -> float:
+        if check is None:
+            raise ValueError(
+                f"technique {technique.registered_name} chooses on validation rows, and there are "
+                "none"
+            )
+        value = sign * check(task)[primary]
+        return -math.inf if math.isnan(value) else value
+
+    return goodness
 
 
 def _validator(

@@ -263,12 +263,12 @@ def fit(run: TrainingRun) -> TrainingOutcome:
         saved, damaged = checkpoint.load(run.checkpoints, ranks, run.restarts)
     start = saved["step"] if saved else 0
     run.on_start(start, damaged)
-    ema = optim.EMA(task, train.ema) if train.ema else None
+    average = optim.weight_average(task, run.technique, train, run.steps)
     if saved:
         task.load_state_dict(saved["task"])
         run.keeper.load_state_dict(saved["keeper"])
-        if ema:
-            ema.average = {name: tensor.to(device) for name, tensor in saved["ema"].items()}
+        if average:
+            average.average = {name: tensor.to(device) for name, tensor in saved["ema"].items()}
         if saved.get("bad_rows"):
             run.bad_rows("train", list(saved["bad_rows"].items()))
     assert start < run.steps, "a run of zero steps trains nothing"
@@ -322,8 +322,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
             warning = None
             if isinstance(task.objective, UpdatesAfterStep):
                 warning = task.objective.after_step(task.backbone, step, run.steps)
-            if ema:
-                ema.update(task)
+            if average:
+                average.update(task, step)
             progress.add(batch, sums, waited, warning)
             if run.on_rows:
                 run.on_rows(step, batch.rows)
@@ -341,12 +341,12 @@ def fit(run: TrainingRun) -> TrainingOutcome:
             if logs:
                 run.on_log(progress.record(done, phase, live, norm))
             if validates:
-                metrics = _evaluated(run, ema, done)
+                metrics = _evaluated(run, average, done)
                 live.train_mode()
                 progress.add_validation(done, metrics)
                 run.on_eval(done, metrics)
             if saves:
-                progress.save(done, phase_number, live, ema)
+                progress.save(done, phase_number, live, average)
     except Stop:
         stopped = True
     finally:
@@ -354,8 +354,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
             close = getattr(opened, "close", None)
             if close:
                 close()
-    if ema:
-        ema.swap(task)
+    if average:
+        average.swap(task)
     if run.evaluate:
         run.keeper.restore(task)
     seconds = run.clock() - progress.began
@@ -458,7 +458,9 @@ class _Progress:
             return False
         return _rank_zero_verdict(run.clock() - self.saved_at >= 60 * minutes, run.ranks)
 
-    def save(self, done: int, phase: int, live: _PhaseState, ema: optim.EMA | None) -> None:
+    def save(
+        self, done: int, phase: int, live: _PhaseState, average: optim.WeightAverage | None
+    ) -> None:
         """Write a resume point."""
         run = self.run
         assert run.checkpoints is not None
@@ -467,7 +469,7 @@ class _Progress:
             "phase": phase,
             "task": run.task.state_dict(),
             "optimizer": live.optimizer.state_dict(),
-            "ema": ema.average if ema else None,
+            "ema": average.average if average else None,
             "keeper": run.keeper.state_dict(),
             "curve": self.curve,
             "skipped": int(self.bad_total),
@@ -613,16 +615,16 @@ def _step(
     return norm
 
 
-def _evaluated(run: TrainingRun, ema: optim.EMA | None, step: int) -> dict[str, Any]:
+def _evaluated(run: TrainingRun, average: optim.WeightAverage | None, step: int) -> dict[str, Any]:
     """Validation metrics of the current (averaged) weights, the same on every rank."""
     assert run.evaluate is not None
-    if ema:
-        ema.swap(run.task)
+    if average:
+        average.swap(run.task)
     if run.ranks.count > 1:  # norm statistics are rank 0's, as DDP makes them at the next forward
         for buffer in run.task.buffers():
             dist.broadcast(buffer, 0)
     metrics = run.evaluate(run.task)
     run.keeper.update(step, metrics, run.task)
-    if ema:
-        ema.swap(run.task)
+    if average:
+        average.swap(run.task)
     return metrics

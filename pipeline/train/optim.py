@@ -6,13 +6,16 @@ A technique's rates name every layer, and layers cover every parameter exactly o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import Train
-from pipeline.core.contracts import Task
+from pipeline.core.contracts import Task, Technique
+from pipeline.core.contracts.technique_capabilities import AveragesWeights
 
 
 def apply_rates(
@@ -190,21 +193,35 @@ def global_norm(parameters: list[nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm(grads, foreach=True) if grads else torch.zeros(())
 
 
-class EMA:
-    """Exponential moving average of the trainable weights; `swap` puts it into the model for a
-    while.
+class WeightAverage:
+    """A running average of the trained weights; `swap` puts it into the model for a while.
+
+    Args:
+        share: Share of the newest weights in the average after a step.
+        statistics: Whether norm statistics are averaged too.
     """
 
-    def __init__(self, task: nn.Module, decay: float):
-        self.decay = decay
-        self.average = {name: p.detach().clone() for name, p in task.named_parameters()}
+    def __init__(self, task: nn.Module, share: Callable[[int], float], statistics: bool = False):
+        self.share, self.statistics = share, statistics
+        self.average = {name: p.detach().clone() for name, p in self._tensors(task).items()}
+
+    def _tensors(self, task: nn.Module) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = dict(task.named_parameters())
+        if self.statistics:
+            found |= {name: b for name, b in task.named_buffers() if b.is_floating_point()}
+        return found
 
     @torch.no_grad()
-    def update(self, task: nn.Module) -> None:
-        live = dict(task.named_parameters())
-        names = [name for name in self.average if live[name].requires_grad]
+    def update(self, task: nn.Module, step: int) -> None:
+        """Add the weights after a step."""
+        live = self._tensors(task)
+        moving = [
+            name
+            for name, tensor in live.items()
+            if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+        ]
         torch._foreach_lerp_(
-            [self.average[n] for n in names], [live[n].detach() for n in names], 1 - self.decay
+            [self.average[n] for n in moving], [live[n].detach() for n in moving], self.share(step)
         )
 
     @torch.no_grad()
@@ -212,7 +229,26 @@ class EMA:
         """Exchange the model's weights and the average, in place; calling it twice changes
         nothing.
         """
-        for name, parameter in task.named_parameters():
-            held = parameter.detach().clone()
-            parameter.copy_(self.average[name])
+        for name, tensor in self._tensors(task).items():
+            held = tensor.detach().clone()
+            tensor.copy_(self.average[name])
             self.average[name].copy_(held)
+
+
+def weight_average(
+    task: nn.Module, technique: Technique, train: Train, steps: int
+) -> WeightAverage | None:
+    """Return the average that a technique keeps, or that ``train.ema`` asks for, if any.
+
+    Raises:
+        ValueError: both want one.
+    """
+    if isinstance(technique, AveragesWeights):
+        if train.ema:
+            name = technique.registered_name
+            raise ValueError(f"technique {name} averages the weights itself: leave train.ema out")
+        return WeightAverage(task, partial(technique.averaging, steps=steps), statistics=True)
+    if train.ema:
+        share = 1 - train.ema
+        return WeightAverage(task, lambda step: share)
+    return None

@@ -22,6 +22,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import Target, Train, with_hyper_parameters
 from pipeline.core.contracts import (
+    Ensemble,
     FinishedTrial,
     Objective,
     Task,
@@ -36,11 +37,16 @@ from pipeline.core.contracts.objective_capabilities import (
     target_metrics,
     transfers_head,
 )
-from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE, adapts_without_labels
+from pipeline.core.contracts.technique_capabilities import (
+    LABELLED_SOURCE,
+    adapts_without_labels,
+    keeps_modules,
+    reads_source,
+)
 from pipeline.core.metrics.catalog import Predictions, metric
 from pipeline.core.metrics.label_sets import scored
 from pipeline.core.rng import mix
-from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
+from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data.manifests import Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import (
@@ -284,8 +290,13 @@ def _predictions(root: str, trial_id: str, record: TrialRecord | None) -> bytes 
     return data
 
 
-def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
+def build(
+    trial: Trial, shared: Shared, technique: Technique | None = None
+) -> tuple[Task, str, str]:
     """Build the task that a trial starts with.
+
+    Args:
+        technique: The trial's own, where it is to keep what it reads of finished trials.
 
     Returns:
         The task, a description of the tensors that came from the source, and a hash of its weights.
@@ -298,7 +309,8 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     task = bundle.build_task(data.arch, data.objective, seed=seed, head_seed=mix(seed, 1))
     if trial.members:
         members = [_finished(shared, one) for one in trial.members]
-        task.load_state_dict(trial.technique_object.after_fanout(members))
+        technique = technique or trial.technique_object
+        task.load_state_dict(technique.after_fanout(members))
         return task, f"weights made of {len(members)} finished trials", weights_hash(task)
     if trial.source == SCRATCH:
         return task, "backbone and head new (scratch)", weights_hash(task)
@@ -327,23 +339,43 @@ def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _finished(shared: Shared, trial_id: str) -> FinishedTrial:
-    """Return a trial that has ended, with its weights.
+def source_task(trial: Trial, shared: Shared) -> Task | None:
+    """Return the source's network with its own head; None where it has no head (a checkpoint).
 
-    Raises:
-        ValueError: The trial failed or kept no weights.
+    The backbone is built for the input of the target, as the trial's own is.
     """
+    objective, head = shared.heads.get(trial.source, (NO_OBJECTIVE, {}))
+    if objective.name == NO_OBJECTIVE.name:
+        return None
+    task = bundle.build_task(
+        shared.targets[trial.target, trial.backbone_key].arch, objective, seed=0
+    )
+    bundle.transfer(task.backbone, _tensors(shared.weights[trial.source]), trial.source)
+    task.objective.load_state_dict(_tensors(head))
+    return task.eval()
+
+
+def _finished(shared: Shared, trial_id: str) -> FinishedTrial:
+    """Return a trial that has ended. Its weights are read when they are asked for."""
     record = read_record(shared.root, trial_id)
-    row = record.rows[0] if record and record.status == "done" else None
-    uri = row.bundle_uri if row else None
-    if record is None or row is None or uri is None:
-        raise ValueError(f"trial {trial_id}, whose weights are needed, failed or kept no bundle")
+    if record is None:
+        raise ValueError(f"trial {trial_id}, which is to be combined, has no record")
+    row = record.rows[0]
+
+    def weights() -> dict[str, torch.Tensor]:
+        if record.status != "done" or row.bundle_uri is None:
+            raise ValueError(
+                f"{row.technique} seed {row.seed} (trial {trial_id}), whose weights are needed, "
+                "failed or kept no bundle"
+            )
+        return bundle.load(row.bundle_uri).tensors
+
     return FinishedTrial(
         technique=row.technique,
         seed=row.seed,
         hyper_parameters=row.settings,
         validation=record.validation,
-        weights=lambda: bundle.load(uri).tensors,
+        weights=weights,
     )
 
 
@@ -447,7 +479,9 @@ def run(
     data, where = data_of(trial, shared), folder(shared, trial)
     technique = trial.technique_object  # one for the whole trial: it may keep what it saw
     train, rows, steps = resolve_training(trial, shared)
-    task, moved, start_hash = build(trial, shared)
+    if reads_source(technique):
+        technique.read_source(source_task(trial, shared))
+    task, moved, start_hash = build(trial, shared, technique)
     history = history_of(where, [trial], shared)
     if ranks.first:
         history.drop_incompatible(shared.remake)
@@ -495,14 +529,14 @@ def run(
         if is_without_labels(trial) or not trains(technique)
         else len(rows) - len(unread),
         "begun_by": history.others,
-        "fitted": calibration_of(task.objective),
+        "fitted": {**finished.metadata.get("chosen", {}), **calibration_of(task.objective)},
     }
     record = make_record(trial, shared, train, began, metadata, finished.metrics, test)
     if ranks.first:
-        reads_source = {"source", LABELLED_SOURCE} & {*technique.streams()}
-        further = shared.source_reads if reads_source else {}
+        source_streams = {"source", LABELLED_SOURCE} & {*technique.streams()}
+        further = shared.source_reads if source_streams else {}
         file_identity.check_unchanged([*data.reads, *further.get(trial.source, ())])
-        is_kept = shared.keep_bundles and trial.stage == "final"
+        is_kept = shared.keep_bundles and trial.stage == "final" and not isinstance(task, Ensemble)
         return write(trial, shared, record, test, task if is_kept else None, frames)
     return record
 
@@ -784,6 +818,9 @@ def write(
             metrics=record.validation,
             made_by=record.made_by,
             columns=data.spec.data.columns,
+            technique=trial.technique.model_dump(mode="json")
+            if keeps_modules(trial.technique_object)
+            else None,
             training={"trial": trial.cell, "seed": trial.seed},
         )
         record = replace(record, rows=tuple(replace(row, bundle_uri=uri) for row in record.rows))

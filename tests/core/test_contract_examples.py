@@ -76,4 +76,4 @@ def test_a_penalty_of_the_examples_holds_the_weights(tmp_path):
             for name, array in start.items()
         )
 
-    assert 0 < distance("l2_sp") < distance("full")
+    assert 0 < distance("near_start") < distance("full")

@@ -318,14 +318,14 @@ def test_global_norm_is_the_norm_of_all_gradients_laid_end_to_end():
 def test_average_follows_its_formula_and_leaves_frozen_weights_alone():
     task = net_task()
     task.backbone.stem.weight.requires_grad_(False)
-    average = optim.EMA(task, 0.8)
+    average = optim.WeightAverage(task, lambda step: 0.2)
     want = {name: p.detach().clone() for name, p in task.named_parameters()}
     frozen = want["backbone.stem.weight"].clone()
-    for _ in range(4):
+    for step in range(4):
         with torch.no_grad():
             for p in task.parameters():
                 p.add_(torch.randn_like(p))
-        average.update(task)
+        average.update(task, step)
         want = {name: 0.8 * want[name] + 0.2 * p.detach() for name, p in task.named_parameters()}
     want["backbone.stem.weight"] = frozen
     assert furthest(average.average, want) < 1e-6
@@ -333,7 +333,7 @@ def test_average_follows_its_formula_and_leaves_frozen_weights_alone():
 
 def test_swapping_the_average_twice_changes_nothing():
     task = net_task()
-    average = optim.EMA(task, 0.5)
+    average = optim.WeightAverage(task, lambda step: 0.5)
     with torch.no_grad():
         for p in task.parameters():
             p.add_(1.0)

@@ -4,7 +4,7 @@ from pipeline.core.batch import Batch
 from pipeline.core.contracts.backbone import Backbone, FeatureMapSpec, Features
 from pipeline.core.contracts.modality import Arrays, Modality, View
 from pipeline.core.contracts.objective import Loss, Objective, RawRows
-from pipeline.core.contracts.task import Task
+from pipeline.core.contracts.task import Ensemble, Task
 from pipeline.core.contracts.technique import (
     FinishedTrial,
     Phase,
@@ -22,6 +22,7 @@ __all__ = [
     "Arrays",
     "Backbone",
     "Batch",
+    "Ensemble",
     "FeatureMapSpec",
     "Features",
     "FinishedTrial",

@@ -26,6 +26,7 @@ Predictions:
     `UsesRawRows`, `Postprocesses`, `WritesColumns`: stored columns are read beside predictions.
     `RollsOut`: a policy acts in a simulator.
     `ExportsHead`: transformers has a class with the head.
+    `AveragesPredictions`: several networks predict together.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from typing import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     import pyarrow as pa
     from torch import Tensor
@@ -378,6 +381,20 @@ class ExportsHead(Protocol):
 def transformers_head(objective: Any) -> TransformersHead | None:
     """Return how transformers holds the head of an objective; None where it has no class."""
     return objective.transformers_head if isinstance(objective, ExportsHead) else None
+
+
+@runtime_checkable
+class AveragesPredictions(Protocol):
+    """An objective of which several networks can predict together (an ensemble)."""
+
+    def average(self, predictions: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return one prediction of what several networks predict for the same rows.
+
+        Args:
+            predictions: ``Objective.predict`` of each, before any calibration. What was fitted on
+                validation rows is that of this objective's own ``state``.
+        """
+        ...
 
 
 # ---------------------------------------------------------------- asked by several callers

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.backbone import Backbone
 from pipeline.core.contracts.objective import Loss, Objective
-from pipeline.core.contracts.objective_capabilities import couples_rows
+from pipeline.core.contracts.objective_capabilities import (
+    AveragesPredictions,
+    couples_rows,
+    is_calibrated,
+)
 
 
 class Task(nn.Module):
@@ -39,3 +47,52 @@ class Task(nn.Module):
         }
         layers["head"] = [f"objective.{name}" for name, _ in self.objective.named_parameters()]
         return layers
+
+
+class Ensemble(Task):
+    """Several tasks that predict together, for validation and test; it is not trained or saved.
+
+    It takes the memory and the time of all its members.
+
+    Raises:
+        ValueError: the objective's predictions cannot be averaged.
+    """
+
+    def __init__(self, members: Sequence[Task]):
+        super().__init__(members[0].backbone, _AveragedObjective(members))
+
+
+class _AveragedObjective(Objective):
+    """The objective of an ensemble: it averages what the members predict.
+
+    Only the average is calibrated, never a member.
+    """
+
+    def __init__(self, members: Sequence[Task]):
+        lead = members[0].objective
+        if not isinstance(lead, AveragesPredictions):
+            raise ValueError(f"the predictions of {lead.registered_name} cannot be averaged")
+        super().__init__(members[0].backbone, lead.options, lead.state)
+        self.members = nn.ModuleList(members)
+        self._average = copy.deepcopy(lead)
+
+    def loss(self, backbone: Backbone, batch: Batch) -> Loss:
+        raise NotImplementedError("an ensemble is not trained")
+
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        found = [one.objective.predict(one.backbone, batch) for one in self._tasks()]
+        return self._average.average(found)
+
+    def _tasks(self) -> list[Task]:
+        return [one for one in self.members if isinstance(one, Task)]
+
+    @property
+    def needs_calibration(self) -> bool:
+        return is_calibrated(self._average)
+
+    def calibrate(self, predictions: dict[str, Any]) -> None:
+        """Calibrate the averaged predictions of the validation rows."""
+        average = self._average
+        assert is_calibrated(average)
+        average.calibrate(predictions)
+        self.state = self._average.state

@@ -1,15 +1,16 @@
 """How a backbone is adapted to a target: the contract of every file in ``pipeline/techniques/``.
 
 A technique is a set of hooks of the one training loop. By default each of them does nothing, which
-is full fine-tuning. Three complete ones::
+is full fine-tuning. What few techniques need is in ``technique_capabilities``. Three complete
+ones::
 
     from pipeline.config.registry import register
     from pipeline.core.contracts import Technique
 
 
-    @register("technique", "l2_sp")
-    class L2SP(Technique):
-        '''Fine-tune close to the starting point (Li et al. 2018).'''
+    @register("technique", "near_start")
+    class NearStart(Technique):
+        '''Fine-tune close to the starting point (after Li et al. 2018).'''
 
         def wrap(self, task):
             self.start = [p.detach().clone() for p in task.backbone.parameters()]
@@ -87,7 +88,8 @@ class FinishedTrial:
     validation: dict[str, float]
     """Its validation metrics, the primary one first."""
     weights: Callable[[], dict[str, Tensor]]
-    """Loads the weights of its task, by the task's names."""
+    """Loads the weights of its task, by the task's names. Raises ValueError where there are none:
+    it failed, or kept no bundle."""
 
 
 class Technique(Registered):

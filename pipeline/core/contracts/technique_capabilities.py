@@ -7,6 +7,10 @@ A technique has a capability by having its member; nothing is declared. Each is 
     `GathersRows`: the penalty compares the rows of all ranks.
     `FollowsProgress`: the penalty changes with the steps.
     `PreparesOnTarget`: rows of the target are read once before anything is trained.
+    `ReadsSource`: the source's network with its own head is read (distillation).
+    `AveragesWeights`: the weights of many steps are averaged (SWA, EMA).
+    `ChoosesOnValidation`: something is chosen on the validation rows after training (WiSE-FT).
+    `KeepsModules`: what ``wrap`` adds stays in the network (side-tuning).
 """
 
 from __future__ import annotations
@@ -76,6 +80,73 @@ class PreparesOnTarget(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsSource(Protocol):
+    """A technique that reads the source's network with the head that it was pretrained with."""
+
+    def read_source(self, source: Task | None) -> None:
+        """Take the source, once, before ``wrap``; again after a restart.
+
+        Args:
+            source: Backbone and objective of the source on the CPU, the backbone for the target's
+                input. None where the source has no head (a checkpoint).
+
+        Raises:
+            ValueError: the technique needs a head, or one of another kind.
+        """
+        ...
+
+
+@runtime_checkable
+class AveragesWeights(Protocol):
+    """A technique whose result is a running average of the weights of its steps.
+
+    The average is what is validated, tested and saved. Norm statistics are averaged too. It is part
+    of the resume point.
+    """
+
+    def averaging(self, step: int, steps: int) -> float:
+        """Return the share of the newest weights in the average, in (0, 1].
+
+        After a step the average is (1 - share) times what it was, plus share times the weights. A
+        share of 1 makes the average the newest weights.
+
+        Args:
+            step: Number of the step, from 0.
+            steps: Steps of the whole run.
+        """
+        ...
+
+
+@runtime_checkable
+class ChoosesOnValidation(Protocol):
+    """A technique that tries several networks on the validation rows when training is over."""
+
+    def choose(self, task: Task, goodness: Callable[[Task], float]) -> tuple[Task, dict[str, Any]]:
+        """Return the network to go on with, and what was chosen, for the record.
+
+        Called once, before ``finish``. The validation metrics of the trial are those of the network
+        that is returned.
+
+        Args:
+            task: As ``wrap`` returned it, with the weights that were kept.
+            goodness: Returns the primary metric of a network on the validation rows; larger is
+                better, and undefined values are minus infinity. The same on every rank. Raises
+                ValueError where there are no validation rows.
+        """
+        ...
+
+
+@runtime_checkable
+class KeepsModules(Protocol):
+    """A technique whose ``finish`` leaves the modules that ``wrap`` has added.
+
+    The bundle names the technique with its options, and ``wrap`` rebuilds the network.
+    """
+
+    keeps_modules: ClassVar[bool]
+
+
 def adapts_without_labels(technique: Any) -> TypeIs[AdaptsWithoutLabels]:
     """Return whether a technique needs no label of the target."""
     return isinstance(technique, AdaptsWithoutLabels)
@@ -89,3 +160,13 @@ def gathers_rows(technique: Any) -> TypeIs[GathersRows]:
 def prepares_on_target(technique: Any) -> TypeIs[PreparesOnTarget]:
     """Return whether rows of the target are read before anything is trained."""
     return isinstance(technique, PreparesOnTarget)
+
+
+def reads_source(technique: Any) -> TypeIs[ReadsSource]:
+    """Return whether a technique reads the source's network with its own head."""
+    return isinstance(technique, ReadsSource)
+
+
+def keeps_modules(technique: Any) -> TypeIs[KeepsModules]:
+    """Return whether what ``wrap`` adds stays in the network."""
+    return isinstance(technique, KeepsModules)

@@ -1,0 +1,69 @@
+"""Averages of the weights along one run of full fine-tuning: SWA and EMA."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeline.config.registry import LayerOptions, register
+from pipeline.core.contracts import Phase, Technique
+
+WARMUP = 0.1
+
+
+class SWAOptions(LayerOptions):
+    last_share: float = Field(
+        0.25, gt=0, le=1, description="share of the steps, at the end, whose weights are averaged"
+    )
+
+
+@register("technique", "swa", options=SWAOptions)
+class SWA(Technique):
+    """Fine-tune everything at a constant rate and keep the mean of the last weights.
+
+    Stochastic weight averaging (Izmailov et al. 2018), over every step of the last part. The rate
+    stays at its peak after the warm-up: the mean takes the place of the decay.
+
+    It assumes that the last steps lie around one minimum. It helps where single weights are noisy
+    (small batches, few labels) and makes wider minima. It hurts where training has not settled
+    before the last part, as in very short runs. Norm statistics are averaged with the weights; a
+    network with batch norms is not measured anew on the training rows as in the paper.
+    """
+
+    def phases(self, steps):
+        return (Phase("all", steps, factor=constant),)
+
+    def averaging(self, step, steps):
+        first = steps - max(1, round(self.options.last_share * steps))
+        return 1.0 if step <= first else 1.0 / (step - first + 1)
+
+
+def constant(step: int, steps: int) -> float:
+    """Return the learning-rate factor of a step: 1 after a tenth of the steps."""
+    warm = round(WARMUP * steps)
+    return (step + 1) / warm if step < warm else 1.0
+
+
+class EMAOptions(LayerOptions):
+    span: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="share of the steps that the average looks back on: its decay is "
+        "1 - 1 / (span * steps), so that it suits short and long runs",
+    )
+
+
+@register("technique", "ema", options=EMAOptions)
+class EMA(Technique):
+    """Fine-tune everything and keep an exponential moving average of the weights.
+
+    Polyak and Juditsky 1992; its use for fine-tuning in Wortsman et al. 2022, appendix. The decay
+    follows from the length of the run, where ``train.ema`` (for any technique) is a fixed one. Up
+    to the span the average is the plain mean, so that the start does not weigh too much.
+
+    It helps where single weights are noisy. It changes little under a schedule that ends at zero,
+    and lags behind where the span is long and the weights still move.
+    """
+
+    def averaging(self, step, steps):
+        return 1.0 / min(step + 1, max(1.0, self.options.span * steps))

@@ -1,0 +1,55 @@
+"""Ensembles: the predictions of several fine-tuned networks, averaged."""
+
+from __future__ import annotations
+
+import copy
+
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Ensemble, Technique
+
+
+class EnsembleOptions(Options):
+    of: list[str] = Field(
+        ["full"],
+        min_length=1,
+        description="techniques of the same job whose final trials, all seeds, predict together",
+    )
+
+
+@register("technique", "ensemble", options=EnsembleOptions)
+class SeedEnsemble(Technique):
+    """Average the probabilities of all seeds of a technique (Lakshminarayanan et al. 2017).
+
+    For objectives of classes and of labels, of every modality. It assumes nothing of the members,
+    which may lie far apart: so it is what soups are compared with. It helps nearly always, also the
+    calibration. It costs the memory and the time of all members at each prediction, and it has no
+    bundle of its own, since it is no single network: its members have theirs. Nothing is trained.
+    """
+
+    starts_from = "trials"
+
+    def phases(self, steps):
+        return ()
+
+    def after_fanout(self, trials):
+        self.found = [trial for trial in trials if trial.technique in self.options.of]
+        if len(self.found) < 2:
+            there = sorted({trial.technique for trial in trials})
+            raise ValueError(
+                f"ensemble averages the trials of {', '.join(self.options.of)}, and there are "
+                f"{len(self.found)}: raise fanout.seeds, or name others in its option of (this job "
+                f"has {', '.join(there) or 'none'})"
+            )
+        self.found.sort(key=lambda trial: (trial.technique, trial.seed))
+        return self.found[0].weights()
+
+    def choose(self, task, goodness):
+        members = []
+        for trial in self.found:
+            member = copy.deepcopy(task)
+            member.load_state_dict(trial.weights())
+            members.append(member)
+        names = [f"{trial.technique} {trial.seed}" for trial in self.found]
+        return Ensemble(members), {"ensemble": names}

@@ -1,0 +1,99 @@
+"""Weight soups: the mean of the weights of several fine-tuned networks (Wortsman et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import FinishedTrial, Technique
+
+
+class SoupOptions(Options):
+    of: list[str] = Field(
+        ["full"],
+        min_length=1,
+        description="techniques of the same job whose final trials, all seeds, are ingredients",
+    )
+
+
+class _Soup(Technique):
+    """What both soups share: their ingredients."""
+
+    starts_from = "trials"
+
+    def phases(self, steps):
+        return ()
+
+    def ingredients(self, trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
+        """Return the trials of the techniques that the options name, by technique and seed.
+
+        Raises:
+            ValueError: there are fewer than two.
+        """
+        found = [trial for trial in trials if trial.technique in self.options.of]
+        if len(found) < 2:
+            there = sorted({trial.technique for trial in trials})
+            raise ValueError(
+                f"{self.registered_name} mixes the trials of {', '.join(self.options.of)}, and "
+                f"there are {len(found)}: raise fanout.seeds, or name others in its option of "
+                f"(this job has {', '.join(there) or 'none'})"
+            )
+        return sorted(found, key=lambda trial: (trial.technique, trial.seed))
+
+
+@register("technique", "uniform_soup", options=SoupOptions)
+class UniformSoup(_Soup):
+    """Average the weights of all seeds of a technique, with equal weights.
+
+    It assumes that the ingredients lie in one basin, as fine-tunes of one source at small rates do.
+    It then helps nearly as an ensemble does, at the cost of one network. It hurts where they do not
+    (high rates, long runs, heads that started far apart): greedy_soup leaves such ones out. Nothing
+    is trained. Norm statistics are averaged with the weights.
+    """
+
+    def after_fanout(self, trials):
+        return mean([trial.weights() for trial in self.ingredients(trials)])
+
+
+@register("technique", "greedy_soup", options=SoupOptions)
+class GreedySoup(_Soup):
+    """Average the weights of those seeds that make the mean better on the validation rows.
+
+    The ingredients are tried from the best to the worst; one that makes the mean worse is left out
+    (Wortsman et al. 2022, recipe 1). So on the validation rows the soup is never worse than the
+    best ingredient; on few of them it may be so by chance. It costs two passes over the validation
+    rows an ingredient; nothing is trained.
+    """
+
+    def after_fanout(self, trials):
+        self.tried = self.ingredients(trials)
+        return self.tried[0].weights()
+
+    def choose(self, task, goodness):
+        def value(chosen: list[FinishedTrial]) -> float:
+            task.load_state_dict(mean([trial.weights() for trial in chosen]))
+            return goodness(task)
+
+        single = [value([trial]) for trial in self.tried]
+        order = sorted(range(len(single)), key=lambda number: -single[number])
+        best, soup = single[order[0]], [self.tried[order[0]]]
+        for number in order[1:]:
+            wider = [*soup, self.tried[number]]
+            found = value(wider)
+            if found >= best:
+                best, soup = found, wider
+        task.load_state_dict(mean([trial.weights() for trial in soup]))
+        return task, {"soup": [f"{trial.technique} {trial.seed}" for trial in soup]}
+
+
+def mean(weights: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each tensor; whole numbers are those of the first."""
+    return {
+        name: sum((one[name] for one in weights[1:]), tensor) / len(weights)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in weights[0].items()
+    }
