@@ -26,7 +26,9 @@ from toys import (
     weights,
 )
 
+from pipeline.config import registry
 from pipeline.core.contracts import Batch
+from pipeline.core.contracts.technique_capabilities import reads_source
 from pipeline.data.stream import LoadedBatch, eval_batches
 from pipeline.techniques.lp_ft import LPFT, LPFTOptions
 from pipeline.train import checkpoint, evaluate, loop
@@ -169,6 +171,44 @@ def test_a_layer_that_is_thawed_later_is_reduced_over_ranks(team):
     check_same(two, one)
     start = weights(net_task())
     assert not torch.equal(two[0][0]["backbone.block.weight"], start["backbone.block.weight"])
+
+
+def train_by(ranks: Ranks, name: str, norm: str = "layer"):
+    """As `train`, by a registered technique; a source with a head for two other labels is there."""
+    used, task = registry.get("technique", name)(), net_task(norm=norm)
+    if reads_source(used):
+        used.read_source(net_task(seed=3, classes=2))
+    run = make_run(
+        image_rows(48),
+        used.wrap(task),
+        steps=6,
+        technique=used,
+        ranks=ranks,
+        validation=image_rows(21, seed=1),
+        lr=0.01,
+    )
+    trace: dict[int, list[int]] = {}
+    run.on_rows = lambda step, ids: trace.__setitem__(step, ids.tolist())
+    logs: list = []
+    run.on_log = logs.append
+    outcome = loop.fit(run)
+    return weights(used.finish(run.task)), outcome.curve, trace, [log["loss"] for log in logs]
+
+
+@pytest.mark.parametrize(
+    "name", ["swa", "ema", "wise_ft", "l2_sp", "distillation", "lwf", "side_tuning"]
+)
+def test_a_technique_gives_the_weights_of_one_rank(team, name):
+    """Penalties are means over the rows of all ranks, averages and remembered heads the same."""
+    check_same(team(train_by, name), train_by(ONE, name))
+
+
+@pytest.mark.parametrize("name", ["bss", "stoch_norm", "co_tuning"])
+def test_what_a_rank_makes_of_its_own_rows_ends_in_one_network(team, name):
+    """Singular values, drawn channels and counted labels are those of a rank's own rows."""
+    two = team(train_by, name, norm="batch")
+    assert two[0][1] == two[1][1] and two[0][3] == two[1][3]
+    assert furthest(two[0][0], two[1][0]) == 0.0
 
 
 def train_text(ranks: Ranks, objective: str, architecture: str):

@@ -1,0 +1,51 @@
+"""Batch spectral shrinkage: the smallest singular values of features are pressed down."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.config.registry import LayerOptions, register
+from pipeline.core.contracts import Technique
+from pipeline.core.latest_call import LatestCall
+
+
+class BSSOptions(LayerOptions):
+    weight: float = Field(
+        0.001, ge=0, description="weight of the squares of the smallest singular values"
+    )
+    smallest: int = Field(1, ge=1, description="how many of the smallest singular values count")
+
+
+@register("technique", "bss", options=BSSOptions)
+class BSS(Technique):
+    """Fine-tune everything and shrink the spectral components that transfer badly.
+
+    The penalty is the sum of the squares of the smallest singular values of a batch's pooled
+    features (B, D), times a weight (Chen et al. 2019, "Catastrophic forgetting meets negative
+    transfer"; their weight and number are the defaults).
+
+    It assumes that directions with small singular values are the source's own and do not serve the
+    target. It helps with few labels, where such directions would be fitted to noise. It changes
+    little with many labels, and nothing where the features of a batch do not span a small
+    direction. A batch is one micro-batch where there are several.
+    """
+
+    def wrap(self, task):
+        self.calls = LatestCall(task.backbone)
+        return task
+
+    def finish(self, task):
+        self.calls.remove()
+        return task
+
+    def penalty(self, task, batch, streams):
+        pooled = self.calls.take().features.pooled
+        return self.options.weight * smallest_squares(pooled, self.options.smallest)
+
+
+def smallest_squares(features: Tensor, count: int) -> Tensor:
+    """Return the sum of the squares of the smallest singular values of features (B, D), ()."""
+    found = torch.linalg.svdvals(features if features.dtype == torch.float64 else features.float())
+    return found[-count:].square().sum()

@@ -1,0 +1,364 @@
+"""Techniques that read the source's network: distillation and those that keep its head."""
+
+from __future__ import annotations
+
+import copy
+from typing import Generic, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config.registry import LayerOptions, register
+from pipeline.core.contracts import Batch, Objective, Phase, Task, Technique
+from pipeline.core.contracts.objective_capabilities import (
+    has_cached_head,
+    has_classes,
+    tensors_beside_features,
+)
+from pipeline.core.latest_call import LatestCall
+
+Network = TypeVar("Network", bound=nn.Module)
+
+# ---------------------------------------------------------------- distances to a teacher
+
+
+def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared distance of features (B, D), each row in units of its deviation, ().
+
+    The units make one weight fit every backbone.
+    """
+    width = student.shape[-1:]
+    return (F.layer_norm(student, width) - F.layer_norm(teacher, width)).square().mean()
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float, is_one_class: bool) -> Tensor:
+    """Return the mean Kullback-Leibler divergence of scores (B, C) from a teacher's, ().
+
+    Both are divided by the temperature, and the result is multiplied by its square, so that its
+    gradient does not depend on it (Hinton et al. 2015).
+
+    Args:
+        is_one_class: Whether a row has one of C classes, or any of C labels (the mean over them).
+    """
+    student, teacher = student / temperature, teacher / temperature
+    if is_one_class:
+        apart = teacher.log_softmax(-1) - student.log_softmax(-1)
+        rows = (teacher.softmax(-1) * apart).sum(-1)
+    else:
+        yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
+        no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+        rows = (yes + no).mean(-1)
+    return temperature**2 * rows.mean()
+
+
+def scores_of(head: Objective, pooled: Tensor, batch: Batch) -> Tensor:
+    """Return the scores (B, C) of a head on pooled features, without any label."""
+    assert has_cached_head(head)
+    labels = tensors_beside_features(head)
+    data = {name: tensor for name, tensor in batch.data.items() if name not in labels}
+    return head.head_predict(pooled, Batch(batch.rows, batch.keys, data, batch.shards))["scores"]
+
+
+def has_one_class(head: Objective) -> bool:
+    """Return whether a row has one class, rather than any number of labels."""
+    return has_classes(head) and head.class_tensor == "label"
+
+
+def check_has_classes(name: str, whose: str, head: Objective) -> None:
+    """Raise ValueError where a head has no scores of classes or labels."""
+    if not has_classes(head) or not has_cached_head(head):
+        raise ValueError(
+            f"{name} compares scores of classes or labels, and {whose} objective is "
+            f"{head.registered_name}: use it with classification or multilabel"
+        )
+
+
+class _Teacher(Generic[Network]):
+    """A network that is frozen and follows the student to its device. It is no module: a teacher
+    belongs neither to what is trained nor to resume points.
+    """
+
+    def __init__(self, network: Network):
+        self.network = network.eval().requires_grad_(False)
+
+    def on(self, device: torch.device) -> Network:
+        return self.network.to(device)
+
+
+# ---------------------------------------------------------------- distillation
+
+
+class DistillationOptions(LayerOptions):
+    features: float = Field(
+        1.0, ge=0, description="weight of the squared distance of pooled features to the source's"
+    )
+    logits: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the divergence of scores from those of the source's own head, which "
+        "must know all labels of the target",
+    )
+    temperature: float = Field(2.0, gt=0, description="that scores are divided by")
+
+
+@register("technique", "distillation", options=DistillationOptions)
+class Distillation(Technique):
+    """Fine-tune everything with the source's network as a teacher, on the target's rows.
+
+    The penalty is the distance of the pooled features to those of the source (Romero et al. 2015),
+    each row in units of its deviation, and on request the divergence from the scores of the
+    source's head (Hinton et al. 2015), matched to the target's labels by name.
+
+    It assumes that what the source sees in a row is worth keeping. It helps with few labels, as a
+    pull back in function where l2_sp pulls in weights. It hurts where the target needs other
+    features. It costs a forward pass of a second backbone a step, and its memory.
+
+    Raises:
+        ValueError: the scores are wanted, and the source has no head or lacks labels of the target.
+    """
+
+    source: Task | None = None
+
+    def read_source(self, source):
+        self.source = source
+
+    def wrap(self, task):
+        if not self.options.features and not self.options.logits:
+            raise ValueError("distillation: features and logits are both 0: give one a weight")
+        self.calls = LatestCall(task.backbone)
+        if self.options.logits:
+            self.columns = self._columns(task)
+            assert self.source is not None
+            self.head = _Teacher(copy.deepcopy(self.source.objective))
+        self.teacher = _Teacher(copy.deepcopy(task.backbone))
+        return task
+
+    def _columns(self, task: Task) -> list[int]:
+        """Return the place of each of the target's labels among the source's."""
+        if self.source is None:
+            raise ValueError(
+                "distillation: logits: the source has no head, since it is a checkpoint: leave the "
+                "weight of logits out"
+            )
+        check_has_classes("distillation", "the target's", task.objective)
+        check_has_classes("distillation", "the source's", self.source.objective)
+        theirs, mine = (one.state["labels"] for one in (self.source.objective, task.objective))
+        if lacking := [label for label in mine if label not in theirs]:
+            raise ValueError(
+                f"distillation: logits: the source's head does not know {len(lacking)} of the "
+                f"target's labels ({', '.join(map(str, lacking[:4]))}): use lwf, or leave the "
+                "weight of logits out"
+            )
+        return [theirs.index(label) for label in mine]
+
+    def finish(self, task):
+        self.calls.remove()
+        return task
+
+    def penalty(self, task, batch, streams):
+        call, options = self.calls.take(), self.options
+        pooled = call.features.pooled
+        with torch.no_grad():
+            theirs = call.repeat(self.teacher.on(pooled.device)).pooled
+        total = options.features * feature_distance(pooled.float(), theirs.float())
+        if options.logits:
+            mine = scores_of(task.objective, pooled, call.batch).float()
+            with torch.no_grad():
+                known = scores_of(self.head.on(pooled.device), theirs, call.batch).float()
+            known, is_one_class = known[:, self.columns], has_one_class(task.objective)
+            apart = divergence(mine, known, options.temperature, is_one_class)
+            total = total + options.logits * apart
+        return total
+
+
+# ---------------------------------------------------------------- the source's head is kept
+
+
+class TwoHeadedTask(Task):
+    """A task that keeps the source's head beside its own; both are trained."""
+
+    def __init__(self, task: Task, old: Objective):
+        super().__init__(task.backbone, task.objective)
+        self.old = old
+
+    def layers(self) -> dict[str, list[str]]:
+        layers = super().layers()
+        head = layers.pop("head")
+        layers["old_head"] = [f"old.{name}" for name, _ in self.old.named_parameters()]
+        return {**layers, "head": head}
+
+    def is_probing(self) -> bool:
+        """Return whether the new head is trained alone."""
+        return not any(parameter.requires_grad for parameter in self.old.parameters())
+
+
+class _KeepsHead(Technique):
+    """What both techniques share that train the source's head on beside the new one.
+
+    The new head is trained alone first; the old one is dropped at the end.
+    """
+
+    source: Task | None = None
+    calls: LatestCall
+
+    def read_source(self, source: Task | None) -> None:
+        self.source = source
+
+    def source_head(self) -> Objective:
+        """Return the source's head. Raises ValueError where it has none of classes or labels."""
+        if self.source is None:
+            raise ValueError(
+                f"{self.registered_name} keeps the source's head, and this source has none, since "
+                "it is a checkpoint: use distillation or l2_sp"
+            )
+        check_has_classes(self.registered_name, "the source's", self.source.objective)
+        return self.source.objective
+
+    def phases(self, steps):
+        probe_steps = min(round(self.options.probe_share * steps), steps - 1)
+        full = Phase("full", steps - probe_steps)
+        return (Phase("probe", probe_steps), full) if probe_steps else (full,)
+
+    def rates(self, layers, phase):
+        return {name: float(phase == "full" or name == "head") for name in layers}
+
+    def finish(self, task):
+        self.calls.remove()
+        return Task(task.backbone, task.objective)
+
+
+class LwFOptions(LayerOptions):
+    weight: float = Field(1.0, ge=0, description="weight of the old head's divergence")
+    temperature: float = Field(2.0, gt=0, description="that scores are divided by")
+    probe_share: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="share of the steps that train the new head alone before everything is trained",
+    )
+
+
+@register("technique", "lwf", options=LwFOptions)
+class LwF(_KeepsHead):
+    """Fine-tune everything so that the source's own task is still solved on the target's rows.
+
+    Learning without forgetting (Li and Hoiem 2016): the source's head stays beside the new one, and
+    what it says about the target's rows may not change much: the divergence from the scores of the
+    source's network is a penalty. The new head is trained alone first. The old head is trained and
+    then dropped; the bundle holds the target's network.
+
+    It needs the source's head, of classes or labels. It assumes that the source's labels say
+    something about the target's rows. It helps with few labels and related label sets; it hurts,
+    or does nothing, where the source's head is undecided on the target's rows. It costs a forward
+    pass of a second backbone a step, and its memory.
+
+    Raises:
+        ValueError: the source has no head, or none of classes or labels.
+    """
+
+    def wrap(self, task):
+        old = copy.deepcopy(self.source_head())
+        assert self.source is not None
+        self.teacher = _Teacher(self.source)
+        self.calls = LatestCall(task.backbone)
+        return TwoHeadedTask(task, old)
+
+    def penalty(self, task, batch, streams):
+        assert isinstance(task, TwoHeadedTask)
+        call = self.calls.take()
+        if task.is_probing():
+            return None
+        pooled = call.features.pooled
+        source = self.teacher.on(pooled.device)
+        with torch.no_grad():
+            theirs = scores_of(source.objective, call.repeat(source.backbone).pooled, call.batch)
+        mine = scores_of(task.old, pooled, call.batch)
+        temperature, is_one_class = self.options.temperature, has_one_class(task.old)
+        apart = divergence(mine.float(), theirs.float(), temperature, is_one_class)
+        return self.options.weight * apart
+
+
+# ---------------------------------------------------------------- co-tuning
+
+
+class CoTuningOptions(LayerOptions):
+    weight: float = Field(1.0, ge=0, description="weight of the loss of the source's labels")
+    probe_share: float = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="share of the steps that train the new head alone; in them it is counted which "
+        "of the source's labels the rows of each class get",
+    )
+
+
+class CoTunedTask(TwoHeadedTask):
+    """A task with both heads, and how often each of the source's labels goes with each class.
+
+    Both tables are buffers, so that they are part of resume points.
+    """
+
+    def __init__(self, task: Task, old: Objective, classes: int, old_classes: int):
+        super().__init__(task, old)
+        self.sums: Tensor
+        self.register_buffer("sums", torch.zeros(classes, old_classes))
+        self.rows: Tensor
+        self.register_buffer("rows", torch.zeros(classes))
+
+    @torch.no_grad()
+    def count(self, label: Tensor, scores: Tensor) -> None:
+        """Add rows of the classes ``label`` (B,) with the old head's scores (B, S)."""
+        self.sums.index_add_(0, label, scores.softmax(-1))
+        self.rows.index_add_(0, label, torch.ones_like(label, dtype=self.rows.dtype))
+
+    def relation(self) -> Tensor:
+        """Return the probabilities of the source's labels, given each class, (C, S).
+
+        Zeros for a class that no row had.
+        """
+        return self.sums / self.rows.clamp(min=1)[:, None]
+
+
+@register("technique", "co_tuning", options=CoTuningOptions)
+class CoTuning(_KeepsHead):
+    """Fine-tune everything, and teach the source's head how its labels go with the classes.
+
+    The source's head stays beside the new one. While the new head is trained alone, the source's
+    probabilities of the rows of each class are averaged (You et al. 2020, the direct approach, on
+    the training rows as they are augmented). Then everything is trained, and the old head has to
+    predict that average: its loss is added. It is dropped at the end.
+
+    For classification on a source of classification. It assumes that the classes of both are
+    related. It helps with few labels, where the old labels tell more about a row than its class
+    alone. It does nothing where the source's head says the same of every class. With several ranks
+    the rows of the first one are counted.
+
+    Raises:
+        ValueError: source or target is not classification, or the source has no head.
+    """
+
+    def wrap(self, task):
+        old = copy.deepcopy(self.source_head())
+        check_has_classes("co_tuning", "the target's", task.objective)
+        for whose, head in (("the source's", old), ("the target's", task.objective)):
+            if not has_one_class(head):
+                raise ValueError(
+                    f"co_tuning relates classes to classes, and {whose} objective is "
+                    f"{head.registered_name}, whose rows have any number of labels: use lwf"
+                )
+        self.calls = LatestCall(task.backbone)
+        classes, old_classes = (len(one.state["labels"]) for one in (task.objective, old))
+        return CoTunedTask(task, old, classes, old_classes)
+
+    def penalty(self, task, batch, streams):
+        assert isinstance(task, CoTunedTask)
+        call = self.calls.take()
+        label = call.batch["label"]
+        scores = scores_of(task.old, call.features.pooled, call.batch).float()
+        if task.is_probing():
+            task.count(label, scores)
+            return None
+        relation = task.relation()[label]
+        return self.options.weight * -(relation * scores.log_softmax(-1)).sum(-1).mean()

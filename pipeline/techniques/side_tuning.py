@@ -1,0 +1,74 @@
+"""Side-tuning: a second network beside the source's frozen one (Zhang et al. 2020)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.registry import register
+from pipeline.core.batch import Batch
+from pipeline.core.contracts import Backbone, Features, Task, Technique
+
+
+class SideBackbone(Backbone):
+    """Two backbones of one architecture whose features are mixed: a * base + (1 - a) * side.
+
+    ``a`` is the sigmoid of a number that is trained; it starts at a half.
+    """
+
+    def __init__(self, base: Backbone):
+        nn.Module.__init__(self)
+        self.base, self.side = base, copy.deepcopy(base)
+        self.mix = nn.Parameter(torch.zeros(()))
+        self.arch, self.pooled_dim, self.token_dim = base.arch, base.pooled_dim, base.token_dim
+        self.feature_map_specs, self.causal = base.feature_map_specs, base.causal
+        self.convolutions = base.convolutions
+
+    def forward(
+        self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Features:
+        share = self.mix.sigmoid()
+
+        def mixed(base: Tensor, side: Tensor) -> Tensor:
+            return share * base + (1 - share) * side
+
+        with torch.no_grad():
+            base = self.base(batch, token_mask=token_mask, want=want)
+        side = self.side(batch, token_mask=token_mask, want=want)
+        tokens = None
+        if base.tokens is not None:
+            tokens = mixed(base.tokens, side.tokens)
+        stages = {name: mixed(stage, side.stages[name]) for name, stage in base.stages.items()}
+        return Features(mixed(base.pooled, side.pooled), tokens, base.mask, stages)
+
+    def layers(self) -> dict[str, list[str]]:
+        layers = self.base.layers()
+        base = {f"base.{name}": [f"base.{one}" for one in names] for name, names in layers.items()}
+        side = {f"side.{name}": [f"side.{one}" for one in names] for name, names in layers.items()}
+        return {**base, **side, "mix": ["mix"]}
+
+
+@register("technique", "side_tuning")
+class SideTuning(Technique):
+    """Leave the source's backbone as it is, and train a copy of it beside it.
+
+    The features are a mean of both, with a share that is trained (Zhang et al. 2020, with a side
+    network of the base's own architecture that starts as a copy). So the network starts as the
+    source's, and what the source knows can never be lost.
+
+    It assumes that the target needs something beside the source's features, not instead of them. It
+    helps against forgetting, with few labels. It gains nothing over full fine-tuning where the
+    target is far away. It costs twice the memory and time of one network in use, and one and a
+    half times the time of full fine-tuning. Its bundle holds both networks, for ``predict``; it
+    cannot be the source of another job.
+    """
+
+    keeps_modules = True
+
+    def wrap(self, task):
+        return Task(SideBackbone(task.backbone), task.objective)
+
+    def rates(self, layers, phase):
+        return {name: float(not name.startswith("base.")) for name in layers}

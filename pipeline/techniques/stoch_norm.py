@@ -1,0 +1,81 @@
+"""StochNorm: batch norms that use running statistics at random (Kou et al. 2020)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.config.registry import LayerOptions, register
+from pipeline.core.contracts import Technique
+
+
+class StochNormOptions(LayerOptions):
+    p: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="probability that a channel is normalised by its running statistics in a "
+        "training step; 0: plain batch norm",
+    )
+
+
+@register("technique", "stoch_norm", options=StochNormOptions)
+class StochNorm(Technique):
+    """Fine-tune everything; each channel of a batch norm uses its running statistics at random.
+
+    In every training step a channel is normalised by the mean and variance of the batch, or with
+    probability p by the running ones (Kou et al. 2020). Afterwards the norms are plain ones.
+
+    For networks with batch norms: here the convolutional ones of timm, for pictures. It assumes
+    that the statistics of the source suit the target roughly. It helps with small batches and few
+    labels. It hurts where the target looks altogether different, until the running statistics have
+    followed.
+
+    Raises:
+        ValueError: the network has no batch norm.
+    """
+
+    def wrap(self, task):
+        self.norms = [
+            one for one in task.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)
+        ]
+        if not self.norms:
+            raise ValueError(
+                f"stoch_norm changes batch norms, and {task.backbone.arch.name} has none: give the "
+                "target techniques of its own, or take a backbone that has them"
+            )
+        for norm in self.norms:
+            norm.forward = partial(mixed_norm, norm, self.options.p)  # type: ignore[method-assign]
+        return task
+
+    def finish(self, task):
+        for norm in self.norms:
+            del norm.forward
+        return task
+
+
+def mixed_norm(norm: nn.Module, p: float, inputs: Tensor) -> Tensor:
+    """Return what a batch norm makes of inputs (B, C, ...), by batch or running statistics.
+
+    Which one is drawn for each channel. An activation within the norm (timm's BatchNormAct2d) is
+    elementwise, so that choosing after it is the same.
+    """
+    plain = type(norm).forward
+    by_batch = plain(norm, inputs)
+    if not norm.training or p == 0:
+        return by_batch
+    buffers = dict(norm._buffers)
+    # a copy: the next batch changes the running statistics, which the gradient needs as they were
+    norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+    norm.training = False
+    try:
+        by_running = plain(norm, inputs)
+    finally:
+        norm.training = True
+        norm._buffers.update(buffers)
+    shape = (1, inputs.shape[1], *[1] * (inputs.dim() - 2))
+    is_running = torch.rand(shape, device=inputs.device) < p
+    return torch.where(is_running, by_running, by_batch)

@@ -1,0 +1,65 @@
+"""Side-tuning starts as the source's network, keeps it, and is loaded again from its bundle."""
+
+import pytest
+import torch
+from contract_rows import MODALITIES, classified
+from toys import image_files, job_of, make_run, shared_of, take, trial_of, weights
+
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.core.contracts import Task
+from pipeline.train import loop
+from pipeline.transfer import trial
+
+KINDS = {name: backbone for name, (_, backbone) in MODALITIES.items()}
+
+
+def scores(task: Task, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return task.eval().objective.predict(task.backbone, batch)["scores"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_starts_as_the_source_and_leaves_it_as_it_was(kind):
+    task, rows = classified(KINDS[kind])
+    batch = take(rows, range(4))
+    plain, before = scores(task, batch), weights(task.backbone)
+    used = registry.get("technique", "side_tuning")()
+    wrapped = used.wrap(task)
+    assert (scores(wrapped, batch) - plain).abs().max() < 1e-5
+    run = make_run(
+        rows, wrapped, steps=3, technique=used, global_batch=4, lr=1e-2, weight_decay=0.1
+    )
+    outcome = loop.fit(run)
+    after = weights(wrapped.backbone)
+    assert all(torch.equal(after[f"base.{name}"], tensor) for name, tensor in before.items())
+    assert any(not torch.equal(after[f"side.{name}"], tensor) for name, tensor in before.items())
+    assert after["mix"] != 0
+    layers = wrapped.layers()
+    named = dict(wrapped.named_parameters())
+    moved = [one for name, ones in layers.items() if not name.startswith("base.") for one in ones]
+    assert outcome.params_trained == sum(named[one].numel() for one in moved)
+    assert list(layers)[-1] == "head"
+    share = after["mix"].sigmoid()
+    with torch.no_grad():
+        both = [one.eval()(batch).pooled for one in (wrapped.backbone.base, wrapped.backbone.side)]
+        found = wrapped.backbone.eval()(batch).pooled
+    assert torch.allclose(found, share * both[0] + (1 - share) * both[1], atol=1e-5)
+
+
+def test_its_bundle_holds_both_networks(tmp_path):
+    paths = image_files(tmp_path, {"train": 16, "validation": 8, "test": 8})
+    job = job_of(tmp_path, paths, train={"steps": 3})
+    shared = shared_of(tmp_path, job, paths, keep_bundles=True)
+    record = trial.run(trial_of(job, shared, "side_tuning"), shared)
+    found = bundle.load(str(record.rows[0].bundle_uri))
+    assert found.manifest.technique == {"name": "side_tuning", "options": {}}
+    task = found.task()
+    data = next(iter(shared.targets.values()))
+    batch = take(data.test, range(8))
+    hits = (scores(task, batch).argmax(-1) == batch["label"]).float().mean()
+    assert float(hits) == pytest.approx(record.rows[0].value)
+    with pytest.raises(bundle.BundleError, match="does not fit timm/test_vit"):
+        bundle.transfer(
+            bundle.build_backbone(found.manifest.arch, seed=0), found.backbone_tensors(), "it"
+        )
