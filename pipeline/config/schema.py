@@ -795,7 +795,9 @@ class Select(Spec):
     """Fan out only the sources with the best transferability score."""
 
     score: Annotated[str, Registered("score")] = Field(
-        "logme", description="transferability score on the target's training features"
+        "logme",
+        description="transferability score of a source for the target's training rows, as "
+        "`onetomany score` prints them; a source for which it is not defined comes last",
     )
     top: int = Field(2, ge=1, description="how many sources to keep for each target")
 
