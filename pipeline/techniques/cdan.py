@@ -82,9 +82,6 @@ class CDAN(DomainAdaptation):
         )
         return TaskWithModule(task.backbone, task.objective, added)
 
-    def finish(self, task):
-        return task.plain()
-
     def alignment(self, task, source, target):
         assert source is not None and isinstance(task, TaskWithModule)
         classifier = task.added

@@ -41,9 +41,6 @@ class DANN(DomainAdaptation):
             task.backbone, task.objective, DomainClassifier(width, self.options.hidden)
         )
 
-    def finish(self, task):
-        return task.plain()
-
     def alignment(self, task, source, target):
         assert source is not None and isinstance(task, TaskWithModule)
         classifier = task.added

@@ -50,9 +50,6 @@ class MCD(DomainAdaptation):
                 parameter.add_(torch.randn_like(parameter) * spread)
         return TaskWithModule(task.backbone, task.objective, second)
 
-    def finish(self, task):
-        return task.plain()
-
     def source_loss(self, task, source):
         second = super().source_loss(self._with_second_head(task), source)
         return super().source_loss(task, source) + second
@@ -67,6 +64,7 @@ class MCD(DomainAdaptation):
 
     def penalty(self, task, batch, streams):
         total = super().penalty(task, batch, streams)
+        assert total is not None
         if "target" in streams and batch is streams["target"]:
             return total
         # labelled rows of the target teach the second head, too

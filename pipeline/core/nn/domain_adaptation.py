@@ -62,6 +62,10 @@ class DomainAdaptation(Technique, ABC):
             return (LABELLED_SOURCE, "target")
         return ("source", "target") if self.compares_domains else ("target",)
 
+    def finish(self, task: Task) -> Task:
+        """Drop the module that ``wrap`` added."""
+        return task.plain() if isinstance(task, TaskWithModule) else task
+
     def at_step(self, step: int, steps: int) -> None:
         self.progress = step / steps
 
