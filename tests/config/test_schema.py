@@ -1190,7 +1190,7 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
             "3: the job: a key is a text, no list or mapping",
         ),
         ("[0.05, 1.0, 4]", "[1.5]", "label_fractions"),
-        ("[0.05, 1.0, 4]", "[0]", "label_fractions"),
+        ("[0.05, 1.0, 4]", "[0.0]", "label_fractions"),
         ("[0.05, 1.0, 4]", "[-2]", "label_fractions"),
         ("[0.05, 1.0, 4]", "[some]", "targets.clothing.label_fractions.0: "),
         (
