@@ -78,6 +78,9 @@ class WiseFT(Technique):
     and a source that suits the target. It helps under domain shift and with few labels. It gains
     nothing where the source is bad (the coefficient is then 1), and networks with batch norms have
     interpolated statistics. It costs eleven passes over the validation rows.
+
+    A choice on few validation rows is noisy. On the quickstart's restaurants with all labels it was
+    .755 where lp_ft was .782, with a tenth of them .729 as lp_ft (2026-11-30, three seeds).
     """
 
     def wrap(self, task):
