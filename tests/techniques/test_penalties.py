@@ -107,7 +107,9 @@ def test_l2_sp_pulls_to_the_source_with_the_paper_s_gradient(kind):
     task = used.wrap(task)
     batch = take(rows, range(4))
     head = sum(p.square().sum() for p in task.objective.parameters())
-    assert penalised(used, task, batch).item() == pytest.approx(0.1 * float(head), rel=1e-5)
+    assert penalised(used, task, batch).item() == pytest.approx(
+        0.1 * float(head.detach()), rel=1e-5
+    )
     moved(task)
     value = used.penalty(task, batch, {})
     value.backward()
