@@ -389,7 +389,12 @@ class AdapterOptions(LayerOptions):
         "(linear, convolution, recurrent and attention layers), or a list of endings of module "
         "names",
     )
-    lr_scale: float = Field(1.0, gt=0, description="learning rate of the adapters, relative to lr")
+    lr_scale: float = Field(
+        10.0,
+        gt=0,
+        description="learning rate of the adapters, relative to lr, which suits whole weights "
+        "(Biderman et al. 2024)",
+    )
 
 
 class LoraOptions(AdapterOptions):
@@ -464,11 +469,7 @@ TensorFlow: it pads and convolves.
 """
 
 
-class IA3Options(AdapterOptions):
-    lr_scale: float = Field(10.0, gt=0, description="learning rate of the adapters, relative to lr")
-
-
-@register("technique", "ia3", options=IA3Options)
+@register("technique", "ia3", options=AdapterOptions)
 class IA3(AdapterTechnique):
     """Scale the outputs of frozen layers by learned vectors, which start at 1 (Liu et al. 2022).
 
@@ -491,7 +492,6 @@ class IA3(AdapterTechnique):
 
 class VeraOptions(AdapterOptions):
     rank: int = Field(256, ge=1, description="rank of the random matrices that all layers share")
-    lr_scale: float = Field(10.0, gt=0, description="learning rate of the adapters, relative to lr")
 
 
 @register("technique", "vera", options=VeraOptions)

@@ -23,8 +23,8 @@ METHODS: dict[str, dict] = {
     "lora": {},
     "lora dora": {"dora": True},
     "lora pissa": {"start": "pissa"},
-    "ia3": {},
-    "vera": {"rank": 16},
+    "ia3": {"lr_scale": 10.0},
+    "vera": {"rank": 16, "lr_scale": 10.0},
     "oft": {},
     "loha": {},
     "lokr": {},
@@ -49,7 +49,9 @@ CASES = [
 
 def made(method: str, **options) -> Technique:
     kind = registry.get("technique", method.split()[0])
-    return kind(kind.options_class(**METHODS[method], **options))
+    # a rate at which two steps are small
+    words = {"lr_scale": 1.0, **METHODS[method], **options}
+    return kind(kind.options_class(**words))
 
 
 def test_every_method_is_tried():

@@ -66,7 +66,7 @@ PLUG = {"lora": {"rank": 4, "lr_scale": 2.0}}
 
 
 def lora(**options) -> Lora:
-    return Lora(LoraOptions(**options))
+    return Lora(LoraOptions(**{"lr_scale": 1.0, **options}))
 
 
 def made(name: str, seed: int = 0, n: int = 8, **options) -> tuple[Task, Batch]:

@@ -166,7 +166,7 @@ def test_two_ranks_give_the_weights_of_one(team, words):
 
 def test_a_layer_that_is_thawed_later_is_reduced_over_ranks(team):
     """DDP only reduces what was trainable when it was wrapped: the loop wraps anew at a phase."""
-    words = {"technique": LPFT(LPFTOptions(probe_share=0.5)), "warmup": 0.0}
+    words = {"technique": LPFT(LPFTOptions(probe_share=0.5, probe_lr_scale=1.0)), "warmup": 0.0}
     two, one = team(train, **words), train(ONE, **words)
     check_same(two, one)
     start = weights(net_task())
@@ -433,7 +433,7 @@ def train_in_parts(ranks: Ranks, folder: str, stop: int | None = None, dropout: 
         validation=image_rows(21, seed=1),
         eval_every_steps=4,
         augment=True,
-        technique=LPFT(LPFTOptions(probe_share=0.5)),
+        technique=LPFT(LPFTOptions(probe_share=0.5, probe_lr_scale=1.0)),
         checkpoint_every_steps=3,
         checkpoints=folder,
     )

@@ -504,7 +504,7 @@ def test_lp_ft_trains_the_head_first_and_then_everything(rows, norm):
         rows,
         net_task(norm=norm, dropout=0.3),
         steps=6,
-        technique=LPFT(LPFTOptions(probe_share=0.5, full_lr_scale=0.1)),
+        technique=LPFT(LPFTOptions(probe_share=0.5, probe_lr_scale=1.0, full_lr_scale=0.1)),
         lr=0.01,
         warmup=0.0,
         weight_decay=0.5,
