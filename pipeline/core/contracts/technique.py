@@ -1,8 +1,9 @@
 """How a backbone is adapted to a target: the contract of every file in ``pipeline/techniques/``.
 
 A technique is a set of hooks of the one training loop. By default each of them does nothing, which
-is full fine-tuning. What few techniques need is in ``technique_capabilities``. Three complete
-ones::
+is full fine-tuning. What few techniques need is in ``technique_capabilities``. The options class of
+one that trains the backbone derives from `LayerOptions` (``layer_decay``, ``freeze``,
+``freeze_norm_stats``), which `layer_rates` applies to its rates. Three complete ones::
 
     from pipeline.config.registry import register
     from pipeline.core.contracts import Technique
