@@ -16,6 +16,8 @@ from toys import image_rows, label_state, make_run, net_task, rows_of, task_of, 
 from pipeline.config import registry
 from pipeline.config.registry import LayerOptions
 from pipeline.core.contracts import Task, Technique, layer_rates, trains
+from pipeline.core.contracts.technique import whole_layer
+from pipeline.core.contracts.technique_capabilities import reads_source
 from pipeline.data.stream import Rows
 from pipeline.techniques.full import Full
 from pipeline.techniques.gradual_unfreezing import slanted_triangular
@@ -153,18 +155,25 @@ def test_a_part_of_a_layer_is_as_deep_as_the_layer():
     assert {name for name, rate in frozen.items() if rate == 0} == {"stem", "stem/biases"}
 
 
+def wrapped(technique: Technique) -> Task:
+    if reads_source(technique):
+        technique.read_source(net_task())
+    task = net_task(norm="batch")
+    return technique.wrap(task) if trains(technique) else task
+
+
 def test_every_technique_that_trains_the_backbone_has_them():
     """Techniques of which no layer of the backbone learns have none of these options to ignore."""
+    own = set(net_task().backbone.layers())
     for name in registry.names("technique"):
         kind = registry.get("technique", name)
         technique = kind()
-        task = technique.wrap(net_task()) if trains(technique) else net_task()
-        layers = task.layers()
+        layers = wrapped(technique).layers()
         moving = {
             layer
             for phase in technique.phases(40)
             for layer, rate in technique.rates(layers, phase.name).items()
-            if rate and layers[layer] and layers[layer][0].startswith("backbone.")
+            if rate and layers[layer] and whole_layer(layer) in own
         }
         tunes = bool(moving) and kind.starts_from == "source"
         assert isinstance(technique.options, LayerOptions) == tunes, name
@@ -172,7 +181,7 @@ def test_every_technique_that_trains_the_backbone_has_them():
             continue
         technique = kind(kind.options_class(freeze=1))
         for phase in technique.phases(40):
-            rates = layer_rates(technique, task.layers(), phase.name)
+            rates = layer_rates(technique, layers, phase.name)
             assert not any(rate for layer, rate in rates.items() if layer.startswith("stem")), name
 
 
