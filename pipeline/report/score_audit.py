@@ -17,9 +17,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
-from scipy.stats import weightedtau
+from scipy import stats as scipy_stats  # pyright: ignore[reportMissingTypeStubs]
 
 from pipeline.config import registry
 from pipeline.report import blocks, plots
@@ -93,14 +94,16 @@ def outcomes(cells: Sequence[Cell]) -> list[Outcome]:
         if cell.source != SCRATCH and cell.mean is not None and cell.params_trained:
             group = tried[cell.target, cell.label_fraction]
             group.setdefault(cell.source, {})[cell.technique] = cell
-    out = []
+    out: list[Outcome] = []
     for (target, fraction), by_source in tried.items():
-        common = set.intersection(*(set(found) for found in by_source.values()))
+        each = [set(found) for found in by_source.values()]
+        common = each[0].intersection(*each[1:])
         if len(by_source) < 2 or not common:
             continue
         first = next(iter(by_source.values()))[min(common)]
         sign = 1.0 if first.higher_is_better else -1.0
-        means, halves = {}, {}
+        means: dict[str, float] = {}
+        halves: dict[str, float] = {}
         for source, found in by_source.items():
             chosen = [found[technique] for technique in sorted(common)]
             means[source] = sign * fmean(cell.mean or 0.0 for cell in chosen)
@@ -120,16 +123,17 @@ def tau(values: Sequence[float], means: Sequence[float]) -> float:
     """Return the weighted Kendall tau, NaN where all values or all means are equal."""
     if len(set(values)) < 2 or len(set(means)) < 2:
         return float("nan")
-    return float(weightedtau(values, means).statistic)
+    found: Any = scipy_stats.weightedtau(values, means)  # pyright: ignore[reportUnknownMemberType]
+    return float(found.statistic)
 
 
 def ranked(found: Mapping[str, ScoreValue], outcome: Outcome) -> dict[str, float]:
     """Return source to score, larger is better and the best first, of the defined ones."""
-    signed = {
-        source: found[source].value * (1 if found[source].higher_is_better else -1)  # type: ignore[operator]
-        for source in outcome.means
-        if source in found and found[source].value is not None
-    }
+    signed: dict[str, float] = {}
+    for source in outcome.means:
+        score = found.get(source)
+        if score is not None and score.value is not None:
+            signed[source] = score.value if score.higher_is_better else -score.value
     return dict(sorted(signed.items(), key=lambda pair: -pair[1]))
 
 
@@ -212,7 +216,8 @@ def _interval(
     by_target: dict[str, list[tuple[Outcome, dict[str, float]]]] = defaultdict(list)
     for outcome, order in orders:
         by_target[outcome.target].append((outcome, order))
-    groups, found = list(by_target.values()), []
+    groups = list(by_target.values())
+    found: list[float] = []
     if len(groups) >= MANY_TARGETS:
         taus = [
             _mean_by_target((one.target, _tau_of(one, order)) for one, order in g) for g in groups
@@ -224,7 +229,7 @@ def _interval(
         low, high = np.percentile(means, (2.5, 97.5))
         return float(low), float(high)
     for _ in range(draws):
-        of_targets = []
+        of_targets: list[float] = []
         for place in rng.integers(0, len(groups), len(groups)):
             sources = list(groups[place][0][1])
             drawn = [sources[k] for k in rng.integers(0, len(sources), len(sources))]
@@ -279,7 +284,7 @@ def audits(
     by_domain: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in shown:
         by_domain[modalities.get(outcome.target, "")].append(outcome)
-    out = []
+    out: list[Audit] = []
     for domain, found in by_domain.items():
         targets = {outcome.target for outcome in found}
         pairs = [pair for pair in scores.values() if pair.target in targets]

@@ -43,4 +43,6 @@ class PairScores:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> PairScores:
         values = {name: ScoreValue(**value) for name, value in found["scores"].items()}
-        return cls(**{**found, "scores": values})
+        fields: dict[str, Any] = dict(found)
+        fields["scores"] = values
+        return cls(**fields)

@@ -39,6 +39,8 @@ from pipeline.transfer.trial import Shared, TargetData
 
 SCORES_FORMAT = 1
 SCORING_CODE = ("pipeline.transfer.scoring",)
+DEFAULT_SCORE = "logme"
+"""What sources are sorted by where no score chooses them."""
 SCORE_ROWS = 2000
 SOURCE_ROWS, SOURCE_RUNS = 500, 20
 """Training rows of a source that distances read, in so many runs of consecutive rows: rows that lie
@@ -316,8 +318,9 @@ def _source_probabilities(
     spec, tensors = shared.heads.get(pair.source, (None, {}))
     if spec is None:
         return "the source is a checkpoint without classes of its own"
-    kind = registry.get("objective", spec.name)
-    if not has_classes(kind) or not has_cached_head(kind) or "labels" in kind.roles:
+    kind: Any = registry.get("objective", spec.name)
+    is_classifier = has_classes(kind) and has_cached_head(kind)
+    if not is_classifier or "labels" in kind.roles:
         return f"the source predicts no single class of a row (it is of {spec.name})"
     head = kind(backbone, kind.options_class(**spec.options), spec.state)
     head.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in tensors.items()})

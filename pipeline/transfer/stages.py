@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import provenance, registry
-from pipeline.config.schema import Job, Select, spec_hash
+from pipeline.config.schema import Job, spec_hash
 from pipeline.core.contracts.objective_capabilities import names_labels
 from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE
 from pipeline.core.metrics.catalog import metric
@@ -667,7 +667,8 @@ def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
         ``intervals`` and ``undefined``, score to (low, high) and to the reason.
     """
     _compute_scores(state, shared, list(state.targets))
-    by = (state.job.fanout.select or Select()).score
+    select = state.job.fanout.select
+    by = scoring.DEFAULT_SCORE if select is None else select.score
     out = []
     for (name, group), sources in _pairs(state, shared, list(state.targets)).items():
         for source_name in sources:

@@ -111,13 +111,13 @@ def interval_of_halves(
         value_of_half: Returns the score of a half that it draws (`half`).
     """
     import numpy as np
-    from scipy.special import stdtrit
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
     rng = np.random.default_rng(0)
     found = np.array([value_of_half(rng) for _ in range(HALVES)])
     if not np.isfinite(found).all():
         return math.nan, math.nan
-    half_width = float(stdtrit(HALVES - 1, 0.975) * found.std(ddof=1))
+    half_width = float(special.stdtrit(HALVES - 1, 0.975) * found.std(ddof=1))
     return value - half_width, value + half_width
 
 

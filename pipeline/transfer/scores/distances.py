@@ -55,7 +55,7 @@ def _scaled(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _reduced(x: np.ndarray) -> np.ndarray:
     """Return (min(n, D), D) rows with the same Gram matrix."""
-    return x if len(x) <= x.shape[1] else np.linalg.qr(x, mode="r")
+    return x if len(x) <= x.shape[1] else np.asarray(np.linalg.qr(x, mode="r"))
 
 
 @register("score", "mmd", title="MMD²")
