@@ -231,9 +231,10 @@ def _interval(
     for _ in range(draws):
         of_targets: list[float] = []
         for place in rng.integers(0, len(groups), len(groups)):
-            sources = list(groups[place][0][1])
-            drawn = [sources[k] for k in rng.integers(0, len(sources), len(sources))]
-            taus = [_tau_of_drawn(one, order, drawn) for one, order in groups[place]]
+            group = groups[int(place)]
+            sources = list(group[0][1])
+            drawn = [sources[int(k)] for k in rng.integers(0, len(sources), len(sources))]
+            taus = [_tau_of_drawn(one, order, drawn) for one, order in group]
             if known := [value for value in taus if np.isfinite(value)]:
                 of_targets.append(fmean(known))
         if of_targets:

@@ -311,6 +311,12 @@ def _position_features(
     return torch.cat(pooled), torch.cat(labelled)[places], torch.cat(labels)[places]
 
 
+def _predicts_one_class(objective: Any) -> bool:
+    """Return whether a row has one class, which the head tells from pooled features."""
+    has_sets = "labels" in objective.roles
+    return not has_sets and has_classes(objective) and has_cached_head(objective)
+
+
 def _source_probabilities(
     shared: Shared, pair: Pair, backbone: Backbone, found: torch.Tensor
 ) -> np.ndarray | str:
@@ -319,8 +325,7 @@ def _source_probabilities(
     if spec is None:
         return "the source is a checkpoint without classes of its own"
     kind: Any = registry.get("objective", spec.name)
-    is_classifier = has_classes(kind) and has_cached_head(kind)
-    if not is_classifier or "labels" in kind.roles:
+    if not _predicts_one_class(kind):
         return f"the source predicts no single class of a row (it is of {spec.name})"
     head = kind(backbone, kind.options_class(**spec.options), spec.state)
     head.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in tensors.items()})
