@@ -47,20 +47,26 @@ class Code:
 class Value:
     """A table cell of one or more lines. The first line is prominent.
 
-    ``tone`` is a verdict, which gives the last line its colour.
+    ``tone`` is a verdict, which gives the last line its colour. ``shade`` colours the cell of a
+    heat map: 1 is the best value, -1 the worst one.
     """
 
     lines: tuple[str, ...]
     tone: str = ""
+    shade: float = 0.0
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table. The first ``text_columns`` columns hold text, the others numbers."""
+    """A table. The first ``text_columns`` columns hold text, the others numbers.
+
+    ``heat`` is a heat map, whose cells have the shades of their values.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str | Value]]
     text_columns: int = 1
+    heat: bool = False
 
 
 @dataclass(frozen=True)
@@ -271,21 +277,42 @@ def _css_class(tone: str) -> str:
     return re.sub(r"[^a-z]+", "-", tone.lower()).strip("-")
 
 
-def _html_table(table: Table) -> str:
-    def tag(i: int, name: str, inner: str, scope: str = "") -> str:
-        return f"<{name}{scope}{'' if i < table.text_columns else ' class=n'}>{inner}</{name}>"
+MAX_NARROW_COLUMNS = 2
+"""A table with more columns is shown on a phone as a list of rows, each value after its header."""
 
-    head = "".join(
-        tag(i, "th", _escape_html(name), ' scope="col"') for i, name in enumerate(table.header)
-    )
-    rows = [
-        "".join(tag(i, "td", _html_cell(value)) for i, value in enumerate(row))
-        for row in table.rows
-    ]
+
+MAX_UNBROKEN = 40
+"""A longer text in a column of numbers is broken into lines."""
+
+
+def _html_table(table: Table) -> str:
+    def tag(i: int, name: str, inner: str, attributes: str = "", kind: str = "n") -> str:
+        kind = "" if i < table.text_columns else f' class="{kind}"'
+        return f"<{name}{attributes}{kind}>{inner}</{name}>"
+
+    as_list = len(table.header) > MAX_NARROW_COLUMNS and not table.heat
+    names = [_escape_html(name) for name in table.header]
+    head = "".join(tag(i, "th", name, ' scope="col"') for i, name in enumerate(names))
+
+    def cell(i: int, value: str | Value) -> str:
+        is_title = i < min(2, table.text_columns)
+        attributes = f' data-name="{names[i]}"' if as_list and not is_title else ""
+        if isinstance(value, Value) and value.shade:
+            colour = "wins" if value.shade > 0 else "loses"
+            # 45 % at most: ink stays readable on it in light and dark
+            attributes += (
+                f' style="background:color-mix(in srgb,var(--{colour}) '
+                f'{45 * abs(value.shade):.0f}%,transparent)"'
+            )
+        is_long = isinstance(value, str) and len(value) > MAX_UNBROKEN
+        return tag(i, "td", _html_cell(value), attributes, "n long" if is_long else "n")
+
+    rows = ["".join(cell(i, value) for i, value in enumerate(row)) for row in table.rows]
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     header = f"<thead><tr>{head}</tr></thead>"
+    kind = ' class="heat gains"' if table.heat else ' class="list"' if as_list else ""
     return (
-        f'<div class="scroll" tabindex="0"><table>\n{header}\n'
+        f'<div class="scroll" tabindex="0"><table{kind}>\n{header}\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 

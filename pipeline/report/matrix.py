@@ -117,6 +117,8 @@ class Cell:
     baseline_gain: float | None = None
     baseline_low: float | None = None
     baseline_high: float | None = None
+    validation: float | None = None
+    """Mean validation value of its final trials, larger is better; None where there is none."""
     compared_with: tuple[CellKey, ...] = ()
     """Keys (`cell_key`) of the cells that its gains are over: the one of ``gain`` and the best
     scratch network.
@@ -435,6 +437,7 @@ def _cell(
         baseline_gain=baseline.estimate[0],
         baseline_low=baseline.estimate[1],
         baseline_high=baseline.estimate[2],
+        validation=_finite_or_none(trials.validation()),
         compared_with=tuple(compared_with),
     )
 

@@ -1,7 +1,7 @@
 """Report blocks on single classes and labels.
 
-For the best cell of a target they show the confusion matrix, or the metrics of each label or entity
-type, and for two classes all metrics and the calibration.
+For the best cell of a target they show what share of each class is found, the calibration and the
+confusion matrix, or the metrics of each label or entity type; for two classes all metrics.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core.metrics import calibration, catalog, classes
+from pipeline.core.metrics.metric import SHARE, Metric, Predictions, ratio
 from pipeline.report import results, stats
 from pipeline.report.blocks import (
     DASH,
     MARKS,
     Block,
+    Details,
     Figure,
     Heading,
     Heatmap,
@@ -36,6 +38,8 @@ MAX_CLASSES = 20
 """Above this number of classes the most frequent confusions are listed instead of the matrix, which
 would not be readable.
 """
+MAX_NAMED_COLUMNS = 8
+"""The columns of a confusion matrix of more classes have numbers in place of names."""
 MAX_PAIRS = 10
 MAX_LABELS = 60
 
@@ -98,9 +102,12 @@ def blocks(
             *two_classes(target, done, rows, runs),
             *(_confusion(target, best, ours) if all(_has_classes(run) for run in ours) else []),
         ]
-    if all(_has_classes(run) for run in ours):
-        return _confusion(target, best, ours)
     compared = best_cell(done, rows, runs)
+    if all(_has_classes(run) for run in ours):
+        confused = _confusion(target, best, ours)
+        if compared is None:
+            return confused
+        return [*confused, *_class_table(target, *compared), *_reliability(target, *compared)]
     for kind, applies in ((LABELS, _has_label_sets), (TYPES, _has_type_counts)):
         if compared is not None and all(applies(run) for run in ours):
             return _label_table(kind, target, *compared)
@@ -207,15 +214,17 @@ def _confusion(target: str, cell: Cell, runs: list[RunPredictions]) -> list[Bloc
     whose = f"{target}: {cell_label(cell)} of labels, {_seeds(len(runs))}"
     if len(names) <= MAX_CLASSES:
         each = [f"{name} ({size // len(runs):,})" for name, size in zip(names, sizes, strict=True)]
+        header = [_truncate(name) for name in names]
+        if len(names) > MAX_NAMED_COLUMNS:
+            each = [f"{number}: {name}" for number, name in enumerate(each, 1)]
+            header = [str(number) for number in range(1, len(names) + 1)]
         caption = (
             f"{whose}. Per cent of the test rows of each true class (how many there are) that were "
             "taken for each class."
         )
         return [
             Heading("Confusion matrix", 3),
-            Heatmap(
-                "True class", [_truncate(name) for name in names], each, shares.tolist(), caption
-            ),
+            Heatmap("True class", header, each, shares.tolist(), caption),
         ]
     wrong = np.where(np.eye(len(names), dtype=bool), 0, counts)
     pairs = [
@@ -234,6 +243,49 @@ def _confusion(target: str, cell: Cell, runs: list[RunPredictions]) -> list[Bloc
         Text(f"{whose}, averaged over seeds.", "note"),
         Table(["True class", "Taken for", "Test rows", "Of the true class"], body, 2),
     ]
+
+
+def recall_of(column: int) -> Metric:
+    """Return the share of the rows of a class that are taken for it."""
+
+    def units(p: Predictions) -> np.ndarray:
+        is_class = p["label"] == column
+        return np.stack([is_class & (p["scores"].argmax(1) == column), is_class], axis=1)
+
+    return ratio(bounds=SHARE)(units)
+
+
+def _class_table(
+    target: str, cell: Cell, ours: list[RunPredictions], scratch: list[RunPredictions]
+) -> list[Block]:
+    """Return what share of each class is found, beside scratch, the largest change first."""
+    if not {run.seed for run in ours} & {run.seed for run in scratch}:
+        return []
+    names, label = ours[0].labels, ours[0].predictions["label"]
+    sizes = np.bincount(label.astype(np.int64), minlength=len(names))
+    frequent: list[int] = [k for k in np.argsort(-sizes, kind="stable").tolist() if sizes[k]]
+    lines: list[tuple[int, list[tuple[float, float, float]], stats.Gain]] = []
+    for k in frequent[:MAX_LABELS]:
+        metric = recall_of(k)
+        means = [stats.mean_interval(metric, side) for side in (ours, scratch)]
+        lines.append((k, means, stats.compare(metric, ours, scratch)))
+    lines.sort(key=lambda line: -np.nan_to_num(line[2].value))
+    digits = decimal_places([(low, high) for _, means, _ in lines for _, low, high in means])
+    body: list[list[str | Value]] = []
+    for k, means, gain in lines:
+        units = stats.count_units(label == k, ours[0].groups)
+        enough = units >= stats.MIN_RARER_UNITS
+        shown = [estimate(mean, digits) for mean in means]
+        body.append([names[k], f"{sizes[k]:,}", *shown, gain_estimate(gain, digits, enough)])
+    caption = (
+        f"{target}: the share of each class's test rows that is found (recall), of "
+        f"{cell_label(cell)} of labels and of scratch, mean over {_plural(len(ours))} with 95 % "
+        f"intervals; the largest change first.{SIGNS}"
+    )
+    if len(frequent) > MAX_LABELS:
+        caption += f" The {MAX_LABELS} commonest of {len(frequent)} classes."
+    head = ["Class", "Test rows", "Found", "Found, scratch", "Change"]
+    return [Heading("Class by class", 3), Text(caption), Table(head, body)]
 
 
 # ---------------------------------------------------------------- two classes
@@ -342,19 +394,37 @@ def _reliability(
         for name, points in curves.items()
         for predicted, observed, n in points
     ]
+    positive = ours[0].labels[1] if len(ours[0].labels) == 2 else "the likeliest class"
     caption = (
-        f"{target}: the share of rows that were {ours[0].labels[1]}, by the probability that was "
-        "predicted. On the line both are equal. Bins hold equally many predictions, "
-        f"{_seeds(len(ours))}."
+        f"{target}: the share of rows that were {positive}, by the probability that was "
+        "predicted, with transfer and from scratch. On the line both are equal. Bins hold equally "
+        f"many predictions, {_seeds(len(ours))}."
     )
+    points = Table(["Model", "Mean probability", "Observed share", "Predictions"], listed)
     return [
         Heading("Calibration", 3),
-        Figure(
-            reliability(curves, ours[0].labels[1]),
-            caption,
-            Table(["Model", "Mean probability", "Observed share", "Predictions"], listed),
-        ),
+        Figure(reliability(curves, positive), caption, points),
+        *_calibration_errors(cell, ours, scratch),
+        Details("Numbers of the figure", [points]),
     ]
+
+
+def _calibration_errors(
+    cell: Cell, ours: list[RunPredictions], scratch: list[RunPredictions]
+) -> list[Block]:
+    """Return the calibration error and the Brier score of a cell beside those of scratch."""
+    if not {run.seed for run in ours} & {run.seed for run in scratch}:
+        return []
+    body: list[list[str | Value]] = []
+    for name, words in (("ece", "expected calibration error ↓"), ("brier", "Brier score ↓")):
+        metric = catalog.metric(name)
+        means = [stats.mean_interval(metric, side) for side in (scratch, ours)]
+        gain = stats.compare(metric, ours, scratch)
+        digits = decimal_places([(low, high) for _, low, high in means])
+        enough = all(stats.evidence(run).enough for run in (*ours, *scratch))
+        shown = [estimate(mean, digits) for mean in means]
+        body.append([words, *shown, gain_estimate(gain, digits, enough)])
+    return [Table(["", "scratch", f"{cell.source} · {cell.technique}", "Gain"], body)]
 
 
 def _truncate(name: str, max_length: int = 14) -> str:

@@ -16,7 +16,7 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,22 +47,21 @@ _NAMES = dict(
     )
 )
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
-_WIDTH = 8.0  # inches; 576 units of the page's 58 rem, so 9 pt is about 14 px there
+_OPEN = {"color": _SOFT, "marker": "o", "markerfacecolor": _PAPER}
+_WIDTH = 5.4
+"""Inches of a figure: 389 units, so that text of 9 pt is 11 px on a phone and 15 px at most."""
 
 
-def forest(
-    cells: Sequence[Cell], title: str, limits: tuple[float, float], label_inches: float
-) -> str:
-    """Draw the gain of each cell with its interval on one line, and the zero line.
+def forest(cells: Sequence[Cell], title: str, limits: tuple[float, float]) -> str:
+    """Draw the gain of each cell with its interval below its name, and the zero line.
 
-    Figures with the same ``limits`` of the x axis and the same label width are aligned.
+    Figures with the same ``limits`` of the x axis are aligned.
     """
     with _plot_settings():
-        height = 0.75 + 0.235 * len(cells)
+        height = 0.75 + 0.36 * len(cells)
         figure, (axes,) = _figure(height)
         figure.set_layout_engine("none")
-        left = label_inches / _WIDTH
-        axes.set_position((left, 0.45 / height, 0.985 - left, 1 - 0.75 / height))
+        axes.set_position((0.01, 0.45 / height, 0.975, 1 - 0.75 / height))
         axes.axvline(0, color=_SOFT, linewidth=0.9, zorder=1)
         styles = {
             WINS: (_WINS, "^", _WINS),
@@ -90,23 +89,27 @@ def forest(
                 markeredgewidth=1.2,
                 zorder=3,
             )
-        axes.set_yticks(range(len(cells)), [cell_label(cell) for cell in cells])
-        axes.set_ylim(len(cells) - 0.5, -0.5)
+            axes.annotate(
+                cell_label(cell),
+                (0, y - 0.5),
+                xycoords=axes.get_yaxis_transform(),
+                color=_INK,
+                fontsize=8.5,
+                va="center",
+            )
+        axes.set_yticks([])
+        axes.set_ylim(len(cells) - 0.5, -0.9)
         axes.set_xlim(*limits)
         axes.grid(axis="x", color=_LINE, linewidth=0.6)
         axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
         figure.text(
-            0.004, 1 - 0.2 / height, title, color=_INK, fontsize=9.5, weight="bold", va="center"
+            0.01, 1 - 0.17 / height, title, color=_INK, fontsize=9.5, weight="bold", va="center"
         )
         return _svg(figure, f"Gain over scratch with 95 % intervals: {title}")
 
 
-def forest_layout(groups: dict[str, list[Cell]]) -> tuple[dict[str, tuple[float, float]], float]:
-    """Return the x limits of each group and the label width, in inches, that fits all groups.
-
-    Groups with the same metric have the same limits.
-    """
+def forest_limits(groups: dict[str, list[Cell]]) -> dict[str, tuple[float, float]]:
+    """Return the x limits of each group. Groups with the same metric have the same limits."""
     ends: dict[str, list[float]] = {}
     for cells in groups.values():
         for cell in cells:
@@ -114,15 +117,11 @@ def forest_layout(groups: dict[str, list[Cell]]) -> tuple[dict[str, tuple[float,
                 v for v in (cell.gain, cell.gain_low, cell.gain_high) if v is not None
             )
     margins = {name: 0.06 * ((max(values) - min(values)) or 1.0) for name, values in ends.items()}
-    limits = {
+    return {
         group: (min(ends[m]) - margins[m], max(ends[m]) + margins[m])
         for group, cells in groups.items()
         for m in [cells[0].metric]
     }
-    longest = max(
-        (len(cell_label(cell)) for cells in groups.values() for cell in cells), default=10
-    )
-    return limits, min(0.35 + 0.072 * longest, 0.55 * _WIDTH)
 
 
 def learning(panels: dict[str, Series], metric: str) -> str:
@@ -132,12 +131,12 @@ def learning(panels: dict[str, Series], metric: str) -> str:
     """
     with _plot_settings():
         names = sorted(panels, key=fraction_order)
-        num_columns = min(len(names), 3)
+        num_columns = min(len(names), 2)
         num_rows = math.ceil(len(names) / num_columns)
         keys = _unique_pairs(key for series in panels.values() for key in series)
         entries = _legend_entries(keys)
         figure, grid = _figure(
-            0.1 + 2.3 * num_rows + _legend_inches(entries), num_rows, num_columns
+            0.1 + 2.2 * num_rows + _legend_inches(entries), num_rows, num_columns
         )
         for axes, name in itertools.zip_longest(grid, names):
             if name is None:
@@ -212,6 +211,133 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
         axes.set_ylabel(f"test {shown[0].metric}")
         _legend(figure, entries)
         return _svg(figure, f"Test {shown[0].metric} by number of labels")
+
+
+def score_gain(panels: Mapping[str, Sequence[tuple[str, float, Cell]]], score: str) -> str:
+    """Draw gains over scratch by a transferability score, one panel for each target.
+
+    Args:
+        panels: Target to (source, value of the score, the source's cell).
+        score: Name of the score.
+    """
+    with _plot_settings():
+        num_columns = min(len(panels), 2)
+        num_rows = math.ceil(len(panels) / num_columns)
+        figure, grid = _figure(0.1 + 2.3 * num_rows, num_rows, num_columns, share=False)
+        for axes, target in itertools.zip_longest(grid, panels):
+            if target is None:
+                axes.set_visible(False)
+                continue
+            axes.axhline(0, color=_SOFT, linewidth=0.9, zorder=1)
+            for source, value, cell in panels[target]:
+                gain = cell.gain or 0.0
+                if cell.gain_low is not None and cell.gain_high is not None:
+                    axes.plot(
+                        [value, value],
+                        [cell.gain_low, cell.gain_high],
+                        color=_COLOURS[0],
+                        linewidth=1.2,
+                    )
+                axes.plot([value], [gain], "o", markersize=5, color=_COLOURS[0])
+                axes.annotate(
+                    _truncate(source, 16),
+                    (value, gain),
+                    xytext=(4, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=_INK,
+                )
+            axes.margins(x=0.3, y=0.15)
+            axes.set_title(_truncate(target, 28), loc="left", fontsize=9, color=_SOFT)
+            axes.grid(color=_LINE, linewidth=0.6)
+            axes.locator_params(axis="x", nbins=4)
+            axes.set_xlabel(score)
+            axes.set_ylabel(f"gain in {_truncate(panels[target][0][2].metric, 20)}")
+        return _svg(figure, f"Gain over scratch by {score}, for {', '.join(panels)}")
+
+
+def pareto(
+    cells: Sequence[Cell], fronts: Mapping[str, Sequence[int]], numbered: Sequence[int]
+) -> str:
+    """Draw gains over scratch by seconds and by trained parameters, and the fronts.
+
+    Args:
+        cells: The cells. Scratch is at zero and has an open mark.
+        fronts: "seconds" and "parameters" to the indices of the cells on the front.
+        numbered: Indices of the cells that are shown with a number, from 1.
+    """
+    with _plot_settings():
+        keys = _unique_pairs((cell.source, cell.technique) for cell in cells)
+        entries = [
+            (name, {"color": style["color"], "marker": "o", "linestyle": ""})
+            for name, style in _legend_entries(
+                [(s and "source", t) for s, t in keys if s != "none"]
+            )
+        ]
+        entries.append(("scratch", {**_OPEN, "linestyle": ""}))
+        colours = {name: style["color"] for name, style in entries}
+        panels = {name: front for name, front in fronts.items() if front}
+        figure, grid = _figure(2.6 + _legend_inches(entries), 1, len(panels))
+        costs = {
+            "seconds": [cell.seconds or 0.0 for cell in cells],
+            "parameters": [float(cell.params_trained or 0) for cell in cells],
+        }
+        for axes, (name, front) in zip(grid, panels.items(), strict=True):
+            axes.axhline(0, color=_SOFT, linewidth=0.9, zorder=1)
+            axes.plot(
+                [costs[name][index] for index in front],
+                [cells[index].gain or 0.0 for index in front],
+                drawstyle="steps-post",
+                color=_SOFT,
+                linewidth=1.2,
+                zorder=2,
+            )
+            for index, cell in enumerate(cells):
+                style = (
+                    _OPEN
+                    if cell.source == "none"
+                    else {"color": colours[_truncate(cell.technique, 32)], "marker": "o"}
+                )
+                axes.plot([costs[name][index]], [cell.gain or 0.0], markersize=5, zorder=3, **style)
+                if index in numbered:
+                    axes.annotate(
+                        str(numbered.index(index) + 1),
+                        (costs[name][index], cell.gain or 0.0),
+                        xytext=(-3, 5),
+                        textcoords="offset points",
+                        ha="right",
+                        fontsize=8.5,
+                        color=_INK,
+                    )
+            _cost_scale(axes, costs[name])
+            axes.margins(x=0.12, y=0.12)
+            axes.grid(color=_LINE, linewidth=0.6)
+            axes.set_xlabel(
+                "seconds of a final trial" if name == "seconds" else "parameters trained"
+            )
+        grid[0].set_ylabel(f"gain in {_truncate(cells[0].metric, 24)}")
+        _legend(figure, entries)
+        return _svg(figure, f"Gain over scratch by {' and by '.join(panels)}")
+
+
+def _cost_scale(axes: Axes, costs: Sequence[float]) -> None:
+    """Give an x axis of costs a logarithmic scale, which begins at 0 where a cost is zero."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    positive = [cost for cost in costs if cost > 0]
+    axes.set_xscale("log")
+    if positive and len(positive) < len(costs):
+        axes.set_xscale("symlog", linthresh=min(positive))
+    elif positive:
+        decades = math.log10(max(positive) / min(positive))
+        if decades < 0.3:
+            axes.set_xscale("linear")
+            axes.xaxis.set_major_locator(MaxNLocator(3))
+        else:
+            subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0,)
+            axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def strips(episodes: dict[str, np.ndarray]) -> str:
@@ -366,7 +492,11 @@ def _legend_entries(keys: list[tuple[str, str]]) -> list[tuple[str, dict[str, An
 
 def _legend_columns(entries: list[tuple[str, dict[str, Any]]]) -> int:
     return max(
-        1, min(len(entries), int(104 / (max((len(name) for name, _ in entries), default=1) + 8)))
+        1,
+        min(
+            len(entries),
+            int(13 * _WIDTH / (max((len(name) for name, _ in entries), default=1) + 8)),
+        ),
     )
 
 
@@ -427,12 +557,17 @@ def _plot_settings() -> Generator[None]:
         yield
 
 
-def _figure(height: float, num_rows: int = 1, num_columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its axes, made without pyplot and its global state."""
+def _figure(
+    height: float, num_rows: int = 1, num_columns: int = 1, *, share: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its axes, made without pyplot and its global state.
+
+    With ``share`` all axes have one y scale.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    return figure, list(figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flat)
+    return figure, list(figure.subplots(num_rows, num_columns, sharey=share, squeeze=False).flat)
 
 
 def _svg(figure: Figure, description: str) -> str:

@@ -19,6 +19,7 @@ from pipeline.io import storage
 from pipeline.report import (
     blocks,
     code_versions,
+    gains,
     per_label,
     plots,
     results,
@@ -295,7 +296,9 @@ def write(
         groups[cell.target].append(cell)
     decimals = _decimals_by_target(cells)
     content: list[Block] = [
+        *gains.warnings(groups, decimals),
         *_summary_blocks(cells, groups, rows, decimals),
+        *gains.heat_maps(cells, decimals),
         *_gain_blocks(groups, decimals),
     ]
     for target, group in groups.items():
@@ -304,8 +307,12 @@ def write(
         )
     content += [
         *_cost_blocks(cells, rows),
+        *gains.cost_figures(groups, decimals),
         *_score_blocks(rows, scores),
         *score_audit.blocks_of(cells, source_scores or {}, modalities or {}),
+        *gains.score_figures(
+            cells, _known_scores(rows, scores) | gains.all_scores(source_scores or {}), decimals
+        ),
         *_pretraining_blocks(pretraining),
         *_failure_blocks(rows),
         *_duplicate_blocks(rows),
@@ -455,13 +462,11 @@ def _gain_blocks(groups: dict[str, list[Cell]], decimals: dict[str, int]) -> lis
     }
     if not shown:
         return []
-    limits, label_inches = plots.forest_layout(shown)
+    limits = plots.forest_limits(shown)
     out: list[Block] = [Heading("Gain over scratch")]
     for target, group in shown.items():
         group = sorted(group, key=lambda c: (fraction_order(c.label_fraction), -(c.gain or 0)))
-        svg = plots.forest(
-            group, f"{target}, gain in {group[0].metric}", limits[target], label_inches
-        )
+        svg = plots.forest(group, f"{target}, gain in {group[0].metric}", limits[target])
         listed = [
             [plots.cell_label(c), _format_gain(c, decimals[target]), *_comparison_columns(c)]
             for c in group
@@ -590,6 +595,7 @@ def _target_blocks(
                 f"{target}: validation {followed} while fine-tuning, mean over seeds.",
             )
         )
+        out.append(Details("Numbers of the figure", [_curve_table(panels, followed, decimals)]))
     if len({c.label_fraction for c in done if c.n_train}) > 1:
         out.append(
             Figure(
@@ -718,6 +724,18 @@ def learning_curves(
     return dict(out)
 
 
+def _curve_table(panels: dict[str, plots.Series], metric: str, decimals: int) -> blocks.Table:
+    """Return the first, middle and last point of each learning curve."""
+    body: list[list[str | Value]] = []
+    for fraction in sorted(panels, key=fraction_order):
+        for (source, technique), points in panels[fraction].items():
+            picked = (points[0], points[len(points) // 2], points[-1])
+            shown = [f"{value:.{decimals}f} (step {step:.0f})" for step, value in picked]
+            body.append([f"{source} · {technique}", plots.fraction_label(fraction), *shown])
+    head = ["Source · technique", "Labels", f"First {metric}", "In the middle", "Last"]
+    return blocks.Table(head, body, 2)
+
+
 # ---------------------------------------------------------------- the rest
 
 
@@ -776,11 +794,10 @@ def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block
     ]
 
 
-def _score_blocks(
+def _known_scores(
     rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None
-) -> list[Block]:
-    """Return the table of transferability scores, also of sources left out because of theirs."""
-    tried = {(row.target, row.source) for row in rows}
+) -> dict[tuple[str, str, str], float]:
+    """Return (target, source, name of the score) to its value, NaN where it is not defined."""
     found: dict[tuple[str, str, str], float] = {
         (r.target, r.source, r.score_name): r.score_value
         for r in rows
@@ -792,6 +809,15 @@ def _score_blocks(
         found.setdefault(
             (target, source, scored["score_name"]), math.nan if value is None else value
         )
+    return found
+
+
+def _score_blocks(
+    rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None
+) -> list[Block]:
+    """Return the table of transferability scores, also of sources left out because of theirs."""
+    tried = {(row.target, row.source) for row in rows}
+    found = _known_scores(rows, scores)
     if not found:
         return []
     body: list[list[str]] = []

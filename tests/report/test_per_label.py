@@ -76,7 +76,7 @@ def test_the_confusion_matrix_is_that_of_the_best_cell():
         ("src", "full"): [classes(90, NAMES, s, 1.5) for s in (0, 1)],
         ("src", "linear_probe"): [classes(90, NAMES, s, 0.6) for s in (0, 1)],
     }
-    heading, heat = said(*table("accuracy", made))
+    heading, heat, *_ = said(*table("accuracy", made))
     assert heading.text == "Confusion matrix" and isinstance(heat, blocks.Heatmap)
     best = made["src", "full"]
     want = sum(
@@ -93,12 +93,59 @@ def test_the_confusion_matrix_is_that_of_the_best_cell():
     ]
 
 
+def test_each_class_has_what_was_found_of_it_beside_scratch():
+    made = {
+        ("none", "scratch"): [classes(300, NAMES, s, 0.2) for s in (0, 1)],
+        ("src", "full"): [classes(300, NAMES, s, 1.5) for s in (0, 1)],
+    }
+    listed = next(
+        block
+        for block in said(*table("accuracy", made))
+        if isinstance(block, blocks.Table) and block.header[0] == "Class"
+    )
+    assert sorted(line[0] for line in listed.rows) == sorted(NAMES)
+    changes = []
+    for name, size, ours, scratch, change in listed.rows:
+        found = []
+        for key in (("src", "full"), ("none", "scratch")):
+            recalls = [
+                theirs.recall_score(
+                    run.predictions["label"], run.predictions["scores"].argmax(1), average=None
+                )[NAMES.index(name)]
+                for run in made[key]
+            ]
+            found.append(np.mean(recalls))
+        truth = made["src", "full"][0].predictions["label"]
+        assert size == str((truth == NAMES.index(name)).sum())
+        for value, want in zip((ours, scratch, change), (*found, found[0] - found[1]), strict=True):
+            assert float(value.lines[0]) == pytest.approx(want, abs=0.0051)
+        changes.append(found[0] - found[1])
+    assert changes == sorted(changes, reverse=True), "the largest change first"
+
+
+def test_many_classes_have_a_calibration_curve_and_errors_beside_scratch():
+    made = {
+        ("none", "scratch"): [classes(300, NAMES, s, 0.2) for s in (0, 1)],
+        ("src", "full"): [classes(300, NAMES, s, 1.5) for s in (0, 1)],
+    }
+    out = said(*table("accuracy", made))
+    at = next(i for i, block in enumerate(out) if getattr(block, "text", "") == "Calibration")
+    figure, errors, details = out[at + 1 : at + 4]
+    assert "the likeliest class" in figure.caption and figure.svg.startswith("<svg")
+    assert errors.header == ["", "scratch", "src · full", "Gain"]
+    for line, name in zip(errors.rows, ("ece", "brier"), strict=True):
+        for value, key in zip(line[1:3], (("none", "scratch"), ("src", "full")), strict=True):
+            want = np.mean([catalog.metric(name).value(run.predictions) for run in made[key]])
+            assert float(value.lines[0]) == pytest.approx(want, abs=0.0051)
+    assert details.blocks[0].header[0] == "Model"
+
+
 def test_of_many_classes_the_commonest_confusions_are_listed():
     names = [f"class {k}" for k in range(30)]
     run = classes(600, names, 0, 2.0)
     truth = run.predictions["label"]
     run.predictions["scores"][truth == 7] = np.eye(30, dtype=np.float32)[12]
-    heading, _, listed = said(*table("accuracy", {("src", "full"): [run]}))
+    heading, _, listed, *_ = said(*table("accuracy", {("src", "full"): [run]}))
     assert heading.text == "Commonest confusions" and len(listed.rows) == per_label.MAX_PAIRS
     assert listed.rows[0] == ["class 7", "class 12", f"{(truth == 7).sum():.1f}", "100.0 %"]
 

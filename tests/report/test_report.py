@@ -704,8 +704,8 @@ def test_html_is_self_contained_and_well_formed(written):
     ]
     assert used and set(used) <= set(ids)
     assert (
-        parsed.tags.count("svg") == 6 and "#0101" not in html and "#0102" not in html
-    )  # forest, learning, labels for each of two targets
+        parsed.tags.count("svg") == 8 and "#0101" not in html and "#0102" not in html
+    )  # forest, learning, labels and cost for each of two targets
     assert "prefers-color-scheme:dark" in html and 'name="viewport"' in html
     assert set(re.findall(r"var\((--\w+)\)", html)) <= set(re.findall(r"(--\w+):", html))
 

@@ -1,0 +1,311 @@
+"""Report blocks on where transfer pays, where it hurts and what a gain costs.
+
+They are the warning on the first screen, the heat map of sources and targets, gains beside
+transferability scores, and the Pareto front of gain and cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from pipeline.report import plots
+from pipeline.report.blocks import (
+    DASH,
+    MARKS,
+    Block,
+    Details,
+    Figure,
+    Heading,
+    Table,
+    Text,
+    Value,
+    format_interval,
+    with_minus_sign,
+)
+from pipeline.report.matrix import LOSES, REFERENCE, SCRATCH, WINS, Cell, fraction_order
+from pipeline.report.source_scores import PairScores
+
+Scores = Mapping[tuple[str, str, str], float]
+"""(target, source, name of the score) to its value, NaN where it is not defined."""
+
+
+def chosen(cells: Sequence[Cell]) -> Cell:
+    """Return the cell that a user would take: the best on validation rows.
+
+    Where a cell has no validation value it is the one with the largest gain on test rows.
+    """
+    if all(cell.validation is not None for cell in cells):
+        return max(cells, key=lambda cell: cell.validation or 0.0)
+    return max(cells, key=lambda cell: cell.gain or 0.0)
+
+
+def _compared(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells with a source and a gain over scratch."""
+    return [cell for cell in cells if cell.source != SCRATCH and cell.gain is not None]
+
+
+def _gain(cell: Cell, decimals: int) -> str:
+    return format_interval(cell.gain, cell.gain_low, cell.gain_high, decimals, "+")
+
+
+def _by_fraction(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Return the cells of each label fraction, the most labels first."""
+    out: dict[str, list[Cell]] = defaultdict(list)
+    for cell in sorted(cells, key=lambda cell: fraction_order(cell.label_fraction), reverse=True):
+        out[cell.label_fraction].append(cell)
+    return dict(out)
+
+
+# ---------------------------------------------------------------- where it hurts
+
+
+def warnings(groups: Mapping[str, Sequence[Cell]], decimals: Mapping[str, int]) -> list[Block]:
+    """Return a warning for each target and label fraction where a source was worse than scratch.
+
+    It names the sources and techniques, the largest loss, and what to use instead.
+    """
+    return [
+        Text(_warning(target, fraction, cells, decimals[target]), "warning")
+        for target, group in groups.items()
+        for fraction, cells in _by_fraction(_compared(group)).items()
+        if any(cell.verdict == LOSES for cell in cells)
+    ]
+
+
+def _warning(target: str, fraction: str, cells: Sequence[Cell], decimals: int) -> str:
+    by_source: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        by_source[cell.source].append(cell)
+    losses: list[str] = []
+    for source, tried in by_source.items():
+        lost = sorted((c for c in tried if c.verdict == LOSES), key=lambda c: c.gain or 0.0)
+        if not lost:
+            continue
+        names = " and ".join(dict.fromkeys(cell.technique for cell in lost))
+        with_all = f"any of {len(tried)} techniques" if len(tried) > 2 else names
+        how = with_all if len(lost) == len(tried) else names
+        most = "at worst " if len(lost) > 1 else ""
+        mark = " *" if lost[0].survives else ""
+        losses.append(f"{source} with {how} ({most}{_gain(lost[0], decimals)}{mark})")
+    labels = plots.fraction_label(fraction)
+    winners = [cell for cell in cells if cell.verdict == WINS]
+    if winners:
+        best = chosen(winners)
+        instead = (
+            f"better than scratch is {best.source} with {best.technique} ({_gain(best, decimals)})"
+        )
+    else:
+        instead = "use scratch"
+    return with_minus_sign(
+        f"For target {target} ({labels} labels), fine-tuning {'; '.join(losses)} is worse than "
+        f"training from scratch: {instead}."
+    )
+
+
+# ---------------------------------------------------------------- sources by targets
+
+
+def heat_maps(cells: Sequence[Cell], decimals: Mapping[str, int]) -> list[Block]:
+    """Return the gains of sources by targets, with the best technique and with each technique.
+
+    There is a table for each label fraction. The one with the most labels is open.
+    """
+    compared = _compared(cells)
+    pairs = {(cell.source, cell.target) for cell in compared}
+    if len(pairs) < 2:
+        return []
+    by_validation = all(cell.validation is not None for cell in compared)
+    how = "its validation rows" if by_validation else "test rows, which flatters it"
+    out: list[Block] = [
+        Heading("Sources by targets"),
+        Text(
+            "Gain over scratch of each source on each target, with the technique that is best by "
+            f"{how}. Green is better than scratch and red is worse, stronger where it is more, "
+            "within each target. ▲ wins, ▼ loses, ○ not shown, * survives Holm's correction."
+        ),
+    ]
+    for number, (fraction, group) in enumerate(_by_fraction(compared).items()):
+        labels = f"{plots.fraction_label(fraction)} labels"
+        table = _heat_map(labels, group, decimals)
+        out.append(Details(labels, [table]) if number else table)
+    techniques = list(dict.fromkeys(cell.technique for cell in compared))
+    for technique in techniques if len(techniques) > 1 else ():
+        alone = [cell for cell in compared if cell.technique == technique]
+        tables = [
+            _heat_map(f"{plots.fraction_label(fraction)} labels", group, decimals)
+            for fraction, group in _by_fraction(alone).items()
+        ]
+        out.append(Details(f"{technique} alone", tables))
+    return out
+
+
+def _heat_map(corner: str, cells: Sequence[Cell], decimals: Mapping[str, int]) -> Table:
+    sources, targets = (
+        sorted({getattr(cell, name) for cell in cells}) for name in ("source", "target")
+    )
+    best: dict[tuple[str, str], Cell] = {}
+    for source in sources:
+        for target in targets:
+            tried = [cell for cell in cells if (cell.source, cell.target) == (source, target)]
+            if tried:
+                best[source, target] = chosen(tried)
+    largest = {
+        target: max(abs(cell.gain or 0.0) for (_, of), cell in best.items() if of == target)
+        for target in targets
+    }
+    body: list[list[str | Value]] = []
+    for source in sources:
+        line: list[str | Value] = [source]
+        for target in targets:
+            cell = best.get((source, target))
+            if cell is None:
+                line.append(DASH)
+                continue
+            gain = format_interval(cell.gain, None, None, decimals[target], "+")
+            mark = f"{MARKS.get(cell.verdict, '')}{' *' if cell.survives else ''}"
+            shade = (cell.gain or 0.0) / (largest[target] or 1.0)
+            line.append(Value((f"{gain} {mark}".strip(), cell.technique), shade=shade))
+        body.append(line)
+    return Table([corner, *targets], body, heat=True)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def all_scores(source_scores: Mapping[str, PairScores]) -> dict[tuple[str, str, str], float]:
+    """Return (target, source, name) to value of every score that is defined.
+
+    The name of a score of which less is better says so.
+    """
+    return {
+        (
+            pair.target,
+            pair.source,
+            name if score.higher_is_better else f"{name} (less is better)",
+        ): (score.value)
+        for pair in source_scores.values()
+        for name, score in pair.scores.items()
+        if score.value is not None
+    }
+
+
+def score_figures(
+    cells: Sequence[Cell], scores: Scores, decimals: Mapping[str, int]
+) -> list[Block]:
+    """Return a figure and a table for each score: its values beside the gains of the sources.
+
+    Those of more than two scores are folded.
+
+    The gain of a source is that with the technique that is best on validation rows, at the most
+    labels that it was compared at.
+    """
+    by_pair: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for group in _by_fraction(_compared(cells)).values():
+        found: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+        for cell in group:
+            found[cell.target, cell.source].append(cell)
+        for pair, tried in found.items():
+            by_pair.setdefault(pair, tried)
+    out: list[Block] = []
+    names = sorted({name for _, _, name in scores})
+    for name in names:
+        panels: dict[str, list[tuple[str, float, Cell]]] = defaultdict(list)
+        for (target, source), tried in sorted(by_pair.items()):
+            value = scores.get((target, source, name), math.nan)
+            if math.isfinite(value):
+                panels[target].append((source, value, chosen(tried)))
+        shown = {target: points for target, points in panels.items() if len(points) > 1}
+        if not shown:
+            continue
+        listed: list[list[str | Value]] = [
+            [target, source, f"{value:.4g}", _gain(cell, decimals[target])]
+            for target, points in shown.items()
+            for source, value, cell in sorted(points, key=lambda point: -point[1])
+        ]
+        caption = (
+            f"Gain over scratch by {name} of the source, one panel for each target. Where more is "
+            "better, a score that tells good sources from bad ones rises to the right."
+        )
+        table = Table(["Target", "Source", name, "Gain over scratch"], listed, 2)
+        figure = Figure(plots.score_gain(shown, name), caption, table)
+        if len(names) > 2:
+            out.append(Details(f"Gain beside {name}", [figure, table]))
+        else:
+            out += [figure, Details(f"Numbers of the figure ({name})", [table])]
+    return out
+
+
+# ---------------------------------------------------------------- cost
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the indices of the points (cost, gain) that no other point beats, cheapest first.
+
+    A point is beaten by one that costs no more and gains no less, and is better in one of both. Of
+    equal points the first is taken.
+    """
+    front: list[int] = []
+    highest = -math.inf
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
+        if points[index][1] > highest:
+            front.append(index)
+            highest = points[index][1]
+    return front
+
+
+def cost_figures(groups: Mapping[str, Sequence[Cell]], decimals: Mapping[str, int]) -> list[Block]:
+    """Return for each target the gain by seconds and by trained parameters, and the fronts.
+
+    The cells are those of the most labels. Scratch has a gain of zero. Sources' own training is not
+    counted.
+    """
+    out: list[Block] = []
+    for target, group in groups.items():
+        by_fraction = _by_fraction(_compared(group))
+        if not by_fraction:
+            continue
+        fraction, compared = next(iter(by_fraction.items()))
+        scratch = [
+            cell
+            for cell in group
+            if cell.verdict == REFERENCE and cell.label_fraction == fraction and cell.n_seeds
+        ]
+        shown = [c for c in (*compared, *scratch) if c.seconds is not None and c.seconds > 0]
+        if len(shown) < 3:
+            continue
+        fronts = {
+            "seconds": pareto_front([(c.seconds or 0.0, c.gain or 0.0) for c in shown]),
+            "parameters": pareto_front(
+                [(float(c.params_trained or 0), c.gain or 0.0) for c in shown]
+            )
+            if all(c.params_trained is not None for c in shown)
+            else [],
+        }
+        numbered = list(dict.fromkeys(index for front in fronts.values() for index in front))
+        body: list[list[str | Value]] = []
+        for number, index in enumerate(numbered, 1):
+            cell = shown[index]
+            on = " and ".join(name for name, front in fronts.items() if index in front)
+            gain = "0 (scratch)" if cell.verdict == REFERENCE else _gain(cell, decimals[target])
+            params = DASH if cell.params_trained is None else f"{cell.params_trained:,}"
+            body.append(
+                [
+                    f"{number}: {cell.source} · {cell.technique}",
+                    on,
+                    gain,
+                    f"{cell.seconds:.3g} s",
+                    params,
+                ]
+            )
+        head = ["On the front", "By", "Gain over scratch", "Final trial", "Parameters trained"]
+        labels = plots.fraction_label(fraction)
+        caption = (
+            f"{target}: gain by the cost of a final trial, with {labels} labels. No other cell "
+            "gains as much for less than those on the line, which have their number in the table. "
+            "The training of sources is not counted."
+        )
+        table = Table(head, body, 2)
+        out += [Figure(plots.pareto(shown, fronts, numbered), caption), table]
+    return out

@@ -1,0 +1,186 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.report import blocks, gains, report
+from pipeline.report.source_scores import PairScores, ScoreValue
+from tests.report.test_report import SKILL, find, simulate, write
+
+
+@pytest.fixture(scope="module")
+def cells():
+    rows, runs, _ = simulate()
+    return report.matrix_cells(rows, runs)
+
+
+def by_target(cells):
+    return {target: [cell for cell in cells if cell.target == target] for target in SKILL}
+
+
+DECIMALS = dict.fromkeys(SKILL, 3)
+
+
+def test_the_first_thing_in_the_report_is_where_transfer_hurts(tmp_path):
+    _, md, html = write(tmp_path, *simulate())
+    first = md.split("\n\n")[1]
+    assert first.startswith(
+        "> For target handwriting (100 % labels), fine-tuning garments with linear\\_probe"
+    ) or first.startswith(
+        "> For target handwriting (100 % labels), fine-tuning garments with linear_probe"
+    )
+    assert "is worse than training from scratch: better than scratch is digits with full" in first
+    assert html.index("is worse than training from scratch") < html.index("A comparison is one")
+
+
+def test_without_a_winner_the_warning_says_scratch(cells):
+    group = [
+        cell
+        for cell in by_target(cells)["handwriting"]
+        if cell.label_fraction == "1.0" and cell.verdict != "wins"
+    ]
+    (warning,) = gains.warnings({"handwriting": group}, DECIMALS)
+    assert warning.kind == "warning"
+    assert warning.text.endswith("is worse than training from scratch: use scratch.")
+    lost = find(cells, "handwriting", technique="linear_probe")
+    assert blocks.with_minus_sign(f"{lost.gain:+.3f} [") in warning.text
+    assert gains.warnings({"clothing": by_target(cells)["clothing"]}, DECIMALS) == []
+
+
+def test_all_techniques_of_a_source_that_lose_are_named_at_once(cells):
+    group = [
+        replace(cell, verdict="loses", gain=-0.1, gain_low=-0.2, gain_high=-0.01)
+        for cell in by_target(cells)["clothing"]
+        if cell.label_fraction == "1.0" and cell.source != "none"
+    ]
+    (warning,) = gains.warnings({"clothing": group}, DECIMALS)
+    assert "garments with any of 3 techniques (at worst" in warning.text
+    assert "digits with full (−0.100" in warning.text
+
+
+def test_the_technique_of_a_heat_map_is_chosen_on_validation_rows(cells):
+    """The linear probe is the worst of garments on test rows and the best on validation rows."""
+    turned = [
+        replace(cell, validation=1.0 if cell.technique == "linear_probe" else 0.5) for cell in cells
+    ]
+    for given, technique, words in (
+        (turned, "linear_probe", "best by its validation rows"),
+        (cells, "lp_ft", "test rows, which flatters it"),
+    ):
+        out = gains.heat_maps(given, DECIMALS)
+        text, table = out[1], out[2]
+        assert words in text.text and table.heat
+        assert table.header == ["100 % labels", "clothing", "handwriting"]
+        lines = {line[0]: line[1:] for line in table.rows}
+        assert list(lines) == ["digits", "garments"]
+        cell = find(cells, "handwriting", technique=technique)
+        assert lines["garments"][1].lines[0].startswith(f"{cell.gain:+.3f}")
+        assert lines["garments"][1].lines[1] == technique
+    shades = [abs(value.shade) for line in out[2].rows for value in line[1:]]
+    assert max(shades) == 1 and sum(shade == 1 for shade in shades) == 2, "1 within each target"
+    assert {block.title for block in out[3:]} == {
+        "5 % labels",
+        "full alone",
+        "lp_ft alone",
+        "linear_probe alone",
+    }
+
+
+def test_losses_are_red_and_gains_green(tmp_path):
+    skill = {
+        "clothing": {("none", "scratch"): 0.7, ("a", "full"): 0.9, ("b", "full"): 0.5},
+    }
+    _, _, html = write(tmp_path, *simulate(skill, fractions=("1.0",)))
+    assert html.count("color-mix(in srgb,var(--wins) 45%") + html.count("var(--loses) 45%") == 1
+    assert "color-mix(in srgb,var(--loses)" in html
+
+
+def test_validation_of_a_cell_is_the_mean_of_its_final_trials_and_larger_is_better():
+    rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
+    mine = [row for row in rows if row.technique == "lp_ft" and row.metric == "accuracy"]
+    assert {cell.validation for cell in report.matrix_cells(rows, runs)} == {None}
+    for sign, higher in ((1, True), (-1, False)):
+        more = [
+            replace(row, split="validation", value=0.1 * row.seed, higher_is_better=higher)
+            for row in mine
+        ]
+        cell = find(report.matrix_cells([*rows, *more], runs), technique="lp_ft")
+        assert cell.validation == pytest.approx(sign * 0.1)
+
+
+def test_the_front_is_what_no_other_point_beats():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        points = [tuple(map(float, point)) for point in rng.integers(0, 6, (12, 2))]
+        beaten = {
+            i
+            for i, (cost, gain) in enumerate(points)
+            if any(
+                c <= cost and g >= gain and (c < cost or g > gain or j < i)
+                for j, (c, g) in enumerate(points)
+                if j != i
+            )
+        }
+        front = gains.pareto_front(points)
+        assert set(front) == set(range(12)) - beaten
+        assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
+
+
+def test_the_cost_figure_lists_its_front_by_number(cells):
+    figure, table = gains.cost_figures({"clothing": by_target(cells)["clothing"]}, DECIMALS)
+    assert figure.svg.startswith("<svg") and "mathdefault" not in figure.svg
+    assert [line[0] for line in table.rows] == [
+        "1: garments · linear_probe",
+        f"2: garments · {max((c for c in by_target(cells)['clothing'] if c.label_fraction == '1.0' and c.gain), key=lambda c: c.gain).technique}",
+    ]
+    assert table.rows[0][1] == "seconds and parameters" and table.rows[0][4] == "5,130"
+
+
+def test_trials_that_train_nothing_stand_at_zero_parameters(cells):
+    group = [
+        replace(cell, params_trained=0, seconds=0.5)
+        if cell.technique == "linear_probe"
+        else replace(cell, params_trained=10**6)
+        for cell in by_target(cells)["clothing"]
+    ]
+    _, table = gains.cost_figures({"clothing": group}, DECIMALS)
+    assert table.rows[0][0] == "1: garments · linear_probe" and table.rows[0][4] == "0"
+
+
+def test_scores_stand_beside_the_gains_of_their_sources(cells):
+    scores = {
+        ("clothing", "garments", "logme"): 0.5,
+        ("clothing", "digits", "logme"): 0.1,
+        ("handwriting", "garments", "logme"): 0.2,
+        ("handwriting", "digits", "logme"): float("nan"),
+    }
+    figure, details = gains.score_figures(cells, scores, DECIMALS)
+    assert "for clothing" in figure.svg and "handwriting" not in figure.svg, "one source is no line"
+    (table,) = details.blocks
+    assert [line[:3] for line in table.rows] == [
+        ["clothing", "garments", "0.5"],
+        ["clothing", "digits", "0.1"],
+    ]
+    assert gains.score_figures(cells, {}, DECIMALS) == []
+
+
+def test_all_scores_of_a_run_have_their_figure_folded(cells):
+    source_scores = {
+        f"{source}|clothing": PairScores(
+            source,
+            "clothing",
+            {
+                "logme": ScoreValue(value),
+                "leep": ScoreValue(None, reason="no classes"),
+                "mmd": ScoreValue(1 - value, higher_is_better=False),
+                "knn": ScoreValue(value),
+            },
+        )
+        for source, value in (("garments", 0.5), ("digits", 0.1))
+    }
+    out = gains.score_figures(cells, gains.all_scores(source_scores), DECIMALS)
+    assert [block.title for block in out] == [
+        "Gain beside knn",
+        "Gain beside logme",
+        "Gain beside mmd (less is better)",
+    ]

@@ -1,0 +1,139 @@
+"""The report in a browser, as wide as a phone and as a desk: nothing is scrolled sideways."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.io import storage
+from pipeline.report import report
+from tests.report.test_report import PRETRAINING, TRACEBACK, failure, simulate
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), ""
+)
+PHONE, DESK = 390, 1280
+MEASURE = """
+addEventListener("load", () => {
+  const out = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, view = page.defaultView;
+    page.querySelectorAll("details").forEach(one => one.open = true);
+    const tables = page.querySelectorAll(".scroll, pre");
+    const texts = [...page.querySelectorAll("svg text")].map(one => {
+      const box = one.getBoundingClientRect(), svg = one.closest("svg").getBoundingClientRect();
+      return {height: box.height, out: Math.max(svg.left - box.left, box.right - svg.right)};
+    });
+    return {
+      width: view.innerWidth,
+      page: page.documentElement.scrollWidth,
+      wide: [...tables].filter(one => one.scrollWidth > one.clientWidth)
+        .map(one => one.textContent.slice(0, 60)),
+      text_height: Math.min(...texts.map(one => one.height)),
+      text_outside: Math.max(...texts.map(one => one.out)),
+    };
+  });
+  const found = document.createElement("pre");
+  found.id = "found";
+  found.textContent = JSON.stringify(out);
+  document.body.append(found);
+});
+"""
+
+
+def measure(page: str, folder) -> list[dict]:
+    """Return what a browser measures of a page in frames of both widths, with all details open."""
+    frames = "".join(
+        f'<iframe style="border:0;width:{width}px;height:900px" '
+        f'srcdoc="{html.escape(page, quote=True)}"></iframe>'
+        for width in (PHONE, DESK)
+    )
+    (folder / "frames.html").write_text(
+        f"<!doctype html><meta charset=utf-8><script>{MEASURE}</script>{frames}"
+    )
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    profile = f"--user-data-dir={folder / 'profile'}"
+    done = subprocess.run(
+        [*command, profile, f"file://{folder / 'frames.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-500:]
+    return json.loads(html.unescape(found[1]))
+
+
+def full_report(folder) -> str:
+    """A report with every kind of block, long names and 20 classes."""
+    rows, runs, curves = simulate()
+    longest = "photographs_of_everyday_clothing_2024"
+    rows = [
+        replace(
+            row,
+            target=longest if row.target == "clothing" else row.target,
+            layers_trained="head.weight, head.bias, blocks.11.attention.self.query.lora_A.weight",
+        )
+        for row in rows
+    ]
+    rows += [replace(row, split="validation") for row in rows if row.metric == "accuracy"]
+    rows += [failure(longest, TRACEBACK, "cl-lora-1")]
+    names = tuple(f"garment number {k}" for k in range(20))
+    rng = np.random.default_rng(0)
+
+    def of_many_classes(run):
+        label = np.arange(400) % 20
+        right = run.predictions["scores"].argmax(1) == run.predictions["label"]
+        scores = rng.normal(size=(400, 20)).astype(np.float32)
+        scores[np.arange(400), label] += np.where(right, 4, -1)
+        predictions = {**run.predictions, "scores": scores, "label": label}
+        return replace(run, predictions=predictions, labels=names)
+
+    runs = {
+        name: of_many_classes(run) if name.startswith("cl") else replace(run, labels=("no", "yes"))
+        for name, run in runs.items()
+    }
+    scores = {
+        f"{source}|{target}": {"score_name": "logme", "score_value": value}
+        for source, target, value in (
+            ("garments", longest, 0.5),
+            ("digits", longest, 0.1),
+            ("garments", "handwriting", 0.2),
+            ("digits", "handwriting", 0.6),
+        )
+    }
+    uri = "s3://bucket/a_folder_with_a_name_that_has_no_blank_anywhere_in_it/sources/garments"
+    pretraining = [{**PRETRAINING[0], "bundle_uri": uri, "transfer": "kept " + "x" * 200}]
+    _, page = report.write(
+        str(folder),
+        job_name="vision",
+        cells=report.matrix_cells(rows, runs),
+        rows=rows,
+        curves=curves,
+        pretraining=pretraining,
+        splits={},
+        notes=["A note."],
+        versions={"torch": "2.11.0"},
+        runs=runs,
+        scores=scores,
+    )
+    return storage.read_bytes(page).decode()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="neither chromium nor chrome is installed")
+def test_nothing_is_wider_than_a_phone_or_a_desk(tmp_path):
+    page = full_report(tmp_path)
+    for part in ("Sources by targets", "Class by class", "Calibration", "On the front", "logme"):
+        assert part in page
+    phone, desk = measure(page, tmp_path)
+    assert (phone["width"], desk["width"]) == (PHONE, DESK)
+    for found in (phone, desk):
+        assert found["page"] <= found["width"]
+        assert found["wide"] == []
+        assert found["text_outside"] <= 1, "text of a figure is cut off"
+    assert phone["text_height"] >= 8, "text of a figure is too small to read"
