@@ -258,7 +258,7 @@ def recall_of(column: int) -> Metric:
 def _class_table(
     target: str, cell: Cell, ours: list[RunPredictions], scratch: list[RunPredictions]
 ) -> list[Block]:
-    """Return what share of each class is found, beside scratch, the largest change first."""
+    """Return what share of each class is found, beside scratch, the largest gain first."""
     if not {run.seed for run in ours} & {run.seed for run in scratch}:
         return []
     names, label = ours[0].labels, ours[0].predictions["label"]
@@ -280,7 +280,7 @@ def _class_table(
     caption = (
         f"{target}: the share of each class's test rows that is found (recall), of "
         f"{cell_label(cell)} of labels and of scratch, mean over {_plural(len(ours))} with 95 % "
-        f"intervals; the largest change first.{SIGNS}"
+        f"intervals; the largest gain first.{SIGNS}"
     )
     if len(frequent) > MAX_LABELS:
         caption += f" The {MAX_LABELS} commonest of {len(frequent)} classes."

@@ -47,7 +47,7 @@ _NAMES = dict(
     )
 )
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
-_OPEN = {"color": _SOFT, "marker": "o", "markerfacecolor": _PAPER}
+_OPEN: dict[str, Any] = {"color": _SOFT, "marker": "o", "markerfacecolor": _PAPER}
 _WIDTH = 5.4
 """Inches of a figure: 389 units, so that text of 9 pt is 11 px on a phone and 15 px at most."""
 
@@ -268,7 +268,7 @@ def pareto(
     """
     with _plot_settings():
         keys = _unique_pairs((cell.source, cell.technique) for cell in cells)
-        entries = [
+        entries: list[tuple[str, dict[str, Any]]] = [
             (name, {"color": style["color"], "marker": "o", "linestyle": ""})
             for name, style in _legend_entries(
                 [(s and "source", t) for s, t in keys if s != "none"]
@@ -293,7 +293,7 @@ def pareto(
                 zorder=2,
             )
             for index, cell in enumerate(cells):
-                style = (
+                style: dict[str, Any] = (
                     _OPEN
                     if cell.source == "none"
                     else {"color": colours[_truncate(cell.technique, 32)], "marker": "o"}
