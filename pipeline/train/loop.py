@@ -22,9 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.registry import LayerOptions
 from pipeline.config.schema import Train
-from pipeline.core.contracts import Batch, Phase, Task, Technique, layer_rates, reads_gradients
+from pipeline.core.contracts import Batch, Phase, Task, Technique, layer_rates
 from pipeline.core.contracts.objective_capabilities import UpdatesAfterStep
-from pipeline.core.contracts.technique_capabilities import FollowsProgress, gathers_rows
+from pipeline.core.contracts.technique_capabilities import (
+    FollowsProgress,
+    gathers_rows,
+    reads_gradients,
+)
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.nn.all_gather import summed
 from pipeline.core.rng import mix

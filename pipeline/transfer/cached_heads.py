@@ -25,12 +25,13 @@ from torch.func import functional_call, vmap
 
 from pipeline.config import provenance
 from pipeline.config.schema import Train, spec_hash
-from pipeline.core.contracts import Backbone, Batch, Objective, Task, solves_head
+from pipeline.core.contracts import Backbone, Batch, Objective, Task
 from pipeline.core.contracts.objective_capabilities import (
     MixesInputs,
     has_cached_head,
     is_calibrated,
 )
+from pipeline.core.contracts.technique_capabilities import solves_head
 from pipeline.core.metrics.catalog import Predictions
 from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch, Rows

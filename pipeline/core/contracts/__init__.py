@@ -8,13 +8,9 @@ from pipeline.core.contracts.task import Ensemble, Task
 from pipeline.core.contracts.technique import (
     FinishedTrial,
     Phase,
-    ReadsGradients,
-    SolvesHead,
     Technique,
     adapts_at_test,
     layer_rates,
-    reads_gradients,
-    solves_head,
     trains,
 )
 
@@ -31,14 +27,10 @@ __all__ = [
     "Objective",
     "Phase",
     "RawRows",
-    "ReadsGradients",
-    "SolvesHead",
     "Task",
     "Technique",
     "View",
     "adapts_at_test",
     "layer_rates",
-    "reads_gradients",
-    "solves_head",
     "trains",
 ]

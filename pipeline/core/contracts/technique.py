@@ -188,46 +188,6 @@ def adapts_at_test(technique: Any) -> TypeIs[AdaptsAtTest]:
     return isinstance(technique, AdaptsAtTest)
 
 
-@runtime_checkable
-class ReadsGradients(Protocol):
-    """A technique that decides something by the gradients of training."""
-
-    def read_gradients(self, task: Task, phase: str, step: int) -> None:
-        """Look at ``grad`` of the task's parameters before an optimiser step.
-
-        Gradients are the same on every rank. They are those of the summed loss, not of its mean.
-        What is decided must be in a buffer of the task, so that resume points have it.
-
-        Args:
-            task: The task as ``wrap`` returned it.
-            phase: Name of the phase.
-            step: Step of the phase, from 0.
-        """
-        ...
-
-
-def reads_gradients(technique: Any) -> TypeIs[ReadsGradients]:
-    """Return whether a technique decides something by the gradients of training."""
-    return isinstance(technique, ReadsGradients)
-
-
-@runtime_checkable
-class SolvesHead(Protocol):
-    """A frozen technique whose head is the solution of a convex problem on kept features."""
-
-    def penalties(self) -> tuple[float, ...]:
-        """Return the L2 penalties of which one is chosen on validation rows.
-
-        () where the head trains by steps. It does so too where features are not kept.
-        """
-        ...
-
-
-def solves_head(technique: Any) -> TypeIs[SolvesHead]:
-    """Return whether the head of a frozen technique may be solved, not trained by steps."""
-    return isinstance(technique, SolvesHead)
-
-
 def layer_rates(technique: Technique, layers: dict[str, list[str]], phase: str) -> dict[str, float]:
     """Return the learning-rate multiplier of every layer, with the technique's `LayerOptions`.
 

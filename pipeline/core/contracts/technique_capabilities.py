@@ -11,6 +11,8 @@ A technique has a capability by having its member; nothing is declared. Each is 
     `AveragesWeights`: the weights of many steps are averaged (SWA, EMA).
     `ChoosesOnValidation`: something is chosen on the validation rows after training (WiSE-FT).
     `KeepsModules`: what ``wrap`` adds stays in the network (side-tuning).
+    `ReadsGradients`: something is decided by the gradients of training (surgical, AdaLoRA).
+    `SolvesHead`: the head of a frozen backbone is the solution of a convex problem.
 """
 
 from __future__ import annotations
@@ -147,6 +149,36 @@ class KeepsModules(Protocol):
     keeps_modules: ClassVar[bool]
 
 
+@runtime_checkable
+class ReadsGradients(Protocol):
+    """A technique that decides something by the gradients of training."""
+
+    def read_gradients(self, task: Task, phase: str, step: int) -> None:
+        """Look at ``grad`` of the task's parameters before an optimiser step.
+
+        Gradients are the same on every rank. They are those of the summed loss, not of its mean.
+        What is decided must be in a buffer of the task, so that resume points have it.
+
+        Args:
+            task: The task as ``wrap`` returned it.
+            phase: Name of the phase.
+            step: Step of the phase, from 0.
+        """
+        ...
+
+
+@runtime_checkable
+class SolvesHead(Protocol):
+    """A frozen technique whose head is the solution of a convex problem on kept features."""
+
+    def penalties(self) -> tuple[float, ...]:
+        """Return the L2 penalties of which one is chosen on validation rows.
+
+        () where the head trains by steps. It does so too where features are not kept.
+        """
+        ...
+
+
 def adapts_without_labels(technique: Any) -> TypeIs[AdaptsWithoutLabels]:
     """Return whether a technique needs no label of the target."""
     return isinstance(technique, AdaptsWithoutLabels)
@@ -170,3 +202,13 @@ def reads_source(technique: Any) -> TypeIs[ReadsSource]:
 def keeps_modules(technique: Any) -> TypeIs[KeepsModules]:
     """Return whether what ``wrap`` adds stays in the network."""
     return isinstance(technique, KeepsModules)
+
+
+def reads_gradients(technique: Any) -> TypeIs[ReadsGradients]:
+    """Return whether a technique decides something by the gradients of training."""
+    return isinstance(technique, ReadsGradients)
+
+
+def solves_head(technique: Any) -> TypeIs[SolvesHead]:
+    """Return whether the head of a frozen technique may be solved, not trained by steps."""
+    return isinstance(technique, SolvesHead)
