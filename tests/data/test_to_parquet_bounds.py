@@ -16,7 +16,7 @@ MEBIBYTE = 1 << 20
 READ = """
 import resource, sys
 import numpy as np
-from pipeline.data import to_parquet as imports; from pipeline.data import manifest
+from pipeline.data import to_parquet as imports; from pipeline.data import manifests
 from pipeline.data.manifests import Reader, Selection
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

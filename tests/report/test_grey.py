@@ -8,6 +8,7 @@ from pipeline.checkpoints import bundle
 from pipeline.io import storage
 from pipeline.transfer import stages, trial
 from tests import toys
+from tests.stage_runs import run_through
 from tests.transfer import test_stages
 
 here, bundles = test_stages.here, test_stages.bundles
@@ -37,7 +38,7 @@ def test_a_grey_target_of_a_source_of_colours(tmp_path, bundles, here):
     )
     assert modality.state == {"mean": [0.5], "std": [0.2]}
     torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
-    _, rows = test_stages.whole(one)
+    _, rows = run_through(one)
     assert {(row.source, row.technique) for row in rows} == {
         ("none", "scratch"),
         ("a", "linear_probe"),
