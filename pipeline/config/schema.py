@@ -850,12 +850,16 @@ class Fanout(Spec):
         description="hyper-parameter draws of every cell from search, the same for scratch; the "
         "best on validation goes on (search_finalists)",
     )
-    search: dict[Annotated[str, AfterValidator(_searchable)], list[Number]] = Field(
-        default_factory=dict,
-        json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}},
-        description="numeric field of train to [low, high] (log-uniform), or to 3 or more values "
-        "to choose from; needs trials above 1; drawn steps replace a target's epochs, and the "
-        "other way round",
+    search: Literal["auto"] | dict[Annotated[str, AfterValidator(_searchable)], list[Number]] = (
+        Field(
+            default_factory=dict,
+            json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}},
+            description="numeric field of train to [low, high] (log-uniform), or to 3 or more "
+            "values to choose from; needs trials above 1; drawn steps replace a target's epochs, "
+            "and the other way round. auto: each technique has as many draws, of its own declared "
+            "ranges of lr (relative to the target's) and of its options; options that the job "
+            "states stay as they are, and the first draw is the job's own settings",
+        )
     )
     search_finalists: Finalists = Field(
         default_factory=lambda: Finalists.model_validate({}),
@@ -907,7 +911,7 @@ class Fanout(Spec):
     @model_validator(mode="after")
     def _ranges(self):
         problems: list[tuple[tuple[str | int, ...], str]] = []
-        for name, values in self.search.items():
+        for name, values in self.stated_search.items():
             if not all(map(math.isfinite, values)):
                 problems.append((("search", name), f"{values}: every value must be finite"))
             elif len(values) == 2 and not 0 < values[0] <= values[1]:
@@ -916,16 +920,18 @@ class Fanout(Spec):
                 )
             elif len(values) < 2:
                 problems.append((("search", name), "give [low, high] or three or more values"))
-        if {"steps", "epochs"} <= self.search.keys():
+        if {"steps", "epochs"} <= self.stated_search.keys():
             problems.append((("search", "epochs"), "search steps or epochs, not both"))
         if self.trials > 1 and not self.search:
             problems.append(
                 (
                     ("trials",),
                     "trials above 1 needs search: a field of train with its range, e.g. {lr: "
-                    "[1e-4, 1e-2]}",
+                    "[1e-4, 1e-2]}, or auto",
                 )
             )
+        if self.trials == 1 and self.search == "auto":
+            problems.append((("search",), "search needs trials above 1, e.g. trials: 8"))
         if self.trials == 1:
             nothing = "trials is 1, so that nothing is drawn"
             problems += _unused_field_problems(self, ["search_finalists"], (), nothing)
@@ -934,6 +940,11 @@ class Fanout(Spec):
             )
         _refuse(problems)
         return self
+
+    @property
+    def stated_search(self) -> dict[str, list[float]]:
+        """The ranges that the job states; {} where techniques declare them."""
+        return {} if self.search == "auto" else self.search
 
 
 class Job(Spec):
@@ -989,7 +1000,7 @@ class Job(Spec):
                 for name in several
             ]
         found = search_problems(
-            self.fanout.search, (target.train for target in self.targets.values())
+            self.fanout.stated_search, (target.train for target in self.targets.values())
         )
         _refuse(problems + [(("fanout", "search", field), text) for field, text in found])
         return self

@@ -343,7 +343,7 @@ def _union_problems(error: ValidationError) -> list[tuple[Path_, str]]:
     for item in error.errors():
         made_up = [
             part in ("int", "float", "str", "bool", "[key]")
-            or bool(re.fullmatch(r"(tuple|list)\[.*\]", str(part)))
+            or bool(re.fullmatch(r"(tuple|list|dict|literal)\[.*\]", str(part)))
             for part in item["loc"]
         ]
         loc = tuple(part for part, no_part in zip(item["loc"], made_up, strict=True) if not no_part)
@@ -582,7 +582,7 @@ def _search_problems(data: JsonObject) -> list[tuple[Path_, str]]:
     return alone + [
         (("fanout", "search", name), text)
         for one in fields
-        for name, text in search_problems(one.search, trains)
+        for name, text in search_problems(one.stated_search, trains)
     ]
 
 

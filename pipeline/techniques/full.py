@@ -14,3 +14,6 @@ class Full(Technique):
     ``freeze`` the lowest ones not at all. Both help where the source's features suit the target and
     its rows are few; they hurt where the inputs differ, since then the lowest layers must change.
     """
+
+    def search_space(self):
+        return {"lr": (0.03, 3.0), "layer_decay": (0.65, 1.0)}

@@ -39,6 +39,9 @@ class GradualUnfreezing(Technique):
     sensors, other spectra), since they learn last and least, and in short runs.
     """
 
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "discriminative": (1.0, 4.0)}
+
     def phases(self, steps):
         groups = self.options.groups
         unfreezing = round(self.options.unfreeze_share * steps)

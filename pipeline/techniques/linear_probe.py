@@ -65,6 +65,10 @@ class LinearProbe(Technique):
             return ()
         return PENALTIES if options.penalty is None else (options.penalty,)
 
+    def search_space(self):
+        """Only steps have a learning rate; the penalty is chosen by the solver itself."""
+        return {} if self.penalties() else {"lr": (1.0, 100.0)}
+
     def phases(self, steps):
         return (Phase("all", steps, self.options.lr_scale or 1.0),)
 

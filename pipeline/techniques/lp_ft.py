@@ -29,6 +29,9 @@ class LPFT(Technique):
     short runs, where the head takes steps from the rest.
     """
 
+    def search_space(self):
+        return {"lr": (0.03, 3.0), "probe_lr_scale": (1.0, 100.0)}
+
     def phases(self, steps):
         probe_steps = 0
         if steps > 1:

@@ -49,6 +49,9 @@ class PartialTechnique(Technique, ABC):
 
     part: str
 
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "lr_scale": (1.0, 100.0)}
+
     @abstractmethod
     def names(self, backbone: nn.Module) -> set[str]:
         """Return the names of the parameters that train."""

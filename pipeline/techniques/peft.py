@@ -290,6 +290,9 @@ class AdapterTechnique(Technique, ABC):
         """Return the weight (rows, columns) that peft's layer over a linear layer applies."""
         return layer.base_layer.weight + layer.get_delta_weight(ADAPTER)
 
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "lr_scale": (0.3, 30.0)}
+
     def wrap(self, task: Task) -> Task:
         """Add the adapters.
 
@@ -435,6 +438,9 @@ class Lora(AdapterTechnique):
     regularises, and where memory is short. It hurts where the inputs differ much from the source's
     and rows are many: full fine-tuning then learns more.
     """
+
+    def search_space(self):
+        return {**super().search_space(), "rank": (4, 8, 16, 32)}
 
     def weight_of(self, layer):
         if not self.options.dora:

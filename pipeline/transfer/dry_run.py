@@ -78,22 +78,28 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
     repeats = [fractions if one.starts_from == "trials" else 1 for one in others]
     untrained = sum(repeats) * len(names)
     from_random = len(groups)
+    components = [one for one in grid.techniques(job, stage.spec) if grid.needs_training(one)]
+    draws = [len(grid.draws(job, stage.spec, component)) for component in components]
+    finalists, seeds = job.fanout.search_finalists, job.fanout.seeds
     all_counts = [
-        (one, from_random if one.starts_from == "random" else len(names)) for one in trained
+        (
+            one,
+            from_random if one.starts_from == "random" else len(names),
+            number if number > 1 else 0,  # a single draw needs no search
+            finalists.further_trials(number),
+        )
+        for one, number in zip(trained, draws, strict=True)
     ]
-    draws = job.fanout.trials if job.fanout.trials > 1 else 0
-    again = job.fanout.search_finalists.further_trials(draws)
-    searched, seeds = draws + again, job.fanout.seeds
-    is_drawn = {"steps", "epochs", "global_batch"} & set(job.fanout.search)
+    is_drawn = {"steps", "epochs", "global_batch"} & set(job.fanout.stated_search)
     cost = _TargetCost([])
     for fraction in stage.spec.label_fractions:
-        counts = [
-            (one, count) for one, count in all_counts if fraction or adapts_without_labels(one)
-        ]
-        cells = sum(count for _, count in counts)
-        search = f"{cells * searched} search"
-        if again:
-            search += f" ({cells * again} of them try the best draws again)"
+        counts = [one for one in all_counts if fraction or adapts_without_labels(one[0])]
+        cells = sum(count for _, count, _, _ in counts)
+        tried_again = sum(count * again for _, count, _, again in counts)
+        searched = tried_again + sum(count * number for _, count, number, _ in counts)
+        search = f"{searched} search"
+        if tried_again:
+            search += f" ({tried_again} of them try the best draws again)"
         rows = stage.labelled(fraction) if fraction else stage.rows_without_labels
         batch = min(stage.spec.train.global_batch, rows)
         train = stage.spec.train.model_copy(update={"global_batch": batch})
@@ -101,17 +107,18 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
         length = f"{train.epochs or 1:g} epochs"
         if isinstance(steps, int):
             length = f"{steps} steps"
-            cost.steps += (searched + seeds) * sum(
-                count * technique.steps(steps) for technique, count in counts
+            cost.steps += sum(
+                (number + again + seeds) * count * technique.steps(steps)
+                for technique, count, number, again in counts
             )
-            longer = sorted({technique.steps(steps) for technique, _ in counts} - {steps})
+            longer = sorted({technique.steps(steps) for technique, *_ in counts} - {steps})
             if longer:
                 length += f" (with a budget of its own {', '.join(map(str, longer))})"
         else:
             cost.unknown = f" and those to be known {steps}"
         if is_drawn:
             length += " (before search)"
-        cost.trials += cells * (searched + seeds)
+        cost.trials += searched + cells * seeds
         share = grid.fraction_text(fraction, stage.spec.objective.name)
         unit = "documents" if stage.packed else "rows"
         cost.lines.append(

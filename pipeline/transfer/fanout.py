@@ -230,7 +230,7 @@ def units(trials: list[Trial], shared: Shared) -> list[Unit]:
     for one in trials:
         if one.technique_object.frozen and shared.targets[one.target, one.backbone_key].in_memory:
             weights = one.seed if one.source == SCRATCH else None
-            technique = str(one.technique)
+            technique = (str(one.technique), str(one.technique_object.options))
             key = (one.source, weights, one.backbone_key, one.target, technique, one.stage)
             frozen[key].append(one)
         else:

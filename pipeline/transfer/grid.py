@@ -5,7 +5,9 @@ The id of a trial is a hash of its content.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,8 @@ FURTHER_SEARCH_SEEDS = 1000
 """The first seed with which the best draws of a search are tried again. The final trials, which
 read the test rows, have none of these seeds.
 """
+OPTION = "technique."
+"""Prefix of a drawn option of a technique among the hyper-parameters: ``technique.layer_decay``."""
 Fraction = float | int
 
 
@@ -57,7 +61,7 @@ class Trial:
     backbone: str
     target: str
     technique: ComponentConfig
-    hyper_parameters: dict[str, float]
+    hyper_parameters: dict[str, Any]
     label_fraction: Fraction
     seed: int
     stage: str
@@ -80,7 +84,23 @@ class Trial:
 
     @property
     def technique_object(self) -> Technique:
-        return technique_of(self.technique)
+        """The technique with the options of the job, and with those that were drawn."""
+        drawn = {
+            name.removeprefix(OPTION): value
+            for name, value in self.hyper_parameters.items()
+            if name.startswith(OPTION)
+        }
+        stated = self.technique.options
+        return technique_of(ComponentConfig(name=self.technique.name, options={**stated, **drawn}))
+
+    @property
+    def train_settings(self) -> dict[str, float]:
+        """The drawn fields of ``train``."""
+        return {
+            name: value
+            for name, value in self.hyper_parameters.items()
+            if not name.startswith(OPTION)
+        }
 
 
 def fraction_text(fraction: Fraction, objective: str = "") -> str:
@@ -121,27 +141,55 @@ def backbone_groups(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> lis
     return out
 
 
-def draws(job: Job) -> list[dict[str, float]]:
-    """Draw hyper-parameters, the same for every cell and for scratch.
+def draws(job: Job, target: Target, technique: ComponentConfig) -> list[dict[str, Any]]:
+    """Draw hyper-parameters for the cells of a technique on a target.
 
-    A pair [low, high] is drawn log-uniformly, and one value is chosen from a longer list.
+    A pair [low, high] is drawn log-uniformly, and one value is chosen from a longer list. Ranges
+    that the job states are drawn from once, the same for every cell and for scratch. With
+    ``search: auto`` each technique has as many draws, of the ranges that it declares for this
+    target; the first of them is the job's own settings.
+
+    Returns:
+        The draws; ``[{}]`` where there is nothing to search.
     """
     fan = job.fanout
     if fan.trials == 1:
         return [{}]
-    generator = np.random.default_rng(mix(job.seed, 0x5EA7C4))
-    out = []
-    for _ in range(fan.trials):
-        draw = {}
-        for name, values in sorted(fan.search.items()):
-            value = (
-                float(np.exp(generator.uniform(*np.log(values))))
-                if len(values) == 2
-                else values[int(generator.integers(len(values)))]
-            )
-            draw[name] = round_hyper_parameter(name, value)
+    if fan.search != "auto":
+        generator = np.random.default_rng(mix(job.seed, 0x5EA7C4))
+        return [
+            {
+                name: round_hyper_parameter(name, _drawn(values, generator))
+                for name, values in sorted(fan.search.items())
+            }
+            for _ in range(fan.trials)
+        ]
+    space = {
+        name: values
+        for name, values in technique_of(technique).search_space().items()
+        if name not in technique.options
+    }
+    if not space:
+        return [{}]
+    generator = np.random.default_rng(mix(job.seed, 0x5EA7C4, int(spec_hash(technique), 16)))
+    out: list[dict[str, Any]] = [{}]
+    for _ in range(fan.trials - 1):
+        draw: dict[str, Any] = {}
+        for name, values in sorted(space.items()):
+            value = _drawn(values, generator)
+            if name == "lr":
+                draw[name] = round_hyper_parameter(name, value * target.train.lr)
+            else:
+                draw[OPTION + name] = float(f"{value:.6g}") if isinstance(value, float) else value
         out.append(draw)
     return out
+
+
+def _drawn(values: Sequence[Any], generator: np.random.Generator) -> Any:
+    """Draw from a range [low, high], or choose one of more values."""
+    if len(values) == 2:
+        return float(np.exp(generator.uniform(*np.log(values))))
+    return values[int(generator.integers(len(values)))]
 
 
 def techniques(job: Job, target: Target) -> list[ComponentConfig]:
@@ -213,7 +261,7 @@ def make_trial(
     job: Job,
     target_name: str,
     cell: tuple[BackboneGroup, str, ComponentConfig, Fraction],
-    hyper: dict[str, float],
+    hyper: dict[str, Any],
     seed: int,
     stage: str,
     source_key: str,

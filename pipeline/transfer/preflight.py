@@ -65,7 +65,7 @@ def _target(
     dry_checks.check_named_files(target.splits)
     lines = _lines(
         f"target {name}",
-        targets.unmet_requests(target, state.job.fanout.search.get("global_batch", ())),
+        targets.unmet_requests(target, state.job.fanout.stated_search.get("global_batch", ())),
         False,
     )
     known: set[str] = set()

@@ -618,7 +618,7 @@ def _prepare_target(
     if "rows left out" in text:
         state.notes.append(text)
     state.progress.note(text)
-    batches = job.fanout.search.get("global_batch", ())
+    batches = job.fanout.stated_search.get("global_batch", ())
     found = [finding for one in by_reading.values() for finding in one.findings]
     for finding in dict.fromkeys([*found, *targets.unmet_requests(target, batches)]):
         state.notes.append(finding.line(name))
@@ -794,7 +794,7 @@ def _trial(
     state: JobState,
     name: str,
     cell: tuple[BackboneGroup, str, Any, Any],
-    hyper: dict[str, float],
+    hyper: dict[str, Any],
     seed: int,
     stage: str,
     members: tuple[str, ...] = (),
@@ -810,15 +810,17 @@ def _trial(
 def search_trials(
     state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
 ) -> list[Trial]:
-    """Return a trial for every cell and draw; none where there is only one draw."""
-    draws = grid.draws(state.job)
-    found = _cells(state, groups, chosen) if len(draws) > 1 else []
-    return [
-        _trial(state, name, cell, hyper, 0, "search")
-        for name, cell in found
-        if grid.needs_training(cell[2])
-        for hyper in draws
-    ]
+    """Return a trial for every cell and draw; none of a cell where there is only one draw."""
+    if state.job.fanout.trials == 1:
+        return []
+    out: list[Trial] = []
+    for name, cell in _cells(state, groups, chosen):
+        if not grid.needs_training(cell[2]):
+            continue
+        draws = grid.draws(state.job, state.job.targets[name], cell[2])
+        if len(draws) > 1:
+            out += [_trial(state, name, cell, hyper, 0, "search") for hyper in draws]
+    return out
 
 
 def finalist_trials(

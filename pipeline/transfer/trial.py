@@ -404,7 +404,7 @@ def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
         rows = data.without_labels
     else:
         rows = rows.subset(label_subset(rows, data.labels, trial.label_fraction, seed))
-    train = with_hyper_parameters(train, trial.hyper_parameters)
+    train = with_hyper_parameters(train, trial.train_settings)
     batch, changes = train.global_batch, {}
     if technique.frozen:
         changes["augment"] = False
@@ -774,7 +774,7 @@ def failed_record(
     """Write the record of a trial that failed, so that the results table has its row."""
     data = shared.targets[trial.target, trial.backbone_key]
     train = data.spec.train.model_copy(
-        update=trial.hyper_parameters
+        update=trial.train_settings
     )  # not checked: it may be what failed
     record = make_record(
         trial, shared, train, time.time(), metadata or {}, validation or {}, None, status, error

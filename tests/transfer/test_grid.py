@@ -19,6 +19,7 @@ import torch
 from toys import image_files, image_rows, job_of, rows_of, shared_of, trial_of
 
 from pipeline.checkpoints import bundle
+from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Job, Train
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifests
@@ -261,7 +262,12 @@ def test_fractions_are_told_apart_in_words():
 # ---------------------------------------------------------------- draws
 
 
-def searching(job: Job, search: dict, count: int = 400, seed: int = 0) -> Job:
+def drawn(job: Job, technique: str | dict = "full") -> list[dict]:
+    component = ComponentConfig.model_validate(technique)
+    return grid.draws(job, job.targets["task"], component)
+
+
+def searching(job: Job, search: dict | str, count: int = 400, seed: int = 0) -> Job:
     return changed(
         changed(changed(job, "seed", seed), "fanout.search", search), "fanout.trials", count
     )
@@ -269,7 +275,7 @@ def searching(job: Job, search: dict, count: int = 400, seed: int = 0) -> Job:
 
 def test_draws_are_log_uniform_within_their_range(world):
     low, high = 1e-4, 1e-1
-    found = np.array([draw["lr"] for draw in grid.draws(searching(world[0], {"lr": [low, high]}))])
+    found = np.array([draw["lr"] for draw in drawn(searching(world[0], {"lr": [low, high]}))])
     place = (np.log(found) - math.log(low)) / (math.log(high) - math.log(low))
     assert place.min() > -1e-6 and place.max() < 1 + 1e-6 and len(set(found)) == 400
     counts = np.histogram(place, bins=10, range=(0, 1))[0]
@@ -277,9 +283,7 @@ def test_draws_are_log_uniform_within_their_range(world):
 
 
 def test_draws_of_choices_and_whole_numbers(world):
-    found = grid.draws(
-        searching(world[0], {"weight_decay": [0.0, 0.1, 0.5], "global_batch": [8, 64]})
-    )
+    found = drawn(searching(world[0], {"weight_decay": [0.0, 0.1, 0.5], "global_batch": [8, 64]}))
     assert (
         set(Counter(d["weight_decay"] for d in found)) == {0.0, 0.1, 0.5}
         and min(Counter(d["weight_decay"] for d in found).values()) > 90
@@ -291,15 +295,58 @@ def test_draws_of_choices_and_whole_numbers(world):
 def test_draws_come_from_the_jobs_seed_alone(world):
     """No cell, source or technique enters: scratch is searched over the same draws."""
     search = {"lr": [1e-4, 1e-1]}
-    assert grid.draws(searching(world[0], search)) == grid.draws(searching(world[0], search))
-    assert grid.draws(searching(world[0], search)) != grid.draws(
-        searching(world[0], search, seed=1)
-    )
+    assert drawn(searching(world[0], search)) == drawn(searching(world[0], search))
+    assert drawn(searching(world[0], search)) != drawn(searching(world[0], search, seed=1))
     assert (
-        grid.draws(searching(world[0], search, count=5))
-        == grid.draws(searching(world[0], search, count=9))[:5]
+        drawn(searching(world[0], search, count=5))
+        == drawn(searching(world[0], search, count=9))[:5]
     )
-    assert grid.draws(world[0]) == [{}]
+    assert drawn(world[0]) == [{}]
+
+
+@pytest.mark.parametrize("name", sorted(registry.entries("technique")))
+def test_declared_ranges_hold_values_that_the_technique_takes(name):
+    """Each end and each choice makes a technique, and whole options have choices, not ranges."""
+    kind = registry.get("technique", name)
+    for option, values in kind(kind.options_class()).search_space().items():
+        assert len(values) > 1
+        if len(values) == 2:
+            assert 0 < values[0] < values[1] and all(isinstance(one, float) for one in values)
+        if option != "lr":
+            for value in values:
+                kind.options_class(**{option: value})
+
+
+def test_declared_ranges_are_drawn_for_each_technique_alike(world):
+    """As many trials each, the job's own settings first, lr relative to the target's."""
+    job = searching(world[0], "auto", 200)
+    lr = job.targets["task"].train.lr
+    for technique in ("scratch", "full", "lp_ft", "lora", {"linear_probe": {"solver": "sgd"}}):
+        found = drawn(job, technique)
+        assert len(found) == 200 and found[0] == {}
+    full = drawn(job)[1:]
+    factors = np.array([draw["lr"] / lr for draw in full])
+    assert 0.03 <= factors.min() < 0.05 and 2 < factors.max() <= 3.0
+    decays = [draw["technique.layer_decay"] for draw in full]
+    assert min(decays) >= 0.65 and max(decays) <= 1.0 and len(set(decays)) > 150
+    assert {draw["technique.rank"] for draw in drawn(job, "lora")[1:]} == {4, 8, 16, 32}
+    assert drawn(job) == drawn(job) and drawn(job)[:9] == drawn(searching(world[0], "auto", 9))
+
+
+def test_an_option_that_the_job_states_is_not_drawn(world):
+    job = searching(world[0], "auto", 5)
+    stated = drawn(job, {"full": {"layer_decay": 0.8}})[1:]
+    assert all(set(draw) == {"lr"} for draw in stated)
+    assert drawn(job, "linear_probe") == [{}], "the solver has no learning rate"
+
+
+def test_drawn_options_are_the_trials_own(world):
+    job, shared = world
+    one = trial_of(job, shared, hyper={"lr": 0.02, "technique.layer_decay": 0.7}, technique="full")
+    assert one.technique_object.options.layer_decay == 0.7
+    assert one.train_settings == {"lr": 0.02} and one.technique.options == {}
+    plain = trial_of(job, shared, technique="full")
+    assert one.cell == plain.cell and one.id != plain.id
 
 
 # ---------------------------------------------------------------- cells

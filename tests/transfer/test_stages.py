@@ -331,9 +331,10 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     _, rows = run_through(job)
     for technique in ("scratch", "full"):
         values = searched(rows, technique)
-        assert sorted(values) == sorted(draw["lr"] for draw in grid.draws(job)) and all(
-            0 in seeds for seeds in values.values()
-        )
+        assert sorted(values) == sorted(
+            draw["lr"]
+            for draw in grid.draws(job, job.targets["task"], ComponentConfig(name="full"))
+        ) and all(0 in seeds for seeds in values.values())
         again = [lr for lr, seeds in values.items() if len(seeds) > 1]
         assert len(again) == 2 and min(values[lr][0] for lr in again) >= max(
             seeds[0] for lr, seeds in values.items() if lr not in again
@@ -354,9 +355,10 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     )
     for row in rows:
         drawn = json.loads(row.drawn)
-        assert drawn in grid.draws(job) and drawn["lr"] == json.loads(row.hyper_parameters)["lr"], (
-            "search and final trials"
-        )
+        assert (
+            drawn in grid.draws(job, job.targets["task"], ComponentConfig(name="full"))
+            and drawn["lr"] == json.loads(row.hyper_parameters)["lr"]
+        ), "search and final trials"
     here.clear()
     _, without = run_through(
         changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}})
@@ -408,9 +410,10 @@ def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here
     _, rows = run_through(job)
     for technique in ("scratch", "full"):
         values = searched(rows, technique)
-        assert sorted(values) == sorted(draw["lr"] for draw in grid.draws(job)) and {
-            len(seeds) for seeds in values.values()
-        } == {3}
+        assert sorted(values) == sorted(
+            draw["lr"]
+            for draw in grid.draws(job, job.targets["task"], ComponentConfig(name="full"))
+        ) and {len(seeds) for seeds in values.values()} == {3}
         best = max(values, key=lambda lr: sum(values[lr].values()))
         final = primary(rows, technique=technique)
         assert [row.seed for row in final] == [0, 1] and {

@@ -135,6 +135,15 @@ class Technique(Registered):
         """
         return dict.fromkeys(layers, 1.0)
 
+    def search_space(self) -> Mapping[str, Sequence[float | str]]:
+        """Return what ``fanout.search: auto`` draws from, by name; {}: nothing is worth searching.
+
+        Two numbers are the ends of a range (log-uniform), more values are choices. ``lr`` is
+        relative to the target's; any other name is an option. Options that depend on what the job
+        states may depend on ``options``.
+        """
+        return {"lr": (0.1, 10.0)}
+
     def penalty(self, task: Task, batch: Batch, streams: Mapping[str, Batch]) -> Tensor | None:
         """Return a scalar that is added to the mean loss of a batch, or None.
 
