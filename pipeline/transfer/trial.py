@@ -503,9 +503,7 @@ def run(
             log_folder=where,
             stream_rows=_stream_rows(trial, shared),
             # few labels make a small batch, and alignment needs a large one
-            stream_batch=with_hyper_parameters(
-                data.spec.train, trial.hyper_parameters
-            ).global_batch,
+            stream_batch=with_hyper_parameters(data.spec.train, trial.train_settings).global_batch,
             labelled=not is_without_labels(trial),
             restarts=True,
             on_start=history.start,

@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import threading
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -313,6 +314,40 @@ def searched(rows, technique):
             assert row.split == "validation"
             out.setdefault(json.loads(row.hyper_parameters)["lr"], {})[row.seed] = row.value
     return out
+
+
+def test_each_technique_is_searched_over_its_own_ranges(tmp_path, bundles, paths, here):
+    """As many draws for each, options too; all draws of a technique are one cell of the table."""
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"]},
+        paths,
+        techniques=("scratch", "full", "linear_probe"),
+        trials=3,
+        search="auto",
+        search_finalists={"top": 1},
+    )
+    _, rows = run_through(job)
+    assert {row.status for row in rows} == {"done"}
+    search = {row.trial_id: row for row in rows if row.trial_stage == "search"}
+    counts = Counter(row.technique for row in search.values())
+    assert counts == {"scratch": 3, "full": 3}, "linear_probe has nothing to search"
+    drawn = [json.loads(row.drawn) for row in search.values() if row.technique == "full"]
+    assert sorted(map(sorted, drawn)) == [[], *[["lr", "technique.layer_decay"]] * 2]
+    rate = job.targets["task"].train.lr
+    assert all(0.03 <= draw["lr"] / rate <= 3 for draw in drawn if draw)
+    final = [row for row in rows if row.trial_stage == "final" and row.technique == "full"]
+    (chosen,) = {row.drawn for row in final}
+    best = max(
+        (row.value, -place, row.drawn)
+        for place, row in enumerate(
+            row
+            for row in rows
+            if (row.trial_stage, row.technique, row.metric) == ("search", "full", "accuracy")
+        )
+    )
+    assert chosen == best[2]
+    assert {results.technique(row) for row in final} == {"full"}
 
 
 def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
