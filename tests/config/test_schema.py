@@ -1155,6 +1155,16 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
         ),
         (
             "search: {lr: [1.0e-4, 1e-2]}",
+            "search: aut",
+            "fanout.search: Input should be 'auto' (got 'aut')",
+        ),
+        (
+            "  trials: 4\n  search: {lr: [1.0e-4, 1e-2]}",
+            "  search: auto",
+            "fanout.search: search needs trials above 1",
+        ),
+        (
+            "search: {lr: [1.0e-4, 1e-2]}",
             "search: {lr: [true, 1e-2]}",
             "fanout.search.lr.0: true and false are no value here (got True)",
         ),
