@@ -83,15 +83,21 @@ class Trial:
         )
 
     @property
-    def technique_object(self) -> Technique:
+    def drawn_technique(self) -> ComponentConfig:
         """The technique with the options of the job, and with those that were drawn."""
         drawn = {
             name.removeprefix(OPTION): value
             for name, value in self.hyper_parameters.items()
             if name.startswith(OPTION)
         }
-        stated = self.technique.options
-        return technique_of(ComponentConfig(name=self.technique.name, options={**stated, **drawn}))
+        if not drawn:
+            return self.technique
+        options = {**self.technique.options, **drawn}
+        return ComponentConfig(name=self.technique.name, options=options)
+
+    @property
+    def technique_object(self) -> Technique:
+        return technique_of(self.drawn_technique)
 
     @property
     def train_settings(self) -> dict[str, float]:

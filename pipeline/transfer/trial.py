@@ -816,7 +816,7 @@ def write(
             metrics=record.validation,
             made_by=record.made_by,
             columns=data.spec.data.columns,
-            technique=trial.technique.model_dump(mode="json")
+            technique=trial.drawn_technique.model_dump(mode="json")
             if keeps_modules(trial.technique_object)
             else None,
             training={"trial": trial.cell, "seed": trial.seed},

@@ -268,9 +268,8 @@ def drawn(job: Job, technique: str | dict = "full") -> list[dict]:
 
 
 def searching(job: Job, search: dict | str, count: int = 400, seed: int = 0) -> Job:
-    return changed(
-        changed(changed(job, "seed", seed), "fanout.search", search), "fanout.trials", count
-    )
+    fanout = job.fanout.model_dump(mode="json") | {"search": search, "trials": count}
+    return changed(changed(job, "seed", seed), "fanout", fanout)
 
 
 def test_draws_are_log_uniform_within_their_range(world):
@@ -344,6 +343,7 @@ def test_drawn_options_are_the_trials_own(world):
     job, shared = world
     one = trial_of(job, shared, hyper={"lr": 0.02, "technique.layer_decay": 0.7}, technique="full")
     assert one.technique_object.options.layer_decay == 0.7
+    assert one.drawn_technique.options == {"layer_decay": 0.7}, "a bundle is loaded with it"
     assert one.train_settings == {"lr": 0.02} and one.technique.options == {}
     plain = trial_of(job, shared, technique="full")
     assert one.cell == plain.cell and one.id != plain.id
