@@ -327,7 +327,7 @@ def test_heads_of_label_sets_trained_together_equal_one_at_a_time(world):
     job = job_with(multilabel={"pos_weight": "balanced"})
     shared = [shared_of(folder, job, paths, root=root) for root in ("together", "alone")]
     group = [
-        trial_of(job, shared[0], "linear_probe", {"lr": lr}, fraction)
+        trial_of(job, shared[0], {"linear_probe": {"solver": "sgd"}}, {"lr": lr}, fraction)
         for lr, fraction in ((0.01, 1.0), (0.1, 0.5))
     ]
     assert cached_heads.batchable(group, shared[0])
