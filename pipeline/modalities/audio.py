@@ -335,7 +335,10 @@ class Audio(Modality):
         Zeros for what is no recording. The loudness does not count.
         """
         side = perceptual_hash.SIDE
-        modality = cls(AudioOptions(rate=NEAR_RATE, mels=side, max_seconds=3600.0), {})
+        options = AudioOptions.model_validate(
+            {"rate": NEAR_RATE, "mels": side, "max_seconds": 3600.0}
+        )
+        modality = cls(options, {})
         sounds, reasons = modality.decode(table, columns)
         pictures = np.zeros((len(table), side, side), dtype=np.uint8)
         for i in np.flatnonzero([not reason for reason in reasons]):

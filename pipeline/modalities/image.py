@@ -300,7 +300,9 @@ class Image(Modality):
     @classmethod
     def near_signatures(cls, table, columns):
         """Return the perceptual hashes of the images, of zeros for what is no image."""
-        options = ImageOptions(size=perceptual_hash.SIDE, channels=1, fit="squash")
+        options = ImageOptions.model_validate(
+            {"size": perceptual_hash.SIDE, "channels": 1, "fit": "squash"}
+        )
         modality = cls(options, {})
         encoded, _ = modality.encoded(table, {"image": columns["image"]})
         pixels, _ = modality.unpack(encoded, torch.device("cpu"))

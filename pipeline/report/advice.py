@@ -296,7 +296,8 @@ def _others(
     best: _Entry, settled: list[_Entry], unsettled: list[_Entry], decimals: int
 ) -> tuple[str, ...]:
     """Return a sentence for each other source, with its best technique."""
-    told, out = {best.cell.source}, []
+    told = {best.cell.source}
+    out: list[str] = []
     for entry in settled:
         expected = entry.expected
         assert expected is not None
