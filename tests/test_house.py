@@ -22,7 +22,7 @@ LAYERS = [
     {"config"},
     {"core", "core.metrics"},
     {"media", "core.nn", "simulation"},
-    {"modalities", "models", "objectives", "techniques", "data", "checkpoints"},
+    {"modalities", "models", "objectives", "techniques", "baselines", "data", "checkpoints"},
     {"train", "prepare", "report"},
     {"transfer"},
     {"api"},
@@ -34,7 +34,7 @@ layers.
 """
 INNER = {"core.metrics", "core.nn"}
 """Folders within a folder that have a layer of their own."""
-SIBLINGS = {"modalities", "models", "objectives", "techniques"}
+SIBLINGS = {"modalities", "models", "objectives", "techniques", "baselines"}
 """Folders whose files do not import each other."""
 RAY = (
     "pipeline.data.stream",

@@ -35,6 +35,7 @@ COMPONENTS = {
     "model": ("backbone.py", ["spectra"]),
     "objective": ("objective.py", ["regression"]),
     "technique": ("technique.py", ["last_layers"]),
+    "baseline": ("baseline.py", ["brightest_band"]),
     "metric": ("metric.py", ["rmse", "gmean"]),
     "score": ("score.py", ["separation"]),
     "importer": ("importer.py", ["spectra"]),

@@ -36,6 +36,7 @@ CHECKPOINT_CODE = (
     "pipeline.checkpoints.hf_speech",
 )
 TRIAL_CODE = ("pipeline.transfer.targets", "pipeline.transfer.trial")
+BASELINE_CODE = ("pipeline.transfer.targets", "pipeline.transfer.baseline_trials")
 FROZEN_CODE = ("pipeline.transfer.cached_heads",)
 OVERLAP_CODE = ("pipeline.transfer.overlap",)
 """Modules that a kind of result starts from.

@@ -32,6 +32,7 @@ FOLDERS = {
     "model": "models",
     "objective": "objectives",
     "technique": "techniques",
+    "baseline": "baselines",
     "metric": "core/metrics",
     "score": "transfer/scores",
     "importer": "prepare/importers",

@@ -975,6 +975,13 @@ class Job(Spec):
         ],
         description="how to adapt; scratch is always added",
     )
+    baselines: Literal["auto"] | list[ComponentConfig] = Field(
+        default_factory=list[ComponentConfig],
+        exclude_if=lambda named: named == [],  # a job without any has the hash that it always had
+        description="models without a network that a user would pick instead (bag_of_words, "
+        "boosted_trees, ...), each on the targets that it can read; auto: all; they have the rows, "
+        "seeds and label fractions of the trials",
+    )
     fanout: Fanout = Field(
         default_factory=lambda: Fanout.model_validate({}), description="seeds, search and resources"
     )
@@ -1060,6 +1067,7 @@ def schema() -> dict[str, Any]:
         "objective": "objective",
         "technique": "technique",
         "techniques": "technique",
+        "baselines": "baseline",
     }
 
     def put(node: Json, field: str = "") -> Any:
@@ -1076,7 +1084,7 @@ def schema() -> dict[str, Any]:
                 else put(v, field)
             )
             for k, v in node.items()
-            if not (k == "default" and field in ("technique", "techniques"))
+            if not (k == "default" and field in ("technique", "techniques", "baselines"))
         }
 
     out = put(out)

@@ -732,11 +732,19 @@ def _name_problems(data: JsonObject, folder: Path, elsewhere: bool) -> list[tupl
             for i, component in enumerate(as_list(part.get("techniques")))
             for one in _component_problems("technique", component, (kind, name, "techniques", i))
         ]
-    return out + [
-        one
-        for i, component in enumerate(as_list(data.get("techniques")))
-        for one in _component_problems("technique", component, ("techniques", i))
-    ]
+    return (
+        out
+        + [
+            one
+            for i, component in enumerate(as_list(data.get("techniques")))
+            for one in _component_problems("technique", component, ("techniques", i))
+        ]
+        + [
+            one
+            for i, component in enumerate(as_list(data.get("baselines")))
+            for one in _component_problems("baseline", component, ("baselines", i))
+        ]
+    )
 
 
 def _plugin_problems(data: JsonObject, folder: Path) -> list[tuple[Path_, str]]:

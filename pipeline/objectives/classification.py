@@ -107,6 +107,8 @@ class Classification(Objective):
     label_tensors = ("label",)
     class_tensor = "label"
     head_options = ("norm",)
+    label_kind = "classes"
+    label_tensor = "label"
     output_types = {}
 
     @classmethod
@@ -237,8 +239,11 @@ class Classification(Objective):
     # ---------------------------------------------------------------- predictions
 
     def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return self.predict_scores(self.scores(features).float(), batch)
+
+    def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``scores`` (B, C), with labels ``label`` and ``loss``, and the ``threshold``."""
-        return self._calibrated(self.scores(features).float(), batch.data.get("label"))
+        return self._calibrated(scores, batch.data.get("label"))
 
     def average(self, predictions):
         """Return the mean of the probabilities, as scores (Lakshminarayanan et al. 2017)."""

@@ -85,6 +85,8 @@ class Multilabel(Objective):
     label_tensors = ("labels",)
     class_tensor = "labels"
     head_options = ("norm",)
+    label_kind = "label_sets"
+    label_tensor = "labels"
     output_types = {"prediction": pa.list_(pa.string())}
 
     @classmethod
@@ -168,8 +170,11 @@ class Multilabel(Objective):
         return self.head_loss(backbone(batch).pooled, batch)
 
     def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return self.predict_scores(self.scores(features), batch)
+
+    def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``scores`` (B, L), and with labels ``labels``, ``loss`` and ``min_positives``."""
-        return self._calibrated(self.scores(features), batch.data.get("labels"))
+        return self._calibrated(scores, batch.data.get("labels"))
 
     def average(self, predictions):
         """Return the mean of the probabilities, as scores (Lakshminarayanan et al. 2017)."""

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.core.metrics import catalog
 from pipeline.core.metrics.metric import UNBOUNDED
 from pipeline.report import results, stats
-from pipeline.report.results import ResultRow
+from pipeline.report.results import NO_BACKBONE, ResultRow
 from pipeline.report.stats import RunPredictions
 
 Estimate = tuple[float | None, float | None, float | None]
@@ -43,6 +43,7 @@ T_INTERVAL = "95 % Student's t over seeds (test predictions are missing), not en
 
 WINS, LOSES, NOT_SHOWN, TOO_FEW = "wins", "loses", "not shown", "too few to tell"
 REFERENCE, FAILED, UNCOMPARED = "reference", "failed", "not compared"
+BASELINE = "baseline"
 COMPARED = (WINS, LOSES, NOT_SHOWN)
 """Verdicts of a comparison that was made. Holm's correction counts these."""
 MIN_SEEDS = 2
@@ -69,6 +70,7 @@ class Cell:
     - "not compared": there are fewer than two paired seeds, no scratch trials to compare with, or
       no test predictions.
     - "reference": the cell is scratch.
+    - "baseline": the cell is a model without a network.
     - "failed": no trial finished.
 
     ``gain_p`` is the p value of the hypothesis that the gain is zero. ``gain_p_holm`` is corrected
@@ -78,6 +80,9 @@ class Cell:
     the gain over the best scratch network (by validation) of the same target and label fraction,
     and ``baseline`` is its backbone. With several backbones, ``gain`` is measured against different
     scratch networks and ``baseline_gain`` against a single one.
+
+    ``best_baseline`` names the model without a network that is the best by validation at the same
+    target and label fraction, and ``best_baseline_gain`` is the gain over it, made as ``gain`` is.
     """
 
     source: str
@@ -119,15 +124,24 @@ class Cell:
     baseline_high: float | None = None
     validation: float | None = None
     """Mean validation value of its final trials, larger is better; None where there is none."""
+    best_baseline: str = ""
+    best_baseline_gain: float | None = None
+    best_baseline_low: float | None = None
+    best_baseline_high: float | None = None
     compared_with: tuple[CellKey, ...] = ()
-    """Keys (`cell_key`) of the cells that its gains are over: the one of ``gain`` and the best
-    scratch network.
+    """Keys (`cell_key`) of the cells that its gains are over: the one of ``gain``, the best scratch
+    network and the best baseline.
     """
 
     @property
     def transfers(self) -> bool:
         """Whether the cell has a source and was compared with scratch."""
         return self.source != SCRATCH and self.verdict in COMPARED
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the cell is a model without a network."""
+        return self.source == SCRATCH and self.backbone == NO_BACKBONE
 
     @property
     def survives(self) -> bool:
@@ -165,6 +179,11 @@ class _CellTrials:
     def technique(self) -> str:
         """The technique's name without its options."""
         return self.group[0].technique
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether they are of a model without a network."""
+        return self.key[0] == SCRATCH and self.key[1] == NO_BACKBONE
 
     def validation(self) -> float:
         """Return the mean validation value of the final trials, where larger is better.
@@ -242,7 +261,13 @@ def matrix_cells(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list
         if final is not None:
             found.append(_CellTrials(key, *final, group))
     out = [
-        _cell(trials, _reference(trials, found), _best_scratch(trials, found), runs)
+        _cell(
+            trials,
+            _reference(trials, found),
+            _best_scratch(trials, found),
+            _best_baseline(trials, found),
+            runs,
+        )
         for trials in found
     ]
     return sorted(_corrected(out), key=_sort_key)
@@ -305,6 +330,23 @@ def _best_scratch(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials 
     ]
     if len(candidates) > 1:
         candidates = [other for other in candidates if math.isfinite(other.validation())]
+    return max(candidates, key=_CellTrials.validation, default=None)
+
+
+def _best_baseline(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials | None:
+    """Return the trials of the baseline with the best validation value.
+
+    They have the target and label fraction of the cell, which is no baseline itself.
+    """
+    if trials.is_baseline:
+        return None
+    candidates = [
+        other
+        for other in found
+        if other.is_baseline
+        and other.done
+        and (other.key[2], other.key[4]) == (trials.key[2], trials.key[4])
+    ]
     return max(candidates, key=_CellTrials.validation, default=None)
 
 
@@ -382,6 +424,7 @@ def _cell(
     trials: _CellTrials,
     reference: _CellTrials | None,
     best_scratch: _CellTrials | None,
+    best_baseline: _CellTrials | None,
     runs: dict[str, RunPredictions],
 ) -> Cell:
     source, backbone, target, technique, fraction = trials.key
@@ -394,7 +437,8 @@ def _cell(
     baseline, own = _GainEstimate(), best_scratch is None or best_scratch is reference
     if best_scratch is not None and done:
         baseline = gain if own else _gain_of(trials, best_scratch, runs)
-    gained_over = ((reference, gain), (best_scratch, baseline))
+    over_baseline = _gain_of(trials, best_baseline, runs)
+    gained_over = ((reference, gain), (best_scratch, baseline), (best_baseline, over_baseline))
     compared_with = {
         other.key: None
         for other, gained in gained_over
@@ -438,6 +482,10 @@ def _cell(
         baseline_low=baseline.estimate[1],
         baseline_high=baseline.estimate[2],
         validation=_finite_or_none(trials.validation()),
+        best_baseline=best_baseline.key[3] if best_baseline is not None and done else "",
+        best_baseline_gain=over_baseline.estimate[0],
+        best_baseline_low=over_baseline.estimate[1],
+        best_baseline_high=over_baseline.estimate[2],
         compared_with=tuple(compared_with),
     )
 
@@ -464,6 +512,8 @@ def _verdict(trials: _CellTrials, gain: _GainEstimate) -> str:
         return FAILED
     if _is_scratch(trials.key):
         return REFERENCE
+    if trials.is_baseline:
+        return BASELINE
     if not gain.predicted:
         return UNCOMPARED
     _, low, high = gain.estimate

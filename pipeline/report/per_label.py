@@ -117,13 +117,14 @@ def blocks(
 def best_cell(
     done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> tuple[Cell, list[RunPredictions], list[RunPredictions]] | None:
-    """Return the best finished cell with its runs and the runs of its scratch network.
+    """Return the best finished network's cell with its runs and the runs of its scratch network.
 
     The best cell is taken from those with a source, or from all where there is none. The scratch
     network has the same backbone and labels; its list is empty where the best cell is scratch.
     Returns None where there are no test predictions.
     """
-    shown = [(cell, found) for cell in done if (found := runs_of(cell, rows, runs))]
+    networks = [cell for cell in done if not cell.is_baseline]
+    shown = [(cell, found) for cell in networks if (found := runs_of(cell, rows, runs))]
     if not shown:
         return None
     best, ours = _best([pair for pair in shown if pair[0].source != SCRATCH] or shown)

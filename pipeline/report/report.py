@@ -153,7 +153,7 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
     for cell in cells:
         if cell.target != target:
             target = cell.target
-            several = len({other.backbone for other in cells if other.target == target}) > 1
+            several = _has_several_backbones(other for other in cells if other.target == target)
             arrow = "↑" if cell.higher_is_better else "↓"
             metric = f"{cell.metric} {arrow}" if cell.metric else ""
             out.add_row()
@@ -184,7 +184,20 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
                 "",
                 Rich(_format_baseline_gain(cell, digits), "dim"),
             )
+        if cell.best_baseline_gain is not None:
+            out.add_row(
+                "",
+                Rich(f"over {cell.best_baseline}", "dim"),
+                "",
+                "",
+                Rich(_format_best_baseline_gain(cell, digits), "dim"),
+            )
     return out
+
+
+def _has_several_backbones(cells: Iterable[Cell]) -> bool:
+    """Return whether the cells have several backbones; baselines have none."""
+    return len({cell.backbone for cell in cells if not cell.is_baseline}) > 1
 
 
 def _terminal_gain(cell: Cell, decimals: int) -> str:
@@ -220,6 +233,8 @@ def _table_caption(cells: Sequence[Cell]) -> str:
             "the target's"
         )
         lines.append("best scratch network (by validation), where that is of another backbone.")
+    if any(cell.best_baseline_gain is not None for cell in cells):
+        lines.append("over NAME: the gain over the best model without a network (by validation).")
     return "\n" + "\n".join(lines)
 
 
@@ -243,6 +258,12 @@ def _has_other_baseline(cell: Cell) -> bool:
 def _format_baseline_gain(cell: Cell, decimals: int) -> str:
     return blocks.format_interval(
         cell.baseline_gain, cell.baseline_low, cell.baseline_high, decimals, "+"
+    )
+
+
+def _format_best_baseline_gain(cell: Cell, decimals: int) -> str:
+    return blocks.format_interval(
+        cell.best_baseline_gain, cell.best_baseline_low, cell.best_baseline_high, decimals, "+"
     )
 
 
@@ -301,6 +322,8 @@ def write(
         *gains.heat_maps(cells, decimals),
         *_gain_blocks(groups, decimals),
     ]
+    for target, group in groups.items():
+        content += _best_baseline_blocks(target, group, decimals[target])
     for target, group in groups.items():
         content += _target_blocks(
             target, group, rows, curves, decimals[target], splits.get(target, ""), runs or {}
@@ -548,6 +571,33 @@ def _baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[
     ]
 
 
+def _best_baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[Block]:
+    """Return the table of gains over the best model without a network, where there is one."""
+    compared = [cell for cell in group if cell.best_baseline_gain is not None]
+    if not compared:
+        return []
+    order = sorted(
+        compared,
+        key=lambda c: (fraction_order(c.label_fraction), -(c.best_baseline_gain or 0)),
+    )
+    body = [
+        [plots.cell_label(c), c.best_baseline, _format_best_baseline_gain(c, decimals)]
+        for c in order
+    ]
+    ahead = [c for c in compared if c.best_baseline_low is not None and c.best_baseline_low > 0]
+    behind = [c for c in compared if c.best_baseline_high is not None and c.best_baseline_high < 0]
+    return [
+        Heading(f"{target}: gain over the best baseline", 3),
+        Text(
+            "A baseline is a model without a network, fitted on the same labelled rows; the best "
+            "one is chosen on validation rows. By the plain 95 % interval "
+            f"{len(ahead)} of {len(compared)} networks are better than it, and {len(behind)} are "
+            "worse."
+        ),
+        blocks.Table([target, "Baseline", f"Gain in {compared[0].metric}"], body, 2),
+    ]
+
+
 # ---------------------------------------------------------------- one target
 
 
@@ -613,7 +663,7 @@ def _target_blocks(
 
 def _matrix_table(group: list[Cell], decimals: int) -> blocks.Table:
     fractions = sorted({c.label_fraction for c in group}, key=fraction_order)
-    several = len({c.backbone for c in group}) > 1
+    several = _has_several_backbones(group)
     lines: dict[tuple[str, str, str], dict[str, Cell]] = defaultdict(dict)
     for cell in sorted(
         group, key=lambda c: (c.source == SCRATCH, c.source, c.backbone, c.technique)
@@ -757,7 +807,9 @@ def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block
             row.seconds or 0.0
         )
     several = {
-        target for target, *_ in shown if len({key[2] for key in shown if key[0] == target}) > 1
+        target
+        for target, *_ in shown
+        if _has_several_backbones(c for key in shown if key[0] == target for c in shown[key])
     }
     body: list[list[str]] = []
     for key, group in shown.items():

@@ -24,6 +24,8 @@ from pipeline.config.registry import nearest
 from pipeline.io import checksums, storage
 
 FILE = "results.parquet"
+NO_BACKBONE = "none"
+"""The backbone of baselines, which are models without a network and without a source."""
 CHECKSUM = b"onetomany.sha256"
 """The field of the Parquet metadata that holds the checksum of the rows."""
 
@@ -118,6 +120,14 @@ class ResultRow:
     """JSON, transferability score to ``value``, ``low`` and ``high`` of the source for the target,
     null where the score is not defined. Null where no scores were computed.
     """
+    best_baseline: str | None = None
+    """The baseline (a model without a network) of the target and label fraction that is the best on
+    validation rows.
+    """
+    best_baseline_gain: float | None = None
+    """Gain over it with the same seed."""
+    best_baseline_low: float | None = None
+    best_baseline_high: float | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -185,6 +195,10 @@ COMPARED = (
     "paired_seeds",
     "gain_p_holm",
     "baseline_gain",
+    "best_baseline",
+    "best_baseline_gain",
+    "best_baseline_low",
+    "best_baseline_high",
     "current",
     "versions",
     "made_by",
@@ -411,6 +425,8 @@ _SETTINGS = ("source", "backbone", "technique", "label_fraction", "seed", "hyper
 def duplicates(rows: list[ResultRow]) -> list[str]:
     """Return a sentence for each set of trials with identical results under different settings.
 
+    Models without a network (baselines) are left out: most of them are the same with every seed.
+
     Identical results are a sign that a setting had no effect: a source was not loaded, or a seed or
     learning rate was not used. Finished trials of one target are identical when they have the same
     loss to 12 digits. Where no loss was recorded, at least two metrics must agree to 12 digits,
@@ -424,6 +440,8 @@ def duplicates(rows: list[ResultRow]) -> list[str]:
     trials: dict[str, ResultRow] = {}
     for row in rows:
         value = row.value
+        if row.backbone == NO_BACKBONE:
+            continue
         if row.status == "done" and row.metric and value is not None and math.isfinite(value):
             trials.setdefault(row.trial_id, row)
             measured[row.target, row.split][row.trial_id][row.metric] = value

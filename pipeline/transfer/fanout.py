@@ -38,7 +38,7 @@ from pipeline.report.trial_record import TrialRecord
 from pipeline.train import launch
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress, duration
-from pipeline.transfer import cached_heads, trial
+from pipeline.transfer import baseline_trials, cached_heads, trial
 from pipeline.transfer.grid import SCRATCH, Trial
 from pipeline.transfer.scoring import Pair, score_pair
 from pipeline.transfer.trial import Shared
@@ -228,7 +228,9 @@ def units(trials: list[Trial], shared: Shared) -> list[Unit]:
     frozen: dict[tuple, list[Trial]] = defaultdict(list)
     single: list[Unit] = []
     for one in trials:
-        if one.technique_object.frozen and shared.targets[one.target, one.backbone_key].in_memory:
+        if one.is_baseline:
+            single.append(Unit((one,), False))
+        elif one.technique_object.frozen and shared.targets[one.target, one.backbone_key].in_memory:
             weights = one.seed if one.source == SCRATCH else None
             technique = (str(one.technique), str(one.technique_object.options))
             key = (one.source, weights, one.backbone_key, one.target, technique, one.stage)
@@ -334,6 +336,8 @@ def _records(
     """
     write_fence.check(shared.root)  # before hours of training, not after them
     try:
+        if unit.first.is_baseline:
+            return [baseline_trials.run(unit.first, shared)]
         if unit.together:
             return cached_heads.run(list(unit.trials), shared)
         if config["workers"]:
@@ -577,7 +581,8 @@ def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
 def units_by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
     out: dict[int, list[Unit]] = defaultdict(list)
     for unit in work:
-        out[shared.targets[unit.first.target, unit.first.backbone_key].spec.workers].append(unit)
+        target = shared.targets[unit.first.target, unit.first.backbone_key]
+        out[0 if unit.first.is_baseline else target.spec.workers].append(unit)
     return dict(sorted(out.items()))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
 from pipeline.config.schema import ComponentConfig, Job, Target, round_hyper_parameter, spec_hash
 from pipeline.core.contracts import Technique, trains
-from pipeline.core.contracts.objective_capabilities import counts_rows
+from pipeline.core.contracts.objective_capabilities import counts_rows, predicts_from_scores
 from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.core.rng import mix, row_keys
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data.stream import Rows
+from pipeline.report.results import NO_BACKBONE
 from pipeline.train.experiment import technique_of
 from pipeline.train.fit_components import options_by_content
 from pipeline.train.source import HOW_NOT_WHAT
@@ -107,6 +109,11 @@ class Trial:
             for name, value in self.hyper_parameters.items()
             if not name.startswith(OPTION)
         }
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether ``technique`` names a baseline: a model without a network."""
+        return self.backbone == NO_BACKBONE
 
 
 def fraction_text(fraction: Fraction, objective: str = "") -> str:
@@ -232,6 +239,66 @@ def combines_trials(component: ComponentConfig) -> bool:
     return registry.get("technique", component.name).starts_from == "trials"
 
 
+def baselines(job: Job, target: Target) -> list[ComponentConfig]:
+    """Return the baselines that the job names, or all, that can read a target's rows and labels."""
+    named = job.baselines
+    if named == "auto":
+        named = [ComponentConfig(name=name) for name in registry.entries("baseline")]
+    return [component for component in named if is_suitable(component, target)]
+
+
+def is_suitable(baseline: ComponentConfig, target: Target) -> bool:
+    """Return whether a baseline can read a target's rows and predict its labels."""
+    roles, _ = registry.roles("baseline", baseline.name)
+    (first, *_), _ = registry.roles("modality", target.data.modality.name)
+    objective = registry.get("objective", target.objective.name)
+    if (roles and first not in roles) or not predicts_from_scores(objective):
+        return False
+    return objective.label_kind in registry.get("baseline", baseline.name).label_kinds
+
+
+def baseline_trials(job: Job, target_name: str, group: BackboneGroup, data_key: str) -> list[Trial]:
+    """Return the trials of a target's baselines, with every label fraction and seed.
+
+    Args:
+        group: The backbone group whose modality reads the rows.
+    """
+    target = job.targets[target_name]
+    what = target.model_dump(mode="json", include={"objective", "metric"})
+    what["objective"]["options"] = options_by_content("objective", target.objective)
+    out: list[Trial] = []
+    for component in baselines(job, target):
+        for fraction in target.label_fractions:
+            for seed in range(job.fanout.seeds):
+                identity = spec_hash(
+                    "baseline",
+                    TRIAL_FORMAT,
+                    target_name,
+                    group.modality.to_json(),
+                    data_key,
+                    what,
+                    component,
+                    fraction_text(fraction),
+                    seed,
+                    job.seed,
+                )
+                out.append(
+                    Trial(
+                        SCRATCH,
+                        group.key,
+                        NO_BACKBONE,
+                        target_name,
+                        component,
+                        {},
+                        fraction,
+                        seed,
+                        "final",
+                        identity,
+                    )
+                )
+    return out
+
+
 def planned_cells(
     job: Job, target_name: str, found: list[BackboneGroup], chosen: set[str]
 ) -> list[tuple[BackboneGroup, str, ComponentConfig, Fraction]]:
@@ -332,6 +399,22 @@ def made_by(target: Target, group: BackboneGroup, technique: ComponentConfig) ->
         technique.name,
     )
     return provenance.made_by(modules, pieces)
+
+
+def trial_made_by(trial: Trial, target: Target, group: BackboneGroup) -> Provenance:
+    """Return what would make a trial now (`made_by`); of a baseline also scikit-learn's version."""
+    if not trial.is_baseline:
+        return made_by(target, group, trial.technique)
+    overlap = provenance.OVERLAP_CODE if target.drop_overlap != "none" else ()
+    components = provenance.components_of(
+        target.data.modality.name, NO_BACKBONE, {}, target.objective.name
+    )
+    found = provenance.made_by(
+        (*provenance.BASELINE_CODE, *overlap),
+        (*components, ("baseline", trial.technique.name)),
+    )
+    library = {"scikit-learn": metadata.version("scikit-learn")}
+    return Provenance({**found.code, **library}, found.versions)
 
 
 def label_subset(

@@ -105,6 +105,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
             problems += _source_problems(state, target)
             problems += _label_problems(state, target)
         problems += _score_problems(job, target)
+    problems += _baseline_problems(job)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     if "sources" in state.remake:
@@ -199,6 +200,17 @@ def _score_problems(job: Job, target: TargetStage) -> list[str]:
         f"fanout.select: targets.{target.name} is {objective}, and {select.score} scores sources "
         f"by {' or '.join(score.tasks)} of rows: choose a score that reads no labels (frechet, "
         "mmd, proxy_a), leave select out, or put the target in a job of its own"
+    ]
+
+
+def _baseline_problems(job: Job) -> list[str]:
+    """Return a problem for each baseline that the job names and that suits no target."""
+    if job.baselines == "auto" or not job.targets:
+        return []
+    return [
+        f"baselines: {one.name} can read the rows or predict the labels of no target: leave it out"
+        for one in job.baselines
+        if not any(grid.is_suitable(one, target) for target in job.targets.values())
     ]
 
 
@@ -314,9 +326,8 @@ def provenance_of_trials(
     began = {record.trial_id: _began(record) for record in records if record is not None}
     for one, record in zip(found, records, strict=True):
         if record is not None:
-            now = grid.made_by(
-                state.job.targets[one.target], by_key[one.backbone_key], one.technique
-            )
+            target, group = state.job.targets[one.target], by_key[one.backbone_key]
+            now = grid.trial_made_by(one, target, group)
             out[one.id] = origins.provenance_of_record(
                 record, now, one.source, weights.get(one.source)
             )
@@ -878,6 +889,16 @@ def final_trials(
             == (source, group.key, name, fraction)
         )
         out.append(_trial(state, name, cell, {}, 0, "final", members))
+    return [*out, *_baseline_trials(state, groups)]
+
+
+def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial]:
+    """Return the trials of baselines. They read rows as the first backbone group of a target."""
+    out: list[Trial] = []
+    for name, target in state.targets.items():
+        names = set(matching(state, name))
+        group = next(one for one in groups if set(one.sources) & names)
+        out += grid.baseline_trials(state.job, name, group, target.key)
     return out
 
 
@@ -1094,7 +1115,8 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
                     row = replace(row, interval=f"{row.interval}; {note}" if row.interval else note)
             rows.append(row)
         rows += _by_subgroup(state, predictions, rows, one)
-    rows = _compared(rows, matrix.matrix_cells(rows, _tested_runs(state, rows, targets_of)))
+    cells = matrix.matrix_cells(rows, _tested_runs(state, rows, targets_of))
+    rows = _with_best_baseline(_compared(rows, cells), cells, predictions)
     results.append(root, rows, current={one.id for one in found})
     return rows
 
@@ -1174,6 +1196,42 @@ def _compared(rows: list[ResultRow], cells: list[matrix.Cell]) -> list[ResultRow
     return out
 
 
+def _with_best_baseline(
+    rows: list[ResultRow],
+    cells: list[matrix.Cell],
+    predictions: Callable[[str, int], stats.RunPredictions | None],
+) -> list[ResultRow]:
+    """Fill in the gain over the target's best baseline, with the same label fraction and seed."""
+    best = {
+        (cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction): cell
+        for cell in cells
+        if cell.best_baseline
+    }
+    of_baselines = {
+        (row.target, row.label_fraction, results.technique(row), row.seed, row.metric): row
+        for row in rows
+        if _is_tested(row) and row.backbone == results.NO_BACKBONE
+    }
+    out: list[ResultRow] = []
+    for row in rows:
+        cell = best.get(matrix.cell_key(row))
+        if cell is None or not _is_tested(row):
+            out.append(row)
+            continue
+        key = (row.target, row.label_fraction, cell.best_baseline, row.seed, row.metric)
+        gain, low, high = _gain_over(predictions, row, of_baselines.get(key))
+        out.append(
+            replace(
+                row,
+                best_baseline=cell.best_baseline,
+                best_baseline_gain=gain,
+                best_baseline_low=low,
+                best_baseline_high=high,
+            )
+        )
+    return out
+
+
 def _is_tested(row: ResultRow) -> bool:
     """Return whether a row is the test result of a final trial."""
     return (
@@ -1230,21 +1288,33 @@ def _gain(
     )
     if theirs is None or row.value is None or row.metric is None:
         return {}
-    out = {
-        "scratch_value": theirs,
-        "gain": (row.value - theirs) * (1 if row.higher_is_better else -1),
-    }
-    if "/" in row.metric:  # one label's own: the report has its interval over all seeds
-        return out
+    found = _gain_over(predictions, row, replace(row, trial_id=against.id, value=theirs))
+    names = ("gain", "gain_low", "gain_high")
+    known = {name: value for name, value in zip(names, found, strict=True) if value is not None}
+    return {"scratch_value": theirs, **known}
+
+
+def _gain_over(
+    predictions: Callable[[str, int], stats.RunPredictions | None],
+    row: ResultRow,
+    other: ResultRow | None,
+) -> matrix.Estimate:
+    """Return (gain, low, high) of a trial's row over that of another trial with the same seed.
+
+    What cannot be computed is None.
+    """
+    if other is None or row.value is None or other.value is None or row.metric is None:
+        return None, None, None
+    gain = (row.value - other.value) * (1 if row.higher_is_better else -1)
+    if "/" in row.metric or "@" in row.metric:
+        # of one label or subgroup: the report has its interval over all seeds
+        return gain, None, None
     of = metric(row.metric)
-    ours, scratch = (predictions(t.id, t.seed) for t in (one, against))
-    if (
-        (of.units is not None or of.resampled is not None)
-        and ours is not None
-        and scratch is not None
-    ):
-        out["gain"], out["gain_low"], out["gain_high"] = stats.gain(of, [ours], [scratch])
-    return out
+    ours, theirs = (predictions(each.trial_id, each.seed) for each in (row, other))
+    can_resample = of.units is not None or of.resampled is not None
+    if not can_resample or ours is None or theirs is None:
+        return gain, None, None
+    return stats.gain(of, [ours], [theirs])
 
 
 def show(state: JobState, rows: list[ResultRow]) -> tuple[list[matrix.Cell], tuple[str, str]]:

@@ -75,6 +75,7 @@ from pipeline.transfer.grid import (
     fraction_text,
     label_subset,
     made_by,
+    trial_made_by,
 )
 
 EVAL_ROWS = 256
@@ -612,7 +613,7 @@ def _batches(rows: Rows, ranks: Ranks):
 def make_record(
     trial: Trial,
     shared: Shared,
-    train: Train,
+    train: Train | None,
     began: float,
     metadata: dict[str, Any],
     validation: dict[str, float],
@@ -622,28 +623,12 @@ def make_record(
 ) -> TrialRecord:
     """Make the record of a trial: its results rows, its curve and the settings that were used.
 
-    The rows have no gains yet, which need the other trials.
+    The rows have no gains yet, which need the other trials. A baseline has no ``train``.
     """
     data = data_of(trial, shared)
     ran = {
         **trial.hyper_parameters,
-        **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")},
-        "steps": metadata.get("steps"),
-        **(
-            {
-                "batch_cost": train.batch_cost,
-                "global_batch": None,
-                "padding_share": metadata.get("padding_share"),
-            }
-            if train.batch_cost
-            else {}
-        ),
-        **(
-            {"normalization": data.objective.state["normalization"]}
-            if "normalization" in data.objective.state
-            else {}
-        ),
-        "start_weights": metadata.get("start_weights"),
+        **(_training_settings(train, data, metadata) if train else metadata.get("settings", {})),
         **metadata.get("fitted", {}),
         **({"technique": trial.technique.options} if trial.technique.options else {}),
     }
@@ -701,7 +686,7 @@ def make_record(
                     interval="95% bootstrap over test " + ("rows" if groups is None else "groups"),
                 )
             rows.append(row)
-    made = made_by(data.spec, shared.backbone_groups[trial.backbone_key], trial.technique)
+    made = trial_made_by(trial, data.spec, shared.backbone_groups[trial.backbone_key])
     return TrialRecord(
         trial.id,
         trial.cell,
@@ -719,6 +704,29 @@ def make_record(
         **made.metadata(),
         begun_by=tuple(metadata.get("begun_by", ())),
     )
+
+
+def _training_settings(train: Train, data: TargetData, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the training loop that a record lists."""
+    return {
+        **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")},
+        "steps": metadata.get("steps"),
+        **(
+            {
+                "batch_cost": train.batch_cost,
+                "global_batch": None,
+                "padding_share": metadata.get("padding_share"),
+            }
+            if train.batch_cost
+            else {}
+        ),
+        **(
+            {"normalization": data.objective.state["normalization"]}
+            if "normalization" in data.objective.state
+            else {}
+        ),
+        "start_weights": metadata.get("start_weights"),
+    }
 
 
 def compute_test_metrics(data: TargetData, test: Predictions) -> dict[str, float]:
@@ -771,11 +779,18 @@ def failed_record(
 ) -> TrialRecord:
     """Write the record of a trial that failed, so that the results table has its row."""
     data = shared.targets[trial.target, trial.backbone_key]
-    train = data.spec.train.model_copy(
-        update=trial.train_settings
-    )  # not checked: it may be what failed
+    # not checked: it may be what failed
+    train = data.spec.train.model_copy(update=trial.train_settings)
     record = make_record(
-        trial, shared, train, time.time(), metadata or {}, validation or {}, None, status, error
+        trial,
+        shared,
+        None if trial.is_baseline else train,
+        time.time(),
+        metadata or {},
+        validation or {},
+        None,
+        status,
+        error,
     )
     return write(trial, shared, record, None, None)
 

@@ -1,7 +1,8 @@
-"""What modalities, backbones, objectives and techniques promise each other: one page for each."""
+"""What modalities, backbones, objectives, techniques and baselines promise: a page for each."""
 
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.backbone import Backbone, FeatureMapSpec, Features
+from pipeline.core.contracts.baseline import Baseline, BaselineRows, LabelKind
 from pipeline.core.contracts.modality import Arrays, Modality, View
 from pipeline.core.contracts.objective import Loss, Objective, RawRows
 from pipeline.core.contracts.task import Ensemble, Task
@@ -17,11 +18,14 @@ from pipeline.core.contracts.technique import (
 __all__ = [
     "Arrays",
     "Backbone",
+    "Baseline",
+    "BaselineRows",
     "Batch",
     "Ensemble",
     "FeatureMapSpec",
     "Features",
     "FinishedTrial",
+    "LabelKind",
     "Loss",
     "Modality",
     "Objective",

@@ -14,6 +14,7 @@ Training and transfer:
 
 Rows and labels:
     `HasClasses`: a row has one class or one set of labels.
+    `PredictsFromScores`: predictions follow from scores of any model, not of a network alone.
     `ChecksLabels`, `ChecksTestRows`, `AllowsNullLabels`: labels are looked through.
     `LengthBound`: rows can be too short to be trained on.
     `BindsToBackbone`: part of the state follows from the backbone.
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
     from pipeline.core.batch import Batch
     from pipeline.core.contracts.backbone import Backbone, Features
+    from pipeline.core.contracts.baseline import LabelKind
     from pipeline.core.contracts.modality import Arrays, View
     from pipeline.core.contracts.objective import Loss, Objective, RawRows
 
@@ -168,6 +170,22 @@ class HasClasses(Protocol):
 
     class_tensor: ClassVar[str]
     """Tensor of its batches that holds them: (B,) class numbers, or (B, L) 0 or 1."""
+
+
+@runtime_checkable
+class PredictsFromScores(Protocol):
+    """An objective of which scores of any model become predictions, so that baselines can be tried.
+
+    The scores (B, C) are logits of classes, logits (B, L) of labels, or (B, 1) the number itself.
+    """
+
+    label_kind: ClassVar[LabelKind]
+    label_tensor: ClassVar[str]
+    """Tensor of its batches with the labels, as `LabelKind` says."""
+
+    def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return ``Objective.predict`` from the scores."""
+        ...
 
 
 @runtime_checkable
@@ -463,6 +481,11 @@ def has_classes(objective: Any) -> TypeIs[HasClasses]:
 def labels_positions(objective: Any) -> TypeIs[LabelsPositions]:
     """Return whether labels belong to positions of a row."""
     return isinstance(objective, LabelsPositions)
+
+
+def predicts_from_scores(objective: Any) -> TypeIs[PredictsFromScores]:
+    """Return whether scores of any model become predictions."""
+    return isinstance(objective, PredictsFromScores)
 
 
 def tensors_beside_features(objective: Any) -> tuple[str, ...]:

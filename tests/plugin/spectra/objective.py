@@ -22,6 +22,8 @@ class Regression(Objective):
 
     roles = ("value",)
     metrics = ("rmse", "loss")
+    label_kind = "numbers"
+    label_tensor = "value"
 
     @classmethod
     def fit(cls, options, table, columns):
@@ -42,11 +44,14 @@ class Regression(Objective):
         self.head = nn.Linear(backbone.pooled_dim, 1)
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        scaled = self.head(backbone(batch).pooled)[:, 0]
-        found = {"prediction": scaled * self.state["std"] + self.state["mean"]}
+        scaled = self.head(backbone(batch).pooled)
+        return self.predict_scores(scaled * self.state["std"] + self.state["mean"], batch)
+
+    def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
+        found = {"prediction": scores[:, 0]}
         if "value" in batch.data:
-            wanted = (batch["value"] - self.state["mean"]) / self.state["std"]
-            found |= {"value": batch["value"], "loss": (scaled - wanted) ** 2}
+            error = (scores[:, 0] - batch["value"]) / self.state["std"]
+            found |= {"value": batch["value"], "loss": error**2}
         return found
 
     def loss(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -1,0 +1,55 @@
+"""Texts by the words that stand in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
+
+
+class BagOfWordsOptions(Options):
+    words: int = Field(2, ge=1, le=5, description="longest run of words that is counted")
+    min_rows: int = Field(1, ge=1, description="a run counts where so many training rows have it")
+    penalties: list[float] = Field(
+        [0.1, 1.0, 10.0, 100.0],
+        min_length=1,
+        description="values of C, the inverse of the penalty; the best on validation rows is kept",
+    )
+
+
+@register("baseline", "bag_of_words", options=BagOfWordsOptions)
+class BagOfWords(Baseline):
+    """TF-IDF of words and pairs of words, and logistic regression.
+
+    Strong where single words tell the class (topics, sentiment), and where labelled rows are many.
+    Wang and Manning 2012, "Baselines and Bigrams".
+    """
+
+    roles = ("text",)
+
+    def settings(self) -> tuple[dict[str, Any], ...]:
+        return tuple({"C": value} for value in self.options.penalties)
+
+    def inputs(self, rows: BaselineRows) -> list[str]:
+        """Return the text of each row; that of a pair follows it."""
+        columns = [rows.read_column(role) for role in ("text", "text_pair")]
+        listed = [column.to_pylist() for column in columns if column is not None]
+        rows_of_parts = zip(*listed, strict=True)
+        return [" ".join(str(one) for one in parts if one is not None) for parts in rows_of_parts]
+
+    def transformer(self) -> TfidfVectorizer:
+        return TfidfVectorizer(
+            ngram_range=(1, self.options.words),
+            min_df=self.options.min_rows,
+            sublinear_tf=True,
+            # also words of one letter, so that no language is left without a word
+            token_pattern=r"(?u)\b\w+\b",
+        )
+
+    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+        return LogisticRegression(C=setting["C"], max_iter=1000)

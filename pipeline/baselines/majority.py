@@ -1,0 +1,30 @@
+"""The answer of somebody who does not look at the rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.dummy import DummyClassifier, DummyRegressor
+
+from pipeline.config.registry import register
+from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
+
+
+@register("baseline", "majority")
+class Majority(Baseline):
+    """The share of each class or label among the labelled training rows, or the mean of numbers.
+
+    Any other model that is worse has learned nothing.
+    """
+
+    label_kinds = ("classes", "label_sets", "numbers")
+
+    def inputs(self, rows: BaselineRows) -> np.ndarray:
+        """Return (n, 1) zeros."""
+        return np.zeros((rows.count, 1))
+
+    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+        if label_kind == "numbers":
+            return DummyRegressor(strategy="mean")
+        return DummyClassifier(strategy="prior")

@@ -1,0 +1,55 @@
+"""Images by the training images that look most alike, pixel by pixel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn import functional as F
+
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
+
+
+class NearestPixelsOptions(Options):
+    size: int = Field(32, ge=1, description="larger images are averaged to so many pixels a side")
+    neighbours: list[int] = Field(
+        [1, 5, 20],
+        min_length=1,
+        description="numbers of neighbours, of which the best on validation rows is kept; no more "
+        "than there are labelled rows",
+    )
+
+
+@register("baseline", "nearest_pixels", options=NearestPixelsOptions)
+class NearestPixels(Baseline):
+    """The classes of the nearest training images by the Euclidean distance of their pixels.
+
+    Strong where objects are centred and alike (digits), weak for photographs.
+    """
+
+    roles = ("image",)
+
+    def settings(self) -> tuple[dict[str, Any], ...]:
+        return tuple({"neighbours": value} for value in self.options.neighbours)
+
+    def inputs(self, rows: BaselineRows) -> np.ndarray:
+        """Return (n, C * side * side) float32 from 0 to 1."""
+        images = torch.from_numpy(rows.arrays["image"])
+        side = min(self.options.size, *images.shape[-2:])
+        small = F.adaptive_avg_pool2d(images.float() / 255, side)
+        return small.flatten(1).numpy()
+
+    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+        return _Nearest(setting["neighbours"])
+
+
+class _Nearest(KNeighborsClassifier):
+    """`KNeighborsClassifier` that takes all rows where there are fewer than neighbours."""
+
+    def fit(self, X: Any, y: Any) -> Any:  # noqa: N803 - scikit-learn's names
+        self.n_neighbors = min(self.n_neighbors, len(y))
+        return super().fit(X, y)

@@ -1,0 +1,93 @@
+"""A model without a network that a user would pick instead: one file in ``pipeline/baselines/``.
+
+It reads the rows that the trials of a target read, and is fitted on the same labelled rows for each
+seed and label fraction. Estimators and transformers are those of scikit-learn, or have the same
+methods. A complete one, which predicts by the length of a text::
+
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+
+    from pipeline.config.registry import register
+    from pipeline.core.contracts import Baseline
+
+
+    @register("baseline", "text_length")
+    class TextLength(Baseline):
+        "Logistic regression on the number of characters."
+
+        roles = ("text",)
+
+        def inputs(self, rows):
+            texts = rows.read_column("text").to_pylist()
+            return np.array([[len(text)] for text in texts])
+
+        def estimator(self, setting, seed, label_kind):
+            return LogisticRegression()
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pipeline.config.registry import Registered
+from pipeline.core.contracts.modality import Arrays, Modality
+
+LabelKind = Literal["classes", "label_sets", "numbers"]
+"""What the labels of rows are: (n,) class numbers, (n, L) 0 or 1, or (n,) numbers."""
+
+
+@dataclass(frozen=True)
+class BaselineRows:
+    """Some rows of a split, as a baseline reads them."""
+
+    count: int
+    arrays: Arrays
+    """The decoded rows, as ``Modality.decode`` returns them."""
+    modality: Modality
+    """The one that decoded them."""
+    read_column: Callable[[str], Any]
+    """Role to the column of these rows as it is stored, a pyarrow array; None where the target has
+    no such column."""
+
+
+class Baseline(Registered, ABC):
+    """How rows are summarised, and the estimator that is fitted on the summaries.
+
+    Args:
+        options: An instance of the registered options class.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ()
+    """It reads modalities whose first role is one of these; empty: all. Written out: read without
+    an import."""
+    label_kinds: ClassVar[tuple[LabelKind, ...]] = ("classes", "label_sets")
+    """Labels that it can predict. Of label sets one estimator is fitted for each label."""
+
+    def __init__(self, options: Any):
+        self.options = options
+
+    def settings(self) -> tuple[dict[str, Any], ...]:
+        """Return the hyper-parameters that are tried; the best on the validation rows is kept."""
+        return ({},)
+
+    @abstractmethod
+    def inputs(self, rows: BaselineRows) -> Any:
+        """Return a list or an array of these rows, rows first. No label is there to be read."""
+
+    def transformer(self) -> Any:
+        """Return what is fitted on the inputs of the labelled training rows, or None.
+
+        It has ``fit`` and ``transform``.
+        """
+        return None
+
+    @abstractmethod
+    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+        """Return an estimator that is not fitted.
+
+        It has ``fit``, and ``predict_proba`` with ``classes_``, or for numbers ``predict``. A label
+        of a label set is a problem of two classes.
+        """

@@ -1,0 +1,268 @@
+"""A trial of a baseline: a model without a network, on the rows of a target.
+
+It has the labelled rows, the validation, the calibration, the metrics and the results of any other
+trial with its seed and label fraction. This module does not use Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.core.contracts import Baseline, BaselineRows, Batch, LabelKind
+from pipeline.core.contracts.objective_capabilities import (
+    PredictsFromScores,
+    is_calibrated,
+    predicts_from_scores,
+)
+from pipeline.core.metrics.catalog import Predictions, metric
+from pipeline.core.rng import mix
+from pipeline.data.loader import Loader
+from pipeline.data.manifests import Reader
+from pipeline.data.plan import Item
+from pipeline.data.stream import Rows, check_bad_row_budget
+from pipeline.io import file_identity, heartbeat
+from pipeline.report.trial_record import TrialRecord
+from pipeline.train import evaluate
+from pipeline.transfer import trial as trials
+from pipeline.transfer.grid import Trial, label_subset
+from pipeline.transfer.trial import Shared
+
+BLOCK_ROWS = 512
+FLOOR = 1e-6
+"""Probabilities are at least this, and at most 1 minus it, so that logarithms are finite."""
+
+Scores = Callable[[Any], np.ndarray]
+"""Inputs (n rows) to (n, C) float32: logarithms of probabilities, log odds, or numbers."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of a split that can be read."""
+
+    ids: np.ndarray
+    """(n,) int64."""
+    inputs: Any
+    """What `Baseline.inputs` returned, of all rows."""
+    labels: np.ndarray
+    """As the objective encodes them."""
+    bad: tuple[tuple[int, str], ...]
+
+
+def baseline_of(trial: Trial) -> Baseline:
+    """Return the baseline with the options that the job gives it."""
+    kind = registry.get("baseline", trial.technique.name)
+    return kind(kind.options_class(**trial.technique.options))
+
+
+def run(trial: Trial, shared: Shared) -> TrialRecord:
+    """Fit each setting, keep the best on validation, and test it once.
+
+    Returns:
+        The record, which has been written.
+
+    Raises:
+        TooManyBadRowsError: More rows of a streamed target cannot be decoded than its budget
+            allows.
+    """
+    began = time.time()
+    data = shared.targets[trial.target, trial.backbone_key]
+    baseline, seed = baseline_of(trial), mix(shared.seed, trial.seed)
+    objective = bundle.build_task(data.arch, data.objective, seed=0).objective
+    assert predicts_from_scores(objective)
+    most = data.spec.data.max_bad_rows
+    rows = data.train.subset(label_subset(data.train, data.labels, trial.label_fraction, seed))
+    train = read(rows, baseline, objective, most)
+    validation = read(data.validation, baseline, objective, most)
+    chosen = choose(baseline, objective, train, validation, data.metrics, mix(seed, 5) % (1 << 32))
+    if is_calibrated(objective):
+        objective.calibrate(chosen.predictions)
+    test = read(data.test, baseline, objective, most)
+    predictions = predict(objective, chosen.scores(test.inputs), test)
+    notes = [f"{trial.technique}: no network, fitted on {len(train.ids)} rows"]
+    if test.bad:
+        notes.append(f"{len(test.bad)} test rows could not be read")
+    metadata = {
+        "settings": chosen.setting,
+        "seconds": time.time() - began,
+        "device": "cpu",
+        "transfer": "; ".join(notes),
+        "n_train": len(train.ids),
+        "fitted": trials.calibration_of(objective),
+    }
+    record = trials.make_record(trial, shared, None, began, metadata, chosen.metrics, predictions)
+    file_identity.check_unchanged(data.reads)
+    return trials.write(trial, shared, record, predictions, None)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) -> Part:
+    """Read a split as the baseline does, some rows at a time."""
+    ids, inputs, labels, bad = [], [], [], []
+    read_column = _ColumnReader(rows)
+    for block_ids, arrays, reasons in _blocks(rows):
+        heartbeat.beat()
+        bad += [(int(row), why) for row, why in zip(block_ids, reasons, strict=True) if why]
+        good = np.array([not why for why in reasons], dtype=bool)
+        arrays = {name: array[good] for name, array in arrays.items()}
+        ids.append(block_ids[good])
+        labels.append(arrays.pop(objective.label_tensor))
+        columns = partial(read_column, ids[-1])
+        inputs.append(baseline.inputs(BaselineRows(len(ids[-1]), arrays, rows.modality, columns)))
+    check_bad_row_budget(bad, len(rows), max_bad_rows, rows.selection)
+    return Part(np.concatenate(ids), _joined(inputs), np.concatenate(labels), tuple(bad))
+
+
+def _blocks(rows: Rows) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], list[str]]]:
+    """Yield ids, decoded arrays, and for each row "" or why it cannot be read."""
+    loader = Loader(rows.selection, rows.decoder) if rows.arrays is None else None
+    for start in range(0, len(rows), BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, len(rows))
+        if loader is not None:
+            block = loader(Item(-1, start, stop))
+            yield block.rows, block.arrays, list(block.bad)
+        else:
+            assert rows.arrays is not None
+            arrays = {name: array[start:stop] for name, array in rows.arrays.items()}
+            yield rows.selection.ids(np.arange(start, stop)), arrays, [""] * (stop - start)
+
+
+class _ColumnReader:
+    """Reads the columns of a modality as they are stored, and no column of labels."""
+
+    def __init__(self, rows: Rows):
+        self.manifest = rows.selection.manifest
+        roles = (*rows.modality.roles, *rows.modality.optional_roles)
+        given = rows.decoder.columns
+        self.columns = {role: given[role] for role in roles if role in given}
+        self.readers: dict[str, Reader] = {}
+
+    def __call__(self, ids: np.ndarray, role: str) -> Any:
+        if role not in self.columns:
+            return None
+        name = self.columns[role]
+        if role not in self.readers:
+            self.readers[role] = Reader(self.manifest, [name])
+        return self.readers[role].take(ids)[name]
+
+
+def _joined(parts: list[Any]) -> Any:
+    if isinstance(parts[0], list):
+        return [one for part in parts for one in part]
+    return np.concatenate(parts)
+
+
+# ---------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The setting with the best validation value, and its model."""
+
+    setting: dict[str, Any]
+    scores: Scores
+    metrics: dict[str, float]
+    predictions: Predictions
+    """Of the validation rows."""
+
+
+def choose(
+    baseline: Baseline,
+    objective: PredictsFromScores,
+    train: Part,
+    validation: Part,
+    metrics: tuple[str, ...],
+    seed: int,
+) -> Chosen:
+    """Fit every setting and return the best one on validation; of equal ones the first."""
+    transformer = baseline.transformer()
+    transform = transformer.fit(train.inputs).transform if transformer else lambda rows: rows
+    fitted_on, judged_on = transform(train.inputs), transform(validation.inputs)
+    sign = 1 if metric(metrics[0]).higher_is_better else -1
+    classes = len(objective.state["labels"]) if objective.label_kind == "classes" else 0  # type: ignore[attr-defined]
+    best, best_value = None, -np.inf
+    for setting in baseline.settings():
+        heartbeat.beat()
+        scores = fit(
+            baseline, setting, seed, objective.label_kind, fitted_on, train.labels, classes
+        )
+        found = predict(objective, scores(judged_on), validation)
+        values = evaluate.values(found, metrics)
+        value = np.nan_to_num(sign * values[metrics[0]], nan=-np.inf)
+        if best is None or value > best_value:
+            best, best_value = (setting, scores, values, found), value
+    assert best is not None, f"{baseline.registered_name} has no setting"
+    setting, scores, values, found = best
+    return Chosen(setting, lambda rows: scores(transform(rows)), values, found)
+
+
+def fit(
+    baseline: Baseline,
+    setting: dict[str, Any],
+    seed: int,
+    label_kind: LabelKind,
+    inputs: Any,
+    labels: np.ndarray,
+    classes: int,
+) -> Scores:
+    """Fit the baseline's estimator, for label sets one for each label.
+
+    A class without a training row has the least probability. Where all rows have the same class or
+    number there is nothing to fit.
+    """
+
+    def estimator() -> Any:
+        return baseline.estimator(setting, seed, label_kind)
+
+    if label_kind == "numbers":
+        model = estimator().fit(inputs, labels)
+        return lambda rows: np.asarray(model.predict(rows), dtype=np.float32)[:, None]
+    if label_kind == "classes":
+        probabilities = _probabilities(estimator, inputs, labels, classes)
+        return lambda rows: np.log(probabilities(rows)).astype(np.float32)
+    each = [_probabilities(estimator, inputs, label, 2) for label in labels.T]
+
+    def log_odds(rows: Any) -> np.ndarray:
+        found = [np.log(of_label(rows)) for of_label in each]
+        return np.stack([two[:, 1] - two[:, 0] for two in found], axis=1).astype(np.float32)
+
+    return log_odds
+
+
+def _probabilities(
+    estimator: Callable[[], Any], inputs: Any, labels: np.ndarray, classes: int
+) -> Callable[[Any], np.ndarray]:
+    """Return a function of inputs to (n, classes) probabilities, none below FLOOR."""
+    known = np.unique(labels)
+    model = estimator().fit(inputs, labels) if len(known) > 1 else None
+
+    def probabilities(rows: Any) -> np.ndarray:
+        count = rows.shape[0] if hasattr(rows, "shape") else len(rows)
+        out = np.zeros((count, classes))
+        if model is None:
+            out[:, known] = 1.0
+        else:
+            out[:, model.classes_] = model.predict_proba(rows)
+        return out.clip(FLOOR, 1 - FLOOR)
+
+    return probabilities
+
+
+@torch.no_grad()
+def predict(objective: PredictsFromScores, scores: np.ndarray, part: Part) -> Predictions:
+    """Return the objective's predictions of the rows of a part, in the order of their ids."""
+    order = np.argsort(part.ids, kind="stable")
+    labels = torch.from_numpy(np.ascontiguousarray(part.labels[order]))
+    batch = Batch(part.ids[order], torch.zeros(0), {objective.label_tensor: labels})
+    found = objective.predict_scores(torch.from_numpy(scores[order]), batch)
+    return {"row": part.ids[order], **{name: found[name].numpy() for name in found}}

@@ -1,0 +1,452 @@
+"""Baselines: models without a network, on the rows of a target.
+
+Each equals scikit-learn called on the same arrays; their results stand beside those of techniques.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from contract_rows import recordings
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from toys import (
+    event_rows,
+    image_files,
+    image_rows,
+    job_of,
+    label_state,
+    result_rows,
+    rows_of,
+    sentences,
+    shared_of,
+    table_rows,
+    text_modality,
+    trial_of,
+)
+
+from pipeline.config import plugins, registry
+from pipeline.config.schema import ComponentConfig, Job, Target, schema
+from pipeline.core.contracts import BaselineRows
+from pipeline.core.metrics import catalog
+from pipeline.core.specs import Architecture, ModalitySpec
+from pipeline.media import spectrogram
+from pipeline.report import matrix, report, stats
+from pipeline.transfer import baseline_trials, fanout, grid, trial
+from pipeline.transfer.baseline_trials import Part
+
+SPECTRA = Path(__file__).parents[1] / "plugin" / "spectra"
+
+
+def baseline(name: str, **options):
+    kind = registry.get("baseline", name)
+    return kind(kind.options_class(**options))
+
+
+def inputs_of(name: str, rows, **options):
+    """Inputs of decoded rows, as the baseline makes them."""
+    arrays = {k: v for k, v in rows.arrays.items() if k != "label"}
+    return baseline(name, **options).inputs(
+        BaselineRows(len(rows), arrays, rows.modality, lambda role: None)
+    )
+
+
+def head(objective: str = "classification", state=None, **options):
+    """An objective without a backbone, of which only the predictions are used."""
+    kind = registry.get("objective", objective)
+    backbone = type("Pooled", (), {"pooled_dim": 1})()
+    return kind(backbone, kind.options_class(**options), state or label_state())
+
+
+def part(inputs, labels, first: int = 0) -> Part:
+    return Part(np.arange(first, first + len(labels)), inputs, np.asarray(labels), ())
+
+
+@pytest.fixture(scope="module")
+def image_job(tmp_path_factory):
+    """A job with all baselines on images, and what its trials read."""
+    folder = tmp_path_factory.mktemp("baselines")
+    paths = image_files(folder / "data", {"train": 48, "validation": 24, "test": 30})
+    job = job_of(folder, paths).model_copy(update={"baselines": "auto"})
+    return job, shared_of(folder, job, paths)
+
+
+def baseline_trial(job, shared, name: str, fraction: float | int = 1.0, seed: int = 0):
+    group = next(iter(shared.backbone_groups.values()))
+    found = grid.baseline_trials(job, "task", group, "data key")
+    return next(
+        one
+        for one in found
+        if (one.technique.name, one.label_fraction, one.seed) == (name, fraction, seed)
+    )
+
+
+# ---------------------------------------------------------------- equal to scikit-learn
+
+
+def test_majority_is_the_share_of_each_class():
+    labels = [0, 0, 0, 1, 1, 2]
+    scores = baseline_trials.fit(
+        baseline("majority"), {}, 0, "classes", np.zeros((6, 1)), np.array(labels), 3
+    )
+    found = torch.from_numpy(scores(np.zeros((2, 1)))).softmax(1)
+    torch.testing.assert_close(found, torch.tensor([[3 / 6, 2 / 6, 1 / 6]] * 2))
+
+
+def test_majority_of_label_sets_is_the_share_of_each_label():
+    labels = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [1, 1, 0]], dtype=np.uint8)
+    scores = baseline_trials.fit(
+        baseline("majority"), {}, 0, "label_sets", np.zeros((4, 1)), labels, 0
+    )
+    found = torch.from_numpy(scores(np.zeros((2, 1)))).sigmoid()
+    torch.testing.assert_close(found, torch.tensor([[0.75, 0.75, 1e-6]] * 2), rtol=1e-4, atol=1e-7)
+
+
+def test_a_class_without_a_labelled_row_has_the_least_probability():
+    inputs, labels = np.array([[0.0], [1.0], [2.0], [3.0]]), np.array([0, 0, 2, 2])
+    scores = baseline_trials.fit(
+        baseline("log_mel_statistics"), {"C": 1.0}, 0, "classes", inputs, labels, 3
+    )
+    model = LogisticRegression(C=1.0, max_iter=1000).fit(inputs, labels)
+    np.testing.assert_allclose(
+        np.exp(scores(inputs))[:, [0, 2]], model.predict_proba(inputs), rtol=1e-6
+    )
+    np.testing.assert_allclose(np.exp(scores(inputs))[:, 1], baseline_trials.FLOOR, rtol=1e-5)
+
+
+def test_bag_of_words_is_tf_idf_and_logistic_regression():
+    texts, labels = sentences(60)
+    new, of_new = sentences(30, seed=1)
+    one = baseline("bag_of_words", penalties=[3.0])
+    chosen = baseline_trials.choose(
+        one, head(), part(texts, labels), part(new, of_new, 60), ("accuracy", "loss"), 0
+    )
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    model = LogisticRegression(C=3.0, max_iter=1000).fit(words.fit_transform(texts), labels)
+    expected = model.predict_proba(words.transform(new))
+    np.testing.assert_allclose(np.exp(chosen.scores(new)), expected, rtol=1e-5)
+    assert chosen.metrics["accuracy"] == accuracy_score(of_new, expected.argmax(1))
+
+
+def test_texts_of_a_pair_are_one_text():
+    columns = {"text": pa.array(["one", "two"]), "text_pair": pa.array(["a", None])}
+    rows = BaselineRows(2, {}, text_modality(), columns.get)
+    assert baseline("bag_of_words").inputs(rows) == ["one a", "two"]
+
+
+def test_nearest_pixels_are_those_of_the_images():
+    rows, others = image_rows(48), image_rows(20, seed=1)
+    inputs, labels = inputs_of("nearest_pixels", rows), rows.arrays["label"]
+    flat = rows.arrays["image"].reshape(48, -1) / np.float32(255)
+    np.testing.assert_array_equal(inputs, flat)
+    scores = baseline_trials.fit(
+        baseline("nearest_pixels"), {"neighbours": 5}, 0, "classes", inputs, labels, 3
+    )
+    model = KNeighborsClassifier(5).fit(flat, labels)
+    expected = model.predict_proba(others.arrays["image"].reshape(20, -1) / np.float32(255))
+    found = np.exp(scores(inputs_of("nearest_pixels", others)))
+    np.testing.assert_allclose(found, expected.clip(1e-6, 1 - 1e-6), rtol=1e-5)
+    few = baseline("nearest_pixels").estimator({"neighbours": 20}, 0, "classes")
+    assert few.fit(inputs[:3], labels[:3]).predict_proba(inputs).shape[0] == 48
+
+
+def test_large_images_are_averaged():
+    rows = image_rows(4, size=8)
+    pixels = rows.arrays["image"].astype(np.float32) / 255
+    expected = pixels.reshape(4, 1, 4, 2, 4, 2).mean((3, 5)).reshape(4, -1)
+    np.testing.assert_allclose(inputs_of("nearest_pixels", rows, size=4), expected, rtol=1e-5)
+
+
+def test_log_mel_statistics_are_means_and_deviations_of_bands():
+    sample = recordings()()
+    modality = sample.fitted("torchaudio/conformer")
+    arrays, bad = modality.decode(sample.table, sample.columns)
+    assert not any(bad)
+    found = inputs_of("log_mel_statistics", rows_of(modality, arrays), mels=20)
+    rate = modality.options.rate
+    sound = torch.from_numpy(arrays["audio"][1]).float()[None] / 32768
+    mel = spectrogram.log_mel(sound, rate, round(0.025 * rate), round(0.01 * rate), 20)[0].numpy()
+    np.testing.assert_allclose(found[1], [*mel.mean(0), *mel.std(0)], rtol=1e-4, atol=1e-5)
+    one = baseline("log_mel_statistics")
+    assert isinstance(one.transformer(), StandardScaler)
+
+
+def test_boosted_trees_read_the_facts_of_a_table():
+    rows = table_rows(40)
+    inputs = inputs_of("boosted_trees", rows)
+    sizes = rows.modality.inputs()
+    assert inputs.shape == (40, sizes["numbers"] + sizes["codes"])
+    unknown = ~rows.arrays["numbers_known"]
+    assert unknown.any() and np.array_equal(np.isnan(inputs[:, : sizes["numbers"]]), unknown)
+    for row, codes in enumerate(rows.arrays["codes"]):
+        there = np.flatnonzero(inputs[row, sizes["numbers"] :]) + 1
+        assert there.tolist() == codes.tolist()
+
+
+def test_boosted_trees_summarise_events():
+    rows = event_rows(30)
+    inputs, sizes = inputs_of("boosted_trees", rows), rows.modality.inputs()
+    facts = sizes["numbers"] + sizes["codes"]
+    tables = inputs[:, facts:].reshape(30, 5, sizes["variables"])
+    for row, variable in ((0, 0), (3, 2), (7, 4)):
+        values = rows.arrays["values"][row][rows.arrays["variables"][row] == variable]
+        expected = [len(values), values[-1], values.mean(), values.min(), values.max()]
+        np.testing.assert_allclose(tables[row, :, variable], expected, rtol=1e-5)
+    assert (tables[1, 0] == 0).all() and np.isnan(tables[1, 1:]).all(), "a stay without events"
+    labels = rows.arrays["label"]
+    one, setting = baseline("boosted_trees", trees=5), {"depth": 2, "leaf_rows": 5}
+    scores = baseline_trials.fit(one, setting, 7, "classes", inputs, labels, 2)
+    model = HistGradientBoostingClassifier(
+        max_iter=5, max_depth=2, min_samples_leaf=5, random_state=7
+    ).fit(inputs, labels)
+    np.testing.assert_allclose(np.exp(scores(inputs)), model.predict_proba(inputs), rtol=1e-5)
+
+
+def test_numbers_are_predicted_by_their_mean_and_by_a_plugin():
+    plugins.use([str(SPECTRA)])
+    try:
+        regression = head("regression", {"mean": 2.0, "std": 2.0})
+        spectra = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+        values = np.linspace(0, 5, 20, dtype=np.float32)
+        train, validation = part(spectra, values), part(spectra[:6], values[:6], 20)
+        found = baseline_trials.choose(
+            baseline("majority"), regression, train, validation, ("rmse",), 0
+        )
+        np.testing.assert_allclose(found.scores(spectra)[:, 0], values.mean(), rtol=1e-6)
+        rmse = np.sqrt(((values[:6] - values.mean()) ** 2).mean())
+        assert found.metrics["rmse"] == pytest.approx(rmse, rel=1e-5)
+        tree = baseline("brightest_band")
+        rows = BaselineRows(20, {"spectrum": spectra}, None, lambda role: None)
+        bands = part(tree.inputs(rows), values)
+        found = baseline_trials.choose(tree, regression, bands, bands, ("rmse",), 0)
+        assert found.metrics["rmse"] == pytest.approx(0.0, abs=1e-6), "a leaf for each row"
+    finally:
+        plugins.use([])
+
+
+# ---------------------------------------------------------------- a trial
+
+
+def test_the_setting_is_chosen_on_validation_rows():
+    inputs = np.array([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0], [5.4]])
+    labels = np.array([0, 0, 0, 1, 1, 1, 1])
+    near = part(np.array([[5.4], [5.5]]), [0, 0], 7)
+    one = baseline("nearest_pixels", neighbours=[1, 3])
+    chosen = baseline_trials.choose(
+        one, head(state=label_state(2)), part(inputs, labels), near, ("accuracy", "loss"), 0
+    )
+    assert chosen.setting == {"neighbours": 3} and chosen.metrics["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["majority", "nearest_pixels"])
+def test_a_trial_writes_the_results_of_any_other(image_job, name):
+    job, shared = image_job
+    one = baseline_trial(job, shared, name, seed=1)
+    record = baseline_trials.run(one, shared)
+    other = trial.run(trial_of(job, shared, "linear_probe", seed=1), shared)
+    assert trial.read_record(shared.root, one.id) == record
+    ours, theirs = ([(r.split, r.metric, r.n_eval) for r in it.rows] for it in (record, other))
+    assert ours == theirs
+    found = trial.read_predictions(shared.root, one.id, 1)
+    probe = trial.read_predictions(shared.root, other.trial_id, 1)
+    assert np.array_equal(found.rows, probe.rows)
+    assert found.predictions.keys() == probe.predictions.keys()
+    row = next(r for r in record.rows if r.split == "test" and r.metric == "accuracy")
+    label, scores = found.predictions["label"], found.predictions["scores"]
+    assert row.value == accuracy_score(label, scores.argmax(1))
+    assert row.value_low < row.value < row.value_high and row.n_units == 30
+    assert (row.source, row.backbone, row.technique, row.bundle_uri) == ("none", "none", name, None)
+    settings = {} if name == "majority" else {"neighbours": 1}
+    assert json.loads(row.hyper_parameters).keys() == settings.keys()
+    assert "scikit-learn" in record.made_by["code"] and f"baseline {name}" in record.made_by["code"]
+
+
+def test_it_has_the_labelled_rows_of_the_trials(image_job, monkeypatch):
+    job, shared = image_job
+    job = job.model_copy(
+        update={
+            "targets": {"task": job.targets["task"].model_copy(update={"label_fractions": [2]})}
+        }
+    )
+    read, seen = baseline_trials.read, []
+    monkeypatch.setattr(
+        baseline_trials, "read", lambda *given: seen.append(read(*given)) or seen[-1]
+    )
+    for seed in (0, 1):
+        one = baseline_trial(job, shared, "nearest_pixels", 2, seed)
+        baseline_trials.run(one, shared)
+        twin = trial_of(job, shared, "full", fraction=2, seed=seed)
+        _, rows, _ = trial.resolve_training(twin, shared)
+        assert np.array_equal(seen[-3].ids, rows.selection.ids(np.arange(len(rows))))
+    assert not np.array_equal(seen[0].ids, seen[3].ids), "another seed has other rows"
+
+
+def test_no_label_of_a_test_row_is_read_before_it_is_scored(image_job):
+    job, shared = image_job
+    one = baseline_trial(job, shared, "nearest_pixels")
+    key = next(iter(shared.targets))
+    data = shared.targets[key]
+    arrays = {**data.test.arrays, "label": np.roll(data.test.arrays["label"], 1)}
+    moved = dataclasses.replace(data, test=dataclasses.replace(data.test, arrays=arrays))
+    scores = []
+    for given in (data, moved):
+        baseline_trials.run(one, dataclasses.replace(shared, targets={key: given}))
+        scores.append(trial.read_predictions(shared.root, one.id, 0).predictions["scores"])
+    assert np.array_equal(*scores)
+
+
+def test_texts_are_read_from_the_files(tmp_path):
+    paths = {}
+    for seed, (split, n) in enumerate({"train": 30, "validation": 12, "test": 12}.items()):
+        texts, labels = sentences(n, seed=seed)
+        table = pa.table({"text": texts, "label": [f"class {k}" for k in labels]})
+        paths[split] = str(tmp_path / f"{split}.parquet")
+        pq.write_table(table, paths[split], row_group_size=8)
+    modality = text_modality()
+    spec = ModalitySpec("text", modality.options.model_dump(), modality.state)
+    arch = Architecture(
+        "transformers/bert", {"layers": 1, "hidden": 16, "heads": 2}, modality.inputs()
+    )
+    job = job_of(tmp_path, paths)
+    data = job.targets["task"].data.model_copy(
+        update={
+            "modality": ComponentConfig(name="text"),
+            "columns": {"text": "text", "label": "label"},
+        }
+    )
+    target = job.targets["task"].model_copy(update={"data": data})
+    job = job.model_copy(update={"targets": {"task": target}, "baselines": "auto"})
+    shared = shared_of(tmp_path, job, paths, source=(arch, spec))
+    record = baseline_trials.run(baseline_trial(job, shared, "bag_of_words"), shared)
+    row = next(r for r in record.rows if r.split == "test" and r.metric == "accuracy")
+    assert row.value > 0.8, "adjectives tell the class"
+
+
+def test_a_failed_baseline_has_a_row(image_job):
+    job, shared = image_job
+    one = baseline_trial(job, shared, "majority", seed=2)
+    record = trial.failed_record(one, shared, "no memory")
+    assert record.failed and record.rows[0].technique == "majority"
+
+
+# ---------------------------------------------------------------- a job
+
+
+def test_auto_takes_what_can_read_the_rows():
+    def names(modality: str, objective: str, columns: dict[str, str]) -> list[str]:
+        target = Target.model_validate(
+            {"data": {"uri": "x", "modality": modality, "columns": columns}, "objective": objective}
+        )
+        job = Job.model_validate(
+            {"name": "j", "sources": {"s": {"backbone": "bundle:b"}}, "baselines": "auto"}
+        )
+        return sorted(one.name for one in grid.baselines(job, target))
+
+    image = {"image": "i", "label": "l"}
+    assert names("image", "classification", image) == ["majority", "nearest_pixels"]
+    text = {"text": "t", "labels": "l"}
+    assert names("text", "multilabel", text) == ["bag_of_words", "majority"]
+    audio = {"audio": "a", "label": "l"}
+    assert names("audio", "classification", audio) == ["log_mel_statistics", "majority"]
+    table = {"features": "f", "label": "l"}
+    assert names("table", "classification", table) == ["boosted_trees", "majority"]
+    events = {"times": "t", "variables": "v", "values": "w", "label": "l"}
+    assert names("events", "classification", events) == ["boosted_trees", "majority"]
+    assert names("text", "mlm", {"text": "t"}) == [], "its rows have no labels"
+
+
+def test_a_job_without_baselines_has_the_hash_that_it_had():
+    job = {"name": "j", "sources": {"s": {"backbone": "bundle:b"}}}
+    assert "baselines" not in Job.model_validate(job).model_dump()
+    listed = Job.model_validate({**job, "baselines": ["majority", {"bag_of_words": {"words": 1}}]})
+    assert [str(one) for one in listed.baselines] == ["majority", 'bag_of_words{"words": 1}']
+    shown = json.dumps(schema()["properties"]["baselines"])
+    assert all(f'"{name}"' in shown for name in ("auto", "majority", "neighbours"))
+
+
+def test_units_of_baselines_are_single_and_need_no_ranks(image_job):
+    job, shared = image_job
+    target = job.targets["task"].model_copy(update={"workers": 2})
+    key, data = next(iter(shared.targets.items()))
+    shared = dataclasses.replace(shared, targets={key: dataclasses.replace(data, spec=target)})
+    found = [baseline_trial(job, shared, "majority"), trial_of(job, shared, "full")]
+    work = fanout.units_by_workers(fanout.units(found, shared), shared)
+    assert [unit.first.technique.name for unit in work[0]] == ["majority"]
+    assert [unit.first.technique.name for unit in work[2]] == ["full"]
+
+
+# ---------------------------------------------------------------- gain over the best baseline
+
+
+def run_of(accuracy: float, seed: int, n: int = 60) -> stats.RunPredictions:
+    """Predictions of two classes of which about a share is right."""
+    rng = np.random.default_rng([seed, int(1000 * accuracy)])
+    label = np.arange(n) % 2
+    right = rng.random(n) < accuracy
+    scores = np.where((label == 1) == right, 1.0, -1.0)[:, None] * np.array([-1.0, 1.0])
+    arrays = {"label": label, "scores": scores.astype(np.float32)}
+    return stats.RunPredictions(np.arange(n), arrays, seed)
+
+
+def test_the_gain_over_the_best_baseline_is_paired_as_the_gain_over_scratch():
+    cells = {
+        ("src", "full", "net"): (0.95, 0.9),
+        ("none", "scratch", "net"): (0.7, 0.7),
+        ("none", "majority", "none"): (0.9, 0.5),
+        ("none", "bag_of_words", "none"): (0.8, 0.8),
+    }
+    rows, runs = [], {}
+    for (source, technique, backbone), (tested, validated) in cells.items():
+        for seed in range(3):
+            run = run_of(tested, seed)
+            for row in result_rows(source, technique, run, "accuracy"):
+                row = dataclasses.replace(row, backbone=backbone, label_fraction="1.0")
+                rows.append(row)
+                rows.append(dataclasses.replace(row, split="validation", value=validated))
+                runs[row.trial_id] = run
+    found = {cell.technique: cell for cell in matrix.matrix_cells(rows, runs)}
+    full, trees = found["full"], found["bag_of_words"]
+    assert full.best_baseline == "bag_of_words", "by validation, not by test"
+    sides = [[run_of(share, seed) for seed in range(3)] for share in (0.95, 0.8)]
+    expected = stats.compare(catalog.metric("accuracy"), *sides)
+    assert (full.best_baseline_gain, full.best_baseline_low, full.best_baseline_high) == (
+        expected.value,
+        expected.low,
+        expected.high,
+    )
+    assert trees.verdict == matrix.BASELINE and trees.best_baseline == "" and not trees.transfers
+    assert found["scratch"].best_baseline_gain < 0 < full.gain
+    assert full.gain_p_holm == full.gain_p, "one comparison: gains over baselines are none"
+    from rich.console import Console
+
+    console = Console(width=100, record=True)
+    console.print(report.table(list(found.values())))
+    assert "over bag_of_words" in console.export_text()
+
+
+def test_a_baseline_that_suits_no_target_is_refused():
+    from pipeline.transfer import stages
+
+    target = {
+        "data": {"uri": "x", "modality": "image", "columns": {"image": "i", "label": "l"}},
+        "objective": "classification",
+    }
+    job = Job.model_validate(
+        {
+            "name": "j",
+            "sources": {"s": {"backbone": "bundle:b"}},
+            "targets": {"t": target},
+            "baselines": ["majority", "bag_of_words"],
+        }
+    )
+    (problem,) = stages._baseline_problems(job)
+    assert "bag_of_words" in problem and "leave it out" in problem
