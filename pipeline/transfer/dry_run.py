@@ -132,7 +132,7 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
         cost.lines.append(f"target {name} without training: {untrained} final trials")
     baselines = [str(component) for component in grid.baselines(job, stage.spec)]
     if baselines:
-        count = len(baselines) * fractions * seeds
+        count = len(baselines) * len(list(filter(None, stage.spec.label_fractions))) * seeds
         cost.trials += count
         cost.lines.append(f"target {name}, baselines {', '.join(baselines)}: {count} final trials")
     return cost

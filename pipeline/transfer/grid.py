@@ -258,7 +258,7 @@ def is_suitable(baseline: ComponentConfig, target: Target) -> bool:
 
 
 def baseline_trials(job: Job, target_name: str, group: BackboneGroup, data_key: str) -> list[Trial]:
-    """Return the trials of a target's baselines, with every label fraction and seed.
+    """Return the trials of a target's baselines, with every seed and label fraction above 0.
 
     Args:
         group: The backbone group whose modality reads the rows.
@@ -268,7 +268,7 @@ def baseline_trials(job: Job, target_name: str, group: BackboneGroup, data_key: 
     what["objective"]["options"] = options_by_content("objective", target.objective)
     out: list[Trial] = []
     for component in baselines(job, target):
-        for fraction in target.label_fractions:
+        for fraction in filter(None, target.label_fractions):
             for seed in range(job.fanout.seeds):
                 identity = spec_hash(
                     "baseline",

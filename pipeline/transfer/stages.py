@@ -105,7 +105,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
             problems += _source_problems(state, target)
             problems += _label_problems(state, target)
         problems += _score_problems(job, target)
-    problems += _baseline_problems(job)
+    problems += baseline_problems(job)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     if "sources" in state.remake:
@@ -203,7 +203,7 @@ def _score_problems(job: Job, target: TargetStage) -> list[str]:
     ]
 
 
-def _baseline_problems(job: Job) -> list[str]:
+def baseline_problems(job: Job) -> list[str]:
     """Return a problem for each baseline that the job names and that suits no target."""
     if job.baselines == "auto" or not job.targets:
         return []

@@ -200,7 +200,7 @@ def test_boosted_trees_summarise_events():
     for row, variable in ((0, 0), (3, 2), (7, 4)):
         values = rows.arrays["values"][row][rows.arrays["variables"][row] == variable]
         expected = [len(values), values[-1], values.mean(), values.min(), values.max()]
-        np.testing.assert_allclose(tables[row, :, variable], expected, rtol=1e-5)
+        np.testing.assert_allclose(tables[row, :, variable], expected, rtol=1e-5, atol=1e-6)
     assert (tables[1, 0] == 0).all() and np.isnan(tables[1, 1:]).all(), "a stay without events"
     labels = rows.arrays["label"]
     one, setting = baseline("boosted_trees", trees=5), {"depth": 2, "leaf_rows": 5}
@@ -252,18 +252,18 @@ def test_a_trial_writes_the_results_of_any_other(image_job, name):
     job, shared = image_job
     one = baseline_trial(job, shared, name, seed=1)
     record = baseline_trials.run(one, shared)
-    other = trial.run(trial_of(job, shared, "linear_probe", seed=1), shared)
-    assert trial.read_record(shared.root, one.id) == record
+    other = trial.run(trial_of(job, shared, "full", seed=1), shared)
+    assert trial.read_record(shared.root, one.id).validation == record.validation
     ours, theirs = ([(r.split, r.metric, r.n_eval) for r in it.rows] for it in (record, other))
     assert ours == theirs
     found = trial.read_predictions(shared.root, one.id, 1)
-    probe = trial.read_predictions(shared.root, other.trial_id, 1)
-    assert np.array_equal(found.rows, probe.rows)
-    assert found.predictions.keys() == probe.predictions.keys()
+    network = trial.read_predictions(shared.root, other.trial_id, 1)
+    assert np.array_equal(found.rows, network.rows)
+    assert found.predictions.keys() == network.predictions.keys()
     row = next(r for r in record.rows if r.split == "test" and r.metric == "accuracy")
     label, scores = found.predictions["label"], found.predictions["scores"]
     assert row.value == accuracy_score(label, scores.argmax(1))
-    assert row.value_low < row.value < row.value_high and row.n_units == 30
+    assert row.value_low <= row.value <= row.value_high and row.n_units == 30
     assert (row.source, row.backbone, row.technique, row.bundle_uri) == ("none", "none", name, None)
     settings = {} if name == "majority" else {"neighbours": 1}
     assert json.loads(row.hyper_parameters).keys() == settings.keys()
@@ -400,7 +400,7 @@ def run_of(accuracy: float, seed: int, n: int = 60) -> stats.RunPredictions:
 def test_the_gain_over_the_best_baseline_is_paired_as_the_gain_over_scratch():
     cells = {
         ("src", "full", "net"): (0.95, 0.9),
-        ("none", "scratch", "net"): (0.7, 0.7),
+        ("none", "scratch", "net"): (0.6, 0.6),
         ("none", "majority", "none"): (0.9, 0.5),
         ("none", "bag_of_words", "none"): (0.8, 0.8),
     }
@@ -448,5 +448,5 @@ def test_a_baseline_that_suits_no_target_is_refused():
             "baselines": ["majority", "bag_of_words"],
         }
     )
-    (problem,) = stages._baseline_problems(job)
+    (problem,) = stages.baseline_problems(job)
     assert "bag_of_words" in problem and "leave it out" in problem
