@@ -198,6 +198,13 @@ class Data(Spec):
     test_fraction: float = Field(
         0.0, ge=0, lt=1, description="share held out as test when no test is given"
     )
+    split_seed: int = Field(
+        0,
+        ge=0,
+        exclude_if=lambda seed: seed == 0,  # splits by seed 0 have the key that they always had
+        description="another seed holds out other rows by validation_fraction and test_fraction: "
+        "on a small test split one split decides more than the technique",
+    )
     group: str | None = Field(
         None, description="a column (patient, speaker) whose values never cross splits"
     )
@@ -255,6 +262,16 @@ class Data(Spec):
         if self.test is not None:
             problems += _unused_field_problems(
                 self, ["test_fraction"], (), "nothing is held out where test files are given"
+            )
+        holds_out = (self.validation is None and self.validation_fraction) or (
+            self.test is None and self.test_fraction
+        )
+        if not holds_out:
+            problems += _unused_field_problems(
+                self,
+                ["split_seed"],
+                (),
+                "no rows are held out by validation_fraction or test_fraction",
             )
         if self.split_column is None:
             problems += _unused_field_problems(

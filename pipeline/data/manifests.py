@@ -671,10 +671,12 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
         if name not in given and fraction > 0:
             group = read_columns(train, [data.group])[data.group] if data.group else None
             ids = np.arange(len(train)) if train.rows is None else train.rows
-            held = _share(group, ids, name) < fraction
+            salt = f"{name} {data.split_seed}" if data.split_seed else name
+            held = _share(group, ids, salt) < fraction
             given[name], train = train.keep(held), train.keep(~held)
+            seed = f" (split_seed {data.split_seed})" if data.split_seed else ""
             origin.append(
-                f"{name}: random {fraction:g} of train by hash of {data.group or 'the row'}"
+                f"{name}: random {fraction:g} of train by hash of {data.group or 'the row'}{seed}"
             )
     if data.group:
         origin.append(f"no {data.group} in two splits")

@@ -517,6 +517,35 @@ def test_hash_splits_cover_each_row_once_near_their_shares(tmp_path, split):
     ), "scattered, not a block"
 
 
+@pytest.mark.parametrize("group", [None, "person"])
+def test_another_split_seed_holds_out_other_rows(tmp_path, split, group):
+    write(tmp_path / "a.parquet", people(0, 2000), 512)
+
+    def by(**seed):
+        return split(
+            uri=str(tmp_path / "a.parquet"),
+            validation_fraction=0.2,
+            test_fraction=0.3,
+            group=group,
+            need_test=True,
+            **seed,
+        )
+
+    plain, zero, one, again = by(), by(split_seed=0), by(split_seed=1), by(split_seed=1)
+    assert numbers(plain.test) == numbers(zero.test) and plain.origin == zero.origin
+    assert numbers(one.test) == numbers(again.test) != numbers(zero.test)
+    assert "(split_seed 1)" in one.origin and one.fingerprint != zero.fingerprint
+    parts = [set(numbers(part)) for part in (one.train, one.validation, one.test)]
+    assert set.union(*parts) == set(range(2000)) and sum(map(len, parts)) == 2000
+    shared = len(set(numbers(zero.test)) & parts[2]) / 2000
+    assert abs(shared - 0.09) < 0.06, "independent of the other: both hold 0.3 x 0.3 of the rows"
+
+
+def test_a_split_seed_that_nothing_would_read_is_refused(split):
+    with pytest.raises(ValueError, match="no rows are held out by validation_fraction"):
+        split(train="a", validation="b", test="c", split_seed=1)
+
+
 def test_hash_splits_stay_when_other_options_change(tmp_path, split):
     write(tmp_path / "a.parquet", people(0, 1000), 100)
     uri = str(tmp_path / "a.parquet")
