@@ -347,6 +347,8 @@ def _best_baseline(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials
         and other.done
         and (other.key[2], other.key[4]) == (trials.key[2], trials.key[4])
     ]
+    if len(candidates) > 1:
+        candidates = [other for other in candidates if math.isfinite(other.validation())]
     return max(candidates, key=_CellTrials.validation, default=None)
 
 

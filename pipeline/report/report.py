@@ -533,11 +533,13 @@ def _format_p_value(value: float | None) -> str:
 def _baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[Block]:
     """Return the table of gains over the best scratch network, where there are several backbones.
 
-    A note above it says that the other gains are measured against different networks.
+    A note above it says that the other gains are measured against different networks. Baselines,
+    which are no networks, are left out.
     """
-    backbones = sorted({cell.backbone for cell in group})
-    if len(backbones) < 2:
+    group = [cell for cell in group if not cell.is_baseline]
+    if not _has_several_backbones(group):
         return []
+    backbones = sorted({cell.backbone for cell in group})
     best = sorted(
         {
             f"{plots.fraction_label(cell.label_fraction)}: {cell.baseline}"

@@ -896,6 +896,8 @@ def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial
     """Return the trials of baselines. They read rows as the first backbone group of a target."""
     out: list[Trial] = []
     for name, target in state.targets.items():
+        if not grid.baselines(state.job, target.spec):
+            continue
         names = set(matching(state, name))
         group = next(one for one in groups if set(one.sources) & names)
         out += grid.baseline_trials(state.job, name, group, target.key)

@@ -39,6 +39,7 @@ from pipeline.config.schema import ComponentConfig, Job, Target, schema
 from pipeline.core.contracts import BaselineRows
 from pipeline.core.metrics import catalog
 from pipeline.core.specs import Architecture, ModalitySpec
+from pipeline.io import storage
 from pipeline.media import spectrogram
 from pipeline.report import matrix, report, stats
 from pipeline.transfer import baseline_trials, fanout, grid, trial
@@ -209,6 +210,15 @@ def test_boosted_trees_summarise_events():
         max_iter=5, max_depth=2, min_samples_leaf=5, random_state=7
     ).fit(inputs, labels)
     np.testing.assert_allclose(np.exp(scores(inputs)), model.predict_proba(inputs), rtol=1e-5)
+
+
+def test_boosted_trees_are_fitted_on_all_of_many_rows():
+    """Where scikit-learn would hold out rows by itself, and refuse a class of a single row."""
+    inputs, labels = np.arange(10_002.0)[:, None] / 10_002, np.arange(10_002) % 2
+    labels[-1] = 2
+    one = baseline("boosted_trees", trees=2)
+    scores = baseline_trials.fit(one, {"depth": 2, "leaf_rows": 1}, 0, "classes", inputs, labels, 3)
+    assert scores(inputs).shape == (10_002, 3) and scores(inputs)[-1].argmax() == 2
 
 
 def test_numbers_are_predicted_by_their_mean_and_by_a_plugin():
@@ -397,13 +407,8 @@ def run_of(accuracy: float, seed: int, n: int = 60) -> stats.RunPredictions:
     return stats.RunPredictions(np.arange(n), arrays, seed)
 
 
-def test_the_gain_over_the_best_baseline_is_paired_as_the_gain_over_scratch():
-    cells = {
-        ("src", "full", "net"): (0.95, 0.9),
-        ("none", "scratch", "net"): (0.6, 0.6),
-        ("none", "majority", "none"): (0.9, 0.5),
-        ("none", "bag_of_words", "none"): (0.8, 0.8),
-    }
+def rows_and_runs(cells: dict[tuple[str, str, str], tuple[float, float]]):
+    """Results and predictions of three seeds of cells with a test and a validation accuracy."""
     rows, runs = [], {}
     for (source, technique, backbone), (tested, validated) in cells.items():
         for seed in range(3):
@@ -413,6 +418,19 @@ def test_the_gain_over_the_best_baseline_is_paired_as_the_gain_over_scratch():
                 rows.append(row)
                 rows.append(dataclasses.replace(row, split="validation", value=validated))
                 runs[row.trial_id] = run
+    return rows, runs
+
+
+CELLS = {
+    ("src", "full", "net"): (0.95, 0.9),
+    ("none", "scratch", "net"): (0.6, 0.6),
+    ("none", "majority", "none"): (0.9, 0.5),
+    ("none", "bag_of_words", "none"): (0.8, 0.8),
+}
+
+
+def test_the_gain_over_the_best_baseline_is_paired_as_the_gain_over_scratch():
+    rows, runs = rows_and_runs(CELLS)
     found = {cell.technique: cell for cell in matrix.matrix_cells(rows, runs)}
     full, trees = found["full"], found["bag_of_words"]
     assert full.best_baseline == "bag_of_words", "by validation, not by test"
@@ -431,6 +449,25 @@ def test_the_gain_over_the_best_baseline_is_paired_as_the_gain_over_scratch():
     console = Console(width=100, record=True)
     console.print(report.table(list(found.values())))
     assert "over bag_of_words" in console.export_text()
+
+
+def test_a_baseline_without_a_validation_value_is_never_the_best():
+    cells = {**CELLS, ("none", "majority", "none"): (0.9, float("nan"))}
+    found = matrix.matrix_cells(*rows_and_runs(cells))
+    assert {cell.best_baseline for cell in found if not cell.is_baseline} == {"bag_of_words"}
+
+
+def test_the_report_of_one_network_has_no_table_of_several(tmp_path):
+    rows, runs = rows_and_runs(CELLS)
+    cells = matrix.matrix_cells(rows, runs)
+    texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
+    uris = report.write(
+        str(tmp_path), job_name="j", cells=cells, rows=rows, curves={}, runs=runs, **texts
+    )
+    for uri in uris:
+        text = storage.read_bytes(uri).decode()
+        assert "gain over the best baseline" in text and "1 of 2 networks are better" in text
+        assert "different scratch networks" not in text, "a baseline is no network"
 
 
 def test_a_baseline_that_suits_no_target_is_refused():
