@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
 from pipeline.config.registry import register
 from pipeline.core.contracts import Technique
+from pipeline.core.nn.norm_statistics import batch_norms, measure
 
 
 @register("technique", "adabn")
@@ -26,7 +24,7 @@ class AdaBN(Technique):
         """Any will do whose head is carried over."""
 
     def wrap(self, task):
-        if not batch_norms(task):
+        if not batch_norms(task.backbone):
             raise ValueError(
                 f"adabn: {task.backbone.arch.name} has no batch norm, whose statistics could be "
                 "measured: use tent (other norms), or dann"
@@ -40,24 +38,5 @@ class AdaBN(Technique):
         return dict.fromkeys(layers, 0.0)
 
     def prepare(self, task, batches):
-        norms = batch_norms(task)
-        task.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
-            norm.train()
-        with torch.no_grad():
-            for batch in batches():
-                task.backbone(batch)
-        for norm in norms:
-            norm.eval()
-        return task
-
-
-def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Return the batch norms that keep running statistics."""
-    return [
-        one
-        for one in module.modules()
-        if isinstance(one, nn.modules.batchnorm._BatchNorm) and one.track_running_stats
-    ]
+        measure(task.backbone, batches())
+        return task.eval()

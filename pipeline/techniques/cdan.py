@@ -16,7 +16,12 @@ from pipeline.core.nn.domain_adaptation import (
     layer_normed,
     progress_ramp,
 )
-from pipeline.core.nn.domain_losses import entropies, label_set_entropies, reversed_gradient
+from pipeline.core.nn.domain_losses import (
+    entropies,
+    exact,
+    label_set_entropies,
+    reversed_gradient,
+)
 
 
 class CDANOptions(AdaptationOptions):
@@ -57,7 +62,9 @@ class ConditionalClassifier(DomainClassifier):
         if not self.is_random:
             return (features[:, :, None] * chances[:, None]).flatten(1)
         most = self.of_features.shape[1]
-        return (features @ self.of_features) * (chances @ self.of_classes) / most**0.5
+        with exact(features):
+            drawn = (features.float() @ self.of_features) * (chances.float() @ self.of_classes)
+        return drawn / most**0.5
 
 
 @register("technique", "cdan", options=CDANOptions)

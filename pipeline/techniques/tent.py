@@ -10,6 +10,7 @@ from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Batch, Task, Technique
 from pipeline.core.contracts.objective_capabilities import has_classes
 from pipeline.core.nn.domain_losses import entropies, label_set_entropies
+from pipeline.core.nn.norm_statistics import batch_norms, measure
 
 
 class TentOptions(Options):
@@ -62,7 +63,7 @@ class Tent(Technique):
             parameter.requires_grad_(False)
         for parameter in trained.values():
             parameter.requires_grad_(True)
-        norms = [one for one in task.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+        norms = batch_norms(task.backbone)
         for norm in norms:
             norm.train()
         optimizer = torch.optim.Adam(trained.values(), lr=self.options.lr)
@@ -73,12 +74,8 @@ class Tent(Technique):
                     loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
-        with torch.no_grad():
-            for batch in batches() if norms else ():
-                task.backbone(batch)
+        if norms:
+            measure(task.backbone, batches())
         for name, parameter in task.named_parameters():
             parameter.requires_grad_(wanted[name])
         return task.eval()

@@ -327,6 +327,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
             if isinstance(task.objective, UpdatesAfterStep):
                 warning = task.objective.after_step(task.backbone, step, run.steps)
             if average:
+                if average.statistics:  # one that is not finite would stay in the average
+                    live.restore_norm_statistics()
                 average.update(task, step)
             progress.add(batch, sums, waited, warning)
             if run.on_rows:

@@ -96,7 +96,20 @@ def of_technique(
 def test_inputs(
     rows: Rows, ready: Callable[[Batch, bool], Batch], ranks: Ranks, size: int
 ) -> Iterator[Batch]:
-    """Yield finished batches of all rows without labels, the same ones on every rank."""
-    for loaded in eval_batches(unlabelled(rows), size):
-        if len(loaded.batch):
-            yield ready(loaded.batch.to(ranks.device), False)
+    """Yield finished batches of all rows without labels, the same ones on every rank.
+
+    Files are often sorted by class, and batch norms and entropies need batches like the whole: rows
+    come in one fixed random order, in parts of even size, of which none has a single row.
+
+    Args:
+        rows: The rows.
+        ready: Device part of the modality.
+        ranks: This process among the others.
+        size: Most rows of a batch.
+    """
+    plain, n = unlabelled(rows), len(rows)
+    order = np.random.default_rng(mix(n)).permutation(n)
+    for part in np.array_split(order, -(-n // size)) if n else ():
+        for loaded in eval_batches(plain.subset(part), size):
+            if len(loaded.batch):
+                yield ready(loaded.batch.to(ranks.device), False)

@@ -152,6 +152,24 @@ def test_the_moving_average_has_its_closed_form():
 
 
 @pytest.mark.parametrize("name", ["swa", "ema"])
+def test_a_batch_that_is_not_finite_does_not_enter_the_average(name):
+    used = technique(name)
+    run = make_run(image_rows(48), net_task(norm="batch"), steps=8, technique=used, lr=0.02)
+    bad = next(iter(run.batches(range(4, 5)))).batch.rows[0]
+    ready = run.ready
+
+    def spoiled(batch, training):
+        batch = ready(batch, training)
+        image = batch["image"].clone()
+        image[batch.rows == bad] = float("nan")
+        return batch.replace(image=image)
+
+    run.ready = spoiled
+    assert loop.fit(run).skipped_steps >= 1
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run.task).values())
+
+
+@pytest.mark.parametrize("name", ["swa", "ema"])
 def test_what_is_validated_is_the_average(name):
     run = make_run(
         image_rows(48),

@@ -28,7 +28,7 @@ from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.core.nn import domain_adaptation, domain_losses
 from pipeline.data.stream import Rows, eval_batches
 from pipeline.techniques.adabn import AdaBN
-from pipeline.techniques.cdan import CDAN
+from pipeline.techniques.cdan import CDAN, ConditionalClassifier
 from pipeline.techniques.coral import Coral
 from pipeline.techniques.dan import DAN
 from pipeline.techniques.dann import DANN
@@ -37,7 +37,7 @@ from pipeline.techniques.mcd import MCD
 from pipeline.techniques.pooled import Pooled, PooledOptions
 from pipeline.techniques.pseudo_labels import PseudoLabelOptions, PseudoLabels
 from pipeline.techniques.tent import Tent, TentOptions, entropy
-from pipeline.train import evaluate, loop
+from pipeline.train import evaluate, loop, streams
 from pipeline.train.loop import Ranks
 
 TRAINED = (
@@ -170,11 +170,32 @@ def test_class_confusion_is_the_paper_s_formula():
     assert domain_losses.class_confusion(certain).item() < 1e-6
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        domain_losses.coral,
+        domain_losses.mmd,
+        lambda one, other: domain_losses.joint_mmd([one, one.softmax(-1)], [other, other]),
+        lambda one, other: domain_losses.class_confusion(one),
+        lambda one, other: ConditionalClassifier(5, 5, hidden=3, most=20).products(one, other),
+    ],
+    ids=["coral", "mmd", "joint_mmd", "class_confusion", "cdan"],
+)
+def test_distances_keep_their_digits_under_autocast(loss):
+    """In bf16 the distance of two close domains would be nothing but rounding."""
+    one = features(32, 0).float()
+    other = one + 0.01
+    torch.manual_seed(0)
+    want = loss(one, other)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(one, other)
+    assert found.dtype == torch.float32 and torch.equal(found, want)
+
+
 def test_random_products_estimate_the_inner_products_of_whole_ones():
     """Of CDAN: with wide features the products are random, and their inner products unbiased."""
     torch.manual_seed(0)
-    from pipeline.techniques.cdan import ConditionalClassifier
-
     whole = ConditionalClassifier(6, 4, hidden=3, most=100)
     drawn = ConditionalClassifier(6, 4, hidden=3, most=20)
     drawn.of_features, drawn.of_classes = torch.randn(6, 200_000), torch.randn(4, 200_000)
@@ -365,9 +386,8 @@ def test_adabn_takes_the_statistics_of_the_targets_rows():
     adapted = technique.prepare(technique.wrap(task), inputs_of(rows))
     norm = adapted.backbone.norm
     whole = adapted.backbone.stem(batch_of(rows)["image"].flatten(1))
-    each = [part.var(0) for part in whole.split(8)]
     assert torch.allclose(norm.running_mean, whole.mean(0), atol=1e-5)
-    assert torch.allclose(norm.running_var, torch.stack(each).mean(0), atol=1e-5)
+    assert torch.allclose(norm.running_var, whole.var(0), rtol=1e-4)
     after = weights(adapted)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed <= {f"backbone.norm.{n}" for n in ("running_mean", "running_var")} | {
@@ -375,6 +395,39 @@ def test_adabn_takes_the_statistics_of_the_targets_rows():
     }
     with pytest.raises(ValueError, match="toys/net has no batch norm"):
         technique.wrap(net_task(norm="layer"))
+
+
+def test_batch_norms_read_all_rows_however_they_are_sorted(monkeypatch):
+    """Two halves that lie far apart: most of the variance is between them."""
+    monkeypatch.setattr(streams, "unlabelled", without_labels)
+    rows = image_rows(512)
+    assert rows.arrays is not None
+    image = rows.arrays["image"].copy()
+    image[256:] = 255 - image[256:] // 8
+    rows = Rows(rows.selection, rows.decoder, {**rows.arrays, "image": image})
+    ready = evaluate.device_preprocessing(rows)
+    for technique in (AdaBN(), Tent(TentOptions(lr=1e-9))):
+        task = net_task(norm="batch")
+        inputs = partial(streams.test_inputs, rows, ready, Ranks(), 256)
+        adapt = technique.prepare if isinstance(technique, AdaBN) else technique.at_test
+        norm = adapt(task, inputs).backbone.norm
+        whole = task.backbone.stem(batch_of(rows)["image"].flatten(1))
+        assert torch.allclose(norm.running_mean, whole.mean(0), atol=1e-4)
+        assert torch.allclose(norm.running_var, whole.var(0), rtol=1e-3)
+        inputs = partial(streams.test_inputs, rows.subset(np.arange(257)), ready, Ranks(), 256)
+        adapt(net_task(norm="batch"), inputs)  # no batch of one row, which has no variance
+
+
+@pytest.mark.parametrize("sizes", [(512, 256), (257, 256), (3, 256), (1, 256), (0, 256), (21, 4)])
+def test_rows_without_labels_come_mixed_and_each_once(monkeypatch, sizes):
+    monkeypatch.setattr(streams, "unlabelled", without_labels)
+    n, most = sizes
+    rows = image_rows(max(n, 1)).subset(np.arange(n))
+    ready = evaluate.device_preprocessing(rows)
+    once = [one.rows.tolist() for one in streams.test_inputs(rows, ready, Ranks(), most)]
+    assert sorted(row for part in once for row in part) == rows.selection.ids(np.arange(n)).tolist()
+    assert all(min(n, 2) <= len(part) <= most for part in once)
+    assert len(once) < 2 or all(max(part) - min(part) >= len(part) for part in once)
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])

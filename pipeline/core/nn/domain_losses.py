@@ -40,6 +40,15 @@ def ramp(progress: float, steepness: float = 10.0) -> float:
     return 2.0 / (1.0 + math.exp(-steepness * progress)) - 1.0
 
 
+def exact(rows: Tensor) -> torch.autocast:
+    """Return a context without autocast on the device of ``rows``.
+
+    Distances and confusions are small differences of large products, which bf16 rounds to nothing,
+    and autocast takes products in bf16 whatever the dtype of their factors is.
+    """
+    return torch.autocast(rows.device.type, enabled=False)
+
+
 def coral(source: Tensor, target: Tensor) -> Tensor:
     """Return ||C_s - C_t||_F^2 / (4 D^2) of the covariances (Sun and Saenko 2016).
 
@@ -47,14 +56,17 @@ def coral(source: Tensor, target: Tensor) -> Tensor:
         source: (n, D) with n > 1.
         target: (m, D) with m > 1.
     """
-    difference = torch.cov(source.float().T) - torch.cov(target.float().T)
+    with exact(source):
+        difference = torch.cov(source.float().T) - torch.cov(target.float().T)
     return difference.square().sum() / (4 * source.shape[1] ** 2)
 
 
 def squared_distances(rows: Tensor) -> Tensor:
     """Return (n, n) squared Euclidean distances of (n, D) rows."""
     lengths = rows.square().sum(-1)
-    return (lengths[:, None] + lengths[None] - 2 * rows @ rows.T).clamp(min=0)
+    with exact(rows):
+        products = rows @ rows.T
+    return (lengths[:, None] + lengths[None] - 2 * products).clamp(min=0)
 
 
 def gaussian_kernels(rows: Tensor, widths: Sequence[float] = KERNELS) -> Tensor:
@@ -131,6 +143,7 @@ def class_confusion(scores: Tensor, temperature: float = 2.5) -> Tensor:
     entropy = entropies(scores.float() / temperature).detach()
     weights = 1 + torch.exp(-entropy)
     weights = weights * len(weights) / weights.sum()
-    confusion = (chances * weights[:, None]).T @ chances
+    with exact(chances):
+        confusion = (chances * weights[:, None]).T @ chances
     confusion = confusion / confusion.sum(1, keepdim=True).clamp(min=TINY)
     return (confusion.sum() - confusion.trace()) / scores.shape[1]
