@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import provenance
+from pipeline.config import provenance, registry
 from pipeline.io import storage
 from pipeline.report import (
     blocks,
@@ -25,6 +25,7 @@ from pipeline.report import (
     results,
     rollouts,
     score_audit,
+    shift,
     stats,
     subgroups,
 )
@@ -55,6 +56,7 @@ from pipeline.report.matrix import (
     matrix_cells,
 )
 from pipeline.report.results import ResultRow
+from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores
 from pipeline.report.trial_record import CurvePoint
 
@@ -336,6 +338,7 @@ def write(
         *gains.score_figures(
             cells, _known_scores(rows, scores) | gains.all_scores(source_scores or {}), decimals
         ),
+        *shift.blocks_of(_shifts(source_scores or {}), registry.names("technique")),
         *_pretraining_blocks(pretraining),
         *_failure_blocks(rows),
         *_duplicate_blocks(rows),
@@ -846,6 +849,14 @@ def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block
             2,
         ),
     ]
+
+
+def _shifts(source_scores: Mapping[str, PairScores]) -> dict[str, list[Shift]]:
+    """Return what was measured of each target's rows."""
+    found: dict[str, list[Shift]] = defaultdict(list)
+    for pair in source_scores.values():
+        found[pair.target] += pair.shifts
+    return found
 
 
 def _known_scores(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.report.shift import Shift
+
 
 @dataclass(frozen=True)
 class ScoreValue:
@@ -36,6 +38,8 @@ class PairScores:
     device: str = ""
     error: str = ""
     """Why nothing could be computed."""
+    shifts: tuple[Shift, ...] = ()
+    """How the target's rows differ from the source's, and among each other."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,4 +49,5 @@ class PairScores:
         values = {name: ScoreValue(**value) for name, value in found["scores"].items()}
         fields: dict[str, Any] = dict(found)
         fields["scores"] = values
+        fields["shifts"] = tuple(map(Shift.from_json, found.get("shifts", ())))
         return cls(**fields)

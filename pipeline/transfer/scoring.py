@@ -30,15 +30,18 @@ from pipeline.core.rng import mix
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import Decoder, Rows, eval_batches
 from pipeline.io import checksums, storage
+from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.train import evaluate
 from pipeline.train.online_probe import FEATURE_ROWS, features
 from pipeline.train.pretrain import device_name
+from pipeline.transfer import measured_shift
 from pipeline.transfer.grid import label_subset
+from pipeline.transfer.measured_shift import LabelledRows, SourceSide
 from pipeline.transfer.trial import Shared, TargetData
 
-SCORES_FORMAT = 1
-SCORING_CODE = ("pipeline.transfer.scoring",)
+SCORES_FORMAT = 2
+SCORING_CODE = ("pipeline.transfer.scoring", "pipeline.transfer.measured_shift")
 DEFAULT_SCORE = "logme"
 """What sources are sorted by where no score chooses them."""
 SCORE_ROWS = 2000
@@ -94,6 +97,8 @@ class Pair:
     target: str
     source_rows: tuple[Selection, dict[str, str]] | None = None
     """Training rows of the source with their columns, where it has any (`sample`)."""
+    source_labels: Mapping[str, int] = field(default_factory=dict)
+    """Class to number of all training rows of the source, where its rows have one class."""
 
 
 def sample(selection: Selection) -> Selection:
@@ -224,6 +229,7 @@ def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> Pair
     if any("source_features" in one.inputs for one in wanted.values()):
         _add_source(given, pair, data, backbone, device)
     seconds = time.perf_counter() - began
+    is_whole = set(wanted) == set(registry.entries("score"))
     return PairScores(
         pair.source,
         pair.target,
@@ -232,7 +238,39 @@ def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> Pair
         len(given.arrays.get("source_features", ())),
         seconds,
         device_name(device),
+        shifts=_shifts(pair, shared, data, given, backbone, device) if is_whole else (),
     )
+
+
+def _shifts(
+    pair: Pair,
+    shared: Shared,
+    data: TargetData,
+    given: _Inputs,
+    backbone: Backbone,
+    device: torch.device,
+) -> tuple[Shift, ...]:
+    """Measure shift with the features that the scores have read, and those of test rows."""
+    head, _ = shared.heads.get(pair.source, (None, {}))
+    names = head.state.get("labels", ()) if head is not None else ()
+    source = SourceSide(
+        pair.source,
+        pair.source_rows,
+        given.arrays.get("source_features"),
+        dict(pair.source_labels),
+        tuple(map(str, names)),
+        given.arrays.get("probabilities"),
+    )
+    labels = given.arrays.get("labels")
+    has_one_class = labels is not None and kind_of(labels) == "classes" and given.labelled is None
+    labelled = LabelledRows(
+        given.arrays["features"], labels if has_one_class else None, data.label_names
+    )
+    try:
+        return tuple(measured_shift.measure(data, source, labelled, backbone, device))
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # scores are kept
+        why = f"{type(error).__name__}: {error}"
+        return (Shift(f"source {pair.source}", "training rows", missing={"shift": why}),)
 
 
 def _add_target(

@@ -36,7 +36,17 @@ from pipeline.train import fit_components, launch, source
 from pipeline.train.experiment import technique_of
 from pipeline.train.progress import Progress
 from pipeline.train.row_checks import findings_from_metadata
-from pipeline.transfer import fanout, grid, label_sets, overlap, pruning, scoring, targets, trial
+from pipeline.transfer import (
+    fanout,
+    grid,
+    label_sets,
+    measured_shift,
+    overlap,
+    pruning,
+    scoring,
+    targets,
+    trial,
+)
 from pipeline.transfer.grid import SCRATCH, BackboneGroup, Trial
 from pipeline.transfer.scoring import Pair
 from pipeline.transfer.targets import TargetStage
@@ -726,8 +736,9 @@ def _compute_scores(state: JobState, shared: Shared, names: Sequence[str]) -> No
         for name, stage in state.sources.items()
         if stage.splits is not None and stage.spec.data is not None
     }
+    labels = {name: _class_counts(stage, shared) for name, stage in state.sources.items()}
     pairs = [
-        Pair(source_name, group, name, rows.get(source_name))
+        Pair(source_name, group, name, rows.get(source_name), labels.get(source_name, {}))
         for (name, group), sources in _pairs(state, shared, names).items()
         for source_name in sources
     ]
@@ -741,6 +752,16 @@ def _compute_scores(state: JobState, shared: Shared, names: Sequence[str]) -> No
             )
             state.notes.append(line)
             state.progress.note(f"warning: {line}")
+
+
+def _class_counts(stage: source.SourceStage, shared: Shared) -> dict[str, int]:
+    """Return the number of training rows of each class of a source, {} where rows have none."""
+    head, _ = shared.heads.get(stage.name, (None, {}))
+    if head is None or stage.splits is None or stage.spec.data is None:
+        return {}
+    return measured_shift.counts_of(
+        stage.splits.train, stage.spec.data.columns, head.name, head.state
+    )
 
 
 def _rank(score: ScoreValue) -> tuple[bool, float]:

@@ -12,11 +12,9 @@ import numpy as np
 
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import Estimate, score
+from pipeline.transfer.shift import linear, wilson
 
 FOLDS = 5
-RIDGE = 0.01
-"""Of the domain classifier, in shares of the mean variance of a feature."""
-NORMAL_95 = 1.959963984540054
 MOST_ROWS = 500
 """Rows of each side that MMD compares pair by pair, evenly spread."""
 
@@ -121,28 +119,8 @@ def proxy_a(features: np.ndarray, source_features: np.ndarray) -> float | Estima
     wrong = 0
     for k in range(FOLDS):
         held = fold == k
-        wrong += int((_domain(x[~held], side[~held], x[held]) * side[held] <= 0).sum())
-    low, high = _wilson(wrong, 2 * count)
+        found = linear(x[~held], side[~held, None], x[held])[:, 0]
+        wrong += int((found * side[held] <= 0).sum())
+    low, high = wilson(wrong, 2 * count)
     value, least, most = (2 * (1 - 2 * error) for error in (wrong / (2 * count), high, low))
     return value, least, most
-
-
-def _domain(x: np.ndarray, side: np.ndarray, tried: np.ndarray) -> np.ndarray:
-    """Return (t,) predictions of ridge regression, positive for the first side."""
-    mean = x.mean(0)
-    x = x - mean
-    n, width = x.shape
-    penalty = RIDGE * float((x**2).sum()) / width + 1e-300
-    if width <= n:
-        weights = np.linalg.solve(x.T @ x + penalty * np.eye(width), x.T @ side)
-    else:
-        weights = x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(n), side)
-    return (tried - mean) @ weights
-
-
-def _wilson(hits: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share."""
-    share, z2 = hits / n, NORMAL_95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = NORMAL_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return middle - half, middle + half

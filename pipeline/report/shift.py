@@ -1,0 +1,202 @@
+"""How a source and a target differ, and the parts of a target: as runs record it, in a table, and
+in words with the techniques that fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.report import blocks
+from pipeline.report.blocks import Block
+
+CHANCE, TOLD_APART = 0.5, 0.6
+"""Accuracy of telling two equal samples apart, and the accuracy from which a shift is named. The
+interval must lie above it.
+"""
+LARGE_SHARE, LARGE_LOSS, LARGE_DRIFT = 0.05, 0.05, 0.1
+"""Change of a class's share, loss of accuracy of the source's head, and drift of a feature (0 to 1)
+from which they are named. Intervals must lie beyond the first two; the last must also be certain.
+"""
+ALIGNING = ("dann", "cdan", "coral", "dan", "adabn")
+REFITTING = ("lp_ft", "full", "lora")
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def text(self, decimals: int = 2, sign: str = "") -> str:
+        return blocks.format_interval(self.value, self.low, self.high, decimals, sign)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The difference of one feature between two samples."""
+
+    feature: str
+    size: float
+    """From 0 to 1: the Kolmogorov-Smirnov statistic of numbers, the Jensen-Shannon divergence in
+    bits of categories."""
+    p: float
+    """Corrected for the number of features (Benjamini and Hochberg 1995)."""
+    kind: str
+    """numbers or categories"""
+
+    @property
+    def is_large(self) -> bool:
+        return self.p < 0.05 and self.size >= LARGE_DRIFT
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How rows of a target differ from others."""
+
+    others: str
+    """What they are compared with, in words: source corpus."""
+    rows: str
+    """Which rows of the target, in words: the target's training rows."""
+    covariate: Estimate | None = None
+    """Accuracy of telling both apart by their features; 0.5 is chance."""
+    labels: dict[str, Estimate] = field(default_factory=dict)
+    """Class to its share in the target minus that in the others."""
+    concept: Estimate | None = None
+    """Accuracy on the target's rows of a head fitted to them minus that of the source's own."""
+    drift: tuple[Drift, ...] = ()
+    missing: dict[str, str] = field(default_factory=dict)
+    """covariate, labels or concept to why it was not measured."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Shift:
+        estimates = {
+            name: Estimate(**found[name]) if found[name] else None
+            for name in ("covariate", "concept")
+        }
+        labels = {name: Estimate(**one) for name, one in found["labels"].items()}
+        drift = tuple(Drift(**one) for one in found["drift"])
+        return cls(**{**found, **estimates, "labels": labels, "drift": drift})
+
+
+def sentences(target: str, shift: Shift, techniques: Sequence[str]) -> list[str]:
+    """Return a sentence for each shift that is large.
+
+    Args:
+        techniques: Names of those that there are; only these are recommended.
+    """
+    found, between = [], f"{target}: {shift.rows} and {shift.others}"
+    if shift.covariate and shift.covariate.low > TOLD_APART:
+        found.append(
+            f"{between} look different (covariate shift): they are told apart with an accuracy of "
+            f"{shift.covariate.text()}, where {CHANCE} is chance"
+            + _advice("techniques that bring their features together", ALIGNING, techniques)
+        )
+    changed = [name for name, one in shift.labels.items() if _is_beyond(one, LARGE_SHARE)]
+    if changed:
+        largest = sorted(changed, key=lambda name: -abs(shift.labels[name].value))
+        named = ", ".join(f"{name} {shift.labels[name].text(sign='+')}" for name in largest[:SHOWN])
+        found.append(
+            f"{between} have other shares of classes (label shift): {named}. Do not rely on the "
+            "source's probabilities: calibrate them on the target's validation rows, or correct "
+            "them by the shares of classes; metrics that weigh classes alike change least"
+        )
+    if shift.concept and shift.concept.low > LARGE_LOSS:
+        found.append(
+            f"{between} differ in what the labels mean for the same features (concept shift): a "
+            "head fitted to the target is right more often than the source's own, by "
+            f"{shift.concept.text()}"
+            + _advice("techniques that train on the target's labels", REFITTING, techniques)
+        )
+    if large := [one for one in shift.drift if one.is_large]:
+        named = ", ".join(f"{one.feature} ({one.size:.2f})" for one in large[:SHOWN])
+        more = f" and {len(large) - SHOWN} more" if len(large) > SHOWN else ""
+        found.append(
+            f"{between}: {len(large)} of {len(shift.drift)} features are distributed otherwise: "
+            f"{named}{more}. Look whether their units and codes are the same"
+        )
+    return found
+
+
+def _is_beyond(one: Estimate, size: float) -> bool:
+    return one.low > size or one.high < -size
+
+
+def _advice(what: str, fitting: Sequence[str], techniques: Sequence[str]) -> str:
+    able = [name for name in fitting if name in techniques]
+    return f"; {what}: {', '.join(able)}" if able else ""
+
+
+def blocks_of(shifts: Mapping[str, Sequence[Shift]], techniques: Sequence[str]) -> list[Block]:
+    """Return the report's section on shift; nothing where none was measured.
+
+    Args:
+        shifts: Target to what was measured.
+        techniques: Names of all techniques.
+    """
+    rows, words, folded = [], [], []
+    for target, found in shifts.items():
+        for shift in found:
+            rows.append([target, shift.others, *_cells(shift)])
+            words += sentences(target, shift, techniques)
+            folded += _details(target, shift)
+    if not rows:
+        return []
+    header = [
+        "Target",
+        "Compared with",
+        "Told apart",
+        "Largest change of a class's share",
+        "Source's head is worse by",
+        "Features that drift",
+    ]
+    return [
+        blocks.Heading("Shift"),
+        blocks.Text(
+            "How the target's rows differ from those of its sources, and its test rows from its "
+            "training rows. Told apart: accuracy of a classifier on rows that it was not fitted "
+            f"to, with 95 % intervals; {CHANCE} is chance. The source's head is compared with a "
+            "head that is fitted to the target, on the same features."
+        ),
+        blocks.Table(header, rows, 2),
+        blocks.Bullets(words or ["No large shift was found."]),
+        *folded,
+    ]
+
+
+def _cells(shift: Shift) -> list[str]:
+    largest = max(shift.labels.items(), key=lambda one: abs(one[1].value), default=None)
+    large = sum(one.is_large for one in shift.drift)
+    return [
+        shift.covariate.text() if shift.covariate else blocks.DASH,
+        f"{largest[0]} {largest[1].text(sign='+')}" if largest else blocks.DASH,
+        shift.concept.text(sign="+") if shift.concept else blocks.DASH,
+        f"{large} of {len(shift.drift)}" if shift.drift else blocks.DASH,
+    ]
+
+
+def _details(target: str, shift: Shift) -> list[Block]:
+    """Return what was not measured, and every feature that drifts."""
+    out: list[Block] = []
+    if shift.drift:
+        rows = [
+            [one.feature, one.kind, f"{one.size:.3f}", f"{one.p:.2g}"]
+            for one in shift.drift
+            if one.p < 0.05
+        ]
+        header = ["Feature", "Kind", "Size", "p, corrected"]
+        title = f"{target}: features of {shift.rows} against {shift.others}"
+        if rows:
+            out.append(blocks.Details(title, [blocks.Table(header, rows, 2)]))
+    if shift.missing:
+        lines = [f"{what}: {why}" for what, why in shift.missing.items()]
+        title = f"{target}: what was not measured against {shift.others}, and why"
+        out.append(blocks.Details(title, [blocks.Bullets(lines)]))
+    return out
