@@ -126,8 +126,7 @@ def concept_shift(
     Args:
         features: (n, D) features of the target's training rows.
         labels: (n,) class numbers.
-        probabilities: (n, K) what the source's head says of the same classes in the same order;
-            of a class that the source lacks -1.
+        probabilities: (n, K) what the source's head says of the same classes in the same order.
         seed: Of the folds.
 
     Raises:

@@ -2,6 +2,8 @@
 none, and one that is made is named.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -166,6 +168,10 @@ def test_shift_is_measured_with_the_scores_and_reads_no_label_of_test_rows(tmp_p
     assert source.concept is not None and not own.labels and own.concept is None
     data.test.arrays["label"][:] = 0
     assert score_pair(pair, shared).shifts == (source, own)
+    unreadable = replace(data.test.decoder, objective_state={})
+    blind = replace(data, test=replace(data.test, arrays=None, decoder=unreadable))
+    again = score_pair(pair, replace(shared, targets={("task", key): blind})).shifts
+    assert again == (source, own), "their labels cannot be read at all"
     checkpoint, _ = score_pair(Pair("src", key, "task"), shared).shifts
     assert checkpoint.missing["covariate"] == "the source's rows are not there"
     assert {*checkpoint.missing} == {"covariate", "labels"} and checkpoint.concept is not None

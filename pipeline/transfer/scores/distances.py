@@ -119,7 +119,8 @@ def proxy_a(features: np.ndarray, source_features: np.ndarray) -> float | Estima
     wrong = 0
     for k in range(FOLDS):
         held = fold == k
-        found = linear(x[~held], side[~held, None], x[held])[:, 0]
+        # without the offset: the side that is the larger in fitted rows is the smaller in held ones
+        found = linear(x[~held], side[~held, None], x[held])[:, 0] - side[~held].mean()
         wrong += int((found * side[held] <= 0).sum())
     low, high = wilson(wrong, 2 * count)
     value, least, most = (2 * (1 - 2 * error) for error in (wrong / (2 * count), high, low))
