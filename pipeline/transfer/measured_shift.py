@@ -19,7 +19,7 @@ from pipeline.data import manifests
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import Rows
 from pipeline.report.shift import Drift, Shift
-from pipeline.train import fit_components, streams
+from pipeline.train import fit_components
 from pipeline.train.online_probe import features
 from pipeline.transfer import shift
 from pipeline.transfer.trial import TargetData
@@ -117,7 +117,8 @@ def _spread(rows: Rows) -> Rows:
 
 def _features(backbone: Backbone, rows: Rows, device: torch.device) -> np.ndarray:
     """Return the features of rows, whose labels are not read."""
-    found, _ = features(backbone, streams.unlabelled(rows), device)
+    decoder = replace(rows.decoder, objective=None, objective_state={}, relabel=None)
+    found, _ = features(backbone, replace(rows, decoder=decoder), device)
     return found[torch.isfinite(found).all(1)].cpu().numpy()
 
 

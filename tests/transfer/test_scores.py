@@ -22,7 +22,7 @@ from pipeline.config.schema import Job
 from pipeline.core.specs import ObjectiveSpec
 from pipeline.report.source_scores import PairScores
 from pipeline.train import online_probe
-from pipeline.transfer import scoring, trial
+from pipeline.transfer import measured_shift, scoring, trial
 from pipeline.transfer.scores.knn import knn
 from pipeline.transfer.scores.leep import leep, nce
 from pipeline.transfer.scores.logme import logme
@@ -386,15 +386,20 @@ DEFINED = {
 
 
 @pytest.mark.parametrize("name", registry.names("objective"))
-def test_every_kind_of_target_has_the_scores_that_are_defined_for_it(name):
+def test_every_kind_of_target_has_the_scores_that_are_defined_for_it(name, monkeypatch):
+    monkeypatch.setattr(measured_shift, "drift", lambda *_: ())  # reads files, and here are none
     built = OBJECTIVES[name].build(name)
     backbone, objective = built.task.backbone, built.task.objective
     data_ = SimpleNamespace(
         objective=ObjectiveSpec(name, objective.options.model_dump(), objective.state),
         arch=backbone.arch,
         train=built.rows,
+        test=built.rows,
         labels=None,
-        spec=SimpleNamespace(label_fractions=[1.0]),
+        label_names=(),
+        spec=SimpleNamespace(
+            label_fractions=[1.0], data=SimpleNamespace(columns=built.rows.decoder.columns)
+        ),
     )
     weights = {name: tensor.numpy() for name, tensor in backbone.state_dict().items()}
     shared = SimpleNamespace(
@@ -408,6 +413,7 @@ def test_every_kind_of_target_has_the_scores_that_are_defined_for_it(name):
     assert not found.error
     defined = {name for name, score in found.scores.items() if score.value is not None}
     assert defined == DEFINED.get(name, set())
+    assert not any("shift" in one.missing for one in found.shifts), "rows of any kind are compared"
     kinds = scoring.label_kinds(type(objective))
     allowed = {name for name, one in scoring.scores().items() if any(map(one.takes, kinds))}
     assert defined <= allowed, "what the job file is checked by"
