@@ -57,7 +57,8 @@ class BoostedTrees(Baseline):
         return np.concatenate(parts, axis=1).astype(np.float32)
 
     def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
-        kind = HistGradientBoostingClassifier
+        # scikit-learn has no types, and early_stopping's default would make it a text
+        kind: Any = HistGradientBoostingClassifier
         if label_kind == "numbers":
             kind = HistGradientBoostingRegressor
         return kind(

@@ -83,8 +83,9 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
     train = read(rows, baseline, objective, most)
     validation = read(data.validation, baseline, objective, most)
     chosen = choose(baseline, objective, train, validation, data.metrics, mix(seed, 5) % (1 << 32))
-    if is_calibrated(objective):
-        objective.calibrate(chosen.predictions)
+    calibrated = objective
+    if is_calibrated(calibrated):
+        calibrated.calibrate(chosen.predictions)
     test = read(data.test, baseline, objective, most)
     predictions = predict(objective, chosen.scores(test.inputs), test)
     notes = [f"{trial.technique}: no network, fitted on {len(train.ids)} rows"]
