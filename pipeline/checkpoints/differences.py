@@ -69,6 +69,8 @@ def _factors(tensor: Tensor, before: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     if tensor.dim() < 2 or not tensor.is_floating_point():
         return None
+    if not bool(torch.isfinite(tensor).all() and torch.isfinite(before).all()):
+        return None
     change: Matrix = (tensor.double() - before.double()).flatten(1).numpy()
     rows, columns = change.shape
     rank = min(rows * columns // (2 * (rows + columns)), MAX_RANK)

@@ -20,7 +20,7 @@ class ScoreValue:
     seconds: float | None = None
     """Of this score alone, with its interval, from features that are there."""
     reason: str = ""
-    """Why there is no value."""
+    """Why there is no value, or no interval."""
 
 
 @dataclass(frozen=True)

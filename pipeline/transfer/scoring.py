@@ -144,7 +144,7 @@ def score_pair(pair: Pair, shared: Shared, names: tuple[str, ...] = ()) -> PairS
         return PairScores.from_json(kept)
     wanted = {name: one for name, one in scores().items() if not names or name in names}
     try:
-        found = _score_pair(pair, shared, wanted)
+        found, failed = _score_pair(pair, shared, wanted)
     except (ValueError, ArithmeticError, RuntimeError) as error:  # the other sources go on
         reason = f"{type(error).__name__}: {error}"
         none = {
@@ -152,7 +152,7 @@ def score_pair(pair: Pair, shared: Shared, names: tuple[str, ...] = ()) -> PairS
             for name, one in wanted.items()
         }
         return PairScores(pair.source, pair.target, none, error=reason)
-    if uri:
+    if uri and not failed:  # what broke once may work the next time
         checksums.write_document(uri, found.to_json())
     return found
 
@@ -187,6 +187,8 @@ class _Inputs:
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    failed: bool = False
+    """Whether something is missing because of an error that need not come again."""
     labelled: np.ndarray | None = None
     """(m, D) features of labelled positions, where labels belong to positions of rows."""
 
@@ -198,11 +200,14 @@ class _Inputs:
         return found
 
 
-def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> PairScores:
+def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> tuple[PairScores, bool]:
     """Score on at most SCORE_ROWS training rows of the target, evenly spread.
 
     Only rows are read that the trials with the fewest labels may use too (`fewest_labels`). A
     choice of sources by all labels would help trials that may use only 5 % of them.
+
+    Returns:
+        The scores, and whether one is missing because of an error that need not come again.
 
     Raises:
         ValueError: A feature is not finite.
@@ -218,7 +223,7 @@ def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> Pair
         given.missing["source_features"] = "the source is a checkpoint, whose rows are not there"
     if all(set(one.inputs) & set(given.missing) for one in wanted.values()):
         undefined = {name: _value(one, given) for name, one in wanted.items()}
-        return PairScores(pair.source, pair.target, undefined)
+        return PairScores(pair.source, pair.target, undefined), False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = bundle.build_backbone(data.arch)
     weights = shared.weights[pair.source]
@@ -230,7 +235,7 @@ def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> Pair
         _add_source(given, pair, data, backbone, device)
     seconds = time.perf_counter() - began
     is_whole = set(wanted) == set(registry.entries("score"))
-    return PairScores(
+    found = PairScores(
         pair.source,
         pair.target,
         {name: _value(one, given) for name, one in wanted.items()},
@@ -240,6 +245,7 @@ def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> Pair
         device_name(device),
         shifts=_shifts(pair, shared, data, given, backbone, device) if is_whole else (),
     )
+    return found, given.failed
 
 
 def _shifts(
@@ -268,7 +274,8 @@ def _shifts(
     )
     try:
         return tuple(measured_shift.measure(data, source, labelled, backbone, device))
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # scores are kept
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # scores go on
+        given.failed |= isinstance(error, RuntimeError)
         why = f"{type(error).__name__}: {error}"
         return (Shift(f"source {pair.source}", "training rows", missing={"shift": why}),)
 
@@ -343,8 +350,9 @@ def _position_features(
         found = backbone(batch, want=objective.position_features)
         pooled.append(found.pooled.float())
         of_batch, theirs = objective.labelled_positions(found, batch)
-        labelled.append(of_batch)
-        labels.append(theirs)
+        some = torch.from_numpy(_spread(len(theirs)))  # a batch of long rows has very many
+        labelled.append(of_batch[some])
+        labels.append(theirs[some])
     places = torch.from_numpy(_spread(sum(map(len, labels))))
     return torch.cat(pooled), torch.cat(labelled)[places], torch.cat(labels)[places]
 
@@ -388,7 +396,8 @@ def _add_source(
     rows = Rows(selection, Decoder(data.train.modality, None, {}, columns))
     try:
         found, _ = features(backbone, rows, device)
-    except (ValueError, RuntimeError) as error:  # scores that do not read them go on
+    except (ValueError, RuntimeError, OSError) as error:  # scores that do not read them go on
+        given.failed = not isinstance(error, ValueError)
         given.missing["source_features"] = f"{type(error).__name__}: {error}"
         return
     fine = found[torch.isfinite(found).all(1)]
@@ -410,21 +419,35 @@ def _value(one: Score, given: _Inputs) -> ScoreValue:
     kind = kind_of(given.arrays["labels"]) if "labels" in one.inputs else None
     if kind is not None and kind not in one.tasks:
         return undefined(f"it is defined for {' and '.join(one.tasks)}, and the labels are {kind}")
+    if kind == "numbers" and not np.isfinite(given.arrays["labels"]).all():
+        return undefined("the labels are not finite")
     began, read = time.perf_counter(), given.read_by(one)
     try:
         found = one.of(read)
-        value, *interval = (
-            found if isinstance(found, tuple) else (found, *_interval(one, read, found))
-        )
-    except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
+    except Exception as error:  # a score may be anybody's: the others go on without it
+        given.failed |= not _comes_again(error)
         return undefined(f"{type(error).__name__}: {error}")
-    seconds = time.perf_counter() - began
+    value, reason = found[0] if isinstance(found, tuple) else found, ""
     if not np.isfinite(value):
         return undefined("the rows are too few, or nothing tells them apart")
+    try:
+        interval = found[1:] if isinstance(found, tuple) else _interval(one, read, found)
+    except Exception as error:  # the score of halves of the rows: that of all rows stays
+        given.failed |= not _comes_again(error)
+        interval, reason = (np.nan, np.nan), f"no interval: {type(error).__name__}: {error}"
+    seconds = time.perf_counter() - began
     value, low, high = (float(np.clip(part, *one.bounds)) for part in (value, *interval))
     if not np.isfinite([low, high]).all() or min(map(len, read.values())) < FEWEST_ROWS:
-        return ScoreValue(value, None, None, one.higher_is_better, seconds)
+        return ScoreValue(value, None, None, one.higher_is_better, seconds, reason)
     return ScoreValue(value, low, high, one.higher_is_better, seconds)
+
+
+def _comes_again(error: Exception) -> bool:
+    """Return whether the same features and labels would raise this error again.
+
+    Memory that ran out, for one, may suffice another time.
+    """
+    return isinstance(error, (ValueError, ArithmeticError))
 
 
 def _interval(one: Score, read: Mapping[str, np.ndarray], value: float) -> tuple[float, float]:

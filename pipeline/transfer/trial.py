@@ -844,8 +844,13 @@ def write(
 
 
 def _base_of(trial: Trial, shared: Shared) -> bundle.Base | None:
-    """Return the bundle that a trial's is written as the difference to."""
+    """Return the bundle that a trial's is written as the difference to; None: it is whole.
+
+    Where a technique's modules stay in the network, its tensors have other names than the source's.
+    """
     source = trial.source
+    if keeps_modules(trial.technique_object):
+        return None
     if not shared.keep_changes_alone or source not in shared.parent_weights:
         return None
     weights = _tensors(shared.weights[source])

@@ -156,6 +156,16 @@ def test_only_changes_of_a_low_rank_are_factored():
     assert torch.equal(found["full"], after["full"])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_matrix_with_a_number_that_is_not_finite_is_kept_whole(value):
+    base = {"weight": torch.randn(40, 60, generator=torch.Generator().manual_seed(0))}
+    after = {"weight": base["weight"] + 1}
+    after["weight"][3, 4] = value
+    kept = differences.reduce(after, base)
+    assert set(kept) == {"weight"}
+    torch.testing.assert_close(differences.restore(kept, base), after, equal_nan=True)
+
+
 def test_a_trial_s_bundle_is_read_with_its_source_s(tmp_path):
     paths = image_files(tmp_path / "data", {"train": 30, "validation": 12, "test": 20})
     job = job_of(tmp_path, paths, train={"steps": 2})
@@ -173,6 +183,10 @@ def test_a_trial_s_bundle_is_read_with_its_source_s(tmp_path):
     assert found.manifest.base == {"uri": source, "sha256": shared.parent_weights["src"]}
     assert size(str(uri)) < 0.2 * size(source)
     found.task()
+    side = trial.run(trial_of(job, shared, "side_tuning"), shared)
+    whole = bundle.load(str(side.rows[0].bundle_uri))
+    assert whole.manifest.base is None, "the source stands inside the network under other names"
+    whole.task()
     scratch = trial.run(trial_of(job, shared, "scratch"), shared)
     assert bundle.load(str(scratch.rows[0].bundle_uri)).manifest.base is None
 

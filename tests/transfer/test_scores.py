@@ -316,6 +316,35 @@ def test_scores_read_no_label_that_the_poorest_trials_may_not(tmp_path, fraction
     assert values(score_pair(Pair("src", key, name), shared)) == want
 
 
+@pytest.mark.parametrize("of_all", [True, False])
+def test_one_bad_score_is_a_reason_beside_the_others(tmp_path, monkeypatch, of_all):
+    """It runs out of memory on all rows or on halves of them, and is not kept: it may work again."""
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
+    key = next(iter(shared.backbone_groups))
+    shared.targets["task", key].key, shared.source_keys["src"] = "rows", "source"
+    known = scoring.scores()
+
+    def broken(features, labels):
+        if of_all or len(labels) < 60:
+            raise TypeError("no memory")
+        return 0.5
+
+    worse = {**known, "knn": dataclasses.replace(known["knn"], function=broken)}
+    monkeypatch.setattr(scoring, "scores", lambda: worse)
+    pair = Pair("src", key, "task")
+    found = score_pair(pair, shared)
+    assert not found.error and found.scores["logme"].value is not None
+    bad = found.scores["knn"]
+    assert bad.reason.endswith("TypeError: no memory")
+    assert (bad.value, bad.low) == (None if of_all else 0.5, None)
+    monkeypatch.setattr(scoring, "scores", lambda: known)
+    again = score_pair(pair, shared)
+    assert again.scores["knn"].low is not None and not again.scores["knn"].reason
+    monkeypatch.setattr(scoring, "scores", lambda: worse)
+    assert score_pair(pair, shared).scores["knn"].value == again.scores["knn"].value, "kept now"
+
+
 def test_weights_that_are_not_finite_have_no_score(tmp_path):
     paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
     shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
