@@ -7,12 +7,14 @@ techniques that every source of the target was tried with, for each label fracti
 - Weighted Kendall tau (Vigna 2015) of scores and means: 1 for the same order, -1 for the reverse;
   exchanges at the top count most. Averaged over label fractions, then over targets.
 - Regret of top k: how much worse the best of the k sources that the score puts first is than the
-  best of all, in units of the metric. 0 is the best.
+  best of all, in units of the metric. 0 is the best. Where sources have equal scores it is the mean
+  over the choices among them.
 - The interval of tau draws targets with repetition and, where they are few, sources within each.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,10 +139,24 @@ def ranked(found: Mapping[str, ScoreValue], outcome: Outcome) -> dict[str, float
     return dict(sorted(signed.items(), key=lambda pair: -pair[1]))
 
 
-def regret(order: Iterable[str], outcome: Outcome, top: int) -> float:
-    """Return how much worse the best of the first ``top`` sources is than the best of all."""
-    chosen = list(order)[:top]
-    return outcome.means[outcome.best] - max(outcome.means[source] for source in chosen)
+def regret(order: Mapping[str, float], outcome: Outcome, top: int) -> float:
+    """Return how much worse the best of the first ``top`` sources is than the best of all.
+
+    Where the last of them has the same score as sources after it, it is the mean over all choices.
+
+    Args:
+        order: Source to score, as `ranked` returns it.
+        outcome: What fine-tuning showed.
+        top: Number of sources.
+    """
+    if len(order) <= top:
+        best = max(outcome.means[source] for source in order)
+        return outcome.means[outcome.best] - best
+    last = list(order.values())[top - 1]
+    sure = [outcome.means[source] for source, score in order.items() if score > last]
+    tied = [outcome.means[source] for source, score in order.items() if score == last]
+    choices = itertools.combinations(tied, top - len(sure))
+    return outcome.means[outcome.best] - fmean(max(*sure, *choice, -np.inf) for choice in choices)
 
 
 def audit(
@@ -253,9 +269,12 @@ def _tau_of_drawn(outcome: Outcome, order: Mapping[str, float], drawn: Sequence[
 def _misled(outcome: Outcome, order: Mapping[str, float]) -> str:
     """Return a sentence where the first choice is worse than a random one, and by more than noise.
 
-    The noise is half the widths of both intervals, added as for independent means.
+    The noise is half the widths of both intervals, added as for independent means. A score that
+    puts several sources first chooses none of them.
     """
     first, best = next(iter(order)), outcome.best
+    if sum(score == order[first] for score in order.values()) > 1:
+        return ""
     lost = regret(order, outcome, 1)
     noise = float(np.hypot(outcome.halves[first], outcome.halves[best]))
     if lost <= max(_chance(outcome), noise) or lost <= 0:
@@ -276,15 +295,23 @@ def audits(
 ) -> list[Audit]:
     """Return an audit for each domain and score.
 
+    Targets of a modality with different metrics are domains of their own: regrets are in units of
+    the metric.
+
     Args:
         cells: The cells of the matrix.
         scores: ``source|target`` to every score.
         modalities: Target to its modality. Targets that are not in it are a domain of their own.
     """
     shown = outcomes(cells)
+    metrics: dict[str, set[str]] = defaultdict(set)
+    for outcome in shown:
+        metrics[modalities.get(outcome.target, "")].add(outcome.metric)
     by_domain: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in shown:
-        by_domain[modalities.get(outcome.target, "")].append(outcome)
+        domain = modalities.get(outcome.target, "")
+        several = len(metrics[domain]) > 1
+        by_domain[f"{domain} ({outcome.metric})" if several else domain].append(outcome)
     out: list[Audit] = []
     for domain, found in by_domain.items():
         targets = {outcome.target for outcome in found}
@@ -393,7 +420,7 @@ def blocks_of_audits(found: Sequence[Audit]) -> list[Block]:
         "Scoring",
         "One trial",
     ]
-    few = [one for one in known if one.low is None]
+    few = [one for one in known if one.pairs < MIN_PAIRS]
     out: list[Block] = [
         Heading("What the scores were worth"),
         Text(
@@ -409,9 +436,9 @@ def blocks_of_audits(found: Sequence[Audit]) -> list[Block]:
     if few:
         out.append(
             Text(
-                f"Too few to tell how certain a tau is: {few[0].pairs} pairs of a source and a "
-                f"target, an interval needs {MIN_PAIRS}. With so few an order is right or wrong "
-                "by luck.",
+                "Too few pairs of a source and a target to tell how certain a tau is, an interval "
+                f"needs {MIN_PAIRS}: {_pairs_of(few)}. With so few an order is right or wrong by "
+                "luck.",
                 "note",
             )
         )
@@ -420,9 +447,22 @@ def blocks_of_audits(found: Sequence[Audit]) -> list[Block]:
     ]
     if lines:
         out.append(Bullets(lines))
-    else:
-        out.append(Text("No score would have misled by more than the noise of the metric."))
+    elif len(few) < len(known):
+        out.append(
+            Text(
+                "No score's first choice was worse than a random one by more than the noise of the "
+                "metric."
+            )
+        )
     return out
+
+
+def _pairs_of(found: Sequence[Audit]) -> str:
+    """Return how many pairs each of some scores has: "LogME and kNN 4"."""
+    by_count: dict[int, dict[str, None]] = defaultdict(dict)
+    for one in found:
+        by_count[one.pairs][title(one.score)] = None
+    return "; ".join(f"{', '.join(names)} {count}" for count, names in sorted(by_count.items()))
 
 
 def _interval_text(one: Audit) -> str:

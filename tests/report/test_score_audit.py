@@ -170,6 +170,45 @@ def test_a_loss_within_the_noise_does_not_mislead():
     assert only(matrix(close), scored({"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0})).misled == ()
 
 
+def test_equal_scores_choose_none_of_their_sources():
+    """The regret of a draw among them, which no line blames on the first of them by name."""
+    found = only(matrix(), scored({"a": 2.0, "b": 2.0, "c": 2.0, "d": 2.0}))
+    assert found.top_1 == pytest.approx(found.chance) == pytest.approx(0.15)
+    # three of four without repetition: a is missing from one of four draws, and b is .1 worse
+    assert found.top_3 == pytest.approx(0.1 / 4) and found.misled == ()
+    partly = only(matrix(), scored({"a": 1.0, "b": 2.0, "c": 3.0, "d": 3.0}))
+    assert partly.top_1 == pytest.approx(0.25) and partly.misled == ()
+    assert partly.top_3 == pytest.approx(0.1)
+    assert only(matrix(), scored({"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0})).misled != ()
+
+
+def test_too_few_pairs_are_those_of_a_score_and_not_a_missing_interval():
+    targets = ("one", "two", "three")
+    every, some = scored(dict.fromkeys("abcd", 1.0), targets), {}
+    some = scored({"a": 2.0, "b": 1.0}, name="knn")
+    for place, pair in some.items():
+        every[place].scores.update(pair.scores)
+    found = score_audit.audits(matrix(targets=targets), every, dict.fromkeys(targets, "image"))
+    tied = next(one for one in found if one.score == "logme")
+    assert (tied.pairs, tied.low) == (12, None), "no interval, and not for want of pairs"
+    texts = " ".join(
+        block.text for block in score_audit.blocks_of_audits(found) if isinstance(block, Text)
+    )
+    assert "an interval needs 8: kNN 2. With so few" in texts
+    assert "No score's first choice was worse than a random one" in texts
+
+
+def test_metrics_of_a_modality_are_audited_apart():
+    cells = [*matrix(), *matrix(targets=("two",), metric="mse", higher_is_better=False)]
+    values = {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
+    found = score_audit.audits(
+        cells, scored(values, ("one", "two")), {"one": "table", "two": "table"}
+    )
+    assert {one.domain: one.tau for one in found} == pytest.approx(
+        {"table (accuracy)": 1.0, "table (mse)": -1.0}
+    )
+
+
 def test_domains_are_audited_apart():
     cells = matrix(targets=("one", "two"))
     good = scored({"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0})
@@ -186,7 +225,8 @@ def test_the_section_says_what_misled_what_is_undefined_and_what_is_too_few():
     table = next(block for block in found if isinstance(block, Table))
     assert [row[:3] for row in table.rows] == [["image", "LogME", "-1.00"]]
     texts = " ".join(block.text for block in found if isinstance(block, Text))
-    assert "Too few to tell how certain a tau is: 4 pairs" in texts
+    assert "an interval needs 8: LogME 4. With so few" in texts
+    assert "No score's first choice" not in texts
     lines = [line for block in found if isinstance(block, Bullets) for line in block.items]
     assert lines[0].startswith("LogME would have misled: on one")
     (details,) = [block for block in found if isinstance(block, Details)]
