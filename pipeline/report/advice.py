@@ -4,11 +4,16 @@ The gain of every tested (source, technique) over the target's best scratch netw
 with an error. The largest of many estimates is partly luck, so the entries are not compared as they
 were measured: each is drawn towards the mean of its like entries, the more the larger its error is
 (`stats.shrunken_means`). Like entries have the same modality, objective and metric, whatever their
-source, technique, target and job are.
+source, technique and job are. They may have different targets where the metric has bounds.
+
+Gains over the same scratch network share its error, which no number of entries averages out. An
+expected gain therefore keeps at least scratch's part of the measured variance, and a source is
+recommended only where its measured interval lies above zero too.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,7 +23,8 @@ from statistics import fmean
 import numpy as np
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-from pipeline.report import matrix, results, stats
+from pipeline.config import registry
+from pipeline.report import matrix, plots, results, stats
 from pipeline.report.matrix import MIN_SEEDS, SCRATCH, Cell
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
@@ -27,8 +33,13 @@ METHOD = (
     "expected gain: the measured gain over the target's best scratch network, drawn towards the "
     "mean of all entries of the same modality, objective and metric by an empirical Bayes estimate "
     "of the normal-normal model (Morris, JASA 1983; Efron & Morris, JASA 1975), with its 95 % "
-    "interval; errors of two entries count as independent, which makes doubt rather too large"
+    "interval; entries share scratch's error, so a variance is never below half of the measured "
+    "one, and a source is recommended only where the measured interval lies above zero too; "
+    "between two entries errors count as independent, which makes doubt rather too large"
 )
+SCRATCH_PART = 0.5
+"""The part of a gain's variance that comes from scratch, where both networks have the same spread.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class Advice:
 
     target: str
     label_fraction: str
+    metric: str
     verdict: str
     headline: str
     source: str | None = None
@@ -71,7 +83,8 @@ class Advice:
         """Return the advice as lines of text."""
         settle = [f"next: {self.next_experiment}"] if self.next_experiment else []
         indented = [f"  {line}" for line in (*self.because, *self.others, *settle)]
-        return [f"{self.target} at {self.label_fraction} labels: {self.headline}", *indented]
+        labels = plots.fraction_label(self.label_fraction)
+        return [f"{self.target} at {labels} labels, {self.metric}: {self.headline}", *indented]
 
 
 @dataclass(frozen=True)
@@ -82,8 +95,8 @@ class _Entry:
     cell: Cell
     kind: tuple[str, str, str]
     """Modality, objective and metric: what it shares with like entries."""
-    seed_variance: float
-    """Part of the gain's variance that further seeds reduce."""
+    seed_variance: float | None
+    """Part of the gain's variance that further seeds reduce; None where it is not known."""
     expected: stats.Shrunken | None = None
     """None where it is not settled (`settled`)."""
 
@@ -101,11 +114,41 @@ class _Entry:
     def missing(self) -> str:
         """What its gain lacks as evidence, or an empty string."""
         cell = self.cell
-        if cell.baseline_gain is None or cell.baseline_low is None or cell.baseline_high is None:
+        if self.without_labels:
+            return "no gain over scratch, which is not defined without labels"
+        if cell.baseline_gain is None:
             return "no gain over scratch"
-        if (cell.paired_seeds or 0) < MIN_SEEDS:
-            return f"{cell.paired_seeds or 0} seed paired with scratch, {MIN_SEEDS} are needed"
-        return f"too few test units ({cell.evidence})" if cell.evidence else ""
+        if cell.baseline_seeds < MIN_SEEDS:
+            return f"{cell.baseline_seeds} seed paired with scratch, {MIN_SEEDS} are needed"
+        if matrix.T_INTERVAL in cell.baseline_interval:
+            return "no test predictions, so its interval is over seeds alone"
+        if cell.baseline_low is None or cell.baseline_high is None:
+            return "no interval"
+        return f"too few test units ({cell.baseline_evidence})" if cell.baseline_evidence else ""
+
+    @property
+    def pays(self) -> bool:
+        """Whether both the measured and the expected gain lie above zero with their intervals."""
+        low = self.cell.baseline_low
+        return self.expected is not None and self.expected.low > 0 and low is not None and low > 0
+
+    @property
+    def hurts(self) -> bool:
+        """Whether both the measured and the expected gain lie below zero with their intervals."""
+        high = self.cell.baseline_high
+        below = self.expected is not None and self.expected.high < 0
+        return below and high is not None and high < 0
+
+    @property
+    def without_labels(self) -> bool:
+        """Whether it used no labels of the target, so that there is no scratch to compare with."""
+        return plots.fraction_label(self.cell.label_fraction) in ("none", "0 %")
+
+    @property
+    def can_be_repeated(self) -> bool:
+        """Whether another seed of it can be had: not of what is made of the trials of all seeds."""
+        name, known = self.cell.technique.partition(" (")[0], registry.entries("technique")
+        return name not in known or registry.get("technique", name).starts_from != "trials"
 
     @property
     def variance(self) -> float:
@@ -119,9 +162,10 @@ class _Entry:
 def advise(stores: Sequence[Store], target: str | None = None) -> list[Advice]:
     """Advise on every target of these results, by label fraction.
 
-    A source is recommended where the interval of its expected gain lies above zero. Expected gains
-    are those of the hierarchical model ``gain ~ N(true, error^2), true ~ N(mean, spread^2)`` over
-    like entries (`stats.shrunken_means`; Morris 1983).
+    Of the sources whose measured and expected gain lie above zero with their intervals the one with
+    the largest expected gain is recommended. Expected gains are those of the hierarchical model
+    ``gain ~ N(true, error^2), true ~ N(mean, spread^2)`` over like entries (`stats.shrunken_means`;
+    Morris 1983). Results of different objectives or metrics are advised on apart.
 
     Args:
         stores: Results of one or several jobs. Trials that stand in several are used once.
@@ -131,14 +175,14 @@ def advise(stores: Sequence[Store], target: str | None = None) -> list[Advice]:
         ValueError: There are no tested trials, or none of the target.
     """
     entries = _with_expected(_entries(stores))
-    groups: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
+    groups: dict[tuple[str, str, tuple[str, str, str]], list[_Entry]] = defaultdict(list)
     for entry in entries:
         if target is None or target in (entry.cell.target, entry.cell.target.partition(" [")[0]):
-            groups[entry.cell.target, entry.cell.label_fraction].append(entry)
+            groups[entry.cell.target, entry.cell.label_fraction, entry.kind].append(entry)
     if not groups:
         raise ValueError(_nothing_found(stores, entries, target))
-    order = sorted(groups, key=lambda key: (key[0], matrix.fraction_order(key[1])))
-    return [_advice(*key, groups[key]) for key in order]
+    order = sorted(groups, key=lambda key: (key[0], matrix.fraction_order(key[1]), key[2]))
+    return [_advice(groups[key]) for key in order]
 
 
 def _nothing_found(stores: Sequence[Store], entries: list[_Entry], target: str | None) -> str:
@@ -150,63 +194,86 @@ def _nothing_found(stores: Sequence[Store], entries: list[_Entry], target: str |
 
 
 def _entries(stores: Sequence[Store]) -> list[_Entry]:
-    """Return an entry for each cell with a source that has finished final trials."""
+    """Return an entry for each cell with a source that has finished final trials.
+
+    Jobs that share trials have the same ids for them. A cell of which every trial stood in a store
+    before is left out; scratch trials are used in each store, which measures its gains over them.
+    """
     seen: set[str] = set()
     out: list[_Entry] = []
-    for store in stores:
-        fresh = [row for row in store.rows if row.trial_id not in seen and row.current is not False]
-        rows = results.disambiguate_targets(fresh)
+    current = [[row for row in store.rows if row.current is not False] for store in stores]
+    named = iter(results.disambiguate_targets(row for rows in current for row in rows))
+    for store, own in zip(stores, current, strict=True):
+        rows = list(itertools.islice(named, len(own)))
         by_cell: dict[matrix.CellKey, list[ResultRow]] = defaultdict(list)
         for row in rows:
             by_cell[matrix.cell_key(row)].append(row)
         for cell in matrix.matrix_cells(rows, store.runs):
+            key = (cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction)
             if cell.source == SCRATCH or cell.against or not cell.n_seeds:
                 continue
-            key = (cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction)
+            if {row.trial_id for row in by_cell[key]} <= seen:
+                continue
             first = by_cell[key][0]
             kind = (first.modality or "", first.objective, cell.metric)
             name = store.name if len(stores) > 1 else ""
-            out.append(_Entry(name, cell, kind, _seed_variance(cell, by_cell[key])))
-        seen |= {row.trial_id for row in fresh}
+            scratch = (
+                SCRATCH,
+                cell.baseline,
+                cell.target,
+                matrix.SCRATCH_TECHNIQUE,
+                cell.label_fraction,
+            )
+            variance = _seed_variance(cell, by_cell[key], by_cell.get(scratch, []))
+            out.append(_Entry(name, cell, kind, variance))
+        seen |= {row.trial_id for row in rows if row.source != SCRATCH}
     return out
 
 
-def _seed_variance(cell: Cell, rows: list[ResultRow]) -> float:
-    """Return the variance of a mean gain that comes from its seeds, 0 where it is not known.
+def _seed_variance(cell: Cell, rows: list[ResultRow], scratch: list[ResultRow]) -> float | None:
+    """Return the variance of a mean gain that comes from its seeds, None where it is not known."""
+    ours, theirs = _by_seed(cell, rows), _by_seed(cell, scratch)
+    gains = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    return float(np.var(gains, ddof=1) / len(gains)) if len(gains) >= MIN_SEEDS else None
 
-    Without test predictions it is all of it, since the interval is over seeds alone.
-    """
-    if matrix.T_INTERVAL in cell.interval:
-        return math.inf
-    gains = {
-        row.seed: row.baseline_gain
+
+def _by_seed(cell: Cell, rows: list[ResultRow]) -> dict[int, float]:
+    """Return seed to the cell's metric on test rows."""
+    return {
+        row.seed: row.value
         for row in rows
         if row.trial_stage == "final"
         and row.split == "test"
         and row.metric == cell.metric
-        and row.baseline_gain is not None
+        and row.value is not None
     }
-    values = list(gains.values())
-    return float(np.var(values, ddof=1) / len(values)) if len(values) >= MIN_SEEDS else 0.0
 
 
 def _with_expected(entries: list[_Entry]) -> list[_Entry]:
-    """Return the entries with their expected gains, each kind by a model of its own."""
-    kinds: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    """Return the entries with their expected gains, each kind by a model of its own.
+
+    A metric without bounds has another scale on each target, and so each target has its own model.
+    """
+    kinds: dict[tuple[tuple[str, str, str], str], list[int]] = defaultdict(list)
     for place, entry in enumerate(entries):
         if entry.settled:
-            kinds[entry.kind].append(place)
+            of_target = "" if matrix.is_bounded(entry.cell.metric) else entry.cell.target
+            kinds[entry.kind, of_target].append(place)
     out = list(entries)
     for places in kinds.values():
         like = [entries[place] for place in places]
         gains = [entry.cell.baseline_gain or 0.0 for entry in like]
         found = stats.shrunken_means(gains, [entry.variance for entry in like])
         for place, expected in zip(places, found, strict=True):
-            out[place] = replace(entries[place], expected=expected)
+            least = SCRATCH_PART * entries[place].variance
+            kept = replace(expected, variance=max(expected.variance, least))
+            out[place] = replace(entries[place], expected=kept)
     return out
 
 
-def _advice(target: str, fraction: str, entries: list[_Entry]) -> Advice:
+def _advice(entries: list[_Entry]) -> Advice:
+    """Return the advice on entries of one target, label fraction and kind."""
+    about = entries[0].cell.target, entries[0].cell.label_fraction, entries[0].cell.metric
     settled = sorted(
         (entry for entry in entries if entry.expected is not None),
         key=lambda entry: -_mean(entry),
@@ -214,40 +281,44 @@ def _advice(target: str, fraction: str, entries: list[_Entry]) -> Advice:
     unsettled = [entry for entry in entries if entry.expected is None]
     if not settled:
         first = _most_promising(unsettled)
-        lacks = f"{first.name} has {first.missing}"
         return Advice(
-            target,
-            fraction,
+            *about,
             "not enough evidence",
-            f"not enough evidence: {lacks}",
-            next_experiment=_more_evidence(first),
+            f"not enough evidence: {first.name} has {first.missing}",
+            next_experiment=_more_evidence(unsettled),
         )
-    best = settled[0]
+    paying = [entry for entry in settled if entry.pays]
+    in_doubt = [entry for entry in settled if not entry.hurts]
+    best = (paying or in_doubt or settled)[0]
+    names = {"source": best.cell.source, "technique": best.cell.technique} if paying else {}
+    if paying:
+        verdict, headline = "use", f"use {best.name}"
+    elif in_doubt:
+        verdict = "not enough evidence"
+        headline = (
+            f"not enough evidence that any source helps: the interval of {best.name} contains zero"
+        )
+    elif unsettled:
+        verdict, first = "not enough evidence", _most_promising(unsettled)
+        headline = (
+            f"not enough evidence: {first.name} has {first.missing}; every other tested source is "
+            f"worse than scratch, the best of them is {best.name}"
+        )
+    else:
+        verdict = "scratch"
+        headline = f"train from scratch: every tested source is worse, the best is {best.name}"
     expected = best.expected
     assert expected is not None
     decimals = _decimals(expected.high - expected.low)
-    names = {"source": best.cell.source, "technique": best.cell.technique}
-    if expected.low > 0:
-        verdict, headline, chosen = "use", f"use {best.name}", names
-    elif expected.high < 0:
-        verdict, chosen = "scratch", {}
-        headline = f"train from scratch: every tested source is worse, the best is {best.name}"
-    else:
-        verdict, chosen = "not enough evidence", {}
-        headline = (
-            "not enough evidence that any source helps: the interval of the best, "
-            f"{best.name}, contains zero"
-        )
     return Advice(
-        target,
-        fraction,
+        *about,
         verdict,
         headline,
         expected=(expected.mean, expected.low, expected.high),
         because=_because(best, decimals),
         others=_others(best, settled, unsettled, decimals),
         next_experiment=_next_experiment(settled, unsettled),
-        **chosen,
+        **names,
     )
 
 
@@ -272,7 +343,7 @@ def _because(entry: _Entry, decimals: int) -> tuple[str, ...]:
         shrunk = "not drawn towards others: fewer than four like entries, or no error"
     return (
         f"{cell.metric} {value}; gain over scratch {_estimate(gain, decimals)} over "
-        f"{cell.paired_seeds} seeds ({cell.interval})",
+        f"{cell.baseline_seeds} seeds ({cell.baseline_interval})",
         f"expected gain {_interval(expected, decimals)} ({shrunk})",
         f"cost of a trial: {seconds}{trained}",
     )
@@ -304,7 +375,7 @@ def _others(
         if entry.cell.source in told:
             continue
         told.add(entry.cell.source)
-        word = "hurts" if expected.high < 0 else "pays too" if expected.low > 0 else "is not shown"
+        word = "hurts" if entry.hurts else "pays too" if entry.pays else "is not shown"
         out.append(f"{entry.name} {word}: expected gain {_interval(expected, decimals)}")
     for entry in unsettled:
         if entry.cell.source not in told:
@@ -323,11 +394,19 @@ def _most_promising(entries: list[_Entry]) -> _Entry:
     return max(entries, key=gain)
 
 
-def _more_evidence(entry: _Entry) -> str:
-    if entry.cell.evidence and (entry.cell.paired_seeds or 0) >= MIN_SEEDS:
-        return "more test rows: further seeds cannot replace them"
-    if entry.cell.baseline_gain is None:
+def _more_evidence(entries: list[_Entry]) -> str:
+    """Return what the most promising of these lacks, "" where no experiment gives it to any."""
+    possible = [entry for entry in entries if entry.can_be_repeated and not entry.without_labels]
+    if not possible:
+        return ""
+    entry = _most_promising(possible)
+    cell = entry.cell
+    if cell.baseline_gain is None:
         return f"scratch with the same backbone and seeds as {entry.name}"
+    if cell.baseline_seeds >= MIN_SEEDS and cell.baseline_evidence:
+        return "more test rows: further seeds cannot replace them"
+    if cell.baseline_seeds >= MIN_SEEDS:
+        return f"the final trials of {entry.name} and of scratch again, with their predictions kept"
     return f"another seed of {entry.name} and of scratch"
 
 
@@ -335,10 +414,12 @@ def _next_experiment(settled: list[_Entry], unsettled: list[_Entry]) -> str:
     """Return what would reduce the doubt between the best two entries most."""
     best, *rest = settled
     if not rest:
-        if unsettled:
-            return _more_evidence(_most_promising(unsettled))
+        if more := _more_evidence(unsettled):
+            return more
         return "a second source or technique: this is the only entry, it was compared with scratch"
     second = rest[0]
+    if best.seed_variance is None or second.seed_variance is None:
+        return f"one more seed of {best.name}, of {second.name} and of scratch"
     now = _doubt(_mean(best) - _mean(second), _variance(best) + _variance(second))
     after, entry = min(
         ((_doubt_after(best, second, tried), tried) for tried in (best, second)),
@@ -366,7 +447,7 @@ def _of_seeds(entry: _Entry) -> float:
 
     Shrinking removes the same share of each part of the measured variance.
     """
-    if entry.variance <= 0:
+    if entry.variance <= 0 or entry.seed_variance is None:
         return 0.0
     return _variance(entry) * min(entry.seed_variance / entry.variance, 1.0)
 
@@ -385,7 +466,7 @@ def _doubt_after(best: _Entry, second: _Entry, tried: _Entry) -> float:
     difference will then have another value too: its doubt is averaged over what it may be.
     """
     now = _variance(best) + _variance(second)
-    seeds = tried.cell.paired_seeds or MIN_SEEDS
+    seeds = tried.cell.baseline_seeds
     removed = _of_seeds(tried) / (seeds + 1)
     difference = _mean(best) - _mean(second)
     if removed <= 0:

@@ -30,6 +30,8 @@ SCRATCH = "none"
 target and label fraction are compared with them. It has this name wherever a source is shown.
 """
 
+SCRATCH_TECHNIQUE = "scratch"
+
 COUNTERPARTS = {"random_probe": "linear_probe"}
 """Techniques without a source that are compared with another technique instead of scratch.
 
@@ -78,8 +80,10 @@ class Cell:
 
     ``against`` names the cell that the gain is over where that is not scratch. ``baseline_gain`` is
     the gain over the best scratch network (by validation) of the same target and label fraction,
-    and ``baseline`` is its backbone. With several backbones, ``gain`` is measured against different
-    scratch networks and ``baseline_gain`` against a single one.
+    and ``baseline`` is its backbone; ``baseline_seeds``, ``baseline_interval``,
+    ``baseline_evidence`` and ``baseline_p`` are those of this gain. With several backbones,
+    ``gain`` is measured against different scratch networks and ``baseline_gain`` against a single
+    one (`over_best_scratch`).
 
     ``best_baseline`` names the model without a network that is the best by validation at the same
     target and label fraction, and ``best_baseline_gain`` is the gain over it, made as ``gain`` is.
@@ -122,6 +126,10 @@ class Cell:
     baseline_gain: float | None = None
     baseline_low: float | None = None
     baseline_high: float | None = None
+    baseline_seeds: int = 0
+    baseline_interval: str = ""
+    baseline_evidence: str = ""
+    baseline_p: float | None = None
     validation: float | None = None
     """Mean validation value of its final trials, larger is better; None where there is none."""
     best_baseline: str = ""
@@ -273,6 +281,45 @@ def matrix_cells(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list
     return sorted(_corrected(out), key=_sort_key)
 
 
+def over_best_scratch(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells with gains that can be compared between backbones.
+
+    Where a target has several scratch networks at a label fraction, ``gain``, its interval, p value
+    and verdict are those over the best of them by validation, and the others are no reference.
+    """
+    networks: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for cell in cells:
+        if cell.verdict == REFERENCE and cell.n_seeds:
+            networks[cell.target, cell.label_fraction].add(cell.backbone)
+    several = {key for key, found in networks.items() if len(found) > 1}
+    return _corrected(
+        [
+            _over_best_scratch(cell)
+            if cell.source != SCRATCH and (cell.target, cell.label_fraction) in several
+            else cell
+            for cell in cells
+        ]
+    )
+
+
+def _over_best_scratch(cell: Cell) -> Cell:
+    low, high = cell.baseline_low, cell.baseline_high
+    found = verdict(low, high, cell.baseline_seeds, not cell.baseline_evidence)
+    if T_INTERVAL in cell.baseline_interval:
+        found = UNCOMPARED
+    return replace(
+        cell,
+        gain=cell.baseline_gain,
+        gain_low=low,
+        gain_high=high,
+        gain_p=cell.baseline_p,
+        gain_p_holm=None,
+        paired_seeds=cell.baseline_seeds,
+        evidence=cell.baseline_evidence,
+        verdict=FAILED if cell.verdict == FAILED else found,
+    )
+
+
 def _corrected(found: list[Cell]) -> list[Cell]:
     """Return the cells with p values corrected for the number of comparisons (`stats.holm`)."""
     compared = [
@@ -288,7 +335,7 @@ def _corrected(found: list[Cell]) -> list[Cell]:
 
 
 def _is_scratch(key: CellKey) -> bool:
-    return key[0] == SCRATCH and key[3] == "scratch"
+    return key[0] == SCRATCH and key[3] == SCRATCH_TECHNIQUE
 
 
 def _reference(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials | None:
@@ -483,6 +530,10 @@ def _cell(
         baseline_gain=baseline.estimate[0],
         baseline_low=baseline.estimate[1],
         baseline_high=baseline.estimate[2],
+        baseline_seeds=baseline.seeds,
+        baseline_interval=baseline.how,
+        baseline_evidence=baseline.evidence,
+        baseline_p=baseline.p_value,
         validation=_finite_or_none(trials.validation()),
         best_baseline=best_baseline.key[3] if best_baseline is not None and done else "",
         best_baseline_gain=over_baseline.estimate[0],
@@ -577,6 +628,11 @@ def _bounds(metric: catalog.Metric | None) -> tuple[float, float]:
     """Return the bounds of a metric where they are known without predictions."""
     known = metric.fixed_bounds if metric is not None else None
     return known if known is not None and np.isfinite(known).all() else UNBOUNDED
+
+
+def is_bounded(metric: str) -> bool:
+    """Return whether a metric has bounds that are known without predictions."""
+    return _bounds(catalog.find(metric)) != UNBOUNDED
 
 
 def _gain_of(

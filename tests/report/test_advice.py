@@ -27,12 +27,21 @@ UNITS = 400
 
 
 def cell(
-    source: str, technique: str, level: float, seeds: int = 3, **more: Any
+    source: str,
+    technique: str,
+    level: float | tuple[float, ...],
+    seeds: int = 3,
+    draw: int = 7,
+    **more: Any,
 ) -> tuple[list[ResultRow], dict[str, RunPredictions]]:
-    """Test rows and predictions of a cell whose networks are right with probability ``level``."""
+    """Test rows and predictions of a cell whose networks are right with probability ``level``.
+
+    Cells of the same ``draw`` are right on the same units as far as their levels allow.
+    """
     rows, runs = [], {}
-    for seed in range(seeds):
-        rng = np.random.default_rng([seed, 7])
+    levels = level if isinstance(level, tuple) else (level,) * seeds
+    for seed, level in enumerate(levels):
+        rng = np.random.default_rng([seed, draw])
         label = np.arange(UNITS) % 2
         right = rng.random(UNITS) < level
         scores = (np.eye(2)[label] == right[:, None]).astype(np.float32)
@@ -175,7 +184,7 @@ def test_one_more_seed_where_seeds_differ_most():
         cell("none", "scratch", 0.5), cell("good", "full", 0.8), cell("wild", "full", 0.79)
     )
     rows = [
-        replace(row, baseline_gain=gains[row.source][row.seed]) if row.source in gains else row
+        replace(row, value=0.5 + (gains[row.source][row.seed] if row.source in gains else 0.0))
         for row in known.rows
     ]
     (found,) = advice.advise([Store("one", rows, known.runs)])
@@ -188,7 +197,7 @@ def test_seeds_that_agree_leave_the_doubt_to_the_test_rows():
     known = store(
         cell("none", "scratch", 0.5), cell("good", "full", 0.8), cell("near", "full", 0.79)
     )
-    rows = [replace(row, baseline_gain=0.3) for row in known.rows]
+    rows = [replace(row, value=0.5 + 0.3 * (row.source != "none")) for row in known.rows]
     (found,) = advice.advise([Store("one", rows, known.runs)])
     assert found.next_experiment.startswith("more test rows, or another split")
 
@@ -206,6 +215,85 @@ def test_two_stores_are_read_together():
     assert [found.target for found in only] == ["u"]
     assert only[0].expected == together["u"].expected
     assert only[0].headline == f"use source good with full ({other.name})"
+
+
+def test_scratch_that_two_stores_share_is_scratch_of_both():
+    """The second job took the scratch trials of the first, so they have the same ids."""
+    scratch = cell("none", "scratch", 0.6)
+    one = store(scratch, cell("good", "full", 0.8))
+    two = store(scratch, cell("better", "full", 0.9), name="two")
+    (found,) = advice.advise([one, two])
+    assert found.headline == "use source better with full (two)"
+    assert any("good with full (one) pays too" in line for line in found.others)
+
+
+def test_twelve_gains_over_the_same_scratch_are_no_evidence_together():
+    """Each measured interval contains zero; their mean has scratch's error, however many agree."""
+    cells = [cell(f"s{k}", "full", 0.68) for k in range(12)]
+    crowd = store(cell("none", "scratch", 0.60, draw=8), *cells)
+    measured = [one for one in matrix.matrix_cells(crowd.rows, crowd.runs) if one.source != "none"]
+    assert all(one.baseline_low < 0 < one.baseline_gain for one in measured)
+    (first,) = {(one.baseline_gain, one.baseline_low, one.baseline_high) for one in measured}
+    variance = ((first[2] - first[1]) / (2 * stats.NORMAL_95)) ** 2
+    (alone, *_) = stats.shrunken_means([first[0]] * 12, [variance] * 12)
+    assert alone.low > 0, "as if the errors were independent"
+    (found,) = advice.advise([crowd])
+    assert (found.verdict, found.source) == ("not enough evidence", None)
+    _, low, high = found.expected
+    assert high - low >= (first[2] - first[1]) * advice.SCRATCH_PART**0.5 - 1e-12
+
+
+def test_a_proven_source_is_taken_before_a_larger_gain_in_doubt():
+    """The seeds of the largest gain differ so much that its interval contains zero."""
+    wild = cell("wild", "full", (0.45, 0.99, 0.99))
+    both = store(cell("none", "scratch", 0.5), cell("sure", "full", 0.7), wild)
+    cells = {one.source: one for one in matrix.matrix_cells(both.rows, both.runs)}
+    assert cells["wild"].baseline_gain > cells["sure"].baseline_gain > 0 > cells["wild"].gain_low
+    (found,) = advice.advise([both])
+    assert found.headline == "use source sure with full"
+
+
+def test_one_unsettled_source_forbids_the_advice_to_train_from_scratch():
+    bad = (cell("none", "scratch", 0.8), cell("bad", "full", 0.5))
+    (found,) = advice.advise([store(*bad, cell("new", "full", 0.9, seeds=1))])
+    assert found.verdict == "not enough evidence"
+    assert "source new with full has 1 seed paired with scratch" in found.headline
+
+
+def test_metrics_of_a_target_are_advised_on_apart():
+    """Accuracy and mean squared error of targets of the same name have nothing in common."""
+    one = good_and_bad()
+    rows = [replace(row, objective="regression", metric="mse") for row in good_and_bad().rows]
+    rows = [replace(row, trial_id=f"other-{row.trial_id}") for row in rows]
+    found = advice.advise([one, Store("other", rows, {})])
+    assert [(advised.metric, advised.verdict) for advised in found] == [
+        ("accuracy", "use"),
+        ("mse", "not enough evidence"),
+    ]
+    assert found[0].lines()[0].startswith("t at 100 % labels, accuracy: use source good")
+    assert found[0].expected == advice.advise([one])[0].expected
+
+
+def test_without_predictions_there_is_no_advice():
+    """The report does not compare such cells; an interval over seeds alone is no evidence."""
+    without = Store("one", good_and_bad().rows, {})
+    verdicts = {one.verdict for one in matrix.matrix_cells(without.rows, {})}
+    assert "not compared" in verdicts and "wins" not in verdicts
+    (found,) = advice.advise([without])
+    assert found.verdict == "not enough evidence" and "no test predictions" in found.headline
+
+
+def test_no_experiment_is_named_that_cannot_be_made():
+    """An average of all seeds has no other seed, and without labels there is no scratch."""
+    soup = cell("good", "uniform_soup", 0.9, seeds=1)
+    (found,) = advice.advise([store(cell("none", "scratch", 0.6), soup)])
+    assert found.verdict == "not enough evidence" and found.next_experiment == ""
+    also = store(cell("none", "scratch", 0.6), soup, cell("good", "full", 0.8, seeds=1))
+    (found,) = advice.advise([also])
+    assert found.next_experiment == "another seed of source good with full and of scratch"
+    (found,) = advice.advise([store(cell("good", "zero_shot", 0.6, label_fraction="0 rows"))])
+    assert "which is not defined without labels" in found.headline
+    assert found.next_experiment == ""
 
 
 def test_another_modality_is_no_like_entry():
@@ -243,8 +331,8 @@ def test_a_folder_and_its_table_give_the_same_advice(tmp_path):
     assert by_folder == by_file
     shown = CliRunner().invoke(app, ["advise", str(tmp_path), "--target", "t"])
     assert shown.exit_code == 0, shown.output
-    assert "t at 1.0 labels: " in shown.stdout and "Morris, JASA 1983" in shown.stdout
-    assert "test predictions are missing" in shown.stdout
+    assert "t at 100 % labels, accuracy: " in shown.stdout and "Morris, JASA 1983" in shown.stdout
+    assert "source good with full has no test predictions" in shown.stdout
 
 
 def test_no_results_and_foreign_files_are_one_clear_error(tmp_path):
