@@ -199,7 +199,7 @@ def _print_scores(rows: list[dict[str, Any]]) -> None:
         found = [row for row in rows if row["target"] == target]
         sources = [f"{row['source']}\n{row['backbone']}" for row in found]
         table = Table("score", *sources, title=f"Transferability to {target}, best source first")
-        table.caption = "↑ higher is better, ↓ lower; ± 95 % interval over rows"
+        table.caption = "↑ higher is better, ↓ lower; [95 % interval over rows]"
         for name, score in scores.items():
             arrow = "↑" if score.higher_is_better else "↓"
             values = [_format_score(row, name) for row in found]
@@ -218,7 +218,7 @@ def _format_score(row: dict[str, Any], name: str) -> str:
     if row[name] is None:
         return "undefined"
     low, high = row["intervals"].get(name, (None, None))
-    return f"{row[name]:.4f}" + ("" if low is None else f" ± {(high - low) / 2:.2g}")
+    return f"{row[name]:.4f}" + ("" if low is None else f" [{low:.4f}, {high:.4f}]")
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """Report blocks on where transfer pays, where it hurts and what a gain costs.
 
 They are the warning on the first screen, the heat map of sources and targets, gains beside
-transferability scores, and the Pareto front of gain and cost.
+transferability scores, and the Pareto front of gain and cost. All compare gains of different
+sources, and so they are given cells of `matrix.over_best_scratch`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from pipeline.config import registry
 from pipeline.report import plots
 from pipeline.report.blocks import (
     DASH,
@@ -24,7 +26,7 @@ from pipeline.report.blocks import (
     format_interval,
     with_minus_sign,
 )
-from pipeline.report.matrix import LOSES, REFERENCE, SCRATCH, WINS, Cell, fraction_order
+from pipeline.report.matrix import LOSES, MIN_SEEDS, REFERENCE, SCRATCH, WINS, Cell, fraction_order
 from pipeline.report.source_scores import PairScores
 
 Scores = Mapping[tuple[str, str, str], float]
@@ -50,6 +52,16 @@ def _gain(cell: Cell, decimals: int) -> str:
     return format_interval(cell.gain, cell.gain_low, cell.gain_high, decimals, "+")
 
 
+def _over(cells: Sequence[Cell]) -> str:
+    """Return a sentence on the scratch network that gains are over, where there are several."""
+    if all(cell.baseline in ("", cell.backbone) for cell in cells):
+        return ""
+    return (
+        " Where a target has several scratch networks, gains are over the one that is best on "
+        "validation rows."
+    )
+
+
 def _by_fraction(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Return the cells of each label fraction, the most labels first."""
     out: dict[str, list[Cell]] = defaultdict(list)
@@ -64,14 +76,19 @@ def _by_fraction(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 def warnings(groups: Mapping[str, Sequence[Cell]], decimals: Mapping[str, int]) -> list[Block]:
     """Return a warning for each target and label fraction where a source was worse than scratch.
 
-    It names the sources and techniques, the largest loss, and what to use instead.
+    It names the sources and techniques, the largest loss, and what to use instead. Only wins and
+    losses count that survive Holm's correction: among many comparisons a few are lost by luck.
     """
     return [
         Text(_warning(target, fraction, cells, decimals[target]), "warning")
         for target, group in groups.items()
         for fraction, cells in _by_fraction(_compared(group)).items()
-        if any(cell.verdict == LOSES for cell in cells)
+        if any(_is_worse(cell) for cell in cells)
     ]
+
+
+def _is_worse(cell: Cell) -> bool:
+    return cell.verdict == LOSES and cell.survives
 
 
 def _warning(target: str, fraction: str, cells: Sequence[Cell], decimals: int) -> str:
@@ -80,17 +97,16 @@ def _warning(target: str, fraction: str, cells: Sequence[Cell], decimals: int) -
         by_source[cell.source].append(cell)
     losses: list[str] = []
     for source, tried in by_source.items():
-        lost = sorted((c for c in tried if c.verdict == LOSES), key=lambda c: c.gain or 0.0)
+        lost = sorted((c for c in tried if _is_worse(c)), key=lambda c: c.gain or 0.0)
         if not lost:
             continue
         names = " and ".join(dict.fromkeys(cell.technique for cell in lost))
         with_all = f"any of {len(tried)} techniques" if len(tried) > 2 else names
         how = with_all if len(lost) == len(tried) else names
         most = "at worst " if len(lost) > 1 else ""
-        mark = " *" if lost[0].survives else ""
-        losses.append(f"{source} with {how} ({most}{_gain(lost[0], decimals)}{mark})")
+        losses.append(f"{source} with {how} ({most}{_gain(lost[0], decimals)})")
     labels = plots.fraction_label(fraction)
-    winners = [cell for cell in cells if cell.verdict == WINS]
+    winners = [cell for cell in cells if cell.verdict == WINS and cell.survives]
     if winners:
         best = chosen(winners)
         instead = (
@@ -123,7 +139,8 @@ def heat_maps(cells: Sequence[Cell], decimals: Mapping[str, int]) -> list[Block]
         Text(
             "Gain over scratch of each source on each target, with the technique that is best by "
             f"{how}. Green is better than scratch and red is worse, stronger where it is more, "
-            "within each target. ▲ wins, ▼ loses, ○ not shown, * survives Holm's correction."
+            "within each target. ▲ wins, ▼ loses, ○ not shown, * also after Holm's correction for "
+            f"all comparisons of the job.{_over(compared)}"
         ),
     ]
     for number, (fraction, group) in enumerate(_by_fraction(compared).items()):
@@ -174,17 +191,38 @@ def _heat_map(corner: str, cells: Sequence[Cell], decimals: Mapping[str, int]) -
 # ---------------------------------------------------------------- scores
 
 
-def all_scores(source_scores: Mapping[str, PairScores]) -> dict[tuple[str, str, str], float]:
-    """Return (target, source, name) to value of every score that is defined.
+LESS = " (less is better)"
 
-    The name of a score of which less is better says so.
+
+def score_name(name: str, higher_is_better: bool | None = None) -> str:
+    """Return how figures and tables call a score: that of which less is better says so.
+
+    Args:
+        name: Its registered name.
+        higher_is_better: Its direction; None: that of the registered score.
     """
+    if higher_is_better is None and name in registry.entries("score"):
+        higher_is_better = getattr(registry.get("score", name), "higher_is_better", True)
+    return f"{name}{LESS}" if higher_is_better is False else name
+
+
+def _best_first(name: str, value: float) -> float:
+    """Return a sort key that puts the best value of a score (`score_name`) first."""
+    return value if name.endswith(LESS) else -value
+
+
+def best_scores_first(scores: Scores) -> list[tuple[tuple[str, str, str], float]]:
+    """Return the scores by target and name, the best source first and what is not defined last."""
+    return sorted(
+        scores.items(),
+        key=lambda one: (one[0][0], one[0][2], math.isnan(one[1]), _best_first(one[0][2], one[1])),
+    )
+
+
+def all_scores(source_scores: Mapping[str, PairScores]) -> dict[tuple[str, str, str], float]:
+    """Return (target, source, `score_name`) to value of every score that is defined."""
     return {
-        (
-            pair.target,
-            pair.source,
-            name if score.higher_is_better else f"{name} (less is better)",
-        ): (score.value)
+        (pair.target, pair.source, score_name(name, score.higher_is_better)): score.value
         for pair in source_scores.values()
         for name, score in pair.scores.items()
         if score.value is not None
@@ -222,11 +260,12 @@ def score_figures(
         listed: list[list[str | Value]] = [
             [target, source, f"{value:.4g}", _gain(cell, decimals[target])]
             for target, points in shown.items()
-            for source, value, cell in sorted(points, key=lambda point: -point[1])
+            for source, value, cell in sorted(points, key=lambda point: _best_first(name, point[1]))
         ]
         caption = (
             f"Gain over scratch by {name} of the source, one panel for each target. Where more is "
             "better, a score that tells good sources from bad ones rises to the right."
+            f"{_over([cell for points in shown.values() for _, _, cell in points])}"
         )
         table = Table(["Target", "Source", name, "Gain over scratch"], listed, 2)
         figure = Figure(plots.score_gain(shown, name), caption, table)
@@ -255,11 +294,34 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
+def _has_own_cost(cell: Cell) -> bool:
+    """Return whether a cell's seconds are all of its cost, and it has the seeds for a verdict.
+
+    Those of an average or an ensemble leave out the trials that it is made of.
+    """
+    if cell.source == SCRATCH:
+        return True
+    name, known = cell.technique.partition(" (")[0], registry.entries("technique")
+    combined = name in known and registry.get("technique", name).starts_from == "trials"
+    return not combined and (cell.paired_seeds or 0) >= MIN_SEEDS
+
+
+def _left_out(timed: Sequence[Cell], shown: Sequence[Cell]) -> str:
+    """Return a sentence on the cells that no cost is shown of, where there are any."""
+    names = [f"{cell.source} · {cell.technique}" for cell in timed if cell not in shown]
+    if not names:
+        return ""
+    return (
+        f" Left out, with one seed or made of other trials, whose cost they leave out: "
+        f"{', '.join(names)}."
+    )
+
+
 def cost_figures(groups: Mapping[str, Sequence[Cell]], decimals: Mapping[str, int]) -> list[Block]:
     """Return for each target the gain by seconds and by trained parameters, and the fronts.
 
     The cells are those of the most labels. Scratch has a gain of zero. Sources' own training is not
-    counted.
+    counted, and cells whose seconds leave out the trials that they combine are left out.
     """
     out: list[Block] = []
     for target, group in groups.items():
@@ -271,8 +333,10 @@ def cost_figures(groups: Mapping[str, Sequence[Cell]], decimals: Mapping[str, in
             cell
             for cell in group
             if cell.verdict == REFERENCE and cell.label_fraction == fraction and cell.n_seeds
+            if cell.backbone in {one.baseline for one in compared}
         ]
-        shown = [c for c in (*compared, *scratch) if c.seconds is not None and c.seconds > 0]
+        timed = [c for c in (*compared, *scratch) if c.seconds is not None and c.seconds > 0]
+        shown = [cell for cell in timed if _has_own_cost(cell)]
         if len(shown) < 3:
             continue
         fronts = {
@@ -304,7 +368,7 @@ def cost_figures(groups: Mapping[str, Sequence[Cell]], decimals: Mapping[str, in
         caption = (
             f"{target}: gain by the cost of a final trial, with {labels} labels. No other cell "
             "gains as much for less than those on the line, which have their number in the table. "
-            "The training of sources is not counted."
+            f"The training of sources is not counted.{_over(compared)}{_left_out(timed, shown)}"
         )
         table = Table(head, body, 2)
         out += [Figure(plots.pareto(shown, fronts, numbered), caption), table]

@@ -54,6 +54,7 @@ from pipeline.report.matrix import (
     Cell,
     fraction_order,
     matrix_cells,
+    over_best_scratch,
 )
 from pipeline.report.results import ResultRow
 from pipeline.report.shift import Shift
@@ -81,13 +82,17 @@ SEARCH_NOISE = (
 # ---------------------------------------------------------------- numbers
 
 
+def _by_target(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    out: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        out[cell.target].append(cell)
+    return out
+
+
 def _decimals_by_target(shown: Sequence[Cell]) -> dict[str, int]:
-    by_target: dict[str, list[Cell]] = defaultdict(list)
-    for cell in shown:
-        by_target[cell.target].append(cell)
     return {
         target: blocks.decimal_places([(c.low, c.high) for c in group])
-        for target, group in by_target.items()
+        for target, group in _by_target(shown).items()
     }
 
 
@@ -314,14 +319,12 @@ def write(
     Returns:
         The URIs of report.md and report.html.
     """
-    groups: dict[str, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[cell.target].append(cell)
-    decimals = _decimals_by_target(cells)
+    groups, decimals = _by_target(cells), _decimals_by_target(cells)
+    comparable = over_best_scratch(cells)
     content: list[Block] = [
-        *gains.warnings(groups, decimals),
+        *gains.warnings(_by_target(comparable), decimals),
         *_summary_blocks(cells, groups, rows, decimals),
-        *gains.heat_maps(cells, decimals),
+        *gains.heat_maps(comparable, decimals),
         *_gain_blocks(groups, decimals),
     ]
     for target, group in groups.items():
@@ -332,11 +335,13 @@ def write(
         )
     content += [
         *_cost_blocks(cells, rows),
-        *gains.cost_figures(groups, decimals),
+        *gains.cost_figures(_by_target(comparable), decimals),
         *_score_blocks(rows, scores),
         *score_audit.blocks_of(cells, source_scores or {}, modalities or {}),
         *gains.score_figures(
-            cells, _known_scores(rows, scores) | gains.all_scores(source_scores or {}), decimals
+            comparable,
+            _known_scores(rows, scores) | gains.all_scores(source_scores or {}),
+            decimals,
         ),
         *shift.blocks_of(_shifts(source_scores or {}), registry.names("technique")),
         *_pretraining_blocks(pretraining),
@@ -864,7 +869,7 @@ def _known_scores(
 ) -> dict[tuple[str, str, str], float]:
     """Return (target, source, name of the score) to its value, NaN where it is not defined."""
     found: dict[tuple[str, str, str], float] = {
-        (r.target, r.source, r.score_name): r.score_value
+        (r.target, r.source, gains.score_name(r.score_name)): r.score_value
         for r in rows
         if r.score_name and r.score_value is not None
     }
@@ -872,7 +877,8 @@ def _known_scores(
         source, _, target = pair.rpartition("|")
         value = scored["score_value"]
         found.setdefault(
-            (target, source, scored["score_name"]), math.nan if value is None else value
+            (target, source, gains.score_name(scored["score_name"])),
+            math.nan if value is None else value,
         )
     return found
 
@@ -886,10 +892,7 @@ def _score_blocks(
     if not found:
         return []
     body: list[list[str]] = []
-    best_first = sorted(
-        found.items(), key=lambda kv: (kv[0][0], kv[0][2], math.isnan(kv[1]), -kv[1])
-    )
-    for (target, source, name), value in best_first:
+    for (target, source, name), value in gains.best_scores_first(found):
         what = "fine-tuned" if (target, source) in tried else "left out"
         shown = "undefined" if math.isnan(value) else f"{value:.4g}"
         body.append([target, source, name, what, shown])

@@ -747,9 +747,7 @@ def _compute_scores(state: JobState, shared: Shared, names: Sequence[str]) -> No
         state.progress.update(f"scores: {number + 1}/{len(pairs)}")
         state.source_scores[f"{one.source}|{one.target}"] = one
         if one.error:
-            line = (
-                f"{one.target}: source {one.source} has no score and is ranked last ({one.error})"
-            )
+            line = f"{one.target}: source {one.source} has no score ({one.error})"
             state.notes.append(line)
             state.progress.note(f"warning: {line}")
 

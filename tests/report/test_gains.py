@@ -3,9 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.report import blocks, gains, report
+from pipeline.report import blocks, gains, matrix, report
 from pipeline.report.source_scores import PairScores, ScoreValue
-from tests.report.test_report import SKILL, find, simulate, write
+from tests.report.test_report import SKILL, backbones, find, simulate, write
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_the_first_thing_in_the_report_is_where_transfer_hurts(tmp_path):
     ) or first.startswith(
         "> For target handwriting (100 % labels), fine-tuning garments with linear_probe"
     )
-    assert "is worse than training from scratch: better than scratch is digits with full" in first
+    assert "is worse than training from scratch: use scratch" in first
     assert html.index("is worse than training from scratch") < html.index("A comparison is one")
 
 
@@ -49,13 +49,64 @@ def test_without_a_winner_the_warning_says_scratch(cells):
 
 def test_all_techniques_of_a_source_that_lose_are_named_at_once(cells):
     group = [
-        replace(cell, verdict="loses", gain=-0.1, gain_low=-0.2, gain_high=-0.01)
+        replace(cell, verdict="loses", gain=-0.1, gain_low=-0.2, gain_high=-0.01, gain_p_holm=0.01)
         for cell in by_target(cells)["clothing"]
         if cell.label_fraction == "1.0" and cell.source != "none"
     ]
     (warning,) = gains.warnings({"clothing": group}, DECIMALS)
     assert "garments with any of 3 techniques (at worst" in warning.text
     assert "digits with full (−0.100" in warning.text
+
+
+def test_a_loss_that_holms_correction_takes_away_is_no_warning(cells):
+    group = [cell for cell in by_target(cells)["handwriting"] if cell.label_fraction == "1.0"]
+    by_luck = [
+        replace(cell, gain_p_holm=0.2) if cell.verdict == "loses" else cell for cell in group
+    ]
+    assert any(cell.verdict == "loses" for cell in group)
+    assert gains.warnings({"handwriting": group}, DECIMALS) != []
+    assert gains.warnings({"handwriting": by_luck}, DECIMALS) == []
+    for p_value, instead in ((0.2, "use scratch."), (0.01, "better than scratch is digits with")):
+        won = [replace(c, gain_p_holm=p_value) if c.verdict == "wins" else c for c in group]
+        (warning,) = gains.warnings({"handwriting": won}, DECIMALS)
+        assert instead in warning.text
+
+
+def test_gains_of_several_backbones_are_compared_over_the_best_scratch_network(tmp_path):
+    """garments gains .2 over its own weak scratch network and .02 over the best one."""
+    rows, runs, _ = backbones()
+    own = report.matrix_cells(rows, runs)
+    compared = matrix.over_best_scratch(own)
+    weak, before = find(compared), find(own)
+    assert (weak.gain, weak.gain_low) == (before.baseline_gain, before.baseline_low)
+    assert weak.gain < 0.05 < before.gain and weak.verdict == "not shown"
+    assert find(compared, source="digits").gain == find(own, source="digits").gain
+    _, table = gains.cost_figures({"clothing": compared}, {"clothing": 3})
+    assert sum("none" in line[0] for line in table.rows) <= 1
+    figure, _ = gains.cost_figures({"clothing": compared}, {"clothing": 3})
+    assert "gains are over the one that is best on validation rows" in figure.caption
+    _, md, _ = write(tmp_path, *backbones())
+    assert md.count("gains are over the one that is best on validation rows") >= 2
+    assert matrix.over_best_scratch(compared)[0].gain == compared[0].gain
+    single, single_runs, _ = simulate()
+    alone = report.matrix_cells(single, single_runs)
+    assert matrix.over_best_scratch(alone) == alone
+
+
+def test_what_is_made_of_other_trials_or_has_one_seed_is_on_no_front(cells):
+    group = [
+        replace(cell, technique="greedy_soup", seconds=0.001, gain=1.0)
+        if cell.technique == "lp_ft"
+        else replace(cell, paired_seeds=1, seconds=0.001, gain=1.0)
+        if cell.source == "digits"
+        else cell
+        for cell in by_target(cells)["clothing"]
+        if cell.label_fraction == "1.0"
+    ]
+    more = replace(next(c for c in group if c.technique == "full"), technique="l2_sp", gain=0.05)
+    figure, table = gains.cost_figures({"clothing": [*group, more]}, DECIMALS)
+    assert not any("soup" in line[0] or "digits" in line[0] for line in table.rows)
+    assert "garments · greedy_soup" in figure.caption and "digits · full" in figure.caption
 
 
 def test_the_technique_of_a_heat_map_is_chosen_on_validation_rows(cells):
@@ -162,6 +213,21 @@ def test_scores_stand_beside_the_gains_of_their_sources(cells):
         ["clothing", "digits", "0.1"],
     ]
     assert gains.score_figures(cells, {}, DECIMALS) == []
+
+
+def test_a_distance_is_listed_nearest_first_and_has_one_name(cells):
+    """As the score that chose the sources, in the results rows, and among all scores."""
+    name = gains.score_name("mmd")
+    assert name == gains.score_name("mmd", False) == "mmd (less is better)"
+    assert gains.score_name("logme") == "logme" and gains.score_name("of a plugin") == "of a plugin"
+    scores = {("clothing", "garments", name): 0.2, ("clothing", "digits", name): 0.1}
+    assert [key[1] for key, _ in gains.best_scores_first(scores)] == ["digits", "garments"]
+    _, details = gains.score_figures(cells, scores, DECIMALS)
+    assert [line[1] for line in details.blocks[0].rows] == ["digits", "garments"]
+    pair = PairScores("digits", "clothing", {"mmd": ScoreValue(0.1, higher_is_better=False)})
+    rows = [replace(row, score_name="mmd", score_value=0.1) for row in simulate()[0][:1]]
+    known = report._known_scores(rows, None)
+    assert {key[2] for key in known} == {key[2] for key in gains.all_scores({"": pair})} == {name}
 
 
 def test_all_scores_of_a_run_have_their_figure_folded(cells):

@@ -3,6 +3,7 @@ table of labels in the report.
 """
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -91,6 +92,20 @@ def test_the_confusion_matrix_is_that_of_the_best_cell():
     assert heat.names == [
         f"{name} ({size // 2})" for name, size in zip(NAMES, want.sum(1), strict=True)
     ]
+
+
+def test_the_best_cell_is_chosen_on_validation_rows():
+    made = {
+        ("src", "full"): [classes(90, NAMES, s, 1.5) for s in (0, 1)],
+        ("src", "linear_probe"): [classes(90, NAMES, s, 0.6) for s in (0, 1)],
+    }
+    rows, runs = table("accuracy", made)
+    cells = [
+        replace(cell, validation=0.9 if cell.technique == "linear_probe" else 0.8)
+        for cell in matrix.matrix_cells(rows, runs)
+    ]
+    _, heat, *_ = per_label.blocks("t", cells, rows, runs)
+    assert "src · linear_probe" in heat.caption
 
 
 def test_each_class_has_what_was_found_of_it_beside_scratch():
