@@ -335,9 +335,10 @@ def advise(
     """Which source and technique each target should take, why, and what one more experiment would
     settle most. Reads the results of one or several jobs; starts nothing.
 
-    Says `use` where the interval of an entry's expected gain over scratch lies above zero,
-    `train from scratch` where even the best lies below, and `not enough evidence` otherwise, or
-    where no entry has two seeds paired with scratch. `--set` applies to the job files.
+    Says `use` where an entry's measured and expected gain over scratch lie above zero with their
+    intervals, `train from scratch` where those of every entry lie below, and `not enough evidence`
+    otherwise. An entry needs two seeds paired with scratch, and test predictions. `--set` applies
+    to the job files.
 
     Example: `onetomany advise jobs/quickstart.yaml runs/other --target shoes`
     """
