@@ -283,6 +283,16 @@ def test_without_predictions_there_is_no_advice():
     assert found.verdict == "not enough evidence" and "no test predictions" in found.headline
 
 
+def test_a_metric_without_bounds_is_pooled_within_a_target(monkeypatch):
+    """Errors in degrees and in dollars have no mean; shares of right answers have."""
+    assert matrix.is_bounded("accuracy") and not matrix.is_bounded("mse")
+    one, other = good_and_bad(), good_and_bad(target="u")
+    alone = advice.advise([one])[0].expected
+    assert advice.advise([one, other], "t")[0].expected != alone
+    monkeypatch.setattr(matrix, "is_bounded", lambda metric: False)
+    assert advice.advise([one, other], "t")[0].expected == alone
+
+
 def test_no_experiment_is_named_that_cannot_be_made():
     """An average of all seeds has no other seed, and without labels there is no scratch."""
     soup = cell("good", "uniform_soup", 0.9, seeds=1)
