@@ -64,12 +64,12 @@ class Shift:
     """Which rows of the target, in words: the target's training rows."""
     covariate: Estimate | None = None
     """Accuracy of telling both apart by their features; 0.5 is chance."""
-    labels: dict[str, Estimate] = field(default_factory=dict)
+    labels: dict[str, Estimate] = field(default_factory=dict[str, Estimate])
     """Class to its share in the target minus that in the others."""
     concept: Estimate | None = None
     """Accuracy on the target's rows of a head fitted to them minus that of the source's own."""
     drift: tuple[Drift, ...] = ()
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict[str, str])
     """covariate, labels or concept to why it was not measured."""
 
     def to_json(self) -> dict[str, Any]:
@@ -77,13 +77,13 @@ class Shift:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Shift:
-        estimates = {
+        made: dict[str, Any] = {
             name: Estimate(**found[name]) if found[name] else None
             for name in ("covariate", "concept")
         }
-        labels = {name: Estimate(**one) for name, one in found["labels"].items()}
-        drift = tuple(Drift(**one) for one in found["drift"])
-        return cls(**{**found, **estimates, "labels": labels, "drift": drift})
+        made["labels"] = {name: Estimate(**one) for name, one in found["labels"].items()}
+        made["drift"] = tuple(Drift(**one) for one in found["drift"])
+        return cls(**{**found, **made})
 
 
 def sentences(target: str, shift: Shift, techniques: Sequence[str]) -> list[str]:
@@ -92,7 +92,8 @@ def sentences(target: str, shift: Shift, techniques: Sequence[str]) -> list[str]
     Args:
         techniques: Names of those that there are; only these are recommended.
     """
-    found, between = [], f"{target}: {shift.rows} and {shift.others}"
+    found: list[str] = []
+    between = f"{target}: {shift.rows} and {shift.others}"
     if shift.covariate and shift.covariate.low > TOLD_APART:
         found.append(
             f"{between} look different (covariate shift): they are told apart with an accuracy of "
@@ -141,7 +142,9 @@ def blocks_of(shifts: Mapping[str, Sequence[Shift]], techniques: Sequence[str]) 
         shifts: Target to what was measured.
         techniques: Names of all techniques.
     """
-    rows, words, folded = [], [], []
+    rows: list[list[str]] = []
+    words: list[str] = []
+    folded: list[Block] = []
     for target, found in shifts.items():
         for shift in found:
             rows.append([target, shift.others, *_cells(shift)])

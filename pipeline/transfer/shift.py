@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from scipy import special, stats  # pyright: ignore[reportMissingTypeStubs]
@@ -177,7 +178,7 @@ def _drift(values: np.ndarray, others: np.ndarray) -> tuple[float, float, str] |
         values, others = values[np.isfinite(values)], others[np.isfinite(others)]
         if min(len(values), len(others)) < FEWEST:
             return None
-        test = stats.ks_2samp(values, others)
+        test: Any = stats.ks_2samp(values, others)
         return float(test.statistic), float(test.pvalue), "numbers"
     if min(len(values), len(others)) < FEWEST:
         return None
@@ -186,4 +187,5 @@ def _drift(values: np.ndarray, others: np.ndarray) -> tuple[float, float, str] |
     if len(kinds) < 2:
         return 0.0, 1.0, "categories"
     size = float(jensenshannon(*counts, base=2)) ** 2
-    return size, float(stats.chi2_contingency(counts).pvalue), "categories"
+    found: Any = stats.chi2_contingency(counts)
+    return size, float(found.pvalue), "categories"
