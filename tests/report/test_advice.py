@@ -240,7 +240,7 @@ def test_twelve_gains_over_the_same_scratch_are_no_evidence_together():
     (found,) = advice.advise([crowd])
     assert (found.verdict, found.source) == ("not enough evidence", None)
     _, low, high = found.expected
-    assert high - low >= (first[2] - first[1]) * advice.SCRATCH_PART**0.5 - 1e-12
+    assert high - low >= first[2] - first[1] - 1e-12
 
 
 def test_a_proven_source_is_taken_before_a_larger_gain_in_doubt():
