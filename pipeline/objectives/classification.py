@@ -87,6 +87,14 @@ class ClassificationOptions(Options):
         "rate fits every backbone",
     )
 
+    @property
+    def mixes_inputs(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def balances_labels(self) -> bool:
+        return self.class_weight != "none"
+
 
 @register("objective", "classification", options=ClassificationOptions)
 class Classification(Objective):
@@ -182,10 +190,6 @@ class Classification(Objective):
             pooled = F.layer_norm(pooled, pooled.shape[-1:])
         return self.head(F.dropout(pooled, self.options.dropout, self.training))
 
-    @property
-    def mixes_inputs(self) -> bool:
-        return self.options.mixup > 0 or self.options.cutmix > 0
-
     # ---------------------------------------------------------------- loss
 
     def _training_losses(self, scores: Tensor, label: Tensor) -> Tensor:
@@ -199,7 +203,7 @@ class Classification(Objective):
 
     def head_loss(self, features: Tensor, batch: Batch):
         options = self.options
-        if self.mixes_inputs and self.training:
+        if self.options.mixes_inputs and self.training:
             raise ValueError(
                 "options mixup and cutmix of classification mix images: they cannot train a head "
                 "on cached features; leave them out"
@@ -215,7 +219,7 @@ class Classification(Objective):
         return total, count, {"accuracy": (scores.argmax(-1) == label).sum()}
 
     def loss(self, backbone: Backbone, batch: Batch):
-        if self.mixes_inputs and self.training:
+        if self.options.mixes_inputs and self.training:
             return self._mixed_loss(backbone, batch)
         return self.head_loss(backbone(batch).pooled, batch)
 

@@ -62,6 +62,10 @@ class MultilabelOptions(Options):
         "rate fits every backbone",
     )
 
+    @property
+    def balances_labels(self) -> bool:
+        return self.pos_weight != "none"
+
 
 @register("objective", "multilabel", options=MultilabelOptions)
 class Multilabel(Objective):

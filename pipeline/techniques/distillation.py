@@ -15,6 +15,7 @@ from pipeline.core.contracts import Batch, Objective, Phase, Task, Technique
 from pipeline.core.contracts.objective_capabilities import (
     has_cached_head,
     has_classes,
+    mixes_inputs,
     tensors_beside_features,
 )
 from pipeline.core.latest_call import LatestCall
@@ -348,6 +349,11 @@ class CoTuning(_KeepsHead):
                     f"co_tuning relates classes to classes, and {whose} objective is "
                     f"{head.registered_name}, whose rows have any number of labels: use lwf"
                 )
+        if mixes_inputs(task.objective.options):
+            raise ValueError(
+                "co_tuning needs the class of a row, and the options mixup and cutmix of "
+                f"{task.objective.registered_name} mix rows: leave them out"
+            )
         self.calls = LatestCall(task.backbone)
         classes, old_classes = (len(one.state["labels"]) for one in (task.objective, old))
         return CoTunedTask(task, old, classes, old_classes)

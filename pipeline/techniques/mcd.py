@@ -18,6 +18,9 @@ from pipeline.core.nn.domain_adaptation import (
 )
 from pipeline.core.nn.domain_losses import reversed_gradient
 
+LEAST_SPREAD = 0.01
+"""Two heads that are equal never part: the gradient of their difference is 0."""
+
 
 class MCDOptions(AdaptationOptions):
     source_weight: float = Field(
@@ -46,7 +49,8 @@ class MCD(DomainAdaptation):
         second = copy.deepcopy(task.objective)
         with torch.no_grad():
             for parameter in second.parameters():
-                spread = parameter.std() if parameter.dim() > 1 else torch.tensor(0.0)
+                is_matrix = parameter.dim() > 1
+                spread = parameter.std().clamp(min=LEAST_SPREAD) if is_matrix else 0.0
                 parameter.add_(torch.randn_like(parameter) * spread)
         return TaskWithModule(task.backbone, task.objective, second)
 

@@ -636,8 +636,6 @@ class _RankBudget(nn.Module):
     def __init__(self, layers: list[Any]):
         super().__init__()
         self._layers = [layers]  # in a list: they are modules of the backbone
-        self.is_stepped = True
-        """Whether an optimiser may have moved singular values that are not kept."""
         for number, layer in enumerate(layers):
             for part, parameter in _factors(layer).items():
                 for kind in ("mean", "spread"):
@@ -683,10 +681,8 @@ class _RankBudget(nn.Module):
             layer.lora_E[ADAPTER].masked_fill_(~kept[:, None], 0.0)
 
     def before_forward(self, module: nn.Module, inputs: Any) -> None:
-        """Set what an optimiser step has moved to 0 again (a forward hook)."""
-        if self.is_stepped:
-            self.apply_to_layers()
-            self.is_stepped = False
+        """Set what a step or an average of weights has moved to 0 again (a forward hook)."""
+        self.apply_to_layers()
 
     def orthogonality(self) -> Tensor:
         """Return the mean of |A A' - 1| and |B' B - 1| (equation 4)."""
@@ -748,7 +744,6 @@ class AdaLora(AdapterTechnique):
         """Measure importances and take ranks away (`ReadsGradients`)."""
         first = round(self.options.warm_share * self._steps)
         last = self._steps - round(self.options.final_share * self._steps)
-        task.budget.is_stepped = True
         if step < last:
             task.budget.measure()
         if first < step <= last:

@@ -112,8 +112,11 @@ class Surgical(Technique):
         if phase != "measure":
             return
         named = dict(task.named_parameters())
+        nothing = torch.zeros((), device=task.gradient_sums.device)  # of a layer without parameters
         norms = [
             _norm([named[name].grad for name in names]) / _norm([named[name] for name in names])
+            if names
+            else nothing
             for layer, names in task.layers().items()
             if layer != "head"
         ]

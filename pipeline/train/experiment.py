@@ -146,7 +146,9 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         task = technique.prepare(task.to(ranks.device), inputs)
     record = _Record(experiment, ranks)
     check = _validator(experiment, ranks, ready, record.bad_rows)
-    keep = "last" if couples_rows(objective) else train.keep
+    # validation rows of the source are best where nothing has been adapted yet
+    is_last = couples_rows(objective) or not experiment.labelled
+    keep = "last" if is_last else train.keep
     keeper = loop.KeepBest(experiment.metrics[0], keep)
     batches = partial(
         experiment.read,

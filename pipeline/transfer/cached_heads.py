@@ -27,9 +27,9 @@ from pipeline.config import provenance
 from pipeline.config.schema import Train, spec_hash
 from pipeline.core.contracts import Backbone, Batch, Objective, Task
 from pipeline.core.contracts.objective_capabilities import (
-    MixesInputs,
     has_cached_head,
     is_calibrated,
+    mixes_inputs,
 )
 from pipeline.core.contracts.technique_capabilities import solves_head
 from pipeline.core.metrics.catalog import Predictions
@@ -259,8 +259,7 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     first = group[0]
     data = shared.targets[first.target, first.backbone_key]
     objective = trials.build(first, shared)[0].objective
-    mixes_inputs = isinstance(objective, MixesInputs) and objective.mixes_inputs
-    if not has_cached_head(objective) or mixes_inputs:
+    if not has_cached_head(objective) or mixes_inputs(objective.options):
         return False
     return first.technique_object.frozen and data.spec.workers == 0
 

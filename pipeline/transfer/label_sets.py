@@ -161,7 +161,8 @@ def carry_head(
     for name, tensor in tensors.items():
         if name not in own or own[name].shape[1:] != tensor.shape[1:]:
             return 0, f"head new: {name} of the source's head has another shape"
-        if tensor.dim() and len(tensor) == len(match.source):
+        has_rows = tensor.dim() and len(own[name]) == len(match.target)
+        if has_rows and len(tensor) == len(match.source):
             own[name][ours] = tensor[theirs].to(own[name])
         elif own[name].shape == tensor.shape:
             own[name].copy_(tensor)

@@ -167,6 +167,11 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
             gone |= duplicated
     own = "its own training rows"
     notes += _duplicates(target, target.splits.train, columns, own, folder, True)[1]
+    if target.unlabelled is not None and target.spec.unlabelled is not None:
+        rows = target.unlabelled.train
+        theirs = target.spec.unlabelled.columns or columns
+        there = {role: at for role, at in theirs.items() if at in rows.manifest.schema.names}
+        notes += _duplicates(target, rows, there, "its rows without labels", folder, True)[1]
     if mode == "none":
         return Overlap(tuple(notes), test)
     if gone.all():

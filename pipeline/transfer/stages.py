@@ -20,8 +20,9 @@ import numpy as np
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import provenance, registry
 from pipeline.config.schema import Job, spec_hash
+from pipeline.core.contracts import trains
 from pipeline.core.contracts.objective_capabilities import names_labels
-from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE
+from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE, adapts_without_labels
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.specs import ObjectiveSpec
 from pipeline.data.manifests import Selection
@@ -167,12 +168,18 @@ def _label_problems(state: JobState, target: TargetStage) -> list[str]:
                         "data: give the target techniques or sources of its own"
                     ] = None
                 continue
-            if not reads_labels:
+            starts_with_its_head = (
+                0 in target.spec.label_fractions
+                and adapts_without_labels(technique)
+                and trains(technique)
+            )
+            if not (reads_labels or starts_with_its_head):
                 continue
             ours = ObjectiveSpec(target.spec.objective.name, {}, target.state)
             theirs = _fitted_labels(stage, ours.name)
             if problem := label_sets.problem(name, theirs, ours):
-                problems[f"{place} reads the labelled rows of its source: {problem}"] = None
+                what = "labelled rows" if reads_labels else "head, at label fraction 0,"
+                problems[f"{place} reads the {what} of its source: {problem}"] = None
             elif text := label_sets.compare(theirs.state, ours.state).text():
                 note = f"{target.name}: labels of source {name}, by name: {text}"
                 if note not in state.notes:
@@ -582,7 +589,7 @@ def share(state: JobState) -> Shared:
     if not state.targets:
         problems = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
         raise ValueError("\n".join(problems))
-    source_rows = _source_rows(state)
+    source_rows = rows_of_sources(state)
     validation = {
         name: splits.validation
         for name in source_rows
@@ -652,10 +659,16 @@ def _prepare_target(
     return data
 
 
-def _source_rows(state: JobState) -> dict[str, tuple[Selection, dict[str, str]]]:
-    """Return the training rows of each source that has data, where a technique reads them."""
-    named = [one for target in state.targets.values() for one in target.techniques]
-    if not any(targets.reads_source(technique_of(one)) for one in named):
+def rows_of_sources(state: JobState) -> dict[str, tuple[Selection, dict[str, str]]]:
+    """Return the training rows of each source that has data, where a technique reads them, or where
+    its validation rows serve in place of a target's (label fraction 0).
+    """
+    are_read = any(
+        0 in target.spec.label_fractions
+        or any(targets.reads_source(technique_of(one)) for one in target.techniques)
+        for target in state.targets.values()
+    )
+    if not are_read:
         return {}
     return {
         name: (stage.splits.train, dict(stage.spec.data.columns))
@@ -904,8 +917,9 @@ def final_trials(
         members = tuple(
             one.id
             for one in out
-            if (one.source, one.backbone_key, one.target, one.label_fraction)
-            == (source, group.key, name, fraction)
+            if (one.source, one.backbone_key, one.target) == (source, group.key, name)
+            # 1 and 1.0 are equal numbers, but one row a class and all rows
+            and grid.fraction_text(one.label_fraction) == grid.fraction_text(fraction)
         )
         out.append(_trial(state, name, cell, {}, 0, "final", members))
     return [*out, *_baseline_trials(state, groups)]

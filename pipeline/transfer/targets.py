@@ -37,11 +37,13 @@ from pipeline.core.contracts import (
 )
 from pipeline.core.contracts.objective_capabilities import (
     ChecksTestRows,
+    balances_labels,
     binds_to_backbone,
     counts_rows,
     couples_rows,
     has_classes,
     invalid_label_reasons,
+    mixes_inputs,
     names_labels,
     rollout_metrics,
     target_metrics,
@@ -301,6 +303,14 @@ def _check_unlabelled(
                 f"{place}.train.micro_batch: {name} compares the rows of a whole batch, which "
                 "micro-batches would cut: leave it out"
             )
+        options = objective.options_class(**spec.objective.options)
+        if LABELLED_SOURCE in technique.streams() and mixes_inputs(options):
+            raise ValueError(
+                f"{place}: techniques: {name} reads labelled rows of the source, which the options "
+                f"mixup and cutmix of {spec.objective.name} do not mix: leave them out"
+            )
+        if 0 in spec.label_fractions and adapts_without_labels(technique) and trains(technique):
+            _check_trained_without_labels(place, spec, name, technique, options)
     without_labels = [name for name, one in found if adapts_without_labels(one) or not trains(one)]
     if 0 in spec.label_fractions and not without_labels:
         able = [
@@ -329,6 +339,27 @@ def _check_unlabelled(
     if spec.unlabelled and not any(reads_target(one) for _, one in found):
         raise ValueError(
             f"{place}.unlabelled: none of the techniques reads rows without labels: leave it out"
+        )
+
+
+def _check_trained_without_labels(
+    place: str, spec: Target, name: str, technique: Technique, options: Any
+) -> None:
+    """Raise ValueError where nothing keeps the classes apart at label fraction 0, or counted labels
+    of the target would weigh rows of the source.
+    """
+    streams = technique.streams()
+    if not streams or "source" in streams:
+        raise ValueError(
+            f"{place}.label_fractions: 0 means no label of the target, and {name} reads none of "
+            "the source either, so that nothing keeps the classes apart: give it a weight of the "
+            "source's labelled rows above 0, or leave 0 out"
+        )
+    if balances_labels(options):
+        raise ValueError(
+            f"{place}.label_fractions: 0 means no label of the target, and {spec.objective.name} "
+            f"would weigh rows for {name} by the target's labels: leave the option balanced out, "
+            "or put 0 in a job of its own"
         )
 
 

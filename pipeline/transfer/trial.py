@@ -328,7 +328,7 @@ def build(
         kept, head = label_sets.carry_head(task.objective, source_objective, _tensors(arrays))
         if is_untrained and 0 < kept < len(data.label_names):
             kept, head = 0, f"it lacks some of the target's labels; {head}"
-    if is_untrained and not kept:
+    if (is_untrained or is_without_labels(trial)) and not kept:
         raise ValueError(
             f"{trial.technique.name}: nothing of the head of source {trial.source} fits this "
             f"target ({head}): it can only be fine-tuned"
@@ -515,7 +515,8 @@ def run(
     )
     task, test, frames = finished.task, None, None
     if trial.stage == "final":
-        task, test, frames = predict_test(task, technique, data, train, ranks)
+        may_calibrate = trial.label_fraction != 0 or is_without_labels(trial)
+        task, test, frames = predict_test(task, technique, data, train, ranks, may_calibrate)
     unread = {row: why for (split, row), why in finished.bad_rows.items() if split == "train"}
     moved = "; ".join([moved, *_rows_left_out(data, test, rows, unread), *finished.damaged])
     metadata = {
@@ -562,9 +563,22 @@ def _stream_rows(trial: Trial, shared: Shared) -> dict[str, Rows]:
 
 
 def predict_test(
-    task: Task, technique: Technique, data: TargetData, train: Train, ranks: Ranks
+    task: Task,
+    technique: Technique,
+    data: TargetData,
+    train: Train,
+    ranks: Ranks,
+    may_calibrate: bool,
 ) -> tuple[Task, Predictions, np.ndarray | None]:
-    """Calibrate on the validation rows, then predict each test row once.
+    """Adapt to the test rows, calibrate on the validation rows, then predict each test row once.
+
+    Args:
+        task: As its technique left it.
+        technique: Adapts to the test rows, where it does.
+        data: The rows.
+        train: Settings of the run.
+        ranks: This process among the others.
+        may_calibrate: False where the labels of the validation rows may not be used.
 
     Returns:
         The task as it was tested, the predictions of all ranks, and pictures of a policy's first
@@ -572,15 +586,15 @@ def predict_test(
     """
     ready = evaluate.device_preprocessing(data.test, task.objective)
     autocast = partial(loop.autocast, train, ranks.device)
+    inputs = partial(streams.test_inputs, data.test, ready, ranks, EVAL_ROWS)
+    if adapts_at_test(technique):
+        task = technique.at_test(task, inputs)
     objective: Any = task.objective
-    if is_calibrated(objective) and len(data.validation):
+    if may_calibrate and is_calibrated(objective) and len(data.validation):
         batches = _batches(data.validation, ranks)
         mine = evaluate.predictions(task, batches, ready, ranks, autocast())
         mine = evaluate.Postprocessor(data.validation)(task.objective, mine)
         objective.calibrate(evaluate.gather_predictions(mine, ranks))
-    inputs = partial(streams.test_inputs, data.test, ready, ranks, EVAL_ROWS)
-    if adapts_at_test(technique):
-        task = technique.at_test(task, inputs)
     bad: list[tuple[int, str]] = []
     batches = _batches(data.test, ranks)
     mine = evaluate.predictions(task, batches, ready, ranks, autocast(), bad.extend)

@@ -24,11 +24,12 @@ from toys import (
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
+from pipeline.config.schema import Job
 from pipeline.core.contracts import Ensemble, FinishedTrial, Task, Technique
 from pipeline.core.metrics import calibration
 from pipeline.core.specs import Architecture, ObjectiveSpec
 from pipeline.train import loop
-from pipeline.transfer import trial
+from pipeline.transfer import grid, stages, trial
 
 KINDS = {name: backbone for name, (_, backbone) in MODALITIES.items()}
 EACH = pytest.mark.parametrize("kind", KINDS)
@@ -343,6 +344,24 @@ def test_a_greedy_soup_is_never_worse_on_validation_than_its_best_member(seed):
     ended, chosen = used.choose(task, lambda one: check(one)["accuracy"])
     assert chosen["soup"][0] == f"full {int(np.argmax(single))}"
     assert check(ended)["accuracy"] >= max(single)
+
+
+def test_one_row_a_class_and_all_rows_are_not_mixed(tmp_path, paths):
+    """Label fractions 1 and 1.0 are equal numbers."""
+    job = job_of(tmp_path, paths, label_fractions=[1, 1.0])
+    dumped = job.model_dump(mode="json") | {"techniques": ["full", "uniform_soup"]}
+    dumped["fanout"]["keep_bundles"] = "all"
+    dumped["sources"]["src"]["train"] = {"global_batch": 8}
+    state = stages.check(Job.model_validate(dumped), stage_runs.Silent())
+    arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
+    group = grid.BackboneGroup(arch, stage_runs.MODALITY, "net", ("src",))
+    found = stages.final_trials(state, [group], {"task": {"src"}}, {})
+    members = {one.id: one for one in found}
+    soups = [one for one in found if one.members]
+    assert len(soups) == 2
+    for soup in soups:
+        kinds = {type(members[one].label_fraction) for one in soup.members}
+        assert kinds == {type(soup.label_fraction)}
 
 
 @pytest.mark.parametrize("name", ["uniform_soup", "greedy_soup", "ensemble"])

@@ -368,6 +368,13 @@ def test_two_heads_disagree_more_and_the_backbone_less():
         assert (after > before) if part == "heads" else (after < before), part
 
 
+def test_equal_heads_part_though_the_first_is_all_zeros():
+    task = net_task()
+    torch.nn.init.zeros_(task.objective.head.weight)
+    second = MCD().wrap(task).added
+    assert second.head.weight.std() > 0
+
+
 def shifted(rows: Rows, scale: float = 0.5) -> Rows:
     assert rows.arrays is not None
     darker = (rows.arrays["image"] * scale).astype(np.uint8)

@@ -163,6 +163,13 @@ def test_bss_is_the_sum_of_the_smallest_squares(kind, smallest):
     assert not task.backbone._forward_hooks
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_bss_of_features_that_are_not_finite_is_not_finite(wrong):
+    features = torch.randn(4, 3)
+    features[1, 1] = wrong
+    assert not torch.isfinite(smallest_squares(features, 1))
+
+
 # ---------------------------------------------------------------- StochNorm
 
 
@@ -411,6 +418,15 @@ def test_co_tuning_relates_classes_alone():
     used.read_source(labels)
     with pytest.raises(ValueError, match="the source's objective is multilabel, whose rows have"):
         used.wrap(net_task())
+
+
+def test_co_tuning_needs_rows_of_one_class():
+    used = technique("co_tuning")
+    used.read_source(net_task())
+    mixing = net_task()
+    mixing.objective.options = mixing.objective.options.model_copy(update={"mixup": 0.2})
+    with pytest.raises(ValueError, match="co_tuning needs the class of a row, and the options mix"):
+        used.wrap(mixing)
 
 
 # ---------------------------------------------------------------- in a run

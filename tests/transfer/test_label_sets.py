@@ -19,7 +19,9 @@ from pipeline.data import manifests
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import eval_batches
 from pipeline.objectives.classification import Classification, ClassificationOptions
-from pipeline.transfer import dry_run, grid, label_sets, stages, trial
+from pipeline.techniques.full import Full
+from pipeline.train import loop
+from pipeline.transfer import dry_run, grid, label_sets, overlap, stages, trial
 
 COLUMNS = {"image": "picture", "label": "class"}
 STATE = {"values": ["class 2", "class 0", "class 1"], "labels": ["class 2", "class 0", "class 1"]}
@@ -116,6 +118,21 @@ def test_what_cannot_be_compared_is_named(name, source, target, needs_all, messa
             raise ValueError(found)
 
 
+def test_only_tensors_with_a_row_a_label_are_put_in_order():
+    """One that has as many rows as the source has labels by chance is taken as it is."""
+    from toys import Net
+
+    made = Classification(
+        Net(), ClassificationOptions(), {"values": [0, 1, 2], "labels": ["a", "b", "c"]}
+    )
+    made.register_buffer("four", torch.zeros(4))
+    theirs = ObjectiveSpec("classification", {"norm": True}, {"labels": ["d", "c", "b", "a"]})
+    tensors = {"head.weight": torch.randn(4, 16), "four": torch.arange(4.0)}
+    assert label_sets.carry_head(made, theirs, tensors)[0] == 3
+    assert made.four.tolist() == [0, 1, 2, 3]
+    assert torch.equal(made.head.weight, tensors["head.weight"][[3, 2, 1]])
+
+
 def test_rows_of_a_head_go_to_labels_of_the_same_name():
     from toys import Net
 
@@ -174,6 +191,58 @@ def wrong_labels(paths, folder):
             row_group_size=16,
         )
     return out
+
+
+def test_without_labels_the_last_weights_are_kept(tmp_path, paths, monkeypatch):
+    """The source's own rows would choose those that have adapted least."""
+    kept = []
+
+    class Watched(loop.KeepBest):
+        def __init__(self, primary, keep):
+            kept.append(keep)
+            super().__init__(primary, keep)
+
+    monkeypatch.setattr(loop, "KeepBest", Watched)
+    job, shared = world(tmp_path, paths, "dann", fractions=(0, 1.0), train={"steps": 2})
+    for fraction in (0, 1.0):
+        trial.run(trial_of(job, shared, "dann", fraction=fraction), shared)
+    assert kept == ["last", "best"]
+
+
+def test_no_label_of_the_target_calibrates_where_none_may_be_used(tmp_path, paths):
+    """Those of the source's validation rows do, where the technique is chosen on them."""
+    objective = {"classification": {"calibrate": "temperature"}}
+    found = {}
+    for name in ("zero_shot", "dann"):
+        job, shared = world(tmp_path, paths, name, root=name, objective=objective)
+        record = trial.run(trial_of(job, shared, name, fraction=0), shared)
+        found[name] = "temperature" in record.rows[0].settings
+    assert found == {"zero_shot": False, "dann": True}
+
+
+def test_scores_are_calibrated_after_the_network_has_adapted(tmp_path, paths, monkeypatch):
+    seen = []
+
+    class Adapting(Full):
+        def at_test(self, task, batches):
+            seen.append("temperature" in task.objective.state)
+            return task
+
+    used = Adapting(Full.options_class())
+    monkeypatch.setattr(grid, "technique_of", lambda component: used)
+    objective = {"classification": {"calibrate": "temperature"}}
+    job, shared = world(tmp_path, paths, "full", (1.0,), objective=objective, train={"steps": 2})
+    record = trial.run(trial_of(job, shared, "full"), shared)
+    assert seen == [False] and "temperature" in record.rows[0].settings
+
+
+def test_a_trained_head_of_which_nothing_is_kept_is_refused_without_labels(tmp_path, paths):
+    free = {"pseudo_labels": {"source_weight": 0.0}}
+    job, shared = world(tmp_path, paths, free)
+    shared.heads["src"] = (ObjectiveSpec("mlm", {}, {}), {})
+    assert trial.build(trial_of(job, shared, free, fraction=1.0), shared)
+    with pytest.raises(ValueError, match="pseudo_labels: nothing of the head of source src fits"):
+        trial.build(trial_of(job, shared, free, fraction=0), shared)
 
 
 @pytest.mark.parametrize("technique", ["dann", "pseudo_labels"])
@@ -323,11 +392,46 @@ def test_label_sets_are_compared_before_anything_starts(tmp_path, paths):
     ):
         checked(tmp_path, paths, ["scratch", "dann"], source)
     assert checked(tmp_path, paths, ["scratch", {"dann": {"source_weight": 0.0}}], source)
+    free = {"pseudo_labels": {"source_weight": 0.0}}
+    assert checked(tmp_path, paths, ["scratch", free], source)
+    with pytest.raises(
+        ValueError,
+        match=r"pseudo_labels reads the head, at label fraction 0, of its source: source src and "
+        "the target share no label",
+    ):
+        checked(tmp_path, paths, ["scratch", free], source, label_fractions=[0, 1.0])
+
+
+def test_validation_rows_of_the_source_are_there_wherever_they_choose(tmp_path, paths):
+    free = ["scratch", {"pseudo_labels": {"source_weight": 0.0}}]
+    for fractions, names in (([1.0], []), ([0, 1.0], ["src"])):
+        state = checked(tmp_path, paths, free, label_fractions=fractions)
+        assert list(stages.rows_of_sources(state)) == names
 
 
 @pytest.mark.parametrize(
     ("techniques", "target", "message"),
     [
+        (
+            [{"dann": {"source_weight": 0.0}}],
+            {"label_fractions": [0]},
+            "dann reads none of the source either, so that nothing keeps the classes apart",
+        ),
+        (
+            [{"pooled": {"weight": 0.0}}],
+            {"label_fractions": [0]},
+            "pooled reads none of the source either",
+        ),
+        (
+            ["dann"],
+            {"label_fractions": [0], "objective": {"classification": {"class_weight": "balanced"}}},
+            "classification would weigh rows for dann by the target's labels",
+        ),
+        (
+            ["dann"],
+            {"objective": {"classification": {"mixup": 0.2}}},
+            "dann reads labelled rows of the source, which the options mixup and cutmix of",
+        ),
         (["full"], {"label_fractions": [0]}, r"label_fractions: 0 means no label of the target"),
         (
             ["full"],
@@ -365,6 +469,13 @@ def test_what_would_not_be_read_is_refused(tmp_path, paths, techniques, target, 
 def test_unlabelled_rows_have_no_splits_of_their_own(tmp_path, paths, given, message):
     with pytest.raises(ValueError, match=message):
         job_of(tmp_path, splits_of(paths), unlabelled={"modality": "image", **given})
+
+
+def test_test_rows_among_the_rows_without_labels_are_counted(tmp_path, paths):
+    given = {"uri": paths["test"], "modality": "image"}
+    state = checked(tmp_path, paths, ["dann"], unlabelled=given)
+    found = overlap.find_overlap(state.targets["task"], {}, str(tmp_path / "signs"))
+    assert "task: 20 of 20 test rows also stand in its rows without labels" in found.notes
 
 
 def test_a_checkpoint_has_no_rows_to_read(tmp_path, paths):

@@ -6,6 +6,7 @@ callers need the answer.
 
 Training and transfer:
     `CachedHead`, `MixesInputs`: the head needs pooled features alone, unless inputs are mixed.
+    `BalancesLabels`: rows weigh by the labels of the training rows.
     `CouplesRows`: rows of a global batch are compared.
     `ComparesViews`: random views of a row are compared.
     `UpdatesAfterStep`, `ReplacesBackbone`: something moves with the steps, such as a teacher.
@@ -82,11 +83,21 @@ class CachedHead(Protocol):
 
 @runtime_checkable
 class MixesInputs(Protocol):
-    """An objective whose inputs can be mixed with other rows', so cached features will not do."""
+    """Options by which inputs can be mixed with other rows', so cached features will not do."""
 
     @property
     def mixes_inputs(self) -> bool:
-        """Whether the options ask for it."""
+        """Whether they are."""
+        ...
+
+
+@runtime_checkable
+class BalancesLabels(Protocol):
+    """Options by which rows can weigh by how frequent their labels are in the training rows."""
+
+    @property
+    def balances_labels(self) -> bool:
+        """Whether they do."""
         ...
 
 
@@ -446,6 +457,16 @@ def transfers_head(objective: Any) -> TypeIs[TransfersHead]:
 def bounds_length(objective: Any) -> TypeIs[LengthBound]:
     """Return whether rows can be too short to be trained on."""
     return isinstance(objective, LengthBound)
+
+
+def mixes_inputs(options: Any) -> bool:
+    """Return whether an objective with these options mixes its inputs in training."""
+    return isinstance(options, MixesInputs) and options.mixes_inputs
+
+
+def balances_labels(options: Any) -> bool:
+    """Return whether an objective with these options weighs rows by counted labels."""
+    return isinstance(options, BalancesLabels) and options.balances_labels
 
 
 def names_labels(objective: Any) -> TypeIs[NamesLabels]:

@@ -38,8 +38,9 @@ class AdaptsWithoutLabels(Protocol):
     """A technique that needs no label of the target (``label_fractions: [0]``).
 
     It starts with the head of its source, label by label, by their names. At label fraction 0 the
-    rows of the target are trained on by its penalty alone, and everything that is chosen (weights,
-    hyper-parameters, calibration) is chosen on the validation rows of the source.
+    rows of the target are trained on by its penalty alone. The last weights are kept: the source's
+    own rows are predicted best before anything is adapted. Hyper-parameters and calibration are
+    chosen on the validation rows of the source.
     """
 
     def check_target(self, objective: type[Objective], modality: type[Modality]) -> None:
