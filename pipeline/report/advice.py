@@ -32,7 +32,8 @@ from pipeline.report.stats import RunPredictions
 
 METHOD = (
     "expected gain: the measured gain over the target's best scratch network, drawn towards the "
-    "mean of all entries of the same modality, objective and metric by an empirical Bayes estimate "
+    "mean of all entries of the same modality, objective and metric (of the same target too where "
+    "the metric has no bounds) by an empirical Bayes estimate "
     "of the normal-normal model (Morris, JASA 1983; Efron & Morris, JASA 1975), with its 95 % "
     "interval; entries share scratch's error, so an interval is never narrower than the measured "
     "one, and a source is recommended only where the measured interval lies above zero too; "
