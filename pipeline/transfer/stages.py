@@ -749,7 +749,7 @@ def _compute_scores(state: JobState, shared: Shared, names: Sequence[str]) -> No
         for name, stage in state.sources.items()
         if stage.splits is not None and stage.spec.data is not None
     }
-    labels = {name: _class_counts(stage, shared) for name, stage in state.sources.items()}
+    labels = {name: _class_counts(state, stage, shared) for name, stage in state.sources.items()}
     pairs = [
         Pair(source_name, group, name, rows.get(source_name), labels.get(source_name, {}))
         for (name, group), sources in _pairs(state, shared, names).items()
@@ -765,14 +765,20 @@ def _compute_scores(state: JobState, shared: Shared, names: Sequence[str]) -> No
             state.progress.note(f"warning: {line}")
 
 
-def _class_counts(stage: source.SourceStage, shared: Shared) -> dict[str, int]:
-    """Return the number of training rows of each class of a source, {} where rows have none."""
+def _class_counts(state: JobState, stage: source.SourceStage, shared: Shared) -> dict[str, int]:
+    """Return the number of training rows of each class of a source, {} where rows have none.
+
+    Labels that the source's head does not know are a warning: only the shift of classes needs them.
+    """
     head, _ = shared.heads.get(stage.name, (None, {}))
     if head is None or stage.splits is None or stage.spec.data is None:
         return {}
-    return measured_shift.counts_of(
-        stage.splits.train, stage.spec.data.columns, head.name, head.state
-    )
+    columns = stage.spec.data.columns
+    try:
+        return measured_shift.counts_of(stage.splits.train, columns, head.name, head.state)
+    except ValueError as error:
+        state.progress.note(f"warning: source {stage.name}: no shift of its classes ({error})")
+        return {}
 
 
 def _rank(score: ScoreValue) -> tuple[bool, float]:
