@@ -420,6 +420,8 @@ def _describe_mismatch(rows: list[ResultRow]) -> str | None:
 # ---------------------------------------------------------------- identical results
 
 _SETTINGS = ("source", "backbone", "technique", "label_fraction", "seed", "hyper_parameters")
+_SETTINGS_OF_A_SOLUTION = _SETTINGS[:-2]
+"""Those that must matter where a convex problem was solved: its solution has no seed."""
 
 
 def duplicates(rows: list[ResultRow]) -> list[str]:
@@ -431,8 +433,9 @@ def duplicates(rows: list[ResultRow]) -> list[str]:
     learning rate was not used. Finished trials of one target are identical when they have the same
     loss to 12 digits. Where no loss was recorded, at least two metrics must agree to 12 digits,
     because equal accuracies alone may be chance. A search trial and the final run of the same
-    setting are no duplicates. Sources are compared with each other and with scratch, which shows
-    weights that were never loaded.
+    setting are no duplicates, nor are the seeds of a head that was solved (``linear_probe``).
+    Sources are compared with each other and with scratch, which shows weights that were never
+    loaded.
     """
     measured: dict[tuple[str, str | None], dict[str, dict[str, float]]] = defaultdict(
         lambda: defaultdict(dict)
@@ -457,9 +460,10 @@ def duplicates(rows: list[ResultRow]) -> list[str]:
                 )
         for signature, ids in alike.items():
             found = [trials[i] for i in ids]
+            is_solved = all("solver" in row.settings for row in found)
             differing = [
                 name
-                for name in _SETTINGS
+                for name in (_SETTINGS_OF_A_SOLUTION if is_solved else _SETTINGS)
                 if len({_normalize_setting(row, name) for row in found}) > 1
             ]
             if differing and frozenset(ids) not in out:

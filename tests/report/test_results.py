@@ -210,6 +210,16 @@ def test_duplicates_show_a_source_that_was_never_loaded():
     assert "differ in source, technique: a (none, scratch); b (garments, full)" in sentence
 
 
+def test_a_solved_head_is_the_same_with_every_seed_and_not_from_every_source():
+    solved = '{"solver": "lbfgs", "penalty": 0.1}'
+    seeds = [*final("a", 0.25, hyper_parameters=solved)]
+    seeds += final("b", 0.25, hyper_parameters=solved, seed=1)
+    assert not results.duplicates(seeds)
+    other = final("c", 0.25, hyper_parameters=solved, seed=1, source="films")
+    (sentence,) = results.duplicates([*seeds, *other])
+    assert "identical in 3 trials that differ in source" in sentence
+
+
 def test_chance_and_repeats_are_not_duplicates():
     lr = [json.dumps({"lr": x, "wd": 0}) for x in (0.1, 0.2)]
     assert not results.duplicates(
