@@ -107,8 +107,9 @@ def _plain(
         return [
             _plain(child, loader, (*path, i), lines, problems) for i, child in enumerate(node.value)
         ]
+    untyped: Any = loader
     try:
-        value = cast("Json", loader.construct_object(node))  # pyright: ignore[reportUnknownMemberType]
+        value: Json = untyped.construct_object(node)
     except (ValueError, LookupError, AttributeError) as error:
         # a text that looks like what it is not, or a tag that does not fit
         problems.append(

@@ -194,17 +194,7 @@ class Transformers(Backbone):
     def advance(
         self, tokens: Tensor, mask: Tensor, positions: Tensor, past: Any = None
     ) -> tuple[Tensor, Any]:
-        """Continue a sequence (causal models only).
-
-        Args:
-            tokens: (B, n) ids.
-            mask: (B, past + n) bool, true for what may be attended to.
-            positions: (B, n) positions of ``tokens``.
-            past: Keys and values of the earlier tokens; None: there are none.
-
-        Returns:
-            States (B, n, D), and the new past.
-        """
+        """Continue a sequence, as `Continues` describes it (causal models only)."""
         found = self.model(
             input_ids=tokens,
             attention_mask=mask,

@@ -190,7 +190,8 @@ def choose(
     transform = transformer.fit(train.inputs).transform if transformer else lambda rows: rows
     fitted_on, judged_on = transform(train.inputs), transform(validation.inputs)
     sign = 1 if metric(metrics[0]).higher_is_better else -1
-    classes = len(objective.state["labels"]) if objective.label_kind == "classes" else 0  # type: ignore[attr-defined]
+    fitted: Any = objective  # with the state of every objective, which its protocol does not name
+    classes = len(fitted.state["labels"]) if objective.label_kind == "classes" else 0
     best, best_value = None, -np.inf
     for setting in baseline.settings():
         heartbeat.beat()
