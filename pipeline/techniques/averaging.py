@@ -26,7 +26,8 @@ class SWA(Technique):
     It assumes that the last steps lie around one minimum. It helps where single weights are noisy
     (small batches, few labels) and makes wider minima. It hurts where training has not settled
     before the last part, as in very short runs. Norm statistics are averaged with the weights; a
-    network with batch norms is not measured anew on the training rows as in the paper.
+    network with batch norms is not measured anew on the training rows as in the paper. Weights
+    from before the last part are no average, so they are never kept, whatever ``train.keep`` says.
     """
 
     def phases(self, steps):

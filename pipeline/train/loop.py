@@ -630,7 +630,9 @@ def _evaluated(run: TrainingRun, average: optim.WeightAverage | None, step: int)
         for buffer in run.task.buffers():
             dist.broadcast(buffer, 0)
     metrics = run.evaluate(run.task)
-    run.keeper.update(step, metrics, run.task)
+    # plain weights from before an average (SWA) are not what the technique would give
+    if average is None or average.has_begun(step - 1) or step == run.steps:
+        run.keeper.update(step, metrics, run.task)
     if average:
         average.swap(run.task)
     return metrics

@@ -211,6 +211,10 @@ class WeightAverage:
             found |= {name: b for name, b in task.named_buffers() if b.is_floating_point()}
         return found
 
+    def has_begun(self, step: int) -> bool:
+        """Return whether the average after a step is more than the newest weights."""
+        return self.share(step) < 1
+
     @torch.no_grad()
     def update(self, task: nn.Module, step: int) -> None:
         """Add the weights after a step."""

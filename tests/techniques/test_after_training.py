@@ -186,6 +186,45 @@ def test_what_is_validated_is_the_average(name):
     assert run.evaluate(run.task)["loss"] == pytest.approx(outcome.curve[-1]["loss"], abs=1e-6)
 
 
+def test_weights_from_before_the_average_are_never_kept():
+    """The first validations are the best; only the last two are of an average."""
+    run = make_run(
+        image_rows(48),
+        net_task(norm="batch"),
+        steps=12,
+        technique=technique("swa", last_share=0.5),
+        eval_every_steps=2,
+        keep="best",
+        lr=0.02,
+    )
+    seen, values = {}, iter([0.9, 0.8, 0.7, 0.4, 0.6, 0.5])
+
+    def check(task):
+        seen[2 * len(seen) + 2] = weights(task)
+        return {"accuracy": next(values)}
+
+    run.evaluate = check
+    outcome = loop.fit(run)
+    assert [point["accuracy"] for point in outcome.curve] == [0.9, 0.8, 0.7, 0.4, 0.6, 0.5]
+    assert run.keeper.step == 10 and run.keeper.metrics == {"accuracy": 0.6}
+    assert furthest(weights(run.task), seen[10]) == 0.0
+
+
+def test_a_run_that_ends_before_any_average_keeps_its_last_weights():
+    """One step is averaged with none."""
+    run = make_run(
+        image_rows(48),
+        net_task(),
+        steps=2,
+        technique=technique("swa"),
+        validation=image_rows(24, seed=3),
+        keep="best",
+        eval_every_steps=1,
+    )
+    loop.fit(run)
+    assert run.keeper.step == 2 and run.keeper.metrics
+
+
 def test_two_averages_at_once_are_refused():
     run = make_run(image_rows(48), net_task(), technique=technique("swa"), ema=0.9)
     with pytest.raises(ValueError, match=r"swa averages the weights itself: leave train\.ema out"):

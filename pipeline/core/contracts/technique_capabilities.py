@@ -112,7 +112,8 @@ class AveragesWeights(Protocol):
         """Return the share of the newest weights in the average, in (0, 1].
 
         After a step the average is (1 - share) times what it was, plus share times the weights. A
-        share of 1 makes the average the newest weights.
+        share of 1 makes the average the newest weights: they are validated, but never kept as the
+        best ones, unless the run ends with them.
 
         Args:
             step: Number of the step, from 0.
