@@ -32,7 +32,11 @@ from pipeline.core.contracts.objective_capabilities import (
     Postprocesses,
     UpdatesAfterStep,
 )
-from pipeline.core.contracts.technique_capabilities import reads_source
+from pipeline.core.contracts.technique_capabilities import (
+    AddsModules,
+    keeps_modules,
+    reads_source,
+)
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.objectives.classification import Classification
@@ -533,6 +537,14 @@ def test_a_technique_trains_what_it_says_and_nothing_else(technique):
         assert not any(name.startswith("backbone.") for name in changed)
     else:
         assert any(name.startswith("backbone.") for name in changed)
+
+
+def test_a_technique_that_changes_the_names_of_the_backbone_says_so(technique):
+    task = net_task(norm="batch")
+    before = set(task.backbone.state_dict())
+    is_changed = set(technique.wrap(task).backbone.state_dict()) != before
+    says_so = isinstance(technique, AddsModules) or keeps_modules(technique)
+    assert is_changed == says_so
 
 
 def test_scratch_may_be_given_more_steps_than_others():

@@ -266,6 +266,7 @@ class _Note:
 class AdapterTechnique(Technique, ABC):
     """Train adapters at ``lr_scale`` times ``lr`` and the head at ``lr``, nothing else."""
 
+    adds_modules = True
     replaced: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
     """Classes of the modules that peft replaces for this method; other weights are computed from a
     linear layer that it adapts."""

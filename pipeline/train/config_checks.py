@@ -22,7 +22,11 @@ from pipeline.core.contracts.objective_capabilities import (
     couples_rows,
     replaces_backbone,
 )
-from pipeline.core.contracts.technique_capabilities import keeps_modules, reads_source
+from pipeline.core.contracts.technique_capabilities import (
+    AddsModules,
+    keeps_modules,
+    reads_source,
+)
 from pipeline.train.experiment import technique_of
 
 
@@ -138,9 +142,8 @@ def check_technique(place: str, spec: Source) -> None:
             f"{where}: {name} adds modules that stay, and no target could start from these: "
             "it is for targets"
         )
-    adds_modules = type(technique).wrap is not Technique.wrap
     objective = registry.get("objective", spec.objective.name)
-    if adds_modules and replaces_backbone(objective):
+    if isinstance(technique, AddsModules) and replaces_backbone(objective):
         raise ValueError(
             f"{where}: {name} adds modules to the backbone, and {spec.objective.name} copies "
             "weights to and from a backbone without them; use full"

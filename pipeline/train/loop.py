@@ -26,6 +26,7 @@ from pipeline.core.contracts import Batch, Phase, Task, Technique, layer_rates
 from pipeline.core.contracts.objective_capabilities import UpdatesAfterStep
 from pipeline.core.contracts.technique_capabilities import (
     FollowsProgress,
+    adds_penalty,
     gathers_rows,
     reads_gradients,
 )
@@ -521,7 +522,7 @@ def _backward(
                 count, streams = count + len(part), {**streams, "target": part}
             has_rows = all(len(one) for one in (part, *streams.values()))
             penalty = None
-            if gathers or has_rows:
+            if adds_penalty(run.technique) and (gathers or has_rows):
                 penalty = run.technique.penalty(run.task, part, streams)
             # the sum over ranks is divided by the count of all of them
             weight = summed(count) if gathers else count

@@ -52,6 +52,7 @@ from pipeline.core.contracts.objective_capabilities import (
 from pipeline.core.contracts.technique_capabilities import (
     LABELLED_SOURCE,
     adapts_without_labels,
+    adds_penalty,
     gathers_rows,
     prepares_on_target,
 )
@@ -836,7 +837,7 @@ def _check_group(
 def _unused_hooks(technique: Technique) -> list[str]:
     """Return the hooks of a frozen technique that are not called: its features are kept."""
     has = {
-        "penalty": type(technique).penalty is not Technique.penalty,
+        "penalty": adds_penalty(technique),
         "streams": bool(technique.streams()),
         "at_test": adapts_at_test(technique),
     }

@@ -144,19 +144,8 @@ class Technique(Registered):
         """
         return {"lr": (0.1, 10.0)}
 
-    def penalty(self, task: Task, batch: Batch, streams: Mapping[str, Batch]) -> Tensor | None:
-        """Return a scalar that is added to the mean loss of a batch, or None.
-
-        Args:
-            task: The task as ``wrap`` returned it.
-            batch: The finished training batch (a micro-batch where there are several).
-            streams: A batch of each of ``streams``, of about as many rows. None of the batches is
-                empty: where one is, there is no penalty (but for `GathersRows`).
-        """
-        return None
-
     def streams(self) -> tuple[str, ...]:
-        """Name further streams of batches that ``penalty`` reads.
+        """Name further streams of batches that ``penalty`` (`AddsPenalty`) reads.
 
         "target": all training rows of the target, whatever the label fraction is, or those of
         ``targets.x.unlabelled``; without labels.

@@ -3,6 +3,8 @@
 A technique has a capability by having its member; nothing is declared. Each is asked for by
 ``isinstance`` in one function: here, where several callers need it.
 
+    `AddsPenalty`: something is added to the loss of a batch (L2-SP, distillation).
+    `AddsModules`: the tensors of the backbone have other names in training (LoRA).
     `AdaptsWithoutLabels`: no label of the target is needed.
     `GathersRows`: the penalty compares the rows of all ranks.
     `FollowsProgress`: the penalty changes with the steps.
@@ -20,8 +22,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
+    from torch import Tensor
     from typing_extensions import TypeIs
 
     from pipeline.core.batch import Batch
@@ -31,6 +34,32 @@ if TYPE_CHECKING:
 
 LABELLED_SOURCE = "labelled_source"
 """The stream of the source's rows with labels (``Technique.streams``)."""
+
+
+@runtime_checkable
+class AddsPenalty(Protocol):
+    """A technique that adds something to the loss of every batch."""
+
+    def penalty(self, task: Task, batch: Batch, streams: Mapping[str, Batch]) -> Tensor | None:
+        """Return a scalar that is added to the mean loss of a batch, or None.
+
+        Args:
+            task: The task as ``wrap`` returned it.
+            batch: The finished training batch (a micro-batch where there are several).
+            streams: A batch of each of ``streams``, of about as many rows. None of the batches is
+                empty: where one is, there is no penalty (but for `GathersRows`).
+        """
+        ...
+
+
+@runtime_checkable
+class AddsModules(Protocol):
+    """A technique whose ``wrap`` puts modules into the backbone, which ``finish`` takes out again.
+
+    Until then the tensors of the backbone have other names, so no copy of it can be loaded.
+    """
+
+    adds_modules: ClassVar[bool]
 
 
 @runtime_checkable
@@ -179,6 +208,11 @@ class SolvesHead(Protocol):
         () where the head trains by steps. It does so too where features are not kept.
         """
         ...
+
+
+def adds_penalty(technique: Any) -> TypeIs[AddsPenalty]:
+    """Return whether a technique adds something to the loss of every batch."""
+    return isinstance(technique, AddsPenalty)
 
 
 def adapts_without_labels(technique: Any) -> TypeIs[AdaptsWithoutLabels]:
