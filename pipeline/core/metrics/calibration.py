@@ -11,6 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from pipeline.core.metrics.ranking import undefined
+
 BINS = 15
 """Equal-width bins of the calibration error (Guo et al. 2017)."""
 COLDEST, HOTTEST = 0.05, 20.0
@@ -67,7 +69,7 @@ def weighted_calibration_error(
         (R,); NaN without rows, or where a probability is NaN.
     """
     if not len(chance) or np.isnan(chance).any():
-        return np.full(drawn.shape[1], np.nan)
+        return undefined(drawn)
     place = np.minimum((chance * BINS).astype(np.int64), BINS - 1)
     order = np.argsort(place, kind="stable")
     starts = np.unique(place[order], return_index=True)[1]

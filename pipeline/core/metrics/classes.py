@@ -135,7 +135,7 @@ def kappa(p: Predictions, counts: np.ndarray) -> np.ndarray:
     there is one class only, and only it is called.
     """
     scores, label, drawn = _positions(p, counts)
-    classes = scores.shape[1]
+    classes: int = scores.shape[1]
     cell = label * classes + scores.argmax(1)
     table = _drawn_by_class(cell, drawn, classes * classes).reshape(classes, classes, -1)
     distance = np.abs(np.arange(classes)[:, None] - np.arange(classes)).astype(np.float64)
@@ -158,7 +158,8 @@ def _ranked(ranking: Ranking, p: Predictions, counts: np.ndarray) -> np.ndarray:
     import torch
 
     chance = torch.as_tensor(scores).double().softmax(1).numpy()
-    return macro(ranking, chance, label[:, None] == np.arange(scores.shape[1]), drawn)
+    classes: int = scores.shape[1]
+    return macro(ranking, chance, label[:, None] == np.arange(classes), drawn)
 
 
 @register("metric", "auroc")
@@ -195,7 +196,8 @@ def brier(p: Predictions) -> np.ndarray:
     chance, label = calibration.softmax(p["scores"]), p["label"]
     if chance.shape[-1] == 2:
         return summed((chance[..., 1] - (label == 1)) ** 2, label >= 0)
-    true = label[..., None] == np.arange(chance.shape[-1])
+    classes: int = chance.shape[-1]
+    true = label[..., None] == np.arange(classes)
     return summed(((chance - true) ** 2).sum(-1), label >= 0)
 
 

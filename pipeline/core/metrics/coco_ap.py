@@ -115,7 +115,8 @@ def _iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     high = np.minimum(a[:, :, None, 2:], b[:, None, :, 2:])
     sides = high - low
     inner = np.maximum(sides, 0).prod(-1)
-    of_a, of_b = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b))
+    of_a: np.ndarray = (a[..., 2:] - a[..., :2]).prod(-1)
+    of_b: np.ndarray = (b[..., 2:] - b[..., :2]).prod(-1)
     union = np.where(
         crowd[:, None, :], of_a[:, :, None], of_a[:, :, None] + of_b[:, None, :] - inner
     )

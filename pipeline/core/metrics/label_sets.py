@@ -15,7 +15,12 @@ from pipeline.core.metrics.metric import (
     ratio,
     resampled,
 )
-from pipeline.core.metrics.ranking import Ranking, weighted_auroc, weighted_average_precision
+from pipeline.core.metrics.ranking import (
+    Ranking,
+    undefined,
+    weighted_auroc,
+    weighted_average_precision,
+)
 
 
 def scored(p: Predictions, strict: bool = False) -> np.ndarray:
@@ -64,7 +69,7 @@ def macro(
         score is NaN.
     """
     if np.isnan(scores).any():
-        return np.full(drawn.shape[1], np.nan)
+        return undefined(drawn)
     each = [ranking(scores[:, k], positive[:, k], drawn) for k in range(scores.shape[1])]
     values = np.array(each).reshape(-1, drawn.shape[1])
     return mean_where(values, ~np.isnan(values))

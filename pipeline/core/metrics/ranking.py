@@ -34,13 +34,19 @@ def _ranked(
     return hits, rows - hits
 
 
+def undefined(drawn: np.ndarray) -> np.ndarray:
+    """Return (R,) NaN: the metric has no value in any of the resamples."""
+    resamples: int = drawn.shape[1]
+    return np.full(resamples, np.nan)
+
+
 def weighted_auroc(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Return (R,) areas under the ROC curve.
 
     It is how often a positive scores above a negative, ties counted half (Mann and Whitney 1947).
     """
     if not len(scores) or np.isnan(scores).any():
-        return np.full(drawn.shape[1], np.nan)
+        return undefined(drawn)
     hits, misses = _ranked(scores, positive, drawn)
     pairs = hits.sum(0) * misses.sum(0)
     below = misses.sum(0) - np.cumsum(misses, axis=0)
@@ -58,7 +64,7 @@ def weighted_average_precision(
     as in scikit-learn.
     """
     if not len(scores) or np.isnan(scores).any():
-        return np.full(drawn.shape[1], np.nan)
+        return undefined(drawn)
     hits, misses = _ranked(scores, positive, drawn)
     found = np.cumsum(hits, axis=0)
     precision = found / np.maximum(found + np.cumsum(misses, axis=0), 1e-300)
@@ -74,7 +80,7 @@ def weighted_min_precision_sensitivity(
     Event 1 of the CinC Challenge 2012 (Silva et al. 2012).
     """
     if not len(scores) or np.isnan(scores).any():
-        return np.full(drawn.shape[1], np.nan)
+        return undefined(drawn)
     hits, misses = _ranked(scores, positive, drawn)
     found, total = np.cumsum(hits, axis=0), hits.sum(0)
     precision = found / np.maximum(found + np.cumsum(misses, axis=0), 1e-300)

@@ -129,7 +129,9 @@ def _bounded(raw: Tensor) -> Tensor:
 
 def _mixture(out: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (..., K) logits, (..., K, A) means and (..., K, A) log standard deviations."""
-    logits, rest = out[..., :components], out[..., components:].unflatten(-1, (2, components, -1))
+    logits, both = out[..., :components], out[..., components:]
+    shape = (2, components, -1)
+    rest = both.unflatten(-1, shape)  # pyright: ignore[reportUnknownMemberType]
     return logits, rest[..., 0, :, :], _bounded(rest[..., 1, :, :])
 
 

@@ -20,7 +20,7 @@ def summed(tensor: Tensor) -> Tensor:
     """Sum over ranks, without a gradient. Every rank must call it, with the same shape."""
     tensor = tensor.detach().clone()
     if ranks()[1] > 1:
-        dist.all_reduce(tensor)
+        _add_up(tensor)
     return tensor
 
 
@@ -38,13 +38,17 @@ def gather(local: Tensor) -> tuple[Tensor, int]:
         return local, 0
     sizes = torch.zeros(count, dtype=torch.int64, device=local.device)
     sizes[rank] = len(local)
-    dist.all_reduce(sizes)
-    held = sizes.tolist()
+    _add_up(sizes)
+    held = [int(size) for size in sizes]
     # a sum over zeros, not all_gather: gloo reduces what lies on a GPU, and gathers it in some
     # releases only
     padded = local.new_zeros(count, max(held), *local.shape[1:])
     padded[rank, : len(local)] = local.detach()
-    dist.all_reduce(padded)
-    return torch.cat([local if r == rank else padded[r, : held[r]] for r in range(count)]), sum(
-        held[:rank]
-    )
+    _add_up(padded)
+    rows = [local if r == rank else padded[r, : held[r]] for r in range(count)]
+    return torch.cat(rows), sum(held[:rank])
+
+
+def _add_up(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over ranks."""
+    dist.all_reduce(tensor)  # pyright: ignore[reportUnknownMemberType]

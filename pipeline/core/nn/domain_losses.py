@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class _Reversed(torch.autograd.Function):
 
 def reversed_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
     """Return ``x`` itself; its gradient is multiplied by ``-scale`` (Ganin and Lempitsky 2015)."""
-    return _Reversed.apply(x, scale)  # pyright: ignore[reportReturnType] - torch leaves it untyped
+    return cast(Tensor, _Reversed.apply(x, scale))  # pyright: ignore[reportUnknownMemberType]
 
 
 def ramp(progress: float, steepness: float = 10.0) -> float:

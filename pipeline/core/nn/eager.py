@@ -12,5 +12,5 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def eager(function: Function) -> Function:
     """Keep a function out of compiled graphs: the shapes of its results follow from its values."""
-    disabled: Any = torch.compiler.disable(function)
+    disabled: Any = torch.compiler.disable(function)  # pyright: ignore[reportUnknownMemberType]
     return disabled

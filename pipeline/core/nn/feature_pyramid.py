@@ -12,9 +12,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.convnext import LayerNorm2d
-from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.models.convnext import LayerNorm2d  # pyright: ignore[reportMissingTypeStubs]
+from torchvision.ops import FeaturePyramidNetwork  # pyright: ignore[reportMissingTypeStubs]
+from torchvision.ops.feature_pyramid_network import (  # pyright: ignore[reportMissingTypeStubs]
+    LastLevelMaxPool,
+    LastLevelP6P7,
+)
 
 from pipeline.core.contracts import Backbone, FeatureMapSpec, Features
 
