@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints import exported_classifier
-from pipeline.core.contracts import Modality, Task
+from pipeline.core.contracts import Modality, Objective, Task
+from pipeline.core.contracts.objective_capabilities import transformers_head
 
-OBJECTIVES = ("classification", "multilabel", "tagging")
-"""Objectives whose head is a linear layer, with or without a layer norm before it."""
 LIBRARIES = ("timm", "transformers")
 CODE, SPEC, HEAD = "classifier.py", "classifier.json", "head.safetensors"
 """Files of an exported folder: the code that loads it, what the head is, and the head's tensors."""
@@ -29,7 +28,13 @@ def is_exportable(task: Task) -> bool:
     It can for a linear head on a model of timm or transformers.
     """
     library = task.backbone.arch.name.partition("/")[0]
-    return library in LIBRARIES and task.objective.registered_name in OBJECTIVES
+    return library in LIBRARIES and linear_on(task.objective) is not None
+
+
+def linear_on(objective: Objective) -> str | None:
+    """Return the features that a linear head reads, or None for another head."""
+    declared = transformers_head(objective)
+    return declared.linear_on if declared else None
 
 
 def describe(task: Task, modality: Modality) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def describe(task: Task, modality: Modality) -> dict[str, Any]:
 
 def _pool(task: Task) -> str | None:
     """Return which feature the head reads; None where the model library pools by itself (timm)."""
-    if task.objective.registered_name == "tagging":
+    if linear_on(task.objective) == "tokens":
         return "tokens"
     if task.backbone.arch.name.startswith("timm/"):
         return None

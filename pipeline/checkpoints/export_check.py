@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.checkpoints import bundle, classifier_export, exported_classifier
 from pipeline.checkpoints.bundle import Bundle, BundleError
 from pipeline.core.contracts import Backbone, Batch, Modality, Task
+from pipeline.core.contracts.objective_capabilities import exports_head
 
 ROWS, SEED = 4, 0
 TOLERANCE = 1e-4
@@ -231,33 +232,9 @@ def _features(backbone: Backbone, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def logits(task: Task, batch: Batch) -> Tensor | None:
-    """Return what transformers calls logits: (B, L), or (B, N, L) of tokens.
-
-    None for an objective of which something else is compared.
-    """
-    name, objective, backbone = task.objective.registered_name, task.objective, task.backbone
-    head: Any = objective
-    if name in ("classification", "multilabel"):
-        found = head.head_predict(backbone(batch).pooled, batch)
-        assert found is not None
-        return found["scores"]
-    if name == "ctc":
-        return head.head(backbone(batch, want=("tokens",)).tokens)
-    if name == "tagging":
-        tokens = backbone(batch, want=("tokens",)).tokens
-        assert tokens is not None
-        if head.options.norm:
-            tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])
-        return head.head(tokens)
-    if name in ("mlm", "clm"):
-        tokens = backbone(batch, want=("tokens",)).tokens
-        weight = backbone.embedding().weight
-        if name == "mlm":
-            return torch.nn.functional.linear(head.transform(tokens), weight, head.bias)
-        return torch.nn.functional.linear(tokens, weight)
-    if name == "qa":
-        return head.head(backbone(batch, want=("tokens",)).tokens)
-    return None
+    """Return what transformers calls logits; None where the states are compared (`ExportsHead`)."""
+    objective = task.objective
+    return objective.logits(task.backbone, batch) if exports_head(objective) else None
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ their JSON files, in both directions. Errors are ValueErrors that begin with the
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.contracts import Modality
-from pipeline.core.contracts.objective_capabilities import transformers_head
+from pipeline.core.contracts.objective_capabilities import TransformersHead, transformers_head
 from pipeline.core.specs import ModalitySpec
 from pipeline.io import storage
 from pipeline.io.json_values import Json, JsonObject, as_object
@@ -26,16 +27,6 @@ PREFIX = "wav2vec2."
 BLANK, PAD, SPACE = "<blank>", "<pad>", "|"
 """What stands for no label (here and in transformers), and for the space in transformers."""
 EXTRACTOR = "Wav2Vec2FeatureExtractor"
-QUANTIZER = (
-    "quantizer.codevectors",
-    "quantizer.weight_proj.weight",
-    "quantizer.weight_proj.bias",
-    "project_hid.weight",
-    "project_hid.bias",
-    "project_q.weight",
-    "project_q.bias",
-)
-"""Names of the pretraining head's tensors, the same here and in transformers."""
 
 
 # ---------------------------------------------------------------- reading
@@ -77,9 +68,15 @@ def modality(folder: str) -> ModalitySpec:
 
 
 def heads(
-    folder: str, config: dict[str, Any], tensors: dict[str, Tensor]
+    folder: str,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    declared: Mapping[str, TransformersHead],
 ) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...] | None, dict[str, str]]:
     """Return the heads of a folder's checkpoint.
+
+    Args:
+        declared: Heads for which transformers has a class of wav2vec 2.0, by objective.
 
     Returns:
         The tensors of each head under our names, by objective; the labels of the CTC head; and for
@@ -87,21 +84,22 @@ def heads(
     """
     found: dict[str, dict[str, Tensor]] = {}
     headless: dict[str, str] = {}
-    if all(name in tensors for name in QUANTIZER):
-        found["wav2vec2"] = {name: tensors[name] for name in QUANTIZER}
-        found["wav2vec2"]["progress"] = torch.zeros(())
-    else:
-        headless["wav2vec2"] = "the checkpoint holds none of Wav2Vec2ForPreTraining"
     labels = None
-    if "lm_head.weight" not in tensors:
-        headless["ctc"] = "the checkpoint holds none of Wav2Vec2ForCTC"
-    elif isinstance(named := _labels(folder, config, len(tensors["lm_head.weight"])), str):
-        headless["ctc"] = named
-    else:
-        labels, rows = tuple(named), torch.tensor([*named.values()])
-        found["ctc"] = {
-            f"head.{part}": tensors[f"lm_head.{part}"][rows] for part in ("weight", "bias")
-        }
+    for objective, head in declared.items():
+        if not head.tensors:
+            continue
+        if any(theirs not in tensors for _, theirs in head.tensors):
+            headless[objective] = f"the checkpoint holds none of Wav2Vec2{head.model}"
+            continue
+        own = {ours: tensors[theirs] for ours, theirs in head.tensors}
+        if head.model == "ForCTC":
+            named = _labels(folder, config, len(tensors["lm_head.weight"]))
+            if isinstance(named, str):
+                headless[objective] = named
+                continue
+            labels, rows = tuple(named), torch.tensor([*named.values()])
+            own = {name: tensor[rows] for name, tensor in own.items()}
+        found[objective] = own
     return found, labels, headless
 
 
@@ -213,7 +211,7 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
         config.feat_quantizer_dropout = o.dropout
         config.mask_time_prob = o.mask_start * o.mask_length
         config.mask_time_length = o.mask_length
-        tensors |= {key: own[key] for key in QUANTIZER}
+        tensors |= {theirs: own[ours] for ours, theirs in exported.tensors}
         return Folder(kind, config, tensors, files)
     if getattr(objective.options, "norm", False):
         raise ValueError(

@@ -88,7 +88,7 @@ class Checkpoint:
     Attributes:
         drop: Prefixes of tensors that a backbone need not have.
         heads: Tensors of each head under the objective's names, by objective.
-        labels: What the rows of the ``tagging`` or ``ctc`` head stand for.
+        labels: What the rows of a head stand for, where it has one row a label.
         headless: Objective to the reason why there is no head for it.
     """
 
@@ -167,7 +167,8 @@ def _speech(
     tensors = _current_names(tensors, hf_speech.PREFIX)
     try:
         modality = hf_speech.modality(folder)
-        heads, labels, headless = hf_speech.heads(folder, config, tensors)
+        declared = _declared_heads("wav2vec2")
+        heads, labels, headless = hf_speech.heads(folder, config, tensors, declared)
     except ValueError as error:
         raise BundleError(f"hf:{error}") from None
     arch = Architecture(
@@ -287,53 +288,80 @@ def _heads(
     """Return the heads of a checkpoint.
 
     Returns:
-        The tensors of each head under the objective's names, by objective; the labels of a tagging
-        head; and for other objectives why there is no head.
+        The tensors of each head under the objective's names, by objective; the labels of a head
+        with one row a label; and for other objectives why there is no head.
     """
     heads: dict[str, dict[str, Tensor]] = {}
     headless: dict[str, str] = {}
     labels = None
     built = (config.get("architectures") or [""])[0]
-    embedding = tensors.get(_embedding(family))
+    tied_model = "ForMaskedLM" if family in MASKED else "LMHeadModel"
+    for objective, declared in _declared_heads(family).items():
+        if declared.model == tied_model:
+            found = _tied_head(family, objective, tensors)
+        elif declared.tensors:
+            found = _untied_head(family, declared, built, tensors)
+        else:
+            continue
+        if isinstance(found, str):
+            headless[objective] = found
+            continue
+        heads[objective] = found
+        if declared.linear_on:
+            named = config.get("id2label") or {
+                f"{i}": f"LABEL_{i}" for i in range(len(found["head.bias"]))
+            }
+            labels = tuple(str(named[key]) for key in sorted(named, key=int))
+    return heads, labels, headless
+
+
+def _declared_heads(family: str) -> dict[str, TransformersHead]:
+    """Return the heads for which transformers has a class of the family, by objective."""
+    import transformers
+
+    found = {
+        name: transformers_head(registry.get("objective", name))
+        for name in registry.names("objective")
+    }
+    return {
+        name: declared
+        for name, declared in found.items()
+        if declared and hasattr(transformers, FAMILIES[family][0] + declared.model)
+    }
+
+
+def _tied_head(family: str, objective: str, tensors: dict[str, Tensor]) -> dict[str, Tensor] | str:
+    """Return a head whose output is the embedding, or why there is none."""
+    names: dict[str, str] = {}
+    output, held = "lm_head", tensors
     if family in MASKED:
         names, output = _masked(family), MASKED[family][3]
-        tied = f"{output}.weight"
-        bias = tensors.get(names["bias"], tensors.get(f"{output}.bias"))
-        held = tensors if bias is None else {**tensors, names["bias"]: bias}
-        if any(name not in held for name in names.values()):
-            headless["mlm"] = "the checkpoint holds no masked-language-model head"
-        elif not _is_tied(tensors.get(tied), embedding):
-            headless["mlm"] = (
-                f"the checkpoint's output ({tied}) is not its embedding, and that of mlm is"
-            )
-        else:
-            heads["mlm"] = {ours: held[theirs] for ours, theirs in names.items()}
-    elif _is_tied(tensors.get("lm_head.weight"), embedding):
-        heads["clm"] = {}
-    else:
-        headless["clm"] = (
-            "the checkpoint's output (lm_head.weight) is not its embedding, and that of clm is"
+        if f"{output}.bias" in tensors:
+            held = {names["bias"]: tensors[f"{output}.bias"], **tensors}
+    if any(name not in held for name in names.values()):
+        return "the checkpoint holds no masked-language-model head"
+    if not _is_tied(tensors.get(f"{output}.weight"), tensors.get(_embedding(family))):
+        return (
+            f"the checkpoint's output ({output}.weight) is not its embedding, and that of "
+            f"{objective} is"
         )
-    for objective in registry.names("objective"):
-        declared = transformers_head(registry.get("objective", objective))
-        if declared is None or not declared.tensors or not _has_class(family, objective):
-            continue
-        theirs = [name for _, name in declared.tensors]
-        # ForSequenceClassification has a classifier too
-        is_shared = theirs[0].startswith("classifier.")
-        is_other_head = is_shared and not built.endswith(declared.model)
-        if theirs[0] not in tensors or is_other_head:
-            headless[objective] = (
-                f"the checkpoint holds none of {FAMILIES[family][0]}{declared.model}"
-            )
-        else:
-            heads[objective] = {ours: tensors[name] for ours, name in declared.tensors}
-    if "tagging" in heads:
-        named = config.get("id2label") or {
-            f"{i}": f"LABEL_{i}" for i in range(len(heads["tagging"]["head.bias"]))
-        }
-        labels = tuple(str(named[key]) for key in sorted(named, key=int))
-    return heads, labels, headless
+    return {ours: held[theirs] for ours, theirs in names.items()}
+
+
+def _untied_head(
+    family: str, declared: TransformersHead, built: str, tensors: dict[str, Tensor]
+) -> dict[str, Tensor] | str:
+    """Return a head whose tensors have one name in all families, or why there is none.
+
+    Args:
+        built: The class that the checkpoint was saved from.
+    """
+    first = declared.tensors[0][1]
+    # ForSequenceClassification has a classifier too
+    is_other_head = first.startswith("classifier.") and not built.endswith(declared.model)
+    if first not in tensors or is_other_head:
+        return f"the checkpoint holds none of {FAMILIES[family][0]}{declared.model}"
+    return {ours: tensors[theirs] for ours, theirs in declared.tensors}
 
 
 def _masked(family: str) -> dict[str, str]:
@@ -389,8 +417,8 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
 
     objective = found.manifest.objective.name
     backbone_only = backbone_only or objective == "none"
-    if not backbone_only and not _has_class(family, objective):
-        known = [name for name in registry.names("objective") if _has_class(family, name)]
+    known = _declared_heads(family)
+    if not backbone_only and objective not in known:
         raise BundleError(
             f"{found.uri}: transformers has no class with a head for {objective} (it has for "
             f"{', '.join(known)}); --backbone-only writes the plain model"
@@ -430,21 +458,13 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     return f"{name} with {sum(t.numel() for t in tensors.values())} parameters{note}"
 
 
-def _has_class(family: str, objective: str) -> bool:
-    """Return whether transformers has a class of the family with an objective's head."""
-    import transformers
-
-    declared = transformers_head(registry.get("objective", objective))
-    return declared is not None and hasattr(transformers, FAMILIES[family][0] + declared.model)
-
-
 def _missing_in_family(family: str, backbone: Any, head: Any) -> str:
     """Return what the family's own class for the objective lacks, in words.
 
     "" where it gives the same scores.
     """
     exported = transformers_head(head)
-    if exported is None or head.registered_name not in classifier_export.OBJECTIVES:
+    if exported is None or exported.linear_on is None:
         return ""
     lacking = ["layer norm before the linear layer"] if head.options.norm else []
     if exported.model == SEQUENCE:

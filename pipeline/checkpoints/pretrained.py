@@ -65,7 +65,7 @@ class PretrainedCheckpoint:
         notes: What was done to the names of its tensors, in words.
         heads: Heads of a Hugging Face checkpoint by objective: tensors under the objective's own
             names.
-        labels: What the rows of its ``tagging`` or ``ctc`` head stand for.
+        labels: What the rows of its head stand for, where it has one row a label.
         headless: Objective to the reason why there is no head for it.
     """
 
@@ -120,9 +120,11 @@ class PretrainedCheckpoint:
             )
         if not self.heads[name]:
             return "no head to carry: the output is the embedding"
-        has_labels = name in ("tagging", "ctc")
-        done = bundle.load_head(objective, self.heads[name], self.labels if has_labels else None)
-        if has_labels or done.startswith("head new"):
+        # what a run counts starts anew: no checkpoint holds it
+        own = set(dict(objective.named_parameters()))
+        counters = {n: tensor for n, tensor in objective.state_dict().items() if n not in own}
+        done = bundle.load_head(objective, {**counters, **self.heads[name]}, self.labels)
+        if "labels" in objective.state or done.startswith("head new"):
             return done
         return f"head kept: the checkpoint's own for {name}"
 

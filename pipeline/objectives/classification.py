@@ -109,7 +109,9 @@ class Classification(Objective):
     optional_roles = ("label_name",)
     metrics = ("accuracy", "macro_f1", "loss")
     transformers_head = TransformersHead(
-        "ForSequenceClassification", problem_type="single_label_classification"
+        "ForSequenceClassification",
+        problem_type="single_label_classification",
+        linear_on="pooled",
     )
     log_names = ("accuracy",)
     label_tensors = ("label",)
@@ -272,6 +274,9 @@ class Classification(Objective):
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         return self.head_predict(backbone(batch).pooled, batch)
+
+    def logits(self, backbone, batch):
+        return self.predict(backbone, batch)["scores"]
 
     @property
     def needs_calibration(self) -> bool:

@@ -249,6 +249,9 @@ class CTC(Objective):
         scores = self.head(self.dropout(x)).float()
         return scores.log_softmax(-1), mask.sum(1)
 
+    def logits(self, backbone, batch):
+        return self.head(backbone(batch, want=("tokens",)).tokens)
+
     def _losses(
         self, log_probs: Tensor, ends: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor]:

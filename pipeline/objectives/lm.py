@@ -226,13 +226,19 @@ class MaskedLM(Objective):
         assert hidden is not None
         index = positions[:, :, None].expand(-1, -1, hidden.shape[2])
         hidden = hidden.gather(1, index)
-        scores = F.linear(self.transform(hidden), backbone.embedding().weight, self.bias)
+        scores = self._scores(backbone, hidden)
         target = batch["tokens"].gather(1, positions)
         flat_scores = scores.flatten(0, 1).float()
         losses = F.cross_entropy(flat_scores, target.flatten(), reduction="none")
         weight = valid.to(losses.dtype)
         hits = (scores.argmax(-1) == target) & valid
         return losses.view_as(target) * weight, weight, hits
+
+    def _scores(self, backbone: Backbone, hidden: Tensor) -> Tensor:
+        return F.linear(self.transform(hidden), backbone.embedding().weight, self.bias)
+
+    def logits(self, backbone, batch):
+        return self._scores(backbone, backbone(batch, want=("tokens",)).tokens)
 
     def loss(self, backbone: Backbone, batch: Batch):
         losses, weight, hits = self._rows(backbone, batch)
@@ -318,6 +324,9 @@ class CausalLM(Objective):
             ignore_index=IGNORED,
         )
         return losses.view_as(target), real.to(losses.dtype)
+
+    def logits(self, backbone, batch):
+        return F.linear(backbone(batch, want=("tokens",)).tokens, backbone.embedding().weight)
 
     def loss(self, backbone: Backbone, batch: Batch):
         losses, weight = self._rows(backbone, batch)

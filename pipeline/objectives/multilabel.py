@@ -83,7 +83,9 @@ class Multilabel(Objective):
     roles = ("labels",)
     metrics = ("macro_auroc", "macro_average_precision", "macro_f1", "micro_f1", "loss")
     transformers_head = TransformersHead(
-        "ForSequenceClassification", problem_type="multi_label_classification"
+        "ForSequenceClassification",
+        problem_type="multi_label_classification",
+        linear_on="pooled",
     )
     null_label_means = "a row without any label"
     label_tensors = ("labels",)
@@ -202,6 +204,9 @@ class Multilabel(Objective):
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         return self.head_predict(backbone(batch).pooled, batch)
+
+    def logits(self, backbone, batch):
+        return self.predict(backbone, batch)["scores"]
 
     def output_columns(self, predictions, raw_rows):
         """Return ``prediction``, names of the labels above 0.5, and ``probabilities`` (n, L)."""

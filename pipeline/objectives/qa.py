@@ -150,6 +150,9 @@ class QuestionAnswering(Objective):
 
     # ---------------------------------------------------------------- loss and predictions
 
+    def logits(self, backbone, batch):
+        return self.head(backbone(batch, want=("tokens",)).tokens)
+
     def head_scores(self, backbone: Backbone, windows: Batch) -> tuple[Tensor, Features]:
         """Return scores (R, N, 2) as first and as last token, -inf at padding."""
         features = backbone(windows, want=("tokens",))

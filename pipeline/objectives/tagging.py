@@ -86,6 +86,7 @@ class Tagging(Objective):
             ("head.bias", "classifier.bias"),
         ),
         splits_words=True,
+        linear_on="tokens",
     )
     log_names = ("accuracy",)
     raw_roles = ("text",)
@@ -223,12 +224,18 @@ class Tagging(Objective):
                 "column of lists (columns: {text: NAME})"
             )
         features = backbone(batch, want=("tokens",))
+        return self._scores(features), features
+
+    def _scores(self, features: Features) -> Tensor:
         tokens = features.tokens
         assert tokens is not None
         if self.options.norm:
             tokens = F.layer_norm(tokens, tokens.shape[-1:])
         tokens = F.dropout(tokens, self.options.dropout, self.training)
-        return self.head(tokens).float(), features
+        return self.head(tokens).float()
+
+    def logits(self, backbone, batch):
+        return self._scores(backbone(batch, want=("tokens",)))
 
     def _losses(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (B, N) losses, and the tag numbers (B, N) of the words that begin there.

@@ -154,7 +154,21 @@ class Wav2Vec2Pretraining(Objective):
     """
 
     metrics = ("loss",)
-    transformers_head = TransformersHead("ForPreTraining")
+    transformers_head = TransformersHead(
+        "ForPreTraining",
+        tensors=tuple(
+            (name, name)
+            for name in (
+                "quantizer.codevectors",
+                "quantizer.weight_proj.weight",
+                "quantizer.weight_proj.bias",
+                "project_hid.weight",
+                "project_hid.bias",
+                "project_q.weight",
+                "project_q.bias",
+            )
+        ),
+    )
     log_names = (
         "accuracy",
         "contrastive",
@@ -376,6 +390,9 @@ class Wav2Vec2Pretraining(Objective):
             "are hardly told apart; lower train.lr, raise wav2vec2.diversity, take larger "
             "batches, or a longer warm-up"
         )
+
+    def logits(self, backbone, batch):
+        return None
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss``, summed over the hidden frames, and their ``count``, both (B,)."""

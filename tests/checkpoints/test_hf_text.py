@@ -1070,14 +1070,16 @@ def test_a_published_sentence_encoder_gives_its_own_states_and_embeddings():
 
 def test_an_objective_says_which_class_of_transformers_has_its_head(monkeypatch):
     """No second place names it: what an objective declares is what the families are asked for."""
-    assert hf_text._has_class("bert", "tagging") and not hf_text._has_class("bert", "ctc")
-    assert not hf_text._has_class("bert", "detection")
-    assert hf_text._has_class("wav2vec2", "ctc") and not hf_text._has_class("wav2vec2", "tagging")
-    declared = TransformersHead("ForCausalLM")
-    monkeypatch.setattr(
-        registry.get("objective", "detection"), "transformers_head", declared, False
-    )
-    assert not hf_text._has_class("bert", "detection")
-    declared = TransformersHead("ForMultipleChoice")
-    monkeypatch.setattr(registry.get("objective", "detection"), "transformers_head", declared)
-    assert hf_text._has_class("bert", "detection") and not hf_text._has_class("gpt2", "detection")
+
+    def known(family: str) -> set[str]:
+        return set(hf_text._declared_heads(family))
+
+    assert "tagging" in known("bert") and not {"ctc", "detection"} & known("bert")
+    assert "ctc" in known("wav2vec2") and "tagging" not in known("wav2vec2")
+    detection = registry.get("objective", "detection")
+    monkeypatch.setattr(detection, "logits", lambda self, backbone, batch: None, False)
+    declared = TransformersHead("ForNothing")
+    monkeypatch.setattr(detection, "transformers_head", declared, False)
+    assert "detection" not in known("bert")
+    monkeypatch.setattr(detection, "transformers_head", TransformersHead("ForMultipleChoice"))
+    assert "detection" in known("bert") and "detection" not in known("gpt2")

@@ -37,6 +37,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
+    Literal,
     NamedTuple,
     Protocol,
     TypeGuard,
@@ -398,6 +399,9 @@ class TransformersHead(NamedTuple):
     """The configuration's problem_type, for ForSequenceClassification."""
     splits_words: bool = False
     """Whether rows are words: the tokenizer is saved so that it takes them."""
+    linear_on: Literal["pooled", "tokens"] | None = None
+    """The features of which a linear layer ``head``, one row a label of the state, gives the
+    scores, with or without a layer norm before it (option ``norm``); None for other heads."""
 
 
 @runtime_checkable
@@ -406,10 +410,22 @@ class ExportsHead(Protocol):
 
     transformers_head: ClassVar[TransformersHead]
 
+    def logits(self, backbone: Backbone, batch: Batch) -> Tensor | None:
+        """Return what transformers calls logits: (B, L), or (B, N, L) of tokens.
+
+        None where its class gives something else; the states of the backbone are then compared.
+        """
+        ...
+
+
+def exports_head(objective: Any) -> TypeIs[ExportsHead]:
+    """Return whether transformers has a class for the head of an objective."""
+    return isinstance(objective, ExportsHead)
+
 
 def transformers_head(objective: Any) -> TransformersHead | None:
     """Return how transformers holds the head of an objective; None where it has no class."""
-    return objective.transformers_head if isinstance(objective, ExportsHead) else None
+    return objective.transformers_head if exports_head(objective) else None
 
 
 @runtime_checkable
