@@ -1,26 +1,24 @@
 """Compare an export with its bundle by running both on the same random rows.
 
-Rows go through the bundle's own modality where files can be made up (images, recordings). Tokens,
-events and tables are drawn from what the bundle knows. The exported side is read from the written
-files, by the classes that its user would take.
+The bundle's own modality makes the rows up (`MakesRandomRows`). The exported side is read from the
+written files, by the classes that its user would take.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from pipeline.checkpoints import bundle, classifier_export, exported_classifier
 from pipeline.checkpoints.bundle import Bundle, BundleError
+from pipeline.core.capabilities import MakesRandomRows
 from pipeline.core.contracts import Backbone, Batch, Modality, Task
 from pipeline.core.contracts.objective_capabilities import exports_head
 
@@ -29,13 +27,6 @@ TOLERANCE = 1e-4
 """Largest difference that an export may have, relative to the bundle's largest absolute value.
 
 That value counts as 1 at least. Float32 arithmetic in another order gives about 1e-6.
-"""
-TOKENS = 24
-"""Tokens of the longest random text."""
-SECONDS = 0.5
-"""Length of the random recordings.
-
-All have the same length, because some published models give other numbers on padded rows.
 """
 
 
@@ -89,117 +80,10 @@ def random_batch(modality: Modality, rows: int = ROWS, seed: int = SEED) -> Batc
 
     None for a modality whose rows cannot be made up.
     """
-    rng = np.random.default_rng(seed)
-    makers = {
-        "image": _images,
-        "text": _texts,
-        "audio": _recordings,
-        "table": _table_rows,
-        "events": _events,
-    }
-    make = makers.get(modality.registered_name)
-    if make is None:
+    if not isinstance(modality, MakesRandomRows):
         return None
-    batch = Batch(np.arange(rows), torch.arange(rows), make(modality, rows, rng))
-    return modality.finish(batch)
-
-
-def _decoded(modality: Modality, table: pa.Table) -> dict[str, Tensor]:
-    """Return the decoded rows of a table."""
-    arrays, reasons = modality.decode(table, {name: name for name in table.column_names})
-    if wrong := next(filter(None, reasons), ""):
-        raise BundleError(f"random rows for the comparison cannot be decoded: {wrong}")
-    return modality.collate(arrays)
-
-
-def _images(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Return decoded images of random pixels."""
-    from PIL import Image
-
-    side = modality.options.size
-    files: list[bytes] = []
-    for _ in range(rows):
-        sink = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(sink, "PNG")
-        files.append(sink.getvalue())
-    return _decoded(modality, pa.table({"image": files}))
-
-
-def _recordings(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Return decoded recordings of noise."""
-    import soundfile  # pyright: ignore[reportMissingTypeStubs]
-
-    files: list[bytes] = []
-    for _ in range(rows):
-        sink = io.BytesIO()
-        samples = (0.2 * rng.standard_normal(int(SECONDS * modality.options.rate))).clip(-1, 1)
-        soundfile.write(sink, samples, modality.options.rate, "PCM_16", format="WAV")
-        files.append(sink.getvalue())
-    return _decoded(modality, pa.table({"audio": files}))
-
-
-def _texts(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Return rows of random tokens, of several lengths.
-
-    They are drawn from the vocabulary without its special tokens, and framed as the modality frames
-    its rows.
-    """
-    pad, _, cls, sep, _ = modality.state["specials"]
-    special = {number for number in modality.state["specials"] if number is not None}
-    words = np.array(
-        [number for number in range(modality.state["vocabulary"]) if number not in special]
-    )
-    longest = min(TOKENS, modality.options.length)
-    lengths = rng.integers(min(4, longest), longest + 1, rows)
-    lengths[0] = longest
-    tokens = np.full((rows, longest), pad, dtype=np.int64)
-    for row, length in enumerate(lengths):
-        tokens[row, :length] = rng.choice(words, length)
-        tokens[row, 0], tokens[row, length - 1] = cls, sep
-    mask = np.arange(longest) < lengths[:, None]
-    return {"tokens": torch.as_tensor(tokens), "mask": torch.as_tensor(mask)}
-
-
-def _static_rows(static_features: Any, rows: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Return rows with a value for every known number, and with a known text for each field."""
-    state = static_features.state
-    out: list[dict[str, Any]] = []
-    fields: dict[str, list[str]] = {}
-    for code in state["codes"]:
-        name, _, text = code.partition("=")
-        fields.setdefault(name, []).append(text)
-    for _ in range(rows):
-        row: dict[str, Any] = {
-            name: float(mean + std * rng.standard_normal())
-            for name, mean, std in zip(state["numbers"], state["mean"], state["std"], strict=True)
-        }
-        out.append(row | {name: [str(rng.choice(texts))] for name, texts in fields.items()})
-    return out
-
-
-def _table_rows(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Return decoded rows of a table."""
-    features = _static_rows(modality.static_features, rows, rng)
-    return _decoded(modality, pa.table({"features": features}))
-
-
-def _events(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Return decoded rows of events."""
-    state = modality.state
-    table: dict[str, list[Any]] = {"times": [], "variables": [], "values": []}
-    for _ in range(rows):
-        count = int(rng.integers(5, 20))
-        places = rng.integers(0, len(state["variables"]), count)
-        table["times"].append(np.sort(rng.uniform(0, modality.options.hours, count)).tolist())
-        table["variables"].append([state["variables"][place] for place in places])
-        values = [
-            float(state["mean"][place] + state["std"][place] * rng.standard_normal())
-            for place in places
-        ]
-        table["values"].append(values)
-    if any(modality.static_features.sizes().values()):
-        table["static"] = _static_rows(modality.static_features, rows, rng)
-    return _decoded(modality, pa.table(table))
+    made = modality.random_rows(rows, np.random.default_rng(seed))
+    return modality.finish(Batch(np.arange(rows), torch.arange(rows), made))
 
 
 # ---------------------------------------------------------------- what is compared

@@ -238,6 +238,16 @@ def cost_column(modality: Any, columns: Mapping[str, str]) -> str | None:
     return columns.get(modality.cost_role) if is_costed(modality) else None
 
 
+@runtime_checkable
+class MakesRandomRows(Protocol):
+    """A modality whose rows can be made up: an export is compared with its bundle on such rows."""
+
+    def random_rows(self, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Return rows of random content, as ``collate`` returns them; padded ones where the
+        modality pads."""
+        ...
+
+
 class TruncationStats(NamedTuple):
     """How much is not read: ``lost`` of ``units`` units, in ``cut`` of ``rows`` rows."""
 

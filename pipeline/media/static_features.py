@@ -165,6 +165,24 @@ class StaticFeatures:
             else:
                 yield from self._presence(field, values, name, min_rows)
 
+    def random_rows(self, rows: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+        """Return rows with a value for every known number, and a known text for each field."""
+        state = self.state
+        fields: dict[str, list[str]] = {}
+        for code in state["codes"]:
+            name, _, text = code.partition("=")
+            fields.setdefault(name, []).append(text)
+        out: list[dict[str, Any]] = []
+        for _ in range(rows):
+            row: dict[str, Any] = {
+                name: float(mean + std * rng.standard_normal())
+                for name, mean, std in zip(
+                    state["numbers"], state["mean"], state["std"], strict=True
+                )
+            }
+            out.append(row | {name: [str(rng.choice(texts))] for name, texts in fields.items()})
+        return out
+
     def _presence(
         self, field: str, values: Any, name: str, min_rows: int
     ) -> Iterator[tuple[str, np.ndarray]]:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
+import soundfile
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -42,6 +43,8 @@ deviations loud.
 """
 AT_ONCE = 4 << 20
 """Files of at most this many bytes are read whole, by one request on S3."""
+RANDOM_SECONDS = 0.5
+"""Length of recordings that are made up."""
 NO_SOUND = np.zeros(0, dtype=np.int16)
 NEAR_RATE, NEAR_DECIBELS = 8000, 60.0
 """Samples a second, and how far below its loudest bin a recording is looked at, where recordings
@@ -384,6 +387,17 @@ class Audio(Modality):
             return 0.0
 
     # ------------------------------------------------------------ on the device
+
+    def random_rows(self, rows, rng):
+        """Return noise of one length: some published models give other numbers on padded rows."""
+        files: list[bytes] = []
+        for _ in range(rows):
+            sink = io.BytesIO()
+            count = int(RANDOM_SECONDS * self.options.rate)
+            samples = (0.2 * rng.standard_normal(count)).clip(-1, 1)
+            soundfile.write(sink, samples, self.options.rate, "PCM_16", format="WAV")
+            files.append(sink.getvalue())
+        return self.collate(self.decode(pa.table({"audio": files}), {"audio": "audio"})[0])
 
     def augment(self, batch: Batch) -> Batch:
         """Change speed, add noise and, for mel features, apply SpecAugment, filling masks with the

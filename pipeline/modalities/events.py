@@ -326,6 +326,23 @@ class Events(Modality):
             {name: array for name, array in arrays.items() if name not in own}
         )
 
+    def random_rows(self, rows, rng):
+        state = self.state
+        table: dict[str, list[Any]] = {"times": [], "variables": [], "values": []}
+        for _ in range(rows):
+            count = int(rng.integers(5, 20))
+            places = rng.integers(0, len(state["variables"]), count)
+            table["times"].append(np.sort(rng.uniform(0, self.options.hours, count)).tolist())
+            table["variables"].append([state["variables"][place] for place in places])
+            values = [
+                float(state["mean"][place] + state["std"][place] * rng.standard_normal())
+                for place in places
+            ]
+            table["values"].append(values)
+        if any(self.static_features.sizes().values()):
+            table["static"] = self.static_features.random_rows(rows, rng)
+        return self.collate(self.decode(pa.table(table), {name: name for name in table})[0])
+
     def augment(self, batch: Batch) -> Batch:
         """Drop a random share of the events."""
         if not self.options.drop:

@@ -4,11 +4,13 @@ device.
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch
 from pydantic import Field
@@ -342,6 +344,16 @@ class Image(Modality):
             except (RuntimeError, ValueError) as error:
                 bad[i] = _reason(error)
         return out, bad
+
+    def random_rows(self, rows, rng):
+        side = self.options.size
+        files: list[bytes] = []
+        for _ in range(rows):
+            sink = io.BytesIO()
+            pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(sink, "PNG")
+            files.append(sink.getvalue())
+        return self.collate(self.decode(pa.table({"image": files}), {"image": "image"})[0])
 
     def augment(self, batch: Batch) -> Batch:
         """Crop, flip, apply RandAugment and colour jitter.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -82,6 +83,10 @@ class Table(Modality):
         return self.static_features.decode(column, len(table), columns["features"]), [
             "" if value.is_valid else "the features are null" for value in column
         ]
+
+    def random_rows(self, rows, rng):
+        table = pa.table({"features": self.static_features.random_rows(rows, rng)})
+        return self.collate(self.decode(table, {"features": "features"})[0])
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
         codes = torch.from_numpy(padded(arrays["codes"], 1))

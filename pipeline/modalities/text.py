@@ -30,6 +30,9 @@ LARGEST_WORD = 32767
 NEAR_JACCARD = 0.8
 """Least similarity of the word shingles of two texts that are nearly the same."""
 
+RANDOM_TOKENS = 24
+"""Tokens of the longest row that is made up."""
+
 
 class TextOptions(Options):
     length: int = Field(
@@ -503,6 +506,23 @@ class Text(Modality):
                 "bytes": _bytes_of_rows(counts, ends, sizes, rows, length),
             }
         ), bad
+
+    def random_rows(self, rows, rng):
+        """Return rows of several lengths, of tokens that are not special, framed as others are."""
+        pad, _, cls, sep, _ = self.state["specials"]
+        special = {number for number in self.state["specials"] if number is not None}
+        words = np.array(
+            [number for number in range(self.state["vocabulary"]) if number not in special]
+        )
+        longest = min(RANDOM_TOKENS, self.options.length)
+        lengths = rng.integers(min(4, longest), longest + 1, rows)
+        lengths[0] = longest
+        tokens = np.full((rows, longest), pad, dtype=np.int64)
+        for row, length in enumerate(lengths):
+            tokens[row, :length] = rng.choice(words, length)
+            tokens[row, 0], tokens[row, length - 1] = cls, sep
+        mask = np.arange(longest) < lengths[:, None]
+        return {"tokens": torch.as_tensor(tokens), "mask": torch.as_tensor(mask)}
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
         own = {"tokens", "types", "words", "offsets"} & set(arrays)
