@@ -47,8 +47,6 @@ FRESH = ("model.pooler.", "model.masked_spec_embed")
 
 A pooler (roberta-base) and the embedding of hidden frames (wav2vec2-base-960h).
 """
-SPEECH = ("torchaudio/", "wavenet/", "transformers/wav2vec2")
-"""Prefixes of backbone names that read audio."""
 
 
 @dataclass(frozen=True)
@@ -155,24 +153,28 @@ def fingerprint(text: str) -> str:
     return text
 
 
-def modality_name(text: str) -> str:
-    """Return the modality of a checkpoint's or backbone's rows (image, audio or text).
+def modality_name(text: str) -> str | None:
+    """Return the modality of a checkpoint's or backbone's rows, as its model library says it.
 
     The weights are not opened. A folder is timm's when its config.json names an ``architecture``. A
-    hub name that is not on this machine yet is taken for text, unless it is timm's or names
-    wav2vec2.
+    hub name that is not on this machine yet is taken for text, unless it names a model of
+    transformers that reads something else.
     """
     prefix, _, uri = text.partition(":")
-    config = storage.join(uri, "config.json") if prefix == "hf" else ""
-    if config and storage.exists(config):
+    if prefix == "timm-hub":
+        return registry.modality_of(f"timm/{uri}")
+    if prefix not in ("hf", "hf-hub"):
+        return registry.modality_of(strip_weights_tag(text))
+    config = storage.join(uri, "config.json")
+    if prefix == "hf" and storage.exists(config):
         model_config = storage.read_json(config)
         if "architecture" in model_config:
-            return "image"
-        return "audio" if model_config.get("model_type") == "wav2vec2" else "text"
-    if text.startswith("timm"):
-        return "image"
-    is_hub_speech = prefix == "hf-hub" and "wav2vec2" in uri.lower()
-    return "audio" if text.startswith(SPEECH) or is_hub_speech else "text"
+            return registry.modality_of(f"timm/{model_config['architecture']}")
+        return registry.modality_of(f"transformers/{model_config.get('model_type')}") or "text"
+    known = registry.architectures("transformers") if prefix == "hf-hub" else ()
+    named = [name for name in known if name in uri.lower()]
+    read = {registry.modality_of(f"transformers/{name}") for name in named} - {"text"}
+    return next(iter(read), "text")
 
 
 def read(text: str, architecture: str | None = None) -> PretrainedCheckpoint:
@@ -546,15 +548,16 @@ def _timm_hub(name: str) -> PretrainedCheckpoint:
     """Download a model of timm's hub."""
     import timm
 
+    backbone = strip_weights_tag(f"timm/{name}")
     try:
         model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises its own many kinds
         raise BundleError(
             f"timm-hub:{name}: the weights cannot be had from the hub ({type(error).__name__}: "
             f"{str(error)[:160]}). Without a network, download them elsewhere and give "
-            f"backbone timm/{name.split('.')[0]} with init: file:PATH"
+            f"backbone {backbone} with init: file:PATH"
         ) from error
-    arch, modality = _timm_input_spec(name.split(".")[0], dict(model.pretrained_cfg))
+    arch, modality = _timm_input_spec(backbone, dict(model.pretrained_cfg))
     tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
     return PretrainedCheckpoint(
         f"timm-hub:{name}",
@@ -613,7 +616,7 @@ def _timm_folder(folder: str, config: dict[str, Any]) -> PretrainedCheckpoint:
             f"hf:{folder}: pretrained_cfg in config.json has no {', '.join(absent)}; say "
             f"backbone: timm/{architecture}, init: file:{weights}"
         )
-    arch, modality = _timm_input_spec(architecture, there)
+    arch, modality = _timm_input_spec(f"timm/{architecture}", there)
     arch = replace(arch, options=options)
     tensors = _with_backbone_names(_tensors(weights), architecture)
     return PretrainedCheckpoint(
@@ -625,9 +628,7 @@ def _timm_folder(folder: str, config: dict[str, Any]) -> PretrainedCheckpoint:
     )
 
 
-def _timm_input_spec(
-    architecture: str, config: dict[str, Any]
-) -> tuple[Architecture, ModalitySpec]:
+def _timm_input_spec(backbone: str, config: dict[str, Any]) -> tuple[Architecture, ModalitySpec]:
     """Return arch and modality from timm's ``pretrained_cfg``.
 
     Raises:
@@ -642,7 +643,7 @@ def _timm_input_spec(
     )
     if not plain or channels not in (1, 3) or not 8 <= size <= 4096 or len(numbers) != 2 * channels:
         raise BundleError(
-            f"timm/{architecture}: its configuration says input_size "
+            f"{backbone}: its configuration says input_size "
             f"{str(config['input_size'])[:60]}, mean {str(config['mean'])[:60]}, std "
             f"{str(config['std'])[:60]}; images have 1 or 3 channels and 8 to 4096 pixels a "
             "side, and a mean and std for each channel"
@@ -652,7 +653,7 @@ def _timm_input_spec(
         {"size": size, "channels": channels},
         {"mean": list(config["mean"]), "std": list(config["std"])},
     )
-    return Architecture(f"timm/{architecture}", {}, {"channels": channels, "size": size}), modality
+    return Architecture(backbone, {}, {"channels": channels, "size": size}), modality
 
 
 def strip_weights_tag(name: str) -> str:
@@ -660,7 +661,7 @@ def strip_weights_tag(name: str) -> str:
 
     For example timm/vit_small_patch16_224 of timm/vit_small_patch16_224.dino.
     """
-    return name.partition(".")[0] if name.startswith("timm/") else name
+    return registry.split_tag(name)[0]
 
 
 def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, ModalitySpec]:
@@ -689,8 +690,9 @@ def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, M
             f"{name}: timm has no input configuration for it; give the source data, or a name "
             "without a tag"
         )
-    arch, modality = _timm_input_spec(architecture.partition(".")[0], config.to_dict())
-    if "." in architecture:
+    plain, tag = registry.split_tag(name)
+    arch, modality = _timm_input_spec(plain, config.to_dict())
+    if tag:
         modality = replace(modality, options={**modality.options, **_crop_options(config)})
     return replace(arch, options=options), modality
 
@@ -768,7 +770,7 @@ def describe_input(
         return text + said
     if checkpoint:
         return f"{text}{said}, as {checkpoint} says"
-    if "." in name:
+    if registry.split_tag(name)[1]:
         return f"{text}{said}, as timm says of {name.partition('/')[2]}"
     return (
         f"{text}{said}; assumed, as timm says of its default weights for {name}: where these "

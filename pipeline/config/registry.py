@@ -470,11 +470,40 @@ def _constant(library: Entry, name: str) -> Any:
     return None
 
 
-def tags(model: str) -> frozenset[str]:
-    """Return the tags of a timm model's published weights, such as ``dino`` of
-    ``vit_small_patch16_224.dino``, from timm's sources, which are not imported.
+def modality_of(backbone: str) -> str | None:
+    """Return the modality that a backbone (``library/model``) reads, where its file says it.
+
+    It says so in ``MODALITY``: a name, or a name for each model.
     """
-    return _scan("timm", "models/*.py", rf"""^\s+['"]{re.escape(model)}\.(\w+)['"]:""")
+    library, _, model = backbone.partition("/")
+    if library not in entries("model"):
+        return None
+    named = _constant(entry("model", library), "MODALITY")
+    return named.get(model) if isinstance(named, dict) else named
+
+
+def split_tag(backbone: str) -> tuple[str, str]:
+    """Return a backbone's name without the tag of its published weights, and the tag or "".
+
+    ``timm/vit_small_patch16_224`` and ``dino`` of ``timm/vit_small_patch16_224.dino``. Libraries
+    have tags whose file says in ``TAGS`` where they stand.
+    """
+    name, _, tag = backbone.partition(".")
+    library = name.partition("/")[0]
+    if not tag or library not in entries("model") or not _constant(entry("model", library), "TAGS"):
+        return backbone, ""
+    return name, tag
+
+
+def tags(backbone: str) -> frozenset[str]:
+    """Return the tags of a model's published weights, without importing its library.
+
+    ``TAGS`` in its file has a package, a glob, and a regular expression with ``{model}`` whose
+    group finds them in the package's sources.
+    """
+    library, _, model = backbone.partition("/")
+    package, pattern, expression = _constant(entry("model", library), "TAGS")
+    return _scan(package, pattern, expression.replace("{model}", re.escape(model)))
 
 
 def _scan(package: str, pattern: str, expression: str) -> frozenset[str]:

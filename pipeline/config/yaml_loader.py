@@ -392,19 +392,11 @@ def _component_problems(kind: str, raw: Json, path: Path_) -> list[tuple[Path_, 
             known = registry.architectures(library)
         except ValueError as error:
             return [(at, str(error))]
-        model, dot, tag = model.partition(".")
-        if (
-            dot
-            and library == "timm"
-            and model in known
-            and tag not in (tags := registry.tags(model))
-        ):
-            return [
-                (at, f"timm/{model} has no weights tagged {tag!r}; {registry.nearest(tag, tags)}")
-            ]
-        if model not in known or (dot and library != "timm"):
-            model = f"{model}{dot}{tag}"
+        plain, tag = registry.split_tag(name)
+        if plain.partition("/")[2] not in known:
             return [(at, f"unknown {library} model {model!r}; {registry.nearest(model, known)}")]
+        if tag and tag not in (tags := registry.tags(plain)):
+            return [(at, f"{plain} has no weights tagged {tag!r}; {registry.nearest(tag, tags)}")]
         name = library
     try:
         options = registry.entry(kind, name).options
@@ -428,14 +420,13 @@ def _component_problems(kind: str, raw: Json, path: Path_) -> list[tuple[Path_, 
 def _input_problems(part: JsonObject, path: Path_) -> list[tuple[Path_, str]]:
     """Return what is wrong with how the rows of a checkpoint are read.
 
-    That is its modality's options, and a timm tag where data decide.
+    That is its modality's options, and the tag of published weights where data decide.
     """
     out: list[tuple[Path_, str]] = []
     if part.get("modality") is not None:
         out += _component_problems("modality", part["modality"], (*path, "modality"))
-    backbone = str(_name_of(part["backbone"]))
-    if backbone.startswith("timm/") and "." in backbone and part.get("data") is not None:
-        plain = backbone.partition(".")[0]
+    plain, tag = registry.split_tag(str(_name_of(part["backbone"])))
+    if tag and part.get("data") is not None:
         out.append(
             (
                 (*path, "backbone"),

@@ -29,7 +29,6 @@ LARGEST_WORD = 32767
 """Largest number of a word in its row (int16)."""
 NEAR_JACCARD = 0.8
 """Least similarity of the word shingles of two texts that are nearly the same."""
-
 RANDOM_TOKENS = 24
 """Tokens of the longest row that is made up."""
 

@@ -16,6 +16,7 @@ from pipeline.core.contracts import Backbone, Batch, Features
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["gru", "strats"]
+MODALITY = "events"
 DAY = 24.0
 
 

@@ -19,6 +19,7 @@ from pipeline.core.contracts import Backbone, Batch, Features
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["mlp", "transformer"]
+MODALITY = "trajectory"
 
 PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of a frame's channels: ImageNet's, as published vision backbones

@@ -16,6 +16,7 @@ from pipeline.core.contracts import Backbone, Batch, Features
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["ft_transformer"]
+MODALITY = "table"
 
 
 class FTTransformerOptions(Options):

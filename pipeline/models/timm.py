@@ -21,6 +21,8 @@ from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ("timm", "models/*.py", r"^@register_model\ndef (\w+)")
+TAGS = ("timm", "models/*.py", r"""^\s+['"]{model}\.(\w+)['"]:""")
+MODALITY = "image"
 
 
 class TimmOptions(Options):

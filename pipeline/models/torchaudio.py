@@ -21,6 +21,7 @@ from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["deepspeech", "deepspeech2", "conformer"]
+MODALITY = "audio"
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "deepspeech": {"hidden": 512, "context": 7, "strides": [2], "dropout": 0.1},

@@ -22,6 +22,13 @@ from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["bert", "roberta", "distilbert", "gpt2", "wav2vec2"]
+MODALITY = {
+    "bert": "text",
+    "roberta": "text",
+    "distilbert": "text",
+    "gpt2": "text",
+    "wav2vec2": "audio",
+}
 
 WANTS = {"gpt2": {"tokenizer": "bpe"}, "wav2vec2": {"features": "wave"}}
 """Byte-level BPE as published; samples, not spectrograms."""

@@ -19,6 +19,7 @@ from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["wavenet"]
+MODALITY = "audio"
 
 WANTS = {"wavenet": {"features": "wave", "normalize": False}}
 """Samples between -1 and 1, as mu-law takes them."""

@@ -35,8 +35,10 @@ A complete small library with one architecture, for the rows of the example in `
 
 ``ARCHITECTURES`` lists the model names of the library, or says where to find them: a tuple of
 package, glob and regular expression. ``WANTS`` (optional) says what inputs an architecture asks its
-modality for, such as ``{"wavenet": {"features": "wave"}}``. Both are read without importing the
-file.
+modality for, such as ``{"wavenet": {"features": "wave"}}``. ``MODALITY`` (optional) names the
+modality that it reads, as a text or by architecture, where a weights file of it can be a source
+without data. ``TAGS`` (optional) says where the tags of its published weights are found. All are
+read without importing the file.
 
 What single objectives need of a backbone is in ``backbone_capabilities``; they refuse one that
 lacks it where no default is named.
