@@ -433,6 +433,25 @@ def make_run(
     )
 
 
+class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
+    pass
+
+
+def kill_at(run: loop.TrainingRun, stop: int) -> None:
+    """Train to a step and stop there, as if the process had been killed."""
+
+    def kill(log):
+        if log["step"] == stop:
+            raise Killed
+
+    run.on_log = kill
+    try:
+        loop.fit(run)
+    except Killed:
+        return
+    raise AssertionError(f"the run ended before step {stop}")
+
+
 def without_labels(rows: Rows) -> Rows:
     assert rows.arrays is not None
     arrays = {name: array for name, array in rows.arrays.items() if not name.startswith("label")}

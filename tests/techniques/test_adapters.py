@@ -10,7 +10,7 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import RankAllocator
 from techniques.test_rates import FAMILIES, built, moved
 from torch import nn
-from toys import image_rows, make_run, net_task, take, weights
+from toys import image_rows, kill_at, make_run, net_task, take, weights
 
 from pipeline.config import registry
 from pipeline.core.contracts import Task, Technique
@@ -246,14 +246,7 @@ def test_a_run_by_computed_weights_goes_on_bit_for_bit(tmp_path):
 
     whole, first = run("whole"), run("parts")
     loop.fit(whole)
-
-    def kill(log):
-        if log["step"] == 5:
-            raise KeyboardInterrupt
-
-    first.on_log = kill
-    with pytest.raises(KeyboardInterrupt):
-        loop.fit(first)
+    kill_at(first, 5)
     again = run("parts")
     assert loop.fit(again).resumed_from == 4
     assert not moved(weights(whole.task), weights(again.task))

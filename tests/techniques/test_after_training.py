@@ -14,6 +14,7 @@ from toys import (
     image_files,
     image_rows,
     job_of,
+    kill_at,
     make_run,
     net_task,
     shared_of,
@@ -55,21 +56,6 @@ def finished(name: str, seed: int, found: dict[str, torch.Tensor]) -> FinishedTr
     return FinishedTrial(name, seed, {}, {}, lambda: found)
 
 
-def killed_at(run: loop.TrainingRun, stop: int) -> None:
-    """Run to a step and stop there, as if the process had been killed."""
-
-    class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
-        pass
-
-    def kill(log):
-        if log["step"] == stop:
-            raise Killed
-
-    run.on_log = kill
-    with pytest.raises(Killed):
-        loop.fit(run)
-
-
 def trained(name: str, folder=None, stop: int | None = None, norm: str = "batch", **options):
     """A technique, its task after 12 steps, and what it chose; killed once where ``stop`` says."""
     rows, validation = image_rows(48), image_rows(24, seed=3)
@@ -90,7 +76,7 @@ def trained(name: str, folder=None, stop: int | None = None, norm: str = "batch"
         return used, run
 
     if stop is not None:
-        killed_at(made()[1], stop)
+        kill_at(made()[1], stop)
         torch.manual_seed(12345)
     used, run = made()
     outcome = loop.fit(run)

@@ -13,6 +13,7 @@ from toys import (
     add_streams,
     furthest,
     image_rows,
+    kill_at,
     label_state,
     make_run,
     net_task,
@@ -550,15 +551,11 @@ def test_every_trained_technique_is_tried_here():
 # ---------------------------------------------------------------- resume and ranks
 
 
-class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
-    pass
-
-
 @pytest.mark.parametrize("name", ["dann", "mcd", "pseudo_labels"])
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, name, labelled):
-    def run_in(folder: Path, stop: int | None = None):
-        run = adapting_run(
+    def run_in(folder: Path):
+        return adapting_run(
             registry.get("technique", name)(),
             image_rows(24),
             image_rows(20, seed=1),
@@ -570,17 +567,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, name, labelled):
             checkpoints=str(folder),
         )
 
-        def on_log(log):
-            if log["step"] == stop:
-                raise Killed
-
-        run.on_log = on_log
-        return run
-
     whole = run_in(tmp_path / "whole")
     loop.fit(whole)
-    with pytest.raises(Killed):
-        loop.fit(run_in(tmp_path / "parts", stop=5))
+    kill_at(run_in(tmp_path / "parts"), 5)
     torch.manual_seed(99)
     again = run_in(tmp_path / "parts")
     assert loop.fit(again).resumed_from == 3

@@ -22,6 +22,7 @@ from toys import (
     SMALL,
     furthest,
     image_rows,
+    kill_at,
     label_state,
     make_run,
     net_task,
@@ -395,14 +396,7 @@ def test_kept_weights_average_and_resume_go_on_bit_for_bit(tmp_path):
 
     whole, first = run("whole"), run("parts")
     loop.fit(whole)
-
-    def kill(log):
-        if log["step"] == 8:
-            raise KeyboardInterrupt
-
-    first.on_log = kill
-    with pytest.raises(KeyboardInterrupt):
-        loop.fit(first)
+    kill_at(first, 8)
     torch.manual_seed(99)
     second = run("parts")
     outcome = loop.fit(second)

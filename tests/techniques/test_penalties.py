@@ -14,6 +14,7 @@ from toys import (
     image_files,
     image_rows,
     job_of,
+    kill_at,
     label_state,
     make_run,
     net_task,
@@ -450,9 +451,6 @@ def test_a_penalty_needs_features_that_the_loss_has_used():
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, name):
     rows, validation = image_rows(48), image_rows(24, seed=3)
 
-    class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
-        pass
-
     def made(folder):
         task, used = net_task(norm="batch", dropout=0.3), technique(name)
         if hasattr(used, "read_source"):
@@ -473,14 +471,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, name):
     used, whole = made("whole")
     want = loop.fit(whole)
     _, first = made("parts")
-
-    def kill(log):
-        if log["step"] == 7:
-            raise Killed
-
-    first.on_log = kill
-    with pytest.raises(Killed):
-        loop.fit(first)
+    kill_at(first, 7)
     torch.manual_seed(12345)
     again, rest = made("parts")
     found = loop.fit(rest)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from contract_rows import BACKBONES, N, wake
-from toys import image_rows, label_state, make_run, net_task, rows_of, task_of, weights
+from toys import image_rows, kill_at, label_state, make_run, net_task, rows_of, task_of, weights
 
 from pipeline.config import registry
 from pipeline.config.registry import LayerOptions
@@ -328,14 +328,7 @@ def test_nothing_moves_while_gradients_are_measured(tmp_path):
     assert outcome.layers_trained in ("stem, head", "block, head")
     assert outcome.params_trained < sum(p.numel() for p in whole.task.parameters())
     first = run("parts")
-
-    def kill(log):
-        if log["step"] == 8:
-            raise KeyboardInterrupt
-
-    first.on_log = kill
-    with pytest.raises(KeyboardInterrupt):
-        loop.fit(first)
+    kill_at(first, 8)
     again = run("parts")
     resumed = loop.fit(again)
     assert resumed.resumed_from == 6 and resumed.layers_trained == outcome.layers_trained

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from toys import furthest, make_run, rows_of, task_of, weights
+from toys import furthest, kill_at, make_run, rows_of, task_of, weights
 
 from pipeline.core.ragged import ragged
 from pipeline.data.length_buckets import BucketPlan
@@ -17,10 +17,6 @@ from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.train import loop
 
 RATE, COST, STEPS = 4000, 0.8, 24
-
-
-class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +92,7 @@ def test_a_run_by_cost_that_was_stopped_goes_on_bit_for_bit(rows, tmp_path):
     assert {len(ids) for ids in seen.values()} > {3, 4}, "batches of several sizes"
     first = run_of(rows, tmp_path / "parts")
     before = traced(first)
-
-    def kill(log):
-        if log["step"] == 12:
-            raise Killed
-
-    first.on_log = kill
-    with pytest.raises(Killed):
-        loop.fit(first)
+    kill_at(first, 12)
     torch.manual_seed(12345)  # the process that goes on has a random state of its own
     second = run_of(rows, tmp_path / "parts")
     after = traced(second)

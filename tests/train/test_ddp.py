@@ -108,13 +108,11 @@ def team():
 # ---------------------------------------------------------------- the same weights
 
 
-def train(ranks: Ranks, steps: int = 6, technique=None, net: dict | None = None, **words):
-    """Weights, curve and the rows of every step."""
+def train(ranks: Ranks, task=None, net: dict | None = None, **words):
+    """Weights, curve, the rows of every step and the losses; of a network as ``net`` says."""
     run = make_run(
         image_rows(48),
-        net_task(**(net or {})),
-        steps=steps,
-        technique=technique,
+        task or net_task(**(net or {})),
         ranks=ranks,
         validation=image_rows(21, seed=1),
         lr=0.01,
@@ -178,21 +176,9 @@ def train_by(ranks: Ranks, name: str, norm: str = "layer"):
     used, task = registry.get("technique", name)(), net_task(norm=norm)
     if reads_source(used):
         used.read_source(net_task(seed=3, classes=2))
-    run = make_run(
-        image_rows(48),
-        used.wrap(task),
-        steps=6,
-        technique=used,
-        ranks=ranks,
-        validation=image_rows(21, seed=1),
-        lr=0.01,
-    )
-    trace: dict[int, list[int]] = {}
-    run.on_rows = lambda step, ids: trace.__setitem__(step, ids.tolist())
-    logs: list = []
-    run.on_log = logs.append
-    outcome = loop.fit(run)
-    return weights(used.finish(run.task)), outcome.curve, trace, [log["loss"] for log in logs]
+    wrapped = used.wrap(task)
+    _, *found = train(ranks, wrapped, technique=used)
+    return weights(used.finish(wrapped)), *found[:3]
 
 
 @pytest.mark.parametrize(

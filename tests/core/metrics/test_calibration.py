@@ -17,6 +17,16 @@ from pipeline.transfer import cached_heads, targets
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.trial import AT_THRESHOLD
 
+OF_TWO_CLASSES = [
+    "accuracy",
+    "macro_f1",
+    "loss",
+    "auroc",
+    "auprc",
+    "min_precision_sensitivity",
+    "brier",
+    "ece",
+]
 OPTIONS = {
     "classification": {
         "calibrate": "temperature",
@@ -64,17 +74,7 @@ def test_two_classes_have_clinical_metrics_with_intervals(ran):
     run = one_trial.read_predictions(shared.root, one.id, 0)
     p = run.predictions
     assert run.labels == ("class 1", "class 0") and next(iter(rows)) == "auprc"
-    assert set(rows) == {
-        "accuracy",
-        "macro_f1",
-        "loss",
-        "auroc",
-        "auprc",
-        "min_precision_sensitivity",
-        "brier",
-        "ece",
-        *AT_THRESHOLD,
-    }
+    assert set(rows) == {*OF_TWO_CLASSES, *AT_THRESHOLD}
     chance = calibration.softmax(p["scores"])[:, 1]
     assert rows["auprc"].value == pytest.approx(
         theirs.average_precision_score(p["label"], chance), abs=1e-9
@@ -186,16 +186,7 @@ def test_without_the_options_nothing_is_fitted(paths, tmp_path):
     shared = shared_of(tmp_path, job, paths)
     record = one_trial.run(trial_of(job, shared), shared)
     tested = [row.metric for row in record.rows if row.split == "test"]
-    assert tested == [
-        "accuracy",
-        "macro_f1",
-        "loss",
-        "auroc",
-        "auprc",
-        "min_precision_sensitivity",
-        "brier",
-        "ece",
-    ]
+    assert tested == OF_TWO_CLASSES
     assert (
         registry.entries("metric").keys() >= set(tested)
         and "temperature" not in record.rows[0].settings
