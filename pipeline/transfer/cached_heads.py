@@ -6,6 +6,11 @@ order, learning rate and clip, and its gradients touch no other head, so the res
 training one at a time. A head that draws random numbers (dropout) is a stack of its own, since what
 it draws would depend on the other heads.
 
+A stack makes its own `TrainingRun` instead of an `Experiment` (`pipeline.train.experiment`): an
+experiment has one set of rows, one order, one validation and one log, and a stack has those of
+every head, and none of them is read from files. With all of these made optional the assembler would
+be longer than the dozen lines that it would save here.
+
 Where the technique says so (`SolvesHead`) each head is the solution of a convex problem instead
 (`pipeline.transfer.solved_heads`).
 """
