@@ -280,6 +280,24 @@ def test_architectures_are_a_list_or_what_a_package_says(house):
         registry.architectures("owm")
 
 
+def test_a_library_says_where_the_tags_of_its_weights_are_and_what_it_reads(house):
+    house(
+        "own.py",
+        model='TAGS = ("json", "*.py", r"^def ({model}\\w*)")\nMODALITY = {"one": "audio"}\n'
+        '@register("model", "own")\nclass A:\n    pass\n',
+    )
+    house("plain.py", model='MODALITY = "image"\n@register("model", "plain")\nclass A:\n    pass\n')
+    assert registry.split_tag("own/one.big") == ("own/one", "big")
+    for name in ("own/one", "own/one.", "plain/one.big", "hf:a/b.c"):
+        assert registry.split_tag(name) == (name, "")
+    assert registry.tags("own/load") == {"load", "loads"} and registry.tags("own/dum") == {
+        "dump",
+        "dumps",
+    }
+    named = ("own/one", "own/two", "plain/any", "gone/one")
+    assert [registry.modality_of(name) for name in named] == ["audio", None, "image", None]
+
+
 # ---------------------------------------------------------------- timm's names
 
 
