@@ -1,0 +1,319 @@
+"""DELTA: fine-tuning with feature maps that stay near the source's (Li et al. 2019)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from pipeline.config.registry import LayerOptions, register
+from pipeline.core.contracts import Backbone, Batch, Phase, Task, Technique
+from pipeline.core.contracts.objective_capabilities import couples_rows
+from pipeline.core.latest_call import LatestCall
+
+
+class DeltaOptions(LayerOptions):
+    weight: float = Field(
+        1.0, ge=0, description="weight of the distance of feature maps to those of the source"
+    )
+    attention: bool = Field(
+        True,
+        description="whether filters weigh by how much the loss grows when each is switched off; "
+        "false: all filters weigh the same, and everything trains from the first step",
+    )
+    maps: int = Field(
+        4, ge=1, description="how many layers are compared, evenly spread up to the last one"
+    )
+    rows: int = Field(
+        16, ge=1, description="rows on which filters are weighed: one forward pass a filter, once"
+    )
+    probe_share: float = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="share of the steps that train the head alone before filters are weighed",
+    )
+
+
+# ---------------------------------------------------------------- filters of a network
+
+
+def filter_count(module: nn.Module) -> int | None:
+    """Return how many filters (output channels) a module with a weight matrix has, else None."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, Conv1D):
+        return module.nf
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.out_channels
+    if isinstance(module, nn.RNNBase):
+        return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim
+    return None
+
+
+class FilterMaps:
+    """What modules of a backbone return in its latest call, and which filters are switched off.
+
+    Args:
+        backbone: Forward hooks are put on its modules.
+        names: Names of modules with filters.
+    """
+
+    def __init__(self, backbone: nn.Module, names: Sequence[str]):
+        self.off: dict[str, Tensor] = {}
+        """Numbers of the filters whose output is replaced by 0, by module."""
+        self._outputs: dict[str, Tensor] = {}
+        self._hooks: list[Any] = [backbone.register_forward_pre_hook(self._forget)]
+        for name in names:
+            module = backbone.get_submodule(name)
+            self._hooks.append(module.register_forward_hook(partial(self._keep, name)))
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the outputs (..., C) of the latest call in the order of calls, and forget them."""
+        outputs, self._outputs = self._outputs, {}
+        return outputs
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._outputs = {}
+
+    def _forget(self, backbone: Any, inputs: Any) -> None:
+        self._outputs = {}
+
+    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
+        is_tuple = type(output) is tuple  # recurrent layers, attention
+        found = output[0] if is_tuple else output
+        values = found.data if isinstance(found, PackedSequence) else found
+        channels = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
+        if name in self.off:
+            values = values.index_fill(channels, self.off[name].to(values.device), 0.0)
+        self._outputs.pop(name, None)
+        self._outputs[name] = values.movedim(channels, -1)
+        if name not in self.off:
+            return None
+        found = found._replace(data=values) if isinstance(found, PackedSequence) else values
+        return (found, *output[1:]) if is_tuple else found
+
+
+def filter_distance(
+    student: Tensor, teacher: Tensor, weights: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Return the squared distance of feature maps, weighted by filter, ().
+
+    It is relative to the mean square of the teacher's map, so that one weight fits every network.
+
+    Args:
+        student: (..., C).
+        teacher: (..., C).
+        weights: (C,) of sum 1.
+        mask: Which positions are real, where it has the shape of the positions.
+    """
+    if mask is not None and mask.shape == student.shape[:-1]:
+        student, teacher = student[mask], teacher[mask]
+    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+    apart = (student - teacher).square().mean(0)
+    return (weights * apart).sum() / teacher.square().mean().clamp(min=1e-12)
+
+
+# ---------------------------------------------------------------- the technique
+
+
+class WeighedTask(Task):
+    """A task that knows how much each filter of its backbone weighs.
+
+    The weights are buffers, so that they are part of resume points.
+
+    Args:
+        filters: Number of filters of each module, by its name in the backbone.
+    """
+
+    def __init__(self, task: Task, filters: dict[str, int]):
+        super().__init__(task.backbone, task.objective)
+        self.names = list(filters)
+        for number, count in enumerate(filters.values()):
+            self.register_buffer(f"weights{number}", torch.zeros(count))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights (C,) of sum 1 by module; zeros where it is not compared."""
+        return {name: self.get_buffer(f"weights{i}") for i, name in enumerate(self.names)}
+
+    def filter_weights(self) -> dict[str, Tensor]:
+        """Return the weights of the modules that are compared; {}: nothing is weighed yet."""
+        return {name: weights for name, weights in self.weights().items() if weights.any()}
+
+    def is_probing(self) -> bool:
+        """Return whether the head is trained alone."""
+        return not any(parameter.requires_grad for parameter in self.backbone.parameters())
+
+
+@register("technique", "delta", options=DeltaOptions)
+class Delta(Technique):
+    """Fine-tune everything, and keep the outputs of important filters near the source's.
+
+    The penalty is the squared distance of feature maps to those of the source's network on the same
+    rows, filter by filter (Li et al. 2019). A filter is an output of a layer's last weight matrix
+    or convolution. It weighs by the softmax of how much the loss grows when it alone is switched
+    off in the source's network, under a head that was trained first and on rows of its last batch.
+    Distances are relative to the size of the source's map, which the paper leaves out.
+
+    It assumes that what the source's filters say of a row is worth keeping where the target's loss
+    depends on it. It helps with few labels, as a pull back in function that leaves useless filters
+    free. It hurts where the target needs other features. It costs a forward pass of a second
+    backbone a step and its memory, and once a forward pass of ``rows`` rows for every filter of
+    ``maps`` layers. With several ranks the rows of the first one are used.
+
+    Raises:
+        ValueError: filters shall be weighed, and the objective's loss compares the rows of all
+            ranks.
+    """
+
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "weight": (0.1, 10.0)}
+
+    def wrap(self, task):
+        if self.options.attention and couples_rows(task.objective):
+            raise ValueError(
+                "delta weighs filters by the loss of some rows, and that of "
+                f"{task.objective.registered_name} compares the rows of all ranks: say "
+                "attention: false"
+            )
+        layers = task.layers().items()
+        layer_of = {parameter: layer for layer, parameters in layers for parameter in parameters}
+        self.layer_of: dict[str, str] = {}
+        filters: dict[str, int] = {}
+        for name, module in task.backbone.named_modules():
+            count = filter_count(module)
+            if count is None:
+                continue
+            first = next(iter(dict(module.named_parameters())))
+            self.layer_of[name] = layer_of[f"backbone.{name}.{first}"]
+            filters[name] = count
+        self.teacher: Backbone = copy.deepcopy(task.backbone).eval().requires_grad_(False)
+        self.compared: list[str] = []
+        self.calls = LatestCall(task.backbone)
+        self.maps = FilterMaps(task.backbone, list(filters))
+        self.source_maps = FilterMaps(self.teacher, list(filters))
+        return WeighedTask(task, filters)
+
+    def _probe_steps(self, steps: int) -> int:
+        share = self.options.probe_share if self.options.attention else 0.0
+        return min(round(share * steps), steps - 1)
+
+    def phases(self, steps):
+        probe_steps = self._probe_steps(steps)
+        full = Phase("full", steps - probe_steps)
+        return (Phase("probe", probe_steps), full) if probe_steps else (full,)
+
+    def rates(self, layers, phase):
+        return {name: float(phase == "full" or name == "head") for name in layers}
+
+    def at_step(self, step, steps):
+        self.is_early = step < self._probe_steps(steps) - 1
+
+    def finish(self, task):
+        self.calls.remove()
+        self.maps.remove()
+        return Task(task.backbone, task.objective)
+
+    def penalty(self, task, batch, streams):
+        assert isinstance(task, WeighedTask)
+        call, mine = self.calls.take(), self.maps.take()
+        self.teacher.to(call.features.pooled.device)
+        if task.is_probing():
+            if not self.is_early and not task.filter_weights():
+                self._weigh(task, batch)
+            return None
+        if not self.compared:  # looked up once: it waits for the device
+            if not task.filter_weights():
+                self._weigh(task, batch)
+            self.compared = list(task.filter_weights())
+        with torch.no_grad():
+            features = call.repeat(self.teacher)
+        theirs = self.source_maps.take()
+        weights = task.weights()
+        distances = [
+            filter_distance(mine[name].float(), theirs[name].float(), weights[name], features.mask)
+            for name in self.compared
+            if name in mine  # a module may serve some kinds of rows alone
+        ]
+        if not distances:
+            return None
+        return self.options.weight * torch.stack(distances).mean()
+
+    # ------------------------------------------------------------ which filters count
+
+    @torch.no_grad()
+    def _weigh(self, task: WeighedTask, batch: Batch) -> None:
+        """Choose the modules to compare and weigh their filters, on rows of a batch."""
+        rows = batch.split(self.options.rows)[0]
+        weights = task.weights()
+        with _evaluating(task.objective):
+            for name in self._chosen(task, rows):
+                own = weights[name]
+                gains = torch.zeros_like(own)
+                if self.options.attention:
+                    plain = self._loss(task, rows)
+                    for number in range(len(own)):
+                        off = torch.tensor([number], device=own.device)
+                        gains[number] = self._loss(task, rows, {name: off}) - plain
+                own.copy_(gains.softmax(0))
+
+    def _loss(self, task: Task, rows: Batch, off: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the mean loss on the source's network with some filters switched off."""
+        self.source_maps.off = off or {}
+        device = next(self.teacher.parameters()).device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # what is drawn at random is the same every time
+            total, count, _ = task.objective.loss(self.teacher, rows)
+        self.source_maps.off = {}
+        return total / count
+
+    def _chosen(self, task: Task, rows: Batch) -> list[str]:
+        """Return the last module of each layer that is compared."""
+        self._loss(task, rows)
+        plain = self.source_maps.take()
+        inside: dict[str, list[str]] = {}
+        for name in plain:
+            inside.setdefault(self.layer_of[name], []).append(name)
+        count = min(self.options.maps, len(inside))
+        names = list(inside.values())
+        spread = [names[-1 - len(names) * place // count] for place in reversed(range(count))]
+        return [self._last(task, rows, one, plain) for one in spread]
+
+    def _last(self, task: Task, rows: Batch, names: list[str], plain: dict[str, Tensor]) -> str:
+        """Return the last module of a layer that reads what others of the layer return.
+
+        The projection of a residual block's shortcut reads none, and may be called last.
+        """
+        for name in reversed(names):
+            others = [other for other in names if other != name]
+            off = {one: torch.arange(plain[one].shape[-1]) for one in others}
+            self._loss(task, rows, off)
+            if not torch.equal(self.source_maps.take()[name], plain[name]):
+                return name
+        return names[-1]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Keep a module in evaluation mode inside the ``with`` block."""
+    modes = {one: one.training for one in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for one, was_training in modes.items():
+            one.training = was_training
