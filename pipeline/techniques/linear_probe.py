@@ -16,10 +16,11 @@ PENALTIES = tuple(10 ** (power / 2) for power in range(-12, 3))
 class ProbeOptions(Options):
     solver: Literal["lbfgs", "sgd"] | None = Field(
         None,
-        description="lbfgs: the convex problem is solved, and the penalty is chosen on validation "
-        "rows (no learning rate); where features are not kept (streamed targets, heads that read "
-        "tokens or drop features out) the head trains by steps all the same; sgd: by steps of the "
-        "job's optimiser; none: lbfgs, or sgd where lr_scale is given",
+        description="lbfgs: the convex problem is solved (a squared error in closed form), and the "
+        "penalty is chosen on validation rows (no learning rate); where features are not kept "
+        "(streamed targets, heads that read tokens or drop features out) the head trains by steps "
+        "all the same; sgd: by steps of the job's optimiser; none: lbfgs, or sgd where lr_scale is "
+        "given",
     )
     penalty: float | None = Field(
         None,
@@ -49,7 +50,8 @@ class LinearProbe(Technique):
 
     The backbone stays in evaluation mode. The head is multinomial logistic regression, or one
     logistic regression a label, solved with an L2 penalty (Kornblith et al. 2019, section 3;
-    Radford et al. 2021, appendix A.3).
+    Radford et al. 2021, appendix A.3). Of an objective with a squared error it is ridge regression
+    (Hoerl and Kennard 1970).
 
     It assumes that the source's features separate the target's classes. It helps on few rows, and
     costs the least; it also tells how good the features are. It hurts where the inputs differ or

@@ -504,7 +504,7 @@ def _solve(
         test = {"row": ids, **_alone(head, cached.splits["test"], train)}
     iterations = sum(solution.iterations for solution in solutions)
     # no rate, batch or decay took part
-    settings = {"solver": "lbfgs", "penalty": chosen.penalty}
+    settings = {"solver": chosen.solver, "penalty": chosen.penalty}
     settings |= dict.fromkeys(("lr", "global_batch", "weight_decay", "optimizer"))
     metadata = {
         "steps": iterations,

@@ -24,6 +24,7 @@ class Regression(Objective):
     metrics = ("rmse", "loss")
     label_kind = "numbers"
     label_tensor = "value"
+    label_tensors = ("value",)
 
     @classmethod
     def fit(cls, options, table, columns):
@@ -43,8 +44,12 @@ class Regression(Objective):
         super().__init__(backbone, options, state)
         self.head = nn.Linear(backbone.pooled_dim, 1)
 
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        scaled = self.head(backbone(batch).pooled)
+    def head_loss(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        losses = self.head_predict(features, batch)["loss"]
+        return losses.sum(), losses.new_full((), float(len(losses))), {}
+
+    def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        scaled = self.head(features)
         return self.predict_scores(scaled * self.state["std"] + self.state["mean"], batch)
 
     def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -54,9 +59,11 @@ class Regression(Objective):
             found |= {"value": batch["value"], "loss": error**2}
         return found
 
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        return self.head_predict(backbone(batch).pooled, batch)
+
     def loss(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        losses = self.predict(backbone, batch)["loss"]
-        return losses.sum(), losses.new_full((), float(len(losses))), {}
+        return self.head_loss(backbone(batch).pooled, batch)
 
 
 def _values(table, columns) -> np.ndarray:
