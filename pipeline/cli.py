@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline import __version__, api
-from pipeline.config import plugins, registry
+from pipeline.config import listing, plugins, registry
 from pipeline.config.schema import Data, Job, JobError, schema
 from pipeline.config.yaml_loader import load
 from pipeline.io import signals
@@ -23,13 +24,8 @@ from pipeline.io.ray_environment import prepare_ray
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help=(
-        "One job file pretrains backbones on large source corpora, fans out many fine-tunes of "
-        "them onto target tasks, and shows the gain of each over training from scratch."
-    ),
 )
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 110)
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
@@ -653,6 +649,38 @@ def doctor(
     raise typer.Exit(1 if any(line.mark == "FAIL" for line in lines) else 0)
 
 
+def _add_listing(command: str, kind: str) -> Callable[..., None]:
+    """Add the command that lists and explains the components of a kind."""
+
+    @app.command(
+        command,
+        help=f"The {command} there are; with NAME one of them, with its options.",
+        rich_help_panel="What a job may name",
+    )
+    def show(
+        name: Annotated[
+            str | None, typer.Argument(help="Explain this one: options, defaults, the paper.")
+        ] = None,
+        plugin: Plugin = None,
+    ) -> None:
+        with _exit_codes():
+            plugins.use(plugin or ())
+            if name:
+                out.print(listing.describe(kind, name), markup=False, soft_wrap=True)
+                return
+            table = Table(box=None, pad_edge=False, show_header=False)
+            table.add_column(no_wrap=True)
+            table.add_column()
+            for row in listing.names(kind):
+                table.add_row(*map(escape, row))
+        out.print(table)
+
+    return show
+
+
+LISTINGS = [_add_listing(command, kind) for command, kind in listing.KINDS.items()]
+
+
 @app.command("schema")
 def print_schema(plugin: Plugin = None) -> None:
     """The JSON Schema of a job file, for editors."""
@@ -663,8 +691,28 @@ def print_schema(plugin: Plugin = None) -> None:
 
 @app.command()
 def version() -> None:
-    """This program's version."""
+    """This program's version; also `--version`."""
     sys.stdout.write(__version__ + "\n")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="This program's version."
+        ),
+    ] = False,
+) -> None:
+    """One job file pretrains backbones on large source corpora, fans out many fine-tunes of them
+    onto target tasks, and shows the gain of each over training from scratch.
+    """
 
 
 def main() -> None:

@@ -147,6 +147,8 @@ class Entry:
     """How tables call it; empty: by its name."""
     attribute: str = ""
     """Name of the class or function in its module."""
+    documentation: str = ""
+    """Its docstring."""
     file: Path = Path()
     line: int = 0
 
@@ -229,9 +231,15 @@ def _declared(module: str, file: Path) -> Iterator[Entry]:
             optional_roles=_roles(node, "optional_roles", tree, file) or (),
             title=title,
             attribute=getattr(node, "name", ""),
+            documentation=_documentation(node),
             file=file,
             line=call.lineno,
         )
+
+
+def _documentation(node: ast.stmt) -> str:
+    is_documented = isinstance(node, ast.ClassDef | ast.FunctionDef)
+    return (ast.get_docstring(node) or "") if is_documented else ""
 
 
 def _literals(call: ast.Call, where: str) -> tuple[str, str, str]:

@@ -45,12 +45,14 @@ def _among_best(p: Predictions, k: int) -> np.ndarray:
 @register("metric", "accuracy")
 @ratio(bounds=SHARE)
 def accuracy(p: Predictions) -> np.ndarray:
+    """Share of rows (or of hourly positions) whose class has the largest score."""
     return _among_best(p, 1)
 
 
 @register("metric", "top5_accuracy")
 @ratio(bounds=SHARE, for_role="label")
 def top5_accuracy(p: Predictions) -> np.ndarray:
+    """Share of rows whose class is among the five largest scores."""
     return _among_best(p, 5)
 
 
@@ -165,18 +167,27 @@ def _ranked(ranking: Ranking, p: Predictions, counts: np.ndarray) -> np.ndarray:
 @register("metric", "auroc")
 @resampled(bounds=SHARE, for_role="label")
 def auroc(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of the positive class: how often a positive row scores above a
+    negative one (Hanley and McNeil 1982).
+    """
     return _ranked(weighted_auroc, p, counts)
 
 
 @register("metric", "auprc")
 @resampled(bounds=SHARE, for_role="label")
 def auprc(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Area under the precision-recall curve of the positive class, as the average precision: the
+    steps are not interpolated.
+    """
     return _ranked(weighted_average_precision, p, counts)
 
 
 @register("metric", "min_precision_sensitivity")
 @resampled(bounds=SHARE, for_role="label")
 def min_precision_sensitivity(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """The largest value, over thresholds, of the smaller one of precision and sensitivity; the
+    PhysioNet/CinC Challenge 2012 ranked by it.
+    """
     return _ranked(weighted_min_precision_sensitivity, p, counts)
 
 
@@ -224,6 +235,9 @@ def _called(p: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @register("metric", "precision_at_threshold")
 @ratio(bounds=SHARE)
 def precision_at_threshold(p: Predictions) -> np.ndarray:
+    """Share of true positives among the rows called positive at the threshold that was chosen on
+    the validation rows.
+    """
     called, positive, known = _called(p)
     return summed(called & positive, called & known)
 
@@ -231,6 +245,9 @@ def precision_at_threshold(p: Predictions) -> np.ndarray:
 @register("metric", "sensitivity_at_threshold")
 @ratio(bounds=SHARE)
 def sensitivity_at_threshold(p: Predictions) -> np.ndarray:
+    """Share of the positive rows that are called so at the threshold that was chosen on the
+    validation rows (recall).
+    """
     called, positive, known = _called(p)
     return summed(called & positive, positive & known)
 
@@ -238,5 +255,8 @@ def sensitivity_at_threshold(p: Predictions) -> np.ndarray:
 @register("metric", "specificity_at_threshold")
 @ratio(bounds=SHARE)
 def specificity_at_threshold(p: Predictions) -> np.ndarray:
+    """Share of the negative rows that are called so at the threshold that was chosen on the
+    validation rows.
+    """
     called, positive, known = _called(p)
     return summed(~called & ~positive, ~positive & known)

@@ -40,4 +40,5 @@ def miou(p: Predictions, counts: np.ndarray) -> np.ndarray:
 @register("metric", "pixel_accuracy")
 @ratio(bounds=SHARE)
 def pixel_accuracy(p: Predictions) -> np.ndarray:
+    """Share of pixels whose class is right."""
     return pairs(p["intersection"].sum(1), p["actual"].sum(1))

@@ -90,6 +90,7 @@ def _of_labels(ranking: Ranking, p: Predictions, counts: np.ndarray) -> np.ndarr
 @register("metric", "micro_f1")
 @ratio(bounds=SHARE)
 def micro_f1(p: Predictions) -> np.ndarray:
+    """F1 over all pairs of row and label, by probabilities above 0.5."""
     true, guess = p["labels"].astype(bool), p["scores"] > 0
     return pairs(2 * (true & guess).sum(1), true.sum(1) + guess.sum(1))
 
@@ -97,10 +98,12 @@ def micro_f1(p: Predictions) -> np.ndarray:
 @register("metric", "macro_auroc")
 @resampled(bounds=SHARE, per_label=_of_label("auroc", weighted_auroc))
 def macro_auroc(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean over labels of the area under the ROC curve."""
     return _of_labels(weighted_auroc, p, counts)
 
 
 @register("metric", "macro_average_precision")
 @resampled(bounds=SHARE, per_label=_of_label("average_precision", weighted_average_precision))
 def macro_average_precision(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean over labels of the average precision."""
     return _of_labels(weighted_average_precision, p, counts)

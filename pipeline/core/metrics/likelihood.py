@@ -22,6 +22,7 @@ def _loss_bounds(p: Predictions) -> Bounds:
 @register("metric", "loss")
 @ratio(higher_is_better=False, bounds=_loss_bounds)
 def loss(p: Predictions) -> np.ndarray:
+    """The mean loss of a unit that the objective counts: a token, sample, row or number."""
     return _mean_loss(p)
 
 
@@ -30,6 +31,7 @@ def loss(p: Predictions) -> np.ndarray:
     higher_is_better=False, bounds=(1.0, math.inf), final=lambda mean: math.exp(min(mean, 700.0))
 )
 def perplexity(p: Predictions) -> np.ndarray:
+    """Exponential of the mean loss in nats of a token."""
     return _mean_loss(p)
 
 

@@ -39,52 +39,61 @@ def action_error(p: Predictions) -> np.ndarray:
 @register("metric", "success")
 @ratio(bounds=SHARE)
 def success(p: Predictions) -> np.ndarray:
+    """Share of episodes that the simulation counts as solved."""
     return _mean(p, "success")
 
 
 @register("metric", "return")
 @ratio()
 def mean_return(p: Predictions) -> np.ndarray:
+    """Mean over episodes of the sum of rewards."""
     return _mean(p, "return")
 
 
 @register("metric", "steps")
 @ratio(bounds=_steps_bounds)
 def steps(p: Predictions) -> np.ndarray:
+    """Mean length of an episode in steps."""
     return _mean(p, "steps")
 
 
 @register("metric", "expert_success")
 @ratio(bounds=SHARE)
 def expert_success(p: Predictions) -> np.ndarray:
+    """`success` of the demonstrations that start where the episodes start."""
     return _mean(p, "expert_success")
 
 
 @register("metric", "expert_return")
 @ratio()
 def expert_return(p: Predictions) -> np.ndarray:
+    """`return` of the demonstrations that start where the episodes start."""
     return _mean(p, "expert_return")
 
 
 @register("metric", "expert_steps")
 @ratio(bounds=_steps_bounds)
 def expert_steps(p: Predictions) -> np.ndarray:
+    """`steps` of the demonstrations that start where the episodes start."""
     return _mean(p, "expert_steps")
 
 
 @register("metric", "random_success")
 @ratio(bounds=SHARE)
 def random_success(p: Predictions) -> np.ndarray:
+    """`success` of random actions from the same starts."""
     return _mean(p, "random_success")
 
 
 @register("metric", "random_return")
 @ratio()
 def random_return(p: Predictions) -> np.ndarray:
+    """`return` of random actions from the same starts."""
     return _mean(p, "random_return")
 
 
 @register("metric", "random_steps")
 @ratio(bounds=_steps_bounds)
 def random_steps(p: Predictions) -> np.ndarray:
+    """`steps` of random actions from the same starts."""
     return _mean(p, "random_steps")

@@ -30,18 +30,21 @@ def entity_f1(p: Predictions) -> np.ndarray:
 @register("metric", "word_accuracy")
 @ratio(bounds=SHARE)
 def word_accuracy(p: Predictions) -> np.ndarray:
+    """Share of words whose tag is right."""
     return pairs(p["right"], p["words"])
 
 
 @register("metric", "answer_f1")
 @ratio(bounds=SHARE)
 def answer_f1(p: Predictions) -> np.ndarray:
+    """F1 of the words of the answer, by SQuAD's rules; the best one over the true answers."""
     return summed(p["f1"], ~np.isnan(p["f1"]))
 
 
 @register("metric", "exact_match")
 @ratio(bounds=SHARE)
 def exact_match(p: Predictions) -> np.ndarray:
+    """Share of answers that are equal to a true one, by SQuAD's rules."""
     return summed(p["exact"], ~np.isnan(p["exact"]))
 
 
