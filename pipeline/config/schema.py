@@ -809,14 +809,43 @@ class Target(Spec):
 
 
 class Select(Spec):
-    """Fan out only the sources with the best transferability score."""
+    """Fan out only what promises most: the best-scored sources, the pairs that a budget finds."""
 
     score: Annotated[str, Registered("score")] = Field(
         "logme",
         description="transferability score of a source for the target's training rows, as "
         "`onetomany score` prints them; a source for which it is not defined comes last",
     )
-    top: int = Field(2, ge=1, description="how many sources to keep for each target")
+    top: int | None = Field(
+        2,
+        ge=1,
+        description="how many sources to keep for each target; none: all (with a budget alone)",
+    )
+    budget: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda budget: budget is None,  # hashes are those from before there was one
+        description="trials that the whole job may spend, shared out over targets and label "
+        "fractions by successive halving: every source is tried with every technique at a ninth of "
+        "the steps, the better pairs at a third, and the best in full with all seeds; those that "
+        "did well on earlier targets go before. A trial with all its steps counts as one, a "
+        "shorter one by its share; scratch is never cut and counts; what trains nothing and "
+        "baselines do not. With score or top it spends on the best-scored sources alone",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_sources(cls, given: Json) -> Json:
+        """Keep all sources where a budget is given and no choice by score."""
+        if not isinstance(given, dict) or given.get("budget") is None:
+            return given
+        return given if {"score", "top"} & given.keys() else {**given, "top": None}
+
+    @model_validator(mode="after")
+    def _chooses(self):
+        if self.top is None and self.budget is None:
+            _refuse([(("top",), "null keeps every source: leave select out, or give a budget")])
+        return self
 
 
 class Finalists(Spec):
@@ -909,7 +938,9 @@ class Fanout(Spec):
         "fails, the others go on; null: it may hang for ever",
     )
     select: Select | None = Field(
-        None, description="keep only the best-scored sources of each target"
+        None,
+        description="keep only the best-scored sources of each target, or spend a budget of trials "
+        "on the pairs of source and technique that promise most",
     )
     keep_bundles: Literal["best", "all", "none"] = Field(
         "best",
@@ -955,8 +986,27 @@ class Fanout(Spec):
             problems += _unused_field_problems(
                 self, ["scheduler"], (), f"{nothing}, and asha stops draws alone"
             )
+        elif self.budget is not None:
+            problems.append(
+                (
+                    ("select", "budget"),
+                    f"trials is {self.trials}, and a budget searches no hyper-parameters: its "
+                    "search trials compare sources and techniques. Leave trials and search out, or "
+                    "the budget",
+                )
+            )
         _refuse(problems)
         return self
+
+    @property
+    def by_score(self) -> Select | None:
+        """How sources are chosen by their score; None where all of them are fanned out."""
+        return None if self.select is None or self.select.top is None else self.select
+
+    @property
+    def budget(self) -> int | None:
+        """The trials that the job may spend; None: those of the full matrix."""
+        return None if self.select is None else self.select.budget
 
     @property
     def stated_search(self) -> dict[str, list[float]]:
@@ -1014,6 +1064,17 @@ class Job(Spec):
             for i, source in enumerate(target.sources or ())
             if source not in self.sources
         ]
+        if self.fanout.budget is not None:
+            problems += [
+                (
+                    ("targets", name, "label_fractions"),
+                    "at 0 no label of the target may be used to choose by, and "
+                    "fanout.select.budget chooses by its validation rows: leave the budget out, or "
+                    "put 0 in a job of its own",
+                )
+                for name, target in self.targets.items()
+                if 0 in target.label_fractions
+            ]
         several = [name for name, target in self.targets.items() if target.workers]
         if self.fanout.scheduler == "asha":
             problems += [

@@ -334,6 +334,7 @@ def write(
             target, group, rows, curves, decimals[target], splits.get(target, ""), runs or {}
         )
     content += [
+        *_budget_blocks(rows),
         *_cost_blocks(cells, rows),
         *gains.cost_figures(_by_target(comparable), decimals),
         *_score_blocks(rows, scores),
@@ -804,6 +805,36 @@ def _unique_trials(rows: Sequence[ResultRow]) -> list[ResultRow]:
     return list({(row.trial_id, row.trial_stage): row for row in reversed(rows)}.values())[::-1]
 
 
+def _budget_blocks(rows: Sequence[ResultRow]) -> list[Block]:
+    """Return the pairs of source and technique that a budget cut, with their rung."""
+    cut = [
+        row
+        for row in _unique_trials([row for row in rows if row.split == "validation"])
+        if row.status == "pruned" and (row.error or "").startswith(results.CUT_BY_BUDGET)
+    ]
+    if not cut:
+        return []
+    body: list[list[str | Value]] = [
+        [
+            row.target,
+            f"{row.source} · {results.technique(row)}",
+            plots.fraction_label(row.label_fraction),
+            (row.error or "").removeprefix(results.CUT_BY_BUDGET).strip(),
+            _DASH if row.value is None else f"{row.metric} {row.value:.3f}",
+        ]
+        for row in cut
+    ]
+    return [
+        Heading("Cut by the budget"),
+        Text(
+            f"{_plural(len(cut), 'pair')} of source and technique did not promise enough in short "
+            "runs (fanout.select.budget). They were not trained in full and their test rows were "
+            "not read: that they would have lost is likely and not shown."
+        ),
+        blocks.Table(["Target", "Source · technique", "Labels", "Cut", "Validation then"], body, 4),
+    ]
+
+
 def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block]:
     shown: dict[tuple[str, str, str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
@@ -1038,7 +1069,7 @@ def _method_blocks(
             f"{SIGNIFICANT * compared:.1f} would still be won or lost by them. Corrected p "
             "values are Holm's (1979)."
         )
-    if any(row.trial_stage == "search" for row in rows):
+    if any(row.trial_stage == "search" and row.drawn != "{}" for row in rows):
         sentences.append(SEARCH_NOISE)
     ways = Counter(cell.interval for cell in cells if cell.interval)
     sentences += [f"{way}: {_plural(count, 'cell')}." for way, count in ways.items()]

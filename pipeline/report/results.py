@@ -26,6 +26,10 @@ from pipeline.io import checksums, storage
 FILE = "results.parquet"
 NO_BACKBONE = "none"
 """The backbone of baselines, which are models without a network and without a source."""
+CUT_BY_BUDGET = "cut by the budget"
+"""How the reason (``error``) begins of a search trial after which its source and technique were cut
+(``fanout.select.budget``).
+"""
 CHECKSUM = b"onetomany.sha256"
 """The field of the Parquet metadata that holds the checksum of the rows."""
 

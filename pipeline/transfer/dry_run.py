@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.config.schema import FULL, Train, spec_hash
+from pipeline.config.schema import FULL, Train
 from pipeline.core.contracts import trains
 from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.data.plan import Plan
 from pipeline.report.code_versions import OTHER, describe_changes
 from pipeline.train import source
 from pipeline.train.experiment import technique_of
-from pipeline.transfer import grid, stages
+from pipeline.transfer import budget, grid, stages
 from pipeline.transfer.stages import JobState
 from pipeline.transfer.targets import TargetStage
 
@@ -19,9 +21,10 @@ from pipeline.transfer.targets import TargetStage
 def describe(state: JobState) -> list[str]:
     """Return the text of ``--dry-run``: the resolved stages, trials and cost."""
     lines = [_describe_source(name, stage) for name, stage in state.sources.items()]
+    allowed, planned = state.job.fanout.budget, stages.planned_spending(state)
     total, steps, unknown = 0, 0, ""
     for name in state.targets:
-        cost = _describe_target(state, name)
+        cost = _describe_target(state, name, planned)
         lines += cost.lines
         total, steps, unknown = total + cost.trials, steps + cost.steps, cost.unknown or unknown
     status = stages.trial_status(state)
@@ -30,6 +33,12 @@ def describe(state: JobState) -> list[str]:
     lines.append(
         f"in all: {total} trials, {steps} steps{unknown}{kept}; results in {state.job.root}"
     )
+    if allowed is not None:
+        spent = float(sum(one.cost for _, one in planned.values()))
+        lines.append(
+            f"budget: at most {spent:.4g} of {allowed} trials are spent; a trial with all its "
+            "steps counts as one, a shorter one by its share"
+        )
     return [*lines, *_describe_reuse(state)]
 
 
@@ -64,12 +73,15 @@ class _TargetCost:
     """A sentence that further steps are not known yet, or an empty string."""
 
 
-def _describe_target(state: JobState, name: str) -> _TargetCost:
+def _describe_target(
+    state: JobState,
+    name: str,
+    planned: Mapping[tuple[str, str], tuple[budget.Size, budget.Spending]],
+) -> _TargetCost:
     job, stage = state.job, state.targets[name]
     names = stages.matching(state, name)
-    if job.fanout.select:
-        names = names[: job.fanout.select.top]
-    groups = {_kind(state, one) for one in names}
+    if job.fanout.by_score:
+        names = names[: job.fanout.by_score.top]
     techniques = [technique_of(component) for component in grid.techniques(job, stage.spec)]
     trained = [one for one in techniques if trains(one)]
     # what combines trials does so for each label fraction; what tests a source as it is, once
@@ -77,7 +89,7 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
     others = [one for one in techniques if not trains(one)]
     repeats = [fractions if one.starts_from == "trials" else 1 for one in others]
     untrained = sum(repeats) * len(names)
-    from_random = len(groups)
+    from_random = stages.scratch_networks(state, names)
     components = [one for one in grid.techniques(job, stage.spec) if grid.needs_training(one)]
     draws = [len(grid.draws(job, stage.spec, component)) for component in components]
     finalists, seeds = job.fanout.search_finalists, job.fanout.seeds
@@ -100,6 +112,13 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
         search = f"{searched} search"
         if tried_again:
             search += f" ({tried_again} of them try the best draws again)"
+        final = cells * seeds
+        share = grid.fraction_text(fraction, stage.spec.objective.name)
+        size, spending = planned.get((name, share), (None, None))
+        if size is not None and spending is not None:
+            searched = sum(spending.rungs)
+            search = f"{searched} search"
+            final -= (size.pairs - spending.finalists) * seeds
         rows = stage.labelled(fraction) if fraction else stage.rows_without_labels
         batch = min(stage.spec.train.global_batch, rows)
         train = stage.spec.train.model_copy(update={"global_batch": batch})
@@ -107,9 +126,13 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
         length = f"{train.epochs or 1:g} epochs"
         if isinstance(steps, int):
             length = f"{steps} steps"
-            cost.steps += sum(
-                (number + again + seeds) * count * technique.steps(steps)
-                for technique, count, number, again in counts
+            cost.steps += (
+                math.floor(spending.cost * steps)
+                if spending is not None
+                else sum(
+                    (number + again + seeds) * count * technique.steps(steps)
+                    for technique, count, number, again in counts
+                )
             )
             longer = sorted({technique.steps(steps) for technique, *_ in counts} - {steps})
             if longer:
@@ -118,14 +141,17 @@ def _describe_target(state: JobState, name: str) -> _TargetCost:
             cost.unknown = f" and those to be known {steps}"
         if is_drawn:
             length += " (before search)"
-        cost.trials += searched + cells * seeds
-        share = grid.fraction_text(fraction, stage.spec.objective.name)
+        cost.trials += searched + final
         unit = "documents" if stage.packed else "rows"
         cost.lines.append(
-            f"target {name} at {share} labels: {cells} cells = {search} + {cells * seeds} final "
+            f"target {name} at {share} labels: {cells} cells = {search} + {final} final "
             f"trials of {length} on {rows} {unit}{'' if fraction else ' without labels'}; "
             f"{stage.splits.sizes()}"
         )
+        if size is not None and spending is not None:
+            cost.lines.append(
+                f"target {name} at {share} labels, budget: {budget.describe(spending, size, seeds)}"
+            )
     cost.lines += _evidence(stage)
     if untrained:
         cost.trials += untrained
@@ -193,17 +219,3 @@ def _size(train: Train) -> str:
     if train.batch_cost is None:
         return f"{train.global_batch} rows"
     return f"cost {train.batch_cost:g}"
-
-
-def _kind(state: JobState, name: str) -> tuple[str, ...]:
-    """Return a key that sources with the same scratch trials share: their backbone and rows."""
-    stage = state.sources[name]
-    if stage.splits is None or stage.spec.data is None:
-        return (str(stage.spec.backbone), stage.spec.init or "")
-    return (
-        str(stage.spec.backbone),
-        stage.spec.init or "",
-        str(stage.spec.data.modality),
-        spec_hash(source.data_key(stage.spec.data)),
-        stage.splits.fingerprint,
-    )

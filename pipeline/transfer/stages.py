@@ -9,8 +9,9 @@ import json
 import math
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from pipeline.train.experiment import technique_of
 from pipeline.train.progress import Progress
 from pipeline.train.row_checks import findings_from_metadata
 from pipeline.transfer import (
+    budget,
     fanout,
     grid,
     label_sets,
@@ -87,6 +89,8 @@ class JobState:
     """Hash of everything that the metadata of a run depends on (`_save_metadata`)."""
     subgroups: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """Target to the values of its test rows in each subgroup column, for targets with subgroups."""
+    cut_by_budget: dict[str, str] = field(default_factory=dict)
+    """Id of the last search trial of a pair that the budget cut to the reason."""
     trial_provenance: dict[str, TrialProvenance] = field(default_factory=dict)
     """Trial id to the code and versions that made it, for the trials in the table."""
 
@@ -116,6 +120,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
             problems += _source_problems(state, target)
             problems += _label_problems(state, target)
         problems += _score_problems(job, target)
+        problems += _budget_problems(job, target)
     problems += baseline_problems(job)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
@@ -132,6 +137,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         {name: [stage.key, matching(state, name)] for name, stage in state.targets.items()},
         job.fanout.select,
     )
+    planned_spending(state)  # a budget that is too small is an error
     return state
 
 
@@ -200,7 +206,7 @@ def _fitted_labels(stage: source.SourceStage, objective: str) -> ObjectiveSpec:
 
 def _score_problems(job: Job, target: TargetStage) -> list[str]:
     """Return the problem where sources are chosen by a score that the target's rows do not have."""
-    select = job.fanout.select
+    select = job.fanout.by_score
     if select is None:
         return []
     score = scoring.scores()[select.score]
@@ -218,6 +224,30 @@ def _score_problems(job: Job, target: TargetStage) -> list[str]:
         f"by {' or '.join(score.tasks)} of rows: choose a score that reads no labels (frechet, "
         "mmd, proxy_a), leave select out, or put the target in a job of its own"
     ]
+
+
+def _budget_problems(job: Job, target: TargetStage) -> list[str]:
+    """Return what keeps a budget from being spent on a target."""
+    if job.fanout.budget is None:
+        return []
+    place, steps = f"targets.{target.name}", target.spec.train.steps
+    out = [
+        f"{place}: techniques: {component.name} combines final trials, of which "
+        "fanout.select.budget cuts some: leave the technique out, or the budget"
+        for component in grid.techniques(job, target.spec)
+        if grid.combines_trials(component)
+    ]
+    if not len(target.splits.validation):
+        out.append(
+            f"{place}: fanout.select.budget chooses by validation rows, and there are none: give "
+            "data.validation_fraction, or leave the budget out"
+        )
+    if steps is not None and steps < budget.LEAST_STEPS:
+        out.append(
+            f"{place}.train.steps: {steps} cannot be cut to {budget.RUNGS[0]}, which "
+            f"fanout.select.budget tries first: at least {budget.LEAST_STEPS}, or no budget"
+        )
+    return out
 
 
 def baseline_problems(job: Job) -> list[str]:
@@ -277,6 +307,30 @@ def matching(state: JobState, target: str) -> list[str]:
     ]
 
 
+def scratch_networks(state: JobState, names: Collection[str]) -> int:
+    """Return how many scratch networks sources have: those of one backbone and modality share one.
+
+    Before the sources are trained, they share one where their backbone, rows and modality are the
+    same; it may turn out that fewer are needed.
+    """
+    if all(stage.has_bundle for stage in state.sources.values()):
+        return sum(bool(set(group.sources) & set(names)) for group in _backbone_groups(state))
+    return len({_backbone_kind(state.sources[name]) for name in names})
+
+
+def _backbone_kind(stage: source.SourceStage) -> tuple[str, ...]:
+    """Return a key that sources with the same backbone and rows share."""
+    if stage.splits is None or stage.spec.data is None:
+        return (str(stage.spec.backbone), stage.spec.init or "")
+    return (
+        str(stage.spec.backbone),
+        stage.spec.init or "",
+        str(stage.spec.data.modality),
+        spec_hash(source.data_key(stage.spec.data)),
+        stage.splits.fingerprint,
+    )
+
+
 def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
     """Return each trial of the job and whether it is finished.
 
@@ -293,6 +347,13 @@ def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
     groups, chosen = _backbone_groups(state), _chosen_before(state)
     if chosen is None:
         return []
+    if state.job.fanout.budget is not None:
+        found = _spent(state, groups, chosen)
+        done = _trial_status(state, found.search, groups)
+        if not all(one for _, one in done):
+            return []
+        final = final_trials(state, groups, chosen, {}, found.cut)
+        return done + _trial_status(state, final, groups)
     draws = search_trials(state, groups, chosen)
     done = _trial_status(state, draws, groups)
     if not all(one for _, one in done):
@@ -399,6 +460,9 @@ def _planned_trials(
     state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
 ) -> tuple[list[Trial], list[Trial]]:
     """Return the search trials that have ended, and the final trials that follow from them."""
+    if state.job.fanout.budget is not None:
+        found = _spent(state, groups, chosen)
+        return list(found.tried), final_trials(state, groups, chosen, {}, found.cut)
     search = _search(state, groups, chosen)
     records = _records(state, search)
     there = [one for one, record in zip(search, records, strict=True) if record is not None]
@@ -462,7 +526,7 @@ def _chosen_before(state: JobState) -> dict[str, set[str]] | None:
 
     Returns None where they must still be chosen by scores.
     """
-    if state.job.fanout.select is None:
+    if state.job.fanout.by_score is None:
         return {name: set(matching(state, name)) for name in state.targets}
     found = _read_metadata(state).get("chosen")
     return None if found is None else {name: set(found.get(name, ())) for name in state.targets}
@@ -493,16 +557,13 @@ def all_ids(state: JobState) -> set[str]:
         why = "which sources are fanned out is not known yet"
     if not why and chosen is not None:
         groups = _backbone_groups(state)
-        search = _search(state, groups, chosen)
-        records = _records(state, search)
-        if None not in records:
-            return {
-                one.id
-                for one in (
-                    *search,
-                    *final_trials(state, groups, chosen, winning_draws(search, records)),
-                )
-            }
+        if state.job.fanout.budget is not None:
+            is_through = not _spent(state, groups, chosen).waiting
+        else:
+            is_through = None not in _records(state, _search(state, groups, chosen))
+        if is_through:
+            search, final = _planned_trials(state, groups, chosen)
+            return {one.id for one in (*search, *final)}
         why = "its search is not through"
     raise ValueError(
         f"{state.job.root}: {why}, so it is not known which trials belong to the job; run it "
@@ -701,7 +762,7 @@ def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
         ``intervals`` and ``undefined``, score to (low, high) and to the reason.
     """
     _compute_scores(state, shared, list(state.targets))
-    select = state.job.fanout.select
+    select = state.job.fanout.by_score
     by = scoring.DEFAULT_SCORE if select is None else select.score
     out = []
     for (name, group), sources in _pairs(state, shared, list(state.targets)).items():
@@ -794,7 +855,7 @@ def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
     Targets with a choice of sources are scored also where all of them are fanned out: the report
     then compares the scores with what fine-tuning showed.
     """
-    select = state.job.fanout.select
+    select = state.job.fanout.by_score
     chosen = {name: set(matching(state, name)) for name in state.targets}
     scored = [name for name in state.targets if select is not None or len(chosen[name]) > 1]
     _compute_scores(state, shared, scored)
@@ -902,10 +963,12 @@ def final_trials(
     groups: list[BackboneGroup],
     chosen: dict[str, set[str]],
     winners: dict[str, dict[str, float]],
+    cut: Collection[str] = (),
 ) -> list[Trial]:
     """Return the trials of every cell's winner with every seed.
 
-    A cell whose search has no winner has the settings of the target.
+    A cell whose search has no winner has the settings of the target. Cells that were ``cut`` by a
+    budget have no final trials.
     """
     out: list[Trial] = []
     combined = []
@@ -913,7 +976,10 @@ def final_trials(
         if grid.combines_trials(cell[2]):
             combined.append((name, cell))
             continue
-        hyper = winners.get(_trial(state, name, cell, {}, 0, "final").cell, {})
+        cell_name = _trial(state, name, cell, {}, 0, "final").cell
+        if cell_name in cut:
+            continue
+        hyper = winners.get(cell_name, {})
         out += [
             _trial(state, name, cell, hyper, seed, "final")
             for seed in range(state.job.fanout.seeds if grid.needs_training(cell[2]) else 1)
@@ -929,6 +995,131 @@ def final_trials(
         )
         out.append(_trial(state, name, cell, {}, 0, "final", members))
     return [*out, *_baseline_trials(state, groups)]
+
+
+# ---------------------------------------------------------------- a budget of trials
+
+
+def planned_spending(
+    state: JobState,
+) -> dict[tuple[str, str], tuple[budget.Size, budget.Spending]]:
+    """Return (target, label fraction) to size and spending, before anything has run.
+
+    It is empty where the job has no budget. Before the sources are trained it may count more
+    scratch networks than there are (`scratch_networks`).
+
+    Raises:
+        BudgetError: The budget is too small.
+    """
+    job, by_score = state.job, state.job.fanout.by_score
+    if job.fanout.budget is None:
+        return {}
+    sizes: dict[tuple[str, str], budget.Size] = {}
+    for name, stage in state.targets.items():
+        names = matching(state, name)[: by_score.top if by_score else None]
+        networks = scratch_networks(state, names)
+        trained = [one for one in grid.techniques(job, stage.spec) if grid.needs_training(one)]
+        for fraction in stage.spec.label_fractions:
+            sizes[name, grid.fraction_text(fraction, stage.spec.objective.name)] = _size(
+                [one for one in trained if grid.starts_random(one)] * networks,
+                [one for one in trained if not grid.starts_random(one)] * len(names),
+                job.fanout.seeds,
+            )
+    spent = budget.share_out(job.fanout.budget, list(sizes.values()), job.fanout.seeds)
+    return {key: (size, one) for (key, size), one in zip(sizes.items(), spent, strict=True)}
+
+
+def _size(scratch: Sequence[Any], pairs: Sequence[Any], seeds: int) -> budget.Size:
+    """Return the size of a contest, given the technique of each of its cells."""
+    return budget.Size(
+        len(pairs),
+        sum((budget.relative_cost(one) for one in scratch), Fraction(0)) * seeds,
+        max(map(budget.relative_cost, pairs), default=Fraction(1)),
+    )
+
+
+def _contests(
+    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+) -> list[budget.Contest]:
+    """Return the contests of a job, in the order of its targets and label fractions."""
+    cells: dict[tuple[str, str], list[tuple[BackboneGroup, str, Any, Any]]] = defaultdict(list)
+    for name, cell in _cells(state, groups, chosen):
+        if grid.needs_training(cell[2]):
+            objective = state.targets[name].spec.objective.name
+            cells[name, grid.fraction_text(cell[3], objective)].append(cell)
+    out: list[budget.Contest] = []
+    for (name, fraction), found in cells.items():
+        train = state.targets[name].spec.train
+        competing = [cell for cell in found if not grid.starts_random(cell[2])]
+        pairs = [
+            budget.Pair(
+                tuple(
+                    _trial(state, name, cell, budget.shortened(train, rung), 0, "search")
+                    for rung in range(len(budget.RUNGS))
+                )
+            )
+            for cell in competing
+        ]
+        size = _size(
+            [cell[2] for cell in found if grid.starts_random(cell[2])],
+            [cell[2] for cell in competing],
+            state.job.fanout.seeds,
+        )
+        out.append(budget.Contest(name, fraction, tuple(pairs), size))
+    return out
+
+
+def _spent(
+    state: JobState,
+    groups: list[BackboneGroup],
+    chosen: dict[str, set[str]],
+    records: Mapping[str, TrialRecord] | None = None,
+) -> budget.Decision:
+    """Decide which pairs go on, and keep why the others were cut.
+
+    Args:
+        records: Id of a trial to its record; None: all that there are.
+    """
+    contests, fan = _contests(state, groups, chosen), state.job.fanout
+    assert fan.budget is not None
+    spending = budget.share_out(fan.budget, [contest.size for contest in contests], fan.seeds)
+    if records is None:
+        every = [one.id for contest in contests for pair in contest.pairs for one in pair.rungs]
+        records = trial.read_records(state.job.root, every)
+    found = budget.decide(
+        contests, spending, {one: _validation_value(record) for one, record in records.items()}
+    )
+    state.cut_by_budget = found.reasons
+    return found
+
+
+def _spend(
+    state: JobState, shared: Shared, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+) -> budget.Decision:
+    """Run the rungs of every target one after the other, and decide which pairs go on."""
+    records: dict[str, TrialRecord] = {}
+    while True:
+        found = _spent(state, groups, chosen, records)
+        if not found.waiting:
+            break
+        waiting = list(found.waiting)
+        records |= zip(
+            (one.id for one in waiting),
+            fanout.run(
+                f"budget, {found.rung}",
+                waiting,
+                shared,
+                state.job.fanout,
+                state.progress,
+                _trials_to_remake(state, waiting, groups),
+                state.wait,
+            ),
+            strict=True,
+        )
+    for note in found.notes:
+        state.notes.append(note)
+        state.progress.note(note)
+    return found
 
 
 def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial]:
@@ -950,6 +1141,12 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
     """
     job, groups = state.job, list(shared.backbone_groups.values())
     chosen = _select(state, shared)
+    if job.fanout.budget is not None:
+        found = _spend(state, shared, groups, chosen)
+        _save_metadata(state, chosen)
+        final = final_trials(state, groups, chosen, {}, found.cut)
+        _run_final(state, shared, groups, final)
+        return [*found.tried, *final]
     search = search_trials(state, groups, chosen)
     records = (
         fanout.run(
@@ -988,6 +1185,14 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
         state.progress.note(f"warning: {state.notes[-1]}")
     _save_metadata(state, chosen)
     final = final_trials(state, groups, chosen, winners)
+    _run_final(state, shared, groups, final)
+    return [*search, *final]
+
+
+def _run_final(
+    state: JobState, shared: Shared, groups: list[BackboneGroup], final: list[Trial]
+) -> None:
+    """Run the final trials: first those that are trained, then those that combine them."""
     anew = _trials_to_remake(state, final, groups)  # of both groups, before a member is made again
     combined = [one for one in final if one.members]
     trained = [one for one in final if not one.members]
@@ -997,12 +1202,11 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
                 name,
                 group,
                 shared,
-                job.fanout,
+                state.job.fanout,
                 state.progress,
                 anew,
                 state.wait,
             )
-    return [*search, *final]
 
 
 def current(state: JobState) -> list[ResultRow]:
@@ -1032,6 +1236,17 @@ def current(state: JobState) -> list[ResultRow]:
     return collect(state, [*search, *final])
 
 
+def _validation_value(record: TrialRecord) -> float | None:
+    """Return the primary metric of a trial on validation rows, larger is better.
+
+    It is None where the trial failed, was stopped early or has no value.
+    """
+    row = next((r for r in record.rows if r.metric and r.split == "validation"), None)
+    if record.status != "done" or row is None or row.value is None or math.isnan(row.value):
+        return None
+    return row.value if row.higher_is_better else -row.value
+
+
 def _tried(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, list[tuple[dict[str, float], list[float]]]]:
@@ -1041,14 +1256,8 @@ def _tried(
     """
     out: dict[str, dict[str, tuple[dict[str, float], dict[str, float]]]] = defaultdict(dict)
     for one, record in zip(search, records, strict=True):
-        if record is None or record.status != "done":
-            continue
-        row = next((r for r in record.rows if r.metric and r.split == "validation"), None)
-        if row is None:
-            continue
-        measured = math.nan if row.value is None else row.value
-        value = measured if row.higher_is_better else -measured
-        if math.isnan(value):
+        value = None if record is None else _validation_value(record)
+        if value is None:
             continue
         _, values = out[one.cell].setdefault(
             json.dumps(one.hyper_parameters, sort_keys=True), (one.hyper_parameters, {})
@@ -1097,7 +1306,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
 
     Names are those of the job as it is now, because a record may be older than a name.
     """
-    root = state.job.root
+    root, is_budgeted = state.job.root, state.job.fanout.budget is not None
     records = trial.read_records(root, [one.id for one in found])
     state.trial_provenance = provenance_of_trials(state, found, _backbone_groups(state))
     if state.job.fanout.keep_bundles == "best":
@@ -1129,7 +1338,8 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
             "target": one.target,
             "current": True,
             "split_origin": state.targets[one.target].split_origin,
-            "drawn": json.dumps(one.hyper_parameters, sort_keys=True),
+            # the length of a trial within a budget is no draw of a search
+            "drawn": json.dumps({} if is_budgeted else one.hyper_parameters, sort_keys=True),
             **state.scores.get(f"{one.source}|{one.target}", {}),
             "source_scores": _score_column(state, one),
         }
@@ -1137,6 +1347,8 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
             known |= state.trial_provenance[one.id].columns()
         if one.id not in kept:
             known["bundle_uri"] = None
+        if one.id in state.cut_by_budget and records[one.id].status == "done":
+            known |= {"status": "pruned", "error": state.cut_by_budget[one.id]}
         for row in records[one.id].rows if one.id in records else ():
             row = replace(row, **known)
             against = scratch.get(

@@ -1,0 +1,362 @@
+"""Spend a budget of trials by successive halving over pairs of source and technique.
+
+The pairs of one target and label fraction are tried with a ninth of the steps, the better ones with
+a third, and the best with all steps and seeds (Karnin et al. 2013; Jamieson and Talwalkar 2016).
+Targets come one after the other: which sources and techniques did well on earlier ones counts in
+the order. Every decision is a pure function of the validation values, so that a job that was killed
+decides again as it did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from statistics import fmean
+from typing import Any
+
+from pipeline.config.schema import ComponentConfig, Train, round_hyper_parameter
+from pipeline.report.results import CUT_BY_BUDGET
+from pipeline.train.experiment import technique_of
+from pipeline.transfer.grid import Trial
+
+RUNGS = (Fraction(1, 9), Fraction(1, 3))
+"""Shares of the steps that pairs are tried with before the best of them are trained in full."""
+LEAST_STEPS = RUNGS[0].denominator
+MANY_STEPS = 10_000
+"""Steps that a technique is asked about, to see how many times as many it takes."""
+
+
+class BudgetError(ValueError):
+    """A budget is too small for a job."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source with a technique: one cell of the matrix."""
+
+    rungs: tuple[Trial, ...]
+    """Its search trial at each of `RUNGS`."""
+
+    @property
+    def source(self) -> str:
+        return self.rungs[0].source
+
+    @property
+    def technique(self) -> str:
+        return str(self.rungs[0].technique)
+
+    @property
+    def cell(self) -> str:
+        return self.rungs[0].cell
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the cost of a contest depends on."""
+
+    pairs: int
+    scratch: Fraction
+    """Cost of what is always trained: scratch with all seeds, in trials."""
+    pair_cost: Fraction = Fraction(1)
+    """Cost of a trial of a pair: above 1 where a technique takes more steps than it is given."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The pairs that compete for the trials of one target and label fraction."""
+
+    target: str
+    label_fraction: str
+    pairs: tuple[Pair, ...]
+    size: Size
+
+
+@dataclass(frozen=True)
+class Spending:
+    """How many pairs of a contest are tried at each rung, and how many are trained in full."""
+
+    rungs: tuple[int, ...]
+    """One number for each of `RUNGS`; 0: the rung is left out, since it would cut nothing."""
+    finalists: int
+    cost: Fraction
+    """In trials, those of scratch included."""
+
+    def goes_on(self, rung: int) -> int:
+        """Return how many pairs go on from a rung."""
+        return next((count for count in self.rungs[rung + 1 :] if count), self.finalists)
+
+    def text(self, seeds: int) -> str:
+        """Return the rungs in words."""
+        tried = [
+            f"{count} at {share} of the steps"
+            for count, share in zip(self.rungs, RUNGS, strict=True)
+            if count
+        ]
+        return ", ".join([*tried, f"{self.finalists} in full with {seeds} seeds"])
+
+
+# ---------------------------------------------------------------- how much each contest may spend
+
+
+def relative_cost(component: ComponentConfig) -> Fraction:
+    """Return how many times the steps that a target gives a technique takes (`Technique.steps`)."""
+    return Fraction(technique_of(component).steps(MANY_STEPS), MANY_STEPS)
+
+
+def share_out(budget: int, sizes: Sequence[Size], seeds: int) -> list[Spending]:
+    """Share the budget of a job out over its contests.
+
+    Each has what it needs at least, and a part of the rest by its number of pairs. What one leaves
+    over goes to the next.
+
+    Args:
+        budget: Full-length trials of the whole job, those of scratch included.
+        sizes: The size of each contest.
+        seeds: Number of seeds of a pair that is trained in full.
+
+    Raises:
+        BudgetError: The budget does not do for trying every pair.
+    """
+    least = [size.scratch + size.pair_cost * _least(size.pairs, seeds) for size in sizes]
+    rest = budget - sum(least)
+    if rest < 0:
+        scratch = sum(size.scratch for size in sizes)
+        raise BudgetError(
+            f"fanout.select.budget: {budget} trials are too few for this job: scratch takes "
+            f"{_number(scratch)}, and {_number(sum(least) - scratch)} more are needed to try every "
+            f"source with every technique at {RUNGS[0]} of the steps and the best of each target "
+            f"and label fraction in full with {seeds} seeds: give at least "
+            f"{math.ceil(sum(least))}, or fewer techniques, sources, label fractions or seeds"
+        )
+    weights = [size.pairs * size.pair_cost for size in sizes]
+    out, left_over = [], Fraction(0)
+    for size, needed, weight in zip(sizes, least, weights, strict=True):
+        mine = needed + left_over + (rest * weight / sum(weights) if weight else 0)
+        rungs, finalists = _rungs(size.pairs, (mine - size.scratch) / size.pair_cost, seeds)
+        cost = size.scratch + size.pair_cost * _cost(rungs, finalists, seeds)
+        out.append(Spending(rungs, finalists, cost))
+        left_over = mine - cost
+    return out
+
+
+def _least(pairs: int, seeds: int) -> Fraction:
+    """Return the cost of trying every pair at the first rung and one of them in full."""
+    every = Fraction(pairs * seeds)
+    return min(every, pairs * RUNGS[0] + seeds)
+
+
+def _cost(rungs: Sequence[int], finalists: int, seeds: int) -> Fraction:
+    tried = sum((count * share for count, share in zip(rungs, RUNGS, strict=True)), Fraction(0))
+    return tried + finalists * seeds
+
+
+def _rungs(pairs: int, budget: Fraction, seeds: int) -> tuple[tuple[int, int], int]:
+    """Return how many pairs are tried at each rung, and how many in full.
+
+    As many are trained in full as the budget allows when every rung cuts the same share of the
+    pairs. What is left then is for the second rung. The first is left out where trying every pair
+    at the second costs no more.
+    """
+    if pairs * seeds <= budget:
+        return (0, 0), pairs
+    every_pair, second = (0, pairs), 0
+    for finalists in range(min(pairs - 1, math.floor(budget / seeds)), 0, -1):
+        rest = budget - finalists * seeds
+        if _cost(every_pair, 0, seeds) <= rest:
+            return every_pair, finalists
+        second = math.floor((rest - pairs * RUNGS[0]) / RUNGS[1])
+        if second >= math.ceil(math.sqrt(pairs * finalists)):
+            return (pairs, second), finalists
+    return (pairs, second if second > 1 else 0), 1
+
+
+def _number(value: Fraction | int) -> str:
+    return f"{float(value):.4g}"
+
+
+def describe(spending: Spending, size: Size, seeds: int) -> str:
+    """Return what a contest spends: scratch, each rung, and the sum in trials."""
+    if not size.pairs:
+        return f"{_number(spending.cost)} trials of scratch"
+    return (
+        f"{size.pairs} pairs of source and technique: {spending.text(seeds)}; with "
+        f"{_number(size.scratch)} trials of scratch it costs {_number(spending.cost)} trials"
+    )
+
+
+def shortened(train: Train, rung: int) -> dict[str, Any]:
+    """Return the hyper-parameters of a trial at a rung: its steps, or its epochs.
+
+    Where the target states neither, it has one epoch.
+    """
+    if train.steps is not None:
+        return {"steps": math.floor(train.steps * RUNGS[rung])}
+    epochs = (train.epochs or 1.0) * float(RUNGS[rung])
+    return {"epochs": round_hyper_parameter("epochs", epochs)}
+
+
+# ---------------------------------------------------------------- which pairs go on
+
+
+@dataclass
+class Learned:
+    """How the sources and techniques of earlier targets did there.
+
+    A place is between 0 (the best pair of its contest) and 1 (the worst).
+    """
+
+    sources: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    techniques: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, ranked: Sequence[Pair]) -> None:
+        """Add the pairs of a contest, the best first."""
+        for place, pair in enumerate(ranked):
+            share = place / max(1, len(ranked) - 1)
+            self.sources[pair.source].append(share)
+            self.techniques[pair.technique].append(share)
+
+    def places(self, pair: Pair) -> list[float]:
+        """Return the mean place of the pair's source and that of its technique, as far as known."""
+        known = (self.sources.get(pair.source), self.techniques.get(pair.technique))
+        return [fmean(found) if found else 0.5 for found in known]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which pairs go on, as far as the values tell."""
+
+    tried: tuple[Trial, ...] = ()
+    """Search trials with a value."""
+    waiting: tuple[Trial, ...] = ()
+    """Search trials that must run before anything further can be decided."""
+    rung: str = ""
+    """The target and rung of those, for the progress line."""
+    reasons: dict[str, str] = field(default_factory=dict[str, str])
+    """Id of the last trial of a pair that was cut to the reason."""
+    cut: frozenset[str] = frozenset()
+    """Cells of the pairs that were cut."""
+    notes: tuple[str, ...] = ()
+    """A sentence on every contest that is decided."""
+
+    @property
+    def search(self) -> list[Trial]:
+        """The search trials that are known so far."""
+        return [*self.tried, *self.waiting]
+
+
+def decide(
+    contests: Sequence[Contest],
+    spendings: Sequence[Spending],
+    values: Mapping[str, float | None],
+) -> Decision:
+    """Decide which pairs go on.
+
+    Args:
+        contests: The contests, target by target.
+        spendings: What each may spend (`share_out`).
+        values: Id of a trial to its value on validation rows, larger is better; None: it failed or
+            has no value. Trials that have not ended are left out.
+    """
+    learned, out = Learned(), Decision()
+    for target in dict.fromkeys(contest.target for contest in contests):
+        decided = [
+            _decide(contest, spending, values, learned)
+            for contest, spending in zip(contests, spendings, strict=True)
+            if contest.target == target
+        ]
+        for one in decided:
+            out = replace(
+                out,
+                tried=(*out.tried, *one.tried),
+                waiting=(*out.waiting, *one.waiting),
+                reasons=out.reasons | one.reasons,
+                cut=out.cut | {pair.cell for pair in one.cut},
+                notes=(*out.notes, *one.notes),
+            )
+        if out.waiting:
+            rungs = sorted({one.rung for one in decided if one.waiting})
+            return replace(out, rung=f"{target}, rung {' and '.join(map(str, rungs))}")
+        for one in decided:
+            if one.tried:
+                learned.add([*one.kept, *reversed(one.cut)])
+    return out
+
+
+@dataclass
+class _Contested:
+    """The decisions of one contest."""
+
+    kept: list[Pair]
+    """The best first."""
+    cut: list[Pair] = field(default_factory=list[Pair])
+    """The worst first."""
+    tried: list[Trial] = field(default_factory=list[Trial])
+    waiting: list[Trial] = field(default_factory=list[Trial])
+    reasons: dict[str, str] = field(default_factory=dict[str, str])
+    notes: list[str] = field(default_factory=list[str])
+    rung: int = 0
+
+
+def _decide(
+    contest: Contest,
+    spending: Spending,
+    values: Mapping[str, float | None],
+    learned: Learned,
+) -> _Contested:
+    out, stages = _Contested(list(contest.pairs)), [i for i, n in enumerate(spending.rungs) if n]
+    for number, rung in enumerate(stages, 1):
+        trials = {pair.cell: pair.rungs[rung] for pair in out.kept}
+        out.rung, out.waiting = number, [one for one in trials.values() if one.id not in values]
+        out.tried += [one for one in trials.values() if one.id in values]
+        if out.waiting:
+            return out
+        measured = {cell: values[one.id] for cell, one in trials.items()}
+        ranked, keep = order(out.kept, measured, learned), spending.goes_on(rung)
+        if keep > 1:  # what was learned elsewhere never cuts the best where several go on
+            best = by_value(out.kept, measured)[0]
+            ranked = [best, *(pair for pair in ranked if pair is not best)]
+        by = "validation" + (" and by how its source and technique did" if learned.sources else "")
+        for place, pair in enumerate(ranked[keep:], keep + 1):
+            out.reasons[trials[pair.cell].id] = (
+                f"{CUT_BY_BUDGET} after rung {number} of {len(stages)} ({RUNGS[rung]} of the "
+                f"steps): place {place} of {len(ranked)} by {by}"
+            )
+        # by value alone: what was learned from earlier targets must not confirm itself
+        out.kept = by_value(ranked[:keep], measured)
+        out.cut += reversed(by_value(ranked[keep:], measured))
+    if stages:
+        named = ", ".join(f"{pair.source} · {pair.technique}" for pair in out.kept)
+        out.notes.append(
+            f"{contest.target} at {contest.label_fraction} labels: the budget trained {named} in "
+            f"full and cut {len(out.cut)} of {len(contest.pairs)} pairs of source and technique"
+        )
+    return out
+
+
+def by_value(pairs: Sequence[Pair], values: Mapping[str, float | None]) -> list[Pair]:
+    """Return the pairs by their value, the best first. Those without a value come last."""
+    return sorted(pairs, key=lambda pair: _sort_value(values[pair.cell]), reverse=True)
+
+
+def _sort_value(value: float | None) -> float:
+    return -math.inf if value is None or math.isnan(value) else value
+
+
+def order(
+    pairs: Sequence[Pair], values: Mapping[str, float | None], learned: Learned
+) -> list[Pair]:
+    """Return pairs, the best first.
+
+    What counts is the sum of three places: the pair's own by its value, and the mean places of its
+    source and of its technique on earlier targets. Without earlier targets it is the value alone.
+    A single validation value of a short run is noisy; sources and techniques differ more lastingly.
+    """
+    found = [_sort_value(values[pair.cell]) for pair in pairs]
+    own = {
+        pair.cell: sum(other > value for other in found) / max(1, len(found) - 1)
+        for pair, value in zip(pairs, found, strict=True)
+    }
+    return sorted(pairs, key=lambda pair: own[pair.cell] + sum(learned.places(pair)))

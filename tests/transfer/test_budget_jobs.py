@@ -1,0 +1,252 @@
+"""A job with a budget of trials: what is trained, what is cut and stays in sight, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from typing import Any
+
+import pytest
+import stage_runs
+from stage_runs import changed, prepared, primary, run_through, saved_vit, trials_in_this_process
+from toys import image_files
+
+from pipeline.config.schema import Fanout, Job
+from pipeline.io import storage
+from pipeline.report import results
+from pipeline.report.results import ResultRow
+from pipeline.transfer import budget, dry_run, fanout, stages
+
+SOURCES, TECHNIQUES = ("a", "b", "c"), ("full", "lp_ft", "bitfit")
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return image_files(tmp_path_factory.mktemp("data"), {"train": 36, "validation": 18, "test": 18})
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    return {name: saved_vit(folder / name, seed) for seed, name in enumerate(SOURCES)}
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Trials run in this process, one after the other; the ids of those that ran."""
+    return trials_in_this_process(monkeypatch)
+
+
+def with_train(job: Job, **train: Any) -> Job:
+    dumped = job.model_dump(mode="json")
+    for target in dumped["targets"].values():
+        target["train"] |= train
+    return Job.model_validate(dumped)
+
+
+def job_of(folder, bundles, paths, allowed: int | None = 6, **more) -> Job:
+    """Nine pairs, two seeds: 18 trials and 2 of scratch, with nine steps each."""
+    select = {} if allowed is None else {"select": {"budget": allowed}}
+    make = partial(stage_runs.job_of, techniques=("scratch", *TECHNIQUES))
+    return with_train(make(folder, bundles, paths, **{**select, **more}), steps=9)
+
+
+def steps_of(rows: list[ResultRow]) -> int:
+    """The steps of all trials."""
+    return sum({row.trial_id: row.steps or 0 for row in rows}.values())
+
+
+def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, paths, here):
+    """By hand: 9 pairs with 1 step, 3 with 3, one in full with 2 seeds, and scratch twice."""
+    job = job_of(tmp_path, bundles, paths)
+    lines = dry_run.describe(prepared(job))
+    assert (
+        "target task at 1.0 labels, budget: 9 pairs of source and technique: 9 at 1/9 of the "
+        "steps, 3 at 1/3 of the steps, 1 in full with 2 seeds; with 2 trials of scratch it costs "
+        "6 trials"
+    ) in lines
+    assert any(
+        "10 cells = 12 search + 4 final trials of 9 steps on 36 rows" in line for line in lines
+    )
+    assert any(line.startswith("in all: 16 trials, 54 steps") for line in lines)
+    assert (
+        "budget: at most 6 of 6 trials are spent; a trial with all its steps counts as one, a "
+        "shorter one by its share"
+    ) in lines
+
+    state, rows = run_through(job)
+    assert len(here) == len({row.trial_id for row in rows}) == 16
+    assert steps_of(rows) == 54 == 9 * 6, "the full matrix has 180"
+    tested = {row.trial_id for row in rows if row.split == "test"}
+    assert len(tested) == 4 and len(primary(rows, source="none")) == 2
+
+    cut = {row.trial_id: row for row in rows if row.status == "pruned"}
+    assert len(cut) == 8 and not tested & cut.keys()
+    assert {row.trial_stage for row in cut.values()} == {"search"}
+    reasons = sorted(row.error.partition(":")[0] for row in cut.values())
+    assert reasons == [
+        *["cut by the budget after rung 1 of 2 (1/9 of the steps)"] * 6,
+        *["cut by the budget after rung 2 of 2 (1/3 of the steps)"] * 2,
+    ]
+    kept = next(row for row in primary(rows) if row.source != "none")
+    pairs = {(row.source, row.technique) for row in cut.values()}
+    assert pairs | {(kept.source, kept.technique)} == {(s, t) for s in SOURCES for t in TECHNIQUES}
+    assert kept.drawn == "{}" and "searched" not in (kept.interval or "")
+    note = (
+        f"task at 1.0 labels: the budget trained {kept.source} · {kept.technique} in full and cut "
+        "8 of 9 pairs of source and technique"
+    )
+    assert note in state.notes and note in state.progress.lines
+
+    _, (markdown, _) = stages.show(state, rows)
+    text = storage.read_bytes(markdown).decode()
+    assert "## Cut by the budget" in text
+    for row in cut.values():
+        reason = row.error.removeprefix(results.CUT_BY_BUDGET).strip()
+        assert f"| task | {row.source} · {row.technique} | 100 % | {reason} |" in text
+    assert "Where hyper-parameters were searched" not in text, "nothing was"
+
+    again = prepared(job)
+    assert sorted(stages.current(again), key=str) == sorted(rows, key=str)
+    ended = stages.trial_status(prepared(job))
+    assert len(ended) == 16 and all(done for _, done in ended)
+    assert stages.all_ids(prepared(job)) == {row.trial_id for row in rows}
+
+
+def test_a_job_that_was_killed_decides_the_same(tmp_path, bundles, paths, here):
+    """Records of any rung and of final trials are gone: those trials run again and no others."""
+    job = job_of(tmp_path, bundles, paths)
+    _, rows = run_through(job)
+    ran = list(here)
+    for lost in (ran[3:], [ran[0], ran[10]], ran[12:]):
+        for one in lost:
+            shutil.rmtree(storage.join(job.root, "trials", one))
+        here.clear()
+        status = [done for _, done in stages.trial_status(prepared(job))]
+        assert not (status and all(status))
+        _, again = run_through(job)
+        assert sorted(here) == sorted(lost)
+        assert {(row.trial_id, row.status) for row in again} == {
+            (row.trial_id, row.status) for row in rows
+        }
+
+
+def test_a_larger_budget_keeps_what_was_trained_and_none_trains_everything(
+    tmp_path, bundles, paths, here
+):
+    _, small = run_through(job_of(tmp_path, bundles, paths))
+    here.clear()
+    _, large = run_through(job_of(tmp_path, bundles, paths, 10))
+    assert here and not set(here) & {row.trial_id for row in small}
+    here.clear()
+    _, whole = run_through(job_of(tmp_path, bundles, paths, 20))
+    assert all(row.status == "done" and row.trial_stage == "final" for row in whole)
+    finals = {row.trial_id for row in (*small, *large) if row.trial_stage == "final"}
+    assert set(here) == {row.trial_id for row in whole} - finals
+    here.clear()
+    _, without = run_through(job_of(tmp_path, bundles, paths, None))
+    assert not here and {row.trial_id for row in without} == {row.trial_id for row in whole}
+
+
+def test_a_pair_that_fails_at_a_rung_is_cut_and_its_error_kept(
+    tmp_path, bundles, paths, here, monkeypatch
+):
+    job, made = job_of(tmp_path, bundles, paths), []
+    run = fanout.run
+
+    def failing(name, wanted, shared, *more):
+        records = run(name, wanted, shared, *more)
+        for number, one in enumerate(wanted):
+            if one.stage == "search" and one.source == "a":
+                made.append(one.id)
+                records[number] = fanout.trial.failed_record(one, shared, "ValueError: broken")
+        return records
+
+    monkeypatch.setattr(fanout, "run", failing)
+    _, rows = run_through(job)
+    failed = {row.trial_id for row in rows if row.status == "failed"}
+    assert failed == set(made) and len(failed) == 3, "none of them came to the second rung"
+    assert all(row.error == "ValueError: broken" for row in rows if row.status == "failed")
+    assert {row.source for row in primary(rows)} <= {"none", "b", "c"}
+
+
+def test_a_choice_by_score_comes_first_where_both_are_asked_for(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, bundles, paths, None)
+    both = changed(job, fanout={"seeds": 2, "select": {"score": "knn", "top": 1, "budget": 6}})
+    state, rows = run_through(both)
+    sources = {row.source for row in rows} - {"none"}
+    assert len(sources) == 1 and len(state.scores) == 3
+    alone = job_of(tmp_path, bundles, paths).fanout
+    assert alone.by_score is None and alone.budget == 6
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_a_budget_that_does_not_do_is_refused_before_anything_runs(tmp_path, bundles, paths):
+    with pytest.raises(
+        budget.BudgetError,
+        match=r"fanout\.select\.budget: 4 trials are too few for this job: scratch takes 2, and 3 "
+        r"more are needed .*: give at least 5, or fewer techniques",
+    ):
+        prepared(job_of(tmp_path, bundles, paths, 4))
+    prepared(job_of(tmp_path, bundles, paths, 5))
+
+
+@pytest.mark.parametrize(
+    ("fan", "message"),
+    [
+        (
+            {"trials": 4, "search": {"lr": [1e-3, 1e-1]}, "select": {"budget": 6}},
+            "trials is 4, and a budget searches no hyper-parameters: its search trials compare "
+            "sources and techniques. Leave trials and search out, or the budget",
+        ),
+        (
+            {"select": {"top": None}},
+            "null keeps every source: leave select out, or give a budget",
+        ),
+    ],
+    ids=["search", "top"],
+)
+def test_settings_that_a_budget_does_not_go_with_are_refused(fan, message):
+    with pytest.raises(ValueError, match=message):
+        Fanout.model_validate(fan)
+
+
+def test_label_fraction_zero_has_nothing_to_choose_by(tmp_path, bundles, paths):
+    job = job_of(tmp_path, bundles, paths)
+    dumped = job.model_dump(mode="json")
+    dumped["targets"]["task"]["label_fractions"] = [0, 1.0]
+    with pytest.raises(
+        ValueError, match=r"at 0 no label of the target may be used to choose by"
+    ) as caught:
+        Job.model_validate(dumped)
+    assert "targets.task.label_fractions" in str(caught.value)
+
+
+def test_what_combines_final_trials_is_refused(tmp_path, bundles, paths):
+    job = job_of(tmp_path, bundles, paths, 6, keep_bundles="all")
+    job = changed(job, techniques=["full", "uniform_soup"])
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.task: techniques: uniform_soup combines final trials, of which "
+        r"fanout\.select\.budget cuts some: leave the technique out, or the budget",
+    ):
+        prepared(job)
+
+
+def test_steps_that_cannot_be_cut_are_refused(tmp_path, bundles, paths):
+    job = with_train(job_of(tmp_path, bundles, paths), steps=8)
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.task\.train\.steps: 8 cannot be cut to 1/9, which "
+        r"fanout\.select\.budget tries first: at least 9, or no budget",
+    ):
+        prepared(job)
+
+
+def test_a_budget_of_null_is_none_and_changes_no_hash():
+    plain = Fanout.model_validate({"select": {"score": "gbc", "top": 1}})
+    null = Fanout.model_validate({"select": {"score": "gbc", "top": 1, "budget": None}})
+    assert plain.select is not None and "budget" not in plain.select.model_dump(mode="json")
+    assert null == plain and null.budget is None and null.by_score == plain.select
