@@ -448,7 +448,7 @@ def test_a_penalty_needs_features_that_the_loss_has_used():
 
 
 @pytest.mark.parametrize(
-    "name", ["l2_sp", "bss", "stoch_norm", "distillation", "lwf", "co_tuning", "delta"]
+    "name", ["l2_sp", "bss", "stoch_norm", "distillation", "lwf", "co_tuning", "delta", "bi_tuning"]
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, name):
     rows, validation = image_rows(48), image_rows(24, seed=3)

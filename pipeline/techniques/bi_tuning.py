@@ -1,0 +1,128 @@
+"""Bi-tuning: fine-tuning with two contrastive losses beside the task's own (Zhong et al. 2020)."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config.registry import LayerOptions, register
+from pipeline.core.contracts import Batch, Technique
+from pipeline.core.contracts.objective_capabilities import (
+    has_cached_head,
+    has_classes,
+    mixes_inputs,
+)
+from pipeline.core.latest_call import LatestCall
+from pipeline.core.nn.domain_adaptation import Features, TaskWithModule, gathered, of_all_rows
+
+
+class BiTuningOptions(LayerOptions):
+    classifier: float = Field(
+        1.0, ge=0, description="weight of the contrastive cross-entropy of the classifier's scores"
+    )
+    projector: float = Field(
+        1.0, ge=0, description="weight of the categorical contrastive loss of the projections"
+    )
+    temperature: float = Field(
+        0.07, gt=0, description="that cosine similarities of projections are divided by"
+    )
+    width: int = Field(128, ge=1, description="width of the projections")
+
+
+def contrastive_cross_entropy(scores: Tensor, label: Tensor) -> Tensor:
+    """Return the mean loss of finding the rows of a class among all rows by its scores, ().
+
+    The cross-entropy asks which class a row has; this one asks which rows have a class.
+
+    Args:
+        scores: (N, C) logits.
+        label: (N,) class numbers.
+    """
+    by_class = scores.log_softmax(0).T  # of each class over the rows
+    is_member = label[None, :] == torch.arange(scores.shape[1], device=label.device)[:, None]
+    members = is_member.sum(1)
+    of_class = -(by_class * is_member).sum(1) / members.clamp(min=1)
+    return of_class[label].mean()  # a term a row, which is the same for rows of one class
+
+
+def categorical_contrastive(projections: Tensor, label: Tensor, temperature: float) -> Tensor:
+    """Return the mean loss of finding a row's class among the other rows by cosine similarity, ().
+
+    Rows whose class no other row has take no part.
+
+    Args:
+        projections: (N, P).
+        label: (N,) class numbers.
+    """
+    unit = F.normalize(projections, dim=-1)
+    similar = unit @ unit.T / temperature
+    is_self = torch.eye(len(label), dtype=torch.bool, device=label.device)
+    logs = similar - similar.masked_fill(is_self, -torch.inf).logsumexp(1, keepdim=True)
+    is_partner = (label[:, None] == label[None, :]) & ~is_self
+    partners = is_partner.sum(1)
+    of_row = -(logs * is_partner).sum(1) / partners.clamp(min=1)
+    return of_row.sum() / (partners > 0).sum().clamp(min=1)
+
+
+@register("technique", "bi_tuning", options=BiTuningOptions)
+class BiTuning(Technique):
+    """Fine-tune everything so that rows of a class lie together, beside the task's own loss.
+
+    Two losses are added (Zhong et al. 2020): a contrastive cross-entropy, by which the scores of a
+    class find its rows among all rows of the batch, and a categorical contrastive loss, by which a
+    row finds the rows of its class in a projection that is dropped at the end. The rows that are
+    compared are those of the global batch, where the paper keeps a queue of a momentum encoder; the
+    classifier's scores have no temperature, since its weights learn their scale.
+
+    For classification. It assumes batches with several rows of a class. It helps with few labels
+    and sources that were trained without any (contrastive, masked), whose features do not lie by
+    class yet. It hurts, or does nothing, in small batches and with hundreds of classes. It takes no
+    micro-batches.
+
+    Raises:
+        ValueError: the target is not classification, or its options mix rows.
+    """
+
+    gathers_rows = True
+
+    def search_space(self):
+        return {"lr": (0.1, 10.0), "classifier": (0.1, 3.0), "projector": (0.1, 3.0)}
+
+    def wrap(self, task):
+        objective = task.objective
+        is_one_class = has_classes(objective) and objective.class_tensor == "label"
+        if not is_one_class or not has_cached_head(objective):
+            raise ValueError(
+                "bi_tuning compares the rows of a class, and a row of "
+                f"{objective.registered_name} has no single one: use it with classification"
+            )
+        if mixes_inputs(objective.options):
+            raise ValueError(
+                "bi_tuning needs the class of a row, and the options mixup and cutmix of "
+                f"{objective.registered_name} mix rows: leave them out"
+            )
+        self.calls = LatestCall(task.backbone)
+        projector = nn.Linear(task.backbone.pooled_dim, self.options.width)
+        return TaskWithModule(task.backbone, objective, projector)
+
+    def finish(self, task):
+        self.calls.remove()
+        return task.plain() if isinstance(task, TaskWithModule) else task
+
+    def penalty(self, task, batch, streams):
+        assert isinstance(task, TaskWithModule)
+        features = self._features(task, batch)
+        scores = gathered(features.scores(task.objective))
+        projections = gathered(task.added(features.pooled).float())
+        label = gathered(batch["label"].float()).long()
+        total = self.options.classifier * contrastive_cross_entropy(scores, label)
+        apart = categorical_contrastive(projections, label, self.options.temperature)
+        return of_all_rows(total + self.options.projector * apart)
+
+    def _features(self, task: TaskWithModule, batch: Batch) -> Features:
+        """Return what the loss has used; (0, D) features where this rank has no row."""
+        if not len(batch):
+            return Features.of(task, batch)
+        return Features(batch, self.calls.take().features.pooled.float())
