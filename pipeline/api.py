@@ -160,6 +160,8 @@ def results(job: Job | str) -> pa.Table:
 def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advice]:
     """Say which source and technique each target should take, from results that are there.
 
+    Targets of a job of which no trial has finished get predictions from the results of the others.
+
     Args:
         places: Jobs, job files (.yaml), folders of jobs, or their results.parquet; local or on S3.
         target: Advise on this target alone.
@@ -169,13 +171,30 @@ def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advic
     """
     from pipeline.report import advice
     from pipeline.report import results as results_table
-    from pipeline.transfer import trial
+    from pipeline.transfer import grid, trial
 
     stores: dict[str, advice.Store] = {}
+    new: list[advice.NewTarget] = []
     for place in places:
-        root = _root(place)
+        is_file = isinstance(place, str) and place.endswith((".yaml", ".yml"))
+        job = load_job(place) if is_file else place
+        root = _root(job)
         rows = results_table.read(root)
-        if not rows:
+        if isinstance(job, Job):
+            finished = {row.target for row in rows if row.status == "done"}
+            new += [
+                advice.NewTarget(
+                    name,
+                    grid.fraction_text(fraction, one.objective.name),
+                    one.data.modality.name,
+                    one.objective.name,
+                    one.metric,
+                )
+                for name, one in job.targets.items()
+                if name not in finished
+                for fraction in one.label_fractions
+            ]
+        if not rows and (isinstance(job, str) or len(places) == 1):
             raise ValueError(
                 f"{root}: no {results_table.FILE} here; name a job that has run, its folder or "
                 f"its {results_table.FILE}"
@@ -187,17 +206,15 @@ def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advic
         }
         found = {name: run for name, run in runs.items() if run is not None}
         stores[root] = advice.Store(root, rows, found)
-    return advice.advise(list(stores.values()), target)
+    return advice.advise(list(stores.values()), target, new)
 
 
 def _root(place: Job | str) -> str:
-    """Return the folder of a job, of its file, or of its results table."""
+    """Return the folder of a job, or of its results table."""
     from pipeline.report import results as results_table
 
     if isinstance(place, Job):
         return place.root
-    if place.endswith((".yaml", ".yml")):
-        return load_job(place).root
     folder, _, name = place.rpartition("/")
     if not name.endswith(".parquet"):
         return place

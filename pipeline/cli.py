@@ -333,8 +333,9 @@ def advise(
 
     Says `use` where an entry's measured and expected gain over scratch lie above zero with their
     intervals, `train from scratch` where those of every entry lie below, and `not enough evidence`
-    otherwise. An entry needs two seeds paired with scratch, and test predictions. `--set` applies
-    to the job files.
+    otherwise. An entry needs two seeds paired with scratch, and test predictions. Pairs that were
+    not tried, and targets of a job that has not run, get a predicted gain from the effects of
+    source, technique and target in all results. `--set` applies to the job files.
 
     Example: `onetomany advise jobs/quickstart.yaml runs/other --target shoes`
     """

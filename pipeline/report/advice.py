@@ -2,9 +2,12 @@
 
 The gain of every tested (source, technique) over the target's best scratch network is an estimate
 with an error. The largest of many estimates is partly luck, so the entries are not compared as they
-were measured: each is drawn towards the mean of its like entries, the more the larger its error is
-(`stats.shrunken_means`). Like entries have the same modality, objective and metric, whatever their
-source, technique and job are. They may have different targets where the metric has bounds.
+were measured: each is drawn towards what its source, technique and target promise, the more the
+larger its error is (`gain_model`). These effects are estimated from all like entries, which have
+the same modality, objective and metric, whatever their job is; they may have different targets
+where the metric has bounds. Sources of the same name and backbone count as the same one, and a
+target with another share of labels as another target. Pairs that were not tried, and targets
+without any trial, get a prediction from the same model, but never a recommendation.
 
 Gains over the same scratch network share its error, which no number of entries averages out. An
 expected gain is therefore never more certain than the measured one, and a source is recommended
@@ -25,20 +28,25 @@ import numpy as np
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from pipeline.config import registry
-from pipeline.report import matrix, plots, results, stats
+from pipeline.report import gain_model, matrix, plots, results, stats
+from pipeline.report.gain_model import GainModel
 from pipeline.report.matrix import MIN_SEEDS, SCRATCH, Cell
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
 METHOD = (
     "expected gain: the measured gain over the target's best scratch network, drawn towards the "
-    "mean of all entries of the same modality, objective and metric (of the same target too where "
-    "the metric has no bounds) by an empirical Bayes estimate "
-    "of the normal-normal model (Morris, JASA 1983; Efron & Morris, JASA 1975), with its 95 % "
-    "interval; entries share scratch's error, so an interval is never narrower than the measured "
-    "one, and a source is recommended only where the measured interval lies above zero too; "
-    "between two entries errors count as independent, which makes doubt rather too large"
+    "sum of the effects of its source, technique and target over all entries of the same modality, "
+    "objective and metric (of the same target too where the metric has no bounds): best linear "
+    "unbiased predictions (Robinson, Statistical Science 1991), averaged over the restricted "
+    "likelihood of the spreads, with a 95 % interval; entries share scratch's error, so an "
+    "interval is never narrower than the measured one, and a source is recommended only where the "
+    "measured interval lies above zero too; between two entries errors count as independent, which "
+    "makes doubt rather too large; of pairs that were not tried, which are no choice yet, the one "
+    "is named whose trial raises the expected gain of the best choice most (knowledge gradient; "
+    "Frazier, Powell & Dayanik, INFORMS Journal on Computing 2009)"
 )
+UNTRIED_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Advice:
         expected: (gain, low, high) of the best entry, None where there is none.
         because: Sentences on the best entry: what was measured, and what it costs.
         others: A sentence for each other source.
+        untried: A sentence for each of the most promising pairs that were not tried.
         next_experiment: What would settle most.
     """
 
@@ -76,14 +85,49 @@ class Advice:
     expected: tuple[float, float, float] | None = None
     because: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    untried: tuple[str, ...] = ()
     next_experiment: str = ""
 
     def lines(self) -> list[str]:
         """Return the advice as lines of text."""
         settle = [f"next: {self.next_experiment}"] if self.next_experiment else []
-        indented = [f"  {line}" for line in (*self.because, *self.others, *settle)]
+        indented = [f"  {line}" for line in (*self.because, *self.others, *self.untried, *settle)]
         labels = plots.fraction_label(self.label_fraction)
         return [f"{self.target} at {labels} labels, {self.metric}: {self.headline}", *indented]
+
+
+_Kind = tuple[str, str, str]
+"""Modality, objective and metric."""
+
+
+@dataclass(frozen=True)
+class NewTarget:
+    """A target of which no trial has finished."""
+
+    name: str
+    label_fraction: str
+    modality: str
+    objective: str
+    metric: str | None = None
+    """None: the objective's first."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """An expected gain, with its 95 % interval as that of a normal distribution."""
+
+    mean: float
+    variance: float
+    weight_of_others: float
+    """How far the measured gain was drawn to what its source, technique and target promise."""
+
+    @property
+    def low(self) -> float:
+        return self.mean - stats.NORMAL_95 * math.sqrt(self.variance)
+
+    @property
+    def high(self) -> float:
+        return self.mean + stats.NORMAL_95 * math.sqrt(self.variance)
 
 
 @dataclass(frozen=True)
@@ -92,11 +136,11 @@ class _Entry:
 
     store: str
     cell: Cell
-    kind: tuple[str, str, str]
+    kind: _Kind
     """Modality, objective and metric: what it shares with like entries."""
     seed_variance: float | None
     """Part of the gain's variance that further seeds reduce; None where it is not known."""
-    expected: stats.Shrunken | None = None
+    expected: Expected | None = None
     """None where it is not settled (`settled`)."""
 
     @property
@@ -158,30 +202,143 @@ class _Entry:
         return ((cell.baseline_high - cell.baseline_low) / (2 * stats.NORMAL_95)) ** 2
 
 
-def advise(stores: Sequence[Store], target: str | None = None) -> list[Advice]:
+@dataclass(frozen=True)
+class _Untried:
+    """A pair that was not tried on a target, and the gain that the model predicts."""
+
+    source: str
+    technique: str
+    mean: float
+    low: float
+    high: float
+    worth: float
+    """By how much its trial is expected to raise the expected gain of the best choice."""
+
+    @property
+    def name(self) -> str:
+        return f"source {self.source} with {self.technique}"
+
+
+class _LikeEntries:
+    """Settled entries of the same kind, and the model of their gains."""
+
+    def __init__(self, entries: list[_Entry]) -> None:
+        self.entries = entries
+        gains = [entry.cell.baseline_gain or 0.0 for entry in entries]
+        self.model = GainModel(
+            [_place(entry) for entry in entries], gains, [entry.variance for entry in entries]
+        )
+
+    def expected(self) -> list[Expected]:
+        """Return the expected gain of each, no more certain than the measured one."""
+        found = self.model.posterior(range(len(self.entries)))
+        variances = found.covariance.diagonal()
+        return [
+            Expected(float(mean), max(float(variance), entry.variance), float(weight))
+            for entry, mean, variance, weight in zip(
+                self.entries, found.means, variances, found.weights_of_others, strict=True
+            )
+        ]
+
+    def untried(self, tried: list[_Entry], target: tuple[str, str]) -> list[_Untried]:
+        """Return every pair of a source and a technique that was not tried, the best first.
+
+        Args:
+            tried: All entries of the target.
+            target: Its name and label fraction.
+        """
+        known = [place for place, one in enumerate(self.entries) if _place(one)[2] == target]
+        pairs = {_place(one)[:2] for one in tried}
+        repeatable = [one for one in self.entries if one.can_be_repeated]
+        sources = dict.fromkeys(_place(one)[0] for one in self.entries)
+        techniques = dict.fromkeys(one.cell.technique for one in repeatable)
+        new = [pair for pair in itertools.product(sources, techniques) if pair not in pairs]
+        if not new:
+            return []
+        found = self.model.posterior(known, [(*pair, target) for pair in new])
+        of_target = [self.entries[place].variance for place in known]
+        error = float(np.median(of_target or [one.variance for one in self.entries]))
+        lows, highs = found.interval()
+        # the error of scratch is that of every gain on the target
+        least = stats.NORMAL_95 * math.sqrt(min(of_target, default=0.0))
+        # scratch is a choice too, and a pair becomes one by its trial
+        choices = [*range(len(known))]
+        now = max([0.0, *found.means[choices]])
+        out = []
+        for place, (source, technique) in enumerate(new, len(known)):
+            mean = float(found.means[place])
+            then = [*choices, place]
+            row = found.covariance[place]
+            changes = np.append(row[then], 0.0) / math.sqrt(row[place] + error)
+            means = np.append(found.means[then], 0.0)
+            out.append(
+                _Untried(
+                    source[0],
+                    technique,
+                    mean,
+                    min(float(lows[place]), mean - least),
+                    max(float(highs[place]), mean + least),
+                    gain_model.knowledge_gradient(means, changes, now),
+                )
+            )
+        return sorted(out, key=lambda one: -one.mean)
+
+    def describe_spreads(self, decimals: int) -> str:
+        """Return in words how much gains differ between sources, techniques and targets."""
+        model = self.model
+        found = model.median_spreads()
+        parts = [
+            f"{spread:.{decimals}f} between {what}"
+            for what, spread, levels in zip(
+                ("sources", "techniques", "targets"), found, model.levels, strict=False
+            )
+            if len(levels) > 1
+        ]
+        if not parts:
+            return ""
+        return (
+            f"gains of {len(self.entries)} like entries differ (standard deviations) by "
+            f"{', '.join(parts)}, and {found[-1]:.{decimals}f} beyond that"
+        )
+
+
+def _place(entry: _Entry) -> tuple[tuple[str, str], str, tuple[str, str]]:
+    """Return its levels in the model: source with its backbone, technique, target with labels."""
+    cell = entry.cell
+    return (cell.source, cell.backbone), cell.technique, (cell.target, cell.label_fraction)
+
+
+def advise(
+    stores: Sequence[Store], target: str | None = None, new: Sequence[NewTarget] = ()
+) -> list[Advice]:
     """Advise on every target of these results, by label fraction.
 
     Of the sources whose measured and expected gain lie above zero with their intervals the one with
-    the largest expected gain is recommended. Expected gains are those of the hierarchical model
-    ``gain ~ N(true, error^2), true ~ N(mean, spread^2)`` over like entries (`stats.shrunken_means`;
-    Morris 1983). Results of different objectives or metrics are advised on apart.
+    the largest expected gain is recommended. Expected gains are those of a model in which the
+    effects of source, technique and target add up (`gain_model`). Results of different objectives
+    or metrics are advised on apart.
 
     Args:
         stores: Results of one or several jobs. Trials that stand in several are used once.
         target: Advise on this target alone. Entries of the others still count as like entries.
+        new: Targets without trials. They get predictions where other targets have like entries.
 
     Raises:
         ValueError: There are no tested trials, or none of the target.
     """
-    entries = _with_expected(_entries(stores))
-    groups: dict[tuple[str, str, tuple[str, str, str]], list[_Entry]] = defaultdict(list)
+    entries, models = _with_expected(_entries(stores))
+    groups: dict[tuple[str, str, _Kind], list[_Entry]] = defaultdict(list)
     for entry in entries:
         if target is None or target in (entry.cell.target, entry.cell.target.partition(" [")[0]):
             groups[entry.cell.target, entry.cell.label_fraction, entry.kind].append(entry)
-    if not groups:
+    asked = [one for one in new if target in (None, one.name)]
+    if not groups and not (asked and entries):
         raise ValueError(_nothing_found(stores, entries, target))
     order = sorted(groups, key=lambda key: (key[0], matrix.fraction_order(key[1]), key[2]))
-    return [_advice(groups[key]) for key in order]
+    known = [
+        _advice(groups[key], models.get((key[2], _of_target(groups[key][0])))) for key in order
+    ]
+    return known + [advice for one in asked for advice in _on_new_target(one, models)]
 
 
 def _nothing_found(stores: Sequence[Store], entries: list[_Entry], target: str | None) -> str:
@@ -248,30 +405,103 @@ def _by_seed(cell: Cell, rows: list[ResultRow]) -> dict[int, float]:
     }
 
 
-def _with_expected(entries: list[_Entry]) -> list[_Entry]:
-    """Return the entries with their expected gains, each kind by a model of its own.
+def _of_target(entry: _Entry) -> str:
+    """Return the target whose entries alone are like this one, "" where those of all are.
 
-    A metric without bounds has another scale on each target, and so each target has its own model.
+    A metric without bounds has another scale on each target.
     """
-    kinds: dict[tuple[tuple[str, str, str], str], list[int]] = defaultdict(list)
+    return "" if matrix.is_bounded(entry.cell.metric) else entry.cell.target
+
+
+def _with_expected(
+    entries: list[_Entry],
+) -> tuple[list[_Entry], dict[tuple[_Kind, str], _LikeEntries]]:
+    """Return the entries with their expected gains, and the model of each kind."""
+    kinds: dict[tuple[_Kind, str], list[int]] = defaultdict(list)
     for place, entry in enumerate(entries):
         if entry.settled:
-            of_target = "" if matrix.is_bounded(entry.cell.metric) else entry.cell.target
-            kinds[entry.kind, of_target].append(place)
+            kinds[entry.kind, _of_target(entry)].append(place)
     out = list(entries)
-    for places in kinds.values():
-        like = [entries[place] for place in places]
-        gains = [entry.cell.baseline_gain or 0.0 for entry in like]
-        found = stats.shrunken_means(gains, [entry.variance for entry in like])
-        for place, expected in zip(places, found, strict=True):
-            variance = max(expected.variance, entries[place].variance)
-            kept = replace(expected, variance=variance)
-            out[place] = replace(entries[place], expected=kept)
-    return out
+    models = {kind: _LikeEntries([entries[place] for place in kinds[kind]]) for kind in kinds}
+    for kind, places in kinds.items():
+        for place, expected in zip(places, models[kind].expected(), strict=True):
+            out[place] = replace(entries[place], expected=expected)
+    return out, models
 
 
-def _advice(entries: list[_Entry]) -> Advice:
-    """Return the advice on entries of one target, label fraction and kind."""
+def _on_new_target(new: NewTarget, models: dict[tuple[_Kind, str], _LikeEntries]) -> list[Advice]:
+    """Return predictions for a target without trials, one for each metric of like entries."""
+    out: list[Advice] = []
+    for (kind, of_target), like in models.items():
+        modality, objective, metric = kind
+        same_task = (modality, objective) == (new.modality, new.objective)
+        if of_target or not same_task or new.metric not in (None, metric):
+            continue
+        untried = like.untried([], (new.name, new.label_fraction))
+        decimals = _decimals(untried[0].high - untried[0].low)
+        out.append(
+            Advice(
+                new.name,
+                new.label_fraction,
+                metric,
+                "not enough evidence",
+                "not enough evidence: no trial of it has finished; other targets promise most of "
+                f"{untried[0].name}",
+                because=_spreads(like, decimals),
+                untried=_promises(untried, decimals),
+                next_experiment=_first_trial(untried, decimals),
+            )
+        )
+    if out:
+        return out
+    why = (
+        f"no trial of it has finished, and no like entry is there ({new.modality}, {new.objective}"
+    )
+    why += ", a metric with bounds)"
+    metric = new.metric or "its metric"
+    return [
+        Advice(
+            new.name,
+            new.label_fraction,
+            metric,
+            "not enough evidence",
+            f"not enough evidence: {why}",
+        )
+    ]
+
+
+def _promises(untried: list[_Untried], decimals: int) -> tuple[str, ...]:
+    """Return a sentence for each of the most promising of these, which are sorted."""
+    return tuple(
+        f"{one.name} was not tried: predicted gain "
+        f"{_estimate((one.mean, one.low, one.high), decimals)}"
+        for one in untried[:UNTRIED_SHOWN]
+    )
+
+
+def _first_trial(untried: list[_Untried], decimals: int) -> str:
+    """Return the trial that is worth most, of pairs that were not tried; the best first."""
+    one = max(untried, key=lambda one: (round(one.worth, decimals), one.mean))
+    trial = f"a trial of {one.name} and of scratch"
+    if round(one.worth, decimals) <= 0:
+        return f"{trial}, which measures its gain; none is expected to change the choice"
+    return (
+        f"{trial}, which raises the expected gain of the best choice by "
+        f"{one.worth:.{decimals}f} on average"
+    )
+
+
+def _spreads(like: _LikeEntries, decimals: int) -> tuple[str, ...]:
+    found = like.describe_spreads(decimals)
+    return (found,) if found else ()
+
+
+def _advice(entries: list[_Entry], like: _LikeEntries | None) -> Advice:
+    """Return the advice on entries of one target, label fraction and kind.
+
+    Args:
+        like: All settled entries of the kind, None where there is none.
+    """
     about = entries[0].cell.target, entries[0].cell.label_fraction, entries[0].cell.metric
     settled = sorted(
         (entry for entry in entries if entry.expected is not None),
@@ -308,15 +538,18 @@ def _advice(entries: list[_Entry]) -> Advice:
         headline = f"train from scratch: every tested source is worse, the best is {best.name}"
     expected = best.expected
     assert expected is not None
+    assert like is not None
     decimals = _decimals(expected.high - expected.low)
+    untried = like.untried(entries, (best.cell.target, best.cell.label_fraction))
     return Advice(
         *about,
         verdict,
         headline,
         expected=(expected.mean, expected.low, expected.high),
-        because=_because(best, decimals),
+        because=(*_because(best, decimals), *_spreads(like, decimals)),
         others=_others(best, settled, unsettled, decimals),
-        next_experiment=_next_experiment(settled, unsettled),
+        untried=_promises(untried, decimals),
+        next_experiment=_next_experiment(settled, unsettled, untried, decimals),
         **names,
     )
 
@@ -337,9 +570,10 @@ def _because(entry: _Entry, decimals: int) -> tuple[str, ...]:
     gain = (cell.baseline_gain, cell.baseline_low, cell.baseline_high)
     seconds = "unknown time" if cell.seconds is None else f"{cell.seconds:.3g} s"
     trained = "" if cell.params_trained is None else f", {cell.params_trained:,} parameters trained"
-    shrunk = f"drawn {expected.weight_of_mean:.0%} of the way to the mean of like entries"
-    if not expected.weight_of_mean:
-        shrunk = "not drawn towards others: fewer than four like entries, or no error"
+    shrunk = (
+        f"drawn {expected.weight_of_others:.0%} of the way to what its source, technique and "
+        "target promise"
+    )
     return (
         f"{cell.metric} {value}; gain over scratch {_estimate(gain, decimals)} over "
         f"{cell.baseline_seeds} seeds ({cell.baseline_interval})",
@@ -358,7 +592,7 @@ def _estimate(
     return f"{middle} [{low}, {high}]"
 
 
-def _interval(expected: stats.Shrunken, decimals: int) -> str:
+def _interval(expected: Expected, decimals: int) -> str:
     return _estimate((expected.mean, expected.low, expected.high), decimals)
 
 
@@ -409,8 +643,19 @@ def _more_evidence(entries: list[_Entry]) -> str:
     return f"another seed of {entry.name} and of scratch"
 
 
-def _next_experiment(settled: list[_Entry], unsettled: list[_Entry]) -> str:
-    """Return what would reduce the doubt between the best two entries most."""
+def _next_experiment(
+    settled: list[_Entry], unsettled: list[_Entry], untried: list[_Untried], decimals: int
+) -> str:
+    """Return the experiment that would settle most.
+
+    That is the trial of a pair that was not tried where it raises the expected gain of the best
+    choice by more than a further seed of any entry does; otherwise what would reduce the doubt
+    between the best two entries most.
+    """
+    if untried:
+        worth = max(one.worth for one in untried)
+        if round(worth, decimals) > 0 and worth > _worth_of_a_seed(settled):
+            return _first_trial(untried, decimals)
     best, *rest = settled
     if not rest:
         if more := _more_evidence(unsettled):
@@ -458,15 +703,35 @@ def _doubt(difference: float, variance: float) -> float:
     return float(special.ndtr(-abs(difference) / math.sqrt(variance)))
 
 
+def _removed_by_a_seed(entry: _Entry) -> float:
+    """Return by how much one more seed reduces the variance of an expected gain.
+
+    The part that comes from seeds falls from 1/n to 1/(n + 1).
+    """
+    return _of_seeds(entry) / (entry.cell.baseline_seeds + 1)
+
+
+def _worth_of_a_seed(settled: list[_Entry]) -> float:
+    """Return how much one more seed of an entry raises the expected gain of the best choice.
+
+    It is that of the entry where it is largest, and scratch is a choice too.
+    """
+    means = np.append([_mean(entry) for entry in settled], 0.0)
+    changes = np.sqrt([_removed_by_a_seed(entry) for entry in settled])
+    unit = np.eye(len(means))
+    return max(
+        gain_model.knowledge_gradient(means, change * unit[place], means.max())
+        for place, change in enumerate(changes)
+    )
+
+
 def _doubt_after(best: _Entry, second: _Entry, tried: _Entry) -> float:
     """Return the doubt between two entries that is expected after one more seed of one of them.
 
-    The seed reduces the part of the variance that comes from seeds from 1/n to 1/(n + 1). The
-    difference will then have another value too: its doubt is averaged over what it may be.
+    The difference will then have another value too: its doubt is averaged over what it may be.
     """
     now = _variance(best) + _variance(second)
-    seeds = tried.cell.baseline_seeds
-    removed = _of_seeds(tried) / (seeds + 1)
+    removed = _removed_by_a_seed(tried)
     difference = _mean(best) - _mean(second)
     if removed <= 0:
         return _doubt(difference, now)

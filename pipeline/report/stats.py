@@ -42,8 +42,6 @@ from pipeline.core.metrics.catalog import Metric, Predictions
 
 NORMAL_95 = float(special.ndtri(0.975))
 """Half the width of the 95 % interval of a standard normal distribution."""
-SHRINKING_ITERATIONS = 1000
-"""Steps of the fixed point of a hierarchical model at most; it takes some ten."""
 DRAWS = 1000
 RECOMPUTED_DRAWS = 200
 """Draws for a metric that is not a sum over units and must be computed again for each draw."""
@@ -137,67 +135,6 @@ class Uncertainty:
         return float(
             2 * special.stdtr(self.degrees_of_freedom, -abs(mean) / math.sqrt(self.variance))
         )
-
-
-@dataclass(frozen=True)
-class Shrunken:
-    """A mean of a hierarchical model: an estimate that was drawn towards that of its group.
-
-    ``low`` and ``high`` bound its 95 % interval. ``weight_of_mean`` is the weight of the group's
-    mean in it: 0 leaves the estimate as it is, 1 replaces it.
-    """
-
-    mean: float
-    variance: float
-    weight_of_mean: float
-
-    @property
-    def low(self) -> float:
-        return self.mean - NORMAL_95 * math.sqrt(self.variance)
-
-    @property
-    def high(self) -> float:
-        return self.mean + NORMAL_95 * math.sqrt(self.variance)
-
-
-def shrunken_means(values: Sequence[float], variances: Sequence[float]) -> list[Shrunken]:
-    """Return the means of the normal-normal model, by empirical Bayes.
-
-    A value is N(true mean, its variance), and the true means are N(m, A). Both m and A are
-    estimated from all values, as Morris (Parametric Empirical Bayes Inference, JASA 78, 1983,
-    section 5) does for unequal variances. The variance of a mean includes that m and A are
-    estimated. With equal variances and a positive A these are the means of Efron and Morris
-    (JASA 70, 1975), which are James and Stein's drawn towards the average.
-
-    Args:
-        values: Estimates.
-        variances: The variance of the error of each.
-
-    Returns:
-        A mean for each value. Fewer than four values are returned as they are, because three of
-        them show too little of A.
-    """
-    y, v = np.asarray(values, dtype=np.float64), np.asarray(variances, dtype=np.float64)
-    k = len(y)
-    if k < 4 or v.max() <= 0:
-        return [Shrunken(float(a), float(b), 0.0) for a, b in zip(y, v, strict=True)]
-    v = np.maximum(v, 1e-12 * v.max())  # an error of zero would have all the weight
-    a = float(np.var(y, ddof=1))
-    for _ in range(SHRINKING_ITERATIONS):
-        w = 1 / (v + a)
-        m = (w @ y) / w.sum()
-        before, a = a, max(0.0, float(w @ (k / (k - 1) * (y - m) ** 2 - v) / w.sum()))
-        if abs(a - before) <= 1e-12 * (a + before):
-            break
-    w = 1 / (v + a)
-    m = (w @ y) / w.sum()
-    b = (k - 3) / (k - 1) * v / (v + a)
-    mean_variance = (w @ v) / w.sum()  # of the errors, by weight
-    of_m = 1 - b * (1 - w / w.sum())
-    of_a = 2 / (k - 3) * b**2 * (mean_variance + a) / (v + a)
-    spread = v * of_m + of_a * (y - m) ** 2
-    means = (1 - b) * y + b * m
-    return [Shrunken(*map(float, one)) for one in zip(means, spread, b, strict=True)]
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -16,12 +16,15 @@ from typer.testing import CliRunner
 
 from pipeline import api
 from pipeline.cli import app
+from pipeline.config.schema import Job
 from pipeline.core.metrics import catalog
 from pipeline.io import storage
 from pipeline.report import advice, matrix, results, stats
-from pipeline.report.advice import Store
+from pipeline.report.advice import NewTarget, Store
+from pipeline.report.gain_model import GainModel
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
+from pipeline.transfer import trial
 
 UNITS = 400
 
@@ -95,43 +98,6 @@ def good_and_bad(**more: Any) -> Store:
         cell("bad", "linear_probe", 0.45, **more),
         name=str(more),
     )
-
-
-# ---------------------------------------------------------------- the model
-
-
-def test_shrunken_means_equal_james_and_steins():
-    """With equal variances and a positive spread: mean + (1 - (k - 3) V / S) (y - mean), with
-    Morris's variance, and the interval is that of the normal distribution.
-    """
-    y, v = np.array([0.1, -0.05, 0.3, 0.22, 0.07, -0.2]), 0.01
-    k, centred = len(y), y - y.mean()
-    scatter = centred @ centred
-    b = (k - 3) * v / scatter
-    found = stats.shrunken_means(list(y), [v] * k)
-    np.testing.assert_allclose([one.mean for one in found], y.mean() + (1 - b) * centred)
-    variance = v * (1 - b * (k - 1) / k) + 2 / (k - 3) * b**2 * centred**2
-    np.testing.assert_allclose([one.variance for one in found], variance)
-    assert found[0].high - found[0].mean == pytest.approx(1.959964 * variance[0] ** 0.5)
-
-
-def test_equal_values_are_drawn_as_far_as_can_be():
-    """No spread beyond the errors: the weight of the mean is (k - 3) / (k - 1)."""
-    found = stats.shrunken_means([0.1, 0.12, 0.11, 0.1, 0.12], [0.04] * 5)
-    assert [one.weight_of_mean for one in found] == pytest.approx([0.5] * 5)
-
-
-def test_the_larger_error_is_drawn_further():
-    variances = [0.001, 0.001, 0.001, 0.001, 0.03]
-    found = stats.shrunken_means([0.0, 0.1, 0.2, 0.1, 0.3], variances)
-    w = 1 / (np.array(variances) + 1.0)  # any spread: weights grow with the error
-    assert found[4].weight_of_mean > 3 * found[0].weight_of_mean and w[4] < w[0]
-    assert 0.1 < found[4].mean < 0.3 and found[4].variance < 0.03
-
-
-def test_three_values_are_left_as_they_are():
-    found = stats.shrunken_means([0.0, 0.1, 0.5], [0.1, 0.2, 0.0])
-    assert [(one.mean, one.variance) for one in found] == [(0.0, 0.1), (0.1, 0.2), (0.5, 0.0)]
 
 
 # ---------------------------------------------------------------- the advice
@@ -235,8 +201,9 @@ def test_twelve_gains_over_the_same_scratch_are_no_evidence_together():
     assert all(one.baseline_low < 0 < one.baseline_gain for one in measured)
     (first,) = {(one.baseline_gain, one.baseline_low, one.baseline_high) for one in measured}
     variance = ((first[2] - first[1]) / (2 * stats.NORMAL_95)) ** 2
-    (alone, *_) = stats.shrunken_means([first[0]] * 12, [variance] * 12)
-    assert alone.low > 0, "as if the errors were independent"
+    pairs = [(f"s{k}", "full", "t") for k in range(12)]
+    alone = GainModel(pairs, [first[0]] * 12, [variance] * 12).posterior([0])
+    assert alone.means - stats.NORMAL_95 * alone.covariance[0] ** 0.5 > 0, "independent errors"
     (found,) = advice.advise([crowd])
     assert (found.verdict, found.source) == ("not enough evidence", None)
     _, low, high = found.expected
@@ -331,6 +298,83 @@ def test_fractions_are_advised_apart():
     assert verdicts == [("0.05", "use"), ("1.0", "not enough evidence")]
 
 
+# ---------------------------------------------------------------- what was not tried
+
+
+def planted(*left_out: tuple[str, str, str], targets: str = "tu") -> Store:
+    """Results of three sources and two techniques, of which source good and technique full pay."""
+    of_source = {"good": 0.2, "fair": 0.05, "bad": -0.15}
+    of_technique = {"full": 0.05, "linear_probe": -0.05}
+    return store(
+        *(cell("none", "scratch", 0.6, target=target) for target in targets),
+        *(
+            cell(source, technique, 0.6 + gain + more, target=target)
+            for target in targets
+            for source, gain in of_source.items()
+            for technique, more in of_technique.items()
+            if (source, technique, target) not in left_out
+        ),
+    )
+
+
+def test_a_planted_pair_that_was_not_tried_is_the_next_experiment():
+    known = planted(("good", "full", "t"), ("bad", "full", "t"))
+    found = advice.advise([known], "t")[0]
+    assert (found.verdict, found.source, found.technique) == ("use", "good", "linear_probe")
+    assert found.untried[0].startswith("source good with full was not tried: predicted gain +0.2")
+    assert found.next_experiment.startswith("a trial of source good with full and of scratch")
+    assert "raises the expected gain of the best choice by 0." in found.next_experiment
+    assert len(found.untried) == 2 and found.untried[0] in "\n".join(found.lines())
+
+
+def test_a_bad_pair_that_was_not_tried_is_not_worth_a_trial():
+    found = advice.advise([planted(("bad", "full", "t"))], "t")[0]
+    assert (found.verdict, found.source, found.technique) == ("use", "good", "full")
+    (only,) = found.untried
+    assert only.startswith("source bad with full was not tried: predicted gain -0.")
+    assert "source bad" not in found.next_experiment
+
+
+def test_a_new_target_gets_predictions_and_no_recommendation():
+    new = NewTarget("w", "1.0", "table", "classification")
+    found = advice.advise([planted(targets="tuv")], "w", [new])
+    assert [(one.target, one.metric, one.verdict) for one in found] == [
+        ("w", "accuracy", "not enough evidence")
+    ]
+    assert found[0].source is None and found[0].expected is None
+    assert "other targets promise most of source good with full" in found[0].headline
+    assert found[0].untried[0].startswith("source good with full was not tried: predicted gain +0.")
+    assert found[0].next_experiment.startswith("a trial of source good with full")
+    elsewhere = NewTarget("w", "1.0", "image", "classification")
+    (none,) = advice.advise([planted()], "w", [elsewhere])
+    assert "no like entry is there (image, classification" in none.headline
+
+
+def test_a_job_that_has_not_run_is_advised_on_from_another(tmp_path, monkeypatch):
+    known = planted()
+    results.append(str(tmp_path / "old"), known.rows)
+    monkeypatch.setattr(trial, "read_predictions", lambda root, one, seed: known.runs.get(one))
+    rows = {
+        "train": "rows.parquet",
+        "modality": "table",
+        "columns": {"features": "x", "label": "y"},
+    }
+    task = {"data": rows, "objective": "classification"}
+    job = Job.model_validate(
+        {
+            "name": "new",
+            "storage": str(tmp_path),
+            "sources": {"good": {**task, "backbone": "tables/mlp"}},
+            "targets": {"w": task},
+        }
+    )
+    found = api.advise([job, str(tmp_path / "old")])
+    assert [one.target for one in found] == ["t", "u", "w"]
+    assert found[2].untried and found[2].verdict == "not enough evidence"
+    with pytest.raises(ValueError, match=r"no results\.parquet here"):
+        api.advise([job])
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -341,7 +385,7 @@ def test_a_folder_and_its_table_give_the_same_advice(tmp_path):
     assert by_folder == by_file
     shown = CliRunner().invoke(app, ["advise", str(tmp_path), "--target", "t"])
     assert shown.exit_code == 0, shown.output
-    assert "t at 100 % labels, accuracy: " in shown.stdout and "Morris, JASA 1983" in shown.stdout
+    assert "t at 100 % labels, accuracy: " in shown.stdout and "Robinson" in shown.stdout
     assert "source good with full has no test predictions" in shown.stdout
 
 
