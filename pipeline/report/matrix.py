@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.core.metrics import catalog
 from pipeline.core.metrics.metric import UNBOUNDED
 from pipeline.report import results, stats
-from pipeline.report.results import NO_BACKBONE, ResultRow
+from pipeline.report.results import NO_BACKBONE, VALIDATION, ResultRow
 from pipeline.report.stats import RunPredictions
 
 Estimate = tuple[float | None, float | None, float | None]
@@ -131,7 +131,9 @@ class Cell:
     baseline_evidence: str = ""
     baseline_p: float | None = None
     validation: float | None = None
-    """Mean validation value of its final trials, larger is better; None where there is none."""
+    """Mean validation value of its final trials, larger is better; None where there is none on rows
+    of the target.
+    """
     best_baseline: str = ""
     best_baseline_gain: float | None = None
     best_baseline_low: float | None = None
@@ -196,11 +198,11 @@ class _CellTrials:
     def validation(self) -> float:
         """Return the mean validation value of the final trials, where larger is better.
 
-        It is minus infinity where there is none.
+        It is minus infinity where there is none on rows of the target.
         """
         found: dict[str, float] = {}
         for row in self.group:
-            if row.trial_stage == "final" and row.split == "validation" and row.value is not None:
+            if row.trial_stage == "final" and row.split == VALIDATION and row.value is not None:
                 found.setdefault(row.trial_id, row.value if row.higher_is_better else -row.value)
         return fmean(found.values()) if found else -math.inf
 
@@ -211,7 +213,7 @@ class _CellTrials:
             for row in self.group
             if row.trial_stage == "search"
             and row.status == "done"
-            and row.split == "validation"
+            and row.is_validation
             and row.metric
         ]
         if not searched:

@@ -81,8 +81,8 @@ def blocks(
 ) -> list[Block]:
     """Return the blocks on classes or labels of a target's best finished cell.
 
-    The best cell is the best on validation rows, or on test rows where some cells have no
-    validation value. For labels and entity types it is the best cell with a source, compared with
+    The best cell is the best on validation rows of the target, or on test rows where no cell has
+    a value on these. For labels and entity types it is the best cell with a source, compared with
     scratch.
 
     Args:
@@ -139,12 +139,14 @@ def best_cell(
 
 
 def _best(shown: list[tuple[Cell, list[RunPredictions]]]) -> tuple[Cell, list[RunPredictions]]:
-    """Return the cell that is best on validation rows, or on test rows where some have no value.
+    """Return the cell that is best on validation rows of the target.
 
-    The best on test rows owes its place in part to the rows that its errors are then shown on.
+    Where no cell has a value on these, it is the best on test rows. That one owes its place in part
+    to the rows that its errors are then shown on.
     """
-    if all(cell.validation is not None for cell, _ in shown):
-        return max(shown, key=lambda pair: pair[0].validation or 0.0)
+    validated = [pair for pair in shown if pair[0].validation is not None]
+    if validated:
+        return max(validated, key=lambda pair: pair[0].validation or 0.0)
     return max(
         shown, key=lambda pair: (pair[0].mean or 0.0) * (1 if pair[0].higher_is_better else -1)
     )

@@ -650,12 +650,10 @@ def _target_blocks(
     followed = _curve_metric(metric, target, rows, curves)
     panels = learning_curves(target, followed, rows, curves)
     if panels:
-        out.append(
-            Figure(
-                plots.learning(panels, followed),
-                f"{target}: validation {followed} while fine-tuning, mean over seeds.",
-            )
-        )
+        caption = f"{target}: validation {followed} while fine-tuning, mean over seeds."
+        if any(row.target == target and row.split == results.SOURCE_VALIDATION for row in rows):
+            caption += " With 0 labels it is that on the source's validation rows."
+        out.append(Figure(plots.learning(panels, followed), caption))
         out.append(Details("Numbers of the figure", [_curve_table(panels, followed, decimals)]))
     if len({c.label_fraction for c in done if c.n_train}) > 1:
         out.append(
@@ -809,7 +807,7 @@ def _budget_blocks(rows: Sequence[ResultRow]) -> list[Block]:
     """Return the pairs of source and technique that a budget cut, with their rung."""
     cut = [
         row
-        for row in _unique_trials([row for row in rows if row.split == "validation"])
+        for row in _unique_trials([row for row in rows if row.is_validation])
         if row.status == "pruned" and (row.error or "").startswith(results.CUT_BY_BUDGET)
     ]
     if not cut:

@@ -30,6 +30,10 @@ CUT_BY_BUDGET = "cut by the budget"
 """How the reason (``error``) begins of a search trial after which its source and technique were cut
 (``fanout.select.budget``).
 """
+VALIDATION, SOURCE_VALIDATION = "validation", "source_validation"
+"""Splits on which trials are chosen: validation rows of the target, or those of the source where no
+label of the target may be read. Values of the two cannot be compared with each other.
+"""
 CHECKSUM = b"onetomany.sha256"
 """The field of the Parquet metadata that holds the checksum of the rows."""
 
@@ -68,6 +72,7 @@ class ResultRow:
     """How the intervals of the row were made."""
     higher_is_better: bool | None = None
     split: str | None = None
+    """"test", "validation" or "source_validation"."""
     n_train: int | None = None
     n_eval: int | None = None
     n_units: int | None = None
@@ -132,6 +137,11 @@ class ResultRow:
     """Gain over it with the same seed."""
     best_baseline_low: float | None = None
     best_baseline_high: float | None = None
+
+    @property
+    def is_validation(self) -> bool:
+        """Whether the value is one of those by which a trial is chosen among those of its cell."""
+        return self.split in (VALIDATION, SOURCE_VALIDATION)
 
     @property
     def settings(self) -> dict[str, Any]:

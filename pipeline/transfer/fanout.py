@@ -519,7 +519,7 @@ def _is_better(a: TrialRecord, b: TrialRecord) -> bool:
     The order in which trials end must not matter: else each of two equal ones could be removed for
     the other, one as they end and one at the end of the run.
     """
-    row = next((row for row in a.rows if row.split == "validation"), None)
+    row = next((row for row in a.rows if row.is_validation), None)
     if row is None:
         return a.rows[0].seed < b.rows[0].seed
 

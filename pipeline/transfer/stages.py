@@ -1241,7 +1241,7 @@ def _validation_value(record: TrialRecord) -> float | None:
 
     It is None where the trial failed, was stopped early or has no value.
     """
-    row = next((r for r in record.rows if r.metric and r.split == "validation"), None)
+    row = next((r for r in record.rows if r.metric and r.is_validation), None)
     if record.status != "done" or row is None or row.value is None or math.isnan(row.value):
         return None
     return row.value if row.higher_is_better else -row.value

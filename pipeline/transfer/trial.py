@@ -60,7 +60,7 @@ from pipeline.data.stream import (
 from pipeline.io import atomic_folder, checksums, file_identity, heartbeat, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
 from pipeline.report import stats
-from pipeline.report.results import ResultRow
+from pipeline.report.results import SOURCE_VALIDATION, VALIDATION, ResultRow
 from pipeline.report.trial_record import TrialRecord, curve_of
 from pipeline.train import evaluate, experiment, loop, resume_history, streams
 from pipeline.train.experiment import Experiment
@@ -674,9 +674,10 @@ def make_record(
         modality=data.spec.data.modality.name,
     )
     rows: list[ResultRow] = []
+    chosen_on = SOURCE_VALIDATION if is_without_labels(trial) else VALIDATION
     for split, found in (
         ("test", compute_test_metrics(data, test) if test else {}),
-        ("validation", validation),
+        (chosen_on, validation),
     ):
         for name in found if split == "test" else data.metrics if found else ():
             of = metric(name, data.label_names)

@@ -108,6 +108,32 @@ def test_the_best_cell_is_chosen_on_validation_rows():
     assert "src · linear_probe" in heat.caption
 
 
+def test_values_on_rows_of_a_source_choose_no_cell():
+    """With 0 labels a network is validated on its source's rows, which are easier to predict."""
+    made = {
+        ("src", "full"): [classes(90, NAMES, s, 1.5) for s in (0, 1)],
+        ("src", "linear_probe"): [classes(90, NAMES, s, 1.0) for s in (0, 1)],
+        ("src", "dann"): [classes(90, NAMES, s, 0.6) for s in (0, 1)],
+    }
+    rows, runs = table("accuracy", made)
+    values = {"full": 0.8, "linear_probe": 0.7, "dann": 0.99}
+    own = [
+        replace(row, label_fraction="0/class") if row.technique == "dann" else row for row in rows
+    ]
+    own += [
+        replace(
+            row,
+            value=values[row.technique],
+            split="source_validation" if row.technique == "dann" else "validation",
+        )
+        for row in own
+    ]
+    cells = {cell.technique: cell for cell in matrix.matrix_cells(own, runs)}
+    assert cells["dann"].validation is None and cells["full"].validation == 0.8
+    _, heat, *_ = said(own, runs)
+    assert "src · full" in heat.caption
+
+
 def test_each_class_has_what_was_found_of_it_beside_scratch():
     made = {
         ("none", "scratch"): [classes(300, NAMES, s, 0.2) for s in (0, 1)],

@@ -13,7 +13,7 @@ from stage_runs import Silent
 from toys import image_files, job_of, shared_of, trial_of
 
 from pipeline.checkpoints import bundle
-from pipeline.config.schema import Job
+from pipeline.config.schema import ComponentConfig, Job
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
@@ -21,7 +21,7 @@ from pipeline.data.stream import eval_batches
 from pipeline.objectives.classification import Classification, ClassificationOptions
 from pipeline.techniques.full import Full
 from pipeline.train import loop
-from pipeline.transfer import dry_run, grid, label_sets, overlap, stages, trial
+from pipeline.transfer import dry_run, fanout, grid, label_sets, overlap, stages, trial
 
 COLUMNS = {"image": "picture", "label": "class"}
 STATE = {"values": ["class 2", "class 0", "class 1"], "labels": ["class 2", "class 0", "class 1"]}
@@ -236,6 +236,25 @@ def test_scores_are_calibrated_after_the_network_has_adapted(tmp_path, paths, mo
     assert seen == [False] and "temperature" in record.rows[0].settings
 
 
+def test_of_trials_without_labels_the_best_on_the_sources_rows_is_chosen(tmp_path, paths):
+    """Its values are marked as those of the source, and the search reads them all the same."""
+    job, shared = world(tmp_path, paths, "dann")
+    group = next(iter(shared.backbone_groups.values()))
+    dann = ComponentConfig(name="dann")
+    tried = [
+        grid.make_trial(job, "task", (group, "src", dann, 0), {"lr": lr}, 0, "search", "", "", ())
+        for lr in (1e-3, 1e-2)
+    ]
+    names = trial.data_of(tried[0], shared).metrics
+    records = [
+        trial.make_record(one, shared, None, 0.0, {}, dict.fromkeys(names, value), None)
+        for one, value in zip(tried, (0.4, 0.6), strict=True)
+    ]
+    assert {row.split for record in records for row in record.rows} == {"source_validation"}
+    assert stages.winning_draws(tried, records) == {tried[0].cell: {"lr": 1e-2}}
+    assert fanout._is_better(records[1], records[0]) and not fanout._is_better(*records)
+
+
 def test_a_trained_head_of_which_nothing_is_kept_is_refused_without_labels(tmp_path, paths):
     free = {"pseudo_labels": {"source_weight": 0.0}}
     job, shared = world(tmp_path, paths, free)
@@ -254,8 +273,8 @@ def test_without_labels_everything_is_chosen_on_the_source(tmp_path, paths, tech
         record = trial.run(trial_of(job, shared, technique, fraction=0), shared)
         row = next(row for row in record.rows if row.split == "test")
         assert (row.n_train, row.label_fraction, row.status) == (0, "0/class", "done")
-        validation = next(row for row in record.rows if row.split == "validation")
-        assert validation.n_eval == 14, "the source's"
+        validation = next(row for row in record.rows if row.is_validation)
+        assert (validation.split, validation.n_eval) == ("source_validation", 14)
         found.append((bundle.load(row.bundle_uri).tensors, record.validation))
     (one, metrics), (other, others) = found
     assert metrics == others and one.keys() == other.keys()
