@@ -44,9 +44,7 @@ class LabelMatch:
         """Describe a partial or open label set; "" where both have the same labels."""
         parts = []
         if self.of_source_alone:
-            parts.append(
-                f"{_some(self.of_source_alone)} only in the source, whose rows are left out"
-            )
+            parts.append(f"{_some(self.of_source_alone)} only in the source, left out here")
         if self.of_target_alone:
             parts.append(
                 f"{_some(self.of_target_alone)} only in the target, where only the target's own "
@@ -114,8 +112,9 @@ def problem(
         source: Its name, for the message.
         theirs: The objective of the source, fitted.
         ours: That of the target.
-        needs_all: Whether the source must have every label of the target: there is no training, or
-            a row has a set of labels, where one that is not listed counts as absent.
+        needs_all: Whether the source must have every label of the target, since no label of the
+            target is used. It must, too, where a row has a set of labels: one that is not listed
+            counts as absent.
     """
     if theirs.name != ours.name:
         return (

@@ -183,8 +183,9 @@ def _label_problems(state: JobState, target: TargetStage) -> list[str]:
                 continue
             ours = ObjectiveSpec(target.spec.objective.name, {}, target.state)
             theirs = _fitted_labels(stage, ours.name)
-            if problem := label_sets.problem(name, theirs, ours):
-                what = "labelled rows" if reads_labels else "head, at label fraction 0,"
+            # at label fraction 0 nothing teaches a label that the source lacks
+            if problem := label_sets.problem(name, theirs, ours, needs_all=starts_with_its_head):
+                what = "head, at label fraction 0," if starts_with_its_head else "labelled rows"
                 problems[f"{place} reads the {what} of its source: {problem}"] = None
             elif text := label_sets.compare(theirs.state, ours.state).text():
                 note = f"{target.name}: labels of source {name}, by name: {text}"
@@ -912,7 +913,9 @@ def _trial(
     key = state.sources[cell[1]].key if cell[1] != SCRATCH else ""
     target, technique = state.targets[name], technique_of(cell[2])
     data_key = target.key
-    if target.unlabelled_key and targets.reads_target(technique):
+    # without labels they are the training rows of every technique, whose number makes its steps
+    are_trained_on = cell[3] == 0 and grid.needs_training(cell[2])
+    if target.unlabelled_key and (are_trained_on or targets.reads_target(technique)):
         data_key = spec_hash(data_key, target.unlabelled_key)
     return grid.make_trial(state.job, name, cell, hyper, seed, stage, key, data_key, members)
 

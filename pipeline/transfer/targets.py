@@ -651,7 +651,8 @@ def _unlabelled_rows(
     own = {role: name for role, name in spec.data.columns.items() if role in roles}
     decoder = Decoder(reading.modality, None, {}, spec.unlabelled.columns or own)
     rows = Rows(found.train, decoder)
-    if spec.data.decode == "memory" or decoder.size(found.train) <= MEMORY_BYTES:
+    in_memory = spec.data.decode == "auto" and decoder.size(found.train) <= MEMORY_BYTES
+    if in_memory or spec.data.decode == "memory":
         rows = rows.in_memory(spec.data.max_bad_rows)
     if spec.train.batch_cost is not None:
         rows = rows.with_costs()

@@ -303,7 +303,7 @@ def build(
         The task, a description of the tensors that came from the source, and a hash of its weights.
 
     Raises:
-        ValueError: The trial has no training and its head has no weights of the source.
+        ValueError: The trial uses no label of the target, and the source's head lacks some.
     """
     data = shared.targets[trial.target, trial.backbone_key]
     seed = mix(shared.seed, trial.seed)
@@ -320,15 +320,16 @@ def build(
     kept, head = 0, "head new"
     technique = trial.technique_object
     is_untrained = not trains(technique)
+    is_untaught = is_untrained or is_without_labels(trial)
     if transfers_head(task.objective):
         source_objective, arrays = shared.heads[trial.source]
         kept, head = bundle.carry_tensors(task.objective, source_objective, _tensors(arrays))
     elif is_untrained or adapts_without_labels(technique):
         source_objective, arrays = shared.heads[trial.source]
         kept, head = label_sets.carry_head(task.objective, source_objective, _tensors(arrays))
-        if is_untrained and 0 < kept < len(data.label_names):
+        if is_untaught and 0 < kept < len(data.label_names):
             kept, head = 0, f"it lacks some of the target's labels; {head}"
-    if (is_untrained or is_without_labels(trial)) and not kept:
+    if is_untaught and not kept:
         raise ValueError(
             f"{trial.technique.name}: nothing of the head of source {trial.source} fits this "
             f"target ({head}): it can only be fine-tuned"

@@ -68,8 +68,8 @@ def test_partial_and_open_label_sets_are_named():
     match = label_sets.LabelMatch(("a", "b", "c"), ("b", "a", "d"))
     assert match.shared == ("b", "a")
     assert match.text() == (
-        "2 labels are shared; c only in the source, whose rows are left out; d only in the target, "
-        "where only the target's own labels can teach them"
+        "2 labels are shared; c only in the source, left out here; d only in the target, where "
+        "only the target's own labels can teach them"
     )
     assert label_sets.LabelMatch(("a", "b"), ("b", "a")).text() == ""
 
@@ -264,6 +264,17 @@ def test_a_trained_head_of_which_nothing_is_kept_is_refused_without_labels(tmp_p
         trial.build(trial_of(job, shared, free, fraction=0), shared)
 
 
+def test_a_label_that_nothing_teaches_is_refused_without_labels(tmp_path, paths):
+    """Rows of which no other class is sure would fall into it."""
+    job, shared = world(tmp_path, paths, "dann")
+    theirs, head = shared.heads["src"]
+    state = {name: [*values[:2], "class 9"] for name, values in STATE.items()}
+    shared.heads["src"] = (ObjectiveSpec("classification", theirs.options, state), head)
+    assert trial.build(trial_of(job, shared, "dann", fraction=1.0), shared)
+    with pytest.raises(ValueError, match=r"dann: nothing .*\(it lacks some of the target's labels"):
+        trial.build(trial_of(job, shared, "dann", fraction=0), shared)
+
+
 @pytest.mark.parametrize("technique", ["dann", "pseudo_labels"])
 def test_without_labels_everything_is_chosen_on_the_source(tmp_path, paths, technique):
     """Wrong labels of training and validation rows change nothing, weights and validation."""
@@ -306,6 +317,48 @@ def test_rows_without_labels_are_read_where_a_target_names_some(tmp_path, paths,
         for one in (job, world(tmp_path, paths, "dann", root="other")[0])
     ]
     assert keys[0].key == keys[1].key and keys[0].unlabelled_key and not keys[1].unlabelled_key
+
+
+def trial_ids(state, *techniques) -> dict[tuple[str, str], str]:
+    """(technique, label fraction) to the id of its trial."""
+    arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
+    group = grid.BackboneGroup(arch, ModalitySpec("image"), "net", ("src",))
+    cells = grid.planned_cells(state.job, "task", [group], {"src"})
+    made = [stages._trial(state, "task", cell, {}, 0, "final") for cell in cells]
+    return {
+        (one.technique.name, grid.fraction_text(one.label_fraction)): one.id
+        for one in made
+        if one.technique.name in techniques
+    }
+
+
+def test_rows_without_labels_are_in_the_key_of_what_is_trained_for_as_many_steps(tmp_path, paths):
+    """Without labels their number makes the steps, also of a technique that does not read them."""
+    path, found = tmp_path / "unlabelled.parquet", []
+    table = pq.read_table(paths["more"]).drop(["class"])
+    for rows in (8, 14):
+        pq.write_table(table.slice(0, rows), path)
+        given = {"uri": str(path), "modality": "image"}
+        state = checked(
+            tmp_path,
+            paths,
+            ["scratch", "full", "pooled", "dann", "zero_shot"],
+            unlabelled=given,
+            label_fractions=[0, 1.0],
+        )
+        found.append(trial_ids(state, "full", "pooled", "dann", "zero_shot"))
+    changed = {key for key in found[0] if found[0][key] != found[1][key]}
+    assert changed == {("pooled", "0/class"), ("dann", "0/class"), ("dann", "1.0")}
+
+
+@pytest.mark.parametrize(("decode", "in_memory"), [("auto", True), ("train", False)])
+def test_rows_without_labels_are_decoded_where_the_others_are(tmp_path, paths, decode, in_memory):
+    given = {"uri": paths["more"], "modality": "image"}
+    data = {**splits_of(paths), "modality": "image", "columns": COLUMNS, "decode": decode}
+    _, shared = world(tmp_path, paths, "dann", unlabelled=given, data=data)
+    (read,) = shared.targets.values()
+    assert read.unlabelled is not None
+    assert (read.unlabelled.arrays is not None) == in_memory == (read.train.arrays is not None)
 
 
 def test_adabn_measures_the_training_rows_and_tent_adapts_to_the_test_rows(tmp_path, paths):
@@ -399,9 +452,15 @@ def test_label_sets_are_compared_before_anything_starts(tmp_path, paths):
     state = checked(tmp_path, paths, ["scratch", "dann"], source)
     assert state.notes == [
         "task: labels of source src, by name: 2 labels are shared; class 7 only in the source, "
-        "whose rows are left out; class 0 only in the target, where only the target's own labels "
-        "can teach them"
+        "left out here; class 0 only in the target, where only the target's own labels can teach "
+        "them"
     ]
+    with pytest.raises(
+        ValueError,
+        match=r"dann reads the head, at label fraction 0, of its source: source src does not know "
+        "the target's labels class 0",
+    ):
+        checked(tmp_path, paths, ["scratch", "dann"], source, label_fractions=[0, 1.0])
     assert not checked(tmp_path, paths, ["scratch", "dann"]).notes
     source = relabelled(paths, tmp_path, lambda name: name.replace("class", "kind"))
     with pytest.raises(
