@@ -68,8 +68,8 @@ class LinearProbe(Technique):
         return PENALTIES if options.penalty is None else (options.penalty,)
 
     def search_space(self):
-        """Only steps have a learning rate; the penalty is chosen by the solver itself."""
-        return {} if self.penalties() else {"lr": (1.0, 100.0)}
+        """A head alone takes a larger rate than a network, which ``lr_scale`` may have said."""
+        return {"lr": (1.0, 100.0) if self.options.lr_scale is None else (0.1, 10.0)}
 
     def phases(self, steps):
         return (Phase("all", steps, self.options.lr_scale or 1.0),)

@@ -91,7 +91,8 @@ def _describe_target(
     untrained = sum(repeats) * len(names)
     from_random = stages.scratch_networks(state, names)
     components = [one for one in grid.techniques(job, stage.spec) if grid.needs_training(one)]
-    draws = [len(grid.draws(job, stage.spec, component)) for component in components]
+    in_memory = stage.spec.data.decode != "train"  # where it is auto, it is known after reading
+    draws = [len(grid.draws(job, stage.spec, component, in_memory)) for component in components]
     finalists, seeds = job.fanout.search_finalists, job.fanout.seeds
     all_counts = [
         (

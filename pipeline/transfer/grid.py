@@ -16,8 +16,14 @@ from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
 from pipeline.config.schema import ComponentConfig, Job, Target, round_hyper_parameter, spec_hash
 from pipeline.core.contracts import Technique, trains
-from pipeline.core.contracts.objective_capabilities import counts_rows, predicts_from_scores
-from pipeline.core.contracts.technique_capabilities import adapts_without_labels
+from pipeline.core.contracts.objective_capabilities import (
+    counts_rows,
+    drops_features,
+    has_cached_head,
+    mixes_inputs,
+    predicts_from_scores,
+)
+from pipeline.core.contracts.technique_capabilities import adapts_without_labels, solves_head
 from pipeline.core.rng import mix, row_keys
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data.stream import Rows
@@ -154,13 +160,18 @@ def backbone_groups(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> lis
     return out
 
 
-def draws(job: Job, target: Target, technique: ComponentConfig) -> list[dict[str, Any]]:
+def draws(
+    job: Job, target: Target, technique: ComponentConfig, in_memory: bool = True
+) -> list[dict[str, Any]]:
     """Draw hyper-parameters for the cells of a technique on a target.
 
     A pair [low, high] is drawn log-uniformly, and one value is chosen from a longer list. Ranges
     that the job states are drawn from once, the same for every cell and for scratch. With
     ``search: auto`` each technique has as many draws, of the ranges that it declares for this
     target; the first of them is the job's own settings.
+
+    Args:
+        in_memory: Whether the rows of the target are held in memory.
 
     Returns:
         The draws; ``[{}]`` where there is nothing to search.
@@ -172,24 +183,20 @@ def draws(job: Job, target: Target, technique: ComponentConfig) -> list[dict[str
         generator = np.random.default_rng(mix(job.seed, 0x5EA7C4))
         return [
             {
-                name: round_hyper_parameter(name, _drawn(values, generator))
+                name: round_hyper_parameter(name, _drawn(values, len(values) == 2, generator))
                 for name, values in sorted(fan.search.items())
             }
             for _ in range(fan.trials)
         ]
-    space = {
-        name: values
-        for name, values in technique_of(technique).search_space().items()
-        if name not in technique.options
-    }
-    if not space:
+    space = _declared_space(technique)
+    if not space or (in_memory and is_solved(target, technique_of(technique))):
         return [{}]
     generator = np.random.default_rng(mix(job.seed, 0x5EA7C4, int(spec_hash(technique), 16)))
     out: list[dict[str, Any]] = [{}]
     for _ in range(fan.trials - 1):
         draw: dict[str, Any] = {}
         for name, values in sorted(space.items()):
-            value = _drawn(values, generator)
+            value = _drawn(values, _is_range(values), generator)
             if name == "lr":
                 draw[name] = round_hyper_parameter(name, value * target.train.lr)
             else:
@@ -198,9 +205,50 @@ def draws(job: Job, target: Target, technique: ComponentConfig) -> list[dict[str
     return out
 
 
-def _drawn(values: Sequence[Any], generator: np.random.Generator) -> Any:
-    """Draw from a range [low, high], or choose one of more values."""
-    if len(values) == 2:
+def _declared_space(technique: ComponentConfig) -> dict[str, Sequence[Any]]:
+    """Return what a technique declares to be searched, without the options that the job states."""
+    return {
+        name: values
+        for name, values in technique_of(technique).search_space().items()
+        if name not in technique.options
+    }
+
+
+def search_problem(technique: ComponentConfig) -> str:
+    """Describe a range or choice that a technique declares and does not take; "" for none."""
+    for name, values in _declared_space(technique).items():
+        if _is_range(values) and not 0 < values[0] < values[1]:
+            return f"{name}: {tuple(values)} must be (low, high) with 0 < low < high"
+        for value in values if name != "lr" else ():
+            drawn = ComponentConfig(name=technique.name, options={**technique.options, name: value})
+            try:
+                technique_of(drawn)
+            except ValueError as error:
+                return f"{name}: {value!r}: {error}"
+    return ""
+
+
+def is_solved(target: Target, technique: Technique) -> bool:
+    """Return whether a technique solves the head of a target whose rows are held in memory.
+
+    Where it does not, the head trains by steps (`pipeline.transfer.cached_heads`).
+    """
+    if not (solves_head(technique) and technique.penalties()):
+        return False
+    objective = registry.get("objective", target.objective.name)
+    options = objective.options_class(**target.objective.options)
+    is_random = mixes_inputs(options) or drops_features(options)
+    return has_cached_head(objective) and not is_random and not target.workers
+
+
+def _is_range(values: Sequence[Any]) -> bool:
+    """Return whether declared values are the ends of a range, not choices."""
+    return len(values) == 2 and all(isinstance(value, float) for value in values)
+
+
+def _drawn(values: Sequence[Any], is_range: bool, generator: np.random.Generator) -> Any:
+    """Draw from a range [low, high] (log-uniform), or choose one of the values."""
+    if is_range:
         return float(np.exp(generator.uniform(*np.log(values))))
     return values[int(generator.integers(len(values)))]
 

@@ -85,6 +85,8 @@ class JobState:
     left_out: dict[str, int] = field(default_factory=dict)
     """Target to the number of its test rows that were left out because they are also in a source.
     """
+    streamed: list[str] | None = None
+    """``target|backbone group`` of those whose rows are not held in memory; None: not known yet."""
     key: str = ""
     """Hash of everything that the metadata of a run depends on (`_save_metadata`)."""
     subgroups: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -121,6 +123,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
             problems += _label_problems(state, target)
         problems += _score_problems(job, target)
         problems += _budget_problems(job, target)
+        problems += _search_problems(job, target)
     problems += baseline_problems(job)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
@@ -249,6 +252,17 @@ def _budget_problems(job: Job, target: TargetStage) -> list[str]:
             f"fanout.select.budget tries first: at least {budget.LEAST_STEPS}, or no budget"
         )
     return out
+
+
+def _search_problems(job: Job, target: TargetStage) -> list[str]:
+    """Return what techniques declare to be searched and do not take themselves."""
+    if job.fanout.search != "auto":
+        return []
+    return [
+        f"fanout.search: technique {one.name} declares what it does not take: {problem}"
+        for one in target.techniques
+        if (problem := grid.search_problem(one))
+    ]
 
 
 def baseline_problems(job: Job) -> list[str]:
@@ -505,6 +519,7 @@ def _save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
         "scores": state.scores,
         "source_scores": {pair: found.to_json() for pair, found in state.source_scores.items()},
         "left_out": state.left_out,
+        "streamed": state.streamed or [],
     }
     checksums.write_document(
         _metadata_uri(state),
@@ -651,6 +666,7 @@ def share(state: JobState) -> Shared:
     if not state.targets:
         problems = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
         raise ValueError("\n".join(problems))
+    state.streamed = [f"{name}|{group}" for (name, group), one in data.items() if not one.in_memory]
     source_rows = rows_of_sources(state)
     validation = {
         name: splits.validation
@@ -926,11 +942,15 @@ def search_trials(
     """Return a trial for every cell and draw; none of a cell where there is only one draw."""
     if state.job.fanout.trials == 1:
         return []
+    streamed = state.streamed
+    if streamed is None:
+        streamed = _read_metadata(state).get("streamed", [])
     out: list[Trial] = []
     for name, cell in _cells(state, groups, chosen):
         if not grid.needs_training(cell[2]):
             continue
-        draws = grid.draws(state.job, state.job.targets[name], cell[2])
+        in_memory = f"{name}|{cell[0].key}" not in streamed
+        draws = grid.draws(state.job, state.job.targets[name], cell[2], in_memory)
         if len(draws) > 1:
             out += [_trial(state, name, cell, hyper, 0, "search") for hyper in draws]
     return out

@@ -6,26 +6,31 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import Field
 from toys import image_files, image_rows, job_of, rows_of, shared_of, trial_of
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
+from pipeline.config.registry import Options
 from pipeline.config.schema import ComponentConfig, Job, Train
+from pipeline.core.contracts import Technique
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifests
 from pipeline.data.stream import Rows
 from pipeline.report.trial_record import TrialRecord
-from pipeline.transfer import cached_heads, grid
+from pipeline.transfer import cached_heads, fanout, grid
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.grid import label_subset
 
@@ -330,6 +335,89 @@ def test_declared_ranges_are_drawn_for_each_technique_alike(world):
     assert min(decays) >= 0.65 and max(decays) <= 1.0 and len(set(decays)) > 150
     assert {draw["technique.rank"] for draw in drawn(job, "lora")[1:]} == {4, 8, 16, 32}
     assert drawn(job) == drawn(job) and drawn(job)[:9] == drawn(searching(world[0], "auto", 9))
+
+
+def probe_that_is(world, tmp_path, options: dict, paths) -> tuple[bool, Any]:
+    """Whether a probe's head was solved on a target with these options, and its job."""
+    job = changed(world[0], "targets.task.objective", {"classification": options})
+    shared = shared_of(tmp_path, job, paths)
+    one = trial_of(job, shared, "linear_probe", stage="search")
+    (unit,) = fanout.units([one], shared)
+    if not unit.together:
+        return False, job
+    (record,) = cached_heads.run([one], shared)
+    return record.rows[0].settings.get("solver") == "lbfgs", job
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.2}, {"mixup": 0.2}], ids=str)
+def test_a_probe_is_searched_where_its_head_is_not_solved(world, tmp_path, paths, options):
+    """Steps at the one rate of a whole network would be no equal budget."""
+    solved, job = probe_that_is(world, tmp_path, options, paths)
+    found = drawn(searching(job, "auto", 5), "linear_probe")
+    assert len(found) == (1 if solved else 5)
+    assert solved == (options == {})
+
+
+def test_a_probe_of_streamed_rows_or_of_tokens_is_searched(world):
+    job = searching(world[0], "auto", 5)
+    probe = ComponentConfig(name="linear_probe")
+    target = job.targets["task"]
+    assert len(grid.draws(job, target, probe)) == 1
+    assert len(grid.draws(job, target, probe, in_memory=False)) == 5
+    several = target.model_copy(update={"workers": 2})
+    tokens = target.model_copy(update={"objective": ComponentConfig(name="tagging")})
+    assert [len(grid.draws(job, one, probe)) for one in (several, tokens)] == [5, 5]
+
+
+def test_a_rate_that_the_job_states_for_a_head_is_not_raised_again(world):
+    job = searching(world[0], "auto", 100)
+    lr = job.targets["task"].train.lr
+    for options, low, high in (({"solver": "sgd"}, 1.0, 100.0), ({"lr_scale": 10.0}, 0.1, 10.0)):
+        factors = [draw["lr"] / lr for draw in drawn(job, {"linear_probe": options})[1:]]
+        assert low <= min(factors) < 1.5 * low and high / 1.5 < max(factors) <= high
+
+
+class Choosy(Technique):
+    """A technique of a plugin."""
+
+    space: ClassVar[dict[str, Any]] = {}
+
+    def search_space(self):
+        return self.space
+
+
+class ChoosyOptions(Options):
+    mode: Literal["a", "b"] = "a"
+    rank: int = Field(8, ge=1, le=64)
+    weight: float = 0.1
+
+
+def test_two_texts_or_whole_numbers_are_choices(world, monkeypatch):
+    made = Choosy(ChoosyOptions())
+    made.space = {"mode": ("a", "b"), "rank": (4, 64), "weight": (0.1, 1.0)}
+    monkeypatch.setattr(grid, "technique_of", lambda component: made)
+    found = drawn(searching(world[0], "auto", 40))[1:]
+    assert {draw["technique.mode"] for draw in found} == {"a", "b"}
+    assert {draw["technique.rank"] for draw in found} == {4, 64}
+    assert len({draw["technique.weight"] for draw in found}) == 39
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"rank": (4, 128)}, "rank: 128: "),
+        ({"weight": (0.0, 1.0)}, r"weight: \(0.0, 1.0\) must be \(low, high\) with 0 < low < high"),
+        ({"rank": (4, 8, 64), "mode": ("b", "a"), "lr": (0.1, 1.0)}, "^$"),
+    ],
+)
+def test_declared_values_are_tried_before_anything_starts(monkeypatch, space, message):
+    def made(component: ComponentConfig) -> Choosy:
+        one = Choosy(ChoosyOptions(**component.options))
+        one.space = space
+        return one
+
+    monkeypatch.setattr(grid, "technique_of", made)
+    assert re.search(message, grid.search_problem(ComponentConfig(name="full")))
 
 
 def test_an_option_that_the_job_states_is_not_drawn(world):

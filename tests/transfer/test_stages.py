@@ -350,6 +350,23 @@ def test_each_technique_is_searched_over_its_own_ranges(tmp_path, bundles, paths
     assert {results.technique(row) for row in final} == {"full"}
 
 
+def test_a_probe_of_streamed_rows_is_searched_as_scratch_is(tmp_path, bundles, paths, here):
+    """Its head trains by steps there; the report knows it too."""
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"]},
+        paths,
+        techniques=("scratch", "linear_probe"),
+        trials=2,
+        search="auto",
+        search_finalists={"top": 1},
+    )
+    job = with_data(job, "task", decode="train")
+    _, rows = run_through(job)
+    assert [len(searched(rows, name)) for name in ("scratch", "linear_probe")] == [2, 2]
+    assert alike(reported(job)[1], rows)
+
+
 def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     tmp_path, bundles, paths, here
 ):

@@ -93,6 +93,14 @@ class MixesInputs(Protocol):
 
 
 @runtime_checkable
+class DropsFeatures(Protocol):
+    """Options by which a head drops features in training, so that its loss is random."""
+
+    dropout: float
+    """Share of the features."""
+
+
+@runtime_checkable
 class BalancesLabels(Protocol):
     """Options by which rows can weigh by how frequent their labels are in the training rows."""
 
@@ -448,6 +456,11 @@ class AveragesPredictions(Protocol):
 def has_cached_head(objective: Any) -> TypeIs[CachedHead]:
     """Return whether the head needs pooled features alone."""
     return isinstance(objective, CachedHead)
+
+
+def drops_features(options: Any) -> bool:
+    """Return whether the head drops features in training."""
+    return isinstance(options, DropsFeatures) and options.dropout > 0
 
 
 def couples_rows(objective: Any) -> TypeIs[CouplesRows]:

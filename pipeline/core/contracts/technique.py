@@ -138,7 +138,7 @@ class Technique(Registered):
     def search_space(self) -> Mapping[str, Sequence[float | str]]:
         """Return what ``fanout.search: auto`` draws from, by name; {}: nothing is worth searching.
 
-        Two numbers are the ends of a range (log-uniform), more values are choices. ``lr`` is
+        Two floats are the ends of a range (log-uniform), any other values are choices. ``lr`` is
         relative to the target's; any other name is an option. Options that depend on what the job
         states may depend on ``options``.
         """
