@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Technique
 from pipeline.core.latest_call import LatestCall
+from pipeline.core.nn.domain_adaptation import gathered, of_all_rows
 
 
 class BSSOptions(LayerOptions):
@@ -29,8 +30,10 @@ class BSS(Technique):
     It assumes that directions with small singular values are the source's own and do not serve the
     target. It helps with few labels, where such directions would be fitted to noise. It changes
     little with many labels, and nothing where the features of a batch do not span a small
-    direction. A batch is one micro-batch where there are several.
+    direction. A batch is that of all ranks, so there are no micro-batches.
     """
+
+    gathers_rows = True
 
     def wrap(self, task):
         self.calls = LatestCall(task.backbone)
@@ -41,8 +44,13 @@ class BSS(Technique):
         return task
 
     def penalty(self, task, batch, streams):
-        pooled = self.calls.take().features.pooled
-        return self.options.weight * smallest_squares(pooled, self.options.smallest)
+        if len(batch):
+            pooled = self.calls.take().features.pooled.float()
+        else:  # the other ranks wait for this one all the same
+            device = next(task.parameters()).device
+            pooled = torch.zeros(0, task.backbone.pooled_dim, device=device)
+        squares = smallest_squares(gathered(pooled), self.options.smallest)
+        return of_all_rows(self.options.weight * squares)
 
 
 def smallest_squares(features: Tensor, count: int) -> Tensor:

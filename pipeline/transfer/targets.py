@@ -310,6 +310,12 @@ def _check_unlabelled(
                 f"{place}: techniques: {name} reads labelled rows of the source, which the options "
                 f"mixup and cutmix of {spec.objective.name} do not mix: leave them out"
             )
+        if LABELLED_SOURCE in technique.streams() and balances_labels(options):
+            raise ValueError(
+                f"{place}: techniques: {name} reads labelled rows of the source, and "
+                f"{spec.objective.name} would weigh them by how frequent the target's labels are: "
+                "leave the option balanced out, or give these techniques a target of their own"
+            )
         if 0 in spec.label_fractions and adapts_without_labels(technique) and trains(technique):
             _check_trained_without_labels(place, spec, name, technique, options)
     without_labels = [name for name, one in found if adapts_without_labels(one) or not trains(one)]

@@ -171,9 +171,10 @@ def test_a_layer_that_is_thawed_later_is_reduced_over_ranks(team):
     assert not torch.equal(two[0][0]["backbone.block.weight"], start["backbone.block.weight"])
 
 
-def train_by(ranks: Ranks, name: str, norm: str = "layer"):
+def train_by(ranks: Ranks, name: str, norm: str = "layer", **options):
     """As `train`, by a registered technique; a source with a head for two other labels is there."""
-    used, task = registry.get("technique", name)(), net_task(norm=norm)
+    kind = registry.get("technique", name)
+    used, task = kind(kind.options_class(**options)), net_task(norm=norm)
     if reads_source(used):
         used.read_source(net_task(seed=3, classes=2))
     wrapped = used.wrap(task)
@@ -189,9 +190,13 @@ def test_a_technique_gives_the_weights_of_one_rank(team, name):
     check_same(team(train_by, name), train_by(ONE, name))
 
 
-@pytest.mark.parametrize("name", ["bss", "stoch_norm", "co_tuning"])
+def test_singular_values_are_those_of_the_rows_of_all_ranks(team):
+    check_same(team(train_by, "bss", weight=1.0), train_by(ONE, "bss", weight=1.0))
+
+
+@pytest.mark.parametrize("name", ["stoch_norm", "co_tuning"])
 def test_what_a_rank_makes_of_its_own_rows_ends_in_one_network(team, name):
-    """Singular values, drawn channels and counted labels are those of a rank's own rows."""
+    """Drawn channels and counted labels are those of a rank's own rows."""
     two = team(train_by, name, norm="batch")
     assert two[0][1] == two[1][1] and two[0][3] == two[1][3]
     assert furthest(two[0][0], two[1][0]) == 0.0
@@ -302,11 +307,22 @@ def drop(batch: Batch, keep: np.ndarray) -> Batch:
 
 
 def train_without(
-    ranks: Ranks, lost: dict[int, list[int]], norm: str = "layer", micro_batch: int | None = None
+    ranks: Ranks,
+    lost: dict[int, list[int]],
+    norm: str = "layer",
+    micro_batch: int | None = None,
+    technique: str = "full",
 ):
     """Some rows of some steps cannot be decoded."""
+    used, task = registry.get("technique", technique)(), net_task(norm=norm)
     run = make_run(
-        image_rows(48), net_task(norm=norm), steps=4, ranks=ranks, lr=0.01, micro_batch=micro_batch
+        image_rows(48),
+        used.wrap(task),
+        steps=4,
+        ranks=ranks,
+        lr=0.01,
+        micro_batch=micro_batch,
+        technique=used,
     )
     whole = run.batches
 
@@ -327,13 +343,15 @@ def parts(team) -> list[dict[int, list[int]]]:
     return [rank[2] for rank in team(train, steps=4)]
 
 
-@pytest.mark.parametrize("micro_batch", [None, 2])
-def test_a_rank_with_an_empty_batch_does_not_hang(team, micro_batch):
+@pytest.mark.parametrize(
+    "words", [{}, {"micro_batch": 2}, {"technique": "bss"}], ids=["whole", "micro", "gathered"]
+)
+def test_a_rank_with_an_empty_batch_does_not_hang(team, words):
     """Rank 1 has nothing in step 1, rank 0 in step 2, nobody in step 3."""
     first, second = parts(team)
     lost = {1: second[1], 2: first[2], 3: first[3] + second[3]}
-    two = team(train_without, lost, micro_batch=micro_batch)
-    one = train_without(ONE, lost)
+    two = team(train_without, lost, **words)
+    one = train_without(ONE, lost, **{**words, "micro_batch": None})
     assert two[0][1] == [4, 4, 0, 0] and two[1][1] == [4, 0, 4, 0] and one[1] == [8, 4, 4, 0]
     assert furthest(two[0][0], two[1][0]) == 0.0 and furthest(two[0][0], one[0]) < 1e-5
     assert two[0][2] == two[1][2] == 0

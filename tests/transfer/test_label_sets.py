@@ -502,8 +502,14 @@ def test_validation_rows_of_the_source_are_there_wherever_they_choose(tmp_path, 
         ),
         (
             ["dann"],
+            {"objective": {"classification": {"class_weight": "balanced"}}},
+            "dann reads labelled rows of the source, and classification would weigh them by how "
+            "frequent the target's labels are",
+        ),
+        (
+            [{"pseudo_labels": {"source_weight": 0.0}}],
             {"label_fractions": [0], "objective": {"classification": {"class_weight": "balanced"}}},
-            "classification would weigh rows for dann by the target's labels",
+            "classification would weigh rows for pseudo_labels by the target's labels",
         ),
         (
             ["dann"],
