@@ -33,14 +33,16 @@ class SeedEnsemble(Technique):
     def phases(self, steps):
         return ()
 
+    def takes(self, technique):
+        return technique in self.options.of
+
     def after_fanout(self, trials):
-        self.found = [trial for trial in trials if trial.technique in self.options.of]
+        self.found = [trial for trial in trials if self.takes(trial.technique)]
         if len(self.found) < 2:
-            there = sorted({trial.technique for trial in trials})
             raise ValueError(
                 f"ensemble averages the trials of {', '.join(self.options.of)}, and there are "
-                f"{len(self.found)}: raise fanout.seeds, or name others in its option of (this job "
-                f"has {', '.join(there) or 'none'})"
+                f"{len(self.found)}: raise fanout.seeds, or name techniques of this job in its "
+                "option of"
             )
         self.found.sort(key=lambda trial: (trial.technique, trial.seed))
         return self.found[0].weights()

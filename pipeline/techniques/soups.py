@@ -27,19 +27,21 @@ class _Soup(Technique):
     def phases(self, steps):
         return ()
 
+    def takes(self, technique):
+        return technique in self.options.of
+
     def ingredients(self, trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
         """Return the trials of the techniques that the options name, by technique and seed.
 
         Raises:
             ValueError: there are fewer than two.
         """
-        found = [trial for trial in trials if trial.technique in self.options.of]
+        found = [trial for trial in trials if self.takes(trial.technique)]
         if len(found) < 2:
-            there = sorted({trial.technique for trial in trials})
             raise ValueError(
                 f"{self.registered_name} mixes the trials of {', '.join(self.options.of)}, and "
-                f"there are {len(found)}: raise fanout.seeds, or name others in its option of "
-                f"(this job has {', '.join(there) or 'none'})"
+                f"there are {len(found)}: raise fanout.seeds, or name techniques of this job in "
+                "its option of"
             )
         return sorted(found, key=lambda trial: (trial.technique, trial.seed))
 

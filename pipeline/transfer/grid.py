@@ -23,7 +23,11 @@ from pipeline.core.contracts.objective_capabilities import (
     mixes_inputs,
     predicts_from_scores,
 )
-from pipeline.core.contracts.technique_capabilities import adapts_without_labels, solves_head
+from pipeline.core.contracts.technique_capabilities import (
+    TakesSomeTrials,
+    adapts_without_labels,
+    solves_head,
+)
 from pipeline.core.rng import mix, row_keys
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data.stream import Rows
@@ -115,6 +119,11 @@ class Trial:
             for name, value in self.hyper_parameters.items()
             if not name.startswith(OPTION)
         }
+
+    @property
+    def combines_trials(self) -> bool:
+        """Whether its weights are made of finished trials (``members``)."""
+        return not self.is_baseline and combines_trials(self.technique)
 
     @property
     def is_baseline(self) -> bool:
@@ -285,6 +294,12 @@ def starts_random(component: ComponentConfig) -> bool:
 def combines_trials(component: ComponentConfig) -> bool:
     """Return whether a technique makes its weights from finished trials."""
     return registry.get("technique", component.name).starts_from == "trials"
+
+
+def takes(component: ComponentConfig, other: ComponentConfig) -> bool:
+    """Return whether a technique that combines finished trials reads those of another one."""
+    technique = technique_of(component)
+    return not isinstance(technique, TakesSomeTrials) or technique.takes(other.name)
 
 
 def baselines(job: Job, target: Target) -> list[ComponentConfig]:

@@ -1008,11 +1008,12 @@ def final_trials(
             for seed in range(state.job.fanout.seeds if grid.needs_training(cell[2]) else 1)
         ]
     for name, cell in combined:
-        group, source, _, fraction = cell
+        group, source, component, fraction = cell
         members = tuple(
             one.id
             for one in out
             if (one.source, one.backbone_key, one.target) == (source, group.key, name)
+            and grid.takes(component, one.technique)
             # 1 and 1.0 are equal numbers, but one row a class and all rows
             and grid.fraction_text(one.label_fraction) == grid.fraction_text(fraction)
         )
@@ -1217,8 +1218,8 @@ def _run_final(
 ) -> None:
     """Run the final trials: first those that are trained, then those that combine them."""
     anew = _trials_to_remake(state, final, groups)  # of both groups, before a member is made again
-    combined = [one for one in final if one.members]
-    trained = [one for one in final if not one.members]
+    combined = [one for one in final if one.combines_trials]
+    trained = [one for one in final if not one.combines_trials]
     for name, group in (("fine-tune", trained), ("combine", combined)):
         if group:
             fanout.run(

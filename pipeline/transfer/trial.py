@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -59,7 +60,7 @@ from pipeline.data.stream import (
 )
 from pipeline.io import atomic_folder, checksums, file_identity, heartbeat, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
-from pipeline.report import stats
+from pipeline.report import results, stats
 from pipeline.report.results import SOURCE_VALIDATION, VALIDATION, ResultRow
 from pipeline.report.trial_record import TrialRecord, curve_of
 from pipeline.train import evaluate, experiment, loop, resume_history, streams
@@ -308,11 +309,13 @@ def build(
     data = shared.targets[trial.target, trial.backbone_key]
     seed = mix(shared.seed, trial.seed)
     task = bundle.build_task(data.arch, data.objective, seed=seed, head_seed=mix(seed, 1))
-    if trial.members:
-        members = [_finished(shared, one) for one in trial.members]
+    if trial.combines_trials:
+        records = [_record_of_member(shared, one) for one in trial.members]
         technique = technique or trial.technique_object
-        task.load_state_dict(technique.after_fanout(members))
-        return task, f"weights made of {len(members)} finished trials", weights_hash(task)
+        task.load_state_dict(technique.after_fanout([_finished(one) for one in records]))
+        counts = Counter(results.technique(one.rows[0]) for one in records)
+        parts = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()))
+        return task, f"weights made of finished trials ({parts})", weights_hash(task)
     if trial.source == SCRATCH:
         return task, "backbone and head new (scratch)", weights_hash(task)
     weights = _tensors(shared.weights[trial.source])
@@ -357,18 +360,22 @@ def source_task(trial: Trial, shared: Shared) -> Task | None:
     return task.eval()
 
 
-def _finished(shared: Shared, trial_id: str) -> FinishedTrial:
-    """Return a trial that has ended. Its weights are read when they are asked for."""
+def _record_of_member(shared: Shared, trial_id: str) -> TrialRecord:
     record = read_record(shared.root, trial_id)
     if record is None:
         raise ValueError(f"trial {trial_id}, which is to be combined, has no record")
+    return record
+
+
+def _finished(record: TrialRecord) -> FinishedTrial:
+    """Return a trial that has ended. Its weights are read when they are asked for."""
     row = record.rows[0]
 
     def weights() -> dict[str, torch.Tensor]:
         if record.status != "done" or row.bundle_uri is None:
             raise ValueError(
-                f"{row.technique} seed {row.seed} (trial {trial_id}), whose weights are needed, "
-                "failed or kept no bundle"
+                f"{row.technique} seed {row.seed} (trial {record.trial_id}), whose weights are "
+                "needed, failed or kept no bundle"
             )
         return bundle.load(row.bundle_uri).tensors
 

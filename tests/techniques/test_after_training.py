@@ -389,11 +389,45 @@ def test_one_row_a_class_and_all_rows_are_not_mixed(tmp_path, paths):
         assert kinds == {type(soup.label_fraction)}
 
 
+def planned(tmp_path, paths, techniques) -> dict[str, list[grid.Trial]]:
+    """The final trials of a job by their techniques."""
+    dumped = job_of(tmp_path, paths).model_dump(mode="json") | {"techniques": techniques}
+    dumped["fanout"]["keep_bundles"] = "all"
+    dumped["sources"]["src"]["train"] = {"global_batch": 8}
+    state = stages.check(Job.model_validate(dumped), stage_runs.Silent())
+    arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
+    group = grid.BackboneGroup(arch, stage_runs.MODALITY, "net", ("src",))
+    out: dict[str, list[grid.Trial]] = {}
+    for one in stages.final_trials(state, [group], {"task": {"src"}}, {}):
+        out.setdefault(one.technique.name, []).append(one)
+    return out
+
+
+@pytest.mark.parametrize("name", ["uniform_soup", "greedy_soup", "ensemble"])
+def test_what_combines_trials_is_made_anew_by_its_ingredients_alone(tmp_path, paths, name):
+    """Another technique of the job, or other options of it, changes no soup."""
+    plain = planned(tmp_path, paths, ["full", name])
+    beside = planned(tmp_path, paths, ["full", "lora", name])
+    changed = planned(tmp_path, paths, [{"full": {"layer_decay": 0.8}}, name])
+    assert beside[name] == plain[name] != changed[name]
+    assert [*beside[name][0].members] == [one.id for one in beside["full"]]
+    both = planned(tmp_path, paths, ["full", "lora", {name: {"of": ["full", "lora"]}}])
+    assert set(both[name][0].members) == {one.id for one in (*both["full"], *both["lora"])}
+
+
+@pytest.mark.parametrize("name", ["uniform_soup", "ensemble"])
+def test_a_technique_that_is_not_there_is_no_source_to_test(tmp_path, paths, name):
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths)
+    with pytest.raises(ValueError, match=r"there are 0: raise fanout\.seeds"):
+        trial.build(trial_of(job, shared, name), shared)
+
+
 @pytest.mark.parametrize("name", ["uniform_soup", "greedy_soup", "ensemble"])
 def test_what_is_to_be_combined_must_be_there(name):
     one = finished("lora", 0, {})
     with pytest.raises(
-        ValueError, match=r"trials of full, and\s+there are 0: raise fanout.seeds.*has lora"
+        ValueError, match=r"trials of full, and\s+there are 0: raise fanout.seeds, or name"
     ):
         technique(name).after_fanout([one])
 
@@ -496,6 +530,9 @@ def test_a_job_combines_its_trials_and_says_of_what(tmp_path, paths, monkeypatch
     assert all(row.status == "done" for row in mine.values())
     assert set(mine["greedy_soup", 0].settings["soup"]) <= {"full 0", "full 1"}
     assert mine["ensemble", 0].settings["ensemble"] == ["full 0", "full 1"]
+    record = trial.read_record(job.root, mine["uniform_soup", 0].trial_id)
+    assert record is not None
+    assert record.transfer == "weights made of finished trials (2 of full)"
     assert mine["ensemble", 0].bundle_uri is None and mine["uniform_soup", 0].bundle_uri
     assert all(mine[name, 0].params_trained == 0 for name in names[1:])
     full, other, both = (

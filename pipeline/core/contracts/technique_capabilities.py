@@ -12,6 +12,7 @@ A technique has a capability by having its member; nothing is declared. Each is 
     `ReadsSource`: the source's network with its own head is read (distillation).
     `AveragesWeights`: the weights of many steps are averaged (SWA, EMA).
     `ChoosesOnValidation`: something is chosen on the validation rows after training (WiSE-FT).
+    `TakesSomeTrials`: the finished trials of some techniques are combined (soups).
     `KeepsModules`: what ``wrap`` adds stays in the network (side-tuning).
     `ReadsGradients`: something is decided by the gradients of training (surgical, AdaLoRA).
     `SolvesHead`: the head of a frozen backbone is the solution of a convex problem.
@@ -166,6 +167,18 @@ class ChoosesOnValidation(Protocol):
             goodness: Returns the primary metric of a network on the validation rows; larger is
                 better, and undefined values are minus infinity. The same on every rank. Raises
                 ValueError where there are no validation rows.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesSomeTrials(Protocol):
+    """A technique that combines finished trials, of some techniques only."""
+
+    def takes(self, technique: str) -> bool:
+        """Return whether ``after_fanout`` reads the trials of a technique, given its name.
+
+        Other trials are not handed to it, and it is not made anew when they change.
         """
         ...
 
