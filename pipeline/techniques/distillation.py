@@ -329,7 +329,9 @@ class CoTuning(_KeepsHead):
     The source's head stays beside the new one. While the new head is trained alone, the source's
     probabilities of the rows of each class are averaged (You et al. 2020, the direct approach, on
     the training rows as they are augmented). Then everything is trained, and the old head has to
-    predict that average: its loss is added. It is dropped at the end.
+    predict that average: its loss is added. It is dropped at the end. The paper averages over all
+    training rows, here over those that these steps read: where they are less than an epoch, a class
+    of which no row was read teaches the old head nothing.
 
     For classification on a source of classification. It assumes that the classes of both are
     related. It helps with few labels, where the old labels tell more about a row than its class

@@ -25,8 +25,8 @@ class ProbeOptions(Options):
     penalty: float | None = Field(
         None,
         gt=0,
-        description="factor of half the weights' squared length beside the mean loss, with lbfgs; "
-        "none: the best of 1e-6 to 10",
+        description="factor of half the weights' squared length beside the mean loss (of each "
+        "label where rows have sets), with lbfgs; none: the best of 1e-6 to 10",
     )
     lr_scale: float | None = Field(
         None,

@@ -24,7 +24,9 @@ LEAST_SPREAD = 0.01
 
 class MCDOptions(AdaptationOptions):
     source_weight: float = Field(
-        1.0, gt=0, description="weight of the mean loss of both heads on the source's labelled rows"
+        1.0,
+        gt=0,
+        description="weight of the sum of both heads' mean losses on the source's labelled rows",
     )
 
 

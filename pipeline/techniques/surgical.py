@@ -47,9 +47,10 @@ class MeasuredTask(Task):
 class Surgical(Technique):
     """Train the head and one block of the backbone (Lee et al. 2023).
 
-    Without names the block is the one with the largest relative gradient norm |g| / |w| (their
-    Auto-RGN), measured after the head was trained for a while: the gradients behind a random head
-    say nothing of the backbone. Nothing moves while they are measured.
+    Without names the block is the one with the largest relative gradient norm |g| / |w|, measured
+    after the head was trained for a while: the gradients behind a random head say nothing of the
+    backbone. Nothing moves while they are measured. It is the measure of their Auto-RGN, which is
+    another method: it trains all blocks, at rates that it scales by the measure at every epoch.
 
     It assumes that source and target differ in one respect: in the input (low layers: other
     sensors, noise), in features (middle), or in the meaning of the output (high). It helps there

@@ -10,7 +10,9 @@ from pipeline.core.contracts import Technique
 class ZeroShot(Technique):
     """Test the source's backbone and head as they are.
 
-    For objectives whose head is transferred: it shows where adaptation starts.
+    It shows where adaptation starts. It is for objectives whose head is transferred, and for
+    classification and multilabel, whose head is carried over label by label, by their names: the
+    source must know every label of the target.
     """
 
     def phases(self, steps):

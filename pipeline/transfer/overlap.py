@@ -62,7 +62,8 @@ def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
             )
     kind = registry.get("modality", spec.modality.name)
     near = kind.near_search.settings if mode == "near" and finds_near_rows(kind) else ()
-    return spec_hash(mode, duplicates.VERSION, *near, held)
+    further = ["validation"] if _validates_on_sources(target) else []
+    return spec_hash(mode, duplicates.VERSION, *near, held, *further)
 
 
 def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
@@ -131,6 +132,8 @@ def bytes_to_read(selection: Selection, modality: str, columns: dict[str, str]) 
 def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> Overlap:
     """Compare the test rows with the training rows of every source and of the target itself.
 
+    Validation rows of a source count where trials are chosen and calibrated on them.
+
     Test rows are left out for all sources alike, so that their trials are compared on the same
     rows.
 
@@ -155,12 +158,7 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
         notes += found
         if mode == "group":
             gone |= shared
-    compared_rows = [
-        (f"source {source_name}", stage.splits.train, stage.spec.data.columns)
-        for source_name, stage in sources.items()
-        if stage.splits is not None and stage.spec.data is not None
-    ]
-    for where, rows, theirs in compared_rows:
+    for where, rows, theirs in _rows_of_sources(target, sources):
         duplicated, found = _duplicates(target, rows, theirs, where, folder, mode == "none")
         notes += found
         if mode != "none":
@@ -185,6 +183,26 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
         f"source (drop_overlap: {mode})"
     )
     return Overlap(tuple(notes), test.keep(~gone) if gone.any() else test)
+
+
+def _validates_on_sources(target: TargetStage) -> bool:
+    """Return whether trials are chosen on validation rows of their source."""
+    return 0 in target.spec.label_fractions
+
+
+def _rows_of_sources(
+    target: TargetStage, sources: dict[str, SourceStage]
+) -> list[tuple[str, Selection, dict[str, str]]]:
+    """Return what test rows are compared with: in words, the rows, and their columns."""
+    out: list[tuple[str, Selection, dict[str, str]]] = []
+    for name, stage in sources.items():
+        if stage.splits is None or stage.spec.data is None:
+            continue
+        columns = stage.spec.data.columns
+        out.append((f"source {name}", stage.splits.train, columns))
+        if _validates_on_sources(target) and len(stage.splits.validation):
+            out.append((f"the validation rows of source {name}", stage.splits.validation, columns))
+    return out
 
 
 def _shared_groups(
@@ -245,7 +263,7 @@ def _duplicates(
     own_columns, mode = target.spec.data.columns, target.spec.drop_overlap
     if only_counted and _is_large(test, rows, modality, columns):
         advice = "; drop_overlap: exact or near reads them all"
-        is_source = where.startswith("source ")
+        is_source = "source " in where
         note = f"{name}: too many rows to look for its test rows in {where}"
         return np.zeros(len(test), dtype=bool), [note + (advice if is_source else "")]
     roles, record = compared(modality, own_columns, columns), record_column(modality, test, rows)

@@ -3,7 +3,8 @@
 The mean loss of all rows plus an L2 penalty on the weights is minimised by L-BFGS, for a list of
 penalties from the strongest to the weakest. Where the loss is quadratic in the weights (squared
 error, so ridge regression) a linear system gives the minimum. No learning rate, batch or order
-enters.
+enters. Labels of a set are problems of their own: a penalty is what each of them has alone, however
+many there are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pipeline.core.batch import Batch
 from pipeline.core.contracts import Objective
+from pipeline.core.contracts.objective_capabilities import has_classes
 from pipeline.core.metrics.catalog import metric
 
 DOUBLE_VALUES = 2**27
@@ -139,7 +141,7 @@ def _minimise(
     head: Any, inputs: Tensor, rows: Batch, penalty: float, alive: Callable[[], None]
 ) -> int:
     """Minimise in place; returns the number of iterations."""
-    parameters = list(head.parameters())
+    parameters, labels = list(head.parameters()), _labels_a_row(head, rows)
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=MAX_ITERATIONS,
@@ -154,7 +156,7 @@ def _minimise(
         optimizer.zero_grad()
         total, count, _ = head.head_loss(inputs, rows)
         squares = sum(p.square().sum() for p in parameters if p.dim() > 1)
-        loss = total.to(inputs.dtype) / count + penalty / 2 * squares
+        loss = labels * total.to(inputs.dtype) / count + penalty / 2 * squares
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of the head is {loss.item()} at penalty {penalty:g}"
@@ -164,6 +166,14 @@ def _minimise(
 
     optimizer.step(closure)
     return int(optimizer.state[parameters[0]]["n_iter"])
+
+
+def _labels_a_row(head: Any, rows: Batch) -> int:
+    """Return over how many independent labels the loss of a row is the mean."""
+    if not has_classes(head):
+        return 1
+    labels = rows[head.class_tensor]
+    return labels.shape[1] if labels.dim() > 1 else 1
 
 
 def best(solutions: Sequence[Solution], primary: str) -> Solution:

@@ -480,6 +480,17 @@ def test_label_sets_are_compared_before_anything_starts(tmp_path, paths):
         checked(tmp_path, paths, ["scratch", free], source, label_fractions=[0, 1.0])
 
 
+def test_what_is_left_out_is_keyed_by_the_rows_it_was_compared_with(tmp_path, paths):
+    keys = {
+        overlap.key(state.targets["task"], state.sources)
+        for fractions in ([1.0], [0.5], [0, 1.0])
+        for state in [
+            checked(tmp_path, paths, ["dann"], label_fractions=fractions, drop_overlap="exact")
+        ]
+    }
+    assert len(keys) == 2
+
+
 def test_validation_rows_of_the_source_are_there_wherever_they_choose(tmp_path, paths):
     free = ["scratch", {"pseudo_labels": {"source_weight": 0.0}}]
     for fractions, names in (([1.0], []), ([0, 1.0], ["src"])):
@@ -560,6 +571,30 @@ def test_test_rows_among_the_rows_without_labels_are_counted(tmp_path, paths):
     state = checked(tmp_path, paths, ["dann"], unlabelled=given)
     found = overlap.find_overlap(state.targets["task"], {}, str(tmp_path / "signs"))
     assert "task: 20 of 20 test rows also stand in its rows without labels" in found.notes
+
+
+@pytest.mark.parametrize(("fractions", "kept"), [([1.0], 20), ([0, 1.0], 8)])
+def test_test_rows_on_which_a_source_is_validated_are_left_out(tmp_path, paths, fractions, kept):
+    """Their labels would choose and calibrate where no label of the target may be used."""
+    rows = pq.read_table(paths["test"])
+    pq.write_table(rows.slice(0, 12), tmp_path / "validation.parquet")
+    data = {"train": paths["train"], "validation": str(tmp_path / "validation.parquet")}
+    data |= {"modality": {"image": {"size": 32}}, "columns": COLUMNS}
+    source = {"data": data, "backbone": "timm/test_vit", "objective": "classification"}
+    given = {"train": paths["more"], "validation": paths["validation"], "test": paths["test"]}
+    state = checked(
+        tmp_path,
+        given,
+        ["dann"],
+        source,
+        label_fractions=fractions,
+        drop_overlap="exact",
+        train={"global_batch": 4, "steps": 2},
+    )
+    found = overlap.find_overlap(state.targets["task"], state.sources, str(tmp_path / "signs"))
+    assert len(found.test) == kept
+    note = "task: 12 of 20 test rows also stand in the validation rows of source src"
+    assert (note in found.notes) == (kept == 8)
 
 
 def test_a_checkpoint_has_no_rows_to_read(tmp_path, paths):

@@ -57,7 +57,7 @@ def test_classes_are_multinomial_logistic_regression(penalty):
 
 @pytest.mark.parametrize("penalty", [1e-1, 1e-3])
 def test_labels_are_one_logistic_regression_each(penalty):
-    """The loss is a mean over L labels, so a label's own penalty is L times as large."""
+    """The loss is a mean over L labels, and each label has the whole penalty all the same."""
     table = (labels(features(), 4) > 0).to(torch.uint8)
     backbone = net_task().backbone
     state = {"labels": list("abcd"), "separator": "|", "positives": [1] * 4, "rows": N}
@@ -65,7 +65,7 @@ def test_labels_are_one_logistic_regression_each(penalty):
     found = solve(head, {"labels": table}, [penalty])[0]
     inputs = F.layer_norm(features(), (D,)).double().numpy()
     for k in range(4):
-        theirs = LogisticRegression(C=1 / (4 * penalty * N), tol=1e-12, max_iter=100_000)
+        theirs = LogisticRegression(C=1 / (penalty * N), tol=1e-12, max_iter=100_000)
         theirs.fit(inputs, table[:, k].numpy())
         own = found.head.head
         assert np.abs(own.weight[k].detach().numpy() - theirs.coef_[0]).max() < 1e-4
