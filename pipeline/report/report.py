@@ -338,7 +338,7 @@ def write(
         *_cost_blocks(cells, rows),
         *gains.cost_figures(_by_target(comparable), decimals),
         *_score_blocks(rows, scores),
-        *score_audit.blocks_of(cells, source_scores or {}, modalities or {}),
+        *score_audit.blocks_of(cells, _scored(source_scores or {}), modalities or {}),
         *gains.score_figures(
             comparable,
             _known_scores(rows, scores) | gains.all_scores(source_scores or {}),
@@ -883,6 +883,11 @@ def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block
             2,
         ),
     ]
+
+
+def _scored(source_scores: Mapping[str, PairScores]) -> dict[str, PairScores]:
+    """Return the pairs that have scores: of a target with one source shift is measured alone."""
+    return {name: pair for name, pair in source_scores.items() if pair.scores}
 
 
 def _shifts(source_scores: Mapping[str, PairScores]) -> dict[str, list[Shift]]:

@@ -21,6 +21,7 @@ from which they are named. Intervals must lie beyond the first two; the last mus
 """
 ALIGNING = ("dann", "cdan", "coral", "dan", "adabn")
 REFITTING = ("lp_ft", "full", "lora")
+AT_TEST = ("tent",)
 SHOWN = 5
 
 
@@ -43,15 +44,19 @@ class Drift:
     feature: str
     size: float
     """From 0 to 1: the Kolmogorov-Smirnov statistic of numbers, the Jensen-Shannon divergence in
-    bits of categories."""
+    bits of categories, the difference of the shares of rows without a number."""
     p: float
     """Corrected for the number of features (Benjamini and Hochberg 1995)."""
     kind: str
-    """numbers or categories"""
+    """numbers, categories or missing"""
 
     @property
     def is_large(self) -> bool:
         return self.p < 0.05 and self.size >= LARGE_DRIFT
+
+    @property
+    def name(self) -> str:
+        return f"{self.feature}, missing" if self.kind == "missing" else self.feature
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,17 @@ class Shift:
     labels: dict[str, Estimate] = field(default_factory=dict[str, Estimate])
     """Class to its share in the target minus that in the others."""
     concept: Estimate | None = None
-    """Accuracy on the target's rows of a head fitted to them minus that of the source's own."""
+    """Accuracy on the target's rows of a head fitted to them minus that of the source's own, or of
+    one fitted to the others."""
     drift: tuple[Drift, ...] = ()
     missing: dict[str, str] = field(default_factory=dict[str, str])
     """covariate, labels or concept to why it was not measured."""
+    features_of: str = ""
+    """The source in whose features the rows are compared, where it is not the others."""
+    within_target: bool = False
+    """Whether both are parts of the target, so that a source has no part in it."""
+    counted: str = ""
+    """In words, what one observation is, where it is not a row."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,37 +105,72 @@ def sentences(target: str, shift: Shift, techniques: Sequence[str]) -> list[str]
         techniques: Names of those that there are; only these are recommended.
     """
     found: list[str] = []
-    between = f"{target}: {shift.rows} and {shift.others}"
+    place = f"{target}: in the features of {shift.features_of}, " if shift.features_of else ""
+    rows = f"{shift.rows} and {shift.others}"
+    changed = [name for name, one in shift.labels.items() if _is_beyond(one, LARGE_SHARE)]
+    counted = f" ({shift.counted})" if shift.counted else ""
     if shift.covariate and shift.covariate.low > TOLD_APART:
         found.append(
-            f"{between} look different (covariate shift): they are told apart with an accuracy of "
-            f"{shift.covariate.text()}, where {CHANCE} is chance"
-            + _advice("techniques that bring their features together", ALIGNING, techniques)
+            f"{place or f'{target}: '}{rows} look different (covariate shift): they are told apart "
+            f"with an accuracy of {shift.covariate.text()}, where {CHANCE} is chance{counted}"
+            + _covariate_advice(shift, changed, techniques)
         )
-    changed = [name for name, one in shift.labels.items() if _is_beyond(one, LARGE_SHARE)]
     if changed:
         largest = sorted(changed, key=lambda name: -abs(shift.labels[name].value))
         named = ", ".join(f"{name} {shift.labels[name].text(sign='+')}" for name in largest[:SHOWN])
+        whose = (
+            "probabilities that were calibrated on validation rows: correct"
+            if shift.within_target
+            else "the source's probabilities: calibrate them on the target's validation rows, or "
+            "correct"
+        )
         found.append(
-            f"{between} have other shares of classes (label shift): {named}. Do not rely on the "
-            "source's probabilities: calibrate them on the target's validation rows, or correct "
-            "them by the shares of classes; metrics that weigh classes alike change least"
+            f"{target}: {rows} have other shares of classes (label shift): {named}. Do not rely on "
+            f"{whose} them by the shares of classes; metrics that weigh classes alike change least"
         )
     if shift.concept and shift.concept.low > LARGE_LOSS:
-        found.append(
-            f"{between} differ in what the labels mean for the same features (concept shift): a "
-            "head fitted to the target is right more often than the source's own, by "
-            f"{shift.concept.text()}"
-            + _advice("techniques that train on the target's labels", REFITTING, techniques)
-        )
+        found.append(f"{target}: {_concept_sentence(shift, techniques)}")
     if large := [one for one in shift.drift if one.is_large]:
-        named = ", ".join(f"{one.feature} ({one.size:.2f})" for one in large[:SHOWN])
+        named = ", ".join(f"{one.name} ({one.size:.2f})" for one in large[:SHOWN])
         more = f" and {len(large) - SHOWN} more" if len(large) > SHOWN else ""
         found.append(
-            f"{between}: {len(large)} of {len(shift.drift)} features are distributed otherwise: "
-            f"{named}{more}. Look whether their units and codes are the same"
+            f"{target}: {rows}: {len(large)} of {len(shift.drift)} comparisons of features show "
+            f"a difference: {named}{more}. Look whether their units and codes are the same"
         )
     return found
+
+
+def _covariate_advice(shift: Shift, changed: list[str], techniques: Sequence[str]) -> str:
+    """Return what to do about rows that look different.
+
+    Args:
+        changed: Classes of which the shares differ much.
+    """
+    if shift.within_target:
+        able = [name for name in AT_TEST if name in techniques]
+        at_test = f"; techniques that adapt to the test rows: {', '.join(able)}" if able else ""
+        return f". Look at how the parts were divided{at_test}"
+    if changed:
+        return (
+            ". The other shares of classes alone can do this; techniques that bring features "
+            "together hurt then"
+        )
+    return _advice("techniques that bring their features together", ALIGNING, techniques)
+
+
+def _concept_sentence(shift: Shift, techniques: Sequence[str]) -> str:
+    assert shift.concept is not None
+    whose = "a head of the training rows" if shift.within_target else "the source's head"
+    return (
+        f"{whose} does not hold on the {shift.rows}: a head fitted to them is right more often, by "
+        f"{shift.concept.text()}. Either the labels mean something else there (concept shift), or "
+        "its features do not reach so far"
+        + (
+            ""
+            if shift.within_target
+            else _advice("techniques that train on the target's labels", REFITTING, techniques)
+        )
+    )
 
 
 def _is_beyond(one: Estimate, size: float) -> bool:
@@ -157,7 +204,7 @@ def blocks_of(shifts: Mapping[str, Sequence[Shift]], techniques: Sequence[str]) 
         "Compared with",
         "Told apart",
         "Largest change of a class's share",
-        "Source's head is worse by",
+        "Head that is there is worse by",
         "Features that drift",
     ]
     return [
@@ -165,8 +212,9 @@ def blocks_of(shifts: Mapping[str, Sequence[Shift]], techniques: Sequence[str]) 
         blocks.Text(
             "How the target's rows differ from those of its sources, and its test rows from its "
             "training rows. Told apart: accuracy of a classifier on rows that it was not fitted "
-            f"to, with 95 % intervals; {CHANCE} is chance. The source's head is compared with a "
-            "head that is fitted to the target, on the same features."
+            f"to, with 95 % intervals; {CHANCE} is chance. The head that is there, the source's or "
+            "for test rows one fitted to training rows, is compared with a head that is fitted to "
+            "the same rows, on the same features. Rows of one group count as one observation."
         ),
         blocks.Table(header, rows, 2),
         blocks.Bullets(words or ["No large shift was found."]),

@@ -48,6 +48,18 @@ def features(
     Returns:
         (n, D) features and the rows' label tensors, all on the device, in the order of row ids.
     """
+    return features_of_ids(backbone, rows, device, autocast)[1:]
+
+
+@torch.no_grad()
+def features_of_ids(
+    backbone: nn.Module, rows: Rows, device: torch.device, autocast: Any = None
+) -> tuple[np.ndarray, Tensor, dict[str, Tensor]]:
+    """Compute features as `features` does.
+
+    Returns:
+        (n,) ids of the rows that could be decoded, sorted; then their features and label tensors.
+    """
     backbone.to(device).eval()
     name = rows.decoder.objective
     objective = registry.get("objective", name) if name else None
@@ -60,10 +72,11 @@ def features(
             pooled.append(backbone(batch).pooled.float())
         rest.append({name: tensor for name, tensor in batch.data.items() if name in labels})
         ids.append(batch.rows)
-    order = torch.from_numpy(np.argsort(np.concatenate(ids), kind="stable")).to(device)
-    return torch.cat(pooled)[order], {
-        name: torch.cat([part[name] for part in rest])[order] for name in rest[0]
-    }
+    found = np.concatenate(ids)
+    by_id = np.argsort(found, kind="stable")
+    order = torch.from_numpy(by_id).to(device)
+    labels_of_rows = {name: torch.cat([part[name] for part in rest])[order] for name in rest[0]}
+    return found[by_id], torch.cat(pooled)[order], labels_of_rows
 
 
 def neighbours(found: np.ndarray, k: int, tried: np.ndarray | None = None) -> Tensor:

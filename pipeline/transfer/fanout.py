@@ -33,6 +33,7 @@ from pipeline.config.schema import Fanout, Job
 from pipeline.core.metrics.catalog import metric
 from pipeline.data.stream import map_items
 from pipeline.io import checksums, heartbeat, storage, write_fence
+from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import launch
@@ -40,7 +41,7 @@ from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress, duration
 from pipeline.transfer import baseline_trials, cached_heads, trial
 from pipeline.transfer.grid import SCRATCH, Trial
-from pipeline.transfer.scoring import Pair, score_pair
+from pipeline.transfer.scoring import Pair, score_pair, shift_of_test
 from pipeline.transfer.trial import Shared
 
 RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
@@ -601,14 +602,28 @@ def per_trial(spec: Fanout, have: launch.Nodes) -> tuple[float, float]:
 def score_pairs(
     pairs: list[Pair], shared: Shared, spec: Fanout, wait: bool | None = None
 ) -> Iterator[PairScores]:
-    """Yield the scores of each pair, in order, as Ray tasks that each have what a trial has.
+    """Yield the scores of each pair, in order."""
+    yield from _of_pairs(partial(score_pair, shared=shared), pairs, spec, wait)
 
-    Without Ray they are computed in this process.
+
+def shifts_of_test(
+    pairs: list[Pair], shared: Shared, spec: Fanout, wait: bool | None = None
+) -> Iterator[Shift]:
+    """Yield for each pair the shift of the target's test rows, in order."""
+    yield from _of_pairs(partial(shift_of_test, shared=shared), pairs, spec, wait)
+
+
+def _of_pairs(
+    function: Callable[[Pair], Any], pairs: list[Pair], spec: Fanout, wait: bool | None
+) -> Iterator[Any]:
+    """Yield what a function returns for each pair, as Ray tasks that each have what a trial has.
+
+    Without Ray it runs in this process.
     """
     cpus, gpus = 1.0, 0.0
     if pairs and ray.is_initialized():
         cpus, gpus = per_trial(spec, launch.cluster(wait).nodes)
-    yield from map_items(partial(score_pair, shared=shared), pairs, cpus=cpus, gpus=gpus)
+    yield from map_items(function, pairs, cpus=cpus, gpus=gpus)
 
 
 def check_fits(job: Job, have: launch.Nodes, grows: bool = False) -> None:

@@ -1,5 +1,8 @@
 """Measures the shift of a target against one source, and of its test rows against its training
 rows, in the features of the source's network. `pipeline.transfer.shift` has the comparisons.
+
+The first is measured with the scores, before any trial, and reads no test row. The second reads
+labels of test rows and is measured when the trials have ended.
 """
 
 from __future__ import annotations
@@ -18,15 +21,21 @@ from pipeline.core.contracts import Backbone, Modality
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import Rows
-from pipeline.report.shift import Drift, Shift
+from pipeline.report.shift import Drift, Estimate, Shift
 from pipeline.train import fit_components
-from pipeline.train.online_probe import features
+from pipeline.train.online_probe import features_of_ids
 from pipeline.transfer import shift
 from pipeline.transfer.trial import TargetData
 
 MOST_ROWS = 1000
 """Rows of each side that are compared, evenly spread."""
 CheckedRows = tuple[Selection, dict[str, str]]
+NO_LABELS = "label_fractions: 0 allows no label of the target"
+GROUPS_COUNT = "each group is one observation"
+SOURCE_ROWS_COUNT = (
+    "rows of the source count as independent, since its data.group names no column: intervals may "
+    "be too narrow"
+)
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,16 @@ class SourceSide:
     name: str
     rows: CheckedRows | None = None
     """Training rows with their columns; None for a checkpoint."""
+    group: str | None = None
+    """Column of these rows that names their group."""
     features: np.ndarray | None = None
     """(m, D) features of such rows, in its own network."""
+    groups: np.ndarray | None = None
+    """(m,) their groups, where it names any."""
     label_counts: dict[str, int] = field(default_factory=dict)
     """Class to number of training rows, where rows have one class."""
+    group_count: int | None = None
+    """Number of groups of these training rows, where it names any."""
     label_names: tuple[str, ...] = ()
     """Classes of its head."""
     probabilities: np.ndarray | None = None
@@ -56,6 +71,10 @@ class LabelledRows:
     """(n,) class numbers where rows have one class; None otherwise."""
     names: tuple[str, ...]
     """Classes by number."""
+    groups: np.ndarray | None = None
+    """(n,) groups, where the target names any."""
+    missing: str = ""
+    """Why there are no labels, or nothing that the source's head says of them."""
 
 
 def class_counts(labels: np.ndarray | None, names: tuple[str, ...]) -> dict[str, int]:
@@ -77,65 +96,194 @@ def counts_of(selection: Selection, columns: dict[str, str], objective: str, sta
     return class_counts(labels, tuple(map(str, state["labels"])))
 
 
-def measure(
+def groups_of(
+    selection: Selection, column: str | None, ids: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Return the (n,) groups of rows; None where no column names them.
+
+    Args:
+        ids: Of the rows; None: all of the selection.
+    """
+    if not column:
+        return None
+    ids = selection.ids(np.arange(len(selection))) if ids is None else ids
+    return manifests.group_numbers(manifests.Reader(selection.manifest, [column]).take(ids)[column])
+
+
+def group_count(selection: Selection, column: str | None) -> int | None:
+    """Return the number of groups of a selection; None where no column names them."""
+    found = groups_of(selection, column)
+    return None if found is None else len(np.unique(found))
+
+
+def of_source(
     data: TargetData,
     source: SourceSide,
     labelled: LabelledRows,
     backbone: Backbone,
     device: torch.device,
-) -> list[Shift]:
-    """Return the shift against the source, and that of test rows against training rows.
+) -> Shift:
+    """Return the shift of a target's training rows against a source.
 
-    Nothing is chosen by it. Of test rows only the inputs are read; of training rows all labels are
-    counted for the shares of classes, also where trials may use a few of them.
+    All labels of the training rows are counted for the shares of classes, also where trials may use
+    a few of them, but none where they may use none.
+    """
+    found = Shift(f"source {source.name}", "training rows")
+    group = _group(data)
+    if group or source.group:
+        found = replace(found, counted=GROUPS_COUNT if source.group else SOURCE_ROWS_COUNT)
+    own = group_count(data.train.selection, group)
+    found = _with_labels(found, data, source.label_counts, own, source.group_count)
+    found = _with_concept(found, source, labelled)
+    if source.features is None or source.rows is None:
+        return _without(found, "covariate", "the source's rows are not there")
+    train = _spread(data.train)
+    ids, of_train = _features(backbone, train, device)
+    groups = groups_of(train.selection, group, ids)
+    found = _with_covariate(found, (of_train, groups), (source.features, source.groups))
+    own_rows = (train.selection, data.spec.data.columns)
+    return replace(found, drift=drift(train.modality, own_rows, source.rows, (group, source.group)))
+
+
+def within_target(data: TargetData, source: str, backbone: Backbone, device: torch.device) -> Shift:
+    """Return the shift of a target's test rows against its training rows.
+
+    Labels of test rows are read, so nothing may be chosen after it.
 
     Args:
-        data: The target.
+        source: Whose network the backbone is.
     """
     train, test = (_spread(rows) for rows in (data.train, data.test))
-    of_train, of_test = (_features(backbone, rows, device) for rows in (train, test))
+    group = _group(data)
+    found = Shift("its own training rows", "test rows", features_of=source, within_target=True)
+    if group:
+        found = replace(found, counted=GROUPS_COUNT)
+    sides = []
+    for rows in (train, test):
+        ids, features = _features(backbone, rows, device)
+        sides.append((features, groups_of(rows.selection, group, ids), ids))
+    (of_train, train_groups, train_ids), (of_test, test_groups, test_ids) = sides
+    found = _with_covariate(found, (of_test, test_groups), (of_train, train_groups))
     columns = data.spec.data.columns
-    own = Shift("its own training rows", f"test rows, in the features of {source.name},")
-    own = _with_covariate(own, of_test, of_train)
-    mine = (train.selection, columns)
-    own = replace(own, drift=drift(train.modality, (test.selection, columns), mine))
-    other = Shift(f"source {source.name}", "training rows")
-    other = _with_labels(_with_concept(other, source, labelled), data, source)
-    if source.features is None or source.rows is None:
-        return [_without(other, "covariate", "the source's rows are not there"), own]
-    other = _with_covariate(other, of_train, source.features)
-    return [replace(other, drift=drift(train.modality, mine, source.rows)), own]
+    rows, others = (test.selection, columns), (train.selection, columns)
+    found = replace(found, drift=drift(train.modality, rows, others, (group, group)))
+    if data.labels is None or data.labels.ndim != 1 or not data.label_names:
+        why = "rows have no single class"
+        return _without(_without(found, "labels", why), "concept", why)
+    if not any(data.spec.label_fractions):
+        why = NO_LABELS
+        return _without(_without(found, "labels", why), "concept", why)
+    of_all = _class_labels(data, data.test.selection)
+    changes = shift.label_shift(
+        class_counts(of_all, data.label_names),
+        class_counts(data.labels, data.label_names),
+        group_count(data.test.selection, group),
+        group_count(data.train.selection, group),
+    )
+    found = replace(found, labels=changes)
+    train_labels = _class_labels(data, train.selection, train_ids)
+    test_labels = _class_labels(data, test.selection, test_ids)
+    try:
+        concept = _concept_within(
+            (of_train, train_labels), (of_test, test_labels, test_groups), len(data.label_names)
+        )
+    except ValueError as error:
+        return _without(found, "concept", str(error))
+    return replace(found, concept=concept)
+
+
+def _group(data: TargetData) -> str | None:
+    """Return the column of a target's groups; packed rows have none."""
+    group = data.spec.data.group
+    schema = data.train.selection.manifest.schema if group else None
+    return group if schema is not None and group in schema.names else None
+
+
+def _class_labels(
+    data: TargetData, selection: Selection, ids: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the (n,) class numbers of rows."""
+    kind = registry.get("objective", data.objective.name)
+    columns = data.spec.data.columns
+    names = [
+        *dict.fromkeys(columns[r] for r in (*kind.roles, *kind.optional_roles) if r in columns)
+    ]
+    ids = selection.ids(np.arange(len(selection))) if ids is None else ids
+    table = manifests.Reader(selection.manifest, names).take(ids)
+    return kind.encode(table, columns, data.objective.state)["label"]
+
+
+def _concept_within(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray, np.ndarray | None],
+    classes: int,
+) -> Estimate:
+    """Return by how much a head fitted to test rows is right more often than one of training rows.
+
+    Both are fitted to the same number of rows: more rows alone make a better head.
+
+    Args:
+        train: (n, D) features and (n,) class numbers of training rows.
+        test: The same of test rows, and their groups.
+    """
+    x, y = train
+    features, labels, groups = test
+    count = min(len(y), len(labels) * (shift.FOLDS - 1) // shift.FOLDS)
+    of_test = _evenly(len(labels), count * shift.FOLDS // (shift.FOLDS - 1))
+    of_train = _evenly(len(y), count)
+    x, y = x[of_train].astype(np.float64), np.eye(classes)[y[of_train]]
+    features, labels = features[of_test], labels[of_test]
+    known = shift.linear(x, y, features.astype(np.float64))
+    return shift.concept_shift(features, labels, known, None if groups is None else groups[of_test])
+
+
+def _evenly(n: int, count: int) -> np.ndarray:
+    """Return at most ``count`` of n positions, evenly spread."""
+    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(np.int64))
 
 
 def _spread(rows: Rows) -> Rows:
     """Return at most MOST_ROWS rows, evenly spread."""
     n = len(rows)
-    if n <= MOST_ROWS:
-        return rows
-    return rows.subset(np.unique(np.linspace(0, n - 1, MOST_ROWS).astype(np.int64)))
+    return rows if n <= MOST_ROWS else rows.subset(_evenly(n, MOST_ROWS))
 
 
-def _features(backbone: Backbone, rows: Rows, device: torch.device) -> np.ndarray:
-    """Return the features of rows, whose labels are not read."""
+def _features(
+    backbone: Backbone, rows: Rows, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of rows and their features. Labels are not read."""
     decoder = replace(rows.decoder, objective=None, objective_state={}, relabel=None)
-    found, _ = features(backbone, replace(rows, decoder=decoder), device)
-    return found[torch.isfinite(found).all(1)].cpu().numpy()
+    ids, found, _ = features_of_ids(backbone, replace(rows, decoder=decoder), device)
+    fine = torch.isfinite(found).all(1).cpu().numpy()
+    return ids[fine], found.cpu().numpy()[fine]
 
 
 def _without(found: Shift, what: str, why: str) -> Shift:
     return replace(found, missing={**found.missing, what: why})
 
 
-def _with_covariate(found: Shift, rows: np.ndarray, others: np.ndarray) -> Shift:
+_Side = tuple[np.ndarray, np.ndarray | None]
+"""(n, D) features, and (n,) groups where there are any."""
+
+
+def _with_covariate(found: Shift, rows: _Side, others: _Side) -> Shift:
     try:
-        return replace(found, covariate=shift.told_apart(rows, others))
+        return replace(found, covariate=shift.told_apart(rows[0], others[0], rows[1], others[1]))
     except ValueError as error:
         return _without(found, "covariate", str(error))
 
 
-def _with_labels(found: Shift, data: TargetData, source: SourceSide) -> Shift:
+def _with_labels(
+    found: Shift,
+    data: TargetData,
+    others: Mapping[str, int],
+    groups: int | None,
+    other_groups: int | None,
+) -> Shift:
+    if not any(data.spec.label_fractions):
+        return _without(found, "labels", NO_LABELS)
     own = class_counts(data.labels, data.label_names)
-    changes = shift.label_shift(own, source.label_counts)
+    changes = shift.label_shift(own, others, groups, other_groups)
     if changes:
         return replace(found, labels=changes)
     return _without(found, "labels", "rows have no single class on both sides with the same names")
@@ -145,7 +293,8 @@ def _with_concept(found: Shift, source: SourceSide, labelled: LabelledRows) -> S
     """Compare both heads on the labelled rows of the classes that both sides have."""
     shared = [name for name in labelled.names if name in source.label_names]
     if source.probabilities is None or labelled.labels is None or len(shared) < 2:
-        return _without(found, "concept", "the source's head does not predict the same classes")
+        why = labelled.missing or "the source's head does not predict the same classes"
+        return _without(found, "concept", why)
     theirs = [source.label_names.index(name) for name in shared]
     ours = np.full(len(labelled.names), -1)
     ours[[labelled.names.index(name) for name in shared]] = np.arange(len(shared))
@@ -153,15 +302,27 @@ def _with_concept(found: Shift, source: SourceSide, labelled: LabelledRows) -> S
     kept = labels >= 0
     try:
         estimate = shift.concept_shift(
-            labelled.features[kept], labels[kept], source.probabilities[kept][:, theirs]
+            labelled.features[kept],
+            labels[kept],
+            source.probabilities[kept][:, theirs],
+            None if labelled.groups is None else labelled.groups[kept],
         )
     except ValueError as error:
         return _without(found, "concept", str(error))
     return replace(found, concept=estimate)
 
 
-def drift(modality: Modality, rows: CheckedRows, others: CheckedRows) -> tuple[Drift, ...]:
-    """Compare the single features of rows, where the modality has them."""
+def drift(
+    modality: Modality,
+    rows: CheckedRows,
+    others: CheckedRows,
+    groups: tuple[str | None, str | None] = (None, None),
+) -> tuple[Drift, ...]:
+    """Compare the single features of rows, where the modality has them.
+
+    Args:
+        groups: Column of the groups of both sides, where they name any.
+    """
     if not has_single_features(modality):
         return ()
     columns = {
@@ -174,7 +335,17 @@ def drift(modality: Modality, rows: CheckedRows, others: CheckedRows) -> tuple[D
         for selection, theirs in (rows, others)
     ]
     both = pa.concat_tables(tables, promote_options="permissive")
-    return shift.feature_drift(modality.single_features(both, columns), len(tables[0]))
+    counts = None
+    if any(groups):
+        counts = (_observations(rows[0], groups[0]), _observations(others[0], groups[1]))
+    return shift.feature_drift(modality.single_features(both, columns), len(tables[0]), counts)
+
+
+def _observations(selection: Selection, group: str | None) -> int:
+    """Return the number of groups among the rows of a side that are compared, or of these rows."""
+    ids = selection.ids(_evenly(len(selection), MOST_ROWS))
+    found = groups_of(selection, group, ids)
+    return len(ids) if found is None else len(np.unique(found))
 
 
 def _read(selection: Selection, columns: Mapping[str, str]) -> pa.Table:
@@ -183,8 +354,7 @@ def _read(selection: Selection, columns: Mapping[str, str]) -> pa.Table:
     Args:
         columns: New name to the column's own.
     """
-    n = len(selection)
-    at = np.unique(np.linspace(0, n - 1, min(n, MOST_ROWS)).astype(np.int64))
+    at = _evenly(len(selection), MOST_ROWS)
     names = [*dict.fromkeys(columns.values())]
     table = manifests.Reader(selection.manifest, names).take(selection.ids(at))
     return pa.table({new: table[name] for new, name in columns.items()})

@@ -33,21 +33,21 @@ from pipeline.io import checksums, storage
 from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.train import evaluate
-from pipeline.train.online_probe import FEATURE_ROWS, features
+from pipeline.train.online_probe import FEATURE_ROWS, features_of_ids
 from pipeline.train.pretrain import device_name
 from pipeline.transfer import measured_shift
 from pipeline.transfer.grid import label_subset
 from pipeline.transfer.measured_shift import LabelledRows, SourceSide
 from pipeline.transfer.trial import Shared, TargetData
 
-SCORES_FORMAT = 2
+SCORES_FORMAT = 3
 SCORING_CODE = ("pipeline.transfer.scoring", "pipeline.transfer.measured_shift")
 DEFAULT_SCORE = "logme"
 """What sources are sorted by where no score chooses them."""
 SCORE_ROWS = 2000
-SOURCE_ROWS, SOURCE_RUNS = 500, 20
-"""Training rows of a source that distances read, in so many runs of consecutive rows: rows that lie
-together are read together."""
+SOURCE_ROWS = 500
+"""Training rows of a source that distances and shift read, evenly spread as the target's are: runs
+of consecutive rows of sorted files would differ from them though nothing else does."""
 FEWEST_ROWS = 10
 """Rows that an interval needs: it is made from halves of them."""
 
@@ -99,16 +99,20 @@ class Pair:
     """Training rows of the source with their columns, where it has any (`sample`)."""
     source_labels: Mapping[str, int] = field(default_factory=dict)
     """Class to number of all training rows of the source, where its rows have one class."""
+    source_group: str | None = None
+    """Column of the source's rows that names their group."""
+    source_group_count: int | None = None
+    """Number of groups of all training rows of the source, where it names any."""
+    scored: bool = True
+    """Whether scores are wanted; otherwise shift is measured alone."""
 
 
 def sample(selection: Selection) -> Selection:
-    """Return at most SOURCE_ROWS rows of a selection, in runs that are evenly spread."""
+    """Return at most SOURCE_ROWS rows of a selection, evenly spread."""
     n = len(selection)
     if n <= SOURCE_ROWS:
         return selection
-    length = SOURCE_ROWS // SOURCE_RUNS
-    starts = np.linspace(0, n - length, SOURCE_RUNS).astype(np.int64)
-    places = np.unique(starts[:, None] + np.arange(length))
+    places = np.unique(np.linspace(0, n - 1, SOURCE_ROWS).astype(np.int64))
     return Selection(selection.manifest, selection.ids(places))
 
 
@@ -142,7 +146,9 @@ def score_pair(pair: Pair, shared: Shared, names: tuple[str, ...] = ()) -> PairS
     kept = checksums.document_or_none(uri, "scores are computed again") if uri else None
     if kept is not None:
         return PairScores.from_json(kept)
-    wanted = {name: one for name, one in scores().items() if not names or name in names}
+    wanted = {
+        name: one for name, one in scores().items() if pair.scored and (not names or name in names)
+    }
     try:
         found, failed = _score_pair(pair, shared, wanted)
     except (ValueError, ArithmeticError, RuntimeError) as error:  # the other sources go on
@@ -157,8 +163,12 @@ def score_pair(pair: Pair, shared: Shared, names: tuple[str, ...] = ()) -> PairS
     return found
 
 
-def _kept_uri(pair: Pair, shared: Shared) -> str:
-    """Return the file of a pair's scores; "" where what they depend on has no key."""
+def _kept_uri(pair: Pair, shared: Shared, kind: str = "") -> str:
+    """Return the file of a pair's scores; "" where what they depend on has no key.
+
+    Args:
+        kind: What else is kept there than scores.
+    """
     data = shared.targets[pair.target, pair.backbone_key]
     if pair.source not in shared.source_keys or not data.key:
         return ""
@@ -177,6 +187,7 @@ def _kept_uri(pair: Pair, shared: Shared) -> str:
         [data.objective.name, data.objective.state],
         [shared.seed, *data.spec.label_fractions],
         pair.source_rows is not None,
+        [pair.scored, kind, data.spec.data.group, pair.source_group],
     )
     return storage.join(shared.root, "scores", f"{pair.target}-{pair.source}-{key}.json")
 
@@ -191,6 +202,8 @@ class _Inputs:
     """Whether something is missing because of an error that need not come again."""
     labelled: np.ndarray | None = None
     """(m, D) features of labelled positions, where labels belong to positions of rows."""
+    ids: dict[str, np.ndarray] = field(default_factory=dict)
+    """``features`` and ``source_features`` to the ids of their rows."""
 
     def read_by(self, one: Score) -> dict[str, np.ndarray]:
         """Return the arrays that a score reads."""
@@ -221,20 +234,16 @@ def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> tupl
         )
     if pair.source_rows is None:
         given.missing["source_features"] = "the source is a checkpoint, whose rows are not there"
-    if all(set(one.inputs) & set(given.missing) for one in wanted.values()):
+    if wanted and all(set(one.inputs) & set(given.missing) for one in wanted.values()):
         undefined = {name: _value(one, given) for name, one in wanted.items()}
         return PairScores(pair.source, pair.target, undefined), False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = bundle.build_backbone(data.arch)
-    weights = shared.weights[pair.source]
-    bundle.transfer(
-        backbone, {name: torch.from_numpy(a) for name, a in weights.items()}, pair.source
-    )
+    backbone = _backbone(pair, shared, data)
     _add_target(given, pair, shared, data, backbone, device)
-    if any("source_features" in one.inputs for one in wanted.values()):
+    if not wanted or any("source_features" in one.inputs for one in wanted.values()):
         _add_source(given, pair, data, backbone, device)
     seconds = time.perf_counter() - began
-    is_whole = set(wanted) == set(registry.entries("score"))
+    is_whole = not pair.scored or set(wanted) == set(registry.entries("score"))
     found = PairScores(
         pair.source,
         pair.target,
@@ -259,25 +268,75 @@ def _shifts(
     """Measure shift with the features that the scores have read, and those of test rows."""
     head, _ = shared.heads.get(pair.source, (None, {}))
     names = head.state.get("labels", ()) if head is not None else ()
+    source_groups = None
+    if pair.source_rows is not None and "source_features" in given.ids:
+        source_groups = measured_shift.groups_of(
+            pair.source_rows[0], pair.source_group, given.ids["source_features"]
+        )
     source = SourceSide(
         pair.source,
         pair.source_rows,
+        pair.source_group,
         given.arrays.get("source_features"),
+        source_groups,
         dict(pair.source_labels),
+        pair.source_group_count,
         tuple(map(str, names)),
         given.arrays.get("probabilities"),
     )
     labels = given.arrays.get("labels")
     has_one_class = labels is not None and kind_of(labels) == "classes" and given.labelled is None
+    groups = None
+    if has_one_class:
+        groups = measured_shift.groups_of(
+            data.train.selection, data.spec.data.group, given.ids["features"]
+        )
     labelled = LabelledRows(
-        given.arrays["features"], labels if has_one_class else None, data.label_names
+        given.arrays["features"],
+        labels if has_one_class else None,
+        data.label_names,
+        groups,
+        given.missing.get("labels") or given.missing.get("probabilities", ""),
     )
     try:
-        return tuple(measured_shift.measure(data, source, labelled, backbone, device))
+        return (measured_shift.of_source(data, source, labelled, backbone, device),)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # scores go on
         given.failed |= isinstance(error, RuntimeError)
         why = f"{type(error).__name__}: {error}"
         return (Shift(f"source {pair.source}", "training rows", missing={"shift": why}),)
+
+
+def shift_of_test(pair: Pair, shared: Shared) -> Shift:
+    """Return the shift of a target's test rows against its training rows, in a source's features.
+
+    Labels of test rows are read: it is for when all trials have ended. It is computed once for the
+    same weights, rows, code and versions and kept in a file.
+    """
+    uri = _kept_uri(pair, shared, "test")
+    kept = checksums.document_or_none(uri, "shift is measured again") if uri else None
+    if kept is not None:
+        return Shift.from_json(kept)
+    data = shared.targets[pair.target, pair.backbone_key]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = _backbone(pair, shared, data)
+    try:
+        found = measured_shift.within_target(data, pair.source, backbone, device)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # the report goes on
+        why = f"{type(error).__name__}: {error}"
+        return Shift(
+            "its own training rows", "test rows", missing={"shift": why}, within_target=True
+        )
+    if uri:
+        checksums.write_document(uri, found.to_json())
+    return found
+
+
+def _backbone(pair: Pair, shared: Shared, data: TargetData) -> Backbone:
+    """Return the source's network."""
+    backbone = bundle.build_backbone(data.arch)
+    weights = {name: torch.from_numpy(a) for name, a in shared.weights[pair.source].items()}
+    bundle.transfer(backbone, weights, pair.source)
+    return backbone
 
 
 def _add_target(
@@ -301,7 +360,7 @@ def _add_target(
         task = objective(backbone, options, data.objective.state)  # type: ignore[operator]
         found, labelled, labels = _position_features(task, backbone, rows, device)
     else:
-        found, rest = features(backbone, rows, device)
+        given.ids["features"], found, rest = features_of_ids(backbone, rows, device)
         labels = rest.get(_label_tensor(objective))  # of the rows that could be decoded
     for one in (found, labelled):
         wrong = 0 if one is None else int((~torch.isfinite(one).all(1)).sum())
@@ -395,16 +454,18 @@ def _add_source(
     selection, columns = pair.source_rows
     rows = Rows(selection, Decoder(data.train.modality, None, {}, columns))
     try:
-        found, _ = features(backbone, rows, device)
+        ids, found, _ = features_of_ids(backbone, rows, device)
     except (ValueError, RuntimeError, OSError) as error:  # scores that do not read them go on
         given.failed = not isinstance(error, ValueError)
         given.missing["source_features"] = f"{type(error).__name__}: {error}"
         return
-    fine = found[torch.isfinite(found).all(1)]
+    is_finite = torch.isfinite(found).all(1)
+    fine = found[is_finite]
     if len(fine) < 2:
         given.missing["source_features"] = "fewer than two rows of the source can be used"
         return
     given.arrays["source_features"] = fine.cpu().numpy()
+    given.ids["source_features"] = ids[is_finite.cpu().numpy()]
 
 
 # ---------------------------------------------------------------- one score

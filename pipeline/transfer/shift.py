@@ -2,11 +2,15 @@
 
 Covariate shift by a classifier two-sample test (Lopez-Paz and Oquab, Revisiting Classifier
 Two-Sample Tests, ICLR 2017) on the features of the source's network; label shift by the shares of
-classes; concept shift by comparing the source's head with a head that is fitted to the target; and,
-where rows are made of single features, the drift of each.
+classes; concept shift by comparing a head that was fitted elsewhere with one that is fitted to the
+rows themselves; and, where rows are made of single features, the drift of each.
 
-Nothing here chooses anything: what is measured goes into the report alone. Of test rows only the
-inputs are read, never the labels.
+Rows of one group (a patient, a speaker, an episode) are alike, and splits never divide a group.
+Where groups are known they are never divided between fitting and trying either, and every interval
+and p value counts groups instead of rows: each is one observation. This is exact where the rows of
+a group are all equal, and cautious where they are not.
+
+Nothing here chooses anything: what is measured goes into the report alone.
 """
 
 from __future__ import annotations
@@ -27,39 +31,68 @@ from pipeline.report.stats import t_interval
 RIDGE = 0.01
 """Of linear classifiers, in shares of the mean variance of a feature."""
 FOLDS = 5
-FEWEST = 20
-"""Rows of each side that a comparison needs."""
+FEWEST, FEWEST_GROUPS = 20, 4
+"""Rows and groups of each side that a comparison needs."""
 
 
-def told_apart(rows: np.ndarray, others: np.ndarray, seed: int = 0) -> Estimate:
+def units_of(groups: np.ndarray | None, n: int) -> np.ndarray:
+    """Return the (n,) number of each row's group; without groups each row is one."""
+    return np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1)
+
+
+def told_apart(
+    rows: np.ndarray,
+    others: np.ndarray,
+    groups: np.ndarray | None = None,
+    other_groups: np.ndarray | None = None,
+    seed: int = 0,
+) -> Estimate:
     """Return the accuracy of telling two samples apart, with Wilson's 95 % interval.
 
-    A linear classifier is fitted to a random half of the rows and tried on the other half; both
-    sides have equally many rows in each, so that chance is 0.5. Rows count as independent: where
-    they come in groups (speakers, patients) that differ, the samples do as well.
+    A linear classifier is fitted to a random half of the groups and tried on the other half. Both
+    sides weigh the same in each, so that chance is 0.5, and groups weigh the same on their side.
 
     Args:
         rows: (n, D) features.
         others: (m, D) features.
+        groups: (n,) group of each row; None: each row is independent.
+        other_groups: (m,) the same for the others.
         seed: Of the halves.
 
     Raises:
-        ValueError: A side has fewer than FEWEST rows.
+        ValueError: A side has fewer than FEWEST rows or FEWEST_GROUPS groups.
     """
-    count = min(len(rows), len(others)) // 2 * 2
-    if count < FEWEST:
+    if min(len(rows), len(others)) < FEWEST:
         raise ValueError(f"fewer than {FEWEST} rows on one side")
     rng = np.random.default_rng(seed)
-    sides = [one[rng.permutation(len(one))[:count]] for one in (rows, others)]
-    half = count // 2
-    fitted, tried = (
-        np.concatenate([one[part] for one in sides]).astype(np.float64)
-        for part in (slice(half), slice(half, None))
-    )
-    side = np.repeat([1.0, -1.0], half)
-    right = int((linear(fitted, side[:, None], tried)[:, 0] * side > 0).sum())
-    low, high = wilson(right, count)
-    return Estimate(right / count, low, high)
+    fitted, tried = [], []
+    for one, of in ((rows, groups), (others, other_groups)):
+        unit = units_of(of, len(one))
+        count = int(unit.max()) + 1
+        if count < FEWEST_GROUPS:
+            raise ValueError(f"fewer than {FEWEST_GROUPS} groups on one side")
+        place = rng.permutation(count)[unit]  # the rows of a group stay together
+        order = np.argsort(place, kind="stable")
+        order = rng.permutation(order) if of is not None else order
+        is_fitted = place[order] < count // 2
+        fitted.append(one[order[is_fitted]])
+        tried.append((one[order[~is_fitted]], place[order[~is_fitted]]))
+    least = min(map(len, fitted))
+    x = np.concatenate([one[:least] for one in fitted]).astype(np.float64)
+    y = np.repeat([[1.0], [-1.0]], least, axis=0)
+    shares, counts = [], []
+    for sign, (one, unit) in zip((1, -1), tried, strict=True):
+        told = sign * linear(x, y, one.astype(np.float64))[:, 0]
+        right = (told > 0) + 0.5 * (told == 0)
+        number = units_of(unit, len(unit))
+        in_group = np.bincount(number)
+        shares.append(float((np.bincount(number, right) / in_group).mean()))
+        counts.append(len(in_group))
+    # the mean of two shares is as certain as one share of so many observations
+    count = 4 / (1 / counts[0] + 1 / counts[1])
+    share = sum(shares) / 2
+    low, high = wilson(share * count, count)
+    return Estimate(share, low, high)
 
 
 def linear(x: np.ndarray, y: np.ndarray, tried: np.ndarray) -> np.ndarray:
@@ -75,7 +108,7 @@ def linear(x: np.ndarray, y: np.ndarray, tried: np.ndarray) -> np.ndarray:
     return (tried - mean) @ weights + offset
 
 
-def wilson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(hits: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Return Wilson's interval of a share (1927)."""
     z = float(special.ndtri((1 + level) / 2))
     share = hits / n
@@ -84,7 +117,12 @@ def wilson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def label_shift(counts: Mapping[str, int], others: Mapping[str, int]) -> dict[str, Estimate]:
+def label_shift(
+    counts: Mapping[str, int],
+    others: Mapping[str, int],
+    groups: int | None = None,
+    other_groups: int | None = None,
+) -> dict[str, Estimate]:
     """Return the change of each class's share, for the classes that both sides have.
 
     Shares are those among the rows of shared classes. Intervals are Newcombe's (Statistics in
@@ -94,16 +132,30 @@ def label_shift(counts: Mapping[str, int], others: Mapping[str, int]) -> dict[st
     Args:
         counts: Class to its number of rows in the target.
         others: The same for what it is compared with.
+        groups: Number of groups of the target's rows; None: each row is independent.
+        other_groups: The same for what it is compared with.
     """
     shared = [name for name in counts if name in others]
     n, m = (sum(one[name] for name in shared) for one in (counts, others))
     if not n or not m:
         return {}
     level = 1 - 0.05 / len(shared)
-    return {name: share_change(counts[name], n, others[name], m, level) for name in shared}
+    # n groups are n observations, whatever the number of their rows is
+    scale, other_scale = (
+        1.0 if of is None else min(of / total, 1.0)
+        for of, total in ((groups, n), (other_groups, m))
+    )
+    return {
+        name: share_change(
+            counts[name] * scale, n * scale, others[name] * other_scale, m * other_scale, level
+        )
+        for name in shared
+    }
 
 
-def share_change(hits: int, n: int, other_hits: int, m: int, level: float = 0.95) -> Estimate:
+def share_change(
+    hits: float, n: float, other_hits: float, m: float, level: float = 0.95
+) -> Estimate:
     """Return hits / n - other_hits / m with Newcombe's interval from those of Wilson."""
     share, other = hits / n, other_hits / m
     (low, high), (other_low, other_high) = wilson(hits, n, level), wilson(other_hits, m, level)
@@ -116,52 +168,71 @@ def share_change(hits: int, n: int, other_hits: int, m: int, level: float = 0.95
 
 
 def concept_shift(
-    features: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, seed: int = 0
+    features: np.ndarray,
+    labels: np.ndarray,
+    known: np.ndarray,
+    groups: np.ndarray | None = None,
+    seed: int = 0,
 ) -> Estimate:
-    """Return by how much a fitted head is right more often than the source's own head.
+    """Return by how much a fitted head is right more often than one that is already there.
 
-    Both are linear and see the same features of the same labelled rows, the fitted one by
-    cross-validation. It has the target's labels and the other has not: with few rows, or where the
-    inputs are new to the source as well, the difference is not that of the concept alone.
+    The fitted one is linear, and tried by cross-validation on the same rows. It has their labels
+    and the other has not: with few rows, or where the inputs are new to the other as well, the
+    difference is not that of the concept alone.
 
     Args:
-        features: (n, D) features of the target's training rows.
+        features: (n, D) features.
         labels: (n,) class numbers.
-        probabilities: (n, K) what the source's head says of the same classes in the same order.
+        known: (n, K) probabilities or scores of the same classes by the head that is there.
+        groups: (n,) group of each row; None: each row is independent.
         seed: Of the folds.
 
     Raises:
-        ValueError: There are fewer than FEWEST rows, or rows of one class alone.
+        ValueError: There are fewer than FEWEST rows, rows of one class alone, or fewer than
+            FEWEST_GROUPS groups.
     """
     if len(labels) < FEWEST or len(np.unique(labels)) < 2:
         raise ValueError(f"fewer than {FEWEST} rows of two classes that both sides have")
-    fold = np.random.default_rng(seed).permutation(len(labels)) % FOLDS
-    x, y = features.astype(np.float64), np.eye(probabilities.shape[1])[labels]
+    unit = units_of(groups, len(labels))
+    count = int(unit.max()) + 1
+    if count < FEWEST_GROUPS:
+        raise ValueError(f"fewer than {FEWEST_GROUPS} groups")
+    fold = (np.random.default_rng(seed).permutation(count) % FOLDS)[unit]
+    x, y = features.astype(np.float64), np.eye(known.shape[1])[labels]
     fitted = np.empty(len(labels), dtype=np.int64)
-    for k in range(FOLDS):
+    for k in np.unique(fold):
         held = fold == k
         fitted[held] = linear(x[~held], y[~held], x[held]).argmax(1)
-    gained = (fitted == labels).astype(float) - (probabilities.argmax(1) == labels)
-    return Estimate(*t_interval(gained.tolist()))
+    gained = (fitted == labels).astype(float) - (known.argmax(1) == labels)
+    of_groups = np.bincount(unit, gained) / np.bincount(unit)
+    return Estimate(*t_interval(of_groups.tolist()))
 
 
-def feature_drift(features: Iterable[tuple[str, np.ndarray]], count: int) -> tuple[Drift, ...]:
+def feature_drift(
+    features: Iterable[tuple[str, np.ndarray]], count: int, groups: tuple[int, int] | None = None
+) -> tuple[Drift, ...]:
     """Compare the single features of two samples, the largest drift first.
 
-    Numbers by the test of Kolmogorov and Smirnov, on the rows that have one; categories by the
-    Jensen-Shannon divergence in bits, with the p value of the chi-square test. The p values are
-    corrected together by the procedure of Benjamini and Hochberg (1995).
+    Numbers by the test of Kolmogorov and Smirnov, on the rows that have one, and the share of rows
+    that have none by the chi-square test; categories by the Jensen-Shannon divergence in bits, with
+    the p value of the chi-square test. The p values are corrected together by the procedure of
+    Benjamini and Hochberg (1995).
 
     Args:
         features: Name and values of each feature (`HasSingleFeatures`) of the rows of both samples
             together, since categories are numbered within one table.
         count: How many of the rows, from the first on, are of the first sample.
+        groups: Number of groups of both samples; None: each row is independent.
     """
-    found = [
-        (name, *one)
-        for name, values in features
-        if (one := _drift(values[:count], values[count:])) is not None
-    ]
+    found: list[tuple[str, float, float, str]] = []
+    for name, values in features:
+        sides = values[:count], values[count:]
+        shares = (1.0, 1.0)
+        if groups is not None:
+            shares = tuple(
+                min(of / max(len(one), 1), 1.0) for of, one in zip(groups, sides, strict=True)
+            )
+        found += [(name, *one) for one in _drifts(*sides, shares)]
     if not found:
         return ()
     corrected = stats.false_discovery_control([p for _, _, p, _ in found])
@@ -172,20 +243,43 @@ def feature_drift(features: Iterable[tuple[str, np.ndarray]], count: int) -> tup
     return tuple(sorted(drifts, key=lambda one: (-one.size, one.feature)))
 
 
-def _drift(values: np.ndarray, others: np.ndarray) -> tuple[float, float, str] | None:
-    """Return (size, p value, kind) of the drift of a feature; None where rows are too few."""
-    if np.issubdtype(values.dtype, np.floating):
-        values, others = values[np.isfinite(values)], others[np.isfinite(others)]
-        if min(len(values), len(others)) < FEWEST:
-            return None
-        test: Any = stats.ks_2samp(values, others)
-        return float(test.statistic), float(test.pvalue), "numbers"
+def _drifts(
+    values: np.ndarray, others: np.ndarray, shares: tuple[float, ...]
+) -> list[tuple[float, float, str]]:
+    """Return (size, p value, kind) of each comparison of a feature that has enough rows.
+
+    Args:
+        shares: Of both sides, groups in relation to rows; 1 where rows are independent.
+    """
     if min(len(values), len(others)) < FEWEST:
-        return None
+        return []
+    sides = values, others
+    if not np.issubdtype(values.dtype, np.floating):
+        return [_drift_of_categories(*sides, shares)]
+    known = [np.isfinite(one) for one in sides]
+    found: list[tuple[float, float, str]] = []
+    if not all(one.all() for one in known):
+        _, p, _ = _drift_of_categories(*known, shares)
+        found.append((abs(float(known[0].mean() - known[1].mean())), p, "missing"))
+    values, others = (one[here] for one, here in zip(sides, known, strict=True))
+    if min(len(values), len(others)) < FEWEST:
+        return found
+    test: Any = stats.ks_2samp(values, others)
+    p = float(test.pvalue)
+    if shares != (1.0, 1.0):
+        n, m = (max(len(o) * s, 1.0) for o, s in zip((values, others), shares, strict=True))
+        p = float(stats.kstwo.sf(test.statistic, max(round(n * m / (n + m)), 1)))
+    return [*found, (float(test.statistic), p, "numbers")]
+
+
+def _drift_of_categories(
+    values: np.ndarray, others: np.ndarray, shares: tuple[float, ...]
+) -> tuple[float, float, str]:
+    """Return the size of a drift of categories, its p value and "categories"."""
     kinds = np.union1d(values, others)
-    counts = np.array([(one[:, None] == kinds).sum(0) for one in (values, others)])
     if len(kinds) < 2:
         return 0.0, 1.0, "categories"
+    counts = np.array([(one[:, None] == kinds).sum(0) for one in (values, others)])
     size = float(jensenshannon(*counts, base=2)) ** 2
-    found: Any = stats.chi2_contingency(counts)
+    found: Any = stats.chi2_contingency(counts * np.array(shares)[:, None])
     return size, float(found.pvalue), "categories"

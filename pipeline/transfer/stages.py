@@ -817,10 +817,15 @@ def _pairs(
     }
 
 
-def _compute_scores(state: JobState, shared: Shared, names: Sequence[str]) -> None:
-    """Compute the scores of every source for these targets, on the workers.
+def _compute_scores(
+    state: JobState, shared: Shared, names: Sequence[str], scored: Collection[str] | None = None
+) -> None:
+    """Compute the scores and the shift of every source for these targets, on the workers.
 
     A source that cannot be scored is added to the notes, and the others continue.
+
+    Args:
+        scored: Targets that are scored; shift alone is measured for the others. None: all.
     """
     rows = {
         name: (scoring.sample(stage.splits.train), dict(stage.spec.data.columns))
@@ -828,8 +833,27 @@ def _compute_scores(state: JobState, shared: Shared, names: Sequence[str]) -> No
         if stage.splits is not None and stage.spec.data is not None
     }
     labels = {name: _class_counts(state, stage, shared) for name, stage in state.sources.items()}
+    columns = {
+        name: stage.spec.data.group
+        for name, stage in state.sources.items()
+        if name in rows and stage.spec.data is not None
+    }
+    counts = {
+        name: measured_shift.group_count(stage.splits.train, columns[name])
+        for name, stage in state.sources.items()
+        if name in rows and stage.splits is not None
+    }
     pairs = [
-        Pair(source_name, group, name, rows.get(source_name), labels.get(source_name, {}))
+        Pair(
+            source_name,
+            group,
+            name,
+            rows.get(source_name),
+            labels.get(source_name, {}),
+            columns.get(source_name),
+            counts.get(source_name),
+            scored is None or name in scored,
+        )
         for (name, group), sources in _pairs(state, shared, names).items()
         for source_name in sources
     ]
@@ -838,7 +862,8 @@ def _compute_scores(state: JobState, shared: Shared, names: Sequence[str]) -> No
         state.progress.update(f"scores: {number + 1}/{len(pairs)}")
         state.source_scores[f"{one.source}|{one.target}"] = one
         if one.error:
-            line = f"{one.target}: source {one.source} has no score ({one.error})"
+            what = "score" if scored is None or one.target in scored else "measured shift"
+            line = f"{one.target}: source {one.source} has no {what} ({one.error})"
             state.notes.append(line)
             state.progress.note(f"warning: {line}")
 
@@ -870,12 +895,12 @@ def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
     """Select the sources of each target: all, or those with the best scores.
 
     Targets with a choice of sources are scored also where all of them are fanned out: the report
-    then compares the scores with what fine-tuning showed.
+    then compares the scores with what fine-tuning showed. Of the others shift alone is measured.
     """
     select = state.job.fanout.by_score
     chosen = {name: set(matching(state, name)) for name in state.targets}
     scored = [name for name in state.targets if select is not None or len(chosen[name]) > 1]
-    _compute_scores(state, shared, scored)
+    _compute_scores(state, shared, list(state.targets), scored)
     if select is None:
         return chosen
     for name in scored:
@@ -1210,7 +1235,34 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
     _save_metadata(state, chosen)
     final = final_trials(state, groups, chosen, winners)
     _run_final(state, shared, groups, final)
+    _measure_shift_of_test(state, shared)
+    _save_metadata(state, chosen)
     return [*search, *final]
+
+
+def _measure_shift_of_test(state: JobState, shared: Shared) -> None:
+    """Measure how the test rows of each target differ from its training rows, on the workers.
+
+    It reads their labels, so it comes after all trials. One source's features serve: the one with
+    the best score, where there are scores.
+    """
+    first: dict[str, Pair] = {}
+    for (name, group), sources in _pairs(state, shared, list(state.targets)).items():
+        known = [state.source_scores.get(f"{source}|{name}") for source in sources]
+        able = [one for one in known if one is not None and not one.error]
+        if able and name not in first:
+            best = min(able, key=_order_by_default_score)
+            first[name] = Pair(best.source, group, name)
+    found = fanout.shifts_of_test(list(first.values()), shared, state.job.fanout, state.wait)
+    for pair, one in zip(first.values(), found, strict=True):
+        place = f"{pair.source}|{pair.target}"
+        scores = state.source_scores[place]
+        state.source_scores[place] = replace(scores, shifts=(*scores.shifts, one))
+
+
+def _order_by_default_score(pair: PairScores) -> tuple[bool, float]:
+    score = pair.scores.get(scoring.DEFAULT_SCORE)
+    return (True, 0.0) if score is None else _rank(score)
 
 
 def _run_final(
@@ -1401,7 +1453,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
 def _score_column(state: JobState, one: Trial) -> str | None:
     """Return the scores of a trial's source for its target, as the results table has them."""
     found = state.source_scores.get(f"{one.source}|{one.target}")
-    if found is None:
+    if found is None or not found.scores:
         return None
     shown = {
         name: {"value": score.value, "low": score.low, "high": score.high}

@@ -427,7 +427,8 @@ def test_every_kind_of_target_has_the_scores_that_are_defined_for_it(name, monke
         labels=None,
         label_names=(),
         spec=SimpleNamespace(
-            label_fractions=[1.0], data=SimpleNamespace(columns=built.rows.decoder.columns)
+            label_fractions=[1.0],
+            data=SimpleNamespace(columns=built.rows.decoder.columns, group=None),
         ),
     )
     weights = {name: tensor.numpy() for name, tensor in backbone.state_dict().items()}

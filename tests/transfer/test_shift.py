@@ -3,20 +3,24 @@ none, and one that is made is named.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from scipy import stats
 from sklearn.linear_model import Ridge
 from toys import image_files, job_of, shared_of
 
 from pipeline.config import registry
+from pipeline.core.specs import ObjectiveSpec
 from pipeline.data import manifests
+from pipeline.data.stream import Decoder, Rows
 from pipeline.report import shift as shown
 from pipeline.report.shift import Drift, Estimate, Shift
-from pipeline.transfer import measured_shift, shift
+from pipeline.transfer import measured_shift, scoring, shift
 from pipeline.transfer.scoring import Pair, score_pair
 
 
@@ -48,7 +52,7 @@ def test_equal_samples_are_not_told_apart():
     misses = 0
     for seed in range(200):
         both = np.random.default_rng(seed).normal(size=(240, 5))
-        found = shift.told_apart(both[:120], both[120:], seed)
+        found = shift.told_apart(both[:120], both[120:], seed=seed)
         misses += not found.low <= 0.5 <= found.high
     assert misses <= 20
 
@@ -63,6 +67,89 @@ def test_shifted_samples_are_told_apart_as_well_as_they_can_be():
     assert found.value == shift.told_apart(rows, others).value, "the same each time"
     with pytest.raises(ValueError, match="fewer than 20 rows"):
         shift.told_apart(rows[:19], others)
+
+
+def speakers(draw: np.random.Generator, count: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features of speakers who differ much more than the rows of each do, and whose rows these are."""
+    groups = draw.integers(0, count, rows)
+    return draw.normal(size=(count, 32))[groups] + 0.1 * draw.normal(size=(rows, 32)), groups
+
+
+def test_speakers_of_one_population_are_not_told_apart_by_their_voices():
+    """The rows of a group stay together, and a group is one observation."""
+    misses, as_rows = 0, 0
+    for seed in range(100):
+        draw = np.random.default_rng(seed)
+        (rows, of), (others, of_others) = speakers(draw, 8, 100), speakers(draw, 20, 300)
+        found = shift.told_apart(rows, others, of, of_others, seed)
+        misses += not found.low <= 0.5 <= found.high
+        as_rows += shift.told_apart(rows, others, seed=seed).low > shown.TOLD_APART
+    assert misses <= 10 and as_rows > 90, "rows that count as independent show a shift"
+    rows[:, 0] += 30
+    found = shift.told_apart(rows, others, of, of_others)
+    assert found.value == 1
+    tried = 4 / (1 / 4 + 1 / 10)  # of 4 speakers and of 10
+    assert (found.low, found.high) == pytest.approx(shift.wilson(tried, tried))
+    with pytest.raises(ValueError, match="fewer than 4 groups"):
+        shift.told_apart(rows, others, of % 3, of_others)
+
+
+def test_groups_that_are_rows_change_nothing_but_the_draw():
+    draw = np.random.default_rng(0)
+    rows, others = draw.normal(size=(400, 4)), draw.normal(0.5, size=(400, 4))
+    alone = shift.told_apart(rows, others)
+    grouped = shift.told_apart(rows, others, np.arange(400), np.arange(400))
+    assert grouped.value == pytest.approx(alone.value, abs=0.05)
+    assert grouped.high - grouped.low == pytest.approx(alone.high - alone.low, rel=0.1)
+    right = round(alone.value * 400)
+    assert (alone.low, alone.high) == pytest.approx(shift.wilson(right, 400))
+
+
+def test_features_that_are_all_equal_are_at_chance():
+    assert shift.told_apart(np.ones((40, 3)), np.ones((60, 3))).value == 0.5
+
+
+def test_groups_are_the_observations_of_shares_heads_and_drift():
+    one, other = {"a": 300, "b": 700}, {"a": 100, "b": 900}
+    found = shift.label_shift(one, other, 10, 20)["a"]
+    assert found == shift.share_change(3, 10, 2, 20, level=0.975)
+    assert (
+        found.value == pytest.approx(0.2) and found.low < 0 < shift.label_shift(one, other)["a"].low
+    )
+    assert shift.label_shift(one, other, 5000, 5000) == shift.label_shift(one, other)
+
+    draw = np.random.default_rng(0)
+    labels, groups = draw.integers(0, 2, 200), np.repeat(np.arange(10), 20)
+    features = draw.normal(size=(200, 3)) + 4 * labels[:, None]
+    known = np.eye(2)[np.where(groups < 5, labels, 1 - labels)]  # wrong for half of the groups
+    rows = shift.concept_shift(features, labels, known)
+    grouped = shift.concept_shift(features, labels, known, groups)
+    assert grouped.value == pytest.approx(rows.value, abs=0.02)
+    assert grouped.high - grouped.low > 3 * (rows.high - rows.low)
+
+    values = np.r_[draw.normal(size=300), draw.normal(0.5, size=400)]
+    kinds = np.r_[draw.integers(0, 3, 300), draw.integers(1, 4, 400)]
+    known = {d.feature: d for d in shift.feature_drift([("x", values)], 300, (6, 8))}
+    statistic = stats.ks_2samp(values[:300], values[300:]).statistic
+    assert known["x"].size == pytest.approx(statistic)
+    assert known["x"].p == pytest.approx(stats.kstwo.sf(statistic, round(48 / 14)))
+    counts = np.array([np.bincount(part, minlength=4) for part in (kinds[:300], kinds[300:])])
+    (of_kinds,) = shift.feature_drift([("k", kinds)], 300, (6, 8))
+    assert of_kinds.p == pytest.approx(stats.chi2_contingency(counts / 50).pvalue)
+
+
+def test_a_feature_that_is_missing_in_one_sample_drifts():
+    draw = np.random.default_rng(0)
+    known, half = draw.normal(size=500), draw.normal(size=500)
+    half[draw.random(500) < 0.9] = np.nan
+    gone = np.r_[known, np.full(500, np.nan)]
+    found = shift.feature_drift([("lactate", gone), ("ph", np.r_[known, half])], 500)
+    by_name = {one.name: one for one in found}
+    assert {*by_name} == {"lactate, missing", "ph, missing", "ph"}
+    assert by_name["lactate, missing"].size == 1 and by_name["lactate, missing"].is_large
+    assert by_name["ph, missing"].size == pytest.approx(np.isnan(half).mean())
+    words = shown.sentences("task", replace(LARGE, drift=found), [])[-1]
+    assert "lactate, missing (1.00), ph, missing (0.9" in words
 
 
 def test_label_shift_is_over_the_classes_that_both_have():
@@ -100,15 +187,23 @@ def test_drift_of_features_is_that_of_scipy_corrected_together():
     )
     known = {one.feature: one for one in found}
     assert [one.size for one in found] == sorted((one.size for one in found), reverse=True)
-    assert {*known} == {"equal", "age", "unit"}, "too few rows are not compared"
+    numbers_alone = {one.name for one in found if one.kind != "missing"}
+    assert numbers_alone == {"equal", "age", "unit"}, "too few rows are not compared"
+    known = {one.name: one for one in found}
     tests = {
         "equal": stats.ks_2samp(equal[:n], equal[n:]),
         "age": stats.ks_2samp(*(one[np.isfinite(one)] for one in (numbers[:n], numbers[n:]))),
     }
     counts = np.array([np.bincount(one, minlength=4) for one in (kinds[:n], kinds[n:])])
     p = [tests["equal"].pvalue, tests["age"].pvalue, stats.chi2_contingency(counts).pvalue]
+    for values in (numbers, few):
+        missing = [
+            [np.isnan(one).sum(), np.isfinite(one).sum()] for one in (values[:n], values[n:])
+        ]
+        p.append(stats.chi2_contingency(missing).pvalue)
     corrected = stats.false_discovery_control(p)
-    assert [known[name].p for name in ("equal", "age", "unit")] == pytest.approx(corrected)
+    names = ("equal", "age", "unit", "age, missing", "few, missing")
+    assert [known[name].p for name in names] == pytest.approx(corrected)
     assert known["age"].size == pytest.approx(tests["age"].statistic)
     shares = counts / counts.sum(1, keepdims=True)
     middle = shares.mean(0)
@@ -132,11 +227,29 @@ def test_what_is_large_is_named_with_the_techniques_that_fit():
     found = shown.sentences("task", LARGE, ["coral", "full", "scratch"])
     covariate, labels, concept, drift = found
     assert "told apart with an accuracy of 0.90 [0.85, 0.93]" in covariate
-    assert covariate.endswith(": coral") and concept.endswith(": full")
+    assert "coral" not in covariate, "other shares of classes would be aligned too"
+    assert concept.endswith(": full")
     assert "sick +0.30 [+0.20, +0.40]" in labels and "well" not in labels
-    assert "1 of 2 features are distributed otherwise: age (0.40)" in drift
+    assert "1 of 2 comparisons of features show a difference: age (0.40)" in drift
+    inputs_alone = shown.sentences("task", replace(LARGE, labels={}), ["coral", "full", "scratch"])
+    assert inputs_alone[0].endswith(": coral")
     small = Shift("source corpus", "the training rows", covariate=Estimate(0.55, 0.45, 0.65))
     assert shown.sentences("task", small, ["coral"]) == []
+
+
+def test_no_technique_that_aligns_with_a_source_is_named_for_test_rows():
+    own = replace(
+        LARGE, rows="test rows", others="its own training rows", features_of="corpus",
+        within_target=True, labels={}, counted=measured_shift.GROUPS_COUNT,
+    )  # fmt: skip
+    covariate, concept, _ = shown.sentences("task", own, ["coral", "full", "tent"])
+    assert covariate.startswith(
+        "task: in the features of corpus, test rows and its own training rows look different"
+    )
+    assert covariate.endswith("techniques that adapt to the test rows: tent")
+    assert "each group is one observation" in covariate
+    assert "a head of the training rows does not hold on the test rows" in concept
+    assert "full" not in concept
 
 
 def test_shift_is_kept_as_json_and_shown():
@@ -160,19 +273,22 @@ def test_shift_is_measured_with_the_scores_and_reads_no_label_of_test_rows(tmp_p
     columns = data.spec.data.columns
     labels = dict.fromkeys(data.label_names, 20) | {data.label_names[0]: 400}
     pair = Pair("src", key, "task", (data.validation.selection, columns), labels)
-    source, own = score_pair(pair, shared).shifts
+    (source,) = score_pair(pair, shared).shifts
+    own = scoring.shift_of_test(pair, shared)
     assert source.others == "source src" and own.others == "its own training rows"
     assert source.covariate.low <= 0.5 <= source.covariate.high
     assert own.covariate.low <= 0.5 <= own.covariate.high, "all rows are of one distribution"
     assert source.labels[data.label_names[0]].high < -0.3 and {*source.labels} == {*labels}
-    assert source.concept is not None and not own.labels and own.concept is None
-    data.test.arrays["label"][:] = 0
-    assert score_pair(pair, shared).shifts == (source, own)
+    assert source.concept is not None and own.concept.low <= 0 <= own.concept.high
+    assert {*own.labels} == {*labels} and not own.missing
+    assert all(one.low <= 0 <= one.high for one in own.labels.values())
     unreadable = replace(data.test.decoder, objective_state={})
     blind = replace(data, test=replace(data.test, arrays=None, decoder=unreadable))
     again = score_pair(pair, replace(shared, targets={("task", key): blind})).shifts
-    assert again == (source, own), "their labels cannot be read at all"
-    checkpoint, _ = score_pair(Pair("src", key, "task"), shared).shifts
+    assert again == (source,), "before the trials their labels cannot be read at all"
+    alone = score_pair(replace(pair, scored=False), shared)
+    assert alone.shifts == (source,) and alone.scores == {}
+    (checkpoint,) = score_pair(Pair("src", key, "task"), shared).shifts
     assert checkpoint.missing["covariate"] == "the source's rows are not there"
     assert {*checkpoint.missing} == {"covariate", "labels"} and checkpoint.concept is not None
     assert score_pair(pair, shared, ("knn",)).shifts == (), "one score alone is asked for"
@@ -205,3 +321,66 @@ def test_classes_of_a_source_are_counted_by_name():
         "c": 2,
     }
     assert measured_shift.class_counts(np.zeros((3, 2)), ("a", "b")) == {}
+
+
+@pytest.mark.parametrize("planted", ["nothing", "labels", "meaning", "patients"])
+def test_test_rows_that_differ_from_training_rows_are_named(tmp_path, monkeypatch, planted):
+    """Other shares of classes, labels with another meaning, and patients of one population."""
+    draw = np.random.default_rng(1)
+    rows, labels, columns = {}, {}, {"features": "x", "label": "label"}
+    for part, count in (("train", 300), ("test", 240)):
+        share = 0.8 if planted == "labels" and part == "test" else 0.5
+        label = (draw.random(count) < share).astype(int)
+        patients = draw.integers(0, 12, count)
+        x = draw.normal(size=(count, 4))
+        x[:, 0] += 3 * label
+        if planted == "patients":
+            x += 3 * draw.normal(size=(12, 4))[patients]
+        labels[part] = 1 - label if planted == "meaning" and part == "test" else label
+        made = {"x": x.tolist(), "label": labels[part].astype(str), "patient": patients}
+        pq.write_table(pa.table(made), tmp_path / f"{part}.parquet")
+        manifest = manifests.build(str(tmp_path / f"{part}.parquet"), "auto", str(tmp_path))
+        rows[part] = Rows(
+            manifests.Selection(manifest), Decoder(SimpleNamespace(), None, {}, columns)
+        )
+
+    def pooled(backbone, rows, device):
+        ids = rows.selection.ids(np.arange(len(rows)))
+        table = manifests.Reader(rows.selection.manifest, ["x"]).take(ids)
+        return ids, torch.tensor(table["x"].to_pylist()), {}
+
+    monkeypatch.setattr(measured_shift, "features_of_ids", pooled)
+    names = ("0", "1")
+    spec = {"columns": columns, "group": "patient" if planted == "patients" else None}
+    data = SimpleNamespace(
+        **rows,
+        labels=labels["train"],
+        label_names=names,
+        objective=ObjectiveSpec(
+            "classification", {}, {"labels": list(names), "values": list(names)}
+        ),
+        spec=SimpleNamespace(label_fractions=[1.0], data=SimpleNamespace(**spec)),
+    )
+    found = measured_shift.within_target(data, "src", None, torch.device("cpu"))
+    words = " ".join(shown.sentences("task", found, []))
+    assert ("label shift" in words) == (planted == "labels"), words
+    assert ("does not hold" in words) == (planted == "meaning"), words
+    assert not found.missing and found.concept is not None and {*found.labels} == {*names}
+    if planted in ("nothing", "patients"):
+        assert words == ""
+    if planted == "patients":
+        data.spec.data.group = None
+        found = measured_shift.within_target(data, "src", None, torch.device("cpu"))
+        assert "look different" in " ".join(shown.sentences("task", found, []))
+    data.spec.label_fractions = [0]
+    found = measured_shift.within_target(data, "src", None, torch.device("cpu"))
+    assert {*found.missing} == {"labels", "concept"} and not found.labels
+
+
+def test_sources_rows_are_as_evenly_spread_as_the_targets(tmp_path):
+    """Of sorted files runs of rows would have other classes than rows that are spread."""
+    pq.write_table(pa.table({"label": np.sort(np.arange(20000) % 100)}), tmp_path / "a.parquet")
+    manifest = manifests.build(str(tmp_path / "a.parquet"), "auto", str(tmp_path))
+    chosen = scoring.sample(manifests.Selection(manifest))
+    assert len(chosen) == scoring.SOURCE_ROWS
+    assert len(np.unique(chosen.ids(np.arange(len(chosen))) // 200)) == 100, "every class is there"

@@ -724,6 +724,24 @@ def test_every_score_is_recorded_and_audited_where_there_is_a_choice(
     assert "undefined" in text and "the source is a checkpoint" in text
 
 
+def test_shift_alone_is_measured_where_there_is_no_choice(tmp_path, bundles, here):
+    """And that of the test rows, whose labels it reads, when all trials have ended."""
+    paths = image_files(tmp_path / "data", {"train": 36, "validation": 18, "test": 36})
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
+    state, rows = run_through(job)
+    (pair,) = state.source_scores.values()
+    source, own = pair.shifts
+    assert pair.scores == {} and {row.source_scores for row in rows} == {None}
+    assert source.others == "source a" and not source.within_target
+    assert own.within_target and own.features_of == "a"
+    assert own.covariate.low <= 0.5 <= own.covariate.high and own.concept is not None
+    again, same = reported(job)
+    assert again.source_scores == state.source_scores
+    text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
+    assert "## Shift" in text and "What the scores were worth" not in text
+    assert run_through(job)[0].source_scores == state.source_scores
+
+
 def test_a_score_that_no_source_has_leaves_none_out(tmp_path, bundles, paths, here):
     job = job_of(
         tmp_path,
