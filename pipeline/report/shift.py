@@ -129,7 +129,7 @@ def sentences(target: str, shift: Shift, techniques: Sequence[str]) -> list[str]
             f"{whose} them by the shares of classes; metrics that weigh classes alike change least"
         )
     if shift.concept and shift.concept.low > LARGE_LOSS:
-        found.append(f"{target}: {_concept_sentence(shift, techniques)}")
+        found.append(f"{target}: {_concept_sentence(shift, changed, techniques)}")
     if large := [one for one in shift.drift if one.is_large]:
         named = ", ".join(f"{one.name} ({one.size:.2f})" for one in large[:SHOWN])
         more = f" and {len(large) - SHOWN} more" if len(large) > SHOWN else ""
@@ -158,18 +158,21 @@ def _covariate_advice(shift: Shift, changed: list[str], techniques: Sequence[str
     return _advice("techniques that bring their features together", ALIGNING, techniques)
 
 
-def _concept_sentence(shift: Shift, techniques: Sequence[str]) -> str:
+def _concept_sentence(shift: Shift, changed: list[str], techniques: Sequence[str]) -> str:
+    """Return what a head that loses accuracy may mean.
+
+    Args:
+        changed: Classes of which the shares differ much: a fitted head knows them.
+    """
     assert shift.concept is not None
     whose = "a head of the training rows" if shift.within_target else "the source's head"
+    shares = ", or it is the other shares of classes" if changed else ""
+    fitting = "techniques that train on the target's labels"
     return (
         f"{whose} does not hold on the {shift.rows}: a head fitted to them is right more often, by "
         f"{shift.concept.text()}. Either the labels mean something else there (concept shift), or "
-        "its features do not reach so far"
-        + (
-            ""
-            if shift.within_target
-            else _advice("techniques that train on the target's labels", REFITTING, techniques)
-        )
+        f"its features do not reach so far{shares}"
+        + ("" if shift.within_target else _advice(fitting, REFITTING, techniques))
     )
 
 

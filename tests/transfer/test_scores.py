@@ -247,13 +247,13 @@ def test_scores_are_computed_once_for_the_same_weights_rows_and_labels(tmp_path,
     data_ = shared.targets["task", key]
     data_.key, shared.source_keys["src"] = "rows", "source"
     pair, passes = Pair("src", key, "task"), []
-    compute = scoring.features
+    compute = scoring.features_of_ids
 
     def counted(*args):
         passes.append(1)
         return compute(*args)
 
-    monkeypatch.setattr(scoring, "features", counted)
+    monkeypatch.setattr(scoring, "features_of_ids", counted)
     found = score_pair(pair, shared)
     assert score_pair(pair, shared) == found and len(passes) == 1, "one pass for all scores"
     changes = [
