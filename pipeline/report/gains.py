@@ -106,18 +106,22 @@ def _warning(target: str, fraction: str, cells: Sequence[Cell], decimals: int) -
         most = "at worst " if len(lost) > 1 else ""
         losses.append(f"{source} with {how} ({most}{_gain(lost[0], decimals)})")
     labels = plots.fraction_label(fraction)
-    winners = [cell for cell in cells if cell.verdict == WINS and cell.survives]
-    if winners:
-        best = chosen(winners)
-        instead = (
-            f"better than scratch is {best.source} with {best.technique} ({_gain(best, decimals)})"
-        )
-    else:
-        instead = "use scratch"
+    scratch = "the target's best network from scratch" if _over(cells) else "training from scratch"
     return with_minus_sign(
         f"For target {target} ({labels} labels), fine-tuning {'; '.join(losses)} is worse than "
-        f"training from scratch: {instead}."
+        f"{scratch}: {_alternative(cells, decimals)}."
     )
+
+
+def _alternative(cells: Sequence[Cell], decimals: int) -> str:
+    """Return what to use where some sources lose: what wins, or scratch."""
+    winners = [cell for cell in cells if cell.verdict == WINS]
+    if not winners:
+        return "use scratch"
+    surviving = [cell for cell in winners if cell.survives]
+    best = chosen(surviving or winners)
+    text = f"better than scratch is {best.source} with {best.technique} ({_gain(best, decimals)})"
+    return text if surviving else f"{text}, though not after Holm's correction"
 
 
 # ---------------------------------------------------------------- sources by targets

@@ -51,6 +51,12 @@ def test_only_a_c_library_that_takes_it_is_told_to_keep_memory(library, keeps, m
     )
 
 
+@pytest.mark.ray
+def test_workers_of_a_ray_that_is_started_here_have_the_priority_of_their_driver(ray_here):
+    niceness = ray_here.remote(lambda: os.nice(0))
+    assert ray_here.get(niceness.remote()) == os.nice(0)
+
+
 # ---------------------------------------------------------------- capacity
 
 
