@@ -28,6 +28,7 @@ from pipeline.report import (
     shift,
     stats,
     subgroups,
+    without_labels,
 )
 from pipeline.report.blocks import (
     Block,
@@ -326,6 +327,7 @@ def write(
         *_summary_blocks(cells, groups, rows, decimals),
         *gains.heat_maps(comparable, decimals),
         *_gain_blocks(groups, decimals),
+        *without_labels.blocks_of(cells, rows, runs or {}, decimals),
     ]
     for target, group in groups.items():
         content += _best_baseline_blocks(target, group, decimals[target])

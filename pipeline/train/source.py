@@ -240,9 +240,28 @@ def stage(job: Job, name: str) -> SourceStage:
         *([[data_key(spec.probe), probe.fingerprint]] if spec.probe and probe else []),
     )
     made = SourceStage(job, name, spec, splits, key, probe, start or "")
+    _check_plain_network(made)
     if splits is not None and not made.packed:
         check_plan(made, splits.corpora)
     return made
+
+
+def _check_plain_network(stage: SourceStage) -> None:
+    """Raise ValueError where the checkpoint is a bundle with modules of a technique in it.
+
+    Its tensors are not those of the backbone that the bundle names.
+    """
+    text = stage.checkpoint_text
+    if not text.startswith("bundle:"):
+        return
+    manifest = bundle.read_manifest(text.partition(":")[2])
+    if manifest.technique is not None:
+        parent = f", such as its own source ({manifest.parent})" if manifest.parent else ""
+        raise ValueError(
+            f"sources.{stage.name}: {text} was fine-tuned with {manifest.technique['name']}, whose "
+            f"modules are part of its network, so it serves `predict` and is no plain "
+            f"{manifest.arch.name} to start from: name a bundle of another technique{parent}"
+        )
 
 
 def made_by(

@@ -7,8 +7,9 @@ from toys import image_files, job_of, make_run, shared_of, take, trial_of, weigh
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
+from pipeline.config.schema import Job
 from pipeline.core.contracts import Task
-from pipeline.train import loop
+from pipeline.train import loop, source
 from pipeline.transfer import trial
 
 KINDS = {name: backbone for name, (_, backbone) in MODALITIES.items()}
@@ -63,3 +64,21 @@ def test_its_bundle_holds_both_networks(tmp_path):
         bundle.transfer(
             bundle.build_backbone(found.manifest.arch, seed=0), found.backbone_tensors(), "it"
         )
+
+
+def test_its_bundle_is_refused_as_a_source_before_anything_starts(tmp_path):
+    paths = image_files(tmp_path, {"train": 16, "validation": 8, "test": 8})
+    job = job_of(tmp_path, paths, train={"steps": 3})
+    shared = shared_of(tmp_path, job, paths, keep_bundles=True)
+    for technique in ("side_tuning", "full"):
+        record = trial.run(trial_of(job, shared, technique), shared)
+        uri = str(record.rows[0].bundle_uri)
+        spec = {"backbone": f"bundle:{uri}"}
+        next_job = Job.model_validate({**job.model_dump(mode="json"), "sources": {"next": spec}})
+        if technique == "full":
+            assert source.stage(next_job, "next").is_given
+            continue
+        with pytest.raises(
+            ValueError, match=r"sources\.next: bundle:.* fine-tuned with side_tuning"
+        ):
+            source.stage(next_job, "next")

@@ -1,0 +1,45 @@
+"""Gains at label fraction 0 are over the source's network as it is, not over scratch."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.report import blocks, matrix, without_labels
+from tests.report.test_advice import cell, store
+
+LABELS = {"label_fraction": "0/class"}
+
+
+def page(*cells) -> str:
+    known = store(cell("none", "scratch", 0.6), cell("src", "full", 0.8), *cells)
+    found = matrix.matrix_cells(known.rows, known.runs)
+    shown = without_labels.blocks_of(found, known.rows, known.runs, {"t": 3})
+    return blocks.markdown("x", shown)
+
+
+def test_each_seed_is_compared_with_the_one_trial_of_zero_shot():
+    zero_shot = cell("src", "zero_shot", 0.6, seeds=1, **LABELS)
+    dann, adabn = cell("src", "dann", 0.8, **LABELS), cell("src", "adabn", 0.7, seeds=1, **LABELS)
+    found = page(zero_shot, dann, adabn)
+    gain = sum(row.value for row in dann[0]) / 3 - zero_shot[0][0].value
+    assert f"+{gain:.3f} [+" in found and "wins" in found
+    (adapted,) = [line for line in found.splitlines() if "adabn" in line]
+    assert matrix.UNCOMPARED in adapted, "one seed is no verdict"
+    assert "full" not in found, "it had labels"
+
+
+def test_another_source_or_no_zero_shot_is_no_reference():
+    dann = cell("src", "dann", 0.8, **LABELS)
+    other = cell("other", "zero_shot", 0.6, seeds=1, **LABELS)
+    assert "Without labels" not in page(dann) and "Without labels" not in page(dann, other)
+
+
+@pytest.mark.parametrize("lost", ["dann", "zero_shot"])
+def test_without_predictions_nothing_is_compared(lost):
+    zero_shot = cell("src", "zero_shot", 0.6, seeds=1, **LABELS)
+    dann = cell("src", "dann", 0.8, **LABELS)
+    known = store(zero_shot, dann)
+    runs = {name: run for name, run in known.runs.items() if lost not in name}
+    found = matrix.matrix_cells(known.rows, known.runs)
+    shown = without_labels.blocks_of(found, known.rows, runs, {"t": 3})
+    assert matrix.UNCOMPARED in blocks.markdown("x", shown)
