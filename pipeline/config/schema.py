@@ -715,6 +715,23 @@ class Target(Spec):
         "coral, pseudo_labels, adabn, ...): all of them are read, in the columns that the modality "
         "needs; none: the training rows, whose labels are then not read",
     )
+    folds: int | None = Field(
+        None,
+        ge=2,
+        exclude_if=lambda folds: folds is None,  # a target without any has the key it always had
+        description="cross-validation: the rows are cut in so many folds (no group is in two, "
+        "equal shares of each class), and each is the test split of trials of its own, which "
+        "search and choose by validation_fraction of their other rows. Every row is tested once "
+        "with each seed, and report and comparisons take all of them; data then declare no "
+        "validation or test rows",
+    )
+    fold: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda fold: fold is None,
+        description="run this one of the folds alone; none: all. Its trials are those of a job "
+        "that runs all",
+    )
     sources: list[str] | None = Field(
         None, description="which sources to adapt; none: all of the same modality"
     )
@@ -774,6 +791,35 @@ class Target(Spec):
                 "shares of them",
             )
         )
+        return self
+
+    @model_validator(mode="after")
+    def _cut_in_folds(self):
+        """Refuse what folds have no use for: they make the splits, and test every row."""
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        if self.folds is None:
+            nothing = "it is one of several folds, and folds is not given"
+            _refuse(_unused_field_problems(self, ["fold"], (), nothing))
+            return self
+        if self.fold is not None and self.fold > self.folds:
+            problems.append((("fold",), f"there are {self.folds} folds, numbered from 1"))
+        problems += _unused_field_problems(
+            self.data,
+            ["validation", "test", "split_column", "test_fraction"],
+            ("data",),
+            "folds test every row once and hold out validation_fraction of the others (where: "
+            "keeps the rows of one declared split)",
+        )
+        problems += _unused_field_problems(
+            self.data, ["more"], ("data",), "folds are cut from one corpus: name its files in uri"
+        )
+        problems += _unused_field_problems(
+            self,
+            ["unlabelled"],
+            (),
+            "its rows are read in each fold, and a fold's test rows may be among them",
+        )
+        _refuse(problems)
         return self
 
     @model_validator(mode="after")
@@ -1083,6 +1129,16 @@ class Job(Spec):
                     "asha stops no trial of several ranks: say fanout.scheduler fifo, or workers 0",
                 )
                 for name in several
+            ]
+        if self.fanout.select is not None:
+            problems += [
+                (
+                    ("targets", name, "folds"),
+                    "fanout.select would choose other sources in each fold, so that no source is "
+                    "tested on all rows: name the sources of the target instead",
+                )
+                for name, target in self.targets.items()
+                if target.folds is not None
             ]
         found = search_problems(
             self.fanout.stated_search, (target.train for target in self.targets.values())

@@ -38,6 +38,26 @@ def padded(rows: np.ndarray, least: int = 0, fill: int = 0) -> np.ndarray:
     return out
 
 
+def joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """Return plain arrays one behind the other.
+
+    Where their rows are of other lengths, shorter ones end in -1 (whole numbers) or NaN.
+    """
+    shapes = [array.shape[1:] for array in arrays]
+    if len(set(shapes)) > 1:
+        wide = tuple(map(max, zip(*shapes, strict=True)))
+        fill = np.nan if arrays[0].dtype.kind == "f" else -1
+        arrays = [
+            np.pad(
+                a,
+                [(0, 0), *((0, most - have) for most, have in zip(wide, a.shape[1:], strict=True))],
+                constant_values=fill,
+            )
+            for a in arrays
+        ]
+    return np.concatenate(arrays)
+
+
 def size(array: np.ndarray) -> int:
     """Return the bytes of an array, including those of its objects (rows, encoded files)."""
     if array.dtype != object:

@@ -15,7 +15,7 @@ from decimal import Decimal
 from functools import cached_property
 from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -564,17 +564,34 @@ def _values_of(coded: pa.DictionaryArray, name: str, selection: Selection, data:
 SPLITS = ("train", "validation", "test")
 
 
+class Fold(NamedTuple):
+    """One of several parts of the rows, which is the test split."""
+
+    number: int
+    """From 1."""
+    of: int
+
+
 def splits(
-    data: Data, roles: tuple[str, ...], job_field: str, imports_uri: str, need_test: bool
+    data: Data,
+    roles: tuple[str, ...],
+    job_field: str,
+    imports_uri: str,
+    need_test: bool,
+    fold: Fold | None = None,
 ) -> Splits:
     """Return train, validation and test rows of a data spec; those of further corpora (`more`)
     come after those of the first.
 
+    Args:
+        fold: The part of the rows that is the test split (`fold_of_rows`); the data then have one
+            corpus and no declared split.
+
     Raises ValueError for a missing column, an empty split, a split value that the column does not
-    have, a group in two splits, or corpora that cannot be joined.
+    have, a group in two splits, corpora that cannot be joined, or rows that cannot be cut in folds.
     """
     at = f"{job_field}.data"
-    parts = [_splits(data, roles, at, imports_uri)]
+    parts = [_splits(data, roles, at, imports_uri, fold)]
     for i, part in enumerate(data.more):
         parts.append(
             _splits(
@@ -624,7 +641,78 @@ def splits(
     return out
 
 
-def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Splits:
+def fold_of_rows(
+    classes: np.ndarray, groups: np.ndarray | None, order: np.ndarray, count: int
+) -> np.ndarray:
+    """Return (n,) the fold of each row, from 0. No group is in two folds.
+
+    Without groups the rows of each class are dealt out in turn, so that their numbers in two folds
+    differ by one at most, and so do those of all rows. With groups the largest come first, and each
+    goes to the fold that has the least of its classes, as shares of all rows of a class (the least
+    squares of these shares; of one class it is the fold with the fewest rows).
+
+    Args:
+        classes: (n,) class number of each row, from 0.
+        groups: (n,) group number of each row, from 0, or None.
+        order: (n,) random numbers, equal for the rows of a group.
+        count: Number of folds.
+    """
+    folds = np.zeros(len(classes), dtype=np.int64)
+    if groups is None:
+        folds[np.lexsort((order, classes))] = np.arange(len(classes)) % count
+        return folds
+    _, first, unit = np.unique(groups, return_index=True, return_inverse=True)
+    rows = np.zeros((len(first), int(classes.max()) + 1))
+    np.add.at(rows, (unit, classes), 1)
+    shares = rows / np.maximum(rows.sum(axis=0), 1)
+    held_shares, held_rows = np.zeros((count, shares.shape[1])), np.zeros(count)
+    fold_of_unit = np.zeros(len(first), dtype=np.int64)
+    for one in np.lexsort((order[first], -rows.sum(axis=1))):
+        fold = np.lexsort((held_rows, held_shares @ shares[one]))[0]
+        fold_of_unit[one] = fold
+        held_shares[fold] += shares[one]
+        held_rows[fold] += rows[one].sum()
+    return fold_of_unit[unit]
+
+
+def _is_tested(
+    selection: Selection, data: Data, roles: tuple[str, ...], at: str, fold: Fold
+) -> np.ndarray:
+    """Return (n,) bool: whether a row is in a fold. Folds have equal shares of each class (role
+    ``label``).
+
+    Raises ValueError where there are too few groups, or rows of a class, for so many folds.
+    """
+    label = data.columns["label"] if "label" in roles else None
+    table = read_columns(selection, [name for name in (label, data.group) if name])
+    group = table[data.group] if data.group else None
+    groups = None if group is None else group_numbers(group)
+    ids = np.arange(len(selection)) if selection.rows is None else selection.rows
+    unit, units = ("groups", groups) if groups is not None else ("rows", ids)
+    have = len(np.unique(units))
+    classes = np.zeros(len(selection), dtype=np.int64)
+    problem = f"there are {have} {unit}" if have < fold.of else ""
+    if label is not None and not problem:
+        coded = pc.dictionary_encode(table[label].combine_chunks())
+        # rows without a label come last; whether they may be there is not decided here
+        classes = coded.indices.fill_null(len(coded.dictionary)).to_numpy(zero_copy_only=False)
+        pairs = np.unique(np.stack([classes, units]), axis=1)[0]
+        least = np.bincount(pairs, minlength=len(coded.dictionary))[: len(coded.dictionary)]
+        if len(least) and least.min() < fold.of:
+            value = value_text(coded.dictionary[int(least.argmin())].as_py())
+            problem = f"class {value} of {label} is in {least.min()} {unit}"
+    if problem:
+        raise ValueError(
+            f"{at.removesuffix('.data')}.folds: {fold.of} folds need as many {unit}"
+            f"{' of each class' if label else ''}, and {problem}: ask for fewer folds"
+        )
+    order = _share(group, ids, f"fold {data.split_seed}")
+    return fold_of_rows(classes, groups, order, fold.of) == fold.number - 1
+
+
+def _splits(
+    data: Data, roles: tuple[str, ...], at: str, imports_uri: str, fold: Fold | None = None
+) -> Splits:
     """Return the splits of one corpus."""
     named: dict[tuple[str, ...], tuple[FileIdentity, ...]] = {}
 
@@ -667,14 +755,22 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
             _check_columns(manifest, data, roles, at)
             given[name] = _where(Selection(manifest), data, at)
             origin.append(f"{name} files")
+    seed = f" (split_seed {data.split_seed})" if data.split_seed else ""
+    if fold is not None:
+        tested = _is_tested(train, data, roles, at, fold)
+        given["test"], train = train.keep(tested), train.keep(~tested)
+        alike = ", with equal shares of each class" if "label" in roles else ""
+        origin.append(
+            f"test: each of {fold.of} folds by hash of {data.group or 'the row'}{alike}{seed}"
+        )
     for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if name not in given and fraction > 0:
             group = read_columns(train, [data.group])[data.group] if data.group else None
             ids = np.arange(len(train)) if train.rows is None else train.rows
             salt = f"{name} {data.split_seed}" if data.split_seed else name
+            salt += f" fold {fold.number}" if fold else ""
             held = _share(group, ids, salt) < fraction
             given[name], train = train.keep(held), train.keep(~held)
-            seed = f" (split_seed {data.split_seed})" if data.split_seed else ""
             origin.append(
                 f"{name}: random {fraction:g} of train by hash of {data.group or 'the row'}{seed}"
             )

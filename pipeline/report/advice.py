@@ -389,20 +389,22 @@ def _entries(stores: Sequence[Store]) -> list[_Entry]:
 def _seed_variance(cell: Cell, rows: list[ResultRow], scratch: list[ResultRow]) -> float | None:
     """Return the variance of a mean gain that comes from its seeds, None where it is not known."""
     ours, theirs = _by_seed(cell, rows), _by_seed(cell, scratch)
-    gains = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    gains = [
+        fmean(value - theirs[seed][fold] for fold, value in found.items() if fold in theirs[seed])
+        for seed, found in ours.items()
+        if found.keys() & theirs.get(seed, {}).keys()
+    ]
     return float(np.var(gains, ddof=1) / len(gains)) if len(gains) >= MIN_SEEDS else None
 
 
-def _by_seed(cell: Cell, rows: list[ResultRow]) -> dict[int, float]:
-    """Return seed to the cell's metric on test rows."""
-    return {
-        row.seed: row.value
-        for row in rows
-        if row.trial_stage == "final"
-        and row.split == "test"
-        and row.metric == cell.metric
-        and row.value is not None
-    }
+def _by_seed(cell: Cell, rows: list[ResultRow]) -> dict[int, dict[int | None, float]]:
+    """Return seed to the cell's metric on test rows, of each fold where there are folds."""
+    out: dict[int, dict[int | None, float]] = defaultdict(dict)
+    for row in rows:
+        is_tested = row.trial_stage == "final" and row.split == "test"
+        if is_tested and row.metric == cell.metric and row.value is not None:
+            out[row.seed][row.fold] = row.value
+    return out
 
 
 def _of_target(entry: _Entry) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.core.metrics import catalog
 from pipeline.core.metrics.metric import UNBOUNDED
-from pipeline.report import results, stats
+from pipeline.report import folds, results, stats
 from pipeline.report.results import NO_BACKBONE, VALIDATION, ResultRow
 from pipeline.report.stats import RunPredictions
 
@@ -220,20 +220,14 @@ class _CellTrials:
             return _Choice()
         if all(row.metric != self.metric for row in searched):
             return _Choice(unknown=f"which was judged by {searched[0].metric}")
-        # By the sampled setting, which is the same for all seeds. `hyper_parameters` is not: the
-        # steps of an epoch, for one, differ between seeds where the rows of a label fraction do.
-        draws: dict[str, dict[str, float]] = defaultdict(dict)
+        # each fold has a search of its own; that they agree by chance is not counted on
+        of_folds: dict[int | None, list[ResultRow]] = defaultdict(list)
         for row in searched:
-            if row.metric != self.metric or row.value is None or not math.isfinite(row.value):
-                continue
-            setting = row.drawn or row.trial_id
-            draws[setting][row.trial_id] = row.value if row.higher_is_better else -row.value
-        if len(draws) < 2:
-            return _Choice()
-        repeated = [list(values.values()) for values in draws.values() if len(values) > 1]
-        if len(repeated) < 2:
-            return _Choice(unknown="whose settings were tried with one seed")
-        return _Choice(stats.choice_variance(repeated))
+            if row.metric == self.metric and row.value is not None and math.isfinite(row.value):
+                of_folds[row.fold].append(row)
+        choices = [_choice(found) for found in of_folds.values()] or [_Choice()]
+        unknown = next((choice.unknown for choice in choices if choice.unknown), "")
+        return _Choice(fmean(choice.variance for choice in choices), unknown)
 
 
 @dataclass(frozen=True)
@@ -249,11 +243,27 @@ class _Choice:
     unknown: str = ""
 
 
+def _choice(searched: list[ResultRow]) -> _Choice:
+    """Return the variance that a choice among these trials of a search added."""
+    # By the sampled setting, which is the same for all seeds. `hyper_parameters` is not: the
+    # steps of an epoch, for one, differ between seeds where the rows of a label fraction do.
+    draws: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in searched:
+        value = row.value or 0.0
+        draws[row.drawn or row.trial_id][row.trial_id] = value if row.higher_is_better else -value
+    if len(draws) < 2:
+        return _Choice()
+    repeated = [list(values.values()) for values in draws.values() if len(values) > 1]
+    if len(repeated) < 2:
+        return _Choice(unknown="whose settings were tried with one seed")
+    return _Choice(stats.choice_variance(repeated))
+
+
 def matrix_cells(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list[Cell]:
     """Return one Cell for each (source, backbone, target, technique, label fraction).
 
     Args:
-        rows: Results rows.
+        rows: Results rows. Those of a target's folds are pooled (`folds.pool`).
         runs: Trial id to test predictions. Where those of a cell or of its scratch are missing, its
             intervals are Student's t over seeds, and ``interval`` says so.
 
@@ -262,6 +272,7 @@ def matrix_cells(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list
         sorted by target, label fraction and gain, the largest first. Scratch counts as a gain of
         zero, and cells without a gain come last.
     """
+    rows, runs = folds.pool(rows, runs)
     groups: dict[CellKey, list[ResultRow]] = defaultdict(list)
     for row in rows:
         groups[cell_key(row)].append(row)

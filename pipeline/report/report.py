@@ -19,6 +19,7 @@ from pipeline.io import storage
 from pipeline.report import (
     blocks,
     code_versions,
+    folds,
     gains,
     per_label,
     plots,
@@ -331,9 +332,10 @@ def write(
     ]
     for target, group in groups.items():
         content += _best_baseline_blocks(target, group, decimals[target])
+    pooled = folds.pool(rows, runs or {})
     for target, group in groups.items():
         content += _target_blocks(
-            target, group, rows, curves, decimals[target], splits.get(target, ""), runs or {}
+            target, group, rows, curves, decimals[target], splits.get(target, ""), pooled
         )
     content += [
         *_budget_blocks(rows),
@@ -625,7 +627,7 @@ def _target_blocks(
     curves: Mapping[str, Sequence[CurvePoint]],
     decimals: int,
     split: str,
-    runs: dict[str, stats.RunPredictions],
+    pooled: tuple[Sequence[ResultRow], dict[str, stats.RunPredictions]],
 ) -> list[Block]:
     metric = next((c.metric for c in group if c.metric), "")
     done = [c for c in group if c.mean is not None]
@@ -666,9 +668,9 @@ def _target_blocks(
         )
     return (
         out
-        + per_label.blocks(target, done, rows, runs)
-        + subgroups.blocks(target, done, rows, runs)
-        + rollouts.blocks(target, done, rows, runs)
+        + per_label.blocks(target, done, *pooled)
+        + subgroups.blocks(target, done, *pooled)
+        + rollouts.blocks(target, done, *pooled)
     )
 
 

@@ -137,6 +137,8 @@ class ResultRow:
     """Gain over it with the same seed."""
     best_baseline_low: float | None = None
     best_baseline_high: float | None = None
+    fold: int | None = None
+    """The fold, from 1, of whose rows the test split consists. Null where the target has none."""
 
     @property
     def is_validation(self) -> bool:

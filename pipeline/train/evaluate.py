@@ -19,6 +19,7 @@ from pipeline.core.contracts.objective_capabilities import (
     rolls_out,
 )
 from pipeline.core.metrics.catalog import Predictions, metric
+from pipeline.core.ragged import joined
 from pipeline.data.manifests import Reader
 from pipeline.data.stream import LoadedBatch, Rows, eval_batches
 
@@ -66,26 +67,8 @@ def predictions(
 
 
 def concatenate(parts: list[Predictions]) -> Predictions:
-    """Parts one behind the other. Where their rows are of other lengths, shorter ones end in -1
-    (whole numbers) or NaN.
-    """
-    return {name: _stacked([part[name] for part in parts]) for name in parts[0]} if parts else {}
-
-
-def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
-    shapes = [array.shape[1:] for array in arrays]
-    if len(set(shapes)) > 1:
-        wide = tuple(map(max, zip(*shapes, strict=True)))
-        fill = np.nan if arrays[0].dtype.kind == "f" else -1
-        arrays = [
-            np.pad(
-                a,
-                [(0, 0), *((0, most - have) for most, have in zip(wide, a.shape[1:], strict=True))],
-                constant_values=fill,
-            )
-            for a in arrays
-        ]
-    return np.concatenate(arrays)
+    """Parts one behind the other, shorter rows filled up (`ragged.joined`)."""
+    return {name: joined([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 class Postprocessor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config.schema import FULL, Train
 from pipeline.core.contracts import trains
@@ -192,6 +192,9 @@ def _evidence(stage: TargetStage) -> list[str]:
         return []
     test = found["test"]
     counts = ", ".join(f"{name} {one.count}" for name, one in found.items())
+    if stage.spec.folds:
+        test = replace(test, count=sum(one.count for one in found.values()))
+        counts += f", tested in all folds {test.count}"
     enough = (
         f"a verdict needs {test.least} in test"
         if test.enough

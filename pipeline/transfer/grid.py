@@ -147,6 +147,34 @@ def fraction_text(fraction: Fraction, objective: str = "") -> str:
     )
 
 
+def expand_folds(job: Job) -> Job:
+    """Return the job with a target of its own for each fold of a target (``targets.x.folds``).
+
+    Raises:
+        ValueError: Another target has the name of a fold.
+    """
+    if all(target.folds is None for target in job.targets.values()):
+        return job
+    out: dict[str, Target] = {}
+    for name, target in job.targets.items():
+        if target.folds is None:
+            out[name] = target
+            continue
+        for number in range(1, target.folds + 1) if target.fold is None else [target.fold]:
+            of_fold = f"{name}{fold_suffix(number)}"
+            if of_fold in job.targets:
+                raise ValueError(
+                    f"targets.{of_fold}: a fold of {name} has this name: choose another one"
+                )
+            out[of_fold] = target.model_copy(update={"fold": number})
+    return job.model_copy(update={"targets": out})
+
+
+def fold_suffix(fold: int | None) -> str:
+    """Return what follows a target's name in that of one of its folds; "" where it has none."""
+    return "" if fold is None else f".fold{fold}"
+
+
 def backbone_groups(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> list[BackboneGroup]:
     """Group the sources by architecture and modality state. Scratch is trained once for each group.
 

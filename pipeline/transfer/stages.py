@@ -29,7 +29,7 @@ from pipeline.core.specs import ObjectiveSpec
 from pipeline.data.manifests import Selection
 from pipeline.io import checksums, file_identity, storage, write_fence
 from pipeline.report import code_versions as origins
-from pipeline.report import matrix, report, results, stats, subgroups
+from pipeline.report import folds, matrix, report, results, stats, subgroups
 from pipeline.report.code_versions import TrialProvenance
 from pipeline.report.results import ResultRow
 from pipeline.report.source_scores import PairScores, ScoreValue
@@ -104,6 +104,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         ValueError: The message lists all problems.
     """
     storage.check_writable(job.root)
+    job = grid.expand_folds(job)
     state, problems = JobState(job, progress, **options), []
 
     def each(make: Callable[[Job, str], Any], names, into: dict[str, Any]) -> None:
@@ -1411,7 +1412,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
             "job": state.job.name,
             "source": one.source,
             "backbone": one.backbone,
-            "target": one.target,
+            "target": state.targets[one.target].name_in_job,
             "current": True,
             "split_origin": state.targets[one.target].split_origin,
             # the length of a trial within a budget is no draw of a search
@@ -1492,7 +1493,7 @@ def _compared(rows: list[ResultRow], cells: list[matrix.Cell]) -> list[ResultRow
     }
     tested = [row for row in rows if _is_tested(row)]
     scratch = {
-        (row.backbone, row.target, row.label_fraction, row.metric, row.seed): row.value
+        (row.backbone, row.target, row.label_fraction, row.metric, row.seed, row.fold): row.value
         for row in tested
         if row.source == SCRATCH and results.technique(row) == "scratch"
     }
@@ -1507,7 +1508,9 @@ def _compared(rows: list[ResultRow], cells: list[matrix.Cell]) -> list[ResultRow
         ):
             out.append(row)
             continue
-        best = scratch.get((cell.baseline, row.target, row.label_fraction, row.metric, row.seed))
+        best = scratch.get(
+            (cell.baseline, row.target, row.label_fraction, row.metric, row.seed, row.fold)
+        )
         baseline_gain = (
             None
             if best is None or row.value is None
@@ -1537,7 +1540,14 @@ def _with_best_baseline(
         if cell.best_baseline
     }
     of_baselines = {
-        (row.target, row.label_fraction, results.technique(row), row.seed, row.metric): row
+        (
+            row.target,
+            row.label_fraction,
+            results.technique(row),
+            row.seed,
+            row.fold,
+            row.metric,
+        ): row
         for row in rows
         if _is_tested(row) and row.backbone == results.NO_BACKBONE
     }
@@ -1547,7 +1557,8 @@ def _with_best_baseline(
         if cell is None or not _is_tested(row):
             out.append(row)
             continue
-        key = (row.target, row.label_fraction, cell.best_baseline, row.seed, row.metric)
+        seed_and_fold = row.seed, row.fold
+        key = (row.target, row.label_fraction, cell.best_baseline, *seed_and_fold, row.metric)
         gain, low, high = _gain_over(predictions, row, of_baselines.get(key))
         out.append(
             replace(
@@ -1648,7 +1659,8 @@ def _gain_over(
 
 def show(state: JobState, rows: list[ResultRow]) -> tuple[list[matrix.Cell], tuple[str, str]]:
     """Write the report, and return the cells of the table and the report's two URIs."""
-    root, named = state.job.root, {row.trial_id: row.target for row in rows}
+    root = state.job.root
+    named = {row.trial_id: f"{row.target}{grid.fold_suffix(row.fold)}" for row in rows}
     rows = results.disambiguate_targets(rows)
     final = [row for row in rows if row.trial_stage == "final"]
     runs = _tested_runs(state, rows, named)
@@ -1671,16 +1683,30 @@ def show(state: JobState, rows: list[ResultRow]) -> tuple[list[matrix.Cell], tup
         pretraining=[
             {**metadata, "bundle_uri": metadata.get("bundle")} for metadata in state.pretraining
         ],
-        splits={name: _describe_splits(state, stage) for name, stage in state.targets.items()},
+        splits=_splits_of_targets(state),
         notes=notes,
         versions={"job": spec_hash(state.job)},
         runs=runs,
         code_notes=origins.describe_changes(state.trial_provenance),
         scores=state.scores,
-        source_scores=state.source_scores,
-        modalities={name: stage.spec.data.modality.name for name, stage in state.targets.items()},
+        source_scores=folds.pool_scores(
+            state.source_scores, {name: one.name_in_job for name, one in state.targets.items()}
+        ),
+        modalities={
+            stage.name_in_job: stage.spec.data.modality.name for stage in state.targets.values()
+        },
     )
     return cells, where
+
+
+def _splits_of_targets(state: JobState) -> dict[str, str]:
+    """Return for each target of the job where its splits come from."""
+    out: dict[str, str] = {}
+    for stage in state.targets.values():
+        count, fold = stage.spec.folds, stage.spec.fold
+        where = f"{count} folds, whose test rows are pooled; fold {fold}: " if count else ""
+        out.setdefault(stage.name_in_job, where + _describe_splits(state, stage))
+    return out
 
 
 def _describe_splits(state: JobState, stage: TargetStage) -> str:

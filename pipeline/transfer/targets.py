@@ -59,7 +59,7 @@ from pipeline.core.contracts.technique_capabilities import (
 from pipeline.core.metrics import catalog
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
-from pipeline.data.manifests import Splits
+from pipeline.data.manifests import Fold, Splits
 from pipeline.data.stream import Decoder, Rows
 from pipeline.io import file_identity, storage
 from pipeline.report import stats, subgroups
@@ -69,7 +69,13 @@ from pipeline.train.experiment import technique_of
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import STAGE_FORMAT, data_key
 from pipeline.transfer import leaks
-from pipeline.transfer.grid import BackboneGroup, combines_trials, fraction_text, techniques
+from pipeline.transfer.grid import (
+    BackboneGroup,
+    combines_trials,
+    fold_suffix,
+    fraction_text,
+    techniques,
+)
 from pipeline.transfer.trial import TargetData
 
 MEMORY_BYTES = 2 << 30
@@ -103,11 +109,18 @@ class TargetStage:
 
     @property
     def key(self) -> str:
+        fold = [self.spec.folds, self.spec.fold]
         return spec_hash(
             data_key(self.spec.data),
             self.splits.fingerprint,
             *([self.against] if self.against else []),
+            *([fold] if self.spec.folds else []),
         )
+
+    @property
+    def name_in_job(self) -> str:
+        """The name of the target in the job, which all of its folds share."""
+        return self.name.removesuffix(fold_suffix(self.spec.fold))
 
     @property
     def split_origin(self) -> str:
@@ -185,14 +198,16 @@ def stage(job: Job, name: str) -> TargetStage:
     Raises:
         ValueError: The data cannot be used, or the objective has no such metric.
     """
-    spec, place = job.targets[name], f"targets.{name}"
+    spec = job.targets[name]
+    place = f"targets.{name.removesuffix(fold_suffix(spec.fold))}"
     modality = registry.get("modality", spec.data.modality.name)
     objective = registry.get("objective", spec.objective.name)
     chosen = tuple(techniques(job, spec))
     _check_spec(place, spec, chosen, modality, objective)
     roles = (*modality.roles, *objective.roles)
     imports = storage.join(job.root, "imports")
-    splits = manifests.splits(spec.data, roles, place, imports, need_test=True)
+    fold = Fold(spec.fold, spec.folds) if spec.fold and spec.folds else None
+    splits = manifests.splits(spec.data, roles, place, imports, need_test=True, fold=fold)
     unlabelled = _unlabelled(spec, modality, place, imports)
     try:
         state = fit_components.fit_objective(spec, splits)
@@ -253,6 +268,11 @@ def _check_spec(
         )
     if objective.packed:
         config_checks.check_packed(place, spec.data, name)
+    if objective.packed and spec.folds:
+        raise ValueError(
+            f"{place}.folds: the rows of {name} are packed from several documents: leave it out, "
+            "and hold out test_fraction of them"
+        )
     config_checks.check_costs(place, spec.data, spec.train, objective)
     _check_unlabelled(place, spec, chosen, modality, objective)
     whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]

@@ -680,6 +680,7 @@ def make_record(
         git_sha=shared.metadata.get("git_sha"),
         started_at=datetime.fromtimestamp(began, UTC),
         modality=data.spec.data.modality.name,
+        fold=data.spec.fold,
     )
     rows: list[ResultRow] = []
     chosen_on = SOURCE_VALIDATION if is_without_labels(trial) else VALIDATION

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
 from pipeline.config.schema import Data
 from pipeline.data import manifests as m
@@ -70,9 +71,14 @@ def imports(tmp_path):
 def split(imports):
     """Splits of a data spec; the modality is only a name here."""
 
-    def split(need_test: bool = False, roles: tuple[str, ...] = (), **fields) -> m.Splits:
-        # pyright: ignore
-        return m.splits(Data(modality="text", **fields), roles, "targets.t", imports, need_test)
+    def split(
+        need_test: bool = False,
+        roles: tuple[str, ...] = (),
+        fold: m.Fold | None = None,
+        **fields,
+    ) -> m.Splits:
+        data = Data(modality="text", **fields)  # pyright: ignore
+        return m.splits(data, roles, "targets.t", imports, need_test, fold)
 
     return split
 
@@ -544,6 +550,113 @@ def test_another_split_seed_holds_out_other_rows(tmp_path, split, group):
 def test_a_split_seed_that_nothing_would_read_is_refused(split):
     with pytest.raises(ValueError, match="no rows are held out by validation_fraction"):
         split(train="a", validation="b", test="c", split_seed=1)
+
+
+# ---------------------------------------------------------------- folds
+
+
+def fold_numbers(classes, groups, count: int, seed: int = 0) -> np.ndarray:
+    """Folds of rows, their random order equal for the rows of a group."""
+    order = np.random.default_rng(seed).random(len(classes))
+    if groups is not None:
+        _, first, unit = np.unique(groups, return_index=True, return_inverse=True)
+        order = order[first][unit]
+    return m.fold_of_rows(np.asarray(classes), groups, order, count)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(5, 40), min_size=1, max_size=5),
+    count=st.integers(2, 5),
+    seed=st.integers(0, 99),
+)
+def test_folds_deal_out_each_class_within_one_row(sizes, count, seed):
+    """As scikit-learn's stratified folds do."""
+    classes = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    folds = fold_numbers(classes, None, count, seed)
+    table = np.array([np.bincount(classes[folds == k], minlength=len(sizes)) for k in range(count)])
+    assert (table.sum(0) == sizes).all(), "every row is in one fold"
+    assert np.ptp(table, axis=0).max() <= 1 and np.ptp(table.sum(1)) <= 1
+    theirs = [
+        np.bincount(classes[test], minlength=len(sizes))
+        for _, test in StratifiedKFold(count).split(classes, classes)
+    ]
+    assert (np.sort(table, axis=0) == np.sort(theirs, axis=0)).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(1, 30), min_size=6, max_size=40), count=st.integers(2, 5))
+def test_folds_of_groups_have_the_sizes_of_scikit_learns(sizes, count):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    folds = fold_numbers(np.zeros(len(groups), dtype=int), groups, count)
+    theirs = [len(test) for _, test in GroupKFold(count).split(groups, groups=groups)]
+    assert sorted(np.bincount(folds, minlength=count)) == sorted(theirs)
+    assert all(len(set(folds[groups == group])) == 1 for group in np.unique(groups))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_folds_of_groups_have_like_shares_of_each_class(seed):
+    """Nearly as even as scikit-learn's, which tries each fold for each group."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 12, 60)
+    groups = np.repeat(np.arange(60), sizes)
+    leaning = rng.random(60)[groups]  # the rows of a group are alike
+    classes = (rng.random(len(groups)) < 0.4 * leaning).astype(int)
+    folds = fold_numbers(classes, groups, 5, seed)
+
+    def unevenness(tests) -> float:
+        shares = [np.bincount(classes[test], minlength=2) / np.bincount(classes) for test in tests]
+        return float(np.std(shares, axis=0).max())
+
+    theirs = StratifiedGroupKFold(5).split(classes, classes, groups)
+    ours = unevenness([np.flatnonzero(folds == k) for k in range(5)])
+    assert ours <= 1.5 * unevenness([test for _, test in theirs])
+    assert all(len(set(folds[groups == group])) == 1 for group in range(60))
+
+
+@pytest.mark.parametrize("group", [None, "person"])
+def test_each_row_is_tested_in_one_fold(tmp_path, split, group):
+    write(tmp_path / "a.parquet", people(0, 120), 16)
+
+    def by(number: int, **seed):
+        return split(
+            uri=str(tmp_path / "a.parquet"),
+            columns={"label": "label"},
+            roles=("label",),
+            group=group,
+            validation_fraction=0.2,
+            need_test=True,
+            fold=m.Fold(number, 5),
+            **seed,
+        )
+
+    parts = [by(number) for number in range(1, 6)]
+    assert sorted(row for part in parts for row in numbers(part.test)) == list(range(120))
+    for part in parts:
+        found = [*numbers(part.train), *numbers(part.validation), *numbers(part.test)]
+        assert sorted(found) == list(range(120))
+        counts = np.bincount(np.array(numbers(part.test)) % 3)
+        assert np.ptp(counts) <= (0 if group is None else 2), counts
+    assert len({part.origin for part in parts}) == 1, "folds are one target in a table"
+    assert len({tuple(numbers(part.validation)) for part in parts}) == 5
+    assert all("with equal shares of each class" in part.origin for part in parts)
+    assert numbers(by(1).test) == numbers(parts[0].test) != numbers(by(1, split_seed=1).test)
+
+
+def test_too_few_groups_or_rows_of_a_class_for_the_folds_are_refused(tmp_path, split):
+    frame = people(0, 40)
+    frame["label"] = ["rare"] * 3 + ["common"] * 37
+    write(tmp_path / "a.parquet", frame)
+    uri = str(tmp_path / "a.parquet")
+    fold = {"need_test": True, "fold": m.Fold(1, 5), "uri": uri}
+    stratified = {"columns": {"label": "label"}, "roles": ("label",)}
+    with pytest.raises(ValueError, match=r"targets.t.folds: .*class rare of label is in 3 rows"):
+        split(**fold, **stratified)
+    with pytest.raises(ValueError, match="class rare of label is in 1 groups: ask for fewer"):
+        split(**fold, **stratified, group="person")
+    with pytest.raises(ValueError, match="12 folds need as many groups, and there are 10 groups"):
+        split(**fold | {"fold": m.Fold(1, 12)}, group="person")
+    assert len(split(**fold, group="person").test) == 8
 
 
 def test_hash_splits_stay_when_other_options_change(tmp_path, split):

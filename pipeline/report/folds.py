@@ -1,0 +1,163 @@
+"""Cross-validation: the test rows of a target's folds are pooled, so that intervals are over all.
+
+Each row is tested once with each seed, by the network of the fold that holds it out. The pooled
+predictions of a seed stand for one run on all rows. Two techniques are paired by row, and so by
+fold. The intervals leave out that the networks of two folds share most of their training rows:
+nobody has an unbiased estimate of that (Bengio and Grandvalet, JMLR 5, 2004). A metric of the
+pooled rows compares scores of several networks; for ranks (AUROC) it tends to be a little lower
+than the mean over folds (Airola et al., Computational Statistics & Data Analysis 55, 2011).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from statistics import fmean
+
+import numpy as np
+
+from pipeline.core.metrics import catalog
+from pipeline.core.metrics.catalog import Predictions
+from pipeline.core.ragged import joined
+from pipeline.report import results
+from pipeline.report.results import ResultRow
+from pipeline.report.source_scores import PairScores, ScoreValue
+from pipeline.report.stats import RunPredictions
+
+GROUPS_OF_A_FOLD = 1 << 40
+"""Groups are numbered anew in each fold, and no group is in two."""
+
+
+def pool(
+    rows: Sequence[ResultRow], runs: Mapping[str, RunPredictions]
+) -> tuple[list[ResultRow], dict[str, RunPredictions]]:
+    """Return results rows and test predictions with those of a seed's folds as one final trial.
+
+    Its value is that of the pooled predictions, or the mean over folds where there are none, or
+    the networks of two folds name other labels. Rows
+    of searches, of trials that failed and of targets without folds stay as they are.
+    """
+    out: list[ResultRow] = []
+    in_folds: dict[tuple[object, ...], list[ResultRow]] = defaultdict(list)
+    for row in rows:
+        if row.fold is None or row.trial_stage != "final" or row.status != "done":
+            out.append(row)
+            continue
+        technique = results.technique(row)
+        cell = row.source, row.backbone, row.target, technique, row.label_fraction
+        in_folds[(*cell, row.seed, row.split, row.metric)].append(row)
+    pooled_runs: dict[str, RunPredictions] = {}
+    for found in in_folds.values():
+        found = sorted(found, key=lambda row: row.fold or 0)
+        name = "+".join(row.trial_id for row in found)
+        of_folds = [(row.fold or 0, runs[row.trial_id]) for row in found if row.trial_id in runs]
+        same_labels = len({run.labels for _, run in of_folds}) == 1
+        if name not in pooled_runs and len(of_folds) == len(found) and same_labels:
+            pooled_runs[name] = _pool_runs(of_folds, found[0].seed)
+        out.append(_pool_rows(found, name, pooled_runs.get(name)))
+    return out, {**runs, **pooled_runs}
+
+
+def _pool_rows(found: list[ResultRow], name: str, run: RunPredictions | None) -> ResultRow:
+    first, metric = found[0], catalog.find(found[0].metric or "")
+    value = _mean([row.value for row in found])
+    if first.split == "test" and metric is not None and run is not None:
+        # it may have no value on these rows, or read an array that they lack
+        with suppress(KeyError, ValueError):
+            value = metric.value(run.predictions)
+    trained, steps = _mean([row.n_train for row in found]), _mean([row.steps for row in found])
+    return replace(
+        first,
+        trial_id=name,
+        fold=None,
+        value=value,
+        value_low=None,
+        value_high=None,
+        n_eval=sum(row.n_eval or 0 for row in found),
+        n_units=sum(row.n_units or 0 for row in found),
+        n_train=None if trained is None else round(trained),
+        steps=None if steps is None else round(steps),
+        seconds=_mean([row.seconds for row in found]),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _pool_runs(found: Sequence[tuple[int, RunPredictions]], seed: int) -> RunPredictions:
+    """Return the predictions of several folds, by row."""
+    runs = [run for _, run in found]
+    rows = np.concatenate([run.rows for run in runs])
+    order = np.argsort(rows, kind="stable")
+
+    def by_row(arrays: list[np.ndarray]) -> np.ndarray:
+        return joined(arrays)[order]
+
+    predictions: Predictions = {
+        name: by_row([run.predictions[name] for run in runs]) for name in runs[0].predictions
+    }
+    groups = [run.groups + fold * GROUPS_OF_A_FOLD for fold, run in found if run.groups is not None]
+    subgroups = {name: by_row([run.subgroups[name] for run in runs]) for name in runs[0].subgroups}
+    return RunPredictions(
+        rows[order],
+        predictions,
+        seed,
+        by_row(groups) if len(groups) == len(runs) else None,
+        runs[0].labels,
+        subgroups,
+        runs[0].rollout_frames,
+    )
+
+
+def pool_scores(
+    scores: Mapping[str, PairScores], name_in_job: Mapping[str, str]
+) -> dict[str, PairScores]:
+    """Return the scores of sources by ``source|target``, those of a target's folds as their mean.
+
+    A score that one of the folds does not have is not defined. Bounds are means too: the training
+    rows of the folds are nearly the same.
+
+    Args:
+        scores: ``source|target`` to scores.
+        name_in_job: Name of each target to that which its folds share.
+    """
+    by_pair: dict[tuple[str, str], list[PairScores]] = defaultdict(list)
+    for pair in scores.values():
+        by_pair[pair.source, name_in_job.get(pair.target, pair.target)].append(pair)
+    return {
+        f"{source}|{target}": _mean_scores(found, target)
+        for (source, target), found in by_pair.items()
+    }
+
+
+def _mean_scores(found: list[PairScores], target: str) -> PairScores:
+    first = found[0]
+    if len(found) == 1:
+        return replace(first, target=target)
+    means: dict[str, ScoreValue] = {}
+    for name in first.scores:
+        each = [pair.scores[name] for pair in found if name in pair.scores]
+        score = next((one for one in each if one.value is None), each[0])
+        if score.value is None or len(each) < len(found):
+            means[name] = replace(score, value=None, low=None, high=None)
+            continue
+        are_bounded = all(one.low is not None and one.high is not None for one in each)
+        means[name] = replace(
+            score,
+            value=_mean([one.value for one in each]),
+            low=_mean([one.low for one in each]) if are_bounded else None,
+            high=_mean([one.high for one in each]) if are_bounded else None,
+            seconds=_mean([one.seconds for one in each]),
+        )
+    return replace(
+        first,
+        target=target,
+        scores=means,
+        rows=round(fmean(pair.rows for pair in found)),
+        seconds=fmean(pair.seconds for pair in found),
+        error="; ".join(dict.fromkeys(pair.error for pair in found if pair.error)),
+    )

@@ -1,0 +1,282 @@
+"""Cross-validation of a target (``targets.x.folds``): each row is tested once with each seed, and
+what is shown is over all rows.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stage_runs
+from stage_runs import Silent
+from toys import image_files, result_rows
+
+from pipeline.config.schema import Job, spec_hash
+from pipeline.core.metrics import catalog
+from pipeline.report import advice, folds, matrix, results, stats
+from pipeline.report.source_scores import PairScores, ScoreValue
+from pipeline.train.source import data_key
+from pipeline.transfer import dry_run, grid, stages, trial
+
+ROWS = 48
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folds")
+    paths = image_files(folder / "data", {"rows": ROWS})
+    return folder, stage_runs.saved_vit(folder / "vit"), paths["rows"]
+
+
+def job_of(toy, folds: int | None = 3, techniques=("scratch", "linear_probe"), **changes) -> Job:
+    folder, source, uri = toy
+    job = stage_runs.job_of(folder, {"a": source}, {"uri": uri}, techniques)
+    dumped = job.model_dump(mode="json")
+    dumped["targets"]["task"]["data"]["validation_fraction"] = 0.25
+    if folds is not None:
+        dumped["targets"]["task"]["folds"] = folds
+    data = {**dumped["targets"]["task"]["data"], **changes.pop("data", {})}
+    dumped["targets"]["task"] |= {**changes.pop("target", {}), "data": data}
+    return Job.model_validate({**dumped, **changes})
+
+
+@pytest.fixture(scope="module")
+def ended(toy):
+    """A job of three folds that has run, its rows, and the ids of the trials that ran."""
+    with pytest.MonkeyPatch.context() as patch:
+        ran = stage_runs.trials_in_this_process(patch)
+        state, rows = stage_runs.run_through(job_of(toy))
+    return state, rows, ran
+
+
+def accuracies(rows) -> list[results.ResultRow]:
+    return [row for row in rows if row.metric == "accuracy" and row.split == "test"]
+
+
+def test_a_seed_tests_each_row_in_one_fold(ended):
+    state, rows, ran = ended
+    assert len(set(ran)) == 2 * 2 * 3, "techniques x seeds x folds"
+    found = accuracies(rows)
+    assert {row.target for row in found} == {"task"}
+    assert {row.fold for row in found} == {1, 2, 3}
+    for technique in ("scratch", "linear_probe"):
+        for seed in (0, 1):
+            ids = [
+                trial.read_predictions(state.job.root, row.trial_id, seed).rows  # type: ignore[union-attr]
+                for row in found
+                if (row.technique, row.seed) == (technique, seed)
+            ]
+            assert sorted(np.concatenate(ids)) == list(range(ROWS))
+    assert all(row.n_eval == ROWS / 3 for row in found)
+    stored = results.read(state.job.root)
+    assert {row.fold for row in stored} == {1, 2, 3} and {row.target for row in stored} == {"task"}
+
+
+def test_a_gain_is_over_the_scratch_network_of_the_same_seed_and_fold(ended):
+    _, rows, _ = ended
+    found = {(row.technique, row.seed, row.fold): row for row in accuracies(rows)}
+    for (technique, seed, fold), row in found.items():
+        if technique == "linear_probe":
+            scratch = found["scratch", seed, fold]
+            assert row.scratch_value == scratch.value
+            assert row.baseline_gain == row.gain == row.value - scratch.value
+            assert row.paired_seeds == 2
+
+
+def test_cells_and_report_are_of_all_rows(ended):
+    state, rows, _ = ended
+    cells, (_, page) = stages.show(state, rows)
+    cell = next(cell for cell in cells if cell.technique == "linear_probe")
+    assert (cell.target, cell.n_seeds, cell.paired_seeds, cell.n_test) == ("task", 2, 2, ROWS)
+    each = [row.value for row in accuracies(rows) if row.technique == "linear_probe"]
+    assert cell.mean == pytest.approx(np.mean(each)), "folds have equal numbers of rows"
+    assert cell.gain_low is not None and cell.verdict in matrix.COMPARED
+    text = Path(page).read_text()
+    assert "3 folds, whose test rows are pooled" in text and "task.fold" not in text
+    advised = advice.advise([advice.Store("toy", results.read(state.job.root))])
+    assert [one.target for one in advised] == ["task"]
+
+
+def test_an_interrupted_run_of_folds_goes_on(toy, ended, monkeypatch):
+    """The trials of one fold alone are those of the job that runs all."""
+
+    ran = stage_runs.trials_in_this_process(monkeypatch)
+    stage_runs.run_through(job_of(toy))
+    one, rows = stage_runs.run_through(job_of(toy, target={"fold": 2}))
+    assert ran == [] and {row.fold for row in rows} == {2}
+    assert list(one.targets) == ["task.fold2"]
+    assert all(done for _, done in stages.trial_status(stage_runs.prepared(job_of(toy))))
+    lost = next(row for row in rows if row.technique == "scratch")
+    (toy[0] / "runs" / "toy" / "trials" / lost.trial_id / trial.RECORD).unlink()
+    stage_runs.run_through(job_of(toy))
+    assert ran == [lost.trial_id]
+
+
+def test_what_a_dry_run_counts(toy):
+    lines = dry_run.describe(stages.check(job_of(toy), Silent()))
+    assert any(line.startswith("in all: 12 trials") for line in lines)
+    assert any("tested in all folds" in line for line in lines)
+
+
+def test_a_search_is_of_each_fold_alone(toy, monkeypatch):
+    """Nested: no fold's setting is chosen by rows that the fold tests."""
+    search = {"lr": [0.003, 0.01, 0.03]}
+    fanout = {"seeds": 1, "trials": 2, "search": search, "search_finalists": {"top": 1}}
+    state = stages.check(job_of(toy, techniques=["scratch"], fanout=fanout), Silent())
+    groups = stages._backbone_groups(state)
+    chosen = {name: set(stages.matching(state, name)) for name in state.targets}
+    found = stages.search_trials(state, groups, chosen)
+    by_fold = {one.cell: one.target for one in found}
+    assert len(found) == 3 * 2 and sorted(by_fold.values()) == [f"task.fold{k}" for k in (1, 2, 3)]
+    for stage in state.targets.values():
+        parts = [
+            set(selection.ids(np.arange(len(selection))))
+            for selection in stage.splits.by_name().values()
+        ]
+        assert not parts[2] & (parts[0] | parts[1]) and len(set.union(*parts)) == ROWS
+
+
+def test_keys_of_targets_without_folds_are_what_they_were(toy):
+    job = job_of(toy, folds=None, data={"test_fraction": 0.2})
+    assert not {"folds", "fold"} & job.targets["task"].model_dump(mode="json").keys()
+    assert grid.expand_folds(job) is job
+    stage = stages.check(job, Silent()).targets["task"]
+    assert stage.key == spec_hash(data_key(stage.spec.data), stage.splits.fingerprint)
+    keys = {one.key for one in stages.check(job_of(toy), Silent()).targets.values()}
+    assert len(keys) == 3, "folds have rows of equal number, and other ones"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"test_fraction": 0.2}}, "data.test_fraction"),
+        ({"data": {"split_column": "class"}}, "data.split_column"),
+        ({"target": {"fold": 4}}, "there are 3 folds"),
+        ({"folds": None, "target": {"fold": 1}}, "folds is not given"),
+        ({"fanout": {"select": {"top": 1}}}, "fanout.select would choose"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_folds_have_no_use_for_is_refused(toy, changes, message):
+    with pytest.raises(ValueError, match=message):
+        job_of(toy, **changes)
+
+
+def test_a_target_with_the_name_of_a_fold_is_refused(toy):
+    job = job_of(toy)
+    other = job_of(toy, folds=None, data={"test_fraction": 0.2}).targets["task"]
+    both = job.model_copy(update={"targets": {**job.targets, "task.fold2": other}})
+    with pytest.raises(ValueError, match=r"task.fold2: a fold of task has this name"):
+        stages.check(both, Silent())
+
+
+def test_too_many_folds_are_refused_once(toy):
+    with pytest.raises(ValueError, match=r"targets.task.folds: 40 folds") as error:
+        stages.check(job_of(toy, folds=40), Silent())
+    assert str(error.value).count("40 folds") == 1
+
+
+# ---------------------------------------------------------------- pooling
+
+
+def whole_run(seed: int, groups: np.ndarray | None = None, skill: float = 1.0, n: int = 90):
+    """Predictions of one network on all rows."""
+    label = np.arange(n) % 3
+    scores = np.random.default_rng(seed).normal(size=(n, 3)) + skill * np.eye(3)[label]
+    arrays = {"label": label, "scores": scores}
+    return stats.RunPredictions(np.arange(n), arrays, seed, groups)
+
+
+def in_folds(run: stats.RunPredictions, rows: list[results.ResultRow], fold_of: np.ndarray):
+    """Rows and runs as if each fold had a trial of its own; their groups are numbered anew."""
+    cut_rows, cut_runs = [], {}
+    for fold in np.unique(fold_of).tolist():
+        mine = fold_of == fold
+        groups = None if run.groups is None else np.unique(run.groups[mine], return_inverse=True)[1]
+        arrays = {name: array[mine] for name, array in run.predictions.items()}
+        part = stats.RunPredictions(run.rows[mine], arrays, run.seed, groups)
+        for row in rows:
+            accuracy = catalog.metric("accuracy").value(arrays)
+            name = f"{row.trial_id}-{fold}"
+            cut_runs[name] = part
+            cut_rows.append(
+                replace(row, trial_id=name, fold=fold + 1, value=accuracy, n_eval=int(mine.sum()))
+            )
+    return cut_rows, cut_runs
+
+
+def both_ways(groups=None, fold_of=None):
+    """Cells of three seeds on all rows at once, and in folds."""
+    fold_of = np.arange(90) % 4 if fold_of is None else fold_of
+    rows, runs, cut_rows, cut_runs = [], {}, [], {}
+    for seed in range(3):
+        for source, technique, skill in (("none", "scratch", 0.5), ("a", "full", 1.5)):
+            run = whole_run(seed + 10 * (source == "a"), groups, skill)
+            run = replace(run, seed=seed)
+            found = result_rows(source, technique, run, "accuracy")
+            rows += found
+            runs |= {row.trial_id: run for row in found}
+            more_rows, more_runs = in_folds(run, found, fold_of)
+            cut_rows += more_rows
+            cut_runs |= more_runs
+    return (rows, runs), (cut_rows, cut_runs)
+
+
+def test_pooled_folds_are_as_one_run_on_all_rows():
+    whole, cut = (matrix.matrix_cells(*one) for one in both_ways())
+    for ours, expected in zip(cut, whole, strict=True):
+        assert ours == replace(expected, n_test=90)
+
+
+def test_pooled_groups_are_those_of_all_folds():
+    groups = np.arange(90) // 3
+    _, (rows, runs) = both_ways(groups, groups % 4)
+    pooled_rows, pooled_runs = folds.pool(rows, runs)
+    assert len(pooled_rows) == 6
+    for row in pooled_rows:
+        run = pooled_runs[row.trial_id]
+        assert (run.rows == np.arange(90)).all()
+        assert len(np.unique(run.groups)) == 30 and row.n_eval == 90  # type: ignore[arg-type]
+        assert len(np.unique(np.stack([run.groups, groups]), axis=1)[0]) == 30  # type: ignore[list-item]
+
+
+def test_without_predictions_a_seed_is_the_mean_of_its_folds():
+    _, (rows, _) = both_ways()
+    cell = next(one for one in matrix.matrix_cells(rows, {}) if one.source == "a")
+    each = [row.value for row in rows if row.source == "a"]
+    assert cell.mean == pytest.approx(np.mean(each)) and cell.n_seeds == 3
+    assert matrix.T_INTERVAL in cell.interval
+
+
+def test_a_fold_that_failed_leaves_the_rows_of_the_others():
+    _, (rows, runs) = both_ways()
+    lost = next(row for row in rows if row.source == "a" and row.seed == 0)
+    failed = replace(lost, status="failed", value=None, metric=None, split=None, error="broken")
+    kept = [failed if row is lost else row for row in rows]
+    cell = next(one for one in matrix.matrix_cells(kept, runs) if one.source == "a")
+    assert cell.n_failed == 1 and cell.n_seeds == 3
+    assert "on the 67 of 90 rows that all of them have" in cell.interval
+
+
+def test_rows_without_folds_stay_as_they_are():
+    (rows, runs), _ = both_ways()
+    pooled_rows, pooled_runs = folds.pool(rows, runs)
+    assert pooled_rows == rows and pooled_runs == runs
+
+
+def test_scores_of_folds_are_their_mean():
+    def pair(target: str, value: float | None) -> PairScores:
+        scores = {
+            "logme": ScoreValue(2.0, 1.0, 3.0),
+            "leep": ScoreValue(value, reason="" if value else "no class"),
+        }
+        return PairScores("a", target, scores, rows=10)
+
+    found = {"a|t.fold1": pair("t.fold1", 1.0), "a|t.fold2": pair("t.fold2", 4.0)}
+    names = {"t.fold1": "t", "t.fold2": "t"}
+    mean = folds.pool_scores(found, names)["a|t"]
+    assert mean.target == "t" and mean.scores["leep"].value == 2.5
+    assert mean.scores["logme"] == ScoreValue(2.0, 1.0, 3.0)
+    found["a|t.fold2"] = pair("t.fold2", None)
+    lacking = folds.pool_scores(found, names)["a|t"].scores["leep"]
+    assert lacking.value is None and lacking.reason == "no class"
