@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -43,7 +44,7 @@ class BagOfWords(Baseline):
         return [" ".join(str(one) for one in parts if one is not None) for parts in rows_of_parts]
 
     def transformer(self) -> TfidfVectorizer:
-        return TfidfVectorizer(
+        return _Words(
             ngram_range=(1, self.options.words),
             min_df=self.options.min_rows,
             sublinear_tf=True,
@@ -53,3 +54,17 @@ class BagOfWords(Baseline):
 
     def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
         return LogisticRegression(C=setting["C"], max_iter=1000)
+
+
+class _Words(TfidfVectorizer):
+    """`TfidfVectorizer` that also takes texts without any word: one column of zeros."""
+
+    def fit(self, raw_documents: Any, y: Any = None) -> Any:
+        words = self.build_analyzer()
+        has_words = any(words(text) for text in raw_documents)
+        return super().fit(raw_documents, y) if has_words else _NoWords()
+
+
+class _NoWords:
+    def transform(self, rows: list[str]) -> np.ndarray:
+        return np.zeros((len(rows), 1))

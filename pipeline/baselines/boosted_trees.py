@@ -56,6 +56,9 @@ class BoostedTrees(Baseline):
             )
         return np.concatenate(parts, axis=1).astype(np.float32)
 
+    def transformer(self) -> KnownColumns:
+        return KnownColumns()
+
     def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
         # scikit-learn has no types, and early_stopping's default would make it a text
         kind: Any = HistGradientBoostingClassifier
@@ -70,6 +73,20 @@ class BoostedTrees(Baseline):
             early_stopping=False,
             random_state=seed,
         )
+
+
+class KnownColumns:
+    """Sets a column to 0 that no labelled training row has a value of.
+
+    No tree can learn from it, and scikit-learn refuses a column without any value.
+    """
+
+    def fit(self, rows: np.ndarray) -> KnownColumns:
+        self.known = np.isfinite(rows).any(axis=0)
+        return self
+
+    def transform(self, rows: np.ndarray) -> np.ndarray:
+        return np.where(self.known, rows, np.float32(0))
 
 
 def _presence(codes: np.ndarray, count: int) -> np.ndarray:

@@ -87,6 +87,7 @@ class Cell:
 
     ``best_baseline`` names the model without a network that is the best by validation at the same
     target and label fraction, and ``best_baseline_gain`` is the gain over it, made as ``gain`` is.
+    ``best_baseline_verdict`` is the verdict on it, before any correction; "" without a gain.
     """
 
     source: str
@@ -138,6 +139,7 @@ class Cell:
     best_baseline_gain: float | None = None
     best_baseline_low: float | None = None
     best_baseline_high: float | None = None
+    best_baseline_verdict: str = ""
     compared_with: tuple[CellKey, ...] = ()
     """Keys (`cell_key`) of the cells that its gains are over: the one of ``gain``, the best scratch
     network and the best baseline.
@@ -552,6 +554,7 @@ def _cell(
         best_baseline_gain=over_baseline.estimate[0],
         best_baseline_low=over_baseline.estimate[1],
         best_baseline_high=over_baseline.estimate[2],
+        best_baseline_verdict=_verdict_of_gain(over_baseline),
         compared_with=tuple(compared_with),
     )
 
@@ -580,10 +583,15 @@ def _verdict(trials: _CellTrials, gain: _GainEstimate) -> str:
         return REFERENCE
     if trials.is_baseline:
         return BASELINE
-    if not gain.predicted:
-        return UNCOMPARED
-    _, low, high = gain.estimate
-    return verdict(low, high, gain.seeds, not gain.evidence)
+    return _verdict_of_gain(gain) or UNCOMPARED
+
+
+def _verdict_of_gain(gain: _GainEstimate) -> str:
+    """Return the verdict on a gain, "" where there is none."""
+    value, low, high = gain.estimate
+    if value is None:
+        return ""
+    return verdict(low, high, gain.seeds, not gain.evidence) if gain.predicted else UNCOMPARED
 
 
 def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> str:

@@ -79,11 +79,11 @@ TYPES = LabelKind("Type by type", "Type", "Test entities", "types", (("entity_f1
 def blocks(
     target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[Block]:
-    """Return the blocks on classes or labels of a target's best finished cell.
+    """Return the blocks on classes or labels of a target's best finished cell (`best_cell`).
 
-    The best cell is the best on validation rows of the target, or on test rows where no cell has
-    a value on these. For labels and entity types it is the best cell with a source, compared with
-    scratch.
+    It is the best network with a source on validation rows of the target, or on test rows where no
+    cell has a value on these, compared with scratch; a model without a network only where there is
+    no network.
 
     Args:
         target: Name of the target.
@@ -97,13 +97,13 @@ def blocks(
     shown = [(cell, found) for cell in done if (found := runs_of(cell, rows, runs))]
     if not shown:
         return []
-    best, ours = _best(shown)
+    compared = best_cell(done, rows, runs)
+    best, ours = compared[:2] if compared is not None else _best(shown)
     if all(_has_two_classes(run) for run in ours):
         return [
             *two_classes(target, done, rows, runs),
             *(_confusion(target, best, ours) if all(_has_classes(run) for run in ours) else []),
         ]
-    compared = best_cell(done, rows, runs)
     if all(_has_classes(run) for run in ours):
         confused = _confusion(target, best, ours)
         if compared is None:

@@ -589,6 +589,15 @@ def _baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[
 def _best_baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[Block]:
     """Return the table of gains over the best model without a network, where there is one."""
     compared = [cell for cell in group if cell.best_baseline_gain is not None]
+    tried = sorted({cell.technique for cell in group if cell.is_baseline and cell.n_seeds})
+    if not compared and len(tried) > 1 and not any(cell.best_baseline for cell in group):
+        return [
+            Text(
+                f"{target}: the best of the baselines ({', '.join(tried)}) is not known, because "
+                f"none has a {group[0].metric} on validation rows.",
+                "note",
+            )
+        ]
     if not compared:
         return []
     order = sorted(
@@ -599,15 +608,15 @@ def _best_baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> 
         [plots.cell_label(c), c.best_baseline, _format_best_baseline_gain(c, decimals)]
         for c in order
     ]
-    ahead = [c for c in compared if c.best_baseline_low is not None and c.best_baseline_low > 0]
-    behind = [c for c in compared if c.best_baseline_high is not None and c.best_baseline_high < 0]
+    found = Counter(cell.best_baseline_verdict for cell in compared)
+    others = "".join(f", {found[name]} {name}" for name in (TOO_FEW, UNCOMPARED) if found[name])
     return [
         Heading(f"{target}: gain over the best baseline", 3),
         Text(
             "A baseline is a model without a network, fitted on the same labelled rows; the best "
-            "one is chosen on validation rows. By the plain 95 % interval "
-            f"{len(ahead)} of {len(compared)} networks are better than it, and {len(behind)} are "
-            "worse."
+            "one is chosen on validation rows. By the plain 95 % interval, which is not corrected "
+            f"for the number of comparisons, {found[WINS]} of {len(compared)} networks are better "
+            f"than it, {found[LOSES]} are worse{others}."
         ),
         blocks.Table([target, "Baseline", f"Gain in {compared[0].metric}"], body, 2),
     ]

@@ -94,6 +94,18 @@ def test_the_confusion_matrix_is_that_of_the_best_cell():
     ]
 
 
+def test_all_tables_of_a_section_are_of_the_best_network():
+    """A model without a network that is better has its own row in the matrix."""
+    made = {
+        ("src", "full"): [classes(90, NAMES, s, 1.0) for s in (0, 1)],
+        ("none", "bag_of_words"): [classes(90, NAMES, s, 3.0) for s in (0, 1)],
+    }
+    rows, runs = table("accuracy", made)
+    rows = [replace(row, backbone="none") if row.source == "none" else row for row in rows]
+    _, heat, *_ = said(rows, runs)
+    assert "src · full" in heat.caption
+
+
 def test_the_best_cell_is_chosen_on_validation_rows():
     made = {
         ("src", "full"): [classes(90, NAMES, s, 1.5) for s in (0, 1)],

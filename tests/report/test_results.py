@@ -15,7 +15,7 @@ DESIGN = """job source backbone target objective technique hyper_parameters seed
 trial_id trial_stage status error metric value value_low value_high interval higher_is_better split n_train n_eval n_units
 params_trained steps seconds device bundle_uri parent_uri scratch_value gain gain_low gain_high score_name score_value spec_hash git_sha started_at
 split_origin paired_seeds gain_p_holm baseline_gain current versions made_by drawn layers_trained modality source_scores
-best_baseline best_baseline_gain best_baseline_low best_baseline_high"""
+best_baseline best_baseline_gain best_baseline_low best_baseline_high fold"""
 
 
 def columns(trial_id="a", metric="accuracy", value=0.5, **more):
