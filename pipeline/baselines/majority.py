@@ -18,7 +18,7 @@ class Majority(Baseline):
     Any other model that is worse has learned nothing.
     """
 
-    label_kinds = ("classes", "label_sets", "numbers")
+    label_kinds = ("classes", "label_sets", "numbers", "position_classes")
 
     def inputs(self, rows: BaselineRows) -> np.ndarray:
         """Return (n, 1) zeros."""

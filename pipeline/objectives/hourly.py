@@ -92,6 +92,8 @@ class Hourly(Objective):
     metrics = ("auroc", "auprc", "loss", "min_precision_sensitivity", "brier", "ece")
     log_names = ("accuracy",)
     position_labels = ("classes",)
+    label_kind = "position_classes"
+    label_tensor = "label_values"
     position_features = ("tokens", "stages")
     output_types = {
         "times": pa.list_(pa.float32()),
@@ -323,19 +325,27 @@ class Hourly(Objective):
         With labels ``label`` (B, M) int64, ``loss``, a sum, and its ``count`` (B,).
         """
         scores, times, is_time, _ = self._scores(backbone, batch)
-        scores = scores / self.state.get("temperature", 1.0)
-        predictions = {"scores": scores, "times": torch.where(is_time, times, torch.nan)}
+        times = torch.where(is_time, times, torch.nan)
         if "label_values" not in batch.data:
-            return predictions
+            return {"scores": scores / self.state.get("temperature", 1.0), "times": times}
         label = torch.where(is_time, batch["label_values"].long(), -1)
+        return {**self._judged(scores, label), "times": times}
+
+    def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return what `predict` does, without the times, of logits (B, M, C)."""
+        return self._judged(scores, batch["label_values"].long())
+
+    def _judged(self, scores: Tensor, label: Tensor) -> dict[str, Tensor]:
+        """Return scores, labels and losses; ``label`` (B, M) is -1 where there is none."""
+        scores = scores / self.state.get("temperature", 1.0)
         row_losses = F.cross_entropy(
             scores.flatten(0, 1), label.flatten(), reduction="none", ignore_index=-1
         )
         return {
-            **predictions,
+            "scores": scores,
             "label": label,
             "loss": row_losses.view(label.shape).sum(1),
-            "count": is_time.sum(1).float(),
+            "count": (label >= 0).sum(1).float(),
         }
 
     @property

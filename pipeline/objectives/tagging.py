@@ -91,6 +91,8 @@ class Tagging(Objective):
     log_names = ("accuracy",)
     raw_roles = ("text",)
     position_labels = ("classes",)
+    label_kind = "position_classes"
+    label_tensor = "tags"
     position_features = ("tokens",)
     output_types = {
         "tags": pa.list_(pa.string()),
@@ -291,8 +293,24 @@ class Tagging(Objective):
         if self.tagset.scheme != "none":
             guess = torch.where((guess < 0) & is_word, 0, guess)
         losses, truth = self._losses(scores, batch)
+        known = {"loss": losses.sum(1), "count": (truth >= 0).sum(1).float()}
+        return {**self._judged(guess, tags), **known}
+
+    def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return what `predict` does, of logits (B, W, L) of each word."""
+        tags = batch["tags"].long()
+        guess = torch.where(tags >= 0, scores.argmax(-1), -1).to(torch.int16)
+        losses = F.cross_entropy(
+            scores.flatten(0, 1), tags.flatten(), reduction="none", ignore_index=-1
+        )
+        known = {"loss": losses.view_as(tags).sum(1), "count": (tags >= 0).sum(1).float()}
+        return {**self._judged(guess, batch["tags"]), **known}
+
+    def _judged(self, guess: Tensor, tags: Tensor) -> dict[str, Tensor]:
+        """Return the guessed tags (B, W), and what is right of them."""
+        is_word = tags >= 0
         counts = self.tagset.counts(guess.cpu().numpy(), tags.cpu().numpy(), self.options.strict)
-        hits, guessed, actual = (torch.from_numpy(count).to(scores.device) for count in counts)
+        hits, guessed, actual = (torch.from_numpy(count).to(tags.device) for count in counts)
         return {
             "prediction": guess,
             "hits": hits,
@@ -300,8 +318,6 @@ class Tagging(Objective):
             "actual": actual,
             "right": ((guess == tags) & is_word).sum(1),
             "words": is_word.sum(1),
-            "loss": losses.sum(1),
-            "count": (truth >= 0).sum(1).float(),
         }
 
     def output_columns(self, predictions, raw_rows):

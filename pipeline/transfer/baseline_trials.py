@@ -24,6 +24,7 @@ from pipeline.core.contracts.objective_capabilities import (
     predicts_from_scores,
 )
 from pipeline.core.metrics.catalog import Predictions, metric
+from pipeline.core.ragged import joined, padded
 from pipeline.core.rng import mix
 from pipeline.data.loader import Loader
 from pipeline.data.manifests import Reader
@@ -119,9 +120,15 @@ def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) ->
         ids.append(block_ids[good])
         labels.append(arrays.pop(objective.label_tensor))
         columns = partial(read_column, ids[-1])
-        inputs.append(baseline.inputs(BaselineRows(len(ids[-1]), arrays, rows.modality, columns)))
+        count, positions = len(ids[-1]), None
+        if _has_positions(objective):
+            labels[-1] = padded(labels[-1], fill=-1)
+            positions = labels[-1] >= 0
+            count = int(positions.sum())
+        asked = BaselineRows(count, arrays, rows.modality, columns, positions)
+        inputs.append(baseline.inputs(asked))
     check_bad_row_budget(bad, len(rows), max_bad_rows, rows.selection)
-    return Part(np.concatenate(ids), _joined(inputs), np.concatenate(labels), tuple(bad))
+    return Part(np.concatenate(ids), _joined(inputs), joined(labels), tuple(bad))
 
 
 def _blocks(rows: Rows) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], list[str]]]:
@@ -177,6 +184,11 @@ class Chosen:
     """Of the validation rows."""
 
 
+def _has_positions(objective: PredictsFromScores) -> bool:
+    """Return whether each position of a row has a label of its own."""
+    return objective.label_kind == "position_classes"
+
+
 def choose(
     baseline: Baseline,
     objective: PredictsFromScores,
@@ -191,13 +203,13 @@ def choose(
     fitted_on, judged_on = transform(train.inputs), transform(validation.inputs)
     sign = 1 if metric(metrics[0]).higher_is_better else -1
     fitted: Any = objective  # with the state of every objective, which its protocol does not name
-    classes = len(fitted.state["labels"]) if objective.label_kind == "classes" else 0
+    has_classes = objective.label_kind in ("classes", "position_classes")
+    classes = len(fitted.state["labels"]) if has_classes else 0
+    learned = train.labels[train.labels >= 0] if _has_positions(objective) else train.labels
     best, best_value = None, -np.inf
     for setting in baseline.settings():
         heartbeat.beat()
-        scores = fit(
-            baseline, setting, seed, objective.label_kind, fitted_on, train.labels, classes
-        )
+        scores = fit(baseline, setting, seed, objective.label_kind, fitted_on, learned, classes)
         found = predict(objective, scores(judged_on), validation)
         values = evaluate.values(found, metrics)
         value = np.nan_to_num(sign * values[metrics[0]], nan=-np.inf)
@@ -219,8 +231,9 @@ def fit(
 ) -> Scores:
     """Fit the baseline's estimator, for label sets one for each label.
 
-    A class without a training row has the least probability. Where all rows have the same class or
-    number there is nothing to fit.
+    A class without a training row has the least probability. Where all rows have the same class
+    there is nothing to fit. A fit is not interrupted: where a single one may take longer than
+    ``fanout.silence_timeout_minutes``, raise that.
     """
 
     def estimator() -> Any:
@@ -229,7 +242,7 @@ def fit(
     if label_kind == "numbers":
         model = estimator().fit(inputs, labels)
         return lambda rows: np.asarray(model.predict(rows), dtype=np.float32)[:, None]
-    if label_kind == "classes":
+    if label_kind in ("classes", "position_classes"):
         probabilities = _probabilities(estimator, inputs, labels, classes)
         return lambda rows: np.log(probabilities(rows)).astype(np.float32)
     each = [_probabilities(estimator, inputs, label, 2) for label in labels.T]
@@ -245,6 +258,7 @@ def _probabilities(
     estimator: Callable[[], Any], inputs: Any, labels: np.ndarray, classes: int
 ) -> Callable[[Any], np.ndarray]:
     """Return a function of inputs to (n, classes) probabilities, none below FLOOR."""
+    heartbeat.beat()  # there may be many labels, each with a fit of its own
     known = np.unique(labels)
     model = estimator().fit(inputs, labels) if len(known) > 1 else None
 
@@ -264,6 +278,11 @@ def _probabilities(
 def predict(objective: PredictsFromScores, scores: np.ndarray, part: Part) -> Predictions:
     """Return the objective's predictions of the rows of a part, in the order of their ids."""
     order = np.argsort(part.ids, kind="stable")
+    if _has_positions(objective):
+        at = part.labels >= 0
+        of_positions = np.zeros((*at.shape, scores.shape[-1]), dtype=scores.dtype)
+        of_positions[at] = scores
+        scores = of_positions
     labels = torch.from_numpy(np.ascontiguousarray(part.labels[order]))
     batch = Batch(part.ids[order], torch.zeros(0), {objective.label_tensor: labels})
     found = objective.predict_scores(torch.from_numpy(scores[order]), batch)

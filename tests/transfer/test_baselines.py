@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from contract_rows import recordings
+from contract_rows import OBJECTIVES, recordings
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -30,6 +30,7 @@ from toys import (
     sentences,
     shared_of,
     table_rows,
+    take,
     text_modality,
     trial_of,
 )
@@ -212,6 +213,42 @@ def test_boosted_trees_summarise_events():
     np.testing.assert_allclose(np.exp(scores(inputs)), model.predict_proba(inputs), rtol=1e-5)
 
 
+def test_boosted_trees_leave_out_what_no_labelled_row_has():
+    """scikit-learn refuses a column without any value; here the new rows alone have some."""
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.normal(size=(60, 3)).astype(np.float32), np.arange(60) % 2
+    new = rng.normal(size=(20, 3)).astype(np.float32)
+    inputs[:, 1] = np.nan
+    one = baseline("boosted_trees", trees=3, depths=[2], leaf_rows=[5])
+    validation = part(new, np.arange(20) % 2, 60)
+    found = baseline_trials.choose(one, head(), part(inputs, labels), validation, ("accuracy",), 0)
+    model = HistGradientBoostingClassifier(
+        max_iter=3, max_depth=2, min_samples_leaf=5, random_state=0
+    ).fit(inputs[:, [0, 2]], labels)
+    expected = model.predict_proba(new[:, [0, 2]])
+    np.testing.assert_allclose(np.exp(found.scores(new))[:, :2], expected, rtol=1e-5)
+
+
+def test_texts_without_a_word_have_the_shares_of_the_classes():
+    one = baseline("bag_of_words", penalties=[1.0])
+    train = part(["!!", "??", "..", "--"], [0, 0, 0, 1])
+    validation = part(["a word", "?"], [0, 1], 4)
+    found = baseline_trials.choose(one, head(), train, validation, ("accuracy",), 0)
+    shares = np.exp(found.scores(["new", "!"]))
+    np.testing.assert_allclose(shares[:, :2], [[0.75, 0.25]] * 2, atol=1e-3)
+    with pytest.raises(ValueError, match="no terms remain"):
+        baseline("bag_of_words", min_rows=3).transformer().fit(["a", "b", "c"])
+
+
+def test_each_label_of_a_label_set_is_a_sign_of_life(monkeypatch):
+    """A fit of many labels is not taken for a process that hangs."""
+    beats = []
+    monkeypatch.setattr(baseline_trials.heartbeat, "beat", lambda: beats.append(1))
+    labels = np.eye(4, dtype=np.uint8)[np.arange(12) % 4]
+    baseline_trials.fit(baseline("majority"), {}, 0, "label_sets", np.zeros((12, 1)), labels, 0)
+    assert len(beats) == 4
+
+
 def test_boosted_trees_are_fitted_on_all_of_many_rows():
     """Where scikit-learn would hold out rows by itself, and refuse a class of a single row."""
     inputs, labels = np.arange(10_002.0)[:, None] / 10_002, np.arange(10_002) % 2
@@ -223,6 +260,79 @@ def test_boosted_trees_are_fitted_on_all_of_many_rows():
     ).fit(inputs, labels)
     expected = model.predict_proba(inputs).clip(1e-6, 1 - 1e-6)
     np.testing.assert_allclose(np.exp(scores(inputs)), expected, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- classes of positions
+
+
+def positions_of(objective: str):
+    """Rows of which each position has a class: their objective, and how a baseline reads them."""
+    built = OBJECTIVES[objective].build(objective)
+    column = built.sample.columns.get
+    reader = {"text": built.sample.table[column("text")]}.get if column("text") else lambda _: None
+    return built, reader
+
+
+@pytest.mark.parametrize("objective", ["tagging", "hourly"])
+def test_majority_of_positions_is_the_share_of_each_class(objective):
+    built, _ = positions_of(objective)
+    known = built.task.objective
+    train = baseline_trials.read(built.rows, baseline("majority"), known, 0.0)
+    assert len(train.inputs) == (train.labels >= 0).sum() > len(built.rows)
+    found = baseline_trials.choose(baseline("majority"), known, train, train, ("loss",), 0)
+    labels = train.labels[train.labels >= 0]
+    shares = np.bincount(labels, minlength=len(known.state["labels"])) / len(labels)
+    shares = shares.clip(baseline_trials.FLOOR, 1)
+    assert found.metrics["loss"] == pytest.approx(-np.log(shares)[labels].mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["tagging", "hourly"])
+def test_positions_are_judged_as_those_of_a_network(objective):
+    """The scores of a network, given as those of a baseline, have the same predictions."""
+    built, _ = positions_of(objective)
+    known, kind = built.task.objective.eval(), registry.get("objective", objective)
+    batch = take(built.rows, np.arange(len(built.rows)))
+    built.task.eval()
+    part_of = baseline_trials.read(built.rows, baseline("majority"), known, 0.0)
+    with torch.no_grad():
+        expected = known.predict(built.task.backbone, batch)
+        if objective == "hourly":
+            scores = expected["scores"][torch.from_numpy(part_of.labels >= 0)]
+        else:
+            of_tokens, _ = known.head_scores(built.task.backbone, batch)
+            words = batch["words"].long()
+            begins = (words >= 0).nonzero()
+            by_word = of_tokens.new_zeros(*part_of.labels.shape, of_tokens.shape[-1])
+            by_word[begins[:, 0], words[words >= 0]] = of_tokens[begins[:, 0], begins[:, 1]]
+            scores = by_word[torch.from_numpy(part_of.labels >= 0)]
+    found = baseline_trials.predict(known, scores.numpy(), part_of)
+    assert kind.label_kind == "position_classes"
+    for name in set(found) - {"row"}:
+        np.testing.assert_allclose(found[name], expected[name].numpy(), rtol=1e-5, atol=1e-6)
+    assert set(expected) - set(found) <= {"times"}
+
+
+def test_a_word_has_the_tags_that_it_had():
+    built, reader = positions_of("tagging")
+    known = built.task.objective
+    one = baseline("tag_of_word")
+    tags = built.rows.arrays["tags"]
+    rows = BaselineRows(int((tags >= 0).sum()), {}, built.rows.modality, reader, tags >= 0)
+    words = one.inputs(rows)
+    texts = built.sample.table[built.sample.columns["text"]].to_pylist()
+    assert words == [word for row in texts for word in row]
+    scores = baseline_trials.fit(
+        one, {}, 0, "position_classes", ["a", "a", "a", "b", "c"], np.array([0, 0, 2, 1, 1]), 3
+    )
+    expected = [[2 / 3, 0, 1 / 3], [0, 1, 0], [0, 1, 0]]
+    np.testing.assert_allclose(np.exp(scores(["a", "b", "new"])), expected, atol=2e-6)
+    train = Part(np.arange(len(tags)), words, tags, ())
+    chosen = baseline_trials.choose(one, known, train, train, ("word_accuracy",), 0)
+    by_word: dict[str, list[int]] = {}
+    for word, tag in zip(words, tags[tags >= 0].tolist(), strict=True):
+        by_word.setdefault(word, []).append(tag)
+    right = sum(max(map(found.count, found)) for found in by_word.values())
+    assert chosen.metrics["word_accuracy"] == pytest.approx(right / len(words))
 
 
 def test_numbers_are_predicted_by_their_mean_and_by_a_plugin():
@@ -459,6 +569,38 @@ def test_a_baseline_without_a_validation_value_is_never_the_best():
     cells = {**CELLS, ("none", "majority", "none"): (0.9, float("nan"))}
     found = matrix.matrix_cells(*rows_and_runs(cells))
     assert {cell.best_baseline for cell in found if not cell.is_baseline} == {"bag_of_words"}
+
+
+def test_one_seed_is_not_counted_as_better_than_a_baseline(tmp_path):
+    """The interval alone excludes zero; one seed does not show the spread between seeds."""
+    rows, runs = rows_and_runs(CELLS)
+    rows = [row for row in rows if row.seed == 0]
+    cells = matrix.matrix_cells(rows, runs)
+    full = next(cell for cell in cells if cell.technique == "full")
+    assert full.best_baseline_low is not None and full.best_baseline_low > 0
+    assert full.best_baseline_verdict == matrix.UNCOMPARED
+    texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
+    uris = report.write(
+        str(tmp_path), job_name="j", cells=cells, rows=rows, curves={}, runs=runs, **texts
+    )
+    text = storage.read_bytes(uris[0]).decode()
+    assert "0 of 2 networks are better than it, 0 are worse, 2 not compared" in text
+
+
+def test_baselines_of_which_none_has_a_validation_value_are_named(tmp_path):
+    unknown = float("nan")
+    cells = {
+        key: (test, unknown if key[2] == "none" else validation)
+        for key, (test, validation) in CELLS.items()
+    }
+    rows, runs = rows_and_runs(cells)
+    texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
+    found = matrix.matrix_cells(rows, runs)
+    uris = report.write(
+        str(tmp_path), job_name="j", cells=found, rows=rows, curves={}, runs=runs, **texts
+    )
+    text = storage.read_bytes(uris[0]).decode()
+    assert "best of the baselines (bag_of_words, majority) is not known" in text
 
 
 def test_the_report_of_one_network_has_no_table_of_several(tmp_path):

@@ -32,11 +32,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from pipeline.config.registry import Registered
 from pipeline.core.contracts.modality import Arrays, Modality
 
-LabelKind = Literal["classes", "label_sets", "numbers"]
-"""What the labels of rows are: (n,) class numbers, (n, L) 0 or 1, or (n,) numbers."""
+LabelKind = Literal["classes", "label_sets", "numbers", "position_classes"]
+"""What the labels of rows are: (n,) class numbers, (n, L) 0 or 1, (n,) numbers, or (n, M) class
+numbers of the positions of a row (words, hours), -1 where there is none.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class BaselineRows:
     """Some rows of a split, as a baseline reads them."""
 
     count: int
+    """How many inputs are asked for: one for each row, or for each labelled position of the rows,
+    row by row."""
     arrays: Arrays
     """The decoded rows, as ``Modality.decode`` returns them."""
     modality: Modality
@@ -51,6 +57,8 @@ class BaselineRows:
     read_column: Callable[[str], Any]
     """Role to the column of these rows as it is stored, a pyarrow array; None where the target has
     no such column."""
+    positions: np.ndarray | None = None
+    """(n, M) bool, the labelled positions of each row; None where a row has one label."""
 
 
 class Baseline(Registered, ABC):
@@ -75,7 +83,7 @@ class Baseline(Registered, ABC):
 
     @abstractmethod
     def inputs(self, rows: BaselineRows) -> Any:
-        """Return a list or an array of these rows, rows first. No label is there to be read."""
+        """Return a list or an array with ``rows.count`` inputs. No label is there to be read."""
 
     def transformer(self) -> Any:
         """Return what is fitted on the inputs of the labelled training rows, or None.

@@ -197,6 +197,7 @@ class PredictsFromScores(Protocol):
     """An objective of which scores of any model become predictions, so that baselines can be tried.
 
     The scores (B, C) are logits of classes, logits (B, L) of labels, or (B, 1) the number itself.
+    Where each position of a row has a class, they are logits (B, M, C).
     """
 
     label_kind: ClassVar[LabelKind]
