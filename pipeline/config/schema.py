@@ -1093,7 +1093,8 @@ class Job(Spec):
         exclude_if=lambda named: named == [],  # a job without any has the hash that it always had
         description="models without a network that a user would pick instead (bag_of_words, "
         "boosted_trees, ...), each on the targets that it can read; auto: all; they have the rows, "
-        "seeds and label fractions of the trials",
+        "seeds and label fractions of the trials. None by default: they are rows and time of a "
+        "table that nobody asked for",
     )
     fanout: Fanout = Field(
         default_factory=lambda: Fanout.model_validate({}), description="seeds, search and resources"
