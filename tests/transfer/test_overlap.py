@@ -169,6 +169,21 @@ def test_cut_records_are_known_by_their_id_before_they_were_cut(tmp_path, histor
     )
 
 
+def test_each_fold_leaves_out_what_a_source_has_trained_on(tmp_path):
+    known, new = stays(18), stays(42, first=1000)
+    target = pa.concat_tables([known, new])
+    job = record_job(tmp_path, known, target, drop_overlap="exact").job.model_dump(mode="json")
+    job["targets"]["task"]["folds"] = 3
+    job["targets"]["task"]["data"]["split_column"] = None
+    state = stages.check(Job.model_validate(job), Progress(Console(quiet=True)))
+    left: list[int] = []
+    for stage in state.targets.values():
+        found = overlap.find_overlap(stage, state.sources, storage.join(state.job.root, "signs"))
+        assert len(found.test) < len(stage.splits.test)
+        left += found.test.ids(np.arange(len(found.test))).tolist()
+    assert sorted(left) == list(range(18, 60))
+
+
 def test_the_same_ids_of_another_collection_are_no_same_records(tmp_path):
     state = record_job(tmp_path, stays(60), cut(stays(60, shift=0.5)), group=(None, None))
     assert looked(state).notes == ()
