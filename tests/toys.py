@@ -55,26 +55,35 @@ WORDS = (
 # ---------------------------------------------------------------- rows
 
 
-def result_rows(source: str, technique: str, run: RunPredictions, *metrics: str) -> list[ResultRow]:
-    """Test rows of a finished trial, a row a metric, with values computed from its predictions."""
-    trial = {
+def result_row(source: str, technique: str, seed: int, **more: Any) -> ResultRow:
+    """A row of the accuracy on test rows of a finished final trial."""
+    columns = {
         "job": "j",
         "source": source,
         "backbone": "b",
         "target": "t",
         "technique": technique,
         "hyper_parameters": "{}",
-        "seed": run.seed,
+        "seed": seed,
         "label_fraction": "1.0",
-        "trial_id": f"{source}-{technique}-{run.seed}",
+        "trial_id": f"{source}-{technique}-{seed}",
         "trial_stage": "final",
         "status": "done",
         "split": "test",
-        "n_eval": len(run.rows),
+        "metric": "accuracy",
+        "higher_is_better": True,
     }
+    return ResultRow.from_columns({**columns, **more})
+
+
+def result_rows(source: str, technique: str, run: RunPredictions, *metrics: str) -> list[ResultRow]:
+    """Test rows of a finished trial, a row a metric, with values computed from its predictions."""
     return [
-        ResultRow(
-            **trial,
+        result_row(
+            source,
+            technique,
+            run.seed,
+            n_eval=len(run.rows),
             metric=name,
             value=catalog.metric(name).value(run.predictions),
             higher_is_better=catalog.metric(name).higher_is_better,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toys import result_row
 
 from pipeline.config.provenance import Provenance
 from pipeline.core.metrics import catalog
@@ -25,26 +26,8 @@ NOW, BEFORE = (
 
 
 def row_of(source: str, technique: str, seed: int, **more: Any) -> ResultRow:
-    backbone = more.get("backbone", "b")
-    return ResultRow.from_columns(
-        {
-            "trial_id": f"{source}-{backbone}-{technique}-{seed}",
-            "source": source,
-            "backbone": backbone,
-            "target": "t",
-            "technique": technique,
-            "label_fraction": "1.0",
-            "seed": seed,
-            "trial_stage": "final",
-            "status": "done",
-            "split": "test",
-            "metric": "accuracy",
-            "higher_is_better": True,
-            "hyper_parameters": "{}",
-            "drawn": "{}",
-            **more,
-        }
-    )
+    trial_id = f"{source}-{more.get('backbone', 'b')}-{technique}-{seed}"
+    return result_row(source, technique, seed, **{"trial_id": trial_id, "drawn": "{}", **more})
 
 
 def of_seeds(
