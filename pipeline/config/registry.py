@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from pipeline.config import plugins
 from pipeline.config.plugins import Plugin
-from pipeline.io.json_values import as_list, as_object
+from pipeline.io.json_values import Json, as_list, as_object
 
 PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = {
@@ -486,8 +486,9 @@ def modality_of(backbone: str) -> str | None:
     library, _, model = backbone.partition("/")
     if library not in entries("model"):
         return None
-    named = _constant(entry("model", library), "MODALITY")
-    return named.get(model) if isinstance(named, dict) else named
+    named: Json = _constant(entry("model", library), "MODALITY")
+    found = as_object(named).get(model) if isinstance(named, dict) else named
+    return found if isinstance(found, str) else None
 
 
 def split_tag(backbone: str) -> tuple[str, str]:
