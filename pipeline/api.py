@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from pipeline.checkpoints.bundle import Bundle
     from pipeline.report.advice import Advice
-    from pipeline.report.matrix import Cell
+    from pipeline.report.matrix import MatrixEntry
     from pipeline.report.results import ResultRow
     from pipeline.train.progress import Progress
     from pipeline.transfer.stages import JobState
@@ -54,7 +54,7 @@ class Outcome:
     """
     rows: list[ResultRow] = field(default_factory=list)
     """The job's rows of the results table."""
-    cells: list[Cell] = field(default_factory=list)
+    entries: list[MatrixEntry] = field(default_factory=list)
     """The matrix of the report: means, gains over scratch and their intervals."""
     report: str = ""
     """URI of report.html; report.md lies beside it."""
@@ -391,12 +391,12 @@ def reported(state: JobState, rows: list[ResultRow]) -> Outcome:
     from pipeline.report import code_versions, results
     from pipeline.transfer import pruning, stages
 
-    cells, (_, page) = stages.show(state, rows)
+    entries, (_, page) = stages.show(state, rows)
     pruned = pruning.describe_stale(results.read(state.job.root))
     return Outcome(
         bundles=_bundles(state),
         rows=rows,
-        cells=cells,
+        entries=entries,
         report=page,
         results=storage.join(state.job.root, results.FILE),
         notes=[*code_versions.describe_changes(state.trial_provenance), *pruned],

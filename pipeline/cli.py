@@ -161,7 +161,7 @@ def _print_outcome(done: api.Outcome) -> None:
     """Print the table, where the report is, and what failed."""
     from pipeline.report import report
 
-    out.print(report.table(done.cells))
+    out.print(report.table(done.entries))
     for line in done.notes:
         err.print(f"note: {line}", markup=False)
     for line in done.warnings:

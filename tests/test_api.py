@@ -98,12 +98,12 @@ def test_a_job_runs_in_a_program(tmp_path, monkeypatch):
     job = pipeline.load_job(file)
     outcome = pipeline.run(job)
     assert len(ran) == 2 and not outcome.failed and outcome.bundles.keys() == {"a"}
-    assert {cell.technique for cell in outcome.cells} == {"scratch", "linear_probe"}
+    assert {entry.technique for entry in outcome.entries} == {"scratch", "linear_probe"}
     assert Path(outcome.report).is_file() and Path(outcome.results).is_file()
     table = pipeline.results(job)
     assert isinstance(table, pa.Table) and table.num_rows >= len(outcome.rows) > 0
     assert pipeline.results(job.root).equals(table)
-    assert pipeline.run(job).cells and len(ran) == 2, "nothing is left to run"
+    assert pipeline.run(job).entries and len(ran) == 2, "nothing is left to run"
     best = next(row["bundle_uri"] for row in table.to_pylist() if row["bundle_uri"])
     task = pipeline.load_bundle(best).task()
     rows = pq.read_table(paths["test"]).select(["picture"])

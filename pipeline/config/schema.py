@@ -900,7 +900,7 @@ class Finalists(Spec):
     top: int = Field(
         3,
         ge=1,
-        description="how many of a cell's best draws are tried again; 1: none, the best with one "
+        description="how many of an entry's best draws are tried again; 1: none, the best with one "
         "seed is chosen",
     )
     seeds: int = Field(
@@ -911,7 +911,7 @@ class Finalists(Spec):
     )
 
     def further_trials(self, draws: int) -> int:
-        """Return the number of further trials of a cell with this number of ``draws``."""
+        """Return the number of further trials of an entry with this number of ``draws``."""
         tried_again = min(self.top, draws)
         return tried_again * self.seeds if tried_again > 1 else 0
 
@@ -933,13 +933,13 @@ class Fanout(Spec):
     seeds: int = Field(
         3,
         ge=1,
-        description="final runs of every cell; a seed changes initialisation, row order and label "
+        description="final runs of every entry; a seed changes initialisation, row order and label "
         "subset",
     )
     trials: int = Field(
         1,
         ge=1,
-        description="hyper-parameter draws of every cell from search, the same for scratch; the "
+        description="hyper-parameter draws of every entry from search, the same for scratch; the "
         "best on validation goes on (search_finalists)",
     )
     search: Literal["auto"] | dict[Annotated[str, AfterValidator(_searchable)], list[Number]] = (
@@ -960,7 +960,7 @@ class Fanout(Spec):
         "include. top: 1 turns it off",
     )
     scheduler: Literal["fifo", "asha"] = Field(
-        "fifo", description="asha stops the worse search trials of a cell early"
+        "fifo", description="asha stops the worse search trials of an entry early"
     )
     gpus_per_trial: float | None = Field(
         None, ge=0, description="share of a GPU for one trial; none: 0.25 when there are GPUs"
@@ -990,7 +990,7 @@ class Fanout(Spec):
     )
     keep_bundles: Literal["best", "all", "none"] = Field(
         "best",
-        description="fine-tuned bundles kept: the best seed of each cell on validation, all, or "
+        description="fine-tuned bundles kept: the best seed of each entry on validation, all, or "
         "none",
     )
     bundle_weights: Literal["whole", "changes"] = Field(

@@ -30,7 +30,7 @@ from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 from pipeline.config import registry
 from pipeline.report import gain_model, matrix, plots, results, stats
 from pipeline.report.gain_model import GainModel
-from pipeline.report.matrix import MIN_SEEDS, SCRATCH, Cell
+from pipeline.report.matrix import MIN_SEEDS, SCRATCH, MatrixEntry
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
@@ -131,11 +131,11 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _Choice:
     """A source with a technique on a target, as one job measured it."""
 
     store: str
-    cell: Cell
+    entry: MatrixEntry
     kind: _Kind
     """Modality, objective and metric: what it shares with like entries."""
     seed_variance: float | None
@@ -146,7 +146,7 @@ class _Entry:
     @property
     def name(self) -> str:
         where = f" ({self.store})" if self.store else ""
-        return f"source {self.cell.source} with {self.cell.technique}{where}"
+        return f"source {self.entry.source} with {self.entry.technique}{where}"
 
     @property
     def settled(self) -> bool:
@@ -156,50 +156,50 @@ class _Entry:
     @property
     def missing(self) -> str:
         """What its gain lacks as evidence, or an empty string."""
-        cell = self.cell
+        entry = self.entry
         if self.without_labels:
             return "no gain over scratch, which is not defined without labels"
-        if cell.baseline_gain is None:
+        if entry.baseline_gain is None:
             return "no gain over scratch"
-        if cell.baseline_seeds < MIN_SEEDS:
-            return f"{cell.baseline_seeds} seed paired with scratch, {MIN_SEEDS} are needed"
-        if matrix.T_INTERVAL in cell.baseline_interval:
+        if entry.baseline_seeds < MIN_SEEDS:
+            return f"{entry.baseline_seeds} seed paired with scratch, {MIN_SEEDS} are needed"
+        if matrix.T_INTERVAL in entry.baseline_interval:
             return "no test predictions, so its interval is over seeds alone"
-        if cell.baseline_low is None or cell.baseline_high is None:
+        if entry.baseline_low is None or entry.baseline_high is None:
             return "no interval"
-        return f"too few test units ({cell.baseline_evidence})" if cell.baseline_evidence else ""
+        return f"too few test units ({entry.baseline_evidence})" if entry.baseline_evidence else ""
 
     @property
     def pays(self) -> bool:
         """Whether both the measured and the expected gain lie above zero with their intervals."""
-        low = self.cell.baseline_low
+        low = self.entry.baseline_low
         return self.expected is not None and self.expected.low > 0 and low is not None and low > 0
 
     @property
     def hurts(self) -> bool:
         """Whether both the measured and the expected gain lie below zero with their intervals."""
-        high = self.cell.baseline_high
+        high = self.entry.baseline_high
         below = self.expected is not None and self.expected.high < 0
         return below and high is not None and high < 0
 
     @property
     def without_labels(self) -> bool:
         """Whether it used no labels of the target, so that there is no scratch to compare with."""
-        return plots.fraction_label(self.cell.label_fraction) in ("none", "0 %")
+        return plots.fraction_label(self.entry.label_fraction) in ("none", "0 %")
 
     @property
     def can_be_repeated(self) -> bool:
         """Whether another seed of it can be had: not of what is made of the trials of all seeds."""
-        name, known = self.cell.technique.partition(" (")[0], registry.entries("technique")
+        name, known = self.entry.technique.partition(" (")[0], registry.entries("technique")
         return name not in known or registry.get("technique", name).starts_from != "trials"
 
     @property
     def variance(self) -> float:
         """Variance of the gain, from its 95 % interval as that of a normal distribution."""
-        cell = self.cell
-        assert cell.baseline_low is not None
-        assert cell.baseline_high is not None
-        return ((cell.baseline_high - cell.baseline_low) / (2 * stats.NORMAL_95)) ** 2
+        entry = self.entry
+        assert entry.baseline_low is not None
+        assert entry.baseline_high is not None
+        return ((entry.baseline_high - entry.baseline_low) / (2 * stats.NORMAL_95)) ** 2
 
 
 @dataclass(frozen=True)
@@ -222,11 +222,11 @@ class _Untried:
 class _LikeEntries:
     """Settled entries of the same kind, and the model of their gains."""
 
-    def __init__(self, entries: list[_Entry]) -> None:
-        self.entries = entries
-        gains = [entry.cell.baseline_gain or 0.0 for entry in entries]
+    def __init__(self, choices: list[_Choice]) -> None:
+        self.entries = choices
+        gains = [choice.entry.baseline_gain or 0.0 for choice in choices]
         self.model = GainModel(
-            [_place(entry) for entry in entries], gains, [entry.variance for entry in entries]
+            [_place(choice) for choice in choices], gains, [choice.variance for choice in choices]
         )
 
     def expected(self) -> list[Expected]:
@@ -234,13 +234,13 @@ class _LikeEntries:
         found = self.model.posterior(range(len(self.entries)))
         variances = found.covariance.diagonal()
         return [
-            Expected(float(mean), max(float(variance), entry.variance), float(weight))
-            for entry, mean, variance, weight in zip(
+            Expected(float(mean), max(float(variance), choice.variance), float(weight))
+            for choice, mean, variance, weight in zip(
                 self.entries, found.means, variances, found.weights_of_others, strict=True
             )
         ]
 
-    def untried(self, tried: list[_Entry], target: tuple[str, str]) -> list[_Untried]:
+    def untried(self, tried: list[_Choice], target: tuple[str, str]) -> list[_Untried]:
         """Return every pair of a source and a technique that was not tried, the best first.
 
         Args:
@@ -251,7 +251,7 @@ class _LikeEntries:
         pairs = {_place(one)[:2] for one in tried}
         repeatable = [one for one in self.entries if one.can_be_repeated]
         sources = dict.fromkeys(_place(one)[0] for one in self.entries)
-        techniques = dict.fromkeys(one.cell.technique for one in repeatable)
+        techniques = dict.fromkeys(one.entry.technique for one in repeatable)
         new = [pair for pair in itertools.product(sources, techniques) if pair not in pairs]
         if not new:
             return []
@@ -302,10 +302,10 @@ class _LikeEntries:
         )
 
 
-def _place(entry: _Entry) -> tuple[tuple[str, str], str, tuple[str, str]]:
+def _place(choice: _Choice) -> tuple[tuple[str, str], str, tuple[str, str]]:
     """Return its levels in the model: source with its backbone, technique, target with labels."""
-    cell = entry.cell
-    return (cell.source, cell.backbone), cell.technique, (cell.target, cell.label_fraction)
+    entry = choice.entry
+    return (entry.source, entry.backbone), entry.technique, (entry.target, entry.label_fraction)
 
 
 def advise(
@@ -326,14 +326,17 @@ def advise(
     Raises:
         ValueError: There are no tested trials, or none of the target.
     """
-    entries, models = _with_expected(_entries(stores))
-    groups: dict[tuple[str, str, _Kind], list[_Entry]] = defaultdict(list)
-    for entry in entries:
-        if target is None or target in (entry.cell.target, entry.cell.target.partition(" [")[0]):
-            groups[entry.cell.target, entry.cell.label_fraction, entry.kind].append(entry)
+    choices, models = _with_expected(_choices(stores))
+    groups: dict[tuple[str, str, _Kind], list[_Choice]] = defaultdict(list)
+    for choice in choices:
+        if target is None or target in (
+            choice.entry.target,
+            choice.entry.target.partition(" [")[0],
+        ):
+            groups[choice.entry.target, choice.entry.label_fraction, choice.kind].append(choice)
     asked = [one for one in new if target in (None, one.name)]
-    if not groups and not (asked and entries):
-        raise ValueError(_nothing_found(stores, entries, target))
+    if not groups and not (asked and choices):
+        raise ValueError(_nothing_found(stores, choices, target))
     order = sorted(groups, key=lambda key: (key[0], matrix.fraction_order(key[1]), key[2]))
     known = [
         _advice(groups[key], models.get((key[2], _of_target(groups[key][0])))) for key in order
@@ -341,54 +344,63 @@ def advise(
     return known + [advice for one in asked for advice in _on_new_target(one, models)]
 
 
-def _nothing_found(stores: Sequence[Store], entries: list[_Entry], target: str | None) -> str:
+def _nothing_found(stores: Sequence[Store], choices: list[_Choice], target: str | None) -> str:
     places = ", ".join(store.name for store in stores)
-    if entries:
-        named = ", ".join(sorted({entry.cell.target for entry in entries}))
+    if choices:
+        named = ", ".join(sorted({choice.entry.target for choice in choices}))
         return f"{places}: no tested trial of a target {target!r}; there are {named}"
     return f"{places}: no tested trial with a source, so there is nothing to advise on"
 
 
-def _entries(stores: Sequence[Store]) -> list[_Entry]:
-    """Return an entry for each cell with a source that has finished final trials.
+def _choices(stores: Sequence[Store]) -> list[_Choice]:
+    """Return a choice for each entry with a source that has finished final trials.
 
-    Jobs that share trials have the same ids for them. A cell of which every trial stood in a store
-    before is left out; scratch trials are used in each store, which measures its gains over them.
+    Jobs that share trials have the same ids for them. An entry of which every trial stood in a
+    store before is left out; scratch trials are used in each store, which measures its gains over
+    them.
     """
     seen: set[str] = set()
-    out: list[_Entry] = []
+    out: list[_Choice] = []
     current = [[row for row in store.rows if row.current is not False] for store in stores]
     named = iter(results.disambiguate_targets(row for rows in current for row in rows))
     for store, own in zip(stores, current, strict=True):
         rows = list(itertools.islice(named, len(own)))
-        by_cell: dict[matrix.CellKey, list[ResultRow]] = defaultdict(list)
+        by_entry: dict[matrix.EntryKey, list[ResultRow]] = defaultdict(list)
         for row in rows:
-            by_cell[matrix.cell_key(row)].append(row)
-        for cell in matrix.matrix_cells(rows, store.runs):
-            key = (cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction)
-            if cell.source == SCRATCH or cell.against or not cell.n_seeds:
+            by_entry[matrix.entry_key(row)].append(row)
+        for entry in matrix.matrix_entries(rows, store.runs):
+            key = (
+                entry.source,
+                entry.backbone,
+                entry.target,
+                entry.technique,
+                entry.label_fraction,
+            )
+            if entry.source == SCRATCH or entry.against or not entry.n_seeds:
                 continue
-            if {row.trial_id for row in by_cell[key]} <= seen:
+            if {row.trial_id for row in by_entry[key]} <= seen:
                 continue
-            first = by_cell[key][0]
-            kind = (first.modality or "", first.objective, cell.metric)
+            first = by_entry[key][0]
+            kind = (first.modality or "", first.objective, entry.metric)
             name = store.name if len(stores) > 1 else ""
             scratch = (
                 SCRATCH,
-                cell.baseline,
-                cell.target,
+                entry.baseline,
+                entry.target,
                 matrix.SCRATCH_TECHNIQUE,
-                cell.label_fraction,
+                entry.label_fraction,
             )
-            variance = _seed_variance(cell, by_cell[key], by_cell.get(scratch, []))
-            out.append(_Entry(name, cell, kind, variance))
+            variance = _seed_variance(entry, by_entry[key], by_entry.get(scratch, []))
+            out.append(_Choice(name, entry, kind, variance))
         seen |= {row.trial_id for row in rows if row.source != SCRATCH}
     return out
 
 
-def _seed_variance(cell: Cell, rows: list[ResultRow], scratch: list[ResultRow]) -> float | None:
+def _seed_variance(
+    entry: MatrixEntry, rows: list[ResultRow], scratch: list[ResultRow]
+) -> float | None:
     """Return the variance of a mean gain that comes from its seeds, None where it is not known."""
-    ours, theirs = _by_seed(cell, rows), _by_seed(cell, scratch)
+    ours, theirs = _by_seed(entry, rows), _by_seed(entry, scratch)
     gains = [
         fmean(value - theirs[seed][fold] for fold, value in found.items() if fold in theirs[seed])
         for seed, found in ours.items()
@@ -397,37 +409,37 @@ def _seed_variance(cell: Cell, rows: list[ResultRow], scratch: list[ResultRow]) 
     return float(np.var(gains, ddof=1) / len(gains)) if len(gains) >= MIN_SEEDS else None
 
 
-def _by_seed(cell: Cell, rows: list[ResultRow]) -> dict[int, dict[int | None, float]]:
-    """Return seed to the cell's metric on test rows, of each fold where there are folds."""
+def _by_seed(entry: MatrixEntry, rows: list[ResultRow]) -> dict[int, dict[int | None, float]]:
+    """Return seed to the entry's metric on test rows, of each fold where there are folds."""
     out: dict[int, dict[int | None, float]] = defaultdict(dict)
     for row in rows:
         is_tested = row.trial_stage == "final" and row.split == "test"
-        if is_tested and row.metric == cell.metric and row.value is not None:
+        if is_tested and row.metric == entry.metric and row.value is not None:
             out[row.seed][row.fold] = row.value
     return out
 
 
-def _of_target(entry: _Entry) -> str:
+def _of_target(choice: _Choice) -> str:
     """Return the target whose entries alone are like this one, "" where those of all are.
 
     A metric without bounds has another scale on each target.
     """
-    return "" if matrix.is_bounded(entry.cell.metric) else entry.cell.target
+    return "" if matrix.is_bounded(choice.entry.metric) else choice.entry.target
 
 
 def _with_expected(
-    entries: list[_Entry],
-) -> tuple[list[_Entry], dict[tuple[_Kind, str], _LikeEntries]]:
+    choices: list[_Choice],
+) -> tuple[list[_Choice], dict[tuple[_Kind, str], _LikeEntries]]:
     """Return the entries with their expected gains, and the model of each kind."""
     kinds: dict[tuple[_Kind, str], list[int]] = defaultdict(list)
-    for place, entry in enumerate(entries):
-        if entry.settled:
-            kinds[entry.kind, _of_target(entry)].append(place)
-    out = list(entries)
-    models = {kind: _LikeEntries([entries[place] for place in kinds[kind]]) for kind in kinds}
+    for place, choice in enumerate(choices):
+        if choice.settled:
+            kinds[choice.kind, _of_target(choice)].append(place)
+    out = list(choices)
+    models = {kind: _LikeEntries([choices[place] for place in kinds[kind]]) for kind in kinds}
     for kind, places in kinds.items():
         for place, expected in zip(places, models[kind].expected(), strict=True):
-            out[place] = replace(entries[place], expected=expected)
+            out[place] = replace(choices[place], expected=expected)
     return out, models
 
 
@@ -498,18 +510,18 @@ def _spreads(like: _LikeEntries, decimals: int) -> tuple[str, ...]:
     return (found,) if found else ()
 
 
-def _advice(entries: list[_Entry], like: _LikeEntries | None) -> Advice:
+def _advice(choices: list[_Choice], like: _LikeEntries | None) -> Advice:
     """Return the advice on entries of one target, label fraction and kind.
 
     Args:
         like: All settled entries of the kind, None where there is none.
     """
-    about = entries[0].cell.target, entries[0].cell.label_fraction, entries[0].cell.metric
+    about = choices[0].entry.target, choices[0].entry.label_fraction, choices[0].entry.metric
     settled = sorted(
-        (entry for entry in entries if entry.expected is not None),
-        key=lambda entry: -_mean(entry),
+        (choice for choice in choices if choice.expected is not None),
+        key=lambda choice: -_mean(choice),
     )
-    unsettled = [entry for entry in entries if entry.expected is None]
+    unsettled = [choice for choice in choices if choice.expected is None]
     if not settled:
         first = _most_promising(unsettled)
         return Advice(
@@ -518,10 +530,10 @@ def _advice(entries: list[_Entry], like: _LikeEntries | None) -> Advice:
             f"not enough evidence: {first.name} has {first.missing}",
             next_experiment=_more_evidence(unsettled),
         )
-    paying = [entry for entry in settled if entry.pays]
-    in_doubt = [entry for entry in settled if not entry.hurts]
+    paying = [choice for choice in settled if choice.pays]
+    in_doubt = [choice for choice in settled if not choice.hurts]
     best = (paying or in_doubt or settled)[0]
-    names = {"source": best.cell.source, "technique": best.cell.technique} if paying else {}
+    names = {"source": best.entry.source, "technique": best.entry.technique} if paying else {}
     if paying:
         verdict, headline = "use", f"use {best.name}"
     elif in_doubt:
@@ -542,7 +554,7 @@ def _advice(entries: list[_Entry], like: _LikeEntries | None) -> Advice:
     assert expected is not None
     assert like is not None
     decimals = _decimals(expected.high - expected.low)
-    untried = like.untried(entries, (best.cell.target, best.cell.label_fraction))
+    untried = like.untried(choices, (best.entry.target, best.entry.label_fraction))
     return Advice(
         *about,
         verdict,
@@ -556,8 +568,8 @@ def _advice(entries: list[_Entry], like: _LikeEntries | None) -> Advice:
     )
 
 
-def _mean(entry: _Entry) -> float:
-    return entry.expected.mean if entry.expected is not None else -math.inf
+def _mean(choice: _Choice) -> float:
+    return choice.expected.mean if choice.expected is not None else -math.inf
 
 
 def _decimals(width: float) -> int:
@@ -565,20 +577,22 @@ def _decimals(width: float) -> int:
     return int(np.clip(1 - math.floor(math.log10(width)), 1, 4)) if width > 0 else 4
 
 
-def _because(entry: _Entry, decimals: int) -> tuple[str, ...]:
-    cell, expected = entry.cell, entry.expected
+def _because(choice: _Choice, decimals: int) -> tuple[str, ...]:
+    entry, expected = choice.entry, choice.expected
     assert expected is not None
-    value = _estimate((cell.mean, cell.low, cell.high), decimals, signed=False)
-    gain = (cell.baseline_gain, cell.baseline_low, cell.baseline_high)
-    seconds = "unknown time" if cell.seconds is None else f"{cell.seconds:.3g} s"
-    trained = "" if cell.params_trained is None else f", {cell.params_trained:,} parameters trained"
+    value = _estimate((entry.mean, entry.low, entry.high), decimals, signed=False)
+    gain = (entry.baseline_gain, entry.baseline_low, entry.baseline_high)
+    seconds = "unknown time" if entry.seconds is None else f"{entry.seconds:.3g} s"
+    trained = (
+        "" if entry.params_trained is None else f", {entry.params_trained:,} parameters trained"
+    )
     shrunk = (
         f"drawn {expected.weight_of_others:.0%} of the way to what its source, technique and "
         "target promise"
     )
     return (
-        f"{cell.metric} {value}; gain over scratch {_estimate(gain, decimals)} over "
-        f"{cell.baseline_seeds} seeds ({cell.baseline_interval})",
+        f"{entry.metric} {value}; gain over scratch {_estimate(gain, decimals)} over "
+        f"{entry.baseline_seeds} seeds ({entry.baseline_interval})",
         f"expected gain {_interval(expected, decimals)} ({shrunk})",
         f"cost of a trial: {seconds}{trained}",
     )
@@ -599,54 +613,58 @@ def _interval(expected: Expected, decimals: int) -> str:
 
 
 def _others(
-    best: _Entry, settled: list[_Entry], unsettled: list[_Entry], decimals: int
+    best: _Choice, settled: list[_Choice], unsettled: list[_Choice], decimals: int
 ) -> tuple[str, ...]:
     """Return a sentence for each other source, with its best technique."""
-    told = {best.cell.source}
+    told = {best.entry.source}
     out: list[str] = []
-    for entry in settled:
-        expected = entry.expected
+    for choice in settled:
+        expected = choice.expected
         assert expected is not None
-        if entry.cell.source in told:
+        if choice.entry.source in told:
             continue
-        told.add(entry.cell.source)
-        word = "hurts" if entry.hurts else "pays too" if entry.pays else "is not shown"
-        out.append(f"{entry.name} {word}: expected gain {_interval(expected, decimals)}")
-    for entry in unsettled:
-        if entry.cell.source not in told:
-            told.add(entry.cell.source)
-            out.append(f"{entry.name}: not enough evidence, {entry.missing}")
+        told.add(choice.entry.source)
+        word = "hurts" if choice.hurts else "pays too" if choice.pays else "is not shown"
+        out.append(f"{choice.name} {word}: expected gain {_interval(expected, decimals)}")
+    for choice in unsettled:
+        if choice.entry.source not in told:
+            told.add(choice.entry.source)
+            out.append(f"{choice.name}: not enough evidence, {choice.missing}")
     return tuple(out)
 
 
-def _most_promising(entries: list[_Entry]) -> _Entry:
+def _most_promising(choices: list[_Choice]) -> _Choice:
     """Return the entry with the largest measured gain; those without any come last."""
 
-    def gain(entry: _Entry) -> float:
-        found = entry.cell.baseline_gain
+    def gain(choice: _Choice) -> float:
+        found = choice.entry.baseline_gain
         return -math.inf if found is None else found
 
-    return max(entries, key=gain)
+    return max(choices, key=gain)
 
 
-def _more_evidence(entries: list[_Entry]) -> str:
+def _more_evidence(choices: list[_Choice]) -> str:
     """Return what the most promising of these lacks, "" where no experiment gives it to any."""
-    possible = [entry for entry in entries if entry.can_be_repeated and not entry.without_labels]
+    possible = [
+        choice for choice in choices if choice.can_be_repeated and not choice.without_labels
+    ]
     if not possible:
         return ""
-    entry = _most_promising(possible)
-    cell = entry.cell
-    if cell.baseline_gain is None:
-        return f"scratch with the same backbone and seeds as {entry.name}"
-    if cell.baseline_seeds >= MIN_SEEDS and cell.baseline_evidence:
+    choice = _most_promising(possible)
+    entry = choice.entry
+    if entry.baseline_gain is None:
+        return f"scratch with the same backbone and seeds as {choice.name}"
+    if entry.baseline_seeds >= MIN_SEEDS and entry.baseline_evidence:
         return "more test rows: further seeds cannot replace them"
-    if cell.baseline_seeds >= MIN_SEEDS:
-        return f"the final trials of {entry.name} and of scratch again, with their predictions kept"
-    return f"another seed of {entry.name} and of scratch"
+    if entry.baseline_seeds >= MIN_SEEDS:
+        return (
+            f"the final trials of {choice.name} and of scratch again, with their predictions kept"
+        )
+    return f"another seed of {choice.name} and of scratch"
 
 
 def _next_experiment(
-    settled: list[_Entry], unsettled: list[_Entry], untried: list[_Untried], decimals: int
+    settled: list[_Choice], unsettled: list[_Choice], untried: list[_Untried], decimals: int
 ) -> str:
     """Return the experiment that would settle most.
 
@@ -667,7 +685,7 @@ def _next_experiment(
     if best.seed_variance is None or second.seed_variance is None:
         return f"one more seed of {best.name}, of {second.name} and of scratch"
     now = _doubt(_mean(best) - _mean(second), _variance(best) + _variance(second))
-    after, entry = min(
+    after, choice = min(
         ((_doubt_after(best, second, tried), tried) for tried in (best, second)),
         key=lambda found: found[0],
     )
@@ -678,24 +696,24 @@ def _next_experiment(
             "that doubt comes from the test rows, not from seeds"
         )
     return (
-        f"one more seed of {entry.name} (and of scratch): the chance that {other} would fall from "
+        f"one more seed of {choice.name} (and of scratch): the chance that {other} would fall from "
         f"{now:.0%} to about {after:.0%}"
     )
 
 
-def _variance(entry: _Entry) -> float:
-    assert entry.expected is not None
-    return entry.expected.variance
+def _variance(choice: _Choice) -> float:
+    assert choice.expected is not None
+    return choice.expected.variance
 
 
-def _of_seeds(entry: _Entry) -> float:
+def _of_seeds(choice: _Choice) -> float:
     """Return the part of the variance of an expected gain that comes from seeds.
 
     It is the same share as of the measured variance.
     """
-    if entry.variance <= 0 or entry.seed_variance is None:
+    if choice.variance <= 0 or choice.seed_variance is None:
         return 0.0
-    return _variance(entry) * min(entry.seed_variance / entry.variance, 1.0)
+    return _variance(choice) * min(choice.seed_variance / choice.variance, 1.0)
 
 
 def _doubt(difference: float, variance: float) -> float:
@@ -705,21 +723,21 @@ def _doubt(difference: float, variance: float) -> float:
     return float(special.ndtr(-abs(difference) / math.sqrt(variance)))
 
 
-def _removed_by_a_seed(entry: _Entry) -> float:
+def _removed_by_a_seed(choice: _Choice) -> float:
     """Return by how much one more seed reduces the variance of an expected gain.
 
     The part that comes from seeds falls from 1/n to 1/(n + 1).
     """
-    return _of_seeds(entry) / (entry.cell.baseline_seeds + 1)
+    return _of_seeds(choice) / (choice.entry.baseline_seeds + 1)
 
 
-def _worth_of_a_seed(settled: list[_Entry]) -> float:
+def _worth_of_a_seed(settled: list[_Choice]) -> float:
     """Return how much one more seed of an entry raises the expected gain of the best choice.
 
     It is that of the entry where it is largest, and scratch is a choice too.
     """
-    means = np.append([_mean(entry) for entry in settled], 0.0)
-    changes = np.sqrt([_removed_by_a_seed(entry) for entry in settled])
+    means = np.append([_mean(choice) for choice in settled], 0.0)
+    changes = np.sqrt([_removed_by_a_seed(choice) for choice in settled])
     unit = np.eye(len(means))
     return max(
         gain_model.knowledge_gradient(means, change * unit[place], means.max())
@@ -727,7 +745,7 @@ def _worth_of_a_seed(settled: list[_Entry]) -> float:
     )
 
 
-def _doubt_after(best: _Entry, second: _Entry, tried: _Entry) -> float:
+def _doubt_after(best: _Choice, second: _Choice, tried: _Choice) -> float:
     """Return the doubt between two entries that is expected after one more seed of one of them.
 
     The difference will then have another value too: its doubt is averaged over what it may be.

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 
 from pipeline.config import provenance
 from pipeline.config.provenance import Provenance
-from pipeline.report.matrix import Cell, CellKey, cell_key
+from pipeline.report.matrix import EntryKey, MatrixEntry, entry_key
 from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
 
 OTHER = "made by other code or versions"
 MIXED = "compares trials of different code or versions"
 SIGNS = {OTHER: "†", MIXED: "‡"}
-"""The marks of a cell, each with its sign."""
+"""The marks of an entry, each with its sign."""
 NOT_RECORDED = "not recorded"
 MAX_REASONS = 4
 
@@ -69,38 +69,41 @@ def provenance_of_record(
     return TrialProvenance(made, found)
 
 
-def mark_cells(
-    cells: Sequence[Cell],
+def mark_entries(
+    entries: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
     trial_provenance: Mapping[str, TrialProvenance],
-) -> list[Cell]:
-    """Return the cells with their ``code_mark``, which is empty where nothing differs.
+) -> list[MatrixEntry]:
+    """Return the entries with their ``code_mark``, which is empty where nothing differs.
 
-    A cell is MIXED where its trials and those that its gains are over (``Cell.compared_with``) were
-    not all made by the same code and versions. These others are scratch of the same backbone, the
-    best scratch network, and for a random probe the linear probe. Otherwise a cell is OTHER where
-    one of its own trials was made by other code or versions than those of now.
+    An entry is MIXED where its trials and those that its gains are over
+    (``MatrixEntry.compared_with``) were not all made by the same code and versions. These others
+    are scratch of the same backbone, the best scratch network, and for a random probe the linear
+    probe. Otherwise an entry is OTHER where one of its own trials was made by other code or
+    versions than those of now.
     """
-    trials: dict[CellKey, list[str]] = defaultdict(list)
+    trials: dict[EntryKey, list[str]] = defaultdict(list)
     for row in rows:
         is_tested = row.trial_stage == "final" and row.status == "done" and row.split == "test"
         if (
             is_tested
             and row.trial_id in trial_provenance
-            and row.trial_id not in trials[cell_key(row)]
+            and row.trial_id not in trials[entry_key(row)]
         ):
-            trials[cell_key(row)].append(row.trial_id)
-    out: list[Cell] = []
-    for cell in cells:
-        own = trials[cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction]
-        against = [trial_id for key in cell.compared_with for trial_id in trials[key]]
+            trials[entry_key(row)].append(row.trial_id)
+    out: list[MatrixEntry] = []
+    for entry in entries:
+        own = trials[
+            entry.source, entry.backbone, entry.target, entry.technique, entry.label_fraction
+        ]
+        against = [trial_id for key in entry.compared_with for trial_id in trials[key]]
         made = [trial_provenance[trial_id].made for trial_id in (*own, *against)]
         if any(provenance.differences(made[0], other) for other in made[1:]):
-            out.append(replace(cell, code_mark=MIXED))
+            out.append(replace(entry, code_mark=MIXED))
         elif any(trial_provenance[trial_id].changes for trial_id in own):
-            out.append(replace(cell, code_mark=OTHER))
+            out.append(replace(entry, code_mark=OTHER))
         else:
-            out.append(cell)
+            out.append(entry)
     return out
 
 

@@ -46,8 +46,8 @@ def pool(
             out.append(row)
             continue
         technique = results.technique(row)
-        cell = row.source, row.backbone, row.target, technique, row.label_fraction
-        in_folds[(*cell, row.seed, row.split, row.metric)].append(row)
+        entry = row.source, row.backbone, row.target, technique, row.label_fraction
+        in_folds[(*entry, row.seed, row.split, row.metric)].append(row)
     pooled_runs: dict[str, RunPredictions] = {}
     for found in in_folds.values():
         found = sorted(found, key=lambda row: row.fold or 0)

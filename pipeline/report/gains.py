@@ -2,7 +2,7 @@
 
 They are the warning on the first screen, the heat map of sources and targets, gains beside
 transferability scores, and the Pareto front of gain and cost. All compare gains of different
-sources, and so they are given cells of `matrix.over_best_scratch`.
+sources, and so they are given entries of `matrix.over_best_scratch`.
 """
 
 from __future__ import annotations
@@ -26,35 +26,43 @@ from pipeline.report.blocks import (
     format_interval,
     with_minus_sign,
 )
-from pipeline.report.matrix import LOSES, MIN_SEEDS, REFERENCE, SCRATCH, WINS, Cell, fraction_order
+from pipeline.report.matrix import (
+    LOSES,
+    MIN_SEEDS,
+    REFERENCE,
+    SCRATCH,
+    WINS,
+    MatrixEntry,
+    fraction_order,
+)
 from pipeline.report.source_scores import PairScores
 
 Scores = Mapping[tuple[str, str, str], float]
 """(target, source, name of the score) to its value, NaN where it is not defined."""
 
 
-def chosen(cells: Sequence[Cell]) -> Cell:
-    """Return the cell that a user would take: the best on validation rows.
+def chosen(entries: Sequence[MatrixEntry]) -> MatrixEntry:
+    """Return the entry that a user would take: the best on validation rows.
 
-    Where a cell has no validation value it is the one with the largest gain on test rows.
+    Where an entry has no validation value it is the one with the largest gain on test rows.
     """
-    if all(cell.validation is not None for cell in cells):
-        return max(cells, key=lambda cell: cell.validation or 0.0)
-    return max(cells, key=lambda cell: cell.gain or 0.0)
+    if all(entry.validation is not None for entry in entries):
+        return max(entries, key=lambda entry: entry.validation or 0.0)
+    return max(entries, key=lambda entry: entry.gain or 0.0)
 
 
-def _compared(cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells with a source and a gain over scratch."""
-    return [cell for cell in cells if cell.source != SCRATCH and cell.gain is not None]
+def _compared(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
+    """Return the entries with a source and a gain over scratch."""
+    return [entry for entry in entries if entry.source != SCRATCH and entry.gain is not None]
 
 
-def _gain(cell: Cell, decimals: int) -> str:
-    return format_interval(cell.gain, cell.gain_low, cell.gain_high, decimals, "+")
+def _gain(entry: MatrixEntry, decimals: int) -> str:
+    return format_interval(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")
 
 
-def _over(cells: Sequence[Cell]) -> str:
+def _over(entries: Sequence[MatrixEntry]) -> str:
     """Return a sentence on the scratch network that gains are over, where there are several."""
-    if all(cell.baseline in ("", cell.backbone) for cell in cells):
+    if all(entry.baseline in ("", entry.backbone) for entry in entries):
         return ""
     return (
         " Where a target has several scratch networks, gains are over the one that is best on "
@@ -62,63 +70,69 @@ def _over(cells: Sequence[Cell]) -> str:
     )
 
 
-def _by_fraction(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Return the cells of each label fraction, the most labels first."""
-    out: dict[str, list[Cell]] = defaultdict(list)
-    for cell in sorted(cells, key=lambda cell: fraction_order(cell.label_fraction), reverse=True):
-        out[cell.label_fraction].append(cell)
+def _by_fraction(entries: Sequence[MatrixEntry]) -> dict[str, list[MatrixEntry]]:
+    """Return the entries of each label fraction, the most labels first."""
+    out: dict[str, list[MatrixEntry]] = defaultdict(list)
+    for entry in sorted(
+        entries, key=lambda entry: fraction_order(entry.label_fraction), reverse=True
+    ):
+        out[entry.label_fraction].append(entry)
     return dict(out)
 
 
 # ---------------------------------------------------------------- where it hurts
 
 
-def warnings(groups: Mapping[str, Sequence[Cell]], decimals: Mapping[str, int]) -> list[Block]:
+def warnings(
+    groups: Mapping[str, Sequence[MatrixEntry]], decimals: Mapping[str, int]
+) -> list[Block]:
     """Return a warning for each target and label fraction where a source was worse than scratch.
 
     It names the sources and techniques, the largest loss, and what to use instead. Only wins and
     losses count that survive Holm's correction: among many comparisons a few are lost by luck.
     """
     return [
-        Text(_warning(target, fraction, cells, decimals[target]), "warning")
+        Text(_warning(target, fraction, entries, decimals[target]), "warning")
         for target, group in groups.items()
-        for fraction, cells in _by_fraction(_compared(group)).items()
-        if any(_is_worse(cell) for cell in cells)
+        for fraction, entries in _by_fraction(_compared(group)).items()
+        if any(_is_worse(entry) for entry in entries)
     ]
 
 
-def _is_worse(cell: Cell) -> bool:
-    return cell.verdict == LOSES and cell.survives
+def _is_worse(entry: MatrixEntry) -> bool:
+    return entry.verdict == LOSES and entry.survives
 
 
-def _warning(target: str, fraction: str, cells: Sequence[Cell], decimals: int) -> str:
-    by_source: dict[str, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        by_source[cell.source].append(cell)
+def _warning(target: str, fraction: str, entries: Sequence[MatrixEntry], decimals: int) -> str:
+    by_source: dict[str, list[MatrixEntry]] = defaultdict(list)
+    for entry in entries:
+        by_source[entry.source].append(entry)
     losses: list[str] = []
     for source, tried in by_source.items():
         lost = sorted((c for c in tried if _is_worse(c)), key=lambda c: c.gain or 0.0)
         if not lost:
             continue
-        names = " and ".join(dict.fromkeys(cell.technique for cell in lost))
+        names = " and ".join(dict.fromkeys(entry.technique for entry in lost))
         with_all = f"any of {len(tried)} techniques" if len(tried) > 2 else names
         how = with_all if len(lost) == len(tried) else names
         most = "at worst " if len(lost) > 1 else ""
         losses.append(f"{source} with {how} ({most}{_gain(lost[0], decimals)})")
     labels = plots.fraction_label(fraction)
-    scratch = "the target's best network from scratch" if _over(cells) else "training from scratch"
+    scratch = (
+        "the target's best network from scratch" if _over(entries) else "training from scratch"
+    )
     return with_minus_sign(
         f"For target {target} ({labels} labels), fine-tuning {'; '.join(losses)} is worse than "
-        f"{scratch}: {_alternative(cells, decimals)}."
+        f"{scratch}: {_alternative(entries, decimals)}."
     )
 
 
-def _alternative(cells: Sequence[Cell], decimals: int) -> str:
+def _alternative(entries: Sequence[MatrixEntry], decimals: int) -> str:
     """Return what to use where some sources lose: what wins, or scratch."""
-    winners = [cell for cell in cells if cell.verdict == WINS]
+    winners = [entry for entry in entries if entry.verdict == WINS]
     if not winners:
         return "use scratch"
-    surviving = [cell for cell in winners if cell.survives]
+    surviving = [entry for entry in winners if entry.survives]
     best = chosen(surviving or winners)
     text = f"better than scratch is {best.source} with {best.technique} ({_gain(best, decimals)})"
     return text if surviving else f"{text}, though not after Holm's correction"
@@ -127,16 +141,16 @@ def _alternative(cells: Sequence[Cell], decimals: int) -> str:
 # ---------------------------------------------------------------- sources by targets
 
 
-def heat_maps(cells: Sequence[Cell], decimals: Mapping[str, int]) -> list[Block]:
+def heat_maps(entries: Sequence[MatrixEntry], decimals: Mapping[str, int]) -> list[Block]:
     """Return the gains of sources by targets, with the best technique and with each technique.
 
     There is a table for each label fraction. The one with the most labels is open.
     """
-    compared = _compared(cells)
-    pairs = {(cell.source, cell.target) for cell in compared}
+    compared = _compared(entries)
+    pairs = {(entry.source, entry.target) for entry in compared}
     if len(pairs) < 2:
         return []
-    by_validation = all(cell.validation is not None for cell in compared)
+    by_validation = all(entry.validation is not None for entry in compared)
     how = "its validation rows" if by_validation else "test rows, which flatters it"
     out: list[Block] = [
         Heading("Sources by targets"),
@@ -151,9 +165,9 @@ def heat_maps(cells: Sequence[Cell], decimals: Mapping[str, int]) -> list[Block]
         labels = f"{plots.fraction_label(fraction)} labels"
         table = _heat_map(labels, group, decimals)
         out.append(Details(labels, [table]) if number else table)
-    techniques = list(dict.fromkeys(cell.technique for cell in compared))
+    techniques = list(dict.fromkeys(entry.technique for entry in compared))
     for technique in techniques if len(techniques) > 1 else ():
-        alone = [cell for cell in compared if cell.technique == technique]
+        alone = [entry for entry in compared if entry.technique == technique]
         tables = [
             _heat_map(f"{plots.fraction_label(fraction)} labels", group, decimals)
             for fraction, group in _by_fraction(alone).items()
@@ -162,32 +176,32 @@ def heat_maps(cells: Sequence[Cell], decimals: Mapping[str, int]) -> list[Block]
     return out
 
 
-def _heat_map(corner: str, cells: Sequence[Cell], decimals: Mapping[str, int]) -> Table:
+def _heat_map(corner: str, entries: Sequence[MatrixEntry], decimals: Mapping[str, int]) -> Table:
     sources, targets = (
-        sorted({getattr(cell, name) for cell in cells}) for name in ("source", "target")
+        sorted({getattr(entry, name) for entry in entries}) for name in ("source", "target")
     )
-    best: dict[tuple[str, str], Cell] = {}
+    best: dict[tuple[str, str], MatrixEntry] = {}
     for source in sources:
         for target in targets:
-            tried = [cell for cell in cells if (cell.source, cell.target) == (source, target)]
+            tried = [entry for entry in entries if (entry.source, entry.target) == (source, target)]
             if tried:
                 best[source, target] = chosen(tried)
     largest = {
-        target: max(abs(cell.gain or 0.0) for (_, of), cell in best.items() if of == target)
+        target: max(abs(entry.gain or 0.0) for (_, of), entry in best.items() if of == target)
         for target in targets
     }
     body: list[list[str | Value]] = []
     for source in sources:
         line: list[str | Value] = [source]
         for target in targets:
-            cell = best.get((source, target))
-            if cell is None:
+            entry = best.get((source, target))
+            if entry is None:
                 line.append(DASH)
                 continue
-            gain = format_interval(cell.gain, None, None, decimals[target], "+")
-            mark = f"{MARKS.get(cell.verdict, '')}{' *' if cell.survives else ''}"
-            shade = (cell.gain or 0.0) / (largest[target] or 1.0)
-            line.append(Value((f"{gain} {mark}".strip(), cell.technique), shade=shade))
+            gain = format_interval(entry.gain, None, None, decimals[target], "+")
+            mark = f"{MARKS.get(entry.verdict, '')}{' *' if entry.survives else ''}"
+            shade = (entry.gain or 0.0) / (largest[target] or 1.0)
+            line.append(Value((f"{gain} {mark}".strip(), entry.technique), shade=shade))
         body.append(line)
     return Table([corner, *targets], body, heat=True)
 
@@ -234,7 +248,7 @@ def all_scores(source_scores: Mapping[str, PairScores]) -> dict[tuple[str, str, 
 
 
 def score_figures(
-    cells: Sequence[Cell], scores: Scores, decimals: Mapping[str, int]
+    entries: Sequence[MatrixEntry], scores: Scores, decimals: Mapping[str, int]
 ) -> list[Block]:
     """Return a figure and a table for each score: its values beside the gains of the sources.
 
@@ -243,17 +257,17 @@ def score_figures(
     The gain of a source is that with the technique that is best on validation rows, at the most
     labels that it was compared at.
     """
-    by_pair: dict[tuple[str, str], list[Cell]] = defaultdict(list)
-    for group in _by_fraction(_compared(cells)).values():
-        found: dict[tuple[str, str], list[Cell]] = defaultdict(list)
-        for cell in group:
-            found[cell.target, cell.source].append(cell)
+    by_pair: dict[tuple[str, str], list[MatrixEntry]] = defaultdict(list)
+    for group in _by_fraction(_compared(entries)).values():
+        found: dict[tuple[str, str], list[MatrixEntry]] = defaultdict(list)
+        for entry in group:
+            found[entry.target, entry.source].append(entry)
         for pair, tried in found.items():
             by_pair.setdefault(pair, tried)
     out: list[Block] = []
     names = sorted({name for _, _, name in scores})
     for name in names:
-        panels: dict[str, list[tuple[str, float, Cell]]] = defaultdict(list)
+        panels: dict[str, list[tuple[str, float, MatrixEntry]]] = defaultdict(list)
         for (target, source), tried in sorted(by_pair.items()):
             value = scores.get((target, source, name), math.nan)
             if math.isfinite(value):
@@ -262,14 +276,16 @@ def score_figures(
         if not shown:
             continue
         listed: list[list[str | Value]] = [
-            [target, source, f"{value:.4g}", _gain(cell, decimals[target])]
+            [target, source, f"{value:.4g}", _gain(entry, decimals[target])]
             for target, points in shown.items()
-            for source, value, cell in sorted(points, key=lambda point: _best_first(name, point[1]))
+            for source, value, entry in sorted(
+                points, key=lambda point: _best_first(name, point[1])
+            )
         ]
         caption = (
             f"Gain over scratch by {name} of the source, one panel for each target. Where more is "
             "better, a score that tells good sources from bad ones rises to the right."
-            f"{_over([cell for points in shown.values() for _, _, cell in points])}"
+            f"{_over([entry for points in shown.values() for _, _, entry in points])}"
         )
         table = Table(["Target", "Source", name, "Gain over scratch"], listed, 2)
         figure = Figure(plots.score_gain(shown, name), caption, table)
@@ -298,21 +314,21 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _has_own_cost(cell: Cell) -> bool:
-    """Return whether a cell's seconds are all of its cost, and it has the seeds for a verdict.
+def _has_own_cost(entry: MatrixEntry) -> bool:
+    """Return whether an entry's seconds are all of its cost, and it has the seeds for a verdict.
 
     Those of an average or an ensemble leave out the trials that it is made of.
     """
-    if cell.source == SCRATCH:
+    if entry.source == SCRATCH:
         return True
-    name, known = cell.technique.partition(" (")[0], registry.entries("technique")
+    name, known = entry.technique.partition(" (")[0], registry.entries("technique")
     combined = name in known and registry.get("technique", name).starts_from == "trials"
-    return not combined and (cell.paired_seeds or 0) >= MIN_SEEDS
+    return not combined and (entry.paired_seeds or 0) >= MIN_SEEDS
 
 
-def _left_out(timed: Sequence[Cell], shown: Sequence[Cell]) -> str:
-    """Return a sentence on the cells that no cost is shown of, where there are any."""
-    names = [f"{cell.source} · {cell.technique}" for cell in timed if cell not in shown]
+def _left_out(timed: Sequence[MatrixEntry], shown: Sequence[MatrixEntry]) -> str:
+    """Return a sentence on the entries that no cost is shown of, where there are any."""
+    names = [f"{entry.source} · {entry.technique}" for entry in timed if entry not in shown]
     if not names:
         return ""
     return (
@@ -321,11 +337,13 @@ def _left_out(timed: Sequence[Cell], shown: Sequence[Cell]) -> str:
     )
 
 
-def cost_figures(groups: Mapping[str, Sequence[Cell]], decimals: Mapping[str, int]) -> list[Block]:
+def cost_figures(
+    groups: Mapping[str, Sequence[MatrixEntry]], decimals: Mapping[str, int]
+) -> list[Block]:
     """Return for each target the gain by seconds and by trained parameters, and the fronts.
 
-    The cells are those of the most labels. Scratch has a gain of zero. Sources' own training is not
-    counted, and cells whose seconds leave out the trials that they combine are left out.
+    The entries are those of the most labels. Scratch has a gain of zero. Sources' own training is
+    not counted, and entries whose seconds leave out the trials that they combine are left out.
     """
     out: list[Block] = []
     for target, group in groups.items():
@@ -334,13 +352,13 @@ def cost_figures(groups: Mapping[str, Sequence[Cell]], decimals: Mapping[str, in
             continue
         fraction, compared = next(iter(by_fraction.items()))
         scratch = [
-            cell
-            for cell in group
-            if cell.verdict == REFERENCE and cell.label_fraction == fraction and cell.n_seeds
-            if cell.backbone in {one.baseline for one in compared}
+            entry
+            for entry in group
+            if entry.verdict == REFERENCE and entry.label_fraction == fraction and entry.n_seeds
+            if entry.backbone in {one.baseline for one in compared}
         ]
         timed = [c for c in (*compared, *scratch) if c.seconds is not None and c.seconds > 0]
-        shown = [cell for cell in timed if _has_own_cost(cell)]
+        shown = [entry for entry in timed if _has_own_cost(entry)]
         if len(shown) < 3:
             continue
         fronts = {
@@ -354,23 +372,23 @@ def cost_figures(groups: Mapping[str, Sequence[Cell]], decimals: Mapping[str, in
         numbered = list(dict.fromkeys(index for front in fronts.values() for index in front))
         body: list[list[str | Value]] = []
         for number, index in enumerate(numbered, 1):
-            cell = shown[index]
+            entry = shown[index]
             on = " and ".join(name for name, front in fronts.items() if index in front)
-            gain = "0 (scratch)" if cell.verdict == REFERENCE else _gain(cell, decimals[target])
-            params = DASH if cell.params_trained is None else f"{cell.params_trained:,}"
+            gain = "0 (scratch)" if entry.verdict == REFERENCE else _gain(entry, decimals[target])
+            params = DASH if entry.params_trained is None else f"{entry.params_trained:,}"
             body.append(
                 [
-                    f"{number}: {cell.source} · {cell.technique}",
+                    f"{number}: {entry.source} · {entry.technique}",
                     on,
                     gain,
-                    f"{cell.seconds:.3g} s",
+                    f"{entry.seconds:.3g} s",
                     params,
                 ]
             )
         head = ["On the front", "By", "Gain over scratch", "Final trial", "Parameters trained"]
         labels = plots.fraction_label(fraction)
         caption = (
-            f"{target}: gain by the cost of a final trial, with {labels} labels. No other cell "
+            f"{target}: gain by the cost of a final trial, with {labels} labels. No other entry "
             "gains as much for less than those on the line, which have their number in the table. "
             f"The training of sources is not counted.{_over(compared)}{_left_out(timed, shown)}"
         )

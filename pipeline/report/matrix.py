@@ -1,6 +1,6 @@
 """The matrix of sources, targets, techniques and label fractions.
 
-A cell holds the final trials of one combination, one for each seed, and its gain over scratch.
+An entry holds the final trials of one combination, one for each seed, and its gain over scratch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.report.stats import RunPredictions
 Estimate = tuple[float | None, float | None, float | None]
 """(middle, low, high)."""
 
-CellKey = tuple[str, str, str, str, str]
+EntryKey = tuple[str, str, str, str, str]
 """(source, backbone, target, technique with its options, label fraction)."""
 
 SCRATCH = "none"
@@ -36,7 +36,7 @@ COUNTERPARTS = {"random_probe": "linear_probe"}
 """Techniques without a source that are compared with another technique instead of scratch.
 
 A probe of random features shows how much of a linear probe's result is due to pretraining. Among
-the cells of the counterpart with the same backbone, target and labels, the one of the source with
+the entries of the counterpart with the same backbone, target and labels, the one of the source with
 the best validation value is taken.
 """
 
@@ -57,7 +57,7 @@ SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Cell:
+class MatrixEntry:
     """The final trials of one (source, backbone, target, technique, label fraction), on test rows.
 
     ``mean [low, high]`` is the primary metric over seeds. ``gain [gain_low, gain_high]`` is
@@ -71,15 +71,15 @@ class Cell:
     - "too few to tell": there are too few test units for a verdict; ``evidence`` has their number.
     - "not compared": there are fewer than two paired seeds, no scratch trials to compare with, or
       no test predictions.
-    - "reference": the cell is scratch.
-    - "baseline": the cell is a model without a network.
+    - "reference": the entry is scratch.
+    - "baseline": the entry is a model without a network.
     - "failed": no trial finished.
 
     ``gain_p`` is the p value of the hypothesis that the gain is zero. ``gain_p_holm`` is corrected
     for all comparisons of the job.
 
-    ``against`` names the cell that the gain is over where that is not scratch. ``baseline_gain`` is
-    the gain over the best scratch network (by validation) of the same target and label fraction,
+    ``against`` names the entry that the gain is over where that is not scratch. ``baseline_gain``
+    is the gain over the best scratch network (by validation) of the same target and label fraction,
     and ``baseline`` is its backbone; ``baseline_seeds``, ``baseline_interval``,
     ``baseline_evidence`` and ``baseline_p`` are those of this gain. With several backbones,
     ``gain`` is measured against different scratch networks and ``baseline_gain`` against a single
@@ -115,8 +115,8 @@ class Cell:
     verdict: str
     interval: str = ""
     code_mark: str = ""
-    """The mark of a cell whose trials were made by other code or versions than those of now, or by
-    different ones (`pipeline.report.code_versions`).
+    """The mark of an entry whose trials were made by other code or versions than those of now, or
+    by different ones (`pipeline.report.code_versions`).
     """
     paired_seeds: int | None = None
     gain_p: float | None = None
@@ -140,24 +140,24 @@ class Cell:
     best_baseline_low: float | None = None
     best_baseline_high: float | None = None
     best_baseline_verdict: str = ""
-    compared_with: tuple[CellKey, ...] = ()
-    """Keys (`cell_key`) of the cells that its gains are over: the one of ``gain``, the best scratch
-    network and the best baseline.
+    compared_with: tuple[EntryKey, ...] = ()
+    """Keys (`entry_key`) of the entries that its gains are over: the one of ``gain``, the best
+    scratch network and the best baseline.
     """
 
     @property
     def transfers(self) -> bool:
-        """Whether the cell has a source and was compared with scratch."""
+        """Whether the entry has a source and was compared with scratch."""
         return self.source != SCRATCH and self.verdict in COMPARED
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the cell is a model without a network."""
+        """Whether the entry is a model without a network."""
         return self.source == SCRATCH and self.backbone == NO_BACKBONE
 
     @property
     def survives(self) -> bool:
-        """Whether the cell is a win or a loss also after Holm's correction."""
+        """Whether the entry is a win or a loss also after Holm's correction."""
         return (
             self.verdict in (WINS, LOSES)
             and self.gain_p_holm is not None
@@ -166,14 +166,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class _CellTrials:
-    """The trials of a cell before it is compared with another one.
+class _EntryTrials:
+    """The trials of an entry before it is compared with another one.
 
     ``done`` are test rows of finished final trials, ``failed`` is the number of failed trials, and
-    ``group`` are all results rows of the cell.
+    ``group`` are all results rows of the entry.
     """
 
-    key: CellKey
+    key: EntryKey
     done: list[ResultRow]
     failed: int
     group: list[ResultRow]
@@ -261,30 +261,30 @@ def _choice(searched: list[ResultRow]) -> _Choice:
     return _Choice(stats.choice_variance(repeated))
 
 
-def matrix_cells(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list[Cell]:
-    """Return one Cell for each (source, backbone, target, technique, label fraction).
+def matrix_entries(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list[MatrixEntry]:
+    """Return one MatrixEntry for each (source, backbone, target, technique, label fraction).
 
     Args:
         rows: Results rows. Those of a target's folds are pooled (`folds.pool`).
-        runs: Trial id to test predictions. Where those of a cell or of its scratch are missing, its
-            intervals are Student's t over seeds, and ``interval`` says so.
+        runs: Trial id to test predictions. Where those of an entry or of its scratch are missing,
+            its intervals are Student's t over seeds, and ``interval`` says so.
 
     Returns:
-        The cells, also those whose trials all failed in the search or in the final runs. They are
+        The entries, also those whose trials all failed in the search or in the final runs. They are
         sorted by target, label fraction and gain, the largest first. Scratch counts as a gain of
-        zero, and cells without a gain come last.
+        zero, and entries without a gain come last.
     """
     rows, runs = folds.pool(rows, runs)
-    groups: dict[CellKey, list[ResultRow]] = defaultdict(list)
+    groups: dict[EntryKey, list[ResultRow]] = defaultdict(list)
     for row in rows:
-        groups[cell_key(row)].append(row)
-    found: list[_CellTrials] = []
+        groups[entry_key(row)].append(row)
+    found: list[_EntryTrials] = []
     for key, group in groups.items():
         final = _final_trials(group)
         if final is not None:
-            found.append(_CellTrials(key, *final, group))
+            found.append(_EntryTrials(key, *final, group))
     out = [
-        _cell(
+        _entry(
             trials,
             _reference(trials, found),
             _best_scratch(trials, found),
@@ -296,51 +296,51 @@ def matrix_cells(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> list
     return sorted(_corrected(out), key=_sort_key)
 
 
-def over_best_scratch(cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells with gains that can be compared between backbones.
+def over_best_scratch(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
+    """Return the entries with gains that can be compared between backbones.
 
     Where a target has several scratch networks at a label fraction, ``gain``, its interval, p value
     and verdict are those over the best of them by validation, and the others are no reference.
     """
     networks: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for cell in cells:
-        if cell.verdict == REFERENCE and cell.n_seeds:
-            networks[cell.target, cell.label_fraction].add(cell.backbone)
+    for entry in entries:
+        if entry.verdict == REFERENCE and entry.n_seeds:
+            networks[entry.target, entry.label_fraction].add(entry.backbone)
     several = {key for key, found in networks.items() if len(found) > 1}
     return _corrected(
         [
-            _over_best_scratch(cell)
-            if cell.source != SCRATCH and (cell.target, cell.label_fraction) in several
-            else cell
-            for cell in cells
+            _over_best_scratch(entry)
+            if entry.source != SCRATCH and (entry.target, entry.label_fraction) in several
+            else entry
+            for entry in entries
         ]
     )
 
 
-def _over_best_scratch(cell: Cell) -> Cell:
-    low, high = cell.baseline_low, cell.baseline_high
-    found = verdict(low, high, cell.baseline_seeds, not cell.baseline_evidence)
-    if T_INTERVAL in cell.baseline_interval:
+def _over_best_scratch(entry: MatrixEntry) -> MatrixEntry:
+    low, high = entry.baseline_low, entry.baseline_high
+    found = verdict(low, high, entry.baseline_seeds, not entry.baseline_evidence)
+    if T_INTERVAL in entry.baseline_interval:
         found = UNCOMPARED
     return replace(
-        cell,
-        gain=cell.baseline_gain,
+        entry,
+        gain=entry.baseline_gain,
         gain_low=low,
         gain_high=high,
-        gain_p=cell.baseline_p,
+        gain_p=entry.baseline_p,
         gain_p_holm=None,
-        paired_seeds=cell.baseline_seeds,
-        evidence=cell.baseline_evidence,
-        verdict=FAILED if cell.verdict == FAILED else found,
+        paired_seeds=entry.baseline_seeds,
+        evidence=entry.baseline_evidence,
+        verdict=FAILED if entry.verdict == FAILED else found,
     )
 
 
-def _corrected(found: list[Cell]) -> list[Cell]:
-    """Return the cells with p values corrected for the number of comparisons (`stats.holm`)."""
+def _corrected(found: list[MatrixEntry]) -> list[MatrixEntry]:
+    """Return the entries with p values corrected for the number of comparisons (`stats.holm`)."""
     compared = [
         index
-        for index, cell in enumerate(found)
-        if cell.verdict in COMPARED and cell.gain_p is not None
+        for index, entry in enumerate(found)
+        if entry.verdict in COMPARED and entry.gain_p is not None
     ]
     corrected = stats.holm([found[index].gain_p or 0.0 for index in compared])
     out = list(found)
@@ -349,12 +349,12 @@ def _corrected(found: list[Cell]) -> list[Cell]:
     return out
 
 
-def _is_scratch(key: CellKey) -> bool:
+def _is_scratch(key: EntryKey) -> bool:
     return key[0] == SCRATCH and key[3] == SCRATCH_TECHNIQUE
 
 
-def _reference(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials | None:
-    """Return the trials that a cell is compared with.
+def _reference(trials: _EntryTrials, found: list[_EntryTrials]) -> _EntryTrials | None:
+    """Return the trials that an entry is compared with.
 
     They are those of scratch with the same backbone, target and labels, or those of the technique's
     counterpart (COUNTERPARTS).
@@ -373,13 +373,13 @@ def _reference(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials | N
         for other in alike
         if other.key[0] != SCRATCH and other.technique == counterpart and other.done
     ]
-    return max(candidates, key=_CellTrials.validation, default=None)
+    return max(candidates, key=_EntryTrials.validation, default=None)
 
 
-def _best_scratch(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials | None:
+def _best_scratch(trials: _EntryTrials, found: list[_EntryTrials]) -> _EntryTrials | None:
     """Return the scratch trials with the best validation value, of any backbone.
 
-    They have the target and label fraction of the cell.
+    They have the target and label fraction of the entry.
     """
     if trials.key[0] == SCRATCH:
         return None
@@ -392,13 +392,13 @@ def _best_scratch(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials 
     ]
     if len(candidates) > 1:
         candidates = [other for other in candidates if math.isfinite(other.validation())]
-    return max(candidates, key=_CellTrials.validation, default=None)
+    return max(candidates, key=_EntryTrials.validation, default=None)
 
 
-def _best_baseline(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials | None:
+def _best_baseline(trials: _EntryTrials, found: list[_EntryTrials]) -> _EntryTrials | None:
     """Return the trials of the baseline with the best validation value.
 
-    They have the target and label fraction of the cell, which is no baseline itself.
+    They have the target and label fraction of the entry, which is no baseline itself.
     """
     if trials.is_baseline:
         return None
@@ -411,7 +411,7 @@ def _best_baseline(trials: _CellTrials, found: list[_CellTrials]) -> _CellTrials
     ]
     if len(candidates) > 1:
         candidates = [other for other in candidates if math.isfinite(other.validation())]
-    return max(candidates, key=_CellTrials.validation, default=None)
+    return max(candidates, key=_EntryTrials.validation, default=None)
 
 
 def fraction_order(label_fraction: str) -> tuple[int, float, str]:
@@ -426,8 +426,8 @@ def fraction_order(label_fraction: str) -> tuple[int, float, str]:
         return 2, 0.0, label_fraction
 
 
-def cell_key(row: ResultRow) -> CellKey:
-    """Return the key of the cell that a results row belongs to."""
+def entry_key(row: ResultRow) -> EntryKey:
+    """Return the key of the entry that a results row belongs to."""
     return (
         row.source,
         row.backbone,
@@ -437,26 +437,26 @@ def cell_key(row: ResultRow) -> CellKey:
     )
 
 
-def _sort_key(cell: Cell) -> tuple[object, ...]:
-    gain = 0.0 if cell.verdict == REFERENCE else -math.inf
-    if cell.gain is not None and not cell.against:
-        gain = cell.gain
+def _sort_key(entry: MatrixEntry) -> tuple[object, ...]:
+    gain = 0.0 if entry.verdict == REFERENCE else -math.inf
+    if entry.gain is not None and not entry.against:
+        gain = entry.gain
     return (
-        cell.target,
-        fraction_order(cell.label_fraction),
+        entry.target,
+        fraction_order(entry.label_fraction),
         -gain,
-        cell.verdict == REFERENCE,
-        cell.source,
-        cell.backbone,
-        cell.technique,
+        entry.verdict == REFERENCE,
+        entry.source,
+        entry.backbone,
+        entry.technique,
     )
 
 
 def _final_trials(group: list[ResultRow]) -> tuple[list[ResultRow], int] | None:
     """Return the primary test row of each finished final trial, and the number of failed trials.
 
-    Returns None for a cell without a final trial yet. Where all search trials failed there are no
-    final trials, and the search trials count as the failures of the cell.
+    Returns None for an entry without a final trial yet. Where all search trials failed there are no
+    final trials, and the search trials count as the failures of the entry.
     """
     final = [row for row in group if row.trial_stage == "final"]
     primary: dict[str, ResultRow] = {}
@@ -484,13 +484,13 @@ def _finite(values: Estimate) -> Estimate:
     return middle, low, high
 
 
-def _cell(
-    trials: _CellTrials,
-    reference: _CellTrials | None,
-    best_scratch: _CellTrials | None,
-    best_baseline: _CellTrials | None,
+def _entry(
+    trials: _EntryTrials,
+    reference: _EntryTrials | None,
+    best_scratch: _EntryTrials | None,
+    best_baseline: _EntryTrials | None,
     runs: dict[str, RunPredictions],
-) -> Cell:
+) -> MatrixEntry:
     source, backbone, target, technique, fraction = trials.key
     done, group = trials.rows, trials.group
     first = done[0] if done else group[0]
@@ -513,7 +513,7 @@ def _cell(
         if reference is not None and reference.key[0] != SCRATCH
         else ""
     )
-    return Cell(
+    return MatrixEntry(
         source=source,
         backbone=backbone,
         target=target,
@@ -561,7 +561,7 @@ def _cell(
 
 @dataclass(frozen=True)
 class _GainEstimate:
-    """The gain of a cell over another one.
+    """The gain of an entry over another one.
 
     ``estimate`` is (gain, low, high) and ``how`` describes its interval. ``seeds`` is the number of
     paired seeds. ``evidence`` describes the test units where they are too few for a verdict, and is
@@ -576,7 +576,7 @@ class _GainEstimate:
     predicted: bool = False
 
 
-def _verdict(trials: _CellTrials, gain: _GainEstimate) -> str:
+def _verdict(trials: _EntryTrials, gain: _GainEstimate) -> str:
     if not trials.done:
         return FAILED
     if _is_scratch(trials.key):
@@ -620,8 +620,8 @@ def _predictions(
     return found if found and len(found) == len(rows) else None
 
 
-def _mean_of(trials: _CellTrials, runs: dict[str, RunPredictions]) -> tuple[Estimate, str]:
-    """Return (mean, low, high) of a cell and a description of its interval.
+def _mean_of(trials: _EntryTrials, runs: dict[str, RunPredictions]) -> tuple[Estimate, str]:
+    """Return (mean, low, high) of an entry and a description of its interval.
 
     It is computed from the test predictions, or by Student's t over seeds where some are missing.
     """
@@ -657,9 +657,9 @@ def is_bounded(metric: str) -> bool:
 
 
 def _gain_of(
-    trials: _CellTrials, other: _CellTrials | None, runs: dict[str, RunPredictions]
+    trials: _EntryTrials, other: _EntryTrials | None, runs: dict[str, RunPredictions]
 ) -> _GainEstimate:
-    """Return the gain of a cell over another cell, paired on their common seeds."""
+    """Return the gain of an entry over another entry, paired on their common seeds."""
     if other is None or not trials.done:
         return _GainEstimate()
     rows, theirs = trials.rows, [row for row in other.done if row.metric == trials.metric]

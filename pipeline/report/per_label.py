@@ -1,6 +1,6 @@
 """Report blocks on single classes and labels.
 
-For the best cell of a target they show what share of each class is found, the calibration and the
+For the best entry of a target they show what share of each class is found, the calibration and the
 confusion matrix, or the metrics of each label or entity type; for two classes all metrics.
 """
 
@@ -29,8 +29,8 @@ from pipeline.report.blocks import (
     decimal_places,
     format_interval,
 )
-from pipeline.report.matrix import REFERENCE, SCRATCH, Cell, verdict
-from pipeline.report.plots import cell_label, reliability
+from pipeline.report.matrix import REFERENCE, SCRATCH, MatrixEntry, verdict
+from pipeline.report.plots import entry_label, reliability
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
@@ -77,27 +77,30 @@ TYPES = LabelKind("Type by type", "Type", "Test entities", "types", (("entity_f1
 
 
 def blocks(
-    target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
+    target: str,
+    done: Sequence[MatrixEntry],
+    rows: Sequence[ResultRow],
+    runs: dict[str, RunPredictions],
 ) -> list[Block]:
-    """Return the blocks on classes or labels of a target's best finished cell (`best_cell`).
+    """Return the blocks on classes or labels of a target's best finished entry (`best_entry`).
 
     It is the best network with a source on validation rows of the target, or on test rows where no
-    cell has a value on these, compared with scratch; a model without a network only where there is
+    entry has a value on these, compared with scratch; a model without a network only where there is
     no network.
 
     Args:
         target: Name of the target.
-        done: Cells of the target that have a mean.
+        done: Entries of the target that have a mean.
         rows: Results rows, of any target.
         runs: Trial id to test predictions.
 
     Returns:
         No block where test predictions are missing or have no classes.
     """
-    shown = [(cell, found) for cell in done if (found := runs_of(cell, rows, runs))]
+    shown = [(entry, found) for entry in done if (found := runs_of(entry, rows, runs))]
     if not shown:
         return []
-    compared = best_cell(done, rows, runs)
+    compared = best_entry(done, rows, runs)
     best, ours = compared[:2] if compared is not None else _best(shown)
     if all(_has_two_classes(run) for run in ours):
         return [
@@ -115,34 +118,36 @@ def blocks(
     return []
 
 
-def best_cell(
-    done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
-) -> tuple[Cell, list[RunPredictions], list[RunPredictions]] | None:
-    """Return the best finished network's cell with its runs and the runs of its scratch network.
+def best_entry(
+    done: Sequence[MatrixEntry], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
+) -> tuple[MatrixEntry, list[RunPredictions], list[RunPredictions]] | None:
+    """Return the best finished network's entry with its runs and the runs of its scratch network.
 
-    The best cell is taken from those with a source, or from all where there is none. The scratch
-    network has the same backbone and labels; its list is empty where the best cell is scratch.
+    The best entry is taken from those with a source, or from all where there is none. The scratch
+    network has the same backbone and labels; its list is empty where the best entry is scratch.
     Returns None where there are no test predictions.
     """
-    networks = [cell for cell in done if not cell.is_baseline]
-    shown = [(cell, found) for cell in networks if (found := runs_of(cell, rows, runs))]
+    networks = [entry for entry in done if not entry.is_baseline]
+    shown = [(entry, found) for entry in networks if (found := runs_of(entry, rows, runs))]
     if not shown:
         return None
     best, ours = _best([pair for pair in shown if pair[0].source != SCRATCH] or shown)
     if best.source == SCRATCH:
         return best, ours, []
-    for cell, found in shown:
-        is_alike = (cell.backbone, cell.label_fraction) == (best.backbone, best.label_fraction)
-        if cell.verdict == REFERENCE and is_alike:
+    for entry, found in shown:
+        is_alike = (entry.backbone, entry.label_fraction) == (best.backbone, best.label_fraction)
+        if entry.verdict == REFERENCE and is_alike:
             return best, ours, found
     return best, ours, []
 
 
-def _best(shown: list[tuple[Cell, list[RunPredictions]]]) -> tuple[Cell, list[RunPredictions]]:
-    """Return the cell that is best on validation rows of the target.
+def _best(
+    shown: list[tuple[MatrixEntry, list[RunPredictions]]],
+) -> tuple[MatrixEntry, list[RunPredictions]]:
+    """Return the entry that is best on validation rows of the target.
 
-    Where no cell has a value on these, it is the best on test rows. That one owes its place in part
-    to the rows that its errors are then shown on.
+    Where no entry has a value on these, it is the best on test rows. That one owes its place in
+    part to the rows that its errors are then shown on.
     """
     validated = [pair for pair in shown if pair[0].validation is not None]
     if validated:
@@ -153,19 +158,19 @@ def _best(shown: list[tuple[Cell, list[RunPredictions]]]) -> tuple[Cell, list[Ru
 
 
 def runs_of(
-    cell: Cell, rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
+    entry: MatrixEntry, rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
 ) -> list[RunPredictions]:
-    """Return the test predictions of a cell, one run for each seed."""
+    """Return the test predictions of an entry, one run for each seed."""
     ids = dict.fromkeys(
         row.trial_id
         for row in rows
         if row.trial_stage == "final"
         and row.status == "done"
-        and row.target == cell.target
-        and row.source == cell.source
-        and row.backbone == cell.backbone
-        and row.label_fraction == cell.label_fraction
-        and results.technique(row) == cell.technique
+        and row.target == entry.target
+        and row.source == entry.source
+        and row.backbone == entry.backbone
+        and row.label_fraction == entry.label_fraction
+        and results.technique(row) == entry.technique
     )
     return [runs[trial_id] for trial_id in ids if trial_id in runs]
 
@@ -213,7 +218,7 @@ def _seeds(count: int) -> str:
 # ---------------------------------------------------------------- classes
 
 
-def _confusion(target: str, cell: Cell, runs: list[RunPredictions]) -> list[Block]:
+def _confusion(target: str, entry: MatrixEntry, runs: list[RunPredictions]) -> list[Block]:
     names = runs[0].labels
     counts = sum(
         (classes.confusion(run.predictions) for run in runs),
@@ -221,7 +226,7 @@ def _confusion(target: str, cell: Cell, runs: list[RunPredictions]) -> list[Bloc
     )
     sizes = counts.sum(1)
     shares = counts / np.maximum(sizes[:, None], 1)
-    whose = f"{target}: {cell_label(cell)} of labels, {_seeds(len(runs))}"
+    whose = f"{target}: {entry_label(entry)} of labels, {_seeds(len(runs))}"
     if len(names) <= MAX_CLASSES:
         each = [f"{name} ({size // len(runs):,})" for name, size in zip(names, sizes, strict=True)]
         header = [_truncate(name) for name in names]
@@ -266,7 +271,7 @@ def recall_of(column: int) -> Metric:
 
 
 def _class_table(
-    target: str, cell: Cell, ours: list[RunPredictions], scratch: list[RunPredictions]
+    target: str, entry: MatrixEntry, ours: list[RunPredictions], scratch: list[RunPredictions]
 ) -> list[Block]:
     """Return what share of each class is found, beside scratch, the largest gain first."""
     if not {run.seed for run in ours} & {run.seed for run in scratch}:
@@ -289,7 +294,7 @@ def _class_table(
         body.append([names[k], f"{sizes[k]:,}", *shown, gain_estimate(gain, digits, enough)])
     caption = (
         f"{target}: the share of each class's test rows that is found (recall), of "
-        f"{cell_label(cell)} of labels and of scratch, mean over {_plural(len(ours))} with 95 % "
+        f"{entry_label(entry)} of labels and of scratch, mean over {_plural(len(ours))} with 95 % "
         f"intervals; the largest gain first.{SIGNS}"
     )
     if len(frequent) > MAX_LABELS:
@@ -302,13 +307,16 @@ def _class_table(
 
 
 def two_classes(
-    target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
+    target: str,
+    done: Sequence[MatrixEntry],
+    rows: Sequence[ResultRow],
+    runs: dict[str, RunPredictions],
 ) -> list[Block]:
-    """Return all metrics of the best cell with a source and of scratch, and a reliability diagram.
+    """Return all metrics of the best entry with a source and of scratch, and a reliability diagram.
 
     The positions of a row count as rows of their own where each has a class.
     """
-    found = best_cell(done, rows, runs)
+    found = best_entry(done, rows, runs)
     if found is None:
         return []
     best, ours, scratch = found
@@ -342,7 +350,7 @@ def two_classes(
         ]
         body.append([*line, *([gain_estimate(gain, digits, enough)] if gain else [])])
     caption = (
-        f"{target}: {cell_label(best)} of labels{' and scratch' if paired else ''}, mean "
+        f"{target}: {entry_label(best)} of labels{' and scratch' if paired else ''}, mean "
         f"over {_plural(len(ours))} with 95 % intervals; the positive "
         f"class is {ours[0].labels[1]}. ↑ higher is better, ↓ lower is; a positive gain is "
         f"better.{SIGNS if paired else ''}"
@@ -372,15 +380,15 @@ def _largest_unit(run: RunPredictions) -> int:
 
 
 def _reliability(
-    target: str, cell: Cell, ours: list[RunPredictions], scratch: list[RunPredictions]
+    target: str, entry: MatrixEntry, ours: list[RunPredictions], scratch: list[RunPredictions]
 ) -> list[Block]:
-    """Return the reliability diagram of a cell and its scratch network.
+    """Return the reliability diagram of an entry and its scratch network.
 
     Bins hold equally many predictions, and each holds at least 20 groups or rows, so that nothing
     about a single patient or row can be read from it.
     """
     curves: dict[str, list[tuple[float, float, int]]] = {}
-    for name, side in ((cell_label(cell), ours), ("scratch", scratch)):
+    for name, side in ((entry_label(entry), ours), ("scratch", scratch)):
         pairs = [
             calibration.confidence(
                 run.predictions["scores"][known], run.predictions["label"][known]
@@ -414,15 +422,15 @@ def _reliability(
     return [
         Heading("Calibration", 3),
         Figure(reliability(curves, positive), caption, points),
-        *_calibration_errors(cell, ours, scratch),
+        *_calibration_errors(entry, ours, scratch),
         Details("Numbers of the figure", [points]),
     ]
 
 
 def _calibration_errors(
-    cell: Cell, ours: list[RunPredictions], scratch: list[RunPredictions]
+    entry: MatrixEntry, ours: list[RunPredictions], scratch: list[RunPredictions]
 ) -> list[Block]:
-    """Return the calibration error and the Brier score of a cell beside those of scratch."""
+    """Return the calibration error and the Brier score of an entry beside those of scratch."""
     if not {run.seed for run in ours} & {run.seed for run in scratch}:
         return []
     body: list[list[str | Value]] = []
@@ -434,7 +442,7 @@ def _calibration_errors(
         enough = all(stats.evidence(run).enough for run in (*ours, *scratch))
         shown = [estimate(mean, digits) for mean in means]
         body.append([words, *shown, gain_estimate(gain, digits, enough)])
-    return [Table(["", "scratch", f"{cell.source} · {cell.technique}", "Gain"], body)]
+    return [Table(["", "scratch", f"{entry.source} · {entry.technique}", "Gain"], body)]
 
 
 def _truncate(name: str, max_length: int = 14) -> str:
@@ -447,7 +455,7 @@ def _truncate(name: str, max_length: int = 14) -> str:
 def _label_table(
     kind: LabelKind,
     target: str,
-    cell: Cell,
+    entry: MatrixEntry,
     ours: list[RunPredictions],
     scratch: list[RunPredictions],
 ) -> list[Block]:
@@ -490,7 +498,7 @@ def _label_table(
         for run in ours
     )
     caption = (
-        f"{target}: {cell_label(cell)} of labels{' and scratch' if paired else ''}, mean over "
+        f"{target}: {entry_label(entry)} of labels{' and scratch' if paired else ''}, mean over "
         f"{_plural(len(ours))} with 95 % intervals.{kind.explanation}"
     )
     caption += (

@@ -20,7 +20,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.matrix import LOSES, NOT_SHOWN, WINS, Cell, fraction_order
+from pipeline.report.matrix import LOSES, NOT_SHOWN, WINS, MatrixEntry, fraction_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,13 +52,13 @@ _WIDTH = 5.4
 """Inches of a figure: 389 units, so that text of 9 pt is 11 px on a phone and 15 px at most."""
 
 
-def forest(cells: Sequence[Cell], title: str, limits: tuple[float, float]) -> str:
-    """Draw the gain of each cell with its interval below its name, and the zero line.
+def forest(entries: Sequence[MatrixEntry], title: str, limits: tuple[float, float]) -> str:
+    """Draw the gain of each entry with its interval below its name, and the zero line.
 
     Figures with the same ``limits`` of the x axis are aligned.
     """
     with _plot_settings():
-        height = 0.75 + 0.36 * len(cells)
+        height = 0.75 + 0.36 * len(entries)
         figure, (axes,) = _figure(height)
         figure.set_layout_engine("none")
         axes.set_position((0.01, 0.45 / height, 0.975, 1 - 0.75 / height))
@@ -68,11 +68,11 @@ def forest(cells: Sequence[Cell], title: str, limits: tuple[float, float]) -> st
             LOSES: (_LOSES, "v", _LOSES),
             NOT_SHOWN: (_SOFT, "o", _PAPER),
         }
-        for y, cell in enumerate(cells):
-            colour, marker, fill = styles.get(cell.verdict, styles[NOT_SHOWN])
-            if cell.gain_low is not None and cell.gain_high is not None:
+        for y, entry in enumerate(entries):
+            colour, marker, fill = styles.get(entry.verdict, styles[NOT_SHOWN])
+            if entry.gain_low is not None and entry.gain_high is not None:
                 axes.plot(
-                    [cell.gain_low, cell.gain_high],
+                    [entry.gain_low, entry.gain_high],
                     [y, y],
                     color=colour,
                     linewidth=1.6,
@@ -80,7 +80,7 @@ def forest(cells: Sequence[Cell], title: str, limits: tuple[float, float]) -> st
                     zorder=2,
                 )
             axes.plot(
-                [cell.gain or 0.0],
+                [entry.gain or 0.0],
                 [y],
                 marker=marker,
                 markersize=5.5,
@@ -90,7 +90,7 @@ def forest(cells: Sequence[Cell], title: str, limits: tuple[float, float]) -> st
                 zorder=3,
             )
             axes.annotate(
-                cell_label(cell),
+                entry_label(entry),
                 (0, y - 0.5),
                 xycoords=axes.get_yaxis_transform(),
                 color=_INK,
@@ -98,7 +98,7 @@ def forest(cells: Sequence[Cell], title: str, limits: tuple[float, float]) -> st
                 va="center",
             )
         axes.set_yticks([])
-        axes.set_ylim(len(cells) - 0.5, -0.9)
+        axes.set_ylim(len(entries) - 0.5, -0.9)
         axes.set_xlim(*limits)
         axes.grid(axis="x", color=_LINE, linewidth=0.6)
         axes.spines["left"].set_visible(False)
@@ -108,19 +108,19 @@ def forest(cells: Sequence[Cell], title: str, limits: tuple[float, float]) -> st
         return _svg(figure, f"Gain over scratch with 95 % intervals: {title}")
 
 
-def forest_limits(groups: dict[str, list[Cell]]) -> dict[str, tuple[float, float]]:
+def forest_limits(groups: dict[str, list[MatrixEntry]]) -> dict[str, tuple[float, float]]:
     """Return the x limits of each group. Groups with the same metric have the same limits."""
     ends: dict[str, list[float]] = {}
-    for cells in groups.values():
-        for cell in cells:
-            ends.setdefault(cell.metric, [0.0]).extend(
-                v for v in (cell.gain, cell.gain_low, cell.gain_high) if v is not None
+    for entries in groups.values():
+        for entry in entries:
+            ends.setdefault(entry.metric, [0.0]).extend(
+                v for v in (entry.gain, entry.gain_low, entry.gain_high) if v is not None
             )
     margins = {name: 0.06 * ((max(values) - min(values)) or 1.0) for name, values in ends.items()}
     return {
         group: (min(ends[m]) - margins[m], max(ends[m]) + margins[m])
-        for group, cells in groups.items()
-        for m in [cells[0].metric]
+        for group, entries in groups.items()
+        for m in [entries[0].metric]
     }
 
 
@@ -134,10 +134,8 @@ def learning(panels: dict[str, Series], metric: str) -> str:
         num_columns = min(len(names), 2)
         num_rows = math.ceil(len(names) / num_columns)
         keys = _unique_pairs(key for series in panels.values() for key in series)
-        entries = _legend_entries(keys)
-        figure, grid = _figure(
-            0.1 + 2.2 * num_rows + _legend_inches(entries), num_rows, num_columns
-        )
+        legend = _legend_entries(keys)
+        figure, grid = _figure(0.1 + 2.2 * num_rows + _legend_inches(legend), num_rows, num_columns)
         for axes, name in itertools.zip_longest(grid, names):
             if name is None:
                 axes.set_visible(False)
@@ -153,45 +151,47 @@ def learning(panels: dict[str, Series], metric: str) -> str:
             axes.grid(color=_LINE, linewidth=0.6)
             axes.set_xlabel("step")
         grid[0].set_ylabel(f"validation {metric}")
-        _legend(figure, entries)
+        _legend(figure, legend)
         return _svg(figure, f"Validation {metric} by training step")
 
 
-def label_efficiency(cells: Sequence[Cell]) -> str:
+def label_efficiency(entries: Sequence[MatrixEntry]) -> str:
     """Draw the test metric by number of labelled rows, with intervals.
 
     There is one line for each (source, technique). It is horizontal where no row was trained on.
     """
     with _plot_settings():
-        shown = [cell for cell in cells if cell.mean is not None and cell.n_train]
-        untrained = [cell for cell in cells if cell.mean is not None and cell.n_train == 0]
-        keys = _unique_pairs((cell.source, cell.technique) for cell in [*shown, *untrained])
-        entries = _legend_entries(keys)
-        figure, (axes,) = _figure(2.9 + _legend_inches(entries))
-        sizes = {cell.label_fraction: cell.n_train or 0 for cell in shown}
+        shown = [entry for entry in entries if entry.mean is not None and entry.n_train]
+        untrained = [entry for entry in entries if entry.mean is not None and entry.n_train == 0]
+        keys = _unique_pairs((entry.source, entry.technique) for entry in [*shown, *untrained])
+        legend = _legend_entries(keys)
+        figure, (axes,) = _figure(2.9 + _legend_inches(legend))
+        sizes = {entry.label_fraction: entry.n_train or 0 for entry in shown}
         for i, key in enumerate(keys):
-            line_cells = sorted(
-                (cell for cell in shown if (cell.source, cell.technique) == key),
-                key=lambda cell: cell.n_train or 0,
+            line_entries = sorted(
+                (entry for entry in shown if (entry.source, entry.technique) == key),
+                key=lambda entry: entry.n_train or 0,
             )
             # intervals of the same number of rows are plotted side by side
             offset = 1 + 0.12 / len(keys) * (i - (len(keys) - 1) / 2)
-            x = [(cell.n_train or 0) * offset for cell in line_cells]
-            y = [cell.mean or 0.0 for cell in line_cells]
+            x = [(entry.n_train or 0) * offset for entry in line_entries]
+            y = [entry.mean or 0.0 for entry in line_entries]
             below = [
-                cell.mean - cell.low if cell.mean is not None and cell.low is not None else 0.0
-                for cell in line_cells
+                entry.mean - entry.low if entry.mean is not None and entry.low is not None else 0.0
+                for entry in line_entries
             ]
             above = [
-                cell.high - cell.mean if cell.mean is not None and cell.high is not None else 0.0
-                for cell in line_cells
+                entry.high - entry.mean
+                if entry.mean is not None and entry.high is not None
+                else 0.0
+                for entry in line_entries
             ]
             bars = [[max(0.0, v) for v in below], [max(0.0, v) for v in above]]
             axes.errorbar(
                 x, y, yerr=bars, marker="o", markersize=3.5, elinewidth=1, **_line_style(key, keys)
             )
-        for cell in untrained:
-            axes.axhline(cell.mean or 0.0, **_line_style((cell.source, cell.technique), keys))
+        for entry in untrained:
+            axes.axhline(entry.mean or 0.0, **_line_style((entry.source, entry.technique), keys))
         axes.set_xscale("log")
         ticks = sorted(set(sizes.values()))
         sizes_text = [
@@ -209,15 +209,15 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
         axes.grid(color=_LINE, linewidth=0.6)
         axes.set_xlabel("labelled training rows")
         axes.set_ylabel(f"test {shown[0].metric}")
-        _legend(figure, entries)
+        _legend(figure, legend)
         return _svg(figure, f"Test {shown[0].metric} by number of labels")
 
 
-def score_gain(panels: Mapping[str, Sequence[tuple[str, float, Cell]]], score: str) -> str:
+def score_gain(panels: Mapping[str, Sequence[tuple[str, float, MatrixEntry]]], score: str) -> str:
     """Draw gains over scratch by a transferability score, one panel for each target.
 
     Args:
-        panels: Target to (source, value of the score, the source's cell).
+        panels: Target to (source, value of the score, the source's entry).
         score: Name of the score.
     """
     with _plot_settings():
@@ -229,12 +229,12 @@ def score_gain(panels: Mapping[str, Sequence[tuple[str, float, Cell]]], score: s
                 axes.set_visible(False)
                 continue
             axes.axhline(0, color=_SOFT, linewidth=0.9, zorder=1)
-            for source, value, cell in panels[target]:
-                gain = cell.gain or 0.0
-                if cell.gain_low is not None and cell.gain_high is not None:
+            for source, value, entry in panels[target]:
+                gain = entry.gain or 0.0
+                if entry.gain_low is not None and entry.gain_high is not None:
                     axes.plot(
                         [value, value],
-                        [cell.gain_low, cell.gain_high],
+                        [entry.gain_low, entry.gain_high],
                         color=_COLOURS[0],
                         linewidth=1.2,
                     )
@@ -257,52 +257,54 @@ def score_gain(panels: Mapping[str, Sequence[tuple[str, float, Cell]]], score: s
 
 
 def pareto(
-    cells: Sequence[Cell], fronts: Mapping[str, Sequence[int]], numbered: Sequence[int]
+    entries: Sequence[MatrixEntry], fronts: Mapping[str, Sequence[int]], numbered: Sequence[int]
 ) -> str:
     """Draw gains over scratch by seconds and by trained parameters, and the fronts.
 
     Args:
-        cells: The cells. Scratch is at zero and has an open mark.
-        fronts: "seconds" and "parameters" to the indices of the cells on the front.
-        numbered: Indices of the cells that are shown with a number, from 1.
+        entries: The entries. Scratch is at zero and has an open mark.
+        fronts: "seconds" and "parameters" to the indices of the entries on the front.
+        numbered: Indices of the entries that are shown with a number, from 1.
     """
     with _plot_settings():
-        keys = _unique_pairs((cell.source, cell.technique) for cell in cells)
-        entries: list[tuple[str, dict[str, Any]]] = [
+        keys = _unique_pairs((entry.source, entry.technique) for entry in entries)
+        legend: list[tuple[str, dict[str, Any]]] = [
             (name, {"color": style["color"], "marker": "o", "linestyle": ""})
             for name, style in _legend_entries(
                 [(s and "source", t) for s, t in keys if s != "none"]
             )
         ]
-        entries.append(("scratch", {**_OPEN, "linestyle": ""}))
-        colours = {name: style["color"] for name, style in entries}
+        legend.append(("scratch", {**_OPEN, "linestyle": ""}))
+        colours = {name: style["color"] for name, style in legend}
         panels = {name: front for name, front in fronts.items() if front}
-        figure, grid = _figure(2.6 + _legend_inches(entries), 1, len(panels))
+        figure, grid = _figure(2.6 + _legend_inches(legend), 1, len(panels))
         costs = {
-            "seconds": [cell.seconds or 0.0 for cell in cells],
-            "parameters": [float(cell.params_trained or 0) for cell in cells],
+            "seconds": [entry.seconds or 0.0 for entry in entries],
+            "parameters": [float(entry.params_trained or 0) for entry in entries],
         }
         for axes, (name, front) in zip(grid, panels.items(), strict=True):
             axes.axhline(0, color=_SOFT, linewidth=0.9, zorder=1)
             axes.plot(
                 [costs[name][index] for index in front],
-                [cells[index].gain or 0.0 for index in front],
+                [entries[index].gain or 0.0 for index in front],
                 drawstyle="steps-post",
                 color=_SOFT,
                 linewidth=1.2,
                 zorder=2,
             )
-            for index, cell in enumerate(cells):
+            for index, entry in enumerate(entries):
                 style: dict[str, Any] = (
                     _OPEN
-                    if cell.source == "none"
-                    else {"color": colours[_truncate(cell.technique, 32)], "marker": "o"}
+                    if entry.source == "none"
+                    else {"color": colours[_truncate(entry.technique, 32)], "marker": "o"}
                 )
-                axes.plot([costs[name][index]], [cell.gain or 0.0], markersize=5, zorder=3, **style)
+                axes.plot(
+                    [costs[name][index]], [entry.gain or 0.0], markersize=5, zorder=3, **style
+                )
                 if index in numbered:
                     axes.annotate(
                         str(numbered.index(index) + 1),
-                        (costs[name][index], cell.gain or 0.0),
+                        (costs[name][index], entry.gain or 0.0),
                         xytext=(-3, 5),
                         textcoords="offset points",
                         ha="right",
@@ -315,8 +317,8 @@ def pareto(
             axes.set_xlabel(
                 "seconds of a final trial" if name == "seconds" else "parameters trained"
             )
-        grid[0].set_ylabel(f"gain in {_truncate(cells[0].metric, 24)}")
-        _legend(figure, entries)
+        grid[0].set_ylabel(f"gain in {_truncate(entries[0].metric, 24)}")
+        _legend(figure, legend)
         return _svg(figure, f"Gain over scratch by {' and by '.join(panels)}")
 
 
@@ -371,10 +373,8 @@ def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str
             {"color": _COLOURS[0], "linewidth": 1.8},
             {"color": _SOFT, "linestyle": _DASHES[2], "linewidth": 1.8},
         ]
-        entries = [
-            (_truncate(name, 48), style) for name, style in zip(curves, styles, strict=False)
-        ]
-        figure, (axes,) = _figure(3.4 + _legend_inches(entries))
+        legend = [(_truncate(name, 48), style) for name, style in zip(curves, styles, strict=False)]
+        figure, (axes,) = _figure(3.4 + _legend_inches(legend))
         axis_end = min(
             1.0,
             1.08
@@ -385,7 +385,7 @@ def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str
             ),
         )
         axes.plot([0, axis_end], [0, axis_end], color=_LINE, linewidth=1.2, zorder=1)
-        for points, (_, style) in zip(curves.values(), entries, strict=False):
+        for points, (_, style) in zip(curves.values(), legend, strict=False):
             axes.plot(
                 [predicted for predicted, _, _ in points],
                 [observed for _, observed, _ in points],
@@ -398,15 +398,15 @@ def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str
         axes.grid(color=_LINE, linewidth=0.6)
         axes.set_xlabel(f"predicted probability of {_truncate(positive, 40)}")
         axes.set_ylabel("observed share")
-        _legend(figure, entries)
+        _legend(figure, legend)
         return _svg(figure, f"Calibration: observed share of {positive} by predicted probability")
 
 
-def cell_label(cell: Cell) -> str:
-    """Return the source, technique and label fraction of a cell, shortened for a figure."""
+def entry_label(entry: MatrixEntry) -> str:
+    """Return the source, technique and label fraction of an entry, shortened for a figure."""
     return (
-        f"{_truncate(cell.source, 24)} · {_truncate(cell.technique, 28)} · "
-        f"{fraction_label(cell.label_fraction)}"
+        f"{_truncate(entry.source, 24)} · {_truncate(entry.technique, 28)} · "
+        f"{fraction_label(entry.label_fraction)}"
     )
 
 
@@ -490,31 +490,31 @@ def _legend_entries(keys: list[tuple[str, str]]) -> list[tuple[str, dict[str, An
     ]
 
 
-def _legend_columns(entries: list[tuple[str, dict[str, Any]]]) -> int:
+def _legend_columns(legend: list[tuple[str, dict[str, Any]]]) -> int:
     return max(
         1,
         min(
-            len(entries),
-            int(13 * _WIDTH / (max((len(name) for name, _ in entries), default=1) + 8)),
+            len(legend),
+            int(13 * _WIDTH / (max((len(name) for name, _ in legend), default=1) + 8)),
         ),
     )
 
 
-def _legend_inches(entries: list[tuple[str, dict[str, Any]]]) -> float:
-    return 0.1 + 0.19 * math.ceil(len(entries) / _legend_columns(entries))
+def _legend_inches(legend: list[tuple[str, dict[str, Any]]]) -> float:
+    return 0.1 + 0.19 * math.ceil(len(legend) / _legend_columns(legend))
 
 
-def _legend(figure: Figure, entries: list[tuple[str, dict[str, Any]]]) -> None:
+def _legend(figure: Figure, legend: list[tuple[str, dict[str, Any]]]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], **style) for _, style in entries]
+    handles = [Line2D([], [], **style) for _, style in legend]
     # matplotlib hides names that begin with an underscore
-    names = [name.lstrip("_") or name for name, _ in entries]
+    names = [name.lstrip("_") or name for name, _ in legend]
     figure.legend(
         handles,
         names,
         loc="outside lower left",
-        ncols=_legend_columns(entries),
+        ncols=_legend_columns(legend),
         frameon=False,
         labelcolor=_INK,
         handlelength=2.6,

@@ -1,7 +1,7 @@
 """The report of a job: the table for the terminal, report.md and report.html.
 
 It shows where transfer paid, where it did not, and where the trials do not allow a conclusion. The
-cells come from ``pipeline.report.matrix`` and the figures from ``pipeline.report.plots``;
+entries come from ``pipeline.report.matrix`` and the figures from ``pipeline.report.plots``;
 ``pipeline.report.blocks`` writes Markdown and HTML. This module decides what the report contains.
 """
 
@@ -53,9 +53,9 @@ from pipeline.report.matrix import (
     TOO_FEW,
     UNCOMPARED,
     WINS,
-    Cell,
+    MatrixEntry,
     fraction_order,
-    matrix_cells,
+    matrix_entries,
     over_best_scratch,
 )
 from pipeline.report.results import ResultRow
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     import rich.table
     import rich.text
 
-__all__ = ["Cell", "matrix_cells", "table", "write"]
+__all__ = ["MatrixEntry", "matrix_entries", "table", "write"]
 
 _DASH = blocks.DASH
 SEARCH_NOISE = (
@@ -84,26 +84,26 @@ SEARCH_NOISE = (
 # ---------------------------------------------------------------- numbers
 
 
-def _by_target(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    out: dict[str, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        out[cell.target].append(cell)
+def _by_target(entries: Sequence[MatrixEntry]) -> dict[str, list[MatrixEntry]]:
+    out: dict[str, list[MatrixEntry]] = defaultdict(list)
+    for entry in entries:
+        out[entry.target].append(entry)
     return out
 
 
-def _decimals_by_target(shown: Sequence[Cell]) -> dict[str, int]:
+def _decimals_by_target(shown: Sequence[MatrixEntry]) -> dict[str, int]:
     return {
         target: blocks.decimal_places([(c.low, c.high) for c in group])
         for target, group in _by_target(shown).items()
     }
 
 
-def _format_mean(cell: Cell, decimals: int) -> str:
-    return blocks.format_interval(cell.mean, cell.low, cell.high, decimals)
+def _format_mean(entry: MatrixEntry, decimals: int) -> str:
+    return blocks.format_interval(entry.mean, entry.low, entry.high, decimals)
 
 
-def _format_gain(cell: Cell, decimals: int) -> str:
-    return blocks.format_interval(cell.gain, cell.gain_low, cell.gain_high, decimals, "+")
+def _format_gain(entry: MatrixEntry, decimals: int) -> str:
+    return blocks.format_interval(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")
 
 
 def _format_seconds(seconds: float | None) -> str:
@@ -125,12 +125,12 @@ def _plural(number: int, noun: str) -> str:
 # ---------------------------------------------------------------- terminal
 
 
-def table(cells: Sequence[Cell]) -> rich.table.Table:
+def table(entries: Sequence[MatrixEntry]) -> rich.table.Table:
     """Return the matrix as a table for the terminal, grouped by target.
 
     It fits 100 columns, and verdicts have signs as well as colours. The column ``seeds`` counts the
-    seeds that a cell shares with the cell it is compared with, and those that were started where
-    these are more. A gain is over the scratch network of the cell's own backbone. Where another
+    seeds that an entry shares with the entry it is compared with, and those that were started where
+    these are more. A gain is over the scratch network of the entry's own backbone. Where another
     scratch network of the target is better, the gain over that one is on the next line.
     """
     from rich.table import Table
@@ -143,12 +143,12 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
         collapse_padding=True,
         caption_justify="left",
         caption_style="dim",
-        caption=_table_caption(cells),
+        caption=_table_caption(entries),
     )
     signs = [
         f"{sign} {mark}"
         for mark, sign in code_versions.SIGNS.items()
-        if any(cell.code_mark == mark for cell in cells)
+        if any(entry.code_mark == mark for entry in entries)
     ]
     if signs:
         out.caption = f"{out.caption}\n{', '.join(signs)} (than those of now)."
@@ -156,67 +156,69 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
     out.add_column("technique", overflow="fold")
     for name in ("labels", "mean [95 %]", "gain [95 %]", "seeds", "s/trial"):
         out.add_column(name, justify="right", no_wrap=True)
-    decimals = _decimals_by_target(cells)
+    decimals = _decimals_by_target(entries)
     styles = {WINS: "bold green", LOSES: "bold red", FAILED: "bold red"}
     target, several = None, False
-    for cell in cells:
-        if cell.target != target:
-            target = cell.target
-            several = _has_several_backbones(other for other in cells if other.target == target)
-            arrow = "↑" if cell.higher_is_better else "↓"
-            metric = f"{cell.metric} {arrow}" if cell.metric else ""
+    for entry in entries:
+        if entry.target != target:
+            target = entry.target
+            several = _has_several_backbones(other for other in entries if other.target == target)
+            arrow = "↑" if entry.higher_is_better else "↓"
+            metric = f"{entry.metric} {arrow}" if entry.metric else ""
             out.add_row()
-            out.add_row(Rich(cell.target, "bold"), Rich(metric, "dim"))
-        digits = decimals[cell.target]
+            out.add_row(Rich(entry.target, "bold"), Rich(metric, "dim"))
+        digits = decimals[entry.target]
 
         source = (
-            f"{cell.source} {cell.backbone.rpartition('/')[2]}"
-            if several and cell.source == SCRATCH
-            else cell.source
+            f"{entry.source} {entry.backbone.rpartition('/')[2]}"
+            if several and entry.source == SCRATCH
+            else entry.source
         )
-        technique = f"{cell.technique} (against {cell.against})" if cell.against else cell.technique
-        technique += f" {code_versions.SIGNS[cell.code_mark]}" if cell.code_mark else ""
+        technique = (
+            f"{entry.technique} (against {entry.against})" if entry.against else entry.technique
+        )
+        technique += f" {code_versions.SIGNS[entry.code_mark]}" if entry.code_mark else ""
         out.add_row(
             Rich(f" {source}"),
             Rich(technique),
-            Rich(plots.fraction_label(cell.label_fraction)),
-            Rich(_format_mean(cell, digits)),
-            Rich(_terminal_gain(cell, digits), styles.get(cell.verdict, "")),
-            _format_seeds(cell),
-            Rich(_terminal_seconds(cell.seconds)),
+            Rich(plots.fraction_label(entry.label_fraction)),
+            Rich(_format_mean(entry, digits)),
+            Rich(_terminal_gain(entry, digits), styles.get(entry.verdict, "")),
+            _format_seeds(entry),
+            Rich(_terminal_seconds(entry.seconds)),
         )
-        if _has_other_baseline(cell):
+        if _has_other_baseline(entry):
             out.add_row(
                 "",
                 Rich("best scratch", "dim"),
                 "",
                 "",
-                Rich(_format_baseline_gain(cell, digits), "dim"),
+                Rich(_format_baseline_gain(entry, digits), "dim"),
             )
-        if cell.best_baseline_gain is not None:
+        if entry.best_baseline_gain is not None:
             out.add_row(
                 "",
-                Rich(f"over {cell.best_baseline}", "dim"),
+                Rich(f"over {entry.best_baseline}", "dim"),
                 "",
                 "",
-                Rich(_format_best_baseline_gain(cell, digits), "dim"),
+                Rich(_format_best_baseline_gain(entry, digits), "dim"),
             )
     return out
 
 
-def _has_several_backbones(cells: Iterable[Cell]) -> bool:
-    """Return whether the cells have several backbones; baselines have none."""
-    return len({cell.backbone for cell in cells if not cell.is_baseline}) > 1
+def _has_several_backbones(entries: Iterable[MatrixEntry]) -> bool:
+    """Return whether the entries have several backbones; baselines have none."""
+    return len({entry.backbone for entry in entries if not entry.is_baseline}) > 1
 
 
-def _terminal_gain(cell: Cell, decimals: int) -> str:
+def _terminal_gain(entry: MatrixEntry, decimals: int) -> str:
     """Return the gain with the sign of its verdict, or the verdict where there is no gain."""
-    if cell.verdict == REFERENCE:
+    if entry.verdict == REFERENCE:
         return "scratch"
-    mark = blocks.MARKS.get(cell.verdict)
+    mark = blocks.MARKS.get(entry.verdict)
     if not mark:
-        return cell.verdict
-    return f"{mark} {_format_gain(cell, decimals)}{'*' if cell.survives else ''}"
+        return entry.verdict
+    return f"{mark} {_format_gain(entry, decimals)}{'*' if entry.survives else ''}"
 
 
 def _terminal_seconds(seconds: float | None) -> str:
@@ -225,54 +227,58 @@ def _terminal_seconds(seconds: float | None) -> str:
     return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:.0f}"
 
 
-def _table_caption(cells: Sequence[Cell]) -> str:
+def _table_caption(entries: Sequence[MatrixEntry]) -> str:
     """Return the meaning of the signs in the terminal's table."""
     lines = [
         "▲ wins, ▼ loses: the 95 % interval of the gain over scratch excludes zero;",
         "* also after Holm's correction for all comparisons. ○ not shown: it holds zero.",
         "Positive is better. seeds: those that scratch has too; a verdict needs two.",
     ]
-    if any(cell.verdict == TOO_FEW for cell in cells):
+    if any(entry.verdict == TOO_FEW for entry in entries):
         lines.append(
             "? too few to tell: too few test units for a verdict; the report has their number."
         )
-    if any(_has_other_baseline(cell) for cell in cells):
+    if any(_has_other_baseline(entry) for entry in entries):
         lines.append(
             "Gains are over the scratch network of the same backbone; below them those over "
             "the target's"
         )
         lines.append("best scratch network (by validation), where that is of another backbone.")
-    if any(cell.best_baseline_gain is not None for cell in cells):
+    if any(entry.best_baseline_gain is not None for entry in entries):
         lines.append("over NAME: the gain over the best model without a network (by validation).")
     return "\n" + "\n".join(lines)
 
 
-def _format_seeds(cell: Cell) -> rich.text.Text:
-    """Return the paired seeds of a cell, "2 of 3" where more were started.
+def _format_seeds(entry: MatrixEntry) -> rich.text.Text:
+    """Return the paired seeds of an entry, "2 of 3" where more were started.
 
     Scratch is paired with nothing: for it they are all seeds that finished.
     """
     from rich.text import Text as Rich
 
-    seeds = cell.n_seeds if cell.paired_seeds is None else cell.paired_seeds
-    started = cell.n_seeds + cell.n_failed
+    seeds = entry.n_seeds if entry.paired_seeds is None else entry.paired_seeds
+    started = entry.n_seeds + entry.n_failed
     return Rich(str(seeds)) if seeds == started else Rich(f"{seeds} of {started}", "red")
 
 
-def _has_other_baseline(cell: Cell) -> bool:
-    """Return whether the target's best scratch network has another backbone than the cell."""
-    return bool(cell.baseline) and cell.baseline != cell.backbone and cell.baseline_gain is not None
-
-
-def _format_baseline_gain(cell: Cell, decimals: int) -> str:
-    return blocks.format_interval(
-        cell.baseline_gain, cell.baseline_low, cell.baseline_high, decimals, "+"
+def _has_other_baseline(entry: MatrixEntry) -> bool:
+    """Return whether the target's best scratch network has another backbone than the entry."""
+    return (
+        bool(entry.baseline)
+        and entry.baseline != entry.backbone
+        and entry.baseline_gain is not None
     )
 
 
-def _format_best_baseline_gain(cell: Cell, decimals: int) -> str:
+def _format_baseline_gain(entry: MatrixEntry, decimals: int) -> str:
     return blocks.format_interval(
-        cell.best_baseline_gain, cell.best_baseline_low, cell.best_baseline_high, decimals, "+"
+        entry.baseline_gain, entry.baseline_low, entry.baseline_high, decimals, "+"
+    )
+
+
+def _format_best_baseline_gain(entry: MatrixEntry, decimals: int) -> str:
+    return blocks.format_interval(
+        entry.best_baseline_gain, entry.best_baseline_low, entry.best_baseline_high, decimals, "+"
     )
 
 
@@ -283,7 +289,7 @@ def write(
     root_uri: str,
     *,
     job_name: str,
-    cells: Sequence[Cell],
+    entries: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
     curves: Mapping[str, Sequence[CurvePoint]],
     pretraining: Sequence[dict[str, Any]],
@@ -301,7 +307,7 @@ def write(
     Args:
         root_uri: The folder of the job.
         job_name: Name of the job.
-        cells: The cells of the matrix.
+        entries: The entries of the matrix.
         rows: Results rows. Failures and totals are computed from them.
         curves: Trial id to its validations.
         pretraining: One dict for each source with ``source, backbone, objective, steps, rows,
@@ -321,14 +327,14 @@ def write(
     Returns:
         The URIs of report.md and report.html.
     """
-    groups, decimals = _by_target(cells), _decimals_by_target(cells)
-    comparable = over_best_scratch(cells)
+    groups, decimals = _by_target(entries), _decimals_by_target(entries)
+    comparable = over_best_scratch(entries)
     content: list[Block] = [
         *gains.warnings(_by_target(comparable), decimals),
-        *_summary_blocks(cells, groups, rows, decimals),
+        *_summary_blocks(entries, groups, rows, decimals),
         *gains.heat_maps(comparable, decimals),
         *_gain_blocks(groups, decimals),
-        *without_labels.blocks_of(cells, rows, runs or {}, decimals),
+        *without_labels.blocks_of(entries, rows, runs or {}, decimals),
     ]
     for target, group in groups.items():
         content += _best_baseline_blocks(target, group, decimals[target])
@@ -339,10 +345,10 @@ def write(
         )
     content += [
         *_budget_blocks(rows),
-        *_cost_blocks(cells, rows),
+        *_cost_blocks(entries, rows),
         *gains.cost_figures(_by_target(comparable), decimals),
         *_score_blocks(rows, scores),
-        *score_audit.blocks_of(cells, _scored(source_scores or {}), modalities or {}),
+        *score_audit.blocks_of(entries, _scored(source_scores or {}), modalities or {}),
         *gains.score_figures(
             comparable,
             _known_scores(rows, scores) | gains.all_scores(source_scores or {}),
@@ -355,9 +361,9 @@ def write(
     ]
     content += [
         *_split_blocks({t: s for t, s in splits.items() if t not in groups}),
-        *_method_blocks(cells, rows, notes, versions, code_notes),
+        *_method_blocks(entries, rows, notes, versions, code_notes),
     ]
-    title = _headline(cells)
+    title = _headline(entries)
     out = storage.join(root_uri, "report.md"), storage.join(root_uri, "report.html")
     storage.write_bytes(
         out[0], blocks.markdown(f"{job_name}: {title[0].lower()}{title[1:]}", content).encode()
@@ -368,43 +374,43 @@ def write(
     return out
 
 
-def _count_verdicts(cells: Iterable[Cell]) -> Counter[str]:
-    """Return how many cells with a source have each verdict; failed cells of scratch count too."""
+def _count_verdicts(entries: Iterable[MatrixEntry]) -> Counter[str]:
+    """Return how many entries with a source have each verdict; failed ones of scratch count too."""
     return Counter(
-        cell.verdict for cell in cells if cell.source != SCRATCH or cell.verdict == FAILED
+        entry.verdict for entry in entries if entry.source != SCRATCH or entry.verdict == FAILED
     )
 
 
-def _count_survivors(cells: Iterable[Cell]) -> Counter[str]:
+def _count_survivors(entries: Iterable[MatrixEntry]) -> Counter[str]:
     """Return how many wins and losses remain after Holm's correction."""
-    return Counter(cell.verdict for cell in cells if cell.transfers and cell.survives)
+    return Counter(entry.verdict for entry in entries if entry.transfers and entry.survives)
 
 
-def _headline(cells: Sequence[Cell]) -> str:
+def _headline(entries: Sequence[MatrixEntry]) -> str:
     """Return the title: the wins and losses that survive Holm's correction."""
-    compared = sum(cell.transfers for cell in cells)
+    compared = sum(entry.transfers for entry in entries)
     if not compared:
-        return _headline_without_comparisons(cells)
-    surviving = _count_survivors(cells)
+        return _headline_without_comparisons(entries)
+    surviving = _count_survivors(entries)
     lost = f", and lost in {surviving[LOSES]}" if surviving[LOSES] else ", and lost in none"
     return f"Transfer paid in {surviving[WINS]} of {_plural(compared, 'comparison')}{lost}"
 
 
-def _headline_without_comparisons(cells: Sequence[Cell]) -> str:
+def _headline_without_comparisons(entries: Sequence[MatrixEntry]) -> str:
     """Return the title of a report without comparisons: why nothing was won or lost."""
-    if cells and all(cell.verdict == FAILED for cell in cells):
+    if entries and all(entry.verdict == FAILED for entry in entries):
         return "No trial finished"
-    if any(cell.verdict == TOO_FEW for cell in cells):
+    if any(entry.verdict == TOO_FEW for entry in entries):
         return "No verdict: there are too few test rows"
-    if any(cell.paired_seeds == 1 for cell in cells):
+    if any(entry.paired_seeds == 1 for entry in entries):
         return f"No verdict: one seed cannot tell a gain from luck, {MIN_SEEDS} are needed"
     return "Nothing to compare with scratch yet"
 
 
-def _describe_correction(cells: Sequence[Cell]) -> str:
+def _describe_correction(entries: Sequence[MatrixEntry]) -> str:
     """Return a sentence on what the headline counts."""
-    found, surviving = _count_verdicts(cells), _count_survivors(cells)
-    family = sum(cell.gain_p_holm is not None for cell in cells)
+    found, surviving = _count_verdicts(entries), _count_survivors(entries)
+    family = sum(entry.gain_p_holm is not None for entry in entries)
     return (
         "The headline counts wins and losses that survive Holm's correction for all "
         f"{_plural(family, 'comparison')} of the job (corrected p below "
@@ -415,20 +421,20 @@ def _describe_correction(cells: Sequence[Cell]) -> str:
 
 
 def _summary_blocks(
-    cells: Sequence[Cell],
-    groups: dict[str, list[Cell]],
+    entries: Sequence[MatrixEntry],
+    groups: dict[str, list[MatrixEntry]],
     rows: Sequence[ResultRow],
     decimals: dict[str, int],
 ) -> list[Block]:
-    found, surviving = _count_verdicts(cells), _count_survivors(cells)
+    found, surviving = _count_verdicts(entries), _count_survivors(entries)
     out: list[Block] = []
-    if any(cell.transfers for cell in cells):
+    if any(entry.transfers for entry in entries):
         out.append(
             Text(
                 "A comparison is one source, technique and label fraction on one target "
                 "against training from scratch with the same backbone, labels, "
                 "seeds and search budget. It is won or lost where the 95 % interval of the "
-                f"gain excludes zero. {_describe_correction(cells)}",
+                f"gain excludes zero. {_describe_correction(entries)}",
                 "lead",
             )
         )
@@ -490,7 +496,7 @@ def _summary_blocks(
     return out
 
 
-def _gain_blocks(groups: dict[str, list[Cell]], decimals: dict[str, int]) -> list[Block]:
+def _gain_blocks(groups: dict[str, list[MatrixEntry]], decimals: dict[str, int]) -> list[Block]:
     shown = {
         target: compared
         for target, group in groups.items()
@@ -504,7 +510,7 @@ def _gain_blocks(groups: dict[str, list[Cell]], decimals: dict[str, int]) -> lis
         group = sorted(group, key=lambda c: (fraction_order(c.label_fraction), -(c.gain or 0)))
         svg = plots.forest(group, f"{target}, gain in {group[0].metric}", limits[target])
         listed = [
-            [plots.cell_label(c), _format_gain(c, decimals[target]), *_comparison_columns(c)]
+            [plots.entry_label(c), _format_gain(c, decimals[target]), *_comparison_columns(c)]
             for c in group
         ]
         out.append(
@@ -530,11 +536,11 @@ def _gain_blocks(groups: dict[str, list[Cell]], decimals: dict[str, int]) -> lis
     return out
 
 
-def _comparison_columns(cell: Cell) -> list[str]:
+def _comparison_columns(entry: MatrixEntry) -> list[str]:
     """Return the table columns of a comparison: verdict, paired seeds and both p values."""
-    word = f"{blocks.MARKS.get(cell.verdict, '')} {cell.verdict} {_code_mark(cell)}".strip()
-    corrected = _format_p_value(cell.gain_p_holm) + (" *" if cell.survives else "")
-    return [word, _format_count(cell.paired_seeds), _format_p_value(cell.gain_p), corrected]
+    word = f"{blocks.MARKS.get(entry.verdict, '')} {entry.verdict} {_code_mark(entry)}".strip()
+    corrected = _format_p_value(entry.gain_p_holm) + (" *" if entry.survives else "")
+    return [word, _format_count(entry.paired_seeds), _format_p_value(entry.gain_p), corrected]
 
 
 def _format_p_value(value: float | None) -> str:
@@ -543,21 +549,21 @@ def _format_p_value(value: float | None) -> str:
     return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
-def _baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[Block]:
+def _baseline_blocks(target: str, group: Sequence[MatrixEntry], decimals: int) -> list[Block]:
     """Return the table of gains over the best scratch network, where there are several backbones.
 
     A note above it says that the other gains are measured against different networks. Baselines,
     which are no networks, are left out.
     """
-    group = [cell for cell in group if not cell.is_baseline]
+    group = [entry for entry in group if not entry.is_baseline]
     if not _has_several_backbones(group):
         return []
-    backbones = sorted({cell.backbone for cell in group})
+    backbones = sorted({entry.backbone for entry in group})
     best = sorted(
         {
-            f"{plots.fraction_label(cell.label_fraction)}: {cell.baseline}"
-            for cell in group
-            if cell.baseline
+            f"{plots.fraction_label(entry.label_fraction)}: {entry.baseline}"
+            for entry in group
+            if entry.baseline
         }
     )
     note = (
@@ -569,7 +575,7 @@ def _baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[
     )
     listed = [
         [
-            plots.cell_label(c),
+            plots.entry_label(c),
             c.backbone,
             _format_gain(c, decimals),
             _format_baseline_gain(c, decimals),
@@ -586,11 +592,11 @@ def _baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[
     ]
 
 
-def _best_baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> list[Block]:
+def _best_baseline_blocks(target: str, group: Sequence[MatrixEntry], decimals: int) -> list[Block]:
     """Return the table of gains over the best model without a network, where there is one."""
-    compared = [cell for cell in group if cell.best_baseline_gain is not None]
-    tried = sorted({cell.technique for cell in group if cell.is_baseline and cell.n_seeds})
-    if not compared and len(tried) > 1 and not any(cell.best_baseline for cell in group):
+    compared = [entry for entry in group if entry.best_baseline_gain is not None]
+    tried = sorted({entry.technique for entry in group if entry.is_baseline and entry.n_seeds})
+    if not compared and len(tried) > 1 and not any(entry.best_baseline for entry in group):
         return [
             Text(
                 f"{target}: the best of the baselines ({', '.join(tried)}) is not known, because "
@@ -605,10 +611,10 @@ def _best_baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> 
         key=lambda c: (fraction_order(c.label_fraction), -(c.best_baseline_gain or 0)),
     )
     body = [
-        [plots.cell_label(c), c.best_baseline, _format_best_baseline_gain(c, decimals)]
+        [plots.entry_label(c), c.best_baseline, _format_best_baseline_gain(c, decimals)]
         for c in order
     ]
-    found = Counter(cell.best_baseline_verdict for cell in compared)
+    found = Counter(entry.best_baseline_verdict for entry in compared)
     others = "".join(f", {found[name]} {name}" for name in (TOO_FEW, UNCOMPARED) if found[name])
     return [
         Heading(f"{target}: gain over the best baseline", 3),
@@ -625,13 +631,13 @@ def _best_baseline_blocks(target: str, group: Sequence[Cell], decimals: int) -> 
 # ---------------------------------------------------------------- one target
 
 
-def _row_label(cell: Cell, backbones: bool) -> str:
-    return f"{cell.source} · {cell.technique}" + (f" ({cell.backbone})" if backbones else "")
+def _row_label(entry: MatrixEntry, backbones: bool) -> str:
+    return f"{entry.source} · {entry.technique}" + (f" ({entry.backbone})" if backbones else "")
 
 
 def _target_blocks(
     target: str,
-    group: list[Cell],
+    group: list[MatrixEntry],
     rows: Sequence[ResultRow],
     curves: Mapping[str, Sequence[CurvePoint]],
     decimals: int,
@@ -683,14 +689,14 @@ def _target_blocks(
     )
 
 
-def _matrix_table(group: list[Cell], decimals: int) -> blocks.Table:
+def _matrix_table(group: list[MatrixEntry], decimals: int) -> blocks.Table:
     fractions = sorted({c.label_fraction for c in group}, key=fraction_order)
     several = _has_several_backbones(group)
-    lines: dict[tuple[str, str, str], dict[str, Cell]] = defaultdict(dict)
-    for cell in sorted(
+    lines: dict[tuple[str, str, str], dict[str, MatrixEntry]] = defaultdict(dict)
+    for entry in sorted(
         group, key=lambda c: (c.source == SCRATCH, c.source, c.backbone, c.technique)
     ):
-        lines[cell.source, cell.backbone, cell.technique][cell.label_fraction] = cell
+        lines[entry.source, entry.backbone, entry.technique][entry.label_fraction] = entry
     sizes = {c.label_fraction: c.n_train for c in group if c.n_train}
     header = ["Source · technique"]
     for fraction in fractions:
@@ -710,40 +716,39 @@ def _matrix_table(group: list[Cell], decimals: int) -> blocks.Table:
     return blocks.Table(header, body)
 
 
-def _code_mark(cell: Cell) -> str:
-    """Return the sign and words for a cell whose trials were made by other code or versions."""
-    return f"{code_versions.SIGNS[cell.code_mark]} {cell.code_mark}" if cell.code_mark else ""
+def _code_mark(entry: MatrixEntry) -> str:
+    """Return the sign and words for an entry whose trials were made by other code or versions."""
+    return f"{code_versions.SIGNS[entry.code_mark]} {entry.code_mark}" if entry.code_mark else ""
 
 
-def _matrix_value(cell: Cell | None, decimals: int) -> str | Value:
-    if cell is None:
+def _matrix_value(entry: MatrixEntry | None, decimals: int) -> str | Value:
+    if entry is None:
         return _DASH
-    if cell.verdict == FAILED:
-        return Value(("failed", _plural(cell.n_failed, "trial")), FAILED)
-    lines = [blocks.format_interval(cell.mean, None, None, decimals)]
-    if cell.low is not None and cell.high is not None:
-        lines.append(_format_mean(cell, decimals).partition(" ")[2])
-    if cell.code_mark:
-        lines.append(_code_mark(cell))
-    if cell.n_failed:
-        lines.append(f"{_plural(cell.n_failed, 'trial')} failed")
-    if cell.evidence:
-        lines.append(cell.evidence)
-    if cell.against:
-        lines.append(f"against {cell.against}:")
-    if cell.gain is not None:
-        survives = " *" if cell.survives else ""
-        lines.append(
-            f"{blocks.MARKS.get(cell.verdict, '')} {_format_gain(cell, decimals)}{survives}".strip()
-        )
-    if cell.verdict == UNCOMPARED:
+    if entry.verdict == FAILED:
+        return Value(("failed", _plural(entry.n_failed, "trial")), FAILED)
+    lines = [blocks.format_interval(entry.mean, None, None, decimals)]
+    if entry.low is not None and entry.high is not None:
+        lines.append(_format_mean(entry, decimals).partition(" ")[2])
+    if entry.code_mark:
+        lines.append(_code_mark(entry))
+    if entry.n_failed:
+        lines.append(f"{_plural(entry.n_failed, 'trial')} failed")
+    if entry.evidence:
+        lines.append(entry.evidence)
+    if entry.against:
+        lines.append(f"against {entry.against}:")
+    if entry.gain is not None:
+        survives = " *" if entry.survives else ""
+        mark = blocks.MARKS.get(entry.verdict, "")
+        lines.append(f"{mark} {_format_gain(entry, decimals)}{survives}".strip())
+    if entry.verdict == UNCOMPARED:
         seeds = (
-            f" ({_plural(cell.paired_seeds, 'paired seed')})"
-            if cell.paired_seeds is not None
+            f" ({_plural(entry.paired_seeds, 'paired seed')})"
+            if entry.paired_seeds is not None
             else ""
         )
         lines.append(f"{UNCOMPARED}{seeds}")
-    return Value(tuple(lines), cell.verdict)
+    return Value(tuple(lines), entry.verdict)
 
 
 def _curve_metric(
@@ -846,11 +851,11 @@ def _budget_blocks(rows: Sequence[ResultRow]) -> list[Block]:
     ]
 
 
-def _cost_blocks(cells: Sequence[Cell], rows: Sequence[ResultRow]) -> list[Block]:
-    shown: dict[tuple[str, str, str, str], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        if cell.seconds is not None:
-            shown[cell.target, cell.source, cell.backbone, cell.technique].append(cell)
+def _cost_blocks(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> list[Block]:
+    shown: dict[tuple[str, str, str, str], list[MatrixEntry]] = defaultdict(list)
+    for entry in entries:
+        if entry.seconds is not None:
+            shown[entry.target, entry.source, entry.backbone, entry.technique].append(entry)
     if not shown:
         return []
     spent: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
@@ -1053,13 +1058,13 @@ def _split_blocks(splits: dict[str, str]) -> list[Block]:
 
 
 def _method_blocks(
-    cells: Sequence[Cell],
+    entries: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
     notes: Sequence[str],
     versions: dict[str, str],
     code_notes: Sequence[str],
 ) -> list[Block]:
-    compared = sum(cell.gain_p_holm is not None for cell in cells)
+    compared = sum(entry.gain_p_holm is not None for entry in entries)
     method = (
         "Intervals are 95 % and take seeds for the readers and test units for the cases of a "
         "multi-reader study (Obuchowski and Rockette, 1995; degrees "
@@ -1087,8 +1092,8 @@ def _method_blocks(
         )
     if any(row.trial_stage == "search" and row.drawn != "{}" for row in rows):
         sentences.append(SEARCH_NOISE)
-    ways = Counter(cell.interval for cell in cells if cell.interval)
-    sentences += [f"{way}: {_plural(count, 'cell')}." for way, count in ways.items()]
+    ways = Counter(entry.interval for entry in entries if entry.interval)
+    sentences += [f"{way}: {_plural(count, 'result')}." for way, count in ways.items()]
     out: list[Block] = [Heading("How this was made"), Bullets(sentences)]
     if notes:
         out += [Heading("Notes", 3), Bullets(list(notes))]
@@ -1127,7 +1132,7 @@ def _method_blocks(
             plots.fraction_label(c.label_fraction),
             _format_parameters(c.hyper_parameters),
         ]
-        for c in cells
+        for c in entries
         if c.n_seeds
     ]
     if winners:

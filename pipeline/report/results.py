@@ -96,9 +96,9 @@ class ResultRow:
     different values were measured on different test rows.
     """
     paired_seeds: int | None = None
-    """Number of seeds that both the cell of the trial and its scratch have."""
+    """Number of seeds that both the entry of the trial and its scratch have."""
     gain_p_holm: float | None = None
-    """p value of the cell's mean gain over these seeds, corrected by Holm's method for all
+    """p value of the entry's mean gain over these seeds, corrected by Holm's method for all
     comparisons of the job. Only rows of the primary metric have it.
     """
     baseline_gain: float | None = None
@@ -142,7 +142,7 @@ class ResultRow:
 
     @property
     def is_validation(self) -> bool:
-        """Whether the value is one of those by which a trial is chosen among those of its cell."""
+        """Whether the value is one of those by which a trial is chosen among those of its entry."""
         return self.split in (VALIDATION, SOURCE_VALIDATION)
 
     @property

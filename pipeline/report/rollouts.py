@@ -22,7 +22,7 @@ from pipeline.report.blocks import (
     decimal_places,
     format_interval,
 )
-from pipeline.report.matrix import REFERENCE, Cell, fraction_order
+from pipeline.report.matrix import REFERENCE, MatrixEntry, fraction_order
 from pipeline.report.per_label import runs_of
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
@@ -38,18 +38,21 @@ Estimate = tuple[float, float, float]
 
 
 def blocks(
-    target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
+    target: str,
+    done: Sequence[MatrixEntry],
+    rows: Sequence[ResultRow],
+    runs: dict[str, RunPredictions],
 ) -> list[Block]:
     """Return the blocks on the policies of a target in its simulator.
 
-    The table lists the expert, random actions and every cell, sorted by number of demonstrations,
+    The table lists the expert, random actions and every entry, sorted by number of demonstrations,
     so that untrained policies (zero shot) come first. Returns no block where no policy was run in a
     simulator.
     """
     ran = [
-        (cell, found)
-        for cell in done
-        if (found := [run for run in runs_of(cell, rows, runs) if "return" in run.predictions])
+        (entry, found)
+        for entry in done
+        if (found := [run for run in runs_of(entry, rows, runs) if "return" in run.predictions])
     ]
     if not ran:
         return []
@@ -69,8 +72,8 @@ def blocks(
             pair[0].technique,
         )
     )
-    several = len({cell.backbone for cell, _ in ran}) > 1
-    shown += [(_label(cell, several), "", found) for cell, found in ran]
+    several = len({entry.backbone for entry, _ in ran}) > 1
+    shown += [(_label(entry, several), "", found) for entry, found in ran]
     estimates = [
         [_estimate(f"{prefix}{name}", found) for name in SHOWN_METRICS]
         for _, prefix, found in shown
@@ -106,7 +109,7 @@ def blocks(
 
 
 def _strips(
-    target: str, ran: list[tuple[Cell, list[RunPredictions]]], several: bool
+    target: str, ran: list[tuple[MatrixEntry, list[RunPredictions]]], several: bool
 ) -> list[Block]:
     """Return pictures of the first test world.
 
@@ -114,29 +117,29 @@ def _strips(
     where no pictures were recorded.
     """
     filmed = [
-        (cell, rollout_frames)
-        for cell, found in ran
+        (entry, rollout_frames)
+        for entry, found in ran
         if (rollout_frames := found[0].rollout_frames) is not None
     ]
     if not filmed:
         return []
-    least = min((cell.n_train or 0 for cell, _ in filmed if cell.n_train), default=0)
+    least = min((entry.n_train or 0 for entry, _ in filmed if entry.n_train), default=0)
     shown = {
-        _label(cell, several): frames
-        for cell, frames in filmed
-        if not cell.n_train or cell.n_train == least
+        _label(entry, several): frames
+        for entry, frames in filmed
+        if not entry.n_train or entry.n_train == least
     }
     caption = f"{target}: the first test world, one of the seeds; black is behind an episode's end."
     return [Figure(plots.strips(dict(list(shown.items())[:MAX_STRIPS])), caption)]
 
 
-def _label(cell: Cell, several: bool) -> str:
+def _label(entry: MatrixEntry, several: bool) -> str:
     """Return the name of a policy, with its backbone where there are ``several``."""
-    who = f"{cell.source} · {cell.technique}"
-    who += f" ({cell.backbone})" if several else ""
-    if not cell.n_train:
+    who = f"{entry.source} · {entry.technique}"
+    who += f" ({entry.backbone})" if several else ""
+    if not entry.n_train:
         return who
-    return f"{who}, {cell.n_train} episode{'' if cell.n_train == 1 else 's'}"
+    return f"{who}, {entry.n_train} episode{'' if entry.n_train == 1 else 's'}"
 
 
 def _estimate(name: str, found: list[RunPredictions]) -> Estimate:

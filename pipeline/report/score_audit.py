@@ -27,7 +27,7 @@ from scipy import stats as scipy_stats  # pyright: ignore[reportMissingTypeStubs
 from pipeline.config import registry
 from pipeline.report import blocks, plots
 from pipeline.report.blocks import Block, Bullets, Details, Heading, Text
-from pipeline.report.matrix import SCRATCH, Cell
+from pipeline.report.matrix import SCRATCH, MatrixEntry
 from pipeline.report.source_scores import PairScores, ScoreValue
 
 DRAWS = 200
@@ -86,16 +86,16 @@ class Audit:
     """A sentence for each target where following the score would have done harm."""
 
 
-def outcomes(cells: Sequence[Cell]) -> list[Outcome]:
+def outcomes(entries: Sequence[MatrixEntry]) -> list[Outcome]:
     """Return what fine-tuning showed, for targets with at least two sources.
 
     Techniques that train nothing are left out, and those that not every source was tried with.
     """
-    tried: dict[tuple[str, str], dict[str, dict[str, Cell]]] = defaultdict(dict)
-    for cell in cells:
-        if cell.source != SCRATCH and cell.mean is not None and cell.params_trained:
-            group = tried[cell.target, cell.label_fraction]
-            group.setdefault(cell.source, {})[cell.technique] = cell
+    tried: dict[tuple[str, str], dict[str, dict[str, MatrixEntry]]] = defaultdict(dict)
+    for entry in entries:
+        if entry.source != SCRATCH and entry.mean is not None and entry.params_trained:
+            group = tried[entry.target, entry.label_fraction]
+            group.setdefault(entry.source, {})[entry.technique] = entry
     out: list[Outcome] = []
     for (target, fraction), by_source in tried.items():
         each = [set(found) for found in by_source.values()]
@@ -108,14 +108,14 @@ def outcomes(cells: Sequence[Cell]) -> list[Outcome]:
         halves: dict[str, float] = {}
         for source, found in by_source.items():
             chosen = [found[technique] for technique in sorted(common)]
-            means[source] = sign * fmean(cell.mean or 0.0 for cell in chosen)
-            halves[source] = fmean(_half_width(cell) for cell in chosen)
+            means[source] = sign * fmean(entry.mean or 0.0 for entry in chosen)
+            halves[source] = fmean(_half_width(entry) for entry in chosen)
         out.append(Outcome(target, fraction, first.metric, first.higher_is_better, means, halves))
     return out
 
 
-def _half_width(cell: Cell) -> float:
-    return 0.0 if cell.low is None or cell.high is None else (cell.high - cell.low) / 2
+def _half_width(entry: MatrixEntry) -> float:
+    return 0.0 if entry.low is None or entry.high is None else (entry.high - entry.low) / 2
 
 
 # ---------------------------------------------------------------- one score
@@ -291,7 +291,7 @@ def _misled(outcome: Outcome, order: Mapping[str, float]) -> str:
 
 
 def audits(
-    cells: Sequence[Cell], scores: Mapping[str, PairScores], modalities: Mapping[str, str]
+    entries: Sequence[MatrixEntry], scores: Mapping[str, PairScores], modalities: Mapping[str, str]
 ) -> list[Audit]:
     """Return an audit for each domain and score.
 
@@ -299,11 +299,11 @@ def audits(
     the metric.
 
     Args:
-        cells: The cells of the matrix.
+        entries: The entries of the matrix.
         scores: ``source|target`` to every score.
         modalities: Target to its modality. Targets that are not in it are a domain of their own.
     """
-    shown = outcomes(cells)
+    shown = outcomes(entries)
     metrics: dict[str, set[str]] = defaultdict(set)
     for outcome in shown:
         metrics[modalities.get(outcome.target, "")].add(outcome.metric)
@@ -317,10 +317,10 @@ def audits(
         targets = {outcome.target for outcome in found}
         pairs = [pair for pair in scores.values() if pair.target in targets]
         trial_seconds = [
-            cell.seconds
-            for cell in cells
-            if cell.target in targets and cell.source != SCRATCH and cell.params_trained
-            if cell.seconds is not None
+            entry.seconds
+            for entry in entries
+            if entry.target in targets and entry.source != SCRATCH and entry.params_trained
+            if entry.seconds is not None
         ]
         for name in dict.fromkeys(name for pair in pairs for name in pair.scores):
             values = {
@@ -476,13 +476,13 @@ def _number(value: float | None, unit: str = "") -> str:
 
 
 def blocks_of(
-    cells: Sequence[Cell], scores: Mapping[str, PairScores], modalities: Mapping[str, str]
+    entries: Sequence[MatrixEntry], scores: Mapping[str, PairScores], modalities: Mapping[str, str]
 ) -> list[Block]:
     """Return the section on scores of a report; [] where none were computed."""
     if not scores:
         return []
-    out = blocks_of_audits(audits(cells, scores, modalities))
-    tried = {(one.target, source) for one in outcomes(cells) for source in one.means}
+    out = blocks_of_audits(audits(entries, scores, modalities))
+    tried = {(one.target, source) for one in outcomes(entries) for source in one.means}
     targets = {target for target, _ in tried}
     untried = [
         f"{pair.source} for {pair.target}"

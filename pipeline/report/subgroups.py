@@ -23,8 +23,8 @@ from pipeline.core.metrics.catalog import Metric, Predictions
 from pipeline.data.manifests import Selection, read_columns
 from pipeline.report import per_label, stats
 from pipeline.report.blocks import DASH, Block, Heading, Table, Text, Value, decimal_places
-from pipeline.report.matrix import Cell
-from pipeline.report.plots import cell_label
+from pipeline.report.matrix import MatrixEntry
+from pipeline.report.plots import entry_label
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
@@ -209,13 +209,16 @@ def result_rows(run: RunPredictions, row: ResultRow) -> list[ResultRow]:
 
 
 def blocks(
-    target: str, done: Sequence[Cell], rows: Sequence[ResultRow], runs: dict[str, RunPredictions]
+    target: str,
+    done: Sequence[MatrixEntry],
+    rows: Sequence[ResultRow],
+    runs: dict[str, RunPredictions],
 ) -> list[Block]:
-    """Return the table of subgroups for the best finished cell with a source, and for scratch.
+    """Return the table of subgroups for the best finished entry with a source, and for scratch.
 
     Returns no block where no subgroups were named or test predictions are missing.
     """
-    compared = per_label.best_cell(done, rows, runs)
+    compared = per_label.best_entry(done, rows, runs)
     if compared is None or not all(run.subgroups for run in compared[1]):
         return []
     best, ours, scratch = compared
@@ -261,7 +264,7 @@ def blocks(
             line.append(_gain_cell(metric, subgroup, ours, scratch, digits) if found else DASH)
         body.append(line)
     caption = (
-        f"{target}: {cell_label(best)} of labels{' and scratch' if paired else ''}, "
+        f"{target}: {entry_label(best)} of labels{' and scratch' if paired else ''}, "
         f"{best.metric} with 95 % intervals. A subgroup with fewer than "
         f"{MIN_UNITS} {unit.lower()}, or without both classes, is not "
         f"scored.{per_label.SIGNS if paired else ''}"

@@ -35,7 +35,7 @@ class TrialRecord:
 
     trial_id: str
     cell: str = ""
-    """The cell of the matrix: all settings of the trial except hyper-parameters and seed."""
+    """The matrix entry: all settings of the trial except hyper-parameters and seed."""
     status: str = "done"
     """"done", "failed" or "pruned"."""
     error: str | None = None

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pipeline.core.metrics import catalog
 from pipeline.report import blocks, matrix, plots, stats
 from pipeline.report.blocks import Block, Value
-from pipeline.report.matrix import Cell, CellKey
+from pipeline.report.matrix import EntryKey, MatrixEntry
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
@@ -22,7 +22,7 @@ ZERO_SHOT = "zero_shot"
 
 
 def blocks_of(
-    cells: Sequence[Cell],
+    entries: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
     runs: Mapping[str, RunPredictions],
     decimals: Mapping[str, int],
@@ -30,32 +30,32 @@ def blocks_of(
     """Return a table of the techniques that used no label; nothing where zero_shot was not tried.
 
     Args:
-        cells: Cells of all targets.
+        entries: Entries of all targets.
         rows: Results rows.
         runs: Trial id to test predictions.
         decimals: Target to the decimals of its metric.
     """
-    trials: dict[CellKey, dict[str, None]] = defaultdict(dict)
+    trials: dict[EntryKey, dict[str, None]] = defaultdict(dict)
     for row in rows:
         if row.trial_stage == "final" and row.status == "done" and row.split == "test":
-            trials[matrix.cell_key(row)][row.trial_id] = None
-    without = [cell for cell in cells if cell.n_seeds and _uses_no_label(cell)]
-    references = {_place(cell): cell for cell in without if _name(cell) == ZERO_SHOT}
+            trials[matrix.entry_key(row)][row.trial_id] = None
+    without = [entry for entry in entries if entry.n_seeds and _uses_no_label(entry)]
+    references = {_place(entry): entry for entry in without if _name(entry) == ZERO_SHOT}
     body: list[list[str | Value]] = []
-    for cell in without:
-        reference = references.get(_place(cell))
-        if reference is None or _name(cell) == ZERO_SHOT:
+    for entry in without:
+        reference = references.get(_place(entry))
+        if reference is None or _name(entry) == ZERO_SHOT:
             continue
         ours, theirs = (
-            [runs[one] for one in trials[_key(of)] if one in runs] for of in (cell, reference)
+            [runs[one] for one in trials[_key(of)] if one in runs] for of in (entry, reference)
         )
-        gain, word = _gain(cell, ours, theirs, decimals[cell.target])
+        gain, word = _gain(entry, ours, theirs, decimals[entry.target])
         before, after = (
-            blocks.format_interval(of.mean, of.low, of.high, decimals[cell.target], "")
-            for of in (reference, cell)
+            blocks.format_interval(of.mean, of.low, of.high, decimals[entry.target], "")
+            for of in (reference, entry)
         )
         shown = Value((gain, f"{blocks.MARKS.get(word, '')} {word}".strip()), word)
-        body.append([cell.target, cell.source, cell.technique, before, after, shown])
+        body.append([entry.target, entry.source, entry.technique, before, after, shown])
     if not body:
         return []
     header = ["Target", "Source", "Technique", "zero_shot", "Adapted", "Gain over zero_shot"]
@@ -70,29 +70,29 @@ def blocks_of(
     ]
 
 
-def _uses_no_label(cell: Cell) -> bool:
-    return cell.source != matrix.SCRATCH and plots.fraction_label(cell.label_fraction) == "none"
+def _uses_no_label(entry: MatrixEntry) -> bool:
+    return entry.source != matrix.SCRATCH and plots.fraction_label(entry.label_fraction) == "none"
 
 
-def _name(cell: Cell) -> str:
+def _name(entry: MatrixEntry) -> str:
     """Return the technique without its options."""
-    return cell.technique.partition(" (")[0]
+    return entry.technique.partition(" (")[0]
 
 
-def _place(cell: Cell) -> tuple[str, str, str]:
-    return cell.source, cell.backbone, cell.target
+def _place(entry: MatrixEntry) -> tuple[str, str, str]:
+    return entry.source, entry.backbone, entry.target
 
 
-def _key(cell: Cell) -> CellKey:
-    return cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction
+def _key(entry: MatrixEntry) -> EntryKey:
+    return entry.source, entry.backbone, entry.target, entry.technique, entry.label_fraction
 
 
 def _gain(
-    cell: Cell, ours: list[RunPredictions], theirs: list[RunPredictions], decimals: int
+    entry: MatrixEntry, ours: list[RunPredictions], theirs: list[RunPredictions], decimals: int
 ) -> tuple[str, str]:
     """Return a gain with its interval, and its verdict."""
-    metric = catalog.find(cell.metric)
-    if metric is None or len(ours) != cell.n_seeds or not theirs:
+    metric = catalog.find(entry.metric)
+    if metric is None or len(ours) != entry.n_seeds or not theirs:
         return blocks.DASH, matrix.UNCOMPARED
     repeated = [replace(theirs[0], seed=run.seed) for run in ours]
     try:

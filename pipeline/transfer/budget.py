@@ -35,7 +35,7 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """A source with a technique: one cell of the matrix."""
+    """A source with a technique: one entry of the matrix."""
 
     rungs: tuple[Trial, ...]
     """Its search trial at each of `RUNGS`."""
@@ -49,8 +49,8 @@ class Pair:
         return str(self.rungs[0].technique)
 
     @property
-    def cell(self) -> str:
-        return self.rungs[0].cell
+    def entry(self) -> str:
+        return self.rungs[0].entry
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class Decision:
     reasons: dict[str, str] = field(default_factory=dict[str, str])
     """Id of the last trial of a pair that was cut to the reason."""
     cut: frozenset[str] = frozenset()
-    """Cells of the pairs that were cut."""
+    """Entries of the pairs that were cut."""
     notes: tuple[str, ...] = ()
     """A sentence on every contest that is decided."""
 
@@ -273,7 +273,7 @@ def decide(
                 tried=(*out.tried, *one.tried),
                 waiting=(*out.waiting, *one.waiting),
                 reasons=out.reasons | one.reasons,
-                cut=out.cut | {pair.cell for pair in one.cut},
+                cut=out.cut | {pair.entry for pair in one.cut},
                 notes=(*out.notes, *one.notes),
             )
         if out.waiting:
@@ -308,19 +308,19 @@ def _decide(
 ) -> _Contested:
     out, stages = _Contested(list(contest.pairs)), [i for i, n in enumerate(spending.rungs) if n]
     for number, rung in enumerate(stages, 1):
-        trials = {pair.cell: pair.rungs[rung] for pair in out.kept}
+        trials = {pair.entry: pair.rungs[rung] for pair in out.kept}
         out.rung, out.waiting = number, [one for one in trials.values() if one.id not in values]
         out.tried += [one for one in trials.values() if one.id in values]
         if out.waiting:
             return out
-        measured = {cell: values[one.id] for cell, one in trials.items()}
+        measured = {entry: values[one.id] for entry, one in trials.items()}
         ranked, keep = order(out.kept, measured, learned), spending.goes_on(rung)
         if keep > 1:  # what was learned elsewhere never cuts the best where several go on
             best = by_value(out.kept, measured)[0]
             ranked = [best, *(pair for pair in ranked if pair is not best)]
         by = "validation" + (" and by how its source and technique did" if learned.sources else "")
         for place, pair in enumerate(ranked[keep:], keep + 1):
-            out.reasons[trials[pair.cell].id] = (
+            out.reasons[trials[pair.entry].id] = (
                 f"{CUT_BY_BUDGET} after rung {number} of {len(stages)} ({RUNGS[rung]} of the "
                 f"steps): place {place} of {len(ranked)} by {by}"
             )
@@ -338,7 +338,7 @@ def _decide(
 
 def by_value(pairs: Sequence[Pair], values: Mapping[str, float | None]) -> list[Pair]:
     """Return the pairs by their value, the best first. Those without a value come last."""
-    return sorted(pairs, key=lambda pair: _sort_value(values[pair.cell]), reverse=True)
+    return sorted(pairs, key=lambda pair: _sort_value(values[pair.entry]), reverse=True)
 
 
 def _sort_value(value: float | None) -> float:
@@ -354,9 +354,9 @@ def order(
     source and of its technique on earlier targets. Without earlier targets it is the value alone.
     A single validation value of a short run is noisy; sources and techniques differ more lastingly.
     """
-    found = [_sort_value(values[pair.cell]) for pair in pairs]
+    found = [_sort_value(values[pair.entry]) for pair in pairs]
     own = {
-        pair.cell: sum(other > value for other in found) / max(1, len(found) - 1)
+        pair.entry: sum(other > value for other in found) / max(1, len(found) - 1)
         for pair, value in zip(pairs, found, strict=True)
     }
-    return sorted(pairs, key=lambda pair: own[pair.cell] + sum(learned.places(pair)))
+    return sorted(pairs, key=lambda pair: own[pair.entry] + sum(learned.places(pair)))

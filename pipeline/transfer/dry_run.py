@@ -107,13 +107,13 @@ def _describe_target(
     cost = _TargetCost([])
     for fraction in stage.spec.label_fractions:
         counts = [one for one in all_counts if fraction or adapts_without_labels(one[0])]
-        cells = sum(count for _, count, _, _ in counts)
+        entries = sum(count for _, count, _, _ in counts)
         tried_again = sum(count * again for _, count, _, again in counts)
         searched = tried_again + sum(count * number for _, count, number, _ in counts)
         search = f"{searched} search"
         if tried_again:
             search += f" ({tried_again} of them try the best draws again)"
-        final = cells * seeds
+        final = entries * seeds
         share = grid.fraction_text(fraction, stage.spec.objective.name)
         size, spending = planned.get((name, share), (None, None))
         if size is not None and spending is not None:
@@ -145,7 +145,7 @@ def _describe_target(
         cost.trials += searched + final
         unit = "documents" if stage.packed else "rows"
         cost.lines.append(
-            f"target {name} at {share} labels: {cells} cells = {search} + {final} final "
+            f"target {name} at {share} labels: {entries} entries = {search} + {final} final "
             f"trials of {length} on {rows} {unit}{'' if fraction else ' without labels'}; "
             f"{stage.splits.sizes()}"
         )

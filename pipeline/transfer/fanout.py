@@ -45,7 +45,7 @@ from pipeline.transfer.scoring import Pair, score_pair, shift_of_test
 from pipeline.transfer.trial import Shared
 
 RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
-"""ASHA halves the trials of a cell at 20, 40 and 80 percent of their steps, however often they
+"""ASHA halves the trials of an entry at 20, 40 and 80 percent of their steps, however often they
 validate.
 """
 UNIT_TRIALS = 64
@@ -378,14 +378,14 @@ def release_memory() -> None:
 
 
 class GroupedASHA(TrialScheduler):
-    """ASHA (Li et al. 2020) within each cell.
+    """ASHA (Li et al. 2020) within each entry.
 
     Only trials of one source, target, technique and label fraction compete.
     """
 
-    def __init__(self, cells: dict[int, str]):
+    def __init__(self, entries: dict[int, str]):
         super().__init__()
-        self.cells = cells
+        self.entries = entries
         self.groups: dict[str, TrialScheduler] = {}
         self._metric, self._mode = "goodness", "max"
         self._order = FIFOScheduler()
@@ -394,12 +394,12 @@ class GroupedASHA(TrialScheduler):
         return True
 
     def _of(self, trial) -> TrialScheduler:
-        cell = self.cells[trial.config["unit"]]
-        if cell not in self.groups:
-            self.groups[cell] = ASHAScheduler(
+        entry = self.entries[trial.config["unit"]]
+        if entry not in self.groups:
+            self.groups[entry] = ASHAScheduler(
                 time_attr="percent", metric="goodness", mode="max", stop_last_trials=False, **RUNGS
             )
-        return self.groups[cell]
+        return self.groups[entry]
 
     def on_trial_add(self, tune_controller, trial):
         self._of(trial).on_trial_add(tune_controller, trial)
@@ -423,11 +423,11 @@ class GroupedASHA(TrialScheduler):
         return self._order.choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:
-        return f"ASHA in {len(self.groups)} cells"
+        return f"ASHA in {len(self.groups)} entries"
 
 
 class ProgressCallback(tune.Callback):
-    """Shows progress, and removes a trial's bundle as soon as a better one of its cell exists."""
+    """Shows progress, and removes a trial's bundle as soon as a better one of its entry exists."""
 
     def __init__(
         self,
@@ -496,7 +496,7 @@ class ProgressCallback(tune.Callback):
 
 
 def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, TrialRecord]) -> None:
-    """Remove the bundles of trials that another seed of their cell beats on validation."""
+    """Remove the bundles of trials that another seed of their entry beats on validation."""
     if keep != "best":
         return
     records = trial.read_records(root, [one.id for one in trials])
@@ -504,12 +504,12 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Tri
         record = records.get(one.id)
         if record is None or record.status != "done" or not record.rows[0].bundle_uri:
             continue
-        old = best.get(one.cell)
+        old = best.get(one.entry)
         loser: TrialRecord | None = record
         if old is None or _is_better(record, old):
-            best[one.cell], loser = record, old
+            best[one.entry], loser = record, old
         uri = loser.rows[0].bundle_uri if loser is not None else None
-        if loser is not None and uri and loser.trial_id != best[one.cell].trial_id:
+        if loser is not None and uri and loser.trial_id != best[one.entry].trial_id:
             storage.remove_tree(uri)
 
 
@@ -696,7 +696,7 @@ def _tune(
         and any(unit.first.stage == "search" for unit in work)
         and not workers
     )
-    scheduler = GroupedASHA({i: unit.first.cell for i, unit in enumerate(work)}) if asha else None
+    scheduler = GroupedASHA({i: unit.first.entry for i, unit in enumerate(work)}) if asha else None
     scratch = tempfile.mkdtemp(prefix="onetomany-tune-")
     watchdog = Watchdog(work, spec, progress)
     try:

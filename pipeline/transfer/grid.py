@@ -82,8 +82,8 @@ class Trial:
     """Ids of the finished trials whose weights it combines (``Technique.after_fanout``)."""
 
     @property
-    def cell(self) -> str:
-        """The cell of the matrix: all settings of the trial except hyper-parameters and seed."""
+    def entry(self) -> str:
+        """The entry of the matrix: all settings of the trial except hyper-parameters and seed."""
         return "|".join(
             (
                 self.source,
@@ -200,10 +200,10 @@ def backbone_groups(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> lis
 def draws(
     job: Job, target: Target, technique: ComponentConfig, in_memory: bool = True
 ) -> list[dict[str, Any]]:
-    """Draw hyper-parameters for the cells of a technique on a target.
+    """Draw hyper-parameters for the entries of a technique on a target.
 
     A pair [low, high] is drawn log-uniformly, and one value is chosen from a longer list. Ranges
-    that the job states are drawn from once, the same for every cell and for scratch. With
+    that the job states are drawn from once, the same for every entry and for scratch. With
     ``search: auto`` each technique has as many draws, of the ranges that it declares for this
     target; the first of them is the job's own settings.
 
@@ -390,10 +390,10 @@ def baseline_trials(job: Job, target_name: str, group: BackboneGroup, data_key: 
     return out
 
 
-def planned_cells(
+def planned_entries(
     job: Job, target_name: str, found: list[BackboneGroup], chosen: set[str]
 ) -> list[tuple[BackboneGroup, str, ComponentConfig, Fraction]]:
-    """Return (group, source, technique, label fraction) for each cell of a target.
+    """Return (group, source, technique, label fraction) for each entry of a target.
 
     A technique without training has a label fraction of 0 rows; of the others only those have it
     that need no label. ``chosen`` are the sources that may be used.
@@ -424,7 +424,7 @@ def planned_cells(
 def make_trial(
     job: Job,
     target_name: str,
-    cell: tuple[BackboneGroup, str, ComponentConfig, Fraction],
+    entry: tuple[BackboneGroup, str, ComponentConfig, Fraction],
     hyper: dict[str, Any],
     seed: int,
     stage: str,
@@ -432,7 +432,7 @@ def make_trial(
     data_key: str,
     members: tuple[str, ...] = (),
 ) -> Trial:
-    group, source, component, fraction = cell
+    group, source, component, fraction = entry
     target = job.targets[target_name]
     what = [
         target.model_dump(mode="json", include={"objective", "metric", "workers"}),

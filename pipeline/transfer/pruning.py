@@ -16,7 +16,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config.schema import CHECKPOINT_PREFIXES
 from pipeline.io import checksums, storage
 from pipeline.report import results
-from pipeline.report.matrix import SCRATCH, cell_key
+from pipeline.report.matrix import SCRATCH, entry_key
 from pipeline.report.results import ResultRow
 from pipeline.train import resume_history
 
@@ -26,7 +26,7 @@ other job prunes them.
 """
 STACKS = "stacks"
 """Folder in a job's folder with the resume points of heads that train together."""
-MOST_CELLS = 6
+MOST_ENTRIES = 6
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StaleTrials:
 
     rows: int
     trials: tuple[str, ...]
-    cells: tuple[str, ...]
+    entries: tuple[str, ...]
     kept: dict[str, str] = field(default_factory=dict)
     """Trial id to the users of its bundle. These trials are kept."""
     stacks: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class StaleTrials:
             out = [
                 f"stale: {self.rows} rows of {results.FILE} and the folders of "
                 f"{len(self.trials)} trials, with their bundles",
-                *self.cells,
+                *self.entries,
             ]
         if self.stacks:
             out.append(
@@ -77,19 +77,19 @@ def describe_stale(rows: Sequence[ResultRow]) -> list[str]:
     stale = [row for row in rows if row.current is False]
     if not stale:
         return []
-    found = _cells(stale)
-    more = f" and {len(found) - MOST_CELLS} more" if len(found) > MOST_CELLS else ""
+    found = _entries(stale)
+    more = f" and {len(found) - MOST_ENTRIES} more" if len(found) > MOST_ENTRIES else ""
     return [
         f"{len(stale)} of the {len(rows)} rows of {results.FILE} are stale: their trials are "
         "not in the job any more, and they stand in no table here "
-        f"(the column current is false): {'; '.join(found[:MOST_CELLS])}{more}. `onetomany "
+        f"(the column current is false): {'; '.join(found[:MOST_ENTRIES])}{more}. `onetomany "
         "report JOB --prune-stale` removes them"
     ]
 
 
-def _cells(rows: Iterable[ResultRow]) -> list[str]:
-    """Return the cells of some rows, each with its number of trials."""
-    trials = {(row.trial_id, row.trial_stage): cell_key(row) for row in rows}
+def _entries(rows: Iterable[ResultRow]) -> list[str]:
+    """Return the entries of some rows, each with its number of trials."""
+    trials = {(row.trial_id, row.trial_stage): entry_key(row) for row in rows}
     count = Counter(trials.values())
     out = []
     for (source, backbone, target, technique, fraction), number in count.items():
@@ -120,7 +120,7 @@ def find_stale(root: str, current: set[str], used: Mapping[str, str]) -> StaleTr
     gone = there - kept.keys()
     stale = [row for row in rows if row.trial_id in gone]
     stacks = _stale_stacks(root, current)
-    return StaleTrials(len(stale), tuple(sorted(gone)), tuple(_cells(stale)), kept, stacks)
+    return StaleTrials(len(stale), tuple(sorted(gone)), tuple(_entries(stale)), kept, stacks)
 
 
 def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:

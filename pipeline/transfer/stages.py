@@ -928,13 +928,13 @@ def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
     return chosen
 
 
-def _cells(
+def _entries(
     state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
 ) -> list[tuple[str, tuple[BackboneGroup, str, Any, Any]]]:
     return [
-        (name, cell)
+        (name, entry)
         for name in state.targets
-        for cell in grid.planned_cells(
+        for entry in grid.planned_entries(
             state.job,
             name,
             [b for b in groups if set(b.sources) & set(matching(state, name))],
@@ -946,39 +946,39 @@ def _cells(
 def _trial(
     state: JobState,
     name: str,
-    cell: tuple[BackboneGroup, str, Any, Any],
+    entry: tuple[BackboneGroup, str, Any, Any],
     hyper: dict[str, Any],
     seed: int,
     stage: str,
     members: tuple[str, ...] = (),
 ) -> Trial:
-    key = state.sources[cell[1]].key if cell[1] != SCRATCH else ""
-    target, technique = state.targets[name], technique_of(cell[2])
+    key = state.sources[entry[1]].key if entry[1] != SCRATCH else ""
+    target, technique = state.targets[name], technique_of(entry[2])
     data_key = target.key
     # without labels they are the training rows of every technique, whose number makes its steps
-    are_trained_on = cell[3] == 0 and grid.needs_training(cell[2])
+    are_trained_on = entry[3] == 0 and grid.needs_training(entry[2])
     if target.unlabelled_key and (are_trained_on or targets.reads_target(technique)):
         data_key = spec_hash(data_key, target.unlabelled_key)
-    return grid.make_trial(state.job, name, cell, hyper, seed, stage, key, data_key, members)
+    return grid.make_trial(state.job, name, entry, hyper, seed, stage, key, data_key, members)
 
 
 def search_trials(
     state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
 ) -> list[Trial]:
-    """Return a trial for every cell and draw; none of a cell where there is only one draw."""
+    """Return a trial for every entry and draw; none of an entry where there is only one draw."""
     if state.job.fanout.trials == 1:
         return []
     streamed = state.streamed
     if streamed is None:
         streamed = _read_metadata(state).get("streamed", [])
     out: list[Trial] = []
-    for name, cell in _cells(state, groups, chosen):
-        if not grid.needs_training(cell[2]):
+    for name, entry in _entries(state, groups, chosen):
+        if not grid.needs_training(entry[2]):
             continue
-        in_memory = f"{name}|{cell[0].key}" not in streamed
-        draws = grid.draws(state.job, state.job.targets[name], cell[2], in_memory)
+        in_memory = f"{name}|{entry[0].key}" not in streamed
+        draws = grid.draws(state.job, state.job.targets[name], entry[2], in_memory)
         if len(draws) > 1:
-            out += [_trial(state, name, cell, hyper, 0, "search") for hyper in draws]
+            out += [_trial(state, name, entry, hyper, 0, "search") for hyper in draws]
     return out
 
 
@@ -988,19 +988,19 @@ def finalist_trials(
     chosen: dict[str, set[str]],
     ranked: dict[str, list[dict[str, float]]],
 ) -> list[Trial]:
-    """Return trials of the best few draws of every cell with further seeds.
+    """Return trials of the best few draws of every entry with further seeds.
 
     Their number is in `Fanout.search_finalists`. There are none where there is a single draw.
 
     Args:
-        ranked: Cell to its draws, the best first.
+        ranked: Entry to its draws, the best first.
     """
     spec, out = state.job.fanout.search_finalists, []
-    for name, cell in _cells(state, groups, chosen) if ranked else ():
-        best = ranked.get(_trial(state, name, cell, {}, 0, "search").cell, [])[: spec.top]
+    for name, entry in _entries(state, groups, chosen) if ranked else ():
+        best = ranked.get(_trial(state, name, entry, {}, 0, "search").entry, [])[: spec.top]
         if len(best) > 1:
             out += [
-                _trial(state, name, cell, hyper, grid.FURTHER_SEARCH_SEEDS + i, "search")
+                _trial(state, name, entry, hyper, grid.FURTHER_SEARCH_SEEDS + i, "search")
                 for hyper in best
                 for i in range(spec.seeds)
             ]
@@ -1014,27 +1014,27 @@ def final_trials(
     winners: dict[str, dict[str, float]],
     cut: Collection[str] = (),
 ) -> list[Trial]:
-    """Return the trials of every cell's winner with every seed.
+    """Return the trials of every entry's winner with every seed.
 
-    A cell whose search has no winner has the settings of the target. Cells that were ``cut`` by a
-    budget have no final trials.
+    An entry whose search has no winner has the settings of the target. Entries that were ``cut`` by
+    a budget have no final trials.
     """
     out: list[Trial] = []
     combined = []
-    for name, cell in _cells(state, groups, chosen):
-        if grid.combines_trials(cell[2]):
-            combined.append((name, cell))
+    for name, entry in _entries(state, groups, chosen):
+        if grid.combines_trials(entry[2]):
+            combined.append((name, entry))
             continue
-        cell_name = _trial(state, name, cell, {}, 0, "final").cell
-        if cell_name in cut:
+        entry_name = _trial(state, name, entry, {}, 0, "final").entry
+        if entry_name in cut:
             continue
-        hyper = winners.get(cell_name, {})
+        hyper = winners.get(entry_name, {})
         out += [
-            _trial(state, name, cell, hyper, seed, "final")
-            for seed in range(state.job.fanout.seeds if grid.needs_training(cell[2]) else 1)
+            _trial(state, name, entry, hyper, seed, "final")
+            for seed in range(state.job.fanout.seeds if grid.needs_training(entry[2]) else 1)
         ]
-    for name, cell in combined:
-        group, source, component, fraction = cell
+    for name, entry in combined:
+        group, source, component, fraction = entry
         members = tuple(
             one.id
             for one in out
@@ -1043,7 +1043,7 @@ def final_trials(
             # 1 and 1.0 are equal numbers, but one row a class and all rows
             and grid.fraction_text(one.label_fraction) == grid.fraction_text(fraction)
         )
-        out.append(_trial(state, name, cell, {}, 0, "final", members))
+        out.append(_trial(state, name, entry, {}, 0, "final", members))
     return [*out, *_baseline_trials(state, groups)]
 
 
@@ -1080,7 +1080,7 @@ def planned_spending(
 
 
 def _size(scratch: Sequence[Any], pairs: Sequence[Any], seeds: int) -> budget.Size:
-    """Return the size of a contest, given the technique of each of its cells."""
+    """Return the size of a contest, given the technique of each of its entries."""
     return budget.Size(
         len(pairs),
         sum((budget.relative_cost(one) for one in scratch), Fraction(0)) * seeds,
@@ -1092,27 +1092,27 @@ def _contests(
     state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
 ) -> list[budget.Contest]:
     """Return the contests of a job, in the order of its targets and label fractions."""
-    cells: dict[tuple[str, str], list[tuple[BackboneGroup, str, Any, Any]]] = defaultdict(list)
-    for name, cell in _cells(state, groups, chosen):
-        if grid.needs_training(cell[2]):
+    entries: dict[tuple[str, str], list[tuple[BackboneGroup, str, Any, Any]]] = defaultdict(list)
+    for name, entry in _entries(state, groups, chosen):
+        if grid.needs_training(entry[2]):
             objective = state.targets[name].spec.objective.name
-            cells[name, grid.fraction_text(cell[3], objective)].append(cell)
+            entries[name, grid.fraction_text(entry[3], objective)].append(entry)
     out: list[budget.Contest] = []
-    for (name, fraction), found in cells.items():
+    for (name, fraction), found in entries.items():
         train = state.targets[name].spec.train
-        competing = [cell for cell in found if not grid.starts_random(cell[2])]
+        competing = [entry for entry in found if not grid.starts_random(entry[2])]
         pairs = [
             budget.Pair(
                 tuple(
-                    _trial(state, name, cell, budget.shortened(train, rung), 0, "search")
+                    _trial(state, name, entry, budget.shortened(train, rung), 0, "search")
                     for rung in range(len(budget.RUNGS))
                 )
             )
-            for cell in competing
+            for entry in competing
         ]
         size = _size(
-            [cell[2] for cell in found if grid.starts_random(cell[2])],
-            [cell[2] for cell in competing],
+            [entry[2] for entry in found if grid.starts_random(entry[2])],
+            [entry[2] for entry in competing],
             state.job.fanout.seeds,
         )
         out.append(budget.Contest(name, fraction, tuple(pairs), size))
@@ -1185,7 +1185,7 @@ def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial
 
 
 def finetune(state: JobState, shared: Shared) -> list[Trial]:
-    """Run the search, the best draws again, and then every cell's winner with every seed.
+    """Run the search, the best draws again, and then every entry's winner with every seed.
 
     There is a search only where there are several draws. Returns all trials of the job.
     """
@@ -1227,9 +1227,9 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
         )
         search = [*search, *again]
     winners = winning_draws(search, records)
-    for cell in sorted({one.cell for one in search} - set(winners)):
+    for entry in sorted({one.entry for one in search} - set(winners)):
         state.notes.append(
-            f"search: no trial of {cell} ended well, so it has no winner: its final trials run "
+            f"search: no trial of {entry} ended well, so it has no winner: its final trials run "
             "with the target's own settings"
         )
         state.progress.note(f"warning: {state.notes[-1]}")
@@ -1327,7 +1327,7 @@ def _validation_value(record: TrialRecord) -> float | None:
 def _tried(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, list[tuple[dict[str, float], list[float]]]]:
-    """Return cell to its draws, each with the validation value of every seed, larger is better.
+    """Return entry to its draws, each with the validation value of every seed, larger is better.
 
     Trials without a record and those that failed, were stopped early or have no value are left out.
     """
@@ -1336,37 +1336,37 @@ def _tried(
         value = None if record is None else _validation_value(record)
         if value is None:
             continue
-        _, values = out[one.cell].setdefault(
+        _, values = out[one.entry].setdefault(
             json.dumps(one.hyper_parameters, sort_keys=True), (one.hyper_parameters, {})
         )
         values[one.id] = value
     return {
-        cell: [(hyper, list(values.values())) for hyper, values in draws.values()]
-        for cell, draws in out.items()
+        entry: [(hyper, list(values.values())) for hyper, values in draws.values()]
+        for entry, draws in out.items()
     }
 
 
 def ranked_draws(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, list[dict[str, float]]]:
-    """Return cell to its draws, the best first.
+    """Return entry to its draws, the best first.
 
     Of equally good draws the one that was drawn first comes first.
     """
     return {
-        cell: [hyper for hyper, _ in sorted(draws, key=_draw_sort_key, reverse=True)]
-        for cell, draws in _tried(search, records).items()
+        entry: [hyper for hyper, _ in sorted(draws, key=_draw_sort_key, reverse=True)]
+        for entry, draws in _tried(search, records).items()
     }
 
 
 def winning_draws(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, dict[str, float]]:
-    """Return the best draw of every cell on validation, at equal budget.
+    """Return the best draw of every entry on validation, at equal budget.
 
     Trials that were stopped early or failed cannot win.
     """
-    return {cell: ranked[0] for cell, ranked in ranked_draws(search, records).items()}
+    return {entry: ranked[0] for entry, ranked in ranked_draws(search, records).items()}
 
 
 def _draw_sort_key(draw: tuple[dict[str, float], list[float]]) -> tuple[int, float]:
@@ -1445,8 +1445,8 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
                     row = replace(row, interval=f"{row.interval}; {note}" if row.interval else note)
             rows.append(row)
         rows += _by_subgroup(state, predictions, rows, one)
-    cells = matrix.matrix_cells(rows, _tested_runs(state, rows, targets_of))
-    rows = _with_best_baseline(_compared(rows, cells), cells, predictions)
+    entries = matrix.matrix_entries(rows, _tested_runs(state, rows, targets_of))
+    rows = _with_best_baseline(_compared(rows, entries), entries, predictions)
     results.append(root, rows, current={one.id for one in found})
     return rows
 
@@ -1480,16 +1480,16 @@ def _tested_runs(
     }
 
 
-def _compared(rows: list[ResultRow], cells: list[matrix.Cell]) -> list[ResultRow]:
-    """Fill in the columns that need the comparison of whole cells.
+def _compared(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) -> list[ResultRow]:
+    """Fill in the columns that need the comparison of whole entries.
 
     They are the number of paired seeds, the corrected p value (primary metric only) and the gain
     over the target's best scratch network with the same seed. Only test rows of trials with a
     source have them.
     """
     by_key = {
-        (cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction): cell
-        for cell in cells
+        (entry.source, entry.backbone, entry.target, entry.technique, entry.label_fraction): entry
+        for entry in entries
     }
     tested = [row for row in rows if _is_tested(row)]
     scratch = {
@@ -1499,28 +1499,28 @@ def _compared(rows: list[ResultRow], cells: list[matrix.Cell]) -> list[ResultRow
     }
     out: list[ResultRow] = []
     for row in rows:
-        cell = by_key.get(matrix.cell_key(row))
+        entry = by_key.get(matrix.entry_key(row))
         if (
             not _is_tested(row)
-            or cell is None
+            or entry is None
             or row.source == SCRATCH
             or "@" in (row.metric or "")
         ):
             out.append(row)
             continue
         best = scratch.get(
-            (cell.baseline, row.target, row.label_fraction, row.metric, row.seed, row.fold)
+            (entry.baseline, row.target, row.label_fraction, row.metric, row.seed, row.fold)
         )
         baseline_gain = (
             None
             if best is None or row.value is None
             else (row.value - best) * (1 if row.higher_is_better else -1)
         )
-        gain_p_holm = cell.gain_p_holm if row.metric == cell.metric else None
+        gain_p_holm = entry.gain_p_holm if row.metric == entry.metric else None
         out.append(
             replace(
                 row,
-                paired_seeds=cell.paired_seeds,
+                paired_seeds=entry.paired_seeds,
                 gain_p_holm=gain_p_holm,
                 baseline_gain=baseline_gain,
             )
@@ -1530,14 +1530,14 @@ def _compared(rows: list[ResultRow], cells: list[matrix.Cell]) -> list[ResultRow
 
 def _with_best_baseline(
     rows: list[ResultRow],
-    cells: list[matrix.Cell],
+    entries: list[matrix.MatrixEntry],
     predictions: Callable[[str, int], stats.RunPredictions | None],
 ) -> list[ResultRow]:
     """Fill in the gain over the target's best baseline, with the same label fraction and seed."""
     best = {
-        (cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction): cell
-        for cell in cells
-        if cell.best_baseline
+        (entry.source, entry.backbone, entry.target, entry.technique, entry.label_fraction): entry
+        for entry in entries
+        if entry.best_baseline
     }
     of_baselines = {
         (
@@ -1553,17 +1553,17 @@ def _with_best_baseline(
     }
     out: list[ResultRow] = []
     for row in rows:
-        cell = best.get(matrix.cell_key(row))
-        if cell is None or not _is_tested(row):
+        entry = best.get(matrix.entry_key(row))
+        if entry is None or not _is_tested(row):
             out.append(row)
             continue
         seed_and_fold = row.seed, row.fold
-        key = (row.target, row.label_fraction, cell.best_baseline, *seed_and_fold, row.metric)
+        key = (row.target, row.label_fraction, entry.best_baseline, *seed_and_fold, row.metric)
         gain, low, high = _gain_over(predictions, row, of_baselines.get(key))
         out.append(
             replace(
                 row,
-                best_baseline=cell.best_baseline,
+                best_baseline=entry.best_baseline,
                 best_baseline_gain=gain,
                 best_baseline_low=low,
                 best_baseline_high=high,
@@ -1657,14 +1657,16 @@ def _gain_over(
     return stats.gain(of, [ours], [theirs])
 
 
-def show(state: JobState, rows: list[ResultRow]) -> tuple[list[matrix.Cell], tuple[str, str]]:
-    """Write the report, and return the cells of the table and the report's two URIs."""
+def show(
+    state: JobState, rows: list[ResultRow]
+) -> tuple[list[matrix.MatrixEntry], tuple[str, str]]:
+    """Write the report, and return the entries of the table and the report's two URIs."""
     root = state.job.root
     named = {row.trial_id: f"{row.target}{grid.fold_suffix(row.fold)}" for row in rows}
     rows = results.disambiguate_targets(rows)
     final = [row for row in rows if row.trial_stage == "final"]
     runs = _tested_runs(state, rows, named)
-    cells = origins.mark_cells(matrix.matrix_cells(rows, runs), rows, state.trial_provenance)
+    entries = origins.mark_entries(matrix.matrix_entries(rows, runs), rows, state.trial_provenance)
     curves = {
         name: record.curve
         for name, record in trial.read_records(root, {row.trial_id for row in final}).items()
@@ -1677,7 +1679,7 @@ def show(state: JobState, rows: list[ResultRow]) -> tuple[list[matrix.Cell], tup
     where = report.write(
         root,
         job_name=state.job.name,
-        cells=cells,
+        entries=entries,
         rows=rows,
         curves=curves,
         pretraining=[
@@ -1696,7 +1698,7 @@ def show(state: JobState, rows: list[ResultRow]) -> tuple[list[matrix.Cell], tup
             stage.name_in_job: stage.spec.data.modality.name for stage in state.targets.values()
         },
     )
-    return cells, where
+    return entries, where
 
 
 def _splits_of_targets(state: JobState) -> dict[str, str]:

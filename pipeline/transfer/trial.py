@@ -713,7 +713,7 @@ def make_record(
     made = trial_made_by(trial, data.spec, shared.backbone_groups[trial.backbone_key])
     return TrialRecord(
         trial.id,
-        trial.cell,
+        trial.entry,
         status,
         error,
         tuple(rows or [common]),
@@ -858,7 +858,7 @@ def write(
             technique=trial.drawn_technique.model_dump(mode="json")
             if keeps_modules(trial.technique_object)
             else None,
-            training={"trial": trial.cell, "seed": trial.seed},
+            training={"trial": trial.entry, "seed": trial.seed},
         )
         record = replace(record, rows=tuple(replace(row, bundle_uri=uri) for row in record.rows))
     checksums.write_document(storage.join(where, RECORD), record.to_json())

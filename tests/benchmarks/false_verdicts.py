@@ -4,12 +4,12 @@ through the report's own verdicts.
     .venv/bin/python tests/benchmarks/false_verdicts.py --json false_verdicts.json     # 3 minutes of processor time; --quick: 12 s
 
 No network is trained: predictions are drawn. Every test row has a difficulty that all networks
-share; each cell (source, technique) has rows that it finds easier or harder than the others do,
+share; each entry (source, technique) has rows that it finds easier or harder than the others do,
 whatever its seed (``Case.agree`` of the latent spread); each seed has a level of its own (deviation
-0.01 or 0.02 of the metric) and its own noise on every row. All cells have the same expected metric
-over rows and seeds, so every win and every loss is false. A matrix has 3 targets with 4 cells and
+0.01 or 0.02 of the metric) and its own noise on every row. All entries have the same expected metric
+over rows and seeds, so every win and every loss is false. A matrix has 3 targets with 4 entries and
 one scratch each, 12 comparisons, as the quickstart has; they go through
-``report.matrix.matrix_cells``, search and choice through ``transfer.stages``.
+``report.matrix.matrix_entries``, search and choice through ``transfer.stages``.
 
 Columns: false verdicts among the comparisons that were made (with their 95 % interval over
 matrices), what share was not judged (one paired seed, too few units), how many intervals exclude
@@ -76,13 +76,13 @@ import timing
 from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
 
-TARGETS, CELLS = 3, 4
+TARGETS, ENTRIES = 3, 4
 LEVEL = 0.8
 """Expected accuracy or AUROC of every network."""
 AGREE, NOISE = 0.3, 0.3
 STRONG_AGREE, WEAK_NOISE = 0.8, 0.2
-"""Deviations of what a cell finds hard whatever its seed, and of each run's own noise, on a latent
-scale where all sums to one. The second pair is the harder one for few units: the seeds of a cell
+"""Deviations of what an entry finds hard whatever its seed, and of each run's own noise, on a latent
+scale where all sums to one. The second pair is the harder one for few units: the seeds of an entry
 agree, so the units that happen to be tested on decide.
 """
 DRAWS, VALIDATION_ROWS, LOSS_PER_DECADE = 8, 200, 0.05
@@ -111,7 +111,7 @@ class Case:
     finalists: tuple[int, int] | None = None
     """Search with so many finalists and further seeds; none: no search."""
     lost: int = 0
-    """Seeds of every cell with a source that failed."""
+    """Seeds of every entry with a source that failed."""
 
 
 def cases() -> list[Case]:
@@ -178,8 +178,8 @@ class Target:
             else values[np.arange(self.case.rows) % self.case.groups]
         )
 
-    def cell(self) -> Cell:
-        return Cell(
+    def entry(self) -> MatrixEntry:
+        return MatrixEntry(
             self,
             self._by_group(self.rng.normal(0, self.case.agree, self.case.rows)),
             self.rng.normal(0, self.case.agree, VALIDATION_ROWS),
@@ -187,7 +187,7 @@ class Target:
 
 
 @dataclass
-class Cell:
+class MatrixEntry:
     """One source and technique (or scratch): what it finds hard on test and validation rows."""
 
     target: Target
@@ -228,7 +228,7 @@ class Cell:
 
 
 def matrix_of(case: Case, seed: int) -> list[Any]:
-    """The cells of one simulated job, as its report would have them."""
+    """The entries of one simulated job, as its report would have them."""
     from pipeline.core.metrics import catalog
     from pipeline.report import matrix
     from pipeline.report.stats import RunPredictions
@@ -240,10 +240,10 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
     draws = rng.uniform(-1, 1, DRAWS)
     for place in range(TARGETS):
         target = Target(case, rng)
-        for number in range(CELLS + 1):
-            source, cell = (
+        for number in range(ENTRIES + 1):
+            source, entry = (
                 ("none", "scratch") if not number else (f"source {number}", "full"),
-                target.cell(),
+                target.entry(),
             )
             seeds = case.scratch_seeds if not number and case.scratch_seeds else case.seeds
             common = ResultRow(
@@ -257,12 +257,12 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
                 metric=name,
                 higher_is_better=True,
             )
-            draw = _searched(case, cell, draws, common, rows) if case.finalists else 0.0
+            draw = _searched(case, entry, draws, common, rows) if case.finalists else 0.0
             for one in range(seeds - (case.lost if number else 0)):
                 trial_id = f"{place}-{number}-{one}"
                 runs[trial_id] = RunPredictions(
                     np.arange(case.rows),
-                    cell.test_predictions(-LOSS_PER_DECADE * draw**2),
+                    entry.test_predictions(-LOSS_PER_DECADE * draw**2),
                     one,
                     target.group,
                 )
@@ -278,11 +278,11 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
                         hyper_parameters="{}",
                     )
                 )
-    return [cell for cell in matrix.matrix_cells(rows, runs) if cell.source != "none"]
+    return [entry for entry in matrix.matrix_entries(rows, runs) if entry.source != "none"]
 
 
 def _searched(
-    case: Case, cell: Cell, draws: np.ndarray, common: ResultRow, rows: list[ResultRow]
+    case: Case, entry: MatrixEntry, draws: np.ndarray, common: ResultRow, rows: list[ResultRow]
 ) -> float:
     """The draw that a search chooses, through the stages' own ranking; its rows are added to the
     table.
@@ -299,21 +299,23 @@ def _searched(
             trial_stage="search",
             split="validation",
             seed=seed,
-            value=cell.validated(-LOSS_PER_DECADE * draw**2),
+            value=entry.validated(-LOSS_PER_DECADE * draw**2),
             drawn=json.dumps({"lr": draw}),
         )
         rows.append(row)
-        search.append(SimpleNamespace(id=row.trial_id, cell="cell", hyper_parameters={"lr": draw}))
+        search.append(
+            SimpleNamespace(id=row.trial_id, entry="entry", hyper_parameters={"lr": draw})
+        )
         records.append(TrialRecord(row.trial_id, rows=(row,)))
 
     assert case.finalists is not None
     top, further = case.finalists
     for draw in draws:
         add(float(draw), 0)
-    for hyper in stages.ranked_draws(search, records)["cell"][:top] if top > 1 else ():
+    for hyper in stages.ranked_draws(search, records)["entry"][:top] if top > 1 else ():
         for seed in range(1, 1 + further):
             add(hyper["lr"], seed)
-    return stages.winning_draws(search, records)["cell"]["lr"]
+    return stages.winning_draws(search, records)["entry"]["lr"]
 
 
 def measured(case: Case, matrices: int, first: int = 0) -> dict[str, Any]:
@@ -324,17 +326,19 @@ def measured(case: Case, matrices: int, first: int = 0) -> dict[str, Any]:
     for seed in range(first, first + matrices):
         found = matrix_of(case, seed)
         description = [
-            cell.verdict in ("wins", "loses")
-            for cell in found
-            if cell.verdict in ("wins", "loses", "not shown")
+            entry.verdict in ("wins", "loses")
+            for entry in found
+            if entry.verdict in ("wins", "loses", "not shown")
         ]
         shares += [float(np.mean(description))] if description else []
         plain.append(
             float(
-                np.mean([(cell.gain_low or 0) > 0 or (cell.gain_high or 0) < 0 for cell in found])
+                np.mean(
+                    [(entry.gain_low or 0) > 0 or (entry.gain_high or 0) < 0 for entry in found]
+                )
             )
         )
-        family += any(cell.survives for cell in found)
+        family += any(entry.survives for entry in found)
         judged, total = judged + len(description), total + len(found)
     mean = float(np.mean(shares)) if shares else 0.0
     spread = (
@@ -383,7 +387,7 @@ def main() -> None:
         "matrices with one after Holm",
     ]
     timing.table(
-        f"{matrices} matrices of {TARGETS * CELLS} comparisons without a difference", head, body
+        f"{matrices} matrices of {TARGETS * ENTRIES} comparisons without a difference", head, body
     )
     timing.write(args, found, results)
 

@@ -107,9 +107,9 @@ def shared_of(root: str) -> tuple[Any, Any]:
     )
 
     def some(count: int, first: int) -> list[Any]:
-        cell = (base, "source", ComponentConfig(name="full"), 1.0)
+        entry = (base, "source", ComponentConfig(name="full"), 1.0)
         return [
-            trials.make_trial(job, "target", cell, {}, first + k, "final", "random", "memory")
+            trials.make_trial(job, "target", entry, {}, first + k, "final", "random", "memory")
             for k in range(count)
         ]
 

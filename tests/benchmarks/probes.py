@@ -81,10 +81,10 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
         held,
         False,
     )
-    cell = (base, "photos", ComponentConfig(name="linear_probe", options={"solver": "sgd"}), 1.0)
+    entry = (base, "photos", ComponentConfig(name="linear_probe", options={"solver": "sgd"}), 1.0)
     made = [
         grid.make_trial(
-            job, "clothing", cell, {"lr": 1e-3 * 1.1 ** (k % 8)}, k, "final", "random", stage.key
+            job, "clothing", entry, {"lr": 1e-3 * 1.1 ** (k % 8)}, k, "final", "random", stage.key
         )
         for k in range(QUICK_HEADS if quick else HEADS)
     ]

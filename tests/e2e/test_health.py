@@ -72,7 +72,7 @@ def done(health_data, run_job):
     return run_job(JOB, HEALTH_DATA=health_data)
 
 
-def test_every_target_has_its_cells_and_metrics(done):
+def test_every_target_has_its_entries_and_metrics(done):
     rows = pq.read_table(done[0] / "results.parquet").to_pylist()
     assert all(row["status"] == "done" for row in rows)
     metrics = {

@@ -29,17 +29,17 @@ def table(folder: Path) -> list[dict]:
     return pq.read_table(folder / "runs/tiny/results.parquet").to_pylist()
 
 
-def test_every_cell_is_in_the_table(ran):
+def test_every_entry_is_in_the_table(ran):
     folder, _ = ran
     rows = [row for row in table(folder) if row["split"] == "test" and row["metric"] == "accuracy"]
-    cells = {(row["target"], row["source"], row["technique"], row["seed"]) for row in rows}
+    entries = {(row["target"], row["source"], row["technique"], row["seed"]) for row in rows}
     wanted = {
         (target, "none" if technique == "scratch" else source, technique, seed)
         for target, source in (("shoes", "garments"), ("reviews", "stories"))
         for technique in ("scratch", "linear_probe", "full", "lp_ft")
         for seed in (0, 1)
     }
-    assert cells == wanted
+    assert entries == wanted
     assert all(
         row["status"] == "done" and 0 <= row["value_low"] <= row["value"] <= row["value_high"] <= 1
         for row in rows

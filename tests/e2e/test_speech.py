@@ -87,7 +87,7 @@ def rows(done: Path) -> list[dict]:
     return pq.read_table(done / "results.parquet").to_pylist()
 
 
-def test_every_target_has_its_cells_and_metrics(done):
+def test_every_target_has_its_entries_and_metrics(done):
     tested = [row for row in rows(done) if row["split"] == "test"]
     assert all(row["status"] == "done" for row in rows(done))
     metrics = {
@@ -98,14 +98,14 @@ def test_every_target_has_its_cells_and_metrics(done):
         metrics["words"] == metrics["letters"] == {"wer", "cer", "loss"}
         and {"accuracy", "macro_f1", "loss"} <= metrics["digits"]
     )
-    cells = {(row["target"], row["source"], row["technique"]) for row in tested}
+    entries = {(row["target"], row["source"], row["technique"]) for row in tested}
     assert {
         ("words", "spoken", "linear_probe"),
         ("letters", "heard", "lora"),
         ("letters", "none", "scratch"),
         ("digits", "heard", "full"),
         ("digits", "spoken", "linear_probe"),
-    } <= cells
+    } <= entries
     assert {row["n_eval"] for row in tested} == {12}
 
 

@@ -242,10 +242,10 @@ def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany_on_ray):
         == {("none", "scratch"), ("garments", "full"), ("garments", "linear_probe")}
         == set(found[2])
     )
-    for cell, value in found[0].items():
-        assert found[2][cell] == pytest.approx(
-            value, rel=1e-4 if cell[1] == "linear_probe" else 0.1
-        ), cell
+    for entry, value in found[0].items():
+        assert found[2][entry] == pytest.approx(
+            value, rel=1e-4 if entry[1] == "linear_probe" else 0.1
+        ), entry
 
 
 def test_elastic_ranks_take_what_there_is(onetomany_on_ray, tmp_path):

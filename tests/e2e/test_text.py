@@ -96,7 +96,7 @@ def rows(done: Path) -> list[dict]:
     return pq.read_table(done / "results.parquet").to_pylist()
 
 
-def test_every_target_has_its_cells_and_metrics(done):
+def test_every_target_has_its_entries_and_metrics(done):
     tested = [row for row in rows(done) if row["split"] == "test"]
     assert all(row["status"] == "done" for row in rows(done))
     metrics = {
@@ -107,8 +107,8 @@ def test_every_target_has_its_cells_and_metrics(done):
     assert {"entity_f1", "entity_f1/person", "entity_f1/place"} <= metrics["entities"]
     assert {"answer_f1", "exact_match", "loss"} <= metrics["questions"]
     assert {"perplexity", "bits_per_byte", "loss"} <= metrics["stories"]
-    cells = {(row["target"], row["technique"]) for row in tested}
-    assert cells == {
+    entries = {(row["target"], row["technique"]) for row in tested}
+    assert entries == {
         ("pairs", "scratch"),
         ("pairs", "linear_probe"),
         ("pairs", "lora"),

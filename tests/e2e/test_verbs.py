@@ -182,7 +182,7 @@ def test_a_dry_run_counts_what_a_run_will_do(onetomany, tmp_path):
     ).stdout
     # 2 epochs of 9 rows in batches of 8
     assert (
-        "target shoes at 3/class labels: 4 cells = 0 search + 8 final trials of 3 steps on 9 rows"
+        "target shoes at 3/class labels: 4 entries = 0 search + 8 final trials of 3 steps on 9 rows"
         in more
     )
 
@@ -393,12 +393,12 @@ def test_the_quickstart_on_s3_wins_somewhere_and_hides_no_loss(
     } == {"scratch", "linear_probe", "full", "lp_ft"}
     shown = done.stdout
     assert "▲" in shown, "an interval of a gain that excludes zero"
-    cells = {
+    entries = {
         (row["target"], row["source"], row["technique"], row["label_fraction"]) for row in tested
     }
     lines = [
         line for line in shown.splitlines() if "%" in line and "[" in line and "95 %" not in line
     ]
-    assert len(lines) == len(cells), "each cell has its line, whether it won or lost"
+    assert len(lines) == len(entries), "each entry has its line, whether it won or lost"
     worse = [row for row in tested if row["gain"] is not None and row["gain"] < 0]
     assert not worse or "-0." in shown

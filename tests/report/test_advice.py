@@ -29,7 +29,7 @@ from pipeline.transfer import trial
 UNITS = 400
 
 
-def cell(
+def entry(
     source: str,
     technique: str,
     level: float | tuple[float, ...],
@@ -37,9 +37,9 @@ def cell(
     draw: int = 7,
     **more: Any,
 ) -> tuple[list[ResultRow], dict[str, RunPredictions]]:
-    """Test rows and predictions of a cell whose networks are right with probability ``level``.
+    """Test rows and predictions of an entry whose networks are right with probability ``level``.
 
-    Cells of the same ``draw`` are right on the same units as far as their levels allow.
+    Entries of the same ``draw`` are right on the same units as far as their levels allow.
     """
     rows, runs = [], {}
     levels = level if isinstance(level, tuple) else (level,) * seeds
@@ -81,9 +81,9 @@ def cell(
     return rows, runs
 
 
-def store(*cells: tuple[list[ResultRow], dict[str, RunPredictions]], name: str = "one") -> Store:
+def store(*entries: tuple[list[ResultRow], dict[str, RunPredictions]], name: str = "one") -> Store:
     rows, runs = [], {}
-    for found_rows, found_runs in cells:
+    for found_rows, found_runs in entries:
         rows += found_rows
         runs |= found_runs
     return Store(name, rows, runs)
@@ -91,11 +91,11 @@ def store(*cells: tuple[list[ResultRow], dict[str, RunPredictions]], name: str =
 
 def good_and_bad(**more: Any) -> Store:
     return store(
-        cell("none", "scratch", 0.60, **more),
-        cell("good", "full", 0.80, **more),
-        cell("good", "linear_probe", 0.75, **more),
-        cell("bad", "full", 0.50, **more),
-        cell("bad", "linear_probe", 0.45, **more),
+        entry("none", "scratch", 0.60, **more),
+        entry("good", "full", 0.80, **more),
+        entry("good", "linear_probe", 0.75, **more),
+        entry("bad", "full", 0.50, **more),
+        entry("bad", "linear_probe", 0.45, **more),
         name=str(more),
     )
 
@@ -109,7 +109,9 @@ def test_a_source_that_pays_is_recommended_and_one_that_hurts_is_named():
     assert found.expected is not None
     mean, low, high = found.expected
     store_ = good_and_bad()
-    measured = max(one.baseline_gain or 0 for one in matrix.matrix_cells(store_.rows, store_.runs))
+    measured = max(
+        one.baseline_gain or 0 for one in matrix.matrix_entries(store_.rows, store_.runs)
+    )
     assert 0 < low < mean < high and measured - 0.01 < mean < measured
     text = "\n".join(found.lines())
     assert "use source good with full" in text and "over 3 seeds" in text
@@ -119,19 +121,19 @@ def test_a_source_that_pays_is_recommended_and_one_that_hurts_is_named():
 
 
 def test_where_every_source_hurts_scratch_is_the_advice():
-    (found,) = advice.advise([store(cell("none", "scratch", 0.8), cell("bad", "full", 0.5))])
+    (found,) = advice.advise([store(entry("none", "scratch", 0.8), entry("bad", "full", 0.5))])
     assert (found.verdict, found.source) == ("scratch", None)
     assert "train from scratch" in found.headline
 
 
 def test_an_interval_around_zero_is_not_enough():
-    (found,) = advice.advise([store(cell("none", "scratch", 0.7), cell("same", "full", 0.71))])
+    (found,) = advice.advise([store(entry("none", "scratch", 0.7), entry("same", "full", 0.71))])
     assert (found.verdict, found.source) == ("not enough evidence", None)
     assert "contains zero" in found.headline
 
 
 def test_one_seed_is_not_enough():
-    few = store(cell("none", "scratch", 0.6, seeds=1), cell("good", "full", 0.9, seeds=1))
+    few = store(entry("none", "scratch", 0.6, seeds=1), entry("good", "full", 0.9, seeds=1))
     (found,) = advice.advise([few])
     assert found.verdict == "not enough evidence" and found.expected is None
     assert "1 seed paired with scratch, 2 are needed" in found.headline
@@ -139,7 +141,7 @@ def test_one_seed_is_not_enough():
 
 
 def test_without_scratch_there_is_no_gain():
-    (found,) = advice.advise([store(cell("good", "full", 0.9))])
+    (found,) = advice.advise([store(entry("good", "full", 0.9))])
     assert found.verdict == "not enough evidence" and "no gain over scratch" in found.headline
 
 
@@ -147,7 +149,7 @@ def test_one_more_seed_where_seeds_differ_most():
     """The runner-up's gains differ between seeds, the best one's do not."""
     gains = {"good": (0.27, 0.3, 0.33), "wild": (0.1, 0.29, 0.5)}
     known = store(
-        cell("none", "scratch", 0.5), cell("good", "full", 0.8), cell("wild", "full", 0.79)
+        entry("none", "scratch", 0.5), entry("good", "full", 0.8), entry("wild", "full", 0.79)
     )
     rows = [
         replace(row, value=0.5 + (gains[row.source][row.seed] if row.source in gains else 0.0))
@@ -161,7 +163,7 @@ def test_one_more_seed_where_seeds_differ_most():
 
 def test_seeds_that_agree_leave_the_doubt_to_the_test_rows():
     known = store(
-        cell("none", "scratch", 0.5), cell("good", "full", 0.8), cell("near", "full", 0.79)
+        entry("none", "scratch", 0.5), entry("good", "full", 0.8), entry("near", "full", 0.79)
     )
     rows = [replace(row, value=0.5 + 0.3 * (row.source != "none")) for row in known.rows]
     (found,) = advice.advise([Store("one", rows, known.runs)])
@@ -185,9 +187,9 @@ def test_two_stores_are_read_together():
 
 def test_scratch_that_two_stores_share_is_scratch_of_both():
     """The second job took the scratch trials of the first, so they have the same ids."""
-    scratch = cell("none", "scratch", 0.6)
-    one = store(scratch, cell("good", "full", 0.8))
-    two = store(scratch, cell("better", "full", 0.9), name="two")
+    scratch = entry("none", "scratch", 0.6)
+    one = store(scratch, entry("good", "full", 0.8))
+    two = store(scratch, entry("better", "full", 0.9), name="two")
     (found,) = advice.advise([one, two])
     assert found.headline == "use source better with full (two)"
     assert any("good with full (one) pays too" in line for line in found.others)
@@ -195,9 +197,11 @@ def test_scratch_that_two_stores_share_is_scratch_of_both():
 
 def test_twelve_gains_over_the_same_scratch_are_no_evidence_together():
     """Each measured interval contains zero; their mean has scratch's error, however many agree."""
-    cells = [cell(f"s{k}", "full", 0.68) for k in range(12)]
-    crowd = store(cell("none", "scratch", 0.60, draw=8), *cells)
-    measured = [one for one in matrix.matrix_cells(crowd.rows, crowd.runs) if one.source != "none"]
+    entries = [entry(f"s{k}", "full", 0.68) for k in range(12)]
+    crowd = store(entry("none", "scratch", 0.60, draw=8), *entries)
+    measured = [
+        one for one in matrix.matrix_entries(crowd.rows, crowd.runs) if one.source != "none"
+    ]
     assert all(one.baseline_low < 0 < one.baseline_gain for one in measured)
     (first,) = {(one.baseline_gain, one.baseline_low, one.baseline_high) for one in measured}
     variance = ((first[2] - first[1]) / (2 * stats.NORMAL_95)) ** 2
@@ -212,17 +216,19 @@ def test_twelve_gains_over_the_same_scratch_are_no_evidence_together():
 
 def test_a_proven_source_is_taken_before_a_larger_gain_in_doubt():
     """The seeds of the largest gain differ so much that its interval contains zero."""
-    wild = cell("wild", "full", (0.45, 0.99, 0.99))
-    both = store(cell("none", "scratch", 0.5), cell("sure", "full", 0.7), wild)
-    cells = {one.source: one for one in matrix.matrix_cells(both.rows, both.runs)}
-    assert cells["wild"].baseline_gain > cells["sure"].baseline_gain > 0 > cells["wild"].gain_low
+    wild = entry("wild", "full", (0.45, 0.99, 0.99))
+    both = store(entry("none", "scratch", 0.5), entry("sure", "full", 0.7), wild)
+    entries = {one.source: one for one in matrix.matrix_entries(both.rows, both.runs)}
+    assert (
+        entries["wild"].baseline_gain > entries["sure"].baseline_gain > 0 > entries["wild"].gain_low
+    )
     (found,) = advice.advise([both])
     assert found.headline == "use source sure with full"
 
 
 def test_one_unsettled_source_forbids_the_advice_to_train_from_scratch():
-    bad = (cell("none", "scratch", 0.8), cell("bad", "full", 0.5))
-    (found,) = advice.advise([store(*bad, cell("new", "full", 0.9, seeds=1))])
+    bad = (entry("none", "scratch", 0.8), entry("bad", "full", 0.5))
+    (found,) = advice.advise([store(*bad, entry("new", "full", 0.9, seeds=1))])
     assert found.verdict == "not enough evidence"
     assert "source new with full has 1 seed paired with scratch" in found.headline
 
@@ -242,9 +248,9 @@ def test_metrics_of_a_target_are_advised_on_apart():
 
 
 def test_without_predictions_there_is_no_advice():
-    """The report does not compare such cells; an interval over seeds alone is no evidence."""
+    """The report does not compare such entries; an interval over seeds alone is no evidence."""
     without = Store("one", good_and_bad().rows, {})
-    verdicts = {one.verdict for one in matrix.matrix_cells(without.rows, {})}
+    verdicts = {one.verdict for one in matrix.matrix_entries(without.rows, {})}
     assert "not compared" in verdicts and "wins" not in verdicts
     (found,) = advice.advise([without])
     assert found.verdict == "not enough evidence" and "no test predictions" in found.headline
@@ -262,13 +268,13 @@ def test_a_metric_without_bounds_is_pooled_within_a_target(monkeypatch):
 
 def test_no_experiment_is_named_that_cannot_be_made():
     """An average of all seeds has no other seed, and without labels there is no scratch."""
-    soup = cell("good", "uniform_soup", 0.9, seeds=1)
-    (found,) = advice.advise([store(cell("none", "scratch", 0.6), soup)])
+    soup = entry("good", "uniform_soup", 0.9, seeds=1)
+    (found,) = advice.advise([store(entry("none", "scratch", 0.6), soup)])
     assert found.verdict == "not enough evidence" and found.next_experiment == ""
-    also = store(cell("none", "scratch", 0.6), soup, cell("good", "full", 0.8, seeds=1))
+    also = store(entry("none", "scratch", 0.6), soup, entry("good", "full", 0.8, seeds=1))
     (found,) = advice.advise([also])
     assert found.next_experiment == "another seed of source good with full and of scratch"
-    (found,) = advice.advise([store(cell("good", "zero_shot", 0.6, label_fraction="0 rows"))])
+    (found,) = advice.advise([store(entry("good", "zero_shot", 0.6, label_fraction="0 rows"))])
     assert "which is not defined without labels" in found.headline
     assert found.next_experiment == ""
 
@@ -289,8 +295,8 @@ def test_fractions_are_advised_apart():
             one
             for fraction, level in (("0.05", 0.85), ("1.0", 0.6))
             for one in (
-                cell("none", "scratch", 0.6, label_fraction=fraction),
-                cell("good", "full", level, label_fraction=fraction),
+                entry("none", "scratch", 0.6, label_fraction=fraction),
+                entry("good", "full", level, label_fraction=fraction),
             )
         )
     )
@@ -306,9 +312,9 @@ def planted(*left_out: tuple[str, str, str], targets: str = "tu") -> Store:
     of_source = {"good": 0.2, "fair": 0.05, "bad": -0.15}
     of_technique = {"full": 0.05, "linear_probe": -0.05}
     return store(
-        *(cell("none", "scratch", 0.6, target=target) for target in targets),
+        *(entry("none", "scratch", 0.6, target=target) for target in targets),
         *(
-            cell(source, technique, 0.6 + gain + more, target=target)
+            entry(source, technique, 0.6 + gain + more, target=target)
             for target in targets
             for source, gain in of_source.items()
             for technique, more in of_technique.items()

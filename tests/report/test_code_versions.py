@@ -80,8 +80,10 @@ def toy(folder, bundles, paths) -> Job:
     return job_of(folder, {"a": {"backbone": bundles["a"]}}, paths)
 
 
-def shown(state: stages.JobState, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], str, str]:
-    """The cells, report.md and the terminal's table."""
+def shown(
+    state: stages.JobState, rows: list[dict[str, Any]]
+) -> tuple[list[matrix.MatrixEntry], str, str]:
+    """The entries, report.md and the terminal's table."""
     found, (markdown, _) = stages.show(state, rows)
     text = io.StringIO()
     Console(width=100, file=text).print(report.table(found))
@@ -132,7 +134,7 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
     state, rows = again(job)
     found, markdown, terminal = shown(state, rows)
     assert (
-        not any(cell.code_mark for cell in found) and "†" not in terminal and "†" not in markdown
+        not any(entry.code_mark for entry in found) and "†" not in terminal and "†" not in markdown
     ), "nothing has changed"
     assert not [line for line in dry_run.describe(prepared(job)) if "other code" in line]
 
@@ -147,9 +149,9 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
     state, rows = again(job)
     assert here == [], "nothing that is done is redone in silence"
     found, markdown, terminal = shown(state, rows)
-    assert {cell.technique for cell in found if cell.code_mark == code_versions.OTHER} == {
+    assert {entry.technique for entry in found if entry.code_mark == code_versions.OTHER} == {
         "full"
-    } and not any(cell.code_mark == code_versions.MIXED for cell in found)
+    } and not any(entry.code_mark == code_versions.MIXED for entry in found)
     assert "full †" in terminal and "† made by other code or versions" in terminal
     assert (
         "† made by other code or versions" in markdown
@@ -168,7 +170,7 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
     assert sorted(here) == sorted({row.trial_id for row in rows if row.technique == "full"}), (
         "exactly those"
     )
-    assert not any(cell.code_mark for cell in shown(state, rows)[0])
+    assert not any(entry.code_mark for entry in shown(state, rows)[0])
     here.clear()
     assert all(done for _, done in stages.trial_status(prepared(job, "trials"))), "and once"
     again(job, "trials")
@@ -217,7 +219,7 @@ def test_a_comparison_of_trials_of_different_versions_carries_the_mark(
     edit(timm="9.9")
     state, rows = again(job)
     found, markdown, terminal = shown(state, rows)
-    by_technique = {cell.technique: cell.code_mark for cell in found}
+    by_technique = {entry.technique: entry.code_mark for entry in found}
     assert by_technique == {
         "scratch": code_versions.OTHER,
         "full": code_versions.OTHER,
@@ -238,12 +240,12 @@ def test_a_comparison_of_trials_of_different_versions_carries_the_mark(
     )
 
 
-def test_seeds_of_different_code_make_a_cell_mixed(tmp_path, bundles, paths, here, edit):
+def test_seeds_of_different_code_make_an_entry_mixed(tmp_path, bundles, paths, here, edit):
     job = toy(tmp_path, bundles, paths)
     again(changed(job, fanout={"seeds": 1}))
     edit("pipeline.train.loop")
     state, rows = again(job)
-    assert {cell.code_mark for cell in shown(state, rows)[0]} == {code_versions.MIXED}
+    assert {entry.code_mark for entry in shown(state, rows)[0]} == {code_versions.MIXED}
 
 
 def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here):
@@ -264,7 +266,7 @@ def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here)
         for line in code_versions.describe_changes(state.trial_provenance)
     )
     found, markdown, _ = shown(state, rows)
-    assert {cell.code_mark for cell in found} == {
+    assert {entry.code_mark for entry in found} == {
         code_versions.OTHER
     } and "| torch | not recorded |" in markdown
     again(job, "trials")

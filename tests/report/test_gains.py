@@ -9,13 +9,13 @@ from tests.report.test_report import SKILL, backbones, find, simulate, write
 
 
 @pytest.fixture(scope="module")
-def cells():
+def entries():
     rows, runs, _ = simulate()
-    return report.matrix_cells(rows, runs)
+    return report.matrix_entries(rows, runs)
 
 
-def by_target(cells):
-    return {target: [cell for cell in cells if cell.target == target] for target in SKILL}
+def by_target(entries):
+    return {target: [entry for entry in entries if entry.target == target] for target in SKILL}
 
 
 DECIMALS = dict.fromkeys(SKILL, 3)
@@ -33,37 +33,37 @@ def test_the_first_thing_in_the_report_is_where_transfer_hurts(tmp_path):
     assert html.index("is worse than training from scratch") < html.index("A comparison is one")
 
 
-def test_without_a_winner_the_warning_says_scratch(cells):
+def test_without_a_winner_the_warning_says_scratch(entries):
     group = [
-        cell
-        for cell in by_target(cells)["handwriting"]
-        if cell.label_fraction == "1.0" and cell.verdict != "wins"
+        entry
+        for entry in by_target(entries)["handwriting"]
+        if entry.label_fraction == "1.0" and entry.verdict != "wins"
     ]
     (warning,) = gains.warnings({"handwriting": group}, DECIMALS)
     assert warning.kind == "warning"
     assert warning.text.endswith("is worse than training from scratch: use scratch.")
-    lost = find(cells, "handwriting", technique="linear_probe")
+    lost = find(entries, "handwriting", technique="linear_probe")
     assert blocks.with_minus_sign(f"{lost.gain:+.3f} [") in warning.text
-    assert gains.warnings({"clothing": by_target(cells)["clothing"]}, DECIMALS) == []
+    assert gains.warnings({"clothing": by_target(entries)["clothing"]}, DECIMALS) == []
 
 
-def test_all_techniques_of_a_source_that_lose_are_named_at_once(cells):
+def test_all_techniques_of_a_source_that_lose_are_named_at_once(entries):
     group = [
-        replace(cell, verdict="loses", gain=-0.1, gain_low=-0.2, gain_high=-0.01, gain_p_holm=0.01)
-        for cell in by_target(cells)["clothing"]
-        if cell.label_fraction == "1.0" and cell.source != "none"
+        replace(entry, verdict="loses", gain=-0.1, gain_low=-0.2, gain_high=-0.01, gain_p_holm=0.01)
+        for entry in by_target(entries)["clothing"]
+        if entry.label_fraction == "1.0" and entry.source != "none"
     ]
     (warning,) = gains.warnings({"clothing": group}, DECIMALS)
     assert "garments with any of 3 techniques (at worst" in warning.text
     assert "digits with full (−0.100" in warning.text
 
 
-def test_a_loss_that_holms_correction_takes_away_is_no_warning(cells):
-    group = [cell for cell in by_target(cells)["handwriting"] if cell.label_fraction == "1.0"]
+def test_a_loss_that_holms_correction_takes_away_is_no_warning(entries):
+    group = [entry for entry in by_target(entries)["handwriting"] if entry.label_fraction == "1.0"]
     by_luck = [
-        replace(cell, gain_p_holm=0.2) if cell.verdict == "loses" else cell for cell in group
+        replace(entry, gain_p_holm=0.2) if entry.verdict == "loses" else entry for entry in group
     ]
-    assert any(cell.verdict == "loses" for cell in group)
+    assert any(entry.verdict == "loses" for entry in group)
     assert gains.warnings({"handwriting": group}, DECIMALS) != []
     assert gains.warnings({"handwriting": by_luck}, DECIMALS) == []
     doubt = ", though not after Holm's correction."
@@ -77,7 +77,7 @@ def test_a_loss_that_holms_correction_takes_away_is_no_warning(cells):
 def test_gains_of_several_backbones_are_compared_over_the_best_scratch_network(tmp_path):
     """garments gains .2 over its own weak scratch network and .02 over the best one."""
     rows, runs, _ = backbones()
-    own = report.matrix_cells(rows, runs)
+    own = report.matrix_entries(rows, runs)
     compared = matrix.over_best_scratch(own)
     weak, before = find(compared), find(own)
     assert (weak.gain, weak.gain_low) == (before.baseline_gain, before.baseline_low)
@@ -87,26 +87,26 @@ def test_gains_of_several_backbones_are_compared_over_the_best_scratch_network(t
     assert sum("none" in line[0] for line in table.rows) <= 1
     figure, _ = gains.cost_figures({"clothing": compared}, {"clothing": 3})
     assert "gains are over the one that is best on validation rows" in figure.caption
-    lost = [replace(cell, verdict="loses", gain_p_holm=0.01) for cell in compared]
+    lost = [replace(entry, verdict="loses", gain_p_holm=0.01) for entry in compared]
     (warning,) = gains.warnings({"clothing": lost}, {"clothing": 3})
     assert "is worse than the target's best network from scratch: use scratch." in warning.text
     _, md, _ = write(tmp_path, *backbones())
     assert md.count("gains are over the one that is best on validation rows") >= 2
     assert matrix.over_best_scratch(compared)[0].gain == compared[0].gain
     single, single_runs, _ = simulate()
-    alone = report.matrix_cells(single, single_runs)
+    alone = report.matrix_entries(single, single_runs)
     assert matrix.over_best_scratch(alone) == alone
 
 
-def test_what_is_made_of_other_trials_or_has_one_seed_is_on_no_front(cells):
+def test_what_is_made_of_other_trials_or_has_one_seed_is_on_no_front(entries):
     group = [
-        replace(cell, technique="greedy_soup", seconds=0.001, gain=1.0)
-        if cell.technique == "lp_ft"
-        else replace(cell, paired_seeds=1, seconds=0.001, gain=1.0)
-        if cell.source == "digits"
-        else cell
-        for cell in by_target(cells)["clothing"]
-        if cell.label_fraction == "1.0"
+        replace(entry, technique="greedy_soup", seconds=0.001, gain=1.0)
+        if entry.technique == "lp_ft"
+        else replace(entry, paired_seeds=1, seconds=0.001, gain=1.0)
+        if entry.source == "digits"
+        else entry
+        for entry in by_target(entries)["clothing"]
+        if entry.label_fraction == "1.0"
     ]
     more = replace(next(c for c in group if c.technique == "full"), technique="l2_sp", gain=0.05)
     figure, table = gains.cost_figures({"clothing": [*group, more]}, DECIMALS)
@@ -114,14 +114,15 @@ def test_what_is_made_of_other_trials_or_has_one_seed_is_on_no_front(cells):
     assert "garments · greedy_soup" in figure.caption and "digits · full" in figure.caption
 
 
-def test_the_technique_of_a_heat_map_is_chosen_on_validation_rows(cells):
+def test_the_technique_of_a_heat_map_is_chosen_on_validation_rows(entries):
     """The linear probe is the worst of garments on test rows and the best on validation rows."""
     turned = [
-        replace(cell, validation=1.0 if cell.technique == "linear_probe" else 0.5) for cell in cells
+        replace(entry, validation=1.0 if entry.technique == "linear_probe" else 0.5)
+        for entry in entries
     ]
     for given, technique, words in (
         (turned, "linear_probe", "best by its validation rows"),
-        (cells, "lp_ft", "test rows, which flatters it"),
+        (entries, "lp_ft", "test rows, which flatters it"),
     ):
         out = gains.heat_maps(given, DECIMALS)
         text, table = out[1], out[2]
@@ -129,8 +130,8 @@ def test_the_technique_of_a_heat_map_is_chosen_on_validation_rows(cells):
         assert table.header == ["100 % labels", "clothing", "handwriting"]
         lines = {line[0]: line[1:] for line in table.rows}
         assert list(lines) == ["digits", "garments"]
-        cell = find(cells, "handwriting", technique=technique)
-        assert lines["garments"][1].lines[0].startswith(f"{cell.gain:+.3f}")
+        entry = find(entries, "handwriting", technique=technique)
+        assert lines["garments"][1].lines[0].startswith(f"{entry.gain:+.3f}")
         assert lines["garments"][1].lines[1] == technique
     shades = [abs(value.shade) for line in out[2].rows for value in line[1:]]
     assert max(shades) == 1 and sum(shade == 1 for shade in shades) == 2, "1 within each target"
@@ -151,17 +152,17 @@ def test_losses_are_red_and_gains_green(tmp_path):
     assert "color-mix(in srgb,var(--loses)" in html
 
 
-def test_validation_of_a_cell_is_the_mean_of_its_final_trials_and_larger_is_better():
+def test_validation_of_an_entry_is_the_mean_of_its_final_trials_and_larger_is_better():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
     mine = [row for row in rows if row.technique == "lp_ft" and row.metric == "accuracy"]
-    assert {cell.validation for cell in report.matrix_cells(rows, runs)} == {None}
+    assert {entry.validation for entry in report.matrix_entries(rows, runs)} == {None}
     for sign, higher in ((1, True), (-1, False)):
         more = [
             replace(row, split="validation", value=0.1 * row.seed, higher_is_better=higher)
             for row in mine
         ]
-        cell = find(report.matrix_cells([*rows, *more], runs), technique="lp_ft")
-        assert cell.validation == pytest.approx(sign * 0.1)
+        entry = find(report.matrix_entries([*rows, *more], runs), technique="lp_ft")
+        assert entry.validation == pytest.approx(sign * 0.1)
 
 
 def test_the_front_is_what_no_other_point_beats():
@@ -182,52 +183,52 @@ def test_the_front_is_what_no_other_point_beats():
         assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
 
 
-def test_the_cost_figure_lists_its_front_by_number(cells):
-    figure, table = gains.cost_figures({"clothing": by_target(cells)["clothing"]}, DECIMALS)
+def test_the_cost_figure_lists_its_front_by_number(entries):
+    figure, table = gains.cost_figures({"clothing": by_target(entries)["clothing"]}, DECIMALS)
     assert figure.svg.startswith("<svg") and "mathdefault" not in figure.svg
     assert [line[0] for line in table.rows] == [
         "1: garments · linear_probe",
-        f"2: garments · {max((c for c in by_target(cells)['clothing'] if c.label_fraction == '1.0' and c.gain), key=lambda c: c.gain).technique}",
+        f"2: garments · {max((c for c in by_target(entries)['clothing'] if c.label_fraction == '1.0' and c.gain), key=lambda c: c.gain).technique}",
     ]
     assert table.rows[0][1] == "seconds and parameters" and table.rows[0][4] == "5,130"
 
 
-def test_trials_that_train_nothing_stand_at_zero_parameters(cells):
+def test_trials_that_train_nothing_stand_at_zero_parameters(entries):
     group = [
-        replace(cell, params_trained=0, seconds=0.5)
-        if cell.technique == "linear_probe"
-        else replace(cell, params_trained=10**6)
-        for cell in by_target(cells)["clothing"]
+        replace(entry, params_trained=0, seconds=0.5)
+        if entry.technique == "linear_probe"
+        else replace(entry, params_trained=10**6)
+        for entry in by_target(entries)["clothing"]
     ]
     _, table = gains.cost_figures({"clothing": group}, DECIMALS)
     assert table.rows[0][0] == "1: garments · linear_probe" and table.rows[0][4] == "0"
 
 
-def test_scores_stand_beside_the_gains_of_their_sources(cells):
+def test_scores_stand_beside_the_gains_of_their_sources(entries):
     scores = {
         ("clothing", "garments", "logme"): 0.5,
         ("clothing", "digits", "logme"): 0.1,
         ("handwriting", "garments", "logme"): 0.2,
         ("handwriting", "digits", "logme"): float("nan"),
     }
-    figure, details = gains.score_figures(cells, scores, DECIMALS)
+    figure, details = gains.score_figures(entries, scores, DECIMALS)
     assert "for clothing" in figure.svg and "handwriting" not in figure.svg, "one source is no line"
     (table,) = details.blocks
     assert [line[:3] for line in table.rows] == [
         ["clothing", "garments", "0.5"],
         ["clothing", "digits", "0.1"],
     ]
-    assert gains.score_figures(cells, {}, DECIMALS) == []
+    assert gains.score_figures(entries, {}, DECIMALS) == []
 
 
-def test_a_distance_is_listed_nearest_first_and_has_one_name(cells):
+def test_a_distance_is_listed_nearest_first_and_has_one_name(entries):
     """As the score that chose the sources, in the results rows, and among all scores."""
     name = gains.score_name("mmd")
     assert name == gains.score_name("mmd", False) == "mmd (less is better)"
     assert gains.score_name("logme") == "logme" and gains.score_name("of a plugin") == "of a plugin"
     scores = {("clothing", "garments", name): 0.2, ("clothing", "digits", name): 0.1}
     assert [key[1] for key, _ in gains.best_scores_first(scores)] == ["digits", "garments"]
-    _, details = gains.score_figures(cells, scores, DECIMALS)
+    _, details = gains.score_figures(entries, scores, DECIMALS)
     assert [line[1] for line in details.blocks[0].rows] == ["digits", "garments"]
     pair = PairScores("digits", "clothing", {"mmd": ScoreValue(0.1, higher_is_better=False)})
     rows = [replace(row, score_name="mmd", score_value=0.1) for row in simulate()[0][:1]]
@@ -235,7 +236,7 @@ def test_a_distance_is_listed_nearest_first_and_has_one_name(cells):
     assert {key[2] for key in known} == {key[2] for key in gains.all_scores({"": pair})} == {name}
 
 
-def test_all_scores_of_a_run_have_their_figure_folded(cells):
+def test_all_scores_of_a_run_have_their_figure_folded(entries):
     source_scores = {
         f"{source}|clothing": PairScores(
             source,
@@ -249,7 +250,7 @@ def test_all_scores_of_a_run_have_their_figure_folded(cells):
         )
         for source, value in (("garments", 0.5), ("digits", 0.1))
     }
-    out = gains.score_figures(cells, gains.all_scores(source_scores), DECIMALS)
+    out = gains.score_figures(entries, gains.all_scores(source_scores), DECIMALS)
     assert [block.title for block in out] == [
         "Gain beside knn",
         "Gain beside logme",

@@ -1,4 +1,4 @@
-"""Cells of a results table: what a search adds to the interval of a gain, and what a gain is
+"""Entries of a results table: what a search adds to the interval of a gain, and what a gain is
 over.
 """
 
@@ -33,7 +33,7 @@ def row_of(source: str, technique: str, seed: int, **more: Any) -> ResultRow:
 def of_seeds(
     source: str, technique: str, level: float, **more: Any
 ) -> tuple[list[ResultRow], dict[str, RunPredictions]]:
-    """Test and validation rows and test predictions of three seeds of a cell."""
+    """Test and validation rows and test predictions of three seeds of an entry."""
     rows, runs = [], {}
     for seed in range(3):
         rng = np.random.default_rng([seed, len(source), len(technique)])
@@ -81,20 +81,22 @@ def searched(
     return rows
 
 
-def compared(*searches: dict[str, Any]) -> matrix.Cell:
-    """The cell of a source, and scratch; both were searched in the same way, or not at all."""
+def compared(*searches: dict[str, Any]) -> matrix.MatrixEntry:
+    """The entry of a source, and scratch; both were searched in the same way, or not at all."""
     scratch, fine_tuned = of_seeds("none", "scratch", 0.7), of_seeds("a", "full", 0.75)
     rows = [*scratch[0], *fine_tuned[0]]
     for options in searches:
         rows += searched("none", "scratch", **options) + searched("a", "full", **options)
     return next(
-        cell for cell in matrix.matrix_cells(rows, scratch[1] | fine_tuned[1]) if cell.source == "a"
+        entry
+        for entry in matrix.matrix_entries(rows, scratch[1] | fine_tuned[1])
+        if entry.source == "a"
     )
 
 
-def width(cell: matrix.Cell) -> float:
-    assert cell.gain_low is not None and cell.gain_high is not None
-    return cell.gain_high - cell.gain_low
+def width(entry: matrix.MatrixEntry) -> float:
+    assert entry.gain_low is not None and entry.gain_high is not None
+    return entry.gain_high - entry.gain_low
 
 
 def test_seeds_of_a_setting_belong_together_though_their_steps_differ():
@@ -127,7 +129,7 @@ def test_where_there_is_nothing_to_choose_from_nothing_is_said():
 def marks(
     old: str, *parts: tuple[list[dict[str, Any]], dict[str, RunPredictions]]
 ) -> dict[tuple[str, str, str], str]:
-    """How cells are marked where the trials whose id starts with ``old`` are of before, and the
+    """How entries are marked where the trials whose id starts with ``old`` are of before, and the
     others of now.
     """
     rows, runs = [], {}
@@ -138,8 +140,8 @@ def marks(
         name: code_versions.TrialProvenance(BEFORE if name.startswith(old) else NOW)
         for name in runs
     }
-    found = code_versions.mark_cells(matrix.matrix_cells(rows, runs), rows, made)
-    return {(cell.source, cell.backbone, cell.technique): cell.code_mark for cell in found}
+    found = code_versions.mark_entries(matrix.matrix_entries(rows, runs), rows, made)
+    return {(entry.source, entry.backbone, entry.technique): entry.code_mark for entry in found}
 
 
 def test_a_random_probe_is_mixed_with_the_linear_probe_that_it_is_held_against():
@@ -165,13 +167,13 @@ def test_a_gain_over_the_best_scratch_of_another_backbone_is_mixed_too():
     )
 
 
-def test_a_cell_names_what_its_gains_are_over():
+def test_an_entry_names_what_its_gains_are_over():
     own, best = of_seeds("none", "scratch", 0.6), of_seeds("none", "scratch", 0.8, backbone="c")
     fine_tuned = of_seeds("a", "full", 0.75)
-    found = matrix.matrix_cells(
+    found = matrix.matrix_entries(
         [*own[0], *best[0], *fine_tuned[0]], own[1] | best[1] | fine_tuned[1]
     )
-    by_source = {(cell.source, cell.backbone): cell for cell in found}
+    by_source = {(entry.source, entry.backbone): entry for entry in found}
     assert set(by_source["a", "b"].compared_with) == {
         ("none", "b", "t", "scratch", "1.0"),
         ("none", "c", "t", "scratch", "1.0"),

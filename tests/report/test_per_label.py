@@ -64,14 +64,14 @@ def table(
 
 
 def said(rows, runs) -> list[blocks.Block]:
-    cells = matrix.matrix_cells(rows, runs)
-    return per_label.blocks("t", [cell for cell in cells if cell.mean is not None], rows, runs)
+    entries = matrix.matrix_entries(rows, runs)
+    return per_label.blocks("t", [entry for entry in entries if entry.mean is not None], rows, runs)
 
 
 # ---------------------------------------------------------------- the report's blocks
 
 
-def test_the_confusion_matrix_is_that_of_the_best_cell():
+def test_the_confusion_matrix_is_that_of_the_best_entry():
     made = {
         ("none", "scratch"): [classes(90, NAMES, s, 0.2) for s in (0, 1)],
         ("src", "full"): [classes(90, NAMES, s, 1.5) for s in (0, 1)],
@@ -106,21 +106,21 @@ def test_all_tables_of_a_section_are_of_the_best_network():
     assert "src · full" in heat.caption
 
 
-def test_the_best_cell_is_chosen_on_validation_rows():
+def test_the_best_entry_is_chosen_on_validation_rows():
     made = {
         ("src", "full"): [classes(90, NAMES, s, 1.5) for s in (0, 1)],
         ("src", "linear_probe"): [classes(90, NAMES, s, 0.6) for s in (0, 1)],
     }
     rows, runs = table("accuracy", made)
-    cells = [
-        replace(cell, validation=0.9 if cell.technique == "linear_probe" else 0.8)
-        for cell in matrix.matrix_cells(rows, runs)
+    entries = [
+        replace(entry, validation=0.9 if entry.technique == "linear_probe" else 0.8)
+        for entry in matrix.matrix_entries(rows, runs)
     ]
-    _, heat, *_ = per_label.blocks("t", cells, rows, runs)
+    _, heat, *_ = per_label.blocks("t", entries, rows, runs)
     assert "src · linear_probe" in heat.caption
 
 
-def test_values_on_rows_of_a_source_choose_no_cell():
+def test_values_on_rows_of_a_source_choose_no_entry():
     """With 0 labels a network is validated on its source's rows, which are easier to predict."""
     made = {
         ("src", "full"): [classes(90, NAMES, s, 1.5) for s in (0, 1)],
@@ -140,8 +140,8 @@ def test_values_on_rows_of_a_source_choose_no_cell():
         )
         for row in own
     ]
-    cells = {cell.technique: cell for cell in matrix.matrix_cells(own, runs)}
-    assert cells["dann"].validation is None and cells["full"].validation == 0.8
+    entries = {entry.technique: entry for entry in matrix.matrix_entries(own, runs)}
+    assert entries["dann"].validation is None and entries["full"].validation == 0.8
     _, heat, *_ = said(own, runs)
     assert "src · full" in heat.caption
 
@@ -267,7 +267,7 @@ def test_scratch_is_no_probe_of_random_weights():
         assert float(line[list(shown.header).index("AUROC, scratch")].lines[0]) == pytest.approx(
             want, abs=0.05
         )
-    verdicts = {cell.technique: cell.verdict for cell in matrix.matrix_cells(rows, runs)}
+    verdicts = {entry.technique: entry.verdict for entry in matrix.matrix_entries(rows, runs)}
     assert verdicts["scratch"] == matrix.REFERENCE and verdicts["random_probe"] == matrix.UNCOMPARED
 
 
@@ -301,7 +301,7 @@ def test_nothing_is_said_without_predictions_or_names():
     assert (
         per_label.blocks(
             "t",
-            [c for c in matrix.matrix_cells(rows, runs) if c.mean is not None],
+            [c for c in matrix.matrix_entries(rows, runs) if c.mean is not None],
             rows,
             dict.fromkeys(runs, boxes),
         )
@@ -320,7 +320,7 @@ def test_both_are_written_for_readers(tmp_path):
     uris = report.write(
         str(tmp_path),
         job_name="j",
-        cells=matrix.matrix_cells(rows, runs),
+        entries=matrix.matrix_entries(rows, runs),
         rows=rows,
         curves={},
         pretraining=[],
@@ -445,11 +445,11 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
         for one in tries
         if (run := one_trial.read_predictions(shared.root, one.id, one.seed)) is not None
     }
-    cells = matrix.matrix_cells(read, runs)
-    assert [cell.metric for cell in cells] == ["macro_auroc"] * 2 and all(
-        cell.n_seeds == 2 and cell.low is not None for cell in cells
+    entries = matrix.matrix_entries(read, runs)
+    assert [entry.metric for entry in entries] == ["macro_auroc"] * 2 and all(
+        entry.n_seeds == 2 and entry.low is not None for entry in entries
     )
-    out = per_label.blocks("task", cells, read, runs)
+    out = per_label.blocks("task", entries, read, runs)
     assert [line[0] for line in out[-1].rows] == ["a", "b"]
 
 

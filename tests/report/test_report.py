@@ -12,7 +12,7 @@ from rich.console import Console
 from pipeline.core.metrics import catalog
 from pipeline.io import storage
 from pipeline.report import blocks, plots, report, results
-from pipeline.report import matrix as cells_module
+from pipeline.report import matrix as entries_module
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 from pipeline.report.trial_record import CurvePoint
@@ -162,11 +162,11 @@ def write(root, rows, runs, curves, **more):
         "versions": {"torch": "2.11.0", "job spec hash": "0f3c9a12be77"},
         **more,
     }
-    cells = report.matrix_cells(rows, runs)
+    entries = report.matrix_entries(rows, runs)
     uris = report.write(
-        str(root), job_name="vision", cells=cells, rows=rows, curves=curves, **given
+        str(root), job_name="vision", entries=entries, rows=rows, curves=curves, **given
     )
-    return cells, *(storage.read_bytes(uri).decode() for uri in uris)
+    return entries, *(storage.read_bytes(uri).decode() for uri in uris)
 
 
 def example(root):
@@ -222,21 +222,21 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-# ---------------------------------------------------------------- cells
+# ---------------------------------------------------------------- entries
 
 
-def find(cells, target="clothing", source="garments", technique="full", fraction="1.0"):
-    (cell,) = (
+def find(entries, target="clothing", source="garments", technique="full", fraction="1.0"):
+    (entry,) = (
         c
-        for c in cells
+        for c in entries
         if (c.target, c.source, c.technique, c.label_fraction)
         == (target, source, technique, fraction)
     )
-    return cell
+    return entry
 
 
-def test_cells_hold_the_mean_over_seeds_and_the_paired_gain(written):
-    cells = written[0]
+def test_entries_hold_the_mean_over_seeds_and_the_paired_gain(written):
+    entries = written[0]
     rows, _, _ = simulate()
 
     def mean(source, technique):
@@ -249,30 +249,33 @@ def test_cells_hold_the_mean_over_seeds_and_the_paired_gain(written):
             ]
         )
 
-    cell = find(cells)
+    entry = find(entries)
     assert (
-        cell.metric == "accuracy"
-        and cell.n_seeds == 3
-        and cell.n_failed == 0
-        and cell.n_test == 400
-        and cell.n_train == 12000
-    )
-    assert cell.mean == pytest.approx(mean("garments", "full")) and cell.low < cell.mean < cell.high
-    assert (
-        cell.gain == pytest.approx(mean("garments", "full") - mean("none", "scratch"))
-        and cell.gain_low < cell.gain < cell.gain_high
+        entry.metric == "accuracy"
+        and entry.n_seeds == 3
+        and entry.n_failed == 0
+        and entry.n_test == 400
+        and entry.n_train == 12000
     )
     assert (
-        cell.seconds == pytest.approx(42)
-        and cell.params_trained == 11_181_642
-        and json.loads(cell.hyper_parameters) == {"lr": 0.001}
+        entry.mean == pytest.approx(mean("garments", "full"))
+        and entry.low < entry.mean < entry.high
     )
     assert (
-        cell.interval
+        entry.gain == pytest.approx(mean("garments", "full") - mean("none", "scratch"))
+        and entry.gain_low < entry.gain < entry.gain_high
+    )
+    assert (
+        entry.seconds == pytest.approx(42)
+        and entry.params_trained == 11_181_642
+        and json.loads(entry.hyper_parameters) == {"lr": 0.001}
+    )
+    assert (
+        entry.interval
         == "mean: 95 % over test units and 3 seeds; gain: 95 % over test units and 3 paired seeds"
-        and cell.paired_seeds == 3
+        and entry.paired_seeds == 3
     )
-    scratch = find(cells, source="none", technique="scratch")
+    scratch = find(entries, source="none", technique="scratch")
     assert (
         scratch.gain is scratch.gain_low is None
         and scratch.verdict == "reference"
@@ -281,28 +284,28 @@ def test_cells_hold_the_mean_over_seeds_and_the_paired_gain(written):
 
 
 def test_verdicts_follow_the_interval(written):
-    cells = written[0]
-    assert find(cells).verdict == "wins"
-    assert find(cells, "handwriting", technique="linear_probe").verdict == "loses"
-    assert find(cells, source="digits").verdict == "not shown"
-    for cell in cells:
-        if cell.gain_low is not None:
-            assert (cell.verdict == "wins") == (cell.gain_low > 0) and (
-                cell.verdict == "loses"
-            ) == (cell.gain_high < 0)
+    entries = written[0]
+    assert find(entries).verdict == "wins"
+    assert find(entries, "handwriting", technique="linear_probe").verdict == "loses"
+    assert find(entries, source="digits").verdict == "not shown"
+    for entry in entries:
+        if entry.gain_low is not None:
+            assert (entry.verdict == "wins") == (entry.gain_low > 0) and (
+                entry.verdict == "loses"
+            ) == (entry.gain_high < 0)
 
 
-def test_cells_are_sorted_by_target_fraction_and_gain(written):
-    cells = written[0]
-    assert [c.target for c in cells] == sorted(c.target for c in cells)
+def test_entries_are_sorted_by_target_fraction_and_gain(written):
+    entries = written[0]
+    assert [c.target for c in entries] == sorted(c.target for c in entries)
     for target in SKILL:
-        group = [c for c in cells if c.target == target]
+        group = [c for c in entries if c.target == target]
         assert [c.label_fraction for c in group] == sorted(
             (c.label_fraction for c in group), key=float
         )
         gains = [c.gain for c in group if c.label_fraction == "0.05" and c.gain is not None]
         assert gains == sorted(gains, reverse=True)
-    assert sorted(["1.0", "0.05", "5/class", "10/class"], key=cells_module.fraction_order) == [
+    assert sorted(["1.0", "0.05", "5/class", "10/class"], key=entries_module.fraction_order) == [
         "5/class",
         "10/class",
         "0.05",
@@ -314,7 +317,7 @@ def test_cells_are_sorted_by_target_fraction_and_gain(written):
         "2 rows",
         "5 %",
     ]
-    assert sorted(["0.5", "10 rows", "2 rows"], key=cells_module.fraction_order) == [
+    assert sorted(["0.5", "10 rows", "2 rows"], key=entries_module.fraction_order) == [
         "2 rows",
         "10 rows",
         "0.5",
@@ -329,34 +332,34 @@ def test_scratch_is_matched_on_backbone_target_and_fraction():
         if r.source != "none"
     ]
     rows = [r for r in rows if not (r.source == "none" and r.label_fraction == "0.05")] + other
-    for cell in report.matrix_cells(
+    for entry in report.matrix_entries(
         rows, runs | {r.trial_id: runs[r.trial_id[:-1]] for r in other}
     ):
-        compared = cell.backbone == "timm/resnet18" and cell.label_fraction == "1.0"
-        assert cell.verdict in (
+        compared = entry.backbone == "timm/resnet18" and entry.label_fraction == "1.0"
+        assert entry.verdict in (
             {"reference", "wins", "loses", "not shown"} if compared else {"not compared"}
         )
 
 
 def test_missing_predictions_fall_back_to_the_seeds_and_say_so():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
-    whole = find(report.matrix_cells(rows, runs))
-    cell = find(
-        report.matrix_cells(rows, {k: v for k, v in runs.items() if not k.endswith("full-1.0-1")})
+    whole = find(report.matrix_entries(rows, runs))
+    entry = find(
+        report.matrix_entries(rows, {k: v for k, v in runs.items() if not k.endswith("full-1.0-1")})
     )
     assert (
-        "Student's t over seeds" in cell.interval
+        "Student's t over seeds" in entry.interval
         and whole.verdict == "wins"
-        and cell.verdict == "not compared"
+        and entry.verdict == "not compared"
     ), "seeds alone do not tell"
     assert (
-        cell.mean == pytest.approx(whole.mean)
-        and cell.gain == pytest.approx(whole.gain)
-        and cell.gain_low < cell.gain < cell.gain_high
+        entry.mean == pytest.approx(whole.mean)
+        and entry.gain == pytest.approx(whole.gain)
+        and entry.gain_low < entry.gain < entry.gain_high
     )
     (one,) = (
         c
-        for c in report.matrix_cells([r for r in rows if r.seed == 0], {})
+        for c in report.matrix_entries([r for r in rows if r.seed == 0], {})
         if c.technique == "lp_ft"
     )
     assert (
@@ -368,21 +371,21 @@ def test_missing_predictions_fall_back_to_the_seeds_and_say_so():
     unpaired = {
         k: replace(v, rows=v.rows + 1000) if "-scratch-" in k else v for k, v in runs.items()
     }
-    assert "no test row in common" in find(report.matrix_cells(rows, unpaired)).interval
+    assert "no test row in common" in find(report.matrix_entries(rows, unpaired)).interval
 
 
 def test_lower_is_better_turns_the_gain():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
-    cell = find(report.matrix_cells([r for r in rows if r.metric == "loss"], runs))
+    entry = find(report.matrix_entries([r for r in rows if r.metric == "loss"], runs))
     assert (
-        cell.metric == "loss"
-        and not cell.higher_is_better
-        and cell.verdict == "wins"
-        and cell.gain > 0
+        entry.metric == "loss"
+        and not entry.higher_is_better
+        and entry.verdict == "wins"
+        and entry.gain > 0
     )
     assert find(
-        report.matrix_cells([r for r in rows if r.metric == "loss"], {})
-    ).gain == pytest.approx(cell.gain)
+        report.matrix_entries([r for r in rows if r.metric == "loss"], {})
+    ).gain == pytest.approx(entry.gain)
 
 
 def test_failures_are_counted_also_when_the_search_never_finished():
@@ -397,18 +400,18 @@ def test_failures_are_counted_also_when_the_search_never_finished():
     rows += [
         failure("clothing", "slow", "p", technique="gradual", trial_stage="search", status="pruned")
     ]
-    cells = report.matrix_cells(rows, runs)
-    assert (find(cells).n_seeds, find(cells).n_failed, find(cells).paired_seeds) == (2, 1, 2)
-    lora = find(cells, technique="lora")
+    entries = report.matrix_entries(rows, runs)
+    assert (find(entries).n_seeds, find(entries).n_failed, find(entries).paired_seeds) == (2, 1, 2)
+    lora = find(entries, technique="lora")
     assert (lora.n_seeds, lora.n_failed, lora.verdict, lora.mean) == (0, 4, "failed", None)
-    assert not [c for c in cells if c.technique == "gradual"]
+    assert not [c for c in entries if c.technique == "gradual"]
 
 
 def test_groups_of_the_runs_are_used():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
     grouped = {k: replace(v, groups=v.rows // 20) for k, v in runs.items()}
     assert (
-        find(report.matrix_cells(rows, grouped)).interval
+        find(report.matrix_entries(rows, grouped)).interval
         == "mean: 95 % over test groups and 3 seeds; gain: 95 % over test groups and 3 paired seeds"
     )
 
@@ -429,27 +432,27 @@ def test_below_two_paired_seeds_nothing_is_won_or_lost():
     """
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
     for seeds, of in ((3, "none"), (1, "garments")):
-        cell = find(
-            report.matrix_cells(
+        entry = find(
+            report.matrix_entries(
                 *kept(rows, runs, lambda row, of=of: row.source != of or row.seed == 0)
             )
         )
-        assert (cell.n_seeds, cell.paired_seeds, cell.verdict, cell.gain_p_holm) == (
+        assert (entry.n_seeds, entry.paired_seeds, entry.verdict, entry.gain_p_holm) == (
             seeds,
             1,
             "not compared",
             None,
         )
         assert (
-            cell.gain is not None
-            and "gain: 95 % over test units of one seed, whose spread is unknown" in cell.interval
+            entry.gain is not None
+            and "gain: 95 % over test units of one seed, whose spread is unknown" in entry.interval
         )
     two = find(
-        report.matrix_cells(*kept(rows, runs, lambda row: row.source != "none" or row.seed < 2))
+        report.matrix_entries(*kept(rows, runs, lambda row: row.source != "none" or row.seed < 2))
     )
     assert (
         (two.n_seeds, two.paired_seeds) == (3, 2)
-        and two.verdict in cells_module.COMPARED
+        and two.verdict in entries_module.COMPARED
         and "and 2 paired seeds" in two.interval
     )
 
@@ -457,8 +460,8 @@ def test_below_two_paired_seeds_nothing_is_won_or_lost():
 def test_the_number_of_paired_seeds_stands_in_table_and_report(tmp_path):
     rows, runs, curves = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
     rows, runs = kept(rows, runs, lambda row: row.source != "none" or row.seed == 0)
-    cells, md, _ = write(tmp_path, rows, runs, curves)
-    lines = render(cells).splitlines()
+    entries, md, _ = write(tmp_path, rows, runs, curves)
+    lines = render(entries).splitlines()
     assert any(
         "garments" in line and "not compared" in line and " 1 of 3 " in line for line in lines
     )
@@ -471,20 +474,20 @@ def test_the_number_of_paired_seeds_stands_in_table_and_report(tmp_path):
 def test_comparisons_are_corrected_for_their_number(written):
     from pipeline.report import stats
 
-    cells = [cell for cell in written[0] if cell.verdict in cells_module.COMPARED]
-    assert [cell.gain_p_holm for cell in cells] == pytest.approx(
-        stats.holm([cell.gain_p for cell in cells])
+    entries = [entry for entry in written[0] if entry.verdict in entries_module.COMPARED]
+    assert [entry.gain_p_holm for entry in entries] == pytest.approx(
+        stats.holm([entry.gain_p for entry in entries])
     )
-    assert all((cell.gain_p < 0.05) == (cell.verdict != "not shown") for cell in cells)
-    stands = [cell for cell in cells if cell.survives]
+    assert all((entry.gain_p < 0.05) == (entry.verdict != "not shown") for entry in entries)
+    stands = [entry for entry in entries if entry.survives]
     text = render(written[0])
-    assert 0 < len(stands) < sum(cell.verdict != "not shown" for cell in cells) and text.count(
+    assert 0 < len(stands) < sum(entry.verdict != "not shown" for entry in entries) and text.count(
         "]*"
     ) == len(stands)
     assert written[1].count("Holm's correction for all 16 comparisons of the job") == 1
-    plain = sum(cell.verdict != "not shown" for cell in cells) - len(stands)
+    plain = sum(entry.verdict != "not shown" for entry in entries) - len(stands)
     assert f"**{plain}** by the plain interval alone" in written[1]
-    assert {cell.gain_p_holm for cell in written[0] if cell.verdict == "reference"} == {None}
+    assert {entry.gain_p_holm for entry in written[0] if entry.verdict == "reference"} == {None}
 
 
 def test_too_few_units_of_the_rarer_class_are_too_few_to_tell(tmp_path):
@@ -501,20 +504,20 @@ def test_too_few_units_of_the_rarer_class_are_too_few_to_tell(tmp_path):
         scores = np.where((label[:, None] == [0, 1]) == right[:, None], 3.0, 0.0)
         return replace(run, predictions={**run.predictions, "label": label, "scores": scores})
 
-    cells, md, _ = write(tmp_path, rows, {name: few(run) for name, run in runs.items()}, curves)
-    cell = find(cells)
+    entries, md, _ = write(tmp_path, rows, {name: few(run) for name, run in runs.items()}, curves)
+    entry = find(entries)
     assert (
-        cell.verdict == "too few to tell"
-        and cell.gain_low > 0
-        and cell.evidence == "3 test rows of the rarer class, a verdict needs 10"
+        entry.verdict == "too few to tell"
+        and entry.gain_low > 0
+        and entry.evidence == "3 test rows of the rarer class, a verdict needs 10"
     )
     assert (
-        cell.gain_p_holm is None
+        entry.gain_p_holm is None
         and "3 test rows of the rarer class, a verdict needs 10" in md
-        and "? +0." in render(cells)
+        and "? +0." in render(entries)
     )
     assert md.startswith("# vision: no verdict: there are too few test rows")
-    assert find(report.matrix_cells(rows, runs)).verdict == "wins"
+    assert find(report.matrix_entries(rows, runs)).verdict == "wins"
 
 
 # ---------------------------------------------------------------- words
@@ -549,21 +552,21 @@ def test_a_random_probe_is_held_against_the_linear_probe_of_the_best_source(tmp_
     }
     rows, runs, curves = simulate(skill, fractions=("1.0",))
     rows += [replace(row, split="validation") for row in rows if row.metric == "accuracy"]
-    cells, md, _ = write(tmp_path, rows, runs, curves)
-    cell = find(cells, source="none", technique="random_probe")
-    best = find(cells, technique="linear_probe")
-    assert (cell.against, cell.verdict, cell.paired_seeds) == (
+    entries, md, _ = write(tmp_path, rows, runs, curves)
+    entry = find(entries, source="none", technique="random_probe")
+    best = find(entries, technique="linear_probe")
+    assert (entry.against, entry.verdict, entry.paired_seeds) == (
         "linear_probe of garments",
         "loses",
         3,
     )
-    assert cell.gain == pytest.approx(cell.mean - best.mean) and not cell.transfers
+    assert entry.gain == pytest.approx(entry.mean - best.mean) and not entry.transfers
     assert "against linear_probe of garments:" in md and "of 2 comparisons" in md, (
         "not a comparison with scratch"
     )
-    assert "linear_probe of" in render(cells)
+    assert "linear_probe of" in render(entries)
     alone = find(
-        report.matrix_cells(*kept(rows, runs, lambda row: row.technique != "linear_probe")),
+        report.matrix_entries(*kept(rows, runs, lambda row: row.technique != "linear_probe")),
         source="none",
         technique="random_probe",
     )
@@ -590,9 +593,11 @@ def backbones(tmp_path=None):
 def test_gains_over_different_scratch_networks_say_so_and_stand_beside_the_gain_over_the_best(
     tmp_path,
 ):
-    cells, md, _ = write(tmp_path, *backbones())
-    weak, strong = find(cells), find(cells, source="digits")
-    best = next(cell for cell in cells if cell.source == "none" and cell.backbone == "timm/vit")
+    entries, md, _ = write(tmp_path, *backbones())
+    weak, strong = find(entries), find(entries, source="digits")
+    best = next(
+        entry for entry in entries if entry.source == "none" and entry.backbone == "timm/vit"
+    )
     assert weak.baseline == strong.baseline == "timm/vit"
     assert (
         weak.baseline_gain == pytest.approx(weak.mean - best.mean)
@@ -606,12 +611,12 @@ def test_gains_over_different_scratch_networks_say_so_and_stand_beside_the_gain_
     assert f"{weak.baseline_gain:+.3f} [" in md
     assert any(
         "best scratch" in line and f"{weak.baseline_gain:+.3f}" in line
-        for line in render(cells).splitlines()
+        for line in render(entries).splitlines()
     )
     rows, runs, _ = backbones()
     turned = [replace(row, value=-row.value) if row.split == "validation" else row for row in rows]
     assert {
-        cell.baseline for cell in report.matrix_cells(turned, runs) if cell.source != "none"
+        entry.baseline for entry in report.matrix_entries(turned, runs) if entry.source != "none"
     } == {"timm/resnet18"}, "validation rows decide, not test rows"
     assert (
         "different scratch networks"
@@ -644,18 +649,18 @@ def test_scores_of_sources_that_were_left_out_stay(tmp_path):
 # ---------------------------------------------------------------- terminal
 
 
-def render(cells, width=100):
+def render(entries, width=100):
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(report.table(cells))
+    console.print(report.table(entries))
     return console.file.getvalue()
 
 
 def test_scratch_is_told_apart_where_a_target_has_several_backbones(written):
-    cells = [c for c in written[0] if c.target == "clothing"]
-    one = cells + [replace(c, backbone="timm/vgg11") for c in cells if c.source == "none"]
+    entries = [c for c in written[0] if c.target == "clothing"]
+    one = entries + [replace(c, backbone="timm/vgg11") for c in entries if c.source == "none"]
     assert any(
         " none vgg11" in line for line in render(one).splitlines()
-    ) and "vgg11" not in render(cells)
+    ) and "vgg11" not in render(entries)
 
 
 def test_table_is_readable_in_100_columns_without_colour(written):
@@ -669,13 +674,13 @@ def test_table_is_readable_in_100_columns_without_colour(written):
         len(wins) == sum(c.verdict == "wins" for c in written[0])
         and len(losses) == sum(c.verdict == "loses" for c in written[0]) > 0
     )
-    cell = find(written[0])
-    (line,) = (line for line in wins if f"{cell.gain:+.3f}" in line)
+    entry = find(written[0])
+    (line,) = (line for line in wins if f"{entry.gain:+.3f}" in line)
     assert (
         "garments" in line
         and "full" in line
         and "100 %" in line
-        and f"{cell.mean:.3f} [{cell.low:.3f}, {cell.high:.3f}]" in line
+        and f"{entry.mean:.3f} [{entry.low:.3f}, {entry.high:.3f}]" in line
         and "42" in line
     )
 
@@ -711,23 +716,23 @@ def test_html_is_self_contained_and_well_formed(written):
 
 
 def test_every_number_appears_and_losses_are_not_hidden(written):
-    cells, md, html = written
+    entries, md, html = written
     for text in (md, html):
-        for cell in cells:
-            if cell.mean is None:
+        for entry in entries:
+            if entry.mean is None:
                 continue
-            shown = [f"{cell.mean:.3f}", f"[{cell.low:.3f}, {cell.high:.3f}]"]
-            if cell.gain is not None:
+            shown = [f"{entry.mean:.3f}", f"[{entry.low:.3f}, {entry.high:.3f}]"]
+            if entry.gain is not None:
                 shown.append(
-                    f"{blocks.MARKS[cell.verdict]} {cell.gain:+.3f} [{cell.gain_low:+.3f}, "
-                    f"{cell.gain_high:+.3f}]"
+                    f"{blocks.MARKS[entry.verdict]} {entry.gain:+.3f} [{entry.gain_low:+.3f}, "
+                    f"{entry.gain_high:+.3f}]"
                 )
             for number in shown:
                 assert (blocks.with_minus_sign(number) if text is html else number) in text, number
-    wins, losses = (sum(c.verdict == v for c in cells) for v in ("wins", "loses"))
+    wins, losses = (sum(c.verdict == v for c in entries) for v in ("wins", "loses"))
     assert wins and losses
     kept, kept_losses = (
-        sum(c.verdict == v and c.gain_p_holm < 0.05 for c in cells) for v in ("wins", "loses")
+        sum(c.verdict == v and c.gain_p_holm < 0.05 for c in entries) for v in ("wins", "loses")
     )
     assert 0 < kept < wins and kept_losses, "some wins do not survive the correction"
     assert f"Transfer paid in {kept} of 16 comparisons, and lost in {kept_losses}" in html
@@ -812,8 +817,8 @@ def test_names_and_errors_are_escaped_everywhere(tmp_path):
 
 def test_a_job_whose_trials_all_failed_still_reports(tmp_path):
     rows = [failure("clothing", TRACEBACK, f"t{i}", seed=i) for i in range(3)]
-    cells, md, html = write(tmp_path, rows, {}, {}, pretraining=[])
-    assert [c.verdict for c in cells] == ["failed"]
+    entries, md, html = write(tmp_path, rows, {}, {}, pretraining=[])
+    assert [c.verdict for c in entries] == ["failed"]
     for text in (md, html):
         assert (
             "o trial finished" in text
@@ -823,7 +828,7 @@ def test_a_job_whose_trials_all_failed_still_reports(tmp_path):
         )
     Page(html)
     check_markdown(md)
-    assert "failed" in render(cells)
+    assert "failed" in render(entries)
 
 
 def test_nothing_at_all_still_reports(tmp_path):
@@ -843,11 +848,11 @@ def test_sparse_input_is_taken(tmp_path):
         for r in rows
     ]
     results.append(str(tmp_path), rows)
-    cells, _, html = write(
+    entries, _, html = write(
         tmp_path, results.read(str(tmp_path)), runs, {}, pretraining=[{"source": "loaded"}]
     )
     assert Page(html).tags.count("svg") == 1 and "5/class" in html
-    assert all("one seed" in cell.interval for cell in cells)
+    assert all("one seed" in entry.interval for entry in entries)
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):

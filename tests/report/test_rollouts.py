@@ -57,7 +57,7 @@ def message(technique, source, fraction, n_train, seed, success, rollout_frames=
 
 def shown(*trials):
     rows, runs = [row for row, _ in trials], {row.trial_id: run for row, run in trials}
-    found = matrix.matrix_cells(rows, runs)
+    found = matrix.matrix_entries(rows, runs)
     return rollouts.blocks("robot", found, rows, runs)
 
 

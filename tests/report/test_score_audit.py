@@ -6,10 +6,10 @@ import pytest
 
 from pipeline.report import score_audit
 from pipeline.report.blocks import Bullets, Details, Table, Text
-from pipeline.report.matrix import Cell
+from pipeline.report.matrix import MatrixEntry
 from pipeline.report.source_scores import PairScores, ScoreValue
 
-CELL = Cell(
+ENTRY = MatrixEntry(
     source="a",
     backbone="timm/test_vit",
     target="one",
@@ -36,10 +36,10 @@ CELL = Cell(
 MEANS = {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6}
 
 
-def matrix(means=MEANS, targets=("one",), techniques=("full", "lora"), **more) -> list[Cell]:
+def matrix(means=MEANS, targets=("one",), techniques=("full", "lora"), **more) -> list[MatrixEntry]:
     return [
         replace(
-            CELL,
+            ENTRY,
             source=source,
             target=target,
             technique=technique,
@@ -67,8 +67,8 @@ def scored(values, targets=("one",), higher=True, name="logme") -> dict[str, Pai
     }
 
 
-def only(cells, scores, **more) -> score_audit.Audit:
-    (found,) = score_audit.audits(cells, scores, {"one": "image", "two": "image", **more})
+def only(entries, scores, **more) -> score_audit.Audit:
+    (found,) = score_audit.audits(entries, scores, {"one": "image", "two": "image", **more})
     return found
 
 
@@ -155,12 +155,12 @@ def test_of_many_targets_the_interval_is_over_targets():
 
 
 def test_techniques_that_train_nothing_or_were_not_tried_with_all_do_not_count():
-    cells = [*matrix(), replace(CELL, source="d", technique="extra", mean=0.99)]
-    cells += [
-        replace(cell, technique="zero_shot", mean=1 - (cell.mean or 0), params_trained=0)
-        for cell in matrix(techniques=("full",))
+    entries = [*matrix(), replace(ENTRY, source="d", technique="extra", mean=0.99)]
+    entries += [
+        replace(entry, technique="zero_shot", mean=1 - (entry.mean or 0), params_trained=0)
+        for entry in matrix(techniques=("full",))
     ]
-    (outcome,) = score_audit.outcomes(cells)
+    (outcome,) = score_audit.outcomes(entries)
     assert outcome.means == pytest.approx(MEANS) and outcome.best == "a"
     assert score_audit.outcomes(matrix({"a": 0.5})) == [], "one source is no choice"
 
@@ -199,10 +199,10 @@ def test_too_few_pairs_are_those_of_a_score_and_not_a_missing_interval():
 
 
 def test_metrics_of_a_modality_are_audited_apart():
-    cells = [*matrix(), *matrix(targets=("two",), metric="mse", higher_is_better=False)]
+    entries = [*matrix(), *matrix(targets=("two",), metric="mse", higher_is_better=False)]
     values = {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
     found = score_audit.audits(
-        cells, scored(values, ("one", "two")), {"one": "table", "two": "table"}
+        entries, scored(values, ("one", "two")), {"one": "table", "two": "table"}
     )
     assert {one.domain: one.tau for one in found} == pytest.approx(
         {"table (accuracy)": 1.0, "table (mse)": -1.0}
@@ -210,10 +210,10 @@ def test_metrics_of_a_modality_are_audited_apart():
 
 
 def test_domains_are_audited_apart():
-    cells = matrix(targets=("one", "two"))
+    entries = matrix(targets=("one", "two"))
     good = scored({"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0})
     bad = scored({"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}, ("two",))
-    found = score_audit.audits(cells, {**good, **bad}, {"one": "image", "two": "text"})
+    found = score_audit.audits(entries, {**good, **bad}, {"one": "image", "two": "text"})
     assert {one.domain: one.tau for one in found} == pytest.approx({"image": 1.0, "text": -1.0})
 
 

@@ -290,11 +290,11 @@ MADE = {
 
 def test_the_report_has_a_line_for_each_part_and_hides_small_ones():
     rows, runs = table(MADE)
-    cells = matrix.matrix_cells(rows, runs)
-    assert {cell.metric for cell in cells} == {
+    entries = matrix.matrix_entries(rows, runs)
+    assert {entry.metric for entry in entries} == {
         "auroc"
     }  # rows of parts are not taken for the primary one
-    heading, text, listed = subgroups.blocks("t", cells, rows, runs)
+    heading, text, listed = subgroups.blocks("t", entries, rows, runs)
     assert (
         heading.text == "Subgroups"
         and "src · full" in text.text
@@ -333,12 +333,12 @@ def test_the_report_has_a_line_for_each_part_and_hides_small_ones():
             == pytest.approx(float(mine.lines[0]) - float(scratch.lines[0]), abs=0.02)
             and "[" in gain.lines[1]
         )
-    assert subgroups.blocks("t", cells, rows, {}) == []
+    assert subgroups.blocks("t", entries, rows, {}) == []
     bare = {
         key: RunPredictions(run.rows, run.predictions, run.seed, labels=run.labels)
         for key, run in runs.items()
     }
-    assert subgroups.blocks("t", cells, rows, bare) == []
+    assert subgroups.blocks("t", entries, rows, bare) == []
 
 
 def test_few_positives_are_hidden_too():
@@ -354,8 +354,8 @@ def test_few_positives_are_hidden_too():
 
 def test_two_classes_have_all_metrics_and_a_calibration_curve_in_the_report(tmp_path):
     rows, runs = table(MADE)
-    cells = matrix.matrix_cells(rows, runs)
-    out = per_label.blocks("t", cells, rows, runs)
+    entries = matrix.matrix_entries(rows, runs)
+    out = per_label.blocks("t", entries, rows, runs)
     assert [block.text for block in out if isinstance(block, blocks.Heading)] == [
         "All metrics",
         "Calibration",
@@ -390,7 +390,7 @@ def test_two_classes_have_all_metrics_and_a_calibration_curve_in_the_report(tmp_
     uris = report.write(
         str(tmp_path),
         job_name="j",
-        cells=cells,
+        entries=entries,
         rows=rows,
         curves={},
         pretraining=[],
@@ -414,13 +414,13 @@ def test_predictions_at_positions_have_them_without_a_confusion_matrix():
         ("src", "full"): [run_of(0, 1.5, hours=4)],
     }
     rows, runs = table(made)
-    cells = matrix.matrix_cells(rows, runs)
+    entries = matrix.matrix_entries(rows, runs)
     assert [
         block.text
-        for block in per_label.blocks("t", cells, rows, runs)
+        for block in per_label.blocks("t", entries, rows, runs)
         if isinstance(block, blocks.Heading)
     ] == ["All metrics", "Calibration"]
-    listed = subgroups.blocks("t", cells, rows, runs)[2]
+    listed = subgroups.blocks("t", entries, rows, runs)[2]
     assert listed.rows[0][:3] == [
         "all test rows",
         "400",
@@ -438,7 +438,7 @@ def test_a_curve_of_few_rows_is_not_drawn():
     rows, runs = table({("src", "full"): [few]})
     assert "Calibration" not in [
         block.text
-        for block in per_label.blocks("t", matrix.matrix_cells(rows, runs), rows, runs)
+        for block in per_label.blocks("t", matrix.matrix_entries(rows, runs), rows, runs)
         if isinstance(block, blocks.Heading)
     ]
 

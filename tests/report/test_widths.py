@@ -112,7 +112,7 @@ def full_report(folder) -> str:
     _, page = report.write(
         str(folder),
         job_name="vision",
-        cells=report.matrix_cells(rows, runs),
+        entries=report.matrix_entries(rows, runs),
         rows=rows,
         curves=curves,
         pretraining=pretraining,

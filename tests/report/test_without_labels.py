@@ -5,21 +5,21 @@ from __future__ import annotations
 import pytest
 
 from pipeline.report import blocks, matrix, without_labels
-from tests.report.test_advice import cell, store
+from tests.report.test_advice import entry, store
 
 LABELS = {"label_fraction": "0/class"}
 
 
-def page(*cells) -> str:
-    known = store(cell("none", "scratch", 0.6), cell("src", "full", 0.8), *cells)
-    found = matrix.matrix_cells(known.rows, known.runs)
+def page(*entries) -> str:
+    known = store(entry("none", "scratch", 0.6), entry("src", "full", 0.8), *entries)
+    found = matrix.matrix_entries(known.rows, known.runs)
     shown = without_labels.blocks_of(found, known.rows, known.runs, {"t": 3})
     return blocks.markdown("x", shown)
 
 
 def test_each_seed_is_compared_with_the_one_trial_of_zero_shot():
-    zero_shot = cell("src", "zero_shot", 0.6, seeds=1, **LABELS)
-    dann, adabn = cell("src", "dann", 0.8, **LABELS), cell("src", "adabn", 0.7, seeds=1, **LABELS)
+    zero_shot = entry("src", "zero_shot", 0.6, seeds=1, **LABELS)
+    dann, adabn = entry("src", "dann", 0.8, **LABELS), entry("src", "adabn", 0.7, seeds=1, **LABELS)
     found = page(zero_shot, dann, adabn)
     gain = sum(row.value for row in dann[0]) / 3 - zero_shot[0][0].value
     assert f"+{gain:.3f} [+" in found and "wins" in found
@@ -29,17 +29,17 @@ def test_each_seed_is_compared_with_the_one_trial_of_zero_shot():
 
 
 def test_another_source_or_no_zero_shot_is_no_reference():
-    dann = cell("src", "dann", 0.8, **LABELS)
-    other = cell("other", "zero_shot", 0.6, seeds=1, **LABELS)
+    dann = entry("src", "dann", 0.8, **LABELS)
+    other = entry("other", "zero_shot", 0.6, seeds=1, **LABELS)
     assert "Without labels" not in page(dann) and "Without labels" not in page(dann, other)
 
 
 @pytest.mark.parametrize("lost", ["dann", "zero_shot"])
 def test_without_predictions_nothing_is_compared(lost):
-    zero_shot = cell("src", "zero_shot", 0.6, seeds=1, **LABELS)
-    dann = cell("src", "dann", 0.8, **LABELS)
+    zero_shot = entry("src", "zero_shot", 0.6, seeds=1, **LABELS)
+    dann = entry("src", "dann", 0.8, **LABELS)
     known = store(zero_shot, dann)
     runs = {name: run for name, run in known.runs.items() if lost not in name}
-    found = matrix.matrix_cells(known.rows, known.runs)
+    found = matrix.matrix_entries(known.rows, known.runs)
     shown = without_labels.blocks_of(found, known.rows, runs, {"t": 3})
     assert matrix.UNCOMPARED in blocks.markdown("x", shown)

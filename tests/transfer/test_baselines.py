@@ -521,10 +521,10 @@ def run_of(accuracy: float, seed: int, n: int = 60) -> stats.RunPredictions:
     return stats.RunPredictions(np.arange(n), arrays, seed)
 
 
-def rows_and_runs(cells: dict[tuple[str, str, str], tuple[float, float]]):
-    """Results and predictions of three seeds of cells with a test and a validation accuracy."""
+def rows_and_runs(entries: dict[tuple[str, str, str], tuple[float, float]]):
+    """Results and predictions of three seeds of entries with a test and a validation accuracy."""
     rows, runs = [], {}
-    for (source, technique, backbone), (tested, validated) in cells.items():
+    for (source, technique, backbone), (tested, validated) in entries.items():
         for seed in range(3):
             run = run_of(tested, seed)
             for row in result_rows(source, technique, run, "accuracy"):
@@ -535,7 +535,7 @@ def rows_and_runs(cells: dict[tuple[str, str, str], tuple[float, float]]):
     return rows, runs
 
 
-CELLS = {
+ENTRIES = {
     ("src", "full", "net"): (0.95, 0.9),
     ("none", "scratch", "net"): (0.6, 0.6),
     ("none", "majority", "none"): (0.9, 0.5),
@@ -544,8 +544,8 @@ CELLS = {
 
 
 def test_the_gain_over_the_best_baseline_is_paired_as_the_gain_over_scratch():
-    rows, runs = rows_and_runs(CELLS)
-    found = {cell.technique: cell for cell in matrix.matrix_cells(rows, runs)}
+    rows, runs = rows_and_runs(ENTRIES)
+    found = {entry.technique: entry for entry in matrix.matrix_entries(rows, runs)}
     full, trees = found["full"], found["bag_of_words"]
     assert full.best_baseline == "bag_of_words", "by validation, not by test"
     sides = [[run_of(share, seed) for seed in range(3)] for share in (0.95, 0.8)]
@@ -566,22 +566,22 @@ def test_the_gain_over_the_best_baseline_is_paired_as_the_gain_over_scratch():
 
 
 def test_a_baseline_without_a_validation_value_is_never_the_best():
-    cells = {**CELLS, ("none", "majority", "none"): (0.9, float("nan"))}
-    found = matrix.matrix_cells(*rows_and_runs(cells))
-    assert {cell.best_baseline for cell in found if not cell.is_baseline} == {"bag_of_words"}
+    entries = {**ENTRIES, ("none", "majority", "none"): (0.9, float("nan"))}
+    found = matrix.matrix_entries(*rows_and_runs(entries))
+    assert {entry.best_baseline for entry in found if not entry.is_baseline} == {"bag_of_words"}
 
 
 def test_one_seed_is_not_counted_as_better_than_a_baseline(tmp_path):
     """The interval alone excludes zero; one seed does not show the spread between seeds."""
-    rows, runs = rows_and_runs(CELLS)
+    rows, runs = rows_and_runs(ENTRIES)
     rows = [row for row in rows if row.seed == 0]
-    cells = matrix.matrix_cells(rows, runs)
-    full = next(cell for cell in cells if cell.technique == "full")
+    entries = matrix.matrix_entries(rows, runs)
+    full = next(entry for entry in entries if entry.technique == "full")
     assert full.best_baseline_low is not None and full.best_baseline_low > 0
     assert full.best_baseline_verdict == matrix.UNCOMPARED
     texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
     uris = report.write(
-        str(tmp_path), job_name="j", cells=cells, rows=rows, curves={}, runs=runs, **texts
+        str(tmp_path), job_name="j", entries=entries, rows=rows, curves={}, runs=runs, **texts
     )
     text = storage.read_bytes(uris[0]).decode()
     assert "0 of 2 networks are better than it, 0 are worse, 2 not compared" in text
@@ -589,26 +589,26 @@ def test_one_seed_is_not_counted_as_better_than_a_baseline(tmp_path):
 
 def test_baselines_of_which_none_has_a_validation_value_are_named(tmp_path):
     unknown = float("nan")
-    cells = {
+    entries = {
         key: (test, unknown if key[2] == "none" else validation)
-        for key, (test, validation) in CELLS.items()
+        for key, (test, validation) in ENTRIES.items()
     }
-    rows, runs = rows_and_runs(cells)
+    rows, runs = rows_and_runs(entries)
     texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
-    found = matrix.matrix_cells(rows, runs)
+    found = matrix.matrix_entries(rows, runs)
     uris = report.write(
-        str(tmp_path), job_name="j", cells=found, rows=rows, curves={}, runs=runs, **texts
+        str(tmp_path), job_name="j", entries=found, rows=rows, curves={}, runs=runs, **texts
     )
     text = storage.read_bytes(uris[0]).decode()
     assert "best of the baselines (bag_of_words, majority) is not known" in text
 
 
 def test_the_report_of_one_network_has_no_table_of_several(tmp_path):
-    rows, runs = rows_and_runs(CELLS)
-    cells = matrix.matrix_cells(rows, runs)
+    rows, runs = rows_and_runs(ENTRIES)
+    entries = matrix.matrix_entries(rows, runs)
     texts = {"pretraining": (), "splits": {}, "notes": (), "versions": {}}
     uris = report.write(
-        str(tmp_path), job_name="j", cells=cells, rows=rows, curves={}, runs=runs, **texts
+        str(tmp_path), job_name="j", entries=entries, rows=rows, curves={}, runs=runs, **texts
     )
     for uri in uris:
         text = storage.read_bytes(uri).decode()

@@ -18,10 +18,10 @@ SOURCES, TECHNIQUES = ("a", "b", "c"), ("full", "lora", "linear_probe", "bitfit"
 
 
 def pair(target: str, source: str, technique: str) -> Pair:
-    cell = f"{source}|{target}|{technique}"
+    entry = f"{source}|{target}|{technique}"
     return Pair(
         tuple(
-            SimpleNamespace(id=f"{cell}|{rung}", source=source, technique=technique, cell=cell)
+            SimpleNamespace(id=f"{entry}|{rung}", source=source, technique=technique, entry=entry)
             for rung in range(len(budget.RUNGS))
         )  # type: ignore[arg-type]
     )
@@ -51,7 +51,7 @@ def random_values(seed: int):
 
 
 def kept(found: budget.Decision, *contests: Contest) -> list[str]:
-    return [one.cell for each in contests for one in each.pairs if one.cell not in found.cut]
+    return [one.entry for each in contests for one in each.pairs if one.entry not in found.cut]
 
 
 # ---------------------------------------------------------------- how much is spent
@@ -182,23 +182,24 @@ def test_a_better_value_never_cuts_a_pair_that_went_on(seed):
     contests = [contest("first"), contest("second")]
     spendings, value = spend(26, *contests), random_values(seed)
     found, _ = run(contests, spendings, value)
-    for cell in kept(found, *contests):
+    for entry in kept(found, *contests):
         raised, _ = run(
             contests,
             spendings,
-            lambda name, cell=cell: value(name) + 5 * name.startswith(f"{cell}|"),
+            lambda name, entry=entry: value(name) + 5 * name.startswith(f"{entry}|"),
         )
-        assert cell not in raised.cut
+        assert entry not in raised.cut
 
 
 def test_pairs_that_failed_or_have_no_value_are_cut_first():
     one = contest()
     values = {
-        p.cell: None if p.source == "a" else math.nan if p.source == "b" else 0.0 for p in one.pairs
+        p.entry: None if p.source == "a" else math.nan if p.source == "b" else 0.0
+        for p in one.pairs
     }
     spendings = spend(12, one)
     found, _ = run([one], spendings, lambda name: values[name.rpartition("|")[0]])
-    assert [cell[0] for cell in kept(found, one)] == ["c"]
+    assert [entry[0] for entry in kept(found, one)] == ["c"]
 
 
 def test_decisions_do_not_depend_on_where_a_job_was_killed():
@@ -219,7 +220,7 @@ def test_decisions_do_not_depend_on_where_a_job_was_killed():
 def test_a_second_target_waits_for_the_first():
     contests = [contest("first"), contest("second")]
     found = budget.decide(contests, spend(30, *contests), {})
-    assert {one.cell.split("|")[1] for one in found.waiting} == {"first"}
+    assert {one.entry.split("|")[1] for one in found.waiting} == {"first"}
     assert found.rung == "first, rung 1"
 
 

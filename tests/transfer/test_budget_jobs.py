@@ -66,7 +66,7 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
         "6 trials"
     ) in lines
     assert any(
-        "10 cells = 12 search + 4 final trials of 9 steps on 36 rows" in line for line in lines
+        "10 entries = 12 search + 4 final trials of 9 steps on 36 rows" in line for line in lines
     )
     assert any(line.startswith("in all: 16 trials, 54 steps") for line in lines)
     assert (

@@ -46,17 +46,17 @@ def world(paths, tmp_path_factory):
     return job, shared_of(folder, job, paths)
 
 
-# ---------------------------------------------------------------- ASHA within each cell
+# ---------------------------------------------------------------- ASHA within each entry
 
 
-def play(cells: dict[int, str], goodness: dict[int, list[float]]) -> dict[int, float]:
+def play(entries: dict[int, str], goodness: dict[int, list[float]]) -> dict[int, float]:
     """Trials that validate in turns, as often as they have numbers, in the order of ``goodness``;
     the percent at which each was stopped.
 
     What Tune does with a trial: added, told of, completed; its last report says that it is
     finished.
     """
-    scheduler = GroupedASHA(cells)
+    scheduler = GroupedASHA(entries)
     running = {
         unit: SimpleNamespace(trial_id=f"trial-{unit}", config={"unit": unit}, last_result=None)
         for unit in goodness
@@ -102,7 +102,7 @@ def test_a_trial_without_rivals_is_never_stopped(times, course):
 
 
 @pytest.mark.parametrize("times", [5, 6, 10, 41])
-def test_the_worse_trials_of_a_cell_are_stopped_at_the_first_rung(times):
+def test_the_worse_trials_of_an_entry_are_stopped_at_the_first_rung(times):
     stopped = play(
         dict.fromkeys(range(8), "a"), {unit: [1.0 - unit / 10] * times for unit in range(8)}
     )
@@ -116,7 +116,7 @@ def test_the_worse_trials_of_a_cell_are_stopped_at_the_first_rung(times):
 
 
 @pytest.mark.parametrize("times", [1, 5, 6, 10, 41])
-def test_the_best_trial_of_a_cell_is_never_stopped(times):
+def test_the_best_trial_of_an_entry_is_never_stopped(times):
     rng = np.random.default_rng(times)
     some = 0
     for _ in range(30):
@@ -147,15 +147,15 @@ def test_a_trial_that_falls_behind_is_stopped_at_a_later_rung(falls, at):
     )
 
 
-def test_cells_do_not_compete():
+def test_entries_do_not_compete():
     """However bad a technique is on a target, its trials are held against each other alone."""
-    cells = {**dict.fromkeys(range(4), "good"), 4: "bad", 5: "worse"}
+    entries = {**dict.fromkeys(range(4), "good"), 4: "bad", 5: "worse"}
     goodness = {unit: [0.9] * 5 for unit in range(4)} | {4: [0.1] * 5, 5: [0.0] * 5}
-    assert play(cells, goodness) == {}
-    assert play(dict.fromkeys(cells, "one"), goodness) == {4: 20.0, 5: 20.0}
+    assert play(entries, goodness) == {}
+    assert play(dict.fromkeys(entries, "one"), goodness) == {4: 20.0, 5: 20.0}
 
 
-def test_trials_of_a_cell_may_come_when_others_are_through():
+def test_trials_of_an_entry_may_come_when_others_are_through():
     scheduler = GroupedASHA({0: "a", 1: "a"})
     first, second = (
         SimpleNamespace(trial_id=f"trial-{unit}", config={"unit": unit}, last_result=None)
@@ -175,7 +175,7 @@ def test_trials_of_a_cell_may_come_when_others_are_through():
         scheduler.on_trial_result(None, second, {"goodness": 0.4, "percent": 20})
         == TrialScheduler.STOP
     )
-    assert "1 cells" in scheduler.debug_string()
+    assert "1 entries" in scheduler.debug_string()
 
 
 def test_a_trial_that_says_it_is_finished_is_not_stopped_and_its_last_report_is_no_result():
@@ -276,7 +276,7 @@ def made(
     seed: int,
     validation: float,
     higher: bool = True,
-    cell: str = "full",
+    entry: str = "full",
     status: str = "done",
 ) -> Trial:
     """A trial as `trial.write` leaves it: its bundle, then its record."""
@@ -285,12 +285,12 @@ def made(
         "base",
         "timm/x",
         "task",
-        ComponentConfig(name=cell),
+        ComponentConfig(name=entry),
         {},
         1.0,
         seed,
         "final",
-        f"{cell}-{seed}",
+        f"{entry}-{seed}",
     )
     folder = root / "trials" / one.id
     uri = str(folder / "bundle")
@@ -309,7 +309,7 @@ def made(
     ]
     record = {
         "trial_id": one.id,
-        "cell": one.cell,
+        "cell": one.entry,
         "status": status,
         "rows": rows,
         "validation": {metric: validation, "other": -validation},
@@ -325,7 +325,7 @@ def left(root: Path) -> list[str]:
 @pytest.mark.parametrize("higher", [True, False])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 @pytest.mark.parametrize("once", [True, False])
-def test_the_best_seed_of_a_cell_keeps_its_bundle(tmp_path, order, higher, once):
+def test_the_best_seed_of_an_entry_keeps_its_bundle(tmp_path, order, higher, once):
     """In whatever order trials end, one by one or all at once; lower is better for a loss; NaN is
     the worst of all.
     """
@@ -351,7 +351,7 @@ def test_the_best_seed_of_a_cell_keeps_its_bundle(tmp_path, order, higher, once)
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
-def test_a_cell_of_equals_keeps_one_bundle(tmp_path, order, value):
+def test_an_entry_of_equals_keeps_one_bundle(tmp_path, order, value):
     """The same one as trials end, in whatever order, and at the end of the run, in the trials'
     own.
     """
@@ -362,12 +362,12 @@ def test_a_cell_of_equals_keeps_one_bundle(tmp_path, order, value):
     assert left(tmp_path) == ["full-0"]
 
 
-def test_cells_keep_a_bundle_each_and_failed_trials_do_not_count(tmp_path):
+def test_entries_keep_a_bundle_each_and_failed_trials_do_not_count(tmp_path):
     trials = [
         made(tmp_path, 0, 0.5),
         made(tmp_path, 1, 0.9, status="failed"),
-        made(tmp_path, 2, 0.6, cell="lp_ft"),
-        made(tmp_path, 3, 0.4, cell="lp_ft"),
+        made(tmp_path, 2, 0.6, entry="lp_ft"),
+        made(tmp_path, 3, 0.4, entry="lp_ft"),
     ]
     missing = Trial(
         "src",

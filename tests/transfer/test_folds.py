@@ -83,14 +83,14 @@ def test_a_gain_is_over_the_scratch_network_of_the_same_seed_and_fold(ended):
             assert row.paired_seeds == 2
 
 
-def test_cells_and_report_are_of_all_rows(ended):
+def test_entries_and_report_are_of_all_rows(ended):
     state, rows, _ = ended
-    cells, (_, page) = stages.show(state, rows)
-    cell = next(cell for cell in cells if cell.technique == "linear_probe")
-    assert (cell.target, cell.n_seeds, cell.paired_seeds, cell.n_test) == ("task", 2, 2, ROWS)
+    entries, (_, page) = stages.show(state, rows)
+    entry = next(entry for entry in entries if entry.technique == "linear_probe")
+    assert (entry.target, entry.n_seeds, entry.paired_seeds, entry.n_test) == ("task", 2, 2, ROWS)
     each = [row.value for row in accuracies(rows) if row.technique == "linear_probe"]
-    assert cell.mean == pytest.approx(np.mean(each)), "folds have equal numbers of rows"
-    assert cell.gain_low is not None and cell.verdict in matrix.COMPARED
+    assert entry.mean == pytest.approx(np.mean(each)), "folds have equal numbers of rows"
+    assert entry.gain_low is not None and entry.verdict in matrix.COMPARED
     text = Path(page).read_text()
     assert "3 folds, whose test rows are pooled" in text and "task.fold" not in text
     advised = advice.advise([advice.Store("toy", results.read(state.job.root))])
@@ -126,7 +126,7 @@ def test_a_search_is_of_each_fold_alone(toy, monkeypatch):
     groups = stages._backbone_groups(state)
     chosen = {name: set(stages.matching(state, name)) for name in state.targets}
     found = stages.search_trials(state, groups, chosen)
-    by_fold = {one.cell: one.target for one in found}
+    by_fold = {one.entry: one.target for one in found}
     assert len(found) == 3 * 2 and sorted(by_fold.values()) == [f"task.fold{k}" for k in (1, 2, 3)]
     for stage in state.targets.values():
         parts = [
@@ -206,7 +206,7 @@ def in_folds(run: stats.RunPredictions, rows: list[results.ResultRow], fold_of: 
 
 
 def both_ways(groups=None, fold_of=None):
-    """Cells of three seeds on all rows at once, and in folds."""
+    """Entries of three seeds on all rows at once, and in folds."""
     fold_of = np.arange(90) % 4 if fold_of is None else fold_of
     rows, runs, cut_rows, cut_runs = [], {}, [], {}
     for seed in range(3):
@@ -223,7 +223,7 @@ def both_ways(groups=None, fold_of=None):
 
 
 def test_pooled_folds_are_as_one_run_on_all_rows():
-    whole, cut = (matrix.matrix_cells(*one) for one in both_ways())
+    whole, cut = (matrix.matrix_entries(*one) for one in both_ways())
     for ours, expected in zip(cut, whole, strict=True):
         assert ours == replace(expected, n_test=90)
 
@@ -242,10 +242,10 @@ def test_pooled_groups_are_those_of_all_folds():
 
 def test_without_predictions_a_seed_is_the_mean_of_its_folds():
     _, (rows, _) = both_ways()
-    cell = next(one for one in matrix.matrix_cells(rows, {}) if one.source == "a")
+    entry = next(one for one in matrix.matrix_entries(rows, {}) if one.source == "a")
     each = [row.value for row in rows if row.source == "a"]
-    assert cell.mean == pytest.approx(np.mean(each)) and cell.n_seeds == 3
-    assert matrix.T_INTERVAL in cell.interval
+    assert entry.mean == pytest.approx(np.mean(each)) and entry.n_seeds == 3
+    assert matrix.T_INTERVAL in entry.interval
 
 
 def test_a_fold_that_failed_leaves_the_rows_of_the_others():
@@ -253,9 +253,9 @@ def test_a_fold_that_failed_leaves_the_rows_of_the_others():
     lost = next(row for row in rows if row.source == "a" and row.seed == 0)
     failed = replace(lost, status="failed", value=None, metric=None, split=None, error="broken")
     kept = [failed if row is lost else row for row in rows]
-    cell = next(one for one in matrix.matrix_cells(kept, runs) if one.source == "a")
-    assert cell.n_failed == 1 and cell.n_seeds == 3
-    assert "on the 67 of 90 rows that all of them have" in cell.interval
+    entry = next(one for one in matrix.matrix_entries(kept, runs) if one.source == "a")
+    assert entry.n_failed == 1 and entry.n_seeds == 3
+    assert "on the 67 of 90 rows that all of them have" in entry.interval
 
 
 def test_rows_without_folds_stay_as_they_are():

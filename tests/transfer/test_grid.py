@@ -297,7 +297,7 @@ def test_draws_of_choices_and_whole_numbers(world):
 
 
 def test_draws_come_from_the_jobs_seed_alone(world):
-    """No cell, source or technique enters: scratch is searched over the same draws."""
+    """No entry, source or technique enters: scratch is searched over the same draws."""
     search = {"lr": [1e-4, 1e-1]}
     assert drawn(searching(world[0], search)) == drawn(searching(world[0], search))
     assert drawn(searching(world[0], search)) != drawn(searching(world[0], search, seed=1))
@@ -434,10 +434,10 @@ def test_drawn_options_are_the_trials_own(world):
     assert one.drawn_technique.options == {"layer_decay": 0.7}, "a bundle is loaded with it"
     assert one.train_settings == {"lr": 0.02} and one.technique.options == {}
     plain = trial_of(job, shared, technique="full")
-    assert one.cell == plain.cell and one.id != plain.id
+    assert one.entry == plain.entry and one.id != plain.id
 
 
-# ---------------------------------------------------------------- cells
+# ---------------------------------------------------------------- entries
 
 
 def bases_of(*names):
@@ -456,19 +456,19 @@ def test_sources_that_read_alike_share_one_scratch(world):
     assert [group.label for group in found] == ["timm/r@a", "timm/r@c", "timm/v"]
     assert len({group.key for group in found}) == 3
     job = changed(world[0], "targets.task.label_fractions", [0.1, 1.0])
-    cells = grid.planned_cells(job, "task", found, {"a", "b", "c"})
+    entries = grid.planned_entries(job, "task", found, {"a", "b", "c"})
     assert all(
-        group.label != "timm/v" for group, *_ in cells
+        group.label != "timm/v" for group, *_ in entries
     )  # no chosen source, so no scratch either
     scratch = Counter(
         (group.label, fraction)
-        for group, source, component, fraction in cells
+        for group, source, component, fraction in entries
         if source == grid.SCRATCH
     )
     assert scratch == {
         (label, fraction): 1 for label in ("timm/r@a", "timm/r@c") for fraction in (0.1, 1.0)
     }
-    assert Counter(source for _, source, _, _ in cells) == {"none": 4, "a": 6, "b": 6, "c": 6}
+    assert Counter(source for _, source, _, _ in entries) == {"none": 4, "a": 6, "b": 6, "c": 6}
 
 
 def test_scratch_is_always_there_and_first(world):

@@ -251,7 +251,7 @@ def test_of_trials_without_labels_the_best_on_the_sources_rows_is_chosen(tmp_pat
         for one, value in zip(tried, (0.4, 0.6), strict=True)
     ]
     assert {row.split for record in records for row in record.rows} == {"source_validation"}
-    assert stages.winning_draws(tried, records) == {tried[0].cell: {"lr": 1e-2}}
+    assert stages.winning_draws(tried, records) == {tried[0].entry: {"lr": 1e-2}}
     assert fanout._is_better(records[1], records[0]) and not fanout._is_better(*records)
 
 
@@ -323,8 +323,8 @@ def trial_ids(state, *techniques) -> dict[tuple[str, str], str]:
     """(technique, label fraction) to the id of its trial."""
     arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
     group = grid.BackboneGroup(arch, ModalitySpec("image"), "net", ("src",))
-    cells = grid.planned_cells(state.job, "task", [group], {"src"})
-    made = [stages._trial(state, "task", cell, {}, 0, "final") for cell in cells]
+    entries = grid.planned_entries(state.job, "task", [group], {"src"})
+    made = [stages._trial(state, "task", entry, {}, 0, "final") for entry in entries]
     return {
         (one.technique.name, grid.fraction_text(one.label_fraction)): one.id
         for one in made
@@ -412,17 +412,19 @@ def test_a_batch_of_a_stream_is_not_as_small_as_the_labels_are(tmp_path, paths, 
     assert sizes == [[3, 16, 16]] * 2
 
 
-def test_cells_without_labels_are_those_of_techniques_that_need_none(tmp_path, paths):
+def test_entries_without_labels_are_those_of_techniques_that_need_none(tmp_path, paths):
     job = job_of(tmp_path, splits_of(paths), label_fractions=[0, 0.5])
     job = small(job, ["scratch", "full", "dann", "zero_shot", "adabn"])
     state = stages.check(job, Silent())
     text = "\n".join(dry_run.describe(state))
-    assert "at 0/class labels: 1 cells = 0 search + 3 final trials of 12 steps on 30 rows" in text
-    assert "at 0.5 labels: 3 cells" in text and "without training: 2 final trials" in text
+    assert "at 0/class labels: 1 entries = 0 search + 3 final trials of 12 steps on 30 rows" in text
+    assert "at 0.5 labels: 3 entries" in text and "without training: 2 final trials" in text
     arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
     group = grid.BackboneGroup(arch, ModalitySpec("image"), "net", ("src",))
-    cells = grid.planned_cells(job, "task", [group], {"src"})
-    assert [(component.name, fraction) for _, _, component, fraction in cells if not fraction] == [
+    entries = grid.planned_entries(job, "task", [group], {"src"})
+    assert [
+        (component.name, fraction) for _, _, component, fraction in entries if not fraction
+    ] == [
         ("dann", 0),
         ("zero_shot", 0),
         ("adabn", 0),

@@ -68,8 +68,8 @@ def test_stale_rows_are_named_and_stand_in_no_table(both):
         "task: a, full, 1.0 labels (2 trials); task: a, lp_ft, 1.0 labels (2 trials); task: "
         "scratch of timm/test_vit, scratch, 1.0 labels (2 trials)" in message
     )
-    cells, (markdown, _) = stages.show(state, rows)
-    assert [cell.n_seeds for cell in cells] == [2, 2, 2], "two seeds of now, not four"
+    entries, (markdown, _) = stages.show(state, rows)
+    assert [entry.n_seeds for entry in entries] == [2, 2, 2], "two seeds of now, not four"
     assert "rows of results.parquet are stale" in storage.read_bytes(markdown).decode()
     assert state.notes == [], "told anew each time, not kept"
     assert pruning.describe_stale([row for row in results.read(job.root) if row.current]) == []

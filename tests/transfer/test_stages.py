@@ -160,25 +160,25 @@ def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths
         techniques=("scratch", "full"),
     )
     state, rows = run_through(job)
-    cells = {(cell.source, cell.backbone): cell for cell in stages.show(state, rows)[0]}
+    entries = {(entry.source, entry.backbone): entry for entry in stages.show(state, rows)[0]}
     for row in rows:
         compared = row.split == "test" and row.source != "none"
-        cell = cells[row.source, row.backbone]
+        entry = entries[row.source, row.backbone]
         assert row.paired_seeds == (2 if compared else None)
         assert row.gain_p_holm == (
-            cell.gain_p_holm if compared and row.metric == cell.metric else None
+            entry.gain_p_holm if compared and row.metric == entry.metric else None
         )
         if compared:
             best = next(
                 other.value
                 for other in rows
                 if (other.source, other.backbone, other.seed, other.metric, other.split)
-                == ("none", cell.baseline, row.seed, row.metric, "test")
+                == ("none", entry.baseline, row.seed, row.metric, "test")
             )
             assert row.baseline_gain == pytest.approx(
                 (row.value - best) * (1 if row.higher_is_better else -1)
             )
-    assert {cell.baseline for cell in cells.values() if cell.source != "none"} <= {
+    assert {entry.baseline for entry in entries.values() if entry.source != "none"} <= {
         "timm/test_vit",
         "timm/test_resnet",
     }
@@ -186,18 +186,18 @@ def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths
 
 
 def test_a_bundle_is_told_of_where_it_is(tmp_path, bundles, paths, here):
-    """The best seed of each cell, and no other, says where its bundle lies."""
+    """The best seed of each entry, and no other, says where its bundle lies."""
     _, rows = run_through(job_of(tmp_path, {"a": bundles["a"]}, paths))
     uris = {row.trial_id: row.bundle_uri for row in primary(rows)}
     assert all(
         uri is None or bundle.load(uri).manifest.spec_hash == name for name, uri in uris.items()
     )
     assert sum(uri is not None for uri in uris.values()) == 3
-    for cell in (("none", "scratch"), ("a", "linear_probe"), ("a", "full")):
+    for entry in (("none", "scratch"), ("a", "linear_probe"), ("a", "full")):
         of = {
             row.trial_id: row
             for row in rows
-            if (row.source, row.technique) == cell
+            if (row.source, row.technique) == entry
             and row.split == "validation"
             and row.metric == "accuracy"
         }
@@ -317,7 +317,7 @@ def searched(rows, technique):
 
 
 def test_each_technique_is_searched_over_its_own_ranges(tmp_path, bundles, paths, here):
-    """As many draws for each, options too; all draws of a technique are one cell of the table."""
+    """As many draws for each, options too; all draws of a technique are one entry of the table."""
     job = job_of(
         tmp_path,
         {"a": bundles["a"]},
@@ -401,8 +401,8 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     assert alike(reported(job)[1], rows)
     ended = stages.trial_status(prepared(job))
     assert len(ended) == 2 * (4 + 2 * 2 + 2) and all(done for _, done in ended)
-    cell = next(cell for cell in stages.show(*reported(job))[0] if cell.source == "a")
-    assert cell.interval.endswith(("paired seeds", "and the choice of hyper-parameters")), (
+    entry = next(entry for entry in stages.show(*reported(job))[0] if entry.source == "a")
+    assert entry.interval.endswith(("paired seeds", "and the choice of hyper-parameters")), (
         "it varies, or by chance every draw was as good"
     )
     for row in rows:
@@ -419,21 +419,21 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     state, again_rows = reported(
         changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}})
     )
-    cell = next(cell for cell in stages.show(state, again_rows)[0] if cell.source == "a")
-    assert cell.interval.endswith(
+    entry = next(entry for entry in stages.show(state, again_rows)[0] if entry.source == "a")
+    assert entry.interval.endswith(
         "without the noise of the search, whose settings were tried with one seed"
     )
 
 
 def test_a_draw_that_failed_with_a_further_seed_does_not_win(world_of_draws):
     search, records = world_of_draws
-    assert stages.winning_draws(search, records) == {"cell": {"lr": 0.2}}
+    assert stages.winning_draws(search, records) == {"entry": {"lr": 0.2}}
     records[-1] = replace(records[-1], status="failed")
-    assert stages.winning_draws(search, records) == {"cell": {"lr": 0.1}}, (
+    assert stages.winning_draws(search, records) == {"entry": {"lr": 0.1}}, (
         "with one seed fewer than the other"
     )
     assert stages.ranked_draws(search[:3], records[:3]) == {
-        "cell": [{"lr": 0.3}, {"lr": 0.2}, {"lr": 0.1}]
+        "entry": [{"lr": 0.3}, {"lr": 0.2}, {"lr": 0.1}]
     }
     assert stages.winning_draws([], []) == {}
 
@@ -444,7 +444,9 @@ def world_of_draws():
     values = {(0.1, 0): 0.5, (0.2, 0): 0.6, (0.3, 0): 0.7, (0.1, 1): 0.6, (0.2, 1): 0.9}
     search, records = [], []
     for (lr, seed), value in values.items():
-        search.append(SimpleNamespace(id=f"{lr}-{seed}", cell="cell", hyper_parameters={"lr": lr}))
+        search.append(
+            SimpleNamespace(id=f"{lr}-{seed}", entry="entry", hyper_parameters={"lr": lr})
+        )
         row = ResultRow(metric="accuracy", split="validation", value=value, higher_is_better=True)
         records.append(TrialRecord(search[-1].id, rows=(row,)))
     return search, records
@@ -1303,13 +1305,15 @@ def test_every_row_says_where_its_splits_come_from_and_two_ways_never_share_a_ta
     assert {row.split_origin for row in both} == {
         row.split_origin for row in [*files, *drawn]
     } and len(both) == len(files) + len(drawn)
-    cells, where = stages.show(state, both)
+    entries, where = stages.show(state, both)
     names = {f"task [{row.split_origin}]" for row in both}
-    assert {cell.target for cell in cells} == names and all(cell.n_seeds == 2 for cell in cells)
+    assert {entry.target for entry in entries} == names and all(
+        entry.n_seeds == 2 for entry in entries
+    )
     text = storage.read_bytes(where[0]).decode()
     assert all(name.split(" [")[1].rstrip("]") in text for name in names)
-    cells, where = stages.show(state, drawn)
-    assert {cell.target for cell in cells} == {"task"}
+    entries, where = stages.show(state, drawn)
+    assert {entry.target for entry in entries} == {"task"}
     assert "test: random 0.3 of train by hash of the row" in storage.read_bytes(where[0]).decode()
 
 
@@ -1347,15 +1351,15 @@ def test_which_targets_are_scored(tmp_path, paths, objective, scored):
 def test_show_writes_the_report_of_the_rows(tmp_path, bundles, paths, here):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
     state, rows = run_through(job)
-    cells, where = stages.show(state, rows)
-    assert {(cell.source, cell.technique, cell.n_seeds) for cell in cells} == {
+    entries, where = stages.show(state, rows)
+    assert {(entry.source, entry.technique, entry.n_seeds) for entry in entries} == {
         ("none", "scratch", 2),
         ("a", "full", 2),
     }
     text = storage.read_bytes(where[0]).decode()
     assert "task" in text and "full" in text and all(storage.exists(uri) for uri in where)
     again, same = reported(job)
-    assert stages.show(again, same)[0] == cells
+    assert stages.show(again, same)[0] == entries
 
 
 def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_nothing(
@@ -1449,7 +1453,7 @@ def test_a_dry_run_counts_the_trials_that_try_the_best_draws_again(tmp_path, bun
     )
     lines = dry_run.describe(prepared(job))
     assert any(
-        "2 cells = 28 search (12 of them try the best draws again) + 4 final trials of 3 steps"
+        "2 entries = 28 search (12 of them try the best draws again) + 4 final trials of 3 steps"
         in line
         for line in lines
     )

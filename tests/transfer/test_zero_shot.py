@@ -85,7 +85,7 @@ def test_zero_shot_is_tried_once_whatever_the_labels_and_seeds(tmp_path, paths, 
             }
         }
     )
-    found = grid.planned_cells(job, "task", list(shared.backbone_groups.values()), {"src"})
+    found = grid.planned_entries(job, "task", list(shared.backbone_groups.values()), {"src"})
     assert [(source, component.name, fraction) for _, source, component, fraction in found] == [
         ("none", "scratch", 0.5),
         ("src", "full", 0.5),
@@ -165,7 +165,9 @@ def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, path
     ]
     assert [record.rows[0].steps for record in records] == [12, 30, 12]
     rows = [row for record in records for row in record.rows]
-    table = {(cell.source, cell.technique): cell.verdict for cell in matrix.matrix_cells(rows, {})}
+    table = {
+        (entry.source, entry.technique): entry.verdict for entry in matrix.matrix_entries(rows, {})
+    }
     assert (
         table.keys() == {("none", "scratch"), ("none", "scratch (budget 2.5)"), ("src", "full")}
         and table["none", "scratch"] == matrix.REFERENCE
