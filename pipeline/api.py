@@ -176,8 +176,9 @@ def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advic
     stores: dict[str, advice.Store] = {}
     new: list[advice.NewTarget] = []
     for place in places:
-        is_file = isinstance(place, str) and place.endswith((".yaml", ".yml"))
-        job = load_job(place) if is_file else place
+        job = place
+        if isinstance(place, str) and place.endswith((".yaml", ".yml")):
+            job = load_job(place)
         root = _root(job)
         rows = results_table.read(root)
         if isinstance(job, Job):

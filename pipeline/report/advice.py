@@ -11,8 +11,9 @@ without any trial, get a prediction from the same model, but never a recommendat
 
 Gains over the same scratch network share its error, which no number of entries averages out. An
 expected gain is therefore never more certain than the measured one, and a source is recommended
-only where its measured interval lies above zero too. Of twelve sources without any true gain one is
-then recommended in 1 to 2.5 % of all cases, whatever the part of the error that they share.
+only where its measured interval lies above zero too. Of twelve pairs without any true gain one is
+then recommended in 0 to 3 % of all cases, whatever the part of the error that they share
+(tests/benchmarks/advice.py).
 """
 
 from __future__ import annotations
@@ -264,7 +265,7 @@ class _LikeEntries:
         # scratch is a choice too, and a pair becomes one by its trial
         choices = [*range(len(known))]
         now = max([0.0, *found.means[choices]])
-        out = []
+        out: list[_Untried] = []
         for place, (source, technique) in enumerate(new, len(known)):
             mean = float(found.means[place])
             then = [*choices, place]

@@ -51,13 +51,13 @@ class Posterior:
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """Return the (n,) lower and upper bounds, by bisection of the mixture's distribution."""
         weights, means, deviations = self.components
-        bounds = []
+        bounds: list[np.ndarray] = []
         for share in ((1 - level) / 2, (1 + level) / 2):
-            low = (means - 10 * deviations).min(0)
-            high = (means + 10 * deviations).max(0)
+            low: np.ndarray = (means - 10 * deviations).min(0)
+            high: np.ndarray = (means + 10 * deviations).max(0)
             for _ in range(60):
-                middle = (low + high) / 2
-                below = weights @ special.ndtr((middle - means) / deviations) < share
+                middle: np.ndarray = (low + high) / 2
+                below: np.ndarray = weights @ special.ndtr((middle - means) / deviations) < share
                 low, high = np.where(below, middle, low), np.where(below, high, middle)
             bounds.append((low + high) / 2)
         return bounds[0], bounds[1]
@@ -161,7 +161,7 @@ class GainModel:
 
     def median_spreads(self) -> list[float]:
         """Return the median of each factor's spread and, last, of that of the rest."""
-        out = []
+        out: list[float] = []
         for spread in self.spreads.T:
             order = np.argsort(spread)
             half = np.searchsorted(np.cumsum(self.weights[order]), 0.5)
@@ -184,13 +184,15 @@ class GainModel:
         covariance, share = np.zeros((len(gains), len(gains))), np.zeros(len(gains))
         for place, (weight, spreads) in enumerate(zip(self.weights, self.spreads, strict=True)):
             units, left, right = (one[0] for one in self._equations(spreads[None]))
-            of_effects = units[:, None] * np.linalg.inv(left) * units
-            parts = design @ (units * np.linalg.solve(left, right))
+            of_effects: np.ndarray = units[:, None] * np.linalg.inv(left) * units
+            parts: np.ndarray = design @ (units * np.linalg.solve(left, right))
             # the gain of a measured pair lies between its measurement and what its parts promise
             others = 1 / (1 + spreads[-1] ** 2 / variances)
             means[place] = others * parts + (1 - others) * gains
             rest = others * spreads[-1] ** 2
-            within = others[:, None] * (design @ of_effects @ design.T) * others + np.diag(rest)
+            within: np.ndarray = others[:, None] * (
+                design @ of_effects @ design.T
+            ) * others + np.diag(rest)
             for k, same in enumerate(unknown):
                 within += spreads[k] ** 2 * same
             deviations[place] = np.sqrt(within.diagonal())
@@ -205,7 +207,7 @@ class GainModel:
 
         ``before`` measured pairs come first, which share none.
         """
-        out = []
+        out: list[np.ndarray] = []
         for k, levels in enumerate(self.levels):
             new = [None] * before + [p[k] if p[k] not in levels else None for p in unmeasured]
             out.append(np.array([[float(a is not None and a == b) for a in new] for b in new]))

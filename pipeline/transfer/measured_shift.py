@@ -132,7 +132,7 @@ def of_source(
     group = _group(data)
     if group or source.group:
         found = replace(found, counted=GROUPS_COUNT if source.group else SOURCE_ROWS_COUNT)
-    own = group_count(data.train.selection, group)
+    own = group_count(data.train.selection, group) if source.label_counts else None
     found = _with_labels(found, data, source.label_counts, own, source.group_count)
     found = _with_concept(found, source, labelled)
     if source.features is None or source.rows is None:

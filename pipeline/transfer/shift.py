@@ -259,7 +259,7 @@ def _drifts(
     known = [np.isfinite(one) for one in sides]
     found: list[tuple[float, float, str]] = []
     if not all(one.all() for one in known):
-        _, p, _ = _drift_of_categories(*known, shares)
+        _, p, _ = _drift_of_categories(known[0], known[1], shares)
         found.append((abs(float(known[0].mean() - known[1].mean())), p, "missing"))
     values, others = (one[here] for one, here in zip(sides, known, strict=True))
     if min(len(values), len(others)) < FEWEST:

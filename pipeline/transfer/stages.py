@@ -840,9 +840,9 @@ def _compute_scores(
         if name in rows and stage.spec.data is not None
     }
     counts = {
-        name: measured_shift.group_count(stage.splits.train, columns[name])
+        name: measured_shift.group_count(stage.splits.train, columns.get(name))
         for name, stage in state.sources.items()
-        if name in rows and stage.splits is not None
+        if labels.get(name) and stage.splits is not None  # only the shift of classes needs them
     }
     pairs = [
         Pair(
