@@ -123,8 +123,8 @@ def test_the_best_entry_is_chosen_on_validation_rows():
 def test_values_on_rows_of_a_source_choose_no_entry():
     """With 0 labels a network is validated on its source's rows, which are easier to predict."""
     made = {
-        ("src", "full"): [classes(90, NAMES, s, 1.5) for s in (0, 1)],
-        ("src", "linear_probe"): [classes(90, NAMES, s, 1.0) for s in (0, 1)],
+        ("src", "full"): [classes(90, NAMES, s, 1.0) for s in (0, 1)],
+        ("src", "linear_probe"): [classes(90, NAMES, s, 1.5) for s in (0, 1)],
         ("src", "dann"): [classes(90, NAMES, s, 0.6) for s in (0, 1)],
     }
     rows, runs = table("accuracy", made)
