@@ -226,7 +226,9 @@ def draws(
             for _ in range(fan.trials)
         ]
     space = _declared_space(technique)
-    if not space or (in_memory and is_solved(target, technique_of(technique))):
+    if in_memory and is_solved(target, technique_of(technique)):
+        space.pop("lr", None)  # a solver has none
+    if not space:
         return [{}]
     generator = np.random.default_rng(mix(job.seed, 0x5EA7C4, int(spec_hash(technique), 16)))
     out: list[dict[str, Any]] = [{}]

@@ -30,6 +30,7 @@ from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifests
 from pipeline.data.stream import Rows
 from pipeline.report.trial_record import TrialRecord
+from pipeline.techniques.linear_probe import LinearProbe
 from pipeline.transfer import cached_heads, fanout, grid
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.grid import label_subset
@@ -367,6 +368,16 @@ def test_a_probe_of_streamed_rows_or_of_tokens_is_searched(world):
     several = target.model_copy(update={"workers": 2})
     tokens = target.model_copy(update={"objective": ComponentConfig(name="tagging")})
     assert [len(grid.draws(job, one, probe)) for one in (several, tokens)] == [5, 5]
+
+
+def test_options_are_searched_where_the_head_is_solved_too(world, monkeypatch):
+    class Selective(LinearProbe):
+        def search_space(self):
+            return {**super().search_space(), "share": (0.01, 1.0)}
+
+    monkeypatch.setattr(grid, "technique_of", lambda component: Selective())
+    found = drawn(searching(world[0], "auto", 5), "linear_probe")
+    assert [set(draw) for draw in found] == [set(), *[{"technique.share"}] * 4]
 
 
 def test_a_rate_that_the_job_states_for_a_head_is_not_raised_again(world):

@@ -219,7 +219,7 @@ class SolvesHead(Protocol):
         """Return the L2 penalties of which one is chosen on validation rows.
 
         () where the head trains by steps. It does so too where features are not kept.
-        ``search_space`` is that of the steps: a problem that is solved has nothing to search.
+        ``search_space`` is that of the steps: where the head is solved, ``lr`` is not searched.
         """
         ...
 
