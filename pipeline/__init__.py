@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipeline.api import (
         Outcome,
         advise,
+        best_bundle,
         embed,
         finetune,
         load_bundle,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Outcome",
     "advise",
+    "best_bundle",
     "embed",
     "finetune",
     "load_bundle",

@@ -224,6 +224,23 @@ def _root(place: Job | str) -> str:
     return folder or "."
 
 
+def best_bundle(job: Job | str, target: str | None = None) -> str:
+    """Return the URI of the bundle that a job's report says to use for a target.
+
+    Args:
+        job: The job, its folder or its results.parquet.
+        target: Name of the target; may be left out where the job has one.
+
+    Raises:
+        ValueError: There is no such target, or the bundle of its best network was not kept.
+    """
+    from pipeline.report import results as results_table
+    from pipeline.report import winners
+
+    root = _root(job)
+    return winners.find_bundle(root, results_table.read(root), target)
+
+
 def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:
     """Read a bundle and verify it against its checksums.
 
@@ -238,11 +255,23 @@ def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:
     return bundle.load(uri)
 
 
+def _resolve(bundle: str, target: str | None) -> str:
+    """Return the bundle, or the best one for a target where a job's folder is given."""
+    from pipeline.io import storage
+    from pipeline.report import results as results_table
+
+    is_job = storage.exists(storage.join(bundle, results_table.FILE))
+    if target is None and not is_job:
+        return bundle
+    return best_bundle(bundle, target)
+
+
 def predict(
     bundle: str,
     data: str | Sequence[str],
     output: str,
     *,
+    target: str | None = None,
     columns: Mapping[str, str] | None = None,
     format: str = "auto",
     keep: Sequence[str] = (),
@@ -254,8 +283,9 @@ def predict(
     """Apply a fine-tuned bundle to new files, with Ray Data.
 
     Args:
-        bundle: URI of the bundle.
+        bundle: URI of the bundle, or of a job's folder: its best network for ``target``.
         data: Files, folders or globs, local or on S3.
+        target: Of a job with several targets, the one to predict.
         output: Folder for the Parquet files. Parts that are there already are kept.
         columns: Role to column, where a column is named otherwise than in training.
         format: Of the files, as in a job's data.
@@ -273,8 +303,12 @@ def predict(
     from pipeline.transfer import inference
 
     use_plugins(plugins)
+    place = bundle
+    bundle = _resolve(place, target)
     inference.check(bundle, srt)
     with launch.session(address, verbose), Progress() as progress:
+        if bundle != place:
+            progress.note(f"bundle: {bundle}")
         files = [data] if isinstance(data, str) else list(data)
         named = dict(columns or {})
         return inference.predict(bundle, files, output, named, format, progress, srt, tuple(keep))

@@ -351,9 +351,18 @@ def advise(
 
 @app.command()
 def predict(
-    bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (folder or s3://).")],
+    bundle: Annotated[
+        str,
+        typer.Argument(
+            help="A fine-tuned bundle (folder or s3://), or a job's folder: its best network for "
+            "--target."
+        ),
+    ],
     data: Annotated[list[str], typer.Argument(help="Files, folders or globs to predict.")],
     output: Annotated[str, typer.Option("-o", "--output", help="Folder for the Parquet files.")],
+    target: Annotated[
+        str | None, typer.Option(help="Of a job's folder: the target to predict.")
+    ] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(
@@ -393,6 +402,7 @@ def predict(
             bundle,
             data,
             output,
+            target=target,
             columns=dict(c.split("=", 1) for c in column or ()),
             format=format,
             keep=[name.strip() for name in (keep or "").split(",") if name.strip()],

@@ -146,6 +146,11 @@ class MatrixEntry:
     """
 
     @property
+    def key(self) -> EntryKey:
+        """What `entry_key` returns for its rows."""
+        return self.source, self.backbone, self.target, self.technique, self.label_fraction
+
+    @property
     def transfers(self) -> bool:
         """Whether the entry has a source and was compared with scratch."""
         return self.source != SCRATCH and self.verdict in COMPARED

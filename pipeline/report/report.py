@@ -29,6 +29,7 @@ from pipeline.report import (
     shift,
     stats,
     subgroups,
+    winners,
     without_labels,
 )
 from pipeline.report.blocks import (
@@ -331,6 +332,7 @@ def write(
     comparable = over_best_scratch(entries)
     content: list[Block] = [
         *gains.warnings(_by_target(comparable), decimals),
+        *winners.blocks_of(root_uri, groups, rows, decimals),
         *_summary_blocks(entries, groups, rows, decimals),
         *gains.heat_maps(comparable, decimals),
         *_gain_blocks(groups, decimals),

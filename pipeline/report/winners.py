@@ -1,0 +1,145 @@
+"""Which network to use for each target, and where its bundle is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pipeline.report import matrix, plots, results
+from pipeline.report.blocks import (
+    DASH,
+    MARKS,
+    Block,
+    Code,
+    Heading,
+    Table,
+    Text,
+    Value,
+    format_interval,
+)
+from pipeline.report.matrix import SCRATCH, MatrixEntry
+from pipeline.report.results import ResultRow
+
+
+def winner(entries: Sequence[MatrixEntry]) -> MatrixEntry | None:
+    """Return the network that is best on the target's validation rows, scratch among them.
+
+    Returns None where no network has a value on these rows.
+    """
+    validated = [
+        entry for entry in entries if not entry.is_baseline and entry.validation is not None
+    ]
+    return max(validated, key=lambda entry: entry.validation or 0.0, default=None)
+
+
+def bundle_of(entry: MatrixEntry, rows: Sequence[ResultRow]) -> str | None:
+    """Return the URI of the bundle of a network's best seed on validation rows.
+
+    Returns None where none was kept (`fanout.keep_bundles`).
+    """
+    kept = [
+        row
+        for row in rows
+        if row.trial_stage == "final"
+        and row.split == results.VALIDATION
+        and row.metric == entry.metric
+        and row.bundle_uri
+        and row.value is not None
+        and matrix.entry_key(row) == entry.key
+    ]
+    sign = 1 if entry.higher_is_better else -1
+    best = max(kept, key=lambda row: sign * (row.value or 0.0), default=None)
+    return best.bundle_uri if best else None
+
+
+def find_bundle(root: str, rows: Sequence[ResultRow], target: str | None = None) -> str:
+    """Return the URI of the bundle of a job's best network for a target.
+
+    Args:
+        root: The folder of the job, for messages.
+        rows: Its results table.
+        target: Name of the target; may be left out where the job has one.
+
+    Raises:
+        ValueError: There is no such target, several and none is named, or no bundle of its best
+            network was kept.
+    """
+    current = [row for row in rows if row.current is not False and row.target]
+    targets = sorted({row.target for row in current})
+    if not targets:
+        raise ValueError(f"{root}: no trial has finished here; see onetomany run")
+    if target is None and len(targets) > 1:
+        raise ValueError(f"{root} has {len(targets)} targets: name one, --target {targets[0]}")
+    name = targets[0] if target is None else target
+    if name not in targets:
+        raise ValueError(f"{root}: no target {name!r}; its targets are {', '.join(targets)}")
+    of_target = [row for row in current if row.target == name]
+    best = winner(matrix.matrix_entries(of_target, {}))
+    if best is None:
+        raise ValueError(f"{root}: no network of target {name} has a value on validation rows")
+    found = bundle_of(best, of_target)
+    if found is None:
+        raise ValueError(
+            f"{root}: the best network of target {name} is {best.source} with {best.technique} "
+            f"({best.label_fraction} labels), and its bundle was not kept; set "
+            "fanout.keep_bundles: best and run the job again"
+        )
+    return found
+
+
+def blocks_of(
+    root: str,
+    groups: Mapping[str, Sequence[MatrixEntry]],
+    rows: Sequence[ResultRow],
+    decimals: Mapping[str, int],
+) -> list[Block]:
+    """Return what to use for each target, and the commands that use it."""
+    lines: list[list[str | Value]] = []
+    commands: list[str] = []
+    for target, entries in groups.items():
+        best = winner(entries)
+        if best is None:
+            continue
+        places = decimals[target]
+        lines.append(
+            [
+                target,
+                _name(best),
+                Value((format_interval(best.mean, best.low, best.high, places), best.metric)),
+                _gain(best, places),
+                DASH if best.seconds is None else f"{best.seconds:.3g} s",
+            ]
+        )
+        bundle = bundle_of(best, rows)
+        if bundle:
+            commands += [
+                f"onetomany predict {root} FILES --target {target} -o predictions/{target}",
+                f"onetomany export {bundle} exported/{target}",
+            ]
+    if not lines:
+        return []
+    head = ["Target", "Use", "On test rows", "Gain over scratch", "A trial took"]
+    out: list[Block] = [
+        Heading("What to use"),
+        Text(
+            "For each target the network that is best on its validation rows. Values on test rows "
+            "and gains are means over its seeds, with 95 % intervals."
+        ),
+        Table(head, lines, 2),
+    ]
+    if commands:
+        out.append(Code("\n".join(commands)))
+    return out
+
+
+def _gain(entry: MatrixEntry, decimals: int) -> str | Value:
+    if entry.gain is None or entry.source == SCRATCH:
+        return DASH
+    gain = format_interval(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")
+    return Value((gain, f"{MARKS.get(entry.verdict, '')} {entry.verdict}"), entry.verdict)
+
+
+def _name(entry: MatrixEntry) -> str | Value:
+    labels = f"{plots.fraction_label(entry.label_fraction)} labels"
+    if entry.source == SCRATCH:
+        return Value(("training from scratch", f"{entry.backbone} · {labels}"))
+    return Value((f"{entry.source} with {entry.technique}", labels))
