@@ -19,7 +19,7 @@ from pipeline.report.results import ResultRow
 from pipeline.train import launch, pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
-from pipeline.transfer import fanout, inference, stages, trial
+from pipeline.transfer import baseline_trials, fanout, inference, stages, trial
 from pipeline.transfer.scoring import score_pair
 
 COLUMNS = {"image": "picture", "label": "class"}
@@ -59,7 +59,10 @@ def trials_in_this_process(monkeypatch) -> list[str]:
         for one in wanted:
             if one.id in anew or fanout.unfinished(shared.root, one, spec):
                 ran.append(one.id)
-                trial.run(one, shared, Ranks())
+                if one.is_baseline:
+                    baseline_trials.run(one, shared)
+                else:
+                    trial.run(one, shared, Ranks())
         return [trial.read_record(shared.root, one.id) for one in wanted]
 
     def scored(pairs, shared, spec, wait=None):

@@ -675,7 +675,7 @@ def fold_of_rows(
     return fold_of_unit[unit]
 
 
-def _is_tested(
+def _is_in_fold(
     selection: Selection, data: Data, roles: tuple[str, ...], at: str, fold: Fold
 ) -> np.ndarray:
     """Return (n,) bool: whether a row is in a fold. Folds have equal shares of each class (role
@@ -757,7 +757,7 @@ def _splits(
             origin.append(f"{name} files")
     seed = f" (split_seed {data.split_seed})" if data.split_seed else ""
     if fold is not None:
-        tested = _is_tested(train, data, roles, at, fold)
+        tested = _is_in_fold(train, data, roles, at, fold)
         given["test"], train = train.keep(tested), train.keep(~tested)
         alike = ", with equal shares of each class" if "label" in roles else ""
         origin.append(

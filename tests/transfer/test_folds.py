@@ -31,7 +31,7 @@ def toy(tmp_path_factory):
 def job_of(toy, folds: int | None = 3, techniques=("scratch", "linear_probe"), **changes) -> Job:
     folder, source, uri = toy
     job = stage_runs.job_of(folder, {"a": source}, {"uri": uri}, techniques)
-    dumped = job.model_dump(mode="json")
+    dumped = job.model_dump(mode="json") | {"baselines": ["majority"]}
     dumped["targets"]["task"]["data"]["validation_fraction"] = 0.25
     if folds is not None:
         dumped["targets"]["task"]["folds"] = folds
@@ -55,11 +55,11 @@ def accuracies(rows) -> list[results.ResultRow]:
 
 def test_a_seed_tests_each_row_in_one_fold(ended):
     state, rows, ran = ended
-    assert len(set(ran)) == 2 * 2 * 3, "techniques x seeds x folds"
+    assert len(set(ran)) == 3 * 2 * 3, "techniques and a baseline x seeds x folds"
     found = accuracies(rows)
     assert {row.target for row in found} == {"task"}
     assert {row.fold for row in found} == {1, 2, 3}
-    for technique in ("scratch", "linear_probe"):
+    for technique in ("scratch", "linear_probe", "majority"):
         for seed in (0, 1):
             ids = [
                 trial.read_predictions(state.job.root, row.trial_id, seed).rows  # type: ignore[union-attr]
@@ -81,6 +81,8 @@ def test_a_gain_is_over_the_scratch_network_of_the_same_seed_and_fold(ended):
             assert row.scratch_value == scratch.value
             assert row.baseline_gain == row.gain == row.value - scratch.value
             assert row.paired_seeds == 2
+            baseline = found["majority", seed, fold]
+            assert row.best_baseline_gain == row.value - baseline.value
 
 
 def test_entries_and_report_are_of_all_rows(ended):
@@ -106,6 +108,7 @@ def test_an_interrupted_run_of_folds_goes_on(toy, ended, monkeypatch):
     assert ran == [] and {row.fold for row in rows} == {2}
     assert list(one.targets) == ["task.fold2"]
     assert all(done for _, done in stages.trial_status(stage_runs.prepared(job_of(toy))))
+    assert {row.technique for row in rows} == {"scratch", "linear_probe", "majority"}
     lost = next(row for row in rows if row.technique == "scratch")
     (toy[0] / "runs" / "toy" / "trials" / lost.trial_id / trial.RECORD).unlink()
     stage_runs.run_through(job_of(toy))
@@ -114,7 +117,7 @@ def test_an_interrupted_run_of_folds_goes_on(toy, ended, monkeypatch):
 
 def test_what_a_dry_run_counts(toy):
     lines = dry_run.describe(stages.check(job_of(toy), Silent()))
-    assert any(line.startswith("in all: 12 trials") for line in lines)
+    assert any(line.startswith("in all: 18 trials") for line in lines)
     assert any("tested in all folds" in line for line in lines)
 
 
