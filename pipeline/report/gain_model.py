@@ -183,16 +183,17 @@ class GainModel:
         means, deviations = np.empty((2, len(self.weights), len(gains)))
         covariance, share = np.zeros((len(gains), len(gains))), np.zeros(len(gains))
         for place, (weight, spreads) in enumerate(zip(self.weights, self.spreads, strict=True)):
-            units, left, right = (one[0] for one in self._equations(spreads[None]))
-            of_effects: np.ndarray = units[:, None] * np.linalg.inv(left) * units
-            parts: np.ndarray = design @ (units * np.linalg.solve(left, right))
+            equations = self._equations(spreads[None])
+            units: np.ndarray = equations[0][0]
+            left: np.ndarray = equations[1][0]
+            right: np.ndarray = equations[2][0]
+            of_effects = units[:, None] * np.linalg.inv(left) * units
+            parts = design @ (units * np.linalg.solve(left, right))
             # the gain of a measured pair lies between its measurement and what its parts promise
             others = 1 / (1 + spreads[-1] ** 2 / variances)
             means[place] = others * parts + (1 - others) * gains
             rest = others * spreads[-1] ** 2
-            within: np.ndarray = others[:, None] * (
-                design @ of_effects @ design.T
-            ) * others + np.diag(rest)
+            within = others[:, None] * (design @ of_effects @ design.T) * others + np.diag(rest)
             for k, same in enumerate(unknown):
                 within += spreads[k] ** 2 * same
             deviations[place] = np.sqrt(within.diagonal())
