@@ -872,8 +872,8 @@ class Select(Spec):
         ge=1,
         exclude_if=lambda budget: budget is None,  # hashes are those from before there was one
         description="trials that the whole job may spend, shared out over targets and label "
-        "fractions by successive halving: every source is tried with every technique at a ninth of "
-        "the steps, the better pairs at a third, and the best in full with all seeds; those that "
+        "fractions by successive halving: every source is tried with every technique with a "
+        "ninth of the steps, the better pairs with all, and the best with all seeds; those that "
         "did well on earlier targets go before. A trial with all its steps counts as one, a "
         "shorter one by its share; scratch is never cut and counts; what trains nothing and "
         "baselines do not. With score or top it spends on the best-scored sources alone",
@@ -1121,6 +1121,15 @@ class Job(Spec):
                 )
                 for name, target in self.targets.items()
                 if 0 in target.label_fractions
+            ]
+            problems += [
+                (
+                    ("targets", name, "folds"),
+                    "fanout.select.budget would keep other pairs of source and technique in each "
+                    "fold, and a table over all folds needs the same: leave one of them out",
+                )
+                for name, target in self.targets.items()
+                if target.folds is not None
             ]
         several = [name for name, target in self.targets.items() if target.workers]
         if self.fanout.scheduler == "asha":

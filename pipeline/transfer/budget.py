@@ -1,10 +1,13 @@
 """Spend a budget of trials by successive halving over pairs of source and technique.
 
-The pairs of one target and label fraction are tried with a ninth of the steps, the better ones with
-a third, and the best with all steps and seeds (Karnin et al. 2013; Jamieson and Talwalkar 2016).
-Targets come one after the other: which sources and techniques did well on earlier ones counts in
-the order. Every decision is a pure function of the validation values, so that a job that was killed
-decides again as it did.
+Of each target and label fraction, every pair is tried with a ninth of the steps, the better ones
+with all steps and one seed, and the best with all seeds (Karnin et al. 2013; Jamieson and Talwalkar
+2016). Short runs compare the sources of one technique only: a head that is solved is at its end
+where a whole network has hardly moved. Techniques are compared with all steps.
+
+Targets come one after the other: which sources and techniques did well on earlier ones counts.
+Every decision is a pure function of the validation values, so that a job that was killed decides
+again as it did.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from pipeline.report.results import CUT_BY_BUDGET
 from pipeline.train.experiment import technique_of
 from pipeline.transfer.grid import Trial
 
-RUNGS = (Fraction(1, 9), Fraction(1, 3))
-"""Shares of the steps that pairs are tried with before the best of them are trained in full."""
+RUNGS = (Fraction(1, 9), Fraction(1))
+"""Shares of the steps that pairs are tried with, before the best run with every seed."""
+COMPARED = 2
+"""Pairs that are at least compared with all steps."""
 LEAST_STEPS = RUNGS[0].denominator
 MANY_STEPS = 10_000
 """Steps that a technique is asked about, to see how many times as many it takes."""
@@ -33,7 +38,7 @@ class BudgetError(ValueError):
     """A budget is too small for a job."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """A source with a technique: one entry of the matrix."""
 
@@ -91,11 +96,16 @@ class Spending:
     def text(self, seeds: int) -> str:
         """Return the rungs in words."""
         tried = [
-            f"{count} at {share} of the steps"
+            f"{count} with {steps_text(share)}"
             for count, share in zip(self.rungs, RUNGS, strict=True)
             if count
         ]
-        return ", ".join([*tried, f"{self.finalists} in full with {seeds} seeds"])
+        return ", ".join([*tried, f"{self.finalists} with {seeds} seeds"])
+
+
+def steps_text(share: Fraction) -> str:
+    """Return a share of the steps in words."""
+    return "all steps" if share == 1 else f"{share} of the steps"
 
 
 # ---------------------------------------------------------------- how much each contest may spend
@@ -127,9 +137,9 @@ def share_out(budget: int, sizes: Sequence[Size], seeds: int) -> list[Spending]:
         raise BudgetError(
             f"fanout.select.budget: {budget} trials are too few for this job: scratch takes "
             f"{_number(scratch)}, and {_number(sum(least) - scratch)} more are needed to try every "
-            f"source with every technique at {RUNGS[0]} of the steps and the best of each target "
-            f"and label fraction in full with {seeds} seeds: give at least "
-            f"{math.ceil(sum(least))}, or fewer techniques, sources, label fractions or seeds"
+            f"source with every technique with {steps_text(RUNGS[0])}, {COMPARED} of them with "
+            f"all, and the best of each target and label fraction with {seeds} seeds: give at "
+            f"least {math.ceil(sum(least))}, or fewer techniques, sources, label fractions or seeds"
         )
     weights = [size.pairs * size.pair_cost for size in sizes]
     out, left_over = [], Fraction(0)
@@ -143,9 +153,9 @@ def share_out(budget: int, sizes: Sequence[Size], seeds: int) -> list[Spending]:
 
 
 def _least(pairs: int, seeds: int) -> Fraction:
-    """Return the cost of trying every pair at the first rung and one of them in full."""
-    every = Fraction(pairs * seeds)
-    return min(every, pairs * RUNGS[0] + seeds)
+    """Return the least cost of finding one pair and training it with every seed."""
+    short = pairs * RUNGS[0] + COMPARED
+    return min(Fraction(pairs * seeds), min(short, Fraction(pairs)) + seeds)
 
 
 def _cost(rungs: Sequence[int], finalists: int, seeds: int) -> Fraction:
@@ -154,23 +164,22 @@ def _cost(rungs: Sequence[int], finalists: int, seeds: int) -> Fraction:
 
 
 def _rungs(pairs: int, budget: Fraction, seeds: int) -> tuple[tuple[int, int], int]:
-    """Return how many pairs are tried at each rung, and how many in full.
+    """Return how many pairs are tried at each rung, and how many with every seed.
 
-    As many are trained in full as the budget allows when every rung cuts the same share of the
+    There are as many of these as the budget allows when every rung cuts the same share of the
     pairs. What is left then is for the second rung. The first is left out where trying every pair
     at the second costs no more.
     """
     if pairs * seeds <= budget:
         return (0, 0), pairs
-    every_pair, second = (0, pairs), 0
     for finalists in range(min(pairs - 1, math.floor(budget / seeds)), 0, -1):
         rest = budget - finalists * seeds
-        if _cost(every_pair, 0, seeds) <= rest:
-            return every_pair, finalists
+        if pairs * RUNGS[1] <= rest:
+            return (0, pairs), finalists
         second = math.floor((rest - pairs * RUNGS[0]) / RUNGS[1])
-        if second >= math.ceil(math.sqrt(pairs * finalists)):
+        if second >= math.ceil(math.sqrt(pairs * finalists)) or finalists == 1:
             return (pairs, second), finalists
-    return (pairs, second if second > 1 else 0), 1
+    raise AssertionError(f"{budget} trials do for none of {pairs} pairs")
 
 
 def _number(value: Fraction | int) -> str:
@@ -192,6 +201,8 @@ def shortened(train: Train, rung: int) -> dict[str, Any]:
 
     Where the target states neither, it has one epoch.
     """
+    if RUNGS[rung] == 1:
+        return {}
     if train.steps is not None:
         return {"steps": math.floor(train.steps * RUNGS[rung])}
     epochs = (train.epochs or 1.0) * float(RUNGS[rung])
@@ -205,23 +216,35 @@ def shortened(train: Train, rung: int) -> dict[str, Any]:
 class Learned:
     """How the sources and techniques of earlier targets did there.
 
-    A place is between 0 (the best pair of its contest) and 1 (the worst).
+    A place is between 0 (the best) and 1 (the worst). What is not known stands in the middle.
     """
 
     sources: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Source to its places among the sources of each technique."""
     techniques: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Technique to the places of its best pair, among pairs with all steps."""
 
-    def add(self, ranked: Sequence[Pair]) -> None:
-        """Add the pairs of a contest, the best first."""
-        for place, pair in enumerate(ranked):
-            share = place / max(1, len(ranked) - 1)
-            self.sources[pair.source].append(share)
-            self.techniques[pair.technique].append(share)
+    def source(self, pair: Pair) -> float:
+        """Return the mean place of a pair's source."""
+        return _mean(self.sources.get(pair.source))
 
-    def places(self, pair: Pair) -> list[float]:
-        """Return the mean place of the pair's source and that of its technique, as far as known."""
-        known = (self.sources.get(pair.source), self.techniques.get(pair.technique))
-        return [fmean(found) if found else 0.5 for found in known]
+    def technique(self, pair: Pair) -> float:
+        """Return the mean place of a pair's technique."""
+        return _mean(self.techniques.get(pair.technique))
+
+    def add(self, contest: _Contested) -> None:
+        """Add what a contest that is decided has shown."""
+        for pair, place in contest.among_sources.items():
+            self.sources[pair.source].append(place)
+        best: dict[str, float] = {}
+        for pair, place in contest.in_full.items():
+            best[pair.technique] = min(place, best.get(pair.technique, 1.0))
+        for technique, place in best.items():
+            self.techniques[technique].append(place)
+
+
+def _mean(places: Sequence[float] | None) -> float:
+    return fmean(places) if places else 0.5
 
 
 @dataclass(frozen=True)
@@ -280,8 +303,7 @@ def decide(
             rungs = sorted({one.rung for one in decided if one.waiting})
             return replace(out, rung=f"{target}, rung {' and '.join(map(str, rungs))}")
         for one in decided:
-            if one.tried:
-                learned.add([*one.kept, *reversed(one.cut)])
+            learned.add(one)
     return out
 
 
@@ -290,14 +312,16 @@ class _Contested:
     """The decisions of one contest."""
 
     kept: list[Pair]
-    """The best first."""
     cut: list[Pair] = field(default_factory=list[Pair])
-    """The worst first."""
     tried: list[Trial] = field(default_factory=list[Trial])
     waiting: list[Trial] = field(default_factory=list[Trial])
     reasons: dict[str, str] = field(default_factory=dict[str, str])
     notes: list[str] = field(default_factory=list[str])
     rung: int = 0
+    among_sources: dict[Pair, float] = field(default_factory=dict[Pair, float])
+    """Places among the sources of one technique, at the first rung."""
+    in_full: dict[Pair, float] = field(default_factory=dict[Pair, float])
+    """Places among the pairs with all steps."""
 
 
 def _decide(
@@ -308,55 +332,86 @@ def _decide(
 ) -> _Contested:
     out, stages = _Contested(list(contest.pairs)), [i for i, n in enumerate(spending.rungs) if n]
     for number, rung in enumerate(stages, 1):
-        trials = {pair.entry: pair.rungs[rung] for pair in out.kept}
+        trials = {pair: pair.rungs[rung] for pair in out.kept}
         out.rung, out.waiting = number, [one for one in trials.values() if one.id not in values]
         out.tried += [one for one in trials.values() if one.id in values]
         if out.waiting:
             return out
-        measured = {entry: values[one.id] for entry, one in trials.items()}
-        ranked, keep = order(out.kept, measured, learned), spending.goes_on(rung)
-        if keep > 1:  # what was learned elsewhere never cuts the best where several go on
-            best = by_value(out.kept, measured)[0]
-            ranked = [best, *(pair for pair in ranked if pair is not best)]
-        by = "validation" + (" and by how its source and technique did" if learned.sources else "")
+        measured = {pair: _sort_value(values[one.id]) for pair, one in trials.items()}
+        out.among_sources = out.among_sources or places_among_sources(measured)
+        if RUNGS[rung] == 1:
+            out.in_full = places(measured)
+            ranked, by = sorted(measured, key=out.in_full.__getitem__), "validation"
+        else:
+            ranked, by = order(measured, learned), "validation among the sources of its technique"
+        keep = spending.goes_on(rung)
         for place, pair in enumerate(ranked[keep:], keep + 1):
-            out.reasons[trials[pair.entry].id] = (
-                f"{CUT_BY_BUDGET} after rung {number} of {len(stages)} ({RUNGS[rung]} of the "
-                f"steps): place {place} of {len(ranked)} by {by}"
+            out.reasons[trials[pair].id] = (
+                f"{CUT_BY_BUDGET} after rung {number} of {len(stages)} "
+                f"({steps_text(RUNGS[rung])}): place {place} of {len(ranked)} by {by}"
             )
-        # by value alone: what was learned from earlier targets must not confirm itself
-        out.kept = by_value(ranked[:keep], measured)
-        out.cut += reversed(by_value(ranked[keep:], measured))
+        out.kept, out.cut = ranked[:keep], [*out.cut, *ranked[keep:]]
     if stages:
         named = ", ".join(f"{pair.source} · {pair.technique}" for pair in out.kept)
         out.notes.append(
-            f"{contest.target} at {contest.label_fraction} labels: the budget trained {named} in "
-            f"full and cut {len(out.cut)} of {len(contest.pairs)} pairs of source and technique"
+            f"{contest.target} at {contest.label_fraction} labels: the budget trained {named} with "
+            f"every seed and cut {len(out.cut)} of {len(contest.pairs)} pairs of source and "
+            "technique"
         )
     return out
-
-
-def by_value(pairs: Sequence[Pair], values: Mapping[str, float | None]) -> list[Pair]:
-    """Return the pairs by their value, the best first. Those without a value come last."""
-    return sorted(pairs, key=lambda pair: _sort_value(values[pair.entry]), reverse=True)
 
 
 def _sort_value(value: float | None) -> float:
     return -math.inf if value is None or math.isnan(value) else value
 
 
-def order(
-    pairs: Sequence[Pair], values: Mapping[str, float | None], learned: Learned
-) -> list[Pair]:
-    """Return pairs, the best first.
-
-    What counts is the sum of three places: the pair's own by its value, and the mean places of its
-    source and of its technique on earlier targets. Without earlier targets it is the value alone.
-    A single validation value of a short run is noisy; sources and techniques differ more lastingly.
-    """
-    found = [_sort_value(values[pair.entry]) for pair in pairs]
-    own = {
-        pair.entry: sum(other > value for other in found) / max(1, len(found) - 1)
-        for pair, value in zip(pairs, found, strict=True)
+def places(measured: Mapping[Pair, float]) -> dict[Pair, float]:
+    """Return the place of each pair by its value, 0 for the best and 1 for the worst."""
+    most = max(1, len(measured) - 1)
+    return {
+        pair: sum(other > value for other in measured.values()) / most
+        for pair, value in measured.items()
     }
-    return sorted(pairs, key=lambda pair: own[pair.entry] + sum(learned.places(pair)))
+
+
+def places_among_sources(measured: Mapping[Pair, float]) -> dict[Pair, float]:
+    """Return the place of each pair among those with the same technique."""
+    out: dict[Pair, float] = {}
+    for technique in {pair.technique for pair in measured}:
+        out |= places({p: value for p, value in measured.items() if p.technique == technique})
+    return out
+
+
+def order(measured: Mapping[Pair, float], learned: Learned) -> list[Pair]:
+    """Return pairs by short runs, the best first.
+
+    Each technique ranks its sources by the sum of three places: the pair's own among them, the mean
+    place of its source over all techniques, and that on earlier targets. One short run is noisy,
+    and sources differ more lastingly. The first source of every technique comes before any second.
+    Among those, techniques that did well on earlier targets come first, and then larger values.
+    The pair with the largest value comes first of all.
+
+    Args:
+        measured: Pair to its value, larger is better.
+        learned: What earlier targets have shown.
+    """
+    own, everywhere = places_among_sources(measured), places(measured)
+    of_source: dict[str, list[float]] = defaultdict(list)
+    for pair, place in own.items():
+        of_source[pair.source].append(place)
+    round_of: dict[Pair, int] = {}
+    for technique in {pair.technique for pair in measured}:
+        ranked = sorted(
+            (pair for pair in measured if pair.technique == technique),
+            key=lambda pair: own[pair] + fmean(of_source[pair.source]) + learned.source(pair),
+        )
+        round_of |= {pair: number for number, pair in enumerate(ranked)}
+    best = max(measured, key=measured.__getitem__)
+    return sorted(
+        measured,
+        key=lambda pair: (
+            pair is not best,
+            round_of[pair],
+            learned.technique(pair) + everywhere[pair],
+        ),
+    )

@@ -1088,10 +1088,14 @@ def _size(scratch: Sequence[Any], pairs: Sequence[Any], seeds: int) -> budget.Si
     )
 
 
-def _contests(
-    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+def contests_of(
+    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]], seed: int = 0
 ) -> list[budget.Contest]:
-    """Return the contests of a job, in the order of its targets and label fractions."""
+    """Return the contests of a job, in the order of its targets and label fractions.
+
+    Args:
+        seed: Of the search trials.
+    """
     entries: dict[tuple[str, str], list[tuple[BackboneGroup, str, Any, Any]]] = defaultdict(list)
     for name, entry in _entries(state, groups, chosen):
         if grid.needs_training(entry[2]):
@@ -1104,7 +1108,7 @@ def _contests(
         pairs = [
             budget.Pair(
                 tuple(
-                    _trial(state, name, entry, budget.shortened(train, rung), 0, "search")
+                    _trial(state, name, entry, budget.shortened(train, rung), seed, "search")
                     for rung in range(len(budget.RUNGS))
                 )
             )
@@ -1130,14 +1134,14 @@ def _spent(
     Args:
         records: Id of a trial to its record; None: all that there are.
     """
-    contests, fan = _contests(state, groups, chosen), state.job.fanout
+    contests, fan = contests_of(state, groups, chosen), state.job.fanout
     assert fan.budget is not None
     spending = budget.share_out(fan.budget, [contest.size for contest in contests], fan.seeds)
     if records is None:
         every = [one.id for contest in contests for pair in contest.pairs for one in pair.rungs]
         records = trial.read_records(state.job.root, every)
     found = budget.decide(
-        contests, spending, {one: _validation_value(record) for one, record in records.items()}
+        contests, spending, {one: validation_value(record) for one, record in records.items()}
     )
     state.cut_by_budget = found.reasons
     return found
@@ -1313,7 +1317,7 @@ def current(state: JobState) -> list[ResultRow]:
     return collect(state, [*search, *final])
 
 
-def _validation_value(record: TrialRecord) -> float | None:
+def validation_value(record: TrialRecord) -> float | None:
     """Return the primary metric of a trial on validation rows, larger is better.
 
     It is None where the trial failed, was stopped early or has no value.
@@ -1333,7 +1337,7 @@ def _tried(
     """
     out: dict[str, dict[str, tuple[dict[str, float], dict[str, float]]]] = defaultdict(dict)
     for one, record in zip(search, records, strict=True):
-        value = None if record is None else _validation_value(record)
+        value = None if record is None else validation_value(record)
         if value is None:
             continue
         _, values = out[one.entry].setdefault(

@@ -44,7 +44,7 @@ def with_train(job: Job, **train: Any) -> Job:
     return Job.model_validate(dumped)
 
 
-def job_of(folder, bundles, paths, allowed: int | None = 6, **more) -> Job:
+def job_of(folder, bundles, paths, allowed: int | None = 8, **more) -> Job:
     """Nine pairs, two seeds: 18 trials and 2 of scratch, with nine steps each."""
     select = {} if allowed is None else {"select": {"budget": allowed}}
     make = partial(stage_runs.job_of, techniques=("scratch", *TECHNIQUES))
@@ -57,26 +57,25 @@ def steps_of(rows: list[ResultRow]) -> int:
 
 
 def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, paths, here):
-    """By hand: 9 pairs with 1 step, 3 with 3, one in full with 2 seeds, and scratch twice."""
+    """By hand: 9 pairs with 1 of 9 steps, 3 with all, one of them with 2 seeds, scratch twice."""
     job = job_of(tmp_path, bundles, paths)
     lines = dry_run.describe(prepared(job))
     assert (
-        "target task at 1.0 labels, budget: 9 pairs of source and technique: 9 at 1/9 of the "
-        "steps, 3 at 1/3 of the steps, 1 in full with 2 seeds; with 2 trials of scratch it costs "
-        "6 trials"
+        "target task at 1.0 labels, budget: 9 pairs of source and technique: 9 with 1/9 of the "
+        "steps, 3 with all steps, 1 with 2 seeds; with 2 trials of scratch it costs 8 trials"
     ) in lines
     assert any(
         "10 entries = 12 search + 4 final trials of 9 steps on 36 rows" in line for line in lines
     )
-    assert any(line.startswith("in all: 16 trials, 54 steps") for line in lines)
+    assert any(line.startswith("in all: 16 trials, 72 steps") for line in lines)
     assert (
-        "budget: at most 6 of 6 trials are spent; a trial with all its steps counts as one, a "
+        "budget: at most 8 of 8 trials are spent; a trial with all its steps counts as one, a "
         "shorter one by its share"
     ) in lines
 
     state, rows = run_through(job)
     assert len(here) == len({row.trial_id for row in rows}) == 16
-    assert steps_of(rows) == 54 == 9 * 6, "the full matrix has 180"
+    assert steps_of(rows) == 72 == 9 * 8, "the full matrix has 180"
     tested = {row.trial_id for row in rows if row.split == "test"}
     assert len(tested) == 4 and len(primary(rows, source="none")) == 2
 
@@ -86,15 +85,15 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
     reasons = sorted(row.error.partition(":")[0] for row in cut.values())
     assert reasons == [
         *["cut by the budget after rung 1 of 2 (1/9 of the steps)"] * 6,
-        *["cut by the budget after rung 2 of 2 (1/3 of the steps)"] * 2,
+        *["cut by the budget after rung 2 of 2 (all steps)"] * 2,
     ]
     kept = next(row for row in primary(rows) if row.source != "none")
     pairs = {(row.source, row.technique) for row in cut.values()}
     assert pairs | {(kept.source, kept.technique)} == {(s, t) for s in SOURCES for t in TECHNIQUES}
     assert kept.drawn == "{}" and "searched" not in (kept.interval or "")
     note = (
-        f"task at 1.0 labels: the budget trained {kept.source} · {kept.technique} in full and cut "
-        "8 of 9 pairs of source and technique"
+        f"task at 1.0 labels: the budget trained {kept.source} · {kept.technique} with every "
+        "seed and cut 8 of 9 pairs of source and technique"
     )
     assert note in state.notes and note in state.progress.lines
 
@@ -136,7 +135,7 @@ def test_a_larger_budget_keeps_what_was_trained_and_none_trains_everything(
 ):
     _, small = run_through(job_of(tmp_path, bundles, paths))
     here.clear()
-    _, large = run_through(job_of(tmp_path, bundles, paths, 10))
+    _, large = run_through(job_of(tmp_path, bundles, paths, 13))
     assert here and not set(here) & {row.trial_id for row in small}
     here.clear()
     _, whole = run_through(job_of(tmp_path, bundles, paths, 20))
@@ -172,12 +171,32 @@ def test_a_pair_that_fails_at_a_rung_is_cut_and_its_error_kept(
 
 def test_a_choice_by_score_comes_first_where_both_are_asked_for(tmp_path, bundles, paths, here):
     job = job_of(tmp_path, bundles, paths, None)
-    both = changed(job, fanout={"seeds": 2, "select": {"score": "knn", "top": 1, "budget": 6}})
+    both = changed(job, fanout={"seeds": 2, "select": {"score": "knn", "top": 1, "budget": 7}})
     state, rows = run_through(both)
     sources = {row.source for row in rows} - {"none"}
     assert len(sources) == 1 and len(state.scores) == 3
     alone = job_of(tmp_path, bundles, paths).fanout
-    assert alone.by_score is None and alone.budget == 6
+    assert alone.by_score is None and alone.budget == 8
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(280)
+def test_a_budget_on_ray_trains_fewer_steps_than_the_matrix(tmp_path, bundles, paths, ray_here):
+    """Four pairs with 1 of 9 steps, two with all, one of them with 2 seeds, and scratch twice."""
+    job = job_of(tmp_path, {name: bundles[name] for name in "ab"}, paths, 7)
+    job = changed(job, techniques=["full", "bitfit"])
+    state, rows = run_through(job)
+    assert steps_of(rows) == 4 * 1 + 2 * 9 + 2 * 9 + 2 * 9 < (4 * 2 + 2) * 9
+    cut = {row.trial_id: row for row in rows if row.status == "pruned"}
+    assert sorted((row.steps, row.source != "none", row.split) for row in cut.values()) == [
+        (1, True, "validation"),
+        (1, True, "validation"),
+        (9, True, "validation"),
+    ]
+    assert all(row.status == "done" for row in primary(rows)) and len(primary(rows)) == 4
+    again = prepared(job)
+    assert sorted(stages.current(again), key=str) == sorted(rows, key=str)
+    assert again.notes == state.notes
 
 
 # ---------------------------------------------------------------- what is refused
@@ -186,18 +205,18 @@ def test_a_choice_by_score_comes_first_where_both_are_asked_for(tmp_path, bundle
 def test_a_budget_that_does_not_do_is_refused_before_anything_runs(tmp_path, bundles, paths):
     with pytest.raises(
         budget.BudgetError,
-        match=r"fanout\.select\.budget: 4 trials are too few for this job: scratch takes 2, and 3 "
-        r"more are needed .*: give at least 5, or fewer techniques",
+        match=r"fanout\.select\.budget: 6 trials are too few for this job: scratch takes 2, and 5 "
+        r"more are needed .*: give at least 7, or fewer techniques",
     ):
-        prepared(job_of(tmp_path, bundles, paths, 4))
-    prepared(job_of(tmp_path, bundles, paths, 5))
+        prepared(job_of(tmp_path, bundles, paths, 6))
+    prepared(job_of(tmp_path, bundles, paths, 7))
 
 
 @pytest.mark.parametrize(
     ("fan", "message"),
     [
         (
-            {"trials": 4, "search": {"lr": [1e-3, 1e-1]}, "select": {"budget": 6}},
+            {"trials": 4, "search": {"lr": [1e-3, 1e-1]}, "select": {"budget": 7}},
             "trials is 4, and a budget searches no hyper-parameters: its search trials compare "
             "sources and techniques. Leave trials and search out, or the budget",
         ),
@@ -213,19 +232,25 @@ def test_settings_that_a_budget_does_not_go_with_are_refused(fan, message):
         Fanout.model_validate(fan)
 
 
-def test_label_fraction_zero_has_nothing_to_choose_by(tmp_path, bundles, paths):
-    job = job_of(tmp_path, bundles, paths)
-    dumped = job.model_dump(mode="json")
-    dumped["targets"]["task"]["label_fractions"] = [0, 1.0]
-    with pytest.raises(
-        ValueError, match=r"at 0 no label of the target may be used to choose by"
-    ) as caught:
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("label_fractions", [0, 1.0], "at 0 no label of the target may be used to choose by"),
+        ("folds", 3, "would keep other pairs of source and technique in each fold"),
+    ],
+)
+def test_targets_that_a_budget_cannot_choose_for_are_refused(
+    tmp_path, bundles, paths, field, value, message
+):
+    dumped = job_of(tmp_path, bundles, paths).model_dump(mode="json")
+    dumped["targets"]["task"][field] = value
+    with pytest.raises(ValueError, match=message) as caught:
         Job.model_validate(dumped)
-    assert "targets.task.label_fractions" in str(caught.value)
+    assert f"targets.task.{field}" in str(caught.value)
 
 
 def test_what_combines_final_trials_is_refused(tmp_path, bundles, paths):
-    job = job_of(tmp_path, bundles, paths, 6, keep_bundles="all")
+    job = job_of(tmp_path, bundles, paths, 8, keep_bundles="all")
     job = changed(job, techniques=["full", "uniform_soup"])
     with pytest.raises(
         ValueError,

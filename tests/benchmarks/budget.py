@@ -1,0 +1,172 @@
+"""What `fanout.select.budget` finds beside the full matrix, and at which share of its cost.
+
+    .venv/bin/onetomany run jobs/vision/matrix_small.yaml
+    .venv/bin/python tests/benchmarks/budget.py --jobs jobs/vision/matrix_small.yaml --json budget.json
+
+The full matrix must have been run, with the same storage. The short trials of every source with
+every technique are run beside it (a ninth of the steps: 3 % of a matrix with three seeds),
+``--repeats`` times with other seeds; they stay in the job's folder, and ``onetomany report JOB
+--prune-stale`` removes them. Then each budget is played through: its short trials have the values
+of these, its trials with all steps and one seed those of the matrix with that seed (they are the
+same runs, but for the test), and what it trains with every seed is the matrix's. Nothing is
+approximated.
+
+Columns, in points (hundredths of the primary metric) on test rows, mean over seeds. ``regret``: how
+much worse the pair that the budget finds (of those with every seed, the best on validation rows) is
+than the best pair of the whole matrix on test rows, which nobody can know before the test.
+``matrix``: the same of the pair that the whole matrix finds by validation rows. ``lost``: what the
+budget loses against that. Target: within one point at a quarter of the cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+import timing
+
+SHARES = (0.25, 0.33, 0.5)
+
+
+class Played:
+    """A job whose full matrix has been run, with the short trials of every pair."""
+
+    def __init__(self, path: str, seeds: int):
+        from pipeline import api
+        from pipeline.train.progress import Progress
+        from pipeline.transfer import fanout, stages, trial
+
+        self.job = api.load_job(path)
+        seeds = min(seeds, self.job.fanout.seeds)
+        self.state = stages.check(self.job, Progress())
+        shared = stages.share(self.state)
+        groups = list(shared.backbone_groups.values())
+        chosen = {name: set(stages.matching(self.state, name)) for name in self.state.targets}
+        self.contests = [
+            stages.contests_of(self.state, groups, chosen, seed) for seed in range(seeds)
+        ]
+        final = stages.final_trials(self.state, groups, chosen, {})
+        records = trial.read_records(self.job.root, [one.id for one in final])
+        done = {one.id for one in final if one.id in records and records[one.id].status == "done"}
+        if len(done) < len(final):
+            raise SystemExit(
+                f"{path}: {len(final) - len(done)} of {len(final)} trials of the full matrix are "
+                f"not done in {self.job.root}: run it first"
+            )
+        self.validation: dict[str, list[float]] = {}
+        self.test: dict[str, list[float]] = {}
+        in_full: dict[tuple[str, int], float | None] = {}
+        for one in final:
+            record = records[one.id]
+            row = next(row for row in record.rows if row.metric and row.split == "test")
+            sign = 1 if row.higher_is_better else -1
+            value = stages.validation_value(record)
+            self.test.setdefault(one.entry, []).append(sign * (row.value or 0.0))
+            self.validation.setdefault(one.entry, []).append(-math.inf if value is None else value)
+            in_full[one.entry, one.seed] = value
+        pairs = [pair for found in self.contests for one in found for pair in one.pairs]
+        short = [pair.rungs[0] for pair in pairs]
+        ended = fanout.run("short trials", short, shared, self.job.fanout, Progress())
+        self.values = {pair.rungs[1].id: in_full[pair.entry, pair.rungs[1].seed] for pair in pairs}
+        self.values |= {
+            one.id: stages.validation_value(record)
+            for one, record in zip(short, ended, strict=True)
+        }
+
+    @property
+    def cost(self) -> float:
+        """Trials of the full matrix, scratch included."""
+        sizes = [contest.size for contest in self.contests[0]]
+        pairs = sum(size.pairs * size.pair_cost for size in sizes) * self.job.fanout.seeds
+        return float(pairs + sum(size.scratch for size in sizes))
+
+    def play(self, share: float) -> list[dict[str, Any]]:
+        """Return what a budget of this share of the full cost finds, for each contest and seed.
+
+        Where the share is too small for the job, it is given the least that does.
+        """
+        from pipeline.transfer import budget
+
+        sizes, seeds = [contest.size for contest in self.contests[0]], self.job.fanout.seeds
+        allowed = math.floor(share * self.cost)
+        while True:
+            try:
+                spending = budget.share_out(allowed, sizes, seeds)
+                break
+            except budget.BudgetError:
+                allowed += 1
+        spent = float(sum(one.cost for one in spending)) / self.cost
+        out: list[dict[str, Any]] = []
+        for seed, contests in enumerate(self.contests):
+            cut = budget.decide(contests, spending, self.values).cut
+            for contest in contests:
+                entries = [pair.entry for pair in contest.pairs]
+                best = max(fmean(self.test[entry]) for entry in entries)
+                of_matrix = self._found(entries)
+                of_budget = self._found([entry for entry in entries if entry not in cut])
+                out.append(
+                    {
+                        "target": f"{contest.target} at {contest.label_fraction}",
+                        "seed": seed,
+                        "share": share,
+                        "spent": spent,
+                        "finalists": len(entries) - sum(entry in cut for entry in entries),
+                        "regret": 100 * (best - of_budget),
+                        "matrix": 100 * (best - of_matrix),
+                        "lost": 100 * (of_matrix - of_budget),
+                    }
+                )
+        return out
+
+    def _found(self, entries: list[str]) -> float:
+        """Return the mean test value of the entry that is the best on validation rows."""
+        return fmean(self.test[max(entries, key=lambda entry: fmean(self.validation[entry]))])
+
+
+def line(found: list[Mapping[str, Any]]) -> list[str]:
+    """Return the columns of a table's row from the plays of one target or of all."""
+    names = ("regret", "matrix", "lost")
+    means = [f"{fmean(one[name] for one in found):.2f}" for name in names]
+    within = [sum(one[name] <= 1 for one in found) for name in names]
+    shown = [f"{mean} ({n} of {len(found)})" for mean, n in zip(means, within, strict=True)]
+    return [f"{100 * fmean(one['spent'] for one in found):.0f} %", *shown]
+
+
+def main() -> None:
+    args = timing.options(
+        __doc__, repeats=3, jobs={"nargs": "+", "required": True, "metavar": "JOB"}
+    )
+    found = timing.describe(args)
+    from pipeline.train import launch
+
+    launch.start(None, False)
+    results: dict[str, Any] = {}
+    every: dict[float, list[Mapping[str, Any]]] = {share: [] for share in SHARES}
+    for path in args.jobs:
+        played = Played(path, args.repeats)
+        body: list[list[str]] = []
+        for share in SHARES:
+            plays = played.play(share)
+            every[share] += plays
+            results.setdefault(played.job.name, []).extend(plays)
+            for target in dict.fromkeys(one["target"] for one in plays):
+                mine = [one for one in plays if one["target"] == target]
+                body.append([f"{share:.0%}", target, *line(mine)])
+        timing.table(f"{played.job.name}: {played.cost:.0f} trials in full", HEAD, body)
+    timing.table(
+        "all",
+        HEAD,
+        [[f"{share:.0%}", "every target", *line(plays)] for share, plays in every.items()],
+    )
+    quarter = fmean(one["lost"] for one in every[SHARES[0]])
+    print(timing.verdict(quarter <= 1, f"{quarter:.2f} points lost on average, at most 1"))
+    timing.write(args, found, results)
+
+
+HEAD = ["asked for", "target", "spent", "regret (within 1)", "matrix (within 1)", "lost (within 1)"]
+
+
+if __name__ == "__main__":
+    main()
