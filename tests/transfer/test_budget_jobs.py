@@ -244,6 +244,8 @@ def test_targets_that_a_budget_cannot_choose_for_are_refused(
 ):
     dumped = job_of(tmp_path, bundles, paths).model_dump(mode="json")
     dumped["targets"]["task"][field] = value
+    if field == "folds":  # they make the splits
+        dumped["targets"]["task"]["data"] |= {"validation": None, "test": None}
     with pytest.raises(ValueError, match=message) as caught:
         Job.model_validate(dumped)
     assert f"targets.task.{field}" in str(caught.value)
