@@ -44,7 +44,7 @@ class _Tags(ClassifierMixin, BaseEstimator):
             counts = self.counts.setdefault(word, np.zeros(len(self.classes_)))
             counts[number] += 1
         once = [counts for counts in self.counts.values() if counts.sum() == 1]
-        self.of_unknown = np.sum(once or list(self.counts.values()), axis=0)
+        self.of_unknown: np.ndarray = np.sum(once or list(self.counts.values()), axis=0)
         return self
 
     def predict_proba(self, words: list[str]) -> np.ndarray:
