@@ -1,4 +1,4 @@
-"""How the tests run: the environment, two processes for the whole of them, one Ray, and an S3
+"""How the tests run: the environment, a few processes for the whole of them, one Ray, and an S3
 server.
 
 The environment stands here since Ray, tokenizers and others read it when they are imported.
@@ -47,9 +47,11 @@ MOST_PROCESSES = 4
 def pytest_xdist_auto_num_workers(config):
     """Processes for the whole suite; none (0) for named files, which are done sooner in the process
     that is there.
+
+    They are one more than there are cores: the one with the tests of Ray waits most of its time.
     """
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    return min(MOST_PROCESSES, os.cpu_count() or 1) if is_whole else 0
+    return min(MOST_PROCESSES, (os.cpu_count() or 1) + 1) if is_whole else 0
 
 
 def pytest_collection_modifyitems(items):
