@@ -36,19 +36,23 @@ def bundle_of(entry: MatrixEntry, rows: Sequence[ResultRow]) -> str | None:
 
     Returns None where none was kept (`fanout.keep_bundles`).
     """
-    kept = [
+    kept = [row for row in _validations(entry, rows) if row.bundle_uri]
+    sign = 1 if entry.higher_is_better else -1
+    best = max(kept, key=lambda row: sign * (row.value or 0.0), default=None)
+    return best.bundle_uri if best else None
+
+
+def _validations(entry: MatrixEntry, rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """Return the rows with the values that a network was chosen by, one for each seed."""
+    return [
         row
         for row in rows
         if row.trial_stage == "final"
         and row.split == results.VALIDATION
         and row.metric == entry.metric
-        and row.bundle_uri
         and row.value is not None
         and matrix.entry_key(row) == entry.key
     ]
-    sign = 1 if entry.higher_is_better else -1
-    best = max(kept, key=lambda row: sign * (row.value or 0.0), default=None)
-    return best.bundle_uri if best else None
 
 
 def find_bundle(root: str, rows: Sequence[ResultRow], target: str | None = None) -> str:
@@ -103,7 +107,7 @@ def blocks_of(
         lines.append(
             [
                 target,
-                _name(best),
+                _name(best, rows),
                 Value((format_interval(best.mean, best.low, best.high, places), best.metric)),
                 _gain(best, places),
                 DASH if best.seconds is None else f"{best.seconds:.3g} s",
@@ -121,8 +125,9 @@ def blocks_of(
     out: list[Block] = [
         Heading("What to use"),
         Text(
-            "For each target the network that is best on its validation rows. Values on test rows "
-            "and gains are means over its seeds, with 95 % intervals."
+            "For each target the network that is best on its validation rows; where these are few, "
+            "the choice owes much to luck, and `onetomany advise` weighs all comparisons. Values "
+            "on test rows and gains are means over its seeds, with 95 % intervals."
         ),
         Table(head, lines, 2),
     ]
@@ -138,8 +143,12 @@ def _gain(entry: MatrixEntry, decimals: int) -> str | Value:
     return Value((gain, f"{MARKS.get(entry.verdict, '')} {entry.verdict}"), entry.verdict)
 
 
-def _name(entry: MatrixEntry) -> str | Value:
+def _name(entry: MatrixEntry, rows: Sequence[ResultRow]) -> Value:
     labels = f"{plots.fraction_label(entry.label_fraction)} labels"
+    counts = sorted({row.n_eval for row in _validations(entry, rows) if row.n_eval})
+    chosen_on = f"chosen on {counts[0]:,} validation rows" if counts else ""
     if entry.source == SCRATCH:
-        return Value(("training from scratch", f"{entry.backbone} · {labels}"))
-    return Value((f"{entry.source} with {entry.technique}", labels))
+        first, second = "training from scratch", f"{entry.backbone} · {labels}"
+    else:
+        first, second = f"{entry.source} with {entry.technique}", labels
+    return Value(tuple(filter(None, (first, second, chosen_on))))

@@ -23,7 +23,7 @@ def validated(rows, best=("garments", "lp_ft"), bundles=True):
         is_best = (row.source, row.technique, row.label_fraction) == (*best, "1.0")
         value = 0.5 + 0.3 * is_best + row.seed * 0.01
         uri = f"bundles/{row.trial_id}" if bundles else None
-        out.append(replace(row, split="validation", value=value, bundle_uri=uri))
+        out.append(replace(row, split="validation", value=value, bundle_uri=uri, n_eval=321))
     return out
 
 
@@ -71,7 +71,7 @@ def test_the_report_says_what_to_use_and_the_commands(tmp_path):
     rows, runs, curves = plain()
     _, md, html = write(tmp_path, validated(rows), runs, curves)
     assert md.index("## What to use") < md.index("A comparison is one source")
-    assert "garments with lp_ft" in md
+    assert "garments with lp_ft" in md and "chosen on 321 validation rows" in md
     assert f"onetomany predict {tmp_path} FILES --target clothing -o predictions/clothing" in md
     assert "onetomany export bundles/cl-ga-lp_ft-1.0-2 exported/clothing" in html
     _, md, _ = write(tmp_path, validated(rows, bundles=False), runs, curves)
