@@ -249,24 +249,14 @@ def test_a_second_target_waits_for_the_first():
 
 
 def test_sources_that_did_well_on_earlier_targets_go_before():
-    """On the second target the short runs of another source are by chance a little better."""
-    contests = [contest("first"), contest("second", techniques=("full",))]
-
-    def value(name: str) -> float:
-        source, target, technique, _ = name.split("|")
-        lucky = 0.2 * (target == "second" and source == "b")
-        return {"a": 0.1, "b": 0.0, "c": -0.1}[source] + 0.01 * (technique == "full") + lucky
-
-    spendings = [*spend(11, contests[0]), budget.Spending((3, 2), 1, Fraction(0))]
-    found, _ = run(contests, spendings, value)
-    assert found.reasons["c|second|full|0"].startswith("cut by the budget after rung 1 of 2")
-    measured = {p: value(p.rungs[0].id) for p in contests[1].pairs}
-    learned = Learned({"a": [0.0], "b": [1.0], "c": [0.5]})
-    assert [p.source for p in budget.order(measured, Learned())] == ["b", "a", "c"]
-    assert [p.source for p in budget.order(measured, learned)] == ["b", "a", "c"]
-    measured |= {p: -1.0 for p in contests[1].pairs if p.source == "b"}
-    learned = Learned({"a": [0.9], "c": [0.0]})
-    assert [p.source for p in budget.order(measured, learned)] == ["a", "c", "b"]
+    """lora finds b a little better than a, which was better on every earlier target."""
+    pairs = contest(techniques=("full", "lora")).pairs
+    values = {"full": {"a": 0.5, "b": 0.4, "c": 0.0}, "lora": {"a": 0.2, "b": 0.3, "c": 0.1}}
+    measured = {p: values[p.technique][p.source] for p in pairs}
+    earlier = Learned({"a": [0.0, 0.5], "b": [1.0, 0.5]})
+    for learned, first_of_lora in ((Learned(), "b"), (earlier, "a")):
+        ranked = [(p.source, p.technique) for p in budget.order(measured, learned)]
+        assert ranked[:2] == [("a", "full"), (first_of_lora, "lora")]
 
 
 def test_techniques_that_did_well_on_earlier_targets_go_before():
@@ -278,7 +268,8 @@ def test_techniques_that_did_well_on_earlier_targets_go_before():
         of_source = {"a": 0.02, "b": 0.01, "c": 0.0}[source]
         if rung == "1":
             return of_source + (technique == "bitfit")
-        return of_source + 0.1 * (TECHNIQUES.index(technique) if target == "second" else 0)
+        after = ("full", "lora", "bitfit", "linear_probe", "lp_ft")
+        return of_source + 0.1 * (after.index(technique) if target == "second" else 0)
 
     spendings = [*spend(20, contests[0]), *spend(10, contests[1])]
     assert [one.rungs for one in spendings] == [(15, 9), (15, 2)]
@@ -286,6 +277,8 @@ def test_techniques_that_did_well_on_earlier_targets_go_before():
     second = [name for name in ran if "second" in name and name.endswith("1")]
     assert second == ["a|second|lp_ft|1", "a|second|bitfit|1"]
     assert "a|second|bitfit" in kept(found, *contests)
+    _, alone = run(contests[1:], spendings[1:], value)
+    assert "a|second|linear_probe|1" in alone, "by the short runs alone"
 
 
 def test_what_is_not_known_of_earlier_targets_stands_in_the_middle():
