@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Backbone, Batch, Phase, Task, Technique
 from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.latest_call import LatestCall
+from pipeline.core.nn.filter_maps import FilterMap, FilterMaps, filter_count
 
 
 class DeltaOptions(LayerOptions):
@@ -42,72 +40,6 @@ class DeltaOptions(LayerOptions):
     )
 
 
-# ---------------------------------------------------------------- filters of a network
-
-
-def filter_count(module: nn.Module) -> int | None:
-    """Return how many filters (output channels) a module with a weight matrix has, else None."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, Conv1D):
-        return module.nf
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return module.out_channels
-    if isinstance(module, nn.RNNBase):
-        return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
-    if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim
-    return None
-
-
-class FilterMaps:
-    """What modules of a backbone return in its latest call, and which filters are switched off.
-
-    Args:
-        backbone: Forward hooks are put on its modules.
-        names: Names of modules with filters.
-    """
-
-    def __init__(self, backbone: nn.Module, names: Sequence[str]):
-        self.off: dict[str, Tensor] = {}
-        """Numbers of the filters whose output is replaced by 0, by module."""
-        self._outputs: dict[str, Tensor] = {}
-        self._hooks: list[Any] = [backbone.register_forward_pre_hook(self._forget)]
-        for name in names:
-            module = backbone.get_submodule(name)
-            self._hooks.append(module.register_forward_hook(partial(self._keep, name)))
-
-    def take(self) -> dict[str, Tensor]:
-        """Return the outputs (..., C) of the latest call in the order of calls, and forget them."""
-        outputs, self._outputs = self._outputs, {}
-        return outputs
-
-    def remove(self) -> None:
-        """Take the hooks away."""
-        for hook in self._hooks:
-            hook.remove()
-        self._outputs = {}
-
-    def _forget(self, backbone: Any, inputs: Any) -> None:
-        self._outputs = {}
-
-    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
-        is_tuple = type(output) is tuple  # recurrent layers, attention
-        found = output[0] if is_tuple else output
-        values = found.data if isinstance(found, PackedSequence) else found
-        channels = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
-        if name in self.off:
-            values = values.index_fill(channels, self.off[name].to(values.device), 0.0)
-        self._outputs.pop(name, None)
-        self._outputs[name] = values.movedim(channels, -1)
-        if name not in self.off:
-            return None
-        found = found._replace(data=values) if isinstance(found, PackedSequence) else values
-        return (found, *output[1:]) if is_tuple else found
-
-
 def filter_distance(
     student: Tensor, teacher: Tensor, weights: Tensor, mask: Tensor | None = None
 ) -> Tensor:
@@ -119,9 +51,9 @@ def filter_distance(
         student: (..., C).
         teacher: (..., C).
         weights: (C,) of sum 1.
-        mask: Which positions are real, where it has the shape of the positions.
+        mask: (...) which positions are real; None: all, or it is not known.
     """
-    if mask is not None and mask.shape == student.shape[:-1]:
+    if mask is not None:
         student, teacher = student[mask], teacher[mask]
     student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     apart = (student - teacher).square().mean(0)
@@ -245,7 +177,12 @@ class Delta(Technique):
         theirs = self.source_maps.take()
         weights = task.weights()
         distances = [
-            filter_distance(mine[name].float(), theirs[name].float(), weights[name], features.mask)
+            filter_distance(
+                mine[name].values.float(),
+                theirs[name].values.float(),
+                weights[name],
+                theirs[name].known_mask(features.mask),
+            )
             for name in self.compared
             if name in mine  # a module may serve some kinds of rows alone
         ]
@@ -293,16 +230,16 @@ class Delta(Technique):
         spread = [names[-1 - len(names) * place // count] for place in reversed(range(count))]
         return [self._last(task, rows, one, plain) for one in spread]
 
-    def _last(self, task: Task, rows: Batch, names: list[str], plain: dict[str, Tensor]) -> str:
+    def _last(self, task: Task, rows: Batch, names: list[str], plain: dict[str, FilterMap]) -> str:
         """Return the last module of a layer that reads what others of the layer return.
 
         The projection of a residual block's shortcut reads none, and may be called last.
         """
         for name in reversed(names):
             others = [other for other in names if other != name]
-            off = {one: torch.arange(plain[one].shape[-1]) for one in others}
+            off = {one: torch.arange(plain[one].values.shape[-1]) for one in others}
             self._loss(task, rows, off)
-            if not torch.equal(self.source_maps.take()[name], plain[name]):
+            if not torch.equal(self.source_maps.take()[name].values, plain[name].values):
                 return name
         return names[-1]
 

@@ -36,7 +36,11 @@ from pipeline.core.contracts.objective_capabilities import (
     is_calibrated,
     mixes_inputs,
 )
-from pipeline.core.contracts.technique_capabilities import solves_head
+from pipeline.core.contracts.technique_capabilities import (
+    keeps_modules,
+    selects_features,
+    solves_head,
+)
 from pipeline.core.metrics.catalog import Predictions
 from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch, Rows
@@ -66,8 +70,13 @@ def kept_features(
     target: str,
     split: str,
     device: torch.device,
+    technique: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``features`` of a split of a target, computed once for a source and kept in a file."""
+    """``features`` of a split of a target, computed once for a source and kept in a file.
+
+    ``technique`` is the one whose modules are part of the backbone (`KeepsModules`); None: it is
+    the source's own.
+    """
     data = shared.targets[target, backbone_key]
     rows: Rows = getattr(data, split)
     cast = loop.autocast(data.spec.train, device)
@@ -78,7 +87,9 @@ def kept_features(
     arch = shared.backbone_groups[backbone_key].arch
     made = provenance.made_by(
         FEATURES_CODE,
-        provenance.components_of(data.spec.data.modality.name, arch.name, arch.options),
+        provenance.components_of(
+            data.spec.data.modality.name, arch.name, arch.options, technique=technique
+        ),
     )
     # features cost little: those of other weights, code or versions are computed again
     by = [shared.parent_weights.get(source), made.hash, made.versions]
@@ -312,7 +323,7 @@ def run(
         The same records as ``trial.run`` gives.
     """
     cached = _shared_features(group, shared)
-    head = trials.build(group[0], shared)[0].objective
+    head, _ = _build_head(group[0], shared)
     is_random = draws_random_numbers(head, cached.splits["train"])
     records, stacks = _stacks(group, shared, is_random)
     technique = group[0].technique_object
@@ -329,10 +340,13 @@ def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
     """Compute or read the features of the splits that the trials need."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first, began = group[0], time.time()
-    task, transfer, _ = trials.build(first, shared)
+    task, transfer, _ = _built(first, shared)
+    technique = first.technique.name if keeps_modules(first.technique_object) else None
     names = ["train", "validation", *(["test"] if first.stage == "final" else [])]
     key = (first.source, first.backbone_key, first.target)
-    splits = {name: kept_features(task.backbone, shared, *key, name, device) for name in names}
+    splits = {
+        name: kept_features(task.backbone, shared, *key, name, device, technique) for name in names
+    }
     seconds = (time.time() - began) / len(group)
     data = shared.targets[first.target, first.backbone_key]
     return SharedFeatures(data, task.backbone, splits, transfer, seconds, device)
@@ -484,15 +498,16 @@ def _solve(
     def validate(solved: Objective) -> dict[str, float]:
         return evaluate.values(_alone(solved, validation, train), cached.data.metrics)
 
+    own = features[index], {name: tensor[index] for name, tensor in tensors.items()}
+    technique = trial.technique_object
     try:
-        solutions = solved_heads.solve(
-            head,
-            features[index],
-            {name: tensor[index] for name, tensor in tensors.items()},
-            penalties,
-            validate,
-            alive,
-        )
+        if selects_features(technique):
+            selection = technique.selection()
+            solutions = solved_heads.solve_selected(
+                head, *own, selection, penalties, validate, alive
+            )
+        else:
+            solutions = solved_heads.solve(head, *own, penalties, validate, alive)
     except FloatingPointError as error:
         return _failed(trial, shared, error)
     chosen = solved_heads.best(solutions, cached.data.metrics[0])
@@ -505,6 +520,8 @@ def _solve(
     iterations = sum(solution.iterations for solution in solutions)
     # no rate, batch or decay took part
     settings = {"solver": chosen.solver, "penalty": chosen.penalty}
+    if chosen.share is not None:
+        settings["share"] = chosen.share
     settings |= dict.fromkeys(("lr", "global_batch", "weight_decay", "optimizer"))
     metadata = {
         "steps": iterations,
@@ -534,8 +551,16 @@ def _places(data: TargetData, rows: Rows) -> np.ndarray:
 
 def _build_head(trial: Trial, shared: Shared) -> tuple[Objective, str]:
     """A trial's head and the hash of its start weights; the backbone is the same for all trials."""
-    task, _, start_hash = trials.build(trial, shared)
+    task, _, start_hash = _built(trial, shared)
     return task.objective, start_hash
+
+
+def _built(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
+    """``trial.build`` with what the technique adds; the hash is that of the weights before."""
+    task, transfer, start_hash = trials.build(trial, shared)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(shared.seed, trial.seed, 4))  # as where it is trained by steps
+        return trial.technique_object.wrap(task), transfer, start_hash
 
 
 class _StackBatches:

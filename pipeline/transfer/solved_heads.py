@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ DOUBLE_VALUES = 2**27
 MAX_ITERATIONS = 500
 TOLERANCE = 1e-7
 """Of the gradient's largest value, in float64: weights are then right to four digits and more."""
+SMOOTHED = 1e-4
+"""Lengths of weights below it count less in a group lasso: without it there is no gradient at 0."""
 MOST_WEIGHTS = 4096
 """Heads of up to so many weights are tried for a closed form; their matrix takes 128 MiB."""
 
@@ -43,6 +46,8 @@ class Solution:
     """1 for a closed form."""
     metrics: dict[str, float]
     """Validation metrics."""
+    share: float | None = None
+    """Of the features that were kept; None: all, and none was chosen."""
     solver: str = "lbfgs"
     """lbfgs, or ridge: the closed form of a squared error."""
 
@@ -54,6 +59,7 @@ def solve(
     penalties: Sequence[float],
     validate: Callable[[Objective], dict[str, float]],
     alive: Callable[[], None],
+    kept: Tensor | None = None,
 ) -> list[Solution]:
     """Solve a head for every penalty, from the strongest to the weakest.
 
@@ -66,26 +72,112 @@ def solve(
             not penalised. A penalty is 1 / (C n) in scikit-learn's terms.
         validate: Gives the validation metrics of a head.
         alive: Called at every evaluation of the loss.
+        kept: (D,) bool, which features may have weights; None: all.
 
     Raises:
         FloatingPointError: A loss is not finite.
     """
-    kind = torch.float64 if features.numel() <= DOUBLE_VALUES else torch.float32
-    own = copy.deepcopy(head).to(features.device, kind).train()
-    rows = Batch(np.zeros(len(features), dtype=np.int64), torch.zeros(0), tensors)
-    inputs, found = features.to(kind), []
-    quadratic = _quadratic(own, inputs, rows, alive)
+    own, inputs, rows = _in_double(head, features, tensors)
+    found: list[Solution] = []
+    quadratic = None
+    if kept is None:
+        quadratic = _quadratic(own, inputs, rows, alive)
+    else:
+        _leave_out(own, ~kept)
     for penalty in sorted(penalties, reverse=True):
         if quadratic:
             quadratic.minimise(own, penalty)
             iterations = 1
         else:
-            iterations = _minimise(own, inputs, rows, penalty, alive)
+            squares = partial(_half_squares, penalty)
+            iterations = _minimise(own, inputs, rows, squares, alive, f"penalty {penalty:g}")
         solved = copy.deepcopy(head).to(features.device)
         solved.load_state_dict({name: t.float() for name, t in own.state_dict().items()})
         solver = "ridge" if quadratic else "lbfgs"
-        found.append(Solution(penalty, solved, iterations, validate(solved), solver))
+        found.append(Solution(penalty, solved, iterations, validate(solved), solver=solver))
     return found
+
+
+def solve_selected(
+    head: Objective,
+    features: Tensor,
+    tensors: dict[str, Tensor],
+    selection: tuple[float, tuple[float, ...]],
+    penalties: Sequence[float],
+    validate: Callable[[Objective], dict[str, float]],
+    alive: Callable[[], None],
+) -> list[Solution]:
+    """Rank the features, then `solve` the head on each share of the best of them.
+
+    Args:
+        selection: Weight of the group lasso, and the shares (`SelectsFeatures`).
+    """
+    lasso, shares = selection
+    lengths = feature_lengths(head, features, tensors, lasso, alive)
+    order = lengths.argsort(descending=True, stable=True)
+    found: list[Solution] = []
+    for share in shares:
+        kept = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+        kept[order[: max(1, round(share * len(order)))]] = True
+        solved = solve(head, features, tensors, penalties, validate, alive, kept)
+        found += [replace(one, share=share) for one in solved]
+    return found
+
+
+def feature_lengths(
+    head: Objective,
+    features: Tensor,
+    tensors: dict[str, Tensor],
+    lasso: float,
+    alive: Callable[[], None],
+) -> Tensor:
+    """Return the lengths (D,) of each feature's weights in a head solved with a group lasso.
+
+    The lasso is the sum of the lengths, each smoothed within 1e-4 of 0 so that it has a gradient.
+    """
+    own, inputs, rows = _in_double(head, features, tensors)
+    _leave_out(own, torch.zeros(inputs.shape[1], dtype=torch.bool))
+
+    def lengths() -> Tensor:
+        weights = _weights_of_features(own, inputs.shape[1])
+        squares = [w.square().flatten(0, -2).sum(0) for w in weights]
+        return (torch.stack(squares).sum(0) + SMOOTHED**2).sqrt()
+
+    def group_lasso(parameters: Sequence[Tensor]) -> Tensor:
+        return lasso * lengths().sum()
+
+    _minimise(own, inputs, rows, group_lasso, alive, f"lasso {lasso:g}")
+    return lengths().detach()
+
+
+def _in_double(
+    head: Objective, features: Tensor, tensors: dict[str, Tensor]
+) -> tuple[Any, Tensor, Batch]:
+    """Return a copy of the head to solve, the features in its precision, and the rows."""
+    kind = torch.float64 if features.numel() <= DOUBLE_VALUES else torch.float32
+    own = copy.deepcopy(head).to(features.device, kind).train()
+    rows = Batch(np.zeros(len(features), dtype=np.int64), torch.zeros(0), tensors)
+    return own, features.to(kind), rows
+
+
+def _weights_of_features(head: Objective, width: int) -> list[Tensor]:
+    """Return the weights (..., D) of which a column belongs to a feature."""
+    return [p for p in head.parameters() if p.dim() > 1 and p.shape[-1] == width]
+
+
+def _leave_out(head: Objective, left_out: Tensor) -> None:
+    """Set all weights of features to 0 and hold those of some at 0."""
+    kept = ~left_out
+    with torch.no_grad():
+        for weight in _weights_of_features(head, len(kept)):
+            weight.zero_()
+            weight.register_hook(lambda gradient: gradient * kept.to(gradient))
+
+
+def _half_squares(penalty: float, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the L2 penalty, which biases are free of."""
+    squares = [p.square().sum() for p in parameters if p.dim() > 1]
+    return penalty / 2 * torch.stack(squares).sum()
 
 
 @dataclass(frozen=True)
@@ -138,9 +230,19 @@ def _quadratic(
 
 
 def _minimise(
-    head: Any, inputs: Tensor, rows: Batch, penalty: float, alive: Callable[[], None]
+    head: Any,
+    inputs: Tensor,
+    rows: Batch,
+    regulariser: Callable[[Sequence[Tensor]], Tensor],
+    alive: Callable[[], None],
+    setting: str,
 ) -> int:
-    """Minimise in place; returns the number of iterations."""
+    """Minimise in place; returns the number of iterations.
+
+    Args:
+        regulariser: Gives what is added to the mean loss, of the head's parameters.
+        setting: In words, for errors.
+    """
     parameters, labels = list(head.parameters()), _labels_a_row(head, rows)
     optimizer = torch.optim.LBFGS(
         parameters,
@@ -155,12 +257,9 @@ def _minimise(
         alive()
         optimizer.zero_grad()
         total, count, _ = head.head_loss(inputs, rows)
-        squares = sum(p.square().sum() for p in parameters if p.dim() > 1)
-        loss = labels * total.to(inputs.dtype) / count + penalty / 2 * squares
+        loss = labels * total.to(inputs.dtype) / count + regulariser(parameters)
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of the head is {loss.item()} at penalty {penalty:g}"
-            )
+            raise FloatingPointError(f"the loss of the head is {loss.item()} at {setting}")
         loss.backward()
         return loss
 

@@ -11,7 +11,8 @@ from toys import image_rows, make_run, net_task, take, weights
 
 from pipeline.config import registry
 from pipeline.core.contracts import Task
-from pipeline.techniques.delta import FilterMaps, WeighedTask, filter_count, filter_distance
+from pipeline.core.nn.filter_maps import FilterMaps, filter_count
+from pipeline.techniques.delta import WeighedTask, filter_distance
 from pipeline.train import loop
 
 KINDS = {name: backbone for name, (_, backbone) in MODALITIES.items()}
@@ -158,9 +159,10 @@ def test_the_penalty_is_the_weighted_distance_to_the_source_s_maps(kind):
     (mine, _), (theirs, mask) = both
     distances = []
     for name, own in wrapped.filter_weights().items():
-        a, b = mine[name].numpy(), theirs[name].numpy()
-        if mask is not None and a.shape[:-1] == mask.shape:
-            a, b = a[mask.numpy()], b[mask.numpy()]
+        a, b = mine[name].values.numpy(), theirs[name].values.numpy()
+        real = mine[name].mask if mask is None or a.shape[:-1] != mask.shape else mask
+        if real is not None:
+            a, b = a[real.numpy()], b[real.numpy()]
         channels = a.shape[-1]
         a, b = a.reshape(-1, channels), b.reshape(-1, channels)
         by_filter = ((a - b) ** 2).mean(0) * own.numpy()
@@ -212,7 +214,7 @@ def test_training_with_it_stays_nearer_to_the_source_and_leaves_a_plain_network(
                 one(batch)
         theirs, mine = (one.take() for one in maps)
         last = list(run.task.filter_weights())[-1]
-        apart.append(float((theirs[last] - mine[last]).square().mean()))
+        apart.append(float((theirs[last].values - mine[last].values).square().mean()))
     assert apart[1] < 0.7 * apart[0]
 
 

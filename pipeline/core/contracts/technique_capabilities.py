@@ -16,6 +16,7 @@ A technique has a capability by having its member; nothing is declared. Each is 
     `KeepsModules`: what ``wrap`` adds stays in the network (side-tuning).
     `ReadsGradients`: something is decided by the gradients of training (surgical, AdaLoRA).
     `SolvesHead`: the head of a frozen backbone is the solution of a convex problem.
+    `SelectsFeatures`: such a head keeps some of its features only.
 """
 
 from __future__ import annotations
@@ -229,6 +230,18 @@ def adds_penalty(technique: Any) -> TypeIs[AddsPenalty]:
     return isinstance(technique, AddsPenalty)
 
 
+@runtime_checkable
+class SelectsFeatures(Protocol):
+    """A technique that solves its head (`SolvesHead`) on some of the features only."""
+
+    def selection(self) -> tuple[float, tuple[float, ...]]:
+        """Return the weight of the group lasso by which features are ranked, and shares to keep.
+
+        One of the shares is chosen on validation rows.
+        """
+        ...
+
+
 def adapts_without_labels(technique: Any) -> TypeIs[AdaptsWithoutLabels]:
     """Return whether a technique needs no label of the target."""
     return isinstance(technique, AdaptsWithoutLabels)
@@ -262,3 +275,8 @@ def reads_gradients(technique: Any) -> TypeIs[ReadsGradients]:
 def solves_head(technique: Any) -> TypeIs[SolvesHead]:
     """Return whether the head of a frozen technique may be solved, not trained by steps."""
     return isinstance(technique, SolvesHead)
+
+
+def selects_features(technique: Any) -> TypeIs[SelectsFeatures]:
+    """Return whether a solved head keeps some of its features only."""
+    return isinstance(technique, SelectsFeatures)

@@ -1,0 +1,108 @@
+"""Outputs of the layers inside a network, filter by filter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def filter_count(module: Any) -> int | None:
+    """Return how many filters (output channels) a module with a weight matrix has, else None."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, Conv1D):
+        return cast("Any", module).nf
+    if isinstance(module, CONVOLUTIONS):
+        return module.out_channels
+    if isinstance(module, nn.RNNBase):
+        return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
+    if isinstance(module, nn.MultiheadAttention):
+        return cast("Any", module).embed_dim
+    return None
+
+
+class FilterMap(NamedTuple):
+    """What a module returned for a batch."""
+
+    values: Tensor
+    """(B, ..., C), filters last."""
+    mask: Tensor | None = None
+    """(B, N) which positions are real, where the module itself knows; else None."""
+
+    def known_mask(self, tokens: Tensor | None) -> Tensor | None:
+        """Return the mask, or that of the backbone's tokens where it has the same positions."""
+        if self.mask is not None or tokens is None:
+            return self.mask
+        return tokens if tokens.shape == self.values.shape[:-1] else None
+
+
+class FilterMaps:
+    """What modules of a backbone return in its latest call, and which filters are switched off.
+
+    Args:
+        backbone: Forward hooks are put on its modules.
+        names: Names of modules with filters.
+    """
+
+    def __init__(self, backbone: nn.Module, names: Sequence[str]):
+        self.off: dict[str, Tensor] = {}
+        """Numbers of the filters whose output is replaced by 0, by module."""
+        self._outputs: dict[str, FilterMap] = {}
+        self._hooks: list[Any] = [backbone.register_forward_pre_hook(self._forget)]
+        for name in names:
+            module = backbone.get_submodule(name)
+            self._hooks.append(module.register_forward_hook(partial(self._keep, name)))
+
+    def take(self) -> dict[str, FilterMap]:
+        """Return the outputs of the latest call in the order of calls, and forget them."""
+        outputs, self._outputs = self._outputs, {}
+        return outputs
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._outputs = {}
+
+    def _forget(self, backbone: Any, inputs: Any) -> None:
+        self._outputs = {}
+
+    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
+        is_tuple = type(output) is tuple  # recurrent layers, attention
+        found: Any = output[0] if is_tuple else output
+        channels = 1 if isinstance(module, CONVOLUTIONS) else -1
+        if name in self.off:
+            found = _without(found, channels, self.off[name])
+        values: Any = found
+        mask = None
+        if isinstance(found, PackedSequence):
+            values, lengths = pad_packed_sequence(found, batch_first=True)
+            mask = (torch.arange(values.shape[1]) < lengths[:, None]).to(values.device)
+        self._outputs.pop(name, None)
+        self._outputs[name] = FilterMap(values.movedim(channels, -1), mask)
+        if name not in self.off:
+            return None
+        return (found, *output[1:]) if is_tuple else found
+
+
+def _without(found: Any, channels: int, filters: Tensor) -> Any:
+    """Return an output with some filters at 0; ``channels`` is their dimension."""
+    values: Any = found.data if isinstance(found, PackedSequence) else found
+    values = values.index_fill(channels, filters.to(values.device), 0.0)
+    return found._replace(data=values) if isinstance(found, PackedSequence) else values

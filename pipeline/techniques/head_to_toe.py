@@ -1,0 +1,165 @@
+"""Head2Toe: a head on chosen features of all layers (Evci et al. 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config.registry import Options, register
+from pipeline.core.batch import Batch
+from pipeline.core.contracts import Backbone, Features, Task, Technique
+from pipeline.core.contracts.objective_capabilities import has_cached_head
+from pipeline.core.nn.filter_maps import FilterMap, FilterMaps, filter_count
+
+PENALTIES = tuple(10.0**power for power in range(-6, 2))
+SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+class HeadToToeOptions(Options):
+    lasso: float = Field(
+        1e-3,
+        gt=0,
+        description="weight of the sum of the lengths of all features' weights, beside the mean "
+        "loss of the head by which features are ranked",
+    )
+    share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the features that are kept; none: the best of 0.01, 0.03, 0.1, 0.3 "
+        "and 1 on validation rows",
+    )
+    penalty: float | None = Field(
+        None,
+        gt=0,
+        description="factor of half the weights' squared length beside the mean loss, of the head "
+        "on the kept features; none: the best of 1e-6 to 10 on validation rows",
+    )
+
+
+class LayersBackbone(Backbone):
+    """A backbone whose pooled features hold those of all its layers.
+
+    They are the backbone's own, then the output of each weight matrix, convolution, recurrent or
+    attention layer, averaged over the positions of a row. Each part is normalised by row, so that
+    no layer outweighs another. Layers for one kind of rows (a robot's own encoder) are left out:
+    others have no such features. A part is zeros where it is not known which of a layer's positions
+    are real (audio's first convolutions).
+    """
+
+    def __init__(self, base: Backbone):
+        nn.Module.__init__(self)
+        self.base = base
+        self.arch, self.token_dim, self.causal = base.arch, base.token_dim, base.causal
+        self.feature_map_specs, self.convolutions = base.feature_map_specs, base.convolutions
+        self.widths: dict[str, int] = {}
+        by_kind = tuple(f"{name}." for name, one in base.named_modules() if _serves_kinds(one))
+        for name, module in base.named_modules():
+            width = filter_count(module)
+            if width is not None and not name.startswith(by_kind):
+                self.widths[name] = width
+        self.pooled_dim = base.pooled_dim + sum(self.widths.values())
+        self.maps = FilterMaps(base, list(self.widths))
+
+    def forward(
+        self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Features:
+        tokens = ("tokens",) if self.token_dim is not None else ()
+        wanted = tuple(dict.fromkeys((*want, *tokens)))  # tokens come with their mask
+        features = self.base(batch, token_mask=token_mask, want=wanted)
+        outputs, pooled = self.maps.take(), features.pooled.float()
+        parts = [_normed(pooled)]
+        for name, width in self.widths.items():
+            part = None
+            if name in outputs:
+                part = _row_means(outputs[name], len(pooled), features.mask)
+            parts.append(pooled.new_zeros(len(pooled), width) if part is None else _normed(part))
+        return replace(features, pooled=torch.cat(parts, 1))
+
+    def layers(self) -> dict[str, list[str]]:
+        layers = self.base.layers().items()
+        return {name: [f"base.{parameter}" for parameter in names] for name, names in layers}
+
+
+def _serves_kinds(module: nn.Module) -> bool:
+    """Return whether a module holds one like module for each kind of rows."""
+    return isinstance(module, nn.ModuleDict) and len({type(one) for one in module.values()}) == 1
+
+
+def _normed(features: Tensor) -> Tensor:
+    return F.layer_norm(features, features.shape[-1:])
+
+
+def _row_means(output: FilterMap, rows: int, tokens: Tensor | None) -> Tensor | None:
+    """Return the means (B, C) of an output over its real positions; None: they are unknown.
+
+    Args:
+        rows: How many rows the batch has.
+        tokens: (B, N) which tokens of the backbone are real; None: every position of it is.
+    """
+    values = output.values.float()
+    if len(values) != rows:
+        return None
+    if values.dim() == 2:
+        return values
+    mask = output.known_mask(tokens)
+    if mask is not None:
+        real = mask[..., None].to(values.dtype)
+        return (values * real).sum(1) / real.sum(1).clamp(min=1.0)
+    return values.flatten(1, -2).mean(1) if tokens is None else None
+
+
+@register("technique", "head_to_toe", options=HeadToToeOptions)
+class HeadToToe(Technique):
+    """Train the head alone, on chosen features of all layers, which are computed once.
+
+    Features are ranked by the length of their weights in a head on all of them that was solved with
+    a group lasso; a head on the best of them is solved with an L2 penalty (Evci et al. 2022). How
+    many are kept is chosen on validation rows. Outputs are averaged over the positions of a row,
+    where the paper keeps a few regions of a picture.
+
+    It assumes that layers below the last one have what the source's own task did not need. It helps
+    where the target is far from the source, at the cost of a linear probe. It hurts on few rows,
+    where many features are noise, and it cannot learn features that no layer has. It costs memory:
+    a row has as many features as all layers have outputs, some ten thousand. Where features are not
+    kept (streamed targets, heads that drop features out) the head trains by steps, on the features
+    of all layers. Its bundle names the technique, for ``predict``; it cannot be the source of
+    another job.
+
+    Raises:
+        ValueError: the head reads more than pooled features.
+    """
+
+    frozen = True
+    keeps_modules = True
+
+    def wrap(self, task):
+        objective = task.objective
+        if not has_cached_head(objective):
+            raise ValueError(
+                "head_to_toe gives the head pooled features of all layers, and that of "
+                f"{objective.registered_name} reads more than pooled ones: use full"
+            )
+        backbone = LayersBackbone(task.backbone)
+        head = type(objective)(backbone, objective.options, objective.state)
+        return Task(backbone, head)
+
+    def penalties(self):
+        """Return the penalties to solve for (`SolvesHead`)."""
+        return PENALTIES if self.options.penalty is None else (self.options.penalty,)
+
+    def selection(self):
+        """Return how features are chosen (`SelectsFeatures`)."""
+        shares = SHARES if self.options.share is None else (self.options.share,)
+        return self.options.lasso, shares
+
+    def search_space(self):
+        """Only what is not chosen on validation rows anyway."""
+        return {"lasso": (1e-5, 1e-1)}
+
+    def rates(self, layers, phase):
+        return {name: float(name == "head") for name in layers}
