@@ -22,7 +22,15 @@ LAYERS = [
     {"config"},
     {"core", "core.metrics"},
     {"media", "core.nn", "simulation"},
-    {"modalities", "models", "objectives", "techniques", "baselines", "data", "checkpoints"},
+    {
+        "modalities",
+        "models",
+        "objectives",
+        "techniques",
+        "transfer.baselines",
+        "data",
+        "checkpoints",
+    },
     {"train", "prepare", "report"},
     {"transfer"},
     {"api"},
@@ -32,9 +40,9 @@ LAYERS = [
 """Folders of pipeline/ from the lowest layer to the highest; a folder imports those of lower
 layers.
 """
-INNER = {"core.metrics", "core.nn"}
+INNER = {"core.metrics", "core.nn", "transfer.baselines"}
 """Folders within a folder that have a layer of their own."""
-SIBLINGS = {"modalities", "models", "objectives", "techniques", "baselines"}
+SIBLINGS = {"modalities", "models", "objectives", "techniques", "transfer.baselines"}
 """Folders whose files do not import each other."""
 RAY = (
     "pipeline.data.stream",

@@ -32,7 +32,7 @@ FOLDERS = {
     "model": "models",
     "objective": "objectives",
     "technique": "techniques",
-    "baseline": "baselines",
+    "baseline": "transfer/baselines",
     "metric": "core/metrics",
     "score": "transfer/scores",
     "importer": "prepare/importers",

@@ -1,4 +1,6 @@
-"""A model without a network that a user would pick instead: one file in ``pipeline/baselines/``.
+"""A model without a network that a user would pick instead.
+
+Each is one file in ``pipeline/transfer/baselines/``.
 
 It reads the rows that the trials of a target read, and is fitted on the same labelled rows for each
 seed and label fraction. Estimators and transformers are those of scikit-learn, or have the same
