@@ -84,8 +84,10 @@ class FilterMaps:
         self._outputs = {}
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
-        is_tuple = type(output) is tuple  # recurrent layers, attention
-        found: Any = output[0] if is_tuple else output
+        # recurrent layers and attention return tuples
+        rest = cast("tuple[Any, ...]", output)[1:] if type(output) is tuple else None
+        whole = cast("Any", output)
+        found: Any = whole if rest is None else whole[0]
         channels = 1 if isinstance(module, CONVOLUTIONS) else -1
         if name in self.off:
             found = _without(found, channels, self.off[name])
@@ -98,7 +100,7 @@ class FilterMaps:
         self._outputs[name] = FilterMap(values.movedim(channels, -1), mask)
         if name not in self.off:
             return None
-        return (found, *output[1:]) if is_tuple else found
+        return found if rest is None else (found, *rest)
 
 
 def _without(found: Any, channels: int, filters: Tensor) -> Any:
