@@ -48,5 +48,6 @@ class _Tags(ClassifierMixin, BaseEstimator):
         return self
 
     def predict_proba(self, words: list[str]) -> np.ndarray:
-        counts = np.stack([self.counts.get(word, self.of_unknown) for word in words])
+        found: list[np.ndarray] = [self.counts.get(word, self.of_unknown) for word in words]
+        counts = np.stack(found)
         return counts / counts.sum(axis=1, keepdims=True)
