@@ -33,7 +33,7 @@ IN_A_JOB: dict[str, str] = {
     "model": "backbone: {}",
     "modality": "modality: {}",
     "metric": "metric: {}",
-    "score": "scores: [{}]",
+    "score": "fanout: {{select: {{score: {}, top: 2}}}}",
     "baseline": "baselines: [{}]",
 }
 """How a job file names a component of each kind."""
@@ -60,7 +60,8 @@ def names(kind: str) -> list[tuple[str, str]]:
     for name, entry in sorted(registry.entries(kind).items()):
         text = first_sentence(entry)
         if kind == "model":
-            text += f" ({len(registry.architectures(name))} networks)"
+            count = len(registry.architectures(name))
+            text += f" ({count} network{'s' if count > 1 else ''})"
         rows.append((name, text))
     return rows
 
@@ -94,8 +95,8 @@ def describe(kind: str, name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a docstring without the marks of code."""
-    return inspect.cleandoc(text).replace("`", "")
+    """Return a docstring with one mark around code, as in Markdown."""
+    return inspect.cleandoc(text).replace("``", "`")
 
 
 def _options(entry: Entry) -> list[str]:

@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from pipeline import __version__, cli
-from pipeline.config import listing, registry
+from pipeline.config import listing, registry, schema
 
 COMPONENTS = [(command, kind) for command, kind in listing.KINDS.items()]
 
@@ -40,6 +41,20 @@ def test_a_command_explains_each_component_with_its_options(command, kind):
         assert listing.first_sentence(entry).lower() in " ".join(text.lower().split())
         assert all(f"\n  {option}: " in text for option in entry.options.model_fields)
         assert f"In a job: {listing.IN_A_JOB[kind].partition('{')[0]}" in text
+
+
+def test_what_is_printed_for_a_job_is_read_by_one():
+    places = (schema.Job, schema.Source, schema.Target, schema.Data)
+    fields = {name for place in places for name in place.model_fields}
+    for kind, form in listing.IN_A_JOB.items():
+        assert yaml.safe_load(form.format("x")).keys() <= fields, kind
+    (score,) = (
+        line for line in listing.describe("score", "cka").splitlines() if "In a job" in line
+    )
+    fanout = schema.Fanout.model_validate(
+        yaml.safe_load(score.removeprefix("In a job: "))["fanout"]
+    )
+    assert fanout.select.score == "cka"
 
 
 def test_a_sentence_ends_at_its_full_stop_and_not_after_et_al():
