@@ -85,15 +85,16 @@ def solve(
     else:
         _leave_out(own, ~kept)
     for penalty in sorted(penalties, reverse=True):
-        if quadratic:
-            quadratic.minimise(own, penalty)
-            iterations = 1
+        minimum = quadratic.minimum(penalty) if quadratic else None
+        if minimum is not None:
+            vector_to_parameters(minimum, own.parameters())
+            iterations, solver = 1, "ridge"
         else:
             squares = partial(_half_squares, penalty)
             iterations = _minimise(own, inputs, rows, squares, alive, f"penalty {penalty:g}")
+            solver = "lbfgs"
         solved = copy.deepcopy(head).to(features.device)
         solved.load_state_dict({name: t.float() for name, t in own.state_dict().items()})
-        solver = "ridge" if quadratic else "lbfgs"
         found.append(Solution(penalty, solved, iterations, validate(solved), solver=solver))
     return found
 
@@ -182,18 +183,31 @@ def _half_squares(penalty: float, parameters: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Quadratic:
-    """A mean loss that is quadratic in the P weights of a head: its gradient is H w + g."""
+    """A mean loss that looks quadratic in the P weights of a head: its gradient is H w + g."""
 
     matrix: Tensor
     """H (P, P)."""
     offset: Tensor
     """g (P,)."""
+    is_penalised: Tensor
+    """(P,) 1 for weights and 0 for biases, which are free of the penalty."""
+    gradient: Callable[[Tensor], Tensor]
+    """The gradient (P,) itself, of weights (P,)."""
 
-    def minimise(self, head: Objective, penalty: float) -> None:
-        """Set the weights to the minimum with an L2 penalty, which biases are free of."""
-        sizes = [torch.full_like(p, float(p.dim() > 1)) for p in head.parameters()]
-        matrix = self.matrix + penalty * torch.diag(parameters_to_vector(sizes))
-        vector_to_parameters(torch.linalg.solve(matrix, -self.offset), head.parameters())
+    def minimum(self, penalty: float) -> Tensor | None:
+        """Return the weights (P,) at the minimum with an L2 penalty.
+
+        None: the matrix has no single minimum, or the gradient is not 0 there. A robust loss is
+        linear or quadratic in parts, and these need not be the part of its minimum.
+        """
+        matrix = self.matrix + penalty * torch.diag(self.is_penalised)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed:
+            return None
+        found = torch.cholesky_solve(-self.offset[:, None], factor)[:, 0]
+        left = self.gradient(found) + penalty * self.is_penalised * found
+        most = TOLERANCE * self.offset.abs().max().clamp(min=1.0)
+        return found if left.abs().max() <= most else None
 
 
 def _quadratic(
@@ -201,8 +215,8 @@ def _quadratic(
 ) -> _Quadratic | None:
     """Return the mean loss as a quadratic function of the weights; None where it is not one.
 
-    It is one where the gradient is linear, which is tried at three points. The head's weights are
-    the same afterwards.
+    It is one where the gradient is linear, which is checked at three points of a line: their second
+    difference is zero. The head's weights are the same afterwards.
     """
     start = parameters_to_vector(head.parameters()).detach()
     count = len(start)
@@ -211,22 +225,25 @@ def _quadratic(
 
     def gradient(weights: Tensor) -> Tensor:
         alive()
-        vector_to_parameters(weights, head.parameters())
+        parameters = list(head.parameters())
+        vector_to_parameters(weights, parameters)
         total, number, _ = head.head_loss(inputs, rows)
-        found = torch.autograd.grad(total / number, list(head.parameters()))
+        # a parameter that the loss does not read has a gradient of zeros
+        found = torch.autograd.grad(total / number, parameters, materialize_grads=True)
+        vector_to_parameters(start, parameters)
         return parameters_to_vector(found).detach()
 
     generator = torch.Generator().manual_seed(0)
     way = torch.randn(count, generator=generator, dtype=start.dtype).to(start.device)
     offset, once, twice = (gradient(scale * way) for scale in (0.0, 1.0, 2.0))
     bend = (twice - 2 * once + offset).abs().max()
-    is_linear = bool(bend <= 1e-9 * once.abs().max())
-    found = None
-    if is_linear:
-        columns = [gradient(one) - offset for one in torch.eye(count).to(start)]
-        found = _Quadratic(torch.stack(columns, 1), offset)
-    vector_to_parameters(start, head.parameters())
-    return found
+    if bend > 1e-9 * once.abs().max():
+        return None
+    columns = [gradient(one) - offset for one in torch.eye(count).to(start)]
+    is_weight = [torch.full_like(p, float(p.dim() > 1)) for p in head.parameters()]
+    return _Quadratic(
+        torch.stack(columns, 1), offset, parameters_to_vector(is_weight).detach(), gradient
+    )
 
 
 def _minimise(

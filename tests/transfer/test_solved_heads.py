@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pydantic
 import pytest
 import torch
 from contract_rows import MODALITIES, classified
+from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch.nn import functional as F
 from toys import image_files, job_of, net_task, shared_of, take, trial_of
@@ -124,6 +126,54 @@ def test_a_large_head_of_a_squared_error_is_solved_by_steps(regression, monkeypa
     theirs = Ridge(alpha=1e-2 * N / 2).fit(features().double(), value.double())
     assert found.solver == "lbfgs"
     assert np.abs(found.head.head.weight.detach().numpy()[0] - theirs.coef_).max() < 1e-5
+
+
+class LineHead(torch.nn.Module):
+    """A linear head with a loss of its residuals, and a parameter that the loss does not read."""
+
+    registered_name = "line"
+
+    def __init__(self, loss):
+        super().__init__()
+        self.head, self.loss = torch.nn.Linear(D, 1), loss
+        self.unread = torch.nn.Parameter(torch.ones(2))
+
+    def head_loss(self, pooled, rows):
+        residuals = self.head(pooled)[:, 0] - rows["value"].to(pooled.dtype)
+        return self.loss(residuals, torch.zeros_like(residuals)), torch.tensor(float(N)), {}
+
+
+def huber(residuals: np.ndarray) -> np.ndarray:
+    sizes = np.abs(residuals)
+    return np.where(sizes < 1, residuals**2 / 2, sizes - 0.5)
+
+
+@pytest.mark.parametrize("shift", [200.0, 0.0])
+def test_a_robust_loss_is_no_ridge_regression(shift):
+    """Its gradient is constant far from the rows' values, so that it looks linear there."""
+    found = features().double()
+    value = found @ torch.linspace(-1, 1, D).double() + shift + labels(features(), 1)[:, 0] / 20
+    loss = partial(F.smooth_l1_loss, reduction="sum")
+    solved = solve(LineHead(loss), {"value": value}, [1e-3])[0]
+
+    def objective(weights):
+        residuals = found.numpy() @ weights[:-1] + weights[-1] - value.numpy()
+        return huber(residuals).mean() + 1e-3 / 2 * (weights[:-1] ** 2).sum()
+
+    theirs = minimize(objective, np.append(np.linspace(-1, 1, D), shift), tol=1e-12)
+    assert solved.solver == "lbfgs"
+    weight = solved.head.head.weight.detach().numpy()[0]
+    assert np.abs(weight - theirs.x[:-1]).max() < 1e-3
+    assert abs(float(solved.head.head.bias.detach()) - theirs.x[-1]) < 1e-3
+
+
+def test_a_parameter_that_the_loss_does_not_read_is_left_alone():
+    value = labels(features(), 1)[:, 0]
+    loss = partial(F.mse_loss, reduction="sum")
+    solved = solve(LineHead(loss), {"value": value}, [1e-2])[0]
+    theirs = Ridge(alpha=1e-2 * N / 2).fit(features().double(), value.double())
+    assert np.abs(solved.head.head.weight.detach().numpy()[0] - theirs.coef_).max() < 1e-5
+    assert solved.head.unread.tolist() == [1.0, 1.0]
 
 
 def test_the_start_does_not_matter_and_is_left_alone():
