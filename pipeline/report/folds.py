@@ -36,19 +36,77 @@ def pool(
     """Return results rows and test predictions with those of a seed's folds as one final trial.
 
     Its value is that of the pooled predictions, or the mean over folds where there are none, or
-    the networks of two folds name other labels. Rows
-    of searches, of trials that failed and of targets without folds stay as they are.
+    the networks of two folds name other labels. A seed that lacks a fold which any row of the
+    target has is one failed trial: its value on the other folds would be that of easier or harder
+    rows. Rows of searches and of targets without folds stay as they are.
     """
     out: list[ResultRow] = []
-    in_folds: dict[tuple[object, ...], list[ResultRow]] = defaultdict(list)
+    final: dict[tuple[tuple[str, ...], int], list[ResultRow]] = defaultdict(list)
+    folds_of: dict[str, set[int]] = defaultdict(set)
+    errors: dict[tuple[tuple[str, ...], int, int | None], str] = {}
     for row in rows:
-        if row.fold is None or row.trial_stage != "final" or row.status != "done":
+        if row.fold is None:
             out.append(row)
             continue
         technique = results.technique(row)
         entry = row.source, row.backbone, row.target, technique, row.label_fraction
-        in_folds[(*entry, row.seed, row.split, row.metric)].append(row)
+        folds_of[row.target].add(row.fold)
+        if row.trial_stage == "final":
+            final[entry, row.seed].append(row)
+        else:
+            out.append(row)
+        if row.status == "failed":
+            seed = row.seed if row.trial_stage == "final" else None
+            errors.setdefault((entry, row.fold, seed), row.error or "no error was recorded")
     pooled_runs: dict[str, RunPredictions] = {}
+    for (entry, seed), found in final.items():
+        done = [row for row in found if row.status == "done"]
+        lacking = sorted(folds_of[found[0].target] - {row.fold or 0 for row in done})
+        if not lacking:
+            out += _pool_seed(done, runs, pooled_runs)
+            continue
+        why = [
+            f"fold {fold} of seed {seed}: "
+            + errors.get((entry, fold, seed), errors.get((entry, fold, None), "not run yet"))
+            for fold in lacking
+        ]
+        out.append(_failed(found, "; ".join(why)))
+    return out, {**runs, **pooled_runs}
+
+
+def _failed(found: list[ResultRow], why: str) -> ResultRow:
+    """Return the row of a seed that lacks a fold."""
+    first = found[0]
+    return ResultRow(
+        job=first.job,
+        source=first.source,
+        backbone=first.backbone,
+        target=first.target,
+        objective=first.objective,
+        technique=first.technique,
+        hyper_parameters=first.hyper_parameters,
+        seed=first.seed,
+        label_fraction=first.label_fraction,
+        trial_id="+".join(dict.fromkeys(row.trial_id for row in found)),
+        trial_stage=first.trial_stage,
+        status="failed",
+        error=why,
+    )
+
+
+def _pool_seed(
+    done: list[ResultRow],
+    runs: Mapping[str, RunPredictions],
+    pooled_runs: dict[str, RunPredictions],
+) -> list[ResultRow]:
+    """Return the rows of a seed that has all folds, one for each split and metric.
+
+    Its pooled predictions are added to ``pooled_runs``.
+    """
+    in_folds: dict[tuple[object, ...], list[ResultRow]] = defaultdict(list)
+    for row in done:
+        in_folds[row.split, row.metric].append(row)
+    out: list[ResultRow] = []
     for found in in_folds.values():
         found = sorted(found, key=lambda row: row.fold or 0)
         name = "+".join(row.trial_id for row in found)
@@ -57,7 +115,7 @@ def pool(
         if name not in pooled_runs and len(of_folds) == len(found) and same_labels:
             pooled_runs[name] = _pool_runs(of_folds, found[0].seed)
         out.append(_pool_rows(found, name, pooled_runs.get(name)))
-    return out, {**runs, **pooled_runs}
+    return out
 
 
 def _pool_rows(found: list[ResultRow], name: str, run: RunPredictions | None) -> ResultRow:

@@ -251,14 +251,36 @@ def test_without_predictions_a_seed_is_the_mean_of_its_folds():
     assert matrix.T_INTERVAL in entry.interval
 
 
-def test_a_fold_that_failed_leaves_the_rows_of_the_others():
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_seed_of_which_a_fold_failed_is_a_failed_trial(is_recorded):
+    """Its values on the other folds are those of easier or harder rows."""
     _, (rows, runs) = both_ways()
-    lost = next(row for row in rows if row.source == "a" and row.seed == 0)
-    failed = replace(lost, status="failed", value=None, metric=None, split=None, error="broken")
-    kept = [failed if row is lost else row for row in rows]
-    entry = next(one for one in matrix.matrix_entries(kept, runs) if one.source == "a")
-    assert entry.n_failed == 1 and entry.n_seeds == 3
-    assert "on the 67 of 90 rows that all of them have" in entry.interval
+    easy = {1: 0.9, 2: 0.5, 3: 0.5, 4: 0.5}
+    rows += [replace(row, split="validation", value=easy[row.fold or 0]) for row in rows]
+    failed, kept = [], []
+    for row in rows:
+        is_lost = (row.source, row.seed, row.fold) == ("a", 0, 2)
+        (failed if is_lost else kept).append(row)
+    if is_recorded:
+        lost = {"status": "failed", "value": None, "metric": None, "split": None}
+        kept.append(replace(failed[0], **lost, error="broken"))
+    pooled, _ = folds.pool(kept, runs)
+    (row,) = [row for row in pooled if row.status == "failed"]
+    assert row.error == f"fold 2 of seed 0: {'broken' if is_recorded else 'not run yet'}"
+    found = matrix.matrix_entries(kept, runs)
+    entry = next(one for one in found if one.source == "a")
+    whole = next(one for one in matrix.matrix_entries(rows, runs) if one.source == "a")
+    assert (entry.n_failed, entry.n_seeds, entry.paired_seeds, entry.n_test) == (1, 2, 2, 90)
+    assert entry.validation == pytest.approx(whole.validation) == pytest.approx(0.6)
+    assert "rows that all of them have" not in entry.interval
+
+
+def test_a_fold_of_which_all_trials_failed_is_not_left_out():
+    _, (rows, runs) = both_ways()
+    lost = {"status": "failed", "value": None, "metric": None, "split": None, "error": "broken"}
+    rows = [replace(row, **lost) if row.fold == 2 else row for row in rows]
+    found = matrix.matrix_entries(rows, runs)
+    assert {(one.verdict, one.n_failed) for one in found} == {(matrix.FAILED, 3)}
 
 
 def test_rows_without_folds_stay_as_they_are():
