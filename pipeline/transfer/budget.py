@@ -2,8 +2,9 @@
 
 Of each target and label fraction, every pair is tried with a ninth of the steps, the better ones
 with all steps and one seed, and the best with all seeds (Karnin et al. 2013; Jamieson and Talwalkar
-2016). Short runs compare the sources of one technique only: a head that is solved is at its end
-where a whole network has hardly moved. Techniques are compared with all steps.
+2016). The trials that choose have a seed that no final trial has. Short runs compare the sources of
+one technique only: a head that is solved is at its end where a whole network has hardly moved.
+Techniques are compared with all steps.
 
 Targets come one after the other: which sources and techniques did well on earlier ones counts.
 Every decision is a pure function of the validation values, so that a job that was killed decides

@@ -1089,12 +1089,16 @@ def _size(scratch: Sequence[Any], pairs: Sequence[Any], seeds: int) -> budget.Si
 
 
 def contests_of(
-    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]], seed: int = 0
+    state: JobState,
+    groups: list[BackboneGroup],
+    chosen: dict[str, set[str]],
+    seed: int = grid.FURTHER_SEARCH_SEEDS,
 ) -> list[budget.Contest]:
     """Return the contests of a job, in the order of its targets and label fractions.
 
     Args:
-        seed: Of the search trials.
+        seed: Of the search trials. No final trial has it: a pair that was kept for a lucky network
+            would have this network's luck in its gain too.
     """
     entries: dict[tuple[str, str], list[tuple[BackboneGroup, str, Any, Any]]] = defaultdict(list)
     for name, entry in _entries(state, groups, chosen):

@@ -82,6 +82,8 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
     cut = {row.trial_id: row for row in rows if row.status == "pruned"}
     assert len(cut) == 8 and not tested & cut.keys()
     assert {row.trial_stage for row in cut.values()} == {"search"}
+    seeds = {row.seed for row in rows if row.trial_stage == "search"}
+    assert seeds.isdisjoint(row.seed for row in rows if row.trial_stage == "final")
     reasons = sorted(row.error.partition(":")[0] for row in cut.values())
     assert reasons == [
         *["cut by the budget after rung 1 of 2 (1/9 of the steps)"] * 6,
