@@ -329,18 +329,17 @@ def write(
         The URIs of report.md and report.html.
     """
     groups, decimals = _by_target(entries), _decimals_by_target(entries)
-    comparable = over_best_scratch(entries)
+    comparable, pooled = over_best_scratch(entries), folds.pool(rows, runs or {})
     content: list[Block] = [
         *gains.warnings(_by_target(comparable), decimals),
         *winners.blocks_of(root_uri, groups, rows, decimals),
         *_summary_blocks(entries, groups, rows, decimals),
         *gains.heat_maps(comparable, decimals),
         *_gain_blocks(groups, decimals),
-        *without_labels.blocks_of(entries, rows, runs or {}, decimals),
+        *without_labels.blocks_of(entries, *pooled, decimals),
     ]
     for target, group in groups.items():
         content += _best_baseline_blocks(target, group, decimals[target])
-    pooled = folds.pool(rows, runs or {})
     for target, group in groups.items():
         content += _target_blocks(
             target, group, rows, curves, decimals[target], splits.get(target, ""), pooled

@@ -31,7 +31,7 @@ def blocks_of(
 
     Args:
         entries: Entries of all targets.
-        rows: Results rows.
+        rows: Results rows, those of a target's folds pooled (`folds.pool`).
         runs: Trial id to test predictions.
         decimals: Target to the decimals of its metric.
     """

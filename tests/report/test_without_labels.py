@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from pipeline.report import blocks, matrix, without_labels
-from tests.report.test_advice import entry, store
+from pipeline.report import blocks, matrix, report, without_labels
+from tests.report.test_advice import UNITS, entry, store
 
 LABELS = {"label_fraction": "0/class"}
 
@@ -43,3 +46,31 @@ def test_without_predictions_nothing_is_compared(lost):
     found = matrix.matrix_entries(known.rows, known.runs)
     shown = without_labels.blocks_of(found, known.rows, runs, {"t": 3})
     assert matrix.UNCOMPARED in blocks.markdown("x", shown)
+
+
+def test_a_seed_of_all_folds_is_compared_with_zero_shot_on_all_folds(tmp_path):
+    parts = []
+    for fold in (1, 2, 3):
+        for technique, level, seeds in (("zero_shot", 0.6, 1), ("dann", 0.8, 3)):
+            rows, runs = entry("src", technique, level, seeds, draw=fold, fold=fold, **LABELS)
+            shifted = {
+                name: replace(run, rows=run.rows + fold * UNITS) for name, run in runs.items()
+            }
+            parts.append((rows, shifted))
+    known = store(*parts)
+    _, page = report.write(
+        str(tmp_path),
+        job_name="j",
+        entries=matrix.matrix_entries(known.rows, known.runs),
+        rows=known.rows,
+        curves={},
+        pretraining=[],
+        splits={},
+        notes=[],
+        versions={},
+        runs=known.runs,
+    )
+    text = Path(page).with_suffix(".md").read_text()
+    shown = text[text.index("## Without labels of the target") :]
+    adapted = next(line for line in shown.splitlines() if "| dann |" in line)
+    assert matrix.UNCOMPARED not in adapted and matrix.WINS in adapted
