@@ -1193,18 +1193,33 @@ def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial
 
 
 def finetune(state: JobState, shared: Shared) -> list[Trial]:
-    """Run the search, the best draws again, and then every entry's winner with every seed.
+    """Search or spend the budget, and then run every entry that is left with every seed.
 
-    There is a search only where there are several draws. Returns all trials of the job.
+    Returns all trials of the job.
     """
-    job, groups = state.job, list(shared.backbone_groups.values())
+    groups = list(shared.backbone_groups.values())
     chosen = _select(state, shared)
-    if job.fanout.budget is not None:
+    if state.job.fanout.budget is not None:
         found = _spend(state, shared, groups, chosen)
-        _save_metadata(state, chosen)
-        final = final_trials(state, groups, chosen, {}, found.cut)
-        _run_final(state, shared, groups, final)
-        return [*found.tried, *final]
+        search, final = found.tried, final_trials(state, groups, chosen, {}, found.cut)
+    else:
+        search, winners = _run_search(state, shared, groups, chosen)
+        final = final_trials(state, groups, chosen, winners)
+    _save_metadata(state, chosen)
+    _run_final(state, shared, groups, final)
+    _measure_shift_of_test(state, shared)
+    _save_metadata(state, chosen)
+    return [*search, *final]
+
+
+def _run_search(
+    state: JobState, shared: Shared, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+) -> tuple[list[Trial], dict[str, dict[str, float]]]:
+    """Run the search and the best draws again, where there are several draws.
+
+    Returns its trials, and entry to its winning draw.
+    """
+    job = state.job
     search = search_trials(state, groups, chosen)
     records = (
         fanout.run(
@@ -1241,12 +1256,7 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
             "with the target's own settings"
         )
         state.progress.note(f"warning: {state.notes[-1]}")
-    _save_metadata(state, chosen)
-    final = final_trials(state, groups, chosen, winners)
-    _run_final(state, shared, groups, final)
-    _measure_shift_of_test(state, shared)
-    _save_metadata(state, chosen)
-    return [*search, *final]
+    return search, winners
 
 
 def _measure_shift_of_test(state: JobState, shared: Shared) -> None:

@@ -36,7 +36,7 @@ With three scratch networks the least that does is 29 % of the cost (text, visio
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -147,7 +147,7 @@ class Played:
         return fmean(self.test[max(entries, key=lambda entry: fmean(self.validation[entry]))])
 
 
-def line(found: list[Mapping[str, Any]]) -> list[str]:
+def line(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the columns of a table's row from the plays of one target or of all."""
     names = ("regret", "matrix", "lost")
     means = [f"{fmean(one[name] for one in found):.2f}" for name in names]

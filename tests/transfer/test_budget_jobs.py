@@ -114,6 +114,12 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
     assert stages.all_ids(prepared(job)) == {row.trial_id for row in rows}
 
 
+def test_test_rows_are_compared_with_training_rows(tmp_path, bundles, paths, here):
+    state, _ = run_through(job_of(tmp_path, bundles, paths))
+    found = [one for scores in state.source_scores.values() for one in scores.shifts]
+    assert sum(one.within_target for one in found) == 1, "in the features of one source"
+
+
 def test_a_job_that_was_killed_decides_the_same(tmp_path, bundles, paths, here):
     """Records of any rung and of final trials are gone: those trials run again and no others."""
     job = job_of(tmp_path, bundles, paths)
