@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -68,6 +69,11 @@ class LayersBackbone(Backbone):
     def forward(
         self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
     ) -> Features:
+        if len(batch) == 1:
+            # a module that reads no row (the position bias of swin v2) returns (1, ...) as well:
+            # beside two rows it is known from those that do
+            mask = None if token_mask is None else torch.cat([token_mask, token_mask])
+            return _first_row(self(_doubled(batch), token_mask=mask, want=want))
         tokens = ("tokens",) if self.token_dim is not None else ()
         wanted = tuple(dict.fromkeys((*want, *tokens)))  # tokens come with their mask
         features = self.base(batch, token_mask=token_mask, want=wanted)
@@ -88,6 +94,26 @@ class LayersBackbone(Backbone):
 def _serves_kinds(module: nn.Module) -> bool:
     """Return whether a module holds one like module for each kind of rows."""
     return isinstance(module, nn.ModuleDict) and len({type(one) for one in module.values()}) == 1
+
+
+def _doubled(batch: Batch) -> Batch:
+    """Return a batch with its rows twice."""
+    shards = batch.shards
+    return Batch(
+        np.tile(batch.rows, 2),
+        torch.cat([batch.keys, batch.keys]),
+        {name: torch.cat([tensor, tensor]) for name, tensor in batch.data.items()},
+        None if shards is None else np.tile(shards, 2),
+    )
+
+
+def _first_row(features: Features) -> Features:
+    tokens, mask, latent = (
+        None if tensor is None else tensor[:1]
+        for tensor in (features.tokens, features.mask, features.latent)
+    )
+    stages = {name: tensor[:1] for name, tensor in features.stages.items()}
+    return Features(features.pooled[:1], tokens, mask, stages, latent)
 
 
 def _normed(features: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-from toys import image_files, job_of, net_task, shared_of, take, trial_of, weights
+from toys import image_files, image_rows, job_of, net_task, shared_of, take, trial_of, weights
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
+from pipeline.core.batch import Batch
 from pipeline.core.contracts import Task
 from pipeline.objectives.classification import Classification
 from pipeline.techniques.head_to_toe import LayersBackbone
@@ -99,6 +100,45 @@ def test_features_of_a_row_do_not_depend_on_the_rows_beside_it(name):
     together = pooled(backbone, rows, range(8))
     alone = torch.cat([pooled(backbone, rows, [i]) for i in range(8)])
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=2e-3)
+
+
+def test_a_part_of_a_row_is_the_same_beside_as_many_rows_as_it_has_positions():
+    """torchaudio's conformer calls its attention with positions first: (N, B, C)."""
+    task, rows = classified("torchaudio/conformer")
+    backbone = LayersBackbone(task.backbone)
+    assert "conformer.conformer_layers.0.self_attn" in backbone.widths
+    generator = torch.Generator().manual_seed(0)
+    count = task.backbone(take(rows, range(1)), want=("tokens",)).tokens.shape[1]
+    one = take(rows, range(1))
+    frames = torch.randn(count + 1, *one["mel"].shape[1:], generator=generator)
+
+    def found(size):
+        data = {name: tensor.expand(size, *tensor.shape[1:]) for name, tensor in one.data.items()}
+        data["mel"] = frames[:size]
+        batch = Batch(np.arange(size), torch.zeros(size, dtype=torch.long), data)
+        with torch.no_grad():
+            return backbone.eval()(batch).pooled[:4]
+
+    torch.testing.assert_close(found(count), found(count + 1), rtol=1e-3, atol=1e-3)
+    starts = np.cumsum([task.backbone.pooled_dim, *backbone.widths.values()])
+    start = starts[list(backbone.widths).index("conformer.conformer_layers.0.self_attn")]
+    assert found(4)[:, start].all(), "its positions are known"
+
+
+def test_a_module_that_reads_no_row_is_no_part_of_a_single_row():
+    """As the position bias of swin v2, which returns (1, M, M, C) beside any number of rows."""
+    backbone = net_task().backbone
+    backbone.position = nn.Linear(2, 6)
+
+    def read_no_row(module, inputs, output):
+        module.position(torch.ones(1, 4, 4, 2))
+
+    backbone.register_forward_hook(read_no_row)
+    rows = image_rows(4)
+    found = LayersBackbone(backbone)
+    together, alone = pooled(found, rows, range(2)), pooled(found, rows, [0])
+    torch.testing.assert_close(together[:1], alone)
+    assert not alone[:, -6:].any()
 
 
 @EACH

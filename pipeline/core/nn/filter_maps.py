@@ -96,11 +96,18 @@ class FilterMaps:
         if isinstance(found, PackedSequence):
             values, lengths = pad_packed_sequence(found, batch_first=True)
             mask = (torch.arange(values.shape[1]) < lengths[:, None]).to(values.device)
+        elif _is_sequence_first(module) and values.dim() == 3:
+            values = values.transpose(0, 1)
         self._outputs.pop(name, None)
         self._outputs[name] = FilterMap(values.movedim(channels, -1), mask)
         if name not in self.off:
             return None
         return found if rest is None else (found, *rest)
+
+
+def _is_sequence_first(module: Any) -> bool:
+    """Return whether a module returns (N, B, C), as torch's layers of sequences do unless told."""
+    return isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first
 
 
 def _without(found: Any, channels: int, filters: Tensor) -> Any:
