@@ -138,6 +138,7 @@ def _pool_rows(found: list[ResultRow], name: str, run: RunPredictions | None) ->
         n_train=None if trained is None else round(trained),
         steps=None if steps is None else round(steps),
         seconds=_mean([row.seconds for row in found]),
+        bundle_uri=next((row.bundle_uri for row in found if row.bundle_uri), None),
     )
 
 

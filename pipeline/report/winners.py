@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.report import matrix, plots, results
+from pipeline.report import folds, matrix, plots, results
 from pipeline.report.blocks import (
     DASH,
     MARKS,
@@ -23,18 +23,41 @@ from pipeline.report.results import ResultRow
 def winner(entries: Sequence[MatrixEntry]) -> MatrixEntry | None:
     """Return the network that is best on the target's validation rows, scratch among them.
 
+    A network of which a seed failed is left out where others have all of theirs: the mean of fewer
+    seeds is noisier, and the largest of many means is often a noisy one.
+
     Returns None where no network has a value on these rows.
     """
     validated = [
         entry for entry in entries if not entry.is_baseline and entry.validation is not None
     ]
-    return max(validated, key=lambda entry: entry.validation or 0.0, default=None)
+    most = max((_finished(entry) for entry in validated), default=0.0)
+    whole = [entry for entry in validated if _finished(entry) == most]
+    return max(whole, key=lambda entry: entry.validation or 0.0, default=None)
+
+
+def _finished(entry: MatrixEntry) -> float:
+    """Return the share of an entry's seeds that finished."""
+    return entry.n_seeds / max(entry.n_seeds + entry.n_failed, 1)
+
+
+def with_bundle(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> MatrixEntry | None:
+    """Return the best network of which a bundle was kept (an ensemble has none)."""
+    return winner([entry for entry in entries if bundle_of(entry, rows)])
 
 
 def bundle_of(entry: MatrixEntry, rows: Sequence[ResultRow]) -> str | None:
     """Return the URI of the bundle of a network's best seed on validation rows.
 
-    Returns None where none was kept (`fanout.keep_bundles`).
+    Where the target has folds a seed is judged by all of them, and the bundle is that of the first
+    fold of which one was kept: validation rows of one fold may be easier than those of another.
+
+    Args:
+        entry: The network.
+        rows: Results rows, those of a target's folds pooled (`folds.pool`).
+
+    Returns:
+        The URI, None where no bundle was kept (`fanout.keep_bundles`).
     """
     kept = [row for row in _validations(entry, rows) if row.bundle_uri]
     sign = 1 if entry.higher_is_better else -1
@@ -77,17 +100,26 @@ def find_bundle(root: str, rows: Sequence[ResultRow], target: str | None = None)
     if name not in targets:
         raise ValueError(f"{root}: no target {name!r}; its targets are {', '.join(targets)}")
     of_target = [row for row in current if row.target == name]
-    best = winner(matrix.matrix_entries(of_target, {}))
+    entries, (pooled, _) = matrix.matrix_entries(of_target, {}), folds.pool(of_target, {})
+    best = winner(entries)
     if best is None:
         raise ValueError(f"{root}: no network of target {name} has a value on validation rows")
-    found = bundle_of(best, of_target)
-    if found is None:
+    found = bundle_of(best, pooled)
+    if found is not None:
+        return found
+    what = (
+        f"{root}: the best network of target {name} is {best.source} with {best.technique} "
+        f"({best.label_fraction} labels), and "
+    )
+    other = with_bundle(entries, pooled)
+    if other is None:
         raise ValueError(
-            f"{root}: the best network of target {name} is {best.source} with {best.technique} "
-            f"({best.label_fraction} labels), and its bundle was not kept; set "
-            "fanout.keep_bundles: best and run the job again"
+            f"{what}its bundle was not kept; set fanout.keep_bundles: best and run the job again"
         )
-    return found
+    raise ValueError(
+        f"{what}it has no bundle; the best one that has is {other.source} with {other.technique} "
+        f"({other.label_fraction} labels): onetomany predict {bundle_of(other, pooled)} FILES"
+    )
 
 
 def blocks_of(
@@ -97,6 +129,8 @@ def blocks_of(
     decimals: Mapping[str, int],
 ) -> list[Block]:
     """Return what to use for each target, and the commands that use it."""
+    in_folds = {row.target for row in rows if row.fold is not None}
+    rows, _ = folds.pool(rows, {})
     lines: list[list[str | Value]] = []
     commands: list[str] = []
     for target, entries in groups.items():
@@ -104,31 +138,48 @@ def blocks_of(
         if best is None:
             continue
         places = decimals[target]
+        usable = with_bundle(entries, rows)
+        notes = []
+        if best.n_failed:
+            notes.append(f"{best.n_seeds} of {best.n_seeds + best.n_failed} seeds")
+        if usable and usable is not best:
+            notes.append(
+                f"has no bundle: the commands take {usable.source} with {usable.technique}"
+            )
+        if usable and target in in_folds:
+            notes.append("the commands take the network of one fold")
         lines.append(
             [
                 target,
-                _name(best, rows),
+                _name(best, rows, notes),
                 Value((format_interval(best.mean, best.low, best.high, places), best.metric)),
                 _gain(best, places),
                 DASH if best.seconds is None else f"{best.seconds:.3g} s",
             ]
         )
-        bundle = bundle_of(best, rows)
-        if bundle:
+        if usable:
+            bundle = bundle_of(usable, rows)
+            what = f"{root} FILES --target {target}" if usable is best else f"{bundle} FILES"
             commands += [
-                f"onetomany predict {root} FILES --target {target} -o predictions/{target}",
+                f"onetomany predict {what} -o predictions/{target}",
                 f"onetomany export {bundle} exported/{target}",
             ]
     if not lines:
         return []
-    head = ["Target", "Use", "On test rows", "Gain over scratch", "A trial took"]
+    head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]
+    text = (
+        "For each target the network that is best on its validation rows; where these are few, "
+        "the choice is uncertain, and `onetomany advise` weighs all comparisons. Values on test "
+        "rows and gains are means over its seeds, with 95 % intervals."
+    )
+    if in_folds & groups.keys():
+        text += (
+            " A network of one fold was not trained on the fold's test rows: a job without folds "
+            "gives one that is trained on more rows."
+        )
     out: list[Block] = [
         Heading("What to use"),
-        Text(
-            "For each target the network that is best on its validation rows; where these are few, "
-            "the choice owes much to luck, and `onetomany advise` weighs all comparisons. Values "
-            "on test rows and gains are means over its seeds, with 95 % intervals."
-        ),
+        Text(text),
         Table(head, lines, 2),
     ]
     if commands:
@@ -143,7 +194,7 @@ def _gain(entry: MatrixEntry, decimals: int) -> str | Value:
     return Value((gain, f"{MARKS.get(entry.verdict, '')} {entry.verdict}"), entry.verdict)
 
 
-def _name(entry: MatrixEntry, rows: Sequence[ResultRow]) -> Value:
+def _name(entry: MatrixEntry, rows: Sequence[ResultRow], notes: Sequence[str]) -> Value:
     labels = f"{plots.fraction_label(entry.label_fraction)} labels"
     counts = sorted({row.n_eval for row in _validations(entry, rows) if row.n_eval})
     chosen_on = f"chosen on {counts[0]:,} validation rows" if counts else ""
@@ -151,4 +202,4 @@ def _name(entry: MatrixEntry, rows: Sequence[ResultRow]) -> Value:
         first, second = "training from scratch", f"{entry.backbone} · {labels}"
     else:
         first, second = f"{entry.source} with {entry.technique}", labels
-    return Value(tuple(filter(None, (first, second, chosen_on))))
+    return Value(tuple(filter(None, (first, second, chosen_on, *notes))))

@@ -67,6 +67,86 @@ def test_the_bundle_is_that_of_the_best_seed():
     assert winners.bundle_of(best, dropped) == "bundles/cl-ga-lp_ft-1.0-1"
 
 
+def without_bundles_of(rows, source, technique):
+    return [
+        replace(row, bundle_uri=None) if (row.source, row.technique) == (source, technique) else row
+        for row in rows
+    ]
+
+
+def test_an_ensemble_has_no_bundle_so_the_commands_take_the_next_network(tmp_path):
+    """As a network whose bundle somebody has deleted."""
+    rows, runs, curves = plain()
+    found = without_bundles_of(validated(rows), "garments", "lp_ft")
+    found = [
+        replace(row, value=row.value + 0.1)
+        if (row.split, row.source, row.technique) == ("validation", "digits", "full")
+        else row
+        for row in found
+    ]
+    _, md, _ = write(tmp_path / "report", found, runs, curves)
+    taken = winners.with_bundle(entries_of(found), found)
+    assert (taken.source, taken.technique) == ("digits", "full")
+    uri = winners.bundle_of(taken, found)
+    assert "has no bundle: the commands take digits with full" in md
+    assert f"onetomany predict {uri} FILES -o predictions/clothing" in md
+    assert f"onetomany export {uri} exported/clothing" in md
+    results.append(str(tmp_path), found)
+    message = rf"garments with lp_ft .* has no bundle; .* digits with full .* predict {uri} FILES"
+    with pytest.raises(ValueError, match=message):
+        pipeline.best_bundle(str(tmp_path), "clothing")
+
+
+def test_a_network_of_one_seed_of_three_is_not_chosen_where_others_have_three(tmp_path):
+    rows, runs, curves = plain()
+    found = [
+        replace(row, status="failed", split=None, metric=None, value=None, error="out of memory")
+        if (row.source, row.technique) == ("garments", "lp_ft") and row.seed > 0
+        else row
+        for row in validated(rows)
+    ]
+    best = winners.winner(entries_of(found))
+    assert (best.source, best.technique) != ("garments", "lp_ft")
+    alone = [row for row in found if (row.source, row.technique) == ("garments", "lp_ft")]
+    assert winners.winner(entries_of(alone)).n_seeds == 1
+    _, md, _ = write(tmp_path, alone, runs, curves)
+    assert "1 of 3 seeds" in md[: md.index("A comparison is") if "A comparison is" in md else None]
+
+
+def in_folds(rows):
+    """Return the rows in two folds, of which the second has easier validation rows and seed 0 is
+    best in it.
+    """
+    out = []
+    for row in rows:
+        easier = 0.2 + 0.05 * (row.seed == 0) if row.split == "validation" else 0.0
+        for fold in (1, 2):
+            uri = row.bundle_uri and f"{row.bundle_uri}-fold{fold}"
+            value = row.value + easier * (fold == 2)
+            name = f"{row.trial_id}-fold{fold}"
+            out.append(replace(row, trial_id=name, fold=fold, value=value, bundle_uri=uri))
+    return out
+
+
+def test_seeds_in_folds_are_compared_by_the_validation_rows_of_all_folds(tmp_path):
+    rows, runs, curves = plain()
+    found = in_folds(validated(rows))
+    results.append(str(tmp_path), found)
+    expected = "bundles/cl-ga-lp_ft-1.0-0-fold1"
+    assert pipeline.best_bundle(str(tmp_path), "clothing") == expected
+    _, md, _ = write(tmp_path, found, runs, curves)
+    assert "the commands take the network of one fold" in md and "a job without folds" in md
+    assert "chosen on 642 validation rows" in md and expected in md
+    # keep_bundles: best keeps another seed in each fold
+    best_of_each = [
+        row if (row.seed, row.fold) in ((2, 1), (0, 2)) else replace(row, bundle_uri=None)
+        for row in found
+    ]
+    root = str(tmp_path / "best")
+    results.append(root, best_of_each)
+    assert pipeline.best_bundle(root, "clothing") == "bundles/cl-ga-lp_ft-1.0-0-fold2"
+
+
 def test_the_report_says_what_to_use_and_the_commands(tmp_path):
     rows, runs, curves = plain()
     _, md, html = write(tmp_path, validated(rows), runs, curves)
