@@ -153,8 +153,8 @@ class HeadToToe(Technique):
     where many features are noise, and it cannot learn features that no layer has. It costs memory:
     a row has as many features as all layers have outputs, some ten thousand. Where features are not
     kept (streamed targets, heads that drop features out) the head trains by steps, on the features
-    of all layers. Its bundle names the technique, for ``predict``; it cannot be the source of
-    another job.
+    of all layers, and the options have no effect. Its bundle names the technique, for ``predict``;
+    it cannot be the source of another job.
 
     Raises:
         ValueError: the head reads more than pooled features.
@@ -184,8 +184,8 @@ class HeadToToe(Technique):
         return self.options.lasso, shares
 
     def search_space(self):
-        """Only what is not chosen on validation rows anyway."""
-        return {"lasso": (1e-5, 1e-1)}
+        """What is not chosen on validation rows anyway; ``lr`` where the head trains by steps."""
+        return {"lasso": (1e-5, 1e-1), "lr": (1.0, 100.0)}
 
     def rates(self, layers, phase):
         return {name: float(name == "head") for name in layers}

@@ -26,6 +26,7 @@ from pipeline.core.contracts.objective_capabilities import (
 from pipeline.core.contracts.technique_capabilities import (
     TakesSomeTrials,
     adapts_without_labels,
+    selects_features,
     solves_head,
 )
 from pipeline.core.rng import mix, row_keys
@@ -226,8 +227,11 @@ def draws(
             for _ in range(fan.trials)
         ]
     space = _declared_space(technique)
-    if in_memory and is_solved(target, technique_of(technique)):
+    used = technique_of(technique)
+    if in_memory and is_solved(target, used):
         space.pop("lr", None)  # a solver has none
+    elif selects_features(used):
+        space = {name: values for name, values in space.items() if name == "lr"}
     if not space:
         return [{}]
     generator = np.random.default_rng(mix(job.seed, 0x5EA7C4, int(spec_hash(technique), 16)))

@@ -380,6 +380,15 @@ def test_options_are_searched_where_the_head_is_solved_too(world, monkeypatch):
     assert [set(draw) for draw in found] == [set(), *[{"technique.share"}] * 4]
 
 
+def test_the_selection_of_features_is_searched_only_where_there_is_one(world):
+    """By steps every feature is used, so that draws of the lasso would be equal trials."""
+    job = searching(world[0], "auto", 5)
+    used, target = ComponentConfig(name="head_to_toe"), job.targets["task"]
+    for in_memory, name in ((True, "technique.lasso"), (False, "lr")):
+        found = grid.draws(job, target, used, in_memory)
+        assert [set(draw) for draw in found] == [set(), *[{name}] * 4]
+
+
 def test_a_rate_that_the_job_states_for_a_head_is_not_raised_again(world):
     job = searching(world[0], "auto", 100)
     lr = job.targets["task"].train.lr

@@ -232,7 +232,11 @@ def adds_penalty(technique: Any) -> TypeIs[AddsPenalty]:
 
 @runtime_checkable
 class SelectsFeatures(Protocol):
-    """A technique that solves its head (`SolvesHead`) on some of the features only."""
+    """A technique that solves its head (`SolvesHead`) on some of the features only.
+
+    Where the head trains by steps nothing is selected, and of ``search_space`` only ``lr`` is
+    searched.
+    """
 
     def selection(self) -> tuple[float, tuple[float, ...]]:
         """Return the weight of the group lasso by which features are ranked, and shares to keep.
