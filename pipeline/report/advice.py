@@ -7,7 +7,8 @@ larger its error is (`gain_model`). These effects are estimated from all like en
 the same modality, objective and metric, whatever their job is; they may have different targets
 where the metric has bounds. Sources of the same name and backbone count as the same one, and a
 target with another share of labels as another target. Pairs that were not tried, and targets
-without any trial, get a prediction from the same model, but never a recommendation.
+without any trial, get a prediction from the same model, but never a recommendation. Pairs that a
+budget of trials cut were tried and have no gain: they are named and get neither.
 
 Gains over the same scratch network share its error, which no number of entries averages out. An
 expected gain is therefore never more certain than the measured one, and a source is recommended
@@ -21,7 +22,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
@@ -36,16 +37,19 @@ from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
 METHOD = (
-    "expected gain: the measured gain over the target's best scratch network, drawn towards the "
-    "sum of the effects of its source, technique and target over all entries of the same modality, "
-    "objective and metric (of the same target too where the metric has no bounds): best linear "
-    "unbiased predictions (Robinson, Statistical Science 1991), averaged over the restricted "
-    "likelihood of the spreads, with a 95 % interval; entries share scratch's error, so an "
-    "interval is never narrower than the measured one, and a source is recommended only where the "
-    "measured interval lies above zero too; between two entries errors count as independent, which "
-    "makes doubt rather too large; of pairs that were not tried, which are no choice yet, the one "
-    "is named whose trial raises the expected gain of the best choice most (knowledge gradient; "
-    "Frazier, Powell & Dayanik, INFORMS Journal on Computing 2009)"
+    "Expected gain: the measured gain over the target's best scratch network, drawn towards the "
+    "sum of the effects of its source, technique and target, with a 95 % interval. The effects are "
+    "those of all entries of the same modality, objective and metric (and of the same target where "
+    "the metric has no bounds): best linear unbiased predictions (Robinson, Statistical Science "
+    "1991), averaged over the restricted likelihood of the spreads. Entries share scratch's error, "
+    "so an interval is never narrower than the measured one, and a source is recommended only "
+    "where the measured interval lies above zero too. Between two entries errors count as "
+    "independent, which makes doubt rather too large. Pairs that were not tried are no choice yet; "
+    "the one is named whose trial raises the expected gain of the best choice most (knowledge "
+    "gradient: the mean of the best expected gain after one more trial, minus that of today; "
+    "Frazier, Powell & Dayanik, INFORMS Journal on Computing 2009). With a budget of trials "
+    "(fanout.select.budget) only the pairs that it kept have a gain; they were kept because they "
+    "did well on validation rows, so effects may be too large."
 )
 UNTRIED_SHOWN = 3
 
@@ -72,7 +76,8 @@ class Advice:
         expected: (gain, low, high) of the best entry, None where there is none.
         because: Sentences on the best entry: what was measured, and what it costs.
         others: A sentence for each other source.
-        untried: A sentence for each of the most promising pairs that were not tried.
+        untried: A sentence for each of the most promising pairs that were not tried, and one on
+            those that a budget cut.
         next_experiment: What would settle most.
     """
 
@@ -99,6 +104,8 @@ class Advice:
 
 _Kind = tuple[str, str, str]
 """Modality, objective and metric."""
+_Pair = tuple[tuple[str, str], str]
+"""Source with its backbone, and technique."""
 
 
 @dataclass(frozen=True)
@@ -241,15 +248,18 @@ class _LikeEntries:
             )
         ]
 
-    def untried(self, tried: list[_Choice], target: tuple[str, str]) -> list[_Untried]:
+    def untried(
+        self, tried: list[_Choice], target: tuple[str, str], cut: Collection[_Pair] = ()
+    ) -> list[_Untried]:
         """Return every pair of a source and a technique that was not tried, the best first.
 
         Args:
             tried: All entries of the target.
             target: Its name and label fraction.
+            cut: Pairs that were tried, and cut by a budget of trials.
         """
         known = [place for place, one in enumerate(self.entries) if _place(one)[2] == target]
-        pairs = {_place(one)[:2] for one in tried}
+        pairs = {*cut, *map(_pair, tried)}
         repeatable = [one for one in self.entries if one.can_be_repeated]
         sources = dict.fromkeys(_place(one)[0] for one in self.entries)
         techniques = dict.fromkeys(one.entry.technique for one in repeatable)
@@ -309,6 +319,10 @@ def _place(choice: _Choice) -> tuple[tuple[str, str], str, tuple[str, str]]:
     return (entry.source, entry.backbone), entry.technique, (entry.target, entry.label_fraction)
 
 
+def _pair(choice: _Choice) -> _Pair:
+    return _place(choice)[:2]
+
+
 def advise(
     stores: Sequence[Store], target: str | None = None, new: Sequence[NewTarget] = ()
 ) -> list[Advice]:
@@ -327,7 +341,9 @@ def advise(
     Raises:
         ValueError: There are no tested trials, or none of the target.
     """
-    choices, models = _with_expected(_choices(stores))
+    named = _named(stores)
+    choices, models = _with_expected(_choices(stores, named))
+    cut = _cut_by_budget(itertools.chain(*named))
     groups: dict[tuple[str, str, _Kind], list[_Choice]] = defaultdict(list)
     for choice in choices:
         if target is None or target in (
@@ -340,7 +356,8 @@ def advise(
         raise ValueError(_nothing_found(stores, choices, target))
     order = sorted(groups, key=lambda key: (key[0], matrix.fraction_order(key[1]), key[2]))
     known = [
-        _advice(groups[key], models.get((key[2], _of_target(groups[key][0])))) for key in order
+        _advice(groups[key], models.get((key[2], _of_target(groups[key][0]))), cut[key[:2]])
+        for key in order
     ]
     return known + [advice for one in asked for advice in _on_new_target(one, models)]
 
@@ -353,19 +370,36 @@ def _nothing_found(stores: Sequence[Store], choices: list[_Choice], target: str 
     return f"{places}: no tested trial with a source, so there is nothing to advise on"
 
 
-def _choices(stores: Sequence[Store]) -> list[_Choice]:
+def _named(stores: Sequence[Store]) -> list[list[ResultRow]]:
+    """Return the current rows of each store, with a name for each target that no other one has."""
+    current = [[row for row in store.rows if row.current is not False] for store in stores]
+    named = iter(results.disambiguate_targets(row for rows in current for row in rows))
+    return [list(itertools.islice(named, len(own))) for own in current]
+
+
+def _cut_by_budget(rows: Iterable[ResultRow]) -> dict[tuple[str, str], dict[_Pair, str]]:
+    """Return (target, label fraction) to the pairs that a budget of trials cut, and when."""
+    out: dict[tuple[str, str], dict[_Pair, str]] = defaultdict(dict)
+    for row in rows:
+        if row.status == "pruned" and (row.error or "").startswith(results.CUT_BY_BUDGET):
+            pair = (row.source, row.backbone), results.technique(row)
+            out[row.target, row.label_fraction][pair] = row.error or ""
+    return out
+
+
+def _choices(stores: Sequence[Store], named: Sequence[list[ResultRow]]) -> list[_Choice]:
     """Return a choice for each entry with a source that has finished final trials.
 
     Jobs that share trials have the same ids for them. An entry of which every trial stood in a
     store before is left out; scratch trials are used in each store, which measures its gains over
     them.
+
+    Args:
+        named: The rows of each (`_named`).
     """
     seen: set[str] = set()
     out: list[_Choice] = []
-    current = [[row for row in store.rows if row.current is not False] for store in stores]
-    named = iter(results.disambiguate_targets(row for rows in current for row in rows))
-    for store, own in zip(stores, current, strict=True):
-        rows = list(itertools.islice(named, len(own)))
+    for store, rows in zip(stores, named, strict=True):
         by_entry: dict[matrix.EntryKey, list[ResultRow]] = defaultdict(list)
         for row in rows:
             by_entry[matrix.entry_key(row)].append(row)
@@ -494,6 +528,17 @@ def _promises(untried: list[_Untried], decimals: int) -> tuple[str, ...]:
     )
 
 
+def _were_cut(cut: Mapping[_Pair, str]) -> tuple[str, ...]:
+    """Return a sentence on the pairs that a budget cut; none where there are none."""
+    if not cut:
+        return ()
+    named = [
+        f"source {source} with {technique} {when.removeprefix(results.CUT_BY_BUDGET).strip()}"
+        for ((source, _), technique), when in cut.items()
+    ]
+    return (f"cut by the budget, so without a gain: {'; '.join(named)}",)
+
+
 def _first_trial(untried: list[_Untried], decimals: int) -> str:
     """Return the trial that is worth most, of pairs that were not tried; the best first."""
     one = max(untried, key=lambda one: (round(one.worth, decimals), one.mean))
@@ -511,12 +556,14 @@ def _spreads(like: _LikeEntries, decimals: int) -> tuple[str, ...]:
     return (found,) if found else ()
 
 
-def _advice(choices: list[_Choice], like: _LikeEntries | None) -> Advice:
+def _advice(choices: list[_Choice], like: _LikeEntries | None, cut: Mapping[_Pair, str]) -> Advice:
     """Return the advice on entries of one target, label fraction and kind.
 
     Args:
         like: All settled entries of the kind, None where there is none.
+        cut: Pairs that a budget cut, and when.
     """
+    cut = {pair: when for pair, when in cut.items() if pair not in map(_pair, choices)}
     about = choices[0].entry.target, choices[0].entry.label_fraction, choices[0].entry.metric
     settled = sorted(
         (choice for choice in choices if choice.expected is not None),
@@ -529,6 +576,7 @@ def _advice(choices: list[_Choice], like: _LikeEntries | None) -> Advice:
             *about,
             "not enough evidence",
             f"not enough evidence: {first.name} has {first.missing}",
+            untried=_were_cut(cut),
             next_experiment=_more_evidence(unsettled),
         )
     paying = [choice for choice in settled if choice.pays]
@@ -555,7 +603,7 @@ def _advice(choices: list[_Choice], like: _LikeEntries | None) -> Advice:
     assert expected is not None
     assert like is not None
     decimals = _decimals(expected.high - expected.low)
-    untried = like.untried(choices, (best.entry.target, best.entry.label_fraction))
+    untried = like.untried(choices, (best.entry.target, best.entry.label_fraction), cut)
     return Advice(
         *about,
         verdict,
@@ -563,7 +611,7 @@ def _advice(choices: list[_Choice], like: _LikeEntries | None) -> Advice:
         expected=(expected.mean, expected.low, expected.high),
         because=(*_because(best, decimals), *_spreads(like, decimals)),
         others=_others(best, settled, unsettled, decimals),
-        untried=_promises(untried, decimals),
+        untried=(*_promises(untried, decimals), *_were_cut(cut)),
         next_experiment=_next_experiment(settled, unsettled, untried, decimals),
         **names,
     )
@@ -588,8 +636,8 @@ def _because(choice: _Choice, decimals: int) -> tuple[str, ...]:
         "" if entry.params_trained is None else f", {entry.params_trained:,} parameters trained"
     )
     shrunk = (
-        f"drawn {expected.weight_of_others:.0%} of the way to what its source, technique and "
-        "target promise"
+        f"shrunk by {expected.weight_of_others:.0%} towards the sum of the effects of its source, "
+        "technique and target"
     )
     return (
         f"{entry.metric} {value}; gain over scratch {_estimate(gain, decimals)} over "

@@ -341,6 +341,32 @@ def test_a_bad_pair_that_was_not_tried_is_not_worth_a_trial():
     assert "source bad" not in found.next_experiment
 
 
+def test_a_pair_that_a_budget_cut_was_tried_and_is_not_recommended():
+    """It is the planted pair, which would be the next experiment if it had not been tried."""
+    when = "cut by the budget after rung 1 of 2 (1/9 of the steps)"
+    known = planted(("good", "full", "t"), ("bad", "full", "t"))
+    cut, _ = entry(
+        "good",
+        "full",
+        0.3,
+        seeds=1,
+        trial_stage="search",
+        split="validation",
+        status="pruned",
+        error=when,
+    )
+    found = advice.advise([replace(known, rows=[*known.rows, *cut])], "t")[0]
+    promise, of_budget = found.untried
+    assert promise.startswith("source bad with full was not tried")
+    assert of_budget == (
+        "cut by the budget, so without a gain: source good with full after rung 1 of 2 (1/9 of "
+        "the steps)"
+    )
+    assert "good with full" not in found.next_experiment
+    elsewhere = advice.advise([replace(known, rows=[*known.rows, *cut])], "u")[0]
+    assert "cut by the budget" not in "\n".join(elsewhere.lines())
+
+
 def test_a_new_target_gets_predictions_and_no_recommendation():
     new = NewTarget("w", "1.0", "table", "classification")
     found = advice.advise([planted(targets="tuv")], "w", [new])
