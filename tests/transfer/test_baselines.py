@@ -236,8 +236,14 @@ def test_texts_without_a_word_have_the_shares_of_the_classes():
     found = baseline_trials.choose(one, head(), train, validation, ("accuracy",), 0)
     shares = np.exp(found.scores(["new", "!"]))
     np.testing.assert_allclose(shares[:, :2], [[0.75, 0.25]] * 2, atol=1e-3)
-    with pytest.raises(ValueError, match="no terms remain"):
-        baseline("bag_of_words", min_rows=3).transformer().fit(["a", "b", "c"])
+
+
+def test_words_that_too_few_rows_have_are_no_words():
+    """With few labels no word may be in as many rows as are asked for."""
+    rows, new = ["good film", "bad play"], ["good play"]
+    one = baseline("bag_of_words", min_rows=2)
+    assert one.transformer().fit(rows).transform(new).tolist() == [[0.0]]
+    assert one.transformer().fit([*rows, "good play"]).transform(new).shape == (1, 2)
 
 
 def test_each_label_of_a_label_set_is_a_sign_of_life(monkeypatch):
@@ -326,6 +332,7 @@ def test_a_word_has_the_tags_that_it_had():
     )
     expected = [[2 / 3, 0, 1 / 3], [0, 1, 0], [0, 1, 0]]
     np.testing.assert_allclose(np.exp(scores(["a", "b", "new"])), expected, atol=2e-6)
+    assert scores([]).shape == (0, 3), "a part of the rows may have no labelled word"
     train = Part(np.arange(len(tags)), words, tags, ())
     chosen = baseline_trials.choose(one, known, train, train, ("word_accuracy",), 0)
     by_word: dict[str, list[int]] = {}

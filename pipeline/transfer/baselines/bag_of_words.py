@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -57,12 +58,16 @@ class BagOfWords(Baseline):
 
 
 class _Words(TfidfVectorizer):
-    """`TfidfVectorizer` that also takes texts without any word: one column of zeros."""
+    """`TfidfVectorizer` that also takes texts without a run of words that enough rows have.
+
+    They have one column of zeros.
+    """
 
     def fit(self, raw_documents: Any, y: Any = None) -> Any:
-        words = self.build_analyzer()
-        has_words = any(words(text) for text in raw_documents)
-        return super().fit(raw_documents, y) if has_words else _NoWords()
+        runs_of = self.build_analyzer()
+        rows_by_run = Counter(run for text in raw_documents for run in set(runs_of(text)))
+        has_runs = max(rows_by_run.values(), default=0) >= self.min_df
+        return super().fit(raw_documents, y) if has_runs else _NoWords()
 
 
 class _NoWords:

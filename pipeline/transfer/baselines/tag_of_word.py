@@ -49,5 +49,5 @@ class _Tags(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, words: list[str]) -> np.ndarray:
         found: list[np.ndarray] = [self.counts.get(word, self.of_unknown) for word in words]
-        counts = np.stack(found)
+        counts = np.array(found).reshape(len(words), len(self.classes_))
         return counts / counts.sum(axis=1, keepdims=True)
