@@ -14,7 +14,7 @@ from pipeline.config.registry import Options, register
 from pipeline.core.batch import Batch
 from pipeline.core.contracts import Backbone, Features, Task, Technique
 from pipeline.core.contracts.objective_capabilities import has_cached_head
-from pipeline.core.nn.filter_maps import FilterMap, FilterMaps, filter_count
+from pipeline.core.nn.filter_maps import FilterMap, FilterMaps, filter_counts
 
 PENALTIES = tuple(10.0**power for power in range(-6, 2))
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -57,12 +57,7 @@ class LayersBackbone(Backbone):
         self.base = base
         self.arch, self.token_dim, self.causal = base.arch, base.token_dim, base.causal
         self.feature_map_specs, self.convolutions = base.feature_map_specs, base.convolutions
-        self.widths: dict[str, int] = {}
-        by_kind = tuple(f"{name}." for name, one in base.named_modules() if _serves_kinds(one))
-        for name, module in base.named_modules():
-            width = filter_count(module)
-            if width is not None and not name.startswith(by_kind):
-                self.widths[name] = width
+        self.widths = filter_counts(base)
         self.pooled_dim = base.pooled_dim + sum(self.widths.values())
         self.maps = FilterMaps(base, list(self.widths))
 
@@ -89,11 +84,6 @@ class LayersBackbone(Backbone):
     def layers(self) -> dict[str, list[str]]:
         layers = self.base.layers().items()
         return {name: [f"base.{parameter}" for parameter in names] for name, names in layers}
-
-
-def _serves_kinds(module: nn.Module) -> bool:
-    """Return whether a module holds one like module for each kind of rows."""
-    return isinstance(module, nn.ModuleDict) and len({type(one) for one in module.values()}) == 1
 
 
 def _doubled(batch: Batch) -> Batch:

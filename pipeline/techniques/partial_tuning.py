@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Task, Technique
+from pipeline.core.nn.norms import norm_parameters
 
 BIAS = re.compile(r"(^|_)bias(_[ih]h_l\d+(_reverse)?)?$")
 """Names of bias terms in their modules: ``bias``, ``in_proj_bias``, ``bias_hh_l0_reverse``."""
@@ -112,17 +113,4 @@ class NormTuning(PartialTechnique):
     part = "norms"
 
     def names(self, backbone):
-        return {
-            f"{name}.{own}"
-            for name, module in backbone.named_modules()
-            if _is_norm(module)
-            for own, _ in module.named_parameters(recurse=False)
-        }
-
-
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    # transformers and timm have norms of their own, such as LlamaRMSNorm
-    return isinstance(module, NORMS) or type(module).__name__.endswith("Norm")
+        return norm_parameters(backbone)

@@ -183,7 +183,7 @@ def train_by(ranks: Ranks, name: str, norm: str = "layer", **options):
 
 
 @pytest.mark.parametrize(
-    "name", ["swa", "ema", "wise_ft", "l2_sp", "distillation", "lwf", "side_tuning"]
+    "name", ["swa", "ema", "wise_ft", "l2_sp", "distillation", "lwf", "side_tuning", "bottleneck"]
 )
 def test_a_technique_gives_the_weights_of_one_rank(team, name):
     """Penalties are means over the rows of all ranks, averages and remembered heads the same."""

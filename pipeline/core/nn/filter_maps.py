@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -35,6 +35,52 @@ def filter_count(module: Any) -> int | None:
     if isinstance(module, nn.MultiheadAttention):
         return cast("Any", module).embed_dim
     return None
+
+
+def filter_counts(backbone: nn.Module) -> dict[str, int]:
+    """Return how many filters each module inside a backbone has, by name, in its order.
+
+    Modules for one kind of rows (a robot's own encoder) are left out: other rows never reach them.
+    """
+    modules: dict[str, nn.Module] = dict(cast("Any", backbone).named_modules())
+    by_kind = tuple(f"{name}." for name, module in modules.items() if _serves_kinds(module))
+    counts = {
+        name: filter_count(module)
+        for name, module in modules.items()
+        if not name.startswith(by_kind)
+    }
+    return {name: count for name, count in counts.items() if count is not None}
+
+
+def _serves_kinds(module: nn.Module) -> bool:
+    """Return whether a module holds one like module for each kind of rows."""
+    return isinstance(module, nn.ModuleDict) and len({type(one) for one in module.values()}) == 1
+
+
+def change_filters(module: nn.Module, output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a module's output, of the same kind, with other values.
+
+    Args:
+        module: A module with filters.
+        output: What it returned; recurrent layers and attention return tuples, of which the first
+            entry is changed.
+        change: Takes the values with filters last, (..., C), and returns others of this shape.
+    """
+    found, rest = _split(output)
+    values: Any = found.data if isinstance(found, PackedSequence) else found
+    channels = 1 if isinstance(module, CONVOLUTIONS) else -1
+    changed: Any = change(values.movedim(channels, -1)).movedim(-1, channels)
+    if isinstance(found, PackedSequence):
+        changed = found._replace(data=changed)
+    return changed if rest is None else (changed, *rest)
+
+
+def _split(output: Any) -> tuple[Any, tuple[Any, ...] | None]:
+    """Return the first entry of an output and the others; None where it is no tuple."""
+    if type(output) is not tuple:
+        return output, None
+    whole = cast("tuple[Any, ...]", output)
+    return whole[0], whole[1:]
 
 
 class FilterMap(NamedTuple):
@@ -84,25 +130,20 @@ class FilterMaps:
         self._outputs = {}
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
-        # recurrent layers and attention return tuples
-        rest = cast("tuple[Any, ...]", output)[1:] if type(output) is tuple else None
-        whole = cast("Any", output)
-        found: Any = whole if rest is None else whole[0]
-        channels = 1 if isinstance(module, CONVOLUTIONS) else -1
         if name in self.off:
-            found = _without(found, channels, self.off[name])
-        values: Any = found
+            output = change_filters(module, output, partial(_without, self.off[name]))
+        found, _ = _split(output)
+        values = found
         mask = None
         if isinstance(found, PackedSequence):
             values, lengths = pad_packed_sequence(found, batch_first=True)
             mask = (torch.arange(values.shape[1]) < lengths[:, None]).to(values.device)
         elif _is_sequence_first(module) and values.dim() == 3:
             values = values.transpose(0, 1)
+        channels = 1 if isinstance(module, CONVOLUTIONS) else -1
         self._outputs.pop(name, None)
         self._outputs[name] = FilterMap(values.movedim(channels, -1), mask)
-        if name not in self.off:
-            return None
-        return found if rest is None else (found, *rest)
+        return output if name in self.off else None
 
 
 def _is_sequence_first(module: Any) -> bool:
@@ -110,8 +151,6 @@ def _is_sequence_first(module: Any) -> bool:
     return isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first
 
 
-def _without(found: Any, channels: int, filters: Tensor) -> Any:
-    """Return an output with some filters at 0; ``channels`` is their dimension."""
-    values: Any = found.data if isinstance(found, PackedSequence) else found
-    values = values.index_fill(channels, filters.to(values.device), 0.0)
-    return found._replace(data=values) if isinstance(found, PackedSequence) else values
+def _without(filters: Tensor, values: Tensor) -> Tensor:
+    """Return values (..., C) with some filters at 0."""
+    return values.index_fill(-1, filters.to(values.device), 0.0)
