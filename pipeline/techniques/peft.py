@@ -8,6 +8,10 @@ Every weight matrix of a backbone is reached. peft replaces the modules that it 
 weight of a linear layer that peft adapts, and are computed from it (``_WeightAsLinear``). Left
 alone are embeddings, depthwise convolutions, whose kernels are smaller than an adapter, and weights
 that are parametrised already (wav2vec 2.0's positional convolution).
+
+There are no quantised bases (QLoRA, Dettmers et al. 2023): bitsandbytes packs weights into tensors
+that resume points, kept weights and merging would each have to read in its own way, which has not
+been tried on a GPU.
 """
 
 from __future__ import annotations
