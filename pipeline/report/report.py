@@ -846,7 +846,7 @@ def _budget_blocks(rows: Sequence[ResultRow]) -> list[Block]:
         Text(
             f"{_plural(len(cut), 'pair')} of source and technique did not promise enough in short "
             "runs (fanout.select.budget). They were not trained in full and their test rows were "
-            "not read: that they would have lost is likely and not shown."
+            "not read, so whether they would have won is unknown."
         ),
         blocks.Table(["Target", "Source · technique", "Labels", "Cut", "Validation then"], body, 4),
     ]

@@ -342,14 +342,16 @@ def _decide(
         out.among_sources = out.among_sources or places_among_sources(measured)
         if RUNGS[rung] == 1:
             out.in_full = places(measured)
-            ranked, by = sorted(measured, key=out.in_full.__getitem__), "validation"
+            ranked = sorted(measured, key=out.in_full.__getitem__)
         else:
-            ranked, by = order(measured, learned), "validation among the sources of its technique"
+            ranked = order(measured, learned)
         keep = spending.goes_on(rung)
-        for place, pair in enumerate(ranked[keep:], keep + 1):
+        for rank, pair in enumerate(ranked[keep:], keep + 1):
+            has_value = measured[pair] > -math.inf
+            why = f"rank {rank} of {len(ranked)}" if has_value else "no value on validation rows"
             out.reasons[trials[pair].id] = (
                 f"{CUT_BY_BUDGET} after rung {number} of {len(stages)} "
-                f"({steps_text(RUNGS[rung])}): place {place} of {len(ranked)} by {by}"
+                f"({steps_text(RUNGS[rung])}): {why}"
             )
         out.kept, out.cut = ranked[:keep], [*out.cut, *ranked[keep:]]
     if stages:

@@ -93,6 +93,8 @@ class JobState:
     """Target to the values of its test rows in each subgroup column, for targets with subgroups."""
     cut_by_budget: dict[str, str] = field(default_factory=dict)
     """Id of the last search trial of a pair that the budget cut to the reason."""
+    failed_in_budget: list[str] = field(default_factory=list)
+    """Ids of the search trials that failed, where a budget cut their pairs for it."""
     trial_provenance: dict[str, TrialProvenance] = field(default_factory=dict)
     """Trial id to the code and versions that made it, for the trials in the table."""
 
@@ -365,7 +367,11 @@ def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
         return []
     if state.job.fanout.budget is not None:
         found = _spent(state, groups, chosen)
-        done = _trial_status(state, found.search, groups)
+        failed = _failed_before(state)
+        done = [
+            (one, is_done or one.id in failed)
+            for one, is_done in _trial_status(state, found.search, groups)
+        ]
         if not all(one for _, one in done):
             return []
         final = final_trials(state, groups, chosen, {}, found.cut)
@@ -521,6 +527,7 @@ def _save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
         "source_scores": {pair: found.to_json() for pair, found in state.source_scores.items()},
         "left_out": state.left_out,
         "streamed": state.streamed or [],
+        "failed_in_budget": state.failed_in_budget,
     }
     checksums.write_document(
         _metadata_uri(state),
@@ -1154,8 +1161,12 @@ def _spent(
 def _spend(
     state: JobState, shared: Shared, groups: list[BackboneGroup], chosen: dict[str, set[str]]
 ) -> budget.Decision:
-    """Run the rungs of every target one after the other, and decide which pairs go on."""
-    records: dict[str, TrialRecord] = {}
+    """Run the rungs of every target one after the other, and decide which pairs go on.
+
+    A search trial that failed is not run again once pairs were kept and trained without it: those
+    of this and of every later target would be others.
+    """
+    records = _failed_before(state)
     while True:
         found = _spent(state, groups, chosen, records)
         if not found.waiting:
@@ -1177,7 +1188,43 @@ def _spend(
     for note in found.notes:
         state.notes.append(note)
         state.progress.note(note)
+    _note_failed(state, found.tried, records)
     return found
+
+
+def _failed_before(state: JobState) -> dict[str, TrialRecord]:
+    """Return the records of search trials that had failed when a budget was spent, by id."""
+    if "trials" in state.remake:
+        return {}
+    ids = _read_metadata(state).get("failed_in_budget", [])
+    found = trial.read_records(state.job.root, ids)
+    return {one: record for one, record in found.items() if record.failed}
+
+
+def _note_failed(
+    state: JobState, tried: Sequence[Trial], records: Mapping[str, TrialRecord]
+) -> None:
+    """Keep which search trials of a budget failed, and add a note on those of each target.
+
+    Where all of a target and label fraction failed, no pair was kept for its values: they run again
+    with the job.
+    """
+    by_contest: dict[tuple[str, str], list[Trial]] = defaultdict(list)
+    for one in tried:
+        by_contest[one.target, grid.fraction_text(one.label_fraction)].append(one)
+    state.failed_in_budget = []
+    for (name, fraction), trials in by_contest.items():
+        failed = [one for one in trials if records[one.id].failed]
+        if not 0 < len(failed) < len(trials):
+            continue
+        state.failed_in_budget += [one.id for one in failed]
+        named = ", ".join(f"{one.source} · {one.technique}" for one in failed)
+        state.notes.append(
+            f"{name} at {fraction} labels: search trials of the budget failed, so these pairs were "
+            f"cut: {named}. They do not run again with the job, which would then keep other pairs; "
+            "another number for fanout.select.budget tries them again"
+        )
+        state.progress.note(f"warning: {state.notes[-1]}")
 
 
 def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial]:

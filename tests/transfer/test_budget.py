@@ -224,6 +224,8 @@ def test_pairs_that_failed_or_have_no_value_are_cut_first():
     spendings = spend(12, one)
     found, _ = run([one], spendings, lambda name: values[name.rpartition("|")[0]])
     assert [entry[0] for entry in kept(found, one)] == ["c"]
+    reasons = {name[0]: text.rpartition(": ")[2] for name, text in found.reasons.items()}
+    assert reasons["a"] == reasons["b"] == "no value on validation rows"
 
 
 def test_decisions_do_not_depend_on_where_a_job_was_killed():
@@ -293,14 +295,11 @@ def test_every_pair_that_was_cut_has_a_reason_with_its_rung():
     one = contest()
     found, _ = run([one], spend(10, one), random_values(1))
     assert len(found.reasons) == len(found.cut) == 14
-    first = "cut by the budget after rung 1 of 2 (1/9 of the steps): place "
-    second = "cut by the budget after rung 2 of 2 (all steps): place 2 of 2 by validation"
+    first = "cut by the budget after rung 1 of 2 (1/9 of the steps): rank "
+    second = "cut by the budget after rung 2 of 2 (all steps): rank 2 of 2"
     assert sorted(found.reasons.values()) == sorted(
         [
-            *(
-                f"{first}{i} of 15 by validation among the sources of its technique"
-                for i in range(3, 16)
-            ),
+            *(f"{first}{i} of 15" for i in range(3, 16)),
             second,
         ]
     )

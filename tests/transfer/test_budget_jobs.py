@@ -155,21 +155,59 @@ def test_a_larger_budget_keeps_what_was_trained_and_none_trains_everything(
     assert not here and {row.trial_id for row in without} == {row.trial_id for row in whole}
 
 
-def test_a_pair_that_fails_at_a_rung_is_cut_and_its_error_kept(
-    tmp_path, bundles, paths, here, monkeypatch
-):
-    job, made = job_of(tmp_path, bundles, paths), []
+def failing(sources: str, made: list[str]):
+    """Return what runs trials, of which those of the search with these sources fail."""
     run = fanout.run
 
-    def failing(name, wanted, shared, *more):
+    def with_failures(name, wanted, shared, *more):
         records = run(name, wanted, shared, *more)
         for number, one in enumerate(wanted):
-            if one.stage == "search" and one.source == "a":
+            if one.stage == "search" and one.source in sources:
                 made.append(one.id)
                 records[number] = fanout.trial.failed_record(one, shared, "ValueError: broken")
         return records
 
-    monkeypatch.setattr(fanout, "run", failing)
+    return with_failures
+
+
+def test_what_failed_at_a_rung_does_not_change_what_is_kept_later(
+    tmp_path, bundles, paths, here, monkeypatch
+):
+    """The trials would end well now; other pairs would go on, and be paid for beside the first."""
+    made: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(fanout, "run", failing("a", made))
+        state, rows = run_through(job_of(tmp_path, bundles, paths))
+    (note,) = [note for note in state.notes if "search trials of the budget failed" in note]
+    assert "were cut: a · full, a · lp_ft, a · bitfit. They do not run again" in note
+    here.clear()
+    assert all(done for _, done in stages.trial_status(prepared(job_of(tmp_path, bundles, paths))))
+    again, later = run_through(job_of(tmp_path, bundles, paths))
+    assert not here and again.notes == state.notes
+    assert {(one.trial_id, one.status) for one in later} == {
+        (one.trial_id, one.status) for one in rows
+    }
+    run_through(job_of(tmp_path, bundles, paths, 13))
+    assert set(made) <= set(here), "another budget decides anew"
+
+
+def test_where_every_trial_of_a_rung_failed_they_run_again(
+    tmp_path, bundles, paths, here, monkeypatch
+):
+    made: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(fanout, "run", failing("abc", made))
+        run_through(job_of(tmp_path, bundles, paths))
+    here.clear()
+    run_through(job_of(tmp_path, bundles, paths))
+    assert set(made[:9]) <= set(here), "all pairs with a ninth of the steps"
+
+
+def test_a_pair_that_fails_at_a_rung_is_cut_and_its_error_kept(
+    tmp_path, bundles, paths, here, monkeypatch
+):
+    job, made = job_of(tmp_path, bundles, paths), []
+    monkeypatch.setattr(fanout, "run", failing("a", made))
     _, rows = run_through(job)
     failed = {row.trial_id for row in rows if row.status == "failed"}
     assert failed == set(made) and len(failed) == 3, "none of them came to the second rung"
