@@ -141,7 +141,8 @@ class HeadToToe(Technique):
     It assumes that layers below the last one have what the source's own task did not need. It helps
     where the target is far from the source, at the cost of a linear probe. It hurts on few rows,
     where many features are noise, and it cannot learn features that no layer has. It costs memory:
-    a row has as many features as all layers have outputs, some ten thousand. Where features are not
+    a row has as many features as all layers have outputs, some ten thousand, and more than 4 GiB of
+    them are refused. The trial's record says which layers have none. Where features are not
     kept (streamed targets, heads that drop features out) the head trains by steps, on the features
     of all layers, and the options have no effect. Its bundle names the technique, for ``predict``;
     it cannot be the source of another job.
@@ -172,6 +173,20 @@ class HeadToToe(Technique):
         """Return how features are chosen (`SelectsFeatures`)."""
         shares = SHARES if self.options.share is None else (self.options.share,)
         return self.options.lasso, shares
+
+    def describe_features(self, backbone, features):
+        """Name the layers without features (`SelectsFeatures`)."""
+        parts = features.split([backbone.base.pooled_dim, *backbone.widths.values()], 1)[1:]
+        layers = list(zip(backbone.widths, parts, strict=True))
+        lacking = [name for name, part in layers if not part.any()]
+        text = f"features of {len(layers) - len(lacking)} of {len(layers)} layers"
+        if not lacking:
+            return text
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        return (
+            f"{text}, none of {', '.join(lacking[:3])}{more} (which of their positions are a row's "
+            "own is not known)"
+        )
 
     def search_space(self):
         """What is not chosen on validation rows anyway; ``lr`` where the head trains by steps."""

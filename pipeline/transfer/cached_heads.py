@@ -61,6 +61,10 @@ FEATURES_FORMAT = 1
 FEATURES_CODE = ("pipeline.train.online_probe",)
 """Modules that features start from, with the modality and the backbone's library."""
 
+FEATURE_BYTES = 4
+MOST_BYTES = 4 << 30
+"""The most that features of all layers may take, with a copy of the training rows'."""
+
 
 def kept_features(
     backbone: nn.Module,
@@ -343,13 +347,32 @@ def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
     task, transfer, _ = _built(first, shared)
     technique = first.technique.name if keeps_modules(first.technique_object) else None
     names = ["train", "validation", *(["test"] if first.stage == "final" else [])]
+    data = shared.targets[first.target, first.backbone_key]
+    if selects_features(first.technique_object):
+        _check_size(first, data, names, task.backbone.pooled_dim)
     key = (first.source, first.backbone_key, first.target)
     splits = {
         name: kept_features(task.backbone, shared, *key, name, device, technique) for name in names
     }
+    if selects_features(first.technique_object):
+        found = first.technique_object.describe_features(task.backbone, splits["train"][0])
+        transfer = f"{transfer}; {found}"
     seconds = (time.time() - began) / len(group)
-    data = shared.targets[first.target, first.backbone_key]
     return SharedFeatures(data, task.backbone, splits, transfer, seconds, device)
+
+
+def _check_size(trial: Trial, data: TargetData, names: list[str], width: int) -> None:
+    """Raise ValueError where the features of all layers would take too much memory."""
+    # a trial's own rows are copied out of the training rows
+    rows = sum(len(getattr(data, name)) for name in ["train", *names])
+    size = FEATURE_BYTES * rows * width
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"target {trial.target}: {trial.technique.name} would hold {width} features of each "
+            f"row, {size / 2**30:.1f} GiB in all, and {MOST_BYTES / 2**30:g} GiB are the most: use "
+            "linear_probe, a smaller backbone or fewer rows, or set the target's data.decode to "
+            "train (its head is then trained by steps, and no features are kept)"
+        )
 
 
 def _stacks(

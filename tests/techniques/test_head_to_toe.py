@@ -239,6 +239,7 @@ def test_a_trial_keeps_the_backbone_and_its_bundle_predicts_what_was_recorded(pa
     assert record.status == "done", record.error
     row = next(r for r in record.rows if r.split == "test" and r.metric == "accuracy")
     assert row.layers_trained == "head"
+    assert "; features of " in record.transfer
     assert row.settings["share"] == 0.1 and row.settings["penalty"] == 0.01
     kept = bundle.load(row.bundle_uri)
     assert kept.manifest.technique["name"] == "head_to_toe"
@@ -254,6 +255,40 @@ def test_a_trial_keeps_the_backbone_and_its_bundle_predicts_what_was_recorded(pa
     with torch.no_grad():
         found = task.objective.predict(task.backbone, batch)["scores"].argmax(-1)
     assert float((found == batch["label"]).float().mean()) == pytest.approx(row.value)
+
+
+def test_the_record_says_which_layers_have_no_features():
+    """It is not known which frames of a convolution of an encoder of speech are padding."""
+    task, rows = classified("torchaudio/conformer")
+    used = head_to_toe()
+    backbone = used.wrap(task).backbone
+    text = used.describe_features(backbone, pooled(backbone, rows, range(8)))
+    layers, lacking = (
+        len(backbone.widths),
+        ["front.layers.0.convolution", "front.layers.1.convolution"],
+    )
+    assert text.startswith(
+        f"features of {layers - 2} of {layers} layers, none of {', '.join(lacking)}"
+    )
+    everything = torch.ones(8, backbone.pooled_dim)
+    assert (
+        used.describe_features(backbone, everything) == f"features of {layers} of {layers} layers"
+    )
+
+
+def test_features_that_would_take_too_much_memory_are_refused(paths, tmp_path, monkeypatch):
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths)
+    one = trial_of(job, shared, {"head_to_toe": {"share": 1.0, "penalty": 0.1}}, stage="search")
+    task = one.technique_object.wrap(cached_heads.trials.build(one, shared)[0])
+    # training rows twice, as a trial copies its own, and validation rows; 4 bytes a number
+    size = 4 * task.backbone.pooled_dim * (48 + 48 + 24)
+    monkeypatch.setattr(cached_heads, "MOST_BYTES", size)
+    (record,) = cached_heads.run([one], shared)
+    assert record.status == "done", record.error
+    monkeypatch.setattr(cached_heads, "MOST_BYTES", size - 1)
+    with pytest.raises(ValueError, match=f"would hold {task.backbone.pooled_dim} features"):
+        cached_heads.run([one], shared)
 
 
 def test_it_reads_layers_that_a_probe_cannot_see(paths, tmp_path):

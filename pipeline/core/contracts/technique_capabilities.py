@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
     from pipeline.core.batch import Batch
+    from pipeline.core.contracts.backbone import Backbone
     from pipeline.core.contracts.modality import Modality
     from pipeline.core.contracts.objective import Objective
     from pipeline.core.contracts.task import Task
@@ -242,6 +243,15 @@ class SelectsFeatures(Protocol):
         """Return the weight of the group lasso by which features are ranked, and shares to keep.
 
         One of the shares is chosen on validation rows.
+        """
+        ...
+
+    def describe_features(self, backbone: Backbone, features: Tensor) -> str:
+        """Describe which features there are, for the trial's record.
+
+        Args:
+            backbone: That of the task as ``wrap`` returned it.
+            features: (n, D) its pooled features of the training rows.
         """
         ...
 

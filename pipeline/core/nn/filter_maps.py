@@ -24,6 +24,8 @@ def filter_count(module: Any) -> int | None:
     """Return how many filters (output channels) a module with a weight matrix has, else None."""
     from transformers.pytorch_utils import Conv1D
 
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # torch's attention reads its weight and never calls it
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, Conv1D):
