@@ -139,7 +139,7 @@ def blocks_of(
             continue
         places = decimals[target]
         usable = with_bundle(entries, rows)
-        notes = []
+        notes: list[str] = []
         if best.n_failed:
             notes.append(f"{best.n_seeds} of {best.n_seeds + best.n_failed} seeds")
         if usable and usable is not best:

@@ -152,7 +152,10 @@ def _source_problems(state: JobState, target: TargetStage) -> list[str]:
     names, problems = matching(state, target.name), []
     if not names:
         modality = target.spec.data.modality.name
-        return [f"targets.{target.name}: no source reads {modality}; add one or name it in sources"]
+        return [
+            f"targets.{target.name_in_job}: no source reads {modality}; add one or name it in "
+            "sources"
+        ]
     for name in names:
         try:
             targets.check_modality(target, state.job.sources[name])
@@ -169,7 +172,7 @@ def _label_problems(state: JobState, target: TargetStage) -> list[str]:
     problems: dict[str, None] = {}
     for component in target.techniques:
         technique = technique_of(component)
-        place = f"targets.{target.name}: techniques: {component.name}"
+        place = f"targets.{target.name_in_job}: techniques: {component.name}"
         for name in matching(state, target.name):
             stage = state.sources[name]
             reads_labels = LABELLED_SOURCE in technique.streams()
@@ -194,7 +197,7 @@ def _label_problems(state: JobState, target: TargetStage) -> list[str]:
                 what = "head, at label fraction 0," if starts_with_its_head else "labelled rows"
                 problems[f"{place} reads the {what} of its source: {problem}"] = None
             elif text := label_sets.compare(theirs.state, ours.state).text():
-                note = f"{target.name}: labels of source {name}, by name: {text}"
+                note = f"{target.name_in_job}: labels of source {name}, by name: {text}"
                 if note not in state.notes:
                     state.notes.append(note)
                     state.progress.note(note)
@@ -221,15 +224,16 @@ def _score_problems(job: Job, target: TargetStage) -> list[str]:
     kinds = scoring.label_kinds(registry.get("objective", objective))
     if kinds and "labels" in score.inputs and 0 in target.spec.label_fractions:
         return [
-            f"fanout.select: {select.score} scores sources by labels of targets.{target.name}, of "
-            "which label_fractions: 0 may use none: leave select out, or put 0 in a job of its own"
+            f"fanout.select: {select.score} scores sources by labels of "
+            f"targets.{target.name_in_job}, of which label_fractions: 0 may use none: leave select "
+            "out, or put 0 in a job of its own"
         ]
     if any(map(score.takes, kinds or (None,))):
         return []
     return [
-        f"fanout.select: targets.{target.name} is {objective}, and {select.score} scores sources "
-        f"by {' or '.join(score.tasks)} of rows: choose a score that reads no labels (frechet, "
-        "mmd, proxy_a), leave select out, or put the target in a job of its own"
+        f"fanout.select: targets.{target.name_in_job} is {objective}, and {select.score} scores "
+        f"sources by {' or '.join(score.tasks)} of rows: choose a score that reads no labels "
+        "(frechet, mmd, proxy_a), leave select out, or put the target in a job of its own"
     ]
 
 
@@ -660,20 +664,27 @@ def share(state: JobState) -> Shared:
         {name: (one.arch, one.modality) for name, one in manifests.items()}
     )
     data: dict[tuple[str, str], trial.TargetData] = {}
-    for name in list(state.targets):
+    for name, stage in list(state.targets.items()):
+        if name not in state.targets:  # another of its folds cannot be prepared
+            continue
         state.progress.update(f"{name}: reading")
         try:
             data |= {
                 (name, group): one for group, one in _prepare_target(state, name, groups).items()
             }
         except ValueError as error:  # one bad target: the others continue
-            state.broken[name] = str(error)
-            state.notes.append(f"{name}: left out: {error}")
-            state.progress.note(f"warning: targets.{name} is left out: {error}")
-            state.targets.pop(name)
+            whole = stage.name_in_job
+            reason = str(error) if whole == name else f"fold {stage.spec.fold}: {error}"
+            # the other folds would pass for all rows of the target
+            for fold, other in list(state.targets.items()):
+                if other.name_in_job == whole:
+                    state.broken[fold] = reason
+                    state.targets.pop(fold)
+            data = {key: one for key, one in data.items() if key[0] in state.targets}
+            state.notes.append(f"{whole}: left out: {reason}")
+            state.progress.note(f"warning: targets.{whole} is left out: {reason}")
     if not state.targets:
-        problems = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(_left_out(state)))
     state.streamed = [f"{name}|{group}" for (name, group), one in data.items() if not one.in_memory]
     source_rows = rows_of_sources(state)
     validation = {
@@ -1787,11 +1798,20 @@ def _describe_splits(state: JobState, stage: TargetStage) -> str:
 
 def failures(state: JobState, rows: list[ResultRow]) -> list[str]:
     """Return a line for each target that was left out and each trial that failed."""
-    left_out = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
-    return left_out + sorted(
+    return _left_out(state) + sorted(
         {
             f"{row.target} / {row.technique} / {row.source} seed {row.seed}: {row.error}"
             for row in rows
             if row.status == "failed"
         }
     )
+
+
+def _left_out(state: JobState) -> list[str]:
+    """Return a line for each target that could not be prepared."""
+    suffixes = {name: grid.fold_suffix(target.fold) for name, target in state.job.targets.items()}
+    lines = [
+        f"targets.{name.removesuffix(suffixes[name])}: {reason}"
+        for name, reason in state.broken.items()
+    ]
+    return list(dict.fromkeys(lines))

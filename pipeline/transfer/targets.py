@@ -485,7 +485,7 @@ def _modality(target: TargetStage, group: BackboneGroup) -> tuple[ModalitySpec, 
     named = fit_components.options_by_content("modality", component)
     kind = registry.get("modality", component.name)
     if problem := ineffective_options(kind, named, group.modality.options):
-        raise ValueError(f"targets.{target.name}.data.modality: {problem}")
+        raise ValueError(f"targets.{target.name_in_job}.data.modality: {problem}")
     _refuse(
         target,
         {
@@ -508,8 +508,8 @@ def _refuse(target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any])
     if differ:
         own = registry.get("modality", target.spec.data.modality.name).target_options
         raise ValueError(
-            f"targets.{target.name}.data.modality: {differ} contradicts the source, whose rows "
-            "are read with "
+            f"targets.{target.name_in_job}.data.modality: {differ} contradicts the source, whose "
+            "rows are read with "
             f"{ {k: theirs.get(k) for k in differ} }; a target is read as its "
             "backbone was: leave the options out"
             + (f" ({', '.join(own)} may differ)" if own else "")
@@ -829,7 +829,7 @@ def _check_group(
     layers = task.layers()
     head = task.objective if transfers_head(task.objective) else None
     unseen = head.unseen_inputs(group.arch.inputs, arch.inputs) if head else ""
-    own_techniques = f"give targets.{target.name} techniques of its own"
+    own_techniques = f"give targets.{target.name_in_job} techniques of its own"
     for component in target.techniques:
         technique, name = technique_of(component), component.name
         if technique.frozen and (unused := _unused_hooks(technique)):
@@ -891,7 +891,7 @@ def check_modality(target: TargetStage, source: Source) -> None:
 
     They are read with the options of the source, and with those that the target may set itself.
     """
-    component, place = target.spec.data.modality, f"targets.{target.name}"
+    component, place = target.spec.data.modality, f"targets.{target.name_in_job}"
     if source.data is None:
         return
     kind, given = registry.get("modality", component.name), component.options

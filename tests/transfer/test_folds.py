@@ -179,6 +179,35 @@ def test_too_many_folds_are_refused_once(toy):
     assert str(error.value).count("40 folds") == 1
 
 
+def test_a_fold_that_cannot_be_prepared_leaves_out_the_whole_target(toy, monkeypatch, tmp_path):
+    """Four of five folds would pass for all rows."""
+    prepare = stages._prepare_target
+
+    def of_a_bad_fold(state, name, groups):
+        if name == "task.fold2":
+            raise ValueError("9 of 16 rows cannot be used")
+        return prepare(state, name, groups)
+
+    monkeypatch.setattr(stages, "_prepare_target", of_a_bad_fold)
+    dumped = job_of(toy, storage=str(tmp_path)).model_dump(mode="json")
+    dumped["targets"]["other"] = job_of(toy, folds=None, data={"test_fraction": 0.25}).model_dump(
+        mode="json"
+    )["targets"]["task"]
+    state = stages.check(Job.model_validate(dumped), Silent())
+    shared = stages.share(state)
+    assert list(state.targets) == ["other"] and {name for name, _ in shared.targets} == {"other"}
+    assert stages.failures(state, []) == ["targets.task: fold 2: 9 of 16 rows cannot be used"]
+    state = stages.check(job_of(toy, storage=str(tmp_path)), Silent())
+    with pytest.raises(ValueError, match=r"^targets.task: fold 2: 9 of 16 rows cannot be used$"):
+        stages.share(state)
+
+
+def test_a_problem_of_all_folds_is_told_once_with_the_name_in_the_job(toy):
+    with pytest.raises(ValueError, match=r"targets.task: techniques: dann reads the rows") as error:
+        stages.check(job_of(toy, techniques=("scratch", "dann")), Silent())
+    assert len(str(error.value).splitlines()) == 1 and "fold" not in str(error.value)
+
+
 # ---------------------------------------------------------------- pooling
 
 
