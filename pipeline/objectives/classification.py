@@ -88,6 +88,10 @@ class ClassificationOptions(Options):
     )
 
     @property
+    def drops_features(self) -> bool:
+        return self.dropout > 0
+
+    @property
     def mixes_inputs(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 

@@ -63,6 +63,10 @@ class MultilabelOptions(Options):
     )
 
     @property
+    def drops_features(self) -> bool:
+        return self.dropout > 0
+
+    @property
     def balances_labels(self) -> bool:
         return self.pos_weight != "none"
 

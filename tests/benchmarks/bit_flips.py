@@ -178,6 +178,7 @@ def write_all(folder: Path) -> dict[str, Callable[[], Any]]:
         "bundle of a trial": lambda: read_trials(job),
         "cached features": lambda: read_features(shared),
         "signs of rows": lambda: read_signs(job),
+        "scores and shift": lambda: read_scores(job),
         "resume point": lambda: read_points(points),
         "prepared part": prepare,
         "prepare's own files": prepare,
@@ -195,6 +196,7 @@ def kind_of(path: Path, folder: Path) -> str:
         ("/imports/", "imported table"),
         ("/tokens/", "tokens"),
         ("/features/", "cached features"),
+        ("/scores/", "scores and shift"),
         ("/log/", READ_BY_PEOPLE),
         ("/tensorboard/", READ_BY_PEOPLE),
         ("metrics.jsonl", READ_BY_PEOPLE),
@@ -282,6 +284,21 @@ def read_signs(job: Job) -> Any:
         duplicates.row_signatures = real
     assert read, "rows are compared"
     return [vars(one) for one in read]
+
+
+def read_scores(job: Job) -> Any:
+    """As a job whose trials are all done reads them; the seconds that they took do not count."""
+    state = stages.check(job, Silent())
+    shared = stages.share(state)
+    real, fanout.run = fanout.run, run_here
+    try:
+        stages.finetune(state, shared)
+    finally:
+        fanout.run = real
+    return {
+        pair: (one.scores, [shift.to_json() for shift in one.shifts])
+        for pair, one in state.source_scores.items()
+    }
 
 
 def read_points(uri: str) -> Any:

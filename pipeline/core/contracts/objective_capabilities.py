@@ -94,10 +94,12 @@ class MixesInputs(Protocol):
 
 @runtime_checkable
 class DropsFeatures(Protocol):
-    """Options by which a head drops features in training, so that its loss is random."""
+    """Options by which a head can drop features in training, so that its loss is random."""
 
-    dropout: float
-    """Share of the features."""
+    @property
+    def drops_features(self) -> bool:
+        """Whether it does."""
+        ...
 
 
 @runtime_checkable
@@ -460,8 +462,8 @@ def has_cached_head(objective: Any) -> TypeIs[CachedHead]:
 
 
 def drops_features(options: Any) -> bool:
-    """Return whether the head drops features in training."""
-    return isinstance(options, DropsFeatures) and options.dropout > 0
+    """Return whether the head of an objective with these options drops features in training."""
+    return isinstance(options, DropsFeatures) and options.drops_features
 
 
 def couples_rows(objective: Any) -> TypeIs[CouplesRows]:
