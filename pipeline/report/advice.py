@@ -381,7 +381,7 @@ def _cut_by_budget(rows: Iterable[ResultRow]) -> dict[tuple[str, str], dict[_Pai
     """Return (target, label fraction) to the pairs that a budget of trials cut, and when."""
     out: dict[tuple[str, str], dict[_Pair, str]] = defaultdict(dict)
     for row in rows:
-        if row.status == "pruned" and (row.error or "").startswith(results.CUT_BY_BUDGET):
+        if row.is_cut_by_budget:
             pair = (row.source, row.backbone), results.technique(row)
             out[row.target, row.label_fraction][pair] = row.error or ""
     return out

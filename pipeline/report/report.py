@@ -349,7 +349,12 @@ def write(
         *_cost_blocks(entries, rows),
         *gains.cost_figures(_by_target(comparable), decimals),
         *_score_blocks(rows, scores),
-        *score_audit.blocks_of(entries, _scored(source_scores or {}), modalities or {}),
+        *score_audit.blocks_of(
+            entries,
+            _scored(source_scores or {}),
+            modalities or {},
+            {(row.target, row.label_fraction) for row in rows if row.is_cut_by_budget},
+        ),
         *gains.score_figures(
             comparable,
             _known_scores(rows, scores) | gains.all_scores(source_scores or {}),
@@ -827,7 +832,7 @@ def _budget_blocks(rows: Sequence[ResultRow]) -> list[Block]:
     cut = [
         row
         for row in _unique_trials([row for row in rows if row.is_validation])
-        if row.status == "pruned" and (row.error or "").startswith(results.CUT_BY_BUDGET)
+        if row.is_cut_by_budget
     ]
     if not cut:
         return []

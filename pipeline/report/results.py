@@ -141,6 +141,11 @@ class ResultRow:
     """The fold, from 1, of whose rows the test split consists. Null where the target has none."""
 
     @property
+    def is_cut_by_budget(self) -> bool:
+        """Whether it is of the last search trial of a pair that a budget cut."""
+        return self.status == "pruned" and (self.error or "").startswith(CUT_BY_BUDGET)
+
+    @property
     def is_validation(self) -> bool:
         """Whether the value is one of those by which a trial is chosen among those of its entry."""
         return self.split in (VALIDATION, SOURCE_VALIDATION)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -476,11 +476,23 @@ def _number(value: float | None, unit: str = "") -> str:
 
 
 def blocks_of(
-    entries: Sequence[MatrixEntry], scores: Mapping[str, PairScores], modalities: Mapping[str, str]
+    entries: Sequence[MatrixEntry],
+    scores: Mapping[str, PairScores],
+    modalities: Mapping[str, str],
+    cut: Collection[tuple[str, str]] = (),
 ) -> list[Block]:
-    """Return the section on scores of a report; [] where none were computed."""
+    """Return the section on scores of a report; [] where none were computed.
+
+    Args:
+        entries: The entries of the matrix.
+        scores: See `audits`.
+        modalities: See `audits`.
+        cut: (target, label fraction) where a budget cut pairs. These are not compared: a score that
+            puts a source first that was cut would not count as wrong.
+    """
     if not scores:
         return []
+    entries = [one for one in entries if (one.target, one.label_fraction) not in cut]
     out = blocks_of_audits(audits(entries, scores, modalities))
     tried = {(one.target, source) for one in outcomes(entries) for source in one.means}
     targets = {target for target, _ in tried}
@@ -491,4 +503,11 @@ def blocks_of(
     ]
     if untried and out:
         out.append(Text(f"Not fine-tuned, and so not compared: {', '.join(untried)}.", "note"))
+    if cut:
+        named = ", ".join(
+            f"{target} at {plots.fraction_label(fraction)} labels"
+            for target, fraction in sorted(cut)
+        )
+        why = "a budget trained only some of its sources in full, chosen by validation"
+        out.append(Text(f"What scores were worth is not known of {named}: {why}.", "note"))
     return [*out, *blocks_of_scores(scores)]

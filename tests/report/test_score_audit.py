@@ -240,3 +240,16 @@ def test_sources_that_were_left_out_are_named():
     found = score_audit.blocks_of(matrix(), scores, {"one": "image"})
     texts = [block.text for block in found if isinstance(block, Text)]
     assert "Not fine-tuned, and so not compared: e for one." in texts
+
+
+def test_a_target_whose_pairs_a_budget_cut_tells_nothing_of_a_score():
+    """The score puts last what is best on both, and only one was fanned out in full."""
+    scores = scored({"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}, ("one", "two"))
+    domains = {"one": "image", "two": "text"}
+    found = score_audit.blocks_of(
+        matrix(targets=("one", "two")), scores, domains, {("two", ENTRY.label_fraction)}
+    )
+    table = next(block for block in found if isinstance(block, Table))
+    assert [row[0] for row in table.rows] == ["image"]
+    texts = " ".join(block.text for block in found if isinstance(block, Text))
+    assert "What scores were worth is not known of two at 100 % labels: a budget" in texts
