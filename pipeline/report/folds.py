@@ -23,6 +23,7 @@ from pipeline.core.metrics.catalog import Predictions
 from pipeline.core.ragged import joined
 from pipeline.report import results
 from pipeline.report.results import ResultRow
+from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.report.stats import RunPredictions
 
@@ -178,7 +179,8 @@ def pool_scores(
     """Return the scores of sources by ``source|target``, those of a target's folds as their mean.
 
     A score that one of the folds does not have is not defined. Bounds are means too: the training
-    rows of the folds are nearly the same.
+    rows of the folds are nearly the same. A shift names the fold of its rows: that from the source
+    is of the first fold, that between test and training rows is of each.
 
     Args:
         scores: ``source|target`` to scores.
@@ -195,8 +197,14 @@ def pool_scores(
 
 def _mean_scores(found: list[PairScores], target: str) -> PairScores:
     first = found[0]
+    shifts = [
+        one if pair.target == target else _of_fold(one, pair.target)
+        for pair in found
+        for one in pair.shifts
+        if pair is first or one.within_target
+    ]
     if len(found) == 1:
-        return replace(first, target=target)
+        return replace(first, target=target, shifts=tuple(shifts))
     means: dict[str, ScoreValue] = {}
     for name in first.scores:
         each = [pair.scores[name] for pair in found if name in pair.scores]
@@ -219,4 +227,14 @@ def _mean_scores(found: list[PairScores], target: str) -> PairScores:
         rows=round(fmean(pair.rows for pair in found)),
         seconds=fmean(pair.seconds for pair in found),
         error="; ".join(dict.fromkeys(pair.error for pair in found if pair.error)),
+        shifts=tuple(shifts),
     )
+
+
+def _of_fold(shift: Shift, target: str) -> Shift:
+    """Return a shift whose rows are named as those of a fold.
+
+    Args:
+        target: The fold's name: ``birds.fold2``.
+    """
+    return replace(shift, rows=f"{shift.rows} of fold {target.rpartition('.fold')[2]}")

@@ -13,7 +13,7 @@ from toys import image_files, result_rows
 
 from pipeline.config.schema import Job, spec_hash
 from pipeline.core.metrics import catalog
-from pipeline.report import advice, folds, matrix, results, stats
+from pipeline.report import advice, folds, matrix, results, shift, stats
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.train.source import data_key
 from pipeline.transfer import dry_run, grid, stages, trial
@@ -334,3 +334,30 @@ def test_scores_of_folds_are_their_mean():
     found["a|t.fold2"] = pair("t.fold2", None)
     lacking = folds.pool_scores(found, names)["a|t"].scores["leep"]
     assert lacking.value is None and lacking.reason == "no class"
+
+
+def test_a_shift_names_the_fold_of_its_rows():
+    """Test rows of two folds are other rows; their training rows are nearly the same."""
+
+    def pair(fold: int) -> PairScores:
+        shifts = (
+            shift.Shift("source a", "the target's training rows"),
+            shift.Shift("its own training rows", "the target's test rows", within_target=True),
+        )
+        return PairScores("a", f"t.fold{fold}", {}, shifts=shifts)
+
+    found = {f"a|t.fold{fold}": pair(fold) for fold in (1, 2)}
+    names = {f"t.fold{fold}": "t" for fold in (1, 2)}
+    pooled = folds.pool_scores(found, names)["a|t"]
+    assert [one.rows for one in pooled.shifts] == [
+        "the target's training rows of fold 1",
+        "the target's test rows of fold 1",
+        "the target's test rows of fold 2",
+    ]
+    alone = folds.pool_scores({"a|t.fold2": pair(2)}, names)["a|t"]
+    assert [one.rows for one in alone.shifts] == [
+        "the target's training rows of fold 2",
+        "the target's test rows of fold 2",
+    ]
+    whole = folds.pool_scores({"a|t": replace(pair(1), target="t")}, {"t": "t"})["a|t"]
+    assert whole.shifts == pair(1).shifts
