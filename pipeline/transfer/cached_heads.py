@@ -29,15 +29,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from pipeline.config import provenance
-from pipeline.config.schema import Train, spec_hash
-from pipeline.core.contracts import Backbone, Batch, Objective, Task
+from pipeline.config.schema import ComponentConfig, Train, spec_hash
+from pipeline.core.contracts import Backbone, Batch, Objective, Task, Technique
 from pipeline.core.contracts.objective_capabilities import (
     has_cached_head,
     is_calibrated,
     mixes_inputs,
 )
 from pipeline.core.contracts.technique_capabilities import (
-    keeps_modules,
     selects_features,
     solves_head,
 )
@@ -74,12 +73,12 @@ def kept_features(
     target: str,
     split: str,
     device: torch.device,
-    technique: str | None = None,
+    technique: ComponentConfig | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``features`` of a split of a target, computed once for a source and kept in a file.
 
-    ``technique`` is the one whose modules are part of the backbone (`KeepsModules`); None: it is
-    the source's own.
+    ``technique`` is the one that has changed the backbone (`Technique.wrap`), with the options that
+    it did so by; None: it is the source's own.
     """
     data = shared.targets[target, backbone_key]
     rows: Rows = getattr(data, split)
@@ -92,7 +91,10 @@ def kept_features(
     made = provenance.made_by(
         FEATURES_CODE,
         provenance.components_of(
-            data.spec.data.modality.name, arch.name, arch.options, technique=technique
+            data.spec.data.modality.name,
+            arch.name,
+            arch.options,
+            technique=technique.name if technique else None,
         ),
     )
     # features cost little: those of other weights, code or versions are computed again
@@ -108,6 +110,7 @@ def kept_features(
         len(rows),
         device.type,
         data.spec.train.precision,
+        *([str(technique)] if technique else []),
     )
     uri = storage.join(shared.root, "features", f"{target}-{source}-{split}-{key}")
     content = checksums.kept_bytes(uri, "the features are computed again")
@@ -345,7 +348,7 @@ def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first, began = group[0], time.time()
     task, transfer, _ = _built(first, shared)
-    technique = first.technique.name if keeps_modules(first.technique_object) else None
+    technique = _technique_of_features(first)
     names = ["train", "validation", *(["test"] if first.stage == "final" else [])]
     data = shared.targets[first.target, first.backbone_key]
     if selects_features(first.technique_object):
@@ -359,6 +362,16 @@ def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
         transfer = f"{transfer}; {found}"
     seconds = (time.time() - began) / len(group)
     return SharedFeatures(data, task.backbone, splits, transfer, seconds, device)
+
+
+def _technique_of_features(trial: Trial) -> ComponentConfig | None:
+    """Return the technique that has changed the backbone of a trial; None: none has."""
+    used = trial.technique_object
+    if type(used).wrap is Technique.wrap:
+        return None
+    if selects_features(used):  # its options are about the head
+        return ComponentConfig(name=trial.technique.name)
+    return trial.drawn_technique
 
 
 def _check_size(trial: Trial, data: TargetData, names: list[str], width: int) -> None:

@@ -17,6 +17,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config import provenance
 from pipeline.core.batch import Batch
 from pipeline.core.specs import Architecture, ModalitySpec
+from pipeline.techniques.linear_probe import LinearProbe
 from pipeline.transfer import cached_heads, fanout
 from pipeline.transfer import trial as one_trial
 
@@ -443,6 +444,37 @@ def test_features_are_the_backbones_in_evaluation_mode(paths, tmp_path):
         want = backbone.eval()(take(data.train, np.arange(64))).pooled
     assert found.shape == (64, backbone.pooled_dim) and (found - want).abs().max() < 1e-5
     assert list(rest) == ["label"] and np.array_equal(rest["label"].numpy(), data.labels)
+
+
+def test_features_of_a_changed_backbone_are_those_of_its_options(paths, tmp_path, monkeypatch):
+    """A technique that changes the backbone has features of its own, for each of its options."""
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths)
+    (data,) = shared.targets.values()
+    shared = dataclasses.replace(
+        shared,
+        source_keys={"src": "key"},
+        targets={name: dataclasses.replace(data, key="rows") for name in shared.targets},
+    )
+
+    def train_features(**options):
+        used = {"linear_probe": {"solver": "sgd", **options}}
+        found = cached_heads._shared_features([trial_of(job, shared, used)], shared)
+        return found.splits["train"][0]
+
+    def scaled(self, task):
+        task.backbone.register_forward_hook(
+            lambda module, inputs, found: dataclasses.replace(
+                found, pooled=found.pooled * self.options.lr_scale
+            )
+        )
+        return task
+
+    plain = train_features()
+    assert torch.equal(plain, train_features(lr_scale=2.0))
+    monkeypatch.setattr(LinearProbe, "wrap", scaled)
+    for scale in (2.0, 3.0):
+        torch.testing.assert_close(train_features(lr_scale=scale), scale * plain)
 
 
 def test_only_frozen_techniques_in_one_process_are_batched(paths, tmp_path):

@@ -235,8 +235,8 @@ def adds_penalty(technique: Any) -> TypeIs[AddsPenalty]:
 class SelectsFeatures(Protocol):
     """A technique that solves its head (`SolvesHead`) on some of the features only.
 
-    Where the head trains by steps nothing is selected, and of ``search_space`` only ``lr`` is
-    searched.
+    Its backbone does not depend on its options. Where the head trains by steps nothing is selected,
+    and of ``search_space`` only ``lr`` is searched.
     """
 
     def selection(self) -> tuple[float, tuple[float, ...]]:
