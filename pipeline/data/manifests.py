@@ -641,6 +641,12 @@ def splits(
     return out
 
 
+WHOLE_SHARE = 1 << 25
+"""All rows of a class, as a whole number; products of two shares of some thousand classes can be
+added without overflow.
+"""
+
+
 def fold_of_rows(
     classes: np.ndarray, groups: np.ndarray | None, order: np.ndarray, count: int
 ) -> np.ndarray:
@@ -662,10 +668,12 @@ def fold_of_rows(
         folds[np.lexsort((order, classes))] = np.arange(len(classes)) % count
         return folds
     _, first, unit = np.unique(groups, return_index=True, return_inverse=True)
-    rows = np.zeros((len(first), int(classes.max()) + 1))
+    rows = np.zeros((len(first), int(classes.max()) + 1), dtype=np.int64)
     np.add.at(rows, (unit, classes), 1)
-    shares = rows / np.maximum(rows.sum(axis=0), 1)
-    held_shares, held_rows = np.zeros((count, shares.shape[1])), np.zeros(count)
+    # sums of whole numbers: rounded ones would break ties otherwise on another machine
+    shares = rows * WHOLE_SHARE // np.maximum(rows.sum(axis=0), 1)
+    held_shares = np.zeros((count, rows.shape[1]), dtype=np.int64)
+    held_rows = np.zeros(count, dtype=np.int64)
     fold_of_unit = np.zeros(len(first), dtype=np.int64)
     for one in np.lexsort((order[first], -rows.sum(axis=1))):
         fold = np.lexsort((held_rows, held_shares @ shares[one]))[0]

@@ -6,6 +6,7 @@ every backbone group.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -109,13 +110,19 @@ class TargetStage:
 
     @property
     def key(self) -> str:
-        fold = [self.spec.folds, self.spec.fold]
         return spec_hash(
             data_key(self.spec.data),
             self.splits.fingerprint,
             *([self.against] if self.against else []),
-            *([fold] if self.spec.folds else []),
+            *([self._fold_key] if self.spec.folds else []),
         )
+
+    @property
+    def _fold_key(self) -> list[Any]:
+        """What identifies the fold: its rows too, since folds have nearly equal numbers of them."""
+        test = self.splits.test
+        rows = test.ids(np.arange(len(test))).astype("<i8").tobytes()
+        return [self.spec.folds, self.spec.fold, hashlib.sha256(rows).hexdigest()]
 
     @property
     def name_in_job(self) -> str:

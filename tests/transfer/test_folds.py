@@ -145,8 +145,11 @@ def test_keys_of_targets_without_folds_are_what_they_were(toy):
     assert grid.expand_folds(job) is job
     stage = stages.check(job, Silent()).targets["task"]
     assert stage.key == spec_hash(data_key(stage.spec.data), stage.splits.fingerprint)
-    keys = {one.key for one in stages.check(job_of(toy), Silent()).targets.values()}
-    assert len(keys) == 3, "folds have rows of equal number, and other ones"
+    of_folds = list(stages.check(job_of(toy), Silent()).targets.values())
+    assert len({one.key for one in of_folds}) == 3, "folds have rows of equal number"
+    first, second, _ = of_folds
+    cut_otherwise = replace(first, splits=replace(first.splits, test=second.splits.test))
+    assert cut_otherwise.key != first.key, "the same fold of other rows"
 
 
 @pytest.mark.parametrize(
