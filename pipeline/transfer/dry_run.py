@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from pipeline.config.schema import FULL, Train
 from pipeline.core.contracts import trains
 from pipeline.core.contracts.technique_capabilities import adapts_without_labels
-from pipeline.data.plan import Plan
 from pipeline.report.code_versions import OTHER, describe_changes
 from pipeline.train import source
 from pipeline.train.experiment import technique_of
 from pipeline.transfer import budget, grid, stages
 from pipeline.transfer.stages import JobState
-from pipeline.transfer.targets import TargetStage
+from pipeline.transfer.targets import TargetStage, planned_steps
 
 
 def describe(state: JobState) -> list[str]:
@@ -51,7 +50,7 @@ def _describe_source(name: str, stage: source.SourceStage) -> str:
         done = f"{done}, {OTHER}: {changed}; it is used as it is"
     if stage.splits is None:
         return f"source {name}: {spec.init or spec.backbone} [{done}]"
-    steps = _steps(spec.train, len(stage.splits.train), stage.packed)
+    steps = planned_steps(spec.train, len(stage.splits.train), stage.packed)
     length = f"{spec.train.epochs or 1:g} epochs in steps"
     if isinstance(steps, int):
         length = f"{steps} steps"
@@ -123,7 +122,7 @@ def _describe_target(
         rows = stage.labelled(fraction) if fraction else stage.rows_without_labels
         batch = min(stage.spec.train.global_batch, rows)
         train = stage.spec.train.model_copy(update={"global_batch": batch})
-        steps = _steps(train, rows, stage.packed)
+        steps = planned_steps(train, rows, stage.packed)
         length = f"{train.epochs or 1:g} epochs"
         if isinstance(steps, int):
             length = f"{steps} steps"
@@ -201,21 +200,6 @@ def _evidence(stage: TargetStage) -> list[str]:
         else f"too few to tell anything: a verdict needs {test.least} in test"
     )
     return [f"target {stage.name}, {test.what}: {counts}; {enough}"]
-
-
-def _steps(train: Train, rows: int, packed: bool) -> int | str:
-    """Return the steps of a run, or a text where they are not known yet.
-
-    Only the run finds out into how many rows documents are packed, and how many batches by cost
-    there are.
-    """
-    if train.steps is not None:
-        return train.steps
-    if packed:
-        return "after packing"
-    if train.batch_cost is not None:
-        return "after sorting"
-    return Plan(rows, 0, train.global_batch).steps(train.epochs or 1.0)
 
 
 def _size(train: Train) -> str:

@@ -241,7 +241,13 @@ def _budget_problems(job: Job, target: TargetStage) -> list[str]:
     """Return what keeps a budget from being spent on a target."""
     if job.fanout.budget is None:
         return []
-    place, steps = f"targets.{target.name}", target.spec.train.steps
+    place, train = f"targets.{target.name}", target.spec.train
+    rows = min(map(target.labelled, target.spec.label_fractions))
+    steps = targets.planned_steps(
+        train.model_copy(update={"global_batch": min(train.global_batch, rows)}),
+        rows,
+        target.packed,
+    )
     out = [
         f"{place}: techniques: {component.name} combines final trials, of which "
         "fanout.select.budget cuts some: leave the technique out, or the budget"
@@ -253,10 +259,13 @@ def _budget_problems(job: Job, target: TargetStage) -> list[str]:
             f"{place}: fanout.select.budget chooses by validation rows, and there are none: give "
             "data.validation_fraction, or leave the budget out"
         )
-    if steps is not None and steps < budget.LEAST_STEPS:
+    if isinstance(steps, int) and steps < budget.LEAST_STEPS:
+        length = f"steps: {steps}"
+        if train.steps is None:
+            length = f"epochs: {train.epochs or 1:g} of {rows} rows, so {steps} steps,"
         out.append(
-            f"{place}.train.steps: {steps} cannot be cut to {budget.RUNGS[0]}, which "
-            f"fanout.select.budget tries first: at least {budget.LEAST_STEPS}, or no budget"
+            f"{place}.train.{length} cannot be cut to {budget.RUNGS[0]}, which "
+            f"fanout.select.budget tries first: at least {budget.LEAST_STEPS} steps, or no budget"
         )
     return out
 

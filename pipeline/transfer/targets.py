@@ -24,6 +24,7 @@ from pipeline.config.schema import (
     Job,
     Source,
     Target,
+    Train,
     spec_hash,
 )
 from pipeline.core.capabilities import check_roles, finds_near_rows, ineffective_options
@@ -61,6 +62,7 @@ from pipeline.core.metrics import catalog
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
 from pipeline.data.manifests import Fold, Splits
+from pipeline.data.plan import Plan
 from pipeline.data.stream import Decoder, Rows
 from pipeline.io import file_identity, storage
 from pipeline.report import stats, subgroups
@@ -197,6 +199,21 @@ class TargetStage:
                 if c
             )
         )
+
+
+def planned_steps(train: Train, rows: int, packed: bool) -> int | str:
+    """Return the steps of a run, or a text where they are not known yet.
+
+    Only the run finds out into how many rows documents are packed, and how many batches by cost
+    there are.
+    """
+    if train.steps is not None:
+        return train.steps
+    if packed:
+        return "after packing"
+    if train.batch_cost is not None:
+        return "after sorting"
+    return Plan(rows, 0, train.global_batch).steps(train.epochs or 1.0)
 
 
 def stage(job: Job, name: str) -> TargetStage:

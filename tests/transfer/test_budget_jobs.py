@@ -308,14 +308,24 @@ def test_what_combines_final_trials_is_refused(tmp_path, bundles, paths):
         prepared(job)
 
 
-def test_steps_that_cannot_be_cut_are_refused(tmp_path, bundles, paths):
-    job = with_train(job_of(tmp_path, bundles, paths), steps=8)
-    with pytest.raises(
-        ValueError,
-        match=r"targets\.task\.train\.steps: 8 cannot be cut to 1/9, which "
-        r"fanout\.select\.budget tries first: at least 9, or no budget",
-    ):
+@pytest.mark.parametrize(
+    ("train", "length"),
+    [
+        ({"steps": 8}, "steps: 8"),
+        ({"steps": None}, "epochs: 1 of 36 rows, so 3 steps,"),
+        ({"steps": None, "epochs": 2.5}, "epochs: 2.5 of 36 rows, so 8 steps,"),
+    ],
+    ids=["steps", "one epoch", "epochs"],
+)
+def test_steps_that_cannot_be_cut_are_refused(tmp_path, bundles, paths, train, length):
+    """An epoch has 3 steps: 36 rows in batches of 12."""
+    job = with_train(job_of(tmp_path, bundles, paths), **train)
+    with pytest.raises(ValueError) as caught:
         prepared(job)
+    assert str(caught.value) == (
+        f"targets.task.train.{length} cannot be cut to 1/9, which fanout.select.budget tries "
+        "first: at least 9 steps, or no budget"
+    )
 
 
 def test_a_budget_of_null_is_none_and_changes_no_hash():
