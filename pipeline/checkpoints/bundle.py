@@ -340,6 +340,17 @@ class Bundle:
         task.load_state_dict(self.tensors)
         return task.eval()
 
+    def backbone(self) -> Backbone:
+        """Return the backbone, with a technique's modules where these are part of it.
+
+        Raises BundleError where the tensors are not its own.
+        """
+        if self.manifest.technique is not None:
+            return self.task().backbone
+        backbone = build_backbone(self.manifest.arch)
+        transfer(backbone, self.backbone_tensors(), self.uri)
+        return backbone.eval()
+
     def modality(self) -> Modality:
         """Return the modality as it was fitted."""
         return build_modality(self.manifest.modality)

@@ -29,12 +29,19 @@ def export_bundle(uri: str, output: str, kind: str, backbone_only: bool) -> str:
 
     Raises:
         ValueError: The kind or suffix is unknown, or an export exists already.
-        BundleError: The other library has no class for the bundle, or the export gives other
-            numbers than the bundle.
+        BundleError: The other library has no class for the bundle, a technique's modules are part
+            of its network, or the export gives other numbers than the bundle.
     """
     found = bundle.load(uri)
     if kind == "bundle":
         return _export_copy(found, output)
+    technique = found.manifest.technique
+    if technique is not None and kind in ("hugging-face", "state-dict"):
+        raise bundle.BundleError(
+            f"{uri} was fine-tuned with {technique['name']}, whose modules are part of its "
+            f"network, so it is no {found.manifest.arch.name} that another library could open: "
+            "`onetomany predict` reads it, --kind bundle copies it; or export another technique's"
+        )
     if kind == "hugging-face":
         return _export_folder(found, output, backbone_only)
     if kind == "state-dict":

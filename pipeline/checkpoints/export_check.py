@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from pipeline.checkpoints import bundle, classifier_export, exported_classifier
+from pipeline.checkpoints import classifier_export, exported_classifier
 from pipeline.checkpoints.bundle import Bundle, BundleError
 from pipeline.core.capabilities import MakesRandomRows
 from pipeline.core.contracts import Backbone, Batch, Modality, Task
@@ -102,13 +102,6 @@ def _compare(ours: Tensor, theirs: Tensor, what: str, mask: Tensor | None = None
     return Comparison(float(difference), float(ours.abs().max()), ROWS, what)
 
 
-def _backbone(found: Bundle) -> Backbone:
-    """Return the bundle's backbone in evaluation mode."""
-    backbone = bundle.build_backbone(found.manifest.arch)
-    bundle.transfer(backbone, found.backbone_tensors(), found.uri)
-    return backbone.eval()
-
-
 def _features(backbone: Backbone, batch: Batch) -> Tensor:
     """Return a backbone's pooled features."""
     return backbone(batch).pooled.float()
@@ -145,9 +138,9 @@ def compare_tensors(found: Bundle, tensors: dict[str, Tensor]) -> Comparison:
     same = f"all {len(found.tensors)} tensors are the same bit for bit"
     if batch is None:
         return Comparison(0.0, 0.0, 0, same)
-    twin = bundle.build_backbone(found.manifest.arch)
-    twin.load_state_dict(Bundle(found.uri, found.manifest, tensors).backbone_tensors())
-    return _compare(_features(_backbone(found), batch), _features(twin.eval(), batch), "features")
+    twin = Bundle(found.uri, found.manifest, tensors)
+    ours, theirs = (_features(one.backbone(), batch) for one in (found, twin))
+    return _compare(ours, theirs, "features")
 
 
 @torch.no_grad()
@@ -200,7 +193,7 @@ def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparis
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         if plain:
             theirs = model.forward_head(model.forward_features(batch["image"]), pre_logits=True)
-            return _compare(_features(_backbone(found), batch), theirs, "features")
+            return _compare(_features(found.backbone(), batch), theirs, "features")
         ours = logits(found.task(), batch)
         assert ours is not None
         return _compare(ours, model(batch["image"]), "scores")
@@ -212,7 +205,7 @@ def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparis
     task = None if plain else found.task()
     ours = logits(task, batch) if task is not None else None
     if ours is None:
-        backbone = task.backbone if task is not None else _backbone(found)
+        backbone = task.backbone if task is not None else found.backbone()
         features = backbone(batch, want=("tokens",))
         assert features.tokens is not None
         return _compare(

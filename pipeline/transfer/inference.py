@@ -306,8 +306,7 @@ def embed(
         ValueError: A column is missing or has another type than the bundle reads.
     """
     found = bundle.load(uri)
-    modality, backbone = found.modality(), bundle.build_backbone(found.manifest.arch)
-    bundle.transfer(backbone, found.backbone_tensors(), uri)
+    modality, backbone = found.modality(), found.backbone()
     name = found.manifest.objective.name
     objective = Objective if name == "none" else registry.get("objective", name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from toys import (
     image_files,
     image_rows,
     job_of,
+    kill_at,
     label_state,
     make_run,
     net_task,
@@ -24,12 +26,12 @@ from toys import (
     weights,
 )
 
-from pipeline.checkpoints import bundle
+from pipeline.checkpoints import bundle, export
 from pipeline.config import registry
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Task, layer_rates
 from pipeline.core.nn.filter_maps import change_filters
-from pipeline.core.specs import ModalitySpec
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.techniques.bottleneck import Adapter, BottleneckTask
 from pipeline.train import loop, source
 from pipeline.transfer import trial
@@ -166,6 +168,28 @@ def test_every_adapter_is_reached(name, modules):
     torch.testing.assert_close(scores(task, batch), together, rtol=1e-4, atol=1e-5)
     alone = torch.cat([scores(task, take(rows, [i])) for i in range(4)])
     torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-3)
+
+
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
+    task, rows = classified(KINDS["image"])
+
+    def run(folder):
+        return make_run(
+            rows,
+            wrapped(copy.deepcopy(task)),
+            steps=6,
+            technique=bottleneck(),
+            lr=0.01,
+            checkpoint_every_steps=2,
+            checkpoints=str(tmp_path / folder),
+        )
+
+    whole, first = run("whole"), run("parts")
+    loop.fit(whole)
+    kill_at(first, 5)
+    again = run("parts")
+    assert loop.fit(again).resumed_from == 4
+    assert not moved(weights(whole.task), weights(again.task))
 
 
 def test_it_takes_objectives_that_read_more_than_pooled_features():
@@ -309,3 +333,26 @@ def test_a_trial_s_bundle_gives_what_was_recorded_and_is_refused_as_a_source(tmp
     next_job = Job.model_validate({**job.model_dump(mode="json"), "sources": {"next": spec}})
     with pytest.raises(ValueError, match=r"sources\.next: bundle:.* fine-tuned with bottleneck"):
         source.stage(next_job, "next")
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "head_to_toe", "side_tuning"])
+def test_networks_with_modules_of_a_technique_are_copied_and_no_other_library_s(name, tmp_path):
+    arch = Architecture("timm/test_vit", {}, IMAGE)
+    head = ObjectiveSpec("classification", {}, label_state())
+    spec = ModalitySpec("image", {"size": 32}, {"mean": [0.5] * 3, "std": [0.2] * 3})
+    uri, copied = str(tmp_path / "bundle"), str(tmp_path / "copy")
+    task = registry.get("technique", name)().wrap(bundle.build_task(arch, head, 0))
+    wake_adapters(task)
+    bundle.save(uri, task, spec, technique={"name": name, "options": {}})
+    export.export_bundle(uri, copied, "bundle", False)
+    batch = take(image_rows(4, size=32, channels=3), range(4))
+    with torch.no_grad():
+        features = [
+            one.eval()(batch).pooled for one in (task.backbone, bundle.load(copied).backbone())
+        ]
+    assert torch.equal(*features)
+    message = rf"fine-tuned with {name}, whose .*--kind bundle copies it"
+    for kind in ("hugging-face", "state-dict"):
+        for backbone_only in (False, True):
+            with pytest.raises(bundle.BundleError, match=message):
+                export.export_bundle(uri, str(tmp_path / "out.pt"), kind, backbone_only)
