@@ -719,11 +719,10 @@ class Target(Spec):
         None,
         ge=2,
         exclude_if=lambda folds: folds is None,  # a target without any has the key it always had
-        description="cross-validation: the rows are cut in so many folds (no group is in two, "
-        "equal shares of each class), and each is the test split of trials of its own, which "
-        "search and choose by validation_fraction of their other rows. Every row is tested once "
-        "with each seed, and report and comparisons take all of them; data then declare no "
-        "validation or test rows",
+        description="k-fold cross-validation with k = this number: stratified by class, and groups "
+        "stay together. Each fold is the test split once, of trials of its own, which search and "
+        "choose by validation_fraction of their other rows. Report and comparisons take the test "
+        "rows of all folds; data then declare no validation or test rows",
     )
     fold: int | None = Field(
         None,

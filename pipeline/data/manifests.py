@@ -767,7 +767,8 @@ def _splits(
     if fold is not None:
         tested = _is_in_fold(train, data, roles, at, fold)
         given["test"], train = train.keep(tested), train.keep(~tested)
-        alike = ", with equal shares of each class" if "label" in roles else ""
+        share = "as equal as its groups allow" if data.group else "equal"
+        alike = f", with shares of each class {share}" if "label" in roles else ""
         origin.append(
             f"test: each of {fold.of} folds by hash of {data.group or 'the row'}{alike}{seed}"
         )

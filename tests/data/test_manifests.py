@@ -650,7 +650,8 @@ def test_each_row_is_tested_in_one_fold(tmp_path, split, group):
         assert np.ptp(counts) <= (0 if group is None else 2), counts
     assert len({part.origin for part in parts}) == 1, "folds are one target in a table"
     assert len({tuple(numbers(part.validation)) for part in parts}) == 5
-    assert all("with equal shares of each class" in part.origin for part in parts)
+    shares = "equal" if group is None else "as equal as its groups allow"
+    assert all(f", with shares of each class {shares}" in part.origin for part in parts)
     assert numbers(by(1).test) == numbers(parts[0].test) != numbers(by(1, split_seed=1).test)
 
 
