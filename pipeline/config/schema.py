@@ -889,7 +889,8 @@ class Select(Spec):
     @model_validator(mode="after")
     def _chooses(self):
         if self.top is None and self.budget is None:
-            _refuse([(("top",), "null keeps every source: leave select out, or give a budget")])
+            why = "null keeps every source, so select does nothing: remove it, or set budget"
+            _refuse([(("top",), why)])
         return self
 
 

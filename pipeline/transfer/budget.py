@@ -32,7 +32,9 @@ COMPARED = 2
 """Pairs that are at least compared with all steps."""
 LEAST_STEPS = RUNGS[0].denominator
 MANY_STEPS = 10_000
-"""Steps that a technique is asked about, to see how many times as many it takes."""
+"""A large number of steps: ``technique.steps(MANY_STEPS) / MANY_STEPS`` is how many times the
+target's steps a technique trains.
+"""
 
 
 class BudgetError(ValueError):
@@ -388,11 +390,13 @@ def places_among_sources(measured: Mapping[Pair, float]) -> dict[Pair, float]:
 def order(measured: Mapping[Pair, float], learned: Learned) -> list[Pair]:
     """Return pairs by short runs, the best first.
 
+    1. The pair with the largest value.
+    2. The best source of each technique, then the second best of each, and so on. Among those,
+       techniques that did well on earlier targets come first, and then larger values.
+
     Each technique ranks its sources by the sum of three places: the pair's own among them, the mean
     place of its source over all techniques, and that on earlier targets. One short run is noisy,
-    and sources differ more lastingly. The first source of every technique comes before any second.
-    Among those, techniques that did well on earlier targets come first, and then larger values.
-    The pair with the largest value comes first of all.
+    and sources differ more lastingly.
 
     Args:
         measured: Pair to its value, larger is better.

@@ -268,7 +268,7 @@ def test_a_budget_that_does_not_do_is_refused_before_anything_runs(tmp_path, bun
         ),
         (
             {"select": {"top": None}},
-            "null keeps every source: leave select out, or give a budget",
+            "null keeps every source, so select does nothing: remove it, or set budget",
         ),
     ],
     ids=["search", "top"],
