@@ -953,6 +953,15 @@ class Fanout(Spec):
             "states stay as they are, and the first draw is the job's own settings",
         )
     )
+    searcher: Literal["random", "optuna"] = Field(
+        "random",
+        # hashes of jobs are those from before there was a choice
+        exclude_if=lambda value: value == "random",
+        description="random: settings are drawn independently of each other; optuna: the first "
+        "quarter of them, and each further quarter is proposed by Optuna's tree-structured Parzen "
+        "estimator from what the entry's earlier trials reached on validation (extra optuna); the "
+        "same ranges, and no more trials",
+    )
     search_finalists: Finalists = Field(
         default_factory=lambda: Finalists.model_validate({}),
         description="the best few draws of a search are tried again with further seeds before one "
@@ -1028,11 +1037,19 @@ class Fanout(Spec):
             problems.append((("search",), "search needs trials above 1, e.g. trials: 8"))
         if self.trials == 1:
             nothing = "trials is 1, so that nothing is drawn"
-            problems += _unused_field_problems(self, ["search_finalists"], (), nothing)
+            problems += _unused_field_problems(self, ["search_finalists", "searcher"], (), nothing)
             problems += _unused_field_problems(
                 self, ["scheduler"], (), f"{nothing}, and asha stops draws alone"
             )
-        elif self.budget is not None:
+        if self.searcher == "optuna" and self.scheduler == "asha":
+            problems.append(
+                (
+                    ("searcher",),
+                    "optuna learns from trials that ran to their end, and asha stops some: say "
+                    "scheduler fifo, or searcher random",
+                )
+            )
+        if self.trials > 1 and self.budget is not None:
             problems.append(
                 (
                     ("select", "budget"),

@@ -5,7 +5,7 @@ The id of a trial is a hash of its content.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
+from pipeline.config.registry import Options
 from pipeline.config.schema import ComponentConfig, Job, Target, round_hyper_parameter, spec_hash
 from pipeline.core.contracts import Technique, trains
 from pipeline.core.contracts.objective_capabilities import (
@@ -48,6 +49,8 @@ read the test rows, have none of these seeds.
 """
 OPTION = "technique."
 """Prefix of a drawn option of a technique among the hyper-parameters: ``technique.layer_decay``."""
+SEARCH = 0x5EA7C4
+"""Part of the seed of a search."""
 Fraction = float | int
 
 
@@ -214,38 +217,91 @@ def draws(
     Returns:
         The draws; ``[{}]`` where there is nothing to search.
     """
-    fan = job.fanout
-    if fan.trials == 1:
+    space = search_space(job, target, technique, in_memory)
+    if not space.values:
         return [{}]
-    if fan.search != "auto":
-        generator = np.random.default_rng(mix(job.seed, 0x5EA7C4))
-        return [
-            {
-                name: round_hyper_parameter(name, _drawn(values, len(values) == 2, generator))
-                for name, values in sorted(fan.search.items())
-            }
-            for _ in range(fan.trials)
-        ]
-    space = _declared_space(technique)
-    used = technique_of(technique)
-    if in_memory and is_solved(target, used):
-        space.pop("lr", None)  # a solver has none
-    elif selects_features(used):
-        space = {name: values for name, values in space.items() if name == "lr"}
-    if not space:
-        return [{}]
-    generator = np.random.default_rng(mix(job.seed, 0x5EA7C4, int(spec_hash(technique), 16)))
-    out: list[dict[str, Any]] = [{}]
-    for _ in range(fan.trials - 1):
-        draw: dict[str, Any] = {}
-        for name, values in sorted(space.items()):
-            value = _drawn(values, _is_range(values), generator)
-            if name == "lr":
-                draw[name] = round_hyper_parameter(name, value * target.train.lr)
-            else:
-                draw[OPTION + name] = float(f"{value:.6g}") if isinstance(value, float) else value
-        out.append(draw)
+    generator = np.random.default_rng(space.seed)
+    out: list[dict[str, Any]] = [] if space.is_stated else [{}]
+    while len(out) < job.fanout.trials:
+        drawn = {
+            name: _drawn(values, space.is_range(name), generator)
+            for name, values in sorted(space.values.items())
+        }
+        out.append(space.setting(drawn))
     return out
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is searched of a technique on a target."""
+
+    values: Mapping[str, Sequence[Any]]
+    """Name to the ends of a range, or to choices; {}: nothing is searched."""
+    is_stated: bool
+    """Whether the job states them, for fields of ``train``. Else the technique declares them."""
+    lr: float
+    """The target's learning rate."""
+    options: Options
+    """Those of the technique, as the job has them."""
+    seed: int
+
+    def is_range(self, name: str) -> bool:
+        """Return whether values are the ends of a range, not choices."""
+        values = self.values[name]
+        return len(values) == 2 if self.is_stated else _is_range(values)
+
+    def setting(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
+        """Return drawn values as the hyper-parameters of a trial, rounded."""
+        out: dict[str, Any] = {}
+        for name, value in drawn.items():
+            if self.is_stated:
+                out[name] = round_hyper_parameter(name, value)
+            elif name == "lr":
+                out[name] = round_hyper_parameter(name, value * self.lr)
+            else:
+                out[OPTION + name] = float(f"{value:.6g}") if isinstance(value, float) else value
+        return out
+
+    def drawn(self, setting: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values that hyper-parameters come from, in the range; of choices the place.
+
+        What a setting leaves to the job has the job's value. That is left out where it does not lie
+        in the range or is none of the choices.
+        """
+        own = {} if self.is_stated else {**dict(self.options), "lr": 1.0}
+        out: dict[str, Any] = {}
+        for name, values in self.values.items():
+            ((key, _),) = self.setting({name: values[0]}).items()
+            if not self.is_range(name):
+                choices = [self.setting({name: value})[key] for value in values]
+                value = setting.get(key, own.get(name))
+                if value in choices:
+                    out[name] = choices.index(value)
+                continue
+            low, high = values
+            if key in setting:
+                scale = self.lr if name == "lr" and not self.is_stated else 1.0
+                out[name] = min(max(setting[key] / scale, low), high)  # rounded, it may lie outside
+            elif isinstance(value := own.get(name), int | float) and low <= value <= high:
+                out[name] = float(value)
+        return out
+
+
+def search_space(
+    job: Job, target: Target, technique: ComponentConfig, in_memory: bool = True
+) -> SearchSpace:
+    """Return what is searched of a technique on a target (`draws`)."""
+    fan, made = job.fanout, technique_of(technique)
+    if fan.search != "auto":
+        values, seed = fan.search if fan.trials > 1 else {}, mix(job.seed, SEARCH)
+        return SearchSpace(values, True, target.train.lr, made.options, seed)
+    declared = _declared_space(technique)
+    if in_memory and is_solved(target, made):
+        declared.pop("lr", None)  # a solver has none
+    elif selects_features(made):
+        declared = {name: values for name, values in declared.items() if name == "lr"}
+    seed = mix(job.seed, SEARCH, int(spec_hash(technique), 16))
+    return SearchSpace(declared, False, target.train.lr, made.options, seed)
 
 
 def _declared_space(technique: ComponentConfig) -> dict[str, Sequence[Any]]:

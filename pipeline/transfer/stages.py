@@ -45,6 +45,7 @@ from pipeline.transfer import (
     label_sets,
     measured_shift,
     overlap,
+    proposals,
     pruning,
     scoring,
     targets,
@@ -271,7 +272,12 @@ def _budget_problems(job: Job, target: TargetStage) -> list[str]:
 
 
 def _search_problems(job: Job, target: TargetStage) -> list[str]:
-    """Return what techniques declare to be searched and do not take themselves."""
+    """Return what techniques declare to be searched and do not take, or what the search lacks."""
+    if job.fanout.searcher == "optuna":
+        try:
+            proposals.library()
+        except ValueError as error:
+            return [str(error)]
     if job.fanout.search != "auto":
         return []
     return [
@@ -990,22 +996,52 @@ def _trial(
 
 
 def search_trials(
-    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+    state: JobState,
+    groups: list[BackboneGroup],
+    chosen: dict[str, set[str]],
+    records: Mapping[str, TrialRecord] | None = None,
 ) -> list[Trial]:
-    """Return a trial for every entry and draw; none of an entry where there is only one draw."""
+    """Return the search trials that are known so far (`proposals.search_trials`).
+
+    There are none of an entry where there is only one setting.
+
+    Args:
+        records: Id of a trial to its record; None: all that there are.
+    """
     if state.job.fanout.trials == 1:
         return []
+    found = _search_trials(state, groups, chosen, records or {})
+    if records is not None or state.job.fanout.searcher == "random":
+        return found
+    there: dict[str, TrialRecord] = {}
+    for _ in range(proposals.GENERATIONS - 1):
+        unread = [one.id for one in found if one.id not in there]
+        there |= trial.read_records(state.job.root, unread)
+        found = _search_trials(state, groups, chosen, there)
+    return found
+
+
+def _search_trials(
+    state: JobState,
+    groups: list[BackboneGroup],
+    chosen: dict[str, set[str]],
+    records: Mapping[str, TrialRecord],
+) -> list[Trial]:
     streamed = state.streamed
     if streamed is None:
         streamed = _read_metadata(state).get("streamed", [])
+    values = {one: validation_value(record) for one, record in records.items()}
     out: list[Trial] = []
     for name, entry in _entries(state, groups, chosen):
-        if not grid.needs_training(entry[2]):
-            continue
-        in_memory = f"{name}|{entry[0].key}" not in streamed
-        draws = grid.draws(state.job, state.job.targets[name], entry[2], in_memory)
-        if len(draws) > 1:
-            out += [_trial(state, name, entry, hyper, 0, "search") for hyper in draws]
+        if grid.needs_training(entry[2]):
+            out += proposals.search_trials(
+                state.job,
+                state.job.targets[name],
+                entry[2],
+                f"{name}|{entry[0].key}" not in streamed,
+                partial(_trial, state, name, entry, seed=0, stage="search"),
+                values,
+            )
     return out
 
 
@@ -1287,20 +1323,7 @@ def _run_search(
     Returns its trials, and entry to its winning draw.
     """
     job = state.job
-    search = search_trials(state, groups, chosen)
-    records = (
-        fanout.run(
-            "search",
-            search,
-            shared,
-            job.fanout,
-            state.progress,
-            _trials_to_remake(state, search, groups),
-            state.wait,
-        )
-        if search
-        else []
-    )
+    search, records = _run_draws(state, shared, groups, chosen)
     again = finalist_trials(state, groups, chosen, ranked_draws(search, records))
     if again:
         unpruned = job.fanout.model_copy(
@@ -1324,6 +1347,34 @@ def _run_search(
         )
         state.progress.note(f"warning: {state.notes[-1]}")
     return search, winners
+
+
+def _run_draws(
+    state: JobState, shared: Shared, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+) -> tuple[list[Trial], list[TrialRecord]]:
+    """Run every draw once, in generations where later ones follow from earlier trials.
+
+    Returns the trials and their records.
+    """
+    records: dict[str, TrialRecord] = {}
+    while True:
+        search = search_trials(state, groups, chosen, records)
+        waiting = [one for one in search if one.id not in records]
+        if not waiting:
+            return search, [records[one.id] for one in search]
+        records |= zip(
+            (one.id for one in waiting),
+            fanout.run(
+                "search",
+                waiting,
+                shared,
+                state.job.fanout,
+                state.progress,
+                _trials_to_remake(state, waiting, groups),
+                state.wait,
+            ),
+            strict=True,
+        )
 
 
 def _measure_shift_of_test(state: JobState, shared: Shared) -> None:

@@ -1,0 +1,301 @@
+"""A search with Optuna: proposals follow from the validation values and the seed alone, lie in
+their ranges, and find a planted optimum better than random draws.
+"""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import stage_runs
+from pydantic import ValidationError
+from toys import image_files
+
+from pipeline.config.registry import Options
+from pipeline.config.schema import ComponentConfig, Fanout, Job, spec_hash
+from pipeline.io import storage
+from pipeline.transfer import dry_run, grid, proposals, stages
+
+LOW, HIGH = 1e-4, 1e-1
+
+
+def make(setting: dict):
+    return SimpleNamespace(id=json.dumps(setting, sort_keys=True), hyper_parameters=setting)
+
+
+def job_of(fanout: dict, technique: str | dict = "full") -> Job:
+    data = {"train": "a", "validation": "b", "test": "c", "modality": "image"}
+    return Job.model_validate(
+        {
+            "name": "toy",
+            "sources": {"a": {"backbone": "bundle:a"}},
+            "targets": {
+                "task": {"data": data, "objective": "classification", "train": {"lr": 0.01}}
+            },
+            "techniques": [technique],
+            "fanout": {"searcher": "optuna", "trials": 16, **fanout},
+        }
+    )
+
+
+def known(job: Job, values: dict, technique: str | dict = "full") -> list[dict]:
+    component = ComponentConfig.model_validate(technique)
+    found = proposals.search_trials(job, job.targets["task"], component, True, make, values)
+    return [one.hyper_parameters for one in found]
+
+
+def searched(job: Job, value, technique: str | dict = "full") -> tuple[list[dict], list[int]]:
+    """The settings of a whole search and how many each generation had."""
+    values, sizes = {}, []
+    while len(found := known(job, values, technique)) > len(values):
+        sizes.append(len(found) - len(values))
+        values = {make(one).id: value(one) for one in found}
+    return found, sizes
+
+
+def bowl(at: dict[str, float]):
+    """Largest, 0, at one value of each name, on a logarithmic scale from `LOW` to `HIGH`."""
+
+    def value(setting: dict) -> float:
+        return -sum(
+            (math.log(setting[name] / best) / math.log(HIGH / LOW)) ** 2
+            for name, best in at.items()
+        )
+
+    return value
+
+
+RATE = {"search": {"lr": [LOW, HIGH]}}
+
+
+# ---------------------------------------------------------------- generations
+
+
+@pytest.mark.parametrize(
+    ("trials", "sizes"), [(2, [1, 1]), (4, [1] * 4), (10, [3, 3, 2, 2]), (16, [4] * 4)]
+)
+def test_there_are_as_many_settings_as_random_draws_in_four_generations(trials, sizes):
+    job = job_of({**RATE, "trials": trials})
+    found, counted = searched(job, bowl({"lr": 1e-2}))
+    drawn = grid.draws(job, job.targets["task"], ComponentConfig(name="full"))
+    assert counted == sizes and len(found) == len(drawn) == trials
+    assert found[: sizes[0]] == drawn[: sizes[0]] and found[sizes[0] :] != drawn[sizes[0] :]
+
+
+def test_a_generation_waits_for_every_trial_of_the_earlier_ones():
+    job = job_of(RATE)
+    whole, _ = searched(job, bowl({"lr": 1e-2}))
+    values = {make(one).id: bowl({"lr": 1e-2})(one) for one in whole}
+    for place in range(16):
+        some = {key: value for key, value in values.items() if key != make(whole[place]).id}
+        assert known(job, some) == whole[: 4 * (place // 4 + 1)]
+
+
+@pytest.mark.parametrize("changed", [0.5, -7.0, None])
+def test_the_same_values_give_the_same_proposals_and_others_do_not(changed):
+    job = job_of({"search": "auto"})
+
+    def value(setting):
+        return math.sin(100 * sum(setting.values()))
+
+    whole, _ = searched(job, value)
+    values = {make(one).id: value(one) for one in whole}
+    proposals._ask.cache_clear()  # as in a new process
+    assert known(job, values) == whole and whole[0] == {}
+    for place in (0, 5, 9):
+        other = values | {make(whole[place]).id: changed}
+        until = 4 * (place // 4 + 1)
+        assert known(job, other)[:until] == whole[:until] != known(job, other)
+    # a value of the last generation decides nothing
+    assert known(job, values | {make(whole[15]).id: changed}) == whole
+    assert searched(job.model_copy(update={"seed": 1}), value)[0][1:] != whole[1:]
+
+
+def test_a_search_goes_on_where_every_trial_failed():
+    found, sizes = searched(job_of(RATE), lambda setting: None)
+    assert sizes == [4] * 4 and len({one["lr"] for one in found}) == 16
+
+
+def test_random_draws_wait_for_nothing_and_nothing_to_search_is_no_trial():
+    job = job_of({**RATE, "searcher": "random"})
+    component = ComponentConfig(name="full")
+    assert known(job, {}) == grid.draws(job, job.targets["task"], component)
+    probe = job_of({"search": "auto"})
+    assert known(probe, {}, "linear_probe") == [], "its head is solved, and there is no rate"
+
+
+# ---------------------------------------------------------------- ranges
+
+
+def test_proposals_lie_in_the_ranges_and_choices_that_techniques_declare():
+    job = job_of({"search": "auto", "trials": 32})
+    for technique in ("full", "lora", "lp_ft"):
+        # the best settings lie at an end of their range
+        found, _ = searched(job, lambda setting: sum(setting.values()), technique)
+        space = grid.technique_of(ComponentConfig(name=technique)).search_space()
+        assert found[0] == {} and len(found) == 32
+        for name, values in space.items():
+            key, scale = (name, 0.01) if name == "lr" else (grid.OPTION + name, 1.0)
+            drawn = [one[key] / scale for one in found[1:]]
+            if grid._is_range(values):
+                assert min(drawn) >= values[0] * (1 - 1e-5), (technique, name)
+                assert max(drawn) <= values[1] * (1 + 1e-5), (technique, name)
+            else:
+                assert set(drawn) <= set(values)
+
+
+def test_stated_whole_numbers_and_choices_are_taken_by_train():
+    search = {"global_batch": [8, 64], "weight_decay": [0.0, 0.1, 0.5], "lr": [LOW, HIGH]}
+    first, last = [], []
+    for seed in range(8):
+        job = job_of({"search": search, "trials": 24}).model_copy(update={"seed": seed})
+        found, _ = searched(job, lambda one: one["global_batch"] - 500 * one["weight_decay"])
+        assert all(isinstance(one["global_batch"], int) for one in found)
+        assert all(8 <= one["global_batch"] <= 64 for one in found)
+        assert {one["weight_decay"] for one in found} <= {0.0, 0.1, 0.5}
+        first, last = [*first, *found[:6]], [*last, *found[18:]]
+
+    def means(settings: list[dict]) -> tuple[float, ...]:
+        best = [one["weight_decay"] == 0.0 for one in settings]
+        return float(np.mean(best)), float(np.mean([one["global_batch"] for one in settings]))
+
+    assert means(last)[0] > means(first)[0] + 0.1 and means(last)[1] > means(first)[1] + 3, (
+        "it has learned which choice and which end are best"
+    )
+
+
+def test_settings_of_few_choices_are_not_tried_twice():
+    found, sizes = searched(job_of({"search": {"lr": [0.001, 0.01, 0.1]}}), bowl({"lr": 0.01}))
+    assert sorted(one["lr"] for one in found) == sorted({one["lr"] for one in found})
+    assert sum(sizes) == len(found) <= 3
+
+
+class Choosy(Options):
+    weight: float = 0.1
+    mode: str = "b"
+    far: float = 50.0
+    none: float | None = None
+
+
+def test_the_jobs_own_settings_count_where_they_lie_in_the_ranges():
+    """lr relative to the target's; 50 is outside of its range, and none is no number."""
+    values = {
+        "lr": (0.1, 10.0),
+        "weight": (0.01, 1.0),
+        "mode": ("a", "b"),
+        "far": (0.1, 1.0),
+        "none": (0.1, 1.0),
+    }
+    space = grid.SearchSpace(values, False, 0.02, Choosy(), 0)
+    assert space.drawn({}) == {"lr": 1.0, "weight": 0.1, "mode": 1}
+    drawn = {"lr": 0.3, "weight": 0.05, "mode": "a", "far": 0.2, "none": 0.7}
+    setting = space.setting(drawn)
+    assert setting["lr"] == 0.006 and setting["technique.mode"] == "a"
+    assert space.drawn(setting) == pytest.approx({**drawn, "mode": 0})
+    assert space.drawn({"lr": 0.02 * 10.000004})["lr"] == 10.0, "rounded past the end"
+
+
+# ---------------------------------------------------------------- what it finds
+
+
+def test_a_planted_optimum_is_found_better_than_by_random_draws():
+    """Mean and number of seeds with a smaller distance to the optimum, with as many trials."""
+    search = {"lr": [LOW, HIGH], "weight_decay": [LOW, HIGH]}
+    found, drawn = [], []
+    for seed in range(20):
+        job = job_of({"search": search, "trials": 24}).model_copy(update={"seed": seed})
+        value = bowl({"lr": 5e-4, "weight_decay": 3e-2})
+        random = grid.draws(job, job.targets["task"], ComponentConfig(name="full"))
+        found.append(-max(map(value, searched(job, value)[0])))
+        drawn.append(-max(map(value, random)))
+    assert np.mean(found) < 0.5 * np.mean(drawn), (found, drawn)
+    assert sum(np.array(found) < np.array(drawn)) >= 14
+
+
+# ---------------------------------------------------------------- a job
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    paths = image_files(folder, {"train": 36, "validation": 18, "test": 18})
+    return stage_runs.saved_vit(folder / "a", 1), paths
+
+
+def toy_job(folder, toy, **fan) -> Job:
+    bundle, paths = toy
+    return stage_runs.job_of(
+        folder,
+        {"a": bundle},
+        paths,
+        techniques=("scratch", "full"),
+        **{
+            "seeds": 1,
+            "trials": 4,
+            "searcher": "optuna",
+            "search": {"lr": [LOW, HIGH]},
+            "search_finalists": {"top": 1},
+            **fan,
+        },
+    )
+
+
+def test_a_job_that_was_killed_goes_on_with_the_settings_that_it_had(tmp_path, toy, monkeypatch):
+    ran = stage_runs.trials_in_this_process(monkeypatch)
+    whole = toy_job(tmp_path / "whole", toy)
+    _, rows = stage_runs.run_through(whole)
+    expected = list(ran)
+    assert len(expected) == len(set(expected)) == 2 * 4 + 2
+    assert all(done for _, done in stages.trial_status(stage_runs.prepared(whole)))
+    found = {row.drawn for row in rows if row.trial_stage == "search" and row.source == "a"}
+    assert len(found) == 4 and all(LOW <= json.loads(one)["lr"] <= HIGH for one in found)
+    assert sorted(map(str, stages.current(stage_runs.prepared(whole)))) == sorted(map(str, rows))
+
+    for one in expected[5:]:  # it was killed when the second of its third generation had begun
+        storage.remove_tree(storage.join(whole.root, "trials", one))
+    assert stages.trial_status(stage_runs.prepared(whole)) == [], "the search is not through"
+    proposals._ask.cache_clear()
+    ran.clear()
+    _, again = stage_runs.run_through(whole)
+    assert ran == expected[5:]
+    assert [(one.trial_id, one.drawn) for one in again] == [(r.trial_id, r.drawn) for r in rows]
+
+
+def test_a_dry_run_counts_no_more_than_for_random_draws(tmp_path, toy):
+    def said(searcher: str) -> str:
+        job = toy_job(tmp_path, toy, searcher=searcher)
+        lines = dry_run.describe(stage_runs.prepared(job))
+        return next(line for line in lines if line.startswith("in all"))
+
+    assert said("optuna") == said("random") and "10 trials" in said("random")
+
+
+def test_without_optuna_a_job_is_refused_before_anything_starts(tmp_path, toy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ValueError) as error:
+        stage_runs.prepared(toy_job(tmp_path, toy))
+    assert str(error.value) == (
+        "fanout.searcher: optuna is not installed: uv sync --extra optuna, or say random"
+    )
+    stage_runs.prepared(toy_job(tmp_path, toy, searcher="random"))
+
+
+def test_jobs_without_it_have_the_hashes_that_they_had():
+    assert spec_hash(Fanout()) == "1c71ff19698f"
+    assert spec_hash(Fanout(trials=8, search="auto")) == "da1c2df1800f"
+    assert spec_hash(Fanout(trials=8, search="auto", searcher="optuna")) != "da1c2df1800f"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"trials": 1}, "trials is 1, so that nothing is drawn"),
+        ({**RATE, "trials": 8, "scheduler": "asha"}, "asha stops some: say scheduler fifo"),
+    ],
+    ids=["one trial", "asha"],
+)
+def test_what_it_does_not_go_with_is_refused(words, message):
+    with pytest.raises(ValidationError, match=message):
+        Fanout.model_validate({"searcher": "optuna", **words})
