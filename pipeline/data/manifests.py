@@ -570,6 +570,10 @@ class Fold(NamedTuple):
     number: int
     """From 1."""
     of: int
+    by_class: bool = True
+    """Whether the role ``label`` has classes, of which each fold gets an equal share; else it has
+    numbers.
+    """
 
 
 def splits(
@@ -686,12 +690,12 @@ def fold_of_rows(
 def _is_in_fold(
     selection: Selection, data: Data, roles: tuple[str, ...], at: str, fold: Fold
 ) -> np.ndarray:
-    """Return (n,) bool: whether a row is in a fold. Folds have equal shares of each class (role
-    ``label``).
+    """Return (n,) bool: whether a row is in a fold. Folds have equal shares of each class, where
+    the role ``label`` has classes.
 
     Raises ValueError where there are too few groups, or rows of a class, for so many folds.
     """
-    label = data.columns["label"] if "label" in roles else None
+    label = data.columns["label"] if fold.by_class and "label" in roles else None
     table = read_columns(selection, [name for name in (label, data.group) if name])
     group = table[data.group] if data.group else None
     groups = None if group is None else group_numbers(group)
@@ -768,7 +772,8 @@ def _splits(
         tested = _is_in_fold(train, data, roles, at, fold)
         given["test"], train = train.keep(tested), train.keep(~tested)
         share = "as equal as its groups allow" if data.group else "equal"
-        alike = f", with shares of each class {share}" if "label" in roles else ""
+        is_stratified = fold.by_class and "label" in roles
+        alike = f", with shares of each class {share}" if is_stratified else ""
         origin.append(
             f"test: each of {fold.of} folds by hash of {data.group or 'the row'}{alike}{seed}"
         )

@@ -230,7 +230,8 @@ def stage(job: Job, name: str) -> TargetStage:
     _check_spec(place, spec, chosen, modality, objective)
     roles = (*modality.roles, *objective.roles)
     imports = storage.join(job.root, "imports")
-    fold = Fold(spec.fold, spec.folds) if spec.fold and spec.folds else None
+    by_class = has_classes(objective)
+    fold = Fold(spec.fold, spec.folds, by_class) if spec.fold and spec.folds else None
     splits = manifests.splits(spec.data, roles, place, imports, need_test=True, fold=fold)
     unlabelled = _unlabelled(spec, modality, place, imports)
     try:

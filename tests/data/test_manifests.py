@@ -671,6 +671,25 @@ def test_too_few_groups_or_rows_of_a_class_for_the_folds_are_refused(tmp_path, s
     assert len(split(**fold, group="person").test) == 8
 
 
+def test_a_label_that_is_a_number_has_no_classes_to_share(tmp_path, split):
+    frame = people(0, 40)
+    frame["label"] = np.linspace(0, 1, 40)
+    write(tmp_path / "a.parquet", frame)
+    parts = [
+        split(
+            uri=str(tmp_path / "a.parquet"),
+            columns={"label": "label"},
+            roles=("label",),
+            need_test=True,
+            fold=m.Fold(number, 4, by_class=False),
+            validation_fraction=0.2,
+        )
+        for number in range(1, 5)
+    ]
+    assert sorted(row for part in parts for row in numbers(part.test)) == list(range(40))
+    assert not any("class" in part.origin for part in parts)
+
+
 def test_hash_splits_stay_when_other_options_change(tmp_path, split):
     write(tmp_path / "a.parquet", people(0, 1000), 100)
     uri = str(tmp_path / "a.parquet")
