@@ -102,7 +102,7 @@ class CTCOptions(Options):
 
 @register("objective", "ctc", options=CTCOptions)
 class CTC(Objective):
-    """A linear head on the frames of a recording, trained over all alignments of its transcript.
+    """Speech recognition with CTC: a linear head on frames, over all alignments of a transcript.
 
     Columns: ``transcript``, a text. Tensors: ``transcript`` (B, L) int32 label numbers, from 1
     on, and ``transcript_lengths`` (B,). Label 0 is the blank.

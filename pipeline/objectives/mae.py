@@ -38,7 +38,7 @@ class MAEOptions(Options):
 
 @register("objective", "mae", options=MAEOptions)
 class MAE(Objective):
-    """Predict the pixels of hidden patches from the visible ones, by a small decoder.
+    """Masked autoencoder pretraining: a small decoder predicts the pixels of hidden patches.
 
     The backbone reads the visible patches alone. The loss of a patch is its mean squared error
     over channels and pixels; patches count once each. Which patches are hidden follows from the

@@ -55,7 +55,7 @@ class Answers(NamedTuple):
 
 @register("objective", "qa", options=QAOptions)
 class QuestionAnswering(Objective):
-    """A linear head that scores each token as the answer's first and as its last (BERT).
+    """Extractive question answering: a linear head scores tokens as start and end (BERT).
 
     Columns: ``answers``, a text or a list of texts, all of them right; ``answer_start``, where
     each begins in the context, in characters; no answer: null, an empty text or an empty list.

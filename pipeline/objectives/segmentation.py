@@ -48,7 +48,9 @@ class SegmentationOptions(Options):
 
 @register("objective", "segmentation", options=SegmentationOptions)
 class Segmentation(Objective):
-    """The semantic branch of Panoptic FPN (Kirillov et al. 2019), one convolution a level.
+    """Semantic segmentation with the branch of Panoptic FPN (Kirillov et al. 2019).
+
+    It has one convolution a level.
 
     A feature pyramid whose levels are brought to the finest one and summed, then one convolution
     and a classifier, upsampled to the input.

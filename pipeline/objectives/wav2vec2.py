@@ -130,7 +130,7 @@ class Compared:
 
 @register("objective", "wav2vec2", options=Wav2Vec2Options)
 class Wav2Vec2Pretraining(Objective):
-    """Tell a hidden frame's own code from those of other hidden frames of the recording.
+    """wav2vec 2.0 pretraining: tell a hidden frame's code from those of other hidden frames.
 
     The context network predicts, at every hidden frame, the frame's own code (equation 3; equal
     codes are no distractors). Spans, distractors and Gumbel noise follow from the row's key. A

@@ -21,7 +21,7 @@ class BSSOptions(LayerOptions):
 
 @register("technique", "bss", options=BSSOptions)
 class BSS(Technique):
-    """Fine-tune everything and shrink the spectral components that transfer badly.
+    """Fine-tune everything and penalise the smallest singular values of the batch's features.
 
     The penalty is the sum of the squares of the smallest singular values of a batch's pooled
     features (B, D), times a weight (Chen et al. 2019, "Catastrophic forgetting meets negative

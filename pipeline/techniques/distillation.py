@@ -324,7 +324,7 @@ class CoTunedTask(TwoHeadedTask):
 
 @register("technique", "co_tuning", options=CoTuningOptions)
 class CoTuning(_KeepsHead):
-    """Fine-tune everything, and teach the source's head how its labels go with the classes.
+    """Fine-tune everything, the source's head too on the source labels that go with each class.
 
     The source's head stays beside the new one. While the new head is trained alone, the source's
     probabilities of the rows of each class are averaged (You et al. 2020, the direct approach, on

@@ -21,7 +21,7 @@ class FixMatchOptions(AdaptationOptions):
 
 @register("technique", "fixmatch", options=FixMatchOptions)
 class FixMatch(DomainAdaptation):
-    """Train a strongly changed row on the label that the network gives to it as it is.
+    """FixMatch: pseudo-labels from weakly augmented rows train strongly augmented ones.
 
     The weak view is the augmentation of the training rows, the strong one a random crop with
     colour jitter, grey, blur and solarisation (the paper has RandAugment and Cutout). Predictions

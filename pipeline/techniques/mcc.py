@@ -21,7 +21,7 @@ class MCCOptions(AdaptationOptions):
 
 @register("technique", "mcc", options=MCCOptions)
 class MCC(DomainAdaptation):
-    """Penalise that a batch of the target is torn between classes.
+    """Minimum class confusion: penalise the class confusion of a batch of the target.
 
     The confusion of two classes is the product of their probabilities over the batch; certain rows
     count more. Nothing is aligned, so the domains may have other shares of the classes, and with
