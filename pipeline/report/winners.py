@@ -169,7 +169,7 @@ def blocks_of(
     head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]
     text = (
         "For each target the network that is best on its validation rows; where these are few, "
-        "the choice is uncertain, and `onetomany advise` weighs all comparisons. Values on test "
+        "the choice is uncertain, and onetomany advise weighs all comparisons. Values on test "
         "rows and gains are means over its seeds, with 95 % intervals."
     )
     if in_folds & groups.keys():
