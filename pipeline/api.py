@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pipeline.report.advice import Advice
     from pipeline.report.matrix import MatrixEntry
     from pipeline.report.results import ResultRow
+    from pipeline.report.stats import RunPredictions
     from pipeline.train.progress import Progress
     from pipeline.transfer.stages import JobState
 
@@ -171,7 +172,7 @@ def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advic
     """
     from pipeline.report import advice
     from pipeline.report import results as results_table
-    from pipeline.transfer import grid, trial
+    from pipeline.transfer import grid
 
     stores: dict[str, advice.Store] = {}
     new: list[advice.NewTarget] = []
@@ -200,14 +201,21 @@ def advise(places: Sequence[Job | str], target: str | None = None) -> list[Advic
                 f"{root}: no {results_table.FILE} here; name a job that has run, its folder or "
                 f"its {results_table.FILE}"
             )
-        runs = {
-            row.trial_id: trial.read_predictions(root, row.trial_id, row.seed)
-            for row in rows
-            if row.trial_stage == "final" and row.split == "test" and row.status == "done"
-        }
-        found = {name: run for name, run in runs.items() if run is not None}
-        stores[root] = advice.Store(root, rows, found)
+        stores[root] = advice.Store(root, rows, _test_predictions(root, rows))
     return advice.advise(list(stores.values()), target, new)
+
+
+def _test_predictions(root: str, rows: Sequence[ResultRow]) -> dict[str, RunPredictions]:
+    """Return the predictions on test rows of each final trial that kept them, by its id."""
+    from pipeline.transfer import trial
+
+    tested = {
+        row.trial_id: row.seed
+        for row in rows
+        if row.trial_stage == "final" and row.split == "test" and row.status == "done"
+    }
+    runs = {name: trial.read_predictions(root, name, seed) for name, seed in tested.items()}
+    return {name: run for name, run in runs.items() if run is not None}
 
 
 def _root(place: Job | str) -> str:
@@ -238,7 +246,8 @@ def best_bundle(job: Job | str, target: str | None = None) -> str:
     from pipeline.report import winners
 
     root = _root(job)
-    return winners.find_bundle(root, results_table.read(root), target)
+    rows = results_table.read(root)
+    return winners.find_bundle(root, rows, _test_predictions(root, rows), target)
 
 
 def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:

@@ -16,12 +16,16 @@ from pipeline.report.blocks import (
     Value,
     format_interval,
 )
-from pipeline.report.matrix import SCRATCH, MatrixEntry
+from pipeline.report.matrix import LOSES, SCRATCH, WINS, EntryKey, MatrixEntry
 from pipeline.report.results import ResultRow
+from pipeline.report.stats import RunPredictions
 
 
 def winner(entries: Sequence[MatrixEntry]) -> MatrixEntry | None:
     """Return the network that is best on the target's validation rows, scratch among them.
+
+    What the comparisons have shown to be worse, after Holm's correction, is left out: a network
+    that loses against scratch, and the scratch network that another one wins against.
 
     A network of which a seed failed is left out where others have all of theirs: the mean of fewer
     seeds is noisier, and the largest of many means is often a noisy one.
@@ -33,7 +37,17 @@ def winner(entries: Sequence[MatrixEntry]) -> MatrixEntry | None:
     ]
     most = max((_finished(entry) for entry in validated), default=0.0)
     whole = [entry for entry in validated if _finished(entry) == most]
+    worse = _shown_to_be_worse(entries)
+    whole = [entry for entry in whole if entry.key not in worse] or whole
     return max(whole, key=lambda entry: entry.validation or 0.0, default=None)
+
+
+def _shown_to_be_worse(entries: Sequence[MatrixEntry]) -> set[EntryKey]:
+    found = {entry.key for entry in entries if entry.verdict == LOSES and entry.survives}
+    for entry in entries:
+        if entry.verdict == WINS and entry.survives:
+            found.update(entry.compared_with[:1])
+    return found
 
 
 def _finished(entry: MatrixEntry) -> float:
@@ -78,12 +92,18 @@ def _validations(entry: MatrixEntry, rows: Sequence[ResultRow]) -> list[ResultRo
     ]
 
 
-def find_bundle(root: str, rows: Sequence[ResultRow], target: str | None = None) -> str:
+def find_bundle(
+    root: str,
+    rows: Sequence[ResultRow],
+    runs: dict[str, RunPredictions],
+    target: str | None = None,
+) -> str:
     """Return the URI of the bundle of a job's best network for a target.
 
     Args:
         root: The folder of the job, for messages.
         rows: Its results table.
+        runs: Trial id to its predictions on the test rows.
         target: Name of the target; may be left out where the job has one.
 
     Raises:
@@ -100,7 +120,8 @@ def find_bundle(root: str, rows: Sequence[ResultRow], target: str | None = None)
     if name not in targets:
         raise ValueError(f"{root}: no target {name!r}; its targets are {', '.join(targets)}")
     of_target = [row for row in current if row.target == name]
-    entries, (pooled, _) = matrix.matrix_entries(of_target, {}), folds.pool(of_target, {})
+    entries = [one for one in matrix.matrix_entries(current, runs) if one.target == name]
+    pooled, _ = folds.pool(of_target, {})
     best = winner(entries)
     if best is None:
         raise ValueError(f"{root}: no network of target {name} has a value on validation rows")
@@ -168,8 +189,9 @@ def blocks_of(
         return []
     head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]
     text = (
-        "For each target the network that is best on its validation rows; where these are few, "
-        "the choice is uncertain, and onetomany advise weighs all comparisons. Values on test "
+        "For each target the network that is best on its validation rows, among those that no "
+        "comparison has shown to be worse (after Holm's correction). Where validation rows are "
+        "few, the choice is uncertain, and onetomany advise weighs all comparisons. Values on test "
         "rows and gains are means over its seeds, with 95 % intervals."
     )
     if in_folds & groups.keys():

@@ -58,6 +58,21 @@ def test_an_error_is_best_where_it_is_least():
     assert winners.bundle_of(best, turned).endswith("-2")
 
 
+def test_scratch_that_is_shown_to_be_worse_is_not_used_though_it_validates_best():
+    rows, runs, _ = plain()
+    rows = validated(rows, ("none", "scratch"))
+    entries = [one for one in matrix.matrix_entries(rows, runs) if one.target == "clothing"]
+    assert any(one.verdict == "wins" and one.survives for one in entries)
+    assert winners.winner(entries).source == "garments"
+    doubted = [replace(one, gain_p_holm=0.2) for one in entries]
+    assert winners.winner(doubted).source == "none"
+    lost = [
+        replace(one, verdict="loses", gain_p_holm=0.01) if one.technique == "lp_ft" else one
+        for one in entries
+    ]
+    assert winners.winner(lost).technique != "lp_ft"
+
+
 def test_the_bundle_is_that_of_the_best_seed():
     rows, _, _ = plain()
     found = validated(rows)
