@@ -21,7 +21,9 @@ from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
 
-def winner(entries: Sequence[MatrixEntry]) -> MatrixEntry | None:
+def winner(
+    entries: Sequence[MatrixEntry], candidates: Sequence[MatrixEntry] | None = None
+) -> MatrixEntry | None:
     """Return the network that is best on the target's validation rows, scratch among them.
 
     What the comparisons have shown to be worse, after Holm's correction, is left out: a network
@@ -30,11 +32,15 @@ def winner(entries: Sequence[MatrixEntry]) -> MatrixEntry | None:
     A network of which a seed failed is left out where others have all of theirs: the mean of fewer
     seeds is noisier, and the largest of many means is often a noisy one.
 
-    Returns None where no network has a value on these rows.
+    Args:
+        entries: All entries of the target.
+        candidates: Those to choose from; None: all.
+
+    Returns:
+        The entry, None where no network has a value on these rows.
     """
-    validated = [
-        entry for entry in entries if not entry.is_baseline and entry.validation is not None
-    ]
+    among = entries if candidates is None else candidates
+    validated = [entry for entry in among if not entry.is_baseline and entry.validation is not None]
     most = max((_finished(entry) for entry in validated), default=0.0)
     whole = [entry for entry in validated if _finished(entry) == most]
     worse = _shown_to_be_worse(entries)
@@ -57,7 +63,7 @@ def _finished(entry: MatrixEntry) -> float:
 
 def with_bundle(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> MatrixEntry | None:
     """Return the best network of which a bundle was kept (an ensemble has none)."""
-    return winner([entry for entry in entries if bundle_of(entry, rows)])
+    return winner(entries, [entry for entry in entries if bundle_of(entry, rows)])
 
 
 def bundle_of(entry: MatrixEntry, rows: Sequence[ResultRow]) -> str | None:

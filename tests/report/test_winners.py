@@ -64,6 +64,9 @@ def test_scratch_that_is_shown_to_be_worse_is_not_used_though_it_validates_best(
     entries = [one for one in matrix.matrix_entries(rows, runs) if one.target == "clothing"]
     assert any(one.verdict == "wins" and one.survives for one in entries)
     assert winners.winner(entries).source == "garments"
+    # the network that wins has no bundle: scratch is shown to be worse all the same
+    bundles = [row if row.source != "garments" else replace(row, bundle_uri=None) for row in rows]
+    assert winners.with_bundle(entries, bundles).source == "digits"
     doubted = [replace(one, gain_p_holm=0.2) for one in entries]
     assert winners.winner(doubted).source == "none"
     lost = [
