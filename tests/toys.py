@@ -4,6 +4,7 @@ network.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -459,6 +460,21 @@ def kill_at(run: loop.TrainingRun, stop: int) -> None:
     except Killed:
         return
     raise AssertionError(f"the run ended before step {stop}")
+
+
+def assert_a_killed_run_ends_as_a_whole_one(run_in: Callable[[str], loop.TrainingRun]) -> None:
+    """Kill a run at step 5, go on from its point at step 4, and compare the weights at the end.
+
+    ``run_in`` makes the run with its points in a folder of this name.
+    """
+    whole, first = run_in("whole"), run_in("parts")
+    loop.fit(whole)
+    kill_at(first, 5)
+    again = run_in("parts")
+    assert loop.fit(again).resumed_from == 4
+    ours, theirs = weights(whole.task), weights(again.task)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def without_labels(rows: Rows) -> Rows:

@@ -10,7 +10,14 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import RankAllocator
 from techniques.test_rates import FAMILIES, built, moved
 from torch import nn
-from toys import image_rows, kill_at, make_run, net_task, take, weights
+from toys import (
+    assert_a_killed_run_ends_as_a_whole_one,
+    image_rows,
+    make_run,
+    net_task,
+    take,
+    weights,
+)
 
 from pipeline.config import registry
 from pipeline.core.contracts import Task, Technique
@@ -244,12 +251,7 @@ def test_a_run_by_computed_weights_goes_on_bit_for_bit(tmp_path):
             checkpoints=str(tmp_path / folder),
         )
 
-    whole, first = run("whole"), run("parts")
-    loop.fit(whole)
-    kill_at(first, 5)
-    again = run("parts")
-    assert loop.fit(again).resumed_from == 4
-    assert not moved(weights(whole.task), weights(again.task))
+    assert_a_killed_run_ends_as_a_whole_one(run)
 
 
 def test_modules_are_named_by_their_endings():

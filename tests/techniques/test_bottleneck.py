@@ -12,10 +12,10 @@ from techniques.test_rates import FAMILIES, built, moved
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from toys import (
+    assert_a_killed_run_ends_as_a_whole_one,
     image_files,
     image_rows,
     job_of,
-    kill_at,
     label_state,
     make_run,
     net_task,
@@ -184,12 +184,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
             checkpoints=str(tmp_path / folder),
         )
 
-    whole, first = run("whole"), run("parts")
-    loop.fit(whole)
-    kill_at(first, 5)
-    again = run("parts")
-    assert loop.fit(again).resumed_from == 4
-    assert not moved(weights(whole.task), weights(again.task))
+    assert_a_killed_run_ends_as_a_whole_one(run)
 
 
 def test_it_takes_objectives_that_read_more_than_pooled_features():
