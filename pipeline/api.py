@@ -1,12 +1,12 @@
-"""The public functions, for notebooks and programs. The command line calls the same ones.
+"""The public functions, for notebooks and programs: the verbs of the command line.
 
-    import pipeline
+    from pipeline import run, results, predict
 
-    job = pipeline.load_job("jobs/quickstart.yaml", {"storage": "/tmp/runs"})
-    outcome = pipeline.run(job)      # finetune too; pretrain returns the bundles, score a list
-    outcome.report, outcome.bundles                  # report.html; a bundle for every source
-    pipeline.results(job).to_pandas()                # one row a trial, split and metric
-    pipeline.embed(outcome.bundles["garments"], "new.parquet")    # (rows, features)
+    outcome = run("jobs/quickstart.yaml", overrides={"storage": "/tmp/runs"})
+    outcome.table()                        # what the command prints; a notebook shows it
+    outcome.report, outcome.bundles        # report.html; a bundle for every source
+    results("/tmp/runs/quickstart").to_pandas()     # one row a trial, split and metric
+    predict("/tmp/runs/quickstart", "photos", "predictions", target="clothing")
 
 Each function that needs Ray joins the session that runs in this process, or starts one and ends it.
 Bad input raises ValueError (`JobError`, `BundleError`) or `StorageError`, a failure of the cluster
@@ -29,6 +29,7 @@ from pipeline.config.schema import Job
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import rich.table
 
     from pipeline.checkpoints.bundle import Bundle
     from pipeline.report.advice import Advice
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 Stage = Literal["pretrain", "score", "finetune"]
 Remake = Literal["none", "changed"]
+Overrides = Mapping[str, Any] | Sequence[str]
+"""Fields of a job file to set: a mapping, or texts as after ``--set``."""
 
 
 @dataclass
@@ -67,9 +70,15 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
     """A line for each target that was left out and each trial that failed."""
 
+    def table(self) -> rich.table.Table:
+        """Return the table that the command line prints. A notebook shows it."""
+        from pipeline.report import report
+
+        return report.table(self.entries)
+
 
 def load_job(
-    path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = (), elsewhere: bool = False
+    path: str | Path, overrides: Overrides = (), elsewhere: bool = False
 ) -> Job:
     """Read and check a job file.
 
@@ -87,9 +96,19 @@ def load_job(
     return yaml_loader.load(path, list(overrides), elsewhere)
 
 
+def _loaded(job: Job | str | Path, overrides: Overrides) -> Job:
+    """Return a job, read from its file where it is not read yet."""
+    if not isinstance(job, Job):
+        return load_job(job, overrides)
+    if overrides:
+        raise ValueError("overrides are for a job file; give them to load_job for this job")
+    return job
+
+
 def run(
-    job: Job,
+    job: Job | str | Path,
     *,
+    overrides: Overrides = (),
     address: str | None = None,
     wait: bool | None = None,
     remake: Remake = "none",
@@ -98,7 +117,8 @@ def run(
     """Run a whole job: pretrain, fine-tune, report. What is done already is not done again.
 
     Args:
-        job: The job, from `load_job`.
+        job: A job file, or a job from `load_job`.
+        overrides: Of a job file: fields to set, as for `load_job`.
         address: A Ray cluster to join, ``auto`` or host:port. None: RAY_ADDRESS, or a local one.
         wait: Whether to wait for nodes that are not there yet. None: on a cluster whose autoscaler
             declares its nodes.
@@ -106,18 +126,21 @@ def run(
         verbose: Show Ray's own messages too.
     """
     stages: tuple[Stage, ...] = ("pretrain", "finetune")
+    job = _loaded(job, overrides)
     return run_stages(job, stages, address=address, wait=wait, remake=remake, verbose=verbose)
 
 
 def pretrain(
-    job: Job,
+    job: Job | str | Path,
     *,
+    overrides: Overrides = (),
     address: str | None = None,
     wait: bool | None = None,
     remake: Remake = "none",
     verbose: bool = False,
 ) -> dict[str, str]:
     """Train every source. Returns the URI of each one's bundle. See `run`."""
+    job = _loaded(job, overrides)
     done = run_stages(
         job, ("pretrain",), address=address, wait=wait, remake=remake, verbose=verbose
     )
@@ -125,35 +148,44 @@ def pretrain(
 
 
 def finetune(
-    job: Job,
+    job: Job | str | Path,
     *,
+    overrides: Overrides = (),
     address: str | None = None,
     wait: bool | None = None,
     remake: Remake = "none",
     verbose: bool = False,
 ) -> Outcome:
     """Fan out the trials of every target from the pretrained bundles, then report. See `run`."""
+    job = _loaded(job, overrides)
     return run_stages(
         job, ("finetune",), address=address, wait=wait, remake=remake, verbose=verbose
     )
 
 
-def score(job: Job, *, address: str | None = None, verbose: bool = False) -> list[dict[str, Any]]:
+def score(
+    job: Job | str | Path,
+    *,
+    overrides: Overrides = (),
+    address: str | None = None,
+    verbose: bool = False,
+) -> list[dict[str, Any]]:
     """Rank the pretrained sources for each target, without training. See `run`.
 
     Returns:
         Rows as in `Outcome.scores`, best first.
     """
+    job = _loaded(job, overrides)
     return run_stages(job, ("score",), address=address, verbose=verbose).scores
 
 
 def results(job: Job | str) -> pa.Table:
-    """Return the results table of a job, or of a job's folder: a row a trial, split and metric."""
+    """Return the results of a job, its file or its folder: a row a trial, split and metric."""
     import pyarrow as pa
 
     from pipeline.report import results as results_table
 
-    root = job if isinstance(job, str) else job.root
+    root = _root(job)
     rows = [row.columns() for row in results_table.read(root)]
     return pa.Table.from_pylist(rows, schema=results_table.SCHEMA)
 
@@ -219,9 +251,11 @@ def _test_predictions(root: str, rows: Sequence[ResultRow]) -> dict[str, RunPred
 
 
 def _root(place: Job | str) -> str:
-    """Return the folder of a job, or of its results table."""
+    """Return the folder of a job, of a job file, or of a results table."""
     from pipeline.report import results as results_table
 
+    if isinstance(place, str) and place.endswith((".yaml", ".yml")):
+        place = load_job(place)
     if isinstance(place, Job):
         return place.root
     folder, _, name = place.rpartition("/")
@@ -236,7 +270,7 @@ def best_bundle(job: Job | str, target: str | None = None) -> str:
     """Return the URI of the bundle that a job's report says to use for a target.
 
     Args:
-        job: The job, its folder or its results.parquet.
+        job: The job, its file, its folder or its results.parquet.
         target: Name of the target; may be left out where the job has one.
 
     Raises:
@@ -351,6 +385,89 @@ def embed(
     with Progress() as progress:
         files = [data] if isinstance(data, str) else list(data)
         return inference.embed(bundle, files, dict(columns or {}), format, progress)
+
+
+def export(
+    bundle: str,
+    output: str,
+    *,
+    kind: str = "bundle",
+    backbone_only: bool = False,
+    plugins: Sequence[str] = (),
+) -> str:
+    """Write a bundle as a folder or file that other libraries open.
+
+    Args:
+        bundle: URI of the bundle.
+        output: Folder, or file for a state dict.
+        kind: ``bundle``: a verified copy; ``hugging-face``: a folder that transformers or timm
+            opens; ``state-dict``: one .safetensors or .pt file.
+        backbone_only: Leave the head out.
+        plugins: Modules or paths that hold components the bundle is made of.
+
+    Returns:
+        What was written, in words, with the largest difference to the bundle.
+    """
+    from pipeline.checkpoints.export import export_bundle
+
+    use_plugins(plugins)
+    return export_bundle(bundle, output, kind, backbone_only)
+
+
+def prepare_data(
+    name: str,
+    source: str,
+    output: str,
+    *,
+    options: Sequence[str] = (),
+    resize: int | None = None,
+    quality: int | None = None,
+    rows_per_part: int | None = None,
+    part_mb: float | None = None,
+    max_bad: float = 0.01,
+    plugins: Sequence[str] = (),
+    address: str | None = None,
+    verbose: bool = False,
+) -> str:
+    """Turn a publisher's raw files into Parquet files that a job reads.
+
+    A stopped run goes on from its last file.
+
+    Args:
+        name: The importer: imagenet, coco, text, csv, ... (``onetomany prepare --list``).
+        source: The publisher's folder, archive or file.
+        output: Folder for the Parquet files.
+        options: Options of the importer, such as ``["masks=semantic"]``.
+        resize: Of images: the shorter side in pixels, only downwards.
+        quality: Of images: write every one as JPEG anew, with this quality.
+        rows_per_part: Rows of a file; None: as ``part_mb`` says.
+        part_mb: Size of a file in MiB; None: 96.
+        max_bad: Share of rows that may be broken.
+        plugins: Modules or paths that hold importers.
+        address: A Ray cluster to join, as for `run`.
+        verbose: Show Ray's own messages too.
+
+    Returns:
+        What was written, in words.
+    """
+    from pipeline.io import checksums, file_identity, run_lock
+    from pipeline.prepare.engine import importing, write
+    from pipeline.train import launch
+    from pipeline.train.progress import Progress
+
+    use_plugins(plugins)
+    settings = write.Settings(resize, quality, rows_per_part, max_bad, part_mb)
+    with Progress() as progress, file_identity.progress_to(progress.update):
+        given = importing.options_of(name, list(options))
+        work = write.Preparation(name, source, output, given, settings)
+    with (
+        Progress() as progress,
+        checksums.notifications_to(progress.note),
+        run_lock.hold(output, progress.note),
+        launch.session(address, verbose) if work.todo else nullcontext(),
+    ):
+        work.run(progress.update)
+    return work.describe()
 
 
 # ---------------------------------------------------------------- stages

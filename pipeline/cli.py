@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline import __version__, api
-from pipeline.config import listing, plugins, registry
+from pipeline.config import job_page, listing, plugins, registry
 from pipeline.config.schema import Data, Job, JobError, schema
 from pipeline.config.yaml_loader import load
 from pipeline.io import signals
@@ -159,9 +159,7 @@ def _dry_run(file: Path, overrides: list[str] | None, wait: bool | None, remake:
 
 def _print_outcome(done: api.Outcome) -> None:
     """Print the table, where the report is, and what failed."""
-    from pipeline.report import report
-
-    out.print(report.table(done.entries))
+    out.print(done.table())
     for line in done.notes:
         err.print(f"note: {line}", markup=False)
     for line in done.warnings:
@@ -439,12 +437,11 @@ def export(
     `NAME_classifier.py` beside a state dict. Every export is compared with the bundle on random
     rows, the largest difference is printed, and an export that gives other numbers is refused.
     """
-    from pipeline.checkpoints.export import export_bundle
-
     with _exit_codes():
-        plugins.use(plugin or ())
-        text = export_bundle(bundle, output, kind, backbone_only)
-        out.print(text, markup=False, soft_wrap=True)
+        text = api.export(
+            bundle, output, kind=kind, backbone_only=backbone_only, plugins=plugin or ()
+        )
+    out.print(text, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -510,18 +507,15 @@ def prepare(
     """A publisher's raw files to sharded Parquet, in parallel; goes on where a stopped run left
     off. `prepare --list` shows the importers.
     """
-    from pipeline.io import checksums, file_identity, run_lock
     from pipeline.prepare.engine import importing
 
     with _exit_codes():
         plugins.use(plugin or ())
         if list_:
             return out.print(importing.describe(name), markup=False, soft_wrap=True)
-        from pipeline.prepare.engine import write
-        from pipeline.train import launch
-        from pipeline.train.progress import Progress
-
         if verify and output:
+            from pipeline.prepare.engine import write
+
             found = write.verify(output)
             out.print(
                 f"{output}: {len(found['files'])} parts are as they were written",
@@ -534,19 +528,21 @@ def prepare(
                 "write: onetomany prepare NAME SOURCE -o OUTPUT (--list shows the names), or "
                 "--verify -o OUTPUT"
             )
-        settings = write.Settings(resize, quality, rows_per_part, max_bad, part_mb)
-        with Progress() as progress, file_identity.progress_to(progress.update):
-            work = write.Preparation(
-                name, source, output, importing.options_of(name, set_ or []), settings
-            )
-        with (
-            Progress() as progress,
-            checksums.notifications_to(progress.note),
-            run_lock.hold(output, progress.note),
-            launch.session(address, verbose) if work.todo else contextlib.nullcontext(),
-        ):
-            work.run(progress.update)
-    out.print(work.describe(), markup=False, soft_wrap=True)
+        written = api.prepare_data(
+            name,
+            source,
+            output,
+            options=set_ or (),
+            resize=resize,
+            quality=quality,
+            rows_per_part=rows_per_part,
+            part_mb=part_mb,
+            max_bad=max_bad,
+            plugins=plugin or (),
+            address=address,
+            verbose=verbose,
+        )
+    out.print(written, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -693,10 +689,18 @@ LISTINGS = [_add_listing(command, kind) for command, kind in listing.KINDS.items
 
 
 @app.command("schema")
-def print_schema(plugin: Plugin = None) -> None:
-    """The JSON Schema of a job file, for editors."""
+def print_schema(
+    plugin: Plugin = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="A page for people instead: every field in words.")
+    ] = False,
+) -> None:
+    """Every field of a job file with its default and meaning, as a JSON Schema for editors."""
     with _exit_codes():
         plugins.use(plugin or ())
+    if markdown:
+        sys.stdout.write(job_page.page())
+        return
     sys.stdout.write(json.dumps(schema(), indent=2) + "\n")
 
 

@@ -24,6 +24,8 @@ FUNCTIONS = (
     "score",
     "predict",
     "embed",
+    "export",
+    "prepare_data",
     "load_bundle",
     "results",
     "advise",

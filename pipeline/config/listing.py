@@ -45,7 +45,7 @@ MOST_ARCHITECTURES = 40
 
 def first_sentence(entry: Entry) -> str:
     """Return what a component is, in one line."""
-    paragraph = " ".join(_plain(entry.documentation).partition("\n\n")[0].split())
+    paragraph = " ".join(plain(entry.documentation).partition("\n\n")[0].split())
     text = SENTENCE_END.split(paragraph.removeprefix("Return "))[0].rstrip(".")
     is_word = text.partition(" ")[0].isalpha()
     return text[:1].upper() + text[1:] if is_word else text
@@ -77,7 +77,7 @@ def describe(kind: str, name: str) -> str:
     """
     component, has_part, part = name.partition("/") if kind == "model" else (name, "", "")
     entry = registry.entry(kind, component)
-    lines = [entry.title or component, textwrap.indent(_plain(entry.documentation), "  "), ""]
+    lines = [entry.title or component, textwrap.indent(plain(entry.documentation), "  "), ""]
     if entry.roles or entry.optional_roles:
         needed, optional = ", ".join(entry.roles) or "none", ", ".join(entry.optional_roles)
         lines += [f"Columns: {needed}" + (f"; where given: {optional}" if optional else ""), ""]
@@ -94,7 +94,7 @@ def describe(kind: str, name: str) -> str:
     return "\n".join(lines)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return a docstring with one mark around code, as in Markdown."""
     return inspect.cleandoc(text).replace("``", "`")
 

@@ -37,6 +37,15 @@ CHECKPOINT_PREFIXES = ("bundle:", "file:", "file-by-order:", "hf:", "hf-hub:", "
 A bundle; a safetensors or state-dict file, by its names or by order and shape where they differ; a
 Hugging Face folder; a name on a hub.
 """
+COMPONENT_FIELDS = {
+    "modality": "modality",
+    "backbone": "model",
+    "objective": "objective",
+    "technique": "technique",
+    "techniques": "technique",
+    "baselines": "baseline",
+}
+"""Fields that name components, and of which kind."""
 HUBS = ("hf-hub", "timm-hub")
 """Prefixes that name no place on a disk."""
 
@@ -1222,22 +1231,13 @@ def schema() -> dict[str, Any]:
             table |= {"properties": options, "additionalProperties": False}
         return {"anyOf": [text, table]}
 
-    kinds = {
-        "modality": "modality",
-        "backbone": "model",
-        "objective": "objective",
-        "technique": "technique",
-        "techniques": "technique",
-        "baselines": "baseline",
-    }
-
     def put(node: Json, field: str = "") -> Any:
         if isinstance(node, list):
             return [put(item, field) for item in node]
         if not isinstance(node, dict):
             return node
         if node.get("$ref") == "#/$defs/ComponentConfig":
-            return {**choice(kinds[field]), **{k: v for k, v in node.items() if k == "description"}}
+            return {**choice(COMPONENT_FIELDS[field]), **{k: v for k, v in node.items() if k == "description"}}
         return {
             k: (
                 {name: put(sub, name) for name, sub in v.items()}
