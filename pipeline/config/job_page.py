@@ -61,7 +61,7 @@ sources:
     objective: classification
 targets:
   photos:
-    data: {uri: photos, test_fraction: 0.2, modality: image}
+    data: {uri: photos, test_fraction: 0.2, modality: image, columns: {image: image, label: label}}
     objective: classification
 techniques: [scratch, linear_probe, {full: {layer_decay: 0.8}}]
 baselines: [majority]
@@ -198,7 +198,7 @@ def _takes(node: JsonObject, field: str) -> str:
         return f"list of {_takes(as_object(node['items']), field)}"
     if node.get("type") == "object":
         return f"table of {_takes(as_object(node['additionalProperties']), field)}"
-    bounds = [f"{words} {node[key]:g}" for key, words in BOUNDS.items() if key in node]
+    bounds = [f"{words} {node[key]}" for key, words in BOUNDS.items() if key in node]
     return ", ".join([WORDS[str(node["type"])], *bounds])
 
 
