@@ -77,9 +77,7 @@ class Outcome:
         return report.table(self.entries)
 
 
-def load_job(
-    path: str | Path, overrides: Overrides = (), elsewhere: bool = False
-) -> Job:
+def load_job(path: str | Path, overrides: Overrides = (), elsewhere: bool = False) -> Job:
     """Read and check a job file.
 
     Args:

@@ -80,7 +80,7 @@ workers: 2
     Target: (
         "A target",
         """\
-data: {uri: photos.parquet, split_column: split, modality: image, columns: {image: image, label: label}}
+data: {uri: photos.parquet, split_column: split, modality: image, columns: {image: x, label: y}}
 objective: {classification: {calibrate: temperature}}
 metric: macro_f1
 label_fractions: [10, 0.1, 1.0]   # ten rows a class, a tenth of the rows, all rows
@@ -197,7 +197,7 @@ def _takes(node: JsonObject, field: str) -> str:
     if node.get("type") == "array":
         return f"list of {_takes(as_object(node['items']), field)}"
     if node.get("type") == "object":
-        return f"table of {_takes(as_object(node['additionalProperties']), field)}"
+        return f"names, each with {_takes(as_object(node['additionalProperties']), field)}"
     bounds = [f"{words} {node[key]}" for key, words in BOUNDS.items() if key in node]
     return ", ".join([WORDS[str(node["type"])], *bounds])
 

@@ -1237,7 +1237,10 @@ def schema() -> dict[str, Any]:
         if not isinstance(node, dict):
             return node
         if node.get("$ref") == "#/$defs/ComponentConfig":
-            return {**choice(COMPONENT_FIELDS[field]), **{k: v for k, v in node.items() if k == "description"}}
+            return {
+                **choice(COMPONENT_FIELDS[field]),
+                **{k: v for k, v in node.items() if k == "description"},
+            }
         return {
             k: (
                 {name: put(sub, name) for name, sub in v.items()}
