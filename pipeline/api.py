@@ -77,6 +77,35 @@ class Outcome:
         return report.table(self.entries)
 
 
+def init(
+    data: str | Sequence[str],
+    output: str = "",
+    *,
+    target_column: str | None = None,
+    sources: Sequence[str] = (),
+    force: bool = False,
+) -> list[str]:
+    """Look at data and write a first job for them, with a comment on every line.
+
+    Args:
+        data: Files, folders or globs.
+        output: The job file; "" for NAME.yaml in the current folder.
+        target_column: The column to predict. None: the most plausible one.
+        sources: Checkpoints to start from: folders, or names such as ``hf-hub:NAME``.
+        force: Overwrite a job file that is there.
+
+    Returns:
+        What was found, the file that was written, and what to do next, in lines.
+
+    Raises:
+        ValueError: The file is there, the data cannot be read, or nothing can be the label.
+    """
+    from pipeline.prepare.new_job import writing
+
+    places = [data] if isinstance(data, str) else list(data)
+    return writing.write(places, output, target_column=target_column, sources=sources, force=force)
+
+
 def load_job(path: str | Path, overrides: Overrides = (), elsewhere: bool = False) -> Job:
     """Read and check a job file.
 

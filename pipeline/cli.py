@@ -216,6 +216,50 @@ def _format_score(row: dict[str, Any], name: str) -> str:
 
 
 @app.command()
+def init(
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders or globs: CSV, JSON Lines, Parquet, one folder of images or "
+            "recordings a class, or a table that names such files.",
+            metavar="FOLDER|FILES...",
+        ),
+    ],
+    output: Annotated[
+        str,
+        typer.Option("-o", "--output", help="The job file; none: NAME.yaml here.", metavar="JOB"),
+    ] = "",
+    target_column: Annotated[
+        str | None,
+        typer.Option(help="The column to predict; none: the most plausible one.", metavar="NAME"),
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A checkpoint to start from: the folder of a bundle or of a Hugging Face model, "
+            "or hf-hub:NAME, timm-hub:NAME. None: one that learns from the data themselves.",
+            metavar="PLACE",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the job file.")] = False,
+) -> None:
+    """Look at data and write a first job for them, with a comment on every line.
+
+    It says what was found (classes, lengths, splits, patients or speakers that must stay together)
+    and why each choice was made. Files that a job cannot read as they are (plain tables, names of
+    files) come with the `prepare` command that converts them.
+
+    Example: `onetomany init reviews.csv --target-column stars`
+    """
+    with _exit_codes():
+        lines = api.init(
+            data, output, target_column=target_column, sources=source or (), force=force
+        )
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
 def run(
     job: JobFile,
     set_: Set = None,

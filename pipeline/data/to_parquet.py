@@ -86,7 +86,7 @@ WIDE = (b"\xff\xfe", b"\xfe\xff")
 """Byte order marks of UTF-16."""
 
 
-def _kind(file: str) -> str:
+def kind_of(file: str) -> str:
     """Return the kind of a file by its name, or ""."""
     path = PurePosixPath(file.lower())
     packed = path.suffix in CODECS
@@ -124,13 +124,13 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def _open(file: str) -> BinaryIO:
+def open_unpacked(file: str) -> BinaryIO:
     """Open a file, decompressed if its suffix says so."""
     codec = CODECS.get(PurePosixPath(file.lower()).suffix)
     return io.BufferedReader(_Unpacked(file, codec), 1 << 20) if codec else storage.open_read(file)
 
 
-def _expand(uris: list[str], form: str) -> list[tuple[str, str]]:
+def expand(uris: list[str], form: str) -> list[tuple[str, str]]:
     """Return (file, root) of every file, each once, sorted.
 
     In folders hidden files, those of unknown kind and, if a form is given, those of another one are
@@ -153,7 +153,7 @@ def _expand(uris: list[str], form: str) -> list[tuple[str, str]]:
                 out += [
                     (entry, f)
                     for f in inside
-                    if _kind(f) and (form == "auto" or _kind(f) == of_form)
+                    if kind_of(f) and (form == "auto" or kind_of(f) == of_form)
                 ]
             else:
                 out.append(("", entry))
@@ -188,8 +188,8 @@ def to_parquet(
             the limit (with file and line).
         ChangedFileError: a file changes during the conversion.
     """
-    pairs = _expand(uris, form)
-    kinds = {form} if form != "auto" else {_kind(f) for f, _ in pairs}
+    pairs = expand(uris, form)
+    kinds = {form} if form != "auto" else {kind_of(f) for f, _ in pairs}
     if not pairs and form != "auto":
         raise ValueError(
             f"{', '.join(uris)}: no file of format {form} in there; a folder's files are told "
@@ -408,7 +408,7 @@ def _write(kind: str, files: list[str], path: Path) -> None:
     writer = None
     for file in files:
         if kind not in TEXTS:  # these look at their first bytes as they read them
-            with _open(file) as handle:
+            with open_unpacked(file) as handle:
                 _marked(file, handle.read(len(MARK)))
         for table in tables(file):
             writer = writer or pq.ParquetWriter(path, table.schema)
@@ -430,7 +430,7 @@ def _columns(schema: pa.Schema) -> str:
 def _csv(file: str) -> Iterator[pa.Table]:
     """Yield the rows of a CSV file, block by block."""
     is_tabbed = ".tsv" in PurePosixPath(file.lower()).suffixes[-2:]
-    return csv_tables(partial(_open, file), file, delimiter="\t" if is_tabbed else ",")
+    return csv_tables(partial(open_unpacked, file), file, delimiter="\t" if is_tabbed else ",")
 
 
 def _json_lines(file: str) -> Iterator[pa.Table]:
@@ -456,7 +456,7 @@ def _chunks(file: str) -> Iterator[tuple[int, bytes]]:
     without blank chunks.
     """
     number = 1
-    with _open(file) as handle:
+    with open_unpacked(file) as handle:
         while chunk := handle.read(CHUNK_BYTES):
             lines = chunk.count(b"\n")
             if not chunk.endswith(b"\n"):
@@ -552,7 +552,7 @@ def _paragraphs(file: str) -> Iterator[pa.Table]:
 
 def _document(file: str) -> Iterator[pa.Table]:
     """Yield a whole file as one row."""
-    with _open(file) as handle:
+    with open_unpacked(file) as handle:
         data = handle.read(LINE_BYTES + 1)
     if len(data) > LINE_BYTES:
         raise ValueError(
@@ -578,7 +578,7 @@ def _marked(file: str, start: bytes) -> bytes:
 
 
 def _read_lines(file: str) -> Iterator[bytes]:
-    with _open(file) as handle:
+    with open_unpacked(file) as handle:
         number = 1
         while line := handle.readline(LINE_BYTES):
             if len(line) == LINE_BYTES and not line.endswith(b"\n"):

@@ -40,6 +40,7 @@ NEEDS_DATA = (
     pytest.mark.skipif("ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA is not set"),
 )
 VERBS = (
+    "init",
     "run",
     "prepare",
     "pretrain",

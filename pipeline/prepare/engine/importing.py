@@ -14,6 +14,7 @@ import pydantic
 
 from pipeline.config import registry
 from pipeline.config.registry import Options
+from pipeline.data.to_parquet import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 from pipeline.io import storage
 from pipeline.prepare.readers.archives import Entry
 
@@ -100,6 +101,15 @@ def preview(names: Iterable[Any]) -> str:
     return ", ".join(map(str, names[:NAMED])) + (
         f", ... ({len(names)} in all)" if len(names) > NAMED else ""
     )
+
+
+def kind_of_files(names: Iterable[str]) -> str:
+    """Return image or audio where nine of ten texts end like names of such files, else ""."""
+    suffixes = [PurePosixPath(name.strip().lower()).suffix for name in names]
+    for kind, known in (("image", IMAGE_SUFFIXES), ("audio", AUDIO_SUFFIXES)):
+        if suffixes and sum(suffix in known for suffix in suffixes) >= 0.9 * len(suffixes):
+            return kind
+    return ""
 
 
 def first_existing(source: str, *candidates: str) -> str | None:

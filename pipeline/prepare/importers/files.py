@@ -1,0 +1,208 @@
+"""A table (CSV, TSV, JSON Lines or Parquet) that names image or audio files, one a row."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config import registry
+from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import is_text
+from pipeline.data import manifests
+from pipeline.data.loader import threaded_map
+from pipeline.io import file_identity, storage
+from pipeline.prepare.engine.audio import AudioImporter, AudioShardTask, recording, recordings
+from pipeline.prepare.engine.images import ImageImporter, ImageShardTask
+from pipeline.prepare.engine.importing import (
+    NO_SPLIT,
+    SPLITS,
+    Index,
+    kind_of_files,
+    place,
+    preview,
+    table,
+)
+from pipeline.prepare.engine.shard_tasks import Importer
+from pipeline.prepare.readers.archives import Entry
+
+TAKEN = {
+    "image": ("path", "split", "image", "width", "height", "sha256"),
+    "audio": (
+        "path", "split", "audio", "recording_start", "seconds", "rate", "channels", "sha256",
+    ),
+}  # fmt: skip
+"""Columns that every row has: a column of the table with such a name becomes table_NAME."""
+
+
+class FilesOptions(Options):
+    column: str = Field(
+        "", description="the column that names the files; empty: the one whose values end like them"
+    )
+    root: str = Field(
+        "", description="folder that relative names begin in; empty: the folder of the table"
+    )
+    label: str = Field("", description="the column whose values the summary counts")
+    split_column: str = Field("", description="the column that tells each row's split")
+    rate: int = Field(0, ge=0, description="audio: samples a second to write; 0: each file's own")
+    longest: float = Field(30.0, ge=1, description="audio: seconds; a longer recording is cut")
+    cut: Literal["silence", "windows"] = Field(
+        "silence", description="audio: where: at silence, or into equal pieces"
+    )
+    mono: bool = Field(False, description="audio: several channels are written anew as their mean")
+
+
+@register("importer", "files", options=FilesOptions)
+class Files(Importer):
+    """A CSV, TSV, JSON Lines or Parquet file with a column that names image or audio files, by
+    paths relative to its folder (or --set root=), absolute paths or URIs.
+
+    Columns: `image` or `audio` (the file's bytes), `path`, `split`, and all other columns of the
+    table. Invalid rows: no file of that name, an empty name, or a file that cannot be decoded.
+    """
+
+    def plan(self, source: str, settings: Any) -> Any:
+        rows = _read(source)
+        column = self.options.column or _column_of(rows, source)
+        for option, name in (
+            ("column", column),
+            ("label", self.options.label),
+            ("split_column", self.options.split_column),
+        ):
+            if name and name not in rows.column_names:
+                raise ValueError(
+                    f"{source}: no column {name!r} for --set {option}; "
+                    f"{registry.nearest(name, rows.column_names)}"
+                )
+        if _what(rows[column]) == "audio":
+            return AudioShardTask(Sounds(self.options, rows, column), source, settings)
+        return ImageShardTask(Pictures(self.options, rows, column), source, settings)
+
+
+def _read(source: str) -> pa.Table:
+    """Read the whole table."""
+    if storage.is_dir(source):
+        raise ValueError(
+            f"{source}: a folder; name the table that lists the files, or use importer imagefolder"
+        )
+    with storage.scratch_folder() as scratch:
+        manifest = manifests.build(source, "auto", str(scratch))
+        return manifests.read_columns(manifests.Selection(manifest), manifest.schema.names)
+
+
+def _what(names: pa.ChunkedArray) -> str:
+    """Return image or audio where nearly all of a column's texts end like such files, else ""."""
+    return kind_of_files(filter(None, names.to_pylist())) if is_text(names.type) else ""
+
+
+def _column_of(rows: pa.Table, source: str) -> str:
+    found = [name for name in rows.column_names if _what(rows[name])]
+    if len(found) != 1:
+        which = f"several columns name files ({', '.join(found)})" if found else "no column does"
+        raise ValueError(
+            f"{source}: which column names image or audio files? {which}: say --set column=NAME; "
+            f"columns are {', '.join(rows.column_names)}"
+        )
+    return found[0]
+
+
+class _Listed:
+    """The rows of a table with the files that they name."""
+
+    registered_name = "files"
+    what = ""
+
+    def __init__(self, options: FilesOptions, rows: pa.Table, column: str):
+        self.options: Any = options
+        self.listed, self.column = rows, column
+        taken = TAKEN[self.what]
+        self.kept = {
+            name: f"table_{name}" if name in taken else name
+            for name in rows.column_names
+            if name not in (column, options.split_column)
+        }
+        self.label = self.kept.get(options.label, options.label)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the table out: tasks get the index."""
+        return {**self.__dict__, "listed": None}
+
+    def entries(
+        self, source: str
+    ) -> tuple[list[tuple[Entry, str, dict[str, Any]]], list[dict[str, str]], str]:
+        """Return (file, split and columns of each valid row; the invalid rows; a mark)."""
+        root = self.options.root or posixpath.dirname(source)
+        names = self.listed[self.column].to_pylist()
+        uris = [
+            name if not name or _is_absolute(name) else storage.join(root, name) for name in names
+        ]
+        known = {
+            file.uri: file.content
+            for file in file_identity.identify(sorted(set(filter(None, uris))), absent_ok=True)
+        }
+        there = [uri for uri, content in known.items() if content != file_identity.ABSENT]
+        sizes = dict(zip(there, threaded_map(storage.size, there), strict=True))
+        given = self.options.split_column
+        splits = self.listed[given].to_pylist() if given else ["train"] * len(names)
+        columns = self.listed.select(list(self.kept)).rename_columns(list(self.kept.values()))
+        good: list[tuple[Entry, str, dict[str, Any]]] = []
+        bad: list[dict[str, str]] = []
+        for row, (name, uri, split, more) in enumerate(
+            zip(names, uris, splits, columns.to_pylist() or [{}] * len(names), strict=True), 1
+        ):
+            named = SPLITS.get(str(split).strip().lower(), "")
+            reason = "" if named else NO_SPLIT
+            if uri not in sizes:
+                reason = f"no file {uri}" if name else f"no name in column {self.column}"
+            if reason:
+                shown = f"{posixpath.basename(source)}: row {row}"
+                bad.append({"path": shown, "split": named or "train", "reason": reason})
+            else:
+                good.append((Entry(name, uri, "", -1, sizes[uri]), named, more))
+        if not good:
+            raise ValueError(
+                f"{source}: none of {len(names)} rows of column {self.column} names a file that is "
+                f"there: {preview(one['reason'] for one in bad)}; relative names begin in {root}, "
+                "say --set root=FOLDER for another one"
+            )
+        contents = [known[uri] for uri in uris if uri]
+        mark = hashlib.sha256(f"{file_identity.fingerprint(source)} {contents}".encode())
+        return good, bad, mark.hexdigest()
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """Return the types of the table's own columns."""
+        return {new: self.listed.schema.field(old).type for old, new in self.kept.items()}
+
+
+def _is_absolute(name: str) -> bool:
+    return name.startswith("/") or "://" in name
+
+
+class Pictures(_Listed, ImageImporter):
+    """The rows of a table that names images."""
+
+    what = "image"
+
+    def index(self, source: str) -> Index:
+        good, bad, mark = self.entries(source)
+        rows = [place(entry, split, **more) for entry, split, more in good]
+        return Index(table(rows, self.types, source), mark, broken=bad)
+
+
+class Sounds(_Listed, AudioImporter):
+    """The rows of a table that names recordings."""
+
+    what = "audio"
+
+    def __init__(self, options: FilesOptions, rows: pa.Table, column: str):
+        AudioImporter.__init__(self, options)
+        _Listed.__init__(self, options, rows, column)
+
+    def index(self, source: str) -> Index:
+        good, bad, mark = self.entries(source)
+        rows = [recording(entry, split, **more) for entry, split, more in good]
+        return Index(recordings(rows, self.types, source, bad), mark, broken=bad)

@@ -1,0 +1,1 @@
+"""A first job for data that nobody has described: what is in the files, and a job that fits."""

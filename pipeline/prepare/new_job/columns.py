@@ -1,0 +1,296 @@
+"""What the columns of a table seem to hold: labels, texts, names of files, groups and splits.
+
+Names and values decide together. These are guesses, so the job that is written names each of them
+and the columns that it passed over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import is_bytes, is_list, is_text
+from pipeline.prepare.engine.importing import SPLITS, kind_of_files
+
+LABELS = {
+    "label", "labels", "target", "class", "category", "y", "outcome", "sentiment", "diagnosis",
+    "finding", "findings", "species", "intent", "topic", "emotion", "genre", "churn", "survived",
+    "died", "death", "mortality", "fraud", "spam", "rating", "stars", "grade", "digit", "word",
+    "command", "disease", "event", "tag", "tags",
+}  # fmt: skip
+"""Words in the names of columns that are usually predicted."""
+CIRCUMSTANCES = {
+    "id", "index", "age", "year", "date", "time", "sex", "gender", "view", "domain", "source",
+    "corpus", "site", "hospital", "region", "country", "width", "height", "rate", "channels",
+    "seconds", "duration", "take", "lang", "language", "file", "path", "title", "author",
+}  # fmt: skip
+"""Words in the names of columns that are seldom predicted: circumstances of a row."""
+GROUPS = {
+    "patient", "subject", "speaker", "person", "user", "author", "client", "customer", "recording",
+    "participant", "session", "scene", "group", "family", "household", "video", "donor", "animal",
+}  # fmt: skip
+"""Words in the names of columns whose rows belong together."""
+TEXTS = (
+    "text", "sentence", "review", "comment", "tweet", "message", "content", "body", "document",
+    "utterance", "question", "description", "abstract", "summary", "query", "title", "headline",
+)  # fmt: skip
+"""Words in the names of texts, the likeliest first."""
+TRANSCRIPTS = {"transcript", "transcription", "text", "sentence", "normalized_text"}
+PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"))
+IDS = {"id", "index", "idx", "uuid", "guid", "key", "unnamed"}
+MOST_CLASSES, MOST_CODES, MOST_LETTERS = 1000, 20, 60
+"""A label has at most so many values, as whole numbers without a telling name at most the second,
+and as text at most so many letters on average.
+"""
+FEWEST_WORDS, FEWEST_TEXTS = 6.0, 0.3
+"""A text column without a telling name has so many words on average, and such a share of its
+values differ.
+"""
+SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a sample of rows.
+
+    Attributes:
+        kind: text, whole, number, bool, bytes, file (bytes and path), list or other.
+        rows: rows of the sample.
+        present: how many have a value.
+        counts: rows of each value, commonest first; empty for bytes, lists and others.
+        letters, words: of a text, on average.
+    """
+
+    name: str
+    kind: str
+    rows: int
+    present: int
+    counts: dict[Any, int] = field(default_factory=dict[Any, int])
+    letters: float = 0.0
+    words: float = 0.0
+
+    @property
+    def distinct(self) -> int:
+        return len(self.counts)
+
+    @property
+    def parts(self) -> set[str]:
+        """The words of the name, in lower case: patient and id of patientID and patient_id."""
+        spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", self.name)
+        found = re.findall(r"[a-z]+", spaced.lower())
+        return {*found, *(word.removesuffix("s") for word in found)}
+
+    @property
+    def is_unique(self) -> bool:
+        return self.present > 1 and self.distinct == self.present
+
+    def describe(self) -> str:
+        """Return the name and what the column holds, without a value."""
+        if self.kind in ("bytes", "file", "list", "other"):
+            return f"{self.name} ({self.kind})"
+        return f"{self.name} ({self.kind}, {self.distinct} different values)"
+
+
+def _kind(kind: pa.DataType) -> str:
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_struct(plain):
+        return "file" if {"bytes", "path"} & {one.name for one in plain} else "other"
+    tests = {
+        "text": is_text,
+        "bytes": is_bytes,
+        "list": is_list,
+        "bool": pa.types.is_boolean,
+        "whole": pa.types.is_integer,
+        "number": lambda of: pa.types.is_floating(of) or pa.types.is_decimal(of),
+    }
+    return next((word for word, test in tests.items() if test(plain)), "other")
+
+
+def profile(name: str, values: pa.ChunkedArray) -> Column:
+    """Describe a column of a sample. Numbers that are all whole count as whole ones."""
+    kind = _kind(values.type)
+    rows, present = len(values), len(values) - values.null_count
+    if kind in ("bytes", "file", "list", "other"):
+        return Column(name, kind, rows, present)
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    found = [value for value in values.to_pylist() if value is not None and value == value]
+    if kind == "text":
+        found = [value for value in found if value.strip()]
+    counts = dict(Counter(found).most_common())
+    if kind == "number" and found and all(float(value).is_integer() for value in counts):
+        kind = "whole"
+    if kind != "text" or not found:
+        return Column(name, kind, rows, len(found), counts)
+    letters = float(np.mean([len(value) for value in found]))
+    words = float(np.mean([len(value.split()) for value in found]))
+    return Column(name, kind, rows, len(found), counts, letters, words)
+
+
+def names_files(column: Column) -> str:
+    """Return image or audio where nearly all values are names of such files, else ""."""
+    return kind_of_files(column.counts) if column.kind == "text" else ""
+
+
+def split_columns(columns: Iterable[Column]) -> list[Column]:
+    """Return the columns whose values are train, test and the like, at least two of them."""
+    return [
+        column
+        for column in columns
+        if column.kind == "text"
+        and 2 <= column.distinct <= 6
+        and all(value.strip().lower() in SPLITS for value in column.counts)
+        and "train" in {SPLITS[value.strip().lower()] for value in column.counts}
+    ]
+
+
+def group_columns(columns: Iterable[Column]) -> list[Column]:
+    """Return the columns whose rows belong together (a patient), by their names.
+
+    They have several values, of which some stand in several rows.
+    """
+    return [
+        column
+        for column in columns
+        if column.kind in ("text", "whole")
+        and column.parts & GROUPS
+        and column.parts.isdisjoint({"age", "sex", "gender", "count"})
+        and 2 < column.distinct <= 0.9 * column.present
+    ]
+
+
+def text_columns(columns: Sequence[Column]) -> list[Column]:
+    """Return the columns of texts to read, the likeliest first."""
+    scored: list[tuple[float, Column]] = []
+    for column in columns:
+        if column.kind != "text" or not column.counts or names_files(column):
+            continue
+        varied = column.distinct >= FEWEST_TEXTS * column.present
+        named = next((len(TEXTS) - i for i, word in enumerate(TEXTS) if word in column.parts), 0)
+        is_long = column.words >= FEWEST_WORDS or (column.letters >= 40 and column.words < 1.5)
+        if varied and (is_long or (named and column.words >= 2)):
+            scored.append((100 * named + column.words, column))
+    return [column for _, column in sorted(scored, key=lambda one: -one[0])]
+
+
+def pair_of(text: Column, columns: Sequence[Column]) -> Column | None:
+    """Return the second text of a pair (premise and hypothesis) whose first is given."""
+    by_name = {column.name.lower(): column for column in columns}
+    return next(
+        (by_name.get(second) for first, second in PAIRS if text.name.lower() == first), None
+    )
+
+
+def label_columns(columns: Sequence[Column]) -> list[Column]:
+    """Return the columns that can be a label of classes, the most plausible first.
+
+    A telling name counts most; then few values, a text, and standing last.
+    """
+    scored: list[tuple[float, Column]] = []
+    for place, column in enumerate(columns):
+        named = is_named_label(column)
+        if not can_be_label(column, named):
+            continue
+        score = 100.0 if column.name.lower() in LABELS else 50.0 if named else 0.0
+        score += {"text": 6, "bool": 6, "whole": 4}.get(column.kind, 0)
+        score += 5 if column.distinct == 2 else 3 if column.distinct <= MOST_CODES else 0
+        score += 10 if place == len(columns) - 1 else 0
+        score -= 12 if column.parts & CIRCUMSTANCES else 0
+        scored.append((score, column))
+    return [column for _, column in sorted(scored, key=lambda one: -one[0])]
+
+
+def is_named_label(column: Column) -> bool:
+    """Tell whether the name alone says that a column is a label."""
+    return column.name.lower() in LABELS or bool(column.parts & LABELS)
+
+
+def is_likely_label(column: Column) -> bool:
+    """Tell whether a column may well be a label: its name says so, or speaks of no circumstance."""
+    return is_named_label(column) or column.parts.isdisjoint(CIRCUMSTANCES)
+
+
+def can_be_label(column: Column, named: bool = True) -> bool:
+    """Tell whether classes can be read from a column, `named`: its name says so."""
+    if column.kind not in ("text", "bool", "whole") or column.present < column.rows / 2:
+        return False
+    if column.kind == "text" and column.letters > MOST_LETTERS:
+        return False
+    most = MOST_CLASSES if named or column.kind == "text" else MOST_CODES
+    return 2 <= column.distinct <= min(most, column.present / 2)
+
+
+def label_set_columns(table: pa.Table, columns: Sequence[Column]) -> list[str]:
+    """Return the columns that hold lists of texts with few different values: sets of labels."""
+    found = []
+    for column in columns:
+        if column.kind != "list" or not is_text(table.schema.field(column.name).type.value_type):
+            continue
+        counts = Counter(table[column.name].combine_chunks().flatten().to_pylist())
+        if 2 <= len(counts) <= MOST_CLASSES and sum(counts.values()) >= 2 * len(counts):
+            found.append(column.name)
+    return found
+
+
+def tag_columns(table: pa.Table, columns: Sequence[Column]) -> tuple[str, str] | None:
+    """Return the columns of words and of their tags, where two lists are equally long."""
+    lists = [
+        column.name
+        for column in columns
+        if column.kind == "list" and is_text(table.schema.field(column.name).type.value_type)
+    ]
+    for words in lists:
+        for tags in lists:
+            if words == tags or not re.search(r"tag|ner|pos|label", tags.lower()):
+                continue
+            same = pc.equal(pc.list_value_length(table[words]), pc.list_value_length(table[tags]))
+            if pc.all(same).as_py():
+                return words, tags
+    return None
+
+
+def twin_of(table: pa.Table, label: str, columns: Sequence[Column]) -> list[str]:
+    """Return the columns with another name for each value of the label: they say the label."""
+    out = []
+    labels = table[label].to_pylist()
+    known = len({value for value in labels if value is not None})
+    for column in columns:
+        if column.name == label or column.distinct != known:
+            continue
+        pairs = {
+            pair
+            for pair in zip(labels, table[column.name].to_pylist(), strict=True)
+            if None not in pair
+        }
+        if len(pairs) == known:
+            out.append(column.name)
+    return out
+
+
+def id_columns(columns: Iterable[Column]) -> list[str]:
+    """Return the columns that number or name the rows, each value once."""
+    found = []
+    for column in columns:
+        if not column.is_unique or column.present < column.rows:
+            continue
+        values = list(column.counts)
+        counted = column.kind == "whole" and max(values) - min(values) == len(values) - 1
+        named = bool(column.parts & IDS) or column.name.lower().endswith("id")
+        if column.kind == "text" or counted or (column.kind == "whole" and named):
+            found.append(column.name)
+    return found
+
+
+def preview(counts: dict[Any, int]) -> str:
+    """Return the commonest values with their rows."""
+    order = sorted(counts.items(), key=lambda one: -one[1])
+    shown = ", ".join(f"{str(value)[:30]} {count}" for value, count in order[:SHOWN])
+    more = len(order) - SHOWN
+    return shown + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,653 @@
+"""Choose what a first job does with some data: task, label, splits, sizes; with the reasons."""
+
+from __future__ import annotations
+
+import math
+import posixpath
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import registry
+from pipeline.config.schema import Data
+from pipeline.data import manifests, to_parquet
+from pipeline.data.manifests import Selection, value_text
+from pipeline.prepare.engine.importing import SPLITS, preview
+from pipeline.prepare.new_job import columns as look
+from pipeline.prepare.new_job.columns import Column
+from pipeline.prepare.new_job.inspection import Inspection, Media, media_of
+
+SEEDS, MOST_ROWS = 20, 100_000
+"""So many seeds of the splits are tried, with more rows only the first."""
+FEW_ROWS = 500
+"""With fewer rows larger shares are held out: twenty test rows are the least for a verdict."""
+RARE, RARE_PREPARED = 3, 5
+"""A class with fewer rows cannot stand in three splits; the second where splits are not known yet.
+"""
+LENGTHS, SIZES, BATCHES = (32, 64, 128, 256), (32, 48, 64, 96), (8, 16, 32, 64)
+TOKENS_A_WORD, LETTERS_A_TOKEN = 1.5, 4
+FEWEST_NUMBERS = 4
+"""A text column without a telling name is no input beside so many columns of numbers."""
+SECONDS = {"seconds", "duration_s", "duration_seconds"}
+ELSEWHERE = (
+    ({"boxes", "bbox", "bboxes"}, "boxes", "detection", "jobs/vision/detection_small.yaml"),
+    ({"mask", "segmentation"}, "masks", "segmentation", "jobs/vision/segmentation_small.yaml"),
+    (
+        {"times", "events"},
+        "events",
+        "records of events",
+        "jobs/healthcare/physionet2012_small.yaml",
+    ),
+)
+"""Columns of tasks that a first job is not written for, and a job that shows how."""
+
+
+@dataclass
+class Draft:
+    """A job for some data.
+
+    Attributes:
+        found: what the files hold.
+        modality: text, image, audio or table.
+        inputs: role to column of what the backbone reads.
+        objective: classification, multilabel, tagging or ctc.
+        labels: role to column of what it learns.
+        counts: rows of each class, or of each label of a set.
+        others: other columns that could be the label.
+        media: a sample of the images or recordings.
+        where: classes to keep, where some rows have none or a rare one.
+        fields: of data: split_column, group, validation_fraction and so on.
+        why: a sentence for each field of the job, by its name.
+        notes: sentences for the header: what was found and what was not used.
+        prepare: the command that converts the files first, or "".
+        prepared: the folder that it writes.
+        train_rows: about how many rows are trained on.
+    """
+
+    found: Inspection
+    modality: str
+    inputs: dict[str, str]
+    objective: str = "classification"
+    labels: dict[str, str] = field(default_factory=dict[str, str])
+    counts: dict[Any, int] = field(default_factory=dict[Any, int])
+    others: list[str] = field(default_factory=list[str])
+    media: Media | None = None
+    where: list[Any] = field(default_factory=list[Any])
+    fields: dict[str, Any] = field(default_factory=dict[str, Any])
+    why: dict[str, str] = field(default_factory=dict[str, str])
+    notes: list[str] = field(default_factory=list[str])
+    prepare: str = ""
+    prepared: str = ""
+    train_rows: int = 0
+
+    @property
+    def label(self) -> str:
+        """The column that is predicted."""
+        return next(iter(self.labels.values()))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the modality that suit these rows."""
+        if self.modality == "text":
+            return {"length": self.length}
+        if self.modality == "image":
+            return {"size": self.size, "channels": 1 if self.media and self.media.grey else 3}
+        if self.modality == "audio" and self.media is not None:
+            slow = float(np.median(self.media.rates)) <= 8000
+            longest = max(self.media.seconds)
+            more = {"max_seconds": float(math.ceil(1.2 * longest))} if longest > 40 else {}
+            return {"rate": 8000 if slow else 16000, **more}
+        return {}
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row: enough for most texts."""
+        return next((one for one in LENGTHS if one >= self.tokens), LENGTHS[-1])
+
+    @property
+    def tokens(self) -> float:
+        """About how many tokens 95 % of the texts have at most."""
+        values = [
+            " ".join(map(str, value)) if isinstance(value, list) else value
+            for name in self.inputs.values()
+            for value in self.found.table[name].to_pylist()
+            if value
+        ]
+        counts = [max(TOKENS_A_WORD * len(v.split()), len(v) / LETTERS_A_TOKEN) for v in values]
+        return 2 + len(self.inputs) * float(np.quantile(counts, 0.95))
+
+    @property
+    def size(self) -> int:
+        """Pixels a side: those of the images, as far as a laptop can."""
+        sides = self.media.sides if self.media else ()
+        side = float(np.median(sides)) if sides else SIZES[-1]
+        return max((one for one in SIZES if one <= side), default=SIZES[0])
+
+    @property
+    def batch(self) -> int:
+        """Rows a step: about a tenth of the training rows, from 8 to 64."""
+        return max((one for one in BATCHES if one <= self.train_rows / 8), default=BATCHES[0])
+
+    @property
+    def steps(self) -> int:
+        """Steps of a fine-tune: eight passes, from 40 to 200."""
+        return int(np.clip(round(8 * self.train_rows / self.batch, -1), 40, 200))
+
+    def data(self, places: dict[str, list[str]], seed: int = 0) -> Data:
+        """Return the rows of the target, read from some places."""
+        given: dict[str, Any] = {**places, "format": self.found.kind, "identity": "stat"}
+        if self.where:
+            given["where"] = {self.label: self.where}
+        return Data.model_validate(
+            {
+                **given,
+                **self.fields,
+                **({"split_seed": seed} if seed else {}),
+                "modality": self.modality,
+                "columns": {**self.inputs, **self.labels},
+            }
+        )
+
+
+def draft(found: Inspection, target_column: str | None, output: str, scratch: str) -> Draft:
+    """Choose what a job for some files does.
+
+    Args:
+        target_column: the label, where the user names it.
+        output: the folder of the job file, below which prepared data would lie.
+        scratch: a folder for conversions.
+
+    Raises:
+        ValueError: nothing can be the label, or the column that was named cannot.
+    """
+    _check_named(found, target_column)
+    out = _input(found, target_column)
+    out.notes += found.notes
+    splits = _split_column(out)
+    _label(out, target_column, splits)
+    _count(out)
+    _note_other_columns(out, splits)
+    _prepare(out, output, splits)
+    _split(out, splits, scratch)
+    return out
+
+
+# ---------------------------------------------------------------- input and label
+
+
+def _check_named(found: Inspection, name: str | None) -> None:
+    names = [column.name for column in found.columns]
+    if name is not None and name not in names:
+        raise ValueError(f"--target-column {name}: {registry.nearest(name, names)}")
+
+
+def _input(found: Inspection, target_column: str | None) -> Draft:
+    """Return a draft that says what the backbone reads."""
+    free = [column for column in found.columns if column.name != target_column]
+    media = media_of(found)
+    if media is not None:
+        inputs = {media.what: media.column}
+        if media.what == "audio":
+            inputs |= {"start": "start"} if found.kind == "audio" else {}
+            seconds = [one.name for one in found.columns if one.name.lower() in SECONDS]
+            inputs |= {"seconds": seconds[0]} if seconds else {}
+        return Draft(found, media.what, inputs, media=media)
+    tags = look.tag_columns(found.table, free)
+    if tags is not None and target_column in (None, tags[1]):
+        return Draft(found, "text", {"text": tags[0]}, "tagging", {"tags": tags[1]})
+    struct = next((one for one in found.columns if one.name == "features"), None)
+    if struct is not None and struct.kind == "other":
+        return Draft(found, "table", {"features": "features"})
+    texts = look.text_columns(free)
+    numbers = [column for column in free if column.kind in ("whole", "number")]
+    named = texts and texts[0].parts & set(look.TEXTS)
+    if texts and (named or len(numbers) < FEWEST_NUMBERS):
+        pair = look.pair_of(texts[0], free)
+        more = {"text_pair": pair.name} if pair else {}
+        passed = [one.name for one in texts[1:] if one is not pair]
+        out = Draft(found, "text", {"text": texts[0].name, **more})
+        if passed:
+            out.why["text"] = f"also texts: {', '.join(passed)}"
+        return out
+    return Draft(found, "table", {"features": "features"})
+
+
+def _split_column(out: Draft) -> Column | None:
+    """Return the column that tells the split of each row, if there is one.
+
+    Of several the one that a group does not cross.
+    """
+    if "uri" not in out.found.places:
+        return None
+    listed = look.split_columns(out.found.columns)
+    groups = look.group_columns(out.found.columns)
+    return min(
+        listed,
+        key=lambda one: bool(groups) and bool(_crossing(out.found, one.name, groups[0].name)),
+        default=None,
+    )
+
+
+def _crossing(found: Inspection, split: str, group: str) -> int:
+    """Return how many values of a group stand in several splits."""
+    seen: dict[Any, set[str]] = {}
+    for value, part in zip(found.whole(group), found.whole(split), strict=True):
+        if value is not None and part is not None:
+            seen.setdefault(value, set()).add(SPLITS[part.strip().lower()])
+    return sum(len(parts) > 1 for parts in seen.values())
+
+
+def _label(out: Draft, target_column: str | None, splits: Column | None) -> None:
+    """Set objective and label.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = out.found
+    if out.objective == "tagging":
+        return
+    used = {*out.inputs.values(), *(one.name for one in look.split_columns(found.columns))}
+    free = [column for column in found.columns if column.name not in used]
+    groups = {column.name for column in look.group_columns(free)}
+    ids = set(look.id_columns(free))
+    listed = look.label_columns([one for one in free if one.name not in groups | ids])
+    sets = look.label_set_columns(found.table, free)
+    spoken = [one for one in free if one.name.lower() in look.TRANSCRIPTS and one.kind == "text"]
+    if target_column is not None:
+        chosen = found.column(target_column)
+        if target_column in sets:
+            out.objective, out.labels = "multilabel", {"labels": target_column}
+        elif out.modality == "audio" and chosen in spoken and not look.can_be_label(chosen):
+            out.objective, out.labels = "ctc", {"transcript": target_column}
+        else:
+            _check_label(chosen)
+            out.labels = {"label": target_column}
+    elif out.modality == "audio" and spoken and not (listed and look.is_named_label(listed[0])):
+        out.objective, out.labels = "ctc", {"transcript": spoken[0].name}
+    elif listed and not look.is_likely_label(listed[0]) and (other := _other_task(found)):
+        raise ValueError(other)
+    elif listed:
+        out.labels = {"label": listed[0].name}
+    elif sets:
+        out.objective, out.labels = "multilabel", {"labels": sets[0]}
+    elif groups and (again := look.label_columns([one for one in free if one.name in groups])):
+        out.labels = {"label": again[0].name}
+    else:
+        raise ValueError(_other_task(found) or _no_label(out, free))
+    twins = look.twin_of(found.table, out.label, listed) if "label" in out.labels else []
+    named = [one for one in twins if found.column(one).kind == "text" and "name" in one.lower()]
+    if named and found.column(out.label).kind == "whole":
+        out.labels["label_name"] = named[0]
+    out.others = [
+        name
+        for name in (*(one.name for one in listed), *sets, *(one.name for one in spoken))
+        if name not in (out.label, *twins) and name not in out.inputs.values()
+    ]
+
+
+def _check_label(column: Column) -> None:
+    """Raise ValueError where the column that was named as the label cannot be one."""
+    if look.can_be_label(column):
+        return
+    if column.kind in ("whole", "number"):
+        reason = (
+            f"it holds {column.distinct} different numbers in {column.present} rows, and numbers "
+            "are not estimated here: cut them into classes (low, high) in a column of its own"
+        )
+    elif column.distinct < 2:
+        reason = f"it has {column.distinct} value in {column.rows} rows, and a label has two"
+    else:
+        reason = (
+            f"it is {column.describe()}: a label has 2 to {look.MOST_CLASSES} values, each in "
+            "several rows"
+        )
+    raise ValueError(f"--target-column {column.name}: {reason}")
+
+
+def _other_task(found: Inspection) -> str:
+    """Return the message for data of a task that has no classes of rows, or ""."""
+    names = {word for column in found.columns for word in column.parts}
+    for words, what, task, job in ELSEWHERE:
+        if names & words:
+            return (
+                f"{', '.join(found.all_places)}: there are columns of {what}, and no "
+                f"column of classes: this is {task}; write its job after {job}, or name a label "
+                "with --target-column"
+            )
+    return ""
+
+
+def _no_label(out: Draft, free: Sequence[Column]) -> str:
+    """Return the message where nothing can be the label."""
+    place = ", ".join(out.found.all_places)
+    held = ", ".join(column.describe() for column in free) or "no column beside the input"
+    if out.found.kind in ("images", "audio"):
+        return (
+            f"{place}: all files are of one class ({held}): a label has at least two; give the "
+            "folder that holds the folders of all classes"
+        )
+    return (
+        f"{place}: nothing can be the label: {held}. A label has 2 to {look.MOST_CLASSES} values, "
+        "each in several rows: add such a column, or name one with --target-column"
+    )
+
+
+def _count(out: Draft) -> None:
+    """Count the rows of each class, and leave out rows without a class."""
+    values = out.found.whole(out.label)
+    if out.objective == "classification":
+        counts = Counter(
+            value for value in values if value is not None and value == value and value != ""
+        )
+        missing = len(values) - sum(counts.values())
+        least = RARE if _is_direct(out) else RARE_PREPARED
+        rare = {value: count for value, count in counts.items() if count < least}
+        kept = {value: count for value, count in counts.items() if count >= least}
+        if len(kept) < 2:
+            raise ValueError(
+                f"column {out.label}: {len(kept)} of its {len(counts)} values stand in {least} "
+                "rows or more, and a label has at least two such values"
+            )
+        out.counts = dict(sorted(kept.items(), key=lambda one: -one[1]))
+        if rare or missing:
+            out.where = [one if not isinstance(one, float) else int(one) for one in out.counts]
+            reasons = [
+                f"{missing} rows without a label" if missing else "",
+                f"{sum(rare.values())} rows of {len(rare)} classes with fewer than {least} rows "
+                f"({preview(map(str, rare))})"
+                if rare
+                else "",
+            ]
+            out.why["where"] = f"left out: {' and '.join(filter(None, reasons))}"
+    elif out.objective in ("multilabel", "tagging"):
+        found = Counter(label for row in values for label in row or ())
+        out.counts = dict(found.most_common())
+
+
+def _is_direct(out: Draft) -> bool:
+    """Tell whether a job reads the files as they are."""
+    is_raw_table = out.modality == "table" and "features" not in {
+        column.name for column in out.found.columns if column.kind == "other"
+    }
+    return not (is_raw_table or out.found.delimiter or (out.media and out.media.root))
+
+
+def _note_other_columns(out: Draft, splits: Column | None) -> None:
+    if out.modality == "table" or out.found.kind in ("images", "audio"):
+        return
+    used = {*out.inputs.values(), *out.labels.values(), *([splits.name] if splits else [])}
+    rest = [column.name for column in out.found.columns if column.name not in used]
+    if rest:
+        out.notes.append(f"columns that are not read: {', '.join(rest)}")
+
+
+# ---------------------------------------------------------------- prepare
+
+
+def _prepare(out: Draft, output: str, splits: Column | None) -> None:
+    """Set the command that converts the files, where a job cannot read them as they are."""
+    if _is_direct(out):
+        return
+    found = out.found
+    places = found.all_places
+    source = places[0] if len(places) == 1 else posixpath.commonpath(places)
+    stem = job_name(source)
+    out.prepared = Path(output, "prepared", stem).as_posix()
+    pairs: dict[str, str] = {}
+    settings: list[str] = []
+    if out.modality == "table":
+        name, pairs = "table", _table_options(out)
+        dropped = found.main.rows and 1 - sum(out.counts.values()) / found.rows
+        missing = found.column(out.label).present < found.column(out.label).rows
+        settings += [f"--max-bad {math.ceil(100 * dropped) / 100:g}"] if missing else []
+    elif out.media is not None:
+        name, pairs = "files", {"column": out.media.column, "label": out.label}
+        listed = [file for file, _ in to_parquet.expand(places, found.kind)]
+        source, places = listed[0], listed
+        out.prepared = Path(output, "prepared", job_name(source)).as_posix()
+        beside = posixpath.dirname(source) or "."
+        pairs |= {} if out.media.root == beside else {"root": out.media.root}
+        if out.media.what == "image" and min(out.media.sides) > 256:
+            settings.append("--resize 256")
+        out.inputs = {out.media.what: out.media.what}
+        out.inputs |= {"seconds": "seconds"} if out.media.what == "audio" else {}
+    else:
+        name = "csv"
+        renamed = [n for n in (*out.inputs.values(), *out.labels.values()) if n == "split"]
+        assert not renamed, "a split column is no input and no label"
+    if len(places) > 1 and (out.media is not None or "uri" in found.places):
+        raise ValueError(
+            f"{', '.join(places)}: these files are converted first, by a command that takes one "
+            "place: join them into one table, or give the folder that holds them alone"
+        )
+    if found.delimiter:
+        pairs["delimiter"] = "tab" if found.delimiter == "\t" else found.delimiter
+    if splits is not None:
+        pairs["split_column"] = splits.name
+    options = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in pairs.items())
+    words = [shlex.quote(source), "-o", shlex.quote(out.prepared), options, *settings]
+    out.prepare = f"onetomany prepare {name} {' '.join(filter(None, words))}"
+
+
+def _table_options(out: Draft) -> dict[str, str]:
+    """Return the options of the importer `table`: label, id, group, and what is no feature."""
+    found = out.found
+    if "" in {column.name for column in found.columns}:
+        raise ValueError(
+            f"{found.all_places[0]}: a column has no name (pandas writes its index "
+            "so): write the table without it (index=False), or name it"
+        )
+    free = [column for column in found.columns if column.name != out.label]
+    ids = look.id_columns(free)
+    groups = [one.name for one in look.group_columns(free)]
+    twins = [name for name in look.twin_of(found.table, out.label, free) if name not in groups]
+    splits = {one.name for one in look.split_columns(found.columns)}
+    wordy = [
+        column.name
+        for column in free
+        if column.kind in ("list", "bytes", "file", "other")
+        or (column.kind == "text" and column.distinct > look.MOST_CLASSES)
+    ]
+    options = {"label": out.label}
+    if ids:
+        options["id"] = ids[0]
+    if groups:
+        options["group"] = groups[0]
+    dropped = [
+        name
+        for name in dict.fromkeys([*ids[1:], *twins, *wordy, *groups[1:]])
+        if name not in splits and name not in options.values()
+    ]
+    if dropped:
+        options["drop"] = ",".join(dropped)
+    out.notes += [
+        f"{name} has another name for each value of {out.label}: it would tell the label, and is "
+        "dropped"
+        for name in twins
+    ]
+    if rest := [name for name in dropped if name not in twins]:
+        out.notes.append(f"dropped, as they name rows: {', '.join(rest)}")
+    kept = {*dropped, *options.values(), *splits}
+    features = [column for column in found.columns if column.name not in kept]
+    numbers = [column.name for column in features if column.kind in ("whole", "number")]
+    rest = [column.name for column in features if column.kind not in ("whole", "number")]
+    if not features:
+        raise ValueError(
+            f"{found.all_places[0]}: no column is left for the features beside the "
+            f"label {out.label}"
+        )
+    out.notes.append(
+        f"features: {len(numbers)} of numbers ({preview(numbers)}), {len(rest)} of categories "
+        f"({preview(rest)})"
+    )
+    coded = [
+        column.name
+        for column in features
+        if column.kind == "whole" and 2 < column.distinct <= 10 and column.parts & {"type", "code"}
+    ]
+    if coded:
+        options["categorical"] = ",".join(coded)
+    return options
+
+
+# ---------------------------------------------------------------- splits
+
+
+def _split(out: Draft, splits: Column | None, scratch: str) -> None:
+    """Set where training, validation and test rows come from, and what must not cross."""
+    found = out.found
+    few = found.rows < FEW_ROWS
+    test, validation = (0.3, 0.2) if few else (0.2, 0.1)
+    group = _group(out)
+    have: set[str] = set(found.places) - {"uri"}
+    if splits is not None:
+        have = {SPLITS[value.strip().lower()] for value in splits.counts}
+        crossing = _crossing(found, splits.name, group) if group else 0
+        out.fields["split_column"] = splits.name if _is_direct(out) else "split"
+        out.why["split_column"] = (
+            f"the split that the data come with: {look.preview(splits.counts)}"
+            + ("" if len(splits.counts) == len(found.table) else " (of a sample)")
+        )
+        if _is_direct(out):
+            _split_values(out, splits)
+        if group and crossing:
+            out.why["split_column"] += (
+                f". {crossing} values of {group} stand in several of these splits, so test rows "
+                f"are of a {group} that was trained on: leave split_column out and say group: "
+                f"{group} to test on others"
+            )
+            group = ""
+    elif "uri" not in found.places and not _is_direct(out):
+        out.fields["split_column"] = "split"
+        out.why["split_column"] = "prepare writes it, from the names of the files"
+    if splits is None and group and "uri" not in found.places and _crosses_files(found, group):
+        out.why["files"] = f"values of {group} stand in several of these files"
+        group = ""
+    if "validation" not in have:
+        out.fields["validation_fraction"] = validation
+        out.why["validation_fraction"] = (
+            "share of the training rows to choose the best weights and settings by"
+        )
+    if "test" not in have:
+        out.fields["test_fraction"] = test
+        out.why["test_fraction"] = "share of the rows that is only tested on"
+        if few:
+            out.why["test_fraction"] += ": large, as a verdict needs 20 test rows or more"
+    if group:
+        out.fields["group"] = group
+        out.why["group"] = f"all rows of one {group} stay in one split"
+    held = sum(value for key, value in out.fields.items() if key.endswith("_fraction"))
+    rows = found.main.rows if splits is None else found.rows * _train_share(splits)
+    out.train_rows = max(1, round(rows * (1 - held)))
+    if _is_direct(out):
+        _choose_seed(out, scratch)
+
+
+def _train_share(splits: Column) -> float:
+    train = sum(
+        count for value, count in splits.counts.items() if SPLITS[value.strip().lower()] == "train"
+    )
+    return train / max(1, splits.present)
+
+
+def _group(out: Draft) -> str:
+    """Return the column whose rows belong together, or ""."""
+    taken = {*out.labels.values(), *out.inputs.values()}
+    found = [
+        column.name for column in look.group_columns(out.found.columns) if column.name not in taken
+    ]
+    if out.found.kind == "audio":
+        # pieces of one long recording
+        pieces = out.found.column("recording")
+        return "recording" if pieces.distinct < pieces.present else ""
+    return found[0] if found else ""
+
+
+def _crosses_files(found: Inspection, group: str) -> bool:
+    seen: dict[Any, str] = {}
+    for name, manifest in found.manifests.items():
+        for value in set(manifests.read_columns(Selection(manifest), [group])[group].to_pylist()):
+            if value is not None and seen.setdefault(value, name) != name:
+                return True
+    return False
+
+
+def _split_values(out: Draft, splits: Column) -> None:
+    """Name the values of each split, where they are not those that a job knows."""
+    usual = Data.model_fields["split_values"].get_default(call_default_factory=True)
+    named: dict[str, list[str]] = {}
+    for value in splits.counts:
+        named.setdefault(SPLITS[value.strip().lower()], []).append(value)
+    if any(set(values) - set(usual[split]) for split, values in named.items()):
+        out.fields["split_values"] = named
+
+
+def _choose_seed(out: Draft, scratch: str) -> None:
+    """Take the first seed by which every class stands in every split; else change the splits.
+
+    Raises:
+        ValueError: no seed gives training, validation and test rows of every class.
+    """
+    if not {"validation_fraction", "test_fraction"} & set(out.fields):
+        return
+    best = _best_seed(out, scratch)
+    if best is None and "group" in out.fields:
+        group = out.fields.pop("group")
+        out.why.pop("group")
+        best = _best_seed(out, scratch)
+        out.notes.append(
+            f"group: {group} is not set, though rows of one {group} should stay in one split: with "
+            f"{out.found.column(group).distinct} of them no split has training, validation and "
+            "test rows of every class"
+        )
+    if best is None:
+        raise ValueError(
+            f"{out.found.all_places[0]}: {out.found.rows} rows are too few to hold "
+            f"out validation and test rows of every class of {out.label} "
+            f"({look.preview(out.counts)}): add rows, or leave rare classes out"
+        )
+    if best:
+        out.fields["split_seed"] = best
+        out.why["split_seed"] = "the first one by which every class stands in every split"
+
+
+def _best_seed(out: Draft, scratch: str) -> int | None:
+    """Return the first seed with every class in training, and best in all splits; None: no one."""
+    places = out.found.places
+    fallback: int | None = None
+    for seed in range(SEEDS if out.found.rows <= MOST_ROWS else 1):
+        try:
+            parts = manifests.splits(
+                out.data(places, seed), tuple(out.labels), "targets.x", scratch, True
+            ).by_name()
+        except ValueError:
+            continue  # an empty split
+        if out.objective != "classification":
+            return seed
+        classes = {
+            name: {
+                value_text(one)
+                for one in manifests.read_columns(part, [out.label])[out.label].to_pylist()
+            }
+            for name, part in parts.items()
+        }
+        if classes["train"] == classes["validation"] == classes["test"]:
+            return seed
+        if fallback is None and classes["train"] >= classes["validation"] | classes["test"]:
+            fallback = seed
+    return fallback
+
+
+def job_name(place: str) -> str:
+    """Return the name of a job for a file, folder or glob."""
+    path = PurePosixPath(place.rstrip("/"))
+    if path.name == to_parquet.PREPARED or "*" in path.name or path.stem.lower() in SPLITS:
+        path = path.parent
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.name.split(".")[0] or path.name).strip("-_.")
+    return stem or "first"

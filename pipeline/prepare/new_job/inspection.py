@@ -1,0 +1,367 @@
+"""Look into files: of which kind they are, their splits, their columns, and a sample of rows."""
+
+from __future__ import annotations
+
+import io
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data import manifests, to_parquet
+from pipeline.data.csv_tables import csv_tables
+from pipeline.data.manifests import Manifest, Selection
+from pipeline.io import storage
+from pipeline.media import image_io
+from pipeline.prepare.engine.importing import SPLITS, preview
+from pipeline.prepare.engine.inputs import split_of
+from pipeline.prepare.new_job.columns import Column, names_files, profile
+
+TABLES = ("parquet", "csv", "jsonl")
+"""Kinds of tables, of which the first one is read where a folder holds several."""
+ROWS, GROUPS, FILES = 20_000, 16, 48
+"""A sample has so many rows of at most so many row groups, and so many images or recordings."""
+DELIMITERS = (";", "\t", "|")
+HEAVY = ("bytes", "file", "other")
+"""Kinds of columns of which no sample is read."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """A sample of images or recordings.
+
+    Attributes:
+        what: image or audio.
+        column: the column that holds or names them.
+        sides: of images, the shorter side of each in pixels.
+        grey: of images, whether all are grey.
+        seconds, rates: of recordings.
+        missing: names of files that are not there.
+        root: folder that relative names begin in; "" for absolute names, URIs and bytes.
+    """
+
+    what: str
+    column: str
+    sides: tuple[int, ...] = ()
+    grey: bool = False
+    seconds: tuple[float, ...] = ()
+    rates: tuple[int, ...] = ()
+    missing: tuple[str, ...] = ()
+    root: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in the files.
+
+    Attributes:
+        kind: images, audio, parquet, csv or jsonl.
+        places: files and folders by field of data: uri alone, or train, validation and test.
+        manifests: rows by the same fields.
+        table: a sample of the rows of uri or train, without images and recordings.
+        columns: what its columns hold, and those that are not in it.
+        stated: whether other kinds of files are there too, so that a job must state its format.
+        notes: sentences on what was left out.
+        delimiter: of CSV, where it is no comma.
+    """
+
+    kind: str
+    places: dict[str, list[str]]
+    manifests: dict[str, Manifest]
+    table: pa.Table
+    columns: list[Column]
+    stated: bool
+    notes: list[str] = field(default_factory=list[str])
+    delimiter: str = ""
+
+    @property
+    def main(self) -> Manifest:
+        """The rows of uri, or of train."""
+        return self.manifests.get("uri") or self.manifests["train"]
+
+    @property
+    def all_places(self) -> list[str]:
+        """The files and folders of all fields."""
+        return [place for listed in self.places.values() for place in listed]
+
+    @property
+    def rows(self) -> int:
+        return sum(manifest.rows for manifest in self.manifests.values())
+
+    def column(self, name: str) -> Column:
+        return next(column for column in self.columns if column.name == name)
+
+    def whole(self, name: str) -> list[Any]:
+        """Return a column of all rows."""
+        return [
+            value
+            for manifest in self.manifests.values()
+            for value in manifests.read_columns(Selection(manifest), [name])[name].to_pylist()
+        ]
+
+
+def inspect(places: Sequence[str], scratch: str) -> Inspection:
+    """Look into files, folders and globs.
+
+    Args:
+        places: as the user gives them.
+        scratch: a folder for conversions to Parquet.
+
+    Raises:
+        ValueError: no such place, nothing to read in it, or tables that do not go together.
+    """
+    pairs = to_parquet.expand(list(places), "auto")
+    kinds = Counter(to_parquet.kind_of(file) for file, _ in pairs)
+    shown = ", ".join(places)
+    if not set(kinds) - {"", "text"}:
+        what = "plain text, which has no labels" if kinds.get("text") else "no file of a known kind"
+        raise ValueError(
+            f"{shown}: {what}; a first job is written for CSV, JSON Lines and Parquet, and for "
+            "folders with one folder of images or recordings a class"
+        )
+    for kind in _candidates(kinds):
+        files = [(file, root) for file, root in pairs if to_parquet.kind_of(file) == kind]
+        is_media = kind in to_parquet.LISTED
+        fields = _split_folders(files) if is_media else _split_files(files, places)
+        delimiter = _delimiter(files[0][0]) if kind == "csv" else ""
+        built = {
+            name: _manifest(uris, kind, scratch, delimiter)
+            for name, uris in (fields or {"uri": list(places)}).items()
+        }
+        first = built.get("uri") or built["train"]
+        table, columns = _sample(first)
+        if is_media or len(set(kinds) & to_parquet.LISTED) == 0 or any(map(names_files, columns)):
+            break
+    else:
+        raise AssertionError("images or sound are always taken")
+    others = {other: count for other, count in kinds.items() if other not in (kind, "")}
+    notes = [f"files of other kinds are left out: {_counted(others)}"] if others else []
+    return Inspection(
+        kind,
+        fields or {"uri": list(places)},
+        built,
+        table,
+        columns,
+        bool(others),
+        notes,
+        delimiter,
+    )
+
+
+def _candidates(kinds: Counter[str]) -> list[str]:
+    """Return the kinds to try, in order: a table that names images, then the images."""
+    tables = [kind for kind in TABLES if kinds.get(kind)][:1]
+    media = sorted(set(kinds) & to_parquet.LISTED, key=lambda kind: -kinds[kind])[:1]
+    return [*tables, *media]
+
+
+def _counted(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
+def _split_folders(files: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return the folders train, val and test of images or recordings; {} where there are none.
+
+    Raises ValueError where all lie in one folder, which names no class.
+    """
+    folders = {posixpath.dirname(file) for file, _ in files}
+    if len(folders) == 1:
+        raise ValueError(
+            f"{folders.pop()}: all {len(files)} files lie in one folder, so that nothing says "
+            "their classes: sort them into one folder a class, or give a CSV with a column of "
+            "file names and a column of labels"
+        )
+    shared = posixpath.commonpath([file.partition("://")[2] or file for file, _ in files])
+    scheme = files[0][0].partition("://")[0] + "://" if "://" in files[0][0] else ""
+    tops: dict[str, list[str]] = {}
+    for file, _ in files:
+        path = file.partition("://")[2] or file
+        top = path[len(shared) :].lstrip("/").split("/")[0]
+        split = SPLITS.get(top.lower())
+        if split is None:
+            return {}
+        folder = scheme + posixpath.join(shared, top)
+        if folder not in tops.setdefault(split, []):
+            tops[split].append(folder)
+    return tops if "train" in tops else {}
+
+
+def _split_files(files: Sequence[tuple[str, str]], places: Sequence[str]) -> dict[str, list[str]]:
+    """Return the tables of each split where their names say it; {} where they do not."""
+    found: dict[str, list[str]] = {}
+    for file, root in files:
+        name = file[len(root) :].lstrip("/") if root else PurePosixPath(file).name
+        found.setdefault(split_of(name), []).append(file)
+    is_prepared = any(
+        storage.exists(storage.join(place, to_parquet.PREPARED))
+        for place in places
+        if storage.is_dir(place)
+    )
+    return found if len(found) > 1 and "train" in found and not is_prepared else {}
+
+
+def _delimiter(file: str) -> str:
+    """Return what stands between the fields of a CSV file, "" for a comma or tabs of a .tsv."""
+    if ".tsv" in file.lower():
+        return ""
+    with to_parquet.open_unpacked(file) as handle:
+        header = handle.readline(1 << 20).decode("utf-8", "replace")
+    counts = {mark: header.count(mark) for mark in DELIMITERS}
+    best = max(counts, key=lambda mark: counts[mark])
+    return best if counts[best] > header.count(",") else ""
+
+
+def _manifest(uris: list[str], kind: str, scratch: str, delimiter: str) -> Manifest:
+    """Return the rows of some files, converted below a scratch folder."""
+    if delimiter:
+        uris = [_as_parquet(file, delimiter, scratch) for file, _ in to_parquet.expand(uris, "csv")]
+        kind = "parquet"
+    found, _ = manifests.build_with_named(uris, kind, scratch, "stat")
+    if not found.rows:
+        raise ValueError(f"{', '.join(uris)}: no rows")
+    return found
+
+
+def _as_parquet(file: str, delimiter: str, scratch: str) -> str:
+    path = Path(scratch, f"{PurePosixPath(file).stem}-{abs(hash(file))}.parquet")
+    tables = csv_tables(partial(to_parquet.open_unpacked, file), file, delimiter=delimiter)
+    pq.write_table(pa.concat_tables(tables), path)
+    return str(path)
+
+
+def places_of(manifest: Manifest, most: int) -> np.ndarray:
+    """Return the ids of a sample of rows, from row groups all over the files."""
+    groups = np.unique(
+        np.linspace(0, len(manifest.groups) - 1, min(GROUPS, len(manifest.groups))).astype(int)
+    )
+    each = -(-most // len(groups))
+    ids = [
+        np.unique(np.linspace(start, start + rows - 1, min(each, rows)).astype(np.int64))
+        for start, rows in (
+            (int(manifest.starts[group]), manifest.groups[group].rows) for group in groups
+        )
+    ]
+    return np.concatenate(ids)
+
+
+def _sample(manifest: Manifest) -> tuple[pa.Table, list[Column]]:
+    """Return a sample of the rows without heavy columns, and a description of every column."""
+    empty = manifest.schema.empty_table()
+    kinds = {name: profile(name, empty[name]) for name in manifest.schema.names}
+    light = [name for name, column in kinds.items() if column.kind not in HEAVY]
+    ids = places_of(manifest, ROWS)
+    table = manifests.Reader(manifest, light).take(ids) if light else pa.table({})
+    return table, [
+        profile(name, table[name]) if name in light else column for name, column in kinds.items()
+    ]
+
+
+# ---------------------------------------------------------------- images and recordings
+
+
+def media_of(found: Inspection) -> Media | None:
+    """Look at a sample of the images or recordings that the rows hold or name; None for others."""
+    for column in found.columns:
+        if column.kind not in ("bytes", "file") and not names_files(column):
+            continue
+        ids = places_of(found.main, FILES)
+        cells = manifests.Reader(found.main, [column.name]).take(ids)[column.name].to_pylist()
+        cells = [cell for cell in cells if cell]
+        names = [cell for cell in cells if isinstance(cell, str)]
+        root = _root(names, found)
+        cells = [
+            storage.join(root, cell) if root and isinstance(cell, str) else cell for cell in cells
+        ]
+        here, missing = _existing(cells)
+        if missing and not here:
+            raise ValueError(
+                f"column {column.name} names files, and none of {len(missing)} that were looked "
+                f"for is there: {preview(missing[:2])}; relative names may begin in the folder of "
+                "the table or in the current one"
+            )
+        media = _pictures(here, column.name) or _recordings(here, column.name)
+        if media is not None:
+            what, sides, grey, seconds, rates = media
+            return Media(what, column.name, sides, grey, seconds, rates, tuple(missing), root)
+    return None
+
+
+def _root(names: Sequence[str], found: Inspection) -> str:
+    """Return the folder that relative names begin in: that of the table, or the current one."""
+    relative = [name for name in names if not (name.startswith("/") or "://" in name)]
+    if not relative or found.kind in to_parquet.LISTED:
+        return ""
+    file, _ = to_parquet.expand(next(iter(found.places.values())), found.kind)[0]
+    beside = posixpath.dirname(file) or "."
+    return next(
+        (
+            root
+            for root in (beside, ".")
+            if any(storage.exists(storage.join(root, name)) for name in relative[:8])
+        ),
+        beside,
+    )
+
+
+def _existing(cells: Iterable[Any]) -> tuple[list[Any], list[str]]:
+    here: list[Any] = []
+    missing: list[str] = []
+    for cell in cells:
+        if isinstance(cell, str) and not storage.exists(cell):
+            missing.append(cell)
+        else:
+            here.append(cell)
+    return here, missing
+
+
+def _file_of(cell: Any) -> Any:
+    """Return bytes or an open file of a cell."""
+    value = (cell.get("bytes") or cell.get("path")) if isinstance(cell, dict) else cell
+    return storage.read_bytes(value) if isinstance(value, str) else value
+
+
+def _pictures(cells: Sequence[Any], column: str) -> tuple[Any, ...] | None:
+    """Return what `Media` says of images; None where most cells are none."""
+    sizes = [size for cell in cells if (size := image_io.upright_size(cell))]
+    if not sizes or len(sizes) < len(cells) / 2:
+        return None
+    modes: set[str] = set()
+    for cell in cells[:16]:
+        data = _file_of(cell)
+        if data and image_io.upright_size(data):
+            with PIL.Image.open(io.BytesIO(data)) as image:
+                modes.add(image.mode)
+    grey = modes <= {"L", "1", "LA", "I;16", "I"}
+    return "image", tuple(min(size) for size in sizes), grey, (), ()
+
+
+def _recordings(cells: Sequence[Any], column: str) -> tuple[Any, ...] | None:
+    """Return what `Media` says of recordings; None where most cells are none."""
+    from pipeline.media import audio_io  # here: only sound needs its library
+
+    infos = []
+    for cell in cells:
+        try:
+            infos.append(audio_io.inspect(_file_of(cell)))
+        except audio_io.BrokenAudioError:
+            continue
+    if not infos or len(infos) < len(cells) / 2:
+        return None
+    seconds = tuple(info.seconds for info in infos)
+    return "audio", (), False, seconds, tuple(info.rate for info in infos)
+
+
+def relative_to(place: str, folder: str) -> str:
+    """Return a place as a job file in a folder names it."""
+    if storage.is_remote(place):
+        return place
+    return Path(os.path.relpath(place, folder)).as_posix()

@@ -1,0 +1,418 @@
+"""Write a draft as a job file, with a comment on every line that a user may wish to change."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints import bundle
+from pipeline.config.schema import CHECKPOINT_PREFIXES, HUBS
+from pipeline.io import storage
+from pipeline.prepare.engine.importing import preview as named
+from pipeline.prepare.new_job.columns import preview
+from pipeline.prepare.new_job.draft import Draft, draft, job_name
+from pipeline.prepare.new_job.inspection import inspect, relative_to
+
+WIDTH = 100
+BESIDE = 44
+"""A short comment stands beside its line from this column on, a long one above it."""
+PLAIN = re.compile(r"(\.{1,2}/)*[A-Za-z_/]([A-Za-z0-9_./:-]*[A-Za-z0-9_./-])?")
+WORDS = {"true", "false", "yes", "no", "on", "off", "null", "none", "y", "n"}
+HUB = {
+    "text": ("hf-hub:sentence-transformers/all-MiniLM-L6-v2", "English; 90 MB"),
+    "image": ("timm-hub:resnet18.a1_in1k", "ImageNet; 47 MB"),
+    "audio": ("hf-hub:facebook/wav2vec2-base", "English speech; 380 MB"),
+}
+"""A published checkpoint of each modality, which a run would download."""
+NEW_ROWS = {"csv": "new.csv", "jsonl": "new.jsonl", "parquet": "new.parquet"}
+
+
+class _Lines:
+    """The lines of a YAML file."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def add(self, depth: int, text: str, comment: str = "") -> None:
+        """Add a line with its comment: beside it where both are short, else above it."""
+        indent = "  " * depth
+        line = indent + text
+        if comment and max(len(line) + 2, BESIDE) + 2 + len(comment) <= WIDTH:
+            self.lines.append(
+                f"{line:<{BESIDE}}# {comment}" if len(line) < BESIDE else f"{line}  # {comment}"
+            )
+            return
+        if comment:
+            self.comment(comment, depth)
+        self.lines.append(line)
+
+    def comment(self, text: str, depth: int = 0) -> None:
+        """Add a comment of any length."""
+        mark = "  " * depth + "# "
+        self.lines += textwrap.wrap(
+            text,
+            WIDTH,
+            initial_indent=mark,
+            subsequent_indent=mark,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+    def command(self, text: str) -> None:
+        """Add a command as a comment that is not wrapped, so that it can be copied."""
+        self.lines.append(f"# {text}")
+
+    def blank(self) -> None:
+        self.lines.append("#")
+
+
+def scalar(value: Any) -> str:
+    """Return a value as YAML on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{scalar(key)}: {scalar(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(scalar, value)) + "]"
+    if isinstance(value, str) and PLAIN.fullmatch(value) and value.lower() not in WORDS:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def write(
+    places: list[str],
+    output: str,
+    *,
+    target_column: str | None = None,
+    sources: Sequence[str] = (),
+    force: bool = False,
+) -> list[str]:
+    """Look at files and write a job for them.
+
+    Args:
+        places: files, folders or globs.
+        output: the job file; "" for NAME.yaml in the current folder.
+        target_column: the column to predict; None: the most plausible one.
+        sources: checkpoints to start from: folders of bundles or of Hugging Face, or names as a
+            job has them (hf-hub:NAME).
+        force: overwrite a job file that is there.
+
+    Returns:
+        What was found, the file that was written, and what to do next, in lines.
+
+    Raises:
+        ValueError: the file is there, the data cannot be read, or nothing can be the label.
+    """
+    path = Path(output or f"{job_name(places[0])}.yaml")
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"-o {path}: a job file ends in .yaml")
+    if path.exists() and not force:
+        raise ValueError(f"{path} is there already: give --force to overwrite it, or another -o")
+    folder = str(path.parent)
+    checkpoints = [checkpoint(place, folder) for place in sources]
+    with storage.scratch_folder() as scratch:
+        found = inspect(places, str(scratch))
+        made = draft(found, target_column, folder, str(scratch))
+        text = job_text(made, path, places, checkpoints)
+        lines = summary(made, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return lines
+
+
+def checkpoint(place: str, folder: str) -> str:
+    """Return a checkpoint as a job in a folder names it.
+
+    Raises:
+        ValueError: it is no bundle and no folder of Hugging Face.
+    """
+    if place.startswith(CHECKPOINT_PREFIXES):
+        prefix, _, rest = place.partition(":")
+        return place if prefix in HUBS else f"{prefix}:{relative_to(rest, folder)}"
+    if bundle.exists(place):
+        return f"bundle:{relative_to(place, folder)}"
+    if storage.exists(storage.join(place, "config.json")):
+        return f"hf:{relative_to(place, folder)}"
+    raise ValueError(
+        f"--source {place}: neither a bundle (manifest.json) nor a folder of Hugging Face "
+        "(config.json) is there; for a name of a hub write hf-hub:NAME or timm-hub:NAME, and for a "
+        "file of weights add its network to the job: backbone: timm/NAME, init: file:PATH"
+    )
+
+
+# ---------------------------------------------------------------- the job
+
+
+def job_text(made: Draft, path: Path, places: list[str], checkpoints: list[str]) -> str:
+    """Return the job file."""
+    out = _Lines()
+    name = path.stem if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem) else "first"
+    target = _key(made.label)
+    _header(out, made, path, name, target, places)
+    out.add(0, f"name: {scalar(name)}", f"the results stand in runs/{name}")
+    out.add(0, "storage: runs", "a folder below the current one, or s3://bucket/prefix")
+    if checkpoints:
+        _given_sources(out, made, checkpoints)
+    else:
+        _own_source(out, made, path)
+    _target(out, made, path, target, shared=not checkpoints, checkpoints=checkpoints)
+    out.add(
+        0,
+        "techniques: [scratch, linear_probe, full]",
+        "how the source's network is used: not at all, as it is, and trained on; "
+        "`onetomany techniques` lists more",
+    )
+    out.add(0, "baselines: auto", "what has no network at all, to compare with")
+    out.add(0, "fanout: {seeds: 3}", "each is trained three times; a verdict needs two")
+    return "\n".join(out.lines) + "\n"
+
+
+def _key(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "_", label).strip("_") or "target"
+
+
+def _header(
+    out: _Lines, made: Draft, path: Path, name: str, target: str, places: list[str]
+) -> None:
+    found, job = made.found, shlex.quote(str(path))
+    commands = [
+        made.prepare,
+        f"onetomany run {job} --dry-run",
+        f"onetomany run {job}",
+        f"onetomany predict runs/{name} {_new_rows(made)} --target {target} -o predictions",
+    ]
+    for command in filter(None, commands):
+        out.command(command)
+    out.blank()
+    out.comment(
+        f"`onetomany init {shlex.join(places)}` wrote this job from what it found; change what you "
+        "like. `onetomany schema` explains every field. "
+        + ("The first command converts the files, once. " if made.prepare else "")
+        + "--dry-run says what would run and what is wrong with the rows; predict is for new rows."
+    )
+    out.blank()
+    parts = ", ".join(f"{key} {one.rows}" for key, one in found.manifests.items() if key != "uri")
+    out.comment(f"Found {found.rows} rows{f' ({parts})' if parts else ''} of {_what(made)}.")
+    for line in _facts(made):
+        out.comment(f"- {line}")
+
+
+def _new_rows(made: Draft) -> str:
+    """Return an example of files to predict."""
+    if made.found.kind in ("images", "audio"):
+        return "new_files"
+    return "prepared/new" if made.prepare else NEW_ROWS[made.found.kind]
+
+
+def _what(made: Draft) -> str:
+    kinds = {"text": "texts", "image": "images", "audio": "recordings", "table": "a table"}
+    return kinds[made.modality]
+
+
+def _facts(made: Draft) -> list[str]:
+    """Return what was found, in sentences without a full stop."""
+    out = []
+    if made.modality == "text":
+        out.append(f"95 % of the texts have at most about {made.tokens:.0f} tokens")
+    if made.media is not None and made.media.sides:
+        sides = sorted(made.media.sides)
+        grey = "grey" if made.media.grey else "colour"
+        out.append(f"images: {grey}, shorter side {sides[0]} to {sides[-1]} pixels")
+    if made.media is not None and made.media.seconds:
+        seconds, rates = sorted(made.media.seconds), sorted(set(made.media.rates))
+        out.append(
+            f"recordings: {seconds[0]:.1f} to {seconds[-1]:.1f} s, {named(rates)} samples a second"
+        )
+    if made.media is not None and made.media.missing:
+        out.append(
+            f"{len(made.media.missing)} of a sample of the files are not there, such as "
+            f"{made.media.missing[0]}: max_bad_rows says how many may be missing"
+        )
+    if made.counts:
+        what = {"multilabel": "labels", "tagging": "tags"}.get(made.objective, "classes")
+        out.append(f"{len(made.counts)} {what} of {made.label}: {preview(made.counts)}")
+    if made.others:
+        out.append(
+            f"{made.label} is the most plausible label; {named(made.others)} could be it too: "
+            "give --target-column"
+        )
+    return [*out, *made.notes]
+
+
+def _data(out: _Lines, made: Draft, path: Path, depth: int, columns: dict[str, str]) -> None:
+    """Add the rows: places, splits, modality and columns."""
+    folder = str(path.parent)
+    if made.prepared:
+        out.add(
+            depth, f"uri: {scalar(relative_to(made.prepared, folder))}", "relative to this file"
+        )
+    else:
+        for i, (key, listed) in enumerate(made.found.places.items()):
+            named_here = [relative_to(place, folder) for place in listed]
+            value: Any = named_here[0] if len(named_here) == 1 else named_here
+            why = made.why.get("files", "") or "relative to this file"
+            out.add(depth, f"{key}: {scalar(value)}", "" if i else why)
+        if made.found.stated:
+            out.add(depth, f"format: {made.found.kind}", "there are files of other kinds, too")
+    for key, value in made.fields.items():
+        out.add(depth, f"{key}: {scalar(value)}", made.why.get(key, ""))
+    if made.where:
+        out.add(depth, f"where: {scalar({made.label: made.where})}", made.why["where"])
+    options = made.options
+    value = {made.modality: options} if options else made.modality
+    out.add(depth, f"modality: {scalar(value)}", _why_options(made))
+    if columns:
+        out.add(depth, f"columns: {scalar(columns)}", "role: name of the column")
+
+
+def _why_options(made: Draft) -> str:
+    return {
+        "text": "length: tokens of a row; longer texts are cut",
+        "image": "size: pixels a side; larger is slower and often better",
+        "audio": "rate: samples a second",
+    }.get(made.modality, "")
+
+
+def _own_source(out: _Lines, made: Draft, path: Path) -> None:
+    """Add the source that needs no checkpoint: it learns from the user's own rows."""
+    backbone: Any
+    train: dict[str, Any] = {"steps": max(100, made.steps), "global_batch": made.batch, "lr": 1e-3}
+    columns = dict(made.inputs)
+    objective: Any = made.objective
+    learns = f"it learns {made.label} from the training rows themselves, so its gain is that of "
+    learns += "training longer: put other data with the same columns here to transfer from"
+    if made.modality == "text":
+        backbone = {"transformers/bert": {"layers": 2, "hidden": 128, "heads": 4}}
+        if made.objective != "tagging" and "text_pair" not in made.inputs:
+            objective, learns = "mlm", "it learns to fill in masked words of the training texts"
+    elif made.modality == "image":
+        backbone, objective = "timm/resnet10t", "simclr"
+        learns = "it learns to recognise two views of one training image, without labels"
+    elif made.modality == "audio":
+        backbone = "torchaudio/deepspeech2"
+        objective = {"wav2vec2": {"entries": 64, "code_width": 64, "width": 128, "mask_length": 5}}
+        learns = "it learns to fill in hidden parts of the training recordings, without labels"
+        train = {"steps": 100, "batch_cost": _cost(made), "lr": 1e-3}
+    else:
+        backbone = {"table/ft_transformer": {"width": 64, "layers": 2}}
+    if objective == made.objective:
+        columns |= made.labels
+    out.comment("What to start from. `own` needs no download: " + learns + ".")
+    out.add(0, "sources:")
+    out.add(1, "own:")
+    out.add(2, "data: &rows", "test rows are held out here as well")
+    _data(out, made, path, 3, columns)
+    out.add(2, f"backbone: {scalar(backbone)}", "`onetomany backbones` lists others")
+    out.add(2, f"objective: {scalar(objective)}", "`onetomany objectives NAME` explains it")
+    out.add(2, f"train: {scalar(train)}", _why_train(made))
+    _hub(out, made)
+
+
+def _cost(made: Draft) -> float:
+    """Return the seconds of a step: as many recordings as a batch has rows, at most a minute."""
+    seconds = made.media.seconds if made.media else (1.0,)
+    mean = sum(seconds) / len(seconds)
+    return float(round(min(60.0, max(8.0, 4 * max(seconds), made.batch * mean))))
+
+
+def _why_train(made: Draft) -> str:
+    return (
+        "batch_cost: seconds of audio a step" if made.modality == "audio" else "small, for a laptop"
+    )
+
+
+def _hub(out: _Lines, made: Draft) -> None:
+    """Add a published checkpoint as a comment."""
+    if made.modality not in HUB:
+        return
+    name, what = HUB[made.modality]
+    out.comment(f"A published checkpoint ({what}), often much better; the run downloads it:", 1)
+    out.comment("published:", 1)
+    out.comment(f"  backbone: {name}", 1)
+
+
+def _given_sources(out: _Lines, made: Draft, checkpoints: list[str]) -> None:
+    out.comment("What to start from: the checkpoints that were given with --source.")
+    out.add(0, "sources:")
+    taken: set[str] = set()
+    for place in checkpoints:
+        key = _key(place.rstrip("/").rpartition("/")[2].rpartition(":")[2])
+        while key in taken:
+            key += "_"
+        taken.add(key)
+        out.add(1, f"{key}:")
+        out.add(2, f"backbone: {scalar(place)}")
+    _hub(out, made)
+
+
+def _target(
+    out: _Lines, made: Draft, path: Path, target: str, shared: bool, checkpoints: list[str]
+) -> None:
+    """Add the task."""
+    out.comment("What to learn; there may be several targets.")
+    out.add(0, "targets:")
+    out.add(1, f"{target}:")
+    out.add(2, "data:")
+    columns = {**made.inputs, **made.labels}
+    if shared:
+        out.add(3, "<<: *rows", "the same rows as above")
+        if made.modality == "audio":
+            out.add(3, "modality: audio", "at the rate of its source")
+        out.add(3, f"columns: {scalar(columns)}", _label_comment(made))
+    else:
+        _data(out, made, path, 3, columns)
+    out.add(2, f"objective: {made.objective}", "`onetomany objectives` lists others")
+    metric, why = _metric(made)
+    if metric:
+        out.add(2, f"metric: {metric}", why)
+    out.add(
+        2,
+        "label_fractions: [1.0]",
+        "1.0 is all labels; [0.1, 1.0] also says what a tenth of them is enough for",
+    )
+    out.add(2, f"train: {scalar(_train(made, checkpoints))}", _why_train(made))
+
+
+def _label_comment(made: Draft) -> str:
+    return f"{made.label} is learned" + (
+        f"; {named(made.others)} could be it too" if made.others else ""
+    )
+
+
+def _metric(made: Draft) -> tuple[str, str]:
+    """Return the metric to judge by, and why; "" for the objective's own."""
+    if made.objective != "classification":
+        return "", ""
+    share = max(made.counts.values()) / sum(made.counts.values())
+    if len(made.counts) == 2 and share > 0.6:
+        return "auroc", f"the larger class has {share:.0%} of the rows, so accuracy says little"
+    ratio = max(made.counts.values()) / min(made.counts.values())
+    if len(made.counts) > 2 and ratio > 5:
+        return "macro_f1", f"the largest class has {ratio:.0f} times the rows of the smallest"
+    return "accuracy", "the classes are about equally large"
+
+
+def _train(made: Draft, checkpoints: list[str]) -> dict[str, Any]:
+    """Return how a fine-tune trains: published networks with a smaller rate."""
+    lr = 1e-4 if checkpoints and made.modality in ("text", "audio") else 1e-3
+    if made.objective == "ctc":
+        return {"epochs": 20, "batch_cost": _cost(made), "lr": lr}
+    if made.modality == "audio":
+        return {"steps": made.steps, "batch_cost": _cost(made), "lr": lr}
+    return {"steps": made.steps, "global_batch": made.batch, "lr": lr}
+
+
+def summary(made: Draft, path: Path) -> list[str]:
+    """Return what was found and the commands that follow, for the terminal."""
+    job = shlex.quote(str(path))
+    first = [f"first: {made.prepare}"] if made.prepare else []
+    return [
+        f"{made.found.rows} rows of {_what(made)}; to learn: {made.label} ({made.objective})",
+        *(f"- {line}" for line in _facts(made)),
+        f"wrote {path}",
+        *first,
+        f"next: onetomany run {job} --dry-run, then onetomany run {job}",
+    ]

@@ -1,0 +1,59 @@
+"""From somebody's own files to predictions: init, run, predict."""
+
+import csv
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.e2e.conftest import SAMPLES
+
+pytestmark = pytest.mark.slow
+
+
+def short(kind: str) -> list[str]:
+    """A few steps of one seed: the way is tested, not what is learned."""
+    return [
+        word
+        for setting in (
+            "sources.own.train.steps=2",
+            f"targets.{kind}.train.steps=2",
+            "fanout.seeds=1",
+            "techniques=[full]",
+        )
+        for word in ("--set", setting)
+    ]
+
+
+def test_a_csv_of_texts_is_predicted(onetomany_here, tmp_path):
+    rows = pq.read_table(SAMPLES / "sentiment_sentences.parquet").slice(0, 200).to_pylist()
+    with open(tmp_path / "reviews.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["review", "stars"], *([row["text"], row["label"]] for row in rows)])
+    assert onetomany_here("init", "reviews.csv", cwd=tmp_path).returncode == 0
+    ran = onetomany_here("run", "reviews.yaml", *short("stars"), cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "runs/reviews/report.html").exists()
+    words = ("predict", "runs/reviews", "reviews.csv", "--target", "stars", "-o", "predictions")
+    done = onetomany_here(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = pq.read_table(tmp_path / "predictions")
+    assert len(found) == 200 and set(found["prediction"].to_pylist()) <= {"0", "1"}
+
+
+def test_a_folder_of_images_is_run(onetomany_here, tmp_path):
+    rows = pq.read_table(SAMPLES / "clothing_48px.parquet").slice(0, 90).to_pylist()
+    for number, row in enumerate(rows):
+        place = tmp_path / "photos" / str(row["label_name"])[:20].replace("/", "-")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.jpg").write_bytes(row["image"])
+    with Image.open(place / f"{number}.jpg") as image:
+        assert min(image.size) <= 48
+    for folder in (tmp_path / "photos").iterdir():
+        if len(list(folder.iterdir())) < 3:
+            shutil.rmtree(folder)
+    assert onetomany_here("init", "photos", cwd=tmp_path).returncode == 0
+    ran = onetomany_here("run", "photos.yaml", *short("label"), cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "runs/photos/report.html").exists()

@@ -1,0 +1,66 @@
+"""The importer of tables that name images or recordings: where the files are looked for, which
+columns are kept, and rows that cannot be used.
+"""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from prepare.conftest import encoded, prepare, prepare_and_read, read, write
+from prepare.speech import reasons, sound
+
+
+def test_images_that_a_csv_names_by_paths_below_it(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"set/jpg/{i}.jpg", encoded(i))
+    lines = ["file,width,kind,part"]
+    lines += [f"jpg/{i}.jpg,{i},k{i % 2},{('training', 'Test')[i % 2]}" for i in range(4)]
+    lines += ["jpg/none.jpg,7,k0,test", ",8,k1,test", "jpg/0.jpg,9,k0,other"]
+    source = write(tmp_path / "set/list.csv", "\n".join(lines) + "\n")
+    rows, found = prepare_and_read(
+        "files", source, tmp_path / "out", "label=kind", "split_column=part", max_bad=0.5
+    )
+    assert {row["path"]: (row["table_width"], row["kind"], row["split"]) for row in rows} == {
+        "jpg/0.jpg": (0, "k0", "train"),
+        "jpg/1.jpg": (1, "k1", "test"),
+        "jpg/2.jpg": (2, "k0", "train"),
+        "jpg/3.jpg": (3, "k1", "test"),
+    }
+    by_path = {row["path"]: row for row in rows}
+    assert by_path["jpg/2.jpg"]["image"] == encoded(2)
+    assert (by_path["jpg/2.jpg"]["width"], by_path["jpg/2.jpg"]["height"]) == (40, 30)
+    assert reasons(found) == {
+        "list.csv: row 5": f"no file {tmp_path}/set/jpg/none.jpg",
+        "list.csv: row 6": "no name in column file",
+        "list.csv: row 7": "its split is none of train, validation and test",
+    }
+    assert found["classes"]["train"]["labels"] == {"k0": 2}
+
+
+def test_recordings_that_json_lines_name_below_another_folder(tmp_path):
+    write(tmp_path / "wav/a.wav", sound(1, 1.0, form="WAV"))
+    write(tmp_path / "wav/b.wav", sound(2, 2.5, form="WAV"))
+    rows = [{"sound": "a.wav", "word": "on"}, {"sound": f"{tmp_path}/wav/b.wav", "word": "off"}]
+    source = write(tmp_path / "lists/rows.jsonl", "\n".join(map(json.dumps, rows)))
+    prepare("files", source, tmp_path / "out", f"root={tmp_path}/wav", "longest=2")
+    made = sorted(
+        (row["word"], row["recording_start"], row["seconds"]) for row in read(tmp_path / "out")
+    )
+    assert made[-1] == ("on", 0.0, 1.0) and [row[0] for row in made] == ["off", "off", "on"]
+    assert sum(row[2] for row in made[:2]) == pytest.approx(2.5)
+
+
+def test_the_column_of_files_must_be_told_apart(tmp_path):
+    write(tmp_path / "a.png", encoded(0, form="PNG"))
+    table = pa.table({"image": ["a.png"], "mask": ["a.png"], "kind": [1]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    source = tmp_path / "rows.parquet"
+    with pytest.raises(ValueError, match=r"several columns name files \(image, mask\): say --set"):
+        prepare("files", source, tmp_path / "out")
+    prepare("files", source, tmp_path / "out", "column=image")
+    assert [row["mask"] for row in read(tmp_path / "out")] == ["a.png"]
+    with pytest.raises(ValueError, match="no column 'imag' for --set column; did you mean image"):
+        prepare("files", source, tmp_path / "other", "column=imag")
+    with pytest.raises(ValueError, match="none of 1 rows of column image names a file that is the"):
+        prepare("files", source, tmp_path / "other", "column=image", f"root={tmp_path}/none")
