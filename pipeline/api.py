@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import yaml_loader
 from pipeline.config.plugins import use as use_plugins
-from pipeline.config.schema import Job
+from pipeline.config.schema import Job, OutputFormat
 
 if TYPE_CHECKING:
     import numpy as np
@@ -343,9 +343,11 @@ def predict(
     *,
     target: str | None = None,
     columns: Mapping[str, str] | None = None,
-    format: str = "auto",
+    input_format: str = "auto",
+    format: OutputFormat = "parquet",
     keep: Sequence[str] = (),
     srt: bool = False,
+    draw: bool = False,
     plugins: Sequence[str] = (),
     address: str | None = None,
     verbose: bool = False,
@@ -355,12 +357,14 @@ def predict(
     Args:
         bundle: URI of the bundle, or of a job's folder: its best network for ``target``.
         data: Files, folders or globs, local or on S3.
+        output: Folder for the files of predictions. Parts that are there already are kept.
         target: Of a job with several targets, the one to predict.
-        output: Folder for the Parquet files. Parts that are there already are kept.
         columns: Role to column, where a column is named otherwise than in training.
-        format: Of the files, as in a job's data.
+        input_format: Of ``data``, as in a job's data.
+        format: Of the predictions.
         keep: Columns of the rows that are written beside the predictions.
         srt: Of speech, also write one file of subtitles a recording.
+        draw: Of boxes and masks, also write each image with its prediction drawn on it.
         plugins: Modules or paths that hold components the bundle is made of.
         address: A Ray cluster to join, as for `run`.
         verbose: Show Ray's own messages too.
@@ -375,13 +379,68 @@ def predict(
     use_plugins(plugins)
     place = bundle
     bundle = _resolve(place, target)
-    inference.check(bundle, srt)
+    options = inference.OutputOptions(format, tuple(keep), srt, draw)
+    inference.check(bundle, options)
     with launch.session(address, verbose), Progress() as progress:
         if bundle != place:
             progress.note(f"bundle: {bundle}")
         files = [data] if isinstance(data, str) else list(data)
         named = dict(columns or {})
-        return inference.predict(bundle, files, output, named, format, progress, srt, tuple(keep))
+        return inference.predict(bundle, files, output, named, input_format, progress, options)
+
+
+def embed_files(
+    bundle: str,
+    data: str | Sequence[str],
+    output: str,
+    *,
+    target: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    input_format: str = "auto",
+    format: OutputFormat = "parquet",
+    keep: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+    address: str | None = None,
+    verbose: bool = False,
+) -> str:
+    """Write the features that a bundle's backbone gives of new rows to files, with Ray Data.
+
+    The column ``features`` has a list of numbers for each row; ids, texts and kept columns are
+    those of `predict`.
+
+    Args:
+        bundle: URI of a source's or a fine-tuned bundle, or of a job's folder: its best network for
+            ``target``.
+        data: Files, folders or globs, local or on S3.
+        output: Folder for the files of features. Parts that are there already are kept.
+        target: Of a job with several targets, the one whose network is taken.
+        columns: Role to column, where a column is named otherwise than in training.
+        input_format: Of ``data``, as in a job's data.
+        format: Of the features.
+        keep: Columns of the rows that are written beside the features.
+        plugins: Modules or paths that hold components the bundle is made of.
+        address: A Ray cluster to join, as for `run`.
+        verbose: Show Ray's own messages too.
+
+    Returns:
+        What was written, in words.
+    """
+    from pipeline.checkpoints import bundle as bundles
+    from pipeline.train import launch
+    from pipeline.train.progress import Progress
+    from pipeline.transfer import inference
+
+    use_plugins(plugins)
+    place = bundle
+    bundle = _resolve(place, target)
+    bundles.read_manifest(bundle)  # what is no bundle is refused before Ray starts
+    options = inference.OutputOptions(format, tuple(keep))
+    with launch.session(address, verbose), Progress() as progress:
+        if bundle != place:
+            progress.note(f"bundle: {bundle}")
+        files = [data] if isinstance(data, str) else list(data)
+        named = dict(columns or {})
+        return inference.embed_files(bundle, files, output, named, input_format, progress, options)
 
 
 def embed(
@@ -389,7 +448,7 @@ def embed(
     data: str | Sequence[str],
     *,
     columns: Mapping[str, str] | None = None,
-    format: str = "auto",
+    input_format: str = "auto",
     plugins: Sequence[str] = (),
 ) -> np.ndarray:
     """Compute the features that a bundle's backbone gives of new rows, in this process.
@@ -398,7 +457,7 @@ def embed(
         bundle: URI of a source's or a fine-tuned bundle.
         data: Files, folders or globs, local or on S3.
         columns: Role to column, where a column is named otherwise than in training.
-        format: Of the files, as in a job's data.
+        input_format: Of ``data``, as in a job's data.
         plugins: Modules or paths that hold components the bundle is made of.
 
     Returns:
@@ -411,7 +470,7 @@ def embed(
     use_plugins(plugins)
     with Progress() as progress:
         files = [data] if isinstance(data, str) else list(data)
-        return inference.embed(bundle, files, dict(columns or {}), format, progress)
+        return inference.embed(bundle, files, dict(columns or {}), input_format, progress)
 
 
 def export(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from pipeline import __version__, api
 from pipeline.config import job_page, listing, plugins, registry
-from pipeline.config.schema import Data, Job, JobError, schema
+from pipeline.config.schema import DataFormat, Job, JobError, OutputFormat, schema
 from pipeline.config.yaml_loader import load
 from pipeline.io import signals
 from pipeline.io.ray_environment import prepare_ray
@@ -30,7 +30,6 @@ app = typer.Typer(
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 110)
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
-FORMS: tuple[str, ...] = get_args(Data.model_fields["format"].annotation)
 JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", metavar="JOB")]
 Set = Annotated[
     list[str] | None,
@@ -391,67 +390,139 @@ def advise(
     out.print(METHOD, markup=False, soft_wrap=True)
 
 
+BundleOrJob = Annotated[
+    str,
+    typer.Argument(
+        help="A fine-tuned bundle (folder or s3://), or a job's folder: its best network for "
+        "--target.",
+        metavar="BUNDLE|JOB",
+    ),
+]
+NewData = Annotated[list[str], typer.Argument(help="Files, folders or globs.", metavar="FILES...")]
+OutputFolder = Annotated[str, typer.Option("-o", "--output", help="Folder for what is written.")]
+TargetName = Annotated[
+    str | None, typer.Option(help="Of a job's folder: the target whose network is taken.")
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="The column of a role, when it is named otherwise than in training.",
+        metavar="ROLE=NAME",
+    ),
+]
+ReadAs = Annotated[
+    DataFormat,
+    typer.Option("--input-format", help="How FILES are read; auto: by their names."),
+]
+WriteAs = Annotated[OutputFormat, typer.Option("--format", help="What is written.")]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        help="Columns of the rows that are written too, as input_NAME where there is another "
+        "column NAME.",
+        metavar="A,B",
+    ),
+]
+
+
+def _of_new_rows(
+    column: list[str] | None, keep: str | None, read_as: DataFormat, plugin: list[str] | None
+) -> dict[str, Any]:
+    """Return what `predict` and `embed` take alike, as arguments of their functions."""
+    wrong = [c for c in column or () if not all(c.partition("="))]
+    if wrong:
+        raise _fail(f"--column {wrong[0]}: write ROLE=NAME, e.g. image=picture", 2)
+    return {
+        "columns": dict(c.split("=", 1) for c in column or ()),
+        "keep": [name.strip() for name in (keep or "").split(",") if name.strip()],
+        "input_format": read_as,
+        "plugins": plugin or (),
+    }
+
+
 @app.command()
 def predict(
-    bundle: Annotated[
-        str,
-        typer.Argument(
-            help="A fine-tuned bundle (folder or s3://), or a job's folder: its best network for "
-            "--target."
-        ),
-    ],
-    data: Annotated[list[str], typer.Argument(help="Files, folders or globs to predict.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder for the Parquet files.")],
-    target: Annotated[
-        str | None, typer.Option(help="Of a job's folder: the target to predict.")
-    ] = None,
-    column: Annotated[
-        list[str] | None,
+    bundle: BundleOrJob,
+    data: NewData,
+    output: OutputFolder,
+    target: TargetName = None,
+    column: Columns = None,
+    input_format: ReadAs = "auto",
+    format: WriteAs = "parquet",
+    keep: Keep = None,
+    draw: Annotated[
+        bool,
         typer.Option(
-            help="ROLE=NAME: the column of a role, when it is named otherwise than in training."
+            "--draw", help="Of boxes and masks: draw them on the images too, in OUTPUT/_drawn."
         ),
-    ] = None,
-    format: Annotated[str, typer.Option(help=f"{', '.join(FORMS[:-1])} or {FORMS[-1]}.")] = "auto",
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            help="Columns of the rows that stand beside the predictions too, as input_NAME where "
-            "these have a column NAME.",
-            metavar="A,B",
-        ),
-    ] = None,
+    ] = False,
     srt: Annotated[
-        bool, typer.Option("--srt", help="Of speech: one file of subtitles a recording too.")
+        bool,
+        typer.Option(
+            "--srt", help="Of speech: one file of subtitles a recording too, in OUTPUT/_subtitles."
+        ),
     ] = False,
     plugin: Plugin = None,
     address: Address = None,
     verbose: Verbose = False,
 ) -> None:
-    """Apply a fine-tuned bundle to new files with Ray Data; writes row, prediction and
-    probabilities (of speech text, words and their times) as Parquet.
+    """Apply a fine-tuned bundle to new files with Ray Data; writes a row for each row or file: the
+    prediction with its probability, boxes, masks, entities, texts with times, and so on.
 
-    Beside them stand `file` (of folders) and the rows' id; `--keep` names further columns. The
-    names of the classes that `probabilities` are of are printed, and stand in the Parquet files'
-    metadata (key `classes`).
+    Beside them stand `file` (of folders), the rows' id, their texts, and what `--keep` names. The
+    folder opens as one data set: `pandas.read_parquet(OUTPUT)`. In Parquet `probabilities` are in
+    the order of the classes, which are printed and stand in the files' metadata (key `classes`); in
+    CSV and JSON Lines each has its class name.
+
+    Example: `onetomany predict runs/quickstart photos/ --target clothing -o out --format csv`
     """
-    wrong = [c for c in column or () if not all(c.partition("="))]
-    if wrong:
-        raise _fail(f"--column {wrong[0]}: write ROLE=NAME, e.g. image=picture", 2)
-    if format not in FORMS:
-        raise _fail(f"--format {format}: it is one of {', '.join(FORMS)}", 2)
+    more = _of_new_rows(column, keep, input_format, plugin)
     with _exit_codes():
         written = api.predict(
             bundle,
             data,
             output,
             target=target,
-            columns=dict(c.split("=", 1) for c in column or ()),
             format=format,
-            keep=[name.strip() for name in (keep or "").split(",") if name.strip()],
             srt=srt,
-            plugins=plugin or (),
+            draw=draw,
             address=address,
             verbose=verbose,
+            **more,
+        )
+    out.print(written, markup=False, soft_wrap=True)
+
+
+@app.command()
+def embed(
+    bundle: BundleOrJob,
+    data: NewData,
+    output: OutputFolder,
+    target: TargetName = None,
+    column: Columns = None,
+    input_format: ReadAs = "auto",
+    format: WriteAs = "parquet",
+    keep: Keep = None,
+    plugin: Plugin = None,
+    address: Address = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write a vector of features for each row of new files, by the backbone of a bundle (a source's
+    too): for search, clustering or a model of your own. Ids and kept columns as for `predict`.
+
+    Example: `onetomany embed runs/quickstart photos/ --target clothing -o features`
+    """
+    more = _of_new_rows(column, keep, input_format, plugin)
+    with _exit_codes():
+        written = api.embed_files(
+            bundle,
+            data,
+            output,
+            target=target,
+            format=format,
+            address=address,
+            verbose=verbose,
+            **more,
         )
     out.print(written, markup=False, soft_wrap=True)
 

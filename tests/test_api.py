@@ -26,6 +26,7 @@ FUNCTIONS = (
     "embed",
     "export",
     "prepare_data",
+    "embed_files",
     "load_bundle",
     "results",
     "advise",
@@ -106,6 +107,10 @@ def test_a_job_runs_in_a_program(tmp_path, monkeypatch):
     assert isinstance(table, pa.Table) and table.num_rows >= len(outcome.rows) > 0
     assert pipeline.results(job.root).equals(table)
     assert pipeline.run(job).entries and len(ran) == 2, "nothing is left to run"
+    index = (Path(job.root) / "trials.csv").read_text()
+    assert "task/a/linear_probe/1.0/seed0,done,True,accuracy," in index
+    names = {row["trial_name"] for row in table.to_pylist()}
+    assert len(names) == 2 and "task/a/linear_probe/1.0/seed0" in names
     best = next(row["bundle_uri"] for row in table.to_pylist() if row["bundle_uri"])
     task = pipeline.load_bundle(best).task()
     rows = pq.read_table(paths["test"]).select(["picture"])

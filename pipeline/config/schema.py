@@ -144,6 +144,14 @@ def _fraction(value: float | int) -> float | int:
     return value
 
 
+DataFormat = Literal[
+    "auto", "parquet", "images", "audio", "jsonl", "csv", "text", "paragraphs", "documents"
+]
+"""How files of data are read."""
+OutputFormat = Literal["parquet", "csv", "jsonl"]
+"""How predictions and features are written."""
+
+
 class Data(Spec):
     """Where rows come from and what they mean.
 
@@ -168,9 +176,7 @@ class Data(Spec):
         description="role to column name, e.g. {image: image, label: label}, for the roles that "
         "modality and objective read",
     )
-    format: Literal[
-        "auto", "parquet", "images", "audio", "jsonl", "csv", "text", "paragraphs", "documents"
-    ] = Field(
+    format: DataFormat = Field(
         "auto",
         description="auto: by file name; recordings longer than 30 s are cut at silence (audio); "
         "plain text is read as a row a line (text), as rows parted by blank lines (paragraphs), "

@@ -41,6 +41,20 @@ def file_columns(modality: Any, columns: Mapping[str, str]) -> tuple[str, ...]:
 
 
 @runtime_checkable
+class HasReadableColumns(Protocol):
+    """A modality with columns that a person can read: texts. Predictions have them too."""
+
+    readable_roles: ClassVar[tuple[str, ...]]
+    """Roles of those columns."""
+
+
+def readable_columns(modality: Any, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the columns of the input that a person can read."""
+    roles = modality.readable_roles if isinstance(modality, HasReadableColumns) else ()
+    return tuple(columns[role] for role in roles if role in columns)
+
+
+@runtime_checkable
 class CutFromRecords(Protocol):
     """A modality of which several rows may be cut from one record (a patient's stay)."""
 
@@ -300,6 +314,20 @@ class Packs(Protocol):
 def can_pack(modality: Any) -> TypeIs[Packs]:
     """Return whether rows of the modality can be turned into token ids once, before training."""
     return isinstance(modality, Packs)
+
+
+@runtime_checkable
+class ShowsPictures(Protocol):
+    """A modality whose rows can be looked at: predictions are drawn on them."""
+
+    def pictures(self, table: Any, columns: dict[str, str]) -> Iterator[np.ndarray | None]:
+        """Yield (H, W, 3) uint8 of each row as it is stored; None where it cannot be read."""
+        ...
+
+
+def shows_pictures(modality: Any) -> TypeIs[ShowsPictures]:
+    """Return whether rows of the modality can be looked at."""
+    return isinstance(modality, ShowsPictures)
 
 
 @runtime_checkable

@@ -257,6 +257,15 @@ class Image(Modality):
                 bad[i] = _reason(error)
         return {name: tensor.numpy() for name, tensor in out.items()}, bad
 
+    def pictures(self, table, columns):
+        for value in table[columns["image"]]:
+            try:
+                pixels = image_io.pixels(_bytes(value), 3)
+            except (RuntimeError, ValueError):
+                yield None  # as for ``decode``, which gives the reason
+            else:
+                yield pixels.permute(1, 2, 0).numpy()
+
     def _blank(self, rows: int, mask: bool, device: torch.device) -> dict[str, Tensor]:
         size = self.options.size
         out = {

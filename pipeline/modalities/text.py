@@ -98,6 +98,7 @@ class Text(Modality):
 
     roles = ("text",)
     optional_roles = ("text_pair",)
+    readable_roles = ("text", "text_pair")
     packed_roles = ("tokens", "segments", "bytes")
     near_search = minhash.MinHashSearch(NEAR_JACCARD)
     target_options = ("length", "stride", "windows")

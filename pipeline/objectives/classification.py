@@ -301,10 +301,10 @@ class Classification(Objective):
             self.state = {**self.state, "threshold": threshold}
 
     def output_columns(self, predictions, raw_rows):
-        """Return ``prediction``, a label's name, and ``probabilities`` (n, C).
+        """Return ``prediction``, its ``probability`` and all ``probabilities`` (n, C).
 
-        The likeliest label, or the one that the threshold decides. Probabilities are in the order
-        of the bundle's labels.
+        The prediction is the name of the likeliest label, or of the one that the threshold decides.
+        Probabilities are in the order of the bundle's labels.
         """
         names = np.array(self.state["labels"], dtype=object)
         scores = predictions["scores"]
@@ -313,8 +313,10 @@ class Classification(Objective):
             predicted = probabilities[:, 1] >= self.state["threshold"]
         else:
             predicted = scores.argmax(1)
+        numbers = np.asarray(predicted, dtype=np.int64)
         return {
-            "prediction": names[np.asarray(predicted, dtype=np.int64)],
+            "prediction": names[numbers],
+            "probability": probabilities[np.arange(len(numbers)), numbers].astype(np.float32),
             "probabilities": probabilities.astype(np.float32),
         }
 

@@ -38,11 +38,14 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.nn.feature_pyramid import Pyramid
 from pipeline.core.rng import uniform
-from pipeline.media import image_io
+from pipeline.media import drawing, image_io
 from pipeline.media.image_ops import in_crowd
 
 DETECTIONS = 100
 """Detections an image: as many as COCO's metric looks at."""
+
+DRAWN_SCORE = 0.3
+"""Boxes that are less sure are not drawn."""
 
 AT_ONCE = 16
 """Images predicted at a time.
@@ -275,6 +278,18 @@ class Detection(Objective):
             columns["scores"][row] = predictions["scores"][row][real].tolist()
             columns["labels"][row] = names[classes[real]].tolist()
         return columns
+
+    def draw(self, picture, columns):
+        """Draw the boxes with a score of at least DRAWN_SCORE, the surest ones on top."""
+        names: list[str] = self.state["labels"]
+        scores = np.array(columns["scores"])
+        boxes = np.array(columns["boxes"]).reshape(-1, 4)
+        is_drawn = scores >= DRAWN_SCORE
+        labels = [name for name, drawn in zip(columns["labels"], is_drawn, strict=True) if drawn]
+        pairs = zip(labels, scores[is_drawn], strict=True)
+        captions = [f"{name} {score:.2f}" for name, score in pairs]
+        classes = [names.index(name) for name in labels]
+        return drawing.draw_boxes(picture, boxes[is_drawn], captions, classes)
 
 
 # ---------------------------------------------------------------- rows

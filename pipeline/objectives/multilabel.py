@@ -97,7 +97,10 @@ class Multilabel(Objective):
     head_options = ("norm",)
     label_kind = "label_sets"
     label_tensor = "labels"
-    output_types = {"prediction": pa.list_(pa.string())}
+    output_types = {
+        "prediction": pa.list_(pa.string()),
+        "probability": pa.list_(pa.float32()),
+    }
 
     @classmethod
     def fit(cls, options, table, columns):
@@ -213,13 +216,24 @@ class Multilabel(Objective):
         return self.predict(backbone, batch)["scores"]
 
     def output_columns(self, predictions, raw_rows):
-        """Return ``prediction``, names of the labels above 0.5, and ``probabilities`` (n, L)."""
+        """Return ``prediction``, names of the labels above 0.5, and how probable they are.
+
+        ``probability`` has a number for each of these names, ``probabilities`` (n, L) for all
+        labels.
+        """
         probabilities = torch.from_numpy(predictions["scores"]).sigmoid().numpy()
         names = np.array(self.state["labels"], dtype=object)
         predicted = np.empty(len(probabilities), dtype=object)
+        of_predicted = np.empty(len(probabilities), dtype=object)
         for row, of_labels in enumerate(probabilities):
-            predicted[row] = names[of_labels > 0.5].tolist()
-        return {"prediction": predicted, "probabilities": probabilities}
+            is_predicted = of_labels > 0.5
+            predicted[row] = names[is_predicted].tolist()
+            of_predicted[row] = of_labels[is_predicted].tolist()
+        return {
+            "prediction": predicted,
+            "probability": of_predicted,
+            "probabilities": probabilities,
+        }
 
 
 # ---------------------------------------------------------------- rows

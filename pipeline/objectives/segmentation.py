@@ -19,7 +19,7 @@ from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features, Objective
 from pipeline.core.nn.feature_pyramid import Pyramid
 from pipeline.io import storage
-from pipeline.media import image_io
+from pipeline.media import drawing, image_io
 
 OUTSIDE = image_io.IGNORED
 """Class of pixels outside the image, as the modality writes it."""
@@ -192,6 +192,11 @@ class Segmentation(Objective):
             PIL.Image.fromarray(classes[down, across]).save(buffer, "PNG")
             masks[row] = buffer.getvalue()
         return {"mask": masks}
+
+    def draw(self, picture, columns):
+        """Lay the colours of the classes over the picture, with their names below it."""
+        mask = image_io.class_numbers(columns["mask"]).astype(np.uint8)
+        return drawing.draw_mask(picture, mask, self.state["labels"])
 
 
 def _resized(x: Tensor, size: Any) -> Tensor:

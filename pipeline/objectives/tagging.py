@@ -103,6 +103,8 @@ class Tagging(Objective):
                     "first": pa.int32(),
                     "last": pa.int32(),
                     "text": pa.string(),
+                    "start": pa.int32(),
+                    "end": pa.int32(),
                 }
             )
         ),
@@ -324,7 +326,8 @@ class Tagging(Objective):
         """Return ``tags``, the name of each word's tag, and with a scheme ``entities``.
 
         Without a scheme the tag of a word that has no position is null. Entities are lists of
-        {type, first, last, text}, words numbered from 0.
+        {type, first, last, text, start, end}, words numbered from 0. Start and end are characters
+        of the words joined by one space, as other tools mark spans.
         """
         texts_of_rows = [row or [] for row in texts(raw_rows.table[raw_rows.columns["text"]])]
         is_plain = self.tagset.scheme == "none"
@@ -341,13 +344,17 @@ class Tagging(Objective):
             return {"tags": tags}
         chunks = self.tagset.chunks(predictions["prediction"], self.options.strict)
         for row, first, last, kind in zip(*chunks, strict=True):
-            words = texts_of_rows[row][first : last + 1]
+            before = texts_of_rows[row][:first]
+            text = " ".join(str(word) for word in texts_of_rows[row][first : last + 1])
+            start = sum(len(str(word)) + 1 for word in before)
             entities[row].append(
                 {
                     "type": self.state["types"][kind],
                     "first": int(first),
                     "last": int(last),
-                    "text": " ".join(str(word) for word in words),
+                    "text": text,
+                    "start": start,
+                    "end": start + len(text),
                 }
             )
         return {"tags": tags, "entities": entities}

@@ -7,6 +7,7 @@ writes it.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -23,7 +24,8 @@ import pyarrow.parquet as pq
 from pipeline.config.registry import nearest
 from pipeline.io import checksums, storage
 
-FILE = "results.parquet"
+FILE, INDEX = "results.parquet", "trials.csv"
+"""The table, and a list of its trials for people, with the folder and bundle of each."""
 NO_BACKBONE = "none"
 """The backbone of baselines, which are models without a network and without a source."""
 CUT_BY_BUDGET = "cut by the budget"
@@ -139,6 +141,10 @@ class ResultRow:
     best_baseline_high: float | None = None
     fold: int | None = None
     """The fold, from 1, of whose rows the test split consists. Null where the target has none."""
+    trial_name: str | None = None
+    """What a person calls the trial: target/source/technique/label fraction/seed, and what a search
+    drew. Null for trials that were collected before it was recorded.
+    """
 
     @property
     def is_cut_by_budget(self) -> bool:
@@ -225,6 +231,7 @@ COMPARED = (
     "made_by",
     "drawn",
     "source_scores",
+    "trial_name",
 )
 """Columns that need the other trials. They are filled in when the rows of all trials are collected.
 """
@@ -310,6 +317,43 @@ def _write(uri: str, rows: list[ResultRow]) -> None:
     table = table.replace_schema_metadata({CHECKSUM: _checksum(table)})
     pq.write_table(table, sink, compression="zstd")
     storage.write_bytes(storage.join(uri, FILE), sink.getvalue())
+    storage.write_bytes(storage.join(uri, INDEX), _index(rows))
+
+
+def _index(rows: Iterable[ResultRow]) -> bytes:
+    """Return a CSV file with a line for each trial, sorted by name.
+
+    Values are those of the primary metric, which is the first one of a trial.
+    """
+    trials: dict[tuple[str, str], list[ResultRow]] = defaultdict(list)
+    for row in rows:
+        trials[row.trial_id, row.trial_stage].append(row)
+    head = ("name", "status", "current", "metric", "validation", "test", "folder", "bundle")
+    lines: list[tuple[Any, ...]] = []
+    for (trial_id, _), found in trials.items():
+        first = found[0]
+        values = {
+            "validation" if row.is_validation else row.split: row.value
+            for row in found
+            if row.metric == first.metric
+        }
+        lines.append(
+            (
+                first.trial_name or trial_id,
+                first.status,
+                first.current,
+                first.metric,
+                values.get("validation"),
+                values.get("test"),
+                f"trials/{trial_id}",
+                first.bundle_uri,
+            )
+        )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(sorted(lines, key=lambda line: str(line[0])))
+    return text.getvalue().encode()
 
 
 def read(uri: str) -> list[ResultRow]:

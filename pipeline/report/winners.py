@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pipeline.config import registry
+from pipeline.core.contracts.technique_capabilities import keeps_modules
 from pipeline.report import folds, matrix, plots, results
 from pipeline.report.blocks import (
     DASH,
@@ -175,6 +177,12 @@ def blocks_of(
             )
         if usable and target in in_folds:
             notes.append("the commands take the network of one fold")
+        stays = usable is not None and _keeps_modules(usable)
+        if usable and stays:
+            notes.append(
+                f"{usable.technique} leaves modules of its own in the network: onetomany reads it, "
+                "and no export for another library is possible"
+            )
         lines.append(
             [
                 target,
@@ -187,10 +195,9 @@ def blocks_of(
         if usable:
             bundle = bundle_of(usable, rows)
             what = f"{root} FILES --target {target}" if usable is best else f"{bundle} FILES"
-            commands += [
-                f"onetomany predict {what} -o predictions/{target}",
-                f"onetomany export {bundle} exported/{target}",
-            ]
+            commands.append(f"onetomany predict {what} -o predictions/{target}")
+            if not stays:
+                commands.append(f"onetomany export {bundle} exported/{target}")
     if not lines:
         return []
     head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]
@@ -198,7 +205,8 @@ def blocks_of(
         "For each target the network that is best on its validation rows, among those that no "
         "comparison has shown to be worse (after Holm's correction). Where validation rows are "
         "few, the choice is uncertain, and onetomany advise weighs all comparisons. Values on test "
-        "rows and gains are means over its seeds, with 95 % intervals."
+        "rows and gains are means over its seeds, with 95 % intervals. trials.csv beside this page "
+        "lists every trial by its name, with its bundle."
     )
     if in_folds & groups.keys():
         text += (
@@ -213,6 +221,12 @@ def blocks_of(
     if commands:
         out.append(Code("\n".join(commands)))
     return out
+
+
+def _keeps_modules(entry: MatrixEntry) -> bool:
+    """Return whether modules of the technique are part of the network."""
+    name, known = entry.technique.partition(" (")[0], registry.entries("technique")
+    return name in known and keeps_modules(registry.get("technique", name))
 
 
 def _gain(entry: MatrixEntry, decimals: int) -> str | Value:

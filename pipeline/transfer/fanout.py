@@ -205,7 +205,7 @@ class Watchdog:
             if len(self.work[unit].trials) > 1
             else ""
         )
-        return f"{first.target} / {first.technique} / {first.source} seed {first.seed}{others}"
+        return f"trial {first.name}{others}"
 
 
 @dataclass(frozen=True)
@@ -721,7 +721,10 @@ def _tune(
                 "gpus": gpus,
             },
             tune_config=tune.TuneConfig(
-                reuse_actors=True, max_concurrent_trials=at_once, scheduler=scheduler
+                reuse_actors=True,
+                max_concurrent_trials=at_once,
+                scheduler=scheduler,
+                trial_name_creator=lambda one: _tune_name(work, one.config["unit"]),
             ),
             run_config=tune.RunConfig(
                 name="fanout", storage_path=scratch, verbose=0, callbacks=[show]
@@ -734,6 +737,13 @@ def _tune(
             _record_lost_trials(work[number], result, shared, watchdog.reasons.get(number))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _tune_name(work: list[Unit], number: int) -> str:
+    """Return the name of a unit in Ray's logs and dashboard."""
+    unit = work[number]
+    others = f"+{len(unit.trials) - 1}" if len(unit.trials) > 1 else ""
+    return f"{number}-{unit.first.name}{others}"
 
 
 def record_of_this_run(shared: Shared, one: Trial) -> TrialRecord | None:

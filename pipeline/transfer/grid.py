@@ -99,6 +99,21 @@ class Trial:
         )
 
     @property
+    def name(self) -> str:
+        """What a person calls the trial: target, source, technique, label fraction and seed.
+
+        Where there is no source it is the backbone, and a search trial also says what was drawn:
+        ``clothing/garments/full/0.05/seed0/search/lr=0.003``.
+        """
+        source = self.backbone.replace("/", "-") if self.source == SCRATCH else self.source
+        parts = [self.target, source, _named(self.technique.name, self.technique.options)]
+        parts += [str(self.label_fraction), f"seed{self.seed}"]
+        if self.stage == "search":
+            drawn = [f"{name}={value}" for name, value in sorted(self.hyper_parameters.items())]
+            parts += ["search", *filter(None, [",".join(drawn)])]
+        return "/".join(parts)
+
+    @property
     def drawn_technique(self) -> ComponentConfig:
         """The technique with the options of the job, and with those that were drawn."""
         drawn = {
@@ -133,6 +148,12 @@ class Trial:
     def is_baseline(self) -> bool:
         """Whether ``technique`` names a baseline: a model without a network."""
         return self.backbone == NO_BACKBONE
+
+
+def _named(technique: str, options: Mapping[str, Any]) -> str:
+    """Return a technique with its options: ``lp_ft(probe_share=0.3)``."""
+    given = ",".join(f"{name}={value}" for name, value in sorted(options.items()))
+    return f"{technique}({given})" if given else technique
 
 
 def fraction_text(fraction: Fraction, objective: str = "") -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import json
-import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,31 +15,42 @@ import torch
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
-from pipeline.config.schema import spec_hash
+from pipeline.config.schema import OutputFormat, spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
-from pipeline.core.capabilities import file_columns, is_costed
+from pipeline.core.capabilities import (
+    file_columns,
+    is_costed,
+    readable_columns,
+    shows_pictures,
+)
 from pipeline.core.contracts import Arrays, Modality, Objective
 from pipeline.core.contracts.objective_capabilities import (
     compares_views,
+    draws,
     output_types,
     writes_columns,
 )
 from pipeline.data import manifests
-from pipeline.data.manifests import Selection
+from pipeline.data.manifests import Manifest, Selection
 from pipeline.data.plan import Item
 from pipeline.data.stream import DataWorkers, Decoder, Rows, eval_batches, map_blocks
 from pipeline.io import checksums, file_identity, storage
-from pipeline.media import transcripts
+from pipeline.media import drawing, transcripts
+from pipeline.media.tagging_schemes import texts
 from pipeline.train import evaluate, launch
 from pipeline.train.loop import Ranks
 from pipeline.train.online_probe import features
 from pipeline.train.progress import Progress
+from pipeline.transfer import prediction_files
+from pipeline.transfer.prediction_files import DRAWN, PROBABILITIES
 
-ROWS_A_PART, PIECES_A_SHARD = 1024, 128
-"""Rows of a file of predictions. There are fewer for recordings, because a row of half a minute
-takes a megabyte of memory.
+ROWS_A_PART, FEW_ROWS_A_PART = 1024, 128
+"""Rows of a file of predictions. There are fewer for recordings and drawn pictures: a row of half a
+minute, or a picture, takes a megabyte of memory.
 """
+LAYOUT = 2
+"""Which columns there are. Parts of another layout are not completed in their folder."""
 PIECE = ("start", "seconds")
 """Roles of a row that is a piece of a longer recording. Rows to predict may have them or not,
 whatever the training rows had.
@@ -48,16 +59,34 @@ IDS = ("id", "image_id", "entity")
 """Columns with the id of a row, as importers write them. Predictions have them too."""
 INPUT = "input_"
 """Prefix of a column of the rows that has the same name as a column of the predictions."""
+PICTURE = "drawn"
+"""Column with the picture of a row on which its prediction is drawn, by its name in the folder."""
 MOST_NAMED, MOST_LETTERS = 20, 120
 """How many classes are printed by name, and how many letters of a type."""
 
 
-class Predictor:
-    """A bundle in a data worker, which predicts the rows of an item.
+@dataclass(frozen=True)
+class OutputOptions:
+    """How predictions or features are written, and what beside them."""
+
+    format: OutputFormat = "parquet"
+    keep: tuple[str, ...] = ()
+    """Columns of the rows."""
+    srt: bool = False
+    """Of speech, a file of subtitles for each recording."""
+    draw: bool = False
+    """Pictures of the rows with the predictions drawn on them."""
+
+
+class BundleWorker(ABC):
+    """A bundle in a data worker, which computes columns for the rows of an item.
 
     It is opened at the first item, once per process. ``carried`` are columns of the rows that are
     copied to the predictions, by their names there.
     """
+
+    output_types: dict[str, pa.DataType]
+    """Types of the columns that hold lists."""
 
     def __init__(
         self,
@@ -66,50 +95,32 @@ class Predictor:
         columns: dict[str, str],
         carried: dict[str, str] | None = None,
     ):
-        self.uri, self.selection, self.columns, self.carried = (
-            uri,
-            selection,
-            columns,
-            carried or {},
-        )
-        self._task: Any = None
+        self.uri, self.selection, self.columns = uri, selection, columns
+        self.carried = carried or {}
+        self._opened: Any = None
 
     def __getstate__(self):
-        return {**self.__dict__, "_task": None}
+        return {**self.__dict__, "_opened": None}
 
     def __call__(self, item: Item) -> Arrays:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self._task is None:
+        if self._opened is None:
             found = bundle.load(self.uri)
-            self._task, self._modality = found.task().to(device), found.modality()
+            self._opened, self._modality = self.open(found).to(device), found.modality()
         ids = self.selection.ids(np.arange(item.start, item.stop))
         rows = Rows(
             Selection(self.selection.manifest, ids), Decoder(self._modality, None, {}, self.columns)
         ).in_memory(1.0, cpus=0, keep_bad=True)
-        found = evaluate.predictions(
-            self._task,
-            eval_batches(rows, 128),
-            evaluate.device_preprocessing(rows),
-            Ranks(device=device),
-            torch.no_grad(),
-        )
-        found.pop("row")
-        return {
-            **_table(
-                ids,
-                self._output_columns(found, rows, ids),
-                dict(rows.bad),
-            ),
-            **self._pieces(ids),
-        }
+        columns = self.compute(self._opened, rows, ids, device)
+        return {**_table(ids, columns, dict(rows.bad)), **self._pieces(ids)}
 
-    def _output_columns(self, predictions: Arrays, rows: Rows, ids: np.ndarray) -> Arrays:
-        """Return the columns that are written of predictions."""
-        objective = self._task.objective
-        if not writes_columns(objective):
-            return predictions
-        raw_rows = evaluate.Postprocessor(rows).raw_rows(objective, ids)
-        return objective.output_columns(predictions, raw_rows)
+    @abstractmethod
+    def open(self, found: bundle.Bundle) -> torch.nn.Module:
+        """Return what the bundle holds of a network."""
+
+    @abstractmethod
+    def compute(self, opened: Any, rows: Rows, ids: np.ndarray, device: torch.device) -> Arrays:
+        """Return columns of the rows, in the order of their ids."""
 
     def _pieces(self, ids: np.ndarray) -> Arrays:
         """Return the recording, start and length of each row, (n,) each, by column name.
@@ -135,6 +146,66 @@ class Predictor:
         }
 
 
+class Predictor(BundleWorker):
+    """Predicts the rows of an item."""
+
+    def __init__(
+        self,
+        uri: str,
+        selection: Selection,
+        columns: dict[str, str],
+        carried: dict[str, str] | None = None,
+        draw: bool = False,
+    ):
+        super().__init__(uri, selection, columns, carried)
+        self.draw = draw
+
+    def open(self, found: bundle.Bundle) -> torch.nn.Module:
+        return found.task()
+
+    def compute(self, opened: Any, rows: Rows, ids: np.ndarray, device: torch.device) -> Arrays:
+        found = evaluate.predictions(
+            opened,
+            eval_batches(rows, 128),
+            evaluate.device_preprocessing(rows),
+            Ranks(device=device),
+            torch.no_grad(),
+        )
+        found.pop("row")
+        objective = opened.objective
+        if not writes_columns(objective):
+            return found
+        raw_rows = evaluate.Postprocessor(rows).raw_rows(objective, ids)
+        columns = objective.output_columns(found, raw_rows)
+        if self.draw:
+            columns[PICTURE] = self._drawn(objective, columns, ids)
+        return columns
+
+    def _drawn(self, objective: Any, columns: Arrays, ids: np.ndarray) -> np.ndarray:
+        """Return (n,) JPEG files of the rows with their predictions, b"" where there is none."""
+        out = np.full(len(ids), b"", dtype=object)
+        names = list(file_columns(self._modality, self.columns))
+        table = manifests.Reader(self.selection.manifest, names).take(ids)
+        assert shows_pictures(self._modality) and draws(objective)
+        for row, picture in enumerate(self._modality.pictures(table, self.columns)):
+            if picture is not None:
+                of_row = {name: values[row] for name, values in columns.items()}
+                out[row] = drawing.jpeg(objective.draw(picture, of_row))
+        return out
+
+
+class Embedder(BundleWorker):
+    """Computes the pooled features of the rows of an item."""
+
+    output_types = {"features": pa.list_(pa.float32())}
+
+    def open(self, found: bundle.Bundle) -> torch.nn.Module:
+        return found.backbone()
+
+    def compute(self, opened: Any, rows: Rows, ids: np.ndarray, device: torch.device) -> Arrays:
+        return {"features": features(opened, rows, device)[0].cpu().numpy()}
+
+
 def _table(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
     """Return one line for each row, in order.
 
@@ -158,15 +229,14 @@ def _table(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
     return out
 
 
-def check(uri: str, srt: bool = False) -> bundle.Manifest:
+def check(uri: str, options: OutputOptions | None = None) -> bundle.Manifest:
     """Return the manifest of a bundle after checking that it can make predictions.
 
-    ``srt`` is whether subtitles are wanted too.
-
     Raises:
-        BundleError: The bundle has no head, or makes no transcripts for subtitles.
+        BundleError: The bundle has no head, or cannot make what the options ask for.
         StorageError: A file is missing or damaged.
     """
+    options = options or OutputOptions()
     found = bundle.load(uri)
     name = found.manifest.objective.name
     if name == "none":
@@ -176,12 +246,71 @@ def check(uri: str, srt: bool = False) -> bundle.Manifest:
         raise BundleError(
             f"{uri}: {name} compares views of a row and predicts nothing; fine-tune it first"
         )
-    if srt and "words" not in output_types(objective):
+    if options.srt and "words" not in output_types(objective):
         raise BundleError(
             f"{uri}: --srt writes what was said and when, and this bundle's {name} transcribes "
             "nothing; leave --srt out"
         )
+    if options.draw and not (draws(objective) and shows_pictures(found.modality())):
+        raise BundleError(
+            f"{uri}: --draw draws boxes or masks on images, and this bundle's {name} finds none; "
+            "leave --draw out"
+        )
     return found.manifest
+
+
+@dataclass(frozen=True)
+class _Input:
+    """New rows, and what of them is read."""
+
+    manifest: Manifest
+    selection: Selection
+    columns: dict[str, str]
+    """Role to column."""
+    kept: dict[str, str]
+    """Columns that are copied, by their names in the output."""
+    modality: Modality
+    objective: type[Objective]
+    reads: list[file_identity.FileIdentity]
+
+
+def _read_input(
+    found: bundle.Manifest,
+    data: list[str],
+    columns: dict[str, str],
+    form: str,
+    imports: str,
+    keep: tuple[str, ...] = (),
+) -> _Input:
+    """Find new rows and their columns.
+
+    Args:
+        found: The manifest of the bundle.
+        data: Files, folders or globs.
+        columns: Role to column, where it has another name than in training.
+        form: The format of the files, as in a job.
+        imports: Folder for files that are first turned into Parquet.
+        keep: Further columns to copy.
+
+    Raises:
+        ValueError: A column is missing or has another type than the bundle reads.
+    """
+    rows, named = manifests.build_with_named(data, form, imports)
+    modality, name = bundle.build_modality(found.modality), found.objective.name
+    objective = Objective if name == "none" else registry.get("objective", name)
+    where = rows.files[0] if rows.files else data[0]
+    if where.startswith(imports):
+        where = data[0]
+    columns = columns_of_roles(modality, objective, found.columns, columns, rows, where)
+    _check_types(modality, columns, rows, where)
+    kept = kept_columns(modality, columns, rows, keep, where)
+    reads = [*(file for file in rows.identities if file is not None), *named]
+    selection = Selection(rows)
+    if not named:
+        files = file_columns(modality, columns)
+        (selection,), more = manifests.with_named_files([selection], files, "content")
+        rows, reads = selection.manifest, [*reads, *more]
+    return _Input(rows, selection, columns, kept, modality, objective, reads)
 
 
 def predict(
@@ -191,101 +320,173 @@ def predict(
     columns: dict[str, str],
     form: str,
     progress: Progress,
-    srt: bool = False,
-    keep: tuple[str, ...] = (),
+    options: OutputOptions | None = None,
 ) -> str:
     """Predict files with Ray Data into ``output``/part-NNNNN.parquet, in row order.
 
     Parts that exist already are kept. Predictions also have these columns, where the rows have
-    them: ``file`` (path of the file, for folders of files), the id of the row (``IDS``), the
-    columns that ``keep`` names, and for recordings ``recording``, ``start`` and ``seconds``. A kept
-    column with the name of a prediction is written as ``input_NAME``. The names of the classes of
-    ``probabilities`` are JSON in the metadata of the Parquet files (``classes``) and in the
-    returned value.
+    them: ``file`` (path of the file, for folders of files), the id of the row (``IDS``), texts
+    (`readable_columns`), the columns that are asked for, and for recordings ``recording``,
+    ``start`` and ``seconds``. A kept column with the name of a prediction is written as
+    ``input_NAME``. The names of the classes of ``probabilities`` are JSON in the metadata of
+    Parquet files (``classes``) and in the returned value.
 
-    With ``srt``, each recording also has an .srt file of its rows in the order of ``start``.
+    With ``srt``, the folder ``_subtitles`` has an .srt file for each recording, of its rows in the
+    order of ``start``. With ``draw``, the folder ``_drawn`` has a JPEG file for each row, which the
+    column ``drawn`` names.
 
     Raises:
-        BundleError: The bundle has no head, or makes no transcripts where subtitles are wanted.
+        BundleError: The bundle has no head, or cannot make what the options ask for.
         ValueError: A column is missing or has another type than the bundle reads, or the output
             folder belongs to other predictions.
     """
-    manifest = check(uri, srt)
+    options = options or OutputOptions()
+    found = check(uri, options)
+    new = _input_of(found, data, output, columns, form, progress, options)
+    carried = recording_columns(new.modality, new.columns, new.manifest)
+    work = Predictor(uri, new.selection, new.columns, carried, options.draw)
+    work.output_types = output_types(new.objective)
+    classes = found.objective.state.get("labels")
+    written, parts = _write(uri, found, work, new, output, options, progress, classes)
+    if options.srt:
+        written += f"; {prediction_files.write_subtitles(output, parts)} recordings as .srt in "
+        written += storage.join(output, prediction_files.SUBTITLES)
+    if options.draw:
+        written += f"; pictures in {storage.join(output, DRAWN)}"
+    return written + _named_classes(classes, parts)
+
+
+def embed_files(
+    uri: str,
+    data: list[str],
+    output: str,
+    columns: dict[str, str],
+    form: str,
+    progress: Progress,
+    options: OutputOptions | None = None,
+) -> str:
+    """Write the features of new rows with Ray Data, in row order, as `predict` writes predictions.
+
+    Raises:
+        ValueError: A column is missing or has another type than the bundle reads, or the output
+            folder belongs to something else.
+    """
+    options = options or OutputOptions()
+    found = bundle.load(uri).manifest
+    new = _input_of(found, data, output, columns, form, progress, options)
+    carried = recording_columns(new.modality, new.columns, new.manifest)
+    work = Embedder(uri, new.selection, new.columns, carried)
+    return _write(uri, found, work, new, output, options, progress)[0]
+
+
+def _input_of(
+    found: bundle.Manifest,
+    data: list[str],
+    output: str,
+    columns: dict[str, str],
+    form: str,
+    progress: Progress,
+    options: OutputOptions,
+) -> _Input:
+    imports = storage.join(output, ".imports")
     with file_identity.progress_to(progress.update):
-        found, named = manifests.build_with_named(data, form, storage.join(output, ".imports"))
-    modality = bundle.build_modality(manifest.modality)
-    objective = registry.get("objective", manifest.objective.name)
-    where = (
-        data[0]
-        if found.files and found.files[0].startswith(storage.join(output, ".imports"))
-        else found.files[0]
-    )
-    columns = columns_of_roles(modality, objective, manifest.columns, columns, found, where)
-    _check_types(modality, columns, found, where)
-    carried = recording_columns(modality, columns, found)
-    kept = kept_columns(modality, columns, found, keep, where)
-    reads = [*(file for file in found.identities if file is not None), *named]
-    selection = Selection(found)
-    if not named:
-        files = file_columns(modality, columns)
-        (selection,), more = manifests.with_named_files([selection], files, "content")
-        found, reads = selection.manifest, [*reads, *more]
-    key = spec_hash(manifest.files, found.fingerprint, columns, kept)
+        return _read_input(found, data, columns, form, imports, options.keep)
+
+
+def _write(
+    uri: str,
+    found: bundle.Manifest,
+    work: BundleWorker,
+    new: _Input,
+    output: str,
+    options: OutputOptions,
+    progress: Progress,
+    classes: list[str] | None = None,
+) -> tuple[str, list[str]]:
+    """Write what a worker computes of new rows; return what was written, in words, and the parts.
+
+    Raises:
+        ValueError: The output folder belongs to something else.
+    """
+    rows, name = new.manifest.rows, type(work).__name__
+    choices = (name, options.format, options.draw)
+    key = spec_hash(found.files, new.manifest.fingerprint, new.columns, new.kept, LAYOUT, choices)
     begun = storage.join(output, "_predictions.json")
     if storage.exists(begun) and checksums.read_document(begun).get("key") != key:
         raise ValueError(
-            f"{output} holds predictions of another bundle, of other files or with other "
-            "columns of the rows (--keep); give an empty folder"
+            f"{output} holds the output of another bundle, of other files, or with other options "
+            "(--keep, --format, --draw); give an empty folder"
         )
-    classes = manifest.objective.state.get("labels")
-    checksums.write_document(
-        begun,
-        {
-            "key": key,
-            "bundle": uri,
-            "files": list(found.files),
-            "rows": found.rows,
-            "labels": classes,
-        },
-    )
-    step = PIECES_A_SHARD if is_costed(modality) else ROWS_A_PART
-    items = [Item(-1, i, min(i + step, found.rows)) for i in range(0, found.rows, step)]
+    document = {
+        "key": key,
+        "bundle": uri,
+        "files": list(new.manifest.files),
+        "rows": rows,
+        "labels": classes,
+    }
+    checksums.write_document(begun, document)
+    is_large = is_costed(new.modality) or options.draw
+    step = FEW_ROWS_A_PART if is_large else ROWS_A_PART
+    items = [Item(-1, i, min(i + step, rows)) for i in range(0, rows, step)]
     parts = {
-        item: storage.join(output, f"part-{number:05d}.parquet")
+        item: storage.join(output, f"part-{number:05d}.{options.format}")
         for number, item in enumerate(items)
     }
     todo = [item for item in items if not storage.exists(parts[item])]
+    readable = readable_columns(new.modality, new.columns)
+    reader = manifests.Reader(new.manifest, list(dict.fromkeys(new.kept.values())))
+    bad = 0
+    for item, block in zip(todo, map_blocks(work, todo, _workers(len(todo))), strict=True):
+        bad += sum(1 for reason in block["error"] if reason)
+        ids = new.selection.ids(np.arange(item.start, item.stop))
+        raw_rows = reader.take(ids) if new.kept else None
+        pictures = block.pop(PICTURE, None)
+        table = to_table(block, work.output_types)
+        table = with_kept_columns(table, raw_rows, new.kept, readable)
+        if pictures is not None:
+            names = _write_pictures(output, pictures, table)
+            table = table.append_column(PICTURE, pa.array(names, pa.string()))
+        data = prediction_files.encode(table, options.format, classes)
+        storage.write_bytes(parts[item], data)
+        progress.update(
+            f"rows {item.stop}/{rows}  {bad} could not be read",
+            item.stop == rows,
+        )
+    file_identity.check_unchanged(new.reads)
+    before = len(items) - len(todo)
+    text = f"{output}: {rows} rows in {len(items)} parts"
+    text += f", {before} of them from before" if before else ""
+    text += f"; {bad} rows could not be read, see column error" if bad else ""
+    return text, list(parts.values())
+
+
+def _workers(items: int) -> DataWorkers:
+    """Return how many processes work on so many items: one for each GPU, or each core."""
     have = launch.resources()
     gpus = have.get("GPU", 0.0)
     actors = int(max(1, gpus if gpus else have.get("CPU", 1) // 1))
-    workers = DataWorkers(
-        min(actors, max(1, len(todo))),
+    return DataWorkers(
+        min(actors, max(1, items)),
         1.0,
         int(have.get("object_store_memory", 1 << 30) // 2),
         1.0 if gpus else 0.0,
     )
-    work = Predictor(uri, selection, columns, carried)
-    bad, reader = 0, manifests.Reader(found, list(dict.fromkeys(kept.values())))
-    for item, block in zip(todo, map_blocks(work, todo, workers), strict=True):
-        bad += sum(1 for reason in block["error"] if reason)
-        sink = io.BytesIO()
-        rows = reader.take(selection.ids(np.arange(item.start, item.stop))) if kept else None
-        pq.write_table(
-            with_kept_columns(to_table(block, output_types(objective)), rows, kept, classes), sink
-        )
-        storage.write_bytes(parts[item], sink.getvalue())
-        progress.update(
-            f"predict: rows {item.stop}/{found.rows}  {bad} could not be read",
-            item.stop == found.rows,
-        )
-    file_identity.check_unchanged(reads)
-    return (
-        f"{output}: {found.rows} rows in {len(items)} parts"
-        + (f", {len(items) - len(todo)} of them from before" if len(todo) < len(items) else "")
-        + (f", {write_subtitles(output, list(parts.values()))} recordings as .srt" if srt else "")
-        + (f"; {bad} rows could not be read, see column error" if bad else "")
-        + _named_classes(classes, list(parts.values()))
-    )
+
+
+def _write_pictures(output: str, pictures: np.ndarray, table: pa.Table) -> list[str | None]:
+    """Write the pictures of a part; return their names in the output folder, None for no picture.
+
+    A name has the number of the row, so that none is taken twice, and the name of its file.
+    """
+    out: list[str | None] = []
+    files = table["file"].to_pylist() if "file" in table.column_names else [None] * len(table)
+    for data, row, file in zip(pictures, table["row"].to_pylist(), files, strict=True):
+        stem = f"-{transcripts.file_names([file], '')[file]}" if file else ""
+        name = f"{DRAWN}/{row:06d}{stem}.jpg"
+        if data:
+            storage.write_bytes(storage.join(output, *name.split("/")), data)
+        out.append(name if data else None)
+    return out
 
 
 def embed(
@@ -305,33 +506,25 @@ def embed(
     Raises:
         ValueError: A column is missing or has another type than the bundle reads.
     """
-    found = bundle.load(uri)
-    modality, backbone = found.modality(), found.backbone()
-    name = found.manifest.objective.name
-    objective = Objective if name == "none" else registry.get("objective", name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = bundle.read_manifest(uri)
     with storage.scratch_folder() as scratch, file_identity.progress_to(progress.update):
-        manifest, _ = manifests.build_with_named(data, form, str(scratch))
-        known = found.manifest.columns
-        named = columns_of_roles(modality, objective, known, columns, manifest, data[0])
-        _check_types(modality, named, manifest, data[0])
-        rows = Rows(Selection(manifest), Decoder(modality, None, {}, named))
-        held = rows.in_memory(1.0, cpus=0, keep_bad=True)
-        pooled = features(backbone, held, device)[0].cpu().numpy()
-    pooled[[place for place, _ in held.bad]] = np.nan
-    return pooled
+        new = _read_input(found, data, columns, form, str(scratch))
+        work = Embedder(uri, new.selection, new.columns)
+        starts = range(0, new.manifest.rows, ROWS_A_PART)
+        items = [Item(-1, i, min(i + ROWS_A_PART, new.manifest.rows)) for i in starts]
+        return np.concatenate([work(item)["features"] for item in items])
 
 
 def _named_classes(classes: list[str] | None, parts: list[str]) -> str:
     """Return a sentence on the class of each number in ``probabilities``.
 
-    It is empty where the predictions do not have that column.
+    It is empty where the predictions do not have that column, or name the classes there.
     """
-    if not classes or not parts:
+    if not classes or not parts or not parts[0].endswith(".parquet"):
         return ""
     with storage.open_read(parts[0]) as handle:
         names = pq.read_schema(handle).names
-    if "probabilities" not in names:
+    if PROBABILITIES not in names:
         return ""
     first = ", ".join(classes[:MOST_NAMED])
     more = (
@@ -359,6 +552,7 @@ def kept_columns(
     if files and _tells_place(found.schema.field(files[0]).type):
         out["file"] = files[0]
     out |= {name: name for name in IDS if name in names}
+    out |= {name: name for name in readable_columns(modality, columns)}
     for name in keep:
         if name not in names:
             raise ValueError(
@@ -376,12 +570,16 @@ def _tells_place(kind: pa.DataType) -> bool:
 
 
 def with_kept_columns(
-    found: pa.Table, rows: pa.Table | None, kept: dict[str, str], classes: list[str] | None
+    found: pa.Table,
+    rows: pa.Table | None,
+    kept: dict[str, str],
+    readable: Collection[str] = (),
 ) -> pa.Table:
-    """Return predictions with the rows' own columns after ``row``, and class names in the metadata.
+    """Return predictions with the rows' own columns after ``row``.
 
     A column of the rows with the name of a prediction is written as ``input_NAME``: ``text`` of a
-    transcribed recording is the transcript, ``input_text`` is the text of the rows.
+    transcribed recording is the transcript, ``input_text`` is the text of the rows. Columns that
+    are ``readable`` are written as texts or lists of texts, whatever the rows have them in.
     """
     place, written_as = 1, _names_of_kept(list(kept), found.column_names)
     for name, column in kept.items():
@@ -389,12 +587,11 @@ def with_kept_columns(
         values = rows[column]
         if name == "file" and pa.types.is_struct(values.type):
             values = pc.struct_field(values, "path")
+        elif column in readable:
+            is_words = arrow_lists.is_list(values.type)
+            values = pa.array(texts(values), pa.list_(pa.string()) if is_words else pa.string())
         found = found.add_column(place, pa.field(written_as[name], values.type), values)
         place += 1
-    if classes:
-        found = found.replace_schema_metadata(
-            {**(found.schema.metadata or {}), "classes": json.dumps(classes, ensure_ascii=False)}
-        )
     return found
 
 
@@ -532,51 +729,24 @@ def recording_columns(
     return out
 
 
-def write_subtitles(output: str, parts: list[str]) -> int:
-    """Write one .srt file for each recording and return their number.
-
-    The rows of a recording are held in memory until its last one is read.
-    """
-
-    def read(part: str, wanted: tuple[str, ...]) -> list[dict[str, Any]]:
-        with storage.open_read(part) as handle:
-            file = pq.ParquetFile(handle)
-            return file.read(
-                [name for name in wanted if name in file.schema_arrow.names]
-            ).to_pylist()
-
-    def name(row: dict[str, Any]) -> str:
-        return row.get("recording") or f"row-{row['row']:06d}"
-
-    def begin(row: dict[str, Any]) -> float:
-        start = row.get("start")
-        return 0.0 if start is None or math.isnan(start) else start
-
-    ends = {
-        name(row): number
-        for number, part in enumerate(parts)
-        for row in read(part, ("row", "recording"))
-    }
-    files, held = transcripts.file_names(ends, ".srt"), {}
-    for number, part in enumerate(parts):
-        for row in read(part, ("row", "recording", "start", "words")):
-            held.setdefault(name(row), []).append(row)
-        for recording in [one for one in held if ends[one] == number]:
-            rows = sorted(held.pop(recording), key=begin)
-            said = transcripts.cues(word for row in rows for word in row["words"] or ())
-            storage.write_bytes(
-                storage.join(output, *files[recording].split("/")), transcripts.srt(said).encode()
-            )
-    return len(files)
-
-
 def to_table(block: Arrays, types: dict[str, pa.DataType]) -> pa.Table:
+    """Return a block of columns as a table; ``types`` are those of lists that may all be empty."""
     return pa.table(
         {
             name: pa.array(
                 array.tolist() if array.ndim > 1 or array.dtype == object else array,
-                types.get(name),
+                types.get(name) or _type_of(array),
             )
             for name, array in block.items()
         }
     )
+
+
+def _type_of(array: np.ndarray) -> pa.DataType | None:
+    """Return the type of lists of an array with several dimensions; None: that of its values."""
+    if array.dtype == object or array.ndim == 1:
+        return None
+    kind = pa.from_numpy_dtype(array.dtype)
+    for _ in range(array.ndim - 1):
+        kind = pa.list_(kind)
+    return kind

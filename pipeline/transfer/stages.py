@@ -1563,7 +1563,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
         if one.id in state.cut_by_budget and records[one.id].status == "done":
             known |= {"status": "pruned", "error": state.cut_by_budget[one.id]}
         for row in records[one.id].rows if one.id in records else ():
-            row = replace(row, **known)
+            row = replace(row, **known, trial_name=one.name)
             against = scratch.get(
                 (one.backbone_key, one.target, grid.fraction_text(one.label_fraction), one.seed)
             )
@@ -1859,11 +1859,7 @@ def _describe_splits(state: JobState, stage: TargetStage) -> str:
 def failures(state: JobState, rows: list[ResultRow]) -> list[str]:
     """Return a line for each target that was left out and each trial that failed."""
     return _left_out(state) + sorted(
-        {
-            f"{row.target} / {row.technique} / {row.source} seed {row.seed}: {row.error}"
-            for row in rows
-            if row.status == "failed"
-        }
+        {f"{row.trial_name}: {row.error}" for row in rows if row.status == "failed"}
     )
 
 

@@ -49,6 +49,7 @@ VERBS = (
     "report",
     "advise",
     "predict",
+    "embed",
     "export",
     "submit",
     "doctor",

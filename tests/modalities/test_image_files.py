@@ -579,3 +579,18 @@ def test_mean_and_deviation_of_colours_are_averaged_for_grey(channels, state, me
 def test_options_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Image(ImageOptions(size=16, **options), {})
+
+
+def test_a_picture_to_draw_on_is_the_upright_image_in_colours():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    turned = saved(soft(24, 40), "JPEG", exif=exif)
+    grey = saved(soft(10, 20).convert("L"))
+    modality = Image(ImageOptions(size=16, channels=1), {"mean": [0.5], "std": [0.2]})
+    found = list(
+        modality.pictures(pa.table({"x": [turned, grey, b"no image", None]}), {"image": "x"})
+    )
+    want = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(turned))).convert("RGB")
+    assert found[0].shape == (40, 24, 3) and abs(found[0].astype(int) - np.asarray(want)).max() <= 2
+    assert found[1].shape == (10, 20, 3) and (found[1][..., :1] == found[1]).all()
+    assert found[2:] == [None, None]

@@ -462,5 +462,7 @@ def test_temperature_and_threshold_come_from_the_rows_that_are_given():
         "class 1" if p >= state["threshold"] else "class 0" for p in chance
     ]
     assert out["probabilities"][:, 1] == pytest.approx(chance, abs=1e-6)
+    of_predicted = np.where(out["prediction"] == "class 1", chance, 1 - chance)
+    assert out["probability"] == pytest.approx(of_predicted, abs=1e-6)
     plain = task_with().objective
     assert not plain.needs_calibration

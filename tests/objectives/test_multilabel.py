@@ -198,9 +198,13 @@ def test_training_finds_the_labels_and_written_names_them():
             for name, tensor in task.eval().objective.predict(task.backbone, rows).items()
         }
     out = task.objective.output_columns(found, None)
-    assert set(out) == {"prediction", "probabilities"} and out["probabilities"] == pytest.approx(
-        1 / (1 + np.exp(-found["scores"])), rel=1e-5
-    )
+    assert set(out) == {"prediction", "probability", "probabilities"} and out[
+        "probabilities"
+    ] == pytest.approx(1 / (1 + np.exp(-found["scores"])), rel=1e-5)
+    for names, values, of_labels in zip(
+        out["prediction"], out["probability"], out["probabilities"], strict=True
+    ):
+        assert values == [of_labels[KNOWN.index(name)] for name in names]
     named = [[KNOWN[k] for k in np.flatnonzero(row)] for row in rows["labels"].numpy()]
     assert (
         out["prediction"].dtype == object

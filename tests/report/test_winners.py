@@ -197,3 +197,23 @@ def test_a_winner_without_a_bundle_is_named_with_the_remedy(tmp_path):
     results.append(str(tmp_path), validated(rows, bundles=False))
     with pytest.raises(ValueError, match=r"garments with lp_ft .* set fanout.keep_bundles: best"):
         pipeline.best_bundle(str(tmp_path), "clothing")
+
+
+def test_a_network_with_a_techniques_own_modules_is_not_to_be_exported(tmp_path):
+    rows, runs, curves = plain()
+    renamed = [
+        replace(row, technique="bottleneck")
+        if (row.target, row.source, row.technique) == ("clothing", "garments", "lp_ft")
+        else row
+        for row in rows
+    ]
+    found = [
+        *validated(
+            [row for row in renamed if row.target == "clothing"], ("garments", "bottleneck")
+        ),
+        *validated([row for row in renamed if row.target != "clothing"]),
+    ]
+    _, md, _ = write(tmp_path, found, runs, curves)
+    assert f"onetomany predict {tmp_path} FILES --target clothing" in md
+    assert "exported/clothing" not in md and "exported/handwriting" in md
+    assert "bottleneck leaves modules of its own in the network" in md

@@ -61,6 +61,19 @@ def changed(job: Job, path: str, value) -> Job:
 # ---------------------------------------------------------------- ids
 
 
+def test_a_name_says_what_the_trial_is(world):
+    job, shared = world
+    first = trial_of(job, shared, {"lp_ft": {"probe_share": 0.4}}, fraction=0.05, seed=2)
+    assert first.name == "task/src/lp_ft(probe_share=0.4)/0.05/seed2"
+    scratch = trial_of(job, shared, "scratch", fraction=5)
+    assert scratch.name == f"task/{scratch.backbone.replace('/', '-')}/scratch/5/seed0"
+    drawn = trial_of(job, shared, "full", {"weight_decay": 0.1, "lr": 0.003}, stage="search")
+    assert drawn.name == "task/src/full/1.0/seed0/search/lr=0.003,weight_decay=0.1"
+    assert trial_of(job, shared, "full", stage="search").name == "task/src/full/1.0/seed0/search"
+    together = [fanout.Unit((first, scratch), True)]
+    assert fanout._tune_name(together, 0) == f"0-{first.name}+1", "what Ray shows"
+
+
 @pytest.mark.parametrize(
     "words",
     [

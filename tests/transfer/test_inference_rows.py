@@ -300,7 +300,7 @@ def test_a_kept_column_that_is_called_as_a_prediction_is_stands_as_an_input():
     predictions = pa.table({"row": [0, 1], "text": ["herd", "word"], "error": ["", ""]})
     rows = pa.table({"text": ["heard", "word"], "input_text": ["a", "b"], "speaker": [5, 6]})
     found = inference.with_kept_columns(
-        predictions, rows, {name: name for name in rows.column_names}, None
+        predictions, rows, {name: name for name in rows.column_names}
     )
     assert found.column_names == [
         "row",

@@ -25,7 +25,7 @@ from pipeline.data.plan import Item
 from pipeline.io import storage
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.objectives.ctc import CTC, CTCOptions
-from pipeline.transfer import inference
+from pipeline.transfer import inference, prediction_files
 
 RATE, TONE, GAP, PAUSE = 16000, 0.12, 0.06, 0.3
 """A letter is a tone of its own, with silence behind it, and more behind a word."""
@@ -305,9 +305,9 @@ def test_subtitles_join_the_rows_of_a_recording_in_their_order(root):
         )
         pq.write_table(table, sink)
         storage.write_bytes(parts[-1], sink.getvalue())
-    assert inference.write_subtitles(root, parts) == 3
+    assert prediction_files.write_subtitles(root, parts) == 3
     written = {
-        one.removeprefix(root).lstrip("/"): storage.read_bytes(one).decode()
+        one.removeprefix(f"{root}/_subtitles/"): storage.read_bytes(one).decode()
         for one in storage.list_files(root)
         if one.endswith(".srt")
     }
@@ -326,12 +326,12 @@ def test_subtitles_join_the_rows_of_a_recording_in_their_order(root):
     )
     storage.write_bytes(storage.join(root, "alone", "part-00000.parquet"), sink.getvalue())
     assert (
-        inference.write_subtitles(
+        prediction_files.write_subtitles(
             storage.join(root, "alone"), [storage.join(root, "alone", "part-00000.parquet")]
         )
         == 1
     )
-    assert storage.exists(storage.join(root, "alone", "row-000007.srt"))
+    assert storage.exists(storage.join(root, "alone", "_subtitles", "row-000007.srt"))
 
 
 def test_subtitles_of_what_transcribes_nothing_are_refused(untrained, tmp_path):
@@ -346,7 +346,7 @@ def test_subtitles_of_what_transcribes_nothing_are_refused(untrained, tmp_path):
         match="--srt writes what was said and when, and this bundle's classification transcribes "
         "nothing; leave --srt out",
     ):
-        inference.check(str(tmp_path / "bundle"), srt=True)
+        inference.check(str(tmp_path / "bundle"), inference.OutputOptions(srt=True))
     message = CliRunner().invoke(
         cli.app,
         ["predict", str(tmp_path / "bundle"), "nowhere", "-o", str(tmp_path / "out"), "--srt"],
@@ -356,7 +356,7 @@ def test_subtitles_of_what_transcribes_nothing_are_refused(untrained, tmp_path):
         and "transcribes nothing" in message.output
         and not (tmp_path / "out").exists()
     )
-    assert inference.check(untrained, srt=True).objective.name == "ctc"
+    assert inference.check(untrained, inference.OutputOptions(srt=True)).objective.name == "ctc"
 
 
 # ---------------------------------------------------------------- whole
@@ -406,13 +406,13 @@ def test_a_folder_of_recordings_is_transcribed_with_subtitles(trained, ray_here,
         "-o",
         str(tmp_path / "out"),
         "--srt",
-        "--format",
+        "--input-format",
         "audio",
     ]
     message = CliRunner().invoke(cli.app, line)
     assert message.exit_code == 0, message.output
     assert "3 recordings as .srt" in message.output and "1 rows could not be read" in message.output
-    rows = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    rows = pq.read_table(tmp_path / "out").to_pylist()  # the folder is one data set
     long = [row for row in rows if row["recording"] == "calls/long.wav"]
     assert len(long) > 1 and [row["start"] for row in long] == sorted(row["start"] for row in long)
     got = [one for row in long for one in row["words"]]
@@ -421,14 +421,14 @@ def test_a_folder_of_recordings_is_transcribed_with_subtitles(trained, ray_here,
         for name, start, _ in words
     ]
     assert np.mean(near) > 0.7
-    subtitles = (tmp_path / "out" / "calls" / "long.srt").read_text()
+    subtitles = (tmp_path / "out" / "_subtitles" / "calls" / "long.srt").read_text()
     shown = " ".join(
         line for line in subtitles.splitlines() if line and "-->" not in line and not line.isdigit()
     )
     assert shown.split() == [one["word"] for one in got]
     assert (
-        "DAB" in (tmp_path / "out" / "short.srt").read_text()
-        and (tmp_path / "out" / "broken.srt").read_text() == ""
+        "DAB" in (tmp_path / "out" / "_subtitles" / "short.srt").read_text()
+        and (tmp_path / "out" / "_subtitles" / "broken.srt").read_text() == ""
     )
     again = CliRunner().invoke(cli.app, line)
     assert again.exit_code == 0 and "1 of them from before" in again.output

@@ -26,6 +26,7 @@ Predictions:
     `ChoosesTargetMetrics`, `ChoosesSourceMetrics`: metrics follow from the labels.
     `Calibrated`: scores are calibrated on the validation rows.
     `UsesRawRows`, `Postprocesses`, `WritesColumns`: stored columns are read beside predictions.
+    `Draws`: predictions are drawn on pictures of the rows.
     `RollsOut`: a policy acts in a simulator.
     `ExportsHead`: transformers has a class with the head.
     `AveragesPredictions`: several networks predict together.
@@ -378,6 +379,23 @@ class WritesColumns(Protocol):
 
 
 @runtime_checkable
+class Draws(Protocol):
+    """An objective whose prediction can be drawn on the picture of its row."""
+
+    def draw(self, picture: np.ndarray, columns: dict[str, Any]) -> np.ndarray:
+        """Draw the prediction of a row.
+
+        Args:
+            picture: (H, W, 3) uint8, the row's own.
+            columns: What ``WritesColumns.output_columns`` returns for the row.
+
+        Returns:
+            (h, w, 3) uint8.
+        """
+        ...
+
+
+@runtime_checkable
 class RollsOut(Protocol):
     """An objective that trains a policy, tried in the simulated worlds of the test rows."""
 
@@ -524,6 +542,11 @@ def rolls_out(objective: Any) -> TypeIs[RollsOut]:
 def writes_columns(objective: Any) -> TypeIs[WritesColumns]:
     """Return whether other columns than the predictions are written."""
     return isinstance(objective, WritesColumns)
+
+
+def draws(objective: Any) -> TypeIs[Draws]:
+    """Return whether predictions can be drawn on pictures of the rows."""
+    return isinstance(objective, Draws)
 
 
 def has_classes(objective: Any) -> TypeIs[HasClasses]:

@@ -1,0 +1,163 @@
+"""Files of predictions and features: Parquet, CSV or JSON Lines, and subtitles beside them.
+
+Folders and files beside the parts begin with ``_``, which pyarrow, pandas and Spark pass over: the
+folder opens as one data set.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config.schema import OutputFormat
+from pipeline.core.arrow_lists import is_list, is_text
+from pipeline.io import storage
+from pipeline.media import transcripts
+from pipeline.media.tagging_schemes import texts
+
+CLASSES = "classes"
+"""Key of the Parquet files' metadata with the names of the classes, JSON."""
+PROBABILITIES = "probabilities"
+SUBTITLES, DRAWN = "_subtitles", "_drawn"
+"""Folders for subtitles and for pictures on which predictions are drawn."""
+
+
+def encode(table: pa.Table, format: OutputFormat, classes: list[str] | None = None) -> bytes:
+    """Return the bytes of a file with the rows of a table.
+
+    In CSV a null is an empty cell, and a list or struct is JSON. In CSV and JSON Lines a number
+    that is not finite is null, bytes are base64, times are ISO 8601, and ``probabilities`` is an
+    object, class name to probability.
+
+    Args:
+        classes: Names of the classes that ``probabilities`` are of, in their order.
+    """
+    sink = io.BytesIO()
+    if format == "parquet":
+        if classes:
+            names = json.dumps(classes, ensure_ascii=False)
+            table = table.replace_schema_metadata({**(table.schema.metadata or {}), CLASSES: names})
+        pq.write_table(table, sink)
+        return sink.getvalue()
+    columns = {
+        name: [json_value(value, column.type) for value in _values(column)]
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }
+    if classes and PROBABILITIES in columns:
+        columns[PROBABILITIES] = [_named(one, classes) for one in columns[PROBABILITIES]]
+    rows = zip(*columns.values(), strict=True)
+    with io.TextIOWrapper(sink, encoding="utf-8", newline="", write_through=True) as text:
+        if format == "jsonl":
+            for row in rows:
+                text.write(_json(dict(zip(columns, row, strict=True))) + "\n")
+        else:
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([[_cell(value) for value in row] for row in rows])
+        return sink.getvalue()
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """Return the values of a column; bytes of a text that are not UTF-8 become U+FFFD."""
+    return texts(column) if is_text(column.type) else column.to_pylist()
+
+
+def json_value(value: Any, kind: Any) -> Any:
+    """Return a value of an Arrow column of a type as JSON has it."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        # the shortest number that is the same one in single precision: 0.1, not 0.10000000149
+        return float(str(np.float32(value))) if pa.types.is_float32(kind) else value
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if pa.types.is_struct(kind):
+        return {field.name: json_value(value[field.name], field.type) for field in kind}
+    if is_list(kind):
+        return [json_value(one, kind.value_type) for one in value]
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _named(values: Any, classes: list[str]) -> Any:
+    """Return class name to probability; other lists as they are, None where nothing is known."""
+    if not isinstance(values, list) or len(values) != len(classes):
+        return values
+    if all(value is None for value in values):
+        return None
+    if any(isinstance(value, list) for value in values):
+        return values
+    return dict(zip(classes, values, strict=True))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else _json(value)
+
+
+def read(uri: str, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return some columns of a file of `encode`, those that it has.
+
+    Of CSV, values other than texts are as JSON writes them.
+    """
+    if uri.endswith(".parquet"):
+        with storage.open_read(uri) as handle:
+            file = pq.ParquetFile(handle)
+            there = [name for name in columns if name in file.schema_arrow.names]
+            return file.read(there).to_pylist()
+    text = storage.read_bytes(uri).decode()
+    if uri.endswith(".jsonl"):
+        rows = [json.loads(line) for line in text.split("\n") if line]
+    else:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    return [{name: row[name] for name in columns if name in row} for row in rows]
+
+
+def write_subtitles(output: str, parts: list[str]) -> int:
+    """Write one .srt file for each recording into the folder of subtitles; return their number.
+
+    The rows of a recording are held in memory until its last one is read.
+    """
+
+    def name(row: dict[str, Any]) -> str:
+        return row.get("recording") or f"row-{int(row['row']):06d}"
+
+    def begin(row: dict[str, Any]) -> float:
+        start = row.get("start")
+        seconds = 0.0 if start in (None, "") else float(start)
+        return 0.0 if math.isnan(seconds) else seconds
+
+    def words(row: dict[str, Any]) -> list[dict[str, Any]]:
+        found = row["words"] or []
+        return json.loads(found) if isinstance(found, str) else found
+
+    ends = {
+        name(row): number
+        for number, part in enumerate(parts)
+        for row in read(part, ("row", "recording"))
+    }
+    files = transcripts.file_names(ends, ".srt")
+    held: dict[str, list[dict[str, Any]]] = {}
+    for number, part in enumerate(parts):
+        for row in read(part, ("row", "recording", "start", "words")):
+            held.setdefault(name(row), []).append(row)
+        for recording in [one for one in held if ends[one] == number]:
+            rows = sorted(held.pop(recording), key=begin)
+            said = transcripts.cues(word for row in rows for word in words(row))
+            place = storage.join(output, SUBTITLES, *files[recording].split("/"))
+            storage.write_bytes(place, transcripts.srt(said).encode())
+    return len(files)
