@@ -18,7 +18,7 @@ from rich.table import Table
 from pipeline import __version__, api
 from pipeline.config import job_page, listing, plugins, registry
 from pipeline.config.schema import DataFormat, Job, JobError, OutputFormat, schema
-from pipeline.config.yaml_loader import load
+from pipeline.config.yaml_loader import load, with_lines
 from pipeline.io import signals
 from pipeline.io.ray_environment import prepare_ray
 
@@ -97,9 +97,10 @@ def _job(file: Path, overrides: list[str] | None, elsewhere: bool = False) -> Jo
 @contextlib.contextmanager
 def _exit_codes(
     stopped: str = "error: stopped; the same command goes on from here",
+    job: Path | None = None,
 ) -> Iterator[None]:
     """Turn errors into messages and exit codes: 2 for bad input, 1 for what failed, 130 for Ctrl-C
-    and 143 for SIGTERM.
+    and 143 for SIGTERM. Of a field of the job file they name the line.
     """
     from pipeline.io import storage, write_fence
     from pipeline.train import launch
@@ -110,9 +111,13 @@ def _exit_codes(
         err.print(stopped, markup=False)
         raise typer.Exit(signals.exit_code()) from None
     except (write_fence.LostLeaseError, launch.ClusterError, launch.StageError) as error:
-        raise _fail(str(error), 1) from None
+        raise _fail(_with_lines(job, error), 1) from None
     except (storage.StorageError, ValueError) as error:
-        raise _fail(str(error), 2) from None
+        raise _fail(_with_lines(job, error), 2) from None
+
+
+def _with_lines(job: Path | None, error: Exception) -> str:
+    return str(error) if job is None else with_lines(job, str(error))
 
 
 def _stages(
@@ -128,7 +133,7 @@ def _stages(
     job = _job(file, overrides)
     if not job.targets and "pretrain" not in stages:
         raise _fail(f"{file}: this job has no targets", 2)
-    with _exit_codes("stopped; what is finished is kept, the same command goes on from here"):
+    with _exit_codes("stopped; what is finished is kept, the same command goes on from here", file):
         done = api.run_stages(
             job, stages, address=address, wait=wait, remake=remake.value, verbose=verbose
         )
@@ -143,16 +148,19 @@ def _dry_run(file: Path, overrides: list[str] | None, wait: bool | None, remake:
     """Print what a run would do, and what of the data it would refuse."""
     job = _job(file, overrides)
     from pipeline.train.progress import Progress
-    from pipeline.transfer import dry_run, preflight
+    from pipeline.transfer import dry_run, preflight, time_estimate
 
     stages: tuple[api.Stage, ...] = ("pretrain", "finetune")
     with (
-        _exit_codes(),
+        _exit_codes(job=file),
         Progress() as progress,
         api.checked(job, stages, progress, wait, remake.value) as state,
     ):
         out.print("\n".join(dry_run.describe(state)), markup=False, soft_wrap=True)
-        for line in preflight.check_rows(state):
+        workloads: preflight.Workloads = {}
+        for line in preflight.check_rows(state, workloads):
+            out.print(line, markup=False, soft_wrap=True)
+        for line in time_estimate.describe(state, workloads):
             out.print(line, markup=False, soft_wrap=True)
 
 
@@ -342,7 +350,7 @@ def report(
     from pipeline.train.progress import Progress
     from pipeline.transfer import stages
 
-    with _exit_codes(), api.checked(spec, (), Progress()) as state:
+    with _exit_codes(job=job), api.checked(spec, (), Progress()) as state:
         if prune_stale:
             _prune(state, dry_run)
             if dry_run:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, TypeGuard, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.config import plugins
+from pipeline.config import familiar_names, plugins
 from pipeline.config.plugins import Plugin
 from pipeline.io.json_values import Json, as_list, as_object
 
@@ -391,15 +391,28 @@ def names(kind: str) -> list[str]:
     return sorted(entries(kind))
 
 
-def nearest(value: str, valid: Iterable[str]) -> str:
-    """Return ``did you mean a or b?``, or the list of valid names, for error messages."""
+def nearest(value: str, valid: Iterable[str], also: Iterable[str] = ()) -> str:
+    """Return ``did you mean a or b?``, or the list of valid names, for error messages.
+
+    Args:
+        value: What was written.
+        valid: The names that may stand there.
+        also: Names that may be meant and stand elsewhere.
+    """
     valid = sorted(valid)
-    close = difflib.get_close_matches(value, valid, n=3, cutoff=0.6)
-    close = close or [name for name in valid if value.lower() in name.lower()][:3]
+    close = [*close_names(value, valid), *also]
     if close:
-        return f"did you mean {' or '.join(close)}?"
+        return f"did you mean {' or '.join(dict.fromkeys(close))}?"
     shown = valid if len(valid) <= 20 else [*valid[:20], f"... ({len(valid)} in all)"]
     return f"valid names: {', '.join(shown)}"
+
+
+def close_names(value: str, valid: Iterable[str]) -> list[str]:
+    """Return the valid names that mean the same in other tools, or else those like the value."""
+    valid = sorted(valid)
+    familiar = [name for name in familiar_names.same_thing(value) if name in valid]
+    close = familiar or difflib.get_close_matches(value, valid, n=3, cutoff=0.6)
+    return close or [name for name in valid if value.lower() in name.lower()][:3]
 
 
 def entry(kind: str, name: str) -> Entry:

@@ -434,6 +434,15 @@ class Train(Spec):
     keep: Literal["best", "last"] = Field(
         "best", description="which weights the bundle holds: best by validation, or last"
     )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda patience: patience is None,  # hashes are those from before there was one
+        description="stop after so many validations in a row without a better primary metric; "
+        "steps or epochs are then the most, and the learning rate follows them. Techniques in "
+        "phases stop in their last one. It has no say where the last weights are always taken: "
+        "label fraction 0, and objectives that compare rows. none: all steps are taken",
+    )
     max_bad_steps: int = Field(
         5, ge=1, description="non-finite steps in a row (each is skipped) before the run stops"
     )

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import plugins, registry
+from pipeline.config import familiar_names, plugins, registry
 from pipeline.config.schema import (
     CHECKPOINT_PREFIXES,
     HUBS,
@@ -80,6 +81,8 @@ LONG_VALUE = 4
 
 A shorter one is masked only where it is the whole value.
 """
+SHOWN_MODELS = 20
+"""Most models of a library that a message lists."""
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 OF_ALL = ("decode", "shuffle", "max_bad_rows")
 """Fields of data that hold for all joined corpora."""
@@ -316,14 +319,42 @@ def _fields_at(loc: Path_) -> dict[str, Any]:
     return dict(spec.model_fields)
 
 
+def _advice(name: str, fields: Iterable[str], at: Path_) -> str:
+    """Return what to do about an unknown field or option: the nearest names, where it belongs, or
+    why nothing needs it.
+    """
+    fields = list(fields)
+    if reason := familiar_names.why_not_needed(name):
+        return reason
+    if set(fields) & {*familiar_names.same_thing(name)}:
+        return registry.nearest(name, fields)
+    return registry.nearest(name, fields, _places_of(name, at))
+
+
+def _places_of(name: str, at: Path_) -> list[str]:
+    """Return where in a job a field stands that is no field of the part at a place."""
+    specs: dict[str, type[Spec]] = {}
+    for group, spec in (("sources", Source), ("targets", Target)):
+        inside, *entry = at[:2] or ("",)
+        if inside == group or inside not in ("sources", "targets"):
+            part = f"{group}.{entry[0] if inside == group and entry else 'NAME'}"
+            specs |= {part: spec, f"{part}.train": Train, f"{part}.data": Data}
+    specs |= {"fanout": Fanout, "fanout.select": Select}
+    for one in (name, *familiar_names.same_thing(name)):
+        found = [f"{place}.{one}" for place, spec in specs.items() if one in spec.model_fields]
+        if found:
+            return found
+        if one in Job.model_fields:
+            return [f"{one} of the job"]
+    return []
+
+
 def _describe_error(error: Any) -> str:
     """Return what pydantic says of a value, in our words."""
     value, kind = error["input"], error["type"]
     if kind == "extra_forbidden":
-        return (
-            "unknown field; "
-            f"{registry.nearest(str(error['loc'][-1]), _fields_at(tuple(error['loc'][:-1])))}"
-        )
+        *at, name = error["loc"]
+        return f"unknown field; {_advice(str(name), _fields_at(tuple(at)), tuple(at))}"
     if kind == "missing":
         return "this field is required"
     message = error["msg"].removeprefix("Value error, ")
@@ -359,6 +390,28 @@ def _union_problems(error: ValidationError) -> list[tuple[Path_, str]]:
     return [(loc, text) for loc, text in out.items() if loc not in unions & inner]
 
 
+def _backbones_like(name: str) -> str:
+    """Return the backbones and hub names that may be meant by a name without a known library."""
+    model = name.rpartition("/")[2].lower()
+    libraries = registry.names("model")
+    forms = dict.fromkeys((model, model.replace("-", "_"), model.replace("-", "")))
+    meant: list[str] = []
+    for library in libraries:
+        with suppress(ValueError):  # its package is not installed
+            known = registry.architectures(library)
+            meant += [f"{library}/{form} (random weights)" for form in forms if form in known]
+            if library == "timm":
+                meant += [f"timm-hub:{form} (published ones)" for form in forms if form in known]
+    is_read = any(model.startswith(one) for one in registry.architectures("transformers"))
+    if is_read or "/" in name:
+        meant.append(f"hf-hub:{name} (published weights)")
+    advice = f"; did you mean {' or '.join(meant)}?" if meant else ""
+    return (
+        f"{advice or ':'} write library/model, e.g. timm/resnet18, with a library of "
+        f"{', '.join(libraries)}"
+    )
+
+
 def _component_problems(kind: str, raw: Json, path: Path_) -> list[tuple[Path_, str]]:
     """Return what is wrong with a registered name and its options."""
     try:
@@ -375,19 +428,13 @@ def _component_problems(kind: str, raw: Json, path: Path_) -> list[tuple[Path_, 
                 for field in registry.entry("model", library).options.model_fields
             }
             return [
-                ((*at, one), f"unknown option of a backbone; {registry.nearest(one, known)}")
+                ((*at, one), f"unknown option of a backbone; {_advice(one, known, ())}")
                 for one in component.options
                 if one not in known
             ]
         library, slash, model = name.partition("/")
-        if not slash:
-            return [
-                (
-                    at,
-                    f"unknown backbone {name!r}: write library/model, e.g. timm/resnet18; "
-                    f"libraries: {', '.join(registry.names('model'))}",
-                )
-            ]
+        if not slash or library not in registry.names("model"):
+            return [(at, f"unknown backbone {name!r}{_backbones_like(name)}")]
         try:
             known = registry.architectures(library)
         except ValueError as error:
@@ -409,10 +456,8 @@ def _component_problems(kind: str, raw: Json, path: Path_) -> list[tuple[Path_, 
         for item in error.errors():
             text = _describe_error(item)
             if item["type"] == "extra_forbidden":
-                text = (
-                    f"unknown option of {component.name}; "
-                    f"{registry.nearest(str(item['loc'][-1]), options.model_fields)}"
-                )
+                advice = _advice(str(item["loc"][-1]), options.model_fields, ())
+                text = f"unknown option of {component.name}; {advice}"
             out.append(((*at, *item["loc"]), text))
     return out
 
@@ -434,6 +479,33 @@ def _input_problems(part: JsonObject, path: Path_) -> list[tuple[Path_, str]]:
                 f"decides that here: write {plain}",
             )
         )
+    return out
+
+
+def _reading_problems(part: JsonObject, path: Path_) -> list[tuple[Path_, str]]:
+    """Return what is wrong where a source's backbone reads rows of another modality."""
+    backbone = str(_name_of(part.get("backbone")))
+    named = _name_of(as_object(part.get("data")).get("modality"))
+    reads = registry.modality_of(registry.split_tag(backbone)[0])
+    if reads is None or named == reads or named not in registry.names("modality"):
+        return []
+    fitting = ", ".join(_backbones_of(str(named))) or "none is registered"
+    text = f"{backbone} reads rows of modality {reads}, and data.modality is {named}"
+    return [
+        ((*path, "backbone"), f"{text}: take one that reads {named} ({fitting}), or say {reads}")
+    ]
+
+
+def _backbones_of(modality: str) -> list[str]:
+    """Return the backbones that read a modality; of a long list of models the library alone."""
+    out: list[str] = []
+    for library in registry.names("model"):
+        with suppress(ValueError):  # its package is not installed
+            models = sorted(registry.architectures(library))
+            shown = models if len(models) <= SHOWN_MODELS else models[:1]
+            fitting = [one for one in shown if registry.modality_of(f"{library}/{one}") == modality]
+            is_long = len(models) > SHOWN_MODELS
+            out += [f"{library}/NAME" if is_long else f"{library}/{one}" for one in fitting]
     return out
 
 
@@ -705,6 +777,7 @@ def _name_problems(data: JsonObject, folder: Path, elsewhere: bool) -> list[tupl
             out += _component_problems("technique", part["technique"], place)
         if kind == "sources" and "backbone" in part:
             out += _component_problems("model", part["backbone"], (kind, name, "backbone"))
+            out += _reading_problems(part, (kind, name))
             out += _checkpoint_problems(
                 _name_of(part["backbone"]), (kind, name, "backbone"), folder, elsewhere
             )
@@ -837,6 +910,29 @@ def relative_places(path: str | Path, overrides: list[str] | tuple[str, ...] = (
         if not (storage.is_remote(place) or place.startswith("file://") or _is_absolute(place))
     ]
     return list(dict.fromkeys(here))
+
+
+def with_lines(path: str | Path, message: str) -> str:
+    """Return a message with ``file:line: `` before each of its lines that begins with a field of
+    the job, such as ``targets.clothing.data.columns.label: ...``.
+
+    Args:
+        path: The job file, which has been read without a mistake.
+        message: What is wrong, a line each.
+    """
+    _, lines = _read(Path(path).read_text(encoding="utf-8"), [])
+    fields = {_dotted_path(place): line for place, line in lines.items() if place}
+
+    def located(text: str) -> str:
+        found = re.match(r"[^\s:,]+(?=[:,] )", text)
+        parts = found[0].split(".") if found else []
+        for count in range(len(parts), 0, -1):
+            line = fields.get(".".join(parts[:count]))
+            if line is not None:
+                return f"{path}:{line}: {text}"
+        return text
+
+    return "\n".join(map(located, message.splitlines()))
 
 
 def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool) -> JsonObject:

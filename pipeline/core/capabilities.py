@@ -262,6 +262,23 @@ class MakesRandomRows(Protocol):
         ...
 
 
+@runtime_checkable
+class MeasuresThroughput(Protocol):
+    """A modality whose throughput is told in another unit than rows."""
+
+    throughput_unit: ClassVar[str]
+    """For messages: tokens, s of sound."""
+
+    def throughput(self, batch: Batch) -> float:
+        """Return how many units a batch holds, padding left out."""
+        ...
+
+
+def measures_throughput(modality: Any) -> TypeIs[MeasuresThroughput]:
+    """Return whether the modality's throughput is told in another unit than rows."""
+    return isinstance(modality, MeasuresThroughput)
+
+
 class TruncationStats(NamedTuple):
     """How much is not read: ``lost`` of ``units`` units, in ``cut`` of ``rows`` rows."""
 

@@ -28,6 +28,7 @@ from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import file_columns
 from pipeline.data import to_parquet
+from pipeline.data.to_parquet import Origin
 from pipeline.io import file_identity, storage
 from pipeline.io.file_identity import FileIdentity
 
@@ -54,6 +55,8 @@ class Manifest:
     """Identities of `files` when the manifest was built; None for files that this project wrote
     itself.
     """
+    origins: tuple[Origin | None, ...] = field(default=(), compare=False)
+    """What the rows of each of `files` were brought in from; None for files of the user."""
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -80,12 +83,20 @@ class Manifest:
             else file_identity.open_unchanged(known)
         )
 
+    def name(self, file: int = 0) -> str:
+        """Return what one of `files` is called in messages."""
+        origin = self.origins[file] if self.origins else None
+        return origin.name if origin else self.files[file]
+
     def location(self, row: int) -> str:
-        """Return file and row group of a row id, for messages."""
-        g = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return (
-            f"{self.files[self.groups[g].file]} row {row - self._file_start(self.groups[g].file)}"
-        )
+        """Return file and number of a row id, for messages; of a folder of images the row's own
+        file.
+        """
+        file = self.groups[int(np.searchsorted(self.starts, row, side="right")) - 1].file
+        origin = self.origins[file] if self.origins else None
+        if origin and origin.column:
+            return str(Reader(self, [origin.column]).take(np.array([row])).column(0)[0])
+        return f"{self.name(file)} row {row - self._file_start(file)}"
 
     def _file_start(self, file: int) -> int:
         return int(self.starts[next(i for i, g in enumerate(self.groups) if g.file == file)])
@@ -156,7 +167,12 @@ def build_with_named(
                 groups.append(Group(number, i, group.num_rows, group.total_byte_size))
     assert schema is not None
     made = Manifest(
-        tuple(files), tuple(groups), schema, fingerprint or digest.hexdigest()[:16], found.own
+        tuple(files),
+        tuple(groups),
+        schema,
+        fingerprint or digest.hexdigest()[:16],
+        found.own,
+        (found.origin,) * len(files),
     )
     return made, found.named
 
@@ -383,6 +399,15 @@ def _plain_columns(table: pa.Table) -> pa.Table:
     )
 
 
+class LeftOut(NamedTuple):
+    """A row that is in no split, although it would have been in one."""
+
+    split: str
+    row: int
+    place: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Splits:
     """The selections of a data spec, and a description of where the splits come from."""
@@ -399,6 +424,7 @@ class Splits:
     """
     reads: tuple[FileIdentity, ...] = ()
     """All files that are read in training: Parquet files, and those that their rows name."""
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -462,7 +488,7 @@ def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: s
     ]
     wanted += [(k, v) for k, v in (("split_column", data.split_column), ("group", data.group)) if v]
     problems += [
-        f"{at}.{k}: {manifest.files[0]} has no column {v!r}; {nearest(v, manifest.schema.names)}"
+        f"{at}.{k}: {manifest.name()} has no column {v!r}; {nearest(v, manifest.schema.names)}"
         for k, v in wanted
         if v not in manifest.schema.names
     ]
@@ -521,7 +547,7 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
             asked = "the value" if len(values) == 1 else f"any of the {len(values)} values"
             held = _values_of(coded, name, selection, data)
             problems.append(
-                f"{at}.where: no row of {selection.manifest.files[0]} has {asked} asked for in "
+                f"{at}.where: no row of {selection.manifest.name()} has {asked} asked for in "
                 f"column {name}; {held}"
             )
     if problems:
@@ -529,7 +555,7 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
     if not mask.any():
         raise ValueError(
             f"{at}.where: each of its conditions ({', '.join(where)}) holds for some rows of "
-            f"{selection.manifest.files[0]}, and all together for none; leave one out"
+            f"{selection.manifest.name()}, and all together for none; leave one out"
         )
     return selection.keep(mask)
 
@@ -583,6 +609,7 @@ def splits(
     imports_uri: str,
     need_test: bool,
     fold: Fold | None = None,
+    needed: tuple[str, ...] = (),
 ) -> Splits:
     """Return train, validation and test rows of a data spec; those of further corpora (`more`)
     come after those of the first.
@@ -590,12 +617,14 @@ def splits(
     Args:
         fold: The part of the rows that is the test split (`fold_of_rows`); the data then have one
             corpus and no declared split.
+        needed: Roles of which a null makes a row unusable. Within the budget of bad rows
+            (``max_bad_rows``) such rows are in no split.
 
     Raises ValueError for a missing column, an empty split, a split value that the column does not
     have, a group in two splits, corpora that cannot be joined, or rows that cannot be cut in folds.
     """
     at = f"{job_field}.data"
-    parts = [_splits(data, roles, at, imports_uri, fold)]
+    parts = [_splits(data, roles, at, imports_uri, fold, needed)]
     for i, part in enumerate(data.more):
         parts.append(
             _splits(
@@ -603,6 +632,7 @@ def splits(
                 roles,
                 f"{at}.more.{i}",
                 imports_uri,
+                needed=needed,
             )
         )
     groups = [one.group for one in (data, *data.more)]
@@ -625,8 +655,8 @@ def splits(
             else frozenset(),
         )
     )
-    for name, needed in (("train", True), ("validation", need_test), ("test", need_test)):
-        if needed and not len(getattr(out, name)):
+    for name, is_read in (("train", True), ("validation", need_test), ("test", need_test)):
+        if is_read and not len(getattr(out, name)):
             raise ValueError(
                 f"{at}: the {name} split is empty ({out.sizes()}); give {name} files, a "
                 f"split_column or {name}_fraction"
@@ -723,7 +753,12 @@ def _is_in_fold(
 
 
 def _splits(
-    data: Data, roles: tuple[str, ...], at: str, imports_uri: str, fold: Fold | None = None
+    data: Data,
+    roles: tuple[str, ...],
+    at: str,
+    imports_uri: str,
+    fold: Fold | None = None,
+    needed: tuple[str, ...] = (),
 ) -> Splits:
     """Return the splits of one corpus."""
     named: dict[tuple[str, ...], tuple[FileIdentity, ...]] = {}
@@ -804,15 +839,43 @@ def _splits(
     found, more = with_named_files([parts[number] for number in looked], columns, data.identity)
     for number, selection in zip(looked, found, strict=True):
         parts[number] = selection
+    left_out: list[LeftOut] = []
+    for number, split in enumerate(SPLITS):
+        parts[number], without = _labelled(parts[number], split, data, needed)
+        left_out += without
+    if left_out:
+        rows = "row" if len(left_out) == 1 else "rows"
+        origin.append(f"{len(left_out)} {rows} without a label left out")
     return Splits(
         parts[0],
         parts[1],
         parts[2],
         "; ".join(origin) or "as given",
-        (len(train),),
+        (len(parts[0]),),
         (parts[0],),
         tuple(dict.fromkeys((*reads, *more))),
+        tuple(left_out),
     )
+
+
+def _labelled(
+    selection: Selection, split: str, data: Data, needed: tuple[str, ...]
+) -> tuple[Selection, list[LeftOut]]:
+    """Return the rows that have a label, and the others, as long as these are within the budget of
+    bad rows. Else all rows are returned: the objective then says what is wrong.
+    """
+    names = [data.columns[role] for role in needed if role in data.columns]
+    if not names or not len(selection):
+        return selection, []
+    table = read_columns(selection, names)
+    nulls = {name: table[name].is_null().to_numpy() for name in names}
+    lacks = np.logical_or.reduce(list(nulls.values()))
+    if not 0 < lacks.sum() <= max(1, data.max_bad_rows * len(selection)):
+        return selection, []
+    column = next(name for name in names if nulls[name].any())
+    ids = selection.ids(np.flatnonzero(lacks)).tolist()
+    place, reason = selection.manifest.location, f"it has no label (column {column} is null)"
+    return selection.keep(~lacks), [LeftOut(split, row, place(row), reason) for row in ids]
 
 
 def with_named_files(
@@ -967,6 +1030,7 @@ def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[s
         tuple(len(part.train) for part in parts),
         tuple(part.train for part in parts),
         reads,
+        tuple(row for part in parts for row in part.left_out),
     )
 
 
@@ -995,7 +1059,7 @@ def _concatenated(
             if _kind(theirs) != _kind(ours) and name not in as_bytes:
                 raise ValueError(
                     f"{job_field}: column {name!r} is {theirs} in "
-                    f"{selection.manifest.files[0]} and {ours} in {first.files[0]}; joined corpora "
+                    f"{selection.manifest.name()} and {ours} in {first.name()}; joined corpora "
                     "need columns of the same type: write one of them anew"
                 )
     if len(selections) == 1:
@@ -1020,6 +1084,11 @@ def _concatenated(
             one
             for manifest in manifests
             for one in (manifest.identities or (None,) * len(manifest.files))
+        ),
+        tuple(
+            one
+            for manifest in manifests
+            for one in (manifest.origins or (None,) * len(manifest.files))
         ),
     )
     ids = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -160,6 +161,15 @@ def expand(uris: list[str], form: str) -> list[tuple[str, str]]:
     return sorted({file: root for root, file in reversed(out)}.items())
 
 
+class Origin(NamedTuple):
+    """What rows that were brought in are called in messages."""
+
+    name: str
+    """The file, or files and folders, that hold them."""
+    column: str
+    """The column that names the file of each row; empty: there is none."""
+
+
 class ImportedFiles(NamedTuple):
     """The Parquet files that hold the rows of some files."""
 
@@ -170,6 +180,8 @@ class ImportedFiles(NamedTuple):
     """The Parquet files, where they are the source."""
     named: tuple[FileIdentity, ...] = ()
     """The images or recordings of a folder, which the rows name and which are read in training."""
+    origin: Origin | None = None
+    """What was brought in; None where the Parquet files are the source."""
 
 
 def to_parquet(
@@ -201,10 +213,7 @@ def to_parquet(
             f"compressed {', '.join(CODECS)}); set data.format"
         )
     if len(kinds) > 1:
-        raise ValueError(
-            f"{', '.join(uris)}: files of several kinds "
-            f"({', '.join(sorted(k or 'unknown' for k in kinds))}); name one kind by a glob"
-        )
+        raise ValueError(_several_kinds(uris, pairs))
     kind, fingerprint, listed = kinds.pop(), None, []
     files = [file for file, _ in pairs]
     if kind in LISTED:
@@ -252,6 +261,28 @@ def to_parquet(
         [storage.join(folder, "rows.parquet")],
         fingerprint,
         named=tuple(read) if kind in LISTED else (),
+        origin=Origin(
+            files[0] if len(files) == 1 else ", ".join(uris),
+            {"images": "image", "audio": "audio"}.get(kind, ""),
+        ),
+    )
+
+
+def _several_kinds(uris: list[str], pairs: list[tuple[str, str]]) -> str:
+    """Return what to do about files of several kinds, with one that is probably a stray one."""
+    counts = Counter(_kind(file) for file, _ in pairs)
+    common = max(counts, key=lambda kind: (kind in LISTED, bool(kind), counts[kind]))
+    rare = min((kind for kind in counts if kind != common), key=counts.__getitem__)
+    number = counts[rare]
+    stray = next(file for file, _ in pairs if _kind(file) == rare)
+    others = f" and {number - 1} more" if number > 1 else ""
+    advice = "name one kind by a glob"
+    if common and any(root for _, root in pairs):
+        advice += f", or say format: {common}, which leaves the other files of a folder out"
+    return (
+        f"{', '.join(uris)}: files of several kinds "
+        f"({', '.join(sorted(kind or 'unknown' for kind in counts))}); {stray}{others} "
+        f"{'is' if number == 1 else 'are'} {rare or 'of no known kind'}; {advice}"
     )
 
 
@@ -430,7 +461,31 @@ def _columns(schema: pa.Schema) -> str:
 def _csv(file: str) -> Iterator[pa.Table]:
     """Yield the rows of a CSV file, block by block."""
     is_tabbed = ".tsv" in PurePosixPath(file.lower()).suffixes[-2:]
-    return csv_tables(partial(open_unpacked, file), file, delimiter="\t" if is_tabbed else ",")
+    delimiter = "\t" if is_tabbed else ","
+    _check_delimiter(file, delimiter)
+    return csv_tables(partial(open_unpacked, file), file, delimiter=delimiter)
+
+
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+
+
+def _check_delimiter(file: str, delimiter: str) -> None:
+    """Raise ValueError where something else than the delimiter parts the fields of the first two
+    lines.
+    """
+    with open_unpacked(file) as handle:
+        first, second = handle.readline(LINE_BYTES), handle.readline(LINE_BYTES)
+    if delimiter.encode() in first or b'"' in first:
+        return
+    for other, plural in DELIMITERS.items():
+        count = first.count(other.encode())
+        if count and count == second.count(other.encode()):
+            name = "tab" if other == "\t" else f"'{other}'"
+            raise ValueError(
+                f"{file}: its fields are parted by {plural}, and those of such a file are by "
+                f"{DELIMITERS[delimiter]}; write it anew: onetomany prepare csv {file} -o FOLDER "
+                f"--set delimiter={name}"
+            )
 
 
 def _json_lines(file: str) -> Iterator[pa.Table]:
@@ -480,6 +535,11 @@ def _parsed(file: str, number: int, chunk: bytes, schema: pa.Schema | None) -> p
             pajson.ParseOptions(explicit_schema=schema),
         )
     except pa.ArrowInvalid as error:
+        if number == 1 and chunk.lstrip().startswith(b"["):
+            raise ValueError(
+                f"{file}: it holds one JSON list, and JSON Lines has one object a line; write it "
+                f"anew: jq -c '.[]' {file} > rows.jsonl"
+            ) from None
         after = f" (counted from line {number})" if number > 1 else ""
         raise ValueError(
             f"{file}: not readable as jsonl, one object a line: "

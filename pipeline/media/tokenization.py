@@ -10,6 +10,7 @@ place are cut between two characters, which may change the ids at the cut.
 from __future__ import annotations
 
 import base64
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -261,9 +262,27 @@ def not_utf8(document: Buffer) -> str:
             str(document[start:stop], "utf-8")
         except UnicodeDecodeError as error:
             place = start + error.start
-            return f"not UTF-8 text ({_reason(document[place : place + 4])} at byte {place})"
+            text = f"not UTF-8 text ({_reason(document[place : place + 4])} at byte {place})"
+            around = bytes(document[max(0, place - 1) : place + LATIN_BYTES])
+            return f"{text}{LATIN_ADVICE if _is_latin(around) else ''}"
         start = stop
     return ""
+
+
+LATIN_BYTES = 256
+"""So many bytes are looked at to recognise Latin-1."""
+LATIN_ADVICE = "; it looks like Latin-1: convert the file (iconv -f LATIN1 -t UTF-8)"
+LATIN_LETTER = re.compile(rb"[\xc0\xc1\xc4-\xd6\xd8-\xf6\xf8-\xfe]")
+"""Letters of Latin-1, without 0xC2 and 0xC3, with which most characters of UTF-8 begin."""
+IN_A_WORD = re.compile(rb"[A-Za-z][\xc0-\xfe]|[\xc0-\xfe][A-Za-z]")
+
+
+def _is_latin(document: bytes) -> bool:
+    """Return whether bytes that are not UTF-8 look like Latin-1: all that are not ASCII are its
+    letters, and one of them stands in a word.
+    """
+    beyond = [document[i : i + 1] for i, byte in enumerate(document) if byte > 0x7F]
+    return bool(IN_A_WORD.search(document)) and all(map(LATIN_LETTER.match, beyond))
 
 
 def _reason(document: Buffer) -> str:

@@ -399,6 +399,12 @@ class Audio(Modality):
             files.append(sink.getvalue())
         return self.collate(self.decode(pa.table({"audio": files}), {"audio": "audio"})[0])
 
+    throughput_unit = "s of sound"
+
+    def throughput(self, batch: Batch) -> float:
+        """Return the seconds of the recordings, without padding."""
+        return float(batch["audio_lengths"].sum()) / self.options.rate
+
     def augment(self, batch: Batch) -> Batch:
         """Change speed, add noise and, for mel features, apply SpecAugment, filling masks with the
         mean.

@@ -21,7 +21,7 @@ from pipeline.config.registry import Options, register, wanted_inputs
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_bytes, is_list, is_text
 from pipeline.core.capabilities import TruncationStats
-from pipeline.core.contracts import Arrays, Modality
+from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.media import minhash, tokenization
 from pipeline.media.tokenization import PIECE_BYTES, SPECIALS
 
@@ -523,6 +523,13 @@ class Text(Modality):
             tokens[row, 0], tokens[row, length - 1] = cls, sep
         mask = np.arange(longest) < lengths[:, None]
         return {"tokens": torch.as_tensor(tokens), "mask": torch.as_tensor(mask)}
+
+    throughput_unit = "tokens"
+
+    def throughput(self, batch: Batch) -> float:
+        """Return the number of tokens that are no padding."""
+        is_token = batch["segments"] > 0 if "segments" in batch.data else batch["mask"]
+        return float(is_token.sum())
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
         own = {"tokens", "types", "words", "offsets"} & set(arrays)

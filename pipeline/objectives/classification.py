@@ -111,6 +111,7 @@ class Classification(Objective):
 
     roles = ("label",)
     optional_roles = ("label_name",)
+    needed_roles = roles
     metrics = ("accuracy", "macro_f1", "loss")
     transformers_head = TransformersHead(
         "ForSequenceClassification",
@@ -142,7 +143,7 @@ class Classification(Objective):
             ValueError: rows without a label, a single class, or a label with several names.
         """
         given = {role: columns[role] for role in ("label", "label_name") if role in columns}
-        table = pa.table({name: _plain(table[name]) for name in given.values()})
+        table = pa.table({name: _plain(table[name], name) for name in given.values()})
         column = table[columns["label"]]
         _refuse_nulls(column, columns["label"])
         values = sorted(pc.unique(column).to_pylist())
@@ -167,7 +168,7 @@ class Classification(Objective):
         name = columns.get("label", "")
         if name not in table.column_names:  # new rows to predict
             return {}
-        column = _plain(table[name])
+        column = _plain(table[name], name)
         _refuse_nulls(column, name)
         try:
             known = pa.array(state["values"], type=column.type)
@@ -324,9 +325,24 @@ class Classification(Objective):
 # ---------------------------------------------------------------- labels
 
 
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the values themselves of a column that is stored as a dictionary (categorical)."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+def _plain(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """Return the values themselves of a column that is stored as a dictionary (categorical), and
+    texts where it has bytes.
+
+    Raises:
+        ValueError: bytes that are not UTF-8.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        return column
+    try:
+        return column.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        raise ValueError(
+            f"column {name}: its labels are bytes that are not UTF-8 text; convert the file (from "
+            "Latin-1: iconv -f LATIN1 -t UTF-8)"
+        ) from None
 
 
 def _refuse_nulls(column: pa.ChunkedArray, name: str) -> None:

@@ -38,6 +38,21 @@ CONFIDENCE = 0.99
 """
 
 
+class Workload(NamedTuple):
+    """A network and the rows that it is trained on, as a run would have them."""
+
+    arch: Architecture
+    objective: ObjectiveSpec
+    decoder: Decoder
+    rows: Selection
+    is_packed: bool = False
+    """Whether the rows are documents, to be packed into rows of tokens."""
+
+    def decoder_of(self, columns: dict[str, str]) -> Decoder:
+        """Return the decoder of rows with other columns."""
+        return replace(self.decoder, columns=columns)
+
+
 class PlannedSource(NamedTuple):
     """Architecture and modality that the bundle of a source would have."""
 
@@ -46,6 +61,8 @@ class PlannedSource(NamedTuple):
     findings: list[Finding]
     is_estimated: bool = False
     """Whether the modality was fitted on fewer rows than a run takes."""
+    workload: Workload | None = None
+    """What is trained; None: nothing."""
 
 
 def source(stage: SourceStage) -> PlannedSource | None:
@@ -101,7 +118,11 @@ def _corpus(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -
         found += rows(name, getattr(splits, name), decoder, spec.data.max_bad_rows)
     found += _packed_batches(stage, decoder)
     return PlannedSource(
-        arch, modality, found, is_estimated=start is None and not storage.exists(path)
+        arch,
+        modality,
+        found,
+        is_estimated=start is None and not storage.exists(path),
+        workload=Workload(arch, fitted, decoder, splits.train, stage.packed),
     )
 
 

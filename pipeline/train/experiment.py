@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Train
-from pipeline.core.contracts import Batch, Task, Technique, trains
+from pipeline.core.capabilities import measures_throughput
+from pipeline.core.contracts import Batch, Modality, Task, Technique, trains
 from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.contracts.technique_capabilities import (
     ChoosesOnValidation,
@@ -148,8 +149,9 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
     check = _validator(experiment, ranks, ready, record.bad_rows)
     # validation rows of the source are best where nothing has been adapted yet
     is_last = couples_rows(objective) or not experiment.labelled
+    patience = None if is_last else train.patience
     keep = "last" if is_last else train.keep
-    keeper = loop.KeepBest(experiment.metrics[0], keep)
+    keeper = loop.KeepBest(experiment.metrics[0], keep, patience)
     batches = partial(
         experiment.read,
         rows,
@@ -189,9 +191,13 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         on_rows=RowTrace(experiment.folder, ranks.rank) if train.trace_rows else None,
         bad_rows=record.bad_rows.add,
         alive=experiment.on_step,
+        **_throughput(rows.modality),
     )
     with record:
         outcome = loop.fit(work) if trains(technique) else loop.evaluate_untrained(work)
+        if outcome.stopped_at:
+            why = f"no better {experiment.metrics[0]} in {train.patience} validations"
+            record.write({"step": outcome.steps, "steps": experiment.steps, "stopped": why})
         metrics, chosen = keeper.metrics, {}
         if isinstance(technique, ChoosesOnValidation):
             goodness = _goodness(technique, check, experiment.metrics[0])
@@ -208,6 +214,13 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
     )
 
 
+def _throughput(modality: Modality) -> dict[str, Any]:
+    """Return in what unit the throughput of a run is told, and what counts it."""
+    if not measures_throughput(modality):
+        return {}
+    return {"unit": modality.throughput_unit, "units": modality.throughput}
+
+
 def _metadata(
     outcome: TrainingOutcome, kept_step: int, plan: Plan, chosen: dict[str, Any]
 ) -> dict[str, Any]:
@@ -217,6 +230,8 @@ def _metadata(
         metadata["padding_share"] = round(plan.padding(), 4)
     if chosen:
         metadata["chosen"] = chosen
+    if outcome.stopped_at:
+        metadata["stopped_at"] = outcome.stopped_at
     return metadata
 
 

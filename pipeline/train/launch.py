@@ -98,6 +98,8 @@ def start(address: str | None, verbose: bool) -> None:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", logging.getLevelName(level))
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)
+    if not verbose:  # else the core of Ray writes to the terminal what it mends by itself
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     extra: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
     try:
@@ -505,7 +507,7 @@ def first_cause(error: BaseException) -> str:
 
 
 def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> None:
-    last_warning = ""
+    last_warning, last_start = "", 0
     while not stop.wait(0.5):
         try:
             record, _ = ray.get(board.read.remote(), timeout=5)
@@ -516,6 +518,10 @@ def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> 
             if warning != last_warning:  # all later records have it too
                 progress.note(f"warning: {name}: {warning}")
                 last_warning = warning
+            start = record.get("resumed_from", last_start)
+            if start != last_start:  # after each restart
+                progress.note(f"{name}: goes on from step {start} of {record['steps']}")
+                last_start = start
             progress.update(training_line(name, record))
 
 

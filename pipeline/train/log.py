@@ -14,6 +14,9 @@ import numpy as np
 
 from pipeline.io import s3, storage, write_fence
 
+NO_CURVES = ("step", "steps", "resumed_from")
+"""Numbers of a record that TensorBoard does not draw."""
+
 
 class RowTrace:
     """Appends a line {step, rows, pid} for every step of a rank to ``rows-rank<rank>.jsonl``.
@@ -85,7 +88,11 @@ class MetricsLog:
         if self._writer:
             self._check_writer()
             for name, value in record.items():
-                if isinstance(value, (int, float)) and name not in ("step", "steps"):
+                if isinstance(value, (int, float)) and name not in (
+                    "step",
+                    "steps",
+                    "resumed_from",
+                ):
                     self._writer.add_scalar(name, value, record["step"])
         if self.remote and time.monotonic() - self._flushed > 30:
             self.flush()

@@ -66,6 +66,9 @@ class Keeper(Protocol):
 
     def update(self, step: int, metrics: dict[str, Any], task: nn.Module) -> None: ...
     def restore(self, task: nn.Module) -> None: ...
+    def start_phase(self) -> None: ...
+    @property
+    def is_exhausted(self) -> bool: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -73,22 +76,26 @@ class Keeper(Protocol):
 class KeepBest:
     """The weights with the best primary metric (the last ones when there is no validation, or
     ``keep: last``).
+
+    Args:
+        primary: The metric.
+        keep: best or last.
+        patience: Validations in a row without a better value after which it is exhausted.
     """
 
-    def __init__(self, primary: str, keep: str):
-        self.primary, self.last = primary, keep == "last"
+    def __init__(self, primary: str, keep: str, patience: int | None = None):
+        self.primary, self.last, self.patience = primary, keep == "last", patience
         self.higher = metric(primary).higher_is_better
         self.step, self.metrics, self.weights = -1, {}, None
+        self.best, self.stale = float("nan"), 0
 
     def update(self, step, metrics, task):
-        old = self.metrics.get(self.primary)
         new = metrics[self.primary]
-        if (
-            not self.last
-            and old is not None
-            and not np.isnan(old)
-            and not (new > old if self.higher else new < old)
-        ):
+        is_better = np.isnan(self.best) or (new > self.best if self.higher else new < self.best)
+        self.stale = 0 if is_better else self.stale + 1
+        if is_better:
+            self.best = new
+        elif not self.last:
             return
         self.step, self.metrics = step, dict(metrics)
         if not self.last:
@@ -100,11 +107,22 @@ class KeepBest:
         if self.weights is not None:
             task.load_state_dict(self.weights)
 
+    def start_phase(self):
+        """Count validations without a better value anew."""
+        self.stale = 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether so many validations in a row have brought nothing that the run may stop."""
+        return self.patience is not None and self.stale >= self.patience
+
     def state_dict(self):
-        return {"step": self.step, "metrics": self.metrics, "weights": self.weights}
+        names = ("step", "metrics", "weights", "best", "stale")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state):
-        self.step, self.metrics, self.weights = state["step"], state["metrics"], state["weights"]
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 @dataclass
@@ -137,6 +155,9 @@ class TrainingRun:
     """Called with the row ids of every step (``train.trace_rows``)."""
     bad_rows: Callable[[str, list[tuple[int, str]]], None] = lambda split, bad: None
     """Called with rows that could not be decoded, and why; the split is "train" or a stream."""
+    unit: str = "rows"
+    """What ``units`` counts in a batch, for the throughput of the log."""
+    units: Callable[[Batch], float] = len
     clock: Callable[[], float] = time.perf_counter
     alive: Callable[[], None] = heartbeat.beat
     """Called at every step, so that a watchdog sees that the run does not hang."""
@@ -166,6 +187,8 @@ class TrainingOutcome:
     resumed_from: int
     stopped_early: bool = False
     seconds_before: float = 0.0
+    stopped_at: int = 0
+    """The step after which the keeper was exhausted (``train.patience``); 0: it was not."""
 
 
 class _PhaseState:
@@ -282,7 +305,7 @@ def fit(run: TrainingRun) -> TrainingOutcome:
     progress = _Progress(run, saved, damaged)
     live: _PhaseState | None = None
     phase_number = -1
-    stopped = False
+    stopped, stopped_at = False, 0
     stream = run.batches(range(start, run.steps))
     further = {name: made(range(start, run.steps)) for name, made in run.streams.items()}
 
@@ -293,6 +316,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
             if live is None or step == starts[phase_number + 1]:
                 phase_number = int(np.searchsorted(starts, step, side="right")) - 1
                 live = _PhaseState(run, phases[phase_number])
+                if step == starts[phase_number]:
+                    run.keeper.start_phase()
                 if saved and step == start:
                     if saved["phase"] == phase_number:
                         live.optimizer.load_state_dict(saved["optimizer"])
@@ -352,6 +377,10 @@ def fit(run: TrainingRun) -> TrainingOutcome:
                 live.train_mode()
                 progress.add_validation(done, metrics)
                 run.on_eval(done, metrics)
+                # an earlier phase is not the whole of a technique
+                if run.keeper.is_exhausted and starts[-2] < done < run.steps:
+                    stopped_at = done
+                    break
             if saves:
                 progress.save(done, phase_number, live, average)
     except Stop:
@@ -379,6 +408,7 @@ def fit(run: TrainingRun) -> TrainingOutcome:
         resumed_from=start,
         stopped_early=stopped,
         seconds_before=progress.seconds_before,
+        stopped_at=stopped_at,
     )
 
 
@@ -398,6 +428,7 @@ class _Progress:
         self.bad_total = torch.full((), float(saved.get("skipped", 0)), device=device)
         self.recent: deque[np.ndarray] = deque(maxlen=run.train.max_bad_steps)
         self.rows = self.rows_logged = 0
+        self.units = self.units_logged = 0.0
         self.waited = self.waited_logged = 0.0
         self.began = self.logged_at = self.saved_at = run.clock()
 
@@ -405,6 +436,7 @@ class _Progress:
         """Count a step that was taken."""
         self.recent.append(batch.rows)
         self.rows += len(batch)
+        self.units += self.run.units(batch)
         self.waited += waited
         self.window += sums
         self.warning = warning or self.warning
@@ -438,12 +470,18 @@ class _Progress:
             "skipped_steps": int(self.bad_total),
             "eta_seconds": (now - self.began) / (done - self.start) * (run.steps - done),
         }
+        if run.unit != "rows":
+            rate = run.ranks.count * (self.units - self.units_logged) / seconds
+            record |= {"unit": run.unit, "units_per_second": rate}
+        if self.start:
+            record["resumed_from"] = self.start
         record |= {name: value / count if count else float("nan") for name, value in sums.items()}
         warnings = [*self.damaged, *([self.warning] if self.warning else [])]
         if warnings:
             record["warning"] = "; ".join(warnings)
         self.window.zero_()
         self.logged_at, self.rows_logged, self.waited_logged = now, self.rows, self.waited
+        self.units_logged = self.units
         return record
 
     def add_validation(self, done: int, metrics: dict[str, Any]) -> None:

@@ -24,7 +24,9 @@ def duration(seconds: float) -> str:
 
 
 def training_line(name: str, record: dict[str, Any]) -> str:
-    """step/total, loss, metrics, rows/s, share of time waiting for data, ETA."""
+    """step/total, loss, metrics, rows or tokens or seconds of sound a second, share of time waiting
+    for data, ETA.
+    """
     parts = [f"{name}: step {record.get('step', 0)}/{record.get('steps', '?')}"]
     for key, value in record.items():
         if key in ("loss", "accuracy", "probe_knn") or (
@@ -32,24 +34,33 @@ def training_line(name: str, record: dict[str, Any]) -> str:
         ):
             parts.append(f"{key.replace('validation_', 'val ')} {value:.4g}")
     if "rows_per_second" in record:
+        rate = record.get("units_per_second", record["rows_per_second"])
         parts += [
-            f"{record['rows_per_second']:.0f} rows/s",
+            f"{rate:.0f} {record.get('unit', 'rows')}/s",
             f"data wait {record['wait_share']:.0%}",
             f"ETA {duration(record['eta_seconds'])}",
         ]
     if record.get("skipped_steps"):
         parts.append(f"{record['skipped_steps']} steps skipped (not finite)")
+    if "stopped" in record:
+        parts.append(f"stopped: {record['stopped']}")
     return "  ".join(parts)
 
 
 class Progress:
-    """Shows the newest line; ``note`` prints a line that stays."""
+    """Shows the newest line; ``note`` prints a line that stays. Both begin with the time of day.
 
-    def __init__(self, console: Console | None = None, clock=time.monotonic):
+    Args:
+        console: Where lines go.
+        clock: Seconds, which decide when a plain line is due.
+        now: The time of day, as ``time.localtime`` gives it.
+    """
+
+    def __init__(self, console: Console | None = None, clock=time.monotonic, now=time.localtime):
         self.console = console or Console(
             file=sys.stderr, highlight=False, soft_wrap=True, emoji=False
         )
-        self.clock, self._last, self._shown = clock, float("-inf"), ""
+        self.clock, self.now, self._last, self._shown = clock, now, float("-inf"), ""
         self._live: Live | None = None
         if self.console.is_terminal:
             self._live = Live(Text(""), console=self.console, refresh_per_second=4, transient=True)
@@ -63,12 +74,15 @@ class Progress:
         if self._live:
             self._live.stop()
 
+    def _timed(self, line: str) -> str:
+        return f"{time.strftime('%H:%M:%S', self.now())} {line}"
+
     def update(self, line: str, final: bool = False) -> None:
         if self._live:
-            self._live.update(Text(line))
+            self._live.update(Text(self._timed(line)))
         elif line != self._shown and (final or self.clock() - self._last >= PLAIN_EVERY_SECONDS):
             self._last, self._shown = self.clock(), line
-            self.console.print(line, markup=False)
+            self.console.print(self._timed(line), markup=False)
 
     def note(self, line: str) -> None:
-        self.console.print(line, markup=False)
+        self.console.print(self._timed(line), markup=False)

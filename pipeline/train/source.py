@@ -15,7 +15,11 @@ from pipeline.config.provenance import Provenance
 from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Job, Source, spec_hash
 from pipeline.core.capabilities import cost_column, is_costed
 from pipeline.core.contracts import Modality, Objective
-from pipeline.core.contracts.objective_capabilities import binds_to_backbone, bounds_length
+from pipeline.core.contracts.objective_capabilities import (
+    binds_to_backbone,
+    bounds_length,
+    needed_roles,
+)
 from pipeline.core.rng import mix
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
@@ -197,8 +201,18 @@ def stage(job: Job, name: str) -> SourceStage:
         roles = (*modality.roles, *objective.roles)
         config_checks.source(f"sources.{name}", spec)
         splits = manifests.splits(
-            spec.data, roles, f"sources.{name}", storage.join(job.root, "imports"), need_test=False
+            spec.data,
+            roles,
+            f"sources.{name}",
+            storage.join(job.root, "imports"),
+            need_test=False,
+            needed=needed_roles(objective),
         )
+        if spec.train.patience and not len(splits.validation):
+            raise ValueError(
+                f"sources.{name}.train.patience: there are no validation rows to judge by: hold "
+                "some out (data.validation_fraction), or leave it out"
+            )
     probe = online_probe.splits(
         spec,
         f"sources.{name}",
@@ -481,7 +495,9 @@ def _fit_rows(stage: SourceStage, modality: ModalitySpec, objective: ObjectiveSp
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None
     kind, columns = registry.get("objective", objective.name), dict(spec.data.columns)
-    rows = _Rows(splits.train, splits.validation, columns, splits.corpora, [], [])
+    left_out = [row._asdict() for row in splits.left_out]
+    lost = sum(row.split == "train" for row in splits.left_out)
+    rows = _Rows(splits.train, splits.validation, columns, splits.corpora, left_out, [], lost=lost)
     roles = (*kind.roles, *kind.optional_roles)
     labels = tuple(columns[role] for role in roles if role in columns)
     form = token_rows.form_of(kind, modality, rows.train, columns)
@@ -533,7 +549,7 @@ def _leave_out_untrainable(spec: Source, rows: _Rows, decoder: Decoder) -> None:
     is_lost = np.isin(rows.train.ids(np.arange(len(rows.train))), [row for row, _ in lost])
     by_corpus = np.split(is_lost, np.cumsum(rows.corpora)[:-1])
     rows.corpora = tuple(len(part) - int(part.sum()) for part in by_corpus)
-    rows.train, rows.lost = kept.selection, len(lost)
+    rows.train, rows.lost = kept.selection, rows.lost + len(lost)
     if spec.train.batch_cost is not None:
         rows.costs = kept.costs
 

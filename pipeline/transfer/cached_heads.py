@@ -235,13 +235,15 @@ class _NoLogs(nn.Module):
 class KeepHeads:
     """Each head's weights at its own best validation."""
 
-    def __init__(self, primary: str, keep: str, count: int):
-        self.best = [loop.KeepBest(primary, keep) for _ in range(count)]
+    def __init__(self, primary: str, keep: str, count: int, patience: int | None = None):
+        self.best = [loop.KeepBest(primary, keep, patience) for _ in range(count)]
         self.weights: list[list[Tensor] | None] = [None] * count
         self.curves: list[list[dict[str, Any]]] = [[] for _ in range(count)]
 
     def update(self, step, metrics, task):
         for k, (best, values) in enumerate(zip(self.best, metrics["heads"], strict=True)):
+            if best.is_exhausted:  # this head alone would have stopped
+                continue
             self.curves[k].append({"step": step, **values})
             before = best.step
             best.update(step, values, _Nothing)
@@ -253,6 +255,19 @@ class KeepHeads:
         for k, weights in enumerate(self.weights):
             for parameter, kept in zip(task.stacked, weights or (), strict=False):
                 parameter[k].copy_(kept)
+
+    def start_phase(self):
+        for best in self.best:
+            best.start_phase()
+
+    @property
+    def is_exhausted(self) -> bool:
+        return all(best.is_exhausted for best in self.best)
+
+    def stopped_at(self, k: int, steps: int) -> int:
+        """Return the step after which a head was exhausted; 0: it was not before the last step."""
+        last = self.curves[k][-1]["step"]
+        return last if self.best[k].is_exhausted and last < steps else 0
 
     def state_dict(self):
         return {
@@ -442,7 +457,7 @@ def _run_stack(
     stack = HeadStack(list(heads), [member.train for member in members]).to(cached.device)
     # a stack of heads is small, and one batch
     train = first.train.model_copy(update={"micro_batch": None, "compile": False})
-    keeper = KeepHeads(cached.data.metrics[0], train.keep, len(members))
+    keeper = KeepHeads(cached.data.metrics[0], train.keep, len(members), train.patience)
     folder = storage.join(shared.root, STACKS, spec_hash([one.trial.id for one in members]))
     history = trials.history_of(folder, [member.trial for member in members], shared)
     history.drop_incompatible(shared.remake)
@@ -477,7 +492,6 @@ def _run_stack(
     held = _predicted(stack, validation, train) if tested and is_calibrated(heads[0]) else None
     seconds = (outcome.seconds_before + time.time() - began) / len(members) + cached.seconds
     common = {
-        "steps": outcome.steps,
         "seconds": seconds,
         "device": device_name(cached.device),
         "transfer": "; ".join([cached.transfer, *history.damaged]),
@@ -497,8 +511,11 @@ def _run_stack(
         if test is not None:
             ids = cached.data.test.selection.ids(np.arange(len(cached.data.test)))
             test = {"row": ids, **test}
+        stopped_at = keeper.stopped_at(k, first.steps)
         metadata = {
             **common,
+            "steps": stopped_at or outcome.steps,
+            **({"stopped_at": stopped_at} if stopped_at else {}),
             "params_trained": sum(parameter[k].numel() for parameter in stack.stacked),
             "layers_trained": "head",
             "start_weights": start_hashes[k],

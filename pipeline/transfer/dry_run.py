@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from pipeline.config.schema import FULL, Train
 from pipeline.core.contracts import trains
@@ -23,7 +24,7 @@ def describe(state: JobState) -> list[str]:
     allowed, planned = state.job.fanout.budget, stages.planned_spending(state)
     total, steps, unknown = 0, 0, ""
     for name in state.targets:
-        cost = _describe_target(state, name, planned)
+        cost = describe_target(state, name, planned)
         lines += cost.lines
         total, steps, unknown = total + cost.trials, steps + cost.steps, cost.unknown or unknown
     status = stages.trial_status(state)
@@ -50,7 +51,7 @@ def _describe_source(name: str, stage: source.SourceStage) -> str:
         done = f"{done}, {OTHER}: {changed}; it is used as it is"
     if stage.splits is None:
         return f"source {name}: {spec.init or spec.backbone} [{done}]"
-    steps = planned_steps(spec.train, len(stage.splits.train), stage.packed)
+    steps = steps_of_source(stage)
     length = f"{spec.train.epochs or 1:g} epochs in steps"
     if isinstance(steps, int):
         length = f"{steps} steps"
@@ -61,8 +62,28 @@ def _describe_source(name: str, stage: source.SourceStage) -> str:
     )
 
 
+def steps_of_source(stage: source.SourceStage) -> int | str:
+    """Return the steps of a source with data, or a text where they are not known yet."""
+    assert stage.splits is not None
+    return planned_steps(stage.spec.train, len(stage.splits.train), stage.packed)
+
+
+class Work(NamedTuple):
+    """Trials that take the same time."""
+
+    trials: int
+    steps: int | None
+    """None: they are not known yet."""
+    rows: int
+    """Of a step."""
+    is_frozen: bool
+    """Whether they train heads on features that are computed once."""
+    networks: int
+    """How many networks the trials start from."""
+
+
 @dataclass
-class _TargetCost:
+class TargetCost:
     """The cost of a target's trials, as text and as numbers."""
 
     lines: list[str]
@@ -70,13 +91,15 @@ class _TargetCost:
     steps: int = 0
     unknown: str = ""
     """A sentence that further steps are not known yet, or an empty string."""
+    work: list[Work] = field(default_factory=list[Work])
+    """The trials that train something, where no budget cuts them."""
 
 
-def _describe_target(
+def describe_target(
     state: JobState,
     name: str,
     planned: Mapping[tuple[str, str], tuple[budget.Size, budget.Spending]],
-) -> _TargetCost:
+) -> TargetCost:
     job, stage = state.job, state.targets[name]
     names = stages.matching(state, name)
     if job.fanout.by_score:
@@ -103,7 +126,7 @@ def _describe_target(
         for one, number in zip(trained, draws, strict=True)
     ]
     is_drawn = {"steps", "epochs", "global_batch"} & set(job.fanout.stated_search)
-    cost = _TargetCost([])
+    cost = TargetCost([])
     for fraction in stage.spec.label_fractions:
         counts = [one for one in all_counts if fraction or adapts_without_labels(one[0])]
         entries = sum(count for _, count, _, _ in counts)
@@ -139,6 +162,20 @@ def _describe_target(
                 length += f" (with a budget of its own {', '.join(map(str, longer))})"
         else:
             cost.unknown = f" and those to be known {steps}"
+        if size is not None and spending is not None:
+            whole = steps if isinstance(steps, int) else None
+            cost.work.append(Work(math.ceil(spending.cost), whole, batch, False, 0))
+            counts = []
+        cost.work += [
+            Work(
+                (number + again + seeds) * count,
+                technique.steps(steps) if isinstance(steps, int) else None,
+                batch,
+                technique.frozen,
+                count,
+            )
+            for technique, count, number, again in counts
+        ]
         if is_drawn:
             length += " (before search)"
         cost.trials += searched + final

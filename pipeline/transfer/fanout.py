@@ -437,7 +437,10 @@ class ProgressCallback(tune.Callback):
         progress: Progress,
         keep: str,
         on_end: Callable[[int], None] = lambda unit: None,
+        before: int = 0,
     ):
+        self.before = before
+        """Trials of the same fan-out that are done already, and are not part of the work."""
         self.name, self.work, self.shared = name, work, shared
         self.progress, self.keep, self.on_end = progress, keep, on_end
         self.total = sum(len(unit.trials) for unit in work)
@@ -460,8 +463,10 @@ class ProgressCallback(tune.Callback):
             eta = seconds_each * (self.total - ended) - (time.time() - self.last_end)
             rest = f"  ETA {duration(eta)}"
         pruned = f", {self.pruned} pruned" if self.pruned else ""
+        before = f", {self.before} done before" if self.before else ""
         self.progress.update(
-            f"{self.name}: trials {ended}/{self.total}  {running} running, {self.failed} "
+            f"{self.name}: trials {self.before + ended}/{self.before + self.total}{before}  "
+            f"{running} running, {self.failed} "
             f"failed{pruned}{rest}",
             final,
         )
@@ -555,8 +560,10 @@ def run(
     lacking = unfinished_of(shared.root, [one for one in trials if one.id not in anew], spec)
     todo = [one for one in trials if one.id in anew or one.id in lacking]
     work = units(todo, shared)
+    before = len(trials) - len(todo)
     for workers, part in units_by_workers(work, shared).items():
-        _tune(name, part, shared, spec, workers, progress, wait)
+        _tune(name, part, shared, spec, workers, progress, wait, before)
+        before += sum(len(unit.trials) for unit in part)
     records = trial.read_records(shared.root, [one.id for one in trials])
     for one in trials:
         assert one.id in records, f"trial {one.id} ended without a record"
@@ -670,6 +677,7 @@ def _tune(
     workers: int,
     progress: Progress,
     wait: bool | None = None,
+    before: int = 0,
 ) -> None:
     keep_keys_out_of_runtime_environments()
     shared = replace(shared, metadata={**shared.metadata, "run": uuid.uuid4().hex})
@@ -700,7 +708,9 @@ def _tune(
     scratch = tempfile.mkdtemp(prefix="onetomany-tune-")
     watchdog = Watchdog(work, spec, progress)
     try:
-        show = ProgressCallback(name, work, shared, progress, spec.keep_bundles, watchdog.ended)
+        show = ProgressCallback(
+            name, work, shared, progress, spec.keep_bundles, watchdog.ended, before
+        )
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pipeline.data.stream import Decoder
 from pipeline.io import storage
 from pipeline.train import dry_checks
-from pipeline.train.dry_checks import PlannedSource
+from pipeline.train.dry_checks import PlannedSource, Workload
 from pipeline.train.row_checks import Finding
 from pipeline.transfer import grid, stages, targets
 from pipeline.transfer.grid import BackboneGroup
@@ -19,8 +19,16 @@ from pipeline.transfer.stages import JobState
 ESTIMATED = " (estimated: a run trains its tokenizer on more rows)"
 
 
-def check_rows(state: JobState) -> list[str]:
+Workloads = dict[str, list[Workload]]
+"""What is trained, by its place in the job."""
+
+
+def check_rows(state: JobState, workloads: Workloads | None = None) -> list[str]:
     """Describe sources and targets, from a sample of their rows.
+
+    Args:
+        state: A job that was checked.
+        workloads: Gets what is trained.
 
     Raises:
         ValueError: The message has all errors that a run would end with, one per line.
@@ -33,7 +41,7 @@ def check_rows(state: JobState) -> list[str]:
         try:
             found = dry_checks.source(stage)
         except (ValueError, storage.StorageError) as error:
-            problems.append(_at(place, error))
+            problems.append(stages.at_place(place, error))
             continue
         if found is None:
             lines.append(
@@ -42,6 +50,8 @@ def check_rows(state: JobState) -> list[str]:
             )
             continue
         seen[name] = found
+        if workloads is not None and found.workload is not None:
+            workloads[place] = [found.workload]
         lines += _lines(f"source {name}", found.findings, found.is_estimated)
     groups = grid.backbone_groups(
         {name: (found.arch, found.modality) for name, found in seen.items()}
@@ -49,16 +59,20 @@ def check_rows(state: JobState) -> list[str]:
     estimated = {source for source, found in seen.items() if found.is_estimated}
     for name in state.targets:
         try:
-            lines += _target(state, name, groups, estimated)
+            lines += _target(state, name, groups, estimated, workloads)
         except (ValueError, storage.StorageError) as error:
-            problems.append(_at(f"targets.{name}", error))
+            problems.append(stages.at_place(f"targets.{name}", error))
     if problems:
         raise ValueError("\n".join(problems))
     return lines
 
 
 def _target(
-    state: JobState, name: str, groups: list[BackboneGroup], estimated: set[str]
+    state: JobState,
+    name: str,
+    groups: list[BackboneGroup],
+    estimated: set[str],
+    workloads: Workloads | None,
 ) -> list[str]:
     """Describe a target's rows as each backbone group reads them, or raise the error of a run."""
     target, matching = state.targets[name], set(stages.matching(state, name))
@@ -73,14 +87,17 @@ def _target(
         if not matching & set(group.sources):
             continue
         read = targets.reading_of(target, group)
+        decoder = Decoder(
+            read.modality, target.spec.objective.name, read.state, target.spec.data.columns
+        )
+        if workloads is not None:
+            load = Workload(read.arch, read.objective, decoder, target.splits.train, target.packed)
+            workloads.setdefault(f"targets.{name}", []).append(load)
         key = targets.reading_key(target, group)
         if key in known:
             continue
         known.add(key)
         found = [finding for finding in targets.findings(target, read) if finding.in_terminal]
-        decoder = Decoder(
-            read.modality, target.spec.objective.name, read.state, target.spec.data.columns
-        )
         for split, selection in target.splits.by_name().items():
             found += dry_checks.rows(split, selection, decoder, target.spec.data.max_bad_rows)
         lines += _lines(f"target {name}", found, bool(estimated & set(group.sources)))
@@ -93,9 +110,3 @@ def _lines(name: str, findings: Iterable[Finding], is_estimated: bool) -> list[s
         for finding in findings
         if finding.in_terminal
     ]
-
-
-def _at(place: str, error: Exception) -> str:
-    """Return the error's message with its place in the job file, unless it begins with it."""
-    text = str(error)
-    return text if text.startswith(place) else f"{place}: {text}"

@@ -110,16 +110,21 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     job = grid.expand_folds(job)
     state, problems = JobState(job, progress, **options), []
 
-    def each(make: Callable[[Job, str], Any], names, into: dict[str, Any]) -> None:
+    def each(
+        make: Callable[[Job, str], Any], names, into: dict[str, Any], place: Callable[[str], str]
+    ) -> None:
         for name in names:
             try:
                 into[name] = make(job, name)
             except (ValueError, storage.StorageError) as error:
-                problems.append(str(error))
+                problems.append(at_place(place(name), error))
+
+    def place_of_target(name: str) -> str:
+        return f"targets.{name.removesuffix(grid.fold_suffix(job.targets[name].fold))}"
 
     with file_identity.progress_to(progress.update):
-        each(source.stage, job.sources, state.sources)
-        each(targets.stage, job.targets, state.targets)
+        each(source.stage, job.sources, state.sources, lambda name: f"sources.{name}")
+        each(targets.stage, job.targets, state.targets, place_of_target)
     are_read = not problems
     for target in state.targets.values():
         if are_read:
@@ -146,6 +151,12 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     )
     planned_spending(state)  # a budget that is too small is an error
     return state
+
+
+def at_place(place: str, error: Exception) -> str:
+    """Return an error's message with its place in the job file, unless it begins with a place."""
+    text = str(error)
+    return text if text.startswith(("sources.", "targets.")) else f"{place}: {text}"
 
 
 def _source_problems(state: JobState, target: TargetStage) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ from pipeline.core.contracts.objective_capabilities import (
     invalid_label_reasons,
     mixes_inputs,
     names_labels,
+    needed_roles,
     rollout_metrics,
     target_metrics,
     transfers_head,
@@ -232,7 +234,15 @@ def stage(job: Job, name: str) -> TargetStage:
     imports = storage.join(job.root, "imports")
     by_class = has_classes(objective)
     fold = Fold(spec.fold, spec.folds, by_class) if spec.fold and spec.folds else None
-    splits = manifests.splits(spec.data, roles, place, imports, need_test=True, fold=fold)
+    splits = manifests.splits(
+        spec.data,
+        roles,
+        place,
+        imports,
+        need_test=True,
+        fold=fold,
+        needed=needed_roles(objective),
+    )
     unlabelled = _unlabelled(spec, modality, place, imports)
     try:
         state = fit_components.fit_objective(spec, splits)
@@ -658,7 +668,11 @@ def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
     size = sum(decoder.size(selection) for selection in selections.values())
     in_memory = spec.data.decode == "auto" and size <= MEMORY_BYTES
     if in_memory or spec.data.decode == "memory":
-        parts = {name: rows.in_memory(spec.data.max_bad_rows) for name, rows in parts.items()}
+        lost = Counter(row.split for row in splits.left_out)
+        parts = {
+            name: rows.in_memory(spec.data.max_bad_rows, lost=lost[name])
+            for name, rows in parts.items()
+        }
     parts["train"], untrainable = _trainable(target, parts["train"])
     bad += untrainable
     unlabelled, unreadable = _unlabelled_rows(target, reading)
@@ -722,7 +736,8 @@ def _selections(
     splits = target.splits.by_name()
     if not target.packed:
         notes = [reading.coverage] if reading.coverage else []
-        return splits, target.spec.data.columns, [], notes
+        bad = [(row.split, row.place, row.reason) for row in target.splits.left_out]
+        return splits, target.spec.data.columns, bad, notes
     made = {
         name: _packed(target, name, selection, reading.spec_of_modality)
         for name, selection in splits.items()

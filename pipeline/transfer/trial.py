@@ -652,6 +652,7 @@ def make_record(
         **trial.hyper_parameters,
         **(_training_settings(train, data, metadata) if train else metadata.get("settings", {})),
         **metadata.get("fitted", {}),
+        **({"stopped_at": metadata["stopped_at"]} if metadata.get("stopped_at") else {}),
         **({"technique": trial.technique.options} if trial.technique.options else {}),
     }
     groups = groups_of(data, test)

@@ -66,7 +66,8 @@ def test_names_and_options_are_known_without_importing_torch():
     assert [tuple(line.split()[:2]) for line in lines if line != "True"] == DECLARED
     assert lines.count("True") == len(registry.names("model"))
     assert heavy == "[]"
-    config = ["pipeline.config", "pipeline.config.plugins", "pipeline.config.registry"]
+    modules = ("familiar_names", "plugins", "registry")
+    config = ["pipeline.config", *(f"pipeline.config.{name}" for name in modules)]
     assert ours == str(["pipeline", *config, "pipeline.io", "pipeline.io.json_values"])
 
 

@@ -969,7 +969,7 @@ NAMES = [
         "    backbone: timm/resnet18",
         "    backbone: tim/resnet18",
         "sources.garments.backbone",
-        ("unknown model 'tim'", "did you mean timm?"),
+        ("unknown backbone 'tim/resnet18'", "did you mean timm/resnet18 "),
     ),
     (
         "    backbone: timm/resnet18",
@@ -1784,6 +1784,7 @@ def test_spec_hash_sees_every_field():
         "checkpoint_every_minutes": 7.0,
         "log_every_steps": 3,
         "keep": "last",
+        "patience": 2,
         "max_bad_steps": 1,
         "trace_rows": True,
         "batch_cost": 2.0,

@@ -242,7 +242,9 @@ def test_no_files_are_an_error(tmp_path, imports):
 def test_files_of_several_kinds_are_refused(files, imports):
     (files / "x.csv").write_text("a\n1\n")
     with pytest.raises(
-        ValueError, match=r"files of several kinds \(csv, parquet\); name one kind by a glob"
+        ValueError,
+        match=r"files of several kinds \(csv, parquet\); .*x\.csv is csv; name one kind by a glob, or "
+        "say format: parquet",
     ):
         m.build(str(files), "auto", imports)
 

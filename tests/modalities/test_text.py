@@ -145,7 +145,8 @@ def test_bytes_that_are_no_text_spoil_their_own_row(wordpiece):
     arrays, bad = wordpiece.decode(pa.table({"text": pa.array(values, pa.binary())}), COLUMNS)
     assert bad == [
         "",
-        "not UTF-8 text (invalid continuation byte at byte 2)",
+        "not UTF-8 text (invalid continuation byte at byte 2); it looks like Latin-1: convert the "
+        "file (iconv -f LATIN1 -t UTF-8)",
         "",
         "the text is null",
         "",

@@ -469,6 +469,26 @@ def test_two_ranks_go_on_bit_for_bit(team, tmp_path, stop, resumed):
         assert furthest(a[0], b[0]) == 0.0 and a[2] == resumed and a[3] == b[3]
 
 
+def train_with_patience(ranks: Ranks):
+    """A rate at which the weights do not move: no validation is better than the first."""
+    run = make_run(
+        image_rows(48),
+        net_task(),
+        steps=12,
+        ranks=ranks,
+        lr=1e-12,
+        validation=image_rows(21, seed=1),
+        eval_every_steps=1,
+    )
+    run.keeper = loop.KeepBest("accuracy", "best", 2)
+    outcome = loop.fit(run)
+    return outcome.stopped_at, outcome.steps, run.keeper.step
+
+
+def test_all_ranks_lose_patience_at_the_same_step(team):
+    assert team(train_with_patience) == [(3, 3, 1)] * 2
+
+
 def train_by_the_clock(ranks: Ranks, folder: str):
     """Rank 0's clock says that a resume point is due at every step, that of the other rank says
     never. The newest one at each log line.

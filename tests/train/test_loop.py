@@ -19,6 +19,7 @@ from toys import (
     SMALL,
     furthest,
     image_rows,
+    kill_at,
     make_run,
     net_task,
     packed_rows,
@@ -451,6 +452,72 @@ def test_the_best_or_the_last_weights_remain(rows, metric, values, keep, kept):
     )
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "patience", "stopped", "kept"),
+    [
+        ("accuracy", [0.1, 0.5, 0.4, 0.5, 0.9, 0.9, 0.9, 0.9], 2, 4, 2),
+        ("accuracy", [0.1, 0.5, 0.4, 0.5, 0.6, 0.5, 0.5, 0.5], 3, 0, 5),
+        ("loss", [3.0, 1.0, 2.0, 0.5, 0.5, 0.0, 0.0, 0.0], 1, 3, 2),
+        ("accuracy", [math.nan, math.nan, 0.2, math.nan, 0.1, 0.9, 0.9, 0.9], 2, 5, 3),
+    ],
+)
+def test_patience_ends_a_run_that_gets_no_better(rows, metric, values, patience, stopped, kept):
+    run = make_run(rows, net_task(), steps=8, eval_every_steps=1, lr=0.01)
+    run.keeper = loop.KeepBest(metric, "best", patience)
+    found, script = captured(run), iter(values)
+    run.evaluate = lambda task: {metric: next(script)}
+    outcome = loop.fit(run)
+    assert outcome.stopped_at == stopped and outcome.steps == (stopped or 8)
+    assert run.keeper.step == kept and furthest(weights(run.task), found[kept - 1]) == 0.0
+
+
+def test_patience_keeps_the_last_weights_where_they_are_asked_for(rows):
+    run = make_run(rows, net_task(), steps=8, eval_every_steps=1, lr=0.01)
+    run.keeper = loop.KeepBest("accuracy", "last", 2)
+    found, script = captured(run), iter([0.5, 0.4, 0.3, 0.9])
+    run.evaluate = lambda task: {"accuracy": next(script)}
+    assert loop.fit(run).stopped_at == 3
+    assert run.keeper.step == 3 and furthest(weights(run.task), found[2]) == 0.0
+
+
+def test_patience_ends_no_phase_but_the_last_and_counts_anew_there(rows):
+    run = make_run(
+        rows,
+        net_task(),
+        steps=8,
+        eval_every_steps=1,
+        technique=LPFT(LPFTOptions(probe_share=0.5, probe_lr_scale=1.0)),
+    )
+    run.keeper = loop.KeepBest("accuracy", "best", 2)
+    script = iter([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    run.evaluate = lambda task: {"accuracy": next(script)}
+    assert loop.fit(run).stopped_at == 6
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_patience_counts_on_where_a_killed_run_goes_on(rows, tmp_path, stop):
+    values = [0.5, 0.4, 0.6, 0.5, 0.4, 0.3, 0.9, 0.9]
+
+    def made(first: int) -> loop.TrainingRun:
+        run = make_run(
+            rows,
+            net_task(),
+            steps=8,
+            eval_every_steps=1,
+            checkpoints=str(tmp_path),
+            checkpoint_every_steps=1,
+        )
+        run.keeper, script = loop.KeepBest("accuracy", "best", 3), iter(values[first:])
+        run.evaluate = lambda task: {"accuracy": next(script)}
+        return run
+
+    kill_at(made(0), stop + 1)
+    run = made(stop)
+    outcome = loop.fit(run)
+    assert (outcome.resumed_from, outcome.stopped_at, run.keeper.step) == (stop, 6, 3)
+    assert [point["accuracy"] for point in outcome.curve] == values[:6]
+
+
 def test_validation_runs_at_its_steps_and_at_the_end_and_modes_are_put_back(rows):
     run = make_run(
         rows, net_task(dropout=0.5), steps=7, eval_every_steps=3, technique=LinearProbe()
@@ -769,11 +836,23 @@ def test_progress_is_told_by_the_clock_that_is_passed_in(rows):
         log["eta_seconds"] for log in logs
     ] == [2.0, 1.0, 0.0]
     assert [log["wait_share"] for log in logs] == [0.5] * 3
+    assert "unit" not in logs[0], "rows are not told twice"
     assert (
         outcome.seconds == 4.0
         and outcome.rows_per_second == 12.0
         and outcome.wait_share == pytest.approx(1.5 / 4)
     )
+
+
+def test_the_log_counts_in_the_unit_that_it_is_given(rows):
+    run = make_run(rows, net_task(), steps=4, log_every_steps=2)
+    seconds = iter(range(100))
+    run.clock = lambda: float(next(seconds))
+    run.unit, run.units = "tokens", lambda batch: 10.0 * len(batch)
+    logs = []
+    run.on_log = logs.append
+    loop.fit(run)
+    assert [(log["unit"], log["units_per_second"]) for log in logs] == [("tokens", 160.0)] * 2
 
 
 def test_bf16_is_only_taken_where_it_is_asked_for_or_there(rows):

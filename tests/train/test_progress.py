@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 
 import pytest
 from rich.console import Console
 
 from pipeline.train.progress import PLAIN_EVERY_SECONDS, Progress, duration, training_line
+
+NOW = time.struct_time((2026, 1, 2, 9, 5, 7, 4, 2, 0))
 
 
 class Clock:
@@ -25,7 +28,13 @@ def shown(monkeypatch):
     """(progress as a run makes it when its errors go to a file, its clock, the lines so far)."""
     file, clock = io.StringIO(), Clock()
     monkeypatch.setattr(sys, "stderr", file)
-    return Progress(clock=clock), clock, lambda: file.getvalue().splitlines()
+
+    def lines() -> list[str]:
+        found = file.getvalue().splitlines()
+        assert all(line.startswith("09:05:07 ") for line in found), "every line has its time"
+        return [line.removeprefix("09:05:07 ") for line in found]
+
+    return Progress(clock=clock, now=lambda: NOW), clock, lines
 
 
 def record(step: int, **more) -> dict:
@@ -150,6 +159,16 @@ def test_skipped_steps_are_shown():
     assert training_line("a", record(40, skipped_steps=3)).endswith(
         "ETA 1m15s  3 steps skipped (not finite)"
     )
+
+
+def test_a_line_counts_tokens_or_seconds_of_sound_where_they_are_the_unit():
+    line = training_line("a", record(40, unit="tokens", units_per_second=51234.4))
+    assert "51234 tokens/s" in line and "rows/s" not in line
+
+
+def test_a_line_says_why_a_run_has_stopped():
+    line = training_line("a", {"step": 150, "steps": 300, "stopped": "no better accuracy"})
+    assert line == "a: step 150/300  stopped: no better accuracy"
 
 
 def test_a_line_is_made_of_whatever_is_known():

@@ -187,6 +187,8 @@ def test_probes_of_random_weights_share_the_features_of_their_seed(paths, tmp_pa
         {"clip_norm": None, "schedule": "constant"},
         {"micro_batch": 5},
         {"epochs": 2, "steps": None},
+        {"patience": 1, "eval_every_steps": 1},
+        {"patience": 2, "eval_every_steps": 1, "keep": "last"},
     ],
     ids=str,
 )

@@ -629,14 +629,15 @@ def test_the_line_tells_trials_that_have_begun_since():
         SimpleNamespace(root=""),
         Progress(console, clock=lambda: next(times)),
         "none",
+        before=20,
     )
     trials = [SimpleNamespace(config={"unit": unit}, status="PENDING") for unit in range(2)]
     show.on_trial_start(0, trials, trials[0])
     trials[1].status = "RUNNING"
     show.on_step_end(0, trials)
-    assert [line.strip() for line in console.file.getvalue().splitlines()] == [
-        "fine-tune: trials 0/3  0 running, 0 failed",
-        "fine-tune: trials 0/3  2 running, 0 failed",
+    assert [line.partition(" ")[2].strip() for line in console.file.getvalue().splitlines()] == [
+        "fine-tune: trials 20/23, 20 done before  0 running, 0 failed",
+        "fine-tune: trials 20/23, 20 done before  2 running, 0 failed",
     ]
 
 

@@ -198,15 +198,17 @@ def test_without_labels_the_last_weights_are_kept(tmp_path, paths, monkeypatch):
     kept = []
 
     class Watched(loop.KeepBest):
-        def __init__(self, primary, keep):
-            kept.append(keep)
-            super().__init__(primary, keep)
+        def __init__(self, primary, keep, patience):
+            kept.append((keep, patience))
+            super().__init__(primary, keep, patience)
 
     monkeypatch.setattr(loop, "KeepBest", Watched)
-    job, shared = world(tmp_path, paths, "dann", fractions=(0, 1.0), train={"steps": 2})
+    job, shared = world(
+        tmp_path, paths, "dann", fractions=(0, 1.0), train={"steps": 2, "patience": 9}
+    )
     for fraction in (0, 1.0):
         trial.run(trial_of(job, shared, "dann", fraction=fraction), shared)
-    assert kept == ["last", "best"]
+    assert kept == [("last", None), ("best", 9)]
 
 
 def test_no_label_of_the_target_calibrates_where_none_may_be_used(tmp_path, paths):

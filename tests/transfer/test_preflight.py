@@ -116,6 +116,25 @@ def test_null_labels_of_a_source_are_refused_as_its_run_refuses_them(tmp_path):
     ) == f"sources.src: {run.value}" and "3 of 72 rows have no label (null)" in str(run.value)
 
 
+def test_few_rows_without_a_label_are_left_out_and_listed(tmp_path):
+    job = with_source(tmp_path, written(tmp_path / "rows.parquet", labelless=1))
+    stage = checked(job).sources["src"]
+    assert stage.splits is not None
+    assert stage.splits.sizes().startswith("train 71, validation 24, test 24 rows (")
+    assert "1 row without a label left out" in stage.splits.sizes()
+    fitted = source.fit(stage)
+    assert fitted.lost == 1 and len(fitted.train) == 71
+    assert fitted.left_out == [
+        {
+            "split": "train",
+            "row": 0,
+            "place": f"{tmp_path / 'rows.parquet'} row 0",
+            "reason": "it has no label (column kind is null)",
+        }
+    ]
+    assert not preflight.check_rows(checked(job))
+
+
 def test_a_folder_without_its_configuration_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").write_bytes(b"")

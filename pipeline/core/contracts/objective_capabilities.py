@@ -16,7 +16,7 @@ Training and transfer:
 Rows and labels:
     `HasClasses`: a row has one class or one set of labels.
     `PredictsFromScores`: predictions follow from scores of any model, not of a network alone.
-    `ChecksLabels`, `ChecksTestRows`, `AllowsNullLabels`: labels are looked through.
+    `ChecksLabels`, `ChecksTestRows`, `AllowsNullLabels`, `NeedsLabels`: labels are looked through.
     `LengthBound`: rows can be too short to be trained on.
     `BindsToBackbone`: part of the state follows from the backbone.
     `CountsRows`: whole label fractions count rows.
@@ -245,6 +245,19 @@ class AllowsNullLabels(Protocol):
 
     null_label_means: ClassVar[str]
     """What it is taken for: "a row without any label"."""
+
+
+@runtime_checkable
+class NeedsLabels(Protocol):
+    """An objective that can use no row with a null in the column of some role."""
+
+    needed_roles: ClassVar[tuple[str, ...]]
+    """Those roles. Such rows are left out, listed, and count against the budget of bad rows."""
+
+
+def needed_roles(objective: type[Objective]) -> tuple[str, ...]:
+    """Return the roles of which a null makes a row unusable (`NeedsLabels`)."""
+    return objective.needed_roles if isinstance(objective, NeedsLabels) else ()
 
 
 @runtime_checkable

@@ -41,6 +41,8 @@ OPTIONAL = {
 """Tables and what they are for; those with an empty text have no times, or names that
 `clinical/items.csv` has.
 """
+ONLY_MIMIC4 = ("procedureevents", "ingredientevents", "emar", "omr", "poe", "pharmacy")
+"""Tables of MIMIC-IV that MIMIC-III does not have."""
 OLDEST, SHIFTED = 150, 91.4
 """Nobody is older; ages above 89 are given as their median (documentation of PATIENTS)."""
 YEAR = 365.2425 * 86400
@@ -105,6 +107,12 @@ def find_tables(found: Listing, source: str) -> dict[str, list[Entry]]:
     for entry in found.entries:
         if plain_suffix(entry.name) in SUFFIXES:
             name = stem(entry)
+            if name in ONLY_MIMIC4:
+                raise ValueError(
+                    f"{source}: this is MIMIC-IV (only it has a table {name}), and mimic3 reads "
+                    "MIMIC-III, whose columns differ; onetomany prepare events reads the events of "
+                    "any table"
+                )
             name = "chartevents" if name.startswith("chartevents_") else name
             if name in NEEDED or name in OPTIONAL:
                 tables.setdefault(name, []).append(entry)

@@ -1,0 +1,251 @@
+"""How long a job would take on this machine, from a few measured steps: for ``--dry-run``.
+
+The steps are real ones, of the networks with random weights on rows of the job, in this process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pipeline.checkpoints import bundle
+from pipeline.config.schema import FULL, Train
+from pipeline.core.capabilities import can_pack, is_costed
+from pipeline.core.contracts import Batch, Task
+from pipeline.core.rng import row_keys
+from pipeline.data import manifests
+from pipeline.data.stream import LoadedBatch, Rows
+from pipeline.train import dry_checks, evaluate, loop
+from pipeline.train.dry_checks import Workload
+from pipeline.train.experiment import technique_of
+from pipeline.train.progress import duration
+from pipeline.train.token_rows import PACKED
+from pipeline.transfer import stages
+from pipeline.transfer.dry_run import TargetCost, describe_target, steps_of_source
+from pipeline.transfer.stages import JobState
+
+FEWEST_ROWS, MOST_ROWS = 4, 64
+"""A measured batch grows from the first number of rows to the second, as long as it is quick."""
+ENOUGH_SECONDS = 0.3
+"""A step that takes so long is measured well enough."""
+MOST_PARAMETERS = 500_000_000
+"""Larger networks are not built for an estimate."""
+FORWARD_SHARE = 1 / 3
+"""Of a training step's time: the backward pass takes about twice that of the forward pass."""
+SECONDS_A_TRIAL = 1.0
+"""What a trial takes beside its steps: it is started, its weights are read and written."""
+
+
+class Unmeasured(Exception):  # noqa: N818 - no error of the job
+    """The time of something cannot be told; the message says why."""
+
+
+@dataclass
+class _Speeds:
+    """Measured seconds of a step, each network once."""
+
+    steps: int = 0
+    known: dict[tuple[str, int, int], float] = field(default_factory=dict)
+
+    def seconds(self, load: Workload, rows: int, threads: int, train: Train) -> float:
+        """Return the seconds of a training step of so many rows. Raises Unmeasured."""
+        key = (f"{load.arch.to_json()} {load.objective.name}", rows, threads)
+        if key not in self.known:
+            try:
+                with _threads(threads):
+                    self.known[key] = self._measure(load, rows, train)
+            except (ValueError, RuntimeError) as error:  # a run says it where it trains
+                raise Unmeasured(f"a step cannot be tried: {error}") from error
+        return self.known[key]
+
+    def _measure(self, load: Workload, rows: int, train: Train) -> float:
+        empty = dry_checks.build(load.arch, load.objective)
+        if sum(one.numel() for one in empty.parameters()) > MOST_PARAMETERS:
+            raise Unmeasured("the network is too large to be tried here")
+        batch = _batch(load, min(rows, MOST_ROWS))
+        task, count = bundle.build_task(load.arch, load.objective, seed=0), FEWEST_ROWS
+        while True:
+            part = batch.split(count)[0]
+            seconds, self.steps = _step_seconds(load, task, part, train), self.steps + 2
+            if seconds >= ENOUGH_SECONDS or len(part) == len(batch):
+                return seconds * rows / len(part)
+            count *= 4
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _batch(load: Workload, rows: int) -> Batch:
+    """Return a batch of rows of the workload. Raises Unmeasured where none of them can be used."""
+    decoder, selection = load.decoder, load.rows
+    places = np.unique(np.linspace(0, len(selection) - 1, min(rows, len(selection))).astype(int))
+    ids = selection.ids(places)
+    table = manifests.Reader(selection.manifest, decoder.names()).take(ids)
+    if load.is_packed:
+        assert can_pack(decoder.modality)
+        table = decoder.modality.pack(table, decoder.columns)[0]
+        decoder = load.decoder_of(PACKED)
+    arrays, bad = decoder(table)
+    good = np.flatnonzero([not reason for reason in bad])
+    if not len(good):
+        raise Unmeasured("none of the rows that were looked at can be used")
+    chosen = np.resize(good, rows)
+    keys = row_keys(0, np.zeros(rows, dtype=np.int64), np.arange(rows, dtype=np.int64))
+    held = decoder.modality.collate({name: array[chosen] for name, array in arrays.items()})
+    return Batch(np.arange(rows, dtype=np.int64), torch.from_numpy(keys), held)
+
+
+def _step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> float:
+    """Return the seconds of the second one of two training steps on a batch."""
+    technique = technique_of(FULL)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ended: list[float] = []
+
+    def note() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ended.append(time.perf_counter())
+
+    changes = {"compile": False, "ema": None, "patience": None, "trace_rows": False}
+    loop.fit(
+        loop.TrainingRun(
+            task=task,
+            technique=technique,
+            train=train.model_copy(update=changes),
+            steps=2,
+            seed=0,
+            batches=lambda steps: (LoadedBatch(batch, [], 0.0) for _ in steps),
+            ready=evaluate.training_preprocessing(
+                Rows(load.rows, load.decoder), task.objective, technique
+            ),
+            keeper=loop.KeepBest("loss", "last"),
+            ranks=loop.Ranks(device=device),
+            alive=note,
+        )
+    )
+    return ended[1] - ended[0]
+
+
+def describe(state: JobState, workloads: Mapping[str, Sequence[Workload]]) -> list[str]:
+    """Return how long what is not done yet would take, in one sentence.
+
+    Args:
+        state: A job that was checked.
+        workloads: What is trained, by its place in the job (``sources.NAME``, ``targets.NAME``).
+    """
+    speeds, parts, unknown, total = _Speeds(), list[str](), list[str](), 0.0
+    for name, stage in state.sources.items():
+        if stage.done or stage.splits is None:
+            continue
+        try:
+            seconds = _source_seconds(state, name, workloads.get(f"sources.{name}", ()), speeds)
+        except Unmeasured as reason:
+            unknown.append(f"source {name} ({reason})")
+            continue
+        parts.append(f"source {name} {duration(seconds)}")
+        total += seconds
+    at_once = _trials_at_once(state)
+    fanout = 0.0
+    for name in state.targets:
+        try:
+            loads = workloads.get(f"targets.{name}", ())
+            fanout += _target_seconds(state, name, loads, speeds) / at_once
+        except Unmeasured as reason:
+            unknown.append(f"target {name} ({reason})")
+    status = stages.trial_status(state)
+    if status:
+        fanout *= sum(not is_done for _, is_done in status) / len(status)
+    if fanout:
+        parts.append(f"trials {duration(fanout)} ({at_once:g} at once)")
+        total += fanout
+    if not parts and unknown:
+        return [f"no estimate of the time: {', '.join(unknown)}"]
+    if not parts:
+        return []
+    left_out = f"; without {', '.join(unknown)}" if unknown else ""
+    return [
+        f"estimate for this machine, from {speeds.steps} measured steps: {', '.join(parts)}, in "
+        f"all about {duration(total)}, beside starting Ray and decoding{left_out}"
+    ]
+
+
+def _source_seconds(
+    state: JobState, name: str, loads: Sequence[Workload], speeds: _Speeds
+) -> float:
+    """Return the seconds of a source's training. Raises Unmeasured."""
+    stage = state.sources[name]
+    train, steps = stage.spec.train, steps_of_source(stage)
+    if not loads or stage.splits is None:
+        raise Unmeasured("its checkpoint is not here yet")
+    if not isinstance(steps, int):
+        raise Unmeasured(f"its steps are known {steps}")
+    ranks, cores = stage.spec.worker_range[1], os.cpu_count() or 1
+    rows = _rows_a_step(loads[0], train)
+    step = speeds.seconds(loads[0], -(-rows // ranks), max(1, cores // ranks), train)
+    step *= max(1.0, ranks / cores)  # more ranks than cores share them
+    validated = _validations(train, steps) * len(stage.splits.validation)
+    return step * (steps + FORWARD_SHARE * validated / rows)
+
+
+def _target_seconds(
+    state: JobState, name: str, loads: Sequence[Workload], speeds: _Speeds
+) -> float:
+    """Return the seconds of a target's trials, one after the other. Raises Unmeasured."""
+    cost: TargetCost = describe_target(state, name, stages.planned_spending(state))
+    stage, total = state.targets[name], 0.0
+    threads = max(1, int(state.job.fanout.cpus_per_trial))
+    splits = stage.splits
+    for work in cost.work:
+        if not loads:
+            raise Unmeasured("the checkpoints of its sources are not here yet")
+        if work.steps is None:
+            raise Unmeasured("its steps are known when its rows have been packed or sorted")
+        each = [speeds.seconds(load, work.rows, threads, stage.spec.train) for load in loads]
+        step = sum(each) / len(each)
+        forward = FORWARD_SHARE * step / work.rows
+        validated = _validations(stage.spec.train, work.steps) * len(splits.validation)
+        if work.is_frozen:  # features are computed once for all of them
+            total += work.networks * forward * sum(len(one) for one in splits.by_name().values())
+            total += work.trials * SECONDS_A_TRIAL
+            continue
+        rows = validated + len(splits.test)
+        total += work.trials * (step * work.steps + forward * rows + SECONDS_A_TRIAL)
+    return total
+
+
+def _rows_a_step(load: Workload, train: Train) -> int:
+    """Return the rows of a step over all ranks; of batches by cost, those of mean cost."""
+    modality = load.decoder.modality
+    if train.batch_cost is None or not is_costed(modality):
+        return train.global_batch
+    ids = load.rows.ids(np.arange(min(MOST_ROWS, len(load.rows))))
+    table = manifests.Reader(load.rows.manifest, load.decoder.names()).take(ids)
+    mean = float(modality.costs(table, load.decoder.columns).mean())
+    return max(1, round(train.batch_cost / max(mean, 1e-9)))
+
+
+def _validations(train: Train, steps: int) -> int:
+    """Return how often a run is validated."""
+    return -(-steps // (train.eval_every_steps or max(1, steps // 5)))
+
+
+def _trials_at_once(state: JobState) -> float:
+    """Return how many trials run at a time; on a GPU, which they share, one."""
+    fanout = state.job.fanout
+    if torch.cuda.is_available():
+        return 1.0
+    room = max(1, int((os.cpu_count() or 1) // fanout.cpus_per_trial))
+    return float(min(room, fanout.max_concurrent_trials or room))
