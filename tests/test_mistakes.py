@@ -459,9 +459,11 @@ def test_what_is_said_of_a_mistake(folder, mistake):
     line = next((one for one in errors if all(part in one for part in mistake.said)), "")
     assert line, message
     if mistake.has_line:
-        found = re.match(r"error: job\.yaml:(\d+): ", line)
+        found = re.match(r"error: job\.yaml:(\d+): ([^\s:,]+)", line)
         assert found, line
-        assert 1 <= int(found[1]) <= len(text.splitlines()), line
+        named = text.splitlines()[int(found[1]) - 1]
+        is_field = found[2].replace(".", "").isidentifier() and not line.count("not valid YAML")
+        assert not is_field or any(part in named for part in found[2].split(".")), (line, named)
 
 
 def test_there_are_forty_mistakes_and_more():

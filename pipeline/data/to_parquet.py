@@ -270,11 +270,11 @@ def to_parquet(
 
 def _several_kinds(uris: list[str], pairs: list[tuple[str, str]]) -> str:
     """Return what to do about files of several kinds, with one that is probably a stray one."""
-    counts = Counter(_kind(file) for file, _ in pairs)
+    counts = Counter(kind_of(file) for file, _ in pairs)
     common = max(counts, key=lambda kind: (kind in LISTED, bool(kind), counts[kind]))
     rare = min((kind for kind in counts if kind != common), key=counts.__getitem__)
     number = counts[rare]
-    stray = next(file for file, _ in pairs if _kind(file) == rare)
+    stray = next(file for file, _ in pairs if kind_of(file) == rare)
     others = f" and {number - 1} more" if number > 1 else ""
     advice = "name one kind by a glob"
     if common and any(root for _, root in pairs):

@@ -124,7 +124,7 @@ def test_few_rows_without_a_label_are_left_out_and_listed(tmp_path):
     assert "1 row without a label left out" in stage.splits.sizes()
     fitted = source.fit(stage)
     assert fitted.lost == 1 and len(fitted.train) == 71
-    assert fitted.left_out == [
+    assert list(fitted.left_out) == [
         {
             "split": "train",
             "row": 0,
