@@ -464,3 +464,36 @@ def test_images_of_every_mode_are_looked_at():
     pq.write_table(pa.table(rows), "rows.parquet")
     init("rows.parquet")
     assert target().data.modality.options == {"size": 32, "channels": 3}
+
+
+@pytest.mark.parametrize(
+    "columns, said",
+    [
+        (
+            {"title": ["a", "b"] * 30, "question": texts(60), "answer_start": list(range(60))},
+            "this is question answering; write its job after jobs/text/qa_small.yaml",
+        ),
+        (
+            {"image": [encoded(i) for i in range(6)], "boxes": [[1.0]] * 6, "width": [40, 41] * 3},
+            "this is detection; write its job after jobs/vision/detection_small.yaml",
+        ),
+    ],
+)
+def test_data_of_another_task_are_told(columns, said):
+    pq.write_table(pa.table(columns), "rows.parquet")
+    code, shown = command("init", "rows.parquet")
+    assert code == 2 and said in shown
+
+
+def test_several_tables_in_a_folder_are_told():
+    csv("set/a.csv", {"text": texts(60), "label": [0, 1] * 30})
+    csv("set/b.csv", {"name": texts(60)})
+    code, shown = command("init", "set")
+    assert code == 2 and "these are several tables; name the files of one" in shown
+
+
+def test_long_recordings_that_are_cut_stay_in_one_split(tmp_path):
+    for number in range(24):
+        write(tmp_path / f"long/{'ab'[number % 2]}/{number}.wav", sound(number, 31.0, 4000, "WAV"))
+    init("long")
+    assert target().data.group == "recording"

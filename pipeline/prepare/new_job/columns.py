@@ -23,7 +23,7 @@ LABELS = {
     "label", "labels", "target", "class", "category", "y", "outcome", "sentiment", "diagnosis",
     "finding", "findings", "species", "intent", "topic", "emotion", "genre", "churn", "survived",
     "died", "death", "mortality", "fraud", "spam", "rating", "stars", "grade", "digit", "word",
-    "command", "disease", "event", "tag", "tags",
+    "command", "disease", "event", "tag", "tags", "expire", "expired", "flag", "defect",
 }  # fmt: skip
 """Words in the names of columns that are usually predicted."""
 CIRCUMSTANCES = {
@@ -45,14 +45,18 @@ TEXTS = (
 TRANSCRIPTS = {"transcript", "transcription", "text", "sentence", "normalized_text"}
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"))
 IDS = {"id", "index", "idx", "uuid", "guid", "key", "unnamed"}
-MOST_CLASSES, MOST_CODES, MOST_LETTERS = 1000, 20, 60
+MOST_CLASSES, MOST_CODES, MOST_LETTERS, MOST_GROUPS = 1000, 20, 60, 50
 """A label has at most so many values, as whole numbers without a telling name at most the second,
-and as text at most so many letters on average.
+as text at most so many letters on average, and as persons at most the last.
 """
-FEWEST_WORDS, FEWEST_TEXTS = 6.0, 0.3
+FEWEST_ROWS = 5
+"""A label with two values of at least so many rows is taken before others."""
+FEWEST_WORDS, FEWEST_TEXTS = 6.0, 0.1
 """A text column without a telling name has so many words on average, and such a share of its
 values differ.
 """
+NO_VALUES = ("bytes", "file", "list", "other")
+"""Kinds of columns of which no values are counted."""
 SHOWN = 6
 
 
@@ -93,7 +97,7 @@ class Column:
 
     def describe(self) -> str:
         """Return the name and what the column holds, without a value."""
-        if self.kind in ("bytes", "file", "list", "other"):
+        if self.kind in NO_VALUES:
             return f"{self.name} ({self.kind})"
         return f"{self.name} ({self.kind}, {self.distinct} different values)"
 
@@ -117,7 +121,7 @@ def profile(name: str, values: pa.ChunkedArray) -> Column:
     """Describe a column of a sample. Numbers that are all whole count as whole ones."""
     kind = _kind(values.type)
     rows, present = len(values), len(values) - values.null_count
-    if kind in ("bytes", "file", "list", "other"):
+    if kind in NO_VALUES:
         return Column(name, kind, rows, present)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
@@ -172,6 +176,8 @@ def text_columns(columns: Sequence[Column]) -> list[Column]:
     for column in columns:
         if column.kind != "text" or not column.counts or names_files(column):
             continue
+        if "answer" in column.parts:  # what is asked for, not what is read
+            continue
         varied = column.distinct >= FEWEST_TEXTS * column.present
         named = next((len(TEXTS) - i for i, word in enumerate(TEXTS) if word in column.parts), 0)
         is_long = column.words >= FEWEST_WORDS or (column.letters >= 40 and column.words < 1.5)
@@ -203,6 +209,7 @@ def label_columns(columns: Sequence[Column]) -> list[Column]:
         score += 5 if column.distinct == 2 else 3 if column.distinct <= MOST_CODES else 0
         score += 10 if place == len(columns) - 1 else 0
         score -= 12 if column.parts & CIRCUMSTANCES else 0
+        score -= 40 if sorted(column.counts.values())[-2] < FEWEST_ROWS else 0
         scored.append((score, column))
     return [column for _, column in sorted(scored, key=lambda one: -one[0])]
 

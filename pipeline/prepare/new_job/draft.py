@@ -44,6 +44,7 @@ ELSEWHERE = (
         "records of events",
         "jobs/healthcare/physionet2012_small.yaml",
     ),
+    ({"answer", "answers"}, "answers", "question answering", "jobs/text/qa_small.yaml"),
 )
 """Columns of tasks that a first job is not written for, and a job that shows how."""
 
@@ -59,6 +60,7 @@ class Draft:
         objective: classification, multilabel, tagging or ctc.
         labels: role to column of what it learns.
         counts: rows of each class, or of each label of a set.
+        shown: the same by the names of the classes, where they have some.
         others: other columns that could be the label.
         media: a sample of the images or recordings.
         where: classes to keep, where some rows have none or a rare one.
@@ -76,6 +78,7 @@ class Draft:
     objective: str = "classification"
     labels: dict[str, str] = field(default_factory=dict[str, str])
     counts: dict[Any, int] = field(default_factory=dict[Any, int])
+    shown: dict[Any, int] = field(default_factory=dict[Any, int])
     others: list[str] = field(default_factory=list[str])
     media: Media | None = None
     where: list[Any] = field(default_factory=list[Any])
@@ -282,11 +285,13 @@ def _label(out: Draft, target_column: str | None, splits: Column | None) -> None
         raise ValueError(_other_task(found) or _no_label(out, free))
     twins = look.twin_of(found.table, out.label, listed) if "label" in out.labels else []
     named = [one for one in twins if found.column(one).kind == "text" and "name" in one.lower()]
-    if named and found.column(out.label).kind == "whole":
+    if named and found.column(out.label).kind == "whole" and _is_direct(out):
         out.labels["label_name"] = named[0]
+    grouped = look.label_columns([one for one in free if one.name in groups])
+    possible = [*listed, *(one for one in grouped if one.distinct <= look.MOST_GROUPS)]
     out.others = [
         name
-        for name in (*(one.name for one in listed), *sets, *(one.name for one in spoken))
+        for name in (*(one.name for one in possible), *sets, *(one.name for one in spoken))
         if name not in (out.label, *twins) and name not in out.inputs.values()
     ]
 
@@ -332,15 +337,21 @@ def _no_label(out: Draft, free: Sequence[Column]) -> str:
             f"{place}: all files are of one class ({held}): a label has at least two; give the "
             "folder that holds the folders of all classes"
         )
+    more = (
+        "; texts without labels are for a source (objective mlm), as in jobs/text/bert_small.yaml"
+        if out.modality == "text" and not free
+        else ""
+    )
     return (
-        f"{place}: nothing can be the label: {held}. A label has 2 to {look.MOST_CLASSES} values, "
-        "each in several rows: add such a column, or name one with --target-column"
+        f"{place}: nothing can be the label: {held}{more}. A label has 2 to "
+        f"{look.MOST_CLASSES} values, each in several rows: add such a column, or name one with "
+        "--target-column"
     )
 
 
 def _count(out: Draft) -> None:
     """Count the rows of each class, and leave out rows without a class."""
-    values = out.found.whole(out.label)
+    found, values = out.found, out.found.whole(out.label)
     if out.objective == "classification":
         counts = Counter(
             value for value in values if value is not None and value == value and value != ""
@@ -365,9 +376,11 @@ def _count(out: Draft) -> None:
                 else "",
             ]
             out.why["where"] = f"left out: {' and '.join(filter(None, reasons))}"
+        if "label_name" in out.labels:
+            names = dict(zip(values, found.whole(out.labels["label_name"]), strict=True))
+            out.shown = {names[value]: count for value, count in out.counts.items()}
     elif out.objective in ("multilabel", "tagging"):
-        found = Counter(label for row in values for label in row or ())
-        out.counts = dict(found.most_common())
+        out.counts = dict(Counter(label for row in values for label in row or ()).most_common())
 
 
 def _is_direct(out: Draft) -> bool:
@@ -451,7 +464,7 @@ def _table_options(out: Draft) -> dict[str, str]:
     wordy = [
         column.name
         for column in free
-        if column.kind in ("list", "bytes", "file", "other")
+        if column.kind in look.NO_VALUES
         or (column.kind == "text" and column.distinct > look.MOST_CLASSES)
     ]
     options = {"label": out.label}
@@ -471,8 +484,16 @@ def _table_options(out: Draft) -> dict[str, str]:
         "dropped"
         for name in twins
     ]
-    if rest := [name for name in dropped if name not in twins]:
-        out.notes.append(f"dropped, as they name rows: {', '.join(rest)}")
+    names = [name for name in dropped if name not in twins]
+    odd = [name for name in names if found.column(name).kind in look.NO_VALUES]
+    out.notes += [
+        f"dropped, as they {why}: {', '.join(which)}"
+        for why, which in (
+            ("are neither numbers nor categories", odd),
+            ("name rows or groups", [name for name in names if name not in odd]),
+        )
+        if which
+    ]
     kept = {*dropped, *options.values(), *splits}
     features = [column for column in found.columns if column.name not in kept]
     numbers = [column.name for column in features if column.kind in ("whole", "number")]
@@ -482,14 +503,17 @@ def _table_options(out: Draft) -> dict[str, str]:
             f"{found.all_places[0]}: no column is left for the features beside the "
             f"label {out.label}"
         )
-    out.notes.append(
-        f"features: {len(numbers)} of numbers ({preview(numbers)}), {len(rest)} of categories "
-        f"({preview(rest)})"
-    )
+    out.notes += [
+        f"{len(names)} features of {what}: {preview(names)}"
+        for what, names in (("numbers", numbers), ("categories", rest))
+        if names
+    ]
     coded = [
         column.name
         for column in features
-        if column.kind == "whole" and 2 < column.distinct <= 10 and column.parts & {"type", "code"}
+        if column.kind == "whole"
+        and 2 < column.distinct <= 10
+        and column.name.lower().endswith(("type", "code"))
     ]
     if coded:
         options["categorical"] = ",".join(coded)
@@ -512,7 +536,7 @@ def _split(out: Draft, splits: Column | None, scratch: str) -> None:
         out.fields["split_column"] = splits.name if _is_direct(out) else "split"
         out.why["split_column"] = (
             f"the split that the data come with: {look.preview(splits.counts)}"
-            + ("" if len(splits.counts) == len(found.table) else " (of a sample)")
+            + ("" if len(found.table) == found.main.rows else " (of a sample)")
         )
         if _is_direct(out):
             _split_values(out, splits)

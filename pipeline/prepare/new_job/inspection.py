@@ -30,6 +30,8 @@ TABLES = ("parquet", "csv", "jsonl")
 """Kinds of tables, of which the first one is read where a folder holds several."""
 ROWS, GROUPS, FILES = 20_000, 16, 48
 """A sample has so many rows of at most so many row groups, and so many images or recordings."""
+MOST_UP = 3
+"""A path that leads so many folders up is no easier to read than an absolute one."""
 DELIMITERS = (";", "\t", "|")
 HEAVY = ("bytes", "file", "other")
 """Kinds of columns of which no sample is read."""
@@ -225,7 +227,12 @@ def _manifest(uris: list[str], kind: str, scratch: str, delimiter: str) -> Manif
     if delimiter:
         uris = [_as_parquet(file, delimiter, scratch) for file, _ in to_parquet.expand(uris, "csv")]
         kind = "parquet"
-    found, _ = manifests.build_with_named(uris, kind, scratch, "stat")
+    try:
+        found, _ = manifests.build_with_named(uris, kind, scratch, "stat")
+    except ValueError as error:
+        if "schema differs" not in str(error):
+            raise
+        raise ValueError(f"{error}: these are several tables; name the files of one") from None
     if not found.rows:
         raise ValueError(f"{', '.join(uris)}: no rows")
     return found
@@ -361,7 +368,8 @@ def _recordings(cells: Sequence[Any], column: str) -> tuple[Any, ...] | None:
 
 
 def relative_to(place: str, folder: str) -> str:
-    """Return a place as a job file in a folder names it."""
+    """Return a place as a job file in a folder names it: far ones by their absolute path."""
     if storage.is_remote(place):
         return place
-    return Path(os.path.relpath(place, folder)).as_posix()
+    relative = Path(os.path.relpath(place, folder)).as_posix()
+    return os.path.abspath(place) if relative.startswith("../" * MOST_UP) else relative

@@ -29,6 +29,7 @@ HUB = {
     "audio": ("hf-hub:facebook/wav2vec2-base", "English speech; 380 MB"),
 }
 """A published checkpoint of each modality, which a run would download."""
+PLACE = "relative to this file, absolute, or s3://bucket/prefix"
 NEW_ROWS = {"csv": "new.csv", "jsonl": "new.jsonl", "parquet": "new.parquet"}
 
 
@@ -51,14 +52,14 @@ class _Lines:
             self.comment(comment, depth)
         self.lines.append(line)
 
-    def comment(self, text: str, depth: int = 0) -> None:
-        """Add a comment of any length."""
+    def comment(self, text: str, depth: int = 0, hang: str = "") -> None:
+        """Add a comment of any length, whose further lines are indented by `hang`."""
         mark = "  " * depth + "# "
         self.lines += textwrap.wrap(
             text,
             WIDTH,
             initial_indent=mark,
-            subsequent_indent=mark,
+            subsequent_indent=mark + hang,
             break_long_words=False,
             break_on_hyphens=False,
         )
@@ -190,14 +191,19 @@ def _header(
     out.comment(
         f"`onetomany init {shlex.join(places)}` wrote this job from what it found; change what you "
         "like. `onetomany schema` explains every field. "
-        + ("The first command converts the files, once. " if made.prepare else "")
+        + (
+            "The first command converts the files, once (new rows likewise). "
+            if made.prepare
+            else ""
+        )
         + "--dry-run says what would run and what is wrong with the rows; predict is for new rows."
     )
     out.blank()
     parts = ", ".join(f"{key} {one.rows}" for key, one in found.manifests.items() if key != "uri")
     out.comment(f"Found {found.rows} rows{f' ({parts})' if parts else ''} of {_what(made)}.")
     for line in _facts(made):
-        out.comment(f"- {line}")
+        out.comment(f"- {line}", hang="  ")
+    out.lines.append("")
 
 
 def _new_rows(made: Draft) -> str:
@@ -233,7 +239,9 @@ def _facts(made: Draft) -> list[str]:
         )
     if made.counts:
         what = {"multilabel": "labels", "tagging": "tags"}.get(made.objective, "classes")
-        out.append(f"{len(made.counts)} {what} of {made.label}: {preview(made.counts)}")
+        out.append(
+            f"{len(made.counts)} {what} of {made.label}: {preview(made.shown or made.counts)}"
+        )
     if made.others:
         out.append(
             f"{made.label} is the most plausible label; {named(made.others)} could be it too: "
@@ -253,7 +261,7 @@ def _data(out: _Lines, made: Draft, path: Path, depth: int, columns: dict[str, s
         for i, (key, listed) in enumerate(made.found.places.items()):
             named_here = [relative_to(place, folder) for place in listed]
             value: Any = named_here[0] if len(named_here) == 1 else named_here
-            why = made.why.get("files", "") or "relative to this file"
+            why = made.why.get("files", "") or PLACE
             out.add(depth, f"{key}: {scalar(value)}", "" if i else why)
         if made.found.stated:
             out.add(depth, f"format: {made.found.kind}", "there are files of other kinds, too")
