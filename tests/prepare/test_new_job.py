@@ -413,7 +413,11 @@ def test_checkpoints_that_are_given(tmp_path):
     )
     for place in ("hf:models/mini", "bundle:runs/a", "hf-hub:b/c"):
         assert f"backbone: {place}\n" in text
-    assert "own:" not in text
+    assert "own:" not in text and "modality: {text: {length: 32}}" in text
+    for number in range(24):
+        write(tmp_path / f"photos/{'ab'[number % 2]}/{number}.jpg", encoded(number))
+    text = init("photos", "--source", "runs/a", output="photos.yaml")
+    assert target("photos.yaml").data.modality.options == {}  # the bundle knows its size
     code, shown = command("init", "rows.csv", "-o", "b.yaml", "--source", "nowhere")
     assert code == 2 and "--source nowhere: neither a bundle" in shown
 

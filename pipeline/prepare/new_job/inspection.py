@@ -230,7 +230,7 @@ def _manifest(uris: list[str], kind: str, scratch: str, delimiter: str) -> Manif
     try:
         found, _ = manifests.build_with_named(uris, kind, scratch, "stat")
     except ValueError as error:
-        if "schema differs" not in str(error):
+        if "differ" not in str(error):
             raise
         raise ValueError(f"{error}: these are several tables; name the files of one") from None
     if not found.rows:

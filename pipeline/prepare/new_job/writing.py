@@ -250,7 +250,14 @@ def _facts(made: Draft) -> list[str]:
     return [*out, *made.notes]
 
 
-def _data(out: _Lines, made: Draft, path: Path, depth: int, columns: dict[str, str]) -> None:
+def _data(
+    out: _Lines,
+    made: Draft,
+    path: Path,
+    depth: int,
+    columns: dict[str, str],
+    checkpoints: Sequence[str] = (),
+) -> None:
     """Add the rows: places, splits, modality and columns."""
     folder = str(path.parent)
     if made.prepared:
@@ -269,9 +276,12 @@ def _data(out: _Lines, made: Draft, path: Path, depth: int, columns: dict[str, s
         out.add(depth, f"{key}: {scalar(value)}", made.why.get(key, ""))
     if made.where:
         out.add(depth, f"where: {scalar({made.label: made.where})}", made.why["where"])
-    options = made.options
+    # a checkpoint brings its own size and rate
+    kept = {"text": {"length"}, "audio": {"max_seconds"}}.get(made.modality, set[str]())
+    options = {k: v for k, v in made.options.items() if k in kept or not checkpoints}
     value = {made.modality: options} if options else made.modality
-    out.add(depth, f"modality: {scalar(value)}", _why_options(made))
+    why = _why_options(made) if options or not checkpoints else "read as the checkpoint says"
+    out.add(depth, f"modality: {scalar(value)}", why)
     if columns:
         out.add(depth, f"columns: {scalar(columns)}", "role: name of the column")
 
@@ -371,7 +381,7 @@ def _target(
             out.add(3, "modality: audio", "at the rate of its source")
         out.add(3, f"columns: {scalar(columns)}", _label_comment(made))
     else:
-        _data(out, made, path, 3, columns)
+        _data(out, made, path, 3, columns, checkpoints)
     out.add(2, f"objective: {made.objective}", "`onetomany objectives` lists others")
     metric, why = _metric(made)
     if metric:
