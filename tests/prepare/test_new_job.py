@@ -149,6 +149,7 @@ def test_a_table_of_numbers_and_categories_is_prepared_first():
         "onetomany prepare table people.csv -o prepared/people --set label=died --set id=stay "
         "--set group=patient_id --set drop=died_text"
     ) in text
+    assert "prepare table new.csv -o prepared/new --set id=stay\n" in text
     assert "died_text has another name for each value of died" in comments(text)
     prepare_as_told(text)
     found = target()
@@ -234,6 +235,7 @@ def test_a_csv_that_names_files(tmp_path):
         "onetomany prepare files set/list.csv -o prepared/list --set column=file --set label=kind"
         in text
     )
+    assert "onetomany prepare files new.csv -o prepared/new --set column=file\n" in text
     prepare_as_told(text)
     assert target().data.columns == {"image": "image", "label": "kind"}
     dry_run()

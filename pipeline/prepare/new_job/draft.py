@@ -68,6 +68,8 @@ class Draft:
         why: a sentence for each field of the job, by its name.
         notes: sentences for the header: what was found and what was not used.
         prepare: the command that converts the files first, or "".
+        prepare_new: the one for new rows without a label.
+        twins: columns of a table that say the label.
         prepared: the folder that it writes.
         train_rows: about how many rows are trained on.
     """
@@ -86,6 +88,8 @@ class Draft:
     why: dict[str, str] = field(default_factory=dict[str, str])
     notes: list[str] = field(default_factory=list[str])
     prepare: str = ""
+    prepare_new: str = ""
+    twins: list[str] = field(default_factory=list[str])
     prepared: str = ""
     train_rows: int = 0
 
@@ -443,9 +447,24 @@ def _prepare(out: Draft, output: str, splits: Column | None) -> None:
         pairs["delimiter"] = "tab" if found.delimiter == "\t" else found.delimiter
     if splits is not None:
         pairs["split_column"] = splits.name
-    options = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in pairs.items())
-    words = [shlex.quote(source), "-o", shlex.quote(out.prepared), options, *settings]
-    out.prepare = f"onetomany prepare {name} {' '.join(filter(None, words))}"
+    out.prepare = _command(name, source, out.prepared, pairs, settings)
+    new = {key: value for key, value in pairs.items() if key not in ("label", "group")}
+    new.pop("split_column", None)
+    kept = [one for one in new.pop("drop", "").split(",") if one and one not in out.twins]
+    new |= {"drop": ",".join(kept)} if kept else {}
+    suffix = "".join(PurePosixPath(source).suffixes[-1:]) or f".{found.kind}"
+    folder = Path(output, "prepared", "new").as_posix()
+    resized = [one for one in settings if "resize" in one]
+    out.prepare_new = _command(name, f"new{suffix}", folder, new, resized)
+
+
+def _command(
+    name: str, source: str, output: str, pairs: dict[str, str], settings: Sequence[str]
+) -> str:
+    """Return a command that converts files."""
+    words = ["onetomany", "prepare", name, shlex.quote(source), "-o", shlex.quote(output)]
+    words += [f"--set {shlex.quote(f'{key}={value}')}" for key, value in pairs.items()]
+    return " ".join([*words, *settings])
 
 
 def _table_options(out: Draft) -> dict[str, str]:
@@ -460,6 +479,7 @@ def _table_options(out: Draft) -> dict[str, str]:
     ids = look.id_columns(free)
     groups = [one.name for one in look.group_columns(free)]
     twins = [name for name in look.twin_of(found.table, out.label, free) if name not in groups]
+    out.twins = twins
     splits = {one.name for one in look.split_columns(found.columns)}
     wordy = [
         column.name

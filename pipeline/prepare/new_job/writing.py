@@ -183,6 +183,7 @@ def _header(
         made.prepare,
         f"onetomany run {job} --dry-run",
         f"onetomany run {job}",
+        made.prepare_new,
         f"onetomany predict runs/{name} {_new_rows(made)} --target {target} -o predictions",
     ]
     for command in filter(None, commands):
@@ -191,11 +192,7 @@ def _header(
     out.comment(
         f"`onetomany init {shlex.join(places)}` wrote this job from what it found; change what you "
         "like. `onetomany schema` explains every field. "
-        + (
-            "The first command converts the files, once (new rows likewise). "
-            if made.prepare
-            else ""
-        )
+        + ("prepare converts the files, once. " if made.prepare else "")
         + "--dry-run says what would run and what is wrong with the rows; predict is for new rows."
     )
     out.blank()
