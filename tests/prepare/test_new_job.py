@@ -409,16 +409,17 @@ def test_data_and_job_in_different_folders():
 def test_checkpoints_that_are_given(tmp_path):
     csv("rows.csv", {"text": texts(60), "label": [0, 1] * 30})
     write(tmp_path / "models/mini/config.json", "{}")
-    write(tmp_path / "runs/a/manifest.json", "{}")
+    write(tmp_path / "runs/a/bundle/manifest.json", "{}")
     text = init(
-        "rows.csv", "--source", "models/mini", "--source", "runs/a", "--source", "hf-hub:b/c"
+        "rows.csv", "--source", "models/mini", "--source", "runs/a/bundle", "--source", "hf-hub:b/c"
     )
-    for place in ("hf:models/mini", "bundle:runs/a", "hf-hub:b/c"):
+    for place in ("hf:models/mini", "bundle:runs/a/bundle", "hf-hub:b/c"):
         assert f"backbone: {place}\n" in text
+    assert "  mini:\n" in text and "  a:\n" in text and "  c:\n" in text
     assert "own:" not in text and "modality: {text: {length: 32}}" in text
     for number in range(24):
         write(tmp_path / f"photos/{'ab'[number % 2]}/{number}.jpg", encoded(number))
-    text = init("photos", "--source", "runs/a", output="photos.yaml")
+    text = init("photos", "--source", "runs/a/bundle", output="photos.yaml")
     assert target("photos.yaml").data.modality.options == {}  # the bundle knows its size
     code, shown = command("init", "rows.csv", "-o", "b.yaml", "--source", "nowhere")
     assert code == 2 and "--source nowhere: neither a bundle" in shown

@@ -30,6 +30,8 @@ HUB = {
 }
 """A published checkpoint of each modality, which a run would download."""
 PLACE = "relative to this file, absolute, or s3://bucket/prefix"
+GENERIC = {"", "model", "bundle", "checkpoint", "checkpoints"}
+"""Names of folders that do not tell one checkpoint from another."""
 NEW_ROWS = {"csv": "new.csv", "jsonl": "new.jsonl", "parquet": "new.parquet"}
 
 
@@ -354,7 +356,8 @@ def _given_sources(out: _Lines, made: Draft, checkpoints: list[str]) -> None:
     out.add(0, "sources:")
     taken: set[str] = set()
     for place in checkpoints:
-        key = _key(place.rstrip("/").rpartition("/")[2].rpartition(":")[2])
+        parts = [part for part in re.split("[/:]", place) if part not in GENERIC]
+        key = _key(parts[-1])
         while key in taken:
             key += "_"
         taken.add(key)
