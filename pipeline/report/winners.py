@@ -82,22 +82,31 @@ def bundle_of(entry: MatrixEntry, rows: Sequence[ResultRow]) -> str | None:
         The URI, None where no bundle was kept (`fanout.keep_bundles`).
     """
     kept = [row for row in _validations(entry, rows) if row.bundle_uri]
-    sign = 1 if entry.higher_is_better else -1
-    best = max(kept, key=lambda row: sign * (row.value or 0.0), default=None)
+    best = max(kept, key=_larger_is_better, default=None)
     return best.bundle_uri if best else None
 
 
+def _larger_is_better(row: ResultRow) -> float:
+    value = row.value or 0.0
+    return value if row.higher_is_better else -value
+
+
 def _validations(entry: MatrixEntry, rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """Return the rows with the values that a network was chosen by, one for each seed."""
-    return [
-        row
-        for row in rows
-        if row.trial_stage == "final"
-        and row.split == results.VALIDATION
-        and row.metric == entry.metric
-        and row.value is not None
-        and matrix.entry_key(row) == entry.key
-    ]
+    """Return the rows with the values that a network was chosen by, one for each seed.
+
+    Their metric is the first that was measured on validation rows. It is another one than the
+    entry's where that needs a simulator, and so has values on test rows alone.
+    """
+    found: dict[str, ResultRow] = {}
+    for row in rows:
+        if (
+            row.trial_stage == "final"
+            and row.split == results.VALIDATION
+            and row.value is not None
+            and matrix.entry_key(row) == entry.key
+        ):
+            found.setdefault(row.trial_id, row)
+    return list(found.values())
 
 
 def find_bundle(

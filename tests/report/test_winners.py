@@ -92,6 +92,18 @@ def without_bundles_of(rows, source, technique):
     ]
 
 
+def test_a_metric_of_the_simulator_has_no_validation_values_and_the_bundle_is_found():
+    rows, _, _ = plain()
+    found = [
+        replace(row, metric="action_error", value=1 - row.value, higher_is_better=False)
+        if row.split == "validation"
+        else row
+        for row in validated(rows)
+    ]
+    best = winners.winner(entries_of(found))
+    assert winners.bundle_of(best, found) == "bundles/cl-ga-lp_ft-1.0-2"
+
+
 def test_an_ensemble_has_no_bundle_so_the_commands_take_the_next_network(tmp_path):
     """As a network whose bundle somebody has deleted."""
     rows, runs, curves = plain()
