@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 
+from pipeline.core.capabilities import measures_throughput
 from pipeline.core.contracts import Batch
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.ragged import ragged
@@ -59,6 +60,15 @@ def read(values, kind=None, start=None, seconds=None, state=MEL, **options):
 
 
 # ---------------------------------------------------------------- decode
+
+
+def test_throughput_is_in_seconds_of_sound_without_padding():
+    modality = Audio(AudioOptions(rate=8000), MEL)
+    files = [saved(noise(seconds, seed=i)) for i, seconds in enumerate((0.5, 1.5))]
+    arrays, _ = modality.decode(pa.table({"sound": files}), {"audio": "sound"})
+    batch = Batch(np.arange(2), torch.zeros(2), modality.collate(arrays))
+    assert modality.throughput(batch) == pytest.approx(2.0, abs=1e-3)
+    assert measures_throughput(modality) and modality.throughput_unit == "s of sound"
 
 
 def test_samples_are_those_of_soundfile():

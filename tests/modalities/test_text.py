@@ -14,6 +14,7 @@ from toys import SMALL, rows_of, sentences, take, task_of
 
 from pipeline.config import registry
 from pipeline.core.capabilities import Packs
+from pipeline.core.contracts import Batch
 from pipeline.media.tokenization import SPECIALS
 from pipeline.modalities.text import Text, TextOptions
 
@@ -138,6 +139,18 @@ def test_text_may_come_in_any_type_of_text(wordpiece, kind):
     assert bad == ["", "", "the text is null"] and np.array_equal(
         arrays["tokens"][:2], want["tokens"]
     )
+
+
+def test_throughput_is_in_tokens_without_padding(wordpiece):
+    table = pa.table({"text": ["the old film", "a new play in the old house", "the film"]})
+    arrays, _ = wordpiece.decode(table, COLUMNS)
+    batch = Batch(np.arange(3), torch.zeros(3), wordpiece.collate(arrays))
+    assert wordpiece.throughput(batch) == arrays["lengths"].sum() < arrays["tokens"].size
+    packed, _ = wordpiece.pack(table, COLUMNS)
+    arrays, _ = wordpiece.decode(packed, {name: name for name in packed.column_names})
+    batch = Batch(np.arange(len(packed)), torch.zeros(len(packed)), wordpiece.collate(arrays))
+    counts = [len(wordpiece.tokenizer.encode(text).ids) for text in table["text"].to_pylist()]
+    assert wordpiece.throughput(batch) == sum(counts) and wordpiece.throughput_unit == "tokens"
 
 
 def test_bytes_that_are_no_text_spoil_their_own_row(wordpiece):

@@ -490,3 +490,24 @@ def test_a_warning_of_the_ranks_is_told_once(monkeypatch):
     monkeypatch.setattr(stop, "wait", lambda seconds: stop.is_set())
     launch._watch(board, "heard", progress, stop)
     assert lines == ["warning: heard: the quantiser has collapsed"]
+
+
+def test_where_a_source_goes_on_is_told_once_after_each_restart(monkeypatch):
+    records = iter(
+        [
+            {"step": 10, "steps": 300},
+            {"step": 160, "steps": 300, "resumed_from": 150},
+            {"step": 170, "steps": 300, "resumed_from": 150},
+            {"step": 180, "steps": 300, "validation_accuracy": 0.5},
+            {"step": 190, "steps": 300, "resumed_from": 170},
+        ]
+    )
+    monkeypatch.setattr(launch.ray, "get", lambda ref, timeout: (next(records), None))
+    stop, lines = threading.Event(), []
+    board = SimpleNamespace(read=SimpleNamespace(remote=lambda: None))
+    progress = SimpleNamespace(
+        note=lines.append, update=lambda line: stop.set() if "step 190" in line else None
+    )
+    monkeypatch.setattr(stop, "wait", lambda seconds: stop.is_set())
+    launch._watch(board, "a", progress, stop)
+    assert lines == ["a: goes on from step 150 of 300", "a: goes on from step 170 of 300"]
