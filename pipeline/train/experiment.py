@@ -373,5 +373,5 @@ class _Record:
     def validated(self, step: int, metrics: dict[str, Any]) -> None:
         extra, steps = self.experiment.extra_metrics, self.experiment.steps
         named = {k if k in extra else f"validation_{k}": value for k, value in metrics.items()}
-        self.write({"step": step, "steps": steps, **named})
+        self.write({"step": step, "steps": steps, "validated_step": step, **named})
         self.experiment.on_validation(step, steps, metrics)

@@ -98,8 +98,6 @@ def start(address: str | None, verbose: bool) -> None:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", logging.getLevelName(level))
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)
-    if not verbose:  # else the core of Ray writes to the terminal what it mends by itself
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     extra: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
     try:
@@ -464,7 +462,8 @@ def _rank_main(config: dict[str, Any]) -> None:
 
     def on_progress(record: dict[str, Any]) -> None:
         nonlocal posted
-        if time.monotonic() - posted > 0.3 or record["step"] == record["steps"]:
+        is_last = record["step"] == record["steps"] or "stopped" in record
+        if time.monotonic() - posted > 0.3 or is_last:
             posted = time.monotonic()
             board.post.remote(record)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.io import s3, storage, write_fence
 
-NO_CURVES = ("step", "steps", "resumed_from")
+NO_CURVES = ("step", "steps", "resumed_from", "validated_step")
 """Numbers of a record that TensorBoard does not draw."""
 
 

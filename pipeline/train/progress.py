@@ -33,6 +33,8 @@ def training_line(name: str, record: dict[str, Any]) -> str:
             key.startswith("validation_") and key != "validation_loss"
         ):
             parts.append(f"{key.replace('validation_', 'val ')} {value:.4g}")
+    if record.get("validated_step", record.get("step")) != record.get("step"):
+        parts.append(f"(val of step {record['validated_step']})")
     if "rows_per_second" in record:
         rate = record.get("units_per_second", record["rows_per_second"])
         parts += [

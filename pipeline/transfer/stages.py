@@ -646,9 +646,10 @@ def pretrain(state: JobState) -> None:
             report_done(state, name)
         else:
             values = ", ".join(f"{k} {v:.4g}" for k, v in metadata["metrics"].items())
+            stopped = " (stopped by patience)" if metadata.get("stopped_at") else ""
             state.progress.note(
-                f"{name}: {metadata['steps']} steps in {metadata['seconds']:.0f} s; validation "
-                f"{values or 'none'}; bundle {stage.bundle_uri}"
+                f"{name}: {metadata['steps']} steps{stopped} in {metadata['seconds']:.0f} s; "
+                f"validation {values or 'none'}; bundle {stage.bundle_uri}"
             )
         if metadata.get("transfer"):
             state.progress.note(f"{name}: {metadata['transfer']}")

@@ -155,6 +155,13 @@ def test_a_line_shows_validation_metrics_without_their_loss_and_no_other_facts()
     )
 
 
+def test_values_of_an_earlier_validation_are_told_with_their_step():
+    validated = {"validation_accuracy": 0.8, "validated_step": 40}
+    assert "val accuracy 0.8  812 rows/s" in training_line("a", record(40, **validated))
+    line = training_line("a", record(60, **validated))
+    assert "val accuracy 0.8  (val of step 40)  812 rows/s" in line
+
+
 def test_skipped_steps_are_shown():
     assert training_line("a", record(40, skipped_steps=3)).endswith(
         "ETA 1m15s  3 steps skipped (not finite)"

@@ -527,7 +527,7 @@ def test_only_what_is_to_run_is_run(world, monkeypatch, tmp_path):
         one_trial.failed_record(one, shared, "why", status)
     ran = []
 
-    def tune(name, work, shared, spec, workers, progress, wait):
+    def tune(name, work, shared, spec, workers, progress, wait, before):
         ran.extend(one.id for unit in work for one in unit.trials)
         for one in (one for unit in work for one in unit.trials):
             one_trial.failed_record(one, shared, "", "done")
