@@ -349,10 +349,11 @@ def _index(rows: Iterable[ResultRow]) -> bytes:
                 first.bundle_uri,
             )
         )
+    lines.sort(key=lambda line: str(line[0]))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
-    writer.writerows(sorted(lines, key=lambda line: str(line[0])))
+    writer.writerows(lines)
     return text.getvalue().encode()
 
 
