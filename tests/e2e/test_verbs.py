@@ -164,7 +164,9 @@ def test_every_job_for_published_corpora_is_without_mistakes(job, monkeypatch):
         monkeypatch.setenv(name, f"s3://bucket/{name.lower()}")
     spec = yaml_loader.load(job, [], True)  # elsewhere: the data are not looked for
     assert spec.sources and spec.targets
-    assert all(word in job.read_text() for word in ("onetomany run jobs/", "Time: ", "xpected"))
+    text = job.read_text()
+    assert "onetomany run jobs/" in text and "Time: " in text
+    assert "xpected" in text or "# Measured: " in text
 
 
 def test_a_dry_run_counts_what_a_run_will_do(onetomany, tmp_path):
