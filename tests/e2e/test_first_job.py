@@ -1,11 +1,9 @@
 """From somebody's own files to predictions: init, run, predict."""
 
 import csv
-import shutil
 
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from tests.e2e.conftest import SAMPLES
 
@@ -43,16 +41,12 @@ def test_a_csv_of_texts_is_predicted(onetomany_here, tmp_path):
 
 
 def test_a_folder_of_images_is_run(onetomany_here, tmp_path):
-    rows = pq.read_table(SAMPLES / "clothing_48px.parquet").slice(0, 90).to_pylist()
-    for number, row in enumerate(rows):
-        place = tmp_path / "photos" / str(row["label_name"])[:20].replace("/", "-")
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number}.jpg").write_bytes(row["image"])
-    with Image.open(place / f"{number}.jpg") as image:
-        assert min(image.size) <= 48
-    for folder in (tmp_path / "photos").iterdir():
-        if len(list(folder.iterdir())) < 3:
-            shutil.rmtree(folder)
+    rows = pq.read_table(SAMPLES / "clothing_48px.parquet").to_pylist()
+    for label in ("dress", "hat", "shoes"):
+        some = [row["image"] for row in rows if row["label_name"] == label][:30]
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number, image in enumerate(some):
+            (tmp_path / "photos" / label / f"{number}.jpg").write_bytes(image)
     assert onetomany_here("init", "photos", cwd=tmp_path).returncode == 0
     ran = onetomany_here("run", "photos.yaml", *short("label"), cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
