@@ -504,3 +504,44 @@ def test_long_recordings_that_are_cut_stay_in_one_split(tmp_path):
         write(tmp_path / f"long/{'ab'[number % 2]}/{number}.wav", sound(number, 31.0, 4000, "WAV"))
     init("long")
     assert target().data.group == "recording"
+
+
+def test_a_file_without_the_label_is_left_out_and_texts_are_not_utf8():
+    labels = {"text": texts(60), "label": [0, 1] * 30}
+    csv("set/train.csv", labels)
+    csv("set/test.csv", {"text": texts(40)})
+    text = init("set")
+    assert "set/test.csv: no column label, so it is left out" in comments(text)
+    assert target().data.uri.endswith("set/train.csv") and target().data.test_fraction == 0.3
+    dry_run()
+    Path("latin.csv").write_bytes("text,label\nné,a\nnö,b\n".encode("latin-1") * 30)
+    code, shown = command("init", "latin.csv")
+    assert code == 2 and "latin.csv: column text is no UTF-8 text" in shown and "iconv" in shown
+
+
+def test_a_first_line_that_is_a_row():
+    write(Path("rows.csv"), "".join(f"{one},{'pn'[i % 2]}\n" for i, one in enumerate(texts(60))))
+    code, shown = command("init", "rows.csv")
+    assert code == 2 and "rows.csv: its first line seems to be a row, since 'p' stands" in shown
+
+
+def test_eight_rows_are_too_few_and_twenty_are_enough(tmp_path):
+    for count, code in ((8, 2), (24, 0)):
+        for number in range(count):
+            label = "ab"[number % 2]
+            write(tmp_path / f"set{count}/{label}/{number}.jpg", encoded(number))
+        done, shown = command("init", f"set{count}", "-o", f"{count}.yaml")
+        assert done == code, shown
+    assert "8 rows are too few" in command("init", "set8")[1]
+    dry_run("24.yaml")
+
+
+def test_files_in_a_folder_below_the_table_and_missing_ones(tmp_path):
+    for number in range(38):
+        write(tmp_path / f"set/jpg/{number}.jpg", encoded(number))
+    csv("set.csv", {"file": [f"{i}.jpg" for i in range(40)], "kind": ["a", "b"] * 20})
+    (tmp_path / "set.csv").rename(tmp_path / "set/list.csv")
+    text = init("set/list.csv")
+    assert "--set root=set/jpg --max-bad 0.1" in text
+    prepare_as_told(text)
+    dry_run()

@@ -55,7 +55,7 @@ FEWEST_WORDS, FEWEST_TEXTS = 6.0, 0.1
 """A text column without a telling name has so many words on average, and such a share of its
 values differ.
 """
-NO_VALUES = ("bytes", "file", "list", "other")
+NO_VALUES = ("bytes", "file", "list", "time", "other")
 """Kinds of columns of which no values are counted."""
 SHOWN = 6
 
@@ -65,7 +65,7 @@ class Column:
     """A column of a sample of rows.
 
     Attributes:
-        kind: text, whole, number, bool, bytes, file (bytes and path), list or other.
+        kind: text, whole, number, bool, bytes, file (bytes and path), list, time or other.
         rows: rows of the sample.
         present: how many have a value.
         counts: rows of each value, commonest first; empty for bytes, lists and others.
@@ -112,6 +112,7 @@ def _kind(kind: pa.DataType) -> str:
         "list": is_list,
         "bool": pa.types.is_boolean,
         "whole": pa.types.is_integer,
+        "time": pa.types.is_temporal,
         "number": lambda of: pa.types.is_floating(of) or pa.types.is_decimal(of),
     }
     return next((word for word, test in tests.items() if test(plain)), "other")

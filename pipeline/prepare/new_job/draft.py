@@ -139,7 +139,14 @@ class Draft:
     @property
     def batch(self) -> int:
         """Rows a step: about a tenth of the training rows, from 8 to 64."""
-        return max((one for one in BATCHES if one <= self.train_rows / 8), default=BATCHES[0])
+        found = max((one for one in BATCHES if one <= self.train_rows / 8), default=BATCHES[0])
+        return min(found, self.train_rows)
+
+    @property
+    def packed_batch(self) -> int:
+        """Rows a step of texts that are packed: at most half of them, with a third of `tokens`."""
+        rows = self.train_rows * self.tokens / 3 / self.length
+        return min(self.batch, 1 << max(0, int(math.log2(max(1.0, rows / 2)))))
 
     @property
     def steps(self) -> int:
@@ -178,6 +185,8 @@ def draft(found: Inspection, target_column: str | None, output: str, scratch: st
     out.notes += found.notes
     splits = _split_column(out)
     _label(out, target_column, splits)
+    _check_header(out)
+    _leave_out_unlabelled(out)
     _count(out)
     _note_other_columns(out, splits)
     _prepare(out, output, splits)
@@ -346,11 +355,39 @@ def _no_label(out: Draft, free: Sequence[Column]) -> str:
         if out.modality == "text" and not free
         else ""
     )
+    if any(column.kind == "number" for column in free):
+        more += "; numbers are not estimated here: cut one into classes (low, high)"
     return (
         f"{place}: nothing can be the label: {held}{more}. A label has 2 to "
         f"{look.MOST_CLASSES} values, each in several rows: add such a column, or name one with "
         "--target-column"
     )
+
+
+def _check_header(out: Draft) -> None:
+    """Raise ValueError for a CSV file whose first line is a row."""
+    column = out.found.column(out.label)
+    if out.found.kind == "csv" and column.name in map(str, column.counts):
+        raise ValueError(
+            f"{out.found.all_places[0]}: its first line seems to be a row, since {column.name!r} "
+            "stands below it too: write a line with the names of the columns above it"
+        )
+
+
+def _leave_out_unlabelled(out: Draft) -> None:
+    """Leave out files of a split that have no label, such as those of a competition's test rows."""
+    found = out.found
+    for split, manifest in list(found.manifests.items()):
+        if out.label in manifest.schema.names:
+            continue
+        files = found.places.pop(split)
+        found.manifests.pop(split)
+        out.notes.append(
+            f"{', '.join(files)}: no column {out.label}, so it is left out; predict it later"
+        )
+    if list(found.places) == ["train"]:
+        found.places["uri"] = found.places.pop("train")
+        found.manifests["uri"] = found.manifests.pop("train")
 
 
 def _count(out: Draft) -> None:
@@ -432,6 +469,8 @@ def _prepare(out: Draft, output: str, splits: Column | None) -> None:
         pairs |= {} if out.media.root == beside else {"root": out.media.root}
         if out.media.what == "image" and min(out.media.sides) > 256:
             settings.append("--resize 256")
+        if out.media.missing:
+            settings.append(f"--max-bad {out.media.missing_share:g}")
         out.inputs = {out.media.what: out.media.what}
         out.inputs |= {"seconds": "seconds"} if out.media.what == "audio" else {}
     else:
@@ -586,6 +625,9 @@ def _split(out: Draft, splits: Column | None, scratch: str) -> None:
     if group:
         out.fields["group"] = group
         out.why["group"] = f"all rows of one {group} stay in one split"
+    if out.media is not None and out.media.missing and _is_direct(out):
+        out.fields["max_bad_rows"] = out.media.missing_share
+        out.why["max_bad_rows"] = "share of the rows whose file may be missing or broken"
     held = sum(value for key, value in out.fields.items() if key.endswith("_fraction"))
     rows = found.main.rows if splits is None else found.rows * _train_share(splits)
     out.train_rows = max(1, round(rows * (1 - held)))
@@ -672,6 +714,9 @@ def _best_seed(out: Draft, scratch: str) -> int | None:
             ).by_name()
         except ValueError:
             continue  # an empty split
+        if len(parts["train"]) < BATCHES[0]:
+            continue
+        out.train_rows = len(parts["train"])
         if out.objective != "classification":
             return seed
         classes = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import posixpath
 from collections import Counter
@@ -33,7 +34,7 @@ ROWS, GROUPS, FILES = 20_000, 16, 48
 MOST_UP = 3
 """A path that leads so many folders up is no easier to read than an absolute one."""
 DELIMITERS = (";", "\t", "|")
-HEAVY = ("bytes", "file", "other")
+HEAVY = ("bytes", "file", "time", "other")
 """Kinds of columns of which no sample is read."""
 
 
@@ -48,6 +49,7 @@ class Media:
         grey: of images, whether all are grey.
         seconds, rates: of recordings.
         missing: names of files that are not there.
+        missing_share: about how many are not, as a share that may be bad.
         root: folder that relative names begin in; "" for absolute names, URIs and bytes.
     """
 
@@ -58,6 +60,7 @@ class Media:
     seconds: tuple[float, ...] = ()
     rates: tuple[int, ...] = ()
     missing: tuple[str, ...] = ()
+    missing_share: float = 0.0
     root: str = ""
 
 
@@ -145,8 +148,16 @@ def inspect(places: Sequence[str], scratch: str) -> Inspection:
             break
     else:
         raise AssertionError("images or sound are always taken")
+    if kind == "csv" and (odd := [column.name for column in columns if column.kind == "bytes"]):
+        file, _ = files[0]
+        raise ValueError(
+            f"{file}: column {odd[0]} is no UTF-8 text (Excel often writes latin-1): write it anew "
+            f"with iconv -f latin1 -t utf-8 {file} > utf8.csv"
+        )
     others = {other: count for other, count in kinds.items() if other not in (kind, "")}
     notes = [f"files of other kinds are left out: {_counted(others)}"] if others else []
+    if is_media and not fields and (deep := _too_deep([file for file, _ in files])):
+        notes.append(f"a file's class is its own folder, not one above it, as in {deep}")
     return Inspection(
         kind,
         fields or {"uri": list(places)},
@@ -197,6 +208,19 @@ def _split_folders(files: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     return tops if "train" in tops else {}
 
 
+def _too_deep(files: Sequence[str]) -> str:
+    """Return the folder of a file that lies deeper than in one folder a class, or ""."""
+    shared = posixpath.commonpath(files)
+    return next(
+        (
+            posixpath.dirname(file)
+            for file in files
+            if file[len(shared) :].strip("/").count("/") > 1
+        ),
+        "",
+    )
+
+
 def _split_files(files: Sequence[tuple[str, str]], places: Sequence[str]) -> dict[str, list[str]]:
     """Return the tables of each split where their names say it; {} where they do not."""
     found: dict[str, list[str]] = {}
@@ -234,7 +258,7 @@ def _manifest(uris: list[str], kind: str, scratch: str, delimiter: str) -> Manif
             raise
         raise ValueError(f"{error}: these are several tables; name the files of one") from None
     if not found.rows:
-        raise ValueError(f"{', '.join(uris)}: no rows")
+        raise ValueError(f"{', '.join(uris)}: no rows, a header at most: add rows")
     return found
 
 
@@ -298,7 +322,10 @@ def media_of(found: Inspection) -> Media | None:
         media = _pictures(here, column.name) or _recordings(here, column.name)
         if media is not None:
             what, sides, grey, seconds, rates = media
-            return Media(what, column.name, sides, grey, seconds, rates, tuple(missing), root)
+            share = math.ceil(200 * len(missing) / (len(here) + len(missing))) / 100
+            return Media(
+                what, column.name, sides, grey, seconds, rates, tuple(missing), share, root
+            )
     return None
 
 
@@ -312,11 +339,18 @@ def _root(names: Sequence[str], found: Inspection) -> str:
     return next(
         (
             root
-            for root in (beside, ".")
+            for root in (beside, ".", *_folders(beside))
             if any(storage.exists(storage.join(root, name)) for name in relative[:8])
         ),
         beside,
     )
+
+
+def _folders(place: str) -> list[str]:
+    """Return the folders in a local one, where a table may keep the files that it names."""
+    if storage.is_remote(place):
+        return []
+    return sorted(Path(place, one.name).as_posix() for one in os.scandir(place) if one.is_dir())
 
 
 def _existing(cells: Iterable[Any]) -> tuple[list[Any], list[str]]:

@@ -234,7 +234,7 @@ def _facts(made: Draft) -> list[str]:
     if made.media is not None and made.media.missing:
         out.append(
             f"{len(made.media.missing)} of a sample of the files are not there, such as "
-            f"{made.media.missing[0]}: max_bad_rows says how many may be missing"
+            f"{made.media.missing[0]}: rows without a file are left out"
         )
     if made.counts:
         what = {"multilabel": "labels", "tagging": "tags"}.get(made.objective, "classes")
@@ -305,6 +305,7 @@ def _own_source(out: _Lines, made: Draft, path: Path) -> None:
         backbone = {"transformers/bert": {"layers": 2, "hidden": 128, "heads": 4}}
         if made.objective != "tagging" and "text_pair" not in made.inputs:
             objective, learns = "mlm", "it learns to fill in masked words of the training texts"
+            train["global_batch"] = made.packed_batch
     elif made.modality == "image":
         backbone, objective = "timm/resnet10t", "simclr"
         learns = "it learns to recognise two views of one training image, without labels"
