@@ -274,8 +274,8 @@ def run(
     dry_run: Annotated[
         bool,
         typer.Option(
-            help="Print stages, trials and cost, look at the files for what a run would refuse; "
-            "run nothing."
+            help="Print stages, trials and cost, look at the files for what a run would refuse, "
+            "and estimate the time from a few measured steps; write nothing."
         ),
     ] = False,
     wait_for_resources: Wait = None,

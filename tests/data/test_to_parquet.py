@@ -281,6 +281,55 @@ def test_a_folder_read_as_documents_has_no_tables_and_images_among_them(tmp_path
         m.build(str(folder), "parquet", imports)
 
 
+# ---------------------------------------------------------------- names in messages
+
+
+def test_rows_are_named_by_the_file_that_they_were_brought_in_from(tmp_path, imports):
+    (tmp_path / "one.csv").write_text("text,label\na,b\nc,d\n")
+    assert m.build(str(tmp_path / "one.csv"), "auto", imports).location(1) == (
+        f"{tmp_path / 'one.csv'} row 1"
+    )
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / name).write_bytes(name.encode())
+    pictures = m.build(str(tmp_path / "pictures"), "auto", imports)
+    assert pictures.location(2) == str(tmp_path / "pictures" / "dog" / "1.png")
+    (tmp_path / "two").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "two" / name).write_text("one\ntwo\n")
+    texts = m.build(str(tmp_path / "two"), "auto", imports)
+    assert texts.location(3) == f"{tmp_path / 'two'} row 3"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("a.csv", "text; more\nno mark here\n", ["text; more"]),
+        ("a.csv", '"a;b"\n"c;d"\n', ["a;b"]),
+        ("a.csv", "a;b,c\nd;e,f\n", ["a;b", "c"]),
+        ("a.tsv", "a;b\tc\nd;e\tf\n", ["a;b", "c"]),
+    ],
+)
+def test_other_marks_in_a_table_part_no_fields(tmp_path, imports, name, content, columns):
+    (tmp_path / name).write_text(content)
+    assert m.build(str(tmp_path / name), "auto", imports).schema.names == columns
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", "a;b\nc;d\n", "parted by semicolons, .* by commas; .* --set delimiter=';'"),
+        ("a.csv", "a|b\nc|d\n", "parted by vertical bars, .* --set delimiter='\\|'"),
+        ("a.csv", "a\tb\nc\td\n", "parted by tabs, .* --set delimiter=tab"),
+        ("a.tsv", "a,b\nc,d\n", "parted by commas, .* by tabs; .* --set delimiter=','"),
+    ],
+)
+def test_another_delimiter_is_named_with_what_to_do(tmp_path, imports, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=says):
+        m.build(str(tmp_path / name), "auto", imports)
+
+
 # ---------------------------------------------------------------- rows that are not UTF-8
 
 
