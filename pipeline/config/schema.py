@@ -769,8 +769,8 @@ class Target(Spec):
         description="leave out test rows that are also in a source's training rows: exact: the "
         "same content, or another cut of the same record; near: also images, texts and "
         "recordings that are nearly the same (perceptual hash, MinHash of words, perceptual hash "
-        "of log-mels); group: also rows whose group (patient, speaker) is there; "
-        "all are counted",
+        "of log-mels); group: also rows whose group (patient, speaker) is there (not that of a "
+        "source's validation rows: nothing was learned from them); all are counted",
     )
     subgroups: list[str] = Field(
         default_factory=list,

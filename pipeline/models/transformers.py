@@ -87,7 +87,7 @@ class TransformersOptions(Options):
 
 @register("model", "transformers", options=TransformersOptions)
 def build(architecture: str, options: TransformersOptions, inputs: dict[str, Any]) -> Backbone:
-    """Build the backbone of a family, with random weights.
+    """Text encoders and decoders and wav2vec 2.0, as Hugging Face transformers has them.
 
     Raises ValueError for options of another family, and for inputs that do not fit.
     """

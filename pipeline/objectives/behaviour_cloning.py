@@ -82,11 +82,12 @@ class _Losses(NamedTuple):
 
 @register("objective", "behaviour_cloning", options=BehaviourCloningOptions)
 class BehaviourCloning(Objective):
-    """A linear decoder of each space (``decoders.<space>``) on a causal backbone's tokens.
+    """Behaviour cloning: predict the actions of demonstrations from what is known before them.
 
-    From what is known at step t it predicts the actions t to t + chunk - 1 (action chunks, Zhao et
-    al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware"). Places beyond
-    an episode's end do not count.
+    A linear decoder of each space (``decoders.<space>``) on a causal backbone's tokens predicts
+    from what is known at step t the actions t to t + chunk - 1 (action chunks, Zhao et al. 2023,
+    "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware"). Places beyond an
+    episode's end do not count.
 
     Actions are standardised numbers or one-hot classes (modality trajectory). The loss is summed
     over the places of chunks that lie within their episode. mse: squared errors averaged over an

@@ -102,7 +102,7 @@ class ClassificationOptions(Options):
 
 @register("objective", "classification", options=ClassificationOptions)
 class Classification(Objective):
-    """A linear head on the pooled features.
+    """Classification: a linear head on the pooled features.
 
     State: ``values`` (as they stand in the column) and ``labels`` (their names), in class order;
     ``counts``, training rows of each, for class weights; ``temperature`` and ``threshold`` where

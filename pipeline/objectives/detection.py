@@ -116,7 +116,7 @@ NO_BOXES = Boxes(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
 
 @register("objective", "detection", options=DetectionOptions)
 class Detection(Objective):
-    """Boxes and their classes.
+    """Object detection: boxes and their classes.
 
     Columns: ``boxes``, a list of 4 numbers for each object; ``labels``, a list of its classes
     (numbers, with holes or not, or texts); where given ``crowd``, a list of flags: such a region

@@ -115,7 +115,7 @@ def as_buffers(module: nn.Module) -> Any:
 
 @register("objective", "dino", options=DINOOptions)
 class DINO(Objective):
-    """Train a student on what its moving average, the teacher, outputs for other views of a row.
+    """DINO: train a student on what its moving average outputs for other views of a row.
 
     The student (the backbone) matches, from every view, the teacher's output for the row's other
     large view. The teacher's output is centred by its mean over the global batch and sharpened by

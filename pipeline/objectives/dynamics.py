@@ -43,7 +43,10 @@ class DynamicsOptions(Options):
 
 @register("objective", "dynamics", options=DynamicsOptions)
 class Dynamics(Objective):
-    """Two heads of each space on a causal backbone's tokens, for every step that has a next one.
+    """Forward and inverse dynamics: predict the next observation, and the action between two steps.
+
+    There are two heads of each space on a causal backbone's tokens, for every step that has a next
+    one.
 
     ``forward_heads.<space>``: from token t and action t (as it was executed, where rows have
     that), the change of the observation from t to t + 1, each number in the deviation of its own

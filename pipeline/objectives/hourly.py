@@ -68,7 +68,7 @@ class HourlyOptions(Options):
 
 @register("objective", "hourly", options=HourlyOptions)
 class Hourly(Objective):
-    """A linear head on a causal backbone's tokens, read at each label's time.
+    """Labels of each hour: a linear head on a causal backbone's tokens, read at the label's time.
 
     The label at time t is predicted from the last token that holds events and whose information
     ends at t or before (before the first one from a learned start vector), beside

@@ -38,7 +38,7 @@ class MaskedEventsOptions(Options):
 
 @register("objective", "masked_events", options=MaskedEventsOptions)
 class MaskedEvents(Objective):
-    """Predict hidden values, and which variables had events left out.
+    """Masked pretraining on events: predict hidden values, and which variables lost events.
 
     The loss of a row is the mean squared error of its hidden standardised values, plus ``weight``
     times the cross entropy of the variables left out, averaged over variables. What is hidden

@@ -73,7 +73,7 @@ class MultilabelOptions(Options):
 
 @register("objective", "multilabel", options=MultilabelOptions)
 class Multilabel(Objective):
-    """A linear head on the pooled features with one logit a label.
+    """Multi-label classification: a linear head on the pooled features, one logit per label.
 
     Binary cross entropy, summed over rows and averaged over labels.
 

@@ -40,7 +40,7 @@ class NextSampleOptions(Options):
 
 @register("objective", "next_sample", options=NextSampleOptions)
 class NextSample(Objective):
-    """Softmax over the 256 mu-law levels of the next sample (section 2.2).
+    """Next-sample prediction: softmax over its 256 mu-law levels (section 2.2).
 
     The head reads the sum of the skip connections: ReLU, 1 x 1, ReLU, 1 x 1 (figure 4). The loss
     is in nats, in float32, summed over the samples that have one before them in their crop;

@@ -41,7 +41,7 @@ class SimCLROptions(Options):
 
 @register("objective", "simclr", options=SimCLROptions)
 class SimCLR(Objective):
-    """Bring two views of a row nearer to each other than to all other rows' views (NT-Xent).
+    """SimCLR: bring two views of a row nearer to each other than to other rows' views (NT-Xent).
 
     Views are compared after a projection head, which is dropped later. N rows have 2 N terms, one
     a view. Logged: ``top1``, the share of views whose nearest view is the row's other one.

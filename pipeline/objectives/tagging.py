@@ -58,7 +58,7 @@ class TaggingOptions(Options):
 
 @register("objective", "tagging", options=TaggingOptions)
 class Tagging(Objective):
-    """A linear head on the first sub-token of every word (Devlin et al. 2019).
+    """Tagging of words: a linear head on the first sub-token of each (Devlin et al. 2019).
 
     Each word has its likeliest tag by itself (no Viterbi).
 

@@ -244,7 +244,7 @@ class _LikeEntries:
         return [
             Expected(float(mean), max(float(variance), choice.variance), float(weight))
             for choice, mean, variance, weight in zip(
-                self.entries, found.means, variances, found.weights_of_others, strict=True
+                self.entries, found.means, variances, found.shrinkage, strict=True
             )
         ]
 

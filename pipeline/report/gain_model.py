@@ -1,4 +1,4 @@
-"""A model of gains in which source, technique and target add up.
+"""An additive mixed model of gains: random effects of source, technique and target.
 
     gain = mean + source + technique + target + rest,    measured gain = gain + error
 
@@ -11,7 +11,9 @@ measured: the effect of an unknown source, technique or target is then drawn fro
 With two or three sources a single estimate of their spread is often zero, and intervals that trust
 it are far too narrow. The spreads are therefore not fixed at the maximum of the restricted
 likelihood (REML; Patterson and Thompson, Biometrika 58, 1971): all results are averages over it,
-with Gelman's half-Cauchy prior (Bayesian Analysis 1, 2006), whose scale is the size of the gains.
+with Gelman's half-Cauchy prior (Bayesian Analysis 1, 2006). Its scale is the root mean square of
+the measured gains with the deviations of their errors added: where gains are mostly error it is too
+large by up to sqrt(2), which makes intervals wider, never narrower.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-SCANNED = np.concatenate([[0.0], np.geomspace(1e-3, 30, 40)])
+GRID = np.concatenate([[0.0], np.geomspace(1e-3, 30, 40)])
 """Spreads, in sizes of the gains, among which those with any weight are looked for."""
 SWEEPS = 5
 POINTS = 7
 """Values of each spread that the average is over."""
-NEGLIGIBLE = 6.0
+LOG_LIKELIHOOD_CUTOFF = 6.0
 """Spreads whose likelihood is smaller by a factor of exp(6) are left out."""
-Place = tuple[Hashable, ...]
+Levels = tuple[Hashable, ...]
 """The level of each factor: source, technique, target."""
 
 
@@ -41,9 +43,11 @@ class Posterior:
     """(n,)"""
     covariance: np.ndarray
     """(n, n)"""
-    weights_of_others: np.ndarray
-    """(n,) how far a measured gain is drawn to what its parts promise, from 0 to 1; 1 where it was
-    not measured."""
+    shrinkage: np.ndarray
+    """(n,) how far a measured gain is shrunk towards the sum of its effects, from 0 to 1.
+
+    It is 1 where the gain was not measured.
+    """
     components: tuple[np.ndarray, np.ndarray, np.ndarray]
     """(m,) weights, (m, n) means and (m, n) deviations of the normal distributions whose mixture
     this is, one for each combination of spreads."""
@@ -72,7 +76,7 @@ class GainModel:
     """
 
     def __init__(
-        self, places: Sequence[Place], gains: Sequence[float], variances: Sequence[float]
+        self, places: Sequence[Levels], gains: Sequence[float], variances: Sequence[float]
     ) -> None:
         """Fit the model.
 
@@ -93,7 +97,7 @@ class GainModel:
         self.size = float(np.sqrt(np.mean(self.gains**2 + self.variances)))
         self.spreads, self.weights = self._average()
 
-    def _design(self, places: Sequence[Place]) -> np.ndarray:
+    def _design(self, places: Sequence[Levels]) -> np.ndarray:
         """Return (n, 1 + effects): a one for the mean and for each known level."""
         columns = [np.ones(len(places))]
         for k, levels in enumerate(self.levels):
@@ -137,7 +141,7 @@ class GainModel:
 
     def _average(self) -> tuple[np.ndarray, np.ndarray]:
         """Return a grid of spreads over all that have weight, and their weights."""
-        scanned, best = SCANNED * self.size, np.full(len(self.levels) + 1, self.size)
+        scanned, best = GRID * self.size, np.full(len(self.levels) + 1, self.size)
         ranges = [(0.0, self.size)] * len(best)
         for _ in range(SWEEPS):
             for k in range(len(best)):
@@ -145,7 +149,7 @@ class GainModel:
                 tried[:, k] = scanned
                 found = self._log_posterior(tried)
                 best[k] = scanned[found.argmax()]
-                near = np.flatnonzero(found > found.max() - NEGLIGIBLE)
+                near = np.flatnonzero(found > found.max() - LOG_LIKELIHOOD_CUTOFF)
                 last = min(near[-1] + 1, len(scanned) - 1)
                 ranges[k] = float(scanned[max(near[0] - 1, 0)]), float(scanned[last])
         # evenly spaced square roots: a spread is the more uncertain, the larger it is
@@ -156,7 +160,7 @@ class GainModel:
         grid = np.stack(np.meshgrid(*roots, indexing="ij"), axis=-1).reshape(-1, len(roots))
         log_weights = self._log_posterior(grid**2) + np.log(grid).sum(1)
         weights = np.exp(log_weights - log_weights.max())
-        kept = log_weights > log_weights.max() - NEGLIGIBLE
+        kept = log_weights > log_weights.max() - LOG_LIKELIHOOD_CUTOFF
         return grid[kept] ** 2, weights[kept] / weights[kept].sum()
 
     def median_spreads(self) -> list[float]:
@@ -168,7 +172,7 @@ class GainModel:
             out.append(float(spread[order][min(half, len(order) - 1)]))
         return out
 
-    def posterior(self, measured: Sequence[int], unmeasured: Sequence[Place] = ()) -> Posterior:
+    def posterior(self, measured: Sequence[int], unmeasured: Sequence[Levels] = ()) -> Posterior:
         """Return the gains of pairs.
 
         Args:
@@ -203,7 +207,7 @@ class GainModel:
         covariance -= np.outer(mean, mean)
         return Posterior(mean, covariance, share, (self.weights, means, deviations))
 
-    def _unknown(self, unmeasured: Sequence[Place], before: int) -> list[np.ndarray]:
+    def _unknown(self, unmeasured: Sequence[Levels], before: int) -> list[np.ndarray]:
         """Return (n, n) for each factor: which pairs share a level that no measurement has.
 
         ``before`` measured pairs come first, which share none.

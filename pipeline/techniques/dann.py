@@ -23,7 +23,7 @@ class DANNOptions(AdaptationOptions):
 
 @register("technique", "dann", options=DANNOptions)
 class DANN(DomainAdaptation):
-    """Train features from which a classifier cannot tell source from target.
+    """Adversarial alignment: features from which a classifier cannot tell source from target.
 
     The classifier is trained to tell them; its gradient is reversed before it reaches the backbone,
     times a factor that rises from 0 to 1 in the course of training. (Ganin et al., Domain-

@@ -32,7 +32,7 @@ class MCDOptions(AdaptationOptions):
 
 @register("technique", "mcd", options=MCDOptions)
 class MCD(DomainAdaptation):
-    """Two heads that disagree on the target as much as they can, and features that prevent it.
+    """Maximum classifier discrepancy: two heads disagree on target rows, the backbone prevents it.
 
     Both heads learn the source's labels. On the target the heads are trained to differ (mean
     absolute difference of their probabilities), the backbone against it. The paper alternates three

@@ -9,9 +9,11 @@ weight of a linear layer that peft adapts, and are computed from it (``_WeightAs
 alone are embeddings, depthwise convolutions, whose kernels are smaller than an adapter, and weights
 that are parametrised already (wav2vec 2.0's positional convolution).
 
-There are no quantised bases (QLoRA, Dettmers et al. 2023): bitsandbytes packs weights into tensors
-that resume points, kept weights and merging would each have to read in its own way, which has not
-been tried on a GPU.
+With ``quantize: nf4`` (QLoRA, Dettmers et al. 2023) the weights of linear layers that ``lora``
+adapts are held in 4 bits while it trains. They come back to full precision when adapters are
+merged, as 4 bits left them. So the network that is tested, saved and exported is the one that was
+trained. Its weights differ from the source's by more than a matrix of low rank, so a bundle holds
+them whole.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch.nn.utils import parametrize
 
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Backbone, Task, Technique
+from pipeline.core.nn import four_bit
 
 ADDED = "adapters"
 """Part of a layer that holds what a method adds to it: ``block00/adapters``."""
@@ -125,12 +128,15 @@ class AdaptedTask(Task):
         owner = {id(named[name]): layer for layer, names in task.layers().items() for name in names}
         inside = {name.rpartition(".")[0]: owner[id(named[name])] for name in named}
         replaced: list[str] = []
+        self._in_4_bits: dict[str, nn.Module] = {}
         self._computed: list[Target] = []
         self._orders: dict[str, list[str]] = {}
         for target in targets:
             module = task.backbone.get_submodule(target.module)
             if technique.replaces(task.backbone, target):
                 replaced.append(target.module)
+                if technique.is_held_in_4_bits(module):
+                    self._hold_in_4_bits(target.module)
                 continue
             weight = module.get_parameter(target.weight)
             linear = _WeightAsLinear(weight, _is_transposed(module), technique.weight_of)
@@ -149,6 +155,9 @@ class AdaptedTask(Task):
             warnings.simplefilter("ignore", UserWarning)
             # In a list: torch would file it, and every parameter, a second time
             self._tuner = [tuner(task.backbone, settings, ADAPTER)]
+        for name, module in self._in_4_bits.items():
+            technique.start_adapter(self.backbone.get_submodule(name), _matrix_of(module))
+            module.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # no second copy
         parts = {layer: (layer, f"{layer}/{ADDED}") for layer in task.layers()}
         self._layers: dict[str, list[str]] = {part: [] for both in parts.values() for part in both}
         for name, parameter in self.named_parameters():
@@ -172,6 +181,22 @@ class AdaptedTask(Task):
 
     def layers(self) -> dict[str, list[str]]:
         return {layer: list(names) for layer, names in self._layers.items()}
+
+    def _hold_in_4_bits(self, name: str) -> None:
+        """Put a layer whose weight is held in 4 bits in the place of a linear layer."""
+        module = self.backbone.get_submodule(name)
+        self._in_4_bits[name] = module
+        bias: Any = module.bias
+        self.backbone.set_submodule(name, four_bit.FourBitLinear(_matrix_of(module), bias))
+
+    def _restore_precision(self) -> None:
+        """Put linear layers under the adapters whose weights are what 4 bits hold."""
+        for name in self._in_4_bits:
+            adapted: Any = self.backbone.get_submodule(name)
+            held = adapted.base_layer
+            linear = nn.Linear(held.in_features, held.out_features, bias=False, device="meta")
+            linear.weight, linear.bias = nn.Parameter(held.weight), held.bias
+            adapted.base_layer = linear
 
     @property
     def tuner(self) -> Any:
@@ -229,7 +254,14 @@ class AdaptedTask(Task):
         """
         for hook in self._hooks:
             hook.remove()
+        self._restore_precision()
         self._tuner.pop().merge_and_unload()
+        for name, original in self._in_4_bits.items():
+            merged: Any = self.backbone.get_submodule(name)
+            is_transposed = _is_transposed(original)
+            weight = merged.weight.detach()
+            original.weight = nn.Parameter(weight.T.contiguous() if is_transposed else weight)
+            self.backbone.set_submodule(name, original)
         for target in self._computed:
             module = self.backbone.get_submodule(target.module)
             original = getattr(module, target.weight).detach().clone()
@@ -246,6 +278,12 @@ def _is_transposed(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
+
+
+def _matrix_of(module: nn.Module) -> Tensor:
+    """Return the weight (output, input) of a linear layer."""
+    weight: Any = module.weight
+    return weight.detach().T if _is_transposed(module) else weight.detach()
 
 
 def _restore_order(module: nn.Module, order: list[str]) -> None:
@@ -291,9 +329,28 @@ class AdapterTechnique(Technique, ABC):
         is_read = isinstance(parent, nn.TransformerEncoderLayer)
         return target.kind in self.replaced and not is_read and _is_plain(module)
 
+    def is_held_in_4_bits(self, module: nn.Module) -> bool:
+        """Whether the weight of a module that peft replaces is held in 4 bits."""
+        return False
+
+    def start_adapter(self, layer: Any, weight: Tensor) -> None:
+        """Set the adapter of a layer whose weight is held in 4 bits.
+
+        Args:
+            layer: peft's layer.
+            weight: (rows, columns) the weight in full precision.
+        """
+
     def weight_of(self, layer: Any) -> Tensor:
         """Return the weight (rows, columns) that peft's layer over a linear layer applies."""
         return layer.base_layer.weight + layer.get_delta_weight(ADAPTER)
+
+    def chosen(self, backbone: Backbone) -> list[Target]:
+        """Return the weights to adapt. Raises ValueError where the backbone lacks them."""
+        return choose_weights(backbone, self.options.modules)
+
+    def check_backbone(self, backbone):
+        self.chosen(backbone)
 
     def search_space(self):
         return {"lr": (0.1, 10.0), "lr_scale": (0.3, 30.0)}
@@ -303,7 +360,7 @@ class AdapterTechnique(Technique, ABC):
 
         Raises ValueError where the backbone lacks the modules that are named.
         """
-        return AdaptedTask(task, self, choose_weights(task.backbone, self.options.modules))
+        return AdaptedTask(task, self, self.chosen(task.backbone))
 
     def rates(self, layers, phase):
         return {
@@ -415,10 +472,18 @@ class LoraOptions(AdapterOptions):
         description="dropout of the adapters' input, in training; weights that are computed "
         "(recurrent layers, torch's attention) have none",
     )
-    start: Literal["zero", "pissa"] = Field(
+    start: Literal["zero", "pissa", "loftq"] = Field(
         "zero",
         description="zero: the update starts from nothing; pissa: from the weight's largest "
-        "singular values, and the rest of the weight stands still (Meng et al. 2024)",
+        "singular values, and the rest of the weight stands still (Meng et al. 2024); loftq: from "
+        "the largest singular values of what the weight loses in 4 bits, so that the network "
+        "starts nearer the source's (with quantize; Li et al. 2024)",
+    )
+    quantize: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: the weights of the linear layers that are adapted are held in 4 bits "
+        "during training (QLoRA, Dettmers et al. 2023), in an eighth of the memory; other weights, "
+        "adapters and the head are in full precision (extra quantized: bitsandbytes)",
     )
     rslora: bool = Field(
         False,
@@ -431,10 +496,20 @@ class LoraOptions(AdapterOptions):
         "et al. 2024)",
     )
 
+    @model_validator(mode="after")
+    def _check(self):
+        if self.start == "loftq" and self.quantize is None:
+            raise ValueError("start: loftq makes up for what 4 bits lose: say quantize: nf4 too")
+        if self.start == "loftq" and self.dora:
+            raise ValueError("dora starts from the weight as it is: leave start: loftq out")
+        if self.start == "pissa" and self.quantize is not None:
+            raise ValueError("start: pissa changes the weight that 4 bits hold: say start: loftq")
+        return self
+
 
 @register("technique", "lora", options=LoraOptions)
 class Lora(AdapterTechnique):
-    """Low-rank updates of frozen weights (Hu et al. 2022): W + alpha / rank B A.
+    """Low-rank updates of frozen weights (Hu et al. 2022): W + (alpha / rank) B A.
 
     A (rank, in) starts random, B (out, rank) zero. All layers by default: adapting attention alone
     falls behind full fine-tuning (Dettmers et al. 2023, section 4; Biderman et al. 2024).
@@ -442,6 +517,10 @@ class Lora(AdapterTechnique):
     It assumes that the change a target needs has a low rank. It helps on few rows, where it
     regularises, and where memory is short. It hurts where the inputs differ much from the source's
     and rows are many: full fine-tuning then learns more.
+
+    With ``quantize`` (QLoRA) W is held in 4 bits, and stays so rounded in the network that is
+    tested and saved. That helps where the backbone would not fit on the GPU. It hurts small
+    backbones, which lose time and accuracy and save little. Only linear layers are held so.
     """
 
     def search_space(self):
@@ -459,6 +538,42 @@ class Lora(AdapterTechnique):
             backbone, target._replace(kind=self.replaced[0])
         )
 
+    def check_library(self):
+        if self.options.quantize:
+            four_bit.library()
+
+    def chosen(self, backbone):
+        """Raises ValueError also where there is no layer to hold in 4 bits."""
+        found = super().chosen(backbone)
+        replaced = [one.module for one in found if self.replaces(backbone, one)]
+        is_held = any(self.is_held_in_4_bits(backbone.get_submodule(name)) for name in replaced)
+        if self.options.quantize and not is_held:
+            raise ValueError(
+                f"quantize: {backbone.arch.name} has no linear layer among the modules that are "
+                "adapted, and only those are held in 4 bits: leave quantize out"
+            )
+        return found
+
+    def is_held_in_4_bits(self, module):
+        is_linear = type(module).__name__ in AdapterTechnique.replaced
+        # two values share a byte
+        is_even = is_linear and _matrix_of(module).numel() % 2 == 0
+        return bool(self.options.quantize) and is_even
+
+    @torch.no_grad()
+    def start_adapter(self, layer, weight):
+        if self.options.start != "loftq":
+            return
+        rank = self.options.rank
+        left, right = _largest_factors(weight - layer.base_layer.weight, rank)
+        for _ in range(LOFTQ_ROUNDS - 1):
+            layer.base_layer = four_bit.FourBitLinear(weight - left @ right, layer.base_layer.bias)
+            left, right = _largest_factors(weight - layer.base_layer.weight, rank)
+        count = len(right)  # a small layer has fewer singular values than the adapter has rows
+        scale = layer.scaling[ADAPTER] ** 0.5
+        layer.lora_A[ADAPTER].weight[:count] = right / scale
+        layer.lora_B[ADAPTER].weight[:, :count] = left / scale
+
     def settings(self, modules):
         from peft import LoraConfig, LoraModel
 
@@ -472,6 +587,17 @@ class Lora(AdapterTechnique):
             use_dora=o.dora,  # type: ignore[arg-type]
             fan_in_fan_out=any(_is_transposed(module) for module in modules),
         )
+
+
+LOFTQ_ROUNDS = 5
+"""How often the 4 bits and the adapter are fitted to what the other leaves (Li et al. 2024)."""
+
+
+def _largest_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return (rows, rank) and (rank, columns), whose product is the nearest of this rank."""
+    u, values, vectors = torch.linalg.svd(matrix, full_matrices=False)
+    root = values[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vectors[:rank]
 
 
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv2dSame")
@@ -541,6 +667,9 @@ class OFT(AdapterTechnique):
     Rotations keep angles and lengths of a layer's weights. It assumes that these carry what the
     source knows. It helps where full fine-tuning forgets it, on few rows. It hurts where the scale
     of features must change. A layer with a single input stays as it is.
+
+    BOFT (Liu et al. 2024), whose butterfly factors mix the blocks, is not there: peft computes them
+    by a CUDA extension that it compiles at run time, and is plain OFT without it.
     """
 
     # peft 0.21 takes an input of four dimensions, as swin's linear layers have, for an image

@@ -62,8 +62,8 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Size:
-    """What the cost of a contest depends on."""
+class BracketSize:
+    """What the cost of a bracket depends on."""
 
     pairs: int
     scratch: Fraction
@@ -73,18 +73,18 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Contest:
-    """The pairs that compete for the trials of one target and label fraction."""
+class Bracket:
+    """The pairs of one target and label fraction, of which successive halving keeps the best."""
 
     target: str
     label_fraction: str
     pairs: tuple[Pair, ...]
-    size: Size
+    size: BracketSize
 
 
 @dataclass(frozen=True)
-class Spending:
-    """How many pairs of a contest are tried at each rung, and how many are trained in full."""
+class Allocation:
+    """How many pairs of a bracket are tried at each rung, and how many are trained in full."""
 
     rungs: tuple[int, ...]
     """One number for each of `RUNGS`; 0: the rung is left out, since it would cut nothing."""
@@ -111,7 +111,7 @@ def steps_text(share: Fraction) -> str:
     return "all steps" if share == 1 else f"{share} of the steps"
 
 
-# ---------------------------------------------------------------- how much each contest may spend
+# ---------------------------------------------------------------- how much each bracket may spend
 
 
 def relative_cost(component: ComponentConfig) -> Fraction:
@@ -119,15 +119,15 @@ def relative_cost(component: ComponentConfig) -> Fraction:
     return Fraction(technique_of(component).steps(MANY_STEPS), MANY_STEPS)
 
 
-def share_out(budget: int, sizes: Sequence[Size], seeds: int) -> list[Spending]:
-    """Share the budget of a job out over its contests.
+def share_out(budget: int, sizes: Sequence[BracketSize], seeds: int) -> list[Allocation]:
+    """Share the budget of a job out over its brackets.
 
     Each has what it needs at least, and a part of the rest by its number of pairs. What one leaves
     over goes to the next.
 
     Args:
         budget: Full-length trials of the whole job, those of scratch included.
-        sizes: The size of each contest.
+        sizes: The size of each bracket.
         seeds: Number of seeds of a pair that is trained in full.
 
     Raises:
@@ -150,7 +150,7 @@ def share_out(budget: int, sizes: Sequence[Size], seeds: int) -> list[Spending]:
         mine = needed + left_over + (rest * weight / sum(weights) if weight else 0)
         rungs, finalists = _rungs(size.pairs, (mine - size.scratch) / size.pair_cost, seeds)
         cost = size.scratch + size.pair_cost * _cost(rungs, finalists, seeds)
-        out.append(Spending(rungs, finalists, cost))
+        out.append(Allocation(rungs, finalists, cost))
         left_over = mine - cost
     return out
 
@@ -189,13 +189,13 @@ def _number(value: Fraction | int) -> str:
     return f"{float(value):.4g}"
 
 
-def describe(spending: Spending, size: Size, seeds: int) -> str:
-    """Return what a contest spends: scratch, each rung, and the sum in trials."""
+def describe(allocation: Allocation, size: BracketSize, seeds: int) -> str:
+    """Return what a bracket spends: scratch, each rung, and the sum in trials."""
     if not size.pairs:
-        return f"{_number(spending.cost)} trials of scratch"
+        return f"{_number(allocation.cost)} trials of scratch"
     return (
-        f"{size.pairs} pairs of source and technique: {spending.text(seeds)}; with "
-        f"{_number(size.scratch)} trials of scratch it costs {_number(spending.cost)} trials"
+        f"{size.pairs} pairs of source and technique: {allocation.text(seeds)}; with "
+        f"{_number(size.scratch)} trials of scratch it costs {_number(allocation.cost)} trials"
     )
 
 
@@ -216,38 +216,38 @@ def shortened(train: Train, rung: int) -> dict[str, Any]:
 
 
 @dataclass
-class Learned:
-    """How the sources and techniques of earlier targets did there.
+class History:
+    """How sources and techniques did on earlier targets.
 
-    A place is between 0 (the best) and 1 (the worst). What is not known stands in the middle.
+    A rank is between 0 (the best) and 1 (the worst). What is not known stands in the middle.
     """
 
     sources: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Source to its places among the sources of each technique."""
+    """Source to its ranks among the sources of each technique."""
     techniques: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Technique to the places of its best pair, among pairs with all steps."""
+    """Technique to the ranks of its best pair, among pairs with all steps."""
 
     def source(self, pair: Pair) -> float:
-        """Return the mean place of a pair's source."""
+        """Return the mean rank of a pair's source."""
         return _mean(self.sources.get(pair.source))
 
     def technique(self, pair: Pair) -> float:
-        """Return the mean place of a pair's technique."""
+        """Return the mean rank of a pair's technique."""
         return _mean(self.techniques.get(pair.technique))
 
-    def add(self, contest: _Contested) -> None:
-        """Add what a contest that is decided has shown."""
-        for pair, place in contest.among_sources.items():
-            self.sources[pair.source].append(place)
+    def add(self, bracket: _BracketResult) -> None:
+        """Add what a bracket that is decided has shown."""
+        for pair, rank in bracket.among_sources.items():
+            self.sources[pair.source].append(rank)
         best: dict[str, float] = {}
-        for pair, place in contest.in_full.items():
-            best[pair.technique] = min(place, best.get(pair.technique, 1.0))
-        for technique, place in best.items():
-            self.techniques[technique].append(place)
+        for pair, rank in bracket.in_full.items():
+            best[pair.technique] = min(rank, best.get(pair.technique, 1.0))
+        for technique, rank in best.items():
+            self.techniques[technique].append(rank)
 
 
-def _mean(places: Sequence[float] | None) -> float:
-    return fmean(places) if places else 0.5
+def _mean(ranks: Sequence[float] | None) -> float:
+    return fmean(ranks) if ranks else 0.5
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class Decision:
     cut: frozenset[str] = frozenset()
     """Entries of the pairs that were cut."""
     notes: tuple[str, ...] = ()
-    """A sentence on every contest that is decided."""
+    """A sentence on every bracket that is decided."""
 
     @property
     def search(self) -> list[Trial]:
@@ -274,24 +274,24 @@ class Decision:
 
 
 def decide(
-    contests: Sequence[Contest],
-    spendings: Sequence[Spending],
+    brackets: Sequence[Bracket],
+    allocations: Sequence[Allocation],
     values: Mapping[str, float | None],
 ) -> Decision:
     """Decide which pairs go on.
 
     Args:
-        contests: The contests, target by target.
-        spendings: What each may spend (`share_out`).
+        brackets: The brackets, target by target.
+        allocations: What each may spend (`share_out`).
         values: Id of a trial to its value on validation rows, larger is better; None: it failed or
             has no value. Trials that have not ended are left out.
     """
-    learned, out = Learned(), Decision()
-    for target in dict.fromkeys(contest.target for contest in contests):
+    history, out = History(), Decision()
+    for target in dict.fromkeys(bracket.target for bracket in brackets):
         decided = [
-            _decide(contest, spending, values, learned)
-            for contest, spending in zip(contests, spendings, strict=True)
-            if contest.target == target
+            _decide(bracket, allocation, values, history)
+            for bracket, allocation in zip(brackets, allocations, strict=True)
+            if bracket.target == target
         ]
         for one in decided:
             out = replace(
@@ -306,13 +306,13 @@ def decide(
             rungs = sorted({one.rung for one in decided if one.waiting})
             return replace(out, rung=f"{target}, rung {' and '.join(map(str, rungs))}")
         for one in decided:
-            learned.add(one)
+            history.add(one)
     return out
 
 
 @dataclass
-class _Contested:
-    """The decisions of one contest."""
+class _BracketResult:
+    """The decisions of one bracket."""
 
     kept: list[Pair]
     cut: list[Pair] = field(default_factory=list[Pair])
@@ -322,18 +322,21 @@ class _Contested:
     notes: list[str] = field(default_factory=list[str])
     rung: int = 0
     among_sources: dict[Pair, float] = field(default_factory=dict[Pair, float])
-    """Places among the sources of one technique, at the first rung."""
+    """Ranks among the sources of one technique, at the first rung."""
     in_full: dict[Pair, float] = field(default_factory=dict[Pair, float])
-    """Places among the pairs with all steps."""
+    """Ranks among the pairs with all steps."""
 
 
 def _decide(
-    contest: Contest,
-    spending: Spending,
+    bracket: Bracket,
+    allocation: Allocation,
     values: Mapping[str, float | None],
-    learned: Learned,
-) -> _Contested:
-    out, stages = _Contested(list(contest.pairs)), [i for i, n in enumerate(spending.rungs) if n]
+    history: History,
+) -> _BracketResult:
+    out, stages = (
+        _BracketResult(list(bracket.pairs)),
+        [i for i, n in enumerate(allocation.rungs) if n],
+    )
     for number, rung in enumerate(stages, 1):
         trials = {pair: pair.rungs[rung] for pair in out.kept}
         out.rung, out.waiting = number, [one for one in trials.values() if one.id not in values]
@@ -341,13 +344,13 @@ def _decide(
         if out.waiting:
             return out
         measured = {pair: _sort_value(values[one.id]) for pair, one in trials.items()}
-        out.among_sources = out.among_sources or places_among_sources(measured)
+        out.among_sources = out.among_sources or ranks_among_sources(measured)
         if RUNGS[rung] == 1:
-            out.in_full = places(measured)
+            out.in_full = relative_ranks(measured)
             ranked = sorted(measured, key=out.in_full.__getitem__)
         else:
-            ranked = order(measured, learned)
-        keep = spending.goes_on(rung)
+            ranked = order(measured, history)
+        keep = allocation.goes_on(rung)
         for rank, pair in enumerate(ranked[keep:], keep + 1):
             has_value = measured[pair] > -math.inf
             why = f"rank {rank} of {len(ranked)}" if has_value else "no value on validation rows"
@@ -359,8 +362,8 @@ def _decide(
     if stages:
         named = ", ".join(f"{pair.source} · {pair.technique}" for pair in out.kept)
         out.notes.append(
-            f"{contest.target} at {contest.label_fraction} labels: the budget trained {named} with "
-            f"every seed and cut {len(out.cut)} of {len(contest.pairs)} pairs of source and "
+            f"{bracket.target} at {bracket.label_fraction} labels: the budget trained {named} with "
+            f"every seed and cut {len(out.cut)} of {len(bracket.pairs)} pairs of source and "
             "technique"
         )
     return out
@@ -370,8 +373,8 @@ def _sort_value(value: float | None) -> float:
     return -math.inf if value is None or math.isnan(value) else value
 
 
-def places(measured: Mapping[Pair, float]) -> dict[Pair, float]:
-    """Return the place of each pair by its value, 0 for the best and 1 for the worst."""
+def relative_ranks(measured: Mapping[Pair, float]) -> dict[Pair, float]:
+    """Return the rank of each pair by its value, 0 for the best and 1 for the worst."""
     most = max(1, len(measured) - 1)
     return {
         pair: sum(other > value for other in measured.values()) / most
@@ -379,38 +382,40 @@ def places(measured: Mapping[Pair, float]) -> dict[Pair, float]:
     }
 
 
-def places_among_sources(measured: Mapping[Pair, float]) -> dict[Pair, float]:
-    """Return the place of each pair among those with the same technique."""
+def ranks_among_sources(measured: Mapping[Pair, float]) -> dict[Pair, float]:
+    """Return the rank of each pair among those with the same technique."""
     out: dict[Pair, float] = {}
     for technique in {pair.technique for pair in measured}:
-        out |= places({p: value for p, value in measured.items() if p.technique == technique})
+        out |= relative_ranks(
+            {p: value for p, value in measured.items() if p.technique == technique}
+        )
     return out
 
 
-def order(measured: Mapping[Pair, float], learned: Learned) -> list[Pair]:
+def order(measured: Mapping[Pair, float], history: History) -> list[Pair]:
     """Return pairs by short runs, the best first.
 
     1. The pair with the largest value.
     2. The best source of each technique, then the second best of each, and so on. Among those,
        techniques that did well on earlier targets come first, and then larger values.
 
-    Each technique ranks its sources by the sum of three places: the pair's own among them, the mean
-    place of its source over all techniques, and that on earlier targets. One short run is noisy,
+    Each technique ranks its sources by the sum of three ranks: the pair's own among them, the mean
+    rank of its source over all techniques, and that on earlier targets. One short run is noisy,
     and sources differ more lastingly.
 
     Args:
         measured: Pair to its value, larger is better.
-        learned: What earlier targets have shown.
+        history: What earlier targets have shown.
     """
-    own, everywhere = places_among_sources(measured), places(measured)
+    own, everywhere = ranks_among_sources(measured), relative_ranks(measured)
     of_source: dict[str, list[float]] = defaultdict(list)
-    for pair, place in own.items():
-        of_source[pair.source].append(place)
+    for pair, rank in own.items():
+        of_source[pair.source].append(rank)
     round_of: dict[Pair, int] = {}
     for technique in {pair.technique for pair in measured}:
         ranked = sorted(
             (pair for pair in measured if pair.technique == technique),
-            key=lambda pair: own[pair] + fmean(of_source[pair.source]) + learned.source(pair),
+            key=lambda pair: own[pair] + fmean(of_source[pair.source]) + history.source(pair),
         )
         round_of |= {pair: number for number, pair in enumerate(ranked)}
     best = max(measured, key=measured.__getitem__)
@@ -419,6 +424,6 @@ def order(measured: Mapping[Pair, float], learned: Learned) -> list[Pair]:
         key=lambda pair: (
             pair is not best,
             round_of[pair],
-            learned.technique(pair) + everywhere[pair],
+            history.technique(pair) + everywhere[pair],
         ),
     )

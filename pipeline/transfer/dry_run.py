@@ -21,7 +21,7 @@ from pipeline.transfer.targets import TargetStage, planned_steps
 def describe(state: JobState) -> list[str]:
     """Return the text of ``--dry-run``: the resolved stages, trials and cost."""
     lines = [_describe_source(name, stage) for name, stage in state.sources.items()]
-    allowed, planned = state.job.fanout.budget, stages.planned_spending(state)
+    allowed, planned = state.job.fanout.budget, stages.planned_allocations(state)
     total, steps, unknown = 0, 0, ""
     for name in state.targets:
         cost = describe_target(state, name, planned)
@@ -98,7 +98,7 @@ class TargetCost:
 def describe_target(
     state: JobState,
     name: str,
-    planned: Mapping[tuple[str, str], tuple[budget.Size, budget.Spending]],
+    planned: Mapping[tuple[str, str], tuple[budget.BracketSize, budget.Allocation]],
 ) -> TargetCost:
     job, stage = state.job, state.targets[name]
     names = stages.matching(state, name)
@@ -137,11 +137,11 @@ def describe_target(
             search += f" ({tried_again} of them try the best draws again)"
         final = entries * seeds
         share = grid.fraction_text(fraction, stage.spec.objective.name)
-        size, spending = planned.get((name, share), (None, None))
-        if size is not None and spending is not None:
-            searched = sum(spending.rungs)
+        size, allocation = planned.get((name, share), (None, None))
+        if size is not None and allocation is not None:
+            searched = sum(allocation.rungs)
             search = f"{searched} search"
-            final -= (size.pairs - spending.finalists) * seeds
+            final -= (size.pairs - allocation.finalists) * seeds
         rows = stage.labelled(fraction) if fraction else stage.rows_without_labels
         batch = min(stage.spec.train.global_batch, rows)
         train = stage.spec.train.model_copy(update={"global_batch": batch})
@@ -150,8 +150,8 @@ def describe_target(
         if isinstance(steps, int):
             length = f"{steps} steps"
             cost.steps += (
-                math.floor(spending.cost * steps)
-                if spending is not None
+                math.floor(allocation.cost * steps)
+                if allocation is not None
                 else sum(
                     (number + again + seeds) * count * technique.steps(steps)
                     for technique, count, number, again in counts
@@ -162,9 +162,9 @@ def describe_target(
                 length += f" (with a budget of its own {', '.join(map(str, longer))})"
         else:
             cost.unknown = f" and those to be known {steps}"
-        if size is not None and spending is not None:
+        if size is not None and allocation is not None:
             whole = steps if isinstance(steps, int) else None
-            cost.work.append(Work(math.ceil(spending.cost), whole, batch, False, 0))
+            cost.work.append(Work(math.ceil(allocation.cost), whole, batch, False, 0))
             counts = []
         cost.work += [
             Work(
@@ -185,10 +185,9 @@ def describe_target(
             f"trials of {length} on {rows} {unit}{'' if fraction else ' without labels'}; "
             f"{stage.splits.sizes()}"
         )
-        if size is not None and spending is not None:
-            cost.lines.append(
-                f"target {name} at {share} labels, budget: {budget.describe(spending, size, seeds)}"
-            )
+        if size is not None and allocation is not None:
+            spent = budget.describe(allocation, size, seeds)
+            cost.lines.append(f"target {name} at {share} labels, budget: {spent}")
     cost.lines += _evidence(stage)
     if untrained:
         cost.trials += untrained

@@ -208,7 +208,10 @@ def _rows_of_sources(
 def _shared_groups(
     target: TargetStage, source_name: str, stage: SourceStage
 ) -> tuple[np.ndarray, list[str]]:
-    """Return (n,) whether each test row's group is in a source's training rows, and notes."""
+    """Return (n,) whether each test row's group is in a source's training rows, and notes.
+
+    Groups of a source's validation rows do not count: its network has learned nothing from them.
+    """
     assert stage.splits is not None and stage.spec.data is not None
     name, test, group = target.name, target.splits.test, target.spec.data.group
     shared, notes = np.zeros(len(test), dtype=bool), []

@@ -1,4 +1,4 @@
-"""Checks of the data files before a run, for ``--dry-run``.
+"""Checks of data files and techniques before a run, for ``--dry-run``.
 
 They raise the errors that a run would end with, some of which it would raise only after training.
 """
@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Backbone
+from pipeline.core.contracts.technique_capabilities import ChecksBackbone
 from pipeline.data.stream import Decoder
 from pipeline.io import storage
 from pipeline.train import dry_checks
 from pipeline.train.dry_checks import PlannedSource, Workload
+from pipeline.train.experiment import technique_of
 from pipeline.train.row_checks import Finding
 from pipeline.transfer import grid, stages, targets
 from pipeline.transfer.grid import BackboneGroup
 from pipeline.transfer.stages import JobState
+from pipeline.transfer.targets import TargetStage
 
 ESTIMATED = " (estimated: a run trains its tokenizer on more rows)"
 
@@ -77,15 +82,14 @@ def _target(
     """Describe a target's rows as each backbone group reads them, or raise the error of a run."""
     target, matching = state.targets[name], set(stages.matching(state, name))
     dry_checks.check_named_files(target.splits)
-    lines = _lines(
-        f"target {name}",
-        targets.unmet_requests(target, state.job.fanout.stated_search.get("global_batch", ())),
-        False,
-    )
+    batches = state.job.fanout.stated_search.get("global_batch", ())
+    found = [*targets.unmet_requests(target, batches), *targets.missing_classes(target)]
+    lines = _lines(f"target {name}", found, False)
     known: set[str] = set()
     for group in groups:
         if not matching & set(group.sources):
             continue
+        _check_backbone(target, group)
         read = targets.reading_of(target, group)
         decoder = Decoder(
             read.modality, target.spec.objective.name, read.state, target.spec.data.columns
@@ -102,6 +106,22 @@ def _target(
             found += dry_checks.rows(split, selection, decoder, target.spec.data.max_bad_rows)
         lines += _lines(f"target {name}", found, bool(estimated & set(group.sources)))
     return list(dict.fromkeys(lines))
+
+
+def _check_backbone(target: TargetStage, group: BackboneGroup) -> None:
+    """Raise ValueError where a technique of the target cannot adapt the group's backbone."""
+    backbone: Backbone | None = None
+    for component in target.techniques:
+        technique = technique_of(component)
+        if not isinstance(technique, ChecksBackbone):
+            continue
+        if backbone is None:
+            backbone = bundle.build_backbone(group.arch, seed=0)
+        try:
+            technique.check_backbone(backbone)
+        except ValueError as error:
+            place = f"targets.{target.name_in_job}"
+            raise ValueError(f"{place}: techniques: {component.name}: {error}") from None
 
 
 def _lines(name: str, findings: Iterable[Finding], is_estimated: bool) -> list[str]:

@@ -23,7 +23,11 @@ from pipeline.config import provenance, registry
 from pipeline.config.schema import Job, spec_hash
 from pipeline.core.contracts import trains
 from pipeline.core.contracts.objective_capabilities import names_labels
-from pipeline.core.contracts.technique_capabilities import LABELLED_SOURCE, adapts_without_labels
+from pipeline.core.contracts.technique_capabilities import (
+    LABELLED_SOURCE,
+    NeedsLibrary,
+    adapts_without_labels,
+)
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.specs import ObjectiveSpec
 from pipeline.data.manifests import Selection
@@ -133,6 +137,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         problems += _score_problems(job, target)
         problems += _budget_problems(job, target)
         problems += _search_problems(job, target)
+    problems += _library_problems(job, state)
     problems += baseline_problems(job)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
@@ -149,7 +154,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         {name: [stage.key, matching(state, name)] for name, stage in state.targets.items()},
         job.fanout.select,
     )
-    planned_spending(state)  # a budget that is too small is an error
+    planned_allocations(state)  # a budget that is too small is an error
     return state
 
 
@@ -296,6 +301,21 @@ def _search_problems(job: Job, target: TargetStage) -> list[str]:
         for one in target.techniques
         if (problem := grid.search_problem(one))
     ]
+
+
+def _library_problems(job: Job, state: JobState) -> list[str]:
+    """Return a problem for each technique that needs a library which is not installed."""
+    found = [one for target in state.targets.values() for one in target.techniques]
+    found += [spec.technique for spec in job.sources.values()]
+    problems: list[str] = []
+    for component in found:
+        technique = technique_of(component)
+        if isinstance(technique, NeedsLibrary):
+            try:
+                technique.check_library()
+            except ValueError as error:
+                problems.append(f"techniques: {component.name}: {error}")
+    return problems
 
 
 def baseline_problems(job: Job) -> list[str]:
@@ -772,7 +792,8 @@ def _prepare_target(
     state.progress.note(text)
     batches = job.fanout.stated_search.get("global_batch", ())
     found = [finding for one in by_reading.values() for finding in one.findings]
-    for finding in dict.fromkeys([*found, *targets.unmet_requests(target, batches)]):
+    found += [*targets.unmet_requests(target, batches), *targets.missing_classes(target)]
+    for finding in dict.fromkeys(found):
         state.notes.append(finding.line(name))
         if finding.in_terminal:
             state.progress.note(finding.line(name))
@@ -1125,10 +1146,10 @@ def final_trials(
 # ---------------------------------------------------------------- a budget of trials
 
 
-def planned_spending(
+def planned_allocations(
     state: JobState,
-) -> dict[tuple[str, str], tuple[budget.Size, budget.Spending]]:
-    """Return (target, label fraction) to size and spending, before anything has run.
+) -> dict[tuple[str, str], tuple[budget.BracketSize, budget.Allocation]]:
+    """Return (target, label fraction) to size and allocation, before anything has run.
 
     It is empty where the job has no budget. Before the sources are trained it may count more
     scratch networks than there are (`scratch_networks`).
@@ -1139,7 +1160,7 @@ def planned_spending(
     job, by_score = state.job, state.job.fanout.by_score
     if job.fanout.budget is None:
         return {}
-    sizes: dict[tuple[str, str], budget.Size] = {}
+    sizes: dict[tuple[str, str], budget.BracketSize] = {}
     for name, stage in state.targets.items():
         names = matching(state, name)[: by_score.top if by_score else None]
         networks = scratch_networks(state, names)
@@ -1154,22 +1175,22 @@ def planned_spending(
     return {key: (size, one) for (key, size), one in zip(sizes.items(), spent, strict=True)}
 
 
-def _size(scratch: Sequence[Any], pairs: Sequence[Any], seeds: int) -> budget.Size:
-    """Return the size of a contest, given the technique of each of its entries."""
-    return budget.Size(
+def _size(scratch: Sequence[Any], pairs: Sequence[Any], seeds: int) -> budget.BracketSize:
+    """Return the size of a bracket, given the technique of each of its entries."""
+    return budget.BracketSize(
         len(pairs),
         sum((budget.relative_cost(one) for one in scratch), Fraction(0)) * seeds,
         max(map(budget.relative_cost, pairs), default=Fraction(1)),
     )
 
 
-def contests_of(
+def brackets_of(
     state: JobState,
     groups: list[BackboneGroup],
     chosen: dict[str, set[str]],
     seed: int = grid.FURTHER_SEARCH_SEEDS,
-) -> list[budget.Contest]:
-    """Return the contests of a job, in the order of its targets and label fractions.
+) -> list[budget.Bracket]:
+    """Return the brackets of a job, in the order of its targets and label fractions.
 
     Args:
         seed: Of the search trials. No final trial has it: a pair that was kept for a lucky network
@@ -1180,7 +1201,7 @@ def contests_of(
         if grid.needs_training(entry[2]):
             objective = state.targets[name].spec.objective.name
             entries[name, grid.fraction_text(entry[3], objective)].append(entry)
-    out: list[budget.Contest] = []
+    out: list[budget.Bracket] = []
     for (name, fraction), found in entries.items():
         train = state.targets[name].spec.train
         competing = [entry for entry in found if not grid.starts_random(entry[2])]
@@ -1198,7 +1219,7 @@ def contests_of(
             [entry[2] for entry in competing],
             state.job.fanout.seeds,
         )
-        out.append(budget.Contest(name, fraction, tuple(pairs), size))
+        out.append(budget.Bracket(name, fraction, tuple(pairs), size))
     return out
 
 
@@ -1213,14 +1234,14 @@ def _spent(
     Args:
         records: Id of a trial to its record; None: all that there are.
     """
-    contests, fan = contests_of(state, groups, chosen), state.job.fanout
+    brackets, fan = brackets_of(state, groups, chosen), state.job.fanout
     assert fan.budget is not None
-    spending = budget.share_out(fan.budget, [contest.size for contest in contests], fan.seeds)
+    allocation = budget.share_out(fan.budget, [bracket.size for bracket in brackets], fan.seeds)
     if records is None:
-        every = [one.id for contest in contests for pair in contest.pairs for one in pair.rungs]
+        every = [one.id for bracket in brackets for pair in bracket.pairs for one in pair.rungs]
         records = trial.read_records(state.job.root, every)
     found = budget.decide(
-        contests, spending, {one: validation_value(record) for one, record in records.items()}
+        brackets, allocation, {one: validation_value(record) for one, record in records.items()}
     )
     state.cut_by_budget = found.reasons
     return found

@@ -63,7 +63,7 @@ from pipeline.core.contracts.technique_capabilities import (
 from pipeline.core.metrics import catalog
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
-from pipeline.data.manifests import Fold, Splits
+from pipeline.data.manifests import Fold, Selection, Splits
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Decoder, Rows
 from pipeline.io import file_identity, storage
@@ -192,7 +192,7 @@ class TargetStage:
         n = len(self.splits.train)
         if fraction == 1 and isinstance(fraction, float):
             return n
-        labels = _classes(self.spec, self.splits, self.state)
+        labels = _classes(self.spec, self.splits.train, self.state)
         counts = np.array([n]) if labels is None else np.bincount(labels)
         return int(
             sum(
@@ -501,12 +501,12 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any
         ) from error
 
 
-def _classes(spec: Target, splits: Splits, state: dict[str, Any]) -> np.ndarray | None:
-    """Return (n_train,) class numbers, for objectives whose rows have one class."""
+def _classes(spec: Target, rows: Selection, state: dict[str, Any]) -> np.ndarray | None:
+    """Return the (n,) class numbers of rows, for objectives whose rows have one class."""
     objective = registry.get("objective", spec.objective.name)
     if "label" not in objective.roles:
         return None
-    table = manifests.read_columns(splits.train, fit_components.label_columns(spec))
+    table = manifests.read_columns(rows, fit_components.label_columns(spec))
     return objective.encode(table, spec.data.columns, state)["label"]
 
 
@@ -627,7 +627,7 @@ def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[
                 "there a step takes all of them"
             )
         )
-    classes = _classes(target.spec, target.splits, target.state)
+    classes = _classes(target.spec, target.splits.train, target.state)
     counts = np.array([len(target.splits.train)]) if classes is None else np.bincount(classes)
     names = [str(name) for name in target.state.get("labels", ())] if classes is not None else []
     for wanted in (fraction for fraction in fractions if isinstance(fraction, int)):
@@ -648,6 +648,26 @@ def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[
                 )
             )
     return out
+
+
+def missing_classes(target: TargetStage) -> list[Finding]:
+    """Return the classes of which a fold has no test row: groups stay whole."""
+    if not target.spec.folds:
+        return []
+    classes = _classes(target.spec, target.splits.test, target.state)
+    if classes is None:
+        return []
+    there = set(classes.tolist())
+    names = [str(name) for k, name in enumerate(target.state["labels"]) if k not in there]
+    if not names:
+        return []
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return [
+        Finding(
+            f"no test row of this fold has class {', '.join(names[:4])}{more}; the tables are over "
+            "the rows of all folds"
+        )
+    ]
 
 
 def prepare(target: TargetStage, group: BackboneGroup) -> TargetData:
@@ -778,7 +798,7 @@ def _trainable(target: TargetStage, rows: Rows) -> tuple[Rows, list[BadRow]]:
 def _labels(target: TargetStage, rows: Rows, state: dict[str, Any]) -> np.ndarray | None:
     """Return (n_train,) class numbers of the training rows, where rows have one class."""
     if rows.arrays is None:
-        return _classes(target.spec, target.splits, state)
+        return _classes(target.spec, target.splits.train, state)
     roles = registry.get("objective", target.spec.objective.name).roles
     return rows.arrays.get("label") if "label" in roles else None
 

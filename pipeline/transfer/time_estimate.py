@@ -204,7 +204,7 @@ def _target_seconds(
     state: JobState, name: str, loads: Sequence[Workload], speeds: _Speeds
 ) -> float:
     """Return the seconds of a target's trials, one after the other. Raises Unmeasured."""
-    cost: TargetCost = describe_target(state, name, stages.planned_spending(state))
+    cost: TargetCost = describe_target(state, name, stages.planned_allocations(state))
     stage, total = state.targets[name], 0.0
     threads = max(1, int(state.job.fanout.cpus_per_trial))
     splits = stage.splits

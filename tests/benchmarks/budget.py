@@ -58,8 +58,8 @@ class Played:
         self.shared = stages.share(self.state)
         groups = list(self.shared.backbone_groups.values())
         chosen = {name: set(stages.matching(self.state, name)) for name in self.state.targets}
-        self.contests = [
-            stages.contests_of(self.state, groups, chosen, grid.FURTHER_SEARCH_SEEDS + number)
+        self.brackets = [
+            stages.brackets_of(self.state, groups, chosen, grid.FURTHER_SEARCH_SEEDS + number)
             for number in range(seeds)
         ]
         final = stages.final_trials(self.state, groups, chosen, {})
@@ -84,37 +84,37 @@ class Played:
     @property
     def cost(self) -> float:
         """Trials of the full matrix, scratch included."""
-        sizes = [contest.size for contest in self.contests[0]]
+        sizes = [bracket.size for bracket in self.brackets[0]]
         pairs = sum(size.pairs * size.pair_cost for size in sizes) * self.job.fanout.seeds
         return float(pairs + sum(size.scratch for size in sizes))
 
     def play(self, share: float) -> list[dict[str, Any]]:
-        """Return what a budget of this share of the full cost finds, for each contest and seed.
+        """Return what a budget of this share of the full cost finds, for each bracket and seed.
 
         Where the share is too small for the job, it is given the least that does.
         """
         from pipeline.transfer import budget
 
-        sizes, seeds = [contest.size for contest in self.contests[0]], self.job.fanout.seeds
+        sizes, seeds = [bracket.size for bracket in self.brackets[0]], self.job.fanout.seeds
         allowed = math.floor(share * self.cost)
         while True:
             try:
-                spending = budget.share_out(allowed, sizes, seeds)
+                allocation = budget.share_out(allowed, sizes, seeds)
                 break
             except budget.BudgetError:
                 allowed += 1
-        spent = float(sum(one.cost for one in spending)) / self.cost
+        spent = float(sum(one.cost for one in allocation)) / self.cost
         out: list[dict[str, Any]] = []
-        for seed, contests in enumerate(self.contests):
-            cut = self._decide(contests, spending).cut
-            for contest in contests:
-                entries = [pair.entry for pair in contest.pairs]
+        for seed, brackets in enumerate(self.brackets):
+            cut = self._decide(brackets, allocation).cut
+            for bracket in brackets:
+                entries = [pair.entry for pair in bracket.pairs]
                 best = max(fmean(self.test[entry]) for entry in entries)
                 of_matrix = self._found(entries)
                 of_budget = self._found([entry for entry in entries if entry not in cut])
                 out.append(
                     {
-                        "target": f"{contest.target} at {contest.label_fraction}",
+                        "target": f"{bracket.target} at {bracket.label_fraction}",
                         "seed": seed,
                         "share": share,
                         "spent": spent,
@@ -126,13 +126,13 @@ class Played:
                 )
         return out
 
-    def _decide(self, contests: Any, spending: Any) -> Any:
+    def _decide(self, brackets: Any, allocation: Any) -> Any:
         """Return the last decision of a budget, and run the search trials that it waits for."""
         from pipeline.train.progress import Progress
         from pipeline.transfer import budget, fanout, stages
 
         while True:
-            found = budget.decide(contests, spending, self.values)
+            found = budget.decide(brackets, allocation, self.values)
             if not found.waiting:
                 return found
             waiting = list(found.waiting)

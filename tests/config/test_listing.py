@@ -60,7 +60,8 @@ def test_what_is_printed_for_a_job_is_read_by_one():
 def test_a_sentence_ends_at_its_full_stop_and_not_after_et_al():
     names = dict(listing.names("technique"))
     assert (
-        names["lora"] == "Low-rank updates of frozen weights (Hu et al. 2022): W + alpha / rank B A"
+        names["lora"]
+        == "Low-rank updates of frozen weights (Hu et al. 2022): W + (alpha / rank) B A"
     )
     assert names["zero_shot"] == "Test the source's backbone and head as they are"
 

@@ -124,7 +124,7 @@ def test_nine_of_ten_intervals_hold_the_gain():
 
 def test_a_larger_error_is_drawn_further():
     found = GainModel(PLACES, GAINS, [0.001, 0.001, 0.001, 0.001, 0.03]).posterior(range(5))
-    assert found.weights_of_others[4] > found.weights_of_others[0]
+    assert found.shrinkage[4] > found.shrinkage[0]
     alone = GainModel(PLACES[:1], GAINS[:1], VARIANCES[:1]).posterior([0])
     np.testing.assert_allclose([alone.means[0], alone.covariance[0, 0]], [GAINS[0], VARIANCES[0]])
 

@@ -8,6 +8,7 @@ import copy
 import io
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,10 @@ padded as TensorFlow does.
 
 TECHNIQUES = ["scratch", "linear_probe", "full", "lp_ft", "lora"]
 PLUG = {"lora": {"rank": 4, "lr_scale": 2.0}}
+IN_4_BITS = {"quantize": "nf4"}
+NEEDS_LIBRARY = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra quantized)"
+)
 
 
 def lora(**options) -> Lora:
@@ -469,26 +474,205 @@ def test_compiled_training_equals_eager_training(name):
     assert furthest(weights(runs[0].task), weights(runs[1].task)) < 1e-5
 
 
-def rank_of_two(rank: int, file: str, out: str) -> None:
+def rank_of_two(rank: int, file: str, out: str, options: dict) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=2
     )
-    run = adapted_run(net_task(), ranks=loop.Ranks(rank, 2), micro_batch=2)
+    run = adapted_run(net_task(), lora(**options), ranks=loop.Ranks(rank, 2), micro_batch=2)
     loop.fit(run)
     torch.save(weights(run.task), f"{out}-{rank}")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_weights_of_one(tmp_path):
+@pytest.mark.parametrize("options", [{}, pytest.param(IN_4_BITS, marks=NEEDS_LIBRARY)], ids=str)
+def test_two_ranks_give_the_weights_of_one(tmp_path, options):
     torch.multiprocessing.spawn(
-        rank_of_two, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2
+        rank_of_two, (str(tmp_path / "store"), str(tmp_path / "out"), options), nprocs=2
     )
-    run = adapted_run(net_task(), micro_batch=2)
+    run = adapted_run(net_task(), lora(**options), micro_batch=2)
     loop.fit(run)
     two = [torch.load(tmp_path / f"out-{rank}", weights_only=True) for rank in (0, 1)]
     assert furthest(*two) == 0.0 and furthest(two[0], weights(run.task)) < 1e-5
+
+
+# ---------------------------------------------------------------- weights in 4 bits
+
+# Dettmers et al. 2023, appendix E: quantiles of a normal distribution, scaled to [-1, 1]
+NF4 = [
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+]
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as 4 bits hold it: blocks of 64 divided by their largest magnitude, nearest level."""
+    flat = nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).reshape(-1, 64)
+    scale = flat.abs().amax(1, keepdim=True)
+    nearest = (flat[..., None] / scale[..., None] - torch.tensor(NF4)).abs().argmin(-1)
+    return (torch.tensor(NF4)[nearest] * scale).flatten()[: weight.numel()].reshape(weight.shape)
+
+
+def round_linear_layers(task: Task) -> list[str]:
+    """Round the weights of a backbone's linear layers in place; their names."""
+    names = []
+    with torch.no_grad():
+        for target in adaptable_weights(task.backbone):
+            if target.kind in ("Linear", "Conv1D"):
+                weight = task.backbone.get_submodule(target.module).weight
+                turned = target.kind == "Conv1D"
+                weight.copy_(rounded(weight.T).T if turned else rounded(weight))
+                names.append(target.module)
+    return names
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("name", ["transformers/bert", "transformers/gpt2", "timm/test_vit"])
+def test_a_base_in_4_bits_is_the_network_of_the_rounded_weights(name):
+    task, batch = made(name)
+    reference, order = made(name)[0], state_of(task)
+    names = round_linear_layers(reference)
+    whole = {name: task.backbone.get_submodule(name).weight.numel() for name in names}
+    technique = lora(**IN_4_BITS)
+    adapted = wrapped(task, technique)
+    layers = adapted.layers()
+    assert sorted(n for names in layers.values() for n in names) == sorted(
+        n for n, _ in adapted.named_parameters()
+    )
+    for name, count in whole.items():
+        held = adapted.backbone.get_submodule(name).base_layer
+        tensors = [tensor for n, tensor in held.named_parameters() if n != "bias"]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert size == math.ceil(count / 2) + 4 * math.ceil(count / 64)
+        assert not any(tensor.requires_grad for tensor in held.parameters())
+    # what stood in full precision is gone
+    assert not {n for n, tensor in adapted.state_dict().items() if tensor.is_floating_point()} & {
+        f"backbone.{name}.base_layer.weight" for name in names
+    }
+    assert (scores(adapted, batch) - scores(reference, batch)).abs().max() < 1e-5
+    want = scores(shaken(adapted), batch)
+    ended = technique.finish(adapted)
+    assert type(ended) is Task and state_of(ended) == order
+    assert (scores(ended, batch) - want).abs().max() < 1e-5
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("options", [{}, {"dora": True}], ids=str)
+def test_training_in_4_bits_equals_training_on_rounded_weights(options):
+    """So gradients flow through the layers in 4 bits, and nothing but adapters and head moves."""
+    rows = text_rows(48)
+    runs = []
+    for is_held in (True, False):
+        task = made("transformers/bert")[0]
+        if not is_held:
+            round_linear_layers(task)
+        technique = lora(rank=4, **options, **(IN_4_BITS if is_held else {}))
+        torch.manual_seed(5)
+        run = make_run(
+            rows, technique.wrap(task), steps=8, technique=technique, lr=5e-3, warmup=0.0
+        )
+        before = weights(run.task)
+        loop.fit(run)
+        after = weights(run.task)
+        moved = {name for name in after if not torch.equal(after[name], before[name])}
+        assert moved == {*added(run.task), *run.task.layers()["head"]}
+        runs.append(weights(technique.finish(run.task)))
+    assert furthest(*runs) < 1e-5
+
+
+@NEEDS_LIBRARY
+def test_the_loss_falls_in_4_bits_and_in_bf16():
+    for precision in ("fp32", "bf16"):
+        logs: list[dict] = []
+        run = adapted_run(
+            net_task(), lora(**IN_4_BITS), precision=precision, steps=30, lr=0.03, log_every_steps=5
+        )
+        run.on_log = logs.append
+        outcome = loop.fit(run)
+        assert outcome.skipped_steps == 0 and logs[-1]["loss"] < 0.7 * logs[0]["loss"]
+        ended = run.technique.finish(run.task)
+        assert {tensor.dtype for tensor in ended.parameters()} == {torch.float32}
+
+
+@NEEDS_LIBRARY
+def test_loftq_starts_nearer_the_source():
+    """The adapter is the best of its rank for what 4 bits leave (Eckart and Young), and several
+    rounds leave less than one."""
+    plain = made("transformers/bert")[0]
+    left_over = {}
+    for label, options, rounds in (
+        ("zero", {}, 5),
+        ("one", {"start": "loftq"}, 1),
+        ("five", {"start": "loftq"}, 5),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipeline.techniques.peft.LOFTQ_ROUNDS", rounds)
+            adapted = wrapped(made("transformers/bert")[0], lora(alpha=4.0, **IN_4_BITS, **options))
+        total = 0.0
+        for name in adapted.adapters():
+            layer = adapted.backbone.get_submodule(name)
+            weight = plain.backbone.get_submodule(name).weight
+            missing = weight - layer.base_layer.weight
+            rest = missing - layer.get_delta_weight("default")
+            if options:
+                values = torch.linalg.svdvals(missing.detach())
+                rest_norm = float(rest.detach().norm())
+                assert rest_norm == pytest.approx(float(values[8:].norm()), rel=1e-3)
+            total += float(rest.square().sum().detach())
+        left_over[label] = total
+    assert left_over["five"] < left_over["one"] < left_over["zero"]
+
+
+@NEEDS_LIBRARY
+def test_a_run_in_4_bits_goes_on_bit_for_bit(tmp_path):
+    def run(folder) -> loop.TrainingRun:
+        technique = lora(dropout=0.3, **IN_4_BITS)
+        words = {"ema": 0.8, "checkpoint_every_steps": 3}
+        return adapted_run(
+            technique=technique, steps=9, checkpoints=str(tmp_path / folder), **words
+        )
+
+    whole, first = run("whole"), run("parts")
+    loop.fit(whole)
+    kill_at(first, 8)
+    torch.manual_seed(99)
+    second = run("parts")
+    assert loop.fit(second).resumed_from == 6
+    assert furthest(weights(second.task), weights(whole.task)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": "loftq"}, "say quantize: nf4 too"),
+        ({"start": "loftq", "dora": True, **IN_4_BITS}, "leave start: loftq out"),
+        ({"start": "pissa", **IN_4_BITS}, "say start: loftq"),
+    ],
+    ids=str,
+)
+def test_starts_that_4_bits_allow(options, message):
+    with pytest.raises(ValueError, match=message):
+        lora(**options)
+
+
+def test_a_backbone_without_linear_layers_cannot_be_held_in_4_bits():
+    with pytest.raises(ValueError, match=r"timm/test_resnet has no linear layer .*leave quantize"):
+        lora(**IN_4_BITS).wrap(made("timm/test_resnet")[0])
 
 
 # ---------------------------------------------------------------- trials
@@ -570,10 +754,19 @@ def test_lora_stands_beside_the_other_techniques(worlds, kind, name):
     )
 
 
-@pytest.mark.parametrize("kind", ["image", "text"])
-def test_a_trial_s_bundle_is_the_plain_task_and_predicts_what_was_recorded(worlds, kind):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("image", {}),
+        ("text", {}),
+        pytest.param("image", {**IN_4_BITS, "start": "loftq"}, marks=NEEDS_LIBRARY),
+        pytest.param("text", IN_4_BITS, marks=NEEDS_LIBRARY),
+    ],
+    ids=str,
+)
+def test_a_trial_s_bundle_is_the_plain_task_and_predicts_what_was_recorded(worlds, kind, options):
     job, shared = worlds[kind]
-    one = trial_of(job, shared, PLUG)
+    one = trial_of(job, shared, {"lora": {**PLUG["lora"], **options}})
     record = trial.run(one, shared)
     assert record.status == "done", record.error
     test = next(row for row in record.rows if row.split == "test")

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config.schema import ComponentConfig, Train
 from pipeline.transfer import budget
-from pipeline.transfer.budget import Contest, Learned, Pair, Size
+from pipeline.transfer.budget import Bracket, BracketSize, History, Pair
 
 SOURCES, TECHNIQUES = ("a", "b", "c"), ("full", "lora", "linear_probe", "bitfit", "lp_ft")
 
@@ -27,22 +27,22 @@ def pair(target: str, source: str, technique: str) -> Pair:
     )
 
 
-def contest(target: str = "task", sources=SOURCES, techniques=TECHNIQUES, seeds: int = 3):
+def bracket(target: str = "task", sources=SOURCES, techniques=TECHNIQUES, seeds: int = 3):
     pairs = tuple(itertools.starmap(pair, itertools.product([target], sources, techniques)))
-    return Contest(target, "1.0", pairs, Size(len(pairs), Fraction(seeds)))
+    return Bracket(target, "1.0", pairs, BracketSize(len(pairs), Fraction(seeds)))
 
 
-def run(contests, spendings, value) -> tuple[budget.Decision, list[str]]:
+def run(brackets, allocations, value) -> tuple[budget.Decision, list[str]]:
     """Decide, run what is waited for, and decide again until nothing waits; and what ran."""
     values, order = {}, []
-    while (found := budget.decide(contests, spendings, values)).waiting:
+    while (found := budget.decide(brackets, allocations, values)).waiting:
         order += [one.id for one in found.waiting]
         values |= {one.id: value(one.id) for one in found.waiting}
     return found, order
 
 
-def spend(allowed: int, *contests: Contest, seeds: int = 3) -> list[budget.Spending]:
-    return budget.share_out(allowed, [one.size for one in contests], seeds)
+def spend(allowed: int, *brackets: Bracket, seeds: int = 3) -> list[budget.Allocation]:
+    return budget.share_out(allowed, [one.size for one in brackets], seeds)
 
 
 def random_values(seed: int):
@@ -50,8 +50,8 @@ def random_values(seed: int):
     return lambda name: float(np.random.default_rng([seed, *name.encode()]).normal())
 
 
-def kept(found: budget.Decision, *contests: Contest) -> list[str]:
-    return [one.entry for each in contests for one in each.pairs if one.entry not in found.cut]
+def kept(found: budget.Decision, *brackets: Bracket) -> list[str]:
+    return [one.entry for each in brackets for one in each.pairs if one.entry not in found.cut]
 
 
 # ---------------------------------------------------------------- how much is spent
@@ -61,20 +61,20 @@ def kept(found: budget.Decision, *contests: Contest) -> list[str]:
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_no_more_than_the_budget_is_spent(allowed, seeds):
     """Counted from the trials that run, not from what the plan says of itself."""
-    contests = [
-        contest("first", seeds=seeds),
-        contest("second", SOURCES[:1], TECHNIQUES[:2], seeds),
-        contest("third", (), (), seeds),
+    brackets = [
+        bracket("first", seeds=seeds),
+        bracket("second", SOURCES[:1], TECHNIQUES[:2], seeds),
+        bracket("third", (), (), seeds),
     ]
-    spendings = spend(allowed, *contests, seeds=seeds)
-    found, ran = run(contests, spendings, random_values(0))
+    allocations = spend(allowed, *brackets, seeds=seeds)
+    found, ran = run(brackets, allocations, random_values(0))
     search = sum(budget.RUNGS[int(name[-1])] for name in ran)
-    final = len(kept(found, *contests)) * seeds
-    assert search + final + seeds * len(contests) == sum(one.cost for one in spendings) <= allowed
+    final = len(kept(found, *brackets)) * seeds
+    assert search + final + seeds * len(brackets) == sum(one.cost for one in allocations) <= allowed
 
 
 def test_a_larger_budget_leaves_more_in_the_table_and_the_largest_cuts_nothing():
-    one = contest()
+    one = bracket()
     finalists = [spend(allowed, one)[0].finalists for allowed in range(10, 49)]
     assert finalists == sorted(finalists) and finalists[0] == 1
     (whole,) = spend(3 + 45, one)
@@ -85,7 +85,7 @@ def test_a_larger_budget_leaves_more_in_the_table_and_the_largest_cuts_nothing()
 
 def test_a_rung_that_would_cut_nothing_is_left_out():
     for allowed in range(10, 48):
-        (one,) = spend(allowed, contest())
+        (one,) = spend(allowed, bracket())
         counts = [count for count in (*one.rungs, one.finalists) if count]
         assert counts[0] == 15
         assert all(a > b for a, b in itertools.pairwise(counts)), (allowed, one)
@@ -107,21 +107,21 @@ def test_a_rung_that_would_cut_nothing_is_left_out():
 )
 def test_how_many_of_fifteen_pairs_are_tried_at_each_rung(left, rungs, finalists):
     """By hand, with 3 seeds; the first rung costs 15 / 9 trials, and the second one each."""
-    (one,) = spend(left + 3, contest())
+    (one,) = spend(left + 3, bracket())
     assert (one.rungs, one.finalists) == (rungs, finalists)
     assert float(one.cost) == pytest.approx(3 + rungs[0] / 9 + rungs[1] + 3 * finalists)
 
 
 def test_what_a_target_leaves_over_is_spent_on_the_next():
     """With 8 trials a target spends 7.67, and with 8.33 that are then left 7.67; 0.67 more do."""
-    (alone,) = spend(11, contest())
-    *first, last = spend(3 * 11, contest("first"), contest("second"), contest("third"))
+    (alone,) = spend(11, bracket())
+    *first, last = spend(3 * 11, bracket("first"), bracket("second"), bracket("third"))
     assert first == [alone, alone] and (alone.rungs, alone.finalists) == ((15, 3), 1)
     assert (last.rungs, last.finalists) == ((15, 4), 1)
 
 
 def test_a_budget_that_is_too_small_says_how_much_is_needed():
-    one = contest()
+    one = bracket()
     message = (
         "fanout.select.budget: 9 trials are too few for this job: scratch takes 3, and 6.667 more "
         "are needed to try every source with every technique with 1/9 of the steps, 2 of them with "
@@ -135,8 +135,8 @@ def test_a_budget_that_is_too_small_says_how_much_is_needed():
 
 
 def test_techniques_that_take_more_steps_cost_more():
-    plain, long = contest(), contest()
-    long = Contest("task", "1.0", long.pairs, Size(15, Fraction(3), Fraction(2)))
+    plain, long = bracket(), bracket()
+    long = Bracket("task", "1.0", long.pairs, BracketSize(15, Fraction(3), Fraction(2)))
     assert spend(30, long)[0].rungs != spend(30, plain)[0].rungs
     assert spend(30, long)[0].cost <= 30
     assert budget.relative_cost(ComponentConfig(name="scratch", options={"budget": 2.0})) == 2
@@ -163,32 +163,34 @@ def test_a_rung_is_a_trial_of_a_part_of_the_steps(train, rung, drawn):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_best_by_value_goes_on_at_every_rung(seed):
-    contests = [contest("first"), contest("second")]
-    spendings, value = spend(26, *contests), random_values(seed)
-    found, ran = run(contests, spendings, value)
-    for one in contests:
+    brackets = [bracket("first"), bracket("second")]
+    allocations, value = spend(26, *brackets), random_values(seed)
+    found, ran = run(brackets, allocations, value)
+    for one in brackets:
         for rung in range(2):
             entered = [p for p in one.pairs if p.rungs[rung].id in ran]
             best = max(entered, key=lambda p: value(p.rungs[rung].id))
             assert best.rungs[rung].id not in found.reasons
-    assert len(kept(found, *contests)) == sum(one.finalists for one in spendings)
+    assert len(kept(found, *brackets)) == sum(one.finalists for one in allocations)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_better_value_with_all_steps_never_cuts_a_pair_that_went_on(seed):
-    contests = [contest("first"), contest("second")]
-    spendings, value = spend(40, *contests), random_values(seed)
-    found, _ = run(contests, spendings, value)
-    for entry in kept(found, *contests):
+    brackets = [bracket("first"), bracket("second")]
+    allocations, value = spend(40, *brackets), random_values(seed)
+    found, _ = run(brackets, allocations, value)
+    for entry in kept(found, *brackets):
         raised, _ = run(
-            contests, spendings, lambda name, entry=entry: value(name) + 5 * (name == f"{entry}|1")
+            brackets,
+            allocations,
+            lambda name, entry=entry: value(name) + 5 * (name == f"{entry}|1"),
         )
         assert entry not in raised.cut
 
 
 def test_short_runs_compare_sources_and_runs_with_all_steps_compare_techniques():
     """The probe is at its end after a ninth of the steps, where full fine-tuning has just begun."""
-    one = contest()
+    one = bracket()
 
     def value(name: str) -> float:
         source, _, technique, rung = name.split("|")
@@ -206,23 +208,23 @@ def test_short_runs_compare_sources_and_runs_with_all_steps_compare_techniques()
 
 def test_a_source_is_judged_by_all_of_its_techniques():
     """By its own value alone the lucky pair would be the first of its technique."""
-    pairs = contest(techniques=TECHNIQUES[:4]).pairs
+    pairs = bracket(techniques=TECHNIQUES[:4]).pairs
     measured = {p: {"a": 0.3, "b": 0.2, "c": 0.1}[p.source] for p in pairs}
     lucky = next(p for p in pairs if (p.source, p.technique) == ("c", "lora"))
     best = next(p for p in pairs if (p.source, p.technique) == ("a", "full"))
     measured |= {lucky: 0.31, best: 0.4}
-    first = budget.order(measured, Learned())[:4]
+    first = budget.order(measured, History())[:4]
     assert {p.source for p in first} == {"a"} and len({p.technique for p in first}) == 4
 
 
 def test_pairs_that_failed_or_have_no_value_are_cut_first():
-    one = contest()
+    one = bracket()
     values = {
         p.entry: None if p.source == "a" else math.nan if p.source == "b" else 0.0
         for p in one.pairs
     }
-    spendings = spend(12, one)
-    found, _ = run([one], spendings, lambda name: values[name.rpartition("|")[0]])
+    allocations = spend(12, one)
+    found, _ = run([one], allocations, lambda name: values[name.rpartition("|")[0]])
     assert [entry[0] for entry in kept(found, one)] == ["c"]
     reasons = {name[0]: text.rpartition(": ")[2] for name, text in found.reasons.items()}
     assert reasons["a"] == reasons["b"] == "no value on validation rows"
@@ -230,40 +232,40 @@ def test_pairs_that_failed_or_have_no_value_are_cut_first():
 
 def test_decisions_do_not_depend_on_where_a_job_was_killed():
     """With any part of the values recorded, what follows is the same."""
-    contests = [contest("first"), contest("second")]
-    spendings, value = spend(24, *contests), random_values(3)
-    found, ran = run(contests, spendings, value)
+    brackets = [bracket("first"), bracket("second")]
+    allocations, value = spend(24, *brackets), random_values(3)
+    found, ran = run(brackets, allocations, value)
     generator = np.random.default_rng(0)
     for _ in range(20):
         some = generator.permutation(len(ran))[: generator.integers(len(ran))]
         values = {ran[i]: value(ran[i]) for i in some}
-        while (again := budget.decide(contests, spendings, values)).waiting:
+        while (again := budget.decide(brackets, allocations, values)).waiting:
             assert {one.id for one in again.waiting} <= set(ran), "nothing else is ever run"
             values |= {one.id: value(one.id) for one in again.waiting}
         assert again == found
 
 
 def test_a_second_target_waits_for_the_first():
-    contests = [contest("first"), contest("second")]
-    found = budget.decide(contests, spend(30, *contests), {})
+    brackets = [bracket("first"), bracket("second")]
+    found = budget.decide(brackets, spend(30, *brackets), {})
     assert {one.entry.split("|")[1] for one in found.waiting} == {"first"}
     assert found.rung == "first, rung 1"
 
 
 def test_sources_that_did_well_on_earlier_targets_go_before():
     """lora finds b a little better than a, which was better on every earlier target."""
-    pairs = contest(techniques=("full", "lora")).pairs
+    pairs = bracket(techniques=("full", "lora")).pairs
     values = {"full": {"a": 0.5, "b": 0.4, "c": 0.0}, "lora": {"a": 0.2, "b": 0.3, "c": 0.1}}
     measured = {p: values[p.technique][p.source] for p in pairs}
-    earlier = Learned({"a": [0.0, 0.5], "b": [1.0, 0.5]})
-    for learned, first_of_lora in ((Learned(), "b"), (earlier, "a")):
-        ranked = [(p.source, p.technique) for p in budget.order(measured, learned)]
+    earlier = History({"a": [0.0, 0.5], "b": [1.0, 0.5]})
+    for history, first_of_lora in ((History(), "b"), (earlier, "a")):
+        ranked = [(p.source, p.technique) for p in budget.order(measured, history)]
         assert ranked[:2] == [("a", "full"), (first_of_lora, "lora")]
 
 
 def test_techniques_that_did_well_on_earlier_targets_go_before():
     """The best source of each is compared with all steps, where the budget allows fewer."""
-    contests = [contest("first"), contest("second")]
+    brackets = [bracket("first"), bracket("second")]
 
     def value(name: str) -> float:
         source, target, technique, rung = name.split("|")
@@ -273,26 +275,26 @@ def test_techniques_that_did_well_on_earlier_targets_go_before():
         after = ("full", "lora", "bitfit", "linear_probe", "lp_ft")
         return of_source + 0.1 * (after.index(technique) if target == "second" else 0)
 
-    spendings = [*spend(20, contests[0]), *spend(10, contests[1])]
-    assert [one.rungs for one in spendings] == [(15, 9), (15, 2)]
-    found, ran = run(contests, spendings, value)
+    allocations = [*spend(20, brackets[0]), *spend(10, brackets[1])]
+    assert [one.rungs for one in allocations] == [(15, 9), (15, 2)]
+    found, ran = run(brackets, allocations, value)
     second = [name for name in ran if "second" in name and name.endswith("1")]
     assert second == ["a|second|lp_ft|1", "a|second|bitfit|1"]
-    assert "a|second|bitfit" in kept(found, *contests)
-    _, alone = run(contests[1:], spendings[1:], value)
+    assert "a|second|bitfit" in kept(found, *brackets)
+    _, alone = run(brackets[1:], allocations[1:], value)
     assert "a|second|linear_probe|1" in alone, "by the short runs alone"
 
 
 def test_what_is_not_known_of_earlier_targets_stands_in_the_middle():
-    learned = Learned({"a": [0.0, 0.5]}, {"full": [1.0]})
-    assert learned.source(pair("x", "a", "lora")) == 0.25
-    assert learned.technique(pair("x", "a", "full")) == 1.0
-    assert learned.source(pair("x", "new", "full")) == 0.5
-    assert learned.technique(pair("x", "a", "new")) == 0.5
+    history = History({"a": [0.0, 0.5]}, {"full": [1.0]})
+    assert history.source(pair("x", "a", "lora")) == 0.25
+    assert history.technique(pair("x", "a", "full")) == 1.0
+    assert history.source(pair("x", "new", "full")) == 0.5
+    assert history.technique(pair("x", "a", "new")) == 0.5
 
 
 def test_every_pair_that_was_cut_has_a_reason_with_its_rung():
-    one = contest()
+    one = bracket()
     found, _ = run([one], spend(10, one), random_values(1))
     assert len(found.reasons) == len(found.cut) == 14
     first = "cut by the budget after rung 1 of 2 (1/9 of the steps): rank "

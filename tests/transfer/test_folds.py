@@ -16,7 +16,7 @@ from pipeline.core.metrics import catalog
 from pipeline.report import advice, folds, matrix, results, shift, stats
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.train.source import data_key
-from pipeline.transfer import dry_run, grid, stages, trial
+from pipeline.transfer import dry_run, grid, stages, targets, trial
 
 ROWS = 48
 
@@ -119,6 +119,15 @@ def test_what_a_dry_run_counts(toy):
     lines = dry_run.describe(stages.check(job_of(toy), Silent()))
     assert any(line.startswith("in all: 18 trials") for line in lines)
     assert any("tested in all folds" in line for line in lines)
+
+
+def test_a_fold_without_test_rows_of_a_class_says_so(toy):
+    stage = stages.check(job_of(toy), Silent()).targets["task.fold2"]
+    assert not targets.missing_classes(stage)
+    classes = targets._classes(stage.spec, stage.splits.test, stage.state)
+    test = stage.splits.test.keep(classes != 1)
+    (found,) = targets.missing_classes(replace(stage, splits=replace(stage.splits, test=test)))
+    assert found.text.startswith(f"no test row of this fold has class {stage.state['labels'][1]};")
 
 
 def test_a_search_is_of_each_fold_alone(toy, monkeypatch):

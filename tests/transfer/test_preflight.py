@@ -4,6 +4,7 @@ writes nothing.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -390,3 +391,38 @@ def test_the_command_refuses_what_a_run_would_refuse(tmp_path, monkeypatch):
         assert "source src: transformers/bert" in done.output and (
             "the text is null" in done.output
         ) == (name == "bad")
+
+
+# ---------------------------------------------------------------- techniques
+
+
+def adapted(folder: Path, models: dict[str, str], *techniques: Any) -> Job:  # noqa: F811
+    job = job_of(
+        folder,
+        models["bert"],
+        written(folder / "rows.parquet"),
+        "classification",
+        COLUMNS,
+        techniques=["scratch", *techniques],
+    )
+    return job.model_copy(update={"targets": {**job.targets, "again": job.targets["task"]}})
+
+
+def test_modules_that_the_backbone_lacks_are_refused_for_each_target(tmp_path, models):  # noqa: F811
+    job = adapted(tmp_path, models, {"lora": {"modules": ["query", "qkv"]}})
+    lines = refused(job).splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "targets.task: techniques: lora: transformers/bert has no module ending with qkv."
+    )
+    preflight.check_rows(checked(adapted(tmp_path, models, {"lora": {"modules": ["query"]}})))
+
+
+def test_4_bits_without_their_library_are_refused_once(tmp_path, models, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError) as error:
+        checked(adapted(tmp_path, models, {"lora": {"quantize": "nf4"}}))
+    assert str(error.value) == (
+        "techniques: lora: quantize: nf4 needs bitsandbytes, which is not installed: uv sync "
+        "--extra quantized, or leave quantize out"
+    )

@@ -14,9 +14,11 @@ A technique has a capability by having its member; nothing is declared. Each is 
     `ChoosesOnValidation`: something is chosen on the validation rows after training (WiSE-FT).
     `TakesSomeTrials`: the finished trials of some techniques are combined (soups).
     `KeepsModules`: what ``wrap`` adds stays in the network (side-tuning).
-    `ReadsGradients`: something is decided by the gradients of training (surgical, AdaLoRA).
+    `ReadsGradients`: something is decided by gradients, or by the rows of all ranks (surgical).
     `SolvesHead`: the head of a frozen backbone is the solution of a convex problem.
     `SelectsFeatures`: such a head keeps some of its features only.
+    `NeedsLibrary`: an option takes a library that is not always installed (QLoRA).
+    `ChecksBackbone`: not every backbone can be adapted (adapters of named modules).
 """
 
 from __future__ import annotations
@@ -197,12 +199,14 @@ class KeepsModules(Protocol):
 
 @runtime_checkable
 class ReadsGradients(Protocol):
-    """A technique that decides something by the gradients of training."""
+    """A technique that decides something by gradients, or by what all ranks have read in a step."""
 
     def read_gradients(self, task: Task, phase: str, step: int) -> None:
         """Look at ``grad`` of the task's parameters before an optimiser step.
 
-        Gradients are the same on every rank. They are those of the summed loss, not of its mean.
+        It is called on every rank, also on one without rows, so it may add up over ranks what
+        ``penalty`` has seen (`pipeline.core.nn.all_gather.summed`). Gradients are the same on every
+        rank. They are those of the summed loss, not of its mean.
         What is decided must be in a buffer of the task, so that resume points have it.
 
         Args:
@@ -253,6 +257,24 @@ class SelectsFeatures(Protocol):
             backbone: That of the task as ``wrap`` returned it.
             features: (n, D) its pooled features of the training rows.
         """
+        ...
+
+
+@runtime_checkable
+class NeedsLibrary(Protocol):
+    """A technique with an option that takes a library which is not always installed."""
+
+    def check_library(self) -> None:
+        """Raise ValueError, with how to install it, where the library is needed and lacking."""
+        ...
+
+
+@runtime_checkable
+class ChecksBackbone(Protocol):
+    """A technique that cannot adapt every backbone."""
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Raise ValueError where ``wrap`` would raise it for the backbone."""
         ...
 
 

@@ -45,14 +45,14 @@ def _among_best(p: Predictions, k: int) -> np.ndarray:
 @register("metric", "accuracy")
 @ratio(bounds=SHARE)
 def accuracy(p: Predictions) -> np.ndarray:
-    """Share of rows (or of hourly positions) whose class has the largest score."""
+    """Share of rows (or of hourly positions) whose true class has the largest score."""
     return _among_best(p, 1)
 
 
 @register("metric", "top5_accuracy")
 @ratio(bounds=SHARE, for_role="label")
 def top5_accuracy(p: Predictions) -> np.ndarray:
-    """Share of rows whose class is among the five largest scores."""
+    """Share of rows whose true class is among the five largest scores."""
     return _among_best(p, 5)
 
 
@@ -107,7 +107,7 @@ def _class_counts(p: Predictions, counts: np.ndarray) -> tuple[np.ndarray, np.nd
 @register("metric", "balanced_accuracy")
 @resampled(bounds=SHARE, for_role="label")
 def balanced_accuracy(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """Mean recall over the classes that a draw has rows of."""
+    """Mean recall over the classes that there are rows of."""
     hits, true, _ = _class_counts(p, counts)
     return mean_where(hits / np.maximum(true, 1), true > 0)
 
@@ -115,8 +115,8 @@ def balanced_accuracy(p: Predictions, counts: np.ndarray) -> np.ndarray:
 @register("metric", "macro_f1")
 @resampled(bounds=SHARE)
 def macro_f1(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """F1 of classes by the largest score; of label sets by probabilities above 0.5, over the labels
-    that are `scored`.
+    """Unweighted mean of the F1 of each class (the largest score), or of each label (probabilities
+    above 0.5, over the labels that are `scored`).
     """
     if "labels" in p:
         kept, drawn = scored(p), columns(counts)
@@ -132,9 +132,9 @@ def macro_f1(p: Predictions, counts: np.ndarray) -> np.ndarray:
 @register("metric", "kappa")
 @resampled(bounds=(-1.0, 1.0), for_role="label")
 def kappa(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """Cohen's kappa with linear weights: one less than the mean distance between classes, as a
-    share of what chance gives (Cohen 1968; lengths of stay: Harutyunyan et al. 2019). NaN where
-    there is one class only, and only it is called.
+    """Cohen's linearly weighted kappa: agreement of ordered classes beyond chance, 1 at best (Cohen
+    1968; lengths of stay: Harutyunyan et al. 2019). One minus the mean distance between classes as
+    a share of what chance gives; NaN where there is one class only, and only it is called.
     """
     scores, label, drawn = _positions(p, counts)
     classes: int = scores.shape[1]
@@ -185,8 +185,8 @@ def auprc(p: Predictions, counts: np.ndarray) -> np.ndarray:
 @register("metric", "min_precision_sensitivity")
 @resampled(bounds=SHARE, for_role="label")
 def min_precision_sensitivity(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """The largest value, over thresholds, of the smaller one of precision and sensitivity; the
-    PhysioNet/CinC Challenge 2012 ranked by it.
+    """Largest min(precision, sensitivity) over thresholds, by which the PhysioNet/CinC Challenge
+    2012 ranked.
     """
     return _ranked(weighted_min_precision_sensitivity, p, counts)
 
@@ -201,8 +201,8 @@ def _brier_bounds(p: Predictions) -> Bounds:
 @register("metric", "brier")
 @ratio(higher_is_better=False, bounds=_brier_bounds, for_role="label")
 def brier(p: Predictions) -> np.ndarray:
-    """Squared errors of probabilities: of two classes the positive one's, of more their sum over
-    classes (Brier 1950).
+    """Brier score: mean squared error of the class probabilities (Brier 1950). Of two classes it is
+    that of the positive one, of more their sum over classes.
     """
     chance, label = calibration.softmax(p["scores"]), p["label"]
     if chance.shape[-1] == 2:

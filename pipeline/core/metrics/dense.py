@@ -12,14 +12,14 @@ from pipeline.core.metrics.metric import SHARE, Predictions, mean_where, pairs, 
 @register("metric", "map")
 @resampled(bounds=SHARE)
 def mean_average_precision(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """Mean over classes and IoU thresholds from 0.5 to 0.95, as COCO defines it."""
+    """COCO's mean average precision, over classes and IoU thresholds from 0.5 to 0.95."""
     return coco_ap.average_precision(p, coco_ap.IOU_THRESHOLDS, counts)
 
 
 @register("metric", "map50")
 @resampled(bounds=SHARE)
 def mean_average_precision_50(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """Mean over classes at an IoU of 0.5."""
+    """Mean average precision over classes at an IoU of 0.5 (COCO's AP50)."""
     return coco_ap.average_precision(p, coco_ap.IOU_THRESHOLDS[:1], counts)
 
 

@@ -22,7 +22,7 @@ def _loss_bounds(p: Predictions) -> Bounds:
 @register("metric", "loss")
 @ratio(higher_is_better=False, bounds=_loss_bounds)
 def loss(p: Predictions) -> np.ndarray:
-    """The mean loss of a unit that the objective counts: a token, sample, row or number."""
+    """Mean loss per unit that the objective counts: a token, sample, row or number."""
     return _mean_loss(p)
 
 
@@ -31,15 +31,15 @@ def loss(p: Predictions) -> np.ndarray:
     higher_is_better=False, bounds=(1.0, math.inf), final=lambda mean: math.exp(min(mean, 700.0))
 )
 def perplexity(p: Predictions) -> np.ndarray:
-    """Exponential of the mean loss in nats of a token."""
+    """Perplexity: the exponential of the mean loss per token (nats)."""
     return _mean_loss(p)
 
 
 @register("metric", "bits_per_sample")
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def bits_per_sample(p: Predictions) -> np.ndarray:
-    """Bits and samples (van den Oord et al. 2016 quantise them to 256 values, 8 bits each without a
-    model).
+    """Mean bits per audio sample, of 8 without a model where there are 256 levels (van den Oord et
+    al. 2016).
     """
     return _mean_loss(p) / np.array([math.log(2), 1.0])
 
@@ -47,7 +47,7 @@ def bits_per_sample(p: Predictions) -> np.ndarray:
 @register("metric", "bits_per_byte")
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def bits_per_byte(p: Predictions) -> np.ndarray:
-    """Bits and UTF-8 bytes: comparable between tokenizers, as perplexity is not. No value for rows
-    whose bytes were not counted.
+    """Mean bits per UTF-8 byte of the text, comparable between tokenizers, as perplexity is not.
+    There is no value for rows whose bytes were not counted.
     """
     return pairs(p["loss"] / math.log(2), p["bytes"] if "bytes" in p else np.zeros(len(p["loss"])))

@@ -32,21 +32,21 @@ def _steps_bounds(p: Predictions) -> Bounds:
 @register("metric", "action_error")
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE)
 def action_error(p: Predictions) -> np.ndarray:
-    """Mean squared error of a number of an action."""
+    """Mean squared error per dimension of the action."""
     return pairs(p["squared_error"], p["action_numbers"])
 
 
 @register("metric", "success")
 @ratio(bounds=SHARE)
 def success(p: Predictions) -> np.ndarray:
-    """Share of episodes that the simulation counts as solved."""
+    """Success rate: share of episodes that the simulation counts as solved."""
     return _mean(p, "success")
 
 
 @register("metric", "return")
 @ratio()
 def mean_return(p: Predictions) -> np.ndarray:
-    """Mean over episodes of the sum of rewards."""
+    """Mean return: the sum of the rewards of an episode."""
     return _mean(p, "return")
 
 
@@ -60,40 +60,40 @@ def steps(p: Predictions) -> np.ndarray:
 @register("metric", "expert_success")
 @ratio(bounds=SHARE)
 def expert_success(p: Predictions) -> np.ndarray:
-    """`success` of the demonstrations that start where the episodes start."""
+    """Success rate of the demonstrations from the same starts, to compare `success` with."""
     return _mean(p, "expert_success")
 
 
 @register("metric", "expert_return")
 @ratio()
 def expert_return(p: Predictions) -> np.ndarray:
-    """`return` of the demonstrations that start where the episodes start."""
+    """Mean return of the demonstrations from the same starts, to compare `return` with."""
     return _mean(p, "expert_return")
 
 
 @register("metric", "expert_steps")
 @ratio(bounds=_steps_bounds)
 def expert_steps(p: Predictions) -> np.ndarray:
-    """`steps` of the demonstrations that start where the episodes start."""
+    """Mean length of the demonstrations from the same starts, to compare `steps` with."""
     return _mean(p, "expert_steps")
 
 
 @register("metric", "random_success")
 @ratio(bounds=SHARE)
 def random_success(p: Predictions) -> np.ndarray:
-    """`success` of random actions from the same starts."""
+    """Success rate of random actions from the same starts, to compare `success` with."""
     return _mean(p, "random_success")
 
 
 @register("metric", "random_return")
 @ratio()
 def random_return(p: Predictions) -> np.ndarray:
-    """`return` of random actions from the same starts."""
+    """Mean return of random actions from the same starts, to compare `return` with."""
     return _mean(p, "random_return")
 
 
 @register("metric", "random_steps")
 @ratio(bounds=_steps_bounds)
 def random_steps(p: Predictions) -> np.ndarray:
-    """`steps` of random actions from the same starts."""
+    """Mean length of episodes of random actions from the same starts, to compare `steps` with."""
     return _mean(p, "random_steps")

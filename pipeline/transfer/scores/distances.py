@@ -22,7 +22,7 @@ MOST_ROWS = 500
 @register("score", "frechet", title="Fréchet distance")
 @score(higher_is_better=False, bounds=(0.0, math.inf))
 def frechet(features: np.ndarray, source_features: np.ndarray) -> float:
-    """Return the squared Fréchet distance of both sides as Gaussians, over the source's variance.
+    """Return the squared Fréchet distance of two Gaussians, in units of the source's variance.
 
     |m - m_s|^2 + tr(C + C_s - 2 (C C_s)^1/2) (Dowson and Landau 1982; Heusel et al. 2017 for
     images), divided by tr(C_s), so that networks of different scale can be compared.
@@ -95,7 +95,7 @@ def _some(rows: np.ndarray) -> np.ndarray:
 @register("score", "proxy_a", title="Proxy A-distance")
 @score(higher_is_better=False, bounds=(0.0, 2.0))
 def proxy_a(features: np.ndarray, source_features: np.ndarray) -> float | Estimate:
-    """Return 2 (1 - 2 e) with its interval, where e is the error of telling both sides apart.
+    """Return 2 (1 - 2 e) with its interval, for a classifier of source or target with error e.
 
     From 0 (or below, by chance), where nothing tells them apart, to 2 (Ben-David et al. 2007). The
     classifier is ridge regression, tested on rows that it was not fitted to (five folds); both

@@ -14,7 +14,7 @@ from pipeline.train.online_probe import KNN, neighbours
 @register("score", "knn", title="kNN")
 @score(tasks=("classes", "label sets"), bounds=(0.0, 1.0))
 def knn(features: np.ndarray, labels: np.ndarray, k: int = KNN) -> float:
-    """Return the leave-one-out accuracy of the k nearest rows by cosine. Higher is better.
+    """Return the leave-one-out accuracy of k nearest neighbours by cosine. Higher is better.
 
     The prediction of a row is the most frequent class of its neighbours. For (n, L) labels, 0 or 1,
     the score is the macro AUROC of the number of neighbours with each label, because an accuracy

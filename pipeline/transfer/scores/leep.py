@@ -24,7 +24,7 @@ ROUNDS, TOLERANCE, LEAST_VARIANCE = 100, 1e-3, 1e-6
 @register("score", "leep", title="LEEP")
 @score(tasks=("classes",), bounds=NO_MORE_THAN_0)
 def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean log likelihood of the labels by way of the source's classes.
+    """Return the mean log-likelihood of the labels given the source's class probabilities.
 
     Higher is better, 0 is the best: log sum_z p(y | z) p(z | x), where p(y | z) is counted on the
     same rows (Nguyen et al., ICML 2020). The source must predict one of several classes.

@@ -14,7 +14,7 @@ DISTORTION = 1e-4
 @register("score", "transrate", title="TransRate")
 @score(tasks=("classes",))
 def transrate(features: np.ndarray, labels: np.ndarray) -> float:
-    """Return how much shorter the features' code is where the class is known. Higher is better.
+    """Return the mutual information of features and labels by coding rate. Higher is better.
 
     R(Z) - sum_c n_c / n R(Z_c) with R(Z) = log det(I + Z' Z / (n e)) / 2 in nats (Huang et al.,
     ICML 2022). The features are centred and divided by the root of their total variance, so that
