@@ -2,8 +2,10 @@
 
 import csv
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 
 from tests.e2e.conftest import SAMPLES
 
@@ -51,3 +53,17 @@ def test_a_folder_of_images_is_run(onetomany_here, tmp_path):
     ran = onetomany_here("run", "photos.yaml", *short("label"), cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "runs/photos/report.html").exists()
+
+
+def test_a_folder_of_recordings_is_run(onetomany_here, tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(36):
+        folder = tmp_path / "calls" / ("on", "off")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        times = np.arange(round(rng.uniform(0.4, 0.8) * 8000)) / 8000
+        tone = np.sin(2 * np.pi * (300 + 300 * (number % 2)) * times)
+        soundfile.write(folder / f"{number}.wav", 0.3 * tone, 8000)
+    assert onetomany_here("init", "calls", cwd=tmp_path).returncode == 0
+    ran = onetomany_here("run", "calls.yaml", *short("label"), cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "runs/calls/report.html").exists()
