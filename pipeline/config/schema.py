@@ -131,6 +131,14 @@ class Registered:
 
 
 Uris = str | list[str]
+DOMAINS = {
+    "vision": ("image",),
+    "text": ("text",),
+    "speech": ("audio",),
+    "healthcare": ("events", "table"),
+    "robotics": ("trajectory",),
+}
+"""Each domain of jobs/ with the modalities that are its own."""
 
 
 def _fraction(value: float | int) -> float | int:
@@ -710,6 +718,12 @@ class Source(Spec):
         return self
 
     @property
+    def modality_name(self) -> str | None:
+        """The modality of its rows; None for a checkpoint whose job does not say it."""
+        modality = self.data.modality if self.data is not None else self.modality
+        return None if modality is None else modality.name
+
+    @property
     def worker_range(self) -> tuple[int, int]:
         """The fewest and the most ranks."""
         return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
@@ -1119,6 +1133,14 @@ class Job(Spec):
         "package's folder, relative to the job file (a path has a slash or ends in .py), or the "
         "name of an installed module. They are code, and are run",
     )
+    only: list[str] = Field(
+        default_factory=list,
+        exclude_if=lambda named: not named,  # a job without any has the hash that it always had
+        description="run a part of the job: names of targets, sources, modalities or domains "
+        "(vision: image; speech: audio; healthcare: events, table; robotics: trajectory; text). A "
+        "target brings the sources that it takes, a source the targets that take it; none: "
+        "everything. On the command line: --only NAME",
+    )
     sources: dict[str, Source] = Field(
         description="what to pretrain on, or existing checkpoints", min_length=1
     )
@@ -1151,6 +1173,12 @@ class Job(Spec):
             for name, target in self.targets.items()
             for i, source in enumerate(target.sources or ())
             if source not in self.sources
+        ]
+        parts = self._parts()
+        problems += [
+            (("only", i), f"no part of this job is named {name!r}; {registry.nearest(name, parts)}")
+            for i, name in enumerate(self.only)
+            if name not in parts
         ]
         if self.fanout.budget is not None:
             problems += [
@@ -1202,6 +1230,53 @@ class Job(Spec):
         """The absolute folder of this job's runs. Ray's workers have other current folders."""
         remote, path = s3.split(self.storage)
         return storage.join(self.storage if remote else os.path.abspath(path), self.name)
+
+    def selected(self) -> Job:
+        """Return the job with the sources and targets of ``only`` alone, or itself without it."""
+        if not self.only:
+            return self
+        sources: set[str] = set()
+        targets: set[str] = set()
+        for name in self.only:
+            modalities = DOMAINS.get(name, (name,))
+            named_sources = {
+                one
+                for one, source in self.sources.items()
+                if one == name or source.modality_name in modalities
+            }
+            named_targets = {
+                one
+                for one, target in self.targets.items()
+                if one == name or target.data.modality.name in modalities
+            }
+            sources |= named_sources.union(*(self._taken_by(one) for one in named_targets))
+            targets |= named_targets | {
+                one for one in self.targets if named_sources & self._taken_by(one)
+            }
+        kept: dict[str, Target] = {}
+        for name, target in self.targets.items():
+            if name in targets:
+                taken = target.sources and [one for one in target.sources if one in sources]
+                kept[name] = target.model_copy(update={"sources": taken})
+        of_kept = {name: source for name, source in self.sources.items() if name in sources}
+        return self.model_copy(update={"sources": of_kept, "targets": kept})
+
+    def _taken_by(self, target: str) -> set[str]:
+        """Return the sources that a target may take; of some checkpoints the modality is not known
+        yet.
+        """
+        spec = self.targets[target]
+        named = self.sources if spec.sources is None else spec.sources
+        modalities = (None, spec.data.modality.name)
+        return {name for name in named if self.sources[name].modality_name in modalities}
+
+    def _parts(self) -> set[str]:
+        """Return what ``only`` may name."""
+        declared = [source.modality_name for source in self.sources.values()]
+        modalities = {target.data.modality.name for target in self.targets.values()}
+        modalities.update(name for name in declared if name is not None)
+        domains = {name for name, of in DOMAINS.items() if modalities & set(of)}
+        return {*self.targets, *self.sources, *modalities, *domains}
 
 
 def spec_hash(*parts: Any) -> str:

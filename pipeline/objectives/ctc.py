@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.config import extras
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
@@ -389,8 +390,8 @@ def _search(labels: tuple[str, ...], beam: int, lm: str | None, weight: float) -
         flashlight = import_module("flashlight.lib.text.decoder")
     except ImportError:
         raise ValueError(
-            "objective.beam: beam search needs flashlight-text, which is not installed: uv sync "
-            "--extra beam, or set beam: 0"
+            "objective.beam: beam search needs flashlight-text, which is not installed: "
+            f"{extras.install('speech')}, or set beam: 0"
         ) from None
     model = _language_model(labels, lm) if lm else flashlight.ZeroLM()
     options = flashlight.LexiconFreeDecoderOptions(

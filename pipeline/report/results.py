@@ -250,7 +250,12 @@ SCHEMA = pa.schema(
 _ALLOWED = {"trial_stage": ("search", "final"), "status": ("done", "failed", "pruned")}
 
 
-def append(uri: str, rows: list[ResultRow], current: Collection[str] | None = None) -> None:
+def append(
+    uri: str,
+    rows: list[ResultRow],
+    current: Collection[str] | None = None,
+    of_part: bool = False,
+) -> None:
     """Add rows to the table in the folder ``uri``. The whole file is replaced, atomically.
 
     A row replaces an earlier one with the same (trial_id, split, metric, trial_stage). Earlier rows
@@ -262,6 +267,7 @@ def append(uri: str, rows: list[ResultRow], current: Collection[str] | None = No
         rows: The rows to add.
         current: Ids of all trials of the job as it is now. The column ``current`` of all rows, also
             of old ones, is set from it. Without it that column does not change.
+        of_part: They are trials of a part of the job: the column of other rows does not change.
 
     Raises:
         ValueError: A value has the wrong type.
@@ -282,7 +288,12 @@ def append(uri: str, rows: list[ResultRow], current: Collection[str] | None = No
     out = list(kept.values())
     if current is not None:
         wanted = set(current)
-        out = [replace(row, current=row.trial_id in wanted) for row in out]
+        out = [
+            row
+            if of_part and row.trial_id not in wanted
+            else replace(row, current=row.trial_id in wanted)
+            for row in out
+        ]
     _write(uri, out)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config import extras
 from pipeline.config.registry import nearest
 from pipeline.core.rng import mix
 
@@ -46,7 +47,7 @@ module before it.
 """
 MOST_STEPS = 1_000_000
 """Longest episode of a world that a row names."""
-NEEDED = "simulation needs gymnasium, MuJoCo and stable-baselines3: uv sync --extra robotics"
+NEEDED = f"simulation needs gymnasium, MuJoCo and stable-baselines3: {extras.install('robotics')}"
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,12 @@ import psutil
 import torch
 
 from pipeline.checkpoints.bundle import versions
+from pipeline.config import extras
 from pipeline.config.schema import Job
 from pipeline.io import storage
 from pipeline.train import launch
 from pipeline.train.progress import Progress
 from pipeline.transfer import dry_run, fanout, stages
-
-EXTRAS = {"beam": "flashlight", "robotics": "mujoco", "video": "av"}
-"""Extras of pyproject.toml, each with one of its modules."""
 
 
 class Line(NamedTuple):
@@ -164,12 +162,14 @@ def _machine() -> list[Line]:
         )
     else:
         lines.append(Line("ok", "GPUs", "none; everything runs on the CPU"))
-    missing = [name for name, module in EXTRAS.items() if importlib.util.find_spec(module) is None]
+    missing = [name for name, modules in extras.EXTRAS.items() if not all(map(_is_there, modules))]
     found_extras = f"not installed: {', '.join(missing)}" if missing else "all there"
-    lines.append(
-        Line("ok", "extras", found_extras, f"uv sync --extra {missing[0]}" if missing else "")
-    )
+    lines.append(Line("ok", "extras", found_extras, extras.install(missing[0]) if missing else ""))
     return lines
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _ray(address: str | None) -> tuple[list[Line], launch.Cluster | None]:

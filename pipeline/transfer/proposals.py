@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config import extras
 from pipeline.config.schema import ComponentConfig, Job, Target
 from pipeline.core.rng import mix
 from pipeline.transfer import grid
@@ -38,7 +39,7 @@ def library() -> Any:
         optuna = import_module("optuna")
     except ImportError:
         raise ValueError(
-            "fanout.searcher: optuna is not installed: uv sync --extra optuna, or say random"
+            f"fanout.searcher: optuna is not installed: {extras.install('optuna')}, or say random"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

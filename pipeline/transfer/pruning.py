@@ -148,11 +148,18 @@ def prune(root: str, stale: StaleTrials) -> None:
 # ---------------------------------------------------------------- what other jobs use
 
 
-def record_uses(root: str, sources: Mapping[str, Sequence[str]]) -> None:
-    """Record in a job's folder the bundles and checkpoints that each of its sources starts from."""
-    checksums.write_document(
-        storage.join(root, USES_FILE), {name: list(places) for name, places in sources.items()}
-    )
+def record_uses(root: str, sources: Mapping[str, Sequence[str]], of_part: bool = False) -> None:
+    """Record in a job's folder the bundles and checkpoints that each of its sources starts from.
+
+    Args:
+        of_part: They are some of the job's sources; what is recorded of the others stays.
+    """
+    recorded = storage.join(root, USES_FILE)
+    before = {}
+    if of_part and storage.exists(recorded):
+        before = checksums.read_document(recorded)
+    found = {name: list(places) for name, places in sources.items()}
+    checksums.write_document(recorded, {**before, **found})
 
 
 def uses(root: str, own: Mapping[str, Sequence[str]]) -> dict[str, str]:

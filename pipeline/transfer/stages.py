@@ -111,7 +111,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         ValueError: The message lists all problems.
     """
     storage.check_writable(job.root)
-    job = grid.expand_folds(job)
+    job = grid.expand_folds(job.selected())
     state, problems = JobState(job, progress, **options), []
 
     def each(
@@ -620,6 +620,10 @@ def all_ids(state: JobState) -> set[str]:
     Raises:
         ValueError: They cannot be known yet.
     """
+    if state.job.only:
+        raise ValueError(
+            "only: a part of a job does not tell which trials the rest has; leave it out to prune"
+        )
     lacking = [name for name, stage in state.sources.items() if not stage.has_bundle]
     broken, chosen = _read_metadata(state).get("broken") or {}, _chosen_before(state)
     why = ""
@@ -658,7 +662,7 @@ def stale(state: JobState) -> pruning.StaleTrials:
 
 def pretrain(state: JobState) -> None:
     """Pretrain each source that has no bundle yet, and collect the metadata of all."""
-    pruning.record_uses(state.job.root, used_places(state))
+    pruning.record_uses(state.job.root, used_places(state), of_part=bool(state.job.only))
     for name, stage in state.sources.items():
         metadata = launch.run_source(stage, state.progress, state.verbose, state.wait)
         state.pretraining.append(metadata)
@@ -703,7 +707,7 @@ def share(state: JobState) -> Shared:
         raise ValueError(
             f"sources {', '.join(missing)} have no bundle yet: run `pretrain` (or `run`) first"
         )
-    pruning.record_uses(job.root, used_places(state))
+    pruning.record_uses(job.root, used_places(state), of_part=bool(job.only))
     uris = {name: stage.bundle_uri for name, stage in state.sources.items()}
     loaded = {name: targets.weights(uri) for name, uri in uris.items()}
     manifests = {name: manifest for name, (_, _, manifest) in loaded.items()}
@@ -1616,7 +1620,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
         rows += _by_subgroup(state, predictions, rows, one)
     entries = matrix.matrix_entries(rows, _tested_runs(state, rows, targets_of))
     rows = _with_best_baseline(_compared(rows, entries), entries, predictions)
-    results.append(root, rows, current={one.id for one in found})
+    results.append(root, rows, current={one.id for one in found}, of_part=bool(state.job.only))
     return rows
 
 

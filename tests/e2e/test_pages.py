@@ -126,7 +126,7 @@ def test_the_readme_is_short_and_begins_with_the_two_commands():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 100
     assert re.findall(r"^    pip .*$", text, re.MULTILINE)[:2] == [
-        "    pip install uv && uv run onetomany run jobs/quickstart.yaml",
+        "    pip install uv && uv run --no-dev onetomany run jobs/quickstart.yaml",
         "    pip install uv && uv run pytest",
     ]
 

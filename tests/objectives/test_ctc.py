@@ -682,8 +682,8 @@ def test_beam_search_that_cannot_be_made_is_refused_at_once(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "flashlight.lib.text.decoder", None)
     with pytest.raises(
         ValueError,
-        match=r"beam search needs flashlight-text, which is not installed: uv sync --extra beam, "
-        r"or set beam: 0",
+        match=r"beam search needs flashlight-text, which is not installed: uv sync --extra speech "
+        r"\(without a clone: pip install .onetomany\[speech\].\), or set beam: 0",
     ):
         task_of(beam=5)
 

@@ -193,6 +193,15 @@ def test_rows_of_trials_that_the_job_no_longer_has_are_marked(tmp_path):
     }, "a job that is as it was before"
 
 
+def test_the_run_of_a_part_leaves_other_rows_as_they_are(tmp_path):
+    uri = str(tmp_path)
+    results.append(uri, [row("a"), row("b")], current={"a"})
+    results.append(uri, [row("c")], current={"c"}, of_part=True)
+    assert {r.trial_id: r.current for r in results.read(uri)} == {"a": True, "b": False, "c": True}
+    results.append(uri, [], current={"b"}, of_part=True)
+    assert {r.trial_id: r.current for r in results.read(uri)} == {"a": True, "b": True, "c": True}
+
+
 def test_a_table_of_before_the_column_gets_it_at_the_next_run(tmp_path):
     old = pa.schema([f for f in results.SCHEMA if f.name != "current"])
     pq.write_table(pa.Table.from_pylist([columns("a")], schema=old), tmp_path / results.FILE)

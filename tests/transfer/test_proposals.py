@@ -281,7 +281,8 @@ def test_without_optuna_a_job_is_refused_before_anything_starts(tmp_path, toy, m
     with pytest.raises(ValueError) as error:
         stage_runs.prepared(toy_job(tmp_path, toy))
     assert str(error.value) == (
-        "fanout.searcher: optuna is not installed: uv sync --extra optuna, or say random"
+        "fanout.searcher: optuna is not installed: uv sync --extra optuna (without a clone: "
+        "pip install 'onetomany[optuna]'), or say random"
     )
     stage_runs.prepared(toy_job(tmp_path, toy, searcher="random"))
 

@@ -195,3 +195,27 @@ def test_the_command_lists_first_and_removes_on_request(both, monkeypatch, tmp_p
     )
     assert folders(job) == new
     assert all(trial.read_record(job.root, one) is not None for one in new)
+
+
+def test_a_part_of_a_job_leaves_the_rest_of_its_results(tmp_path, vit, paths, here):
+    job = job_of(tmp_path, {"a": vit}, paths, ("scratch", "full"), ("one", "two"))
+    run_through(job)
+    trained = len(here)
+    part = changed(job, only=["two"])
+    state, rows = run_through(part)
+    assert list(state.targets) == ["two"] and {row.target for row in rows} == {"two"}
+    assert len(here) == trained, "its trials were done before"
+    assert all(row.current for row in results.read(job.root))
+    with pytest.raises(ValueError, match=r"only: a part of a job does not tell which trials"):
+        stages.stale(state)
+    assert not stages.stale(prepared(job)).trials
+
+
+def test_a_part_of_a_job_keeps_what_the_other_sources_use(tmp_path):
+    root = str(tmp_path / "runs" / "job")
+    pruning.record_uses(root, {"a": ["bundle:/one"], "b": ["bundle:/two"]})
+    pruning.record_uses(root, {"b": ["bundle:/three"]}, of_part=True)
+    users = pruning.uses(str(tmp_path / "runs" / "other"), {})
+    assert {"/one", "/three"} == users.keys()
+    pruning.record_uses(root, {"b": ["bundle:/three"]})
+    assert {"/three"} == pruning.uses(str(tmp_path / "runs" / "other"), {}).keys()

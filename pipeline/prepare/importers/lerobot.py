@@ -47,8 +47,8 @@ class LerobotOptions(Options):
     actions: str = Field("action", description="the feature that is the action; empty: none")
     images: str = Field(
         "",
-        description="camera whose frames are kept: observation.images.front; videos (extra video) "
-        "as JPEG, images as they are; empty: none",
+        description="camera whose frames are kept: observation.images.front; videos (extra "
+        "robotics) as JPEG, images as they are; empty: none",
     )
     embodiment: str = Field("", description="the robot's name; empty: robot_type of meta/info.json")
     split: Literal["", "train", "validation", "test"] = Field(

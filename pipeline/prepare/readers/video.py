@@ -1,4 +1,4 @@
-"""Frames of a video at given times, as JPEG. Needs the extra `video` (PyAV, with FFmpeg's
+"""Frames of a video at given times, as JPEG. Needs the extra `robotics` (PyAV, with FFmpeg's
 decoders).
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config import extras
 from pipeline.io import storage
 from pipeline.prepare.engine.episodes import UnusableError
 from pipeline.prepare.readers.picture_check import QUALITY
@@ -22,7 +23,7 @@ def library() -> Any:
         import av
     except ImportError:
         raise ValueError(
-            "videos are decoded with PyAV, which is not installed: uv sync --extra video"
+            f"videos are decoded with PyAV, which is not installed: {extras.install('robotics')}"
         ) from None
     return av
 

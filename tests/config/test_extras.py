@@ -1,0 +1,27 @@
+"""The extras that messages name are those of pyproject.toml."""
+
+import tomllib
+from pathlib import Path
+
+from pipeline.config import extras
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+PACKAGES = {
+    "flashlight": "flashlight-text",
+    "mujoco": "gymnasium[mujoco]",
+    "stable_baselines3": "stable-baselines3",
+}
+
+
+def test_every_extra_and_each_of_its_modules_is_declared():
+    declared = PROJECT["optional-dependencies"]
+    assert declared.keys() == extras.EXTRAS.keys()
+    for name, modules in extras.EXTRAS.items():
+        for module in modules:
+            package = PACKAGES.get(module, module)
+            assert any(one.startswith(package) for one in declared[name]), (name, module)
+
+
+def test_the_message_serves_with_and_without_a_clone():
+    message = extras.install("robotics")
+    assert "uv sync --extra robotics" in message and "'onetomany[robotics]'" in message
