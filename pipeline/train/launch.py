@@ -458,14 +458,16 @@ def _rank_main(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     torch.set_num_threads(work.threads)
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    posted = 0.0
+    posted, newest = 0.0, dict[str, Any]()
 
     def on_progress(record: dict[str, Any]) -> None:
-        nonlocal posted
+        nonlocal posted, newest
+        newest |= record  # what is not posted at once goes with the next one
         is_last = record["step"] == record["steps"] or "stopped" in record
         if time.monotonic() - posted > 0.3 or is_last:
             posted = time.monotonic()
-            board.post.remote(record)
+            board.post.remote(newest)
+            newest = {}
 
     try:
         with write_fence.guarded_by(work.fences):

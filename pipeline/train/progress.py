@@ -40,8 +40,9 @@ def training_line(name: str, record: dict[str, Any]) -> str:
         parts += [
             f"{rate:.0f} {record.get('unit', 'rows')}/s",
             f"data wait {record['wait_share']:.0%}",
-            f"ETA {duration(record['eta_seconds'])}",
         ]
+        if "stopped" not in record:
+            parts.append(f"ETA {duration(record['eta_seconds'])}")
     if record.get("skipped_steps"):
         parts.append(f"{record['skipped_steps']} steps skipped (not finite)")
     if "stopped" in record:

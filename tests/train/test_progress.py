@@ -176,6 +176,7 @@ def test_a_line_counts_tokens_or_seconds_of_sound_where_they_are_the_unit():
 def test_a_line_says_why_a_run_has_stopped():
     line = training_line("a", {"step": 150, "steps": 300, "stopped": "no better accuracy"})
     assert line == "a: step 150/300  stopped: no better accuracy"
+    assert "ETA" not in training_line("a", record(40, stopped="no better accuracy"))
 
 
 def test_a_line_is_made_of_whatever_is_known():
