@@ -14,6 +14,7 @@ from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Backbone, Batch, Phase, Task, Technique
 from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.latest_call import LatestCall
+from pipeline.core.nn.all_gather import summed
 from pipeline.core.nn.filter_maps import FilterMap, FilterMaps, filter_count
 
 
@@ -104,8 +105,8 @@ class Delta(Technique):
     It assumes that what the source's filters say of a row is worth keeping where the target's loss
     depends on it. It helps with few labels, as a pull back in function that leaves useless filters
     free. It hurts where the target needs other features. It costs a forward pass of a second
-    backbone a step and its memory, and once a forward pass of ``rows`` rows for every filter of
-    ``maps`` layers. With several ranks the rows of the first one are used.
+    backbone a step and its memory, and once a forward pass of ``rows`` rows (of each rank) for
+    every filter of ``maps`` layers.
 
     Raises:
         ValueError: filters shall be weighed, and the objective's loss compares the rows of all
@@ -135,6 +136,8 @@ class Delta(Technique):
             filters[name] = count
         self.teacher: Backbone = copy.deepcopy(task.backbone).eval().requires_grad_(False)
         self.compared: list[str] = []
+        self.gains: dict[str, Tensor] = {}  # what the loss of this rank's rows grows by
+        self.count = torch.zeros(())  # of its rows, as the loss counts them
         self.calls = LatestCall(task.backbone)
         self.maps = FilterMaps(task.backbone, list(filters))
         self.source_maps = FilterMaps(self.teacher, list(filters))
@@ -168,10 +171,10 @@ class Delta(Technique):
             if not self.is_early and not task.filter_weights():
                 self._weigh(task, batch)
             return None
-        if not self.compared:  # looked up once: it waits for the device
-            if not task.filter_weights():
-                self._weigh(task, batch)
-            self.compared = list(task.filter_weights())
+        if not self.compared and not task.filter_weights():
+            self._weigh(task, batch)
+        # looked up once: it waits for the device
+        compared = self.compared or list(task.filter_weights())
         with torch.no_grad():
             features = call.repeat(self.teacher)
         theirs = self.source_maps.take()
@@ -183,12 +186,33 @@ class Delta(Technique):
                 weights[name],
                 theirs[name].known_mask(features.mask),
             )
-            for name in self.compared
+            for name in compared
             if name in mine  # a module may serve some kinds of rows alone
         ]
         if not distances:
             return None
         return self.options.weight * torch.stack(distances).mean()
+
+    @torch.no_grad()
+    def read_gradients(self, task, phase, step):
+        """Weigh filters by the rows of all ranks (`ReadsGradients`).
+
+        That is in the step in which each rank has weighed them by its own rows, if it had any.
+        """
+        assert isinstance(task, WeighedTask)
+        if self.compared or self.is_early:
+            return
+        weights = task.weights()
+        count = self.count.to(next(iter(weights.values())).device)
+        share = count / summed(count).clamp(min=1e-12)
+        for name, own in weights.items():
+            gains = self.gains.get(name)
+            is_chosen = summed(torch.full_like(own[:1], gains is not None))
+            total = summed(torch.zeros_like(own) if gains is None else gains * share)
+            if is_chosen:
+                own.copy_(total.softmax(0))
+        self.gains = {}
+        self.compared = list(task.filter_weights())
 
     # ------------------------------------------------------------ which filters count
 
@@ -206,6 +230,7 @@ class Delta(Technique):
                     for number in range(len(own)):
                         off = torch.tensor([number], device=own.device)
                         gains[number] = self._loss(task, rows, {name: off}) - plain
+                self.gains[name] = gains
                 own.copy_(gains.softmax(0))
 
     def _loss(self, task: Task, rows: Batch, off: dict[str, Tensor] | None = None) -> Tensor:
@@ -216,6 +241,7 @@ class Delta(Technique):
         with torch.random.fork_rng(devices):  # what is drawn at random is the same every time
             total, count, _ = task.objective.loss(self.teacher, rows)
         self.source_maps.off = {}
+        self.count = count.float()
         return total / count
 
     def _chosen(self, task: Task, rows: Batch) -> list[str]:

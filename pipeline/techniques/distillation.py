@@ -19,6 +19,7 @@ from pipeline.core.contracts.objective_capabilities import (
     tensors_beside_features,
 )
 from pipeline.core.latest_call import LatestCall
+from pipeline.core.nn.all_gather import summed
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -307,12 +308,22 @@ class CoTunedTask(TwoHeadedTask):
         self.register_buffer("sums", torch.zeros(classes, old_classes))
         self.rows: Tensor
         self.register_buffer("rows", torch.zeros(classes))
+        self._counted = torch.zeros(classes, old_classes + 1)  # by this rank, in this step
 
     @torch.no_grad()
     def count(self, label: Tensor, scores: Tensor) -> None:
-        """Add rows of the classes ``label`` (B,) with the old head's scores (B, S)."""
-        self.sums.index_add_(0, label, scores.softmax(-1))
-        self.rows.index_add_(0, label, torch.ones_like(label, dtype=self.rows.dtype))
+        """Count rows of the classes ``label`` (B,) with the old head's scores (B, S)."""
+        one_row = torch.ones_like(scores[:, :1])
+        self._counted = self._counted.to(scores.device)
+        self._counted.index_add_(0, label, torch.cat([scores.softmax(-1), one_row], 1))
+
+    @torch.no_grad()
+    def add_counted(self) -> None:
+        """Add what all ranks have counted in a step; every rank calls it."""
+        total = summed(self._counted.to(self.sums.device))
+        self.sums += total[:, :-1]
+        self.rows += total[:, -1]
+        self._counted.zero_()
 
     def relation(self) -> Tensor:
         """Return the probabilities of the source's labels, given each class, (C, S).
@@ -324,7 +335,7 @@ class CoTunedTask(TwoHeadedTask):
 
 @register("technique", "co_tuning", options=CoTuningOptions)
 class CoTuning(_KeepsHead):
-    """Fine-tune everything, the source's head too on the source labels that go with each class.
+    """Fine-tune everything, with the source's head trained on each class's mean source labels.
 
     The source's head stays beside the new one. While the new head is trained alone, the source's
     probabilities of the rows of each class are averaged (You et al. 2020, the direct approach, on
@@ -370,3 +381,8 @@ class CoTuning(_KeepsHead):
             return None
         relation = task.relation()[label]
         return self.options.weight * -(relation * scores.log_softmax(-1)).sum(-1).mean()
+
+    def read_gradients(self, task, phase, step):
+        """Add up the counts of all ranks (`ReadsGradients`): those without rows take part."""
+        if task.is_probing():
+            task.add_counted()

@@ -183,10 +183,23 @@ def train_by(ranks: Ranks, name: str, norm: str = "layer", **options):
 
 
 @pytest.mark.parametrize(
-    "name", ["swa", "ema", "wise_ft", "l2_sp", "distillation", "lwf", "side_tuning", "bottleneck"]
+    "name",
+    [
+        "swa",
+        "ema",
+        "wise_ft",
+        "l2_sp",
+        "distillation",
+        "lwf",
+        "co_tuning",
+        "side_tuning",
+        "bottleneck",
+    ],
 )
 def test_a_technique_gives_the_weights_of_one_rank(team, name):
-    """Penalties are means over the rows of all ranks, averages and remembered heads the same."""
+    """Penalties are means and counts over the rows of all ranks, averages and remembered heads the
+    same.
+    """
     check_same(team(train_by, name), train_by(ONE, name))
 
 
@@ -194,10 +207,9 @@ def test_singular_values_are_those_of_the_rows_of_all_ranks(team):
     check_same(team(train_by, "bss", weight=1.0), train_by(ONE, "bss", weight=1.0))
 
 
-@pytest.mark.parametrize("name", ["stoch_norm", "co_tuning"])
-def test_what_a_rank_makes_of_its_own_rows_ends_in_one_network(team, name):
-    """Drawn channels and counted labels are those of a rank's own rows."""
-    two = team(train_by, name, norm="batch")
+def test_what_a_rank_makes_of_its_own_rows_ends_in_one_network(team):
+    """Drawn channels are those of a rank's own rows."""
+    two = team(train_by, "stoch_norm", norm="batch")
     assert two[0][1] == two[1][1] and two[0][3] == two[1][3]
     assert furthest(two[0][0], two[1][0]) == 0.0
 
@@ -355,6 +367,19 @@ def test_a_rank_with_an_empty_batch_does_not_hang(team, words):
     assert two[0][1] == [4, 4, 0, 0] and two[1][1] == [4, 0, 4, 0] and one[1] == [8, 4, 4, 0]
     assert furthest(two[0][0], two[1][0]) == 0.0 and furthest(two[0][0], one[0]) < 1e-5
     assert two[0][2] == two[1][2] == 0
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1])
+def test_filters_weigh_by_the_rows_of_all_ranks(team, lost):
+    """Also where a rank has none in the step that weighs them."""
+    rows = {} if lost is None else {0: parts(team)[lost][0]}
+    two = team(train_without, rows, technique="delta")
+    one = train_without(ONE, rows, technique="delta")
+    assert furthest(two[0][0], two[1][0]) == 0.0
+    names = [name for name in one[0] if name.startswith("weights")]
+    assert any(one[0][name].any() for name in names)
+    for name in names:
+        assert torch.allclose(two[0][0][name], one[0][name], atol=1e-6)
 
 
 def test_buffers_do_not_hang_on_unequal_micro_batches(team):
