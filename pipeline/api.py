@@ -72,9 +72,9 @@ class Outcome:
 
     def table(self) -> rich.table.Table:
         """Return the table that the command line prints. A notebook shows it."""
-        from pipeline.report import report
+        from pipeline.report import terminal
 
-        return report.table(self.entries)
+        return terminal.table(self.entries)
 
 
 def init(
@@ -140,6 +140,7 @@ def run(
     wait: bool | None = None,
     remake: Remake = "none",
     verbose: bool = False,
+    serve: int | None = None,
 ) -> Outcome:
     """Run a whole job: pretrain, fine-tune, report. What is done already is not done again.
 
@@ -151,10 +152,13 @@ def run(
             declares its nodes.
         remake: ``changed`` makes anew what other code or library versions made.
         verbose: Show Ray's own messages too.
+        serve: Show a live page on this port of 127.0.0.1 while the job runs; 0: any free one.
     """
     stages: tuple[Stage, ...] = ("pretrain", "finetune")
     job = _loaded(job, overrides)
-    return run_stages(job, stages, address=address, wait=wait, remake=remake, verbose=verbose)
+    return run_stages(
+        job, stages, address=address, wait=wait, remake=remake, verbose=verbose, serve=serve
+    )
 
 
 def pretrain(
@@ -568,12 +572,13 @@ def run_stages(
     remake: Remake = "none",
     verbose: bool = False,
     progress: Progress | None = None,
+    serve: int | None = None,
 ) -> Outcome:
     """Run some stages of a job, and the report after ``finetune``. See `run`."""
     from pipeline.io import run_lock
     from pipeline.train import launch
     from pipeline.train.progress import Progress
-    from pipeline.transfer import stages
+    from pipeline.transfer import live_page, stages
 
     if not job.targets and "pretrain" not in wanted:
         raise ValueError("this job has no targets")
@@ -582,6 +587,7 @@ def run_stages(
         began as shown,
         checked(job, wanted, shown, wait, remake, verbose) as state,
         run_lock.hold(job.root, shown.note),
+        live_page.serve(state, serve),
     ):
         ended = stages.trial_status(state) if "finetune" in wanted else []
         if ended and all(is_done for _, is_done in ended):

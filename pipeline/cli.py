@@ -137,6 +137,7 @@ def _stages(
     wait: bool | None,
     stages: tuple[api.Stage, ...],
     remake: Remake = Remake.NONE,
+    serve: int | None = None,
 ) -> None:
     """Run some stages of a job and print what they left."""
     job = _job(file, overrides)
@@ -144,7 +145,13 @@ def _stages(
         raise _fail(f"{file}: this job has no targets", 2)
     with _exit_codes("stopped; what is finished is kept, the same command goes on from here", file):
         done = api.run_stages(
-            job, stages, address=address, wait=wait, remake=remake.value, verbose=verbose
+            job,
+            stages,
+            address=address,
+            wait=wait,
+            remake=remake.value,
+            verbose=verbose,
+            serve=serve,
         )
     if "score" in stages:
         _print_scores(done.scores)
@@ -296,12 +303,23 @@ def run(
     wait_for_resources: Wait = None,
     verbose: Verbose = False,
     remake: Anew = Remake.NONE,
+    serve: Annotated[
+        int | None,
+        typer.Option(
+            help="Show a live page on this port of 127.0.0.1 until the run ends: trials done, what "
+            "leads, curves. 0: any free port. From elsewhere: ssh -L PORT:127.0.0.1:PORT HOST.",
+            metavar="PORT",
+            min=0,
+            max=65535,
+        ),
+    ] = None,
 ) -> None:
     """Everything: pretrain, fine-tune, report. What is done already is not done again."""
     fields = _part(set_, only)
     if dry_run:
         return _dry_run(job, fields, wait_for_resources, remake)
-    _stages(job, fields, address, verbose, wait_for_resources, ("pretrain", "finetune"), remake)
+    stages: tuple[api.Stage, ...] = ("pretrain", "finetune")
+    _stages(job, fields, address, verbose, wait_for_resources, stages, remake, serve)
 
 
 @app.command()

@@ -2,11 +2,11 @@
 
 The gain of every tested (source, technique) over the target's best scratch network is an estimate
 with an error. The largest of many estimates is partly luck, so the entries are not compared as they
-were measured: each is drawn towards what its source, technique and target promise, the more the
-larger its error is (`gain_model`). These effects are estimated from all like entries, which have
-the same modality, objective and metric, whatever their job is; they may have different targets
-where the metric has bounds. Sources of the same name and backbone count as the same one, and a
-target with another share of labels as another target. Pairs that were not tried, and targets
+were measured: each is shrunk towards the sum of the effects of its source, technique and target,
+the more the larger its error is (`gain_model`). These effects are estimated from all like entries,
+which have the same modality, objective and metric, whatever their job is; they may have different
+targets where the metric has bounds. Sources of the same name and backbone count as the same one,
+and a target with another share of labels as another target. Pairs that were not tried, and targets
 without any trial, get a prediction from the same model, but never a recommendation. Pairs that a
 budget of trials cut were tried and have no gain: they are named and get neither.
 
@@ -37,7 +37,7 @@ from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
 METHOD = (
-    "Expected gain: the measured gain over the target's best scratch network, drawn towards the "
+    "Expected gain: the measured gain over the target's best scratch network, shrunk towards the "
     "sum of the effects of its source, technique and target, with a 95 % interval. The effects are "
     "those of all entries of the same modality, objective and metric (and of the same target where "
     "the metric has no bounds): best linear unbiased predictions (Robinson, Statistical Science "
@@ -45,9 +45,9 @@ METHOD = (
     "so an interval is never narrower than the measured one, and a source is recommended only "
     "where the measured interval lies above zero too. Between two entries errors count as "
     "independent, which makes doubt rather too large. Pairs that were not tried are no choice yet; "
-    "the one is named whose trial raises the expected gain of the best choice most (knowledge "
-    "gradient: the mean of the best expected gain after one more trial, minus that of today; "
-    "Frazier, Powell & Dayanik, INFORMS Journal on Computing 2009). With a budget of trials "
+    "the one is named whose trial is worth most. Its worth is the best expected gain after one "
+    "more trial, on average, minus the best expected gain of today (knowledge gradient; Frazier, "
+    "Powell & Dayanik, INFORMS Journal on Computing 2009). With a budget of trials "
     "(fanout.select.budget) only the pairs that it kept have a gain; they were kept because they "
     "did well on validation rows, so effects may be too large."
 )
@@ -127,7 +127,7 @@ class Expected:
     mean: float
     variance: float
     weight_of_others: float
-    """How far the measured gain was drawn to what its source, technique and target promise."""
+    """How far the measured gain was shrunk towards the sum of its effects, from 0 to 1."""
 
     @property
     def low(self) -> float:
@@ -494,10 +494,10 @@ def _on_new_target(new: NewTarget, models: dict[tuple[_Kind, str], _LikeEntries]
                 new.label_fraction,
                 metric,
                 "not enough evidence",
-                "not enough evidence: no trial of it has finished; other targets promise most of "
-                f"{untried[0].name}",
+                "not enough evidence: no trial of it has finished; results of other "
+                f"targets predict the largest gain for {untried[0].name}",
                 because=_spreads(like, decimals),
-                untried=_promises(untried, decimals),
+                untried=_predictions(untried, decimals),
                 next_experiment=_first_trial(untried, decimals),
             )
         )
@@ -519,7 +519,7 @@ def _on_new_target(new: NewTarget, models: dict[tuple[_Kind, str], _LikeEntries]
     ]
 
 
-def _promises(untried: list[_Untried], decimals: int) -> tuple[str, ...]:
+def _predictions(untried: list[_Untried], decimals: int) -> tuple[str, ...]:
     """Return a sentence for each of the most promising of these, which are sorted."""
     return tuple(
         f"{one.name} was not tried: predicted gain "
@@ -611,7 +611,7 @@ def _advice(choices: list[_Choice], like: _LikeEntries | None, cut: Mapping[_Pai
         expected=(expected.mean, expected.low, expected.high),
         because=(*_because(best, decimals), *_spreads(like, decimals)),
         others=_others(best, settled, unsettled, decimals),
-        untried=(*_promises(untried, decimals), *_were_cut(cut)),
+        untried=(*_predictions(untried, decimals), *_were_cut(cut)),
         next_experiment=_next_experiment(settled, unsettled, untried, decimals),
         **names,
     )

@@ -92,11 +92,11 @@ class KeyFigures:
 
 @dataclass(frozen=True)
 class Figure:
-    """An SVG figure. Markdown cannot show it and has the ``fallback`` block in its place."""
+    """An SVG figure. Its ``numbers`` are folded below it in HTML, and Markdown has them alone."""
 
     svg: str
     caption: str = ""
-    fallback: Block | None = None
+    numbers: Block | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,25 @@ def format_interval(
         else f" [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]"
     )
     return f"{middle:{sign}.{decimals}f}{bounds}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Return a time in seconds, minutes or hours."""
+    if seconds is None:
+        return DASH
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def format_count(number: float | None) -> str:
+    """Return a whole number with separators of thousands."""
+    return DASH if number is None else f"{number:,.0f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 seed", "3 seeds"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def format_percent(share: float) -> str:
@@ -220,11 +239,8 @@ def _block_as_markdown(block: Block) -> str:
     if isinstance(block, Details):
         inner = "\n\n".join(text for part in block.blocks if (text := _block_as_markdown(part)))
         return f"**{_escape_markdown(block.title)}**\n\n{inner}" if inner else ""
-    return (
-        _block_as_markdown(block.fallback)
-        if block.fallback
-        else f"_{_escape_markdown(block.caption)} Figure in report.html._"
-    )
+    caption = f"_{_escape_markdown(block.caption)} Figure in report.html._"
+    return f"{caption}\n\n{_block_as_markdown(block.numbers)}" if block.numbers else caption
 
 
 # ---------------------------------------------------------------- HTML
@@ -371,7 +387,10 @@ def _html_block(block: Block) -> str:
         inner = "\n".join(_html_block(part) for part in block.blocks)
         return f"<details><summary>{_escape_html(block.title)}</summary>\n{inner}\n</details>"
     caption = f"<figcaption>{_escape_html(block.caption)}</figcaption>" if block.caption else ""
-    return f'<figure><div class="scroll" tabindex="0">{block.svg}</div>{caption}</figure>'
+    figure = f'<figure><div class="scroll" tabindex="0">{block.svg}</div>{caption}</figure>'
+    if block.numbers is None:
+        return figure
+    return figure + _html_block(Details("Numbers of the figure", [block.numbers]))
 
 
 def _style() -> str:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from pipeline.config import registry
-from pipeline.report import plots
+from pipeline.report import plots, score_audit
 from pipeline.report.blocks import (
     DASH,
     MARKS,
@@ -221,7 +221,8 @@ def score_name(name: str, higher_is_better: bool | None = None) -> str:
     """
     if higher_is_better is None and name in registry.entries("score"):
         higher_is_better = getattr(registry.get("score", name), "higher_is_better", True)
-    return f"{name}{LESS}" if higher_is_better is False else name
+    title = score_audit.title(name)
+    return f"{title}{LESS}" if higher_is_better is False else title
 
 
 def _best_first(name: str, value: float) -> float:
@@ -289,10 +290,7 @@ def score_figures(
         )
         table = Table(["Target", "Source", name, "Gain over scratch"], listed, 2)
         figure = Figure(plots.score_gain(shown, name), caption, table)
-        if len(names) > 2:
-            out.append(Details(f"Gain beside {name}", [figure, table]))
-        else:
-            out += [figure, Details(f"Numbers of the figure ({name})", [table])]
+        out.append(Details(f"Gain beside {name}", [figure]) if len(names) > 2 else figure)
     return out
 
 

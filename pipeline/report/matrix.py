@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.core.metrics import catalog
 from pipeline.core.metrics.metric import UNBOUNDED
 from pipeline.report import folds, results, stats
+from pipeline.report.blocks import decimal_places
 from pipeline.report.results import NO_BACKBONE, VALIDATION, ResultRow
 from pipeline.report.stats import RunPredictions
 
@@ -45,6 +46,7 @@ T_INTERVAL = "95 % Student's t over seeds (test predictions are missing), not en
 
 WINS, LOSES, NOT_SHOWN, TOO_FEW = "wins", "loses", "not shown", "too few to tell"
 REFERENCE, FAILED, UNCOMPARED = "reference", "failed", "not compared"
+SINGLE_SEED = "one seed"
 BASELINE = "baseline"
 COMPARED = (WINS, LOSES, NOT_SHOWN)
 """Verdicts of a comparison that was made. Holm's correction counts these."""
@@ -69,8 +71,9 @@ class MatrixEntry:
     - "wins" or "loses": the interval of the gain excludes zero.
     - "not shown": the interval contains zero. This does not prove that there is no difference.
     - "too few to tell": there are too few test units for a verdict; ``evidence`` has their number.
-    - "not compared": there are fewer than two paired seeds, no scratch trials to compare with, or
-      no test predictions.
+    - "one seed": there is one paired seed, whose spread is unknown.
+    - "not compared": there is no paired seed, no scratch trial to compare with, or there are no
+      test predictions.
     - "reference": the entry is scratch.
     - "baseline": the entry is a model without a network.
     - "failed": no trial finished.
@@ -276,8 +279,7 @@ def matrix_entries(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> li
 
     Returns:
         The entries, also those whose trials all failed in the search or in the final runs. They are
-        sorted by target, label fraction and gain, the largest first. Scratch counts as a gain of
-        zero, and entries without a gain come last.
+        sorted by target, label fraction and value (`by_value`).
     """
     rows, runs = folds.pool(rows, runs)
     groups: dict[EntryKey, list[ResultRow]] = defaultdict(list)
@@ -299,6 +301,27 @@ def matrix_entries(rows: list[ResultRow], runs: dict[str, RunPredictions]) -> li
         for trials in found
     ]
     return sorted(_corrected(out), key=_sort_key)
+
+
+def by_target(entries: Iterable[MatrixEntry]) -> dict[str, list[MatrixEntry]]:
+    """Return the entries of each target."""
+    out: dict[str, list[MatrixEntry]] = defaultdict(list)
+    for entry in entries:
+        out[entry.target].append(entry)
+    return out
+
+
+def decimals_by_target(entries: Iterable[MatrixEntry]) -> dict[str, int]:
+    """Return how many decimals the values of each target are shown with."""
+    return {
+        target: decimal_places([(entry.low, entry.high) for entry in group])
+        for target, group in by_target(entries).items()
+    }
+
+
+def has_several_backbones(entries: Iterable[MatrixEntry]) -> bool:
+    """Return whether the entries have several backbones; baselines have none."""
+    return len({entry.backbone for entry in entries if not entry.is_baseline}) > 1
 
 
 def over_best_scratch(entries: Sequence[MatrixEntry]) -> list[MatrixEntry]:
@@ -431,6 +454,13 @@ def fraction_order(label_fraction: str) -> tuple[int, float, str]:
         return 2, 0.0, label_fraction
 
 
+def by_value(entry: MatrixEntry) -> float:
+    """Return a sort key that puts the best mean on test rows first and those without one last."""
+    if entry.mean is None:
+        return math.inf
+    return -entry.mean if entry.higher_is_better else entry.mean
+
+
 def entry_key(row: ResultRow) -> EntryKey:
     """Return the key of the entry that a results row belongs to."""
     return (
@@ -443,14 +473,10 @@ def entry_key(row: ResultRow) -> EntryKey:
 
 
 def _sort_key(entry: MatrixEntry) -> tuple[object, ...]:
-    gain = 0.0 if entry.verdict == REFERENCE else -math.inf
-    if entry.gain is not None and not entry.against:
-        gain = entry.gain
     return (
         entry.target,
         fraction_order(entry.label_fraction),
-        -gain,
-        entry.verdict == REFERENCE,
+        by_value(entry),
         entry.source,
         entry.backbone,
         entry.technique,
@@ -608,6 +634,8 @@ def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> 
         seeds: Number of paired seeds.
         enough: Whether there are enough test units.
     """
+    if seeds == 1:
+        return SINGLE_SEED
     if low is None or high is None or seeds < MIN_SEEDS:
         return UNCOMPARED
     if not enough:

@@ -7,19 +7,18 @@ confusion matrix, or the metrics of each label or entity type; for two classes a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.core.metrics import calibration, catalog, classes
-from pipeline.core.metrics.metric import SHARE, Metric, Predictions, ratio
+from pipeline.core.metrics import calibration, catalog, classes, coco_ap
+from pipeline.core.metrics.metric import SHARE, Metric, Predictions, ratio, resampled
 from pipeline.report import results, stats
 from pipeline.report.blocks import (
     DASH,
     MARKS,
     Block,
-    Details,
     Figure,
     Heading,
     Heatmap,
@@ -63,6 +62,23 @@ class LabelKind:
     plural: str
     measures: tuple[tuple[str, str], ...]
     explanation: str = ""
+
+
+@dataclass(frozen=True)
+class ClassMeasure:
+    """A number that each class has, and the texts of its table.
+
+    ``of`` makes the metric of a class. ``count`` counts what each row has of each class (n, C), and
+    a verdict needs ``min_units`` test units that have the class.
+    """
+
+    heading: str
+    counted: str
+    name: str
+    meaning: str
+    of: Callable[[int], Metric]
+    count: Callable[[Predictions, int], np.ndarray]
+    min_units: int
 
 
 LABELS = LabelKind(
@@ -111,7 +127,13 @@ def blocks(
         confused = _confusion(target, best, ours)
         if compared is None:
             return confused
-        return [*confused, *_class_table(target, *compared), *_reliability(target, *compared)]
+        return [
+            *confused,
+            *_class_table(RECALL, target, *compared),
+            *_reliability(target, *compared),
+        ]
+    if compared is not None and all(_has_boxes(run) for run in ours):
+        return _class_table(BOX_PRECISION, target, *compared)
     for kind, applies in ((LABELS, _has_label_sets), (TYPES, _has_type_counts)):
         if compared is not None and all(applies(run) for run in ours):
             return _label_table(kind, target, *compared)
@@ -211,6 +233,11 @@ def _has_type_counts(run: RunPredictions) -> bool:
     )
 
 
+def _has_boxes(run: RunPredictions) -> bool:
+    needed = {"boxes", "scores", "classes", "true_boxes", "true_classes", "true_crowd"}
+    return needed <= set(run.predictions) and bool(run.labels)
+
+
 def _seeds(count: int) -> str:
     return f"{count} seeds together" if count > 1 else "one seed"
 
@@ -270,37 +297,79 @@ def recall_of(column: int) -> Metric:
     return ratio(bounds=SHARE)(units)
 
 
+def box_precision_of(column: int) -> Metric:
+    """Return the average precision of the boxes of a class, as COCO defines it."""
+
+    def values(p: Predictions, counts: np.ndarray) -> np.ndarray:
+        return coco_ap.average_precision(coco_ap.of_class(p, column), counts=counts)
+
+    return resampled(bounds=SHARE)(values)
+
+
+def _rows_by_class(p: Predictions, classes: int) -> np.ndarray:
+    return (p["label"][:, None] == np.arange(classes)).astype(np.int64)
+
+
+def _boxes_by_class(p: Predictions, classes: int) -> np.ndarray:
+    known = p["true_classes"][:, :, None] == np.arange(classes)
+    return (known & ~p["true_crowd"].astype(bool)[:, :, None]).sum(1)
+
+
+RECALL = ClassMeasure(
+    "Class by class",
+    "Test rows",
+    "Found",
+    "the share of each class's test rows that is found (recall)",
+    recall_of,
+    _rows_by_class,
+    stats.MIN_RARER_UNITS,
+)
+BOX_PRECISION = ClassMeasure(
+    "Average precision of each class",
+    "Test boxes",
+    "AP",
+    "the average precision of each class (COCO: IoU 0.5 to 0.95)",
+    box_precision_of,
+    _boxes_by_class,
+    stats.MIN_UNITS,
+)
+
+
 def _class_table(
-    target: str, entry: MatrixEntry, ours: list[RunPredictions], scratch: list[RunPredictions]
+    measure: ClassMeasure,
+    target: str,
+    entry: MatrixEntry,
+    ours: list[RunPredictions],
+    scratch: list[RunPredictions],
 ) -> list[Block]:
-    """Return what share of each class is found, beside scratch, the largest gain first."""
+    """Return a measure of each class beside that of scratch, the largest gain first."""
     if not {run.seed for run in ours} & {run.seed for run in scratch}:
         return []
-    names, label = ours[0].labels, ours[0].predictions["label"]
-    sizes = np.bincount(label.astype(np.int64), minlength=len(names))
+    names = ours[0].labels
+    counts = measure.count(ours[0].predictions, len(names))
+    sizes = counts.sum(0)
     frequent: list[int] = [k for k in np.argsort(-sizes, kind="stable").tolist() if sizes[k]]
     lines: list[tuple[int, list[tuple[float, float, float]], stats.Gain]] = []
     for k in frequent[:MAX_LABELS]:
-        metric = recall_of(k)
+        metric = measure.of(k)
         means = [stats.mean_interval(metric, side) for side in (ours, scratch)]
         lines.append((k, means, stats.compare(metric, ours, scratch)))
     lines.sort(key=lambda line: -np.nan_to_num(line[2].value))
     digits = decimal_places([(low, high) for _, means, _ in lines for _, low, high in means])
     body: list[list[str | Value]] = []
     for k, means, gain in lines:
-        units = stats.count_units(label == k, ours[0].groups)
-        enough = units >= stats.MIN_RARER_UNITS
+        units = stats.count_units(counts[:, k] > 0, ours[0].groups)
+        enough = units >= measure.min_units
         shown = [estimate(mean, digits) for mean in means]
         body.append([names[k], f"{sizes[k]:,}", *shown, gain_estimate(gain, digits, enough)])
     caption = (
-        f"{target}: the share of each class's test rows that is found (recall), of "
-        f"{entry_label(entry)} of labels and of scratch, mean over {_plural(len(ours))} with 95 % "
-        f"intervals; the largest gain first.{SIGNS}"
+        f"{target}: {measure.meaning}, of {entry_label(entry)} of labels and of scratch, mean over "
+        f"{_plural(len(ours))} with 95 % intervals; the largest gain first.{SIGNS}"
     )
     if len(frequent) > MAX_LABELS:
         caption += f" The {MAX_LABELS} commonest of {len(frequent)} classes."
-    head = ["Class", "Test rows", "Found", "Found, scratch", "Change"]
-    return [Heading("Class by class", 3), Text(caption), Table(head, body)]
+    head = ["Class", measure.counted, measure.name, f"{measure.name}, scratch", "Gain"]
+    return [Heading(measure.heading, 3), Text(caption), Table(head, body)]
 
 
 # ---------------------------------------------------------------- two classes
@@ -423,7 +492,6 @@ def _reliability(
         Heading("Calibration", 3),
         Figure(reliability(curves, positive), caption, points),
         *_calibration_errors(entry, ours, scratch),
-        Details("Numbers of the figure", [points]),
     ]
 
 

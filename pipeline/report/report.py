@@ -1,4 +1,4 @@
-"""The report of a job: the table for the terminal, report.md and report.html.
+"""The report of a job: report.md and report.html.
 
 It shows where transfer paid, where it did not, and where the trials do not allow a conclusion. The
 entries come from ``pipeline.report.matrix`` and the figures from ``pipeline.report.plots``;
@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config import provenance, registry
 from pipeline.io import storage
@@ -44,6 +44,7 @@ from pipeline.report.blocks import (
     Value,
 )
 from pipeline.report.matrix import (
+    BASELINE,
     FAILED,
     LOSES,
     MIN_SEEDS,
@@ -51,11 +52,17 @@ from pipeline.report.matrix import (
     REFERENCE,
     SCRATCH,
     SIGNIFICANT,
+    SINGLE_SEED,
     TOO_FEW,
     UNCOMPARED,
     WINS,
+    EntryKey,
     MatrixEntry,
+    by_target,
+    by_value,
+    decimals_by_target,
     fraction_order,
+    has_several_backbones,
     matrix_entries,
     over_best_scratch,
 )
@@ -64,13 +71,12 @@ from pipeline.report.shift import Shift
 from pipeline.report.source_scores import PairScores
 from pipeline.report.trial_record import CurvePoint
 
-if TYPE_CHECKING:
-    import rich.table
-    import rich.text
-
-__all__ = ["MatrixEntry", "matrix_entries", "table", "write"]
+__all__ = ["MatrixEntry", "matrix_entries", "write"]
 
 _DASH = blocks.DASH
+UNJUDGED = (TOO_FEW, SINGLE_SEED, UNCOMPARED)
+"""Verdicts that say why a comparison has none."""
+MAX_NAMED = 12
 SEARCH_NOISE = (
     "Where hyper-parameters were searched, the settings that were tried again with further "
     "seeds show how much the choice itself varies, and "
@@ -80,207 +86,6 @@ SEARCH_NOISE = (
     "were won or lost. Neither does a search that "
     "was judged by another metric than the tested one, whose intervals say so too."
 )
-
-
-# ---------------------------------------------------------------- numbers
-
-
-def _by_target(entries: Sequence[MatrixEntry]) -> dict[str, list[MatrixEntry]]:
-    out: dict[str, list[MatrixEntry]] = defaultdict(list)
-    for entry in entries:
-        out[entry.target].append(entry)
-    return out
-
-
-def _decimals_by_target(shown: Sequence[MatrixEntry]) -> dict[str, int]:
-    return {
-        target: blocks.decimal_places([(c.low, c.high) for c in group])
-        for target, group in _by_target(shown).items()
-    }
-
-
-def _format_mean(entry: MatrixEntry, decimals: int) -> str:
-    return blocks.format_interval(entry.mean, entry.low, entry.high, decimals)
-
-
-def _format_gain(entry: MatrixEntry, decimals: int) -> str:
-    return blocks.format_interval(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")
-
-
-def _format_seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return _DASH
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _format_count(number: float | None) -> str:
-    return _DASH if number is None else f"{number:,.0f}"
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-# ---------------------------------------------------------------- terminal
-
-
-def table(entries: Sequence[MatrixEntry]) -> rich.table.Table:
-    """Return the matrix as a table for the terminal, grouped by target.
-
-    It fits 100 columns, and verdicts have signs as well as colours. The column ``seeds`` counts the
-    seeds that an entry shares with the entry it is compared with, and those that were started where
-    these are more. A gain is over the scratch network of the entry's own backbone. Where another
-    scratch network of the target is better, the gain over that one is on the next line.
-    """
-    from rich.table import Table
-    from rich.text import Text as Rich
-
-    out = Table(
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-        collapse_padding=True,
-        caption_justify="left",
-        caption_style="dim",
-        caption=_table_caption(entries),
-    )
-    signs = [
-        f"{sign} {mark}"
-        for mark, sign in code_versions.SIGNS.items()
-        if any(entry.code_mark == mark for entry in entries)
-    ]
-    if signs:
-        out.caption = f"{out.caption}\n{', '.join(signs)} (than those of now)."
-    out.add_column("source", overflow="fold")
-    out.add_column("technique", overflow="fold")
-    for name in ("labels", "mean [95 %]", "gain [95 %]", "seeds", "s/trial"):
-        out.add_column(name, justify="right", no_wrap=True)
-    decimals = _decimals_by_target(entries)
-    styles = {WINS: "bold green", LOSES: "bold red", FAILED: "bold red"}
-    target, several = None, False
-    for entry in entries:
-        if entry.target != target:
-            target = entry.target
-            several = _has_several_backbones(other for other in entries if other.target == target)
-            arrow = "↑" if entry.higher_is_better else "↓"
-            metric = f"{entry.metric} {arrow}" if entry.metric else ""
-            out.add_row()
-            out.add_row(Rich(entry.target, "bold"), Rich(metric, "dim"))
-        digits = decimals[entry.target]
-
-        source = (
-            f"{entry.source} {entry.backbone.rpartition('/')[2]}"
-            if several and entry.source == SCRATCH
-            else entry.source
-        )
-        technique = (
-            f"{entry.technique} (against {entry.against})" if entry.against else entry.technique
-        )
-        technique += f" {code_versions.SIGNS[entry.code_mark]}" if entry.code_mark else ""
-        out.add_row(
-            Rich(f" {source}"),
-            Rich(technique),
-            Rich(plots.fraction_label(entry.label_fraction)),
-            Rich(_format_mean(entry, digits)),
-            Rich(_terminal_gain(entry, digits), styles.get(entry.verdict, "")),
-            _format_seeds(entry),
-            Rich(_terminal_seconds(entry.seconds)),
-        )
-        if _has_other_baseline(entry):
-            out.add_row(
-                "",
-                Rich("best scratch", "dim"),
-                "",
-                "",
-                Rich(_format_baseline_gain(entry, digits), "dim"),
-            )
-        if entry.best_baseline_gain is not None:
-            out.add_row(
-                "",
-                Rich(f"over {entry.best_baseline}", "dim"),
-                "",
-                "",
-                Rich(_format_best_baseline_gain(entry, digits), "dim"),
-            )
-    return out
-
-
-def _has_several_backbones(entries: Iterable[MatrixEntry]) -> bool:
-    """Return whether the entries have several backbones; baselines have none."""
-    return len({entry.backbone for entry in entries if not entry.is_baseline}) > 1
-
-
-def _terminal_gain(entry: MatrixEntry, decimals: int) -> str:
-    """Return the gain with the sign of its verdict, or the verdict where there is no gain."""
-    if entry.verdict == REFERENCE:
-        return "scratch"
-    mark = blocks.MARKS.get(entry.verdict)
-    if not mark:
-        return entry.verdict
-    return f"{mark} {_format_gain(entry, decimals)}{'*' if entry.survives else ''}"
-
-
-def _terminal_seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return _DASH
-    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:.0f}"
-
-
-def _table_caption(entries: Sequence[MatrixEntry]) -> str:
-    """Return the meaning of the signs in the terminal's table."""
-    lines = [
-        "▲ wins, ▼ loses: the 95 % interval of the gain over scratch excludes zero;",
-        "* also after Holm's correction for all comparisons. ○ not shown: it holds zero.",
-        "Positive is better. seeds: those that scratch has too; a verdict needs two.",
-    ]
-    if any(entry.verdict == TOO_FEW for entry in entries):
-        lines.append(
-            "? too few to tell: too few test units for a verdict; the report has their number."
-        )
-    if any(_has_other_baseline(entry) for entry in entries):
-        lines.append(
-            "Gains are over the scratch network of the same backbone; below them those over "
-            "the target's"
-        )
-        lines.append("best scratch network (by validation), where that is of another backbone.")
-    if any(entry.best_baseline_gain is not None for entry in entries):
-        lines.append("over NAME: the gain over the best model without a network (by validation).")
-    return "\n" + "\n".join(lines)
-
-
-def _format_seeds(entry: MatrixEntry) -> rich.text.Text:
-    """Return the paired seeds of an entry, "2 of 3" where more were started.
-
-    Scratch is paired with nothing: for it they are all seeds that finished.
-    """
-    from rich.text import Text as Rich
-
-    seeds = entry.n_seeds if entry.paired_seeds is None else entry.paired_seeds
-    started = entry.n_seeds + entry.n_failed
-    return Rich(str(seeds)) if seeds == started else Rich(f"{seeds} of {started}", "red")
-
-
-def _has_other_baseline(entry: MatrixEntry) -> bool:
-    """Return whether the target's best scratch network has another backbone than the entry."""
-    return (
-        bool(entry.baseline)
-        and entry.baseline != entry.backbone
-        and entry.baseline_gain is not None
-    )
-
-
-def _format_baseline_gain(entry: MatrixEntry, decimals: int) -> str:
-    return blocks.format_interval(
-        entry.baseline_gain, entry.baseline_low, entry.baseline_high, decimals, "+"
-    )
-
-
-def _format_best_baseline_gain(entry: MatrixEntry, decimals: int) -> str:
-    return blocks.format_interval(
-        entry.best_baseline_gain, entry.best_baseline_low, entry.best_baseline_high, decimals, "+"
-    )
 
 
 # ---------------------------------------------------------------- the written report
@@ -302,6 +107,7 @@ def write(
     scores: dict[str, dict[str, Any]] | None = None,
     source_scores: Mapping[str, PairScores] | None = None,
     modalities: Mapping[str, str] | None = None,
+    left_out: Sequence[str] = (),
 ) -> tuple[str, str]:
     """Write report.md and report.html under ``root_uri``, each atomically.
 
@@ -315,7 +121,7 @@ def write(
             seconds, rows_per_second, metrics, transfer, bundle_uri, splits``, any of which may be
             missing.
         splits: Target to where its splits come from.
-        notes: Sentences for the section on the method.
+        notes: Sentences on what was found in the data.
         versions: What identifies the job apart from the libraries, such as its hash. The versions
             of libraries are those that each trial ran with.
         runs: Trial id to test predictions, for the tables of classes, labels and subgroups.
@@ -324,30 +130,31 @@ def write(
             left out because of their score. Without it only the scores in ``rows`` are shown.
         source_scores: ``source|target`` to every transferability score.
         modalities: Target to the name of its modality.
+        left_out: A line for each target that could not be prepared, and for test rows that were
+            left out.
 
     Returns:
         The URIs of report.md and report.html.
     """
-    groups, decimals = _by_target(entries), _decimals_by_target(entries)
+    groups, decimals = by_target(entries), decimals_by_target(entries)
     comparable, pooled = over_best_scratch(entries), folds.pool(rows, runs or {})
+    by_key = {entry.key: entry for entry in comparable}
     content: list[Block] = [
-        *gains.warnings(_by_target(comparable), decimals),
+        *gains.warnings(by_target(comparable), decimals),
         *winners.blocks_of(root_uri, groups, rows, decimals),
         *_summary_blocks(entries, groups, rows, decimals),
         *gains.heat_maps(comparable, decimals),
-        *_gain_blocks(groups, decimals),
+        *_gain_blocks(groups),
         *without_labels.blocks_of(entries, *pooled, decimals),
     ]
     for target, group in groups.items():
-        content += _best_baseline_blocks(target, group, decimals[target])
-    for target, group in groups.items():
         content += _target_blocks(
-            target, group, rows, curves, decimals[target], splits.get(target, ""), pooled
+            target, group, by_key, rows, curves, decimals[target], splits.get(target, ""), pooled
         )
     content += [
-        *_budget_blocks(rows),
-        *_cost_blocks(entries, rows),
-        *gains.cost_figures(_by_target(comparable), decimals),
+        *_missing_blocks(entries, rows, scores, left_out, notes),
+        *_cost_blocks(entries, rows, pretraining),
+        *gains.cost_figures(by_target(comparable), decimals),
         *_score_blocks(rows, scores),
         *score_audit.blocks_of(
             entries,
@@ -362,12 +169,9 @@ def write(
         ),
         *shift.blocks_of(_shifts(source_scores or {}), registry.names("technique")),
         *_pretraining_blocks(pretraining),
-        *_failure_blocks(rows),
-        *_duplicate_blocks(rows),
-    ]
-    content += [
         *_split_blocks({t: s for t, s in splits.items() if t not in groups}),
-        *_method_blocks(entries, rows, notes, versions, code_notes),
+        *_method_blocks(entries, rows, versions, code_notes),
+        *_word_blocks(),
     ]
     title = _headline(entries)
     out = storage.join(root_uri, "report.md"), storage.join(root_uri, "report.html")
@@ -399,7 +203,7 @@ def _headline(entries: Sequence[MatrixEntry]) -> str:
         return _headline_without_comparisons(entries)
     surviving = _count_survivors(entries)
     lost = f", and lost in {surviving[LOSES]}" if surviving[LOSES] else ", and lost in none"
-    return f"Transfer paid in {surviving[WINS]} of {_plural(compared, 'comparison')}{lost}"
+    return f"Transfer paid in {surviving[WINS]} of {blocks.plural(compared, 'comparison')}{lost}"
 
 
 def _headline_without_comparisons(entries: Sequence[MatrixEntry]) -> str:
@@ -419,8 +223,8 @@ def _describe_correction(entries: Sequence[MatrixEntry]) -> str:
     family = sum(entry.gain_p_holm is not None for entry in entries)
     return (
         "The headline counts wins and losses that survive Holm's correction for all "
-        f"{_plural(family, 'comparison')} of the job (corrected p below "
-        f"{SIGNIFICANT}, marked *): {surviving[WINS]} of {_plural(found[WINS], 'win')} and "
+        f"{blocks.plural(family, 'comparison')} of the job (corrected p below "
+        f"{SIGNIFICANT}, marked *): {surviving[WINS]} of {blocks.plural(found[WINS], 'win')} and "
         f"{surviving[LOSES]} of {found[LOSES]} "
         f"loss{'' if found[LOSES] == 1 else 'es'} by the plain interval."
     )
@@ -449,7 +253,7 @@ def _summary_blocks(
     if corrected_away:
         tally.append((str(corrected_away), "by the plain interval alone", NOT_SHOWN))
     tally.append((str(found[NOT_SHOWN]), "not shown", NOT_SHOWN))
-    others = ((TOO_FEW, TOO_FEW), (UNCOMPARED, UNCOMPARED), (FAILED, "without a result"))
+    others = (*((name, name) for name in UNJUDGED), (FAILED, "without a result"))
     tally += [(str(found[name]), what, name) for name, what in others if found[name]]
     trials = {(row.trial_id, row.trial_stage) for row in rows}
     out.append(KeyFigures([*tally, (str(len(trials)), "trials", "")]))
@@ -464,7 +268,9 @@ def _summary_blocks(
         value = (
             Value(
                 (
-                    f"{_format_gain(best, decimals[target])}",
+                    blocks.format_interval(
+                        best.gain, best.gain_low, best.gain_high, decimals[target], "+"
+                    ),
                     f"{best.source} · {best.technique} · "
                     f"{plots.fraction_label(best.label_fraction)}",
                     f"{blocks.MARKS.get(best.verdict, '')} {best.verdict}",
@@ -474,7 +280,11 @@ def _summary_blocks(
             if best
             else _DASH
         )
-        numbers = [counts[WINS], counts[LOSES], counts[NOT_SHOWN], sum(c.n_failed for c in group)]
+        numbers = [
+            *(counts[name] for name in (WINS, LOSES, NOT_SHOWN)),
+            sum(counts[name] for name in UNJUDGED),
+            sum(c.n_failed for c in group),
+        ]
         body.append([target, group[0].metric or _DASH, value, *map(str, numbers)])
     if body:
         out.append(
@@ -486,6 +296,7 @@ def _summary_blocks(
                     "Wins",
                     "Loses",
                     "Not shown",
+                    "No verdict",
                     "Failed trials",
                 ],
                 body,
@@ -502,7 +313,7 @@ def _summary_blocks(
     return out
 
 
-def _gain_blocks(groups: dict[str, list[MatrixEntry]], decimals: dict[str, int]) -> list[Block]:
+def _gain_blocks(groups: dict[str, list[MatrixEntry]]) -> list[Block]:
     shown = {
         target: compared
         for target, group in groups.items()
@@ -511,95 +322,49 @@ def _gain_blocks(groups: dict[str, list[MatrixEntry]], decimals: dict[str, int])
     if not shown:
         return []
     limits = plots.forest_limits(shown)
-    out: list[Block] = [Heading("Gain over scratch")]
+    out: list[Block] = [
+        Heading("Gain over scratch"),
+        Text(
+            "▲ wins, ▼ loses, ○ not shown: the interval holds zero, which does not say that "
+            "there is no difference. Right of the line is better than scratch, whichever "
+            "direction the metric has. Targets with the same metric share one scale. The numbers "
+            "are in the sections of the targets."
+        ),
+    ]
     for target, group in shown.items():
         group = sorted(group, key=lambda c: (fraction_order(c.label_fraction), -(c.gain or 0)))
         svg = plots.forest(group, f"{target}, gain in {group[0].metric}", limits[target])
-        listed = [
-            [plots.entry_label(c), _format_gain(c, decimals[target]), *_comparison_columns(c)]
-            for c in group
-        ]
-        out.append(
-            Figure(svg, f"{target}: gain in {group[0].metric} over scratch, with 95 % intervals.")
-        )
-        out.append(
-            blocks.Table(
-                [target, f"Gain in {group[0].metric}", "Verdict", "Paired seeds", "p", "p (Holm)"],
-                listed,
-            )
-        )
-        out += _baseline_blocks(target, group, decimals[target])
-    out.append(
-        Text(
-            "▲ wins, ▼ loses, ○ not shown: the interval holds zero, which does not say that "
-            "there is no difference. ? too few to tell. * survives "
-            "Holm's correction. Positive (right of the line) is better than scratch, "
-            "whichever direction the metric has. "
-            "Targets with the same metric share one scale.",
-            "note",
-        )
-    )
+        caption = f"{target}: gain in {group[0].metric} over scratch, with 95 % intervals."
+        out.append(Figure(svg, caption))
     return out
 
 
-def _comparison_columns(entry: MatrixEntry) -> list[str]:
-    """Return the table columns of a comparison: verdict, paired seeds and both p values."""
-    word = f"{blocks.MARKS.get(entry.verdict, '')} {entry.verdict} {_code_mark(entry)}".strip()
-    corrected = _format_p_value(entry.gain_p_holm) + (" *" if entry.survives else "")
-    return [word, _format_count(entry.paired_seeds), _format_p_value(entry.gain_p), corrected]
-
-
-def _format_p_value(value: float | None) -> str:
-    if value is None:
-        return _DASH
-    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
-
-
-def _baseline_blocks(target: str, group: Sequence[MatrixEntry], decimals: int) -> list[Block]:
-    """Return the table of gains over the best scratch network, where there are several backbones.
-
-    A note above it says that the other gains are measured against different networks. Baselines,
-    which are no networks, are left out.
-    """
-    group = [entry for entry in group if not entry.is_baseline]
-    if not _has_several_backbones(group):
+def _several_networks_note(target: str, group: Sequence[MatrixEntry]) -> list[Block]:
+    """Return a note where gains are measured against several scratch networks."""
+    compared = [entry for entry in group if entry.gain is not None and not entry.is_baseline]
+    if not has_several_backbones(compared):
         return []
-    backbones = sorted({entry.backbone for entry in group})
+    backbones = sorted({entry.backbone for entry in compared})
     best = sorted(
         {
-            f"{plots.fraction_label(entry.label_fraction)}: {entry.baseline}"
-            for entry in group
+            f"{plots.fraction_label(entry.label_fraction)} labels: {entry.baseline}"
+            for entry in compared
             if entry.baseline
         }
     )
-    note = (
-        f"{target}: these gains are measured against {len(backbones)} different scratch "
-        "networks, each against that of its own backbone "
-        f"({', '.join(backbones)}), so they cannot be compared with each other. The target's "
-        "best scratch network by validation: "
-        f"{'; '.join(best) or 'unknown'}. Gains over it:"
-    )
-    listed = [
-        [
-            plots.entry_label(c),
-            c.backbone,
-            _format_gain(c, decimals),
-            _format_baseline_gain(c, decimals),
-        ]
-        for c in group
-    ]
     return [
-        Text(note),
-        blocks.Table(
-            [target, "Backbone", "Gain over its own scratch", "Gain over the best scratch"],
-            listed,
-            2,
-        ),
+        Text(
+            f"{target}: gains over scratch are measured against {len(backbones)} different scratch "
+            f"networks, each against that of its own backbone ({', '.join(backbones)}), so they "
+            "cannot be compared with each other. The gain over best scratch can: it is over the "
+            f"target's best scratch network by validation ({'; '.join(best) or 'unknown'}).",
+            "note",
+        )
     ]
 
 
-def _best_baseline_blocks(target: str, group: Sequence[MatrixEntry], decimals: int) -> list[Block]:
-    """Return the table of gains over the best model without a network, where there is one."""
+def _best_baseline_note(target: str, group: Sequence[MatrixEntry]) -> list[Block]:
+    """Return how many networks are better than the best model without a network."""
     compared = [entry for entry in group if entry.best_baseline_gain is not None]
     tried = sorted({entry.technique for entry in group if entry.is_baseline and entry.n_seeds})
     if not compared and len(tried) > 1 and not any(entry.best_baseline for entry in group):
@@ -612,25 +377,19 @@ def _best_baseline_blocks(target: str, group: Sequence[MatrixEntry], decimals: i
         ]
     if not compared:
         return []
-    order = sorted(
-        compared,
-        key=lambda c: (fraction_order(c.label_fraction), -(c.best_baseline_gain or 0)),
-    )
-    body = [
-        [plots.entry_label(c), c.best_baseline, _format_best_baseline_gain(c, decimals)]
-        for c in order
-    ]
     found = Counter(entry.best_baseline_verdict for entry in compared)
-    others = "".join(f", {found[name]} {name}" for name in (TOO_FEW, UNCOMPARED) if found[name])
+    words = {SINGLE_SEED: "with one seed"}
+    others = "".join(f", {found[one]} {words.get(one, one)}" for one in UNJUDGED if found[one])
+    best = ", ".join(dict.fromkeys(entry.best_baseline for entry in compared))
     return [
-        Heading(f"{target}: gain over the best baseline", 3),
         Text(
-            "A baseline is a model without a network, fitted on the same labelled rows; the best "
-            "one is chosen on validation rows. By the plain 95 % interval, which is not corrected "
-            f"for the number of comparisons, {found[WINS]} of {len(compared)} networks are better "
-            f"than it, {found[LOSES]} are worse{others}."
-        ),
-        blocks.Table([target, "Baseline", f"Gain in {compared[0].metric}"], body, 2),
+            f"{target}: the gain over the best baseline is over {best}. A baseline is a model "
+            "without a network, fitted on the same labelled rows; the best one is chosen on "
+            "validation rows. By the plain 95 % interval, which is not corrected for the number "
+            f"of comparisons, {found[WINS]} of {len(compared)} networks are better than it, "
+            f"{found[LOSES]} are worse{others}.",
+            "note",
+        )
     ]
 
 
@@ -644,6 +403,7 @@ def _row_label(entry: MatrixEntry, backbones: bool) -> str:
 def _target_blocks(
     target: str,
     group: list[MatrixEntry],
+    comparable: Mapping[EntryKey, MatrixEntry],
     rows: Sequence[ResultRow],
     curves: Mapping[str, Sequence[CurvePoint]],
     decimals: int,
@@ -658,18 +418,21 @@ def _target_blocks(
         seeds = sorted({c.n_seeds for c in done})
         better = "higher" if done[0].higher_is_better else "lower"
         averaged = (
-            _plural(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+            blocks.plural(seeds[0], "seed")
+            if len(seeds) == 1
+            else f"{seeds[0]} to {seeds[-1]} seeds"
         )
-        rows_read = " or ".join(_format_count(n) for n in sizes) or "an unknown number of"
+        rows_read = " or ".join(blocks.format_count(n) for n in sizes) or "an unknown number of"
         out.append(
             Text(
                 f"Test {metric} ({better} is better), mean over {averaged} on {rows_read} test "
-                "rows, with 95 % intervals; "
-                "below it the gain over scratch (▲ wins, ▼ loses, ○ not shown, ? too few to "
-                "tell, * survives Holm's correction)."
+                "rows, with 95 % intervals, the best value first. A gain is positive where it is "
+                "better. ▲ wins, ▼ loses: its interval excludes zero, * also after Holm's "
+                "correction. ○ not shown: it holds zero."
             )
         )
-    out.append(_matrix_table(group, decimals))
+    out += _value_tables(group, comparable, decimals)
+    out += [*_several_networks_note(target, group), *_best_baseline_note(target, group)]
     if split:
         out.append(Text(f"Splits: {split}", "note"))
     followed = _curve_metric(metric, target, rows, curves)
@@ -678,8 +441,8 @@ def _target_blocks(
         caption = f"{target}: validation {followed} while fine-tuning, mean over seeds."
         if any(row.target == target and row.split == results.SOURCE_VALIDATION for row in rows):
             caption += " With 0 labels it is that on the source's validation rows."
-        out.append(Figure(plots.learning(panels, followed), caption))
-        out.append(Details("Numbers of the figure", [_curve_table(panels, followed, decimals)]))
+        numbers = _curve_table(panels, followed, decimals)
+        out.append(Figure(plots.learning(panels, followed), caption, numbers))
     if len({c.label_fraction for c in done if c.n_train}) > 1:
         out.append(
             Figure(
@@ -695,66 +458,148 @@ def _target_blocks(
     )
 
 
-def _matrix_table(group: list[MatrixEntry], decimals: int) -> blocks.Table:
-    fractions = sorted({c.label_fraction for c in group}, key=fraction_order)
-    several = _has_several_backbones(group)
-    lines: dict[tuple[str, str, str], dict[str, MatrixEntry]] = defaultdict(dict)
-    for entry in sorted(
-        group, key=lambda c: (c.source == SCRATCH, c.source, c.backbone, c.technique)
-    ):
-        lines[entry.source, entry.backbone, entry.technique][entry.label_fraction] = entry
-    sizes = {c.label_fraction: c.n_train for c in group if c.n_train}
-    header = ["Source · technique"]
+def _value_tables(
+    group: Sequence[MatrixEntry], comparable: Mapping[EntryKey, MatrixEntry], decimals: int
+) -> list[Block]:
+    """Return a table for each label fraction of a target, the best value first.
+
+    Args:
+        group: Entries of the target.
+        comparable: The entries of `over_best_scratch`, by key.
+        decimals: Decimals of the target's values.
+    """
+    fractions = sorted({entry.label_fraction for entry in group}, key=fraction_order, reverse=True)
+    out: list[Block] = []
     for fraction in fractions:
-        name = plots.fraction_label(fraction)
-        if fraction.replace(".", "").isdigit():
-            name += " of labels"
-        if fraction in sizes and not fraction.endswith(" rows"):
-            name += f" ({_format_count(sizes[fraction])} rows)"
-        header.append(name)
-    body = [
-        [
-            _row_label(next(iter(line.values())), several),
-            *(_matrix_value(line.get(f), decimals) for f in fractions),
-        ]
-        for line in lines.values()
-    ]
-    return blocks.Table(header, body)
-
-
-def _code_mark(entry: MatrixEntry) -> str:
-    """Return the sign and words for an entry whose trials were made by other code or versions."""
-    return f"{code_versions.SIGNS[entry.code_mark]} {entry.code_mark}" if entry.code_mark else ""
-
-
-def _matrix_value(entry: MatrixEntry | None, decimals: int) -> str | Value:
-    if entry is None:
-        return _DASH
-    if entry.verdict == FAILED:
-        return Value(("failed", _plural(entry.n_failed, "trial")), FAILED)
-    lines = [blocks.format_interval(entry.mean, None, None, decimals)]
-    if entry.low is not None and entry.high is not None:
-        lines.append(_format_mean(entry, decimals).partition(" ")[2])
-    if entry.code_mark:
-        lines.append(_code_mark(entry))
-    if entry.n_failed:
-        lines.append(f"{_plural(entry.n_failed, 'trial')} failed")
-    if entry.evidence:
-        lines.append(entry.evidence)
-    if entry.against:
-        lines.append(f"against {entry.against}:")
-    if entry.gain is not None:
-        survives = " *" if entry.survives else ""
-        mark = blocks.MARKS.get(entry.verdict, "")
-        lines.append(f"{mark} {_format_gain(entry, decimals)}{survives}".strip())
-    if entry.verdict == UNCOMPARED:
-        seeds = (
-            f" ({_plural(entry.paired_seeds, 'paired seed')})"
-            if entry.paired_seeds is not None
-            else ""
+        entries = sorted(
+            (entry for entry in group if entry.label_fraction == fraction), key=by_value
         )
-        lines.append(f"{UNCOMPARED}{seeds}")
-    return Value(tuple(lines), entry.verdict)
+        if len(fractions) > 1:
+            sizes = {entry.n_train for entry in entries if entry.n_train}
+            rows = f" ({blocks.format_count(max(sizes))} training rows)" if sizes else ""
+            out.append(Heading(f"{plots.fraction_label(fraction)} labels{rows}", 3))
+        out.append(_value_table(entries, comparable, decimals))
+    return out
+
+
+def _value_table(
+    entries: Sequence[MatrixEntry], comparable: Mapping[EntryKey, MatrixEntry], decimals: int
+) -> blocks.Table:
+    """Return the values of entries on test rows, and their gains."""
+    several = has_several_backbones(entries)
+    has_gain = any(entry.gain is not None for entry in entries)
+    has_best_scratch = has_gain and has_several_backbones(
+        entry for entry in entries if entry.gain is not None
+    )
+    has_baseline = any(entry.best_baseline_gain is not None for entry in entries)
+    columns: list[tuple[str, Callable[[MatrixEntry], str | Value]]] = [
+        ("Source · technique", lambda entry: _entry_name(entry, several)),
+        ("Value", lambda entry: _mean_value(entry, decimals)),
+    ]
+    if has_gain or any(entry.verdict in UNJUDGED for entry in entries):
+        columns.append(("Gain over scratch", lambda entry: _own_gain(entry, decimals)))
+    if has_best_scratch:
+        columns.append(
+            (
+                "Gain over best scratch",
+                lambda entry: _best_scratch_gain(entry, comparable[entry.key], decimals),
+            )
+        )
+    if has_baseline:
+        columns.append(
+            ("Gain over best baseline", lambda entry: _best_baseline_gain(entry, decimals))
+        )
+    columns.append(("Paired seeds", _seeds))
+    if any(entry.gain_p is not None for entry in entries):
+        columns += [
+            ("p", lambda entry: _format_p_value(entry.gain_p)),
+            ("p (Holm)", _corrected_p_value),
+        ]
+    body = [[make(entry) for _, make in columns] for entry in entries]
+    return blocks.Table([name for name, _ in columns], body)
+
+
+def _entry_name(entry: MatrixEntry, several: bool) -> str | Value:
+    """Return the name of an entry, below it its backbone where there are several."""
+    lines = [f"{entry.source} · {entry.technique}"]
+    if several and not entry.is_baseline:
+        lines.append(entry.backbone)
+    if entry.code_mark:
+        lines.append(f"{code_versions.SIGNS[entry.code_mark]} {entry.code_mark}")
+    return Value(tuple(lines))
+
+
+def _mean_value(entry: MatrixEntry, decimals: int) -> str | Value:
+    if entry.verdict == FAILED:
+        return Value(("failed", blocks.plural(entry.n_failed, "trial")), FAILED)
+    return Value(_lines(entry.mean, entry.low, entry.high, decimals))
+
+
+def _lines(
+    middle: float | None, low: float | None, high: float | None, decimals: int, sign: str = ""
+) -> tuple[str, ...]:
+    """Return a value, and its interval as a line of its own."""
+    first, _, interval = blocks.format_interval(middle, low, high, decimals, sign).partition(" ")
+    return (first, interval) if interval else (first,)
+
+
+def _own_gain(entry: MatrixEntry, decimals: int) -> str | Value:
+    if entry.verdict in (REFERENCE, BASELINE, FAILED):
+        return _DASH
+    lines = _lines(entry.gain, entry.gain_low, entry.gain_high, decimals, "+")
+    if entry.against:
+        lines += (f"against {entry.against}",)
+    if entry.evidence:
+        lines += (entry.evidence,)
+    return Value((*lines, _verdict_words(entry.verdict, entry.survives)), entry.verdict)
+
+
+def _best_scratch_gain(entry: MatrixEntry, over_best: MatrixEntry, decimals: int) -> str | Value:
+    if entry.baseline_gain is None:
+        return _DASH
+    lines = _lines(entry.baseline_gain, entry.baseline_low, entry.baseline_high, decimals, "+")
+    word = _verdict_words(over_best.verdict, over_best.survives)
+    return Value((*lines, word), over_best.verdict)
+
+
+def _best_baseline_gain(entry: MatrixEntry, decimals: int) -> str | Value:
+    if entry.best_baseline_gain is None:
+        return _DASH
+    lines = _lines(
+        entry.best_baseline_gain,
+        entry.best_baseline_low,
+        entry.best_baseline_high,
+        decimals,
+        "+",
+    )
+    verdict = entry.best_baseline_verdict
+    return Value((*lines, _verdict_words(verdict)), verdict)
+
+
+def _verdict_words(verdict: str, survives: bool = False) -> str:
+    """Return a verdict with its sign, and a star where it survives Holm's correction."""
+    return f"{blocks.MARKS.get(verdict, '')} {verdict}{' *' if survives else ''}".strip()
+
+
+def _seeds(entry: MatrixEntry) -> str | Value:
+    """Return the seeds that an entry shares with scratch, and how many trials failed."""
+    seeds = entry.n_seeds if entry.paired_seeds is None else entry.paired_seeds
+    if not entry.n_failed and seeds == entry.n_seeds:
+        return str(seeds)
+    lines = [f"{seeds} of {entry.n_seeds + entry.n_failed}"]
+    if entry.n_failed:
+        lines.append(f"{blocks.plural(entry.n_failed, 'trial')} failed")
+    return Value(tuple(lines), FAILED if entry.n_failed else "")
+
+
+def _format_p_value(value: float | None) -> str:
+    if value is None:
+        return _DASH
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _corrected_p_value(entry: MatrixEntry) -> str:
+    return _format_p_value(entry.gain_p_holm) + (" *" if entry.survives else "")
 
 
 def _curve_metric(
@@ -827,6 +672,110 @@ def _unique_trials(rows: Sequence[ResultRow]) -> list[ResultRow]:
     return list({(row.trial_id, row.trial_stage): row for row in reversed(rows)}.values())[::-1]
 
 
+def _missing_blocks(
+    entries: Sequence[MatrixEntry],
+    rows: Sequence[ResultRow],
+    scores: dict[str, dict[str, Any]] | None,
+    left_out: Sequence[str],
+    notes: Sequence[str],
+) -> list[Block]:
+    """Return what the tables do not hold: what failed, was cut or left out, and what is unknown."""
+    lines = [
+        *left_out,
+        *_sources_left_out(rows, scores),
+        *_stopped_early(rows),
+        *_unjudged(entries),
+        *_without_validation(entries),
+        *_without_search_noise(entries),
+    ]
+    details = [*_failure_blocks(rows), *_budget_blocks(rows), *_duplicate_blocks(rows)]
+    if not lines and not details:
+        lines = ["No trial failed, none was cut, and no comparison lacks a verdict."]
+    out: list[Block] = [Heading("What failed, was left out or is unknown")]
+    if lines:
+        out.append(Bullets(lines))
+    out += details
+    if notes:
+        out += [Heading("Notes on the data", 3), Bullets(list(notes))]
+    return out
+
+
+def _sources_left_out(
+    rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None
+) -> list[str]:
+    """Return a line for each target with sources that were not fine-tuned because of a score."""
+    tried = {(row.target, row.source) for row in rows}
+    left_out: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for target, source, name in _known_scores(rows, scores):
+        if (target, source) not in tried:
+            left_out[target, name].append(source)
+    return [
+        f"{target}: sources not fine-tuned, because of their {name}: {', '.join(sources)}."
+        for (target, name), sources in left_out.items()
+    ]
+
+
+def _stopped_early(rows: Sequence[ResultRow]) -> list[str]:
+    """Return a line on the search trials that a scheduler stopped."""
+    stopped = [
+        row for row in _unique_trials(rows) if row.status == "pruned" and not row.is_cut_by_budget
+    ]
+    if not stopped:
+        return []
+    return [
+        f"{blocks.plural(len(stopped), 'search trial')} stopped early (fanout.scheduler): others "
+        "of the same search were better after as many steps."
+    ]
+
+
+def _unjudged(entries: Sequence[MatrixEntry]) -> list[str]:
+    """Return a line for each reason why comparisons have no verdict."""
+    reasons: dict[str, list[MatrixEntry]] = defaultdict(list)
+    for entry in entries:
+        if entry.source == SCRATCH:
+            continue
+        if entry.verdict == TOO_FEW:
+            reasons[f"Too few to tell ({entry.evidence})"].append(entry)
+        elif entry.verdict == SINGLE_SEED:
+            reasons[f"One seed (a verdict needs {MIN_SEEDS})"].append(entry)
+        elif entry.verdict == UNCOMPARED and entry.paired_seeds is None:
+            reasons["Not compared (there is no scratch network to compare with)"].append(entry)
+        elif entry.verdict == UNCOMPARED:
+            reasons["Not compared (no seed in common, or test predictions are missing)"].append(
+                entry
+            )
+    return [f"{reason}: {_names(found)}." for reason, found in reasons.items()]
+
+
+def _without_validation(entries: Sequence[MatrixEntry]) -> list[str]:
+    found = [
+        entry
+        for entry in entries
+        if entry.n_seeds and entry.validation is None and not entry.is_baseline
+    ]
+    if not found:
+        return []
+    return [f"No value on validation rows, so never chosen by it: {_names(found)}."]
+
+
+def _without_search_noise(entries: Sequence[MatrixEntry]) -> list[str]:
+    found = [entry for entry in entries if "without the noise of the search" in entry.interval]
+    if not found:
+        return []
+    return [f"Intervals that leave out how much the search itself varies: {_names(found)}."]
+
+
+def _names(entries: Sequence[MatrixEntry]) -> str:
+    """Return the names of some entries by target, at most 12 of them."""
+    groups = {
+        target: [plots.entry_label(entry) for entry in group]
+        for target, group in by_target(entries[:MAX_NAMED]).items()
+    }
+    text = "; ".join(f"{target}: {', '.join(names)}" for target, names in groups.items())
+    rest = len(entries) - MAX_NAMED
+    return f"{text}, and {rest} more" if rest > 0 else text
+
+
 def _budget_blocks(rows: Sequence[ResultRow]) -> list[Block]:
     """Return the pairs of source and technique that a budget cut, with their rung."""
     cut = [
@@ -847,23 +796,100 @@ def _budget_blocks(rows: Sequence[ResultRow]) -> list[Block]:
         for row in cut
     ]
     return [
-        Heading("Cut by the budget"),
+        Heading("Cut by the budget", 3),
         Text(
-            f"{_plural(len(cut), 'pair')} of source and technique did not promise enough in short "
-            "runs (fanout.select.budget). They were not trained in full and their test rows were "
-            "not read, so whether they would have won is unknown."
+            f"{blocks.plural(len(cut), 'pair')} of source and technique did not promise enough in "
+            "short runs (fanout.select.budget). They were not trained in full and their test rows "
+            "were not read, so whether they would have won is unknown."
         ),
         blocks.Table(["Target", "Source · technique", "Labels", "Cut", "Validation then"], body, 4),
     ]
 
 
-def _cost_blocks(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> list[Block]:
+def _cost_blocks(
+    entries: Sequence[MatrixEntry],
+    rows: Sequence[ResultRow],
+    pretraining: Sequence[dict[str, Any]],
+) -> list[Block]:
+    trials = _trial_costs(entries, rows)
+    if not trials.rows:
+        return []
+    return [
+        Heading("Cost"),
+        Text(
+            "The training time of an entry is the mean of its final trials. A source is pretrained "
+            "once and serves every target."
+        ),
+        _backbone_costs(entries, rows, pretraining),
+        Details("Training time of every source and technique", [trials]),
+    ]
+
+
+def _backbone_costs(
+    entries: Sequence[MatrixEntry],
+    rows: Sequence[ResultRow],
+    pretraining: Sequence[dict[str, Any]],
+) -> blocks.Table:
+    """Return the cost of each source's backbone: pretraining once, and all of its trials."""
+    trained = {str(item.get("source")): item for item in pretraining}
+    timed = [entry for entry in entries if entry.seconds is not None and not entry.is_baseline]
+    scratch: dict[str, list[MatrixEntry]] = defaultdict(list)
+    for entry in timed:
+        if entry.verdict == REFERENCE:
+            scratch[entry.backbone].append(entry)
+    spent: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in _unique_trials(rows):
+        spent[row.source, row.backbone].append(row.seconds or 0.0)
+    body: list[list[str | Value]] = []
+    for source, backbone in dict.fromkeys((entry.source, entry.backbone) for entry in timed):
+        own = [entry for entry in timed if (entry.source, entry.backbone) == (source, backbone)]
+        sizes = [
+            entry.params_trained
+            for entry in timed
+            if entry.backbone == backbone and entry.params_trained is not None
+        ]
+        once = trained.get(source, {}).get("seconds")
+        seconds = spent[source, backbone]
+        body.append(
+            [
+                Value((source, backbone)),
+                blocks.format_count(max(sizes, default=None)),
+                _DASH if source == SCRATCH else blocks.format_seconds(once),
+                str(len({entry.target for entry in own})),
+                blocks.format_count(len(seconds)),
+                blocks.format_seconds(sum(seconds)),
+                _mean_time(own),
+                _DASH if source == SCRATCH else _mean_time(scratch[backbone]),
+            ]
+        )
+    head = [
+        "Source, backbone",
+        "Parameters",
+        "Pretraining, once",
+        "Targets",
+        "Trials",
+        "All trials",
+        "Training time, mean",
+        "Of its scratch",
+    ]
+    return blocks.Table(head, body)
+
+
+def _mean_time(entries: Sequence[MatrixEntry]) -> str:
+    """Return the mean training time of final trials."""
+    count = sum(entry.n_seeds for entry in entries)
+    if not count:
+        return _DASH
+    total = sum((entry.seconds or 0.0) * entry.n_seeds for entry in entries)
+    return blocks.format_seconds(total / count)
+
+
+def _trial_costs(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> blocks.Table:
+    """Return the cost of each source and technique on each target."""
     shown: dict[tuple[str, str, str, str], list[MatrixEntry]] = defaultdict(list)
     for entry in entries:
         if entry.seconds is not None:
             shown[entry.target, entry.source, entry.backbone, entry.technique].append(entry)
-    if not shown:
-        return []
     spent: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
     for row in _unique_trials(rows):
         spent[row.target, row.source, row.backbone, results.technique(row)].append(
@@ -872,41 +898,33 @@ def _cost_blocks(entries: Sequence[MatrixEntry], rows: Sequence[ResultRow]) -> l
     several = {
         target
         for target, *_ in shown
-        if _has_several_backbones(c for key in shown if key[0] == target for c in shown[key])
+        if has_several_backbones(c for key in shown if key[0] == target for c in shown[key])
     }
     body: list[list[str]] = []
     for key, group in shown.items():
-        seconds = sum((c.seconds or 0) * c.n_seeds for c in group) / sum(c.n_seeds for c in group)
         params = [c.params_trained for c in group if c.params_trained is not None]
         trials = spent.get(key, [])
-        name = _row_label(group[0], key[0] in several)
         body.append(
             [
                 key[0],
-                name,
-                _format_seconds(seconds),
-                _format_count(max(params, default=None)),
-                _format_count(len(trials)),
-                _format_seconds(sum(trials)),
+                _row_label(group[0], key[0] in several),
+                _mean_time(group),
+                blocks.format_count(max(params, default=None)),
+                blocks.format_count(len(trials)),
+                blocks.format_seconds(sum(trials)),
                 "; ".join(dict.fromkeys(c.layers_trained for c in group)),
             ]
         )
-    return [
-        Heading("Cost"),
-        blocks.Table(
-            [
-                "Target",
-                "Source · technique",
-                "Final trial",
-                "Parameters trained",
-                "Trials with search",
-                "All trials",
-                "Layers trained",
-            ],
-            body,
-            2,
-        ),
+    head = [
+        "Target",
+        "Source · technique",
+        "Training time",
+        "Parameters trained",
+        "Trials with search",
+        "All trials",
+        "Layers trained",
     ]
+    return blocks.Table(head, body, 2)
 
 
 def _scored(source_scores: Mapping[str, PairScores]) -> dict[str, PairScores]:
@@ -977,10 +995,10 @@ def _pretraining_blocks(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
                 str(item.get("backbone") or _DASH),
                 str(item.get("objective") or _DASH),
                 measured or _DASH,
-                _format_count(item.get("steps")),
-                _format_count(item.get("rows")),
-                _format_seconds(item.get("seconds")),
-                _format_count(item.get("rows_per_second")),
+                blocks.format_count(item.get("steps")),
+                blocks.format_count(item.get("rows")),
+                blocks.format_seconds(item.get("seconds")),
+                blocks.format_count(item.get("rows_per_second")),
             ]
         )
         details = _source_details(item)
@@ -1019,8 +1037,8 @@ def _failure_blocks(rows: Sequence[ResultRow]) -> list[Block]:
     for row in failed:
         by_error[row.error or "no error was recorded"].append(row)
     out: list[Block] = [
-        Heading("Failures"),
-        Text(f"{_plural(len(failed), 'trial')} failed; the others went on without them."),
+        Heading("Failures", 3),
+        Text(f"{blocks.plural(len(failed), 'trial')} failed; the others went on without them."),
     ]
     for error, group in sorted(by_error.items(), key=lambda kv: -len(kv[1])):
         lines = error.strip().splitlines() or [error]
@@ -1033,7 +1051,8 @@ def _failure_blocks(rows: Sequence[ResultRow]) -> list[Block]:
         which += [f"and {len(group) - 20} more"] if len(group) > 20 else []
         out.append(
             Details(
-                f"{_plural(len(group), 'trial')}: {lines[-1][:160]}", [Bullets(which), Code(error)]
+                f"{blocks.plural(len(group), 'trial')}: {lines[-1][:160]}",
+                [Bullets(which), Code(error)],
             )
         )
     return out
@@ -1044,7 +1063,7 @@ def _duplicate_blocks(rows: Sequence[ResultRow]) -> list[Block]:
     if not found:
         return []
     return [
-        Heading("Identical results under different settings"),
+        Heading("Identical results under different settings", 3),
         Text(
             "Trials that differ in a setting and still agree to 12 digits are a sign that the "
             "setting had no effect: look at these before you "
@@ -1063,10 +1082,51 @@ def _split_blocks(splits: dict[str, str]) -> list[Block]:
     )
 
 
+WORDS = (
+    ("Source", "source", "What a trial starts from; none: random weights, or a baseline."),
+    ("Backbone", "backbone", "The network that is pretrained and then adapted."),
+    ("Target", "target", "The task that is tested."),
+    ("Technique", "technique, hyper_parameters", "How the network is adapted, with its options."),
+    ("Labels", "label_fraction", "Share or number of the labelled training rows that are used."),
+    ("Trial", "trial_id, trial_stage, seed", "One training run, of the search or a final one."),
+    ("Value", "value", "The metric on test rows (split), the mean over seeds."),
+    ("Scratch", "scratch_value", "Training the same backbone from random weights."),
+    ("Gain over scratch", "gain", "Value above that of scratch with the same backbone and seed."),
+    (
+        "Gain over best scratch",
+        "baseline_gain",
+        "Over the target's best scratch network of any backbone, by validation.",
+    ),
+    ("Baseline", "best_baseline", "A model without a network, such as majority."),
+    (
+        "Gain over best baseline",
+        "best_baseline_gain",
+        "Over the target's best baseline, by validation.",
+    ),
+    ("Verdict", "", "wins, loses, not shown, too few to tell, one seed or not compared."),
+    ("Paired seeds", "paired_seeds", "Seeds that an entry and its scratch both have."),
+    ("p (Holm)", "gain_p_holm", "p value, corrected for all comparisons of the job."),
+    ("Training time", "seconds", "Of one trial; in tables the mean of the final ones."),
+    ("Parameters trained", "params_trained", "Parameters that training changes."),
+    ("Layers trained", "layers_trained", "The layers that training changes."),
+    ("Test rows", "n_eval", "Rows that a value is of."),
+    ("Training rows", "n_train", "Labelled rows that a trial trains on."),
+    ("Score", "source_scores, score_name, score_value", "Guess of a source's worth, untrained."),
+    ("Failed, stopped, cut", "status, error", "Why a trial has no value."),
+)
+"""Words of the report and the terminal: word, columns of the results table, meaning."""
+
+
+def _word_blocks() -> list[Block]:
+    """Return what the words mean, and how the results table calls the same things."""
+    body = [[word, columns or _DASH, meaning] for word, columns, meaning in WORDS]
+    table = blocks.Table(["Word", f"In {results.FILE}", "Meaning"], body, 3)
+    return [Details("What the words mean, and the columns of the results table", [table])]
+
+
 def _method_blocks(
     entries: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
-    notes: Sequence[str],
     versions: dict[str, str],
     code_notes: Sequence[str],
 ) -> list[Block]:
@@ -1099,10 +1159,8 @@ def _method_blocks(
     if any(row.trial_stage == "search" and row.drawn != "{}" for row in rows):
         sentences.append(SEARCH_NOISE)
     ways = Counter(entry.interval for entry in entries if entry.interval)
-    sentences += [f"{way}: {_plural(count, 'result')}." for way, count in ways.items()]
+    sentences += [f"{way}: {blocks.plural(count, 'result')}." for way, count in ways.items()]
     out: list[Block] = [Heading("How this was made"), Bullets(sentences)]
-    if notes:
-        out += [Heading("Notes", 3), Bullets(list(notes))]
     if code_notes:
         out += [
             Heading("Trials of other code or versions", 3),

@@ -12,8 +12,8 @@ from pipeline.report import blocks
 from pipeline.report.blocks import Block
 
 CHANCE, TOLD_APART = 0.5, 0.6
-"""Accuracy of telling two equal samples apart, and the accuracy from which a shift is named. The
-interval must lie above it.
+"""Two-sample accuracy, which is that of a classifier that tells the samples apart: of two equal
+samples, and the accuracy from which a shift is named. The interval must lie above it.
 """
 LARGE_SHARE, LARGE_LOSS, LARGE_DRIFT = 0.05, 0.05, 0.1
 """Change of a class's share, loss of accuracy of the source's head, and drift of a feature (0 to 1)
@@ -111,9 +111,9 @@ def sentences(target: str, shift: Shift, techniques: Sequence[str]) -> list[str]
     counted = f" ({shift.counted})" if shift.counted else ""
     if shift.covariate and shift.covariate.low > TOLD_APART:
         found.append(
-            f"{place or f'{target}: '}{rows} look different (covariate shift): they are told apart "
-            f"with an accuracy of {shift.covariate.text()}, where {CHANCE} is chance{counted}"
-            + _covariate_advice(shift, changed, techniques)
+            f"{place or f'{target}: '}{rows} look different (covariate shift): a classifier tells "
+            f"them apart with an accuracy of {shift.covariate.text()}, where {CHANCE} is "
+            f"chance{counted}" + _covariate_advice(shift, changed, techniques)
         )
     if changed:
         largest = sorted(changed, key=lambda name: -abs(shift.labels[name].value))
@@ -169,9 +169,9 @@ def _concept_sentence(shift: Shift, changed: list[str], techniques: Sequence[str
     shares = ", or it is the other shares of classes" if changed else ""
     fitting = "techniques that train on the target's labels"
     return (
-        f"{whose} does not hold on the {shift.rows}: a head fitted to them is right more often, by "
+        f"{whose} is less accurate on the {shift.rows} than a head fitted to them, by "
         f"{shift.concept.text()}. Either the labels mean something else there (concept shift), or "
-        f"its features do not reach so far{shares}"
+        f"the source has not seen such inputs{shares}"
         + ("" if shift.within_target else _advice(fitting, REFITTING, techniques))
     )
 
@@ -205,19 +205,21 @@ def blocks_of(shifts: Mapping[str, Sequence[Shift]], techniques: Sequence[str]) 
     header = [
         "Target",
         "Compared with",
-        "Told apart",
+        "Two-sample accuracy",
         "Largest change of a class's share",
-        "Head that is there is worse by",
+        "Head is less accurate by",
         "Features that drift",
     ]
     return [
         blocks.Heading("Shift"),
         blocks.Text(
             "How the target's rows differ from those of its sources, and its test rows from its "
-            "training rows. Told apart: accuracy of a classifier on rows that it was not fitted "
-            f"to, with 95 % intervals; {CHANCE} is chance. The head that is there, the source's or "
-            "for test rows one fitted to training rows, is compared with a head that is fitted to "
-            "the same rows, on the same features. Rows of one group count as one observation."
+            "training rows. Two-sample accuracy: a classifier tells the two kinds of rows apart, "
+            "on rows that it was not fitted to, with 95 % intervals; "
+            f"{CHANCE} is chance. The source's head, or for test rows one fitted to the training "
+            "rows, is compared with a head "
+            "fitted to the same rows, on the same features. Rows of one group count as one "
+            "observation."
         ),
         blocks.Table(header, rows, 2),
         blocks.Bullets(words or ["No large shift was found."]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -64,6 +65,10 @@ class Progress:
             file=sys.stderr, highlight=False, soft_wrap=True, emoji=False
         )
         self.clock, self.now, self._last, self._shown = clock, now, float("-inf"), ""
+        self.newest = ""
+        """The newest line of `update`."""
+        self.trials: Mapping[str, Any] = {}
+        """Id to trial of those that the run has begun to work on (`expect`)."""
         self._live: Live | None = None
         if self.console.is_terminal:
             self._live = Live(Text(""), console=self.console, refresh_per_second=4, transient=True)
@@ -80,7 +85,13 @@ class Progress:
     def _timed(self, line: str) -> str:
         return f"{time.strftime('%H:%M:%S', self.now())} {line}"
 
+    def expect(self, trials: Iterable[Any]) -> None:
+        """Note trials that the run works on from now, or finds done."""
+        # a new dict: another thread may be reading the old one
+        self.trials = {**self.trials, **{one.id: one for one in trials}}
+
     def update(self, line: str, final: bool = False) -> None:
+        self.newest = line
         if self._live:
             self._live.update(Text(self._timed(line)))
         elif line != self._shown and (final or self.clock() - self._last >= PLAIN_EVERY_SECONDS):

@@ -557,6 +557,7 @@ def run(
     Raises:
         KeyboardInterrupt: the run was stopped; finished trials keep their records.
     """
+    progress.expect(trials)
     lacking = unfinished_of(shared.root, [one for one in trials if one.id not in anew], spec)
     todo = [one for one in trials if one.id in anew or one.id in lacking]
     work = units(todo, shared)

@@ -1870,6 +1870,7 @@ def show(
         modalities={
             stage.name_in_job: stage.spec.data.modality.name for stage in state.targets.values()
         },
+        left_out=[*_left_out(state), *_test_rows_left_out(state)],
     )
     return entries, where
 
@@ -1898,6 +1899,16 @@ def failures(state: JobState, rows: list[ResultRow]) -> list[str]:
     return _left_out(state) + sorted(
         {f"{row.trial_name}: {row.error}" for row in rows if row.status == "failed"}
     )
+
+
+def _test_rows_left_out(state: JobState) -> list[str]:
+    """Return a line for each target of which test rows were left out."""
+    return [
+        f"{name}: {count} test rows that also stand in a source (drop_overlap: "
+        f"{state.targets[name].spec.drop_overlap})."
+        for name, count in state.left_out.items()
+        if count and name in state.targets
+    ]
 
 
 def _left_out(state: JobState) -> list[str]:

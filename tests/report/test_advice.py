@@ -374,7 +374,7 @@ def test_a_new_target_gets_predictions_and_no_recommendation():
         ("w", "accuracy", "not enough evidence")
     ]
     assert found[0].source is None and found[0].expected is None
-    assert "other targets promise most of source good with full" in found[0].headline
+    assert "other targets predict the largest gain for source good with full" in found[0].headline
     assert found[0].untried[0].startswith("source good with full was not tried: predicted gain +0.")
     assert found[0].next_experiment.startswith("a trial of source good with full")
     elsewhere = NewTarget("w", "1.0", "image", "classification")

@@ -32,7 +32,7 @@ from pipeline.config.provenance import Provenance
 from pipeline.config.schema import Job
 from pipeline.data.stream import DataWorkers
 from pipeline.io import checksums, storage
-from pipeline.report import code_versions, matrix, report, results
+from pipeline.report import code_versions, matrix, results, terminal
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import loop, pretrain, resume_history, source
 from pipeline.train.loop import Ranks
@@ -86,7 +86,7 @@ def shown(
     """The entries, report.md and the terminal's table."""
     found, (markdown, _) = stages.show(state, rows)
     text = io.StringIO()
-    Console(width=100, file=text).print(report.table(found))
+    Console(width=100, file=text).print(terminal.table(found))
     return found, storage.read_bytes(markdown).decode(), text.getvalue()
 
 

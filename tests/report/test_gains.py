@@ -211,10 +211,9 @@ def test_scores_stand_beside_the_gains_of_their_sources(entries):
         ("handwriting", "garments", "logme"): 0.2,
         ("handwriting", "digits", "logme"): float("nan"),
     }
-    figure, details = gains.score_figures(entries, scores, DECIMALS)
+    (figure,) = gains.score_figures(entries, scores, DECIMALS)
     assert "for clothing" in figure.svg and "handwriting" not in figure.svg, "one source is no line"
-    (table,) = details.blocks
-    assert [line[:3] for line in table.rows] == [
+    assert [line[:3] for line in figure.numbers.rows] == [
         ["clothing", "garments", "0.5"],
         ["clothing", "digits", "0.1"],
     ]
@@ -224,12 +223,12 @@ def test_scores_stand_beside_the_gains_of_their_sources(entries):
 def test_a_distance_is_listed_nearest_first_and_has_one_name(entries):
     """As the score that chose the sources, in the results rows, and among all scores."""
     name = gains.score_name("mmd")
-    assert name == gains.score_name("mmd", False) == "mmd (less is better)"
-    assert gains.score_name("logme") == "logme" and gains.score_name("of a plugin") == "of a plugin"
+    assert name == gains.score_name("mmd", False) == "MMD² (less is better)"
+    assert gains.score_name("logme") == "LogME" and gains.score_name("of a plugin") == "of a plugin"
     scores = {("clothing", "garments", name): 0.2, ("clothing", "digits", name): 0.1}
     assert [key[1] for key, _ in gains.best_scores_first(scores)] == ["digits", "garments"]
-    _, details = gains.score_figures(entries, scores, DECIMALS)
-    assert [line[1] for line in details.blocks[0].rows] == ["digits", "garments"]
+    (figure,) = gains.score_figures(entries, scores, DECIMALS)
+    assert [line[1] for line in figure.numbers.rows] == ["digits", "garments"]
     pair = PairScores("digits", "clothing", {"mmd": ScoreValue(0.1, higher_is_better=False)})
     rows = [replace(row, score_name="mmd", score_value=0.1) for row in simulate()[0][:1]]
     known = report._known_scores(rows, None)
@@ -252,7 +251,7 @@ def test_all_scores_of_a_run_have_their_figure_folded(entries):
     }
     out = gains.score_figures(entries, gains.all_scores(source_scores), DECIMALS)
     assert [block.title for block in out] == [
-        "Gain beside knn",
-        "Gain beside logme",
-        "Gain beside mmd (less is better)",
+        "Gain beside LogME",
+        "Gain beside MMD² (less is better)",
+        "Gain beside kNN",
     ]

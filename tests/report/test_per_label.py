@@ -13,12 +13,13 @@ import sklearn.metrics as theirs
 from toys import image_files, job_of, result_rows, shared_of, trial_of
 
 from pipeline.config.schema import Job
-from pipeline.core.metrics import catalog
+from pipeline.core.metrics import catalog, coco_ap
 from pipeline.io import storage
 from pipeline.report import blocks, matrix, per_label, report, results
 from pipeline.report.stats import RunPredictions
 from pipeline.transfer import cached_heads, targets
 from pipeline.transfer import trial as one_trial
+from tests.core.metrics.test_coco_ap import case
 
 NAMES = ("coat", "bag & belt", "shoe")
 
@@ -183,14 +184,14 @@ def test_many_classes_have_a_calibration_curve_and_errors_beside_scratch():
     }
     out = said(*table("accuracy", made))
     at = next(i for i, block in enumerate(out) if getattr(block, "text", "") == "Calibration")
-    figure, errors, details = out[at + 1 : at + 4]
+    figure, errors = out[at + 1 : at + 3]
     assert "the likeliest class" in figure.caption and figure.svg.startswith("<svg")
     assert errors.header == ["", "scratch", "src · full", "Gain"]
     for line, name in zip(errors.rows, ("ece", "brier"), strict=True):
         for value, key in zip(line[1:3], (("none", "scratch"), ("src", "full")), strict=True):
             want = np.mean([catalog.metric(name).value(run.predictions) for run in made[key]])
             assert float(value.lines[0]) == pytest.approx(want, abs=0.0051)
-    assert details.blocks[0].header[0] == "Model"
+    assert figure.numbers.header[0] == "Model"
 
 
 def test_of_many_classes_the_commonest_confusions_are_listed():
@@ -268,7 +269,9 @@ def test_scratch_is_no_probe_of_random_weights():
             want, abs=0.05
         )
     verdicts = {entry.technique: entry.verdict for entry in matrix.matrix_entries(rows, runs)}
-    assert verdicts["scratch"] == matrix.REFERENCE and verdicts["random_probe"] == matrix.UNCOMPARED
+    assert (
+        verdicts["scratch"] == matrix.REFERENCE and verdicts["random_probe"] == matrix.SINGLE_SEED
+    )
 
 
 def test_labels_are_compared_with_scratch_where_scratch_is_the_better():
@@ -523,3 +526,42 @@ def test_too_few_positives_and_rows_a_class_of_no_class_are_told_before_anything
         r"has no single class",
     ):
         targets.stage(Job.model_validate(spec), "task")
+
+
+# ---------------------------------------------------------------- boxes
+
+
+def detections(seed: int, lost: float) -> RunPredictions:
+    """Predictions of boxes of which about a share is lost, on the same 60 images for all seeds."""
+    found = case(3, images=60)
+    gone = np.random.default_rng([seed, int(100 * lost)]).random(found["classes"].shape) < lost
+    found["classes"] = np.where(gone, -1, found["classes"])
+    zeros = {"loss": np.zeros(60), "count": np.ones(60)}
+    return RunPredictions(np.arange(60), {**found, **zeros}, seed, labels=("a", "b", "c", "d"))
+
+
+def test_boxes_have_the_average_precision_of_each_class():
+    made = {
+        ("none", "scratch"): [detections(s, 0.8) for s in range(4)],
+        ("src", "full"): [detections(s, 0.05) for s in range(4)],
+    }
+    heading, text, shown = said(*table("map", made))
+    assert heading.text == "Average precision of each class" and "of src · full" in text.text
+    assert shown.header == ["Class", "Test boxes", "AP", "AP, scratch", "Gain"]
+    assert sorted(row[0] for row in shown.rows) == ["a", "b", "c", "d"]
+    truth = made["src", "full"][0].predictions
+    for name, count, *values, gain in shown.rows:
+        kind = "abcd".index(name)
+        is_real = (truth["true_classes"] == kind) & ~truth["true_crowd"]
+        assert count == str(is_real.sum())
+        means = [
+            np.mean(
+                [coco_ap.average_precision(coco_ap.of_class(run.predictions, kind)) for run in runs]
+            )
+            for runs in (made["src", "full"], made["none", "scratch"])
+        ]
+        places = len(values[0].lines[0].partition(".")[2])
+        assert [value.lines[0] for value in values] == [f"{mean:.{places}f}" for mean in means]
+        assert gain.lines[0] == f"{means[0] - means[1]:+.{places}f}"
+    tones = {row[0]: row[4].tone for row in shown.rows}
+    assert "wins" in tones.values() and set(tones.values()) <= {"wins", "not shown"}

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pipeline.core.metrics import catalog
 from pipeline.io import storage
-from pipeline.report import blocks, plots, report, results
+from pipeline.report import blocks, plots, report, results, terminal
 from pipeline.report import matrix as entries_module
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
@@ -295,7 +295,7 @@ def test_verdicts_follow_the_interval(written):
             ) == (entry.gain_high < 0)
 
 
-def test_entries_are_sorted_by_target_fraction_and_gain(written):
+def test_entries_are_sorted_by_target_fraction_and_value(written):
     entries = written[0]
     assert [c.target for c in entries] == sorted(c.target for c in entries)
     for target in SKILL:
@@ -303,8 +303,8 @@ def test_entries_are_sorted_by_target_fraction_and_gain(written):
         assert [c.label_fraction for c in group] == sorted(
             (c.label_fraction for c in group), key=float
         )
-        gains = [c.gain for c in group if c.label_fraction == "0.05" and c.gain is not None]
-        assert gains == sorted(gains, reverse=True)
+        means = [c.mean for c in group if c.label_fraction == "0.05" and c.mean is not None]
+        assert len(means) > 3 and means == sorted(means, reverse=True)
     assert sorted(["1.0", "0.05", "5/class", "10/class"], key=entries_module.fraction_order) == [
         "5/class",
         "10/class",
@@ -440,7 +440,7 @@ def test_below_two_paired_seeds_nothing_is_won_or_lost():
         assert (entry.n_seeds, entry.paired_seeds, entry.verdict, entry.gain_p_holm) == (
             seeds,
             1,
-            "not compared",
+            "one seed",
             None,
         )
         assert (
@@ -462,13 +462,12 @@ def test_the_number_of_paired_seeds_stands_in_table_and_report(tmp_path):
     rows, runs = kept(rows, runs, lambda row: row.source != "none" or row.seed == 0)
     entries, md, _ = write(tmp_path, rows, runs, curves)
     lines = render(entries).splitlines()
-    assert any(
-        "garments" in line and "not compared" in line and " 1 of 3 " in line for line in lines
-    )
-    assert "not compared (1 paired seed)" in md and md.startswith(
+    assert any("garments" in line and "one seed" in line and " 1 of 3 " in line for line in lines)
+    assert "One seed (a verdict needs 2): " in md and md.startswith(
         "# vision: no verdict: one seed cannot tell a gain from luck, 2 are needed"
     )
-    assert "| garments · full · 100 % |" in md and " not compared | 1 | – | – |" in md
+    (row,) = (line for line in md.splitlines() if line.startswith("| garments · full | 0."))
+    assert row.endswith("<br>one seed | 1 of 3 |")
 
 
 def test_comparisons_are_corrected_for_their_number(written):
@@ -481,8 +480,8 @@ def test_comparisons_are_corrected_for_their_number(written):
     assert all((entry.gain_p < 0.05) == (entry.verdict != "not shown") for entry in entries)
     stands = [entry for entry in entries if entry.survives]
     text = render(written[0])
-    assert 0 < len(stands) < sum(entry.verdict != "not shown" for entry in entries) and text.count(
-        "]*"
+    assert 0 < len(stands) < sum(entry.verdict != "not shown" for entry in entries) and len(
+        re.findall(r"(wins|loses) \*  ", text)
     ) == len(stands)
     assert written[1].count("Holm's correction for all 16 comparisons of the job") == 1
     plain = sum(entry.verdict != "not shown" for entry in entries) - len(stands)
@@ -514,7 +513,7 @@ def test_too_few_units_of_the_rarer_class_are_too_few_to_tell(tmp_path):
     assert (
         entry.gain_p_holm is None
         and "3 test rows of the rarer class, a verdict needs 10" in md
-        and "? +0." in render(entries)
+        and "too few to tell" in render(entries)
     )
     assert md.startswith("# vision: no verdict: there are too few test rows")
     assert find(report.matrix_entries(rows, runs)).verdict == "wins"
@@ -561,7 +560,7 @@ def test_a_random_probe_is_held_against_the_linear_probe_of_the_best_source(tmp_
         3,
     )
     assert entry.gain == pytest.approx(entry.mean - best.mean) and not entry.transfers
-    assert "against linear_probe of garments:" in md and "of 2 comparisons" in md, (
+    assert "against linear_probe of garments<br>" in md and "of 2 comparisons" in md, (
         "not a comparison with scratch"
     )
     assert "linear_probe of" in render(entries)
@@ -606,9 +605,9 @@ def test_gains_over_different_scratch_networks_say_so_and_stand_beside_the_gain_
     assert weak.gain > weak.baseline_gain and strong.baseline_gain == strong.gain
     assert (
         "measured against 2 different scratch networks" in md
-        and "best scratch network by validation: 100 %: timm/vit" in md
+        and "best scratch network by validation (100 % labels: timm/vit)" in md
     )
-    assert f"{weak.baseline_gain:+.3f} [" in md
+    assert f"{weak.baseline_gain:+.3f}<br>[" in md
     assert any(
         "best scratch" in line and f"{weak.baseline_gain:+.3f}" in line
         for line in render(entries).splitlines()
@@ -626,10 +625,10 @@ def test_gains_over_different_scratch_networks_say_so_and_stand_beside_the_gain_
 
 def test_costs_are_not_pooled_over_backbones(tmp_path):
     _, md, _ = write(tmp_path, *backbones())
-    cost = md[md.index("## Cost") :].split("\n\n")[1]
+    cost = md[md.index("## Cost") :].split("\n\n**Training time of every")
     assert (
-        "none · scratch (timm/resnet18) | 42 s" in cost
-        and "none · scratch (timm/vit) | 15.0 min" in cost
+        "none · scratch (timm/resnet18) | 42 s" in cost[1]
+        and "none · scratch (timm/vit) | 15.0 min" in cost[1]
     )
 
 
@@ -641,8 +640,8 @@ def test_scores_of_sources_that_were_left_out_stay(tmp_path):
     }
     _, md, _ = write(tmp_path, rows, runs, curves, scores=scores)
     assert (
-        "| clothing | garments | logme | fine-tuned | 0.5 |" in md
-        and "| clothing | letters | logme | left out | 0.1 |" in md
+        "| clothing | garments | LogME | fine-tuned | 0.5 |" in md
+        and "| clothing | letters | LogME | left out | 0.1 |" in md
     )
 
 
@@ -651,7 +650,7 @@ def test_scores_of_sources_that_were_left_out_stay(tmp_path):
 
 def render(entries, width=100):
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(report.table(entries))
+    console.print(terminal.table(entries))
     return console.file.getvalue()
 
 
@@ -668,8 +667,8 @@ def test_table_is_readable_in_100_columns_without_colour(written):
     assert max(len(line) for line in text.splitlines()) <= 100 and "…" not in text
     for target in SKILL:
         assert len(re.findall(rf"^{target}\b", text, re.MULTILINE)) == 1
-    wins = [line for line in text.splitlines() if "▲ +" in line]
-    losses = [line for line in text.splitlines() if "▼ -" in line]
+    wins = [line for line in text.splitlines() if re.search(r" wins( \*)?  ", line)]
+    losses = [line for line in text.splitlines() if re.search(r" loses( \*)?  ", line)]
     assert (
         len(wins) == sum(c.verdict == "wins" for c in written[0])
         and len(losses) == sum(c.verdict == "loses" for c in written[0]) > 0
@@ -679,9 +678,36 @@ def test_table_is_readable_in_100_columns_without_colour(written):
     assert (
         "garments" in line
         and "full" in line
-        and "100 %" in line
+        and f"[{entry.gain_low:+.3f}, {entry.gain_high:+.3f}]" in line
         and f"{entry.mean:.3f} [{entry.low:.3f}, {entry.high:.3f}]" in line
-        and "42" in line
+        and "42 s" in line
+    )
+    assert text.count("100 % labels") == text.count("5 % labels") == len(SKILL)
+    words = {word for word, _, _ in report.WORDS}
+    for name in terminal.COLUMNS:
+        assert name.removesuffix(" [95 %]").capitalize() in {*words, "Gain"}, name
+
+
+def test_rows_stand_by_value_the_best_first(written):
+    entries, md, _ = written
+    text = render(entries)
+    for target in SKILL:
+        part = text[text.index(f"\n{target}") :]
+        for fraction in ("0.05", "1.0"):
+            best_first = sorted(
+                (c for c in entries if (c.target, c.label_fraction) == (target, fraction)),
+                key=lambda c: -(c.mean or -1.0),
+            )
+            shown = [f"{c.mean:.3f} [{c.low:.3f}" for c in best_first if c.mean is not None]
+            places = [part.index(one) for one in shown]
+            assert places == sorted(places)
+            rows = [f"| {c.mean:.3f}<br>[{c.low:.3f}" for c in best_first if c.mean is not None]
+            places = [md.index(one) for one in rows]
+            assert places == sorted(places)
+    lower = [replace(c, higher_is_better=False) for c in entries]
+    worst_first = sorted(entries, key=entries_module.by_value)
+    assert sorted(lower, key=entries_module.by_value)[0].mean == min(
+        c.mean for c in worst_first if c.mean is not None
     )
 
 
@@ -723,12 +749,17 @@ def test_every_number_appears_and_losses_are_not_hidden(written):
                 continue
             shown = [f"{entry.mean:.3f}", f"[{entry.low:.3f}, {entry.high:.3f}]"]
             if entry.gain is not None:
-                shown.append(
-                    f"{blocks.MARKS[entry.verdict]} {entry.gain:+.3f} [{entry.gain_low:+.3f}, "
-                    f"{entry.gain_high:+.3f}]"
-                )
+                shown += [
+                    f"{entry.gain:+.3f}",
+                    f"[{entry.gain_low:+.3f}, {entry.gain_high:+.3f}]",
+                    f"{blocks.MARKS[entry.verdict]} {entry.verdict}{' *' if entry.survives else ''}",
+                ]
+            if text is md:
+                row = "<br>".join(shown[2:]).replace("*", r"\*")
+                assert f"| {'<br>'.join(shown[:2])} | {row or '–'} |" in text
+                continue
             for number in shown:
-                assert (blocks.with_minus_sign(number) if text is html else number) in text, number
+                assert blocks.with_minus_sign(number) in text, number
     wins, losses = (sum(c.verdict == v for c in entries) for v in ("wins", "loses"))
     assert wins and losses
     kept, kept_losses = (
@@ -895,3 +926,80 @@ def test_plots_leave_matplotlib_as_it_was():
     assert {k: v for k, v in matplotlib.rcParams.items() if k != "backend"} == {
         k: v for k, v in before.items() if k != "backend"
     }
+
+
+# ---------------------------------------------------------------- words, costs, what is missing
+
+
+LESS_USED = (
+    "Verdict",
+    "Score",
+    "Gain over best scratch",
+    "Gain over best baseline",
+    "Failed, stopped, cut",
+)
+"""Words of parts of a report that this one has not."""
+
+
+def test_words_of_the_report_name_columns_of_the_results_table(written):
+    named = {name for _, columns, _ in report.WORDS for name in columns.split(", ") if name}
+    assert named <= set(results.COLUMNS) and len(named) > 15
+    md = written[1]
+    for word, _, _ in report.WORDS:
+        assert word in LESS_USED or md.lower().count(word.lower()) > 1, word
+
+
+def test_the_cost_of_a_source_is_counted_once_for_all_targets(written):
+    md = written[1]
+    table = md[md.index("| Source, backbone |") :].split("\n\n")[0]
+    (row,) = (line for line in table.splitlines() if line.startswith("| garments<br>"))
+    rows = [r for r in simulate()[0] if r.source == "garments" and r.metric == "accuracy"]
+    seconds = sum(r.seconds for r in rows)
+    assert row == (
+        f"| garments<br>timm/resnet18 | 11,181,642 | 13.4 min | 2 | {len(rows) + 3} | "
+        f"{blocks.format_seconds(seconds)} | {blocks.format_seconds(seconds / len(rows))} | 42 s |"
+    )
+    assert "| none<br>timm/resnet18 | 11,181,642 | – | 2 |" in table
+
+
+def test_what_is_missing_stands_in_one_place(tmp_path):
+    rows, runs, curves = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
+    rows, runs = kept(
+        rows, runs, lambda row: (row.source, row.seed) != ("digits", 1) and row.seed < 2
+    )
+    rows += [
+        failure("clothing", "RuntimeError: out of memory", "cl-lora-1"),
+        failure("clothing", "", "p", technique="lp_ft", trial_stage="search", status="pruned"),
+        failure(
+            "clothing",
+            "cut by the budget: rank 3 of 3",
+            "c",
+            technique="bitfit",
+            trial_stage="search",
+            status="pruned",
+            split="validation",
+            metric="accuracy",
+            value=0.5,
+        ),
+    ]
+    scores = {
+        name: {"score_name": "logme", "score_value": 0.1}
+        for name in ("garments|clothing", "letters|clothing")
+    }
+    _, md, _ = write(
+        tmp_path, rows, runs, curves, scores=scores, left_out=["targets.shoes: no rows"]
+    )
+    part = md[md.index("## What failed, was left out or is unknown") : md.index("## Cost")]
+    for words in (
+        "targets.shoes: no rows",
+        "sources not fine-tuned, because of their LogME: letters.",
+        "1 search trial stopped early (fanout.scheduler)",
+        "One seed (a verdict needs 2): clothing: digits · full · 100 %.",
+        "out of memory",
+        "Cut by the budget",
+        "garments · bitfit",
+        "2 rows of clothing also stand in garments.",
+    ):
+        assert words in part, words
+    nothing = write(tmp_path / "b", *simulate({"clothing": SKILL["clothing"]}), notes=[])[1]
+    assert "none was cut, and no comparison lacks a verdict" not in nothing, "no validation values"

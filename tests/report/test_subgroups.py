@@ -375,7 +375,7 @@ def test_two_classes_have_all_metrics_and_a_calibration_curve_in_the_report(tmp_
         [*brier, brier[1] - brier[0]], abs=0.002
     )
     figure = next(block for block in out if isinstance(block, blocks.Figure))
-    shown = figure.fallback.rows
+    shown = figure.numbers.rows
     assert (
         len(shown) == 20
         and {line[0] for line in shown} == {"src · full · 100 %", "scratch"}

@@ -1,4 +1,6 @@
-"""The report in a browser, as wide as a phone and as a desk: nothing is scrolled sideways."""
+"""The report in a browser: nothing is scrolled sideways on a phone, at a desk and on paper, and every
+text can be read in light and dark.
+"""
 
 import html
 import json
@@ -17,11 +19,44 @@ from tests.report.test_report import PRETRAINING, TRACEBACK, failure, simulate
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), ""
 )
-PHONE, DESK = 390, 1280
+PHONE, DESK, PAPER = 390, 1280, 718
+"""Pixels; the last one is the width of A4 without margins of 1 cm."""
+DARK, PRINT = "@media screen and (prefers-color-scheme:dark)", "@media print"
 MEASURE = """
+const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255)
+  .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+
+// the lowest contrast of a text with what is painted behind it (WCAG 2)
+const contrast = (page, view) => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const seen = {};
+  const paint = colours => seen[colours] ??= (() => {
+    canvas.clearRect(0, 0, 1, 1);
+    for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+    return luminance(canvas.getImageData(0, 0, 1, 1).data);
+  })();
+  let lowest = {ratio: 99, text: ""};
+  for (const one of page.querySelectorAll("body *")) {
+    const text = [...one.childNodes].filter(node => node.nodeType === 3)
+      .map(node => node.textContent.trim()).join("");
+    if (!text) continue;
+    const style = view.getComputedStyle(one), behind = [];
+    for (let at = one; at; at = at.parentElement)
+      behind.unshift(view.getComputedStyle(at).backgroundColor);
+    const colour = one.closest("svg") ? style.fill : style.color;
+    const both = [paint(behind), paint([...behind, colour])].sort((a, b) => b - a);
+    const ratio = (both[0] + 0.05) / (both[1] + 0.05);
+    if (ratio < lowest.ratio) lowest = {ratio, text: text.slice(0, 60)};
+  }
+  return lowest;
+};
+
 addEventListener("load", () => {
   const out = [...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument, view = page.defaultView;
+    const folded = [...page.querySelectorAll("details *:not(summary)")]
+      .filter(one => !one.checkVisibility({contentVisibilityAuto: true})).length;
     page.querySelectorAll("details").forEach(one => one.open = true);
     const tables = page.querySelectorAll(".scroll, pre");
     const texts = [...page.querySelectorAll("svg text")].map(one => {
@@ -35,6 +70,9 @@ addEventListener("load", () => {
         .map(one => one.textContent.slice(0, 60)),
       text_height: Math.min(...texts.map(one => one.height)),
       text_outside: Math.max(...texts.map(one => one.out)),
+      folded,
+      paper: view.getComputedStyle(page.body).backgroundColor,
+      contrast: contrast(page, view),
     };
   });
   const found = document.createElement("pre");
@@ -45,12 +83,12 @@ addEventListener("load", () => {
 """
 
 
-def measure(page: str, folder) -> list[dict]:
-    """Return what a browser measures of a page in frames of both widths, with all details open."""
+def measure(pages: list[tuple[str, int]], folder) -> list[dict]:
+    """Return what a browser measures of pages in frames of these widths, with all details open."""
     frames = "".join(
         f'<iframe style="border:0;width:{width}px;height:900px" '
         f'srcdoc="{html.escape(page, quote=True)}"></iframe>'
-        for width in (PHONE, DESK)
+        for page, width in pages
     )
     (folder / "frames.html").write_text(
         f"<!doctype html><meta charset=utf-8><script>{MEASURE}</script>{frames}"
@@ -126,14 +164,22 @@ def full_report(folder) -> str:
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="neither chromium nor chrome is installed")
-def test_nothing_is_wider_than_a_phone_or_a_desk(tmp_path):
+def test_every_text_fits_and_can_be_read(tmp_path):
+    """On a phone, at a desk in light and dark, and on paper."""
     page = full_report(tmp_path)
-    for part in ("Sources by targets", "Class by class", "Calibration", "On the front", "logme"):
+    for part in ("Sources by targets", "Class by class", "Calibration", "On the front", "LogME"):
         assert part in page
-    phone, desk = measure(page, tmp_path)
+    assert page.count(DARK) == 1 and page.count(PRINT) == 1
+    dark, paper = page.replace(DARK, "@media all"), page.replace(PRINT, "@media all")
+    phone, desk, night, printed = measure(
+        [(page, PHONE), (page, DESK), (dark, DESK), (paper, PAPER)], tmp_path
+    )
     assert (phone["width"], desk["width"]) == (PHONE, DESK)
-    for found in (phone, desk):
+    for found in (phone, desk, night, printed):
         assert found["page"] <= found["width"]
         assert found["wide"] == []
         assert found["text_outside"] <= 1, "text of a figure is cut off"
+        assert found["contrast"]["ratio"] >= 4.5, found["contrast"]
     assert phone["text_height"] >= 8, "text of a figure is too small to read"
+    assert desk["paper"] != night["paper"]
+    assert desk["folded"] > 0 and printed["folded"] == 0, "paper has everything that is folded"

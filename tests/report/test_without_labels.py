@@ -27,7 +27,7 @@ def test_each_seed_is_compared_with_the_one_trial_of_zero_shot():
     gain = sum(row.value for row in dann[0]) / 3 - zero_shot[0][0].value
     assert f"+{gain:.3f} [+" in found and "wins" in found
     (adapted,) = [line for line in found.splitlines() if "adabn" in line]
-    assert matrix.UNCOMPARED in adapted, "one seed is no verdict"
+    assert matrix.SINGLE_SEED in adapted, "one seed is no verdict"
     assert "full" not in found, "it had labels"
 
 

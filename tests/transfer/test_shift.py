@@ -226,7 +226,7 @@ LARGE = Shift(
 def test_what_is_large_is_named_with_the_techniques_that_fit():
     found = shown.sentences("task", LARGE, ["coral", "full", "scratch"])
     covariate, labels, concept, drift = found
-    assert "told apart with an accuracy of 0.90 [0.85, 0.93]" in covariate
+    assert "tells them apart with an accuracy of 0.90 [0.85, 0.93]" in covariate
     assert "coral" not in covariate, "other shares of classes would be aligned too"
     assert concept.endswith(": full") and "or it is the other shares of classes" in concept
     assert "sick +0.30 [+0.20, +0.40]" in labels and "well" not in labels
@@ -248,7 +248,7 @@ def test_no_technique_that_aligns_with_a_source_is_named_for_test_rows():
     )
     assert covariate.endswith("techniques that adapt to the test rows: tent")
     assert "each group is one observation" in covariate
-    assert "a head of the training rows does not hold on the test rows" in concept
+    assert "a head of the training rows is less accurate on the test rows" in concept
     assert "full" not in concept
 
 
@@ -364,7 +364,7 @@ def test_test_rows_that_differ_from_training_rows_are_named(tmp_path, monkeypatc
     found = measured_shift.within_target(data, "src", None, torch.device("cpu"))
     words = " ".join(shown.sentences("task", found, []))
     assert ("label shift" in words) == (planted == "labels"), words
-    assert ("does not hold" in words) == (planted == "meaning"), words
+    assert ("is less accurate on" in words) == (planted == "meaning"), words
     assert not found.missing and found.concept is not None and {*found.labels} == {*names}
     if planted in ("nothing", "patients"):
         assert words == ""

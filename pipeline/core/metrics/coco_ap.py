@@ -63,6 +63,15 @@ def average_precision(
     return np.where(present > 0, total / np.maximum(present, 1) / len(thresholds), np.nan)
 
 
+def of_class(found: dict[str, np.ndarray], kind: int) -> dict[str, np.ndarray]:
+    """Return the detections and boxes of one class alone; the other places hold none.
+
+    Classes do not mix where boxes are matched, so `average_precision` of it is that of the class.
+    """
+    kept = {name: np.where(found[name] == kind, kind, -1) for name in ("classes", "true_classes")}
+    return {**found, **kept}
+
+
 def _matched(
     boxes: np.ndarray, classes: np.ndarray, found: dict[str, np.ndarray], thresholds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline.core.metrics.coco_ap import average_precision
+from pipeline.core.metrics.coco_ap import average_precision, of_class
 
 Found = dict[str, np.ndarray]
 
@@ -62,8 +62,11 @@ def case(
     }
 
 
-def reference(found: Found, fast: bool = False) -> tuple[float, float]:
-    """(mAP@[.5:.95], mAP@.5) by pycocotools or faster-coco-eval; NaN where they say -1."""
+def reference(found: Found, fast: bool = False, only: int | None = None) -> tuple[float, float]:
+    """(mAP@[.5:.95], mAP@.5) by pycocotools or faster-coco-eval; NaN where they say -1.
+
+    Of the class ``only`` alone where it is given.
+    """
     truth: dict[str, Any] = {
         "images": [],
         "annotations": [],
@@ -117,6 +120,8 @@ def reference(found: Found, fast: bool = False) -> tuple[float, float]:
                 else (float("nan"), float("nan"))
             )
         check: Any = evaluation(coco, coco.loadRes(guesses), "bbox")
+        if only is not None:
+            check.params.catIds = [only + 1]
         check.evaluate()
         check.accumulate()
         check.summarize()
@@ -203,3 +208,14 @@ def test_more_images_than_are_matched_at_once(monkeypatch):
     many = ours(found, counts)
     monkeypatch.undo()
     np.testing.assert_allclose(ours(found, counts), many, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_class_is_as_the_reference_tool_has_it(seed):
+    found = case(seed)
+    known = 0
+    for kind in range(8):
+        expected = reference(found, only=kind)
+        assert ours(of_class(found, kind))[0] == pytest.approx(expected, abs=1e-9, nan_ok=True)
+        known += np.isfinite(expected[0])
+    assert known > 1

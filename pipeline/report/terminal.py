@@ -1,0 +1,218 @@
+"""The table of results that a command prints at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.report import blocks, code_versions, plots
+from pipeline.report.matrix import (
+    FAILED,
+    LOSES,
+    SCRATCH,
+    SCRATCH_TECHNIQUE,
+    SINGLE_SEED,
+    TOO_FEW,
+    WINS,
+    EntryKey,
+    MatrixEntry,
+    decimals_by_target,
+    has_several_backbones,
+    over_best_scratch,
+)
+from pipeline.report.results import NO_BACKBONE
+
+if TYPE_CHECKING:
+    import rich.table
+    import rich.text
+
+COLUMNS = (
+    "source",
+    "technique",
+    "value [95 %]",
+    "gain [95 %]",
+    "verdict",
+    "paired seeds",
+    "training time",
+)
+_STYLES = {WINS: "bold green", LOSES: "bold red", FAILED: "bold red"}
+
+
+def table(entries: Sequence[MatrixEntry]) -> rich.table.Table:
+    """Return the matrix as a table, grouped by target and label fraction, the best value first.
+
+    It fits 100 columns. The column "paired seeds" counts the seeds that an entry shares with the
+    entry it is compared with, and those that were started where these are more. A gain is over the
+    scratch network of the entry's own backbone. Where the target has a better scratch network or
+    baseline, the gain over that one is on the next line.
+
+    Args:
+        entries: The entries as `matrix.matrix_entries` returns them.
+    """
+    from rich.table import Table
+    from rich.text import Text as Rich
+
+    out = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        collapse_padding=True,
+        caption_justify="left",
+        caption_style="dim",
+    )
+    for name in COLUMNS[:2]:
+        out.add_column(name, overflow="fold")
+    for name in COLUMNS[2:]:
+        is_text = name == "verdict"
+        # the last two names are longer than what stands below them
+        heading = name if "[" in name else name.replace(" ", "\n")
+        heading = f" {heading}" if is_text else heading  # as its cells (`_gain`)
+        out.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
+    decimals = decimals_by_target(entries)
+    others = _other_gains(entries)
+    target = fraction = None
+    several = False
+    for entry in entries:
+        if entry.target != target:
+            target, fraction = entry.target, None
+            several = has_several_backbones(one for one in entries if one.target == target)
+            arrow = "↑" if entry.higher_is_better else "↓"
+            out.add_row()
+            out.add_row(
+                Rich(target, "bold"),
+                Rich(f"{entry.metric} {arrow}" if entry.metric else "", "dim"),
+                Rich(_labels(entry), "dim"),
+            )
+        elif entry.label_fraction != fraction:
+            out.add_row("", "", Rich(_labels(entry), "dim"))
+        fraction, digits = entry.label_fraction, decimals[entry.target]
+        out.add_row(
+            Rich(f" {_source(entry, several)}"),
+            Rich(_technique(entry)),
+            Rich(blocks.format_interval(entry.mean, entry.low, entry.high, digits)),
+            Rich(_gain(entry.gain, entry.gain_low, entry.gain_high, digits)),
+            Rich(f" {_verdict(entry)}", _STYLES.get(entry.verdict, "")),
+            _seeds(entry),
+            Rich(blocks.format_seconds(entry.seconds)),
+        )
+        other = others.get(entry.key)
+        if other is not None:
+            gain = _gain(other.gain, other.low, other.high, digits)
+            line = (" over", other.name, "", gain, f" {other.verdict}")
+            out.add_row(*(Rich(text, "dim") for text in line))
+    out.caption = _caption(entries, bool(others))
+    return out
+
+
+def _labels(entry: MatrixEntry) -> str:
+    return f"{plots.fraction_label(entry.label_fraction)} labels"
+
+
+def _source(entry: MatrixEntry, several: bool) -> str:
+    if several and entry.source == SCRATCH:
+        return f"{entry.source} {entry.backbone.rpartition('/')[2]}"
+    return entry.source
+
+
+def _technique(entry: MatrixEntry) -> str:
+    against = f" (against {entry.against})" if entry.against else ""
+    mark = f" {code_versions.SIGNS[entry.code_mark]}" if entry.code_mark else ""
+    return f"{entry.technique}{against}{mark}"
+
+
+def _gain(gain: float | None, low: float | None, high: float | None, decimals: int) -> str:
+    """Return a gain with a space before it, which keeps it apart from the value."""
+    return f" {blocks.format_interval(gain, low, high, decimals, '+')}"
+
+
+def _verdict(entry: MatrixEntry) -> str:
+    return f"{entry.verdict} *" if entry.survives else entry.verdict
+
+
+def _seeds(entry: MatrixEntry) -> rich.text.Text:
+    """Return the paired seeds of an entry, "2 of 3" where more were started.
+
+    Scratch is paired with nothing: for it they are all seeds that finished.
+    """
+    from rich.text import Text as Rich
+
+    seeds = entry.n_seeds if entry.paired_seeds is None else entry.paired_seeds
+    started = entry.n_seeds + entry.n_failed
+    return Rich(str(seeds)) if seeds == started else Rich(f"{seeds} of {started}", "red")
+
+
+@dataclass(frozen=True)
+class _OtherGain:
+    """The gain of an entry over a network or model that is not the scratch of its backbone."""
+
+    name: str
+    gain: float
+    low: float | None
+    high: float | None
+    verdict: str
+
+
+def _other_gains(entries: Sequence[MatrixEntry]) -> dict[EntryKey, _OtherGain]:
+    """Return the gain of each entry over the best that its target has without a source.
+
+    That is the best scratch network or the best baseline, whichever is better on validation rows.
+    Entries whose own scratch it is are left out.
+    """
+    validation = {entry.key: entry.validation for entry in entries}
+
+    def value(entry: MatrixEntry, backbone: str, technique: str) -> float:
+        key = (SCRATCH, backbone, entry.target, technique, entry.label_fraction)
+        found = validation.get(key)
+        return -math.inf if found is None else found
+
+    over_best = {entry.key: entry.verdict for entry in over_best_scratch(entries)}
+    out: dict[EntryKey, _OtherGain] = {}
+    for entry in entries:
+        has_scratch = entry.baseline_gain is not None
+        scratch = value(entry, entry.baseline, SCRATCH_TECHNIQUE)
+        baseline = value(entry, NO_BACKBONE, entry.best_baseline)
+        if entry.best_baseline_gain is not None and (not has_scratch or baseline >= scratch):
+            out[entry.key] = _OtherGain(
+                entry.best_baseline,
+                entry.best_baseline_gain,
+                entry.best_baseline_low,
+                entry.best_baseline_high,
+                entry.best_baseline_verdict,
+            )
+        elif entry.baseline_gain is not None and entry.baseline not in ("", entry.backbone):
+            out[entry.key] = _OtherGain(
+                "best scratch",
+                entry.baseline_gain,
+                entry.baseline_low,
+                entry.baseline_high,
+                over_best[entry.key],
+            )
+    return out
+
+
+def _caption(entries: Sequence[MatrixEntry], has_others: bool) -> str:
+    """Return what the words and signs of the table mean."""
+    lines = [
+        "gain: the gain over scratch, which is training with the same backbone, labels and seeds",
+        "but without a source. Positive is better.",
+        "wins, loses: the 95 % interval of the gain excludes zero; * also after Holm's correction",
+        "for all comparisons. not shown: it holds zero.",
+    ]
+    verdicts = {entry.verdict for entry in entries}
+    if SINGLE_SEED in verdicts:
+        lines.append("one seed: a verdict needs two seeds that scratch has too (paired seeds).")
+    if TOO_FEW in verdicts:
+        lines.append("too few to tell: too few test rows for a verdict; the report has the number.")
+    if has_others:
+        lines.append("over: the gain over the best that the target has without a source, a")
+        lines.append("scratch network of another backbone or a baseline, by validation.")
+    signs = [
+        f"{sign} {mark}"
+        for mark, sign in code_versions.SIGNS.items()
+        if any(entry.code_mark == mark for entry in entries)
+    ]
+    if signs:
+        lines.append(f"{', '.join(signs)} (than those of now).")
+    return "\n" + "\n".join(lines)

@@ -1,0 +1,466 @@
+"""A page that shows a job while it runs: trials done of all, what leads now, curves.
+
+A thread of the run serves it on this machine alone, and it ends with the run. What it shows is read
+from the records and logs of the trials when the page is asked for, so that it costs a run nothing
+while nobody looks.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import secrets
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pipeline.io import storage
+from pipeline.report import blocks, plots, results
+from pipeline.report.blocks import Block, Details, Figure, Heading, KeyFigures, Table, Text, Value
+from pipeline.report.matrix import FAILED, WINS, fraction_order
+from pipeline.report.results import ResultRow
+from pipeline.report.trial_record import TrialRecord
+from pipeline.train.progress import Progress
+from pipeline.transfer import trial
+from pipeline.transfer.grid import Trial, fraction_text
+from pipeline.transfer.stages import JobState
+
+HOST = "127.0.0.1"
+REPORT = "/report.html"
+RENEW_SECONDS = 5
+MAX_LINES = 8
+"""Lines of a chart: the page has this number of colours."""
+MAX_POINTS = 200
+MAX_RUNNING = 20
+
+Points = list[tuple[float, float]]
+
+_SCRIPT = """
+const renew = async () => {
+  try {
+    const answer = await fetch(location.href);
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const open = [...document.querySelectorAll("details")].map(one => one.open);
+    document.querySelector("main").replaceWith(page.querySelector("main"));
+    document.querySelectorAll("details").forEach((one, i) => one.open = open[i] ?? one.open);
+  } catch {
+    document.querySelector(".eyebrow").textContent = document.body.dataset.ended;
+  }
+  setTimeout(renew, 1000 * SECONDS);
+};
+setTimeout(renew, 1000 * SECONDS);
+"""
+
+
+@contextmanager
+def serve(state: JobState, port: int | None) -> Iterator[None]:
+    """Serve the page of a run until the block ends.
+
+    Args:
+        state: The state of the job that runs.
+        port: A port of 127.0.0.1; 0: any free one. None: nothing is served.
+
+    Raises:
+        ValueError: The port cannot be used.
+    """
+    if port is None:
+        yield
+        return
+    page = LivePage(state.job.name, state.job.root, state.progress, _logs_of_sources(state))
+    try:
+        server = _Server((HOST, port), page)
+    except OSError as error:
+        raise ValueError(
+            f"--serve {port}: cannot listen on {HOST}:{port} ({error.strerror}); give another "
+            "port, or 0 for any free one"
+        ) from None
+    thread = threading.Thread(target=server.serve_forever, name="live page", daemon=True)
+    thread.start()
+    state.progress.note(f"live page, until the run ends: http://{HOST}:{server.server_port}/")
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=10)
+
+
+def _logs_of_sources(state: JobState) -> dict[str, str]:
+    """Return source to the URI of its training log, for the sources that are trained."""
+    return {
+        name: storage.join(stage.uri, "log", "metrics.jsonl")
+        for name, stage in state.sources.items()
+        if stage.splits is not None
+    }
+
+
+# ---------------------------------------------------------------- the server
+
+
+class _Server(ThreadingHTTPServer):
+    def __init__(self, address: tuple[str, int], page: LivePage):
+        super().__init__(address, _Handler)
+        self.page = page
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self) -> None:
+        # a page of another site whose name leads here has that name in its requests
+        name = self.headers.get("Host", "").partition(":")[0]
+        if name not in (HOST, "localhost"):
+            self._answer(HTTPStatus.FORBIDDEN, b"this page is served to this machine alone\n")
+            return
+        nonce = secrets.token_urlsafe(16)
+        pages: dict[str, Callable[[], bytes]] = {
+            "/": lambda: self.server.page.html(nonce).encode(),
+            REPORT: lambda: storage.read_bytes(storage.join(self.server.page.root, "report.html")),
+        }
+        make = pages.get(self.path)
+        if make is None:
+            self._answer(HTTPStatus.NOT_FOUND, b"there is / and /report.html\n")
+            return
+        try:
+            self._answer(HTTPStatus.OK, make(), nonce)
+        except storage.NotFoundError:
+            self._answer(HTTPStatus.NOT_FOUND, b"there is no report yet\n")
+        except storage.StorageError as error:
+            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).encode())
+
+    def _answer(self, status: HTTPStatus, body: bytes, nonce: str = "") -> None:
+        kind = "text/html" if status == HTTPStatus.OK else "text/plain"
+        headers = {
+            "Content-Type": f"{kind}; charset=utf-8",
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+            f"img-src data:; connect-src 'self'; script-src 'nonce-{nonce}'",
+        }
+        with suppress(ConnectionError):  # the reader has gone
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print no line for a request: the terminal shows the run."""
+
+
+# ---------------------------------------------------------------- the page
+
+
+@dataclass
+class LivePage:
+    """Makes the page of a job from what its run has written so far.
+
+    Args:
+        name: Name of the job.
+        root: Its folder.
+        progress: The progress of the run, with its newest line and its trials.
+        logs: Source to the URI of its training log.
+    """
+
+    name: str
+    root: str
+    progress: Progress
+    logs: Mapping[str, str] = field(default_factory=dict[str, str])
+    _records: dict[str, TrialRecord] = field(default_factory=dict[str, TrialRecord], init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def html(self, nonce: str) -> str:
+        """Return the page, which renews itself by a script with this nonce."""
+        with self._lock:
+            title, content = self._content()
+        script = _SCRIPT.replace("SECONDS", str(RENEW_SECONDS))
+        report = storage.join(self.root, "report.html")
+        ended = f"The run has ended or cannot be reached. Its report is {report}"
+        page = blocks.html_page(title, f"One to Many: job {self.name}, running", content)
+        return page.replace(
+            "<body>", f'<body data-ended="{html.escape(ended, quote=True)}">', 1
+        ).replace("</body>", f'<script nonce="{nonce}">{script}</script>\n</body>', 1)
+
+    def _content(self) -> tuple[str, list[Block]]:
+        """Return the title and the blocks of the page."""
+        planned: Mapping[str, Trial] = self.progress.trials
+        missing = [name for name in planned if name not in self._records]
+        read = trial.read_records(self.root, missing)
+        # one that failed or was stopped in an earlier run may run again
+        self._records.update({name: one for name, one in read.items() if one.status == "done"})
+        known = self._records | read
+        records = {name: known[name] for name in planned if name in known}
+        running = self._running([planned[name] for name in planned if name not in records])
+        failed = sum(record.failed for record in records.values())
+        title = f"{len(records)} of {len(planned)} trials done" if planned else "Preparing"
+        figures = [
+            (str(len(records)), "done", ""),
+            (str(len(planned)), "planned so far", ""),
+            (str(len(running)), "running", ""),
+            (str(failed), "failed", FAILED if failed else ""),
+        ]
+        content: list[Block] = [KeyFigures(figures)] if planned else []
+        if self.progress.newest:
+            content.append(Text(self.progress.newest, "lead"))
+        if records:
+            content.append(
+                Text(
+                    "Values are on validation rows and change until the run ends. Test rows, gains "
+                    f"and verdicts are in the report, which is written at the end ({REPORT} shows "
+                    "the one that is there).",
+                    "note",
+                )
+            )
+        content += _standing_blocks(list(records.values()))
+        if running:
+            content += [Heading("Running now"), Table(["Trial", "Step", "Newest"], running, 1)]
+        content += self._source_blocks()
+        errors = [[_name_of(planned[one]), r.error or ""] for one, r in records.items() if r.failed]
+        if errors:
+            content.append(Details(f"Failed: {len(errors)}", [Table(["Trial", "Why"], errors, 2)]))
+        return title, content
+
+    def _running(self, pending: Sequence[Trial]) -> list[list[str | Value]]:
+        """Return trial, step and newest values of the trials that have written a log."""
+        if storage.is_remote(self.root):
+            return []  # a log there is older than the line above
+        out: list[list[str | Value]] = []
+        for one in pending:
+            lines = _log_lines(storage.join(self.root, "trials", one.id, "metrics.jsonl"))
+            if lines and time.time() - lines[-1].get("time", 0.0) < 3600:
+                out.append([_name_of(one), _step(lines[-1]), _newest(lines)])
+        return out[:MAX_RUNNING]
+
+    def _source_blocks(self) -> list[Block]:
+        """Return the loss of each source by step."""
+        out: list[Block] = []
+        for name, uri in self.logs.items():
+            lines = _log_lines(uri)
+            points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+            if len(points) > 1:
+                caption = f"{name}: step {_step(lines[-1])}, {_newest(lines)}"
+                out.append(Figure(line_chart({name: points}, "loss"), caption))
+        return [Heading("Sources"), *out] if out else []
+
+
+def _standing_blocks(records: Sequence[TrialRecord]) -> list[Block]:
+    """Return for each target what leads now, and the learning curves of its final trials."""
+    found: dict[str, dict[tuple[str, str, str], list[tuple[ResultRow, TrialRecord]]]]
+    found = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        row = next((row for row in record.rows if row.metric and row.is_validation), None)
+        if row is None or row.value is None or math.isnan(row.value):
+            continue
+        key = row.label_fraction, row.source, results.technique(row)
+        found[row.target][key].append((row, record))
+    out: list[Block] = []
+    for target, entries in sorted(found.items()):
+        standings = sorted(
+            (_Standing.of(*key, trials) for key, trials in entries.items()), key=_Standing.order
+        )
+        out += [Heading(f"{target}: what leads now"), _standing_table(standings)]
+        curves = _curves(standings)
+        if curves:
+            metric = standings[0].metric
+            fraction = plots.fraction_label(standings[0].fraction)
+            caption = f"Validation {metric} by step, mean over seeds, at {fraction} labels."
+            out.append(Figure(line_chart(curves, metric), caption))
+    return out
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """How a source and technique stand on a target: final trials, or the search before them."""
+
+    fraction: str
+    source: str
+    technique: str
+    metric: str
+    higher_is_better: bool
+    value: float
+    what: str
+    records: Sequence[TrialRecord]
+    """The final trials."""
+
+    @classmethod
+    def of(
+        cls,
+        fraction: str,
+        source: str,
+        technique: str,
+        trials: Sequence[tuple[ResultRow, TrialRecord]],
+    ) -> _Standing:
+        """Return the mean of the final trials, or the best of the search where there is none."""
+        first = trials[0][0]
+        higher = first.higher_is_better is not False
+        final = [(row, record) for row, record in trials if row.trial_stage == "final"]
+        values = [row.value for row, _ in final or trials if row.value is not None]
+        if final:
+            value, what = fmean(values), f"mean of {blocks.plural(len(values), 'seed')}"
+        else:
+            value = max(values) if higher else min(values)
+            what = f"best of {blocks.plural(len(values), 'search trial')}"
+        rows_of = " (rows of the source)" if first.split == results.SOURCE_VALIDATION else ""
+        return cls(
+            fraction,
+            source,
+            technique,
+            first.metric or "",
+            higher,
+            value,
+            what + rows_of,
+            [record for _, record in final],
+        )
+
+    def order(self) -> tuple[Any, ...]:
+        """Return the sort key: the most labels first, then the best value."""
+        kind, number, _ = fraction_order(self.fraction)
+        return -kind, -number, self.fraction, -self.value if self.higher_is_better else self.value
+
+
+def _standing_table(standings: Sequence[_Standing]) -> Table:
+    body: list[list[str | Value]] = []
+    leading = ""
+    for one in standings:
+        leads = one.fraction != leading
+        leading = one.fraction
+        name = f"{one.source} · {one.technique}"
+        body.append(
+            [
+                Value((name, "▲ leads"), WINS) if leads else Value((name,)),
+                plots.fraction_label(one.fraction),
+                f"{one.value:.4g}",
+                one.what,
+            ]
+        )
+    arrow = "↑" if standings[0].higher_is_better else "↓"
+    head = ["Source · technique", "Labels", f"Validation {standings[0].metric} {arrow}", "Of"]
+    return Table(head, body)
+
+
+def _curves(standings: Sequence[_Standing]) -> dict[str, Points]:
+    """Return the learning curves of the best entries at the most labels, means over seeds."""
+    out: dict[str, Points] = {}
+    for one in standings:
+        if one.fraction != standings[0].fraction or len(out) == MAX_LINES:
+            break
+        by_step: dict[int, list[float]] = defaultdict(list)
+        for record in one.records:
+            for step, metrics in record.curve:
+                value = metrics.get(one.metric)
+                if value is not None and math.isfinite(value):
+                    by_step[step].append(value)
+        points = [(float(step), fmean(values)) for step, values in sorted(by_step.items())]
+        if len(points) > 1:
+            out[f"{one.source} · {one.technique}"] = points
+    return out
+
+
+# ---------------------------------------------------------------- logs and names
+
+
+def _log_lines(uri: str) -> list[dict[str, Any]]:
+    """Return the records of a training log; [] where there is none.
+
+    The last line may be half written.
+    """
+    try:
+        text = storage.read_bytes(uri) if storage.is_remote(uri) else Path(uri).read_bytes()
+    except (OSError, storage.StorageError):
+        return []
+    out: list[dict[str, Any]] = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            out.append(json.loads(line))
+    return out
+
+
+def _step(line: Mapping[str, Any]) -> str:
+    return f"{line.get('step', 0)} of {line.get('steps', '?')}"
+
+
+def _newest(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return the newest loss and validation values of a log."""
+    newest: dict[str, float] = {}
+    for line in lines:
+        for name, value in line.items():
+            is_shown = name == "loss" or name.startswith("validation_")
+            if is_shown and isinstance(value, int | float):
+                newest[name.replace("_", " ", 1)] = value
+    return ", ".join(f"{name} {value:.4g}" for name, value in newest.items())
+
+
+def _name_of(one: Trial) -> str:
+    labels = plots.fraction_label(fraction_text(one.label_fraction))
+    return (
+        f"{one.target} · {one.source} · {one.drawn_technique} · {labels} labels · seed {one.seed}"
+    )
+
+
+# ---------------------------------------------------------------- charts
+
+
+def line_chart(series: Mapping[str, Points], y_name: str) -> str:
+    """Draw lines by step as an SVG element with the colours of the page.
+
+    The figures of the report are drawn by matplotlib, whose settings belong to the whole process:
+    the thread of this page may not change them while the run draws its report.
+
+    Args:
+        series: Name to points (step, value), at least two each.
+        y_name: What the values are.
+    """
+    width, height, left, top = 388, 150, 46, 8
+    xs = [x for points in series.values() for x, _ in points]
+    ys = [y for points in series.values() for _, y in points]
+    x_low, x_range = min(xs), (max(xs) - min(xs)) or 1.0
+    y_low, y_range = min(ys), (max(ys) - min(ys)) or 1.0
+
+    def place(x: float, y: float) -> str:
+        across = left + (width - left - 6) * (x - x_low) / x_range
+        down = top + (height - top) * (1 - (y - y_low) / y_range)
+        return f"{across:.1f},{down:.1f}"
+
+    def text(x: float, y: float, words: str, anchor: str = "start", colour: str = "soft") -> str:
+        return (
+            f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="11" '
+            f'fill="var(--{colour})">{html.escape(words)}</text>'
+        )
+
+    parts = [
+        f'<path d="M{left} {top}V{height}H{width - 6}" fill="none" stroke="var(--line)"/>',
+        text(left - 5, top + 9, f"{max(ys):.3g}", "end"),
+        text(left - 5, height, f"{min(ys):.3g}", "end"),
+        text(left, height + 15, f"{min(xs):g}"),
+        text(width - 6, height + 15, f"step {max(xs):g}", "end"),
+    ]
+    for number, (name, points) in enumerate(series.items()):
+        colour = f"var(--s{number % MAX_LINES})"
+        line = " ".join(place(*point) for point in _thinned(points))
+        y = height + 34 + 16 * number
+        parts += [
+            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6"/>',
+            f'<path d="M{left} {y - 4}h22" stroke="{colour}" stroke-width="2.5"/>',
+            text(left + 28, y, name, colour="ink"),
+        ]
+    full = height + 40 + 16 * len(series)
+    label = html.escape(f"{y_name} by step: {', '.join(series)}", quote=True)
+    return (
+        f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {full}">{"".join(parts)}</svg>'
+    )
+
+
+def _thinned(points: Points) -> Points:
+    """Return at most `MAX_POINTS` of the points, the last one among them."""
+    every = math.ceil(len(points) / MAX_POINTS)
+    return points[::-every][::-1] if every > 1 else points
