@@ -818,7 +818,7 @@ def _cost_blocks(
         Heading("Cost"),
         Text(
             "The training time of an entry is the mean of its final trials. A source is pretrained "
-            "once and serves every target."
+            "once and serves every target. Parameters: the most that a technique trained."
         ),
         _backbone_costs(entries, rows, pretraining),
         Details("Training time of every source and technique", [trials]),
@@ -864,7 +864,7 @@ def _backbone_costs(
         )
     head = [
         "Source, backbone",
-        "Parameters",
+        "Parameters trained",
         "Pretraining, once",
         "Targets",
         "Trials",

@@ -107,9 +107,24 @@ def measure(pages: list[tuple[str, int]], folder) -> list[dict]:
     return json.loads(html.unescape(found[1]))
 
 
+OTHERS = {
+    "m": (("scratch",), {"technique": "majority", "backbone": "none"}),
+    "v": (("scratch", "full"), {"backbone": "timm/vit_base_patch16_224"}),
+}
+"""A baseline and another backbone: end of the trial ids, the trials they are like, and what differs."""
+
+
 def full_report(folder) -> str:
     """A report with every kind of block, long names and 20 classes."""
     rows, runs, curves = simulate()
+    for name, (like, changed) in OTHERS.items():
+        more = [
+            replace(row, trial_id=f"{row.trial_id}-{name}", **changed)
+            for row in rows
+            if row.technique in like and row.backbone == "timm/resnet18"
+        ]
+        runs |= {row.trial_id: runs[row.trial_id.removesuffix(f"-{name}")] for row in more}
+        rows += more
     longest = "photographs_of_everyday_clothing_2024"
     rows = [
         replace(
@@ -167,7 +182,15 @@ def full_report(folder) -> str:
 def test_every_text_fits_and_can_be_read(tmp_path):
     """On a phone, at a desk in light and dark, and on paper."""
     page = full_report(tmp_path)
-    for part in ("Sources by targets", "Class by class", "Calibration", "On the front", "LogME"):
+    for part in (
+        "Gain over best scratch",
+        "Gain over best baseline",
+        "Sources by targets",
+        "Class by class",
+        "Calibration",
+        "On the front",
+        "LogME",
+    ):
         assert part in page
     assert page.count(DARK) == 1 and page.count(PRINT) == 1
     dark, paper = page.replace(DARK, "@media all"), page.replace(PRINT, "@media all")

@@ -570,7 +570,8 @@ def test_the_gain_over_the_best_baseline_is_paired_as_the_gain_over_scratch():
 
     console = Console(width=100, record=True)
     console.print(terminal.table(list(found.values())))
-    assert re.search(r" over +bag_of_words +\+0\.1", console.export_text())
+    gain = re.escape(f"{full.best_baseline_gain:+.2f}")
+    assert re.search(rf" over +bag_of_words +{gain}", console.export_text())
 
 
 def test_a_baseline_without_a_validation_value_is_never_the_best():
