@@ -511,10 +511,7 @@ def _value_table(
         )
     columns.append(("Paired seeds", _seeds))
     if any(entry.gain_p is not None for entry in entries):
-        columns += [
-            ("p", lambda entry: _format_p_value(entry.gain_p)),
-            ("p (Holm)", _corrected_p_value),
-        ]
+        columns.append(("p (Holm)", _p_values))
     body = [[make(entry) for _, make in columns] for entry in entries]
     return blocks.Table([name for name, _ in columns], body)
 
@@ -598,8 +595,12 @@ def _format_p_value(value: float | None) -> str:
     return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
-def _corrected_p_value(entry: MatrixEntry) -> str:
-    return _format_p_value(entry.gain_p_holm) + (" *" if entry.survives else "")
+def _p_values(entry: MatrixEntry) -> str | Value:
+    """Return the p value after Holm's correction, and below it the one before."""
+    if entry.gain_p is None:
+        return _DASH
+    corrected = _format_p_value(entry.gain_p_holm) + (" *" if entry.survives else "")
+    return Value((corrected, f"plain {_format_p_value(entry.gain_p)}"))
 
 
 def _curve_metric(

@@ -200,7 +200,7 @@ def test_every_text_fits_and_can_be_read(tmp_path):
     assert (phone["width"], desk["width"]) == (PHONE, DESK)
     for found in (phone, desk, night, printed):
         assert found["page"] <= found["width"]
-        assert found["wide"] == []
+        assert found["wide"] == [], found["width"]
         assert found["text_outside"] <= 1, "text of a figure is cut off"
         assert found["contrast"]["ratio"] >= 4.5, found["contrast"]
     assert phone["text_height"] >= 8, "text of a figure is too small to read"
