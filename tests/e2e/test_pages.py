@@ -46,7 +46,9 @@ def blocks(text: str, language: str) -> list[str]:
 def commands(text: str) -> Iterator[list[str]]:
     """The words after ``onetomany`` of every command of a page, in blocks and in sentences."""
     text = re.sub(r"\\\n\s*", "", re.sub(r"^```\w+\n.*?^```$", "", text, flags=re.DOTALL | re.M))
-    in_blocks = re.findall(r"^    (?:.*&& )?(?:\w+=\S+ )*(?:uv run )?onetomany (.*)$", text, re.M)
+    in_blocks = re.findall(
+        r"^    (?:.*&& )?(?:\w+=\S+ )*(?:uv run (?:--\S+ )*)?onetomany (.*)$", text, re.M
+    )
     in_sentences = re.findall(r"`onetomany ([^`]+)`", re.sub(r"^    .*$", "", text, flags=re.M))
     for line in [*in_blocks, *in_sentences]:
         yield shlex.split(line, comments=True)
