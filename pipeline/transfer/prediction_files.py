@@ -34,8 +34,8 @@ def encode(table: pa.Table, format: OutputFormat, classes: list[str] | None = No
     """Return the bytes of a file with the rows of a table.
 
     In CSV a null is an empty cell, and a list or struct is JSON. In CSV and JSON Lines a number
-    that is not finite is null, bytes are base64, times are ISO 8601, and ``probabilities`` is an
-    object, class name to probability.
+    that is not finite is null, and so is a list of such numbers alone; bytes are base64, times are
+    ISO 8601, and ``probabilities`` is an object, class name to probability.
 
     Args:
         classes: Names of the classes that ``probabilities`` are of, in their order.
@@ -84,7 +84,11 @@ def json_value(value: Any, kind: Any) -> Any:
     if pa.types.is_struct(kind):
         return {field.name: json_value(value[field.name], field.type) for field in kind}
     if is_list(kind):
-        return [json_value(one, kind.value_type) for one in value]
+        found = [json_value(one, kind.value_type) for one in value]
+        is_unknown = pa.types.is_floating(kind.value_type) and not any(
+            one is not None for one in found
+        )
+        return None if found and is_unknown else found
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
@@ -92,8 +96,6 @@ def _named(values: Any, classes: list[str]) -> Any:
     """Return class name to probability; other lists as they are, None where nothing is known."""
     if not isinstance(values, list) or len(values) != len(classes):
         return values
-    if all(value is None for value in values):
-        return None
     if any(isinstance(value, list) for value in values):
         return values
     return dict(zip(classes, values, strict=True))

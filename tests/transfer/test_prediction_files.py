@@ -72,6 +72,12 @@ def test_csv_has_a_cell_for_each_value():
     assert table["probability"].to_pylist() == [0.1, None] and table.num_rows == 2
 
 
+def test_features_of_a_row_that_cannot_be_read_are_null():
+    features = pa.array([[np.nan, np.nan], [0.5, np.nan], []], pa.list_(pa.float32()))
+    found = prediction_files.encode(pa.table({"features": features}), "jsonl").decode()
+    assert [json.loads(line)["features"] for line in found.splitlines()] == [None, [0.5, None], []]
+
+
 def test_lists_that_are_of_no_classes_stay_lists():
     table = pa.table({"probabilities": [[[0.5, 0.5]], [[0.25, 0.75], [1.0, 0.0]]]})
     found = prediction_files.encode(table, "jsonl", CLASSES).decode().splitlines()
