@@ -23,14 +23,16 @@ from pipeline import cli
 from pipeline.config import yaml_loader
 from pipeline.prepare.new_job import columns as look
 from pipeline.prepare.new_job.writing import scalar
+from pipeline.transfer import time_estimate
 
 WORDS = ("the film was fine", "a long and dull book", "we liked that song", "bread with butter")
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """The current folder, where storage and prepared data lie."""
+    """The current folder, where storage and prepared data lie. Dry runs measure no steps."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time_estimate, "describe", lambda *_: [])
     return tmp_path
 
 
