@@ -370,6 +370,7 @@ def few_rows_to_evaluate(monkeypatch):
 def test_two_steps_of_every_small_job(
     job, onetomany_here, few_rows_to_evaluate, tmp_path, tmp_path_factory
 ):
+    """Every source and target, with all the labels, the first technique and full fine-tuning."""
     spec = yaml.safe_load(job.read_text())
     words = [
         f"sources.{name}.train={{steps: 2, global_batch: 8}}"
@@ -377,6 +378,12 @@ def test_two_steps_of_every_small_job(
         if "data" in source
     ]
     words += [f"targets.{name}.train={{steps: 2, global_batch: 8}}" for name in spec["targets"]]
+    words += [
+        f"targets.{name}.label_fractions=[{target['label_fractions'][-1]}]"
+        for name, target in spec["targets"].items()
+        if "label_fractions" in target
+    ]
+    words.append(f"techniques={json.dumps([spec['techniques'][0], 'full'])}")
     done = onetomany_here(
         "run",
         job,
