@@ -84,8 +84,9 @@ Anew = Annotated[
     Remake,
     typer.Option(
         "--remake",
-        help="changed: make anew the sources and trials that other code or library versions made, "
-        "and nothing else; run --dry-run lists them. none: use them as they are, marked.",
+        help="changed: repeat the sources and trials that were made by another version of the code "
+        "or of a library, and nothing else; run --dry-run lists them. none: use them as they are, "
+        "marked.",
     ),
 ]
 
@@ -248,8 +249,8 @@ def init(
     data: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders or globs: CSV, JSON Lines, Parquet, one folder of images or "
-            "recordings a class, or a table that names such files.",
+            help="Files, folders or globs: CSV, JSON Lines, Parquet, a folder with a subfolder of "
+            "images or recordings for each class, or a table that names such files.",
             metavar="FOLDER|FILES...",
         ),
     ],
@@ -691,6 +692,8 @@ def prepare(
 ) -> None:
     """A publisher's raw files to sharded Parquet, in parallel; goes on where a stopped run left
     off. `prepare --list` shows the importers.
+
+    Example: `onetomany prepare imagefolder photos -o prepared`
     """
     from pipeline.prepare.engine import importing
 

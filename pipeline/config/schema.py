@@ -182,7 +182,7 @@ class Data(Spec):
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="role to column name, e.g. {image: image, label: label}, for the roles that "
-        "modality and objective read",
+        "modality and objective read (onetomany modalities NAME and objectives NAME list them)",
     )
     format: DataFormat = Field(
         "auto",
@@ -219,7 +219,11 @@ class Data(Spec):
         "given",
     )
     test_fraction: float = Field(
-        0.0, ge=0, lt=1, description="share held out as test when no test is given"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share held out as test when no test is given. A target needs test rows: from "
+        "this, test, split_column or folds",
     )
     split_seed: int = Field(
         0,
@@ -902,7 +906,7 @@ class Select(Spec):
     top: int | None = Field(
         2,
         ge=1,
-        description="how many sources to keep for each target; none: all (with a budget alone)",
+        description="how many sources to keep for each target; null: all, as with a budget alone",
     )
     budget: int | None = Field(
         None,
@@ -1156,8 +1160,7 @@ class Job(Spec):
         exclude_if=lambda named: named == [],  # a job without any has the hash that it always had
         description="models without a network that a user would pick instead (bag_of_words, "
         "boosted_trees, ...), each on the targets that it can read; auto: all; they have the rows, "
-        "seeds and label fractions of the trials. None by default: they are rows and time of a "
-        "table that nobody asked for",
+        "seeds and label fractions of the trials",
     )
     fanout: Fanout = Field(
         default_factory=lambda: Fanout.model_validate({}), description="seeds, search and resources"
