@@ -52,6 +52,6 @@ def test_an_edited_technique(onetomany_alone, ray_address, tmp_path):
     )
     assert started() == first
     message = command("--remake", "changed")
-    assert "†" not in message and "trials 1/1" in message
+    assert "†" not in message and "trials 2/2, 1 done before" in message
     again = started()
     assert again["full"] == first["full"] and again["scratch"] > first["scratch"]  # type: ignore[operator]
