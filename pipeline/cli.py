@@ -42,7 +42,8 @@ Only = Annotated[
     typer.Option(
         help="Run a part of the job: a target, a source, a modality or a domain (vision, text, "
         "speech, healthcare, robotics). A target brings its sources, a source its targets. May be "
-        "given several times; the rest of the results stays as it is.",
+        "given several times; the rest of the results stays as it is, and the report is of the "
+        "part alone.",
         metavar="NAME",
     ),
 ]
@@ -308,7 +309,8 @@ def run(
         int | None,
         typer.Option(
             help="Show a live page on this port of 127.0.0.1 until the run ends: trials done, what "
-            "leads, curves. 0: any free port. From elsewhere: ssh -L PORT:127.0.0.1:PORT HOST.",
+            "leads, curves. 0: any free port. From elsewhere: ssh -L PORT:127.0.0.1:PORT HOST. "
+            "Other users of the same machine can read it.",
             metavar="PORT",
             min=0,
             max=65535,
@@ -489,8 +491,8 @@ WriteAs = Annotated[OutputFormat, typer.Option("--format", help="What is written
 Keep = Annotated[
     str | None,
     typer.Option(
-        help="Columns of the rows that are written too, as input_NAME where there is another "
-        "column NAME.",
+        help="Columns of the rows that are written too (renamed input_NAME if a prediction column "
+        "has that name).",
         metavar="A,B",
     ),
 ]

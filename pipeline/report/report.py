@@ -831,7 +831,10 @@ def _backbone_costs(
     rows: Sequence[ResultRow],
     pretraining: Sequence[dict[str, Any]],
 ) -> blocks.Table:
-    """Return the cost of each source's backbone: pretraining once, and all of its trials."""
+    """Return the cost of each source's backbone: pretraining once, and all of its trials.
+
+    The time of scratch is that on the same targets with the same share of labels.
+    """
     trained = {str(item.get("source")): item for item in pretraining}
     timed = [entry for entry in entries if entry.seconds is not None and not entry.is_baseline]
     scratch: dict[str, list[MatrixEntry]] = defaultdict(list)
@@ -849,6 +852,12 @@ def _backbone_costs(
             for entry in timed
             if entry.backbone == backbone and entry.params_trained is not None
         ]
+        compared = {(entry.target, entry.label_fraction) for entry in own}
+        of_scratch = [
+            entry
+            for entry in scratch[backbone]
+            if (entry.target, entry.label_fraction) in compared
+        ]
         once = trained.get(source, {}).get("seconds")
         seconds = spent[source, backbone]
         body.append(
@@ -860,7 +869,7 @@ def _backbone_costs(
                 blocks.format_count(len(seconds)),
                 blocks.format_seconds(sum(seconds)),
                 _mean_time(own),
-                _DASH if source == SCRATCH else _mean_time(scratch[backbone]),
+                _DASH if source == SCRATCH else _mean_time(of_scratch),
             ]
         )
     head = [
@@ -1112,7 +1121,11 @@ WORDS = (
     ("Layers trained", "layers_trained", "The layers that training changes."),
     ("Test rows", "n_eval", "Rows that a value is of."),
     ("Training rows", "n_train", "Labelled rows that a trial trains on."),
-    ("Score", "source_scores, score_name, score_value", "Guess of a source's worth, untrained."),
+    (
+        "Score",
+        "source_scores, score_name, score_value",
+        "Estimate of how well a source transfers, made without fine-tuning.",
+    ),
     ("Failed, stopped, cut", "status, error", "Why a trial has no value."),
 )
 """Words of the report and the terminal: word, columns of the results table, meaning."""

@@ -7,7 +7,6 @@ writes it.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.registry import nearest
-from pipeline.io import checksums, storage
+from pipeline.io import checksums, csv_rows, storage
 
 FILE, INDEX = "results.parquet", "trials.csv"
 """The table, and a list of its trials for people, with the folder and bundle of each."""
@@ -361,10 +360,8 @@ def _index(rows: Iterable[ResultRow]) -> bytes:
             )
         )
     lines.sort(key=lambda line: str(line[0]))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(lines)
+    text = io.StringIO(newline="")
+    csv_rows.write(text, [head, *lines])
     return text.getvalue().encode()
 
 

@@ -69,6 +69,8 @@ class Progress:
         """The newest line of `update`."""
         self.trials: Mapping[str, Any] = {}
         """Id to trial of those that the run has begun to work on (`expect`)."""
+        self.outdated: Mapping[str, str | None] = {}
+        """Id of a trial that is made again to the run that wrote its old record."""
         self._live: Live | None = None
         if self.console.is_terminal:
             self._live = Live(Text(""), console=self.console, refresh_per_second=4, transient=True)
@@ -85,9 +87,16 @@ class Progress:
     def _timed(self, line: str) -> str:
         return f"{time.strftime('%H:%M:%S', self.now())} {line}"
 
-    def expect(self, trials: Iterable[Any]) -> None:
-        """Note trials that the run works on from now, or finds done."""
-        # a new dict: another thread may be reading the old one
+    def expect(
+        self, trials: Iterable[Any], outdated: Mapping[str, str | None] | None = None
+    ) -> None:
+        """Note trials that the run works on from now, or finds done.
+
+        Args:
+            outdated: Of trials that are made again: id to the run that wrote the old record.
+        """
+        # new dicts: another thread may be reading the old ones
+        self.outdated = {**self.outdated, **(outdated or {})}
         self.trials = {**self.trials, **{one.id: one for one in trials}}
 
     def update(self, line: str, final: bool = False) -> None:

@@ -557,7 +557,8 @@ def run(
     Raises:
         KeyboardInterrupt: the run was stopped; finished trials keep their records.
     """
-    progress.expect(trials)
+    old = trial.read_records(shared.root, [one.id for one in trials if one.id in anew])
+    progress.expect(trials, {name: record.run for name, record in old.items()})
     lacking = unfinished_of(shared.root, [one for one in trials if one.id not in anew], spec)
     todo = [one for one in trials if one.id in anew or one.id in lacking]
     work = units(todo, shared)

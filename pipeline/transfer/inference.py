@@ -50,7 +50,7 @@ ROWS_A_PART, FEW_ROWS_A_PART = 1024, 128
 minute, or a picture, takes a megabyte of memory.
 """
 LAYOUT = 2
-"""Which columns there are. Parts of another layout are not completed in their folder."""
+"""Version of the output columns. Parts of another version are not completed in their folder."""
 PIECE = ("start", "seconds")
 """Roles of a row that is a piece of a longer recording. Rows to predict may have them or not,
 whatever the training rows had.
@@ -61,8 +61,8 @@ INPUT = "input_"
 """Prefix of a column of the rows that has the same name as a column of the predictions."""
 PICTURE = "drawn"
 """Column with the picture of a row on which its prediction is drawn, by its name in the folder."""
-MOST_NAMED, MOST_LETTERS = 20, 120
-"""How many classes are printed by name, and how many letters of a type."""
+MOST_NAMED, MOST_CHARACTERS = 20, 120
+"""How many classes are printed by name, and how many characters of a type."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def check(uri: str, options: OutputOptions | None = None) -> bundle.Manifest:
 
 
 @dataclass(frozen=True)
-class _Input:
+class NewRows:
     """New rows, and what of them is read."""
 
     manifest: Manifest
@@ -271,7 +271,8 @@ class _Input:
     """Columns that are copied, by their names in the output."""
     modality: Modality
     objective: type[Objective]
-    reads: list[file_identity.FileIdentity]
+    files_read: list[file_identity.FileIdentity]
+    """The files of the rows and those that they name, to see that none changes meanwhile."""
 
 
 def _read_input(
@@ -281,7 +282,7 @@ def _read_input(
     form: str,
     imports: str,
     keep: tuple[str, ...] = (),
-) -> _Input:
+) -> NewRows:
     """Find new rows and their columns.
 
     Args:
@@ -295,7 +296,7 @@ def _read_input(
     Raises:
         ValueError: A column is missing or has another type than the bundle reads.
     """
-    rows, named = manifests.build_with_named(data, form, imports)
+    rows, named_files = manifests.build_with_named(data, form, imports)
     modality, name = bundle.build_modality(found.modality), found.objective.name
     objective = Objective if name == "none" else registry.get("objective", name)
     where = rows.files[0] if rows.files else data[0]
@@ -304,13 +305,13 @@ def _read_input(
     columns = columns_of_roles(modality, objective, found.columns, columns, rows, where)
     _check_types(modality, columns, rows, where)
     kept = kept_columns(modality, columns, rows, keep, where)
-    reads = [*(file for file in rows.identities if file is not None), *named]
+    files_read = [*(file for file in rows.identities if file is not None), *named_files]
     selection = Selection(rows)
-    if not named:
-        files = file_columns(modality, columns)
-        (selection,), more = manifests.with_named_files([selection], files, "content")
-        rows, reads = selection.manifest, [*reads, *more]
-    return _Input(rows, selection, columns, kept, modality, objective, reads)
+    if not named_files:
+        of_files = file_columns(modality, columns)
+        (selection,), named_files = manifests.with_named_files([selection], of_files, "content")
+        rows, files_read = selection.manifest, [*files_read, *named_files]
+    return NewRows(rows, selection, columns, kept, modality, objective, files_read)
 
 
 def predict(
@@ -387,7 +388,7 @@ def _input_of(
     form: str,
     progress: Progress,
     options: OutputOptions,
-) -> _Input:
+) -> NewRows:
     imports = storage.join(output, ".imports")
     with file_identity.progress_to(progress.update):
         return _read_input(found, data, columns, form, imports, options.keep)
@@ -397,7 +398,7 @@ def _write(
     uri: str,
     found: bundle.Manifest,
     work: BundleWorker,
-    new: _Input,
+    new: NewRows,
     output: str,
     options: OutputOptions,
     progress: Progress,
@@ -452,7 +453,7 @@ def _write(
             f"rows {item.stop}/{rows}  {bad} could not be read",
             item.stop == rows,
         )
-    file_identity.check_unchanged(new.reads)
+    file_identity.check_unchanged(new.files_read)
     before = len(items) - len(todo)
     text = f"{output}: {rows} rows in {len(items)} parts"
     text += f", {before} of them from before" if before else ""
@@ -527,12 +528,12 @@ def _named_classes(classes: list[str] | None, parts: list[str]) -> str:
     if PROBABILITIES not in names:
         return ""
     first = ", ".join(classes[:MOST_NAMED])
-    more = (
+    rest = (
         f" and {len(classes) - MOST_NAMED} more (all in the files' metadata, key classes)"
         if len(classes) > MOST_NAMED
         else ""
     )
-    return f"; probabilities are of the classes, in this order: {first}{more}"
+    return f"; probabilities are of the classes, in this order: {first}{rest}"
 
 
 def kept_columns(
@@ -549,7 +550,7 @@ def kept_columns(
     """
     names, out = found.schema.names, {}
     files = file_columns(modality, columns)
-    if files and _tells_place(found.schema.field(files[0]).type):
+    if files and _has_path(found.schema.field(files[0]).type):
         out["file"] = files[0]
     out |= {name: name for name in IDS if name in names}
     out |= {name: name for name in readable_columns(modality, columns)}
@@ -562,7 +563,7 @@ def kept_columns(
     return out
 
 
-def _tells_place(kind: pa.DataType) -> bool:
+def _has_path(kind: pa.DataType) -> bool:
     """Return whether a column of files has paths, as texts or in Hugging Face's structs."""
     if pa.types.is_struct(kind):
         return "path" in {field.name for field in kind}
@@ -635,7 +636,7 @@ def _check_types(
 def _short(kind: Any) -> str:
     """Return the text of a type, shortened where it is long (structs of many fields)."""
     text = str(kind)
-    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}..."
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def _prepared(where: str) -> str:
@@ -681,13 +682,13 @@ def columns_of_roles(
         *(role for role in modality.optional_roles if role not in labels),
     ):
         candidates = [given[role]] if role in given else [known.get(role, role), role]
-        there = next((name for name in candidates if name in names), None)
+        found_name = next((name for name in candidates if name in names), None)
         needed = role in given or role in modality.roles or (role in known and role not in PIECE)
-        if there is not None and (
+        if found_name is not None and (
             needed
-            or (role in PIECE and (role in known or _are_places(found, out[modality.roles[0]])))
+            or (role in PIECE and (role in known or _holds_paths(found, out[modality.roles[0]])))
         ):
-            out[role] = there
+            out[role] = found_name
         elif needed:
             if modality.registered_name == "table":
                 raise ValueError(
@@ -702,7 +703,7 @@ def columns_of_roles(
     return out
 
 
-def _are_places(found: manifests.Manifest, name: str) -> bool:
+def _holds_paths(found: manifests.Manifest, name: str) -> bool:
     """Return whether the column has paths of files, not their bytes."""
     kind = found.schema.field(name).type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -724,7 +725,7 @@ def recording_columns(
             f"{found.files[0]} has no column {recording!r} for recording; columns are "
             f"{', '.join(found.schema.names)}"
         )
-    if recording in found.schema.names or _are_places(found, first):
+    if recording in found.schema.names or _holds_paths(found, first):
         out["recording"] = recording if recording in found.schema.names else first
     return out
 

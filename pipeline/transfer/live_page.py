@@ -1,8 +1,8 @@
-"""A page that shows a job while it runs: trials done of all, what leads now, curves.
+"""A page that shows a job while it runs: trials done of all, values so far, curves.
 
-A thread of the run serves it on this machine alone, and it ends with the run. What it shows is read
-from the records and logs of the trials when the page is asked for, so that it costs a run nothing
-while nobody looks.
+A thread of the run serves it on this machine alone, to all of its users, and it ends with the run.
+What it shows is read from the records and logs of the trials when the page is asked for, so that it
+costs a run nothing while nobody looks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import secrets
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -119,7 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
         # a page of another site whose name leads here has that name in its requests
         name = self.headers.get("Host", "").partition(":")[0]
         if name not in (HOST, "localhost"):
-            self._answer(HTTPStatus.FORBIDDEN, b"this page is served to this machine alone\n")
+            self._answer(
+                HTTPStatus.FORBIDDEN, b"only requests from this machine (127.0.0.1) are answered\n"
+            )
             return
         nonce = secrets.token_urlsafe(16)
         pages: dict[str, Callable[[], bytes]] = {
@@ -194,21 +196,24 @@ class LivePage:
     def _content(self) -> tuple[str, list[Block]]:
         """Return the title and the blocks of the page."""
         planned: Mapping[str, Trial] = self.progress.trials
+        self._records = self._of_now(self._records)
         missing = [name for name in planned if name not in self._records]
-        read = trial.read_records(self.root, missing)
+        read = self._of_now(trial.read_records(self.root, missing))
         # one that failed or was stopped in an earlier run may run again
         self._records.update({name: one for name, one in read.items() if one.status == "done"})
         known = self._records | read
         records = {name: known[name] for name in planned if name in known}
         running = self._running([planned[name] for name in planned if name not in records])
-        failed = sum(record.failed for record in records.values())
-        title = f"{len(records)} of {len(planned)} trials done" if planned else "Preparing"
+        ended = Counter(record.status for record in records.values())
+        title = f"{len(records)} of {len(planned)} trials ended" if planned else "Preparing"
         figures = [
-            (str(len(records)), "done", ""),
+            (str(ended["done"]), "done", ""),
             (str(len(planned)), "planned so far", ""),
             (str(len(running)), "running", ""),
-            (str(failed), "failed", FAILED if failed else ""),
+            (str(ended["failed"]), "failed", FAILED if ended["failed"] else ""),
         ]
+        if ended["pruned"]:
+            figures.append((str(ended["pruned"]), "stopped early", ""))
         content: list[Block] = [KeyFigures(figures)] if planned else []
         if self.progress.newest:
             content.append(Text(self.progress.newest, "lead"))
@@ -229,6 +234,15 @@ class LivePage:
         if errors:
             content.append(Details(f"Failed: {len(errors)}", [Table(["Trial", "Why"], errors, 2)]))
         return title, content
+
+    def _of_now(self, records: Mapping[str, TrialRecord]) -> dict[str, TrialRecord]:
+        """Return the records without those that the run is to replace (``--remake changed``)."""
+        outdated = self.progress.outdated
+        return {
+            name: one
+            for name, one in records.items()
+            if name not in outdated or one.run != outdated[name]
+        }
 
     def _running(self, pending: Sequence[Trial]) -> list[list[str | Value]]:
         """Return trial, step and newest values of the trials that have written a log."""
@@ -254,7 +268,7 @@ class LivePage:
 
 
 def _standing_blocks(records: Sequence[TrialRecord]) -> list[Block]:
-    """Return for each target what leads now, and the learning curves of its final trials."""
+    """Return for each target the values so far, and the learning curves of its final trials."""
     found: dict[str, dict[tuple[str, str, str], list[tuple[ResultRow, TrialRecord]]]]
     found = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -268,7 +282,7 @@ def _standing_blocks(records: Sequence[TrialRecord]) -> list[Block]:
         standings = sorted(
             (_Standing.of(*key, trials) for key, trials in entries.items()), key=_Standing.order
         )
-        out += [Heading(f"{target}: what leads now"), _standing_table(standings)]
+        out += [Heading(f"{target}: values so far"), _standing_table(standings)]
         curves = _curves(standings)
         if curves:
             metric = standings[0].metric
@@ -323,16 +337,20 @@ class _Standing:
         )
 
     def order(self) -> tuple[Any, ...]:
-        """Return the sort key: the most labels first, then the best value."""
+        """Return the sort key: the most labels first, then final trials, then the best value.
+
+        The best of several search trials is not comparable with a mean of final ones.
+        """
         kind, number, _ = fraction_order(self.fraction)
-        return -kind, -number, self.fraction, -self.value if self.higher_is_better else self.value
+        best_first = -self.value if self.higher_is_better else self.value
+        return -kind, -number, self.fraction, not self.records, best_first
 
 
 def _standing_table(standings: Sequence[_Standing]) -> Table:
     body: list[list[str | Value]] = []
     leading = ""
     for one in standings:
-        leads = one.fraction != leading
+        leads = one.fraction != leading and bool(one.records)
         leading = one.fraction
         name = f"{one.source} · {one.technique}"
         body.append(

@@ -7,7 +7,6 @@ folder opens as one data set.
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
 import math
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import OutputFormat
 from pipeline.core.arrow_lists import is_list, is_text
-from pipeline.io import storage
+from pipeline.io import csv_rows, storage
 from pipeline.media import transcripts
 from pipeline.media.tagging_schemes import texts
 
@@ -35,7 +34,7 @@ def encode(table: pa.Table, format: OutputFormat, classes: list[str] | None = No
 
     In CSV a null is an empty cell, and a list or struct is JSON. In CSV and JSON Lines a number
     that is not finite is null, and so is a list of such numbers alone; bytes are base64, times are
-    ISO 8601, and ``probabilities`` is an object, class name to probability.
+    ISO 8601, decimals are texts, and ``probabilities`` is an object, class name to probability.
 
     Args:
         classes: Names of the classes that ``probabilities`` are of, in their order.
@@ -59,9 +58,7 @@ def encode(table: pa.Table, format: OutputFormat, classes: list[str] | None = No
             for row in rows:
                 text.write(_json(dict(zip(columns, row, strict=True))) + "\n")
         else:
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows([[_cell(value) for value in row] for row in rows])
+            csv_rows.write(text, [columns, *([_cell(value) for value in row] for row in rows)])
         return sink.getvalue()
 
 
@@ -125,7 +122,7 @@ def read(uri: str, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     if uri.endswith(".jsonl"):
         rows = [json.loads(line) for line in text.split("\n") if line]
     else:
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        rows = csv_rows.read(text)
     return [{name: row[name] for name in columns if name in row} for row in rows]
 
 

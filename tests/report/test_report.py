@@ -962,6 +962,18 @@ def test_the_cost_of_a_source_is_counted_once_for_all_targets(written):
     assert "| none<br>timm/resnet18 | 11,181,642 | – | 2 |" in table
 
 
+def test_the_scratch_beside_a_source_is_that_of_its_targets(tmp_path):
+    """digits serves clothing alone, whose scratch takes 40 s; that of handwriting takes 400 s."""
+    skill = {"clothing": SKILL["clothing"], "handwriting": {("none", "scratch"): 0.9}}
+    rows, runs, _ = simulate(skill, fractions=("1.0",), seeds=1)
+    slow = {("clothing", "none"): 40.0, ("handwriting", "none"): 400.0}
+    rows = [replace(r, seconds=slow.get((r.target, r.source), r.seconds)) for r in rows]
+    _, md, _ = write(tmp_path, rows, runs, {})
+    table = md[md.index("| Source, backbone |") :].split("\n\n")[0]
+    (row,) = (line for line in table.splitlines() if line.startswith("| digits<br>"))
+    assert row.endswith("| 40 s |")
+
+
 def test_what_is_missing_stands_in_one_place(tmp_path):
     rows, runs, curves = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
     rows, runs = kept(

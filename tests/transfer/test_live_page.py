@@ -18,7 +18,7 @@ from pipeline.io import storage
 from pipeline.report.trial_record import CurvePoint, TrialRecord
 from pipeline.train import launch
 from pipeline.train.progress import Progress
-from pipeline.transfer import live_page, stages
+from pipeline.transfer import fanout, live_page, stages
 from pipeline.transfer.grid import Trial
 from tests.report.test_report import failure, trial
 
@@ -34,10 +34,10 @@ class Lines(Progress):
         self.notes.append(line)
 
 
-def planned_trial(source, technique, seed, name):
+def planned_trial(source, technique, seed, name, stage="final"):
     component = ComponentConfig(name=technique)
     return Trial(
-        source, "key", "timm/resnet18", "clothing", component, {}, 1.0, seed, "final", name
+        source, "key", "timm/resnet18", "clothing", component, {}, 1.0, seed, stage, name
     )
 
 
@@ -82,7 +82,7 @@ def running(tmp_path):
         with open(log, "a") as file:
             file.write(json.dumps({"step": step, "steps": 90, "loss": 1 / step}) + "\n")
     sources = {"garments": SimpleNamespace(uri=source, splits=())}
-    return SimpleNamespace(job=job, progress=progress, sources=sources)
+    return SimpleNamespace(job=job, progress=progress, sources=sources, planned=planned)
 
 
 def ask(port, path="/", **headers):
@@ -108,7 +108,8 @@ def test_the_page_shows_trials_done_what_leads_and_curves(running):
     with served(running) as port:
         status, page, _ = ask(port)
     text = text_of(page)
-    assert status == 200 and "5 of 6 trials done" in text
+    assert status == 200 and "5 of 6 trials ended" in text
+    assert "4 done 6 planned so far 1 running 1 failed" in text
     assert "fine-tune: trials 5/6" in text and "1 running" in text
     first, second = text.index("0.805"), text.index("0.605")
     assert "garments · full ▲ leads 100 %" in text[:first] and first < second, "means of two seeds"
@@ -117,6 +118,39 @@ def test_the_page_shows_trials_done_what_leads_and_curves(running):
     assert "garments: step 30 of 90, loss 0.03333" in text
     assert page.count("<polyline") == 3, "the loss of the source, and two entries"
     assert "&lt;b&gt;out of memory" in page and "<b>out of memory" not in page
+
+
+def test_the_best_search_trial_does_not_lead_a_mean_of_final_trials(running):
+    """It is the best of several, and may be of fewer steps."""
+    rows, _, _ = trial("clothing", "letters", "full", "1.0", 0, 0.9)
+    rows = [replace(rows[0], split="validation", value=0.9, trial_stage="search")]
+    one = planned_trial("letters", "full", 0, rows[0].trial_id, "search")
+    path, found = record(one, rows)
+    storage.write_json(storage.join(running.job.root, path), found)
+    running.progress.trials = {one.id: one}
+    with served(running) as port:
+        alone = text_of(ask(port)[1])
+        assert "letters · full 100 % 0.9 best of 1 search trial" in alone and "▲" not in alone
+        running.progress.expect(running.planned)
+        text = text_of(ask(port)[1])
+    assert text.count("▲ leads") == 1 and "garments · full ▲ leads 100 % 0.805" in text
+    assert text.index("0.605") < text.index("0.9 best of 1 search trial"), "after all final ones"
+
+
+def test_a_trial_that_is_made_again_counts_when_its_new_record_is_there(running, monkeypatch):
+    """The page leaves out its old record, one that it has shown before too."""
+    one, root = running.planned[0], running.job.root
+    uri = storage.join(root, "trials", one.id, "record.json")
+    old = storage.read_json(uri)
+    storage.write_json(uri, old | {"run": "old"})
+    monkeypatch.setattr(fanout, "units", lambda todo, shared: [])  # trains nothing
+    with served(running) as port:
+        assert "5 of 6 trials ended" in ask(port)[1]
+        fanout.run("toy", [one], SimpleNamespace(root=root), None, running.progress, {one.id})
+        text = text_of(ask(port)[1])
+        assert "4 of 6 trials ended" in text and "mean of 1 seed" in text
+        storage.write_json(uri, old | {"run": "new"})
+        assert "5 of 6 trials ended" in ask(port)[1]
 
 
 def test_the_page_loads_nothing_and_follows_the_run(running):
@@ -128,7 +162,7 @@ def test_the_page_loads_nothing_and_follows_the_run(running):
         assert not re.search(r"https?:|//[a-z]|@import|<link| src=", page)
         more = planned_trial("none", "scratch", 2, "later")
         running.progress.expect([more])
-        assert "5 of 7 trials done" in ask(port)[1]
+        assert "5 of 7 trials ended" in ask(port)[1]
         found = storage.read_json(storage.join(running.job.root, "trials/lost/record.json"))
         found |= {"status": "done", "error": None}
         storage.write_json(storage.join(running.job.root, "trials/lost/record.json"), found)

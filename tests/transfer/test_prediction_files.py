@@ -5,8 +5,10 @@ import csv
 import io
 import json
 from datetime import datetime
+from decimal import Decimal
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pyarrow as pa
 import pyarrow.csv
@@ -70,6 +72,31 @@ def test_csv_has_a_cell_for_each_value():
     options = pa.csv.ParseOptions(newlines_in_values=True)
     table = pa.csv.read_csv(io.BytesIO(found), parse_options=options)
     assert table["probability"].to_pylist() == [0.1, None] and table.num_rows == 2
+
+
+@pytest.mark.parametrize("break_", ["\r", "\n", "\r\n"])
+def test_a_line_break_in_a_cell_ends_no_row_of_a_csv_file(break_):
+    """A lone carriage return too, which csv of Python before 3.13 does not quote by itself."""
+    table = pa.table({"text": [f"a{break_}b", "c"], "row": [0, 1]})
+    found = prediction_files.encode(table, "csv").decode()
+    assert found == f'text,row\n"a{break_}b",0\nc,1\n'
+    assert pd.read_csv(io.StringIO(found, newline=""))["row"].tolist() == [0, 1]
+
+
+def test_a_decimal_keeps_its_digits_as_a_text():
+    table = pa.table({"price": pa.array([Decimal("0.10")], pa.decimal128(5, 2))})
+    assert prediction_files.encode(table, "jsonl").decode() == '{"price": "0.10"}\n'
+    assert prediction_files.encode(table, "csv").decode() == "price\n0.10\n"
+
+
+def test_a_cell_of_any_length_is_read(tmp_path):
+    long = "x" * (csv.field_size_limit() + 1)
+    part = str(tmp_path / "part-00000.csv")
+    with open(part, "wb") as file:
+        file.write(prediction_files.encode(pa.table({"row": [0], "audio": [long]}), "csv"))
+    before = csv.field_size_limit()
+    assert prediction_files.read(part, ("row",)) == [{"row": "0"}]
+    assert csv.field_size_limit() == before, "it is one of the whole process"
 
 
 def test_features_of_a_row_that_cannot_be_read_are_null():
