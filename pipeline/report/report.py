@@ -854,9 +854,7 @@ def _backbone_costs(
         ]
         compared = {(entry.target, entry.label_fraction) for entry in own}
         of_scratch = [
-            entry
-            for entry in scratch[backbone]
-            if (entry.target, entry.label_fraction) in compared
+            entry for entry in scratch[backbone] if (entry.target, entry.label_fraction) in compared
         ]
         once = trained.get(source, {}).get("seconds")
         seconds = spent[source, backbone]

@@ -36,9 +36,7 @@ class Lines(Progress):
 
 def planned_trial(source, technique, seed, name, stage="final"):
     component = ComponentConfig(name=technique)
-    return Trial(
-        source, "key", "timm/resnet18", "clothing", component, {}, 1.0, seed, stage, name
-    )
+    return Trial(source, "key", "timm/resnet18", "clothing", component, {}, 1.0, seed, stage, name)
 
 
 def record(one, rows, curve=(), **more):
