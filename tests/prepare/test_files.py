@@ -64,3 +64,15 @@ def test_the_column_of_files_must_be_told_apart(tmp_path):
         prepare("files", source, tmp_path / "other", "column=imag")
     with pytest.raises(ValueError, match="none of 1 rows of column image names a file that is the"):
         prepare("files", source, tmp_path / "other", "column=image", f"root={tmp_path}/none")
+
+
+def test_columns_named_like_arguments_are_kept_and_cut_nothing(tmp_path):
+    write(tmp_path / "a.wav", sound(1, 1.0, form="WAV"))
+    write(tmp_path / "a.jpg", encoded(1))
+    source = write(tmp_path / "rows.csv", "file,start,layout,entry,end\na.wav,250,one,7,900\n")
+    (row,), _ = prepare_and_read("files", source, tmp_path / "out")
+    assert [row[name] for name in ("start", "layout", "entry", "end")] == [250, "one", 7, 900]
+    assert (row["recording_start"], row["seconds"]) == (0.0, 1.0)
+    source = write(tmp_path / "images.csv", "file,entry\na.jpg,7\n")
+    (row,), _ = prepare_and_read("files", source, tmp_path / "images")
+    assert row["entry"] == 7

@@ -22,6 +22,7 @@ import pipeline
 from pipeline import cli
 from pipeline.config import yaml_loader
 from pipeline.prepare.new_job import columns as look
+from pipeline.prepare.new_job import inspection
 from pipeline.prepare.new_job.writing import scalar
 from pipeline.transfer import time_estimate
 
@@ -546,4 +547,121 @@ def test_files_in_a_folder_below_the_table_and_missing_ones(tmp_path):
     text = init("set/list.csv")
     assert "--set root=set/jpg --max-bad 0.1" in text
     prepare_as_told(text)
+    dry_run()
+
+
+# ---------------------------------------------------------------- groups
+
+
+def test_groups_are_looked_for_in_all_rows_of_a_large_table(monkeypatch):
+    """A sample of rows sorted by patient has one row of each, as an id would."""
+    monkeypatch.setattr(inspection, "ROWS", 20)
+    patients = [i // 10 for i in range(200)]
+    rows = {"note": texts(200), "patient_id": patients, "label": [0, 1] * 100}
+    pq.write_table(pa.table(rows), "notes.parquet")
+    init("notes.parquet")
+    assert target().data.group == "patient_id"
+    rng = np.random.default_rng(0)
+    csv(
+        "stays.csv",
+        {
+            "patientid": patients,
+            "stay": range(500, 700),
+            "pressure": rng.normal(size=200).round(3).tolist(),
+            "result": [("low", "high")[i % 3 == 0] for i in range(200)],
+            "fold": [i % 5 for i in range(200)],
+        },
+    )
+    text = init("stays.csv", output="stays.yaml")
+    assert "--set label=result --set id=stay --set group=patientid" in text
+
+
+def test_of_several_groups_the_largest_is_taken():
+    rows = {
+        "session": [i // 3 for i in range(120)],
+        "speaker_dialect": [i // 20 for i in range(120)],
+        "subject": [i // 12 for i in range(120)],
+        "text": texts(120),
+        "label": [0, 1] * 60,
+    }
+    csv("rows.csv", rows)
+    assert "session may stand" not in comments(init("rows.csv"))
+    assert target().data.group == "subject"
+    rows["session"] = [i % 30 for i in range(120)]  # several subjects in each
+    csv("rows.csv", rows)
+    text = init("rows.csv", output="crossed.yaml")
+    assert "rows of one session may stand in several splits, as the group is subject" in comments(
+        text
+    )
+
+
+def test_two_rows_of_one_patient_are_a_group():
+    csv(
+        "rows.csv",
+        {
+            "patient": [max(1, i) for i in range(120)],
+            "text": texts(120),
+            "label": [0, 1] * 60,
+        },
+    )
+    init("rows.csv")
+    assert target().data.group == "patient"
+
+
+def test_splits_that_a_sample_does_not_have(monkeypatch):
+    monkeypatch.setattr(inspection, "ROWS", 20)
+    splits = ["train"] * 150 + ["Test"] * 50
+    splits[5:100:10] = ["dev"] * 10
+    splits[7] = splits[17] = "unused"
+    rows = {
+        "text": texts(200),
+        "label": [0, 1, 1, 0] * 50,
+        "author_id": [i // 2 for i in range(200)],
+        "split": splits,
+    }
+    pq.write_table(pa.table(rows), "rows.parquet")
+    text = init("rows.parquet")
+    assert target().data.split_values == {
+        "train": ["train"],
+        "test": ["Test"],
+        "validation": ["dev"],
+    }
+    assert "rows in no split, by their split: unused 2" in comments(text)
+    assert "validation_fraction" not in text
+    assert "train 138, validation 10, test 50 rows" in dry_run()
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_the_commands_name_the_folder_of_the_new_rows():
+    rows = {f"x{i}": np.random.default_rng(i).normal(size=60).tolist() for i in range(4)}
+    csv("rows.csv", {**rows, "label": [0, 1] * 30})
+    text = init("rows.csv", output="jobs/first.yaml")
+    assert "prepare table new.csv -o jobs/prepared/new" in text
+    assert "predict runs/first jobs/prepared/new --target label" in text
+
+
+def test_a_line_break_in_a_name_stays_in_its_comment():
+    rows = {"text": texts(60), "kind\nof": ["x", "y"] * 30, "label": [0, 0, 1] * 20}
+    pq.write_table(pa.table(rows), "rows.parquet")
+    text = init("rows.parquet")
+    assert target().data.columns == {"text": "text", "label": "label"}
+    assert "kind of could be it too" in text
+
+
+def test_a_label_named_like_a_column_of_the_converted_files(tmp_path):
+    for number in range(24):
+        write(tmp_path / f"set/jpg/{number}.jpg", encoded(number))
+    csv(
+        "set/list.csv",
+        {
+            "file": [f"jpg/{i}.jpg" for i in range(24)],
+            "width": ["wide", "slim"] * 12,
+        },
+    )
+    text = init("set/list.csv", "--target-column", "width")
+    assert "--set label=width" in text
+    prepare_as_told(text)
+    assert target().data.columns == {"image": "image", "label": "table_width"}
     dry_run()

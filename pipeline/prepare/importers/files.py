@@ -38,6 +38,11 @@ TAKEN = {
 """Columns that every row has: a column of the table with such a name becomes table_NAME."""
 
 
+def column_name(name: str, what: str) -> str:
+    """Return what a table's column is called in the result; `what`: image or audio."""
+    return f"table_{name}" if name in TAKEN[what] else name
+
+
 class FilesOptions(Options):
     column: str = Field(
         "", description="the column that names the files; empty: the one whose values end like them"
@@ -118,9 +123,8 @@ class _Listed:
     def __init__(self, options: FilesOptions, rows: pa.Table, column: str):
         self.options: Any = options
         self.listed, self.column = rows, column
-        taken = TAKEN[self.what]
         self.kept = {
-            name: f"table_{name}" if name in taken else name
+            name: column_name(name, self.what)
             for name in rows.column_names
             if name not in (column, options.split_column)
         }
@@ -189,7 +193,7 @@ class Pictures(_Listed, ImageImporter):
 
     def index(self, source: str) -> Index:
         good, bad, mark = self.entries(source)
-        rows = [place(entry, split, **more) for entry, split, more in good]
+        rows = [{**place(entry, split), **more} for entry, split, more in good]
         return Index(table(rows, self.types, source), mark, broken=bad)
 
 
@@ -204,5 +208,6 @@ class Sounds(_Listed, AudioImporter):
 
     def index(self, source: str) -> Index:
         good, bad, mark = self.entries(source)
-        rows = [recording(entry, split, **more) for entry, split, more in good]
+        # a table's own column may be called start or entry, too
+        rows = [{**recording(entry, split), **more} for entry, split, more in good]
         return Index(recordings(rows, self.types, source, bad), mark, broken=bad)

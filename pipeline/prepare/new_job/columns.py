@@ -29,7 +29,8 @@ LABELS = {
 CIRCUMSTANCES = {
     "id", "index", "age", "year", "date", "time", "sex", "gender", "view", "domain", "source",
     "corpus", "site", "hospital", "region", "country", "width", "height", "rate", "channels",
-    "seconds", "duration", "take", "lang", "language", "file", "path", "title", "author",
+    "seconds", "duration", "take", "lang", "language", "file", "path", "title", "author", "fold",
+    "batch", "cluster", "device", "scanner", "camera",
 }  # fmt: skip
 """Words in the names of columns that are seldom predicted: circumstances of a row."""
 GROUPS = {
@@ -37,6 +38,12 @@ GROUPS = {
     "participant", "session", "scene", "group", "family", "household", "video", "donor", "animal",
 }  # fmt: skip
 """Words in the names of columns whose rows belong together."""
+JOINED = re.compile(rf"({'|'.join(sorted(GROUPS))})(id|no|nr|num|name)")
+"""A name of a group without a space, such as patientid."""
+NAMING = {"id", "no", "nr", "num", "number", "name", "code", "key", "index", "uuid"}
+"""Words beside that of a group which do not make it another thing: patient_id, not patient_type."""
+FEWEST_GROUPS = 5
+"""Fewer groups can hardly be shared out over three splits."""
 TEXTS = (
     "text", "sentence", "review", "comment", "tweet", "message", "content", "body", "document",
     "utterance", "question", "description", "abstract", "summary", "query", "title", "headline",
@@ -86,9 +93,14 @@ class Column:
 
     @property
     def parts(self) -> set[str]:
-        """The words of the name, in lower case: patient and id of patientID and patient_id."""
+        """The words of the name, in lower case: patient and id of patientID and patientid."""
         spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", self.name)
         found = re.findall(r"[a-z]+", spaced.lower())
+        found = [
+            part
+            for word in found
+            for part in (match.groups() if (match := JOINED.fullmatch(word)) else (word,))
+        ]
         return {*found, *(word.removesuffix("s") for word in found)}
 
     @property
@@ -159,16 +171,35 @@ def split_columns(columns: Iterable[Column]) -> list[Column]:
 def group_columns(columns: Iterable[Column]) -> list[Column]:
     """Return the columns whose rows belong together (a patient), by their names.
 
-    They have several values, of which some stand in several rows.
+    They have several values, of which some stand in several rows. The largest groups come first
+    (subject before session), as they keep the smaller ones together, too; columns that only speak
+    of a group (speaker_dialect) and those with very few values come last.
     """
-    return [
+
+    def order(column: Column) -> tuple[bool, bool, int]:
+        speaks_of = any(word.removesuffix("s") not in GROUPS | NAMING for word in column.parts)
+        return speaks_of, column.distinct < FEWEST_GROUPS, column.distinct
+
+    found = [
         column
         for column in columns
         if column.kind in ("text", "whole")
+        and column.letters <= MOST_LETTERS
         and column.parts & GROUPS
         and column.parts.isdisjoint({"age", "sex", "gender", "count"})
-        and 2 < column.distinct <= 0.9 * column.present
+        and 2 < column.distinct < column.present
     ]
+    return sorted(found, key=order)
+
+
+def may_name_rows(column: Column) -> bool:
+    """Tell whether a column may name rows or groups of rows.
+
+    A sample cannot tell which: of each group it may hold one row.
+    """
+    if column.kind not in ("text", "whole") or column.letters > MOST_LETTERS:
+        return False
+    return bool(column.parts & GROUPS) or column.is_unique
 
 
 def text_columns(columns: Sequence[Column]) -> list[Column]:
@@ -264,8 +295,8 @@ def tag_columns(table: pa.Table, columns: Sequence[Column]) -> tuple[str, str] |
     return None
 
 
-def twin_of(table: pa.Table, label: str, columns: Sequence[Column]) -> list[str]:
-    """Return the columns with another name for each value of the label: they say the label."""
+def label_copies(table: pa.Table, label: str, columns: Sequence[Column]) -> list[str]:
+    """Return the columns that determine the label: another name for each of its values."""
     out = []
     labels = table[label].to_pylist()
     known = len({value for value in labels if value is not None})

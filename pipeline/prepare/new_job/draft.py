@@ -8,7 +8,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -60,17 +60,18 @@ class Draft:
         objective: classification, multilabel, tagging or ctc.
         labels: role to column of what it learns.
         counts: rows of each class, or of each label of a set.
-        shown: the same by the names of the classes, where they have some.
+        counts_by_name: the same by the names of the classes, where they have some.
         others: other columns that could be the label.
         media: a sample of the images or recordings.
-        where: classes to keep, where some rows have none or a rare one.
+        kept_classes: those to keep, where some rows have none or a rare one.
         fields: of data: split_column, group, validation_fraction and so on.
         why: a sentence for each field of the job, by its name.
         notes: sentences for the header: what was found and what was not used.
         prepare: the command that converts the files first, or "".
-        prepare_new: the one for new rows without a label.
-        twins: columns of a table that say the label.
-        prepared: the folder that it writes.
+        prepare_command_for_new_rows: the one for rows without a label.
+        prepared_new: the folder that it writes.
+        label_copies: columns of a table that determine the label.
+        prepared: the folder that `prepare` writes.
         train_rows: about how many rows are trained on.
     """
 
@@ -80,16 +81,17 @@ class Draft:
     objective: str = "classification"
     labels: dict[str, str] = field(default_factory=dict[str, str])
     counts: dict[Any, int] = field(default_factory=dict[Any, int])
-    shown: dict[Any, int] = field(default_factory=dict[Any, int])
+    counts_by_name: dict[Any, int] = field(default_factory=dict[Any, int])
     others: list[str] = field(default_factory=list[str])
     media: Media | None = None
-    where: list[Any] = field(default_factory=list[Any])
+    kept_classes: list[Any] = field(default_factory=list[Any])
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
     why: dict[str, str] = field(default_factory=dict[str, str])
     notes: list[str] = field(default_factory=list[str])
     prepare: str = ""
-    prepare_new: str = ""
-    twins: list[str] = field(default_factory=list[str])
+    prepare_command_for_new_rows: str = ""
+    prepared_new: str = ""
+    label_copies: list[str] = field(default_factory=list[str])
     prepared: str = ""
     train_rows: int = 0
 
@@ -156,8 +158,8 @@ class Draft:
     def data(self, places: dict[str, list[str]], seed: int = 0) -> Data:
         """Return the rows of the target, read from some places."""
         given: dict[str, Any] = {**places, "format": self.found.kind, "identity": "stat"}
-        if self.where:
-            given["where"] = {self.label: self.where}
+        if self.kept_classes:
+            given["where"] = {self.label: self.kept_classes}
         return Data.model_validate(
             {
                 **given,
@@ -235,27 +237,37 @@ def _input(found: Inspection, target_column: str | None) -> Draft:
 
 
 def _split_column(out: Draft) -> Column | None:
-    """Return the column that tells the split of each row, if there is one.
+    """Return the column that tells the split of each row, if there is one, counted in all rows.
 
-    Of several the one that a group does not cross.
+    Of several the one that a group does not cross. A note tells of rows in no split.
     """
     if "uri" not in out.found.places:
         return None
     listed = look.split_columns(out.found.columns)
     groups = look.group_columns(out.found.columns)
-    return min(
+    chosen = min(
         listed,
         key=lambda one: bool(groups) and bool(_crossing(out.found, one.name, groups[0].name)),
         default=None,
     )
+    if chosen is None:
+        return None
+    values = [value for value in out.found.whole(chosen.name) if value and value.strip()]
+    counts = dict(Counter(values).most_common())
+    known = {value: n for value, n in counts.items() if value.strip().lower() in SPLITS}
+    odd = {value: n for value, n in counts.items() if value not in known}
+    if odd:
+        out.notes.append(f"rows in no split, by their {chosen.name}: {look.preview(odd)}")
+    return replace(chosen, present=len(values), counts=known)
 
 
 def _crossing(found: Inspection, split: str, group: str) -> int:
     """Return how many values of a group stand in several splits."""
     seen: dict[Any, set[str]] = {}
     for value, part in zip(found.whole(group), found.whole(split), strict=True):
-        if value is not None and part is not None:
-            seen.setdefault(value, set()).add(SPLITS[part.strip().lower()])
+        name = SPLITS.get(str(part).strip().lower())
+        if value is not None and name is not None:
+            seen.setdefault(value, set()).add(name)
     return sum(len(parts) > 1 for parts in seen.values())
 
 
@@ -296,16 +308,16 @@ def _label(out: Draft, target_column: str | None, splits: Column | None) -> None
         out.labels = {"label": again[0].name}
     else:
         raise ValueError(_other_task(found) or _no_label(out, free))
-    twins = look.twin_of(found.table, out.label, listed) if "label" in out.labels else []
-    named = [one for one in twins if found.column(one).kind == "text" and "name" in one.lower()]
-    if named and found.column(out.label).kind == "whole" and _is_direct(out):
+    copies = look.label_copies(found.table, out.label, listed) if "label" in out.labels else []
+    named = [one for one in copies if found.column(one).kind == "text" and "name" in one.lower()]
+    if named and found.column(out.label).kind == "whole" and _is_read_without_conversion(out):
         out.labels["label_name"] = named[0]
     grouped = look.label_columns([one for one in free if one.name in groups])
     possible = [*listed, *(one for one in grouped if one.distinct <= look.MOST_GROUPS)]
     out.others = [
         name
         for name in (*(one.name for one in possible), *sets, *(one.name for one in spoken))
-        if name not in (out.label, *twins) and name not in out.inputs.values()
+        if name not in (out.label, *copies) and name not in out.inputs.values()
     ]
 
 
@@ -398,7 +410,7 @@ def _count(out: Draft) -> None:
             value for value in values if value is not None and value == value and value != ""
         )
         missing = len(values) - sum(counts.values())
-        least = RARE if _is_direct(out) else RARE_PREPARED
+        least = RARE if _is_read_without_conversion(out) else RARE_PREPARED
         rare = {value: count for value, count in counts.items() if count < least}
         kept = {value: count for value, count in counts.items() if count >= least}
         if len(kept) < 2:
@@ -408,7 +420,9 @@ def _count(out: Draft) -> None:
             )
         out.counts = dict(sorted(kept.items(), key=lambda one: -one[1]))
         if rare or missing:
-            out.where = [one if not isinstance(one, float) else int(one) for one in out.counts]
+            out.kept_classes = [
+                one if not isinstance(one, float) else int(one) for one in out.counts
+            ]
             reasons = [
                 f"{missing} rows without a label" if missing else "",
                 f"{sum(rare.values())} rows of {len(rare)} classes with fewer than {least} rows "
@@ -419,12 +433,12 @@ def _count(out: Draft) -> None:
             out.why["where"] = f"left out: {' and '.join(filter(None, reasons))}"
         if "label_name" in out.labels:
             names = dict(zip(values, found.whole(out.labels["label_name"]), strict=True))
-            out.shown = {names[value]: count for value, count in out.counts.items()}
+            out.counts_by_name = {names[value]: count for value, count in out.counts.items()}
     elif out.objective in ("multilabel", "tagging"):
         out.counts = dict(Counter(label for row in values for label in row or ()).most_common())
 
 
-def _is_direct(out: Draft) -> bool:
+def _is_read_without_conversion(out: Draft) -> bool:
     """Tell whether a job reads the files as they are."""
     is_raw_table = out.modality == "table" and "features" not in {
         column.name for column in out.found.columns if column.kind == "other"
@@ -446,7 +460,7 @@ def _note_other_columns(out: Draft, splits: Column | None) -> None:
 
 def _prepare(out: Draft, output: str, splits: Column | None) -> None:
     """Set the command that converts the files, where a job cannot read them as they are."""
-    if _is_direct(out):
+    if _is_read_without_conversion(out):
         return
     found = out.found
     places = found.all_places
@@ -489,12 +503,14 @@ def _prepare(out: Draft, output: str, splits: Column | None) -> None:
     out.prepare = _command(name, source, out.prepared, pairs, settings)
     new = {key: value for key, value in pairs.items() if key not in ("label", "group")}
     new.pop("split_column", None)
-    kept = [one for one in new.pop("drop", "").split(",") if one and one not in out.twins]
+    kept = [one for one in new.pop("drop", "").split(",") if one and one not in out.label_copies]
     new |= {"drop": ",".join(kept)} if kept else {}
     suffix = "".join(PurePosixPath(source).suffixes[-1:]) or f".{found.kind}"
-    folder = Path(output, "prepared", "new").as_posix()
+    out.prepared_new = Path(output, "prepared", "new").as_posix()
     resized = [one for one in settings if "resize" in one]
-    out.prepare_new = _command(name, f"new{suffix}", folder, new, resized)
+    out.prepare_command_for_new_rows = _command(
+        name, f"new{suffix}", out.prepared_new, new, resized
+    )
 
 
 def _command(
@@ -517,8 +533,8 @@ def _table_options(out: Draft) -> dict[str, str]:
     free = [column for column in found.columns if column.name != out.label]
     ids = look.id_columns(free)
     groups = [one.name for one in look.group_columns(free)]
-    twins = [name for name in look.twin_of(found.table, out.label, free) if name not in groups]
-    out.twins = twins
+    copies = look.label_copies(found.table, out.label, free)
+    out.label_copies = copies = [name for name in copies if name not in groups]
     splits = {one.name for one in look.split_columns(found.columns)}
     wordy = [
         column.name
@@ -533,7 +549,7 @@ def _table_options(out: Draft) -> dict[str, str]:
         options["group"] = groups[0]
     dropped = [
         name
-        for name in dict.fromkeys([*ids[1:], *twins, *wordy, *groups[1:]])
+        for name in dict.fromkeys([*ids[1:], *copies, *wordy, *groups[1:]])
         if name not in splits and name not in options.values()
     ]
     if dropped:
@@ -541,9 +557,9 @@ def _table_options(out: Draft) -> dict[str, str]:
     out.notes += [
         f"{name} has another name for each value of {out.label}: it would tell the label, and is "
         "dropped"
-        for name in twins
+        for name in copies
     ]
-    names = [name for name in dropped if name not in twins]
+    names = [name for name in dropped if name not in copies]
     odd = [name for name in names if found.column(name).kind in look.NO_VALUES]
     out.notes += [
         f"dropped, as they {why}: {', '.join(which)}"
@@ -587,17 +603,15 @@ def _split(out: Draft, splits: Column | None, scratch: str) -> None:
     found = out.found
     few = found.rows < FEW_ROWS
     test, validation = (0.3, 0.2) if few else (0.2, 0.1)
-    group = _group(out)
+    group = next(iter(_groups(out)), "")
     have: set[str] = set(found.places) - {"uri"}
     if splits is not None:
         have = {SPLITS[value.strip().lower()] for value in splits.counts}
         crossing = _crossing(found, splits.name, group) if group else 0
-        out.fields["split_column"] = splits.name if _is_direct(out) else "split"
-        out.why["split_column"] = (
-            f"the split that the data come with: {look.preview(splits.counts)}"
-            + ("" if len(found.table) == found.main.rows else " (of a sample)")
-        )
-        if _is_direct(out):
+        out.fields["split_column"] = splits.name if _is_read_without_conversion(out) else "split"
+        held = look.preview(splits.counts)
+        out.why["split_column"] = f"the split that the data come with: {held}"
+        if _is_read_without_conversion(out):
             _split_values(out, splits)
         if group and crossing:
             out.why["split_column"] += (
@@ -606,7 +620,7 @@ def _split(out: Draft, splits: Column | None, scratch: str) -> None:
                 f"{group} to test on others"
             )
             group = ""
-    elif "uri" not in found.places and not _is_direct(out):
+    elif "uri" not in found.places and not _is_read_without_conversion(out):
         out.fields["split_column"] = "split"
         out.why["split_column"] = "prepare writes it, from the names of the files"
     if splits is None and group and "uri" not in found.places and _crosses_files(found, group):
@@ -625,14 +639,28 @@ def _split(out: Draft, splits: Column | None, scratch: str) -> None:
     if group:
         out.fields["group"] = group
         out.why["group"] = f"all rows of one {group} stay in one split"
-    if out.media is not None and out.media.missing and _is_direct(out):
+    if out.media is not None and out.media.missing and _is_read_without_conversion(out):
         out.fields["max_bad_rows"] = out.media.missing_share
         out.why["max_bad_rows"] = "share of the rows whose file may be missing or broken"
     held = sum(value for key, value in out.fields.items() if key.endswith("_fraction"))
     rows = found.main.rows if splits is None else found.rows * _train_share(splits)
     out.train_rows = max(1, round(rows * (1 - held)))
-    if _is_direct(out):
+    if _is_read_without_conversion(out):
         _choose_seed(out, scratch)
+    _note_other_groups(out)
+    _name_as_prepared(out)
+
+
+def _name_as_prepared(out: Draft) -> None:
+    """Name label and group as the importer `files` does, where it converts the files."""
+    if out.media is None or _is_read_without_conversion(out):
+        return
+    from pipeline.prepare.importers.files import column_name  # here: it needs the media libraries
+
+    what = out.media.what
+    out.labels = {role: column_name(name, what) for role, name in out.labels.items()}
+    if "group" in out.fields:
+        out.fields["group"] = column_name(out.fields["group"], what)
 
 
 def _train_share(splits: Column) -> float:
@@ -642,17 +670,35 @@ def _train_share(splits: Column) -> float:
     return train / max(1, splits.present)
 
 
-def _group(out: Draft) -> str:
-    """Return the column whose rows belong together, or ""."""
+def _groups(out: Draft) -> list[str]:
+    """Return the columns whose rows belong together, the one to take first."""
     taken = {*out.labels.values(), *out.inputs.values()}
-    found = [
-        column.name for column in look.group_columns(out.found.columns) if column.name not in taken
-    ]
     if out.found.kind == "audio":
         # pieces of one long recording
         pieces = out.found.column("recording")
-        return "recording" if pieces.distinct < pieces.present else ""
-    return found[0] if found else ""
+        return ["recording"] if pieces.distinct < pieces.present else []
+    return [
+        column.name
+        for column in look.group_columns(out.found.columns)
+        if column.name not in taken
+        and all(column.name in rows.schema.names for rows in out.found.manifests.values())
+    ]
+
+
+def _note_other_groups(out: Draft) -> None:
+    """Name the groups that the chosen one does not keep together."""
+    group, groups = out.fields.get("group"), _groups(out)
+    if group is None:
+        return
+    chosen = out.found.whole(group)
+    for other in groups[groups.index(group) + 1 :]:
+        values = out.found.whole(other)
+        pairs = {pair for pair in zip(values, chosen, strict=True) if pair[0] is not None}
+        if len(pairs) > len({value for value, _ in pairs}):
+            out.notes.append(
+                f"rows of one {other} may stand in several splits, as the group is {group}: put "
+                f"{other} in its place if those belong together more"
+            )
 
 
 def _crosses_files(found: Inspection, group: str) -> bool:

@@ -25,7 +25,7 @@ from pipeline.io import storage
 from pipeline.media import image_io
 from pipeline.prepare.engine.importing import SPLITS, preview
 from pipeline.prepare.engine.inputs import split_of
-from pipeline.prepare.new_job.columns import Column, names_files, profile
+from pipeline.prepare.new_job.columns import Column, may_name_rows, names_files, profile
 
 TABLES = ("parquet", "csv", "jsonl")
 """Kinds of tables, of which the first one is read where a folder holds several."""
@@ -73,7 +73,8 @@ class Inspection:
         places: files and folders by field of data: uri alone, or train, validation and test.
         manifests: rows by the same fields.
         table: a sample of the rows of uri or train, without images and recordings.
-        columns: what its columns hold, and those that are not in it.
+        columns: what its columns hold, and those that are not in it; what may name rows or groups
+            (a patient) is counted in all rows.
         stated: whether other kinds of files are there too, so that a job must state its format.
         notes: sentences on what was left out.
         delimiter: of CSV, where it is no comma.
@@ -163,7 +164,7 @@ def inspect(places: Sequence[str], scratch: str) -> Inspection:
         fields or {"uri": list(places)},
         built,
         table,
-        columns,
+        _of_all_rows(first, columns, len(table)),
         bool(others),
         notes,
         delimiter,
@@ -293,6 +294,19 @@ def _sample(manifest: Manifest) -> tuple[pa.Table, list[Column]]:
     table = manifests.Reader(manifest, light).take(ids) if light else pa.table({})
     return table, [
         profile(name, table[name]) if name in light else column for name, column in kinds.items()
+    ]
+
+
+def _of_all_rows(manifest: Manifest, columns: Sequence[Column], sampled: int) -> list[Column]:
+    """Describe anew what may name rows or groups, from all rows: a sample may have one row each."""
+    if sampled == manifest.rows:
+        return list(columns)
+    rows = Selection(manifest)
+    return [
+        profile(column.name, manifests.read_columns(rows, [column.name])[column.name])
+        if may_name_rows(column)
+        else column
+        for column in columns
     ]
 
 

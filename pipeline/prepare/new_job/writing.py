@@ -43,6 +43,7 @@ class _Lines:
 
     def add(self, depth: int, text: str, comment: str = "") -> None:
         """Add a line with its comment: beside it where both are short, else above it."""
+        comment = _one_line(comment)
         indent = "  " * depth
         line = indent + text
         if comment and max(len(line) + 2, BESIDE) + 2 + len(comment) <= WIDTH:
@@ -58,7 +59,7 @@ class _Lines:
         """Add a comment of any length, whose further lines are indented by `hang`."""
         mark = "  " * depth + "# "
         self.lines += textwrap.wrap(
-            text,
+            _one_line(text),
             WIDTH,
             initial_indent=mark,
             subsequent_indent=mark + hang,
@@ -68,10 +69,15 @@ class _Lines:
 
     def command(self, text: str) -> None:
         """Add a command as a comment that is not wrapped, so that it can be copied."""
-        self.lines.append(f"# {text}")
+        self.lines.append(f"# {_one_line(text)}")
 
     def blank(self) -> None:
         self.lines.append("#")
+
+
+def _one_line(text: str) -> str:
+    """Return a text without line breaks, which would end a comment: names may hold some."""
+    return " ".join(text.splitlines())
 
 
 def scalar(value: Any) -> str:
@@ -185,7 +191,7 @@ def _header(
         made.prepare,
         f"onetomany run {job} --dry-run",
         f"onetomany run {job}",
-        made.prepare_new,
+        made.prepare_command_for_new_rows,
         f"onetomany predict runs/{name} {_new_rows(made)} --target {target} -o predictions",
     ]
     for command in filter(None, commands):
@@ -209,7 +215,7 @@ def _new_rows(made: Draft) -> str:
     """Return an example of files to predict."""
     if made.found.kind in ("images", "audio"):
         return "new_files"
-    return "prepared/new" if made.prepare else NEW_ROWS[made.found.kind]
+    return shlex.quote(made.prepared_new) if made.prepare else NEW_ROWS[made.found.kind]
 
 
 def _what(made: Draft) -> str:
@@ -238,9 +244,8 @@ def _facts(made: Draft) -> list[str]:
         )
     if made.counts:
         what = {"multilabel": "labels", "tagging": "tags"}.get(made.objective, "classes")
-        out.append(
-            f"{len(made.counts)} {what} of {made.label}: {preview(made.shown or made.counts)}"
-        )
+        shown = preview(made.counts_by_name or made.counts)
+        out.append(f"{len(made.counts)} {what} of {made.label}: {shown}")
     if made.others:
         out.append(
             f"{made.label} is the most plausible label; {named(made.others)} could be it too: "
@@ -273,8 +278,9 @@ def _data(
             out.add(depth, f"format: {made.found.kind}", "there are files of other kinds, too")
     for key, value in made.fields.items():
         out.add(depth, f"{key}: {scalar(value)}", made.why.get(key, ""))
-    if made.where:
-        out.add(depth, f"where: {scalar({made.label: made.where})}", made.why["where"])
+    if made.kept_classes:
+        classes = scalar({made.label: made.kept_classes})
+        out.add(depth, f"where: {classes}", made.why["where"])
     # a checkpoint brings its own size and rate
     kept = {"text": {"length"}, "audio": {"max_seconds"}}.get(made.modality, set[str]())
     options = {k: v for k, v in made.options.items() if k in kept or not checkpoints}
