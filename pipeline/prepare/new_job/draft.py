@@ -609,8 +609,8 @@ def _split(out: Draft, splits: Column | None, scratch: str) -> None:
         have = {SPLITS[value.strip().lower()] for value in splits.counts}
         crossing = _crossing(found, splits.name, group) if group else 0
         out.fields["split_column"] = splits.name if _is_read_without_conversion(out) else "split"
-        held = look.preview(splits.counts)
-        out.why["split_column"] = f"the split that the data come with: {held}"
+        shown = look.preview(splits.counts)
+        out.why["split_column"] = f"the split that the data come with: {shown}"
         if _is_read_without_conversion(out):
             _split_values(out, splits)
         if group and crossing:
