@@ -38,7 +38,7 @@ GROUPS = {
     "participant", "session", "scene", "group", "family", "household", "video", "donor", "animal",
 }  # fmt: skip
 """Words in the names of columns whose rows belong together."""
-JOINED = re.compile(rf"({'|'.join(sorted(GROUPS))})(id|no|nr|num|name)")
+JOINED = re.compile(rf"(?<![a-z])({'|'.join(sorted(GROUPS))})(id|no|nr|num|name)(?![a-z])")
 """A name of a group without a space, such as patientid."""
 NAMING = {"id", "no", "nr", "num", "number", "name", "code", "key", "index", "uuid"}
 """Words beside that of a group which do not make it another thing: patient_id, not patient_type."""
@@ -95,12 +95,7 @@ class Column:
     def parts(self) -> set[str]:
         """The words of the name, in lower case: patient and id of patientID and patientid."""
         spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", self.name)
-        found = re.findall(r"[a-z]+", spaced.lower())
-        found = [
-            part
-            for word in found
-            for part in (match.groups() if (match := JOINED.fullmatch(word)) else (word,))
-        ]
+        found = re.findall(r"[a-z]+", JOINED.sub(r"\1 \2", spaced.lower()))
         return {*found, *(word.removesuffix("s") for word in found)}
 
     @property
