@@ -88,11 +88,7 @@ class MetricsLog:
         if self._writer:
             self._check_writer()
             for name, value in record.items():
-                if isinstance(value, (int, float)) and name not in (
-                    "step",
-                    "steps",
-                    "resumed_from",
-                ):
+                if isinstance(value, (int, float)) and name not in NO_CURVES:
                     self._writer.add_scalar(name, value, record["step"])
         if self.remote and time.monotonic() - self._flushed > 30:
             self.flush()

@@ -121,6 +121,8 @@ class KeepBest:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state):
+        # a resume point of before there was a patience has the metrics alone
+        self.best = state["metrics"].get(self.primary, float("nan"))
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -378,7 +380,8 @@ def fit(run: TrainingRun) -> TrainingOutcome:
                 progress.add_validation(done, metrics)
                 run.on_eval(done, metrics)
                 # an earlier phase is not the whole of a technique
-                if run.keeper.is_exhausted and starts[-2] < done < run.steps:
+                may_stop = train.patience is not None and starts[-2] < done < run.steps
+                if may_stop and _rank_zero_verdict(run.keeper.is_exhausted, ranks):
                     stopped_at = done
                     break
             if saves:
@@ -576,7 +579,11 @@ def _backward(
 
 
 def _rank_zero_verdict(verdict: bool, ranks: Ranks) -> bool:
-    """Rank 0's verdict, on every rank: clocks differ, and all must take part in a resume point."""
+    """Rank 0's verdict, on every rank.
+
+    Clocks differ, and so may the last bit of a metric, while all ranks must take part in a resume
+    point and take the same steps.
+    """
     if ranks.count == 1:
         return verdict
     agreed = torch.tensor([int(verdict)], device=ranks.device)

@@ -504,6 +504,7 @@ def train_with_patience(ranks: Ranks):
         lr=1e-12,
         validation=image_rows(21, seed=1),
         eval_every_steps=1,
+        patience=2,
     )
     run.keeper = loop.KeepBest("accuracy", "best", 2)
     outcome = loop.fit(run)

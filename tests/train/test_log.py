@@ -83,6 +83,15 @@ def test_a_log_is_given_up_before_its_first_value(tmp_path):
     assert (tmp_path / "log" / "metrics.jsonl").read_text() == ""
 
 
+def test_tensorboard_draws_no_step_numbers(tmp_path, monkeypatch):
+    log, drawn = MetricsLog(str(tmp_path)), []
+    assert log._writer is not None
+    monkeypatch.setattr(log._writer, "add_scalar", lambda name, value, step: drawn.append(name))
+    log.write({"step": 2, "steps": 4, "resumed_from": 1, "validated_step": 2, "loss": 1.0})
+    log.abandon()
+    assert drawn == ["loss"]
+
+
 def test_a_tensorboard_writer_that_has_stopped_holds_nobody_up(tmp_path):
     """Its thread ends at the first error; what it is given then fills a queue that nobody
     empties.

@@ -462,7 +462,7 @@ def test_the_best_or_the_last_weights_remain(rows, metric, values, keep, kept):
     ],
 )
 def test_patience_ends_a_run_that_gets_no_better(rows, metric, values, patience, stopped, kept):
-    run = make_run(rows, net_task(), steps=8, eval_every_steps=1, lr=0.01)
+    run = make_run(rows, net_task(), steps=8, eval_every_steps=1, lr=0.01, patience=patience)
     run.keeper = loop.KeepBest(metric, "best", patience)
     found, script = captured(run), iter(values)
     run.evaluate = lambda task: {metric: next(script)}
@@ -472,7 +472,7 @@ def test_patience_ends_a_run_that_gets_no_better(rows, metric, values, patience,
 
 
 def test_patience_keeps_the_last_weights_where_they_are_asked_for(rows):
-    run = make_run(rows, net_task(), steps=8, eval_every_steps=1, lr=0.01)
+    run = make_run(rows, net_task(), steps=8, eval_every_steps=1, lr=0.01, patience=2)
     run.keeper = loop.KeepBest("accuracy", "last", 2)
     found, script = captured(run), iter([0.5, 0.4, 0.3, 0.9])
     run.evaluate = lambda task: {"accuracy": next(script)}
@@ -486,6 +486,7 @@ def test_patience_ends_no_phase_but_the_last_and_counts_anew_there(rows):
         net_task(),
         steps=8,
         eval_every_steps=1,
+        patience=2,
         technique=LPFT(LPFTOptions(probe_share=0.5, probe_lr_scale=1.0)),
     )
     run.keeper = loop.KeepBest("accuracy", "best", 2)
@@ -493,6 +494,35 @@ def test_patience_ends_no_phase_but_the_last_and_counts_anew_there(rows):
     run.evaluate = lambda task: {"accuracy": next(script)}
     assert loop.fit(run).stopped_at == 6
 
+
+
+def test_rank_0_decides_for_all_ranks_that_patience_is_lost(rows, monkeypatch):
+    """A rank that stopped on its own would leave the others waiting for its gradients."""
+    run = make_run(rows, net_task(), steps=4, eval_every_steps=1, patience=1)
+    run.keeper = loop.KeepBest("accuracy", "best", 1)
+    run.evaluate = lambda task: {"accuracy": 0.5}
+    asked = []
+
+    def verdict(own, ranks):
+        asked.append(own)
+        return len(asked) == 3
+
+    monkeypatch.setattr(loop, "_rank_zero_verdict", verdict)
+    assert loop.fit(run).stopped_at == 3 and asked == [False, True, True]
+
+
+def test_a_resume_point_without_a_best_value_keeps_its_best_weights():
+    """Resume points that were written before there was a patience have the metrics alone."""
+    task, kept = net_task(), loop.KeepBest("accuracy", "best")
+    kept.update(2, {"accuracy": 0.5}, task)
+    state = kept.state_dict()
+    del state["best"], state["stale"]
+    again = loop.KeepBest("accuracy", "best")
+    again.load_state_dict(state)
+    again.update(3, {"accuracy": 0.4}, task)
+    assert again.step == 2
+    again.update(4, {"accuracy": 0.6}, task)
+    assert again.step == 4
 
 @pytest.mark.parametrize("stop", [2, 3, 4])
 def test_patience_counts_on_where_a_killed_run_goes_on(rows, tmp_path, stop):
@@ -504,6 +534,7 @@ def test_patience_counts_on_where_a_killed_run_goes_on(rows, tmp_path, stop):
             net_task(),
             steps=8,
             eval_every_steps=1,
+            patience=3,
             checkpoints=str(tmp_path),
             checkpoint_every_steps=1,
         )
