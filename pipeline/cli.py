@@ -18,7 +18,7 @@ from rich.table import Table
 from pipeline import __version__, api
 from pipeline.config import job_page, listing, plugins, registry, samples
 from pipeline.config.schema import DataFormat, Job, JobError, OutputFormat, schema
-from pipeline.config.yaml_loader import load, with_lines
+from pipeline.config.yaml_loader import field_lines, load, with_lines
 from pipeline.io import signals
 from pipeline.io.ray_environment import prepare_ray
 
@@ -116,19 +116,20 @@ def _exit_codes(
     from pipeline.io import storage, write_fence
     from pipeline.train import launch
 
+    lines = {} if job is None else field_lines(job)  # before somebody edits the file
+
+    def located(error: Exception) -> str:
+        return with_lines(job, str(error), lines) if job else str(error)
+
     try:
         yield
     except KeyboardInterrupt:
         err.print(stopped, markup=False)
         raise typer.Exit(signals.exit_code()) from None
     except (write_fence.LostLeaseError, launch.ClusterError, launch.StageError) as error:
-        raise _fail(_with_lines(job, error), 1) from None
+        raise _fail(located(error), 1) from None
     except (storage.StorageError, ValueError) as error:
-        raise _fail(_with_lines(job, error), 2) from None
-
-
-def _with_lines(job: Path | None, error: Exception) -> str:
-    return str(error) if job is None else with_lines(job, str(error))
+        raise _fail(located(error), 2) from None
 
 
 def _stages(
@@ -299,7 +300,8 @@ def run(
         bool,
         typer.Option(
             help="Print stages, trials and cost, look at the files for what a run would refuse, "
-            "and estimate the time from a few measured steps; write nothing."
+            "and estimate the time from a few measured steps. Trains and reports nothing; data "
+            "that a run would convert are converted into the storage of the job."
         ),
     ] = False,
     wait_for_resources: Wait = None,
@@ -330,7 +332,8 @@ def quickstart(
     only: Only = None,
     set_: Set = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Print what would be run and at what cost; write and run nothing.")
+        bool,
+        typer.Option(help="Print what would be run and at what cost; train and report nothing."),
     ] = False,
     verbose: Verbose = False,
 ) -> None:

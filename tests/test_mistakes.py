@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from pipeline import cli
@@ -95,6 +97,14 @@ KEYS = [
         "early_stopping_patience",
         (TRAIN, "    train: {early_stopping_patience: 3}"),
         ("targets.films.train.early_stopping_patience: unknown field; did you mean patience?",),
+    ),
+    Mistake(
+        "gradient_accumulation_steps",
+        (TRAIN, "    train: {steps: 4, gradient_accumulation_steps: 2}"),
+        (
+            "targets.films.train.gradient_accumulation_steps: unknown field; did you mean "
+            "micro_batch? (micro_batch is the number of rows of a pass, not of passes)",
+        ),
     ),
     Mistake(
         "lr beside train",
@@ -468,6 +478,17 @@ def test_what_is_said_of_a_mistake(folder, mistake):
 
 def test_there_are_forty_mistakes_and_more():
     assert len({one.name for one in MISTAKES}) == len(MISTAKES) >= 40
+
+
+def test_an_error_of_a_run_names_the_line_that_was_read(folder, capsys):
+    """The file may be edited or moved while the job runs."""
+    with pytest.raises(typer.Exit), cli._exit_codes(job=Path("job.yaml")):
+        Path("job.yaml").unlink()
+        raise ValueError("targets.films.data.uri: there are no rows")
+    line = JOB.splitlines().index("      uri: films.csv") + 1
+    assert f"error: job.yaml:{line}: targets.films.data.uri: there are no rows" in (
+        capsys.readouterr().err
+    )
 
 
 # ---------------------------------------------------------------- other commands

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 EXTRAS = {
     "speech": ("flashlight",),
     "robotics": ("gymnasium", "mujoco", "stable_baselines3", "av"),
@@ -11,6 +13,14 @@ EXTRAS = {
 """Extras of pyproject.toml, each with the modules that it brings."""
 
 
+LAST_PYTHON = {"speech": (3, 12)}
+"""The last version of Python that the packages of an extra have wheels for (pyproject.toml)."""
+
+
 def install(extra: str) -> str:
     """Return the commands that install an extra, for error messages."""
-    return f"uv sync --extra {extra} (without a clone: pip install 'onetomany[{extra}]')"
+    commands = f"uv sync --extra {extra} (without a clone: pip install 'onetomany[{extra}]')"
+    last = LAST_PYTHON.get(extra)
+    if last is None or sys.version_info[:2] <= last:
+        return commands
+    return f"{commands} with Python {last[0]}.{last[1]}, as there are no wheels for later ones"

@@ -134,6 +134,21 @@ SAME_THING: dict[str, tuple[str, ...]] = {
 }
 """Names of the field, in lower case with underscores, and what may be meant by them here."""
 
+DIFFERENCES: dict[str, str] = {
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "accumulate_grad_batches"),
+        "micro_batch is the number of rows of a pass, not of passes",
+    ),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_gpu_train_batch_size"),
+        "global_batch is the number of rows of a step over all devices",
+    ),
+    **dict.fromkeys(
+        ("warmup_steps", "warmup_epochs"), "warmup is a share of the steps, such as 0.1"
+    ),
+}
+"""What the field here has for its value, where that of the other tool is another quantity."""
+
 NOT_NEEDED: dict[str, str] = {
     **dict.fromkeys(
         ("num_labels", "num_classes", "n_classes"),
@@ -169,6 +184,11 @@ NOT_NEEDED: dict[str, str] = {
 def same_thing(name: str) -> tuple[str, ...]:
     """Return what may be meant here by a name of other tools."""
     return SAME_THING.get(_plain(name), ())
+
+
+def difference(name: str) -> str:
+    """Return how the value differs from that of other tools, or an empty string."""
+    return DIFFERENCES.get(_plain(name), "")
 
 
 def why_not_needed(name: str) -> str:

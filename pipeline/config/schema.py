@@ -452,7 +452,7 @@ class Train(Spec):
         exclude_if=lambda patience: patience is None,  # hashes are those from before there was one
         description="stop after so many validations in a row without a better primary metric; "
         "steps or epochs are then the most, and the learning rate follows them. Techniques in "
-        "phases stop in their last one. It has no say where the last weights are always taken: "
+        "phases stop in their last one. It is ignored where the last weights are always taken: "
         "label fraction 0, and objectives that compare rows. none: all steps are taken",
     )
     max_bad_steps: int = Field(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -326,9 +326,10 @@ def _advice(name: str, fields: Iterable[str], at: Path_) -> str:
     fields = list(fields)
     if reason := familiar_names.why_not_needed(name):
         return reason
-    if set(fields) & {*familiar_names.same_thing(name)}:
-        return registry.nearest(name, fields)
-    return registry.nearest(name, fields, _places_of(name, at))
+    is_here = set(fields) & {*familiar_names.same_thing(name)}
+    advice = registry.nearest(name, fields, () if is_here else _places_of(name, at))
+    difference = familiar_names.difference(name)
+    return f"{advice} ({difference})" if difference else advice
 
 
 def _places_of(name: str, at: Path_) -> list[str]:
@@ -912,16 +913,21 @@ def relative_places(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     return list(dict.fromkeys(here))
 
 
-def with_lines(path: str | Path, message: str) -> str:
+def field_lines(path: str | Path) -> dict[str, int]:
+    """Return the line of each field of a job file, by its dotted place. The file must be there."""
+    _, lines = _read(Path(path).read_text(encoding="utf-8"), [])
+    return {_dotted_path(place): line for place, line in lines.items() if place}
+
+
+def with_lines(path: str | Path, message: str, fields: Mapping[str, int]) -> str:
     """Return a message with ``file:line: `` before each of its lines that begins with a field of
     the job, such as ``targets.clothing.data.columns.label: ...``.
 
     Args:
-        path: The job file, which has been read without a mistake.
+        path: The job file.
         message: What is wrong, a line each.
+        fields: The line of each field, as `field_lines` read them when the job was loaded.
     """
-    _, lines = _read(Path(path).read_text(encoding="utf-8"), [])
-    fields = {_dotted_path(place): line for place, line in lines.items() if place}
 
     def located(text: str) -> str:
         found = re.match(r"[^\s:,]+(?=[:,] )", text)

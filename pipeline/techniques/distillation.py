@@ -347,7 +347,7 @@ class CoTuning(_KeepsHead):
     For classification on a source of classification. It assumes that the classes of both are
     related. It helps with few labels, where the old labels tell more about a row than its class
     alone. It does nothing where the source's head says the same of every class. With several ranks
-    the rows of the first one are counted.
+    the rows of all are counted.
 
     Raises:
         ValueError: source or target is not classification, or the source has no head.

@@ -5,8 +5,10 @@ Nothing is written or trained.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
 from pipeline.config.schema import HUBS
 from pipeline.core.capabilities import can_pack
-from pipeline.core.contracts import Objective, Task
+from pipeline.core.contracts import Backbone, Objective, Task
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection, Splits
@@ -156,11 +158,24 @@ def build(arch: Architecture, objective: ObjectiveSpec) -> Task:
     Raises:
         ValueError: backbone and objective do not fit together.
     """
+    return _on_meta(partial(bundle.build_task, arch, objective, seed=0))
+
+
+def build_backbone(arch: Architecture) -> Backbone:
+    """Build a backbone, on the meta device (names and shapes alone) where it allows that."""
+    return _on_meta(partial(bundle.build_backbone, arch, seed=0))
+
+
+Built = TypeVar("Built")
+
+
+def _on_meta(make: Callable[[], Built]) -> Built:
     try:
         with torch.device("meta"):
-            return bundle.build_task(arch, objective, seed=0)
-    except (NotImplementedError, RuntimeError):  # some backbones compute with their new weights
-        return bundle.build_task(arch, objective, seed=0)
+            return make()
+    except (NotImplementedError, RuntimeError, TypeError):
+        # some backbones compute with their new weights
+        return make()
 
 
 def check_named_files(splits: Splits) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from pipeline.config import registry
 from pipeline.config.schema import FULL, Train
 from pipeline.core.contracts import trains
+from pipeline.core.contracts.objective_capabilities import couples_rows
 from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.report.code_versions import OTHER, describe_changes
 from pipeline.train import source
@@ -20,7 +22,9 @@ from pipeline.transfer.targets import TargetStage, planned_steps
 
 def describe(state: JobState) -> list[str]:
     """Return the text of ``--dry-run``: the resolved stages, trials and cost."""
-    lines = [_describe_source(name, stage) for name, stage in state.sources.items()]
+    lines: list[str] = []
+    for name, stage in state.sources.items():
+        lines += _describe_source(name, stage)
     allowed, planned = state.job.fanout.budget, stages.planned_allocations(state)
     total, steps, unknown = 0, 0, ""
     for name in state.targets:
@@ -42,7 +46,7 @@ def describe(state: JobState) -> list[str]:
     return [*lines, *_describe_reuse(state)]
 
 
-def _describe_source(name: str, stage: source.SourceStage) -> str:
+def _describe_source(name: str, stage: source.SourceStage) -> list[str]:
     spec, changed = stage.spec, ", ".join(stage.changes())
     done = "done" if stage.done else "to run"
     if changed and stage.remake:
@@ -50,16 +54,48 @@ def _describe_source(name: str, stage: source.SourceStage) -> str:
     elif changed:
         done = f"{done}, {OTHER}: {changed}; it is used as it is"
     if stage.splits is None:
-        return f"source {name}: {spec.init or spec.backbone} [{done}]"
+        return [f"source {name}: {spec.init or spec.backbone} [{done}]"]
     steps = steps_of_source(stage)
     length = f"{spec.train.epochs or 1:g} epochs in steps"
     if isinstance(steps, int):
         length = f"{steps} steps"
     technique = "" if spec.technique == FULL else f" with {spec.technique}"
-    return (
+    assert spec.objective is not None
+    takes_last = couples_rows(registry.get("objective", spec.objective.name))
+    return [
         f"source {name}: {spec.backbone} by {spec.objective}{technique}, {length} of "
-        f"{_size(spec.train)} on {spec.workers} ranks; {stage.splits.sizes()} [{done}]"
-    )
+        f"{_size(spec.train)} on {spec.workers} ranks; {stage.splits.sizes()} [{done}]",
+        *_idle_patience(f"source {name}", spec.train, steps, takes_last),
+    ]
+
+
+def _idle_patience(place: str, train: Train, steps: int | str, takes_last: bool) -> list[str]:
+    """Return a warning where ``train.patience`` cannot end a run before its last step.
+
+    Args:
+        place: What is trained, in words.
+        takes_last: Whether the last weights are kept whatever validation says.
+    """
+    if train.patience is None:
+        return []
+    if takes_last:
+        why = "as the last weights are always taken"
+        return [f"warning: {place}: train.patience is ignored, {why}"]
+    if not isinstance(steps, int):
+        return []
+    count = validations(train, steps)
+    # the first validation is the best so far, and after the last one no step is left
+    if train.patience <= count - 2:
+        return []
+    return [
+        f"warning: {place}: train.patience: {train.patience} ends no run early, as {steps} steps "
+        f"have {count} validations: lower it or train.eval_every_steps"
+    ]
+
+
+def validations(train: Train, steps: int) -> int:
+    """Return how often a run of so many steps is validated."""
+    return -(-steps // (train.eval_every_steps or max(1, steps // 5)))
 
 
 def steps_of_source(stage: source.SourceStage) -> int | str:
@@ -68,14 +104,14 @@ def steps_of_source(stage: source.SourceStage) -> int | str:
     return planned_steps(stage.spec.train, len(stage.splits.train), stage.packed)
 
 
-class Work(NamedTuple):
-    """Trials that take the same time."""
+class TrialGroup(NamedTuple):
+    """Trials that each take the same time."""
 
     trials: int
     steps: int | None
-    """None: they are not known yet."""
+    """Steps of a trial; None: they are not known yet."""
     rows: int
-    """Of a step."""
+    """Rows that a trial is trained on."""
     is_frozen: bool
     """Whether they train heads on features that are computed once."""
     networks: int
@@ -91,8 +127,8 @@ class TargetCost:
     steps: int = 0
     unknown: str = ""
     """A sentence that further steps are not known yet, or an empty string."""
-    work: list[Work] = field(default_factory=list[Work])
-    """The trials that train something, where no budget cuts them."""
+    groups: list[TrialGroup] = field(default_factory=list[TrialGroup])
+    """The trials that train something; those of a budget count as so many whole ones."""
 
 
 def describe_target(
@@ -146,8 +182,10 @@ def describe_target(
         batch = min(stage.spec.train.global_batch, rows)
         train = stage.spec.train.model_copy(update={"global_batch": batch})
         steps = planned_steps(train, rows, stage.packed)
+        longest = steps
         length = f"{train.epochs or 1:g} epochs"
         if isinstance(steps, int):
+            longest = max((technique.steps(steps) for technique, *_ in counts), default=steps)
             length = f"{steps} steps"
             cost.steps += (
                 math.floor(allocation.cost * steps)
@@ -164,13 +202,13 @@ def describe_target(
             cost.unknown = f" and those to be known {steps}"
         if size is not None and allocation is not None:
             whole = steps if isinstance(steps, int) else None
-            cost.work.append(Work(math.ceil(allocation.cost), whole, batch, False, 0))
+            cost.groups.append(TrialGroup(math.ceil(allocation.cost), whole, rows, False, 0))
             counts = []
-        cost.work += [
-            Work(
+        cost.groups += [
+            TrialGroup(
                 (number + again + seeds) * count,
                 technique.steps(steps) if isinstance(steps, int) else None,
-                batch,
+                rows,
                 technique.frozen,
                 count,
             )
@@ -185,6 +223,9 @@ def describe_target(
             f"trials of {length} on {rows} {unit}{'' if fraction else ' without labels'}; "
             f"{stage.splits.sizes()}"
         )
+        if entries and not is_drawn:
+            place = f"target {name} at {share} labels"
+            cost.lines += _idle_patience(place, train, longest, takes_last=not fraction)
         if size is not None and allocation is not None:
             spent = budget.describe(allocation, size, seeds)
             cost.lines.append(f"target {name} at {share} labels, budget: {spent}")

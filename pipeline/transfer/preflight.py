@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Backbone
 from pipeline.core.contracts.technique_capabilities import ChecksBackbone
 from pipeline.data.stream import Decoder
@@ -116,7 +115,7 @@ def _check_backbone(target: TargetStage, group: BackboneGroup) -> None:
         if not isinstance(technique, ChecksBackbone):
             continue
         if backbone is None:
-            backbone = bundle.build_backbone(group.arch, seed=0)
+            backbone = dry_checks.build_backbone(group.arch)
         try:
             technique.check_backbone(backbone)
         except ValueError as error:

@@ -27,7 +27,7 @@ from pipeline.train.experiment import technique_of
 from pipeline.train.progress import duration
 from pipeline.train.token_rows import PACKED
 from pipeline.transfer import stages
-from pipeline.transfer.dry_run import TargetCost, describe_target, steps_of_source
+from pipeline.transfer.dry_run import TargetCost, describe_target, steps_of_source, validations
 from pipeline.transfer.stages import JobState
 
 FEWEST_ROWS, MOST_ROWS = 4, 64
@@ -37,7 +37,7 @@ ENOUGH_SECONDS = 0.3
 MOST_PARAMETERS = 500_000_000
 """Larger networks are not built for an estimate."""
 FORWARD_SHARE = 1 / 3
-"""Of a training step's time: the backward pass takes about twice that of the forward pass."""
+"""Share of the forward pass in a training step: the backward pass takes about twice as long."""
 SECONDS_A_TRIAL = 1.0
 """What a trial takes beside its steps: it is started, its weights are read and written."""
 
@@ -48,20 +48,20 @@ class Unmeasured(Exception):  # noqa: N818 - no error of the job
 
 @dataclass
 class _Speeds:
-    """Measured seconds of a step, each network once."""
+    """Measured seconds of a step, once for each network and place of the job.
+
+    Networks are alike where only their rows are not: recordings of a second, and of a minute.
+    """
 
     steps: int = 0
-    known: dict[tuple[str, int, int], float] = field(default_factory=dict)
+    known: dict[tuple[str, str, int, int], float] = field(default_factory=dict)
 
-    def seconds(self, load: Workload, rows: int, threads: int, train: Train) -> float:
+    def seconds(self, place: str, load: Workload, rows: int, threads: int, train: Train) -> float:
         """Return the seconds of a training step of so many rows. Raises Unmeasured."""
-        key = (f"{load.arch.to_json()} {load.objective.name}", rows, threads)
+        key = (place, f"{load.arch.to_json()} {load.objective.name}", rows, threads)
         if key not in self.known:
-            try:
-                with _threads(threads):
-                    self.known[key] = self._measure(load, rows, train)
-            except (ValueError, RuntimeError) as error:  # a run says it where it trains
-                raise Unmeasured(f"a step cannot be tried: {error}") from error
+            with _threads(threads):
+                self.known[key] = self._measure(load, rows, train)
         return self.known[key]
 
     def _measure(self, load: Workload, rows: int, train: Train) -> float:
@@ -102,10 +102,10 @@ def _batch(load: Workload, rows: int) -> Batch:
     good = np.flatnonzero([not reason for reason in bad])
     if not len(good):
         raise Unmeasured("none of the rows that were looked at can be used")
-    chosen = np.resize(good, rows)
+    repeated = np.resize(good, rows)
     keys = row_keys(0, np.zeros(rows, dtype=np.int64), np.arange(rows, dtype=np.int64))
-    held = decoder.modality.collate({name: array[chosen] for name, array in arrays.items()})
-    return Batch(np.arange(rows, dtype=np.int64), torch.from_numpy(keys), held)
+    tensors = decoder.modality.collate({name: array[repeated] for name, array in arrays.items()})
+    return Batch(np.arange(rows, dtype=np.int64), torch.from_numpy(keys), tensors)
 
 
 def _step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> float:
@@ -152,8 +152,8 @@ def describe(state: JobState, workloads: Mapping[str, Sequence[Workload]]) -> li
             continue
         try:
             seconds = _source_seconds(state, name, workloads.get(f"sources.{name}", ()), speeds)
-        except Unmeasured as reason:
-            unknown.append(f"source {name} ({reason})")
+        except Exception as error:  # an estimate refuses no job
+            unknown.append(f"source {name} ({_reason(error)})")
             continue
         parts.append(f"source {name} {duration(seconds)}")
         total += seconds
@@ -163,8 +163,8 @@ def describe(state: JobState, workloads: Mapping[str, Sequence[Workload]]) -> li
         try:
             loads = workloads.get(f"targets.{name}", ())
             fanout += _target_seconds(state, name, loads, speeds) / at_once
-        except Unmeasured as reason:
-            unknown.append(f"target {name} ({reason})")
+        except Exception as error:  # an estimate refuses no job
+            unknown.append(f"target {name} ({_reason(error)})")
     status = stages.trial_status(state)
     if status:
         fanout *= sum(not is_done for _, is_done in status) / len(status)
@@ -177,9 +177,16 @@ def describe(state: JobState, workloads: Mapping[str, Sequence[Workload]]) -> li
         return []
     left_out = f"; without {', '.join(unknown)}" if unknown else ""
     return [
-        f"estimate for this machine, from {speeds.steps} measured steps: {', '.join(parts)}, in "
-        f"all about {duration(total)}, beside starting Ray and decoding{left_out}"
+        f"estimate for this machine, from {speeds.steps} measured steps: {', '.join(parts)}, "
+        f"about {duration(total)} in total, not counting Ray's start and decoding{left_out}"
     ]
+
+
+def _reason(error: Exception) -> str:
+    """Return why there is no estimate."""
+    if isinstance(error, Unmeasured):
+        return str(error)
+    return f"a step cannot be tried: {str(error) or type(error).__name__}"
 
 
 def _source_seconds(
@@ -194,9 +201,10 @@ def _source_seconds(
         raise Unmeasured(f"its steps are known {steps}")
     ranks, cores = stage.spec.worker_range[1], os.cpu_count() or 1
     rows = _rows_a_step(loads[0], train)
-    step = speeds.seconds(loads[0], -(-rows // ranks), max(1, cores // ranks), train)
+    threads = max(1, cores // ranks)
+    step = speeds.seconds(f"sources.{name}", loads[0], -(-rows // ranks), threads, train)
     step *= max(1.0, ranks / cores)  # more ranks than cores share them
-    validated = _validations(train, steps) * len(stage.splits.validation)
+    validated = validations(train, steps) * len(stage.splits.validation)
     return step * (steps + FORWARD_SHARE * validated / rows)
 
 
@@ -205,25 +213,26 @@ def _target_seconds(
 ) -> float:
     """Return the seconds of a target's trials, one after the other. Raises Unmeasured."""
     cost: TargetCost = describe_target(state, name, stages.planned_allocations(state))
-    stage, total = state.targets[name], 0.0
+    stage, total, features = state.targets[name], 0.0, 0.0
+    train, splits = stage.spec.train, stage.splits
     threads = max(1, int(state.job.fanout.cpus_per_trial))
-    splits = stage.splits
-    for work in cost.work:
+    for group in cost.groups:
         if not loads:
             raise Unmeasured("the checkpoints of its sources are not here yet")
-        if work.steps is None:
+        if group.steps is None:
             raise Unmeasured("its steps are known when its rows have been packed or sorted")
-        each = [speeds.seconds(load, work.rows, threads, stage.spec.train) for load in loads]
+        rows = min(_rows_a_step(loads[0], train), group.rows)
+        each = [speeds.seconds(f"targets.{name}", load, rows, threads, train) for load in loads]
         step = sum(each) / len(each)
-        forward = FORWARD_SHARE * step / work.rows
-        validated = _validations(stage.spec.train, work.steps) * len(splits.validation)
-        if work.is_frozen:  # features are computed once for all of them
-            total += work.networks * forward * sum(len(one) for one in splits.by_name().values())
-            total += work.trials * SECONDS_A_TRIAL
+        forward = FORWARD_SHARE * step / rows
+        total += group.trials * SECONDS_A_TRIAL
+        if group.is_frozen:
+            all_rows = sum(len(one) for one in splits.by_name().values())
+            features = max(features, group.networks * forward * all_rows)
             continue
-        rows = validated + len(splits.test)
-        total += work.trials * (step * work.steps + forward * rows + SECONDS_A_TRIAL)
-    return total
+        validated = validations(train, group.steps) * len(splits.validation)
+        total += group.trials * (step * group.steps + forward * (validated + len(splits.test)))
+    return total + features  # which all trials with a frozen backbone share
 
 
 def _rows_a_step(load: Workload, train: Train) -> int:
@@ -235,11 +244,6 @@ def _rows_a_step(load: Workload, train: Train) -> int:
     table = manifests.Reader(load.rows.manifest, load.decoder.names()).take(ids)
     mean = float(modality.costs(table, load.decoder.columns).mean())
     return max(1, round(train.batch_cost / max(mean, 1e-9)))
-
-
-def _validations(train: Train, steps: int) -> int:
-    """Return how often a run is validated."""
-    return -(-steps // (train.eval_every_steps or max(1, steps // 5)))
 
 
 def _trials_at_once(state: JobState) -> float:

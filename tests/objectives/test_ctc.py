@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.config import registry
+from pipeline.config import extras, registry
 from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.nn import conv_arithmetic
@@ -682,8 +683,10 @@ def test_beam_search_that_cannot_be_made_is_refused_at_once(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "flashlight.lib.text.decoder", None)
     with pytest.raises(
         ValueError,
-        match=r"beam search needs flashlight-text, which is not installed: uv sync --extra speech "
-        r"\(without a clone: pip install .onetomany\[speech\].\), or set beam: 0",
+        match=re.escape(
+            "beam search needs flashlight-text, which is not installed: "
+            f"{extras.install('speech')}, or set beam: 0"
+        ),
     ):
         task_of(beam=5)
 

@@ -495,7 +495,6 @@ def test_patience_ends_no_phase_but_the_last_and_counts_anew_there(rows):
     assert loop.fit(run).stopped_at == 6
 
 
-
 def test_rank_0_decides_for_all_ranks_that_patience_is_lost(rows, monkeypatch):
     """A rank that stopped on its own would leave the others waiting for its gradients."""
     run = make_run(rows, net_task(), steps=4, eval_every_steps=1, patience=1)
@@ -523,6 +522,7 @@ def test_a_resume_point_without_a_best_value_keeps_its_best_weights():
     assert again.step == 2
     again.update(4, {"accuracy": 0.6}, task)
     assert again.step == 4
+
 
 @pytest.mark.parametrize("stop", [2, 3, 4])
 def test_patience_counts_on_where_a_killed_run_goes_on(rows, tmp_path, stop):

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from toys import SMALL, sentences
 
-from pipeline.config.schema import Job
+from pipeline.config.schema import Job, Train
 from pipeline.io import storage
+from pipeline.techniques.peft import Lora
 from pipeline.train import dry_checks, source
-from pipeline.transfer import preflight, stages, targets
+from pipeline.transfer import dry_run, preflight, stages, targets
 from pipeline.transfer.grid import backbone_groups
 from pipeline.transfer.stages import JobState
 
@@ -418,11 +419,45 @@ def test_modules_that_the_backbone_lacks_are_refused_for_each_target(tmp_path, m
     preflight.check_rows(checked(adapted(tmp_path, models, {"lora": {"modules": ["query"]}})))
 
 
+def test_a_backbone_is_checked_without_its_weights(tmp_path, models, monkeypatch):  # noqa: F811
+    seen = []
+    monkeypatch.setattr(Lora, "check_backbone", lambda self, backbone: seen.append(backbone))
+    preflight.check_rows(checked(adapted(tmp_path, models, {"lora": {"modules": ["query"]}})))
+    assert seen and all(one.is_meta for backbone in seen for one in backbone.parameters())
+
+
+@pytest.mark.parametrize(("patience", "idle"), [(3, False), (4, True)])
+def test_patience_that_ends_no_run_is_told(tmp_path, models, texts, patience, idle):  # noqa: F811
+    """The run is validated after every second step, and ends with the fifth validation."""
+    job = job_of(
+        tmp_path,
+        models["bert"],
+        texts,
+        "classification",
+        COLUMNS,
+        train={"steps": 10, "global_batch": 4, "patience": patience},
+    )
+    line = (
+        "warning: target task at 1.0 labels: train.patience: 4 ends no run early, as 10 steps "
+        "have 5 validations: lower it or train.eval_every_steps"
+    )
+    found = [one for one in dry_run.describe(checked(job)) if "train.patience" in one]
+    assert found == ([line] if idle else [])
+
+
+def test_patience_of_what_takes_its_last_weights_is_told():
+    assert dry_run._idle_patience("source a", Train(patience=2), 100, takes_last=True) == [
+        "warning: source a: train.patience is ignored, as the last weights are always taken"
+    ]
+    assert not dry_run._idle_patience("source a", Train(), 100, takes_last=True)
+
+
 def test_4_bits_without_their_library_are_refused_once(tmp_path, models, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError) as error:
         checked(adapted(tmp_path, models, {"lora": {"quantize": "nf4"}}))
     assert str(error.value) == (
         "techniques: lora: quantize: nf4 needs bitsandbytes, which is not installed: uv sync "
-        "--extra quantized, or leave quantize out"
+        "--extra quantized (without a clone: pip install 'onetomany[quantized]'), or leave "
+        "quantize out"
     )

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from pipeline.config.schema import Job
+from pipeline.config.schema import Job, Train
 from pipeline.transfer import preflight, time_estimate
 
 # fixtures
@@ -33,8 +33,8 @@ def two_cores(monkeypatch):
 def test_real_steps_are_measured(tmp_path, objective):
     (line,) = estimate(with_source(tmp_path, written(tmp_path / "rows.parquet"), objective))
     assert re.fullmatch(
-        r"estimate for this machine, from \d+ measured steps: source src \d+s, in all about \d+s, "
-        "beside starting Ray and decoding",
+        r"estimate for this machine, from \d+ measured steps: source src \d+s, about \d+s in "
+        "total, not counting Ray's start and decoding",
         line,
     )
 
@@ -43,7 +43,7 @@ def test_a_source_takes_its_steps_and_validations(tmp_path, monkeypatch, two_cor
     """Two steps of 8 rows, and 24 validation rows twice, each a third of a training row."""
     monkeypatch.setattr(time_estimate, "_step_seconds", lambda load, task, part, train: 30.0)
     (line,) = estimate(with_source(tmp_path, written(tmp_path / "rows.parquet")))
-    assert "from 2 measured steps: source src 4m00s, in all about 4m00s" in line, (
+    assert "from 2 measured steps: source src 4m00s, about 4m00s in total" in line, (
         "30 s for 4 rows are 60 s for 8"
     )
 
@@ -75,7 +75,7 @@ def test_trials_take_steps_validations_and_a_test(
         train={"steps": 10, "global_batch": 4},
     )
     (line,) = estimate(job)
-    assert f": trials {text} (2 at once), in all about {text}, " in line
+    assert f": trials {text} (2 at once), about {text} in total, " in line
 
 
 def test_a_network_that_is_too_large_to_try_is_named(tmp_path, monkeypatch):
@@ -83,4 +83,64 @@ def test_a_network_that_is_too_large_to_try_is_named(tmp_path, monkeypatch):
     job = with_source(tmp_path, written(tmp_path / "rows.parquet"))
     assert estimate(job) == [
         "no estimate of the time: source src (the network is too large to be tried here)"
+    ]
+
+
+def test_tasks_of_one_network_are_measured_each(
+    tmp_path,
+    monkeypatch,
+    models,  # noqa: F811
+    texts,  # noqa: F811
+):
+    """Their rows may be of any length."""
+    job, workloads = job_of(tmp_path, models["bert"], texts, "classification", COLUMNS), {}
+    preflight.check_rows(checked(job), workloads)
+    (load,), speeds = workloads["targets.task"], time_estimate._Speeds()
+    measured = iter([1.0, 2.0])
+    monkeypatch.setattr(speeds, "_measure", lambda load, rows, train: next(measured))
+    found = [speeds.seconds(place, load, 4, 1, Train()) for place in ("a", "b", "a")]
+    assert found == [1.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("rows_a_step", "fractions", "text"), [(16, [1.0], "1m16s"), (4, [0.5, 1.0], "1m22s")]
+)
+def test_batches_by_cost_have_their_rows_and_label_fractions_share_features(
+    tmp_path,
+    monkeypatch,
+    two_cores,
+    models,  # noqa: F811
+    texts,  # noqa: F811
+    rows_a_step,
+    fractions,
+    text,
+):
+    """Steps of 16 rows take 4 seconds, and those of 4 rows one."""
+    monkeypatch.setattr(time_estimate, "_step_seconds", lambda load, task, part, train: 1.0)
+    monkeypatch.setattr(time_estimate, "_rows_a_step", lambda load, train: rows_a_step)
+    job = job_of(
+        tmp_path,
+        models["bert"],
+        texts,
+        "classification",
+        COLUMNS,
+        techniques=("scratch", "linear_probe"),
+        fan={"seeds": 2},
+        train={"steps": 10, "global_batch": 4},
+        label_fractions=fractions,
+    )
+    (line,) = estimate(job)
+    assert f"about {text} in total, " in line
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(KeyError("length"), "'length'"), (AssertionError(), "AssertionError")]
+)
+def test_an_estimate_refuses_no_job(tmp_path, monkeypatch, error, said):
+    def step(*_):
+        raise error
+
+    monkeypatch.setattr(time_estimate, "_step_seconds", step)
+    assert estimate(with_source(tmp_path, written(tmp_path / "rows.parquet"))) == [
+        f"no estimate of the time: source src (a step cannot be tried: {said})"
     ]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.config import extras
+
 BLOCK = 64
 """Weights that share a scale."""
 
@@ -28,8 +30,8 @@ def library() -> Any:
         return import_module("bitsandbytes")
     except ImportError:
         raise ValueError(
-            "quantize: nf4 needs bitsandbytes, which is not installed: uv sync --extra quantized, "
-            "or leave quantize out"
+            "quantize: nf4 needs bitsandbytes, which is not installed: "
+            f"{extras.install('quantized')}, or leave quantize out"
         ) from None
 
 
