@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -1183,6 +1183,16 @@ class Job(Spec):
             for i, name in enumerate(self.only)
             if name not in parts
         ]
+        if self.only and self.fanout.budget is not None:
+            field = "select" if self.fanout.by_score is None else "select.budget"
+            problems.append(
+                (
+                    ("only",),
+                    f"fanout.select.budget ({self.fanout.budget}) is shared out over the whole "
+                    "job, and a part would spend all of it: run the whole job, or the part without "
+                    f"a budget (--set fanout.{field}=null)",
+                )
+            )
         if self.fanout.budget is not None:
             problems += [
                 (
@@ -1238,24 +1248,23 @@ class Job(Spec):
         """Return the job with the sources and targets of ``only`` alone, or itself without it."""
         if not self.only:
             return self
-        sources: set[str] = set()
-        targets: set[str] = set()
-        for name in self.only:
-            modalities = DOMAINS.get(name, (name,))
-            named_sources = {
-                one
-                for one, source in self.sources.items()
-                if one == name or source.modality_name in modalities
-            }
-            named_targets = {
-                one
-                for one, target in self.targets.items()
-                if one == name or target.data.modality.name in modalities
-            }
-            sources |= named_sources.union(*(self._taken_by(one) for one in named_targets))
-            targets |= named_targets | {
-                one for one in self.targets if named_sources & self._taken_by(one)
-            }
+        named_sources = {
+            name for name, one in self.sources.items() if self.is_named(name, one.modality_name)
+        }
+        named_targets = {
+            name for name, one in self.targets.items() if self.is_named(name, one.data.modality.name)
+        }
+        return self.restricted(
+            named_sources.union(*(self.taken_by(one) for one in named_targets)),
+            named_targets | {one for one in self.targets if named_sources & self.taken_by(one)},
+        )
+
+    def is_named(self, name: str, modality: str | None) -> bool:
+        """Return whether ``only`` names a source or target itself, its modality or its domain."""
+        return any(one == name or modality in DOMAINS.get(one, (one,)) for one in self.only)
+
+    def restricted(self, sources: Collection[str], targets: Collection[str]) -> Job:
+        """Return the job with these sources and targets alone."""
         kept: dict[str, Target] = {}
         for name, target in self.targets.items():
             if name in targets:
@@ -1264,7 +1273,7 @@ class Job(Spec):
         of_kept = {name: source for name, source in self.sources.items() if name in sources}
         return self.model_copy(update={"sources": of_kept, "targets": kept})
 
-    def _taken_by(self, target: str) -> set[str]:
+    def taken_by(self, target: str) -> set[str]:
         """Return the sources that a target may take; of some checkpoints the modality is not known
         yet.
         """

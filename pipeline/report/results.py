@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -253,7 +253,7 @@ def append(
     uri: str,
     rows: list[ResultRow],
     current: Collection[str] | None = None,
-    of_part: bool = False,
+    is_of_part: Callable[[ResultRow], bool] | None = None,
 ) -> None:
     """Add rows to the table in the folder ``uri``. The whole file is replaced, atomically.
 
@@ -266,7 +266,8 @@ def append(
         rows: The rows to add.
         current: Ids of all trials of the job as it is now. The column ``current`` of all rows, also
             of old ones, is set from it. Without it that column does not change.
-        of_part: They are trials of a part of the job: the column of other rows does not change.
+        is_of_part: Whether a row is of the part of the job that ran. The column of rows of the
+            other parts does not change. Without it the whole job ran.
 
     Raises:
         ValueError: A value has the wrong type.
@@ -289,7 +290,7 @@ def append(
         wanted = set(current)
         out = [
             row
-            if of_part and row.trial_id not in wanted
+            if is_of_part and row.trial_id not in wanted and not is_of_part(row)
             else replace(row, current=row.trial_id in wanted)
             for row in out
         ]

@@ -92,6 +92,9 @@ class JobState:
     """
     streamed: list[str] | None = None
     """``target|backbone group`` of those whose rows are not held in memory; None: not known yet."""
+    whole_targets: frozenset[str] = frozenset()
+    """Targets of a part of a job (``only``) that have all their sources in it, by name in the job.
+    """
     key: str = ""
     """Hash of everything that the metadata of a run depends on (`_save_metadata`)."""
     subgroups: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -111,8 +114,10 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         ValueError: The message lists all problems.
     """
     storage.check_writable(job.root)
-    job = grid.expand_folds(job.selected())
-    state, problems = JobState(job, progress, **options), []
+    whole, job = job, job.selected()
+    are_whole = {name for name in job.targets if whole.taken_by(name) <= job.sources.keys()}
+    job = grid.expand_folds(job)
+    state, problems = JobState(job, progress, **options, whole_targets=frozenset(are_whole)), []
 
     def each(
         make: Callable[[Job, str], Any], names, into: dict[str, Any], place: Callable[[str], str]
@@ -128,6 +133,9 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
 
     with file_identity.progress_to(progress.update):
         each(source.stage, job.sources, state.sources, lambda name: f"sources.{name}")
+        if job.only and not problems:
+            state.job = job = _without_other_modalities(state)
+            state.sources = {name: state.sources[name] for name in job.sources}
         each(targets.stage, job.targets, state.targets, place_of_target)
     are_read = not problems
     for target in state.targets.values():
@@ -138,7 +146,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         problems += _budget_problems(job, target)
         problems += _search_problems(job, target)
     problems += _library_problems(job, state)
-    problems += baseline_problems(job)
+    problems += baseline_problems(whole)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     if "sources" in state.remake:
@@ -156,6 +164,28 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     )
     planned_allocations(state)  # a budget that is too small is an error
     return state
+
+
+def _without_other_modalities(state: JobState) -> Job:
+    """Return the part of a job without targets and sources that match none of the other kind.
+
+    The modality of a checkpoint may be known only after it has been read, so that `Job.selected`
+    takes too many. Those that ``only`` names stay.
+    """
+    job, taken = state.job, {name: set(matching(state, name)) for name in state.job.targets}
+    kept = {
+        name
+        for name, target in job.targets.items()
+        if taken[name]
+        or job.is_named(name.removesuffix(grid.fold_suffix(target.fold)), target.data.modality.name)
+    }
+    fitting = set[str]().union(*taken.values())
+    sources = {
+        name
+        for name, stage in state.sources.items()
+        if name in fitting or job.is_named(name, _modality_name(stage))
+    }
+    return job.restricted(sources, kept)
 
 
 def at_place(place: str, error: Exception) -> str:
@@ -565,7 +595,11 @@ def _backbone_groups(state: JobState) -> list[BackboneGroup]:
 
 
 def _metadata_uri(state: JobState) -> str:
-    return storage.join(state.job.root, "facts.json")
+    """Return where the metadata of a run lie. Each part of a job (``only``) has a file of its own,
+    so that those of the whole job stay.
+    """
+    part = f"-{spec_hash(sorted(set(state.job.only)))}" if state.job.only else ""
+    return storage.join(state.job.root, f"facts{part}.json")
 
 
 def _save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
@@ -1620,8 +1654,38 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
         rows += _by_subgroup(state, predictions, rows, one)
     entries = matrix.matrix_entries(rows, _tested_runs(state, rows, targets_of))
     rows = _with_best_baseline(_compared(rows, entries), entries, predictions)
-    results.append(root, rows, current={one.id for one in found}, of_part=bool(state.job.only))
+    results.append(
+        root,
+        rows,
+        current={one.id for one in found},
+        is_of_part=_part_of_table(state, found) if state.job.only else None,
+    )
     return rows
+
+
+def _part_of_table(state: JobState, found: list[Trial]) -> Callable[[ResultRow], bool]:
+    """Return whether a row of the table is of the part of the job that ran (``only``).
+
+    Targets with all their sources are wholly part of it. Of others these are: the pairs with the
+    sources that ran, and scratch of the same backbones and baselines, which have no source.
+    """
+    pairs = {
+        (stage.name_in_job, source)
+        for name, stage in state.targets.items()
+        for source in matching(state, name)
+    }
+    without_source = {
+        (state.targets[one.target].name_in_job, one.backbone)
+        for one in found
+        if one.source == SCRATCH
+    }
+
+    def is_of_part(row: ResultRow) -> bool:
+        if row.source == SCRATCH and (row.target, row.backbone) in without_source:
+            return True
+        return row.target in state.whole_targets or (row.target, row.source) in pairs
+
+    return is_of_part
 
 
 def _score_column(state: JobState, one: Trial) -> str | None:

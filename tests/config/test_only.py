@@ -76,3 +76,14 @@ def test_without_it_the_job_is_whole_and_has_the_hash_that_it_had(file):
 def test_a_name_that_the_job_does_not_have_is_refused(file, name, says):
     with pytest.raises(JobError, match=says):
         part(file, name)
+
+
+@pytest.mark.parametrize(
+    ("select", "remedy"), [("{budget: 60}", "select"), ("{budget: 60, top: 1}", "select.budget")]
+)
+def test_a_budget_of_the_whole_job_is_not_spent_on_a_part(file, select, remedy):
+    file.write_text(f"{JOB}fanout: {{select: {select}}}\n")
+    with pytest.raises(JobError, match=rf"only: .*budget \(60\).* \(--set fanout\.{remedy}=null\)"):
+        part(file, "tops")
+    job = yaml_loader.load(file, ["only=[tops]", f"fanout.{remedy}=null"])
+    assert job.fanout.budget is None and list(job.selected().targets) == ["tops"]

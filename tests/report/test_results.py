@@ -193,13 +193,19 @@ def test_rows_of_trials_that_the_job_no_longer_has_are_marked(tmp_path):
     }, "a job that is as it was before"
 
 
-def test_the_run_of_a_part_leaves_other_rows_as_they_are(tmp_path):
+def test_the_run_of_a_part_leaves_rows_of_other_parts_as_they_are(tmp_path):
     uri = str(tmp_path)
-    results.append(uri, [row("a"), row("b")], current={"a"})
-    results.append(uri, [row("c")], current={"c"}, of_part=True)
-    assert {r.trial_id: r.current for r in results.read(uri)} == {"a": True, "b": False, "c": True}
-    results.append(uri, [], current={"b"}, of_part=True)
-    assert {r.trial_id: r.current for r in results.read(uri)} == {"a": True, "b": True, "c": True}
+
+    def is_of_part(one: ResultRow) -> bool:
+        return one.target == "tops"
+
+    results.append(uri, [row("a"), row("b"), row("old", target="tops")], current={"a", "old"})
+    results.append(uri, [row("new", target="tops")], current={"new"}, is_of_part=is_of_part)
+    found = {r.trial_id: r.current for r in results.read(uri)}
+    assert found == {"a": True, "b": False, "old": False, "new": True}
+    results.append(uri, [], current={"b"}, is_of_part=is_of_part)
+    found = {r.trial_id: r.current for r in results.read(uri)}
+    assert found == {"a": True, "b": True, "old": False, "new": False}
 
 
 def test_a_table_of_before_the_column_gets_it_at_the_next_run(tmp_path):

@@ -969,6 +969,55 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_reported_again(
     assert reported(other)[0].notes == [], "facts of another job are none of this one"
 
 
+def test_a_part_replaces_its_own_results_and_leaves_the_others(tmp_path, bundles, paths, here):
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"], "b": bundles["b"]},
+        paths,
+        techniques=("scratch", "full"),
+        target_names=("task", "other"),
+        seeds=1,
+    )
+    run_through(job)
+    metadata = Path(job.root, "facts.json")
+    before = metadata.read_bytes()
+    now = job.model_dump(mode="json")["targets"]
+    now["task"]["train"]["lr"] = 0.02
+
+    def shown(current: bool) -> list[tuple[str, str]]:
+        rows = [row for row in results.read(job.root) if row.current is current]
+        return sorted({row.trial_id: (row.target, row.source) for row in rows}.values())
+
+    every = sorted((target, source) for target in now for source in ("a", "b", "none"))
+    of_a = changed(job, targets=now, only=["a"])
+    _, rows = run_through(of_a)
+    assert shown(current=True) == every, "each once"
+    assert shown(current=False) == [("task", "a"), ("task", "none")]
+    assert alike(reported(of_a)[1], rows)
+    run_through(changed(job, targets=now, only=["task"]))
+    assert shown(current=True) == every
+    assert shown(current=False) == [("task", "a"), ("task", "b"), ("task", "none")]
+    assert metadata.read_bytes() == before, "what the whole run told the report"
+
+
+def test_a_part_is_checked_without_the_rest(tmp_path, bundles, paths, monkeypatch):
+    job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths)
+    words = {
+        "data": {"uri": "x", "modality": "text", "columns": {"text": "t", "label": "l"}},
+        "objective": "classification",
+    }
+    targets_ = {**job.model_dump(mode="json")["targets"], "words": words}
+    job = changed(job, targets=targets_, baselines=["majority", "bag_of_words"])
+    state = prepared(changed(job, only=["a"]))
+    assert list(state.sources) == ["a"]
+    assert list(state.targets) == list(state.job.targets) == ["task"], "the bundle reads no text"
+    monkeypatch.setattr(
+        stages, "_modality_name", lambda stage: "text" if stage.name == "b" else "image"
+    )
+    state = prepared(changed(job, only=["task"]))
+    assert list(state.sources) == list(state.job.sources) == ["a"], "b reads no images"
+
+
 def test_files_that_are_known_by_size_and_time_are_told(tmp_path, bundles, paths, here):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",))
     assert prepared(job).notes == []
