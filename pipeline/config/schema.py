@@ -1252,7 +1252,9 @@ class Job(Spec):
             name for name, one in self.sources.items() if self.is_named(name, one.modality_name)
         }
         named_targets = {
-            name for name, one in self.targets.items() if self.is_named(name, one.data.modality.name)
+            name
+            for name, one in self.targets.items()
+            if self.is_named(name, one.data.modality.name)
         }
         return self.restricted(
             named_sources.union(*(self.taken_by(one) for one in named_targets)),
