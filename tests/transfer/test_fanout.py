@@ -533,7 +533,7 @@ def test_only_what_is_to_run_is_run(world, monkeypatch, tmp_path):
             one_trial.failed_record(one, shared, "", "done")
 
     monkeypatch.setattr(fanout, "_tune", tune)
-    records = fanout.run("x", trials, shared, job.fanout, None)  # type: ignore[arg-type]
+    records = fanout.run("x", trials, shared, job.fanout, Progress())
     assert ran == [one.id for one in trials[1:]] and [record.trial_id for record in records] == [
         one.id for one in trials
     ]
