@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from toys import label_state, task_of
 
 from pipeline.checkpoints import bundle
@@ -30,6 +31,7 @@ class Silent(Progress):
     """Keeps what it is told."""
 
     def __init__(self):
+        super().__init__(Console(quiet=True))
         self.lines: list[str] = []
 
     def update(self, line: str, final: bool = False) -> None:

@@ -423,7 +423,7 @@ def test_a_job_of_plugins_runs_from_files_to_predictions(tmp_path, ray_with_spec
     assert {row["technique"] for row in primary} == {"scratch", "linear_probe", "last_layers"}
     assert {row["score_name"] for row in primary if row["source"] != "none"} == {"separation"}
     report = Path(job.root, "report.md").read_text()
-    assert "last_layers" in report and "gmean" in report and "separation" in report
+    assert "last_layers" in report and "gmean" in report and "Separation" in report
     scored = onetomany("score", file)
     assert scored.exit_code == 0 and "Separation" in scored.output and "LogME" in scored.output
     best = next(row["bundle_uri"] for row in rows if row["bundle_uri"])

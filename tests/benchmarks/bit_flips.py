@@ -205,6 +205,7 @@ def kind_of(path: Path, folder: Path) -> str:
         ("facts.json", "facts.json"),
         ("predictions.npz", "predictions.npz"),
         ("results.parquet", "results.parquet"),
+        ("trials.csv", READ_BY_PEOPLE),
         ("modality.json", "fitted modality"),
         ("made_by.json", "what began a source"),
         ("uses.json", "what a job starts from"),

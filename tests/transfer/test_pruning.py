@@ -172,9 +172,11 @@ def test_nothing_is_pruned_while_the_jobs_trials_are_not_known(both):
 def test_the_command_lists_first_and_removes_on_request(both, monkeypatch, tmp_path):
     job, old, new = both
     monkeypatch.setattr(cli, "_job", lambda file, overrides, elsewhere=False: job)
+    file = tmp_path / "job.yaml"
+    file.write_text("name: toy\n")
 
     def call(*words: str):
-        return CliRunner().invoke(cli.app, ["report", "job.yaml", *words])
+        return CliRunner().invoke(cli.app, ["report", str(file), *words])
 
     plain = call()
     assert (

@@ -635,8 +635,8 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
     assert alike(same, rows) and again.notes == state.notes
     text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
     assert (
-        f"| task | {best} | logme | fine-tuned |" in text
-        and f"| task | {other} | logme | left out |" in text
+        f"| task | {best} | LogME | fine-tuned |" in text
+        and f"| task | {other} | LogME | left out |" in text
     ), "the score of each stays in the report"
     assert len(stages.trial_status(prepared(job))) == 4 and all(
         done for _, done in stages.trial_status(prepared(job))

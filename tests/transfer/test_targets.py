@@ -754,7 +754,7 @@ def test_batches_and_label_counts_beyond_the_data_are_told(tmp_path, models, tex
     state, _ = shared_of(job)
     counts = np.bincount(
         targets._classes(
-            job.targets["task"], state.targets["task"].splits, state.targets["task"].state
+            job.targets["task"], state.targets["task"].splits.train, state.targets["task"].state
         )
     )
     message = ", ".join(f"kind {k} has {count}" for k, count in enumerate(counts) if count < 60)

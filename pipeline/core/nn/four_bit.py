@@ -5,6 +5,8 @@ magnitude, and a weight is the nearest of 16 quantiles of a normal distribution.
 magnitudes are float32, so a weight takes 4.5 bits. The paper quantises these too (4.1 bits).
 """
 
+# torch declares any arguments for these two methods
+# pyright: reportIncompatibleMethodOverride=false
 from __future__ import annotations
 
 from importlib import import_module
@@ -89,10 +91,10 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: FourBitLinear) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, input: Tensor, layer: FourBitLinear) -> Tensor:
         ctx.layer = layer
         return F.linear(input, layer.weight.to(input.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.layer.weight.to(grad.dtype), None
