@@ -9,6 +9,7 @@ EXTRAS = {
     "robotics": ("gymnasium", "mujoco", "stable_baselines3", "av"),
     "optuna": ("optuna",),
     "quantized": ("bitsandbytes",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
 }
 """Extras of pyproject.toml, each with the modules that it brings."""
 
