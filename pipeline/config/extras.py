@@ -10,6 +10,8 @@ EXTRAS = {
     "optuna": ("optuna",),
     "quantized": ("bitsandbytes",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "mlflow": ("mlflow",),
+    "wandb": ("wandb",),
 }
 """Extras of pyproject.toml, each with the modules that it brings."""
 
