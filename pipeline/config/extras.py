@@ -12,6 +12,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "mlflow": ("mlflow",),
     "wandb": ("wandb",),
+    "datasets": ("datasets",),
 }
 """Extras of pyproject.toml, each with the modules that it brings."""
 
