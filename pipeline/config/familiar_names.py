@@ -117,6 +117,7 @@ SAME_THING: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("xgboost", "lightgbm", "catboost", "gbm"), ("boosted_trees",)),
     **dict.fromkeys(("tfidf", "tf_idf"), ("bag_of_words",)),
     **dict.fromkeys(("dummy", "most_frequent"), ("majority",)),
+    **dict.fromkeys(("knn_policy", "vinn"), ("nearest_steps",)),
     # roles of columns
     **dict.fromkeys(("target", "targets", "y", "class", "category"), ("label", "labels", "tags")),
     "ner_tags": ("tags",),

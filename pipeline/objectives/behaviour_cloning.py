@@ -7,7 +7,7 @@ or rows of a table, T steps, H actions of a chunk, A numbers or classes of an ac
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,11 +21,14 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.nn import action_heads
+from pipeline.core.ragged import ragged
 from pipeline.simulation.environment import World, make
 from pipeline.simulation.rollout import has_success_criterion, rollout
 
 COMPARED = ("return", "success", "steps", "random_return", "random_success", "random_steps")
 """Columns of an episode: what its expert, and a random policy in its place, reached."""
+LEAST_SHARE = 1e-6
+"""Shares of classes are at least this, so that logarithms are finite."""
 FRAMES = 6
 """Pictures of an episode, where pictures can be made."""
 TRIED = 64
@@ -133,6 +136,9 @@ class BehaviourCloning(Objective):
     metrics = ("loss", "action_error")
     log_names = ("error",)
     label_fraction_unit = "rows"
+    label_kind = "actions"
+    label_tensor = "actions"
+    action_tensors = ("action_std", "space", "task")
     output_types = {
         "actions": pa.list_(pa.list_(pa.float32())),
         "prediction": pa.list_(pa.string()),
@@ -324,14 +330,13 @@ class BehaviourCloning(Objective):
         assert tokens is not None
         return self.decoded(tokens, batch["space"])
 
-    def _losses(self, name: str, output: Tensor, rows: Tensor, batch: Batch) -> _Losses:
-        """Return the losses of the rows (n,) of space ``name``, by its decoder's output."""
-        head = self.heads[name]
+    def _losses(self, head: str, name: str, output: Tensor, rows: Tensor, batch: Batch) -> _Losses:
+        """Return the losses of the rows (n,) of space ``name``, by the output of a head."""
         options = self.options
         acts = batch["actions"][rows]
         std = batch["action_std"][rows]
         acts = acts[..., : self.spaces[name]["action"]]
-        target, counted = action_heads.chunks(acts, batch["mask"][rows], options.chunk)
+        target, counted = action_heads.chunks(acts, batch["mask"][rows], output.shape[2])
         beta = options.beta if self.training else 0.0
         losses = action_heads.losses(head, output, target, options.components, beta)
         best = action_heads.likeliest(head, output, options.components)
@@ -351,7 +356,7 @@ class BehaviourCloning(Objective):
         count = torch.zeros_like(total)
         error = torch.zeros_like(total)
         for name, rows, output in self._outputs(backbone, batch):
-            found = self._losses(name, output, rows, batch)
+            found = self._losses(self.heads[name], name, output, rows, batch)
             total = total + found.losses.sum()
             count = count + found.counted.sum()
             error = error + found.errors.detach().sum()
@@ -367,28 +372,61 @@ class BehaviourCloning(Objective):
         With actions also ``loss``, a sum over ``count`` actions (B,). For new rows ``action``
         (B, T, A) standardised, NaN behind a row's end.
         """
-        mask = batch["mask"]
         has_actions = "actions" in batch.data
-        is_discrete = self.state["kind"] == "discrete"
         if self.reads_actions and not has_actions and "executed" not in batch.data:
             raise ValueError(
                 f"{backbone.arch.name} reads the actions before each step, and these rows have "
                 "none: say --column actions=NAME, or executed"
             )
+        return self._predictions(batch, self._outputs(backbone, batch), self.heads)
+
+    def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return what ``predict`` does, of the actions (B, T, A) of any model.
+
+        They are standardised numbers, or shares of classes. ``actions`` is NaN behind a row's end.
+        ``loss`` is NaN where that of networks is of something else than a step's own action: of a
+        density (head gaussian or mixture), or of a chunk.
+        """
+        mask = ~batch["actions"].isnan().any(-1)
+        known = {"mask": mask, "graded": mask.sum(1)}
+        batch = Batch(batch.rows, batch.keys, {**batch.data, **known})
+        is_discrete = self.state["kind"] == "discrete"
+        head = "categorical" if is_discrete else "mse"
+        if is_discrete:
+            scores = scores.clamp(LEAST_SHARE, 1.0).log()
+        outputs = []
+        for number, name in enumerate(self.spaces):
+            rows = (batch["space"] == number).nonzero()[:, 0]
+            if len(rows):
+                width = self.spaces[name]["action"]
+                outputs.append((name, rows, scores[rows][:, :, None, :width].float()))
+        heads = dict.fromkeys(self.spaces, head)
+        predictions = self._predictions(batch, outputs, heads)
+        if self.options.chunk > 1 or any(self.heads[name] != head for name, _, _ in outputs):
+            predictions["loss"] = torch.full_like(predictions["loss"], torch.nan)
+        return predictions
+
+    def _predictions(
+        self, batch: Batch, outputs: list[tuple[str, Tensor, Tensor]], heads: dict[str, str]
+    ) -> dict[str, Tensor]:
+        """Return the predictions of what heads, by the name of the space, say (``decoded``)."""
+        mask = batch["mask"]
+        has_actions = "actions" in batch.data
+        is_discrete = self.state["kind"] == "discrete"
         predictions = {"space": batch["space"], "task": batch["task"]}
         if has_actions:
             for name in ("loss", "count", "squared_error", "action_numbers"):
                 predictions[name] = torch.zeros(len(batch), device=mask.device)
         padding = -torch.inf if is_discrete else 0.0
         best = torch.full((*mask.shape, self.widest), padding, device=mask.device)
-        for name, rows, output in self._outputs(backbone, batch):
+        for name, rows, output in outputs:
             width = self.spaces[name]["action"]
             own_action = output[:, :, 0]
             components = self.options.components
-            best[rows, :, :width] = action_heads.likeliest(self.heads[name], own_action, components)
+            best[rows, :, :width] = action_heads.likeliest(heads[name], own_action, components)
             if not has_actions:
                 continue
-            found = self._losses(name, output, rows, batch)
+            found = self._losses(heads[name], name, output, rows, batch)
             numbers = 1 if is_discrete else width
             num_steps = found.counted[:, :, 0].sum(1).float()
             predictions["loss"][rows] = found.losses.sum((1, 2))
@@ -446,32 +484,134 @@ class BehaviourCloning(Objective):
         """
         if "environment" not in raw_rows.columns:
             return predictions, None
-        name = raw_rows.columns["environment"]
-        worlds = _worlds(raw_rows.table[name], name)
         self.eval()
         space = predictions["space"]
         task = predictions["task"]
         pilot = Pilot(backbone.eval(), self, raw_rows.modality, space, task)
-        longest = max(world.steps for world in worlds)
-        steps_a_frame = max(1, longest // FRAMES)
-        episodes = rollout(worlds, pilot, start=pilot.set_bounds, frames=steps_a_frame)
-        diverged = np.array([bool(episode.diverged) for episode in episodes], dtype=np.float64)
-        success = np.array([episode.success for episode in episodes], dtype=np.float64)
-        found: dict[str, np.ndarray] = {
-            "diverged": diverged,
-            "return": np.array([np.sum(one.rewards, dtype=np.float64) for one in episodes]),
-            "steps": np.array([len(one.rewards) for one in episodes], dtype=np.float64),
-            "most_steps": np.array([world.steps for world in worlds], dtype=np.float64),
-            "success": success * (1 - diverged),
-        }
-        for role in COMPARED:
-            if role in raw_rows.columns:
-                column = role if role.startswith("random_") else f"expert_{role}"
-                found[column] = _numbers(raw_rows.table[raw_rows.columns[role]])
-        return {**predictions, **found}, _pictures(episodes[0].frames[:FRAMES])
+        return _rolled_out(pilot, predictions, raw_rows)
+
+    def rollout_scores(
+        self,
+        scores: Callable[[Arrays], np.ndarray],
+        predictions: dict[str, np.ndarray],
+        rows: Any,
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """With ``environment``: as ``rollout_evaluation``, of actions of any model."""
+        if "environment" not in rows.columns:
+            return predictions, None
+        space = predictions["space"]
+        task = predictions["task"]
+        pilot = StepPilot(scores, self, rows.modality, space, task)
+        return _rolled_out(pilot, predictions, rows)
 
 
-class Pilot:
+class Actor:
+    """Does in each world what a model says, in that world's units.
+
+    Args:
+        space: (n,) int64, of each world the index of its space among the modality's.
+        task: (n,) int64, of each world the index of its task.
+    """
+
+    def __init__(
+        self, objective: BehaviourCloning, modality: Any, space: np.ndarray, task: np.ndarray
+    ):
+        self.objective = objective
+        self.modality = modality
+        self.space = np.asarray(space, dtype=np.int64)
+        self.task = np.asarray(task, dtype=np.int64)
+        self.rows: dict[str, np.ndarray] = {}
+        for number, name in enumerate(objective.spaces):
+            rows = np.flatnonzero(self.space == number)
+            if len(rows):
+                self.rows[name] = rows
+        known = modality.state["spaces"]
+        self.known: dict[str, dict[str, Any]] = {name: known[name] for name in self.rows}
+        self.bounds: list[tuple[Any, Any]] = [(-np.inf, np.inf)] * len(self.space)
+
+    def begin(self, worlds: Sequence[World]) -> None:
+        """Forget everything seen and done."""
+
+    def act(self, observations: list[np.ndarray | None], rewards: Any) -> list[Any]:
+        """Return an action a world, in the environment's units or as a class's name.
+
+        None for worlds that have ended.
+        """
+        raise NotImplementedError
+
+    def set_bounds(self, environments: list[Any]) -> None:
+        """Keep actions, done and remembered, within the bounds of the worlds' environments."""
+        spaces = [environment.action_space for environment in environments]
+        unbounded = (-np.inf, np.inf)
+        self.bounds = [(space.low, space.high) if space.shape else unbounded for space in spaces]
+
+    def _action(
+        self, name: str, rows: np.ndarray, value: np.ndarray
+    ) -> tuple[Sequence[Any] | np.ndarray, np.ndarray]:
+        """Return the actions of the worlds of a space, and as the backbone remembers them.
+
+        Args:
+            value: (n, A) standardised numbers, or scores of classes.
+        """
+        space = self.known[name]
+        width = self.objective.spaces[name]["action"]
+        chosen = value[:, :width]
+        if space["discrete"]:
+            # by name: the environment may number classes otherwise than the training rows
+            classes = chosen.argmax(1)
+            names = [space["discrete"][k] for k in classes]
+            one_hot = np.eye(width)[classes]
+            return names, one_hot
+        wanted = self.modality.act(name, chosen)
+        pairs = zip(rows, wanted, strict=True)
+        acted = np.stack([np.clip(action, *self.bounds[row]) for row, action in pairs])
+        mean = np.array(space["action_mean"])
+        std = np.array(space["action_std"])
+        return acted, (acted - mean) / std
+
+
+class StepPilot(Actor):
+    """Actions of any model that reads the newest observation alone, as the simulator's ``Policy``.
+
+    Args:
+        scores: Decoded rows of one step each, without actions, to standardised actions (n, A), or
+            to shares of classes.
+    """
+
+    def __init__(
+        self,
+        scores: Callable[[Arrays], np.ndarray],
+        objective: BehaviourCloning,
+        modality: Any,
+        space: np.ndarray,
+        task: np.ndarray,
+    ):
+        super().__init__(objective, modality, space, task)
+        self.scores = scores
+        self.begin(())
+
+    def begin(self, worlds: Sequence[World]) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def act(self, observations: list[np.ndarray | None], rewards: Any) -> list[Any]:
+        newest = self.seen or [np.zeros(0, dtype=np.float32)] * len(observations)
+        pairs = zip(observations, newest, strict=True)
+        self.seen = [
+            last if one is None else np.asarray(one, dtype=np.float32).reshape(-1)
+            for one, last in pairs
+        ]
+        value = self.scores(
+            {"observations": ragged(self.seen), "space": self.space, "task": self.task}
+        )
+        out: list[Any] = [None] * len(observations)
+        for name, rows in self.rows.items():
+            acted, _ = self._action(name, rows, value[rows])
+            for row, action in zip(rows, acted, strict=True):
+                out[row] = action if observations[row] is not None else None
+        return out
+
+
+class Pilot(Actor):
     """A trained policy as the simulator's ``Policy``.
 
     It holds what it has seen and done in each world, standardised, and reads as much of it as its
@@ -492,29 +632,14 @@ class Pilot:
         space: np.ndarray,
         task: np.ndarray,
     ):
+        super().__init__(objective, modality, space, task)
         self.backbone = backbone
-        self.objective = objective
-        self.modality = modality
-        self.rows: dict[str, np.ndarray] = {}
-        for number, name in enumerate(objective.spaces):
-            rows = np.flatnonzero(space == number)
-            if len(rows):
-                self.rows[name] = rows
-        known = modality.state["spaces"]
-        self.known: dict[str, dict[str, Any]] = {name: known[name] for name in self.rows}
         self.device = next(backbone.parameters()).device
         self.fixed = {"space": self._integers(space), "task": self._integers(task)}
-        self.bounds: list[tuple[Any, Any]] = [(-np.inf, np.inf)] * len(space)
         self.begin(())
 
     def _integers(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(array, dtype=np.int64)).to(self.device)
-
-    def set_bounds(self, environments: list[Any]) -> None:
-        """Keep actions, done and remembered, within the bounds of the worlds' environments."""
-        spaces = [environment.action_space for environment in environments]
-        unbounded = (-np.inf, np.inf)
-        self.bounds = [(space.low, space.high) if space.shape else unbounded for space in spaces]
 
     def begin(self, worlds: Sequence[World]) -> None:
         """Forget everything seen and done."""
@@ -560,30 +685,6 @@ class Pilot:
                 now[list(given), :width] = observed
         return now
 
-    def _action(
-        self, name: str, rows: np.ndarray, value: np.ndarray
-    ) -> tuple[Sequence[Any] | np.ndarray, np.ndarray]:
-        """Return the actions of the worlds of a space, and as the backbone remembers them.
-
-        Args:
-            value: (n, A) standardised numbers, or scores of classes.
-        """
-        space = self.known[name]
-        width = self.objective.spaces[name]["action"]
-        chosen = value[:, :width]
-        if space["discrete"]:
-            # by name: the environment may number classes otherwise than the training rows
-            classes = chosen.argmax(1)
-            names = [space["discrete"][k] for k in classes]
-            one_hot = np.eye(width)[classes]
-            return names, one_hot
-        wanted = self.modality.act(name, chosen)
-        pairs = zip(rows, wanted, strict=True)
-        acted = np.stack([np.clip(action, *self.bounds[row]) for row, action in pairs])
-        mean = np.array(space["action_mean"])
-        std = np.array(space["action_std"])
-        return acted, (acted - mean) / std
-
     @torch.no_grad()
     def _plan(self, n: int) -> np.ndarray:
         """Return (n, H, A): this action and those that follow, from the newest token.
@@ -613,6 +714,31 @@ class Pilot:
             width = best.shape[-1]
             plan[rows.cpu().numpy(), :, :width] = best.cpu().numpy()
         return plan
+
+
+def _rolled_out(
+    pilot: Actor, predictions: dict[str, np.ndarray], raw_rows: Any
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Return the predictions with the pilot's episodes, and pictures of the first world."""
+    name = raw_rows.columns["environment"]
+    worlds = _worlds(raw_rows.table[name], name)
+    longest = max(world.steps for world in worlds)
+    steps_a_frame = max(1, longest // FRAMES)
+    episodes = rollout(worlds, pilot, start=pilot.set_bounds, frames=steps_a_frame)
+    diverged = np.array([bool(episode.diverged) for episode in episodes], dtype=np.float64)
+    success = np.array([episode.success for episode in episodes], dtype=np.float64)
+    found: dict[str, np.ndarray] = {
+        "diverged": diverged,
+        "return": np.array([np.sum(one.rewards, dtype=np.float64) for one in episodes]),
+        "steps": np.array([len(one.rewards) for one in episodes], dtype=np.float64),
+        "most_steps": np.array([world.steps for world in worlds], dtype=np.float64),
+        "success": success * (1 - diverged),
+    }
+    for role in COMPARED:
+        if role in raw_rows.columns:
+            column = role if role.startswith("random_") else f"expert_{role}"
+            found[column] = _numbers(raw_rows.table[raw_rows.columns[role]])
+    return {**predictions, **found}, _pictures(episodes[0].frames[:FRAMES])
 
 
 def _check_head(options: BehaviourCloningOptions, kind: str, name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
-from pipeline.core.contracts import Baseline, BaselineRows, Batch, LabelKind
+from pipeline.core.contracts import Arrays, Baseline, BaselineRows, Batch, LabelKind
 from pipeline.core.contracts.objective_capabilities import (
     PredictsFromScores,
     is_calibrated,
+    predicts_actions,
     predicts_from_scores,
 )
 from pipeline.core.metrics.catalog import Predictions, metric
@@ -56,6 +57,8 @@ class Part:
     labels: np.ndarray
     """As the objective encodes them."""
     bad: tuple[tuple[int, str], ...]
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    """What the objective reads beside the labels (`PredictsActions`), rows first."""
 
 
 def baseline_of(trial: Trial) -> Baseline:
@@ -89,6 +92,7 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
         calibrated.calibrate(chosen.predictions)
     test = read(data.test, baseline, objective, most)
     predictions = predict(objective, chosen.scores(test.inputs), test)
+    predictions, frames = roll_out(baseline, chosen.scores, objective, predictions, data.test)
     notes = [f"{trial.technique}: no network, fitted on {len(train.ids)} rows"]
     if test.bad:
         notes.append(f"{len(test.bad)} test rows could not be read")
@@ -102,7 +106,7 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
     }
     record = trials.make_record(trial, shared, None, began, metadata, chosen.metrics, predictions)
     file_identity.check_unchanged(data.reads)
-    return trials.write(trial, shared, record, predictions, None)
+    return trials.write(trial, shared, record, predictions, None, frames)
 
 
 # ---------------------------------------------------------------- rows
@@ -111,6 +115,7 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
 def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) -> Part:
     """Read a split as the baseline does, some rows at a time."""
     ids, inputs, labels, bad = [], [], [], []
+    tensors: dict[str, list[np.ndarray]] = {}
     read_column = _ColumnReader(rows)
     for block_ids, arrays, reasons in _blocks(rows):
         heartbeat.beat()
@@ -118,17 +123,25 @@ def read(rows: Rows, baseline: Baseline, objective: Any, max_bad_rows: float) ->
         good = np.array([not why for why in reasons], dtype=bool)
         arrays = {name: array[good] for name, array in arrays.items()}
         ids.append(block_ids[good])
+        if predicts_actions(objective):
+            batch = {name: t.numpy() for name, t in rows.modality.collate(arrays).items()}
+            actions = batch[objective.label_tensor]
+            arrays[objective.label_tensor] = np.where(batch["mask"][..., None], actions, np.nan)
+            for name in objective.action_tensors:
+                tensors.setdefault(name, []).append(batch[name])
         labels.append(arrays.pop(objective.label_tensor))
         columns = partial(read_column, ids[-1])
         count, positions = len(ids[-1]), None
-        if _has_positions(objective):
+        if objective.label_kind == "position_classes":
             labels[-1] = padded(labels[-1], fill=-1)
-            positions = labels[-1] >= 0
+        if _has_positions(objective):
+            positions = _is_labelled(labels[-1])
             count = int(positions.sum())
         asked = BaselineRows(count, arrays, rows.modality, columns, positions)
         inputs.append(baseline.inputs(asked))
     check_bad_row_budget(bad, len(rows), max_bad_rows, rows.selection)
-    return Part(np.concatenate(ids), _joined(inputs), joined(labels), tuple(bad))
+    beside = {name: np.concatenate(parts) for name, parts in tensors.items()}
+    return Part(np.concatenate(ids), _joined(inputs), joined(labels), tuple(bad), beside)
 
 
 def _blocks(rows: Rows) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], list[str]]]:
@@ -186,7 +199,12 @@ class Chosen:
 
 def _has_positions(objective: PredictsFromScores) -> bool:
     """Return whether each position of a row has a label of its own."""
-    return objective.label_kind == "position_classes"
+    return objective.label_kind in ("position_classes", "actions")
+
+
+def _is_labelled(labels: np.ndarray) -> np.ndarray:
+    """Return (n, M) bool, which positions of the rows have a label: a class, or an action."""
+    return labels >= 0 if labels.ndim == 2 else ~np.isnan(labels).any(-1)
 
 
 def choose(
@@ -205,7 +223,9 @@ def choose(
     fitted: Any = objective  # with the state of every objective, which its protocol does not name
     has_classes = objective.label_kind in ("classes", "position_classes")
     classes = len(fitted.state["labels"]) if has_classes else 0
-    learned = train.labels[train.labels >= 0] if _has_positions(objective) else train.labels
+    learned = train.labels
+    if _has_positions(objective):
+        learned = learned[_is_labelled(learned)]
     best, best_value = None, -np.inf
     for setting in baseline.settings():
         heartbeat.beat()
@@ -242,6 +262,10 @@ def fit(
     if label_kind == "numbers":
         model = estimator().fit(inputs, labels)
         return lambda rows: np.asarray(model.predict(rows), dtype=np.float32)[:, None]
+    if label_kind == "actions":
+        model = estimator().fit(inputs, labels)
+        # scikit-learn's dummy leaves out the axis of a single number
+        return lambda rows: np.asarray(model.predict(rows), np.float32).reshape(-1, labels.shape[1])
     if label_kind in ("classes", "position_classes"):
         probabilities = _probabilities(estimator, inputs, labels, classes)
         return lambda rows: np.log(probabilities(rows)).astype(np.float32)
@@ -279,11 +303,33 @@ def predict(objective: PredictsFromScores, scores: np.ndarray, part: Part) -> Pr
     """Return the objective's predictions of the rows of a part, in the order of their ids."""
     order = np.argsort(part.ids, kind="stable")
     if _has_positions(objective):
-        at = part.labels >= 0
+        at = _is_labelled(part.labels)
         of_positions = np.zeros((*at.shape, scores.shape[-1]), dtype=scores.dtype)
         of_positions[at] = scores
         scores = of_positions
     labels = torch.from_numpy(np.ascontiguousarray(part.labels[order]))
-    batch = Batch(part.ids[order], torch.zeros(0), {objective.label_tensor: labels})
+    beside = {name: torch.from_numpy(array[order]) for name, array in part.tensors.items()}
+    batch = Batch(part.ids[order], torch.zeros(0), {objective.label_tensor: labels, **beside})
     found = objective.predict_scores(torch.from_numpy(scores[order]), batch)
     return {"row": part.ids[order], **{name: found[name].numpy() for name in found}}
+
+
+def roll_out(
+    baseline: Baseline,
+    scores: Scores,
+    objective: PredictsFromScores,
+    predictions: Predictions,
+    rows: Rows,
+) -> tuple[Predictions, np.ndarray | None]:
+    """Add the episodes of a policy in each row's world; pictures of the first, or None."""
+    if not predicts_actions(objective):
+        return predictions, None
+
+    def scores_of_steps(arrays: Arrays) -> np.ndarray:
+        count = len(arrays["space"])
+        is_step = np.ones((count, 1), dtype=bool)
+        asked = BaselineRows(count, arrays, rows.modality, lambda role: None, is_step)
+        return scores(baseline.inputs(asked))
+
+    raw_rows = evaluate.Postprocessor(rows).raw_rows(objective, predictions["row"])
+    return objective.rollout_scores(scores_of_steps, predictions, raw_rows)

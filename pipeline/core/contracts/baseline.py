@@ -39,9 +39,10 @@ import numpy as np
 from pipeline.config.registry import Registered
 from pipeline.core.contracts.modality import Arrays, Modality
 
-LabelKind = Literal["classes", "label_sets", "numbers", "position_classes"]
-"""What the labels of rows are: (n,) class numbers, (n, L) 0 or 1, (n,) numbers, or (n, M) class
-numbers of the positions of a row (words, hours), -1 where there is none.
+LabelKind = Literal["classes", "label_sets", "numbers", "position_classes", "actions"]
+"""What the labels of rows are: (n,) class numbers, (n, L) 0 or 1, (n,) numbers, (n, M) class
+numbers of the positions of a row (words, hours), -1 where there is none, or (n, M, A) actions of
+the steps of a row, standardised numbers or one-hot classes, NaN where there is none.
 """
 
 
@@ -50,8 +51,8 @@ class BaselineRows:
     """Some rows of a split, as a baseline reads them."""
 
     count: int
-    """How many inputs are asked for: one for each row, or for each labelled position of the rows,
-    row by row."""
+    """How many inputs are asked for: one for each row, or for each labelled position (or step) of
+    the rows, row by row."""
     arrays: Arrays
     """The decoded rows, as ``Modality.decode`` returns them."""
     modality: Modality
@@ -98,6 +99,7 @@ class Baseline(Registered, ABC):
     def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
         """Return an estimator that is not fitted.
 
-        It has ``fit``, and ``predict_proba`` with ``classes_``, or for numbers ``predict``. A label
-        of a label set is a problem of two classes.
+        It has ``fit``, and ``predict_proba`` with ``classes_``, or for numbers and actions
+        ``predict``. A label of a label set is a problem of two classes. Actions are fitted as
+        (m, A), one row a step; of one-hot classes it predicts their shares.
         """

@@ -16,6 +16,7 @@ Training and transfer:
 Rows and labels:
     `HasClasses`: a row has one class or one set of labels.
     `PredictsFromScores`: predictions follow from scores of any model, not of a network alone.
+    `PredictsActions`: so do the actions of a policy, which acts in a simulator.
     `ChecksLabels`, `ChecksTestRows`, `AllowsNullLabels`, `NeedsLabels`: labels are looked through.
     `LengthBound`: rows can be too short to be trained on.
     `BindsToBackbone`: part of the state follows from the backbone.
@@ -46,7 +47,7 @@ from typing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     import pyarrow as pa
@@ -200,7 +201,8 @@ class PredictsFromScores(Protocol):
     """An objective of which scores of any model become predictions, so that baselines can be tried.
 
     The scores (B, C) are logits of classes, logits (B, L) of labels, or (B, 1) the number itself.
-    Where each position of a row has a class, they are logits (B, M, C).
+    Where each position of a row has a class, they are logits (B, M, C). Of actions (B, M, A) they
+    are the standardised actions themselves, or the shares of classes.
     """
 
     label_kind: ClassVar[LabelKind]
@@ -209,6 +211,27 @@ class PredictsFromScores(Protocol):
 
     def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``Objective.predict`` from the scores."""
+        ...
+
+
+@runtime_checkable
+class PredictsActions(PredictsFromScores, Protocol):
+    """A `PredictsFromScores` of which the labels are actions: a policy without a network."""
+
+    action_tensors: ClassVar[tuple[str, ...]]
+    """Tensors of its batches that ``predict_scores`` reads beside the labels, rows first."""
+
+    def rollout_scores(
+        self,
+        scores: Callable[[Arrays], np.ndarray],
+        predictions: Predictions,
+        rows: RawRows,
+    ) -> tuple[Predictions, np.ndarray | None]:
+        """Run what the scores tell to do in each row's world, as ``RollsOut`` does with a network.
+
+        Args:
+            scores: Decoded rows of one step each, without actions, to their scores (n, A).
+        """
         ...
 
 
@@ -575,6 +598,11 @@ def labels_positions(objective: Any) -> TypeIs[LabelsPositions]:
 def predicts_from_scores(objective: Any) -> TypeIs[PredictsFromScores]:
     """Return whether scores of any model become predictions."""
     return isinstance(objective, PredictsFromScores)
+
+
+def predicts_actions(objective: Any) -> TypeIs[PredictsActions]:
+    """Return whether any model that knows the action of a step can take the policy's place."""
+    return isinstance(objective, PredictsActions)
 
 
 def tensors_beside_features(objective: Any) -> tuple[str, ...]:

@@ -13,18 +13,20 @@ from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
 
 @register("baseline", "majority")
 class Majority(Baseline):
-    """The share of each class or label among the labelled training rows, or the mean of numbers.
+    """The share of each class or label among the labelled training rows, or their mean number.
+
+    Of demonstrations it is the mean action, which a policy then does at every step.
 
     Any other model that is worse has learned nothing.
     """
 
-    label_kinds = ("classes", "label_sets", "numbers", "position_classes")
+    label_kinds = ("classes", "label_sets", "numbers", "position_classes", "actions")
 
     def inputs(self, rows: BaselineRows) -> np.ndarray:
         """Return (n, 1) zeros."""
         return np.zeros((rows.count, 1))
 
     def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
-        if label_kind == "numbers":
+        if label_kind in ("numbers", "actions"):
             return DummyRegressor(strategy="mean")
         return DummyClassifier(strategy="prior")
