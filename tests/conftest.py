@@ -13,6 +13,8 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.io.ray_environment import KEEP_MEMORY
+
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 """The name of this process, where pytest-xdist started it beside others."""
 
@@ -26,6 +28,8 @@ for name, value in {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    # read by the processes that pytest-xdist starts: training in them is as quick as in Ray's workers
+    **KEEP_MEMORY,
 }.items():
     os.environ.setdefault(name, value)
 os.environ.setdefault(

@@ -113,16 +113,19 @@ def onetomany_here(onetomany):
     return call
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("onetomany_here", id="here"),
-        pytest.param("onetomany_on_ray", id="ray", marks=[pytest.mark.ray, pytest.mark.slow]),
-    ],
-)
-def command(request):
-    """The command for whole jobs: without Ray in the quick tests, and on Ray in the long ones."""
-    return request.getfixturevalue(request.param)
+@pytest.fixture(scope="module")
+def command(onetomany_here):
+    """The command for whole jobs, without Ray. A module whose jobs run on Ray too has its own, with
+    HERE_AND_ON_RAY.
+    """
+    return onetomany_here
+
+
+HERE_AND_ON_RAY = [
+    pytest.param("onetomany_here", id="here"),
+    pytest.param("onetomany_on_ray", id="ray", marks=[pytest.mark.ray, pytest.mark.slow]),
+]
+"""Without Ray in the quick tests, and on Ray in the long ones."""
 
 
 def command_line(*words: object) -> list[str]:

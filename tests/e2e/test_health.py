@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from toys import stays
 
+from tests.e2e.conftest import HERE_AND_ON_RAY
+
 JOB = Path(__file__).with_name("health.yaml")
 NAME, NOTE, VALUE, DRUG = "canary-patient", "canary of a note", 712.8315, "drug: canaryol"
 """Planted in the rows: ids of patients, a text that one patient has, a value that one event has, a
@@ -28,6 +30,11 @@ PLANTED = [
 ]
 
 pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module", params=HERE_AND_ON_RAY)
+def command(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")

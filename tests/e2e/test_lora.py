@@ -20,14 +20,14 @@ from tests.e2e.conftest import TINY
 pytestmark = pytest.mark.timeout(900)
 
 
-def test_lora_is_one_of_the_techniques(tmp_path, command, tiny_data):
+def test_lora_is_one_of_the_techniques(tmp_path, onetomany_here, tiny_data):
     job = tmp_path / "tiny.yaml"
     text = TINY.read_text()
     assert "[scratch, linear_probe, full, lp_ft]" in text and "seeds: 2" in text
     job.write_text(
         text.replace("full, lp_ft]", "full, lp_ft, lora]").replace("seeds: 2", "seeds: 1")
     )
-    done = command("run", job, cwd=tmp_path)
+    done = onetomany_here("run", job, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = pq.read_table(tmp_path / "runs/tiny/results.parquet").to_pylist()
     for target, source in (("shoes", "garments"), ("reviews", "stories")):

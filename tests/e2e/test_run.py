@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import SMALL, TINY
 
 pytestmark = [pytest.mark.ray]
 
@@ -25,13 +25,17 @@ def ran(tmp_path_factory, onetomany_on_ray):
     return folder, done
 
 
-def table(folder: Path) -> list[dict]:
-    return pq.read_table(folder / "runs/tiny/results.parquet").to_pylist()
+def table(job: Path) -> list[dict]:
+    return pq.read_table(job / "results.parquet").to_pylist()
 
 
 def test_every_entry_is_in_the_table(ran):
     folder, _ = ran
-    rows = [row for row in table(folder) if row["split"] == "test" and row["metric"] == "accuracy"]
+    rows = [
+        row
+        for row in table(folder / "runs/tiny")
+        if row["split"] == "test" and row["metric"] == "accuracy"
+    ]
     entries = {(row["target"], row["source"], row["technique"], row["seed"]) for row in rows}
     wanted = {
         (target, "none" if technique == "scratch" else source, technique, seed)
@@ -56,7 +60,11 @@ def test_every_entry_is_in_the_table(ran):
 
 def test_rows_say_what_ran(ran):
     folder, done = ran
-    rows = [row for row in table(folder) if row["split"] == "test" and row["metric"] == "accuracy"]
+    rows = [
+        row
+        for row in table(folder / "runs/tiny")
+        if row["split"] == "test" and row["metric"] == "accuracy"
+    ]
     starts = {
         (r["target"], r["source"], r["technique"], r["seed"]): json.loads(r["hyper_parameters"])[
             "start_weights"
@@ -155,7 +163,7 @@ def test_a_failing_trial_leaves_its_row_and_stops_nothing(ran, onetomany_on_ray)
     done = onetomany_on_ray("run", TINY, *words, cwd=folder)
     assert done.returncode == 1
     assert "not finite" in done.stderr and "Traceback" not in done.stderr
-    failed = [row for row in table(folder) if row["status"] == "failed"]
+    failed = [row for row in table(folder / "runs/tiny") if row["status"] == "failed"]
     assert failed and all(
         "NonFinite" in row["error"] and row["target"] == "shoes" for row in failed
     )
@@ -173,7 +181,7 @@ def test_predict_and_export(ran, onetomany_on_ray, tiny_data, tmp_path):
     folder, _ = ran
     best = next(
         row
-        for row in table(folder)
+        for row in table(folder / "runs/tiny")
         if row["bundle_uri"]
         and row["target"] == "shoes"
         and row["technique"] == "full"
@@ -231,26 +239,16 @@ def test_predict_and_export(ran, onetomany_on_ray, tiny_data, tmp_path):
         pytest.param("onetomany_on_ray", "asha", id="asha", marks=pytest.mark.slow),
     ],
 )
-def test_a_search_picks_on_validation(ran, request, command, scheduler):
-    folder, _ = ran
+def test_a_search_picks_on_validation(request, command, scheduler, tmp_path):
     words = (
         "--set",
-        "targets={shoes: {data: {uri: '${TINY_DATA}/images.parquet', where: {label: [5, 7, "
-        "9]}, modality: image, test_fraction: 0.3, "
-        "columns: {image: image, label: label}}, objective: classification, train: {steps: 5, "
-        "global_batch: 8, eval_every_steps: 1}}}",
-        "--set",
-        "techniques=[scratch, full]",
+        "targets.shoes.train={steps: 5, global_batch: 8, eval_every_steps: 1}",
         "--set",
         f"fanout={{seeds: 2, trials: 4, search: {{lr: [1.0e-4, 1.0e-2]}}, scheduler: {scheduler}}}",
     )
-    done = request.getfixturevalue(command)("run", TINY, *words, cwd=folder)
+    done = request.getfixturevalue(command)("run", SMALL, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [
-        row
-        for row in table(folder)
-        if row["target"] == "shoes" and row["metric"] in ("accuracy", None)
-    ]
+    rows = [row for row in table(tmp_path / "runs/small") if row["metric"] in ("accuracy", None)]
     search = [row for row in rows if row["trial_stage"] == "search"]
     first, again = (
         {row["trial_id"]: row for row in search if (row["seed"] == 0) == is_first}
