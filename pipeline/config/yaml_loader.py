@@ -36,7 +36,7 @@ from pipeline.config.schema import (
     search_problems,
 )
 from pipeline.config.schema import schema as schema
-from pipeline.io import storage
+from pipeline.io import s3, storage
 from pipeline.io.json_values import Json, JsonObject, as_list, as_object
 
 # ---------------------------------------------------------------- reading the text
@@ -756,7 +756,7 @@ def _name_problems(data: JsonObject, folder: Path, elsewhere: bool) -> list[tupl
     remote = False
     try:
         place = data.get("storage")
-        remote = isinstance(place, str) and storage.is_remote(place)
+        remote = isinstance(place, str) and s3.split(place)[0]
     except storage.StorageError as error:
         out.append((("storage",), str(error)))
     for kind, name, part in [

@@ -89,7 +89,7 @@ WIDE = (b"\xff\xfe", b"\xfe\xff")
 
 def kind_of(file: str) -> str:
     """Return the kind of a file by its name, or ""."""
-    path = PurePosixPath(file.lower())
+    path = PurePosixPath(storage.file_name(file).lower())
     packed = path.suffix in CODECS
     kind = FORMATS.get(path.with_suffix("").suffix if packed else path.suffix, "")
     return "" if packed and kind in UNPACKED else kind
@@ -127,7 +127,7 @@ class _Unpacked(io.RawIOBase):
 
 def open_unpacked(file: str) -> BinaryIO:
     """Open a file, decompressed if its suffix says so."""
-    codec = CODECS.get(PurePosixPath(file.lower()).suffix)
+    codec = CODECS.get(PurePosixPath(storage.file_name(file).lower()).suffix)
     return io.BufferedReader(_Unpacked(file, codec), 1 << 20) if codec else storage.open_read(file)
 
 

@@ -22,9 +22,6 @@ from pipeline.io.s3 import DamagedError, NotFoundError, StorageError, Uri
 
 Files = Mapping[str, bytes | Path]
 
-_PARTS = {"chunksize": 5 * 2**20, "max_concurrency": 4}
-"""Options of an upload: 42 MiB in memory for files of any size, where s3fs's defaults take 1 GB."""
-
 
 def with_checksum(manifest: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
     """Return a manifest with the SHA-256 of its own content (canonical JSON) under ``key``."""
@@ -271,7 +268,8 @@ def _upload(uri: str, source: bytes | Path) -> dict[str, Any]:
     write_fence.check(uri)
     entry = s3.call("read", source, entry_of_file, source)
     # S3 takes 10,000 parts at most
-    parts = {**_PARTS, "chunksize": max(_PARTS["chunksize"], -(-entry["size"] // 9_000))}
+    chunk_bytes = max(storage.PARTS["chunksize"], -(-entry["size"] // 9_000))
+    parts = {**storage.PARTS, "chunksize": chunk_bytes}
     target = s3.split(uri)[1]
     s3.call("write", uri, lambda: s3.client().put_file(os.fspath(source), target, **parts))
     return {**entry, "etag": _etag(uri)}
@@ -344,15 +342,15 @@ def fetch_folder(
 ) -> Path:
     """Return a committed folder as a local one.
 
-    A local folder is returned itself. A folder on S3 is copied to ``destination``, complete or not
+    A local folder is returned itself. A remote one is copied to ``destination``, complete or not
     at all. A ``destination`` that already holds the same folder is kept, one with other files is
     refused.
 
     Args:
         verify: Whether to compare every file with the manifest.
     """
-    manifest, (remote, path) = open_folder(uri, manifest_name), s3.split(uri)
-    final = Path(os.path.realpath(destination)) if remote else Path(path)
+    manifest, remote = open_folder(uri, manifest_name), storage.is_remote(uri)
+    final = Path(os.path.realpath(destination)) if remote else Path(s3.split(uri)[1])
     if not remote:
         if verify:
             verify_folder(uri, manifest)
@@ -368,7 +366,7 @@ def fetch_folder(
         for name, entry in entries(uri, manifest).items():
             source, target = storage.join(uri, name), temporary / name
             s3.call("write", final, target.parent.mkdir, parents=True, exist_ok=True)
-            s3.on_s3("read", source, "get_file", str(target), **_PARTS)
+            storage.download(source, target)
             if verify:
                 verify_file(source, entry, target)
         storage.write_bytes(temporary / manifest_name, storage.encode(manifest))

@@ -2,8 +2,10 @@
 
 All keys come from here. A local file is identified by the SHA-256 of all of its bytes. It is read
 once: its digest is remembered in the user's cache folder by path, size, times of change and inode
-(`_Memory`). An object on S3 is identified by its ETag. With the mode ``stat`` a local file is not
-read at all: its size and its time of change stand for its content.
+(`_Memory`). A file in a store that is only read (`read_only`) is identified in the same way, and
+remembered by what the store says of it (an ETag, say). An object on S3 is identified by its ETag.
+With the mode ``stat`` no file is read: its size and its time of change (or what the store says)
+stand for its content.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from pipeline.io import s3, storage
+from pipeline.io import read_only, s3, storage
 
 Mode = Literal["content", "stat"]
 log = logging.getLogger(__name__)
@@ -94,12 +96,11 @@ def identify(
     """
     wanted = [os.fspath(uri) for uri in uris]
     unique = list(dict.fromkeys(wanted))
-    remote = [uri for uri in unique if storage.is_remote(uri)]
-    local = [uri for uri in unique if not storage.is_remote(uri)]
-    stamps = _stamps_of_local(local, absent_ok)
+    local, on_s3, elsewhere = _by_store(unique)
+    stamps = _stamps_of_local(local, absent_ok) | _stamps_elsewhere(elsewhere, absent_ok)
     contents = _by_stat(stamps) if mode == "stat" else _by_content(stamps)
-    found = {uri: FileIdentity(uri, contents[uri], stamps[uri].text) for uri in local}
-    for uri, content in _etags(remote, absent_ok).items():
+    found = {uri: FileIdentity(uri, contents[uri], stamp.text) for uri, stamp in stamps.items()}
+    for uri, content in _etags(on_s3, absent_ok).items():
         found[uri] = FileIdentity(uri, content, content)
     return [found[uri] for uri in wanted]
 
@@ -115,10 +116,9 @@ def check_unchanged(files: Iterable[FileIdentity]) -> None:
     A file with other times of change but the same content (it was copied, or touched) is unchanged.
     """
     known = {file.uri: file for file in files}
-    remote = [uri for uri in known if storage.is_remote(uri)]
-    local = [uri for uri in known if not storage.is_remote(uri)]
-    now = {uri: stamp.text for uri, stamp in _stamps_of_local(local, absent_ok=True).items()}
-    now |= _etags(remote, absent_ok=True)
+    local, on_s3, elsewhere = _by_store(list(known))
+    stamps = _stamps_of_local(local, absent_ok=True) | _stamps_elsewhere(elsewhere, absent_ok=True)
+    now = {uri: stamp.text for uri, stamp in stamps.items()} | _etags(on_s3, absent_ok=True)
     for uri, stamp in now.items():
         if stamp != known[uri].stamp:
             _check_content(known[uri])
@@ -138,6 +138,14 @@ def open_unchanged(file: FileIdentity) -> BinaryIO:
         handle.close()
         raise
     return handle
+
+
+def _by_store(uris: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the local files, those on S3, and those in stores that are only read."""
+    elsewhere = [uri for uri in uris if s3.is_read_only(uri)]
+    others = [uri for uri in uris if not s3.is_read_only(uri)]
+    on_s3 = [uri for uri in others if storage.is_remote(uri)]
+    return [uri for uri in others if not storage.is_remote(uri)], on_s3, elsewhere
 
 
 @contextmanager
@@ -176,26 +184,54 @@ def _check_content(file: FileIdentity) -> None:
 
 
 class _Stamp(NamedTuple):
-    """What the filesystem says of a file without reading it."""
+    """What is known of a file without reading it.
+
+    Attributes:
+        size: Bytes.
+        text: Size, times of change and inode of a local file; ``absent`` where there is none.
+        by_stat: What stands for the content with the mode ``stat``.
+        identity: What stays the same while a local file is read: size, time of change, inode.
+        changed_ns: The last change, in nanoseconds since 1970.
+    """
 
     size: int
-    modified_ns: int
-    changed_ns: int
-    """Time of change of the inode, which tools that set the time of change back cannot set."""
-    inode: int
+    text: str
+    by_stat: str = ABSENT
+    identity: tuple[int, ...] = ()
+    changed_ns: int = 0
 
     @property
-    def text(self) -> str:
-        """Return the stamp as one text."""
-        return " ".join(map(str, self)) if self.inode >= 0 else ABSENT
+    def is_absent(self) -> bool:
+        return self.text == ABSENT
 
 
-_NOT_THERE = _Stamp(-1, -1, -1, -1)
+_NOT_THERE = _Stamp(-1, ABSENT)
 
 
 def _stamp(status: os.stat_result) -> _Stamp:
-    """Return the stamp of a file from its status."""
-    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    """Return the stamp of a local file from its status.
+
+    The time of change of the inode is part of it, as tools that set the time of change back cannot
+    set that.
+    """
+    size, modified_ns, changed_ns = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return _Stamp(
+        size,
+        f"{size} {modified_ns} {changed_ns} {status.st_ino}",
+        f"stat:{modified_ns}",
+        (size, modified_ns, status.st_ino),
+        max(modified_ns, changed_ns),
+    )
+
+
+def _stamp_elsewhere(uri: str, place: read_only.Place) -> _Stamp:
+    """Return the stamp of a file in a store that is only read.
+
+    An ETag may be the same for two files of a store, so that with the mode ``stat`` the URI counts.
+    """
+    told = hashlib.sha256(f"{uri} {place.stamp}".encode()).hexdigest()[:32]
+    changed_ns = int((place.modified_s or 0) * 1e9)
+    return _Stamp(place.size, f"{place.size} {place.stamp}", f"stat:{told}", changed_ns=changed_ns)
 
 
 def _look(uri: str, absent_ok: bool) -> _Stamp:
@@ -223,9 +259,30 @@ def _stamps_of_local(uris: Sequence[str], absent_ok: bool) -> dict[str, _Stamp]:
     return dict(zip(uris, itertools.chain.from_iterable(found), strict=True))
 
 
+def _stamps_elsewhere(uris: Sequence[str], absent_ok: bool) -> dict[str, _Stamp]:
+    """Return the stamps of files in stores that are only read."""
+
+    def look(uri: str) -> _Stamp:
+        if NUL in uri and absent_ok:
+            return _NOT_THERE
+        try:
+            place = read_only.look(uri)
+        except storage.NotFoundError:
+            if absent_ok:
+                return _NOT_THERE
+            raise
+        if place.is_folder:
+            raise storage.StorageError(f"{uri} is a folder; name a file in it")
+        return _stamp_elsewhere(uri, place)
+
+    return dict(zip(uris, _in_threads(look, uris), strict=True))
+
+
 def _stamp_of_open(handle: BinaryIO) -> str:
-    """Return the stamp of an open file, local or on S3."""
+    """Return the stamp of an open file."""
     raw = getattr(handle, "raw", None)
+    if isinstance(raw, read_only.Reader):
+        return _stamp_elsewhere(raw.uri, raw.place).text
     if isinstance(raw, s3.Reader):
         return _etag_text(raw.size, raw.etag)
     return _stamp(os.fstat(handle.fileno())).text
@@ -234,19 +291,21 @@ def _stamp_of_open(handle: BinaryIO) -> str:
 def _by_stat(stamps: dict[str, _Stamp]) -> dict[str, str]:
     """Return the contents of files by size and time of change alone."""
     return {
-        uri: f"{s.size}-stat:{s.modified_ns}" if s.inode >= 0 else ABSENT
-        for uri, s in stamps.items()
+        uri: ABSENT if stamp.is_absent else f"{stamp.size}-{stamp.by_stat}"
+        for uri, stamp in stamps.items()
     }
 
 
 def _by_content(stamps: dict[str, _Stamp]) -> dict[str, str]:
     """Return the contents of files by their bytes, read where they are not remembered."""
-    found = {uri: ABSENT for uri, stamp in stamps.items() if stamp.inode < 0}
-    there = {uri: stamp for uri, stamp in stamps.items() if stamp.inode >= 0}
+    found = {uri: ABSENT for uri, stamp in stamps.items() if stamp.is_absent}
+    there = {uri: stamp for uri, stamp in stamps.items() if not stamp.is_absent}
     if not there:
         return found
     with _Memory() as memory:
-        places = {uri: os.path.abspath(s3.split(uri)[1]) for uri in there}
+        places = {
+            uri: uri if s3.is_read_only(uri) else os.path.abspath(s3.split(uri)[1]) for uri in there
+        }
         known = memory.recall({places[uri]: stamp for uri, stamp in there.items()})
         found |= {uri: known[place] for uri, place in places.items() if place in known}
         unread = {uri: stamp for uri, stamp in there.items() if uri not in found}
@@ -284,7 +343,7 @@ def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
         if report_progress is not None and time.monotonic() - began > PROGRESS_AFTER_SECONDS:
             share = f"{done_files} of {len(files)} files, {done_bytes >> 20} of {total >> 20} MiB"
             report_progress(f"reading the data to know them by content (once): {share}")
-        age_ns = began_ns - max(stamp.modified_ns, stamp.changed_ns)
+        age_ns = began_ns - stamp.changed_ns
         return uri, f"{stamp.size}-{digest}", age_ns > GRAIN_SECONDS * 1e9
 
     def read_small(uris: Sequence[str]) -> list[str]:
@@ -305,14 +364,14 @@ def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
     digests_of_pieces = _in_threads(read_piece, pieces)
     for uri, count in zip(large, counts, strict=True):
         digest = hashlib.sha256(b"".join(itertools.islice(digests_of_pieces, count))).hexdigest()
-        _refuse_changed(uri, _look(uri, absent_ok=True), files[uri])
+        _refuse_changed(uri, _look_anywhere(uri), files[uri])
         yield ended(uri, f"sha256-pieces:{digest}")
 
 
 def _wait_for_new_large_files(files: dict[str, _Stamp]) -> None:
     """Wait until a large file that was just written is old enough to be remembered."""
     newest_ns = max(
-        (max(s.modified_ns, s.changed_ns) for s in files.values() if s.size > PIECE_BYTES),
+        (stamp.changed_ns for stamp in files.values() if stamp.size > PIECE_BYTES),
         default=0,
     )
     age_seconds = (time.time_ns() - newest_ns) / 1e9
@@ -323,19 +382,33 @@ def _wait_for_new_large_files(files: dict[str, _Stamp]) -> None:
 def hash_whole(uri: str, stamp: _Stamp) -> str:
     """Return the SHA-256 of a file in hex. Raise ChangedFileError when it changes meanwhile."""
     digest = hashlib.sha256()
-    with open(s3.split(uri)[1], "rb", buffering=0) as file:
+    with _open(uri) as file:
         hash_bytes(file, stamp.size + 1, digest)
-        _refuse_changed(uri, _stamp(os.fstat(file.fileno())), stamp)
+        now = _look_anywhere(uri) if s3.is_read_only(uri) else _stamp(os.fstat(file.fileno()))
+        _refuse_changed(uri, now, stamp)
     return digest.hexdigest()
 
 
 def hash_piece(uri: str, number: int) -> bytes:
     """Return the SHA-256 of one piece of a file."""
     digest = hashlib.sha256()
-    with open(s3.split(uri)[1], "rb", buffering=0) as file:
+    with _open(uri) as file:
         file.seek(number * PIECE_BYTES)
         hash_bytes(file, PIECE_BYTES, digest)
     return digest.digest()
+
+
+def _open(uri: str) -> Any:
+    """Open a file for `hash_bytes`: unbuffered, but a remote one with few requests."""
+    if s3.is_read_only(uri):
+        return storage.open_read(uri, 8 << 20)
+    return open(s3.split(uri)[1], "rb", 0)
+
+
+def _look_anywhere(uri: str) -> _Stamp:
+    """Return the stamp of a file, local or in a store that is only read, as it is now."""
+    looked = _stamps_elsewhere if s3.is_read_only(uri) else _stamps_of_local
+    return looked([uri], absent_ok=True)[uri]
 
 
 def hash_bytes(file: Any, most: int, digest: Any) -> None:
@@ -348,7 +421,8 @@ def hash_bytes(file: Any, most: int, digest: Any) -> None:
 
 def _refuse_changed(uri: str, now: _Stamp, before: _Stamp) -> None:
     """Raise ChangedFileError when two stamps of a file differ."""
-    if (now.size, now.modified_ns, now.inode) != (before.size, before.modified_ns, before.inode):
+    is_same = now.identity == before.identity if before.identity else now.text == before.text
+    if not is_same:
         raise ChangedFileError(
             f"{uri} was changed while it was read; wait until nothing writes to it, and run again"
         )

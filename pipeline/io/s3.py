@@ -64,22 +64,36 @@ _TRANSIENT_CODES = {
     "RequestTimeout",
     "TooManyRequests",
 }
-_FIXES = (  # kind of error, what to do about a local path, about S3
-    (FileNotFoundError, "check the path", "check the bucket, the key and AWS_ENDPOINT_URL"),
+_FIXES = (  # kind of error, what to do about a local path, about S3, about stores only read
+    (
+        FileNotFoundError,
+        "check the path",
+        "check the bucket, the key and AWS_ENDPOINT_URL",
+        "check the address",
+    ),
     (
         PermissionError,
         "give this user access to it",
         "check AWS_ACCESS_KEY_ID, its secret and the bucket's policy",
+        "check the address and your credentials for it",
     ),
     (
         (NotADirectoryError, FileExistsError),
         "part of it is a file, so choose another folder",
         "choose another key",
+        "check the address",
     ),
-    (IsADirectoryError, "name a file, not a folder", "name a file, not a folder"),
-    (Exception, "check the path", "check the address and the AWS_* variables"),
+    (IsADirectoryError, *["name a file, not a folder"] * 3),
+    (
+        Exception,
+        "check the path",
+        "check the address and the AWS_* variables",
+        "check the address",
+    ),
 )
 _FILESYSTEMS: dict[tuple[Any, ...], Any] = {}
+READ_ONLY = ("http", "https")
+"""Schemes of the stores that are only read (`read_only`)."""
 
 
 class StorageError(OSError):
@@ -225,9 +239,8 @@ def _failure(action: str, uri: Uri, error: Exception, attempts: int) -> StorageE
     filename = getattr(error, "filename", None)
     if isinstance(filename, str) and filename not in f"{text} {cause}":
         cause += f" ({filename})"
-    fix = next(
-        fixes[text.startswith("s3://")] for kinds, *fixes in _FIXES if isinstance(error, kinds)
-    )
+    column = 1 if text.startswith("s3://") else 2 if is_read_only(text) else 0
+    fix = next(fixes[column] for kinds, *fixes in _FIXES if isinstance(error, kinds))
     if is_full(error):
         fix = "free space there or choose another storage"
     elif attempts > 1 and is_transient(error):
@@ -241,20 +254,35 @@ def _failure(action: str, uri: Uri, error: Exception, attempts: int) -> StorageE
 # --- names ---
 
 
+def is_read_only(uri: Uri) -> bool:
+    """Return whether a URI is in a store that is only read (`read_only`)."""
+    scheme, mark, _ = os.fspath(uri).partition("://")
+    return bool(mark) and scheme in READ_ONLY
+
+
 def split(uri: Uri, below_root: bool = False) -> tuple[bool, str]:
     """Return whether a URI is on S3, and its path: bucket/key there, else a local path.
 
     Args:
         below_root: Refuse a whole bucket or disk, for what replaces or removes.
+
+    Raises:
+        StorageError: A URI in another store. Those that are only read are answered by `read_only`.
     """
     text = os.fspath(uri)
     scheme, colon, rest = text.partition(":/")
     if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
         remote, path = False, os.path.expanduser(text)
-    elif scheme not in ("s3", "file"):
-        raise StorageError(f"{text}: {scheme}:// is not supported; use a folder, file:// or s3://")
+    elif scheme not in ("s3", "file", *READ_ONLY):
+        known = ", ".join(f"{name}://" for name in sorted(("s3", "file", *READ_ONLY)))
+        raise StorageError(f"{text}: {scheme}:// is not supported; use a folder or one of {known}")
     elif not rest.startswith("/"):
         raise StorageError(f"{text}: a slash is lost, as pathlib does; write {scheme}://{rest}")
+    elif scheme in READ_ONLY:
+        raise StorageError(
+            f"{text}: {scheme}:// is only read, so nothing can be written there; use a folder or "
+            "s3://"
+        )
     else:
         remote, path = scheme == "s3", rest[1:].rstrip("/") if scheme == "s3" else rest[1:]
     if not path or (remote and path.startswith("/")):

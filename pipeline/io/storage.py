@@ -1,8 +1,10 @@
 """Read, write, list and remove files in local folders and on S3, behind one small interface.
 
-A URI is a plain path, file:///path or s3://bucket/key. A reader sees the whole new file, the whole
-old one, or none. I/O errors that may pass are retried (`s3`). Every function raises `StorageError`
-when an error remains; the docstrings name only further errors. `atomic_folder` builds on this.
+A URI is a plain path, file:///path, s3://bucket/key, or one of a store that is only read
+(`read_only`). A reader sees the whole new file, the whole old one, or none. I/O errors that may
+pass are retried (`s3`). Every function raises `StorageError` when an error remains, and so do those
+that write to a store that is only read; the docstrings name only further errors. `atomic_folder`
+builds on this.
 
 s3fs reads and writes S3. fsspec's local files are not used: they show before they are on the disk.
 Nor are its globs, which read a failing server as an empty folder and refuse ``**.parquet``.
@@ -26,8 +28,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from urllib.parse import urlsplit
 
-from pipeline.io import processes, s3, write_fence
+from pipeline.io import processes, read_only, s3, write_fence
 from pipeline.io.s3 import DamagedError as DamagedError
 from pipeline.io.s3 import NotFoundError as NotFoundError
 from pipeline.io.s3 import StorageError as StorageError
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _MIB = 2**20
+PARTS = {"chunksize": 5 * _MIB, "max_concurrency": 4}
+"""Options of s3fs: 42 MiB in memory for files of any size, where its defaults take 1 GB."""
 READERS = 16
 """Number of files that `at_once` asks for at the same time."""
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -49,8 +54,20 @@ Result = TypeVar("Result")
 
 
 def is_remote(uri: Uri) -> bool:
-    """Return whether a URI is on S3. Schemes other than file:// and s3:// are an error."""
-    return s3.split(uri)[0]
+    """Return whether a URI is on S3 or in a store that is only read. Unknown schemes are an
+    error.
+    """
+    return s3.is_read_only(uri) or s3.split(uri)[0]
+
+
+def is_address(uri: Uri) -> bool:
+    """Return whether a URI is a file on a web server, which may have a query (``?``)."""
+    return os.fspath(uri).startswith(("http://", "https://"))
+
+
+def file_name(uri: Uri) -> str:
+    """Return a URI with its file name, and thus its suffix, at the end."""
+    return urlsplit(os.fspath(uri)).path if is_address(uri) else os.fspath(uri)
 
 
 def join(uri: Uri, *parts: str) -> str:
@@ -99,8 +116,11 @@ def _info(uri: Uri) -> dict[str, Any]:
 
     The type is "file", "directory", or "none" where nothing is there; then ``error`` says so.
     """
-    remote, path = s3.split(uri)
     try:
+        if s3.is_read_only(uri):
+            place = read_only.look(uri)
+            return {"size": place.size, "type": "directory" if place.is_folder else "file"}
+        remote, path = s3.split(uri)
         if remote:
             return s3.on_s3("look at", uri, "info")
         status = s3.call("look at", uri, os.stat, path)
@@ -140,23 +160,53 @@ def file_info(uri: Uri) -> dict[str, Any]:
     return info
 
 
-def open_read(uri: Uri) -> BinaryIO:
+def open_read(uri: Uri, buffer_bytes: int = _MIB) -> BinaryIO:
     """Open a file for reading: binary, seekable and buffered, as pyarrow takes it.
 
-    On S3 the reads are retried too.
+    In remote stores the reads are retried too, and ask for ``buffer_bytes`` at a time.
     """
+    if s3.is_read_only(uri):
+        return io.BufferedReader(read_only.Reader(uri), buffer_bytes)
     remote, path = s3.split(uri)
     if remote:
-        return io.BufferedReader(s3.Reader(uri), _MIB)
+        return io.BufferedReader(s3.Reader(uri), buffer_bytes)
     return s3.call("read", uri, open, path, "rb")
 
 
 def read_bytes(uri: Uri) -> bytes:
     """Return all bytes of a file."""
+    if s3.is_read_only(uri):
+        with open_read(uri) as file:
+            return file.read()
     remote, path = s3.split(uri)
     if remote:  # max_concurrency=1, else s3fs asks for the size first: one more request
         return s3.on_s3("read", uri, "cat_file", max_concurrency=1)
     return s3.call("read", uri, Path(path).read_bytes)
+
+
+def read_range(uri: Uri, start: int, end: int) -> bytes:
+    """Return bytes ``start`` to ``end`` (exclusive, at most the size) of a file."""
+    if s3.is_read_only(uri):
+        return read_only.read_range(uri, start, end)
+    remote, path = s3.split(uri)
+    if remote:
+        return s3.on_s3("read", uri, "cat_file", start=start, end=end) if start < end else b""
+    return s3.call("read", uri, _read_range_local, path, start, end)
+
+
+def _read_range_local(path: str, start: int, end: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(end - start)
+
+
+def download(uri: Uri, target: Path) -> None:
+    """Write a file's bytes to a local one, which may then be half-written after an error."""
+    if s3.is_read_only(uri):
+        with open_read(uri) as source, open(target, "wb") as file:
+            shutil.copyfileobj(source, file, 8 * _MIB)
+    else:
+        s3.on_s3("read", uri, "get_file", str(target), **PARTS)
 
 
 def write_bytes(uri: Uri, data: bytes) -> None:
@@ -323,6 +373,8 @@ def list_files(uri: Uri, recursive: bool = True) -> list[str]:
     A file gives itself. A missing folder gives none, a missing bucket is an error. Links to folders
     are followed; half-written files (``.*.tmp-*``) are left out.
     """
+    if s3.is_read_only(uri):
+        return sorted(read_only.list_files(uri, recursive))
     remote, path = s3.split(uri)
     text = os.fspath(uri)
     if remote:
@@ -340,7 +392,8 @@ def glob(pattern: Uri) -> list[str]:
     gives itself when a file or a folder is there.
     """
     text = os.fspath(pattern)
-    if not re.search(r"[*?[]", text):
+    wildcards = "[*]" if is_address(text) else "[*?[]"  # a query begins with "?"
+    if not re.search(wildcards, text):
         # where nothing is there: no files, or an error for a bucket that does not exist
         return [text] if exists(text) else list_files(text)
     folder = re.split(r"[*?[]", text, maxsplit=1)[0].rpartition("/")[0]

@@ -122,8 +122,9 @@ class Listing:
 
 def absolute(uri: str) -> str:
     """Return the same place for processes that run in another folder."""
-    remote, path = s3.split(uri)
-    return uri.rstrip("/") if remote else os.path.abspath(path)
+    if storage.is_remote(uri):
+        return uri.rstrip("/")
+    return os.path.abspath(s3.split(uri)[1])
 
 
 def listing(uri: str) -> Listing:
@@ -146,14 +147,14 @@ def listing(uri: str) -> Listing:
 
 
 def _folder(uri: str) -> Listing:
-    remote, root = s3.split(uri)
     files = [file for file in storage.list_files(uri) if not _hidden(file[len(uri) :])]
+    on_s3 = storage.is_remote(uri) and not s3.is_read_only(uri)
     known = (
         {f"s3://{path}": info for path, info in s3.on_s3("list", uri, "find", detail=True).items()}
-        if remote
+        if on_s3
         else {}
     )
-    contents = {} if remote else {file.uri: file.content for file in file_identity.identify(files)}
+    contents = {} if on_s3 else {file.uri: file.content for file in file_identity.identify(files)}
 
     def look(file: str) -> tuple[list[Entry], str, list[str]]:
         name = file[len(uri) :].lstrip("/")
@@ -169,7 +170,9 @@ def _folder(uri: str) -> Listing:
             [],
         )
 
-    entries, digest, empty = [], hashlib.sha256(), [] if remote else _empty_folders(root)
+    entries, digest, empty = [], hashlib.sha256(), []
+    if not storage.is_remote(uri):
+        empty = _empty_folders(s3.split(uri)[1])
     for found, mark, bare in threaded_map(look, files):
         entries += found
         empty += bare
@@ -233,12 +236,8 @@ def _archive(uri: str, prefix: str, content: str | None = None) -> Listing:
 
 
 def open_archive(uri: str) -> BinaryIO:
-    """Open an archive; on S3 with a large buffer, since the headers of a tar are far apart."""
-    return (
-        io.BufferedReader(s3.Reader(uri), 16 << 20)
-        if storage.is_remote(uri)
-        else storage.open_read(uri)
-    )
+    """Open an archive, remote ones with a large buffer: the headers of a tar are far apart."""
+    return storage.open_read(uri, 16 << 20)
 
 
 def _inside(name: str, where: str) -> str:
@@ -383,12 +382,8 @@ class Reader:
             return storage.read_bytes(uri)
         if uri.lower().endswith(GZIPPED):
             data = self._from_stream(uri, offset, size)
-        elif storage.is_remote(uri):
-            data = (
-                s3.on_s3("read", uri, "cat_file", start=offset, end=offset + size) if size else b""
-            )
         else:
-            data = s3.call("read", uri, _range, s3.split(uri)[1], offset, size)
+            data = storage.read_range(uri, offset, offset + size)
         if len(data) != size:
             raise BrokenImageError(f"the archive ends after {len(data)} of its {size} bytes")
         return data
@@ -439,9 +434,3 @@ class Reader:
             archive.close()
         self._zips.clear()
         self._close_stream()
-
-
-def _range(path: str, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)

@@ -1,0 +1,146 @@
+"""Stores that are only read: http(s)://, behind one small contract.
+
+`storage` and `file_identity` ask a `Store` for what they read. Writing needs more than such a store
+promises (a lock, files that appear whole), so it is refused with one error, by `s3.split`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import os
+from typing import Any, NamedTuple, Protocol
+
+from pipeline.io import s3
+from pipeline.io.s3 import Uri
+
+_STORES = {
+    "http": "pipeline.io.http_files",
+    "https": "pipeline.io.http_files",
+}
+"""The module of each scheme. Its ``store()`` returns the `Store`; it is imported when needed."""
+
+
+class Place(NamedTuple):
+    """What a store says of a file or folder without sending it.
+
+    Attributes:
+        size: Bytes of the file; 0 for a folder.
+        stamp: While it is the same, the content is taken to be the same (an ETag, say).
+        is_folder: Whether it is a folder.
+        modified_s: Time of change in seconds since 1970; none where the store does not say.
+        only_whole: Whether the store sends this file only as a whole.
+    """
+
+    size: int
+    stamp: str
+    is_folder: bool = False
+    modified_s: float | None = None
+    only_whole: bool = False
+
+
+class Store(Protocol):
+    """What is asked of a store. Errors are OSErrors or those of its client (`s3.is_transient`)."""
+
+    def look(self, uri: str) -> Place:
+        """Return what is at a URI.
+
+        Raises:
+            FileNotFoundError: Nothing is there.
+        """
+        ...
+
+    def read(self, uri: str, start: int, end: int, known: Place) -> bytes:
+        """Return bytes ``start`` to ``end`` (exclusive) of a file.
+
+        Raises:
+            s3.StorageError: The file is no longer the one that ``known`` describes.
+        """
+        ...
+
+    def list_files(self, uri: str, recursive: bool) -> list[str]:
+        """Return the full URIs of the files below a folder; none where there is no folder."""
+        ...
+
+
+def store_of(uri: Uri) -> Store:
+    """Return the store of a URI."""
+    return _store(_STORES[os.fspath(uri).partition("://")[0]], os.getpid())
+
+
+@functools.cache
+def _store(module: str, process: int) -> Store:
+    """Return the store of a module. Each process has its own: sockets do not survive a fork."""
+    return importlib.import_module(module).store()
+
+
+def look(uri: Uri) -> Place:
+    """Return what is at a URI.
+
+    Raises:
+        s3.NotFoundError: Nothing is there. s3.StorageError: It cannot be known.
+    """
+    return s3.call("look at", uri, store_of(uri).look, os.fspath(uri))
+
+
+def read_range(uri: Uri, start: int, end: int, known: Place | None = None) -> bytes:
+    """Return bytes ``start`` to ``end`` (exclusive, at most the size) of a file.
+
+    Args:
+        known: The file as it must still be; none: as it is now.
+    """
+    known = known or look(uri)
+    end = min(end, known.size)
+    if start >= end:
+        return b""
+    data = s3.call("read", uri, store_of(uri).read, os.fspath(uri), start, end, known)
+    if len(data) != end - start:
+        raise s3.StorageError(
+            f"cannot read {os.fspath(uri)}: {len(data)} of {end - start} bytes came; run again"
+        )
+    return data
+
+
+def list_files(uri: Uri, recursive: bool) -> list[str]:
+    """Return the full URIs of the files below a folder."""
+    return s3.call("list", uri, store_of(uri).list_files, os.fspath(uri), recursive)
+
+
+class Reader(io.RawIOBase):
+    """Seekable reads of one file, each range retried, all of the file that was first opened."""
+
+    def __init__(self, uri: Uri):
+        self.uri, self._position = os.fspath(uri), 0
+        self._whole: bytes | None = None
+        self.place = look(uri)
+        if self.place.is_folder:
+            raise s3.StorageError(f"{self.uri} is a folder; name a file in it")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        position = offset + (0, self._position, self.place.size)[whence]
+        if position < 0:
+            raise ValueError(f"{self.uri}: cannot seek to {position}")
+        self._position = position
+        return position
+
+    def readall(self) -> bytes:  # the inherited one asks for 8 KiB at a time
+        return self.read(max(0, self.place.size - self._position)) or b""
+
+    def readinto(self, buffer: Any) -> int:
+        start = self._position
+        if self.place.only_whole and self._whole is None:
+            self._whole = read_range(self.uri, 0, self.place.size, self.place)
+        if self._whole is not None:
+            data = self._whole[start : start + len(buffer)]
+        else:
+            data = read_range(self.uri, start, start + len(buffer), self.place)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)

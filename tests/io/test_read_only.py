@@ -1,0 +1,206 @@
+"""Files that are only read: on web servers, with ranges and without."""
+
+import io
+import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faults import run_python
+from web_server import web_server
+
+from pipeline.data import manifests
+from pipeline.io import atomic_folder, checksums, file_identity, http_files, run_lock, storage
+from pipeline.io.storage import NotFoundError, StorageError
+
+DATA = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def web(fast):
+    with web_server() as served:
+        yield served
+
+
+@pytest.fixture(params=[True, False], ids=["ranges", "whole"])
+def either(request, web):
+    """A server that answers ranges, and one that sends files only as a whole."""
+    web.ranges = request.param
+    return web
+
+
+def test_files_are_read_as_local_ones_are(either):
+    uri = either.put("a.bin", DATA)
+    assert (storage.exists(uri), storage.is_dir(uri), storage.size(uri)) == (True, False, len(DATA))
+    assert storage.read_bytes(uri) == DATA and storage.read_range(uri, 10, 20) == DATA[10:20]
+    assert storage.read_range(uri, len(DATA) - 3, len(DATA) + 5) == DATA[-3:]
+    assert storage.glob(f"{uri}?download=1") == [f"{uri}?download=1"]
+    with storage.open_read(uri) as file:
+        file.seek(-5, io.SEEK_END)
+        assert file.read() == DATA[-5:] and file.seek(256) == 256 and file.read(2) == b"\0\1"
+    assert storage.read_bytes(either.put("empty", b"")) == b""
+
+
+def test_large_files_come_in_ranges(web):
+    uri = web.put("a.bin", DATA * 1000)
+    with storage.open_read(uri) as file:
+        file.seek(5_000_000)
+        assert file.read(256) == DATA[5_000_000 % 256 :][:256]
+    assert len(web.requests) == 2 and web.requests[-1].endswith("bytes=5000000-6048575")
+
+
+def test_errors_that_pass_are_retried_and_others_say_what_to_do(web):
+    uri = web.put("a.bin", DATA)
+    web.failures = [503, 429, 500]
+    assert storage.read_bytes(uri) == DATA
+    web.failures = [503] * 99
+    with pytest.raises(StorageError, match=r"the server answers 503.*tried 5 times"):
+        storage.exists(uri)
+    web.failures = []
+    assert not storage.exists(f"{web.address}/absent")
+    with pytest.raises(NotFoundError, match=r"the server answers 404.*check the address"):
+        storage.read_bytes(f"{web.address}/absent")
+    web.failures, before = [403], len(web.requests)
+    with pytest.raises(StorageError, match=r"answers 403.*credentials"):
+        storage.read_bytes(uri)
+    assert len(web.requests) == before + 1
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda uri: storage.write_bytes(uri, b"x"),
+        lambda uri: storage.create(uri, b"x"),
+        lambda uri: storage.check_writable(uri),
+        lambda uri: storage.remove_tree(uri),
+        lambda uri: storage.keeps_conditions(uri),
+        lambda uri: atomic_folder.commit_folder(uri, {"a": b"x"}, {}),
+        lambda uri: run_lock.hold(uri).__enter__(),
+    ],
+    ids=["write", "create", "check", "remove", "conditions", "commit", "lock"],
+)
+def test_nothing_is_written(web, write):
+    with pytest.raises(StorageError, match=r"http:// is only read.*use a folder or s3://"):
+        write(f"{web.address}/folder")
+    assert web.requests == []
+
+
+def test_servers_list_no_files(web):
+    with pytest.raises(StorageError, match="do not list files, so name each file"):
+        storage.glob(f"{web.address}/*.parquet")
+    with pytest.raises(StorageError, match=r"http:// is only read|a slash is lost"):
+        storage.read_bytes("http:/host/a")
+
+
+def test_files_are_identified_by_their_bytes_wherever_they_are(either, tmp_path, monkeypatch):
+    monkeypatch.setattr(file_identity, "PIECE_BYTES", 4000)
+    (tmp_path / "a.bin").write_bytes(DATA)
+    (tmp_path / "b.bin").write_bytes(DATA[:100])
+    for name, data in (("a.bin", DATA), ("b.bin", DATA[:100])):
+        found = file_identity.fingerprint(either.put(name, data))
+        assert found == file_identity.fingerprint(tmp_path / name)
+    assert file_identity.identify([f"{either.address}/no"], absent_ok=True)[0].content == "absent"
+
+
+def test_what_was_read_is_remembered_while_the_etag_is_the_same(web, monkeypatch, tmp_path):
+    monkeypatch.setenv("ONETOMANY_CACHE", str(tmp_path))
+    uri = web.put("a.bin", DATA)
+    first = file_identity.identify([uri])[0]
+    web.requests.clear()
+    assert file_identity.identify([uri])[0] == first and len(web.requests) == 1
+    web.put("a.bin", DATA[::-1])
+    assert file_identity.identify([uri])[0].content != first.content
+    with pytest.raises(file_identity.ChangedFileError, match="changed while it was in use"):
+        file_identity.check_unchanged([first])
+    with pytest.raises(file_identity.ChangedFileError):
+        file_identity.open_unchanged(first)
+
+
+def test_two_files_with_one_etag_are_two_files(web):
+    """The ETag of many servers is made of size and time alone."""
+    one, two = (
+        file_identity.identify([web.put(name, DATA)], "stat")[0] for name in ("a.bin", "b.bin")
+    )
+    assert one.stamp == two.stamp and one.content != two.content
+
+
+def test_a_file_that_is_replaced_while_it_is_open_is_not_read_on(either):
+    uri = either.put("a.bin", DATA * 1000)
+    with storage.open_read(uri) as file:
+        either.put("a.bin", DATA[::-1] * 1000)
+        with pytest.raises(StorageError, match="changed while it was read"):
+            file.read(100)
+
+
+def test_servers_that_do_not_tell_of_a_change(web):
+    web.validators = False
+    uri = web.put("a.bin", DATA)
+    with pytest.raises(StorageError, match="neither ETag nor Last-Modified"):
+        storage.read_bytes(uri)
+    web.ranges = False  # the content itself tells it
+    assert storage.read_bytes(uri) == DATA
+
+
+def test_a_file_that_comes_only_as_a_whole_has_a_limit(web, monkeypatch):
+    monkeypatch.setattr(http_files, "WHOLE_BYTES", 1000)
+    web.ranges = False
+    uri = web.put("a.bin", DATA)
+    with pytest.raises(StorageError, match=r"only as a whole.*download it"):
+        storage.read_bytes(uri)
+
+
+def test_a_python_server_is_read():
+    """Python's own server sends no ranges and no ETag, only times of change."""
+    source = """
+import functools, http.server, pathlib, sys, tempfile, threading
+from pipeline.io import file_identity, storage
+folder = tempfile.mkdtemp()
+pathlib.Path(folder, "a.txt").write_bytes(b"hello")
+handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+uri = f"http://127.0.0.1:{server.server_port}/a.txt"
+print(storage.read_bytes(uri), file_identity.fingerprint(uri)[:9])
+"""
+    found = run_python(source)
+    assert found.stdout.strip() == "b'hello' 5-sha256:", found.stderr
+
+
+def test_rows_are_read_by_other_processes(web, tmp_path):
+    table = pa.table({"x": np.arange(1000), "text": [f"row {i}" for i in range(1000)]})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=100)
+    uri = web.put("rows.parquet", buffer.getvalue())
+    manifest = manifests.build([uri], "auto", str(tmp_path))
+    assert manifest.rows == 1000
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        found = pool.submit(_rows, manifest).result()
+    assert found == ["row 0", "row 999"]
+
+
+def _rows(manifest):
+    reader = manifests.Reader(manifest, ["text"])
+    return reader.take(np.array([0, 999])).column("text").to_pylist()
+
+
+def test_csv_with_a_query_in_its_address(web, tmp_path):
+    uri = web.put("reviews.csv", b"text,stars\ngood,5\nbad,1\n") + "?download=1"
+    assert manifests.build([uri], "auto", str(tmp_path)).rows == 2
+
+
+def test_committed_folders_are_fetched_and_checked(web, tmp_path):
+    local = tmp_path / "bundle"
+    manifest = atomic_folder.commit_folder(local, {"weights": DATA, "sub/b": b"x"}, {"n": 1})
+    for file in storage.list_files(local):
+        web.put(f"bundle/{file[len(str(local)) + 1 :]}", storage.read_bytes(file))
+    uri = f"{web.address}/bundle"
+    checksums.check_folder(uri, atomic_folder.open_folder(uri))
+    copy = atomic_folder.fetch_folder(uri, tmp_path / "copy")
+    assert storage.read_bytes(copy / "weights") == DATA
+    assert json.loads((copy / "manifest.json").read_bytes()) == manifest
+    web.put("bundle/weights", DATA[::-1])
+    with pytest.raises(storage.DamagedError, match="weights is damaged"):
+        checksums.check_folder(uri, atomic_folder.open_folder(uri))
