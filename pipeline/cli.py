@@ -644,7 +644,8 @@ def prepare(
         ),
     ] = None,
     source: Annotated[
-        str | None, typer.Argument(help="The publisher's folder, archive or file, local or s3://.")
+        str | None,
+        typer.Argument(help="The publisher's folder, archive or file, local, s3:// or https://."),
     ] = None,
     output: Annotated[
         str | None,

@@ -274,8 +274,10 @@ def split(uri: Uri, below_root: bool = False) -> tuple[bool, str]:
     if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
         remote, path = False, os.path.expanduser(text)
     elif scheme not in ("s3", "file", *READ_ONLY):
-        known = ", ".join(f"{name}://" for name in sorted(("s3", "file", *READ_ONLY)))
-        raise StorageError(f"{text}: {scheme}:// is not supported; use a folder or one of {known}")
+        raise StorageError(
+            f"{text}: {scheme}:// is not supported; use a folder, file:// or s3://, or for what is "
+            f"only read {' or '.join(f'{name}://' for name in READ_ONLY)}"
+        )
     elif not rest.startswith("/"):
         raise StorageError(f"{text}: a slash is lost, as pathlib does; write {scheme}://{rest}")
     elif scheme in READ_ONLY:

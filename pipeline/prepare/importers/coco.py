@@ -5,7 +5,6 @@ lengths.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
@@ -18,6 +17,7 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.io import storage
+from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import SPLITS, Index, first_existing, place, preview, table
 from pipeline.prepare.readers import archives
@@ -32,14 +32,9 @@ NEEDED = {
 }
 FARTHEST = 1 << 20
 """Farthest point of a polygon from the origin, in pixels: an edge takes memory by its length."""
-ROUNDING = 0.01
-"""Pixels by which publishers' rounding puts boxes outside: they are clipped, but not counted."""
 COLUMNS = {
     "image_id": pa.int64(),
-    "boxes": pa.list_(pa.list_(pa.float32())),
-    "labels": pa.list_(pa.int64()),
-    "label_names": pa.list_(pa.string()),
-    "crowd": pa.list_(pa.bool_()),
+    **boxes.COLUMNS,
     "_width": pa.int64(),
     "_height": pa.int64(),
     "_masks": pa.string(),
@@ -225,7 +220,7 @@ class Coco(ImageImporter):
                 f"are for {width} x {height}"
             )
         sx, sy = picture.size[0] / width, picture.size[1] / height
-        out = {**row, "boxes": [[x * sx, y * sy, w * sx, h * sy] for x, y, w, h in row["boxes"]]}
+        out = {**row, "boxes": boxes.scaled(row["boxes"], sx, sy)}
         if row["_masks"] is not None:
             try:
                 objects, shift = json.loads(row["_masks"])
@@ -388,24 +383,7 @@ def _kept(
                 f"{uri}: annotation {annotation.get('id')} of image {image['id']}: bbox "
                 f"{box!r} is not [x, y, width, height]"
             )
-        if not all(map(math.isfinite, box)):
-            counts["boxes that are not finite, dropped"] += 1
-            continue
-        x, y, w, h = map(float, box)
-        if w <= 0 or h <= 0:
-            counts["boxes without area, dropped"] += 1
-            continue
-        x0, y0, x1, y1 = (
-            max(0.0, x),
-            max(0.0, y),
-            min(float(image["width"]), x + w),
-            min(float(image["height"]), y + h),
-        )
-        if x1 <= x0 or y1 <= y0:
-            counts["boxes outside the image, dropped"] += 1
-            continue
-        counts["boxes partly outside the image, cut"] += (
-            max(x0 - x, y0 - y, x + w - x1, y + h - y1) > ROUNDING
-        )
-        out.append((annotation, [x0, y0, x1 - x0, y1 - y0]))
+        kept = boxes.clipped(box, image["width"], image["height"], counts)
+        if kept is not None:
+            out.append((annotation, kept))
     return out

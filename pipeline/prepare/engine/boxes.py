@@ -1,0 +1,53 @@
+"""Boxes of objects in images, as every importer of them writes them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+
+COLUMNS = {
+    "boxes": pa.list_(pa.list_(pa.float32())),
+    "labels": pa.list_(pa.int64()),
+    "label_names": pa.list_(pa.string()),
+    "crowd": pa.list_(pa.bool_()),
+}
+"""Of each row: boxes [x, y, width, height] in pixels of the written image, and for each box the
+number and the name of its class, and whether it stands for a crowd.
+"""
+ROUNDING = 0.01
+"""Pixels by which publishers' rounding puts boxes outside: they are clipped, but not counted."""
+
+
+def clipped(
+    box: list[float], width: float, height: float, counts: Counter[str], rounding: float = ROUNDING
+) -> list[float] | None:
+    """Return a box [x, y, width, height] clipped to its image; none for an unusable one.
+
+    Args:
+        width, height: of the image, in the unit of the box.
+        counts: what is dropped and cut is counted here.
+        rounding: boxes that are outside by so much are not counted.
+    """
+    if not all(map(math.isfinite, box)):
+        counts["boxes that are not finite, dropped"] += 1
+        return None
+    x, y, w, h = map(float, box)
+    if w <= 0 or h <= 0:
+        counts["boxes without area, dropped"] += 1
+        return None
+    x0, y0, x1, y1 = max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)
+    if x1 <= x0 or y1 <= y0:
+        counts["boxes outside the image, dropped"] += 1
+        return None
+    counts["boxes partly outside the image, cut"] += (
+        max(x0 - x, y0 - y, x + w - x1, y + h - y1) > rounding
+    )
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
+def scaled(boxes: list[Any], x: float, y: float) -> list[list[float]]:
+    """Return boxes with horizontal numbers times ``x`` and vertical ones times ``y``."""
+    return [[left * x, top * y, w * x, h * y] for left, top, w, h in boxes]

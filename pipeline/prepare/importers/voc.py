@@ -1,0 +1,186 @@
+"""Pascal VOC (Everingham et al. 2010): boxes in an XML file for each image."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import Counter, defaultdict
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.data.loader import threaded_map
+from pipeline.prepare.engine import boxes
+from pipeline.prepare.engine.images import ImageImporter
+from pipeline.prepare.engine.importing import SPLITS, Index, place, preview, table
+from pipeline.prepare.readers import archives
+from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
+
+COLUMNS = {
+    **boxes.COLUMNS,
+    "difficult": pa.list_(pa.bool_()),
+    "_width": pa.int64(),
+    "_height": pa.int64(),
+}
+
+
+class VocOptions(Options):
+    origin: Literal[0, 1] = Field(
+        1,
+        description="1: the first pixel is 1 and the last one belongs to the box, as in Pascal VOC "
+        "itself; 0: numbers are edges, from 0 on",
+    )
+    missing: Literal["refuse", "skip"] = Field(
+        "refuse", description="skip: leave out and count annotations without an image"
+    )
+
+
+@register("importer", "voc", options=VocOptions)
+class Voc(ImageImporter):
+    """Annotations/NAME.xml with JPEGImages/NAME.jpg (or images beside or elsewhere, found by name)
+    in a folder or archive, several years too. ImageSets/Main/train.txt, val.txt and test.txt tell
+    the splits; where there is none, folders called train, valid, test or the like do, else all rows
+    are in train.
+
+    Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
+    (numbers of the classes in the order of their names), `label_names`, `crowd` (false) and
+    `difficult`, one each a box. Images without boxes are kept. Boxes are dropped and clipped as by
+    `coco`.
+    """
+
+    label = "label_names"
+
+    def index(self, source: str) -> Index:
+        found = archives.listing(source)
+        files = [entry for entry in found.entries if entry.name.lower().endswith(".xml")]
+        images: dict[tuple[str, str], archives.Entry] = {}
+        stems: dict[str, list[archives.Entry]] = defaultdict(list)
+        for entry in found.images:
+            path = PurePosixPath(entry.name)
+            images[str(path.parent.parent), path.stem] = entry
+            stems[path.stem].append(entry)
+        reader = archives.Reader()
+        try:
+            listed = _splits(found, reader)
+            texts = list(threaded_map(reader.entry, files))
+        finally:
+            reader.close()
+        read = [
+            _objects(data, f"{source}: {entry.name}", self.options.origin)
+            for entry, data in zip(files, texts, strict=True)
+        ]
+        names = sorted({one["name"] for _, objects in read for one in objects})
+        rows, counts, lost = [], Counter[str](), []
+        for entry, ((width, height), objects) in zip(files, read, strict=True):
+            path = PurePosixPath(entry.name)
+            alone = stems[path.stem][0] if len(stems[path.stem]) == 1 else None
+            image = images.get((str(path.parent.parent), path.stem), alone)
+            if image is None:
+                lost.append(entry.name)
+                continue
+            kept = [
+                (box, one)
+                for one in objects
+                if (box := boxes.clipped(one["box"], width, height, counts)) is not None
+            ]
+            counts["images without a box"] += not kept
+            rows.append(
+                place(
+                    image,
+                    listed.get((str(path.parent.parent), path.stem)) or _split_of(entry.name),
+                    boxes=[box for box, _ in kept],
+                    labels=[names.index(one["name"]) for _, one in kept],
+                    label_names=[one["name"] for _, one in kept],
+                    crowd=[False for _ in kept],
+                    difficult=[one["difficult"] for _, one in kept],
+                    _width=width,
+                    _height=height,
+                )
+            )
+        if lost and self.options.missing == "refuse":
+            raise ValueError(
+                f"{source}: annotations without an image of their name (or with several): "
+                f"{preview(lost)}; add the images, or leave them out with --set missing=skip"
+            )
+        if lost:
+            counts["annotations without an image, left out"] = len(lost)
+        return Index(
+            table(rows, COLUMNS, source),
+            found.mark,
+            notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
+            info={
+                "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+                "box_format": "xywh in pixels",
+            },
+        )
+
+    def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+        width, height = row["_width"], row["_height"]
+        if picture.seen != (width, height):
+            raise BrokenImageError(
+                f"the image is {picture.seen[0]} x {picture.seen[1]} pixels, its annotations "
+                f"are for {width} x {height}"
+            )
+        across, down = picture.size[0] / width, picture.size[1] / height
+        return {**row, "boxes": boxes.scaled(row["boxes"], across, down)}
+
+
+def _objects(data: bytes, where: str, origin: int) -> tuple[tuple[int, int], list[dict[str, Any]]]:
+    """Return ((width, height) of the image, its objects: name, box and difficult)."""
+    if b"<!DOCTYPE" in data or b"<!ENTITY" in data:  # entities may expand without end
+        raise ValueError(f"{where}: an annotation with a document type; remove that line")
+    try:
+        root = ElementTree.fromstring(data)
+        size = (_whole(root, "size/width"), _whole(root, "size/height"))
+        objects = []
+        for one in root.iterfind("object"):
+            left, top, right, bottom = (
+                float(one.findtext(f"bndbox/{edge}") or "")
+                for edge in ("xmin", "ymin", "xmax", "ymax")
+            )
+            box = [left - origin, top - origin, right - left + origin, bottom - top + origin]
+            name = (one.findtext("name") or "").strip()
+            if not name:
+                raise ValueError("an object without a name")
+            objects.append(
+                {"name": name, "box": box, "difficult": (one.findtext("difficult") or "0") == "1"}
+            )
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(
+            f"{where}: no Pascal VOC annotation (size, and name and bndbox of each object): "
+            f"{error}; correct or remove it"
+        ) from None
+    return size, objects
+
+
+def _whole(root: ElementTree.Element, path: str) -> int:
+    number = int(root.findtext(path) or "0")
+    if number <= 0:
+        raise ValueError(f"{path} is {number}")
+    return number
+
+
+def _splits(found: archives.Listing, reader: archives.Reader) -> dict[tuple[str, str], str]:
+    """Return the split of each (folder of a year, name) that ImageSets/Main lists.
+
+    Of trainval.txt only what no other list has is taken, as train.
+    """
+    lists = {}
+    for entry in found.entries:
+        listed = re.fullmatch(r"(?:(.*)/)?ImageSets/Main/(\w+)\.txt", entry.name)
+        if listed is not None and (listed[2] == "trainval" or listed[2].lower() in SPLITS):
+            lists[listed[1] or ".", listed[2]] = reader.entry(entry).decode()
+    out: dict[tuple[str, str], str] = {}
+    for (folder, name), text in sorted(lists.items(), key=lambda one: one[0][1] == "trainval"):
+        for line in filter(None, map(str.strip, text.splitlines())):
+            out.setdefault((folder, line.split()[0]), SPLITS.get(name.lower(), "train"))
+    return out
+
+
+def _split_of(name: str) -> str:
+    """Return the split that a folder of a file's path names, else train."""
+    folders = PurePosixPath(name).parent.parts
+    return next((SPLITS[one.lower()] for one in folders if one.lower() in SPLITS), "train")

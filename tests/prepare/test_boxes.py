@@ -1,0 +1,188 @@
+"""Pascal VOC and YOLO: the boxes that COCO's file gives, written in their layouts."""
+
+import json
+
+import numpy as np
+import pytest
+from prepare.conftest import encoded, read, tar, write
+
+from pipeline.prepare.engine import importing
+from pipeline.prepare.engine.write import Preparation, Settings
+
+CLASSES = ("bird", "boat", "cat")
+SIZE = (40, 30)
+OBJECTS = {
+    "train": {"a": [(0, 4.0, 6.0, 10.0, 12.0), (2, 0.0, 0.0, 40.0, 30.0)], "b": []},
+    "val": {"c": [(1, 30.0, 20.0, 10.0, 10.0)]},
+}
+"""(class, x, y, width, height) in pixels by split and image."""
+
+
+def prepare(name, source, output, *pairs, **settings):
+    Preparation(
+        name,
+        str(source),
+        str(output),
+        importing.options_of(name, list(pairs)),
+        Settings(**settings),
+    ).run()
+    return {row["path"].rpartition("/")[2]: row for row in read(output)}
+
+
+def pictures():
+    for number, (split, name) in enumerate(
+        (split, name) for split, images in OBJECTS.items() for name in images
+    ):
+        yield split, name, encoded(number, SIZE)
+
+
+def coco(root):
+    for split, name, data in pictures():
+        write(root / split / f"{name}.jpg", data)
+    for split, images in OBJECTS.items():
+        listed = [
+            {"id": i, "file_name": f"{name}.jpg", "width": SIZE[0], "height": SIZE[1]}
+            for i, name in enumerate(images)
+        ]
+        boxes = [
+            {"id": 10 * i + j, "image_id": i, "category_id": label, "bbox": box}
+            for i, objects in enumerate(images.values())
+            for j, (label, *box) in enumerate(objects)
+        ]
+        categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES)]
+        found = {"images": listed, "annotations": boxes, "categories": categories}
+        write(root / f"annotations/instances_{split}.json", json.dumps(found))
+    return root
+
+
+def annotation(name, objects, origin=1):
+    listed = "".join(
+        f"<object><name>{CLASSES[label]}</name><difficult>{int(label == 2)}</difficult><bndbox>"
+        f"<xmin>{x + origin:g}</xmin><ymin>{y + origin:g}</ymin><xmax>{x + w:g}</xmax>"
+        f"<ymax>{y + h:g}</ymax></bndbox></object>"
+        for label, x, y, w, h in objects
+    )
+    size = f"<size><width>{SIZE[0]}</width><height>{SIZE[1]}</height><depth>3</depth></size>"
+    return f"<annotation><filename>{name}.jpg</filename>{size}{listed}</annotation>"
+
+
+def voc(root, origin=1):
+    for split, name, data in pictures():
+        write(root / f"JPEGImages/{name}.jpg", data)
+        write(root / f"Annotations/{name}.xml", annotation(name, OBJECTS[split][name], origin))
+    for split, images in OBJECTS.items():
+        write(root / f"ImageSets/Main/{split}.txt", "".join(f"{name}\n" for name in images))
+        write(root / f"ImageSets/Main/cat_{split}.txt", "".join(f"{name} -1\n" for name in images))
+    write(root / "ImageSets/Main/trainval.txt", "a\nb\nc\n")
+    return root
+
+
+def lines(objects):
+    width, height = SIZE
+    return "".join(
+        f"{label} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n"
+        for label, x, y, w, h in objects
+    )
+
+
+def yolo(root, image="images/{split}/{name}.jpg", text="labels/{split}/{name}.txt"):
+    for split, name, data in pictures():
+        write(root / image.format(split=split, name=name), data)
+        if objects := OBJECTS[split][name]:
+            write(root / text.format(split=split, name=name), lines(objects))
+    write(root / "data.yaml", f"path: elsewhere\ntrain: images/train\nnames: {list(CLASSES)}\n")
+    return root
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, row in wanted.items():
+        for column in ("labels", "label_names", "crowd", "split", "image", "width", "sha256"):
+            assert found[name][column] == row[column], (name, column)
+        assert np.allclose(found[name]["boxes"] or 0, row["boxes"] or 0, atol=1e-4), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"resize": 16}], ids=["as they are", "resized"])
+def test_the_rows_are_those_of_coco(tmp_path, settings):
+    wanted = prepare("coco", coco(tmp_path / "coco"), tmp_path / "c", **settings)
+    found = prepare("voc", voc(tmp_path / "voc"), tmp_path / "v", **settings)
+    same(found, wanted)
+    assert found["a.jpg"]["difficult"] == [False, True]
+    same(prepare("yolo", yolo(tmp_path / "yolo"), tmp_path / "y", **settings), wanted)
+    assert {name: row["split"] for name, row in wanted.items()} == {
+        "a.jpg": "train",
+        "b.jpg": "train",
+        "c.jpg": "validation",
+    }
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        ("{split}/images/{name}.jpg", "{split}/labels/{name}.txt"),
+        ("{split}/{name}.jpg", "{split}/{name}.txt"),
+        ("images/{split}/images/{name}.jpg", "images/{split}/labels/{name}.txt"),
+    ],
+    ids=["Roboflow", "beside", "folders of one name"],
+)
+def test_yolo_layouts(tmp_path, image, text):
+    wanted = prepare("coco", coco(tmp_path / "coco"), tmp_path / "c")
+    same(prepare("yolo", yolo(tmp_path / "yolo", image, text), tmp_path / "y"), wanted)
+
+
+def test_archives_years_and_edges_from_zero(tmp_path):
+    wanted = prepare("coco", coco(tmp_path / "coco"), tmp_path / "c")
+    root = voc(tmp_path / "VOC2007", origin=0)
+    members = {
+        f"VOCdevkit/{path.relative_to(tmp_path)}": path.read_bytes()
+        for path in sorted(root.rglob("*.*"))
+    }
+    packed = write(tmp_path / "voc.tar", tar(members))
+    same(prepare("voc", packed, tmp_path / "v", "origin=0"), wanted)
+
+
+def test_polygons_names_by_line_and_boxes_outside(tmp_path):
+    root = tmp_path / "yolo"
+    write(root / "train/a.jpg", encoded(1, SIZE))
+    write(root / "train/a.txt", "1 0.25 0.5 0.5 0.5 0.5 1\n0 1.0 0.5 0.5 0.5\n\n0 2 2 0.1 0.1\n")
+    write(root / "train/classes.txt", "bird\nboat\n")
+    row = prepare("yolo", root, tmp_path / "y")["a.jpg"]
+    assert row["label_names"] == ["boat", "bird"]
+    assert np.allclose(row["boxes"], [[10, 15, 10, 15], [30, 7.5, 10, 15]])
+    notes = json.loads((tmp_path / "y/_summary.json").read_text())["notes"]
+    assert notes["boxes outside the image, dropped"] == 1
+    assert notes["boxes partly outside the image, cut"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("3 0.5 0.5 0.1 0.1", r"a\.txt:1: '3 0\.5.*of a class from 0 to 2"),
+        ("0.5 0.5 0.5 0.1 0.1", "neither CLASS X Y"),
+        ("0 0.5 0.5 0.1", "neither CLASS X Y"),
+        ("bird 0.5 0.5 0.1 0.1", "neither CLASS X Y"),
+    ],
+)
+def test_lines_that_are_none_of_yolo(tmp_path, line, said):
+    root = yolo(tmp_path / "yolo")
+    write(root / "labels/train/a.txt", line)
+    with pytest.raises(ValueError, match=said):
+        prepare("yolo", root, tmp_path / "y")
+
+
+def test_what_is_missing_is_named(tmp_path):
+    root = yolo(tmp_path / "yolo")
+    (root / "data.yaml").unlink()
+    with pytest.raises(ValueError, match=r"which file names the classes.*--set names=FILE"):
+        prepare("yolo", root, tmp_path / "y")
+    root = voc(tmp_path / "voc")
+    (root / "JPEGImages/b.jpg").unlink()
+    with pytest.raises(ValueError, match=r"without an image.*Annotations/b\.xml.*missing=skip"):
+        prepare("voc", root, tmp_path / "v")
+    assert prepare("voc", root, tmp_path / "v", "missing=skip").keys() == {"a.jpg", "c.jpg"}
+    write(root / "Annotations/a.xml", "<annotation><size><width>4</width></size></annotation>")
+    with pytest.raises(ValueError, match=r"a\.xml: no Pascal VOC annotation.*size/height"):
+        prepare("voc", root, tmp_path / "w")
+    write(root / "Annotations/a.xml", '<!DOCTYPE a [<!ENTITY b "c">]><annotation/>')
+    with pytest.raises(ValueError, match="document type"):
+        prepare("voc", root, tmp_path / "w")
