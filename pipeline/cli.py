@@ -645,7 +645,9 @@ def prepare(
     ] = None,
     source: Annotated[
         str | None,
-        typer.Argument(help="The publisher's folder, archive or file, local, s3:// or https://."),
+        typer.Argument(
+            help="The publisher's folder, archive or file, local, s3://, https:// or hf://."
+        ),
     ] = None,
     output: Annotated[
         str | None,

@@ -14,10 +14,14 @@ class WebServer:
     def __init__(self, address: str):
         self.address = address
         self.files: dict[str, bytes] = {}
+        self.answers: dict[str, bytes] = {}
+        """What is sent for a path with its query, whatever range is asked for."""
         self.ranges, self.validators = True, True
         self.failures: list[int] = []
         """Statuses that the next requests get."""
         self.requests: list[str] = []
+        self.tokens: set[str] = set()
+        """Headers `Authorization` of requests for files."""
 
     def put(self, path: str, data: bytes) -> str:
         """Serve a file and return its address."""
@@ -37,8 +41,11 @@ def web_server() -> Iterator[WebServer]:
             served.requests.append(f"{self.path} {self.headers.get('Range', '')}")
             if served.failures:
                 return self._answer(served.failures.pop(0), b"")
+            if self.path in served.answers:
+                return self._answer(200, served.answers[self.path])
             if path not in served.files:
                 return self._answer(404, b"no such file")
+            served.tokens.add(self.headers.get("Authorization", ""))
             data = served.files[path]
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if not served.ranges or asked is None:

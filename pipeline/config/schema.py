@@ -168,7 +168,7 @@ class Data(Spec):
 
     uri: Uris | None = Field(
         None,
-        description="file, folder, glob or list of them, local, s3:// or https://; split by "
+        description="file, folder, glob or list of them, local, s3://, https:// or hf://; split by "
         "split_column or by the fractions",
     )
     train: Uris | None = Field(

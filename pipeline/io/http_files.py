@@ -27,10 +27,10 @@ _MAY_PASS = {408, 425, 429}
 
 def store() -> Store:
     """Return the store of this process."""
-    return _WebServers()
+    return WebServers()
 
 
-class _WebServers:
+class WebServers:
     """A `Store` of files on web servers. They have no folders."""
 
     def __init__(self):
@@ -44,7 +44,7 @@ class _WebServers:
         )
 
     def look(self, uri: str) -> Place:
-        return self._ask(uri, 0, 1)[0]
+        return self._ask(uri, 0, 1, is_look=True)[0]
 
     def read(self, uri: str, start: int, end: int, known: Place) -> bytes:
         place, data = self._ask(uri, start, end)
@@ -57,7 +57,7 @@ class _WebServers:
             f"{uri}: web servers do not list files, so name each file (uri takes a list)"
         )
 
-    def _ask(self, uri: str, start: int, end: int) -> tuple[Place, bytes]:
+    def _ask(self, uri: str, start: int, end: int, is_look: bool = False) -> tuple[Place, bytes]:
         """Ask for a range; return what the answer says of the file, and the bytes.
 
         The answer of a server that sends files only as a whole is read where its content is asked
@@ -65,33 +65,42 @@ class _WebServers:
         """
         from fsspec.asyn import sync
 
-        return sync(self._client.loop, self._get, uri, start, end)
+        return sync(self._client.loop, self._get, uri, start, end, is_look)
 
-    async def _get(self, uri: str, start: int, end: int) -> tuple[Place, bytes]:
+    async def _get(self, uri: str, start: int, end: int, is_look: bool) -> tuple[Place, bytes]:
         import yarl
 
         session = await self._client.set_session()
-        headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        plain, headers = self._request(uri)
+        headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         # an address with %-signs is sent as it is written: its signature may cover them
-        address = yarl.URL(uri, encoded="%" in uri)
+        address = yarl.URL(plain, encoded="%" in plain)
         async with session.get(address, headers=headers) as answer:
             said = answer.headers.get("Content-Range", "")
             total = re.fullmatch(r"bytes (?:\*|(\d+)-\d+)/(\d+)", said)
             if answer.status == 416 and total and total[1] is None:  # an empty file has no range
                 return self._place(uri, int(total[2]), answer.headers), b""
-            self._refuse(uri, answer)
+            check_status(answer.status, answer.reason)
+            if answer.headers.get("Content-Encoding", "identity") not in ("", "identity"):
+                raise StorageError(
+                    f"{uri}: the server compresses what it sends; download it and name the local "
+                    "file"
+                )
             if answer.status == 206:
                 if total is None or total[1] is None or int(total[1]) != start:
                     raise StorageError(f"{uri}: the server sends another range than was asked for")
                 place = self._place(uri, int(total[2]), answer.headers)
                 return place, await answer.read()
             size = answer.headers.get("Content-Length")
-            is_look = (start, end) == (0, 1)
             if size is not None and is_look and _validator(answer.headers):
                 return self._place(uri, int(size), answer.headers)._replace(only_whole=True), b""
             data = await self._read_whole(uri, answer)
             stamp = _validator(answer.headers) or f"sha256:{hashlib.sha256(data).hexdigest()}"
             return Place(len(data), stamp, only_whole=True), data[start:end]
+
+    def _request(self, uri: str) -> tuple[str, dict[str, str]]:
+        """Return the address of a file, and headers of the requests for it."""
+        return uri, {}
 
     async def _read_whole(self, uri: str, answer: Any) -> bytes:
         """Return the content of a file that a server sends only as a whole."""
@@ -106,23 +115,6 @@ class _WebServers:
         return bytes(data)
 
     @staticmethod
-    def _refuse(uri: str, answer: Any) -> None:
-        """Raise an OSError for an answer that is no file."""
-        status, reason = answer.status, f"the server answers {answer.status} {answer.reason}"
-        if status in (404, 410):
-            raise FileNotFoundError(errno.ENOENT, reason)
-        if status in (401, 403):
-            raise PermissionError(errno.EACCES, reason)
-        if status >= 500 or status in _MAY_PASS:
-            raise ConnectionError(reason)
-        if status not in (200, 206):
-            raise OSError(errno.EINVAL, reason)
-        if answer.headers.get("Content-Encoding", "identity") not in ("", "identity"):
-            raise StorageError(
-                f"{uri}: the server compresses what it sends; download it and name the local file"
-            )
-
-    @staticmethod
     def _place(uri: str, size: int, headers: Mapping[str, str]) -> Place:
         """Return what the headers of an answer say of a file."""
         stamp, modified_s = _validator(headers), None
@@ -134,6 +126,19 @@ class _WebServers:
         with contextlib.suppress(ValueError):
             modified_s = parsedate_to_datetime(headers.get("Last-Modified", "")).timestamp()
         return Place(size, stamp, modified_s=modified_s)
+
+
+def check_status(status: int, reason: str | None) -> None:
+    """Raise an OSError for the status of an answer that is no file."""
+    said = f"the server answers {status} {reason or ''}".rstrip()
+    if status in (404, 410):
+        raise FileNotFoundError(errno.ENOENT, said)
+    if status in (401, 403):
+        raise PermissionError(errno.EACCES, said)
+    if status >= 500 or status in _MAY_PASS:
+        raise ConnectionError(said)
+    if status not in (200, 206):
+        raise OSError(errno.EINVAL, said)
 
 
 def _validator(headers: Mapping[str, str]) -> str:

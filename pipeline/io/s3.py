@@ -92,7 +92,7 @@ _FIXES = (  # kind of error, what to do about a local path, about S3, about stor
     ),
 )
 _FILESYSTEMS: dict[tuple[Any, ...], Any] = {}
-READ_ONLY = ("http", "https")
+READ_ONLY = ("http", "https", "hf")
 """Schemes of the stores that are only read (`read_only`)."""
 
 

@@ -42,6 +42,7 @@ def test_files_are_read_as_local_ones_are(either):
         file.seek(-5, io.SEEK_END)
         assert file.read() == DATA[-5:] and file.seek(256) == 256 and file.read(2) == b"\0\1"
     assert storage.read_bytes(either.put("empty", b"")) == b""
+    assert storage.read_bytes(either.put("one", b"1")) == b"1"
 
 
 def test_large_files_come_in_ranges(web):
@@ -204,3 +205,62 @@ def test_committed_folders_are_fetched_and_checked(web, tmp_path):
     web.put("bundle/weights", DATA[::-1])
     with pytest.raises(storage.DamagedError, match="weights is damaged"):
         checksums.check_folder(uri, atomic_folder.open_folder(uri))
+
+
+# --- the hub ---
+
+HUB = """
+import json, sys
+from pipeline.data import manifests
+from pipeline.io import file_identity, storage
+root, imports = "hf://datasets/me/reviews@v1", sys.argv[1]
+found = {
+    "glob": storage.glob(f"{root}/data/*.csv"),
+    "folders": [storage.is_dir(uri) for uri in (root, f"{root}/data", f"{root}/data/a.csv")],
+    "there": [storage.exists(f"{root}/data/{name}.csv") for name in "abc"],
+    "rows": manifests.build([f"{root}/data"], "auto", imports).rows,
+    "content": file_identity.fingerprint(f"{root}/data/a.csv"),
+}
+try:
+    storage.write_bytes(f"{root}/data/c.csv", b"")
+except storage.StorageError as error:
+    found["write"] = str(error)
+try:
+    storage.read_bytes("hf://gpt2/config.json/")
+except storage.StorageError as error:
+    found["no repository"] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_repositories_of_the_hub(web, tmp_path, monkeypatch):
+    """In a process of its own, as the client of the hub reads HF_ENDPOINT when it is imported."""
+    files = {"data/a.csv": b"text,stars\ngood,5\nbad,1\n", "data/b.csv": b"text,stars\nfair,3\n"}
+    for name, data in files.items():
+        web.put(f"datasets/me/reviews/resolve/v1/{name}", data)
+    listed = [{"type": "file", "path": n, "size": len(d), "oid": n} for n, d in files.items()]
+    folder = [{"type": "directory", "path": "data", "oid": "x"}]
+    for path, recursive, answer in (
+        ("", False, folder),
+        ("", True, folder + listed),
+        ("/data", False, listed),
+        ("/data", True, listed),
+    ):
+        for query in (f"?recursive={recursive}", f"?recursive={str(recursive).lower()}"):
+            for more in ("", "&expand=False", "&expand=false"):
+                where = f"/api/datasets/me/reviews/tree/v1{path}{query}{more}"
+                web.answers[where] = json.dumps(answer).encode()
+    monkeypatch.setenv("HF_ENDPOINT", web.address)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    done = run_python(HUB, str(tmp_path))
+    assert done.returncode == 0, (done.stderr, web.requests)
+    found = json.loads(done.stdout)
+    root = "hf://datasets/me/reviews@v1"
+    assert found["glob"] == [f"{root}/{name}" for name in files]
+    assert found["folders"] == [True, True, False] and found["there"] == [True, True, False]
+    assert found["rows"] == 3
+    (tmp_path / "a.csv").write_bytes(files["data/a.csv"])
+    assert found["content"] == file_identity.fingerprint(tmp_path / "a.csv")
+    assert "hf:// is only read" in found["write"]
+    assert web.tokens == {"Bearer hf_secret"} and "hf_secret" not in done.stdout + done.stderr
