@@ -28,8 +28,10 @@ COLUMNS = {
 
 
 class VocOptions(Options):
-    origin: Literal[0, 1] = Field(
+    origin: int = Field(
         1,
+        ge=0,
+        le=1,
         description="1: the first pixel is 1 and the last one belongs to the box, as in Pascal VOC "
         "itself; 0: numbers are edges, from 0 on",
     )
