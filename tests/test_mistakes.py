@@ -7,6 +7,7 @@ must have. A message names the job file and the line wherever a field of the job
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +67,8 @@ class Mistake(NamedTuple):
     """Further words of the command."""
     has_line: bool = True
     """Whether the message names the line of the job that is wrong."""
+    aws: dict[str, str] | None = None
+    """The AWS_* variables; None: those of the tests' S3 server."""
 
 
 TRAIN = "    train: {steps: 4, global_batch: 8}"
@@ -428,7 +431,60 @@ COMMAND = [
     ),
 ]
 
-MISTAKES = [*KEYS, *NAMES, *TYPES, *YAML, *FILES, *FITS, *COMMAND]
+NO_KEYS = {
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+    "AWS_SHARED_CREDENTIALS_FILE": "none",
+    "AWS_CONFIG_FILE": "none",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+NO_SERVER = NO_KEYS | {"AWS_ACCESS_KEY_ID": "mine", "AWS_SECRET_ACCESS_KEY": "mine"}
+"""No program listens on port 1."""
+
+S3 = [
+    Mistake(
+        "rows on S3 without credentials",
+        (FILMS, "      uri: s3://mine/films.parquet"),
+        (
+            "targets.films: cannot look at s3://mine/films.parquet: Unable to locate credentials; "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        ),
+        aws=NO_KEYS,
+    ),
+    Mistake(
+        "results on S3 without credentials",
+        ("storage: runs", "storage: s3://mine/runs"),
+        ("storage: cannot write s3://mine/runs/mine/", "set AWS_ACCESS_KEY_ID and "),
+        aws=NO_KEYS,
+    ),
+    Mistake(
+        "an endpoint that does not answer",
+        (FILMS, "      uri: s3://mine/films.parquet"),
+        (
+            "targets.films: cannot look at s3://mine/films.parquet: Could not connect to the "
+            "endpoint URL: ",
+            "check that AWS_ENDPOINT_URL is right and that its server runs and run again",
+        ),
+        aws=NO_SERVER,
+    ),
+    Mistake(
+        "rows in a bucket that is not there",
+        (FILMS, "      uri: s3://mine/films.parquet"),
+        (
+            "targets.films: cannot list s3://mine/films.parquet: The specified bucket does not "
+            "exist; check the bucket, the key and AWS_ENDPOINT_URL",
+        ),
+    ),
+    Mistake(
+        "results in a bucket that is not there",
+        ("storage: runs", "storage: s3://mine/runs"),
+        (
+            "storage: cannot write s3://mine/runs/mine/",
+            "The specified bucket does not exist; check the bucket, the key and AWS_ENDPOINT_URL",
+        ),
+    ),
+]
+
+MISTAKES = [*KEYS, *NAMES, *TYPES, *YAML, *FILES, *FITS, *COMMAND, *S3]
 
 
 @pytest.fixture
@@ -438,6 +494,17 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(csv())
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def set_variables(aws, request, monkeypatch):
+    """Set these AWS_* variables alone, or with None those of the tests' S3 server."""
+    if aws is None:
+        request.getfixturevalue("s3_server")
+        return
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in aws.items():
+        monkeypatch.setenv(name, value)
 
 
 def said_of(*words: str, code: int) -> str:
@@ -453,8 +520,11 @@ def test_the_job_without_a_mistake_is_right(folder):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda one: one.name.replace(" ", "_"))
-def test_what_is_said_of_a_mistake(folder, mistake):
+def test_what_is_said_of_a_mistake(folder, mistake, request, monkeypatch):
     text = JOB
+    if mistake in S3:
+        request.getfixturevalue("fast")
+        set_variables(mistake.aws, request, monkeypatch)
     for name, content in mistake.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

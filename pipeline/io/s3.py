@@ -91,6 +91,16 @@ _FIXES = (  # kind of error, what to do about a local path, about S3, about stor
         "check the address",
     ),
 )
+_NO_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+_NO_ANSWER = "check that AWS_ENDPOINT_URL is right and that its server runs"
+_CLIENT_FIXES = {
+    "NoCredentialsError": _NO_KEYS,
+    "PartialCredentialsError": _NO_KEYS,
+    "EndpointConnectionError": _NO_ANSWER,
+    "ConnectTimeoutError": _NO_ANSWER,
+    "ReadTimeoutError": _NO_ANSWER,
+}
+"""What to do about errors of botocore, by their names."""
 _FILESYSTEMS: dict[tuple[Any, ...], Any] = {}
 READ_ONLY = ("http", "https", "hf")
 """Schemes of the stores that are only read (`read_only`)."""
@@ -241,6 +251,8 @@ def _failure(action: str, uri: Uri, error: Exception, attempts: int) -> StorageE
         cause += f" ({filename})"
     column = 1 if text.startswith("s3://") else 2 if is_read_only(text) else 0
     fix = next(fixes[column] for kinds, *fixes in _FIXES if isinstance(error, kinds))
+    if column == 1 and _is_client_error(error):
+        fix = _CLIENT_FIXES.get(type(error).__name__, fix)
     if is_full(error):
         fix = "free space there or choose another storage"
     elif attempts > 1 and is_transient(error):

@@ -113,7 +113,10 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     Raises:
         ValueError: The message lists all problems.
     """
-    storage.check_writable(job.root)
+    try:
+        storage.check_writable(job.root)
+    except storage.StorageError as error:
+        raise ValueError(f"storage: {error}") from error
     whole, job = job, job.selected()
     are_whole = {name for name in job.targets if whole.taken_by(name) <= job.sources.keys()}
     job = grid.expand_folds(job)
