@@ -1,6 +1,8 @@
 """How long a job would take on this machine, from a few measured steps: for ``--dry-run``.
 
 The steps are real ones, of the networks with random weights on rows of the job, in this process.
+On a CPU a step counts with the processor time of its thread: what other programs take meanwhile is
+left out of the estimate, and said beside it.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ MOST_PARAMETERS = 500_000_000
 """Larger networks are not built for an estimate."""
 FORWARD_SHARE = 1 / 3
 """Share of the forward pass in a training step: the backward pass takes about twice as long."""
+BUSY = 1.5
+"""The machine is busy where measured steps took so many times their processor time."""
 SECONDS_A_TRIAL = 1.0
 """What a trial takes beside its steps: it is started, its weights are read and written."""
 
@@ -54,6 +58,10 @@ class _Speeds:
     """
 
     steps: int = 0
+    waited: float = 0.0
+    """Seconds that the measured steps took."""
+    worked: float = 0.0
+    """Seconds of those in which they ran (on a GPU: all)."""
     known: dict[tuple[str, str, int, int], float] = field(default_factory=dict)
 
     def seconds(self, place: str, load: Workload, rows: int, threads: int, train: Train) -> float:
@@ -72,7 +80,10 @@ class _Speeds:
         task, count = bundle.build_task(load.arch, load.objective, seed=0), FEWEST_ROWS
         while True:
             part = batch.split(count)[0]
-            seconds, self.steps = _step_seconds(load, task, part, train), self.steps + 2
+            seconds, waited = _step_seconds(load, task, part, train)
+            self.steps += 2
+            self.worked += seconds
+            self.waited += waited
             if seconds >= ENOUGH_SECONDS or len(part) == len(batch):
                 return seconds * rows / len(part)
             count *= 4
@@ -108,16 +119,20 @@ def _batch(load: Workload, rows: int) -> Batch:
     return Batch(np.arange(rows, dtype=np.int64), torch.from_numpy(keys), tensors)
 
 
-def _step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> float:
-    """Return the seconds of the second one of two training steps on a batch."""
+def _step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> tuple[float, float]:
+    """Return the seconds of the second one of two training steps on a batch: in which it ran, and
+    those that it took.
+    """
     technique = technique_of(FULL)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ended: list[float] = []
+    ended: list[tuple[float, float]] = []
 
     def note() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
-        ended.append(time.perf_counter())
+        now = time.perf_counter()
+        # this thread has a part in all of a step: forward, backward and optimiser run in it
+        ended.append((now if device.type == "cuda" else time.thread_time(), now))
 
     changes = {"compile": False, "ema": None, "patience": None, "trace_rows": False}
     loop.fit(
@@ -136,7 +151,8 @@ def _step_seconds(load: Workload, task: Task, batch: Batch, train: Train) -> flo
             alive=note,
         )
     )
-    return ended[1] - ended[0]
+    (began, first), (stopped, last) = ended[:2]
+    return stopped - began, last - first
 
 
 def describe(state: JobState, workloads: Mapping[str, Sequence[Workload]]) -> list[str]:
@@ -176,10 +192,16 @@ def describe(state: JobState, workloads: Mapping[str, Sequence[Workload]]) -> li
     if not parts:
         return []
     left_out = f"; without {', '.join(unknown)}" if unknown else ""
-    return [
+    found = [
         f"estimate for this machine, from {speeds.steps} measured steps: {', '.join(parts)}, "
         f"about {duration(total)} in total, not counting Ray's start and decoding{left_out}"
     ]
+    if speeds.waited > BUSY * speeds.worked > 0:
+        found.append(
+            "the estimate is for a machine without other work: this one is busy, and the measured "
+            f"steps took {speeds.waited / speeds.worked:.1f} times as long"
+        )
+    return found
 
 
 def _reason(error: Exception) -> str:

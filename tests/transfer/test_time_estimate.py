@@ -5,10 +5,12 @@ run takes them.
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 import torch
 
+from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job, Train
 from pipeline.transfer import preflight, time_estimate
 
@@ -31,7 +33,7 @@ def two_cores(monkeypatch):
 
 @pytest.mark.parametrize("objective", ["mlm", "classification"])
 def test_real_steps_are_measured(tmp_path, objective):
-    (line,) = estimate(with_source(tmp_path, written(tmp_path / "rows.parquet"), objective))
+    line, *_ = estimate(with_source(tmp_path, written(tmp_path / "rows.parquet"), objective))
     assert re.fullmatch(
         r"estimate for this machine, from \d+ measured steps: source src \d+s, about \d+s in "
         "total, not counting Ray's start and decoding",
@@ -41,7 +43,7 @@ def test_real_steps_are_measured(tmp_path, objective):
 
 def test_a_source_takes_its_steps_and_validations(tmp_path, monkeypatch, two_cores):
     """Two steps of 8 rows, and 24 validation rows twice, each a third of a training row."""
-    monkeypatch.setattr(time_estimate, "_step_seconds", lambda load, task, part, train: 30.0)
+    monkeypatch.setattr(time_estimate, "_step_seconds", lambda *_: (30.0, 30.0))
     (line,) = estimate(with_source(tmp_path, written(tmp_path / "rows.parquet")))
     assert "from 2 measured steps: source src 4m00s, about 4m00s in total" in line, (
         "30 s for 4 rows are 60 s for 8"
@@ -63,7 +65,7 @@ def test_trials_take_steps_validations_and_a_test(
     """10 steps of 4 rows, 48 rows validated five times and tested once, and a second to begin;
     features of a frozen backbone are computed once for 240 rows.
     """
-    monkeypatch.setattr(time_estimate, "_step_seconds", lambda load, task, part, train: 1.0)
+    monkeypatch.setattr(time_estimate, "_step_seconds", lambda *_: (1.0, 1.0))
     job = job_of(
         tmp_path,
         models["bert"],
@@ -76,6 +78,31 @@ def test_trials_take_steps_validations_and_a_test(
     )
     (line,) = estimate(job)
     assert f": trials {text} (2 at once), about {text} in total, " in line
+
+
+def test_what_other_programs_take_is_said_and_not_counted(tmp_path, monkeypatch, two_cores):
+    monkeypatch.setattr(time_estimate, "_step_seconds", lambda *_: (30.0, 75.0))
+    line, busy = estimate(with_source(tmp_path, written(tmp_path / "rows.parquet")))
+    assert "about 4m00s in total" in line
+    assert "this one is busy, and the measured steps took 2.5 times as long" in busy
+
+
+def test_a_step_on_a_cpu_has_the_processor_time_of_its_thread(tmp_path, monkeypatch, two_cores):
+    """The other seconds are those in which it waited for a processor; here it sleeps."""
+
+    def fit(run):
+        run.alive()
+        time.sleep(0.5)
+        run.alive()
+
+    monkeypatch.setattr(time_estimate.loop, "fit", fit)
+    state, workloads = checked(with_source(tmp_path, written(tmp_path / "rows.parquet"))), {}
+    preflight.check_rows(state, workloads)
+    (load,) = workloads["sources.src"]
+    task = bundle.build_task(load.arch, load.objective, seed=0)
+    batch = time_estimate._batch(load, 4)
+    worked, waited = time_estimate._step_seconds(load, task, batch, Train(steps=2))
+    assert worked < 0.25 <= 0.5 <= waited
 
 
 def test_a_network_that_is_too_large_to_try_is_named(tmp_path, monkeypatch):
@@ -116,7 +143,7 @@ def test_batches_by_cost_have_their_rows_and_label_fractions_share_features(
     text,
 ):
     """Steps of 16 rows take 4 seconds, and those of 4 rows one."""
-    monkeypatch.setattr(time_estimate, "_step_seconds", lambda load, task, part, train: 1.0)
+    monkeypatch.setattr(time_estimate, "_step_seconds", lambda *_: (1.0, 1.0))
     monkeypatch.setattr(time_estimate, "_rows_a_step", lambda load, train: rows_a_step)
     job = job_of(
         tmp_path,
