@@ -1,7 +1,12 @@
-"""Variables of the environment that Ray and the C library read when they start."""
+"""What Ray and the C library read when they start, and what they print."""
 
 import os
 import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,3 +48,54 @@ def prepare_ray() -> None:
     keeps = library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
     for name, value in (RAY_SETTINGS | (KEEP_MEMORY if keeps else {})).items():
         os.environ.setdefault(name, value)
+
+
+NOISE = (
+    # of each process of a Ray Data pool that is started from here: Ray Data holds the arguments
+    "has constructor arguments in the object store and max_restarts > 0",
+    # what Ray itself calls information
+    "core_worker.*: :info_message: ",
+)
+"""Lines that Ray's C++ code prints as errors (regular expressions of grep) and that are none."""
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Keep the lines of NOISE out of the terminal while the block runs.
+
+    Ray's C++ code writes them to file descriptor 2, whatever its level of logging. A process beside
+    this one passes on all other lines, so that a crash of this one loses none. What Python writes
+    to ``sys.stderr`` goes to the terminal as before.
+    """
+    grep = shutil.which("grep")
+    if grep is None:
+        yield
+        return
+    sys.stderr.flush()
+    terminal, python_stderr = os.dup(2), sys.stderr
+    words = [word for line in NOISE for word in ("-e", line)]
+    passing_on = subprocess.Popen(
+        [grep, "--text", "--line-buffered", "--invert-match", *words],
+        stdin=subprocess.PIPE,
+        stdout=terminal,
+        start_new_session=True,  # Ctrl-C ends the run, which then has more to say
+    )
+    assert passing_on.stdin is not None
+    os.dup2(passing_on.stdin.fileno(), 2)
+    passing_on.stdin.close()
+    is_real = False
+    with suppress(OSError, ValueError):  # a stand-in, in tests and notebooks
+        is_real = python_stderr.fileno() == 2
+    if is_real:
+        sys.stderr = open(terminal, "w", buffering=1, closefd=False)  # noqa: SIM115
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        if is_real:
+            sys.stderr = python_stderr
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        # it ends with the last process that has its input, which may be one that outlives the block
+        with suppress(subprocess.TimeoutExpired):
+            passing_on.wait(timeout=1)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pipeline.config.schema import Source
 from pipeline.data.stream import DataWorkers, Rows
 from pipeline.io import s3, signals, storage, write_fence
 from pipeline.io.file_identity import ChangedFileError
-from pipeline.io.ray_environment import prepare_ray
+from pipeline.io.ray_environment import prepare_ray, without_noise
 from pipeline.train import node_types, pretrain, source
 from pipeline.train.loop import NonFiniteError, Ranks
 from pipeline.train.progress import Progress, duration, training_line
@@ -125,11 +125,12 @@ def start(address: str | None, verbose: bool) -> None:
 @contextmanager
 def session(address: str | None, verbose: bool) -> Iterator[None]:
     """Use the Ray session of this process, or one that ends with the block."""
-    start(address, verbose)
-    try:
-        yield
-    finally:
-        stop()
+    with nullcontext() if verbose else without_noise():
+        start(address, verbose)
+        try:
+            yield
+        finally:
+            stop()
 
 
 def plugins_env() -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -61,9 +60,7 @@ class Progress:
     """
 
     def __init__(self, console: Console | None = None, clock=time.monotonic, now=time.localtime):
-        self.console = console or Console(
-            file=sys.stderr, highlight=False, soft_wrap=True, emoji=False
-        )
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.clock, self.now, self._last, self._shown = clock, now, float("-inf"), ""
         self.newest = ""
         """The newest line of `update`."""
