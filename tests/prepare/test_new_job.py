@@ -152,7 +152,7 @@ def test_a_table_of_numbers_and_categories_is_prepared_first():
         "onetomany prepare table people.csv -o prepared/people --set label=died --set id=stay "
         "--set group=patient_id --set drop=died_text"
     ) in text
-    assert "prepare table new.csv -o prepared/new --set id=stay\n" in text
+    assert "prepare table new.csv -o prepared/people_new --set id=stay\n" in text
     assert "died_text has another name for each value of died" in comments(text)
     prepare_as_told(text)
     found = target()
@@ -238,7 +238,7 @@ def test_a_csv_that_names_files(tmp_path):
         "onetomany prepare files set/list.csv -o prepared/list --set column=file --set label=kind"
         in text
     )
-    assert "onetomany prepare files new.csv -o prepared/new --set column=file\n" in text
+    assert "onetomany prepare files new.csv -o prepared/list_new --set column=file\n" in text
     prepare_as_told(text)
     assert target().data.columns == {"image": "image", "label": "kind"}
     dry_run()
@@ -638,8 +638,8 @@ def test_the_commands_name_the_folder_of_the_new_rows():
     rows = {f"x{i}": np.random.default_rng(i).normal(size=60).tolist() for i in range(4)}
     csv("rows.csv", {**rows, "label": [0, 1] * 30})
     text = init("rows.csv", output="jobs/first.yaml")
-    assert "prepare table new.csv -o jobs/prepared/new" in text
-    assert "predict runs/first jobs/prepared/new --target label" in text
+    assert "prepare table new.csv -o jobs/prepared/rows_new" in text
+    assert "predict runs/first jobs/prepared/rows_new --target label" in text
 
 
 def test_a_line_break_in_a_name_stays_in_its_comment():

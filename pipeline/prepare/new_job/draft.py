@@ -506,7 +506,7 @@ def _prepare(out: Draft, output: str, splits: Column | None) -> None:
     kept = [one for one in new.pop("drop", "").split(",") if one and one not in out.label_copies]
     new |= {"drop": ",".join(kept)} if kept else {}
     suffix = "".join(PurePosixPath(source).suffixes[-1:]) or f".{found.kind}"
-    out.prepared_new = Path(output, "prepared", "new").as_posix()
+    out.prepared_new = f"{out.prepared}_new"
     resized = [one for one in settings if "resize" in one]
     out.prepare_command_for_new_rows = _command(
         name, f"new{suffix}", out.prepared_new, new, resized
