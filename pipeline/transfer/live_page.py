@@ -53,7 +53,8 @@ const renew = async () => {
     document.querySelector("main").replaceWith(page.querySelector("main"));
     document.querySelectorAll("details").forEach((one, i) => one.open = open[i] ?? one.open);
   } catch {
-    document.querySelector(".eyebrow").textContent = document.body.dataset.ended;
+    document.querySelector("h1").textContent = document.body.dataset.ended;
+    document.querySelector(".lead")?.remove();
   }
   setTimeout(renew, 1000 * SECONDS);
 };
@@ -205,11 +206,14 @@ class LivePage:
         records = {name: known[name] for name in planned if name in known}
         running = self._running([planned[name] for name in planned if name not in records])
         ended = Counter(record.status for record in records.values())
-        title = f"{len(records)} of {len(planned)} trials ended" if planned else "Preparing"
+        title = (
+            f"{len(records)} of {len(planned)} trials ended"
+            if planned
+            else "Preparing data and sources"
+        )
         figures = [
             (str(ended["done"]), "done", ""),
             (str(len(planned)), "planned so far", ""),
-            (str(len(running)), "running", ""),
             (str(ended["failed"]), "failed", FAILED if ended["failed"] else ""),
         ]
         if ended["pruned"]:
@@ -261,9 +265,13 @@ class LivePage:
         for name, uri in self.logs.items():
             lines = _log_lines(uri)
             points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-            if len(points) > 1:
-                caption = f"{name}: step {_step(lines[-1])}, {_newest(lines)}"
-                out.append(Figure(line_chart({name: points}, "loss"), caption))
+            if not lines:
+                continue
+            caption = f"{name}: step {_step(lines[-1])}, {_newest(lines)}"
+            is_curve = len(points) > 1
+            out.append(
+                Figure(line_chart({name: points}, "loss"), caption) if is_curve else Text(caption)
+            )
         return [Heading("Sources"), *out] if out else []
 
 
@@ -348,9 +356,11 @@ class _Standing:
 
 def _standing_table(standings: Sequence[_Standing]) -> Table:
     body: list[list[str | Value]] = []
+    final = Counter(one.fraction for one in standings if one.records)
     leading = ""
     for one in standings:
-        leads = one.fraction != leading and bool(one.records)
+        # the first one of several
+        leads = one.fraction != leading and bool(one.records) and final[one.fraction] > 1
         leading = one.fraction
         name = f"{one.source} · {one.technique}"
         body.append(
@@ -362,7 +372,12 @@ def _standing_table(standings: Sequence[_Standing]) -> Table:
             ]
         )
     arrow = "↑" if standings[0].higher_is_better else "↓"
-    head = ["Source · technique", "Labels", f"Validation {standings[0].metric} {arrow}", "Of"]
+    head = [
+        "Source · technique",
+        "Labels",
+        f"Validation {standings[0].metric} {arrow}",
+        "Kind of value",
+    ]
     return Table(head, body)
 
 
@@ -374,7 +389,8 @@ def _curves(standings: Sequence[_Standing]) -> dict[str, Points]:
             break
         by_step: dict[int, list[float]] = defaultdict(list)
         for record in one.records:
-            for step, metrics in record.curve:
+            # a head that was solved has one point, whose step counts the solver's iterations
+            for step, metrics in record.curve if len(record.curve) > 1 else ():
                 value = metrics.get(one.metric)
                 if value is not None and math.isfinite(value):
                     by_step[step].append(value)

@@ -107,7 +107,7 @@ def test_the_page_shows_trials_done_what_leads_and_curves(running):
         status, page, _ = ask(port)
     text = text_of(page)
     assert status == 200 and "5 of 6 trials ended" in text
-    assert "4 done 6 planned so far 1 running 1 failed" in text
+    assert "4 done 6 planned so far 1 failed" in text
     assert "fine-tune: trials 5/6" in text and "1 running" in text
     first, second = text.index("0.805"), text.index("0.605")
     assert "garments · full ▲ leads 100 %" in text[:first] and first < second, "means of two seeds"
@@ -231,3 +231,20 @@ def test_a_run_serves_its_page_until_it_ends(running, monkeypatch):
     running.progress.notes.clear()
     with pytest.raises(ValueError):  # run() finds no line
         api.run_stages(running.job, ("finetune",), progress=running.progress)
+
+
+def test_a_head_that_was_solved_has_no_curve_and_an_entry_alone_does_not_lead(running):
+    """The step of its one validation counts the iterations of the solver."""
+    rows, _, _ = trial("letters", "garments", "linear_probe", "1.0", 0, 0.9)
+    rows = [replace(rows[0], split="validation", value=0.9)]
+    probes = [planned_trial("garments", "linear_probe", seed, f"probe-{seed}") for seed in (0, 1)]
+    for step, one in zip((900, 950), probes, strict=True):
+        found = [replace(row, trial_id=one.id) for row in rows]
+        path, found = record(one, found, [CurvePoint(step, {"accuracy": 0.9})])
+        storage.write_json(storage.join(running.job.root, path), found)
+    running.progress.trials = {one.id: one for one in probes}
+    with served(running) as port:
+        page = ask(port)[1]
+    text = text_of(page)
+    assert "letters: values so far" in text and "0.9 mean of 2 seeds" in text
+    assert "step 950" not in page and "▲" not in text
