@@ -262,7 +262,7 @@ def html_page(title: str, eyebrow: str, blocks: Sequence[Block]) -> str:
 <body>
 <main>
 <header><p class="eyebrow">{_escape_html(eyebrow)}</p>
-<h1>{_escape_html(title)}</h1></header>
+<h1>{_breakable(title)}</h1></header>
 {body}
 </main>
 </body>
@@ -279,10 +279,21 @@ def with_minus_sign(text: str) -> str:
     return re.sub(r"(?<![\w.])-(?=\d)", "\u2212", text)
 
 
+def _breakable(text: str) -> str:
+    """Return the HTML of a text that breaks into lines where a reader expects it.
+
+    That is at spaces and behind the separators of names, inside a word only where it has more than
+    20 characters (a checksum, say), and never inside an interval.
+    """
+    text = re.sub(r"(\[[^\s\[\]]+,) (?=[^\s\[\]]+\])", "\\1\u00a0", with_minus_sign(text))
+    breaks = r"(?<=[_/=])(?=\w)|(?<=[.:])(?=[^\W\d_])|(?<=[^\W_]{20})(?=[^\W_])"
+    return "<wbr>".join(map(_escape_html, re.split(breaks, text)))
+
+
 def _html_cell(value: str | Value) -> str:
     if not isinstance(value, Value):
-        return _escape_html(with_minus_sign(value))
-    first, *rest = (_escape_html(with_minus_sign(line)) for line in value.lines)
+        return _breakable(value)
+    first, *rest = map(_breakable, value.lines)
     tones = [""] * (len(rest) - 1) + [f" {_css_class(value.tone)}"] if rest else []
     return f"<b>{first}</b>" + "".join(
         f'<span class="sub{tone}">{line}</span>' for line, tone in zip(rest, tones, strict=True)
@@ -294,7 +305,14 @@ def _css_class(tone: str) -> str:
 
 
 MAX_NARROW_COLUMNS = 2
-"""A table with more columns is shown on a phone as a list of rows, each value after its header."""
+"""A table with more columns is shown on a phone as a list of rows, each value after its header.
+
+A heat map may have one more: its cells are short.
+"""
+
+
+MAX_WIDE_COLUMNS = 10
+"""A heat map of shares with more columns has small cells."""
 
 
 MAX_UNBROKEN = 40
@@ -306,13 +324,15 @@ def _html_table(table: Table) -> str:
         kind = "" if i < table.text_columns else f' class="{kind}"'
         return f"<{name}{attributes}{kind}>{inner}</{name}>"
 
-    as_list = len(table.header) > MAX_NARROW_COLUMNS and not table.heat
-    names = [_escape_html(name) for name in table.header]
-    head = "".join(tag(i, "th", name, ' scope="col"') for i, name in enumerate(names))
+    as_list = len(table.header) > MAX_NARROW_COLUMNS + table.heat
+    head = "".join(
+        tag(i, "th", _breakable(name), ' scope="col"') for i, name in enumerate(table.header)
+    )
 
     def cell(i: int, value: str | Value) -> str:
         is_title = i < min(2, table.text_columns)
-        attributes = f' data-name="{names[i]}"' if as_list and not is_title else ""
+        name = _escape_html(table.header[i])
+        attributes = f' data-name="{name}"' if as_list and not is_title else ""
         if isinstance(value, Value) and value.shade:
             colour = "wins" if value.shade > 0 else "loses"
             # 45 % at most: ink stays readable on it in light and dark
@@ -326,7 +346,8 @@ def _html_table(table: Table) -> str:
     rows = ["".join(cell(i, value) for i, value in enumerate(row)) for row in table.rows]
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     header = f"<thead><tr>{head}</tr></thead>"
-    kind = ' class="heat gains"' if table.heat else ' class="list"' if as_list else ""
+    kinds = ["heat", "gains"] * table.heat + ["list"] * as_list
+    kind = f' class="{" ".join(kinds)}"' if kinds else ""
     return (
         f'<div class="scroll" tabindex="0"><table{kind}>\n{header}\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
@@ -334,8 +355,8 @@ def _html_table(table: Table) -> str:
 
 
 def _html_heatmap(heatmap: Heatmap) -> str:
-    head = f'<th scope="col">{_escape_html(heatmap.corner)}</th>' + "".join(
-        f'<th scope="col" class=n>{_escape_html(name)}</th>' for name in heatmap.header
+    head = f'<th scope="col">{_breakable(heatmap.corner)}</th>' + "".join(
+        f'<th scope="col" class=n>{_breakable(name)}</th>' for name in heatmap.header
     )
     # 55 % at most: ink stays readable on it in light and dark
     shade = "background:color-mix(in srgb,var(--s0) {:.0f}%,transparent)"
@@ -348,20 +369,21 @@ def _html_heatmap(heatmap: Heatmap) -> str:
         for line in heatmap.shares
     ]
     body = "\n".join(
-        f'<tr><th scope="row">{_escape_html(name)}</th>{line}</tr>'
+        f'<tr><th scope="row">{_breakable(name)}</th>{line}</tr>'
         for name, line in zip(heatmap.names, lines, strict=True)
     )
     caption = f"<figcaption>{_escape_html(heatmap.caption)}</figcaption>" if heatmap.caption else ""
+    kind = "heat dense" if len(heatmap.header) > MAX_WIDE_COLUMNS else "heat"
     return (
         '<figure><div class="scroll" tabindex="0"><table '
-        f'class="heat">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+        f'class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
         f"{caption}</figure>"
     )
 
 
 def _html_block(block: Block) -> str:
     if isinstance(block, Heading):
-        return f"<h{block.level}>{_escape_html(block.text)}</h{block.level}>"
+        return f"<h{block.level}>{_breakable(block.text)}</h{block.level}>"
     if isinstance(block, Text):
         return (
             f'<p class="{_css_class(block.kind)}">{_escape_html(block.text)}</p>'
@@ -385,7 +407,7 @@ def _html_block(block: Block) -> str:
         return f'<dl class="tally">{"".join(items)}</dl>'
     if isinstance(block, Details):
         inner = "\n".join(_html_block(part) for part in block.blocks)
-        return f"<details><summary>{_escape_html(block.title)}</summary>\n{inner}\n</details>"
+        return f"<details><summary>{_breakable(block.title)}</summary>\n{inner}\n</details>"
     caption = f"<figcaption>{_escape_html(block.caption)}</figcaption>" if block.caption else ""
     figure = f'<figure><div class="scroll" tabindex="0">{block.svg}</div>{caption}</figure>'
     if block.numbers is None:

@@ -638,7 +638,9 @@ def learning_curves(
         lambda: defaultdict(list)
     )
     for trial_id, row in trials.items():
-        for point in curves.get(trial_id, ()):
+        curve = curves.get(trial_id, ())
+        # a head that was solved has one point, whose step counts the solver's iterations
+        for point in curve if len(curve) > 1 else ():
             value = point.metrics.get(metric)
             # step 0: a trial without training has no curve
             if value is None or not math.isfinite(value) or not point.step:

@@ -19,13 +19,29 @@ from tests.report.test_report import PRETRAINING, TRACEBACK, failure, simulate
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), ""
 )
-PHONE, DESK, PAPER = 390, 1280, 718
+PHONE, TABLETS, DESK, PAPER = 390, (768, 860), 1280, 718
 """Pixels; the last one is the width of A4 without margins of 1 cm."""
 DARK, PRINT = "@media screen and (prefers-color-scheme:dark)", "@media print"
 MEASURE = """
 const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255)
   .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
   .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+
+// words of tables and headings of which one letter is in another line than the next
+const broken_words = page => {
+  const out = [], range = page.createRange();
+  const nodes = page.createTreeWalker(page.body, NodeFilter.SHOW_TEXT);
+  for (let node = nodes.nextNode(); node; node = nodes.nextNode()) {
+    if (!node.parentElement.closest("th, td, h1, h2, h3, summary")) continue;
+    for (const {0: word, index} of node.data.matchAll(/[\\p{L}\\p{N}.,]{2,20}/gu)) {
+      range.setStart(node, index);
+      range.setEnd(node, index + word.length);
+      const lines = new Set([...range.getClientRects()].map(box => Math.round(box.top)));
+      if (lines.size > 1) out.push(word);
+    }
+  }
+  return out;
+};
 
 // the lowest contrast of a text with what is painted behind it (WCAG 2)
 const contrast = (page, view) => {
@@ -68,6 +84,7 @@ addEventListener("load", () => {
       page: page.documentElement.scrollWidth,
       wide: [...tables].filter(one => one.scrollWidth > one.clientWidth)
         .map(one => one.textContent.slice(0, 60)),
+      broken: broken_words(page),
       text_height: Math.min(...texts.map(one => one.height)),
       text_outside: Math.max(...texts.map(one => one.out)),
       folded,
@@ -194,13 +211,14 @@ def test_every_text_fits_and_can_be_read(tmp_path):
         assert part in page
     assert page.count(DARK) == 1 and page.count(PRINT) == 1
     dark, paper = page.replace(DARK, "@media all"), page.replace(PRINT, "@media all")
-    phone, desk, night, printed = measure(
-        [(page, PHONE), (page, DESK), (dark, DESK), (paper, PAPER)], tmp_path
-    )
-    assert (phone["width"], desk["width"]) == (PHONE, DESK)
-    for found in (phone, desk, night, printed):
+    screens = [(page, width) for width in (PHONE, *TABLETS, DESK)]
+    measured = measure([*screens, (dark, DESK), (paper, PAPER)], tmp_path)
+    phone, *_, desk, night, printed = measured
+    assert [found["width"] for found in measured] == [PHONE, *TABLETS, DESK, DESK, PAPER]
+    for found in measured:
         assert found["page"] <= found["width"]
         assert found["wide"] == [], found["width"]
+        assert found["broken"] == [], found["width"]
         assert found["text_outside"] <= 1, "text of a figure is cut off"
         assert found["contrast"]["ratio"] >= 4.5, found["contrast"]
     assert phone["text_height"] >= 8, "text of a figure is too small to read"
