@@ -619,7 +619,9 @@ class Source(Spec):
     train: Train = Field(
         default_factory=lambda: Train.model_validate({}), description="how to pretrain"
     )
-    workers: int | tuple[Whole, Whole] = Field(1, description="DDP ranks; [2, 8] is elastic")
+    workers: int | tuple[Whole, Whole] = Field(
+        1, description="processes that train it together (ranks of DDP); [2, 8] is elastic"
+    )
     cpus_per_worker: float | None = Field(
         None, gt=0, description="logical CPUs a rank; none: by the machine"
     )
@@ -796,7 +798,9 @@ class Target(Spec):
         "the report and the results also give the primary metric for each of their values",
     )
     workers: int = Field(
-        0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process"
+        0,
+        ge=0,
+        description="processes that train a trial together (ranks of DDP); 0: its own alone",
     )
 
     @model_validator(mode="after")
