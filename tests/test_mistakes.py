@@ -287,7 +287,7 @@ FILES = [
     Mistake(
         "semicolons",
         None,
-        ("films.csv: its fields are parted by semicolons", "--set delimiter=';'"),
+        ("films.csv: its fields are separated by semicolons", "--set delimiter=';'"),
         {"films.csv": csv(delimiter=";")},
     ),
     Mistake(

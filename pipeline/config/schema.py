@@ -187,7 +187,7 @@ class Data(Spec):
     format: DataFormat = Field(
         "auto",
         description="auto: by file name; recordings longer than 30 s are cut at silence (audio); "
-        "plain text is read as a row a line (text), as rows parted by blank lines (paragraphs), "
+        "plain text is read as a row a line (text), as rows separated by blank lines (paragraphs), "
         "or as a row a file (documents)",
     )
     identity: Literal["content", "stat"] = Field(

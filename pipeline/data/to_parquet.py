@@ -162,7 +162,7 @@ def expand(uris: list[str], form: str) -> list[tuple[str, str]]:
 
 
 class Origin(NamedTuple):
-    """What rows that were brought in are called in messages."""
+    """How messages name imported rows."""
 
     name: str
     """The file, or files and folders, that hold them."""
@@ -482,7 +482,7 @@ def _check_delimiter(file: str, delimiter: str) -> None:
         if count and count == second.count(other.encode()):
             name = "tab" if other == "\t" else f"'{other}'"
             raise ValueError(
-                f"{file}: its fields are parted by {plural}, and those of such a file are by "
+                f"{file}: its fields are separated by {plural}, and those of such a file by "
                 f"{DELIMITERS[delimiter]}; write it anew: onetomany prepare csv {file} -o FOLDER "
                 f"--set delimiter={name}"
             )

@@ -219,7 +219,7 @@ def shortened(train: Train, rung: int) -> dict[str, Any]:
 class History:
     """How sources and techniques did on earlier targets.
 
-    A rank is between 0 (the best) and 1 (the worst). What is not known stands in the middle.
+    A rank is between 0 (the best) and 1 (the worst). What is not known counts as 0.5.
     """
 
     sources: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))

@@ -318,10 +318,10 @@ def test_other_marks_in_a_table_part_no_fields(tmp_path, imports, name, content,
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.csv", "a;b\nc;d\n", "parted by semicolons, .* by commas; .* --set delimiter=';'"),
-        ("a.csv", "a|b\nc|d\n", "parted by vertical bars, .* --set delimiter='\\|'"),
-        ("a.csv", "a\tb\nc\td\n", "parted by tabs, .* --set delimiter=tab"),
-        ("a.tsv", "a,b\nc,d\n", "parted by commas, .* by tabs; .* --set delimiter=','"),
+        ("a.csv", "a;b\nc;d\n", "separated by semicolons, .* by commas; .* --set delimiter=';'"),
+        ("a.csv", "a|b\nc|d\n", "separated by vertical bars, .* --set delimiter='\\|'"),
+        ("a.csv", "a\tb\nc\td\n", "separated by tabs, .* --set delimiter=tab"),
+        ("a.tsv", "a,b\nc,d\n", "separated by commas, .* by tabs; .* --set delimiter=','"),
     ],
 )
 def test_another_delimiter_is_named_with_what_to_do(tmp_path, imports, name, content, says):
