@@ -92,10 +92,11 @@ def without_noise() -> Iterator[None]:
         yield
     finally:
         sys.stderr.flush()
+        os.dup2(terminal, 2)
         if is_real:
             sys.stderr = python_stderr
-        os.dup2(terminal, 2)
-        os.close(terminal)
+        else:
+            os.close(terminal)  # else a handler of logging may hold the stream that writes to it
         # it ends with the last process that has its input, which may be one that outlives the block
         with suppress(subprocess.TimeoutExpired):
             passing_on.wait(timeout=1)
