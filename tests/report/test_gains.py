@@ -143,6 +143,21 @@ def test_the_technique_of_a_heat_map_is_chosen_on_validation_rows(entries):
     }
 
 
+def test_many_targets_stand_below_each_other(entries):
+    full = [entry for entry in entries if entry.technique == "full" and entry.gain is not None]
+    many = [replace(entry, target=f"{entry.target}{i}") for entry in full for i in range(4)]
+    table = gains._heat_map("all", many, dict.fromkeys((one.target for one in many), 3))
+    assert table.header == ["all", "digits", "garments"]
+    assert [line[0] for line in table.rows] == sorted({one.target for one in many})
+    few = [one for one in many if not one.target.startswith("handwriting")]
+    across = gains._heat_map("all", few, dict.fromkeys((one.target for one in few), 3))
+    assert across.header[1:] == [f"clothing{i}" for i in range(4)]
+    lines = {line[0]: line[1:] for line in table.rows}
+    assert [line[1:] for line in across.rows] == [
+        [lines[target][row] for target in across.header[1:]] for row in range(2)
+    ]
+
+
 def test_losses_are_red_and_gains_green(tmp_path):
     skill = {
         "clothing": {("none", "scratch"): 0.7, ("a", "full"): 0.9, ("b", "full"): 0.5},
