@@ -578,7 +578,7 @@ def run_stages(
     from pipeline.io import run_lock
     from pipeline.train import launch
     from pipeline.train.progress import Progress
-    from pipeline.transfer import live_page, stages
+    from pipeline.transfer import live_page, stages, tracking
 
     if not job.targets and "pretrain" not in wanted:
         raise ValueError("this job has no targets")
@@ -588,15 +588,20 @@ def run_stages(
         checked(job, wanted, shown, wait, remake, verbose) as state,
         run_lock.hold(job.root, shown.note),
         live_page.serve(state, serve),
+        tracking.follow(state) as track,
     ):
         ended = stages.trial_status(state) if "finetune" in wanted else []
         if ended and all(is_done for _, is_done in ended):
             for name in state.sources:
                 stages.report_done(state, name)
             shown.note(f"all {len(ended)} trials are done; nothing to run")
-            return reported(state, stages.current(state))
-        with launch.session(address, verbose):
-            return _run(state, wanted)
+            shown.on_end([*state.sources.values(), *(one for one, _ in ended)])
+            outcome = reported(state, stages.current(state))
+        else:
+            with launch.session(address, verbose):
+                outcome = _run(state, wanted)
+        track(outcome)
+    return outcome
 
 
 @contextmanager

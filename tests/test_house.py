@@ -28,6 +28,7 @@ LAYERS = [
         "objectives",
         "techniques",
         "transfer.baselines",
+        "transfer.trackers",
         "data",
         "checkpoints",
     },
@@ -40,9 +41,16 @@ LAYERS = [
 """Folders of pipeline/ from the lowest layer to the highest; a folder imports those of lower
 layers.
 """
-INNER = {"core.metrics", "core.nn", "transfer.baselines"}
+INNER = {"core.metrics", "core.nn", "transfer.baselines", "transfer.trackers"}
 """Folders within a folder that have a layer of their own."""
-SIBLINGS = {"modalities", "models", "objectives", "techniques", "transfer.baselines"}
+SIBLINGS = {
+    "modalities",
+    "models",
+    "objectives",
+    "techniques",
+    "transfer.baselines",
+    "transfer.trackers",
+}
 """Folders whose files do not import each other."""
 RAY = (
     "pipeline.data.stream",

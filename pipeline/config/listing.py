@@ -25,6 +25,7 @@ KINDS: dict[str, str] = {
     "metrics": "metric",
     "scores": "score",
     "baselines": "baseline",
+    "trackers": "tracker",
 }
 """The commands that list components, and the kind of each in the registry."""
 IN_A_JOB: dict[str, str] = {
@@ -35,6 +36,7 @@ IN_A_JOB: dict[str, str] = {
     "metric": "metric: {}",
     "score": "fanout: {{select: {{score: {}, top: 2}}}}",
     "baseline": "baselines: [{}]",
+    "tracker": "tracking: {}",
 }
 """How a job file names a component of each kind."""
 SENTENCE_END = re.compile(r"(?<!\bal)\.\s+(?=[A-Z`])")

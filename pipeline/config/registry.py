@@ -35,6 +35,7 @@ FOLDERS = {
     "baseline": "transfer/baselines",
     "metric": "core/metrics",
     "score": "transfer/scores",
+    "tracker": "transfer/trackers",
     "importer": "prepare/importers",
     "cohort": "prepare/cohorts",
 }

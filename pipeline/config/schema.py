@@ -44,6 +44,7 @@ COMPONENT_FIELDS = {
     "technique": "technique",
     "techniques": "technique",
     "baselines": "baseline",
+    "tracking": "tracker",
 }
 """Fields that name components, and of which kind."""
 HUBS = ("hf-hub", "timm-hub")
@@ -1168,6 +1169,13 @@ class Job(Spec):
     )
     fanout: Fanout = Field(
         default_factory=lambda: Fanout.model_validate({}), description="seeds, search and resources"
+    )
+    tracking: ComponentConfig | None = Field(
+        None,
+        exclude=True,  # it changes no result, so no hash; its address may have a password
+        description="a program that collects runs (mlflow, wandb): a run for the job, "
+        "nested runs for its sources and trials with settings, curves, results and the report; "
+        "none: the folder of the job alone",
     )
 
     @model_validator(mode="after")

@@ -810,6 +810,11 @@ def _name_problems(data: JsonObject, folder: Path, elsewhere: bool) -> list[tupl
             for i, component in enumerate(as_list(data.get("baselines")))
             for one in _component_problems("baseline", component, ("baselines", i))
         ]
+        + (
+            _component_problems("tracker", data["tracking"], ("tracking",))
+            if data.get("tracking") is not None
+            else []
+        )
     )
 
 

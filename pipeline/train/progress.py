@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -68,6 +68,8 @@ class Progress:
         """Id to trial of those that the run has begun to work on (`expect`)."""
         self.outdated: Mapping[str, str | None] = {}
         """Id of a trial that is made again to the run that wrote its old record."""
+        self.on_end: Callable[[Sequence[Any]], None] = lambda ended: None
+        """Called with the sources and trials that have ended, or are found done."""
         self._live: Live | None = None
         if self.console.is_terminal:
             self._live = Live(Text(""), console=self.console, refresh_per_second=4, transient=True)

@@ -491,6 +491,7 @@ class ProgressCallback(tune.Callback):
             self.failed += len(unit.trials)
         else:
             self.pruned += len(unit.trials)
+        self.progress.on_end(unit.trials)
         self._line(trials, self.done + self.failed + self.pruned == self.total)
 
     def on_trial_complete(self, iteration, trials, trial, **info):
@@ -563,6 +564,8 @@ def run(
     todo = [one for one in trials if one.id in anew or one.id in lacking]
     work = units(todo, shared)
     before = len(trials) - len(todo)
+    running = {one.id for one in todo}
+    progress.on_end([one for one in trials if one.id not in running])
     for workers, part in units_by_workers(work, shared).items():
         _tune(name, part, shared, spec, workers, progress, wait, before)
         before += sum(len(unit.trials) for unit in part)

@@ -702,6 +702,7 @@ def pretrain(state: JobState) -> None:
     pruning.record_uses(state.job.root, used_places(state), of_part=bool(state.job.only))
     for name, stage in state.sources.items():
         metadata = launch.run_source(stage, state.progress, state.verbose, state.wait)
+        state.progress.on_end([stage])
         state.pretraining.append(metadata)
         if metadata.get("cached"):
             report_done(state, name)

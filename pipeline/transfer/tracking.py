@@ -1,0 +1,432 @@
+"""Send what a job does to a tracker: a run for the job, nested runs for its sources and trials.
+
+One thread of the process that drives the job reads what a source or trial has left when it ends
+(bundle, record, metrics log), and passes it on. Workers know nothing of it and need no credentials.
+Where the tracker fails there is one warning, and the job goes on without it. The next run of the
+same job logs what is missing then: ``tracking.json`` in the job's folder has what was logged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.config.schema import ComponentConfig, Job, spec_hash
+from pipeline.core.contracts.tracker import Point, RunDescription, RunStatus, Tracker
+from pipeline.io import atomic_folder, checksums, storage
+from pipeline.report.matrix import MatrixEntry
+from pipeline.report.results import ResultRow
+from pipeline.report.trial_record import TrialRecord
+from pipeline.train.log import NO_CURVES
+from pipeline.train.source import SourceStage
+from pipeline.transfer import trial
+from pipeline.transfer.grid import Trial
+from pipeline.transfer.stages import JobState
+
+FILE = "tracking.json"
+"""File of a job's folder with the ids of its runs in the tracker, and what they hold."""
+JOB = "job"
+"""Key of the job's own run."""
+PATIENCE_SECONDS = 120.0
+"""How long the end of a job waits for a tracker that takes nothing."""
+STATUSES: Mapping[str, RunStatus] = {"done": "done", "failed": "failed", "pruned": "pruned"}
+
+
+def tracker_of(job: Job) -> Tracker[Any] | None:
+    """Return the tracker that a job names; None where it names none.
+
+    Raises:
+        ValueError: Its library is not installed.
+    """
+    named = job.tracking
+    if named is None:
+        return None
+    kind = registry.get("tracker", named.name)
+    made: Tracker[Any] = kind(kind.options_class(**named.options), job.name)
+    try:
+        made.check_library()
+    except ValueError as error:
+        raise ValueError(f"tracking: {error}, or leave tracking out") from None
+    return made
+
+
+class JobOutcome(Protocol):
+    """What is logged of `pipeline.api.Outcome`."""
+
+    bundles: dict[str, str]
+    rows: list[ResultRow]
+    entries: list[MatrixEntry]
+    report: str
+    results: str
+
+
+@contextmanager
+def follow(
+    state: JobState, patience: float = PATIENCE_SECONDS
+) -> Iterator[Callable[[JobOutcome], None]]:
+    """Log what a job does until the block ends.
+
+    Yields:
+        A function that logs what the job has left, given its `Outcome`.
+    """
+    tracker = tracker_of(state.job)
+    if tracker is None:
+        yield lambda outcome: None
+        return
+    tracking = Tracking(state, tracker)
+    state.progress.on_end = tracking.ended
+    finished = False
+    try:
+        yield tracking.report
+        finished = True
+    finally:
+        state.progress.on_end = lambda ended: None
+        tracking.close("done" if finished else "stopped", patience if finished else 5.0)
+
+
+class Tracking:
+    """Logs the ended sources and trials of a job, one after the other, in a thread of its own."""
+
+    def __init__(self, state: JobState, tracker: Tracker[Any]):
+        self.state, self.tracker = state, tracker
+        self.root, self.began = state.job.root, time.time()
+        self.is_given_up = False
+        self._logged: dict[str, dict[str, Any]] = {}
+        """Key of a run to its id in the tracker, and to what of it has been logged."""
+        self._parent = ""
+        self._taken = 0
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tasks.put(self._begin)
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------ called by the thread of the job
+
+    def ended(self, ended: Sequence[SourceStage | Trial]) -> None:
+        """Log sources and trials that have ended; those that are logged are not logged again."""
+        sources = [one for one in ended if isinstance(one, SourceStage)]
+        trials = [one for one in ended if isinstance(one, Trial)]
+        for one in sources:
+            self._tasks.put(partial(self._log_source, one))
+        if trials:
+            self._tasks.put(partial(self._log_trials, trials))
+
+    def report(self, outcome: JobOutcome) -> None:
+        """Log what the job has left: gains, the report, the table, and bundles if they are asked
+        for.
+        """
+        self._tasks.put(partial(self._log_outcome, outcome))
+
+    def close(self, status: RunStatus, patience: float) -> None:
+        """End the job's run, and wait for the tracker as long as it takes something.
+
+        Args:
+            patience: Seconds without anything taken after which the rest is left to the next run.
+        """
+        self._tasks.put(partial(self._end, status))
+        self._tasks.put(None)
+        taken = -1
+        while self._thread.is_alive() and self._taken != taken:
+            taken = self._taken
+            self._thread.join(patience)
+        if self._thread.is_alive():
+            self._give_up(TimeoutError(f"it took nothing for {patience:g} seconds"))
+
+    # ------------------------------------------------------------ called by the thread of tracking
+
+    def _work(self) -> None:
+        for task in iter(self._tasks.get, None):
+            if self.is_given_up:
+                continue
+            try:
+                task()
+            except Exception as error:  # whatever it is: a job does not end for its tracker
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if self.is_given_up:
+            return
+        self.is_given_up = True
+        lines = str(error).splitlines() or [""]
+        self.state.progress.note(
+            f"warning: tracking: {self.tracker.registered_name} failed "
+            f"({type(error).__name__}: {without_secrets(lines[0])[:300]}); the job goes on without "
+            "it, and the same command logs the rest later"
+        )
+
+    def _begin(self) -> None:
+        """Continue the job's run, or begin it."""
+        place = _identity(self.state.job.tracking)
+        remedy = "the job is logged as a new run"
+        found = checksums.document_or_none(storage.join(self.root, FILE), remedy) or {}
+        if found.get("place") == place:
+            self._logged = found.get("runs", {})
+        known = self._logged.get(JOB, {}).get("id")
+        if known is not None and self.tracker.resume(known):
+            self._parent = known
+            return
+        parameters = flatten(_stated(self.state.job))
+        job = self.state.job.name
+        description = RunDescription(job, JOB, "job", None, job, self.began, parameters)
+        self._parent = self.tracker.begin(description)
+        self._logged = {JOB: {"id": self._parent}}
+        self._save()
+
+    def _save(self) -> None:
+        if self.is_given_up:  # the run has ended, and another one may own the folder
+            raise TimeoutError
+        place = _identity(self.state.job.tracking)
+        checksums.write_document(
+            storage.join(self.root, FILE), {"place": place, "runs": self._logged}
+        )
+        self._taken += 1
+
+    def _log_run(
+        self,
+        key: str,
+        version: str,
+        name: str,
+        began: float,
+        parameters: Mapping[str, str],
+        points: Sequence[Point],
+        status: RunStatus,
+    ) -> None:
+        """Log a nested run, unless it is there.
+
+        Args:
+            version: Tells what is logged from an earlier source or trial with the same key.
+        """
+        old = self._logged.get(key, {})
+        if old.get("version") == version:
+            return
+        kind = "source" if key.startswith("source/") else "trial"
+        description = RunDescription(
+            name, key, kind, self._parent, self.state.job.name, began, parameters
+        )
+        run_id = self.tracker.begin(description, old.get("id"))
+        self._logged[key] = {"id": run_id}
+        self._save()
+        self.tracker.log(run_id, points)
+        self.tracker.end(run_id, status, max([began, *(one.time for one in points)]))
+        self._logged[key] = {"id": run_id, "version": version}
+        self._save()
+
+    def _log_source(self, stage: SourceStage) -> None:
+        manifest = bundle.read_manifest(stage.bundle_uri)
+        key, version = f"source/{stage.name}-{stage.key}", bundle.weights_sha256(stage.bundle_uri)
+        points = curve_points(storage.join(stage.uri, "log", "metrics.jsonl"))
+        last = points[-1] if points else Point("", 0.0, 0, self.began)
+        points += _points(
+            {f"validation/{name}": value for name, value in manifest.metrics.items()},
+            last.step,
+            last.time,
+        )
+        began = min((one.time for one in points), default=self.began)
+        parameters = flatten(stage.spec.model_dump(mode="json", exclude_defaults=True))
+        self._log_run(key, version, stage.name, began, parameters, points, "done")
+
+    def _log_trials(self, trials: Sequence[Trial]) -> None:
+        records = trial.read_records(self.root, [one.id for one in trials])
+        for one in trials:
+            if one.id in records:
+                self._log_trial(one, records[one.id])
+
+    def _log_trial(self, one: Trial, record: TrialRecord) -> None:
+        moments = [row.started_at.timestamp() for row in record.rows if row.started_at]
+        began = min(moments, default=self.began)
+        first = record.rows[0]
+        ended = began + (first.seconds or 0.0)
+        uri = storage.join(self.root, "trials", one.id, "metrics.jsonl")
+        points = curve_points(uri)
+        if not points:  # heads that were trained together have no log
+            for point in record.curve:
+                values = {f"validation_{name}": value for name, value in point.metrics.items()}
+                points += _points(values, point.step, ended)
+        step = first.steps or 0
+        for row in record.rows:
+            points += _points(_measured(row), step, ended)
+        cost = {"seconds": first.seconds, "params_trained": first.params_trained}
+        points += _points(cost, step, ended)
+        spec = self.state.job.targets[one.target]
+        parameters = flatten(
+            {
+                "target": one.target,
+                "source": one.source,
+                "backbone": one.backbone,
+                "objective": str(spec.objective),
+                "technique": str(one.technique),
+                "label_fraction": str(one.label_fraction),
+                "seed": one.seed,
+                "stage": one.stage,
+                "train": spec.train.model_dump(mode="json", exclude_defaults=True),
+                "drawn": one.hyper_parameters,
+                **({"error": record.error} if record.error else {}),
+            }
+        )
+        version = spec_hash(record.to_json())
+        status = STATUSES[record.status]
+        self._log_run(f"trial/{one.id}", version, one.name, began, parameters, points, status)
+
+    def _log_outcome(self, outcome: JobOutcome) -> None:
+        """Log the gains of trials, the means of the matrix, and the files that the job has left."""
+        by_trial: dict[str, dict[str, float | None]] = {}
+        for row in outcome.rows:
+            if row.split == "test" and row.metric and row.gain is not None:
+                found = by_trial.setdefault(f"trial/{row.trial_id}", {})
+                found |= _interval(f"gain/{row.metric}", row.gain, row.gain_low, row.gain_high)
+        now = time.time()
+        for key, values in by_trial.items():
+            self._once(key, "gains", spec_hash(values), partial(self._log_values, values, now))
+        means: dict[str, float | None] = {}
+        for one in outcome.entries:
+            place = "/".join((one.target, one.source, one.technique, one.label_fraction))
+            means |= _interval(f"{place}/{one.metric}", one.mean, one.low, one.high)
+            means |= _interval(f"{place}/gain", one.gain, one.gain_low, one.gain_high)
+        self._once(JOB, "means", spec_hash(means), partial(self._log_values, means, now))
+        files = [outcome.report, outcome.report.removesuffix(".html") + ".md", outcome.results]
+        for uri in files if outcome.report else ():
+            self._upload_file(uri)
+        if getattr(self.tracker.options, "bundles", False):
+            self._upload_bundles(outcome)
+
+    def _log_values(self, values: Mapping[str, float | None], now: float, run_id: str) -> None:
+        self.tracker.log(run_id, _points(values, 0, now))
+
+    def _upload_file(self, uri: str) -> None:
+        content, name = storage.read_bytes(uri), uri.rpartition("/")[2]
+
+        def upload(run_id: str) -> None:
+            with storage.scratch_folder() as scratch:
+                Path(scratch, name).write_bytes(content)
+                self.tracker.upload(run_id, Path(scratch, name))
+
+        self._once(JOB, name, hashlib.sha256(content).hexdigest(), upload)
+
+    def _upload_bundles(self, outcome: JobOutcome) -> None:
+        """Upload the bundles that are kept: those of sources, and of final trials."""
+        places = {
+            f"source/{name}-{self.state.sources[name].key}": uri
+            for name, uri in outcome.bundles.items()
+        }
+        places |= {
+            f"trial/{row.trial_id}": row.bundle_uri for row in outcome.rows if row.bundle_uri
+        }
+        for key, uri in places.items():
+            if bundle.exists(uri):
+                upload = partial(self._upload_bundle, uri)
+                self._once(key, "bundle", bundle.weights_sha256(uri), upload)
+
+    def _upload_bundle(self, uri: str, run_id: str) -> None:
+        with storage.scratch_folder() as scratch:
+            folder = atomic_folder.fetch_folder(uri, Path(scratch, "bundle"))
+            for path in sorted(Path(folder).iterdir()):
+                self.tracker.upload(run_id, path, "bundle")
+
+    def _once(self, key: str, what: str, version: str, log: Callable[[str], None]) -> None:
+        """Log something of a run, unless the same has been logged."""
+        run = self._logged.get(key)
+        if run is None or run.get(what) == version:
+            return
+        log(run["id"])
+        run[what] = version
+        self._save()
+
+    def _end(self, status: RunStatus) -> None:
+        self.tracker.end(self._parent, status, time.time())
+        self.tracker.close()
+
+
+def curve_points(uri: str) -> list[Point]:
+    """Return the values of a metrics log, in the order of its steps; [] where there is none."""
+    out: list[Point] = []
+    for line in storage.read_bytes(uri).splitlines() if storage.exists(uri) else ():
+        with suppress(ValueError):  # a last line that is cut off
+            found = json.loads(line)
+            values = {k: v for k, v in found.items() if k not in (*NO_CURVES, "time")}
+            out += _points(values, int(found["step"]), float(found["time"]))
+    return out
+
+
+def _points(values: Mapping[str, Any], step: int, moment: float) -> list[Point]:
+    """Return the finite numbers among values."""
+    return [
+        Point(name, float(value), step, moment)
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ]
+
+
+def _interval(
+    name: str, value: float | None, low: float | None, high: float | None
+) -> dict[str, float | None]:
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+def _measured(row: ResultRow) -> dict[str, float | None]:
+    """Return the metric of a row with its interval."""
+    if not row.metric or not row.split:
+        return {}
+    return _interval(f"{row.split}/{row.metric}", row.value, row.value_low, row.value_high)
+
+
+def _stated(job: Job) -> dict[str, Any]:
+    """Return what a job states itself, without its defaults."""
+    return job.model_dump(mode="json", exclude_defaults=True)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested values as texts, by their places with dots between: ``sources.a.train.lr``.
+
+    A component (``{"name": ..., "options": ...}``) is one text, and so is a list. Passwords in the
+    addresses of places are left out.
+    """
+    out: dict[str, str] = {}
+    for name, value in values.items():
+        place = f"{prefix}{name}"
+        if isinstance(value, Mapping) and "name" in value and value.keys() <= {"name", "options"}:
+            out[place] = str(ComponentConfig.model_validate(value))
+        elif isinstance(value, Mapping):
+            out |= flatten(value, f"{place}.")
+        elif isinstance(value, list):
+            out[place] = ", ".join(_text(one) for one in value)
+        else:
+            out[place] = _text(value)
+    return {name: without_secrets(text) for name, text in out.items()}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping) and value.keys() <= {"name", "options"}:
+        return str(ComponentConfig.model_validate(value))
+    return json.dumps(value, sort_keys=True)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the user names, passwords and queries of addresses in it."""
+    text = re.sub(r"(\w://)[^/@\s]+@", r"\1***@", text)
+    return re.sub(r"(\w://[^\s?]*)\?\S+", r"\1?***", text)
+
+
+def _identity(tracking: ComponentConfig | None) -> str:
+    """Return a hash that tells one place of runs from another, and holds no password."""
+    assert tracking is not None
+    plain = {
+        name: value for name, value in tracking.options.items() if name not in ("bundles", "uri")
+    }
+    address = urlsplit(str(tracking.options.get("uri", "")))
+    where = [address.scheme, address.hostname or "", address.port or 0, address.path]
+    return spec_hash(tracking.name, plain, where)

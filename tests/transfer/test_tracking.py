@@ -1,0 +1,393 @@
+"""Runs in a tracker: what they hold, that nothing is logged twice, and that a tracker ends no job."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from toys import task_of
+
+from pipeline import api
+from pipeline.checkpoints import bundle
+from pipeline.config import yaml_loader
+from pipeline.config.schema import ComponentConfig, Job, JobError, spec_hash
+from pipeline.core.specs import ModalitySpec
+from pipeline.io import storage
+from pipeline.report.trial_record import CurvePoint, TrialRecord
+from pipeline.train.source import SourceStage
+from pipeline.transfer import tracking
+from pipeline.transfer.grid import Trial
+from tests.report.test_report import failure, trial
+from tests.transfer.test_live_page import Lines
+
+SECRET = "hunter2-token"
+
+
+def job_at(root, **config):
+    return Job.model_validate(
+        {
+            "name": "toy",
+            "storage": str(root),
+            "sources": {"garments": {"backbone": "file:garments.pt"}},
+            "targets": {
+                "clothing": {
+                    "data": {
+                        "uri": f"https://me:{SECRET}@data.example/rows.parquet?sig={SECRET}",
+                        "modality": "image",
+                        "columns": {"image": "image", "label": "label"},
+                    },
+                    "objective": "classification",
+                    "train": {"steps": 40, "lr": 0.01},
+                }
+            },
+            **config,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def task():
+    state = {"values": [0, 1], "labels": ["cat", "dog"]}
+    return task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", state, seed=0)
+
+
+@pytest.fixture
+def ended(tmp_path, task):
+    """A job's state, two trials that ended well and one that failed, and its outcome."""
+    job = job_at(tmp_path, tracking={"mlflow": {"uri": f"sqlite:///{tmp_path}/runs.db"}})
+    stage = SourceStage(job, "garments", job.sources["garments"], None, "key")
+    modality = ModalitySpec("image", {"size": 32, "channels": 3}, {})
+    bundle.save(stage.bundle_uri, task, modality, metrics={"accuracy": 0.75})
+    log = Path(stage.uri, "log", "metrics.jsonl")
+    log.parent.mkdir(parents=True)
+    lines = [
+        {"time": 1000.0 + step, "step": step, "steps": 30, "loss": 1 / step, "unit": "rows"}
+        for step in (10, 20, 30)
+    ]
+    log.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3')
+    trials, rows = [], []
+    for technique, level in (("scratch", 0.6), ("full", 0.8)):
+        source = "none" if technique == "scratch" else "garments"
+        made, _, curve = trial("clothing", source, technique, "1.0", 0, level)
+        made = [replace(row, value_low=row.value - 0.1, value_high=row.value + 0.1) for row in made]
+        one = planned(source, technique, made[0].trial_id)
+        points = tuple(CurvePoint(p.step, dict(p.metrics)) for p in curve)
+        write(job, one, TrialRecord(one.id, rows=tuple(made), curve=points, run="first"))
+        trials.append(one)
+        rows += [replace(row, gain=0.2, gain_low=0.1, gain_high=0.3) for row in made]
+    lost = planned("garments", "lora", "lost")
+    row = failure("clothing", "no memory", "lost")
+    write(job, lost, TrialRecord("lost", status="failed", error="no memory", rows=(row,)))
+    for name in ("report.html", "report.md", "results.parquet"):
+        Path(job.root, name).write_text(name)
+    outcome = api.Outcome(
+        bundles={"garments": stage.bundle_uri},
+        rows=rows,
+        report=storage.join(job.root, "report.html"),
+        results=storage.join(job.root, "results.parquet"),
+    )
+    state = SimpleNamespace(job=job, progress=Lines(), sources={"garments": stage})
+    return SimpleNamespace(state=state, trials=[*trials, lost], outcome=outcome)
+
+
+def planned(source, technique, name):
+    component = ComponentConfig(name=technique)
+    return Trial(source, "key", "timm/resnet18", "clothing", component, {}, 1.0, 0, "final", name)
+
+
+def write(job, one, record):
+    storage.write_json(storage.join(job.root, f"trials/{one.id}/record.json"), record.to_json())
+
+
+def run(ended, report=True):
+    """A run of the job in which everything ends, or is found done."""
+    with tracking.follow(ended.state) as track:
+        ended.state.progress.on_end(list(ended.state.sources.values()))
+        ended.state.progress.on_end(ended.trials[:1])
+        ended.state.progress.on_end(ended.trials)
+        if report:
+            track(ended.outcome)
+
+
+def client(ended):
+    mlflow = pytest.importorskip("mlflow", reason="extra mlflow is not installed")
+    pytest.importorskip("sqlalchemy", reason="MLflow's database needs SQLAlchemy")
+    return mlflow.MlflowClient(ended.state.job.tracking.options["uri"])
+
+
+def runs(ended):
+    """Name to run of all runs that are there."""
+    found = client(ended)
+    (experiment,) = (one for one in found.search_experiments() if one.name == "toy")
+    listed = found.search_runs([experiment.experiment_id])
+    assert len({one.info.run_name for one in listed}) == len(listed)
+    return {one.info.run_name: one for one in listed}
+
+
+def test_a_run_for_the_job_and_nested_ones_for_its_parts(ended):
+    run(ended)
+    assert ended.state.progress.notes == []
+    found = runs(ended)
+    names = {"toy", "garments", *(one.name for one in ended.trials)}
+    assert found.keys() == names
+    job, source = found["toy"], found["garments"]
+    assert all(
+        one.data.tags["mlflow.parentRunId"] == job.info.run_id
+        for name, one in found.items()
+        if name != "toy"
+    )
+    full = next(one for name, one in found.items() if "/full/" in name)
+    params = full.data.params
+    assert params["train.lr"] == "0.01" and params["technique"] == "full" and params["seed"] == "0"
+    test_row = next(row for row in ended.outcome.rows if "full" in row.trial_id)
+    metrics = full.data.metrics
+    assert metrics["test/accuracy"] == test_row.value
+    assert metrics["test/accuracy_low"] == test_row.value_low
+    assert metrics["gain/accuracy_high"] == 0.3 and metrics["seconds"] == test_row.seconds
+    curve = client(ended).get_metric_history(full.info.run_id, "validation_accuracy")
+    assert [point.step for point in curve] == list(range(30, 301, 30))
+    losses = client(ended).get_metric_history(source.info.run_id, "loss")
+    assert [(one.step, one.value, one.timestamp) for one in losses] == [
+        (step, 1 / step, 1_000_000 + 1000 * step) for step in (10, 20, 30)
+    ]
+    assert source.data.metrics["validation/accuracy"] == 0.75
+    lost = next(one for name, one in found.items() if "/lora/" in name)
+    assert lost.info.status == "FAILED" and lost.data.params["error"] == "no memory"
+    assert job.info.status == full.info.status == "FINISHED"
+    files = {one.path for one in client(ended).list_artifacts(job.info.run_id)}
+    assert files == {"report.html", "report.md", "results.parquet"}
+
+
+def test_a_run_that_goes_on_continues_the_same_runs(ended):
+    whole = ended.trials
+    ended.trials = whole[:1]
+    run(ended, report=False)
+    before = {name: one.info.run_id for name, one in runs(ended).items()}
+    ended.trials = whole
+    run(ended)
+    run(ended)
+    found = runs(ended)
+    assert (
+        len(found) == 5 and before.items() <= {n: r.info.run_id for n, r in found.items()}.items()
+    )
+    source = found["garments"].info.run_id
+    database = ended.state.job.tracking.options["uri"].removeprefix("sqlite:///")
+    with sqlite3.connect(database) as tables:
+        count = "select count(*) from metrics where run_uuid = ? and key = 'loss'"
+        assert tables.execute(count, (source,)).fetchone() == (3,), "each step once"
+
+
+def test_a_trial_that_was_made_anew_replaces_its_run(ended):
+    run(ended)
+    first = runs(ended)
+    one = ended.trials[1]
+    path = Path(ended.state.job.root, "trials", one.id, "record.json")
+    record = TrialRecord.from_json(json.loads(path.read_text()))
+    write(ended.state.job, one, replace(record, run="second"))
+    run(ended)
+    second = runs(ended)
+    changed = [name for name in first if first[name].info.run_id != second[name].info.run_id]
+    assert first.keys() == second.keys() and changed == [one.name]
+    assert second[one.name].data.metrics["gain/accuracy"] == 0.2
+
+
+def test_what_was_cut_off_in_the_middle_is_logged_anew(ended, monkeypatch):
+    client(ended)
+    from pipeline.transfer.trackers.mlflow import MLflow
+
+    log = MLflow.log
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            MLflow, "log", lambda self, run_id, points: log(self, run_id, points[:1]) or 1 / 0
+        )
+        run(ended)
+    assert (
+        len(ended.state.progress.notes) == 1
+        and "ZeroDivisionError" in ended.state.progress.notes[0]
+    )
+    cut = runs(ended)["garments"].info.run_id
+    run(ended)
+    found = runs(ended)
+    assert len(found) == 5 and found["garments"].info.run_id != cut
+    assert len(client(ended).get_metric_history(found["garments"].info.run_id, "loss")) == 3
+
+
+def test_bundles_are_uploaded_where_they_are_asked_for(ended):
+    options = {**ended.state.job.tracking.options, "bundles": True}
+    config = ComponentConfig(name="mlflow", options=options)
+    ended.state.job = ended.state.job.model_copy(update={"tracking": config})
+    run(ended)
+    source = runs(ended)["garments"].info.run_id
+    files = {one.path for one in client(ended).list_artifacts(source, "bundle")}
+    assert files == {"bundle/manifest.json", "bundle/weights.safetensors"}
+
+
+def test_no_secret_is_written_or_sent(ended, tmp_path):
+    run(ended)
+    assert runs(ended)["toy"].data.params["targets.clothing.data.uri"] == (
+        "https://***@data.example/rows.parquet?***"
+    )
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+class Broken:
+    """A tracker that raises, or never answers."""
+
+    registered_name = "broken"
+    options = SimpleNamespace()
+
+    def __init__(self, waits=None):
+        self.waits, self.calls = waits, 0
+
+    def begin(self, run, replaces=None):
+        self.calls += 1
+        if self.waits is not None:
+            self.waits.wait(60)
+        raise ConnectionError(f"https://me:{SECRET}@runs.example/?token={SECRET} refused\nmore")
+
+
+def test_a_tracker_that_fails_is_one_warning(ended, monkeypatch):
+    broken = Broken()
+    monkeypatch.setattr(tracking, "tracker_of", lambda job: broken)
+    run(ended)
+    assert broken.calls == 1
+    (note,) = ended.state.progress.notes
+    assert "tracking: broken failed (ConnectionError: https://***@runs.example/?***" in note
+    assert SECRET not in note and "more" not in note
+    assert not storage.exists(storage.join(ended.state.job.root, tracking.FILE))
+
+
+def test_a_tracker_that_hangs_holds_up_no_job(ended, monkeypatch):
+    answers = threading.Event()
+    monkeypatch.setattr(tracking, "tracker_of", lambda job: Broken(answers))
+    began = time.monotonic()
+    with tracking.follow(ended.state, patience=0.1):
+        ended.state.progress.on_end(ended.trials)
+    assert time.monotonic() - began < 30
+    (note,) = ended.state.progress.notes
+    assert "took nothing for 0.1 seconds" in note
+    answers.set()
+
+
+def test_an_error_of_the_job_stops_its_run(ended):
+    client(ended)
+    with pytest.raises(RuntimeError, match="of the job"), tracking.follow(ended.state):
+        raise RuntimeError("of the job")
+    assert runs(ended)["toy"].info.status == "KILLED"
+
+
+def test_tracking_changes_no_hash_and_is_not_dumped(tmp_path):
+    without = job_at(tmp_path)
+    tracked = job_at(tmp_path, tracking={"mlflow": {"uri": f"https://me:{SECRET}@runs.example"}})
+    assert spec_hash(without) == spec_hash(tracked)
+    assert SECRET not in tracked.model_dump_json(exclude={"targets"})
+
+
+def test_what_is_not_installed_is_an_error_with_the_command(tmp_path, monkeypatch):
+    from pipeline.transfer.trackers import mlflow
+
+    monkeypatch.setattr(mlflow, "find_spec", lambda name: None)
+    job = job_at(tmp_path, tracking="mlflow")
+    with pytest.raises(
+        ValueError, match=r"tracking: mlflow is not installed: uv sync --extra mlflow"
+    ):
+        tracking.tracker_of(job)
+
+
+def test_an_unknown_tracker_or_option_is_named_with_its_line(tmp_path):
+    text = (Path(__file__).parents[2] / "jobs/text/first_steps.yaml").read_text()
+    text = text.replace("../data", str(Path(__file__).parents[2] / "jobs/data"))
+    for config, wanted in (("mlfow", "mlflow"), ("{mlflow: {experimnt: a}}", "experiment")):
+        path = tmp_path / "job.yaml"
+        path.write_text(f"{text}tracking: {config}\n")
+        with pytest.raises(JobError, match=wanted):
+            yaml_loader.load(path, [])
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of an MLflow server on this machine, with its own database."""
+    pytest.importorskip("mlflow", reason="extra mlflow is not installed")
+    pytest.importorskip("flask", reason="an MLflow server needs Flask")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--workers", "1"]
+    words += ["--artifacts-destination", str(tmp_path / "artifacts"), "--port", str(port)]
+    log = tmp_path / "server.log"
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", *words],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+                break
+            assert process.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.5)
+        yield SimpleNamespace(address=address, process=process)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_real_server_on_this_machine_and_one_that_goes_away(ended, server):
+    options = {"uri": server.address, "bundles": True}
+    config = ComponentConfig(name="mlflow", options=options)
+    ended.state.job = ended.state.job.model_copy(update={"tracking": config})
+    whole = ended.trials
+    ended.trials = whole[:1]
+    run(ended, report=False)
+    ended.trials = whole
+    run(ended)
+    assert ended.state.progress.notes == []
+    found = runs(ended)
+    assert len(found) == 5 and found["toy"].info.status == "FINISHED"
+    files = {one.path for one in client(ended).list_artifacts(found["toy"].info.run_id)}
+    assert files == {"report.html", "report.md", "results.parquet"}
+    source = found["garments"].info.run_id
+    assert {one.path for one in client(ended).list_artifacts(source, "bundle")} == {
+        "bundle/manifest.json",
+        "bundle/weights.safetensors",
+    }
+    os.killpg(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    run(ended)
+    (note,) = ended.state.progress.notes
+    assert "tracking: mlflow failed" in note
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline(ended, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="extra wandb is not installed")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "wandb"))
+    (tmp_path / "wandb").mkdir()
+    config = ComponentConfig(name="wandb", options={"mode": "offline"})
+    ended.state.job = ended.state.job.model_copy(update={"tracking": config})
+    run(ended)
+    run(ended)
+    assert ended.state.progress.notes == []
+    written = [path.name for path in (tmp_path / "wandb").rglob("*.wandb")]
+    stored = json.loads(Path(ended.state.job.root, tracking.FILE).read_text())["runs"]
+    assert {name.removeprefix("run-").removesuffix(".wandb") for name in written} == {
+        one["id"] for one in stored.values()
+    }
+    assert len(stored) == 5
