@@ -32,6 +32,7 @@ def export_bundle(uri: str, output: str, kind: str, backbone_only: bool) -> str:
         BundleError: The other library has no class for the bundle, a technique's modules are part
             of its network, or the export gives other numbers than the bundle.
     """
+    storage.refuse_read_only(output)
     found = bundle.load(uri)
     if kind == "bundle":
         return _export_copy(found, output)

@@ -13,6 +13,7 @@ EXTRAS = {
     "mlflow": ("mlflow",),
     "wandb": ("wandb",),
     "datasets": ("datasets",),
+    "gcs": ("gcsfs",),
 }
 """Extras of pyproject.toml, each with the modules that it brings."""
 

@@ -102,7 +102,7 @@ _CLIENT_FIXES = {
 }
 """What to do about errors of botocore, by their names."""
 _FILESYSTEMS: dict[tuple[Any, ...], Any] = {}
-READ_ONLY = ("http", "https", "hf")
+READ_ONLY = ("http", "https", "hf", "gs")
 """Schemes of the stores that are only read (`read_only`)."""
 
 

@@ -556,6 +556,11 @@ def sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
+def refuse_read_only(uri: Uri) -> None:
+    """Raise StorageError for an output in a store that is only read, before any work is done."""
+    s3.split(uri)
+
+
 def check_writable(uri: Uri) -> None:
     """Write and remove a probe file, making the folder. The error says why that fails."""
     probe = join(uri, f".probe-{uuid.uuid4().hex[:12]}")

@@ -389,6 +389,7 @@ def _input_of(
     progress: Progress,
     options: OutputOptions,
 ) -> NewRows:
+    storage.refuse_read_only(output)
     imports = storage.join(output, ".imports")
     with file_identity.progress_to(progress.update):
         return _read_input(found, data, columns, form, imports, options.keep)

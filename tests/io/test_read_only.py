@@ -1,7 +1,9 @@
-"""Files that are only read: on web servers, with ranges and without."""
+"""Files that are only read: on web servers with and without ranges, on the hub, in buckets."""
 
 import io
 import json
+import socket
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -12,8 +14,17 @@ import pytest
 from faults import run_python
 from web_server import web_server
 
+from pipeline.config import extras
 from pipeline.data import manifests
-from pipeline.io import atomic_folder, checksums, file_identity, http_files, run_lock, storage
+from pipeline.io import (
+    atomic_folder,
+    checksums,
+    file_identity,
+    http_files,
+    read_only,
+    run_lock,
+    storage,
+)
 from pipeline.io.storage import NotFoundError, StorageError
 
 DATA = bytes(range(256)) * 40
@@ -264,3 +275,63 @@ def test_repositories_of_the_hub(web, tmp_path, monkeypatch):
     assert found["content"] == file_identity.fingerprint(tmp_path / "a.csv")
     assert "hf:// is only read" in found["write"]
     assert web.tokens == {"Bearer hf_secret"} and "hf_secret" not in done.stdout + done.stderr
+
+
+# --- Google Cloud Storage ---
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """An emulator on loopback with an empty bucket."""
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="rows")
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        read_only._store.cache_clear()
+        from gcsfs import core
+
+        yield core.GCSFileSystem(token="anon", use_listings_cache=False, skip_instance_cache=True)
+    read_only._store.cache_clear()
+    server.stop()
+
+
+def test_objects_of_a_bucket(bucket, tmp_path):
+    files = {
+        "data/a.csv": b"text,stars\ngood,5\nbad,1\n",
+        "data/deep/b.csv": b"text,stars\nfair,3\n",
+    }
+    for name, data in {**files, "other/c.bin": DATA}.items():
+        bucket.pipe_file(f"rows/{name}", data)
+    root = "gs://rows/data"
+    assert storage.list_files(root) == [f"gs://rows/{name}" for name in files]
+    assert storage.list_files(root, recursive=False) == [f"{root}/a.csv"]
+    assert storage.glob(f"{root}/*.csv") == [f"{root}/a.csv"]
+    assert storage.list_files("gs://rows/dat") == []
+    assert [storage.is_dir(uri) for uri in (root, f"{root}/a.csv")] == [True, False]
+    assert storage.exists(f"{root}/a.csv") and not storage.exists(f"{root}/none.csv")
+    with storage.open_read("gs://rows/other/c.bin") as file:
+        file.seek(256)
+        assert file.read(3) == DATA[:3] and storage.size("gs://rows/other/c.bin") == len(DATA)
+    assert manifests.build([root], "auto", str(tmp_path)).rows == 3
+    (tmp_path / "c.bin").write_bytes(DATA)
+    first = file_identity.identify(["gs://rows/other/c.bin"])[0]
+    assert first.content == file_identity.fingerprint(tmp_path / "c.bin")
+    bucket.pipe_file("rows/other/c.bin", DATA[::-1])
+    with pytest.raises(file_identity.ChangedFileError, match="changed while it was in use"):
+        file_identity.open_unchanged(first)
+    with pytest.raises(StorageError, match="gs:// is only read"):
+        storage.write_bytes(f"{root}/d.csv", b"")
+
+
+def test_a_missing_client_of_buckets_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    read_only._store.cache_clear()
+    with pytest.raises(StorageError) as raised:
+        storage.exists("gs://rows/a")
+    assert extras.install("gcs") in str(raised.value)
+    read_only._store.cache_clear()

@@ -43,9 +43,9 @@ def test_schemes():
     assert storage.is_remote("s3://b/k")
     assert not any(storage.is_remote(uri) for uri in ("runs/x", "file:///x", Path("/x"), "a:b/c"))
     with pytest.raises(
-        StorageError, match=r"gs:// is not supported; use a folder, file:// or s3://"
+        StorageError, match=r"ftp:// is not supported; use a folder, file:// or s3://"
     ):
-        storage.filesystem("gs://b/k")
+        storage.filesystem("ftp://b/k")
     with pytest.raises(StorageError, match=r"write s3://bucket/key"):
         storage.read_bytes(Path("s3://bucket/key"))  # pathlib makes it s3:/bucket/key
     for nowhere in ("", "s3://", "s3:///key"):

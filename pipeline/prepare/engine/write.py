@@ -56,6 +56,7 @@ class Preparation:
         options: Any = None,
         settings: Settings | None = None,
     ):
+        storage.refuse_read_only(output)
         importer: Importer = registry.get("importer", name)(options)
         self.name, self.output, self.settings = name, absolute(output), settings or Settings()
         self.source = absolute(source) if importer.reads_files else source
