@@ -354,11 +354,23 @@ class _Front(nn.Module):
                     .flatten(2)
                 )
             else:
-                x = parts["convolution"](x.transpose(1, 2)).transpose(1, 2)
+                x = parts["convolution"](_whole_strides(x, self.shapes[number][1])).transpose(1, 2)
             lengths = conv_arithmetic.count(lengths, self.shapes[number : number + 1])
             real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
             x = parts["norm"](x).clamp(0, self.clip) * real[:, :, None]
         return x, lengths
+
+
+def _whole_strides(x: Tensor, step: int) -> Tensor:
+    """Return (B, D, T) of (B, T, D), with zeros at the end up to a multiple of ``step`` steps.
+
+    A convolution with an odd kernel and half of it as padding has the same output for both. But
+    where the stride does not divide the steps, oneDNN (3.10, brgconv_strided) computes the gradient
+    of the input with a buffer that is one step too short for a kernel of 11: with two threads and
+    as many steps as 23, 55 or 87, one thread writes into the buffer of the other, and the gradients
+    of some rows are wrong, differently each time.
+    """
+    return F.pad(x.transpose(1, 2), (0, -x.shape[1] % step))
 
 
 class _Recurrent(nn.Module):

@@ -13,6 +13,7 @@ from pipeline.core.contracts import Batch
 from pipeline.core.contracts.backbone_capabilities import hides_frames
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture, ModalitySpec
+from pipeline.models.torchaudio import _Front
 
 BINS = 12
 INPUTS = {"features": "mel", "rate": 16000, "channels": BINS, "convolutions": [[400, 160, 0]]}
@@ -258,6 +259,35 @@ def test_the_subsampling_is_torchs_on_a_whole_row():
         6,
         9,
     )
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_threads_compute_the_gradients_that_torchs_own_kernels_compute(two_threads):
+    """With 23 steps as they are, oneDNN's are wrong in about half of the runs; so this runs often,
+    and looks at what the convolution is given.
+    """
+    torch.manual_seed(0)
+    front = _Front(256, 256, [11], [2], plane=False, wide=True)
+    x, lengths = torch.randn(41, 23, 256, requires_grad=True), torch.full((41,), 23)
+    given = []
+    front.layers[0]["convolution"].register_forward_pre_hook(
+        lambda module, inputs: given.append(inputs[0].shape[2])
+    )
+    with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[attr-defined]
+        out, _ = front(x, lengths)
+        direction = torch.randn(out.shape)
+        (wanted,) = torch.autograd.grad(out, x, direction)
+    for _ in range(10):
+        (found,) = torch.autograd.grad(front(x, lengths)[0], x, direction)
+        assert (found - wanted).abs().max() < 1e-4
+    assert set(given) == {24}
 
 
 # ---------------------------------------------------------------- the contract
