@@ -75,31 +75,40 @@ def require(found: Comparison, uri: str) -> Comparison:
 # ---------------------------------------------------------------- rows
 
 
-def random_batch(modality: Modality, rows: int = ROWS, seed: int = SEED) -> Batch | None:
+def random_batch(
+    modality: Modality, rows: int = ROWS, seed: int = SEED, length: float = 1.0
+) -> Batch | None:
     """Return finished rows as a backbone reads them, the same for the same seed.
 
-    None for a modality whose rows cannot be made up.
+    ``length`` is a share of the usual one. None for a modality whose rows cannot be made up.
     """
     if not isinstance(modality, MakesRandomRows):
         return None
-    made = modality.random_rows(rows, np.random.default_rng(seed))
+    made = modality.random_rows(rows, np.random.default_rng(seed), length)
     return modality.finish(Batch(np.arange(rows), torch.arange(rows), made))
 
 
 # ---------------------------------------------------------------- what is compared
 
 
-def _compare(ours: Tensor, theirs: Tensor, what: str, mask: Tensor | None = None) -> Comparison:
-    """Return the comparison of two tensors, where ``mask`` is true."""
+def compare_outputs(
+    ours: Tensor, theirs: Tensor, what: str, mask: Tensor | None = None
+) -> Comparison:
+    """Return the comparison of two tensors, where ``mask`` is true.
+
+    Raises:
+        BundleError: Their shapes differ.
+    """
     if ours.shape != theirs.shape:
         raise BundleError(
             f"the export gives {what} of shape {tuple(theirs.shape)}, the bundle "
             f"{tuple(ours.shape)}"
         )
+    rows = len(ours)
     if mask is not None and ours.dim() == 3:
         ours, theirs = ours[mask], theirs[mask]
     difference = (ours.double() - theirs.double()).abs().max()
-    return Comparison(float(difference), float(ours.abs().max()), ROWS, what)
+    return Comparison(float(difference), float(ours.abs().max()), rows, what)
 
 
 def _features(backbone: Backbone, batch: Batch) -> Tensor:
@@ -140,7 +149,7 @@ def compare_tensors(found: Bundle, tensors: dict[str, Tensor]) -> Comparison:
         return Comparison(0.0, 0.0, 0, same)
     twin = Bundle(found.uri, found.manifest, tensors)
     ours, theirs = (_features(one.backbone(), batch) for one in (found, twin))
-    return _compare(ours, theirs, "features")
+    return compare_outputs(ours, theirs, "features")
 
 
 @torch.no_grad()
@@ -160,11 +169,11 @@ def compare_classifier(found: Bundle, place: Path) -> Comparison:
     ours = logits(task, batch)
     assert ours is not None
     config: Any = model.model.config if "image" not in batch.data else None
-    inputs: Any = batch["image"] if config is None else _words(config, batch)
-    return _compare(ours, model(inputs), "scores", batch.data.get("mask"))
+    inputs: Any = batch["image"] if config is None else transformers_inputs(config, batch)
+    return compare_outputs(ours, model(inputs), "scores", batch.data.get("mask"))
 
 
-def _words(config: Any, batch: Batch) -> dict[str, Tensor]:
+def transformers_inputs(config: Any, batch: Batch) -> dict[str, Tensor]:
     """Return a batch under the names that models of transformers have for it."""
     if "wave" in batch.data:
         words = {"input_values": batch["wave"]}
@@ -173,10 +182,13 @@ def _words(config: Any, batch: Batch) -> dict[str, Tensor]:
             words["attention_mask"] = batch["mask"].long()
         return words
     mask = batch["mask"]
-    return {
+    words = {
         "input_ids": batch["tokens"].masked_fill(~mask, config.pad_token_id or 0),
         "attention_mask": mask.long(),
     }
+    if getattr(config, "type_vocab_size", 1) > 1:
+        words["token_type_ids"] = batch["types"]
+    return words
 
 
 @torch.no_grad()
@@ -193,22 +205,22 @@ def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparis
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         if plain:
             theirs = model.forward_head(model.forward_features(batch["image"]), pre_logits=True)
-            return _compare(_features(found.backbone(), batch), theirs, "features")
+            return compare_outputs(_features(found.backbone(), batch), theirs, "features")
         ours = logits(found.task(), batch)
         assert ours is not None
-        return _compare(ours, model(batch["image"]), "scores")
+        return compare_outputs(ours, model(batch["image"]), "scores")
     import transformers
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     model = getattr(transformers, kind).from_pretrained(folder).eval()
-    words = _words(model.config, batch)
+    words = transformers_inputs(model.config, batch)
     task = None if plain else found.task()
     ours = logits(task, batch) if task is not None else None
     if ours is None:
         backbone = task.backbone if task is not None else found.backbone()
         features = backbone(batch, want=("tokens",))
         assert features.tokens is not None
-        return _compare(
+        return compare_outputs(
             features.tokens, model.base_model(**words).last_hidden_state, "states", features.mask
         )
     given = model(**words)
@@ -217,7 +229,7 @@ def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparis
     else:
         theirs = given.logits
     mask = batch.data["mask"] if "tokens" in batch.data else None
-    return _compare(ours, theirs, "scores", mask)
+    return compare_outputs(ours, theirs, "scores", mask)
 
 
 def read_state_dict(place: Path) -> dict[str, Tensor]:

@@ -439,7 +439,7 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     config = copy.deepcopy(model.config)
     state = found.manifest.modality.state
-    tokenizer, specials = _with_post_processor(
+    tokenizer, specials = with_post_processor(
         state, words=exported is not None and exported.splits_words
     )
     note = ""
@@ -652,7 +652,7 @@ def _save(kind: Any, config: Any, tensors: dict[str, Tensor], folder: Path) -> N
     save_file(weights, folder / MODEL, metadata={"format": "pt"})
 
 
-def _with_post_processor(state: dict[str, Any], words: bool) -> tuple[Any, dict[str, str]]:
+def with_post_processor(state: dict[str, Any], words: bool) -> tuple[Any, dict[str, str]]:
     """Return the tokenizer with the modality's frame as its post-processor, and its special tokens.
 
     The frame is [CLS] a [SEP] b [SEP]. The special tokens are keyed by role.

@@ -256,9 +256,18 @@ def cost_column(modality: Any, columns: Mapping[str, str]) -> str | None:
 class MakesRandomRows(Protocol):
     """A modality whose rows can be made up: an export is compared with its bundle on such rows."""
 
-    def random_rows(self, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def random_rows(
+        self, rows: int, rng: np.random.Generator, length: float = 1.0
+    ) -> dict[str, Tensor]:
         """Return rows of random content, as ``collate`` returns them; padded ones where the
-        modality pads."""
+        modality pads.
+
+        Args:
+            rows: How many.
+            rng: Where their content is drawn from.
+            length: How long they are, as a share of the longest rows that this gives; rows of one
+                size stay as they are.
+        """
         ...
 
 
@@ -383,3 +392,21 @@ class MakesViews(Protocol):
 def makes_views(modality: Any) -> TypeIs[MakesViews]:
     """Return whether the modality can make random views of a row."""
     return isinstance(modality, MakesViews)
+
+
+@runtime_checkable
+class PreparesInputs(Protocol):
+    """A modality whose preparation of a row can be written down as a few lines of Python."""
+
+    def preparation_code(self) -> str:
+        """Return code that makes ``inputs``, the arrays of an exported network by name.
+
+        It needs numpy (as ``np``) and small libraries that it imports, nothing of this package. It
+        stands in the README of an export, whose folder has ``tokenizer.json`` for texts.
+        """
+        ...
+
+
+def prepares_inputs(modality: Any) -> str | None:
+    """Return the code that prepares a row, None for a modality that has none."""
+    return modality.preparation_code() if isinstance(modality, PreparesInputs) else None

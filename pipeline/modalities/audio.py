@@ -388,12 +388,12 @@ class Audio(Modality):
 
     # ------------------------------------------------------------ on the device
 
-    def random_rows(self, rows, rng):
+    def random_rows(self, rows, rng, length=1.0):
         """Return noise of one length: some published models give other numbers on padded rows."""
         files: list[bytes] = []
         for _ in range(rows):
             sink = io.BytesIO()
-            count = int(RANDOM_SECONDS * self.options.rate)
+            count = int(length * RANDOM_SECONDS * self.options.rate)
             samples = (0.2 * rng.standard_normal(count)).clip(-1, 1)
             soundfile.write(sink, samples, self.options.rate, "PCM_16", format="WAV")
             files.append(sink.getvalue())

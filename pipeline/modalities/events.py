@@ -326,11 +326,11 @@ class Events(Modality):
             {name: array for name, array in arrays.items() if name not in own}
         )
 
-    def random_rows(self, rows, rng):
+    def random_rows(self, rows, rng, length=1.0):
         state = self.state
         table: dict[str, list[Any]] = {"times": [], "variables": [], "values": []}
         for _ in range(rows):
-            count = int(rng.integers(5, 20))
+            count = max(1, int(length * rng.integers(5, 20)))
             places = rng.integers(0, len(state["variables"]), count)
             table["times"].append(np.sort(rng.uniform(0, self.options.hours, count)).tolist())
             table["variables"].append([state["variables"][place] for place in places])

@@ -44,6 +44,36 @@ PAIR = b"image+mask"
 """
 
 
+PREPARATION = """
+from PIL import Image, ImageOps
+
+size = {size}
+picture = ImageOps.exif_transpose(Image.open("picture.png")).convert("{mode}")
+width, height = picture.size
+{fit}
+picture = picture.resize((width, height), Image.Resampling.{filter})
+pixels = np.asarray(picture, np.float32).reshape(height, width, -1)
+canvas = np.empty((size, size, pixels.shape[2]), np.float32)
+canvas[:] = {fill}
+y, x = max(top, 0), max(left, 0)
+pixels = pixels[max(-top, 0) :, max(-left, 0) :][: size - y, : size - x]
+canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
+values = (canvas / 255 - {mean}) / {std}
+inputs = {{"image": values.transpose(2, 0, 1)[None].astype(np.float32)}}
+"""
+PREPARED_FITS = {
+    "squash": "width = height = size\ntop = left = 0",
+    "pad": """most = max(width, height)
+width, height = max(1, round(width * size / most)), max(1, round(height * size / most))
+top, left = (size - height) // 2, (size - width) // 2""",
+    "crop": """least, side = min(width, height), int(size / {share})
+width = max(side, round(width * side / least))
+height = max(side, round(height * side / least))
+top, left = -((height - size) // 2), -((width - size) // 2)""",
+}
+"""Code that makes the input of a network outside of this package, and its part for each ``fit``."""
+
+
 class ImageOptions(Options):
     size: int = Field(224, ge=8, le=4096, description="pixels a side after resize and centre crop")
     channels: Literal[1, 3] = Field(
@@ -354,7 +384,7 @@ class Image(Modality):
                 bad[i] = _reason(error)
         return out, bad
 
-    def random_rows(self, rows, rng):
+    def random_rows(self, rows, rng, length=1.0):
         side = self.options.size
         files: list[bytes] = []
         for _ in range(rows):
@@ -363,6 +393,22 @@ class Image(Modality):
             PIL.Image.fromarray(pixels).save(sink, "PNG")
             files.append(sink.getvalue())
         return self.collate(self.decode(pa.table({"image": files}), {"image": "image"})[0])
+
+    def preparation_code(self) -> str:
+        """Return code that reads and resizes a picture with Pillow (`PreparesInputs`).
+
+        Its pixels differ from those of `decode` by a level or two, which is rounding.
+        """
+        options = self.options
+        return PREPARATION.format(
+            mode="RGB" if options.channels == 3 else "L",
+            fit=PREPARED_FITS[options.fit].format(share=options.crop_share),
+            size=options.size,
+            filter=options.interpolation.upper(),
+            fill=[round(level) for level in self._fill()],
+            mean=self.state["mean"],
+            std=self.state["std"],
+        )
 
     def augment(self, batch: Batch) -> Batch:
         """Crop, flip, apply RandAugment and colour jitter.

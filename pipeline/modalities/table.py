@@ -84,7 +84,7 @@ class Table(Modality):
             "" if value.is_valid else "the features are null" for value in column
         ]
 
-    def random_rows(self, rows, rng):
+    def random_rows(self, rows, rng, length=1.0):
         table = pa.table({"features": self.static_features.random_rows(rows, rng)})
         return self.collate(self.decode(table, {"features": "features"})[0])
 

@@ -29,6 +29,22 @@ LARGEST_WORD = 32767
 """Largest number of a word in its row (int16)."""
 NEAR_JACCARD = 0.8
 """Least similarity of the word shingles of two texts that are nearly the same."""
+PREPARATION = """
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.enable_truncation({length}, strategy="{strategy}")
+tokenizer.enable_padding(pad_id={pad})
+found = tokenizer.encode_batch({texts})
+inputs = {{
+    "tokens": np.array([one.ids for one in found]),
+    "mask": np.array([one.attention_mask for one in found], dtype=bool),
+    "types": np.array([one.type_ids for one in found]),
+}}
+"""
+"""Code that makes the inputs of a network outside of this package."""
+TEXTS = '["A text.", "Another one."]'
+QUESTIONS = '[("A question?", "Its context.")]'
 RANDOM_TOKENS = 24
 """Tokens of the longest row that is made up."""
 
@@ -507,22 +523,39 @@ class Text(Modality):
             }
         ), bad
 
-    def random_rows(self, rows, rng):
+    def random_rows(self, rows, rng, length=1.0):
         """Return rows of several lengths, of tokens that are not special, framed as others are."""
         pad, _, cls, sep, _ = self.state["specials"]
         special = {number for number in self.state["specials"] if number is not None}
         words = np.array(
             [number for number in range(self.state["vocabulary"]) if number not in special]
         )
-        longest = min(RANDOM_TOKENS, self.options.length)
+        longest = max(2, int(length * min(RANDOM_TOKENS, self.options.length)))
         lengths = rng.integers(min(4, longest), longest + 1, rows)
         lengths[0] = longest
         tokens = np.full((rows, longest), pad, dtype=np.int64)
-        for row, length in enumerate(lengths):
-            tokens[row, :length] = rng.choice(words, length)
-            tokens[row, 0], tokens[row, length - 1] = cls, sep
-        mask = np.arange(longest) < lengths[:, None]
-        return {"tokens": torch.as_tensor(tokens), "mask": torch.as_tensor(mask)}
+        for row, count in enumerate(lengths):
+            tokens[row, :count] = rng.choice(words, count)
+            tokens[row, 0], tokens[row, count - 1] = cls, sep
+        places = np.arange(longest)
+        mask, second = places < lengths[:, None], places >= lengths[:, None] // 2
+        return {
+            "tokens": torch.as_tensor(tokens),
+            "mask": torch.as_tensor(mask),
+            "types": torch.as_tensor((mask & second).astype(np.int64)),
+        }
+
+    def preparation_code(self) -> str:
+        """Return code that makes token ids of texts, or of questions and contexts
+        (`PreparesInputs`).
+        """
+        has_windows = self.options.windows is not None
+        return PREPARATION.format(
+            length=self.options.length,
+            strategy="only_second" if has_windows else "longest_first",
+            pad=self.state["specials"][0],
+            texts=QUESTIONS if has_windows else TEXTS,
+        )
 
     throughput_unit = "tokens"
 

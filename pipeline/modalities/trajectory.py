@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch
 from pydantic import Field
@@ -28,6 +30,8 @@ MOST = 10.0
 would give any number.
 """
 CHANNELS = 3
+RANDOM_STEPS = 12
+"""Steps of the longest episode that is made up."""
 NUMBERS = {"observations": "observation", "actions": "action", "executed": "action"}
 """Roles that hold numbers, and the statistics of a space that belong to each."""
 BLOCK = 1 << 14
@@ -400,6 +404,30 @@ class Trajectory(Modality):
             out.append(made.reshape(-1))
         return out
 
+    def random_rows(self, rows, rng, length=1.0):
+        """Return episodes of the spaces in turn, with what was executed at each step."""
+        table: dict[str, list[Any]] = {"observations": [], "executed": [], "embodiment": []}
+        if self.options.images is not None:
+            table["images"] = []
+        is_discrete = self.spaces[self.names[0]].discrete is not None
+        alike = [one for one in self.spaces.values() if (one.discrete is not None) == is_discrete]
+        for row in range(rows):
+            space = alike[row % len(alike)]
+            longest = max(1, int(length * RANDOM_STEPS))
+            steps = longest if row == 0 else int(rng.integers(1, longest + 1))
+            table["embodiment"].append(space.name)
+            table["observations"].append(rng.standard_normal((steps, space.observation)).tolist())
+            if space.discrete is not None:
+                table["executed"].append([str(rng.choice(space.discrete)) for _ in range(steps)])
+            else:
+                table["executed"].append(rng.standard_normal((steps, space.action)).tolist())
+            if "images" in table:
+                frames = rng.integers(0, 256, (steps, 8, 8, CHANNELS), dtype=np.uint8)
+                table["images"].append([_png(frame) for frame in frames])
+        decoded, reasons = self.decode(pa.table(table), {name: name for name in table})
+        assert not any(reasons), reasons
+        return self.collate(decoded)
+
     def costs(self, table, columns) -> np.ndarray:
         """Return (B,) float64 steps of each row, from column ``steps`` or the number of
         observations.
@@ -504,6 +532,13 @@ class Trajectory(Modality):
         if name not in self.spaces:
             raise ValueError(f"unknown space {name!r}; {nearest(name, self.spaces)}")
         return self.spaces[name]
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """Return pixels (H, W, 3) uint8 as a PNG file."""
+    sink = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
 
 
 class Space:

@@ -138,8 +138,17 @@ class Static(nn.Module):
         )
 
 
-def grid(batch: Batch, variables: int, start: float, step: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Put events on a grid of steps.
+def grid(
+    batch: Batch, variables: int, start: float, step: float, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put events on a grid of steps: up to the last event of a batch, or all in an export.
+
+    Args:
+        batch: Finished rows.
+        variables: How many there are.
+        start: Hour at which the grid begins.
+        step: Hours of a step.
+        most: Steps of the longest row that there can be.
 
     Returns:
         (B, T, V) float32 mean value in each step, (B, T, V) bool whether it was measured, and (B,)
@@ -148,13 +157,18 @@ def grid(batch: Batch, variables: int, start: float, step: float) -> tuple[Tenso
     times, mask = batch["times"], batch["mask"]
     place = ((times - start) / step).floor().long().clamp(min=0)
     steps = torch.where(mask, place + 1, 1).amax(1)
-    rows, length = len(times), int(steps.max()) if len(times) else 1
-    index = (torch.arange(rows, device=times.device)[:, None] * length + place) * variables + batch[
-        "variables"
-    ]
-    index, weight = index[mask], torch.ones_like(times)[mask]
+    rows = times.shape[0]
+    # a graph of tensors has one number of steps
+    length = most if torch.compiler.is_exporting() else int(steps.max()) if rows else 1
+    row = torch.arange(rows, device=times.device)[:, None]
+    index = (row * length + place) * variables + batch["variables"]
+    index = torch.where(mask, index, 0).flatten()  # padding adds 0 to the first
+    weight, values = (
+        torch.where(mask, of_event, 0.0).flatten()
+        for of_event in (torch.ones_like(times), batch["values"].float())
+    )
     count = torch.zeros(rows * length * variables, device=times.device).index_add_(0, index, weight)
-    total = torch.zeros_like(count).index_add_(0, index, batch["values"].float()[mask])
+    total = torch.zeros_like(count).index_add_(0, index, values)
     shape = rows, length, variables
     return (total / count.clamp(min=1)).view(shape), (count > 0).view(shape), steps
 
@@ -163,6 +177,7 @@ class Grid(nn.Module):
     def __init__(self, options: EventsModelOptions, inputs: dict[str, Any]):
         super().__init__()
         self.variables, self.start, self.step = inputs["variables"], inputs["start"], options.bin
+        self.most = max(1, math.ceil((inputs["hours"] - self.start) / self.step))
         self.enter = nn.Linear(3 * self.variables, options.width)
         self.drop = nn.Dropout(options.dropout)
         self.gru = nn.GRU(
@@ -174,7 +189,7 @@ class Grid(nn.Module):
         )
 
     def forward(self, batch: Batch, static: Tensor, token_mask: Tensor | None) -> Features:
-        value, seen, steps = grid(batch, self.variables, self.start, self.step)
+        value, seen, steps = grid(batch, self.variables, self.start, self.step, self.most)
         at = torch.arange(value.shape[1], device=value.device)
         last = torch.where(seen, at[:, None], -1).cummax(1).values
         value = value.gather(1, last.clamp(min=0)) * (last >= 0)
@@ -183,9 +198,10 @@ class Grid(nn.Module):
         tokens, _ = self.gru(self.drop(torch.relu(self.enter(x) + static[:, None])))
         real = at < steps[:, None]
         tokens = tokens * real[..., None]
-        end = tokens[torch.arange(len(tokens), device=tokens.device), steps - 1]
+        rows = tokens.shape[0]
+        end = tokens[torch.arange(rows, device=tokens.device), steps - 1]
         mean = tokens.sum(1) / steps[:, None]
-        times = (self.start + (at + 1) * self.step).float().expand(len(tokens), -1)
+        times = (self.start + (at + 1) * self.step).float().expand(rows, -1)
         return Features(
             torch.cat([end, mean], 1),
             tokens=tokens,

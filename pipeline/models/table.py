@@ -97,13 +97,13 @@ class Tokens(nn.Module):
         codes, known = batch["codes"], batch["numbers_known"]
         x = torch.cat(
             [
-                self.cls.expand(len(codes), 1, -1),
+                self.cls.expand(codes.shape[0], 1, -1),
                 batch["numbers"][..., None] * self.weight + self.bias,
                 self.codes(codes),
             ],
             1,
         )
-        return x, torch.cat([known.new_ones(len(codes), 1), known, codes > 0], 1)
+        return x, torch.cat([known.new_ones(codes.shape[0], 1), known, codes > 0], 1)
 
 
 class Block(nn.Module):

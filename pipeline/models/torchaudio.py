@@ -320,7 +320,7 @@ class _Front(nn.Module):
         wide: bool,
     ):
         super().__init__()
-        self.plane, self.clip = plane, CLIP if wide else float("inf")
+        self.plane, self.clip = plane, CLIP if wide else None
         self.shapes = [
             (kernel, step, kernel // 2) for kernel, step in zip(kernels, strides, strict=True)
         ]
@@ -392,7 +392,15 @@ def _packed(rnn: nn.RNNBase, x: Tensor, lengths: Tensor) -> Tensor:
     In float32 under autocast too: on the CPU autocast skips packed rows, and on CUDA it uses
     float16 for recurrent layers even when bfloat16 was asked for (ATen/cudnn/AutocastRNN.cpp),
     which overflows without a scaled loss.
+
+    Raises:
+        ValueError: In an export: packed rows are no graph of tensors.
     """
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "a recurrent layer over rows of several lengths (pack_padded_sequence) is no graph of "
+            "tensors; torchaudio/conformer and transformers/wav2vec2 have none"
+        )
     with torch.autocast(x.device.type, enabled=False):
         found, _ = rnn(
             pack_padded_sequence(

@@ -380,7 +380,7 @@ def _pool(hidden: Tensor, mask: Tensor, pool: str) -> Tensor:
         return hidden[:, 0]
     if pool == "last":
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
     weight = mask.to(hidden.dtype)[:, :, None]
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 

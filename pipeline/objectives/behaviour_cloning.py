@@ -330,6 +330,23 @@ class BehaviourCloning(Objective):
         assert tokens is not None
         return self.decoded(tokens, batch["space"])
 
+    def raw_outputs(self, backbone, batch):
+        """`actions` (B, T, H, A): at each step the likeliest next H actions, standardised.
+
+        Times `action_std` plus `action_mean` of `space` they are in the environment's own units.
+        Of classes they are scores, one for each of `discrete`.
+        """
+        if len(self.spaces) > 1:
+            raise ValueError(
+                f"a policy of {len(self.spaces)} spaces takes another layer for each row "
+                "(aten.nonzero): no graph of fixed outputs holds that"
+            )
+        [(name, decoder)] = self.decoders.items()
+        tokens = backbone(batch, want=("tokens",)).tokens
+        output = decoder(tokens).float().unflatten(-1, (self.options.chunk, -1))
+        likeliest = action_heads.likeliest(self.heads[name], output, self.options.components)
+        return {"actions": likeliest}
+
     def _losses(self, head: str, name: str, output: Tensor, rows: Tensor, batch: Batch) -> _Losses:
         """Return the losses of the rows (n,) of space ``name``, by the output of a head."""
         options = self.options

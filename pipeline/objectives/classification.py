@@ -283,6 +283,10 @@ class Classification(Objective):
     def logits(self, backbone, batch):
         return self.predict(backbone, batch)["scores"]
 
+    def raw_outputs(self, backbone, batch):
+        """`scores` (B, C): one for each of `labels`. Their softmax are the probabilities."""
+        return {"scores": self.logits(backbone, batch)}
+
     @property
     def needs_calibration(self) -> bool:
         return self.options.calibrate != "none" or self.options.threshold != "none"

@@ -253,6 +253,14 @@ class CTC(Objective):
     def logits(self, backbone, batch):
         return self.head(backbone(batch, want=("tokens",)).tokens)
 
+    def raw_outputs(self, backbone, batch):
+        """`log_probabilities` (B, N, C): one for each of `labels`, at every frame.
+
+        Label 0 is the blank. `frames` (B,) says how many frames of a row are no padding.
+        """
+        log_probs, ends = self.emissions(backbone, batch)
+        return {"log_probabilities": log_probs, "frames": ends}
+
     def _losses(
         self, log_probs: Tensor, ends: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor]:

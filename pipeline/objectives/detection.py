@@ -215,6 +215,16 @@ class Detection(Objective):
         features = backbone(batch, want=("stages",))
         return features, self.detector.backbone(features, batch["image"].shape[-2:])
 
+    def raw_outputs(self, backbone, batch):
+        """`boxes` (B, P, 4) and `scores` (B, P, C): candidates, before any is suppressed.
+
+        Corners x0 y0 x1 y1 in pixels of the input; a score from 0 to 1 for each of `labels`. Keep
+        those above `score_threshold`, and apply non-maximum suppression class by class with
+        `nms_threshold`.
+        """
+        _, maps = self._maps(backbone, batch)
+        return self.detector.candidates(maps, batch["image"])
+
     def loss(self, backbone: Backbone, batch: Batch):
         features, maps = self._maps(backbone, batch)
         parts, counts = self.detector.losses(maps, batch, targets_of(batch))
@@ -577,6 +587,24 @@ class OneStage(FCOS):
             parts = self.compute_loss(targets, outputs, anchors, sizes)
         return parts, parts.pop("count")
 
+    def candidates(self, maps: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+        """Return ``boxes`` (B, P, 4) and ``scores`` (B, P, C) of all points.
+
+        They are those that `detections` chooses from, with torchvision's formulas.
+        """
+        levels = [*maps.values()]
+        outputs = self.head(levels)
+        h, w = image.shape[-2:]
+        [anchors] = self.anchor_generator(ImageList(image, [(h, w)]), levels)
+        boxes = self.box_coder.decode(outputs["bbox_regression"].float(), anchors)
+        limits = boxes.new_tensor([w, h, w, h])
+        classes = outputs["cls_logits"].float().sigmoid()
+        centre = outputs["bbox_ctrness"].float().sigmoid()
+        return {
+            "boxes": boxes.clamp(min=0.0).minimum(limits),
+            "scores": (classes * centre).sqrt(),
+        }
+
     def detections(self, maps: dict[str, Tensor], batch: Batch) -> Targets:
         """Return ``boxes``, ``scores`` and ``labels`` of each image."""
         outputs, anchors, sizes = self._outputs(maps, batch)
@@ -727,6 +755,14 @@ class TwoStage(nn.Module):
         pooled = heads.box_roi_pool(maps, boxes, _sized(batch).image_sizes)
         scores, shifts = heads.box_predictor(heads.box_head(pooled))
         return scores.float(), shifts.float()
+
+    def candidates(self, maps: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+        """Refuse: the second stage reads the regions that suppression in the first one leaves."""
+        raise ValueError(
+            "faster_rcnn decides between its stages which regions are kept (torchvision.ops.nms, "
+            "roi_align), a number that differs from image to image: no graph of fixed outputs "
+            "holds that; train method: fcos"
+        )
 
     def losses(
         self, maps: dict[str, Tensor], batch: Batch, targets: Targets

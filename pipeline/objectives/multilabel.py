@@ -215,6 +215,10 @@ class Multilabel(Objective):
     def logits(self, backbone, batch):
         return self.predict(backbone, batch)["scores"]
 
+    def raw_outputs(self, backbone, batch):
+        """`scores` (B, L): one for each of `labels`. Their sigmoid are the probabilities."""
+        return {"scores": self.logits(backbone, batch)}
+
     def output_columns(self, predictions, raw_rows):
         """Return ``prediction``, names of the labels above 0.5, and how probable they are.
 

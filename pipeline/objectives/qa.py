@@ -153,6 +153,14 @@ class QuestionAnswering(Objective):
     def logits(self, backbone, batch):
         return self.head(backbone(batch, want=("tokens",)).tokens)
 
+    def raw_outputs(self, backbone, batch):
+        """`start` and `end` (B, N): scores of each token as the first and last of the answer.
+
+        A row is a question and one window of its context. The first token stands for no answer.
+        """
+        start, end = self.logits(backbone, batch).unbind(-1)
+        return {"start": start, "end": end}
+
     def head_scores(self, backbone: Backbone, windows: Batch) -> tuple[Tensor, Features]:
         """Return scores (R, N, 2) as first and as last token, -inf at padding."""
         features = backbone(windows, want=("tokens",))

@@ -123,6 +123,13 @@ class Segmentation(Objective):
             finest = finest + _resized(level, finest.shape[-2:])
         return _resized(self.head(self.mix(finest)).float(), size), features
 
+    def raw_outputs(self, backbone, batch):
+        """`scores` (B, C, H, W): one for each of `labels`, at every pixel of the input.
+
+        The class of a pixel is the one with the highest score.
+        """
+        return {"scores": self.head_scores(backbone, batch)[0]}
+
     def _truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return classes (B, H, W) int64, OUTSIDE where they do not count, and where they do."""
         mask = batch["mask"].long()

@@ -241,6 +241,13 @@ class Tagging(Objective):
     def logits(self, backbone, batch):
         return self._scores(backbone(batch, want=("tokens",)))
 
+    def raw_outputs(self, backbone, batch):
+        """`scores` (B, N, L): one for each of `labels`, at every token.
+
+        The tag of a word is the one with the highest score at the word's first token.
+        """
+        return {"scores": self.logits(backbone, batch)}
+
     def _losses(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (B, N) losses, and the tag numbers (B, N) of the words that begin there.
 

@@ -32,11 +32,14 @@ def modalities():
         "text": text_modality(),
         "events": event_rows(8).modality,
         "table": table_rows(8).modality,
+        "trajectory": trajectory_rows(4).modality,
         "facts": Events(with_facts, Events.fit(with_facts, stays(20), EVENT_COLUMNS, "events/gru")),
     }
 
 
-@pytest.mark.parametrize("name", ["image", "audio", "text", "events", "table", "facts"])
+@pytest.mark.parametrize(
+    "name", ["image", "audio", "text", "events", "table", "trajectory", "facts"]
+)
 def test_random_rows_are_of_the_right_form_and_follow_from_the_seed(name):
     modality = modalities()[name]
     one, same, other = (export_check.random_batch(modality, seed=seed) for seed in (0, 0, 1))
@@ -54,13 +57,27 @@ def test_random_rows_are_of_the_right_form_and_follow_from_the_seed(name):
         "audio": "torchaudio/deepspeech2",
         "text": "transformers/bert",
         "table": "table/ft_transformer",
+        "trajectory": "policy/mlp",
     }.get(name, "events/gru")
     task = task_of(backbone, modality.inputs(), "classification", label_state()).eval()
     assert task.backbone(one).pooled.std(0).max() > 1e-4, "rows differ"
 
 
-def test_a_modality_without_random_rows_is_compared_by_its_tensors(tmp_path):
+@pytest.mark.parametrize("name", ["audio", "text", "events", "trajectory"])
+def test_random_rows_can_be_shorter(name):
+    modality = modalities()[name]
+    whole, half = (
+        modality.random_rows(3, np.random.default_rng(0), length) for length in (1.0, 0.5)
+    )
+    longest = [
+        max(tensor.shape[1] for tensor in one.values() if tensor.dim() > 1) for one in (whole, half)
+    ]
+    assert 0.4 * longest[0] <= longest[1] <= 0.6 * longest[0]
+
+
+def test_a_modality_without_random_rows_is_compared_by_its_tensors(tmp_path, monkeypatch):
     modality = trajectory_rows(4).modality
+    monkeypatch.delattr(type(modality), "random_rows")
     assert export_check.random_batch(modality) is None
     task = task_of("policy/mlp", modality.inputs(), "classification", label_state())
     bundle.save(

@@ -24,7 +24,7 @@ def rows():
 
 def test_the_grid_is_what_a_loop_makes(rows):
     batch = take(rows, np.arange(8))
-    value, seen, steps = grid(batch, 5, 0.0, 2.0)
+    value, seen, steps = grid(batch, 5, 0.0, 2.0, 12)
     for i in range(8):
         parts = zip(
             *(batch[name][i].tolist() for name in ("times", "variables", "values", "mask")),

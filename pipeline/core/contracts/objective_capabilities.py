@@ -30,6 +30,7 @@ Predictions:
     `Draws`: predictions are drawn on pictures of the rows.
     `RollsOut`: a policy acts in a simulator.
     `ExportsHead`: transformers has a class with the head.
+    `GivesRawOutputs`: the network is a graph of tensors (ONNX).
     `AveragesPredictions`: several networks predict together.
 """
 
@@ -486,6 +487,29 @@ class ExportsHead(Protocol):
 def exports_head(objective: Any) -> TypeIs[ExportsHead]:
     """Return whether transformers has a class for the head of an objective."""
     return isinstance(objective, ExportsHead)
+
+
+@runtime_checkable
+class GivesRawOutputs(Protocol):
+    """An objective whose network can be written as a graph of tensors, for ONNX and torch.export.
+
+    The docstring of ``raw_outputs`` stands beside an export: it says what each output is.
+    """
+
+    def raw_outputs(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """Return tensors (B, ...) by name, before anything that is decided row by row.
+
+        It reads neither labels nor values of tensors, and ``len(batch)`` is not that of the rows.
+
+        Raises:
+            ValueError: No graph can hold what this network computes.
+        """
+        ...
+
+
+def gives_raw_outputs(objective: Any) -> TypeIs[GivesRawOutputs]:
+    """Return whether the network of an objective can be written as a graph of tensors."""
+    return isinstance(objective, GivesRawOutputs)
 
 
 def transformers_head(objective: Any) -> TransformersHead | None:
