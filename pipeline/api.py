@@ -490,8 +490,9 @@ def export(
     Args:
         bundle: URI of the bundle.
         output: Folder, or file for a state dict.
-        kind: ``bundle``: a verified copy; ``hugging-face``: a folder that transformers or timm
-            opens; ``state-dict``: one .safetensors or .pt file.
+        kind: A registered kind of export, in ``pipeline/checkpoints/exports``. ``bundle``: a
+            verified copy; ``hugging-face``: a folder that transformers or timm opens; ``onnx`` and
+            ``torch-export``: the network as a graph; ``state-dict``: one .safetensors or .pt file.
         backbone_only: Leave the head out.
         plugins: Modules or paths that hold components the bundle is made of.
 

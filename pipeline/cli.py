@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -603,28 +603,34 @@ def embed(
     out.print(written, markup=False, soft_wrap=True)
 
 
+ExportKind = Literal[
+    "bundle", "hugging-face", "onnx", "peft", "sentence-transformers", "state-dict", "torch-export"
+]
+EXPORT_KINDS = (
+    "bundle: a verified copy; hugging-face: a folder for transformers' Auto classes or "
+    "timm.create_model (local-dir:); onnx: a graph for onnxruntime (extra onnx); peft: an adapter "
+    "alone; sentence-transformers: texts to vectors; state-dict: one .safetensors or .pt file; "
+    "torch-export: a graph for torch.export.load."
+)
+
+
 @app.command()
 def export(
     bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
     output: Annotated[str, typer.Argument(help="Folder, or file for a state dict.")],
-    kind: Annotated[
-        str,
-        typer.Option(
-            help="bundle: a verified copy of the folder; hugging-face: a folder that "
-            "transformers' Auto classes open (or timm.create_model, local-dir:); state-dict: one "
-            ".safetensors or .pt file."
-        ),
-    ] = "bundle",
+    kind: Annotated[ExportKind, typer.Option(help=EXPORT_KINDS)] = "bundle",
     backbone_only: Annotated[
         bool, typer.Option(help="Leave the head out; names as the model library has them.")
     ] = False,
     plugin: Plugin = None,
 ) -> None:
-    """Write a bundle elsewhere, as a folder that transformers or timm opens, or its weights as one
-    file that torch.load or safetensors opens.
+    """Write a bundle elsewhere, in a form that other programs open.
 
-    A linear head that transformers or timm has no class for (by default a layer norm stands before
-    it) is written with the code that loads it: `from classifier import load` in the folder,
+    `onnx` and `torch-export` hold the whole network as a graph, with how rows are prepared and code
+    that runs it; what a graph cannot hold is refused, with the operator's name. In a folder of
+    `hugging-face` or beside a `state-dict`, a linear head that transformers or timm has no class
+    for (by default a layer norm stands before it) is written with the code that loads it: `from
+    classifier import load` in the folder,
     `NAME_classifier.py` beside a state dict. Every export is compared with the bundle on random
     rows, the largest difference is printed, and an export that gives other numbers is refused.
     """

@@ -38,6 +38,7 @@ FOLDERS = {
     "tracker": "transfer/trackers",
     "importer": "prepare/importers",
     "cohort": "prepare/cohorts",
+    "export": "checkpoints/exports",
 }
 """Each kind of component, and the folder or file of this package that holds those of ours."""
 PATH_FORMAT = "uri-reference"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pipeline.checkpoints.export import usual_kind
 from pipeline.config import registry
 from pipeline.core.contracts.technique_capabilities import keeps_modules
 from pipeline.report import folds, matrix, plots, results
@@ -189,8 +190,8 @@ def blocks_of(
         stays = usable is not None and _keeps_modules(usable)
         if usable and stays:
             notes.append(
-                f"{usable.technique} leaves modules of its own in the network: onetomany reads it, "
-                "and no export for another library is possible"
+                f"{usable.technique} leaves modules of its own in the network: no class of "
+                "another library opens it, onetomany does, and --kind onnx writes it as a graph"
             )
         lines.append(
             [
@@ -205,8 +206,8 @@ def blocks_of(
             bundle = bundle_of(usable, rows)
             what = f"{root} FILES --target {target}" if usable is best else f"{bundle} FILES"
             commands.append(f"onetomany predict {what} -o predictions/{target}")
-            if not stays:
-                commands.append(f"onetomany export {bundle} exported/{target}")
+            kind = usual_kind(bundle) if bundle else "bundle"
+            commands.append(f"onetomany export {bundle} exported/{target} --kind {kind}")
     if not lines:
         return []
     head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]

@@ -183,7 +183,8 @@ def test_the_report_says_what_to_use_and_the_commands(tmp_path):
     assert md.index("## What to use") < md.index("A comparison is one source")
     assert "garments with lp_ft" in md and "chosen on 321 validation rows" in md
     assert f"onetomany predict {tmp_path} FILES --target clothing -o predictions/clothing" in md
-    assert "onetomany export bundles/cl-ga-lp_ft-1.0-2 exported/clothing" in html
+    exported = "onetomany export bundles/cl-ga-lp_ft-1.0-2 exported/clothing --kind bundle"
+    assert exported in html, "nothing is known of this bundle: a copy always works"
     _, md, _ = write(tmp_path, validated(rows, bundles=False), runs, curves)
     assert "## What to use" in md and "onetomany predict" not in md
 
@@ -211,7 +212,7 @@ def test_a_winner_without_a_bundle_is_named_with_the_remedy(tmp_path):
         pipeline.best_bundle(str(tmp_path), "clothing")
 
 
-def test_a_network_with_a_techniques_own_modules_is_not_to_be_exported(tmp_path):
+def test_a_network_with_a_techniques_own_modules_is_exported_as_a_copy(tmp_path):
     rows, runs, curves = plain()
     renamed = [
         replace(row, technique="bottleneck")
@@ -227,5 +228,5 @@ def test_a_network_with_a_techniques_own_modules_is_not_to_be_exported(tmp_path)
     ]
     _, md, _ = write(tmp_path, found, runs, curves)
     assert f"onetomany predict {tmp_path} FILES --target clothing" in md
-    assert "exported/clothing" not in md and "exported/handwriting" in md
+    assert "exported/clothing --kind bundle" in md and "exported/handwriting" in md
     assert "bottleneck leaves modules of its own in the network" in md

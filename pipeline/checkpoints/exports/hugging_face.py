@@ -1,0 +1,44 @@
+"""A folder of transformers or timm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.checkpoints import export_check, export_folder, hf_text
+from pipeline.checkpoints.bundle import Bundle, Manifest
+from pipeline.config import registry
+from pipeline.config.registry import register
+from pipeline.core.contracts.objective_capabilities import transformers_head
+
+
+def is_known(manifest: Manifest) -> bool:
+    """Return whether `export` surely holds a bundle: an image classifier, or a linear head of texts
+    in a family that transformers has.
+
+    It may hold others.
+    """
+    library, _, family = manifest.arch.name.partition("/")
+    objective = manifest.objective.name
+    if manifest.technique is not None or objective == "none":
+        return False
+    head = transformers_head(registry.get("objective", objective))
+    if head is None or head.linear_on is None:
+        return False
+    if library == "timm":
+        return head.linear_on == "pooled"
+    is_text = library == "transformers" and manifest.modality.name == "text"
+    return is_text and family in hf_text.FAMILIES
+
+
+@register("export", "hugging-face")
+def export(found: Bundle, output: str, backbone_only: bool) -> str:
+    """A folder with label names and tokenizer: transformers' Auto classes, or timm.create_model
+    (local-dir:FOLDER).
+    """
+    export_folder.refuse_added_modules(found)
+
+    def write(folder: Path) -> tuple[str, export_check.Comparison]:
+        text = hf_text.write(found, folder, backbone_only)
+        return text, export_check.compare_folder(found, folder, backbone_only)
+
+    return export_folder.commit(found, output, backbone_only, write)

@@ -1,0 +1,103 @@
+"""One file of tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+
+from pipeline.checkpoints import bundle, classifier_export, export_check, export_folder
+from pipeline.config.registry import register
+from pipeline.io import storage
+
+
+@register("export", "state-dict")
+def export(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
+    """The weights as one .safetensors, .pt or .pth file: safetensors or torch.load.
+
+    With a head there is also a file that describes it, and for a linear head on timm or
+    transformers the code that loads it. The layer norm before such a head has no parameters, so the
+    tensors alone would not show that it exists.
+    """
+    export_folder.refuse_added_modules(found)
+    if not output.endswith((".safetensors", ".pt", ".pth")):
+        raise ValueError(f"{output}: a state dict is a .safetensors, .pt or .pth file")
+    name = output.rpartition("/")[2]
+    stem = name.rpartition(".")[0]
+    with storage.scratch_folder() as scratch:
+        place = Path(scratch, name)
+        beside: dict[str, str] = {}
+        if backbone_only or found.manifest.objective.name == "none":
+            tensors = {
+                one.removeprefix("backbone.").removeprefix("model."): tensor
+                for one, tensor in found.backbone_tensors().items()
+            }
+            if not backbone_only:
+                tensors = found.tensors
+            _write_tensors(place, tensors)
+            compare = (
+                export_check.compare_backbone if backbone_only else export_check.compare_tensors
+            )
+            compared = compare(found, export_check.read_state_dict(place))
+        else:
+            tensors, beside = _with_norm(found, stem)
+            _write_tensors(place, tensors)
+            for other, text in beside.items():
+                Path(scratch, other).write_text(text, encoding="utf-8")
+            if f"{stem}_classifier.json" in beside:
+                compared = export_check.compare_classifier(found, place)
+            else:
+                compared = export_check.compare_tensors(found, export_check.read_state_dict(place))
+        export_check.require(compared, found.uri)
+        storage.write_bytes(output, place.read_bytes())
+        for other, text in beside.items():
+            storage.write_bytes(output.removesuffix(name) + other, text.encode())
+    also = (
+        f", with {' and '.join(sorted(beside))} beside it, which say how the head is built"
+        if beside
+        else ""
+    )
+    return f"{output}: {len(tensors)} tensors{also}; {compared.text()}"
+
+
+def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the tensors of a task, with its norm as ones and zeros, and further text files."""
+    task, modality = found.task(), found.modality()
+    tensors = dict(found.tensors)
+    head = getattr(task.objective, "head", None)
+    if classifier_export.has_norm(task) and isinstance(head, torch.nn.Linear):
+        tensors |= {
+            f"objective.norm.{part}": tensor
+            for part, tensor in classifier_export.norm_tensors(task).items()
+        }
+    if classifier_export.is_exportable(task):
+        tensors |= {
+            f"objective.head.{part}": tensor
+            for part, tensor in classifier_export.linear_tensors(task).items()
+        }
+        spec = classifier_export.describe(task, modality)
+        return tensors, {
+            f"{stem}_classifier.json": json.dumps(spec, indent=2, ensure_ascii=False),
+            f"{stem}_classifier.py": classifier_export.code(),
+        }
+    parts = {
+        "arch": found.manifest.arch,
+        "modality": found.manifest.modality,
+        "objective": found.manifest.objective,
+    }
+    description = {name: part.to_json() for name, part in parts.items()}
+    return tensors, {f"{stem}_model.json": json.dumps(description, indent=2, ensure_ascii=False)}
+
+
+def _write_tensors(place: Path, tensors: dict[str, Any]) -> None:
+    if place.suffix == ".safetensors":
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            place,
+            metadata={"format": "pt"},
+        )
+    else:
+        torch.save(tensors, place)

@@ -1,0 +1,39 @@
+"""A program of torch.export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pipeline.checkpoints import export_check, export_folder, graph, graph_readme
+from pipeline.checkpoints.bundle import Bundle
+from pipeline.config.registry import register
+
+FILE = "model.pt2"
+
+RUNNING = f"""
+import torch
+
+model = torch.export.load("{FILE}").module()
+with torch.no_grad():
+    found = model({{name: torch.from_numpy(inputs[name]) for name in graph["inputs"]}})
+outputs = {{name: tensor.numpy() for name, tensor in found.items()}}
+"""
+
+
+@register("export", "torch-export")
+def export(found: Bundle, output: str, backbone_only: bool) -> str:
+    """The network in `model.pt2`, how rows are prepared, and code that runs it: torch.export.load,
+    without this program.
+    """
+    traced = graph.trace(found, backbone_only)
+
+    def write(folder: Path) -> tuple[str, export_check.Comparison]:
+        path = folder / FILE
+        torch.export.save(traced.program, path)
+        compared = graph.compare(traced, found.uri, torch.export.load(path).module())
+        graph_readme.write(found, traced, folder, FILE, RUNNING)
+        return f"{FILE} and what runs it ({graph_readme.README})", compared
+
+    return export_folder.commit(found, output, backbone_only, write)

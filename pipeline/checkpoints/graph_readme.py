@@ -1,0 +1,95 @@
+"""What stands beside an exported graph: its description, and a README with code that runs it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints import hf_text
+from pipeline.checkpoints.bundle import Bundle
+from pipeline.checkpoints.graph import Graph
+from pipeline.core.capabilities import prepares_inputs
+
+TOKENIZER = "tokenizer"
+"""What the state of a modality calls the tokenizer that it has."""
+DESCRIPTION, README = "graph.json", "README.md"
+
+ZEROS = """
+inputs = {{
+    name: np.zeros([{sizes}.get(size, size) for size in one["shape"]], one["type"])
+    for name, one in graph["inputs"].items()
+}}  # in their place: your rows, prepared as `modality` of graph.json says
+"""
+
+
+def write(found: Bundle, graph: Graph, folder: Path, file: str, running: str) -> None:
+    """Write the description and the README, and for texts the tokenizer.
+
+    Args:
+        found: The bundle.
+        graph: Its network.
+        folder: Where to.
+        file: The exported file.
+        running: Python code that computes ``outputs`` from ``inputs``, both by name, as arrays.
+    """
+    manifest = found.manifest
+    first, state = graph.samples[0], manifest.modality.state
+    # the tokenizer is a file of its own
+    own = {name: value for name, value in state.items() if name != TOKENIZER}
+    modality = replace(manifest.modality, state=own)
+    shapes = {
+        name: [of or size for of, size in zip(graph.dimensions[name], one.shape, strict=True)]
+        for name, one in first[0].items()
+    }
+    described: dict[str, Any] = {
+        "architecture": manifest.arch.name,
+        "objective": manifest.objective.name,
+        "inputs": {
+            name: {"type": _type(one), "shape": shapes[name]} for name, one in first[0].items()
+        },
+        "outputs": {name: {"type": _type(one)} for name, one in first[1].items()},
+        "labels": manifest.objective.state.get("labels"),
+        "objective_options": manifest.objective.options,
+        "objective_state": manifest.objective.state,
+        "modality": modality.to_json(),
+    }
+    text = json.dumps(described, indent=2, ensure_ascii=False)
+    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+    if TOKENIZER in state:
+        tokenizer, _ = hf_text.with_post_processor(state, words=False)
+        tokenizer.save(str(folder / "tokenizer.json"))
+    names = sorted({of for shape in shapes.values() for of in shape if isinstance(of, str)})
+    code = prepares_inputs(found.modality())
+    if code is None:
+        code = ZEROS.format(sizes=dict.fromkeys(names, 2))
+    lines = [
+        f"# {manifest.arch.name}, {manifest.objective.name}",
+        "",
+        f"`{file}` was exported by One to Many from `{found.uri}`. `{DESCRIPTION}` has its inputs "
+        "and outputs, the names of its labels, and how rows are prepared (`modality`).",
+        "",
+        "Outputs:",
+        "",
+        graph.meaning,
+        "",
+        f"Sizes that may differ from call to call: {', '.join(names)}. From this folder:",
+        "",
+        "```python",
+        "import json",
+        "",
+        "import numpy as np",
+        "",
+        f'graph = json.load(open("{DESCRIPTION}"))',
+        code.rstrip(),
+        running.rstrip(),
+        "print({name: array.shape for name, array in outputs.items()})",
+        "```",
+        "",
+    ]
+    (folder / README).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _type(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

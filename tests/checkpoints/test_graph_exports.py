@@ -1,0 +1,198 @@
+"""ONNX and torch.export files give what the bundle gives; their READMEs run without this package."""
+
+import json
+import re
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pytest
+import torch
+from contract_rows import BACKBONES, OBJECTIVES, classified, demonstrations, pictures, png
+from toys import episodes, label_state, task_of
+
+from pipeline.checkpoints import bundle, export, graph
+from pipeline.checkpoints.bundle import BundleError
+from pipeline.core.batch import Batch
+from pipeline.core.specs import ModalitySpec
+from pipeline.modalities.text import Text
+
+CASES = ["multilabel", "tagging", "qa", "ctc", "segmentation", "detection"]
+
+
+def saved(folder, task, modality, **extra) -> str:
+    state = ModalitySpec(modality.registered_name, modality.options.model_dump(), modality.state)
+    bundle.save(str(folder / "b"), task, state, **extra)
+    return str(folder / "b")
+
+
+def bundled(folder, objective: str, backbone: str = ""):
+    case = OBJECTIVES[objective]
+    if backbone:
+        case = replace(case, backbone=backbone, backbone_options=BACKBONES[backbone][1])
+    built = case.build(objective)
+    return built.task.eval(), saved(folder, built.task, built.rows.decoder.modality)
+
+
+def program(folder, task, modality):
+    uri = saved(folder, task, modality)
+    return graph.trace(bundle.load(uri), False)
+
+
+@pytest.mark.parametrize("objective", CASES)
+def test_onnxruntime_gives_what_the_bundle_gives(objective, tmp_path):
+    """Here against the task in memory, on rows that the export has not seen."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    task, uri = bundled(tmp_path, objective, "torchaudio/conformer" if objective == "ctc" else "")
+    said = export.export_bundle(uri, str(tmp_path / "out"), "onnx", False)
+    assert re.search(r"largest difference of \w+ in batches of 4, 1, 3 rows \d", said), said
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    modality = bundle.load(uri).modality()
+    made = modality.random_rows(5, np.random.default_rng(7), 0.8)
+    batch = modality.finish(Batch(np.arange(5), torch.arange(5), made))
+    arrays = {one.name: batch[one.name].numpy() for one in session.get_inputs()}
+    theirs = dict(
+        zip([one.name for one in session.get_outputs()], session.run(None, arrays), strict=True)
+    )
+    with torch.no_grad():
+        ours = task.objective.raw_outputs(task.backbone, batch)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert name == "frames" or tensor.std() > 1e-3
+        np.testing.assert_allclose(theirs[name], tensor.numpy(), rtol=1e-4, atol=1e-4)
+    described = json.loads((tmp_path / "out" / "graph.json").read_text())
+    assert described["inputs"].keys() == arrays.keys()
+    assert all(one["shape"][0] == "batch" for one in described["inputs"].values())
+    assert described["labels"] == task.objective.state.get("labels")
+
+
+@pytest.mark.parametrize(
+    "backbone", ["events/gru", "events/strats", "table/ft_transformer", "torchaudio/conformer"]
+)
+def test_every_modality_is_traced(backbone, tmp_path):
+    task, rows = classified(backbone)
+    traced = program(tmp_path, task, rows.decoder.modality)
+    compared = graph.compare(traced, "b", traced.program.module())
+    assert compared.rows == 8 and compared.difference < 1e-5
+    assert all(shape[0] == "batch" for shape in traced.dimensions.values())
+    lengths = {name for shape in traced.dimensions.values() for name in shape[1:] if name}
+    assert lengths == ({"length"} if backbone != "table/ft_transformer" else set())
+
+
+@pytest.mark.parametrize("architecture", ["policy/mlp", "policy/transformer"])
+def test_a_policy_is_exported_with_its_statistics(architecture, tmp_path):
+    modality_kind = demonstrations().fitted(architecture)
+    table = episodes(8, robots=("arm",))
+    columns = {name: name for name in ("observations", "actions", "embodiment")}
+    modality = type(modality_kind)(
+        modality_kind.options,
+        type(modality_kind).fit(modality_kind.options, table, columns, architecture),
+    )
+    state = {"kind": "continuous", "columns": []}
+    task = task_of(architecture, modality.inputs(), "behaviour_cloning", state, width=16)
+    uri = saved(tmp_path, task, modality)
+    export.export_bundle(uri, str(tmp_path / "out"), "torch-export", False)
+    described = json.loads((tmp_path / "out" / "graph.json").read_text())
+    space = described["modality"]["state"]["spaces"]["arm"]
+    assert space["action_mean"] == modality.state["spaces"]["arm"]["action_mean"]
+    assert ("executed" in described["inputs"]) == (architecture == "policy/transformer")
+    traced = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    arrays, _ = modality.decode(table, columns)
+    batch = modality.finish(Batch(np.arange(8), torch.arange(8), modality.collate(arrays)))
+    batch = batch.replace(executed=batch["actions"])
+    with torch.no_grad():
+        ours = task.eval().objective.predict(task.backbone, batch.replace(graded=batch["space"]))
+        theirs = traced({name: batch[name] for name in described["inputs"]})["actions"]
+    error = (theirs[:, :, 0] - batch["actions"]).square().mean(-1) * batch["mask"]
+    assert theirs.shape[:2] == batch["mask"].shape and error.sum() > 0
+    std = batch["action_std"][:, None]
+    in_units = ((theirs[:, :, 0] - batch["actions"]) * std).square().sum(-1) * batch["mask"]
+    torch.testing.assert_close(in_units.sum(1), ours["squared_error"], rtol=1e-4, atol=1e-4)
+
+
+def in_folder(folder: Path, monkeypatch) -> dict[str, np.ndarray]:
+    """Run the code of an export's README as a script in its folder."""
+    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert "pipeline" not in code
+    (folder / "run.py").write_text(code)
+    monkeypatch.chdir(folder)
+    return runpy.run_path("run.py")["outputs"]
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "squash"])
+def test_the_readme_prepares_a_picture_as_the_modality_does(fit, tmp_path, monkeypatch):
+    """Smooth pixels, so that only rounding differs."""
+    modality = pictures(fit=fit).fitted("timm/test_resnet")
+    task = task_of("timm/test_resnet", modality.inputs(), "classification", label_state(), seed=1)
+    uri = saved(tmp_path, task, modality)
+    export.export_bundle(uri, str(tmp_path / "out"), "torch-export", False)
+    y, x = np.mgrid[0:70, 0:50]
+    pixels = np.stack([y * 3, x * 5, y + x], -1).astype(np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "out" / "picture.png")
+    theirs = in_folder(tmp_path / "out", monkeypatch)["scores"]
+    arrays, _ = modality.decode(pa.table({"image": [png(pixels)]}), {"image": "image"})
+    batch = modality.finish(Batch(np.arange(1), torch.arange(1), modality.collate(arrays)))
+    with torch.no_grad():
+        ours = task.eval().objective.logits(task.backbone, batch)
+    np.testing.assert_allclose(theirs, ours.numpy(), atol=0.02)
+    assert ours.std() > 0.1
+
+
+def test_the_readme_tokenizes_texts_and_pairs_as_the_modality_does(tmp_path, monkeypatch):
+    task, uri = bundled(tmp_path, "tagging")
+    export.export_bundle(uri, str(tmp_path / "out"), "torch-export", False)
+    theirs = in_folder(tmp_path / "out", monkeypatch)["scores"]
+    modality = bundle.load(uri).modality()
+    assert isinstance(modality, Text)
+    table = pa.table({"text": ["A text.", "Another one."]})
+    arrays, _ = modality.decode(table, {"text": "text"})
+    batch = modality.finish(Batch(np.arange(2), torch.arange(2), modality.collate(arrays)))
+    with torch.no_grad():
+        ours = task.objective.logits(task.backbone, batch).numpy()
+    real = batch["mask"].numpy()
+    width = theirs.shape[1]
+    np.testing.assert_allclose(theirs[real[:, :width]], ours[real], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "reason"),
+    [
+        ("behaviour_cloning", r"a policy of 2 spaces .* \(aten.nonzero\)"),
+        (
+            "ctc",
+            "torch.export cannot trace torchaudio/deepspeech2 with ctc: .*pack_padded_sequence",
+        ),
+        ("clm", "clm has no outputs that a graph of tensors could give; --backbone-only"),
+    ],
+)
+def test_what_no_graph_holds_is_refused_with_the_reason(objective, reason, tmp_path):
+    _, uri = bundled(tmp_path, objective)
+    with pytest.raises(BundleError, match=reason):
+        export.export_bundle(uri, str(tmp_path / "out"), "torch-export", False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_gives_other_numbers_is_refused(tmp_path):
+    task, rows = classified("timm/resnet10t")
+    traced = program(tmp_path, task, rows.decoder.modality)
+    model = traced.program.module()
+
+    def run(inputs):  # only for a single row something is wrong
+        wrong = 1e-2 if len(inputs["image"]) == 1 else 0.0
+        return {name: tensor + wrong for name, tensor in model(inputs).items()}
+
+    with pytest.raises(BundleError, match="the export gives other numbers than the bundle: scores"):
+        graph.compare(traced, "b", run)
+
+
+def test_without_the_extra_the_install_line_is_given(tmp_path, monkeypatch):
+    task, rows = classified("timm/resnet10t")
+    uri = saved(tmp_path, task, rows.decoder.modality)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BundleError, match="needs onnxruntime, which is not installed: uv sync"):
+        export.export_bundle(uri, str(tmp_path / "out"), "onnx", False)
