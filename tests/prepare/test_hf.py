@@ -108,6 +108,8 @@ def test_every_row_and_kind_of_column(saved, tmp_path, folder, pairs):
         assert row["dataset_split"] == "theirs" and row["split"] in ROWS
         assert row["image"] == encoded(n) and (row["width"], row["height"]) == (40, 30)
     assert len({row["path"] for row in rows}) == len(rows)
+    again = prepare(saved / folder, tmp_path / "out", *pairs)
+    assert again == (manifest, rows), "a run that is complete does nothing"
 
 
 def test_a_job_reads_it(saved, tmp_path):

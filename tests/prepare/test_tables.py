@@ -112,11 +112,11 @@ SOURCES = {
 
 
 def test_all_importers_are_tested():
-    images = {"imagefolder", "imagenet", "webdataset", "chestxray14", "coco"}
+    images = {"imagefolder", "imagenet", "webdataset", "chestxray14", "coco", "voc", "yolo"}
     sounds = {"librispeech", "commonvoice", "speech_commands", "manifest", "an4"}
     records = {"events", "physionet2012", "mimic3", "cohort", "table"}
     robots = {"trajectories", "lerobot", "rollouts"}
-    others = {"files", *SOURCES}
+    others = {"files", "hf", *SOURCES}
     assert set(registry.names("importer")) == images | sounds | records | robots | others
 
 
