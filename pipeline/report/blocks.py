@@ -285,15 +285,15 @@ def _breakable(text: str) -> str:
     That is at spaces and behind the separators of names, inside a word only where it has more than
     20 characters (a checksum, say), and never inside an interval.
     """
-    text = re.sub(r"(\[[^\s\[\]]+,) (?=[^\s\[\]]+\])", "\\1\u00a0", with_minus_sign(text))
+    text = re.sub(r"(\[[^\s\[\]]+,) (?=[^\s\[\]]+\])", "\\1\u00a0", text)
     breaks = r"(?<=[_/=])(?=\w)|(?<=[.:])(?=[^\W\d_])|(?<=[^\W_]{20})(?=[^\W_])"
     return "<wbr>".join(map(_escape_html, re.split(breaks, text)))
 
 
 def _html_cell(value: str | Value) -> str:
     if not isinstance(value, Value):
-        return _breakable(value)
-    first, *rest = map(_breakable, value.lines)
+        return _breakable(with_minus_sign(value))
+    first, *rest = (_breakable(with_minus_sign(line)) for line in value.lines)
     tones = [""] * (len(rest) - 1) + [f" {_css_class(value.tone)}"] if rest else []
     return f"<b>{first}</b>" + "".join(
         f'<span class="sub{tone}">{line}</span>' for line, tone in zip(rest, tones, strict=True)
