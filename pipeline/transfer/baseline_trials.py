@@ -204,7 +204,7 @@ def _has_positions(objective: PredictsFromScores) -> bool:
 
 def _is_labelled(labels: np.ndarray) -> np.ndarray:
     """Return (n, M) bool, which positions of the rows have a label: a class, or an action."""
-    return labels >= 0 if labels.ndim == 2 else ~np.isnan(labels).any(-1)
+    return labels >= 0 if labels.ndim == 2 else ~np.isnan(labels[..., 0])
 
 
 def choose(

@@ -66,7 +66,7 @@ class LabelledRows:
     """Rows of a target of which the labels may be read."""
 
     features: np.ndarray
-    """(n, D)"""
+    """(n, D), in the source's network."""
     labels: np.ndarray | None
     """(n,) class numbers where rows have one class; None otherwise."""
     names: tuple[str, ...]
@@ -75,6 +75,8 @@ class LabelledRows:
     """(n,) groups, where the target names any."""
     missing: str = ""
     """Why there are no labels, or nothing that the source's head says of them."""
+    ids: np.ndarray | None = None
+    """(n,) ids of the rows, where features are those of rows."""
 
 
 def class_counts(labels: np.ndarray | None, names: tuple[str, ...]) -> dict[str, int]:
@@ -138,7 +140,8 @@ def of_source(
     if source.features is None or source.rows is None:
         return _without(found, "covariate", "the source's rows are not there")
     train = _spread(data.train)
-    ids, of_train = _features(backbone, train, device)
+    known = None if labelled.ids is None else (labelled.ids, labelled.features)
+    ids, of_train = _features(backbone, train, device, known)
     groups = groups_of(train.selection, group, ids)
     found = _with_covariate(found, (of_train, groups), (source.features, source.groups))
     own_rows = (train.selection, data.spec.data.columns)
@@ -249,13 +252,32 @@ def _spread(rows: Rows) -> Rows:
 
 
 def _features(
-    backbone: Backbone, rows: Rows, device: torch.device
+    backbone: Backbone,
+    rows: Rows,
+    device: torch.device,
+    known: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of rows and their features. Labels are not read."""
+    """Return the ids of rows and their features, in the order of ids. Labels are not read.
+
+    Args:
+        known: Ids and features that need not be computed again; of other rows too.
+    """
     decoder = replace(rows.decoder, objective=None, objective_state={}, relabel=None)
-    ids, found, _ = features_of_ids(backbone, replace(rows, decoder=decoder), device)
-    fine = torch.isfinite(found).all(1).cpu().numpy()
-    return ids[fine], found.cpu().numpy()[fine]
+    rows = replace(rows, decoder=decoder)
+    wanted = rows.selection.ids(np.arange(len(rows)))
+    ids, parts = [], []
+    if known is not None:
+        is_wanted = np.isin(known[0], wanted)
+        ids, parts = [known[0][is_wanted]], [known[1][is_wanted]]
+        rows = rows.subset(np.flatnonzero(~np.isin(wanted, known[0])))
+    if len(rows):
+        new, found, _ = features_of_ids(backbone, rows, device)
+        fine = torch.isfinite(found).all(1).cpu().numpy()
+        ids.append(new[fine])
+        parts.append(found.cpu().numpy()[fine])
+    all_ids = np.concatenate(ids)
+    order = np.argsort(all_ids, kind="stable")
+    return all_ids[order], np.concatenate(parts)[order]
 
 
 def _without(found: Shift, what: str, why: str) -> Shift:

@@ -297,6 +297,7 @@ def _shifts(
         data.label_names,
         groups,
         given.missing.get("labels") or given.missing.get("probabilities", ""),
+        given.ids.get("features"),
     )
     try:
         return (measured_shift.of_source(data, source, labelled, backbone, device),)

@@ -1,5 +1,7 @@
 """The baseline of behaviour cloning: actions of the demonstrated steps that look most alike."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,7 +16,7 @@ from pipeline.config.schema import Job, Target
 from pipeline.core.batch import Batch
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.specs import Architecture
-from pipeline.data.stream import Decoder
+from pipeline.data.stream import Decoder, Rows
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
 from pipeline.objectives.behaviour_cloning import BehaviourCloning, BehaviourCloningOptions
 from pipeline.simulation.environment import World
@@ -37,7 +39,9 @@ def in_classes(table: pa.Table) -> pa.Table:
     return table.set_column(place, "actions", pa.array(named, pa.list_(pa.string())))
 
 
-def case(tables: list[pa.Table], columns=TRAJECTORY_COLUMNS, **options):
+def case(
+    tables: list[pa.Table], columns=TRAJECTORY_COLUMNS, **options: Any
+) -> tuple[Any, Any, list[Rows]]:
     """An objective whose state is fitted on the first table, and the rows of each."""
     chosen = BehaviourCloningOptions(**options)
     state_of = Trajectory.fit(TrajectoryOptions(), tables[0], columns, "policy/mlp")
