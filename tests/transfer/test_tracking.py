@@ -63,8 +63,9 @@ def task():
 
 
 @pytest.fixture
-def ended(tmp_path, task):
+def ended(tmp_path, task, monkeypatch):
     """A job's state, two trials that ended well and one that failed, and its outcome."""
+    monkeypatch.chdir(tmp_path)  # MLflow puts the files of a database's runs into mlruns/ here
     job = job_at(tmp_path, tracking={"mlflow": {"uri": f"sqlite:///{tmp_path}/runs.db"}})
     stage = SourceStage(job, "garments", job.sources["garments"], None, "key")
     modality = ModalitySpec("image", {"size": 32, "channels": 3}, {})
