@@ -309,6 +309,7 @@ OBJECTIVES: dict[str, Case] = {
     "multilabel": Case(with_roles(pictures, labels="labels"), *VIT),
     "next_sample": Case(SAMPLES, "wavenet/wavenet", WAVENET, unused=("norm.", "frames.")),
     "qa": Case(questions, *BERT),
+    "regression": Case(with_roles(features, value="events"), "table/ft_transformer"),
     "segmentation": Case(
         with_roles(lambda: pictures(fit="pad"), mask="mask"), "timm/test_resnet", {}, {"classes": 3}
     ),

@@ -33,10 +33,10 @@ SPECTRA = Path(__file__).parent / "plugin" / "spectra"
 COMPONENTS = {
     "modality": ("modality.py", ["spectrum"]),
     "model": ("backbone.py", ["spectra"]),
-    "objective": ("objective.py", ["regression"]),
+    "objective": ("objective.py", ["brightness"]),
     "technique": ("technique.py", ["last_layers"]),
     "baseline": ("baseline.py", ["brightest_band"]),
-    "metric": ("metric.py", ["rmse", "gmean"]),
+    "metric": ("metric.py", ["brightness_error", "gmean"]),
     "score": ("score.py", ["separation"]),
     "importer": ("importer.py", ["spectra"]),
     "cohort": ("cohort.py", ["busy"]),
@@ -111,7 +111,7 @@ sources:
   lamps:
     data: {{uri: rows, modality: {{spectrum: {{bands: 4}}}}, split_column: split, columns: {{spectrum: spectrum, value: value}}}}
     backbone: {{spectra/perceptron: {{width: 8}}}}
-    objective: regression
+    objective: brightness
     train: {{steps: 4, global_batch: 16}}
 targets:
   kinds:
@@ -121,7 +121,7 @@ targets:
     train: {{steps: 4, global_batch: 16}}
   sums:
     data: {{uri: rows, modality: spectrum, split_column: split, columns: {{spectrum: spectrum, value: value}}}}
-    objective: regression
+    objective: brightness
     train: {{steps: 4, global_batch: 16}}
 techniques: [scratch, linear_probe, {{last_layers: {{count: 2}}}}]
 fanout: {{seeds: 1}}
@@ -176,7 +176,7 @@ def test_without_the_plugin_its_names_are_unknown(tmp_path):
     for unknown in (
         "unknown modality 'spectrum'",
         "libraries: ",
-        "unknown objective 'regression'",
+        "unknown objective 'brightness'",
         "unknown metric 'gmean'",
         "unknown technique 'last_layers'",
     ):
@@ -305,7 +305,7 @@ def test_a_variable_of_the_shell_cannot_name_a_plugin(monkeypatch):
 
 def test_a_bundle_cannot_name_a_plugin(tmp_path, spectra):
     arch = Architecture("spectra/perceptron", {}, {"features": "spectrum", "bands": 4})
-    head = ObjectiveSpec("regression", {}, {"mean": 0.0, "std": 1.0})
+    head = ObjectiveSpec("brightness", {}, {"mean": 0.0, "std": 1.0})
     modality = ModalitySpec("spectrum", {"bands": 4}, {"mean": [0.0] * 4, "std": [1.0] * 4})
     uri = str(tmp_path / "bundle")
     bundle.save(uri, bundle.build_task(arch, head, seed=0), modality)
@@ -314,7 +314,7 @@ def test_a_bundle_cannot_name_a_plugin(tmp_path, spectra):
     found = pipeline.embed(uri, str(tmp_path / "rows.parquet"), plugins=[str(SPECTRA)])
     assert found.shape == (3, 16) and np.isnan(found).all(1).tolist() == [False, False, True]
     task = pipeline.load_bundle(uri, plugins=[str(SPECTRA)]).task()
-    assert task.objective.registered_name == "regression"
+    assert task.objective.registered_name == "brightness"
     with pytest.raises(ValueError, match="unknown modality 'spectrum'"):
         pipeline.embed(uri, str(tmp_path / "rows.parquet"))
     assert onetomany("export", uri, tmp_path / "copy", "--kind", "state-dict").exit_code == 2
@@ -333,7 +333,7 @@ def test_a_trials_code_holds_its_plugins(tmp_path, spectra):
         "model spectra",
         "technique last_layers",
         "metric gmean",
-        "metric rmse",
+        "metric brightness_error",
         "objective classification",
     } <= code.keys()
     assert not [part for part in code if part.startswith("spectra.")], "each component by itself"
@@ -367,7 +367,7 @@ def test_the_contract_suite_runs_over_a_plugins_pieces():
         "PYTHONPATH": os.pathsep.join(map(str, (root, tests, SPECTRA.parent))),
     }
     words = ["-m", "pytest", "-n0", "-p", "no:cacheprovider", "-p", "spectra_rows", "-rs"]
-    words += ["tests/test_contracts.py", "-k", "spectr or regression or last_layers or have_rows"]
+    words += ["tests/test_contracts.py", "-k", "spectr or brightness or last_layers or have_rows"]
     done = subprocess.run(
         [sys.executable, *words], cwd=root, env=environment, capture_output=True, text=True
     )

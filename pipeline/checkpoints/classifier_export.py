@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.checkpoints import exported_classifier
 from pipeline.core.contracts import Modality, Objective, Task
-from pipeline.core.contracts.objective_capabilities import transformers_head
+from pipeline.core.contracts.objective_capabilities import output_scale, transformers_head
 
 LIBRARIES = ("timm", "transformers")
 CODE, SPEC, HEAD = "classifier.py", "classifier.json", "head.safetensors"
@@ -106,15 +106,15 @@ def temperature(task: Task) -> float:
 
 
 def linear_tensors(task: Task) -> dict[str, Tensor]:
-    """Return the head's ``weight`` and ``bias``, divided by the temperature.
+    """Return the head's ``weight`` and ``bias`` as they give the final scores.
 
-    They give the calibrated scores.
+    They are divided by the temperature, or give a number in its own unit.
     """
     head, divisor = head_of(task), temperature(task)
-    return {
-        part: (getattr(head, part).detach().double() / divisor).float().contiguous()
-        for part in ("weight", "bias")
-    }
+    scale, shift = output_scale(task.objective)
+    weight = head.weight.detach().double() / divisor * scale
+    bias = head.bias.detach().double() / divisor * scale + shift
+    return {"weight": weight.float().contiguous(), "bias": bias.float().contiguous()}
 
 
 def norm_tensors(task: Task) -> dict[str, Tensor]:

@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.contracts import Modality
-from pipeline.core.contracts.objective_capabilities import TransformersHead, transformers_head
+from pipeline.core.contracts.objective_capabilities import (
+    TransformersHead,
+    output_scale,
+    transformers_head,
+)
 from pipeline.core.specs import ModalitySpec
 from pipeline.io import storage
 from pipeline.io.json_values import Json, JsonObject, as_object
@@ -250,7 +254,9 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
     # the class's projector comes before the mean over frames: the identity changes nothing
     tensors |= {"projector.weight": torch.eye(width), "projector.bias": torch.zeros(width)}
     divisor = objective.state.get("temperature", 1.0)
-    tensors |= {f"classifier.{part}": own[f"head.{part}"] / divisor for part in ("weight", "bias")}
+    scale, mean = output_scale(objective)
+    tensors["classifier.weight"] = own["head.weight"] / divisor * scale
+    tensors["classifier.bias"] = own["head.bias"] / divisor * scale + mean
     return Folder(kind, config, tensors, files)
 
 

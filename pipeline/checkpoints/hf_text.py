@@ -25,7 +25,11 @@ from pipeline.checkpoints import bundle, classifier_export, hf_speech
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import hf_config, registry
 from pipeline.core.contracts import Task
-from pipeline.core.contracts.objective_capabilities import TransformersHead, transformers_head
+from pipeline.core.contracts.objective_capabilities import (
+    TransformersHead,
+    output_scale,
+    transformers_head,
+)
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
 from pipeline.io.json_values import as_object
@@ -607,7 +611,8 @@ def _ln_f_shift(head: Any) -> Tensor | None:
     ``score`` of transformers has no bias. None where no such vector exists.
     """
     weight: Tensor = head.head.weight.detach().double()
-    bias: Tensor = head.head.bias.detach().double()
+    scale, mean = output_scale(head)
+    bias: Tensor = head.head.bias.detach().double() + mean / scale
     if not bias.any():
         return torch.zeros(weight.shape[1], dtype=torch.float64)
     inverse = cast(Tensor, torch.linalg.pinv(weight))  # pyright: ignore[reportUnknownMemberType]

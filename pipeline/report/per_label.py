@@ -29,7 +29,7 @@ from pipeline.report.blocks import (
     format_interval,
 )
 from pipeline.report.matrix import REFERENCE, SCRATCH, MatrixEntry, verdict
-from pipeline.report.plots import entry_label, reliability
+from pipeline.report.plots import entry_label, predicted_and_true, reliability
 from pipeline.report.results import ResultRow
 from pipeline.report.stats import RunPredictions
 
@@ -98,11 +98,11 @@ def blocks(
     rows: Sequence[ResultRow],
     runs: dict[str, RunPredictions],
 ) -> list[Block]:
-    """Return the blocks on classes or labels of a target's best finished entry (`best_entry`).
+    """Return the blocks on classes, labels or numbers of a target's best finished entry.
 
     It is the best network with a source on validation rows of the target, or on test rows where no
-    entry has a value on these, compared with scratch; a model without a network only where there is
-    no network.
+    entry has a value on these, compared with scratch (`best_entry`); a model without a network only
+    where there is no network.
 
     Args:
         target: Name of the target.
@@ -111,7 +111,7 @@ def blocks(
         runs: Trial id to test predictions.
 
     Returns:
-        No block where test predictions are missing or have no classes.
+        No block where test predictions are missing or have none of these.
     """
     shown = [(entry, found) for entry in done if (found := runs_of(entry, rows, runs))]
     if not shown:
@@ -132,6 +132,8 @@ def blocks(
             *_class_table(RECALL, target, *compared),
             *_reliability(target, *compared),
         ]
+    if compared is not None and all(_has_numbers(run) for run in ours):
+        return _predicted_and_true(target, *compared)
     if compared is not None and all(_has_boxes(run) for run in ours):
         return _class_table(BOX_PRECISION, target, *compared)
     for kind, applies in ((LABELS, _has_label_sets), (TYPES, _has_type_counts)):
@@ -236,6 +238,11 @@ def _has_type_counts(run: RunPredictions) -> bool:
 def _has_boxes(run: RunPredictions) -> bool:
     needed = {"boxes", "scores", "classes", "true_boxes", "true_classes", "true_crowd"}
     return needed <= set(run.predictions) and bool(run.labels)
+
+
+def _has_numbers(run: RunPredictions) -> bool:
+    """Return whether a number of each row is predicted."""
+    return {"prediction", "value"} <= set(run.predictions) and len(run.labels) == 1
 
 
 def _seeds(count: int) -> str:
@@ -492,6 +499,44 @@ def _reliability(
         Heading("Calibration", 3),
         Figure(reliability(curves, positive), caption, points),
         *_calibration_errors(entry, ours, scratch),
+    ]
+
+
+def _predicted_and_true(
+    target: str, entry: MatrixEntry, ours: list[RunPredictions], scratch: list[RunPredictions]
+) -> list[Block]:
+    """Return the figure of true numbers by predicted ones, of an entry and its scratch network.
+
+    Bins hold equally many predictions, and each holds at least 20 groups or rows, as in the
+    reliability diagram.
+    """
+    curves: dict[str, list[tuple[float, float, int]]] = {}
+    for name, side in ((entry_label(entry), ours), ("scratch", scratch)):
+        if not side:
+            continue
+        predicted = np.concatenate([run.predictions["prediction"] for run in side])
+        true = np.concatenate([run.predictions["value"] for run in side])
+        units = (run.rows if run.groups is None else run.groups for run in side)
+        most = max(int(np.unique(unit, return_counts=True)[1].max(initial=1)) for unit in units)
+        if points := calibration.reliability(predicted, true, least=20 * most * len(side)):
+            curves[name] = points
+    if not curves:
+        return []
+    column = ours[0].labels[0]
+    listed = [
+        [name, f"{predicted:.4g}", f"{true:.4g}", f"{n:,}"]
+        for name, points in curves.items()
+        for predicted, true, n in points
+    ]
+    caption = (
+        f"{target}: the mean of {column} by what was predicted, with transfer and from scratch. On "
+        "the line both are equal; a curve that is flatter than the line predicts too extreme "
+        f"numbers. Bins hold equally many predictions, {_seeds(len(ours))}."
+    )
+    points = Table(["Model", "Mean prediction", f"Mean {column}", "Predictions"], listed)
+    return [
+        Heading("Predicted and true", 3),
+        Figure(predicted_and_true(curves, column), caption, points),
     ]
 
 

@@ -368,6 +368,45 @@ def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str
             one, of scratch, is grey.
         positive: Name of the class.
     """
+    most = max(max(point[:2]) for points in curves.values() for point in points)
+    return _by_prediction(
+        curves,
+        (0.0, min(1.0, 1.08 * most)),
+        (f"predicted probability of {_truncate(positive, 40)}", "observed share"),
+        f"Calibration: observed share of {positive} by predicted probability",
+    )
+
+
+def predicted_and_true(curves: dict[str, list[tuple[float, float, int]]], column: str) -> str:
+    """Draw the mean of true numbers by predicted ones.
+
+    Args:
+        curves: Name to points (mean prediction, mean of the true numbers, rows), as `reliability`
+            has them.
+        column: Name of the number.
+    """
+    values = [value for points in curves.values() for point in points for value in point[:2]]
+    margin = 0.05 * ((max(values) - min(values)) or 1.0)
+    return _by_prediction(
+        curves,
+        (min(values) - margin, max(values) + margin),
+        (f"predicted {_truncate(column, 40)}", "mean of the true numbers"),
+        f"Mean of {column} by its prediction",
+    )
+
+
+def _by_prediction(
+    curves: dict[str, list[tuple[float, float, int]]],
+    limits: tuple[float, float],
+    axis_names: tuple[str, str],
+    description: str,
+) -> str:
+    """Draw what was observed by what was predicted, and the line on which both are equal.
+
+    Args:
+        limits: Both ends of both axes.
+        axis_names: Those of the x and the y axis.
+    """
     with _plot_settings():
         styles: list[dict[str, Any]] = [
             {"color": _COLOURS[0], "linewidth": 1.8},
@@ -375,16 +414,7 @@ def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str
         ]
         legend = [(_truncate(name, 48), style) for name, style in zip(curves, styles, strict=False)]
         figure, (axes,) = _figure(3.4 + _legend_inches(legend))
-        axis_end = min(
-            1.0,
-            1.08
-            * max(
-                max(predicted, observed)
-                for points in curves.values()
-                for predicted, observed, _ in points
-            ),
-        )
-        axes.plot([0, axis_end], [0, axis_end], color=_LINE, linewidth=1.2, zorder=1)
+        axes.plot(limits, limits, color=_LINE, linewidth=1.2, zorder=1)
         for points, (_, style) in zip(curves.values(), legend, strict=False):
             axes.plot(
                 [predicted for predicted, _, _ in points],
@@ -393,13 +423,13 @@ def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str
                 markersize=4,
                 **style,
             )
-        axes.set_xlim(0, axis_end)
-        axes.set_ylim(0, axis_end)
+        axes.set_xlim(*limits)
+        axes.set_ylim(*limits)
         axes.grid(color=_LINE, linewidth=0.6)
-        axes.set_xlabel(f"predicted probability of {_truncate(positive, 40)}")
-        axes.set_ylabel("observed share")
+        axes.set_xlabel(axis_names[0])
+        axes.set_ylabel(axis_names[1])
         _legend(figure, legend)
-        return _svg(figure, f"Calibration: observed share of {positive} by predicted probability")
+        return _svg(figure, description)
 
 
 def entry_label(entry: MatrixEntry) -> str:

@@ -29,7 +29,7 @@ def example() -> type[Objective]:
     code = textwrap.dedent(page.__doc__.partition("::\n")[2].partition("\nWhat only some")[0])
     names: dict[str, Any] = {}
     exec(code, names)
-    return names["Regression"]
+    return names["Number"]
 
 
 def test_the_example_of_the_page_trains_and_predicts():

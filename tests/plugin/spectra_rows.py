@@ -22,4 +22,4 @@ def spectra_with_values() -> Sample:
 
 MODALITIES["spectrum"] = (spectra, "spectra/perceptron")
 BACKBONES["spectra/perceptron"] = (spectra, {})
-OBJECTIVES["regression"] = Case(spectra_with_values, "spectra/perceptron")
+OBJECTIVES["brightness"] = Case(spectra_with_values, "spectra/perceptron")

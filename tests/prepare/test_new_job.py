@@ -333,7 +333,6 @@ def test_the_most_plausible_label_is_taken_and_the_others_are_named():
     "name, values, said",
     [
         ("note", [f"note {i}" for i in range(60)], "nothing can be the label: note (text, 60"),
-        ("price", [i / 7 for i in range(60)], "nothing can be the label: price (number, 60"),
     ],
 )
 def test_no_label_is_one_clear_error(name, values, said):
@@ -343,10 +342,68 @@ def test_no_label_is_one_clear_error(name, values, said):
     assert not os.path.exists("rows.yaml")
 
 
+def test_numbers_of_texts_are_estimated():
+    """Rows without a number are left out; a median is no class."""
+    price = [None if i % 20 == 7 else i / 7 for i in range(60)]
+    csv("rows.csv", {"text": texts(60), "price": price})
+    text = init("rows.csv")
+    found = target()
+    assert (found.objective.name, found.metric) == ("regression", "rmse")
+    assert found.data.columns == {"text": "text", "value": "price"}
+    low, high = np.nanquantile([np.nan if one is None else one for one in price], [0.05, 0.95])
+    assert f"90 % of the numbers lie from {low:.4g} to {high:.4g}" in comments(text)
+    assert found.data.max_bad_rows == 0.25 and "3 have no price" in comments(text)
+    assert "in all: 15 trials" in dry_run()
+
+
+def test_numbers_of_a_table_are_estimated():
+    """Columns that hold no value twice determine each other, and none of them is dropped."""
+    rng = np.random.default_rng(0)
+    columns = {name: rng.normal(size=80).round(4).tolist() for name in ("age", "bmi", "bp")}
+    csv("rows.csv", {**columns, "sex": [1, 2] * 40, "target": range(25, 425, 5)})
+    text = init("rows.csv")
+    assert "prepare table rows.csv -o prepared/rows --set label=target\n" in text
+    prepare_as_told(text)
+    assert target().objective.name == "regression"
+    assert target().data.columns == {"features": "features", "value": "target"}
+    shown = dry_run()
+    assert "baselines boosted_trees, majority, ridge: 9 final trials" in shown
+    assert "in all: 18 trials" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "is_number"),
+    [
+        ("target", list(range(0, 300, 5)), True),
+        ("target", list(range(24)) * 5, False),
+        ("target", list(range(24)) * 2, True),
+        ("age", list(range(20, 80)) * 5, True),
+        ("class_code", list(range(0, 300, 5)), False),
+        ("stars", [0, 10, 20] * 20, False),
+        ("x", [0.5, 1.0, 2.0] * 20, True),
+        ("x", [0.5, 1.0] * 30, False),
+        ("x", [0.5, 1.0, 2.0] + [None] * 57, False),
+        ("x", ["a"] * 60, False),
+    ],
+)
+def test_numbers_are_estimated_and_codes_are_classes(name, values, is_number):
+    column = look.profile(name, pa.chunked_array([values]))
+    assert look.is_estimated(column) == is_number
+
+
+def test_a_number_of_a_row_is_no_label_beside_classes_unless_its_name_says_so():
+    rng = np.random.default_rng(0)
+    columns = {name: rng.normal(size=80).round(4).tolist() for name in ("weight", "event_time")}
+    csv("rows.csv", {**columns, "sick": [0, 1] * 40})
+    assert "label: sick" in init("rows.csv")
+    csv("more.csv", {**columns, "price": columns["weight"], "sick": [0, 1] * 40})
+    assert "value: price" in init("more.csv", output="more.yaml")
+
+
 def test_a_named_column_that_cannot_be_the_label():
-    csv("rows.csv", {"text": texts(60), "price": [i / 7 for i in range(60)], "kind": [0, 1] * 30})
-    code, shown = command("init", "rows.csv", "--target-column", "price")
-    assert code == 2 and "price: it holds 60 different numbers in 60 rows" in shown
+    csv("rows.csv", {"text": texts(60), "kind": [0, 1] * 30, "same": [7] * 60})
+    code, shown = command("init", "rows.csv", "--target-column", "same")
+    assert code == 2 and "same: it has 1 value in 60 rows, and a label has two" in shown
     code, shown = command("init", "rows.csv", "--target-column", "kinds")
     assert code == 2 and "--target-column kinds: did you mean kind?" in shown
 

@@ -565,3 +565,37 @@ def test_boxes_have_the_average_precision_of_each_class():
         assert gain.lines[0] == f"{means[0] - means[1]:+.{places}f}"
     tones = {row[0]: row[4].tone for row in shown.rows}
     assert "wins" in tones.values() and set(tones.values()) <= {"wins", "not shown"}
+
+
+def numbers(seed: int, noise: float, n: int = 120) -> RunPredictions:
+    """Predictions of a number whose errors are `noise`, in groups of two rows."""
+    value = 50 + 10 * np.random.default_rng(3).normal(size=n)
+    prediction = value + noise * np.random.default_rng(seed).normal(size=n)
+    predictions = {"prediction": prediction, "value": value, "loss": np.zeros(n)}
+    groups = np.arange(n) // 2
+    return RunPredictions(np.arange(n), predictions, seed, groups, labels=("age & more",))
+
+
+def test_numbers_are_drawn_by_their_predictions_in_bins_of_many_groups():
+    made = {
+        ("none", "scratch"): [numbers(s, 9.0) for s in (0, 1)],
+        ("src", "full"): [numbers(s, 1.0) for s in (0, 1)],
+    }
+    heading, figure = said(*table("rmse", made))
+    assert heading.text == "Predicted and true" and "age &amp; more" in figure.svg
+    rows = figure.numbers.rows
+    # 240 predictions; a bin has 20 groups of 2 rows of each of 2 seeds
+    assert [row[3] for row in rows] == ["80"] * 6
+    assert [row[0] for row in rows] == ["src · full · 100 %"] * 3 + ["scratch"] * 3
+    best = np.concatenate([run.predictions["prediction"] for run in made["src", "full"]])
+    truth = np.concatenate([run.predictions["value"] for run in made["src", "full"]])
+    lowest = np.argsort(best, kind="stable")[:80]
+    assert rows[0][1:3] == [f"{best[lowest].mean():.4g}", f"{truth[lowest].mean():.4g}"]
+
+
+def test_few_numbers_are_not_drawn():
+    made = {
+        ("none", "scratch"): [numbers(0, 9.0, n=60)],
+        ("src", "full"): [numbers(0, 1.0, n=60)],
+    }
+    assert said(*table("rmse", made)) == []

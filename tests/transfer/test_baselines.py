@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from contract_rows import OBJECTIVES, recordings
-from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import Ridge as RidgeRegression
 from sklearn.metrics import accuracy_score
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 from toys import (
     event_rows,
@@ -346,23 +347,64 @@ def test_a_word_has_the_tags_that_it_had():
 def test_numbers_are_predicted_by_their_mean_and_by_a_plugin():
     plugins.use([str(SPECTRA)])
     try:
-        regression = head("regression", {"mean": 2.0, "std": 2.0})
+        brightness = head("brightness", {"mean": 2.0, "std": 2.0})
         spectra = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
         values = np.linspace(0, 5, 20, dtype=np.float32)
         train, validation = part(spectra, values), part(spectra[:6], values[:6], 20)
         found = baseline_trials.choose(
-            baseline("majority"), regression, train, validation, ("rmse",), 0
+            baseline("majority"), brightness, train, validation, ("brightness_error",), 0
         )
         np.testing.assert_allclose(found.scores(spectra)[:, 0], values.mean(), rtol=1e-6)
         rmse = np.sqrt(((values[:6] - values.mean()) ** 2).mean())
-        assert found.metrics["rmse"] == pytest.approx(rmse, rel=1e-5)
+        assert found.metrics["brightness_error"] == pytest.approx(rmse, rel=1e-5)
         tree = baseline("brightest_band")
         rows = BaselineRows(20, {"spectrum": spectra}, None, lambda role: None)
         bands = part(tree.inputs(rows), values)
-        found = baseline_trials.choose(tree, regression, bands, bands, ("rmse",), 0)
-        assert found.metrics["rmse"] == pytest.approx(0.0, abs=1e-6), "a leaf for each row"
+        found = baseline_trials.choose(tree, brightness, bands, bands, ("brightness_error",), 0)
+        assert found.metrics["brightness_error"] == pytest.approx(0.0, abs=1e-6), (
+            "a leaf for each row"
+        )
     finally:
         plugins.use([])
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "theirs"),
+    [
+        ("ridge", {"alpha": 3.0}, RidgeRegression(alpha=3.0)),
+        ("bag_of_words", {"C": 4.0}, RidgeRegression(alpha=1 / 8)),
+        ("log_mel_statistics", {"C": 4.0}, RidgeRegression(alpha=1 / 8)),
+        ("nearest_pixels", {"neighbours": 3}, KNeighborsRegressor(3)),
+        ("nearest_pixels", {"neighbours": 90}, KNeighborsRegressor(40)),
+        ("boosted_trees", {"depth": 2, "leaf_rows": 5}, None),
+    ],
+)
+def test_numbers_are_those_of_scikit_learn(name, setting, theirs):
+    """Where logistic regression has C, ridge regression of the same cost has alpha = 1 / (2 C)."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(40, 5)).astype(np.float32)
+    labels = (inputs[:, 0] + 0.1 * rng.normal(size=40)).astype(np.float32)
+    theirs = theirs or HistGradientBoostingRegressor(
+        max_iter=100, max_depth=2, min_samples_leaf=5, early_stopping=False, random_state=0
+    )
+    scores = baseline_trials.fit(baseline(name), setting, 0, "numbers", inputs, labels, 0)
+    expected = theirs.fit(inputs, labels).predict(inputs)
+    np.testing.assert_allclose(scores(inputs)[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ridge_reads_numbers_texts_and_what_is_missing():
+    """Age is missing in every fourth row; texts are the gender and the codes."""
+    rows = table_rows(8)
+    found = inputs_of("ridge", rows)
+    sizes = rows.modality.inputs()
+    assert found.shape == (8, 2 * sizes["numbers"] + sizes["codes"])
+    known = rows.arrays["numbers_known"]
+    np.testing.assert_array_equal(found[:, 0], np.where(known, rows.arrays["numbers"], 0)[:, 0])
+    np.testing.assert_array_equal(found[:, sizes["numbers"]], ~known[:, 0])
+    texts = found[:, 2 * sizes["numbers"] :]
+    assert texts.sum(1).tolist() == [len(one) for one in rows.arrays["codes"]]
+    for row, places in enumerate(rows.arrays["codes"]):
+        assert (texts[row, places - 1] == 1).all()
 
 
 # ---------------------------------------------------------------- a trial

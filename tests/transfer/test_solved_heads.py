@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pydantic
@@ -17,15 +16,15 @@ from torch.nn import functional as F
 from toys import image_files, job_of, net_task, shared_of, take, trial_of
 
 from pipeline.checkpoints import bundle
-from pipeline.config import plugins, registry
 from pipeline.core.contracts import Task
 from pipeline.objectives.multilabel import Multilabel
+from pipeline.objectives.regression import Regression
 from pipeline.techniques.linear_probe import PENALTIES, LinearProbe, ProbeOptions
 from pipeline.transfer import cached_heads, solved_heads
 from pipeline.transfer import trial as one_trial
 
 N, D = 300, 16
-SPECTRA = Path(__file__).parents[1] / "plugin" / "spectra"
+PLAIN = Regression.options_class(norm=False)
 
 
 def features(seed: int = 1) -> torch.Tensor:
@@ -74,29 +73,20 @@ def test_labels_are_one_logistic_regression_each(penalty):
         assert abs(float(own.bias[k].detach()) - theirs.intercept_[0]) < 1e-4
 
 
-@pytest.fixture
-def regression():
-    plugins.use([str(SPECTRA)])
-    try:
-        yield registry.get("objective", "regression")
-    finally:
-        plugins.use([])
-
-
 @pytest.mark.parametrize("kind", MODALITIES)
 @pytest.mark.parametrize("penalty", [1.0, 1e-3, 1e-6])
-def test_a_squared_error_is_ridge_regression(regression, kind, penalty):
+def test_a_squared_error_is_ridge_regression(kind, penalty):
     """Of the features of every modality, often more than rows; in units of the deviation."""
     task, rows = classified(MODALITIES[kind][1])
     with torch.no_grad():
         pooled = task.eval().backbone(take(rows, range(8))).pooled
     value = torch.linspace(-3, 4, 8).square()
     state = {"mean": float(value.mean()), "std": float(value.std())}
-    head = regression(task.backbone, regression.options_class(), state)
-    found = solved_heads.solve(
-        head, pooled, {"value": value}, [penalty], lambda head: {}, lambda: None
-    )[0]
+    head = Regression(task.backbone, PLAIN, state)
     scaled = (value.double() - state["mean"]) / state["std"]
+    found = solved_heads.solve(
+        head, pooled, {"value": scaled}, [penalty], lambda head: {}, lambda: None
+    )[0]
     theirs = Ridge(alpha=penalty * 8 / 2, solver="svd").fit(pooled.double(), scaled)
     own = found.head.head
     assert np.abs(own.weight.detach().numpy()[0] - theirs.coef_).max() < 1e-6
@@ -104,24 +94,24 @@ def test_a_squared_error_is_ridge_regression(regression, kind, penalty):
     assert found.solver == "ridge" and found.iterations == 1
 
 
-def test_ridge_regression_on_many_rows(regression):
+def test_ridge_regression_on_many_rows():
     backbone = net_task().backbone
-    value = labels(features(), 1)[:, 0]
-    head = regression(backbone, regression.options_class(), {"mean": 1.0, "std": 2.0})
+    value = labels(features(), 1)[:, 0].double()
+    head = Regression(backbone, PLAIN, {"mean": 1.0, "std": 2.0})
     before = head.head.weight.detach().clone()
     found = solve(head, {"value": value}, [10.0, 1e-2, 1e-6])
     assert torch.equal(head.head.weight, before)
     for one in found:
         theirs = Ridge(alpha=one.penalty * N / 2, solver="svd")
-        theirs.fit(features().double(), (value.double() - 1) / 2)
+        theirs.fit(features().double(), value)
         assert np.abs(one.head.head.weight.detach().numpy()[0] - theirs.coef_).max() < 1e-6
         assert abs(float(one.head.head.bias.detach()) - theirs.intercept_) < 1e-6
 
 
-def test_a_large_head_of_a_squared_error_is_solved_by_steps(regression, monkeypatch):
+def test_a_large_head_of_a_squared_error_is_solved_by_steps(monkeypatch):
     monkeypatch.setattr(solved_heads, "MOST_WEIGHTS", D)
     value = labels(features(), 1)[:, 0]
-    head = regression(net_task().backbone, regression.options_class(), {"mean": 0.0, "std": 1.0})
+    head = Regression(net_task().backbone, PLAIN, {"mean": 0.0, "std": 1.0})
     found = solve(head, {"value": value}, [1e-2])[0]
     theirs = Ridge(alpha=1e-2 * N / 2).fit(features().double(), value.double())
     assert found.solver == "lbfgs"

@@ -1,8 +1,8 @@
 """What an objective is: one kind of task, with its head, its loss and its predictions.
 
 An objective is one file in ``pipeline/objectives/``; the registry finds it by its decorator. This
-one predicts a number a row. It is complete: a job may say ``objective: regression`` once the file
-is there::
+one predicts a number a row, as ``regression`` does with more options. It is complete: a job may say
+``objective: number`` once the file is there::
 
     import numpy as np
     from pydantic import Field
@@ -13,12 +13,12 @@ is there::
     from pipeline.core.contracts import Objective
 
 
-    class RegressionOptions(Options):
+    class NumberOptions(Options):
         dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
 
 
-    @register("objective", "regression", options=RegressionOptions)
-    class Regression(Objective):
+    @register("objective", "number", options=NumberOptions)
+    class Number(Objective):
         "One number a row, from the pooled features, by squared error in its own deviations."
 
         roles = ("target",)

@@ -29,8 +29,8 @@ Predictions:
     `UsesRawRows`, `Postprocesses`, `WritesColumns`: stored columns are read beside predictions.
     `Draws`: predictions are drawn on pictures of the rows.
     `RollsOut`: a policy acts in a simulator.
-    `ExportsHead`: transformers has a class with the head.
     `GivesRawOutputs`: the network is a graph of tensors (ONNX).
+    `ExportsHead`, `RescalesScores`: transformers has a class with the head.
     `AveragesPredictions`: several networks predict together.
 """
 
@@ -482,6 +482,21 @@ class ExportsHead(Protocol):
         None where its class gives something else; the states of the backbone are then compared.
         """
         ...
+
+
+@runtime_checkable
+class RescalesScores(Protocol):
+    """An objective whose head gives standardised scores, which have a unit of their own."""
+
+    @property
+    def output_scale(self) -> tuple[float, float]:
+        """What a score is multiplied by, and what is added then."""
+        ...
+
+
+def output_scale(objective: Any) -> tuple[float, float]:
+    """Return what the scores of a head are multiplied by, and what is added to them."""
+    return objective.output_scale if isinstance(objective, RescalesScores) else (1.0, 0.0)
 
 
 def exports_head(objective: Any) -> TypeIs[ExportsHead]:

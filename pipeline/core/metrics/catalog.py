@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.config import registry
-from pipeline.core.metrics import classes, dense, label_sets, likelihood, policies, text
+from pipeline.core.metrics import (
+    classes,
+    dense,
+    label_sets,
+    likelihood,
+    policies,
+    regression,
+    text,
+)
 from pipeline.core.metrics.metric import Metric, PerLabel, Predictions
 
 __all__ = ["Metric", "PerLabel", "Predictions", "find", "for_role", "metric", "per_label"]
 
-OURS = (classes, dense, label_sets, likelihood, policies, text)
+OURS = (classes, dense, label_sets, likelihood, policies, regression, text)
 """Modules of our metrics, imported here so that their code is part of what every result records."""
 
 

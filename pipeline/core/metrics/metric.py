@@ -30,6 +30,7 @@ hourly                 the same at M positions: ``scores`` (n, M, C), ``label`` 
 several labels a row   ``scores`` and ``labels`` (n, L), 0 or 1; ``min_positives`` (n,), how many
                        positives a label needs to be part of a macro average (1 without it)
 entities               ``hits``, ``guessed`` and ``actual`` (n, T) by type
+numbers                ``prediction`` and ``value`` (n,), in the unit of the label
 words                  ``right`` of ``words`` (n,)
 answers                ``exact`` and ``f1`` (n,), 0 to 1
 language models        ``loss`` (n,), a sum of nats, over ``count`` tokens and ``bytes`` (n,)

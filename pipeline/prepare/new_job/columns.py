@@ -26,6 +26,12 @@ LABELS = {
     "command", "disease", "event", "tag", "tags", "expire", "expired", "flag", "defect",
 }  # fmt: skip
 """Words in the names of columns that are usually predicted."""
+NUMBERS = {
+    "price", "cost", "progression", "demand", "sales", "salary", "yield", "consumption", "revenue",
+}  # fmt: skip
+"""Words in the names of columns that are usually estimated, where they hold numbers."""
+CODES = {"class", "category", "label", "code", "type"}
+"""Words in the names of whole numbers that stand for classes."""
 CIRCUMSTANCES = {
     "id", "index", "age", "year", "date", "time", "sex", "gender", "view", "domain", "source",
     "corpus", "site", "hospital", "region", "country", "width", "height", "rate", "channels",
@@ -251,9 +257,41 @@ def is_likely_label(column: Column) -> bool:
     return is_named_label(column) or column.parts.isdisjoint(CIRCUMSTANCES)
 
 
+def is_estimated(column: Column) -> bool:
+    """Tell whether the values of a column are numbers to estimate, and no codes of classes.
+
+    Codes are few whole numbers, or are called so, or count from 0 or 1 and stand in several rows.
+    """
+    if column.kind == "number":
+        return column.distinct > 2 and column.present >= column.rows / 2
+    if column.kind != "whole" or column.present < column.rows / 2:
+        return False
+    if column.distinct <= MOST_CODES or not column.parts.isdisjoint(CODES):
+        return False
+    least, most = min(column.counts), max(column.counts)
+    counts_up = least in (0, 1) and column.distinct >= 0.9 * (most - least + 1)
+    return not (counts_up and column.present >= FEWEST_ROWS * column.distinct)
+
+
+def number_columns(columns: Sequence[Column]) -> list[Column]:
+    """Return the columns of numbers to estimate, the most plausible first: one with a telling name,
+    then the last one.
+    """
+    found = [column for column in columns if is_estimated(column)]
+    return sorted(reversed(found), key=lambda one: not is_named_number(one))
+
+
+def is_named_number(column: Column) -> bool:
+    """Tell whether the name alone says that a number is what is estimated."""
+    is_named = column.name.lower() in LABELS or bool(column.parts & NUMBERS)
+    return is_named and column.parts.isdisjoint(CIRCUMSTANCES)
+
+
 def can_be_label(column: Column, named: bool = True) -> bool:
     """Tell whether classes can be read from a column, `named`: its name says so."""
     if column.kind not in ("text", "bool", "whole") or column.present < column.rows / 2:
+        return False
+    if is_estimated(column):
         return False
     if column.kind == "text" and column.letters > MOST_LETTERS:
         return False

@@ -57,10 +57,12 @@ class Draft:
         found: what the files hold.
         modality: text, image, audio or table.
         inputs: role to column of what the backbone reads.
-        objective: classification, multilabel, tagging or ctc.
+        objective: classification, regression, multilabel, tagging or ctc.
         labels: role to column of what it learns.
         counts: rows of each class, or of each label of a set.
         counts_by_name: the same by the names of the classes, where they have some.
+        numbers: quantiles 5 %, 50 % and 95 % of the label, where numbers are estimated.
+        unlabelled_rows: rows without such a number.
         others: other columns that could be the label.
         media: a sample of the images or recordings.
         kept_classes: those to keep, where some rows have none or a rare one.
@@ -82,6 +84,8 @@ class Draft:
     labels: dict[str, str] = field(default_factory=dict[str, str])
     counts: dict[Any, int] = field(default_factory=dict[Any, int])
     counts_by_name: dict[Any, int] = field(default_factory=dict[Any, int])
+    numbers: tuple[float, ...] = ()
+    unlabelled_rows: int = 0
     others: list[str] = field(default_factory=list[str])
     media: Media | None = None
     kept_classes: list[Any] = field(default_factory=list[Any])
@@ -287,17 +291,23 @@ def _label(out: Draft, target_column: str | None, splits: Column | None) -> None
     listed = look.label_columns([one for one in free if one.name not in groups | ids])
     sets = look.label_set_columns(found.table, free)
     spoken = [one for one in free if one.name.lower() in look.TRANSCRIPTS and one.kind == "text"]
+    numbers = look.number_columns([one for one in free if one.name not in groups | ids])
+    has_named_number = bool(numbers) and look.is_named_number(numbers[0])
     if target_column is not None:
         chosen = found.column(target_column)
         if target_column in sets:
             out.objective, out.labels = "multilabel", {"labels": target_column}
         elif out.modality == "audio" and chosen in spoken and not look.can_be_label(chosen):
             out.objective, out.labels = "ctc", {"transcript": target_column}
+        elif look.is_estimated(chosen):
+            out.objective, out.labels = "regression", {"value": target_column}
         else:
             _check_label(chosen)
             out.labels = {"label": target_column}
     elif out.modality == "audio" and spoken and not (listed and look.is_named_label(listed[0])):
         out.objective, out.labels = "ctc", {"transcript": spoken[0].name}
+    elif has_named_number and not (listed and look.is_named_label(listed[0])):
+        out.objective, out.labels = "regression", {"value": numbers[0].name}
     elif listed and not look.is_likely_label(listed[0]) and (other := _other_task(found)):
         raise ValueError(other)
     elif listed:
@@ -306,6 +316,8 @@ def _label(out: Draft, target_column: str | None, splits: Column | None) -> None
         out.objective, out.labels = "multilabel", {"labels": sets[0]}
     elif groups and (again := look.label_columns([one for one in free if one.name in groups])):
         out.labels = {"label": again[0].name}
+    elif numbers and not _other_task(found):
+        out.objective, out.labels = "regression", {"value": numbers[0].name}
     else:
         raise ValueError(_other_task(found) or _no_label(out, free))
     copies = look.label_copies(found.table, out.label, listed) if "label" in out.labels else []
@@ -316,7 +328,12 @@ def _label(out: Draft, target_column: str | None, splits: Column | None) -> None
     possible = [*listed, *(one for one in grouped if one.distinct <= look.MOST_GROUPS)]
     out.others = [
         name
-        for name in (*(one.name for one in possible), *sets, *(one.name for one in spoken))
+        for name in (
+            *(one.name for one in possible),
+            *(one.name for one in numbers if look.is_named_number(one)),
+            *sets,
+            *(one.name for one in spoken),
+        )
         if name not in (out.label, *copies) and name not in out.inputs.values()
     ]
 
@@ -325,12 +342,7 @@ def _check_label(column: Column) -> None:
     """Raise ValueError where the column that was named as the label cannot be one."""
     if look.can_be_label(column):
         return
-    if column.kind in ("whole", "number"):
-        reason = (
-            f"it holds {column.distinct} different numbers in {column.present} rows, and numbers "
-            "are not estimated here: cut them into classes (low, high) in a column of its own"
-        )
-    elif column.distinct < 2:
+    if column.distinct < 2:
         reason = f"it has {column.distinct} value in {column.rows} rows, and a label has two"
     else:
         reason = (
@@ -367,8 +379,6 @@ def _no_label(out: Draft, free: Sequence[Column]) -> str:
         if out.modality == "text" and not free
         else ""
     )
-    if any(column.kind == "number" for column in free):
-        more += "; numbers are not estimated here: cut one into classes (low, high)"
     return (
         f"{place}: nothing can be the label: {held}{more}. A label has 2 to "
         f"{look.MOST_CLASSES} values, each in several rows: add such a column, or name one with "
@@ -434,6 +444,18 @@ def _count(out: Draft) -> None:
         if "label_name" in out.labels:
             names = dict(zip(values, found.whole(out.labels["label_name"]), strict=True))
             out.counts_by_name = {names[value]: count for value, count in out.counts.items()}
+    elif out.objective == "regression":
+        numbers = np.array([math.nan if one is None else one for one in values], dtype=float)
+        is_number = np.isfinite(numbers)
+        out.unlabelled_rows = int((~is_number).sum())
+        out.numbers = tuple(np.quantile(numbers[is_number], [0.05, 0.5, 0.95]).tolist())
+        if out.unlabelled_rows and _is_read_without_conversion(out):
+            # of a small split the share may be a few times that of all rows
+            share = out.unlabelled_rows / len(values)
+            out.fields["max_bad_rows"] = min(1.0, math.ceil(300 * share + 10) / 100)
+            out.why["max_bad_rows"] = (
+                f"share of the rows that may be unusable: {out.unlabelled_rows} have no {out.label}"
+            )
     elif out.objective in ("multilabel", "tagging"):
         out.counts = dict(Counter(label for row in values for label in row or ()).most_common())
 
@@ -471,7 +493,10 @@ def _prepare(out: Draft, output: str, splits: Column | None) -> None:
     settings: list[str] = []
     if out.modality == "table":
         name, pairs = "table", _table_options(out)
-        dropped = found.main.rows and 1 - sum(out.counts.values()) / found.rows
+        labelled = sum(out.counts.values())
+        if out.objective == "regression":
+            labelled = found.rows - out.unlabelled_rows
+        dropped = found.main.rows and 1 - labelled / found.rows
         missing = found.column(out.label).present < found.column(out.label).rows
         settings += [f"--max-bad {math.ceil(100 * dropped) / 100:g}"] if missing else []
     elif out.media is not None:
@@ -533,7 +558,9 @@ def _table_options(out: Draft) -> dict[str, str]:
     free = [column for column in found.columns if column.name != out.label]
     ids = look.id_columns(free)
     groups = [one.name for one in look.group_columns(free)]
-    copies = look.label_copies(found.table, out.label, free)
+    # each of two columns of numbers determines the other, where no value stands twice
+    is_class = out.objective != "regression"
+    copies = look.label_copies(found.table, out.label, free) if is_class else []
     out.label_copies = copies = [name for name in copies if name not in groups]
     splits = {one.name for one in look.split_columns(found.columns)}
     wordy = [
@@ -640,8 +667,11 @@ def _split(out: Draft, splits: Column | None, scratch: str) -> None:
         out.fields["group"] = group
         out.why["group"] = f"all rows of one {group} stay in one split"
     if out.media is not None and out.media.missing and _is_read_without_conversion(out):
-        out.fields["max_bad_rows"] = out.media.missing_share
-        out.why["max_bad_rows"] = "share of the rows whose file may be missing or broken"
+        least = out.fields.get("max_bad_rows", 0.0)
+        out.fields["max_bad_rows"] = max(least, out.media.missing_share)
+        why = out.why.get("max_bad_rows")
+        files = "share of the rows whose file may be missing or broken"
+        out.why["max_bad_rows"] = f"{why}; files may be missing" if why else files
     held = sum(value for key, value in out.fields.items() if key.endswith("_fraction"))
     rows = found.main.rows if splits is None else found.rows * _train_share(splits)
     out.train_rows = max(1, round(rows * (1 - held)))

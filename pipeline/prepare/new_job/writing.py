@@ -246,6 +246,10 @@ def _facts(made: Draft) -> list[str]:
         what = {"multilabel": "labels", "tagging": "tags"}.get(made.objective, "classes")
         shown = preview(made.counts_by_name or made.counts)
         out.append(f"{len(made.counts)} {what} of {made.label}: {shown}")
+    if made.numbers:
+        low, median, high = made.numbers
+        span = f"from {low:.4g} to {high:.4g}"
+        out.append(f"{made.label}: 90 % of the numbers lie {span}, the median is {median:.4g}")
     if made.others:
         out.append(
             f"{made.label} is the most plausible label; {named(made.others)} could be it too: "
@@ -409,6 +413,8 @@ def _label_comment(made: Draft) -> str:
 
 def _metric(made: Draft) -> tuple[str, str]:
     """Return the metric to judge by, and why; "" for the objective's own."""
+    if made.objective == "regression":
+        return "rmse", "the root of the mean squared error, in the unit of the column; or mae, r2"
     if made.objective != "classification":
         return "", ""
     share = max(made.counts.values()) / sum(made.counts.values())

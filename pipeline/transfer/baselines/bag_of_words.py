@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
@@ -26,13 +26,14 @@ class BagOfWordsOptions(Options):
 
 @register("baseline", "bag_of_words", options=BagOfWordsOptions)
 class BagOfWords(Baseline):
-    """TF-IDF of words and pairs of words, and logistic regression.
+    """TF-IDF of words and pairs of words, and logistic regression (ridge regression of numbers).
 
     Strong where single words tell the class (topics, sentiment), and where labelled rows are many.
     Wang and Manning 2012, "Baselines and Bigrams".
     """
 
     roles = ("text",)
+    label_kinds = ("classes", "label_sets", "numbers")
 
     def settings(self) -> tuple[dict[str, Any], ...]:
         return tuple({"C": value} for value in self.options.penalties)
@@ -54,6 +55,8 @@ class BagOfWords(Baseline):
         )
 
     def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+        if label_kind == "numbers":
+            return Ridge(alpha=1 / (2 * setting["C"]))
         return LogisticRegression(C=setting["C"], max_iter=1000)
 
 

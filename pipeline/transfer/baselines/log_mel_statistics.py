@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from pipeline.config.registry import Options, register
@@ -28,12 +28,14 @@ class LogMelStatisticsOptions(Options):
 
 @register("baseline", "log_mel_statistics", options=LogMelStatisticsOptions)
 class LogMelStatistics(Baseline):
-    """Logistic regression on the mean and deviation over time of each band of the log-mel spectrum.
+    """Logistic regression on the mean and deviation over time of each band of the log-mel spectrum,
+    or ridge regression of numbers.
 
     It hears timbre and level, and no order: strong for scenes and speakers, weak for words.
     """
 
     roles = ("audio",)
+    label_kinds = ("classes", "label_sets", "numbers")
 
     def settings(self) -> tuple[dict[str, Any], ...]:
         return tuple({"C": value} for value in self.options.penalties)
@@ -54,4 +56,6 @@ class LogMelStatistics(Baseline):
         return StandardScaler()
 
     def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+        if label_kind == "numbers":
+            return Ridge(alpha=1 / (2 * setting["C"]))
         return LogisticRegression(C=setting["C"], max_iter=1000)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
@@ -26,12 +26,14 @@ class NearestPixelsOptions(Options):
 
 @register("baseline", "nearest_pixels", options=NearestPixelsOptions)
 class NearestPixels(Baseline):
-    """The classes of the nearest training images by the Euclidean distance of their pixels.
+    """The classes, or the mean number, of the nearest training images by the Euclidean distance of
+    their pixels.
 
     Strong where objects are centred and alike (digits), weak for photographs.
     """
 
     roles = ("image",)
+    label_kinds = ("classes", "label_sets", "numbers")
 
     def settings(self) -> tuple[dict[str, Any], ...]:
         return tuple({"neighbours": value} for value in self.options.neighbours)
@@ -44,12 +46,24 @@ class NearestPixels(Baseline):
         return small.flatten(1).numpy()
 
     def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
-        return _Nearest(setting["neighbours"])
+        kind = _NearestNumbers if label_kind == "numbers" else _Nearest
+        return kind(setting["neighbours"])
 
 
-class _Nearest(KNeighborsClassifier):
-    """`KNeighborsClassifier` that takes all rows where there are fewer than neighbours."""
+class _AllOfFew:
+    """Takes all rows where there are fewer than neighbours."""
+
+    n_neighbors: int
 
     def fit(self, X: Any, y: Any) -> Any:  # noqa: N803 - scikit-learn's names
         self.n_neighbors = min(self.n_neighbors, len(y))
-        return super().fit(X, y)
+        nearest: Any = super()
+        return nearest.fit(X, y)
+
+
+class _Nearest(_AllOfFew, KNeighborsClassifier):
+    pass
+
+
+class _NearestNumbers(_AllOfFew, KNeighborsRegressor):
+    pass

@@ -73,6 +73,8 @@ def everything(n=200, classes=7):
         **entities(n, classes),
         **pixels,
         **policies(n),
+        "prediction": rng.normal(size=n),
+        "value": rng.normal(size=n),
         "threshold": np.full(n, 0.2),
     }
 
@@ -270,6 +272,8 @@ def test_directions():
         "brier",
         "ece",
         "action_error",
+        "mae",
+        "rmse",
     }
 
 

@@ -1,4 +1,4 @@
-"""Root mean squared error, and the geometric mean of the classes' recalls."""
+"""Root mean squared error of brightness, and the geometric mean of the classes' recalls."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pipeline.config.registry import register
 from pipeline.core.metrics.metric import NOT_NEGATIVE, SHARE, Predictions, plain, ratio
 
 
-@register("metric", "rmse")
+@register("metric", "brightness_error")
 @ratio(higher_is_better=False, bounds=NOT_NEGATIVE, final=math.sqrt)
-def rmse(p: Predictions) -> np.ndarray:
+def brightness_error(p: Predictions) -> np.ndarray:
     error = (p["prediction"] - p["value"]) ** 2
     return np.stack([error, np.ones(len(error))], axis=1).astype(np.float64)
 

@@ -1,4 +1,4 @@
-"""Regression of one number a row."""
+"""The brightness of a lamp: one number a row."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 
 
-class RegressionOptions(Options):
+class BrightnessOptions(Options):
     standardise: bool = Field(True, description="learn the number by the training rows' deviation")
 
 
-@register("objective", "regression", options=RegressionOptions)
-class Regression(Objective):
+@register("objective", "brightness", options=BrightnessOptions)
+class Brightness(Objective):
     """A linear head with the squared error. State: ``mean`` and ``std`` of the training rows."""
 
     roles = ("value",)
-    metrics = ("rmse", "loss")
+    metrics = ("brightness_error", "loss")
     label_kind = "numbers"
     label_tensor = "value"
     label_tensors = ("value",)

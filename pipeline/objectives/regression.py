@@ -1,0 +1,185 @@
+"""Regression: one number a row, from whatever a backbone pools: images, texts, records.
+
+Shapes: B rows of a batch, n rows of a table, D features.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.contracts.objective_capabilities import TransformersHead
+from pipeline.core.nn import losses
+
+LOSSES = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
+"""Losses of a standardised number; Huber's is quadratic up to one standard deviation."""
+
+
+class RegressionOptions(Options):
+    loss: Literal["squared", "absolute", "huber"] = Field(
+        "squared",
+        description="of the standardised number: squared estimates means, absolute medians; huber "
+        "is squared up to an error of one standard deviation and linear beyond (Huber 1964), so "
+        "that a few far values do not decide",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
+    norm: bool = Field(
+        True,
+        description="layer norm without parameters before the linear layer, so that one learning "
+        "rate fits every backbone",
+    )
+
+    @property
+    def drops_features(self) -> bool:
+        return self.dropout > 0
+
+
+@register("objective", "regression", options=RegressionOptions)
+class Regression(Objective):
+    """Regression: a linear head on the pooled features that predicts one number a row.
+
+    The number is standardised by mean and deviation of the training rows, so learning rates and
+    penalties do not depend on its unit. Predictions and metrics are in the unit of the column;
+    ``loss`` is that of the standardised number. Several numbers a row are several targets.
+
+    State: ``mean`` and ``std`` of the training rows, and in ``labels`` the name of the column.
+    """
+
+    roles = ("value",)
+    needed_roles = roles
+    metrics = ("rmse", "mae", "r2", "spearman", "loss")
+    transformers_head = TransformersHead(
+        "ForSequenceClassification", problem_type="regression", linear_on="pooled"
+    )
+    label_tensors = ("value",)
+    label_kind = "numbers"
+    label_tensor = "value"
+    label_fraction_unit = "rows"
+    output_types = {}
+
+    @classmethod
+    def fit(cls, options, table, columns):
+        """Take mean and standard deviation of the training rows.
+
+        Raises:
+            ValueError: the column holds no numbers, or a single one.
+        """
+        name = columns["value"]
+        numbers = _numbers(table[name], name)
+        numbers = numbers[np.isfinite(numbers)]
+        if not len(numbers) or numbers.min() == numbers.max():
+            found = f"one number only ({numbers[0]:g})" if len(numbers) else "no number"
+            raise ValueError(
+                f"column {name}: the training rows hold {found}; regression needs numbers that "
+                "differ"
+            )
+        return {"mean": float(numbers.mean()), "std": float(numbers.std()), "labels": [name]}
+
+    @classmethod
+    def encode(cls, table, columns, state) -> Arrays:
+        """Return ``value`` (n,) float32, standardised; NaN where there is no number."""
+        name = columns.get("value", "")
+        if name not in table.column_names:  # new rows to predict
+            return {}
+        standardised = (_numbers(table[name], name) - state["mean"]) / state["std"]
+        return {"value": standardised.astype(np.float32)}
+
+    @classmethod
+    def invalid_label_reasons(cls, table, columns, state):
+        """A number must be finite: files of pandas have NaN where a value is missing."""
+        name = columns["value"]
+        numbers = _numbers(table[name], name)
+        return ["" if fine else f"{name} is no finite number" for fine in np.isfinite(numbers)]
+
+    def __init__(self, backbone: Backbone, options: RegressionOptions, state: dict[str, Any]):
+        super().__init__(backbone, options, state)
+        self.head = nn.Linear(backbone.pooled_dim, 1)
+
+    @property
+    def output_scale(self) -> tuple[float, float]:
+        return self.state["std"], self.state["mean"]
+
+    def scores(self, pooled: Tensor) -> Tensor:
+        """Return standardised numbers (B, 1) of pooled features (B, D)."""
+        if self.options.norm:
+            pooled = F.layer_norm(pooled, pooled.shape[-1:])
+        pooled = F.dropout(pooled, self.options.dropout, self.training)
+        return losses.at_least_float32(self.head(pooled))
+
+    def _losses(self, standardised: Tensor, value: Tensor) -> Tensor:
+        """Return the (B,) losses of standardised numbers (B,)."""
+        return LOSSES[self.options.loss](standardised, value.to(standardised), reduction="none")
+
+    def head_loss(self, features: Tensor, batch: Batch):
+        row_losses = self._losses(self.scores(features)[:, 0], batch["value"])
+        count = torch.full((), float(len(row_losses)), device=row_losses.device)
+        return row_losses.sum(), count, {}
+
+    def loss(self, backbone: Backbone, batch: Batch):
+        return self.head_loss(backbone(batch).pooled, batch)
+
+    def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return self.predict_scores(self.scores(features), batch)
+
+    def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return ``prediction`` (B,) float64, and with labels ``value`` and ``loss``.
+
+        In float64, since a number may be large beside its deviation: a year, an altitude.
+        """
+        standardised = scores[:, 0].double()
+        found = {"prediction": self._in_unit(standardised)}
+        if "value" in batch.data:
+            value = batch["value"].double()
+            found["value"] = self._in_unit(value)
+            found["loss"] = self._losses(standardised, value)
+        return found
+
+    def _in_unit(self, standardised: Tensor) -> Tensor:
+        scale, shift = self.output_scale
+        return standardised * scale + shift
+
+    def average(self, predictions):
+        """Return the mean of the numbers."""
+        scale, shift = self.output_scale
+        first = predictions[0]
+        found = {"prediction": torch.stack([one["prediction"] for one in predictions]).mean(0)}
+        if "value" in first:
+            both = (found["prediction"], first["value"])
+            found["value"] = first["value"]
+            found["loss"] = self._losses(*((one - shift) / scale for one in both))
+        return found
+
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        return self.head_predict(backbone(batch).pooled, batch)
+
+    def logits(self, backbone, batch):
+        return self.predict(backbone, batch)["prediction"][:, None].float()
+
+    def output_columns(self, predictions, raw_rows):
+        """Return ``prediction``, in the unit of the column."""
+        return {"prediction": predictions["prediction"]}
+
+
+def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
+    """Return (n,) float64 numbers of a column, NaN for nulls.
+
+    Raises:
+        ValueError: it holds something else than numbers.
+    """
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_decimal(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return column.cast(pa.float64()).to_numpy()
+    raise ValueError(
+        f"column {name} holds {kind}: regression estimates numbers; write them as integers or "
+        "floats, or take the objective classification for classes"
+    )

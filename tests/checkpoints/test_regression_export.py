@@ -1,0 +1,81 @@
+"""Exports of regression give the number in the unit of the label, in every family and library."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from contract_rows import wake
+from toys import SMALL, image_rows, sentences, take, task_of, text_modality
+
+from pipeline.checkpoints import bundle, export, exported_classifier, pretrained
+from pipeline.core.contracts import Batch
+from pipeline.core.specs import ModalitySpec
+
+STATE = {"mean": 2005.0, "std": 11.0, "labels": ["year"]}
+POOLS = {"bert": "pooler", "roberta": "pooler", "distilbert": "first", "gpt2": "last"}
+
+
+def bundled(folder, backbone: str, modality, **options):
+    """A task with random weights, and its bundle's place."""
+    norm = options.pop("norm", False)
+    inputs = modality.inputs()
+    task = task_of(backbone, inputs, "regression", STATE, options={"norm": norm}, **options).eval()
+    wake(task)
+    with torch.no_grad():
+        task.objective.head.weight.mul_(10.0)
+    spec = ModalitySpec(modality.registered_name, modality.options.model_dump(), modality.state)
+    bundle.save(str(folder / "bundle"), task, spec)
+    return task, str(folder / "bundle")
+
+
+def texts(modality) -> Batch:
+    import numpy as np
+    import pyarrow as pa
+
+    arrays, _ = modality.decode(pa.table({"text": sentences(5, seed=8)[0]}), {"text": "text"})
+    batch = Batch(np.arange(5), torch.arange(5), modality.collate(arrays))
+    return modality.finish(batch)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", POOLS)
+def test_transformers_predicts_the_number(family, tmp_path):
+    is_bpe = family in ("gpt2", "roberta")
+    modality = text_modality(f"transformers/{'gpt2' if is_bpe else 'bert'}")
+    sizes = {**SMALL, "pool": POOLS[family]}
+    task, uri = bundled(tmp_path, f"transformers/{family}", modality, **sizes)
+    out = tmp_path / "out"
+    export.export_bundle(uri, str(out), "hugging-face", False)
+    config = json.loads((out / "config.json").read_text())
+    assert config["problem_type"] == "regression" and config["id2label"] == {"0": "year"}
+    batch = texts(modality)
+    ours = task.objective.predict(task.backbone, batch)["prediction"]
+    model = hf.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    found = model(input_ids=batch["tokens"], attention_mask=batch["mask"].long()).logits
+    assert found.shape == (5, 1) and (found[:, 0] - ours).abs().max() < 1e-3 < ours.std()
+    assert "regression" not in pretrained.read(f"hf:{out}").heads, "it is fine-tuned anew"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_picture_has_its_number_in_timm_and_in_a_state_dict(norm, tmp_path):
+    rows = image_rows(4, size=32, channels=3)
+    task, uri = bundled(tmp_path, "timm/test_vit", rows.modality, norm=norm)
+    batch = take(rows, range(4))
+    ours = task.objective.predict(task.backbone, batch)["prediction"]
+    places = [tmp_path / "weights.safetensors"]
+    export.export_bundle(uri, str(places[0]), "state-dict", False)
+    export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
+    if norm:
+        places.append(tmp_path / "out")
+    for place in places:
+        found = exported_classifier.load(place)(batch["image"])
+        assert (found[:, 0] - ours).abs().max() < 1e-3 < ours.std()
+    if not norm:
+        import timm
+
+        model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+        assert (model(batch["image"])[:, 0] - ours).abs().max() < 1e-3
