@@ -304,6 +304,7 @@ OBJECTIVES: dict[str, Case] = {
         with_roles(records, label_times="label_times", label_values="label_values"), "events/gru"
     ),
     "mae": Case(pictures, *VIT),
+    "masked_columns": Case(features, "table/ft_transformer"),
     "masked_events": Case(records, "events/strats"),
     "mlm": Case(texts, *BERT),
     "multilabel": Case(with_roles(pictures, labels="labels"), *VIT),

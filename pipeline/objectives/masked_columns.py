@@ -1,0 +1,103 @@
+"""Pretraining of tables without labels: hidden columns of a row are told from the others.
+
+Shapes: B rows, K numbers, C known texts (categories), N texts of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.rng import uniform
+
+NUMBERS, TEXTS = (1 << 20), (1 << 20) + 1
+"""Random streams of the rows' keys, apart from the modality's."""
+
+
+class MaskedColumnsOptions(Options):
+    share: float = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="share of a row's numbers and texts that is hidden (0.3 in VIME)",
+    )
+    weight: float = Field(
+        1.0, ge=0, description="weight of the loss of hidden texts, against hidden numbers"
+    )
+
+
+@register("objective", "masked_columns", options=MaskedColumnsOptions)
+class MaskedColumns(Objective):
+    """Masked pretraining on rows of a table: predict hidden numbers and texts from the others.
+
+    What is hidden is missing for the backbone; linear heads on the pooled features, which a target
+    starts from, predict it. The loss of a row is the mean squared error of its hidden standardised
+    numbers, plus ``weight`` times the cross entropy of which texts are hidden, averaged over the
+    known texts. What is hidden follows from the row's key, in evaluation too. Rows of which nothing
+    is hidden take no part. It assumes that columns depend on each other.
+
+    After VIME (Yoon et al., NeurIPS 2020) and the masked columns of TabTransformer (Huang et al.
+    2020); VIME puts values of other rows in the place of what is hidden.
+
+    Logged: ``number_error``, 1 for who predicts the mean, and ``text_loss``.
+    """
+
+    metrics = ("loss",)
+    log_names = ("number_error", "text_loss")
+
+    def __init__(self, backbone: Backbone, options: MaskedColumnsOptions, state: dict[str, Any]):
+        """Raise ValueError for a backbone of other rows than those of a table."""
+        super().__init__(backbone, options, state)
+        inputs = backbone.arch.inputs
+        if inputs.get("features") != "table":
+            raise ValueError(
+                f"{backbone.arch.name} reads no rows of a table: masked_columns takes "
+                "table/ft_transformer"
+            )
+        self.numbers, self.codes = inputs["numbers"], inputs["codes"]
+        self.head = nn.Linear(backbone.pooled_dim, self.numbers + self.codes)
+
+    def _losses(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return (B,) losses, (B,) which rows count, and what is logged, (B,) each."""
+        known, codes = batch["numbers_known"], batch["codes"]
+        share = self.options.share
+        hidden = known & (uniform(batch.keys, known.shape[1], NUMBERS) < share)
+        # by the text and not by its place, so that padding does not move what is hidden
+        chosen = uniform(batch.keys, self.codes + 1, TEXTS) < share
+        hidden_codes = (codes > 0) & chosen.gather(1, codes)
+        seen = batch.replace(
+            numbers=batch["numbers"].masked_fill(hidden, 0.0),
+            numbers_known=known & ~hidden,
+            codes=codes.masked_fill(hidden_codes, 0),
+        )
+        found = self.head(backbone(seen).pooled).float()
+        numbers, logits = found.split([self.numbers, self.codes], 1)
+
+        squares = (numbers - batch["numbers"]).square() * hidden
+        number_error = squares.sum(1) / hidden.sum(1).clamp(min=1)
+
+        places = torch.zeros(len(codes), self.codes + 1, device=codes.device)
+        is_hidden = places.scatter_add_(1, codes, hidden_codes.float())[:, 1:] > 0
+        entropy = F.binary_cross_entropy_with_logits(logits, is_hidden.float(), reduction="none")
+        text_loss = entropy.sum(1) / max(self.codes, 1)
+
+        counts = hidden.any(1) | hidden_codes.any(1)
+        parts = {"number_error": number_error, "text_loss": text_loss * counts}
+        losses = parts["number_error"] + self.options.weight * parts["text_loss"]
+        return losses, counts.float(), parts
+
+    def loss(self, backbone: Backbone, batch: Batch):
+        losses, counts, logs = self._losses(backbone, batch)
+        logs = {name: value.detach().sum() for name, value in logs.items()}
+        return losses.sum(), counts.sum(), logs
+
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """Return ``loss`` and ``count``, 0 for rows of which nothing is hidden, both (B,)."""
+        losses, counts, _ = self._losses(backbone, batch)
+        return {"loss": losses, "count": counts}
