@@ -410,6 +410,7 @@ DEFINED = {
     "hourly": OF_CLASSES,
     "multilabel": {"cka", "knn", "logme"},
     "behaviour_cloning": {"cka", "logme"},
+    "regression": {"cka", "logme"},
 }
 """Objective to the scores that are defined without a source's rows and classes."""
 
