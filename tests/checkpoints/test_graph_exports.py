@@ -21,7 +21,9 @@ from pipeline.core.batch import Batch
 from pipeline.core.specs import ModalitySpec
 from pipeline.modalities.text import Text
 
-CASES = ["multilabel", "tagging", "qa", "ctc", "segmentation", "detection"]
+LONG = ["multilabel", "tagging", "ctc", "segmentation", "detection"]
+CASES = ["qa", *(pytest.param(objective, marks=pytest.mark.slow) for objective in LONG)]
+"""Translating takes seconds: one objective in the quick tier."""
 
 
 def saved(folder, task, modality, **extra) -> str:

@@ -43,7 +43,7 @@ def export(found: Bundle, output: str, backbone_only: bool) -> str:
         def run(inputs: graph.Tensors) -> graph.Tensors:
             arrays = session.run(None, {name: one.numpy() for name, one in inputs.items()})
             return {
-                name: torch.from_numpy(array)
+                name: torch.as_tensor(array)
                 for name, array in zip(traced.outputs, arrays, strict=True)
             }
 
