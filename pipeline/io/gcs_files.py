@@ -8,7 +8,7 @@ commit keep their promises there has not been tried.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipeline.io.read_only import Place, Store
 from pipeline.io.s3 import StorageError
@@ -41,7 +41,7 @@ class _Buckets:
             raise StorageError(f"gs:// needs gcsfs, which is not installed: {INSTALL}") from None
         # the plain client: the other one asks by gRPC what kind of bucket it is, for a minute where
         # that is closed
-        self._client = core.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
+        self._client: Any = core.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
 
     def look(self, uri: str) -> Place:
         path = _path(uri)

@@ -65,7 +65,8 @@ class WebServers:
         """
         from fsspec.asyn import sync
 
-        return sync(self._client.loop, self._get, uri, start, end, is_look)
+        answer: Any = sync(self._client.loop, self._get, uri, start, end, is_look)
+        return answer
 
     async def _get(self, uri: str, start: int, end: int, is_look: bool) -> tuple[Place, bytes]:
         import yarl
