@@ -500,9 +500,29 @@ def export(
         What was written, in words, with the largest difference to the bundle.
     """
     from pipeline.checkpoints.export import export_bundle
+    from pipeline.transfer import publishing
 
     use_plugins(plugins)
-    return export_bundle(bundle, output, kind, backbone_only)
+    written = export_bundle(bundle, output, kind, backbone_only)
+    publishing.write_card(bundle, output)
+    return written
+
+
+def push(place: str, to: str, *, licence: str = "unknown", private: bool = False) -> str:
+    """Put a bundle or an exported folder, with a model card, into a repository or a folder.
+
+    Args:
+        place: URI of a bundle, or of a folder that `export` wrote.
+        to: ``hf:USER/NAME``, a repository of the Hugging Face hub, or a folder.
+        licence: Of the weights, for the card: apache-2.0, cc-by-4.0, ...
+        private: Make a repository that is not there yet a private one.
+
+    Returns:
+        What was done, in words.
+    """
+    from pipeline.transfer import publishing
+
+    return publishing.push(place, to, licence, private)
 
 
 def prepare_data(

@@ -642,6 +642,37 @@ def export(
 
 
 @app.command()
+def push(
+    place: Annotated[
+        str, typer.Argument(help="A bundle, or a folder that export wrote.", metavar="BUNDLE")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="hf:USER/NAME, a repository of the Hugging Face hub, or a new folder.",
+            metavar="PLACE",
+        ),
+    ],
+    licence: Annotated[
+        str,
+        typer.Option("--licence", help="Of the weights, as hubs name it: apache-2.0, cc-by-4.0."),
+    ] = "unknown",
+    private: Annotated[
+        bool, typer.Option(help="Make a repository that is not there yet a private one.")
+    ] = False,
+) -> None:
+    """Put a bundle or an export into a hub's repository or a folder, with a model card.
+
+    The card (README.md) has the metrics with their intervals, the subgroups, how the network was
+    made, what is known of data and licence, and limits. Places on this machine are left out of all
+    that is pushed. The hub's token is that of `hf auth login`, or HF_TOKEN.
+    """
+    with _exit_codes():
+        text = api.push(place, to, licence=licence, private=private)
+    out.print(text, markup=False, soft_wrap=True)
+
+
+@app.command()
 def prepare(
     name: Annotated[
         str | None,

@@ -25,6 +25,7 @@ FUNCTIONS = (
     "predict",
     "embed",
     "export",
+    "push",
     "prepare_data",
     "embed_files",
     "load_bundle",

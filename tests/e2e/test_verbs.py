@@ -52,6 +52,7 @@ VERBS = (
     "predict",
     "embed",
     "export",
+    "push",
     "submit",
     "doctor",
     "schema",

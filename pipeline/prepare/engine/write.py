@@ -19,7 +19,7 @@ from pipeline.config import registry
 from pipeline.config.schema import spec_hash
 from pipeline.data.loader import threaded_map
 from pipeline.io import atomic_folder, checksums, file_identity, s3, storage, write_fence
-from pipeline.prepare.engine import summary
+from pipeline.prepare.engine import croissant, summary
 from pipeline.prepare.engine.importing import preview
 from pipeline.prepare.engine.shard_tasks import (
     SCANS,
@@ -295,6 +295,7 @@ class Preparation:
             storage.join(self.output, "_summary.md"),
             summary.markdown(f"{self.name}: {self.source}", found, self.task.noun).encode(),
         )
+        self._describe_for_others(found)
         self.task.after_shards(self.output)
         manifest = atomic_folder.with_checksum(
             {
@@ -320,6 +321,15 @@ class Preparation:
         storage.write_json(storage.join(self.output, MANIFEST), manifest)
         storage.remove_tree(storage.join(self.output, SCANS))
         return manifest
+
+    def _describe_for_others(self, found: dict[str, Any]) -> None:
+        """Write the Croissant metadata and the data card. The manifest does not name them."""
+        name = str(self.output).rstrip("/").rpartition("/")[2]
+        entries = {shard.name: _entry(self.records[shard.name]) for shard in self.shards}
+        metadata = croissant.describe(name, self.name, found["rows"], self.task.schema, entries)
+        storage.write_json(storage.join(self.output, croissant.FILE), metadata)
+        text = croissant.card(name, self.name, found, self.task.schema)
+        storage.write_bytes(storage.join(self.output, croissant.CARD), text.encode())
 
 
 def _entry(record: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,301 @@
+"""Model cards in Hugging Face's form, from what a bundle and its job's results hold.
+
+A card is a README.md: a YAML header that model hubs read, and what a person must know before using
+the network. It names no row, no person and no place on a disk.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from pipeline.checkpoints import bundle
+from pipeline.checkpoints.bundle import Manifest
+from pipeline.io import storage
+from pipeline.report import results
+from pipeline.report.results import ResultRow
+
+FILE = "README.md"
+LEAST_ROWS = 20
+"""Subgroups with fewer test rows are left out: one of few rows tells of single persons."""
+LIBRARIES = ("timm", "transformers")
+"""Libraries of backbones that model hubs know by this name."""
+TASKS = {
+    ("image", "classification"): "image-classification",
+    ("image", "multilabel"): "image-classification",
+    ("image", "detection"): "object-detection",
+    ("image", "segmentation"): "image-segmentation",
+    ("text", "classification"): "text-classification",
+    ("text", "multilabel"): "text-classification",
+    ("text", "tagging"): "token-classification",
+    ("text", "qa"): "question-answering",
+    ("text", "lm"): "text-generation",
+    ("audio", "classification"): "audio-classification",
+    ("audio", "multilabel"): "audio-classification",
+    ("audio", "ctc"): "automatic-speech-recognition",
+    ("table", "classification"): "tabular-classification",
+    ("trajectory", "behaviour_cloning"): "robotics",
+}
+"""Modality and objective to the task as hubs name it; others are ``feature-extraction``."""
+
+
+def model_card(uri: str, licence: str = "unknown", title: str = "") -> str:
+    """Return the card of a bundle.
+
+    Args:
+        uri: The bundle; one of a trial lies in its job's folder, whose results the card takes.
+        licence: Of the weights, as hubs name it: apache-2.0, cc-by-4.0, ...
+        title: Heading; "" for one made of the target or backbone.
+    """
+    manifest = bundle.read_manifest(uri)
+    rows = rows_of_bundle(uri, manifest)
+    final = rows[0] if rows else None
+    name = title or _title(manifest, final)
+    header = _header(manifest, rows, licence, name)
+    sections = [
+        f"# {name}",
+        _introduction(manifest, final),
+        *_metrics(manifest, rows),
+        *_subgroups(rows),
+        *_making(manifest, final),
+        *_data(manifest, rows, licence),
+        *_limits(manifest, rows),
+        *_use(manifest),
+    ]
+    return f"---\n{header}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def rows_of_bundle(uri: str, manifest: Manifest) -> list[ResultRow]:
+    """Return the results rows of the trial that left a bundle; [] for a source's bundle."""
+    place = re.fullmatch(r"(.+)/trials/([^/]+)/bundle/?", uri)
+    if place is None:
+        return []
+    root, trial_id = place.groups()
+    if trial_id != manifest.spec_hash or not storage.exists(storage.join(root, results.FILE)):
+        return []
+    rows = [row for row in results.read(root) if row.trial_id == trial_id and row.metric]
+    return sorted(rows, key=lambda row: (row.split != "test", "@" in (row.metric or "")))
+
+
+def _title(manifest: Manifest, row: ResultRow | None) -> str:
+    if row is None:
+        return f"{manifest.arch.name}, {_words(manifest.objective.name)}"
+    return f"{row.target}: {manifest.arch.name}, {_words(row.technique.partition('{')[0])}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def task_of(manifest: Manifest) -> str:
+    """Return the task of a bundle as hubs name it."""
+    return TASKS.get((manifest.modality.name, manifest.objective.name), "feature-extraction")
+
+
+def _header(manifest: Manifest, rows: Sequence[ResultRow], licence: str, name: str) -> str:
+    """Return the YAML header, with the metrics on test rows as hubs list them."""
+    library = manifest.arch.name.partition("/")[0]
+    listed = [row for row in rows if row.split == "test" and _is_whole(row)]
+    found = [
+        EvalResult(
+            task_type=task_of(manifest),
+            dataset_type=row.target,
+            dataset_name=row.target,
+            dataset_split="test",
+            metric_type=str(row.metric),
+            metric_value=round(row.value, 6),
+            metric_name=_with_interval(row),
+        )
+        for row in listed
+        if row.value is not None
+    ]
+    data = ModelCardData(
+        license=licence,
+        library_name=library if library in LIBRARIES else "onetomany",
+        pipeline_tag=task_of(manifest),
+        tags=["onetomany", "transfer-learning", manifest.modality.name, manifest.objective.name],
+        model_name=name if found else None,
+        eval_results=found or None,
+    )
+    return data.to_yaml().strip()
+
+
+def _is_whole(row: ResultRow) -> bool:
+    """Return whether a row is of all test rows, not of a subgroup or a single label."""
+    return "@" not in (row.metric or "") and "/" not in (row.metric or "")
+
+
+def _with_interval(row: ResultRow) -> str:
+    interval = _interval(row)
+    return f"{row.metric} (95 % interval {interval})" if interval else str(row.metric)
+
+
+def _interval(row: ResultRow) -> str:
+    if row.value_low is None or row.value_high is None:
+        return ""
+    return f"{row.value_low:.4g} to {row.value_high:.4g}"
+
+
+def _introduction(manifest: Manifest, row: ResultRow | None) -> str:
+    task = f"{_words(manifest.objective.name)} of {manifest.modality.name} rows"
+    if row is None and "trial" in manifest.training:
+        return (
+            f"A `{manifest.arch.name}` for {task}, fine-tuned with One to Many. The results of its "
+            "job were not beside it when this card was written."
+        )
+    if row is None:
+        return (
+            f"A `{manifest.arch.name}` for {task}, a source to adapt to further tasks. It was made "
+            "with One to Many."
+        )
+    origin = "from random weights" if row.source == "none" else f"from the source `{row.source}`"
+    return (
+        f"A `{manifest.arch.name}` for {task}, trained {origin} on the target `{row.target}` by "
+        f"the technique `{row.technique}`. It was made with One to Many."
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_cell(one) for one in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _metrics(manifest: Manifest, rows: Sequence[ResultRow]) -> list[str]:
+    tested = [row for row in rows if _is_whole(row) and row.value is not None]
+    if not tested:
+        listed = [[name, f"{value:.4g}"] for name, value in sorted(manifest.metrics.items())]
+        return ["## Metrics", _table(["on validation rows", "value"], listed)] if listed else []
+    cells = [
+        [
+            str(row.metric),
+            f"{row.value:.4g}",
+            _interval(row) or "none",
+            str(row.split),
+            "" if row.n_eval is None else str(row.n_eval),
+            "" if row.gain is None else f"{row.gain:+.4g}{_gain_interval(row)}",
+        ]
+        for row in tested
+    ]
+    head = ["metric", "value", "95 % interval", "rows of", "rows", "gain over scratch"]
+    notes = [row.interval for row in tested if row.interval]
+    out = ["## Metrics", _table(head, cells)]
+    if notes:
+        out.append(f"Intervals of one training run (one seed): {notes[0]}.")
+    return out
+
+
+def _gain_interval(row: ResultRow) -> str:
+    if row.gain_low is None or row.gain_high is None:
+        return ""
+    return f" ({row.gain_low:+.4g} to {row.gain_high:+.4g})"
+
+
+def _subgroups(rows: Sequence[ResultRow]) -> list[str]:
+    found = [row for row in rows if "@" in (row.metric or "") and (row.n_eval or 0) >= LEAST_ROWS]
+    if not found:
+        return []
+    cells = [
+        [str(row.metric), f"{row.value:.4g}", _interval(row), str(row.n_eval)]
+        for row in found
+        if row.value is not None
+    ]
+    few = f"Subgroups of fewer than {LEAST_ROWS} test rows are not listed."
+    return ["## Subgroups", _table(["metric", "value", "95 % interval", "rows"], cells), few]
+
+
+def _making(manifest: Manifest, row: ResultRow | None) -> list[str]:
+    """Return how the network was made, and what it cost."""
+    facts: dict[str, Any] = {
+        "backbone": manifest.arch.name,
+        "objective": manifest.objective.name,
+        "made": manifest.created,
+    }
+    if row is not None:
+        settings = json.loads(row.hyper_parameters or "{}")
+        plain = {k: v for k, v in settings.items() if isinstance(v, (int, float))}
+        facts |= {
+            "source": row.source,
+            "technique": row.technique,
+            "training rows": row.n_train,
+            "label fraction": row.label_fraction,
+            "seed": row.seed,
+            "settings": ", ".join(f"{name} {value:g}" for name, value in plain.items()),
+            "parameters trained": row.params_trained,
+            "steps": row.steps,
+            "cost": None if row.seconds is None else f"{row.seconds:.1f} s on {row.device}",
+            "commit": row.git_sha,
+        }
+    else:
+        training = manifest.training
+        seconds = training.get("seconds")
+        facts |= {
+            "training rows": training.get("rows"),
+            "parameters trained": training.get("params_trained"),
+            "steps": training.get("steps"),
+            "cost": f"{seconds:.1f} s on {training.get('device', 'an unnamed device')}"
+            if isinstance(seconds, (int, float))
+            else None,
+        }
+    if manifest.technique is not None:
+        facts["modules in the network"] = manifest.technique.get("name")
+    libraries = ("onetomany", "torch", "timm", "transformers", "peft")
+    named = [f"{one} {manifest.versions[one]}" for one in libraries if one in manifest.versions]
+    facts["versions"] = ", ".join(named)
+    cells = [[name, without_places(str(value))] for name, value in facts.items() if value]
+    return ["## How it was made", _table(["", ""], cells)]
+
+
+def _data(manifest: Manifest, rows: Sequence[ResultRow], licence: str) -> list[str]:
+    """Return what is known of the rows, and of licences."""
+    lines: list[str] = []
+    if rows:
+        first = rows[0]
+        lines.append(
+            f"Trained and tested on the target `{first.target}`: {first.n_train} training rows, "
+            f"{first.n_eval} rows of {first.split}"
+            + (f". Splits: {without_places(first.split_origin)}" if first.split_origin else "")
+            + "."
+        )
+    elif splits := manifest.training.get("splits"):
+        lines.append(f"Rows: {without_places(str(splits))}.")
+    if manifest.columns:
+        columns = ", ".join(f"{role} (`{name}`)" for role, name in manifest.columns.items())
+        lines.append(f"Columns that it was trained on: {columns}.")
+    lines.append(
+        f"Licence of the weights: {licence}. The licences of the data and of the checkpoint that "
+        "it started from are not recorded: check them before the weights are passed on."
+    )
+    return ["## Data and licence", "\n\n".join(lines)]
+
+
+def _limits(manifest: Manifest, rows: Sequence[ResultRow]) -> list[str]:
+    lines = [
+        "Metrics hold for rows like the test rows. Other sites, devices, languages or times may "
+        "give other values.",
+        "Nothing says how it does on groups of rows that are not listed under Subgroups.",
+    ]
+    if not any(row.split == "test" for row in rows):
+        lines[0] = "It was not tested on rows that training and choice did not see."
+    if manifest.modality.name == "events" or manifest.objective.name in ("hourly",):
+        lines.append("It is no medical device and must not decide on the treatment of a person.")
+    return ["## Limits", "\n".join(f"- {line}" for line in lines)]
+
+
+def _use(manifest: Manifest) -> list[str]:
+    if manifest.objective.name == "none":
+        return []
+    text = "```\nonetomany predict FOLDER new_rows.parquet -o predictions\n```"
+    return ["## Use", f"Of a bundle (`manifest.json` is in the folder):\n\n{text}"]
+
+
+def without_places(text: str) -> str:
+    """Return a text with the last part alone of each place on a disk or in a bucket."""
+    return re.sub(r"(?:\w+://|(?<![\w.])~?/)(?:[^\s,;'\"|]*/)?(?=[^\s/,;'\"|])", "", text)

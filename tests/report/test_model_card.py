@@ -1,0 +1,230 @@
+"""Model cards: what hubs read of them, and that they name no row, secret or place."""
+
+import base64
+import json
+import threading
+from dataclasses import replace
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from toys import task_of
+
+from pipeline.checkpoints import bundle
+from pipeline.core.specs import ModalitySpec
+from pipeline.report import model_card, results
+from pipeline.transfer import publishing
+from tests.report.test_report import trial
+
+MODALITY = ModalitySpec("image", {"size": 32, "channels": 3}, {"mean": [0.5] * 3, "std": [0.2] * 3})
+
+
+@pytest.fixture(scope="module")
+def task():
+    names = ["patient-17", "patient-23"]
+    state = {"values": [0, 1], "labels": names}
+    return task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", state, seed=0)
+
+
+@pytest.fixture
+def job(tmp_path, task):
+    """The folder of a job with one trial, its bundle and results; (bundle, rows)."""
+    root = tmp_path / "secret place" / "toy"
+    rows, _, _ = trial("clothing", "garments", "full", "1.0", 0, 0.8)
+    one = rows[0].trial_id
+    uri = str(root / "trials" / one / "bundle")
+    parent = f"bundle:{root}/sources/garments-1/bundle"
+    training = {"trial": "a|b", "seed": 0, "init": f"{root}/start.pt"}
+    bundle.save(
+        uri,
+        task,
+        MODALITY,
+        spec_hash=one,
+        parent=parent,
+        training=training,
+        columns={"image": "photo", "label": "label"},
+    )
+    made = datetime(2025, 6, 1, tzinfo=UTC)
+    known = {"bundle_uri": uri, "current": True, "value_low": 0.7, "value_high": 0.9}
+    rows = [replace(row, **known, started_at=made, gain=0.1) for row in rows]
+    groups = [
+        replace(rows[0], metric=f"accuracy@{name}", n_eval=count)
+        for name, count in (("sex=f", 40), ("patient=17", 3))
+    ]
+    split_origin = f"column split of {root}/rows.parquet"
+    rows = [replace(row, split_origin=split_origin) for row in (*rows, *groups)]
+    results.append(str(root), rows, current={one})
+    return uri, rows
+
+
+def test_hubs_read_the_header(job):
+    uri, rows = job
+    card = ModelCard(model_card.model_card(uri, "apache-2.0"))
+    assert card.data.license == "apache-2.0" and card.data.library_name == "timm"
+    assert card.data.pipeline_tag == "image-classification"
+    found = {one.metric_type: one for one in card.data.eval_results}
+    assert found.keys() == {"accuracy", "loss"}
+    assert found["accuracy"].metric_value == pytest.approx(rows[0].value, abs=1e-6)
+    assert found["accuracy"].metric_name == "accuracy (95 % interval 0.7 to 0.9)"
+    assert found["accuracy"].dataset_name == "clothing"
+    assert card.data.model_name == "clothing: timm/test_vit, full"
+
+
+def test_people_read_intervals_subgroups_cost_and_limits(job):
+    text = model_card.model_card(job[0])
+    accuracy = next(line for line in text.splitlines() if line.startswith("| accuracy |"))
+    assert "0.7 to 0.9" in accuracy and "+0.1" in accuracy and "| 400 |" in accuracy
+    assert "| accuracy@sex=f |" in text and "41.0 s on cpu" in text and "| 300 |" in text
+    assert "Licence of the weights: unknown" in text and "## Limits" in text
+    assert "lr 0.001" in text and "ab12cd3" in text
+
+
+def test_no_person_and_no_place_is_named(job, tmp_path):
+    text = model_card.model_card(job[0])
+    assert "patient" not in text, "labels, and subgroups of few rows"
+    assert str(tmp_path) not in text and "rows.parquet" in text
+
+
+def test_a_bundle_of_no_trial_has_its_validation_metrics(task, tmp_path):
+    uri = str(tmp_path / "bundle")
+    training = {"rows": 900, "seconds": 12.0, "device": "cpu", "steps": 60}
+    bundle.save(uri, task, MODALITY, metrics={"accuracy": 0.875}, training=training)
+    text = model_card.model_card(uri)
+    assert "| accuracy | 0.875 |" in text and "| 900 |" in text and "12.0 s on cpu" in text
+    assert "It was not tested on rows" in text and ModelCard(text).data.eval_results is None
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("see /data/x/y.parquet and s3://bucket/key/v", "see y.parquet and v"),
+        ("timm/resnet18, 5 rows/s, and/or", "timm/resnet18, 5 rows/s, and/or"),
+        ("bundle:/runs/toy/bundle", "bundle:bundle"),
+        ("~/models/a.pt", "a.pt"),
+    ],
+)
+def test_places_are_cut_to_their_last_part(text, wanted):
+    assert model_card.without_places(text) == wanted
+
+
+# ---------------------------------------------------------------- push
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_pushed_bundle_can_be_read_and_names_no_place(job, tmp_path):
+    uri, _ = job
+    to = tmp_path / "pushed"
+    said = publishing.push(uri, str(to), "cc-by-4.0")
+    assert said == f"{to}: 3 files"
+    assert files(to) == {"README.md", "manifest.json", "weights.safetensors"}
+    found = bundle.load(str(to))
+    before = bundle.load(uri)
+    assert found.tensors.keys() == before.tensors.keys()
+    assert found.manifest.modality == before.manifest.modality
+    for path in to.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    assert ModelCard.load(to / "README.md").data.license == "cc-by-4.0"
+
+
+def test_a_pushed_export_has_the_card_of_its_bundle(job, tmp_path):
+    from pipeline import api
+
+    uri, _ = job
+    exported, to = tmp_path / "exported", tmp_path / "pushed"
+    api.export(uri, str(exported), kind="hugging-face")
+    card = (exported / "README.md").read_text()
+    assert card == model_card.model_card(uri)
+    written = files(exported)
+    (exported / "notes.txt").write_text("mine")
+    publishing.push(str(exported), str(to), "apache-2.0")
+    assert files(to) == written, "what is not of the export stays here"
+    assert ModelCard.load(to / "README.md").data.license == "apache-2.0"
+    for path in to.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+
+
+def test_what_cannot_be_pushed_is_refused(job, tmp_path):
+    uri, _ = job
+    with pytest.raises(ValueError, match="a repository is hf:USER/NAME"):
+        publishing.push(uri, "hf:name")
+    with pytest.raises(ValueError, match="no bundle"):
+        publishing.push(str(tmp_path), str(tmp_path / "to"))
+    with pytest.raises(ValueError, match="is there already"):
+        publishing.push(uri, str(Path(uri).parent))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The calls of an upload, as huggingface_hub makes them for files that need no LFS."""
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        address = f"http://127.0.0.1:{self.server.server_port}/me/clothes"
+        if self.server.refuses:
+            answer, status = {"error": "no write access"}, 403
+        elif self.path == "/api/repos/create":
+            self.server.seen["created"] = json.loads(content)
+            answer, status = {"url": address}, 200
+        elif self.path == "/api/validate-yaml":
+            self.server.seen["card"] = json.loads(content)["content"]
+            answer, status = {"errors": [], "warnings": []}, 200
+        elif self.path == "/api/models/me/clothes/preupload/main":
+            names = [one["path"] for one in json.loads(content)["files"]]
+            listed = [{"path": name, "uploadMode": "regular"} for name in names]
+            answer, status = {"files": [{**one, "shouldIgnore": False} for one in listed]}, 200
+        else:
+            assert self.path == "/api/models/me/clothes/commit/main"
+            lines = [json.loads(line) for line in content.splitlines()]
+            self.server.seen["files"] = {
+                line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                for line in lines
+                if line["key"] == "file"
+            }
+            self.server.seen["token"] = self.headers["Authorization"]
+            answer, status = {"commitUrl": f"{address}/commit/a1", "commitOid": "a1"}, 200
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.seen, server.refuses = {}, False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_for_this_test")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_repository_gets_the_folder_in_one_commit(job, hub):
+    uri, _ = job
+    said = publishing.push(uri, "hf:me/clothes", private=True)
+    assert said == f"http://127.0.0.1:{hub.server_port}/me/clothes: 3 files"
+    created = {"name": "clothes", "organization": "me", "visibility": "private"}
+    assert hub.seen["created"] == created
+    sent = hub.seen["files"]
+    assert sent.keys() == {"README.md", "manifest.json", "weights.safetensors"}
+    assert ModelCard(sent["README.md"].decode()).data.library_name == "timm"
+    assert hub.seen["token"] == "Bearer hf_for_this_test"
+
+
+def test_a_hub_that_refuses_is_an_error_without_the_token(job, hub):
+    hub.refuses = True
+    with pytest.raises(ValueError, match=r"the hub did not take it \(.*403") as error:
+        publishing.push(job[0], "hf:me/clothes")
+    assert "hf_for_this_test" not in str(error.value)
