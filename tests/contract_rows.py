@@ -243,6 +243,29 @@ WAVENET = {
     "frame_layers": 2,
     "frame_kernel": 3,
 }
+HF_TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "embedding_size": 12,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+HF_IMAGE = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 2, 1]}
+HF_AUDIO = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "conv_dim": [8, 8, 8],
+    "conv_kernel": [10, 8, 8],
+    "conv_stride": [5, 8, 8],
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "mask_time_prob": 0.0,
+}
 BERT, GPT2, VIT = ("transformers/bert", SMALL), ("transformers/gpt2", SMALL), ("timm/test_vit", {})
 MELS, SAMPLES = recordings(mels=20), recordings()
 
@@ -259,6 +282,9 @@ MODALITIES: dict[str, tuple[Callable[[], Sample], str]] = {
 BACKBONES: dict[str, tuple[Callable[[], Sample], dict[str, Any]]] = {
     "events/gru": (records, {}),
     "events/strats": (records, {}),
+    "hf/convnext": (pictures, {"config": HF_IMAGE}),
+    "hf/electra": (texts, {"config": HF_TEXT}),
+    "hf/hubert": (SAMPLES, {"config": HF_AUDIO}),
     "policy/mlp": (demonstrations, {}),
     "policy/transformer": (demonstrations, {}),
     "table/ft_transformer": (features, {}),

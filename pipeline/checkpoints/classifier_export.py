@@ -16,8 +16,9 @@ from torch import Tensor
 from pipeline.checkpoints import exported_classifier
 from pipeline.core.contracts import Modality, Objective, Task
 from pipeline.core.contracts.objective_capabilities import output_scale, transformers_head
+from pipeline.core.nn import auto_model
 
-LIBRARIES = ("timm", "transformers")
+LIBRARIES = ("timm", "transformers", "hf")
 CODE, SPEC, HEAD = "classifier.py", "classifier.json", "head.safetensors"
 """Files of an exported folder: the code that loads it, what the head is, and the head's tensors."""
 
@@ -73,10 +74,17 @@ def describe(task: Task, modality: Modality) -> dict[str, Any]:
         return spec
     spec["config"] = model.model.config.to_dict()
     spec["arguments"] = {}
-    if architecture in ("bert", "roberta"):
+    if library == "hf":
+        # AutoModel makes more of some configurations than their encoder (T5)
+        spec |= {"library": "transformers", "class": type(model.model).__name__}
+        spec["arguments"] = auto_model.pooling_words(type(model.model), spec["pool"] == "pooler")
+    elif architecture in ("bert", "roberta"):
         spec["arguments"]["add_pooling_layer"] = spec["pool"] == "pooler"
     inputs = modality.inputs()
-    spec["input"] = {key: inputs[key] for key in ("length", "rate", "scale") if key in inputs}
+    known = ("length", "rate", "scale", "size", "channels")
+    spec["input"] = {key: inputs[key] for key in known if key in inputs}
+    if "mean" in modality.state and "size" in inputs:
+        spec["input"] |= {"mean": modality.state["mean"], "std": modality.state["std"]}
     return spec
 
 

@@ -20,6 +20,7 @@ from pipeline.checkpoints import classifier_export, exported_classifier
 from pipeline.checkpoints.bundle import Bundle, BundleError
 from pipeline.core.capabilities import MakesRandomRows
 from pipeline.core.contracts import Backbone, Batch, Modality, Task
+from pipeline.core.contracts.backbone_capabilities import model_inputs
 from pipeline.core.contracts.objective_capabilities import exports_head
 
 ROWS, SEED = 4, 0
@@ -169,7 +170,9 @@ def compare_classifier(found: Bundle, place: Path) -> Comparison:
     ours = logits(task, batch)
     assert ours is not None
     config: Any = model.model.config if "image" not in batch.data else None
-    inputs: Any = batch["image"] if config is None else transformers_inputs(config, batch)
+    inputs: Any = model_inputs(task.backbone, batch)
+    if inputs is None:
+        inputs = batch["image"] if config is None else transformers_inputs(config, batch)
     return compare_outputs(ours, model(inputs), "scores", batch.data.get("mask"))
 
 
@@ -213,16 +216,19 @@ def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparis
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     model = getattr(transformers, kind).from_pretrained(folder).eval()
-    words = transformers_inputs(model.config, batch)
+    named = model_inputs(found.backbone(), batch)
+    words = transformers_inputs(model.config, batch) if named is None else named
     task = None if plain else found.task()
     ours = logits(task, batch) if task is not None else None
     if ours is None:
         backbone = task.backbone if task is not None else found.backbone()
         features = backbone(batch, want=("tokens",))
-        assert features.tokens is not None
-        return compare_outputs(
-            features.tokens, model.base_model(**words).last_hidden_state, "states", features.mask
-        )
+        given = (model.base_model if named is None else model)(**words)
+        if features.tokens is None:
+            own = given.get("pooler_output")
+            pooled = given.last_hidden_state.mean((2, 3)) if own is None else own.flatten(1)
+            return compare_outputs(features.pooled, pooled, "features")
+        return compare_outputs(features.tokens, given.last_hidden_state, "states", features.mask)
     given = model(**words)
     if "start_logits" in given:
         theirs = torch.stack([given.start_logits, given.end_logits], -1)

@@ -67,7 +67,9 @@ class Classifier(nn.Module):
         if self.pool == "tokens":
             return hidden
         if self.pool == "pooler":
-            return found.pooler_output
+            return found.pooler_output.flatten(1)
+        if hidden.dim() == 4:
+            return hidden.mean((2, 3))
         if self.pool == "first":
             return hidden[:, 0]
         mask = self._mask(hidden, words.get("attention_mask"))
@@ -101,6 +103,8 @@ def build(spec: dict[str, Any]) -> Classifier:
 
     untyped: Any = transformers
     config = untyped.AutoConfig.for_model(**spec["config"])
+    if "class" in spec:
+        return Classifier(getattr(untyped, spec["class"])(config, **spec["arguments"]), spec)
     return Classifier(untyped.AutoModel.from_config(config, **spec["arguments"]), spec)
 
 
@@ -119,6 +123,8 @@ def load(place: str | Path | None = None) -> Classifier:
     place = Path(place) if place is not None else Path(__file__).parent
     if place.is_dir():
         spec = json.loads((place / "classifier.json").read_text(encoding="utf-8"))
+        if "class" in spec:
+            return _with_head(place, spec)
         own = load_file(place / "model.safetensors")
         tensors = {f"model.{name}": tensor for name, tensor in own.items()}
         tensors |= load_file(place / "head.safetensors")
@@ -132,6 +138,24 @@ def load(place: str | Path | None = None) -> Classifier:
         tensors = {_renamed(name): tensor for name, tensor in own.items()}
     model = build(spec)
     model.load_state_dict(tensors, strict=True)
+    return model.eval()
+
+
+def _with_head(place: Path, spec: dict[str, Any]) -> Classifier:
+    """Return the classifier of a folder whose model transformers itself reads by its class.
+
+    Raises:
+        RuntimeError: A tensor of the head is missing, left over or of another shape.
+    """
+    import transformers
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+    kind: Any = getattr(transformers, spec["class"])
+    model = Classifier(kind.from_pretrained(place, **spec["arguments"]), spec)
+    found = model.load_state_dict(load_file(place / "head.safetensors"), strict=False)
+    lacking = [name for name in found.missing_keys if not name.startswith("model.")]
+    if lacking or found.unexpected_keys:
+        raise RuntimeError(f"{place}: the head lacks {lacking}, has {found.unexpected_keys} more")
     return model.eval()
 
 

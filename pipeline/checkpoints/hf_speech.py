@@ -44,9 +44,9 @@ def modality(folder: str) -> ModalitySpec:
     Raises:
         ValueError: The feature extractor is missing or of another kind.
     """
-    extractor_config = _json(folder, PREPROCESSOR)
+    extractor_config = read_object(folder, PREPROCESSOR)
     if not extractor_config:
-        extractor_config = as_object(_json(folder, PROCESSOR).get("feature_extractor"))
+        extractor_config = as_object(read_object(folder, PROCESSOR).get("feature_extractor"))
     if not extractor_config:
         raise ValueError(
             f"{folder}: {PREPROCESSOR} is missing, which says the rate of the samples; save the "
@@ -112,7 +112,7 @@ def _labels(folder: str, config: dict[str, Any], count: int) -> dict[str, int] |
 
     Special tokens other than the blank are left out, because no transcript holds them.
     """
-    numbers = _json(folder, VOCABULARY)
+    numbers = read_object(folder, VOCABULARY)
     if not numbers:
         return f"the folder has no {VOCABULARY}"
     vocabulary = {
@@ -122,7 +122,9 @@ def _labels(folder: str, config: dict[str, Any], count: int) -> dict[str, int] |
     }
     if len(vocabulary) < len(numbers):
         return f"its {VOCABULARY} does not say what the {count} rows of its output stand for"
-    token_config = _json(folder, "special_tokens_map.json") | _json(folder, TOKENIZER_CONFIG)
+    token_config = read_object(folder, "special_tokens_map.json") | read_object(
+        folder, TOKENIZER_CONFIG
+    )
     blank = config.get("pad_token_id", 0)
     delimiter = _token(token_config, "word_delimiter_token", SPACE)
     named = {number: " " if token == delimiter else token for token, number in vocabulary.items()}
@@ -142,7 +144,7 @@ def _token(token_config: JsonObject, role: str, usual: str) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _json(folder: str, name: str) -> JsonObject:
+def read_object(folder: str, name: str) -> JsonObject:
     """Return a JSON object of the folder; empty where the file is missing."""
     path = storage.join(folder, name)
     found: Json = storage.read_json(path) if storage.exists(path) else {}
@@ -173,6 +175,23 @@ class Folder:
     files: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
+def extractor_config(config: Any, reader: Modality) -> dict[str, Any]:
+    """Return the content of preprocessor_config.json for a model that reads samples."""
+    options: Any = reader.options
+    normalize = options.normalize
+    if normalize is None:
+        normalize = reader.state.get("normalize", True)
+    return {
+        "feature_extractor_type": EXTRACTOR,
+        "feature_size": 1,
+        "sampling_rate": options.rate,
+        "do_normalize": normalize,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": config.feat_extract_norm == "layer",
+    }
+
+
 def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
     """Return a wav2vec 2.0 backbone as a folder, with its head where an ``objective`` is given.
 
@@ -181,21 +200,7 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
     """
     config = copy.deepcopy(backbone.model.config)
     tensors = {name: tensor.detach() for name, tensor in backbone.model.state_dict().items()}
-    options: Any = reader.options
-    normalize = options.normalize
-    if normalize is None:
-        normalize = reader.state.get("normalize", True)
-    files: dict[str, Any] = {
-        PREPROCESSOR: {
-            "feature_extractor_type": EXTRACTOR,
-            "feature_size": 1,
-            "sampling_rate": options.rate,
-            "do_normalize": normalize,
-            "padding_side": "right",
-            "padding_value": 0.0,
-            "return_attention_mask": config.feat_extract_norm == "layer",
-        }
-    }
+    files: dict[str, Any] = {PREPROCESSOR: extractor_config(config, reader)}
     if objective is None:
         return Folder("Wav2Vec2Model", config, tensors, files)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}

@@ -137,7 +137,7 @@ def read(folder: str, config: dict[str, Any]) -> Checkpoint:
             name.replace("classifier.dense.", "pooler.dense."): tensor
             for name, tensor in tensors.items()
         }
-    state = _tokenizer(folder)
+    state = tokenizer_state(folder)
     embedding = tensors.get(_embedding(family))
     rows = config.get("vocab_size", 0) if embedding is None else embedding.shape[0]
     if state["vocabulary"] > rows:
@@ -239,6 +239,11 @@ def weight_files(folder: str) -> list[str]:
             "them are not there; copy the whole folder"
         )
     return shards
+
+
+def read_weights(folder: str) -> dict[str, Tensor]:
+    """Return the tensors in a folder's weight files. Raises BundleError as `weight_files` does."""
+    return _weights(folder, weight_files(folder))
 
 
 def _weights(folder: str, files: list[str]) -> dict[str, Tensor]:
@@ -382,7 +387,7 @@ def _is_tied(output: Tensor | None, embedding: Tensor | None) -> bool:
     return output is None or (embedding is not None and torch.equal(output, embedding))
 
 
-def _tokenizer(folder: str) -> dict[str, Any]:
+def tokenizer_state(folder: str) -> dict[str, Any]:
     """Return the text modality's state for a folder's tokenizer."""
     try:
         text, vocabulary, specials = tokenization.from_folder(folder)
@@ -488,10 +493,23 @@ def _missing_in_family(family: str, backbone: Any, head: Any) -> str:
 def _write_with_own_head(found: bundle.Bundle, task: Any, folder: Path, lacking: str) -> str:
     """Write the plain model, and beside it the head, its description and the loading code."""
     text = write(found, folder, backbone_only=True).removesuffix(", 0 labels")
-    spec = classifier_export.describe(task, found.modality())
+    return write_head(task, found.modality(), folder, text, lacking)
+
+
+def write_head(task: Any, modality: Any, folder: Path, text: str, lacking: str) -> str:
+    """Write the head, its description and the loading code beside a plain model.
+
+    Args:
+        text: What stands in the folder already, in words.
+        lacking: What the library's own class lacks, in words.
+
+    Returns:
+        What was written, in words.
+    """
+    spec = classifier_export.describe(task, modality)
     head = classifier_export.head_tensors(task)
     save_file(head, folder / classifier_export.HEAD, metadata={"format": "pt"})
-    _write_json(folder / classifier_export.SPEC, spec)
+    write_json(folder / classifier_export.SPEC, spec)
     (folder / classifier_export.CODE).write_text(classifier_export.code(), encoding="utf-8")
     return (
         f"{text}, with a classifier of {len(spec['labels'])} labels beside it: {lacking}, so "
@@ -499,7 +517,7 @@ def _write_with_own_head(found: bundle.Bundle, task: Any, folder: Path, lacking:
     )
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write a value as an indented JSON file."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -521,7 +539,7 @@ def _write_speech(found: bundle.Bundle, backbone: Any, head: Any, folder: Path) 
         raise BundleError(f"{found.uri}: {error}") from None
     _save(getattr(transformers, made.kind), made.config, made.tensors, folder)
     for name, content in made.files.items():
-        _write_json(folder / name, content)
+        write_json(folder / name, content)
     return f"{made.kind} with {sum(t.numel() for t in made.tensors.values())} parameters"
 
 
@@ -685,6 +703,12 @@ def with_post_processor(state: dict[str, Any], words: bool) -> tuple[Any, dict[s
         tokenizer.pre_tokenizer.add_prefix_space = True
     tokenizer.post_processor = frame
     return tokenizer, specials
+
+
+def write_tokenizer(modality: Any, folder: Path, config: Any) -> None:
+    """Write the tokenizer of a text modality into a folder."""
+    tokenizer, specials = with_post_processor(modality.state, words=False)
+    _save_tokenizer(tokenizer, specials, folder, modality.inputs()["length"], config)
 
 
 def _save_tokenizer(

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from pipeline.checkpoints import bundle, hf_speech, hf_text
+from pipeline.checkpoints import bundle, hf_auto, hf_speech, hf_text
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig
@@ -157,8 +157,8 @@ def modality_name(text: str) -> str | None:
     """Return the modality of a checkpoint's or backbone's rows, as its model library says it.
 
     The weights are not opened. A folder is timm's when its config.json names an ``architecture``. A
-    hub name that is not on this machine yet is taken for text, unless it names a model of
-    transformers that reads something else.
+    hub name is taken for text, unless it names a model of transformers that reads something
+    else; the job may say it (``modality``).
     """
     prefix, _, uri = text.partition(":")
     if prefix == "timm-hub":
@@ -170,20 +170,32 @@ def modality_name(text: str) -> str | None:
         model_config = storage.read_json(config)
         if "architecture" in model_config:
             return registry.modality_of(f"timm/{model_config['architecture']}")
-        return registry.modality_of(f"transformers/{model_config.get('model_type')}") or "text"
-    known = registry.architectures("transformers") if prefix == "hf-hub" else ()
-    named = [name for name in known if name in uri.lower()]
-    read = {registry.modality_of(f"transformers/{name}") for name in named} - {"text"}
-    return next(iter(read), "text")
+        family = model_config.get("model_type")
+        own = registry.modality_of(f"transformers/{family}")
+        return own or hf_auto.modality_name(model_config) or "text"
+    known = registry.architectures("hf") if prefix == "hf-hub" else ()
+    named = [name for name in known if _names_family(uri.lower(), name)]
+    if not named:
+        return "text"
+    return hf_auto.modality_name({"model_type": max(sorted(named), key=len)}) or "text"
 
 
-def read(text: str, architecture: str | None = None) -> PretrainedCheckpoint:
+def _names_family(name: str, family: str) -> bool:
+    """Return whether a hub name has a model_type as one of its words."""
+    word = re.escape(family).replace("_", "[-_]")
+    return re.search(rf"(?<![a-z0-9]){word}(?![a-z])", name) is not None
+
+
+def read(
+    text: str, architecture: str | None = None, modality: str | None = None
+) -> PretrainedCheckpoint:
     """Open a checkpoint.
 
     Args:
         text: ``bundle:URI``, ``file:PATH``, ``file-by-order:PATH``, ``hf:FOLDER``, ``hf-hub:NAME``
             or ``timm-hub:NAME``.
         architecture: The backbone (library/model) that a file is for.
+        modality: The modality that the job says, for a checkpoint of several networks (CLIP).
 
     Raises:
         BundleError: It cannot be used; the message says what to do.
@@ -192,18 +204,18 @@ def read(text: str, architecture: str | None = None) -> PretrainedCheckpoint:
     architecture = strip_weights_tag(architecture or "")
     if prefix == "bundle":
         found = bundle.load(uri)
-        arch, modality = found.manifest.arch, found.manifest.modality
-        return PretrainedCheckpoint(text, found.backbone_tensors(), arch, modality, found, drop=())
+        arch, spec = found.manifest.arch, found.manifest.modality
+        return PretrainedCheckpoint(text, found.backbone_tensors(), arch, spec, found, drop=())
     if prefix == "file":
         return _read_weights_file(text, uri, architecture)
     if prefix == "file-by-order":
         return _read_by_order(text, uri, architecture)
     if prefix == "hf":
-        return _hugging_face(uri)
+        return _hugging_face(uri, modality)
     if prefix == "timm-hub":
         return _timm_hub(uri)
     if prefix == "hf-hub":
-        return replace(_hugging_face(_hub_folder(uri)), origin=text)
+        return replace(_hugging_face(_hub_folder(uri), modality), origin=text)
     raise BundleError(
         f"{text}: a checkpoint is named bundle:URI, file:PATH, file-by-order:PATH, hf:FOLDER, "
         "hf-hub:NAME or timm-hub:NAME"
@@ -486,7 +498,7 @@ def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, st
     return {name: pairs[name] for name in found if name in pairs}
 
 
-def _hugging_face(folder: str) -> PretrainedCheckpoint:
+def _hugging_face(folder: str, modality: str | None) -> PretrainedCheckpoint:
     """Read a folder of transformers or timm."""
     path = storage.join(folder, "config.json")
     if not storage.exists(path):
@@ -499,7 +511,10 @@ def _hugging_face(folder: str) -> PretrainedCheckpoint:
         raise BundleError(f"{path}: not a configuration (a JSON object)")
     if "architecture" in config:
         return _timm_folder(folder, config)
-    found = hf_text.read(folder, config)
+    if config.get("model_type") in hf_text.FAMILIES:
+        found = hf_text.read(folder, config)
+    else:
+        found = hf_auto.read(folder, config, modality)
     return PretrainedCheckpoint(
         f"hf:{folder}",
         found.tensors,

@@ -175,3 +175,86 @@ def _parameters(family: str, config: Mapping[str, Any]) -> float:
         )
         convolved += width * width * size("num_conv_pos_embeddings", usual=128)
     return float(embedded * width + layers * (4 * width * width + 2 * width * inner) + convolved)
+
+
+# ---------------------------------------------------------------- any family
+
+USUAL_KEYS = frozenset(
+    (
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "partial_rotary_factor",
+        "is_encoder_decoder",
+    )
+)
+"""Keys that configurations of any family may have beside those that their class declares."""
+NEVER = re.compile(
+    "auto_map|quantization|implementation|kernel_config|backbone|name_or_path|fusion|pretrained"
+)
+"""Keys that name code or weights of others."""
+LABELS = frozenset(
+    ["architectures", "id2label", "label2id", "problem_type", "transformers_version", "dtype"]
+)
+"""Keys that say nothing of how a backbone is built."""
+DEPTH = 3
+"""Most levels of objects in a configuration (positions by kind of layer)."""
+NUMBERED = re.compile("layers?$|^depths?$|_depth$|blocks?$|heads$|^num_stages$")
+"""Keys that count layers or heads."""
+
+
+def plain_keys(family: str, config: Mapping[str, Any], declared: frozenset[str]) -> dict[str, Any]:
+    """Return the plain part of a configuration of any family; keys that it does not know are left
+    out.
+
+    Args:
+        family: Its model_type, for messages.
+        config: The configuration, as JSON.
+        declared: Keys that its class declares.
+
+    Raises:
+        ValueError: A key in `CHANGES`, a value of another kind, or a size beyond every model.
+    """
+    if wrong := [key for key in CHANGES if config.get(key)]:
+        raise ValueError(
+            f"{wrong[0]}: the model is computed by other code than {family}'s own, and none from "
+            f"outside is run; take a plain {family} checkpoint"
+        )
+    known = (declared | USUAL_KEYS) - LABELS
+    out = {key: config[key] for key in config if key in known and not NEVER.search(key)}
+    for key, value in out.items():
+        _check_any(key, value, DEPTH)
+    return out
+
+
+def _check_any(key: str, value: Any, depth: int) -> None:
+    """Raise ValueError for a value that is not plain, or for a number beyond every model."""
+    if isinstance(value, dict) and depth:
+        for inner, one in value.items():
+            if not _WORD.fullmatch(str(inner)) or NEVER.search(str(inner)):
+                raise ValueError(f"{key}: {_short(inner)} is no plain key")
+            _check_any(str(inner), one, depth - 1)
+        return
+    if isinstance(value, list | tuple):
+        if len(value) > LAYERS:
+            raise ValueError(f"{key}: {len(value)} entries, more than {LAYERS}")
+        for one in value:
+            _check_any(key, one, depth - 1 if isinstance(one, list | dict) else depth)
+        return
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, str):
+        if not re.fullmatch(r"[A-Za-z0-9_.\- ]{0,100}", value):
+            raise ValueError(f"{key}: {_short(value)} is no plain word")
+        return
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{key}: {_short(value)} is no plain value")
+    most = LAYERS if NUMBERED.search(key) else VOCABULARY
+    if isinstance(value, int) and not key.endswith("_id") and abs(value) > most:
+        raise ValueError(
+            f"{key}: {_short(value)} is beyond every model of this kind (at most {most})"
+        )

@@ -34,6 +34,7 @@ CHECKPOINT_CODE = (
     "pipeline.checkpoints.pretrained",
     "pipeline.checkpoints.hf_text",
     "pipeline.checkpoints.hf_speech",
+    "pipeline.checkpoints.hf_auto",
 )
 TRIAL_CODE = ("pipeline.transfer.targets", "pipeline.transfer.trial")
 BASELINE_CODE = ("pipeline.transfer.targets", "pipeline.transfer.baseline_trials")
@@ -80,6 +81,7 @@ MAKES_NO_NUMBERS = frozenset(
         "pipeline.checkpoints.pretrained",
         "pipeline.checkpoints.hf_text",
         "pipeline.checkpoints.hf_speech",
+        "pipeline.checkpoints.hf_auto",
         "pipeline.config.provenance",
     }
 )

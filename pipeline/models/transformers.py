@@ -19,6 +19,7 @@ from pipeline.config import hf_config
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.contracts import Backbone, Batch, Features
 from pipeline.core.nn import conv_arithmetic
+from pipeline.core.nn.masked import pool_tokens, row_norm
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["bert", "roberta", "distilbert", "gpt2", "wav2vec2"]
@@ -193,7 +194,7 @@ class Transformers(Backbone):
         found = self.model(**words)
         hidden = found.last_hidden_state
         return Features(
-            found.pooler_output if self.pool == "pooler" else _pool(hidden, mask, self.pool),
+            found.pooler_output if self.pool == "pooler" else pool_tokens(hidden, mask, self.pool),
             tokens=hidden,
             mask=mask,
         )
@@ -375,16 +376,6 @@ def restarted_positions(segments: Tensor) -> Tensor:
     return places - torch.where(first, places, 0).cummax(1).values
 
 
-def _pool(hidden: Tensor, mask: Tensor, pool: str) -> Tensor:
-    if pool == "first":
-        return hidden[:, 0]
-    if pool == "last":
-        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
-    weight = mask.to(hidden.dtype)[:, :, None]
-    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
 class Wav2Vec2(Backbone):
     """wav2vec 2.0 (Baevski et al. 2020). Input ``wave`` (B, n) with ``mask`` (B, n), true for
     samples.
@@ -467,7 +458,7 @@ class Wav2Vec2(Backbone):
             hidden = hidden + 0.0 * hider.to(hidden.dtype)  # DDP waits for its gradient
         hidden = self._encoded(hidden, mask)
         return Features(
-            _pool(hidden, mask, "mean"),
+            pool_tokens(hidden, mask, "mean"),
             tokens=hidden,
             mask=mask,
             latent=latent if "latent" in want else None,
@@ -486,7 +477,7 @@ class Wav2Vec2(Backbone):
         for number, layer in enumerate(self.model.feature_extractor.conv_layers):
             if number == 0 and isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
                 x = layer.activation(
-                    _row_norm(
+                    row_norm(
                         layer.conv(x),
                         layer.layer_norm,
                         conv_arithmetic.count(lengths, self.convolutions[:1]),
@@ -570,18 +561,3 @@ def _speech_sizes(options: TransformersOptions) -> dict[str, Any]:
         "activation_dropout": 0.0,
         "final_dropout": drop,
     }
-
-
-def _row_norm(x: Tensor, norm: nn.GroupNorm, lengths: Tensor) -> Tensor:
-    """Apply a group norm with one channel a group to (B, C, T), with statistics of each row's own
-    steps.
-
-    Computed in float32, returned in the input's type.
-    """
-    real = (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]
-    count, wide = lengths.clamp(min=1)[:, None, None], x.float()
-    centred = wide - (wide * real).sum(2, keepdim=True) / count
-    variance = (centred * real).square().sum(2, keepdim=True) / count
-    return (
-        centred * (norm.weight[:, None] * (variance + norm.eps).rsqrt()) + norm.bias[:, None]
-    ).to(x.dtype)

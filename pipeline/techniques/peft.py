@@ -110,6 +110,19 @@ class _WeightAsLinear(nn.Module):
         return (matrix.T if self.transposed else matrix).reshape(original.shape)
 
 
+CONVOLUTION = ("stride", "kernel_size", "padding", "dilation", "groups")
+"""Settings of a convolution that models read (Whisper, MobileNetV2) and peft's layer does not have.
+"""
+
+
+def _show_settings(adapted: Any) -> None:
+    """Give peft's layer over a convolution the settings of that convolution."""
+    base = getattr(adapted, "base_layer", None)
+    for name in CONVOLUTION:
+        if hasattr(base, name) and not hasattr(adapted, name):
+            setattr(adapted, name, getattr(base, name))
+
+
 class AdaptedTask(Task):
     """A task whose backbone holds adapters of peft.
 
@@ -155,6 +168,8 @@ class AdaptedTask(Task):
             warnings.simplefilter("ignore", UserWarning)
             # In a list: torch would file it, and every parameter, a second time
             self._tuner = [tuner(task.backbone, settings, ADAPTER)]
+        for name in replaced:
+            _show_settings(self.backbone.get_submodule(name))
         for name, module in self._in_4_bits.items():
             technique.start_adapter(self.backbone.get_submodule(name), _matrix_of(module))
             module.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # no second copy

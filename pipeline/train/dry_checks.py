@@ -81,7 +81,8 @@ def source(stage: SourceStage) -> PlannedSource | None:
     text = stage.checkpoint_text
     if text and text.partition(":")[0] in HUBS:
         return None
-    start = pretrained.read(text, stage.spec.backbone.name) if text else None
+    spec = stage.spec
+    start = pretrained.read(text, spec.backbone.name, spec.modality_name) if text else None
     return _checkpoint(stage, start) if stage.splits is None else _corpus(stage, start)
 
 

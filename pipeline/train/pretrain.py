@@ -333,7 +333,7 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
             "transfer": "the bundle itself",
         }
     text = spec.init or spec.backbone.name
-    start = pretrained.read(text, spec.backbone.name)
+    start = pretrained.read(text, spec.backbone.name, spec.modality_name)
     stage.check_checkpoint()
     began = time.time()
     arch, modality = checkpoint_parts(spec, start, f"sources.{stage.name}")

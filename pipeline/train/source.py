@@ -459,7 +459,7 @@ def _fit_network(
         moved = manifest.training["transfer"]
     else:
         if stage.checkpoint_text:
-            start = pretrained.read(stage.checkpoint_text, spec.backbone.name)
+            start = pretrained.read(stage.checkpoint_text, spec.backbone.name, spec.modality_name)
         path = storage.join(stage.uri, "modality.json")
         place = f"sources.{stage.name}"
         modality, coverage = fit_components.fit_modality(spec, splits.train, start, place, path)

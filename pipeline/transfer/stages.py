@@ -394,7 +394,8 @@ def _modality_name(stage: source.SourceStage) -> str | None:
         return stage.spec.data.modality.name
     if stage.has_bundle:
         return bundle.read_manifest(stage.bundle_uri).modality.name
-    return pretrained.modality_name(stage.spec.backbone.name)
+    # What the job says decides between the networks of CLIP; `read` refuses what is not there
+    return stage.spec.modality_name or pretrained.modality_name(stage.spec.backbone.name)
 
 
 def matching(state: JobState, target: str) -> list[str]:

@@ -325,8 +325,8 @@ def edited(path, **values):
             r"model\.safetensors: not a safetensors file",
         ),
         (
-            lambda f: edited(f / "config.json", model_type="t5"),
-            "model_type 't5' has no adapter; families are bert, roberta, distilbert, gpt2",
+            lambda f: edited(f / "config.json", model_type="mt6"),
+            "config.json: model_type 'mt6': did you mean mt5",
         ),
         (lambda f: (f / "config.json").write_text("[]"), "not a configuration"),
         (

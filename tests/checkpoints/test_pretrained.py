@@ -634,7 +634,7 @@ def test_a_folder_of_timm_gives_timms_own_features(timm_folder):
         ),
         (
             lambda f, c: (c.pop("architecture"), c.update(model_type="vit")),
-            r"model_type 'vit' has no adapter; .* Image models are read as timm writes them",
+            r"preprocessor_config.json is missing, which says size, mean and standard deviation",
         ),
     ],
 )

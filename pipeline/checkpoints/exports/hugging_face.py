@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.checkpoints import export_check, export_folder, hf_text
+from pipeline.checkpoints import export_check, export_folder, hf_auto, hf_text
 from pipeline.checkpoints.bundle import Bundle, Manifest
 from pipeline.config import registry
 from pipeline.config.registry import register
@@ -38,7 +38,8 @@ def export(found: Bundle, output: str, backbone_only: bool) -> str:
     export_folder.refuse_added_modules(found)
 
     def write(folder: Path) -> tuple[str, export_check.Comparison]:
-        text = hf_text.write(found, folder, backbone_only)
+        writer = hf_auto if found.manifest.arch.library == "hf" else hf_text
+        text = writer.write(found, folder, backbone_only)
         return text, export_check.compare_folder(found, folder, backbone_only)
 
     return export_folder.commit(found, output, backbone_only, write)

@@ -8,6 +8,7 @@ A backbone has a capability by having its members; nothing is declared. Each is 
     `HidesFrames`: frames can be hidden from the context network (``wav2vec2``).
     `Continues`: a text can be continued token by token (``clm`` that generates).
     `ShapesMaskedHead`: the family has a head of its own for masked tokens (``mlm``).
+    `NamesInputs`: the library's own model takes inputs by name (exports are compared with it).
 """
 
 from __future__ import annotations
@@ -120,3 +121,17 @@ def masked_head_settings(backbone: Any) -> tuple[str, float]:
     if isinstance(backbone, ShapesMaskedHead):
         return backbone.activation, backbone.norm_eps
     return "gelu", 1e-12
+
+
+@runtime_checkable
+class NamesInputs(Protocol):
+    """A backbone over a model of a library that takes its inputs by name."""
+
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of the library's own model for a batch."""
+        ...
+
+
+def model_inputs(backbone: Any, batch: Batch) -> dict[str, Any] | None:
+    """Return the arguments of the library's own model, None where the backbone does not say."""
+    return backbone.model_inputs(batch) if isinstance(backbone, NamesInputs) else None

@@ -1,0 +1,508 @@
+"""Read and write folders of any encoder or decoder of transformers, for backbones of library hf.
+
+`hf_text` reads the families that objectives know more of. Here transformers itself loads the
+weights into its class, so files with older names are read as it reads them. The folder's processor
+says how rows are read: mean, standard deviation, size and crop of images; the sampling rate of
+recordings; the tokenizer of texts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoints import bundle, classifier_export, export_check, hf_speech, hf_text
+from pipeline.checkpoints.bundle import BundleError
+from pipeline.config import registry
+from pipeline.core.contracts.objective_capabilities import transformers_head
+from pipeline.core.nn import auto_model
+from pipeline.core.specs import Architecture, ModalitySpec
+from pipeline.io import storage
+from pipeline.io.json_values import Json, as_object
+
+TOWERS = {"image": "vision_config", "text": "text_config", "audio": "audio_config"}
+"""Modality to the part of a configuration that describes the network of its rows."""
+INPUTS = {"pixel_values": "image", "input_ids": "text"}
+"""Main input of a class to the modality of its rows; other inputs are recordings."""
+LONGEST = 512
+"""Most tokens of a row, where the job does not say more."""
+RESAMPLING = {2: "bilinear", 3: "bicubic"}
+"""Pillow's filters that the image modality has."""
+BEFORE_CROP = 0.875
+"""ConvNeXt's share of the resized image that is kept, where its file does not say it."""
+
+
+# ---------------------------------------------------------------- reading
+
+
+def tower(config: dict[str, Any], wanted: str | None) -> dict[str, Any]:
+    """Return the configuration of the network that is the backbone, with its model_type.
+
+    Of a model of several networks (CLIP, Gemma 3) that is the one of the wanted modality; without
+    a wish the one of images or sounds in a model that pairs them with texts, else that of texts.
+
+    Raises:
+        ValueError: The model_type is unknown, or the model reads no such rows.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as auto
+
+    name = config.get("model_type")
+    known = registry.architectures("hf")
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"model_type {name!r}: {registry.nearest(str(name), known)}")
+    parts = {key: config[part] for key, part in TOWERS.items() if as_object(config.get(part))}
+    if not parts:
+        return config
+    pairs = name in auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES or "audio" in parts
+    usual = next((key for key in parts if key != "text"), "text") if pairs else "text"
+    modality = wanted or usual
+    if modality not in parts:
+        raise ValueError(f"{name} has networks of {', '.join(parts)}, none of {modality}")
+    whole = CONFIG_MAPPING[name]
+    kind: Any = whole.sub_configs.get(TOWERS[modality])
+    own = parts[modality].get("model_type") or getattr(kind, "model_type", None)
+    return {**parts[modality], "model_type": own}
+
+
+def modality_name(config: dict[str, Any], wanted: str | None = None) -> str | None:
+    """Return the modality of the rows that a folder's model reads; None for an unknown model."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        name = tower(config, wanted)["model_type"]
+        reads = auto_model.model_class(CONFIG_MAPPING[name]()).main_input_name
+    except (ValueError, KeyError):
+        return None
+    return INPUTS.get(reads, "audio")
+
+
+def read(folder: str, config: dict[str, Any], wanted: str | None = None) -> hf_text.Checkpoint:
+    """Return the checkpoint in a folder.
+
+    Args:
+        config: The content of the folder's config.json.
+        wanted: The modality that the job says, for a model of several networks.
+
+    Raises:
+        BundleError: Something is missing or does not fit; the message says what to do.
+    """
+    try:
+        own = tower(config, wanted)
+        family = own["model_type"]
+        plain = auto_model.plain_config(family, own)
+        made = auto_model.configuration(family, plain, {})
+        kind = auto_model.model_class(made)
+    except (ValueError, KeyError) as error:
+        reason = error.args[0] if error.args else error
+        raise BundleError(f"{storage.join(folder, hf_text.CONFIG)}: {reason}") from None
+    tensors = hf_text.read_weights(folder)
+    modality, options = _modality(folder, INPUTS.get(kind.main_input_name, "audio"), made)
+    loaded, missing, left = _load(folder, kind, made, tensors)
+    model = auto_model.encoder_of(loaded)
+    if modality.name == "text":
+        modality = ModalitySpec("text", {"length": _length(model)}, modality.state)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    prefix = "encoder." if model is not loaded else ""
+    fresh = {f"model.{name.removeprefix(prefix)}" for name in missing}
+    if unknown := sorted(name for name in fresh & set(state) if not name.startswith(NEW)):
+        raise BundleError(
+            f"hf:{folder}: the file of weights lacks {len(unknown)} tensors of "
+            f"{kind.__name__} ({', '.join(unknown[:4])}): it is no whole checkpoint of it"
+        )
+    dropped = {f"model.{name}": tensors[name] for name in left if name in tensors}
+    inputs = bundle.build_modality(modality).inputs()
+    # What the configuration does not say has transformers' defaults, whatever the rows are
+    stated = {
+        key: getattr(made, key)
+        for key in ("vocab_size", "image_size", "num_channels", "pad_token_id")
+        if key in made.to_dict()
+    }
+    arch = Architecture(f"hf/{family}", {"config": {**stated, **plain}, **options}, inputs)
+    kept = {name: tensor for name, tensor in state.items() if name not in fresh}
+    found = _head(config, made, tensors, arch, modality, kept)
+    heads: dict[str, dict[str, Tensor]] = {}
+    labels = None
+    if found is not None:
+        objective, arch, head, labels = found
+        heads[objective] = head
+    return hf_text.Checkpoint(
+        arch,
+        modality,
+        kept | dropped,
+        drop=(*NEW, *(name for name in dropped if name not in state)),
+        heads=heads,
+        labels=labels,
+        headless={
+            name: "the checkpoint holds no linear layer on its features for it"
+            for name in registry.names("objective")
+            if name not in heads and transformers_head(registry.get("objective", name)) is not None
+        },
+    )
+
+
+NEW = ("model.pooler.", "model.masked_spec_embed")
+"""Prefixes of tensors that a file of weights may lack."""
+HEADED = {
+    "ForSequenceClassification": "classification",
+    "ForImageClassification": "classification",
+    "ForTokenClassification": "tagging",
+    "ForQuestionAnswering": "qa",
+}
+"""Ends of the names of transformers' classes with a head, and its objective."""
+LAST = ("classifier", "score", "qa_outputs")
+"""Names of the linear layer that gives their scores."""
+POOLS = ("auto", "first", "mean", "pooler", "last")
+"""Ways to pool that are tried, in this order."""
+EQUAL = 1e-4
+"""Largest difference of scores from those of transformers' class, relative to the largest one."""
+
+
+def _head(
+    config: dict[str, Any],
+    made: Any,
+    tensors: dict[str, Tensor],
+    arch: Architecture,
+    modality: ModalitySpec,
+    backbone: dict[str, Tensor],
+) -> tuple[str, Architecture, dict[str, Tensor], tuple[str, ...] | None] | None:
+    """Return a checkpoint's linear head: objective, architecture, tensors and labels.
+
+    It is kept where it gives the scores of the checkpoint's own class on random rows, for one of
+    the ways to pool, which the architecture then has. None for other checkpoints.
+    """
+    import transformers
+
+    name = (config.get("architectures") or [""])[0]
+    kind: Any = getattr(transformers, name, None)
+    objective = next((HEADED[end] for end in HEADED if name.endswith(end)), None)
+    last = next((one for one in LAST if f"{one}.weight" in tensors), None)
+    built: Any = bundle.build_modality(modality)
+    if kind is None or objective is None or last is None or not hasattr(built, "random_rows"):
+        return None
+    weight = tensors[f"{last}.weight"].float()
+    bias = tensors.get(f"{last}.bias", torch.zeros(len(weight))).float()
+    labels = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(weight))}
+    own = copy.deepcopy(made)
+    own.id2label = {int(key): str(value) for key, value in labels.items()}
+    if objective == "classification" and config.get("problem_type") == "multi_label_classification":
+        objective = "multilabel"
+    with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+        model = kind.from_pretrained(None, config=own, state_dict=tensors, dtype=torch.float32)
+    rows = export_check.random_batch(built)
+    on_tokens = objective in ("tagging", "qa")
+    for pool in POOLS[:1] if on_tokens else POOLS:
+        tried = replace(arch, options={**arch.options, "pool": pool})
+        try:
+            network: Any = bundle.build_backbone(tried).eval()
+        except ValueError:
+            continue
+        if set(network.state_dict()) - set(backbone):
+            continue
+        network.load_state_dict({key: backbone[key] for key in network.state_dict()})
+        with torch.no_grad():
+            features = network(rows, want=("tokens",))
+            given = model(**network.model_inputs(rows))
+        read = features.tokens if on_tokens else features.pooled
+        if read is None or read.shape[-1] != weight.shape[1]:
+            continue
+        scores = read @ weight.T + bias
+        theirs = given.logits if objective != "qa" else None
+        if theirs is None:
+            theirs = torch.stack([given.start_logits, given.end_logits], -1)
+        if features.mask is not None and on_tokens:
+            scores, theirs = scores[features.mask], theirs[features.mask]
+        if (scores - theirs).abs().max() <= EQUAL * max(1.0, float(theirs.abs().max())):
+            names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+            head = {"head.weight": weight, "head.bias": bias}
+            pooled = tried if pool != "auto" else arch
+            return objective, pooled, head, None if objective == "qa" else names
+    return None
+
+
+def _length(model: Any) -> int:
+    """Return the tokens of a row: as many as the model has positions, and 512 at most."""
+    return min(auto_model.positions(model) or LONGEST, LONGEST)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting what `_load` reports itself."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _load(
+    folder: str, kind: Any, config: Any, tensors: dict[str, Tensor]
+) -> tuple[Any, set[str], set[str]]:
+    """Return the model with a folder's weights, and the names that it lacks and that are left.
+
+    Raises:
+        BundleError: A tensor has another shape than the configuration says.
+    """
+    words = auto_model.pooling_words(kind, _holds_pooler(tensors))
+    given = _own_part(kind, config, tensors)
+    try:
+        with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+            model, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=given,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **words,
+            )
+    except (RuntimeError, ValueError) as error:
+        raise BundleError(
+            f"hf:{folder}: its weights do not fit its {hf_text.CONFIG}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from None
+    return model, set(info["missing_keys"]), set(info["unexpected_keys"])
+
+
+def _holds_pooler(tensors: dict[str, Tensor]) -> bool:
+    return any(".pooler." in f".{name}" for name in tensors)
+
+
+def _own_part(kind: Any, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without the prefix that they have in a larger model.
+
+    It is the prefix with which most of the class's own names are in the file (``vision_model.`` of
+    CLIP's images).
+    """
+    with torch.device("meta"):
+        own = list(kind(config).state_dict())
+    probe = own[len(own) // 2]
+    prefixes = {name.removesuffix(probe) for name in tensors if name.endswith(probe)}
+    if not prefixes:
+        return tensors
+    best = max(
+        sorted(prefixes), key=lambda prefix: sum(f"{prefix}{name}" in tensors for name in own)
+    )
+    return {name.removeprefix(best): tensor for name, tensor in tensors.items()}
+
+
+# ---------------------------------------------------------------- how rows are read
+
+
+def _modality(folder: str, name: str, config: Any) -> tuple[ModalitySpec, dict[str, Any]]:
+    """Return how the rows are read, and further options of the backbone.
+
+    Raises:
+        BundleError: The folder's processor is missing, or reads rows as no modality here does.
+    """
+    try:
+        if name == "text":
+            return ModalitySpec("text", {}, hf_text.tokenizer_state(folder)), {}
+        if name == "image":
+            return _image(folder, config), {}
+        return _audio(folder, config)
+    except BundleError:
+        raise
+    except ValueError as error:
+        raise BundleError(f"hf:{error}") from None
+
+
+def _processor(folder: str, part: str) -> dict[str, Json]:
+    """Return the content of preprocessor_config.json, or the part of processor_config.json."""
+    found: dict[str, Any] = dict(hf_speech.read_object(folder, hf_speech.PREPROCESSOR))
+    whole = as_object(hf_speech.read_object(folder, hf_speech.PROCESSOR).get(part))
+    return found or dict(whole)
+
+
+def _image(folder: str, config: Any) -> ModalitySpec:
+    """Return the image modality of a folder's image processor.
+
+    Raises:
+        ValueError: It is missing, or reads images that are not square.
+    """
+    found: dict[str, Any] = _processor(folder, "image_processor")
+    if not found:
+        raise ValueError(
+            f"{folder}: {hf_speech.PREPROCESSOR} is missing, which says size, mean and standard "
+            "deviation of the images; save the model again with its image processor "
+            "(transformers' AutoImageProcessor, save_pretrained)"
+        )
+    channels = getattr(config, "num_channels", 3)
+    cropped, given = found.get("do_center_crop") and found.get("crop_size"), found.get("size")
+    height, width, shortest = _sides(given)
+    options: dict[str, Any] = {"fit": "squash"}
+    if cropped:
+        side, other, _ = _sides(found["crop_size"])
+        resized = shortest or height
+        options = {"fit": "crop"}
+        if side and resized and side < resized:
+            options["crop_share"] = side / resized
+    elif shortest:
+        side = other = shortest
+        share = found.get("crop_pct")
+        options = {"fit": "crop"} if share is None or side < 384 else {"fit": "squash"}
+        if share is not None and side < 384:
+            options["crop_share"] = float(share)
+    else:
+        side, other = height, width
+    if not side or side != other or not 8 <= side <= 4096:
+        raise ValueError(
+            f"{folder}: {hf_speech.PREPROCESSOR} says size {given}, crop_size "
+            f"{found.get('crop_size')}: images are squares of 8 to 4096 pixels a side here"
+        )
+    resample = found.get("resample", 2)
+    if resample not in RESAMPLING:
+        raise ValueError(
+            f"{folder}: {hf_speech.PREPROCESSOR} says resample {resample}: images are resized "
+            "bilinearly (2) or bicubically (3) here"
+        )
+    normalizes = found.get("do_normalize", True)
+    mean = found.get("image_mean") if normalizes else [0.0] * channels
+    std = found.get("image_std") if normalizes else [1.0] * channels
+    if not _are_numbers(mean, channels) or not _are_numbers(std, channels):
+        raise ValueError(
+            f"{folder}: {hf_speech.PREPROCESSOR} says image_mean {mean}, image_std {std}: a "
+            f"number for each of {channels} channels was expected"
+        )
+    if not found.get("do_rescale", True):
+        # the processor's mean and deviation are of levels from 0 to 255
+        mean, std = ([value / 255 for value in part] for part in (mean, std))
+    return ModalitySpec(
+        "image",
+        {"size": side, "channels": channels, **options, "interpolation": RESAMPLING[resample]},
+        {"mean": list(mean), "std": list(std)},
+    )
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    is_list = isinstance(values, list) and len(values) == count
+    return is_list and all(isinstance(value, int | float) for value in values)
+
+
+def _sides(size: Any) -> tuple[int | None, int | None, int | None]:
+    """Return height, width and shortest edge of a processor's size; None for those it lacks."""
+    if isinstance(size, int):
+        return size, size, None
+    known = as_object(size)
+    sides = [known.get(key) for key in ("height", "width", "shortest_edge")]
+    height, width, shortest = (one if isinstance(one, int) else None for one in sides)
+    return height, width, shortest
+
+
+def _audio(folder: str, config: Any) -> tuple[ModalitySpec, dict[str, Any]]:
+    """Return the audio modality of a folder's feature extractor, and the backbone's ``processor``.
+
+    Raises:
+        ValueError: The extractor is missing or of another kind.
+    """
+    if getattr(config, "conv_kernel", None) is not None:
+        return hf_speech.modality(folder), {}
+    found = _processor(folder, "feature_extractor")
+    if not found:
+        raise ValueError(
+            f"{folder}: {hf_speech.PREPROCESSOR} is missing, which says how spectrograms are "
+            "made; save the model again with its feature extractor (transformers' "
+            "AutoFeatureExtractor, save_pretrained)"
+        )
+    named: Any = found.get(auto_model.EXTRACTOR_TYPE)
+    kind: Any = auto_model.extractor_class(config, named)
+    keys = auto_model.extractor_keys(kind)
+    plain = {key: value for key, value in found.items() if key in keys}
+    extractor = kind(**plain)
+    options: dict[str, Any] = {"rate": extractor.sampling_rate, "features": "wave"}
+    options["normalize"] = False
+    if isinstance(getattr(extractor, "chunk_length", None), int):
+        options["max_seconds"] = float(extractor.chunk_length)
+    return (
+        ModalitySpec("audio", options, {"features": "wave", "normalize": False}),
+        {"processor": {auto_model.EXTRACTOR_TYPE: kind.__name__, **plain}},
+    )
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
+    """Write a bundle as transformers' save_pretrained does: model, configuration and processor.
+
+    A linear head is written beside the plain model, with the code that joins them
+    (``classifier_export``).
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        BundleError: transformers has no class for the backbone alone, or the head is not linear.
+    """
+    has_head = found.manifest.objective.name != "none" and not backbone_only
+    task = found.task() if has_head else None
+    if task is not None and not classifier_export.is_exportable(task):
+        raise BundleError(
+            f"{found.uri}: the head of {found.manifest.objective.name} is no linear layer, and "
+            f"heads of {found.manifest.arch.name} are written as one; --backbone-only writes the "
+            "plain model, --kind state-dict all tensors"
+        )
+    backbone: Any = task.backbone if task is not None else found.backbone()
+    config = backbone.model.config
+    kind = auto_model.model_class(config)
+    if type(backbone.model) is not kind:
+        raise BundleError(
+            f"{found.uri}: transformers has no class for the encoder of {kind.__name__} alone; "
+            "take --kind state-dict"
+        )
+    with _quiet():
+        backbone.model.save_pretrained(folder)
+    _write_processor(found, backbone, config, folder)
+    count = sum(parameter.numel() for parameter in backbone.model.parameters())
+    text = f"{kind.__name__} with {count} parameters"
+    if task is None:
+        return text
+    lacking = "heads of this family are written with the code that joins them"
+    return hf_text.write_head(task, found.modality(), folder, text, lacking)
+
+
+def _write_processor(found: bundle.Bundle, backbone: Any, config: Any, folder: Path) -> None:
+    """Write the tokenizer, or preprocessor_config.json."""
+    modality: Any = found.modality()
+    name = found.manifest.modality.name
+    if name == "text":
+        hf_text.write_tokenizer(modality, folder, config)
+        return
+    if name == "audio":
+        extractor = backbone.extractor
+        if extractor is not None:
+            extractor.save_pretrained(folder)
+            return
+        made = hf_speech.extractor_config(config, modality)
+        hf_text.write_json(folder / hf_speech.PREPROCESSOR, made)
+        return
+    options = modality.options
+    side = options.size
+    numbers = {value: key for key, value in RESAMPLING.items()}
+    crops = options.fit == "crop"
+    resized = {"shortest_edge": round(side / options.crop_share)}
+    hf_text.write_json(
+        folder / hf_speech.PREPROCESSOR,
+        {
+            "image_processor_type": "CLIPImageProcessor" if crops else "ViTImageProcessor",
+            "do_resize": True,
+            "size": resized if crops else {"height": side, "width": side},
+            "do_center_crop": crops,
+            **({"crop_size": {"height": side, "width": side}} if crops else {}),
+            "resample": numbers[options.interpolation],
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(modality.state["mean"]),
+            "image_std": list(modality.state["std"]),
+        },
+    )

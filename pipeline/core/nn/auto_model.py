@@ -1,0 +1,176 @@
+"""Build models of transformers of any family from plain configurations.
+
+What is known of a family is what transformers itself says: its configuration class, the class of
+its plain model and its feature extractor.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from pipeline.config import hf_config
+
+OFF = {
+    "layerdrop": 0.0,
+    "encoder_layerdrop": 0.0,
+    "apply_spec_augment": False,
+    "use_cache": False,
+}
+"""Settings that are changed: DDP waits for the gradient of every parameter, masks come from the
+modality, and no text is continued."""
+EXTRACTOR_TYPE = "feature_extractor_type"
+"""Key of preprocessor_config.json with the name of the class."""
+EXTRACTORS = {"wav2vec2-bert": "SeamlessM4TFeatureExtractor"}
+"""Extractors of published checkpoints that are not the ones of transformers' mapping."""
+
+
+@cache
+def _declared(kind: Any) -> frozenset[str]:
+    """Return the keys that say how models of a configuration class are built.
+
+    They are those that the class declares beyond those of every model, and those that the model's
+    code reads without their being declared (position_buckets of DeBERTa-v2).
+    """
+    from transformers import PreTrainedConfig
+
+    common = {one.name for one in fields(PreTrainedConfig)}
+    declared = {one.name for one in fields(kind)} | set(getattr(kind, "attribute_map", ()))
+    code = inspect.getsource(inspect.getmodule(model_class(kind())))
+    read = {a or b for a, b in re.findall(r"config\.([a-z]\w*)|config, \"([a-z]\w*)\"", code)}
+    return frozenset((declared | read) - common)
+
+
+def plain_config(model_type: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a configuration that say how the model is built.
+
+    Raises ValueError for a model_type that transformers does not have, and for values that are not
+    plain (`hf_config.plain_keys`).
+    """
+    from transformers import CONFIG_MAPPING
+
+    return hf_config.plain_keys(model_type, given, _declared(CONFIG_MAPPING[model_type]))
+
+
+def configuration(model_type: str, given: dict[str, Any], inputs: dict[str, Any]) -> Any:
+    """Build a configuration from plain keys; the rows say what is left out.
+
+    Raises ValueError where the class refuses them.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind, plain = CONFIG_MAPPING[model_type], plain_config(model_type, given)
+    if unknown := sorted(set(given) - set(plain)):
+        raise ValueError(
+            f"hf/{model_type}: config: {', '.join(unknown)}: {kind.__name__} of transformers has "
+            "no such key that says how the model is built"
+        )
+    usual: dict[str, Any] = {}
+    if "vocabulary" in inputs:
+        usual = {"vocab_size": inputs["vocabulary"], "pad_token_id": inputs["specials"][0]}
+    if "size" in inputs:
+        usual = {"image_size": inputs["size"], "num_channels": inputs["channels"]}
+    known = _declared(kind)
+    try:
+        config = kind(**{key: value for key, value in usual.items() if key in known} | plain)
+    except Exception as error:  # each class checks its own values, in its own ways
+        raise ValueError(f"hf/{model_type}: config: {' '.join(str(error).split())[:300]}") from None
+    for key, value in OFF.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    return config
+
+
+def model_class(config: Any) -> Any:
+    """Return transformers' class of the plain model of a configuration.
+
+    Raises ValueError where it has none.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = [auto.MODEL_MAPPING]
+    # the family's, not this configuration's: an encoder that was saved alone says no
+    if type(config)().is_encoder_decoder:
+        mappings.insert(0, auto.MODEL_FOR_TEXT_ENCODING_MAPPING)
+    for mapping in mappings:
+        if type(config) in mapping:
+            kind = mapping[type(config)]
+            return kind[0] if isinstance(kind, tuple) else kind
+    import transformers
+
+    # SigLIP's texts are in no mapping
+    named: Any = getattr(transformers, f"{type(config).__name__.removesuffix('Config')}Model", None)
+    if named is None:
+        raise ValueError(f"transformers has no plain model of {type(config).__name__}")
+    return named
+
+
+def pooling_words(kind: Any, pooler: bool) -> dict[str, bool]:
+    """Return the argument of a class that says whether its own pooling layer is built."""
+    takes = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    return {"add_pooling_layer": pooler} if takes else {}
+
+
+def create(config: Any, pooler: bool) -> Any:
+    """Build the model with random weights, of an encoder-decoder its encoder."""
+    kind = model_class(config)
+    return encoder_of(kind(config, **pooling_words(kind, pooler)))
+
+
+def encoder_of(model: Any) -> Any:
+    """Return a model, of an encoder-decoder its encoder, with what is never trained as buffers."""
+    if getattr(model, "decoder", None) is not None and model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.data)
+    return model
+
+
+def positions(model: Any) -> int | None:
+    """Return the tokens of the longest row; None for a model without a limit."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most <= 0:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa and its like count positions from behind that of padding
+        is_table = isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
+        if is_table and module.padding_idx is not None:
+            return most - module.padding_idx - 1
+    return most
+
+
+def extractor_class(config: Any, named: str | None) -> Any:
+    """Return transformers' class of the feature extractor for a model.
+
+    Args:
+        named: Its name in the checkpoint's preprocessor_config.json, if it has one.
+
+    Raises:
+        ValueError: transformers has none of that name, or none for the model.
+    """
+    import transformers
+    from transformers.models.auto import feature_extraction_auto as auto
+
+    usual = EXTRACTORS.get(config.model_type) or auto.FEATURE_EXTRACTOR_MAPPING_NAMES.get(
+        config.model_type
+    )
+    name = named or usual
+    known = {*EXTRACTORS.values(), *auto.FEATURE_EXTRACTOR_MAPPING_NAMES.values()}
+    if name not in known:
+        raise ValueError(
+            f"{config.model_type}: transformers has no feature extractor {name or 'for it'}"
+        )
+    return getattr(transformers, str(name))
+
+
+def extractor_keys(kind: Any) -> frozenset[str]:
+    """Return the keys that a feature extractor is built from."""
+    return frozenset(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}

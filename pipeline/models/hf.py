@@ -1,0 +1,612 @@
+"""Any encoder or decoder of transformers: texts, images and recordings, by one rule for all.
+
+What a model is made of is found in the model itself: its input by its class, its layers by walking
+its modules, and widths, feature maps, the order of its parts and parameters that nothing uses by
+one pass over tensors without memory. `pipeline.models.transformers` has the families
+that objectives know more of (packed documents, masked frames, generation).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from pipeline.config import hf_config
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
+from pipeline.core.nn import auto_model, conv_arithmetic
+from pipeline.core.nn.eager import eager
+from pipeline.core.nn.masked import pool_tokens, row_norm
+from pipeline.core.specs import Architecture
+
+ARCHITECTURES = ("transformers", "models/auto/*.py", r'^ +\("([\w-]+)", "\w+Config"\)')
+WANTS = {
+    "hubert": {"features": "wave"},
+    "wavlm": {"features": "wave"},
+    "data2vec-audio": {"features": "wave"},
+    "unispeech": {"features": "wave"},
+    "unispeech-sat": {"features": "wave"},
+    "wav2vec2": {"features": "wave"},
+    "wav2vec2-conformer": {"features": "wave"},
+    "whisper": {"features": "wave", "normalize": False},
+    "wav2vec2-bert": {"features": "wave", "normalize": False},
+    "audio-spectrogram-transformer": {"features": "wave", "normalize": False},
+}
+"""Samples for models of recordings: those that read spectrograms make their own of them."""
+
+STAGES = 6
+"""Most stages of a hierarchical model: longer lists are blocks."""
+PROBE_TOKENS = 8
+"""Tokens of the row that a model is tried on."""
+
+
+class HuggingFaceOptions(Options):
+    config: dict = Field(
+        {},
+        description="keys of the model's configuration, as config.json of transformers has them; "
+        "those left out have transformers' defaults, or follow from the rows (vocabulary, image "
+        "size)",
+    )
+    processor: dict | None = Field(
+        None,
+        description="models of recordings that read spectrograms: keys of their "
+        "preprocessor_config.json; none: transformers' defaults",
+    )
+    pool: Literal["auto", "mean", "first", "last", "pooler"] = Field(
+        "auto",
+        description="pooled feature; auto: of texts the mean of the tokens, or the last one of a "
+        "causal model; of images and recordings what the model itself pools, else the first token "
+        "where it is no patch, else the mean. pooler: the model's own, with its layer",
+    )
+
+
+@register("model", "hf", options=HuggingFaceOptions)
+class HuggingFace(Backbone):
+    """A model of transformers; of encoder-decoders the encoder. ``model`` is transformers' own,
+    and its parameters keep their names.
+
+    Inputs are ``tokens`` (B, N) with ``mask`` and BERT's ``types``; ``image`` (B, C, size, size);
+    or ``wave`` (B, n) with ``mask``. Models that read spectrograms get them from transformers'
+    feature extractor, on the host. A padded row gives the same output as alone (see ``row_norm``
+    for wav2vec 2.0's kind with a group norm).
+
+    Parameters that the family never trains (Whisper's positions) are buffers here. Those that a
+    pass does not use (DINOv2's mask token) get a gradient of zero in training.
+    """
+
+    def __init__(self, architecture: str, options: HuggingFaceOptions, inputs: dict[str, Any]):
+        super().__init__(architecture, options, inputs)
+        name = f"hf/{architecture}"
+        self.arch = Architecture(name, options.model_dump(), dict(inputs))
+        self.options = options
+        config = auto_model.configuration(architecture, options.config, inputs)
+        probe = _probe(
+            architecture,
+            json.dumps(options.config, sort_keys=True),
+            json.dumps(options.processor, sort_keys=True),
+            json.dumps(inputs, sort_keys=True),
+            options.pool == "pooler",
+        )
+        self.model: Any = auto_model.create(config, options.pool == "pooler")
+        self.reads = probe.reads
+        self.extractor = _extractor(architecture, config, options.processor, inputs)
+        self.convolutions = _convolutions(config) if self.reads == "input_values" else None
+        self.causal = probe.causal
+        self.pool = _pool(name, options.pool, probe)
+        self.pooled_dim, self.token_dim = probe.pooled_dim[self.pool], probe.token_dim
+        self.feature_map_specs = probe.maps
+        self.prefix = probe.prefix
+        self._layers, self._unused = probe.layers, probe.unused
+        self._takes = frozenset(inspect.signature(self.model.forward).parameters)
+        self._resized = _is_resized(config, inputs) and "interpolate_pos_encoding" in self._takes
+        self._row_norms = [] if self.convolutions is None else _use_row_norms(self.model)
+        if self.reads == "input_ids":
+            _check_text(name, self.model, inputs)
+        self.has_types = (
+            getattr(config, "type_vocab_size", 0) or 0
+        ) > 1 and "token_type_ids" in self._takes
+
+    def forward(
+        self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Features:
+        if token_mask is not None:
+            raise ValueError(f"{self.arch.name} hides no positions: take another objective")
+        words, mask = self._words(batch)
+        found = self.model(**words, **({"output_hidden_states": True} if "stages" in want else {}))
+        hidden = found.last_hidden_state
+        own = found.get("pooler_output")
+        stages = _feature_maps(found, self.prefix) if "stages" in want else {}
+        if self.training:
+            zero = self._zero(hidden, own).to(hidden.dtype)
+            hidden, own = hidden + zero, None if own is None else own + zero
+            stages = {name: stage + zero for name, stage in stages.items()}
+        if hidden.dim() == 3:
+            mask = _token_mask(mask, hidden)
+        if self.pool == "pooler":
+            pooled = own.flatten(1)
+        elif hidden.dim() == 4:
+            pooled = hidden.mean((2, 3))
+        else:
+            real = mask if mask is not None else hidden.new_ones(hidden.shape[:2]).bool()
+            pooled = pool_tokens(hidden, real, self.pool)
+        tokens = hidden if hidden.dim() == 3 else None
+        return Features(pooled, tokens=tokens, mask=mask, stages=stages)
+
+    def _zero(self, *outputs: Tensor | None) -> Tensor:
+        """Return 0, of which every parameter has a gradient.
+
+        An objective reads tokens, a pooled feature or maps, and DDP waits for all parameters: for
+        those that only the others depend on, too, and for those that nothing depends on.
+        """
+        parts = [one.float().mean() for one in outputs if one is not None]
+        parts += [self.get_parameter(name).float().mean() for name in self._unused]
+        return 0.0 * torch.stack(parts).sum()
+
+    def _words(self, batch: Batch) -> tuple[dict[str, Any], Tensor | None]:
+        """Return the model's arguments, and (B, M) which of its input's positions are real."""
+        if self.reads == "pixel_values":
+            resized = {"interpolate_pos_encoding": True} if self._resized else {}
+            return {"pixel_values": batch["image"], **resized}, None
+        if self.reads == "input_ids":
+            if "segments" in batch.data:
+                raise ValueError(
+                    f"{self.arch.name} reads no packed documents: objectives of language models "
+                    "take transformers/bert, roberta, distilbert or gpt2"
+                )
+            tokens = batch["tokens"]
+            mask = batch.data.get("mask", torch.ones_like(tokens, dtype=torch.bool))
+            words = {"input_ids": tokens, "attention_mask": mask.long()}
+            if self.has_types and "types" in batch.data:
+                words["token_type_ids"] = batch["types"].long()
+            return words, mask
+        mask = batch["mask"]
+        if self.extractor is not None:
+            made, real = spectrograms(self.extractor, self.reads, batch["wave"], mask)
+            takes = real is not None and "attention_mask" in self._takes
+            return {self.reads: made, **({"attention_mask": real} if takes else {})}, real
+        assert self.convolutions is not None
+        least = conv_arithmetic.field(self.convolutions)
+        wave = F.pad(batch["wave"], (0, max(0, least - batch["wave"].shape[1])))
+        lengths = mask.sum(1)
+        for norm in self._row_norms:
+            norm.lengths = conv_arithmetic.count(lengths, self.convolutions[:1])
+        count = conv_arithmetic.count(wave.shape[1], self.convolutions)
+        frames = conv_arithmetic.count(lengths, self.convolutions)
+        real = torch.arange(count, device=mask.device) < frames[:, None]
+        # A row without frames sees its first one: no row of the softmax is empty
+        seen = torch.arange(wave.shape[1], device=mask.device) < lengths.clamp(min=least)[:, None]
+        return {"input_values": wave, "attention_mask": seen.long()}, real
+
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of ``model`` for a batch."""
+        return self._words(batch)[0]
+
+    def embedding(self) -> nn.Embedding:
+        if self.reads != "input_ids":
+            return super().embedding()
+        return self.model.get_input_embeddings()
+
+    def layers(self) -> dict[str, list[str]]:
+        return {name: list(names) for name, names in self._layers.items()}
+
+
+# ---------------------------------------------------------------- texts and images
+
+
+def _is_resized(config: Any, inputs: dict[str, Any]) -> bool:
+    size = getattr(config, "image_size", None)
+    size = size[0] if isinstance(size, list | tuple) else size
+    return "size" in inputs and size is not None and size != inputs["size"]
+
+
+def _check_text(name: str, model: Any, inputs: dict[str, Any]) -> None:
+    """Raise ValueError where the tokenizer has more tokens, or rows more positions."""
+    rows, longest = model.get_input_embeddings().num_embeddings, auto_model.positions(model)
+    if inputs["vocabulary"] > rows:
+        raise ValueError(
+            f"the tokenizer has {inputs['vocabulary']} tokens, the embedding of {name} {rows}"
+        )
+    if longest is not None and inputs["length"] > longest:
+        raise ValueError(
+            f"rows of {inputs['length']} tokens are longer than the {longest} positions of {name}"
+        )
+
+
+# ---------------------------------------------------------------- recordings
+
+
+def _convolutions(config: Any) -> tuple[tuple[int, int, int], ...] | None:
+    """Return the convolutions of wav2vec 2.0's kind of model.
+
+    Raises ValueError for a model of another kind, or with an adapter that changes the stride.
+    """
+    kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
+    if kernels is None or strides is None:
+        return None
+    if getattr(config, "add_adapter", False):
+        raise ValueError(
+            f"{config.model_type}: the configuration says add_adapter: true, convolutions behind "
+            "the encoder that change its stride: take a checkpoint without them"
+        )
+    return tuple((kernel, stride, 0) for kernel, stride in zip(kernels, strides, strict=True))
+
+
+class RowGroupNorm(nn.GroupNorm):
+    """A group norm with one channel a group, over the own frames of each row (``row_norm``)."""
+
+    lengths: Tensor | None = None
+    """(B,) frames of the rows of the next pass; None: all."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.lengths is None:
+            return super().forward(input)
+        return row_norm(input, self, self.lengths)
+
+
+def _use_row_norms(model: Any) -> list[RowGroupNorm]:
+    """Put norms over a row's own frames in the place of group norms over padded rows."""
+    found: list[RowGroupNorm] = []
+    for module in list(model.modules()):
+        for name, norm in list(module.named_children()):
+            if type(norm) is nn.GroupNorm and norm.num_groups == norm.num_channels:
+                new = RowGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
+                new.weight, new.bias = norm.weight, norm.bias
+                setattr(module, name, new)
+                found.append(new)
+    return found
+
+
+def _extractor(
+    architecture: str, config: Any, given: dict[str, Any] | None, inputs: dict[str, Any]
+) -> Any:
+    """Return transformers' feature extractor of a model that reads spectrograms, else None.
+
+    Raises ValueError for keys that it does not take.
+    """
+    if "features" not in inputs or _convolutions(config) is not None:
+        if given is not None:
+            raise ValueError(f"hf/{architecture} reads no spectrograms: leave processor out")
+        return None
+    given = dict(given or {})
+    kind = auto_model.extractor_class(config, given.pop(auto_model.EXTRACTOR_TYPE, None))
+    plain = hf_config.plain_keys(architecture, given, auto_model.extractor_keys(kind))
+    if unknown := sorted(set(given) - set(plain)):
+        raise ValueError(
+            f"hf/{architecture}: processor: {kind.__name__} has no {', '.join(unknown)}"
+        )
+    made = kind(**plain)
+    if made.sampling_rate != inputs["rate"]:
+        raise ValueError(
+            f"hf/{architecture} reads {made.sampling_rate} samples a second, these rows have "
+            f"{inputs['rate']}: say modality: {{audio: {{rate: {made.sampling_rate}}}}}"
+        )
+    return made
+
+
+@eager
+def spectrograms(
+    extractor: Any, name: str, wave: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return what a feature extractor makes of (B, n) samples, and (B, T) which frames are real.
+
+    None instead where the extractor has no mask.
+    """
+    lengths = mask.sum(1).tolist()
+    rows = [row[: max(1, n)].numpy() for row, n in zip(wave.float().cpu(), lengths, strict=True)]
+    found = extractor(
+        rows,
+        sampling_rate=extractor.sampling_rate,
+        return_tensors="pt",
+        return_attention_mask=True,
+    )
+    real = found.get("attention_mask")
+    made = found[name].to(wave.device, wave.dtype)
+    return made, None if real is None else real.to(wave.device).bool()
+
+
+def _token_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """Return (B, N) which tokens are real, of (B, M) positions of the input, M / N a token."""
+    if mask is None or mask.shape[1] == hidden.shape[1]:
+        return mask
+    return mask[:, :: max(1, mask.shape[1] // hidden.shape[1])][:, : hidden.shape[1]]
+
+
+# ---------------------------------------------------------------- looking into a model
+
+
+class Probe(NamedTuple):
+    """What one pass over a model shows."""
+
+    reads: str
+    """Name of its input: input_ids, pixel_values, input_values, input_features."""
+    causal: bool
+    token_dim: int | None
+    prefix: int
+    """Tokens of an image before those of its patches."""
+    has_own_pool: bool
+    pooled_dim: dict[str, int]
+    maps: tuple[FeatureMapSpec, ...]
+    layers: dict[str, tuple[str, ...]]
+    unused: tuple[str, ...]
+    """Parameters that no output depends on."""
+    has_plain_pool: bool
+    """Whether the model pools by itself without parameters for it."""
+
+
+MODALITIES = {
+    "input_ids": ("vocabulary", "texts"),
+    "pixel_values": ("size", "images"),
+    "input_values": ("features", "recordings (modality audio with features: wave)"),
+    "input_features": ("features", "recordings (modality audio with features: wave)"),
+}
+"""Inputs of models: a key of the modality's inputs, and its rows in words."""
+
+
+@cache
+def _probe(architecture: str, config: str, processor: str, inputs: str, pooler: bool) -> Probe:
+    """Try the model on one row, without memory or arithmetic.
+
+    Raises ValueError where it cannot read the rows, or is too large.
+    """
+    name, rows = f"hf/{architecture}", json.loads(inputs)
+    made = auto_model.configuration(architecture, json.loads(config), rows)
+    kind = auto_model.model_class(made)
+    reads: str = kind.main_input_name
+    if reads not in MODALITIES:
+        raise ValueError(f"{name} reads {reads}: no modality gives that")
+    key, what = MODALITIES[reads]
+    if key not in rows or rows.get("features", "wave") != "wave":
+        raise ValueError(
+            f"{name} reads {what}; these rows are "
+            f"{rows.get('features') or ', '.join(rows) or 'something else'}"
+        )
+    shape, dtype = _row_shape(architecture, made, json.loads(processor), rows, reads)
+    words: dict[str, Any] = {"output_hidden_states": True} if reads == "pixel_values" else {}
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = auto_model.create(made, pooler).eval()
+    with FAKE, torch.inference_mode(False), torch.enable_grad():
+        _without_memory(model)
+        count = _size(model)
+        if count > hf_config.PARAMETERS:
+            raise ValueError(
+                f"{name}: the configuration describes a model of {count:.2g} parameters, more "
+                f"than {hf_config.PARAMETERS:.2g}"
+            )
+        takes = inspect.signature(model.forward).parameters
+        if _is_resized(made, rows) and "interpolate_pos_encoding" in takes:
+            words["interpolate_pos_encoding"] = True
+        try:
+            with _called(model) as calls:
+                found = model(**{reads: torch.zeros(shape, dtype=dtype, device="meta")}, **words)
+            return _probed(model, reads, found, calls, rows, made)
+        except Exception as error:  # each family has its own way to refuse
+            reason = (f"{error}".strip() or type(error).__name__).splitlines()[0][:200]
+            raise ValueError(f"{name} cannot read these rows: {reason}") from error
+
+
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+"""Mode of tensors without memory, on which code that looks at values takes its way for tracing.
+
+There is one, on device meta: some models keep tensors for the next pass by their sizes and device.
+"""
+
+
+def _without_memory(model: nn.Module) -> None:
+    """Put tensors of `FAKE`, which must be active, in the place of a model's on device meta."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, own in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(own) not in made:
+                made[id(own)] = nn.Parameter(torch.empty_like(own, device="meta"))
+            module.register_parameter(name, made[id(own)])
+        for name, own in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty_like(own, device="meta")
+
+
+def _probed(
+    model: Any, reads: str, found: Any, calls: dict[str, int], rows: dict[str, Any], config: Any
+) -> Probe:
+    """Return what a pass over a model showed."""
+    hidden: Tensor = found.last_hidden_state
+    own = found.get("pooler_output")
+    widths = {pool: hidden.shape[1] if hidden.dim() == 4 else hidden.shape[2] for pool in POOLS}
+    unused = _unused(model, hidden)
+    without_pool = unused
+    if own is not None:
+        widths["pooler"] = own.flatten(1).shape[1]
+        unused = _unused(model, hidden, own)
+    side = rows.get("size", 0) // _patch(config)
+    prefix = max(0, hidden.shape[1] - side**2) if hidden.dim() == 3 and "size" in rows else 0
+    maps = _feature_maps(found, prefix) if reads == "pixel_values" else {}
+    return Probe(
+        reads,
+        _is_causal(model),
+        hidden.shape[2] if hidden.dim() == 3 else None,
+        prefix,
+        own is not None,
+        widths,
+        tuple(
+            FeatureMapSpec(stage, one.shape[1], round(rows["size"] / one.shape[2]))
+            for stage, one in maps.items()
+        ),
+        _layers(model, calls),
+        unused,
+        own is not None and unused == without_pool,
+    )
+
+
+POOLS = ("mean", "first", "last")
+"""Ways to pool tokens that need nothing of the model."""
+
+
+def _pool(name: str, asked: str, probe: Probe) -> str:
+    """Return how features are pooled. Raises ValueError for a way that the model has not."""
+    if asked == "pooler" and not probe.has_own_pool:
+        raise ValueError(f"{name} has no pooler: set pool to mean, first or last, or leave it out")
+    if asked != "auto":
+        return asked
+    if probe.reads == "input_ids":
+        # CLIP's end of the text, not SigLIP's last place, which has a layer and may be padding
+        return "pooler" if probe.has_plain_pool else "last" if probe.causal else "mean"
+    if probe.has_own_pool:
+        return "pooler"
+    return "first" if probe.prefix else "mean"
+
+
+def _patch(config: Any) -> int:
+    """Return the pixels a side of an image's patches; 1 where the configuration has none."""
+    patch = getattr(config, "patch_size", None)
+    patch = patch[0] if isinstance(patch, list | tuple) else patch
+    return patch if isinstance(patch, int) and patch > 0 else 1
+
+
+def _row_shape(
+    architecture: str, config: Any, processor: Any, rows: dict[str, Any], reads: str
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return shape and type of the model's input of one row."""
+    if reads == "input_ids":
+        return (1, min(PROBE_TOKENS, rows["length"])), torch.long
+    if reads == "pixel_values":
+        return (1, rows["channels"], rows["size"], rows["size"]), torch.float32
+    wave = torch.zeros(1, rows["rate"])
+    extractor = _extractor(architecture, config, processor, rows)
+    if extractor is not None:
+        wave, _ = spectrograms(extractor, reads, wave, torch.ones_like(wave, dtype=torch.bool))
+    return tuple(wave.shape), torch.float32
+
+
+def _is_causal(model: Any) -> bool:
+    """Return whether tokens see earlier ones only."""
+    return any(getattr(module, "is_causal", False) for module in model.modules())
+
+
+def _unused(model: Any, *outputs: Tensor) -> tuple[str, ...]:
+    """Return the parameters, as the backbone names them, that some outputs do not depend on."""
+    named = dict(model.named_parameters())
+    total = torch.stack([output.float().sum() for output in outputs]).sum()
+    found = torch.autograd.grad(total, list(named.values()), allow_unused=True, retain_graph=True)
+    return tuple(f"model.{name}" for name, g in zip(named, found, strict=True) if g is None)
+
+
+def _feature_maps(found: Any, prefix: int) -> dict[str, Tensor]:
+    """Return (B, C, h, w) maps of the states between layers, by name, from input to output."""
+    states = found.get("reshaped_hidden_states")
+    if states is None:
+        states = found.get("hidden_states") or ()
+    maps: dict[str, Tensor] = {}
+    for number, state in enumerate(states):
+        if state.dim() == 3:
+            patches = state[:, prefix:]
+            side = math.isqrt(patches.shape[1])
+            if side**2 != patches.shape[1] or not side:
+                continue
+            state = patches.transpose(1, 2).reshape(len(state), -1, side, side)
+        maps[f"state{number:02d}"] = state
+    return maps
+
+
+@contextmanager
+def _called(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Yield the place of each module's first call among all calls, filled in by a pass."""
+    calls: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        def called(module: nn.Module, args: Any) -> None:
+            calls.setdefault(name, len(calls))
+
+        return called
+
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers(model: nn.Module, calls: dict[str, int]) -> dict[str, tuple[str, ...]]:
+    """Return the backbone's layers: embeddings, each block, and what comes after the last one.
+
+    A parameter outside of the blocks goes with the block that was called before its module, with
+    the embeddings where that was none, and with the last layer where that was the last one. A
+    module that is never called, only read (DeBERTa's relative positions), counts as an embedding.
+    """
+    blocks = blocks_of(model)
+    begins = [_first_call(calls, block) for block in blocks]
+    layers: dict[str, list[str]] = {
+        "embeddings": [],
+        **{f"block{number:02d}": [] for number in range(len(blocks))},
+        "top": [],
+    }
+    for name, _ in model.named_parameters():
+        inside = [n for n, block in enumerate(blocks) if name.startswith(f"{block}.")]
+        if inside:
+            layer = f"block{inside[-1]:02d}"
+        else:
+            place = calls.get(name.rpartition(".")[0])
+            before = 0 if place is None else sum(begin < place for begin in begins)
+            middle = f"block{before - 1:02d}"
+            layer = "embeddings" if not before else "top" if before == len(blocks) else middle
+        layers[layer].append(f"model.{name}")
+    return {layer: tuple(names) for layer, names in layers.items() if names}
+
+
+def _first_call(calls: dict[str, int], block: str) -> int:
+    """Return the first call of a block or of anything in it."""
+    places = [p for name, p in calls.items() if name == block or name.startswith(f"{block}.")]
+    return min(places, default=len(calls))
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """Return the names of a model's blocks, in order.
+
+    Of all lists of modules of one class that are in no other such list, the one with the most
+    parameters holds them. Where it is a short list of stages, each mostly a list of modules of one
+    class itself (Swin, ResNet), the blocks are those of all stages.
+    """
+    lists = _outermost_lists(model)
+    if not lists:
+        return [name for name, child in model.named_children() if _size(child)]
+    name = max(lists, key=lambda one: _size(lists[one]))
+    elements = {f"{name}.{own}": child for own, child in lists[name].named_children()}
+    if len(elements) > STAGES:
+        return list(elements)
+    out: list[str] = []
+    for place, element in elements.items():
+        inner = {"": element} if _is_list(element) else _outermost_lists(element)
+        largest = max(inner, key=lambda one: _size(inner[one]), default=None)
+        if largest is None or 2 * _size(inner[largest]) <= _size(element):
+            return list(elements)
+        path = f"{place}.{largest}" if largest else place
+        out += [f"{path}.{own}" for own, _ in inner[largest].named_children()]
+    return out
+
+
+def _outermost_lists(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the lists of modules of one class by name, without those inside of another."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name and _is_list(module) and not any(name.startswith(f"{one}.") for one in found):
+            found[name] = module
+    return found
+
+
+def _is_list(module: nn.Module) -> bool:
+    children = list(module.children())
+    is_list = isinstance(module, nn.ModuleList | nn.Sequential) and bool(children)
+    return is_list and len({type(child) for child in children}) == 1 and _size(module) > 0
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,325 @@
+"""Folders of any family of transformers, as its own classes write and read them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from contract_rows import pictures, recordings, texts
+from hf_families import FAMILIES
+from toys import label_state, make_run, rows_of, take, text_modality, weights
+
+from pipeline.checkpoints import bundle, export, pretrained
+from pipeline.checkpoints.bundle import BundleError
+from pipeline.config import registry
+from pipeline.core.contracts import Batch
+from pipeline.core.nn import auto_model
+from pipeline.core.specs import ObjectiveSpec
+from pipeline.train import loop
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+
+
+def folder_of(family: str, place: Path) -> Path:
+    """A folder as save_pretrained leaves it: a random model and its processor."""
+    rows, given, processor = FAMILIES[family]
+    config = auto_model.configuration(family, given, {})
+    torch.manual_seed(0)
+    model = auto_model.model_class(config)(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.requires_grad:
+                continue
+            p.add_(0.05 * torch.randn(p.shape))
+    model.save_pretrained(place)
+    if rows == "text":
+        write_tokenizer(place)
+    elif rows == "image":
+        write_image_processor(place)
+    else:
+        kind = auto_model.extractor_class(config, None)
+        kind(**processor).save_pretrained(place)
+    return place
+
+
+def write_tokenizer(place: Path) -> None:
+    (place / "tokenizer.json").write_text(tokenizer())
+    specials = ("pad", "unk", "cls", "sep", "mask")
+    names = {f"{role}_token": f"[{role.upper()}]" for role in specials}
+    (place / "special_tokens_map.json").write_text(json.dumps(names))
+
+
+@cache
+def tokenizer() -> str:
+    return text_modality().state["tokenizer"]
+
+
+def write_image_processor(place: Path, **more: Any) -> None:
+    made = hf.ViTImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD, resample=3, **more
+    )
+    made.save_pretrained(place)
+
+
+def loaded(place: Path):
+    """The backbone with the folder's weights, and the checkpoint."""
+    start = pretrained.read(f"hf:{place}")
+    backbone = bundle.build_backbone(start.arch, seed=3)
+    moved = start.load_into(backbone)
+    assert not [name for name in moved.new if "pooler." not in name]
+    return backbone.eval(), start
+
+
+def batch_of(start) -> Batch:
+    """Four rows of random content, padded ones among them."""
+    rng = np.random.default_rng(0)
+    modality = bundle.build_modality(start.modality)
+    made = modality.random_rows(4, rng)
+    return modality.finish(Batch(np.arange(4), torch.arange(4), made))
+
+
+@torch.no_grad()
+def theirs(family: str, place: Path, batch: Batch, row: int, has_types: bool) -> Any:
+    """What transformers' own classes, opened from the folder, give for one row alone."""
+    kind = auto_model.model_class(auto_model.configuration(family, FAMILIES[family].config, {}))
+    model = kind.from_pretrained(place).eval()
+    if "tokens" in batch.data:
+        real = batch["mask"][row]
+        words: Any = {"input_ids": batch["tokens"][row][real][None]}
+        if has_types and "types" in batch.data:
+            words["token_type_ids"] = batch["types"][row][real][None].long()
+    elif "image" in batch.data:
+        words = {"pixel_values": batch["image"][row : row + 1]}
+    else:
+        wave = batch["wave"][row][batch["mask"][row]].numpy()
+        reader = hf.AutoFeatureExtractor.from_pretrained(place)
+        words = dict(reader(wave, sampling_rate=16000, return_tensors="pt"))
+        words.pop("attention_mask", None)
+    if family in ("bart", "whisper"):
+        model = model.get_encoder()
+    return model(**words)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_is_read_as_transformers_reads_it(family, tmp_path):
+    """The same states of the same row, padded or not, and layers cover every parameter."""
+    place = folder_of(family, tmp_path)
+    backbone, start = loaded(place)
+    assert start.arch.name == f"hf/{family}" and start.modality.name == FAMILIES[family].rows
+    layers = backbone.layers()
+    named = [name for names in layers.values() for name in names]
+    assert sorted(named) == sorted(name for name, _ in backbone.named_parameters())
+    assert sum(name.startswith("block") for name in layers) >= (1 if family == "albert" else 2)
+    batch, row = batch_of(start), 1
+    with torch.no_grad():
+        found = backbone(batch)
+    expected = theirs(family, place, batch, row, getattr(backbone, "has_types", False))
+    if found.tokens is None:
+        states = expected.last_hidden_state
+        pooled = states.mean((2, 3)) if expected.get("pooler_output") is None else None
+        pooled = expected.pooler_output.flatten(1) if pooled is None else pooled
+        torch.testing.assert_close(found.pooled[row], pooled[0], rtol=1e-4, atol=1e-5)
+        return
+    ours, states = found.tokens[row], expected.last_hidden_state[0]
+    if found.mask is not None:
+        real = int(found.mask[row].sum())
+        ours, states = ours[:real], states[:real]
+    torch.testing.assert_close(ours, states, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- trained, saved, written back
+
+SAMPLES = {"text": texts, "image": pictures, "audio": recordings()}
+NO_CLASS_ALONE = ("bart", "whisper")
+"""Encoders that transformers opens with their decoders only."""
+
+
+MODULES = {"wavlm": {"modules": ["intermediate_dense", "output_dense"]}}
+"""WavLM reads the weights of its attention without calling the modules, as LoRA's message says."""
+
+
+def rows_for(start):
+    """Rows with three classes, read as the checkpoint says."""
+    modality, sample = bundle.build_modality(start.modality), SAMPLES[start.modality.name]()
+    arrays, bad = modality.decode(sample.table, sample.columns)
+    assert not any(bad), bad
+    labels = {"label": np.arange(len(sample.table)) % 3}
+    return rows_of(modality, {**arrays, **labels}, "classification", label_state())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_trained_saved_and_written_back(family, tmp_path):
+    """Full, linear_probe and LoRA move what they should; a bundle and a folder give the same."""
+    start = pretrained.read(f"hf:{folder_of(family, tmp_path / 'folder')}")
+    rows = rows_for(start)
+    batch = take(rows, np.arange(4))
+    for name in ("full", "linear_probe", "lora"):
+        arch = start.arch
+        task = bundle.build_task(arch, ObjectiveSpec("classification", {}, label_state()), 0)
+        start.load_into(task.backbone)
+        kind = registry.get("technique", name)
+        more = MODULES.get(family, {}) if name == "lora" else {}
+        technique = kind(kind.options_class(**more))
+        task = technique.wrap(task)
+        before = weights(task.backbone)
+        run = make_run(rows, task, steps=2, technique=technique, global_batch=4, lr=1e-2)
+        loop.fit(run)
+        after = weights(task.backbone)
+        moved = {key for key in after if not torch.equal(before[key], after[key])}
+        if name == "linear_probe":
+            assert not moved
+        elif name == "lora":
+            assert moved and all("lora_" in key for key in moved)
+            task = technique.finish(task)
+        else:
+            assert len(moved) > len(after) // 2
+        task.eval()
+        with torch.no_grad():
+            scores = task.objective.predict(task.backbone, batch)["scores"]
+        place = str(tmp_path / f"{name}-bundle")
+        bundle.save(place, task, start.modality, columns={"label": "label"})
+        again = bundle.load(place).task()
+        with torch.no_grad():
+            found = again.objective.predict(again.backbone, batch)["scores"]
+        torch.testing.assert_close(found, scores, rtol=0, atol=1e-5)
+    if family in NO_CLASS_ALONE:
+        with pytest.raises(BundleError, match="no class for the encoder of"):
+            export.export_bundle(place, str(tmp_path / "out"), "hugging-face", False)
+        return
+    for alone in (True, False):
+        out = str(tmp_path / f"out-{alone}")
+        text = export.export_bundle(place, out, "hugging-face", alone)
+        assert "largest difference" in text
+    again = pretrained.read(f"hf:{tmp_path / 'out-True'}")
+    assert again.arch.name == start.arch.name and again.modality.name == start.modality.name
+    own = bundle.load(place).backbone_tensors()
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in own.items())
+
+
+# ---------------------------------------------------------------- heads, towers, processors
+
+
+def labelled(kind: Any, family: str, place: Path) -> Any:
+    """A folder of a class with a head for three labels."""
+    config = auto_model.configuration(family, FAMILIES[family].config, {})
+    if kind is not hf.ElectraForQuestionAnswering:
+        config.id2label = {0: "low", 1: "middle", 2: "high"}
+    torch.manual_seed(1)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    model.save_pretrained(place)
+    (write_tokenizer if FAMILIES[family].rows == "text" else write_image_processor)(place)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "objective"),
+    [
+        (hf.ViTForImageClassification, "vit", "classification"),
+        (hf.ConvNextForImageClassification, "convnext", "classification"),
+        (hf.Qwen2ForTokenClassification, "qwen2", "tagging"),
+        (hf.ElectraForQuestionAnswering, "electra", "qa"),
+    ],
+)
+@torch.no_grad()
+def test_a_linear_head_is_kept_where_it_gives_the_scores(kind, family, objective, tmp_path):
+    model = labelled(kind, family, tmp_path)
+    backbone, start = loaded(tmp_path)
+    assert set(start.heads) == {objective}
+    assert start.labels == (("low", "middle", "high") if objective != "qa" else None)
+    batch = batch_of(start)
+    features = backbone(batch)
+    read = features.pooled if objective == "classification" else features.tokens
+    head = start.heads[objective]
+    scores = read @ head["head.weight"].T + head["head.bias"]
+    given = model(**backbone.model_inputs(batch))
+    expected = (
+        given.logits
+        if objective != "qa"
+        else torch.stack([given.start_logits, given.end_logits], -1)
+    )
+    real = features.mask if features.mask is not None and objective != "classification" else ...
+    torch.testing.assert_close(scores[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_with_more_than_a_linear_layer_is_new(tmp_path):
+    labelled(hf.ElectraForSequenceClassification, "electra", tmp_path)
+    start = pretrained.read(f"hf:{tmp_path}")
+    assert not start.heads and "no linear layer" in start.headless["classification"]
+
+
+@torch.no_grad()
+def test_the_networks_of_clip_are_told_apart(tmp_path):
+    """Its images by default, its texts where the job says so; each as in the whole model."""
+    config = hf.CLIPConfig(
+        vision_config=FAMILIES["clip_vision_model"].config,
+        text_config=FAMILIES["clip_text_model"].config,
+        projection_dim=8,
+    )
+    torch.manual_seed(0)
+    model = hf.CLIPModel(config).eval()
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    write_image_processor(tmp_path)
+    for wanted, name in ((None, "clip_vision_model"), ("text", "clip_text_model")):
+        start = pretrained.read(f"hf:{tmp_path}", modality=wanted)
+        assert start.arch.name == f"hf/{name}"
+        backbone = bundle.build_backbone(start.arch, seed=2)
+        start.load_into(backbone)
+        batch = batch_of(start)
+        words = backbone.eval().model_inputs(batch)
+        network = model.vision_model if wanted is None else model.text_model
+        expected = network(**words).pooler_output
+        torch.testing.assert_close(backbone(batch).pooled, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(BundleError, match="networks of image, text, none of audio"):
+        pretrained.read(f"hf:{tmp_path}", modality="audio")
+
+
+def edited(place: Path, **values: Any) -> None:
+    path = place / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_images_are_read_as_the_processor_says(tmp_path):
+    place = folder_of("vit", tmp_path)
+    start = pretrained.read(f"hf:{place}")
+    assert start.modality.options == {
+        "size": 32,
+        "channels": 3,
+        "fit": "squash",
+        "interpolation": "bicubic",
+    }
+    assert start.modality.state == {"mean": MEAN, "std": STD}
+    crop = {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+    edited(place, size={"shortest_edge": 40}, resample=2, **crop)
+    cropped = pretrained.read(f"hf:{place}").modality.options
+    assert (cropped["fit"], cropped["crop_share"], cropped["interpolation"]) == (
+        "crop",
+        0.8,
+        "bilinear",
+    )
+    edited(place, do_center_crop=False, size={"height": 32, "width": 48})
+    with pytest.raises(BundleError, match="images are squares of 8 to 4096 pixels a side"):
+        pretrained.read(f"hf:{place}")
+
+
+def test_no_code_or_size_from_outside_is_taken(tmp_path):
+    place = folder_of("vit", tmp_path)
+    config = json.loads((place / "config.json").read_text())
+    for wrong, message in (
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map: the model is computed by other"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers: 1000000 is beyond every model"),
+        ({"hidden_size": {"a": "b; c"}}, "'b; c' is no plain word"),
+    ):
+        (place / "config.json").write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(BundleError, match=message):
+            pretrained.read(f"hf:{place}")
