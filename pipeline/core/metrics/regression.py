@@ -83,7 +83,7 @@ def _ranks(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     rows = np.add.reduceat(drawn[order], starts, axis=0)
     middle = np.cumsum(rows, axis=0) - rows + (rows + 1) / 2
-    run = np.repeat(np.arange(len(starts)), np.diff([*starts, len(values)]))
+    run = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(values)))
     ranks = np.empty(drawn.shape)
     ranks[order] = middle[run]
     return ranks
