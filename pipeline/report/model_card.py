@@ -121,7 +121,7 @@ def _header(manifest: Manifest, rows: Sequence[ResultRow], licence: str, name: s
         model_name=name if found else None,
         eval_results=found or None,
     )
-    return data.to_yaml().strip()
+    return data.to_yaml().strip()  # pyright: ignore[reportUnknownMemberType]
 
 
 def _is_whole(row: ResultRow) -> bool:
