@@ -152,8 +152,8 @@ def _with_head(place: Path, spec: dict[str, Any]) -> Classifier:
 
     kind: Any = getattr(transformers, spec["class"])
     model = Classifier(kind.from_pretrained(place, **spec["arguments"]), spec)
-    found = model.load_state_dict(load_file(place / "head.safetensors"), strict=False)
-    lacking = [name for name in found.missing_keys if not name.startswith("model.")]
+    found: Any = model.load_state_dict(load_file(place / "head.safetensors"), strict=False)
+    lacking: list[str] = [name for name in found.missing_keys if not name.startswith("model.")]
     if lacking or found.unexpected_keys:
         raise RuntimeError(f"{place}: the head lacks {lacking}, has {found.unexpected_keys} more")
     return model.eval()

@@ -9,11 +9,11 @@ recordings; the tokenizer of texts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def tower(config: dict[str, Any], wanted: str | None) -> dict[str, Any]:
     modality = wanted or usual
     if modality not in parts:
         raise ValueError(f"{name} has networks of {', '.join(parts)}, none of {modality}")
-    whole = CONFIG_MAPPING[name]
+    whole: Any = CONFIG_MAPPING[name]
     kind: Any = whole.sub_configs.get(TOWERS[modality])
     own = parts[modality].get("model_type") or getattr(kind, "model_type", None)
     return {**parts[modality], "model_type": own}
@@ -233,7 +233,7 @@ def _length(model: Any) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Keep transformers from reporting what `_load` reports itself."""
     from transformers.utils import logging
 
@@ -366,8 +366,8 @@ def _image(folder: str, config: Any) -> ModalitySpec:
             "bilinearly (2) or bicubically (3) here"
         )
     normalizes = found.get("do_normalize", True)
-    mean = found.get("image_mean") if normalizes else [0.0] * channels
-    std = found.get("image_std") if normalizes else [1.0] * channels
+    mean: Any = found.get("image_mean") if normalizes else [0.0] * channels
+    std: Any = found.get("image_std") if normalizes else [1.0] * channels
     if not _are_numbers(mean, channels) or not _are_numbers(std, channels):
         raise ValueError(
             f"{folder}: {hf_speech.PREPROCESSOR} says image_mean {mean}, image_std {std}: a "
@@ -384,8 +384,10 @@ def _image(folder: str, config: Any) -> ModalitySpec:
 
 
 def _are_numbers(values: Any, count: int) -> bool:
-    is_list = isinstance(values, list) and len(values) == count
-    return is_list and all(isinstance(value, int | float) for value in values)
+    if not isinstance(values, list):
+        return False
+    found = cast("list[Any]", values)
+    return len(found) == count and all(isinstance(value, int | float) for value in found)
 
 
 def _sides(size: Any) -> tuple[int | None, int | None, int | None]:

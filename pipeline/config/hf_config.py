@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from pipeline.io.json_values import Json
 
@@ -234,15 +234,16 @@ def plain_keys(family: str, config: Mapping[str, Any], declared: frozenset[str])
 def _check_any(key: str, value: Any, depth: int) -> None:
     """Raise ValueError for a value that is not plain, or for a number beyond every model."""
     if isinstance(value, dict) and depth:
-        for inner, one in value.items():
+        for inner, one in cast("dict[Any, Any]", value).items():
             if not _WORD.fullmatch(str(inner)) or NEVER.search(str(inner)):
                 raise ValueError(f"{key}: {_short(inner)} is no plain key")
             _check_any(str(inner), one, depth - 1)
         return
     if isinstance(value, list | tuple):
-        if len(value) > LAYERS:
-            raise ValueError(f"{key}: {len(value)} entries, more than {LAYERS}")
-        for one in value:
+        entries = cast("list[Any]", value)
+        if len(entries) > LAYERS:
+            raise ValueError(f"{key}: {len(entries)} entries, more than {LAYERS}")
+        for one in entries:
             _check_any(key, one, depth - 1 if isinstance(one, list | dict) else depth)
         return
     if value is None or isinstance(value, bool):

@@ -134,6 +134,7 @@ class HuggingFace(Backbone):
         if hidden.dim() == 3:
             mask = _token_mask(mask, hidden)
         if self.pool == "pooler":
+            assert own is not None  # "pooler" is refused where the model has none
             pooled = own.flatten(1)
         elif hidden.dim() == 4:
             pooled = hidden.mean((2, 3))

@@ -41,7 +41,8 @@ def _declared(kind: Any) -> frozenset[str]:
 
     common = {one.name for one in fields(PreTrainedConfig)}
     declared = {one.name for one in fields(kind)} | set(getattr(kind, "attribute_map", ()))
-    code = inspect.getsource(inspect.getmodule(model_class(kind())))
+    module: Any = inspect.getmodule(model_class(kind()))
+    code = inspect.getsource(module)
     read = {a or b for a, b in re.findall(r"config\.([a-z]\w*)|config, \"([a-z]\w*)\"", code)}
     return frozenset((declared | read) - common)
 
@@ -99,8 +100,9 @@ def model_class(config: Any) -> Any:
         mappings.insert(0, auto.MODEL_FOR_TEXT_ENCODING_MAPPING)
     for mapping in mappings:
         if type(config) in mapping:
-            kind = mapping[type(config)]
-            return kind[0] if isinstance(kind, tuple) else kind
+            kind: Any = mapping[type(config)]
+            model: Any = kind[0] if isinstance(kind, tuple) else kind
+            return model
     import transformers
 
     # SigLIP's texts are in no mapping
@@ -157,13 +159,11 @@ def extractor_class(config: Any, named: str | None) -> Any:
         ValueError: transformers has none of that name, or none for the model.
     """
     import transformers
-    from transformers.models.auto import feature_extraction_auto as auto
+    from transformers.models.auto import feature_extraction_auto
 
-    usual = EXTRACTORS.get(config.model_type) or auto.FEATURE_EXTRACTOR_MAPPING_NAMES.get(
-        config.model_type
-    )
-    name = named or usual
-    known = {*EXTRACTORS.values(), *auto.FEATURE_EXTRACTOR_MAPPING_NAMES.values()}
+    by_type: dict[str, str] = vars(feature_extraction_auto)["FEATURE_EXTRACTOR_MAPPING_NAMES"]
+    name = named or EXTRACTORS.get(config.model_type) or by_type.get(config.model_type)
+    known = {*EXTRACTORS.values(), *by_type.values()}
     if name not in known:
         raise ValueError(
             f"{config.model_type}: transformers has no feature extractor {name or 'for it'}"
