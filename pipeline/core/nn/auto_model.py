@@ -10,7 +10,7 @@ import inspect
 import re
 from dataclasses import fields
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -94,15 +94,14 @@ def model_class(config: Any) -> Any:
     """
     from transformers.models.auto import modeling_auto as auto
 
-    mappings = [auto.MODEL_MAPPING]
+    mappings: list[Any] = [auto.MODEL_MAPPING]
     # the family's, not this configuration's: an encoder that was saved alone says no
     if type(config)().is_encoder_decoder:
         mappings.insert(0, auto.MODEL_FOR_TEXT_ENCODING_MAPPING)
     for mapping in mappings:
         if type(config) in mapping:
             kind: Any = mapping[type(config)]
-            model: Any = kind[0] if isinstance(kind, tuple) else kind
-            return model
+            return cast("tuple[Any, ...]", kind)[0] if isinstance(kind, tuple) else kind
     import transformers
 
     # SigLIP's texts are in no mapping
