@@ -172,7 +172,7 @@ def _dry_run(file: Path, overrides: list[str] | None, wait: bool | None, remake:
     """Print what a run would do, and what of the data it would refuse."""
     job = _job(file, overrides)
     from pipeline.train.progress import Progress
-    from pipeline.transfer import dry_run, preflight, time_estimate
+    from pipeline.transfer import dry_run, preflight, time_estimate, tracking
 
     stages: tuple[api.Stage, ...] = ("pretrain", "finetune")
     with (
@@ -180,6 +180,7 @@ def _dry_run(file: Path, overrides: list[str] | None, wait: bool | None, remake:
         Progress() as progress,
         api.checked(job, stages, progress, wait, remake.value) as state,
     ):
+        tracking.tracker_of(state.job)  # an error where its library is missing
         out.print("\n".join(dry_run.describe(state)), markup=False, soft_wrap=True)
         workloads: preflight.Workloads = {}
         for line in preflight.check_rows(state, workloads):

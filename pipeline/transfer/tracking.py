@@ -9,6 +9,7 @@ same job logs what is missing then: ``tracking.json`` in the job's folder has wh
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import queue
@@ -42,6 +43,8 @@ JOB = "job"
 """Key of the job's own run."""
 PATIENCE_SECONDS = 120.0
 """How long the end of a job waits for a tracker that takes nothing."""
+SLOWEST_LINE = 1e6
+"""Bytes a second: an upload may take so much longer."""
 STATUSES: Mapping[str, RunStatus] = {"done": "done", "failed": "failed", "pruned": "pruned"}
 
 
@@ -61,6 +64,24 @@ def tracker_of(job: Job) -> Tracker[Any] | None:
     except ValueError as error:
         raise ValueError(f"tracking: {error}, or leave tracking out") from None
     return made
+
+
+class UnreadableError(Exception):
+    """A file of the job that cannot be read: what it holds is left out, and all else is logged."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Name what is read in the block.
+
+    Raises:
+        UnreadableError: It cannot be read, whatever the reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        raise UnreadableError(f"{what}: {text.splitlines()[0]}") from error
 
 
 class JobOutcome(Protocol):
@@ -106,10 +127,15 @@ class Tracking:
         self.is_given_up = False
         self._logged: dict[str, dict[str, Any]] = {}
         """Key of a run to its id in the tracker, and to what of it has been logged."""
+        self._places: dict[str, Any] = {}
+        """Place (see `_identity`) to the runs that are logged there."""
         self._parent = ""
         self._taken = 0
+        self._upload_bytes = 0
+        """Size of what is uploaded just now."""
+        self._is_stopped = False
+        self._left_out: list[str] = []
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._tasks.put(self._begin)
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -133,28 +159,50 @@ class Tracking:
     def close(self, status: RunStatus, patience: float) -> None:
         """End the job's run, and wait for the tracker as long as it takes something.
 
+        A job that was stopped leaves to the next run what is not logged yet.
+
         Args:
             patience: Seconds without anything taken after which the rest is left to the next run.
         """
+        self._is_stopped = status == "stopped"
+        with suppress(queue.Empty):
+            while self._is_stopped:
+                self._tasks.get_nowait()
         self._tasks.put(partial(self._end, status))
         self._tasks.put(None)
-        taken = -1
+        taken, waited = -1, patience
         while self._thread.is_alive() and self._taken != taken:
             taken = self._taken
-            self._thread.join(patience)
+            waited = patience if self._is_stopped else patience + self._upload_bytes / SLOWEST_LINE
+            self._thread.join(waited)
         if self._thread.is_alive():
-            self._give_up(TimeoutError(f"it took nothing for {patience:g} seconds"))
+            self._give_up(TimeoutError(f"it took nothing for {waited:g} seconds"))
 
     # ------------------------------------------------------------ called by the thread of tracking
 
     def _work(self) -> None:
-        for task in iter(self._tasks.get, None):
+        for task in itertools.chain([self._begin], iter(self._tasks.get, None)):
             if self.is_given_up:
                 continue
             try:
-                task()
+                with self._one():
+                    task()
             except Exception as error:  # whatever it is: a job does not end for its tracker
                 self._give_up(error)
+        if self._left_out and not self.is_given_up:
+            first, more = self._left_out[0], len(self._left_out) - 1
+            self.state.progress.note(
+                f"warning: tracking: not logged, as it cannot be read: "
+                f"{without_secrets(first)[:300]}{f' (and {more} more)' if more else ''}"
+            )
+
+    @contextmanager
+    def _one(self) -> Iterator[None]:
+        """Leave out what the block would log where it cannot be read."""
+        try:
+            yield
+        except UnreadableError as error:
+            self._left_out.append(str(error))
 
     def _give_up(self, error: Exception) -> None:
         if self.is_given_up:
@@ -172,8 +220,8 @@ class Tracking:
         place = _identity(self.state.job.tracking)
         remedy = "the job is logged as a new run"
         found = checksums.document_or_none(storage.join(self.root, FILE), remedy) or {}
-        if found.get("place") == place:
-            self._logged = found.get("runs", {})
+        self._places = found.get("places", {})
+        self._logged = self._places.get(place, {})
         known = self._logged.get(JOB, {}).get("id")
         if known is not None and self.tracker.resume(known):
             self._parent = known
@@ -189,9 +237,8 @@ class Tracking:
         if self.is_given_up:  # the run has ended, and another one may own the folder
             raise TimeoutError
         place = _identity(self.state.job.tracking)
-        checksums.write_document(
-            storage.join(self.root, FILE), {"place": place, "runs": self._logged}
-        )
+        self._places[place] = self._logged
+        checksums.write_document(storage.join(self.root, FILE), {"places": self._places})
         self._taken += 1
 
     def _log_run(
@@ -210,7 +257,7 @@ class Tracking:
             version: Tells what is logged from an earlier source or trial with the same key.
         """
         old = self._logged.get(key, {})
-        if old.get("version") == version:
+        if self._is_stopped or old.get("version") == version:
             return
         kind = "source" if key.startswith("source/") else "trial"
         description = RunDescription(
@@ -225,9 +272,13 @@ class Tracking:
         self._save()
 
     def _log_source(self, stage: SourceStage) -> None:
-        manifest = bundle.read_manifest(stage.bundle_uri)
-        key, version = f"source/{stage.name}-{stage.key}", bundle.weights_sha256(stage.bundle_uri)
-        points = curve_points(storage.join(stage.uri, "log", "metrics.jsonl"))
+        key = f"source/{stage.name}-{stage.key}"
+        with reading(f"source {stage.name}"):
+            manifest = bundle.read_manifest(stage.bundle_uri)
+            version = bundle.weights_sha256(stage.bundle_uri)
+            if self._logged.get(key, {}).get("version") == version:
+                return
+            points = curve_points(storage.join(stage.uri, "log", "metrics.jsonl"))
         last = points[-1] if points else Point("", 0.0, 0, self.began)
         points += _points(
             {f"validation/{name}": value for name, value in manifest.metrics.items()},
@@ -239,18 +290,23 @@ class Tracking:
         self._log_run(key, version, stage.name, began, parameters, points, "done")
 
     def _log_trials(self, trials: Sequence[Trial]) -> None:
-        records = trial.read_records(self.root, [one.id for one in trials])
+        with reading("records of trials"):
+            records = trial.read_records(self.root, [one.id for one in trials])
         for one in trials:
             if one.id in records:
-                self._log_trial(one, records[one.id])
+                with self._one():
+                    self._log_trial(one, records[one.id])
 
     def _log_trial(self, one: Trial, record: TrialRecord) -> None:
+        key, version = f"trial/{one.id}", spec_hash(record.to_json())
+        if self._is_stopped or self._logged.get(key, {}).get("version") == version:
+            return
         moments = [row.started_at.timestamp() for row in record.rows if row.started_at]
         began = min(moments, default=self.began)
         first = record.rows[0]
         ended = began + (first.seconds or 0.0)
-        uri = storage.join(self.root, "trials", one.id, "metrics.jsonl")
-        points = curve_points(uri)
+        with reading(f"trial {one.name}"):
+            points = curve_points(storage.join(self.root, "trials", one.id, "metrics.jsonl"))
         if not points:  # heads that were trained together have no log
             for point in record.curve:
                 values = {f"validation_{name}": value for name, value in point.metrics.items()}
@@ -276,9 +332,8 @@ class Tracking:
                 **({"error": record.error} if record.error else {}),
             }
         )
-        version = spec_hash(record.to_json())
         status = STATUSES[record.status]
-        self._log_run(f"trial/{one.id}", version, one.name, began, parameters, points, status)
+        self._log_run(key, version, one.name, began, parameters, points, status)
 
     def _log_outcome(self, outcome: JobOutcome) -> None:
         """Log the gains of trials, the means of the matrix, and the files that the job has left."""
@@ -298,7 +353,8 @@ class Tracking:
         self._once(JOB, "means", spec_hash(means), partial(self._log_values, means, now))
         files = [outcome.report, outcome.report.removesuffix(".html") + ".md", outcome.results]
         for uri in files if outcome.report else ():
-            self._upload_file(uri)
+            with self._one():
+                self._upload_file(uri)
         if getattr(self.tracker.options, "bundles", False):
             self._upload_bundles(outcome)
 
@@ -306,12 +362,14 @@ class Tracking:
         self.tracker.log(run_id, _points(values, 0, now))
 
     def _upload_file(self, uri: str) -> None:
-        content, name = storage.read_bytes(uri), uri.rpartition("/")[2]
+        name = uri.rpartition("/")[2]
+        with reading(name):
+            content = storage.read_bytes(uri)
 
         def upload(run_id: str) -> None:
             with storage.scratch_folder() as scratch:
                 Path(scratch, name).write_bytes(content)
-                self.tracker.upload(run_id, Path(scratch, name))
+                self._upload(run_id, Path(scratch, name))
 
         self._once(JOB, name, hashlib.sha256(content).hexdigest(), upload)
 
@@ -325,23 +383,44 @@ class Tracking:
             f"trial/{row.trial_id}": row.bundle_uri for row in outcome.rows if row.bundle_uri
         }
         for key, uri in places.items():
-            if bundle.exists(uri):
-                upload = partial(self._upload_bundle, uri)
-                self._once(key, "bundle", bundle.weights_sha256(uri), upload)
+            if self._is_stopped:
+                return
+            with self._one():
+                with reading(f"bundle of {key}"):
+                    version = bundle.weights_sha256(uri) if bundle.exists(uri) else None
+                if version is not None:
+                    self._once(key, "bundle", version, partial(self._upload_bundle, uri))
 
     def _upload_bundle(self, uri: str, run_id: str) -> None:
         with storage.scratch_folder() as scratch:
-            folder = atomic_folder.fetch_folder(uri, Path(scratch, "bundle"))
-            for path in sorted(Path(folder).iterdir()):
-                self.tracker.upload(run_id, path, "bundle")
+            with reading(uri):
+                folder = atomic_folder.fetch_folder(uri, Path(scratch, "bundle"))
+            self._upload(run_id, folder, "bundle")
+
+    def _upload(self, run_id: str, path: Path, folder: str = "") -> None:
+        files = [one for one in (path, *path.rglob("*")) if one.is_file()]
+        self._upload_bytes = sum(one.stat().st_size for one in files)
+        self._taken += 1  # what comes now has a patience of its own
+        try:
+            self.tracker.upload(run_id, path, folder)
+        finally:
+            self._upload_bytes = 0
 
     def _once(self, key: str, what: str, version: str, log: Callable[[str], None]) -> None:
         """Log something of a run, unless the same has been logged."""
         run = self._logged.get(key)
-        if run is None or run.get(what) == version:
+        if self._is_stopped or run is None or run.get(what) == version:
             return
-        log(run["id"])
-        run[what] = version
+        try:
+            log(run["id"])
+        except UnreadableError:
+            raise
+        except Exception:
+            if self.tracker.exists(run["id"]):
+                raise
+            del self._logged[key]  # its user has deleted it: the next run logs it anew
+        else:
+            run[what] = version
         self._save()
 
     def _end(self, status: RunStatus) -> None:
@@ -417,7 +496,7 @@ def _text(value: Any) -> str:
 
 def without_secrets(text: str) -> str:
     """Return a text without the user names, passwords and queries of addresses in it."""
-    text = re.sub(r"(\w://)[^/@\s]+@", r"\1***@", text)
+    text = re.sub(r"(\w://)[^/\s]+@", r"\1***@", text)
     return re.sub(r"(\w://[^\s?]*)\?\S+", r"\1?***", text)
 
 

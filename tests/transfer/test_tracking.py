@@ -10,15 +10,18 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import suppress
+from collections import defaultdict
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from toys import task_of
+from typer.testing import CliRunner
 
-from pipeline import api
+from pipeline import api, cli
 from pipeline.checkpoints import bundle
 from pipeline.config import yaml_loader
 from pipeline.config.schema import ComponentConfig, Job, JobError, spec_hash
@@ -243,6 +246,147 @@ def test_no_secret_is_written_or_sent(ended, tmp_path):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
+def test_a_password_with_an_at_sign_is_left_out_whole():
+    text = "cannot read https://me:hunter@2@data.example/rows?sig=a, s3://bucket/a@b"
+    assert tracking.without_secrets(text) == (
+        "cannot read https://***@data.example/rows?*** s3://bucket/a@b"
+    )
+
+
+def test_a_run_that_was_deleted_is_logged_anew(ended):
+    run(ended)
+    name = ended.trials[1].name
+    client(ended).delete_run(runs(ended)[name].info.run_id)
+    ended.outcome.rows = [replace(row, gain=0.25) for row in ended.outcome.rows]
+    run(ended)
+    assert ended.state.progress.notes == [] and name not in runs(ended)
+    run(ended)
+    found = runs(ended)
+    assert ended.state.progress.notes == [] and len(found) == 5
+    assert found[name].data.metrics["gain/accuracy"] == 0.25
+
+
+class Recorder:
+    """A tracker in memory."""
+
+    registered_name = "recorder"
+    options = SimpleNamespace(bundles=True)
+
+    def __init__(self):
+        self.begun, self.ended, self.files = [], [], []
+
+    def begin(self, run, replaces=None):
+        self.begun.append(run)
+        return f"id of {run.key}"
+
+    def exists(self, run_id):
+        return True
+
+    resume = exists
+
+    def log(self, run_id, points):
+        pass
+
+    def upload(self, run_id, path, folder=""):
+        self.files.append((run_id, folder or path.name))
+
+    def end(self, run_id, status, ended):
+        self.ended.append((run_id, status))
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    made = Recorder()
+    monkeypatch.setattr(tracking, "tracker_of", lambda job: made)
+    return made
+
+
+def test_what_cannot_be_read_is_left_out_and_all_else_is_logged(ended, recorder):
+    bundle_uri = ended.outcome.bundles["garments"]
+    Path(bundle_uri, "manifest.json").write_text("{")
+    Path(ended.outcome.results).unlink()
+    log = Path(ended.state.job.root, "trials", ended.trials[0].id, "metrics.jsonl")
+    log.mkdir()
+    run(ended)
+    assert [one.name for one in recorder.begun] == ["toy", *(one.name for one in ended.trials[1:])]
+    assert {name for _, name in recorder.files} == {"report.html", "report.md"}
+    assert recorder.ended[-1] == ("id of job", "done")
+    (note,) = ended.state.progress.notes
+    assert note.startswith("warning: tracking: not logged, as it cannot be read: source garments: ")
+    assert "more)" in note
+
+
+def test_a_long_upload_has_a_longer_patience(ended, recorder, monkeypatch):
+    began, may_end, waits = threading.Event(), threading.Event(), []
+    join = threading.Thread.join
+
+    def upload(run_id, path, folder=""):
+        began.set()
+        assert may_end.wait(60)
+
+    def waited(self, timeout=None):
+        if self.name != "tracking":
+            return join(self, timeout)
+        waits.append(timeout)
+        if timeout < 100:
+            return began.wait(timeout)
+        may_end.set()
+        return join(self, timeout)
+
+    recorder.upload = upload
+    monkeypatch.setattr(tracking, "SLOWEST_LINE", 0.01)
+    monkeypatch.setattr(threading.Thread, "join", waited)
+    with tracking.follow(ended.state, patience=20) as track:
+        track(ended.outcome)
+    may_end.set()
+    size = len("report.html")
+    assert ended.state.progress.notes == [] and 20 + 100 * size in waits
+
+
+def test_a_run_that_is_stopped_leaves_the_rest_to_the_next_one(ended, recorder, monkeypatch):
+    began, may_end = threading.Event(), threading.Event()
+    begin, join = recorder.begin, threading.Thread.join
+
+    def first(run, replaces=None):
+        if run.kind == "trial":
+            began.set()
+            assert may_end.wait(60)
+        return begin(run, replaces)
+
+    def waited(self, timeout=None):
+        may_end.set()
+        return join(self, 60)
+
+    recorder.begin = first
+    with pytest.raises(KeyboardInterrupt), tracking.follow(ended.state) as track:
+        ended.state.progress.on_end(ended.trials)
+        ended.state.progress.on_end(list(ended.state.sources.values()))
+        track(ended.outcome)
+        assert began.wait(60)
+        monkeypatch.setattr(threading.Thread, "join", waited)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(threading.Thread, "join", join)
+    assert [one.name for one in recorder.begun] == ["toy", ended.trials[0].name]
+    assert recorder.ended[-1] == ("id of job", "stopped") and recorder.files == []
+    run(ended)
+    assert ended.state.progress.notes == [] and len(recorder.begun) == 5
+
+
+def test_a_job_that_returns_to_a_place_goes_on_with_its_runs_there(ended, recorder, monkeypatch):
+    job, read = ended.state.job, []
+    points = tracking.curve_points
+    monkeypatch.setattr(tracking, "curve_points", lambda uri: read.append(uri) or points(uri))
+    for place in ("a", "b", "a"):
+        config = ComponentConfig(name="mlflow", options={"uri": f"https://{place}.example"})
+        ended.state.job = job.model_copy(update={"tracking": config})
+        run(ended)
+    assert len(recorder.begun) == 2 * 5
+    assert len(read) == 2 * 4, "what is logged is not read again"
+
+
 class Broken:
     """A tracker that raises, or never answers."""
 
@@ -305,6 +449,17 @@ def test_what_is_not_installed_is_an_error_with_the_command(tmp_path, monkeypatc
         ValueError, match=r"tracking: mlflow is not installed: uv sync --extra mlflow"
     ):
         tracking.tracker_of(job)
+
+
+def test_a_dry_run_says_what_is_not_installed(tmp_path, monkeypatch):
+    from pipeline.transfer.trackers import mlflow
+
+    job = job_at(tmp_path, tracking="mlflow")
+    monkeypatch.setattr(mlflow, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli, "_job", lambda file, overrides: job)
+    monkeypatch.setattr(api, "checked", lambda *_: nullcontext(SimpleNamespace(job=job)))
+    done = CliRunner().invoke(cli.app, ["run", "job.yaml", "--dry-run"])
+    assert done.exit_code == 2 and "uv sync --extra mlflow" in done.output
 
 
 def test_an_unknown_tracker_or_option_is_named_with_its_line(tmp_path):
@@ -376,6 +531,94 @@ def test_a_real_server_on_this_machine_and_one_that_goes_away(ended, server):
     assert "tracking: mlflow failed" in note
 
 
+class WandbServer:
+    """What Weights & Biases' client and server do with runs and artifacts."""
+
+    def __init__(self):
+        self.runs, self.deleted, self.open, self.most_open = {}, set(), set(), 0
+        self.artifacts = defaultdict(list)
+        self.errors = ModuleType("wandb.errors")
+        self.errors.UsageError = type("UsageError", (Exception,), {})
+        self.client = ModuleType("wandb")
+        self.client.__spec__ = ModuleSpec("wandb", None)
+        self.client.init, self.client.Artifact = self.init, self.artifact
+
+    def init(self, id, resume=None, name=None, **more):
+        if id in self.deleted and resume is None:
+            raise ConnectionError(f"run {id} was previously created and deleted")
+        if resume == "must" and id not in self.runs:
+            raise self.errors.UsageError(id)
+        if resume is None:
+            self.runs[id] = SimpleNamespace(name=name, summary={}, offline=False)
+        made = self.runs[id]
+        made.log = lambda values: None
+        made.finish = lambda exit_code=0: self.open.remove(id)
+        made.log_artifact = lambda one: self.artifacts[one.name].append(one) or one
+        self.open.add(id)
+        self.most_open = max(self.most_open, len(self.open))
+        return made
+
+    def artifact(self, name, type):
+        made = SimpleNamespace(name=name, type=type, files=[], wait=lambda: None)
+        made.add_file = lambda path, name: made.files.append(name)
+        made.add_dir = lambda path: made.files.extend(one.name for one in Path(path).iterdir())
+        return made
+
+    def named(self, name):
+        (found,) = (id for id, one in self.runs.items() if one.name == name)
+        return found
+
+
+@pytest.fixture
+def wandb_server(ended, monkeypatch):
+    made = WandbServer()
+    monkeypatch.setitem(sys.modules, "wandb", made.client)
+    monkeypatch.setitem(sys.modules, "wandb.errors", made.errors)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    config = ComponentConfig(name="wandb", options={"bundles": True})
+    ended.state.job = ended.state.job.model_copy(update={"tracking": config})
+    return made
+
+
+def test_weights_and_biases_holds_no_run_open_and_a_bundle_is_one_artifact(ended, wandb_server):
+    run(ended)
+    assert ended.state.progress.notes == [] and len(wandb_server.runs) == 5
+    assert wandb_server.open == set() and wandb_server.most_open == 2, "the job's and one more"
+    one = wandb_server.runs[wandb_server.named(ended.trials[1].name)]
+    assert one.summary["gain/accuracy"] == 0.2 and one.summary["status"] == "done"
+    (artifact,) = wandb_server.artifacts[f"{wandb_server.named('garments')}-bundle"]
+    assert sorted(artifact.files) == ["manifest.json", "weights.safetensors"]
+
+
+def test_a_run_that_was_deleted_in_weights_and_biases_is_logged_anew(ended, wandb_server):
+    run(ended)
+    one = ended.trials[1]
+    id = wandb_server.named(one.name)
+    del wandb_server.runs[id]
+    wandb_server.deleted.add(id)
+    ended.outcome.rows = [replace(row, gain=0.25) for row in ended.outcome.rows]
+    run(ended)
+    run(ended)
+    assert ended.state.progress.notes == []
+    assert wandb_server.runs[wandb_server.named(one.name)].summary["gain/accuracy"] == 0.25
+    id = wandb_server.named(one.name)
+    del wandb_server.runs[id]
+    wandb_server.deleted.add(id)
+    path = Path(ended.state.job.root, "trials", one.id, "record.json")
+    record = TrialRecord.from_json(json.loads(path.read_text()))
+    write(ended.state.job, one, replace(record, run="second"))
+    run(ended)
+    assert ended.state.progress.notes == [] and wandb_server.named(one.name) != id
+
+
+def test_the_end_of_weights_and_biases_is_bounded():
+    settings = pytest.importorskip("wandb", reason="extra wandb is not installed").Settings()
+    from pipeline.transfer.trackers.wandb import ENVIRONMENT
+
+    settings.update_from_env_vars(ENVIRONMENT)
+    assert settings.finish_timeout == 60 and settings.finish_timeout_raises
+
+
 @pytest.mark.slow
 def test_weights_and_biases_offline(ended, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="extra wandb is not installed")
@@ -387,7 +630,8 @@ def test_weights_and_biases_offline(ended, tmp_path, monkeypatch):
     run(ended)
     assert ended.state.progress.notes == []
     written = [path.name for path in (tmp_path / "wandb").rglob("*.wandb")]
-    stored = json.loads(Path(ended.state.job.root, tracking.FILE).read_text())["runs"]
+    document = json.loads(Path(ended.state.job.root, tracking.FILE).read_text())
+    (stored,) = document["places"].values()
     assert {name.removeprefix("run-").removesuffix(".wandb") for name in written} == {
         one["id"] for one in stored.values()
     }

@@ -48,7 +48,8 @@ class RunDescription:
 class Tracker(Generic[OptionsT]):
     """Passes runs on to a program that collects them.
 
-    Any method may raise any exception: the job then goes on without a tracker.
+    Any method may raise any exception: the job then goes on without a tracker. `log` and `upload`
+    are also asked to add to a run that has ended, which they leave as it is otherwise.
     """
 
     registered_name = ""
@@ -77,6 +78,10 @@ class Tracker(Generic[OptionsT]):
         """
         raise NotImplementedError
 
+    def exists(self, run_id: str) -> bool:
+        """Return whether a run is there: its user may have deleted it."""
+        raise NotImplementedError
+
     def resume(self, run_id: str) -> bool:
         """Go on with a run that may have ended, and return whether it is there."""
         raise NotImplementedError
@@ -85,11 +90,11 @@ class Tracker(Generic[OptionsT]):
         """Add values of metrics, in the order of their steps."""
         raise NotImplementedError
 
-    def upload(self, run_id: str, file: Path, folder: str = "") -> None:
-        """Add a file, or replace one of the same name.
+    def upload(self, run_id: str, path: Path, folder: str = "") -> None:
+        """Add a file or all files of a folder together, or replace what has the same name.
 
         Args:
-            folder: Where it goes among the run's files.
+            folder: Where they go among the run's files.
         """
         raise NotImplementedError
 

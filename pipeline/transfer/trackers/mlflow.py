@@ -101,10 +101,10 @@ class MLflow(Tracker[MLflowOptions]):
 
     def _delete(self, run_id: str) -> None:
         """Delete a run, unless somebody has already."""
-        if self.resume(run_id):
+        if self.exists(run_id):
             self._client.delete_run(run_id)
 
-    def resume(self, run_id: str) -> bool:
+    def exists(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -113,10 +113,12 @@ class MLflow(Tracker[MLflowOptions]):
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return False
             raise
-        if found.info.lifecycle_stage != "active":
+        return found.info.lifecycle_stage == "active"
+
+    def resume(self, run_id: str) -> bool:
+        if not self.exists(run_id):
             return False
-        if found.info.status != "RUNNING":
-            self._client.update_run(run_id, "RUNNING")
+        self._client.update_run(run_id, "RUNNING")
         return True
 
     def log(self, run_id: str, points: Sequence[Point]) -> None:
@@ -129,8 +131,10 @@ class MLflow(Tracker[MLflowOptions]):
             ]
             self._connected().log_batch(run_id, metrics=metrics)
 
-    def upload(self, run_id: str, file: Path, folder: str = "") -> None:
-        self._connected().log_artifact(run_id, str(file), folder or None)
+    def upload(self, run_id: str, path: Path, folder: str = "") -> None:
+        client = self._connected()
+        add = client.log_artifacts if path.is_dir() else client.log_artifact
+        add(run_id, str(path), folder or None)
 
     def end(self, run_id: str, status: RunStatus, ended: float) -> None:
         self._connected().set_terminated(run_id, STATUSES[status], round(1000 * ended))

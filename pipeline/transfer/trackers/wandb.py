@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +18,16 @@ from pipeline.config.registry import Options, register
 from pipeline.core.contracts.tracker import Point, RunDescription, RunStatus, Tracker
 
 EXIT_CODES = {"done": 0, "failed": 1, "pruned": 0, "stopped": 255}
-ENVIRONMENT = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_DISABLE_CODE": "true"}
-"""Settings of its client, where the user has made none: its own lines would be in the way of the
-job's.
-"""
+ENVIRONMENT = {
+    # its own lines would be in the way of the job's
+    "WANDB_SILENT": "true",
+    "WANDB_CONSOLE": "off",
+    "WANDB_DISABLE_CODE": "true",
+    # seconds: a server that is gone must not hold up the end of a run or of the process for ever
+    "WANDB_FINISH_TIMEOUT": "60",
+    "WANDB_FINISH_TIMEOUT_RAISES": "true",
+}
+"""Settings of its client, where the user has made none."""
 
 
 class WandbOptions(Options):
@@ -67,8 +74,9 @@ class Wandb(Tracker[WandbOptions]):
 
     def begin(self, run: RunDescription, replaces: str | None = None) -> str:
         """Begin a run. One that it replaces is overwritten, as it has the same id."""
-        parts = (run.group, run.key, run.parent or str(run.began))
-        run_id = replaces or hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+        if replaces is not None and not self.exists(replaces):
+            replaces = None  # the id of a run that was deleted can never be used again
+        run_id = replaces or uuid.uuid4().hex[:16]
         self._init(
             run_id,
             name=run.name,
@@ -78,31 +86,68 @@ class Wandb(Tracker[WandbOptions]):
         )
         return run_id
 
+    def _reopen(self, run_id: str) -> Any:
+        """Go on with a run that has ended. Raises UsageError where it is not there."""
+        return self._init(run_id, resume="allow" if self._is_offline() else "must")
+
+    def _is_offline(self) -> bool:
+        return (self.options.mode or os.environ.get("WANDB_MODE")) == "offline"
+
+    def exists(self, run_id: str) -> bool:
+        from wandb.errors import UsageError
+
+        if self._is_offline():
+            return True  # nobody can be asked
+        try:
+            with self._open(run_id):
+                return True
+        except UsageError:
+            return False
+
     def resume(self, run_id: str) -> bool:
-        self._init(run_id, resume="allow")
+        from wandb.errors import UsageError
+
+        try:
+            self._reopen(run_id)
+        except UsageError:
+            return False
         return True
 
-    def _running(self, run_id: str) -> Any:
-        """Return a run, which may have ended."""
-        return self._runs.get(run_id) or self._init(run_id, resume="allow")
+    @contextmanager
+    def _open(self, run_id: str) -> Iterator[Any]:
+        """Yield a run. One that has ended is opened, and ends again with the block."""
+        if run_id in self._runs:
+            yield self._runs[run_id]
+            return
+        run = self._reopen(run_id)
+        try:
+            yield run
+        finally:
+            del self._runs[run_id]
+            run.finish()
 
     def log(self, run_id: str, points: Sequence[Point]) -> None:
         by_step: dict[int, dict[str, float]] = defaultdict(dict)
         for one in points:
             by_step[one.step][one.name] = one.value
-        run = self._running(run_id)
-        for step, values in sorted(by_step.items()):
-            # steps of the program only grow, and a run may be logged again in part
-            run.log({**values, "training_step": step})
-        run.summary.update({one.name: one.value for one in points})
+        with self._open(run_id) as run:
+            for step, values in sorted(by_step.items()):
+                # steps of the program only grow, and a run may be logged again in part
+                run.log({**values, "training_step": step})
+            run.summary.update({one.name: one.value for one in points})
 
-    def upload(self, run_id: str, file: Path, folder: str = "") -> None:
+    def upload(self, run_id: str, path: Path, folder: str = "") -> None:
         import wandb
 
-        run = self._running(run_id)
-        made = wandb.Artifact(f"{run_id}-{folder or file.name}", type=folder or "report")
-        made.add_file(str(file), name=file.name)
-        run.log_artifact(made).wait() if not run.offline else run.log_artifact(made)
+        made = wandb.Artifact(f"{run_id}-{folder or path.name}", type=folder or "report")
+        if path.is_dir():
+            made.add_dir(str(path))
+        else:
+            made.add_file(str(path), name=path.name)
+        with self._open(run_id) as run:
+            sent = run.log_artifact(made)
+            if not run.offline:
+                sent.wait()
 
     def end(self, run_id: str, status: RunStatus, ended: float) -> None:
         run = self._runs.pop(run_id, None)
