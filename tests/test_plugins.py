@@ -27,7 +27,7 @@ from pipeline.config.schema import JobError
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.io.ray_environment import prepare_ray
 from pipeline.train import launch
-from pipeline.transfer import grid
+from pipeline.transfer import grid, tracking
 
 SPECTRA = Path(__file__).parent / "plugin" / "spectra"
 COMPONENTS = {
@@ -38,8 +38,10 @@ COMPONENTS = {
     "baseline": ("baseline.py", ["brightest_band"]),
     "metric": ("metric.py", ["brightness_error", "gmean"]),
     "score": ("score.py", ["separation"]),
+    "tracker": ("tracker.py", ["notebook"]),
     "importer": ("importer.py", ["spectra"]),
     "cohort": ("cohort.py", ["busy"]),
+    "export": ("export.py", ["arrays"]),
 }
 """Each kind, the one file that adds to it, and the names that the file adds."""
 
@@ -86,7 +88,7 @@ def test_the_readme_says_what_to_touch():
         assert f"pipeline/{place}" in text, f"README says where a {kind} goes"
 
 
-@pytest.mark.parametrize("kind", COMPONENTS)
+@pytest.mark.parametrize("kind", [kind for kind in COMPONENTS if kind != "export"])
 def test_it_shows_up_in_the_schema(kind):
     plain = json.loads(onetomany("schema").stdout)
     shown = onetomany("schema", "--plugin", SPECTRA).stdout
@@ -318,6 +320,28 @@ def test_a_bundle_cannot_name_a_plugin(tmp_path, spectra):
     with pytest.raises(ValueError, match="unknown modality 'spectrum'"):
         pipeline.embed(uri, str(tmp_path / "rows.parquet"))
     assert onetomany("export", uri, tmp_path / "copy", "--kind", "state-dict").exit_code == 2
+    with pytest.raises(ValueError, match="--kind arrays"):
+        pipeline.export(uri, str(tmp_path / "weights.npz"), kind="arrays")
+
+
+def test_an_export_of_a_plugin_writes_a_bundle(tmp_path, spectra):
+    arch = Architecture("spectra/perceptron", {}, {"features": "spectrum", "bands": 4})
+    head = ObjectiveSpec("brightness", {}, {"mean": 0.0, "std": 1.0})
+    uri, output = str(tmp_path / "bundle"), tmp_path / "weights.npz"
+    task = bundle.build_task(arch, head, seed=0)
+    bundle.save(uri, task, ModalitySpec("spectrum", {"bands": 4}, {}))
+    said = pipeline.export(uri, str(output), kind="arrays", plugins=[str(SPECTRA)])
+    wanted = {name: tensor.numpy() for name, tensor in task.state_dict().items()}
+    assert said == f"{output}: {len(wanted)} arrays"
+    with np.load(output) as found:
+        assert found.keys() == wanted.keys()
+        assert all((found[name] == value).all() for name, value in wanted.items())
+
+
+def test_a_tracker_of_a_plugin_is_named_in_a_job(tmp_path):
+    file = job_file(tmp_path, more=f"tracking: {{notebook: {{file: {tmp_path}/runs.jsonl}}}}\n")
+    made = tracking.tracker_of(yaml_loader.load(file))
+    assert made.registered_name == "notebook" and made.options.file == f"{tmp_path}/runs.jsonl"
 
 
 # ---------------------------------------------------------------- what a result records
@@ -414,7 +438,9 @@ def test_a_job_of_plugins_runs_from_files_to_predictions(tmp_path, ray_with_spec
     start, end = JOB.index("  sums:"), JOB.index("techniques:")
     select = "fanout: {{seeds: 1, select: {{score: separation, top: 1}}}}"
     text = (JOB[:start] + JOB[end:]).replace("fanout: {{seeds: 1}}", select)
-    file = job_file(tmp_path, text=text)
+    notebook = tmp_path / "notebook.jsonl"
+    more = f"tracking: {{notebook: {{file: {notebook}}}}}\n"
+    file = job_file(tmp_path, text=text, more=more)
     done = onetomany("run", file)
     assert done.exit_code == 0, done.output
     job = pipeline.load_job(file)
@@ -424,6 +450,10 @@ def test_a_job_of_plugins_runs_from_files_to_predictions(tmp_path, ray_with_spec
     assert {row["score_name"] for row in primary if row["source"] != "none"} == {"separation"}
     report = Path(job.root, "report.md").read_text()
     assert "last_layers" in report and "gmean" in report and "Separation" in report
+    logged = [json.loads(line) for line in notebook.read_text().splitlines()]
+    begun = [line["name"] for line in logged if "name" in line]
+    assert begun[:2] == ["light", "lamps"] and len(set(begun)) == len(begun) == 2 + 3
+    assert {"run": "job", "file": "report.html"} in logged
     scored = onetomany("score", file)
     assert scored.exit_code == 0 and "Separation" in scored.output and "LogME" in scored.output
     best = next(row["bundle_uri"] for row in rows if row["bundle_uri"])

@@ -1,0 +1,19 @@
+"""A bundle's weights as arrays of numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.checkpoints.bundle import Bundle
+from pipeline.config.registry import register
+
+
+@register("export", "arrays")
+def export(found: Bundle, output: str, backbone_only: bool) -> str:
+    """One .npz file: numpy.load."""
+    tensors: dict[str, Tensor] = found.backbone_tensors() if backbone_only else found.tensors
+    np.savez(Path(output), **{name: tensor.numpy() for name, tensor in tensors.items()})
+    return f"{output}: {len(tensors)} arrays"
