@@ -253,6 +253,7 @@ def test_a_password_with_an_at_sign_is_left_out_whole():
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_deleted_is_logged_anew(ended):
     run(ended)
     name = ended.trials[1].name
@@ -458,7 +459,9 @@ def test_a_dry_run_says_what_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(mlflow, "find_spec", lambda name: None)
     monkeypatch.setattr(cli, "_job", lambda file, overrides: job)
     monkeypatch.setattr(api, "checked", lambda *_: nullcontext(SimpleNamespace(job=job)))
-    done = CliRunner().invoke(cli.app, ["run", "job.yaml", "--dry-run"])
+    file = tmp_path / "job.yaml"
+    file.write_text("name: toy\ntracking: mlflow\n")
+    done = CliRunner().invoke(cli.app, ["run", str(file), "--dry-run"])
     assert done.exit_code == 2 and "uv sync --extra mlflow" in done.output
 
 
