@@ -333,7 +333,7 @@ def test_an_unregistered_backbone_cannot_be_loaded_back(tmp_path):
     bundle.save(str(tmp_path / "b"), net_task(), MODALITY)
     with pytest.raises(
         ValueError,
-        match="unknown model 'toys'; valid names: events, policy, table, timm, torchaudio, "
+        match="unknown model 'toys'; valid names: events, hf, policy, table, timm, torchaudio, "
         "transformers, wavenet",
     ):
         bundle.load(str(tmp_path / "b")).task()

@@ -1637,7 +1637,7 @@ def test_a_name_with_nul_is_one_bad_row(pets, imports, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("http://somewhere/a.png", "http:// is not supported"),
+        ("ftp://somewhere/a.png", "ftp:// is not supported"),
         ("{folder}", "is a folder"),
         ("x" * 5000, "too long"),
     ],

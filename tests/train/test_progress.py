@@ -5,7 +5,6 @@ unreadable.
 from __future__ import annotations
 
 import io
-import sys
 import time
 
 import pytest
@@ -24,17 +23,18 @@ class Clock:
 
 
 @pytest.fixture
-def shown(monkeypatch):
+def shown():
     """(progress as a run makes it when its errors go to a file, its clock, the lines so far)."""
     file, clock = io.StringIO(), Clock()
-    monkeypatch.setattr(sys, "stderr", file)
+    progress = Progress(clock=clock, now=lambda: NOW)
+    progress.console.file = file
 
     def lines() -> list[str]:
         found = file.getvalue().splitlines()
         assert all(line.startswith("09:05:07 ") for line in found), "every line has its time"
         return [line.removeprefix("09:05:07 ") for line in found]
 
-    return Progress(clock=clock, now=lambda: NOW), clock, lines
+    return progress, clock, lines
 
 
 def record(step: int, **more) -> dict:

@@ -741,6 +741,9 @@ class Notes:
     def expect(self, trials, outdated=None):
         pass
 
+    def on_end(self, ended):
+        pass
+
 
 def with_targets(shared, one, **kinds):
     """A trial of ``one``'s kind on each of further targets, which are read by modalities of their

@@ -48,7 +48,8 @@ def record(one, rows, curve=(), **more):
 @pytest.fixture
 def running(tmp_path):
     """The state of a run of six trials, of which four are done, one failed and one is running."""
-    job = SimpleNamespace(name="toy", root=str(tmp_path / "runs"), targets={"clothing": None})
+    root = str(tmp_path / "runs")
+    job = SimpleNamespace(name="toy", root=root, targets={"clothing": None}, tracking=None)
     progress = Lines()
     planned = []
     levels = (("garments", "full", 0.8), ("none", "scratch", 0.6))
