@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 from prepare.conftest import tar, write
+from web_server import web_server
 
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError
@@ -60,6 +61,28 @@ def test_a_file_in_an_archive_and_in_a_folder_of_its_name_is_not_taken_twice(tmp
         r"its name; remove one",
     ):
         archives.listing(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz"])
+def test_on_a_web_server_they_are_the_same_with_a_query_too(suffix, tmp_path):
+    packed = tar({"a/1.jpg": b"one", "a/2.jpg": b"two"})
+    if suffix == "zip":
+        sink = io.BytesIO()
+        with zipfile.ZipFile(sink, "w") as archive:
+            archive.writestr("a/1.jpg", b"one")
+            archive.writestr("a/2.jpg", b"two")
+        packed = sink.getvalue()
+    packed = gzip.compress(packed, mtime=0) if suffix == "tar.gz" else packed
+    local = archives.listing(str(write(tmp_path / f"data.{suffix}", packed)))
+    with web_server() as web:
+        found = archives.listing(web.put(f"data.{suffix}", packed) + "?download=1&key=a/b")
+        with pytest.raises(ValueError, match="no such file or folder"):
+            archives.listing(f"{web.address}/absent.{suffix}?download=1")
+        reader = archives.Reader()
+        assert [reader.entry(entry) for entry in found.entries] == [b"one", b"two"]
+        reader.close()
+    assert found.mark == local.mark
+    assert [entry.name for entry in found.entries] == ["a/1.jpg", "a/2.jpg"]
 
 
 def test_on_s3_they_are_the_same(s3_server, tmp_path):

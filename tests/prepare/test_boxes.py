@@ -122,8 +122,10 @@ def test_the_rows_are_those_of_coco(tmp_path, settings):
         ("{split}/images/{name}.jpg", "{split}/labels/{name}.txt"),
         ("{split}/{name}.jpg", "{split}/{name}.txt"),
         ("images/{split}/images/{name}.jpg", "images/{split}/labels/{name}.txt"),
+        ("images/{split}2017/{name}.jpg", "labels/{split}2017/{name}.txt"),
+        ("train/images/{split}/{name}.jpg", "train/labels/{split}/{name}.txt"),
     ],
-    ids=["Roboflow", "beside", "folders of one name"],
+    ids=["Roboflow", "beside", "folders of one name", "years", "in a folder called train"],
 )
 def test_yolo_layouts(tmp_path, image, text):
     wanted = prepare("coco", coco(tmp_path / "coco"), tmp_path / "c")
@@ -139,6 +141,118 @@ def test_archives_years_and_edges_from_zero(tmp_path):
     }
     packed = write(tmp_path / "voc.tar", tar(members))
     same(prepare("voc", packed, tmp_path / "v", "origin=0"), wanted)
+
+
+def rows_of_voc(root, tmp_path):
+    """The image, the split and the names of each row, by path."""
+    prepare("voc", root, tmp_path / "out")
+    rows = read(tmp_path / "out")
+    return {row["path"]: (row["image"], row["split"], row["label_names"]) for row in rows}
+
+
+def test_masks_of_voc_are_no_photographs(tmp_path):
+    root = voc(tmp_path / "voc")
+    for folder in ("SegmentationClass", "SegmentationObject"):
+        write(root / folder / "a.png", encoded(9, SIZE, "PNG", "L"))
+    wanted = prepare("coco", coco(tmp_path / "coco"), tmp_path / "c")
+    same(prepare("voc", root, tmp_path / "v"), wanted)
+
+
+@pytest.mark.parametrize("folder", ["", "deep/"], ids=["beside", "deeper"])
+def test_files_of_one_name_in_several_splits_of_voc(tmp_path, folder):
+    root = tmp_path / "voc"
+    for number, split in enumerate(("train", "valid", "test")):
+        write(root / f"{folder}{split}/0001.jpg", encoded(number, SIZE))
+        objects = [(number, 1.0, 2.0, 3.0, 4.0)]
+        write(root / f"{folder}{split}/0001.xml", annotation("0001", objects))
+    assert rows_of_voc(root, tmp_path) == {
+        f"{folder}train/0001.jpg": (encoded(0, SIZE), "train", ["bird"]),
+        f"{folder}valid/0001.jpg": (encoded(1, SIZE), "validation", ["boat"]),
+        f"{folder}test/0001.jpg": (encoded(2, SIZE), "test", ["cat"]),
+    }
+    (root / f"{folder}train/0001.jpg").unlink()
+    (root / f"{folder}test/0001.jpg").unlink()
+    with pytest.raises(ValueError, match=r"test/0001\.xml and .*train/0001\.xml are both of"):
+        prepare("voc", root, tmp_path / "v")
+
+
+def test_the_folder_of_an_image_tells_its_split_where_voc_has_no_lists(tmp_path):
+    root = tmp_path / "voc"
+    for number, split in enumerate(("train", "test")):
+        write(root / split / f"{number}.jpg", encoded(number, SIZE))
+        write(root / f"Annotations/{number}.xml", annotation(number, []))
+    found = prepare("voc", root, tmp_path / "v")
+    assert {name: row["split"] for name, row in found.items()} == {
+        "0.jpg": "train",
+        "1.jpg": "test",
+    }
+
+
+def test_images_that_no_list_of_voc_names_are_left_out_and_counted(tmp_path):
+    root = voc(tmp_path / "voc")
+    for name in ("b 1", "held out"):
+        write(root / f"JPEGImages/{name}.jpg", encoded(7, SIZE))
+        write(root / f"Annotations/{name}.xml", annotation(name, []))
+    write(root / "ImageSets/Main/val.txt", "c  1\nb 1\n")
+    found = prepare("voc", root, tmp_path / "v")
+    assert {name: row["split"] for name, row in found.items()} == {
+        "a.jpg": "train",
+        "b.jpg": "train",
+        "c.jpg": "validation",
+        "b 1.jpg": "validation",
+    }
+    notes = json.loads((tmp_path / "v/_summary.json").read_text())["notes"]
+    assert notes["images that ImageSets/Main does not list, left out"] == 1
+    for split in ("train", "val", "trainval"):
+        write(root / f"ImageSets/Main/{split}.txt", "other\n")
+    with pytest.raises(ValueError, match="name none of its annotations"):
+        prepare("voc", root, tmp_path / "w")
+
+
+@pytest.mark.parametrize("numbers", [2, 3])
+def test_keypoints_behind_a_box_are_no_polygon(tmp_path, numbers):
+    wanted = prepare("coco", coco(tmp_path / "coco"), tmp_path / "c")
+    root = yolo(tmp_path / "yolo")
+    for path in root.glob("labels/*/*.txt"):
+        points = " ".join(["0.1"] * 2 * numbers)
+        path.write_text("".join(f"{line} {points}\n" for line in path.read_text().splitlines()))
+    with (root / "data.yaml").open("a") as file:
+        file.write(f"kpt_shape: [2, {numbers}]\n")
+    same(prepare("yolo", root, tmp_path / "y"), wanted)
+    write(root / "labels/train/a.txt", "0 0.1 0.1 0.2 0.2 0.3 0.3\n")
+    with pytest.raises(ValueError, match=rf"is not CLASS X Y.* and {2 * numbers} numbers"):
+        prepare("yolo", root, tmp_path / "z")
+
+
+def test_splits_of_yolo_that_no_folder_tells_are_refused(tmp_path):
+    root = yolo(tmp_path / "yolo", "images/{name}.jpg", "labels/{name}.txt")
+    found = prepare("yolo", root, tmp_path / "y")
+    assert {row["split"] for row in found.values()} == {"train"}
+    with (root / "data.yaml").open("a") as file:
+        file.write("val: val.txt\n")
+    with pytest.raises(ValueError, match=r"states the splits.*no folder of images/a\.jpg"):
+        prepare("yolo", root, tmp_path / "z")
+
+
+def test_a_split_of_yolo_without_texts_is_refused(tmp_path):
+    root = yolo(tmp_path / "yolo")
+    (root / "labels/val/c.txt").unlink()
+    with pytest.raises(ValueError, match="no image of validation has a text"):
+        prepare("yolo", root, tmp_path / "y")
+
+
+def test_numbers_of_classes_are_those_of_their_lines(tmp_path):
+    root = tmp_path / "yolo"
+    write(root / "train/a.jpg", encoded(1, SIZE))
+    write(root / "train/a.txt", "\ufeff1 0.5 0.5 0.5 0.5\n")
+    write(root / "classes.txt", "\ufeffbird\nboat\n\n")
+    prepare("yolo", root, tmp_path / "y")
+    about = json.loads((tmp_path / "y/_manifest.json").read_text())["about"]
+    assert [one["name"] for one in about["categories"]] == ["bird", "boat"]
+    for names in ("bird\n\nboat\n", "\nbird\nboat\n"):
+        write(root / "classes.txt", names)
+        with pytest.raises(ValueError, match=r"classes\.txt: line \d of the names is blank"):
+            prepare("yolo", root, tmp_path / "z")
 
 
 def test_polygons_names_by_line_and_boxes_outside(tmp_path):
@@ -161,6 +275,7 @@ def test_polygons_names_by_line_and_boxes_outside(tmp_path):
         ("0.5 0.5 0.5 0.1 0.1", "neither CLASS X Y"),
         ("0 0.5 0.5 0.1", "neither CLASS X Y"),
         ("bird 0.5 0.5 0.1 0.1", "neither CLASS X Y"),
+        ("0 20 15 40 30", "as if in pixels"),
     ],
 )
 def test_lines_that_are_none_of_yolo(tmp_path, line, said):

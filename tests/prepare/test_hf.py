@@ -152,6 +152,28 @@ def test_images_are_resized_and_broken_ones_left_out(tmp_path):
         prepare(tmp_path / "saved", tmp_path / "strict", max_bad=0)
 
 
+def test_a_changed_image_that_is_named_by_its_path_is_noticed(tmp_path):
+    made = cells(2)
+    image = write(tmp_path / "a.jpg", encoded(0))
+    made["image"] = [{"bytes": None, "path": str(image)}, {"bytes": encoded(1), "path": "b.jpg"}]
+    datasets.Dataset.from_dict(made, features=features()).save_to_disk(str(tmp_path / "saved"))
+    manifest, rows = prepare(tmp_path / "saved", tmp_path / "out")
+    assert [row["image"] for row in rows] == [encoded(0), encoded(1)]
+    assert prepare(tmp_path / "saved", tmp_path / "out")[0] == manifest
+    write(image, encoded(5))
+    with pytest.raises(ValueError, match="holds parts of another source"):
+        prepare(tmp_path / "saved", tmp_path / "out")
+    _, rows = prepare(tmp_path / "saved", tmp_path / "new")
+    assert [row["image"] for row in rows] == [encoded(5), encoded(1)]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    made = {"n": [0], "objects": [{"bbox": [1.0]}], "objects_bbox": [[2.0]]}
+    datasets.Dataset.from_dict(made).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="two of its columns would be called objects_bbox"):
+        prepare(tmp_path / "saved", tmp_path / "out")
+
+
 def test_recordings(tmp_path):
     wave = (np.sin(np.arange(8000) / 20) * 8000).astype(np.int16)
     made = {

@@ -30,7 +30,14 @@ from pipeline.prepare.engine.importing import Index, place, table
 from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexShardTask, is_one_way, loaded
 from pipeline.prepare.engine.inputs import HELD_OUT_FIRST, InputSplit, Opener, SplitReader, decoded
 from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult, sum_by_split
-from pipeline.prepare.readers.archives import GZIPPED, Entry, Listing, Reader, Window, open_archive
+from pipeline.prepare.readers.archives import (
+    Entry,
+    Listing,
+    Reader,
+    Window,
+    is_gzipped,
+    open_archive,
+)
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
 SUFFIXES = (".flac", ".wav", ".sph", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au")
@@ -440,7 +447,7 @@ class _Load:
 
     def __call__(self, row: dict[str, Any]) -> Sound:
         uri, member, offset, size = row["_uri"], row["_member"], row["_offset"], row["_size"]
-        if uri.lower().endswith(GZIPPED) and offset >= 0:
+        if is_gzipped(uri) and offset >= 0:
             if self._last is None or self._last[0] != (uri, offset):
                 self._last = (uri, offset), self.reader(uri, member, offset, size)
             return self._last[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -101,6 +102,15 @@ def preview(names: Iterable[Any]) -> str:
     return ", ".join(map(str, names[:NAMED])) + (
         f", ... ({len(names)} in all)" if len(names) > NAMED else ""
     )
+
+
+def split_of_folders(name: str) -> str:
+    """Return the split that the folder nearest to a file names (val, val2017), "" for none."""
+    for folder in reversed(PurePosixPath(name).parent.parts):
+        found = re.fullmatch(r"([a-z]+)[\W_\d]*", folder.lower())
+        if found and found[1] in SPLITS:
+            return SPLITS[found[1]]
+    return ""
 
 
 def kind_of_files(names: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from pipeline.data.loader import threaded_map
 from pipeline.media.audio_io import BrokenAudioError
 from pipeline.prepare.engine.importing import Index
 from pipeline.prepare.engine.shard_tasks import OutputShard, Settings, ShardTask, name_shards
-from pipeline.prepare.readers.archives import GZIPPED
+from pipeline.prepare.readers.archives import is_gzipped
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
 GROUP_BYTES = 8 << 20
@@ -80,9 +80,7 @@ def _order(rows: pa.Table) -> np.ndarray:
         by_path["split"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
     )
     streams = (
-        pa.array(
-            uri if uri.lower().endswith(GZIPPED) else "" for uri in by_path["_uri"].to_pylist()
-        )
+        pa.array(uri if is_gzipped(uri) else "" for uri in by_path["_uri"].to_pylist())
         .dictionary_encode()
         .indices.to_numpy()
     )
@@ -116,7 +114,7 @@ def _digest(rows: pa.Table) -> str:
 
 def is_one_way(rows: list[dict[str, Any]]) -> bool:
     """Whether the rows are in an archive that can only be read from its start."""
-    return any(row["_uri"].lower().endswith(GZIPPED) for row in rows)
+    return any(is_gzipped(row["_uri"]) for row in rows)
 
 
 def loaded(

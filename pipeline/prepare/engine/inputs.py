@@ -32,6 +32,8 @@ from pipeline.prepare.readers.archives import (
     Entry,
     Listing,
     Window,
+    has_suffix,
+    is_gzipped,
     listing,
     open_archive,
 )
@@ -120,11 +122,13 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
     elif (
         storage.is_dir(source)
         or not storage.exists(source)
-        or source.lower().endswith((*ARCHIVES, *COMPRESSED))
+        or has_suffix(source, *ARCHIVES, *COMPRESSED)
     ):
         found = listing(source)
     else:
-        entry = Entry(posixpath.basename(source), source, "", -1, storage.size(source))
+        entry = Entry(
+            posixpath.basename(storage.file_name(source)), source, "", -1, storage.size(source)
+        )
         return InputFiles(
             [(entry, split or split_of(entry.name))], {}, file_identity.fingerprint(source)
         )
@@ -153,7 +157,7 @@ def _reading_order(file: tuple[Entry, str]) -> tuple[int, str, str, int, str]:
         HELD_OUT_FIRST.get(split, 3),
         split,
         entry.uri,
-        entry.offset if entry.uri.lower().endswith(GZIPPED) else 0,
+        entry.offset if is_gzipped(entry.uri) else 0,
         entry.name,
     )
 
@@ -184,8 +188,7 @@ def split_files(listed: InputFiles, most: int) -> list[InputSplit]:
     for entry, split in listed.files:
         count = (
             1
-            if entry.name.lower().endswith(SQUEEZED)
-            or entry.uri.lower().endswith((".zip", *GZIPPED))
+            if entry.name.lower().endswith(SQUEEZED) or has_suffix(entry.uri, ".zip", *GZIPPED)
             else max(1, round(entry.size / most))
         )
         cuts = [entry.size * i // count for i in range(count + 1)]
@@ -240,9 +243,7 @@ class Opener:
         if entry.uri not in self._archives:
             handle = open_archive(entry.uri)
             self._archives[entry.uri] = (
-                cast(BinaryIO, gzip.GzipFile(fileobj=handle))
-                if entry.uri.lower().endswith(GZIPPED)
-                else handle
+                cast(BinaryIO, gzip.GzipFile(fileobj=handle)) if is_gzipped(entry.uri) else handle
             )
         return BufferedReader(Window(self._archives[entry.uri], entry.offset, entry.size), 1 << 20)
 

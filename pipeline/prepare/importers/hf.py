@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -282,7 +283,7 @@ class HfTask(ShardTask):
                 zero = np.zeros(1, dtype=np.int64)
                 keys = row_keys(mix(*b"prepare"), zero, np.arange(len(one)))
                 self.order[name] = np.argsort(keys, kind="stable")
-                cuts, mark = _cuts(one, settings), _mark(one)
+                cuts, mark = _cuts(one, settings), _mark(one, self.media)
             marks.append([name, mark])
             spans += [(name, start, stop) for start, stop in pairwise(cuts)]
         if not spans:
@@ -318,6 +319,13 @@ class HfTask(ShardTask):
         taken |= {"path", self.what.lower()} if self.what else set()
         others = {name: one for name, one in features.items() if name != self.media}
         self.kept = list(_columns(others, features.arrow_schema, taken))
+        doubled = [name for name, n in Counter(one.name for one in self.kept).items() if n > 1]
+        if doubled:
+            raise ValueError(
+                f"{source}: two of its columns would be called {doubled[0]} (a field of a struct "
+                "becomes STRUCT_FIELD, a column with a name that is taken dataset_NAME); rename "
+                "one of them"
+            )
         classes = [one.name for one in self.kept if _kind(one.feature) == "ClassLabel"]
         self.label = options.label or (classes[0] if len(classes) == 1 else "")
         names = [one.name for one in self.kept]
@@ -382,12 +390,21 @@ def _cuts(found: Any, settings: Settings) -> list[int]:
     return [rows * i // number for i in range(number + 1)] if rows else []
 
 
-def _mark(found: Any) -> list[str]:
-    """Return what changes with the rows of a split: the content of its Arrow files."""
+def _mark(found: Any, media: str) -> list[str]:
+    """Return what changes with the rows of a split: the content of its Arrow files, and of the
+    images or recordings that they name by path.
+    """
     files = [one["filename"] for one in found.cache_files]
+    mark = [one.content for one in file_identity.identify(files)]
     if not files:
-        return [found._fingerprint]  # held in memory
-    return [one.content for one in file_identity.identify(files)]
+        mark = [found._fingerprint]  # held in memory
+    if media:
+        cells = found.data.column(media)
+        without = pc.invert(pc.is_valid(pc.struct_field(cells, "bytes")))
+        paths = pc.struct_field(cells, "path").filter(without).drop_null().to_pylist()
+        named = file_identity.identify(filter(None, paths), absent_ok=True)
+        mark += [one.content for one in named]
+    return mark
 
 
 def _make(

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, nearest, register
+from pipeline.io import storage
 from pipeline.prepare.engine.audio import (
     AudioImporter,
     Line,
@@ -69,8 +70,8 @@ class LibriSpeech(AudioImporter):
     def index(self, source: str) -> Index:
         found = archives.listing(source)
         base = (
-            re.sub(r"(\.tar)?\.\w+$", "", posixpath.basename(source.rstrip("/")))
-            if source.lower().endswith(archives.ARCHIVES)
+            re.sub(r"(\.tar)?\.\w+$", "", posixpath.basename(storage.file_name(source).rstrip("/")))
+            if archives.has_suffix(source, *archives.ARCHIVES)
             else posixpath.basename(archives.absolute(source))
         )
         wanted = [name.strip() for name in self.options.subsets.split(",") if name.strip()]

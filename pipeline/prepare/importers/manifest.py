@@ -187,10 +187,14 @@ class Manifest(AudioImporter):
         if (
             storage.exists(source)
             and not storage.is_dir(source)
-            and not source.lower().endswith(archives.ARCHIVES)
+            and not archives.has_suffix(source, *archives.ARCHIVES)
         ):
             entry = archives.Entry(
-                posixpath.basename(source), archives.absolute(source), "", -1, storage.size(source)
+                posixpath.basename(storage.file_name(source)),
+                archives.absolute(source),
+                "",
+                -1,
+                storage.size(source),
             )
             found = archives.Listing([entry], [], file_identity.fingerprint(source))
         else:
@@ -241,7 +245,7 @@ class Manifest(AudioImporter):
         }
         alone = (
             None
-            if storage.is_dir(source) or source.lower().endswith(archives.ARCHIVES)
+            if storage.is_dir(source) or archives.has_suffix(source, *archives.ARCHIVES)
             else posixpath.dirname(archives.absolute(source))
         )
         out = [self._place(source, line, path, names, uris, alone) for line, path in named]

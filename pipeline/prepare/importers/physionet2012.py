@@ -23,7 +23,7 @@ from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
 from pipeline.prepare.engine.importing import preview
 from pipeline.prepare.engine.inputs import EXPANSION, Opener
-from pipeline.prepare.readers.archives import Entry, listing
+from pipeline.prepare.readers.archives import Entry, has_suffix, listing
 from pipeline.prepare.readers.csv_blocks import (
     ByteRange,
     Column,
@@ -125,7 +125,7 @@ class Physionet2012(GroupedImporter):
             for name in wanted:
                 files = iter(sorted(self._records.get(name, ()), key=_place))
                 while some := tuple(islice(files, FILES_A_RANGE)):
-                    squeezed = EXPANSION if some[0].uri.lower().endswith("gz") else 1
+                    squeezed = EXPANSION if has_suffix(some[0].uri, "gz") else 1
                     out.append(
                         ByteRange(
                             f"set-{name}",

@@ -15,7 +15,7 @@ from pipeline.config.registry import Options, register
 from pipeline.data.loader import threaded_map
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import SPLITS, Index, place, preview, table
+from pipeline.prepare.engine.importing import SPLITS, Index, place, preview, split_of_folders, table
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
 
@@ -25,6 +25,8 @@ COLUMNS = {
     "_width": pa.int64(),
     "_height": pa.int64(),
 }
+MASKS = ("SegmentationClass", "SegmentationObject")
+"""Folders of pictures that are named like the photographs."""
 
 
 class VocOptions(Options):
@@ -44,8 +46,8 @@ class VocOptions(Options):
 class Voc(ImageImporter):
     """Annotations/NAME.xml with JPEGImages/NAME.jpg (or images beside or elsewhere, found by name)
     in a folder or archive, several years too. ImageSets/Main/train.txt, val.txt and test.txt tell
-    the splits; where there is none, folders called train, valid, test or the like do, else all rows
-    are in train.
+    the splits, and images that none of them lists are left out and counted. Where there are no
+    lists, folders called train, valid, test or the like tell them, else all rows are in train.
 
     Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
     (numbers of the classes in the order of their names), `label_names`, `crowd` (false) and
@@ -57,13 +59,11 @@ class Voc(ImageImporter):
 
     def index(self, source: str) -> Index:
         found = archives.listing(source)
-        files = [entry for entry in found.entries if entry.name.lower().endswith(".xml")]
-        images: dict[tuple[str, str], archives.Entry] = {}
-        stems: dict[str, list[archives.Entry]] = defaultdict(list)
+        files = [entry for entry in found.entries if _is_annotation(entry)]
+        same_stem: dict[str, list[archives.Entry]] = defaultdict(list)
         for entry in found.images:
-            path = PurePosixPath(entry.name)
-            images[str(path.parent.parent), path.stem] = entry
-            stems[path.stem].append(entry)
+            if PurePosixPath(entry.name).parent.name not in MASKS:
+                same_stem[PurePosixPath(entry.name).stem].append(entry)
         reader = archives.Reader()
         try:
             listed = _splits(found, reader)
@@ -76,13 +76,24 @@ class Voc(ImageImporter):
         ]
         names = sorted({one["name"] for _, objects in read for one in objects})
         rows, counts, lost = [], Counter[str](), []
+        taken: dict[str, str] = {}
         for entry, ((width, height), objects) in zip(files, read, strict=True):
             path = PurePosixPath(entry.name)
-            alone = stems[path.stem][0] if len(stems[path.stem]) == 1 else None
-            image = images.get((str(path.parent.parent), path.stem), alone)
+            lists = next((listed[at] for at in map(str, path.parents) if at in listed), None)
+            if lists is not None and path.stem not in lists:
+                counts["images that ImageSets/Main does not list, left out"] += 1
+                continue
+            image = _image_of(path, same_stem[path.stem])
             if image is None:
                 lost.append(entry.name)
                 continue
+            if image.name in taken:
+                raise ValueError(
+                    f"{source}: {taken[image.name]} and {entry.name} are both of {image.name}; "
+                    "remove one of them, or add its own image beside it"
+                )
+            taken[image.name] = entry.name
+            by_folder = split_of_folders(image.name) or split_of_folders(entry.name) or "train"
             kept = [
                 (box, one)
                 for one in objects
@@ -92,7 +103,7 @@ class Voc(ImageImporter):
             rows.append(
                 place(
                     image,
-                    listed.get((str(path.parent.parent), path.stem)) or _split_of(entry.name),
+                    by_folder if lists is None else lists[path.stem],
                     boxes=[box for box, _ in kept],
                     labels=[names.index(one["name"]) for _, one in kept],
                     label_names=[one["name"] for _, one in kept],
@@ -109,6 +120,8 @@ class Voc(ImageImporter):
             )
         if lost:
             counts["annotations without an image, left out"] = len(lost)
+        if files and not rows and not lost:
+            raise ValueError(f"{source}: the lists in ImageSets/Main name none of its annotations")
         return Index(
             table(rows, COLUMNS, source),
             found.mark,
@@ -165,8 +178,8 @@ def _whole(root: ElementTree.Element, path: str) -> int:
     return number
 
 
-def _splits(found: archives.Listing, reader: archives.Reader) -> dict[tuple[str, str], str]:
-    """Return the split of each (folder of a year, name) that ImageSets/Main lists.
+def _splits(found: archives.Listing, reader: archives.Reader) -> dict[str, dict[str, str]]:
+    """Return, for each folder of a year, the split of each name that its ImageSets/Main lists.
 
     Of trainval.txt only what no other list has is taken, as train.
     """
@@ -174,15 +187,31 @@ def _splits(found: archives.Listing, reader: archives.Reader) -> dict[tuple[str,
     for entry in found.entries:
         listed = re.fullmatch(r"(?:(.*)/)?ImageSets/Main/(\w+)\.txt", entry.name)
         if listed is not None and (listed[2] == "trainval" or listed[2].lower() in SPLITS):
-            lists[listed[1] or ".", listed[2]] = reader.entry(entry).decode()
-    out: dict[tuple[str, str], str] = {}
+            lists[listed[1] or ".", listed[2]] = reader.entry(entry).decode("utf-8-sig")
+    stems = {PurePosixPath(entry.name).stem for entry in found.entries if _is_annotation(entry)}
+    out: dict[str, dict[str, str]] = defaultdict(dict)
     for (folder, name), text in sorted(lists.items(), key=lambda one: one[0][1] == "trainval"):
         for line in filter(None, map(str.strip, text.splitlines())):
-            out.setdefault((folder, line.split()[0]), SPLITS.get(name.lower(), "train"))
+            stem = line if line in stems else line.split()[0]  # a number may stand behind it
+            out[folder].setdefault(stem, SPLITS.get(name.lower(), "train"))
     return out
 
 
-def _split_of(name: str) -> str:
-    """Return the split that a folder of a file's path names, else train."""
-    folders = PurePosixPath(name).parent.parts
-    return next((SPLITS[one.lower()] for one in folders if one.lower() in SPLITS), "train")
+def _is_annotation(entry: archives.Entry) -> bool:
+    return entry.name.lower().endswith(".xml")
+
+
+def _image_of(path: PurePosixPath, same_stem: list[archives.Entry]) -> archives.Entry | None:
+    """Return the image of an annotation; none where there is none, or which it is is not clear.
+
+    Args:
+        same_stem: the images whose name is the annotation's, without suffixes.
+    """
+    near = (path.parent, path.parent.parent / "JPEGImages", path.parent.parent / "images")
+    groups = [
+        *([one for one in same_stem if PurePosixPath(one.name).parent == at] for at in near),
+        [one for one in same_stem if PurePosixPath(one.name).parent.parent == path.parent.parent],
+        same_stem,
+    ]
+    first = next(filter(None, groups), [])
+    return first[0] if len(first) == 1 else None

@@ -48,7 +48,7 @@ class WebDataset(ImageImporter):
         shards = _shards(source)
         rows, marks, bare, left = [], [], [], {}
         for shard, (samples, mark) in zip(shards, threaded_map(_samples, shards), strict=True):
-            marks.append(f"{PurePosixPath(shard).name} {mark}")
+            marks.append(f"{PurePosixPath(storage.file_name(shard)).name} {mark}")
             split = self.options.split or _split(shard)
             for key, parts in samples.items():
                 kind = next((suffix for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES), None)
@@ -67,7 +67,7 @@ class WebDataset(ImageImporter):
                 rows.append(
                     place(
                         parts[kind]._replace(
-                            name=f"{PurePosixPath(shard).name}/{parts[kind].name}"
+                            name=f"{PurePosixPath(storage.file_name(shard)).name}/{parts[kind].name}"
                         ),
                         split,
                         **columns,
@@ -136,7 +136,7 @@ def _shards(source: str) -> list[str]:
     tars = sorted(
         uri
         for uri in found
-        if uri.lower().endswith((".tar", *archives.GZIPPED, *archives.COMPRESSED))
+        if archives.has_suffix(uri, ".tar", *archives.GZIPPED, *archives.COMPRESSED)
     )
     if not tars:
         raise ValueError(f"{source}: no .tar shards there")
@@ -183,6 +183,6 @@ def _samples(shard: str) -> tuple[dict[str, dict[str, Any]], str]:
 
 def _split(shard: str) -> str:
     """Return the split that a shard's name or its folder says."""
-    path = PurePosixPath(shard)
+    path = PurePosixPath(storage.file_name(shard))
     words = [*re.split(r"[^a-zA-Z]+", path.stem.lower()), path.parent.name.lower()]
     return next((SPLITS[word] for word in words if word in SPLITS), "train")

@@ -15,12 +15,14 @@ from pipeline.config.registry import Options, register
 from pipeline.data.loader import threaded_map
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import SPLITS, Index, place, preview, table
+from pipeline.prepare.engine.importing import SPLITS, Index, place, preview, split_of_folders, table
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import Picture
 
 ROUNDING = 1e-4
 """Share of an image by which publishers' rounding puts boxes outside."""
+FARTHEST = 2.0
+"""A larger number is no share of an image: it is in pixels."""
 
 
 class YoloOptions(Options):
@@ -35,13 +37,15 @@ class YoloOptions(Options):
 class Yolo(ImageImporter):
     """images/SPLIT/NAME.jpg with labels/SPLIT/NAME.txt, SPLIT/images with SPLIT/labels, or images
     with texts beside them, in a folder or archive. Folders called train, valid, test or the like
-    tell the splits, else all rows are in train; the places that a .yaml states are not read.
+    tell the splits, else all rows are in train; the places that a .yaml states are not read, but
+    one that states several needs such folders.
 
     A line is `CLASS X Y WIDTH HEIGHT` (centre and size in shares of the image), or `CLASS X1 Y1 X2
-    Y2 X3 Y3 ...` for a polygon, whose bounds are taken. Columns: `boxes` (list of [x, y, width,
-    height] in pixels of the written image), `labels` (the numbers of the classes), `label_names`
-    and `crowd` (false), one each a box. Images without a text have no boxes. Boxes are dropped and
-    clipped as by `coco`.
+    Y2 X3 Y3 ...` for a polygon, whose bounds are taken; where the .yaml has `kpt_shape`, keypoints
+    follow the box and are left out. Columns: `boxes` (list of [x, y, width, height] in pixels of
+    the written image), `labels` (the numbers of the classes), `label_names` and `crowd` (false),
+    one each a box. Images without a text have no boxes, but some image of each split must have a
+    text. Boxes are dropped and clipped as by `coco`.
     """
 
     label = "label_names"
@@ -55,10 +59,10 @@ class Yolo(ImageImporter):
         reader = archives.Reader()
 
         def read(entry: archives.Entry | None) -> str:
-            return reader.entry(entry).decode("utf-8", "replace") if entry is not None else ""
+            return _decoded(reader.entry(entry)) if entry is not None else ""
 
         try:
-            names = self._names(source, found, reader)
+            name, stated = self._stated(source, found, reader)
             contents = list(threaded_map(read, files))
         finally:
             reader.close()
@@ -67,14 +71,17 @@ class Yolo(ImageImporter):
                 f"{source}: no image has a text with its boxes, such as "
                 f"{_text_of(found.images[0].name)} for {found.images[0].name}"
             )
+        names, keypoints = _names(stated, f"{source}: {name}"), _keypoints(stated, source, name)
+        splits = _splits(found.images, files, stated, source, name)
         rows, counts = [], Counter[str]()
-        for image, text in zip(found.images, contents, strict=True):
+        counts["images without a text"] = files.count(None)
+        for image, split, text in zip(found.images, splits, contents, strict=True):
             kept = []
             for number, line in enumerate(text.splitlines(), 1):
                 if not line.strip():
                     continue
                 where = f"{source}: {_text_of(image.name)}:{number}"
-                label, box = _parsed(line, where, names)
+                label, box = _parsed(line, where, names, keypoints)
                 inside = boxes.clipped(box, 1.0, 1.0, counts, ROUNDING)
                 if inside is not None:
                     kept.append((label, inside))
@@ -82,7 +89,7 @@ class Yolo(ImageImporter):
             rows.append(
                 place(
                     image,
-                    _split_of(image.name),
+                    split,
                     boxes=[box for _, box in kept],
                     labels=[label for label, _ in kept],
                     label_names=[names[label] for label, _ in kept],
@@ -99,10 +106,10 @@ class Yolo(ImageImporter):
             },
         )
 
-    def _names(
+    def _stated(
         self, source: str, found: archives.Listing, reader: archives.Reader
-    ) -> dict[int, str]:
-        """Return the names of the classes by their numbers."""
+    ) -> tuple[str, dict[str, Any]]:
+        """Return the name of the file with the names of the classes, and what it states."""
         wanted = self.options.names
         there = {entry.name: entry for entry in found.entries}
         usual = [
@@ -119,34 +126,113 @@ class Yolo(ImageImporter):
                 f"{source}: which file names the classes? {there_is}; say --set names=FILE"
             )
         name = wanted or usual[0]
-        text = reader.entry(there[name]).decode("utf-8", "replace")
+        text = _decoded(reader.entry(there[name]))
         if PurePosixPath(name).suffix not in (".yaml", ".yml"):
-            return dict(enumerate(filter(None, map(str.strip, text.splitlines()))))
+            listed = [line.strip() for line in text.rstrip().splitlines()]
+            if "" in listed:
+                raise ValueError(
+                    f"{source}: {name}: line {listed.index('') + 1} of the names is blank, and the "
+                    "number of a class is that of its line; name it, or remove the line"
+                )
+            return name, {"names": listed}
         try:
             stated = yaml.safe_load(text)
-            listed = stated["names"]
-            pairs = enumerate(listed) if isinstance(listed, list) else listed.items()
-            return {int(number): str(one) for number, one in pairs}
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{source}: {name} has no list or mapping `names` of the classes ({error})"
-            ) from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"{source}: {name}: {error}") from None
+        return name, stated if isinstance(stated, dict) else {}
 
     def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
         return {**row, "boxes": boxes.scaled(row["boxes"], *picture.size)}
 
 
-def _parsed(line: str, where: str, names: dict[int, str]) -> tuple[int, list[float]]:
-    """Return (class, box [x, y, width, height] in shares of the image) of a line."""
+def _decoded(data: bytes) -> str:
+    return data.decode("utf-8-sig", "replace")
+
+
+def _names(stated: dict[str, Any], where: str) -> dict[int, str]:
+    """Return the names of the classes by their numbers."""
+    try:
+        listed = stated["names"]
+        pairs = enumerate(listed) if isinstance(listed, list) else listed.items()
+        return {int(number): str(one) for number, one in pairs}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{where} has no list or mapping `names` of the classes ({error})"
+        ) from None
+
+
+def _keypoints(stated: dict[str, Any], source: str, name: str) -> int:
+    """Return how many numbers of keypoints follow each box."""
+    if "kpt_shape" not in stated:
+        return 0
+    try:
+        points, each = map(int, stated["kpt_shape"])
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{source}: {name}: kpt_shape is {stated['kpt_shape']!r}; write [POINTS, 2 or 3], or "
+            "remove it where the texts have no keypoints"
+        ) from None
+    return points * each
+
+
+def _splits(
+    images: list[archives.Entry],
+    texts: list[archives.Entry | None],
+    stated: dict[str, Any],
+    source: str,
+    name: str,
+) -> list[str]:
+    """Return the split of each image."""
+    splits = [split_of_folders(image.name) for image in images]
+    places = {key: stated[key] for key in ("train", "val", "test") if stated.get(key)}
+    unclear = [image.name for image, split in zip(images, splits, strict=True) if not split]
+    if unclear and any(one != places.get("train") for one in places.values()):
+        raise ValueError(
+            f"{source}: {name} states the splits {places}, but no folder of {preview(unclear)} is "
+            "called train, val or test; move these images and their texts into such folders"
+        )
+    splits = [split or "train" for split in splits]
+    without = set(splits) - {
+        split for split, text in zip(splits, texts, strict=True) if text is not None
+    }
+    if without:
+        raise ValueError(
+            f"{source}: no image of {' and '.join(sorted(without))} has a text with its boxes; "
+            f"add the texts, or move the images out of {source}"
+        )
+    return splits
+
+
+def _parsed(
+    line: str, where: str, names: dict[int, str], keypoints: int = 0
+) -> tuple[int, list[float]]:
+    """Return (class, box [x, y, width, height] in shares of the image) of a line.
+
+    Args:
+        keypoints: numbers of keypoints that follow the box.
+    """
     try:
         label, *numbers = (float(word) for word in line.split())
     except ValueError:
         label, numbers = -1.0, []
-    is_box, is_polygon = len(numbers) == 4, len(numbers) >= 6 and len(numbers) % 2 == 0
+    if keypoints and len(numbers) == 4 + keypoints:
+        numbers = numbers[:4]
+    is_box = len(numbers) == 4
+    is_polygon = not keypoints and len(numbers) >= 6 and len(numbers) % 2 == 0
     if not (is_box or is_polygon) or label not in names:
+        wanted = (
+            f"not CLASS X Y WIDTH HEIGHT and {keypoints} numbers of keypoints"
+            if keypoints
+            else "neither CLASS X Y WIDTH HEIGHT nor a polygon"
+        )
         raise ValueError(
-            f"{where}: {line.strip()[:80]!r} is neither CLASS X Y WIDTH HEIGHT nor a polygon, of a "
-            f"class from 0 to {max(names, default=-1)}; correct it"
+            f"{where}: {line.strip()[:80]!r} is {wanted}, of a class from 0 to "
+            f"{max(names, default=-1)}; correct it"
+        )
+    if max(map(abs, numbers)) > FARTHEST:
+        raise ValueError(
+            f"{where}: {line.strip()[:80]!r} has numbers beyond the image, as if in pixels; write "
+            "shares of its width and height, from 0 to 1"
         )
     if is_box:
         x, y, width, height = numbers
@@ -165,9 +251,3 @@ def _text_of(image: str) -> str:
             parts[at] = "labels"
             break
     return str(PurePosixPath(*parts))
-
-
-def _split_of(name: str) -> str:
-    """Return the split that a folder of a file's path names, else train."""
-    folders = PurePosixPath(name).parent.parts
-    return next((SPLITS[one.lower()] for one in folders if one.lower() in SPLITS), "train")

@@ -141,9 +141,19 @@ def listing(uri: str) -> Listing:
         return _folder(uri)
     if not storage.exists(uri):
         raise ValueError(f"{uri}: no such file or folder")
-    if not uri.lower().endswith((*ARCHIVES, *COMPRESSED)):
+    if not has_suffix(uri, *ARCHIVES, *COMPRESSED):
         raise ValueError(f"{uri}: neither a folder nor a .zip or .tar file")
     return _archive(uri, "")
+
+
+def has_suffix(uri: str, *suffixes: str) -> bool:
+    """Return whether a file has one of some suffixes; the query of an address is no part of it."""
+    return storage.file_name(uri).lower().endswith(suffixes)
+
+
+def is_gzipped(uri: str) -> bool:
+    """Return whether an archive can only be read from its start."""
+    return has_suffix(uri, *GZIPPED)
 
 
 def _folder(uri: str) -> Listing:
@@ -158,7 +168,7 @@ def _folder(uri: str) -> Listing:
 
     def look(file: str) -> tuple[list[Entry], str, list[str]]:
         name = file[len(uri) :].lstrip("/")
-        if file.lower().endswith((*ARCHIVES, *COMPRESSED)):
+        if has_suffix(file, *ARCHIVES, *COMPRESSED):
             found = _archive(file, re.sub(r"(\.tar)?\.\w+$", "/", name), contents.get(file))
             return found.entries, found.mark, found.empty
         info = known.get(file)
@@ -209,17 +219,17 @@ def _archive(uri: str, prefix: str, content: str | None = None) -> Listing:
 
     `content`: the archive's fingerprint, where it is already known.
     """
-    if uri.lower().endswith(COMPRESSED):
+    if has_suffix(uri, *COMPRESSED):
         raise ValueError(
             f"{uri}: of compressed tars only .tar.gz is read; decompress it first (bunzip2, "
             "unxz, unzstd: it stays a tar)"
         )
     with closing(open_archive(uri)) as handle:
-        if uri.lower().endswith(GZIPPED):
+        if is_gzipped(uri):
             with gzip.GzipFile(fileobj=handle) as unpacked:
                 files, folders = _tar(uri, cast(BinaryIO, unpacked), uri)
         else:
-            files, folders = (_zip if uri.lower().endswith(".zip") else _tar)(uri, handle, uri)
+            files, folders = (_zip if has_suffix(uri, ".zip") else _tar)(uri, handle, uri)
     _refuse_doubled(files, uri, "write the archive again")
     held = {
         folder.as_posix()
@@ -380,7 +390,7 @@ class Reader:
             return self._from_zip(uri, member)
         if offset < 0:
             return storage.read_bytes(uri)
-        if uri.lower().endswith(GZIPPED):
+        if is_gzipped(uri):
             data = self._from_stream(uri, offset, size)
         else:
             data = storage.read_range(uri, offset, offset + size)

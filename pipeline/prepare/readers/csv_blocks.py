@@ -26,7 +26,7 @@ from pipeline.config import registry
 from pipeline.core.arrow_compute import pc
 from pipeline.data.csv_tables import open_csv
 from pipeline.prepare.engine.inputs import SQUEEZED, InputSplit, Opener, SplitReader, plain_suffix
-from pipeline.prepare.readers.archives import GZIPPED, Entry, Window
+from pipeline.prepare.readers.archives import Entry, Window, is_gzipped
 
 BLOCK_BYTES, BATCH_ROWS = 1 << 20, 16384
 """What is read of CSV and of Parquet at a time."""
@@ -126,11 +126,7 @@ def split_table(
                 start = i + 1
         return out
     squeezed = entry.name.lower().endswith(SQUEEZED) or entry.member
-    count = (
-        1
-        if squeezed or not ranges or entry.uri.lower().endswith(GZIPPED)
-        else max(1, -(-entry.size // most))
-    )
+    count = 1 if squeezed or not ranges or is_gzipped(entry.uri) else max(1, -(-entry.size // most))
     bounds = [entry.size * i // count for i in range(count)] + [-1]
     size = entry.size * (EXPANSION if entry.name.lower().endswith(SQUEEZED) else 1)
     return [
