@@ -153,17 +153,17 @@ def test_images_are_resized_and_broken_ones_left_out(tmp_path):
 
 
 def test_a_changed_image_that_is_named_by_its_path_is_noticed(tmp_path):
-    made = cells(2)
-    image = write(tmp_path / "a.jpg", encoded(0))
-    made["image"] = [{"bytes": None, "path": str(image)}, {"bytes": encoded(1), "path": "b.jpg"}]
-    datasets.Dataset.from_dict(made, features=features()).save_to_disk(str(tmp_path / "saved"))
-    manifest, rows = prepare(tmp_path / "saved", tmp_path / "out")
+    root = tmp_path / "pictures"
+    write(root / "metadata.csv", "file_name,n\na.jpg,0\nb.jpg,1\n")
+    for n, name in enumerate(("a", "b")):
+        write(root / f"{name}.jpg", encoded(n))
+    manifest, rows = prepare(root, tmp_path / "out")
     assert [row["image"] for row in rows] == [encoded(0), encoded(1)]
-    assert prepare(tmp_path / "saved", tmp_path / "out")[0] == manifest
-    write(image, encoded(5))
+    assert prepare(root, tmp_path / "out")[0] == manifest
+    write(root / "a.jpg", encoded(5))
     with pytest.raises(ValueError, match="holds parts of another source"):
-        prepare(tmp_path / "saved", tmp_path / "out")
-    _, rows = prepare(tmp_path / "saved", tmp_path / "new")
+        prepare(root, tmp_path / "out")
+    _, rows = prepare(root, tmp_path / "new")
     assert [row["image"] for row in rows] == [encoded(5), encoded(1)]
 
 
