@@ -82,6 +82,7 @@ def init(
     output: str = "",
     *,
     target_column: str | None = None,
+    objective: str | None = None,
     sources: Sequence[str] = (),
     force: bool = False,
 ) -> list[str]:
@@ -91,6 +92,7 @@ def init(
         data: Files, folders or globs.
         output: The job file; "" for NAME.yaml in the current folder.
         target_column: The column to predict. None: the most plausible one.
+        objective: classification or regression of that column. None: as its values look.
         sources: Checkpoints to start from: folders, or names such as ``hf-hub:NAME``.
         force: Overwrite a job file that is there.
 
@@ -103,7 +105,14 @@ def init(
     from pipeline.prepare.new_job import writing
 
     places = [data] if isinstance(data, str) else list(data)
-    return writing.write(places, output, target_column=target_column, sources=sources, force=force)
+    return writing.write(
+        places,
+        output,
+        target_column=target_column,
+        objective=objective,
+        sources=sources,
+        force=force,
+    )
 
 
 def load_job(path: str | Path, overrides: Overrides = (), elsewhere: bool = False) -> Job:

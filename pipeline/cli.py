@@ -265,6 +265,13 @@ def init(
         str | None,
         typer.Option(help="The column to predict; none: the most plausible one.", metavar="NAME"),
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="Learn classes or a number from --target-column; none: as its values look.",
+            metavar="classification|regression",
+        ),
+    ] = None,
     source: Annotated[
         list[str] | None,
         typer.Option(
@@ -285,7 +292,12 @@ def init(
     """
     with _exit_codes():
         lines = api.init(
-            data, output, target_column=target_column, sources=source or (), force=force
+            data,
+            output,
+            target_column=target_column,
+            objective=objective,
+            sources=source or (),
+            force=force,
         )
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)

@@ -21,7 +21,7 @@ from pipeline.checkpoints.bundle import Bundle, BundleError
 from pipeline.core.capabilities import MakesRandomRows
 from pipeline.core.contracts import Backbone, Batch, Modality, Task
 from pipeline.core.contracts.backbone_capabilities import model_inputs
-from pipeline.core.contracts.objective_capabilities import exports_head
+from pipeline.core.contracts.objective_capabilities import exports_head, output_scale
 
 ROWS, SEED = 4, 0
 TOLERANCE = 1e-4
@@ -29,6 +29,9 @@ TOLERANCE = 1e-4
 
 That value counts as 1 at least. Float32 arithmetic in another order gives about 1e-6.
 """
+
+PLAIN = (1.0, 0.0)
+"""The scale of outputs that have no unit of their own."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class Comparison:
         largest: The bundle's largest absolute value.
         rows: Number of rows; 0 where tensors were compared.
         what: What was compared, in words.
+        unit: What both numbers are counted in; "" for plain numbers.
     """
 
     difference: float
     largest: float
     rows: int
     what: str
+    unit: str = ""
 
     def text(self) -> str:
         """Return the comparison as one line."""
@@ -53,7 +58,7 @@ class Comparison:
             return f"compared with the bundle: {self.what}"
         return (
             f"compared with the bundle on {self.rows} random rows: largest difference of "
-            f"{self.what} {self.difference:.1e} (values up to {self.largest:.2g})"
+            f"{self.what} {self.difference:.1e}{self.unit} (values up to {self.largest:.2g})"
         )
 
 
@@ -65,10 +70,17 @@ def require(found: Comparison, uri: str) -> Comparison:
     """
     allowed = TOLERANCE * max(1.0, found.largest)
     if not found.difference <= allowed:  # NaN too
+        remedy = "Take --kind bundle, and report this"
+        if found.unit:
+            remedy = (
+                "Where the label's mean is large beside its deviation, float32 cannot hold it: "
+                "take --kind bundle, onnx or torch-export, or train on the difference to the mean; "
+                "else report this"
+            )
         raise BundleError(
             f"{uri}: the export gives other numbers than the bundle: {found.what} differ by up to "
-            f"{found.difference:.3g} on {found.rows} random rows, at most {allowed:.2g} is "
-            "allowed; nothing was written. Take --kind bundle, and report this"
+            f"{found.difference:.3g}{found.unit} on {found.rows} random rows, at most "
+            f"{allowed:.2g} is allowed; nothing was written. {remedy}"
         )
     return found
 
@@ -93,9 +105,22 @@ def random_batch(
 
 
 def compare_outputs(
-    ours: Tensor, theirs: Tensor, what: str, mask: Tensor | None = None
+    ours: Tensor,
+    theirs: Tensor,
+    what: str,
+    mask: Tensor | None = None,
+    scale: tuple[float, float] = PLAIN,
 ) -> Comparison:
     """Return the comparison of two tensors, where ``mask`` is true.
+
+    Args:
+        ours: What the bundle gives.
+        theirs: What the export gives.
+        what: What both are, in words.
+        mask: Which positions count, where there are positions.
+        scale: Deviation and mean of the label, in whose unit both are (`output_scale`). Deviations
+            are compared then: the mean would hide any error where it is large, and a small
+            deviation too.
 
     Raises:
         BundleError: Their shapes differ.
@@ -108,8 +133,10 @@ def compare_outputs(
     rows = len(ours)
     if mask is not None and ours.dim() == 3:
         ours, theirs = ours[mask], theirs[mask]
-    difference = (ours.double() - theirs.double()).abs().max()
-    return Comparison(float(difference), float(ours.abs().max()), rows, what)
+    deviation, mean = scale
+    ours, theirs = ((one.double() - mean) / deviation for one in (ours, theirs))
+    unit = "" if scale == PLAIN else " standard deviations of the label"
+    return Comparison(float((ours - theirs).abs().max()), float(ours.abs().max()), rows, what, unit)
 
 
 def _features(backbone: Backbone, batch: Batch) -> Tensor:
@@ -173,7 +200,8 @@ def compare_classifier(found: Bundle, place: Path) -> Comparison:
     inputs: Any = model_inputs(task.backbone, batch)
     if inputs is None:
         inputs = batch["image"] if config is None else transformers_inputs(config, batch)
-    return compare_outputs(ours, model(inputs), "scores", batch.data.get("mask"))
+    scale = output_scale(task.objective)
+    return compare_outputs(ours, model(inputs), "scores", batch.data.get("mask"), scale)
 
 
 def transformers_inputs(config: Any, batch: Batch) -> dict[str, Tensor]:
@@ -209,9 +237,11 @@ def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparis
         if plain:
             theirs = model.forward_head(model.forward_features(batch["image"]), pre_logits=True)
             return compare_outputs(_features(found.backbone(), batch), theirs, "features")
-        ours = logits(found.task(), batch)
+        task = found.task()
+        ours = logits(task, batch)
         assert ours is not None
-        return compare_outputs(ours, model(batch["image"]), "scores")
+        scale = output_scale(task.objective)
+        return compare_outputs(ours, model(batch["image"]), "scores", scale=scale)
     import transformers
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
@@ -235,7 +265,8 @@ def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparis
     else:
         theirs = given.logits
     mask = batch.data["mask"] if "tokens" in batch.data else None
-    return compare_outputs(ours, theirs, "scores", mask)
+    assert task is not None
+    return compare_outputs(ours, theirs, "scores", mask, output_scale(task.objective))
 
 
 def read_state_dict(place: Path) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints import export_check
 from pipeline.checkpoints.bundle import Bundle, BundleError
-from pipeline.core.contracts import Batch, Modality
-from pipeline.core.contracts.objective_capabilities import gives_raw_outputs
+from pipeline.core.contracts import Batch, Modality, Task
+from pipeline.core.contracts.objective_capabilities import gives_raw_outputs, output_scale
 
 SIZES = ((4, 1.0), (1, 1.0), (3, 0.5))
 """Rows and relative lengths that are compared; the first ones are what is traced.
@@ -46,6 +46,7 @@ class Graph:
         dimensions: Of each input the names of its dimensions; None for one of a fixed size.
         outputs: The names of the outputs.
         meaning: What the outputs are, in words.
+        scale: Deviation and mean of the unit that the outputs are in (`output_scale`).
     """
 
     program: Any
@@ -53,6 +54,7 @@ class Graph:
     dimensions: dict[str, tuple[str | None, ...]]
     outputs: tuple[str, ...]
     meaning: str
+    scale: tuple[float, float] = export_check.PLAIN
 
 
 class _Network(nn.Module):
@@ -124,7 +126,10 @@ def trace(found: Bundle, backbone_only: bool) -> Graph:
             f"{found.uri}: torch.export cannot trace {found.manifest.arch.name} with "
             f"{found.manifest.objective.name}: {reason(error)}. Take --kind bundle or state-dict"
         ) from error
-    return Graph(program, samples, dimensions, tuple(first), meaning)
+    scale = export_check.PLAIN
+    if isinstance(model, Task):
+        scale = output_scale(model.objective)
+    return Graph(program, samples, dimensions, tuple(first), meaning, scale)
 
 
 def _function(
@@ -215,7 +220,7 @@ def compare(graph: Graph, uri: str, run: Callable[[Tensors], Tensors]) -> export
                 f"{reason(error)}; nothing was written. Take --kind bundle or state-dict"
             ) from error
         for name, tensor in ours.items():
-            one = export_check.compare_outputs(tensor, theirs[name], name)
+            one = export_check.compare_outputs(tensor, theirs[name], name, scale=graph.scale)
             export_check.require(one, uri)
             if worst is None or one.difference > worst.difference:
                 worst = one

@@ -173,6 +173,18 @@ def grid(
     return (total / count.clamp(min=1)).view(shape), (count > 0).view(shape), steps
 
 
+def _running_max(x: Tensor) -> Tensor:
+    """Return (B, T, V) the largest value up to each step."""
+    if not torch.compiler.is_exporting():
+        return x.cummax(1).values
+    # ONNX has no cummax: after each round the maximum is over twice as many steps
+    distance = 1
+    while distance < x.shape[1]:
+        x = torch.cat([x[:, :distance], torch.maximum(x[:, distance:], x[:, :-distance])], 1)
+        distance *= 2
+    return x
+
+
 class Grid(nn.Module):
     def __init__(self, options: EventsModelOptions, inputs: dict[str, Any]):
         super().__init__()
@@ -191,7 +203,7 @@ class Grid(nn.Module):
     def forward(self, batch: Batch, static: Tensor, token_mask: Tensor | None) -> Features:
         value, seen, steps = grid(batch, self.variables, self.start, self.step, self.most)
         at = torch.arange(value.shape[1], device=value.device)
-        last = torch.where(seen, at[:, None], -1).cummax(1).values
+        last = _running_max(torch.where(seen, at[:, None], -1))
         value = value.gather(1, last.clamp(min=0)) * (last >= 0)
         ago = torch.where(last >= 0, at[:, None] - last, at[:, None] + 1) * (self.step / (2 * DAY))
         x = torch.cat([value, seen.to(value.dtype), ago.to(value.dtype).clamp(max=2.0)], 2)

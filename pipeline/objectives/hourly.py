@@ -6,6 +6,7 @@ a table, N tokens, M label times of a row, C classes.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -241,13 +242,16 @@ class Hourly(Objective):
                 '(stages["times"]): hourly needs a backbone of events'
             )
         read, log_age, times, is_time = self._read(features, batch)
+        unused = features.pooled.float().sum() * 0.0
+        return self._head_scores(read, log_age), times, is_time, unused
+
+    def _head_scores(self, read: Tensor, log_age: Tensor) -> Tensor:
+        """Return scores (B, M, C) of tokens (B, M, D) and of time (B, M, 1)."""
         if self.options.norm:
             read = F.layer_norm(read, read.shape[-1:])
         read = F.dropout(read, self.options.dropout, self.training)
         inputs = torch.cat([read, log_age.to(read.dtype)], dim=-1)
-        scores = self.head(inputs).float()
-        unused = features.pooled.float().sum() * 0.0
-        return scores, times, is_time, unused
+        return self.head(inputs).float()
 
     def _read(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what the head reads of tokens (B, M, D) and of time (B, M, 1), and `_times`."""
@@ -263,9 +267,13 @@ class Hourly(Objective):
         has_events = features.stages.get("charted", real) & real
         has_events = F.pad(has_events, (1, 0), value=True)
         positions = torch.arange(has_events.shape[1], device=ends.device)
-        last_with_events = torch.where(has_events, positions, 0).cummax(1).values
-        ended = torch.searchsorted(ends, times.contiguous(), right=True)
-        position = last_with_events.gather(1, ended)
+        if torch.compiler.is_exporting():  # ONNX has neither searchsorted nor cummax
+            can_be_read = (ends[:, None] <= times[:, :, None]) & has_events[:, None, 1:]
+            position = torch.where(can_be_read, positions[1:], 0).amax(2)
+        else:
+            last_with_events = torch.where(has_events, positions, 0).cummax(1).values
+            ended = torch.searchsorted(ends, times.contiguous(), right=True)
+            position = last_with_events.gather(1, ended)
         end_of_token = F.pad(ends, (1, 0)).gather(1, position)
         age = (times - end_of_token).clamp(min=0)
         log_age = age.log1p()[..., None]
@@ -330,6 +338,28 @@ class Hourly(Objective):
             return {"scores": scores / self.state.get("temperature", 1.0), "times": times}
         label = torch.where(is_time, batch["label_values"].long(), -1)
         return {**self._judged(scores, label), "times": times}
+
+    def raw_outputs(self, backbone, batch):
+        """`scores` (B, M, C): one for each of `labels` at each of M times. Their softmax are the
+        probabilities. The times are `every` (of `objective_options`) hours, twice and three times
+        as many and so on, up to `hours` of `objective_state`. After a row's last event a
+        prediction sees nothing newer than that.
+        """
+        hours, every = self.state.get("hours"), self.options.every
+        if hours is None:
+            raise ValueError(
+                f"{backbone.arch.name} does not say up to which hour it reads events, so a graph "
+                "of tensors has no times to predict at. Take --kind bundle"
+            )
+        features = backbone(batch, want=("tokens", "stages"))
+        ends = features.stages["times"]
+        count = max(1, math.ceil(hours / every))
+        times = every * torch.arange(1, count + 1, device=ends.device, dtype=ends.dtype)
+        rows = ends.shape[0]
+        lengths = torch.full((rows,), count, device=ends.device)
+        asked = batch.replace(label_times=times.expand(rows, -1), label_times_lengths=lengths)
+        read, log_age, _, _ = self._read(features, asked)
+        return {"scores": self._head_scores(read, log_age) / self.state.get("temperature", 1.0)}
 
     def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return what `predict` does, without the times, of logits (B, M, C)."""

@@ -161,7 +161,12 @@ class Regression(Objective):
         return self.head_predict(backbone(batch).pooled, batch)
 
     def logits(self, backbone, batch):
-        return self.predict(backbone, batch)["prediction"][:, None].float()
+        return self.raw_outputs(backbone, batch)["prediction"][:, None]
+
+    def raw_outputs(self, backbone, batch):
+        """`prediction` (B,) float64: the number, in the unit of the column."""
+        standardised = self.scores(backbone(batch).pooled)[:, 0].double()
+        return {"prediction": self._in_unit(standardised)}
 
     def output_columns(self, predictions, raw_rows):
         """Return ``prediction``, in the unit of the column."""

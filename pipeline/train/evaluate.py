@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.core.capabilities import makes_views
 from pipeline.core.contracts import Batch, Objective, RawRows, Task, Technique
@@ -16,6 +17,7 @@ from pipeline.core.contracts.objective_capabilities import (
     Postprocesses,
     UsesRawRows,
     compares_views,
+    rescales_scores,
     rolls_out,
 )
 from pipeline.core.metrics.catalog import Predictions, metric
@@ -44,6 +46,8 @@ def predictions(
     task is left in evaluation mode.
     """
     task.eval()
+    # a number in its own unit may be so large beside its deviation that float32 rounds it away
+    keeps_float64 = rescales_scores(task.objective)
     parts: list[Predictions] = []
     for batch, bad, _ in batches:
         if bad:
@@ -55,15 +59,18 @@ def predictions(
         parts.append(
             {
                 "row": batch.rows,
-                **{
-                    name: tensor.float().cpu().numpy()
-                    if tensor.is_floating_point()
-                    else tensor.cpu().numpy()
-                    for name, tensor in out.items()
-                },
+                **{name: _as_array(tensor, keeps_float64) for name, tensor in out.items()},
             }
         )
     return _by_row(concatenate(parts))
+
+
+def _as_array(tensor: Tensor, keeps_float64: bool) -> np.ndarray:
+    """Return a prediction as an array, floating point numbers as float32 or ``keeps_float64``."""
+    is_kept = keeps_float64 and tensor.dtype == torch.float64
+    if tensor.is_floating_point() and not is_kept:
+        tensor = tensor.float()
+    return tensor.cpu().numpy()
 
 
 def concatenate(parts: list[Predictions]) -> Predictions:

@@ -157,7 +157,11 @@ def label_columns(spec: Source | Target) -> list[str]:
 
 
 def fit_objective(spec: Source | Target, splits: Splits) -> dict[str, Any]:
-    """What the objective learns of the training rows' own columns."""
+    """What the objective learns of the training rows' own columns.
+
+    Of all training rows, at smaller label fractions too: all of them have the same classes, and
+    heads of regression the same mean and deviation.
+    """
     assert spec.data is not None and spec.objective is not None
     objective = registry.get("objective", spec.objective.name)
     options = objective.options_class(**spec.objective.options)

@@ -144,8 +144,10 @@ def carry_head(
     Returns:
         How many labels have been carried over, and what was done in words.
     """
-    if source.name != objective.registered_name or not names_labels(objective):
+    if source.name != objective.registered_name:
         return 0, f"head new: the source's objective was {source.name}"
+    if not names_labels(objective):
+        return 0, f"head new: heads of {source.name} have no named labels to be carried over by"
     differ = [
         name
         for name in objective.head_options

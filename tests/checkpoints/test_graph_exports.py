@@ -21,7 +21,7 @@ from pipeline.core.batch import Batch
 from pipeline.core.specs import ModalitySpec
 from pipeline.modalities.text import Text
 
-LONG = ["multilabel", "tagging", "ctc", "segmentation", "detection"]
+LONG = ["multilabel", "tagging", "ctc", "segmentation", "detection", "regression", "hourly"]
 CASES = ["qa", *(pytest.param(objective, marks=pytest.mark.slow) for objective in LONG)]
 """Translating takes seconds: one objective in the quick tier."""
 
@@ -84,6 +84,26 @@ def test_every_modality_is_traced(backbone, tmp_path):
     assert all(shape[0] == "batch" for shape in traced.dimensions.values())
     lengths = {name for shape in traced.dimensions.values() for name in shape[1:] if name}
     assert lengths == ({"length"} if backbone != "table/ft_transformer" else set())
+
+
+def test_labels_of_each_hour_are_traced_at_all_hours(tmp_path):
+    """Up to a row's last event the graph gives what the bundle predicts for new rows."""
+    task, uri = bundled(tmp_path, "hourly")
+    traced = graph.trace(bundle.load(uri), False)
+    module = traced.program.module()
+    assert graph.compare(traced, "b", module).difference < 1e-5
+    modality = bundle.load(uri).modality()
+    made = modality.random_rows(5, np.random.default_rng(7), 0.8)
+    batch = modality.finish(Batch(np.arange(5), torch.arange(5), made))
+    theirs = module({name: batch[name] for name in traced.dimensions})["scores"]
+    with torch.no_grad():
+        ours = task.objective.predict(task.backbone, batch)
+    hours = ours["times"].shape[1]
+    assert theirs.shape[1] == task.objective.state["hours"] >= hours > 1
+    real = ours["times"].isfinite()
+    assert real.sum(1).unique().numel() > 1, "rows end at different hours"
+    torch.testing.assert_close(theirs[:, :hours][real], ours["scores"][real], rtol=1e-5, atol=1e-5)
+    assert theirs.std(1).min() > 1e-4
 
 
 @pytest.mark.parametrize("architecture", ["policy/mlp", "policy/transformer"])

@@ -10,7 +10,14 @@ import transformers as hf
 from contract_rows import wake
 from toys import SMALL, image_rows, sentences, take, task_of, text_modality
 
-from pipeline.checkpoints import bundle, export, exported_classifier, pretrained
+from pipeline.checkpoints import (
+    bundle,
+    classifier_export,
+    export,
+    exported_classifier,
+    pretrained,
+)
+from pipeline.checkpoints.bundle import BundleError
 from pipeline.core.contracts import Batch
 from pipeline.core.specs import ModalitySpec
 
@@ -18,11 +25,11 @@ STATE = {"mean": 2005.0, "std": 11.0, "labels": ["year"]}
 POOLS = {"bert": "pooler", "roberta": "pooler", "distilbert": "first", "gpt2": "last"}
 
 
-def bundled(folder, backbone: str, modality, **options):
+def bundled(folder, backbone: str, modality, *, state=STATE, **options):
     """A task with random weights, and its bundle's place."""
     norm = options.pop("norm", False)
     inputs = modality.inputs()
-    task = task_of(backbone, inputs, "regression", STATE, options={"norm": norm}, **options).eval()
+    task = task_of(backbone, inputs, "regression", state, options={"norm": norm}, **options).eval()
     wake(task)
     with torch.no_grad():
         task.objective.head.weight.mul_(10.0)
@@ -79,3 +86,50 @@ def test_a_picture_has_its_number_in_timm_and_in_a_state_dict(norm, tmp_path):
 
         model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
         assert (model(batch["image"])[:, 0] - ours).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["hugging-face", "state-dict"])
+def test_a_mean_that_float32_cannot_hold_is_refused(kind, tmp_path):
+    """A float32 near 1e8 is a multiple of 8; the deviation here is 1."""
+    rows = image_rows(4, size=32, channels=3)
+    state = {**STATE, "mean": 1e8 + 3, "std": 1.0}
+    _, uri = bundled(tmp_path, "timm/test_vit", rows.modality, state=state)
+    with pytest.raises(
+        BundleError, match=r"standard deviations of the label .* --kind bundle, onnx"
+    ):
+        export.export_bundle(uri, str(tmp_path / "out.safetensors"), kind, False)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_wrong_bias_of_small_numbers_is_refused(tmp_path, monkeypatch):
+    rows = image_rows(4, size=32, channels=3)
+    state = {**STATE, "mean": 0.0, "std": 1e-6}
+    _, uri = bundled(tmp_path, "timm/test_vit", rows.modality, state=state)
+    said = export.export_bundle(uri, str(tmp_path / "fine"), "hugging-face", False)
+    assert "standard deviations of the label" in said
+    right = classifier_export.linear_tensors
+
+    def wrong(task):
+        return right(task) | {"bias": right(task)["bias"] + 1e-6}
+
+    monkeypatch.setattr(classifier_export, "linear_tensors", wrong)
+    with pytest.raises(BundleError, match="differ by up to 1 standard deviations of the label"):
+        export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
+
+
+@torch.no_grad()
+def test_a_graph_keeps_the_digits_of_a_number_that_is_large_beside_its_deviation(tmp_path):
+    rows = image_rows(4, size=32, channels=3)
+    state = {**STATE, "mean": 1e8 + 3, "std": 1.0}
+    task, uri = bundled(tmp_path, "timm/test_vit", rows.modality, state=state, norm=True)
+    said = export.export_bundle(uri, str(tmp_path / "out"), "torch-export", False)
+    assert "largest difference of prediction in batches of 4, 1, 3 rows" in said
+    assert "standard deviations of the label" in said
+    batch = take(rows, range(4))
+    found = torch.export.load(tmp_path / "out" / "model.pt2").module()({"image": batch["image"]})
+    ours = task.objective.predict(task.backbone, batch)["prediction"]
+    assert found["prediction"].dtype == torch.float64
+    torch.testing.assert_close(found["prediction"] - 1e8, ours - 1e8, rtol=0, atol=1e-4)
+    described = json.loads((tmp_path / "out" / "graph.json").read_text())
+    assert described["outputs"] == {"prediction": {"type": "float64"}}
+    assert described["labels"] == ["year"]

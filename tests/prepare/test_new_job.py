@@ -379,6 +379,10 @@ def test_numbers_of_a_table_are_estimated():
         ("target", list(range(24)) * 2, True),
         ("age", list(range(20, 80)) * 5, True),
         ("class_code", list(range(0, 300, 5)), False),
+        ("species", list(range(200)) * 4, False),
+        ("diagnosis", [250 + 7 * i for i in range(30)] * 3, False),
+        ("word_count", list(range(5, 65)) * 3, True),
+        ("event", list(range(0, 300, 5)), True),
         ("stars", [0, 10, 20] * 20, False),
         ("x", [0.5, 1.0, 2.0] * 20, True),
         ("x", [0.5, 1.0] * 30, False),
@@ -396,8 +400,46 @@ def test_a_number_of_a_row_is_no_label_beside_classes_unless_its_name_says_so():
     columns = {name: rng.normal(size=80).round(4).tolist() for name in ("weight", "event_time")}
     csv("rows.csv", {**columns, "sick": [0, 1] * 40})
     assert "label: sick" in init("rows.csv")
-    csv("more.csv", {**columns, "price": columns["weight"], "sick": [0, 1] * 40})
-    assert "value: price" in init("more.csv", output="more.yaml")
+    sick = [0, 1] * 40
+    csv("more.csv", {**columns, "sick": sick, "price": columns["weight"]})
+    text = init("more.csv", output="more.yaml")
+    assert "value: price" in text and "sick could be it too" in comments(text)
+    csv("last.csv", {**columns, "price": columns["weight"], "sick": sick})
+    text = init("last.csv", output="last.yaml")
+    assert "label: sick" in text and "price could be it too" in comments(text)
+
+
+@pytest.mark.parametrize(
+    ("column", "objective", "values"),
+    [
+        ("target", "classification", [100 + 7 * i for i in range(30)] * 4),
+        ("stars", "regression", [1, 2, 3, 4, 5, 6] * 20),
+    ],
+)
+def test_the_user_says_whether_values_are_classes_or_numbers(column, objective, values):
+    csv("rows.csv", {"text": texts(120), column: values})
+    init("rows.csv", "--target-column", column)
+    other = {"classification": "regression", "regression": "classification"}[objective]
+    assert target().objective.name == other
+    init("rows.csv", "--target-column", column, "--objective", objective, output="said.yaml")
+    found = target("said.yaml")
+    role = "label" if objective == "classification" else "value"
+    assert found.objective.name == objective and found.data.columns[role] == column
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--objective", "regression"], "--objective regression: name its column with"),
+        (["--target-column", "kind", "--objective", "mlm"], "choose classification or regression"),
+        (["--target-column", "kind", "--objective", "regression"], "kind: it is kind (text, 2"),
+        (["--target-column", "x", "--objective", "classification"], "x: it is x (number, 60"),
+    ],
+)
+def test_an_objective_that_does_not_fit_is_refused(arguments, said):
+    csv("rows.csv", {"text": texts(60), "kind": ["a", "b"] * 30, "x": [i / 7 for i in range(60)]})
+    code, shown = command("init", "rows.csv", *arguments)
+    assert code == 2 and said in shown
 
 
 def test_a_named_column_that_cannot_be_the_label():

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from toys import sentences, text_modality
+from toys import SMALL, label_state, sentences, task_of, text_modality
 
 from pipeline.core.contracts import Objective
+from pipeline.core.contracts.objective_capabilities import rescales_scores
 from pipeline.data import manifests
 from pipeline.data.stream import Decoder, Rows, eval_batches
 from pipeline.train import evaluate
@@ -81,3 +82,41 @@ def test_predictions_are_completed_by_their_own_rows(rows, held):
 
 def test_a_rank_without_rows_completes_nothing(rows):
     assert evaluate.Postprocessor(rows)(Reads(), {}) == {}
+
+
+class Large(Objective):
+    """Predicts numbers that float32 rounds, with or without a unit of its own."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+
+    def loss(self, backbone, batch):
+        raise NotImplementedError
+
+    def predict(self, backbone, batch):
+        number = 1e8 + batch["tokens"][:, 0].double() / 7
+        return {"number": number, "half": number.half(), "count": batch["tokens"][:, 0]}
+
+
+class InAUnit(Large):
+    output_scale = (1.0, 1e8)
+
+
+@pytest.mark.parametrize(("objective", "kind"), [(InAUnit, np.float64), (Large, np.float32)])
+def test_numbers_in_a_unit_of_their_own_keep_their_digits(rows, objective, kind):
+    task = type("T", (torch.nn.Module,), {"objective": objective(), "backbone": None})()
+    ready = evaluate.device_preprocessing(rows)
+    found = evaluate.predictions(task, eval_batches(rows, 4), ready, Ranks(), torch.no_grad())
+    assert found["number"].dtype == kind and found["half"].dtype == np.float32
+    assert found["count"].dtype.kind in "iu"
+    exact = 1e8 + found["count"] / 7
+    assert np.array_equal(found["number"], exact) == (kind == np.float64)
+
+
+def test_regression_has_a_unit_of_its_own_and_classification_none():
+    inputs = text_modality().inputs()
+    state = {"mean": 1e8, "std": 1.0, "labels": ["n"]}
+    made = task_of("transformers/bert", inputs, "regression", state, **SMALL)
+    assert rescales_scores(made.objective)
+    made = task_of("transformers/bert", inputs, "classification", label_state(), **SMALL)
+    assert not rescales_scores(made.objective)

@@ -496,7 +496,12 @@ class RescalesScores(Protocol):
 
 def output_scale(objective: Any) -> tuple[float, float]:
     """Return what the scores of a head are multiplied by, and what is added to them."""
-    return objective.output_scale if isinstance(objective, RescalesScores) else (1.0, 0.0)
+    return objective.output_scale if rescales_scores(objective) else (1.0, 0.0)
+
+
+def rescales_scores(objective: Any) -> TypeIs[RescalesScores]:
+    """Return whether the predictions of an objective are in a unit of their own."""
+    return isinstance(objective, RescalesScores)
 
 
 def exports_head(objective: Any) -> TypeIs[ExportsHead]:

@@ -32,6 +32,15 @@ NUMBERS = {
 """Words in the names of columns that are usually estimated, where they hold numbers."""
 CODES = {"class", "category", "label", "code", "type"}
 """Words in the names of whole numbers that stand for classes."""
+KINDS = {
+    "species", "diagnosis", "finding", "findings", "intent", "topic", "emotion", "genre", "digit",
+    "word", "command", "disease", "event", "tag", "tags", "sentiment", "breed", "defect",
+}  # fmt: skip
+"""Words in the names of whole numbers that stand for classes, where a value stands in some rows."""
+COUNTED = {
+    "count", "counts", "number", "num", "length", "total", "time", "score", "rate", "age", "days",
+}  # fmt: skip
+"""Words beside those that make a number of them: word_count."""
 CIRCUMSTANCES = {
     "id", "index", "age", "year", "date", "time", "sex", "gender", "view", "domain", "source",
     "corpus", "site", "hospital", "region", "country", "width", "height", "rate", "channels",
@@ -260,13 +269,17 @@ def is_likely_label(column: Column) -> bool:
 def is_estimated(column: Column) -> bool:
     """Tell whether the values of a column are numbers to estimate, and no codes of classes.
 
-    Codes are few whole numbers, or are called so, or count from 0 or 1 and stand in several rows.
+    Codes are few whole numbers, or are called so, or count from 0 or 1 and stand in several rows,
+    or are called kinds of something and stand in two rows or more on average.
     """
     if column.kind == "number":
         return column.distinct > 2 and column.present >= column.rows / 2
     if column.kind != "whole" or column.present < column.rows / 2:
         return False
     if column.distinct <= MOST_CODES or not column.parts.isdisjoint(CODES):
+        return False
+    names_kinds = not column.parts.isdisjoint(KINDS) and column.parts.isdisjoint(COUNTED)
+    if names_kinds and column.distinct <= min(MOST_CLASSES, column.present / 2):
         return False
     least, most = min(column.counts), max(column.counts)
     counts_up = least in (0, 1) and column.distinct >= 0.9 * (most - least + 1)
@@ -287,11 +300,21 @@ def is_named_number(column: Column) -> bool:
     return is_named and column.parts.isdisjoint(CIRCUMSTANCES)
 
 
+def holds_numbers(column: Column) -> bool:
+    """Tell whether the values of a column can be numbers to estimate, even if they look like
+    classes.
+    """
+    return column.kind in ("whole", "number") and column.distinct >= 2
+
+
 def can_be_label(column: Column, named: bool = True) -> bool:
     """Tell whether classes can be read from a column, `named`: its name says so."""
+    return not is_estimated(column) and holds_classes(column, named)
+
+
+def holds_classes(column: Column, named: bool = True) -> bool:
+    """Tell whether the values of a column can be classes, even if they look like numbers."""
     if column.kind not in ("text", "bool", "whole") or column.present < column.rows / 2:
-        return False
-    if is_estimated(column):
         return False
     if column.kind == "text" and column.letters > MOST_LETTERS:
         return False

@@ -175,22 +175,31 @@ class Draft:
         )
 
 
-def draft(found: Inspection, target_column: str | None, output: str, scratch: str) -> Draft:
+def draft(
+    found: Inspection,
+    target_column: str | None,
+    output: str,
+    scratch: str,
+    objective: str | None = None,
+) -> Draft:
     """Choose what a job for some files does.
 
     Args:
         target_column: the label, where the user names it.
         output: the folder of the job file, below which prepared data would lie.
         scratch: a folder for conversions.
+        objective: classification or regression, where the user says what to learn of the label;
+            None: what its values look like.
 
     Raises:
         ValueError: nothing can be the label, or the column that was named cannot.
     """
     _check_named(found, target_column)
     out = _input(found, target_column)
+    _check_objective(out, target_column, objective)
     out.notes += found.notes
     splits = _split_column(out)
-    _label(out, target_column, splits)
+    _label(out, target_column, objective, splits)
     _check_header(out)
     _leave_out_unlabelled(out)
     _count(out)
@@ -207,6 +216,24 @@ def _check_named(found: Inspection, name: str | None) -> None:
     names = [column.name for column in found.columns]
     if name is not None and name not in names:
         raise ValueError(f"--target-column {name}: {registry.nearest(name, names)}")
+
+
+def _check_objective(out: Draft, target_column: str | None, objective: str | None) -> None:
+    """Raise ValueError for an objective that cannot be chosen, or without a label."""
+    if objective is None:
+        return
+    if objective not in ("classification", "regression"):
+        raise ValueError(
+            f"--objective {objective}: choose classification or regression; other objectives "
+            "follow from the columns"
+        )
+    if target_column is None:
+        raise ValueError(f"--objective {objective}: name its column with --target-column")
+    if out.objective == "tagging":
+        raise ValueError(
+            f"--objective {objective}: {target_column} has a tag for each word; leave --objective "
+            "out"
+        )
 
 
 def _input(found: Inspection, target_column: str | None) -> Draft:
@@ -275,7 +302,9 @@ def _crossing(found: Inspection, split: str, group: str) -> int:
     return sum(len(parts) > 1 for parts in seen.values())
 
 
-def _label(out: Draft, target_column: str | None, splits: Column | None) -> None:
+def _label(
+    out: Draft, target_column: str | None, objective: str | None, splits: Column | None
+) -> None:
     """Set objective and label.
 
     Raises:
@@ -295,18 +324,19 @@ def _label(out: Draft, target_column: str | None, splits: Column | None) -> None
     has_named_number = bool(numbers) and look.is_named_number(numbers[0])
     if target_column is not None:
         chosen = found.column(target_column)
-        if target_column in sets:
+        if objective is None and target_column in sets:
             out.objective, out.labels = "multilabel", {"labels": target_column}
-        elif out.modality == "audio" and chosen in spoken and not look.can_be_label(chosen):
+        elif objective is None and _is_transcript(out, chosen, spoken):
             out.objective, out.labels = "ctc", {"transcript": target_column}
-        elif look.is_estimated(chosen):
+        elif objective == "regression" or (objective is None and look.is_estimated(chosen)):
+            _check_number(chosen)
             out.objective, out.labels = "regression", {"value": target_column}
         else:
             _check_label(chosen)
             out.labels = {"label": target_column}
     elif out.modality == "audio" and spoken and not (listed and look.is_named_label(listed[0])):
         out.objective, out.labels = "ctc", {"transcript": spoken[0].name}
-    elif has_named_number and not (listed and look.is_named_label(listed[0])):
+    elif has_named_number and not _has_likelier_label(listed, free):
         out.objective, out.labels = "regression", {"value": numbers[0].name}
     elif listed and not look.is_likely_label(listed[0]) and (other := _other_task(found)):
         raise ValueError(other)
@@ -338,9 +368,35 @@ def _label(out: Draft, target_column: str | None, splits: Column | None) -> None
     ]
 
 
+def _is_transcript(out: Draft, column: Column, spoken: Sequence[Column]) -> bool:
+    return out.modality == "audio" and column in spoken and not look.can_be_label(column)
+
+
+def _has_likelier_label(listed: Sequence[Column], free: Sequence[Column]) -> bool:
+    """Tell whether a label of classes is likelier than a number with a telling name.
+
+    A price may be a feature: where a label has a telling name, too, or where a column of two
+    classes stands last, the usual place of a label.
+    """
+    if not listed:
+        return False
+    last = free[-1]
+    has_two_classes_last = last in listed and last.distinct == 2 and look.is_likely_label(last)
+    return look.is_named_label(listed[0]) or has_two_classes_last
+
+
+def _check_number(column: Column) -> None:
+    """Raise ValueError where no numbers can be estimated from the column that was named."""
+    if not look.holds_numbers(column):
+        raise ValueError(
+            f"--target-column {column.name}: it is {column.describe()}: regression estimates "
+            "numbers that differ; take --objective classification for classes"
+        )
+
+
 def _check_label(column: Column) -> None:
     """Raise ValueError where the column that was named as the label cannot be one."""
-    if look.can_be_label(column):
+    if look.holds_classes(column):
         return
     if column.distinct < 2:
         reason = f"it has {column.distinct} value in {column.rows} rows, and a label has two"

@@ -96,6 +96,7 @@ def write(
     output: str,
     *,
     target_column: str | None = None,
+    objective: str | None = None,
     sources: Sequence[str] = (),
     force: bool = False,
 ) -> list[str]:
@@ -105,6 +106,7 @@ def write(
         places: files, folders or globs.
         output: the job file; "" for NAME.yaml in the current folder.
         target_column: the column to predict; None: the most plausible one.
+        objective: classification or regression of that column; None: as its values look.
         sources: checkpoints to start from: folders of bundles or of Hugging Face, or names as a
             job has them (hf-hub:NAME).
         force: overwrite a job file that is there.
@@ -124,7 +126,7 @@ def write(
     checkpoints = [checkpoint(place, folder) for place in sources]
     with storage.scratch_folder() as scratch:
         found = inspect(places, str(scratch))
-        made = draft(found, target_column, folder, str(scratch))
+        made = draft(found, target_column, folder, str(scratch), objective)
         text = job_text(made, path, places, checkpoints)
         lines = summary(made, path)
     path.parent.mkdir(parents=True, exist_ok=True)
