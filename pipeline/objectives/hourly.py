@@ -278,7 +278,7 @@ class Hourly(Objective):
         age = (times - end_of_token).clamp(min=0)
         log_age = age.log1p()[..., None]
 
-        start = self.start.to(tokens.dtype).expand(len(tokens), 1, -1)
+        start = self.start.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         tokens = torch.cat([start, tokens], dim=1)
         index = position[..., None].expand(-1, -1, tokens.shape[2])
         return tokens.gather(1, index), log_age, times, is_time
