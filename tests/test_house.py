@@ -4,6 +4,7 @@ import.
 
 import ast
 import io
+import subprocess
 import tokenize
 from collections.abc import Iterator
 from functools import cache
@@ -380,3 +381,22 @@ def test_a_line_of_code_has_nine_tokens_at_most_on_average():
         lines += len(set(found))
         tokens += len(found)
     assert tokens / lines <= 9
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone of the repository")
+def test_the_top_level_has_what_belongs_there_and_nothing_else():
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = {name.partition("/")[0] for name in listed.stdout.splitlines()}
+    assert {name for name in found if not name.startswith(".")} == {
+        "pyproject.toml",
+        "pipeline",
+        "jobs",
+        "cluster",
+        "tests",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "requirements.lock",
+    }
