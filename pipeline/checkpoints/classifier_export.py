@@ -26,9 +26,13 @@ CODE, SPEC, HEAD = "classifier.py", "classifier.json", "head.safetensors"
 def is_exportable(task: Task) -> bool:
     """Return whether ``exported_classifier`` can build this task.
 
-    It can for a linear head on a model of timm or transformers.
+    It can for a linear head on a model of timm or transformers, which builds it from its
+    configuration: not the encoder of Whisper or BART.
     """
-    library = task.backbone.arch.name.partition("/")[0]
+    backbone: Any = task.backbone
+    library = backbone.arch.name.partition("/")[0]
+    if library == "hf" and not auto_model.is_plain(backbone.model):
+        return False
     return library in LIBRARIES and linear_on(task.objective) is not None
 
 
@@ -62,9 +66,9 @@ def describe(task: Task, modality: Modality) -> dict[str, Any]:
         spec["threshold_of"] = (
             f"probability (softmax) from which a row is called {objective.state['labels'][1]}"
         )
+    read = modality.options.model_dump(include={"fit", "crop_share", "interpolation"})
     if library == "timm":
         spec["arguments"] = dict(model.creation_arguments)
-        read = modality.options.model_dump(include={"fit", "crop_share", "interpolation"})
         spec["input"] = {
             **modality.inputs(),
             **read,
@@ -78,13 +82,14 @@ def describe(task: Task, modality: Modality) -> dict[str, Any]:
         # AutoModel makes more of some configurations than their encoder (T5)
         spec |= {"library": "transformers", "class": type(model.model).__name__}
         spec["arguments"] = auto_model.pooling_words(type(model.model), spec["pool"] == "pooler")
+        spec["call_arguments"] = model.call_arguments
     elif architecture in ("bert", "roberta"):
         spec["arguments"]["add_pooling_layer"] = spec["pool"] == "pooler"
     inputs = modality.inputs()
     known = ("length", "rate", "scale", "size", "channels")
     spec["input"] = {key: inputs[key] for key in known if key in inputs}
     if "mean" in modality.state and "size" in inputs:
-        spec["input"] |= {"mean": modality.state["mean"], "std": modality.state["std"]}
+        spec["input"] |= {**read, "mean": modality.state["mean"], "std": modality.state["std"]}
     return spec
 
 

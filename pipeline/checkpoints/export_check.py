@@ -200,6 +200,8 @@ def compare_classifier(found: Bundle, place: Path) -> Comparison:
     inputs: Any = model_inputs(task.backbone, batch)
     if inputs is None:
         inputs = batch["image"] if config is None else transformers_inputs(config, batch)
+    else:  # what a user gives it; further arguments are the export's own
+        inputs = {name: one for name, one in inputs.items() if isinstance(one, Tensor)}
     scale = output_scale(task.objective)
     return compare_outputs(ours, model(inputs), "scores", batch.data.get("mask"), scale)
 

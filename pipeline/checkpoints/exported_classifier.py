@@ -1,19 +1,20 @@
 """A classifier trained by One to Many: a timm or transformers model, a layer norm, a linear layer.
 
-This file was written beside the weights of an export. It needs torch and safetensors, and timm
-(images) or transformers (texts, recordings). It reads ``classifier.json`` and two safetensors
-files, and runs no other code.
+This file was written beside the weights of an export. It needs torch and safetensors, and the
+``library`` of classifier.json, timm or transformers. It reads ``classifier.json`` and two
+safetensors files, and runs no other code.
 
     from classifier import load
 
     model = load("FOLDER")
     model = load("weights.safetensors")  # needs weights_classifier.json beside it
-    logits = model(images)  # timm: (B, C, H, W) float, by mean and std of the json
-    logits = model(tokenizer(texts, padding=True, return_tensors="pt"))  # transformers
+    logits = model(images)  # (B, C, H, W) float, by mean and std of the json
+    logits = model(tokenizer(texts, padding=True, return_tensors="pt"))  # texts
 
-Column k of the logits belongs to ``labels[k]`` of classifier.json. A temperature that was fitted on
-validation rows is already part of the linear layer. Give recordings of unequal length one at a time
-where the model was trained so (``feat_extract_norm: group`` in its configuration).
+Column k of the logits belongs to ``labels[k]`` of classifier.json; of a regression the one column
+is the number, in its own unit. A temperature that was fitted on validation rows is already part of
+the linear layer. Give recordings of unequal length one at a time where the model was trained so
+(``feat_extract_norm: group`` in its configuration).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.model = model
         self.library, self.pool, self.labels = spec["library"], spec["pool"], spec["labels"]
+        self.call_arguments: dict[str, Any] = spec.get("call_arguments", {})
         self.norm = nn.LayerNorm(spec["width"]) if spec["norm"] else nn.Identity()
         self.head = nn.Linear(spec["width"], len(self.labels))
 
@@ -61,7 +63,7 @@ class Classifier(nn.Module):
             return model.forward_head(model.forward_features(inputs), pre_logits=True)
         if isinstance(inputs, Tensor):
             inputs = {model.main_input_name: inputs}
-        words = {**inputs, **more}
+        words = {**self.call_arguments, **inputs, **more}
         found = model(**words)
         hidden = found.last_hidden_state
         if self.pool == "tokens":

@@ -58,7 +58,7 @@ def write(found: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
     text = json.dumps(described, indent=2, ensure_ascii=False)
     (folder / DESCRIPTION).write_text(text, encoding="utf-8")
     if TOKENIZER in state:
-        tokenizer, _ = hf_text.with_post_processor(state, words=False)
+        tokenizer, _ = hf_text.with_post_processor(state, hf_text.splits_words(manifest))
         tokenizer.save(str(folder / "tokenizer.json"))
     names = sorted({of for shape in shapes.values() for of in shape if isinstance(of, str)})
     code = prepares_inputs(found.modality())

@@ -9,6 +9,7 @@ recordings; the tokenizer of texts.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,8 +36,10 @@ LONGEST = 512
 """Most tokens of a row, where the job does not say more."""
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
 """Pillow's filters that the image modality has."""
-BEFORE_CROP = 0.875
+BEFORE_CROP = 224 / 256
 """ConvNeXt's share of the resized image that is kept, where its file does not say it."""
+LEVELS = 255
+"""Largest level of a pixel."""
 
 
 # ---------------------------------------------------------------- reading
@@ -345,10 +348,11 @@ def _image(folder: str, config: Any) -> ModalitySpec:
         resized = shortest or height
         options = {"fit": "crop"}
         if side and resized and side < resized:
-            options["crop_share"] = side / resized
+            options["crop_share"] = _share(side, resized)
     elif shortest:
         side = other = shortest
-        share = found.get("crop_pct")
+        kind = found.get("image_processor_type") or found.get(auto_model.EXTRACTOR_TYPE) or ""
+        share = found.get("crop_pct", BEFORE_CROP if kind.startswith("ConvNext") else None)
         options = {"fit": "crop"} if share is None or side < 384 else {"fit": "squash"}
         if share is not None and side < 384:
             options["crop_share"] = float(share)
@@ -365,6 +369,13 @@ def _image(folder: str, config: Any) -> ModalitySpec:
             f"{folder}: {hf_speech.PREPROCESSOR} says resample {resample}: images are resized "
             "bilinearly (2) or bicubically (3) here"
         )
+    factor, offset = found.get("rescale_factor", 1 / LEVELS), found.get("rescale_offset", False)
+    if found.get("do_rescale", True) and (offset or abs(factor * LEVELS - 1) > EQUAL):
+        raise ValueError(
+            f"{folder}: {hf_speech.PREPROCESSOR} says rescale_factor {factor}, rescale_offset "
+            f"{offset}: levels of pixels are divided by {LEVELS} here; write it with do_rescale: "
+            "false, and image_mean and image_std in levels from 0 to 255 that do the same"
+        )
     normalizes = found.get("do_normalize", True)
     mean: Any = found.get("image_mean") if normalizes else [0.0] * channels
     std: Any = found.get("image_std") if normalizes else [1.0] * channels
@@ -375,12 +386,18 @@ def _image(folder: str, config: Any) -> ModalitySpec:
         )
     if not found.get("do_rescale", True):
         # the processor's mean and deviation are of levels from 0 to 255
-        mean, std = ([value / 255 for value in part] for part in (mean, std))
+        mean, std = ([value / LEVELS for value in part] for part in (mean, std))
     return ModalitySpec(
         "image",
         {"size": side, "channels": channels, **options, "interpolation": RESAMPLING[resample]},
         {"mean": list(mean), "std": list(std)},
     )
+
+
+def _share(side: int, resized: int) -> float:
+    """Return the share of the resized image that is kept; ``int(side / share)`` is ``resized``."""
+    share = side / resized
+    return share if int(side / share) == resized else math.nextafter(share, 0.0)
 
 
 def _are_numbers(values: Any, count: int) -> bool:
@@ -447,37 +464,53 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     """
     has_head = found.manifest.objective.name != "none" and not backbone_only
     task = found.task() if has_head else None
+    backbone: Any = task.backbone if task is not None else found.backbone()
+    require_plain(found, backbone)
     if task is not None and not classifier_export.is_exportable(task):
         raise BundleError(
             f"{found.uri}: the head of {found.manifest.objective.name} is no linear layer, and "
             f"heads of {found.manifest.arch.name} are written as one; --backbone-only writes the "
             "plain model, --kind state-dict all tensors"
         )
-    backbone: Any = task.backbone if task is not None else found.backbone()
-    config = backbone.model.config
-    kind = auto_model.model_class(config)
-    if type(backbone.model) is not kind:
-        raise BundleError(
-            f"{found.uri}: transformers has no class for the encoder of {kind.__name__} alone; "
-            "take --kind state-dict"
-        )
+    _write_processor(
+        found, backbone, folder, words=has_head and hf_text.splits_words(found.manifest)
+    )
     with _quiet():
         backbone.model.save_pretrained(folder)
-    _write_processor(found, backbone, config, folder)
     count = sum(parameter.numel() for parameter in backbone.model.parameters())
-    text = f"{kind.__name__} with {count} parameters"
+    text = f"{type(backbone.model).__name__} with {count} parameters"
     if task is None:
+        given = ", ".join(f"{name}={value}" for name, value in backbone.call_arguments.items())
+        text += f", to be called with {given}" if given else ""
         return text
     lacking = "heads of this family are written with the code that joins them"
     return hf_text.write_head(task, found.modality(), folder, text, lacking)
 
 
-def _write_processor(found: bundle.Bundle, backbone: Any, config: Any, folder: Path) -> None:
-    """Write the tokenizer, or preprocessor_config.json."""
+def require_plain(found: bundle.Bundle, backbone: Any) -> None:
+    """Raise BundleError for an encoder that transformers builds with its decoder only."""
+    if not auto_model.is_plain(backbone.model):
+        whole = auto_model.model_class(backbone.model.config).__name__
+        raise BundleError(
+            f"{found.uri}: transformers has no class for the encoder of {whole} alone; take "
+            "--kind state-dict"
+        )
+
+
+def _write_processor(found: bundle.Bundle, backbone: Any, folder: Path, words: bool) -> None:
+    """Write the tokenizer, or preprocessor_config.json.
+
+    Args:
+        words: Whether rows are lists of words (`hf_text.with_post_processor`).
+
+    Raises:
+        BundleError: No image processor of transformers prepares images so.
+    """
     modality: Any = found.modality()
+    config = backbone.model.config
     name = found.manifest.modality.name
     if name == "text":
-        hf_text.write_tokenizer(modality, folder, config)
+        hf_text.write_tokenizer(modality, folder, config, words)
         return
     if name == "audio":
         extractor = backbone.extractor
@@ -490,8 +523,14 @@ def _write_processor(found: bundle.Bundle, backbone: Any, config: Any, folder: P
     options = modality.options
     side = options.size
     numbers = {value: key for key, value in RESAMPLING.items()}
+    if options.fit == "pad":
+        raise BundleError(
+            f"{found.uri}: its images are padded to squares (fit: pad), and no image processor of "
+            "transformers does that: take --kind state-dict, or onnx, whose README has the code; "
+            "or train with fit: crop or squash"
+        )
     crops = options.fit == "crop"
-    resized = {"shortest_edge": round(side / options.crop_share)}
+    resized = {"shortest_edge": int(side / options.crop_share)}  # as the modality does
     hf_text.write_json(
         folder / hf_speech.PREPROCESSOR,
         {

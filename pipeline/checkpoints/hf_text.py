@@ -493,6 +493,8 @@ def _missing_in_family(family: str, backbone: Any, head: Any) -> str:
 def _write_with_own_head(found: bundle.Bundle, task: Any, folder: Path, lacking: str) -> str:
     """Write the plain model, and beside it the head, its description and the loading code."""
     text = write(found, folder, backbone_only=True).removesuffix(", 0 labels")
+    if splits_words(found.manifest):
+        write_tokenizer(found.modality(), folder, task.backbone.model.config, words=True)
     return write_head(task, found.modality(), folder, text, lacking)
 
 
@@ -705,9 +707,16 @@ def with_post_processor(state: dict[str, Any], words: bool) -> tuple[Any, dict[s
     return tokenizer, specials
 
 
-def write_tokenizer(modality: Any, folder: Path, config: Any) -> None:
-    """Write the tokenizer of a text modality into a folder."""
-    tokenizer, specials = with_post_processor(modality.state, words=False)
+def splits_words(manifest: bundle.Manifest) -> bool:
+    """Return whether a bundle's rows are lists of words (tagging)."""
+    name = manifest.objective.name
+    head = None if name == "none" else transformers_head(registry.get("objective", name))
+    return head is not None and head.splits_words
+
+
+def write_tokenizer(modality: Any, folder: Path, config: Any, words: bool) -> None:
+    """Write the tokenizer of a text modality into a folder; ``words`` as `with_post_processor`."""
+    tokenizer, specials = with_post_processor(modality.state, words)
     _save_tokenizer(tokenizer, specials, folder, modality.inputs()["length"], config)
 
 

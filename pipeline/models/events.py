@@ -156,6 +156,8 @@ def grid(
     """
     times, mask = batch["times"], batch["mask"]
     place = ((times - start) / step).floor().long().clamp(min=0)
+    if torch.compiler.is_exporting():  # later events than a row may have count in its last step
+        place = place.clamp(max=most - 1)
     steps = torch.where(mask, place + 1, 1).amax(1)
     rows = times.shape[0]
     # a graph of tensors has one number of steps

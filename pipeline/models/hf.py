@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from pipeline.config import hf_config
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
+from pipeline.core.contracts.backbone_capabilities import require_packed
 from pipeline.core.nn import auto_model, conv_arithmetic
 from pipeline.core.nn.eager import eager
 from pipeline.core.nn.masked import pool_tokens, row_norm
@@ -85,6 +86,8 @@ class HuggingFace(Backbone):
     pass does not use (DINOv2's mask token) get a gradient of zero in training.
     """
 
+    reads_packed = False
+
     def __init__(self, architecture: str, options: HuggingFaceOptions, inputs: dict[str, Any]):
         super().__init__(architecture, options, inputs)
         name = f"hf/{architecture}"
@@ -109,7 +112,8 @@ class HuggingFace(Backbone):
         self.prefix = probe.prefix
         self._layers, self._unused = probe.layers, probe.unused
         self._takes = frozenset(inspect.signature(self.model.forward).parameters)
-        self._resized = _is_resized(config, inputs) and "interpolate_pos_encoding" in self._takes
+        resized = _is_resized(config, inputs) and "interpolate_pos_encoding" in self._takes
+        self.call_arguments: dict[str, Any] = {"interpolate_pos_encoding": True} if resized else {}
         self._row_norms = [] if self.convolutions is None else _use_row_norms(self.model)
         if self.reads == "input_ids":
             _check_text(name, self.model, inputs)
@@ -157,14 +161,10 @@ class HuggingFace(Backbone):
     def _words(self, batch: Batch) -> tuple[dict[str, Any], Tensor | None]:
         """Return the model's arguments, and (B, M) which of its input's positions are real."""
         if self.reads == "pixel_values":
-            resized = {"interpolate_pos_encoding": True} if self._resized else {}
-            return {"pixel_values": batch["image"], **resized}, None
+            return {"pixel_values": batch["image"], **self.call_arguments}, None
         if self.reads == "input_ids":
             if "segments" in batch.data:
-                raise ValueError(
-                    f"{self.arch.name} reads no packed documents: objectives of language models "
-                    "take transformers/bert, roberta, distilbert or gpt2"
-                )
+                require_packed(self, self.arch.name)
             tokens = batch["tokens"]
             mask = batch.data.get("mask", torch.ones_like(tokens, dtype=torch.bool))
             words = {"input_ids": tokens, "attention_mask": mask.long()}

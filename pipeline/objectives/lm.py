@@ -24,7 +24,11 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
-from pipeline.core.contracts.backbone_capabilities import longest_continued, masked_head_settings
+from pipeline.core.contracts.backbone_capabilities import (
+    longest_continued,
+    masked_head_settings,
+    require_packed,
+)
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.rng import uniform
 
@@ -93,6 +97,7 @@ class MaskedLM(Objective):
                 without a mask of its own, or ``whole_word`` without ``continuing``.
         """
         super().__init__(backbone, options, state)
+        require_packed(backbone, backbone.arch.name)
         from transformers.activations import ACT2FN
 
         embedding = backbone.embedding()
@@ -286,6 +291,7 @@ class CausalLM(Objective):
     def __init__(self, backbone: Backbone, options: CausalOptions, state: dict[str, Any]):
         """Raise ValueError for a backbone that sees the future, or has no room to generate."""
         super().__init__(backbone, options, state)
+        require_packed(backbone, backbone.arch.name)
         name = backbone.arch.name
         backbone.embedding()
         if not backbone.causal:

@@ -22,8 +22,8 @@ from pipeline.report.results import ResultRow
 FILE = "README.md"
 LEAST_ROWS = 20
 """Subgroups with fewer test rows are left out: one of few rows tells of single persons."""
-LIBRARIES = ("timm", "transformers")
-"""Libraries of backbones that model hubs know by this name."""
+LIBRARIES = {"timm": "timm", "transformers": "transformers", "hf": "transformers"}
+"""Libraries of backbones to those that model hubs know."""
 TASKS = {
     ("image", "classification"): "image-classification",
     ("image", "multilabel"): "image-classification",
@@ -38,6 +38,7 @@ TASKS = {
     ("audio", "multilabel"): "audio-classification",
     ("audio", "ctc"): "automatic-speech-recognition",
     ("table", "classification"): "tabular-classification",
+    ("table", "regression"): "tabular-regression",
     ("trajectory", "behaviour_cloning"): "robotics",
 }
 """Modality and objective to the task as hubs name it; others are ``feature-extraction``."""
@@ -115,7 +116,7 @@ def _header(manifest: Manifest, rows: Sequence[ResultRow], licence: str, name: s
     ]
     data = ModelCardData(
         license=licence,
-        library_name=library if library in LIBRARIES else "onetomany",
+        library_name=LIBRARIES.get(library, "onetomany"),
         pipeline_tag=task_of(manifest),
         tags=["onetomany", "transfer-learning", manifest.modality.name, manifest.objective.name],
         model_name=name if found else None,

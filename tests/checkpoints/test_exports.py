@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from contract_rows import BACKBONES, pictures
 from peft import PeftModel
 from toys import (
     SMALL,
@@ -26,6 +27,7 @@ from pipeline import cli
 from pipeline.checkpoints import bundle, export
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
+from pipeline.core.batch import Batch
 from pipeline.core.specs import ModalitySpec
 from pipeline.techniques.peft import Lora, LoraOptions
 
@@ -171,3 +173,65 @@ def test_the_kind_that_the_report_offers_works(name, tmp_path):
     kept = str(tmp_path / "kept")
     bundle.save(kept, found.task(), found.manifest.modality, technique={"name": "side_tuning"})
     assert export.usual_kind(kept) == "bundle" == export.usual_kind(str(tmp_path / "nowhere"))
+
+
+def tiny(folder, name: str, change=lambda task: task, fit: str = "crop"):
+    """As `fine_tuned`, of library hf: bundles of a source and of what it was changed into."""
+    make, options = BACKBONES.get(name, (pictures, {"config": VISION}))
+    sample = make() if make is not pictures else pictures(fit=fit)
+    modality = sample.fitted(name)
+    task = task_of(name, modality.inputs(), "classification", label_state(), **options).eval()
+    spec = ModalitySpec(modality.registered_name, modality.options.model_dump(), modality.state)
+    bundle.save(str(folder / "base"), copy.deepcopy(task.backbone), spec)
+    task = change(task)
+    bundle.save(str(folder / "tuned"), task, spec, parent=str(folder / "base"))
+    return task.eval(), str(folder / "tuned"), sample
+
+
+VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "patch_size": 8,
+}
+
+
+@torch.no_grad()
+def test_peft_takes_an_adapter_of_any_family(tmp_path):
+    task, uri, _ = tiny(tmp_path, "hf/vit", by_lora())
+    export.export_bundle(uri, str(tmp_path / "adapter"), "peft", False)
+    export.export_bundle(str(tmp_path / "base"), str(tmp_path / "hf"), "hugging-face", True)
+    plain = hf.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = plain(pixels).last_hidden_state
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    theirs = adapted(pixels).last_hidden_state
+    assert (theirs - before).abs().max() > 1e-2
+    ours = task.backbone.model(pixels).last_hidden_state
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+
+
+def test_sentence_transformers_takes_any_family(tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    task, uri, sample = tiny(tmp_path, "hf/electra")
+    export.export_bundle(uri, str(tmp_path / "out"), "sentence-transformers", False)
+    modality = bundle.load(uri).modality()
+    arrays, _ = modality.decode(sample.table, {"text": "text"})
+    count = len(sample.table)
+    batch = Batch(np.arange(count), torch.arange(count), modality.collate(arrays))
+    with torch.no_grad():
+        ours = task.backbone(modality.finish(batch)).pooled.numpy()
+    model = library.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    theirs = model.encode(sample.table["text"].to_pylist())
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+    assert ours.std(0).max() > 1e-2
+
+
+def test_padded_images_have_no_processor_of_transformers(tmp_path):
+    _, uri, _ = tiny(tmp_path, "hf/vit", fit="pad")
+    with pytest.raises(BundleError, match=r"padded to squares \(fit: pad\), and no image proc"):
+        export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
+    assert export.usual_kind(uri) == "bundle"
+    _, uri, _ = tiny(tmp_path / "other", "hf/vit")
+    assert export.usual_kind(uri) == "hugging-face"

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pytest
 import torch
 from contract_rows import BACKBONES, OBJECTIVES, classified, demonstrations, pictures, png
-from toys import episodes, label_state, task_of
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from toys import SMALL, episodes, label_state, task_of
 
 from pipeline.checkpoints import bundle, export, graph
 from pipeline.checkpoints.bundle import BundleError
@@ -218,3 +219,31 @@ def test_without_the_extra_the_install_line_is_given(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BundleError, match="needs onnxruntime, which is not installed: uv sync"):
         export.export_bundle(uri, str(tmp_path / "out"), "onnx", False)
+
+
+def test_the_tokenizer_beside_a_tagger_puts_a_space_before_the_first_word(tmp_path, monkeypatch):
+    """Byte-level BPE has other tokens for a word behind a space, as the modality gives each."""
+    case = OBJECTIVES["tagging"].build("tagging")
+    modality = case.rows.decoder.modality
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    names = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=names, show_progress=False, initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(["A text. Another one. Ada went to Rome."] * 4, trainer)
+    size = tokenizer.get_vocab_size()
+    state = {"tokenizer": tokenizer.to_str(), "vocabulary": size, "specials": [0, 1, 2, 3, 4]}
+    modality = Text(modality.options, state)
+    task = task_of(
+        "transformers/bert", modality.inputs(), "tagging", case.task.objective.state, **SMALL
+    )
+    uri = saved(tmp_path, task, modality)
+    export.export_bundle(uri, str(tmp_path / "out"), "torch-export", False)
+    written = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    words = [["Another", "one", "."]]
+    arrays, _ = modality.decode(pa.table({"text": words}), {"text": "text"})
+    count = int(arrays["lengths"][0])
+    ids = written.encode(words[0], is_pretokenized=True).ids
+    assert ids == arrays["tokens"][0][:count].tolist()

@@ -15,12 +15,12 @@ from contract_rows import pictures, recordings, texts
 from hf_families import FAMILIES
 from toys import label_state, make_run, rows_of, take, text_modality, weights
 
-from pipeline.checkpoints import bundle, export, pretrained
+from pipeline.checkpoints import bundle, export, exported_classifier, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.core.contracts import Batch
 from pipeline.core.nn import auto_model
-from pipeline.core.specs import ObjectiveSpec
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.train import loop
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -323,3 +323,54 @@ def test_no_code_or_size_from_outside_is_taken(tmp_path):
         (place / "config.json").write_text(json.dumps({**config, **wrong}))
         with pytest.raises(BundleError, match=message):
             pretrained.read(f"hf:{place}")
+
+
+def test_older_image_processors_are_read_as_transformers_reads_them(tmp_path):
+    place = folder_of("convnext", tmp_path)
+    edited(place, size={"shortest_edge": 224}, image_processor_type="ConvNextImageProcessor")
+    options = pretrained.read(f"hf:{place}").modality.options
+    assert (options["fit"], options["crop_share"]) == ("crop", 224 / 256)
+    crop = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+    for resized in (235, 236, 248, 256):
+        edited(place, size={"shortest_edge": resized}, **crop)
+        share = pretrained.read(f"hf:{place}").modality.options["crop_share"]
+        assert int(224 / share) == resized
+    for wrong in ({"rescale_factor": 1 / 127.5}, {"rescale_offset": True}):
+        edited(place, rescale_factor=1 / 255, rescale_offset=False)
+        edited(place, **wrong)
+        with pytest.raises(BundleError, match="levels of pixels are divided by 255 here"):
+            pretrained.read(f"hf:{place}")
+
+
+@pytest.mark.parametrize("family", NO_CLASS_ALONE)
+def test_an_encoder_without_a_class_is_written_as_plain_tensors(family, tmp_path):
+    start = pretrained.read(f"hf:{folder_of(family, tmp_path / 'folder')}")
+    task = bundle.build_task(start.arch, ObjectiveSpec("classification", {}, label_state()), 0)
+    uri = str(tmp_path / "b")
+    bundle.save(uri, task, start.modality)
+    with pytest.raises(BundleError, match="no class for the encoder of"):
+        export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
+    assert export.usual_kind(uri) == "bundle"
+    said = export.export_bundle(uri, str(tmp_path / "w.safetensors"), "state-dict", False)
+    assert "w_model.json beside it" in said and not (tmp_path / "w_classifier.py").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["hugging-face", "state-dict"])
+def test_images_of_another_size_are_classified_by_the_written_code(kind, tmp_path):
+    """The classifier is given images alone, and stretches the positions itself."""
+    modality = pictures(48, crop_share=0.95).fitted("hf/vit")
+    config = FAMILIES["vit"].config
+    arch = Architecture("hf/vit", {"config": config}, modality.inputs())
+    task = bundle.build_task(arch, ObjectiveSpec("classification", {}, label_state()), 0).eval()
+    spec = ModalitySpec("image", modality.options.model_dump(), modality.state)
+    bundle.save(str(tmp_path / "b"), task, spec)
+    out = tmp_path / ("out" if kind == "hugging-face" else "w.safetensors")
+    export.export_bundle(str(tmp_path / "b"), str(out), kind, False)
+    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    batch = Batch(np.arange(2), torch.arange(2), {"image": pixels})
+    ours = task.objective.logits(task.backbone, batch)
+    torch.testing.assert_close(exported_classifier.load(out)(pixels), ours, rtol=1e-4, atol=1e-5)
+    if kind == "hugging-face":
+        processor = json.loads((out / "preprocessor_config.json").read_text())
+        assert processor["size"] == {"shortest_edge": 50}, "rounded down, as the modality does"

@@ -189,3 +189,16 @@ def test_no_hourly_prediction_knows_the_future_nor_that_there_is_one(rows, chang
         found = made.objective.predict(made.backbone, other)["scores"]
         torch.testing.assert_close(found[:, clock <= hour], whole[:, clock <= hour], rtol=0, atol=0)
         assert (found[:, clock > hour + 2] - whole[:, clock > hour + 2]).abs().max() > 1e-4
+
+
+def test_an_event_after_the_last_hour_stays_in_its_row_of_a_graph(rows, monkeypatch):
+    """A graph has a fixed number of steps; a later event counts in the last of its own row."""
+    batch = take(rows, np.arange(2))
+    late = torch.where(torch.arange(2)[:, None] == 0, 30.0, batch["times"])
+    alone = take(rows, np.arange(1, 2))
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    value, seen, steps = grid(batch.replace(times=late), 5, 0.0, 2.0, 12)
+    own_value, own_seen, _ = grid(alone, 5, 0.0, 2.0, 12)
+    torch.testing.assert_close(value[1:], own_value)
+    assert torch.equal(seen[1:], own_seen)
+    assert seen[0, 11].any() and not seen[0, :11].any() and steps[0] == 12

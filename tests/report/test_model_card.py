@@ -228,3 +228,13 @@ def test_a_hub_that_refuses_is_an_error_without_the_token(job, hub):
     with pytest.raises(ValueError, match=r"the hub did not take it \(.*403") as error:
         publishing.push(job[0], "hf:me/clothes")
     assert "hf_for_this_test" not in str(error.value)
+
+
+def test_a_backbone_of_any_family_is_one_of_transformers(tmp_path):
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    state = {"values": [0, 1], "labels": ["a", "b"]}
+    inputs = {"channels": 3, "size": 32}
+    made = task_of("hf/vit", inputs, "classification", state, config=config)
+    bundle.save(str(tmp_path / "b"), made, MODALITY)
+    card = ModelCard(model_card.model_card(str(tmp_path / "b")))
+    assert card.data.library_name == "transformers"

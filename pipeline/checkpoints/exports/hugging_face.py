@@ -9,11 +9,12 @@ from pipeline.checkpoints.bundle import Bundle, Manifest
 from pipeline.config import registry
 from pipeline.config.registry import register
 from pipeline.core.contracts.objective_capabilities import transformers_head
+from pipeline.core.nn import auto_model
 
 
 def is_known(manifest: Manifest) -> bool:
     """Return whether `export` surely holds a bundle: an image classifier, or a linear head of texts
-    in a family that transformers has.
+    in a family that transformers has, or on a model of library hf without a decoder.
 
     It may hold others.
     """
@@ -26,6 +27,8 @@ def is_known(manifest: Manifest) -> bool:
         return False
     if library == "timm":
         return head.linear_on == "pooled"
+    if library == "hf":
+        return manifest.modality.options.get("fit") != "pad" and not auto_model.has_decoder(family)
     is_text = library == "transformers" and manifest.modality.name == "text"
     return is_text and family in hf_text.FAMILIES
 

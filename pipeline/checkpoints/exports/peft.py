@@ -14,10 +14,16 @@ import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from pipeline.checkpoints import bundle, classifier_export, differences, export_check, export_folder
+from pipeline.checkpoints import (
+    bundle,
+    classifier_export,
+    differences,
+    export_check,
+    export_folder,
+    hf_auto,
+)
 from pipeline.config.registry import register
 
-LIBRARIES = ("timm", "transformers")
 ADAPTED = ("Linear", "Conv1d", "Conv2d", "Conv1D")
 """Classes of modules that peft's LoRA takes."""
 
@@ -30,6 +36,8 @@ def export(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
     export_folder.refuse_added_modules(found)
     base = _base(found)
     backbone: Any = base.backbone()
+    if found.manifest.arch.library == "hf":
+        hf_auto.require_plain(found, backbone)
     factors, others = _factors(found, base)
     if others or not factors:
         what = f"{others[0]} and {len(others) - 1} more" if len(others) > 1 else "".join(others)
@@ -66,10 +74,9 @@ def _base(found: bundle.Bundle) -> bundle.Bundle:
     Raises:
         BundleError: It started from nothing, or from a model of another library.
     """
-    library = found.manifest.arch.name.partition("/")[0]
-    if library not in LIBRARIES:
+    if found.manifest.arch.library not in classifier_export.LIBRARIES:
         raise bundle.BundleError(
-            f"{found.uri}: peft's adapters go into a model of {' or '.join(LIBRARIES)}, this is "
+            f"{found.uri}: peft's adapters go into a model of timm or transformers, this is "
             f"{found.manifest.arch.name}: take --kind onnx"
         )
     place = found.manifest.base["uri"] if found.manifest.base else found.manifest.parent

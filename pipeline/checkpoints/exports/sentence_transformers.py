@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import export_check, export_folder, hf_text
+from pipeline.checkpoints import export_check, export_folder, hf_auto, hf_text
 from pipeline.checkpoints.bundle import Bundle, BundleError
 from pipeline.config.registry import register
+from pipeline.core.contracts.backbone_capabilities import model_inputs
+from pipeline.core.nn import auto_model
 
 POOLING = {
     "first": "pooling_mode_cls_token",
@@ -28,12 +30,17 @@ def export(found: Bundle, output: str, backbone_only: bool) -> str:
     """
     export_folder.refuse_added_modules(found)
     library, _, family = found.manifest.arch.name.partition("/")
-    if library != "transformers" or found.manifest.modality.name != "text":
+    if library not in ("transformers", "hf") or found.manifest.modality.name != "text":
         raise BundleError(
             f"{found.uri}: sentence-transformers reads texts with a model of transformers; this is "
             f"{found.manifest.arch.name}: take --kind onnx"
         )
     backbone: Any = found.backbone()
+    if library == "hf" and not auto_model.is_auto(backbone.model):
+        raise BundleError(
+            f"{found.uri}: sentence-transformers opens folders with transformers' AutoModel, which "
+            f"has no such class for {family} alone: take --kind hugging-face or onnx"
+        )
     if backbone.pool not in POOLING:
         raise BundleError(
             f"{found.uri}: pool: {backbone.pool} is none of sentence-transformers' ways to pool "
@@ -41,7 +48,8 @@ def export(found: Bundle, output: str, backbone_only: bool) -> str:
         )
 
     def write(folder: Path) -> tuple[str, export_check.Comparison]:
-        hf_text.write(found, folder, backbone_only=True)
+        writer = hf_auto if library == "hf" else hf_text
+        writer.write(found, folder, backbone_only=True)
         length = found.modality().inputs()["length"]
         parts = [("", "Transformer"), ("1_Pooling", "Pooling")]
         modules = [
@@ -84,7 +92,8 @@ def _compare(found: Bundle, backbone: Any, folder: Path) -> export_check.Compari
     assert batch is not None
     untyped: Any = transformers.AutoModel
     model = untyped.from_pretrained(folder).eval()
-    hidden = model(**export_check.transformers_inputs(model.config, batch)).last_hidden_state
+    words = model_inputs(backbone, batch) or export_check.transformers_inputs(model.config, batch)
+    hidden = model(**words).last_hidden_state
     config = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
     pooled = _pooled(hidden, batch["mask"], config)
     return export_check.compare_outputs(backbone(batch).pooled.float(), pooled, "features")

@@ -8,6 +8,7 @@ A backbone has a capability by having its members; nothing is declared. Each is 
     `HidesFrames`: frames can be hidden from the context network (``wav2vec2``).
     `Continues`: a text can be continued token by token (``clm`` that generates).
     `ShapesMaskedHead`: the family has a head of its own for masked tokens (``mlm``).
+    `SaysPacked`: whether a row may hold several documents (``mlm``, ``clm``).
     `NamesInputs`: the library's own model takes inputs by name (exports are compared with it).
 """
 
@@ -121,6 +122,22 @@ def masked_head_settings(backbone: Any) -> tuple[str, float]:
     if isinstance(backbone, ShapesMaskedHead):
         return backbone.activation, backbone.norm_eps
     return "gelu", 1e-12
+
+
+@runtime_checkable
+class SaysPacked(Protocol):
+    """A backbone that says whether its rows may hold several documents (``segments``)."""
+
+    reads_packed: bool
+
+
+def require_packed(backbone: Any, name: str) -> None:
+    """Raise ValueError for a backbone, of that name, that reads no packed documents."""
+    if isinstance(backbone, SaysPacked) and not backbone.reads_packed:
+        raise ValueError(
+            f"{name} reads no packed documents: objectives of language models take "
+            "transformers/bert, roberta, distilbert or gpt2"
+        )
 
 
 @runtime_checkable

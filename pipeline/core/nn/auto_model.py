@@ -87,6 +87,13 @@ def configuration(model_type: str, given: dict[str, Any], inputs: dict[str, Any]
     return config
 
 
+def has_decoder(model_type: str) -> bool:
+    """Return whether models of a family have an encoder and a decoder."""
+    from transformers import CONFIG_MAPPING
+
+    return bool(CONFIG_MAPPING[model_type]().is_encoder_decoder)
+
+
 def model_class(config: Any) -> Any:
     """Return transformers' class of the plain model of a configuration.
 
@@ -133,6 +140,22 @@ def encoder_of(model: Any) -> Any:
                 delattr(module, name)
                 module.register_buffer(name, parameter.data)
     return model
+
+
+def is_plain(model: Any) -> bool:
+    """Return whether transformers' class of the configuration builds this model.
+
+    It does not where that class has a decoder too (Whisper, BART).
+    """
+    return type(model) is model_class(model.config)
+
+
+def is_auto(model: Any) -> bool:
+    """Return whether ``transformers.AutoModel`` opens a folder of this model as its class."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = type(model.config)
+    return kind in auto.MODEL_MAPPING and type(model) is auto.MODEL_MAPPING[kind]
 
 
 def positions(model: Any) -> int | None:
