@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -616,9 +616,6 @@ def embed(
     out.print(written, markup=False, soft_wrap=True)
 
 
-ExportKind = Literal[
-    "bundle", "hugging-face", "onnx", "peft", "sentence-transformers", "state-dict", "torch-export"
-]
 EXPORT_KINDS = (
     "bundle: a verified copy; hugging-face: a folder for transformers' Auto classes or "
     "timm.create_model (local-dir:); onnx: a graph for onnxruntime (extra onnx); peft: an adapter "
@@ -631,7 +628,7 @@ EXPORT_KINDS = (
 def export(
     bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
     output: Annotated[str, typer.Argument(help="Folder, or file for a state dict.")],
-    kind: Annotated[ExportKind, typer.Option(help=EXPORT_KINDS)] = "bundle",
+    kind: Annotated[str, typer.Option(help=EXPORT_KINDS)] = "bundle",
     backbone_only: Annotated[
         bool, typer.Option(help="Leave the head out; names as the model library has them.")
     ] = False,

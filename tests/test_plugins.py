@@ -330,9 +330,13 @@ def test_an_export_of_a_plugin_writes_a_bundle(tmp_path, spectra):
     uri, output = str(tmp_path / "bundle"), tmp_path / "weights.npz"
     task = bundle.build_task(arch, head, seed=0)
     bundle.save(uri, task, ModalitySpec("spectrum", {"bands": 4}, {}))
-    said = pipeline.export(uri, str(output), kind="arrays", plugins=[str(SPECTRA)])
+    words = ["export", uri, output, "--kind", "arrays"]
+    refused = onetomany(*words)
+    assert refused.exit_code == 2 and "--kind arrays" in refused.output
+    done = onetomany(*words, "--plugin", SPECTRA)
     wanted = {name: tensor.numpy() for name, tensor in task.state_dict().items()}
-    assert said == f"{output}: {len(wanted)} arrays"
+    assert done.exit_code == 0, done.output
+    assert f"{len(wanted)} arrays" in done.output
     with np.load(output) as found:
         assert found.keys() == wanted.keys()
         assert all((found[name] == value).all() for name, value in wanted.items())

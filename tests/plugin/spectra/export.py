@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -15,5 +16,6 @@ from pipeline.config.registry import register
 def export(found: Bundle, output: str, backbone_only: bool) -> str:
     """One .npz file: numpy.load."""
     tensors: dict[str, Tensor] = found.backbone_tensors() if backbone_only else found.tensors
-    np.savez(Path(output), **{name: tensor.numpy() for name, tensor in tensors.items()})
-    return f"{output}: {len(tensors)} arrays"
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    np.savez(Path(output), **arrays)
+    return f"{output}: {len(arrays)} arrays"
