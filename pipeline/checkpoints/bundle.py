@@ -22,6 +22,7 @@ from pipeline.checkpoints import differences
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
 from pipeline.core.contracts import Backbone, Modality, Objective, Task
+from pipeline.core.contracts.objective_capabilities import rescales_scores
 from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.io import atomic_folder, s3, storage
 
@@ -171,7 +172,10 @@ def carry_head(task: Task, bundle: Bundle) -> str:
     theirs, mine = bundle.manifest.objective, task.objective
     if theirs.name != mine.registered_name:
         return f"head new: the objective was {theirs.name}, now it is {mine.registered_name}"
-    return load_head(mine, bundle.head_tensors(), theirs.state.get("labels"))
+    said = load_head(mine, bundle.head_tensors(), theirs.state.get("labels"))
+    if said.startswith("head kept") and rescales_scores(mine) and theirs.state != mine.state:
+        mine.take_scale_of(theirs.state)
+    return said
 
 
 def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[str] | None) -> str:

@@ -107,6 +107,13 @@ class Regression(Objective):
     def output_scale(self) -> tuple[float, float]:
         return self.state["std"], self.state["mean"]
 
+    @torch.no_grad()
+    def take_scale_of(self, state: dict[str, Any]) -> None:
+        """Let a head that was standardised by another mean and deviation predict the same."""
+        scale, shift = self.output_scale
+        self.head.weight.mul_(state["std"] / scale)
+        self.head.bias.mul_(state["std"] / scale).add_((state["mean"] - shift) / scale)
+
     def scores(self, pooled: Tensor) -> Tensor:
         """Return standardised numbers (B, 1) of pooled features (B, D)."""
         if self.options.norm:

@@ -133,3 +133,21 @@ def test_a_graph_keeps_the_digits_of_a_number_that_is_large_beside_its_deviation
     described = json.loads((tmp_path / "out" / "graph.json").read_text())
     assert described["outputs"] == {"prediction": {"type": "float64"}}
     assert described["labels"] == ["year"]
+
+
+@torch.no_grad()
+def test_a_head_that_is_kept_predicts_the_same_under_another_mean_and_deviation(tmp_path):
+    rows = image_rows(4, size=32, channels=3)
+    old, uri = bundled(tmp_path, "timm/test_vit", rows.modality)
+    state = {**STATE, "mean": 1990.0, "std": 3.0}
+    new = task_of(
+        "timm/test_vit", rows.modality.inputs(), "regression", state, options={"norm": False}
+    ).eval()
+    new.backbone.load_state_dict(old.backbone.state_dict())
+    assert bundle.carry_head(new, bundle.load(uri)) == "head kept: the same labels"
+    batch = take(rows, range(4))
+    ours, theirs = (
+        task.objective.predict(task.backbone, batch)["prediction"] for task in (new, old)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    assert theirs.std() > 0.1

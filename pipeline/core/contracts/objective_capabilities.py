@@ -493,6 +493,12 @@ class RescalesScores(Protocol):
         """What a score is multiplied by, and what is added then."""
         ...
 
+    def take_scale_of(self, state: dict[str, Any]) -> None:
+        """Change a head that was loaded from an objective with ``state``: the same numbers in the
+        unit of this one.
+        """
+        ...
+
 
 def output_scale(objective: Any) -> tuple[float, float]:
     """Return what the scores of a head are multiplied by, and what is added to them."""
