@@ -19,6 +19,8 @@ class WebServer:
         self.ranges, self.validators = True, True
         self.failures: list[int] = []
         """Statuses that the next requests get."""
+        self.missing = 404
+        """The status of what is not there."""
         self.requests: list[str] = []
         self.tokens: set[str] = set()
         """Headers `Authorization` of requests for files."""
@@ -44,7 +46,7 @@ def web_server() -> Iterator[WebServer]:
             if self.path in served.answers:
                 return self._answer(200, served.answers[self.path])
             if path not in served.files:
-                return self._answer(404, b"no such file")
+                return self._answer(served.missing, b"no such file")
             served.tokens.add(self.headers.get("Authorization", ""))
             data = served.files[path]
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))

@@ -86,7 +86,7 @@ class Manifest:
     def name(self, file: int = 0) -> str:
         """Return what one of `files` is called in messages."""
         origin = self.origins[file] if self.origins else None
-        return origin.name if origin else self.files[file]
+        return storage.without_secrets(origin.name if origin else self.files[file])
 
     def location(self, row: int) -> str:
         """Return file and number of a row id, for messages; of a folder of images the row's own
@@ -95,7 +95,8 @@ class Manifest:
         file = self.groups[int(np.searchsorted(self.starts, row, side="right")) - 1].file
         origin = self.origins[file] if self.origins else None
         if origin and origin.column:
-            return str(Reader(self, [origin.column]).take(np.array([row])).column(0)[0])
+            named = Reader(self, [origin.column]).take(np.array([row])).column(0)[0]
+            return storage.without_secrets(str(named))
         return f"{self.name(file)} row {row - self._file_start(file)}"
 
     def _file_start(self, file: int) -> int:
@@ -160,7 +161,8 @@ def build_with_named(
             )
         if fingerprint is None:
             content = found.own[number].content if found.own else file_identity.fingerprint(file)
-            digest.update(f"{PurePosixPath(file).name} {content}".encode())
+            name = PurePosixPath(storage.without_query(file)).name
+            digest.update(f"{name} {content}".encode())
         for i in range(metadata.num_row_groups):
             group = metadata.row_group(i)
             if group.num_rows:

@@ -237,7 +237,7 @@ def to_parquet(
             return ImportedFiles(files, own=tuple(read))
         key = spec_hash(
             kind,
-            [[PurePosixPath(file.uri).name, file.content] for file in read],
+            [[PurePosixPath(storage.without_query(file.uri)).name, file.content] for file in read],
             *([TEXT_VERSION] if kind in TEXTS else []),
         )
     folder = storage.join(imports_uri, key)
@@ -290,12 +290,14 @@ def _check_prepared(files: list[FileIdentity]) -> None:
     """Compare Parquet files that `onetomany prepare` wrote with the manifest in their folder.
 
     Files that are identified by a time of change (data.identity: stat) or by an ETag of S3 are not
-    compared. Raises DamagedError for the first one with other content.
+    compared, nor is one whose address has a query: a signature holds for no other file of its
+    folder. Raises DamagedError for the first one with other content.
     """
     manifests: dict[str, dict[str, Any]] = {}
     for file in files:
         folder, _, name = file.uri.rpartition("/")
-        if "-sha256" not in file.content:
+        has_query = storage.without_query(file.uri) != file.uri
+        if "-sha256" not in file.content or has_query:
             continue
         if folder not in manifests:
             manifests[folder] = _prepared_files(folder or ".")
@@ -317,7 +319,14 @@ def _prepared_files(folder: str) -> dict[str, Any]:
     checksum.
     """
     uri = storage.join(folder, PREPARED)
-    if not storage.exists(uri):
+    try:
+        is_there = storage.exists(uri)
+    except storage.StorageError as error:
+        # a web server may answer 403 for what is not there
+        if not (storage.is_address(uri) and isinstance(error.__cause__, PermissionError)):
+            raise
+        is_there = False
+    if not is_there:
         return {}
     content = storage.read_bytes(uri)
     known = [name for name in PREPARED_FIELDS if f'"{name}"'.encode() in content]
@@ -354,7 +363,8 @@ class _File(NamedTuple):
 
 
 def _listed(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
-    loose = [file.split("/")[:-1] for file, root in pairs if not root]
+    plain = [storage.without_query(file) for file, _ in pairs]
+    loose = [name.split("/")[:-1] for name, (_, root) in zip(plain, pairs, strict=True) if not root]
     shared = next(
         (i for i, names in enumerate(zip(*loose, strict=False)) if len(set(names)) > 1),
         min(map(len, loose), default=0),
@@ -363,9 +373,11 @@ def _listed(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
         file if storage.is_remote(file) else os.path.abspath(s3.split(file)[1]) for file, _ in pairs
     ]
     out = []
-    for (file, root), found in zip(pairs, identity.identify(uris, mode), strict=True):
+    known = identity.identify(uris, mode)
+    for file, (_, root), found in zip(plain, pairs, known, strict=True):
         name = file[len(root) :].lstrip("/") if root else "/".join(file.split("/")[shared:])
-        out.append(_File(found, name, PurePosixPath(found.uri).parent.name))
+        label = PurePosixPath(storage.without_query(found.uri)).parent.name
+        out.append(_File(found, name, label))
     return out
 
 
@@ -460,7 +472,7 @@ def _columns(schema: pa.Schema) -> str:
 
 def _csv(file: str) -> Iterator[pa.Table]:
     """Yield the rows of a CSV file, block by block."""
-    is_tabbed = ".tsv" in PurePosixPath(file.lower()).suffixes[-2:]
+    is_tabbed = ".tsv" in PurePosixPath(storage.file_name(file).lower()).suffixes[-2:]
     delimiter = "\t" if is_tabbed else ","
     _check_delimiter(file, delimiter)
     return csv_tables(partial(open_unpacked, file), file, delimiter=delimiter)

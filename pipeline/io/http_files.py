@@ -76,7 +76,13 @@ class WebServers:
         headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         # an address with %-signs is sent as it is written: its signature may cover them
         address = yarl.URL(plain, encoded="%" in plain)
-        async with session.get(address, headers=headers) as answer:
+        authorization = headers.pop("Authorization", None)
+        sent = session.get(
+            address,
+            headers=headers,
+            middlewares=[_authorized(address, authorization)] if authorization else [],
+        )
+        async with sent as answer:
             said = answer.headers.get("Content-Range", "")
             total = re.fullmatch(r"bytes (?:\*|(\d+)-\d+)/(\d+)", said)
             if answer.status == 416 and total and total[1] is None:  # an empty file has no range
@@ -127,6 +133,21 @@ class WebServers:
         with contextlib.suppress(ValueError):
             modified_s = parsedate_to_datetime(headers.get("Last-Modified", "")).timestamp()
         return Place(size, stamp, modified_s=modified_s)
+
+
+def _authorized(address: Any, authorization: str) -> Any:
+    """Return what gives requests to the server of an address the header ``Authorization``.
+
+    It takes the place of a login from ``~/.netrc``; the client refuses to be given both. Other
+    servers that a request is sent on to do not get it.
+    """
+
+    async def send(request: Any, hand_on: Any) -> Any:
+        if request.url.origin() == address.origin():
+            request.headers["Authorization"] = authorization
+        return await hand_on(request)
+
+    return send
 
 
 def check_status(status: int, reason: str | None) -> None:

@@ -53,8 +53,6 @@ def prepare_ray() -> None:
 NOISE = (
     # of each process of a Ray Data pool that is started from here: Ray Data holds the arguments
     "has constructor arguments in the object store and max_restarts > 0",
-    # what Ray itself calls information
-    "core_worker.*: :info_message: ",
 )
 """Lines that Ray's C++ code prints as errors (regular expressions of grep) and that are none."""
 
@@ -87,7 +85,14 @@ def without_noise() -> Iterator[None]:
     with suppress(OSError, ValueError):  # a stand-in, in tests and notebooks
         is_real = python_stderr.fileno() == 2
     if is_real:
-        sys.stderr = open(terminal, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.stderr = open(  # noqa: SIM115
+            terminal,
+            "w",
+            buffering=1,
+            closefd=False,
+            encoding=python_stderr.encoding,
+            errors="backslashreplace",
+        )
     try:
         yield
     finally:

@@ -70,6 +70,18 @@ def file_name(uri: Uri) -> str:
     return urlsplit(os.fspath(uri)).path if is_address(uri) else os.fspath(uri)
 
 
+def without_query(uri: Uri) -> str:
+    """Return a URI without the query of an address, which may be a signature of the hour."""
+    text = os.fspath(uri)
+    return text.partition("?")[0] if is_address(text) else text
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the user names, passwords and queries of addresses in it."""
+    text = re.sub(r"(\w://)[^/\s\"<]+@", r"\1***@", text)
+    return re.sub(r"(https?://[^\s?\"<]*)\?[^\s\"<`]*[^\s\"<`,;:.]", r"\1?***", text)
+
+
 def join(uri: Uri, *parts: str) -> str:
     """Return ``uri`` and ``parts`` with one slash between each."""
     head, tail = os.fspath(uri), "/".join(part.strip("/") for part in parts if part.strip("/"))
@@ -395,7 +407,8 @@ def glob(pattern: Uri) -> list[str]:
     wildcards = "[*]" if is_address(text) else "[*?[]"  # a query begins with "?"
     if not re.search(wildcards, text):
         # where nothing is there: no files, or an error for a bucket that does not exist
-        return [text] if exists(text) else list_files(text)
+        info = file_info(text) if is_address(text) else _info(text)
+        return [text] if info["type"] != "none" else list_files(text)
     folder = re.split(r"[*?[]", text, maxsplit=1)[0].rpartition("/")[0]
     root = folder or ("/" if text.startswith("/") else ".")
     rest = text[len(folder) :].lstrip("/")

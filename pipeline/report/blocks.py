@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from pipeline.io.storage import without_secrets
+
 MARKS = {"wins": "▲", "loses": "▼", "not shown": "○", "too few to tell": "?"}
 """The sign of each verdict. A verdict is shown by its sign and its word, never by colour alone."""
 DASH = "–"
@@ -182,7 +184,7 @@ def _escape_markdown(text: str) -> str:
     Characters without a meaning at their position are not escaped, such as an underscore inside a
     word or a bracket alone.
     """
-    text = " ".join(str(text).split())
+    text = " ".join(without_secrets(str(text)).split())
     text = re.sub(
         r"[\\`*|~]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|^[#+-](?= )", lambda m: "\\" + m[0], text
     )
@@ -198,6 +200,7 @@ def _cell_as_markdown(value: str | Value) -> str:
 
 
 def _fence(text: str) -> str:
+    text = without_secrets(text)
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{ticks}\n{text.strip(chr(10))}\n{ticks}"
 
@@ -271,7 +274,7 @@ def html_page(title: str, eyebrow: str, blocks: Sequence[Block]) -> str:
 
 
 def _escape_html(text: str) -> str:
-    return html.escape(str(text), quote=True)
+    return html.escape(without_secrets(str(text)), quote=True)
 
 
 def with_minus_sign(text: str) -> str:
@@ -287,7 +290,7 @@ def _breakable(text: str) -> str:
     """
     text = re.sub(r"(\[[^\s\[\]]+,) (?=[^\s\[\]]+\])", "\\1\u00a0", text)
     breaks = r"(?<=[_/=])(?=\w)|(?<=[.:])(?=[^\W\d_])|(?<=[^\W_]{20})(?=[^\W_])"
-    return "<wbr>".join(map(_escape_html, re.split(breaks, text)))
+    return "<wbr>".join(map(_escape_html, re.split(breaks, without_secrets(text))))
 
 
 def _html_cell(value: str | Value) -> str:

@@ -298,5 +298,9 @@ def _use(manifest: Manifest) -> list[str]:
 
 
 def without_places(text: str) -> str:
-    """Return a text with the last part alone of each place on a disk or in a bucket."""
+    """Return a text with the last part alone of each place on a disk or in a bucket.
+
+    The user name, password and query of an address are cut too.
+    """
+    text = storage.without_secrets(text).replace("://***@", "://").replace("?***", "")
     return re.sub(r"(?:\w+://|(?<![\w.])~?/)(?:[^\s,;'\"|]*/)?(?=[^\s/,;'\"|])", "", text)

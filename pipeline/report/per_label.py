@@ -516,6 +516,8 @@ def _predicted_and_true(
             continue
         predicted = np.concatenate([run.predictions["prediction"] for run in side])
         true = np.concatenate([run.predictions["value"] for run in side])
+        is_finite = np.isfinite(predicted) & np.isfinite(true)  # a network may have diverged
+        predicted, true = predicted[is_finite], true[is_finite]
         units = (run.rows if run.groups is None else run.groups for run in side)
         most = max(int(np.unique(unit, return_counts=True)[1].max(initial=1)) for unit in units)
         if points := calibration.reliability(predicted, true, least=20 * most * len(side)):

@@ -648,6 +648,8 @@ def make_record(
     The rows have no gains yet, which need the other trials. A baseline has no ``train``.
     """
     data = data_of(trial, shared)
+    error = None if error is None else storage.without_secrets(error)
+    parent = shared.parents.get(trial.source)
     ran = {
         **trial.hyper_parameters,
         **(_training_settings(train, data, metadata) if train else metadata.get("settings", {})),
@@ -676,7 +678,7 @@ def make_record(
         steps=metadata.get("steps"),
         seconds=metadata.get("seconds"),
         device=metadata.get("device"),
-        parent_uri=shared.parents.get(trial.source),
+        parent_uri=None if parent is None else storage.without_secrets(parent),
         spec_hash=shared.metadata.get("spec_hash"),
         git_sha=shared.metadata.get("git_sha"),
         started_at=datetime.fromtimestamp(began, UTC),

@@ -1,5 +1,6 @@
 """What Ray prints and is no error is kept from the terminal, and nothing else is."""
 
+import os
 import subprocess
 import sys
 
@@ -21,9 +22,11 @@ os.write(2, b"afterwards\\n")
 """
 
 
-def printed(ending: str) -> list[str]:
+def printed(ending: str, **env: str) -> list[str]:
     program = PROGRAM.format(noise=NOISE, ending=ending)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **env}
+    )
     return sorted(done.stderr.splitlines())
 
 
@@ -35,3 +38,14 @@ def test_only_what_is_no_error_is_left_out():
 def test_the_last_words_of_a_process_that_crashes_are_printed():
     died = "[... E 1 2] core_worker.cc:9: the raylet has died"
     assert printed("os.abort()") == sorted([died, "from Python"])
+
+
+def test_characters_that_the_terminal_has_not_are_written_as_their_numbers():
+    ending = "print('\\u00b5 \\udcff', file=sys.stderr)"
+    found = printed(ending, PYTHONIOENCODING="ascii:backslashreplace")
+    assert r"\xb5 \udcff" in found and "afterwards" in found
+
+
+def test_that_objects_were_lost_is_printed():
+    lost = "[... E 1 2] core_worker.cc:609: :info_message: Attempting to recover 6 lost objects"
+    assert lost in printed(f"os.write(2, b'{lost}\\n')")

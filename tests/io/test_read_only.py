@@ -15,7 +15,7 @@ from faults import run_python
 from web_server import web_server
 
 from pipeline.config import extras
-from pipeline.data import manifests
+from pipeline.data import manifests, to_parquet
 from pipeline.io import (
     atomic_folder,
     checksums,
@@ -105,6 +105,11 @@ def test_servers_list_no_files(web):
         storage.glob(f"{web.address}/*.parquet")
     with pytest.raises(StorageError, match=r"http:// is only read|a slash is lost"):
         storage.read_bytes("http:/host/a")
+
+
+def test_a_mistyped_address_is_not_found(web):
+    with pytest.raises(NotFoundError, match=r"the server answers 404.*check the address"):
+        to_parquet.expand([f"{web.address}/rows.parquet"], "auto")
 
 
 def test_files_are_identified_by_their_bytes_wherever_they_are(either, tmp_path, monkeypatch):
@@ -198,9 +203,60 @@ def _rows(manifest):
     return reader.take(np.array([0, 999])).column("text").to_pylist()
 
 
-def test_csv_with_a_query_in_its_address(web, tmp_path):
-    uri = web.put("reviews.csv", b"text,stars\ngood,5\nbad,1\n") + "?download=1"
-    assert manifests.build([uri], "auto", str(tmp_path)).rows == 2
+def rows_of_parquet() -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"x": [1, 2, 3]}), buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("reviews.csv", b"text,stars\ngood,5\nbad,1\n"),
+        ("reviews.tsv", b"text\tstars\ngood\t5\nbad\t1\n"),
+        ("rows.parquet", rows_of_parquet()),
+        ("cats/1.png", b"a picture"),
+    ],
+)
+def test_a_signature_is_no_part_of_a_fingerprint(web, tmp_path, name, data):
+    """A server signs addresses anew each hour, and answers 403 for what was not signed."""
+    web.missing = 403
+    uri = web.put(name, data)
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(data)
+    found = [
+        manifests.build([place], "auto", str(tmp_path / "imports"))
+        for place in (str(file), uri, f"{uri}?Signature=a/b%3D", f"{uri}?Signature=c/d/e")
+    ]
+    assert len({manifest.fingerprint for manifest in found}) == 1
+    assert "Signature" not in found[-1].name() + found[-1].location(0)
+    labels = [
+        manifests.Reader(manifest, ["label"]).take(np.array([0])).column(0).to_pylist()
+        for manifest in found
+        if "label" in manifest.schema.names
+    ]
+    assert labels in ([], [["cats"]] * 4)
+
+
+def test_a_folder_that_forbids_a_look_has_no_manifest_of_prepare(web, tmp_path):
+    web.missing = 403
+    uri = web.put("rows.parquet", rows_of_parquet())
+    assert manifests.build([uri], "auto", str(tmp_path)).rows == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("cannot read https://h/a?X=5%2F: gone", "cannot read https://h/a?***: gone"),
+        ("https://u:p@ss@h/a, s3://b/part-?.csv", "https://***@h/a, s3://b/part-?.csv"),
+        ("<code>https://h/a?x=1</code>", "<code>https://h/a?***</code>"),
+        ('["https://h/a?x=1","me@h"]', '["https://h/a?***","me@h"]'),
+        ("hf://datasets/me/reviews@v1/a.csv", "hf://datasets/me/reviews@v1/a.csv"),
+    ],
+)
+def test_secrets_of_addresses_are_left_out_of_texts(text, wanted):
+    assert storage.without_secrets(text) == wanted
 
 
 def test_committed_folders_are_fetched_and_checked(web, tmp_path):
@@ -263,6 +319,10 @@ def test_repositories_of_the_hub(web, tmp_path, monkeypatch):
                 web.answers[where] = json.dumps(answer).encode()
     monkeypatch.setenv("HF_ENDPOINT", web.address)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    netrc = tmp_path / "netrc"  # git's login for large files; the token counts
+    netrc.write_text("machine 127.0.0.1 login me password other\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     done = run_python(HUB, str(tmp_path))
     assert done.returncode == 0, (done.stderr, web.requests)

@@ -103,6 +103,8 @@ def test_a_bundle_of_no_trial_has_its_validation_metrics(task, tmp_path):
         ("timm/resnet18, 5 rows/s, and/or", "timm/resnet18, 5 rows/s, and/or"),
         ("bundle:/runs/toy/bundle", "bundle:bundle"),
         ("~/models/a.pt", "a.pt"),
+        ("bundle:https://host/a/b.pt?X-Amz-Signature=5/e, 3", "bundle:b.pt, 3"),
+        ("from https://user:p@ss@host and more", "from host and more"),
     ],
 )
 def test_places_are_cut_to_their_last_part(text, wanted):

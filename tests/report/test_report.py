@@ -862,6 +862,16 @@ def test_a_job_whose_trials_all_failed_still_reports(tmp_path):
     assert "failed" in render(entries)
 
 
+def test_signatures_and_passwords_of_addresses_are_left_out(tmp_path):
+    signed = "https://me:p4ss@host/a.csv?Signature=sec-ret/x-y"
+    rows = [failure("clothing", f"ValueError: {signed}", "t0")]
+    splits, notes = {"clothing": f"{signed} files"}, [f"left out: {signed} row 3"]
+    _, *texts = write(tmp_path, rows, {}, {}, pretraining=[], splits=splits, notes=notes)
+    for text in texts:
+        assert "host" in text
+        assert not any(part in text for part in ("p4ss", "Signature", "sec-ret", "x-y"))
+
+
 def test_nothing_at_all_still_reports(tmp_path):
     _, md, html = write(tmp_path, [], {}, {}, pretraining=[], splits={}, notes=[], versions={})
     Page(html)

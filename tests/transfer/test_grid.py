@@ -800,6 +800,15 @@ def test_a_search_trial_never_reads_the_test_rows(world, paths, tmp_path):
     )
 
 
+def test_the_signature_of_an_address_is_no_part_of_a_record(world, paths, tmp_path):
+    job, _ = world
+    shared = shared_of(tmp_path, job, paths)
+    one = trial_of(job, shared, "full", {"lr": 0.6})
+    shared.parents[one.source] = "https://me:word@host/a.pt?Signature=secret"
+    (row,) = one_trial.failed_record(one, shared, "no https://host/a?Signature=secret").rows
+    assert (row.error, row.parent_uri) == ("no https://host/a?***", "https://***@host/a.pt?***")
+
+
 def test_a_failed_trial_has_its_row(world, paths, tmp_path):
     job, _ = world
     shared = shared_of(tmp_path, job, paths)
