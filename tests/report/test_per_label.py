@@ -593,13 +593,14 @@ def test_numbers_are_drawn_by_their_predictions_in_bins_of_many_groups():
     assert rows[0][1:3] == [f"{best[lowest].mean():.4g}", f"{truth[lowest].mean():.4g}"]
 
 
-def test_numbers_of_a_network_that_diverged_are_left_out_of_the_drawing():
+def test_numbers_beyond_all_numbers_are_left_out_of_the_drawing():
+    """Ranks, and thus Spearman's correlation, know infinite predictions."""
     made = {
         ("none", "scratch"): [numbers(s, 9.0) for s in (0, 1)],
         ("src", "full"): [numbers(s, 1.0) for s in (0, 1)],
     }
-    made["src", "full"][0].predictions["prediction"][:2] = np.nan, np.inf
-    _, figure = said(*table("rmse", made))
+    made["src", "full"][0].predictions["prediction"][:2] = -np.inf, np.inf
+    _, figure = said(*table("spearman", made))
     assert sum(int(row[3]) for row in figure.numbers.rows) == 478
 
 
