@@ -154,8 +154,9 @@ def is_auto(model: Any) -> bool:
     """Return whether ``transformers.AutoModel`` opens a folder of this model as its class."""
     from transformers.models.auto import modeling_auto as auto
 
-    kind = type(model.config)
-    return kind in auto.MODEL_MAPPING and type(model) is auto.MODEL_MAPPING[kind]
+    mapping: Any = auto.MODEL_MAPPING
+    kind: Any = type(model.config)
+    return kind in mapping and type(model) is mapping[kind]
 
 
 def positions(model: Any) -> int | None:
