@@ -531,6 +531,7 @@ class Text(Modality):
             [number for number in range(self.state["vocabulary"]) if number not in special]
         )
         longest = max(2, int(length * min(RANDOM_TOKENS, self.options.length)))
+        longest = min(longest, self.options.length)
         lengths = rng.integers(min(4, longest), longest + 1, rows)
         lengths[0] = longest
         tokens = np.full((rows, longest), pad, dtype=np.int64)
