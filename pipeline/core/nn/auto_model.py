@@ -155,7 +155,7 @@ def is_auto(model: Any) -> bool:
     from transformers.models.auto import modeling_auto as auto
 
     mapping: Any = auto.MODEL_MAPPING
-    kind: Any = type(model.config)
+    kind = cast("Any", type(model.config))
     return kind in mapping and type(model) is mapping[kind]
 
 
