@@ -258,8 +258,9 @@ def _load(
     """
     words = auto_model.pooling_words(kind, _holds_pooler(tensors))
     given = _own_part(kind, config, tensors)
+    generators: Any = torch.random
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+        with _quiet(), generators.fork_rng(devices=[]):
             model, info = kind.from_pretrained(
                 None,
                 config=config,

@@ -77,9 +77,12 @@ def without_query(uri: Uri) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text without the user names, passwords and queries of addresses in it."""
+    """Return a text without the user names, passwords and queries of addresses in it.
+
+    A question mark in the name of a file or of an object on S3 is a part of the name.
+    """
     text = re.sub(r"(\w://)[^/\s\"<]+@", r"\1***@", text)
-    return re.sub(r"(https?://[^\s?\"<]*)\?[^\s\"<`]*[^\s\"<`,;:.]", r"\1?***", text)
+    return re.sub(r"(\b(?!s3:|file:)\w+://[^\s?\"<]*)\?[^\s\"<`]*[^\s\"<`,;:.]", r"\1?***", text)
 
 
 def join(uri: Uri, *parts: str) -> str:

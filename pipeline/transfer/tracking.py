@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -193,7 +192,7 @@ class Tracking:
             first, more = self._left_out[0], len(self._left_out) - 1
             self.state.progress.note(
                 f"warning: tracking: not logged, as it cannot be read: "
-                f"{without_secrets(first)[:300]}{f' (and {more} more)' if more else ''}"
+                f"{storage.without_secrets(first)[:300]}{f' (and {more} more)' if more else ''}"
             )
 
     @contextmanager
@@ -211,8 +210,8 @@ class Tracking:
         lines = str(error).splitlines() or [""]
         self.state.progress.note(
             f"warning: tracking: {self.tracker.registered_name} failed "
-            f"({type(error).__name__}: {without_secrets(lines[0])[:300]}); the job goes on without "
-            "it, and the same command logs the rest later"
+            f"({type(error).__name__}: {storage.without_secrets(lines[0])[:300]}); "
+            "the job goes on without it, and the same command logs the rest later"
         )
 
     def _begin(self) -> None:
@@ -483,7 +482,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             out[place] = ", ".join(_text(one) for one in value)
         else:
             out[place] = _text(value)
-    return {name: without_secrets(text) for name, text in out.items()}
+    return {name: storage.without_secrets(text) for name, text in out.items()}
 
 
 def _text(value: Any) -> str:
@@ -492,12 +491,6 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping) and value.keys() <= {"name", "options"}:
         return str(ComponentConfig.model_validate(value))
     return json.dumps(value, sort_keys=True)
-
-
-def without_secrets(text: str) -> str:
-    """Return a text without the user names, passwords and queries of addresses in it."""
-    text = re.sub(r"(\w://)[^/\s]+@", r"\1***@", text)
-    return re.sub(r"(\w://[^\s?]*)\?\S+", r"\1?***", text)
 
 
 def _identity(tracking: ComponentConfig | None) -> str:

@@ -252,6 +252,8 @@ def test_a_folder_that_forbids_a_look_has_no_manifest_of_prepare(web, tmp_path):
         ("https://u:p@ss@h/a, s3://b/part-?.csv", "https://***@h/a, s3://b/part-?.csv"),
         ("<code>https://h/a?x=1</code>", "<code>https://h/a?***</code>"),
         ('["https://h/a?x=1","me@h"]', '["https://h/a?***","me@h"]'),
+        ("https://me:a@2@h/rows?sig=a, s3://b/a@b", "https://***@h/rows?***, s3://b/a@b"),
+        ("mysql+pymysql://u:p@h/runs?key=a", "mysql+pymysql://***@h/runs?***"),
         ("hf://datasets/me/reviews@v1/a.csv", "hf://datasets/me/reviews@v1/a.csv"),
     ],
 )

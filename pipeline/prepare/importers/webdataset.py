@@ -48,7 +48,8 @@ class WebDataset(ImageImporter):
         shards = _shards(source)
         rows, marks, bare, left = [], [], [], {}
         for shard, (samples, mark) in zip(shards, threaded_map(_samples, shards), strict=True):
-            marks.append(f"{PurePosixPath(storage.file_name(shard)).name} {mark}")
+            shard_name = PurePosixPath(storage.file_name(shard)).name
+            marks.append(f"{shard_name} {mark}")
             split = self.options.split or _split(shard)
             for key, parts in samples.items():
                 kind = next((suffix for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES), None)
@@ -66,9 +67,7 @@ class WebDataset(ImageImporter):
                 }
                 rows.append(
                     place(
-                        parts[kind]._replace(
-                            name=f"{PurePosixPath(storage.file_name(shard)).name}/{parts[kind].name}"
-                        ),
+                        parts[kind]._replace(name=f"{shard_name}/{parts[kind].name}"),
                         split,
                         **columns,
                     )
