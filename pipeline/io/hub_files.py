@@ -128,7 +128,8 @@ def _asked(ask: Callable[[], Result]) -> Result:
         check_status(response.status_code, getattr(response, "reason_phrase", ""))
         raise
     except Exception as error:
-        # of any kind: the client's own connection errors have no common base with OSError
+        # of any kind: a connection's errors are those of httpx or httpx2, by the client's version,
+        # and have no common base with OSError
         if type(error).__module__.partition(".")[0].startswith("httpx"):
             raise ConnectionError(str(error)) from error
         raise

@@ -78,7 +78,7 @@ def reading(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of storage, of JSON, of a record that another version wrote
         text = str(error) or type(error).__name__
         raise UnreadableError(f"{what}: {text.splitlines()[0]}") from error
 
@@ -414,7 +414,7 @@ class Tracking:
             log(run["id"])
         except UnreadableError:
             raise
-        except Exception:
+        except Exception:  # each tracker has its own error for a run that is gone
             if self.tracker.exists(run["id"]):
                 raise
             del self._logged[key]  # its user has deleted it: the next run logs it anew
