@@ -118,10 +118,24 @@ class AdaptationOptions(LayerOptions):
     )
 
 
+class LinearHeadOptions(Options):
+    """Options of objectives whose head is one linear layer."""
+
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
+    norm: bool = Field(
+        True,
+        description="layer norm without parameters before the linear layer, so that one learning "
+        "rate fits every backbone",
+    )
+
+    @property
+    def drops_features(self) -> bool:
+        return self.dropout > 0
+
+
 SHARED_OPTIONS: dict[str, type[Options]] = {
-    "Options": Options,
-    "LayerOptions": LayerOptions,
-    "AdaptationOptions": AdaptationOptions,
+    shared.__name__: shared
+    for shared in (Options, LayerOptions, AdaptationOptions, LinearHeadOptions)
 }
 """Classes that options classes may derive from without importing them."""
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config.registry import Options, nearest, register
+from pipeline.config.registry import LinearHeadOptions, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
@@ -33,7 +33,7 @@ SHOWN_LABELS = 5
 """Labels that an error message names."""
 
 
-class ClassificationOptions(Options):
+class ClassificationOptions(LinearHeadOptions):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="training only (Szegedy et al. 2016)"
     )
@@ -80,16 +80,6 @@ class ClassificationOptions(Options):
         "largest F1, or sensitivity + specificity, on the validation rows; none: the likelier "
         "class",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
-    norm: bool = Field(
-        True,
-        description="layer norm without parameters before the linear layer, so that one learning "
-        "rate fits every backbone",
-    )
-
-    @property
-    def drops_features(self) -> bool:
-        return self.dropout > 0
 
     @property
     def mixes_inputs(self) -> bool:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import LinearHeadOptions, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
@@ -25,7 +25,7 @@ from pipeline.core.nn import losses
 from pipeline.core.ragged import ragged
 
 
-class HourlyOptions(Options):
+class HourlyOptions(LinearHeadOptions):
     task: Literal["binary", "multiclass"] = Field(
         "binary",
         description="binary: label_values are 0 or 1 (false or true); multiclass: whole numbers "
@@ -58,12 +58,6 @@ class HourlyOptions(Options):
         gt=0,
         description="hours between the times at which onetomany predict evaluates new rows, up to "
         "their last event",
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
-    norm: bool = Field(
-        True,
-        description="layer norm without parameters before the linear layer, so that one learning "
-        "rate fits every backbone",
     )
 
 

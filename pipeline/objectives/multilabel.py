@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config.registry import Options, nearest, register
+from pipeline.config.registry import LinearHeadOptions, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
@@ -23,7 +23,7 @@ from pipeline.core.metrics import calibration
 from pipeline.core.nn import losses
 
 
-class MultilabelOptions(Options):
+class MultilabelOptions(LinearHeadOptions):
     separator: str = Field(
         "|",
         min_length=1,
@@ -55,16 +55,6 @@ class MultilabelOptions(Options):
         description="temperature: after training one scalar that all scores are divided by is "
         "fitted on the validation rows (Guo et al. 2017); test metrics and predict use it",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
-    norm: bool = Field(
-        True,
-        description="layer norm without parameters before the linear layer, so that one learning "
-        "rate fits every backbone",
-    )
-
-    @property
-    def drops_features(self) -> bool:
-        return self.dropout > 0
 
     @property
     def balances_labels(self) -> bool:

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import LinearHeadOptions, register
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn import losses
@@ -23,23 +23,13 @@ LOSSES = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
 """Losses of a standardised number; Huber's is quadratic up to one standard deviation."""
 
 
-class RegressionOptions(Options):
+class RegressionOptions(LinearHeadOptions):
     loss: Literal["squared", "absolute", "huber"] = Field(
         "squared",
         description="of the standardised number: squared estimates means, absolute medians; huber "
         "is squared up to an error of one standard deviation and linear beyond (Huber 1964), so "
         "that a few far values do not decide",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
-    norm: bool = Field(
-        True,
-        description="layer norm without parameters before the linear layer, so that one learning "
-        "rate fits every backbone",
-    )
-
-    @property
-    def drops_features(self) -> bool:
-        return self.dropout > 0
 
 
 @register("objective", "regression", options=RegressionOptions)
