@@ -11,11 +11,13 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from ray._private.state import actors
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import TINY, command_line, environment
@@ -79,12 +81,27 @@ def wait_for_step(folder: Path, step: int, rank: int = 0) -> dict:
 
 
 def kill_all(folder: Path, process: subprocess.Popen) -> None:
-    """The driver and, at once, its ranks: they would outlive it by a second, in which these small
-    steps come to the end.
+    """The driver and its ranks, which would go on for a second and come to their end in it.
+
+    The ranks stop at once, and die after the controller: one that outlives the driver by a moment
+    and sees them die reserves CPUs for new ones, which nothing of a finished job gives back.
     """
-    for pid in (process.pid, *(trace(folder, rank)[-1]["pid"] for rank in (0, 1))):
-        os.kill(pid, signal.SIGKILL)
+    controllers = [
+        one["Pid"]
+        for one in actors().values()
+        if one["ActorClassName"] == "TrainController" and one["State"] == "ALIVE"
+    ]
+    assert controllers
+    ranks = [trace(folder, rank)[-1]["pid"] for rank in (0, 1)]
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    process.kill()
     process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in controllers):
+        time.sleep(0.05)
+    for pid in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     assert not list(folder.glob("runs/tiny/sources/*/bundle/manifest.json"))
 
 
