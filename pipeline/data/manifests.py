@@ -420,6 +420,10 @@ class Splits:
     origin: str
     corpora: tuple[int, ...] = ()
     """Training rows of each corpus, in the order of the job file and of `train`."""
+    trains: tuple[Selection, ...] = ()
+    """The training rows of each corpus, with all of its columns; a joined `train` has only those
+    that are read.
+    """
     reads: tuple[FileIdentity, ...] = ()
     """All files that are read in training: Parquet files, and those that their rows name."""
     left_out: tuple[LeftOut, ...] = ()

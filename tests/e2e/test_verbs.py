@@ -360,7 +360,8 @@ def few_rows(monkeypatch):
             masks[name] = np.arange(len(rows)) % max(1, -(-len(rows) // most)) == 0
             thin[name] = rows.keep(masks[name])
         of_corpus = np.split(masks["train"], np.cumsum(found.corpora)[:-1])
-        thin["corpora"] = tuple(int(mask.sum()) for mask in of_corpus) if found.corpora else ()
+        thin["corpora"] = tuple(int(mask.sum()) for mask in of_corpus)
+        thin["trains"] = tuple(map(manifests.Selection.keep, found.trains, of_corpus))
         return dataclasses.replace(found, **thin)
 
     monkeypatch.setattr(manifests, "splits", splits)
