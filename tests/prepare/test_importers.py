@@ -73,9 +73,10 @@ def test_a_split_alone_below_a_top_folder_keeps_its_name(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("Train", "VAL"), ("TRAINING", "Valid"), ("train", "Validation")]
+    "names",
+    [("Train", "VAL"), ("TRAINING", "Valid"), ("train", "Validation"), ("train2017", "val_2017")],
 )
-def test_folders_of_splits_may_be_written_in_any_case(folder, tmp_path, names):
+def test_folders_of_splits_may_be_written_in_any_case_and_have_a_year(folder, tmp_path, names):
     members = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*.jpg"))
@@ -274,6 +275,14 @@ def test_webdataset_shards(webdataset):
     assert {row["label_name"] for row in ranged} == {"0", "1", "2"}
     assert len(index("webdataset", f"{webdataset}/train-*.tar")[0]) == 6
     assert found.notes["samples without an image, left out"] == 0
+
+
+def test_the_folder_of_a_webdataset_shard_tells_its_split(webdataset, tmp_path):
+    shutil.move(webdataset, tmp_path / "dev/val-shards")
+    for shard in (tmp_path / "dev/val-shards").glob("*.tar"):
+        shard.rename(shard.with_name(f"part-{shard.name.partition('-')[2][:3]}{shard.stem[0]}.tar"))
+    rows, _ = index("webdataset", tmp_path / "dev/val-shards")
+    assert {row["split"] for row in rows} == {"validation"}
 
 
 def test_webdataset_shards_may_be_gzipped(webdataset):
@@ -495,6 +504,16 @@ def test_coco_images_elsewhere(coco, place):
     shutil.rmtree(coco / "train2017")
     rows, _ = index("coco", coco, "annotations=annotations/instances_train2017.json")
     assert [row["image_id"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("pets_val", "validation"), ("image_info_test-dev2017", "test"), ("minival2014", "minival")],
+)
+def test_a_word_of_a_coco_files_name_tells_its_split(coco, name, split):
+    (coco / "annotations/instances_train2017.json").rename(coco / f"annotations/{name}.json")
+    rows, _ = index("coco", coco, f"annotations=annotations/{name}.json", "images=train2017")
+    assert [row["split"] for row in rows] == [split] * 3
 
 
 def test_coco_files_that_do_not_fit(coco):

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.config import registry
 from pipeline.io import storage
-from pipeline.prepare.engine import inputs, table_importer
+from pipeline.prepare.engine import importing, inputs, table_importer
 from pipeline.prepare.engine.write import MANIFEST, Preparation, verify
 
 SMALL = 200 / 2**20
@@ -276,7 +276,7 @@ def test_compressed_files_and_archives_give_the_same_rows(name, suffix, request,
     ],
 )
 def test_names_say_splits(name, split):
-    assert inputs.split_of(name) == split
+    assert importing.split_of(name) == split
 
 
 def test_other_files_are_left_out_and_counted(text, tmp_path):

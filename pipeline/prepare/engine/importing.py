@@ -104,13 +104,29 @@ def preview(names: Iterable[Any]) -> str:
     )
 
 
+def split_of_folder(folder: str) -> str:
+    """Return the split that a folder's name is (val, Val2017), "" for none."""
+    found = re.fullmatch(r"([a-z]+)[\W_\d]*", folder.lower())
+    return SPLITS.get(found[1], "") if found else ""
+
+
 def split_of_folders(name: str) -> str:
-    """Return the split that the folder nearest to a file names (val, val2017), "" for none."""
-    for folder in reversed(PurePosixPath(name).parent.parts):
-        found = re.fullmatch(r"([a-z]+)[\W_\d]*", folder.lower())
-        if found and found[1] in SPLITS:
-            return SPLITS[found[1]]
-    return ""
+    """Return the split of the folder nearest to a file that is called like one, "" for none."""
+    folders = reversed(PurePosixPath(name).parent.parts)
+    return next(filter(None, map(split_of_folder, folders)), "")
+
+
+def split_of(name: str, otherwise: str = "train") -> str:
+    """Return the split that a word of a file's name tells, else one of its nearest folder.
+
+    Examples: eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv, val-shards/000.tar.
+    """
+    for part in reversed(name.lower().split("/")):
+        words = (word.removesuffix("set") for word in re.split(r"[^a-z]+", part))
+        found = next((SPLITS[word] for word in words if word in SPLITS), None)
+        if found:
+            return found
+    return otherwise
 
 
 def kind_of_files(names: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import pyarrow as pa
 
 from pipeline.io import file_identity, storage
-from pipeline.prepare.engine.importing import SPLITS, preview
+from pipeline.prepare.engine.importing import preview, split_of
 from pipeline.prepare.readers.archives import (
     ARCHIVES,
     COMPRESSED,
@@ -160,19 +160,6 @@ def _reading_order(file: tuple[Entry, str]) -> tuple[int, str, str, int, str]:
         entry.offset if is_gzipped(entry.uri) else 0,
         entry.name,
     )
-
-
-def split_of(name: str) -> str:
-    """Return the split that a file's name says, else that of its nearest folder, else train.
-
-    Examples: eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv.
-    """
-    for part in reversed(name.lower().split("/")):
-        words = (word.removesuffix("set") for word in re.split(r"[^a-z]+", part))
-        found = next((SPLITS[word] for word in words if word in SPLITS), None)
-        if found:
-            return found
-    return "train"
 
 
 def whole_files(listed: InputFiles) -> list[InputSplit]:

@@ -19,7 +19,14 @@ from pipeline.config.registry import Options, register
 from pipeline.io import storage
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import SPLITS, Index, first_existing, place, preview, table
+from pipeline.prepare.engine.importing import (
+    Index,
+    first_existing,
+    place,
+    preview,
+    split_of,
+    table,
+)
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, nearest, png
 
@@ -353,8 +360,9 @@ def _categories(data: dict[str, Any], uri: str) -> dict[int, str]:
 
 
 def _split(name: str) -> str:
-    word = re.split(r"[^a-zA-Z]", name)[0].lower()
-    return SPLITS.get(word, word or "train")
+    """Return the split that a word of a name tells, else its first word (minival2014)."""
+    first = re.split(r"[^a-zA-Z]", name)[0].lower()
+    return split_of(name, first or "train")
 
 
 def _by_name(listed: archives.Listing) -> dict[str, archives.Entry]:

@@ -11,12 +11,12 @@ from pydantic import Field
 from pipeline.config.registry import Options, register
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
-    SPLITS,
     Index,
     check_no_empty_classes,
     depth,
     place,
     preview,
+    split_of_folder,
     table,
 )
 from pipeline.prepare.readers import archives
@@ -26,7 +26,7 @@ class ImageFolderOptions(Options):
     layout: Literal["auto", "split/class", "class"] = Field(
         "auto",
         description="auto: split/class when every top folder is called train, val, test or the "
-        "like, in any case, else class",
+        "like (Train, val2017), else class",
     )
 
 
@@ -46,17 +46,17 @@ class ImageFolder(ImageImporter):
         if (
             len(tops) == 1
             and min((depth(e.name) for e in found.images), default=0) > 2
-            and not all(map(_is_split, tops))
+            and not all(map(split_of_folder, tops))
         ):
             found = found.without_common_folder(
-                keep=[part for part in found.images[0].name.split("/") if _is_split(part)]
+                keep=[part for part in found.images[0].name.split("/") if split_of_folder(part)]
             )
             tops = {
                 name.split("/")[0]
                 for name in [*(entry.name for entry in found.images), *found.empty]
             }
         split = self.options.layout == "split/class" or (
-            self.options.layout == "auto" and all(map(_is_split, tops))
+            self.options.layout == "auto" and all(map(split_of_folder, tops))
         )
         wanted = 3 if split else 2
         wrong = [entry.name for entry in found.images if depth(entry.name) != wanted]
@@ -73,7 +73,7 @@ class ImageFolder(ImageImporter):
             rows.append(
                 place(
                     entry,
-                    SPLITS.get(before[0].lower(), before[0]) if before else "train",
+                    (split_of_folder(before[0]) or before[0]) if before else "train",
                     label=label,
                 )
             )
@@ -88,10 +88,6 @@ class ImageFolder(ImageImporter):
                 "files left out": found.others(),
             },
         )
-
-
-def _is_split(folder: str) -> bool:
-    return folder.lower() in SPLITS
 
 
 def _without_images(found: archives.Listing, wanted: int) -> list[str]:

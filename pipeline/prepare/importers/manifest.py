@@ -28,8 +28,8 @@ from pipeline.prepare.engine.audio import (
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import Index, preview
-from pipeline.prepare.engine.inputs import split_of, text_problem
+from pipeline.prepare.engine.importing import Index, preview, split_of
+from pipeline.prepare.engine.inputs import text_problem
 from pipeline.prepare.engine.table_importer import KINDS, as_kind, kind_of, wider
 from pipeline.prepare.readers import archives
 

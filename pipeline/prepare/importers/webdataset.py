@@ -17,7 +17,7 @@ from pipeline.data.loader import threaded_map
 from pipeline.data.to_parquet import IMAGE_SUFFIXES
 from pipeline.io import storage
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import SPLITS, Index, place, preview, table
+from pipeline.prepare.engine.importing import Index, place, preview, split_of, table
 from pipeline.prepare.readers import archives
 
 TEXTS = ("cls", "txt", "json")
@@ -48,9 +48,10 @@ class WebDataset(ImageImporter):
         shards = _shards(source)
         rows, marks, bare, left = [], [], [], {}
         for shard, (samples, mark) in zip(shards, threaded_map(_samples, shards), strict=True):
-            shard_name = PurePosixPath(storage.file_name(shard)).name
+            path = PurePosixPath(storage.file_name(shard))
+            shard_name = path.name
             marks.append(f"{shard_name} {mark}")
-            split = self.options.split or _split(shard)
+            split = self.options.split or split_of(f"{path.parent.name}/{path.name}")
             for key, parts in samples.items():
                 kind = next((suffix for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES), None)
                 for suffix in parts.keys() - {*TEXTS, kind}:
@@ -178,10 +179,3 @@ def _samples(shard: str) -> tuple[dict[str, dict[str, Any]], str]:
             parts[suffix] = entry
     reader.close()
     return out, found.mark
-
-
-def _split(shard: str) -> str:
-    """Return the split that a shard's name or its folder says."""
-    path = PurePosixPath(storage.file_name(shard))
-    words = [*re.split(r"[^a-zA-Z]+", path.stem.lower()), path.parent.name.lower()]
-    return next((SPLITS[word] for word in words if word in SPLITS), "train")

@@ -23,8 +23,7 @@ from pipeline.data.csv_tables import csv_tables
 from pipeline.data.manifests import Manifest, Selection
 from pipeline.io import storage
 from pipeline.media import image_io
-from pipeline.prepare.engine.importing import SPLITS, preview
-from pipeline.prepare.engine.inputs import split_of
+from pipeline.prepare.engine.importing import preview, split_of, split_of_folder
 from pipeline.prepare.new_job.columns import Column, may_name_rows, names_files, profile
 
 TABLES = ("parquet", "csv", "jsonl")
@@ -200,8 +199,8 @@ def _split_folders(files: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     for file, _ in files:
         path = file.partition("://")[2] or file
         top = path[len(shared) :].lstrip("/").split("/")[0]
-        split = SPLITS.get(top.lower())
-        if split is None:
+        split = split_of_folder(top)
+        if not split:
             return {}
         folder = scheme + posixpath.join(shared, top)
         if folder not in tops.setdefault(split, []):
