@@ -12,7 +12,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from pipeline.config import provenance, registry
 from pipeline.io import storage
@@ -68,7 +67,8 @@ from pipeline.report.matrix import (
 )
 from pipeline.report.results import ResultRow
 from pipeline.report.shift import Shift
-from pipeline.report.source_scores import PairScores
+from pipeline.report.source_scores import PairScores, SelectionScore
+from pipeline.report.source_summary import SourceSummary
 from pipeline.report.trial_record import CurvePoint
 
 __all__ = ["MatrixEntry", "matrix_entries", "write"]
@@ -98,13 +98,13 @@ def write(
     entries: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
     curves: Mapping[str, Sequence[CurvePoint]],
-    pretraining: Sequence[dict[str, Any]],
+    pretraining: Sequence[SourceSummary],
     splits: dict[str, str],
     notes: Sequence[str],
     versions: dict[str, str],
     runs: dict[str, stats.RunPredictions] | None = None,
     code_notes: Sequence[str] = (),
-    scores: dict[str, dict[str, Any]] | None = None,
+    scores: Mapping[str, SelectionScore] | None = None,
     source_scores: Mapping[str, PairScores] | None = None,
     modalities: Mapping[str, str] | None = None,
     left_out: Sequence[str] = (),
@@ -117,17 +117,15 @@ def write(
         entries: The entries of the matrix.
         rows: Results rows. Failures and totals are computed from them.
         curves: Trial id to its validations.
-        pretraining: One dict for each source with ``source, backbone, objective, steps, rows,
-            seconds, rows_per_second, metrics, transfer, bundle_uri, splits``, any of which may be
-            missing.
+        pretraining: The sources.
         splits: Target to where its splits come from.
         notes: Sentences on what was found in the data.
         versions: What identifies the job apart from the libraries, such as its hash. The versions
             of libraries are those that each trial ran with.
         runs: Trial id to test predictions, for the tables of classes, labels and subgroups.
         code_notes: Sentences on the trials that were made by other code or versions.
-        scores: ``source|target`` to ``score_name`` and ``score_value``, also of sources that were
-            left out because of their score. Without it only the scores in ``rows`` are shown.
+        scores: ``source|target`` to the score, also of sources that were left out because of
+            theirs. Without it only the scores in ``rows`` are shown.
         source_scores: ``source|target`` to every transferability score.
         modalities: Target to the name of its modality.
         left_out: A line for each target that could not be prepared, and for test rows that were
@@ -678,7 +676,7 @@ def _unique_trials(rows: Sequence[ResultRow]) -> list[ResultRow]:
 def _missing_blocks(
     entries: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
-    scores: dict[str, dict[str, Any]] | None,
+    scores: Mapping[str, SelectionScore] | None,
     left_out: Sequence[str],
     notes: Sequence[str],
 ) -> list[Block]:
@@ -704,7 +702,7 @@ def _missing_blocks(
 
 
 def _sources_left_out(
-    rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None
+    rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore] | None
 ) -> list[str]:
     """Return a line for each target with sources that were not fine-tuned because of a score."""
     tried = {(row.target, row.source) for row in rows}
@@ -812,7 +810,7 @@ def _budget_blocks(rows: Sequence[ResultRow]) -> list[Block]:
 def _cost_blocks(
     entries: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
-    pretraining: Sequence[dict[str, Any]],
+    pretraining: Sequence[SourceSummary],
 ) -> list[Block]:
     trials = _trial_costs(entries, rows)
     if not trials.rows:
@@ -831,13 +829,13 @@ def _cost_blocks(
 def _backbone_costs(
     entries: Sequence[MatrixEntry],
     rows: Sequence[ResultRow],
-    pretraining: Sequence[dict[str, Any]],
+    pretraining: Sequence[SourceSummary],
 ) -> blocks.Table:
     """Return the cost of each source's backbone: pretraining once, and all of its trials.
 
     The time of scratch is that on the same targets with the same share of labels.
     """
-    trained = {str(item.get("source")): item for item in pretraining}
+    trained = {item.source: item.seconds for item in pretraining}
     timed = [entry for entry in entries if entry.seconds is not None and not entry.is_baseline]
     scratch: dict[str, list[MatrixEntry]] = defaultdict(list)
     for entry in timed:
@@ -858,13 +856,12 @@ def _backbone_costs(
         of_scratch = [
             entry for entry in scratch[backbone] if (entry.target, entry.label_fraction) in compared
         ]
-        once = trained.get(source, {}).get("seconds")
         seconds = spent[source, backbone]
         body.append(
             [
                 Value((source, backbone)),
                 blocks.format_count(max(sizes, default=None)),
-                _DASH if source == SCRATCH else blocks.format_seconds(once),
+                _DASH if source == SCRATCH else blocks.format_seconds(trained.get(source)),
                 str(len({entry.target for entry in own})),
                 blocks.format_count(len(seconds)),
                 blocks.format_seconds(sum(seconds)),
@@ -951,7 +948,7 @@ def _shifts(source_scores: Mapping[str, PairScores]) -> dict[str, list[Shift]]:
 
 
 def _known_scores(
-    rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None
+    rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore] | None
 ) -> dict[tuple[str, str, str], float]:
     """Return (target, source, name of the score) to its value, NaN where it is not defined."""
     found: dict[tuple[str, str, str], float] = {
@@ -970,7 +967,7 @@ def _known_scores(
 
 
 def _score_blocks(
-    rows: Sequence[ResultRow], scores: dict[str, dict[str, Any]] | None
+    rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore] | None
 ) -> list[Block]:
     """Return the table of transferability scores, also of sources left out because of theirs."""
     tried = {(row.target, row.source) for row in rows}
@@ -988,54 +985,52 @@ def _score_blocks(
     ]
 
 
-def _pretraining_blocks(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
+def _pretraining_blocks(pretraining: Sequence[SourceSummary]) -> list[Block]:
     if not pretraining:
         return []
     body: list[list[str]] = []
     more: list[Block] = []
     for item in pretraining:
-        metrics: dict[str, Any] = item.get("metrics") or {}
-        measured = ", ".join(
-            f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}"
-            for name, value in metrics.items()
-        )
+        measured = ", ".join(f"{name} {value:.4g}" for name, value in item.metrics.items())
         body.append(
             [
-                str(item.get("source", _DASH)),
-                str(item.get("backbone") or _DASH),
-                str(item.get("objective") or _DASH),
+                item.source,
+                item.backbone or _DASH,
+                item.objective or _DASH,
                 measured or _DASH,
-                blocks.format_count(item.get("steps")),
-                blocks.format_count(item.get("rows")),
-                blocks.format_seconds(item.get("seconds")),
-                blocks.format_count(item.get("rows_per_second")),
+                blocks.format_count(item.steps),
+                blocks.format_count(item.rows),
+                blocks.format_seconds(item.seconds),
+                blocks.format_count(item.rows_per_second),
             ]
         )
         details = _source_details(item)
         if details:
-            title = f"{item.get('source', 'source')}: where it comes from and what was carried over"
+            title = f"{item.source}: where it comes from and what was carried over"
             more.append(Details(title, details))
     head = ["Source", "Backbone", "Objective", "Metrics", "Steps", "Rows read", "Time", "Rows/s"]
     return [Heading("Pretraining"), blocks.Table(head, body, 4), *more]
 
 
-def _source_details(item: dict[str, Any]) -> list[Block]:
+def _source_details(item: SourceSummary) -> list[Block]:
     """Return the code, versions, bundle, splits and copied tensors of a source."""
     details: list[Block] = []
-    if item.get("changes"):
-        changes = ", ".join(item["changes"])
+    if item.changes:
+        changes = ", ".join(item.changes)
         details.append(Text(f"Source {code_versions.OTHER}: {changes}", "warning"))
-    versions: dict[str, str] = item.get("versions") or {}
     libraries = [
-        f"{name} {version}" for name, version in versions.items() if name in provenance.LIBRARIES
+        f"{name} {version}"
+        for name, version in item.versions.items()
+        if name in provenance.LIBRARIES
     ]
     if libraries:
         details.append(Text(f"Versions: {', '.join(libraries)}"))
-    for name, title in (("bundle_uri", "Bundle"), ("splits", "Splits")):
-        if item.get(name):
-            details.append(Text(f"{title}: {item[name]}"))
-    if item.get("transfer"):
-        details += [Text("Transfer of tensors:"), Code(str(item["transfer"]))]
+    if item.bundle:
+        details.append(Text(f"Bundle: {item.bundle}"))
+    if item.splits:
+        details.append(Text(f"Splits: {item.splits}"))
+    if item.transfer:
+        details += [Text("Transfer of tensors:"), Code(item.transfer)]
     return details
 
 

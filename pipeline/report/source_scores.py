@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from pipeline.report.shift import Shift
 
@@ -21,6 +21,13 @@ class ScoreValue:
     """Of this score alone, with its interval, from features that are there."""
     reason: str = ""
     """Why there is no value, or no interval."""
+
+
+class SelectionScore(TypedDict):
+    """The score by which a source was kept or left out, as its columns of the results table."""
+
+    score_name: str
+    score_value: float | None
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from pipeline.report import code_versions as origins
 from pipeline.report import folds, matrix, report, results, stats, subgroups
 from pipeline.report.code_versions import TrialProvenance
 from pipeline.report.results import ResultRow
-from pipeline.report.source_scores import PairScores, ScoreValue
+from pipeline.report.source_scores import PairScores, ScoreValue, SelectionScore
+from pipeline.report.source_summary import SourceSummary
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import fit_components, launch, source
 from pipeline.train.experiment import technique_of
@@ -76,15 +77,13 @@ class JobState:
     """
     sources: dict[str, source.SourceStage] = field(default_factory=dict)
     targets: dict[str, TargetStage] = field(default_factory=dict)
-    pretraining: list[dict[str, Any]] = field(default_factory=list)
+    pretraining: list[SourceSummary] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     """Targets that could not be prepared, each with the reason. The others continue without them.
     """
-    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``source|target`` to the result columns ``score_name`` and ``score_value``, where sources
-    were chosen by scores.
-    """
+    scores: dict[str, SelectionScore] = field(default_factory=dict)
+    """``source|target`` to the score, where sources were chosen by scores."""
     source_scores: dict[str, PairScores] = field(default_factory=dict)
     """``source|target`` to every transferability score, where they were computed."""
     left_out: dict[str, int] = field(default_factory=dict)
@@ -704,20 +703,21 @@ def pretrain(state: JobState) -> None:
     for name, stage in state.sources.items():
         metadata = launch.run_source(stage, state.progress, state.verbose, state.wait)
         state.progress.on_end([stage])
-        state.pretraining.append(metadata)
+        summary = SourceSummary.from_metadata(metadata)
+        state.pretraining.append(summary)
         if metadata.get("cached"):
             report_done(state, name)
         else:
-            values = ", ".join(f"{k} {v:.4g}" for k, v in metadata["metrics"].items())
-            stopped = " (stopped by patience)" if metadata.get("stopped_at") else ""
+            values = ", ".join(f"{k} {v:.4g}" for k, v in summary.metrics.items())
+            stopped = " (stopped by patience)" if summary.stopped_at else ""
             state.progress.note(
-                f"{name}: {metadata['steps']} steps{stopped} in {metadata['seconds']:.0f} s; "
+                f"{name}: {summary.steps} steps{stopped} in {summary.seconds:.0f} s; "
                 f"validation {values or 'none'}; bundle {stage.bundle_uri}"
             )
-        if metadata.get("transfer"):
-            state.progress.note(f"{name}: {metadata['transfer']}")
-        if metadata.get("warning"):
-            state.notes.append(f"sources.{name}: {metadata['warning']}")
+        if summary.transfer:
+            state.progress.note(f"{name}: {summary.transfer}")
+        if summary.warning:
+            state.notes.append(f"sources.{name}: {summary.warning}")
         state.notes += [
             finding.line(f"sources.{name}") for finding in findings_from_metadata(metadata)
         ]
@@ -1019,7 +1019,7 @@ def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
             pair = f"{source_name}|{name}"
             found = state.source_scores[pair].scores[select.score]
             ranks[source_name] = _rank(found)
-            state.scores[pair] = {"score_name": select.score, "score_value": found.value}
+            state.scores[pair] = SelectionScore(score_name=select.score, score_value=found.value)
         if all(is_undefined for is_undefined, _ in ranks.values()):
             state.notes.append(
                 f"{name}: no source has a {select.score} score, so none is left out by it"
@@ -1915,7 +1915,9 @@ def show(
     }
     if not state.pretraining:
         state.pretraining = [
-            launch.source_metadata(stage) for stage in state.sources.values() if stage.has_bundle
+            SourceSummary.from_metadata(launch.source_metadata(stage))
+            for stage in state.sources.values()
+            if stage.has_bundle
         ]
     notes = [*state.notes, *pruning.describe_stale(results.read(root))]
     where = report.write(
@@ -1924,9 +1926,7 @@ def show(
         entries=entries,
         rows=rows,
         curves=curves,
-        pretraining=[
-            {**metadata, "bundle_uri": metadata.get("bundle")} for metadata in state.pretraining
-        ],
+        pretraining=state.pretraining,
         splits=_splits_of_targets(state),
         notes=notes,
         versions={"job": spec_hash(state.job)},

@@ -14,6 +14,7 @@ from pipeline.io import storage
 from pipeline.report import blocks, plots, report, results, terminal
 from pipeline.report import matrix as entries_module
 from pipeline.report.results import ResultRow
+from pipeline.report.source_summary import SourceSummary
 from pipeline.report.stats import RunPredictions
 from pipeline.report.trial_record import CurvePoint
 
@@ -133,20 +134,19 @@ def simulate(skill=SKILL, fractions=("0.05", "1.0"), seeds=3):
 
 
 PRETRAINING = [
-    {
-        "source": "garments",
-        "backbone": "timm/resnet18",
-        "objective": "classification",
-        "steps": 2000,
-        "rows": 512_000,
-        "seconds": 803.0,
-        "rows_per_second": 638.0,
-        "metrics": {"accuracy": 0.912},
-        "transfer": "kept 120 tensors\nnew 2: head.weight, head.bias\ndropped 2: fc.weight, "
-        "fc.bias",
-        "bundle_uri": "runs/vision/sources/garments",
-        "splits": "the publisher's train file, 10 % of it held out by hash as validation",
-    }
+    SourceSummary(
+        source="garments",
+        backbone="timm/resnet18",
+        objective="classification",
+        steps=2000,
+        rows=512_000,
+        seconds=803.0,
+        rows_per_second=638.0,
+        metrics={"accuracy": 0.912},
+        transfer="kept 120 tensors\nnew 2: head.weight, head.bias\ndropped 2: fc.weight, fc.bias",
+        bundle="runs/vision/sources/garments",
+        splits="the publisher's train file, 10 % of it held out by hash as validation",
+    )
 ]
 TRACEBACK = (
     'Traceback (most recent call last):\n  File "train/loop.py", line 12, in fit\nValueError: '
@@ -818,7 +818,7 @@ def test_names_and_errors_are_escaped_everywhere(tmp_path):
     rows, runs, curves = simulate(skill)
     rows += [failure(EVIL, "<script>alert(1)</script>\n```\nend")]
     pretraining = [
-        {**PRETRAINING[0], "source": EVIL, "transfer": EVIL, "splits": EVIL, "metrics": {EVIL: 1.0}}
+        replace(PRETRAINING[0], source=EVIL, transfer=EVIL, splits=EVIL, metrics={EVIL: 1.0})
     ]
     _, md, html = write(
         tmp_path,
@@ -890,7 +890,7 @@ def test_sparse_input_is_taken(tmp_path):
     ]
     results.append(str(tmp_path), rows)
     entries, _, html = write(
-        tmp_path, results.read(str(tmp_path)), runs, {}, pretraining=[{"source": "loaded"}]
+        tmp_path, results.read(str(tmp_path)), runs, {}, pretraining=[SourceSummary("loaded")]
     )
     assert Page(html).tags.count("svg") == 1 and "5/class" in html
     assert all("one seed" in entry.interval for entry in entries)
@@ -1027,3 +1027,11 @@ def test_what_is_missing_stands_in_one_place(tmp_path):
         assert words in part, words
     nothing = write(tmp_path / "b", *simulate({"clothing": SKILL["clothing"]}), notes=[])[1]
     assert "none was cut, and no comparison lacks a verdict" not in nothing, "no validation values"
+
+
+def test_the_summary_of_a_source_is_read_from_what_its_run_says():
+    said = {"seed": 0, "warning": "", "stopped_at": None, "metrics": {"auroc": 0.5}, "cached": True}
+    found = SourceSummary.from_metadata(
+        {**said, "source": "s", "changes": ("torch 1 then, 2 now",)}
+    )
+    assert found == SourceSummary("s", metrics={"auroc": 0.5}, changes=("torch 1 then, 2 now",))

@@ -178,7 +178,7 @@ def full_report(folder) -> str:
         )
     }
     uri = "s3://bucket/a_folder_with_a_name_that_has_no_blank_anywhere_in_it/sources/garments"
-    pretraining = [{**PRETRAINING[0], "bundle_uri": uri, "transfer": "kept " + "x" * 200}]
+    pretraining = [replace(PRETRAINING[0], bundle=uri, transfer="kept " + "x" * 200)]
     _, page = report.write(
         str(folder),
         job_name="vision",
