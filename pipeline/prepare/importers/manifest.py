@@ -4,7 +4,6 @@ JSON lines, one a recording or a segment of one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import posixpath
@@ -15,7 +14,6 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
-from pipeline.data.loader import threaded_map
 from pipeline.io import file_identity, storage
 from pipeline.prepare.engine.audio import (
     AudioImporter,
@@ -30,6 +28,7 @@ from pipeline.prepare.engine.audio import (
 )
 from pipeline.prepare.engine.importing import Index, preview, split_of
 from pipeline.prepare.engine.inputs import text_problem
+from pipeline.prepare.engine.located import locate
 from pipeline.prepare.engine.table_importer import KINDS, as_kind, kind_of, wider
 from pipeline.prepare.readers import archives
 
@@ -114,8 +113,11 @@ class Manifest(AudioImporter):
             for entry, split in manifests
             for line, fields in self._objects(entry, split, bad)
         ]
-        where, mark = self._located(
-            source, found, [(line, fields["audio_filepath"]) for line, _, fields in lines]
+        where, mark = locate(
+            source,
+            found,
+            [(line, fields["audio_filepath"]) for line, _, fields in lines],
+            self.options.root,
         )
         kinds: dict[str, int] = {}
         rows = []
@@ -230,86 +232,6 @@ class Manifest(AudioImporter):
                 bad.append(broken(line.place, split, reason))
             else:
                 yield line, fields
-
-    def _located(
-        self, source: str, found: archives.Listing, named: list[tuple[Line, str]]
-    ) -> tuple[list[tuple[archives.Entry | None, str]], str]:
-        """Find the recordings.
-
-        Returns (for each line (the recording, "") or (None, why there is none); a mark that changes
-        when any of the files does).
-        """
-        names = {entry.name: entry for entry in found.entries}
-        uris = {
-            entry.uri: entry for entry in found.entries if entry.offset < 0 and not entry.member
-        }
-        alone = (
-            None
-            if storage.is_dir(source) or archives.has_suffix(source, *archives.ARCHIVES)
-            else posixpath.dirname(archives.absolute(source))
-        )
-        out = [self._place(source, line, path, names, uris, alone) for line, path in named]
-        outside = list(dict.fromkeys(place for place in out if isinstance(place, str)))
-        looked = _look(outside)
-        digest = hashlib.sha256(
-            f"{found.mark} {sorted((uri, mark) for uri, (_, mark) in looked.items())}".encode()
-        )
-        return [_found(place, looked) for place in out], digest.hexdigest()
-
-    def _place(
-        self,
-        source: str,
-        line: Line,
-        path: str,
-        names: dict[str, archives.Entry],
-        uris: dict[str, archives.Entry],
-        alone: str | None,
-    ) -> Any:
-        """Return the entry of a recording, the URI where it should be, or (None, why it cannot be
-        used).
-
-        `alone`: the folder of a manifest that was given without a folder.
-        """
-        base = self.options.root or posixpath.dirname(line.file)
-        if _is_absolute(path):
-            return uris.get(path, path)
-        inner = posixpath.normpath(path if _is_absolute(base) else posixpath.join(base, path))
-        if inner.split("/")[0] == "..":
-            return (
-                None,
-                f"{path} leads outside of {base if _is_absolute(base) else source}; give a "
-                "SOURCE that holds both, or --set root=",
-            )
-        if _is_absolute(base):
-            place = storage.join(base, inner)
-            return uris.get(place, place)
-        return names.get(inner) or (
-            storage.join(alone, inner) if alone else (None, f"no recording {inner} in {source}")
-        )
-
-
-def _found(place: Any, looked: dict[str, tuple[int, str]]) -> tuple[archives.Entry | None, str]:
-    if isinstance(place, str):
-        size, _ = looked[place]
-        return (
-            (archives.Entry(place, place, "", -1, size), "")
-            if size >= 0
-            else (None, f"no recording {place}")
-        )
-    return (place, "") if isinstance(place, archives.Entry) else place
-
-
-def _is_absolute(path: str) -> bool:
-    return path.startswith("/") or "://" in path
-
-
-def _look(uris: list[str]) -> dict[str, tuple[int, str]]:
-    """Return (size, fingerprint) of each file; size -1 for one that does not exist."""
-    is_folder = dict(zip(uris, threaded_map(storage.is_dir, uris), strict=True))
-    identified = file_identity.identify([uri for uri in uris if not is_folder[uri]], absent_ok=True)
-    there = {file.uri: file.content for file in identified if file.content != file_identity.ABSENT}
-    sizes = dict(zip(there, threaded_map(storage.size, there), strict=True))
-    return {uri: (sizes[uri], there[uri]) if uri in there else (-1, "") for uri in uris}
 
 
 def _wrong(fields: Any) -> str:

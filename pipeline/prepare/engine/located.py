@@ -1,0 +1,97 @@
+"""Recordings that lines of a text file name by a path: which files are meant."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+
+from pipeline.data.loader import threaded_map
+from pipeline.io import file_identity, storage
+from pipeline.prepare.engine.audio import Line
+from pipeline.prepare.readers import archives
+from pipeline.prepare.readers.archives import Entry, Listing
+
+Located = tuple[Entry | None, str]
+"""A file and "", or None and why there is none."""
+
+
+def locate(
+    source: str, found: Listing, named: list[tuple[Line, str]], root: str
+) -> tuple[list[Located], str]:
+    """Find the files that lines name.
+
+    Args:
+        source: the folder, archive or text file that was given.
+        found: the files below it.
+        named: each line with the path that it names, absolute or relative to `root`.
+        root: a folder, absolute or below `source`; "": the folder of the line's own file.
+
+    Returns:
+        (for each line its file or the reason why there is none; a mark that changes when any of the
+        files does).
+    """
+    files = _Files(source, found)
+    places = [files.place(line, path, root) for line, path in named]
+    outside = list(dict.fromkeys(place for place in places if isinstance(place, str)))
+    seen = _look(outside)
+    digest = hashlib.sha256(
+        f"{found.mark} {sorted((uri, mark) for uri, (_, mark) in seen.items())}".encode()
+    )
+    return [_located(place, seen) for place in places], digest.hexdigest()
+
+
+class _Files:
+    """The files below a source, by name and by address."""
+
+    def __init__(self, source: str, found: Listing):
+        self.source = source
+        self.names = {entry.name: entry for entry in found.entries}
+        self.uris = {
+            entry.uri: entry for entry in found.entries if entry.offset < 0 and not entry.member
+        }
+        is_folder = storage.is_dir(source) or archives.has_suffix(source, *archives.ARCHIVES)
+        self.folder = "" if is_folder else posixpath.dirname(archives.absolute(source))
+        """The folder of a text file that was given alone, else ""."""
+
+    def place(self, line: Line, path: str, root: str) -> Located | str:
+        """Return the file, the address where it should be, or why it cannot be used."""
+        if _is_absolute(path):
+            return self._at(path)
+        base = root or posixpath.dirname(line.file)
+        inner = posixpath.normpath(path if _is_absolute(base) else posixpath.join(base, path))
+        if inner.split("/")[0] == "..":
+            folder = base if _is_absolute(base) else self.source
+            return (
+                None,
+                f"{path} leads outside of {folder}; give a SOURCE that holds both, or --set root=",
+            )
+        if _is_absolute(base):
+            return self._at(storage.join(base, inner))
+        if inner in self.names:
+            return self.names[inner], ""
+        if self.folder:
+            return storage.join(self.folder, inner)
+        return None, f"no recording {inner} in {self.source}"
+
+    def _at(self, uri: str) -> Located | str:
+        return (self.uris[uri], "") if uri in self.uris else uri
+
+
+def _located(place: Located | str, seen: dict[str, tuple[int, str]]) -> Located:
+    if not isinstance(place, str):
+        return place
+    size, _ = seen[place]
+    return (Entry(place, place, "", -1, size), "") if size >= 0 else (None, f"no recording {place}")
+
+
+def _is_absolute(path: str) -> bool:
+    return path.startswith("/") or "://" in path
+
+
+def _look(uris: list[str]) -> dict[str, tuple[int, str]]:
+    """Return (size, fingerprint) of each file; size -1 for one that does not exist."""
+    is_folder = dict(zip(uris, threaded_map(storage.is_dir, uris), strict=True))
+    identified = file_identity.identify([uri for uri in uris if not is_folder[uri]], absent_ok=True)
+    there = {file.uri: file.content for file in identified if file.content != file_identity.ABSENT}
+    sizes = dict(zip(there, threaded_map(storage.size, there), strict=True))
+    return {uri: (sizes[uri], there[uri]) if uri in there else (-1, "") for uri in uris}
