@@ -187,3 +187,35 @@ def an4(root: Path, form: str = "NIST", suffix: str = ".sph") -> dict[str, np.nd
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text((path.read_text() if path.exists() else "") + line + "\n")
     return out
+
+
+def kaldi(root: Path) -> dict[str, tuple[str, str, str, str | None]]:
+    """Three data directories: one of two segments and a whole recording, two of one recording;
+    utterance to (split, transcript, speaker, gender).
+    """
+    write(root / "sound/talk.wav", sound(1, 2.0, form="WAV"))
+    for number, name in enumerate("cde"):
+        write(root / f"sound/{name}.flac", sound(number + 2))
+    train = root / "data/train_small"
+    write(
+        train / "wav.scp",
+        "talk sound/talk.wav\ncid-1 flac -c -d -s sound/c.flac |\n",
+    )
+    write(
+        train / "segments", "ann-talk-1 talk 0.25 0.75\nbob-talk-2 talk 0.8 -1\ncid-1 cid-1 0 -1\n"
+    )
+    write(train / "text", "ann-talk-1 guten tag\nbob-talk-2\tja\ncid-1 one two\n")
+    write(train / "utt2spk", "ann-talk-1 ann\nbob-talk-2 bob\ncid-1 cid\n")
+    write(train / "spk2gender", "ann f\nbob m\n")
+    for name, split in (("dan", "dev"), ("eve", "test_clean")):
+        folder = root / "data" / split
+        write(folder / "wav.scp", f"{name}-1 sound/{name[0]}.flac\n")
+        write(folder / "text", f"{name}-1 text of {name}\n")
+        write(folder / "utt2spk", f"{name}-1 {name}\n")
+    return {
+        "ann-talk-1": ("train", "guten tag", "ann", "f"),
+        "bob-talk-2": ("train", "ja", "bob", "m"),
+        "cid-1": ("train", "one two", "cid", None),
+        "dan-1": ("validation", "text of dan", "dan", None),
+        "eve-1": ("test", "text of eve", "eve", None),
+    }

@@ -20,6 +20,7 @@ from prepare.speech import (
     bad,
     commonvoice,
     index,
+    kaldi,
     librispeech,
     samples,
     sound,
@@ -32,6 +33,7 @@ LAYOUTS = {
     "commonvoice": commonvoice,
     "speech_commands": speech_commands,
     "an4": an4,
+    "kaldi": kaldi,
 }
 
 

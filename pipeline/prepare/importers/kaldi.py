@@ -1,0 +1,297 @@
+"""Data directories of Kaldi (kaldi-asr.org/doc/data_prep.html), which ESPnet, k2 and WeNet use too:
+a folder a set with wav.scp, and segments, text, utt2spk and spk2gender where there are any.
+"""
+
+from __future__ import annotations
+
+import math
+import posixpath
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, nearest, register
+from pipeline.prepare.engine.audio import (
+    AudioImporter,
+    Line,
+    broken,
+    drop_repeated_keys,
+    join_transcripts,
+    lines_of,
+    others,
+    recording,
+    recordings,
+    sounds,
+)
+from pipeline.prepare.engine.importing import Index, split_of
+from pipeline.prepare.engine.located import locate
+from pipeline.prepare.readers import archives
+
+TABLES = ("wav.scp", "segments", "text", "utt2spk", "spk2gender")
+FLAC = re.compile(r"flac (?=.*(-c|-\w*c\w*|--stdout)\b)(?:--?\w+ )+(?P<path>\S+\.flac) \|")
+"""flac -c -d -s PATH | gives the samples of the file: its path is taken. No command is ever run."""
+TO_THE_END = -1.0
+"""A segment that ends here ends with its recording."""
+
+
+class KaldiOptions(Options):
+    sets: str = Field(
+        "",
+        description="folders to read, below SOURCE, such as data/train,data/test; empty: all that "
+        "hold a wav.scp",
+    )
+    split: str = Field(
+        "",
+        description="the split of all; empty: from the folder's name (train_clean, dev, test_other)"
+        ", else train",
+    )
+    root: str = Field(
+        ".",
+        description="folder that the paths in wav.scp are relative to (the one that Kaldi was run "
+        "in), below SOURCE or absolute",
+    )
+    rate: int = Field(
+        0,
+        ge=0,
+        description="samples a second to write, as FLAC; 0: each recording's own, whole files as "
+        "they are",
+    )
+    longest: float = Field(
+        30.0,
+        ge=1,
+        description="seconds; a longer recording is cut into rows, but broken where it has a "
+        "transcript",
+    )
+    cut: Literal["silence", "windows"] = Field(
+        "silence",
+        description="where: silence: at the quietest place of the second half; windows: into "
+        "equal pieces",
+    )
+    mono: bool = Field(
+        False,
+        description="recordings of several channels are written anew as the mean of them, as FLAC",
+    )
+
+
+@register("importer", "kaldi", options=KaldiOptions)
+class Kaldi(AudioImporter):
+    """A data directory (wav.scp, segments, text, utt2spk, spk2gender), or a folder or archive with
+    several, such as data/train and data/test. Without segments each recording is an utterance. A
+    segment is written as 16-bit FLAC.
+
+    Columns: `audio`, `utterance`, `transcript` (where there is a file text), `speaker` (utt2spk,
+    the group of a job), `gender` (spk2gender), `recording_start`, `seconds`, `rate`, `channels`,
+    `sha256`. Invalid rows: an entry of wav.scp that is a command other than `flac -c -d FILE |`
+    (commands are not run), a recording that is missing, a segment of no recording or with wrong
+    times, an utterance without transcript where the folder has a text, a transcript without its
+    utterance, an utterance or a segment a second time.
+    """
+
+    def index(self, source: str) -> Index:
+        found = archives.listing(source)
+        sets = self._sets(source, found)
+        tables = {entry.name: entry for entry in found.entries}
+        bad: list[dict[str, str]] = []
+        named: list[tuple[Line, str]] = []
+        owners: list[tuple[str, str]] = []
+        for folder, split in sets.items():
+            wav = _Table(tables, folder, "wav.scp", split, bad)
+            for name, line in wav.items():
+                path = _path(line.text)
+                if path is None:
+                    bad.append(
+                        broken(
+                            line.place,
+                            split,
+                            "a command, and commands are not run: write its output to a file, and "
+                            "name that",
+                        )
+                    )
+                else:
+                    named.append((line, path))
+                    owners.append((folder, name))
+        where, mark = locate(source, found, named, self.options.root)
+        files: dict[str, dict[str, archives.Entry]] = {folder: {} for folder in sets}
+        for (folder, name), (line, _), (entry, reason) in zip(owners, named, where, strict=True):
+            if entry is None:
+                bad.append(broken(line.place, sets[folder], reason))
+            else:
+                files[folder][name] = entry
+        rows = [
+            row
+            for folder, split in sets.items()
+            for row in _utterances(tables, folder, split, files[folder], bad)
+        ]
+        good, doubled = drop_repeated_keys(
+            rows,
+            lambda row: (
+                row["_uri"],
+                row["_member"],
+                row["_offset"],
+                row["_start"] or 0.0,
+                row["_seconds"],
+            ),
+        )
+        bad += doubled
+        columns = {
+            name: pa.string()
+            for name in ("utterance", "transcript", "speaker", "gender")
+            if any(row[name] is not None for row in good)
+        }
+        kept = [
+            {name: value for name, value in row.items() if value is not None or name in columns}
+            for row in good
+        ]
+        used = {(row["_uri"], row["path"]) for row in rows}
+        return Index(
+            recordings(kept, columns, source, bad),
+            mark,
+            broken=bad,
+            notes={
+                "sets": len(sets),
+                "recordings that no line names": len(
+                    {(entry.uri, entry.name) for entry in sounds(found)} - used
+                ),
+                "files left out": others(found, *TABLES),
+            },
+        )
+
+    def _sets(self, source: str, found: archives.Listing) -> dict[str, str]:
+        """Return the split of each data directory. Raises ValueError for a missing one."""
+        there = [
+            posixpath.dirname(entry.name)
+            for entry in found.entries
+            if posixpath.basename(entry.name) == "wav.scp"
+        ]
+        if not there:
+            raise ValueError(
+                f"{source}: no wav.scp there; a data directory of Kaldi has one, with the path of "
+                "each recording"
+            )
+        wanted = [name.strip().strip("/") for name in self.options.sets.split(",") if name.strip()]
+        for name in wanted:
+            if name not in there:
+                raise ValueError(
+                    f"--set sets={self.options.sets}: no {name}/wav.scp in {source}; "
+                    f"{nearest(name, there)}"
+                )
+        base = posixpath.basename(source.rstrip("/"))
+        return {
+            folder: self.options.split or split_of(folder or base) for folder in wanted or there
+        }
+
+
+class _Table:
+    """The lines of one table of a data directory, by their first field."""
+
+    def __init__(
+        self,
+        tables: dict[str, archives.Entry],
+        folder: str,
+        name: str,
+        split: str,
+        bad: list[dict[str, str]],
+    ):
+        entry = tables.get(posixpath.join(folder, name))
+        self.exists = entry is not None
+        self.lines: dict[str, Line] = {}
+        for line in lines_of([entry] if entry is not None else []):
+            key, _, rest = line.text.strip().partition(" ")
+            if "\t" in key:
+                key, _, rest = line.text.strip().partition("\t")
+            reason = line.reason
+            if key in self.lines and not reason:
+                reason = f"a second line for {key}, after {self.lines[key].place}"
+            if reason:
+                bad.append(broken(line.place, split, reason))
+            else:
+                self.lines[key] = line._replace(text=rest.strip())
+
+    def items(self) -> Iterator[tuple[str, Line]]:
+        yield from self.lines.items()
+
+    def get(self, key: str | None) -> str | None:
+        return self.lines[key].text if key in self.lines else None
+
+
+def _path(text: str) -> str | None:
+    """Return the file that an entry of wav.scp names, None for a command."""
+    if not text.endswith("|"):
+        return text
+    found = FLAC.fullmatch(" ".join(text.split()))
+    return found["path"] if found else None
+
+
+def _utterances(
+    tables: dict[str, archives.Entry],
+    folder: str,
+    split: str,
+    files: dict[str, archives.Entry],
+    bad: list[dict[str, str]],
+) -> list[dict[str, Any]]:
+    """Return a row for each utterance of a data directory; invalid ones are added to `bad`."""
+    segments = _Table(tables, folder, "segments", split, bad)
+    texts = _Table(tables, folder, "text", split, bad)
+    speakers = _Table(tables, folder, "utt2spk", split, bad)
+    genders = _Table(tables, folder, "spk2gender", split, bad)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, (entry, start, seconds) in _pieces(segments, split, files, bad).items():
+        speaker = speakers.get(name)
+        rows[name] = recording(
+            entry,
+            split,
+            start=start,
+            seconds=seconds,
+            utterance=name,
+            transcript=None,
+            speaker=speaker,
+            gender=genders.get(speaker),
+        )
+    if not texts.exists:
+        return list(rows.values())
+    good, wrong = join_transcripts(
+        rows,
+        {name: [line] for name, line in texts.items()},
+        lambda _: split,
+        posixpath.join(folder, "text"),
+    )
+    bad += wrong
+    return good
+
+
+def _pieces(
+    segments: _Table, split: str, files: dict[str, archives.Entry], bad: list[dict[str, str]]
+) -> dict[str, tuple[archives.Entry, float | None, float | None]]:
+    """Return (file, start, length in seconds) of each utterance; None: from the begin, to the
+    end.
+    """
+    if not segments.exists:
+        return {name: (entry, None, None) for name, entry in files.items()}
+    found = {}
+    for name, line in segments.items():
+        of, _, rest = line.text.partition(" ")
+        times = _times(rest)
+        if times is None:
+            reason = "not UTTERANCE RECORDING START END, in seconds"
+        elif of not in files:
+            reason = f"a segment of {of}, which wav.scp has not or which cannot be used"
+        elif times[0] < 0 or (times[1] != TO_THE_END and times[1] <= times[0]):
+            reason = f"a segment from {times[0]:g} to {times[1]:g} seconds"
+        else:
+            start, end = times
+            found[name] = files[of], start, None if end == TO_THE_END else end - start
+            continue
+        bad.append(broken(line.place, split, reason))
+    return found
+
+
+def _times(text: str) -> tuple[float, float] | None:
+    """Return start and end of a segment, None for a text that is not two numbers."""
+    try:
+        start, end = map(float, text.split())
+    except ValueError:
+        return None
+    return (start, end) if math.isfinite(start) and math.isfinite(end) else None
