@@ -1,4 +1,4 @@
-"""Pascal VOC and YOLO: the boxes that COCO's file gives, written in their layouts."""
+"""Pascal VOC, YOLO, CVAT and Label Studio: the boxes that COCO's file gives, written in their layouts."""
 
 import json
 
@@ -94,6 +94,60 @@ def yolo(root, image="images/{split}/{name}.jpg", text="labels/{split}/{name}.tx
     return root
 
 
+def cvat(root):
+    images = "".join(
+        f'<image id="{number}" name="{name}.jpg" subset="{split}" width="{SIZE[0]}" '
+        f'height="{SIZE[1]}">'
+        + "".join(
+            f'<box label="{CLASSES[label]}" xtl="{x}" ytl="{y}" xbr="{x + w}" ybr="{y + h}" />'
+            for label, x, y, w, h in OBJECTS[split][name]
+        )
+        + "</image>"
+        for number, (split, name, _) in enumerate(pictures())
+    )
+    labels = "".join(f"<label><name>{name}</name></label>" for name in CLASSES)
+    for _, name, data in pictures():
+        write(root / f"images/{name}.jpg", data)
+    write(
+        root / "annotations.xml",
+        f"<annotations><version>1.1</version><meta><task><labels>{labels}</labels></task></meta>"
+        f"{images}</annotations>",
+    )
+    return root
+
+
+def percent(x, y, w, h):
+    return {
+        "x": 100 * x / SIZE[0],
+        "y": 100 * y / SIZE[1],
+        "width": 100 * w / SIZE[0],
+        "height": 100 * h / SIZE[1],
+    }
+
+
+def result(kind, names, value):
+    return {
+        "type": kind,
+        "original_width": SIZE[0],
+        "original_height": SIZE[1],
+        "value": {**value, kind: list(names)},
+    }
+
+
+def labelstudio(root):
+    tasks = []
+    for number, (split, name, data) in enumerate(pictures()):
+        write(root / f"media/{split}/{name}.jpg", data)
+        results = [
+            result("rectanglelabels", [CLASSES[label]], percent(*box))
+            for label, *box in OBJECTS[split][name]
+        ]
+        url = f"/data/upload/3/0a1b2c3{number}-{name}.jpg"
+        tasks.append({"id": number, "data": {"image": url}, "annotations": [{"result": results}]})
+    write(root / "project.json", json.dumps(tasks))
+    return root
+
+
 def same(found, wanted):
     assert found.keys() == wanted.keys()
     for name, row in wanted.items():
@@ -108,7 +162,8 @@ def test_the_rows_are_those_of_coco(tmp_path, settings):
     found = prepare("voc", voc(tmp_path / "voc"), tmp_path / "v", **settings)
     same(found, wanted)
     assert found["a.jpg"]["difficult"] == [False, True]
-    same(prepare("yolo", yolo(tmp_path / "yolo"), tmp_path / "y", **settings), wanted)
+    for name, make in (("yolo", yolo), ("cvat", cvat), ("labelstudio", labelstudio)):
+        same(prepare(name, make(tmp_path / name), tmp_path / f"{name}-out", **settings), wanted)
     assert {name: row["split"] for name, row in wanted.items()} == {
         "a.jpg": "train",
         "b.jpg": "train",
@@ -301,3 +356,127 @@ def test_what_is_missing_is_named(tmp_path):
     write(root / "Annotations/a.xml", '<!DOCTYPE a [<!ENTITY b "c">]><annotation/>')
     with pytest.raises(ValueError, match="document type"):
         prepare("voc", root, tmp_path / "w")
+
+
+def only_row(name, root, tmp_path):
+    (row,) = prepare(name, root, tmp_path / "out").values()
+    return row, json.loads((tmp_path / "out/_summary.json").read_text())["notes"]
+
+
+def turned(x, y, width, height, degrees, pivot):
+    """The bounds of a turned box, by complex numbers."""
+    turn = np.exp(1j * np.radians(degrees))
+    corners = np.array([complex(x + a, y + b) for a in (0, width) for b in (0, height)])
+    at = complex(*pivot) + (corners - complex(*pivot)) * turn
+    low = min(at.real), min(at.imag)
+    return [*low, max(at.real) - low[0], max(at.imag) - low[1]]
+
+
+def test_other_shapes_and_tags_of_cvat(tmp_path):
+    shapes = (
+        '<polygon label="cat" points="5.0,6.0;15.5,6.0;9.0,20.0" />'
+        '<box label="bird" xtl="10" ytl="10" xbr="20" ybr="14" rotation="30" />'
+        '<polyline label="cat" points="1,1;2,2" /><tag label="indoor" />'
+    )
+    write(
+        tmp_path / "in/annotations.xml",
+        f'<annotations><image id="0" name="deep/a.jpg" width="40" height="30">{shapes}</image>'
+        "</annotations>",
+    )
+    write(tmp_path / "in/valid/deep/a.jpg", encoded(1, SIZE))
+    write(tmp_path / "in/valid/b.jpg", encoded(2, SIZE))
+    row, notes = only_row("cvat", tmp_path / "in", tmp_path)
+    assert np.allclose(row["boxes"][0], [5, 6, 10.5, 14])
+    assert np.allclose(row["boxes"][1], turned(10, 10, 10, 4, 30, (15, 12)), atol=1e-5)
+    assert (row["label_names"], row["labels"]) == (["cat", "bird"], [1, 0])
+    assert (row["tags"], row["tag"], row["split"]) == (["indoor"], "indoor", "validation")
+    assert notes == {
+        "boxes": 2,
+        "polygons, whose bounds are taken": 1,
+        "rotated boxes, whose bounds are taken": 1,
+        "shapes of kind polyline, left out": 1,
+        "images that are not named, left out": 1,
+    }
+
+
+def test_other_results_of_label_studio(tmp_path):
+    shapes = [
+        result("polygonlabels", ["cat"], {"points": [[10, 20], [50, 20], [30, 80]]}),
+        result("rectanglelabels", ["bird"], percent(10, 10, 10, 4) | {"rotation": 30}),
+        result("ellipselabels", ["cat"], {"x": 50, "y": 50, "radiusX": 10, "radiusY": 20}),
+        result("brushlabels", ["cat"], {"rle": [1]}),
+        {"type": "choices", "value": {"choices": ["indoor", "night"]}},
+    ]
+    tasks = [
+        {
+            "id": 7,
+            "data": {"note": "some words", "image": "/data/local-files/?d=deep%2Fa.jpg"},
+            "annotations": [
+                {"result": [], "was_cancelled": True},
+                {"result": []},
+                {"result": shapes, "ground_truth": True},
+            ],
+        },
+        {"id": 8, "data": {"image": "https://example.com/b.jpg"}, "annotations": []},
+    ]
+    write(tmp_path / "in/export.json", json.dumps(tasks))
+    write(tmp_path / "in/deep/a.jpg", encoded(1, SIZE))
+    row, notes = only_row("labelstudio", tmp_path / "in", tmp_path)
+    assert np.allclose(row["boxes"][0], [4, 6, 16, 18])
+    assert np.allclose(row["boxes"][1], turned(10, 10, 10, 4, 30, (10, 10)), atol=1e-5)
+    assert np.allclose(row["boxes"][2], [16, 9, 8, 12])
+    assert row["label_names"] == ["cat", "bird", "cat"]
+    assert (row["tags"], row["tag"]) == (["indoor", "night"], None)
+    assert notes == {
+        "boxes": 3,
+        "polygons, whose bounds are taken": 1,
+        "rotated boxes, whose bounds are taken": 1,
+        "ellipses, whose bounds are taken": 1,
+        "results of kind brushlabels, left out": 1,
+        "further annotations of a task, left out": 1,
+        "tasks without an annotation, left out": 1,
+    }
+
+
+def test_images_of_annotation_tools_that_are_missing_or_of_another_size(tmp_path):
+    for name, make, folder in (("cvat", cvat, "images"), ("labelstudio", labelstudio, "media/val")):
+        root = make(tmp_path / name)
+        (root / folder / "c.jpg").unlink()
+        with pytest.raises(ValueError, match=r"not there.*c\.jpg.*missing=skip"):
+            prepare(name, root, tmp_path / f"{name}-1")
+        found = prepare(name, root, tmp_path / f"{name}-2", "missing=skip")
+        assert found.keys() == {"a.jpg", "b.jpg"}
+        write(root / folder / "c.jpg", encoded(1, (SIZE[0] + 1, SIZE[1])))
+        found = prepare(name, root, tmp_path / f"{name}-3", max_bad=0.5)
+        assert found.keys() == {"a.jpg", "b.jpg"}, "boxes of another size are not taken"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "text", "said"),
+    [
+        ("cvat", "a.xml", "<annotation/>", "no images of CVAT"),
+        ("cvat", "a.xml", "<annotations><image", "is no XML"),
+        ("cvat", "a.xml", "<!DOCTYPE a><annotations/>", "a document type"),
+        ("cvat", "a.txt", "", r"no \.xml file"),
+        ("cvat", "a.xml", "<annotations><image name='a'/></annotations>", "no attribute 'width'"),
+        ("labelstudio", "a.txt", "", r"There are no \.json files; say --set annotations"),
+        ("labelstudio", "a.json", "[", "is no JSON"),
+        ("labelstudio", "a.json", '[{"image": "a.jpg"}]', "no list of tasks.*export.*as JSON"),
+        (
+            "labelstudio",
+            "a.json",
+            '[{"data": {"text": "words"}, "annotations": [{"result": []}]}]',
+            "task 0: no image in its data.*prepare csv or conll",
+        ),
+        (
+            "labelstudio",
+            "a.json",
+            '[{"data": {"image": "a.jpg"}, "annotations": [{"result": [{"type": "choices"}]}]}]',
+            "task 0: a result of another form",
+        ),
+    ],
+)
+def test_what_is_no_export_of_an_annotation_tool(tmp_path, name, file, text, said):
+    write(tmp_path / "in" / file, text)
+    with pytest.raises(ValueError, match=said):
+        prepare(name, tmp_path / "in", tmp_path / "out")

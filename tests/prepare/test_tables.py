@@ -113,6 +113,7 @@ SOURCES = {
 
 def test_all_importers_are_tested():
     images = {"imagefolder", "imagenet", "webdataset", "chestxray14", "coco", "voc", "yolo"}
+    images |= {"cvat", "labelstudio"}
     sounds = {"librispeech", "commonvoice", "speech_commands", "manifest", "an4", "kaldi"}
     records = {"events", "physionet2012", "mimic3", "cohort", "table"}
     robots = {"trajectories", "lerobot", "rollouts"}

@@ -1,0 +1,188 @@
+"""Images that an export of an annotation tool names, with their boxes and tags."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.prepare.engine import boxes
+from pipeline.prepare.engine.images import ImageImporter
+from pipeline.prepare.engine.importing import Index, place, preview, split_of_folders, table
+from pipeline.prepare.readers import archives
+from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
+
+COLUMNS = {
+    **boxes.COLUMNS,
+    "tags": pa.list_(pa.string()),
+    "tag": pa.string(),
+    "_width": pa.int64(),
+    "_height": pa.int64(),
+}
+UNKNOWN = 0
+"""Width and height of an image without boxes, where the export does not state them."""
+
+
+@dataclass(frozen=True)
+class AnnotatedImage:
+    """What an export says of an image.
+
+    Attributes:
+        name: of the file, as far as the export knows it: a path below the source, or its end.
+        where: the place in the export, for messages.
+        size: (width, height) in pixels, `UNKNOWN` where it is not stated.
+        objects: (class, [x, y, width, height] in pixels) of each box.
+        tags: classes of the image as a whole.
+        split: "" where the export tells none.
+    """
+
+    name: str
+    where: str
+    size: tuple[int, int] = (UNKNOWN, UNKNOWN)
+    objects: list[tuple[str, list[float]]] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    split: str = ""
+
+
+class AnnotatedImagesImporter(ImageImporter):
+    """Base class for exports of annotation tools, with the option `missing`. Examples: `cvat`,
+    `labelstudio`.
+
+    Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
+    (numbers of the classes), `label_names` and `crowd` (false), one each a box; `tags` (the classes
+    of the image as a whole) and `tag` (its class where it has one alone, else null). Boxes are
+    dropped and clipped as by `coco`. An image that the export does not name is left out and
+    counted.
+    """
+
+    label = "label_names"
+
+    @abstractmethod
+    def read(
+        self, source: str, found: archives.Listing, counts: Counter[str]
+    ) -> tuple[list[AnnotatedImage], list[str]]:
+        """Return the annotated images, and the names of the classes in the order of their numbers
+        (those that it lacks follow, by name). What is left out is added to `counts`.
+
+        Raises ValueError for a file that is no export of the tool.
+        """
+
+    def index(self, source: str) -> Index:
+        found = archives.listing(source)
+        counts = Counter[str]()
+        annotated, listed = self.read(source, found, counts)
+        used = {name for one in annotated for name, _ in one.objects}
+        names = [*listed, *sorted(used - set(listed))]
+        files = _Files(found.images)
+        taken: dict[str, str] = {}
+        rows, lost = [], []
+        for one in annotated:
+            image = files.find(one.name)
+            if image is None:
+                lost.append(f"{one.name} ({one.where})")
+                continue
+            if image.name in taken:
+                raise ValueError(
+                    f"{source}: {taken[image.name]} and {one.where} are both of {image.name}; "
+                    "remove one of them"
+                )
+            taken[image.name] = one.where
+            rows.append(_row(image, one, names, counts))
+        if lost and self.options.missing == "refuse":
+            raise ValueError(
+                f"{source}: images that are named but not there (or several times): "
+                f"{preview(lost)}; add them below {source}, or leave them out with "
+                "--set missing=skip"
+            )
+        counts["images that are named but not there, left out"] = len(lost)
+        counts["images that are not named, left out"] = len(found.images) - len(taken)
+        return Index(
+            table(rows, COLUMNS, source),
+            found.mark,
+            notes={"boxes": sum(len(row["boxes"]) for row in rows), **+counts},
+            info={
+                "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+                "box_format": "xywh in pixels",
+            },
+        )
+
+    def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+        size = row["_width"], row["_height"]
+        if size == (UNKNOWN, UNKNOWN):
+            return row
+        if picture.seen != size:
+            raise BrokenImageError(
+                f"the image is {picture.seen[0]} x {picture.seen[1]} pixels, its annotations "
+                f"are for {size[0]} x {size[1]}"
+            )
+        across, down = picture.size[0] / size[0], picture.size[1] / size[1]
+        return {**row, "boxes": boxes.scaled(row["boxes"], across, down)}
+
+
+def bounds(points: Iterable[Sequence[float]]) -> list[float]:
+    """Return the box [x, y, width, height] around points (x, y)."""
+    across, down = zip(*points, strict=True)
+    left, top = min(across), min(down)
+    return [left, top, max(across) - left, max(down) - top]
+
+
+def rotated(box: list[float], degrees: float, pivot: tuple[float, float]) -> list[float]:
+    """Return the bounds of a box [x, y, width, height] that is turned clockwise about a point."""
+    x, y, width, height = box
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    corners = [
+        (x + a * width - pivot[0], y + b * height - pivot[1]) for a in (0, 1) for b in (0, 1)
+    ]
+    return bounds(
+        (pivot[0] + across * cos - down * sin, pivot[1] + across * sin + down * cos)
+        for across, down in corners
+    )
+
+
+class _Files:
+    """Images by the name that an export has of them."""
+
+    def __init__(self, images: list[archives.Entry]):
+        self.by_path = {image.name: image for image in images}
+        self.by_end: dict[str, list[archives.Entry]] = defaultdict(list)
+        for image in images:
+            parts = PurePosixPath(image.name).parts
+            for at in range(len(parts)):
+                self.by_end["/".join(parts[at:])].append(image)
+
+    def find(self, name: str) -> archives.Entry | None:
+        """Return the image whose path is or ends with a name, None for none or several."""
+        if name in self.by_path:
+            return self.by_path[name]
+        found = self.by_end.get(name, [])
+        return found[0] if len(found) == 1 else None
+
+
+def _row(
+    image: archives.Entry, one: AnnotatedImage, names: list[str], counts: Counter[str]
+) -> dict[str, Any]:
+    width, height = one.size
+    kept = [
+        (name, box)
+        for name, given in one.objects
+        if (box := boxes.clipped(given, width, height, counts)) is not None
+    ]
+    counts["images without a box"] += not kept
+    return place(
+        image,
+        one.split or split_of_folders(image.name) or "train",
+        boxes=[box for _, box in kept],
+        labels=[names.index(name) for name, _ in kept],
+        label_names=[name for name, _ in kept],
+        crowd=[False for _ in kept],
+        tags=one.tags,
+        tag=one.tags[0] if len(one.tags) == 1 else None,
+        _width=width,
+        _height=height,
+    )

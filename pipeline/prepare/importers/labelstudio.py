@@ -1,0 +1,166 @@
+"""Label Studio (labelstud.io/guide/export): boxes, polygons and choices of images in one JSON
+file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import PurePosixPath
+from typing import Any, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.prepare.engine.annotated_images import (
+    UNKNOWN,
+    AnnotatedImage,
+    AnnotatedImagesImporter,
+    bounds,
+    rotated,
+)
+from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.readers import archives
+from pipeline.prepare.readers.archives import IMAGE_SUFFIXES
+
+
+class LabelStudioOptions(Options):
+    annotations: str = Field(
+        "", description="the JSON file below SOURCE; empty: the only .json that is there"
+    )
+    missing: Literal["refuse", "skip"] = Field(
+        "refuse", description="skip: leave out and count images that are named but not there"
+    )
+
+
+@register("importer", "labelstudio", options=LabelStudioOptions)
+class LabelStudio(AnnotatedImagesImporter):
+    """The JSON of Label Studio's export (not JSON-MIN), with the images below the same folder or in
+    the same archive, found by the ends of their names. Folders called train, valid, test or the
+    like tell the splits, else all rows are in train. Tasks of texts: export CSV or CONLL2003, and
+    use `csv` or `conll`.
+
+    Columns: `boxes`, `labels` (numbers in the order of the names), `label_names`, `crowd`; `tags`
+    and `tag` (choices). Of polygons, ellipses and rotated boxes the bounds are taken; other shapes
+    are left out and counted. Of several annotations of a task the one that is marked as ground
+    truth is taken, else the first; tasks without any are left out and counted.
+    """
+
+    def read(
+        self, source: str, found: archives.Listing, counts: Counter[str]
+    ) -> tuple[list[AnnotatedImage], list[str]]:
+        there = {entry.name: entry for entry in found.entries if entry.suffix == ".json"}
+        wanted = [self.options.annotations] if self.options.annotations else list(there)
+        if len(wanted) != 1 or wanted[0] not in there:
+            raise ValueError(
+                f"{source}: which file is Label Studio's export? There are "
+                f"{preview(there) or 'no .json files'}; say --set annotations=FILE"
+            )
+        reader = archives.Reader()
+        try:
+            data = reader.entry(there[wanted[0]])
+        finally:
+            reader.close()
+        where = f"{source}: {wanted[0]}"
+        try:
+            tasks = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is no JSON: {error}; export it again") from None
+        is_export = isinstance(tasks, list) and all(
+            isinstance(task, dict)
+            and isinstance(task.get("data"), dict)
+            and isinstance(task.get("annotations"), list)
+            for task in tasks
+        )
+        if not is_export:
+            raise ValueError(
+                f"{where} is no list of tasks with `data` and `annotations`; export the project as "
+                "JSON"
+            )
+        images = []
+        for number, task in enumerate(tasks):
+            at = f"{where}: task {task.get('id', number)}"
+            results = _results(task["annotations"], counts)
+            if results is None:
+                counts["tasks without an annotation, left out"] += 1
+                continue
+            try:
+                images.append(_image(task["data"], results, at, counts))
+            except (KeyError, TypeError, IndexError) as error:
+                raise ValueError(f"{at}: a result of another form ({error!r})") from None
+        return images, []
+
+
+def _results(annotations: list[Any], counts: Counter[str]) -> list[Any] | None:
+    """Return the results of a task's annotation, None where it has none."""
+    finished = [one for one in annotations if not one.get("was_cancelled")]
+    if not finished:
+        return None
+    counts["further annotations of a task, left out"] += len(finished) - 1
+    true = [one for one in finished if one.get("ground_truth")]
+    return (true or finished)[0]["result"]
+
+
+def _image(
+    data: dict[str, Any], results: list[Any], where: str, counts: Counter[str]
+) -> AnnotatedImage:
+    objects: list[tuple[str, list[float]]] = []
+    tags: list[str] = []
+    size = UNKNOWN, UNKNOWN
+    for one in results:
+        kind, value = one["type"], one.get("value", {})
+        if kind == "choices":
+            tags += value["choices"]
+            continue
+        if kind not in ("rectanglelabels", "polygonlabels", "ellipselabels"):
+            counts[f"results of kind {kind}, left out"] += 1
+            continue
+        size = int(one["original_width"]), int(one["original_height"])
+        box = _box(kind, value, size, counts)
+        objects += [(str(name), box) for name in value[kind]]
+    return AnnotatedImage(_name(data, where), where, size, objects, tags)
+
+
+def _box(
+    kind: str, value: dict[str, Any], size: tuple[int, int], counts: Counter[str]
+) -> list[float]:
+    """Return [x, y, width, height] in pixels; Label Studio has percent of the image."""
+    across, down = size[0] / 100, size[1] / 100
+    if kind == "polygonlabels":
+        counts["polygons, whose bounds are taken"] += 1
+        return bounds((x * across, y * down) for x, y in value["points"])
+    if kind == "ellipselabels":
+        counts["ellipses, whose bounds are taken"] += 1
+        center = value["x"] * across, value["y"] * down
+        radii = value["radiusX"] * across, value["radiusY"] * down
+        box = [center[0] - radii[0], center[1] - radii[1], 2 * radii[0], 2 * radii[1]]
+        return rotated(box, value.get("rotation", 0), center)
+    corner = value["x"] * across, value["y"] * down
+    box = [*corner, value["width"] * across, value["height"] * down]
+    if not value.get("rotation"):
+        return box
+    counts["rotated boxes, whose bounds are taken"] += 1
+    return rotated(box, value["rotation"], corner)  # Label Studio turns about the corner
+
+
+def _name(data: dict[str, Any], where: str) -> str:
+    """Return the name of a task's image: of an upload, of local files, or an address."""
+    for value in data.values():
+        if not isinstance(value, str):
+            continue
+        parts = urlsplit(value)
+        local = parse_qs(parts.query).get("d", [])
+        path = local[0] if local else unquote(parts.path)
+        if PurePosixPath(path).suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        if local:
+            return path.strip("/")
+        name = PurePosixPath(path).name
+        is_upload = "/upload/" in path and re.match(r"[0-9a-f]{8}-", name)
+        return name[9:] if is_upload else name
+    raise ValueError(
+        f"{where}: no image in its data ({preview(data)}); of texts, export CSV or CONLL2003, and "
+        "use prepare csv or conll"
+    )
