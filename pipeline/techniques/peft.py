@@ -18,10 +18,14 @@ them whole.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -239,8 +243,9 @@ class AdaptedTask(Task):
     def check_called(self) -> None:
         """Raise ValueError, after the first batch, for adapters that their block did not call.
 
-        Some blocks (timm's beit, eva and swinv2) multiply by the weight of a module without calling
-        it: an adapter there has no effect.
+        An adapter in the place of a module whose weight is read without a call has no effect.
+        `parts_whose_weight_is_read` finds such modules by the code of their classes; this finds the
+        rest.
         """
         if not self._hooks or not self._called:
             return
@@ -339,9 +344,8 @@ class AdapterTechnique(Technique, ABC):
     def replaces(self, backbone: nn.Module, target: Target) -> bool:
         """Whether peft replaces the module of a weight."""
         module = backbone.get_submodule(target.module)
-        parent = backbone.get_submodule(target.module.rpartition(".")[0])
-        # torch's encoder layer reads the weights of its parts where it takes no gradient
-        is_read = isinstance(parent, nn.TransformerEncoderLayer)
+        owner, _, part = target.module.rpartition(".")
+        is_read = part in parts_whose_weight_is_read(type(backbone.get_submodule(owner)))
         return target.kind in self.replaced and not is_read and _is_plain(module)
 
     def is_held_in_4_bits(self, module: nn.Module) -> bool:
@@ -398,6 +402,38 @@ def _is_plain(module: nn.Module) -> bool:
     if not isinstance(module, nn.modules.conv._ConvNd):
         return True
     return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
+
+
+@cache
+def parts_whose_weight_is_read(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the parts of a module whose weight its forward multiplies by without calling the part.
+
+    Attention of timm's beit, eva and swinv2 and of transformers' WavLM does so, and torch's encoder
+    layer where it takes no gradient. A module that is put in the place of such a part is never
+    called, so what it adds has to be in the weight. The code of ``forward`` and of the methods that
+    it uses is searched for ``self.PART.weight``.
+    """
+    found: set[str] = set()
+    methods, seen = ["forward"], set[str]()
+    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    while methods:
+        name = methods.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        functions = [vars(one)[name] for one in classes if name in vars(one)]
+        for function in filter(inspect.isfunction, functions):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+            asked = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            for node in ast.walk(tree):
+                match node:
+                    case ast.Attribute(
+                        value=ast.Attribute(value=ast.Name(id="self"), attr=part), attr="weight"
+                    ) if id(node) not in asked:  # not self.PART.weight.dtype and the like
+                        found.add(part)
+                    case ast.Attribute(value=ast.Name(id="self"), attr=used):
+                        methods.append(used)
+    return frozenset(found)
 
 
 def adaptable_weights(backbone: nn.Module) -> list[Target]:

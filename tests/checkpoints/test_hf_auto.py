@@ -140,10 +140,6 @@ NO_CLASS_ALONE = ("bart", "whisper")
 """Encoders that transformers opens with their decoders only."""
 
 
-MODULES = {"wavlm": {"modules": ["intermediate_dense", "output_dense"]}}
-"""WavLM reads the weights of its attention without calling the modules, as LoRA's message says."""
-
-
 def rows_for(start):
     """Rows with three classes, read as the checkpoint says."""
     modality, sample = bundle.build_modality(start.modality), SAMPLES[start.modality.name]()
@@ -165,8 +161,7 @@ def test_a_family_is_trained_saved_and_written_back(family, tmp_path):
         task = bundle.build_task(arch, ObjectiveSpec("classification", {}, label_state()), 0)
         start.load_into(task.backbone)
         kind = registry.get("technique", name)
-        more = MODULES.get(family, {}) if name == "lora" else {}
-        technique = kind(kind.options_class(**more))
+        technique = kind(kind.options_class())
         task = technique.wrap(task)
         before = weights(task.backbone)
         run = make_run(rows, task, steps=2, technique=technique, global_batch=4, lr=1e-2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pkgutil
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 import toys
 from peft import LoraConfig, get_peft_model
+from timm.models import beit
 from torch import nn
 from toys import (
     SMALL,
@@ -43,7 +45,14 @@ from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
 from pipeline.techniques.full import Full
 from pipeline.techniques.linear_probe import LinearProbe
-from pipeline.techniques.peft import ADDED, AdaptedTask, Lora, LoraOptions, adaptable_weights
+from pipeline.techniques.peft import (
+    ADDED,
+    AdaptedTask,
+    Lora,
+    LoraOptions,
+    adaptable_weights,
+    parts_whose_weight_is_read,
+)
 from pipeline.train import loop, optim
 from pipeline.transfer import fanout, grid, targets, trial
 
@@ -254,8 +263,58 @@ def test_a_backbone_without_such_modules_is_told_with_those_that_it_has():
     ]
 
 
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("timm.models.beit.Attention", {"qkv"}),
+        ("timm.models.eva.EvaAttention", {"qkv"}),
+        ("timm.models.swin_transformer_v2.WindowAttention", {"qkv"}),
+        (
+            "transformers.models.wavlm.modeling_wavlm.WavLMAttention",
+            {"q_proj", "k_proj", "v_proj", "out_proj"},
+        ),
+        ("torch.nn.TransformerEncoderLayer", {"linear1", "linear2", "norm1", "norm2"}),
+        ("timm.models.vision_transformer.Attention", set()),
+        ("timm.layers.PatchEmbed", set()),
+        ("transformers.models.bert.modeling_bert.BertSelfAttention", set()),
+    ],
+)
+def test_parts_whose_weight_is_read(kind, parts):
+    assert parts_whose_weight_is_read(pkgutil.resolve_name(kind)) == parts
+
+
+class BeitAttention(beit.Attention):
+    """For the blocks of timm's ViT, which say more to their attention than BEiT's."""
+
+    def forward(self, x, **words):
+        return super().forward(x)
+
+
+def test_a_weight_that_is_read_without_a_call_is_adapted():
+    """timm's BEiT multiplies by the weight of qkv and never calls it."""
+    rows = image_rows(16, size=32, channels=3)
+    task, batch = made("timm/test_vit")
+    width = task.backbone.get_submodule("model.blocks.0.attn.qkv").in_features
+    for block in task.backbone.get_submodule("model.blocks"):
+        block.attn = BeitAttention(width, num_heads=2)
+    task.eval()
+    plain = scores(task, batch)
+    adapted = wrapped(copy.deepcopy(task))
+    assert torch.equal(scores(adapted, batch), plain)
+    assert not torch.allclose(scores(shaken(adapted), batch), plain, atol=1e-3)
+    run = make_run(rows, lora().wrap(task), steps=3, technique=lora(), lr=0.01)
+    start = weights(run.task)
+    loop.fit(run)
+    moved = {
+        name for name, value in weights(run.task).items() if not torch.equal(value, start[name])
+    }
+    assert any("qkv" in name and "lora_B" in name for name in moved)
+    tuned = scores(run.task.eval(), batch)
+    torch.testing.assert_close(scores(lora().finish(run.task).eval(), batch), tuned)
+
+
 def test_adapters_that_a_block_goes_past_are_told_at_the_first_batch():
-    """timm's BEiT multiplies by the weights of qkv and never calls it."""
+    """A forward that is replaced, so that the code of its class does not tell."""
     rows = image_rows(16, size=32, channels=3)
     task = task_of("timm/test_vit", IMAGE, "classification", label_state())
     attention = task.backbone.model.blocks[0].attn
