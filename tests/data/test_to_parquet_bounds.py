@@ -69,6 +69,7 @@ def test_texts_that_repeat_as_real_ones_do_are_read(tmp_path):
         assert tried(tmp_path / "labels.parquet", tmp_path, how)[1] == "read"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "opening", "said"),
     [

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.conftest import TINY, command_line, environment
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS, BATCH = 60, 16
 SET = [
     f"sources.garments.train={{steps: {STEPS}, global_batch: {BATCH}, checkpoint_every_steps: "
@@ -149,7 +149,6 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.slow
 def test_driver_killed(undisturbed, tmp_path, tiny_data, ray_address, onetomany_on_ray):
     process = launch(tmp_path, tiny_data, ray_address)
     wait_for_step(tmp_path, 24)
@@ -177,7 +176,6 @@ def test_train_worker_killed(undisturbed, tmp_path, onetomany_on_ray):
     assert equal(weights(tmp_path), undisturbed)
 
 
-@pytest.mark.slow
 def test_another_number_of_ranks_after_the_kill(
     undisturbed, tmp_path, tiny_data, ray_address, onetomany_on_ray
 ):

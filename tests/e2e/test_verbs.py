@@ -112,8 +112,19 @@ def tells_its_cost(job: Path, message: str) -> None:
     )
 
 
+READ_FAST = ("table_small", "chestxray_small", "wav2vec2_small", "gpt_small", "monitoring_small")
+"""Jobs of little data; those of the others are read in the long tier."""
+
+
 @pytest.mark.parametrize(
-    "job", [pytest.param(job, marks=NEEDS_DATA) for job in SMALL], ids=lambda job: job.stem
+    "job",
+    [
+        pytest.param(
+            job, marks=NEEDS_DATA if job.stem in READ_FAST else [NEEDS_DATA, pytest.mark.slow]
+        )
+        for job in SMALL
+    ],
+    ids=lambda job: job.stem,
 )
 def test_every_small_job_fits_its_data_and_tells_its_cost(
     job, tmp_path, tmp_path_factory, monkeypatch

@@ -257,6 +257,7 @@ def test_positions_restart_with_every_document(architecture):
     assert asked[1].expand(1, -1)[0].tolist() == asked[0][row, here].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "objective"),
     [

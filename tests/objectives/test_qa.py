@@ -500,6 +500,7 @@ def test_every_parameter_takes_part_in_the_reduction(backbone):
     assert not task.backbone.model.pooler.dense.weight.grad.any()
 
 
+@pytest.mark.slow
 def test_compiled_it_reads_few_numbers_of_windows():
     task = toys.task_of("transformers/bert", INPUTS, "qa", {}, **toys.SMALL).train()
     torch._dynamo.reset()

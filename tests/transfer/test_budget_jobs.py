@@ -225,6 +225,7 @@ def test_a_choice_by_score_comes_first_where_both_are_asked_for(tmp_path, bundle
     assert alone.by_score is None and alone.budget == 8
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(280)
 def test_a_budget_on_ray_trains_fewer_steps_than_the_matrix(tmp_path, bundles, paths, ray_here):

@@ -48,6 +48,7 @@ def picture(path, seed: int) -> None:
     ).save(path)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_predictions_of_a_folder_name_their_files_and_those_of_rows_keep_what_is_asked_for(
     ray_here, tmp_path
