@@ -120,7 +120,7 @@ READ_FAST = ("table_small", "chestxray_small", "wav2vec2_small", "gpt_small", "m
     "job",
     [
         pytest.param(
-            job, marks=NEEDS_DATA if job.stem in READ_FAST else [NEEDS_DATA, pytest.mark.slow]
+            job, marks=NEEDS_DATA if job.stem in READ_FAST else (*NEEDS_DATA, pytest.mark.slow)
         )
         for job in SMALL
     ],
