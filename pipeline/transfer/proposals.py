@@ -4,6 +4,10 @@ With ``fanout.searcher: optuna`` those of a generation are proposed from the val
 the earlier ones (tree-structured Parzen estimator, Bergstra et al. 2011). They are a pure function
 of these values and of the job's seed, so that a job that was killed goes on with the settings that
 it had.
+
+Population-based training (Jaderberg et al. 2017) is not offered. It copies weights between trials
+and changes settings in the middle of one, while a trial here is a function of its settings: that is
+why it can be resumed, repeated and compared with scratch.
 """
 
 from __future__ import annotations
