@@ -100,6 +100,17 @@ def entity_events(row: dict) -> list[tuple]:
     return list(zip(row["times"], row["variables"], row["values"], strict=True))
 
 
+def demo_table(name: str):
+    """A table of MIMIC-III's demo by pandas, its times without their zone."""
+    import pandas as pd
+
+    file = Path(os.environ["ONETOMANY_DATA"]) / f"healthcare/mimic3_demo/{name}.parquet"
+    table = pd.read_parquet(file)
+    for column in table.select_dtypes("datetimetz"):
+        table[column] = table[column].dt.tz_localize(None)
+    return table
+
+
 def splits_of_a_job(
     tmp_path: Path, modality: str, role: str, column: str = "", folder: str = "out"
 ) -> dict[str, int]:

@@ -243,6 +243,12 @@ def reasons(rows: int, *pairs: tuple[np.ndarray, str]) -> np.ndarray:
     return out
 
 
+def stay_hours(names: list[str]) -> str:
+    """Return the column with the length of the stay: in intensive care, else in the hospital."""
+    no_icu = "icu_hours" not in names and "discharge_hours" in names
+    return "discharge_hours" if no_icu else "icu_hours"
+
+
 def benchmark_exclusions(table: pa.Table, exclude: str) -> list[tuple[np.ndarray, str]]:
     """Return the exclusions of Harutyunyan et al. 2019 as masks with reasons, or none of them.
 

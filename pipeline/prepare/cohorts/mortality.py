@@ -16,6 +16,7 @@ from pipeline.prepare.cohorts.definition import (
     benchmark_exclusions,
     numbers,
     reasons,
+    stay_hours,
 )
 
 
@@ -41,7 +42,8 @@ class Mortality(CohortDefinition):
     """`label`: 1 for death in hospital, else 0 (Harutyunyan et al. 2019, Scientific Data 6:96;
     Silva et al. 2012 for PhysioNet 2012).
 
-    Rows of MIMIC-III: `hospital_death`, stays of at least `hours`. Rows of PhysioNet 2012:
+    Rows of MIMIC-III: `hospital_death`, stays of at least `hours`; of OMOP (exclude=none) the same
+    of hospital visits, by `discharge_hours`. Rows of PhysioNet 2012:
     `in_hospital_death`; the challenge selected stays of 48 hours and more itself and gives no
     length of the ICU stay, so none is left out by length, age or unit; nor is one where --set
     outcome= names another column. A stay with `death_hours` before the prediction time is left out:
@@ -56,7 +58,7 @@ class Mortality(CohortDefinition):
         return {
             column: "death in the hospital, the label (in_hospital_death in PhysioNet 2012; else "
             "--set outcome=)",
-            "icu_hours": "length of the ICU stay",
+            stay_hours(names): "length of the ICU stay, else of the hospital stay",
             **(BENCHMARK if self.options.exclude == "benchmark" else {}),
         }
 
@@ -64,7 +66,7 @@ class Mortality(CohortDefinition):
         unknown = ~np.isin(self._death(table), (0, 1)), "outcome unknown"
         if self._column(table.column_names) != "hospital_death":
             return reasons(len(table), unknown)
-        stay = numbers(table, "icu_hours")
+        stay = numbers(table, stay_hours(table.column_names))
         died = (
             numbers(table, "death_hours")
             if "death_hours" in table.column_names

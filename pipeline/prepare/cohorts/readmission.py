@@ -16,6 +16,7 @@ from pipeline.prepare.cohorts.definition import (
     benchmark_exclusions,
     numbers,
     reasons,
+    stay_hours,
 )
 
 
@@ -44,7 +45,8 @@ class Readmission(CohortDefinition):
     def needs(self, names: list[str]) -> dict[str, str]:
         return {
             "hospital_death": "death in the hospital, which leaves no readmission",
-            "icu_hours": "length of the ICU stay, whose events are inputs",
+            stay_hours(names): "length of the ICU stay, else of the hospital stay, whose events "
+            "are inputs",
             "readmission_days": "days from discharge to the next admission, the label",
             **(BENCHMARK if self.options.exclude == "benchmark" else {}),
         }
@@ -56,12 +58,12 @@ class Readmission(CohortDefinition):
             *benchmark_exclusions(table, self.options.exclude),
             (death == 1, "died in the hospital"),
             (death != 0, "outcome unknown"),
-            (np.isnan(numbers(table, "icu_hours")), "length of stay unknown"),
+            (np.isnan(numbers(table, stay_hours(table.column_names))), "length of stay unknown"),
             (numbers(table, "readmission_days") < 0, "next admission before discharge"),
         )
 
     def window(self, table: pa.Table) -> np.ndarray:
-        return numbers(table, "icu_hours")
+        return numbers(table, stay_hours(table.column_names))
 
     def labels(self, table: pa.Table) -> dict[str, pa.Array]:
         soon = numbers(table, "readmission_days") <= self.options.days + EPS

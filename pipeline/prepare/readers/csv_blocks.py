@@ -425,6 +425,8 @@ def _shape(array: Any, kind: str) -> Any:
         return pa.array(seconds, pa.int64(), mask=~there).cast(KINDS["time"])
     if kind == "moment":
         array = _times(array) if pa.types.is_string(array.type) else array
+        if not pa.types.is_temporal(array.type) and not pa.types.is_null(array.type):
+            raise pa.ArrowInvalid  # a number would be taken for microseconds since 1970
         return array.cast(pa.timestamp("us", getattr(array.type, "tz", None)), safe=False).cast(
             pa.int64()
         )

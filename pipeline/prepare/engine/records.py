@@ -1,0 +1,345 @@
+"""Longitudinal records of people, as MEDS and OMOP have them, to rows that end at a time.
+
+A row is about one person and has an hour 0: the time of a prediction, the start of a visit. Events
+from `history` before hour 0 up to the row's end enter it, so that one event may enter several rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.core.arrow_compute import pc
+from pipeline.prepare.clinical import plausible
+from pipeline.prepare.engine.grouped import Events
+from pipeline.prepare.engine.inputs import Opener, find_inputs
+from pipeline.prepare.readers.archives import Entry
+from pipeline.prepare.readers.csv_blocks import Column, schema, whole
+
+HOUR = 3_600_000_000
+DAY, YEAR = 24 * HOUR, 365.2425 * 24 * HOUR
+"""Microseconds."""
+MOST_AT_ONCE = 1 << 20
+"""Events that are made of one block at a time, where each enters several rows."""
+NUMBER = "number"
+"""What stands after the name of a variable whose values are numbers of an unknown unit."""
+VALUES = {
+    "boolean_value": "text",
+    "integer_value": "id",
+    "float_value": "number",
+    "categorical_value": "text",
+}
+"""Columns of a MEDS label table that may hold the label, and how each is read."""
+TRUE, FALSE = ("true", "1", "1.0", "t"), ("false", "0", "0.0", "f")
+NO_SUBJECT, EARLY = (
+    "no such subject in the data",
+    "its subject has no event at or before the prediction time",
+)
+NO_ROWS, OUTSIDE = "no row is about its subject", "not within the time of a row"
+LONG_TEXT = "texts that are too long to be a category (the event stays, without its text)"
+
+
+class Windows:
+    """Which rows an event enters.
+
+    Args:
+        subjects: (R,) int64, whom each row is about; rows are sorted by subject, then by `end`.
+        start, zero, end: (R,) int64 microseconds since 1970: events from `start` to `end`, both
+            inclusive, enter; their hours count from `zero`.
+    """
+
+    def __init__(self, subjects: np.ndarray, start: np.ndarray, zero: np.ndarray, end: np.ndarray):
+        self.start, self.zero = start, zero
+        self.subjects, counts = np.unique(subjects, return_counts=True)
+        self.stops = np.cumsum(counts)
+        self.ends = np.unique(end)
+        # One sorted key for (subject, end): microseconds of centuries leave no bits for a subject
+        self.keys = self._keys(np.repeat(np.arange(len(counts)), counts), end)
+
+    def _keys(self, places: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Return numbers that sort by subject, then by the first end at or after a time."""
+        return places * (len(self.ends) + 1) + np.searchsorted(self.ends, times)
+
+    def places(self, subjects: np.ndarray) -> np.ndarray:
+        """Return (n,) position of each id among the subjects, or -1."""
+        return positions(self.subjects, subjects)
+
+    def events(
+        self,
+        subjects: np.ndarray,
+        times: np.ndarray,
+        codes: np.ndarray,
+        names: list[str],
+        values: np.ndarray,
+        dropped: Counter[str],
+        table: str,
+    ) -> Iterator[Events]:
+        """Yield n events once for each row that they enter; those that enter none are counted.
+
+        Args:
+            subjects, times, codes, values: (n,) each; times in microseconds since 1970.
+            names: of the variables that `codes` count.
+            dropped: takes the counts, as `table: reason`.
+        """
+        place = self.places(subjects)
+        dropped[f"{table}: {NO_ROWS}"] += int(np.count_nonzero(place < 0))
+        event = np.flatnonzero(place >= 0)
+        place = place[event]
+        first = np.searchsorted(self.keys, self._keys(place, times[event]))
+        counts = self.stops[place] - first
+        enters = np.zeros(len(event), dtype=bool)
+        bounds = np.searchsorted(
+            np.cumsum(counts), np.arange(MOST_AT_ONCE, counts.sum() + MOST_AT_ONCE, MOST_AT_ONCE)
+        )
+        begin = 0
+        for bound in (bounds + 1).clip(max=len(event)).tolist():
+            part, begin = slice(begin, bound), bound
+            some = counts[part]
+            which = np.repeat(np.arange(part.start, part.stop), some)
+            row = np.arange(some.sum()) + np.repeat(first[part] - np.cumsum(some) + some, some)
+            inside = times[event[which]] >= self.start[row]
+            which, row = which[inside], row[inside]
+            enters[which] = True
+            source = event[which]
+            hours = (times[source] - self.zero[row]) / HOUR
+            yield Events(row, hours, codes[source], names, values[source])
+        dropped[f"{table}: {OUTSIDE}"] += int(len(event) - np.count_nonzero(enters))
+
+
+def positions(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return (n,) position of each number among the sorted `known`, or -1."""
+    if not len(known):
+        return np.full(len(wanted), -1)
+    at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    return np.where(known[at] == wanted, at, -1)
+
+
+# ---------------------------------------------------------------- variables and values
+
+
+class NamedEvents(NamedTuple):
+    """Variables and values of n events: (n,) positions in `names`, the names, (n,) float64."""
+
+    codes: np.ndarray
+    names: list[str]
+    values: np.ndarray
+
+
+def name_events(
+    codes: Any, numbers: Any, texts: Any, units: Any, characters: int, dropped: Counter[str]
+) -> NamedEvents:
+    """Name the variable of each event by its code and by what its value is.
+
+    An event with a number is called `CODE: UNIT` (`CODE: number` where no unit is known), one with
+    a text `CODE: TEXT`, with the value 1, and one with neither `CODE`, with the value 1: an event
+    without a number never counts as a number of the same code.
+
+    Args:
+        codes: (n,) texts without nulls.
+        numbers: (n,) float64; null and NaN are no number.
+        texts: (n,) texts; one such as <0.1 counts as its bound.
+        units: (n,) texts.
+        characters: longer texts count as none, and are counted in `dropped`.
+    """
+    number = numbers.combine_chunks() if isinstance(numbers, pa.ChunkedArray) else numbers
+    values = number.fill_null(float("nan")).to_numpy(zero_copy_only=False).astype(np.float64)
+    text = pc.utf8_trim_whitespace(pc.replace_substring_regex(texts, r"\s+", " "))
+    text = pc.if_else(pc.equal(text, ""), None, text)
+    parsed = plausible.numbers(text)
+    taken = np.isnan(values) & (parsed.reasons == 0)
+    dropped[plausible.CENSORED] += int(np.count_nonzero(taken & parsed.censored))
+    values = np.where(taken, parsed.values, values)
+    is_number = ~np.isnan(values)
+
+    is_long = np.asarray(pc.greater(pc.utf8_length(text), characters).fill_null(False))
+    dropped[LONG_TEXT] += int(np.count_nonzero(is_long & ~is_number))
+    text = pc.if_else(pa.array(is_long), None, text)
+    what = pc.if_else(pa.array(is_number), pc.coalesce(units, NUMBER), text)
+    name = pc.coalesce(pc.binary_join_element_wise(codes, what, ": "), codes)
+    name = name.combine_chunks() if isinstance(name, pa.ChunkedArray) else name
+    encoded = name.dictionary_encode()
+    return NamedEvents(
+        encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64),
+        [str(one) for one in encoded.dictionary.to_pylist()],
+        np.where(is_number, values, 1.0),
+    )
+
+
+# ---------------------------------------------------------------- labels
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A MEDS label table, sorted by subject and time.
+
+    Attributes:
+        subjects: (n,) int64.
+        times: (n,) int64 microseconds since 1970, the times of prediction.
+        values: (n,) labels: int64 (also true and false), float64 or string.
+        places: (n,) where each stands: file and row.
+        broken: rows that cannot be used: path, split and reason.
+        mark: changes when the files do.
+        column: the column that the labels are from.
+    """
+
+    subjects: np.ndarray
+    times: np.ndarray
+    values: pa.Array
+    places: np.ndarray
+    broken: list[dict[str, str]]
+    mark: str
+    column: str
+
+    def usable(
+        self, ids: np.ndarray, first: np.ndarray, last: np.ndarray
+    ) -> tuple[np.ndarray, list[dict[str, str]]]:
+        """Return ((n,) whether there are events that a label may be predicted from, all rows of
+        the table that cannot be used).
+
+        Args:
+            ids: (S,) sorted subjects of the data.
+            first, last: (S,) times of their events; `first` is after `last` where there are none.
+        """
+        at = positions(ids, self.subjects)
+        there = at >= 0
+        seen = there.copy()
+        seen[there] = first[at[there]] <= np.minimum(last[at[there]], self.times[there])
+        reasons = np.select([~there, ~seen], [NO_SUBJECT, EARLY], "")
+        broken = [
+            {"path": self.places[i], "split": "train", "reason": str(reasons[i])}
+            for i in np.flatnonzero(reasons != "")
+        ]
+        return seen, [*self.broken, *broken]
+
+
+def read_labels(uri: str, column: str) -> Labels:
+    """Read a label table of MEDS (Parquet or CSV; a file, or a folder of them).
+
+    Columns: `subject_id`, `prediction_time`, and one of VALUES.
+
+    Args:
+        uri: the table.
+        column: the one of VALUES that is the label; "": the only one with values.
+
+    Raises:
+        ValueError: no such table, a missing column or one of another type, no label, or several
+            columns of labels where none is named.
+    """
+    found = find_inputs(uri, (".parquet", ".csv"))
+    names = [column] if column else list(VALUES)
+    wanted = {
+        "subject_id": Column("id"),
+        "prediction_time": Column("moment"),
+        **{name: Column(VALUES[name], bool(column)) for name in names},
+    }
+    tables, places = [], []
+    with closing(Opener()) as opener:
+        for entry, _ in found.files:
+            check_types(entry, opener, LABEL_TYPES)
+            table = whole("labels", entry, wanted, opener)
+            table = pa.table({name: _label(table[name], name) for name in wanted})
+            tables.append(table)
+            places += [f"{entry.name}:row {i + 1}" for i in range(len(table))]
+    table = pa.concat_tables(tables).combine_chunks()
+    given = [name for name in names if table[name].null_count < len(table)]
+    if len(given) != 1:
+        there = ", ".join(given) or "none"
+        raise ValueError(
+            f"{uri}: one of {', '.join(names)} holds the label, and with values there are {there}; "
+            f"{'name it: --set label=' + given[0] if given else 'give a table with labels'}"
+        )
+    return _sorted_labels(table, given[0], np.array(places, dtype=object), found.mark)
+
+
+def _sorted_labels(table: pa.Table, column: str, places: np.ndarray, mark: str) -> Labels:
+    """Sort the valid rows by subject and time, and list the others."""
+    subject, time = (
+        table[name].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False)
+        for name in ("subject_id", "prediction_time")
+    )
+    valid = {
+        name: np.asarray(table[name].combine_chunks().is_valid()) for name in table.schema.names
+    }
+    order = np.lexsort((np.arange(len(table)), time, subject))
+    again = np.zeros(len(table), dtype=bool)
+    again[order[1:]] = (np.diff(subject[order]) == 0) & (np.diff(time[order]) == 0)
+    reasons = np.select(
+        [~valid["subject_id"], ~valid["prediction_time"], ~valid[column], again],
+        ["no subject_id", "no prediction_time", f"no {column}", "the same subject and time again"],
+        "",
+    )
+    broken = [
+        {"path": places[i], "split": "train", "reason": str(reasons[i])}
+        for i in np.flatnonzero(reasons != "")
+    ]
+    kept = order[reasons[order] == ""]
+    values = table[column].combine_chunks().take(pa.array(kept))
+    return Labels(subject[kept], time[kept], values, places[kept], broken, mark, column)
+
+
+def _label(column: Any, name: str) -> Any:
+    """Convert a column of labels to what rows have: true and false to 1 and 0."""
+    if name == "boolean_value":
+        text = pc.utf8_lower(pc.utf8_trim_whitespace(column))
+        known = pc.if_else(pc.is_in(text, value_set=pa.array(FALSE)), 0, None)
+        return pc.if_else(pc.is_in(text, value_set=pa.array(TRUE)), 1, known).cast(pa.int64())
+    if name == "float_value":
+        found = plausible.numbers(column)
+        return pa.array(found.values, pa.float64(), mask=found.reasons != 0)
+    return column
+
+
+# ---------------------------------------------------------------- types
+
+
+def _is_time(kind: pa.DataType) -> bool:
+    return pa.types.is_timestamp(kind) and kind.tz is None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+LABEL_TYPES = {
+    "subject_id": (pa.types.is_integer, "int64"),
+    "prediction_time": (_is_time, "timestamp[us] without a zone"),
+    "boolean_value": (pa.types.is_boolean, "bool"),
+    "integer_value": (pa.types.is_integer, "int64"),
+    "float_value": (pa.types.is_floating, "float"),
+    "categorical_value": (_is_text, "string"),
+}
+DATA_TYPES = {
+    "subject_id": (pa.types.is_integer, "int64"),
+    "time": (_is_time, "timestamp[us] without a zone"),
+    "code": (_is_text, "string"),
+    "numeric_value": (pa.types.is_floating, "float"),
+    "text_value": (_is_text, "string"),
+}
+SPLIT_TYPES = {"subject_id": (pa.types.is_integer, "int64"), "split": (_is_text, "string")}
+"""Types of MEDS 0.4 (github.com/Medical-Event-Data-Standard/meds, schema.py)."""
+
+
+def check_types(entry: Entry, opener: Opener, types: dict[str, Any]) -> None:
+    """Raise ValueError for a column of a Parquet file that has another type than MEDS gives it.
+
+    Widths may differ (float64 for float), dictionaries count as their values, and a column without
+    any value may have no type.
+    """
+    if not entry.name.lower().endswith(".parquet"):
+        return
+    for field in schema(entry, opener):
+        if field.name not in types:
+            continue
+        fits, wanted = types[field.name]
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if not fits(kind) and not pa.types.is_null(kind):
+            raise ValueError(
+                f"{entry.name}: column {field.name!r} has the type {field.type}, where MEDS has "
+                f"{wanted}; convert it"
+            )

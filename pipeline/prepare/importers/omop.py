@@ -1,0 +1,598 @@
+"""OMOP's common data model: one row a hospital visit, a label or a person."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.core.arrow_compute import pc
+from pipeline.data.loader import threaded_map
+from pipeline.prepare.engine import records
+from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
+from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.inputs import Opener, plain_suffix
+from pipeline.prepare.engine.records import DAY, HOUR, YEAR, Windows, positions
+from pipeline.prepare.readers.archives import Entry, listing
+from pipeline.prepare.readers.csv_blocks import (
+    SUFFIXES,
+    ByteRange,
+    Column,
+    RowCounts,
+    batches,
+    split_table,
+    stem,
+    whole,
+)
+
+EVENTS = {
+    "condition_occurrence": ("condition", "condition_start"),
+    "drug_exposure": ("drug", "drug_exposure_start"),
+    "measurement": ("measurement", "measurement"),
+    "observation": ("observation", "observation"),
+    "procedure_occurrence": ("procedure", "procedure"),
+    "visit_occurrence": ("visit", "visit_start"),
+}
+"""Tables of events, and how the names of their columns begin: of the concept, and of the time."""
+OTHERS = ("person", "death", "concept")
+DEATH = "death"
+GENDERS = {8507: "male", 8532: "female"}
+DIED = 4216643
+"""Concept of discharged_to_concept_id: patient died."""
+NO_CONCEPT, NO_TIME, NO_PERSON = "no concept (0)", "no time", "no person_id"
+CHARACTERS = 32
+"""A text value of up to so many characters is a category."""
+
+
+class OmopOptions(Options):
+    rows: Literal["visits", "persons"] = Field(
+        "visits",
+        description="visits: one row a visit, with outcomes that cohorts make labels of; persons: "
+        "one row a person, without labels, that ends with the last event",
+    )
+    labels: str = Field(
+        "",
+        description="label table with the columns of MEDS (subject_id is person_id, "
+        "prediction_time, boolean_value or another value): one row a label instead",
+    )
+    visits: str = Field(
+        "9201,262,8717,32037",
+        description="visit_concept_id of the visits that are rows: inpatient, emergency and "
+        "inpatient, inpatient hospital, intensive care; empty: all",
+    )
+    tables: str = Field(
+        "condition_occurrence,drug_exposure,measurement,observation,procedure_occurrence,"
+        "visit_occurrence",
+        description="tables whose events are read; conditions often carry a day before they were "
+        "known",
+    )
+    history: float = Field(
+        24.0 * 366,
+        gt=0,
+        le=24 * 366,
+        description="hours before hour 0 from which events enter; modality events reads a year at "
+        "most",
+    )
+
+
+class Persons(NamedTuple):
+    """Of each person, by sorted id.
+
+    Attributes:
+        ids: (n,) int64.
+        born: (n,) int64 microseconds since 1970; `known_birth`: (n,) bool.
+        gender: (n,) texts, null where unknown.
+    """
+
+    ids: np.ndarray
+    born: np.ndarray
+    known_birth: np.ndarray
+    gender: pa.Array
+
+
+class Concepts(NamedTuple):
+    """Names of concepts, such as LOINC/8867-4, by sorted id, and of units (their code alone)."""
+
+    ids: np.ndarray
+    names: pa.Array
+    codes: pa.Array
+
+    def of(self, ids: Any, column: str = "names") -> pa.Array:
+        """Return (n,) texts, null for no concept (0 or null); concept/ID where it is not known."""
+        number = ids.fill_null(0).to_numpy(zero_copy_only=False)
+        at = positions(self.ids, number)
+        known = getattr(self, column).take(pa.array(at, mask=at < 0))
+        bare = pc.binary_join_element_wise("concept", pa.array(number).cast(pa.string()), "/")
+        return pc.if_else(pa.array(number == 0), None, pc.coalesce(known, bare))
+
+
+@register("importer", "omop", options=OmopOptions)
+class Omop(GroupedImporter):
+    """Tables of the OMOP common data model 5.3 or 5.4 (CSV, also .gz or .zst, or Parquet; names and
+    columns in any case): person, visit_occurrence, condition_occurrence, drug_exposure,
+    measurement, observation, procedure_occurrence, death, concept.
+
+    Columns: entity (visit_occurrence_id, or person_id), patient (person_id), times (hours; 0 is the
+    visit's start, the prediction time, or the last event), variables, values, events, static (Age,
+    Gender, Visit), split; of visits also the outcomes hospital_death, death_hours, discharge_hours
+    and readmission_days: prepare cohort --set task=mortality --set exclude=none makes a label.
+    Events of a visit reach to its end: cohorts cut them.
+
+    Variables are VOCABULARY/CODE of the concept (concept/ID if table concept does not have it), or
+    of the source's concept where it is 0: with a number VOCABULARY/CODE: UNIT, so that another unit
+    is another variable, with a text or a value's concept VOCABULARY/CODE: VALUE. Events without a
+    number have the value 1. A time of 00:00 is a day, and counts from its end: nothing is known
+    earlier. All rows are train: cut by patient.
+    """
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        o = self.options
+        self.wanted = [name.strip() for name in o.tables.split(",") if name.strip()]
+        if unknown := [name for name in self.wanted if name not in EVENTS]:
+            raise ValueError(
+                f"--set tables={o.tables}: no table of events is called {unknown[0]!r}; they are "
+                f"{', '.join(EVENTS)}"
+            )
+        try:
+            self.kinds = [int(number) for number in o.visits.split(",") if number.strip()]
+        except ValueError:
+            raise ValueError(
+                f"--set visits={o.visits}: write numbers of concepts, such as 9201,262"
+            ) from None
+        self.labels = records.read_labels(o.labels, "") if o.labels else None
+        is_counted = self.labels is not None and self.labels.column != "float_value"
+        self.label = "label" if is_counted else "" if self._of_persons else "hospital_death"
+
+    @property
+    def _of_persons(self) -> bool:
+        return bool(self.options.labels) or self.options.rows == "persons"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the tables out of what is sent to tasks: they need the options alone."""
+        return {"options": self.options, "label": self.label}
+
+    def sources(self, source: str, cut_bytes: int) -> EventTables:
+        found = listing(source)
+        self._tables: dict[str, Entry] = {}
+        for entry in found.entries:
+            name = stem(entry)
+            if plain_suffix(entry.name) not in SUFFIXES or name not in (*EVENTS, *OTHERS):
+                continue
+            if name in self._tables:
+                raise ValueError(
+                    f"{source}: table {name} stands there twice ({self._tables[name].name}, "
+                    f"{entry.name}); keep one"
+                )
+            self._tables[name] = entry
+        needed = {"person": "age and sex"}
+        if not self._of_persons:
+            needed["visit_occurrence"] = "one row a visit (--set rows=persons needs none)"
+        for name, purpose in needed.items():
+            if name not in self._tables:
+                raise ValueError(
+                    f"{source}: no table {name} (.csv, .csv.gz or .parquet), which is needed for "
+                    f"{purpose}; there are {', '.join(sorted(self._tables)) or 'none'}"
+                )
+        taken = [name for name in self.wanted if name in self._tables]
+        if self._of_persons and DEATH in self._tables:
+            taken.append(DEATH)
+        if not set(taken) - {"visit_occurrence", DEATH}:
+            raise ValueError(
+                f"{source}: none of the tables {', '.join(self.wanted)} is there; there are "
+                f"{', '.join(sorted(self._tables))}"
+            )
+        with closing(Opener()) as opener:
+            self._ranges = [
+                byte_range
+                for name in taken
+                for byte_range in split_table(name, self._tables[name], cut_bytes, opener)
+            ]
+        lacking = [name for name in (*EVENTS, *OTHERS) if name not in self._tables]
+        notes = {"tables that are not there": ", ".join(lacking)} if lacking else {}
+        return EventTables(
+            self._ranges, f"{found.mark} {self.labels.mark if self.labels else ''}", notes
+        )
+
+    # ---------------------------------------------------------------- rows
+
+    def entities(self, source: str) -> Entities:
+        notes: dict[str, Any] = {}
+        with closing(Opener()) as opener:
+            persons = self._persons(opener)
+            used, spans = self._used(opener)
+            concepts = self._concepts(used, opener)
+            if self.labels:
+                subjects, start, zero, end, columns, broken = self._label_rows(spans, notes)
+            elif self._of_persons:
+                subjects, start, zero, end, columns, broken = self._person_rows(spans)
+            else:
+                subjects, start, zero, end, columns, broken = self._visit_rows(
+                    persons, concepts, opener
+                )
+        if not len(subjects) and not broken:
+            raise ValueError(f"{source}: no person has an event with a time; get the tables again")
+        at = positions(persons.ids, subjects)
+        fields = {"Age": _age(persons, at, zero), "Gender": persons.gender.take(_index(at))}
+        if "visit" in columns:
+            fields["Visit"] = columns.pop("visit")
+        rows = pa.table(
+            {
+                "entity": columns.pop("entity", pa.array(subjects)),
+                "patient": pa.array(subjects),
+                "static": pa.StructArray.from_arrays(list(fields.values()), list(fields)),
+                **columns,
+                "split": pa.array(["train"] * len(subjects), pa.string()),
+            }
+        )
+        info = {
+            "time": "hours since the start of the visit"
+            if not self._of_persons
+            else "hours before the prediction time, which is 0"
+            if self.labels
+            else "hours before the person's last event, which is 0",
+            "static": list(fields),
+            "outcomes": [name for name in columns if name != "prediction_time"],
+            "history": self.options.history,
+        }
+        notes = {"persons": len(persons.ids), **{name: n for name, n in notes.items() if n}}
+        keys = {"windows": Windows(subjects, start, zero, end), "concepts": concepts}
+        return Entities(rows, keys, "patient", broken, notes, info)
+
+    def _label_rows(self, spans: pa.Table, notes: dict[str, Any]) -> Any:
+        """Return (persons, start, hour 0, end, columns, broken label rows) of a row a label."""
+        labels = self.labels
+        assert labels is not None
+        good, broken = labels.usable(
+            spans["person_id"].to_numpy(), spans["first"].to_numpy(), spans["last"].to_numpy()
+        )
+        notes["persons without label rows, left out"] = int(
+            np.count_nonzero(~np.isin(spans["person_id"].to_numpy(), labels.subjects))
+        )
+        zero = labels.times[good]
+        columns = {
+            "prediction_time": pa.array(zero, pa.timestamp("us")),
+            "label": labels.values.filter(pa.array(good)),
+        }
+        return labels.subjects[good], zero - self._history, zero, zero, columns, broken
+
+    def _person_rows(self, spans: pa.Table) -> Any:
+        """Return what `_label_rows` does, of a row a person."""
+        zero = spans["last"].to_numpy()
+        return spans["person_id"].to_numpy(), zero - self._history, zero, zero, {}, []
+
+    def _visit_rows(self, persons: Persons, concepts: Concepts, opener: Opener) -> Any:
+        """Return what `_label_rows` does, of a row a visit, with its outcomes."""
+        entry = self._tables["visit_occurrence"]
+        table = whole(
+            "visit_occurrence",
+            entry,
+            {
+                "visit_occurrence_id": Column("id"),
+                "person_id": Column("id"),
+                "visit_concept_id": Column("id"),
+                **_times("visit_start"),
+                **_times("visit_end"),
+                "discharged_to_concept_id": Column("id", False),
+                "discharge_to_concept_id": Column("id", False),
+            },
+            opener,
+        )
+        start, started = _moments(table, "visit_start", at_end=False)
+        end, ended = _moments(table, "visit_end")
+        visit, person, kind = (
+            _whole(table[name]) for name in ("visit_occurrence_id", "person_id", "visit_concept_id")
+        )
+        wanted = np.isin(kind, self.kinds) if self.kinds else np.ones(len(table), dtype=bool)
+        if not wanted.any():
+            kinds = Counter(kind.tolist()).most_common()
+            raise ValueError(
+                f"{entry.name}: no visit has one of the concepts --set "
+                f"visits={self.options.visits}; there are "
+                f"{preview(f'{name} ({count})' for name, count in kinds)}"
+            )
+        again = np.ones(len(table), dtype=bool)
+        again[np.unique(visit, return_index=True)[1]] = False
+        reasons = np.select(
+            [
+                table["visit_occurrence_id"].is_null().to_numpy(),
+                again,
+                positions(persons.ids, person) < 0,
+                ~(started & ended),
+                end < start,
+            ],
+            [
+                "no visit_occurrence_id",
+                "the same visit_occurrence_id again",
+                "no such person in table person",
+                "no start or no end",
+                "its end is before its start",
+            ],
+            "",
+        )
+        broken = [
+            {"path": f"{entry.name}:row {i + 1}", "split": "train", "reason": str(reasons[i])}
+            for i in np.flatnonzero(wanted & (reasons != ""))
+        ]
+        kept = np.flatnonzero(wanted & (reasons == ""))
+        kept = kept[np.lexsort((visit[kept], end[kept], person[kept]))]
+        visit, person, start, end = visit[kept], person[kept], start[kept], end[kept]
+        to = pc.coalesce(table["discharged_to_concept_id"], table["discharge_to_concept_id"])
+        columns = {
+            "entity": pa.array(visit),
+            "visit": concepts.of(table["visit_concept_id"].combine_chunks().take(pa.array(kept))),
+            **self._outcomes(person, start, end, _whole(to)[kept] == DIED, opener),
+        }
+        return person, start - self._history, start, end, columns, broken
+
+    def _outcomes(
+        self,
+        person: np.ndarray,
+        start: np.ndarray,
+        end: np.ndarray,
+        discharged_dead: np.ndarray,
+        opener: Opener,
+    ) -> dict[str, Any]:
+        """Return the outcomes of visits, which are sorted by person and end.
+
+        Where no time of death is known, a death on the day of discharge is one in the hospital, and
+        counts at the end of its day, but not after the visit.
+        """
+        ids, earliest, latest = self._deaths(opener)
+        at = np.where(positions(ids, person) < 0, len(ids), positions(ids, person))
+        began, death = (np.append(times, 0)[at] for times in (earliest, latest))
+        known = (at < len(ids)) & (death >= start)
+        in_hospital = discharged_dead | (known & (began <= end))
+        death = np.where(in_hospital, np.where(known, np.minimum(death, end), end), death)
+        following = np.full(len(person), np.nan)
+        order = np.lexsort((start, person))
+        next_start = np.append(start[order][1:], 0)
+        same = np.append(person[order][1:] == person[order][:-1], False)
+        gap = (next_start - end[order]) / DAY
+        following[order] = np.where(same & (gap >= 0), gap, np.nan)
+        return {
+            "hospital_death": pa.array(in_hospital.astype(np.int64)),
+            "death_hours": pa.array((death - start) / HOUR, mask=~(known | in_hospital)),
+            "discharge_hours": pa.array((end - start) / HOUR),
+            "readmission_days": pa.array(following, mask=np.isnan(following)),
+        }
+
+    @property
+    def _history(self) -> int:
+        return round(self.options.history * HOUR)
+
+    # ---------------------------------------------------------------- tables
+
+    def _persons(self, opener: Opener) -> Persons:
+        table = whole(
+            "person",
+            self._tables["person"],
+            {
+                "person_id": Column("id"),
+                "gender_concept_id": Column("id"),
+                "year_of_birth": Column("id"),
+                "month_of_birth": Column("id", False),
+                "day_of_birth": Column("id", False),
+                "birth_datetime": Column("moment", False),
+            },
+            opener,
+        )
+        table = table.filter(pc.is_valid(table["person_id"])).sort_by("person_id")
+        year, month, day = (
+            table[name].combine_chunks()
+            for name in ("year_of_birth", "month_of_birth", "day_of_birth")
+        )
+        # The middle of what is not known
+        months = (_filled(year, 1970) - 1970) * 12 + np.clip(_filled(month, 7), 1, 12) - 1
+        days = months.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64)
+        days += np.clip(_filled(day, 15), 1, 31) - 1
+        days = np.where(np.asarray(month.is_null()), days - 14, days)
+        moment = _micros(table["birth_datetime"])
+        born = np.where(np.asarray(moment.is_valid()), _filled(moment, 0), days * DAY)
+        known = np.asarray(moment.is_valid()) | np.asarray(year.is_valid())
+        gender = [GENDERS.get(number) for number in table["gender_concept_id"].to_pylist()]
+        return Persons(_whole(table["person_id"]), born, known, pa.array(gender, pa.string()))
+
+    def _deaths(self, opener: Opener) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the sorted persons who died, and the earliest and latest time of each death.
+
+        They differ where only the day is known. Microseconds since 1970.
+        """
+        if DEATH not in self._tables:
+            nobody = np.empty(0, dtype=np.int64)
+            return nobody, nobody, nobody
+        columns = {"person_id": Column("id"), **_times(DEATH)}
+        table = whole(DEATH, self._tables[DEATH], columns, opener)
+        table = table.filter(pc.is_valid(table["person_id"]))
+        latest, known = _moments(table, DEATH)
+        earliest, _ = _moments(table, DEATH, at_end=False)
+        ids, first = np.unique(_whole(table["person_id"])[known], return_index=True)
+        return ids, earliest[known][first], latest[known][first]
+
+    def _used(self, opener: Opener) -> tuple[np.ndarray, pa.Table]:
+        """Read all events once.
+
+        Returns:
+            (the sorted ids of all concepts; of each person the first and the last time).
+        """
+        ids, spans = [np.empty(0, dtype=np.int64)], []
+        for concepts, span in threaded_map(_used_by, self._ranges, threads=4):
+            ids.append(concepts)
+            spans.append(span)
+        if "visit_occurrence" in self._tables:
+            columns = {"visit_concept_id": Column("id")}
+            kinds = whole("visit_occurrence", self._tables["visit_occurrence"], columns, opener)
+            ids.append(_whole(kinds["visit_concept_id"].unique()))
+        return np.unique(np.concatenate(ids)), _merged(spans).sort_by("person_id")
+
+    def _concepts(self, used: np.ndarray, opener: Opener) -> Concepts:
+        """Return the names of concepts: of those that are used alone, as there are millions."""
+        found = []
+        if "concept" in self._tables:
+            columns = {
+                "concept_id": Column("id"),
+                "vocabulary_id": Column("text"),
+                "concept_code": Column("text"),
+            }
+            for batch in batches(
+                ByteRange("concept", (self._tables["concept"],)), columns, opener, RowCounts()
+            ):
+                found.append(batch.filter(pc.is_in(batch["concept_id"], value_set=pa.array(used))))
+        if not found:
+            nothing = pa.array([], pa.string())
+            return Concepts(np.empty(0, dtype=np.int64), nothing, nothing)
+        table = pa.concat_tables(found).sort_by("concept_id").combine_chunks()
+        vocabulary, code = (
+            table[name].combine_chunks() for name in ("vocabulary_id", "concept_code")
+        )
+        return Concepts(
+            _whole(table["concept_id"]), pc.binary_join_element_wise(vocabulary, code, "/"), code
+        )
+
+    # ---------------------------------------------------------------- events
+
+    def events(
+        self,
+        byte_range: ByteRange,
+        opener: Opener,
+        keys: Any,
+        tally: RowCounts,
+        dropped: Counter[str],
+    ) -> Iterator[Events]:
+        table, concepts = byte_range.table, keys["concepts"]
+        for batch, person, time in _timed(byte_range, opener, tally, dropped):
+            if table == DEATH:
+                codes = np.zeros(len(batch), dtype=np.int64)
+                yield from keys["windows"].events(
+                    person, time, codes, [DEATH], np.ones(len(batch)), dropped, table
+                )
+                continue
+            name = concepts.of(batch["concept"].combine_chunks())
+            there = pc.is_valid(name)
+            dropped[f"{table}: {NO_CONCEPT}"] += name.null_count
+            batch, name = batch.filter(there), name.filter(there)
+            text = pc.coalesce(
+                concepts.of(batch["value_as_concept_id"].combine_chunks()),
+                batch["value_as_string"].combine_chunks(),
+            )
+            named = records.name_events(
+                name,
+                batch["value_as_number"],
+                text,
+                concepts.of(batch["unit_concept_id"].combine_chunks(), "codes"),
+                CHARACTERS,
+                dropped,
+            )
+            kept = np.asarray(there)
+            yield from keys["windows"].events(person[kept], time[kept], *named, dropped, table)
+
+
+def _times(name: str) -> dict[str, Column]:
+    return {f"{name}_date": Column("moment"), f"{name}_datetime": Column("moment", False)}
+
+
+def _moments(table: pa.Table, name: str, at_end: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Return ((n,) int64 microseconds since 1970, (n,) whether there is a time).
+
+    A time of 00:00 is a day, as OMOP writes it where the time is unknown; it counts from its end,
+    or with `at_end` false from its begin.
+    """
+    found = pc.coalesce(*(_micros(table[f"{name}_{kind}"]) for kind in ("datetime", "date")))
+    time = _filled(found, 0)
+    is_day = time % DAY == 0
+    return np.where(is_day & at_end, time + DAY, time), np.asarray(found.is_valid())
+
+
+def _timed(
+    byte_range: ByteRange, opener: Opener, tally: RowCounts, dropped: Counter[str]
+) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
+    """Yield (rows, persons, times) of a piece of a table of events, in batches.
+
+    Rows have the columns concept, unit_concept_id, value_as_number, value_as_concept_id and
+    value_as_string. Those without a person or time are counted.
+    """
+    table = byte_range.table
+    name, time_name = EVENTS.get(table, (DEATH, DEATH))
+    columns = {"person_id": Column("id"), **_times(time_name)}
+    if table != DEATH:
+        columns |= {
+            f"{name}_concept_id": Column("id"),
+            f"{name}_source_concept_id": Column("id", False),
+            "unit_concept_id": Column("id", False),
+            "value_as_number": Column("number", False),
+            "value_as_concept_id": Column("id", False),
+            "value_as_string": Column("text", False),
+        }
+    for batch in batches(byte_range, columns, opener, tally):
+        time, known = _moments(batch, time_name)
+        person = batch["person_id"].combine_chunks()
+        has_person = np.asarray(person.is_valid())
+        dropped[f"{table}: {NO_PERSON}"] += int(np.count_nonzero(~has_person))
+        dropped[f"{table}: {NO_TIME}"] += int(np.count_nonzero(has_person & ~known))
+        if table != DEATH:
+            concept = batch[f"{name}_concept_id"]
+            is_mapped = pc.not_equal(concept.fill_null(0), 0)
+            concept = pc.if_else(is_mapped, concept, batch[f"{name}_source_concept_id"])
+            batch = batch.append_column("concept", concept)
+        good = has_person & known
+        yield batch.filter(pa.array(good)), _whole(person)[good], time[good]
+
+
+def _used_by(byte_range: ByteRange) -> tuple[np.ndarray, pa.Table]:
+    """Return (ids of all concepts, first and last time of each person) of a piece."""
+    ids, spans = [np.empty(0, dtype=np.int64)], []
+    with closing(Opener()) as opener:
+        for batch, person, time in _timed(byte_range, opener, RowCounts(), Counter()):
+            spans.append(pa.table({"person_id": person, "first": time, "last": time}))
+            spans = [_merged(spans)] if len(spans) > 50 else spans
+            for name in ("concept", "unit_concept_id", "value_as_concept_id"):
+                if name in batch.column_names:
+                    ids.append(_whole(batch[name].drop_null().unique()))
+    return np.unique(np.concatenate(ids)), _merged(spans)
+
+
+def _merged(spans: list[pa.Table]) -> pa.Table:
+    """Return the first and the last time of each person of several tables."""
+    if not spans:
+        return pa.table(
+            {name: np.empty(0, dtype=np.int64) for name in ("person_id", "first", "last")}
+        )
+    return (
+        pa.concat_tables(spans)
+        .group_by("person_id")
+        .aggregate([("first", "min"), ("last", "max")])
+        .rename_columns({"first_min": "first", "last_max": "last"})
+    )
+
+
+def _age(persons: Persons, at: np.ndarray, zero: np.ndarray) -> pa.Array:
+    """Return (n,) ages in years at times, null where the birth is unknown or later."""
+    if not len(persons.ids):
+        return pa.nulls(len(at), pa.float64())
+    age = (zero - persons.born[at]) / YEAR
+    return pa.array(age, mask=(at < 0) | ~persons.known_birth[at] | (age < 0))
+
+
+def _index(at: np.ndarray) -> pa.Array:
+    return pa.array(at, mask=at < 0)
+
+
+def _micros(column: Any) -> Any:
+    """Return times as int64; a column that the table lacks has null times."""
+    return column.cast(pa.int64()).combine_chunks()
+
+
+def _filled(array: Any, number: int) -> np.ndarray:
+    return array.fill_null(number).to_numpy(zero_copy_only=False)
+
+
+def _whole(column: Any) -> np.ndarray:
+    """Return (n,) int64, -1 for null."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return _filled(array, -1)
