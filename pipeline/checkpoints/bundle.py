@@ -23,8 +23,9 @@ from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
 from pipeline.core.contracts import Backbone, Modality, Objective, Task
 from pipeline.core.contracts.objective_capabilities import rescales_scores
-from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec
+from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec, Spec
 from pipeline.io import atomic_folder, s3, storage
+from pipeline.io.json_values import JsonObject
 
 FORMAT_VERSION = 2
 """The newest format that is read: 2 is that of a bundle that holds what differs from another one;
@@ -266,7 +267,7 @@ class Manifest:
     spec_hash: str = ""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     columns: dict[str, str] = field(default_factory=dict[str, str])
-    technique: dict[str, Any] | None = None
+    technique: Spec | None = None
     made_by: dict[str, Any] | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     sha256: str = ""
@@ -276,25 +277,15 @@ class Manifest:
         """Code and versions that made it; None where they were not recorded."""
         return provenance.from_metadata({"made_by": self.made_by, "versions": self.versions})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The manifest as its folder's JSON, without the checksums, which writing the folder
         adds.
         """
-        stated = {
-            one.name: getattr(self, one.name)
-            for one in fields(self)
-            if one.name not in ("files", "sha256")
-        }
-        parts = {
-            "arch": self.arch.to_json(),
-            "modality": self.modality.to_json(),
-            "objective": self.objective.to_json(),
-        }
-        version = 1
-        if self.base is None:
-            del stated["base"]
-        else:
-            version = 2
+        stated = {one.name: getattr(self, one.name) for one in fields(self)}
+        for name in ("files", "sha256", *(["base"] if self.base is None else [])):
+            del stated[name]
+        version = 1 if self.base is None else 2
+        parts = {name: part.to_json() for name, part in stated.items() if isinstance(part, Spec)}
         return {"format_version": version, "kind": "bundle", **stated, **parts}
 
     @classmethod
@@ -316,6 +307,8 @@ class Manifest:
         stated["arch"] = Architecture.from_json(found.get("arch"))
         stated["modality"] = ModalitySpec.from_json(found.get("modality"))
         stated["objective"] = ObjectiveSpec.from_json(found.get("objective"))
+        if "technique" in stated:
+            stated["technique"] = Spec.from_json(stated["technique"])
         return cls(**stated)
 
 
@@ -339,8 +332,8 @@ class Bundle:
             )
         task = build_task(self.manifest.arch, self.manifest.objective)
         if self.manifest.technique is not None:
-            kind = registry.get("technique", self.manifest.technique["name"])
-            task = kind(kind.options_class(**self.manifest.technique["options"])).wrap(task)
+            kind = registry.get("technique", self.manifest.technique.name)
+            task = kind(kind.options_class(**self.manifest.technique.options)).wrap(task)
         task.load_state_dict(self.tensors)
         return task.eval()
 

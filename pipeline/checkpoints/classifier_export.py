@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints import exported_classifier
+from pipeline.checkpoints.exported_classifier import ClassifierSpec
 from pipeline.core.contracts import Modality, Objective, Task
 from pipeline.core.contracts.objective_capabilities import output_scale, transformers_head
 from pipeline.core.nn import auto_model
@@ -42,16 +43,13 @@ def linear_on(objective: Objective) -> str | None:
     return declared.linear_on if declared else None
 
 
-def describe(task: Task, modality: Modality) -> dict[str, Any]:
-    """Return the content of ``classifier.json``.
-
-    It says how the model is built, what the head reads, its labels and its input.
-    """
+def describe(task: Task, modality: Modality) -> ClassifierSpec:
+    """Return the content of ``classifier.json``."""
     backbone, objective = task.backbone, task.objective
     model: Any = backbone
     name = objective.registered_name
     library, _, architecture = backbone.arch.name.partition("/")
-    spec: dict[str, Any] = {
+    spec: ClassifierSpec = {
         "library": library,
         "architecture": architecture,
         "objective": name,
@@ -60,6 +58,8 @@ def describe(task: Task, modality: Modality) -> dict[str, Any]:
         "norm": has_norm(task),
         "pool": _pool(task),
         "temperature_in_weights": temperature(task),
+        "arguments": {},
+        "input": {},
     }
     if "threshold" in objective.state:
         spec["threshold"] = objective.state["threshold"]
@@ -77,10 +77,10 @@ def describe(task: Task, modality: Modality) -> dict[str, Any]:
         }
         return spec
     spec["config"] = model.model.config.to_dict()
-    spec["arguments"] = {}
     if library == "hf":
+        spec["library"] = "transformers"
         # AutoModel makes more of some configurations than their encoder (T5)
-        spec |= {"library": "transformers", "class": type(model.model).__name__}
+        spec["class"] = type(model.model).__name__
         spec["arguments"] = auto_model.pooling_words(type(model.model), spec["pool"] == "pooler")
         spec["call_arguments"] = model.call_arguments
     elif architecture in ("bert", "roberta"):

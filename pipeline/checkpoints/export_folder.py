@@ -25,7 +25,7 @@ def refuse_added_modules(found: bundle.Bundle) -> None:
     technique = found.manifest.technique
     if technique is not None:
         raise bundle.BundleError(
-            f"{found.uri} was fine-tuned with {technique['name']}, whose modules are part of its "
+            f"{found.uri} was fine-tuned with {technique.name}, whose modules are part of its "
             f"network, so it is no {found.manifest.arch.name} that another library could open: "
             "`onetomany predict` reads it, --kind bundle copies it, --kind onnx or torch-export "
             "writes the whole network as a graph; or export another technique's"

@@ -21,13 +21,53 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 PREFIXES = {"backbone.model.": "model.", "objective.head.": "head.", "objective.norm.": "norm."}
 """Prefixes of names in a state dict of One to Many, and what they are here."""
+
+Arguments = dict[str, Any]
+"""Keyword arguments of a class of timm or transformers."""
+
+_Further = TypedDict(
+    "_Further",
+    {
+        # transformers: the configuration, and the class where it is not AutoModel's
+        "config": Arguments,
+        "class": str,
+        "call_arguments": Arguments,
+        # of two classes: the probability from which a row is called the second, and this in words
+        "threshold": float,
+        "threshold_of": str,
+    },
+    total=False,
+)
+
+
+class ClassifierSpec(_Further):
+    """The content of classifier.json."""
+
+    library: str
+    """timm or transformers."""
+    architecture: str
+    objective: str
+    labels: list[str]
+    """The columns of the logits, in their order."""
+    width: int
+    """Features that the head reads."""
+    norm: bool
+    """Whether a layer norm without parameters comes before the linear layer."""
+    pool: str | None
+    """The feature that the head reads: tokens, pooler, first, last or mean; None for timm's own."""
+    temperature_in_weights: float
+    """What the trained weights were divided by."""
+    arguments: Arguments
+    """Of the class that is built."""
+    input: dict[str, Any]
+    """How rows are prepared: size, mean and std of images, rate of recordings, length of texts."""
 
 
 class Classifier(nn.Module):
@@ -38,11 +78,11 @@ class Classifier(nn.Module):
         spec: The content of classifier.json.
     """
 
-    def __init__(self, model: nn.Module, spec: dict[str, Any]):
+    def __init__(self, model: nn.Module, spec: ClassifierSpec):
         super().__init__()
         self.model = model
         self.library, self.pool, self.labels = spec["library"], spec["pool"], spec["labels"]
-        self.call_arguments: dict[str, Any] = spec.get("call_arguments", {})
+        self.call_arguments: Arguments = spec.get("call_arguments", {})
         self.norm = nn.LayerNorm(spec["width"]) if spec["norm"] else nn.Identity()
         self.head = nn.Linear(spec["width"], len(self.labels))
 
@@ -94,9 +134,9 @@ class Classifier(nn.Module):
         return attention_mask.bool()
 
 
-def build(spec: dict[str, Any]) -> Classifier:
+def build(spec: ClassifierSpec) -> Classifier:
     """Return the classifier that a classifier.json describes, with random weights."""
-    if spec["library"] == "timm":
+    if "config" not in spec:
         import timm
 
         model = timm.create_model(spec["architecture"], pretrained=False, **spec["arguments"])
@@ -126,7 +166,7 @@ def load(place: str | Path | None = None) -> Classifier:
     if place.is_dir():
         spec = json.loads((place / "classifier.json").read_text(encoding="utf-8"))
         if "class" in spec:
-            return _with_head(place, spec)
+            return _with_head(place, spec["class"], spec)
         own = load_file(place / "model.safetensors")
         tensors = {f"model.{name}": tensor for name, tensor in own.items()}
         tensors |= load_file(place / "head.safetensors")
@@ -143,7 +183,7 @@ def load(place: str | Path | None = None) -> Classifier:
     return model.eval()
 
 
-def _with_head(place: Path, spec: dict[str, Any]) -> Classifier:
+def _with_head(place: Path, class_name: str, spec: ClassifierSpec) -> Classifier:
     """Return the classifier of a folder whose model transformers itself reads by its class.
 
     Raises:
@@ -152,7 +192,7 @@ def _with_head(place: Path, spec: dict[str, Any]) -> Classifier:
     import transformers
     from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
-    kind: Any = getattr(transformers, spec["class"])
+    kind: Any = getattr(transformers, class_name)
     model = Classifier(kind.from_pretrained(place, **spec["arguments"]), spec)
     found: Any = model.load_state_dict(load_file(place / "head.safetensors"), strict=False)
     lacking: list[str] = [name for name in found.missing_keys if not name.startswith("model.")]

@@ -246,7 +246,7 @@ def _making(manifest: Manifest, row: ResultRow | None) -> list[str]:
             else None,
         }
     if manifest.technique is not None:
-        facts["modules in the network"] = manifest.technique.get("name")
+        facts["modules in the network"] = manifest.technique.name
     libraries = ("onetomany", "torch", "timm", "transformers", "peft")
     named = [f"{one} {manifest.versions[one]}" for one in libraries if one in manifest.versions]
     facts["versions"] = ", ".join(named)

@@ -272,7 +272,7 @@ def _check_plain_network(stage: SourceStage) -> None:
     if manifest.technique is not None:
         parent = f", such as its own source ({manifest.parent})" if manifest.parent else ""
         raise ValueError(
-            f"sources.{stage.name}: {text} was fine-tuned with {manifest.technique['name']}, whose "
+            f"sources.{stage.name}: {text} was fine-tuned with {manifest.technique.name}, whose "
             f"modules are part of its network, so it serves `predict` and is no plain "
             f"{manifest.arch.name} to start from: name a bundle of another technique{parent}"
         )

@@ -47,7 +47,7 @@ from pipeline.core.contracts.technique_capabilities import (
 from pipeline.core.metrics.catalog import Predictions, metric
 from pipeline.core.metrics.label_sets import scored
 from pipeline.core.rng import mix
-from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec
+from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec, Spec
 from pipeline.data.manifests import Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import (
@@ -858,7 +858,7 @@ def write(
             metrics=record.validation,
             made_by=record.made_by,
             columns=data.spec.data.columns,
-            technique=trial.drawn_technique.model_dump(mode="json")
+            technique=Spec.from_json(trial.drawn_technique.model_dump(mode="json"))
             if keeps_modules(trial.technique_object)
             else None,
             training={"trial": trial.entry, "seed": trial.seed},

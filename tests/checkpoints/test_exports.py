@@ -27,7 +27,7 @@ from pipeline.checkpoints import bundle, export
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.core.batch import Batch
-from pipeline.core.specs import ModalitySpec
+from pipeline.core.specs import ModalitySpec, Spec
 from pipeline.techniques.peft import Lora, LoraOptions
 
 IMAGE = {"channels": 3, "size": 32}
@@ -169,7 +169,7 @@ def test_the_kind_that_the_report_offers_works(name, tmp_path):
     )
     found = bundle.load(uri)
     kept = str(tmp_path / "kept")
-    bundle.save(kept, found.task(), found.manifest.modality, technique={"name": "side_tuning"})
+    bundle.save(kept, found.task(), found.manifest.modality, technique=Spec("side_tuning"))
     assert export.usual_kind(kept) == "bundle" == export.usual_kind(str(tmp_path / "nowhere"))
 
 

@@ -31,7 +31,7 @@ from pipeline.config import registry
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Task, layer_rates
 from pipeline.core.nn.filter_maps import change_filters
-from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec, Spec
 from pipeline.techniques.bottleneck import Adapter, BottleneckTask
 from pipeline.train import loop, source
 from pipeline.transfer import trial
@@ -133,7 +133,7 @@ def test_its_bundle_predicts_what_it_predicted(kind, tmp_path):
     wake_adapters(task)
     batch = take(rows, range(8))
     expected = scores(task, batch)
-    technique = {"name": "bottleneck", "options": {"width": WIDTH, **options}}
+    technique = Spec("bottleneck", {"width": WIDTH, **options})
     uri = str(tmp_path / "bundle")
     sample = make_sample()
     fitted = sample.fitted(name)
@@ -338,7 +338,7 @@ def test_networks_with_modules_of_a_technique_are_copied_and_no_other_library_s(
     uri, copied = str(tmp_path / "bundle"), str(tmp_path / "copy")
     task = registry.get("technique", name)().wrap(bundle.build_task(arch, head, 0))
     wake_adapters(task)
-    bundle.save(uri, task, spec, technique={"name": name, "options": {}})
+    bundle.save(uri, task, spec, technique=Spec(name))
     export.export_bundle(uri, copied, "bundle", False)
     batch = take(image_rows(4, size=32, channels=3), range(4))
     with torch.no_grad():
