@@ -18,7 +18,7 @@ import warnings
 import zlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from pipeline.report.matrix import LOSES, NOT_SHOWN, WINS, MatrixEntry, fraction_order
 
@@ -47,7 +47,21 @@ _NAMES = dict(
     )
 )
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
-_OPEN: dict[str, Any] = {"color": _SOFT, "marker": "o", "markerfacecolor": _PAPER}
+
+
+class LineStyle(TypedDict, total=False):
+    """Keyword arguments of matplotlib for a line and its marks."""
+
+    color: Required[str]
+    linestyle: str | tuple[float, tuple[float, ...]]
+    linewidth: float
+    marker: str
+    markerfacecolor: str
+
+
+Legend = list[tuple[str, LineStyle]]
+"""Names, each with the style that stands for it."""
+_OPEN: LineStyle = {"color": _SOFT, "marker": "o", "markerfacecolor": _PAPER}
 _WIDTH = 5.4
 """Inches of a figure: 389 units, so that text of 9 pt is 11 px on a phone and 15 px at most."""
 
@@ -268,7 +282,7 @@ def pareto(
     """
     with _plot_settings():
         keys = _unique_pairs((entry.source, entry.technique) for entry in entries)
-        legend: list[tuple[str, dict[str, Any]]] = [
+        legend: Legend = [
             (name, {"color": style["color"], "marker": "o", "linestyle": ""})
             for name, style in _legend_entries(
                 [(s and "source", t) for s, t in keys if s != "none"]
@@ -293,7 +307,7 @@ def pareto(
                 zorder=2,
             )
             for index, entry in enumerate(entries):
-                style: dict[str, Any] = (
+                style: LineStyle = (
                     _OPEN
                     if entry.source == "none"
                     else {"color": colours[_truncate(entry.technique, 32)], "marker": "o"}
@@ -408,7 +422,7 @@ def _by_prediction(
         axis_names: Those of the x and the y axis.
     """
     with _plot_settings():
-        styles: list[dict[str, Any]] = [
+        styles: list[LineStyle] = [
             {"color": _COLOURS[0], "linewidth": 1.8},
             {"color": _SOFT, "linestyle": _DASHES[2], "linewidth": 1.8},
         ]
@@ -467,7 +481,7 @@ def _unique_pairs(found: Any) -> list[tuple[str, str]]:
     return sorted(set(found), key=lambda key: (key[0] == "none", key))
 
 
-def _line_style(key: tuple[str, str], keys: list[tuple[str, str]]) -> dict[str, Any]:
+def _line_style(key: tuple[str, str], keys: list[tuple[str, str]]) -> LineStyle:
     """Return the colour of a technique and the dash pattern of a source.
 
     Scratch is grey. Other techniques without a source are grey too, each with its own dash pattern.
@@ -488,7 +502,7 @@ def _line_style(key: tuple[str, str], keys: list[tuple[str, str]]) -> dict[str, 
     }
 
 
-def _legend_entries(keys: list[tuple[str, str]]) -> list[tuple[str, dict[str, Any]]]:
+def _legend_entries(keys: list[tuple[str, str]]) -> Legend:
     """Return the (name, style) entries of a legend.
 
     They are the techniques and, where there are several sources, the dash pattern of each source.
@@ -520,7 +534,7 @@ def _legend_entries(keys: list[tuple[str, str]]) -> list[tuple[str, dict[str, An
     ]
 
 
-def _legend_columns(legend: list[tuple[str, dict[str, Any]]]) -> int:
+def _legend_columns(legend: Legend) -> int:
     return max(
         1,
         min(
@@ -530,11 +544,11 @@ def _legend_columns(legend: list[tuple[str, dict[str, Any]]]) -> int:
     )
 
 
-def _legend_inches(legend: list[tuple[str, dict[str, Any]]]) -> float:
+def _legend_inches(legend: Legend) -> float:
     return 0.1 + 0.19 * math.ceil(len(legend) / _legend_columns(legend))
 
 
-def _legend(figure: Figure, legend: list[tuple[str, dict[str, Any]]]) -> None:
+def _legend(figure: Figure, legend: Legend) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **style) for _, style in legend]

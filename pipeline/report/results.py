@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.registry import nearest
 from pipeline.io import checksums, csv_rows, storage
+from pipeline.io.json_values import JsonObject, as_object
 
 FILE, INDEX = "results.parquet", "trials.csv"
 """The table, and a list of its trials for people, with the folder and bundle of each."""
@@ -156,7 +157,7 @@ class ResultRow:
         return self.split in (VALIDATION, SOURCE_VALIDATION)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """All settings of the trial, by name."""
         return json.loads(self.hyper_parameters or "{}")
 
@@ -189,7 +190,7 @@ class ResultRow:
         }
         return cls.from_columns({**found, **changed})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the row as a trial's record holds it.
 
         Settings are a JSON object and times are seconds since 1970.
@@ -444,7 +445,7 @@ def technique(row: ResultRow) -> str:
 
     The same technique with other options counts as another technique.
     """
-    options: dict[str, Any] = row.settings.get("technique") or {}
+    options = as_object(row.settings.get("technique"))
     description = ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
     return f"{row.technique} ({description})" if description else row.technique
 

@@ -5,9 +5,10 @@ in words with the techniques that fit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pipeline.io.json_values import JsonObject
 from pipeline.report import blocks
 from pipeline.report.blocks import Block
 
@@ -84,18 +85,19 @@ class Shift:
     counted: str = ""
     """In words, what one observation is, where it is not a row."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Shift:
-        made: dict[str, Any] = {
-            name: Estimate(**found[name]) if found[name] else None
-            for name in ("covariate", "concept")
-        }
-        made["labels"] = {name: Estimate(**one) for name, one in found["labels"].items()}
-        made["drift"] = tuple(Drift(**one) for one in found["drift"])
-        return cls(**{**found, **made})
+        covariate, concept = (
+            Estimate(**found[name]) if found[name] else None for name in ("covariate", "concept")
+        )
+        labels = {name: Estimate(**one) for name, one in found["labels"].items()}
+        drift = tuple(Drift(**one) for one in found["drift"])
+        return replace(
+            cls(**found), covariate=covariate, concept=concept, labels=labels, drift=drift
+        )
 
 
 def sentences(target: str, shift: Shift, techniques: Sequence[str]) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict
 
+from pipeline.io.json_values import JsonObject
 from pipeline.report.shift import Shift
 
 
@@ -48,13 +49,11 @@ class PairScores:
     shifts: tuple[Shift, ...] = ()
     """How the target's rows differ from the source's, and among each other."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> PairScores:
         values = {name: ScoreValue(**value) for name, value in found["scores"].items()}
-        fields: dict[str, Any] = dict(found)
-        fields["scores"] = values
-        fields["shifts"] = tuple(map(Shift.from_json, found.get("shifts", ())))
-        return cls(**fields)
+        shifts = tuple(map(Shift.from_json, found.get("shifts", ())))
+        return replace(cls(**found), scores=values, shifts=shifts)

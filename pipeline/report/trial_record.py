@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 
 from pipeline.config import provenance
 from pipeline.config.provenance import Provenance
+from pipeline.io.json_values import Json, JsonObject
 from pipeline.report.results import ResultRow
 
 VERSION = 1
@@ -69,11 +70,11 @@ class TrialRecord:
         """Whether the trial failed."""
         return self.status == "failed"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the record as a JSON object."""
         stated = {field.name: getattr(self, field.name) for field in fields(self)}
-        rows = [row.to_json() for row in self.rows]
-        curve = [{"step": point.step, **point.metrics} for point in self.curve]
+        rows: list[Json] = [row.to_json() for row in self.rows]
+        curve: list[Json] = [{"step": point.step, **point.metrics} for point in self.curve]
         return {
             "version": VERSION,
             **stated,
