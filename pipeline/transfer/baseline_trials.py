@@ -17,7 +17,7 @@ import torch
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
-from pipeline.core.contracts import Arrays, Baseline, BaselineRows, Batch, LabelKind
+from pipeline.core.contracts import Arrays, Baseline, BaselineRows, Batch, LabelKind, Setting
 from pipeline.core.contracts.objective_capabilities import (
     PredictsFromScores,
     is_calibrated,
@@ -190,7 +190,7 @@ def _joined(parts: list[Any]) -> Any:
 class Chosen:
     """The setting with the best validation value, and its model."""
 
-    setting: dict[str, Any]
+    setting: Setting
     scores: Scores
     metrics: dict[str, float]
     predictions: Predictions
@@ -242,7 +242,7 @@ def choose(
 
 def fit(
     baseline: Baseline,
-    setting: dict[str, Any],
+    setting: Setting,
     seed: int,
     label_kind: LabelKind,
     inputs: Any,

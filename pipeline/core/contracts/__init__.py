@@ -2,7 +2,7 @@
 
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.backbone import Backbone, FeatureMapSpec, Features
-from pipeline.core.contracts.baseline import Baseline, BaselineRows, LabelKind
+from pipeline.core.contracts.baseline import Baseline, BaselineRows, LabelKind, Setting
 from pipeline.core.contracts.modality import Arrays, Modality, View
 from pipeline.core.contracts.objective import Loss, Objective, RawRows
 from pipeline.core.contracts.task import Ensemble, Task
@@ -31,6 +31,7 @@ __all__ = [
     "Objective",
     "Phase",
     "RawRows",
+    "Setting",
     "Task",
     "Technique",
     "View",

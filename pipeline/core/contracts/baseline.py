@@ -44,6 +44,8 @@ LabelKind = Literal["classes", "label_sets", "numbers", "position_classes", "act
 numbers of the positions of a row (words, hours), -1 where there is none, or (n, M, A) actions of
 the steps of a row, standardised numbers or one-hot classes, NaN where there is none.
 """
+Setting = dict[str, float]
+"""One of the settings of a baseline that are tried, by name."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Baseline(Registered, ABC):
     def __init__(self, options: Any):
         self.options = options
 
-    def settings(self) -> tuple[dict[str, Any], ...]:
+    def settings(self) -> tuple[Setting, ...]:
         """Return the hyper-parameters that are tried; the best on the validation rows is kept."""
         return ({},)
 
@@ -96,7 +98,7 @@ class Baseline(Registered, ABC):
         return None
 
     @abstractmethod
-    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+    def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         """Return an estimator that is not fitted.
 
         It has ``fit``, and ``predict_proba`` with ``classes_``, or for numbers and actions

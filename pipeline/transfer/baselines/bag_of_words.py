@@ -11,7 +11,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
+from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 
 
 class BagOfWordsOptions(Options):
@@ -35,7 +35,7 @@ class BagOfWords(Baseline):
     roles = ("text",)
     label_kinds = ("classes", "label_sets", "numbers")
 
-    def settings(self) -> tuple[dict[str, Any], ...]:
+    def settings(self) -> tuple[Setting, ...]:
         return tuple({"C": value} for value in self.options.penalties)
 
     def inputs(self, rows: BaselineRows) -> list[str]:
@@ -54,7 +54,7 @@ class BagOfWords(Baseline):
             token_pattern=r"(?u)\b\w+\b",
         )
 
-    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+    def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         if label_kind == "numbers":
             return Ridge(alpha=1 / (2 * setting["C"]))
         return LogisticRegression(C=setting["C"], max_iter=1000)

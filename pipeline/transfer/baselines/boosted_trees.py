@@ -10,7 +10,7 @@ from pydantic import Field
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
+from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 from pipeline.core.ragged import lengths
 
 SUMMARIES = ("count", "last", "mean", "min", "max")
@@ -39,7 +39,7 @@ class BoostedTrees(Baseline):
     roles = ("features", "times")
     label_kinds = ("classes", "label_sets", "numbers")
 
-    def settings(self) -> tuple[dict[str, Any], ...]:
+    def settings(self) -> tuple[Setting, ...]:
         pairs = product(self.options.depths, self.options.leaf_rows)
         return tuple({"depth": depth, "leaf_rows": rows} for depth, rows in pairs)
 
@@ -59,7 +59,7 @@ class BoostedTrees(Baseline):
     def transformer(self) -> KnownColumns:
         return KnownColumns()
 
-    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+    def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         # scikit-learn has no types, and early_stopping's default would make it a text
         kind: Any = HistGradientBoostingClassifier
         if label_kind == "numbers":

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
+from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 from pipeline.media import spectrogram
 
 WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
@@ -37,7 +37,7 @@ class LogMelStatistics(Baseline):
     roles = ("audio",)
     label_kinds = ("classes", "label_sets", "numbers")
 
-    def settings(self) -> tuple[dict[str, Any], ...]:
+    def settings(self) -> tuple[Setting, ...]:
         return tuple({"C": value} for value in self.options.penalties)
 
     def inputs(self, rows: BaselineRows) -> np.ndarray:
@@ -55,7 +55,7 @@ class LogMelStatistics(Baseline):
     def transformer(self) -> StandardScaler:
         return StandardScaler()
 
-    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+    def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         if label_kind == "numbers":
             return Ridge(alpha=1 / (2 * setting["C"]))
         return LogisticRegression(C=setting["C"], max_iter=1000)

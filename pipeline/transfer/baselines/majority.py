@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.dummy import DummyClassifier, DummyRegressor
 
 from pipeline.config.registry import register
-from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
+from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 
 
 @register("baseline", "majority")
@@ -26,7 +26,7 @@ class Majority(Baseline):
         """Return (n, 1) zeros."""
         return np.zeros((rows.count, 1))
 
-    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+    def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         if label_kind in ("numbers", "actions"):
             return DummyRegressor(strategy="mean")
         return DummyClassifier(strategy="prior")

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
+from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 
 
 class NearestPixelsOptions(Options):
@@ -35,7 +35,7 @@ class NearestPixels(Baseline):
     roles = ("image",)
     label_kinds = ("classes", "label_sets", "numbers")
 
-    def settings(self) -> tuple[dict[str, Any], ...]:
+    def settings(self) -> tuple[Setting, ...]:
         return tuple({"neighbours": value} for value in self.options.neighbours)
 
     def inputs(self, rows: BaselineRows) -> np.ndarray:
@@ -45,7 +45,7 @@ class NearestPixels(Baseline):
         small = F.adaptive_avg_pool2d(images.float() / 255, side)
         return small.flatten(1).numpy()
 
-    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+    def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         kind = _NearestNumbers if label_kind == "numbers" else _Nearest
         return kind(setting["neighbours"])
 

@@ -12,7 +12,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
+from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 
 READ = ("observations", "space", "task")
 """The decoded arrays of a trajectory that are read; frames are not."""
@@ -40,7 +40,7 @@ class NearestSteps(Baseline):
     roles = ("observations",)
     label_kinds = ("actions",)
 
-    def settings(self) -> tuple[dict[str, Any], ...]:
+    def settings(self) -> tuple[Setting, ...]:
         return tuple({"neighbours": value} for value in self.options.neighbours)
 
     def inputs(self, rows: BaselineRows) -> np.ndarray:
@@ -53,8 +53,8 @@ class NearestSteps(Baseline):
         observations = steps["observations"].numpy()[is_step]
         return np.concatenate([group.astype(np.float32), observations], axis=1)
 
-    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
-        return _NearestSteps(setting["neighbours"])
+    def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
+        return _NearestSteps(int(setting["neighbours"]))
 
 
 class _NearestSteps(RegressorMixin, BaseEstimator):

@@ -9,7 +9,7 @@ from pydantic import Field
 from sklearn.linear_model import Ridge as RidgeRegression
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
+from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 
 
 class RidgeOptions(Options):
@@ -32,7 +32,7 @@ class Ridge(Baseline):
     roles = ("features",)
     label_kinds = ("numbers",)
 
-    def settings(self) -> tuple[dict[str, Any], ...]:
+    def settings(self) -> tuple[Setting, ...]:
         return tuple({"alpha": value} for value in self.options.penalties)
 
     def inputs(self, rows: BaselineRows) -> np.ndarray:
@@ -44,5 +44,5 @@ class Ridge(Baseline):
         parts = [np.where(known, numbers, 0.0), ~known, has_text[:, 1:]]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
-    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+    def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         return RidgeRegression(alpha=setting["alpha"])

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 
 from pipeline.config.registry import register
-from pipeline.core.contracts import Baseline, BaselineRows, LabelKind
+from pipeline.core.contracts import Baseline, BaselineRows, LabelKind, Setting
 
 
 @register("baseline", "tag_of_word")
@@ -30,7 +30,7 @@ class TagOfWord(Baseline):
         pairs = zip(texts, rows.positions, strict=True)
         return [str(words[place]) for words, known in pairs for place in np.flatnonzero(known)]
 
-    def estimator(self, setting: dict[str, Any], seed: int, label_kind: LabelKind) -> Any:
+    def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         return _Tags()
 
 
