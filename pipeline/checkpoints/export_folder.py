@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pipeline.checkpoints import bundle, export_check
 from pipeline.io import atomic_folder, storage
@@ -52,7 +51,7 @@ def commit(found: bundle.Bundle, output: str, backbone_only: bool, write: Write)
         storage.exists(output) and not storage.is_dir(output)
     ):
         raise ValueError(f"{output} is there already; give a new folder, or remove it first")
-    metadata: dict[str, Any] = {
+    metadata: dict[str, object] = {
         "kind": "export",
         "bundle": found.uri,
         "sha256_of_bundle": found.manifest.sha256,

@@ -43,7 +43,7 @@ def write(found: Bundle, graph: Graph, folder: Path, file: str, running: str) ->
         name: [of or size for of, size in zip(graph.dimensions[name], one.shape, strict=True)]
         for name, one in first[0].items()
     }
-    described: dict[str, Any] = {
+    described: dict[str, object] = {
         "architecture": manifest.arch.name,
         "objective": manifest.objective.name,
         "inputs": {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -214,7 +213,7 @@ def _subgroups(rows: Sequence[ResultRow]) -> list[str]:
 
 def _making(manifest: Manifest, row: ResultRow | None) -> list[str]:
     """Return how the network was made, and what it cost."""
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "backbone": manifest.arch.name,
         "objective": manifest.objective.name,
         "made": manifest.created,

@@ -199,7 +199,7 @@ def describe(allocation: Allocation, size: BracketSize, seeds: int) -> str:
     )
 
 
-def shortened(train: Train, rung: int) -> dict[str, Any]:
+def shortened(train: Train, rung: int) -> dict[str, float]:
     """Return the hyper-parameters of a trial at a rung: its steps, or its epochs.
 
     Where the target states neither, it has one epoch.

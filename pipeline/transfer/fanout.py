@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import ray
 import torch
@@ -52,12 +52,23 @@ UNIT_TRIALS = 64
 """Heads trained together at most: more units keep more workers busy."""
 
 
+@dataclass
+class _Process:
+    """A process that runs a unit."""
+
+    actor: Any
+    unit: int
+    began: float
+    heard: float
+    """When it last sent a heartbeat."""
+
+
 @ray.remote(num_cpus=0)
 class Pulses:
     """When each process that runs trials last sent a heartbeat, by the clock of this process."""
 
     def __init__(self):
-        self.running: dict[str, dict[str, Any]] = {}
+        self.running: dict[str, _Process] = {}
 
     def begin(self, actor_id: str, actor: Any, unit: int, waits_for_ranks: bool = False) -> None:
         """Note that a process begins a unit.
@@ -67,18 +78,16 @@ class Pulses:
                 before anything else: a growing cluster may take long to place the ranks.
         """
         now = float("inf") if waits_for_ranks else time.monotonic()
-        self.running[actor_id] = {"actor": actor, "unit": unit, "began": now, "heard": now}
+        self.running[actor_id] = _Process(actor, unit, now, now)
 
     def beat(self, actor_id: str, unit: int) -> None:
         entry = self.running.get(actor_id)
-        if entry is not None and entry["unit"] == unit:
-            entry["heard"] = time.monotonic()
-            entry["began"] = min(entry["began"], entry["heard"])
+        if entry is not None and entry.unit == unit:
+            entry.heard = time.monotonic()
+            entry.began = min(entry.began, entry.heard)
 
     def end(self, unit: int) -> None:
-        self.running = {
-            actor: entry for actor, entry in self.running.items() if entry["unit"] != unit
-        }
+        self.running = {actor: entry for actor, entry in self.running.items() if entry.unit != unit}
 
     def overdue(
         self, silence: float | None, limits: dict[int, float]
@@ -94,10 +103,10 @@ class Pulses:
         """
         now, out = time.monotonic(), []
         for actor_id, entry in list(self.running.items()):
-            late = now - entry["began"] > limits.get(entry["unit"], float("inf"))
-            silent = silence is not None and now - entry["heard"] > silence
+            late = now - entry.began > limits.get(entry.unit, float("inf"))
+            silent = silence is not None and now - entry.heard > silence
             if late or silent:
-                out.append((entry["unit"], entry["actor"], "time" if late else "silence"))
+                out.append((entry.unit, entry.actor, "time" if late else "silence"))
                 del self.running[actor_id]
         return out
 
@@ -247,8 +256,20 @@ def units(trials: list[Trial], shared: Shared) -> list[Unit]:
     return single + [unit for unit in groups if unit.together] + split
 
 
+class _UnitConfig(TypedDict):
+    """What Tune gives a trial of its own: the number of a unit, and what each of its trials has."""
+
+    unit: int
+    threads: int
+    workers: int
+    """Ranks of a trial; 0: it runs in the process of the unit."""
+    cpus: float
+    gpus: float
+    """Of each rank."""
+
+
 def _run_unit(
-    config: dict[str, Any],
+    config: _UnitConfig,
     held: list[Any],
     work: list[Unit],
     asha: bool,
@@ -259,7 +280,7 @@ def _run_unit(
 
     Args:
         held: A list with the reference of what all trials share.
-        work: All units; ``config["unit"]`` is the number of this one.
+        work: All units, by number.
         asha: Whether validations are reported to the scheduler.
         board: The `Pulses` that gets heartbeats; None: no watchdog.
     """
@@ -272,7 +293,7 @@ def _run_unit(
     torch.set_num_threads(config["threads"])
     started = time.time()
 
-    def report(step: int, steps: int, metrics: dict[str, Any]) -> None:
+    def report(step: int, steps: int, metrics: dict[str, float]) -> None:
         name = shared.targets[unit.first.target, unit.first.backbone_key].metrics[0]
         sign = 1.0 if metric(name).higher_is_better else -1.0
         tune.report(
@@ -326,7 +347,7 @@ def _records(
     unit: Unit,
     shared: Shared,
     reference: Any,
-    config: dict[str, Any],
+    config: _UnitConfig,
     report: trial.Report,
     pulse: Pulse | None,
 ) -> list[TrialRecord]:

@@ -52,6 +52,8 @@ OPTION = "technique."
 SEARCH = 0x5EA7C4
 """Part of the seed of a search."""
 Fraction = float | int
+HyperParameters = dict[str, Any]
+"""Drawn values by name: fields of ``train``, and options of the technique after `OPTION`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Trial:
     backbone: str
     target: str
     technique: ComponentConfig
-    hyper_parameters: dict[str, Any]
+    hyper_parameters: HyperParameters
     label_fraction: Fraction
     seed: int
     stage: str
@@ -224,7 +226,7 @@ def backbone_groups(stages: dict[str, tuple[Architecture, ModalitySpec]]) -> lis
 
 def draws(
     job: Job, target: Target, technique: ComponentConfig, in_memory: bool = True
-) -> list[dict[str, Any]]:
+) -> list[HyperParameters]:
     """Draw hyper-parameters for the entries of a technique on a target.
 
     A pair [low, high] is drawn log-uniformly, and one value is chosen from a longer list. Ranges
@@ -242,7 +244,7 @@ def draws(
     if not space.values:
         return [{}]
     generator = np.random.default_rng(space.seed)
-    out: list[dict[str, Any]] = [] if space.is_stated else [{}]
+    out: list[HyperParameters] = [] if space.is_stated else [{}]
     while len(out) < job.fanout.trials:
         drawn = {
             name: _drawn(values, space.is_range(name), generator)
@@ -271,9 +273,9 @@ class SearchSpace:
         values = self.values[name]
         return len(values) == 2 if self.is_stated else _is_range(values)
 
-    def setting(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
+    def setting(self, drawn: Mapping[str, Any]) -> HyperParameters:
         """Return drawn values as the hyper-parameters of a trial, rounded."""
-        out: dict[str, Any] = {}
+        out: HyperParameters = {}
         for name, value in drawn.items():
             if self.is_stated:
                 out[name] = round_hyper_parameter(name, value)
@@ -283,14 +285,14 @@ class SearchSpace:
                 out[OPTION + name] = float(f"{value:.6g}") if isinstance(value, float) else value
         return out
 
-    def drawn(self, setting: Mapping[str, Any]) -> dict[str, Any]:
+    def drawn(self, setting: Mapping[str, Any]) -> dict[str, float]:
         """Return the values that hyper-parameters come from, in the range; of choices the place.
 
         What a setting leaves to the job has the job's value. That is left out where it does not lie
         in the range or is none of the choices.
         """
         own = {} if self.is_stated else {**dict(self.options), "lr": 1.0}
-        out: dict[str, Any] = {}
+        out: dict[str, float] = {}
         for name, values in self.values.items():
             ((key, _),) = self.setting({name: values[0]}).items()
             if not self.is_range(name):
@@ -508,7 +510,7 @@ def make_trial(
     job: Job,
     target_name: str,
     entry: tuple[BackboneGroup, str, ComponentConfig, Fraction],
-    hyper: dict[str, Any],
+    hyper: HyperParameters,
     seed: int,
     stage: str,
     source_key: str,

@@ -108,7 +108,11 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else _json(value)
 
 
-def read(uri: str, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+Row = dict[str, Any]
+"""Column to value."""
+
+
+def read(uri: str, columns: tuple[str, ...]) -> list[Row]:
     """Return some columns of a file of `encode`, those that it has.
 
     Of CSV, values other than texts are as JSON writes them.
@@ -132,15 +136,15 @@ def write_subtitles(output: str, parts: list[str]) -> int:
     The rows of a recording are held in memory until its last one is read.
     """
 
-    def name(row: dict[str, Any]) -> str:
+    def name(row: Row) -> str:
         return row.get("recording") or f"row-{int(row['row']):06d}"
 
-    def begin(row: dict[str, Any]) -> float:
+    def begin(row: Row) -> float:
         start = row.get("start")
         seconds = 0.0 if start in (None, "") else float(start)
         return 0.0 if math.isnan(seconds) else seconds
 
-    def words(row: dict[str, Any]) -> list[dict[str, Any]]:
+    def words(row: Row) -> list[Row]:
         found = row["words"] or []
         return json.loads(found) if isinstance(found, str) else found
 
@@ -150,7 +154,7 @@ def write_subtitles(output: str, parts: list[str]) -> int:
         for row in read(part, ("row", "recording"))
     }
     files = transcripts.file_names(ends, ".srt")
-    held: dict[str, list[dict[str, Any]]] = {}
+    held: dict[str, list[Row]] = {}
     for number, part in enumerate(parts):
         for row in read(part, ("row", "recording", "start", "words")):
             held.setdefault(name(row), []).append(row)

@@ -24,11 +24,10 @@ from pipeline.config import extras
 from pipeline.config.schema import ComponentConfig, Job, Target
 from pipeline.core.rng import mix
 from pipeline.transfer import grid
-from pipeline.transfer.grid import SearchSpace, Trial
+from pipeline.transfer.grid import HyperParameters, SearchSpace, Trial
 
 GENERATIONS = 4
 """Parts of a search with Optuna, as equal as they can be. The trials of each run side by side."""
-Setting = dict[str, Any]
 Drawn = tuple[tuple[str, Any], ...]
 """Name to a value of its range, or to the place of a choice."""
 
@@ -54,7 +53,7 @@ def search_trials(
     target: Target,
     technique: ComponentConfig,
     in_memory: bool,
-    make: Callable[[Setting], Trial],
+    make: Callable[[HyperParameters], Trial],
     values: Mapping[str, float | None],
 ) -> list[Trial]:
     """Return the search trials of an entry, as far as they are known.
@@ -94,17 +93,17 @@ def _sizes(trials: int) -> list[int]:
     return [len(part) for part in parts if len(part)]
 
 
-def _without_repeats(found: Sequence[Setting]) -> list[Setting]:
+def _without_repeats(found: Sequence[HyperParameters]) -> list[HyperParameters]:
     return [one for i, one in enumerate(found) if one not in found[:i]]
 
 
 def propose(
     space: SearchSpace,
-    tried: Sequence[Setting],
+    tried: Sequence[HyperParameters],
     values: Sequence[float | None],
     count: int,
     generation: int,
-) -> list[Setting]:
+) -> list[HyperParameters]:
     """Propose the settings of a generation from those that were tried.
 
     Args:

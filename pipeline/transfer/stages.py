@@ -1056,7 +1056,7 @@ def _trial(
     state: JobState,
     name: str,
     entry: tuple[BackboneGroup, str, Any, Any],
-    hyper: dict[str, Any],
+    hyper: grid.HyperParameters,
     seed: int,
     stage: str,
     members: tuple[str, ...] = (),

@@ -27,6 +27,7 @@ from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Job, spec_hash
 from pipeline.core.contracts.tracker import Point, RunDescription, RunStatus, Tracker
 from pipeline.io import atomic_folder, checksums, storage
+from pipeline.io.json_values import JsonObject
 from pipeline.report.matrix import MatrixEntry
 from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
@@ -124,9 +125,9 @@ class Tracking:
         self.state, self.tracker = state, tracker
         self.root, self.began = state.job.root, time.time()
         self.is_given_up = False
-        self._logged: dict[str, dict[str, Any]] = {}
+        self._logged: dict[str, dict[str, str]] = {}
         """Key of a run to its id in the tracker, and to what of it has been logged."""
-        self._places: dict[str, Any] = {}
+        self._places: dict[str, dict[str, dict[str, str]]] = {}
         """Place (see `_identity`) to the runs that are logged there."""
         self._parent = ""
         self._taken = 0
@@ -460,7 +461,7 @@ def _measured(row: ResultRow) -> dict[str, float | None]:
     return _interval(f"{row.split}/{row.metric}", row.value, row.value_low, row.value_high)
 
 
-def _stated(job: Job) -> dict[str, Any]:
+def _stated(job: Job) -> JsonObject:
     """Return what a job states itself, without its defaults."""
     return job.model_dump(mode="json", exclude_defaults=True)
 

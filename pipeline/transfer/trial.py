@@ -454,7 +454,7 @@ def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
     )
 
 
-Report = Callable[[int, int, dict[str, Any]], None]
+Report = Callable[[int, int, dict[str, float]], None]
 """Called with the step, the total number of steps, and the validation metrics."""
 
 

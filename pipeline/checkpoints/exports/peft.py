@@ -23,6 +23,7 @@ from pipeline.checkpoints import (
     hf_auto,
 )
 from pipeline.config.registry import register
+from pipeline.io.json_values import JsonObject
 
 ADAPTED = ("Linear", "Conv1d", "Conv2d", "Conv1D")
 """Classes of modules that peft's LoRA takes."""
@@ -106,7 +107,7 @@ def _factors(
 
 def _adapter(
     found: bundle.Bundle, model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], JsonObject]:
     """Return the tensors and the configuration of peft's adapter.
 
     Raises:
@@ -146,7 +147,7 @@ def _adapter(
         fan_in_fan_out=transposed,
         inference_mode=True,
     )
-    described: dict[str, Any] = config.to_dict()
+    described: JsonObject = config.to_dict()
     # peft turns the names into a set, which JSON does not have
     return tensors, {**described, "target_modules": sorted(ranks), "peft_type": "LORA"}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
 
 from pipeline.checkpoints import bundle, classifier_export, export_check, export_folder
 from pipeline.config.registry import register
@@ -63,7 +63,7 @@ def export(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
     return f"{output}: {len(tensors)} tensors{also}; {compared.text()}"
 
 
-def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a task, with its norm as ones and zeros, and further text files."""
     task, modality = found.task(), found.modality()
     tensors = dict(found.tensors)
@@ -92,7 +92,7 @@ def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Any], dict[st
     return tensors, {f"{stem}_model.json": json.dumps(description, indent=2, ensure_ascii=False)}
 
 
-def _write_tensors(place: Path, tensors: dict[str, Any]) -> None:
+def _write_tensors(place: Path, tensors: dict[str, Tensor]) -> None:
     if place.suffix == ".safetensors":
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
