@@ -22,11 +22,12 @@ from torch import Tensor
 from pipeline.checkpoints import bundle, classifier_export, export_check, hf_speech, hf_text
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
+from pipeline.config.hf_config import HfConfig
 from pipeline.core.contracts.objective_capabilities import transformers_head
 from pipeline.core.nn import auto_model
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import storage
-from pipeline.io.json_values import Json, as_object
+from pipeline.io.json_values import JsonObject, as_object
 
 TOWERS = {"image": "vision_config", "text": "text_config", "audio": "audio_config"}
 """Modality to the part of a configuration that describes the network of its rows."""
@@ -45,7 +46,7 @@ LEVELS = 255
 # ---------------------------------------------------------------- reading
 
 
-def tower(config: dict[str, Any], wanted: str | None) -> dict[str, Any]:
+def tower(config: HfConfig, wanted: str | None) -> HfConfig:
     """Return the configuration of the network that is the backbone, with its model_type.
 
     Of a model of several networks (CLIP, Gemma 3) that is the one of the wanted modality; without
@@ -75,7 +76,7 @@ def tower(config: dict[str, Any], wanted: str | None) -> dict[str, Any]:
     return {**parts[modality], "model_type": own}
 
 
-def modality_name(config: dict[str, Any], wanted: str | None = None) -> str | None:
+def modality_name(config: HfConfig, wanted: str | None = None) -> str | None:
     """Return the modality of the rows that a folder's model reads; None for an unknown model."""
     from transformers import CONFIG_MAPPING
 
@@ -87,7 +88,7 @@ def modality_name(config: dict[str, Any], wanted: str | None = None) -> str | No
     return INPUTS.get(reads, "audio")
 
 
-def read(folder: str, config: dict[str, Any], wanted: str | None = None) -> hf_text.Checkpoint:
+def read(folder: str, config: HfConfig, wanted: str | None = None) -> hf_text.Checkpoint:
     """Return the checkpoint in a folder.
 
     Args:
@@ -169,7 +170,7 @@ EQUAL = 1e-4
 
 
 def _head(
-    config: dict[str, Any],
+    config: HfConfig,
     made: Any,
     tensors: dict[str, Tensor],
     arch: Architecture,
@@ -302,7 +303,7 @@ def _own_part(kind: Any, config: Any, tensors: dict[str, Tensor]) -> dict[str, T
 # ---------------------------------------------------------------- how rows are read
 
 
-def _modality(folder: str, name: str, config: Any) -> tuple[ModalitySpec, dict[str, Any]]:
+def _modality(folder: str, name: str, config: Any) -> tuple[ModalitySpec, JsonObject]:
     """Return how the rows are read, and further options of the backbone.
 
     Raises:
@@ -320,11 +321,10 @@ def _modality(folder: str, name: str, config: Any) -> tuple[ModalitySpec, dict[s
         raise BundleError(f"hf:{error}") from None
 
 
-def _processor(folder: str, part: str) -> dict[str, Json]:
+def _processor(folder: str, part: str) -> HfConfig:
     """Return the content of preprocessor_config.json, or the part of processor_config.json."""
-    found: dict[str, Any] = dict(hf_speech.read_object(folder, hf_speech.PREPROCESSOR))
-    whole = as_object(hf_speech.read_object(folder, hf_speech.PROCESSOR).get(part))
-    return found or dict(whole)
+    found = hf_speech.read_object(folder, hf_speech.PREPROCESSOR)
+    return found or as_object(hf_speech.read_object(folder, hf_speech.PROCESSOR).get(part))
 
 
 def _image(folder: str, config: Any) -> ModalitySpec:
@@ -333,7 +333,7 @@ def _image(folder: str, config: Any) -> ModalitySpec:
     Raises:
         ValueError: It is missing, or reads images that are not square.
     """
-    found: dict[str, Any] = _processor(folder, "image_processor")
+    found = _processor(folder, "image_processor")
     if not found:
         raise ValueError(
             f"{folder}: {hf_speech.PREPROCESSOR} is missing, which says size, mean and standard "
@@ -343,7 +343,7 @@ def _image(folder: str, config: Any) -> ModalitySpec:
     channels = getattr(config, "num_channels", 3)
     cropped, given = found.get("do_center_crop") and found.get("crop_size"), found.get("size")
     height, width, shortest = _sides(given)
-    options: dict[str, Any] = {"fit": "squash"}
+    options: JsonObject = {"fit": "squash"}
     if cropped:
         side, other, _ = _sides(found["crop_size"])
         resized = shortest or height
@@ -418,7 +418,7 @@ def _sides(size: Any) -> tuple[int | None, int | None, int | None]:
     return height, width, shortest
 
 
-def _audio(folder: str, config: Any) -> tuple[ModalitySpec, dict[str, Any]]:
+def _audio(folder: str, config: Any) -> tuple[ModalitySpec, JsonObject]:
     """Return the audio modality of a folder's feature extractor, and the backbone's ``processor``.
 
     Raises:
@@ -438,7 +438,7 @@ def _audio(folder: str, config: Any) -> tuple[ModalitySpec, dict[str, Any]]:
     keys = auto_model.extractor_keys(kind)
     plain = {key: value for key, value in found.items() if key in keys}
     extractor = kind(**plain)
-    options: dict[str, Any] = {"rate": extractor.sampling_rate, "features": "wave"}
+    options: JsonObject = {"rate": extractor.sampling_rate, "features": "wave"}
     options["normalize"] = False
     if isinstance(getattr(extractor, "chunk_length", None), int):
         options["max_seconds"] = float(extractor.chunk_length)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.hf_config import HfConfig
 from pipeline.core.contracts import Modality
 from pipeline.core.contracts.objective_capabilities import (
     TransformersHead,
@@ -73,7 +74,7 @@ def modality(folder: str) -> ModalitySpec:
 
 def heads(
     folder: str,
-    config: dict[str, Any],
+    config: HfConfig,
     tensors: dict[str, Tensor],
     declared: Mapping[str, TransformersHead],
 ) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...] | None, dict[str, str]]:
@@ -107,7 +108,7 @@ def heads(
     return found, labels, headless
 
 
-def _labels(folder: str, config: dict[str, Any], count: int) -> dict[str, int] | str:
+def _labels(folder: str, config: HfConfig, count: int) -> dict[str, int] | str:
     """Return our labels, the blank first, with their rows in the CTC head, or why there are none.
 
     Special tokens other than the blank are left out, because no transcript holds them.
@@ -172,10 +173,10 @@ class Folder:
     kind: str
     config: Any
     tensors: dict[str, Tensor]
-    files: dict[str, Any] = field(default_factory=dict[str, Any])
+    files: dict[str, JsonObject] = field(default_factory=dict[str, JsonObject])
 
 
-def extractor_config(config: Any, reader: Modality) -> dict[str, Any]:
+def extractor_config(config: Any, reader: Modality) -> JsonObject:
     """Return the content of preprocessor_config.json for a model that reads samples."""
     options: Any = reader.options
     normalize = options.normalize
@@ -200,7 +201,7 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
     """
     config = copy.deepcopy(backbone.model.config)
     tensors = {name: tensor.detach() for name, tensor in backbone.model.state_dict().items()}
-    files: dict[str, Any] = {PREPROCESSOR: extractor_config(config, reader)}
+    files: dict[str, JsonObject] = {PREPROCESSOR: extractor_config(config, reader)}
     if objective is None:
         return Folder("Wav2Vec2Model", config, tensors, files)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}

@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.checkpoints import bundle, classifier_export, hf_speech
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import hf_config, registry
+from pipeline.config.hf_config import HfConfig
 from pipeline.core.contracts import Task
 from pipeline.core.contracts.objective_capabilities import (
     TransformersHead,
@@ -108,7 +109,7 @@ class Checkpoint:
 # ---------------------------------------------------------------- reading
 
 
-def read(folder: str, config: dict[str, Any]) -> Checkpoint:
+def read(folder: str, config: HfConfig) -> Checkpoint:
     """Return the checkpoint in a folder.
 
     Args:
@@ -161,7 +162,7 @@ def read(folder: str, config: dict[str, Any]) -> Checkpoint:
 
 
 def _speech(
-    folder: str, config: dict[str, Any], built: dict[str, Any], tensors: dict[str, Tensor]
+    folder: str, config: HfConfig, built: dict[str, Any], tensors: dict[str, Tensor]
 ) -> Checkpoint:
     """Return a wav2vec 2.0 checkpoint.
 
@@ -183,7 +184,7 @@ def _speech(
     return Checkpoint(arch, modality, named, drop, heads, labels, headless)
 
 
-def _family(folder: str, config: dict[str, Any]) -> str:
+def _family(folder: str, config: HfConfig) -> str:
     """Return the family of a configuration. Raise BundleError for one that cannot be read."""
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -282,7 +283,7 @@ def _embedding(family: str) -> str:
     return "wte.weight" if family == "gpt2" else "embeddings.word_embeddings.weight"
 
 
-def _positions(family: str, config: dict[str, Any]) -> int:
+def _positions(family: str, config: HfConfig) -> int:
     """Return the longest row.
 
     RoBERTa counts positions from after its padding's number (fairseq).
@@ -292,7 +293,7 @@ def _positions(family: str, config: dict[str, Any]) -> int:
 
 
 def _heads(
-    family: str, config: dict[str, Any], tensors: dict[str, Tensor]
+    family: str, config: HfConfig, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...] | None, dict[str, str]]:
     """Return the heads of a checkpoint.
 

@@ -250,7 +250,7 @@ def _is_mapping(value: object) -> TypeGuard[dict[str, object]]:
     return isinstance(value, dict)
 
 
-def _are_tensors(found: dict[str, Any]) -> TypeGuard[dict[str, Tensor]]:
+def _are_tensors(found: dict[str, object]) -> TypeGuard[dict[str, Tensor]]:
     return all(isinstance(value, Tensor) for value in found.values())
 
 
@@ -712,7 +712,7 @@ def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[Architecture, M
     return replace(arch, options=options), modality
 
 
-def _crop_options(config: Any) -> dict[str, Any]:
+def _crop_options(config: Any) -> dict[str, str | float]:
     """Return options of the image modality for timm's crop and interpolation."""
     fit = {"center": "crop", "squash": "squash", "border": "pad"}.get(config.crop_mode, "crop")
     share = {"crop_share": float(config.crop_pct)} if fit == "crop" and config.crop_pct else {}

@@ -16,6 +16,11 @@ from typing import Any, cast
 
 from pipeline.io.json_values import Json
 
+HfConfig = dict[str, Any]
+"""The content of a JSON file of transformers (config.json, preprocessor_config.json). Each family
+of models has keys of its own.
+"""
+
 _SPECIAL = (
     "pad_token_id bos_token_id eos_token_id tie_word_embeddings initializer_range use_cache "
     "is_decoder add_cross_attention"

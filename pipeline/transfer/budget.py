@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from statistics import fmean
-from typing import Any
 
 from pipeline.config.schema import ComponentConfig, Train, round_hyper_parameter
 from pipeline.report.results import CUT_BY_BUDGET
