@@ -36,7 +36,7 @@ from pipeline.report.trial_record import TrialRecord
 from pipeline.train import evaluate
 from pipeline.transfer import trial as trials
 from pipeline.transfer.grid import Trial, label_subset
-from pipeline.transfer.trial import Shared
+from pipeline.transfer.trial import Shared, TrialSummary
 
 BLOCK_ROWS = 512
 FLOOR = 1e-6
@@ -96,15 +96,14 @@ def run(trial: Trial, shared: Shared) -> TrialRecord:
     notes = [f"{trial.technique}: no network, fitted on {len(train.ids)} rows"]
     if test.bad:
         notes.append(f"{len(test.bad)} test rows could not be read")
-    metadata = {
-        "settings": chosen.setting,
-        "seconds": time.time() - began,
-        "device": "cpu",
-        "transfer": "; ".join(notes),
-        "n_train": len(train.ids),
-        "fitted": trials.calibration_of(objective),
-    }
-    record = trials.make_record(trial, shared, None, began, metadata, chosen.metrics, predictions)
+    summary = TrialSummary(
+        seconds=time.time() - began,
+        device="cpu",
+        n_train=len(train.ids),
+        settings={**chosen.setting, **trials.calibration_of(objective)},
+        transfer="; ".join(notes),
+    )
+    record = trials.make_record(trial, shared, None, began, summary, chosen.metrics, predictions)
     file_identity.check_unchanged(data.reads)
     return trials.write(trial, shared, record, predictions, None, frames)
 

@@ -54,7 +54,7 @@ from pipeline.transfer import solved_heads
 from pipeline.transfer import trial as trials
 from pipeline.transfer.grid import Trial
 from pipeline.transfer.pruning import STACKS
-from pipeline.transfer.trial import Shared, TargetData
+from pipeline.transfer.trial import Shared, TargetData, TrialSummary
 
 FEATURES_FORMAT = 1
 FEATURES_CODE = ("pipeline.train.online_probe",)
@@ -491,13 +491,6 @@ def _run_stack(
     tested = _predicted(stack, cached.splits["test"], train) if "test" in cached.splits else None
     held = _predicted(stack, validation, train) if tested and is_calibrated(heads[0]) else None
     seconds = (outcome.seconds_before + time.time() - began) / len(members) + cached.seconds
-    common = {
-        "seconds": seconds,
-        "device": device_name(cached.device),
-        "transfer": "; ".join([cached.transfer, *history.damaged]),
-        "resumed_from": outcome.resumed_from,
-        "begun_by": history.others,
-    }
     records = []
     for k, (member, head) in enumerate(zip(members, heads, strict=True)):
         if float(stack.bad[k]):
@@ -512,20 +505,24 @@ def _run_stack(
             ids = cached.data.test.selection.ids(np.arange(len(cached.data.test)))
             test = {"row": ids, **test}
         stopped_at = keeper.stopped_at(k, first.steps)
-        metadata = {
-            **common,
-            "steps": stopped_at or outcome.steps,
-            **({"stopped_at": stopped_at} if stopped_at else {}),
-            "params_trained": sum(parameter[k].numel() for parameter in stack.stacked),
-            "layers_trained": "head",
-            "start_weights": start_hashes[k],
-            "n_train": len(member.rows),
-            "curve": keeper.curves[k],
-            "kept_step": keeper.best[k].step,
-            "fitted": trials.calibration_of(head),
-        }
+        summary = TrialSummary(
+            steps=stopped_at or outcome.steps,
+            stopped_at=stopped_at,
+            seconds=seconds,
+            device=device_name(cached.device),
+            n_train=len(member.rows),
+            params_trained=sum(parameter[k].numel() for parameter in stack.stacked),
+            layers_trained="head",
+            start_weights=start_hashes[k],
+            settings=trials.calibration_of(head),
+            curve=keeper.curves[k],
+            kept_step=keeper.best[k].step,
+            resumed_from=outcome.resumed_from,
+            transfer="; ".join([cached.transfer, *history.damaged]),
+            begun_by=history.others,
+        )
         record = trials.make_record(
-            member.trial, shared, member.train, began, metadata, keeper.best[k].metrics, test
+            member.trial, shared, member.train, began, summary, keeper.best[k].metrics, test
         )
         is_kept = shared.keep_bundles and test is not None
         task = Task(cached.backbone, head) if is_kept else None
@@ -576,21 +573,20 @@ def _solve(
     if chosen.share is not None:
         settings["share"] = chosen.share
     settings |= dict.fromkeys(("lr", "global_batch", "weight_decay", "optimizer"))
-    metadata = {
-        "steps": iterations,
-        "seconds": time.time() - began + cached.seconds,
-        "device": device_name(cached.device),
-        "transfer": cached.transfer,
-        "resumed_from": 0,
-        "params_trained": sum(parameter.numel() for parameter in head.parameters()),
-        "layers_trained": "head",
-        "start_weights": start_hash,
-        "n_train": len(member.rows),
-        "curve": [{"step": iterations, **chosen.metrics}],
-        "kept_step": iterations,
-        "fitted": {**settings, **trials.calibration_of(head)},
-    }
-    record = trials.make_record(trial, shared, train, began, metadata, chosen.metrics, test)
+    summary = TrialSummary(
+        steps=iterations,
+        seconds=time.time() - began + cached.seconds,
+        device=device_name(cached.device),
+        n_train=len(member.rows),
+        params_trained=sum(parameter.numel() for parameter in head.parameters()),
+        layers_trained="head",
+        start_weights=start_hash,
+        settings={**settings, **trials.calibration_of(head)},
+        curve=[{"step": iterations, **chosen.metrics}],
+        kept_step=iterations,
+        transfer=cached.transfer,
+    )
+    record = trials.make_record(trial, shared, train, began, summary, chosen.metrics, test)
     is_kept = shared.keep_bundles and test is not None
     task = Task(cached.backbone, head) if is_kept else None
     return trials.write(trial, shared, record, test, task)

@@ -706,7 +706,7 @@ def _tune(
     before: int = 0,
 ) -> None:
     keep_keys_out_of_runtime_environments()
-    shared = replace(shared, metadata={**shared.metadata, "run": uuid.uuid4().hex})
+    shared = replace(shared, run=uuid.uuid4().hex)
     on = launch.cluster(wait)
     cpus, gpus = per_trial(spec, on.nodes)
     if on.grows:
@@ -785,7 +785,7 @@ def _tune_name(work: list[Unit], number: int) -> str:
 def record_of_this_run(shared: Shared, one: Trial) -> TrialRecord | None:
     """The record of a trial that this very run has written; an older one may still be there."""
     record = trial.read_record(shared.root, one.id)
-    return record if record is not None and record.run == shared.metadata.get("run") else None
+    return record if record is not None and record.run == shared.run else None
 
 
 def _record_lost_trials(
@@ -816,5 +816,5 @@ def _record_lost_trials(
                 "stopped early by asha",
                 "pruned",
                 last.get("validation"),
-                {"steps": last.get("step"), "seconds": last.get("seconds")},
+                trial.TrialSummary(steps=last.get("step"), seconds=last.get("seconds")),
             )

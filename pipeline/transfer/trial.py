@@ -10,7 +10,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -168,7 +168,12 @@ class Shared:
     targets: dict[tuple[str, str], TargetData]
     keep_bundles: bool
     source_keys: dict[str, str] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    spec_hash: str | None = None
+    """Of the job."""
+    git_sha: str | None = None
+    """The commit of this code, where it is in a Git checkout."""
+    run: str | None = None
+    """The run of the program that the trials belong to."""
     heads: dict[str, tuple[ObjectiveSpec, dict[str, np.ndarray]]] = field(default_factory=dict)
     """Source to its objective and the tensors of its head, for objectives that reuse them."""
     fences: tuple[write_fence.Fence, ...] = ()
@@ -186,6 +191,36 @@ class Shared:
     """Source to the files of these rows. They too are as they were when a record is written."""
     source_validation: dict[str, Selection] = field(default_factory=dict)
     """Source to its validation rows, with the same columns."""
+
+
+@dataclass(frozen=True)
+class TrialSummary:
+    """What a trial reports of its training. Baselines and trials that failed report less of it."""
+
+    steps: int | None = None
+    stopped_at: int | None = None
+    """The step after which ``train.patience`` ended it; None: it did not."""
+    seconds: float | None = None
+    device: str | None = None
+    n_train: int | None = None
+    """Training rows whose labels were used."""
+    params_trained: int | None = None
+    layers_trained: str | None = None
+    padding_share: float | None = None
+    """Of batches that are cut by cost."""
+    start_weights: str | None = None
+    """Hash of the weights that it started with."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that were chosen or fitted on validation rows."""
+    curve: Sequence[Mapping[str, Any]] = ()
+    """Step and metrics of each validation."""
+    kept_step: int | None = None
+    skipped_steps: int = 0
+    resumed_from: int = 0
+    transfer: str = ""
+    """Which tensors were copied from the source, and other notes."""
+    begun_by: Sequence[Mapping[str, Any]] = ()
+    """Other code and versions that trained earlier parts of it."""
 
 
 def is_without_labels(trial: Trial) -> bool:
@@ -527,19 +562,27 @@ def run(
         task, test, frames = predict_test(task, technique, data, train, ranks, may_calibrate)
     unread = {row: why for (split, row), why in finished.bad_rows.items() if split == "train"}
     moved = "; ".join([moved, *_rows_left_out(data, test, rows, unread), *finished.damaged])
-    metadata = {
-        **finished.metadata,
-        "seconds": finished.outcome.seconds_before + time.time() - began,
-        "device": device_name(ranks.device),
-        "start_weights": start_hash,
-        "transfer": moved,
-        "n_train": 0
-        if is_without_labels(trial) or not trains(technique)
-        else len(rows) - len(unread),
-        "begun_by": history.others,
-        "fitted": {**finished.metadata.get("chosen", {}), **calibration_of(task.objective)},
-    }
-    record = make_record(trial, shared, train, began, metadata, finished.metrics, test)
+    uses_labels = trains(technique) and not is_without_labels(trial)
+    ran = finished.metadata
+    summary = TrialSummary(
+        steps=ran["steps"],
+        stopped_at=ran.get("stopped_at"),
+        seconds=finished.outcome.seconds_before + time.time() - began,
+        device=device_name(ranks.device),
+        n_train=len(rows) - len(unread) if uses_labels else 0,
+        params_trained=ran["params_trained"],
+        layers_trained=ran["layers_trained"],
+        padding_share=ran.get("padding_share"),
+        start_weights=start_hash,
+        settings={**ran.get("chosen", {}), **calibration_of(task.objective)},
+        curve=ran["curve"],
+        kept_step=ran["kept_step"],
+        skipped_steps=ran["skipped_steps"],
+        resumed_from=ran["resumed_from"],
+        transfer=moved,
+        begun_by=history.others,
+    )
+    record = make_record(trial, shared, train, began, summary, finished.metrics, test)
     if ranks.first:
         source_streams = {"source", LABELLED_SOURCE} & {*technique.streams()}
         further = shared.source_reads if source_streams else {}
@@ -637,7 +680,7 @@ def make_record(
     shared: Shared,
     train: Train | None,
     began: float,
-    metadata: dict[str, Any],
+    summary: TrialSummary,
     validation: dict[str, float],
     test: Predictions | None,
     status: str = "done",
@@ -652,9 +695,9 @@ def make_record(
     parent = shared.parents.get(trial.source)
     ran = {
         **trial.hyper_parameters,
-        **(_training_settings(train, data, metadata) if train else metadata.get("settings", {})),
-        **metadata.get("fitted", {}),
-        **({"stopped_at": metadata["stopped_at"]} if metadata.get("stopped_at") else {}),
+        **(_training_settings(train, data, summary) if train else {}),
+        **summary.settings,
+        **({"stopped_at": summary.stopped_at} if summary.stopped_at else {}),
         **({"technique": trial.technique.options} if trial.technique.options else {}),
     }
     groups = groups_of(data, test)
@@ -672,15 +715,15 @@ def make_record(
         trial_stage=trial.stage,
         status=status,
         error=error,
-        n_train=metadata.get("n_train"),
-        params_trained=metadata.get("params_trained"),
-        layers_trained=metadata.get("layers_trained"),
-        steps=metadata.get("steps"),
-        seconds=metadata.get("seconds"),
-        device=metadata.get("device"),
+        n_train=summary.n_train,
+        params_trained=summary.params_trained,
+        layers_trained=summary.layers_trained,
+        steps=summary.steps,
+        seconds=summary.seconds,
+        device=summary.device,
         parent_uri=None if parent is None else storage.without_secrets(parent),
-        spec_hash=shared.metadata.get("spec_hash"),
-        git_sha=shared.metadata.get("git_sha"),
+        spec_hash=shared.spec_hash,
+        git_sha=shared.git_sha,
         started_at=datetime.fromtimestamp(began, UTC),
         modality=data.spec.data.modality.name,
         fold=data.spec.fold,
@@ -721,28 +764,28 @@ def make_record(
         error,
         tuple(rows or [common]),
         validation,
-        curve_of(metadata.get("curve", ())),
-        metadata.get("transfer", ""),
-        metadata.get("kept_step"),
-        metadata.get("skipped_steps", 0),
-        metadata.get("resumed_from", 0),
+        curve_of(summary.curve),
+        summary.transfer,
+        summary.kept_step,
+        summary.skipped_steps,
+        summary.resumed_from,
         shared.parent_weights.get(trial.source),
-        shared.metadata.get("run"),
+        shared.run,
         **made.metadata(),
-        begun_by=tuple(metadata.get("begun_by", ())),
+        begun_by=tuple(summary.begun_by),
     )
 
 
-def _training_settings(train: Train, data: TargetData, metadata: dict[str, Any]) -> dict[str, Any]:
+def _training_settings(train: Train, data: TargetData, summary: TrialSummary) -> dict[str, Any]:
     """Return the settings of the training loop that a record lists."""
     return {
         **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")},
-        "steps": metadata.get("steps"),
+        "steps": summary.steps,
         **(
             {
                 "batch_cost": train.batch_cost,
                 "global_batch": None,
-                "padding_share": metadata.get("padding_share"),
+                "padding_share": summary.padding_share,
             }
             if train.batch_cost
             else {}
@@ -752,7 +795,7 @@ def _training_settings(train: Train, data: TargetData, metadata: dict[str, Any])
             if "normalization" in data.objective.state
             else {}
         ),
-        "start_weights": metadata.get("start_weights"),
+        "start_weights": summary.start_weights,
     }
 
 
@@ -802,7 +845,7 @@ def failed_record(
     error: str,
     status: str = "failed",
     validation: dict[str, float] | None = None,
-    metadata: dict[str, Any] | None = None,
+    summary: TrialSummary | None = None,
 ) -> TrialRecord:
     """Write the record of a trial that failed, so that the results table has its row."""
     data = shared.targets[trial.target, trial.backbone_key]
@@ -813,7 +856,7 @@ def failed_record(
         shared,
         None if trial.is_baseline else train,
         time.time(),
-        metadata or {},
+        summary or TrialSummary(),
         validation or {},
         None,
         status,

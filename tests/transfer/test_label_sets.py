@@ -249,7 +249,9 @@ def test_of_trials_without_labels_the_best_on_the_sources_rows_is_chosen(tmp_pat
     ]
     names = trial.data_of(tried[0], shared).metrics
     records = [
-        trial.make_record(one, shared, None, 0.0, {}, dict.fromkeys(names, value), None)
+        trial.make_record(
+            one, shared, None, 0.0, trial.TrialSummary(), dict.fromkeys(names, value), None
+        )
         for one, value in zip(tried, (0.4, 0.6), strict=True)
     ]
     assert {row.split for record in records for row in record.rows} == {"source_validation"}
