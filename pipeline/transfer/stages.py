@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from pipeline.core.metrics.catalog import metric
 from pipeline.core.specs import ObjectiveSpec
 from pipeline.data.manifests import Selection
 from pipeline.io import checksums, file_identity, storage, write_fence
+from pipeline.io.json_values import JsonObject
 from pipeline.report import code_versions as origins
 from pipeline.report import folds, matrix, report, results, stats, subgroups
 from pipeline.report.code_versions import TrialProvenance
@@ -597,6 +598,24 @@ def _backbone_groups(state: JobState) -> list[BackboneGroup]:
 # ------------------------------------------------- what a run leaves for `report` beside its trials
 
 
+class _StoredMetadata(TypedDict, total=False):
+    """What a run leaves for later commands and for the report; the fields are those of `JobState`.
+
+    A run of an older version may lack some.
+    """
+
+    key: str
+    notes: list[str]
+    broken: dict[str, str]
+    scores: dict[str, SelectionScore]
+    source_scores: dict[str, JsonObject]
+    left_out: dict[str, int]
+    streamed: list[str]
+    failed_in_budget: list[str]
+    chosen: dict[str, list[str]]
+    """Target to the sources that were fanned out."""
+
+
 def _metadata_uri(state: JobState) -> str:
     """Return where the metadata of a run lie. Each part of a job (``only``) has a file of its own,
     so that those of the whole job stay.
@@ -606,7 +625,7 @@ def _metadata_uri(state: JobState) -> str:
 
 
 def _save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
-    metadata = {
+    metadata: _StoredMetadata = {
         "key": state.key,
         "notes": state.notes,
         "broken": state.broken,
@@ -615,20 +634,18 @@ def _save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
         "left_out": state.left_out,
         "streamed": state.streamed or [],
         "failed_in_budget": state.failed_in_budget,
+        "chosen": {name: sorted(found) for name, found in chosen.items()},
     }
-    checksums.write_document(
-        _metadata_uri(state),
-        {**metadata, "chosen": {name: sorted(found) for name, found in chosen.items()}},
-    )
+    checksums.write_document(_metadata_uri(state), metadata)
 
 
-def _read_metadata(state: JobState) -> dict[str, Any]:
+def _read_metadata(state: JobState) -> _StoredMetadata:
     """Return the metadata that the newest run of the same sources and targets wrote, or {}."""
     remedy = (
         "what it told the report (notes, scores, targets that were left out) is missing until the "
         "job runs again"
     )
-    found = checksums.document_or_none(_metadata_uri(state), remedy) or {}
+    found: Any = checksums.document_or_none(_metadata_uri(state), remedy) or {}
     return found if found.get("key") == state.key else {}
 
 
@@ -1507,10 +1524,10 @@ def current(state: JobState) -> list[ResultRow]:
     if not state.targets or not all(stage.has_bundle for stage in state.sources.values()):
         return []
     metadata = _read_metadata(state)
-    state.notes, state.broken, state.scores, state.left_out = (
-        metadata.get("notes", []),
-        *(metadata.get(name, {}) for name in ("broken", "scores", "left_out")),
-    )
+    state.notes = metadata.get("notes", [])
+    state.broken = metadata.get("broken", {})
+    state.scores = metadata.get("scores", {})
+    state.left_out = metadata.get("left_out", {})
     state.source_scores = {
         pair: PairScores.from_json(found)
         for pair, found in metadata.get("source_scores", {}).items()
