@@ -266,7 +266,7 @@ def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
     return Folder(kind, config, tensors, files)
 
 
-def _vocabulary(objective: Any) -> dict[str, int]:
+def _vocabulary(objective: Any) -> JsonObject:
     """Return token to row of a CTC head.
 
     Raises:

@@ -18,7 +18,7 @@ import warnings
 import zlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Required, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from pipeline.report.matrix import LOSES, NOT_SHOWN, WINS, MatrixEntry, fraction_order
 
@@ -47,21 +47,11 @@ _NAMES = dict(
     )
 )
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
-
-
-class LineStyle(TypedDict, total=False):
-    """Keyword arguments of matplotlib for a line and its marks."""
-
-    color: Required[str]
-    linestyle: str | tuple[float, tuple[float, ...]]
-    linewidth: float
-    marker: str
-    markerfacecolor: str
-
-
-Legend = list[tuple[str, LineStyle]]
+Style = dict[str, Any]
+"""Keyword arguments of matplotlib for a line and its marks."""
+Legend = list[tuple[str, Style]]
 """Names, each with the style that stands for it."""
-_OPEN: LineStyle = {"color": _SOFT, "marker": "o", "markerfacecolor": _PAPER}
+_OPEN: Style = {"color": _SOFT, "marker": "o", "markerfacecolor": _PAPER}
 _WIDTH = 5.4
 """Inches of a figure: 389 units, so that text of 9 pt is 11 px on a phone and 15 px at most."""
 
@@ -307,7 +297,7 @@ def pareto(
                 zorder=2,
             )
             for index, entry in enumerate(entries):
-                style: LineStyle = (
+                style: Style = (
                     _OPEN
                     if entry.source == "none"
                     else {"color": colours[_truncate(entry.technique, 32)], "marker": "o"}
@@ -422,7 +412,7 @@ def _by_prediction(
         axis_names: Those of the x and the y axis.
     """
     with _plot_settings():
-        styles: list[LineStyle] = [
+        styles: list[Style] = [
             {"color": _COLOURS[0], "linewidth": 1.8},
             {"color": _SOFT, "linestyle": _DASHES[2], "linewidth": 1.8},
         ]
@@ -481,7 +471,7 @@ def _unique_pairs(found: Any) -> list[tuple[str, str]]:
     return sorted(set(found), key=lambda key: (key[0] == "none", key))
 
 
-def _line_style(key: tuple[str, str], keys: list[tuple[str, str]]) -> LineStyle:
+def _line_style(key: tuple[str, str], keys: list[tuple[str, str]]) -> Style:
     """Return the colour of a technique and the dash pattern of a source.
 
     Scratch is grey. Other techniques without a source are grey too, each with its own dash pattern.

@@ -219,7 +219,7 @@ class TrialSummary:
     resumed_from: int = 0
     transfer: str = ""
     """Which tensors were copied from the source, and other notes."""
-    begun_by: Sequence[Mapping[str, Any]] = ()
+    begun_by: Sequence[dict[str, Any]] = ()
     """Other code and versions that trained earlier parts of it."""
 
 

@@ -23,7 +23,6 @@ from pipeline.checkpoints import (
     hf_auto,
 )
 from pipeline.config.registry import register
-from pipeline.io.json_values import JsonObject
 
 ADAPTED = ("Linear", "Conv1d", "Conv2d", "Conv1D")
 """Classes of modules that peft's LoRA takes."""
@@ -107,7 +106,7 @@ def _factors(
 
 def _adapter(
     found: bundle.Bundle, model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]
-) -> tuple[dict[str, Tensor], JsonObject]:
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Return the tensors and the configuration of peft's adapter.
 
     Raises:
@@ -147,7 +146,7 @@ def _adapter(
         fan_in_fan_out=transposed,
         inference_mode=True,
     )
-    described: JsonObject = config.to_dict()
+    described: dict[str, object] = config.to_dict()
     # peft turns the names into a set, which JSON does not have
     return tensors, {**described, "target_modules": sorted(ranks), "peft_type": "LORA"}
 

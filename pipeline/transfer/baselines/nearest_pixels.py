@@ -47,7 +47,7 @@ class NearestPixels(Baseline):
 
     def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         kind = _NearestNumbers if label_kind == "numbers" else _Nearest
-        return kind(setting["neighbours"])
+        return kind(int(setting["neighbours"]))
 
 
 class _AllOfFew:
