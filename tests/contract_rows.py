@@ -35,6 +35,7 @@ from pipeline.config import registry
 from pipeline.core.contracts import Modality, Task
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data.stream import Decoder, Rows
+from pipeline.media import instance_masks
 from pipeline.train.source import bind_state
 
 N = 8
@@ -116,6 +117,12 @@ def png(pixels: np.ndarray) -> bytes:
     return sink.getvalue()
 
 
+def disc(size: int, middle: float, radius: float) -> dict[str, Any]:
+    """Run lengths of a disc on the diagonal, in shares of the image."""
+    grid = (np.arange(size) + 0.5) / size - middle
+    return instance_masks.packed(grid**2 + grid[:, None] ** 2 <= radius**2)
+
+
 def pictures(size: int = 32, **options: Any) -> Sample:
     pixels, labels = images(N, size, 3)
     masks = np.random.default_rng(1).integers(0, 3, (N, size, size), dtype=np.uint8)
@@ -124,8 +131,9 @@ def pictures(size: int = 32, **options: Any) -> Sample:
             "image": [png(np.moveaxis(one, 0, -1)) for one in pixels],
             "label": labels,
             "labels": [["a"], ["a", "b"], ["b"], [], ["c"], ["a", "c"], ["b", "c"], ["c"]],
-            "boxes": [[[0.1, 0.1, 0.6, 0.7], [0.3, 0.2, 0.9, 0.8]]] * N,
-            "classes": [["cat", "dog"]] * N,
+            "boxes": [[[0.0, 0.0, 1.0, 1.0], [0.15, 0.15, 0.65, 0.65], [0.7, 0.7, 0.9, 0.9]]] * N,
+            "classes": [["cat", "dog", "dog"]] * N,
+            "masks": [[disc(size, 0.5, 0.5), disc(size, 0.4, 0.25), disc(size, 0.8, 0.1)]] * N,
             "mask": [png(mask) for mask in masks],
         }
     )
@@ -318,7 +326,7 @@ OBJECTIVES: dict[str, Case] = {
         unused=("front.mask_embedding",),
     ),
     "detection": Case(
-        with_roles(lambda: pictures(64, fit="pad"), boxes="boxes", labels="classes"),
+        with_roles(lambda: pictures(128, fit="pad"), boxes="boxes", labels="classes"),
         "timm/test_resnet",
         {},
         {"channels": 64, "convs": 1},
@@ -328,6 +336,14 @@ OBJECTIVES: dict[str, Case] = {
     "forecast": Case(records, "events/gru"),
     "hourly": Case(
         with_roles(records, label_times="label_times", label_values="label_values"), "events/gru"
+    ),
+    "instance_segmentation": Case(
+        with_roles(
+            lambda: pictures(128, fit="pad"), boxes="boxes", labels="classes", masks="masks"
+        ),
+        "timm/test_resnet",
+        {},
+        {"channels": 64, "mask_convs": 1},
     ),
     "mae": Case(pictures, *VIT),
     "masked_columns": Case(features, "table/ft_transformer"),

@@ -133,9 +133,48 @@ class LinearHeadOptions(Options):
         return self.dropout > 0
 
 
+class BoxOptions(Options):
+    """Options of objectives that find objects: how their boxes are written, and the detector."""
+
+    box_format: Literal["xyxy", "xywh", "cxcywh"] = Field(
+        "xyxy",
+        description="what the boxes column holds: corners; corner and size (COCO); centre and size",
+    )
+    relative: bool = Field(
+        True,
+        description="boxes are shares of the image (0 to 1); false: pixels, for which the width "
+        "and height columns are needed",
+    )
+    names: list[str] | dict[int | str, str] | None = Field(
+        None,
+        description="class names: a list (by number from 0) or number: name; without it the "
+        "classes are the values of the training rows, sorted",
+    )
+    max_boxes: int = Field(100, ge=1, description="an image with more boxes is left out")
+    channels: int = Field(
+        256, ge=64, multiple_of=32, description="width of the pyramid and the heads"
+    )
+    anchor: float = Field(
+        8.0,
+        gt=0,
+        description="Faster R-CNN: side of the anchors of a level in its strides; less for small "
+        "images",
+    )
+    score_threshold: float = Field(
+        0.05, ge=0, lt=1, description="detections below it are not given"
+    )
+    nms_threshold: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="of two detections of a class that overlap more than this the surer one "
+        "stays; none: 0.6 for fcos, 0.5 for faster_rcnn",
+    )
+
+
 SHARED_OPTIONS: dict[str, type[Options]] = {
     shared.__name__: shared
-    for shared in (Options, LayerOptions, AdaptationOptions, LinearHeadOptions)
+    for shared in (Options, LayerOptions, AdaptationOptions, LinearHeadOptions, BoxOptions)
 }
 """Classes that options classes may derive from without importing them."""
 

@@ -71,6 +71,21 @@ def draw_boxes(
     return np.asarray(image)
 
 
+def lay_masks(
+    picture: np.ndarray, masks: Sequence[np.ndarray], classes: Sequence[int]
+) -> np.ndarray:
+    """Lay the colours of objects over a picture (H, W, 3) uint8; the first ones lie on top.
+
+    Args:
+        masks: (H, W) bool each.
+        classes: (k,) numbers, each of which has its colour.
+    """
+    out = picture.copy()
+    for mask, number in reversed(list(zip(masks, classes, strict=True))):
+        out[mask] = (picture[mask] // 2) + np.array(colour(number), dtype=np.uint8) // 2
+    return out
+
+
 def draw_mask(picture: np.ndarray, mask: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Lay the colours of a mask over a picture, and write below it which class each one is.
 

@@ -197,22 +197,6 @@ def placed_boxes(shares: Tensor, frame: Tensor, size: int) -> Tensor:
     )
 
 
-def in_crowd(boxes: Tensor, crowd: Tensor) -> Tensor:
-    """Return (N,) bool: which ``boxes`` (N, 4) have at least half of their area in a region
-    ``crowd`` (C, 4).
-
-    COCO measures overlap with a crowd in this way, over the detection's own area (pycocotools:
-    iscrowd).
-    """
-    low, high = (
-        torch.maximum(boxes[:, None, :2], crowd[:, :2]),
-        torch.minimum(boxes[:, None, 2:], crowd[:, 2:]),
-    )
-    return (
-        (high - low).clamp(min=0).prod(2) >= 0.5 * (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]
-    ).any(1)
-
-
 def shifted(x: Tensor, u: Tensor, reach: int, flip: bool) -> Tensor:
     """Shift by whole pixels, up to ``reach`` each way, repeating the border. ``u``: (B, 3)."""
     size = x.shape[-1]

@@ -28,6 +28,7 @@ TASKS = {
     ("image", "multilabel"): "image-classification",
     ("image", "detection"): "object-detection",
     ("image", "segmentation"): "image-segmentation",
+    ("image", "instance_segmentation"): "image-segmentation",
     ("text", "classification"): "text-classification",
     ("text", "multilabel"): "text-classification",
     ("text", "tagging"): "token-classification",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -135,7 +135,8 @@ def blocks(
     if compared is not None and all(_has_numbers(run) for run in ours):
         return _predicted_and_true(target, *compared)
     if compared is not None and all(_has_boxes(run) for run in ours):
-        return _class_table(BOX_PRECISION, target, *compared)
+        has_masks = all("mask_intersections" in run.predictions for run in ours)
+        return _class_table(MASK_PRECISION if has_masks else BOX_PRECISION, target, *compared)
     for kind, applies in ((LABELS, _has_label_sets), (TYPES, _has_type_counts)):
         if compared is not None and all(applies(run) for run in ours):
             return _label_table(kind, target, *compared)
@@ -313,6 +314,15 @@ def box_precision_of(column: int) -> Metric:
     return resampled(bounds=SHARE)(values)
 
 
+def mask_precision_of(column: int) -> Metric:
+    """Return the average precision of the masks of a class, as COCO defines it."""
+
+    def values(p: Predictions, counts: np.ndarray) -> np.ndarray:
+        return coco_ap.average_precision(coco_ap.of_class(p, column), counts=counts, masks=True)
+
+    return resampled(bounds=SHARE)(values)
+
+
 def _rows_by_class(p: Predictions, classes: int) -> np.ndarray:
     return (p["label"][:, None] == np.arange(classes)).astype(np.int64)
 
@@ -339,6 +349,12 @@ BOX_PRECISION = ClassMeasure(
     box_precision_of,
     _boxes_by_class,
     stats.MIN_UNITS,
+)
+MASK_PRECISION = replace(
+    BOX_PRECISION,
+    counted="Test objects",
+    meaning="the average precision of each class's masks (COCO: IoU 0.5 to 0.95)",
+    of=mask_precision_of,
 )
 
 

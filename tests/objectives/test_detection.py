@@ -21,6 +21,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from pipeline.config import registry
 from pipeline.core.contracts import Batch, Task
 from pipeline.core.metrics.catalog import metric
+from pipeline.core.nn import box_detectors
 from pipeline.data.stream import Decoder
 from pipeline.objectives import detection
 from pipeline.objectives.detection import Detection, DetectionOptions
@@ -80,6 +81,7 @@ def batch_of(rows: int = 4, seed: int = 0, boxes: int = 4) -> Batch:
             "labels": labels,
             "crowd": torch.zeros(rows, 4, dtype=torch.bool),
             "frame": torch.tensor([SIDE, SIDE, 0.0, 0.0]).expand(rows, 4),
+            "image_size": torch.tensor([SIDE, SIDE]).expand(rows, 2),
         },
     )
 
@@ -258,7 +260,7 @@ def test_new_rows_have_no_labels():
 def test_fcos_equals_torchvision(monkeypatch):
     """Where every image has objects, the sums over the count are torchvision's own losses."""
     task, batch = task_of("fcos").eval(), batch_of()
-    detector, targets = task.objective.detector, detection.targets_of(batch)
+    detector, targets = task.objective.detector, box_detectors.targets_of(batch)
     outputs, anchors, sizes = detector._outputs(
         detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE)), batch
     )
@@ -381,7 +383,7 @@ def test_a_crowd_is_neither_object_nor_background():
     task, batch = task_of("fcos").eval(), batch_of(2, boxes=1)
     detector = task.objective.detector
     maps = detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE))
-    without, counts = detector.losses(maps, batch, detection.targets_of(batch))
+    without, counts = detector.losses(maps, batch, box_detectors.targets_of(batch))
     crowd, labels, boxes = batch["crowd"].clone(), batch["labels"].clone(), batch["boxes"].clone()
     # All over the image, and over its object
     crowd[0, 1], labels[0, 1], boxes[0, 1] = (
@@ -390,7 +392,9 @@ def test_a_crowd_is_neither_object_nor_background():
         torch.tensor([0.0, 0.0, SIDE, SIDE]),
     )
     with_crowd, same = detector.losses(
-        maps, batch, detection.targets_of(batch.replace(crowd=crowd, labels=labels, boxes=boxes))
+        maps,
+        batch,
+        box_detectors.targets_of(batch.replace(crowd=crowd, labels=labels, boxes=boxes)),
     )
     assert torch.equal(counts, same) and torch.equal(without["box"], with_crowd["box"])
     assert (
@@ -417,9 +421,11 @@ def test_regions_in_a_crowd_are_no_background_of_two_stages(monkeypatch):
     crowd, labels, boxes = batch["crowd"].clone(), batch["labels"].clone(), batch["boxes"].clone()
     crowd[0, 1], labels[0, 1], boxes[0, 1] = True, 2, torch.tensor([8.0, 8.0, 80.0, 64.0])
     maps = detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE))
-    without, _ = detector.losses(maps, batch, detection.targets_of(batch))
+    without, _ = detector.losses(maps, batch, box_detectors.targets_of(batch))
     found, counts = detector.losses(
-        maps, batch, detection.targets_of(batch.replace(crowd=crowd, labels=labels, boxes=boxes))
+        maps,
+        batch,
+        box_detectors.targets_of(batch.replace(crowd=crowd, labels=labels, boxes=boxes)),
     )
     assert counts.tolist() == [1, 1] and all(
         found[name][1] == without[name][1] for name in found
@@ -432,7 +438,9 @@ def test_regions_in_a_crowd_are_no_background_of_two_stages(monkeypatch):
         ) * (y1 - y0)
 
     plain, plain_picked, ignoring, picked = seen
-    anchors = inside(detector.rpn.anchor_generator(detection._sized(batch), [*maps.values()])[0])
+    anchors = inside(
+        detector.rpn.anchor_generator(box_detectors.image_list(batch), [*maps.values()])[0]
+    )
     assert (
         (anchors & (plain[0] == 0)).any()
         and not (anchors & (ignoring[0] == 0)).any()
@@ -472,7 +480,7 @@ def test_an_image_that_is_all_crowd_teaches_nothing_and_stops_nothing(method):
 
 def test_samples_are_the_row_s_own():
     labels = torch.cat([torch.ones(50), torch.zeros(300), -torch.ones(50)])
-    sampler = detection.Sampler(64, 0.5, 11)
+    sampler = box_detectors.Sampler(64, 0.5, 11)
     sampler.keys = torch.tensor([3, 4])
     yes, no = sampler([labels, labels])
     assert [int(m.sum()) for m in (*yes, *no)] == [32] * 4 and not torch.equal(yes[0], yes[1])
@@ -512,7 +520,7 @@ def test_predictions_are_shares_of_the_whole_image(fit, monkeypatch):
                 "labels": torch.cat([t["labels"], torch.tensor([0])]),
                 "scores": torch.linspace(0.9, 0.5, len(t["labels"]) + 1),
             }
-            for t in detection.targets_of(batch)
+            for t in box_detectors.targets_of(batch)
         ],
     )
     with torch.no_grad():
@@ -622,6 +630,7 @@ def test_it_learns_rectangles(method):
             "labels": labels,
             "crowd": np.zeros((4, 4), bool),
             "frame": frame,
+            "image_size": np.full((4, 2), SIDE),
         },
         "detection",
         STATE,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as reference
 
+from pipeline.media import instance_masks
 from pipeline.prepare.importers import coco
 
 CASES = range(60)
@@ -21,14 +22,19 @@ def test_run_lengths_and_their_compressed_text(seed):
     mask = random_mask(seed)
     packed = reference.encode(np.asfortranarray(mask))
     assert (
-        coco.mask_of({"size": list(mask.shape), "counts": packed["counts"]}, *mask.shape) == mask
-    ).all()
-    assert (
-        coco.mask_of({"size": list(mask.shape), "counts": packed["counts"].decode()}, *mask.shape)
+        instance_masks.mask_of({"size": list(mask.shape), "counts": packed["counts"]}, *mask.shape)
         == mask
     ).all()
-    plain = coco.run_lengths(packed["counts"]).tolist()
-    assert (coco.mask_of({"size": list(mask.shape), "counts": plain}, *mask.shape) == mask).all()
+    assert (
+        instance_masks.mask_of(
+            {"size": list(mask.shape), "counts": packed["counts"].decode()}, *mask.shape
+        )
+        == mask
+    ).all()
+    plain = instance_masks.unpacked(packed["counts"]).tolist()
+    assert (
+        instance_masks.mask_of({"size": list(mask.shape), "counts": plain}, *mask.shape) == mask
+    ).all()
     again = reference.frPyObjects(
         {"size": list(mask.shape), "counts": plain}, *map(int, mask.shape)
     )
@@ -48,31 +54,31 @@ def test_polygons(seed):
             [*points.reshape(-1).tolist(), *(points[0].tolist() if seed % 3 == 0 else [])]
         )
     wanted = reference.decode(reference.merge(reference.frPyObjects(polygons, height, width)))
-    assert (coco.mask_of(polygons, height, width) == wanted).all()
+    assert (instance_masks.mask_of(polygons, height, width) == wanted).all()
 
 
 def test_masks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="a mask of 30 x 40 pixels for an image of 40 x 30"):
-        coco.mask_of({"size": [40, 30], "counts": [1200]}, 30, 40)
+        instance_masks.mask_of({"size": [40, 30], "counts": [1200]}, 30, 40)
     with pytest.raises(ValueError, match="run lengths of 1100 pixels for an image of 1200"):
-        coco.mask_of({"size": [30, 40], "counts": [100, 1000]}, 30, 40)
+        instance_masks.mask_of({"size": [30, 40], "counts": [100, 1000]}, 30, 40)
     with pytest.raises(ValueError, match="a polygon of 4 numbers"):
-        coco.mask_of([[1, 2, 3, 4]], 30, 40)
+        instance_masks.mask_of([[1, 2, 3, 4]], 30, 40)
     with pytest.raises(ValueError, match="not finite"):
-        coco.mask_of([[1, 2, 3, 4, float("nan"), 6]], 30, 40)
+        instance_masks.mask_of([[1, 2, 3, 4, float("nan"), 6]], 30, 40)
     with pytest.raises(ValueError, match="beyond 1048576 pixels"):
-        coco.mask_of([[1, 2, 3, 4, 1e12, 6]], 30, 40)
+        instance_masks.mask_of([[1, 2, 3, 4, 1e12, 6]], 30, 40)
     with pytest.raises(ValueError, match="in the middle of a number"):
-        coco.run_lengths(b"PSn")
+        instance_masks.unpacked(b"PSn")
     with pytest.raises(ValueError, match="a character that is none of it"):
-        coco.run_lengths(b"PS\x00")
+        instance_masks.unpacked(b"PS\x00")
     with pytest.raises(ValueError, match="more than 35 bits"):
-        coco.run_lengths(b"o" * 20 + b"0")
+        instance_masks.unpacked(b"o" * 20 + b"0")
     with pytest.raises(ValueError, match="run lengths of 5 pixels for an image of 1200"):
-        coco.mask_of({"size": [30, 40], "counts": b"5"}, 30, 40)
+        instance_masks.mask_of({"size": [30, 40], "counts": b"5"}, 30, 40)
     with pytest.raises(ValueError, match="run lengths of"):  # their sum wraps around to 1200
-        coco.mask_of({"size": [30, 40], "counts": [2**62] * 4 + [1200]}, 30, 40)
-    assert not coco.mask_of([], 30, 40).any()
+        instance_masks.mask_of({"size": [30, 40], "counts": [2**62] * 4 + [1200]}, 30, 40)
+    assert not instance_masks.mask_of([], 30, 40).any()
 
 
 def test_small_objects_lie_over_large_ones_and_all_over_crowds():

@@ -1,11 +1,11 @@
-"""Average precision of object detection as COCO defines it (Lin et al. 2014).
+"""Average precision of boxes and of instance masks as COCO defines it (Lin et al. 2014).
 
-The same as pycocotools' COCOeval with area "all" and 100 detections an image. Boxes are matched
-once an image; from how often each image counts follow the precision-recall curves of any number of
-resamples. IoU does not depend on the unit of the axes, so boxes may be pixels or shares of their
-image. pycocotools keeps the matches of an image in Python lists and faster-coco-eval in C++ objects
-without fields, so neither can be resampled without matching anew. The tests compare this module
-with both.
+The same as pycocotools' COCOeval, kinds "bbox" and "segm", with 100 detections an image and objects
+of all sizes or of one. Objects are matched once an image; from how often each image counts follow
+the precision-recall curves of any number of resamples. IoU does not depend on the unit of the axes,
+so boxes may be pixels or shares of their image. pycocotools keeps the matches of an image in Python
+lists and faster-coco-eval in C++ objects without fields, so neither can be resampled without
+matching anew. The tests compare this module with both.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
+SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+"""Least and greatest area of an object of each size, in pixels of its image."""
 
 _IMAGES = 128
 """Images matched at once: their IoU (images, 100, boxes) and the loops over it fit in the cache."""
@@ -25,6 +27,9 @@ def average_precision(
     found: dict[str, np.ndarray],
     thresholds: np.ndarray = IOU_THRESHOLDS,
     counts: np.ndarray | None = None,
+    *,
+    masks: bool = False,
+    size: str | None = None,
 ) -> np.ndarray:
     """Return the mean average precision over classes and ``thresholds``, one for each resample.
 
@@ -32,12 +37,20 @@ def average_precision(
         found: ``boxes`` (n, D, 4) corners x0 y0 x1 y1, D at most 100; ``scores`` (n, D);
             ``classes`` (n, D), -1 for no detection; and the truth: ``true_boxes`` (n, M, 4),
             ``true_classes`` (n, M), -1 for no box; ``true_crowd`` (n, M). A crowd may be matched by
-            any number of detections, which then count neither as hits nor as errors.
+            any number of detections, which then count neither as hits nor as errors. Of masks, in
+            pixels: ``mask_areas`` (n, D), ``true_mask_areas`` (n, M) and ``mask_intersections``
+            (n, D, M). For sizes of boxes, which are then shares of their image, ``image_size``
+            (n, 2): its height and width in pixels.
         thresholds: (T,) of IoU.
         counts: (R, n) how often each image counts; None for once.
+        masks: Match masks, not boxes.
+        size: One of `SIZES`: other objects then count neither as hits nor as misses, nor do
+            detections of another size that match none. The size of an object is the area of its
+            mask, where it has one, else that of its box.
 
     Returns:
-        (R,). Classes whose boxes are all crowds are left out; NaN where no class is left.
+        (R,). Classes whose objects are all crowds or of other sizes are left out; NaN where no
+        class is left.
     """
     n = len(found["scores"])
     if counts is None:
@@ -46,20 +59,26 @@ def average_precision(
     sureness = np.where(found["classes"] >= 0, found["scores"], -np.inf)
     order = np.argsort(-sureness, axis=1, kind="stable")
     scores, classes = (np.take_along_axis(found[name], order, 1) for name in ("scores", "classes"))
-    boxes = np.take_along_axis(found["boxes"], order[:, :, None], 1)
-    hit, ignored = _matched(boxes, classes, found, thresholds)
+    is_uncounted = found["true_crowd"].astype(bool)
+    is_other_size = np.zeros(classes.shape, dtype=bool)
+    if size is not None:
+        of_detections, of_truth = (_outside(areas, size) for areas in _pixels(found, masks))
+        is_uncounted = is_uncounted | of_truth
+        is_other_size = np.take_along_axis(of_detections, order, 1)
+    hit, ignored = _matched(order, classes, found, is_uncounted, thresholds, masks)
+    ignored |= ~hit & is_other_size
     image, slot = np.nonzero(classes >= 0)
     # ties stay in the order of images, as in COCOeval
     by_score = np.argsort(-scores[image, slot], kind="stable")
     image, slot = image[by_score], slot[by_score]
     kinds, hit, ignored = classes[image, slot], hit[:, image, slot], ignored[:, image, slot]
-    real = (found["true_classes"] >= 0) & ~found["true_crowd"].astype(bool)
+    real = (found["true_classes"] >= 0) & ~is_uncounted
     total, present = np.zeros(len(counts)), np.zeros(len(counts), dtype=np.int64)
     for kind in np.unique(found["true_classes"][real]):
-        boxes_of = counts @ (real & (found["true_classes"] == kind)).sum(1)
+        objects_of = counts @ (real & (found["true_classes"] == kind)).sum(1)
         at = np.flatnonzero(kinds == kind)
-        total += _areas(counts, image[at], hit[:, at], ignored[:, at], boxes_of).sum(1)
-        present += boxes_of > 0
+        total += _of_curves(counts, image[at], hit[:, at], ignored[:, at], objects_of).sum(1)
+        present += objects_of > 0
     return np.where(present > 0, total / np.maximum(present, 1) / len(thresholds), np.nan)
 
 
@@ -72,16 +91,43 @@ def of_class(found: dict[str, np.ndarray], kind: int) -> dict[str, np.ndarray]:
     return {**found, **kept}
 
 
+def _pixels(found: dict[str, np.ndarray], masks: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the areas of detections (n, D) and of objects (n, M), in pixels of their image."""
+    pixels = found["image_size"].astype(np.float64).prod(1)[:, None]
+    of_boxes, of_true_boxes = (
+        _box_areas(found[name].astype(np.float64)) * pixels for name in ("boxes", "true_boxes")
+    )
+    of_truth = found.get("true_mask_areas", of_true_boxes)
+    return (found["mask_areas"] if masks else of_boxes), of_truth
+
+
+def _outside(areas: np.ndarray, size: str) -> np.ndarray:
+    least, most = SIZES[size]
+    return (areas < least) | (areas > most)
+
+
 def _matched(
-    boxes: np.ndarray, classes: np.ndarray, found: dict[str, np.ndarray], thresholds: np.ndarray
+    order: np.ndarray,
+    classes: np.ndarray,
+    found: dict[str, np.ndarray],
+    is_uncounted: np.ndarray,
+    thresholds: np.ndarray,
+    masks: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Match detections with boxes, as COCOeval does: greedily, in the order of their scores.
+    """Match detections with objects, as COCOeval does: greedily, in the order of their scores.
 
     One loop over the places of detections does all images and thresholds at once. Classes do not
     mix, as the IoU across them is -1.
 
+    Args:
+        order: (n, D) detections of each image, the surest first.
+        classes: (n, D) in that order.
+        is_uncounted: (n, M) objects that are crowds or of another size. They are matched with what
+            matches no other object.
+
     Returns:
-        (T, n, D) whether each detection hits a box of its class, and whether a crowd absorbs it.
+        (T, n, D) in that order, whether each detection hits an object of its class, and whether it
+        matches one that does not count.
     """
     n, d = classes.shape
     hit = np.zeros((len(thresholds), n, d), dtype=bool)
@@ -95,45 +141,86 @@ def _matched(
         if not width or not depth:
             continue
         true_classes, crowd = true_classes[:, :width], crowd[:, :width]
-        iou = _iou(
-            boxes[part, :depth].astype(np.float64),
-            found["true_boxes"][part, :width].astype(np.float64),
-            crowd,
-        )
+        aside = is_uncounted[part, :width]
+        of_part = {name: array[part] for name, array in found.items() if name in _MATCHED}
+        iou = _iou(of_part, order[part, :depth], crowd, masks)
         is_other_class = classes[part, :depth, None] != true_classes[:, None, :]
         iou[is_other_class | (true_classes[:, None, :] < 0)] = -1.0
-        free = np.broadcast_to(~crowd, (len(thresholds), *crowd.shape)).copy()
-        rows = np.arange(len(crowd))
+        free = np.ones((len(thresholds), *crowd.shape), dtype=bool)
         for place in range(depth):
             here = iou[:, place]
-            open_iou = np.where(free & (here >= limit), here, -1.0)
-            best = width - 1 - open_iou[..., ::-1].argmax(-1)  # of equals COCOeval takes the last
-            ok = np.take_along_axis(open_iou, best[..., None], -1)[..., 0] > 0
-            free[np.nonzero(ok)[0], np.broadcast_to(rows, ok.shape)[ok], best[ok]] = False
-            hit[:, part, place] = ok
-            ignored[:, part, place] = ~ok & (crowd & (here >= limit)).any(-1)
+            is_open = (here >= limit) & (free | crowd)
+            is_hit = _take(np.where(is_open & ~aside, here, -1.0), free)
+            is_left = ~is_hit[..., None]
+            is_aside = _take(np.where(is_open & aside & is_left, here, -1.0), free)
+            hit[:, part, place] = is_hit
+            ignored[:, part, place] = is_aside
     return hit, ignored
 
 
-def _iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """Return the intersection over union of boxes (n, D, 4) and (n, M, 4), (n, D, M).
+_MATCHED = (
+    "boxes",
+    "true_boxes",
+    "mask_areas",
+    "true_mask_areas",
+    "mask_intersections",
+)
+"""What IoU follows from."""
 
-    Where the second box is a crowd, the union is the area of the first box.
+
+def _take(iou: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """Match a detection of each image with the object that it overlaps most, if with any.
+
+    Args:
+        iou: (T, n, M), -1 for what it cannot match.
+        free: (T, n, M) objects that are not matched yet, from which these are removed.
+
+    Returns:
+        (T, n) whether it is matched.
     """
-    low = np.maximum(a[:, :, None, :2], b[:, None, :, :2])
-    high = np.minimum(a[:, :, None, 2:], b[:, None, :, 2:])
-    sides = high - low
-    inner = np.maximum(sides, 0).prod(-1)
-    of_a: np.ndarray = (a[..., 2:] - a[..., :2]).prod(-1)
-    of_b: np.ndarray = (b[..., 2:] - b[..., :2]).prod(-1)
+    best = iou.shape[-1] - 1 - iou[..., ::-1].argmax(-1)  # of equals COCOeval takes the last
+    is_matched = np.take_along_axis(iou, best[..., None], -1)[..., 0] > 0
+    at, image = np.nonzero(is_matched)
+    free[at, image, best[at, image]] = False
+    return is_matched
+
+
+def _iou(
+    found: dict[str, np.ndarray], order: np.ndarray, crowd: np.ndarray, masks: bool
+) -> np.ndarray:
+    """Return the intersection over union of detections and objects, (n, D, M).
+
+    Where the object is a crowd, the union is the area of the detection.
+
+    Args:
+        order: (n, D) which detections.
+        crowd: (n, M) of the first objects.
+    """
+    width = crowd.shape[1]
+    if masks:
+        inner = np.take_along_axis(found["mask_intersections"], order[:, :, None], 1)
+        inner = inner[:, :, :width].astype(np.float64)
+        of_a = np.take_along_axis(found["mask_areas"], order, 1).astype(np.float64)
+        of_b = found["true_mask_areas"][:, :width].astype(np.float64)
+    else:
+        a = np.take_along_axis(found["boxes"], order[:, :, None], 1).astype(np.float64)
+        b = found["true_boxes"][:, :width].astype(np.float64)
+        low = np.maximum(a[:, :, None, :2], b[:, None, :, :2])
+        high = np.minimum(a[:, :, None, 2:], b[:, None, :, 2:])
+        inner = np.maximum(high - low, 0).prod(-1)
+        of_a, of_b = _box_areas(a), _box_areas(b)
     union = np.where(
         crowd[:, None, :], of_a[:, :, None], of_a[:, :, None] + of_b[:, None, :] - inner
     )
     return np.divide(inner, union, out=np.zeros_like(inner), where=union > 0)
 
 
-def _areas(
-    counts: np.ndarray, image: np.ndarray, hit: np.ndarray, ignored: np.ndarray, boxes: np.ndarray
+def _box_areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+
+
+def _of_curves(
+    counts: np.ndarray, image: np.ndarray, hit: np.ndarray, ignored: np.ndarray, objects: np.ndarray
 ) -> np.ndarray:
     """Return the average precision of one class, (R, T).
 
@@ -144,13 +231,13 @@ def _areas(
         counts: (R, n) how often each image counts.
         image: (N,) image of each detection, by falling score.
         hit, ignored: (T, N) as `_matched` returns them.
-        boxes: (R,) number of boxes in each resample.
+        objects: (R,) number of objects in each resample.
     """
     out = np.zeros((len(counts), len(hit)))
     size = max(1, _CELLS // max(1, len(image)))
     for start in range(0, len(counts), size):
         part = slice(start, start + size)
-        drawn, real = counts[part][:, image], np.maximum(boxes[part], 1)[:, None]
+        drawn, real = counts[part][:, image], np.maximum(objects[part], 1)[:, None]
         so_far = drawn.cumsum(1)
         for t in range(len(hit)):
             at = np.flatnonzero(hit[t])
@@ -166,5 +253,5 @@ def _areas(
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
             reached = np.searchsorted(RECALLS, hits / real, side="right")
             out[part, t] = (precision * np.diff(reached, axis=1, prepend=0)).sum(1) / len(RECALLS)
-        out[part] *= (boxes[part] > 0)[:, None]
+        out[part] *= (objects[part] > 0)[:, None]
     return out

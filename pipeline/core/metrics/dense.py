@@ -1,4 +1,4 @@
-"""Metrics of boxes and of masks."""
+"""Metrics of boxes, of instance masks and of pixels."""
 
 from __future__ import annotations
 
@@ -21,6 +21,62 @@ def mean_average_precision(p: Predictions, counts: np.ndarray) -> np.ndarray:
 def mean_average_precision_50(p: Predictions, counts: np.ndarray) -> np.ndarray:
     """Mean average precision over classes at an IoU of 0.5 (COCO's AP50)."""
     return coco_ap.average_precision(p, coco_ap.IOU_THRESHOLDS[:1], counts)
+
+
+@register("metric", "map_small")
+@resampled(bounds=SHARE)
+def mean_average_precision_small(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean average precision of objects of at most 32 x 32 pixels of their image."""
+    return coco_ap.average_precision(p, counts=counts, size="small")
+
+
+@register("metric", "map_medium")
+@resampled(bounds=SHARE)
+def mean_average_precision_medium(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean average precision of objects of 32 x 32 to 96 x 96 pixels of their image."""
+    return coco_ap.average_precision(p, counts=counts, size="medium")
+
+
+@register("metric", "map_large")
+@resampled(bounds=SHARE)
+def mean_average_precision_large(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean average precision of objects of at least 96 x 96 pixels of their image."""
+    return coco_ap.average_precision(p, counts=counts, size="large")
+
+
+@register("metric", "mask_map")
+@resampled(bounds=SHARE)
+def mask_average_precision(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """COCO's mean average precision of instance masks, over IoU thresholds from 0.5 to 0.95."""
+    return coco_ap.average_precision(p, counts=counts, masks=True)
+
+
+@register("metric", "mask_map50")
+@resampled(bounds=SHARE)
+def mask_average_precision_50(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean average precision of instance masks at an IoU of 0.5 (COCO's AP50)."""
+    return coco_ap.average_precision(p, coco_ap.IOU_THRESHOLDS[:1], counts, masks=True)
+
+
+@register("metric", "mask_map_small")
+@resampled(bounds=SHARE)
+def mask_average_precision_small(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean average precision of masks of at most 32 x 32 pixels of their image."""
+    return coco_ap.average_precision(p, counts=counts, masks=True, size="small")
+
+
+@register("metric", "mask_map_medium")
+@resampled(bounds=SHARE)
+def mask_average_precision_medium(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean average precision of masks of 32 x 32 to 96 x 96 pixels of their image."""
+    return coco_ap.average_precision(p, counts=counts, masks=True, size="medium")
+
+
+@register("metric", "mask_map_large")
+@resampled(bounds=SHARE)
+def mask_average_precision_large(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean average precision of masks of at least 96 x 96 pixels of their image."""
+    return coco_ap.average_precision(p, counts=counts, masks=True, size="large")
 
 
 @register("metric", "miou")

@@ -36,6 +36,7 @@ answers                ``exact`` and ``f1`` (n,), 0 to 1
 language models        ``loss`` (n,), a sum of nats, over ``count`` tokens and ``bytes`` (n,)
 transcripts            ``word_errors`` of ``words`` and ``char_errors`` of ``chars`` (n,)
 samples                ``loss`` (n,), a sum of nats, over ``count`` samples
+boxes, masks           see `pipeline.core.metrics.coco_ap`
 policies               ``squared_error``, summed over ``action_numbers`` (n,); of an episode a row
                        ``success`` (0, 1 or NaN), ``return`` and ``steps``, also of the
                        demonstration (``expert_``) and of a random policy (``random_``)

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pycocotools import mask as coco_mask
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.io import storage
+from pipeline.media import instance_masks
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
@@ -37,8 +37,6 @@ NEEDED = {
     "annotations": ("image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
-FARTHEST = 1 << 20
-"""Farthest point of a polygon from the origin, in pixels: an edge takes memory by its length."""
 COLUMNS = {
     "image_id": pa.int64(),
     **boxes.COLUMNS,
@@ -247,71 +245,9 @@ def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndar
     for category, crowd, _, segmentation in sorted(objects, key=lambda o: (not o[1], -o[2])):
         if segmentation is None:
             raise ValueError("an annotation has no segmentation")
-        out[mask_of(segmentation, height, width)] = IGNORED if crowd else category + shift
+        drawn = instance_masks.mask_of(segmentation, height, width)
+        out[drawn] = IGNORED if crowd else category + shift
     return out
-
-
-def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Draw an annotation's segmentation.
-
-    Args:
-        segmentation: polygons [[x0, y0, x1, y1, ...], ...] in pixels (their union is drawn), or
-            {"size": [height, width], "counts": run lengths, as a list or as COCO's text}.
-        height, width: of the image, in pixels.
-
-    Returns:
-        (height, width) bool.
-
-    Raises:
-        ValueError: an invalid polygon, or a mask of another size. The run lengths are added up
-            here, since pycocotools leaves the pixels that they do not reach uninitialised.
-    """
-    if isinstance(segmentation, list):
-        for points in segmentation:
-            if len(points) < 6 or len(points) % 2:
-                raise ValueError(f"a polygon of {len(points)} numbers")
-            if not (np.abs(points) < FARTHEST).all():
-                raise ValueError(
-                    f"a polygon with a number that is not finite, or beyond {FARTHEST} pixels"
-                )
-        polygons = coco_mask.frPyObjects(segmentation, height, width) if segmentation else []
-        if not polygons:
-            return np.zeros((height, width), dtype=bool)
-        return coco_mask.decode(coco_mask.merge(polygons)).astype(bool)
-    rows, columns = segmentation["size"]
-    if (rows, columns) != (height, width):
-        raise ValueError(f"a mask of {columns} x {rows} pixels for an image of {width} x {height}")
-    counts = segmentation["counts"]
-    lengths = np.asarray(counts if isinstance(counts, list) else run_lengths(counts), np.int64)
-    pixels = height * width
-    if ((lengths < 0) | (lengths > pixels)).any() or lengths.sum() != pixels:
-        raise ValueError(f"run lengths of {int(lengths.sum())} pixels for an image of {pixels}")
-    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(width, height).T
-
-
-def run_lengths(text: str | bytes) -> np.ndarray:
-    """Unpack COCO's compressed run lengths (cocoapi's rleFrString), which pycocotools does not
-    expose.
-
-    A number has 5 bits a character, the lowest first; from the fourth on it is the difference to
-    the run before the last. Raises ValueError for an invalid text.
-    """
-    data = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8) - np.int64(48)
-    if ((data < 0) | (data > 63)).any():
-        raise ValueError("the compressed RLE holds a character that is none of it")
-    ends = np.flatnonzero(data & 0x20 == 0)
-    if len(data) and (not len(ends) or ends[-1] + 1 < len(data)):
-        raise ValueError("the compressed RLE ends in the middle of a number")
-    starts = np.append(0, ends[:-1] + 1)[: len(ends)]
-    lengths = ends - starts + 1
-    if (lengths > 7).any():
-        raise ValueError("the compressed RLE has a number of more than 35 bits")
-    shifts = 5 * (np.arange(len(data)) - np.repeat(starts, lengths))
-    values = np.add.reduceat((data & 0x1F) << shifts, starts) if len(data) else data
-    values = values - np.where(data[ends] & 0x10, np.int64(1) << 5 * lengths, 0)
-    for first in (1, 2):
-        values[first::2] = np.cumsum(values[first::2])
-    return values
 
 
 def _read(uri: str) -> dict[str, Any]:

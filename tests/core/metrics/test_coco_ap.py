@@ -9,12 +9,15 @@ from typing import Any
 import faster_coco_eval
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline.core.metrics.coco_ap import average_precision, of_class
+from pipeline.core.metrics.coco_ap import SIZES, average_precision, of_class
 
 Found = dict[str, np.ndarray]
+SIDE = 260.0
+"""Pixels of images with objects of all sizes."""
 
 
 def case(
@@ -62,10 +65,61 @@ def case(
     }
 
 
+def with_masks(found: Found) -> tuple[Found, list[list[Any]], list[list[Any]]]:
+    """Ellipses in all boxes, in square images: what the metric reads of them, and the
+    run lengths of detections and of truth.
+    """
+    grid = np.arange(SIDE) + 0.5
+
+    def ellipses(boxes):
+        x0, y0, x1, y1 = np.moveaxis(boxes[..., None, None], -3, 0)
+        across = (grid - (x0 + x1) / 2) / (x1 - x0) * 2
+        down = (grid[:, None] - (y0 + y1) / 2) / (y1 - y0) * 2
+        return across**2 + down**2 <= 1
+
+    guessed, true = ellipses(found["boxes"]), ellipses(found["true_boxes"])
+    runs = [
+        [
+            [coco_mask.encode(np.asfortranarray(one, np.uint8)) for one in of_image]
+            for of_image in of
+        ]
+        for of in (guessed, true)
+    ]
+    numbers = {
+        "mask_areas": guessed.sum((-1, -2)),
+        "true_mask_areas": true.sum((-1, -2)),
+        "mask_intersections": np.einsum(
+            "ndhw,nmhw->ndm", guessed.astype(np.float32), true.astype(np.float32)
+        ).astype(np.int32),
+    }
+    return {**found, **numbers}, runs[0], runs[1]
+
+
+def shares(found: Found) -> Found:
+    """Boxes as shares of square images, whose size is told."""
+    size = np.full((len(found["scores"]), 2), SIDE)
+    scaled = {name: found[name] / SIDE for name in ("boxes", "true_boxes")}
+    return {**found, **scaled, "image_size": size}
+
+
 def reference(found: Found, fast: bool = False, only: int | None = None) -> tuple[float, float]:
     """(mAP@[.5:.95], mAP@.5) by pycocotools or faster-coco-eval; NaN where they say -1.
 
     Of the class ``only`` alone where it is given.
+    """
+    stats = every_reference(found, fast, only)
+    return stats[0], stats[1]
+
+
+def every_reference(
+    found: Found,
+    fast: bool = False,
+    only: int | None = None,
+    masks: tuple[list[list[Any]], list[list[Any]]] | None = None,
+) -> list[float]:
+    """Their mAP@[.5:.95], @.5, @.75, and @[.5:.95] of small, medium and large objects.
+
+    Of masks, where the run lengths of detections and of truth are given.
     """
     truth: dict[str, Any] = {
         "images": [],
@@ -76,11 +130,13 @@ def reference(found: Found, fast: bool = False, only: int | None = None) -> tupl
     guesses = []
     for image in range(len(found["scores"])):
         truth["images"].append({"id": image + 1, "width": 200, "height": 200})
-        for box, kind, crowd in zip(
-            found["true_boxes"][image],
-            found["true_classes"][image],
-            found["true_crowd"][image],
-            strict=True,
+        for place, (box, kind, crowd) in enumerate(
+            zip(
+                found["true_boxes"][image],
+                found["true_classes"][image],
+                found["true_crowd"][image],
+                strict=True,
+            )
         ):
             if kind >= 0:
                 w, h = box[2:] - box[:2]
@@ -94,8 +150,12 @@ def reference(found: Found, fast: bool = False, only: int | None = None) -> tupl
                         "iscrowd": int(crowd),
                     }
                 )
-        for box, kind, score in zip(
-            found["boxes"][image], found["classes"][image], found["scores"][image], strict=True
+                if masks is not None:
+                    drawn = masks[1][image][place]
+                    area = int(coco_mask.area(drawn))
+                    truth["annotations"][-1] |= {"segmentation": drawn, "area": area}
+        for place, (box, kind, score) in enumerate(
+            zip(found["boxes"][image], found["classes"][image], found["scores"][image], strict=True)
         ):
             if kind >= 0:
                 guesses.append(
@@ -106,6 +166,9 @@ def reference(found: Found, fast: bool = False, only: int | None = None) -> tupl
                         "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
                     }
                 )
+                if masks is not None:
+                    del guesses[-1]["bbox"]
+                    guesses[-1]["segmentation"] = masks[0][image][place]
     with contextlib.redirect_stdout(io.StringIO()):
         of, evaluation = (
             (faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster) if fast else (COCO, COCOeval)
@@ -114,20 +177,19 @@ def reference(found: Found, fast: bool = False, only: int | None = None) -> tupl
         coco.dataset = truth
         coco.createIndex()
         if not guesses:
-            return (
-                (0.0, 0.0)
-                if any(not a["iscrowd"] for a in truth["annotations"])
-                else (float("nan"), float("nan"))
-            )
-        check: Any = evaluation(coco, coco.loadRes(guesses), "bbox")
+            assert masks is None, "of the values by size nothing is said here"
+            is_known = any(not a["iscrowd"] for a in truth["annotations"])
+            return [0.0 if is_known else float("nan")] * 6
+        kind = "bbox" if masks is None else "segm"
+        check: Any = evaluation(coco, coco.loadRes(guesses), kind)
         if only is not None:
             check.params.catIds = [only + 1]
         check.evaluate()
         check.accumulate()
         check.summarize()
-    both = np.array(check.stats[:2], dtype=float)
-    both[both < 0] = np.nan
-    return float(both[0]), float(both[1])
+    six = np.array(check.stats[:6], dtype=float)
+    six[six < 0] = np.nan
+    return six.tolist()
 
 
 def ours(found: Found, counts: np.ndarray | None = None) -> np.ndarray:
@@ -219,3 +281,44 @@ def test_one_class_is_as_the_reference_tool_has_it(seed):
         assert ours(of_class(found, kind))[0] == pytest.approx(expected, abs=1e-9, nan_ok=True)
         known += np.isfinite(expected[0])
     assert known > 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_boxes_by_size_are_as_the_reference_tool_has_them(seed):
+    found = case(seed, images=4 + seed % 5, classes=1 + seed % 3, size=SIDE)
+    expected = every_reference(found)[3:]
+    found = shares(found)
+    mine = [average_precision(found, size=size)[0] for size in SIZES]
+    np.testing.assert_allclose(mine, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_masks_are_as_the_reference_tool_has_them(seed):
+    """Crowds among them; the same on a resample of images as where they truly stand so often."""
+    plain = case(seed, images=4 + seed % 5, classes=1 + seed % 3, size=SIDE)
+    masked, *runs = with_masks(plain)
+    found = shares(masked)
+
+    def of(found, counts=None):
+        fixed = [
+            average_precision(found, counts=counts, masks=True),
+            average_precision(found, np.array([0.5]), counts, masks=True),
+            average_precision(found, np.array([0.75]), counts, masks=True),
+        ]
+        sized = [average_precision(found, counts=counts, masks=True, size=size) for size in SIZES]
+        return np.stack([*fixed, *sized], axis=1)
+
+    np.testing.assert_allclose(of(found)[0], every_reference(found, masks=tuple(runs)), atol=1e-9)
+    drawn = np.random.default_rng(seed).integers(0, 3, len(found["scores"]))
+    repeated = {name: np.repeat(array, drawn, axis=0) for name, array in found.items()}
+    np.testing.assert_allclose(of(found, drawn[None]), of(repeated), atol=1e-12)
+
+
+def test_objects_of_all_sizes_are_compared():
+    values = np.array(
+        [
+            [average_precision(shares(case(seed, size=SIDE)), size=size)[0] for size in SIZES]
+            for seed in range(20)
+        ]
+    )
+    assert (np.isfinite(values).sum(0) > 5).all() and (np.nanstd(values, axis=0) > 0.05).all()

@@ -1,0 +1,389 @@
+"""What detectors of objects share, and Faster R-CNN, from torchvision's parts.
+
+Shapes: B images, C classes, H and W height and width of the input, M boxes of an image (padded), k
+boxes of one image, A anchors of one image.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import (
+    RegionProposalNetwork,
+    RPNHead,
+    concat_box_prediction_layers,
+)
+from torchvision.ops import MultiScaleRoIAlign, box_iou
+
+from pipeline.config.registry import BoxOptions
+from pipeline.core.batch import Batch
+from pipeline.core.contracts import Backbone
+from pipeline.core.nn.feature_pyramid import Pyramid
+from pipeline.core.rng import uniform
+
+DETECTIONS = 100
+"""Detections an image: as many as COCO's metric looks at."""
+
+DRAWN_SCORE = 0.3
+"""Detections that are less sure are not drawn."""
+AT_ONCE = 16
+"""Images predicted at a time.
+
+Evaluation hands over hundreds, whose 1000 regions each would take 13 GB (256 images, width 256).
+"""
+
+Targets = list[dict[str, Tensor]]
+"""One an image: ``boxes`` (k, 4) pixels, ``labels`` (k,) class numbers, ``places`` (k,) which of
+the row's boxes they are, ``crowd`` (c, 4) regions that count neither as object nor as
+background."""
+
+
+def has_area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] > boxes[..., :2]).all(-1)
+
+
+def targets_of(batch: Batch) -> Targets:
+    boxes = batch["boxes"].float()
+    labels = batch["labels"]
+    crowd = batch["crowd"].bool()
+    is_box = has_area(boxes) & (labels >= 0)
+    is_object = is_box & ~crowd
+    is_crowd = is_box & crowd
+    return [
+        {
+            "boxes": boxes[i][is_object[i]],
+            "labels": labels[i][is_object[i]],
+            "crowd": boxes[i][is_crowd[i]],
+            "places": is_object[i].nonzero()[:, 0],
+        }
+        for i in range(len(boxes))
+    ]
+
+
+def to_shares(boxes: Tensor, frame: Tensor) -> Tensor:
+    """Turn pixels of the input (B, k, 4) into shares of the whole image.
+
+    Args:
+        frame: (B, 4) width, height, left and top of the image in the input.
+    """
+    size = frame[:, None, :2].repeat(1, 1, 2)
+    corner = frame[:, None, 2:].repeat(1, 1, 2)
+    return ((boxes - corner) / size).clamp(0, 1)
+
+
+def without_padding(detections: Targets, frame: Tensor) -> Targets:
+    """Return the detections that do not lie wholly in the padding.
+
+    Args:
+        detections: ``boxes`` in pixels of the input, and others of each image.
+        frame: (B, 4) where the images lie in the input.
+    """
+    kept = []
+    for i, found in enumerate(detections):
+        inside = has_area(to_shares(found["boxes"][None], frame[i : i + 1])[0])
+        kept.append({name: tensor[inside] for name, tensor in found.items()})
+    return kept
+
+
+def predicted_boxes(detections: Targets, frame: Tensor) -> dict[str, Tensor]:
+    """Return the detections of all images in tensors, the surest first.
+
+    Args:
+        detections: ``boxes`` in pixels of the input, ``scores`` and ``labels`` of each image.
+        frame: (B, 4) where the images lie in the input.
+
+    Returns:
+        ``boxes`` (B, 100, 4) corners as shares of the whole image, ``scores`` (B, 100) and
+        ``classes`` (B, 100; -1: none).
+    """
+    b = len(detections)
+    device = frame.device
+    boxes = torch.zeros(b, DETECTIONS, 4, device=device)
+    scores = torch.zeros(b, DETECTIONS, device=device)
+    classes = torch.full((b, DETECTIONS), -1, device=device)
+    for i, found in enumerate(detections):
+        k = len(found["boxes"])
+        boxes[i, :k] = to_shares(found["boxes"][None], frame[i : i + 1])[0]
+        scores[i, :k] = found["scores"]
+        classes[i, :k] = found["labels"]
+    return {"boxes": boxes, "scores": scores, "classes": classes}
+
+
+def true_boxes(batch: Batch, frame: Tensor) -> dict[str, Tensor]:
+    """Return ``true_boxes`` (B, M, 4), ``true_classes`` (B, M; -1: none) and ``true_crowd`` (B, M),
+    as the modality left them, beside `predicted_boxes`.
+    """
+    is_box = has_area(batch["boxes"]) & (batch["labels"] >= 0)
+    return {
+        "true_boxes": to_shares(batch["boxes"], frame),
+        "true_classes": torch.where(is_box, batch["labels"], -1),
+        "true_crowd": batch["crowd"].bool(),
+    }
+
+
+def in_crowd(boxes: Tensor, crowd: Tensor) -> Tensor:
+    """Return (N,) bool: which ``boxes`` (N, 4) have at least half of their area in a region
+    ``crowd`` (C, 4).
+
+    COCO measures overlap with a crowd in this way, over the detection's own area (pycocotools:
+    iscrowd).
+    """
+    low, high = (
+        torch.maximum(boxes[:, None, :2], crowd[:, :2]),
+        torch.minimum(boxes[:, None, 2:], crowd[:, 2:]),
+    )
+    return (
+        (high - low).clamp(min=0).prod(2) >= 0.5 * (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]
+    ).any(1)
+
+
+def sums_by_image(values: Tensor, where: Tensor) -> Tensor:
+    """Return (B,) sums of values that stand where ``where`` (B, A) is true."""
+    grid = torch.zeros(where.shape, device=values.device, dtype=values.dtype)
+    return grid.masked_scatter(where, values).sum(1)
+
+
+def image_list(batch: Batch) -> ImageList:
+    h, w = batch["image"].shape[-2:]
+    return ImageList(batch["image"], [(h, w)] * len(batch))
+
+
+# ---------------------------------------------------------------- Faster R-CNN
+
+
+class Anchors(AnchorGenerator):
+    """Anchors at the strides that the maps have.
+
+    torchvision guesses strides from sizes, wrongly where these are no multiples.
+    """
+
+    def __init__(self, strides: tuple[int, ...], side: float, ratios: tuple[float, ...]):
+        sides = tuple((stride * side,) for stride in strides)
+        super().__init__(sides, (ratios,) * len(strides))
+        self.strides = strides
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        device = feature_maps[0].device
+        self.set_cell_anchors(torch.float32, device)
+        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        sizes = [list(level.shape[-2:]) for level in feature_maps]
+        of_one_image = torch.cat(self.grid_anchors(sizes, strides))
+        return [of_one_image] * len(image_list.image_sizes)
+
+
+class Sampler:
+    """torchvision's BalancedPositiveNegativeSampler, from the rows' keys."""
+
+    def __init__(self, size: int, positive: float, stream: int):
+        self.size = size
+        self.positive = positive
+        self.stream = stream
+        self.keys: Any = None
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return masks of the samples of each image, where labels are 1 or more, and 0."""
+        positive = []
+        negative = []
+        for key, labels in zip(self.keys, matched_idxs, strict=True):
+            order = uniform(key[None], len(labels), self.stream)[0].argsort()
+            most_positive = int(self.size * self.positive)
+            is_positive = _first(labels >= 1, order, most_positive)
+            rest = self.size - int(is_positive.sum())
+            positive.append(is_positive)
+            negative.append(_first(labels == 0, order, rest))
+        return positive, negative
+
+
+def _first(mask: Tensor, order: Tensor, most: int) -> Tensor:
+    """Return a mask of the first ``most`` places of ``mask`` in ``order``."""
+    chosen = torch.zeros_like(mask)
+    chosen[order[mask[order]][:most]] = True
+    return chosen
+
+
+class Proposals(RegionProposalNetwork):
+    """A region proposal network whose losses are kept apart by image, also in evaluation."""
+
+    def forward(self, images, features, targets=None):
+        """Return the proposed boxes, and with targets losses (B,) by name."""
+        levels = [*features.values()]
+        scores, shifts = self.head(levels)
+        anchors = self.anchor_generator(images, levels)
+        sizes = [of_level[0].numel() for of_level in scores]
+        scores, shifts = concat_box_prediction_layers(scores, shifts)
+        scores = scores.float()
+        shifts = shifts.float()
+        boxes = self.box_coder.decode(shifts.detach(), anchors).view(len(anchors), -1, 4)
+        boxes, _ = self.filter_proposals(boxes, scores, images.image_sizes, sizes)
+        if targets is None:
+            return boxes, {}
+        labels, matched = self.assign_targets_to_anchors(anchors, targets)
+        without_crowds = []
+        for of_image, boxes_of_image, target in zip(labels, anchors, targets, strict=True):
+            is_background = of_image == 0
+            is_ignored = is_background & in_crowd(boxes_of_image, target["crowd"])
+            without_crowds.append(of_image.masked_fill(is_ignored, -1.0))
+        labels = without_crowds
+        scores = scores.view(len(anchors), -1)
+        shifts = shifts.view(len(anchors), -1, 4)
+        wanted = self.box_coder.encode(matched, anchors)
+        return boxes, self.by_image(scores, shifts, labels, wanted)
+
+    def by_image(self, scores, shifts, labels, wanted):
+        """Return means over each image's samples (B,) by name."""
+        positive, negative = (torch.stack(masks) for masks in self.fg_bg_sampler(labels))
+        sampled = positive | negative
+        count = sampled.sum(1).clamp(min=1)
+        wanted_shifts = torch.stack(wanted)[positive]
+        boxes = F.smooth_l1_loss(shifts[positive], wanted_shifts, beta=1 / 9, reduction="none")
+        boxes = boxes.sum(-1)
+        objects = F.binary_cross_entropy_with_logits(
+            scores, torch.stack(labels).clamp(min=0), reduction="none"
+        )
+        return {
+            "objectness": torch.where(sampled, objects, 0.0).sum(1) / count,
+            "proposal_box": sums_by_image(boxes, positive) / count,
+        }
+
+
+class Regions(NamedTuple):
+    """The regions that the second stage learns from, of each image."""
+
+    boxes: list[Tensor]
+    """(k, 4) in pixels of the input."""
+    matched: list[Tensor]
+    """(k,) the object that each one overlaps most, of the image's targets."""
+    labels: list[Tensor]
+    """(k,) class numbers from 1; 0: background."""
+
+
+class FasterRCNN(nn.Module):
+    """Faster R-CNN (Ren et al. 2015) over a feature pyramid of strides 4 to 64.
+
+    With torchvision's settings. What lies in a crowd is no background.
+    """
+
+    network = "Faster R-CNN"
+    loss_names = ("objectness", "proposal_box", "classification", "box")
+
+    def __init__(self, backbone: Backbone, classes: int, options: BoxOptions):
+        super().__init__()
+        width = options.channels
+        self.backbone = Pyramid(backbone, (4, 8, 16, 32), width, "pool")
+        strides = self.backbone.strides
+        if any(stride & (stride - 1) for stride in strides):
+            raise ValueError(
+                f"{backbone.arch.name}: {self.network} pools regions from maps whose strides are "
+                f"powers of two, these are {list(strides)}; use detection with method: "
+                "fcos, or patches of 8, 16 or 32 px"
+            )
+        ratios = (0.5, 1.0, 2.0)
+        self.samplers = (Sampler(256, 0.5, 11), Sampler(512, 0.25, 12))
+        proposals_kept = {"training": 2000, "testing": 1000}
+        self.rpn = Proposals(
+            Anchors(strides, options.anchor, ratios),
+            RPNHead(width, len(ratios)),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256,
+            positive_fraction=0.5,
+            pre_nms_top_n=proposals_kept,
+            post_nms_top_n=proposals_kept,
+            nms_thresh=0.7,
+        )
+        levels = [str(i) for i in range(len(self.backbone.base))]
+        self.roi_heads = RoIHeads(
+            MultiScaleRoIAlign(levels, 7, 2),
+            TwoMLPHead(width * 49, 1024),
+            FastRCNNPredictor(1024, classes + 1),
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=512,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=options.score_threshold,
+            nms_thresh=options.nms_threshold or 0.5,
+            detections_per_img=DETECTIONS,
+        )
+        sampled: tuple[Any, Any] = (self.rpn, self.roi_heads)
+        for part, sampler in zip(sampled, self.samplers, strict=True):
+            part.fg_bg_sampler = sampler
+
+    def _regions(
+        self, maps: dict[str, Tensor], boxes: list[Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Return scores and shifts of the boxes of all images, one after the other."""
+        heads = self.roi_heads
+        maps = {name: level.float() for name, level in maps.items()}
+        pooled = heads.box_roi_pool(maps, boxes, image_list(batch).image_sizes)
+        scores, shifts = heads.box_predictor(heads.box_head(pooled))
+        return scores.float(), shifts.float()
+
+    def candidates(self, maps: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+        """Refuse: the second stage reads the regions that suppression in the first one leaves."""
+        raise ValueError(
+            f"{self.network} decides between its stages which regions are kept (torchvision.ops."
+            "nms, roi_align), a number that differs from image to image: no graph of fixed outputs "
+            "holds that; train detection with method: fcos"
+        )
+
+    def losses(
+        self, maps: dict[str, Tensor], batch: Batch, targets: Targets
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return means over the samples of each image (B,) by name, and ones (B,)."""
+        parts, _ = self.region_losses(maps, batch, targets)
+        return parts, torch.ones(len(targets), device=parts["box"].device)
+
+    def region_losses(
+        self, maps: dict[str, Tensor], batch: Batch, targets: Targets
+    ) -> tuple[dict[str, Tensor], Regions]:
+        """Return means over the samples of each image (B,) by name, and the samples."""
+        for sampler in self.samplers:
+            sampler.keys = batch.keys
+        # 0 is the background
+        shifted = [{**target, "labels": target["labels"] + 1} for target in targets]
+        boxes, parts = self.rpn(image_list(batch), maps, shifted)
+        usable = []
+        for of_image, target in zip(boxes, targets, strict=True):
+            is_in_crowd = in_crowd(of_image, target["crowd"])
+            is_on_object = _overlaps(of_image, target["boxes"])
+            usable.append(of_image[~is_in_crowd | is_on_object])
+        boxes, matched, labels, wanted = self.roi_heads.select_training_samples(usable, shifted)
+        scores, shifts = self._regions(maps, boxes, batch)
+        sizes = [len(of_image) for of_image in boxes]
+        classes = torch.cat(labels)
+        is_object = torch.cat(labels) > 0
+        classification = F.cross_entropy(scores, classes, reduction="none")
+        shifts = shifts.unflatten(1, (-1, 4))[is_object, classes[is_object]]
+        wanted_shifts = torch.cat(wanted)[is_object]
+        box = F.smooth_l1_loss(shifts, wanted_shifts, beta=1 / 9, reduction="none")
+        box = box.sum(-1)
+        box = torch.zeros_like(classification).masked_scatter(is_object, box)
+        for name, values in (("classification", classification), ("box", box)):
+            means = [part.sum() / max(1, len(part)) for part in values.split(sizes)]
+            parts[name] = torch.stack(means)
+        return parts, Regions(boxes, matched, labels)
+
+    def detections(self, maps: dict[str, Tensor], batch: Batch) -> Targets:
+        """Return ``boxes``, ``scores`` and ``labels`` of each image."""
+        boxes, _ = self.rpn(image_list(batch), maps)
+        scores, shifts = self._regions(maps, boxes, batch)
+        found = self.roi_heads.postprocess_detections(
+            scores, shifts, boxes, image_list(batch).image_sizes
+        )
+        return [
+            {"boxes": boxes, "scores": scores, "labels": labels - 1}
+            for boxes, scores, labels in zip(*found, strict=True)
+        ]
+
+
+def _overlaps(boxes: Tensor, objects: Tensor) -> Tensor:
+    """Return (k,) which boxes overlap an object by half or more."""
+    return (box_iou(boxes, objects) >= 0.5).any(1)

@@ -1,0 +1,256 @@
+"""Columns with the boxes of objects: their classes, and what of each row can be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torchvision.ops import box_convert
+
+from pipeline.config.registry import BoxOptions, nearest
+from pipeline.core.arrow_compute import pc
+from pipeline.media import drawing, image_io
+
+
+class Boxes(NamedTuple):
+    """The boxes of one row, or why they cannot be used."""
+
+    corners: np.ndarray
+    """(k, 4) x0 y0 x1 y1 as shares of the image."""
+    labels: np.ndarray
+    """(k,) class numbers."""
+    crowd: np.ndarray
+    """(k,) which are crowd regions."""
+    reason: str = ""
+
+
+NO_BOXES = Boxes(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
+
+
+def fitted(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> dict[str, Any]:
+    """Return the state: the classes that option ``names`` names, or the sorted values of the rows.
+
+    Raises:
+        ValueError: a class without a name, or boxes in pixels without the image's size.
+    """
+    for role in ("width", "height"):
+        if not options.relative and role not in columns:
+            raise ValueError(
+                f"objective.relative is false: boxes in pixels need a {role} column (columns: "
+                f"{{{role}: NAME}}); boxes that are shares of the image need relative: true"
+            )
+    column = columns["labels"]
+    flat = pc.list_flatten(table[column])
+    found = pc.unique(flat).drop_null().to_pylist()
+    if options.names is None:
+        values = sorted(found)
+        names = [str(value) for value in values]
+    else:
+        values, names = _named_classes(options.names, found, column)
+    if not values:
+        raise ValueError(f"column {column}: the training rows hold no box")
+    if len(set(names)) < len(names):
+        raise ValueError(f"column {column}: two classes have the same name")
+    kept = options.model_dump(include={"box_format", "relative", "max_boxes"})
+    return {"values": values, "labels": names, **kept}
+
+
+def _named_classes(
+    names: list[str] | dict[int | str, str], found: list[Any], column: str
+) -> tuple[list[Any], list[str]]:
+    """Return the values and names of the classes that option ``names`` names.
+
+    Args:
+        found: the values of the training rows.
+
+    Raises:
+        ValueError: no class, a name for no number, or a value without a name.
+    """
+    pairs = [*(names.items() if isinstance(names, dict) else enumerate(names))]
+    if not pairs:
+        raise ValueError(
+            "objective.names: no class is named; leave it out to take the values of the training "
+            "rows"
+        )
+    are_texts = bool(found) and isinstance(found[0], str)
+    wrong = [key for key, _ in pairs if not are_texts and not str(key).isdecimal()]
+    if wrong:
+        raise ValueError(
+            f"objective.names: {wrong[0]!r} is no class number, and column {column} holds "
+            "numbers; say number: name"
+        )
+    values = [name if are_texts else int(key) for key, name in pairs]
+    unknown = sorted(set(found) - set(values))
+    if unknown:
+        raise ValueError(
+            f"column {column}: class {unknown[0]!r} of the training rows has no name in "
+            f"objective.names; {nearest(str(unknown[0]), [str(value) for value in values])}"
+        )
+    return values, [name for _, name in pairs]
+
+
+def image_sizes(table: pa.Table, columns: dict[str, str]) -> np.ndarray:
+    """Return (n, 2) height and width of the upright images in pixels, from their headers.
+
+    Zeros where an image cannot be read, or the table has no images.
+    """
+    out = np.zeros((len(table), 2), np.int64)
+    if columns.get("image") in table.column_names:
+        for row, image in enumerate(table[columns["image"]]):
+            out[row] = (image_io.upright_size(image.as_py()) or (0, 0))[::-1]
+    return out
+
+
+def encoded(rows: Iterable[Boxes], most: int) -> dict[str, np.ndarray]:
+    """Return ``boxes`` (n, M, 4), ``labels`` (n, M; -1: none) and ``crowd`` (n, M)."""
+    listed = list(rows)
+    n = len(listed)
+    boxes = np.zeros((n, most, 4), np.float32)
+    labels = np.full((n, most), -1, np.int64)
+    crowd = np.zeros((n, most), bool)
+    for row, found in enumerate(listed):
+        k = len(found.labels)
+        boxes[row, :k], labels[row, :k], crowd[row, :k] = found[:3]
+    return {"boxes": boxes, "labels": labels, "crowd": crowd}
+
+
+def parsed(
+    table: pa.Table, columns: dict[str, str], state: dict[str, Any], *more: str
+) -> Iterator[Boxes]:
+    """Yield the boxes of each row; with a reason it has none."""
+    roles = ("boxes", "labels", "crowd", "width", "height", *more)
+    given = [role for role in roles if columns.get(role) in table.column_names]
+    values = {role: table[columns[role]].to_pylist() for role in given}
+    index = {value: i for i, value in enumerate(state["values"])}
+    for i in range(len(table)):
+        row = {role: values[role][i] for role in given}
+        try:
+            yield _boxes(row, index, state)
+        except ValueError as error:
+            yield NO_BOXES._replace(reason=str(error))
+
+
+def _boxes(row: dict[str, Any], index: dict[Any, int], state: dict[str, Any]) -> Boxes:
+    """Read the boxes of one row.
+
+    Args:
+        row: the value of each role.
+        index: the class number of each value.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
+    boxes = row["boxes"]
+    labels = row["labels"]
+    if boxes is None or labels is None:
+        raise ValueError("its boxes or labels are null; an image without objects has empty lists")
+    crowd = row.get("crowd") or [False] * len(boxes)
+    if not len(boxes) == len(labels) == len(crowd):
+        flags = f" and {len(crowd)} crowd flags" if row.get("crowd") else ""
+        raise ValueError(f"{len(boxes)} boxes, but {len(labels)} labels{flags}")
+    if len(boxes) > state["max_boxes"]:
+        raise ValueError(f"{len(boxes)} boxes, more than objective.max_boxes={state['max_boxes']}")
+    unknown = [label for label in labels if label not in index]
+    if unknown:
+        raise ValueError(
+            f"class {unknown[0]!r} is none of the {len(index)} classes of the training rows"
+        )
+    if any(box is None or len(box) != 4 for box in boxes):
+        raise ValueError("a box is not 4 numbers")
+    given = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    corners = box_convert(torch.from_numpy(given), state["box_format"], "xyxy").numpy()
+    if not state["relative"]:
+        width, height = _size_of(row)
+        corners = corners / [width, height, width, height]
+    inside = corners.clip(0, 1)
+    _check_boxes(given, corners, inside, state)
+    numbers = np.array([index[label] for label in labels], dtype=np.int64)
+    return Boxes(inside, numbers, np.array(crowd, dtype=bool))
+
+
+def _size_of(row: dict[str, Any]) -> tuple[float, float]:
+    """Return width and height that boxes in pixels are of.
+
+    Raises:
+        ValueError: there is no size, or it is that of the picture before it is turned upright.
+    """
+    width = row["width"]
+    height = row["height"]
+    if not (width and height and width > 0 and height > 0):
+        raise ValueError(f"boxes in pixels, but the image is {width} x {height}")
+    wide, high = image_io.upright_size(row.get("image")) or (width, height)
+    # the image may have been made smaller or squashed since: its boxes are where they were
+    distance_upright = abs(width * high - height * wide)
+    distance_turned = abs(width * wide - height * high)
+    if distance_turned <= max(width, height, wide, high) < distance_upright:
+        raise ValueError(
+            f"boxes in pixels of an image of {width} x {height}, but upright (EXIF) the image is "
+            f"{wide} x {high}"
+        )
+    return width, height
+
+
+def _check_boxes(
+    given: np.ndarray, corners: np.ndarray, inside: np.ndarray, state: dict[str, Any]
+) -> None:
+    """Raise ValueError for a box that is not finite, has no area or lies outside its image.
+
+    Args:
+        given: (k, 4) boxes as the column has them.
+        corners: (k, 4) as shares of the image.
+        inside: (k, 4) cut at the image's edge.
+    """
+    for written, whole, cut in zip(given, corners, inside, strict=True):
+        shown = np.array2string(written, precision=6, separator=", ")
+        if not np.isfinite(written).all():
+            raise ValueError(f"box {shown} is not finite")
+        if not (whole[2:] > whole[:2]).all():
+            raise ValueError(f"box {shown} has no area (read as {state['box_format']})")
+        if not (cut[2:] > cut[:2]).all():
+            unit = "shares of it" if state["relative"] else "pixels"
+            raise ValueError(f"box {shown} lies outside its image (read as {unit})")
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def output_columns(predictions: dict[str, np.ndarray], labels: list[str]) -> dict[str, np.ndarray]:
+    """Return lists of a row, the surest first: ``boxes``, ``scores`` and ``labels`` (class names).
+
+    Args:
+        predictions: ``boxes`` (n, D, 4), ``scores`` (n, D) and ``classes`` (n, D; -1: none).
+        labels: names of the classes.
+    """
+    names = np.array(labels, dtype=object)
+    n = len(predictions["scores"])
+    columns = {name: np.empty(n, dtype=object) for name in ("boxes", "scores", "labels")}
+    for row, classes in enumerate(predictions["classes"]):
+        real = classes >= 0
+        columns["boxes"][row] = predictions["boxes"][row][real].tolist()
+        columns["scores"][row] = predictions["scores"][row][real].tolist()
+        columns["labels"][row] = names[classes[real]].tolist()
+    return columns
+
+
+def draw(
+    picture: np.ndarray, columns: dict[str, Any], names: list[str], least: float
+) -> np.ndarray:
+    """Draw the boxes of a row on its picture, the surest ones on top.
+
+    Args:
+        picture: (H, W, 3) uint8.
+        columns: what `output_columns` returns for the row.
+        names: of all classes.
+        least: boxes with a lower score are not drawn.
+    """
+    scores = np.array(columns["scores"])
+    boxes = np.array(columns["boxes"]).reshape(-1, 4)
+    is_drawn = scores >= least
+    labels = [name for name, drawn in zip(columns["labels"], is_drawn, strict=True) if drawn]
+    pairs = zip(labels, scores[is_drawn], strict=True)
+    captions = [f"{name} {score:.2f}" for name, score in pairs]
+    classes = [names.index(name) for name in labels]
+    return drawing.draw_boxes(picture, boxes[is_drawn], captions, classes)

@@ -1,0 +1,418 @@
+"""Instance segmentation: columns to masks, the mask loss and the pasting against torchvision's,
+predictions in the pixels of the stored image, and that it learns.
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from torchvision.models.detection import roi_heads
+
+from pipeline.config import registry
+from pipeline.core.contracts import Batch, Task
+from pipeline.core.metrics.catalog import metric
+from pipeline.core.nn import box_detectors
+from pipeline.data.stream import Decoder
+from pipeline.media import instance_masks
+from pipeline.objectives import instance_segmentation
+from pipeline.objectives.instance_segmentation import (
+    InstanceSegmentation,
+    InstanceSegmentationOptions,
+)
+from tests import toys
+
+SIDE = 96
+COLUMNS = {"image": "image", "boxes": "boxes", "labels": "labels", "masks": "masks"}
+STATE: dict[str, Any] = {
+    "values": ["cat", "dog"],
+    "labels": ["cat", "dog"],
+    "box_format": "xyxy",
+    "relative": True,
+    "max_boxes": 4,
+}
+
+
+def picture(width: int, height: int) -> bytes:
+    sink = io.BytesIO()
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def blob(width: int, height: int, box: list[float]) -> np.ndarray:
+    """An ellipse in a box in shares of the image, (height, width) bool, with a corner cut off."""
+    x = (np.arange(width) + 0.5) / width
+    y = ((np.arange(height) + 0.5) / height)[:, None]
+    left, top, right, bottom = box
+    across = (2 * x - left - right) / (right - left)
+    down = (2 * y - top - bottom) / (bottom - top)
+    return (across**2 + down**2 <= 1) & (across + down < 0.9)
+
+
+BOXES = [
+    [[0.1, 0.2, 0.5, 0.8], [0.3, 0.1, 0.9, 0.9]],
+    [],
+    [[0.05, 0.05, 0.95, 0.6]],
+    [[0.2, 0.2, 0.8, 0.8], [0.1, 0.6, 0.4, 0.9], [0.5, 0.0, 1.0, 0.5]],
+]
+SIZES = [(80, 60), (50, 50), (64, 120), (100, 70)]
+"""Width and height of the pictures."""
+
+
+def table_of(**more: Any) -> pa.Table:
+    """Four pictures of other sizes, one of them without objects."""
+    masks = [
+        [instance_masks.packed(blob(*size, box)) for box in of_row]
+        for size, of_row in zip(SIZES, BOXES, strict=True)
+    ]
+    columns = {
+        "image": [picture(*size) for size in SIZES],
+        "boxes": pa.array(BOXES, pa.list_(pa.list_(pa.float64()))),
+        "labels": pa.array([["cat", "dog"], [], ["dog"], ["cat"] * 3], pa.list_(pa.string())),
+        "masks": pa.array(masks, pa.list_(instance_masks.RLE)),
+    }
+    return pa.table({**columns, **more})
+
+
+def task_of(backbone: str = "test_resnet", **options: Any) -> Task:
+    return toys.task_of(
+        f"timm/{backbone}",
+        {"channels": 3, "size": SIDE},
+        "instance_segmentation",
+        STATE,
+        options={"channels": 64, "mask_convs": 1, "anchor": 4.0, **options},
+    )
+
+
+def rows_of(table: pa.Table, fit: str = "pad", mean: float = 0.5, **options: Any):
+    kind = registry.get("modality", "image")
+    modality = kind(
+        kind.options_class(size=SIDE, fit=fit, **options), {"mean": [mean] * 3, "std": [0.2] * 3}
+    )
+    arrays, bad = Decoder(modality, "instance_segmentation", STATE, COLUMNS)(table)
+    assert bad == [""] * len(table)
+    return toys.rows_of(modality, arrays, "instance_segmentation", STATE)
+
+
+def batch_of(table: pa.Table | None = None, **options: Any) -> Batch:
+    rows = rows_of(table_of() if table is None else table, **options)
+    return toys.take(rows, range(len(rows)))
+
+
+def without_objects() -> pa.Table:
+    table = table_of()
+    names = ("boxes", "labels", "masks")
+    return table_of(**{name: pa.array([[]] * 4, table.schema.field(name).type) for name in names})
+
+
+# ---------------------------------------------------------------- columns
+
+
+def test_masks_become_run_lengths_and_new_rows_have_a_size():
+    table = table_of()
+    options = InstanceSegmentationOptions()
+    state = InstanceSegmentation.fit(options, table, COLUMNS)
+    assert state["labels"] == ["cat", "dog"]
+    assert InstanceSegmentation.invalid_label_reasons(table, COLUMNS, state) == [""] * 4
+    found = InstanceSegmentation.encode(table, COLUMNS, state)
+    assert found["image_size"].tolist() == [[height, width] for width, height in SIZES]
+    for runs, (width, height), of_row in zip(found["mask_runs"], SIZES, BOXES, strict=True):
+        flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(len(of_row), width, height)
+        for mask, box in zip(flat, of_row, strict=True):
+            assert (blob(width, height, box) == mask.T).all() and mask.any()
+    new = InstanceSegmentation.encode(table.select(["image"]), COLUMNS, state)
+    assert {name: array.tolist() for name, array in new.items()} == {
+        "image_size": [[height, width] for width, height in SIZES]
+    }
+    labels_alone = InstanceSegmentation.encode(table.drop_columns(["image"]), COLUMNS, state)
+    assert labels_alone["image_size"].tolist() == [[60, 80], [0, 0], [120, 64], [70, 100]]
+
+
+@pytest.mark.parametrize(
+    ("masks", "reason"),
+    [
+        (None, "its masks are null; an image without objects has an empty list"),
+        ([], "1 boxes, but 0 masks"),
+        ([None], "mask 1 of 1 is null"),
+        ([{"size": [50, 50], "counts": "PSn"}], "mask 1 of 1: the compressed RLE ends in the mid"),
+        (
+            [instance_masks.packed(np.ones((40, 50), bool))],
+            "mask 1 of 1: a mask of 50 x 40 pixels for an image of 50 x 50",
+        ),
+        ([instance_masks.packed(np.zeros((50, 50), bool))], "mask 1 of 1 covers no pixel"),
+        ([instance_masks.packed(np.eye(50, dtype=bool))], ""),
+    ],
+)
+def test_rows_whose_masks_cannot_be_used_are_refused_with_the_reason(masks, reason):
+    table = table_of().slice(1, 1)
+    columns = {
+        "boxes": pa.array([[[0.1, 0.1, 0.9, 0.9]]]),
+        "labels": pa.array([["dog"]]),
+        "masks": pa.array([masks], pa.list_(instance_masks.RLE)),
+    }
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, values)
+    [found] = InstanceSegmentation.invalid_label_reasons(table, COLUMNS, STATE)
+    assert found.startswith(reason) and bool(found) == bool(reason)
+    encoded = InstanceSegmentation.encode(table, COLUMNS, STATE)
+    assert (encoded["labels"][0, 0] == -1) == bool(reason)
+    assert (len(encoded["mask_runs"][0]) == 0) == bool(reason)
+
+
+def test_a_column_that_holds_no_masks_is_refused():
+    table = table_of(masks=[[[1.0, 2.0]]] * 4)
+    with pytest.raises(
+        ValueError, match=r"column masks: list<.*> holds no masks; .*masks=instance"
+    ):
+        InstanceSegmentation.fit(InstanceSegmentationOptions(), table, COLUMNS)
+
+
+# ---------------------------------------------------------------- masks in the input
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_masks_lie_where_their_boxes_are(fit):
+    """At any aspect of the image, and as the semantic masks of the modality are resized."""
+    batch = batch_of(fit=fit)
+    for row, (size, of_row) in enumerate(zip(SIZES, BOXES, strict=True)):
+        places = torch.arange(len(of_row))
+        masks = instance_segmentation.input_masks(batch, row, places)
+        assert masks.shape == (len(of_row), SIDE, SIDE)
+        for mask, box, written in zip(masks, batch["boxes"][row], of_row, strict=False):
+            ys, xs = np.nonzero(mask.numpy())
+            inner = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            x0, y0, x1, y1 = box.tolist()
+            assert inner[0] >= x0 - 1.5 and inner[1] >= y0 - 1.5
+            assert inner[2] <= x1 + 1.5 and inner[3] <= y1 + 1.5
+            share = blob(*size, written).mean()
+            frame = batch["frame"][row]
+            pixels = float(frame[0] * frame[1])
+            assert mask.sum().item() / pixels == pytest.approx(share, abs=0.012)
+
+
+@pytest.mark.parametrize("crop", ["none", "shift", "resized"])
+def test_masks_move_with_their_image(crop):
+    """A picture in which the object alone is white: augmentation moves pixels and mask alike."""
+    box = [0.25, 0.2, 0.7, 0.75]
+    files, masks = [], []
+    for width, height in SIZES:
+        mask = blob(width, height, box)
+        sink = io.BytesIO()
+        PIL.Image.fromarray(np.repeat(mask[..., None], 3, 2).astype(np.uint8) * 255).save(
+            sink, "PNG"
+        )
+        files.append(sink.getvalue())
+        masks.append([instance_masks.packed(mask)])
+    table = pa.table(
+        {
+            "image": files,
+            "boxes": [[box]] * 4,
+            "labels": [["cat"]] * 4,
+            "masks": pa.array(masks, pa.list_(instance_masks.RLE)),
+        }
+    )
+    rows = rows_of(table, mean=0.0, crop=crop, flip=True)
+    array = rows.arrays
+    assert array is not None
+    data = rows.modality.collate({name: values for name, values in array.items()})
+    mirrored = 0
+    for seed in range(4):
+        batch = Batch(np.arange(4), torch.arange(4) + 100 * seed, dict(data))
+        moved = rows.modality.augment(batch)
+        mirrored += int((moved["frame"][:, 0] < 0).sum())
+        for row in range(4):
+            found = instance_segmentation.input_masks(moved, row, torch.tensor([0]))[0]
+            is_white = moved["image"][row, 0] > 127
+            overlap = (found & is_white).sum() / (found | is_white).sum()
+            assert overlap > 0.93, (seed, row, overlap)
+    assert 0 < mirrored < 16
+
+
+# ---------------------------------------------------------------- loss
+
+
+def test_the_mask_loss_is_torchvision_s(monkeypatch):
+    """On the regions of one image, given torchvision's own function the same logits and masks."""
+    task, batch = task_of().eval(), batch_of(table_of().slice(3, 1))
+    detector, seen = task.objective.detector, {}
+    scores, regions = detector._mask_scores, detector.region_losses
+    monkeypatch.setattr(detector, "_mask_scores", lambda *a: seen.setdefault("scores", scores(*a)))
+    monkeypatch.setattr(
+        detector, "region_losses", lambda *a: seen.setdefault("regions", regions(*a))
+    )
+    _, _, logs = task(batch)
+    _, (boxes, matched, labels) = seen["regions"]
+    is_object = labels[0] > 0
+    assert 5 < is_object.sum() < len(is_object)
+    masks = instance_segmentation.input_masks(batch, 0, torch.arange(3))
+    objects = [torch.tensor([0, 0, 0])]  # of one class
+    of_image = [boxes[0][is_object]], [masks], objects, [matched[0][is_object]]
+    expected = roi_heads.maskrcnn_loss(seen["scores"], *of_image)
+    assert logs["mask"].item() == pytest.approx(expected.item(), abs=1e-6) and expected > 0
+
+
+def test_sums_and_counts_add_up_over_ranks():
+    """Rows on two ranks, one with an image without objects alone."""
+    task, table = task_of().eval(), table_of()
+    whole = batch_of(table)
+    total, count, logs = task(whole)
+    halves = [task(part) for part in whole.split(2)]
+    assert count == 4 == sum(h[1] for h in halves)
+    assert sum(h[0] for h in halves).item() == pytest.approx(total.item(), rel=1e-4)
+    for name in task.objective.log_names:
+        assert sum(h[2][name] for h in halves).item() == pytest.approx(
+            logs[name].item(), rel=1e-4, abs=1e-6
+        ), name
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("objects", [True, False])
+def test_every_parameter_is_in_the_graph(backbone, objects):
+    """DDP waits for all of them, also where no image of a rank has an object."""
+    task = task_of(backbone)
+    total, _, logs = task(batch_of(table_of() if objects else without_objects()))
+    total.backward()
+    assert torch.isfinite(total) and (logs["mask"] > 0) == objects
+    assert [
+        name
+        for name, p in task.named_parameters()
+        if p.grad is None or not torch.isfinite(p.grad).all()
+    ] == []
+
+
+def test_bf16():
+    task, batch = task_of().eval(), batch_of()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, count, logs = task(batch)
+        with torch.no_grad():
+            found = task.objective.predict(task.backbone, batch)
+    exact = task(batch)
+    assert total.dtype == torch.float32 and count == 4
+    assert logs["mask"].item() == pytest.approx(exact[2]["mask"].item(), rel=0.1)
+    assert found["true_mask_areas"].sum() == sum(
+        int(blob(*size, box).sum()) for size, row in zip(SIZES, BOXES, strict=True) for box in row
+    )
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def truth_as_detections(monkeypatch, task: Task) -> None:
+    """The network finds every object, and its mask as a 28 x 28 picture of the true one."""
+    detector = task.objective.detector
+
+    def detections(maps, batch):
+        return [
+            {
+                "boxes": target["boxes"],
+                "labels": target["labels"],
+                "scores": torch.linspace(0.9, 0.5, len(target["labels"])),
+            }
+            for target in box_detectors.targets_of(batch)
+        ]
+
+    def masks(maps, found, batch):
+        out = []
+        for row, (of_image, target) in enumerate(
+            zip(found, box_detectors.targets_of(batch), strict=True)
+        ):
+            true = instance_segmentation.input_masks(batch, row, target["places"])
+            of_boxes = torch.arange(len(true))
+            out.append(
+                roi_heads.project_masks_on_boxes(true, of_image["boxes"], of_boxes, 28)
+                if len(true)
+                else torch.zeros(0, 28, 28)
+            )
+        return out
+
+    monkeypatch.setattr(detector, "detections", detections)
+    monkeypatch.setattr(detector, "masks", masks)
+
+
+@torch.no_grad()
+def test_masks_are_compared_in_the_pixels_of_the_stored_image(monkeypatch):
+    """Areas and intersections are those of pycocotools on masks that torchvision pastes."""
+    task, batch = task_of().eval(), batch_of()
+    truth_as_detections(monkeypatch, task)
+    found = {k: v.numpy() for k, v in task.objective.predict(task.backbone, batch).items()}
+    assert found["image_size"].tolist() == [[height, width] for width, height in SIZES]
+    maps = task.objective._maps(task.backbone, batch)[1]
+    masks = task.objective.detector.masks(
+        maps, task.objective.detector.detections(maps, batch), batch
+    )
+    for row, ((width, height), of_row) in enumerate(zip(SIZES, BOXES, strict=True)):
+        k = len(of_row)
+        true = [blob(width, height, box) for box in of_row]
+        assert found["true_mask_areas"][row, :k].tolist() == [int(one.sum()) for one in true]
+        assert not found["true_mask_areas"][row, k:].any()
+        boxes = torch.from_numpy(found["boxes"][row, :k]) * torch.tensor([width, height] * 2)
+        pasted = roi_heads.paste_masks_in_image(masks[row][:, None], boxes, (height, width))
+        guessed = [(one[0] > 0.5).numpy() for one in pasted]
+        assert found["mask_areas"][row, :k].tolist() == [int(one.sum()) for one in guessed]
+        rle = [coco_mask.encode(np.asfortranarray(one, np.uint8)) for one in guessed + true]
+        for i in range(k):
+            for j in range(k):
+                shared = coco_mask.area(coco_mask.merge([rle[i], rle[k + j]], intersect=True))
+                assert found["mask_intersections"][row, i, j] == shared
+    assert metric("mask_map50").value(found) == pytest.approx(1.0)
+    assert 0.6 < metric("mask_map").value(found) <= 1.0
+
+
+@torch.no_grad()
+def test_written_masks_are_read_by_pycocotools_and_drawn(monkeypatch):
+    task, batch = task_of().eval(), batch_of()
+    truth_as_detections(monkeypatch, task)
+    labelled = batch
+    new = Batch(
+        batch.rows, batch.keys, {name: batch[name] for name in ("image", "frame", "image_size")}
+    )
+    detector = task.objective.detector
+    of_truth, masks_of = detector.detections, detector.masks
+    monkeypatch.setattr(detector, "detections", lambda maps, part: of_truth(maps, labelled))
+    monkeypatch.setattr(
+        detector, "masks", lambda maps, found, part: masks_of(maps, found, labelled)
+    )
+    found = {k: v.numpy() for k, v in task.objective.predict(task.backbone, new).items()}
+    assert set(found) == {"boxes", "scores", "classes", "image_size", "masks"}
+    written = task.objective.output_columns(found, None)
+    assert written["labels"].tolist() == [["cat", "dog"], [], ["dog"], ["cat"] * 3]
+    again = pa.array(written["masks"].tolist(), task.objective.output_types["masks"]).to_pylist()
+    for rles, (width, height), of_row in zip(again, SIZES, BOXES, strict=True):
+        assert len(rles) == len(of_row)
+        for rle, box in zip(rles, of_row, strict=True):
+            mask = coco_mask.decode(rle).astype(bool)
+            true = blob(width, height, box)
+            assert (mask & true).sum() / (mask | true).sum() > 0.8
+    canvas = np.full((60, 80, 3), 100, dtype=np.uint8)
+    of_first = {name: written[name][0] for name in written}
+    drawn = task.objective.draw(canvas, of_first)
+    changed = (drawn != 100).any(-1)
+    scale = drawn.shape[0] // 60
+    centre = blob(80, 60, BOXES[0][0])
+    y, x = np.argwhere(centre)[len(np.argwhere(centre)) // 2]
+    assert changed[y * scale, x * scale] and not changed[-1, 0]
+    unsure = {**of_first, "scores": [0.1, 0.1]}
+    assert (task.objective.draw(canvas, unsure) == 100).all()
+
+
+@torch.no_grad()
+def test_many_images_are_predicted_in_parts(monkeypatch):
+    task, batch = task_of(score_threshold=0.0).eval(), batch_of()
+    whole = task.objective.predict(task.backbone, batch)
+    monkeypatch.setattr(instance_segmentation, "AT_ONCE", 3)
+    monkeypatch.setattr(instance_segmentation, "PASTED_PIXELS", 30_000)
+    parts = task.objective.predict(task.backbone, batch)
+    assert whole.keys() == parts.keys() and (whole["mask_areas"] > 0).any()
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_graph_is_refused_as_for_faster_rcnn():
+    task = task_of()
+    with pytest.raises(ValueError, match=r"Mask R-CNN decides between its stages .* method: fcos"):
+        task.objective.raw_outputs(task.backbone, batch_of())
