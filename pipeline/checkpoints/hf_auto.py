@@ -440,8 +440,9 @@ def _audio(folder: str, config: Any) -> tuple[ModalitySpec, JsonObject]:
     extractor = kind(**plain)
     options: JsonObject = {"rate": extractor.sampling_rate, "features": "wave"}
     options["normalize"] = False
-    if isinstance(getattr(extractor, "chunk_length", None), int):
-        options["max_seconds"] = float(extractor.chunk_length)
+    longest = auto_model.longest_seconds(extractor)
+    if longest is not None:
+        options["max_seconds"] = longest
     return (
         ModalitySpec("audio", options, {"features": "wave", "normalize": False}),
         {"processor": {auto_model.EXTRACTOR_TYPE: kind.__name__, **plain}},

@@ -107,7 +107,7 @@ def filled(array: Any, value: float) -> np.ndarray:
     return (pc.fill_null(array, value) if array.null_count else array).to_numpy()
 
 
-def floats(array: Any) -> np.ndarray:
-    """Return an array of numbers as (n,) float32, NaN for null."""
-    is_float = array.type == pa.float32()
-    return filled(array if is_float else pc.cast(array, pa.float32(), safe=False), np.nan)
+def floats(array: Any, dtype: Any = np.float32) -> np.ndarray:
+    """Return an array of numbers as (n,) floating-point numbers, NaN for null."""
+    kind = pa.from_numpy_dtype(dtype)
+    return filled(array if array.type == kind else pc.cast(array, kind, safe=False), np.nan)

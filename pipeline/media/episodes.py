@@ -21,13 +21,10 @@ from torch import nn
 
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import filled, floats, is_list, joined, lengths
+from pipeline.media.deviation import divisors
 
 NONE, CLASSES = -1, -2
 """Widths of actions: there is no column; they are names of classes."""
-CONSTANT, STILL = 1e-6, 1e-12
-"""A number whose deviation is below this share of its greatest value, or below this, does not vary
-(it is rounding): it is not divided by it.
-"""
 
 
 @dataclass(frozen=True)
@@ -217,7 +214,7 @@ def _statistics(
     mean = np.sum([part.sum(0, dtype=np.float64) for part in parts], axis=0) / count
     std = np.sqrt(np.sum([np.square(part - mean).sum(0) for part in parts], axis=0) / count)
     size = np.max([np.abs(part).max(0) for part in parts], axis=0)
-    found = {"mean": mean, "std": np.where(std > np.maximum(CONSTANT * size, STILL), std, 1.0)}
+    found = {"mean": mean, "std": divisors(std, size)}
     return {
         f"{what}_{key}": [float(f"{x:.7g}") for x in values.tolist()]
         for key, values in found.items()

@@ -14,6 +14,7 @@ import pyarrow as pa
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import NameDifference
 from pipeline.core.ragged import ragged
+from pipeline.media.deviation import divisors
 
 MOST = 8.0
 """Standardised numbers are clipped to this many standard deviations."""
@@ -21,6 +22,8 @@ TAILS = (0.001, 0.999)
 """Mean and deviation are those of values clipped to these quantiles. The quantiles themselves,
 which may be a single patient's, are not kept.
 """
+
+SHORT_FLOATS = (pa.float16(), pa.float32())
 
 
 class StaticFeatures:
@@ -54,13 +57,13 @@ class StaticFeatures:
                 if len(numbers) < min_rows:
                     continue
                 numbers = numbers.clip(*np.quantile(numbers, TAILS))
-                std = float(numbers.std())
-                for key, value in (
-                    ("numbers", field),
-                    ("mean", float(f"{numbers.mean():.7g}")),
-                    ("std", float(f"{std:.7g}") if std > 1e-9 else 1.0),
-                ):
-                    out[key].append(value)
+                std = divisors(
+                    numbers.std(), np.abs(numbers).max(), values.type not in SHORT_FLOATS
+                )
+                out["numbers"].append(field)
+                # all digits: the mean may be large beside the deviation (a time in seconds)
+                out["mean"].append(float(numbers.mean()))
+                out["std"].append(float(std))
             else:
                 for codes in _codes(field, values):
                     found.update(set(codes))

@@ -21,7 +21,8 @@ from pipeline.core.capabilities import NameDifference
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.ragged import padded, ragged
 from pipeline.core.rng import uniform
-from pipeline.media.static_features import MOST, TAILS, StaticFeatures
+from pipeline.media.deviation import divisors
+from pipeline.media.static_features import MOST, SHORT_FLOATS, TAILS, StaticFeatures
 
 NAMED = 8
 DROP = 0
@@ -87,7 +88,7 @@ class Events(Modality):
         self.static_features = StaticFeatures(state.get("static") or StaticFeatures.empty_state())
         self.names = pa.array(state.get("variables", []), pa.string())
         self.mean, self.std = (
-            np.array(state.get(name, []), dtype=np.float32) for name in ("mean", "std")
+            np.array(state.get(name, []), dtype=np.float64) for name in ("mean", "std")
         )
 
     @classmethod
@@ -136,12 +137,10 @@ class Events(Modality):
                 order[ends[at[one]] - np.count_nonzero(place == at[one]) : ends[at[one]]]
             ].astype(np.float64)
             clipped = found.clip(*np.quantile(found, TAILS))
-            mean, std = clipped.mean(), clipped.std()
-            for key, number in (
-                ("mean", mean),
-                ("std", std if std > 1e-6 * max(1.0, abs(mean)) else 1.0),
-            ):
-                state[key].append(float(f"{number:.7g}"))
+            std = divisors(clipped.std(), np.abs(clipped).max(), value.dtype == np.float64)
+            # all digits: the mean may be large beside the deviation (a time in seconds)
+            state["mean"].append(float(clipped.mean()))
+            state["std"].append(float(std))
         if "static" in columns:
             state["static"] = StaticFeatures.fit(
                 table[columns["static"]], columns["static"], options.min_rows
@@ -278,7 +277,8 @@ class Events(Modality):
         if ((time[1:] < time[:-1]) & (row[1:] == row[:-1])).any():
             order = np.lexsort((time, row))
             row, time, place, value = row[order], time[order], place[order], value[order]
-        value = ((value - self.mean[place]) / self.std[place]).clip(-MOST, MOST)
+        mean, std = (of_all.astype(value.dtype)[place] for of_all in (self.mean, self.std))
+        value = ((value - mean) / std).clip(-MOST, MOST).astype(np.float32)
         spans = list(pairwise(np.searchsorted(row, np.arange(len(table) + 1)).tolist()))
         out: Arrays = {
             role: ragged([array[start:stop] for start, stop in spans])
@@ -344,13 +344,12 @@ class Events(Modality):
         return self.collate(self.decode(pa.table(table), {name: name for name in table})[0])
 
     def augment(self, batch: Batch) -> Batch:
-        """Drop a random share of the events."""
+        """Drop a random share of the events; ``recorded`` (B, N) still has all that there are."""
         if not self.options.drop:
             return batch
-        return batch.replace(
-            mask=batch["mask"]
-            & (uniform(batch.keys, batch["mask"].shape[1], DROP) >= self.options.drop)
-        )
+        recorded = batch["mask"]
+        is_kept = uniform(batch.keys, recorded.shape[1], DROP) >= self.options.drop
+        return batch.replace(mask=recorded & is_kept, recorded=recorded)
 
 
 def _rows_with(row: np.ndarray, place: np.ndarray, words: int) -> np.ndarray:
@@ -393,7 +392,10 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
         found = {role: column.filter(pa.array(good)) for role, column in found.items()}
     flat = {role: pc.list_flatten(column) for role, column in found.items()}
     row = np.repeat(np.arange(len(table)), np.where(good, n, 0))
-    time, value = floats(flat["times"]), floats(flat["values"])
+    time = floats(flat["times"])
+    # float32 would round a number that is large beside its deviation
+    is_short = flat["values"].type in SHORT_FLOATS
+    value = floats(flat["values"], np.float32 if is_short else np.float64)
     name = (
         flat["variables"]
         if pa.types.is_dictionary(flat["variables"].type)

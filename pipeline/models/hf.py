@@ -302,8 +302,17 @@ def spectrograms(
     """Return what a feature extractor makes of (B, n) samples, and (B, T) which frames are real.
 
     None instead where the extractor has no mask.
+
+    Raises ValueError for a recording that the extractor would cut.
     """
     lengths = mask.sum(1).tolist()
+    longest, seconds = auto_model.longest_seconds(extractor), max(lengths) / extractor.sampling_rate
+    if longest is not None and seconds > longest:
+        raise ValueError(
+            f"a recording of {seconds:.4g} s: {type(extractor).__name__} would leave out what is "
+            f"behind {longest:g} s. Say modality: {{audio: {{max_seconds: {longest:g}}}}}, and cut "
+            "long recordings (an audio folder's are, at silence)"
+        )
     rows = [row[: max(1, n)].numpy() for row, n in zip(wave.float().cpu(), lengths, strict=True)]
     found = extractor(
         rows,

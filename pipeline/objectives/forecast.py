@@ -109,7 +109,8 @@ class Forecast(Objective):
 
     def _until(self, batch: Batch, hours: Tensor, value: Tensor) -> Tensor:
         """Return (B, T, V) sums of ``value`` (B, N) over the events before each hour."""
-        mask, (rows, length) = batch["mask"], hours.shape
+        # augmentation drops events from what is seen, not from what is to be forecast
+        mask, (rows, length) = batch.data.get("recorded", batch["mask"]), hours.shape
         times = batch["times"].contiguous()
         hour = torch.searchsorted(hours.contiguous(), times, right=True)
         kept = mask & (hour < length)

@@ -75,7 +75,9 @@ class MaskedEvents(Objective):
         may_hide = uniform(batch.keys, width, HIDE) < self.options.values
         hidden = mask & may_hide
         may_leave = uniform(batch.keys, width, LEAVE) < self.options.events
-        left_out = mask & ~hidden & may_leave
+        # what augmentation has dropped is left out, too
+        dropped = batch.data.get("recorded", mask) & ~mask
+        left_out = (mask & ~hidden & may_leave) | dropped
         values = batch["values"].masked_fill(hidden, 0.0)
         seen = batch.replace(mask=mask & ~left_out, values=values)
         features = backbone(seen, token_mask=hidden, want=("tokens",))

@@ -18,6 +18,7 @@ from pipeline.config.registry import LinearHeadOptions, register
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn import losses
+from pipeline.core.nn.domain_losses import exact
 
 LOSSES = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
 """Losses of a standardised number; Huber's is quadratic up to one standard deviation."""
@@ -105,11 +106,17 @@ class Regression(Objective):
         self.head.bias.mul_(state["std"] / scale).add_((state["mean"] - shift) / scale)
 
     def scores(self, pooled: Tensor) -> Tensor:
-        """Return standardised numbers (B, 1) of pooled features (B, D)."""
+        """Return standardised numbers (B, 1) of pooled features (B, D).
+
+        The head is float32 under autocast too: bfloat16 has 3 digits, and all rows near one number
+        would get the same.
+        """
+        pooled = losses.at_least_float32(pooled)
         if self.options.norm:
             pooled = F.layer_norm(pooled, pooled.shape[-1:])
         pooled = F.dropout(pooled, self.options.dropout, self.training)
-        return losses.at_least_float32(self.head(pooled))
+        with exact(pooled):
+            return self.head(pooled)
 
     def _losses(self, standardised: Tensor, value: Tensor) -> Tensor:
         """Return the (B,) losses of standardised numbers (B,)."""

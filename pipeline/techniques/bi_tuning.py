@@ -16,6 +16,7 @@ from pipeline.core.contracts.objective_capabilities import (
 )
 from pipeline.core.latest_call import LatestCall
 from pipeline.core.nn.domain_adaptation import Features, TaskWithModule, gathered, of_all_rows
+from pipeline.core.nn.domain_losses import exact
 
 
 class BiTuningOptions(LayerOptions):
@@ -57,7 +58,8 @@ def categorical_contrastive(projections: Tensor, label: Tensor, temperature: flo
         label: (N,) class numbers.
     """
     unit = F.normalize(projections, dim=-1)
-    similar = unit @ unit.T / temperature
+    with exact(unit):  # a bfloat16 product has errors of the size of a temperature
+        similar = unit @ unit.T / temperature
     is_self = torch.eye(len(label), dtype=torch.bool, device=label.device)
     logs = similar - similar.masked_fill(is_self, -torch.inf).logsumexp(1, keepdim=True)
     is_partner = (label[:, None] == label[None, :]) & ~is_self

@@ -36,11 +36,14 @@ from torch.nn.utils import parametrize
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Backbone, Task, Technique
 from pipeline.core.nn import four_bit
+from pipeline.core.nn.domain_losses import exact
 
 ADDED = "adapters"
 """Part of a layer that holds what a method adds to it: ``block00/adapters``."""
 ADAPTER = "default"
 """peft's name of the one adapter that there is."""
+MULTIPLIERS = frozenset(("ia3_l", "lora_magnitude_vector"))
+"""peft's names of parameters that multiply weights: IA3's vectors and DoRA's lengths."""
 ATTENTION = (
     # bert, roberta, electra; neox
     "query",
@@ -200,6 +203,12 @@ class AdaptedTask(Task):
 
     def layers(self) -> dict[str, list[str]]:
         return {layer: list(names) for layer, names in self._layers.items()}
+
+    def scales(self) -> set[str]:
+        """Return the adapters' parameters that multiply weights: at 0 the layer would be gone."""
+        return {
+            name for name, _ in self.named_parameters() if MULTIPLIERS.intersection(name.split("."))
+        }
 
     def _hold_in_4_bits(self, name: str) -> None:
         """Put a layer whose weight is held in 4 bits in the place of a linear layer."""
@@ -578,9 +587,13 @@ class Lora(AdapterTechnique):
         return {**super().search_space(), "rank": (4, 8, 16, 32)}
 
     def weight_of(self, layer):
+        weight = super().weight_of(layer)
         if not self.options.dora:
-            return super().weight_of(layer)
-        return layer(torch.eye(layer.in_features, device=layer.base_layer.weight.device)).T
+            return weight
+        # no gradient goes through the length of the direction (Liu et al. 2024, section 4.3)
+        length = weight.detach().norm(dim=1)
+        magnitude = layer.lora_magnitude_vector[ADAPTER].weight
+        return (magnitude / length)[:, None] * weight
 
     def replaces(self, backbone, target):
         # PiSSA takes singular values of matrices
@@ -875,7 +888,8 @@ class _RankBudget(nn.Module):
         for layer in self._layers[0]:
             a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
             unit = torch.eye(len(a), device=a.device)
-            distances += [(a @ a.T - unit).norm(), (b.T @ b - unit).norm()]
+            with exact(a):
+                distances += [(a @ a.T - unit).norm(), (b.T @ b - unit).norm()]
         return torch.stack(distances).mean()
 
 

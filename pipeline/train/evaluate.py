@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.core.capabilities import makes_views
-from pipeline.core.contracts import Batch, Objective, RawRows, Task, Technique
+from pipeline.core.contracts import Batch, Ensemble, Objective, RawRows, Task, Technique
 from pipeline.core.contracts.objective_capabilities import (
     Postprocesses,
     UsesRawRows,
@@ -47,7 +47,9 @@ def predictions(
     """
     task.eval()
     # a number in its own unit may be so large beside its deviation that float32 rounds it away
-    keeps_float64 = rescales_scores(task.objective)
+    keeps_float64 = rescales_scores(
+        task.member_objective if isinstance(task, Ensemble) else task.objective
+    )
     parts: list[Predictions] = []
     for batch, bad, _ in batches:
         if bad:

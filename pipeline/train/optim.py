@@ -107,12 +107,14 @@ def describe_layers(layers: dict[str, list[str]], chosen: set[str]) -> str:
 def groups(task: Task, rates: dict[str, float], train: Train) -> list[dict[str, Any]]:
     """Make optimiser groups of equal rate and decay.
 
-    Vectors and scalars (norms, biases) have no weight decay.
+    Vectors and scalars (norms, biases) have no weight decay, nor have `Task.scales`.
     """
+    scales = task.scales()
     out: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in task.named_parameters():
         if rates[name] > 0:
-            decay = train.weight_decay if parameter.dim() > 1 else 0.0
+            is_decayed = parameter.dim() > 1 and name not in scales
+            decay = train.weight_decay if is_decayed else 0.0
             out.setdefault((rates[name], decay), []).append(parameter)
     return [
         {"params": params, "peak": rate * train.lr, "weight_decay": decay}

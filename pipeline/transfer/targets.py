@@ -452,6 +452,14 @@ def _check_metric(
             f"{place}.metric: {spec.metric} is not a metric of {spec.objective.name} "
             f"({', '.join(known)})"
         )
+    found, classes = catalog.find(spec.metric), state.get("values", [])
+    is_scale = found is not None and found.reads_order and len(classes) > 2
+    if is_scale and isinstance(classes[0], str):
+        raise ValueError(
+            f"{place}.metric: {spec.metric} reads the order of the classes, and column "
+            f"{spec.data.columns['label']} holds texts, which stand in alphabetical order: write "
+            "its labels as whole numbers in their order (column label_name may give their names)"
+        )
 
 
 def _check_labels(

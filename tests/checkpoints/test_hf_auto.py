@@ -21,6 +21,7 @@ from pipeline.config import registry
 from pipeline.core.contracts import Batch
 from pipeline.core.nn import auto_model
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
+from pipeline.models.hf import spectrograms
 from pipeline.train import loop
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -369,3 +370,23 @@ def test_images_of_another_size_are_classified_by_the_written_code(kind, tmp_pat
     if kind == "hugging-face":
         processor = json.loads((out / "preprocessor_config.json").read_text())
         assert processor["size"] == {"shortest_edge": 50}, "rounded down, as the modality does"
+
+
+@pytest.mark.parametrize(
+    ("family", "seconds"), [("audio-spectrogram-transformer", 0.64), ("whisper", 1.0)]
+)
+def test_a_recording_that_the_extractor_would_cut_is_refused(family, seconds):
+    """Both extractors cut in silence."""
+    found = FAMILIES[family]
+    config = auto_model.configuration(family, found.config, {})
+    kind = auto_model.extractor_class(config, None)
+    extractor = kind(**found.processor)
+    assert auto_model.longest_seconds(extractor) == seconds
+    name = auto_model.model_class(config).main_input_name
+    wave = torch.randn(2, round(16000 * seconds) + 1)
+    mask = torch.ones_like(wave, dtype=torch.bool)
+    mask[:, -1] = False
+    spectrograms(extractor, name, wave, mask)
+    mask[1, -1] = True
+    with pytest.raises(ValueError, match=f"max_seconds: {seconds:g}"):
+        spectrograms(extractor, name, wave, mask)

@@ -148,3 +148,14 @@ def test_a_constant_number_stays_finite():
 def test_another_type_is_refused_with_its_name(kind, message):
     with pytest.raises(ValueError, match=message):
         StaticFeatures.fit(pa.chunked_array([pa.array([None], kind)]), "static", 1)
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(1.7e9, 20.0), (3e-10, 1e-10)])
+def test_numbers_that_are_large_beside_their_deviation_or_small_are_standardised(offset, scale):
+    """A time in seconds, an amount in moles: neither digits nor the unit count."""
+    given = offset + scale * np.random.default_rng(0).normal(size=50)
+    rows = pa.array([{"x": x} for x in given.tolist()])
+    one = StaticFeatures(StaticFeatures.fit(pa.chunked_array([rows]), "static", 1))
+    clipped = given.clip(*np.quantile(given, (0.001, 0.999)))
+    want = (given - clipped.mean()) / clipped.std()
+    np.testing.assert_allclose(one.decode(rows, 50, "static")["numbers"][:, 0], want, atol=1e-4)

@@ -205,3 +205,26 @@ def test_drop_leaves_out_a_share_by_the_rows_keys():
     assert not torch.equal(
         kept, modality.augment(Batch(batch.rows, torch.tensor([6]), batch.data))["mask"]
     )
+
+
+def test_numbers_that_are_large_beside_their_deviation_or_small_are_standardised():
+    """A time in seconds, an amount in millionths: neither digits nor the unit count."""
+    rng = np.random.default_rng(0)
+    units = {"time": 1.7e9 + rng.normal(0, 20, 50), "amount": rng.normal(3e-7, 1e-7, 50)}
+    kinds = {"times": np.float64, "values": np.float64}
+    names = [[name] * 50 for name in units]
+    rows = pa.table(
+        {
+            "times": [np.arange(50, dtype=kinds["times"]) / 2] * 2,
+            "variables": names,
+            "values": [*units.values()],
+        }
+    )
+    options = EventsOptions(min_rows=1)
+    modality = Events(options, Events.fit(options, rows, COLUMNS, "events/gru"))
+    arrays, _ = modality.decode(rows, COLUMNS)
+    for given, found in zip(units.values(), arrays["values"], strict=True):
+        clipped = given.clip(*np.quantile(given, (0.001, 0.999)))
+        want = (given - clipped.mean()) / clipped.std()
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, want, atol=1e-4)

@@ -186,3 +186,34 @@ def test_what_cannot_be_trained_is_refused(rows):
         task(rows, "masked_events")
     with pytest.raises(ValueError, match="both 0"):
         task(rows, "masked_events", "events/strats", values=0.0, events=0.0)
+
+
+@torch.no_grad()
+def test_events_that_augmentation_drops_are_forecast_and_left_out(rows):
+    """The network must not learn that what it does not see is not measured."""
+    batch = take(rows, np.arange(8))
+    modality = type(rows.modality)(
+        rows.modality.options.model_copy(update={"drop": 0.6}), rows.modality.state
+    )
+    dropped = modality.augment(batch)
+    assert 0 < dropped["mask"].sum() < 0.6 * batch["mask"].sum()
+    hours = torch.arange(1, 21).float().expand(8, -1)
+    objective = task(rows, "forecast", horizon=4.0).objective
+    for found, want in zip(
+        objective.ahead(dropped, hours), objective.ahead(batch, hours), strict=True
+    ):
+        torch.testing.assert_close(found, want)
+    seen = {}
+    one = task(rows, "masked_events", "events/strats", values=0.5, events=0.0)
+    hook = one.objective.left_out.register_forward_hook(
+        lambda module, inputs, output: seen.update(logits=output.float())
+    )
+    _, entropy, _, _ = one.objective._rows(one.backbone, dropped)
+    hook.remove()
+    lost = batch["mask"] & ~dropped["mask"]
+    counts = torch.zeros(8, rows.modality.inputs()["variables"])
+    counts.scatter_add_(1, batch["variables"], lost.float())
+    want = torch.nn.functional.binary_cross_entropy_with_logits(
+        seen["logits"], (counts > 0).float(), reduction="none"
+    )
+    torch.testing.assert_close(entropy, want.mean(1))

@@ -102,6 +102,17 @@ def test_a_number_that_is_large_beside_its_deviation_keeps_its_digits():
     torch.testing.assert_close((found["value"] - 1e8).float(), batch["value"], atol=1e-6, rtol=0)
 
 
+def test_the_head_is_float32_under_autocast():
+    """bfloat16 has 3 digits: the numbers of 200 rows near each other would be few."""
+    task, _ = built()
+    features = 3 + 0.01 * torch.randn(200, task.backbone.pooled_dim)
+    with torch.no_grad():
+        exact = task.objective.scores(features)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(task.objective.scores(features), exact)
+            assert task.objective.scores(features.bfloat16()).dtype == torch.float32
+
+
 def test_an_ensemble_predicts_the_mean_of_its_members():
     task, batch = built()
     first, second = (torch.randn(6, 1, generator=torch.Generator().manual_seed(k)) for k in (1, 2))

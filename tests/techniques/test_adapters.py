@@ -20,11 +20,12 @@ from toys import (
 )
 
 from pipeline.config import registry
+from pipeline.config.schema import Train
 from pipeline.core.contracts import Task, Technique
 from pipeline.core.contracts.technique import whole_layer
 from pipeline.techniques import peft
-from pipeline.techniques.peft import ADDED, AdaptedTask, AdapterTechnique
-from pipeline.train import loop
+from pipeline.techniques.peft import ADDED, AdaptedTask, AdapterTechnique, Lora, LoraOptions
+from pipeline.train import loop, optim
 
 METHODS: dict[str, dict] = {
     "lora": {},
@@ -331,3 +332,41 @@ def test_an_average_of_weights_has_no_rank_that_was_taken():
             layer.lora_E["default"].fill_(1.0)
     scores(task, rows)
     assert sum(int((one.lora_E["default"] != 0).sum()) for one in layers) == len(layers)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("ia3", "transformers/bert"), ("lora dora", "timm/resnet10t")]
+)
+def test_weight_decay_leaves_what_multiplies_weights_alone(method, name):
+    """With gradients of zero decay alone moves parameters: lengths and scales must not shrink."""
+    task, _ = built(name)
+    wrapped = made(method).wrap(task)
+    train = Train(lr=0.1, weight_decay=0.5)
+    rates = dict.fromkeys(dict(wrapped.named_parameters()), 1.0)
+    before = weights(wrapped)
+    optimizer = optim.optimizer(optim.groups(wrapped, rates, train), train)
+    for parameter in wrapped.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    scales = [n for n in before if "ia3_l" in n or "magnitude" in n]
+    assert any(before[n].dim() > 1 for n in scales)
+    assert not set(scales) & set(moved(before, weights(wrapped)))
+    assert "objective.head.weight" in moved(before, weights(wrapped))
+
+
+def test_computed_weights_have_no_dropout_in_dora_either():
+    """Dropout of the unit matrix that gives a weight would drop whole columns of its update."""
+    task, _ = built("events/gru")
+    technique = Lora(LoraOptions(dora=True, dropout=0.5))
+    wrapped = technique.wrap(task).train()
+    weight = "body.gru.weight_ih_l0"
+    module, _, own = weight.rpartition(".")
+    computed = wrapped.backbone.get_submodule(module)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    in_training = getattr(computed, own).detach().clone()
+    assert torch.equal(getattr(computed, own), in_training)
+    merged = technique.finish(wrapped)
+    torch.testing.assert_close(merged.backbone.get_parameter(weight), in_training)

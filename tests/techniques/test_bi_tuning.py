@@ -54,6 +54,14 @@ def test_both_losses_are_the_paper_s_and_so_are_their_gradients():
     assert categorical_contrastive(projections, alone, 0.3).item() == 0.0
 
 
+def test_cosines_are_float32_under_autocast():
+    """They are divided by a small temperature, which makes a bfloat16 product's errors large."""
+    projections, label = torch.randn(16, 32), torch.arange(16) % 4
+    exact = categorical_contrastive(projections, label, 0.02)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(categorical_contrastive(projections, label, 0.02), exact)
+
+
 @EACH
 def test_the_penalty_is_of_the_features_that_the_loss_has_used(kind):
     task, rows = classified(KINDS[kind])

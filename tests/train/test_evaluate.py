@@ -11,7 +11,7 @@ import pytest
 import torch
 from toys import SMALL, label_state, sentences, task_of, text_modality
 
-from pipeline.core.contracts import Objective
+from pipeline.core.contracts import Ensemble, Objective
 from pipeline.core.contracts.objective_capabilities import rescales_scores
 from pipeline.data import manifests
 from pipeline.data.stream import Decoder, Rows, eval_batches
@@ -114,6 +114,26 @@ def test_numbers_in_a_unit_of_their_own_keep_their_digits(rows, objective, kind)
     assert found["count"].dtype.kind in "iu"
     exact = 1e8 + found["count"] / 7
     assert np.array_equal(found["number"], exact) == (kind == np.float64)
+
+
+def test_an_ensemble_of_regressions_keeps_its_digits(rows):
+    """A float32 near 1e8 is a multiple of 8; the deviation here is 1."""
+    inputs = text_modality().inputs()
+    state = {"mean": 1e8, "std": 1.0, "labels": ["n"]}
+    members = [
+        task_of("transformers/bert", inputs, "regression", state, seed, **SMALL) for seed in (0, 1)
+    ]
+    ready = evaluate.device_preprocessing(rows)
+    each, both = (
+        [
+            evaluate.predictions(task, eval_batches(rows, 4), ready, Ranks(), torch.no_grad())
+            for task in tasks
+        ]
+        for tasks in (members, [Ensemble(members)])
+    )
+    mean = (each[0]["prediction"] + each[1]["prediction"]) / 2
+    assert np.ptp(mean) > 0
+    np.testing.assert_allclose(both[0]["prediction"] - 1e8, mean - 1e8, atol=1e-6)
 
 
 def test_regression_has_a_unit_of_its_own_and_classification_none():

@@ -17,7 +17,7 @@ from toys import SMALL, sentences, task_of, text_modality
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
-from pipeline.config.schema import Job
+from pipeline.config.schema import Job, Target
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifests
 from pipeline.data.stream import TooManyBadRowsError
@@ -805,3 +805,17 @@ def test_null_labels_say_target_column_how_many_and_what_to_do(tmp_path, models)
                     {"text": "words", "label": "kind"},
                 )
             )
+
+
+def test_kappa_refuses_texts_whose_order_is_alphabetical():
+    columns = {"image": "image", "label": "stage"}
+    data = {"uri": "x.parquet", "modality": "image", "columns": columns}
+    spec = Target.model_validate({"data": data, "objective": "classification", "metric": "kappa"})
+    kind = registry.get("objective", "classification")
+    texts, numbers = (
+        {"values": values, "labels": ["a", "b", "c"]} for values in ("abc", [1, 2, 3])
+    )
+    with pytest.raises(ValueError, match=r"targets\.t\.metric: kappa reads .* column stage holds"):
+        targets._check_metric("targets.t", spec, kind, texts)
+    targets._check_metric("targets.t", spec, kind, numbers)
+    targets._check_metric("targets.t", spec, kind, {"values": ["no", "yes"]})

@@ -48,6 +48,13 @@ class Task(nn.Module):
         layers["head"] = [f"objective.{name}" for name, _ in self.objective.named_parameters()]
         return layers
 
+    def scales(self) -> set[str]:
+        """Return the names of matrices that multiply weights, such as adapters' factors around 1.
+
+        Weight decay, which pulls weights towards 0, leaves them alone.
+        """
+        return set()
+
 
 class Ensemble(Task):
     """Several tasks that predict together, for validation and test; it is not trained or saved.
@@ -60,6 +67,12 @@ class Ensemble(Task):
 
     def __init__(self, members: Sequence[Task]):
         super().__init__(members[0].backbone, _AveragedObjective(members))
+
+    @property
+    def member_objective(self) -> Objective:
+        """The objective whose predictions are averaged."""
+        assert isinstance(self.objective, _AveragedObjective)
+        return self.objective.tasks()[0].objective
 
 
 class _AveragedObjective(Objective):
@@ -80,10 +93,11 @@ class _AveragedObjective(Objective):
         raise NotImplementedError("an ensemble is not trained")
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        found = [one.objective.predict(one.backbone, batch) for one in self._tasks()]
+        found = [one.objective.predict(one.backbone, batch) for one in self.tasks()]
         return self._average.average(found)
 
-    def _tasks(self) -> list[Task]:
+    def tasks(self) -> list[Task]:
+        """Return the members."""
         return [one for one in self.members if isinstance(one, Task)]
 
     @property

@@ -130,7 +130,7 @@ def macro_f1(p: Predictions, counts: np.ndarray) -> np.ndarray:
 
 
 @register("metric", "kappa")
-@resampled(bounds=(-1.0, 1.0), for_role="label")
+@resampled(bounds=(-1.0, 1.0), for_role="label", reads_order=True)
 def kappa(p: Predictions, counts: np.ndarray) -> np.ndarray:
     """Cohen's linearly weighted kappa: agreement of ordered classes beyond chance, 1 at best (Cohen
     1968; lengths of stay: Harutyunyan et al. 2019). One minus the mean distance between classes as

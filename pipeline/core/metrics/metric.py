@@ -120,6 +120,8 @@ class Metric:
     """A target whose objective reads this column role (``label``) may be judged by it, also where
     the objective does not list it.
     """
+    reads_order: bool = False
+    """Whether it takes classes in their order as steps of a scale."""
 
     @property
     def registered_name(self) -> str:
@@ -161,10 +163,15 @@ def ratio(
     """
 
     def make(units: Units) -> Metric:
-        def value(p: Predictions) -> float:
-            return made.of_units(units(p))
+        def checked(p: Predictions) -> np.ndarray:
+            return np.where(rows_with_nan(p)[:, None], np.nan, units(p))
 
-        made = Metric("", higher_is_better, value, units, final, None, bounds, per_label, for_role)
+        def value(p: Predictions) -> float:
+            return made.of_units(checked(p))
+
+        made = Metric(
+            "", higher_is_better, value, checked, final, None, bounds, per_label, for_role
+        )
         return made
 
     return make
@@ -175,22 +182,29 @@ def resampled(
     bounds: Bounds | Callable[[Predictions], Bounds] = UNBOUNDED,
     per_label: PerLabel | None = None,
     for_role: str = "",
+    reads_order: bool = False,
 ) -> Callable[[Resampled], Metric]:
     """Make a metric of a function over counts: predictions and (R, n) to (R,). See `ratio`."""
 
     def make(values: Resampled) -> Metric:
+        def checked(p: Predictions, counts: np.ndarray) -> np.ndarray:
+            wrong = rows_with_nan(p)
+            found = values(p, counts)
+            return np.where(counts[:, wrong].any(1), np.nan, found) if wrong.any() else found
+
         def value(p: Predictions) -> float:
             once = np.ones((1, len(next(iter(p.values())))), dtype=np.int64)
-            return float(values(p, once)[0])
+            return float(checked(p, once)[0])
 
         return Metric(
             "",
             higher_is_better,
             value,
-            resampled=values,
+            resampled=checked,
             limits=bounds,
             per_label=per_label,
             for_role=for_role,
+            reads_order=reads_order,
         )
 
     return make
@@ -204,12 +218,30 @@ def plain(
     """Make a metric of a function from predictions to its value. See `ratio`."""
 
     def make(value: Callable[[Predictions], float]) -> Metric:
-        return Metric("", higher_is_better, value, limits=bounds, for_role=for_role)
+        def checked(p: Predictions) -> float:
+            return math.nan if rows_with_nan(p).any() else value(p)
+
+        return Metric("", higher_is_better, checked, limits=bounds, for_role=for_role)
 
     return make
 
 
 # ---------------------------------------------------------------- for the functions themselves
+
+
+def rows_with_nan(p: Predictions) -> np.ndarray:
+    """Return (n,) bool, rows with a label and a score that is NaN: a broken network's.
+
+    A metric over them is NaN. The largest score of such a row would still name a class.
+    """
+    n = len(next(iter(p.values())))
+    scores, label = p.get("scores"), p.get("label", p.get("labels"))
+    if scores is None or label is None or not n:
+        return np.zeros(n, dtype=bool)
+    wrong = np.isnan(scores)
+    if label.ndim < scores.ndim:  # a class, at each of several positions or for the row
+        wrong = wrong.any(-1) & (label >= 0)
+    return wrong.reshape(n, -1).any(1)
 
 
 def pairs(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

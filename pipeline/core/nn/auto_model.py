@@ -194,6 +194,20 @@ def extractor_class(config: Any, named: str | None) -> Any:
     return getattr(transformers, str(name))
 
 
+AST_FRAMES_PER_SECOND = 100
+"""Of the spectrograms of the Audio Spectrogram Transformer, which ``max_length`` counts."""
+
+
+def longest_seconds(extractor: Any) -> float | None:
+    """Return after how many seconds a feature extractor cuts a recording; None: never."""
+    if type(extractor).__name__ == "ASTFeatureExtractor":
+        return extractor.max_length / AST_FRAMES_PER_SECOND
+    if isinstance(getattr(extractor, "chunk_length", None), int):  # Whisper
+        return float(extractor.chunk_length)
+    samples = getattr(extractor, "nb_max_samples", None)  # CLAP
+    return None if samples is None else samples / extractor.sampling_rate
+
+
 def extractor_keys(kind: Any) -> frozenset[str]:
     """Return the keys that a feature extractor is built from."""
     return frozenset(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}

@@ -817,3 +817,26 @@ def test_metrics_of_any_target_with_classes_read_scores_and_labels_alone():
         value = metric(name).value({key: p[key] for key in ("scores", "label")})
         assert math.isfinite(value), name
     assert "auroc" in catalog.for_role("label")
+
+
+def test_a_score_that_is_nan_makes_every_metric_of_classes_nan():
+    """The largest score of a broken network's row would still name a class."""
+    p = predictions(classes=2)
+    names = [name for name in catalog.for_role("label") if name != "loss"]
+    names += ["accuracy", "macro_f1", "balanced_accuracy"]
+    assert not [name for name in names if math.isnan(metric(name).value(p))]
+    p["scores"][3, 0] = np.nan
+    assert not [name for name in names if not math.isnan(metric(name).value(p))]
+    counts = np.ones((2, 200), dtype=np.int64)
+    counts[1, 3] = 0
+    assert np.isnan(metric("kappa").resampled(p, counts)).tolist() == [True, False]
+    several = label_sets()
+    several["scores"][5, 1] = np.nan
+    assert math.isnan(metric("macro_f1").value(several))
+
+
+def test_scores_behind_the_positions_of_a_row_may_be_nan():
+    scores = np.zeros((2, 3, 2), dtype=np.float32)
+    label = np.array([[0, 0, 0], [0, 0, -1]])
+    scores[..., 0], scores[1, 2] = 1.0, np.nan
+    assert metric("accuracy").value({"scores": scores, "label": label}) == 1.0
