@@ -110,8 +110,8 @@ FAMILIES: dict[str, Family] = {
     "vit": Family("image", VISION),
     "audio-spectrogram-transformer": Family(
         "audio",
-        {**SIZES, "max_length": 64, "num_mel_bins": 32},
-        {"max_length": 64, "num_mel_bins": 32},
+        {**SIZES, "max_length": 128, "num_mel_bins": 32},
+        {"max_length": 128, "num_mel_bins": 32},
     ),
     "hubert": Family("audio", SPEECH),
     "unispeech-sat": Family("audio", SPEECH),

@@ -445,11 +445,19 @@ class Splits:
         )
 
 
+def _encoded(values: pa.ChunkedArray) -> pa.DictionaryArray:
+    """Return groups as a dictionary; a row whose group is NaN, as pandas writes it, has none."""
+    column = values.combine_chunks()
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    return pc.dictionary_encode(column)
+
+
 def group_numbers(values: pa.ChunkedArray) -> np.ndarray:
     """Return (n,) int64: one number for all rows of a group; rows without one (null) each get
     their own.
     """
-    coded = pc.dictionary_encode(values.combine_chunks())
+    coded = _encoded(values)
     found = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     alone = found < 0
     found[alone] = len(coded.dictionary) + np.arange(alone.sum())
@@ -466,7 +474,7 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
     own = (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
     if values is None:
         return own
-    coded = pc.dictionary_encode(values.combine_chunks())
+    coded = _encoded(values)
     texts = [
         str(value) if isinstance(value, bool) else value_text(value)
         for value in coded.dictionary.to_pylist()
@@ -1151,7 +1159,7 @@ def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
 
 def _first_rows(selection: Selection, column: str) -> list[tuple[str, int]]:
     """Return every non-null value of a column, as text, with the id of its first row."""
-    coded = pc.dictionary_encode(read_columns(selection, [column])[column].combine_chunks())
+    coded = _encoded(read_columns(selection, [column])[column])
     codes, first = np.unique(
         coded.indices.fill_null(-1).to_numpy(zero_copy_only=False), return_index=True
     )

@@ -310,8 +310,9 @@ def spectrograms(
     if longest is not None and seconds > longest:
         raise ValueError(
             f"a recording of {seconds:.4g} s: {type(extractor).__name__} would leave out what is "
-            f"behind {longest:g} s. Say modality: {{audio: {{max_seconds: {longest:g}}}}}, and cut "
-            "long recordings (an audio folder's are, at silence)"
+            f"behind {longest:g} s. Say modality: {{audio: {{max_seconds: {longest:g}}}}}, less "
+            "where the option speed makes rows longer, and cut long recordings (an audio folder's "
+            "are, at silence)"
         )
     rows = [row[: max(1, n)].numpy() for row, n in zip(wave.float().cpu(), lengths, strict=True)]
     found = extractor(
@@ -489,8 +490,9 @@ def _row_shape(
         return (1, min(PROBE_TOKENS, rows["length"])), torch.long
     if reads == "pixel_values":
         return (1, rows["channels"], rows["size"], rows["size"]), torch.float32
-    wave = torch.zeros(1, rows["rate"])
     extractor = _extractor(architecture, config, processor, rows)
+    longest = None if extractor is None else auto_model.longest_seconds(extractor)
+    wave = torch.zeros(1, int(rows["rate"] * min(1.0, longest or 1.0)))
     if extractor is not None:
         wave, _ = spectrograms(extractor, reads, wave, torch.ones_like(wave, dtype=torch.bool))
     return tuple(wave.shape), torch.float32

@@ -320,14 +320,16 @@ class Classification(Objective):
 
 
 def _plain(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    """Return the values themselves of a column that is stored as a dictionary (categorical), and
-    texts where it has bytes.
+    """Return the values themselves of a column that is stored as a dictionary (categorical), texts
+    where it has bytes, and null for NaN, which files of pandas have where a label is missing.
 
     Raises:
         ValueError: bytes that are not UTF-8.
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
         return column
     try:

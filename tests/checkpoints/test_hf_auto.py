@@ -373,7 +373,7 @@ def test_images_of_another_size_are_classified_by_the_written_code(kind, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("family", "seconds"), [("audio-spectrogram-transformer", 0.64), ("whisper", 1.0)]
+    ("family", "seconds"), [("audio-spectrogram-transformer", 1.28), ("whisper", 1.0)]
 )
 def test_a_recording_that_the_extractor_would_cut_is_refused(family, seconds):
     """Both extractors cut in silence."""

@@ -2099,3 +2099,11 @@ def test_fashion_mnist(split, imports):
     table = m.Reader(got.train.manifest, ["image", "label", "orig_index"]).take(rows)
     assert table["image"].to_pylist() == frame.image.iloc[rows].tolist()
     assert table["orig_index"].to_pylist() == frame.orig_index.iloc[rows].tolist()
+
+
+def test_rows_whose_group_is_nan_have_no_group():
+    """As one group, all of them would be in one split."""
+    values = pa.chunked_array([pa.array([float("nan")] * 40 + [7.0] * 2)])
+    shares = m._share(values, np.arange(42), "test")
+    assert len(np.unique(shares)) == 41 and shares[40] == shares[41]
+    assert len(np.unique(m.group_numbers(values))) == 41

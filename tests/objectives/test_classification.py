@@ -466,3 +466,14 @@ def test_temperature_and_threshold_come_from_the_rows_that_are_given():
     assert out["probability"] == pytest.approx(of_predicted, abs=1e-6)
     plain = task_with().objective
     assert not plain.needs_calibration
+
+
+def test_a_label_that_is_nan_is_no_class():
+    """Files of pandas have NaN where a label is missing."""
+    rows = pa.table({"label": [0.0, 1.0, float("nan"), 1.0]})
+    columns = {"label": "label"}
+    with pytest.raises(ValueError, match="column label: 1 of 4 rows have no label"):
+        Classification.fit(Classification.options_class(), rows, columns)
+    state = Classification.fit(Classification.options_class(), rows.slice(0, 2), columns)
+    with pytest.raises(ValueError, match="column label: 1 of 4 rows have no label"):
+        Classification.encode(rows, columns, state)

@@ -818,4 +818,6 @@ def test_kappa_refuses_texts_whose_order_is_alphabetical():
     with pytest.raises(ValueError, match=r"targets\.t\.metric: kappa reads .* column stage holds"):
         targets._check_metric("targets.t", spec, kind, texts)
     targets._check_metric("targets.t", spec, kind, numbers)
-    targets._check_metric("targets.t", spec, kind, {"values": ["no", "yes"]})
+    targets._check_metric(
+        "targets.t", spec, kind, {"values": ["no", "yes"], "labels": ["no", "yes"]}
+    )

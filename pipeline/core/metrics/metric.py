@@ -84,10 +84,12 @@ class PerLabel:
 
         units, values = self.units, self.resampled
         if units is not None:
-            found = ratio(bounds=self.bounds)(lambda p: units(p, known()))
+            found = ratio(bounds=self.bounds, column=column)(lambda p: units(p, known()))
         else:
             assert values is not None, f"{self.name} needs units or resampled"
-            found = resampled(bounds=self.bounds)(lambda p, counts: values(p, counts, known()))
+            found = resampled(bounds=self.bounds, column=column)(
+                lambda p, counts: values(p, counts, known())
+            )
         found.name = name
         return found
 
@@ -152,6 +154,7 @@ def ratio(
     final: Callable[[float], float] = float,
     per_label: PerLabel | None = None,
     for_role: str = "",
+    column: int | None = None,
 ) -> Callable[[Units], Metric]:
     """Make a metric of a function that gives each unit's numerator and denominator, (n, 2).
 
@@ -160,11 +163,12 @@ def ratio(
         final: What the ratio of the sums is put through.
         per_label: The metric of one label, where this one is over all labels.
         for_role: See `Metric.for_role`.
+        column: The only column of ``scores`` that it reads; None: all.
     """
 
     def make(units: Units) -> Metric:
         def checked(p: Predictions) -> np.ndarray:
-            return np.where(rows_with_nan(p)[:, None], np.nan, units(p))
+            return np.where(rows_with_nan(p, column)[:, None], np.nan, units(p))
 
         def value(p: Predictions) -> float:
             return made.of_units(checked(p))
@@ -183,12 +187,13 @@ def resampled(
     per_label: PerLabel | None = None,
     for_role: str = "",
     reads_order: bool = False,
+    column: int | None = None,
 ) -> Callable[[Resampled], Metric]:
     """Make a metric of a function over counts: predictions and (R, n) to (R,). See `ratio`."""
 
     def make(values: Resampled) -> Metric:
         def checked(p: Predictions, counts: np.ndarray) -> np.ndarray:
-            wrong = rows_with_nan(p)
+            wrong = rows_with_nan(p, column)
             found = values(p, counts)
             return np.where(counts[:, wrong].any(1), np.nan, found) if wrong.any() else found
 
@@ -229,7 +234,7 @@ def plain(
 # ---------------------------------------------------------------- for the functions themselves
 
 
-def rows_with_nan(p: Predictions) -> np.ndarray:
+def rows_with_nan(p: Predictions, column: int | None = None) -> np.ndarray:
     """Return (n,) bool, rows with a label and a score that is NaN: a broken network's.
 
     A metric over them is NaN. The largest score of such a row would still name a class.
@@ -241,6 +246,8 @@ def rows_with_nan(p: Predictions) -> np.ndarray:
     wrong = np.isnan(scores)
     if label.ndim < scores.ndim:  # a class, at each of several positions or for the row
         wrong = wrong.any(-1) & (label >= 0)
+    elif column is not None:
+        wrong = wrong[:, column]
     return wrong.reshape(n, -1).any(1)
 
 
