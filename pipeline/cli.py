@@ -40,25 +40,24 @@ Set = Annotated[
 Only = Annotated[
     list[str] | None,
     typer.Option(
-        help="Run a part of the job: a target, a source, a modality or a domain (vision, text, "
-        "speech, healthcare, robotics). A target brings its sources, a source its targets. May be "
-        "given several times; the rest of the results stays as it is, and the report is of the "
-        "part alone.",
+        help="Run a part of the job: a target (with its sources), a source (with its targets), a "
+        "modality or a domain (vision, text, speech, healthcare, robotics). May be given several "
+        "times. The report is of the part; other results stay.",
         metavar="NAME",
     ),
 ]
 Address = Annotated[
     str | None,
     typer.Option(
-        help="Join this Ray cluster (auto, or host:port). Without it, and without RAY_ADDRESS, "
-        "one is started here."
+        help="Join this Ray cluster (auto, or host:port); none: RAY_ADDRESS, or Ray is started "
+        "here."
     ),
 ]
 Plugin = Annotated[
     list[str] | None,
     typer.Option(
-        help="A .py file, a package's folder or an installed module whose components are needed. "
-        "It is code, and is run.",
+        help="A .py file, a package's folder or an installed module that adds components. It is "
+        "code, and is run.",
         metavar="PATH",
     ),
 ]
@@ -68,8 +67,8 @@ Wait = Annotated[
     typer.Option(
         "--wait-for-resources/--no-wait-for-resources",
         show_default=False,
-        help="Wait for nodes that the cluster does not have yet, or plan for those that are "
-        "there. Unset: wait where its autoscaler declares its nodes.",
+        help="Wait for nodes that the cluster does not have yet, or use those that are there; "
+        "none: wait where its autoscaler declares nodes.",
     ),
 ]
 
@@ -85,9 +84,8 @@ Anew = Annotated[
     Remake,
     typer.Option(
         "--remake",
-        help="changed: repeat the sources and trials that were made by another version of the code "
-        "or of a library, and nothing else; run --dry-run lists them. none: use them as they are, "
-        "marked.",
+        help="changed: also run again what another version of the code or of a library made "
+        "(--dry-run lists it); none: keep it, marked with †.",
     ),
 ]
 
@@ -312,9 +310,8 @@ def run(
     dry_run: Annotated[
         bool,
         typer.Option(
-            help="Print stages, trials and cost, look at the files for what a run would refuse, "
-            "and estimate the time from a few measured steps. Trains and reports nothing; data "
-            "that a run would convert are converted into the storage of the job."
+            help="Print stages and trials, check the data, and estimate the time from a few "
+            "measured steps. Data that must be converted (texts into tokens) are converted."
         ),
     ] = False,
     wait_for_resources: Wait = None,
@@ -323,16 +320,19 @@ def run(
     serve: Annotated[
         int | None,
         typer.Option(
-            help="Show a live page on this port of 127.0.0.1 until the run ends: trials done, what "
-            "leads, curves. 0: any free port. From elsewhere: ssh -L PORT:127.0.0.1:PORT HOST. "
-            "Other users of the same machine can read it.",
+            help="Show trials and learning curves at http://127.0.0.1:PORT while the job runs; 0: "
+            "any free port. From elsewhere: ssh -L PORT:127.0.0.1:PORT HOST. Other users of this "
+            "machine can read it.",
             metavar="PORT",
             min=0,
             max=65535,
         ),
     ] = None,
 ) -> None:
-    """Everything: pretrain, fine-tune, report. What is done already is not done again."""
+    """Run a whole job: pretrain, fine-tune, report. What is done already is not done again.
+
+    Example: `onetomany run jobs/quickstart.yaml`
+    """
     fields = _part(set_, only)
     if dry_run:
         return _dry_run(job, fields, wait_for_resources, remake)
@@ -352,9 +352,8 @@ def quickstart(
 ) -> None:
     """Run the small job that comes with this program: five domains on samples of real data.
 
-    The job and its samples are written to the folder `quickstart`, where the job can be changed:
-    what is there already stays as it is. Results are in `runs/quickstart`. It takes about four
-    minutes on two CPU cores; `--only vision` takes one.
+    Job and samples are copied to the folder `quickstart`, where you may change them. Results are in
+    `runs/quickstart`. It takes about four minutes on two CPU cores; `--only vision` takes one.
     """
     job = samples.quickstart()
     if not dry_run:
@@ -373,7 +372,9 @@ def pretrain(
     verbose: Verbose = False,
     remake: Anew = Remake.NONE,
 ) -> None:
-    """Train every source to its bundle; goes on where a stopped run left off."""
+    """Train the sources of a job. Each leaves a bundle: weights with all that is needed to use
+    them.
+    """
     _stages(job, _part(set_, only), address, verbose, wait_for_resources, ("pretrain",), remake)
 
 
@@ -385,8 +386,8 @@ def score(
     address: Address = None,
     verbose: Verbose = False,
 ) -> None:
-    """Rank the pretrained sources for each target by transferability scores (LogME, LEEP, kNN,
-    distances, ... and those of plugins), without training.
+    """Rank the pretrained sources for each target by transferability scores (LogME, LEEP, ...),
+    without training.
     """
     _stages(job, _part(set_, only), address, verbose, None, ("score",))
 
@@ -401,7 +402,7 @@ def finetune(
     verbose: Verbose = False,
     remake: Anew = Remake.NONE,
 ) -> None:
-    """Fan out the trials of every target from the pretrained bundles, then report."""
+    """Fine-tune on every target from the pretrained sources, then report."""
     _stages(job, _part(set_, only), address, verbose, wait_for_resources, ("finetune",), remake)
 
 
@@ -413,8 +414,8 @@ def report(
         bool,
         typer.Option(
             "--prune-stale",
-            help="Also remove the rows, records and bundles of trials that the job no longer has; "
-            "what another job in the same storage starts from stays.",
+            help="Also remove trials that the job no longer has; what another job in the same "
+            "storage starts from stays.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -422,9 +423,7 @@ def report(
         typer.Option("--dry-run", help="With --prune-stale: list what would go; remove nothing."),
     ] = False,
 ) -> None:
-    """Print the table of what has been run and write report.md and report.html again. Starts
-    nothing.
-    """
+    """Print the table of results, and write report.html and report.md again. Runs nothing."""
     spec = _job(job, set_)
     if dry_run and not prune_stale:
         raise _fail("--dry-run lists what --prune-stale would remove: give both", 2)
@@ -458,14 +457,13 @@ def advise(
     ] = None,
     set_: Set = None,
 ) -> None:
-    """Which source and technique each target should take, why, and what one more experiment would
-    settle most. Reads the results of one or several jobs; starts nothing.
+    """Say which source and technique each target should take, and what to try next.
 
-    Says `use` where an entry's measured and expected gain over scratch lie above zero with their
-    intervals, `train from scratch` where those of every entry lie below, and `not enough evidence`
-    otherwise. An entry needs two seeds paired with scratch, and test predictions. Pairs that were
-    not tried, and targets of a job that has not run, get a predicted gain from the effects of
-    source, technique and target in all results. `--set` applies to the job files.
+    It reads the results of one or several jobs and runs nothing. It says `use` where the intervals
+    of the measured and the expected gain over scratch lie above zero, `train from scratch` where
+    those of all techniques lie below, and `not enough evidence` otherwise. Two seeds are needed.
+    Pairs of source and technique that were not tried, and targets of a job that has not run, get a
+    predicted gain.
 
     Example: `onetomany advise jobs/quickstart.yaml runs/other --target shoes`
     """
@@ -555,13 +553,13 @@ def predict(
     address: Address = None,
     verbose: Verbose = False,
 ) -> None:
-    """Apply a fine-tuned bundle to new files with Ray Data; writes a row for each row or file: the
-    prediction with its probability, boxes, masks, entities, texts with times, and so on.
+    """Predict new files: a row for each row or file, with the class and its probability, boxes,
+    masks, entities, texts with times, and so on.
 
-    Beside them stand `file` (of folders), the rows' id, their texts, and what `--keep` names. The
-    folder opens as one data set: `pandas.read_parquet(OUTPUT)`. In Parquet `probabilities` are in
-    the order of the classes, which are printed and stand in the files' metadata (key `classes`); in
-    CSV and JSON Lines each has its class name.
+    Each row also has its `file` (of folders), its id, its text, and what `--keep` names. The folder
+    opens as one data set: `pandas.read_parquet(OUTPUT)`. In Parquet `probabilities` are in the
+    order of the classes (printed, and in the files' metadata); in CSV and JSON Lines each has the
+    name of its class.
 
     Example: `onetomany predict runs/quickstart photos/ --target clothing -o out --format csv`
     """
@@ -596,8 +594,8 @@ def embed(
     address: Address = None,
     verbose: Verbose = False,
 ) -> None:
-    """Write a vector of features for each row of new files, by the backbone of a bundle (a source's
-    too): for search, clustering or a model of your own. Ids and kept columns as for `predict`.
+    """Write a vector of features for each row of new files, for search, clustering or a model of
+    your own. Bundles of sources serve too. Ids and kept columns are as for `predict`.
 
     Example: `onetomany embed runs/quickstart photos/ --target clothing -o features`
     """
@@ -634,15 +632,15 @@ def export(
     ] = False,
     plugin: Plugin = None,
 ) -> None:
-    """Write a bundle elsewhere, in a form that other programs open.
+    """Write a bundle in a form that other programs open.
 
     `onnx` and `torch-export` hold the whole network as a graph, with how rows are prepared and code
-    that runs it; what a graph cannot hold is refused, with the operator's name. In a folder of
-    `hugging-face` or beside a `state-dict`, a linear head that transformers or timm has no class
-    for (by default a layer norm stands before it) is written with the code that loads it: `from
-    classifier import load` in the folder,
-    `NAME_classifier.py` beside a state dict. Every export is compared with the bundle on random
-    rows, the largest difference is printed, and an export that gives other numbers is refused.
+    that runs it. With `hugging-face` and `state-dict`, a head that transformers or timm has no
+    class for comes with the code that loads it: `from classifier import load` in the folder, or
+    `NAME_classifier.py`. Every export is compared with the bundle on random rows, and refused where
+    it gives other numbers.
+
+    Example: `onetomany export BUNDLE clothing-model --kind hugging-face`
     """
     with _exit_codes():
         text = api.export(
@@ -671,11 +669,11 @@ def push(
         bool, typer.Option(help="Make a repository that is not there yet a private one.")
     ] = False,
 ) -> None:
-    """Put a bundle or an export into a hub's repository or a folder, with a model card.
+    """Put a bundle or an export on the Hugging Face hub or into a folder, with a model card.
 
-    The card (README.md) has the metrics with their intervals, the subgroups, how the network was
-    made, what is known of data and licence, and limits. Places on this machine are left out of all
-    that is pushed. The hub's token is that of `hf auth login`, or HF_TOKEN.
+    The card (README.md) has the metrics with their intervals, how the network was made, what is
+    known of data and licence, and limits. Paths of this machine are not pushed. The hub's token is
+    that of `hf auth login`, or HF_TOKEN.
     """
     with _exit_codes():
         text = api.push(place, to, licence=licence, private=private)
@@ -687,7 +685,7 @@ def prepare(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="imagenet, coco, librispeech, commonvoice, text, csv, mimic3 and others: --list."
+            help="The format: imagenet, coco, librispeech, text, csv, mimic3, ...; see --list."
         ),
     ] = None,
     source: Annotated[
@@ -698,7 +696,7 @@ def prepare(
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", help="Folder for the Parquet parts, local or s3://."),
+        typer.Option("-o", "--output", help="Folder for the Parquet files, local or s3://."),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -709,25 +707,25 @@ def prepare(
     resize: Annotated[
         int | None,
         typer.Option(
-            help="Images: shorter side in pixels, only downwards; larger ones are written as JPEG "
-            "anew."
+            help="Images: make the shorter side this many pixels; smaller ones stay. Changed ones "
+            "become JPEG."
         ),
     ] = None,
     quality: Annotated[
         int | None,
-        typer.Option(help="Images: write every one as JPEG anew with this quality (1 to 100)."),
+        typer.Option(help="Images: write every one as JPEG of this quality (1 to 100)."),
     ] = None,
     rows_per_part: Annotated[
         int | None,
-        typer.Option(help="Images, recordings: rows of a part; none: as --part-mb says."),
+        typer.Option(help="Images, recordings: rows of a Parquet file; none: by --part-mb."),
     ] = None,
     part_mb: Annotated[
         float | None,
-        typer.Option(help="Size of a part in MiB of images, recordings or source text; none: 96."),
+        typer.Option(help="MiB of images, recordings or text in a Parquet file; none: 96."),
     ] = None,
     max_bad: Annotated[
         float,
-        typer.Option(help="Share of rows that may be broken; one always may, unless this is 0."),
+        typer.Option(help="Share of rows that may be broken; one always may, unless 0."),
     ] = 0.01,
     list_: Annotated[
         bool,
@@ -737,16 +735,13 @@ def prepare(
     ] = False,
     verify: Annotated[
         bool,
-        typer.Option(
-            help="Read every part of OUTPUT again and compare its SHA-256; writes nothing."
-        ),
+        typer.Option(help="Compare every Parquet file of OUTPUT with its SHA-256; write nothing."),
     ] = False,
     plugin: Plugin = None,
     address: Address = None,
     verbose: Verbose = False,
 ) -> None:
-    """A publisher's raw files to sharded Parquet, in parallel; goes on where a stopped run left
-    off. `prepare --list` shows the importers.
+    """Turn raw files (as published) into Parquet that a job reads. `--list` shows the formats.
 
     Example: `onetomany prepare imagefolder photos -o prepared`
     """
@@ -839,8 +834,9 @@ def submit(
         ),
     ] = False,
 ) -> None:
-    """Run the same job on a Ray cluster; follows its log and exits with its code. Ships the job
-    file, what it names in its folder, and the code.
+    """Run a job on a Ray cluster, and follow its log.
+
+    The job file, what it names in its folder, and the code are shipped (`--dry-run` lists them).
     """
     _job(job, set_, elsewhere=True)
     from cluster.package import SubmitError, collect
@@ -888,7 +884,7 @@ def doctor(
     set_: Set = None,
     address: Address = None,
 ) -> None:
-    """Is this machine or cluster ready, and what is missing."""
+    """Check that this machine or cluster is ready, and say what is missing."""
     from pipeline.transfer.doctor import run_checks
 
     lines = run_checks(_job(job, set_) if job else None, address)
@@ -904,12 +900,12 @@ def _add_listing(command: str, kind: str) -> Callable[..., None]:
 
     @app.command(
         command,
-        help=f"The {command} there are; with NAME one of them, with its options.",
+        help=f"List the {command}, or explain one of them.",
         rich_help_panel="What a job may name",
     )
     def show(
         name: Annotated[
-            str | None, typer.Argument(help="Explain this one: options, defaults, the paper.")
+            str | None, typer.Argument(help="Explain this one: what it does, options, defaults.")
         ] = None,
         plugin: Plugin = None,
     ) -> None:
@@ -938,7 +934,7 @@ def print_schema(
         bool, typer.Option("--markdown", help="A page for people instead: every field in words.")
     ] = False,
 ) -> None:
-    """Every field of a job file with its default and meaning, as a JSON Schema for editors."""
+    """Print every field of a job file, its default and meaning, as a JSON Schema for editors."""
     with _exit_codes():
         plugins.use(plugin or ())
     if markdown:
@@ -949,7 +945,7 @@ def print_schema(
 
 @app.command()
 def version() -> None:
-    """This program's version; also `--version`."""
+    """Print this program's version."""
     sys.stdout.write(__version__ + "\n")
 
 
@@ -968,8 +964,10 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """One job file pretrains backbones on large source corpora, fans out many fine-tunes of them
-    onto target tasks, and shows the gain of each over training from scratch.
+    """Pretrain backbones on large source corpora, fine-tune them on many target tasks, and show
+    what each gained over training from scratch: all from one job file.
+
+    Start with `onetomany init YOUR_DATA`, or with `onetomany quickstart`.
     """
 
 

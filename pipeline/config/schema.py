@@ -193,9 +193,8 @@ class Data(Spec):
     )
     identity: Literal["content", "stat"] = Field(
         "content",
-        description="how a changed file is found: content: every file, and every file that a row "
-        "names, is read once and hashed; stat: by size and time of change alone, for corpora that "
-        "are too large to be read twice",
+        description="how a changed file is found: content: every file is read once and hashed, "
+        "also those that rows name; stat: by size and time of change, for very large corpora",
     )
     where: dict[str, list[str | int | float | bool]] = Field(
         default_factory=dict, description="keep rows whose column holds one of these values"
@@ -451,10 +450,10 @@ class Train(Spec):
         None,
         ge=1,
         exclude_if=lambda patience: patience is None,  # hashes are those from before there was one
-        description="stop after so many validations in a row without a better primary metric; "
-        "steps or epochs are then the most, and the learning rate follows them. Techniques in "
-        "phases stop in their last one. It is ignored where the last weights are always taken: "
-        "label fraction 0, and objectives that compare rows. none: all steps are taken",
+        description="stop after so many validations in a row without a better primary metric, at "
+        "the latest after steps or epochs (which the learning rate follows). Techniques in phases "
+        "stop in their last one. Ignored at label fraction 0 and by objectives that compare rows: "
+        "they keep the last weights",
     )
     max_bad_steps: int = Field(
         5, ge=1, description="non-finite steps in a row (each is skipped) before the run stops"
@@ -756,18 +755,17 @@ class Target(Spec):
         None,
         # a target without any has the key that it always had
         exclude_if=lambda unlabelled: unlabelled is None,
-        description="rows of the target without labels, for techniques that adapt to them (dann, "
-        "coral, pseudo_labels, adabn, ...): all of them are read, in the columns that the modality "
-        "needs; none: the training rows, whose labels are then not read",
+        description="rows without labels, for techniques that adapt to them (dann, coral, "
+        "pseudo_labels, adabn, ...); none: the training rows, without their labels",
     )
     folds: int | None = Field(
         None,
         ge=2,
         exclude_if=lambda folds: folds is None,  # a target without any has the key it always had
-        description="k-fold cross-validation with k = this number: stratified by class, and groups "
-        "stay together. Each fold is the test split once, of trials of its own, which search and "
-        "choose by validation_fraction of their other rows. Report and comparisons take the test "
-        "rows of all folds; data then declare no validation or test rows",
+        description="k-fold cross-validation with k = this number, stratified by class; groups "
+        "stay together. Each fold is the test split of trials of its own, which choose by "
+        "validation_fraction of their other rows. Report and comparisons take the test rows of all "
+        "folds. Data then declare no validation or test rows",
     )
     fold: int | None = Field(
         None,
@@ -788,10 +786,9 @@ class Target(Spec):
     drop_overlap: Literal["none", "exact", "near", "group"] = Field(
         "none",
         description="leave out test rows that are also in a source's training rows: exact: the "
-        "same content, or another cut of the same record; near: also images, texts and "
-        "recordings that are nearly the same (perceptual hash, MinHash of words, perceptual hash "
-        "of log-mels); group: also rows whose group (patient, speaker) is there (not that of a "
-        "source's validation rows: nothing was learned from them); all are counted",
+        "same content, or another cut of the same record; near: also nearly the same images, texts "
+        "and recordings (perceptual hash, MinHash of words, perceptual hash of log-mels); group: "
+        "also rows of the same group (patient, speaker). All are counted in any case",
     )
     subgroups: list[str] = Field(
         default_factory=list,
@@ -919,10 +916,9 @@ class Select(Spec):
         exclude_if=lambda budget: budget is None,  # hashes are those from before there was one
         description="trials that the whole job may spend, shared out over targets and label "
         "fractions by successive halving: every source is tried with every technique with a "
-        "ninth of the steps, the better pairs with all, and the best with all seeds; those that "
-        "did well on earlier targets go before. A trial with all its steps counts as one, a "
-        "shorter one by its share; scratch is never cut and counts; what trains nothing and "
-        "baselines do not. With score or top it spends on the best-scored sources alone",
+        "ninth of the steps, the better pairs with all, and the best with all seeds. A shorter "
+        "trial counts by its share of the steps; scratch is never cut and counts; what trains "
+        "nothing and baselines do not. With score or top only the best-scored sources are tried",
     )
 
     @model_validator(mode="before")
@@ -995,25 +991,23 @@ class Fanout(Spec):
             json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}},
             description="numeric field of train to [low, high] (log-uniform), or to 3 or more "
             "values to choose from; needs trials above 1; drawn steps replace a target's epochs, "
-            "and the other way round. auto: each technique has as many draws, of its own declared "
-            "ranges of lr (relative to the target's) and of its options; options that the job "
-            "states stay as they are, and the first draw is the job's own settings",
+            "and the other way round. auto: as many draws for each technique, from its own ranges "
+            "of lr (relative to the target's) and of its options; options that the job states stay "
+            "as they are, and the first draw is the job's own settings",
         )
     )
     searcher: Literal["random", "optuna"] = Field(
         "random",
         # hashes of jobs are those from before there was a choice
         exclude_if=lambda value: value == "random",
-        description="random: settings are drawn independently of each other; optuna: the first "
-        "quarter of them, and each further quarter is proposed by Optuna's tree-structured Parzen "
-        "estimator from what the entry's earlier trials reached on validation (extra optuna); the "
-        "same ranges, and no more trials",
+        description="random: independent draws; optuna (extra optuna): the first quarter is "
+        "random, and Optuna's tree-structured Parzen estimator proposes each further quarter from "
+        "what the entry's earlier trials reached on validation rows",
     )
     search_finalists: Finalists = Field(
         default_factory=lambda: Finalists.model_validate({}),
         description="the best few draws of a search are tried again with further seeds before one "
-        "is chosen: a choice by one seed is partly luck, which the interval of a gain cannot "
-        "include. top: 1 turns it off",
+        "is chosen, as a choice by one seed is partly luck. top: 1 turns it off",
     )
     scheduler: Literal["fifo", "asha"] = Field(
         "fifo", description="asha stops the worse search trials of an entry early"
@@ -1053,9 +1047,8 @@ class Fanout(Spec):
         "whole",
         # hashes of jobs are those from before there was a choice
         exclude_if=lambda value: value == "whole",
-        description="whole: a fine-tuned bundle can be used alone; changes: it holds what differs "
-        "from its source's bundle, changes of a low rank (merged adapters) as two factors, and is "
-        "read together with that bundle; onetomany export makes it whole",
+        description="whole: a fine-tuned bundle can be used alone; changes: it holds only what "
+        "differs from its source's bundle, which it needs; onetomany export makes it whole",
     )
 
     @model_validator(mode="after")
@@ -1145,10 +1138,9 @@ class Job(Spec):
     only: list[str] = Field(
         default_factory=list,
         exclude_if=lambda named: not named,  # a job without any has the hash that it always had
-        description="run a part of the job: names of targets, sources, modalities or domains "
+        description="run a part of the job (--only NAME): targets, sources, modalities or domains "
         "(vision: image; speech: audio; healthcare: events, table; robotics: trajectory; text). A "
-        "target brings the sources that it takes, a source the targets that take it; none: "
-        "everything. On the command line: --only NAME",
+        "target brings its sources, a source its targets",
     )
     sources: dict[str, Source] = Field(
         description="what to pretrain on, or existing checkpoints", min_length=1
@@ -1163,9 +1155,8 @@ class Job(Spec):
     baselines: Literal["auto"] | list[ComponentConfig] = Field(
         default_factory=list[ComponentConfig],
         exclude_if=lambda named: named == [],  # a job without any has the hash that it always had
-        description="models without a network that a user would pick instead (bag_of_words, "
-        "boosted_trees, ...), each on the targets that it can read; auto: all; they have the rows, "
-        "seeds and label fractions of the trials",
+        description="models without a network, to compare with (bag_of_words, boosted_trees, "
+        "...), each on the targets that it can read; auto: all",
     )
     fanout: Fanout = Field(
         default_factory=lambda: Fanout.model_validate({}), description="seeds, search and resources"
@@ -1173,9 +1164,7 @@ class Job(Spec):
     tracking: ComponentConfig | None = Field(
         None,
         exclude=True,  # it changes no result, so no hash; its address may have a password
-        description="a program that collects runs (mlflow, wandb): a run for the job, "
-        "nested runs for its sources and trials with settings, curves, results and the report; "
-        "none: the folder of the job alone",
+        description="a program to which runs are sent: mlflow, wandb",
     )
 
     @model_validator(mode="after")
