@@ -393,8 +393,8 @@ def cost_figures(
         head = ["On the front", "By", "Gain over scratch", "Final trial", "Parameters trained"]
         labels = plots.fraction_label(fraction)
         caption = (
-            f"{target}: gain by the cost of a final trial, with {labels} labels. No other entry "
-            "gains as much for less than those on the line, which have their number in the table. "
+            f"{target}: gain by the cost of a final trial, with {labels} labels. The line is the "
+            "Pareto front: no other entry gains as much for less. Numbers are those of the table. "
             f"The training of sources is not counted.{_over(compared)}{_left_out(timed, shown)}"
         )
         table = Table(head, body, 2)

@@ -220,7 +220,7 @@ def _describe_correction(entries: Sequence[MatrixEntry]) -> str:
     found, surviving = _count_verdicts(entries), _count_survivors(entries)
     family = sum(entry.gain_p_holm is not None for entry in entries)
     return (
-        "The headline counts wins and losses that survive Holm's correction for all "
+        "The headline counts only those that survive Holm's correction for all "
         f"{blocks.plural(family, 'comparison')} of the job (corrected p below "
         f"{SIGNIFICANT}, marked *): {surviving[WINS]} of {blocks.plural(found[WINS], 'win')} and "
         f"{surviving[LOSES]} of {found[LOSES]} "
@@ -240,9 +240,9 @@ def _summary_blocks(
         out.append(
             Text(
                 "A comparison is one source, technique and label fraction on one target "
-                "against training from scratch with the same backbone, labels, "
-                "seeds and search budget. It is won or lost where the 95 % interval of the "
-                f"gain excludes zero. {_describe_correction(entries)}",
+                "against training from scratch: the same backbone, labels, seeds and search "
+                "budget, with random weights at the start. It is won or lost where the 95 % "
+                f"interval of the gain excludes zero. {_describe_correction(entries)}",
                 "lead",
             )
         )
@@ -303,8 +303,9 @@ def _summary_blocks(
         )
         out.append(
             Text(
-                "The largest gain of several is picked by its test value, so it is a little too "
-                "large on average; the full matrix is below.",
+                "Wins and losses of this table are by the plain interval. The largest of several "
+                "gains is also the luckiest: on average it is a little too large. All gains stand "
+                "below.",
                 "note",
             )
         )
@@ -323,10 +324,10 @@ def _gain_blocks(groups: dict[str, list[MatrixEntry]]) -> list[Block]:
     out: list[Block] = [
         Heading("Gain over scratch"),
         Text(
-            "▲ wins, ▼ loses, ○ not shown: the interval holds zero, which does not say that "
-            "there is no difference. Right of the line is better than scratch, whichever "
-            "direction the metric has. Targets with the same metric share one scale. The numbers "
-            "are in the sections of the targets."
+            "▲ wins, ▼ loses, ○ not shown: the interval contains zero, so there may or may not be "
+            "a difference. Right of zero is better than scratch, also where a lower metric is "
+            "better. Targets with the same metric share one scale. The numbers are in the sections "
+            "of the targets."
         ),
     ]
     for target, group in shown.items():
@@ -877,7 +878,7 @@ def _backbone_costs(
         "Trials",
         "All trials",
         "Training time, mean",
-        "Of its scratch",
+        "Scratch's training time",
     ]
     return blocks.Table(head, body)
 

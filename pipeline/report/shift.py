@@ -216,12 +216,11 @@ def blocks_of(shifts: Mapping[str, Sequence[Shift]], techniques: Sequence[str]) 
         blocks.Heading("Shift"),
         blocks.Text(
             "How the target's rows differ from those of its sources, and its test rows from its "
-            "training rows. Two-sample accuracy: a classifier tells the two kinds of rows apart, "
-            "on rows that it was not fitted to, with 95 % intervals; "
-            f"{CHANCE} is chance. The source's head, or for test rows one fitted to the training "
-            "rows, is compared with a head "
-            "fitted to the same rows, on the same features. Rows of one group count as one "
-            "observation."
+            "training rows. Two-sample accuracy: how well a classifier tells the two kinds of rows "
+            f"apart, on rows that it was not fitted to; {CHANCE} is chance. Head: the source's "
+            "head (for test rows: one fitted to the training rows) is compared with a head that is "
+            "fitted to the same rows, on the same features. Brackets are 95 % intervals. Rows of "
+            "one group count as one observation."
         ),
         blocks.Table(header, rows, 2),
         blocks.Bullets(words or ["No large shift was found."]),

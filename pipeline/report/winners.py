@@ -213,10 +213,10 @@ def blocks_of(
     head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]
     text = (
         "For each target the network that is best on its validation rows, among those that no "
-        "comparison has shown to be worse (after Holm's correction). Where validation rows are "
-        "few, the choice is uncertain, and onetomany advise weighs all comparisons. Values on test "
-        "rows and gains are means over its seeds, with 95 % intervals. trials.csv beside this page "
-        "lists every trial by its name, with its bundle."
+        "comparison has shown to be worse (after Holm's correction). With few validation rows the "
+        "choice is uncertain: onetomany advise weighs all comparisons. Values and gains are means "
+        "over seeds, with 95 % intervals. trials.csv beside this page lists every trial with its "
+        "bundle."
     )
     if in_folds & groups.keys():
         text += (

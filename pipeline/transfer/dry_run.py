@@ -64,7 +64,8 @@ def _describe_source(name: str, stage: source.SourceStage) -> list[str]:
     takes_last = couples_rows(registry.get("objective", spec.objective.name))
     return [
         f"source {name}: {spec.backbone} by {spec.objective}{technique}, {length} of "
-        f"{_size(spec.train)} on {spec.workers} ranks; {stage.splits.sizes()} [{done}]",
+        f"{_size(spec.train)} on {spec.workers} {'rank' if spec.workers == 1 else 'ranks'}; "
+        f"{stage.splits.sizes()} [{done}]",
         *_idle_patience(f"source {name}", spec.train, steps, takes_last),
     ]
 
@@ -168,15 +169,12 @@ def describe_target(
         entries = sum(count for _, count, _, _ in counts)
         tried_again = sum(count * again for _, count, _, again in counts)
         searched = tried_again + sum(count * number for _, count, number, _ in counts)
-        search = f"{searched} search"
-        if tried_again:
-            search += f" ({tried_again} of them try the best draws again)"
+        again_text = f" ({tried_again} of them try the best draws again)" if tried_again else ""
         final = entries * seeds
         share = grid.fraction_text(fraction, stage.spec.objective.name)
         size, allocation = planned.get((name, share), (None, None))
         if size is not None and allocation is not None:
-            searched = sum(allocation.rungs)
-            search = f"{searched} search"
+            searched, again_text = sum(allocation.rungs), ""
             final -= (size.pairs - allocation.finalists) * seeds
         rows = stage.labelled(fraction) if fraction else stage.rows_without_labels
         batch = min(stage.spec.train.global_batch, rows)
@@ -218,10 +216,12 @@ def describe_target(
             length += " (before search)"
         cost.trials += searched + final
         unit = "documents" if stage.packed else "rows"
+        labels = "" if fraction else " without labels"
+        noun = "entry" if entries == 1 else "entries"
+        search = f"{searched} search trials{again_text} and " if searched else ""
         cost.lines.append(
-            f"target {name} at {share} labels: {entries} entries = {search} + {final} final "
-            f"trials of {length} on {rows} {unit}{'' if fraction else ' without labels'}; "
-            f"{stage.splits.sizes()}"
+            f"target {name} at {share} labels: {entries} {noun}: {search}{final} final trials of "
+            f"{length} on {rows} {unit}{labels}; {stage.splits.sizes()}"
         )
         if entries and not is_drawn:
             place = f"target {name} at {share} labels"

@@ -207,10 +207,7 @@ def test_a_dry_run_counts_what_a_run_will_do(onetomany, tmp_path):
         cwd=tmp_path,
     ).stdout
     # 2 epochs of 9 rows in batches of 8
-    assert (
-        "target shoes at 3/class labels: 4 entries = 0 search + 8 final trials of 3 steps on 9 rows"
-        in more
-    )
+    assert "target shoes at 3/class labels: 4 entries: 8 final trials of 3 steps on 9 rows" in more
 
 
 def test_mistakes_are_all_told_at_once_before_torch_is_imported(onetomany, tmp_path):

@@ -65,7 +65,8 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
         "steps, 3 with all steps, 1 with 2 seeds; with 2 trials of scratch it costs 8 trials"
     ) in lines
     assert any(
-        "10 entries = 12 search + 4 final trials of 9 steps on 36 rows" in line for line in lines
+        "10 entries: 12 search trials and 4 final trials of 9 steps on 36 rows" in line
+        for line in lines
     )
     assert any(line.startswith("in all: 16 trials, 72 steps") for line in lines)
     assert (

@@ -1502,8 +1502,8 @@ def test_a_dry_run_counts_the_trials_that_try_the_best_draws_again(tmp_path, bun
     )
     lines = dry_run.describe(prepared(job))
     assert any(
-        "2 entries = 28 search (12 of them try the best draws again) + 4 final trials of 3 steps"
-        in line
+        "2 entries: 28 search trials (12 of them try the best draws again) and 4 final trials of 3 "
+        "steps" in line
         for line in lines
     )
     assert any(line.startswith("in all: 32 trials, 96 steps") for line in lines)

@@ -503,7 +503,7 @@ def test_a_dry_run_does_not_count_documents_as_packed_rows(
     state = stages.check(job_of(tmp_path, models["gpt2"], texts, train=train), Silent())
     lines = dry_run.describe(state)
     assert (
-        f"0 search + 2 final trials of {steps} on 144 documents" in lines[1]
+        f": 2 final trials of {steps} on 144 documents" in lines[1]
         and f"in all: 2 trials, {whole}" in lines[-1]
     )
 
