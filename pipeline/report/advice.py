@@ -504,7 +504,7 @@ def _on_new_target(new: NewTarget, models: dict[tuple[_Kind, str], _LikeEntries]
     if out:
         return out
     why = (
-        f"no trial of it has finished, and no like entry is there ({new.modality}, {new.objective}"
+        f"no trial of it has finished, and no similar entry is there ({new.modality}, {new.objective}"
     )
     why += ", a metric with bounds)"
     metric = new.metric or "its metric"

@@ -379,7 +379,7 @@ def test_a_new_target_gets_predictions_and_no_recommendation():
     assert found[0].next_experiment.startswith("a trial of source good with full")
     elsewhere = NewTarget("w", "1.0", "image", "classification")
     (none,) = advice.advise([planted()], "w", [elsewhere])
-    assert "no like entry is there (image, classification" in none.headline
+    assert "no similar entry is there (image, classification" in none.headline
 
 
 def test_a_job_that_has_not_run_is_advised_on_from_another(tmp_path, monkeypatch):
