@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 from prepare.conftest import encoded, read, tar, write
+from pycocotools import mask as coco_mask
 
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.write import Preparation, Settings
+from pipeline.prepare.readers.picture_check import nearest
 
 CLASSES = ("bird", "boat", "cat")
 SIZE = (40, 30)
@@ -480,3 +482,79 @@ def test_what_is_no_export_of_an_annotation_tool(tmp_path, name, file, text, sai
     write(tmp_path / "in" / file, text)
     with pytest.raises(ValueError, match=said):
         prepare(name, tmp_path / "in", tmp_path / "out")
+
+
+# ---------------------------------------------------------------- masks
+
+POLYGONS = {"a": [(0, [4, 6, 24, 8, 12, 26]), (2, [30.1, 20.1, 30.3, 20.1, 30.2, 20.3])], "b": []}
+"""(class, points in pixels) by image; the second one is smaller than a pixel."""
+
+
+def with_polygons(root, form):
+    for number, name in enumerate(POLYGONS):
+        write(root / f"images/train/{name}.jpg", encoded(number, SIZE))
+    bounds = [
+        (min(points[::2]), min(points[1::2]), max(points[::2]), max(points[1::2]))
+        for _, points in POLYGONS["a"]
+    ]
+    if form == "coco":
+        found = {
+            "images": [
+                {"id": i, "file_name": f"{name}.jpg", "width": SIZE[0], "height": SIZE[1]}
+                for i, name in enumerate(POLYGONS)
+            ],
+            "annotations": [
+                {
+                    "id": j,
+                    "image_id": 0,
+                    "category_id": label,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "segmentation": [points],
+                }
+                for j, ((label, points), (x0, y0, x1, y1)) in enumerate(
+                    zip(POLYGONS["a"], bounds, strict=True)
+                )
+            ],
+            "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES)],
+        }
+        write(root / "annotations/instances_train.json", json.dumps(found))
+        return root
+    for name, objects in POLYGONS.items():
+        shares = [
+            (label, (np.array(points).reshape(-1, 2) / SIZE).reshape(-1))
+            for label, points in objects
+        ]
+        text = "".join(f"{label} {' '.join(f'{p:.9f}' for p in ps)}\n" for label, ps in shares)
+        write(root / f"labels/train/{name}.txt", text)
+    write(root / "data.yaml", json.dumps({"names": list(CLASSES)}))
+    return root
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo"])
+@pytest.mark.parametrize("resize", [None, 16])
+def test_masks_of_objects_are_written_in_the_size_of_the_image(tmp_path, form, resize):
+    source = with_polygons(tmp_path / "raw", form)
+    rows = prepare(form, source, tmp_path / "out", "masks=instance", resize=resize)
+    row = rows["a.jpg"]
+    assert row["label_names"] == ["bird", "cat"] and rows["b.jpg"]["masks"] == []
+    large, small = (coco_mask.decode(rle).astype(bool) for rle in row["masks"])
+    assert large.shape == small.shape == (row["height"], row["width"])
+    runs = coco_mask.frPyObjects([POLYGONS["a"][0][1]], SIZE[1], SIZE[0])
+    drawn = coco_mask.decode(runs)[..., 0]
+    assert (large == nearest(drawn, (row["width"], row["height"]))).all() and large.sum() > 50
+    x, y, w, h = row["boxes"][1]
+    assert np.argwhere(small).tolist() == [[int(y + h / 2), int(x + w / 2)]]
+    assert "masks" not in prepare(form, source, tmp_path / "plain")["a.jpg"]
+
+
+def test_masks_that_are_missing_are_named(tmp_path):
+    source = with_polygons(tmp_path / "yolo", "yolo")
+    write(source / "labels/train/b.txt", "1 0.5 0.5 0.2 0.2\n")
+    with pytest.raises(
+        ValueError, match=r"labels/train/b.txt:1: '1 0.5 .*' is a box, and masks=ins"
+    ):
+        prepare("yolo", source, tmp_path / "out", "masks=instance")
+    source = with_polygons(tmp_path / "coco", "coco")
+    text = (source / "annotations/instances_train.json").read_text()
+    write(source / "annotations/instances_train.json", text.replace("segmentation", "other"))
+    assert list(prepare("coco", source, tmp_path / "coco_out", "masks=instance")) == ["b.jpg"]

@@ -597,7 +597,9 @@ def test_options_are_texts_of_known_names():
     assert importing.options_of("coco", ["masks=semantic"]).masks == "semantic"
     with pytest.raises(ValueError, match="importer coco has no option 'mask'; did you mean masks"):
         importing.options_of("coco", ["mask=semantic"])
-    with pytest.raises(ValueError, match="masks=yes: input should be 'none' or 'semantic'"):
+    with pytest.raises(
+        ValueError, match="masks=yes: input should be 'none', 'semantic' or 'instance'"
+    ):
         importing.options_of("coco", ["masks=yes"])
     with pytest.raises(ValueError, match="write KEY=VALUE"):
         importing.options_of("coco", ["masks"])

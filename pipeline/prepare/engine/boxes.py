@@ -1,4 +1,4 @@
-"""Boxes of objects in images, as every importer of them writes them."""
+"""Boxes and masks of objects in images, as every importer of them writes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+
+from pipeline.media import instance_masks
+from pipeline.prepare.readers.picture_check import nearest
 
 COLUMNS = {
     "boxes": pa.list_(pa.list_(pa.float32())),
@@ -17,6 +21,8 @@ COLUMNS = {
 """Of each row: boxes [x, y, width, height] in pixels of the written image, and for each box the
 number and the name of its class, and whether it stands for a crowd.
 """
+MASKS = pa.field("masks", pa.list_(instance_masks.RLE))
+"""Where masks are asked for, one for each box, of the size of the written image."""
 ROUNDING = 0.01
 """Pixels by which publishers' rounding puts boxes outside: they are clipped, but not counted."""
 
@@ -51,3 +57,29 @@ def clipped(
 def scaled(boxes: list[Any], x: float, y: float) -> list[list[float]]:
     """Return boxes with horizontal numbers times ``x`` and vertical ones times ``y``."""
     return [[left * x, top * y, w * x, h * y] for left, top, w, h in boxes]
+
+
+def written_mask(mask: np.ndarray, box: list[float], size: tuple[int, int]) -> dict[str, Any]:
+    """Return the run lengths of a mask, resized to the written image (nearest pixel).
+
+    An object that is so small that no pixel is left of it keeps the one at the middle of its box.
+
+    Args:
+        mask: (height, width) bool, of the publisher's image.
+        box: [x, y, width, height] of the object, in pixels of the written image.
+        size: width and height of the written image.
+
+    Raises:
+        ValueError: the mask is empty, and its box is not small.
+    """
+    x, y, wide, high = box
+    scale = size[0] / mask.shape[1]
+    if not mask.any() and min(wide, high) >= 2 * scale:
+        raise ValueError(f"a mask without a pixel, in a box of {wide:.4g} x {high:.4g} pixels")
+    out = nearest(mask.astype(np.uint8), size).astype(bool)
+    if not out.any():
+        out = out.copy()
+        column = min(int(x + wide / 2), size[0] - 1)
+        row = min(int(y + high / 2), size[1] - 1)
+        out[row, column] = True
+    return instance_masks.packed(out)

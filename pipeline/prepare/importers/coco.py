@@ -57,10 +57,10 @@ class CocoOptions(Options):
         description="folder, zip or tar of the images below SOURCE; empty, for "
         "instances_NAME.json: NAME, images/NAME, NAME.zip, images or SOURCE itself",
     )
-    masks: Literal["none", "semantic"] = Field(
+    masks: Literal["none", "semantic", "instance"] = Field(
         "none",
         description="semantic: a column mask, PNG of one class number a pixel, 0 for nothing, 255 "
-        "for crowds",
+        "for crowds; instance: a column masks, COCO's run lengths for each box",
     )
     missing: Literal["refuse", "skip"] = Field(
         "refuse",
@@ -75,10 +75,10 @@ class Coco(ImageImporter):
 
     Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
     (category ids, unchanged), `label_names`, `crowd` (one each a box), `image_id` and, where asked
-    for, `mask`. Images without boxes are kept. A box that is not finite, has no area or lies
-    outside the image is dropped; one that is partly outside is clipped; both are counted. In masks
-    smaller objects are drawn over larger ones, and all over crowds; a class is the category's id,
-    or that plus 1 where an id is 0.
+    for, `mask` or `masks` (one each a box). Images without boxes are kept. A box that is not
+    finite, has no area or lies outside the image is dropped; one that is partly outside is clipped;
+    both are counted. In `mask` smaller objects are drawn over larger ones, and all over crowds; a
+    class is the category's id, or that plus 1 where an id is 0.
     """
 
     label = "label_names"
@@ -119,9 +119,14 @@ class Coco(ImageImporter):
                 f"{source}: images that two of the annotation files put into one split: "
                 f"{preview(twice)}; say --set annotations=NAME.json"
             )
-        extra = (pa.field("mask", pa.binary()),) if self.options.masks == "semantic" else ()
+        extra = {
+            "none": (),
+            "semantic": (pa.field("mask", pa.binary()),),
+            "instance": (boxes.MASKS,),
+        }[self.options.masks]
+        is_semantic = self.options.masks == "semantic"
         named = [
-            {"id": i, "name": categories[i], **({"mask_value": i + shift} if extra else {})}
+            {"id": i, "name": categories[i], **({"mask_value": i + shift} if is_semantic else {})}
             for i in sorted(categories)
         ]
         return Index(
@@ -200,7 +205,7 @@ class Coco(ImageImporter):
                     _width=image["width"],
                     _height=image["height"],
                     _masks=json.dumps([masks, int(0 in categories)])
-                    if self.options.masks == "semantic"
+                    if self.options.masks != "none"
                     else None,
                 )
             )
@@ -229,11 +234,36 @@ class Coco(ImageImporter):
         if row["_masks"] is not None:
             try:
                 objects, shift = json.loads(row["_masks"])
-                mask = semantic(objects, shift, height, width)
+                if self.options.masks == "instance":
+                    out["masks"] = _instances(objects, (height, width), out["boxes"], picture.size)
+                else:
+                    mask = semantic(objects, shift, height, width)
+                    out["mask"] = png(nearest(mask, picture.size))
             except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise BrokenImageError(f"its mask cannot be drawn: {error}") from None
-            out["mask"] = png(nearest(mask, picture.size))
         return out
+
+
+def _instances(
+    objects: list[Any],
+    size: tuple[int, int],
+    written_boxes: list[list[float]],
+    written_size: tuple[int, int],
+) -> list[dict[str, Any]]:
+    """Return the run lengths of objects (category id, is crowd, area, segmentation) as written.
+
+    Args:
+        size: height and width of the image that the annotations are for.
+        written_boxes: boxes of the written image.
+        written_size: its width and height.
+    """
+    out = []
+    for (_, _, _, segmentation), box in zip(objects, written_boxes, strict=True):
+        if not segmentation:
+            raise ValueError("an annotation has no segmentation")
+        mask = instance_masks.mask_of(segmentation, *size)
+        out.append(boxes.written_mask(mask, box, written_size))
+    return out
 
 
 def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndarray:

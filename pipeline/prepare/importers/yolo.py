@@ -6,18 +6,21 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
 import yaml
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.data.loader import threaded_map
+from pipeline.media import instance_masks
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import SPLITS, Index, place, preview, split_of_folders, table
 from pipeline.prepare.readers import archives
-from pipeline.prepare.readers.picture_check import Picture
+from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
 
 ROUNDING = 1e-4
 """Share of an image by which publishers' rounding puts boxes outside."""
@@ -25,11 +28,19 @@ FARTHEST = 2.0
 """A larger number is no share of an image: it is in pixels."""
 
 
+COLUMNS = {**boxes.COLUMNS, "_polygons": pa.list_(pa.list_(pa.float64()))}
+
+
 class YoloOptions(Options):
     names: str = Field(
         "",
         description="the file below SOURCE that names the classes: a .yaml with `names`, or one "
         "name a line; empty: the .yaml, classes.txt or obj.names that is there",
+    )
+    masks: Literal["none", "instance"] = Field(
+        "none",
+        description="instance: a column masks, COCO's run lengths for each polygon; every line "
+        "must be one",
     )
 
 
@@ -43,9 +54,9 @@ class Yolo(ImageImporter):
     A line is `CLASS X Y WIDTH HEIGHT` (centre and size in shares of the image), or `CLASS X1 Y1 X2
     Y2 X3 Y3 ...` for a polygon, whose bounds are taken; where the .yaml has `kpt_shape`, keypoints
     follow the box and are left out. Columns: `boxes` (list of [x, y, width, height] in pixels of
-    the written image), `labels` (the numbers of the classes), `label_names` and `crowd` (false),
-    one each a box. Images without a text have no boxes, but some image of each split must have a
-    text. Boxes are dropped and clipped as by `coco`.
+    the written image), `labels` (the numbers of the classes), `label_names`, `crowd` (false) and,
+    where asked for, `masks`, one each a box. Images without a text have no boxes, but some image of
+    each split must have a text. Boxes are dropped and clipped as by `coco`.
     """
 
     label = "label_names"
@@ -84,21 +95,23 @@ class Yolo(ImageImporter):
                 label, box = _parsed(line, where, names, keypoints)
                 inside = boxes.clipped(box, 1.0, 1.0, counts, ROUNDING)
                 if inside is not None:
-                    kept.append((label, inside))
+                    kept.append((label, inside, self._polygon(line, where)))
             counts["images without a box"] += not kept
             rows.append(
                 place(
                     image,
                     split,
-                    boxes=[box for _, box in kept],
-                    labels=[label for label, _ in kept],
-                    label_names=[names[label] for label, _ in kept],
+                    boxes=[box for _, box, _ in kept],
+                    labels=[label for label, _, _ in kept],
+                    label_names=[names[label] for label, _, _ in kept],
                     crowd=[False for _ in kept],
+                    _polygons=[polygon for _, _, polygon in kept],
                 )
             )
         return Index(
-            table(rows, boxes.COLUMNS, source),
+            table(rows, COLUMNS, source),
             found.mark,
+            (boxes.MASKS,) if self.options.masks == "instance" else (),
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
             info={
                 "categories": [{"id": i, "name": names[i]} for i in sorted(names)],
@@ -141,8 +154,32 @@ class Yolo(ImageImporter):
             raise ValueError(f"{source}: {name}: {error}") from None
         return name, stated if isinstance(stated, dict) else {}
 
+    def _polygon(self, line: str, where: str) -> list[float] | None:
+        """Return the points of a line's polygon as it has them; none where masks are not wanted."""
+        if self.options.masks == "none":
+            return None
+        numbers = [float(word) for word in line.split()[1:]]
+        if len(numbers) < 6:
+            raise ValueError(
+                f"{where}: {line.strip()[:80]!r} is a box, and masks=instance needs polygons; "
+                "leave --set masks out, or take the texts of the segmentation"
+            )
+        return numbers
+
     def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
-        return {**row, "boxes": boxes.scaled(row["boxes"], *picture.size)}
+        out = {**row, "boxes": boxes.scaled(row["boxes"], *picture.size)}
+        if self.options.masks == "none":
+            return out
+        width, height = picture.seen
+        out["masks"] = []
+        try:
+            for polygon, box in zip(row["_polygons"], out["boxes"], strict=True):
+                points = (np.array(polygon).reshape(-1, 2) * (width, height)).reshape(-1).tolist()
+                mask = instance_masks.mask_of([points], height, width)
+                out["masks"].append(boxes.written_mask(mask, box, picture.size))
+        except ValueError as error:
+            raise BrokenImageError(f"a mask cannot be drawn: {error}") from None
+        return out
 
 
 def _decoded(data: bytes) -> str:
