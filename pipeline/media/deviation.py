@@ -1,4 +1,4 @@
-"""Which numbers vary, so that they can be divided by their standard deviation."""
+"""Means and deviations by which numbers are standardised."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ FLOAT32_ROUNDING, FLOAT64_ROUNDING = 1e-6, 1e-12
 """A deviation below this share of the greatest number is rounding, by the type of the numbers."""
 STILL = 1e-12
 """A deviation below this is that of zeros with rounding errors."""
+VISIBLE = 1e-5
+"""A change of a standardised number that counts."""
 
 
 def divisors(std: np.ndarray, size: np.ndarray, is_float64: bool = False) -> np.ndarray:
@@ -20,3 +22,12 @@ def divisors(std: np.ndarray, size: np.ndarray, is_float64: bool = False) -> np.
     """
     rounding = FLOAT64_ROUNDING if is_float64 else FLOAT32_ROUNDING
     return np.where(std > np.maximum(rounding * size, STILL), std, 1.0)
+
+
+def short_mean(mean: float, std: float) -> float:
+    """Return a mean with 7 digits, or with all where a standardised number would show it.
+
+    The mean may be large beside the deviation: a time in seconds, a number of a sample.
+    """
+    short = float(f"{mean:.7g}")
+    return short if abs(short - mean) <= VISIBLE * std else mean

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import NameDifference
 from pipeline.core.ragged import ragged
-from pipeline.media.deviation import divisors
+from pipeline.media.deviation import divisors, short_mean
 
 MOST = 8.0
 """Standardised numbers are clipped to this many standard deviations."""
@@ -57,13 +57,11 @@ class StaticFeatures:
                 if len(numbers) < min_rows:
                     continue
                 numbers = numbers.clip(*np.quantile(numbers, TAILS))
-                std = divisors(
-                    numbers.std(), np.abs(numbers).max(), values.type not in SHORT_FLOATS
-                )
+                is_float64 = values.type not in SHORT_FLOATS
+                std = float(divisors(numbers.std(), np.abs(numbers).max(), is_float64))
                 out["numbers"].append(field)
-                # all digits: the mean may be large beside the deviation (a time in seconds)
-                out["mean"].append(float(numbers.mean()))
-                out["std"].append(float(std))
+                out["mean"].append(short_mean(float(numbers.mean()), std))
+                out["std"].append(float(f"{std:.7g}"))
             else:
                 for codes in _codes(field, values):
                     found.update(set(codes))

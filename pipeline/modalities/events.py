@@ -21,7 +21,7 @@ from pipeline.core.capabilities import NameDifference
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.ragged import padded, ragged
 from pipeline.core.rng import uniform
-from pipeline.media.deviation import divisors
+from pipeline.media.deviation import divisors, short_mean
 from pipeline.media.static_features import MOST, SHORT_FLOATS, TAILS, StaticFeatures
 
 NAMED = 8
@@ -137,10 +137,10 @@ class Events(Modality):
                 order[ends[at[one]] - np.count_nonzero(place == at[one]) : ends[at[one]]]
             ].astype(np.float64)
             clipped = found.clip(*np.quantile(found, TAILS))
-            std = divisors(clipped.std(), np.abs(clipped).max(), value.dtype == np.float64)
-            # all digits: the mean may be large beside the deviation (a time in seconds)
-            state["mean"].append(float(clipped.mean()))
-            state["std"].append(float(std))
+            is_float64 = value.dtype == np.float64
+            std = float(divisors(clipped.std(), np.abs(clipped).max(), is_float64))
+            state["mean"].append(short_mean(float(clipped.mean()), std))
+            state["std"].append(float(f"{std:.7g}"))
         if "static" in columns:
             state["static"] = StaticFeatures.fit(
                 table[columns["static"]], columns["static"], options.min_rows

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.media.deviation import short_mean
 from pipeline.media.static_features import MOST, StaticFeatures
 
 KIND = pa.struct(
@@ -159,3 +160,8 @@ def test_numbers_that_are_large_beside_their_deviation_or_small_are_standardised
     clipped = given.clip(*np.quantile(given, (0.001, 0.999)))
     want = (given - clipped.mean()) / clipped.std()
     np.testing.assert_allclose(one.decode(rows, 50, "static")["numbers"][:, 0], want, atol=1e-4)
+
+
+def test_a_mean_keeps_seven_digits_where_no_standardised_number_shows_more():
+    assert short_mean(64.25369123, 17.0) == 64.25369
+    assert short_mean(1.7e9 + 0.25, 20.0) == 1.7e9 + 0.25
