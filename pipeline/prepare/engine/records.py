@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,15 +95,13 @@ class Windows:
         first = np.searchsorted(self.keys, self._keys(place, times[event]))
         counts = self.stops[place] - first
         enters = np.zeros(len(event), dtype=bool)
-        bounds = np.searchsorted(
-            np.cumsum(counts), np.arange(MOST_AT_ONCE, counts.sum() + MOST_AT_ONCE, MOST_AT_ONCE)
-        )
-        begin = 0
-        for bound in (bounds + 1).clip(max=len(event)).tolist():
-            part, begin = slice(begin, bound), bound
-            some = counts[part]
-            which = np.repeat(np.arange(part.start, part.stop), some)
-            row = np.arange(some.sum()) + np.repeat(first[part] - np.cumsum(some) + some, some)
+        total = np.cumsum(counts)
+        cuts = np.searchsorted(total, np.arange(MOST_AT_ONCE, counts.sum(), MOST_AT_ONCE))
+        for begin, stop in pairwise([0, *cuts.tolist(), len(event)]):
+            some = counts[begin:stop]
+            which = np.repeat(np.arange(begin, stop), some)
+            before = np.cumsum(some) - some
+            row = np.arange(some.sum()) + np.repeat(first[begin:stop] - before, some)
             inside = times[event[which]] >= self.start[row]
             which, row = which[inside], row[inside]
             enters[which] = True

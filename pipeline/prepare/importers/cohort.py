@@ -50,8 +50,8 @@ class CohortOptions(Options):
 
 @register("importer", "cohort", options=CohortOptions)
 class Cohort(TableImporter):
-    """Rows of events (written by prepare mimic3, physionet2012 or events) to the rows of a cohort:
-    --set task=mortality.
+    """Rows of events (written by prepare mimic3, physionet2012, omop or events) to the rows of a
+    cohort: --set task=mortality.
 
     Columns: `entity`, `patient`, `times`, `variables`, `values`, `events`, `static` and `split`,
     without events after the prediction time; labels: `label` (mortality, readmission),
