@@ -504,7 +504,8 @@ def _on_new_target(new: NewTarget, models: dict[tuple[_Kind, str], _LikeEntries]
     if out:
         return out
     why = (
-        f"no trial of it has finished, and no similar entry is there ({new.modality}, {new.objective}"
+        "no trial of it has finished, and no similar entry is there "
+        f"({new.modality}, {new.objective}"
     )
     why += ", a metric with bounds)"
     metric = new.metric or "its metric"
