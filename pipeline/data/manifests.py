@@ -402,11 +402,12 @@ def _plain_columns(table: pa.Table) -> pa.Table:
 
 
 class LeftOut(NamedTuple):
-    """A row that is in no split, although it would have been in one."""
+    """A row that is not used, although it is in a split or would have been in one."""
 
     split: str
     row: int
     place: str
+    """File and number of the row."""
     reason: str
 
 

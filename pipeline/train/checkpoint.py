@@ -6,17 +6,58 @@ A resume point is complete or absent; its bytes are checked before it is used.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.core.rng import mix
 from pipeline.io import atomic_folder, s3, storage
 
 KEPT = 2
 """How many resume points are kept: where the newest is damaged, the one before it is used."""
+
+
+class RandomState(TypedDict):
+    """Where torch's random generators stand on one rank."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+
+class TrainingState(TypedDict):
+    """Where a run stands, the same on every rank. Plain values: torch reads them with
+    ``weights_only``.
+    """
+
+    step: int
+    """How many steps were taken."""
+    phase: int
+    """Number of the technique's phase in which the last of them was."""
+    task: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    """torch's ``state_dict``."""
+    ema: dict[str, Tensor] | None
+    """The moving average of the weights, where there is one."""
+    keeper: Mapping[str, Any]
+    """What `Keeper.state_dict` returned."""
+    curve: list[dict[str, Any]]
+    """Step and metrics of each validation."""
+    skipped: int
+    """How many steps were not finite."""
+    seconds: float
+
+
+class ResumePoint(TrainingState):
+    """What a resume point holds."""
+
+    random: list[RandomState]
+    """Of every rank."""
+    bad_rows: dict[int, str]
+    """Row id to reason of the rows that could not be read, of all ranks."""
 
 
 def _steps(uri: str) -> list[int]:
@@ -31,7 +72,7 @@ def _folder(uri: str, step: int) -> str:
 
 
 def save(
-    uri: str, ranks: Any, state: dict[str, Any], bad_rows: dict[int, str] | None = None
+    uri: str, ranks: Any, state: TrainingState, bad_rows: dict[int, str] | None = None
 ) -> None:
     """Write a resume point; called by every rank at the same step.
 
@@ -40,7 +81,7 @@ def save(
         bad_rows: Row id to reason of the rows that this rank could not read so far; those of all
             ranks are written.
     """
-    random = {
+    random: RandomState = {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None,
     }
@@ -52,11 +93,13 @@ def save(
         with storage.scratch_folder() as scratch:
             path = Path(scratch, "state.pt")
             unread = {row: reason for _, bad in everyone for row, reason in bad.items()}
+            whole: ResumePoint = {
+                **state,
+                "random": [random for random, _ in everyone],
+                "bad_rows": unread,
+            }
             with s3.naming("write", path), open(path, "wb") as file:
-                torch.save(
-                    {**state, "random": [random for random, _ in everyone], "bad_rows": unread},
-                    file,
-                )
+                torch.save(whole, file)
             atomic_folder.commit_folder(
                 _folder(uri, state["step"]),
                 {"state.pt": path},
@@ -68,7 +111,7 @@ def save(
         dist.barrier()
 
 
-def load(uri: str, ranks: Any, restarts: bool = False) -> tuple[dict[str, Any] | None, list[str]]:
+def load(uri: str, ranks: Any, restarts: bool = False) -> tuple[ResumePoint | None, list[str]]:
     """Read the newest resume point that is intact, the same one on every rank.
 
     Rank 0 finds it and broadcasts its step. Damaged resume points that are newer are removed:
@@ -85,7 +128,7 @@ def load(uri: str, ranks: Any, restarts: bool = False) -> tuple[dict[str, Any] |
         StorageError: on every rank, when resume points are there and none of them is intact
             (unless ``restarts``), or when they cannot be read at this moment.
     """
-    state: dict[str, Any] | None = None
+    state: ResumePoint | None = None
     verdict: list[Any] = [None]
     if ranks.first:
         state, notes, problem = _newest_intact(uri, restarts)
@@ -100,7 +143,7 @@ def load(uri: str, ranks: Any, restarts: bool = False) -> tuple[dict[str, Any] |
     return state, notes
 
 
-def _newest_intact(uri: str, restarts: bool) -> tuple[dict[str, Any] | None, list[str], str]:
+def _newest_intact(uri: str, restarts: bool) -> tuple[ResumePoint | None, list[str], str]:
     """The newest state that can be read, a line for each damaged one that is newer, and what stops
     the run, if anything.
     """
@@ -143,7 +186,7 @@ def _is_damage(error: storage.StorageError) -> bool:
     return isinstance(error, (storage.DamagedError, storage.NotFoundError))
 
 
-def _read(folder: str) -> dict[str, Any]:
+def _read(folder: str) -> ResumePoint:
     """The state of a resume point, its bytes compared with the checksum in the manifest.
 
     Raises StorageError, also where torch cannot read what the checksum vouches for.
@@ -153,7 +196,7 @@ def _read(folder: str) -> dict[str, Any]:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def restore_rng(state: dict[str, Any], seed: int, ranks: Any) -> None:
+def restore_rng(state: ResumePoint, seed: int, ranks: Any) -> None:
     """This rank's random state; a rank that was not there gets one of its own."""
     if ranks.rank >= len(state["random"]):
         torch.manual_seed(mix(seed, ranks.rank, state["step"]))

@@ -8,7 +8,7 @@ are read, what is written at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,11 +28,12 @@ from pipeline.core.contracts.technique_capabilities import (
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
+from pipeline.data.manifests import LeftOut
 from pipeline.data.plan import Plan
 from pipeline.data.stream import LoadedBatch, Rows, check_bad_row_budget, train_batches
 from pipeline.io import heartbeat, storage
 from pipeline.train import evaluate, loop, resume_history, streams
-from pipeline.train.log import MetricsLog, RowTrace
+from pipeline.train.log import LogRecord, MetricsLog, RowTrace, with_numbers
 from pipeline.train.loop import Ranks, TrainingOutcome
 
 
@@ -66,8 +67,8 @@ class Experiment:
     log_folder: str
     lost: int = 0
     """Training rows that were left out before; they count against the same budget."""
-    left_out: list[dict[str, Any]] = field(default_factory=list)
-    """Split, row, place and reason of the rows that were left out before, for the list of them."""
+    left_out: Sequence[LeftOut] = ()
+    """The rows that were left out before, for the list of them."""
     read: Callable[..., Iterator[LoadedBatch]] = train_batches
     """Reads and decodes training rows; with its place and workers where others do it."""
     threads: int = 1
@@ -89,9 +90,9 @@ class Experiment:
     on_start: Callable[[int, list[str]], None] = lambda step, damaged: None
     """Called on rank 0, before anything is logged, with the step at which training starts and a
     line for each damaged resume point."""
-    on_record: Callable[[dict[str, Any]], None] = lambda record: None
+    on_record: Callable[[LogRecord], None] = lambda record: None
     """Called on rank 0 with each record of the log."""
-    on_validation: Callable[[int, int, dict[str, Any]], None] = lambda step, steps, metrics: None
+    on_validation: Callable[[int, int, dict[str, float]], None] = lambda step, steps, metrics: None
     """Called with step, steps in all and metrics; may raise loop.Stop."""
     on_step: Callable[[], None] = heartbeat.beat
     """Called at every step."""
@@ -319,7 +320,7 @@ class BadRows:
         if log:
             log.quarantine(
                 [
-                    {"split": split, "row": row, "place": self.place(split, row), "reason": reason}
+                    LeftOut(split, row, self.place(split, row), reason)
                     for (split, row), reason in fresh.items()
                 ]
             )
@@ -360,7 +361,7 @@ class _Record:
             if self.experiment.left_out:
                 self.log.quarantine(self.experiment.left_out)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: LogRecord) -> None:
         self.bad_rows.gather(self.log)
         self.warning = record.get("warning", self.warning)
         if not self.log:
@@ -370,8 +371,9 @@ class _Record:
         self.log.write(record)
         self.experiment.on_record(record)
 
-    def validated(self, step: int, metrics: dict[str, Any]) -> None:
+    def validated(self, step: int, metrics: dict[str, float]) -> None:
         extra, steps = self.experiment.extra_metrics, self.experiment.steps
         named = {k if k in extra else f"validation_{k}": value for k, value in metrics.items()}
-        self.write({"step": step, "steps": steps, "validated_step": step, **named})
+        record: LogRecord = {"step": step, "steps": steps, "validated_step": step}
+        self.write(with_numbers(record, named))
         self.experiment.on_validation(step, steps, metrics)

@@ -34,6 +34,7 @@ from pipeline.io import s3, signals, storage, write_fence
 from pipeline.io.file_identity import ChangedFileError
 from pipeline.io.ray_environment import prepare_ray, without_noise
 from pipeline.train import node_types, pretrain, source
+from pipeline.train.log import LogRecord
 from pipeline.train.loop import NonFiniteError, Ranks
 from pipeline.train.progress import Progress, duration, training_line
 from pipeline.train.row_checks import Finding, findings_from_metadata
@@ -427,48 +428,62 @@ def describe_nodes(have: Nodes) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _RankInputs:
+    """What every rank is given."""
+
+    work: pretrain.RankJob
+    board: Any
+    """The actor of the `_Board`."""
+    rows: Any
+    """A reference to the training rows that were decoded before, or None (`put_shared`)."""
+
+
 @ray.remote(num_cpus=0)
 class _Board:
     """Where ranks leave their newest progress and the error that ends the run."""
 
     def __init__(self):
-        self.record: dict[str, Any] = {}
+        self.record: LogRecord | None = None
         self.fatal: str | None = None
 
-    def post(self, record: dict[str, Any]) -> None:
-        self.record = (
-            {**self.record, **record}
-            if record.get("step", 0) >= self.record.get("step", 0)
-            else record
-        )
+    def post(self, record: LogRecord) -> None:
+        before = self.record
+        # after a restart steps are taken again
+        if before is not None and record["step"] >= before["step"]:
+            record = {**before, **record}
+        self.record = record
 
     def fail(self, message: str) -> None:
         self.fatal = self.fatal or message
 
-    def read(self) -> tuple[dict[str, Any], str | None]:
+    def read(self) -> tuple[LogRecord | None, str | None]:
         return self.record, self.fatal
 
 
-def _rank_main(config: dict[str, Any]) -> None:
+def _rank_main(config: dict[str, _RankInputs]) -> None:
     import ray.train
     import ray.train.torch
 
-    work, board = config["work"], config["board"]
+    given = config["given"]
+    work, board = given.work, given.board
     if ray.get(board.read.remote())[1] is not None:
         return  # the run ended with an error that a restart would only repeat
     context = ray.train.get_context()
     torch.set_num_threads(work.threads)
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    posted, newest = 0.0, dict[str, Any]()
+    posted = 0.0
+    newest: LogRecord | None = None
 
-    def on_progress(record: dict[str, Any]) -> None:
+    def on_progress(record: LogRecord) -> None:
         nonlocal posted, newest
-        newest |= record  # what is not posted at once goes with the next one
+        # what is not posted at once goes with the next one
+        newest = {**newest, **record} if newest else record
         is_last = record["step"] == record["steps"] or "stopped" in record
         if time.monotonic() - posted > 0.3 or is_last:
             posted = time.monotonic()
             board.post.remote(newest)
-            newest = {}
+            newest = None
 
     try:
         with write_fence.guarded_by(work.fences):
@@ -476,7 +491,7 @@ def _rank_main(config: dict[str, Any]) -> None:
                 work,
                 ranks,
                 on_progress,
-                get_shared(config["rows"]) if config["rows"] is not None else None,
+                get_shared(given.rows) if given.rows is not None else None,
             )
     except (
         ValueError,
@@ -587,7 +602,8 @@ def run_source(
     rows = pretrain.decoded(work)
     record = _train(stage, work, rows, mine, most, progress, verbose)
     storage.remove_tree(storage.join(stage.uri, "ray"))
-    progress.update(training_line(stage.name, record), final=True)
+    if record:
+        progress.update(training_line(stage.name, record), final=True)
     return source_metadata(stage)
 
 
@@ -616,7 +632,7 @@ def _train(
     most: int,
     progress: Progress,
     verbose: bool,
-) -> dict[str, Any]:
+) -> LogRecord | None:
     """Train on all ranks, show their progress, and return their last log record.
 
     Raises:
@@ -630,10 +646,10 @@ def _train(
     watcher = threading.Thread(target=_watch, args=watched, daemon=True)
     watcher.start()
     reference = put_shared(rows) if rows is not None else None
-    config = {"work": work, "board": board, "rows": reference}
+    given = _RankInputs(work, board, reference)
     error: Exception | None = None
     try:
-        _fit(_trainer(stage, mine, config, verbose, most))
+        _fit(_trainer(stage, mine, given, verbose, most))
     except ray.train.TrainingFailedError as failed:
         error = failed
     finally:
@@ -671,7 +687,7 @@ def _reason(error: Exception | None) -> str:
 
 
 def _trainer(
-    stage: source.SourceStage, mine: RankResources, config: dict[str, Any], verbose: bool, most: int
+    stage: source.SourceStage, mine: RankResources, given: _RankInputs, verbose: bool, most: int
 ) -> Any:
     import ray.train
     import ray.train.torch
@@ -680,7 +696,7 @@ def _trainer(
     low = stage.spec.worker_range[0]
     return ray.train.torch.TorchTrainer(
         _rank_main,
-        train_loop_config=config,
+        train_loop_config={"given": given},
         torch_config=_backend(mine.gpus),
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == most else (low, most),

@@ -6,16 +6,54 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Required, TypedDict, cast
 
 import numpy as np
 
+from pipeline.data.manifests import LeftOut
 from pipeline.io import s3, storage, write_fence
 
 NO_CURVES = ("step", "steps", "resumed_from", "validated_step")
 """Numbers of a record that TensorBoard does not draw."""
+
+
+class LogRecord(TypedDict, total=False):
+    """A line of ``metrics.jsonl``: of training steps, of a validation, or of an early stop.
+
+    Beside these keys stand numbers by name: means of the loss and of what the objective logs since
+    the last line, and validation metrics as ``validation_NAME``.
+    """
+
+    step: Required[int]
+    steps: Required[int]
+    """Of the whole run."""
+    phase: str
+    lr: float
+    grad_norm: float
+    rows_per_second: float
+    unit: str
+    """Where throughput is told in another unit than rows, its name."""
+    units_per_second: float
+    wait_share: float
+    """Share of the time in which the loop waited for data."""
+    skipped_steps: int
+    """How many steps were not finite so far."""
+    eta_seconds: float
+    resumed_from: int
+    warning: str
+    validated_step: int
+    stopped: str
+    """Why the run stopped before its last step."""
+    bad_rows: int
+    """How many rows could not be used so far."""
+
+
+def with_numbers(record: LogRecord, numbers: Mapping[str, float]) -> LogRecord:
+    """Return a record with the numbers beside its own keys."""
+    return cast("LogRecord", {**record, **numbers})
 
 
 class RowTrace:
@@ -67,7 +105,9 @@ class MetricsLog:
         if listed or storage.exists(storage.join(self.uri, "quarantine.jsonl")):
             self._write_lines("quarantine.jsonl", listed, "w")
 
-    def _write_lines(self, name: str, lines: list[dict[str, Any]], mode: Literal["w", "a"]) -> None:
+    def _write_lines(
+        self, name: str, lines: Sequence[Mapping[str, Any]], mode: Literal["w", "a"]
+    ) -> None:
         """Raises StorageError, which names the file and what to do."""
         path = self.folder / name
         with s3.naming("write", path), open(path, mode) as file:
@@ -81,7 +121,7 @@ class MetricsLog:
                 out.append(json.loads(line))
         return out
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: LogRecord) -> None:
         """Append a record; its numbers go to TensorBoard too."""
         write_fence.check(self.uri)
         self._write_lines("metrics.jsonl", [{"time": round(time.time(), 3), **record}], "a")
@@ -93,11 +133,13 @@ class MetricsLog:
         if self.remote and time.monotonic() - self._flushed > 30:
             self.flush()
 
-    def quarantine(self, rows: list[dict[str, Any]]) -> None:
-        """List bad rows ``{split, row, place, reason}``, each once."""
+    def quarantine(self, rows: Sequence[LeftOut]) -> None:
+        """List bad rows, each once."""
         write_fence.check(self.uri)
-        fresh = {(row.get("split"), row["row"]): row for row in reversed(rows)}
-        new = [row for key, row in reversed(fresh.items()) if key not in self._quarantined]
+        fresh = {(row.split, row.row): row for row in reversed(rows)}
+        new = [
+            row._asdict() for key, row in reversed(fresh.items()) if key not in self._quarantined
+        ]
         self._write_lines("quarantine.jsonl", new, "a")
         self._quarantined |= set(fresh)
 

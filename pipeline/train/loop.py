@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,8 +36,12 @@ from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch
 from pipeline.io import heartbeat
 from pipeline.train import checkpoint, optim
+from pipeline.train.checkpoint import ResumePoint, TrainingState
+from pipeline.train.log import LogRecord, with_numbers
 
-Log = dict[str, Any]
+Metrics = dict[str, Any]
+"""Validation metrics by name. Numbers, or for a stack of heads (`pipeline.transfer.cached_heads`) a
+list with the metrics of each under ``heads``."""
 
 
 class NonFiniteError(RuntimeError):
@@ -64,13 +68,13 @@ class Ranks:
 class Keeper(Protocol):
     """Decides which weights are kept, by the validation metrics."""
 
-    def update(self, step: int, metrics: dict[str, Any], task: nn.Module) -> None: ...
+    def update(self, step: int, metrics: Metrics, task: nn.Module) -> None: ...
     def restore(self, task: nn.Module) -> None: ...
     def start_phase(self) -> None: ...
     @property
     def is_exhausted(self) -> bool: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class KeepBest:
@@ -141,7 +145,7 @@ class TrainingRun:
     ready: Callable[[Batch, bool], Batch]
     """Device part of the modality: augmentation (when true) and normalisation."""
     keeper: Keeper
-    evaluate: Callable[[Any], dict[str, Any]] | None = None
+    evaluate: Callable[[Any], Metrics] | None = None
     ranks: Ranks = field(default_factory=Ranks)
     checkpoints: str | None = None
     """Folder of resume points; none: the run cannot be resumed."""
@@ -151,8 +155,8 @@ class TrainingRun:
     """False: the batches have no labels. They are the stream "target" of the penalty, which is all
     that is learned from.
     """
-    on_log: Callable[[Log], None] = lambda record: None
-    on_eval: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None
+    on_log: Callable[[LogRecord], None] = lambda record: None
+    on_eval: Callable[[int, Metrics], None] = lambda step, metrics: None
     on_rows: Callable[[int, np.ndarray], None] | None = None
     """Called with the row ids of every step (``train.trace_rows``)."""
     bad_rows: Callable[[str, list[tuple[int, str]]], None] = lambda split, bad: None
@@ -183,7 +187,7 @@ class TrainingOutcome:
     rows_per_second: float
     wait_share: float
     skipped_steps: int
-    curve: list[dict[str, Any]]
+    curve: list[Metrics]
     params_trained: int
     layers_trained: str
     resumed_from: int
@@ -298,8 +302,9 @@ def fit(run: TrainingRun) -> TrainingOutcome:
         task.load_state_dict(saved["task"])
         run.keeper.load_state_dict(saved["keeper"])
         if average:
+            assert saved["ema"] is not None
             average.average = {name: tensor.to(device) for name, tensor in saved["ema"].items()}
-        if saved.get("bad_rows"):
+        if saved["bad_rows"]:
             run.bad_rows("train", list(saved["bad_rows"].items()))
     assert start < run.steps, "a run of zero steps trains nothing"
 
@@ -418,17 +423,17 @@ def fit(run: TrainingRun) -> TrainingOutcome:
 class _Progress:
     """What a run has done so far, and the sums since its last log line."""
 
-    def __init__(self, run: TrainingRun, saved: dict[str, Any] | None, damaged: list[str]):
-        saved, device = saved or {}, run.ranks.device
+    def __init__(self, run: TrainingRun, saved: ResumePoint | None, damaged: list[str]):
+        device = run.ranks.device
         self.run, self.damaged, self.warning = run, damaged, ""
-        self.start: int = saved.get("step", 0)
-        self.curve: list[dict[str, Any]] = saved.get("curve", [])
-        self.unread: dict[int, str] = dict(saved.get("bad_rows", {}))
-        self.seconds_before = float(saved.get("seconds", 0.0))
+        self.start = saved["step"] if saved else 0
+        self.curve = saved["curve"] if saved else []
+        self.unread = dict(saved["bad_rows"]) if saved else {}
+        self.seconds_before = saved["seconds"] if saved else 0.0
         self.names = ("loss", "count", *run.task.objective.log_names)
         self.window = torch.zeros(len(self.names), device=device)
         self.bad_run = torch.zeros((), device=device)  # non-finite steps in a row
-        self.bad_total = torch.full((), float(saved.get("skipped", 0)), device=device)
+        self.bad_total = torch.full((), float(saved["skipped"] if saved else 0), device=device)
         self.recent: deque[np.ndarray] = deque(maxlen=run.train.max_bad_steps)
         self.rows = self.rows_logged = 0
         self.units = self.units_logged = 0.0
@@ -456,13 +461,13 @@ class _Progress:
             f"{rows}"
         )
 
-    def record(self, done: int, phase: Phase, live: _PhaseState, norm: Tensor) -> Log:
+    def record(self, done: int, phase: Phase, live: _PhaseState, norm: Tensor) -> LogRecord:
         """The log line of the steps since the last one."""
         run, now = self.run, self.run.clock()
         seconds = max(now - self.logged_at, 1e-9)
         sums = dict(zip(self.names, self.window.tolist(), strict=True))
         count = sums.pop("count")
-        record: Log = {
+        record: LogRecord = {
             "step": done,
             "steps": run.steps,
             "phase": phase.name,
@@ -475,10 +480,11 @@ class _Progress:
         }
         if run.unit != "rows":
             rate = run.ranks.count * (self.units - self.units_logged) / seconds
-            record |= {"unit": run.unit, "units_per_second": rate}
+            record["unit"], record["units_per_second"] = run.unit, rate
         if self.start:
             record["resumed_from"] = self.start
-        record |= {name: value / count if count else float("nan") for name, value in sums.items()}
+        means = {name: value / count if count else float("nan") for name, value in sums.items()}
+        record = with_numbers(record, means)
         warnings = [*self.damaged, *([self.warning] if self.warning else [])]
         if warnings:
             record["warning"] = "; ".join(warnings)
@@ -487,7 +493,7 @@ class _Progress:
         self.units_logged = self.units
         return record
 
-    def add_validation(self, done: int, metrics: dict[str, Any]) -> None:
+    def add_validation(self, done: int, metrics: Metrics) -> None:
         """A point of the curve; those of later steps were those of a part that is done again."""
         self.curve = [point for point in self.curve if point["step"] < done]
         self.curve.append({"step": done, **metrics})
@@ -512,7 +518,7 @@ class _Progress:
         """Write a resume point."""
         run = self.run
         assert run.checkpoints is not None
-        state = {
+        state: TrainingState = {
             "step": done,
             "phase": phase,
             "task": run.task.state_dict(),
@@ -667,7 +673,7 @@ def _step(
     return norm
 
 
-def _evaluated(run: TrainingRun, average: optim.WeightAverage | None, step: int) -> dict[str, Any]:
+def _evaluated(run: TrainingRun, average: optim.WeightAverage | None, step: int) -> Metrics:
     """Validation metrics of the current (averaged) weights, the same on every rank."""
     assert run.evaluate is not None
     if average:

@@ -24,7 +24,7 @@ from pipeline.core.contracts.objective_capabilities import (
     tensors_beside_features,
 )
 from pipeline.data import manifests
-from pipeline.data.manifests import Selection, Splits
+from pipeline.data.manifests import LeftOut, Selection, Splits
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget, eval_batches
 from pipeline.train import evaluate
 
@@ -232,7 +232,7 @@ def probe_evaluator(
     modality: Modality,
     ranks: Any,
     autocast: Callable[[], Any],
-    on_bad: Callable[[list[dict[str, Any]]], Any] = lambda rows: None,
+    on_bad: Callable[[list[LeftOut]], None] = lambda rows: None,
 ) -> Callable[[Task], float]:
     """Return a function that computes the probe's accuracy, the same on every rank.
 
@@ -240,7 +240,7 @@ def probe_evaluator(
     must call both functions at the same time.
 
     Args:
-        on_bad: Called with split, row, place and reason of rows that cannot be decoded.
+        on_bad: Called with the rows that cannot be decoded.
 
     Raises:
         TooManyBadRowsError: on all ranks or on none.
@@ -260,12 +260,7 @@ def probe_evaluator(
         everyone = [one for part in bad for one in part]
         on_bad(
             [
-                {
-                    "split": name,
-                    "row": row,
-                    "place": selection.manifest.location(row),
-                    "reason": reason,
-                }
+                LeftOut(name, row, selection.manifest.location(row), reason)
                 for row, reason in everyone
             ]
         )

@@ -35,6 +35,7 @@ from pipeline.io import file_identity, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
 from pipeline.train import checkpoint, experiment, loop, online_probe
 from pipeline.train.experiment import Experiment, Finished
+from pipeline.train.log import LogRecord
 from pipeline.train.loop import Ranks
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import (
@@ -176,7 +177,7 @@ def decoded(work: RankJob) -> Rows | None:
 def train_rank(
     work: RankJob,
     ranks: Ranks,
-    on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
+    on_progress: Callable[[LogRecord], None] = lambda record: None,
     held: Rows | None = None,
 ) -> dict[str, Any]:
     """Pretrain on one of several ranks; rank 0 writes the log and the bundle.
@@ -219,7 +220,7 @@ def train_rank(
 
 
 def experiment_of(
-    work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any]], None], held: Rows | None
+    work: RankJob, ranks: Ranks, on_progress: Callable[[LogRecord], None], held: Rows | None
 ) -> Experiment:
     """A source's training run as one of its ranks sees it."""
     fitted, train = work.fitted, work.spec.train

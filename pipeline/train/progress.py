@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pipeline.train.log import LogRecord
+
 PLAIN_EVERY_SECONDS = 5.0
 
 
@@ -23,28 +25,28 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-def training_line(name: str, record: dict[str, Any]) -> str:
+def training_line(name: str, record: LogRecord) -> str:
     """step/total, loss, metrics, rows or tokens or seconds of sound a second, share of time waiting
     for data, ETA.
     """
-    parts = [f"{name}: step {record.get('step', 0)}/{record.get('steps', '?')}"]
+    parts = [f"{name}: step {record['step']}/{record['steps']}"]
     for key, value in record.items():
         if key in ("loss", "accuracy", "probe_knn") or (
             key.startswith("validation_") and key != "validation_loss"
         ):
             parts.append(f"{key.replace('validation_', 'val ')} {value:.4g}")
-    if record.get("validated_step", record.get("step")) != record.get("step"):
-        parts.append(f"(val of step {record['validated_step']})")
+    validated = record.get("validated_step", record["step"])
+    if validated != record["step"]:
+        parts.append(f"(val of step {validated})")
     if "rows_per_second" in record:
         rate = record.get("units_per_second", record["rows_per_second"])
-        parts += [
-            f"{rate:.0f} {record.get('unit', 'rows')}/s",
-            f"data wait {record['wait_share']:.0%}",
-        ]
-        if "stopped" not in record:
-            parts.append(f"ETA {duration(record['eta_seconds'])}")
-    if record.get("skipped_steps"):
-        parts.append(f"{record['skipped_steps']} steps skipped (not finite)")
+        parts.append(f"{rate:.0f} {record.get('unit', 'rows')}/s")
+    if "wait_share" in record:
+        parts.append(f"data wait {record['wait_share']:.0%}")
+    if "eta_seconds" in record and "stopped" not in record:
+        parts.append(f"ETA {duration(record['eta_seconds'])}")
+    if skipped := record.get("skipped_steps"):
+        parts.append(f"{skipped} steps skipped (not finite)")
     if "stopped" in record:
         parts.append(f"stopped: {record['stopped']}")
     return "  ".join(parts)

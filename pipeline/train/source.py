@@ -23,7 +23,7 @@ from pipeline.core.contracts.objective_capabilities import (
 from pipeline.core.rng import mix
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
-from pipeline.data.manifests import Selection, Splits
+from pipeline.data.manifests import LeftOut, Selection, Splits
 from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget
 from pipeline.io import storage
@@ -379,7 +379,7 @@ class FittedSource:
     """The bundle that was made of it, for the ranks to start from."""
     moved: str
     """In words, which of its tensors were carried over."""
-    left_out: tuple[dict[str, Any], ...]
+    left_out: tuple[LeftOut, ...]
     text: str
     """In words, how many rows there are and what became of them."""
     corpora: tuple[int, ...]
@@ -421,7 +421,7 @@ def fit(stage: SourceStage) -> FittedSource:
         notes.append("gone on with what other code or versions began")
     if rows.left_out:
         first, more = rows.left_out[0], ", ..." if len(rows.left_out) > 1 else ""
-        example = f"{first['place']}: {first['reason']}{more}"
+        example = f"{first.place}: {first.reason}{more}"
         notes.append(f"{len(rows.left_out)} rows left out ({example})")
     return FittedSource(
         arch=arch,
@@ -484,7 +484,7 @@ class _Rows:
     validation: Selection
     columns: dict[str, str]
     corpora: tuple[int, ...]
-    left_out: list[dict[str, Any]]
+    left_out: list[LeftOut]
     notes: list[str]
     costs: np.ndarray | None = None
     lost: int = 0
@@ -495,7 +495,7 @@ def _fit_rows(stage: SourceStage, modality: ModalitySpec, objective: ObjectiveSp
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None
     kind, columns = registry.get("objective", objective.name), dict(spec.data.columns)
-    left_out = [row._asdict() for row in splits.left_out]
+    left_out = list(splits.left_out)
     lost = sum(row.split == "train" for row in splits.left_out)
     rows = _Rows(splits.train, splits.validation, columns, splits.corpora, left_out, [], lost=lost)
     roles = (*kind.roles, *kind.optional_roles)
@@ -542,10 +542,7 @@ def _leave_out_untrainable(spec: Source, rows: _Rows, decoder: Decoder) -> None:
     costed = Rows(rows.train, decoder).with_costs()
     kept, lost = drop_untrainable(costed, spec.data.max_bad_rows)
     place = rows.train.manifest.location
-    rows.left_out += [
-        {"split": "train", "row": row, "place": place(row), "reason": reason}
-        for row, reason in lost
-    ]
+    rows.left_out += [LeftOut("train", row, place(row), reason) for row, reason in lost]
     is_lost = np.isin(rows.train.ids(np.arange(len(rows.train))), [row for row, _ in lost])
     by_corpus = np.split(is_lost, np.cumsum(rows.corpora)[:-1])
     rows.corpora = tuple(len(part) - int(part.sum()) for part in by_corpus)

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,7 @@ from pipeline.core.capabilities import can_pack
 from pipeline.core.contracts import Objective
 from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifests
-from pipeline.data.manifests import Selection
+from pipeline.data.manifests import LeftOut, Selection
 from pipeline.data.stream import check_bad_row_budget, map_items
 from pipeline.io import atomic_folder, checksums, s3, storage
 from pipeline.train import fit_components
@@ -62,8 +61,8 @@ class TokenRows:
     rows: Selection
     corpora: tuple[int, ...]
     """How many rows each corpus has."""
-    left_out: tuple[dict[str, Any], ...]
-    """Texts that were left out: split, row, place and reason of each."""
+    left_out: tuple[LeftOut, ...]
+    """Texts that were left out."""
 
 
 def form_of(
@@ -109,7 +108,7 @@ def make(
     _check([(row["row"], row["reason"]) for row in left_out], selection, max_bad_rows)
     files = [storage.join(folder, name) for name in sorted(kept["files"])]
     rows = Selection(manifests.build(files, "parquet", "")) if files else selection
-    listed = tuple({"split": split, **row} for row in left_out)
+    listed = tuple(LeftOut(split, **row) for row in left_out)
     return TokenRows(rows, tuple(kept["corpora"]), listed)
 
 
@@ -126,7 +125,7 @@ def _write(
     bad: list[tuple[int, str]] = []
     counts = [0] * len(corpora)
     with storage.scratch_folder() as scratch:
-        files: dict[str, Any] = {}
+        files: dict[str, Path] = {}
         for number, (corpus, table, reasons) in enumerate(results):
             bad += reasons
             counts[corpus] += len(table)

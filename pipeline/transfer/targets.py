@@ -773,9 +773,7 @@ def _selections(
     counts = ", ".join(str(len(one.rows)) for one in made.values())
     length = reading.modality.inputs()["length"]
     note = f"packed into {counts} rows of {length} tokens, which are the units"
-    bad = [
-        (row["split"], row["place"], row["reason"]) for one in made.values() for row in one.left_out
-    ]
+    bad = [(row.split, row.place, row.reason) for one in made.values() for row in one.left_out]
     rows = {name: one.rows for name, one in made.items()}
     return rows, dict(token_rows.PACKED), bad, [note]
 

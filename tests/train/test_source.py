@@ -752,7 +752,7 @@ def test_transcripts_that_no_recording_holds_are_known_before_training_whatever_
         and fitted.train.ids(np.arange(22)).tolist() == [*range(13), 14, *range(16, 24)]
         and fitted.costs is None
     )
-    assert [(row["row"], "labels need" in row["reason"]) for row in fitted.left_out] == [
+    assert [(row.row, "labels need" in row.reason) for row in fitted.left_out] == [
         (13, True),
         (15, True),
     ] and fitted.lost == 2

@@ -127,12 +127,12 @@ def test_few_rows_without_a_label_are_left_out_and_listed(tmp_path):
     fitted = source.fit(stage)
     assert fitted.lost == 1 and len(fitted.train) == 71
     assert list(fitted.left_out) == [
-        {
-            "split": "train",
-            "row": 0,
-            "place": f"{tmp_path / 'rows.parquet'} row 0",
-            "reason": "it has no label (column kind is null)",
-        }
+        (
+            "train",
+            0,
+            f"{tmp_path / 'rows.parquet'} row 0",
+            "it has no label (column kind is null)",
+        )
     ]
     assert not preflight.check_rows(checked(job))
 
