@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.checkpoints import differences
 from pipeline.config import provenance, registry
-from pipeline.config.provenance import Provenance
+from pipeline.config.provenance import MadeBy, Provenance
 from pipeline.core.contracts import Backbone, Modality, Objective, Task
 from pipeline.core.contracts.objective_capabilities import rescales_scores
 from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec, Spec
@@ -268,7 +268,7 @@ class Manifest:
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     columns: dict[str, str] = field(default_factory=dict[str, str])
     technique: Spec | None = None
-    made_by: dict[str, Any] | None = None
+    made_by: MadeBy | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     sha256: str = ""
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from pipeline.config import registry
 from pipeline.config.plugins import source_file
@@ -101,6 +101,26 @@ Component = tuple[str, str]
 """The (kind, name) of a registered component."""
 
 
+class MadeBy(TypedDict):
+    """The code that made something, as manifests and records store it."""
+
+    hash: str
+    code: dict[str, str]
+    """As `Provenance.code`."""
+    begun_by: NotRequired[list[ProvenanceRecord]]
+    """Of a source, other code and versions that trained earlier parts of it."""
+
+
+class ProvenanceRecord(TypedDict):
+    """A `Provenance` as it is stored."""
+
+    made_by: MadeBy | None
+    """None where it was not recorded."""
+    versions: dict[str, str]
+    parent_weights: NotRequired[str | None]
+    """Of a trial, SHA-256 of the source's weights that it started from; None for scratch."""
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What made a source or a trial.
@@ -118,9 +138,14 @@ class Provenance:
         """Return one hash for all the code, as the column ``made_by`` has it."""
         return hashlib.sha256(json.dumps(sorted(self.code.items())).encode()).hexdigest()[:12]
 
-    def metadata(self) -> dict[str, Any]:
+    @property
+    def made_by(self) -> MadeBy:
+        """Return the code as it is stored."""
+        return {"hash": self.hash, "code": self.code}
+
+    def metadata(self) -> ProvenanceRecord:
         """Return the two entries of a record or manifest that `from_metadata` reads."""
-        return {"made_by": {"hash": self.hash, "code": self.code}, "versions": self.versions}
+        return {"made_by": self.made_by, "versions": self.versions}
 
 
 def from_metadata(record: Mapping[str, Any]) -> Provenance | None:

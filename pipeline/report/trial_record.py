@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
 from pipeline.config import provenance
-from pipeline.config.provenance import Provenance
+from pipeline.config.provenance import MadeBy, Provenance, ProvenanceRecord
 from pipeline.io.json_values import Json, JsonObject
 from pipeline.report.results import ResultRow
 
@@ -53,9 +53,9 @@ class TrialRecord:
     """SHA-256 of the weights of its source; None for scratch."""
     run: str | None = None
     """The run of the program that wrote it."""
-    made_by: dict[str, Any] | None = None
+    made_by: MadeBy | None = None
     versions: dict[str, str] = field(default_factory=dict[str, str])
-    begun_by: tuple[dict[str, Any], ...] = ()
+    begun_by: tuple[ProvenanceRecord, ...] = ()
     """Other code and versions that trained earlier parts of it, before it was resumed."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """Checksums of the other files of the trial."""
@@ -80,7 +80,7 @@ class TrialRecord:
             **stated,
             "rows": rows,
             "curve": curve,
-            "begun_by": list(self.begun_by),
+            "begun_by": list(stated["begun_by"]),
         }
 
     @classmethod

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,26 @@ class Experiment:
     """Called at every step."""
 
 
+class RunMetadata(TypedDict):
+    """What the records of sources and of trials have in common, in JSON."""
+
+    steps: int
+    params_trained: int
+    layers_trained: str
+    skipped_steps: int
+    resumed_from: int
+    curve: list[loop.Metrics]
+    """Step and metrics of each validation."""
+    kept_step: int
+    """The step whose weights were kept."""
+    padding_share: NotRequired[float]
+    """Of batches that are cut by cost."""
+    chosen: NotRequired[dict[str, Any]]
+    """What the technique chose (`ChoosesOnValidation`)."""
+    stopped_at: NotRequired[int]
+    """The step after which nothing had become better for long enough (``train.patience``)."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a run leaves."""
@@ -107,8 +127,7 @@ class Finished:
     outcome: TrainingOutcome
     metrics: dict[str, float]
     """Validation metrics of the weights that were kept."""
-    metadata: dict[str, Any]
-    """What the records of sources and of trials have in common."""
+    metadata: RunMetadata
     bad_rows: dict[tuple[str, int], str]
     """(split, row) to the reason why it could not be used, of all ranks."""
     warning: str
@@ -224,9 +243,16 @@ def _throughput(modality: Modality) -> dict[str, Any]:
 
 def _metadata(
     outcome: TrainingOutcome, kept_step: int, plan: Plan, chosen: dict[str, Any]
-) -> dict[str, Any]:
-    names = ("steps", "params_trained", "layers_trained", "skipped_steps", "resumed_from", "curve")
-    metadata = {name: getattr(outcome, name) for name in names} | {"kept_step": kept_step}
+) -> RunMetadata:
+    metadata: RunMetadata = {
+        "steps": outcome.steps,
+        "params_trained": outcome.params_trained,
+        "layers_trained": outcome.layers_trained,
+        "skipped_steps": outcome.skipped_steps,
+        "resumed_from": outcome.resumed_from,
+        "curve": outcome.curve,
+        "kept_step": kept_step,
+    }
     if isinstance(plan, BucketPlan):
         metadata["padding_share"] = round(plan.padding(), 4)
     if chosen:

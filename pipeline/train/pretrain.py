@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.checkpoints import bundle, pretrained
+from pipeline.config.provenance import MadeBy
 from pipeline.config.schema import Data, Source, Train
 from pipeline.core.capabilities import is_costed
 from pipeline.core.contracts import Task
@@ -67,7 +68,7 @@ class RankJob:
     fitted: FittedSource
     workers: DataWorkers
     threads: int
-    made_by: dict[str, Any]
+    made_by: MadeBy
     """What the bundle's manifest says of the code that made it."""
     fences: tuple[write_fence.Fence, ...]
     """The run that the rank belongs to: it writes while that run holds its lease."""
@@ -91,9 +92,9 @@ def rank_job(
     """Raises ValueError where the rows are too few for a batch."""
     spec = stage.spec
     check_plan(stage, fitted.corpora)
-    made = made_by(spec, fitted.arch).metadata()["made_by"]
+    made = made_by(spec, fitted.arch).made_by
     if fitted.begun_by:
-        made |= {"begun_by": list(fitted.begun_by)}
+        made["begun_by"] = list(fitted.begun_by)
     work = RankJob(
         name=stage.name,
         uri=stage.uri,
@@ -358,6 +359,6 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
         training=metadata,
         spec_hash=stage.key,
         metrics={},
-        made_by=made_by(spec, arch, modality.name).metadata()["made_by"],
+        made_by=made_by(spec, arch, modality.name).made_by,
     )
     return metadata

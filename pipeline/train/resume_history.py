@@ -8,10 +8,9 @@ complete result says which ones began it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline.config import provenance
-from pipeline.config.provenance import Provenance
+from pipeline.config.provenance import Provenance, ProvenanceRecord
 from pipeline.io import checksums, storage
 from pipeline.train import checkpoint
 
@@ -21,12 +20,11 @@ CHECKPOINTS = "checkpoints"
 """In the same folder: its resume points."""
 _PARTS = (CHECKPOINTS, "initial", "tokens")
 """What a killed run leaves for the next one to continue from."""
-_NOT_RECORDED: dict[str, Any] = {}
+_NOT_RECORDED: ProvenanceRecord = {"made_by": None, "versions": {}}
 """Stands for code and versions that were not recorded (`provenance.from_metadata`)."""
-_WEIGHTS = "parent_weights"
 
 
-def read_provenance(folder: str) -> list[dict[str, Any]]:
+def read_provenance(folder: str) -> list[ProvenanceRecord]:
     """Code and versions that have worked in a folder (`Provenance.metadata`), oldest first.
 
     Parts without a record (it is damaged, or they are older than the record) count as made by
@@ -40,12 +38,12 @@ def read_provenance(folder: str) -> list[dict[str, Any]]:
     return [_NOT_RECORDED] if has_parts else []
 
 
-def changed_since(folder: str, now: Provenance) -> list[dict[str, Any]]:
+def changed_since(folder: str, now: Provenance) -> list[ProvenanceRecord]:
     """Those that have worked in a folder and differ from ``now``."""
     return _others(read_provenance(folder), now)
 
 
-def _others(found: list[dict[str, Any]], now: Provenance) -> list[dict[str, Any]]:
+def _others(found: list[ProvenanceRecord], now: Provenance) -> list[ProvenanceRecord]:
     return [
         metadata
         for metadata in found
@@ -53,7 +51,7 @@ def _others(found: list[dict[str, Any]], now: Provenance) -> list[dict[str, Any]
     ]
 
 
-def record(folder: str, now: Provenance) -> list[dict[str, Any]]:
+def record(folder: str, now: Provenance) -> list[ProvenanceRecord]:
     """Record that ``now`` works in the folder of a source.
 
     Returns:
@@ -91,7 +89,7 @@ def drop_incompatible(folder: str, now: Provenance, weights: str | None, remake:
         return
     found = read_provenance(folder)
     is_of_other_weights = any(
-        _WEIGHTS in metadata and metadata[_WEIGHTS] != weights for metadata in found
+        "parent_weights" in metadata and metadata["parent_weights"] != weights for metadata in found
     )
     if is_of_other_weights:
         checksums.notify(
@@ -104,7 +102,7 @@ def drop_incompatible(folder: str, now: Provenance, weights: str | None, remake:
 
 def record_start(
     folder: str, now: Provenance, weights: str | None, step: int, trials: list[str]
-) -> list[dict[str, Any]]:
+) -> list[ProvenanceRecord]:
     """Record that ``now`` trains a trial or stack of heads from ``step`` on.
 
     What worked there before counts only where training continues from its resume point; at step 0
@@ -121,7 +119,7 @@ def record_start(
     others = _others(before, now)
     begun_by = before
     if len(others) == len(before):
-        begun_by = [*before, {**now.metadata(), _WEIGHTS: weights}]
+        begun_by = [*before, {**now.metadata(), "parent_weights": weights}]
     checksums.write_document(storage.join(folder, FILE), {"begun_by": begun_by, "trials": trials})
     return others
 
@@ -136,7 +134,7 @@ class ResumeHistory:
     """SHA-256 of the source's present weights; None for scratch."""
     trials: list[str]
     """Ids of the trials that the resume points belong to."""
-    others: list[dict[str, Any]] = field(default_factory=list)
+    others: list[ProvenanceRecord] = field(default_factory=list)
     """Other code and versions that made the resume point that training continues from."""
     damaged: list[str] = field(default_factory=list)
     """A line for each damaged resume point that was passed over."""

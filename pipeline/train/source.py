@@ -11,7 +11,7 @@ import torch
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import provenance, registry
-from pipeline.config.provenance import Provenance
+from pipeline.config.provenance import Provenance, ProvenanceRecord
 from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Job, Source, spec_hash
 from pipeline.core.capabilities import cost_column, is_costed
 from pipeline.core.contracts import Modality, Objective
@@ -166,7 +166,7 @@ class SourceStage:
         found = provenance.changes(manifest.made, now)
         earlier = [
             provenance.from_metadata(metadata)
-            for metadata in (manifest.made_by or {}).get("begun_by", ())
+            for metadata in (manifest.made_by.get("begun_by", ()) if manifest.made_by else ())
         ]
         since = [provenance.changes(before, made_by(self.spec)) for before in earlier]
         return (
@@ -309,7 +309,7 @@ def made_by(
     )
 
 
-def begin(stage: SourceStage) -> list[dict[str, Any]]:
+def begin(stage: SourceStage) -> list[ProvenanceRecord]:
     """Record that the present code works in the folder of a source, and return what began it where
     that was another.
 
@@ -390,7 +390,7 @@ class FittedSource:
     lost: int = 0
     """Training rows that were left out before any was decoded; they count against the same budget
     as those that cannot be decoded."""
-    begun_by: tuple[dict[str, Any], ...] = ()
+    begun_by: tuple[ProvenanceRecord, ...] = ()
     """What made earlier parts of this source, where that was other code or versions (`begin`)."""
     findings: tuple[Finding, ...] = ()
     """What was noticed in the rows before any training, for terminal and report."""

@@ -21,6 +21,7 @@ import torch
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
+from pipeline.config.provenance import ProvenanceRecord
 from pipeline.config.schema import Target, Train, with_hyper_parameters
 from pipeline.core.contracts import (
     Ensemble,
@@ -219,7 +220,7 @@ class TrialSummary:
     resumed_from: int = 0
     transfer: str = ""
     """Which tensors were copied from the source, and other notes."""
-    begun_by: Sequence[dict[str, Any]] = ()
+    begun_by: Sequence[ProvenanceRecord] = ()
     """Other code and versions that trained earlier parts of it."""
 
 
@@ -771,7 +772,8 @@ def make_record(
         summary.resumed_from,
         shared.parent_weights.get(trial.source),
         shared.run,
-        **made.metadata(),
+        made_by=made.made_by,
+        versions=made.versions,
         begun_by=tuple(summary.begun_by),
     )
 
