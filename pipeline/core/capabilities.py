@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.modality import View
+from pipeline.core.specs import State
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -157,7 +158,7 @@ class ExtendsState(Protocol):
     strata: ClassVar[tuple[str, ...]]
     """Roles of which every value must be in the sample of rows that the state is fitted on."""
 
-    def extend_state(self, table: Any, columns: dict[str, str]) -> dict[str, Any]:
+    def extend_state(self, table: Any, columns: dict[str, str]) -> State:
         """Return the state with what is new in these rows appended; the rest does not change."""
         ...
 

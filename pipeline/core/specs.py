@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self, cast
+from typing import Any, Self, TypeAlias, cast
+
+from pipeline.core.inputs import Inputs
+
+State: TypeAlias = Mapping[str, Any]
+"""What a modality or objective was fitted to, as JSON; the class of each names the keys."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Architecture(Spec):
     says of the rows (channels and size, or vocabulary and length).
     """
 
-    inputs: dict[str, Any] = field(default_factory=dict[str, Any])
+    inputs: Inputs = field(default_factory=dict[str, Any])
 
     @property
     def library(self) -> str:
@@ -67,14 +72,14 @@ class ModalitySpec(Spec):
     vocabulary).
     """
 
-    state: dict[str, Any] = field(default_factory=dict[str, Any])
+    state: State = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
 class ObjectiveSpec(Spec):
     """The task that is trained. ``state`` is what was fitted on the training rows (label names)."""
 
-    state: dict[str, Any] = field(default_factory=dict[str, Any])
+    state: State = field(default_factory=dict[str, Any])
 
 
 NO_OBJECTIVE = ObjectiveSpec("none")

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import NameDifference
+from pipeline.core.inputs import StaticInputs
 from pipeline.core.ragged import ragged
 from pipeline.media.deviation import divisors, short_mean
 
@@ -68,7 +69,7 @@ class StaticFeatures:
         out["codes"] = sorted(code for code, count in found.items() if count >= min_rows)
         return out
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> StaticInputs:
         return {"numbers": len(self.state["numbers"]), "codes": len(self.state["codes"])}
 
     def required_type(self, kind: pa.DataType) -> str:

@@ -25,6 +25,7 @@ from pipeline.config.registry import Options, register, wanted_inputs
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import holds_files
 from pipeline.core.contracts import Arrays, Batch, Modality
+from pipeline.core.inputs import AudioInputs
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.ragged import ragged
 from pipeline.core.rng import uniform
@@ -255,20 +256,17 @@ class Audio(Modality):
         )
         return "" if is_number else "seconds, a number"
 
-    def inputs(self) -> dict[str, Any]:
-        """Return features, rate and channels, and what depends on the features.
-
-        ``convolutions`` are those from samples to features (`conv_arithmetic`). ``scale`` is given
-        for samples that are not between -1 and 1.
-        """
+    def inputs(self) -> AudioInputs:
         if self.features == "wave":
-            return {
+            wave: AudioInputs = {
                 "features": "wave",
                 "rate": self.options.rate,
                 "channels": 1,
                 "convolutions": [],
-                **({"scale": "variance 1"} if self._normalizes() else {}),
             }
+            if self._normalizes():
+                wave["scale"] = "variance 1"
+            return wave
         return {
             "features": "mel",
             "rate": self.options.rate,

@@ -19,6 +19,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import filled, floats, is_list, joined, lengths
 from pipeline.core.capabilities import NameDifference
 from pipeline.core.contracts import Arrays, Batch, Modality
+from pipeline.core.inputs import EventInputs
 from pipeline.core.ragged import padded, ragged
 from pipeline.core.rng import uniform
 from pipeline.media.deviation import divisors, short_mean
@@ -154,10 +155,7 @@ class Events(Modality):
             return ""
         return f"lists of {'texts' if role == 'variables' else 'numbers'}"
 
-    def inputs(self) -> dict[str, Any]:
-        """Return the numbers of variables, static numbers and static texts, and the first and last
-        hour.
-        """
+    def inputs(self) -> EventInputs:
         return {
             "variables": len(self.names),
             **self.static_features.sizes(),

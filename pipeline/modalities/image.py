@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_lists import holds_files
 from pipeline.core.contracts import Arrays, Batch, Modality, View
+from pipeline.core.inputs import ImageInputs
 from pipeline.core.rng import uniform
 from pipeline.io import storage
 from pipeline.media import image_io, image_ops, perceptual_hash
@@ -253,7 +254,7 @@ class Image(Modality):
             "and path"
         )
 
-    def inputs(self) -> dict[str, Any]:
+    def inputs(self) -> ImageInputs:
         return {"channels": self.options.channels, "size": self.options.size}
 
     def check(self, roles: tuple[str, ...]) -> None:

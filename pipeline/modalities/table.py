@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Arrays, Modality
+from pipeline.core.inputs import TableInputs
 from pipeline.core.ragged import padded
 from pipeline.media.static_features import StaticFeatures
 
@@ -60,8 +61,7 @@ class Table(Modality):
     def required_type(self, role, kind) -> str:
         return self.static_features.required_type(kind)
 
-    def inputs(self) -> dict[str, Any]:
-        """Return how many numbers and texts are known."""
+    def inputs(self) -> TableInputs:
         return {"features": "table", **self.static_features.sizes()}
 
     def coverage(self, table, columns) -> str:

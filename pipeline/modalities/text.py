@@ -22,6 +22,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_bytes, is_list, is_text
 from pipeline.core.capabilities import TruncationStats
 from pipeline.core.contracts import Arrays, Batch, Modality
+from pipeline.core.inputs import TextInputs
 from pipeline.media import minhash, tokenization
 from pipeline.media.tokenization import PIECE_BYTES, SPECIALS
 
@@ -186,19 +187,15 @@ class Text(Modality):
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "tokenizer"}
 
-    def inputs(self) -> dict[str, Any]:
-        """Return vocabulary, length and special tokens.
-
-        ``specials`` holds the ids of pad, unk, cls, sep and mask, in this order; ``continuing`` is
-        a bitmap of the tokens that continue a word.
-        """
-        known = {"continuing": self._continuing} if self._continuing else {}
-        return {
+    def inputs(self) -> TextInputs:
+        found: TextInputs = {
             "vocabulary": self.state["vocabulary"],
             "length": self.options.length,
             "specials": self.state["specials"],
-            **known,
         }
+        if self._continuing:
+            found["continuing"] = self._continuing
+        return found
 
     def check(self, roles) -> None:
         options = self.options

@@ -18,6 +18,7 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Modality
+from pipeline.core.inputs import SpaceInputs, TrajectoryInputs
 from pipeline.core.ragged import ragged
 from pipeline.media import image_io
 from pipeline.media.episodes import CLASSES, NONE, Episodes, Numbers, first_of_rows, texts
@@ -134,13 +135,8 @@ class Trajectory(Modality):
         )
         return "" if is_number else "lists, one entry a step, of lists of numbers"
 
-    def inputs(self) -> dict[str, Any]:
-        """Return ``spaces`` (widths, and whether actions are classes), ``tasks`` (how many),
-        ``images``.
-
-        ``images`` is (channels, height, width), or None.
-        """
-        spaces = {
+    def inputs(self) -> TrajectoryInputs:
+        spaces: dict[str, SpaceInputs] = {
             name: {
                 "observation": space.observation,
                 "action": space.action,

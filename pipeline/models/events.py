@@ -5,7 +5,6 @@ the set of events (STraTS).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.inputs import EventInputs
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["gru", "strats"]
@@ -59,7 +59,7 @@ class EventsBackbone(Backbone):
     Raises ValueError for another architecture, and for rows without events.
     """
 
-    def __init__(self, architecture: str, options: EventsModelOptions, inputs: dict[str, Any]):
+    def __init__(self, architecture: str, options: EventsModelOptions, inputs: EventInputs):
         super().__init__(architecture, options, inputs)
         name = f"events/{architecture}"
         if missing := {"variables", "numbers", "codes", "start", "hours"} - inputs.keys():
@@ -188,7 +188,7 @@ def _running_max(x: Tensor) -> Tensor:
 
 
 class Grid(nn.Module):
-    def __init__(self, options: EventsModelOptions, inputs: dict[str, Any]):
+    def __init__(self, options: EventsModelOptions, inputs: EventInputs):
         super().__init__()
         self.variables, self.start, self.step = inputs["variables"], inputs["start"], options.bin
         self.most = max(1, math.ceil((inputs["hours"] - self.start) / self.step))
@@ -241,7 +241,7 @@ class One(nn.Module):
 
 
 class Embed(nn.Module):
-    def __init__(self, options: EventsModelOptions, inputs: dict[str, Any]):
+    def __init__(self, options: EventsModelOptions, inputs: EventInputs):
         super().__init__()
         self.variable, self.time, self.value = (
             nn.Embedding(inputs["variables"], options.width),
@@ -270,7 +270,7 @@ class Fuse(nn.Module):
 
 
 class Strats(nn.Module):
-    def __init__(self, options: EventsModelOptions, inputs: dict[str, Any]):
+    def __init__(self, options: EventsModelOptions, inputs: EventInputs):
         super().__init__()
         width = options.width
         self.embed = Embed(options, inputs)

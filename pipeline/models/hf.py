@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -26,6 +26,7 @@ from pipeline.config import hf_config
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
 from pipeline.core.contracts.backbone_capabilities import require_packed
+from pipeline.core.inputs import Inputs
 from pipeline.core.nn import auto_model, conv_arithmetic
 from pipeline.core.nn.eager import eager
 from pipeline.core.nn.masked import pool_tokens, row_norm
@@ -88,7 +89,7 @@ class HuggingFace(Backbone):
 
     reads_packed = False
 
-    def __init__(self, architecture: str, options: HuggingFaceOptions, inputs: dict[str, Any]):
+    def __init__(self, architecture: str, options: HuggingFaceOptions, inputs: Inputs):
         super().__init__(architecture, options, inputs)
         name = f"hf/{architecture}"
         self.arch = Architecture(name, options.model_dump(), dict(inputs))
@@ -189,7 +190,7 @@ class HuggingFace(Backbone):
         seen = torch.arange(wave.shape[1], device=mask.device) < lengths.clamp(min=least)[:, None]
         return {"input_values": wave, "attention_mask": seen.long()}, real
 
-    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+    def model_inputs(self, batch: Batch) -> Mapping[str, Any]:
         """Return the arguments of ``model`` for a batch."""
         return self._words(batch)[0]
 
@@ -205,13 +206,13 @@ class HuggingFace(Backbone):
 # ---------------------------------------------------------------- texts and images
 
 
-def _is_resized(config: Any, inputs: dict[str, Any]) -> bool:
+def _is_resized(config: Any, inputs: Inputs) -> bool:
     size = getattr(config, "image_size", None)
     size = size[0] if isinstance(size, list | tuple) else size
     return "size" in inputs and size is not None and size != inputs["size"]
 
 
-def _check_text(name: str, model: Any, inputs: dict[str, Any]) -> None:
+def _check_text(name: str, model: Any, inputs: Inputs) -> None:
     """Raise ValueError where the tokenizer has more tokens, or rows more positions."""
     rows, longest = model.get_input_embeddings().num_embeddings, auto_model.positions(model)
     if inputs["vocabulary"] > rows:
@@ -268,9 +269,7 @@ def _use_row_norms(model: Any) -> list[RowGroupNorm]:
     return found
 
 
-def _extractor(
-    architecture: str, config: Any, given: dict[str, Any] | None, inputs: dict[str, Any]
-) -> Any:
+def _extractor(architecture: str, config: Any, given: dict[str, Any] | None, inputs: Inputs) -> Any:
     """Return transformers' feature extractor of a model that reads spectrograms, else None.
 
     Raises ValueError for keys that it does not take.

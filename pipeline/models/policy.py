@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.inputs import TrajectoryInputs
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["mlp", "transformer"]
@@ -77,7 +78,7 @@ class Policy(Backbone):
 
     causal = True
 
-    def __init__(self, architecture: str, options: PolicyOptions, inputs: dict[str, Any]):
+    def __init__(self, architecture: str, options: PolicyOptions, inputs: TrajectoryInputs):
         super().__init__(architecture, options, inputs)
         name, frames = f"policy/{architecture}", inputs.get("images")
         if not inputs.get("spaces"):

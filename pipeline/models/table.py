@@ -4,8 +4,6 @@ each number and each category.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.inputs import TableInputs
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ["ft_transformer"]
@@ -42,7 +41,7 @@ class FTTransformer(Backbone):
     Raises ValueError for rows of another kind, and where heads do not divide width.
     """
 
-    def __init__(self, architecture: str, options: FTTransformerOptions, inputs: dict[str, Any]):
+    def __init__(self, architecture: str, options: FTTransformerOptions, inputs: TableInputs):
         super().__init__(architecture, options, inputs)
         name = f"table/{architecture}"
         if inputs.get("features") != "table":

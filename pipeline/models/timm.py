@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
+from pipeline.core.inputs import ImageInputs
 from pipeline.core.specs import Architecture
 
 ARCHITECTURES = ("timm", "models/*.py", r"^@register_model\ndef (\w+)")
@@ -46,7 +47,7 @@ class Timm(Backbone):
     wide); ``stages`` come from ``forward_intermediates``.
     """
 
-    def __init__(self, architecture: str, options: TimmOptions, inputs: dict[str, Any]):
+    def __init__(self, architecture: str, options: TimmOptions, inputs: ImageInputs):
         super().__init__(architecture, options, inputs)
         if "channels" not in inputs:
             raise ValueError(

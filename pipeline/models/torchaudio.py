@@ -17,6 +17,7 @@ from torchaudio.models import Conformer, DeepSpeech
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.inputs import AudioInputs
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture
 
@@ -124,7 +125,7 @@ class Torchaudio(Backbone):
     Raises ValueError for inputs other than mel frames, and for options that the architecture lacks.
     """
 
-    def __init__(self, architecture: str, options: TorchaudioOptions, inputs: dict[str, Any]):
+    def __init__(self, architecture: str, options: TorchaudioOptions, inputs: AudioInputs):
         super().__init__(architecture, options, inputs)
         name = f"torchaudio/{architecture}"
         if inputs.get("features") != "mel":

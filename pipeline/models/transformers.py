@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pipeline.config import hf_config
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.inputs import AudioInputs, Inputs, TextInputs
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.nn.masked import pool_tokens, row_norm
 from pipeline.core.specs import Architecture
@@ -87,7 +88,7 @@ class TransformersOptions(Options):
 
 
 @register("model", "transformers", options=TransformersOptions)
-def build(architecture: str, options: TransformersOptions, inputs: dict[str, Any]) -> Backbone:
+def build(architecture: str, options: TransformersOptions, inputs: Inputs) -> Backbone:
     """Text encoders and decoders and wav2vec 2.0, as Hugging Face transformers has them.
 
     Raises ValueError for options of another family, and for inputs that do not fit.
@@ -116,7 +117,7 @@ class Transformers(Backbone):
     own, and its parameters keep their names. RoBERTa counts positions from ``padding_idx + 1``.
     """
 
-    def __init__(self, architecture: str, options: TransformersOptions, inputs: dict[str, Any]):
+    def __init__(self, architecture: str, options: TransformersOptions, inputs: TextInputs):
         super().__init__(architecture, options, inputs)
         if "vocabulary" not in inputs:
             raise ValueError(
@@ -231,7 +232,7 @@ class Transformers(Backbone):
         return out
 
 
-def _build(architecture: str, options: TransformersOptions, inputs: dict[str, Any]) -> nn.Module:
+def _build(architecture: str, options: TransformersOptions, inputs: TextInputs) -> nn.Module:
     import transformers as hf
 
     configs = {
@@ -284,9 +285,7 @@ def _config(
     return config
 
 
-def _sizes(
-    architecture: str, options: TransformersOptions, inputs: dict[str, Any]
-) -> dict[str, Any]:
+def _sizes(architecture: str, options: TransformersOptions, inputs: TextInputs) -> dict[str, Any]:
     """Translate the options to the family's configuration."""
     pad, _, cls, sep, _ = inputs["specials"]
     positions, inner, drop = (
@@ -343,7 +342,7 @@ def _sizes(
     return own
 
 
-def _padding(config: Any, inputs: dict[str, Any]) -> int:
+def _padding(config: Any, inputs: TextInputs) -> int:
     """Return RoBERTa's padding id.
 
     Raises ValueError where the tokenizer has another one, as positions are counted from it.
@@ -396,7 +395,7 @@ class Wav2Vec2(Backbone):
     SpecAugment: masks come from the objective or the modality.
     """
 
-    def __init__(self, architecture: str, options: TransformersOptions, inputs: dict[str, Any]):
+    def __init__(self, architecture: str, options: TransformersOptions, inputs: AudioInputs):
         super().__init__(architecture, options, inputs)
         if inputs.get("features") != "wave":
             raise ValueError(

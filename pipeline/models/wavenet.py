@@ -15,6 +15,7 @@ from torchaudio.functional import mu_law_encoding
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.core.inputs import AudioInputs
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.specs import Architecture
 
@@ -81,7 +82,7 @@ class WaveNet(Backbone):
     Raises ValueError for rows other than plain waves.
     """
 
-    def __init__(self, architecture: str, options: WaveNetOptions, inputs: dict[str, Any]):
+    def __init__(self, architecture: str, options: WaveNetOptions, inputs: AudioInputs):
         super().__init__(architecture, options, inputs)
         name = f"wavenet/{architecture}"
         if inputs.get("features") != "wave":

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.core.inputs import SpaceInputs
 from pipeline.core.nn import action_heads
 from pipeline.core.ragged import ragged
 from pipeline.simulation.environment import World, make
@@ -260,7 +261,7 @@ class BehaviourCloning(Objective):
                 f"{name} reads images, and a rollout gives observations alone: leave the column "
                 "environment out of data.columns, or images out"
             )
-        self.spaces: dict[str, dict[str, Any]] = inputs["spaces"]
+        self.spaces: dict[str, SpaceInputs] = inputs["spaces"]
         self.heads = {
             space: action_heads.head_of(options.head, of_space["discrete"])
             for space, of_space in self.spaces.items()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.inputs import SpaceInputs
 from pipeline.core.nn import action_heads
 
 STILL = 1e-3
@@ -102,7 +103,7 @@ class Dynamics(Objective):
             raise ValueError(
                 "options forward and inverse of dynamics are both 0: nothing is left to learn"
             )
-        self.spaces: dict[str, dict[str, Any]] = inputs["spaces"]
+        self.spaces: dict[str, SpaceInputs] = inputs["spaces"]
         names = [name for name, _ in backbone.named_parameters()]
         self.reads_actions = any(name.startswith("action_encoders.") for name in names)
         """Whether the backbone reads earlier actions."""

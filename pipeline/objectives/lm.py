@@ -30,6 +30,7 @@ from pipeline.core.contracts.backbone_capabilities import (
     require_packed,
 )
 from pipeline.core.contracts.objective_capabilities import TransformersHead
+from pipeline.core.inputs import Inputs
 from pipeline.core.rng import uniform
 
 NEVER = 2.0
@@ -447,7 +448,7 @@ def _with_perplexity(predictions: dict[str, np.ndarray]) -> dict[str, np.ndarray
     return {**predictions, "perplexity": perplexity}
 
 
-def _continuing(name: str, inputs: dict[str, Any], size: int) -> Tensor:
+def _continuing(name: str, inputs: Inputs, size: int) -> Tensor:
     """Return (size,) bool: tokens that continue a word.
 
     Raises:

@@ -20,6 +20,7 @@ from pipeline.core.contracts.objective_capabilities import (
     bounds_length,
     needed_roles,
 )
+from pipeline.core.inputs import Inputs
 from pipeline.core.rng import mix
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.data import manifests
@@ -648,7 +649,7 @@ def bind_state(
 
 
 def arch_of(
-    spec: Source, start: pretrained.PretrainedCheckpoint | None, inputs: dict[str, Any]
+    spec: Source, start: pretrained.PretrainedCheckpoint | None, inputs: Inputs
 ) -> Architecture:
     """The architecture that the job names, or that its checkpoint tells. Raises BundleError where
     the two contradict each other.
@@ -695,7 +696,7 @@ def checkpoint_parts(
     return pretrained.override_modality(arch, modality, spec.modality, f"{place}.modality")
 
 
-def adapt_arch_to_inputs(arch: Architecture, inputs: dict[str, Any]) -> Architecture:
+def adapt_arch_to_inputs(arch: Architecture, inputs: Inputs) -> Architecture:
     """An architecture whose weights are there, for rows that are read otherwise than theirs were:
     with as many positions as it had, where their number followed from the length of those rows.
     """

@@ -53,6 +53,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.core.batch import Batch
+from pipeline.core.inputs import Inputs
 from pipeline.core.specs import Architecture
 
 
@@ -110,7 +111,7 @@ class Backbone(nn.Module, ABC):
     """What rebuilds the network."""
 
     @abstractmethod
-    def __init__(self, architecture: str, options: Any, inputs: dict[str, Any]):
+    def __init__(self, architecture: str, options: Any, inputs: Inputs):
         super().__init__()
 
     @abstractmethod

@@ -17,6 +17,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from typing_extensions import TypeIs
 
@@ -144,11 +146,11 @@ def require_packed(backbone: Any, name: str) -> None:
 class NamesInputs(Protocol):
     """A backbone over a model of a library that takes its inputs by name."""
 
-    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+    def model_inputs(self, batch: Batch) -> Mapping[str, Any]:
         """Return the arguments of the library's own model for a batch."""
         ...
 
 
-def model_inputs(backbone: Any, batch: Batch) -> dict[str, Any] | None:
+def model_inputs(backbone: Any, batch: Batch) -> Mapping[str, Any] | None:
     """Return the arguments of the library's own model, None where the backbone does not say."""
     return backbone.model_inputs(batch) if isinstance(backbone, NamesInputs) else None

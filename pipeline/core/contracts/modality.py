@@ -57,7 +57,9 @@ from torch import Tensor
 
 from pipeline.config.registry import Registered
 from pipeline.core.batch import Batch
+from pipeline.core.inputs import Inputs
 from pipeline.core.ragged import lengths, padded
+from pipeline.core.specs import State
 
 Arrays = dict[str, np.ndarray]
 """Decoded rows. Every array has the rows as its first dimension; rows of different lengths are an
@@ -99,14 +101,12 @@ class Modality(Registered, ABC):
     """Options that a target may set differently from its source: they change how rows are read, not
     what was fitted."""
 
-    def __init__(self, options: Any, state: dict[str, Any]):
+    def __init__(self, options: Any, state: State):
         self.options, self.state = options, state
 
     @classmethod
     @abstractmethod
-    def fit(
-        cls, options: Any, table: Any, columns: dict[str, str], backbone: str
-    ) -> dict[str, Any]:
+    def fit(cls, options: Any, table: Any, columns: dict[str, str], backbone: str) -> State:
         """Compute the state (statistics, vocabulary) from a sample of the training rows.
 
         Args:
@@ -133,7 +133,7 @@ class Modality(Registered, ABC):
             such a row hold zeros.
         """
 
-    def inputs(self) -> dict[str, Any]:
+    def inputs(self) -> Inputs:
         """Return what a backbone must know to be built: channels and size, or vocabulary."""
         return {}
 

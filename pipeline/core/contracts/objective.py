@@ -68,6 +68,7 @@ from pipeline.config.registry import Registered
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.backbone import Backbone
 from pipeline.core.contracts.modality import Arrays, Modality
+from pipeline.core.specs import State
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,11 +104,11 @@ class Objective(nn.Module, Registered, ABC):
     """True: it reads documents that the modality has packed into rows of one length."""
 
     options: Any
-    state: dict[str, Any]
+    state: State
     """What was fitted on the training rows (label names): JSON, kept in the bundle."""
 
     @classmethod
-    def fit(cls, options: Any, table: pa.Table, columns: dict[str, str]) -> dict[str, Any]:
+    def fit(cls, options: Any, table: pa.Table, columns: dict[str, str]) -> State:
         """Return the state: what must be known of the training rows' own columns.
 
         Args:
@@ -121,7 +122,7 @@ class Objective(nn.Module, Registered, ABC):
         return {}
 
     @classmethod
-    def encode(cls, table: pa.Table, columns: dict[str, str], state: dict[str, Any]) -> Arrays:
+    def encode(cls, table: pa.Table, columns: dict[str, str], state: State) -> Arrays:
         """Turn the roles' columns into arrays, rows first. Empty for new rows without labels.
 
         Raises:
@@ -130,7 +131,7 @@ class Objective(nn.Module, Registered, ABC):
         return {}
 
     @abstractmethod
-    def __init__(self, backbone: Backbone, options: Any, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: Any, state: State):
         """Make what is trained beside the backbone.
 
         Raises:

@@ -48,7 +48,7 @@ from typing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     import pyarrow as pa
@@ -60,9 +60,10 @@ if TYPE_CHECKING:
     from pipeline.core.contracts.baseline import LabelKind
     from pipeline.core.contracts.modality import Arrays, View
     from pipeline.core.contracts.objective import Loss, Objective, RawRows
+    from pipeline.core.inputs import Inputs
+    from pipeline.core.specs import State
 
     Columns = dict[str, str]
-    State = dict[str, Any]
     Predictions = dict[str, np.ndarray]
 
 
@@ -158,12 +159,12 @@ class ReplacesBackbone(Protocol):
 class TransfersHead(Protocol):
     """An objective whose target starts with its source's head, tensor by tensor."""
 
-    def is_transferable(self, options: dict[str, Any], name: str) -> bool:
+    def is_transferable(self, options: Mapping[str, Any], name: str) -> bool:
         """Return whether tensor ``name`` of a head made with ``options`` means the same here."""
         ...
 
     @classmethod
-    def unseen_inputs(cls, source_inputs: dict[str, Any], target_inputs: dict[str, Any]) -> str:
+    def unseen_inputs(cls, source_inputs: Inputs, target_inputs: Inputs) -> str:
         """Describe inputs of the target that the source never saw, or return "".
 
         Both are ``Modality.inputs`` as the backbones hold them.
@@ -419,7 +420,7 @@ class WritesColumns(Protocol):
 class Draws(Protocol):
     """An objective whose prediction can be drawn on the picture of its row."""
 
-    def draw(self, picture: np.ndarray, columns: dict[str, Any]) -> np.ndarray:
+    def draw(self, picture: np.ndarray, columns: Mapping[str, Any]) -> np.ndarray:
         """Draw the prediction of a row.
 
         Args:
@@ -493,7 +494,7 @@ class RescalesScores(Protocol):
         """What a score is multiplied by, and what is added then."""
         ...
 
-    def take_scale_of(self, state: dict[str, Any]) -> None:
+    def take_scale_of(self, state: State) -> None:
         """Change a head that was loaded from an objective with ``state``: the same numbers in the
         unit of this one.
         """

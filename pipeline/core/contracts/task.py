@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -104,7 +104,7 @@ class _AveragedObjective(Objective):
     def needs_calibration(self) -> bool:
         return is_calibrated(self._average)
 
-    def calibrate(self, predictions: dict[str, Any]) -> None:
+    def calibrate(self, predictions: dict[str, np.ndarray]) -> None:
         """Calibrate the averaged predictions of the validation rows."""
         average = self._average
         assert is_calibrated(average)

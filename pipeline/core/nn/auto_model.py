@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any, cast
@@ -15,6 +16,7 @@ from typing import Any, cast
 from torch import nn
 
 from pipeline.config import hf_config
+from pipeline.core.inputs import Inputs
 
 OFF = {
     "layerdrop": 0.0,
@@ -47,7 +49,7 @@ def _declared(kind: Any) -> frozenset[str]:
     return frozenset((declared | read) - common)
 
 
-def plain_config(model_type: str, given: dict[str, Any]) -> dict[str, Any]:
+def plain_config(model_type: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a configuration that say how the model is built.
 
     Raises ValueError for a model_type that transformers does not have, and for values that are not
@@ -58,7 +60,7 @@ def plain_config(model_type: str, given: dict[str, Any]) -> dict[str, Any]:
     return hf_config.plain_keys(model_type, given, _declared(CONFIG_MAPPING[model_type]))
 
 
-def configuration(model_type: str, given: dict[str, Any], inputs: dict[str, Any]) -> Any:
+def configuration(model_type: str, given: Mapping[str, Any], inputs: Inputs) -> Any:
     """Build a configuration from plain keys; the rows say what is left out.
 
     Raises ValueError where the class refuses them.
@@ -71,7 +73,7 @@ def configuration(model_type: str, given: dict[str, Any], inputs: dict[str, Any]
             f"hf/{model_type}: config: {', '.join(unknown)}: {kind.__name__} of transformers has "
             "no such key that says how the model is built"
         )
-    usual: dict[str, Any] = {}
+    usual: dict[str, int] = {}
     if "vocabulary" in inputs:
         usual = {"vocab_size": inputs["vocabulary"], "pad_token_id": inputs["specials"][0]}
     if "size" in inputs:
