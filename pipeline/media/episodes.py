@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,20 @@ class Numbers:
             self.ends[:-1].tolist(), self.ends[1:].tolist(), kept.tolist(), strict=True
         ):
             yield values[start : stop if good else start]
+
+
+class SpaceState(TypedDict):
+    """Widths of a robot's observations and actions, and their statistics over all steps."""
+
+    observation: int
+    action: int
+    """Numbers, or classes."""
+    discrete: list[str] | None
+    """Names of the classes, where actions are classes."""
+    observation_mean: list[float]
+    observation_std: list[float]
+    action_mean: list[float]
+    action_std: list[float]
 
 
 @dataclass(frozen=True)
@@ -157,7 +171,7 @@ class Episodes:
             else f"o{self.widths[row]}" + ("c" if action == CLASSES else f"a{max(0, action)}")
         )
 
-    def spaces(self, among: np.ndarray, taken: tuple[str, ...] = ()) -> dict[str, Any]:
+    def spaces(self, among: np.ndarray, taken: tuple[str, ...] = ()) -> dict[str, SpaceState]:
         """Return the spaces of some rows, by name, with their statistics over all steps.
 
         Where rows of one name differ in their widths, the most frequent widths count. A name made
@@ -166,7 +180,7 @@ class Episodes:
         named: dict[str, list[int]] = {}
         for i in among.tolist():
             named.setdefault(self.name(i), []).append(i)
-        out: dict[str, Any] = {}
+        out: dict[str, SpaceState] = {}
         for name, members in sorted(named.items()):
             mine = np.array(members)
             (width, action), _ = Counter(
@@ -192,7 +206,7 @@ class Episodes:
                 for text in (space_name, *(f"{space_name}_{n}" for n in range(2, 1 << 20)))
                 if text not in {*taken, *out}
             )
-            out[free] = metadata
+            out[free] = cast("SpaceState", metadata)
         return out
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -120,17 +120,24 @@ def normalised(text: str, rules: str) -> str:
 # ---------------------------------------------------------------- alphabets
 
 
+class AlphabetState(TypedDict):
+    """An `Alphabet` in JSON."""
+
+    labels: list[str]
+    characters: str
+    tokenizer: str
+
+
 @dataclass(frozen=True)
 class Alphabet:
-    """Labels of normalised texts.
-
-    ``labels``: names by number, the blank first. ``characters``: all those of the training texts.
-    ``tokenizer``: JSON of the sub-words, "" where each character is a label.
-    """
+    """Labels of normalised texts."""
 
     labels: tuple[str, ...]
+    """Names by number, the blank first."""
     characters: str
+    """All those of the training texts."""
     tokenizer: str = ""
+    """JSON of the sub-words, "" where each character is a label."""
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Alphabet:
@@ -174,10 +181,10 @@ class Alphabet:
         return cls((BLANK, *named), found, tokenizer.to_str())
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Alphabet:
+    def from_state(cls, state: AlphabetState) -> Alphabet:
         return cls(tuple(state["labels"]), state["characters"], state["tokenizer"])
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> AlphabetState:
         """JSON for ``from_state``."""
         return {
             "labels": [*self.labels],

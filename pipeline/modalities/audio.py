@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ from pipeline.core.inputs import AudioInputs
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.ragged import ragged
 from pipeline.core.rng import uniform
+from pipeline.core.specs import State
 from pipeline.io import storage
 from pipeline.media import audio_io, perceptual_hash, spectrogram
 from pipeline.media.audio_io import BrokenAudioError, LongAudioError
@@ -124,6 +125,17 @@ class AudioOptions(Options):
     )
 
 
+class AudioState(TypedDict, total=False):
+    """State of `Audio`."""
+
+    features: Literal["wave", "mel"]
+    normalize: bool
+    """Of wave: whether the backbone wants each recording standardised."""
+    mean: list[float]
+    std: list[float]
+    """Of mel: those of each bin."""
+
+
 @register("modality", "audio", options=AudioOptions)
 class Audio(Modality):
     """Recordings as int16 mono samples at ``rate``.
@@ -143,6 +155,7 @@ class Audio(Modality):
     long (to the end without); a row without ``start`` is the whole recording.
     """
 
+    state: AudioState
     roles = ("audio",)
     optional_roles = ("start", "seconds")
     file_roles = ("audio",)
@@ -161,7 +174,7 @@ class Audio(Modality):
     cost_role = "seconds"
     cost_unit = "seconds"
 
-    def __init__(self, options: Any, state: dict[str, Any]):
+    def __init__(self, options: Any, state: State):
         super().__init__(options, state)
         self.window, self.hop = spectrogram.window_samples(
             options.rate, options.window, options.hop
@@ -189,7 +202,7 @@ class Audio(Modality):
         return self.state.get("features") or ("wave" if self.options.features == "wave" else "mel")
 
     @classmethod
-    def fit(cls, options, table, columns, backbone):
+    def fit(cls, options, table, columns, backbone) -> AudioState:
         """Choose the features and measure mean and standard deviation of each mel bin.
 
         The features follow from the options, else from what the backbone wants. Raises ValueError
@@ -496,8 +509,10 @@ class Audio(Modality):
             mask = spectrogram.within(
                 conv_arithmetic.count(lengths, self._convolutions()), mel.shape[1]
             )
+            assert "mean" in self.state and "std" in self.state
             mean, std = (
-                torch.tensor(self.state[name], device=x.device) for name in ("mean", "std")
+                torch.tensor(levels, device=x.device)
+                for levels in (self.state["mean"], self.state["std"])
             )
             made = {"mel": ((mel - mean) / std).masked_fill(~mask[..., None], 0.0), "mask": mask}
         kept = {name: tensor for name, tensor in batch.data.items() if name != "audio"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import PIL.Image
@@ -21,6 +21,7 @@ from pipeline.core.arrow_lists import holds_files
 from pipeline.core.contracts import Arrays, Batch, Modality, View
 from pipeline.core.inputs import ImageInputs
 from pipeline.core.rng import uniform
+from pipeline.core.specs import State
 from pipeline.io import storage
 from pipeline.media import image_io, image_ops, perceptual_hash
 from pipeline.media.image_io import resize
@@ -138,6 +139,14 @@ class ImageOptions(Options):
     )
 
 
+class ImageState(TypedDict):
+    """State of `Image`."""
+
+    mean: list[float]
+    std: list[float]
+    """Of each channel, between 0 and 1."""
+
+
 @register("modality", "image", options=ImageOptions)
 class Image(Modality):
     """Images of ``size`` x ``size`` pixels, with an optional mask.
@@ -149,6 +158,7 @@ class Image(Modality):
     where the image was mirrored, so that left + share * width holds there too.
     """
 
+    state: ImageState
     roles = ("image",)
     optional_roles = ("mask",)
     file_roles = ("image", "mask")
@@ -167,7 +177,7 @@ class Image(Modality):
         "interpolation",
     )
 
-    def __init__(self, options: Any, state: dict[str, Any]):
+    def __init__(self, options: Any, state: State):
         # The source's rows had colours and these are grey, or the other way
         other = len(state.get("mean", ())) not in (
             0,
@@ -205,7 +215,7 @@ class Image(Modality):
         )
 
     @classmethod
-    def fit(cls, options, table, columns, backbone):
+    def fit(cls, options, table, columns, backbone) -> ImageState:
         """Measure mean and standard deviation of each channel, unless the options give them.
 
         Raises ValueError when no image can be decoded.
@@ -567,8 +577,8 @@ class Image(Modality):
 
     def _normalised(self, x: Tensor) -> Tensor:
         mean, std = (
-            torch.tensor(self.state[name], device=x.device).view(1, -1, 1, 1)
-            for name in ("mean", "std")
+            torch.tensor(levels, device=x.device).view(1, -1, 1, 1)
+            for levels in (self.state["mean"], self.state["std"])
         )
         return (x - mean) / std
 

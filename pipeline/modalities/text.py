@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -97,6 +97,17 @@ class _Rows(NamedTuple):
     types: np.ndarray
 
 
+class TextState(TypedDict):
+    """State of `Text`."""
+
+    tokenizer: str
+    """JSON of the tokenizer."""
+    vocabulary: int
+    """How many tokens there are."""
+    specials: list[int]
+    """As `TextInputs` has them."""
+
+
 @register("modality", "text", options=TextOptions)
 class Text(Modality):
     """Rows of at most ``length`` tokens, ``[CLS] text [SEP]``; (B, n) for the longest row of a
@@ -113,6 +124,7 @@ class Text(Modality):
       ``bytes`` (B,): the UTF-8 bytes that the tokens stand for.
     """
 
+    state: TextState
     roles = ("text",)
     optional_roles = ("text_pair",)
     readable_roles = ("text", "text_pair")
@@ -121,7 +133,7 @@ class Text(Modality):
     target_options = ("length", "stride", "windows")
 
     @classmethod
-    def fit(cls, options, table, columns, backbone):
+    def fit(cls, options, table, columns, backbone) -> TextState:
         if options.tokenizer is not None:
             beside = {"vocabulary", "algorithm", "lowercase"} & options.model_fields_set
             if beside:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import PIL.Image
@@ -20,8 +20,17 @@ from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Modality
 from pipeline.core.inputs import SpaceInputs, TrajectoryInputs
 from pipeline.core.ragged import ragged
+from pipeline.core.specs import State
 from pipeline.media import image_io
-from pipeline.media.episodes import CLASSES, NONE, Episodes, Numbers, first_of_rows, texts
+from pipeline.media.episodes import (
+    CLASSES,
+    NONE,
+    Episodes,
+    Numbers,
+    SpaceState,
+    first_of_rows,
+    texts,
+)
 
 NAMED = 8
 WARN_SHARE_OUT_OF_RANGE = 0.01
@@ -52,6 +61,15 @@ class TrajectoryOptions(Options):
     )
 
 
+class TrajectoryState(TypedDict):
+    """State of `Trajectory`."""
+
+    spaces: dict[str, SpaceState]
+    tasks: list[str]
+    chosen: NotRequired[dict[str, str]]
+    """Of rows without a name whose actions are classes: the width of observations to the space."""
+
+
 @register("modality", "trajectory", options=TrajectoryOptions)
 class Trajectory(Modality):
     """Episodes of T steps: action t is taken after observation t.
@@ -75,6 +93,7 @@ class Trajectory(Modality):
     images ``images`` (B, T, 3, size, size) uint8. What a row lacks is 0.
     """
 
+    state: TrajectoryState
     roles = ("observations",)
     optional_roles = ("actions", "executed", "task", "embodiment", "images", "steps")
     fit_roles = ("observations", "actions", "executed", "task", "embodiment")
@@ -82,7 +101,7 @@ class Trajectory(Modality):
     cost_role = "steps"
     cost_unit = "steps"
 
-    def __init__(self, options: Any, state: dict[str, Any]):
+    def __init__(self, options: Any, state: State):
         super().__init__(options, state)
         self.spaces: dict[str, Space] = {
             name: Space(name, **properties) for name, properties in state.get("spaces", {}).items()
@@ -92,7 +111,7 @@ class Trajectory(Modality):
         self.tasks: tuple[str, ...] = tuple(state.get("tasks", ()))
 
     @classmethod
-    def fit(cls, options, table, columns, backbone):
+    def fit(cls, options, table, columns, backbone) -> TrajectoryState:
         """Find the spaces, with their statistics, and the tasks.
 
         Raises ValueError when no row can be read, and where there are frames without option images
@@ -182,7 +201,7 @@ class Trajectory(Modality):
             parts.append(_describe_names("task", have, tasks - have))
         return "; ".join(parts)
 
-    def extend_state(self, table, columns) -> dict[str, Any]:
+    def extend_state(self, table, columns) -> TrajectoryState:
         """Append the spaces and tasks of these rows that the state lacks.
 
         Rows without a name whose classes are not all known make a new space.
@@ -199,12 +218,14 @@ class Trajectory(Modality):
         }
         if not new and not tasks and chosen == self.state.get("chosen", {}):
             return self.state
-        return {
+        found: TrajectoryState = {
             **self.state,
             "spaces": {**self.state["spaces"], **new},
             "tasks": [*self.tasks, *tasks],
-            **({"chosen": chosen} if chosen else {}),
         }
+        if chosen:
+            found["chosen"] = chosen
+        return found
 
     def _resolve_spaces(self, rows: Episodes) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
         """Find the space of each row, with a choice for rows of classes that have no name.

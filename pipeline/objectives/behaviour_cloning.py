@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -84,6 +84,19 @@ class _Losses(NamedTuple):
     """
 
 
+class BehaviourCloningState(TypedDict):
+    """State of `BehaviourCloning`."""
+
+    kind: action_heads.Kind
+    """Of the actions."""
+    columns: list[str]
+    """The optional roles that the rows have."""
+    labels: NotRequired[list[str]]
+    """Names of discrete actions, in the modality's order."""
+    judged: NotRequired[bool]
+    """Whether success is defined in the rows' worlds, where they have any."""
+
+
 @register("objective", "behaviour_cloning", options=BehaviourCloningOptions)
 class BehaviourCloning(Objective):
     """Behaviour cloning: predict the actions of demonstrations from what is known before them.
@@ -113,14 +126,11 @@ class BehaviourCloning(Objective):
     (B, T) -1 there; where spaces have other classes, a class is its place in its own space;
     ``squared_error`` is how many are wrong.
 
-    State: ``kind`` (continuous or discrete), ``labels`` (class names, in the modality's order),
-    ``columns`` (the optional ones that the rows have) and ``judged`` (whether success is defined
-    in their worlds).
-
     Where rows have ``environment``, the policy is put into each test row's world, with its seed
     and dynamics; success, return and steps are reported beside the expert's and a random policy's.
     """
 
+    state: BehaviourCloningState
     roles = ("actions",)
     optional_roles = (
         "environment",
@@ -172,7 +182,7 @@ class BehaviourCloning(Objective):
         return (*own, *expert, *random)
 
     @classmethod
-    def fit(cls, options, table, columns):
+    def fit(cls, options, table, columns) -> BehaviourCloningState:
         """Find out the kind of the actions, their class names and the optional columns.
 
         Raises:
@@ -184,7 +194,7 @@ class BehaviourCloning(Objective):
             raise ValueError(f"column {name}: none of {len(table)} training rows has an action")
         _check_head(options, kind, name)
         given = [role for role in cls.optional_roles if role in columns]
-        state: dict[str, Any] = {"kind": kind, "columns": given}
+        state: BehaviourCloningState = {"kind": kind, "columns": given}
         environment = columns.get("environment", "")
         success = columns.get("success", "")
         if environment in table.column_names:
@@ -246,7 +256,9 @@ class BehaviourCloning(Objective):
                 made.add(kind)
                 make(world).close()
 
-    def __init__(self, backbone: Backbone, options: BehaviourCloningOptions, state: dict[str, Any]):
+    def __init__(
+        self, backbone: Backbone, options: BehaviourCloningOptions, state: BehaviourCloningState
+    ):
         """Raise ValueError for a backbone that is no policy, and images in a rollout."""
         super().__init__(backbone, options, state)
         name = backbone.arch.name

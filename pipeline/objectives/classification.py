@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -90,15 +90,25 @@ class ClassificationOptions(LinearHeadOptions):
         return self.class_weight != "none"
 
 
+class ClassificationState(TypedDict):
+    """State of `Classification`."""
+
+    values: list[Any]
+    """The classes as they stand in the column: numbers or texts."""
+    labels: list[str]
+    """Their names."""
+    counts: NotRequired[list[int]]
+    """Training rows of each class, for class weights."""
+    temperature: NotRequired[float]
+    threshold: NotRequired[float]
+    """Where they were fitted."""
+
+
 @register("objective", "classification", options=ClassificationOptions)
 class Classification(Objective):
-    """Classification: a linear head on the pooled features.
+    """Classification: a linear head on the pooled features."""
 
-    State: ``values`` (as they stand in the column) and ``labels`` (their names), in class order;
-    ``counts``, training rows of each, for class weights; ``temperature`` and ``threshold`` where
-    they were fitted.
-    """
-
+    state: ClassificationState
     roles = ("label",)
     optional_roles = ("label_name",)
     needed_roles = roles
@@ -124,7 +134,7 @@ class Classification(Objective):
         return (*cls.metrics, "auroc", "auprc", "min_precision_sensitivity", "brier", "ece")
 
     @classmethod
-    def fit(cls, options, table, columns):
+    def fit(cls, options, table, columns) -> ClassificationState:
         """Take the sorted values of the training rows as classes, a named positive one last.
 
         A ``label_name`` column gives their names.
@@ -146,7 +156,10 @@ class Classification(Objective):
         if "label_name" in columns:
             names = _label_names(table, columns, values)
         order = _order(values, names, options)
-        state = {"values": [values[k] for k in order], "labels": [names[k] for k in order]}
+        state: ClassificationState = {
+            "values": [values[k] for k in order],
+            "labels": [names[k] for k in order],
+        }
         if options.class_weight != "none":
             labels = cls.encode(table, columns, state)["label"]
             state["counts"] = np.bincount(labels, minlength=len(values)).tolist()
@@ -177,7 +190,9 @@ class Classification(Objective):
             )
         return {"label": found.to_numpy().astype(np.int64)}
 
-    def __init__(self, backbone: Backbone, options: ClassificationOptions, state: dict[str, Any]):
+    def __init__(
+        self, backbone: Backbone, options: ClassificationOptions, state: ClassificationState
+    ):
         super().__init__(backbone, options, state)
         self.head = nn.Linear(backbone.pooled_dim, len(state["labels"]))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired
 
 import numpy as np
 import pyarrow as pa
@@ -101,6 +101,18 @@ class CTCOptions(Options):
         return self
 
 
+class CTCState(transcripts.AlphabetState):
+    """State of `CTC`."""
+
+    units: str
+    """The option."""
+    normalization: list[str]
+    """Names of the rules."""
+    convolutions: NotRequired[list[list[int]]]
+    rate: NotRequired[int]
+    """Of the backbone: the number of a recording's frames follows from them."""
+
+
 @register("objective", "ctc", options=CTCOptions)
 class CTC(Objective):
     """Speech recognition with CTC: a linear head on frames, over all alignments of a transcript.
@@ -113,12 +125,9 @@ class CTC(Objective):
     and blanks between equal ones, than frames) counts for nothing. Such rows are left out before
     training, so there are none but where speed perturbation shortened one; the log's ``dropped``
     is how many labels they have, as a share of the others'.
-
-    State: ``labels``, ``characters``, ``tokenizer`` (``transcripts.Alphabet``), ``normalization``
-    (names of the rules), and of the backbone ``convolutions`` and ``rate``, from which the number
-    of a recording's frames follows.
     """
 
+    state: CTCState
     roles = ("transcript",)
     metrics = ("wer", "cer", "loss")
     transformers_head = TransformersHead(
@@ -137,7 +146,7 @@ class CTC(Objective):
     }
 
     @classmethod
-    def fit(cls, options, table, columns):
+    def fit(cls, options, table, columns) -> CTCState:
         """Take the labels of the training transcripts.
 
         Raises:
@@ -223,7 +232,7 @@ class CTC(Objective):
                 )
         return reasons
 
-    def __init__(self, backbone: Backbone, options: CTCOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: CTCOptions, state: CTCState):
         super().__init__(backbone, options, state)
         width = _check_backbone(backbone)
         self.alphabet = transcripts.Alphabet.from_state(state)

@@ -20,6 +20,7 @@ from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective, View
 from pipeline.core.contracts.backbone_capabilities import patch_size
 from pipeline.core.nn.all_gather import summed
+from pipeline.core.specs import State
 
 
 class DINOOptions(Options):
@@ -133,7 +134,7 @@ class DINO(Objective):
     center: Tensor
     progress: Tensor
 
-    def __init__(self, backbone: Backbone, options: DINOOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: DINOOptions, state: State):
         super().__init__(backbone, options, state)
         inputs = backbone.arch.inputs
         if "size" not in inputs:

@@ -6,8 +6,6 @@ Shapes: B rows, T steps, O numbers of an observation, A numbers or classes of an
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.inputs import SpaceInputs
 from pipeline.core.nn import action_heads
+from pipeline.core.specs import State
 
 STILL = 1e-3
 """Root mean square of a number's change, in its standard deviations, below which it is constant."""
@@ -89,7 +88,7 @@ class Dynamics(Objective):
         counts = action_heads.counts(table[name])
         return ["" if count else f"{name} holds no action" for count in counts]
 
-    def __init__(self, backbone: Backbone, options: DynamicsOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: DynamicsOptions, state: State):
         """Raise ValueError for a backbone that is no policy, and where both weights are 0."""
         super().__init__(backbone, options, state)
         inputs = backbone.arch.inputs

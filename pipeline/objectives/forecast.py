@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.rng import uniform
+from pipeline.core.specs import State
 
 CUT = 1 << 19
 """Random stream of the rows' keys, apart from the modality's."""
@@ -63,7 +64,7 @@ class Forecast(Objective):
     metrics = ("loss",)
     log_names = ("error", "zero_error", "measured")
 
-    def __init__(self, backbone: Backbone, options: ForecastOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: ForecastOptions, state: State):
         super().__init__(backbone, options, state)
         inputs = backbone.arch.inputs
         if "variables" not in inputs:

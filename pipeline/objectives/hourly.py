@@ -7,7 +7,7 @@ a table, N tokens, M label times of a row, C classes.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +61,19 @@ class HourlyOptions(LinearHeadOptions):
     )
 
 
+class HourlyState(TypedDict):
+    """State of `Hourly`."""
+
+    labels: list[str]
+    """Class names."""
+    counts: list[int]
+    """Training labels of each class."""
+    hours: NotRequired[float]
+    """Up to which events are read, where the backbone says so."""
+    temperature: NotRequired[float]
+    """Where it was fitted."""
+
+
 @register("objective", "hourly", options=HourlyOptions)
 class Hourly(Objective):
     """Labels of each hour: a linear head on a causal backbone's tokens, read at the label's time.
@@ -78,11 +91,9 @@ class Hourly(Objective):
     ``stages["charted"]`` (B, N) bool which of them hold events. The loss is the cross entropy
     summed over labels. Predictions are padded to (B, M): ``label`` -1 and ``times`` NaN behind a
     row's last one.
-
-    State: ``labels`` (class names), ``counts`` (training labels of each) and ``hours`` (up to
-    which events are read).
     """
 
+    state: HourlyState
     roles = ("label_times", "label_values")
     metrics = ("auroc", "auprc", "loss", "min_precision_sensitivity", "brier", "ece")
     log_names = ("accuracy",)
@@ -103,7 +114,7 @@ class Hourly(Objective):
         return ("kappa", "macro_f1", "accuracy", "loss")
 
     @classmethod
-    def fit(cls, options, table, columns):
+    def fit(cls, options, table, columns) -> HourlyState:
         """Count the labels of each class.
 
         Raises:
@@ -114,26 +125,25 @@ class Hourly(Objective):
                 f"option classes of hourly: a binary task has 2 classes, not {options.classes}; "
                 "say task: multiclass, or leave classes out"
             )
-        state = {"labels": [str(k) for k in range(options.classes)]}
-        values = cls._values(table, columns, state)
+        labels = [str(k) for k in range(options.classes)]
+        values = cls._values(table, columns, {"labels": labels, "counts": []})
         if not len(values):
             raise ValueError(
                 f"columns {columns['label_times']} and {columns['label_values']}: none of "
                 f"{len(table)} training rows has a label"
             )
-        return {**state, "counts": np.bincount(values, minlength=options.classes).tolist()}
+        counts = np.bincount(values, minlength=options.classes).tolist()
+        return {"labels": labels, "counts": counts}
 
     @classmethod
-    def _values(cls, table: pa.Table, columns: dict[str, str], state: dict[str, Any]) -> np.ndarray:
+    def _values(cls, table: pa.Table, columns: dict[str, str], state: HourlyState) -> np.ndarray:
         """Return (m,) int64, every label of the rows that can be used."""
         name = columns["label_values"]
         kept = table[name].filter(pa.array(cls._is_valid(table, columns, state)))
         return _lists(kept, name)[0].astype(np.int64)
 
     @classmethod
-    def _is_valid(
-        cls, table: pa.Table, columns: dict[str, str], state: dict[str, Any]
-    ) -> np.ndarray:
+    def _is_valid(cls, table: pa.Table, columns: dict[str, str], state: HourlyState) -> np.ndarray:
         """Return (n,) bool, rows whose labels can be used."""
         reasons = cls.invalid_label_reasons(table, columns, state)
         return np.array([not reason for reason in reasons], dtype=bool)
@@ -210,7 +220,7 @@ class Hourly(Objective):
                 "class only, so they cannot be told apart: give this split more rows"
             )
 
-    def __init__(self, backbone: Backbone, options: HourlyOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: HourlyOptions, state: HourlyState):
         """Raise ValueError for a backbone that is not causal, or gives no tokens."""
         super().__init__(backbone, options, state)
         if backbone.token_dim is None or not backbone.causal:

@@ -32,6 +32,7 @@ from pipeline.core.contracts.backbone_capabilities import (
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.inputs import Inputs
 from pipeline.core.rng import uniform
+from pipeline.core.specs import State
 
 NEVER = 2.0
 """Above every uniform number: the place of tokens that are not to be chosen."""
@@ -90,7 +91,7 @@ class MaskedLM(Objective):
     packed = True
     output_types = {}
 
-    def __init__(self, backbone: Backbone, options: MaskedOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: MaskedOptions, state: State):
         """Make the output layers; the output is tied to the input embedding.
 
         Raises:
@@ -289,7 +290,7 @@ class CausalLM(Objective):
     packed = True
     output_types = {}
 
-    def __init__(self, backbone: Backbone, options: CausalOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: CausalOptions, state: State):
         """Raise ValueError for a backbone that sees the future, or has no room to generate."""
         super().__init__(backbone, options, state)
         require_packed(backbone, backbone.arch.name)

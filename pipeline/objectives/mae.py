@@ -5,8 +5,6 @@ Shapes: B rows, N patches of an image, H hidden ones, V visible ones, p pixels a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
@@ -17,6 +15,7 @@ from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.contracts.backbone_capabilities import patch_size
 from pipeline.core.rng import uniform
+from pipeline.core.specs import State
 
 MASK_STREAM = 1 << 16
 """Random stream of the masks, apart from the modality's crops, which follow from the same keys."""
@@ -48,7 +47,7 @@ class MAE(Objective):
     metrics = ("loss",)
     positions: Tensor
 
-    def __init__(self, backbone: Backbone, options: MAEOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: MAEOptions, state: State):
         super().__init__(backbone, options, state)
         name = backbone.arch.name
         inputs = backbone.arch.inputs

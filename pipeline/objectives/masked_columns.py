@@ -5,8 +5,6 @@ Shapes: B rows, K numbers, C known texts (categories), N texts of a row.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.rng import uniform
+from pipeline.core.specs import State
 
 NUMBERS, TEXTS = (1 << 20), (1 << 20) + 1
 """Random streams of the rows' keys, apart from the modality's."""
@@ -51,7 +50,7 @@ class MaskedColumns(Objective):
     metrics = ("loss",)
     log_names = ("number_error", "text_loss")
 
-    def __init__(self, backbone: Backbone, options: MaskedColumnsOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: MaskedColumnsOptions, state: State):
         """Raise ValueError for a backbone of other rows than those of a table."""
         super().__init__(backbone, options, state)
         inputs = backbone.arch.inputs

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.rng import uniform
+from pipeline.core.specs import State
 
 HIDE, LEAVE = (1 << 20), (1 << 20) + 1
 """Random streams of the rows' keys, apart from the modality's."""
@@ -49,7 +50,7 @@ class MaskedEvents(Objective):
     metrics = ("loss",)
     log_names = ("value_error", "events_loss")
 
-    def __init__(self, backbone: Backbone, options: MaskedEventsOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: MaskedEventsOptions, state: State):
         """Raise ValueError for a backbone without a token an event, and for nothing to hide."""
         super().__init__(backbone, options, state)
         inputs = backbone.arch.inputs

@@ -5,7 +5,7 @@ For example the findings of an X-ray. Shapes: B rows of a batch, n rows of a tab
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +61,21 @@ class MultilabelOptions(LinearHeadOptions):
         return self.pos_weight != "none"
 
 
+class MultilabelState(TypedDict):
+    """State of `Multilabel`."""
+
+    labels: list[str]
+    """Their names, in the order of the scores."""
+    separator: str
+    """The option."""
+    positives: list[int]
+    """Training rows that have each label."""
+    rows: int
+    """Training rows."""
+    temperature: NotRequired[float]
+    """Where it was fitted."""
+
+
 @register("objective", "multilabel", options=MultilabelOptions)
 class Multilabel(Objective):
     """Multi-label classification: a linear head on the pooled features, one logit per label.
@@ -69,11 +84,9 @@ class Multilabel(Objective):
 
     The ``labels`` column holds lists of texts or integers, or texts with a separator. A null, an
     empty list or an empty text is a row without labels.
-
-    State: ``labels`` (their names, in the order of the scores), ``separator``, ``positives``
-    (training rows that have each) and ``rows``; ``temperature`` where it was fitted.
     """
 
+    state: MultilabelState
     roles = ("labels",)
     metrics = ("macro_auroc", "macro_average_precision", "macro_f1", "micro_f1", "loss")
     transformers_head = TransformersHead(
@@ -93,7 +106,7 @@ class Multilabel(Objective):
     }
 
     @classmethod
-    def fit(cls, options, table, columns):
+    def fit(cls, options, table, columns) -> MultilabelState:
         """Take the labels of the training rows, or those that option ``labels`` names.
 
         Raises:
@@ -107,9 +120,14 @@ class Multilabel(Objective):
             raise ValueError(f"option labels of multilabel: {twice} stand twice")
         if not labels:
             raise ValueError(f"column {name}: none of {len(table)} training rows has a label")
-        state = {"labels": labels, "separator": options.separator}
-        positives = _positives(table, columns, state).tolist()
-        return {**state, "positives": positives, "rows": len(table)}
+        state: MultilabelState = {
+            "labels": labels,
+            "separator": options.separator,
+            "positives": [],
+            "rows": len(table),
+        }
+        state["positives"] = _positives(table, columns, state).tolist()
+        return state
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
@@ -132,7 +150,7 @@ class Multilabel(Objective):
                 "positive): lower min_positives, or give this split more rows"
             )
 
-    def __init__(self, backbone: Backbone, options: MultilabelOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: MultilabelOptions, state: MultilabelState):
         super().__init__(backbone, options, state)
         self.head = nn.Linear(backbone.pooled_dim, len(state["labels"]))
 
@@ -234,7 +252,7 @@ class Multilabel(Objective):
 
 
 def _places(
-    table: pa.Table, columns: dict[str, str], state: dict[str, Any]
+    table: pa.Table, columns: dict[str, str], state: MultilabelState
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the row and the label number of every label of every row.
 
@@ -254,7 +272,7 @@ def _places(
     return rows, places.to_numpy().astype(np.int64)
 
 
-def _positives(table: pa.Table, columns: dict[str, str], state: dict[str, Any]) -> np.ndarray:
+def _positives(table: pa.Table, columns: dict[str, str], state: MultilabelState) -> np.ndarray:
     """Return (L,) rows that have each label; one that stands in a row twice counts once."""
     rows, places = _places(table, columns, state)
     count = len(state["labels"])

@@ -6,7 +6,6 @@ After van den Oord et al. 2016, section 2. Shapes: B rows, n samples of a row.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -17,6 +16,7 @@ from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.contracts.backbone_capabilities import predicts_samples
 from pipeline.core.rng import uniform
+from pipeline.core.specs import State
 
 CROP_STREAM = 1 << 18
 """Random stream of the crops, apart from the modality's changes, which follow from the same
@@ -53,7 +53,7 @@ class NextSample(Objective):
     metrics = ("bits_per_sample", "loss")
     log_names = ("bits_per_sample", "accuracy")
 
-    def __init__(self, backbone: Backbone, options: NextSampleOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: NextSampleOptions, state: State):
         """Raise ValueError for a backbone that is not causal at the rate of the samples."""
         super().__init__(backbone, options, state)
         if not predicts_samples(backbone):

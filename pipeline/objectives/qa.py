@@ -6,7 +6,7 @@ context, R windows of all rows of a batch, N tokens of a window.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,13 @@ class Answers(NamedTuple):
     reason: str
 
 
+class QAState(TypedDict):
+    """State of `QuestionAnswering`."""
+
+    unanswerable: bool
+    """Whether rows may have no answer."""
+
+
 @register("objective", "qa", options=QAOptions)
 class QuestionAnswering(Objective):
     """Extractive question answering: a linear head scores tokens as start and end (BERT).
@@ -75,6 +82,7 @@ class QuestionAnswering(Objective):
     score of no answer is the smallest [CLS] score of its windows, as in the reference.
     """
 
+    state: QAState
     roles = ("answers", "answer_start")
     metrics = ("answer_f1", "exact_match", "loss")
     transformers_head = TransformersHead(
@@ -89,7 +97,7 @@ class QuestionAnswering(Objective):
     output_types = {}
 
     @classmethod
-    def fit(cls, options, table, columns):
+    def fit(cls, options, table, columns) -> QAState:
         """Keep whether rows may have no answer.
 
         Raises:
@@ -101,7 +109,7 @@ class QuestionAnswering(Objective):
                 "question answering reads two texts: name them both (columns: {text: QUESTION, "
                 "text_pair: CONTEXT})"
             )
-        state = {"unanswerable": options.unanswerable}
+        state: QAState = {"unanswerable": options.unanswerable}
         answers = _answers(table, columns)
         if not any(row.texts for row in answers):
             raise ValueError(
@@ -139,7 +147,7 @@ class QuestionAnswering(Objective):
         pairs = zip(_answers(table, columns), contexts, strict=True)
         return [answers.reason or _misplaced_reason(answers, context) for answers, context in pairs]
 
-    def __init__(self, backbone: Backbone, options: QAOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: QAOptions, state: QAState):
         super().__init__(backbone, options, state)
         if backbone.token_dim is None:
             raise ValueError(
@@ -440,7 +448,7 @@ def _invalid_answers_reason(answers: list[str | None], starts: list[int | None] 
     return ""
 
 
-def _check_answered(answers: list[Answers], columns: dict[str, str], state: dict[str, Any]) -> None:
+def _check_answered(answers: list[Answers], columns: dict[str, str], state: QAState) -> None:
     """Raise ValueError for rows without an answer where ``unanswerable`` is false."""
     without = sum(1 for row in answers if not row.texts and not row.reason)
     if without and not state["unanswerable"]:

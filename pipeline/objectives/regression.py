@@ -5,7 +5,7 @@ Shapes: B rows of a batch, n rows of a table, D features.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,16 @@ class RegressionOptions(LinearHeadOptions):
     )
 
 
+class RegressionState(TypedDict):
+    """State of `Regression`."""
+
+    mean: float
+    std: float
+    """Of the training rows."""
+    labels: list[str]
+    """The name of the column."""
+
+
 @register("objective", "regression", options=RegressionOptions)
 class Regression(Objective):
     """Regression: a linear head on the pooled features that predicts one number a row.
@@ -40,10 +50,9 @@ class Regression(Objective):
     The number is standardised by mean and deviation of the training rows, so learning rates and
     penalties do not depend on its unit. Predictions and metrics are in the unit of the column;
     ``loss`` is that of the standardised number. Several numbers a row are several targets.
-
-    State: ``mean`` and ``std`` of the training rows, and in ``labels`` the name of the column.
     """
 
+    state: RegressionState
     roles = ("value",)
     needed_roles = roles
     metrics = ("rmse", "mae", "r2", "spearman", "loss")
@@ -57,7 +66,7 @@ class Regression(Objective):
     output_types = {}
 
     @classmethod
-    def fit(cls, options, table, columns):
+    def fit(cls, options, table, columns) -> RegressionState:
         """Take mean and standard deviation of the training rows.
 
         Raises:
@@ -90,7 +99,7 @@ class Regression(Objective):
         numbers = _numbers(table[name], name)
         return ["" if fine else f"{name} is no finite number" for fine in np.isfinite(numbers)]
 
-    def __init__(self, backbone: Backbone, options: RegressionOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: RegressionOptions, state: RegressionState):
         super().__init__(backbone, options, state)
         self.head = nn.Linear(backbone.pooled_dim, 1)
 
@@ -99,7 +108,7 @@ class Regression(Objective):
         return self.state["std"], self.state["mean"]
 
     @torch.no_grad()
-    def take_scale_of(self, state: dict[str, Any]) -> None:
+    def take_scale_of(self, state: RegressionState) -> None:
         """Let a head that was standardised by another mean and deviation predict the same."""
         scale, shift = self.output_scale
         self.head.weight.mul_(state["std"] / scale)

@@ -6,7 +6,7 @@ Shapes: B rows, C classes, H and W height and width of the input.
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import PIL.Image
@@ -46,6 +46,14 @@ class SegmentationOptions(Options):
     dropout: float = Field(0.1, ge=0, lt=1, description="of whole channels before the last layer")
 
 
+class SegmentationState(TypedDict):
+    """State of `Segmentation`."""
+
+    labels: list[str]
+    ignore: int
+    """The option."""
+
+
 @register("objective", "segmentation", options=SegmentationOptions)
 class Segmentation(Objective):
     """Semantic segmentation with the branch of Panoptic FPN (Kirillov et al. 2019).
@@ -59,17 +67,16 @@ class Segmentation(Objective):
     move with their image: ``mask`` (B, H, W), 255 outside the image. The loss is the cross
     entropy summed over pixels; its count is the number of labelled ones. A mask with a class that
     is neither below the number of classes nor ignored is refused, and named.
-
-    State: ``labels``, ``ignore``.
     """
 
+    state: SegmentationState
     roles = ("mask",)
     metrics = ("miou", "pixel_accuracy", "loss")
     log_names = ("pixel_accuracy",)
     output_types = {}
 
     @classmethod
-    def fit(cls, options, table, columns):
+    def fit(cls, options, table, columns) -> SegmentationState:
         """Take the classes that the options name: masks are files, which are not read whole.
 
         Raises:
@@ -102,7 +109,7 @@ class Segmentation(Objective):
         masks = table[columns["mask"]]
         return [_invalid_mask_reason(mask.as_py(), classes, ignore) for mask in masks]
 
-    def __init__(self, backbone: Backbone, options: SegmentationOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: SegmentationOptions, state: SegmentationState):
         super().__init__(backbone, options, state)
         width = options.channels
         self.pyramid = Pyramid(backbone, (4, 8, 16, 32), width)

@@ -5,8 +5,6 @@ Shapes: N rows of the global batch, B rows of this rank's part.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective, View
 from pipeline.core.nn.all_gather import gather
+from pipeline.core.specs import State
 
 
 class SimCLROptions(Options):
@@ -53,7 +52,7 @@ class SimCLR(Objective):
     metrics = ("loss",)
     log_names = ("top1",)
 
-    def __init__(self, backbone: Backbone, options: SimCLROptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: SimCLROptions, state: State):
         super().__init__(backbone, options, state)
         inputs = backbone.arch.inputs
         if "size" not in inputs:

@@ -6,7 +6,7 @@ rows of a batch, n rows of a table, N tokens, W = ``max_words`` words, L tags, T
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +56,21 @@ class TaggingOptions(Options):
     )
 
 
+class TaggingState(TypedDict):
+    """State of `Tagging`."""
+
+    labels: list[str]
+    """The tags, O first."""
+    types: list[str]
+    """Types of entities."""
+    scheme: str
+    numbers: dict[str, str]
+    """Number to tag, of a column of numbers."""
+    repair: bool
+    max_words: int
+    """Options."""
+
+
 @register("objective", "tagging", options=TaggingOptions)
 class Tagging(Objective):
     """Tagging of words: a linear head on the first sub-token of each (Devlin et al. 2019).
@@ -72,11 +87,9 @@ class Tagging(Objective):
     (CoNLL-2003), word_accuracy where they are plain classes (part of speech, as Universal
     Dependencies counts it). There entity_f1 is the micro average over words that have a position:
     words that were cut off lower its recall alone. entity_f1/NOUN is that of one tag.
-
-    State: ``labels`` (the tags, O first), ``types``, ``scheme``, ``numbers`` (number to tag) and
-    the options that ``encode`` reads.
     """
 
+    state: TaggingState
     roles = ("tags",)
     metrics = ("entity_f1", "word_accuracy", "loss")
     transformers_head = TransformersHead(
@@ -122,7 +135,7 @@ class Tagging(Objective):
         return cls.target_metrics(options, state)
 
     @classmethod
-    def fit(cls, options, table, columns):
+    def fit(cls, options, table, columns) -> TaggingState:
         """Take the tags of the training rows, or those that option ``names`` names.
 
         Raises:
@@ -156,7 +169,8 @@ class Tagging(Objective):
             "types": [*tagset.types],
             "scheme": kind,
             "numbers": numbers,
-            **options.model_dump(include={"repair", "max_words"}),
+            "repair": options.repair,
+            "max_words": options.max_words,
         }
 
     @classmethod
@@ -208,7 +222,7 @@ class Tagging(Objective):
                 "entity_f1 has no value"
             )
 
-    def __init__(self, backbone: Backbone, options: TaggingOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: TaggingOptions, state: TaggingState):
         super().__init__(backbone, options, state)
         if backbone.token_dim is None:
             raise ValueError(
@@ -370,7 +384,7 @@ class Tagging(Objective):
 # ---------------------------------------------------------------- rows
 
 
-def _tagset(state: dict[str, Any]) -> Tagset:
+def _tagset(state: TaggingState) -> Tagset:
     return Tagset(tuple(state["labels"]), tuple(state["types"]), state["scheme"])
 
 
@@ -428,7 +442,7 @@ def _lists(
     return tags, lengths, pa.types.is_integer(inner)
 
 
-def _label_numbers(flat: pa.Array, name: str, state: dict[str, Any]) -> np.ndarray:
+def _label_numbers(flat: pa.Array, name: str, state: TaggingState) -> np.ndarray:
     """Return (m,) label numbers of tags (m,), -1 for a null.
 
     Raises:
@@ -449,7 +463,7 @@ def _label_numbers(flat: pa.Array, name: str, state: dict[str, Any]) -> np.ndarr
 
 
 def _invalid_tags_reason(
-    tags: list[str | None] | None, num_words: int | None, state: dict[str, Any]
+    tags: list[str | None] | None, num_words: int | None, state: TaggingState
 ) -> str:
     """Return "" or why the tags of a row cannot be used."""
     if tags is None:

@@ -20,6 +20,7 @@ from pipeline.core.contracts.backbone_capabilities import hides_frames
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn import all_gather
 from pipeline.core.rng import uniform
+from pipeline.core.specs import State
 
 SPANS, STARTS, NEGATIVES, NOISE = ((1 << 16) + use for use in range(4))
 """Random streams of the rows' keys, apart from the modality's, which follow from the same keys."""
@@ -180,7 +181,7 @@ class Wav2Vec2Pretraining(Objective):
     progress: Tensor
     usage: Tensor
 
-    def __init__(self, backbone: Backbone, options: Wav2Vec2Options, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: Wav2Vec2Options, state: State):
         """Raise ValueError for a backbone that cannot hide frames, or a width not divisible."""
         super().__init__(backbone, options, state)
         if not hides_frames(backbone):
