@@ -22,6 +22,7 @@ from pipeline.core.contracts.objective_capabilities import (
     untrainable_reasons,
 )
 from pipeline.core.ragged import ragged, size
+from pipeline.core.specs import State
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifests import READER_BYTES, Reader, Selection
 from pipeline.data.plan import Item, Plan
@@ -54,7 +55,7 @@ class Decoder:
 
     modality: Modality
     objective: str | None
-    objective_state: dict[str, Any]
+    objective_state: State
     columns: dict[str, str]
     encoded: bool = False
     """Inputs stay encoded, to be decoded on the device."""

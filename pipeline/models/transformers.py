@@ -105,7 +105,8 @@ def build(architecture: str, options: TransformersOptions, inputs: Inputs) -> Ba
             f"transformers/{architecture}: heads {options.heads} must divide hidden "
             f"{options.hidden}"
         )
-    return (Wav2Vec2 if speech else Transformers)(architecture, options, inputs)
+    kind: type[Backbone] = Wav2Vec2 if speech else Transformers
+    return kind(architecture, options, inputs)
 
 
 class Transformers(Backbone):

@@ -157,7 +157,7 @@ class BehaviourCloning(Objective):
     }
 
     @classmethod
-    def target_metrics(cls, options, state):
+    def target_metrics(cls, options, state: BehaviourCloningState):
         """Judge numbers by their error in their own units, classes by their F1.
 
         A source is judged by its loss, which is standardised: of several robots none counts more
@@ -168,7 +168,7 @@ class BehaviourCloning(Objective):
         return ("macro_f1", "accuracy", "loss")
 
     @classmethod
-    def rollout_metrics(cls, options, state):
+    def rollout_metrics(cls, options, state: BehaviourCloningState):
         """Return those of the policy's own episodes, the experts' and random ones.
 
         Success only where it is defined; () without ``environment``.
@@ -206,7 +206,7 @@ class BehaviourCloning(Objective):
         return state
 
     @classmethod
-    def encode(cls, table, columns, state) -> Arrays:
+    def encode(cls, table, columns, state: BehaviourCloningState) -> Arrays:
         """Return ``graded`` (n,) int64: how many actions each row has; nothing for new rows.
 
         The actions themselves are the modality's.
@@ -230,7 +230,7 @@ class BehaviourCloning(Objective):
         return {"graded": action_heads.counts(table[name])}
 
     @classmethod
-    def invalid_label_reasons(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state: BehaviourCloningState):
         """Name rows without an action, or without that of some step."""
         name = columns.get("actions", "")
         if name not in table.column_names:
@@ -245,7 +245,7 @@ class BehaviourCloning(Objective):
         return reasons
 
     @classmethod
-    def check_test(cls, options, table, columns, state):
+    def check_test(cls, options, table, columns, state: BehaviourCloningState):
         """Read all worlds, and make one of each kind: its environment must be installed."""
         if "environment" not in state["columns"]:
             return

@@ -127,7 +127,7 @@ class Classification(Objective):
     output_types = {}
 
     @classmethod
-    def target_metrics(cls, options, state):
+    def target_metrics(cls, options, state: ClassificationState):
         """Of two classes judge also the ranking of the positive one, and calibration."""
         if len(state["labels"]) != 2:
             return cls.metrics
@@ -166,7 +166,7 @@ class Classification(Objective):
         return state
 
     @classmethod
-    def encode(cls, table, columns, state) -> Arrays:
+    def encode(cls, table, columns, state: ClassificationState) -> Arrays:
         """Return ``label`` (n,) int64 class numbers."""
         name = columns.get("label", "")
         if name not in table.column_names:  # new rows to predict
@@ -208,6 +208,7 @@ class Classification(Objective):
         """Return (B,) losses: smoothed, weighted by class, focal."""
         weight = None
         if self.options.class_weight != "none":
+            assert "counts" in self.state
             weight = losses.balanced(self.state["counts"], scores.device)
         return losses.cross_entropies(
             scores, label, weight, self.options.focal, self.options.label_smoothing

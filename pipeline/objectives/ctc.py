@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Literal, NamedTuple, NotRequired
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -101,16 +101,21 @@ class CTCOptions(Options):
         return self
 
 
-class CTCState(transcripts.AlphabetState):
-    """State of `CTC`."""
+class TranscriptState(transcripts.AlphabetState):
+    """What the transcripts say."""
 
     units: str
     """The option."""
-    normalization: list[str]
+    normalization: str
     """Names of the rules."""
-    convolutions: NotRequired[list[list[int]]]
-    rate: NotRequired[int]
-    """Of the backbone: the number of a recording's frames follows from them."""
+
+
+class CTCState(TranscriptState):
+    """State of `CTC`: also what the backbone says, from which a recording's frames follow."""
+
+    convolutions: list[list[int]]
+    rate: int
+    """Samples a second."""
 
 
 @register("objective", "ctc", options=CTCOptions)
@@ -146,7 +151,7 @@ class CTC(Objective):
     }
 
     @classmethod
-    def fit(cls, options, table, columns) -> CTCState:
+    def fit(cls, options, table, columns) -> TranscriptState:
         """Take the labels of the training transcripts.
 
         Raises:
@@ -168,7 +173,7 @@ class CTC(Objective):
         return {**alphabet.state(), "units": options.units, "normalization": rules}
 
     @classmethod
-    def encode(cls, table, columns, state) -> Arrays:
+    def encode(cls, table, columns, state: CTCState) -> Arrays:
         """Return ``transcript`` (n,) ragged int32 label numbers.
 
         Empty for rows with characters that no training transcript has.
@@ -181,7 +186,7 @@ class CTC(Objective):
         return {"transcript": ragged(alphabet.encode(text) for text in known)}
 
     @classmethod
-    def invalid_label_reasons(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state: CTCState):
         """Name rows whose transcript is null or empty."""
         if columns.get("transcript") not in table.column_names:
             return [""] * len(table)
@@ -189,7 +194,7 @@ class CTC(Objective):
         return ["" if text else "the transcript is empty" for text in found]
 
     @classmethod
-    def bind_to_backbone(cls, state, backbone):
+    def bind_to_backbone(cls, state: TranscriptState, backbone) -> CTCState:
         """Add ``convolutions`` and ``rate`` (samples a second).
 
         Raises:
@@ -201,7 +206,7 @@ class CTC(Objective):
         return {**state, "convolutions": convolutions, "rate": rate}
 
     @classmethod
-    def untrainable_reasons(cls, table, columns, state, arrays=None, seconds=None):
+    def untrainable_reasons(cls, table, columns, state: CTCState, arrays=None, seconds=None):
         """Name rows with unknown characters, and those with more labels than frames.
 
         Each label takes a frame, and so does the blank between two equal ones. ``seconds`` are

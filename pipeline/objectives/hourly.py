@@ -108,7 +108,7 @@ class Hourly(Objective):
     }
 
     @classmethod
-    def target_metrics(cls, options, state):
+    def target_metrics(cls, options, state: HourlyState):
         if options.task == "binary":
             return cls.metrics
         return ("kappa", "macro_f1", "accuracy", "loss")
@@ -149,7 +149,7 @@ class Hourly(Objective):
         return np.array([not reason for reason in reasons], dtype=bool)
 
     @classmethod
-    def encode(cls, table, columns, state) -> Arrays:
+    def encode(cls, table, columns, state: HourlyState) -> Arrays:
         """Return ``label_times`` and ``label_values``, (n,) ragged float32 and int16.
 
         Rows whose labels cannot be used have none.
@@ -177,13 +177,13 @@ class Hourly(Objective):
         return arrays
 
     @classmethod
-    def bind_to_backbone(cls, state, backbone):
+    def bind_to_backbone(cls, state: HourlyState, backbone) -> HourlyState:
         """Add ``hours``, up to which events are read."""
         hours = backbone.arch.inputs.get("hours")
         return state if hours is None else {**state, "hours": hours}
 
     @classmethod
-    def invalid_label_reasons(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state: HourlyState):
         """Name rows with values that are no class, or times that are no ascending numbers.
 
         And rows with more times than values, or fewer. Reasons show no value of a patient.
@@ -212,7 +212,7 @@ class Hourly(Objective):
         return reasons.tolist()
 
     @classmethod
-    def check_test(cls, options, table, columns, state):
+    def check_test(cls, options, table, columns, state: HourlyState):
         """Labels of two classes are needed."""
         if len(np.unique(cls._values(table, columns, state))) < 2:
             raise ValueError(

@@ -130,7 +130,7 @@ class Multilabel(Objective):
         return state
 
     @classmethod
-    def encode(cls, table, columns, state) -> Arrays:
+    def encode(cls, table, columns, state: MultilabelState) -> Arrays:
         """Return ``labels`` (n, L) uint8."""
         if columns.get("labels") not in table.column_names:  # new rows to predict
             return {}
@@ -139,7 +139,7 @@ class Multilabel(Objective):
         return {"labels": labels}
 
     @classmethod
-    def check_test(cls, options, table, columns, state):
+    def check_test(cls, options, table, columns, state: MultilabelState):
         """Some label must have ``min_positives`` rows with it, and one without."""
         positives = _positives(table, columns, state)
         is_scored = (positives >= options.min_positives) & (positives < len(table))

@@ -119,7 +119,7 @@ class QuestionAnswering(Objective):
         return state
 
     @classmethod
-    def encode(cls, table, columns, state) -> Arrays:
+    def encode(cls, table, columns, state: QAState) -> Arrays:
         """Return ``span`` (n, 2) int32, (-2, -2) for rows whose answers cannot be used.
 
         Raises:
@@ -137,7 +137,7 @@ class QuestionAnswering(Objective):
         return {"span": span}
 
     @classmethod
-    def invalid_label_reasons(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state: QAState):
         """Name rows with an answer that is not where it should be, and where it is."""
         if columns.get("answers") not in table.column_names:
             return [""] * len(table)

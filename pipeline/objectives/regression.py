@@ -84,7 +84,7 @@ class Regression(Objective):
         return {"mean": float(numbers.mean()), "std": float(numbers.std()), "labels": [name]}
 
     @classmethod
-    def encode(cls, table, columns, state) -> Arrays:
+    def encode(cls, table, columns, state: RegressionState) -> Arrays:
         """Return ``value`` (n,) float32, standardised; NaN where there is no number."""
         name = columns.get("value", "")
         if name not in table.column_names:  # new rows to predict
@@ -93,7 +93,7 @@ class Regression(Objective):
         return {"value": standardised.astype(np.float32)}
 
     @classmethod
-    def invalid_label_reasons(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state: RegressionState):
         """A number must be finite: files of pandas have NaN where a value is missing."""
         name = columns["value"]
         numbers = _numbers(table[name], name)

@@ -96,7 +96,7 @@ class Segmentation(Objective):
         return {"labels": names, "ignore": options.ignore}
 
     @classmethod
-    def invalid_label_reasons(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state: SegmentationState):
         """Name rows whose masks hold an unknown class.
 
         Masks are decoded once more for it: on a GPU a class out of range would otherwise be an

@@ -124,14 +124,14 @@ class Tagging(Objective):
     }
 
     @classmethod
-    def target_metrics(cls, options, state):
+    def target_metrics(cls, options, state: TaggingState):
         """Judge plain classes by the share of words that are right, entities by their F1."""
         if state["scheme"] == "none":
             return ("word_accuracy", "entity_f1", "loss")
         return cls.metrics
 
     @classmethod
-    def source_metrics(cls, options, state):
+    def source_metrics(cls, options, state: TaggingState):
         return cls.target_metrics(options, state)
 
     @classmethod
@@ -174,7 +174,7 @@ class Tagging(Objective):
         }
 
     @classmethod
-    def encode(cls, table, columns, state) -> Arrays:
+    def encode(cls, table, columns, state: TaggingState) -> Arrays:
         """Return ``tags`` (n, W) int16, -1 where no word is, or its tag is null."""
         name = columns.get("tags", "")
         if name not in table.column_names:  # new rows to predict
@@ -194,7 +194,7 @@ class Tagging(Objective):
         return {"tags": tags}
 
     @classmethod
-    def invalid_label_reasons(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state: TaggingState):
         """Name rows with a null, other words than tags, too many words, or a broken scheme."""
         if columns.get("tags") not in table.column_names:
             return [""] * len(table)
@@ -212,7 +212,7 @@ class Tagging(Objective):
         return [_invalid_tags_reason(tags, count, state) for tags, count in pairs]
 
     @classmethod
-    def check_test(cls, options, table, columns, state):
+    def check_test(cls, options, table, columns, state: TaggingState):
         """With a scheme, some row must hold an entity."""
         if not len(table) or state["scheme"] == "none":
             return

@@ -20,7 +20,7 @@ from pipeline.core.capabilities import (
     reports_coverage,
 )
 from pipeline.core.contracts import Modality, Objective
-from pipeline.core.specs import ModalitySpec
+from pipeline.core.specs import ModalitySpec, State
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection, Splits
 from pipeline.io import checksums, file_identity, storage
@@ -156,7 +156,7 @@ def label_columns(spec: Source | Target) -> list[str]:
     return [columns[role] for role in roles if role in columns and role not in files]
 
 
-def fit_objective(spec: Source | Target, splits: Splits) -> dict[str, Any]:
+def fit_objective(spec: Source | Target, splits: Splits) -> State:
     """What the objective learns of the training rows' own columns.
 
     Of all training rows, at smaller label fractions too: all of them have the same classes, and

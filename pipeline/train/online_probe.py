@@ -23,6 +23,7 @@ from pipeline.core.contracts.objective_capabilities import (
     replaces_backbone,
     tensors_beside_features,
 )
+from pipeline.core.specs import State
 from pipeline.data import manifests
 from pipeline.data.manifests import LeftOut, Selection, Splits
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget, eval_batches
@@ -162,7 +163,7 @@ def splits(spec: Source, place: str, validated: bool, imports_uri: str) -> Split
     return found
 
 
-def _state(found: Splits, data: Data) -> dict[str, Any]:
+def _state(found: Splits, data: Data) -> State:
     objective = registry.get("objective", LABELS)
     return objective.fit(
         objective.options_class(),
@@ -171,7 +172,7 @@ def _state(found: Splits, data: Data) -> dict[str, Any]:
     )
 
 
-def _encoded(selection: Selection, data: Data, state: dict[str, Any]) -> np.ndarray:
+def _encoded(selection: Selection, data: Data, state: State) -> np.ndarray:
     return registry.get("objective", LABELS).encode(
         manifests.read_columns(selection, [data.columns["label"]]), data.columns, state
     )["label"]
@@ -184,7 +185,7 @@ class Probe:
     train: Selection
     validation: Selection
     columns: dict[str, str]
-    state: dict[str, Any]
+    state: State
     max_bad_rows: float
 
     def decoder(self, modality: Modality) -> Decoder:

@@ -22,7 +22,7 @@ from pipeline.core.contracts.objective_capabilities import (
 )
 from pipeline.core.inputs import Inputs
 from pipeline.core.rng import mix
-from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec, State
 from pipeline.data import manifests
 from pipeline.data.manifests import LeftOut, Selection, Splits
 from pipeline.data.plan import Mixture, Plan
@@ -636,9 +636,7 @@ def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, 
     return rows.subset(np.flatnonzero(reasons == "")), bad
 
 
-def bind_state(
-    objective: type[Objective], state: dict[str, Any], arch: Architecture
-) -> dict[str, Any]:
+def bind_state(objective: type[Objective], state: State, arch: Architecture) -> State:
     """What an objective learned, with what it must know of the backbone (`BindsToBackbone`). Raises
     ValueError where that is not for it.
     """

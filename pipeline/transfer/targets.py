@@ -61,7 +61,7 @@ from pipeline.core.contracts.technique_capabilities import (
     prepares_on_target,
 )
 from pipeline.core.metrics import catalog
-from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec, State
 from pipeline.data import manifests
 from pipeline.data.manifests import Fold, Selection, Splits
 from pipeline.data.plan import Plan
@@ -570,7 +570,7 @@ class TargetReading(NamedTuple):
     objective: ObjectiveSpec
 
     @property
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return self.objective.state
 
 

@@ -73,7 +73,7 @@ def configuration(model_type: str, given: Mapping[str, Any], inputs: Inputs) -> 
             f"hf/{model_type}: config: {', '.join(unknown)}: {kind.__name__} of transformers has "
             "no such key that says how the model is built"
         )
-    usual: dict[str, int] = {}
+    usual: dict[str, Any] = {}
     if "vocabulary" in inputs:
         usual = {"vocab_size": inputs["vocabulary"], "pad_token_id": inputs["specials"][0]}
     if "size" in inputs:
