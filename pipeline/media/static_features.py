@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -27,23 +27,31 @@ which may be a single patient's, are not kept.
 SHORT_FLOATS = (pa.float16(), pa.float32())
 
 
+class StaticState(TypedDict):
+    """State of `StaticFeatures`."""
+
+    numbers: list[str]
+    """Names of the fields that hold numbers."""
+    mean: list[float]
+    std: list[float]
+    """Of each of them."""
+    codes: list[str]
+    """Known texts, as ``FIELD=TEXT``."""
+
+
 class StaticFeatures:
-    """Static features of a fitted state.
+    """Static features of a fitted state. Fields are matched by name; booleans are texts."""
 
-    ``state``: ``numbers`` (names), their ``mean`` and ``std``, and ``codes``, known texts as
-    ``FIELD=TEXT``. Fields are matched by name; booleans are texts.
-    """
-
-    def __init__(self, state: dict[str, Any]):
+    def __init__(self, state: StaticState):
         self.state = state
         self.place = {code: place + 1 for place, code in enumerate(state["codes"])}
 
     @staticmethod
-    def empty_state() -> dict[str, Any]:
+    def empty_state() -> StaticState:
         return {"numbers": [], "mean": [], "std": [], "codes": []}
 
     @staticmethod
-    def fit(column: Any, name: str, min_rows: int) -> dict[str, Any]:
+    def fit(column: Any, name: str, min_rows: int) -> StaticState:
         """Fit the state on a column of structs.
 
         A number or text is known where ``min_rows`` rows have it. Raises ValueError for another

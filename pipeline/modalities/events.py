@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +22,15 @@ from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.inputs import EventInputs
 from pipeline.core.ragged import padded, ragged
 from pipeline.core.rng import uniform
+from pipeline.core.specs import State
 from pipeline.media.deviation import divisors, short_mean
-from pipeline.media.static_features import MOST, SHORT_FLOATS, TAILS, StaticFeatures
+from pipeline.media.static_features import (
+    MOST,
+    SHORT_FLOATS,
+    TAILS,
+    StaticFeatures,
+    StaticState,
+)
 
 NAMED = 8
 DROP = 0
@@ -58,6 +65,16 @@ class EventsOptions(Options):
     )
 
 
+class EventsState(TypedDict):
+    """State of `Events`."""
+
+    variables: list[str]
+    mean: list[float]
+    std: list[float]
+    """Of the values of each variable."""
+    static: NotRequired[StaticState]
+
+
 @register("modality", "events", options=EventsOptions)
 class Events(Modality):
     """Records of events, each with a time, a variable and a value.
@@ -77,6 +94,7 @@ class Events(Modality):
     texts plus 1, padded with 0. A row may have no events.
     """
 
+    state: EventsState
     roles = ("times", "variables", "values")
     optional_roles = ("static", "events")
     record_column = "entity"
@@ -84,7 +102,7 @@ class Events(Modality):
     cost_role = "events"
     cost_unit = "events"
 
-    def __init__(self, options: Any, state: dict[str, Any]):
+    def __init__(self, options: Any, state: State):
         super().__init__(options, state)
         self.static_features = StaticFeatures(state.get("static") or StaticFeatures.empty_state())
         self.names = pa.array(state.get("variables", []), pa.string())
@@ -93,7 +111,7 @@ class Events(Modality):
         )
 
     @classmethod
-    def fit(cls, options, table, columns, backbone):
+    def fit(cls, options, table, columns, backbone) -> EventsState:
         """Find the variables that enough rows have, with mean and deviation, and the static
         features.
 
@@ -132,7 +150,7 @@ class Events(Modality):
         at = {name: number for number, name in enumerate(names)}
         order = np.argsort(place, kind="stable")
         ends = np.cumsum(np.bincount(place, minlength=len(names)))
-        state: dict[str, Any] = {"variables": kept, "mean": [], "std": []}
+        state: EventsState = {"variables": kept, "mean": [], "std": []}
         for one in kept:
             found = value[
                 order[ends[at[one]] - np.count_nonzero(place == at[one]) : ends[at[one]]]

@@ -13,7 +13,8 @@ from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Arrays, Modality
 from pipeline.core.inputs import TableInputs
 from pipeline.core.ragged import padded
-from pipeline.media.static_features import StaticFeatures
+from pipeline.core.specs import State
+from pipeline.media.static_features import StaticFeatures, StaticState
 
 
 class TableOptions(Options):
@@ -36,14 +37,15 @@ class Table(Modality):
     bool, ``codes`` (B, C) int64 places among the known texts plus 1, padded with 0.
     """
 
+    state: StaticState
     roles = ("features",)
 
-    def __init__(self, options: Any, state: dict[str, Any]):
+    def __init__(self, options: Any, state: State):
         super().__init__(options, state)
-        self.static_features = StaticFeatures(state or StaticFeatures.empty_state())
+        self.static_features = StaticFeatures(self.state or StaticFeatures.empty_state())
 
     @classmethod
-    def fit(cls, options, table, columns, backbone):
+    def fit(cls, options, table, columns, backbone) -> StaticState:
         """Find the fields and texts that enough rows have.
 
         Raises ValueError for a column that is not a struct, and where no number or text is left.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,16 @@ def describe_layers(layers: dict[str, list[str]], chosen: set[str]) -> str:
     return ", ".join(described)
 
 
-def groups(task: Task, rates: dict[str, float], train: Train) -> list[dict[str, Any]]:
+class ParameterGroup(TypedDict):
+    """Parameters with one rate and decay, as torch's optimisers take them."""
+
+    params: list[nn.Parameter]
+    peak: float
+    """Learning rate at the top of the schedule."""
+    weight_decay: float
+
+
+def groups(task: Task, rates: dict[str, float], train: Train) -> list[ParameterGroup]:
     """Make optimiser groups of equal rate and decay.
 
     Vectors and scalars (norms, biases) have no weight decay, nor have `Task.scales`.
@@ -122,11 +131,9 @@ def groups(task: Task, rates: dict[str, float], train: Train) -> list[dict[str, 
     ]
 
 
-def optimizer(parameter_groups: list[dict[str, Any]], train: Train) -> torch.optim.Optimizer:
-    """Fused AdamW or SGDW with Nesterov momentum (both Loshchilov and Hutter 2019); ``peak`` of a
-    group is its learning rate at the top.
-    """
-    parameter_groups = [{**group, "lr": group["peak"]} for group in parameter_groups]
+def optimizer(groups: list[ParameterGroup], train: Train) -> torch.optim.Optimizer:
+    """Fused AdamW or SGDW with Nesterov momentum (both Loshchilov and Hutter 2019)."""
+    parameter_groups = [{**group, "lr": group["peak"]} for group in groups]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(
             parameter_groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True
