@@ -23,6 +23,7 @@ from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.inputs import SpaceInputs
 from pipeline.core.nn import action_heads
 from pipeline.core.ragged import ragged
+from pipeline.media.episodes import SpaceState
 from pipeline.simulation.environment import World, make
 from pipeline.simulation.rollout import has_success_criterion, rollout
 
@@ -556,7 +557,7 @@ class Actor:
             if len(rows):
                 self.rows[name] = rows
         known = modality.state["spaces"]
-        self.known: dict[str, dict[str, Any]] = {name: known[name] for name in self.rows}
+        self.known: dict[str, SpaceState] = {name: known[name] for name in self.rows}
         self.bounds: list[tuple[Any, Any]] = [(-np.inf, np.inf)] * len(self.space)
 
     def begin(self, worlds: Sequence[World]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -116,6 +116,14 @@ class CTCState(TranscriptState):
     convolutions: list[list[int]]
     rate: int
     """Samples a second."""
+
+
+class TimedWord(TypedDict):
+    """A word that was recognised, and the seconds between which it was said."""
+
+    word: str
+    start: float
+    end: float
 
 
 @register("objective", "ctc", options=CTCOptions)
@@ -347,7 +355,7 @@ class CTC(Objective):
 
     def _timed_words(
         self, labels: np.ndarray, first: np.ndarray, last: np.ndarray, begin: float
-    ) -> list[dict[str, Any]]:
+    ) -> list[TimedWord]:
         """Return the words of labels on frames ``first`` to ``last``, from ``begin`` seconds on."""
         placed = self.alphabet.words(labels, first, last)
         edges = np.array([[start, end + 1] for _, start, end in placed]).reshape(-1, 2)

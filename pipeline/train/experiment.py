@@ -190,6 +190,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         batch=experiment.stream_batch,
         known=() if experiment.labelled else ("target",),
     )
+    unit, units = _throughput(rows.modality)
     work = loop.TrainingRun(
         task=task,
         technique=technique,
@@ -211,7 +212,8 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         on_rows=RowTrace(experiment.folder, ranks.rank) if train.trace_rows else None,
         bad_rows=record.bad_rows.add,
         alive=experiment.on_step,
-        **_throughput(rows.modality),
+        unit=unit,
+        units=units,
     )
     with record:
         outcome = loop.fit(work) if trains(technique) else loop.evaluate_untrained(work)
@@ -234,11 +236,11 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
     )
 
 
-def _throughput(modality: Modality) -> dict[str, Any]:
-    """Return in what unit the throughput of a run is told, and what counts it."""
+def _throughput(modality: Modality) -> tuple[str, Callable[[Batch], float]]:
+    """Return in what unit the throughput of a run is told, and what counts it in a batch."""
     if not measures_throughput(modality):
-        return {}
-    return {"unit": modality.throughput_unit, "units": modality.throughput}
+        return "rows", len
+    return modality.throughput_unit, modality.throughput
 
 
 def _metadata(
