@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pipeline.config import hf_config
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.contracts import Backbone, Batch, Features
-from pipeline.core.inputs import AudioInputs, Inputs, TextInputs
+from pipeline.core.inputs import AudioInputs, TextInputs
 from pipeline.core.nn import conv_arithmetic
 from pipeline.core.nn.masked import pool_tokens, row_norm
 from pipeline.core.specs import Architecture
@@ -88,7 +88,7 @@ class TransformersOptions(Options):
 
 
 @register("model", "transformers", options=TransformersOptions)
-def build(architecture: str, options: TransformersOptions, inputs: Inputs) -> Backbone:
+def build(architecture: str, options: TransformersOptions, inputs: Any) -> Backbone:
     """Text encoders and decoders and wav2vec 2.0, as Hugging Face transformers has them.
 
     Raises ValueError for options of another family, and for inputs that do not fit.
@@ -105,8 +105,7 @@ def build(architecture: str, options: TransformersOptions, inputs: Inputs) -> Ba
             f"transformers/{architecture}: heads {options.heads} must divide hidden "
             f"{options.hidden}"
         )
-    kind: type[Backbone] = Wav2Vec2 if speech else Transformers
-    return kind(architecture, options, inputs)
+    return (Wav2Vec2 if speech else Transformers)(architecture, options, inputs)
 
 
 class Transformers(Backbone):

@@ -222,11 +222,12 @@ class BehaviourCloning(Objective):
                 "ones"
             )
         if kind == "discrete":
-            new = sorted(set(action_heads.names_of(table[name])) - set(state["labels"]))
+            known = state.get("labels", [])
+            new = sorted(set(action_heads.names_of(table[name])) - set(known))
             if new:
                 raise ValueError(
                     f"column {name}: action {new[0]!r} never stands in the training rows; "
-                    f"{nearest(new[0], state['labels'])}"
+                    f"{nearest(new[0], known)}"
                 )
         return {"graded": action_heads.counts(table[name])}
 

@@ -158,10 +158,11 @@ class Hourly(Objective):
             return {}
         is_valid = cls._is_valid(table, columns, state)
         name = columns["label_times"]
-        late = (_lists(table[name], name)[0] > state.get("hours", np.inf)).sum()
+        last_hour = state.get("hours", np.inf)
+        late = (_lists(table[name], name)[0] > last_hour).sum()
         if late:
             raise ValueError(
-                f"column {name}: {late} times lie after hour {state['hours']:g}, up to which "
+                f"column {name}: {late} times lie after hour {last_hour:g}, up to which "
                 "events are read: they would be judged by what is long past: raise hours in "
                 "data.modality ({events: {hours: ...}})"
             )

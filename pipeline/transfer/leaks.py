@@ -17,6 +17,7 @@ from pipeline.config import registry
 from pipeline.config.schema import Target
 from pipeline.core.capabilities import has_single_features
 from pipeline.core.contracts import Modality
+from pipeline.core.specs import State
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
 from pipeline.train import fit_components
@@ -35,7 +36,7 @@ class, or each side of a label, must have.
 MOST_LABELS, SHOWN = 50, 5
 
 
-def find_leaks(modality: Modality, spec: Target, rows: Selection, state: dict) -> list[Finding]:
+def find_leaks(modality: Modality, spec: Target, rows: Selection, state: State) -> list[Finding]:
     """Return warnings about features that decide the label. Each label of a set is tried alone."""
     objective = registry.get("objective", spec.objective.name)
     role = next((role for role in ("label", "labels") if role in objective.roles), None)
@@ -86,7 +87,7 @@ def _indices(
     label_columns: list[str],
     objective,
     columns: dict[str, str],
-    state: dict,
+    state: State,
     role: str,
 ) -> np.ndarray:
     """Return the positions of at most ROWS rows: equally many of each class, or evenly spread."""

@@ -94,7 +94,7 @@ class TargetStage:
     name: str
     spec: Target
     splits: Splits
-    state: dict[str, Any] = field(default_factory=dict)
+    state: State = field(default_factory=dict)
     """The state that the objective fitted on the training rows, such as label names."""
     against: str = ""
     """What the left-out test rows depend on (`overlap.key`)."""
@@ -435,9 +435,7 @@ def reads_source(technique: Technique) -> bool:
     return bool({"source", LABELLED_SOURCE} & {*technique.streams()})
 
 
-def _check_metric(
-    place: str, spec: Target, objective: type[Objective], state: dict[str, Any]
-) -> None:
+def _check_metric(place: str, spec: Target, objective: type[Objective], state: State) -> None:
     """Raise ValueError where the target names a metric that its objective does not have."""
     if spec.metric is None:
         return
@@ -462,9 +460,7 @@ def _check_metric(
         )
 
 
-def _check_labels(
-    split: str, selection: manifests.Selection, spec: Target, state: dict[str, Any]
-) -> None:
+def _check_labels(split: str, selection: manifests.Selection, spec: Target, state: State) -> None:
     """Raise ValueError for labels of a split that training would not know, or could not score."""
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
     table = manifests.read_columns(selection, fit_components.label_columns(spec))
@@ -482,7 +478,7 @@ def _for_targets(objective: type[Objective]) -> bool:
     return has_labels and not couples_rows(objective)
 
 
-def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any]) -> None:
+def _try_rows(selection: manifests.Selection, spec: Target, state: State) -> None:
     """Encode a few rows with all their columns, which an objective may compare with its labels.
 
     Raises:
@@ -509,7 +505,7 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any
         ) from error
 
 
-def _classes(spec: Target, rows: Selection, state: dict[str, Any]) -> np.ndarray | None:
+def _classes(spec: Target, rows: Selection, state: State) -> np.ndarray | None:
     """Return the (n,) class numbers of rows, for objectives whose rows have one class."""
     objective = registry.get("objective", spec.objective.name)
     if "label" not in objective.roles:
@@ -801,7 +797,7 @@ def _trainable(target: TargetStage, rows: Rows) -> tuple[Rows, list[BadRow]]:
     return kept if has_costs else replace(kept, costs=None), left_out
 
 
-def _labels(target: TargetStage, rows: Rows, state: dict[str, Any]) -> np.ndarray | None:
+def _labels(target: TargetStage, rows: Rows, state: State) -> np.ndarray | None:
     """Return (n_train,) class numbers of the training rows, where rows have one class."""
     if rows.arrays is None:
         return _classes(target.spec, target.splits.train, state)
