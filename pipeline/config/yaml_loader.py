@@ -301,7 +301,7 @@ def _apply_override(data: JsonObject, setting: str, problems: list[tuple[int, st
 # ---------------------------------------------------------------- checks
 
 
-def _fields_at(loc: Path_) -> dict[str, Any]:
+def _fields_at(loc: Path_) -> list[str]:
     """Return the fields of the spec that a location points into, to name the nearest one."""
     kinds: dict[str, type[Spec]] = {
         "data": Data,
@@ -316,7 +316,7 @@ def _fields_at(loc: Path_) -> dict[str, Any]:
     spec: type[Spec] = named.get(str(loc[0]), Job) if len(loc) > 1 else Job
     for part in loc[2:] if spec is not Job else loc:
         spec = kinds.get(str(part), spec)
-    return dict(spec.model_fields)
+    return list(spec.model_fields)
 
 
 def _advice(name: str, fields: Iterable[str], at: Path_) -> str:

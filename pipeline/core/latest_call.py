@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+from torch import Tensor
 
 from pipeline.core.batch import Batch
 from pipeline.core.contracts.backbone import Backbone, Features
+
+
+class CallOptions(TypedDict, total=False):
+    """Further arguments of `Backbone.forward`."""
+
+    token_mask: Tensor | None
+    want: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -17,8 +25,7 @@ class Call:
 
     batch: Batch
     features: Features
-    options: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Further arguments: ``token_mask`` and ``want``."""
+    options: CallOptions = field(default_factory=CallOptions)
 
     def repeat(self, backbone: Backbone) -> Features:
         """Return the features of the same inputs by another backbone."""
@@ -37,10 +44,10 @@ class LatestCall:
         self._hook = backbone.register_forward_hook(self._keep, with_kwargs=True)
 
     def _keep(
-        self, backbone: Any, inputs: tuple[Batch, ...], options: dict[str, Any], out: Features
+        self, backbone: Any, inputs: tuple[Batch, ...], options: CallOptions, out: Features
     ) -> None:
         if torch.is_grad_enabled():
-            self._call = Call(inputs[0], out, dict(options))
+            self._call = Call(inputs[0], out, options)
 
     def take(self) -> Call:
         """Return the latest call and forget it.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self, TypeAlias, cast
 
 from pipeline.core.inputs import Inputs
+from pipeline.io.json_values import JsonObject
 
 State: TypeAlias = Mapping[str, Any]
 """What a modality or objective was fitted to, as JSON; the class of each names the keys."""
@@ -24,7 +25,7 @@ class Spec:
     name: str
     options: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @classmethod

@@ -175,22 +175,25 @@ class StaticFeatures:
             else:
                 yield from self._presence(field, values, name, min_rows)
 
-    def random_rows(self, rows: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    def random_rows(
+        self, rows: int, rng: np.random.Generator
+    ) -> list[dict[str, float | list[str]]]:
         """Return rows with a value for every known number, and a known text for each field."""
         state = self.state
         fields: dict[str, list[str]] = {}
         for code in state["codes"]:
             name, _, text = code.partition("=")
             fields.setdefault(name, []).append(text)
-        out: list[dict[str, Any]] = []
+        out: list[dict[str, float | list[str]]] = []
         for _ in range(rows):
-            row: dict[str, Any] = {
+            numbers = {
                 name: float(mean + std * rng.standard_normal())
                 for name, mean, std in zip(
                     state["numbers"], state["mean"], state["std"], strict=True
                 )
             }
-            out.append(row | {name: [str(rng.choice(texts))] for name, texts in fields.items()})
+            texts = {name: [str(rng.choice(known))] for name, known in fields.items()}
+            out.append({**numbers, **texts})
         return out
 
     def _presence(
