@@ -43,9 +43,7 @@ class LatestCall:
         self._call: Call | None = None
         self._hook = backbone.register_forward_hook(self._keep, with_kwargs=True)
 
-    def _keep(
-        self, backbone: Any, inputs: tuple[Batch, ...], options: CallOptions, out: Features
-    ) -> None:
+    def _keep(self, backbone: Any, inputs: tuple[Batch, ...], options: Any, out: Features) -> None:
         if torch.is_grad_enabled():
             self._call = Call(inputs[0], out, options)
 
