@@ -476,9 +476,9 @@ def test_a_warning_of_the_ranks_is_told_once(monkeypatch):
     records = iter(
         [
             {},
-            {"step": 1},
-            {"step": 2, "warning": "the quantiser has collapsed"},
-            {"step": 3, "warning": "the quantiser has collapsed"},
+            {"step": 1, "steps": 3},
+            {"step": 2, "steps": 3, "warning": "the quantiser has collapsed"},
+            {"step": 3, "steps": 3, "warning": "the quantiser has collapsed"},
         ]
     )
     monkeypatch.setattr(launch.ray, "get", lambda ref, timeout: (next(records), None))
