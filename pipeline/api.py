@@ -282,11 +282,13 @@ def _test_predictions(root: str, rows: Sequence[ResultRow]) -> dict[str, RunPred
     from pipeline.transfer import trial
 
     tested = {
-        row.trial_id: row.seed
+        row.trial_id: row
         for row in rows
         if row.trial_stage == "final" and row.split == "test" and row.status == "done"
     }
-    runs = {name: trial.read_predictions(root, name, seed) for name, seed in tested.items()}
+    runs = {
+        name: trial.read_predictions(root, row.folder, row.seed) for name, row in tested.items()
+    }
     return {name: run for name, run in runs.items() if run is not None}
 
 

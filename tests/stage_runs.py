@@ -65,7 +65,7 @@ def trials_in_this_process(monkeypatch) -> list[str]:
                     baseline_trials.run(one, shared)
                 else:
                     trial.run(one, shared, Ranks())
-        return [trial.read_record(shared.root, one.id) for one in wanted]
+        return [trial.read_record(shared.root, one.folder) for one in wanted]
 
     def scored(pairs, shared, spec, wait=None):
         return [score_pair(pair, shared) for pair in pairs]

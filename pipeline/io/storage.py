@@ -399,6 +399,22 @@ def list_files(uri: Uri, recursive: bool = True) -> list[str]:
     return sorted(found) or ([text] if _info(uri)["type"] == "file" else [])
 
 
+def list_folders(uri: Uri) -> list[str]:
+    """Return the names of the folders in a folder, sorted; [] where there is no such folder.
+
+    Names that begin with a dot are left out.
+    """
+    if not is_dir(uri):
+        return []
+    files, path = filesystem(uri)
+    names = [
+        entry["name"].rstrip("/").rpartition("/")[2]
+        for entry in files.ls(path, detail=True)
+        if entry["type"] == "directory"
+    ]
+    return sorted(name for name in names if not name.startswith("."))
+
+
 def glob(pattern: Uri) -> list[str]:
     """Return the full URIs of the files (not folders) that match a pattern, sorted.
 
@@ -458,6 +474,19 @@ def remove_tree(uri: Uri) -> None:
     # one by one: stores disagree on the checksum that a bulk delete must carry
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(s3.remove_key, others))
+
+
+def remove_empty_folder(uri: Uri) -> bool:
+    """Remove a local folder that is empty, and return whether it was. S3 has no empty folders."""
+    write_fence.check(uri)
+    remote, path = s3.split(uri, below_root=True)
+    if remote:
+        return False
+    try:
+        os.rmdir(path)
+    except OSError:  # it holds something, or is gone
+        return False
+    return True
 
 
 def beside(path: Path) -> Path:

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import Manifest
 from pipeline.io import storage
-from pipeline.report import results
+from pipeline.report import results, trial_folder
 from pipeline.report.results import ResultRow
 
 FILE = "README.md"
@@ -72,10 +72,10 @@ def model_card(uri: str, licence: str = "unknown", title: str = "") -> str:
 
 def rows_of_bundle(uri: str, manifest: Manifest) -> list[ResultRow]:
     """Return the results rows of the trial that left a bundle; [] for a source's bundle."""
-    place = re.fullmatch(r"(.+)/trials/([^/]+)/bundle/?", uri)
+    place = trial_folder.split_bundle(uri)
     if place is None:
         return []
-    root, trial_id = place.groups()
+    root, trial_id = place
     if trial_id != manifest.spec_hash or not storage.exists(storage.join(root, results.FILE)):
         return []
     rows = [row for row in results.read(root) if row.trial_id == trial_id and row.metric]

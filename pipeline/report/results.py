@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.config.registry import nearest
 from pipeline.io import checksums, csv_rows, storage
 from pipeline.io.json_values import JsonObject, as_object
+from pipeline.report.trial_folder import older_folder
 
 FILE, INDEX = "results.parquet", "trials.csv"
 """The table, and a list of its trials for people, with the folder and bundle of each."""
@@ -145,6 +146,15 @@ class ResultRow:
     """What a person calls the trial: target/source/technique/label fraction/seed, and what a search
     drew. Null for trials that were collected before it was recorded.
     """
+    trial_folder: str | None = None
+    """The trial's folder, relative to that of the job. Null for trials of versions that laid all of
+    them under their ids.
+    """
+
+    @property
+    def folder(self) -> str:
+        """The trial's folder, relative to that of the job."""
+        return self.trial_folder or older_folder(self.trial_id)
 
     @property
     def is_cut_by_budget(self) -> bool:
@@ -357,7 +367,7 @@ def _index(rows: Iterable[ResultRow]) -> bytes:
                 first.metric,
                 values.get("validation"),
                 values.get("test"),
-                f"trials/{trial_id}",
+                first.folder,
                 first.bundle_uri,
             )
         )

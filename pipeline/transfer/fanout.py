@@ -40,7 +40,7 @@ from pipeline.train import launch
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress, duration
 from pipeline.transfer import baseline_trials, cached_heads, trial
-from pipeline.transfer.grid import SCRATCH, Trial
+from pipeline.transfer.grid import SCRATCH, Trial, folders
 from pipeline.transfer.scoring import Pair, score_pair, shift_of_test
 from pipeline.transfer.trial import Shared
 
@@ -526,7 +526,7 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Tri
     """Remove the bundles of trials that another seed of their entry beats on validation."""
     if keep != "best":
         return
-    records = trial.read_records(root, [one.id for one in trials])
+    records = trial.read_records(root, folders(trials))
     for one in trials:
         record = records.get(one.id)
         if record is None or record.status != "done" or not record.rows[0].bundle_uri:
@@ -579,7 +579,7 @@ def run(
     Raises:
         KeyboardInterrupt: the run was stopped; finished trials keep their records.
     """
-    old = trial.read_records(shared.root, [one.id for one in trials if one.id in anew])
+    old = trial.read_records(shared.root, folders(one for one in trials if one.id in anew))
     progress.expect(trials, {name: record.run for name, record in old.items()})
     lacking = unfinished_of(shared.root, [one for one in trials if one.id not in anew], spec)
     todo = [one for one in trials if one.id in anew or one.id in lacking]
@@ -590,7 +590,7 @@ def run(
     for workers, part in units_by_workers(work, shared).items():
         _tune(name, part, shared, spec, workers, progress, wait, before)
         before += sum(len(unit.trials) for unit in part)
-    records = trial.read_records(shared.root, [one.id for one in trials])
+    records = trial.read_records(shared.root, folders(trials))
     for one in trials:
         assert one.id in records, f"trial {one.id} ended without a record"
     return [records[one.id] for one in trials]
@@ -606,10 +606,10 @@ def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
     """Whether a trial must run: it has no record, failed, is damaged, or was stopped early by a
     scheduler that the job no longer has.
     """
-    record = trial.read_record(root, one.id)
+    record = trial.read_record(root, one.folder)
     if record is None or record.failed or (record.status == "pruned" and spec.scheduler != "asha"):
         return True
-    return not trial.is_complete(root, one.id, record)
+    return not trial.is_complete(root, one.folder, record)
 
 
 def units_by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
@@ -784,7 +784,7 @@ def _tune_name(work: list[Unit], number: int) -> str:
 
 def record_of_this_run(shared: Shared, one: Trial) -> TrialRecord | None:
     """The record of a trial that this very run has written; an older one may still be there."""
-    record = trial.read_record(shared.root, one.id)
+    record = trial.read_record(shared.root, one.folder)
     return record if record is not None and record.run == shared.run else None
 
 

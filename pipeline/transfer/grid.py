@@ -5,7 +5,7 @@ The id of a trial is a hash of its content.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -33,6 +33,7 @@ from pipeline.core.contracts.technique_capabilities import (
 from pipeline.core.rng import mix, row_keys
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data.stream import Rows
+from pipeline.report import trial_folder
 from pipeline.report.results import NO_BACKBONE
 from pipeline.train.experiment import technique_of
 from pipeline.train.fit_components import options_by_content
@@ -84,8 +85,10 @@ class Trial:
     seed: int
     stage: str
     id: str
-    members: tuple[str, ...] = ()
-    """Ids of the finished trials whose weights it combines (``Technique.after_fanout``)."""
+    folder: str
+    """Its folder, relative to that of the job (`trial_folder`)."""
+    members: tuple[Trial, ...] = ()
+    """The finished trials whose weights it combines (``Technique.after_fanout``)."""
 
     @property
     def entry(self) -> str:
@@ -433,11 +436,18 @@ def is_suitable(baseline: ComponentConfig, target: Target) -> bool:
     return objective.label_kind in registry.get("baseline", baseline.name).label_kinds
 
 
-def baseline_trials(job: Job, target_name: str, group: BackboneGroup, data_key: str) -> list[Trial]:
+def baseline_trials(
+    job: Job,
+    target_name: str,
+    group: BackboneGroup,
+    data_key: str,
+    older: Collection[str] = (),
+) -> list[Trial]:
     """Return the trials of a target's baselines, with every seed and label fraction above 0.
 
     Args:
         group: The backbone group whose modality reads the rows.
+        older: Ids of trials that lie where an older version laid them (`older_trials`).
     """
     target = job.targets[target_name]
     what = target.model_dump(mode="json", include={"objective", "metric"})
@@ -470,6 +480,16 @@ def baseline_trials(job: Job, target_name: str, group: BackboneGroup, data_key: 
                         seed,
                         "final",
                         identity,
+                        trial_folder.name_folder(
+                            target_name,
+                            "baseline",
+                            _named(component.name, component.options),
+                            fraction_text(fraction, target.objective.name),
+                            seed,
+                            "final",
+                            identity,
+                            older,
+                        ),
                     )
                 )
     return out
@@ -515,8 +535,14 @@ def make_trial(
     stage: str,
     source_key: str,
     data_key: str,
-    members: tuple[str, ...] = (),
+    members: tuple[Trial, ...] = (),
+    older: Collection[str] = (),
 ) -> Trial:
+    """Make a trial of an entry.
+
+    Args:
+        older: Ids of trials that lie where an older version laid them (`older_trials`).
+    """
     group, source, component, fraction = entry
     target = job.targets[target_name]
     what = [
@@ -539,7 +565,17 @@ def make_trial(
         seed,
         stage,
         job.seed,
-        *([members] if members else []),
+        *([[one.id for one in members]] if members else []),
+    )
+    folder = trial_folder.name_folder(
+        target_name,
+        group.arch.name if source == SCRATCH else source,
+        _named(component.name, component.options),
+        fraction_text(fraction, target.objective.name),
+        seed,
+        stage,
+        identity,
+        older,
     )
     return Trial(
         source,
@@ -552,8 +588,14 @@ def make_trial(
         seed,
         stage,
         identity,
+        folder,
         members,
     )
+
+
+def folders(trials: Iterable[Trial]) -> dict[str, str]:
+    """Return trial id to folder."""
+    return {one.id: one.folder for one in trials}
 
 
 def made_by(target: Target, group: BackboneGroup, technique: ComponentConfig) -> Provenance:

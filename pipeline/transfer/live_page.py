@@ -31,7 +31,7 @@ from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train.progress import Progress
 from pipeline.transfer import trial
-from pipeline.transfer.grid import Trial, fraction_text
+from pipeline.transfer.grid import Trial, folders, fraction_text
 from pipeline.transfer.stages import JobState
 
 HOST = "127.0.0.1"
@@ -198,7 +198,7 @@ class LivePage:
         """Return the title and the blocks of the page."""
         planned: Mapping[str, Trial] = self.progress.trials
         self._records = self._of_now(self._records)
-        missing = [name for name in planned if name not in self._records]
+        missing = folders(one for name, one in planned.items() if name not in self._records)
         read = self._of_now(trial.read_records(self.root, missing))
         # one that failed or was stopped in an earlier run may run again
         self._records.update({name: one for name, one in read.items() if one.status == "done"})
@@ -254,7 +254,7 @@ class LivePage:
             return []  # a log there is older than the line above
         out: list[list[str | Value]] = []
         for one in pending:
-            lines = _log_lines(storage.join(self.root, "trials", one.id, "metrics.jsonl"))
+            lines = _log_lines(storage.join(self.root, one.folder, "metrics.jsonl"))
             if lines and time.time() - lines[-1].get("time", 0.0) < 3600:
                 out.append([_name_of(one), _step(lines[-1]), _newest(lines)])
         return out[:MAX_RUNNING]

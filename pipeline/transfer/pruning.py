@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import CHECKPOINT_PREFIXES
 from pipeline.io import checksums, storage
-from pipeline.report import results
+from pipeline.report import results, trial_folder
 from pipeline.report.matrix import SCRATCH, entry_key
 from pipeline.report.results import ResultRow
 from pipeline.train import resume_history
@@ -33,12 +33,12 @@ MOST_ENTRIES = 6
 class StaleTrials:
     """What pruning would remove.
 
-    ``rows`` is the number of rows in results.parquet. ``trials`` are the ids of trials whose
-    folders (record, predictions, bundle, log) would be removed.
+    ``rows`` is the number of rows in results.parquet. ``trials`` are the trials whose folders
+    (record, predictions, bundle, log) would be removed: id to folder in that of the job.
     """
 
     rows: int
-    trials: tuple[str, ...]
+    trials: Mapping[str, str]
     entries: tuple[str, ...]
     kept: dict[str, str] = field(default_factory=dict)
     """Trial id to the users of its bundle. These trials are kept."""
@@ -110,17 +110,19 @@ def find_stale(root: str, current: set[str], used: Mapping[str, str]) -> StaleTr
         used: Location of a bundle or checkpoint to its users (`uses`).
     """
     rows = results.read(root)
-    there = {*_folders(storage.join(root, "trials")), *(row.trial_id for row in rows)} - current
+    folders = {row.trial_id: row.folder for row in rows} | trial_folder.find_all(root)
+    there = folders.keys() - current
     kept = {}
     for name in sorted(there):
-        inside = _place(storage.join(root, "trials", name)) + "/"
+        inside = _place(storage.join(root, folders[name])) + "/"
         users = sorted({user for place, user in used.items() if f"{place}/".startswith(inside)})
         if users:
             kept[name] = ", ".join(users)
     gone = there - kept.keys()
     stale = [row for row in rows if row.trial_id in gone]
     stacks = _stale_stacks(root, current)
-    return StaleTrials(len(stale), tuple(sorted(gone)), tuple(_entries(stale)), kept, stacks)
+    trials = {name: folders[name] for name in sorted(gone)}
+    return StaleTrials(len(stale), trials, tuple(_entries(stale)), kept, stacks)
 
 
 def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:
@@ -129,7 +131,7 @@ def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:
     Nothing can continue from their resume points.
     """
     out = []
-    for name in _folders(storage.join(root, STACKS)):
+    for name in storage.list_folders(storage.join(root, STACKS)):
         trials = resume_history.trials_of(storage.join(root, STACKS, name))
         if not trials or not set(trials) <= current:
             out.append(name)
@@ -138,9 +140,9 @@ def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:
 
 def prune(root: str, stale: StaleTrials) -> None:
     """Remove stale trials, the rows first, so that the table never names a missing bundle."""
-    results.remove(root, stale.trials)
-    for name in stale.trials:
-        storage.remove_tree(storage.join(root, "trials", name))
+    results.remove(root, stale.trials.keys())
+    for folder in stale.trials.values():
+        trial_folder.remove(root, folder)
     for name in stale.stacks:
         storage.remove_tree(storage.join(root, STACKS, name))
 
@@ -175,7 +177,7 @@ def uses(root: str, own: Mapping[str, Sequence[str]]) -> dict[str, str]:
         for place in places
     }
     storage_uri, _, mine = root.rstrip("/").rpartition("/")
-    for job in _folders(storage_uri):
+    for job in storage.list_folders(storage_uri):
         if job != mine:
             out |= {
                 _place(place): f"job {job}" for place in _used_by(storage.join(storage_uri, job))
@@ -191,7 +193,7 @@ def _used_by(root: str) -> set[str]:
             place for places in checksums.read_document(recorded).values() for place in places
         }
     found |= {row.parent_uri for row in results.read(root) if row.parent_uri}
-    for name in _folders(storage.join(root, "sources")):
+    for name in storage.list_folders(storage.join(root, "sources")):
         uri = storage.join(root, "sources", name, "bundle")
         parent = bundle.read_manifest(uri).parent if bundle.exists(uri) else None
         if parent:
@@ -207,17 +209,3 @@ def _place(text: str) -> str:
     place = text.partition(":")[2] if text.startswith(CHECKPOINT_PREFIXES) else text
     place = place.rstrip("/")
     return place if storage.is_remote(place) else os.path.realpath(place)
-
-
-def _folders(uri: str) -> list[str]:
-    """Return the names of the folders in a folder; [] where there is no such folder."""
-    if not storage.is_dir(uri):
-        return []
-    filesystem, path = storage.filesystem(uri)
-    found = filesystem.ls(path, detail=True)
-    names = [
-        entry["name"].rstrip("/").rpartition("/")[2]
-        for entry in found
-        if entry["type"] == "directory"
-    ]
-    return sorted(name for name in names if not name.startswith("."))

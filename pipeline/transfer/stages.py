@@ -34,7 +34,7 @@ from pipeline.data.manifests import Selection
 from pipeline.io import checksums, file_identity, storage, write_fence
 from pipeline.io.json_values import JsonObject
 from pipeline.report import code_versions as origins
-from pipeline.report import folds, matrix, report, results, stats, subgroups
+from pipeline.report import folds, matrix, report, results, stats, subgroups, trial_folder
 from pipeline.report.code_versions import TrialProvenance
 from pipeline.report.results import ResultRow
 from pipeline.report.source_scores import PairScores, ScoreValue, SelectionScore
@@ -95,6 +95,8 @@ class JobState:
     whole_targets: frozenset[str] = frozenset()
     """Targets of a part of a job (``only``) that have all their sources in it, by name in the job.
     """
+    older_trials: frozenset[str] = frozenset()
+    """Ids of the trials that lie where an older version laid them."""
     key: str = ""
     """Hash of everything that the metadata of a run depends on (`_save_metadata`)."""
     subgroups: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -121,6 +123,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     are_whole = {name for name in job.targets if whole.taken_by(name) <= job.sources.keys()}
     job = grid.expand_folds(job)
     state, problems = JobState(job, progress, **options, whole_targets=frozenset(are_whole)), []
+    state.older_trials = trial_folder.older_trials(job.root)
 
     def each(
         make: Callable[[Job, str], Any], names, into: dict[str, Any], place: Callable[[str], str]
@@ -451,7 +454,7 @@ def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
         return []
     if state.job.fanout.budget is not None:
         found = _spent(state, groups, chosen)
-        failed = _failed_before(state)
+        failed = _failed_before(state, groups, chosen)
         done = [
             (one, is_done or one.id in failed)
             for one, is_done in _trial_status(state, found.search, groups)
@@ -477,7 +480,7 @@ def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
 
 
 def _records(state: JobState, found: list[Trial]) -> list[TrialRecord | None]:
-    records = trial.read_records(state.job.root, [one.id for one in found])
+    records = trial.read_records(state.job.root, grid.folders(found))
     return [records.get(one.id) for one in found]
 
 
@@ -516,7 +519,7 @@ def provenance_of_trials(
                 record, now, one.source, weights.get(one.source)
             )
     for one in found:
-        members = [member for member in one.members if member in out]
+        members = [member.id for member in one.members if member.id in out]
         if one.id not in out or not members:
             continue
         changes = [change for member in members for change in out[member].changes]
@@ -1077,7 +1080,7 @@ def _trial(
     hyper: grid.HyperParameters,
     seed: int,
     stage: str,
-    members: tuple[str, ...] = (),
+    members: tuple[Trial, ...] = (),
 ) -> Trial:
     key = state.sources[entry[1]].key if entry[1] != SCRATCH else ""
     target, technique = state.targets[name], technique_of(entry[2])
@@ -1086,7 +1089,9 @@ def _trial(
     are_trained_on = entry[3] == 0 and grid.needs_training(entry[2])
     if target.unlabelled_key and (are_trained_on or targets.reads_target(technique)):
         data_key = spec_hash(data_key, target.unlabelled_key)
-    return grid.make_trial(state.job, name, entry, hyper, seed, stage, key, data_key, members)
+    return grid.make_trial(
+        state.job, name, entry, hyper, seed, stage, key, data_key, members, state.older_trials
+    )
 
 
 def search_trials(
@@ -1109,8 +1114,8 @@ def search_trials(
         return found
     there: dict[str, TrialRecord] = {}
     for _ in range(proposals.GENERATIONS - 1):
-        unread = [one.id for one in found if one.id not in there]
-        there |= trial.read_records(state.job.root, unread)
+        unread = [one for one in found if one.id not in there]
+        there |= trial.read_records(state.job.root, grid.folders(unread))
         found = _search_trials(state, groups, chosen, there)
     return found
 
@@ -1193,7 +1198,7 @@ def final_trials(
     for name, entry in combined:
         group, source, component, fraction = entry
         members = tuple(
-            one.id
+            one
             for one in out
             if (one.source, one.backbone_key, one.target) == (source, group.key, name)
             and grid.takes(component, one.technique)
@@ -1299,8 +1304,8 @@ def _spent(
     assert fan.budget is not None
     allocation = budget.share_out(fan.budget, [bracket.size for bracket in brackets], fan.seeds)
     if records is None:
-        every = [one.id for bracket in brackets for pair in bracket.pairs for one in pair.rungs]
-        records = trial.read_records(state.job.root, every)
+        every = [one for bracket in brackets for pair in bracket.pairs for one in pair.rungs]
+        records = trial.read_records(state.job.root, grid.folders(every))
     found = budget.decide(
         brackets, allocation, {one: validation_value(record) for one, record in records.items()}
     )
@@ -1316,7 +1321,7 @@ def _spend(
     A search trial that failed is not run again once pairs were kept and trained without it: those
     of this and of every later target would be others.
     """
-    records = _failed_before(state)
+    records = _failed_before(state, groups, chosen)
     while True:
         found = _spent(state, groups, chosen, records)
         if not found.waiting:
@@ -1342,12 +1347,16 @@ def _spend(
     return found
 
 
-def _failed_before(state: JobState) -> dict[str, TrialRecord]:
+def _failed_before(
+    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+) -> dict[str, TrialRecord]:
     """Return the records of search trials that had failed when a budget was spent, by id."""
-    if "trials" in state.remake:
+    ids = _read_metadata(state).get("failed_in_budget")
+    if "trials" in state.remake or not ids:
         return {}
-    ids = _read_metadata(state).get("failed_in_budget", [])
-    found = trial.read_records(state.job.root, ids)
+    pairs = [pair for bracket in brackets_of(state, groups, chosen) for pair in bracket.pairs]
+    trials = [one for pair in pairs for one in pair.rungs if one.id in ids]
+    found = trial.read_records(state.job.root, grid.folders(trials))
     return {one: record for one, record in found.items() if record.failed}
 
 
@@ -1385,7 +1394,7 @@ def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial
             continue
         names = set(matching(state, name))
         group = next(one for one in groups if set(one.sources) & names)
-        out += grid.baseline_trials(state.job, name, group, target.key)
+        out += grid.baseline_trials(state.job, name, group, target.key, state.older_trials)
     return out
 
 
@@ -1614,7 +1623,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
     Names are those of the job as it is now, because a record may be older than a name.
     """
     root, is_budgeted = state.job.root, state.job.fanout.budget is not None
-    records = trial.read_records(root, [one.id for one in found])
+    records = trial.read_records(root, grid.folders(found))
     state.trial_provenance = provenance_of_trials(state, found, _backbone_groups(state))
     if state.job.fanout.keep_bundles == "best":
         best: dict[str, TrialRecord] = {}
@@ -1728,11 +1737,14 @@ def _tested_runs(
 ) -> dict[str, stats.RunPredictions]:
     """Return the test predictions of the finished final trials of these rows, by trial id."""
     tested = {
-        row.trial_id: row.seed
+        row.trial_id: row
         for row in rows
         if row.trial_stage == "final" and row.status == "done" and row.split == "test"
     }
-    found = {one: trial.read_predictions(state.job.root, one, seed) for one, seed in tested.items()}
+    found = {
+        one: trial.read_predictions(state.job.root, row.folder, row.seed)
+        for one, row in tested.items()
+    }
     return {
         one: _with_subgroups(state, targets_of[one], run)
         for one, run in found.items()
@@ -1853,7 +1865,7 @@ def _by_subgroup(
         state.targets[one.target].spec,
         next((row for row in rows if row.trial_id == one.id and row.split == "test"), None),
     )
-    run = predictions(one.id, one.seed) if spec.subgroups and primary is not None else None
+    run = predictions(one.folder, one.seed) if spec.subgroups and primary is not None else None
     return (
         subgroups.result_rows(_with_subgroups(state, one.target, run), primary)
         if run is not None and primary is not None
@@ -1888,7 +1900,7 @@ def _gain(
     )
     if theirs is None or row.value is None or row.metric is None:
         return {}
-    found = _gain_over(predictions, row, replace(row, trial_id=against.id, value=theirs))
+    found = _gain_over(predictions, row, replace(row, trial_folder=against.folder, value=theirs))
     names = ("gain", "gain_low", "gain_high")
     known = {name: value for name, value in zip(names, found, strict=True) if value is not None}
     return {"scratch_value": theirs, **known}
@@ -1910,7 +1922,7 @@ def _gain_over(
         # of one label or subgroup: the report has its interval over all seeds
         return gain, None, None
     of = metric(row.metric)
-    ours, theirs = (predictions(each.trial_id, each.seed) for each in (row, other))
+    ours, theirs = (predictions(each.folder, each.seed) for each in (row, other))
     can_resample = of.units is not None or of.resampled is not None
     if not can_resample or ours is None or theirs is None:
         return gain, None, None
@@ -1929,7 +1941,9 @@ def show(
     entries = origins.mark_entries(matrix.matrix_entries(rows, runs), rows, state.trial_provenance)
     curves = {
         name: record.curve
-        for name, record in trial.read_records(root, {row.trial_id for row in final}).items()
+        for name, record in trial.read_records(
+            root, {row.trial_id: row.folder for row in final}
+        ).items()
     }
     if not state.pretraining:
         state.pretraining = [

@@ -34,7 +34,7 @@ from pipeline.report.trial_record import TrialRecord
 from pipeline.train.log import NO_CURVES
 from pipeline.train.source import SourceStage
 from pipeline.transfer import trial
-from pipeline.transfer.grid import Trial
+from pipeline.transfer.grid import Trial, folders
 from pipeline.transfer.stages import JobState
 
 FILE = "tracking.json"
@@ -291,7 +291,7 @@ class Tracking:
 
     def _log_trials(self, trials: Sequence[Trial]) -> None:
         with reading("records of trials"):
-            records = trial.read_records(self.root, [one.id for one in trials])
+            records = trial.read_records(self.root, folders(trials))
         for one in trials:
             if one.id in records:
                 with self._one():
@@ -306,7 +306,7 @@ class Tracking:
         first = record.rows[0]
         ended = began + (first.seconds or 0.0)
         with reading(f"trial {one.name}"):
-            points = curve_points(storage.join(self.root, "trials", one.id, "metrics.jsonl"))
+            points = curve_points(storage.join(self.root, one.folder, "metrics.jsonl"))
         if not points:  # heads that were trained together have no log
             for point in record.curve:
                 values = {f"validation_{name}": value for name, value in point.metrics.items()}

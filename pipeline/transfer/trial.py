@@ -10,7 +10,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -267,7 +267,7 @@ def _labelled_source(
 
 
 def folder(shared: Shared, trial: Trial) -> str:
-    return storage.join(shared.root, "trials", trial.id)
+    return storage.join(shared.root, trial.folder)
 
 
 def checkpoints(shared: Shared, trial: Trial) -> str:
@@ -275,9 +275,14 @@ def checkpoints(shared: Shared, trial: Trial) -> str:
     return experiment.checkpoints_of(folder(shared, trial))
 
 
-def read_record(root: str, trial_id: str) -> TrialRecord | None:
-    """Return the record of a trial, or None where it is missing or, with a warning, damaged."""
-    uri = storage.join(root, "trials", trial_id, RECORD)
+def read_record(root: str, folder: str) -> TrialRecord | None:
+    """Return the record of a trial, or None where it is missing or, with a warning, damaged.
+
+    Args:
+        root: The folder of the job.
+        folder: That of the trial, relative to it.
+    """
+    uri = storage.join(root, folder, RECORD)
     found = checksums.document_or_none(uri, AGAIN)
     if found is None:
         return None
@@ -288,31 +293,34 @@ def read_record(root: str, trial_id: str) -> TrialRecord | None:
         return None
 
 
-def read_records(root: str, trial_ids: Iterable[str]) -> dict[str, TrialRecord]:
+def read_records(root: str, folders: Mapping[str, str]) -> dict[str, TrialRecord]:
     """Return trial id to record, for the trials that have one. Several are read at the same time.
 
     A damaged record is left out with a warning.
+
+    Args:
+        root: The folder of the job.
+        folders: Trial id to the trial's folder, relative to that of the job.
     """
-    wanted = list(dict.fromkeys(trial_ids))
-    found = storage.at_once(lambda one: read_record(root, one), wanted)
-    return {one: record for one, record in zip(wanted, found, strict=True) if record is not None}
+    found = storage.at_once(lambda folder: read_record(root, folder), folders.values())
+    return {one: record for one, record in zip(folders, found, strict=True) if record is not None}
 
 
-def is_complete(root: str, trial_id: str, record: TrialRecord) -> bool:
+def is_complete(root: str, folder: str, record: TrialRecord) -> bool:
     """Return whether the predictions that the record names exist and are undamaged.
 
     Damaged ones cause a warning.
     """
-    return PREDICTIONS not in record.files or _predictions(root, trial_id, record) is not None
+    return PREDICTIONS not in record.files or _predictions(root, folder, record) is not None
 
 
-def _predictions(root: str, trial_id: str, record: TrialRecord | None) -> bytes | None:
+def _predictions(root: str, folder: str, record: TrialRecord | None) -> bytes | None:
     """Return the bytes of a trial's predictions, or None where they are missing or damaged.
 
     Damaged ones cause a warning. Predictions of an old record, which has no checksums, are not
     checked.
     """
-    uri = storage.join(root, "trials", trial_id, PREDICTIONS)
+    uri = storage.join(root, folder, PREDICTIONS)
     entry = record.files.get(PREDICTIONS) if record is not None else None
     try:
         data = storage.read_bytes(uri)
@@ -396,10 +404,10 @@ def source_task(trial: Trial, shared: Shared) -> Task | None:
     return task.eval()
 
 
-def _record_of_member(shared: Shared, trial_id: str) -> TrialRecord:
-    record = read_record(shared.root, trial_id)
+def _record_of_member(shared: Shared, member: Trial) -> TrialRecord:
+    record = read_record(shared.root, member.folder)
     if record is None:
-        raise ValueError(f"trial {trial_id}, which is to be combined, has no record")
+        raise ValueError(f"trial {member.name}, which is to be combined, has no record")
     return record
 
 
@@ -728,6 +736,7 @@ def make_record(
         started_at=datetime.fromtimestamp(began, UTC),
         modality=data.spec.data.modality.name,
         fold=data.spec.fold,
+        trial_folder=trial.folder,
     )
     rows: list[ResultRow] = []
     chosen_on = SOURCE_VALIDATION if is_without_labels(trial) else VALIDATION
@@ -929,12 +938,17 @@ def _base_of(trial: Trial, shared: Shared) -> bundle.Base | None:
     return bundle.Base(shared.parents[source], shared.parent_weights[source], weights)
 
 
-def read_predictions(root: str, trial_id: str, seed: int) -> stats.RunPredictions | None:
+def read_predictions(root: str, folder: str, seed: int) -> stats.RunPredictions | None:
     """Return the test predictions of a finished trial, for paired intervals.
 
     Returns None where they are missing or, with a warning, damaged.
+
+    Args:
+        root: The folder of the job.
+        folder: That of the trial, relative to it.
+        seed: The trial's seed.
     """
-    data = _predictions(root, trial_id, read_record(root, trial_id))
+    data = _predictions(root, folder, read_record(root, folder))
     if data is None:
         return None
     with np.load(io.BytesIO(data), allow_pickle=False) as found:

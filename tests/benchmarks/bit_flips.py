@@ -126,7 +126,7 @@ def run_here(
             cached_heads.run(list(unit.trials), shared)
         else:
             trial.run(unit.first, shared, Ranks())
-    return [trial.read_record(shared.root, one.id) for one in wanted]
+    return [trial.read_record(shared.root, one.folder) for one in wanted]
 
 
 def run_job(job: Job) -> Any:
@@ -228,7 +228,7 @@ def read_job(job: Job) -> Any:
     done = {one.id: ended for one, ended in stages.trial_status(state)}
     rows = stages.current(state)
     runs = {
-        row.trial_id: trial.read_predictions(job.root, row.trial_id, 0)
+        row.trial_id: trial.read_predictions(job.root, row.folder, 0)
         for row in rows
         if row.trial_stage == "final"
     }
@@ -253,7 +253,7 @@ def read_sources(job: Job) -> Any:
 
 
 def read_trials(job: Job) -> Any:
-    folders = sorted(Path(job.root, "trials").glob("*/bundle"))
+    folders = sorted(Path(job.root, "trials").rglob("bundle"))
     return [(found.manifest, found.tensors) for found in map(bundle.load, map(str, folders))]
 
 

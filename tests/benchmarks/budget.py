@@ -93,7 +93,7 @@ class Played:
             for number in range(seeds)
         ]
         final = stages.final_trials(self.state, groups, chosen, {})
-        records = trial.read_records(self.job.root, [one.id for one in final])
+        records = trial.read_records(self.job.root, grid.folders(final))
         done = {one.id for one in final if one.id in records and records[one.id].status == "done"}
         if len(done) < len(final):
             raise SystemExit(

@@ -226,7 +226,7 @@ def measured(case: str, quick: bool, seeds: int, only: list[str]) -> list[dict[s
             if not is_test or any(run.seed == row.seed for run in runs[key]):
                 continue
             names.setdefault(row.target, row.metric or "")
-            found = trial.read_predictions(job.root, row.trial_id, row.seed)
+            found = trial.read_predictions(job.root, row.folder, row.seed)
             if found is not None:
                 runs[key].append(found)
         for line in outcome.failed:

@@ -93,7 +93,7 @@ def test_what_transfers_to_another_robot_is_told(done):
     }
     moved = [
         record
-        for record in map(Path.read_text, done[0].glob("trials/*/record.json"))
+        for record in map(Path.read_text, done[0].glob("trials/**/record.json"))
         if "decoders.o24c4" in record
     ]
     assert any("encoders.o24c4 new" in record and "trunk kept" in record for record in moved), (

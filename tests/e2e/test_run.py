@@ -80,7 +80,7 @@ def test_rows_say_what_ran(ran):
     assert "train " in done.stderr and "validation " in done.stderr and "test " in done.stderr
     assert "tensors kept" in json.dumps(
         [
-            json.loads((folder / f"runs/tiny/trials/{r['trial_id']}/record.json").read_text())[
+            json.loads((folder / f"runs/tiny/{r['trial_folder']}/record.json").read_text())[
                 "transfer"
             ]
             for r in rows
@@ -128,15 +128,15 @@ def test_a_second_run_only_reports(ran, onetomany):
 def test_changing_one_target_reruns_it_alone(ran, onetomany_here):
     folder, _ = ran
     root = folder / "runs/tiny"
-    before = set(root.glob("trials/*"))
+    before = set(root.glob("trials/**/record.json"))
     bundles = {
         path: path.stat().st_mtime_ns for path in root.glob("sources/*/bundle/weights.safetensors")
     }
     done = onetomany_here("run", TINY, "--set", "targets.shoes.train.steps=5", cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     new = [
-        json.loads((path / "record.json").read_text())["rows"][0]
-        for path in set(root.glob("trials/*")) - before
+        json.loads(path.read_text())["rows"][0]
+        for path in set(root.glob("trials/**/record.json")) - before
     ]
     assert {row["target"] for row in new} == {"shoes"} and len(
         {row["trial_id"] for row in new}
@@ -204,7 +204,7 @@ def test_predict_and_export(ran, onetomany_on_ray, tiny_data, tmp_path):
         row["prediction"] for row in found
     } <= {"5", "7", "9"}
     # the same probabilities as the trial's own test predictions
-    with np.load(folder / f"runs/tiny/trials/{best['trial_id']}/predictions.npz") as kept:
+    with np.load(folder / f"runs/tiny/{best['trial_folder']}/predictions.npz") as kept:
         scores = np.exp(kept["scores"] - kept["scores"].max(1, keepdims=True))
         assert np.allclose(
             probabilities[kept["row"]], scores / scores.sum(1, keepdims=True), atol=1e-4

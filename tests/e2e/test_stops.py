@@ -184,7 +184,7 @@ def test_a_killed_fine_tune_goes_on_in_the_middle(sources, begin, onetomany_on_r
     process = begin(sources, *words)
     until(
         process,
-        lambda: list(sources.glob("runs/small/trials/*/checkpoints/step-*/manifest.json")),
+        lambda: list(sources.glob("runs/small/trials/**/checkpoints/step-*/manifest.json")),
         "resume point of a trial",
     )
     kill(process)
@@ -193,7 +193,7 @@ def test_a_killed_fine_tune_goes_on_in_the_middle(sources, begin, onetomany_on_r
     found = [json.loads(path.read_text()) for path in records(sources)]
     (resumed,) = [record for record in found if record["rows"][0]["steps"] == 2000]
     assert resumed["resumed_from"] >= 20 and not list(
-        sources.glob("runs/small/trials/*/checkpoints")
+        sources.glob("runs/small/trials/**/checkpoints")
     )
 
 

@@ -573,7 +573,7 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
         tested[names[0]].value > (0.85 if classes == 2 else 0.5)
         and tested[names[0]].value_low < tested[names[0]].value
     )
-    run = one_trial.read_predictions(shared.root, one.id, 0)
+    run = one_trial.read_predictions(shared.root, one.folder, 0)
     label = run.predictions["label"]
     assert (
         label.shape[0] == 50

@@ -385,7 +385,11 @@ def test_a_new_target_gets_predictions_and_no_recommendation():
 def test_a_job_that_has_not_run_is_advised_on_from_another(tmp_path, monkeypatch):
     known = planted()
     results.append(str(tmp_path / "old"), known.rows)
-    monkeypatch.setattr(trial, "read_predictions", lambda root, one, seed: known.runs.get(one))
+    monkeypatch.setattr(
+        trial,
+        "read_predictions",
+        lambda root, folder, seed: known.runs.get(folder.rpartition("/")[2]),
+    )
     rows = {
         "train": "rows.parquet",
         "modality": "table",

@@ -32,7 +32,7 @@ from pipeline.config.provenance import Provenance
 from pipeline.config.schema import Job
 from pipeline.data.stream import DataWorkers
 from pipeline.io import checksums, storage
-from pipeline.report import code_versions, matrix, results, terminal
+from pipeline.report import code_versions, matrix, results, terminal, trial_folder
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import loop, pretrain, resume_history, source
 from pipeline.train.loop import Ranks
@@ -94,7 +94,7 @@ def shown(
 
 
 def assert_trained_from_the_start(job: Job, state: stages.JobState, one: str) -> None:
-    record = trial.read_record(job.root, one)
+    record = trial.read_record(job.root, trial_folder.find_all(job.root)[one])
     assert record is not None and record.resumed_from == 0
     assert state.trial_provenance[one].changes == ()
 
@@ -103,7 +103,7 @@ def test_every_trial_and_bundle_records_what_made_it(tmp_path, bundles, paths, h
     job = toy(tmp_path, bundles, paths)
     _, rows = again(job)
     for one in here:
-        record = trial.read_record(job.root, one)
+        record = trial.read_record(job.root, trial_folder.find_all(job.root)[one])
         assert record is not None
         made = record.made
         assert (
@@ -201,7 +201,7 @@ def test_a_combined_trial_is_made_anew_with_the_trials_that_it_combines(
         # as if the run had been stopped after a member: its record is newer than the soup's
         member = next(row.trial_id for row in rows if row.technique == "full")
         soup = next(row.trial_id for row in rows if row.technique == "soup")
-        storage.remove_tree(storage.join(job.root, "trials", member))
+        storage.remove_tree(storage.join(job.root, trial_folder.find_all(job.root)[member]))
         again(job)
         here.clear()
         again(job, "trials")
@@ -226,7 +226,7 @@ def test_a_comparison_of_trials_of_different_versions_carries_the_mark(
         "lp_ft": code_versions.MIXED,
     }, "scratch is as old as full is"
     assert "lp_ft ‡" in terminal and "‡ compares trials of different code or versions" in terminal
-    record = trial.read_record(job.root, primary(rows, technique="full")[0].trial_id)
+    record = trial.read_record(job.root, primary(rows, technique="full")[0].folder)
     assert record is not None and record.made is not None
     before = record.made
     mixed = (
@@ -252,7 +252,7 @@ def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here)
     job = toy(tmp_path, bundles, paths)
     again(job)
     for one in here:
-        uri = storage.join(job.root, "trials", one, "record.json")
+        uri = storage.join(job.root, trial_folder.find_all(job.root)[one], "record.json")
         record = storage.read_json(uri)
         later = ("made_by", "versions", "parent_weights", "run", "content_sha256")
         storage.write_json(
@@ -289,10 +289,7 @@ def test_trials_of_a_source_that_was_made_anew_are_marked(tmp_path, bundles, pat
     job = toy(tmp_path, bundles, paths)
     _, rows = again(job)
     weights = bundle.weights_sha256(bundles["a"].partition(":")[2])
-    started = {
-        row.source: trial.read_records(job.root, [row.trial_id])[row.trial_id].parent_weights
-        for row in rows
-    }
+    started = {row.source: trial.read_record(job.root, row.folder).parent_weights for row in rows}
     assert started == {"a": weights, "none": None}
 
 
@@ -335,14 +332,14 @@ def test_a_trial_that_other_code_goes_on_with_says_so(
     job = with_resume_points(toy(tmp_path, bundles, paths), "scratch")
     killed_in_training(monkeypatch, lambda: again(job))
     (one,) = set(here)
-    folder = storage.join(job.root, "trials", one)
+    folder = storage.join(job.root, trial_folder.find_all(job.root)[one])
     assert (
         storage.list_files(storage.join(folder, "checkpoints"))
         and len(resume_history.read_provenance(folder)) == 1
     )
     edit("pipeline.train.loop")
     state, _ = again(job)
-    record = trial.read_record(job.root, one)
+    record = trial.read_record(job.root, trial_folder.find_all(job.root)[one])
     assert record is not None and record.resumed_from > 0 and len(record.begun_by) == 1
     assert state.trial_provenance[one].changes == (
         "begun by other code or versions (pipeline.train.loop changed)",
@@ -361,7 +358,7 @@ def test_a_trial_of_which_nothing_is_used_was_begun_by_nobody_else(
     (one,) = set(here)
     edit("pipeline.train.loop")
     state, _ = again(job)
-    record = trial.read_record(job.root, one)
+    record = trial.read_record(job.root, trial_folder.find_all(job.root)[one])
     assert record is not None and record.resumed_from == 0 and record.begun_by == ()
     assert state.trial_provenance[one].changes == ()
 

@@ -33,8 +33,10 @@ def job(tmp_path, task):
     """The folder of a job with one trial, its bundle and results; (bundle, rows)."""
     root = tmp_path / "secret place" / "toy"
     rows, _, _ = trial("clothing", "garments", "full", "1.0", 0, 0.8)
-    one = rows[0].trial_id
-    uri = str(root / "trials" / one / "bundle")
+    one = "3f2a9c0b71de"
+    folder = f"trials/clothing/garments/full/labels-1.0/seed0-{one}"
+    rows = [replace(row, trial_id=one, trial_folder=folder) for row in rows]
+    uri = str(root / folder / "bundle")
     parent = f"bundle:{root}/sources/garments-1/bundle"
     training = {"trial": "a|b", "seed": 0, "init": f"{root}/start.pt"}
     bundle.save(

@@ -419,7 +419,7 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
         "average_precision/a",
         "average_precision/b",
     ]
-    found = one_trial.read_predictions(shared.root, tries[0].id, 0)
+    found = one_trial.read_predictions(shared.root, tries[0].folder, 0)
     assert found is not None and found.labels == ("a", "b", "rare")
     for row in records[0].rows[5:9]:
         name, _, label = row.metric.partition("/")
@@ -446,7 +446,7 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
     runs = {
         one.id: run
         for one in tries
-        if (run := one_trial.read_predictions(shared.root, one.id, one.seed)) is not None
+        if (run := one_trial.read_predictions(shared.root, one.folder, one.seed)) is not None
     }
     entries = matrix.matrix_entries(read, runs)
     assert [entry.metric for entry in entries] == ["macro_auroc"] * 2 and all(
@@ -468,7 +468,7 @@ def test_kept_features_follow_which_column_is_which_label(world, tmp_path):
         shared.source_keys["src"] = "key"
         one = trial_of(job, shared, "linear_probe")
         [record] = cached_heads.run([one], shared)
-        run = one_trial.read_predictions(shared.root, one.id, 0)
+        run = one_trial.read_predictions(shared.root, one.folder, 0)
         assert run is not None and run.labels == tuple(names)
         found[names[0]] = (
             dict(zip(names, run.predictions["labels"].T.tolist(), strict=True)),

@@ -16,7 +16,7 @@ DESIGN = """job source backbone target objective technique hyper_parameters seed
 trial_id trial_stage status error metric value value_low value_high interval higher_is_better split n_train n_eval n_units
 params_trained steps seconds device bundle_uri parent_uri scratch_value gain gain_low gain_high score_name score_value spec_hash git_sha started_at
 split_origin paired_seeds gain_p_holm baseline_gain current versions made_by drawn layers_trained modality source_scores
-best_baseline best_baseline_gain best_baseline_low best_baseline_high fold trial_name"""
+best_baseline best_baseline_gain best_baseline_low best_baseline_high fold trial_name trial_folder"""
 
 
 def columns(trial_id="a", metric="accuracy", value=0.5, **more):
@@ -68,8 +68,9 @@ def test_round_trip(tmp_path):
 def test_trials_are_listed_for_people(tmp_path):
     """With the values of the primary metric, the folder and the bundle, sorted by name."""
     names = {"a": "t/s/full/1.0/seed1", "b": "t/s/full/1.0/seed0"}
+    folder = "trials/t/s/full/labels-1.0/seed1-a"
     rows = [
-        row("a", value=0.5, trial_name=names["a"], bundle_uri="runs/j/trials/a/bundle"),
+        row("a", trial_name=names["a"], bundle_uri=f"runs/j/{folder}/bundle", trial_folder=folder),
         row("a", "loss", 2.0, trial_name=names["a"]),
         row("a", value=0.75, split="validation", trial_name=names["a"]),
         row("b", None, None, status="failed", error="boom", split=None, trial_name=names["b"]),
@@ -84,8 +85,8 @@ def test_trials_are_listed_for_people(tmp_path):
         "metric": "accuracy",
         "validation": "0.75",
         "test": "0.5",
-        "folder": "trials/a",
-        "bundle": "runs/j/trials/a/bundle",
+        "folder": folder,
+        "bundle": f"runs/j/{folder}/bundle",
     }
     assert (second["name"], second["status"], second["test"]) == (names["b"], "failed", "")
     results.remove(str(tmp_path), ["b"])
@@ -93,6 +94,7 @@ def test_trials_are_listed_for_people(tmp_path):
     old = str(tmp_path / "old")
     results.append(old, [row("c")])
     assert "\nc,done," in (tmp_path / "old" / "trials.csv").read_text(), "it has no name yet"
+    assert ",trials/c," in (tmp_path / "old" / "trials.csv").read_text()
 
 
 def test_same_key_is_superseded(tmp_path):

@@ -164,7 +164,7 @@ def test_a_trial_keeps_its_pictures_beside_its_predictions(tmp_path, monkeypatch
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     record = trial.run(trial_of(job, shared, "full"), shared)
-    run = trial.read_predictions(shared.root, record.trial_id, 0)
+    run = trial.read_predictions(shared.root, record.rows[0].folder, 0)
     assert (
         run is not None
         and np.array_equal(run.rollout_frames, pictures[0])
@@ -173,9 +173,7 @@ def test_a_trial_keeps_its_pictures_beside_its_predictions(tmp_path, monkeypatch
     )
     with np.load(
         io.BytesIO(
-            storage.read_bytes(
-                storage.join(shared.root, "trials", record.trial_id, "predictions.npz")
-            )
+            storage.read_bytes(storage.join(shared.root, record.rows[0].folder, "predictions.npz"))
         )
     ) as kept:
         assert all(len(kept[name]) == 9 for name in run.predictions)

@@ -466,7 +466,7 @@ def test_a_job_names_columns_of_its_test_rows(tmp_path):
     one = trial_of(job, shared, "full")
     assert one.id == plain.id  # a table more trains nothing anew
     record = one_trial.run(one, shared)
-    run = one_trial.read_predictions(shared.root, one.id, 0)
+    run = one_trial.read_predictions(shared.root, one.folder, 0)
     message = subgroups.with_subgroups(
         run, stage.splits.test, subgroups.read(stage.splits.test, ["sex"], "p")
     )

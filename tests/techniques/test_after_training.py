@@ -381,11 +381,10 @@ def test_one_row_a_class_and_all_rows_are_not_mixed(tmp_path, paths):
     arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
     group = grid.BackboneGroup(arch, stage_runs.MODALITY, "net", ("src",))
     found = stages.final_trials(state, [group], {"task": {"src"}}, {})
-    members = {one.id: one for one in found}
     soups = [one for one in found if one.members]
     assert len(soups) == 2
     for soup in soups:
-        kinds = {type(members[one].label_fraction) for one in soup.members}
+        kinds = {type(one.label_fraction) for one in soup.members}
         assert kinds == {type(soup.label_fraction)}
 
 
@@ -410,9 +409,10 @@ def test_what_combines_trials_is_made_anew_by_its_ingredients_alone(tmp_path, pa
     beside = planned(tmp_path, paths, ["full", "lora", name])
     changed = planned(tmp_path, paths, [{"full": {"layer_decay": 0.8}}, name])
     assert beside[name] == plain[name] != changed[name]
-    assert [*beside[name][0].members] == [one.id for one in beside["full"]]
+    assert [*beside[name][0].members] == beside["full"]
     both = planned(tmp_path, paths, ["full", "lora", {name: {"of": ["full", "lora"]}}])
-    assert set(both[name][0].members) == {one.id for one in (*both["full"], *both["lora"])}
+    members = {one.id for one in both[name][0].members}
+    assert members == {one.id for one in (*both["full"], *both["lora"])}
 
 
 @pytest.mark.parametrize("name", ["uniform_soup", "ensemble"])
@@ -512,7 +512,7 @@ def test_objectives_whose_predictions_have_no_mean_are_refused():
 
 
 def scores_of_test_rows(job, row) -> np.ndarray:
-    found = trial.read_predictions(job.root, row.trial_id, row.seed)
+    found = trial.read_predictions(job.root, row.folder, row.seed)
     assert found is not None
     return found.predictions["scores"]
 
@@ -530,7 +530,7 @@ def test_a_job_combines_its_trials_and_says_of_what(tmp_path, paths, monkeypatch
     assert all(row.status == "done" for row in mine.values())
     assert set(mine["greedy_soup", 0].settings["soup"]) <= {"full 0", "full 1"}
     assert mine["ensemble", 0].settings["ensemble"] == ["full 0", "full 1"]
-    record = trial.read_record(job.root, mine["uniform_soup", 0].trial_id)
+    record = trial.read_record(job.root, mine["uniform_soup", 0].folder)
     assert record is not None
     assert record.transfer == "weights made of finished trials (2 of full)"
     assert mine["ensemble", 0].bundle_uri is None and mine["uniform_soup", 0].bundle_uri

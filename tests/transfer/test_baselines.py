@@ -427,11 +427,11 @@ def test_a_trial_writes_the_results_of_any_other(image_job, name):
     one = baseline_trial(job, shared, name, seed=1)
     record = baseline_trials.run(one, shared)
     other = trial.run(trial_of(job, shared, "full", seed=1), shared)
-    assert trial.read_record(shared.root, one.id).validation == record.validation
+    assert trial.read_record(shared.root, one.folder).validation == record.validation
     ours, theirs = ([(r.split, r.metric, r.n_eval) for r in it.rows] for it in (record, other))
     assert ours == theirs
-    found = trial.read_predictions(shared.root, one.id, 1)
-    network = trial.read_predictions(shared.root, other.trial_id, 1)
+    found = trial.read_predictions(shared.root, one.folder, 1)
+    network = trial.read_predictions(shared.root, other.folder, 1)
     assert np.array_equal(found.rows, network.rows)
     assert found.predictions.keys() == network.predictions.keys()
     row = next(r for r in record.rows if r.split == "test" and r.metric == "accuracy")
@@ -474,7 +474,7 @@ def test_no_label_of_a_test_row_is_read_before_it_is_scored(image_job):
     scores = []
     for given in (data, moved):
         baseline_trials.run(one, dataclasses.replace(shared, targets={key: given}))
-        scores.append(trial.read_predictions(shared.root, one.id, 0).predictions["scores"])
+        scores.append(trial.read_predictions(shared.root, one.folder, 0).predictions["scores"])
     assert np.array_equal(*scores)
 
 

@@ -13,7 +13,7 @@ from toys import image_files
 
 from pipeline.config.schema import Fanout, Job
 from pipeline.io import storage
-from pipeline.report import results
+from pipeline.report import results, trial_folder
 from pipeline.report.results import ResultRow
 from pipeline.transfer import budget, dry_run, fanout, stages
 
@@ -127,8 +127,9 @@ def test_a_job_that_was_killed_decides_the_same(tmp_path, bundles, paths, here):
     _, rows = run_through(job)
     ran = list(here)
     for lost in (ran[3:], [ran[0], ran[10]], ran[12:]):
+        folders = trial_folder.find_all(job.root)
         for one in lost:
-            shutil.rmtree(storage.join(job.root, "trials", one))
+            shutil.rmtree(storage.join(job.root, folders[one]))
         here.clear()
         status = [done for _, done in stages.trial_status(prepared(job))]
         assert not (status and all(status))

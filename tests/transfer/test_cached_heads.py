@@ -89,7 +89,9 @@ def check(group, together, alone, worlds, tolerance=1e-5):
             assert heads[0].keys() == heads[1].keys()
             for name in heads[0]:
                 assert (heads[0][name].double() - heads[1][name].double()).abs().max() < tolerance
-            runs = [one_trial.read_predictions(world.root, one.id, one.seed) for world in worlds]
+            runs = [
+                one_trial.read_predictions(world.root, one.folder, one.seed) for world in worlds
+            ]
             assert np.array_equal(runs[0].rows, runs[1].rows) and np.array_equal(
                 runs[0].predictions["label"], runs[1].predictions["label"]
             )
@@ -403,7 +405,7 @@ def test_a_head_that_fails_alone_too_is_one_failed_trial(paths, tmp_path, spoilt
     records = cached_heads.run(group, shared)
     assert [record.status for record in records] == ["done", "failed", "done"]
     assert records[1].error.startswith("NonFiniteError: loss or gradient was not finite")
-    assert [one_trial.read_record(shared.root, one.id).status for one in group] == [
+    assert [one_trial.read_record(shared.root, one.folder).status for one in group] == [
         "done",
         "failed",
         "done",

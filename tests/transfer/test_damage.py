@@ -10,7 +10,7 @@ import pytest
 from stage_runs import run_through
 
 from pipeline.io import storage
-from pipeline.report import results
+from pipeline.report import results, trial_folder
 from pipeline.report.results import ResultRow
 from pipeline.transfer import stages
 from tests.transfer import test_stages
@@ -59,7 +59,7 @@ def test_a_trial_of_which_something_is_damaged_runs_again(job, here, caplog, dam
     one = next(row.trial_id for row in rows if row.technique == "full")
     ran = sorted(here)
     here.clear()
-    path = damage(Path(job.root, "trials", one))
+    path = damage(Path(job.root, trial_folder.find_all(job.root)[one]))
     state, left = reported(job)
     assert f"{path} is damaged" in caplog.text and "the next run makes it again" in caplog.text
     assert stages.trial_status(state) and not all(done for _, done in stages.trial_status(state))

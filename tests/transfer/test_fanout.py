@@ -259,7 +259,7 @@ def test_whatever_a_trial_raises_becomes_its_record(paths, tmp_path, monkeypatch
     one = trial_of(job, shared, "full")
     (last,) = run_unit(monkeypatch, shared, fanout.Unit((one,), False), run)
     assert last["failed_trials"] == 1
-    record = one_trial.read_record(shared.root, one.id)
+    record = one_trial.read_record(shared.root, one.folder)
     assert (
         record is not None
         and record.status == "failed"
@@ -291,6 +291,7 @@ def made(
         seed,
         "final",
         f"{entry}-{seed}",
+        f"trials/{entry}-{seed}",
     )
     folder = root / "trials" / one.id
     uri = str(folder / "bundle")
@@ -380,6 +381,7 @@ def test_entries_keep_a_bundle_each_and_failed_trials_do_not_count(tmp_path):
         9,
         "final",
         "never-ran",
+        "trials/never-ran",
     )
     fanout.prune_bundles(str(tmp_path), [missing, *trials], "best", {})
     assert left(tmp_path) == ["full-0", "full-1", "lp_ft-2"]

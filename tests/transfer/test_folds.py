@@ -62,7 +62,7 @@ def test_a_seed_tests_each_row_in_one_fold(ended):
     for technique in ("scratch", "linear_probe", "majority"):
         for seed in (0, 1):
             ids = [
-                trial.read_predictions(state.job.root, row.trial_id, seed).rows  # type: ignore[union-attr]
+                trial.read_predictions(state.job.root, row.folder, seed).rows  # type: ignore[union-attr]
                 for row in found
                 if (row.technique, row.seed) == (technique, seed)
             ]
@@ -110,7 +110,7 @@ def test_an_interrupted_run_of_folds_goes_on(toy, ended, monkeypatch):
     assert all(done for _, done in stages.trial_status(stage_runs.prepared(job_of(toy))))
     assert {row.technique for row in rows} == {"scratch", "linear_probe", "majority"}
     lost = next(row for row in rows if row.technique == "scratch")
-    (toy[0] / "runs" / "toy" / "trials" / lost.trial_id / trial.RECORD).unlink()
+    (toy[0] / "runs" / "toy" / lost.folder / trial.RECORD).unlink()
     stage_runs.run_through(job_of(toy))
     assert ran == [lost.trial_id]
 

@@ -647,8 +647,8 @@ def test_a_trial_writes_what_truly_ran(world, paths, tmp_path):
         first.value_low <= first.value <= first.value_high
         and first.interval == "95% bootstrap over test rows"
     )
-    assert one_trial.read_record(shared.root, one.id).trial_id == one.id
-    run = one_trial.read_predictions(shared.root, one.id, 2)
+    assert one_trial.read_record(shared.root, one.folder).trial_id == one.id
+    run = one_trial.read_predictions(shared.root, one.folder, 2)
     assert run is not None and run.rows.tolist() == list(range(24))
     assert (
         run.predictions["scores"].argmax(1) == run.predictions["label"]
@@ -814,7 +814,7 @@ def test_a_failed_trial_has_its_row(world, paths, tmp_path):
     shared = shared_of(tmp_path, job, paths)
     one = trial_of(job, shared, "full", {"lr": 0.7})
     record = one_trial.failed_record(one, shared, "OutOfMemoryError: no more")
-    assert one_trial.read_record(shared.root, one.id) == record
+    assert one_trial.read_record(shared.root, one.folder) == record
     assert [(row.status, row.error, row.settings["lr"]) for row in record.rows] == [
         ("failed", "OutOfMemoryError: no more", 0.7)
     ]
@@ -933,7 +933,9 @@ def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(
     )
     shared = SimpleNamespace(targets={("task", "base"): data}, seed=0)
     component = ComponentConfig.model_validate(technique)
-    one = grid.Trial("src", "base", "base", "task", component, {}, 1.0, 0, "final", "id")
+    one = grid.Trial(
+        "src", "base", "base", "task", component, {}, 1.0, 0, "final", "id", "trials/id"
+    )
     found, _, steps = one_trial.resolve_training(one, shared)
     assert (
         (found.batch_cost, found.global_batch) == batch

@@ -36,12 +36,24 @@ class Lines(Progress):
 
 def planned_trial(source, technique, seed, name, stage="final"):
     component = ComponentConfig(name=technique)
-    return Trial(source, "key", "timm/resnet18", "clothing", component, {}, 1.0, seed, stage, name)
+    return Trial(
+        source,
+        "key",
+        "timm/resnet18",
+        "clothing",
+        component,
+        {},
+        1.0,
+        seed,
+        stage,
+        name,
+        f"trials/{name}",
+    )
 
 
 def record(one, rows, curve=(), **more):
     made = TrialRecord(one.id, rows=tuple(rows), curve=tuple(curve), **more)
-    folder = f"trials/{one.id}/record.json"
+    folder = f"{one.folder}/record.json"
     return folder, made.to_json()
 
 
@@ -139,7 +151,7 @@ def test_the_best_search_trial_does_not_lead_a_mean_of_final_trials(running):
 def test_a_trial_that_is_made_again_counts_when_its_new_record_is_there(running, monkeypatch):
     """The page leaves out its old record, one that it has shown before too."""
     one, root = running.planned[0], running.job.root
-    uri = storage.join(root, "trials", one.id, "record.json")
+    uri = storage.join(root, one.folder, "record.json")
     old = storage.read_json(uri)
     storage.write_json(uri, old | {"run": "old"})
     monkeypatch.setattr(fanout, "units", lambda todo, shared: [])  # trains nothing

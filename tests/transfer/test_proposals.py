@@ -16,6 +16,7 @@ from toys import image_files
 from pipeline.config.registry import Options
 from pipeline.config.schema import ComponentConfig, Fanout, Job, spec_hash
 from pipeline.io import storage
+from pipeline.report import trial_folder
 from pipeline.transfer import dry_run, grid, proposals, stages
 
 LOW, HIGH = 1e-4, 1e-1
@@ -258,7 +259,7 @@ def test_a_job_that_was_killed_goes_on_with_the_settings_that_it_had(tmp_path, t
     assert sorted(map(str, stages.current(stage_runs.prepared(whole)))) == sorted(map(str, rows))
 
     for one in expected[5:]:  # it was killed when the second of its third generation had begun
-        storage.remove_tree(storage.join(whole.root, "trials", one))
+        storage.remove_tree(storage.join(whole.root, trial_folder.find_all(whole.root)[one]))
     assert stages.trial_status(stage_runs.prepared(whole)) == [], "the search is not through"
     proposals._ask.cache_clear()
     ran.clear()

@@ -16,7 +16,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config.provenance import Provenance
 from pipeline.config.schema import Job
 from pipeline.io import storage
-from pipeline.report import results
+from pipeline.report import results, trial_folder
 from pipeline.train import resume_history
 from pipeline.transfer import pruning, stages, trial
 
@@ -54,7 +54,7 @@ def both(tmp_path, vit, paths, here) -> tuple[Job, set[str], set[str]]:
 
 
 def folders(job: Job) -> set[str]:
-    return {path.name for path in Path(job.root, "trials").iterdir()}
+    return set(trial_folder.find_all(job.root))
 
 
 def test_stale_rows_are_named_and_stand_in_no_table(both):
@@ -121,7 +121,7 @@ def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):
     other = changed(job_of(tmp_path, {"b": {"backbone": f"bundle:{used}"}}, paths), name="other")
     stages.share(prepared(other))
     found = stages.stale(prepared(job))
-    assert found.kept == {Path(used).parent.name: "job other"}
+    assert found.kept == {Path(used).parent.name.partition("-")[2]: "job other"}
     pruning.prune(job.root, found)
     assert bundle.exists(used) and folders(job) == new | found.kept.keys()
     assert any(row.bundle_uri == used for row in results.read(job.root)), "and its rows"
@@ -135,7 +135,9 @@ def test_jobs_that_recorded_no_uses_are_known_by_their_tables(both, tmp_path, pa
     other = changed(job_of(tmp_path, {"b": {"backbone": f"bundle:{used}"}}, paths), name="other")
     run_through(other)
     storage.remove_tree(storage.join(other.root, pruning.USES_FILE))
-    assert stages.stale(prepared(job)).kept == {Path(used).parent.name: "job other"}
+    assert stages.stale(prepared(job)).kept == {
+        Path(used).parent.name.partition("-")[2]: "job other"
+    }
 
 
 def test_a_trial_that_the_jobs_own_source_starts_from_stays(both, tmp_path):
@@ -145,7 +147,9 @@ def test_a_trial_that_the_jobs_own_source_starts_from_stays(both, tmp_path):
     )
     own = changed(job, sources={"a": {"backbone": f"bundle:{used}"}})
     run_through(own)
-    assert stages.stale(prepared(own)).kept == {Path(used).parent.name: "this job's source a"}
+    assert stages.stale(prepared(own)).kept == {
+        Path(used).parent.name.partition("-")[2]: "this job's source a"
+    }
 
 
 def test_nothing_is_pruned_while_the_jobs_trials_are_not_known(both):
@@ -196,7 +200,10 @@ def test_the_command_lists_first_and_removes_on_request(both, monkeypatch, tmp_p
         done.exit_code == 0 and "removed" in done.output and "are stale: their" not in done.output
     )
     assert folders(job) == new
-    assert all(trial.read_record(job.root, one) is not None for one in new)
+    assert all(
+        trial.read_record(job.root, one) is not None
+        for one in trial_folder.find_all(job.root).values()
+    )
 
 
 def test_a_part_of_a_job_leaves_the_rest_of_its_results(tmp_path, vit, paths, here):

@@ -125,7 +125,7 @@ def test_a_probe_is_ridge_regression_of_the_features(world, rows):
     one = trial_of(job, shared, "linear_probe")
     (record,) = cached_heads.run([one], shared)
     assert json.loads(record.rows[0].hyper_parameters)["solver"] == "ridge"
-    written = trial.read_predictions(shared.root, one.id, 0)
+    written = trial.read_predictions(shared.root, one.folder, 0)
     np.testing.assert_allclose(written.predictions["value"], rows["test"][1], rtol=1e-6)
     found, wanted = values(record), expected(rows, written.predictions["prediction"])
     assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-6)

@@ -225,7 +225,7 @@ def test_a_gain_without_predictions_has_no_interval(tmp_path, bundles, paths, he
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
     _, rows = run_through(job)
     for row in primary(rows, source="none"):
-        storage.remove_tree(storage.join(job.root, "trials", row.trial_id, "predictions.npz"))
+        storage.remove_tree(storage.join(job.root, row.folder, "predictions.npz"))
     _, again = reported(job)
     compared = [row for row in again if row.gain is not None]
     assert {row.metric for row in compared} == {"accuracy", "macro_f1", "loss"} and len(
@@ -494,7 +494,7 @@ def test_ended_knows_nothing_of_the_finals_while_the_search_is_not_through(
     assert stages.trial_status(prepared(job)) == []
     run_through(job)
     one = next(one for one, _ in stages.trial_status(prepared(job)) if one.stage == "search")
-    storage.remove_tree(storage.join(job.root, "trials", one.id, "record.json"))
+    storage.remove_tree(storage.join(job.root, one.folder, "record.json"))
     assert stages.trial_status(prepared(job)) == []
 
 
@@ -1068,7 +1068,7 @@ def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles,
         file_identity.ChangedFileError, match=f"^{names[3]} was changed while it was in use"
     ):
         trial.run(one, shared, Ranks())
-    assert trial.read_record(job.root, one.id) is None
+    assert trial.read_record(job.root, one.folder) is None
     state = prepared(job)
     shared = stages.share(state)
     (again,) = stages.final_trials(
@@ -1140,7 +1140,7 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job
         assert row.n_eval == len(kept) and row.split_origin.startswith(
             "validation files; test files"
         )
-        assert trial.read_predictions(job.root, row.trial_id, row.seed).rows.tolist() == kept, (
+        assert trial.read_predictions(job.root, row.folder, row.seed).rows.tolist() == kept, (
             "scratch and every source alike"
         )
         assert row.split_origin.endswith(f"left out ({mode})") == (mode != "none")
@@ -1566,7 +1566,7 @@ def test_records_are_read_several_at_once_and_each_once(tmp_path, monkeypatch):
         return read(uri)
 
     monkeypatch.setattr(storage, "read_bytes", read_together)
-    found = trial.read_records(str(tmp_path), [*ids, *ids])
+    found = trial.read_records(str(tmp_path), {one: f"trials/{one}" for one in ids})
     assert {name: record.trial_id for name, record in found.items()} == {
         one: one for one in ids[1:]
     }

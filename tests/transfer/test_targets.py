@@ -192,7 +192,7 @@ def test_a_causal_model_is_fine_tuned_on_documents_and_told_by_packed_rows(tmp_p
             "shares are shares of packed rows"
         )
         assert values["test", "loss"].n_units == values["test", "loss"].n_eval == len(data.test)
-        kept = trial.read_predictions(shared.root, one.id, 0)
+        kept = trial.read_predictions(shared.root, one.folder, 0)
         assert (
             kept is not None
             and len(kept.rows) == len(data.test)

@@ -107,11 +107,23 @@ def ended(tmp_path, task, monkeypatch):
 
 def planned(source, technique, name):
     component = ComponentConfig(name=technique)
-    return Trial(source, "key", "timm/resnet18", "clothing", component, {}, 1.0, 0, "final", name)
+    return Trial(
+        source,
+        "key",
+        "timm/resnet18",
+        "clothing",
+        component,
+        {},
+        1.0,
+        0,
+        "final",
+        name,
+        f"trials/{name}",
+    )
 
 
 def write(job, one, record):
-    storage.write_json(storage.join(job.root, f"trials/{one.id}/record.json"), record.to_json())
+    storage.write_json(storage.join(job.root, f"{one.folder}/record.json"), record.to_json())
 
 
 def run(ended, report=True):
@@ -196,7 +208,7 @@ def test_a_trial_that_was_made_anew_replaces_its_run(ended):
     run(ended)
     first = runs(ended)
     one = ended.trials[1]
-    path = Path(ended.state.job.root, "trials", one.id, "record.json")
+    path = Path(ended.state.job.root, one.folder, "record.json")
     record = TrialRecord.from_json(json.loads(path.read_text()))
     write(ended.state.job, one, replace(record, run="second"))
     run(ended)
@@ -302,7 +314,7 @@ def test_what_cannot_be_read_is_left_out_and_all_else_is_logged(ended, recorder)
     bundle_uri = ended.outcome.bundles["garments"]
     Path(bundle_uri, "manifest.json").write_text("{")
     Path(ended.outcome.results).unlink()
-    log = Path(ended.state.job.root, "trials", ended.trials[0].id, "metrics.jsonl")
+    log = Path(ended.state.job.root, ended.trials[0].folder, "metrics.jsonl")
     log.mkdir()
     run(ended)
     assert [one.name for one in recorder.begun] == ["toy", *(one.name for one in ended.trials[1:])]
@@ -600,7 +612,7 @@ def test_a_run_that_was_deleted_in_weights_and_biases_is_logged_anew(ended, wand
     id = wandb_server.named(one.name)
     del wandb_server.runs[id]
     wandb_server.deleted.add(id)
-    path = Path(ended.state.job.root, "trials", one.id, "record.json")
+    path = Path(ended.state.job.root, one.folder, "record.json")
     record = TrialRecord.from_json(json.loads(path.read_text()))
     write(ended.state.job, one, replace(record, run="second"))
     run(ended)

@@ -204,7 +204,7 @@ def test_metrics_of_test_rows_alone_come_first_and_are_not_asked_of_validation_r
 
 
 def _read(shared, record):
-    return trial.read_predictions(shared.root, record.trial_id, 0).predictions
+    return trial.read_predictions(shared.root, record.rows[0].folder, 0).predictions
 
 
 def test_a_target_s_rows_may_complete_what_a_source_fitted(tmp_path, paths, monkeypatch):

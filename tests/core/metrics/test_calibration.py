@@ -71,7 +71,7 @@ def predicted(task, rows, shared):
 def test_two_classes_have_clinical_metrics_with_intervals(ran):
     shared, one, record = ran
     rows = {row.metric: row for row in record.rows if row.split == "test"}
-    run = one_trial.read_predictions(shared.root, one.id, 0)
+    run = one_trial.read_predictions(shared.root, one.folder, 0)
     p = run.predictions
     assert run.labels == ("class 1", "class 0") and next(iter(rows)) == "auprc"
     assert set(rows) == {*OF_TWO_CLASSES, *AT_THRESHOLD}
@@ -128,7 +128,7 @@ def test_they_are_those_of_the_validation_rows_and_stand_in_the_bundle(ran):
     task.objective.state = fitted
     again, run = (
         predicted(task, data.test, shared),
-        one_trial.read_predictions(shared.root, one.id, 0),
+        one_trial.read_predictions(shared.root, one.folder, 0),
     )
     assert again["scores"] == pytest.approx(run.predictions["scores"], abs=1e-4)
 

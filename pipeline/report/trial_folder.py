@@ -1,0 +1,103 @@
+"""Where a trial lies in the folder of its job: under names that a person can read.
+
+``trials/clothing/garments/full/labels-0.05/seed0-3f2a9c0b71de``: target, source, technique, labels,
+and the seed with the trial's id. The id tells trials apart that differ in anything else, such as
+hyper-parameters, so a name may be shortened, and its characters replaced. Versions before this one
+had ``trials/3f2a9c0b71de``: what lies there is used there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Collection
+
+from pipeline.io import storage
+
+TRIALS = "trials"
+MOST_CHARACTERS = 48
+"""Of each name, so that a path is never too long (Windows: 260 characters, S3: 1024 bytes)."""
+ID = "[0-9a-f]{12}"
+_LEAF = rf"(?:search-)?seed\d+-({ID})"
+_NAMED = rf"(?:[^/]+/){{4}}{_LEAF}"
+_RESERVED = rf"(?i:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?|{ID}"
+"""Names of devices on Windows, and what could be a folder of an older version."""
+
+
+def name_folder(
+    target: str,
+    source: str,
+    technique: str,
+    labels: str,
+    seed: int,
+    stage: str,
+    trial_id: str,
+    older: Collection[str] = (),
+) -> str:
+    """Return the folder of a trial, relative to that of its job.
+
+    Args:
+        target: The target's name.
+        source: That of the source, or of the backbone where there is no source.
+        technique: The technique with its options: ``lp_ft(probe_share=0.3)``.
+        labels: The label fraction as tables show it: "0.05", "25/class".
+        seed: The trial's seed.
+        stage: "search" or "final".
+        trial_id: 12 hex digits.
+        older: Ids of trials that lie where an older version laid them (`older_trials`).
+    """
+    if trial_id in older:
+        return older_folder(trial_id)
+    names = (target, source, technique, f"labels-{labels.replace('/', '-per-')}")
+    search = "search-" if stage == "search" else ""
+    return "/".join((TRIALS, *map(safe_name, names), f"{search}seed{seed}-{trial_id}"))
+
+
+def safe_name(text: str) -> str:
+    """Return a name of ASCII letters, digits, ``-``, ``_`` and ``.``, which every file system and
+    S3 take. Accents are left out. A name without such a character is replaced by its hash.
+    """
+    decomposed = unicodedata.normalize("NFKD", storage.without_secrets(text))
+    letters = "".join(one for one in decomposed if not unicodedata.combining(one))
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", letters)
+    plain = plain.strip("-._")[:MOST_CHARACTERS].rstrip("-._")
+    if not plain:
+        return f"name-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return f"_{plain}" if re.fullmatch(_RESERVED, plain) else plain
+
+
+def older_folder(trial_id: str) -> str:
+    """Return the folder of a trial of an older version, relative to that of its job."""
+    return storage.join(TRIALS, trial_id)
+
+
+def older_trials(root: str) -> frozenset[str]:
+    """Return the ids of the trials that an older version laid into the folder of a job."""
+    names = storage.list_folders(storage.join(root, TRIALS))
+    return frozenset(name for name in names if re.fullmatch(ID, name))
+
+
+def find_all(root: str) -> dict[str, str]:
+    """Return trial id to folder, of all trials in the folder of a job."""
+    place = storage.join(root, TRIALS)
+    found: dict[str, str] = {}
+    for uri in storage.list_files(place):
+        inside = uri[len(place) :].lstrip("/")
+        if match := re.match(rf"({ID})/|{_NAMED}/", inside):
+            found[match[1] or match[2]] = storage.join(TRIALS, match[0])
+    return found
+
+
+def split_bundle(uri: str) -> tuple[str, str] | None:
+    """Return the job's folder and the trial's id of a trial's bundle; None for another bundle."""
+    match = re.fullmatch(rf"(.+)/{TRIALS}/(?:{_NAMED}|({ID}))/bundle/?", uri)
+    return None if match is None else (match[1], match[2] or match[3])
+
+
+def remove(root: str, folder: str) -> None:
+    """Remove the folder of a trial, and the folders above it that are then empty."""
+    storage.remove_tree(storage.join(root, folder))
+    above = folder.rpartition("/")[0]
+    while above and storage.remove_empty_folder(storage.join(root, above)):
+        above = above.rpartition("/")[0]

@@ -1,0 +1,124 @@
+"""Runs whose trials lie under readable names, and those that an older version began."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+from stage_runs import changed, job_of, prepared, run_through, saved_vit, trials_in_this_process
+from toys import image_files
+
+from pipeline import api
+from pipeline.checkpoints import bundle
+from pipeline.io import checksums, storage
+from pipeline.report import results, trial_folder
+from pipeline.transfer import stages
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return image_files(tmp_path_factory.mktemp("data"), {"train": 36, "validation": 18, "test": 18})
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return saved_vit(tmp_path_factory.mktemp("bundles") / "garments")
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    return trials_in_this_process(monkeypatch)
+
+
+def job_at(root, tmp_path, vit, paths, seeds=1, **fan):
+    techniques = ("scratch", "full", "uniform_soup")
+    job = job_of(tmp_path, {"Gärments": vit}, paths, techniques, keep_bundles="all")
+    fan = {"seeds": seeds, "keep_bundles": "all", **fan}
+    return changed(job, storage=root, baselines=["majority"], fanout=fan)
+
+
+def table_of(root: str) -> list[dict[str, str]]:
+    text = storage.read_bytes(storage.join(root, "trials.csv")).decode()
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def without_folders(root: str) -> None:
+    """Leave out of records what the older version did not write."""
+    for folder in trial_folder.find_all(root).values():
+        uri = storage.join(root, folder, "record.json")
+        record = checksums.read_document(uri)
+        for row in record["rows"]:
+            assert row.pop("trial_folder") == folder
+        checksums.write_document(uri, record)
+
+
+def test_trials_lie_under_names_and_all_that_read_them_find_them(root, tmp_path, vit, paths, ran):
+    job = job_at(root, tmp_path, vit, paths)
+    state, rows = run_through(job)
+    stages.show(state, rows)
+    found = trial_folder.find_all(job.root)
+    assert sorted(folder.rpartition("-")[0] for folder in found.values()) == [
+        "trials/task/Garments/full/labels-1.0/seed0",
+        "trials/task/Garments/uniform_soup/labels-1.0/seed0",
+        "trials/task/baseline/majority/labels-1.0/seed0",
+        "trials/task/timm-test_vit/scratch/labels-1.0/seed0",
+    ]
+    assert set(found) == set(ran) == {row.trial_id for row in rows}
+    assert {row.trial_id: row.folder for row in results.read(job.root)} == found
+    assert {line["folder"] for line in table_of(job.root)} == set(found.values())
+    best = api.best_bundle(job.root, "task")
+    assert bundle.exists(best) and trial_folder.split_bundle(best)[0] == job.root
+    gains = [row.gain_low for row in rows if row.technique == "full" and row.split == "test"]
+    assert any(low is not None for low in gains), "predictions of two trials are compared"
+
+    ran.clear()
+    _, again = run_through(job)
+    assert ran == [] and again == rows
+    lost = next(row for row in rows if row.technique == "full")
+    storage.remove_tree(storage.join(job.root, lost.folder, "record.json"))
+    run_through(job)
+    assert ran == [lost.trial_id] and trial_folder.find_all(job.root) == found
+
+
+def test_a_run_of_an_older_version_goes_on_where_its_trials_lie(
+    root, tmp_path, vit, paths, ran, monkeypatch
+):
+    job = job_at(root, tmp_path, vit, paths)
+    with monkeypatch.context() as older_version:
+        older = lambda *args: trial_folder.older_folder(args[6])  # noqa: E731
+        older_version.setattr(trial_folder, "name_folder", older)
+        _, rows = run_through(job)
+    without_folders(job.root)
+    storage.remove_tree(storage.join(job.root, results.FILE))
+    before = trial_folder.find_all(job.root)
+    assert {folder for folder in before.values()} == {f"trials/{one}" for one in ran}
+
+    ran.clear()
+    _, again = run_through(job)
+    assert ran == [] and all(done for _, done in stages.trial_status(prepared(job)))
+    assert {row.bundle_uri for row in again} == {row.bundle_uri for row in rows}
+    assert {row.trial_id: row.folder for row in results.read(job.root)} == before
+    assert bundle.exists(api.best_bundle(job.root, "task"))
+    lost = next(row for row in rows if row.technique == "full")
+    storage.remove_tree(storage.join(job.root, lost.folder, "record.json"))
+    run_through(job)
+    assert ran == [lost.trial_id] and trial_folder.find_all(job.root) == before
+
+    ran.clear()
+    run_through(job_at(root, tmp_path, vit, paths, seeds=2))
+    added = trial_folder.find_all(job.root).items() - before.items()
+    assert len(ran) == len(added) > 0
+    assert all(folder.startswith("trials/task/") for _, folder in added)
+    assert stages.stale(prepared(job)).trials == dict(added), "of another number of seeds"
+
+
+def test_search_trials_lie_beside_the_final_ones(tmp_path, vit, paths, ran):
+    job = job_at(str(tmp_path / "runs"), tmp_path, vit, paths, trials=2, search={"lr": [1e-4, 0.1]})
+    job = changed(job, techniques=["scratch", "full"], baselines=[])
+    run_through(job)
+    folders = trial_folder.find_all(job.root).values()
+    leaves = [folder.rpartition("-")[0] for folder in folders if "/full/" in folder]
+    place = "trials/task/Garments/full/labels-1.0"
+    assert leaves.count(f"{place}/search-seed0") == 2, "two draws, told apart by their ids"
+    assert leaves.count(f"{place}/seed0") == 1
