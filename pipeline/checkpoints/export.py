@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.checkpoints import bundle
+from pipeline.checkpoints import bundle, graph
 from pipeline.checkpoints.exports import hugging_face
 from pipeline.config import registry
 from pipeline.io import storage
@@ -36,8 +36,19 @@ def usual_kind(uri: str) -> str:
 
     A folder that transformers or timm opens, else a copy of the bundle.
     """
+    manifest = _manifest(uri)
+    return "hugging-face" if manifest and hugging_face.is_known(manifest) else "bundle"
+
+
+def can_be_graph(uri: str) -> bool:
+    """Return whether ``--kind onnx`` may be offered for a bundle: its head has such outputs."""
+    manifest = _manifest(uri)
+    return manifest is not None and graph.has_outputs(manifest)
+
+
+def _manifest(uri: str) -> bundle.Manifest | None:
+    """Return the manifest of a bundle; None where it is gone or damaged: the command says so."""
     try:
-        manifest = bundle.read_manifest(uri)
+        return bundle.read_manifest(uri)
     except (bundle.BundleError, storage.StorageError):
-        return "bundle"  # which is gone or damaged: the command itself says so
-    return "hugging-face" if hugging_face.is_known(manifest) else "bundle"
+        return None

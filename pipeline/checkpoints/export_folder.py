@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.checkpoints import bundle, export_check
+from pipeline.checkpoints import bundle, export_check, graph
 from pipeline.io import atomic_folder, storage
 
 EXPORTED = "onetomany.json"
@@ -23,11 +23,16 @@ def refuse_added_modules(found: bundle.Bundle) -> None:
     """
     technique = found.manifest.technique
     if technique is not None:
+        written = (
+            ", --kind onnx or torch-export writes the whole network as a graph"
+            if graph.has_outputs(found.manifest)
+            else ""
+        )
         raise bundle.BundleError(
             f"{found.uri} was fine-tuned with {technique.name}, whose modules are part of its "
             f"network, so it is no {found.manifest.arch.name} that another library could open: "
-            "`onetomany predict` reads it, --kind bundle copies it, --kind onnx or torch-export "
-            "writes the whole network as a graph; or export another technique's"
+            f"`onetomany predict` reads it, --kind bundle copies it{written}; or export another "
+            "technique's"
         )
 
 

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoints import export_check
-from pipeline.checkpoints.bundle import Bundle, BundleError
+from pipeline.checkpoints.bundle import Bundle, BundleError, Manifest
+from pipeline.config import registry
 from pipeline.core.contracts import Batch, Modality, Task
 from pipeline.core.contracts.objective_capabilities import gives_raw_outputs, output_scale
+from pipeline.core.specs import NO_OBJECTIVE
 
 SIZES = ((4, 1.0), (1, 1.0), (3, 0.5), (2, 1.5))
 """Rows and relative lengths that are compared; the first ones are what is traced.
@@ -133,12 +135,21 @@ def trace(found: Bundle, backbone_only: bool) -> Graph:
     return Graph(program, samples, dimensions, tuple(first), meaning, scale)
 
 
+def has_outputs(manifest: Manifest) -> bool:
+    """Return whether the whole network of a bundle gives outputs that a graph could hold.
+
+    What it computes may still be refused when it is traced (`trace`).
+    """
+    name = manifest.objective.name
+    return name == NO_OBJECTIVE.name or gives_raw_outputs(registry.get("objective", name))
+
+
 def _function(
     found: Bundle, backbone_only: bool
 ) -> tuple[nn.Module, Callable[[Batch], Tensors], str]:
     """Return the network, what is computed with it, and what that is in words."""
     objective_name = found.manifest.objective.name
-    if backbone_only or objective_name == "none":
+    if backbone_only or objective_name == NO_OBJECTIVE.name:
         backbone = found.backbone()
         return (
             backbone,
@@ -147,7 +158,7 @@ def _function(
         )
     task = found.task()
     objective = task.objective
-    if not gives_raw_outputs(objective):
+    if not (has_outputs(found.manifest) and gives_raw_outputs(objective)):
         raise BundleError(
             f"{found.uri}: {objective_name} has no outputs that a graph of tensors could give; "
             "--backbone-only writes the network that computes the features"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.checkpoints.export import usual_kind
+from pipeline.checkpoints.export import can_be_graph, usual_kind
 from pipeline.config import registry
 from pipeline.core.contracts.technique_capabilities import keeps_modules
 from pipeline.report import folds, matrix, plots, results
@@ -29,6 +29,10 @@ def winner(
 ) -> MatrixEntry | None:
     """Return the network that is best on the target's validation rows, scratch among them.
 
+    It is one of those with the most labels, or one that uses none and trains nothing. Networks with
+    fewer labels are tried to see what labels are worth: with few validation rows one of them may
+    have the largest value by luck.
+
     What the comparisons have shown to be worse, after Holm's correction, is left out: a network
     that loses against scratch, and the scratch network that another one wins against.
 
@@ -44,11 +48,28 @@ def winner(
     """
     among = entries if candidates is None else candidates
     validated = [entry for entry in among if not entry.is_baseline and entry.validation is not None]
-    most = max((_finished(entry) for entry in validated), default=0.0)
+    if not validated:
+        return None
+    labels = _most_labels(validated)
+    validated = [one for one in validated if one.label_fraction == labels or _uses_no_label(one)]
+    most = max(_finished(entry) for entry in validated)
     whole = [entry for entry in validated if _finished(entry) == most]
     worse = _shown_to_be_worse(entries)
     whole = [entry for entry in whole if entry.key not in worse] or whole
-    return max(whole, key=lambda entry: entry.validation or 0.0, default=None)
+    return max(whole, key=lambda entry: entry.validation or 0.0)
+
+
+def _most_labels(entries: Sequence[MatrixEntry]) -> str:
+    """Return the largest label fraction of some networks, by their number of training rows."""
+    return max(
+        entries,
+        key=lambda entry: (entry.n_train or 0, matrix.fraction_order(entry.label_fraction)),
+    ).label_fraction
+
+
+def _uses_no_label(entry: MatrixEntry) -> bool:
+    """Return whether a network is its source's as it is, which stands beside every fraction."""
+    return entry.params_trained == 0 and not entry.n_train
 
 
 def _shown_to_be_worse(entries: Sequence[MatrixEntry]) -> set[EntryKey]:
@@ -179,19 +200,27 @@ def blocks_of(
         places = decimals[target]
         usable = with_bundle(entries, rows)
         notes: list[str] = []
+        most_labels = _most_labels(entries)
+        if best.label_fraction != most_labels and not _uses_no_label(best):
+            labels = plots.fraction_label(most_labels)
+            notes.append(f"no network with {labels} labels has a value on validation rows")
         if best.n_failed:
             notes.append(f"{best.n_seeds} of {best.n_seeds + best.n_failed} seeds")
         if usable and usable is not best:
+            labels = plots.fraction_label(usable.label_fraction)
             notes.append(
-                f"has no bundle: the commands take {usable.source} with {usable.technique}"
+                f"has no bundle: the commands take {usable.source} with {usable.technique}, "
+                f"{labels} labels"
             )
         if usable and target in in_folds:
             notes.append("the commands take the network of one fold")
         stays = usable is not None and _keeps_modules(usable)
-        if usable and stays:
+        bundle = bundle_of(usable, rows) if usable else None
+        if usable and bundle and stays:
+            as_graph = ", and --kind onnx writes it as a graph" if can_be_graph(bundle) else ""
             notes.append(
                 f"{usable.technique} leaves modules of its own in the network: no class of "
-                "another library opens it, onetomany does, and --kind onnx writes it as a graph"
+                f"another library opens it, onetomany does{as_graph}"
             )
         lines.append(
             [
@@ -202,21 +231,21 @@ def blocks_of(
                 DASH if best.seconds is None else f"{best.seconds:.3g} s",
             ]
         )
-        if usable:
-            bundle = bundle_of(usable, rows)
+        if usable and bundle:
             what = f"{root} FILES --target {target}" if usable is best else f"{bundle} FILES"
             commands.append(f"onetomany predict {what} -o predictions/{target}")
-            kind = usual_kind(bundle) if bundle else "bundle"
-            commands.append(f"onetomany export {bundle} exported/{target} --kind {kind}")
+            commands.append(
+                f"onetomany export {bundle} exported/{target} --kind {usual_kind(bundle)}"
+            )
     if not lines:
         return []
     head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]
     text = (
-        "For each target the network that is best on its validation rows, among those that no "
-        "comparison has shown to be worse (after Holm's correction). With few validation rows the "
-        "choice is uncertain: onetomany advise weighs all comparisons. Values and gains are means "
-        "over seeds, with 95 % intervals. trials.csv beside this page lists every trial with its "
-        "bundle."
+        "For each target the network that is best on its validation rows, among those with the "
+        "most labels that no comparison has shown to be worse (after Holm's correction). With few "
+        "validation rows the choice is uncertain: onetomany advise weighs all comparisons. Values "
+        "and gains are means over seeds, with 95 % intervals. trials.csv beside this page lists "
+        "every trial with its bundle."
     )
     if in_folds & groups.keys():
         text += (

@@ -46,6 +46,54 @@ def test_the_winner_is_the_best_on_validation_rows_not_on_test_rows():
     assert scratch.source == "none"
 
 
+def test_the_winner_has_the_most_labels():
+    """Though one with fewer has a larger value on a few validation rows."""
+    rows, _, _ = plain()
+    lucky = [
+        replace(row, value=0.99)
+        if row.split == "validation" and row.label_fraction == "0.05"
+        else row
+        for row in validated(rows)
+    ]
+    assert winners.winner(entries_of(lucky)).label_fraction == "1.0"
+    by_class = [
+        replace(row, label_fraction="25/class", n_train=50)
+        if row.label_fraction == "0.05"
+        else replace(row, n_train=900)
+        for row in lucky
+    ]
+    assert winners.winner(entries_of(by_class)).label_fraction == "1.0"
+    few = [row for row in by_class if row.label_fraction == "25/class"]
+    assert winners.winner(entries_of(few)).label_fraction == "25/class"
+
+
+def test_a_network_that_is_used_as_it_is_stands_beside_those_with_the_most_labels():
+    rows, _, _ = plain()
+    untrained = {"technique": "zero_shot", "label_fraction": "0/class", "params_trained": 0}
+    found = validated(rows)
+    extra = [
+        replace(row, **untrained, n_train=0, trial_id=f"{row.trial_id}-as-it-is", value=0.95)
+        for row in found
+        if (row.source, row.technique, row.label_fraction) == ("garments", "full", "1.0")
+    ]
+    best = winners.winner(entries_of([*found, *extra]))
+    assert (best.technique, best.label_fraction) == ("zero_shot", "0/class")
+    trained = [replace(row, params_trained=7) for row in extra]
+    assert winners.winner(entries_of([*found, *trained])).label_fraction == "1.0"
+
+
+def test_a_winner_with_fewer_labels_is_said_to_be_one(tmp_path):
+    rows, runs, curves = plain()
+    found = [
+        row
+        for row in validated(rows)
+        if row.split == "test" or (row.target, row.label_fraction) != ("clothing", "1.0")
+    ]
+    _, md, _ = write(tmp_path, found, runs, curves)
+    assert "no network with 100 % labels has a value on validation rows" in md
+    assert "no network with" not in write(tmp_path, validated(rows), runs, curves)[1]
+
+
 def test_an_error_is_best_where_it_is_least():
     rows, _, _ = plain()
     turned = [
@@ -230,3 +278,4 @@ def test_a_network_with_a_techniques_own_modules_is_exported_as_a_copy(tmp_path)
     assert f"onetomany predict {tmp_path} FILES --target clothing" in md
     assert "exported/clothing --kind bundle" in md and "exported/handwriting" in md
     assert "bottleneck leaves modules of its own in the network" in md
+    assert "onnx" not in md, "the bundle is gone: nothing says that it can be a graph"
