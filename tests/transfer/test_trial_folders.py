@@ -31,7 +31,7 @@ def ran(monkeypatch):
     return trials_in_this_process(monkeypatch)
 
 
-def job_at(root, tmp_path, vit, paths, seeds=1, **fan):
+def job_at(root, tmp_path, vit, paths, seeds=2, **fan):
     techniques = ("scratch", "full", "uniform_soup")
     job = job_of(tmp_path, {"Gärments": vit}, paths, techniques, keep_bundles="all")
     fan = {"seeds": seeds, "keep_bundles": "all", **fan}
@@ -60,9 +60,12 @@ def test_trials_lie_under_names_and_all_that_read_them_find_them(root, tmp_path,
     found = trial_folder.find_all(job.root)
     assert sorted(folder.rpartition("-")[0] for folder in found.values()) == [
         "trials/task/Garments/full/labels-1.0/seed0",
+        "trials/task/Garments/full/labels-1.0/seed1",
         "trials/task/Garments/uniform_soup/labels-1.0/seed0",
         "trials/task/baseline/majority/labels-1.0/seed0",
+        "trials/task/baseline/majority/labels-1.0/seed1",
         "trials/task/timm-test_vit/scratch/labels-1.0/seed0",
+        "trials/task/timm-test_vit/scratch/labels-1.0/seed1",
     ]
     assert set(found) == set(ran) == {row.trial_id for row in rows}
     assert {row.trial_id: row.folder for row in results.read(job.root)} == found
@@ -106,7 +109,7 @@ def test_a_run_of_an_older_version_goes_on_where_its_trials_lie(
     assert ran == [lost.trial_id] and trial_folder.find_all(job.root) == before
 
     ran.clear()
-    run_through(job_at(root, tmp_path, vit, paths, seeds=2))
+    run_through(job_at(root, tmp_path, vit, paths, seeds=3))
     added = trial_folder.find_all(job.root).items() - before.items()
     assert len(ran) == len(added) > 0
     assert all(folder.startswith("trials/task/") for _, folder in added)
@@ -114,7 +117,9 @@ def test_a_run_of_an_older_version_goes_on_where_its_trials_lie(
 
 
 def test_search_trials_lie_beside_the_final_ones(tmp_path, vit, paths, ran):
-    job = job_at(str(tmp_path / "runs"), tmp_path, vit, paths, trials=2, search={"lr": [1e-4, 0.1]})
+    job = job_at(
+        str(tmp_path / "runs"), tmp_path, vit, paths, 1, trials=2, search={"lr": [1e-4, 0.1]}
+    )
     job = changed(job, techniques=["scratch", "full"], baselines=[])
     run_through(job)
     folders = trial_folder.find_all(job.root).values()
