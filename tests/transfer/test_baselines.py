@@ -431,7 +431,7 @@ def test_a_trial_writes_the_results_of_any_other(image_job, name):
     ours, theirs = ([(r.split, r.metric, r.n_eval) for r in it.rows] for it in (record, other))
     assert ours == theirs
     found = trial.read_predictions(shared.root, one.folder, 1)
-    network = trial.read_predictions(shared.root, other.folder, 1)
+    network = trial.read_predictions(shared.root, other.rows[0].folder, 1)
     assert np.array_equal(found.rows, network.rows)
     assert found.predictions.keys() == network.predictions.keys()
     row = next(r for r in record.rows if r.split == "test" and r.metric == "accuracy")
