@@ -92,6 +92,7 @@ class InstanceSegmentation(Objective):
         "map50",
         "loss",
     )
+    raw_roles = ("image",)
     output_types = {
         "boxes": pa.list_(pa.list_(pa.float64())),
         "scores": pa.list_(pa.float64()),
@@ -121,9 +122,9 @@ class InstanceSegmentation(Objective):
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
-        """Return the arrays of boxes, ``mask_runs`` and ``image_size``; the last of new rows."""
+        """Return the arrays of boxes, ``mask_runs`` and ``image_size``."""
         if columns.get("boxes") not in table.column_names:  # new rows to predict
-            return {"image_size": box_labels.image_sizes(table, columns)}
+            return {}
         rows = list(_parsed(table, columns, state))
         arrays = box_labels.encoded((row.boxes for row in rows), state["max_boxes"])
         sizes = np.array([row.size for row in rows], dtype=np.int64).reshape(-1, 2)
@@ -166,11 +167,11 @@ class InstanceSegmentation(Objective):
         """Return the surest detections first.
 
         Returns:
-            ``boxes`` (B, 100, 4) corners as shares of the whole image, ``scores`` (B, 100),
-            ``classes`` (B, 100; -1: none) and ``image_size`` (B, 2). Of new rows ``masks`` (B, 100,
-            28, 28), the probability that a pixel of the box is the object. With labels instead, in
-            pixels of the stored image, ``mask_areas`` (B, 100), ``true_mask_areas`` (B, M) and
-            ``mask_intersections`` (B, 100, M), and what ``detection`` returns of the truth.
+            ``boxes`` (B, 100, 4) corners as shares of the whole image, ``scores`` (B, 100) and
+            ``classes`` (B, 100; -1: none). Of new rows ``masks`` (B, 100, 28, 28), the probability
+            that a pixel of the box is the object. With labels instead, in pixels of the stored
+            image, ``mask_areas`` (B, 100), ``true_mask_areas`` (B, M) and ``mask_intersections``
+            (B, 100, M), and what ``detection`` returns of the truth.
         """
         parts = [self._predict(backbone, part) for part in batch.split(AT_ONCE)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -179,10 +180,7 @@ class InstanceSegmentation(Objective):
         _, maps = self._maps(backbone, batch)
         frame = batch["frame"].float()
         detections = without_padding(self.detector.detections(maps, batch), frame)
-        predictions = {
-            **predicted_boxes(detections, frame),
-            "image_size": batch["image_size"],
-        }
+        predictions = predicted_boxes(detections, frame)
         masks = self.detector.masks(maps, detections, batch)
         if "labels" not in batch.data:
             laid_out = torch.zeros(
@@ -197,6 +195,7 @@ class InstanceSegmentation(Objective):
         return {
             **predictions,
             **true_boxes(batch, frame),
+            "image_size": batch["image_size"],
             **{name: torch.stack([one[name] for one in compared]) for name in compared[0]},
             "loss": torch.stack([*parts.values()]).sum(0),
             "count": counts,
@@ -209,10 +208,11 @@ class InstanceSegmentation(Objective):
         run lengths in the image's own size: what pycocotools.mask.decode reads.
         """
         columns = box_labels.output_columns(predictions, self.state["labels"])
+        sizes = box_labels.image_sizes(raw_rows.table, raw_rows.columns)
         columns["masks"] = np.empty(len(predictions["scores"]), dtype=object)
         for row, classes in enumerate(predictions["classes"]):
             k = int((classes >= 0).sum())
-            height, width = predictions["image_size"][row].clip(1).tolist()
+            height, width = sizes[row].clip(1).tolist()
             pasted = _pasted(
                 torch.from_numpy(predictions["masks"][row, :k]),
                 torch.from_numpy(predictions["boxes"][row, :k]),

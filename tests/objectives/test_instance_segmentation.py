@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from torchvision.models.detection import roi_heads
 
 from pipeline.config import registry
-from pipeline.core.contracts import Batch, Task
+from pipeline.core.contracts import Batch, RawRows, Task
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.nn import box_detectors
 from pipeline.data.stream import Decoder
@@ -113,7 +113,7 @@ def without_objects() -> pa.Table:
 # ---------------------------------------------------------------- columns
 
 
-def test_masks_become_run_lengths_and_new_rows_have_a_size():
+def test_masks_become_run_lengths_and_new_rows_have_none():
     table = table_of()
     options = InstanceSegmentationOptions()
     state = InstanceSegmentation.fit(options, table, COLUMNS)
@@ -125,10 +125,9 @@ def test_masks_become_run_lengths_and_new_rows_have_a_size():
         flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(len(of_row), width, height)
         for mask, box in zip(flat, of_row, strict=True):
             assert (blob(width, height, box) == mask.T).all() and mask.any()
-    new = InstanceSegmentation.encode(table.select(["image"]), COLUMNS, state)
-    assert {name: array.tolist() for name, array in new.items()} == {
-        "image_size": [[height, width] for width, height in SIZES]
-    }
+    new = table.select(["image"])
+    assert InstanceSegmentation.encode(new, COLUMNS, state) == {}
+    assert InstanceSegmentation.invalid_label_reasons(new, COLUMNS, state) == [""] * 4
     labels_alone = InstanceSegmentation.encode(table.drop_columns(["image"]), COLUMNS, state)
     assert labels_alone["image_size"].tolist() == [[60, 80], [0, 0], [120, 64], [70, 100]]
 
@@ -368,9 +367,7 @@ def test_written_masks_are_read_by_pycocotools_and_drawn(monkeypatch):
     task, batch = task_of().eval(), batch_of()
     truth_as_detections(monkeypatch, task)
     labelled = batch
-    new = Batch(
-        batch.rows, batch.keys, {name: batch[name] for name in ("image", "frame", "image_size")}
-    )
+    new = Batch(batch.rows, batch.keys, {name: batch[name] for name in ("image", "frame")})
     detector = task.objective.detector
     of_truth, masks_of = detector.detections, detector.masks
     monkeypatch.setattr(detector, "detections", lambda maps, part: of_truth(maps, labelled))
@@ -378,8 +375,10 @@ def test_written_masks_are_read_by_pycocotools_and_drawn(monkeypatch):
         detector, "masks", lambda maps, found, part: masks_of(maps, found, labelled)
     )
     found = {k: v.numpy() for k, v in task.objective.predict(task.backbone, new).items()}
-    assert set(found) == {"boxes", "scores", "classes", "image_size", "masks"}
-    written = task.objective.output_columns(found, None)
+    assert set(found) == {"boxes", "scores", "classes", "masks"}
+    written = task.objective.output_columns(
+        found, RawRows(table_of().select(["image"]), COLUMNS, rows_of(table_of()).modality)
+    )
     assert written["labels"].tolist() == [["cat", "dog"], [], ["dog"], ["cat"] * 3]
     again = pa.array(written["masks"].tolist(), task.objective.output_types["masks"]).to_pylist()
     for rles, (width, height), of_row in zip(again, SIZES, BOXES, strict=True):

@@ -39,20 +39,19 @@ from pipeline.data.plan import Item
 from pipeline.io import atomic_folder, storage
 from pipeline.transfer import inference
 
+BOXES = {
+    "values": [0, 1],
+    "labels": ["a", "b"],
+    "box_format": "xyxy",
+    "relative": True,
+    "max_boxes": 10,
+}
 HEADS = {
     "classification": ({}, label_state()),
     "multilabel": ({}, {"labels": ["a", "b"], "separator": "|", "positives": [1, 1], "rows": 2}),
     "segmentation": ({"classes": 3}, {"labels": ["a", "b", "c"], "ignore": 255}),
-    "detection": (
-        {"channels": 64, "convs": 1},
-        {
-            "values": [0, 1],
-            "labels": ["a", "b"],
-            "box_format": "xyxy",
-            "relative": True,
-            "max_boxes": 10,
-        },
-    ),
+    "detection": ({"channels": 64, "convs": 1}, BOXES),
+    "instance_segmentation": ({"channels": 64, "mask_convs": 1}, BOXES),
 }
 
 

@@ -16,6 +16,7 @@ import pyarrow.dataset
 import pyarrow.json
 import pyarrow.parquet as pq
 import pytest
+from pycocotools import mask as coco_mask
 from stage_runs import without_ray
 from toys import SMALL, label_state, task_of, text_modality
 from typer.testing import CliRunner
@@ -186,22 +187,25 @@ def test_predictions_as_csv_name_file_class_and_probability(tmp_path, monkeypatc
     assert wrong.exit_code == 2 and "parquet" in wrong.output and "jsonl" in wrong.output
 
 
-@pytest.mark.parametrize("name", ["detection", "segmentation"])
+@pytest.mark.parametrize("name", ["detection", "segmentation", "instance_segmentation"])
 def test_pictures_are_drawn_beside_the_predictions(name, tmp_path, monkeypatch):
     """They lie in a folder that pyarrow passes over, and a column names each."""
     without_ray(monkeypatch)
     options = {
         "detection": {"channels": 64, "convs": 1, "score_threshold": 0.0},
         "segmentation": {"classes": 3},
+        "instance_segmentation": {"channels": 64, "mask_convs": 1, "score_threshold": 0.0},
     }[name]
+    boxes = {
+        "values": [0, 1],
+        "labels": ["cat", "dog"],
+        "box_format": "xyxy",
+        "relative": True,
+        "max_boxes": 10,
+    }
     state = {
-        "detection": {
-            "values": [0, 1],
-            "labels": ["cat", "dog"],
-            "box_format": "xyxy",
-            "relative": True,
-            "max_boxes": 10,
-        },
+        "detection": boxes,
+        "instance_segmentation": boxes,
         "segmentation": {"labels": ["a", "b", "c"], "ignore": 255},
     }[name]
     uri = image_bundle(tmp_path, name, options, state)
@@ -212,6 +216,10 @@ def test_pictures_are_drawn_beside_the_predictions(name, tmp_path, monkeypatch):
     for place in found["drawn"].drop_null().to_pylist():
         with PIL.Image.open(tmp_path / "out" / place) as image:
             assert image.width == 480 and image.height >= 240, "24 x 48, ten times as large"
+    if name == "instance_segmentation":
+        first, _, _ = found.to_pylist()
+        sizes = {tuple(coco_mask.decode(rle).shape) for rle in first["masks"]}
+        assert len(first["masks"]) == len(first["boxes"]) > 0 and sizes == {(24, 48)}
     if name == "segmentation":
         with PIL.Image.open(tmp_path / "out" / "_drawn/000000-b.jpg") as image:
             assert image.height > 240, "the key of the colours"
