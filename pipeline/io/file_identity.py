@@ -51,6 +51,8 @@ ABSENT = "absent"
 NUL = "\0"
 """A character that no file name holds."""
 _FORMAT = 1
+_RECORDED: list[list["FileIdentity"]] = []
+"""What `recorded_identities` is collecting."""
 _PROGRESS: ContextVar[Callable[[str], object] | None] = ContextVar(
     "identity_progress", default=None
 )
@@ -102,7 +104,18 @@ def identify(
     found = {uri: FileIdentity(uri, contents[uri], stamp.text) for uri, stamp in stamps.items()}
     for uri, content in _etags(on_s3, absent_ok).items():
         found[uri] = FileIdentity(uri, content, content)
+    for recorded in _RECORDED:
+        recorded += found.values()
     return [found[uri] for uri in wanted]
+
+
+def of_object(uri: str, size: int, etag: str) -> FileIdentity:
+    """Return the identity of an object on S3 that was listed, as `identify` would."""
+    content = _etag_text(size, etag)
+    found = FileIdentity(uri, content, content)
+    for recorded in _RECORDED:
+        recorded.append(found)
+    return found
 
 
 def fingerprint(uri: str | os.PathLike[str], mode: Mode = "content") -> str:
@@ -146,6 +159,17 @@ def _by_store(uris: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     others = [uri for uri in uris if not s3.is_read_only(uri)]
     on_s3 = [uri for uri in others if storage.is_remote(uri)]
     return [uri for uri in others if not storage.is_remote(uri)], on_s3, elsewhere
+
+
+@contextmanager
+def recorded_identities() -> Iterator[list[FileIdentity]]:
+    """Collect the identities of all files that are identified in the block, by any thread."""
+    recorded: list[FileIdentity] = []
+    _RECORDED.append(recorded)
+    try:
+        yield recorded
+    finally:
+        _RECORDED[:] = [one for one in _RECORDED if one is not recorded]
 
 
 @contextmanager
@@ -227,9 +251,10 @@ def _stamp(status: os.stat_result) -> _Stamp:
 def _stamp_elsewhere(uri: str, place: read_only.Place) -> _Stamp:
     """Return the stamp of a file in a store that is only read.
 
-    An ETag may be the same for two files of a store, so that with the mode ``stat`` the URI counts.
+    An ETag may be the same for two files of a store, so that with the mode ``stat`` the URI counts,
+    without its query: a server may sign the address of one file anew each hour.
     """
-    told = hashlib.sha256(f"{uri} {place.stamp}".encode()).hexdigest()[:32]
+    told = hashlib.sha256(f"{storage.without_query(uri)} {place.stamp}".encode()).hexdigest()[:32]
     changed_ns = int((place.modified_s or 0) * 1e9)
     return _Stamp(place.size, f"{place.size} {place.stamp}", f"stat:{told}", changed_ns=changed_ns)
 

@@ -209,7 +209,7 @@ def rows_of_parquet() -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
+SIGNED = pytest.mark.parametrize(
     ("name", "data"),
     [
         ("reviews.csv", b"text,stars\ngood,5\nbad,1\n"),
@@ -218,6 +218,9 @@ def rows_of_parquet() -> bytes:
         ("cats/1.png", b"a picture"),
     ],
 )
+
+
+@SIGNED
 def test_a_signature_is_no_part_of_a_fingerprint(web, tmp_path, name, data):
     """A server signs addresses anew each hour, and answers 403 for what was not signed."""
     web.missing = 403
@@ -237,6 +240,23 @@ def test_a_signature_is_no_part_of_a_fingerprint(web, tmp_path, name, data):
         if "label" in manifest.schema.names
     ]
     assert labels in ([], [["cats"]] * 4)
+
+
+@SIGNED
+def test_a_signature_is_no_part_of_what_is_known_without_reading(web, tmp_path, name, data):
+    """With `identity: stat` the address counts, as two files may have one ETag; its query not."""
+    web.missing = 403
+    uri = web.put(name, data)
+    other = web.put(f"other/{name}", data)
+    found = [
+        manifests.build_with_named(place, "auto", str(tmp_path / "imports"), "stat")[0]
+        for place in (uri, f"{uri}?Signature=one", f"{uri}?Signature=two", other)
+    ]
+    first, *same, apart = (manifest.fingerprint for manifest in found)
+    assert set(same) == {first} and apart != first
+    if not name.endswith(".png"):  # whose rows have the addresses to read
+        kept = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+        assert not any(b"Signature" in content for content in kept)
 
 
 def test_a_folder_that_forbids_a_look_has_no_manifest_of_prepare(web, tmp_path):

@@ -11,6 +11,7 @@ from prepare.conftest import encoded, read, write
 
 from pipeline.config.schema import Data
 from pipeline.data import manifests
+from pipeline.io import file_identity
 from pipeline.media import audio_io
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.write import Preparation, Settings
@@ -165,6 +166,20 @@ def test_a_changed_image_that_is_named_by_its_path_is_noticed(tmp_path):
         prepare(root, tmp_path / "out")
     _, rows = prepare(root, tmp_path / "new")
     assert [row["image"] for row in rows] == [encoded(5), encoded(1)]
+
+
+def test_an_image_that_is_replaced_while_rows_are_written_is_an_error(tmp_path):
+    root = tmp_path / "pictures"
+    write(root / "metadata.csv", "file_name,n\na.jpg,0\nb.jpg,1\n")
+    for n, name in enumerate(("a", "b")):
+        write(root / f"{name}.jpg", encoded(n))
+    preparation = Preparation("hf", str(root), str(tmp_path / "out"))
+    write(root / "a.jpg", encoded(5))
+    with pytest.raises(file_identity.ChangedFileError, match=r"a\.jpg was changed while it was in"):
+        preparation.run()
+    assert not (tmp_path / "out" / "_manifest.json").exists()
+    with pytest.raises(ValueError, match="holds parts of another source"):
+        prepare(root, tmp_path / "out")
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -66,7 +66,8 @@ class Preparation:
                 "they are made of; give a folder outside"
             )
         self.options = importer.options
-        self.task = importer.plan(self.source, self.settings)
+        with file_identity.recorded_identities() as self._files:
+            self.task = importer.plan(self.source, self.settings)
         self.shards = self.task.shards
         self.key = spec_hash(FORMAT_VERSION, name, importer.options, *self.task.key)
         self._check_output()
@@ -174,6 +175,7 @@ class Preparation:
 
         Raises:
             ValueError: more invalid rows than `max_bad` allows.
+            ChangedFileError: a file of the source was changed since it was planned.
         """
         broken = [
             *self.task.broken,
@@ -221,7 +223,20 @@ class Preparation:
                 f"prepare {self.name}: {done}/{self.task.total} rows  {len(broken)} broken",
                 done == self.task.total,
             )
+        self._check_source()
         return self._finish(broken)
+
+    def _check_source(self) -> None:
+        """Raise ChangedFileError, naming the file, for a source that was changed meanwhile: its
+        parts then hold old and new rows.
+        """
+        try:
+            file_identity.check_unchanged(self._files)
+        except file_identity.ChangedFileError as error:
+            raise file_identity.ChangedFileError(
+                f"{error}, with an empty folder in the place of {self.output}, which holds parts "
+                "of both"
+            ) from None
 
     def describe(self) -> str:
         """Describe the finished output in a line."""

@@ -173,6 +173,7 @@ def _folder(uri: str) -> Listing:
             return found.entries, found.mark, found.empty
         info = known.get(file)
         if info is not None:
+            file_identity.of_object(file, info["size"], info["ETag"])
             return [Entry(name, file, "", -1, info["size"])], info["ETag"], []
         return (
             [Entry(name, file, "", -1, storage.size(file))],
