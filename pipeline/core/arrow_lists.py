@@ -47,6 +47,14 @@ def is_bytes(kind: pa.DataType) -> bool:
     )
 
 
+def dictionary_codes(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """Return (n,) codes, -1 for null, and the distinct values that they count by."""
+    whole: Any = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    encoded = whole.dictionary_encode()
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    return codes, encoded.dictionary
+
+
 def holds_files(kind: pa.DataType) -> bool:
     """Return whether values can be files: bytes, paths, or Hugging Face's structs of both."""
     if pa.types.is_struct(kind):

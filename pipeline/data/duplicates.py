@@ -21,10 +21,10 @@ from pipeline.config.schema import spec_hash
 from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import decodes_on_device, file_roles, finds_near_rows
-from pipeline.data.loader import threaded_map
 from pipeline.data.manifests import Reader, Selection, value_text
 from pipeline.data.stream import map_items
 from pipeline.io import checksums, file_identity, storage
+from pipeline.io.threads import threaded_map
 from pipeline.media import audio_io
 
 VERSION = 4

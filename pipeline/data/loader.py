@@ -5,12 +5,9 @@ plan.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,27 +23,6 @@ from pipeline.core.specs import State
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifests import READER_BYTES, Reader, Selection
 from pipeline.data.plan import Item, Plan
-
-
-def threaded_map(
-    fn: Callable[[Any], Any], items: Iterable[Any], threads: int = 16, waiting: int | None = None
-) -> Iterator[Any]:
-    """Yield the results of `fn` in order, computed by threads.
-
-    At most `waiting` (twice the threads) are started and not yet taken; those not started are
-    dropped when the caller stops early.
-    """
-    with ThreadPoolExecutor(threads) as pool:
-        items = iter(items)
-        begun = deque(pool.submit(fn, item) for item in islice(items, waiting or 2 * threads))
-        try:
-            while begun:
-                result = begun.popleft().result()
-                begun.extend(pool.submit(fn, item) for item in islice(items, 1))
-                yield result
-        finally:
-            for future in begun:
-                future.cancel()
 
 
 @dataclass
@@ -156,10 +132,8 @@ class Loader:
 
     def __call__(self, item: Item) -> Block:
         if item.shard < 0:  # a plain range, for evaluation
-            indices, epochs = (
-                np.arange(item.start, item.stop),
-                np.zeros(item.stop - item.start, dtype=np.int64),
-            )
+            indices = np.arange(item.start, item.stop)
+            epochs = np.zeros(item.stop - item.start, dtype=np.int64)
         else:
             assert self.plan is not None
             indices, epochs = self.plan.sequence(item.shard, item.start, item.stop)

@@ -446,22 +446,24 @@ class Splits:
         )
 
 
-def _encoded(values: pa.ChunkedArray) -> pa.DictionaryArray:
-    """Return groups as a dictionary; a row whose group is NaN, as pandas writes it, has none."""
+def _group_codes(values: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """Return (n,) codes of groups, -1 for none, and the groups. A row whose group is NaN, as pandas
+    writes it, has none.
+    """
     column = values.combine_chunks()
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-    return pc.dictionary_encode(column)
+    return arrow_lists.dictionary_codes(column)
 
 
 def group_numbers(values: pa.ChunkedArray) -> np.ndarray:
     """Return (n,) int64: one number for all rows of a group; rows without one (null) each get
     their own.
     """
-    coded = _encoded(values)
-    found = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    codes, dictionary = _group_codes(values)
+    found = codes.astype(np.int64)
     alone = found < 0
-    found[alone] = len(coded.dictionary) + np.arange(alone.sum())
+    found[alone] = len(dictionary) + np.arange(alone.sum())
     return found
 
 
@@ -475,14 +477,14 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
     own = (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
     if values is None:
         return own
-    coded = _encoded(values)
+    codes, dictionary = _group_codes(values)
     texts = [
         str(value) if isinstance(value, bool) else value_text(value)
-        for value in coded.dictionary.to_pylist()
+        for value in dictionary.to_pylist()
     ]
     digests = [hashlib.sha256(f"{salt}{text}".encode()).hexdigest()[:13] for text in texts]
     per_value = np.array([int(digest, 16) / float(16**13) for digest in digests] + [np.nan])
-    shares = per_value[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    shares = per_value[codes]
     return np.where(np.isnan(shares), own, shares)
 
 
@@ -542,21 +544,17 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
     mask = np.ones(len(table), dtype=bool)
     problems = []
     for name, values in where.items():
-        kept, coded = (
-            {value_text(value) for value in values},
-            pc.dictionary_encode(table[name].combine_chunks()),
-        )
+        kept = {value_text(value) for value in values}
+        codes, held_values = arrow_lists.dictionary_codes(table[name])
         # The last one is for nulls
-        named = np.array(
-            [*(value_text(value) in kept for value in coded.dictionary.to_pylist()), False]
-        )
-        here = named[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+        named = np.array([*(value_text(one) in kept for one in held_values.to_pylist()), False])
+        here = named[codes]
         mask &= here
         if not here.any():
             # what was asked for stands in the job file; it may come from the environment and be
             # secret
             asked = "the value" if len(values) == 1 else f"any of the {len(values)} values"
-            held = _values_of(coded, name, selection, data)
+            held = _values_of(codes, held_values.to_pylist(), name, selection, data)
             problems.append(
                 f"{at}.where: no row of {selection.manifest.name()} has {asked} asked for in "
                 f"column {name}; {held}"
@@ -571,17 +569,21 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
     return selection.keep(mask)
 
 
-def _values_of(coded: pa.DictionaryArray, name: str, selection: Selection, data: Data) -> str:
+def _values_of(
+    codes: np.ndarray, values: list[Any], name: str, selection: Selection, data: Data
+) -> str:
     """Describe a column's commonest values, or only how many there are if they may identify
     people.
 
     Values are shown where there are few, each in several rows and, in grouped data, in rows of
     several groups.
+
+    Args:
+        codes: (n,) index in `values` of each row's value, -1 for null.
     """
-    codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     is_there = codes >= 0
-    counts = np.bincount(codes[is_there], minlength=len(coded.dictionary))
-    nulls = f", {coded.null_count} nulls" if coded.null_count else ""
+    counts = np.bincount(codes[is_there], minlength=len(values))
+    nulls = f", {(~is_there).sum()} nulls" if not is_there.all() else ""
     in_words = f"it holds {len(counts)} distinct values in {is_there.sum()} rows{nulls}"
     if name == data.group or not 0 < len(counts) <= MOST_VALUES or counts.min() < 2:
         return in_words
@@ -591,7 +593,6 @@ def _values_of(coded: pa.DictionaryArray, name: str, selection: Selection, data:
         groups_of_each = np.bincount(pairs[0], minlength=len(counts))
         if groups_of_each.min() < 2:
             return in_words
-    values = coded.dictionary.to_pylist()
     order = np.argsort(-counts, kind="stable")[:SHOWN_VALUES]
     shown = ", ".join(f"{value_text(values[i])} ({counts[i]} rows)" for i in order)
     more = f" and {len(counts) - len(order)} more" if len(counts) > len(order) else ""
@@ -746,13 +747,13 @@ def _is_in_fold(
     classes = np.zeros(len(selection), dtype=np.int64)
     problem = f"there are {have} {unit}" if have < fold.of else ""
     if label is not None and not problem:
-        coded = pc.dictionary_encode(table[label].combine_chunks())
+        codes, values = arrow_lists.dictionary_codes(table[label])
         # rows without a label come last; whether they may be there is not decided here
-        classes = coded.indices.fill_null(len(coded.dictionary)).to_numpy(zero_copy_only=False)
+        classes = np.where(codes < 0, len(values), codes)
         pairs = np.unique(np.stack([classes, units]), axis=1)[0]
-        least = np.bincount(pairs, minlength=len(coded.dictionary))[: len(coded.dictionary)]
+        least = np.bincount(pairs, minlength=len(values))[: len(values)]
         if len(least) and least.min() < fold.of:
-            value = value_text(coded.dictionary[int(least.argmin())].as_py())
+            value = value_text(values[int(least.argmin())].as_py())
             problem = f"class {value} of {label} is in {least.min()} {unit}"
     if problem:
         raise ValueError(
@@ -796,8 +797,8 @@ def _splits(
                 given[name] = whole.keep(mask)
         train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
         if not len(train):
-            coded = pc.dictionary_encode(declared.combine_chunks())
-            held = _values_of(coded, data.split_column, whole, data)
+            codes, values = arrow_lists.dictionary_codes(declared)
+            held = _values_of(codes, values.to_pylist(), data.split_column, whole, data)
             # values that the job file states may come from the environment and be secret
             stated = data.values_of("train")
             asked = stated if stated in ([], ["train"]) else "one that split_values.train states"
@@ -1160,11 +1161,9 @@ def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
 
 def _first_rows(selection: Selection, column: str) -> list[tuple[str, int]]:
     """Return every non-null value of a column, as text, with the id of its first row."""
-    coded = _encoded(read_columns(selection, [column])[column])
-    codes, first = np.unique(
-        coded.indices.fill_null(-1).to_numpy(zero_copy_only=False), return_index=True
-    )
-    values = coded.dictionary.to_pylist()
+    coded, dictionary = _group_codes(read_columns(selection, [column])[column])
+    codes, first = np.unique(coded, return_index=True)
+    values = dictionary.to_pylist()
     rows = selection.ids(first)
     return [
         (value_text(values[code]), int(row))

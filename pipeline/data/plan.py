@@ -316,10 +316,8 @@ class Plan(Order):
         order.
         """
         shards, positions = self.positions(step, rank, ranks)
-        indices, epochs = (
-            np.empty(len(positions), dtype=np.int64),
-            np.empty(len(positions), dtype=np.int64),
-        )
+        indices = np.empty(len(positions), dtype=np.int64)
+        epochs = np.empty(len(positions), dtype=np.int64)
         for shard in self.owned(rank, ranks):
             here = shards == shard
             start, stop = self.span(step, shard)

@@ -27,11 +27,12 @@ from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.ragged import lengths
 from pipeline.core.rng import row_keys
 from pipeline.data.length_buckets import WINDOW_ROWS, BucketPlan
-from pipeline.data.loader import Block, Decoder, Loader, RowCosts, row_bytes, threaded_map
+from pipeline.data.loader import Block, Decoder, Loader, RowCosts, row_bytes
 from pipeline.data.manifests import Selection
 from pipeline.data.plan import Item, Mixture, Plan, Shuffle
 from pipeline.io import heartbeat, write_fence
 from pipeline.io.file_identity import ChangedFileError
+from pipeline.io.threads import threaded_map
 
 DecodeAt = Literal["memory", "workers", "train", "device"]
 WINDOW_BYTES, WINDOW_MOST_BYTES = 192 << 20, 2 << 30
@@ -430,10 +431,8 @@ def assembled(
     items = plan.items(steps.start, steps.stop, rank, ranks)
     for step in steps:
         shards, positions = plan.positions(step, rank, ranks)
-        ids, epochs = (
-            np.empty(len(positions), dtype=np.int64),
-            np.empty(len(positions), dtype=np.int64),
-        )
+        ids = np.empty(len(positions), dtype=np.int64)
+        epochs = np.empty(len(positions), dtype=np.int64)
         good, arrays, bad = np.ones(len(positions), dtype=bool), {}, []
         for shard, held in waiting.items():
             to = np.flatnonzero(shards == shard)
@@ -467,12 +466,10 @@ def assembled(
             bad += [(int(ids[i]), reason) for i, reason in fresh]
             good[[i for i, _ in fresh]] = False
         if bad:
-            ids, epochs, shards, arrays = (
-                ids[good],
-                epochs[good],
-                shards[good],
-                {name: array[good] for name, array in arrays.items()},
-            )
+            ids = ids[good]
+            epochs = epochs[good]
+            shards = shards[good]
+            arrays = {name: array[good] for name, array in arrays.items()}
             made = {
                 name: tensor[torch.from_numpy(good).to(tensor.device)]
                 for name, tensor in made.items()
@@ -554,10 +551,10 @@ def eval_batches(
         for item in items:
             if rows.arrays is not None:
                 ids = rows.selection.ids(np.arange(item.start, item.stop))
-                arrays, bad = (
-                    {name: array[item.start : item.stop] for name, array in rows.arrays.items()},
-                    [],
-                )
+                arrays = {
+                    name: array[item.start : item.stop] for name, array in rows.arrays.items()
+                }
+                bad = []
             else:
                 assert blocks is not None
                 ids, _, arrays, reasons = next(blocks)

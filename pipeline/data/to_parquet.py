@@ -11,8 +11,7 @@ import io
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -26,6 +25,7 @@ from pipeline.data.csv_tables import csv_tables
 from pipeline.io import atomic_folder, checksums, s3, storage
 from pipeline.io import file_identity as identity
 from pipeline.io.file_identity import FileIdentity
+from pipeline.io.threads import threaded_map
 
 log = logging.getLogger(__name__)
 
@@ -217,10 +217,8 @@ def to_parquet(
     kind, fingerprint, listed = kinds.pop(), None, []
     files = [file for file, _ in pairs]
     if kind in LISTED:
-        listed, cut = (
-            _listed(pairs, mode),
-            [AUDIO_VERSION, LONGEST_SECONDS] if kind == "audio" else [],
-        )
+        listed = _listed(pairs, mode)
+        cut = [AUDIO_VERSION, LONGEST_SECONDS] if kind == "audio" else []
         read = [file.identity for file in listed]
         key = spec_hash(kind, [[file.uri, file.mark] for file in listed], *cut)
         fingerprint = spec_hash(kind, [[file.name, file.label, file.mark] for file in listed], *cut)
@@ -381,15 +379,6 @@ def _listed(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
     return out
 
 
-def _each(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Yield results in order, computed by threads, for slow file servers."""
-    with ThreadPoolExecutor(16) as pool:
-        for part in pool.map(
-            lambda i: list(map(work, items[i : i + 64])), range(0, len(items), 64)
-        ):
-            yield from part
-
-
 def _pictures(found: list[_File]) -> pa.Table:
     return pa.table(
         {"image": [file.uri for file in found], "label": [file.label for file in found]}
@@ -420,7 +409,7 @@ def _recordings(found: list[_File]) -> pa.Table:
 
     rows = [
         (file, start, seconds)
-        for file, parts in zip(found, _each(pieces, found), strict=True)
+        for file, parts in zip(found, threaded_map(pieces, found), strict=True)
         for start, seconds in parts
     ]
     table = {

@@ -265,13 +265,8 @@ def _upload(uri: str, source: bytes | Path) -> dict[str, Any]:
     if isinstance(source, bytes):
         storage.write_bytes(uri, source)
         return {**entry_of_bytes(source), "etag": _etag(uri)}
-    write_fence.check(uri)
     entry = s3.call("read", source, entry_of_file, source)
-    # S3 takes 10,000 parts at most
-    chunk_bytes = max(storage.PARTS["chunksize"], -(-entry["size"] // 9_000))
-    parts = {**storage.PARTS, "chunksize": chunk_bytes}
-    target = s3.split(uri)[1]
-    s3.call("write", uri, lambda: s3.client().put_file(os.fspath(source), target, **parts))
+    storage.write_file(uri, source)
     return {**entry, "etag": _etag(uri)}
 
 

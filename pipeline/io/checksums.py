@@ -177,15 +177,13 @@ def intact_folder(uri: Uri, remedy: str) -> dict[str, Any] | None:
     Args:
         remedy: What happens now, for the notification about damage.
     """
-    try:
+
+    def read(uri: Uri) -> dict[str, Any]:
         manifest = atomic_folder.open_folder(uri)
         check_folder(uri, manifest)
-    except storage.NotFoundError:
-        return None
-    except DamagedError as error:
-        notify(f"{error}: {remedy}")
-        return None
-    return manifest
+        return manifest
+
+    return _intact_or_none(read, uri, remedy)
 
 
 def is_same(content: str, entry: Mapping[str, Any]) -> bool:

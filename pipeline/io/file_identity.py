@@ -19,13 +19,13 @@ import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from pipeline.io import read_only, s3, storage
+from pipeline.io.threads import threaded_map
 
 Mode = Literal["content", "stat"]
 log = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ A file of one piece is identified by its plain SHA-256, a larger one by the SHA-
 of its pieces.
 """
 READ_BYTES = 1 << 20
-THREADS = 16
 FILES_A_TASK = 64
 GRAIN_SECONDS = 2.0
 """Two changes of a file within this time may have the same time of change (2 s on FAT).
@@ -51,7 +50,7 @@ ABSENT = "absent"
 NUL = "\0"
 """A character that no file name holds."""
 _FORMAT = 1
-_RECORDED: list[list["FileIdentity"]] = []
+_RECORDED: list[list[FileIdentity]] = []
 """What `recorded_identities` is collecting."""
 _PROGRESS: ContextVar[Callable[[str], object] | None] = ContextVar(
     "identity_progress", default=None
@@ -278,7 +277,7 @@ def _look(uri: str, absent_ok: bool) -> _Stamp:
 
 def _stamps_of_local(uris: Sequence[str], absent_ok: bool) -> dict[str, _Stamp]:
     """Return the stamps of local files, looked up by several threads."""
-    found = _in_threads(
+    found = threaded_map(
         lambda some: [_look(uri, absent_ok) for uri in some], _parted(uris, FILES_A_TASK)
     )
     return dict(zip(uris, itertools.chain.from_iterable(found), strict=True))
@@ -300,7 +299,7 @@ def _stamps_elsewhere(uris: Sequence[str], absent_ok: bool) -> dict[str, _Stamp]
             raise storage.StorageError(f"{uri} is a folder; name a file in it")
         return _stamp_elsewhere(uri, place)
 
-    return dict(zip(uris, _in_threads(look, uris), strict=True))
+    return dict(zip(uris, threaded_map(look, uris), strict=True))
 
 
 def _stamp_of_open(handle: BinaryIO) -> str:
@@ -379,14 +378,14 @@ def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
         return s3.call("read", uri, hash_piece, uri, number)
 
     groups = _parted(small, FILES_A_TASK)
-    for group, digests in zip(groups, _in_threads(read_small, groups), strict=True):
+    for group, digests in zip(groups, threaded_map(read_small, groups), strict=True):
         for uri, digest in zip(group, digests, strict=True):
             yield ended(uri, f"sha256:{digest}")
     counts = [-(-files[uri].size // PIECE_BYTES) for uri in large]
     pieces = [
         (uri, number) for uri, count in zip(large, counts, strict=True) for number in range(count)
     ]
-    digests_of_pieces = _in_threads(read_piece, pieces)
+    digests_of_pieces = threaded_map(read_piece, pieces)
     for uri, count in zip(large, counts, strict=True):
         digest = hashlib.sha256(b"".join(itertools.islice(digests_of_pieces, count))).hexdigest()
         _refuse_changed(uri, _look_anywhere(uri), files[uri])
@@ -458,18 +457,6 @@ def _parted(items: Sequence[str], size: int) -> list[Sequence[str]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Yield the results of ``work`` in order. One item needs no thread."""
-    if len(items) <= 1:
-        yield from map(work, items)
-        return
-    pool = ThreadPoolExecutor(min(THREADS, len(items)))
-    try:
-        yield from pool.map(work, items)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 # ---------------------------------------------------------------- S3
 
 
@@ -501,7 +488,7 @@ def _etags(uris: Sequence[str], absent_ok: bool) -> dict[str, str]:
             for entry in entries
         }
 
-    for etags in _in_threads(list_folder, listed):
+    for etags in threaded_map(list_folder, listed):
         found |= etags
     missing = [uri for uri in uris if uri not in found]
 
@@ -516,7 +503,7 @@ def _etags(uris: Sequence[str], absent_ok: bool) -> dict[str, str]:
             raise
         return _etag_text(info["size"], info["ETag"])
 
-    found |= dict(zip(missing, _in_threads(look, missing), strict=True))
+    found |= dict(zip(missing, threaded_map(look, missing), strict=True))
     return {uri: found[uri] for uri in uris}
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import io
 import os
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from pipeline.io import s3
+from pipeline.io.range_reader import RangeReader
 from pipeline.io.s3 import Uri
 
 _STORES = {
@@ -109,40 +109,19 @@ def list_files(uri: Uri, recursive: bool) -> list[str]:
     return s3.call("list", uri, store_of(uri).list_files, os.fspath(uri), recursive)
 
 
-class Reader(io.RawIOBase):
+class Reader(RangeReader):
     """Seekable reads of one file, each range retried, all of the file that was first opened."""
 
     def __init__(self, uri: Uri):
-        self.uri, self._position = os.fspath(uri), 0
-        self._whole: bytes | None = None
         self.place = look(uri)
+        super().__init__(os.fspath(uri), self.place.size)
         if self.place.is_folder:
             raise s3.StorageError(f"{self.uri} is a folder; name a file in it")
+        self._whole: bytes | None = None
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        position = offset + (0, self._position, self.place.size)[whence]
-        if position < 0:
-            raise ValueError(f"{self.uri}: cannot seek to {position}")
-        self._position = position
-        return position
-
-    def readall(self) -> bytes:  # the inherited one asks for 8 KiB at a time
-        return self.read(max(0, self.place.size - self._position)) or b""
-
-    def readinto(self, buffer: Any) -> int:
-        start = self._position
-        if self.place.only_whole and self._whole is None:
-            self._whole = read_range(self.uri, 0, self.place.size, self.place)
-        if self._whole is not None:
-            data = self._whole[start : start + len(buffer)]
-        else:
-            data = read_range(self.uri, start, start + len(buffer), self.place)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+    def read_range(self, start: int, stop: int) -> bytes:
+        if not self.place.only_whole:
+            return read_range(self.uri, start, stop, self.place)
+        if self._whole is None:
+            self._whole = read_range(self.uri, 0, self.size, self.place)
+        return self._whole[start:stop]

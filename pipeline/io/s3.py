@@ -9,7 +9,6 @@ This loop serves local files as well, so those of botocore and s3fs, which would
 from __future__ import annotations
 
 import errno
-import io
 import itertools
 import logging
 import os
@@ -19,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from pipeline.io.range_reader import RangeReader
 
 Uri = str | os.PathLike[str]
 Result = TypeVar("Result")
@@ -348,48 +349,28 @@ def on_s3(action: str, uri: Uri, method: str, *args: Any, **kw: Any) -> Any:
     return call(action, uri, lambda: getattr(client(), method)(split(uri)[1], *args, **kw))
 
 
-class Reader(io.RawIOBase):
+class Reader(RangeReader):
     """Seekable reads of one S3 object, each range retried.
 
     Every range must come from the object that was first opened (If-Match).
     """
 
     def __init__(self, uri: Uri):
-        self._uri, self._position = uri, 0
         self._file = on_s3("read", uri, "open", "rb", cache_type="none")
-        self.size: int = call("read", uri, lambda: self._file.size)
+        super().__init__(os.fspath(uri), call("read", uri, lambda: self._file.size))
         self.etag: str = call("read", uri, lambda: self._file.details["ETag"])
 
-    def readable(self) -> bool:
-        return True
+    def read_range(self, start: int, stop: int) -> bytes:
+        def ask() -> bytes:
+            self._file.seek(start)
+            return self._file.read(stop - start)
 
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        position = offset + (0, self._position, self.size)[whence]
-        if position < 0:
-            raise ValueError(f"{self._uri}: cannot seek to {position}")
-        self._position = position
-        return position
-
-    def readall(self) -> bytes:  # the inherited one asks for 8 KiB at a time
-        return self.read(max(0, self.size - self._position)) or b""
-
-    def readinto(self, buffer: Any) -> int:
-        def read_range() -> bytes:
-            self._file.seek(self._position)
-            return self._file.read(wanted)
-
-        wanted = max(0, min(len(buffer), self.size - self._position))
-        data = call("read", self._uri, read_range) if wanted else b""
-        if len(data) != wanted:
+        data = call("read", self.uri, ask)
+        if len(data) != stop - start:
             raise StorageError(
-                f"cannot read {self._uri}: {len(data)} of {wanted} bytes came; run again"
+                f"cannot read {self.uri}: {len(data)} of {stop - start} bytes came; run again"
             )
-        buffer[:wanted] = data
-        self._position += wanted
-        return wanted
+        return data
 
 
 def list_objects(path: str, recursive: bool) -> list[dict[str, Any]]:

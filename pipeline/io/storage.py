@@ -24,10 +24,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
 from pipeline.io import processes, read_only, s3, write_fence
@@ -37,6 +36,7 @@ from pipeline.io.s3 import StorageError as StorageError
 from pipeline.io.s3 import Uri
 from pipeline.io.s3 import is_transient as is_transient
 from pipeline.io.s3 import retry as retry
+from pipeline.io.threads import Item, Result, threaded_map
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -44,11 +44,7 @@ if TYPE_CHECKING:
 _MIB = 2**20
 PARTS = {"chunksize": 5 * _MIB, "max_concurrency": 4}
 """Options of s3fs: 42 MiB in memory for files of any size, where its defaults take 1 GB."""
-READERS = 16
-"""Number of files that `at_once` asks for at the same time."""
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 # --- names and filesystems ---
 
@@ -116,11 +112,7 @@ def at_once(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Resul
     Raises:
         Exception: The first error, in the order of the items.
     """
-    every = list(items)
-    if len(every) <= 1:
-        return [work(item) for item in every]
-    with ThreadPoolExecutor(min(READERS, len(every))) as pool:
-        return list(pool.map(work, every))
+    return list(threaded_map(work, items))
 
 
 # --- files ---
@@ -238,6 +230,19 @@ def write_bytes(uri: Uri, data: bytes) -> None:
         s3.call("write", uri, write_local, Path(path), data)
 
 
+def write_file(uri: Uri, source: Path) -> None:
+    """Write the bytes of a local file, as `write_bytes` does, without holding them in memory."""
+    write_fence.check(uri)
+    remote, path = s3.split(uri)
+    if remote:
+        # S3 takes 10,000 parts at most
+        chunk_bytes = max(PARTS["chunksize"], -(-source.stat().st_size // 9_000))
+        parts = {**PARTS, "chunksize": chunk_bytes}
+        s3.call("write", uri, lambda: s3.client().put_file(os.fspath(source), path, **parts))
+    else:
+        s3.call("write", uri, _copy_local, source, Path(path))
+
+
 def create(uri: Uri, data: bytes) -> bool:
     """Write a file only where nothing is there. Makes parent folders.
 
@@ -313,10 +318,25 @@ def keeps_conditions(folder: Uri) -> bool:
 
 def write_local(path: Path, data: bytes) -> None:
     """Write a local file by way of a temporary one that then takes its place."""
+    with _replacing(path) as temporary:
+        _write_new(temporary, data)
+
+
+def _copy_local(source: Path, path: Path) -> None:
+    """Copy a local file by way of a temporary one that then takes the other's place."""
+    with _replacing(path) as temporary, open(source, "rb") as data, open(temporary, "xb") as file:
+        shutil.copyfileobj(data, file, _MIB)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield where to write a local file; at the end of the block it takes its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
     try:
-        _write_new(temporary, data)
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -472,8 +492,7 @@ def remove_tree(uri: Uri) -> None:
     for key in manifests:  # first of all: a reader never sees half a folder
         s3.remove_key(key)
     # one by one: stores disagree on the checksum that a bulk delete must carry
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(s3.remove_key, others))
+    at_once(s3.remove_key, others)
 
 
 def remove_empty_folder(uri: Uri) -> bool:

@@ -542,10 +542,8 @@ def _quietest(energies: np.ndarray, total: float, longest: float, hop: float) ->
     cuts, start = [], 0.0
     while total - start > longest:
         latest = min(longest, total - start - longest / 4)
-        first, last = (
-            int(np.ceil((start + longest / 2) / hop)),
-            int(np.floor((start + latest) / hop + 1e-9)),
-        )
+        first = int(np.ceil((start + longest / 2) / hop))
+        last = int(np.floor((start + latest) / hop + 1e-9))
         part = quiet[first : last + 1]
         cuts.append(first + len(part) - 1 - int(np.argmin(part[::-1])))
         start = cuts[-1] * hop

@@ -461,10 +461,8 @@ def encode_words(
                 np.array(encoding.ids, dtype=dtype),
                 np.array(encoding.word_ids, dtype=np.int32),
             )
-        todo, count = (
-            [i for i in todo if len(found[i][0]) < most and count < len(rows[i])],
-            4 * count,
-        )
+        todo = [i for i in todo if len(found[i][0]) < most and count < len(rows[i])]
+        count = 4 * count
     return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal, TypedDict
 
@@ -31,6 +30,7 @@ from pipeline.core.ragged import ragged
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
 from pipeline.io import storage
+from pipeline.io.threads import threaded_map
 from pipeline.media import audio_io, perceptual_hash, spectrogram
 from pipeline.media.audio_io import BrokenAudioError, LongAudioError
 
@@ -384,10 +384,10 @@ class Audio(Modality):
                 table[columns["audio"]],
                 _times(table, columns, "start"),
             )
-            with ThreadPoolExecutor(16) as pool:  # for files that lie on slow servers
-                out[unknown] = list(
-                    pool.map(lambda i: self._measured(values[i], starts[i]), unknown.tolist())
-                )
+            # by threads, for files that lie on slow servers
+            out[unknown] = list(
+                threaded_map(lambda i: self._measured(values[i], starts[i]), unknown.tolist())
+            )
         return out
 
     def _measured(self, cell: pa.Scalar, start: Any) -> float:

@@ -22,9 +22,10 @@ from pipeline.core.contracts import Modality
 from pipeline.core.rng import row_keys
 from pipeline.data import manifests as m
 from pipeline.data import stream
-from pipeline.data.loader import row_bytes, threaded_map
+from pipeline.data.loader import row_bytes
 from pipeline.data.plan import Item, Plan
 from pipeline.data.stream import DataWorkers, Decoder, Loader, Rows, TooManyBadRowsError
+from pipeline.io.threads import threaded_map
 
 N = 150
 DECODED: list[int] = []

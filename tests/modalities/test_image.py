@@ -415,8 +415,8 @@ def test_rows_decoded_on_the_device_are_the_batches_of_any_other_place(tmp_path)
     """
     from pipeline.config import registry
     from pipeline.data import manifests, stream
-    from pipeline.data.loader import threaded_map
     from pipeline.data.plan import Plan
+    from pipeline.io.threads import threaded_map
 
     rng, encoded = np.random.default_rng(0), []
     for i in range(40):

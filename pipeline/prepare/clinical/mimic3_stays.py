@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.prepare.engine.inputs import Opener, plain_suffix
-from pipeline.prepare.readers.archives import Entry, Listing
+from pipeline.prepare.engine.importing import InvalidRow, invalid_row
+from pipeline.prepare.engine.inputs import plain_suffix
+from pipeline.prepare.readers.archives import Entry, Listing, Opener
 from pipeline.prepare.readers.csv_blocks import SUFFIXES, Column, RowCounts, instants, stem, whole
 
 NEEDED = {
@@ -93,7 +94,7 @@ class Stays(NamedTuple):
     rows: pa.Table
     times: np.ndarray
     admissions: np.ndarray
-    broken: list[dict[str, str]]
+    broken: list[InvalidRow]
     notes: dict[str, Any]
     zoned: set[bool]
 
@@ -221,7 +222,7 @@ def stays(tables: dict[str, list[Entry]]) -> Stays:
         )
         reason = next((reason for reason, is_so in checks if is_so), "")
         if reason:
-            broken.append({"path": f"{name}:row {i + 1}", "split": "train", "reason": reason})
+            broken.append(invalid_row(f"{name}:row {i + 1}", "train", reason))
         else:
             seen.add(stay)
             places.append(i)

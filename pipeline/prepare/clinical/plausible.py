@@ -20,12 +20,10 @@ from pipeline.core.arrow_compute import pc
 
 NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?"
 BOUND = r"^(?i:<=?|>=?|less than|greater than|under|over)\s*"
-NO_VALUE, NO_NUMBER, PAIR, OUT_OF_RANGE = (
-    "no value",
-    "no number",
-    "a pair of numbers",
-    "out of range",
-)
+NO_VALUE = "no value"
+NO_NUMBER = "no number"
+PAIR = "a pair of numbers"
+OUT_OF_RANGE = "out of range"
 CENSORED, CLAMPED = "censored values taken as their bound", "values set to the valid bound"
 CLINICAL = Path(__file__).parent
 
@@ -143,10 +141,8 @@ def _cast(texts: Any) -> np.ndarray:
 
 # ---------------------------------------------------------------- units
 
-OTHER_UNIT, CONVERTED = (
-    "in a unit that clinical/units.csv does not have",
-    "values converted from another unit",
-)
+OTHER_UNIT = "in a unit that clinical/units.csv does not have"
+CONVERTED = "values converted from another unit"
 RAW_UNITS = {"inches": "in", "pounds": "lb"}
 """Units of an item's values before its conversion, where they differ from that of its variable."""
 

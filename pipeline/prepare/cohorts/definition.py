@@ -26,10 +26,8 @@ UNSEEN = "no events in the window"
 ADULT = 18
 AGE_BANDS = ((18, "0-17"), (45, "18-44"), (65, "45-64"), (80, "65-79"), (np.inf, "80+"))
 """(upper bound of age, name)."""
-GENDERS, ICU_TYPES = (
-    {0.0: "female", 1.0: "male"},
-    {1.0: "CCU", 2.0: "CSRU", 3.0: "MICU", 4.0: "SICU"},
-)
+GENDERS = {0.0: "female", 1.0: "male"}
+ICU_TYPES = {1.0: "CCU", 2.0: "CSRU", 3.0: "MICU", 4.0: "SICU"}
 """PhysioNet 2012's codes of Gender and ICUType, under MIMIC-III's names; others (-1) are unknown.
 """
 BENCHMARK = {

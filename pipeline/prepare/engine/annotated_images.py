@@ -16,7 +16,7 @@ from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import Index, place, preview, split_of_folders, table
 from pipeline.prepare.readers import archives
-from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
+from pipeline.prepare.readers.picture_check import Picture
 
 COLUMNS = {
     **boxes.COLUMNS,
@@ -116,11 +116,7 @@ class AnnotatedImagesImporter(ImageImporter):
         size = row["_width"], row["_height"]
         if size == (UNKNOWN, UNKNOWN):
             return row
-        if picture.seen != size:
-            raise BrokenImageError(
-                f"the image is {picture.seen[0]} x {picture.seen[1]} pixels, its annotations "
-                f"are for {size[0]} x {size[1]}"
-            )
+        boxes.check_size(picture, *size)
         across, down = picture.size[0] / size[0], picture.size[1] / size[1]
         return {**row, "boxes": boxes.scaled(row["boxes"], across, down)}
 

@@ -22,17 +22,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.loader import threaded_map
 from pipeline.io import storage
+from pipeline.io.threads import threaded_map
 from pipeline.media import audio_io
 from pipeline.media.audio_io import BrokenAudioError, Info, Sound
-from pipeline.prepare.engine.importing import Index, place, table
+from pipeline.prepare.engine.importing import Index, InvalidRow, invalid_row, place, table
 from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexShardTask, is_one_way, loaded
-from pipeline.prepare.engine.inputs import HELD_OUT_FIRST, InputSplit, Opener, SplitReader, decoded
+from pipeline.prepare.engine.inputs import HELD_OUT_FIRST, InputSplit, SplitReader, decoded
 from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult, sum_by_split
 from pipeline.prepare.readers.archives import (
     Entry,
     Listing,
+    Opener,
     Reader,
     Window,
     is_gzipped,
@@ -43,6 +44,14 @@ from pipeline.prepare.readers.picture_check import BrokenImageError
 SUFFIXES = (".flac", ".wav", ".sph", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au")
 """If a recording exists in several formats, the first of these is taken."""
 NAMED = 3
+MEASURED = {
+    "recording_start": pa.float64(),
+    "seconds": pa.float64(),
+    "rate": pa.int64(),
+    "channels": pa.int64(),
+    "sha256": pa.string(),
+}
+"""What is written beside each recording."""
 LOSSY = (".mp3", ".ogg", ".oga", ".opus")
 GROWTH = 3.0
 """Estimated size of FLAC relative to a lossy file, for the size of shards."""
@@ -160,7 +169,7 @@ def recordings(
     rows: list[dict[str, Any]],
     columns: dict[str, pa.DataType],
     source: str,
-    bad: list[dict[str, str]],
+    bad: list[InvalidRow],
 ) -> pa.Table:
     """Return the rows as a table. Raises ValueError if there are none, with the first invalid
     ones.
@@ -214,16 +223,12 @@ def lines_of(entries: Iterable[Entry]) -> Iterator[Line]:
             yield from found
 
 
-def broken(path: str, split: str, reason: str) -> dict[str, str]:
-    return {"path": path, "split": split, "reason": reason}
-
-
 def join_transcripts(
     rows: dict[Any, dict[str, Any]],
     said: dict[Any, list[Line]],
     split_of: Callable[[Any], str],
     wanted: str,
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+) -> tuple[list[dict[str, Any]], list[InvalidRow]]:
     """Join recordings with their transcripts.
 
     Args:
@@ -235,50 +240,35 @@ def join_transcripts(
     Returns:
         (rows with their transcript, invalid rows).
     """
-    out, bad = [], []
+    out: list[dict[str, Any]] = []
+    bad: list[InvalidRow] = []
     for key, row in rows.items():
         lines = said.get(key, [])
-        if not lines:
-            bad.append(
-                broken(
-                    row["path"],
-                    row["split"],
-                    f"a recording without a transcript: no line for it in {wanted}",
-                )
-            )
-        elif lines[0].reason:
-            bad.append(
-                broken(
-                    row["path"],
-                    row["split"],
-                    f"its transcript ({lines[0].place}) is {lines[0].reason}",
-                )
-            )
-        elif len({line.text for line in lines}) > 1:
-            bad.append(
-                broken(
-                    row["path"],
-                    row["split"],
-                    f"two transcripts: {lines[0].place} and {lines[1].place}; remove the wrong one",
-                )
-            )
+        if reason := _transcript_problem(lines, wanted):
+            bad.append(invalid_row(row["path"], row["split"], reason))
         else:
             out.append({**row, "transcript": lines[0].text})
     for key, lines in said.items():
         if key not in rows:
-            bad.append(
-                broken(
-                    lines[0].place,
-                    split_of(key),
-                    lines[0].reason or "a transcript without its recording",
-                )
-            )
+            reason = lines[0].reason or "a transcript without its recording"
+            bad.append(invalid_row(lines[0].place, split_of(key), reason))
     return out, bad
+
+
+def _transcript_problem(lines: list[Line], wanted: str) -> str:
+    """Return why the lines of a recording's transcript cannot be used, or ""."""
+    if not lines:
+        return f"a recording without a transcript: no line for it in {wanted}"
+    if lines[0].reason:
+        return f"its transcript ({lines[0].place}) is {lines[0].reason}"
+    if len({line.text for line in lines}) > 1:
+        return f"two transcripts: {lines[0].place} and {lines[1].place}; remove the wrong one"
+    return ""
 
 
 def drop_repeated_keys(
     rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+) -> tuple[list[dict[str, Any]], list[InvalidRow]]:
     """Keep one row for each `key`: (rows, invalid ones).
 
     The held-out one is kept: test before validation before train, then the first.
@@ -289,20 +279,13 @@ def drop_repeated_keys(
         twin = first.setdefault(key(row), row)
         if twin is row:
             out.append(row)
-        else:
-            where = "twice" if twin["split"] == row["split"] else f"in {twin['split']} too"
-            bad.append(
-                broken(
-                    row["path"],
-                    row["split"],
-                    f"stands {where}"
-                    + (
-                        ""
-                        if twin.get("transcript") == row.get("transcript")
-                        else f", with another transcript ({twin.get('transcript')!r:.80})"
-                    ),
-                )
-            )
+            continue
+        reason = (
+            "stands twice" if twin["split"] == row["split"] else f"stands in {twin['split']} too"
+        )
+        if twin.get("transcript") != row.get("transcript"):
+            reason += f", with another transcript ({twin.get('transcript')!r:.80})"
+        bad.append(invalid_row(row["path"], row["split"], reason))
     return out, bad
 
 
@@ -317,13 +300,10 @@ class AudioShardTask(IndexShardTask):
     `sha256` (of that file; of `audio` where the row is a segment).
     """
 
+    without_images = "reads recordings, not images"
     measures = ("seconds", "speaker", "sha256", "transcript")
 
     def __init__(self, importer: AudioImporter, source: str, settings: Settings):
-        settings.reject(
-            ("resize", "quality"),
-            f"importer {importer.registered_name} reads recordings, not images; leave it out",
-        )
         super().__init__(importer, source, settings)
         self.notes = {**self.notes, **{what: {} for what in COUNTED}, "levels": LEVELS}
 
@@ -346,11 +326,7 @@ class AudioShardTask(IndexShardTask):
         return [
             pa.field("audio", pa.binary()),
             *self.kept,
-            pa.field("recording_start", pa.float64()),
-            pa.field("seconds", pa.float64()),
-            pa.field("rate", pa.int64()),
-            pa.field("channels", pa.int64()),
-            pa.field("sha256", pa.string()),
+            *(pa.field(name, kind) for name, kind in MEASURED.items()),
         ]
 
     @property
@@ -363,7 +339,7 @@ def _make(
 ) -> ShardResult:
     """Read, check and write one shard."""
     reader, listed, path = Reader(), rows.to_pylist(), scratch / "part.parquet"
-    bad: list[dict[str, str]] = []
+    bad: list[InvalidRow] = []
     counts: Counter[tuple[str, str]] = Counter()
     try:
         made = _rows(sound_options, reader, listed, bad, counts)
@@ -404,7 +380,7 @@ def _rows(
     sound_options: SoundOptions,
     reader: Reader,
     listed: list[dict[str, Any]],
-    bad: list[dict[str, str]],
+    bad: list[InvalidRow],
     counts: Counter[tuple[str, str]],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (position in the index, row); invalid rows go to `bad`, counts for the summary to
@@ -423,15 +399,15 @@ def _rows(
                         made, counted = _row(row, data, info, span, whole, sound_options)
                     except BrokenAudioError as error:
                         at = "" if whole else f" from {span[0]:.2f} s to {span[1]:.2f} s"
-                        bad.append(
-                            broken(f"{row['path']}{at}", row["split"], str(error))
-                            | ({"pieces": str(len(spans))} if len(spans) > 1 else {})
-                        )
+                        wrong = invalid_row(f"{row['path']}{at}", row["split"], str(error))
+                        if len(spans) > 1:
+                            wrong["pieces"] = str(len(spans))
+                        bad.append(wrong)
                         continue
                     counts.update((what, row["split"]) for what in counted)
                     yield i, made
         except (BrokenAudioError, BrokenImageError) as error:
-            bad.append(broken(row["path"], row["split"], str(error)))
+            bad.append(invalid_row(row["path"], row["split"], str(error)))
 
 
 class _Load:
@@ -523,10 +499,8 @@ def _row(
     if whole and sound_options.rate in (0, rate) and not (sound_options.mono and info.channels > 1):
         audio = content
     else:
-        samples, rate = (
-            audio_io.resample(samples, rate, sound_options.rate or rate),
-            sound_options.rate or rate,
-        )
+        samples = audio_io.resample(samples, rate, sound_options.rate or rate)
+        rate = sound_options.rate or rate
         audio = audio_io.encode(audio_io.pcm(samples), rate)
         counted.append(COUNTED[-1])
     return {

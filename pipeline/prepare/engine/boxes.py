@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.media import instance_masks
-from pipeline.prepare.readers.picture_check import nearest
+from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, nearest
 
 COLUMNS = {
     "boxes": pa.list_(pa.list_(pa.float32())),
@@ -52,6 +52,15 @@ def clipped(
         max(x0 - x, y0 - y, x + w - x1, y + h - y1) > rounding
     )
     return [x0, y0, x1 - x0, y1 - y0]
+
+
+def check_size(picture: Picture, width: int, height: int) -> None:
+    """Raise BrokenImageError for an image of another size than its annotations are for."""
+    if picture.seen != (width, height):
+        raise BrokenImageError(
+            f"the image is {picture.seen[0]} x {picture.seen[1]} pixels, its annotations are for "
+            f"{width} x {height}"
+        )
 
 
 def scaled(boxes: list[Any], x: float, y: float) -> list[list[float]]:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
+from pipeline.prepare.engine.importing import InvalidRow
 from pipeline.prepare.engine.shard_tasks import (
     BudgetCheck,
     Importer,
@@ -220,7 +221,7 @@ class Episodes:
     mark: str
     notes: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
-    broken: list[dict[str, str]] = field(default_factory=list)
+    broken: list[InvalidRow] = field(default_factory=list)
 
 
 class Result(NamedTuple):
@@ -235,7 +236,7 @@ class Result(NamedTuple):
 
     split: str
     row: pa.Table | None = None
-    broken: dict[str, str] | None = None
+    broken: InvalidRow | None = None
     amounts: Mapping[str, float] = {}
 
 
@@ -280,11 +281,7 @@ class EpisodeShardTask(ShardTask):
     noun = "episodes"
 
     def __init__(self, importer: EpisodeImporter, source: str, settings: Settings):
-        if not importer.sees:
-            settings.reject(
-                ("resize", "quality"),
-                f"importer {importer.registered_name} writes no images; leave it out",
-            )
+        self.without_images = "" if importer.sees else "writes no images"
         super().__init__(importer, settings)
         self.found = importer.index(source, settings)
         self.label = importer.label

@@ -20,7 +20,7 @@ import io
 import tempfile
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,9 +33,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.core import arrow_lists
 from pipeline.core.rng import mix, row_keys
 from pipeline.io import atomic_folder, checksums, storage
-from pipeline.prepare.engine.inputs import Opener
+from pipeline.prepare.engine.importing import InvalidRow
 from pipeline.prepare.engine.shard_tasks import (
     SCANS,
     BudgetCheck,
@@ -49,6 +50,7 @@ from pipeline.prepare.engine.shard_tasks import (
     run_tasks,
 )
 from pipeline.prepare.engine.table_importer import NAMED
+from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import ByteRange, RowCounts
 
 BUCKET_BYTES, RANGE_BYTES = 64 << 20, 128 << 20
@@ -105,7 +107,7 @@ class Entities:
     rows: pa.Table
     keys: Any
     group: str = "entity"
-    broken: list[dict[str, str]] = field(default_factory=list)
+    broken: list[InvalidRow] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -126,6 +128,43 @@ class Events(NamedTuple):
     codes: np.ndarray
     names: list[str]
     values: np.ndarray
+
+
+class ValidRows:
+    """Which rows of a batch are still valid; the others are counted once, by their first reason.
+
+    Attributes:
+        good: (n,) bool.
+        dropped: how many are not, by `table: reason`.
+    """
+
+    def __init__(self, table: str, dropped: Counter[str]):
+        self.table, self.dropped = table, dropped
+        self.good = np.empty(0, dtype=bool)
+
+    def begin(self, rows: int) -> None:
+        self.good = np.ones(rows, dtype=bool)
+
+    def drop(self, reason: str, bad: np.ndarray) -> None:
+        self.dropped[f"{self.table}: {reason}"] += int(np.count_nonzero(self.good & bad))
+        self.good &= ~bad
+
+    def drop_by_code(self, reasons: Sequence[str], codes: np.ndarray) -> None:
+        """Drop the rows whose code is not 0; it counts by `reasons`."""
+        for code, reason in enumerate(reasons):
+            if code:
+                self.drop(reason, codes == code)
+
+
+def variable_codes(column: Any, prefix: str = "") -> tuple[list[str], np.ndarray]:
+    """Return the distinct names of a column of texts, and (n,) the index of each row's name, -1 for
+    null and for an empty text.
+    """
+    codes, dictionary = arrow_lists.dictionary_codes(column)
+    names = [str(name) for name in dictionary.to_pylist()]
+    if "" in names:
+        codes = np.where(codes == names.index(""), -1, codes)
+    return [f"{prefix}{name}" for name in names], codes
 
 
 class GroupedImporter(Importer):
@@ -179,17 +218,10 @@ class GroupedShardTask(ShardTask):
     each.
     """
 
-    noun = "entities"
+    noun, without_images = "entities", "reads tables, not images"
+    makes_parts_of = "about so much source text"
 
     def __init__(self, importer: GroupedImporter, source: str, settings: Settings):
-        name = importer.registered_name
-        settings.reject(
-            ("resize", "quality"), f"importer {name} reads tables, not images; leave it out"
-        )
-        settings.reject(
-            ("rows_per_part",),
-            f"importer {name} makes parts of about so much source text; say --part-mb",
-        )
         super().__init__(importer, settings)
         most = settings.part_bytes if settings.part_mb else BUCKET_BYTES
         self.sources = importer.sources(source, min(RANGE_BYTES, 2 * most))

@@ -16,12 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.prepare.engine.importing import Index
+from pipeline.prepare.engine.importing import Index, InvalidRow, invalid_row
 from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexShardTask, loaded
 from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult
 from pipeline.prepare.readers.archives import Reader
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, examine
 
+MEASURED = {"width": pa.int64(), "height": pa.int64(), "sha256": pa.string()}
+"""What is written beside each image."""
 BYTES_A_PIXEL = 0.4
 """Of a JPEG at quality 92, to estimate the size of shards when images are resized."""
 
@@ -52,7 +54,7 @@ class ImageImporter(Importer):
 class ImageShardTask(IndexShardTask):
     """The shards of an index of images."""
 
-    measures = ("width", "height", "sha256")
+    measures = tuple(MEASURED)
 
     @property
     def depends(self) -> tuple[Any, ...]:
@@ -68,9 +70,7 @@ class ImageShardTask(IndexShardTask):
             pa.field("image", pa.binary()),
             *self.kept,
             *self.index.extra,
-            pa.field("width", pa.int64()),
-            pa.field("height", pa.int64()),
-            pa.field("sha256", pa.string()),
+            *(pa.field(name, kind) for name, kind in MEASURED.items()),
         ]
 
     @property
@@ -92,7 +92,7 @@ def _make(
 
 def _rows(
     importer: ImageImporter, settings: Settings, reader: Reader, rows: pa.Table
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+) -> tuple[list[dict[str, Any]], list[InvalidRow]]:
     out, broken = {}, []
     for i, row, data in loaded(
         rows.to_pylist(),
@@ -104,7 +104,7 @@ def _rows(
             picture = examine(data, settings.resize, settings.quality)
             made = importer.postprocess(row, picture)
         except BrokenImageError as error:
-            broken.append({"path": row["path"], "split": row["split"], "reason": str(error)})
+            broken.append(invalid_row(row["path"], row["split"], str(error)))
             continue
         width, height = picture.size
         out[i] = {

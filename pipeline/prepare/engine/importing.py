@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 import pydantic
@@ -47,6 +47,21 @@ NAMED = 5
 """An error message names so many examples."""
 
 
+class InvalidRow(TypedDict):
+    """A row that was left out: its place, its split and why. ``pieces``: the recording was cut into
+    so many rows, of which this is one.
+    """
+
+    path: str
+    split: str
+    reason: str
+    pieces: NotRequired[str]
+
+
+def invalid_row(path: str, split: str, reason: str) -> InvalidRow:
+    return {"path": path, "split": split, "reason": reason}
+
+
 @dataclass(frozen=True)
 class Index:
     """The rows of a source, before any file is read.
@@ -66,7 +81,7 @@ class Index:
     extra: tuple[pa.Field, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
-    broken: list[dict[str, str]] = field(default_factory=list)
+    broken: list[InvalidRow] = field(default_factory=list)
 
 
 def place(entry: Entry, split: str, **columns: Any) -> dict[str, Any]:
@@ -94,6 +109,11 @@ def table(
     return pa.Table.from_pylist(
         rows, schema=pa.schema([*PLACE, *(pa.field(name, kind) for name, kind in columns.items())])
     )
+
+
+def names_in(text: str) -> list[str]:
+    """Return the names that an option holds, with commas between them."""
+    return [name for name in map(str.strip, text.split(",")) if name]
 
 
 def preview(names: Iterable[Any]) -> str:

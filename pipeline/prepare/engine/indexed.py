@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.core.rng import mix, row_keys
-from pipeline.data.loader import threaded_map
+from pipeline.io.threads import threaded_map
 from pipeline.media.audio_io import BrokenAudioError
 from pipeline.prepare.engine.importing import Index
 from pipeline.prepare.engine.shard_tasks import OutputShard, Settings, ShardTask, name_shards
@@ -76,14 +77,9 @@ def _order(rows: pa.Table) -> np.ndarray:
     )
     by_path = numbered.sort_by([("split", "ascending"), ("path", "ascending")])
     places = by_path["at"].to_numpy()
-    coded = (
-        by_path["split"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    )
-    streams = (
-        pa.array(uri if is_gzipped(uri) else "" for uri in by_path["_uri"].to_pylist())
-        .dictionary_encode()
-        .indices.to_numpy()
-    )
+    coded, _ = dictionary_codes(by_path["split"])
+    archives = [uri if is_gzipped(uri) else "" for uri in by_path["_uri"].to_pylist()]
+    streams, _ = dictionary_codes(pa.array(archives, pa.string()))
     keys = row_keys(mix(*b"prepare"), np.zeros(1, dtype=np.int64), np.arange(len(rows)))
     return places[np.lexsort((keys, streams, coded))]
 

@@ -8,34 +8,28 @@ memory of one row.
 from __future__ import annotations
 
 import codecs
-import gzip
 import posixpath
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import BufferedReader
 from itertools import pairwise
-from typing import Any, BinaryIO, NamedTuple, cast
-
-import pyarrow as pa
+from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.io import file_identity, storage
-from pipeline.prepare.engine.importing import preview, split_of
+from pipeline.prepare.engine.importing import InvalidRow, invalid_row, preview, split_of
 from pipeline.prepare.readers.archives import (
     ARCHIVES,
     COMPRESSED,
+    DAMAGED,
     GZIPPED,
     MOST_BYTES,
     Entry,
     Listing,
-    Window,
+    Opener,
     has_suffix,
     is_gzipped,
     listing,
-    open_archive,
 )
 
 SQUEEZED = (".gz", ".zst")
@@ -75,6 +69,11 @@ class InputFiles(NamedTuple):
     files: list[tuple[Entry, str]]
     others: dict[str, int]
     mark: str
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the summary says of the files that are left out."""
+        return {"files left out": self.others} if self.others else {}
 
 
 def plain_suffix(name: str) -> str:
@@ -194,53 +193,6 @@ def _weight(entry: Entry) -> int:
 # ---------------------------------------------------------------- reading
 
 
-class Opener:
-    """Opens entries as streams, and keeps archives open between them."""
-
-    def __init__(self):
-        self._zips: dict[str, zipfile.ZipFile] = {}
-        self._archives: dict[str, BinaryIO] = {}
-
-    def __call__(self, entry: Entry) -> BinaryIO:
-        """Open an entry, decompressed if its suffix says so; the stream is for one thread."""
-        handle = self._stored(entry)
-        name = entry.name.lower()
-        if name.endswith(".gz"):
-            return BufferedReader(gzip.GzipFile(fileobj=handle), 1 << 20)
-        if name.endswith(".zst"):
-            return BufferedReader(
-                cast(Any, pa.CompressedInputStream(pa.PythonFile(handle, mode="r"), "zstd")),
-                1 << 20,
-            )
-        return handle
-
-    def _stored(self, entry: Entry) -> BinaryIO:
-        if entry.member:
-            if entry.uri not in self._zips:
-                self._zips[entry.uri] = zipfile.ZipFile(storage.open_read(entry.uri))
-            try:
-                return BufferedReader(cast(Any, self._zips[entry.uri].open(entry.member)), 1 << 20)
-            except (RuntimeError, NotImplementedError) as error:
-                raise ValueError(
-                    f"{entry.uri}: {entry.name} cannot be unpacked ({error}); decrypt it or "
-                    "pack it anew"
-                ) from None
-        if entry.offset < 0:
-            return storage.open_read(entry.uri)
-        if entry.uri not in self._archives:
-            handle = open_archive(entry.uri)
-            self._archives[entry.uri] = (
-                cast(BinaryIO, gzip.GzipFile(fileobj=handle)) if is_gzipped(entry.uri) else handle
-            )
-        return BufferedReader(Window(self._archives[entry.uri], entry.offset, entry.size), 1 << 20)
-
-    def close(self) -> None:
-        for handle in (*self._zips.values(), *self._archives.values()):
-            handle.close()
-        self._zips.clear()
-        self._archives.clear()
-
-
 @dataclass
 class SplitReader:
     """One pass over an input split.
@@ -264,7 +216,7 @@ class SplitReader:
     most: int = MOST_LISTED
     lines: int = 0
     broken: int = 0
-    listed: list[dict[str, str]] = field(default_factory=list)
+    listed: list[InvalidRow] = field(default_factory=list)
 
     def place(self, at: int | str) -> str:
         """Return file:place; a number is a line of the split, counted from 1."""
@@ -274,9 +226,7 @@ class SplitReader:
         """Record an invalid row."""
         self.broken += 1
         if len(self.listed) < self.most:
-            self.listed.append(
-                {"path": self.place(at), "split": self.input_split.split, "reason": reason}
-            )
+            self.listed.append(invalid_row(self.place(at), self.input_split.split, reason))
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -287,7 +237,7 @@ class SplitReader:
         try:
             with self.opener(self.input_split.entry) as handle:
                 yield handle
-        except (gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, EOFError) as error:
+        except DAMAGED as error:
             raise ValueError(f"{self.input_split.name}: damaged ({error}); get it again") from None
         except OSError as error:
             if isinstance(error, storage.StorageError) or (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import posixpath
 
-from pipeline.data.loader import threaded_map
 from pipeline.io import file_identity, storage
+from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine.audio import Line
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.archives import Entry, Listing

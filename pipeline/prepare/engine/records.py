@@ -19,8 +19,9 @@ import pyarrow as pa
 from pipeline.core.arrow_compute import pc
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine.grouped import Events
-from pipeline.prepare.engine.inputs import Opener, find_inputs
-from pipeline.prepare.readers.archives import Entry
+from pipeline.prepare.engine.importing import InvalidRow, invalid_row
+from pipeline.prepare.engine.inputs import find_inputs
+from pipeline.prepare.readers.archives import Entry, Opener
 from pipeline.prepare.readers.csv_blocks import Column, schema, whole
 
 HOUR = 3_600_000_000
@@ -191,13 +192,13 @@ class Labels:
     times: np.ndarray
     values: pa.Array
     places: np.ndarray
-    broken: list[dict[str, str]]
+    broken: list[InvalidRow]
     mark: str
     column: str
 
     def usable(
         self, ids: np.ndarray, first: np.ndarray, last: np.ndarray
-    ) -> tuple[np.ndarray, list[dict[str, str]]]:
+    ) -> tuple[np.ndarray, list[InvalidRow]]:
         """Return ((n,) whether there are events that a label may be predicted from, all rows of
         the table that cannot be used).
 
@@ -211,7 +212,7 @@ class Labels:
         seen[there] = first[at[there]] <= np.minimum(last[at[there]], self.times[there])
         reasons = np.select([~there, ~seen], [NO_SUBJECT, EARLY], "")
         broken = [
-            {"path": self.places[i], "split": "train", "reason": str(reasons[i])}
+            invalid_row(self.places[i], "train", str(reasons[i]))
             for i in np.flatnonzero(reasons != "")
         ]
         return seen, [*self.broken, *broken]
@@ -274,8 +275,7 @@ def _sorted_labels(table: pa.Table, column: str, places: np.ndarray, mark: str) 
         "",
     )
     broken = [
-        {"path": places[i], "split": "train", "reason": str(reasons[i])}
-        for i in np.flatnonzero(reasons != "")
+        invalid_row(places[i], "train", str(reasons[i])) for i in np.flatnonzero(reasons != "")
     ]
     kept = order[reasons[order] == ""]
     values = table[column].combine_chunks().take(pa.array(kept))

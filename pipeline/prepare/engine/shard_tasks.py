@@ -20,6 +20,7 @@ import pyarrow as pa
 from pipeline.config.registry import Options
 from pipeline.data.stream import map_items
 from pipeline.io import storage
+from pipeline.prepare.engine.importing import InvalidRow
 
 PART_BYTES = 96 << 20
 """Approximate bytes of files or of text in a shard."""
@@ -101,7 +102,7 @@ class ShardResult:
 
     data: bytes | Path
     rows: int
-    broken: list[dict[str, str]]
+    broken: list[InvalidRow]
     amounts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -144,6 +145,8 @@ class ShardTask(ABC):
 
     Attributes:
         noun: what invalid rows are called.
+        without_images: what the importer does instead, where `--resize` has no effect.
+        makes_parts_of: what a part is made of, where it is not a number of rows.
         measures: columns that the summary measures.
         shards: the files to write.
         key: what the rows depend on besides the importer's name and options.
@@ -155,15 +158,24 @@ class ShardTask(ABC):
     """
 
     noun: str = "files"
+    without_images: str = ""
+    makes_parts_of: str = ""
     measures: tuple[str, ...] = ()
     shards: list[OutputShard]
     key: tuple[Any, ...]
 
     def __init__(self, importer: Any, settings: Settings):
+        name = importer.registered_name
+        if self.without_images:
+            reason = f"importer {name} {self.without_images}; leave it out"
+            settings.reject(("resize", "quality"), reason)
+        if self.makes_parts_of:
+            reason = f"importer {name} makes parts of {self.makes_parts_of}; say --part-mb"
+            settings.reject(("rows_per_part",), reason)
         self.importer, self.settings = importer, settings
         self.label: str = importer.label
         self.total = 0
-        self.broken: Sequence[dict[str, str]] = ()
+        self.broken: Sequence[InvalidRow] = ()
         self.notes: dict[str, Any] = {}
         self.info: dict[str, Any] = {}
 

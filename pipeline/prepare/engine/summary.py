@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.arrow_compute import pc
 from pipeline.io import storage
+from pipeline.prepare.engine.importing import InvalidRow
 
 SHARES = (0, 5, 25, 50, 75, 95, 100)
 EXAMPLES = 20
@@ -25,7 +26,7 @@ def summarise(
     parts: list[str],
     label: str,
     measures: tuple[str, ...],
-    broken: list[dict[str, str]],
+    broken: list[InvalidRow],
     notes: dict[str, Any],
 ) -> dict[str, Any]:
     """Count rows and classes of each split, and invalid rows by reason.

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from pipeline.core.arrow_compute import pc
 from pipeline.core.rng import mix, row_keys
 from pipeline.io import checksums, storage
-from pipeline.prepare.engine.inputs import InputSplit, Opener, SplitReader
+from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
 from pipeline.prepare.engine.shard_tasks import (
     SCANS,
     BudgetCheck,
@@ -40,6 +40,7 @@ from pipeline.prepare.engine.shard_tasks import (
     run_tasks,
     sum_by_split,
 )
+from pipeline.prepare.readers.archives import Opener
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 16384
 """Most bytes of text (about), and most rows, of a row group."""
@@ -73,24 +74,27 @@ class TableImporter(Importer):
     """Base class for text and tables. Examples: `csv`, `text`, `squad`.
 
     Attributes:
+        suffixes: of the files, without that of compression, where each is read whole.
         amounts: what the summary adds up: {word: the column whose lengths are added}.
         shuffles_rows: shuffle the rows of a shard in a fixed order, since files are often sorted by
             class; otherwise they keep the order of the files.
     """
 
+    suffixes: ClassVar[tuple[str, ...]] = ()
     amounts: ClassVar[dict[str, str]] = {}
     shuffles_rows: ClassVar[bool] = False
 
-    @abstractmethod
     def input_splits(
         self, source: str, part_bytes: int
     ) -> tuple[list[InputSplit], str, dict[str, Any]]:
-        """Find the files and cut them up.
+        """Find the files and cut them up; those with `suffixes`, each whole, unless overridden.
 
         Returns:
             (the input splits in reading order, the same at every call; a mark that changes when the
                 files do; notes for the summary).
         """
+        listed = find_inputs(source, self.suffixes, self.options.split)
+        return whole_files(listed), listed.mark, listed.notes
 
     @abstractmethod
     def rows(self, reading: SplitReader) -> Iterator[dict[str, Any] | pa.Table]:
@@ -163,17 +167,10 @@ def as_kind(value: Any, kind: int) -> Any:
 class TableShardTask(ShardTask):
     """The shards of text and tables: neighbouring input splits, up to about `part_mb` of text."""
 
-    noun = "rows"
+    noun, without_images = "rows", "reads text, not images"
+    makes_parts_of = "files and ranges of bytes"
 
     def __init__(self, importer: TableImporter, source: str, settings: Settings):
-        name = importer.registered_name
-        settings.reject(
-            ("resize", "quality"), f"importer {name} reads text, not images; leave it out"
-        )
-        settings.reject(
-            ("rows_per_part",),
-            f"importer {name} makes its parts of files and ranges of bytes; say --part-mb",
-        )
         super().__init__(importer, settings)
         self.input_splits, mark, self._found_notes = importer.input_splits(
             source, settings.part_bytes
@@ -253,11 +250,9 @@ class TableShardTask(ShardTask):
         ]
         check(examples, sum(int(one["broken"]) for one in found), self.total)
         self._inferred_schema = self.importer.infer_schema(self.input_splits, found)
-        self.notes, self.info, self.label = (
-            {**self._found_notes, **self.inferred_schema.notes},
-            self.inferred_schema.info,
-            self.importer.label,
-        )
+        self.notes = {**self._found_notes, **self.inferred_schema.notes}
+        self.info = self.inferred_schema.info
+        self.label = self.importer.label
 
     @property
     def columns(self) -> list[pa.Field]:
@@ -386,10 +381,8 @@ def row_bytes(block: pa.Table) -> np.ndarray:
     out = np.zeros(len(block), dtype=np.int64)
     for column in block.columns:
         kind = column.type
-        listed, text = (
-            pa.types.is_list(kind) or pa.types.is_large_list(kind),
-            pa.types.is_string(kind) or pa.types.is_large_string(kind),
-        )
+        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         if listed and (pa.types.is_list(kind.value_type) or pa.types.is_binary(kind.value_type)):
             out += _inner_weights(column, 4 if pa.types.is_list(kind.value_type) else 1)
             continue
@@ -416,11 +409,9 @@ class RowGroups:
     """
 
     def __init__(self, path: Path, schema: pa.Schema, mixes: bool):
-        self.schema, self.shuffles_rows, self.file = (
-            schema,
-            mixes,
-            pq.ParquetWriter(path, schema, compression="zstd"),
-        )
+        self.schema = schema
+        self.shuffles_rows = mixes
+        self.file = pq.ParquetWriter(path, schema, compression="zstd")
         self.held: list[dict[str, Any]] = []
         self.blocks: list[pa.Table] = []
         self.waiting: list[pa.Table] = []

@@ -8,19 +8,17 @@ writes the same bytes. What a shard is and how it is made is the importer's plan
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from pipeline.config import registry
 from pipeline.config.schema import spec_hash
-from pipeline.data.loader import threaded_map
-from pipeline.io import atomic_folder, checksums, file_identity, s3, storage, write_fence
+from pipeline.io import atomic_folder, checksums, file_identity, s3, storage
+from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import croissant, summary
-from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.importing import InvalidRow, preview
 from pipeline.prepare.engine.shard_tasks import (
     SCANS,
     Importer,
@@ -36,9 +34,19 @@ from pipeline.prepare.readers.archives import absolute
 MANIFEST, BEGUN = "_manifest.json", "_prepare.json"
 """Names that begin with an underscore are ignored where the folder is read as data."""
 FORMAT_VERSION = 1
-UPLOAD_BYTES = 16 << 20
 NAMED = 3
 """An error message names so many invalid rows."""
+
+
+class ShardRecord(TypedDict):
+    """What `_parts` of an output says of a complete shard."""
+
+    sha256: str
+    size: int
+    sha256_pieces: NotRequired[str]
+    rows: int
+    broken: list[InvalidRow]
+    amounts: NotRequired[dict[str, dict[str, int]]]
 
 
 class Preparation:
@@ -110,20 +118,21 @@ class Preparation:
         return any(name != BEGUN and not name.startswith((f"{SCANS}/", ".")) for name in below)
 
     @cached_property
-    def records(self) -> dict[str, dict[str, Any]]:
+    def records(self) -> dict[str, ShardRecord]:
         """Records of the shards that are complete: those with a record and of the size that it
         states.
         """
         files = set(storage.list_files(self.output))
 
-        def record(shard: OutputShard) -> dict[str, Any] | None:
+        def record(shard: OutputShard) -> ShardRecord | None:
             uri = storage.join(self.output, shard.name)
             if not {uri, self._record_uri(shard)} <= files:
                 return None
             found = checksums.document_or_none(
                 self._record_uri(shard), f"{shard.name} is made again"
             )
-            return found if found is not None and storage.size(uri) == found["size"] else None
+            is_whole = found is not None and storage.size(uri) == found["size"]
+            return cast(ShardRecord, found) if is_whole else None
 
         found = {
             shard.name: one
@@ -133,7 +142,7 @@ class Preparation:
         is_finished = storage.join(self.output, MANIFEST) in files
         return found if is_finished or storage.is_remote(self.output) else self._undamaged(found)
 
-    def _undamaged(self, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _undamaged(self, records: dict[str, ShardRecord]) -> dict[str, ShardRecord]:
         """Keep the records of shards whose SHA-256 is as recorded.
 
         Shards of a finished folder are not compared here, but where they are read.
@@ -254,7 +263,7 @@ class Preparation:
             f"there{warnings}"
         )
 
-    def _check_listed(self, broken: list[dict[str, str]], total: int) -> None:
+    def _check_listed(self, broken: list[InvalidRow], total: int) -> None:
         """Check the invalid rows against the budget.
 
         Invalid segments of recordings that were cut are compared with the expected number of rows,
@@ -289,7 +298,7 @@ class Preparation:
                 f"First ones: {'; '.join(first[:NAMED])}"
             )
 
-    def _finish(self, broken: list[dict[str, str]]) -> dict[str, Any]:
+    def _finish(self, broken: list[InvalidRow]) -> dict[str, Any]:
         amounts = sum_by_split(
             (name, split, count)
             for record in self.records.values()
@@ -347,7 +356,7 @@ class Preparation:
         storage.write_bytes(storage.join(self.output, croissant.CARD), text.encode())
 
 
-def _entry(record: dict[str, Any]) -> dict[str, Any]:
+def _entry(record: ShardRecord) -> dict[str, Any]:
     """What the manifest says of a shard."""
     return {
         name: record[name] for name in ("sha256", "size", "sha256_pieces", "rows") if name in record
@@ -370,7 +379,7 @@ def verify(output: str) -> dict[str, Any]:
     return manifest
 
 
-def write_shard(make: Callable[[Any, Path], ShardResult], uri: str, payload: Any) -> dict[str, Any]:
+def write_shard(make: Callable[[Any, Path], ShardResult], uri: str, payload: Any) -> ShardRecord:
     """Make and write one shard; return its record."""
     with storage.scratch_folder() as scratch:
         made = make(payload, Path(scratch))
@@ -379,38 +388,8 @@ def write_shard(make: Callable[[Any, Path], ShardResult], uri: str, payload: Any
             storage.write_bytes(uri, made.data)
         else:
             entry = s3.call("read", made.data, atomic_folder.entry_of_file, made.data)
-            _write_file(uri, made.data)
-    return {
-        **entry,
-        "rows": made.rows,
-        "broken": made.broken,
-        **({"amounts": made.amounts} if made.amounts else {}),
-    }
-
-
-def _write_file(uri: str, source: Path) -> None:
-    """Copy a file to `uri`, whole, as storage.write_bytes does with bytes."""
-    write_fence.check(uri)
-    remote, path = s3.split(uri)
-    if remote:
-        s3.call(
-            "write",
-            uri,
-            lambda: s3.client().put_file(
-                str(source), path, chunksize=max(UPLOAD_BYTES, -(-source.stat().st_size // 9_000))
-            ),
-        )
-        return
-    temporary = storage.beside(Path(path))
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(source, "rb") as data, open(temporary, "xb") as file:
-            shutil.copyfileobj(data, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise storage.StorageError(f"cannot write {uri}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    storage.sync_folder(Path(path).parent)
+            storage.write_file(uri, made.data)
+    record: dict[str, Any] = {**entry, "rows": made.rows, "broken": made.broken}
+    if made.amounts:
+        record["amounts"] = made.amounts
+    return cast(ShardRecord, record)

@@ -16,14 +16,13 @@ from pipeline.prepare.engine.audio import (
     SUFFIXES,
     AudioImporter,
     Line,
-    broken,
     join_transcripts,
     lines_of,
     others,
     recording,
     recordings,
 )
-from pipeline.prepare.engine.importing import Index, preview
+from pipeline.prepare.engine.importing import Index, invalid_row, preview
 from pipeline.prepare.readers import archives
 
 RAW = ".raw"
@@ -98,14 +97,14 @@ class An4(AudioImporter):
                 if line.reason or entry is None:
                     without_audio.add(key)
                     bad.append(
-                        broken(
+                        invalid_row(
                             line.place,
                             split,
                             line.reason or f"no recording wav/{name} with {', '.join(FORMS)}",
                         )
                     )
                 elif key in rows:
-                    bad.append(broken(line.place, split, f"{name} stands twice in the list"))
+                    bad.append(invalid_row(line.place, split, f"{name} stands twice in the list"))
                 else:
                     rows[key] = recording(
                         entry,

@@ -224,11 +224,7 @@ class Coco(ImageImporter):
 
     def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
         width, height = row["_width"], row["_height"]
-        if picture.seen != (width, height):
-            raise BrokenImageError(
-                f"the image is {picture.seen[0]} x {picture.seen[1]} pixels, its annotations "
-                f"are for {width} x {height}"
-            )
+        boxes.check_size(picture, width, height)
         sx, sy = picture.size[0] / width, picture.size[1] / height
         out = {**row, "boxes": boxes.scaled(row["boxes"], sx, sy)}
         if row["_masks"] is not None:

@@ -99,7 +99,7 @@ class Cohort(TableImporter):
                     f"{name}: other columns than {next(iter(schemas))}; give one kind of event rows"
                 )
         self._check(source)
-        return input_splits, listed.mark, {"files left out": listed.others} if listed.others else {}
+        return input_splits, listed.mark, listed.notes
 
     def _check(self, source: str) -> None:
         """Raise ValueError for a needed column that is missing."""

@@ -21,9 +21,10 @@ from pipeline.prepare.engine.audio import (
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import SPLITS, Index, preview
-from pipeline.prepare.engine.inputs import InputSplit, Opener, SplitReader
+from pipeline.prepare.engine.importing import SPLITS, Index, InvalidRow, names_in, preview
+from pipeline.prepare.engine.inputs import InputSplit, SplitReader
 from pipeline.prepare.readers import archives
+from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.dialect import Dialect
 
 NEEDED = ("client_id", "path", "sentence")
@@ -107,11 +108,7 @@ class CommonVoice(AudioImporter):
 
     @property
     def _listed(self) -> list[str]:
-        return [
-            name.strip().removesuffix(".tsv")
-            for name in self.options.lists.split(",")
-            if name.strip()
-        ]
+        return [name.removesuffix(".tsv") for name in names_in(self.options.lists)]
 
     @property
     def _overlaps(self) -> bool:
@@ -166,7 +163,7 @@ class CommonVoice(AudioImporter):
 
 def _read(
     table: archives.Entry, language: str, clips: dict[str, archives.Entry]
-) -> tuple[list[dict[str, Any]], list[dict[str, str]], list[str]]:
+) -> tuple[list[dict[str, Any]], list[InvalidRow], list[str]]:
     """Return (rows, invalid rows, which of TEXTS and NUMBERS there are).
 
     Cells are not quoted: a quotation mark is part of a sentence.

@@ -16,13 +16,7 @@ from pydantic import Field
 from pipeline.config.registry import Options, register
 from pipeline.media.tagging_schemes import check
 from pipeline.prepare.engine.importing import preview
-from pipeline.prepare.engine.inputs import (
-    InputSplit,
-    SplitReader,
-    decoded,
-    find_inputs,
-    whole_files,
-)
+from pipeline.prepare.engine.inputs import InputSplit, SplitReader, decoded
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 
 SUFFIXES = (
@@ -104,6 +98,7 @@ class Conll(TableImporter):
     """
 
     label = "tags"
+    suffixes = SUFFIXES
     amounts = {"words": "words"}
 
     def input_splits(
@@ -114,22 +109,15 @@ class Conll(TableImporter):
                 f"--set repair=true: not with scheme={self.options.scheme}: only an I- of bio "
                 "has one B- that it can become"
             )
-        listed = find_inputs(source, SUFFIXES, self.options.split)
-        return (
-            whole_files(listed),
-            listed.mark,
-            {"files left out": listed.others} if listed.others else {},
-        )
+        return super().input_splits(source, part_bytes)
 
     def _sentences(self, reading: SplitReader) -> Iterator[Sentence]:
         """Yield every sentence of a file, valid or not; lines before the first -DOCSTART- are a
         document.
         """
+        o = self.options
         # Other spaces are part of a word
-        o, between = (
-            self.options,
-            re.compile("\t" if self.options.separator == "tab" else "[ \t]+"),
-        )
+        between = re.compile("\t" if o.separator == "tab" else "[ \t]+")
         words, tags, widths, first, reason, document = [], [], Counter[int](), 0, "", 0
         for number, _, raw in reading.numbered():
             line, wrong = decoded(raw)
@@ -166,13 +154,11 @@ class Conll(TableImporter):
 
     def scan(self, reading: SplitReader) -> Found:
         """Count sentences, documents, columns of lines, and what tells the scheme of tags."""
-        widths, tags, rows, last, seen = (
-            np.zeros(WIDEST + 1, dtype=np.int64),
-            Counter[str](),
-            0,
-            0,
-            Counter[str](),
-        )
+        widths = np.zeros(WIDEST + 1, dtype=np.int64)
+        tags = Counter[str]()
+        rows = 0
+        last = 0
+        seen = Counter[str]()
         for sentence in self._sentences(reading):
             last = sentence.document
             for width, count in sentence.widths.items():

@@ -113,19 +113,13 @@ class Csv(TableImporter):
         listed = find_inputs(
             source, SUFFIXES, self.options.split or ("all" if self.options.split_column else "")
         )
-        return (
-            whole_files(listed),
-            listed.mark,
-            {"files left out": listed.others} if listed.others else {},
-        )
+        return whole_files(listed), listed.mark, listed.notes
 
     def _named(self, reading: SplitReader) -> Iterator[dict[str, str]]:
         """Yield every row by the new names of its columns."""
-        o, names = (
-            self.options,
-            [name.strip() for name in self.options.names.split(",")]
-            if self.options.names
-            else None,
+        o = self.options
+        names = (
+            [name.strip() for name in self.options.names.split(",")] if self.options.names else None
         )
         picked: list[tuple[str, int]] | None = None
         for number, fields in self.dialect.records(reading, o.header):

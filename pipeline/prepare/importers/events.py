@@ -17,13 +17,21 @@ from pydantic import Field
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.data.csv_tables import csv_tables
 from pipeline.io import file_identity, storage
 from pipeline.prepare.clinical import plausible
-from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
-from pipeline.prepare.engine.importing import preview
-from pipeline.prepare.engine.inputs import Opener, find_inputs
-from pipeline.prepare.readers.archives import absolute
+from pipeline.prepare.engine.grouped import (
+    Entities,
+    Events,
+    EventTables,
+    GroupedImporter,
+    ValidRows,
+    variable_codes,
+)
+from pipeline.prepare.engine.importing import InvalidRow, invalid_row, names_in, preview
+from pipeline.prepare.engine.inputs import find_inputs
+from pipeline.prepare.readers.archives import Opener, absolute
 from pipeline.prepare.readers.csv_blocks import (
     NULLS,
     SUFFIXES,
@@ -147,9 +155,7 @@ class LongTable(GroupedImporter):
             *([plausible.mark()] if o.clean != "none" else []),
         ]
         self._taken = all_cuts
-        return EventTables(
-            all_cuts, " ".join(marks), {"files left out": found.others} if found.others else {}
-        )
+        return EventTables(all_cuts, " ".join(marks), found.notes)
 
     def entities(self, source: str) -> Entities:
         o = self.options
@@ -164,10 +170,7 @@ class LongTable(GroupedImporter):
         name = o.entities.rpartition("/")[2]
         table = _table(o.entities, (o.entity, o.group))
         columns = table.column_names
-        static, outcomes = (
-            [part.strip() for part in text.split(",") if part.strip()]
-            for text in (o.static, o.outcomes)
-        )
+        static, outcomes = (names_in(text) for text in (o.static, o.outcomes))
         for option, wanted in (
             ("entity", [o.entity]),
             ("static", static),
@@ -220,16 +223,12 @@ class LongTable(GroupedImporter):
             info=self._info(static, outcomes),
         )
 
-    def _good(self, table: pa.Table, name: str) -> tuple[pa.Table, list[dict[str, str]]]:
+    def _good(self, table: pa.Table, name: str) -> tuple[pa.Table, list[InvalidRow]]:
         """Return (the valid rows by their ids; the others by position, counted from 1)."""
         o = self.options
         ids = table[o.entity].combine_chunks()
         first = np.zeros(len(table), dtype=bool)
-        first[
-            np.unique(np.asarray(ids.dictionary_encode().indices.fill_null(-1)), return_index=True)[
-                1
-            ]
-        ] = True
+        first[np.unique(dictionary_codes(ids)[0], return_index=True)[1]] = True
         reasons = np.where(
             ~np.asarray(ids.is_valid()),
             "no entity id",
@@ -244,7 +243,7 @@ class LongTable(GroupedImporter):
                 )
                 reasons = np.where((reasons == "") & ~there, reason, reasons)
         broken = [
-            {"path": f"{name}:row {i + 1}", "split": o.split, "reason": str(reasons[i])}
+            invalid_row(f"{name}:row {i + 1}", o.split, str(reasons[i]))
             for i in np.flatnonzero(reasons != "")
         ]
         table = table.filter(pa.array(reasons == ""))
@@ -298,7 +297,7 @@ class LongTable(GroupedImporter):
                 f"--set entity={o.entity} time={o.time} variable={o.variable} value={o.value}: "
                 "two of them are the same column"
             )
-        ranges = plausible.Ranges()
+        ranges, valid = plausible.Ranges(), ValidRows(TABLE, dropped)
         for batch in batches(byte_range, columns, opener, tally):
             if o.unit == "timestamp" and len(tally.zoned | keys["start_zoned"]) == 2:
                 with_zone = (
@@ -313,25 +312,16 @@ class LongTable(GroupedImporter):
                 )
             rows = _found(ids, _trimmed(batch[o.entity].combine_chunks()))
             hours, timed = self._hours(batch[o.time], rows, keys["start"], byte_range)
-            encoded = (
-                pc.utf8_trim_whitespace(batch[o.variable]).combine_chunks().dictionary_encode()
-            )
-            names = [str(name) for name in encoded.dictionary.to_pylist()]
-            codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-            if "" in names:
-                codes = np.where(codes == names.index(""), -1, codes)
+            names, codes = variable_codes(pc.utf8_trim_whitespace(batch[o.variable]))
             numbers = plausible.numbers(batch[o.value]) if o.value else None
             values = numbers.values if numbers else np.ones(len(batch))
-            good = np.ones(len(batch), dtype=bool)
-            checks = [("no such entity", rows < 0), ("no variable", codes < 0), ("no time", ~timed)]
-            checks += (
-                [(reason, numbers.reasons == i) for i, reason in enumerate(plausible.REASONS) if i]
-                if numbers
-                else []
-            )
-            for reason, bad in checks:
-                dropped[f"{TABLE}: {reason}"] += int(np.count_nonzero(good & bad))
-                good &= ~bad
+            valid.begin(len(batch))
+            valid.drop("no such entity", rows < 0)
+            valid.drop("no variable", codes < 0)
+            valid.drop("no time", ~timed)
+            if numbers:
+                valid.drop_by_code(plausible.REASONS, numbers.reasons)
+            good = valid.good
             if numbers:
                 dropped[plausible.CENSORED] += int(np.count_nonzero(good & numbers.censored))
             rows, hours, codes, values = (column[good] for column in (rows, hours, codes, values))
@@ -481,15 +471,9 @@ def _lookup(ids: Any) -> pa.Array:
 def _found(ids: pa.Array, wanted: Any) -> np.ndarray:
     """Return (n,) position of each wanted id among the sorted `ids`, or -1."""
     if not pa.types.is_integer(ids.type):
-        encoded = wanted.dictionary_encode()
-        places = (
-            pc.index_in(encoded.dictionary, value_set=ids)
-            .fill_null(-1)
-            .to_numpy(zero_copy_only=False)
-        )
-        return np.append(places, -1)[
-            encoded.indices.fill_null(len(places)).to_numpy(zero_copy_only=False)
-        ]
+        codes, dictionary = dictionary_codes(wanted)
+        places = pc.index_in(dictionary, value_set=ids).fill_null(-1)
+        return np.append(places.to_numpy(zero_copy_only=False), -1)[codes]  # null is the last one
     known, there = ids.to_numpy(), np.asarray(wanted.is_valid())
     values = wanted.fill_null(0).to_numpy(zero_copy_only=False)
     if not len(known):

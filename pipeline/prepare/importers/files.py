@@ -13,14 +13,17 @@ from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_lists import is_text
 from pipeline.data import manifests
-from pipeline.data.loader import threaded_map
 from pipeline.io import file_identity, storage
+from pipeline.io.threads import threaded_map
+from pipeline.prepare.engine import audio, images
 from pipeline.prepare.engine.audio import AudioImporter, AudioShardTask, recording, recordings
 from pipeline.prepare.engine.images import ImageImporter, ImageShardTask
 from pipeline.prepare.engine.importing import (
     NO_SPLIT,
     SPLITS,
     Index,
+    InvalidRow,
+    invalid_row,
     kind_of_files,
     place,
     preview,
@@ -30,11 +33,9 @@ from pipeline.prepare.engine.shard_tasks import Importer
 from pipeline.prepare.readers.archives import Entry
 
 TAKEN = {
-    "image": ("path", "split", "image", "width", "height", "sha256"),
-    "audio": (
-        "path", "split", "audio", "recording_start", "seconds", "rate", "channels", "sha256",
-    ),
-}  # fmt: skip
+    "image": ("path", "split", "image", *images.MEASURED),
+    "audio": ("path", "split", "audio", *audio.MEASURED),
+}
 """Columns that every row has: a column of the table with such a name becomes table_NAME."""
 
 
@@ -136,7 +137,7 @@ class _Listed:
 
     def entries(
         self, source: str
-    ) -> tuple[list[tuple[Entry, str, dict[str, Any]]], list[dict[str, str]], str]:
+    ) -> tuple[list[tuple[Entry, str, dict[str, Any]]], list[InvalidRow], str]:
         """Return (file, split and columns of each valid row; the invalid rows; a mark)."""
         root = self.options.root or posixpath.dirname(source)
         names = self.listed[self.column].to_pylist()
@@ -153,7 +154,7 @@ class _Listed:
         splits = self.listed[given].to_pylist() if given else ["train"] * len(names)
         columns = self.listed.select(list(self.kept)).rename_columns(list(self.kept.values()))
         good: list[tuple[Entry, str, dict[str, Any]]] = []
-        bad: list[dict[str, str]] = []
+        bad: list[InvalidRow] = []
         for row, (name, uri, split, more) in enumerate(
             zip(names, uris, splits, columns.to_pylist() or [{}] * len(names), strict=True), 1
         ):
@@ -163,7 +164,7 @@ class _Listed:
                 reason = f"no file {uri}" if name else f"no name in column {self.column}"
             if reason:
                 shown = f"{posixpath.basename(source)}: row {row}"
-                bad.append({"path": shown, "split": named or "train", "reason": reason})
+                bad.append(invalid_row(shown, named or "train", reason))
             else:
                 good.append((Entry(name, uri, "", -1, sizes[uri]), named, more))
         if not good:

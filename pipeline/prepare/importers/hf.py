@@ -25,7 +25,8 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.rng import mix, row_keys
 from pipeline.io import file_identity, storage
 from pipeline.media import audio_io
-from pipeline.prepare.engine.importing import SPLITS
+from pipeline.prepare.engine import audio, images
+from pipeline.prepare.engine.importing import SPLITS, invalid_row, names_in
 from pipeline.prepare.engine.shard_tasks import (
     BudgetCheck,
     Importer,
@@ -44,17 +45,7 @@ GROUP_BYTES, GROUP_ROWS = 8 << 20, 16384
 """A row group of the result ends once it has so many bytes or rows."""
 SAVED = ("state.json", "dataset_dict.json")
 """Files by which a folder of `save_to_disk` is known."""
-MEASURED = {
-    "": {},
-    "Image": {"width": pa.int64(), "height": pa.int64(), "sha256": pa.string()},
-    "Audio": {
-        "recording_start": pa.float64(),
-        "seconds": pa.float64(),
-        "rate": pa.int64(),
-        "channels": pa.int64(),
-        "sha256": pa.string(),
-    },
-}
+MEASURED = {"": {}, "Image": images.MEASURED, "Audio": audio.MEASURED}
 """What is written beside an image or a recording."""
 
 
@@ -126,7 +117,7 @@ def _opened(source: str, options: HfOptions) -> dict[str, Any]:
         raise ValueError(f"{source}: datasets cannot load it: {error}") from error
     if not isinstance(found, dict):
         found = {str(found.split or "train"): found}
-    wanted = [name.strip() for name in options.splits.split(",") if name.strip()]
+    wanted = names_in(options.splits)
     for name in wanted:
         if name not in found:
             raise ValueError(f"{source}: no split {name!r}; {nearest(name, list(found))}")
@@ -433,7 +424,7 @@ def _make(
             columns["split"] = pa.array([split] * len(block), pa.string())
             if what:
                 measured, bad = _checked(block[media].to_pylist(), paths, what, settings)
-                broken += [{"path": one, "split": split, "reason": why} for one, why in bad.items()]
+                broken += [invalid_row(one, split, why) for one, why in bad.items()]
                 good = pa.array([number for number, one in enumerate(paths) if one not in bad])
                 columns = {name: values.take(good) for name, values in columns.items()}
                 columns |= {

@@ -31,12 +31,10 @@ BELOW = ("", "Data/CLS-LOC/", "ILSVRC/Data/CLS-LOC/")
 TRAIN = ("train", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_train", "train.tar")
 VALIDATION = ("val", "ILSVRC2012_img_val.tar", "ILSVRC2012_img_val", "val.tar", "validation")
 NAMES = ("LOC_synset_mapping.txt", "synset_words.txt")
-MAP, META, TRUTH, SOLUTION = (
-    "map_clsloc.txt",
-    "meta.mat",
-    "ILSVRC2012_validation_ground_truth.txt",
-    "LOC_val_solution.csv",
-)
+MAP = "map_clsloc.txt"
+META = "meta.mat"
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+SOLUTION = "LOC_val_solution.csv"
 DEVKIT = ("", "devkit/data/", "data/", "ILSVRC2012_devkit_t12/data/", "devkit/", "ILSVRC/")
 
 

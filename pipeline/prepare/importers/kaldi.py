@@ -17,7 +17,6 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.prepare.engine.audio import (
     AudioImporter,
     Line,
-    broken,
     drop_repeated_keys,
     join_transcripts,
     lines_of,
@@ -26,7 +25,7 @@ from pipeline.prepare.engine.audio import (
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import Index, split_of
+from pipeline.prepare.engine.importing import Index, InvalidRow, invalid_row, split_of
 from pipeline.prepare.engine.located import locate
 from pipeline.prepare.readers import archives
 
@@ -94,7 +93,7 @@ class Kaldi(AudioImporter):
         found = archives.listing(source)
         sets = self._sets(source, found)
         tables = {entry.name: entry for entry in found.entries}
-        bad: list[dict[str, str]] = []
+        bad: list[InvalidRow] = []
         named: list[tuple[Line, str]] = []
         owners: list[tuple[str, str]] = []
         for folder, split in sets.items():
@@ -103,7 +102,7 @@ class Kaldi(AudioImporter):
                 path = _path(line.text)
                 if path is None:
                     bad.append(
-                        broken(
+                        invalid_row(
                             line.place,
                             split,
                             "a command, and commands are not run: write its output to a file, and "
@@ -117,7 +116,7 @@ class Kaldi(AudioImporter):
         files: dict[str, dict[str, archives.Entry]] = {folder: {} for folder in sets}
         for (folder, name), (line, _), (entry, reason) in zip(owners, named, where, strict=True):
             if entry is None:
-                bad.append(broken(line.place, sets[folder], reason))
+                bad.append(invalid_row(line.place, sets[folder], reason))
             else:
                 files[folder][name] = entry
         rows = [
@@ -193,7 +192,7 @@ class _Table:
         folder: str,
         name: str,
         split: str,
-        bad: list[dict[str, str]],
+        bad: list[InvalidRow],
     ):
         entry = tables.get(posixpath.join(folder, name))
         self.exists = entry is not None
@@ -206,7 +205,7 @@ class _Table:
             if key in self.lines and not reason:
                 reason = f"a second line for {key}, after {self.lines[key].place}"
             if reason:
-                bad.append(broken(line.place, split, reason))
+                bad.append(invalid_row(line.place, split, reason))
             else:
                 self.lines[key] = line._replace(text=rest.strip())
 
@@ -230,7 +229,7 @@ def _utterances(
     folder: str,
     split: str,
     files: dict[str, archives.Entry],
-    bad: list[dict[str, str]],
+    bad: list[InvalidRow],
 ) -> list[dict[str, Any]]:
     """Return a row for each utterance of a data directory; invalid ones are added to `bad`."""
     segments = _Table(tables, folder, "segments", split, bad)
@@ -263,7 +262,7 @@ def _utterances(
 
 
 def _pieces(
-    segments: _Table, split: str, files: dict[str, archives.Entry], bad: list[dict[str, str]]
+    segments: _Table, split: str, files: dict[str, archives.Entry], bad: list[InvalidRow]
 ) -> dict[str, tuple[archives.Entry, float | None, float | None]]:
     """Return (file, start, length in seconds) of each utterance; None: from the begin, to the
     end.
@@ -284,7 +283,7 @@ def _pieces(
             start, end = times
             found[name] = files[of], start, None if end == TO_THE_END else end - start
             continue
-        bad.append(broken(line.place, split, reason))
+        bad.append(invalid_row(line.place, split, reason))
     return found
 
 

@@ -26,10 +26,11 @@ from pipeline.prepare.engine.episodes import (
     row,
 )
 from pipeline.prepare.engine.images import BYTES_A_PIXEL
-from pipeline.prepare.engine.importing import preview
-from pipeline.prepare.engine.inputs import InputSplit, Opener, SplitReader
+from pipeline.prepare.engine.importing import invalid_row, names_in, preview
+from pipeline.prepare.engine.inputs import InputSplit, SplitReader
 from pipeline.prepare.engine.shard_tasks import Settings
 from pipeline.prepare.readers import lerobot_layout, parquet, video
+from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.lerobot_layout import EpisodeInfo, Layout
 from pipeline.prepare.readers.picture_check import BrokenImageError, examine
 
@@ -131,8 +132,7 @@ class Lerobot(EpisodeImporter):
             },
         }
         broken = [
-            {"path": f"episode {number}", "split": split[number], "reason": why}
-            for number, why in layout.missing
+            invalid_row(f"episode {number}", split[number], why) for number, why in layout.missing
         ]
         columns = fields(
             False if o.actions else None, "next.reward" in layout.features, bool(o.images)
@@ -159,7 +159,7 @@ class Lerobot(EpisodeImporter):
             for name, about in there.items()
             if str(about["dtype"]).startswith(NUMBERS) and len(about["shape"]) == 1
         ]
-        named = [name.strip() for name in o.observations.split(",") if name.strip()]
+        named = names_in(o.observations)
         for option, names in (
             ("observations", named),
             ("actions", [o.actions] if o.actions else []),
@@ -279,9 +279,7 @@ class Lerobot(EpisodeImporter):
         return [name] if name and self.layout.features[name]["dtype"] == "image" else []
 
     def _left_out(self, episode: EpisodeInfo, split: str, reason: str) -> Result:
-        return Result(
-            split, broken={"path": f"episode {episode.number}", "split": split, "reason": reason}
-        )
+        return Result(split, broken=invalid_row(f"episode {episode.number}", split, reason))
 
     def _result(
         self, episode: EpisodeInfo, split: str, rows: pa.Table, settings: Settings

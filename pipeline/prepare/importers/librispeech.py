@@ -24,7 +24,7 @@ from pipeline.prepare.engine.audio import (
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import SPLITS, Index, preview
+from pipeline.prepare.engine.importing import SPLITS, Index, names_in, preview
 from pipeline.prepare.readers import archives
 
 TRANSCRIPTS = ".trans.txt"
@@ -74,7 +74,7 @@ class LibriSpeech(AudioImporter):
             if archives.has_suffix(source, *archives.ARCHIVES)
             else posixpath.basename(archives.absolute(source))
         )
-        wanted = [name.strip() for name in self.options.subsets.split(",") if name.strip()]
+        wanted = names_in(self.options.subsets)
         by_subset = {
             entry.name: _place(entry.name, base)
             for entry in [

@@ -16,9 +16,9 @@ from pydantic import Field
 from pipeline.config.registry import Options, register
 from pipeline.io import file_identity, storage
 from pipeline.prepare.engine.audio import (
+    MEASURED,
     AudioImporter,
     Line,
-    broken,
     drop_repeated_keys,
     lines_of,
     others,
@@ -26,7 +26,14 @@ from pipeline.prepare.engine.audio import (
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import Index, preview, split_of
+from pipeline.prepare.engine.importing import (
+    Index,
+    InvalidRow,
+    invalid_row,
+    names_in,
+    preview,
+    split_of,
+)
 from pipeline.prepare.engine.inputs import text_problem
 from pipeline.prepare.engine.located import locate
 from pipeline.prepare.engine.table_importer import KINDS, as_kind, kind_of, wider
@@ -35,17 +42,7 @@ from pipeline.prepare.readers import archives
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 OWN = ("audio_filepath", "duration", "offset", "text", "speaker")
 """Fields with a meaning of their own; all others become columns."""
-TAKEN = (
-    "audio",
-    "path",
-    "split",
-    "transcript",
-    "recording_start",
-    "seconds",
-    "rate",
-    "channels",
-    "sha256",
-)
+TAKEN = ("audio", "path", "split", "transcript", *MEASURED)
 """Columns that every row has: a field of that name becomes manifest_NAME."""
 MOST_FIELDS = 200
 
@@ -107,7 +104,7 @@ class Manifest(AudioImporter):
 
     def index(self, source: str) -> Index:
         found, manifests = self._manifests(source)
-        bad: list[dict[str, str]] = []
+        bad: list[InvalidRow] = []
         lines = [
             (line, split, fields)
             for entry, split in manifests
@@ -123,7 +120,7 @@ class Manifest(AudioImporter):
         rows = []
         for (line, split, fields), (entry, reason) in zip(lines, where, strict=True):
             if entry is None:
-                bad.append(broken(line.place, split, reason))
+                bad.append(invalid_row(line.place, split, reason))
                 continue
             extra = {_column(name): value for name, value in fields.items() if name not in OWN}
             for name, value in extra.items():
@@ -202,7 +199,7 @@ class Manifest(AudioImporter):
         else:
             found = archives.listing(source)
         there = {entry.name: entry for entry in found.entries if entry.suffix in SUFFIXES}
-        wanted = [name.strip() for name in self.options.manifests.split(",") if name.strip()]
+        wanted = names_in(self.options.manifests)
         for name in wanted:
             if name not in there:
                 raise ValueError(
@@ -216,7 +213,7 @@ class Manifest(AudioImporter):
         return found, [(there[name], self.options.split or split_of(name)) for name in chosen]
 
     def _objects(
-        self, entry: archives.Entry, split: str, bad: list[dict[str, str]]
+        self, entry: archives.Entry, split: str, bad: list[InvalidRow]
     ) -> Iterator[tuple[Line, dict[str, Any]]]:
         """Yield the valid lines of a manifest with their fields."""
         for line in lines_of([entry]):
@@ -229,7 +226,7 @@ class Manifest(AudioImporter):
                 except (ValueError, RecursionError) as error:
                     reason = f"not JSON: {error}"
             if reason:
-                bad.append(broken(line.place, split, reason))
+                bad.append(invalid_row(line.place, split, reason))
             else:
                 yield line, fields
 

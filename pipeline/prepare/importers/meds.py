@@ -14,13 +14,12 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
-from pipeline.data.loader import threaded_map
+from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import records
 from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
-from pipeline.prepare.engine.importing import preview, split_of
-from pipeline.prepare.engine.inputs import Opener
+from pipeline.prepare.engine.importing import InvalidRow, preview, split_of
 from pipeline.prepare.engine.records import HOUR, YEAR, Labels, Windows
-from pipeline.prepare.readers.archives import Listing, listing
+from pipeline.prepare.readers.archives import Listing, Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
     ByteRange,
     Column,
@@ -329,7 +328,7 @@ def _subjects_of(byte_range: ByteRange) -> tuple[pa.Table, pa.Table, pa.Table]:
 
 def _label_rows(
     labels: Labels, found: Subjects, notes: dict[str, Any]
-) -> tuple[pa.Table, list[dict[str, str]]]:
+) -> tuple[pa.Table, list[InvalidRow]]:
     """Return (one row a label, the label rows that cannot be used)."""
     good, broken = labels.usable(found.ids, found.first, found.last)
     notes["subjects without label rows, left out"] = int(
@@ -345,7 +344,7 @@ def _label_rows(
     return pa.table(rows), broken
 
 
-def _subject_rows(found: Subjects, notes: dict[str, Any]) -> tuple[pa.Table, list[dict[str, str]]]:
+def _subject_rows(found: Subjects, notes: dict[str, Any]) -> tuple[pa.Table, list[InvalidRow]]:
     """Return (one row a subject that has timed events, an empty list)."""
     timed = found.first <= found.last
     notes["subjects without timed events, left out"] = int(np.count_nonzero(~timed))

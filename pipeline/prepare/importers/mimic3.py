@@ -15,10 +15,17 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.prepare.clinical import mimic3_stays, plausible
-from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
-from pipeline.prepare.engine.inputs import Opener
-from pipeline.prepare.readers.archives import listing
+from pipeline.prepare.engine.grouped import (
+    Entities,
+    Events,
+    EventTables,
+    GroupedImporter,
+    ValidRows,
+    variable_codes,
+)
+from pipeline.prepare.readers.archives import Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
     ByteRange,
     Column,
@@ -62,21 +69,17 @@ AMOUNTS = {
 to mL, mg or the kind's one unit. In MIMIC-III Cal means kilocalories.
 """
 AMOUNT_KINDS = sorted({kind for kind, _ in AMOUNTS.values()})
-UNKNOWN_AMOUNT, OTHER_AMOUNT = (
-    "amount in an unknown unit",
-    "amount in a unit that measures something else than its item's in D_ITEMS",
-)
+UNKNOWN_AMOUNT = "amount in an unknown unit"
+OTHER_AMOUNT = "amount in a unit that measures something else than its item's in D_ITEMS"
 CANCELLED = ("rewritten",)
 PARTS_OF_GCS = ("GCS_eye", "GCS_motor", "GCS_verbal")
 DAY, WIDTH = 86400, 34
 """Seconds of a day; number of bits that hold the seconds of all years."""
-NO_ITEM, UNKNOWN, NO_STAY, OUTSIDE, NO_TIME = (
-    "no item id",
-    "unknown item",
-    "no stay",
-    "outside the stay",
-    "no time",
-)
+NO_ITEM = "no item id"
+UNKNOWN = "unknown item"
+NO_STAY = "no stay"
+OUTSIDE = "outside the stay"
+NO_TIME = "no time"
 
 
 class Mimic3Options(Options):
@@ -268,9 +271,7 @@ class Mimic3(GroupedImporter):
             batch, at = batch.filter(pa.array(block.good)), at[block.good]
             values, reasons, censored = _values(batch, conversions[at])
             block.begin(len(batch))
-            for i, reason in enumerate(plausible.REASONS):
-                if i:
-                    block.drop(reason, reasons == i)
+            block.drop_by_code(plausible.REASONS, reasons)
             factors = units.of(batch["valueuom"], at)
             # Each variable's own count: that is where to look
             for code in np.unique(codes[at][np.isnan(factors) & block.good]):
@@ -333,9 +334,7 @@ class Mimic3(GroupedImporter):
             status = pc.utf8_lower(batch["statusdescription"].combine_chunks())
             block.drop("rewritten", np.asarray(pc.is_in(status, value_set=pa.array(CANCELLED))))
             amount = plausible.numbers(batch["amount"])
-            for i, reason in enumerate(plausible.REASONS):
-                if i:
-                    block.drop(reason, amount.reasons == i)
+            block.drop_by_code(plausible.REASONS, amount.reasons)
             block.drop(plausible.OUT_OF_RANGE, amount.values <= 0)
             factors, kinds = _amount_units(batch["amountuom"])
             own = own_kinds[at] if len(items) else np.full(len(batch), -1)
@@ -429,13 +428,9 @@ class _Factors:
 
         `written`: (n,) texts; `items`: (n,) indices of the items in their table.
         """
-        encoded = written.combine_chunks().dictionary_encode()
-        texts = [*encoded.dictionary.to_pylist(), None]
-        codes = (
-            encoded.indices.fill_null(len(texts) - 1)
-            .to_numpy(zero_copy_only=False)
-            .astype(np.int64)
-        )
+        codes, dictionary = dictionary_codes(written)
+        texts = [*dictionary.to_pylist(), None]
+        codes = np.where(codes < 0, len(texts) - 1, codes).astype(np.int64)
         pairs, which = np.unique(codes * len(self.units) + items, return_inverse=True)
         factors = [
             self._factor(texts[pair // len(self.units)], int(pair % len(self.units)))
@@ -455,12 +450,12 @@ class _Factors:
         return self.found[text, item]
 
 
-class _Block:
-    """Which rows of a batch are still valid; the others are counted once, by their first reason."""
+class _Block(ValidRows):
+    """Batches of a table, whose rows are assigned to stays."""
 
     def __init__(self, table: str, keys: Any, dropped: Counter[str]):
-        self.table, self.keys, self.dropped = table, keys, dropped
-        self.good = np.empty(0, dtype=bool)
+        super().__init__(table, dropped)
+        self.keys = keys
 
     def batches(
         self, byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts
@@ -476,13 +471,6 @@ class _Block:
                 names, tally.zoned, self.keys["stays_table"], self.keys["zoned"]
             )
             yield batch
-
-    def begin(self, rows: int) -> None:
-        self.good = np.ones(rows, dtype=bool)
-
-    def drop(self, reason: str, bad: np.ndarray) -> None:
-        self.dropped[f"{self.table}: {reason}"] += int(np.count_nonzero(self.good & bad))
-        self.good &= ~bad
 
     def keep(self, batch: pa.Table) -> pa.Table:
         return batch.filter(pa.array(self.good))
@@ -533,12 +521,11 @@ def _amount_units(written: Any) -> tuple[np.ndarray, np.ndarray]:
 
     No unit counts as the item's own.
     """
-    encoded = written.combine_chunks().dictionary_encode()
-    texts = [*encoded.dictionary.to_pylist(), None]
+    codes, dictionary = dictionary_codes(written)
+    texts = [*dictionary.to_pylist(), None]  # code -1 is the last one
     plain = [plausible.plain_unit(text or "") for text in texts]
     factors = np.array([AMOUNTS.get(unit, ("", np.nan))[1] if unit else 1.0 for unit in plain])
     kinds = np.array([_amount_kind(unit) for unit in plain])
-    codes = encoded.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)
     return factors[codes], kinds[codes]
 
 
@@ -552,12 +539,7 @@ def _named(prefix: str, column: Any) -> tuple[list[str], np.ndarray]:
     normalised.
     """
     text = pc.utf8_trim_whitespace(pc.replace_substring_regex(column.combine_chunks(), r"\s+", " "))
-    encoded = text.dictionary_encode()
-    names = [str(name) for name in encoded.dictionary.to_pylist()]
-    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    return [f"{prefix}{name}" for name in names], np.where(
-        codes == names.index(""), -1, codes
-    ) if "" in names else codes
+    return variable_codes(text, prefix)
 
 
 def _values(batch: pa.Table, conversions: np.ndarray) -> plausible.Numbers:
@@ -565,10 +547,8 @@ def _values(batch: pa.Table, conversions: np.ndarray) -> plausible.Numbers:
     pair = np.select([conversions == PAIRS[0], conversions == PAIRS[1]], [1, 2], 0)
     number, text = plausible.numbers(batch["valuenum"]), plausible.numbers(batch["value"], pair)
     stands = number.reasons == 0
-    values, censored = (
-        np.where(stands, number.values, text.values),
-        np.where(stands, number.censored, text.censored),
-    )
+    values = np.where(stands, number.values, text.values)
+    censored = np.where(stands, number.censored, text.censored)
     reasons = np.where(stands, 0, np.where(text.reasons == 1, number.reasons, text.reasons)).astype(
         np.int8
     )

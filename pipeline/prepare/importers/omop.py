@@ -13,13 +13,13 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
-from pipeline.data.loader import threaded_map
+from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import records
 from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
-from pipeline.prepare.engine.importing import preview
-from pipeline.prepare.engine.inputs import Opener, plain_suffix
+from pipeline.prepare.engine.importing import invalid_row, names_in, preview
+from pipeline.prepare.engine.inputs import plain_suffix
 from pipeline.prepare.engine.records import DAY, HOUR, YEAR, Windows, positions
-from pipeline.prepare.readers.archives import Entry, listing
+from pipeline.prepare.readers.archives import Entry, Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
     SUFFIXES,
     ByteRange,
@@ -134,14 +134,14 @@ class Omop(GroupedImporter):
     def __init__(self, options: Any = None):
         super().__init__(options)
         o = self.options
-        self.wanted = [name.strip() for name in o.tables.split(",") if name.strip()]
+        self.wanted = names_in(o.tables)
         if unknown := [name for name in self.wanted if name not in EVENTS]:
             raise ValueError(
                 f"--set tables={o.tables}: no table of events is called {unknown[0]!r}; they are "
                 f"{', '.join(EVENTS)}"
             )
         try:
-            self.kinds = [int(number) for number in o.visits.split(",") if number.strip()]
+            self.kinds = [int(number) for number in names_in(o.visits)]
         except ValueError:
             raise ValueError(
                 f"--set visits={o.visits}: write numbers of concepts, such as 9201,262"
@@ -317,7 +317,7 @@ class Omop(GroupedImporter):
             "",
         )
         broken = [
-            {"path": f"{entry.name}:row {i + 1}", "split": "train", "reason": str(reasons[i])}
+            invalid_row(f"{entry.name}:row {i + 1}", "train", str(reasons[i]))
             for i in np.flatnonzero(wanted & (reasons != ""))
         ]
         kept = np.flatnonzero(wanted & (reasons == ""))

@@ -20,10 +20,17 @@ from pydantic import Field
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
 from pipeline.prepare.clinical import plausible
-from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
-from pipeline.prepare.engine.importing import preview
-from pipeline.prepare.engine.inputs import EXPANSION, Opener
-from pipeline.prepare.readers.archives import Entry, has_suffix, listing
+from pipeline.prepare.engine.grouped import (
+    Entities,
+    Events,
+    EventTables,
+    GroupedImporter,
+    ValidRows,
+    variable_codes,
+)
+from pipeline.prepare.engine.importing import InvalidRow, invalid_row, preview
+from pipeline.prepare.engine.inputs import EXPANSION
+from pipeline.prepare.readers.archives import Entry, Opener, has_suffix, listing
 from pipeline.prepare.readers.csv_blocks import (
     ByteRange,
     Column,
@@ -34,10 +41,8 @@ from pipeline.prepare.readers.csv_blocks import (
     whole,
 )
 
-RECORD, OUTCOMES = (
-    re.compile(r"(?:^|/)set-([a-z])/(\d+)\.txt$"),
-    re.compile(r"(?:^|/)outcomes-([a-z])\.(?:txt|csv)$"),
-)
+RECORD = re.compile(r"(?:^|/)set-([a-z])/(\d+)\.txt$")
+OUTCOMES = re.compile(r"(?:^|/)outcomes-([a-z])\.(?:txt|csv)$")
 TABLE = re.compile(r"(?:^|/)(events|records)_([a-z])\.(?:parquet|csv|csv\.gz)$")
 FILES_A_RANGE = 500
 DESCRIPTORS = ("RecordID", "Age", "Gender", "Height", "ICUType", "Weight")
@@ -147,7 +152,7 @@ class Physionet2012(GroupedImporter):
 
     def entities(self, source: str) -> Entities:
         rows: list[dict[str, Any]] = []
-        broken: list[dict[str, str]] = []
+        broken: list[InvalidRow] = []
         with closing(Opener()) as opener:
             for name in self.sets:
                 found = (
@@ -232,7 +237,7 @@ class Physionet2012(GroupedImporter):
         return self._known_ranges
 
     def _of_files(
-        self, name: str, opener: Opener, broken: list[dict[str, str]]
+        self, name: str, opener: Opener, broken: list[InvalidRow]
     ) -> Iterator[dict[str, Any]]:
         """Return the descriptors of each record (at 00:00), with its outcomes."""
         outcomes = self._outcome_rows(name, opener)
@@ -247,11 +252,11 @@ class Physionet2012(GroupedImporter):
                 yield {**record, **outcomes.get(int(record["RecordID"]), {})}
             else:
                 broken.append(
-                    {
-                        "path": f"set-{name}: file {place} of {len(self._records[name])}",
-                        "split": self.splits[name],
-                        "reason": reason,
-                    }
+                    invalid_row(
+                        f"set-{name}: file {place} of {len(self._records[name])}",
+                        self.splits[name],
+                        reason,
+                    )
                 )
 
     def _outcome_rows(self, name: str, opener: Opener) -> dict[int, dict[str, float]]:
@@ -383,31 +388,21 @@ class Physionet2012(GroupedImporter):
         unknown).
         """
         numbers = plausible.numbers(texts)
-        encoded = (
-            names.combine_chunks() if isinstance(names, pa.ChunkedArray) else names
-        ).dictionary_encode()
-        codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        vocabulary = [str(name) for name in encoded.dictionary.to_pylist()]
-        codes = np.where(codes == vocabulary.index(""), -1, codes) if "" in vocabulary else codes
+        vocabulary, codes = variable_codes(names)
         at = np.minimum(np.searchsorted(known[:, 0], records), max(0, len(known) - 1))
         rows = (
             np.where(known[at, 0] == records, known[at, 1], -1)
             if len(known)
             else np.full(len(records), -1)
         )
-        good = np.ones(len(records), dtype=bool)
-        checks = [
-            ("no such record", rows < 0),
-            ("no variable", codes < 0),
-            ("no time", ~np.isfinite(hours)),
-            ("unknown (-1)", numbers.values == -1),
-        ]
-        for reason, bad in [
-            *checks,
-            *((reason, numbers.reasons == i) for i, reason in enumerate(plausible.REASONS) if i),
-        ]:
-            dropped[f"{table}: {reason}"] += int(np.count_nonzero(good & bad))
-            good &= ~bad
+        valid = ValidRows(table, dropped)
+        valid.begin(len(records))
+        valid.drop("no such record", rows < 0)
+        valid.drop("no variable", codes < 0)
+        valid.drop("no time", ~np.isfinite(hours))
+        valid.drop("unknown (-1)", numbers.values == -1)
+        valid.drop_by_code(plausible.REASONS, numbers.reasons)
+        good = valid.good
         values, inside = plausible.canonical(
             numbers.values[good], codes[good], vocabulary, self._ranges, dropped, table
         )

@@ -18,6 +18,7 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.core.rng import mix
 from pipeline.io import storage
 from pipeline.prepare.engine.episodes import Episode, EpisodeImporter, Episodes, Result, fields, row
+from pipeline.prepare.engine.importing import invalid_row, names_in
 from pipeline.prepare.engine.shard_tasks import ProgressCallback, Settings
 from pipeline.prepare.engine.table_importer import SCANS
 from pipeline.simulation import environment, experts, rollout, training
@@ -127,7 +128,7 @@ class Rollouts(EpisodeImporter):
                 "or the file of a trained one"
             )
         self.ranges = _ranges(o.dynamics)
-        self.skills = [name.strip() for name in o.skills.split(",") if name.strip()]
+        self.skills = names_in(o.skills)
         if not sum(getattr(o, option) for option in SPLITS.values()):
             raise ValueError(
                 "--set episodes=0: no episodes in any split; give episodes=, "
@@ -340,11 +341,9 @@ class Rollouts(EpisodeImporter):
         if found.diverged:
             return Result(
                 job.split,
-                broken={
-                    "path": f"episode {name}",
-                    "split": job.split,
-                    "reason": f"the simulator diverged: {found.diverged}",
-                },
+                broken=invalid_row(
+                    f"episode {name}", job.split, f"the simulator diverged: {found.diverged}"
+                ),
                 amounts={"diverged": 1},
             )
         amounts = {"simulated": 1, "return": total, **_success(found.success)}
@@ -428,7 +427,7 @@ def _ranges(text: str) -> dict[str, float | tuple[float, float]]:
     """Parse mass=2.5,gear=0.5..2 to numbers and (low, high). Raises ValueError for another form."""
     out: dict[str, float | tuple[float, float]] = {}
     known = (*environment.MULTIPLIERS, *environment.ADDED)
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in names_in(text):
         name, equals, value = (word.strip() for word in part.partition("="))
         if name not in known or name in out:
             raise ValueError(

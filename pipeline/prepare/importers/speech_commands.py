@@ -16,14 +16,13 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.media import audio_io
 from pipeline.prepare.engine.audio import (
     AudioImporter,
-    broken,
     lines_of,
     others,
     recording,
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import Index, preview
+from pipeline.prepare.engine.importing import Index, InvalidRow, invalid_row, names_in, preview
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
@@ -130,7 +129,7 @@ class SpeechCommands(AudioImporter):
         """Return the label of each word, "" for one that is left out. Raises ValueError for a word
         without a folder.
         """
-        wanted = [word.strip() for word in self.options.words.split(",") if word.strip()]
+        wanted = names_in(self.options.words)
         for word in wanted:
             if word not in words:
                 raise ValueError(
@@ -142,7 +141,7 @@ class SpeechCommands(AudioImporter):
 
     def _splits(
         self, source: str, found: archives.Listing, words: dict[str, list[archives.Entry]]
-    ) -> tuple[dict[str, str], list[dict[str, str]]]:
+    ) -> tuple[dict[str, str], list[InvalidRow]]:
         """Return (the split of every clip, listed names without a clip).
 
         Raises ValueError where the lists are missing, or share a clip.
@@ -160,12 +159,14 @@ class SpeechCommands(AudioImporter):
                 "words, or say --set split=hash or split=train"
             )
         out: dict[str, str] = dict.fromkeys(names, "train")
-        bad: list[dict[str, str]] = []
+        bad: list[InvalidRow] = []
         for split, file in LISTS.items():
             for line in lines_of([lists[file]]):
                 name = posixpath.normpath(line.text.strip().replace("\\", "/"))
                 if name not in out:
-                    bad.append(broken(line.place, split, line.reason or f"no recording {name}"))
+                    bad.append(
+                        invalid_row(line.place, split, line.reason or f"no recording {name}")
+                    )
                 elif out[name] not in ("train", split):
                     raise ValueError(
                         f"{source}: {name} stands in both lists; a clip lies in one split"
@@ -176,7 +177,7 @@ class SpeechCommands(AudioImporter):
 
     def _noise(
         self, entries: list[archives.Entry]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    ) -> tuple[list[dict[str, Any]], list[InvalidRow]]:
         """Return (a row for each second of noise, unusable files); neighbouring windows of a file
         are in one split.
         """
@@ -185,7 +186,7 @@ class SpeechCommands(AudioImporter):
             try:
                 count = int(audio_io.inspect(reader.entry(entry)).seconds / WINDOW_SECONDS)
             except (audio_io.BrokenAudioError, BrokenImageError) as error:
-                bad.append(broken(entry.name, "train", str(error)))
+                bad.append(invalid_row(entry.name, "train", str(error)))
                 continue
             for i in range(count):
                 split = (

@@ -14,13 +14,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
-from pipeline.prepare.engine.inputs import (
-    InputSplit,
-    SplitReader,
-    find_inputs,
-    text_problem,
-    whole_files,
-)
+from pipeline.prepare.engine.inputs import InputSplit, SplitReader, text_problem
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers.archives import MOST_BYTES
 
@@ -57,17 +51,8 @@ class Squad(TableImporter):
     A file is read whole: about 10 times its size in memory.
     """
 
+    suffixes = (".json",)
     amounts = {"characters of questions": "question"}
-
-    def input_splits(
-        self, source: str, part_bytes: int
-    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
-        listed = find_inputs(source, (".json",), self.options.split)
-        return (
-            whole_files(listed),
-            listed.mark,
-            {"files left out": listed.others} if listed.others else {},
-        )
 
     def scan(self, reading: SplitReader) -> Found:
         """Return the ids of valid questions, to find repeated ones, and what the questions are

@@ -18,7 +18,7 @@ from pydantic import Field
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
-from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, preview
+from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, names_in, preview
 from pipeline.prepare.engine.inputs import (
     InputFiles,
     InputSplit,
@@ -105,15 +105,13 @@ class Table(TableImporter):
         super().__init__(options)
         o = self.options
         self.dialect = dialect.Dialect(o.delimiter, o.quote, o.encoding)
-        self.labels, self.columns, self.dropped, self.categorical, self.numeric, self.header = (
-            _listed(o.label),
-            _listed(o.columns),
-            _listed(o.drop),
-            _listed(o.categorical),
-            _listed(o.numeric),
-            _listed(o.names),
-        )
-        self.carried = list(dict.fromkeys([*self.labels, *_listed(o.id), *_listed(o.group)]))
+        self.labels = names_in(o.label)
+        self.columns = names_in(o.columns)
+        self.dropped = names_in(o.drop)
+        self.categorical = names_in(o.categorical)
+        self.numeric = names_in(o.numeric)
+        self.header = names_in(o.names)
+        self.carried = list(dict.fromkeys([*self.labels, *names_in(o.id), *names_in(o.group)]))
         self.missing = frozenset(text.strip() for text in o.missing.split(","))
         both = sorted(set(self.categorical) & set(self.numeric))
         if both:
@@ -157,7 +155,7 @@ class Table(TableImporter):
                 if plain_suffix(entry.name) in parquet.SUFFIXES
                 else whole_files(one)
             )
-        return input_splits, listed.mark, {"files left out": listed.others} if listed.others else {}
+        return input_splits, listed.mark, listed.notes
 
     def _batches(self, reading: SplitReader) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """Yield (place of each row, {column: values}) of valid rows in batches.
@@ -259,7 +257,7 @@ class Table(TableImporter):
             *(
                 (option, name)
                 for option in ("label", "id", "group", "split_column")
-                for name in _listed(getattr(o, option))
+                for name in names_in(getattr(o, option))
             ),
             *(
                 (option, name)
@@ -278,7 +276,7 @@ class Table(TableImporter):
                     f"{place}: no column {name!r} for --set {option}; "
                     f"{registry.nearest(name, names)}"
                 )
-        own = [*self.carried, *_listed(o.split_column)]
+        own = [*self.carried, *names_in(o.split_column)]
         for name in [name for name in self.carried if name in (FEATURES, "split")]:
             raise ValueError(f"{place}: column {name} has a name that is taken here; rename it")
         features = self.columns or [
@@ -500,11 +498,9 @@ class _Column:
                 self.distinct.add(_hash(value))
 
     def join(self, kind: int, present: int, strange: int, distinct: list[int]) -> None:
-        self.kind, self.present, self.strange = (
-            wider(self.kind, kind),
-            self.present + present,
-            self.strange + strange,
-        )
+        self.kind = wider(self.kind, kind)
+        self.present = self.present + present
+        self.strange = self.strange + strange
         self.distinct |= set(distinct)
 
 
@@ -562,7 +558,3 @@ def _as(value: Any, kind: int) -> Any:
             else int(value)
         )
     return float(value)
-
-
-def _listed(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

@@ -16,8 +16,9 @@ from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
-from pipeline.data.loader import threaded_map
+from pipeline.io.threads import threaded_map
 from pipeline.media import minhash
+from pipeline.prepare.engine.importing import names_in
 from pipeline.prepare.engine.inputs import (
     ROW_BYTES,
     InputFiles,
@@ -147,7 +148,7 @@ class Text(TableImporter):
 
     def __init__(self, options: Any = None):
         super().__init__(options)
-        self.kept = [name.strip() for name in self.options.keep.split(",") if name.strip()]
+        self.kept = names_in(self.options.keep)
         wrong = [name for name in self.kept if name in RESERVED or name == self.options.text]
         if wrong:
             raise ValueError(
@@ -189,7 +190,7 @@ class Text(TableImporter):
                     if by_lines and plain_suffix(entry.name) not in PARQUET
                     else whole_files(one)
                 )
-        return input_splits, listed.mark, {"files left out": listed.others} if listed.others else {}
+        return input_splits, listed.mark, listed.notes
 
     # ------------------------------------------------------------ documents
 

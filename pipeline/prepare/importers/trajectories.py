@@ -16,10 +16,11 @@ from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
 from pipeline.prepare.engine import episodes
-from pipeline.prepare.engine.importing import preview
-from pipeline.prepare.engine.inputs import InputSplit, Opener, SplitReader, find_inputs, whole_files
+from pipeline.prepare.engine.importing import names_in, preview
+from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers import logs
+from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import (
     SUFFIXES,
     ByteRange,
@@ -138,10 +139,8 @@ class Trajectories(TableImporter):
                     f"--set {column}={getattr(o, column)} and {fixed}={getattr(o, fixed)}: a "
                     "column and a name for all; give one of them"
                 )
-        self.low, self.high = (
-            _bounds("action_low", o.action_low),
-            _bounds("action_high", o.action_high),
-        )
+        self.low = _bounds("action_low", o.action_low)
+        self.high = _bounds("action_high", o.action_high)
         self.rules = logs.CutRules(
             o.episode_steps,
             o.validation_share,
@@ -163,11 +162,7 @@ class Trajectories(TableImporter):
         with closing(Opener()) as opener:
             self.roles = self._roles(whole_files(listed)[0], opener)
         self.label = "actions" if self.roles.discrete else "task" if o.task else ""
-        return (
-            whole_files(listed),
-            listed.mark,
-            {"files left out": listed.others} if listed.others else {},
-        )
+        return whole_files(listed), listed.mark, listed.notes
 
     @property
     def _shares(self) -> bool:
@@ -231,7 +226,7 @@ class Trajectories(TableImporter):
             actions,
             discrete,
             listed,
-            tuple(_split(o.action_names)),
+            tuple(names_in(o.action_names)),
             self.low,
             self.high,
             o.episode,
@@ -392,13 +387,9 @@ class Trajectories(TableImporter):
 # ---------------------------------------------------------------- options
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _bounds(option: str, text: str) -> tuple[float, ...]:
     try:
-        found = tuple(float(part) for part in _split(text))
+        found = tuple(float(part) for part in names_in(text))
     except ValueError:
         raise ValueError(
             f"--set {option}={text}: not numbers; write one, or one for each column of "
@@ -418,7 +409,7 @@ def _named(
     Raises ValueError for one that is missing or named twice.
     """
     out: list[str] = []
-    for part in _split(text):
+    for part in names_in(text):
         span = re.fullmatch(r"(.*?)(\d+)\.\.(.*?)(\d+)", part)
         if part in names:
             found = [part]

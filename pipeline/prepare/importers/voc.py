@@ -12,12 +12,12 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
-from pipeline.data.loader import threaded_map
+from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import SPLITS, Index, place, preview, split_of_folders, table
 from pipeline.prepare.readers import archives
-from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
+from pipeline.prepare.readers.picture_check import Picture
 
 COLUMNS = {
     **boxes.COLUMNS,
@@ -134,11 +134,7 @@ class Voc(ImageImporter):
 
     def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
         width, height = row["_width"], row["_height"]
-        if picture.seen != (width, height):
-            raise BrokenImageError(
-                f"the image is {picture.seen[0]} x {picture.seen[1]} pixels, its annotations "
-                f"are for {width} x {height}"
-            )
+        boxes.check_size(picture, width, height)
         across, down = picture.size[0] / width, picture.size[1] / height
         return {**row, "boxes": boxes.scaled(row["boxes"], across, down)}
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
-from pipeline.data.loader import threaded_map
 from pipeline.data.to_parquet import IMAGE_SUFFIXES
 from pipeline.io import storage
+from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import Index, place, preview, split_of, table
 from pipeline.prepare.readers import archives

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
-from pipeline.data.loader import threaded_map
+from pipeline.io.threads import threaded_map
 from pipeline.media import instance_masks
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter

@@ -29,9 +29,12 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from pipeline.data.loader import threaded_map
+import pyarrow as pa
+
 from pipeline.data.to_parquet import IMAGE_SUFFIXES
 from pipeline.io import file_identity, s3, storage
+from pipeline.io.range_reader import RangeReader
+from pipeline.io.threads import threaded_map
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
 GZIPPED = (".tar.gz", ".tgz")
@@ -341,31 +344,81 @@ def _tar(
     return entries, folders
 
 
-class Window(io.RawIOBase):
+class Window(RangeReader):
     """A range of a file, as a file."""
 
     def __init__(self, handle: BinaryIO, start: int, size: int):
-        self.handle, self.start, self.size, self.at = handle, start, size, 0
+        super().__init__("a part of a file", size)
+        self.handle, self.start = handle, start
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = max(0, offset + (0, self.at, self.size)[whence])
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        self.handle.seek(self.start + self.at)
-        data = self.handle.read(max(0, min(len(buffer), self.size - self.at)))
-        buffer[: len(data)] = data
-        self.at += len(data)
-        return len(data)
+    def read_range(self, start: int, stop: int) -> bytes:
+        self.handle.seek(self.start + start)
+        return self.handle.read(stop - start)
 
 
 # ---------------------------------------------------------------- reading
+
+
+DAMAGED = (gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, EOFError)
+"""What a damaged archive or compressed file raises while it is read."""
+
+
+class UnpackableError(ValueError):
+    """A member of a zip that is encrypted, or compressed in a way that Python does not know."""
+
+
+class Opener:
+    """Opens entries as streams, and keeps archives open between them."""
+
+    def __init__(self):
+        self._zips: dict[str, zipfile.ZipFile] = {}
+        self._archives: dict[str, BinaryIO] = {}
+        self._handles: list[BinaryIO] = []
+
+    def __call__(self, entry: Entry) -> BinaryIO:
+        """Open an entry, decompressed if its suffix says so; the stream is for one thread."""
+        handle = self.stored(entry)
+        name = entry.name.lower()
+        if name.endswith(".gz"):
+            return io.BufferedReader(gzip.GzipFile(fileobj=handle), 1 << 20)
+        if name.endswith(".zst"):
+            return io.BufferedReader(
+                cast(Any, pa.CompressedInputStream(pa.PythonFile(handle, mode="r"), "zstd")),
+                1 << 20,
+            )
+        return handle
+
+    def stored(self, entry: Entry) -> BinaryIO:
+        """Open an entry as it is in its folder or archive."""
+        if entry.member:
+            if entry.uri not in self._zips:
+                self._handles.append(storage.open_read(entry.uri))
+                self._zips[entry.uri] = zipfile.ZipFile(self._handles[-1])
+            try:
+                member = self._zips[entry.uri].open(entry.member)
+            except (RuntimeError, NotImplementedError) as error:
+                raise UnpackableError(
+                    f"{entry.uri}: {entry.name} cannot be unpacked ({error}); decrypt it or "
+                    "pack it anew"
+                ) from None
+            return io.BufferedReader(cast(Any, member), 1 << 20)
+        if entry.offset < 0:
+            return storage.open_read(entry.uri)
+        if entry.uri not in self._archives:
+            handle = open_archive(entry.uri)
+            self._handles.append(handle)
+            self._archives[entry.uri] = (
+                cast(BinaryIO, gzip.GzipFile(fileobj=handle)) if is_gzipped(entry.uri) else handle
+            )
+        window = Window(self._archives[entry.uri], entry.offset, entry.size)
+        return io.BufferedReader(window, 1 << 20)
+
+    def close(self) -> None:
+        for handle in (*self._zips.values(), *self._archives.values(), *self._handles):
+            handle.close()
+        self._zips.clear()
+        self._archives.clear()
+        self._handles.clear()
 
 
 class Reader:
@@ -376,8 +429,7 @@ class Reader:
     """
 
     def __init__(self):
-        self._zips: dict[str, zipfile.ZipFile] = {}
-        self._stream: tuple[str, gzip.GzipFile, BinaryIO] | None = None
+        self._opener = Opener()
         self._lock = threading.Lock()
 
     def __call__(self, uri: str, member: str, offset: int, size: int) -> bytes:
@@ -387,12 +439,16 @@ class Reader:
         """
         if size > MOST_BYTES:
             raise BrokenImageError(f"{size} bytes are more than an image has")
+        entry = Entry(member, uri, member, offset, size)
         if member:
-            return self._from_zip(uri, member)
+            data = self._unpacked(entry, "broken member of the zip", MOST_BYTES + 1)
+            if len(data) > MOST_BYTES:
+                raise BrokenImageError("it unpacks to more than an image has")
+            return data
         if offset < 0:
             return storage.read_bytes(uri)
         if is_gzipped(uri):
-            data = self._from_stream(uri, offset, size)
+            data = self._unpacked(entry, "the archive is damaged", size)
         else:
             data = storage.read_range(uri, offset, offset + size)
         if len(data) != size:
@@ -402,46 +458,14 @@ class Reader:
     def entry(self, entry: Entry) -> bytes:
         return self(entry.uri, entry.member, entry.offset, entry.size)
 
-    def _from_zip(self, uri: str, member: str) -> bytes:
+    def _unpacked(self, entry: Entry, problem: str, most: int) -> bytes:
+        """Read up to so many bytes of a member, by one thread at a time."""
         with self._lock:
-            if uri not in self._zips:
-                self._zips[uri] = zipfile.ZipFile(storage.open_read(uri))
-            archive = self._zips[uri]
             try:
-                with archive.open(member) as file:
-                    data = file.read(MOST_BYTES + 1)
-            except (
-                zipfile.BadZipFile,
-                zlib.error,
-                EOFError,
-                NotImplementedError,
-                RuntimeError,
-            ) as error:
-                # RuntimeError: it is encrypted
-                raise BrokenImageError(f"broken member of the zip: {error}") from None
-        if len(data) > MOST_BYTES:
-            raise BrokenImageError("it unpacks to more than an image has")
-        return data
-
-    def _from_stream(self, uri: str, offset: int, size: int) -> bytes:
-        with self._lock:
-            if self._stream is None or self._stream[0] != uri:
-                self._close_stream()
-                handle = open_archive(uri)
-                self._stream = uri, gzip.GzipFile(fileobj=handle), handle
-            try:
-                self._stream[1].seek(offset)
-                return self._stream[1].read(size)
-            except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-                raise BrokenImageError(f"the archive is damaged: {error}") from None
-
-    def _close_stream(self) -> None:
-        for file in self._stream[1:] if self._stream else ():
-            file.close()
-        self._stream = None
+                with self._opener.stored(entry) as file:
+                    return file.read(most)
+            except (*DAMAGED, UnpackableError) as error:
+                raise BrokenImageError(f"{problem}: {error}") from None
 
     def close(self) -> None:
-        for archive in self._zips.values():
-            archive.close()
-        self._zips.clear()
-        self._close_stream()
+        self._opener.close()

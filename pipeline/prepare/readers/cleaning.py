@@ -22,7 +22,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.media.minhash import NUM_PERM, mixed, rows_a_band
+from pipeline.media.minhash import MinHashSearch
 
 NEIGHBOURS = 32
 """Of documents that share a band, each is compared with the first one and with so many before it.
@@ -90,15 +90,16 @@ def near(signs: np.ndarray, threshold: float) -> np.ndarray:
 
     `signs`: (n, NUM_PERM) signatures; neighbours agree in at least `threshold` of them.
     """
-    n, rows = len(signs), rows_a_band(threshold)
+    n = len(signs)
     if n < 2:
         return np.arange(n)
+    search, texts = MinHashSearch(threshold), signs[:, None]
     lefts, rights = [np.arange(0)], [np.arange(0)]
-    for first in range(0, NUM_PERM - rows + 1, rows):
-        for left, right in _candidates(mixed(signs[:, first : first + rows])):
+    for keys in search.bands({"minhash": texts}):
+        for left, right in _candidates(keys):
             for start in range(0, len(left), PAIRS):
                 a, b = left[start : start + PAIRS], right[start : start + PAIRS]
-                alike = np.count_nonzero(signs[a] == signs[b], axis=1) >= threshold * NUM_PERM
+                alike = search.alike({"minhash": texts[a]}, {"minhash": texts[b]})
                 lefts.append(a[alike])
                 rights.append(b[alike])
     a, b = np.concatenate(lefts), np.concatenate(rights)

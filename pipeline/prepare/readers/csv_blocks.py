@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 from pipeline.config import registry
 from pipeline.core.arrow_compute import pc
 from pipeline.data.csv_tables import open_csv
-from pipeline.prepare.engine.inputs import SQUEEZED, InputSplit, Opener, SplitReader, plain_suffix
-from pipeline.prepare.readers.archives import Entry, Window, is_gzipped
+from pipeline.prepare.engine.inputs import SQUEEZED, InputSplit, SplitReader, plain_suffix
+from pipeline.prepare.readers import parquet
+from pipeline.prepare.readers.archives import Entry, Opener, Window, is_gzipped
 
 BLOCK_BYTES, BATCH_ROWS = 1 << 20, 16384
 """What is read of CSV and of Parquet at a time."""
@@ -115,16 +116,11 @@ def split_table(
     """
     if entry.name.lower().endswith(".parquet"):
         with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
-            metadata = _parquet(entry, handle).metadata
-        sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-        out, start = [], 0
-        for i in range(len(sizes)):
-            if i + 1 == len(sizes) or sum(sizes[start : i + 2]) > most:
-                out.append(
-                    ByteRange(table, (entry,), start, i + 1, max(1, 3 * sum(sizes[start : i + 1])))
-                )
-                start = i + 1
-        return out
+            sizes = parquet.group_sizes(_parquet(entry, handle))
+        return [
+            ByteRange(table, (entry,), part.start, part.stop, max(1, 3 * part.size))
+            for part in parquet.row_groups(entry, "", sizes, most)
+        ]
     squeezed = entry.name.lower().endswith(SQUEEZED) or entry.member
     count = 1 if squeezed or not ranges or is_gzipped(entry.uri) else max(1, -(-entry.size // most))
     bounds = [entry.size * i // count for i in range(count)] + [-1]
@@ -351,10 +347,7 @@ def _of_parquet(
 
 def _parquet(entry: Entry, handle: BinaryIO) -> pq.ParquetFile:
     stored = handle if not entry.member and entry.offset < 0 else io.BytesIO(handle.read())
-    try:
-        return pq.ParquetFile(stored)
-    except (pa.ArrowInvalid, OSError):
-        raise ValueError(f"{entry.name}: not a whole Parquet file; get it again") from None
+    return parquet.open_parquet(cast(BinaryIO, stored), entry.name)
 
 
 def _see_zones(found: dict[str, tuple[Any, str]], entry: Entry, tally: RowCounts) -> None:

@@ -17,21 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import registry
-from pipeline.prepare.engine.inputs import (
-    ROW_BYTES,
-    InputSplit,
-    Opener,
-    SplitReader,
-    decoded,
-    plain_suffix,
-)
-from pipeline.prepare.readers.archives import Entry
+from pipeline.prepare.engine.inputs import ROW_BYTES, InputSplit, SplitReader, decoded, plain_suffix
+from pipeline.prepare.readers.archives import Entry, Opener
 
 SUFFIXES = (".csv", ".tsv", ".tab")
-WHOLE, NUMBER = (
-    re.compile(r"[+-]?(0|[1-9]\d{0,17})"),
-    re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|nan|[+-]?inf", re.IGNORECASE),
-)
+WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|nan|[+-]?inf", re.IGNORECASE)
 LABEL = re.compile(r"[+-]?(0\d.*|\d{19,})")
 """Digits that are no number: leading zeros, or more of them than an int64 or a float holds."""
 TAB = "\t"

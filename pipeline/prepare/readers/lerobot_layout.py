@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.io import storage
 from pipeline.prepare.engine.importing import SPLITS, lines, preview
 from pipeline.prepare.readers.archives import Entry, listing
+from pipeline.prepare.readers.parquet import open_parquet
 
 INFO = "meta/info.json"
 PATHS = {
@@ -277,9 +278,4 @@ def _tasks(source: str, there: dict[str, Entry]) -> dict[int, str]:
 
 
 def _parquet(entry: Entry) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(io.BytesIO(storage.read_bytes(entry.uri)))
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, storage.StorageError):
-            raise
-        raise ValueError(f"{entry.name}: not a whole Parquet file; get it again") from None
+    return open_parquet(io.BytesIO(storage.read_bytes(entry.uri)), entry.name)

@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.prepare.engine.episodes import Episode, UnusableError, matrix, number_problem
 from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS
-from pipeline.prepare.engine.inputs import InputSplit, Opener
+from pipeline.prepare.engine.inputs import InputSplit
+from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import ByteRange, Column, RowCounts, batches
 
 NUMBER = r"^\s*[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|inf)\s*$"
@@ -181,13 +183,7 @@ def _runs(source: Iterator[pa.Table], column: str) -> Iterator[tuple[pa.Table, i
             continue
         cuts = [0, len(table)]
         if column:
-            codes = (
-                table[column]
-                .combine_chunks()
-                .dictionary_encode()
-                .indices.fill_null(-1)
-                .to_numpy(zero_copy_only=False)
-            )
+            codes, _ = dictionary_codes(table[column])
             cuts[1:1] = (np.flatnonzero(codes[1:] != codes[:-1]) + 1).tolist()
         for a, b in pairwise(cuts):
             own = table[column][a].as_py() if column else None
@@ -210,13 +206,11 @@ class EpisodeCutter:
         rules: CutRules,
         counted: list[int] | None,
     ):
-        self.input_split, self.name, self.roles, self.rules, self.counted = (
-            input_split,
-            name,
-            roles,
-            rules,
-            counted,
-        )
+        self.input_split = input_split
+        self.name = name
+        self.roles = roles
+        self.rules = rules
+        self.counted = counted
         self.held: list[pa.Table] = []
         self.seen: set[str] = set()
         self.log, self.row = "", 1

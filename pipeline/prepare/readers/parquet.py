@@ -5,21 +5,21 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.loader import threaded_map
 from pipeline.io import storage
+from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine.inputs import (
     SQUEEZED,
     InputFiles,
     InputSplit,
-    Opener,
     SplitReader,
     plain_suffix,
 )
-from pipeline.prepare.readers.archives import MOST_BYTES, Entry
+from pipeline.prepare.readers.archives import MOST_BYTES, Entry, Opener
 
 SUFFIXES = (".parquet", ".pq")
 BATCH_BYTES, BATCH_ROWS = 32 << 20, 4096
@@ -38,14 +38,14 @@ def groups(entry: Entry) -> list[int]:
         or entry.name.lower().endswith(SQUEEZED)
     ):
         return []
-    try:
-        with storage.open_read(entry.uri) as handle:
-            about = pq.ParquetFile(handle).metadata
-            return [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
-    except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"{entry.name}: not a whole Parquet file ({error}); get it again"
-        ) from None
+    with storage.open_read(entry.uri) as handle:
+        return group_sizes(open_parquet(handle, entry.name))
+
+
+def group_sizes(file: pq.ParquetFile) -> list[int]:
+    """Return the bytes of each row group."""
+    about = file.metadata
+    return [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
 
 
 def row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[InputSplit]:
@@ -75,17 +75,30 @@ def split_files(listed: InputFiles, most: int) -> list[InputSplit]:
 
 
 @contextmanager
+def naming_damage(name: str) -> Iterator[None]:
+    """Raise ValueError with the name of a file that is found to be damaged in the block."""
+    try:
+        yield
+    except storage.StorageError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{name}: not a whole Parquet file ({error}); get it again") from None
+
+
+def open_parquet(handle: BinaryIO, name: str) -> pq.ParquetFile:
+    """Open a Parquet file; `name`: for errors. Raises ValueError for a damaged one."""
+    with naming_damage(name):
+        return pq.ParquetFile(handle)
+
+
+@contextmanager
 def opened(reading: SplitReader) -> Iterator[pq.ParquetFile]:
     """Open the file of an input split. Raises ValueError for a damaged one."""
     with reading.open() as handle:
-        try:
-            yield pq.ParquetFile(
-                handle if reading.input_split.stop >= 0 else io.BytesIO(handle.read(MOST_BYTES))
-            )
-        except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"{reading.input_split.name}: not a whole Parquet file ({error}); get it again"
-            ) from None
+        is_cut = reading.input_split.stop >= 0
+        stored = handle if is_cut else io.BytesIO(handle.read(MOST_BYTES))
+        with naming_damage(reading.input_split.name):
+            yield pq.ParquetFile(stored)
 
 
 def schema(input_split: InputSplit) -> pa.Schema:
