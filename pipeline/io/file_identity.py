@@ -104,7 +104,7 @@ def identify(
     for uri, content in _etags(on_s3, absent_ok).items():
         found[uri] = FileIdentity(uri, content, content)
     for recorded in _RECORDED:
-        recorded += found.values()
+        recorded += [file for uri, file in found.items() if not storage.is_scratch(uri)]
     return [found[uri] for uri in wanted]
 
 
@@ -162,7 +162,9 @@ def _by_store(uris: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
 
 @contextmanager
 def recorded_identities() -> Iterator[list[FileIdentity]]:
-    """Collect the identities of all files that are identified in the block, by any thread."""
+    """Collect the identities of all files that are identified in the block, by any thread, but for
+    those in scratch folders.
+    """
     recorded: list[FileIdentity] = []
     _RECORDED.append(recorded)
     try:

@@ -586,6 +586,11 @@ def scratch_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_scratch(uri: str) -> bool:
+    """Return whether a file lies in a `scratch_folder`."""
+    return f"/{_SCRATCH}.tmp-" in uri
+
+
 def _remove_left(entries: set[Path], older_than_s: float) -> list[str]:
     removed = []
     for entry in sorted(entries):
