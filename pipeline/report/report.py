@@ -1224,8 +1224,14 @@ def _method_blocks(
 
 
 def _format_parameters(text: str) -> str:
+    """Return hyper-parameters as text, without the checksum of the weights at the start."""
     try:
         named = json.loads(text).items()
-        return ", ".join(f"{name} {value}" for name, value in named if value is not None) or _DASH
     except (ValueError, AttributeError):
         return text
+    shown = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in named
+        if value is not None and name != "start_weights"
+    ]
+    return ", ".join(shown) or _DASH

@@ -1035,3 +1035,13 @@ def test_the_summary_of_a_source_is_read_from_what_its_run_says():
         {**said, "source": "s", "changes": ("torch 1 then, 2 now",)}
     )
     assert found == SourceSummary("s", metrics={"auroc": 0.5}, changes=("torch 1 then, 2 now",))
+
+
+def test_hyper_parameters_are_short_and_without_checksums(tmp_path):
+    rows, runs, curves = simulate()
+    stored = json.dumps({"lr": 0.001, "penalty": 3.1622776601683795, "start_weights": "2e89c66"})
+    rows = [replace(row, hyper_parameters=stored) for row in rows]
+    _, page, text = write(tmp_path, rows, runs, curves)
+    for one in (page, text):
+        assert "lr 0.001, penalty 3.162" in one
+        assert "3.1622" not in one and "start_weights" not in one
