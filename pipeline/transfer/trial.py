@@ -61,6 +61,7 @@ from pipeline.data.stream import (
 )
 from pipeline.io import atomic_folder, checksums, file_identity, heartbeat, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
+from pipeline.io.json_values import JsonObject
 from pipeline.report import results, stats
 from pipeline.report.results import SOURCE_VALIDATION, VALIDATION, ResultRow
 from pipeline.report.trial_record import TrialRecord, curve_of
@@ -787,7 +788,7 @@ def make_record(
     )
 
 
-def _training_settings(train: Train, data: TargetData, summary: TrialSummary) -> dict[str, Any]:
+def _training_settings(train: Train, data: TargetData, summary: TrialSummary) -> JsonObject:
     """Return the settings of the training loop that a record lists."""
     return {
         **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")},
