@@ -31,7 +31,7 @@ from pipeline.core.contracts.objective_capabilities import (
     output_scale,
     transformers_head,
 )
-from pipeline.core.specs import Architecture, ModalitySpec
+from pipeline.core.specs import Architecture, ModalitySpec, State
 from pipeline.io import storage
 from pipeline.io.json_values import as_object
 from pipeline.media import tokenization
@@ -388,7 +388,7 @@ def _is_tied(output: Tensor | None, embedding: Tensor | None) -> bool:
     return output is None or (embedding is not None and torch.equal(output, embedding))
 
 
-def tokenizer_state(folder: str) -> dict[str, Any]:
+def tokenizer_state(folder: str) -> State:
     """Return the text modality's state for a folder's tokenizer."""
     try:
         text, vocabulary, specials = tokenization.from_folder(folder)
@@ -678,7 +678,7 @@ def _save(kind: Any, config: Any, tensors: dict[str, Tensor], folder: Path) -> N
     save_file(weights, folder / MODEL, metadata={"format": "pt"})
 
 
-def with_post_processor(state: dict[str, Any], words: bool) -> tuple[Any, dict[str, str]]:
+def with_post_processor(state: State, words: bool) -> tuple[Any, dict[str, str]]:
     """Return the tokenizer with the modality's frame as its post-processor, and its special tokens.
 
     The frame is [CLS] a [SEP] b [SEP]. The special tokens are keyed by role.

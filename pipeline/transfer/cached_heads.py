@@ -49,6 +49,7 @@ from pipeline.train import evaluate, experiment, loop
 from pipeline.train.log import RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.online_probe import features
+from pipeline.train.optim import ParameterGroup
 from pipeline.train.pretrain import device_name
 from pipeline.transfer import solved_heads
 from pipeline.transfer import trial as trials
@@ -181,11 +182,11 @@ class HeadStack(nn.Module):
     def predict(self, features: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
         return self._call("head_predict", features, data)
 
-    def groups(self, rates: dict[str, float], train: Train) -> list[dict[str, Any]]:
+    def groups(self, rates: dict[str, float], train: Train) -> list[ParameterGroup]:
         """One optimiser group a head and decay, over views of the stacked parameters and
         gradients.
         """
-        out = []
+        out: list[ParameterGroup] = []
         for parameter in self.stacked:
             parameter.grad = torch.zeros_like(parameter)
         for k, own in enumerate(self.trains):
@@ -196,7 +197,7 @@ class HeadStack(nn.Module):
                 view.grad = parameter.grad[k]
                 decayed.setdefault(own.weight_decay if view.dim() > 1 else 0.0, []).append(view)
             out += [
-                {"params": params, "peak": own.lr, "weight_decay": decay}
+                ParameterGroup(params=params, peak=own.lr, weight_decay=decay)
                 for decay, params in decayed.items()
             ]
         return out
@@ -238,7 +239,7 @@ class KeepHeads:
     def __init__(self, primary: str, keep: str, count: int, patience: int | None = None):
         self.best = [loop.KeepBest(primary, keep, patience) for _ in range(count)]
         self.weights: list[list[Tensor] | None] = [None] * count
-        self.curves: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+        self.curves: list[list[loop.Metrics]] = [[] for _ in range(count)]
 
     def update(self, step, metrics, task):
         for k, (best, values) in enumerate(zip(self.best, metrics["heads"], strict=True)):
@@ -464,7 +465,7 @@ def _run_stack(
     batches = _StackBatches(members, shared, cached)
     validation = cached.splits["validation"]
 
-    def evaluate_heads(task: nn.Module) -> dict[str, Any]:
+    def evaluate_heads(task: nn.Module) -> loop.Metrics:
         found = _predicted(stack, validation, train)
         return {"heads": [evaluate.values(one, cached.data.metrics) for one in found]}
 
