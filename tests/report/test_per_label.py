@@ -19,7 +19,7 @@ from pipeline.report import blocks, matrix, per_label, report, results
 from pipeline.report.stats import RunPredictions
 from pipeline.transfer import cached_heads, targets
 from pipeline.transfer import trial as one_trial
-from tests.core.metrics.test_coco_ap import case
+from tests.core.metrics.test_coco_ap import case, with_masks
 
 NAMES = ("coat", "bag & belt", "shoe")
 
@@ -565,6 +565,41 @@ def test_boxes_have_the_average_precision_of_each_class():
         assert gain.lines[0] == f"{means[0] - means[1]:+.{places}f}"
     tones = {row[0]: row[4].tone for row in shown.rows}
     assert "wins" in tones.values() and set(tones.values()) <= {"wins", "not shown"}
+
+
+def test_masks_have_the_average_precision_of_each_class():
+    """Of masks, which the other network draws worse in the same boxes."""
+
+    def run(seed: int, drawn: float) -> RunPredictions:
+        made = detections(seed, 0.05)
+        masked, *_ = with_masks(made.predictions)
+        shared = (drawn * masked["mask_intersections"]).astype(np.int32)
+        made.predictions.update({**masked, "mask_intersections": shared})
+        return made
+
+    made = {
+        ("none", "scratch"): [run(s, 0.7) for s in (0, 1)],
+        ("src", "full"): [run(s, 1.0) for s in (0, 1)],
+    }
+    _, text, shown = said(*table("mask_map", made))
+    assert "each class's masks" in text.text and shown.header[1] == "Test objects"
+    [ours, scratch] = [
+        {
+            name: np.mean(
+                [
+                    coco_ap.average_precision(coco_ap.of_class(r.predictions, k), masks=True)
+                    for r in runs
+                ]
+            )
+            for k, name in enumerate("abcd")
+        }
+        for runs in (made["src", "full"], made["none", "scratch"])
+    ]
+    for name, _, value, of_scratch, _ in shown.rows:
+        places = len(value.lines[0].partition(".")[2])
+        assert value.lines[0] == f"{ours[name]:.{places}f}"
+        assert of_scratch.lines[0] == f"{scratch[name]:.{places}f}"
+        assert ours[name] > scratch[name]
 
 
 def numbers(seed: int, noise: float, n: int = 120) -> RunPredictions:
