@@ -48,7 +48,7 @@ def test_lora_is_one_of_the_techniques(tmp_path, onetomany_here, tiny_data):
         }
         assert starts["full"] == starts["lora"]  # the same backbone and head
         check_bundle(
-            tmp_path / "runs/tiny/trials" / found["lora"]["trial_id"],
+            tmp_path / "runs/tiny" / found["lora"]["trial_folder"],
             tiny_data / ("images.parquet" if target == "shoes" else "reviews.parquet"),
         )
 
@@ -106,12 +106,10 @@ def test_two_ranks_give_the_adapters_of_one(tmp_path, onetomany_on_ray, tiny_dat
         (mine,) = {row["trial_id"]: row for row in new}.values()
         assert mine["status"] == "done", mine["error"]
         kept[mine["trial_id"]] = bundle.load(
-            str(tmp_path / "runs/ranks/trials" / mine["trial_id"] / "bundle")
+            str(tmp_path / "runs/ranks" / mine["trial_folder"] / "bundle")
         ).tensors
         values[workers] = mine["value"]
-        check_bundle(
-            tmp_path / "runs/ranks/trials" / mine["trial_id"], tiny_data / "reviews.parquet"
-        )
+        check_bundle(tmp_path / "runs/ranks" / mine["trial_folder"], tiny_data / "reviews.parquet")
     assert values[2] == pytest.approx(values[0], rel=1e-4)
     one, two = kept.values()
     assert (

@@ -95,7 +95,7 @@ def sources(tmp_path_factory, onetomany_on_ray):
 def records(folder: Path) -> dict[Path, int]:
     return {
         path: path.stat().st_mtime_ns
-        for path in (folder / "runs/small/trials").glob("*/record.json")
+        for path in (folder / "runs/small/trials").rglob("record.json")
     }
 
 
