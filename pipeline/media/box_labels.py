@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,19 @@ from torchvision.ops import box_convert
 from pipeline.config.registry import BoxOptions, nearest
 from pipeline.core.arrow_compute import pc
 from pipeline.media import drawing, image_io
+
+
+class BoxState(TypedDict):
+    """State of objectives that learn boxes."""
+
+    values: list[Any]
+    """The classes as they stand in the column: numbers or texts."""
+    labels: list[str]
+    """Their names."""
+    box_format: str
+    relative: bool
+    max_boxes: int
+    """Options."""
 
 
 class Boxes(NamedTuple):
@@ -30,7 +43,7 @@ class Boxes(NamedTuple):
 NO_BOXES = Boxes(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
 
 
-def fitted(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> dict[str, Any]:
+def fitted(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> BoxState:
     """Return the state: the classes that option ``names`` names, or the sorted values of the rows.
 
     Raises:
@@ -54,8 +67,13 @@ def fitted(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> dic
         raise ValueError(f"column {column}: the training rows hold no box")
     if len(set(names)) < len(names):
         raise ValueError(f"column {column}: two classes have the same name")
-    kept = options.model_dump(include={"box_format", "relative", "max_boxes"})
-    return {"values": values, "labels": names, **kept}
+    return {
+        "values": values,
+        "labels": names,
+        "box_format": options.box_format,
+        "relative": options.relative,
+        "max_boxes": options.max_boxes,
+    }
 
 
 def _named_classes(
@@ -118,7 +136,7 @@ def encoded(rows: Iterable[Boxes], most: int) -> dict[str, np.ndarray]:
 
 
 def parsed(
-    table: pa.Table, columns: dict[str, str], state: dict[str, Any], *more: str
+    table: pa.Table, columns: dict[str, str], state: BoxState, *more: str
 ) -> Iterator[Boxes]:
     """Yield the boxes of each row; with a reason it has none."""
     roles = ("boxes", "labels", "crowd", "width", "height", *more)
@@ -133,7 +151,7 @@ def parsed(
             yield NO_BOXES._replace(reason=str(error))
 
 
-def _boxes(row: dict[str, Any], index: dict[Any, int], state: dict[str, Any]) -> Boxes:
+def _boxes(row: dict[str, Any], index: dict[Any, int], state: BoxState) -> Boxes:
     """Read the boxes of one row.
 
     Args:
@@ -194,7 +212,7 @@ def _size_of(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def _check_boxes(
-    given: np.ndarray, corners: np.ndarray, inside: np.ndarray, state: dict[str, Any]
+    given: np.ndarray, corners: np.ndarray, inside: np.ndarray, state: BoxState
 ) -> None:
     """Raise ValueError for a box that is not finite, has no area or lies outside its image.
 

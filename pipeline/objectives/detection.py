@@ -35,6 +35,7 @@ from pipeline.core.nn.box_detectors import (
 )
 from pipeline.core.nn.feature_pyramid import Pyramid
 from pipeline.media import box_labels
+from pipeline.media.box_labels import BoxState
 
 
 class DetectionOptions(BoxOptions):
@@ -57,8 +58,7 @@ class Detection(Objective):
 
     Input beside ``image`` (B, C, H, W), as arrays of ``encode`` that the modality moves with the
     image: ``boxes`` (B, M, 4), ``labels`` (B, M; -1: none), ``crowd`` (B, M), ``frame`` (see
-    Batch); ``image_size`` (B, 2), height and width of the stored image. State: ``values``,
-    ``labels`` and the options that ``encode`` reads.
+    Batch); ``image_size`` (B, 2), height and width of the stored image.
 
     The loss is a sum over images with a count that adds up over rows and ranks (torchvision's
     detectors divide inside, by the batch of one rank). FCOS: focal, GIoU and centre-ness losses
@@ -68,6 +68,7 @@ class Detection(Objective):
     sampled is the same unless an image has fewer. Samples follow from the rows' keys.
     """
 
+    state: BoxState
     roles = ("boxes", "labels")
     optional_roles = ("crowd", "width", "height")
     metrics = ("map", "map50", "map_small", "map_medium", "map_large", "loss")
@@ -78,7 +79,7 @@ class Detection(Objective):
     }
 
     @classmethod
-    def fit(cls, options, table, columns):
+    def fit(cls, options, table, columns) -> BoxState:
         """Take the classes that option ``names`` names, or the sorted values of the rows.
 
         Raises:
@@ -87,7 +88,7 @@ class Detection(Objective):
         return box_labels.fitted(options, table, columns)
 
     @classmethod
-    def encode(cls, table, columns, state) -> Arrays:
+    def encode(cls, table, columns, state: BoxState) -> Arrays:
         """Return ``boxes`` (n, M, 4), ``labels`` (n, M), ``crowd`` (n, M) and ``image_size``."""
         if columns.get("boxes") not in table.column_names:  # new rows to predict
             return {}
@@ -95,7 +96,7 @@ class Detection(Objective):
         return {**found, "image_size": box_labels.image_sizes(table, columns)}
 
     @classmethod
-    def invalid_label_reasons(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state: BoxState):
         """Name rows whose boxes cannot be used.
 
         Boxes in pixels are of the upright picture, so the image's own size is read for them.
@@ -105,7 +106,7 @@ class Detection(Objective):
         more = () if state["relative"] else ("image",)
         return [boxes.reason for boxes in box_labels.parsed(table, columns, state, *more)]
 
-    def __init__(self, backbone: Backbone, options: DetectionOptions, state: dict[str, Any]):
+    def __init__(self, backbone: Backbone, options: DetectionOptions, state: BoxState):
         super().__init__(backbone, options, state)
         classes = len(state["labels"])
         self.detector: OneStage | FasterRCNN

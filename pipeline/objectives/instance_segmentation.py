@@ -35,6 +35,7 @@ from pipeline.core.nn.box_detectors import (
 )
 from pipeline.core.ragged import ragged
 from pipeline.media import box_labels, drawing, instance_masks
+from pipeline.media.box_labels import BoxState
 
 MASK_SIDE = 28
 """Pixels a side of the mask that is predicted in each box."""
@@ -80,6 +81,7 @@ class InstanceSegmentation(Objective):
     Metrics compare masks in the pixels of the stored image, as COCO does.
     """
 
+    state: BoxState
     roles = ("boxes", "labels", "masks")
     optional_roles = ("crowd", "width", "height")
     metrics = (
@@ -101,7 +103,7 @@ class InstanceSegmentation(Objective):
     }
 
     @classmethod
-    def fit(cls, options, table, columns):
+    def fit(cls, options, table, columns) -> BoxState:
         """Take the classes that option ``names`` names, or the sorted values of the rows.
 
         Raises:
@@ -121,7 +123,7 @@ class InstanceSegmentation(Objective):
         return box_labels.fitted(options, table, columns)
 
     @classmethod
-    def encode(cls, table, columns, state) -> Arrays:
+    def encode(cls, table, columns, state: BoxState) -> Arrays:
         """Return the arrays of boxes, ``mask_runs`` and ``image_size``."""
         if columns.get("boxes") not in table.column_names:  # new rows to predict
             return {}
@@ -131,15 +133,13 @@ class InstanceSegmentation(Objective):
         return {**arrays, "mask_runs": ragged(row.runs for row in rows), "image_size": sizes}
 
     @classmethod
-    def invalid_label_reasons(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state: BoxState):
         """Name rows whose boxes or masks cannot be used."""
         if columns.get("boxes") not in table.column_names:
             return [""] * len(table)
         return [row.boxes.reason for row in _parsed(table, columns, state)]
 
-    def __init__(
-        self, backbone: Backbone, options: InstanceSegmentationOptions, state: dict[str, Any]
-    ):
+    def __init__(self, backbone: Backbone, options: InstanceSegmentationOptions, state: BoxState):
         super().__init__(backbone, options, state)
         self.detector = MaskRCNN(backbone, len(state["labels"]), options)
         self.log_names = self.detector.loss_names
@@ -236,7 +236,7 @@ class InstanceSegmentation(Objective):
 # ---------------------------------------------------------------- rows
 
 
-def _parsed(table: pa.Table, columns: dict[str, str], state: dict[str, Any]) -> Iterator[Labels]:
+def _parsed(table: pa.Table, columns: dict[str, str], state: BoxState) -> Iterator[Labels]:
     """Yield the boxes and masks of each row; with a reason it has none."""
     more = () if state["relative"] else ("image",)
     of_masks = table[columns["masks"]].to_pylist()
