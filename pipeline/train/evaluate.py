@@ -118,13 +118,18 @@ class Postprocessor:
         return RawRows(self._reader.take(ids), decoder.columns, decoder.modality)
 
 
+def of_every_rank(mine: Any, ranks: Any) -> list[Any]:
+    """Return what each rank gives, the same list on every rank. Every rank must call it."""
+    if ranks.count == 1:
+        return [mine]
+    everyone: list[Any] = [None] * ranks.count
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def gather_predictions(mine: Predictions, ranks: Any) -> Predictions:
     """Every rank's predictions, ordered by row."""
-    everyone = [mine]
-    if ranks.count > 1:
-        everyone = [{}] * ranks.count
-        dist.all_gather_object(everyone, mine)
-    return _by_row(concatenate([part for part in everyone if part]))
+    return _by_row(concatenate([part for part in of_every_rank(mine, ranks) if part]))
 
 
 def _by_row(found: Predictions) -> Predictions:

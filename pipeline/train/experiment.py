@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, NotRequired, TypedDict
 
 import torch
-import torch.distributed as dist
 
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Train
@@ -335,10 +334,7 @@ class BadRows:
         Raises:
             TooManyBadRowsError: a split is over the budget; on all ranks or on none.
         """
-        everyone: list[Any] = [self.new]
-        if self.ranks.count > 1:
-            everyone = [None] * self.ranks.count
-            dist.all_gather_object(everyone, self.new)
+        everyone = evaluate.of_every_rank(self.new, self.ranks)
         self.new = []
         noted = {(split, row): reason for part in everyone for split, row, reason in part}
         fresh = {key: reason for key, reason in noted.items() if key not in self.found}

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import registry
@@ -254,11 +253,8 @@ def probe_evaluator(
     ]
     names = ("probe train", "probe validation")
     for name, rows, selection in zip(names, parts, (probe.train, probe.validation), strict=True):
-        bad = [list(rows.bad)]
-        if ranks.count > 1:
-            bad = [[]] * ranks.count
-            dist.all_gather_object(bad, list(rows.bad))
-        everyone = [one for part in bad for one in part]
+        bad_of_ranks = evaluate.of_every_rank(list(rows.bad), ranks)
+        everyone = [one for part in bad_of_ranks for one in part]
         on_bad(
             [
                 LeftOut(name, row, selection.manifest.location(row), reason)

@@ -659,6 +659,8 @@ def predict_test(
     bad: list[tuple[int, str]] = []
     batches = _batches(data.test, ranks)
     mine = evaluate.predictions(task, batches, ready, ranks, autocast(), bad.extend)
+    # each rank has read a part of the rows, and the budget is of all of them
+    bad = [one for part in evaluate.of_every_rank(bad, ranks) for one in part]
     check_bad_row_budget(bad, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
     mine, frames = evaluate.Postprocessor(data.test).rollout_evaluation(task, mine)
     return task, evaluate.gather_predictions(mine, ranks), frames

@@ -20,6 +20,7 @@ from pipeline.data import manifests
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import TooManyBadRowsError, eval_batches
 from pipeline.io import file_identity
+from pipeline.train.loop import Ranks
 from pipeline.transfer import stages, trial
 from pipeline.transfer.grid import SCRATCH
 
@@ -271,3 +272,36 @@ def test_files_of_the_plugin_are_as_many_as_its_techniques():
     files = {file.stem for file in folder.glob("*.py")} - {"__init__"}
     ours = {name for name, one in registry.entries("technique").items() if not one.is_ours}
     assert files == ours == {"mean_alignment", "batch_statistics", "soup"}
+
+
+# ---------------------------------------------------------------- test rows of several ranks
+
+
+@pytest.mark.parametrize("others", [[], [(15, "no picture")]])
+def test_unreadable_test_rows_of_all_ranks_are_held_against_the_budget(
+    tmp_path, paths, monkeypatch, others
+):
+    """Each rank reads a part of them; one unreadable row is always allowed."""
+    table = pq.read_table(paths["test"])
+    pictures = table["picture"].to_pylist()
+    pictures[3] = b"no picture"
+    pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "test.parquet")
+    job = job_of(tmp_path, {**paths, "test": str(tmp_path / "test.parquet")})
+    data = job.targets["task"].data.model_copy(update={"decode": "train", "max_bad_rows": 0.01})
+    target = job.targets["task"].model_copy(update={"data": data})
+    job = job.model_copy(update={"targets": {"task": target}})
+    shared = shared_of(tmp_path, job, paths)
+    one = trial_of(job, shared, "full")
+    task, held = trial.build(one, shared)[0], trial.data_of(one, shared)
+
+    def all_gather_object(everyone, mine):
+        everyone[:] = [mine, others if isinstance(mine, list) else {}]
+
+    monkeypatch.setattr(trial.evaluate.dist, "all_gather_object", all_gather_object)
+    arguments = (task, one.technique_object, held, target.train, Ranks(0, 2), False)
+    if others:
+        with pytest.raises(TooManyBadRowsError, match="2 of 20 rows cannot be used"):
+            trial.predict_test(*arguments)
+        return
+    found = trial.predict_test(*arguments)[1]
+    assert found["row"].tolist() == [row for row in range(10) if row != 3]
