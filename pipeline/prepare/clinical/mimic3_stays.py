@@ -111,8 +111,8 @@ def find_tables(found: Listing, source: str) -> dict[str, list[Entry]]:
             if name in ONLY_MIMIC4:
                 raise ValueError(
                     f"{source}: this is MIMIC-IV (only it has a table {name}), and mimic3 reads "
-                    "MIMIC-III, whose columns differ; onetomany prepare events reads the events of "
-                    "any table"
+                    "MIMIC-III, whose columns differ; convert it to MEDS or OMOP for onetomany "
+                    "prepare meds or omop, or give prepare events its tables one by one"
                 )
             name = "chartevents" if name.startswith("chartevents_") else name
             if name in NEEDED or name in OPTIONAL:
