@@ -108,7 +108,7 @@ def test_a_csv_of_texts(here):
     assert found.data.modality.name == "text" and found.objective.name == "classification"
     assert found.data.columns == {"text": "review", "label": "stars"}
     assert "uri: data/reviews.csv" in text and "Found 90 rows of texts" in text
-    assert "3 classes of stars: 0 30, 1 30, 2 30" in comments(text)
+    assert "3 classes of stars: 0 (30 rows), 1 (30), 2 (30)" in comments(text)
     assert "columns that are not read: id" in comments(text)
     assert "review.csv" not in text and found.metric == "accuracy"
     assert "in all: 15 trials" in dry_run()
@@ -129,7 +129,7 @@ def test_texts_in_json_lines_and_parquet(form):
     text = init(f"rows.{form}")
     data = target().data
     assert data.split_column == "split" and "test_fraction" not in text
-    assert "train 40, dev 10, test 10" in comments(text)
+    assert "train (40 rows), dev (10), test (10)" in comments(text)
     assert "train 40, validation 10, test 10 rows" in dry_run()
 
 
@@ -725,7 +725,7 @@ def test_splits_that_a_sample_does_not_have(monkeypatch):
         "test": ["Test"],
         "validation": ["dev"],
     }
-    assert "rows in no split, by their split: unused 2" in comments(text)
+    assert "rows in no split, by their split: unused (2 rows)" in comments(text)
     assert "validation_fraction" not in text
     assert "train 138, validation 10, test 50 rows" in dry_run()
 

@@ -384,8 +384,11 @@ def id_columns(columns: Iterable[Column]) -> list[str]:
 
 
 def preview(counts: dict[Any, int]) -> str:
-    """Return the commonest values with their rows."""
+    """Return the commonest values with their rows: "train (40 rows), test (10)"."""
     order = sorted(counts.items(), key=lambda one: -one[1])
-    shown = ", ".join(f"{str(value)[:30]} {count}" for value, count in order[:SHOWN])
+    shown = ", ".join(
+        f"{str(value)[:30]} ({count}{'' if place else ' rows'})"
+        for place, (value, count) in enumerate(order[:SHOWN])
+    )
     more = len(order) - SHOWN
     return shown + (f" and {more} more" if more > 0 else "")

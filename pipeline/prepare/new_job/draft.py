@@ -827,8 +827,8 @@ def _choose_seed(out: Draft, scratch: str) -> None:
     if best is None:
         raise ValueError(
             f"{out.found.all_places[0]}: {out.found.rows} rows are too few to hold "
-            f"out validation and test rows of every class of {out.label} "
-            f"({look.preview(out.counts)}): add rows, or leave rare classes out"
+            f"out validation and test rows of every class of {out.label}: "
+            f"{look.preview(out.counts)}; add rows, or leave rare classes out"
         )
     if best:
         out.fields["split_seed"] = best
