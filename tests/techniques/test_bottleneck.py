@@ -320,7 +320,8 @@ def test_a_trial_s_bundle_gives_what_was_recorded_and_is_refused_as_a_source(tmp
     record = trial.run(trial_of(job, shared, {"bottleneck": {"width": WIDTH}}), shared)
     row = record.rows[0]
     found = bundle.load(str(row.bundle_uri))
-    assert (found.manifest.technique or {})["name"] == "bottleneck"
+    technique = found.manifest.technique
+    assert technique is not None and technique.name == "bottleneck"
     batch = take(next(iter(shared.targets.values())).test, range(8))
     hits = (scores(found.task(), batch).argmax(-1) == batch["label"]).float().mean()
     assert float(hits) == pytest.approx(row.value)
