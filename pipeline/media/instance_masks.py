@@ -68,7 +68,7 @@ def run_lengths(segmentation: dict[str, Any], height: int, width: int) -> np.nda
 
 def packed(mask: np.ndarray) -> dict[str, Any]:
     """Return the run lengths of a mask (height, width) bool as pycocotools and `RLE` have them."""
-    found = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    found: Any = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(mask.shape), "counts": found["counts"].decode()}
 
 

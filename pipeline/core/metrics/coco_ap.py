@@ -97,7 +97,8 @@ def _pixels(found: dict[str, np.ndarray], masks: bool) -> tuple[np.ndarray, np.n
     of_boxes, of_true_boxes = (
         _box_areas(found[name].astype(np.float64)) * pixels for name in ("boxes", "true_boxes")
     )
-    of_truth = found.get("true_mask_areas", of_true_boxes)
+    of_true_masks = found.get("true_mask_areas")
+    of_truth = of_true_boxes if of_true_masks is None else of_true_masks
     return (found["mask_areas"] if masks else of_boxes), of_truth
 
 

@@ -243,12 +243,12 @@ def rows_with_nan(p: Predictions, column: int | None = None) -> np.ndarray:
     scores, label = p.get("scores"), p.get("label", p.get("labels"))
     if scores is None or label is None or not n:
         return np.zeros(n, dtype=bool)
-    wrong = np.isnan(scores)
+    wrong: np.ndarray = np.isnan(scores)
     if label.ndim < scores.ndim:  # a class, at each of several positions or for the row
         wrong = wrong.any(-1) & (label >= 0)
     elif column is not None:
         wrong = wrong[:, column]
-    return wrong.reshape(n, -1).any(1)
+    return np.asarray(wrong.reshape(n, -1).any(1))
 
 
 def pairs(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

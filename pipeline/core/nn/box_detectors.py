@@ -4,6 +4,9 @@ Shapes: B images, C classes, H and W height and width of the input, M boxes of a
 boxes of one image, A anchors of one image.
 """
 
+# torchvision's detectors, whose classes are extended here, have no types.
+# pyright: basic
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple

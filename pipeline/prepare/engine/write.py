@@ -358,8 +358,9 @@ class Preparation:
 
 def _entry(record: ShardRecord) -> dict[str, Any]:
     """What the manifest says of a shard."""
+    held: dict[str, Any] = dict(record)
     return {
-        name: record[name] for name in ("sha256", "size", "sha256_pieces", "rows") if name in record
+        name: held[name] for name in ("sha256", "size", "sha256_pieces", "rows") if name in held
     }
 
 
