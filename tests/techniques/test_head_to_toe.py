@@ -242,7 +242,7 @@ def test_a_trial_keeps_the_backbone_and_its_bundle_predicts_what_was_recorded(pa
     assert "; features of " in record.transfer
     assert row.settings["share"] == 0.1 and row.settings["penalty"] == 0.01
     kept = bundle.load(row.bundle_uri)
-    assert kept.manifest.technique["name"] == "head_to_toe"
+    assert kept.manifest.technique.name == "head_to_toe"
     source = shared.weights["src"]
     tensors = kept.backbone_tensors()
     assert all(np.array_equal(source[n], tensors[f"base.{n}"].numpy()) for n in source)

@@ -9,6 +9,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Task
+from pipeline.core.specs import Spec
 from pipeline.train import loop, source
 from pipeline.transfer import trial
 
@@ -54,7 +55,7 @@ def test_its_bundle_holds_both_networks(tmp_path):
     shared = shared_of(tmp_path, job, paths, keep_bundles=True)
     record = trial.run(trial_of(job, shared, "side_tuning"), shared)
     found = bundle.load(str(record.rows[0].bundle_uri))
-    assert found.manifest.technique == {"name": "side_tuning", "options": {}}
+    assert found.manifest.technique == Spec("side_tuning")
     task = found.task()
     data = next(iter(shared.targets.values()))
     batch = take(data.test, range(8))
