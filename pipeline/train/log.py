@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -128,7 +129,8 @@ class MetricsLog:
         if self._writer:
             self._check_writer()
             for name, value in record.items():
-                if isinstance(value, (int, float)) and name not in NO_CURVES:
+                is_number = isinstance(value, (int, float)) and not math.isnan(value)
+                if is_number and name not in NO_CURVES:  # a metric without a value has no point
                     self._writer.add_scalar(name, value, record["step"])
         if self.remote and time.monotonic() - self._flushed > 30:
             self.flush()

@@ -33,7 +33,6 @@ from pipeline.core.rng import uniform
 
 DETECTIONS = 100
 """Detections an image: as many as COCO's metric looks at."""
-
 DRAWN_SCORE = 0.3
 """Detections that are less sure are not drawn."""
 AT_ONCE = 16
