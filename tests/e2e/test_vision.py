@@ -104,9 +104,13 @@ def done(published, command, tmp_path_factory) -> Path:
         ("imagenet", "imagenet"),
         ("chest", "chestxray14"),
         ("coco", "coco", "masks=semantic"),
+        ("instances", "coco", "masks=instance"),
     ):
         Preparation(
-            kind, str(published / name), str(where / "prepared" / name), options_of(kind, words)
+            kind,
+            str(published / {"instances": "coco"}.get(name, name)),
+            str(where / "prepared" / name),
+            options_of(kind, words),
         ).run()
     ended = command("run", JOB, cwd=where, env={"PREPARED": str(where / "prepared")})
     assert ended.returncode == 0, ended.stderr[-4000:]
@@ -119,12 +123,13 @@ def test_every_publisher_has_its_rows_in_the_table(done):
     tested = [row for row in rows if row["split"] == "test"]
     metrics = {
         name: {row["metric"] for row in tested if row["target"] == name}
-        for name in ("findings", "objects", "masks")
+        for name in ("findings", "objects", "masks", "instances")
     }
     assert (
         {"macro_auroc", "auroc/Mass", "auroc/Effusion"} <= metrics["findings"]
         and {"map", "map50"} <= metrics["objects"]
         and "miou" in metrics["masks"]
+        and {"mask_map", "mask_map50", "mask_map_small", "map"} <= metrics["instances"]
     )
     assert {(row["target"], row["source"], row["technique"]) for row in tested} == {
         ("findings", "imagenet", "linear_probe"),
@@ -133,11 +138,14 @@ def test_every_publisher_has_its_rows_in_the_table(done):
         ("objects", "none", "scratch"),
         ("masks", "imagenet", "full"),
         ("masks", "none", "scratch"),
+        ("instances", "imagenet", "full"),
+        ("instances", "none", "scratch"),
     }
     assert {row["target"]: row["n_eval"] for row in tested} == {
         "findings": 12,
         "objects": 4,
         "masks": 4,
+        "instances": 4,
     }, "the official list, the published validation images"
     assert {row["n_units"] for row in tested if row["target"] == "findings"} == {6}, (
         "resampled by patient"

@@ -3,27 +3,33 @@ predictions in the pixels of the stored image, and that it learns.
 """
 
 import io
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pycocotools import mask as coco_mask
 from torchvision.models.detection import roi_heads
+from torchvision.ops import box_convert, box_iou
 
 from pipeline.config import registry
 from pipeline.core.contracts import Batch, RawRows, Task
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.nn import box_detectors
 from pipeline.data.stream import Decoder
-from pipeline.media import instance_masks
+from pipeline.media import image_io, instance_masks
 from pipeline.objectives import instance_segmentation
 from pipeline.objectives.instance_segmentation import (
     InstanceSegmentation,
     InstanceSegmentationOptions,
 )
+from pipeline.train import loop
 from tests import toys
 
 SIDE = 96
@@ -415,3 +421,98 @@ def test_a_graph_is_refused_as_for_faster_rcnn():
     task = task_of()
     with pytest.raises(ValueError, match=r"Mask R-CNN decides between its stages .* method: fcos"):
         task.objective.raw_outputs(task.backbone, batch_of())
+
+
+# ---------------------------------------------------------------- learning
+
+
+def photographs(folder: Path, images: int) -> pa.Table:
+    """The first images of COCO whose objects can be told apart in their semantic mask.
+
+    Those are images where no two boxes of a class meet: an object is what has its class in its box.
+    """
+    by_number = json.loads((folder / "classes.json").read_text())
+    numbered = json.loads((folder / "semantic_classes.json").read_text())
+    by_name = {name: int(number) for number, name in numbered.items()}
+    semantic = pq.read_table(folder / "semantic_masks_train.parquet").to_pylist()
+    masks = {row["image_id"]: row["mask"] for row in semantic}
+    out: list[dict[str, Any]] = []
+    for row in pq.read_table(folder / "train.parquet").to_pylist():
+        if row["image_id"] not in masks or not 1 <= len(row["labels"]) <= 5:
+            continue
+        classes = image_io.class_numbers(masks[row["image_id"]])
+        height, width = classes.shape
+        centre = torch.tensor(row["boxes_cxcywh_norm"])
+        boxes = box_convert(centre, "cxcywh", "xyxy").clamp(0, 1)
+        meet = box_iou(boxes, boxes).fill_diagonal_(0) > 0
+        labels = torch.tensor(row["labels"])
+        names = [by_number[number] for number in row["labels"]]
+        if (meet & (labels[:, None] == labels)).any() or not {*names} <= {*by_name}:
+            continue
+        objects = []
+        for name, box in zip(names, boxes, strict=True):
+            x0, y0 = (box[:2] * torch.tensor([width, height])).floor().long().tolist()
+            x1, y1 = (box[2:] * torch.tensor([width, height])).ceil().long().tolist()
+            inside = np.zeros((height, width), bool)
+            inside[y0:y1, x0:x1] = True
+            objects.append(inside & (classes == by_name[name]))
+        if all(mask.sum() > 100 for mask in objects):
+            packed = [instance_masks.packed(mask) for mask in objects]
+            out.append(
+                {"image": row["image"], "boxes": boxes.tolist(), "labels": names, "masks": packed}
+            )
+        if len(out) == images:
+            break
+    types = {
+        "boxes": pa.list_(pa.list_(pa.float64())),
+        "masks": pa.list_(instance_masks.RLE),
+        "labels": pa.list_(pa.string()),
+        "image": pa.binary(),
+    }
+    return pa.Table.from_pylist(out, schema=pa.schema(types))
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_it_learns_eight_photographs_from_scratch():
+    """ResNet-10, 128 px: the mask loss falls, and masks of the images that it saw are found."""
+    folder = Path(
+        os.environ.get("ONETOMANY_DATA") or pytest.skip("ONETOMANY_DATA names no data folder"),
+        "vision",
+        "coco128_detection",
+    )
+    table = photographs(folder, 8)
+    assert len(table) == 8
+    options = InstanceSegmentationOptions(channels=64, mask_convs=2, anchor=4.0)
+    state = InstanceSegmentation.fit(options, table, COLUMNS)
+    kind = registry.get("modality", "image")
+    image = kind.options_class(size=128, fit="pad", flip=False, crop="none")
+    modality = kind(image, kind.fit(image, table, COLUMNS, "timm/resnet10t"))
+    arrays, bad = Decoder(modality, "instance_segmentation", state, COLUMNS)(table)
+    assert bad == [""] * 8
+    rows = toys.rows_of(modality, arrays, "instance_segmentation", state)
+    task = toys.task_of(
+        "timm/resnet10t",
+        modality.inputs(),
+        "instance_segmentation",
+        state,
+        options=options.model_dump(),
+    )
+    batch = toys.take(rows, range(8))
+    with torch.no_grad():
+        before = task.eval()(batch)[2]["mask"].item() / 8
+    run = toys.make_run(
+        rows,
+        task,
+        steps=50,
+        validation=rows,
+        global_batch=4,
+        lr=2e-3,
+        keep="last",
+        eval_every_steps=50,
+    )
+    found = loop.fit(run).curve[-1]
+    with torch.no_grad():
+        after = task.eval()(batch)[2]["mask"].item() / 8
+    assert after < 0.75 * before
+    assert found["mask_map50"] > 0.3 and found["mask_map"] > 0.1, found
