@@ -433,16 +433,27 @@ def parts_whose_weight_is_read(kind: type[nn.Module]) -> frozenset[str]:
         functions = [vars(one)[name] for one in classes if name in vars(one)]
         for function in filter(inspect.isfunction, functions):
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            asked = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            asked = _inspected(tree)
             for node in ast.walk(tree):
                 match node:
                     case ast.Attribute(
                         value=ast.Attribute(value=ast.Name(id="self"), attr=part), attr="weight"
-                    ) if id(node) not in asked:  # not self.PART.weight.dtype and the like
+                    ) if id(node) not in asked:
                         found.add(part)
                     case ast.Attribute(value=ast.Name(id="self"), attr=used):
                         methods.append(used)
     return frozenset(found)
+
+
+def _inspected(tree: ast.AST) -> set[int]:
+    """Return the ids of nodes whose value is only asked for its type, device or shape."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):  # weight.dtype
+            found.add(id(node.value))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            found.update(map(id, node.args))
+    return found
 
 
 def adaptable_weights(backbone: nn.Module) -> list[Target]:

@@ -276,6 +276,7 @@ def test_a_backbone_without_such_modules_is_told_with_those_that_it_has():
         ("torch.nn.TransformerEncoderLayer", {"linear1", "linear2", "norm1", "norm2"}),
         ("timm.models.vision_transformer.Attention", set()),
         ("timm.layers.PatchEmbed", set()),
+        ("transformers.models.t5.modeling_t5.T5DenseActDense", set()),
         ("transformers.models.bert.modeling_bert.BertSelfAttention", set()),
     ],
 )
