@@ -47,6 +47,13 @@ def is_bytes(kind: pa.DataType) -> bool:
     )
 
 
+def nan_as_null(column: pa.Array | pa.ChunkedArray) -> Any:
+    """Return a column with null for NaN, which files of pandas have where a value is missing."""
+    if not pa.types.is_floating(column.type):
+        return column
+    return pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+
+
 def dictionary_codes(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
     """Return (n,) codes, -1 for null, and the distinct values that they count by."""
     whole: Any = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -446,21 +446,16 @@ class Splits:
         )
 
 
-def _group_codes(values: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
-    """Return (n,) codes of groups, -1 for none, and the groups. A row whose group is NaN, as pandas
-    writes it, has none.
-    """
-    column = values.combine_chunks()
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-    return arrow_lists.dictionary_codes(column)
+def codes_of(values: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """Return (n,) codes of groups or labels, -1 for null and NaN, and the values."""
+    return arrow_lists.dictionary_codes(arrow_lists.nan_as_null(values))
 
 
 def group_numbers(values: pa.ChunkedArray) -> np.ndarray:
     """Return (n,) int64: one number for all rows of a group; rows without one (null) each get
     their own.
     """
-    codes, dictionary = _group_codes(values)
+    codes, dictionary = codes_of(values)
     found = codes.astype(np.int64)
     alone = found < 0
     found[alone] = len(dictionary) + np.arange(alone.sum())
@@ -477,7 +472,7 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
     own = (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
     if values is None:
         return own
-    codes, dictionary = _group_codes(values)
+    codes, dictionary = codes_of(values)
     texts = [
         str(value) if isinstance(value, bool) else value_text(value)
         for value in dictionary.to_pylist()
@@ -747,7 +742,7 @@ def _is_in_fold(
     classes = np.zeros(len(selection), dtype=np.int64)
     problem = f"there are {have} {unit}" if have < fold.of else ""
     if label is not None and not problem:
-        codes, values = arrow_lists.dictionary_codes(table[label])
+        codes, values = codes_of(table[label])
         # rows without a label come last; whether they may be there is not decided here
         classes = np.where(codes < 0, len(values), codes)
         pairs = np.unique(np.stack([classes, units]), axis=1)[0]
@@ -1161,7 +1156,7 @@ def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
 
 def _first_rows(selection: Selection, column: str) -> list[tuple[str, int]]:
     """Return every non-null value of a column, as text, with the id of its first row."""
-    coded, dictionary = _group_codes(read_columns(selection, [column])[column])
+    coded, dictionary = codes_of(read_columns(selection, [column])[column])
     codes, first = np.unique(coded, return_index=True)
     values = dictionary.to_pylist()
     rows = selection.ids(first)

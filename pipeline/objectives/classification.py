@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import LinearHeadOptions, nearest, register
+from pipeline.core import arrow_lists
 from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
@@ -344,8 +345,7 @@ def _plain(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    column = arrow_lists.nan_as_null(column)
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
         return column
     try:

@@ -337,21 +337,21 @@ def _compared(batch: Batch, row: int, masks: Tensor, boxes: Tensor) -> dict[str,
     true_areas = torch.zeros(len(labels), dtype=torch.int32, device=device)
     shared = torch.zeros(DETECTIONS, len(labels), dtype=torch.int32, device=device)
     height, width = batch["image_size"][row].clamp(min=1).tolist()
-    k = int((labels >= 0).sum())
+    # Every second run is of an object's pixels, down the columns, one object after the other
     runs = batch["mask_runs"][row][: int(batch["mask_runs_lengths"][row])].long()
-    is_object = torch.arange(len(runs), device=device) % 2 == 1
-    # run lengths go down the columns
-    true = is_object.repeat_interleave(runs).view(k, width, height).transpose(1, 2)
-    true_areas[:k] = true.flatten(1).sum(1)
-    flat = true.flatten(1).float()
+    lengths, ends = runs[1::2], runs.cumsum(0)[1::2]
+    pixels = height * width
+    # The last run, where it is empty, begins behind the last object
+    owner = ((ends - lengths) // pixels).clamp(max=max(0, int((labels >= 0).sum()) - 1))
+    true_areas.index_add_(0, owner, lengths.int())
+    ends = ends - owner * pixels
     at = 0
-    with torch.autocast(device.type, enabled=False):  # which would round the numbers of pixels
-        for part in _pasted(masks, boxes[: len(masks)], (height, width)):
-            found = part.flatten(1)
-            here = slice(at, at + len(found))
-            areas[here] = found.sum(1)
-            shared[here, :k] = (found.float() @ flat.T).round().int()
-            at += len(found)
+    for part in _pasted(masks, boxes[: len(masks)], (height, width)):
+        here = slice(at, at + len(part))
+        before = F.pad(part.transpose(1, 2).flatten(1).cumsum(1, dtype=torch.int32), (1, 0))
+        areas[here] = before[:, -1]
+        shared[here].index_add_(1, owner, before[:, ends] - before[:, ends - lengths])
+        at += len(part)
     return {"mask_areas": areas, "true_mask_areas": true_areas, "mask_intersections": shared}
 
 

@@ -15,7 +15,6 @@ import pyarrow as pa
 from pipeline.config import registry
 from pipeline.config.schema import spec_hash
 from pipeline.core import arrow_lists
-from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import CutFromRecords, file_columns, finds_near_rows
 from pipeline.data import duplicates, manifests
 from pipeline.data.manifests import Selection
@@ -92,19 +91,14 @@ def record_column(modality: str, *selections: Selection) -> str:
 def in_groups(test: Selection, group: str, others: Selection, other_group: str) -> np.ndarray:
     """Return (n,) whether the group (patient, speaker) of each test row is also in the other rows.
 
-    Null is no group.
+    Null and NaN are no group.
     """
-    there = {
-        manifests.value_text(value)
-        for value in pc.unique(
-            manifests.read_columns(others, [other_group])[other_group]
-        ).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
-        if value is not None
-    }
-    coded = pc.dictionary_encode(manifests.read_columns(test, [group])[group].combine_chunks())
-    is_shared = [manifests.value_text(value) in there for value in coded.dictionary.to_pylist()]
-    is_shared.append(False)  # for nulls, whose index is -1
-    return np.array(is_shared)[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    _, others_have = manifests.codes_of(manifests.read_columns(others, [other_group])[other_group])
+    there = set(map(manifests.value_text, others_have.to_pylist()))
+    codes, groups = manifests.codes_of(manifests.read_columns(test, [group])[group])
+    is_shared = [manifests.value_text(value) in there for value in groups.to_pylist()]
+    is_shared.append(False)  # for rows without a group, whose code is -1
+    return np.array(is_shared)[codes]
 
 
 def bytes_to_read(selection: Selection, modality: str, columns: dict[str, str]) -> int:

@@ -2107,3 +2107,17 @@ def test_rows_whose_group_is_nan_have_no_group():
     shares = m._share(values, np.arange(42), "test")
     assert len(np.unique(shares)) == 41 and shares[40] == shares[41]
     assert len(np.unique(m.group_numbers(values))) == 41
+
+
+def test_rows_whose_label_is_nan_are_of_no_class(tmp_path, split):
+    """Two of them in five folds would be a class with too few rows."""
+    labels = pa.array([float("nan")] * 2 + [0.0, 1.0] * 20)
+    pq.write_table(pa.table({"label": labels}), tmp_path / "a.parquet")
+    found = split(
+        uri=str(tmp_path / "a.parquet"),
+        columns={"label": "label"},
+        roles=("label",),
+        need_test=True,
+        fold=m.Fold(1, 5),
+    )
+    assert len(found.test) >= 8

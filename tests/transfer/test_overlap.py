@@ -290,3 +290,16 @@ def test_groups_are_compared_where_only_a_further_corpus_of_the_source_names_one
         "be left out"
     )
     assert len(found.test) == test - known
+
+
+def test_rows_whose_group_is_nan_share_none(tmp_path):
+    """Files of pandas have NaN where a group is missing."""
+    nan = float("nan")
+    for name, values in {"test": [1.0, 2.0, nan, nan], "source": [2.0, 3.0, nan]}.items():
+        pq.write_table(pa.table({"group": pa.array(values)}), tmp_path / f"{name}.parquet")
+    test, source = (
+        manifests.Selection(manifests.build(str(tmp_path / f"{name}.parquet"), "parquet", ""))
+        for name in ("test", "source")
+    )
+    found = overlap.in_groups(test, "group", source, "group")
+    assert found.tolist() == [False, True, False, False]

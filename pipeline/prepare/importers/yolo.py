@@ -41,6 +41,7 @@ class YoloOptions(Options):
         "none",
         description="instance: a column masks, COCO's run lengths for each polygon; every line "
         "must be one",
+        exclude_if=lambda masks: masks == "none",  # outputs have the key that they always had
     )
 
 
