@@ -227,6 +227,33 @@ def test_numbers_and_dates_of_other_widths(tmp_path):
     assert {value for row in read(tmp_path / "c") for value in row["values"]} == {1.0}
 
 
+def test_a_file_without_rows(tmp_path):
+    """Also before the others, and with no row group at all."""
+    folder = write_meds(tmp_path / "meds", frame(EVENTS), SPLITS, LABELS)
+    prepare(folder, tmp_path / "a", f"labels={folder}/tasks")
+    schema = pq.read_schema(folder / "data/part0/0.parquet")
+    save(folder / "data/a/0.parquet", schema.empty_table())
+    with pq.ParquetWriter(folder / "data/b.parquet", schema):
+        pass
+    prepare(folder, tmp_path / "b", f"labels={folder}/tasks")
+    assert read(tmp_path / "b") == read(tmp_path / "a")
+
+
+def test_a_label_after_one_without_a_value_is_kept(tmp_path):
+    """Of the same subject and time; a third one is the same again."""
+    labels = LABELS.iloc[[2, 2, 2]].assign(boolean_value=["", "True", "False"])
+    file = tmp_path / "labels.csv"
+    labels.to_csv(file, index=False)
+    folder = write_meds(tmp_path / "meds", frame(EVENTS), SPLITS)
+    prepare(folder, tmp_path / "out", f"labels={file}", max_bad=0.9)
+    assert [row["label"] for row in read(tmp_path / "out")] == [1]
+    listed = summary(tmp_path / "out")["broken"]["files"]
+    assert {row["path"]: row["reason"] for row in listed} == {
+        "labels.csv:row 1": "no boolean_value",
+        "labels.csv:row 3": "the same subject and time again",
+    }
+
+
 # ---------------------------------------------------------------- errors
 
 

@@ -15,6 +15,7 @@ import pytest
 from prepare import conftest
 from prepare.conftest import demo_table, prepare_and_read, read, summary
 
+from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine import records
 from pipeline.prepare.importers import omop
 
@@ -137,6 +138,62 @@ def test_visits_with_outcomes(folder, tmp_path):
     assert dropped[f"measurement: {omop.NO_PERSON}"] == 1
     assert dropped[f"measurement: {records.NO_ROWS}"] == 1
     assert found["notes"]["events dropped: duplicate"] == {"train": 2}
+
+
+VISITS = "visit_occurrence_id,person_id,visit_concept_id,visit_start_date,visit_start_datetime,\
+visit_end_date,visit_end_datetime\n"
+
+
+def test_a_death_on_the_day_after_discharge_is_none_in_the_hospital(folder, tmp_path):
+    """Of a visit that ends on 5 January; its last day counts as a whole."""
+    (folder / "VISIT_OCCURRENCE.csv").write_text(
+        VISITS
+        + "1,1,9201,2100-01-01,,2100-01-05,\n2,2,9201,2100-01-01,,2100-01-05,\n"
+        + "3,3,9201,2100-01-01,,2100-01-05,2100-01-05 12:00:00\n"
+    )
+    (folder / "DEATH.csv").write_text(
+        "person_id,death_date,death_datetime\n1,2100-01-05,\n2,2100-01-06,\n"
+        "3,2100-01-05,2100-01-05 12:00:00\n"
+    )
+    rows, _ = prepare_and_read("omop", folder, tmp_path / "out", **SOME)
+    outcomes = {row["entity"]: (row["hospital_death"], row["death_hours"]) for row in rows}
+    assert outcomes == {1: (1, 120.0), 2: (0, 144.0), 3: (1, 108.0)}
+
+
+def test_readmission_is_the_next_visit_after_the_end(folder, tmp_path):
+    """Not intensive care within the visit, nor a visit of no length itself."""
+    times = {
+        "20,2,9201": (1, 11),
+        "21,2,32037": (3, 4),
+        "22,2,9201": (20, 25),
+        "10,1,9201": (3, 3),
+        "11,1,9201": (5, 6),
+        "30,3,9201": (1, 5),
+    }
+    visits = [
+        f"{name}," + ",".join(f"2100-01-{day:02},2100-01-{day:02} 10:00:00" for day in days)
+        for name, days in times.items()
+    ]
+    (folder / "VISIT_OCCURRENCE.csv").write_text(VISITS + "\n".join(visits))
+    rows, _ = prepare_and_read("omop", folder, tmp_path / "out", **SOME)
+    days = {row["entity"]: row["readmission_days"] for row in rows}
+    assert days == {20: 9.0, 21: 16.0, 22: None, 10: 2.0, 11: None, 30: None}
+
+
+def test_texts_among_the_numbers_of_csv(folder, tmp_path):
+    """A bound is its number; what is no number is counted, and the event stays without one."""
+    plain, _ = prepare_and_read("omop", folder, tmp_path / "plain", **SOME)
+    file = folder / "MEASUREMENT.csv"
+    text = file.read_text()
+    assert ",80," in text and ",1.3," in text
+    file.write_text(text.replace(",80,", ",>80,").replace(",1.3,", ",\\N,"))
+    rows, found = prepare_and_read("omop", folder, tmp_path / "out", **SOME)
+    by_visit = {row["entity"]: triples(row) for row in rows}
+    bare = [(2.0, "LOINC/8867-4", 1.0) if time == 2.0 else (time, *rest) for time, *rest in STAY]
+    assert by_visit[10] == bare
+    assert by_visit[20] == triples(next(row for row in plain if row["entity"] == 20))
+    dropped = found["notes"]["events dropped by reason"]
+    assert dropped[records.NO_NUMBER] == 1 and dropped[plausible.CENSORED] == 2
 
 
 def test_any_form_of_the_tables_gives_the_same_rows(folder, tmp_path):

@@ -45,6 +45,7 @@ NO_SUBJECT, EARLY = (
 )
 NO_ROWS, OUTSIDE = "no row is about its subject", "not within the time of a row"
 LONG_TEXT = "texts that are too long to be a category (the event stays, without its text)"
+NO_NUMBER = "fields of numbers that hold another text (the event stays, without a number)"
 
 
 class Windows:
@@ -142,19 +143,21 @@ def name_events(
 
     Args:
         codes: (n,) texts without nulls.
-        numbers: (n,) float64; null and NaN are no number.
+        numbers: (n,) float64, or texts as `csv_blocks.batches` gives them; null and NaN are no
+            number, another text is counted in `dropped`.
         texts: (n,) texts; one such as <0.1 counts as its bound.
         units: (n,) texts.
         characters: longer texts count as none, and are counted in `dropped`.
     """
-    number = numbers.combine_chunks() if isinstance(numbers, pa.ChunkedArray) else numbers
-    values = number.fill_null(float("nan")).to_numpy(zero_copy_only=False).astype(np.float64)
+    number = plausible.numbers(numbers)
+    given, is_other_text = number.reasons == 0, number.reasons > 1
+    dropped[NO_NUMBER] += int(np.count_nonzero(is_other_text))
     text = pc.utf8_trim_whitespace(pc.replace_substring_regex(texts, r"\s+", " "))
     text = pc.if_else(pc.equal(text, ""), None, text)
     parsed = plausible.numbers(text)
-    taken = np.isnan(values) & (parsed.reasons == 0)
-    dropped[plausible.CENSORED] += int(np.count_nonzero(taken & parsed.censored))
-    values = np.where(taken, parsed.values, values)
+    is_bound = np.where(given, number.censored, parsed.censored)
+    dropped[plausible.CENSORED] += int(np.count_nonzero(is_bound))
+    values = np.where(given, number.values, parsed.values)
     is_number = ~np.isnan(values)
 
     is_long = np.asarray(pc.greater(pc.utf8_length(text), characters).fill_null(False))
@@ -266,14 +269,15 @@ def _sorted_labels(table: pa.Table, column: str, places: np.ndarray, mark: str) 
     valid = {
         name: np.asarray(table[name].combine_chunks().is_valid()) for name in table.schema.names
     }
-    order = np.lexsort((np.arange(len(table)), time, subject))
-    again = np.zeros(len(table), dtype=bool)
-    again[order[1:]] = (np.diff(subject[order]) == 0) & (np.diff(time[order]) == 0)
     reasons = np.select(
-        [~valid["subject_id"], ~valid["prediction_time"], ~valid[column], again],
-        ["no subject_id", "no prediction_time", f"no {column}", "the same subject and time again"],
+        [~valid["subject_id"], ~valid["prediction_time"], ~valid[column]],
+        ["no subject_id", "no prediction_time", f"no {column}"],
         "",
-    )
+    ).astype(object)
+    order = np.lexsort((np.arange(len(table)), time, subject))
+    order = order[reasons[order] == ""]
+    is_again = (np.diff(subject[order]) == 0) & (np.diff(time[order]) == 0)
+    reasons[order[1:][is_again]] = "the same subject and time again"
     broken = [
         invalid_row(places[i], "train", str(reasons[i])) for i in np.flatnonzero(reasons != "")
     ]

@@ -41,6 +41,15 @@ SPLITS_FILE, DATASET_FILE = "metadata/subject_splits.parquet", "metadata/dataset
 SPLITS = {"train": "train", "tuning": "validation", "held_out": "test"}
 """MEDS's names of splits; others are read as those of any publisher."""
 BIRTH = "MEDS_BIRTH"
+SPANS = {name: pa.int64() for name in ("subject_id", "first", "last")}
+BIRTHS = {"subject_id": pa.int64(), "time": pa.int64()}
+STATIC = {
+    "subject_id": pa.int64(),
+    "code": pa.string(),
+    "numeric_value": pa.float64(),
+    "text_value": pa.string(),
+}
+"""Columns of what a pass over the data finds, also of a file without rows."""
 AGE, CODES = "Age", "codes"
 """Static features that are made here."""
 
@@ -281,7 +290,7 @@ def _about(found: Listing, opener: Opener) -> dict[str, str]:
 
 def _subjects(ranges: list[ByteRange]) -> Subjects:
     """Read all data once: memory grows with subjects and static measurements, not with events."""
-    timed, born, static = [], [], []
+    timed, born, static = _nothing()
     for one in threaded_map(_subjects_of, ranges, threads=4):
         for held, found in zip((timed, born, static), one, strict=True):
             held.append(found)
@@ -301,9 +310,17 @@ def _subjects(ranges: list[ByteRange]) -> Subjects:
     )
 
 
+def _nothing() -> tuple[list[pa.Table], list[pa.Table], list[pa.Table]]:
+    """Return lists that tables of SPANS, BIRTHS and STATIC are appended to."""
+    spans, births, static = (
+        [pa.schema(columns).empty_table()] for columns in (SPANS, BIRTHS, STATIC)
+    )
+    return spans, births, static
+
+
 def _subjects_of(byte_range: ByteRange) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Return (first and last time of each subject, births, rows without a time) of a piece."""
-    spans, born, static = [], [], []
+    spans, born, static = _nothing()
     with closing(Opener()) as opener:
         for batch in batches(byte_range, DATA, opener, RowCounts()):
             batch = batch.filter(

@@ -342,25 +342,23 @@ class Omop(GroupedImporter):
         """Return the outcomes of visits, which are sorted by person and end.
 
         Where no time of death is known, a death on the day of discharge is one in the hospital, and
-        counts at the end of its day, but not after the visit.
+        counts at the end of its day, but not after the visit. The next visit is the first that
+        starts after the end: one within this visit, as in intensive care, is no readmission.
         """
         ids, earliest, latest = self._deaths(opener)
         at = np.where(positions(ids, person) < 0, len(ids), positions(ids, person))
         began, death = (np.append(times, 0)[at] for times in (earliest, latest))
         known = (at < len(ids)) & (death >= start)
-        in_hospital = discharged_dead | (known & (began <= end))
+        # An end of 24:00 is before the next day, although the times are equal
+        is_before = (began < end) | ((began == end) & (end % DAY != 0))
+        in_hospital = discharged_dead | (known & is_before)
         death = np.where(in_hospital, np.where(known, np.minimum(death, end), end), death)
-        following = np.full(len(person), np.nan)
-        order = np.lexsort((start, person))
-        next_start = np.append(start[order][1:], 0)
-        same = np.append(person[order][1:] == person[order][:-1], False)
-        gap = (next_start - end[order]) / DAY
-        following[order] = np.where(same & (gap >= 0), gap, np.nan)
+        readmission = _days_to_next(person, start, end)
         return {
             "hospital_death": pa.array(in_hospital.astype(np.int64)),
             "death_hours": pa.array((death - start) / HOUR, mask=~(known | in_hospital)),
             "discharge_hours": pa.array((end - start) / HOUR),
-            "readmission_days": pa.array(following, mask=np.isnan(following)),
+            "readmission_days": pa.array(readmission, mask=np.isnan(readmission)),
         }
 
     @property
@@ -569,6 +567,22 @@ def _merged(spans: list[pa.Table]) -> pa.Table:
         .aggregate([("first", "min"), ("last", "max")])
         .rename_columns({"first_min": "first", "last_max": "last"})
     )
+
+
+def _days_to_next(person: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Return (n,) days from the end of each visit to the person's next start, NaN without one."""
+    if not len(person):
+        return np.empty(0)
+    # One sorted key for (person, time), as in `Windows`
+    times, ranks = np.unique(np.append(start, end), return_inverse=True)
+    begin = np.unique(person, return_inverse=True)[1] * len(times)
+    starts, ends = begin + ranks[: len(start)], begin + ranks[len(start) :]
+    order = np.argsort(starts, kind="stable")
+    after_itself = np.argsort(order) + 1  # a visit of no length starts at its own end
+    place = np.maximum(np.searchsorted(starts[order], ends), after_itself)
+    following = order[np.minimum(place, len(order) - 1)]
+    is_one = (place < len(order)) & (person[following] == person)
+    return np.where(is_one, (start[following] - end) / DAY, np.nan)
 
 
 def _age(persons: Persons, at: np.ndarray, zero: np.ndarray) -> pa.Array:
