@@ -49,8 +49,8 @@ Only = Annotated[
 Address = Annotated[
     str | None,
     typer.Option(
-        help="Join this Ray cluster (auto, or host:port); none: RAY_ADDRESS, or Ray is started "
-        "here."
+        help="Join this Ray cluster (auto, or host:port); default: that of RAY_ADDRESS, or start "
+        "Ray here."
     ),
 ]
 Plugin = Annotated[
@@ -68,13 +68,13 @@ Wait = Annotated[
         "--wait-for-resources/--no-wait-for-resources",
         show_default=False,
         help="Wait for nodes that the cluster does not have yet, or use those that are there; "
-        "none: wait where its autoscaler declares nodes.",
+        "default: wait where its autoscaler declares nodes.",
     ),
 ]
 
 
 class Remake(StrEnum):
-    """What of the things that are done is made anew."""
+    """Which finished results to compute again."""
 
     NONE = "none"
     CHANGED = "changed"
@@ -257,16 +257,16 @@ def init(
     ],
     output: Annotated[
         str,
-        typer.Option("-o", "--output", help="The job file; none: NAME.yaml here.", metavar="JOB"),
+        typer.Option("-o", "--output", help="Job file; default: NAME.yaml here.", metavar="JOB"),
     ] = "",
     target_column: Annotated[
         str | None,
-        typer.Option(help="The column to predict; none: the most plausible one.", metavar="NAME"),
+        typer.Option(help="Column to predict; default: the most plausible one.", metavar="NAME"),
     ] = None,
     objective: Annotated[
         str | None,
         typer.Option(
-            help="Learn classes or a number from --target-column; none: as its values look.",
+            help="Learn classes or a number from --target-column; default: as its values look.",
             metavar="classification|regression",
         ),
     ] = None,
@@ -453,7 +453,8 @@ def advise(
         ),
     ],
     target: Annotated[
-        str | None, typer.Option(help="Advise on this target alone; none: on all.", metavar="NAME")
+        str | None,
+        typer.Option(help="Advise on this target; default: on all.", metavar="NAME"),
     ] = None,
     set_: Set = None,
 ) -> None:
@@ -717,11 +718,11 @@ def prepare(
     ] = None,
     rows_per_part: Annotated[
         int | None,
-        typer.Option(help="Images, recordings: rows of a Parquet file; none: by --part-mb."),
+        typer.Option(help="Images, recordings: rows of a Parquet file; default: by --part-mb."),
     ] = None,
     part_mb: Annotated[
         float | None,
-        typer.Option(help="MiB of images, recordings or text in a Parquet file; none: 96."),
+        typer.Option(help="MiB of images, recordings or text in a Parquet file; default: 96."),
     ] = None,
     max_bad: Annotated[
         float,
@@ -821,7 +822,7 @@ def submit(
         ),
     ] = None,
     submission_id: Annotated[
-        str | None, typer.Option(help="Name of the submission; none: made up.")
+        str | None, typer.Option(help="Name of the submission; default: made up.")
     ] = None,
     follow: Annotated[
         bool, typer.Option(help="Follow the log and exit with the job's own code.")

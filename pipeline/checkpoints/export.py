@@ -41,7 +41,7 @@ def usual_kind(uri: str) -> str:
 
 
 def can_be_graph(uri: str) -> bool:
-    """Return whether ``--kind onnx`` may be offered for a bundle: its head has such outputs."""
+    """Return whether the head of a bundle has outputs for ``--kind onnx``, which may still fail."""
     manifest = _manifest(uri)
     return manifest is not None and graph.has_outputs(manifest)
 

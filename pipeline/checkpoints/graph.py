@@ -136,9 +136,9 @@ def trace(found: Bundle, backbone_only: bool) -> Graph:
 
 
 def has_outputs(manifest: Manifest) -> bool:
-    """Return whether the whole network of a bundle gives outputs that a graph could hold.
+    """Return whether the objective of a bundle has outputs for a graph.
 
-    What it computes may still be refused when it is traced (`trace`).
+    `trace` may still refuse the network.
     """
     name = manifest.objective.name
     return name == NO_OBJECTIVE.name or gives_raw_outputs(registry.get("objective", name))

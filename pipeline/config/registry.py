@@ -157,8 +157,8 @@ class BoxOptions(Options):
     anchor: float = Field(
         8.0,
         gt=0,
-        description="Faster R-CNN: side of the anchors of a level in its strides; less for small "
-        "images",
+        description="Faster and Mask R-CNN: side of the anchors of a level in its strides; less "
+        "for small images",
     )
     score_threshold: float = Field(
         0.05, ge=0, lt=1, description="detections below it are not given"
@@ -168,7 +168,7 @@ class BoxOptions(Options):
         gt=0,
         le=1,
         description="of two detections of a class that overlap more than this the surer one "
-        "stays; none: 0.6 for fcos, 0.5 for faster_rcnn",
+        "stays; none: 0.6 for fcos, else 0.5",
     )
 
 

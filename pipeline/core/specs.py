@@ -15,7 +15,10 @@ from pipeline.core.inputs import Inputs
 from pipeline.io.json_values import JsonObject
 
 State: TypeAlias = Mapping[str, Any]
-"""What a modality or objective was fitted to, as JSON; the class of each names the keys."""
+"""What ``fit`` found in the training rows, as JSON, such as class names or means.
+
+Each class of a modality or objective documents its keys (`ClassificationState`).
+"""
 
 
 @dataclass(frozen=True)

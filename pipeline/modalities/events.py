@@ -71,7 +71,7 @@ class EventsState(TypedDict):
     variables: list[str]
     mean: list[float]
     std: list[float]
-    """Of the values of each variable."""
+    """Mean and standard deviation of the values of each variable."""
     static: NotRequired[StaticState]
 
 
@@ -91,7 +91,8 @@ class Events(Modality):
     Tensors: ``times`` (B, N) float32 hours ascending, ``variables`` (B, N) int64, ``values`` (B, N)
     float32, ``mask`` (B, N) true where there is an event; ``numbers`` (B, K) float32 standardised,
     0 where unknown, ``numbers_known`` (B, K) bool, ``codes`` (B, C) int64 places among the static
-    texts plus 1, padded with 0. A row may have no events.
+    texts plus 1, padded with 0. A row may have no events. While training with ``drop`` also
+    ``recorded`` (B, N) bool, the mask before events were dropped.
     """
 
     state: EventsState

@@ -34,7 +34,8 @@ def winner(
     have the largest value by luck.
 
     What the comparisons have shown to be worse, after Holm's correction, is left out: a network
-    that loses against scratch, and the scratch network that another one wins against.
+    that loses against scratch, and the scratch network that another one wins against. Where that is
+    all of them, none is left out.
 
     A network of which a seed failed is left out where others have all of theirs: the mean of fewer
     seeds is noisier, and the largest of many means is often a noisy one.
@@ -60,7 +61,7 @@ def winner(
 
 
 def _most_labels(entries: Sequence[MatrixEntry]) -> str:
-    """Return the largest label fraction of some networks, by their number of training rows."""
+    """Return the label fraction with the most training rows."""
     return max(
         entries,
         key=lambda entry: (entry.n_train or 0, matrix.fraction_order(entry.label_fraction)),
@@ -68,7 +69,10 @@ def _most_labels(entries: Sequence[MatrixEntry]) -> str:
 
 
 def _uses_no_label(entry: MatrixEntry) -> bool:
-    """Return whether a network is its source's as it is, which stands beside every fraction."""
+    """Return whether an entry uses no label and trains nothing (``zero_shot``).
+
+    It is listed at every label fraction.
+    """
     return entry.params_trained == 0 and not entry.n_train
 
 
@@ -242,10 +246,10 @@ def blocks_of(
     head = ["Target", "Use", "On test rows", "Gain over scratch", "Training time"]
     text = (
         "For each target the network that is best on its validation rows, among those with the "
-        "most labels that no comparison has shown to be worse (after Holm's correction). With few "
-        "validation rows the choice is uncertain: onetomany advise weighs all comparisons. Values "
-        "and gains are means over seeds, with 95 % intervals. trials.csv beside this page lists "
-        "every trial with its bundle."
+        "most labels that no comparison has shown to be worse (after Holm's correction; unless all "
+        "are). With few validation rows the choice is uncertain: onetomany advise weighs all "
+        "comparisons. Values and gains are means over seeds, with 95 % intervals. trials.csv "
+        "beside this page lists every trial with its bundle."
     )
     if in_folds & groups.keys():
         text += (

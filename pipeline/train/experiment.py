@@ -110,7 +110,7 @@ class RunMetadata(TypedDict):
     kept_step: int
     """The step whose weights were kept."""
     padding_share: NotRequired[float]
-    """Of batches that are cut by cost."""
+    """Share of positions that are padding (0 to 1), where batches are cut by cost."""
     chosen: NotRequired[dict[str, Any]]
     """What the technique chose (`ChoosesOnValidation`)."""
     stopped_at: NotRequired[int]

@@ -602,9 +602,9 @@ def _backbone_groups(state: JobState) -> list[BackboneGroup]:
 
 
 class _StoredMetadata(TypedDict, total=False):
-    """What a run leaves for later commands and for the report; the fields are those of `JobState`.
+    """What a run leaves for later commands and for the report.
 
-    A run of an older version may lack some.
+    Most fields are those of `JobState`. A run of an older version may lack some.
     """
 
     key: str
@@ -621,7 +621,7 @@ class _StoredMetadata(TypedDict, total=False):
 
 def _metadata_uri(state: JobState) -> str:
     """Return where the metadata of a run lie. Each part of a job (``only``) has a file of its own,
-    so that those of the whole job stay.
+    so that those of the whole job stay. Runs of earlier versions called it facts, so it still is.
     """
     part = f"-{spec_hash(sorted(set(state.job.only)))}" if state.job.only else ""
     return storage.join(state.job.root, f"facts{part}.json")

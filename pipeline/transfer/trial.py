@@ -171,15 +171,15 @@ class Shared:
     keep_bundles: bool
     source_keys: dict[str, str] = field(default_factory=dict)
     spec_hash: str | None = None
-    """Of the job."""
+    """Hash of the job."""
     git_sha: str | None = None
     """The commit of this code, where it is in a Git checkout."""
     run: str | None = None
-    """The run of the program that the trials belong to."""
+    """Random id of this run, written into each record to tell its trials from earlier ones."""
     heads: dict[str, tuple[ObjectiveSpec, dict[str, np.ndarray]]] = field(default_factory=dict)
     """Source to its objective and the tensors of its head, for objectives that reuse them."""
     fences: tuple[write_fence.Fence, ...] = ()
-    """The run that the trials belong to. They write only while it holds its lease."""
+    """Locks of this run: a trial checks that they are still held before it writes."""
     parent_weights: dict[str, str] = field(default_factory=dict)
     """Source to the SHA-256 of its weights, which a trial records as the weights it started from.
     """
@@ -209,7 +209,7 @@ class TrialSummary:
     params_trained: int | None = None
     layers_trained: str | None = None
     padding_share: float | None = None
-    """Of batches that are cut by cost."""
+    """Share of positions that are padding (0 to 1), where batches are cut by cost."""
     start_weights: str | None = None
     """Hash of the weights that it started with."""
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -518,7 +518,7 @@ def exports_head(objective: Any) -> TypeIs[ExportsHead]:
 
 @runtime_checkable
 class GivesRawOutputs(Protocol):
-    """An objective whose network can be written as a graph of tensors, for ONNX and torch.export.
+    """An objective with outputs for a graph of tensors (ONNX, torch.export).
 
     The docstring of ``raw_outputs`` stands beside an export: it says what each output is.
     """
@@ -535,7 +535,7 @@ class GivesRawOutputs(Protocol):
 
 
 def gives_raw_outputs(objective: Any) -> TypeIs[GivesRawOutputs]:
-    """Return whether the network of an objective can be written as a graph of tensors."""
+    """Return whether an objective has outputs for a graph; tracing may still refuse the network."""
     return isinstance(objective, GivesRawOutputs)
 
 

@@ -1,7 +1,7 @@
 """What detectors of objects share, and Faster R-CNN, from torchvision's parts.
 
 Shapes: B images, C classes, H and W height and width of the input, M boxes of an image (padded), k
-boxes of one image, A anchors of one image.
+boxes of one image, c crowd regions of one image, A anchors of one image, N any number of boxes.
 """
 
 # torchvision's detectors, whose classes are extended here, have no types.
@@ -46,12 +46,17 @@ Targets = list[dict[str, Tensor]]
 the row's boxes they are, ``crowd`` (c, 4) regions that count neither as object nor as
 background."""
 
+Detections = list[dict[str, Tensor]]
+"""One an image: ``boxes`` (k, 4) pixels, ``scores`` (k,), ``labels`` (k,) class numbers."""
+
 
 def has_area(boxes: Tensor) -> Tensor:
+    """Return (...) bool: which ``boxes`` (..., 4) corners are wider and higher than 0."""
     return (boxes[..., 2:] > boxes[..., :2]).all(-1)
 
 
 def targets_of(batch: Batch) -> Targets:
+    """Return the objects and crowds of each image, without padding."""
     boxes = batch["boxes"].float()
     labels = batch["labels"]
     crowd = batch["crowd"].bool()
@@ -80,7 +85,7 @@ def to_shares(boxes: Tensor, frame: Tensor) -> Tensor:
     return ((boxes - corner) / size).clamp(0, 1)
 
 
-def without_padding(detections: Targets, frame: Tensor) -> Targets:
+def without_padding(detections: Detections, frame: Tensor) -> Detections:
     """Return the detections that do not lie wholly in the padding.
 
     Args:
@@ -94,7 +99,7 @@ def without_padding(detections: Targets, frame: Tensor) -> Targets:
     return kept
 
 
-def predicted_boxes(detections: Targets, frame: Tensor) -> dict[str, Tensor]:
+def predicted_boxes(detections: Detections, frame: Tensor) -> dict[str, Tensor]:
     """Return the detections of all images in tensors, the surest first.
 
     Args:
@@ -132,7 +137,7 @@ def true_boxes(batch: Batch, frame: Tensor) -> dict[str, Tensor]:
 
 def in_crowd(boxes: Tensor, crowd: Tensor) -> Tensor:
     """Return (N,) bool: which ``boxes`` (N, 4) have at least half of their area in a region
-    ``crowd`` (C, 4).
+    ``crowd`` (c, 4).
 
     COCO measures overlap with a crowd in this way, over the detection's own area (pycocotools:
     iscrowd).
@@ -153,6 +158,7 @@ def sums_by_image(values: Tensor, where: Tensor) -> Tensor:
 
 
 def image_list(batch: Batch) -> ImageList:
+    """Return ``image`` (B, 3, H, W) as torchvision's detectors take it."""
     h, w = batch["image"].shape[-2:]
     return ImageList(batch["image"], [(h, w)] * len(batch))
 
@@ -339,7 +345,9 @@ class FasterRCNN(nn.Module):
     def losses(
         self, maps: dict[str, Tensor], batch: Batch, targets: Targets
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return means over the samples of each image (B,) by name, and ones (B,)."""
+        """Return means over the samples of each image (B,) by name, and the count (B,) that the
+        loss is divided by: 1 for each image.
+        """
         parts, _ = self.region_losses(maps, batch, targets)
         return parts, torch.ones(len(targets), device=parts["box"].device)
 
@@ -373,7 +381,7 @@ class FasterRCNN(nn.Module):
             parts[name] = torch.stack(means)
         return parts, Regions(boxes, matched, labels)
 
-    def detections(self, maps: dict[str, Tensor], batch: Batch) -> Targets:
+    def detections(self, maps: dict[str, Tensor], batch: Batch) -> Detections:
         """Return ``boxes``, ``scores`` and ``labels`` of each image."""
         boxes, _ = self.rpn(image_list(batch), maps)
         scores, shifts = self._regions(maps, boxes, batch)
