@@ -57,6 +57,8 @@ MAKES_NO_NUMBERS = frozenset(
         "pipeline.io.write_fence",
         "pipeline.io.file_identity",
         "pipeline.io.checksums",
+        "pipeline.io.json_values",
+        "pipeline.io.threads",
         # names and settings: what is set stands in the key of every source and trial
         "pipeline.config.registry",
         "pipeline.config.plugins",
@@ -74,6 +76,7 @@ MAKES_NO_NUMBERS = frozenset(
         "pipeline.transfer.leaks",
         # describes results that are there
         "pipeline.report.results",
+        "pipeline.report.trial_folder",
         "pipeline.report.subgroups",
         "pipeline.report.trial_record",
         "pipeline.train.resume_history",
