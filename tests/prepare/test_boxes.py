@@ -440,6 +440,39 @@ def test_other_results_of_label_studio(tmp_path):
     }
 
 
+def test_images_of_one_name_in_several_subsets_of_cvat(tmp_path):
+    images = "".join(
+        f'<image id="{number}" name="a.jpg" subset="{subset}" width="40" height="30">'
+        f'<box label="{subset}" xtl="1" ytl="2" xbr="3" ybr="4" /></image>'
+        for number, subset in enumerate(("Train", "Validation"))
+    )
+    for number, subset in enumerate(("Train", "Validation")):
+        write(tmp_path / f"in/images/{subset}/a.jpg", encoded(number, SIZE))
+    write(tmp_path / "in/annotations.xml", f"<annotations>{images}</annotations>")
+    prepare("cvat", tmp_path / "in", tmp_path / "out")
+    assert {
+        (row["image"], row["split"], *row["label_names"]) for row in read(tmp_path / "out")
+    } == {
+        (encoded(0, SIZE), "train", "Train"),
+        (encoded(1, SIZE), "validation", "Validation"),
+    }
+    write(
+        tmp_path / "in/annotations.xml",
+        f"<annotations>{images}</annotations>".replace("Train", "Odd"),
+    )
+    with pytest.raises(ValueError, match=r"subset 'Odd' names no split"):
+        prepare("cvat", tmp_path / "in", tmp_path / "out-2")
+
+
+def test_uploads_of_label_studio_with_the_names_of_its_media_folder(tmp_path):
+    root = labelstudio(tmp_path / "in")
+    for path in [*root.glob("media/*/?.jpg")]:
+        (number,) = (n for n, (_, name, _) in enumerate(pictures()) if name == path.stem)
+        path.rename(path.with_name(f"0a1b2c3{number}-{path.name}"))
+    found = prepare("labelstudio", root, tmp_path / "out")
+    assert len(found) == 3 and sum(len(row["boxes"]) for row in found.values()) == 3
+
+
 def test_images_of_annotation_tools_that_are_missing_or_of_another_size(tmp_path):
     for name, make, folder in (("cvat", cvat, "images"), ("labelstudio", labelstudio, "media/val")):
         root = make(tmp_path / name)

@@ -42,6 +42,23 @@ def test_without_texts_and_speakers_there_are_no_such_columns(tmp_path):
     assert {"transcript", "speaker", "gender"}.isdisjoint(rows[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train_dev", "validation"),
+        ("test_dev93", "validation"),
+        ("train_si284", "train"),
+        ("test_clean", "test"),
+        ("all", "train"),
+    ],
+)
+def test_the_last_word_of_a_sets_name_tells_its_split(tmp_path, name, split):
+    write(tmp_path / f"in/{name}/wav.scp", "a a.wav\n")
+    write(tmp_path / "in/a.wav", sound(1, form="WAV"))
+    rows, _ = index("kaldi", tmp_path / "in")
+    assert rows[0]["split"] == split
+
+
 def test_lines_that_cannot_be_used_have_their_reason(tmp_path):
     write(tmp_path / "a.wav", sound(1, form="WAV"))
     scp = ["a a.wav", "b sph2pipe -f wav b.sph |", "c c.wav", "a a.wav", "d ../d.wav"]

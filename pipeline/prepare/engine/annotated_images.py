@@ -34,7 +34,8 @@ class AnnotatedImage:
     """What an export says of an image.
 
     Attributes:
-        name: of the file, as far as the export knows it: a path below the source, or its end.
+        names: of the file, as far as the export knows it: paths below the source, or their ends,
+            of which the first that is there counts.
         where: the place in the export, for messages.
         size: (width, height) in pixels, `UNKNOWN` where it is not stated.
         objects: (class, [x, y, width, height] in pixels) of each box.
@@ -42,7 +43,7 @@ class AnnotatedImage:
         split: "" where the export tells none.
     """
 
-    name: str
+    names: tuple[str, ...]
     where: str
     size: tuple[int, int] = (UNKNOWN, UNKNOWN)
     objects: list[tuple[str, list[float]]] = field(default_factory=list)
@@ -83,9 +84,9 @@ class AnnotatedImagesImporter(ImageImporter):
         taken: dict[str, str] = {}
         rows, lost = [], []
         for one in annotated:
-            image = files.find(one.name)
+            image = files.find(one.names)
             if image is None:
-                lost.append(f"{one.name} ({one.where})")
+                lost.append(f"{one.names[-1]} ({one.where})")
                 continue
             if image.name in taken:
                 raise ValueError(
@@ -152,12 +153,15 @@ class _Files:
             for at in range(len(parts)):
                 self.by_end["/".join(parts[at:])].append(image)
 
-    def find(self, name: str) -> archives.Entry | None:
-        """Return the image whose path is or ends with a name, None for none or several."""
-        if name in self.by_path:
-            return self.by_path[name]
-        found = self.by_end.get(name, [])
-        return found[0] if len(found) == 1 else None
+    def find(self, names: Iterable[str]) -> archives.Entry | None:
+        """Return the image whose path is or ends with the first of the names that one image has."""
+        for name in names:
+            if name in self.by_path:
+                return self.by_path[name]
+            found = self.by_end.get(name, [])
+            if len(found) == 1:
+                return found[0]
+        return None
 
 
 def _row(

@@ -18,6 +18,9 @@ from pipeline.prepare.engine.annotated_images import (
 from pipeline.prepare.engine.importing import preview, split_of_folder
 from pipeline.prepare.readers import archives
 
+NO_SUBSET = "default"
+"""CVAT's name of the subset of images that nobody put into one."""
+
 
 class CvatOptions(Options):
     missing: Literal["refuse", "skip"] = Field(
@@ -93,9 +96,14 @@ def _image(image: ElementTree.Element, where: str, counts: Counter[str]) -> Anno
         raise ValueError(f"{where}: no attribute {error}; export it again") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}; export it again") from None
-    return AnnotatedImage(
-        name, where, size, objects, tags, split_of_folder(image.get("subset", ""))
-    )
+    subset = image.get("subset", "")
+    split = split_of_folder(subset)
+    if subset and not split and subset.lower() != NO_SUBSET:
+        raise ValueError(
+            f"{where}: subset {subset!r} names no split; call it Train, Validation or Test in CVAT"
+        )
+    names = (f"{subset}/{name}", name) if subset else (name,)
+    return AnnotatedImage(names, where, size, objects, tags, split)
 
 
 def _box(shape: ElementTree.Element, counts: Counter[str]) -> list[float]:

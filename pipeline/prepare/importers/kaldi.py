@@ -179,8 +179,15 @@ class Kaldi(AudioImporter):
                 )
         base = posixpath.basename(source.rstrip("/"))
         return {
-            folder: self.options.split or split_of(folder or base) for folder in wanted or there
+            folder: self.options.split or _split_of(folder or base) for folder in wanted or there
         }
+
+
+def _split_of(folder: str) -> str:
+    """Return the split that the last word of a folder's name tells: train_dev is held out."""
+    above, name = posixpath.split(folder.lower())
+    last_first = "_".join(reversed(re.split(r"[^a-z]+", name)))
+    return split_of(posixpath.join(above, last_first))
 
 
 class _Table:

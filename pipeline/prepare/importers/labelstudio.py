@@ -120,7 +120,7 @@ def _image(
         size = int(one["original_width"]), int(one["original_height"])
         box = _box(kind, value, size, counts)
         objects += [(str(name), box) for name in value[kind]]
-    return AnnotatedImage(_name(data, where), where, size, objects, tags)
+    return AnnotatedImage(_names(data, where), where, size, objects, tags)
 
 
 def _box(
@@ -145,8 +145,12 @@ def _box(
     return rotated(box, value["rotation"], corner)  # Label Studio turns about the corner
 
 
-def _name(data: dict[str, Any], where: str) -> str:
-    """Return the name of a task's image: of an upload, of local files, or an address."""
+def _names(data: dict[str, Any], where: str) -> tuple[str, ...]:
+    """Return the names that a task's image may have: of local files, an address or an upload.
+
+    An upload has eight digits before its name, which the file itself has in Label Studio's folder
+    of media, but not where it came from.
+    """
     for value in data.values():
         if not isinstance(value, str):
             continue
@@ -155,11 +159,12 @@ def _name(data: dict[str, Any], where: str) -> str:
         path = local[0] if local else unquote(parts.path)
         if PurePosixPath(path).suffix.lower() not in IMAGE_SUFFIXES:
             continue
+        whole = path.strip("/")
         if local:
-            return path.strip("/")
+            return (whole,)
         name = PurePosixPath(path).name
         is_upload = "/upload/" in path and re.match(r"[0-9a-f]{8}-", name)
-        return name[9:] if is_upload else name
+        return (whole, name, name[9:]) if is_upload else (whole, name)
     raise ValueError(
         f"{where}: no image in its data ({preview(data)}); of texts, export CSV or CONLL2003, and "
         "use prepare csv or conll"
