@@ -215,6 +215,48 @@ def test_any_form_of_the_tables_gives_the_same_rows(folder, tmp_path):
     assert read(tmp_path / "out") == read(tmp_path / "csv")
 
 
+def as_parquet(folder: Path, other: Path, zone: str, without: str = "") -> Path:
+    """Write tables as Parquet with columns of days, and times with a zone but in table `without`."""
+    other.mkdir()
+    for name in TABLES:
+        table = pd.read_csv(folder / f"{name}.csv", sep="\t" if name == "CONCEPT" else ",")
+        for column in table.columns:
+            if column.endswith(("_date", "_datetime")):
+                times = pd.to_datetime(table[column])
+                zoned = times if name == without else times.dt.tz_localize(zone)
+                table[column] = zoned if column.endswith("time") else times.dt.date
+        table.to_parquet(other / f"{name.lower()}.parquet")
+    return other
+
+
+def test_days_beside_times_in_utc(folder, tmp_path):
+    """As Spark writes them; tables with and without a zone are not mixed."""
+    prepare(folder, tmp_path / "csv", **SOME)
+    prepare(as_parquet(folder, tmp_path / "utc", "UTC"), tmp_path / "out", **SOME)
+    assert read(tmp_path / "out") == read(tmp_path / "csv")
+    for table in ("VISIT_OCCURRENCE", "DEATH", "MEASUREMENT"):
+        mixed = as_parquet(folder, tmp_path / table, "UTC", table)
+        with pytest.raises(ValueError, match=f"those of {table.lower()}.parquet have none"):
+            prepare(mixed, tmp_path / f"{table}_out", **SOME)
+
+
+def test_ids_of_64_bits_in_a_table_that_is_read_as_texts(folder, tmp_path):
+    """As in the demo of MIMIC-IV; a number that no 64 bits hold is no id."""
+    long, longer = "-9123456789012345678", "9223372036854775808"
+    for file in folder.glob("*.csv"):
+        text = re.sub(r"(?m)^1,", f"{long},", file.read_text())
+        if file.stem == "VISIT_OCCURRENCE":
+            text = re.sub(r"(?m)^(\d+),1,", rf"\1,{long},", text)
+        if file.stem == "MEASUREMENT":
+            text = text.replace(",7,,0,", ",abc,,0,") + f"{longer},100,2100-01-03,,5,,,\n"
+        file.write_text(text)
+    rows, found = prepare_and_read("omop", folder, tmp_path / "out", **SOME)
+    own = next(row for row in rows if row["entity"] == 10)
+    assert own["patient"] == int(long)
+    assert triples(own) == [one for one in STAY if one[1] != "LOINC/8867-4: number"]
+    assert found["notes"]["events dropped by reason"][f"measurement: {omop.NO_PERSON}"] == 2
+
+
 def test_persons_and_labels(folder, tmp_path):
     rows, _ = prepare_and_read("omop", folder, tmp_path / "a", "rows=persons", "history=1000")
     by_person = {row["patient"]: row for row in rows}

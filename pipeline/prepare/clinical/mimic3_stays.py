@@ -17,7 +17,15 @@ import pyarrow as pa
 from pipeline.prepare.engine.importing import InvalidRow, invalid_row
 from pipeline.prepare.engine.inputs import plain_suffix
 from pipeline.prepare.readers.archives import Entry, Listing, Opener
-from pipeline.prepare.readers.csv_blocks import SUFFIXES, Column, RowCounts, instants, stem, whole
+from pipeline.prepare.readers.csv_blocks import (
+    SUFFIXES,
+    Column,
+    RowCounts,
+    check_zones,
+    instants,
+    stem,
+    whole,
+)
 
 NEEDED = {
     "chartevents": "vital signs",
@@ -259,22 +267,6 @@ def stays(tables: dict[str, list[Entry]]) -> Stays:
         broken,
         notes,
         of_stays.zoned | of_admissions.zoned,
-    )
-
-
-def check_zones(name: str, zoned: set[bool], other: str, other_zoned: set[bool]) -> None:
-    """Raise ValueError where the times of one table have a zone and those of another have none.
-
-    Args:
-        name, other: what the two are called in the error.
-        zoned, other_zoned: whether the times had a zone (`csv_blocks.RowCounts`).
-    """
-    if len(zoned | other_zoned) < 2:
-        return
-    with_zone, without = (name, other) if True in zoned else (other, name)
-    raise ValueError(
-        f"{with_zone}: its times have a zone (Z, +02:00), and those of {without} have none: nobody "
-        "can tell how far apart they are; write both with a zone, or both without"
     )
 
 

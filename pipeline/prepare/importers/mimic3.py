@@ -31,6 +31,7 @@ from pipeline.prepare.readers.csv_blocks import (
     Column,
     RowCounts,
     batches,
+    check_zones,
     instants,
     split_table,
     whole,
@@ -467,9 +468,7 @@ class _Block(ValidRows):
         """
         for batch in batches(byte_range, columns, opener, tally):
             names = ", ".join(entry.name for entry in byte_range.entries)
-            mimic3_stays.check_zones(
-                names, tally.zoned, self.keys["stays_table"], self.keys["zoned"]
-            )
+            check_zones(names, tally.zoned, self.keys["stays_table"], self.keys["zoned"])
             yield batch
 
     def keep(self, batch: pa.Table) -> pa.Table:

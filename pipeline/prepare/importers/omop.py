@@ -26,6 +26,7 @@ from pipeline.prepare.readers.csv_blocks import (
     Column,
     RowCounts,
     batches,
+    check_zones,
     split_table,
     stem,
     whole,
@@ -204,6 +205,7 @@ class Omop(GroupedImporter):
 
     def entities(self, source: str) -> Entities:
         notes: dict[str, Any] = {}
+        self._zoned: dict[str, set[bool]] = {}
         with closing(Opener()) as opener:
             persons = self._persons(opener)
             used, spans = self._used(opener)
@@ -245,6 +247,14 @@ class Omop(GroupedImporter):
         keys = {"windows": Windows(subjects, start, zero, end), "concepts": concepts}
         return Entities(rows, keys, "patient", broken, notes, info)
 
+    def _check_zones(self, table: str, zoned: set[bool]) -> None:
+        """Raise ValueError where times have a zone and those of a table before have none, or the
+        other way round. `zoned`: as `_zones` gives it.
+        """
+        for other, of_other in self._zoned.items():
+            check_zones(self._tables[table].name, zoned, self._tables[other].name, of_other)
+        self._zoned.setdefault(table, set()).update(zoned)
+
     def _label_rows(self, spans: pa.Table, notes: dict[str, Any]) -> Any:
         """Return (persons, start, hour 0, end, columns, broken label rows) of a row a label."""
         labels = self.labels
@@ -269,7 +279,7 @@ class Omop(GroupedImporter):
 
     def _visit_rows(self, persons: Persons, concepts: Concepts, opener: Opener) -> Any:
         """Return what `_label_rows` does, of a row a visit, with its outcomes."""
-        entry = self._tables["visit_occurrence"]
+        entry, tally = self._tables["visit_occurrence"], RowCounts()
         table = whole(
             "visit_occurrence",
             entry,
@@ -283,9 +293,11 @@ class Omop(GroupedImporter):
                 "discharge_to_concept_id": Column("id", False),
             },
             opener,
+            tally,
         )
         start, started = _moments(table, "visit_start", at_end=False)
         end, ended = _moments(table, "visit_end")
+        self._check_zones("visit_occurrence", _zones(tally, np.append(start, end)))
         visit, person, kind = (
             _whole(table[name]) for name in ("visit_occurrence_id", "person_id", "visit_concept_id")
         )
@@ -405,11 +417,12 @@ class Omop(GroupedImporter):
         if DEATH not in self._tables:
             nobody = np.empty(0, dtype=np.int64)
             return nobody, nobody, nobody
-        columns = {"person_id": Column("id"), **_times(DEATH)}
-        table = whole(DEATH, self._tables[DEATH], columns, opener)
+        columns, tally = {"person_id": Column("id"), **_times(DEATH)}, RowCounts()
+        table = whole(DEATH, self._tables[DEATH], columns, opener, tally)
         table = table.filter(pc.is_valid(table["person_id"]))
         latest, known = _moments(table, DEATH)
         earliest, _ = _moments(table, DEATH, at_end=False)
+        self._check_zones(DEATH, _zones(tally, earliest))
         ids, first = np.unique(_whole(table["person_id"])[known], return_index=True)
         return ids, earliest[known][first], latest[known][first]
 
@@ -420,7 +433,9 @@ class Omop(GroupedImporter):
             (the sorted ids of all concepts; of each person the first and the last time).
         """
         ids, spans = [np.empty(0, dtype=np.int64)], []
-        for concepts, span in threaded_map(_used_by, self._ranges, threads=4):
+        found = threaded_map(_used_by, self._ranges, threads=4)
+        for byte_range, (concepts, span, zoned) in zip(self._ranges, found, strict=True):
+            self._check_zones(byte_range.table, zoned)
             ids.append(concepts)
             spans.append(span)
         if "visit_occurrence" in self._tables:
@@ -507,6 +522,16 @@ def _moments(table: pa.Table, name: str, at_end: bool = True) -> tuple[np.ndarra
     return np.where(is_day & at_end, time + DAY, time), np.asarray(found.is_valid())
 
 
+def _zones(tally: RowCounts, times: np.ndarray) -> set[bool]:
+    """Return whether the times of rows have a zone; an empty set for days alone, which need none.
+
+    Args:
+        tally: of the rows.
+        times: (n,) int64 microseconds since 1970.
+    """
+    return tally.zoned if np.any(times % DAY) else set()
+
+
 def _timed(
     byte_range: ByteRange, opener: Opener, tally: RowCounts, dropped: Counter[str]
 ) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
@@ -542,17 +567,21 @@ def _timed(
         yield batch.filter(pa.array(good)), _whole(person)[good], time[good]
 
 
-def _used_by(byte_range: ByteRange) -> tuple[np.ndarray, pa.Table]:
-    """Return (ids of all concepts, first and last time of each person) of a piece."""
-    ids, spans = [np.empty(0, dtype=np.int64)], []
+def _used_by(byte_range: ByteRange) -> tuple[np.ndarray, pa.Table, set[bool]]:
+    """Return (ids of all concepts, first and last time of each person, whether its times have
+    a zone) of a piece.
+    """
+    ids, spans, tally = [np.empty(0, dtype=np.int64)], [], RowCounts()
+    zoned: set[bool] = set()
     with closing(Opener()) as opener:
-        for batch, person, time in _timed(byte_range, opener, RowCounts(), Counter()):
+        for batch, person, time in _timed(byte_range, opener, tally, Counter()):
+            zoned |= _zones(tally, time)
             spans.append(pa.table({"person_id": person, "first": time, "last": time}))
             spans = [_merged(spans)] if len(spans) > 50 else spans
             for name in ("concept", "unit_concept_id", "value_as_concept_id"):
                 if name in batch.column_names:
                     ids.append(_whole(batch[name].drop_null().unique()))
-    return np.unique(np.concatenate(ids)), _merged(spans)
+    return np.unique(np.concatenate(ids)), _merged(spans), zoned
 
 
 def _merged(spans: list[pa.Table]) -> pa.Table:

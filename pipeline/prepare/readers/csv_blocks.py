@@ -41,6 +41,7 @@ MIXED_ZONES = (
     "some of its times have a zone (Z, +02:00) and others none, so nobody can tell how far apart "
     "they are; write all of them in one way"
 )
+LARGEST_ID = str(np.iinfo(np.int64).max)
 BAD_LINE = "another number of fields than the header has"
 NULLS = ["", "NULL", "NA", "NaN", "nan"]
 """Fields that mean nothing in columns of numbers, times or ids. In texts only the empty field
@@ -353,14 +354,34 @@ def _parquet(entry: Entry, handle: BinaryIO) -> pq.ParquetFile:
 def _see_zones(found: dict[str, tuple[Any, str]], entry: Entry, tally: RowCounts) -> None:
     """Record whether the times of a batch have zones.
 
+    Columns of days beside one of times do not count: the day of a time in UTC has no zone either.
+
     Raises ValueError where some have one and others, in this batch or before it, have none.
     """
-    for own, (column, kind) in found.items():
-        if kind not in ("time", "moment"):
+    times = {own: column for own, (column, kind) in found.items() if kind in ("time", "moment")}
+    is_day = {own: pa.types.is_date(column.type) for own, column in times.items()}
+    for own, column in times.items():
+        if is_day[own] and not all(is_day.values()):
             continue
         tally.zoned |= zones(column)
         if len(tally.zoned) == 2:
             raise MixedZonesError(f"{entry.name}: column {own!r}: {MIXED_ZONES}")
+
+
+def check_zones(name: str, zoned: set[bool], other: str, other_zoned: set[bool]) -> None:
+    """Raise ValueError where the times of one table have a zone and those of another have none.
+
+    Args:
+        name, other: what the two are called in the error.
+        zoned, other_zoned: whether the times had a zone (`RowCounts`).
+    """
+    if len(zoned | other_zoned) < 2:
+        return
+    with_zone, without = (name, other) if True in zoned else (other, name)
+    raise ValueError(
+        f"{with_zone}: its times have a zone (Z, +02:00), and those of {without} have none: nobody "
+        "can tell how far apart they are; write both with a zone, or both without"
+    )
 
 
 def without_nulls(array: Any, text: bool) -> Any:
@@ -427,8 +448,11 @@ def _shape(array: Any, kind: str) -> Any:
         array = pc.if_else(pc.equal(pc.floor(array), array), array, None)
     if kind == "id" and pa.types.is_string(array.type):
         text = pc.utf8_trim_whitespace(array)
-        array = pc.if_else(pc.match_substring_regex(text, r"^[+-]?\d{1,18}(\.0+)?$"), text, None)
-        array = pc.replace_substring_regex(array, r"\.0+$|^\+", "")
+        text = pc.if_else(pc.match_substring_regex(text, r"^[+-]?\d{1,19}(\.0+)?$"), text, None)
+        array = pc.replace_substring_regex(text, r"\.0+$|^\+", "")
+        digits = pc.utf8_ltrim(array, "-")
+        fits = pc.or_(pc.less(pc.utf8_length(digits), 19), pc.less_equal(digits, LARGEST_ID))
+        array = pc.if_else(fits, array, None)
     if kind == "number" and pa.types.is_string(array.type):
         return array
     return array.cast(KINDS[kind])
