@@ -80,7 +80,7 @@ class Remake(StrEnum):
     CHANGED = "changed"
 
 
-Anew = Annotated[
+RemakeOption = Annotated[
     Remake,
     typer.Option(
         "--remake",
@@ -316,7 +316,7 @@ def run(
     ] = False,
     wait_for_resources: Wait = None,
     verbose: Verbose = False,
-    remake: Anew = Remake.NONE,
+    remake: RemakeOption = Remake.NONE,
     serve: Annotated[
         int | None,
         typer.Option(
@@ -370,7 +370,7 @@ def pretrain(
     address: Address = None,
     wait_for_resources: Wait = None,
     verbose: Verbose = False,
-    remake: Anew = Remake.NONE,
+    remake: RemakeOption = Remake.NONE,
 ) -> None:
     """Train the sources of a job. Each leaves a bundle: weights with all that is needed to use
     them.
@@ -400,7 +400,7 @@ def finetune(
     address: Address = None,
     wait_for_resources: Wait = None,
     verbose: Verbose = False,
-    remake: Anew = Remake.NONE,
+    remake: RemakeOption = Remake.NONE,
 ) -> None:
     """Fine-tune on every target from the pretrained sources, then report."""
     _stages(job, _part(set_, only), address, verbose, wait_for_resources, ("finetune",), remake)

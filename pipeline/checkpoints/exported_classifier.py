@@ -32,8 +32,8 @@ PREFIXES = {"backbone.model.": "model.", "objective.head.": "head.", "objective.
 Arguments = dict[str, Any]
 """Keyword arguments of a class of timm or transformers."""
 
-_Further = TypedDict(
-    "_Further",
+_OptionalFields = TypedDict(
+    "_OptionalFields",
     {
         # transformers: the configuration, and the class where it is not AutoModel's
         "config": Arguments,
@@ -47,7 +47,7 @@ _Further = TypedDict(
 )
 
 
-class ClassifierSpec(_Further):
+class ClassifierSpec(_OptionalFields):
     """The content of classifier.json."""
 
     library: str
@@ -63,7 +63,7 @@ class ClassifierSpec(_Further):
     pool: str | None
     """The feature that the head reads: tokens, pooler, first, last or mean; None for timm's own."""
     temperature_in_weights: float
-    """What the trained weights were divided by."""
+    """The calibration temperature, by which the weights are already divided."""
     arguments: Arguments
     """Of the class that is built."""
     input: dict[str, Any]

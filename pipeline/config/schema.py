@@ -450,10 +450,10 @@ class Train(Spec):
         None,
         ge=1,
         exclude_if=lambda patience: patience is None,  # hashes are those from before there was one
-        description="stop after so many validations in a row without a better primary metric, at "
-        "the latest after steps or epochs (which the learning rate follows). Techniques in phases "
-        "stop in their last one. Ignored at label fraction 0 and by objectives that compare rows: "
-        "they keep the last weights",
+        description="stop after so many validations in a row without a better primary metric. "
+        "Otherwise the run ends at steps or epochs, for which the learning-rate schedule is made "
+        "anyway. Techniques in phases stop in their last one. Ignored at label fraction 0 and by "
+        "objectives that compare rows: they keep the last weights",
     )
     max_bad_steps: int = Field(
         5, ge=1, description="non-finite steps in a row (each is skipped) before the run stops"

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 Inputs: TypeAlias = Mapping[str, Any]
-"""Those of any modality."""
+"""The inputs of any modality."""
 
 
 class ImageInputs(TypedDict):
-    """Of ``image``."""
+    """What modality ``image`` tells a backbone."""
 
     channels: int
     """1 or 3."""
@@ -23,24 +23,27 @@ class ImageInputs(TypedDict):
 
 
 class AudioInputs(TypedDict):
-    """Of ``audio``."""
+    """What modality ``audio`` tells a backbone."""
 
     features: Literal["wave", "mel"]
     rate: int
     """Samples a second."""
     channels: int
-    """Numbers a position: 1 of samples, or the mel bins."""
+    """Numbers at each position: 1 for samples, or the number of mel bins."""
     convolutions: list[list[int]]
-    """Those from samples to features (`pipeline.core.nn.conv_arithmetic`)."""
+    """[kernel, stride, padding on each side] of each convolution from samples to features.
+
+    `pipeline.core.nn.conv_arithmetic` computes lengths from them.
+    """
     scale: NotRequired[str]
-    """Of samples that are not between -1 and 1."""
+    """\"variance 1\": samples are standardised; absent: they are between -1 and 1."""
 
 
 class TextInputs(TypedDict):
-    """Of ``text``."""
+    """What modality ``text`` tells a backbone."""
 
     vocabulary: int
-    """How many tokens there are."""
+    """Number of tokens."""
     length: int
     """Tokens a row."""
     specials: list[int]
@@ -50,25 +53,25 @@ class TextInputs(TypedDict):
 
 
 class StaticInputs(TypedDict):
-    """Of static features."""
+    """What static features tell a backbone."""
 
     numbers: int
-    """How many of them are numbers."""
+    """Number of features that are numbers."""
     codes: int
-    """How many texts there are."""
+    """Number of distinct static texts."""
 
 
 class TableInputs(StaticInputs):
-    """Of ``table``."""
+    """What modality ``table`` tells a backbone."""
 
     features: Literal["table"]
 
 
 class EventInputs(StaticInputs):
-    """Of ``events``."""
+    """What modality ``events`` tells a backbone."""
 
     variables: int
-    """How many variables there are."""
+    """Number of variables."""
     start: float
     """First hour of a row."""
     hours: float
@@ -76,21 +79,21 @@ class EventInputs(StaticInputs):
 
 
 class SpaceInputs(TypedDict):
-    """Of a robot's space of observations and actions."""
+    """A robot's space of observations and actions."""
 
     observation: int
-    """Numbers of an observation."""
+    """Length of an observation."""
     action: int
-    """Numbers of an action, or classes."""
+    """Length of an action, or number of classes."""
     discrete: bool
     """Whether actions are classes."""
 
 
 class TrajectoryInputs(TypedDict):
-    """Of ``trajectory``."""
+    """What modality ``trajectory`` tells a backbone."""
 
     spaces: dict[str, SpaceInputs]
     tasks: int
-    """How many tasks there are."""
+    """Number of tasks."""
     images: list[int] | None
     """Channels, height and width of frames; None: rows have none."""

@@ -51,7 +51,7 @@ NUL = "\0"
 """A character that no file name holds."""
 _FORMAT = 1
 _RECORDED: list[list[FileIdentity]] = []
-"""What `recorded_identities` is collecting."""
+"""Lists of the `recorded_identities` blocks that are open."""
 _PROGRESS: ContextVar[Callable[[str], object] | None] = ContextVar(
     "identity_progress", default=None
 )
@@ -255,9 +255,11 @@ def _stamp_elsewhere(uri: str, place: read_only.Place) -> _Stamp:
     An ETag may be the same for two files of a store, so that with the mode ``stat`` the URI counts,
     without its query: a server may sign the address of one file anew each hour.
     """
-    told = hashlib.sha256(f"{storage.without_query(uri)} {place.stamp}".encode()).hexdigest()[:32]
+    digest = hashlib.sha256(f"{storage.without_query(uri)} {place.stamp}".encode()).hexdigest()[:32]
     changed_ns = int((place.modified_s or 0) * 1e9)
-    return _Stamp(place.size, f"{place.size} {place.stamp}", f"stat:{told}", changed_ns=changed_ns)
+    return _Stamp(
+        place.size, f"{place.size} {place.stamp}", f"stat:{digest}", changed_ns=changed_ns
+    )
 
 
 def _look(uri: str, absent_ok: bool) -> _Stamp:

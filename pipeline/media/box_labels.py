@@ -21,11 +21,13 @@ class BoxState(TypedDict):
     values: list[Any]
     """The classes as they stand in the column: numbers or texts."""
     labels: list[str]
-    """Their names."""
+    """Names of the classes."""
     box_format: str
+    """Option ``box_format``."""
     relative: bool
+    """Option ``relative``."""
     max_boxes: int
-    """Options."""
+    """Option ``max_boxes``."""
 
 
 class Boxes(NamedTuple):

@@ -6,10 +6,10 @@ import numpy as np
 
 FLOAT32_ROUNDING, FLOAT64_ROUNDING = 1e-6, 1e-12
 """A deviation below this share of the greatest number is rounding, by the type of the numbers."""
-STILL = 1e-12
+SMALLEST_STD = 1e-12
 """A deviation below this is that of zeros with rounding errors."""
-VISIBLE = 1e-5
-"""A change of a standardised number that counts."""
+TOLERANCE = 1e-5
+"""The greatest change of a standardised number that rounding a mean may make."""
 
 
 def divisors(std: np.ndarray, size: np.ndarray, is_float64: bool = False) -> np.ndarray:
@@ -21,13 +21,13 @@ def divisors(std: np.ndarray, size: np.ndarray, is_float64: bool = False) -> np.
         is_float64: Whether the numbers are stored as float64, or as integers.
     """
     rounding = FLOAT64_ROUNDING if is_float64 else FLOAT32_ROUNDING
-    return np.where(std > np.maximum(rounding * size, STILL), std, 1.0)
+    return np.where(std > np.maximum(rounding * size, SMALLEST_STD), std, 1.0)
 
 
 def short_mean(mean: float, std: float) -> float:
-    """Return a mean with 7 digits, or with all where a standardised number would show it.
+    """Round a mean to 7 digits unless that would move standardised values by more than 1e-5.
 
-    The mean may be large beside the deviation: a time in seconds, a number of a sample.
+    It does where the mean is large beside the deviation: Unix times, ids of samples.
     """
     short = float(f"{mean:.7g}")
-    return short if abs(short - mean) <= VISIBLE * std else mean
+    return short if abs(short - mean) <= TOLERANCE * std else mean

@@ -51,8 +51,9 @@ class SpaceState(TypedDict):
     """Widths of a robot's observations and actions, and their statistics over all steps."""
 
     observation: int
+    """Length of an observation."""
     action: int
-    """Numbers, or classes."""
+    """Length of an action, or number of classes."""
     discrete: list[str] | None
     """Names of the classes, where actions are classes."""
     observation_mean: list[float]

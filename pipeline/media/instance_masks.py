@@ -46,7 +46,7 @@ def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def run_lengths(segmentation: dict[str, Any], height: int, width: int) -> np.ndarray:
-    """Return the run lengths of a mask: of pixels outside and inside it by turns, down the columns.
+    """Return the run lengths of a mask, alternating background and object, in column-major order.
 
     Args:
         segmentation: {"size": [height, width], "counts": run lengths, as a list or as COCO's text}.
@@ -81,7 +81,7 @@ def unpacked(text: str | bytes) -> np.ndarray:
     """
     data = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8) - np.int64(48)
     if ((data < 0) | (data > 63)).any():
-        raise ValueError("the compressed RLE holds a character that is none of it")
+        raise ValueError("the compressed RLE holds a character outside ASCII 48 to 111")
     ends = np.flatnonzero(data & 0x20 == 0)
     if len(data) and (not len(ends) or ends[-1] + 1 < len(data)):
         raise ValueError("the compressed RLE ends in the middle of a number")

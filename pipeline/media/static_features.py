@@ -33,8 +33,9 @@ class StaticState(TypedDict):
     numbers: list[str]
     """Names of the fields that hold numbers."""
     mean: list[float]
+    """Mean of each number."""
     std: list[float]
-    """Of each of them."""
+    """Standard deviation of each number."""
     codes: list[str]
     """Known texts, as ``FIELD=TEXT``."""
 

@@ -308,10 +308,9 @@ def spectrograms(
     longest, seconds = auto_model.longest_seconds(extractor), max(lengths) / extractor.sampling_rate
     if longest is not None and seconds > longest:
         raise ValueError(
-            f"a recording of {seconds:.4g} s: {type(extractor).__name__} would leave out what is "
-            f"behind {longest:g} s. Say modality: {{audio: {{max_seconds: {longest:g}}}}}, less "
-            "where the option speed makes rows longer, and cut long recordings (an audio folder's "
-            "are, at silence)"
+            f"a recording of {seconds:.4g} s: {type(extractor).__name__} cuts recordings after "
+            f"{longest:g} s. Set modality: {{audio: {{max_seconds: {longest:g}}}}} (less where the "
+            "option speed slows rows down) and split longer recordings (prepare does so at silence)"
         )
     rows = [row[: max(1, n)].numpy() for row, n in zip(wave.float().cpu(), lengths, strict=True)]
     found = extractor(

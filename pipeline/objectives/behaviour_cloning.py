@@ -89,7 +89,7 @@ class BehaviourCloningState(TypedDict):
     """State of `BehaviourCloning`."""
 
     kind: action_heads.Kind
-    """Of the actions."""
+    """Kind of the actions: discrete or continuous."""
     columns: list[str]
     """The optional roles that the rows have."""
     labels: NotRequired[list[str]]

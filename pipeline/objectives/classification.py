@@ -97,12 +97,13 @@ class ClassificationState(TypedDict):
     values: list[Any]
     """The classes as they stand in the column: numbers or texts."""
     labels: list[str]
-    """Their names."""
+    """Names of the classes."""
     counts: NotRequired[list[int]]
     """Training rows of each class, for class weights."""
     temperature: NotRequired[float]
+    """Set by calibration; absent before."""
     threshold: NotRequired[float]
-    """Where they were fitted."""
+    """Set when a threshold is chosen; absent before."""
 
 
 @register("objective", "classification", options=ClassificationOptions)

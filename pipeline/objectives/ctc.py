@@ -105,7 +105,7 @@ class TranscriptState(transcripts.AlphabetState):
     """What the transcripts say."""
 
     units: str
-    """The option."""
+    """Option ``units``."""
     normalization: str
     """Names of the rules."""
 

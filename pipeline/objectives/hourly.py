@@ -69,9 +69,9 @@ class HourlyState(TypedDict):
     counts: list[int]
     """Training labels of each class."""
     hours: NotRequired[float]
-    """Up to which events are read, where the backbone says so."""
+    """The last hour of which the backbone reads events; absent: all hours."""
     temperature: NotRequired[float]
-    """Where it was fitted."""
+    """Set by calibration; absent before."""
 
 
 @register("objective", "hourly", options=HourlyOptions)

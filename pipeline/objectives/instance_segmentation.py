@@ -49,7 +49,7 @@ class InstanceSegmentationOptions(BoxOptions):
     )
 
 
-class Labels(NamedTuple):
+class MaskRow(NamedTuple):
     """What is known of one row, or why it cannot be used."""
 
     boxes: box_labels.Boxes
@@ -236,7 +236,7 @@ class InstanceSegmentation(Objective):
 # ---------------------------------------------------------------- rows
 
 
-def _parsed(table: pa.Table, columns: dict[str, str], state: BoxState) -> Iterator[Labels]:
+def _parsed(table: pa.Table, columns: dict[str, str], state: BoxState) -> Iterator[MaskRow]:
     """Yield the boxes and masks of each row; with a reason it has none."""
     more = () if state["relative"] else ("image",)
     of_masks = table[columns["masks"]].to_pylist()
@@ -249,7 +249,7 @@ def _parsed(table: pa.Table, columns: dict[str, str], state: BoxState) -> Iterat
                 runs, size = _runs(masks, len(boxes.labels), size)
             except ValueError as error:
                 boxes = box_labels.NO_BOXES._replace(reason=str(error))
-        yield Labels(boxes, runs, size)
+        yield MaskRow(boxes, runs, size)
 
 
 def _runs(

@@ -65,15 +65,15 @@ class MultilabelState(TypedDict):
     """State of `Multilabel`."""
 
     labels: list[str]
-    """Their names, in the order of the scores."""
+    """Names of the labels, in the order of the scores."""
     separator: str
-    """The option."""
+    """Option ``separator``."""
     positives: list[int]
     """Training rows that have each label."""
     rows: int
     """Training rows."""
     temperature: NotRequired[float]
-    """Where it was fitted."""
+    """Set by calibration; absent before."""
 
 
 @register("objective", "multilabel", options=MultilabelOptions)

@@ -51,7 +51,7 @@ class SegmentationState(TypedDict):
 
     labels: list[str]
     ignore: int
-    """The option."""
+    """Option ``ignore``."""
 
 
 @register("objective", "segmentation", options=SegmentationOptions)

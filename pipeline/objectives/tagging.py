@@ -64,11 +64,13 @@ class TaggingState(TypedDict):
     types: list[str]
     """Types of entities."""
     scheme: str
+    """Option ``scheme``."""
     numbers: dict[str, str]
     """Number to tag, of a column of numbers."""
     repair: bool
+    """Option ``repair``."""
     max_words: int
-    """Options."""
+    """Option ``max_words``."""
 
 
 @register("objective", "tagging", options=TaggingOptions)

@@ -2,8 +2,8 @@
 
 ``trials/clothing/garments/full/labels-0.05/seed0-3f2a9c0b71de``: target, source, technique, labels,
 and the seed with the trial's id. The id tells trials apart that differ in anything else, such as
-hyper-parameters, so a name may be shortened, and its characters replaced. Versions before this one
-had ``trials/3f2a9c0b71de``: what lies there is used there.
+hyper-parameters, so a name may be shortened, and its characters replaced. Earlier versions
+used ``trials/3f2a9c0b71de``: such trials are read from there and not moved.
 """
 
 from __future__ import annotations

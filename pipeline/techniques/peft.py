@@ -415,12 +415,13 @@ def _is_plain(module: nn.Module) -> bool:
 
 @cache
 def parts_whose_weight_is_read(kind: type[nn.Module]) -> frozenset[str]:
-    """Return the parts of a module whose weight its forward multiplies by without calling the part.
+    """Return the parts of a module whose weight ``forward`` reads without calling the part.
 
-    Attention of timm's beit, eva and swinv2 and of transformers' WavLM does so, and torch's encoder
-    layer where it takes no gradient. A module that is put in the place of such a part is never
-    called, so what it adds has to be in the weight. The code of ``forward`` and of the methods that
-    it uses is searched for ``self.PART.weight``.
+    peft replaces a part such as ``self.qkv``. Where ``forward`` has ``F.linear(x,
+    self.qkv.weight)`` and not ``self.qkv(x)``, the replacement is never called. Attention of timm's
+    beit, eva and swinv2 and of transformers' WavLM does so, and torch's encoder layer where it
+    takes no gradient. What is added there has to be in the weight. The code of ``forward`` and of
+    the methods that it uses is searched for ``self.PART.weight``.
     """
     found: set[str] = set()
     methods, seen = ["forward"], set[str]()

@@ -49,13 +49,14 @@ class TrainingState(TypedDict):
     skipped: int
     """How many steps were not finite."""
     seconds: float
+    """Seconds of training so far."""
 
 
 class ResumePoint(TrainingState):
     """What a resume point holds."""
 
     random: list[RandomState]
-    """Of every rank."""
+    """Random state of each rank."""
     bad_rows: dict[int, str]
     """Row id to reason of the rows that could not be read, of all ranks."""
 

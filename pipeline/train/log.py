@@ -36,7 +36,7 @@ class LogRecord(TypedDict, total=False):
     grad_norm: float
     rows_per_second: float
     unit: str
-    """Where throughput is told in another unit than rows, its name."""
+    """Unit of throughput where it is not rows: tokens, seconds and the like."""
     units_per_second: float
     wait_share: float
     """Share of the time in which the loop waited for data."""

@@ -59,8 +59,9 @@ class _Process:
     actor: Any
     unit: int
     began: float
+    """When it began, in seconds of `time.monotonic`."""
     heard: float
-    """When it last sent a heartbeat."""
+    """When it last sent a heartbeat, in seconds of `time.monotonic`."""
 
 
 @ray.remote(num_cpus=0)
@@ -81,13 +82,15 @@ class Pulses:
         self.running[actor_id] = _Process(actor, unit, now, now)
 
     def beat(self, actor_id: str, unit: int) -> None:
-        entry = self.running.get(actor_id)
-        if entry is not None and entry.unit == unit:
-            entry.heard = time.monotonic()
-            entry.began = min(entry.began, entry.heard)
+        process = self.running.get(actor_id)
+        if process is not None and process.unit == unit:
+            process.heard = time.monotonic()
+            process.began = min(process.began, process.heard)
 
     def end(self, unit: int) -> None:
-        self.running = {actor: entry for actor, entry in self.running.items() if entry.unit != unit}
+        self.running = {
+            actor: process for actor, process in self.running.items() if process.unit != unit
+        }
 
     def overdue(
         self, silence: float | None, limits: dict[int, float]
@@ -102,11 +105,11 @@ class Pulses:
             Unit, process, and "silence" or "time".
         """
         now, out = time.monotonic(), []
-        for actor_id, entry in list(self.running.items()):
-            late = now - entry.began > limits.get(entry.unit, float("inf"))
-            silent = silence is not None and now - entry.heard > silence
+        for actor_id, process in list(self.running.items()):
+            late = now - process.began > limits.get(process.unit, float("inf"))
+            silent = silence is not None and now - process.heard > silence
             if late or silent:
-                out.append((entry.unit, entry.actor, "time" if late else "silence"))
+                out.append((process.unit, process.actor, "time" if late else "silence"))
                 del self.running[actor_id]
         return out
 
@@ -257,7 +260,10 @@ def units(trials: list[Trial], shared: Shared) -> list[Unit]:
 
 
 class _UnitConfig(TypedDict):
-    """What Tune gives a trial of its own: the number of a unit, and what each of its trials has."""
+    """Config of one Ray Tune trial, which runs one unit.
+
+    The unit's number, and the resources of each of our trials in it.
+    """
 
     unit: int
     threads: int

@@ -289,10 +289,10 @@ class SearchSpace:
         return out
 
     def drawn(self, setting: Mapping[str, Any]) -> dict[str, float]:
-        """Return the values that hyper-parameters come from, in the range; of choices the place.
+        """Undo `setting`: return each searched value (for choices: its index).
 
-        What a setting leaves to the job has the job's value. That is left out where it does not lie
-        in the range or is none of the choices.
+        A name that the setting does not have takes the job's value, or is left out if the search
+        could not draw that.
         """
         own = {} if self.is_stated else {**dict(self.options), "lr": 1.0}
         out: dict[str, float] = {}

@@ -81,7 +81,7 @@ def test_lines_that_cannot_be_used_have_their_reason(tmp_path):
         "wav.scp:4": "a second line for a, after wav.scp:1",
         "wav.scp:5": f"../d.wav leads outside of {tmp_path}; give a SOURCE that holds both, or --set "
         "root=",
-        "segments:2": "a segment of b, which wav.scp has not or which cannot be used",
+        "segments:2": "segment of recording b, which is not in wav.scp or cannot be used",
         "segments:3": "a segment from 0.3 to 0.2 seconds",
         "segments:4": "not UTTERANCE RECORDING START END, in seconds",
         "segments:5": "not UTTERANCE RECORDING START END, in seconds",

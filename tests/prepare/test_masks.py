@@ -70,7 +70,7 @@ def test_masks_that_do_not_fit_are_refused():
         instance_masks.mask_of([[1, 2, 3, 4, 1e12, 6]], 30, 40)
     with pytest.raises(ValueError, match="in the middle of a number"):
         instance_masks.unpacked(b"PSn")
-    with pytest.raises(ValueError, match="a character that is none of it"):
+    with pytest.raises(ValueError, match="a character outside ASCII 48 to 111"):
         instance_masks.unpacked(b"PS\x00")
     with pytest.raises(ValueError, match="more than 35 bits"):
         instance_masks.unpacked(b"o" * 20 + b"0")

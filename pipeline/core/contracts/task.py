@@ -49,9 +49,9 @@ class Task(nn.Module):
         return layers
 
     def scales(self) -> set[str]:
-        """Return the names of matrices that multiply weights, such as adapters' factors around 1.
+        """Return the names of parameters that must have no weight decay although they are matrices.
 
-        Weight decay, which pulls weights towards 0, leaves them alone.
+        They multiply weights, and do nothing at 1, not at 0: scales of IA3, lengths of DoRA.
         """
         return set()
 

@@ -1,11 +1,11 @@
 """Average precision of boxes and of instance masks as COCO defines it (Lin et al. 2014).
 
 The same as pycocotools' COCOeval, kinds "bbox" and "segm", with 100 detections an image and objects
-of all sizes or of one. Objects are matched once an image; from how often each image counts follow
-the precision-recall curves of any number of resamples. IoU does not depend on the unit of the axes,
-so boxes may be pixels or shares of their image. pycocotools keeps the matches of an image in Python
-lists and faster-coco-eval in C++ objects without fields, so neither can be resampled without
-matching anew. The tests compare this module with both.
+of all sizes or of one. Detections are matched with objects once an image. A bootstrap resample only
+changes how often each image counts, so its precision-recall curve needs no new matching. IoU does
+not depend on the unit of the axes, so boxes may be pixels or shares of their image. pycocotools
+keeps the matches of an image in Python lists and faster-coco-eval in C++ objects without fields, so
+neither can be resampled without matching anew. The tests compare this module with both.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def average_precision(
     for kind in np.unique(found["true_classes"][real]):
         objects_of = counts @ (real & (found["true_classes"] == kind)).sum(1)
         at = np.flatnonzero(kinds == kind)
-        total += _of_curves(counts, image[at], hit[:, at], ignored[:, at], objects_of).sum(1)
+        total += _average_precision_of_class(
+            counts, image[at], hit[:, at], ignored[:, at], objects_of
+        ).sum(1)
         present += objects_of > 0
     return np.where(present > 0, total / np.maximum(present, 1) / len(thresholds), np.nan)
 
@@ -123,8 +125,8 @@ def _matched(
     Args:
         order: (n, D) detections of each image, the surest first.
         classes: (n, D) in that order.
-        is_uncounted: (n, M) objects that are crowds or of another size. They are matched with what
-            matches no other object.
+        is_uncounted: (n, M) objects that are crowds or of another size. A detection is matched
+            with one of these only if it matches no counted object.
 
     Returns:
         (T, n, D) in that order, whether each detection hits an object of its class, and whether it
@@ -142,34 +144,36 @@ def _matched(
         if not width or not depth:
             continue
         true_classes, crowd = true_classes[:, :width], crowd[:, :width]
-        aside = is_uncounted[part, :width]
-        of_part = {name: array[part] for name, array in found.items() if name in _MATCHED}
-        iou = _iou(of_part, order[part, :depth], crowd, masks)
+        uncounted = is_uncounted[part, :width]
+        iou_inputs = {name: array[part] for name, array in found.items() if name in _IOU_INPUTS}
+        iou = _iou(iou_inputs, order[part, :depth], crowd, masks)
         is_other_class = classes[part, :depth, None] != true_classes[:, None, :]
         iou[is_other_class | (true_classes[:, None, :] < 0)] = -1.0
         free = np.ones((len(thresholds), *crowd.shape), dtype=bool)
         for place in range(depth):
-            here = iou[:, place]
-            is_open = (here >= limit) & (free | crowd)
-            is_hit = _take(np.where(is_open & ~aside, here, -1.0), free)
-            is_left = ~is_hit[..., None]
-            is_aside = _take(np.where(is_open & aside & is_left, here, -1.0), free)
+            overlap = iou[:, place]
+            can_match = (overlap >= limit) & (free | crowd)
+            is_hit = _match_best(np.where(can_match & ~uncounted, overlap, -1.0), free)
+            is_unmatched = ~is_hit[..., None]
+            is_ignored = _match_best(
+                np.where(can_match & uncounted & is_unmatched, overlap, -1.0), free
+            )
             hit[:, part, place] = is_hit
-            ignored[:, part, place] = is_aside
+            ignored[:, part, place] = is_ignored
     return hit, ignored
 
 
-_MATCHED = (
+_IOU_INPUTS = (
     "boxes",
     "true_boxes",
     "mask_areas",
     "true_mask_areas",
     "mask_intersections",
 )
-"""What IoU follows from."""
+"""Arrays that `_iou` reads."""
 
 
-def _take(iou: np.ndarray, free: np.ndarray) -> np.ndarray:
+def _match_best(iou: np.ndarray, free: np.ndarray) -> np.ndarray:
     """Match a detection of each image with the object that it overlaps most, if with any.
 
     Args:
@@ -199,28 +203,30 @@ def _iou(
     """
     width = crowd.shape[1]
     if masks:
-        inner = np.take_along_axis(found["mask_intersections"], order[:, :, None], 1)
-        inner = inner[:, :, :width].astype(np.float64)
-        of_a = np.take_along_axis(found["mask_areas"], order, 1).astype(np.float64)
-        of_b = found["true_mask_areas"][:, :width].astype(np.float64)
+        intersection = np.take_along_axis(found["mask_intersections"], order[:, :, None], 1)
+        intersection = intersection[:, :, :width].astype(np.float64)
+        detection_area = np.take_along_axis(found["mask_areas"], order, 1).astype(np.float64)
+        object_area = found["true_mask_areas"][:, :width].astype(np.float64)
     else:
         a = np.take_along_axis(found["boxes"], order[:, :, None], 1).astype(np.float64)
         b = found["true_boxes"][:, :width].astype(np.float64)
         low = np.maximum(a[:, :, None, :2], b[:, None, :, :2])
         high = np.minimum(a[:, :, None, 2:], b[:, None, :, 2:])
-        inner = np.maximum(high - low, 0).prod(-1)
-        of_a, of_b = _box_areas(a), _box_areas(b)
+        intersection = np.maximum(high - low, 0).prod(-1)
+        detection_area, object_area = _box_areas(a), _box_areas(b)
     union = np.where(
-        crowd[:, None, :], of_a[:, :, None], of_a[:, :, None] + of_b[:, None, :] - inner
+        crowd[:, None, :],
+        detection_area[:, :, None],
+        detection_area[:, :, None] + object_area[:, None, :] - intersection,
     )
-    return np.divide(inner, union, out=np.zeros_like(inner), where=union > 0)
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
 def _box_areas(boxes: np.ndarray) -> np.ndarray:
     return (boxes[..., 2:] - boxes[..., :2]).prod(-1)
 
 
-def _of_curves(
+def _average_precision_of_class(
     counts: np.ndarray, image: np.ndarray, hit: np.ndarray, ignored: np.ndarray, objects: np.ndarray
 ) -> np.ndarray:
     """Return the average precision of one class, (R, T).
@@ -238,21 +244,21 @@ def _of_curves(
     size = max(1, _CELLS // max(1, len(image)))
     for start in range(0, len(counts), size):
         part = slice(start, start + size)
-        drawn, real = counts[part][:, image], np.maximum(objects[part], 1)[:, None]
+        drawn, num_objects = counts[part][:, image], np.maximum(objects[part], 1)[:, None]
         so_far = drawn.cumsum(1)
         for t in range(len(hit)):
             at = np.flatnonzero(hit[t])
             if not len(at):
                 continue
             hits, seen = drawn[:, at].cumsum(1), so_far[:, at]
-            aside = np.flatnonzero(ignored[t])
-            if len(aside):
+            ignored_at = np.flatnonzero(ignored[t])
+            if len(ignored_at):
                 nothing = np.zeros((len(drawn), 1), dtype=drawn.dtype)
-                before = np.concatenate([nothing, drawn[:, aside].cumsum(1)], axis=1)
-                seen = seen - before[:, np.searchsorted(aside, at)]
+                before = np.concatenate([nothing, drawn[:, ignored_at].cumsum(1)], axis=1)
+                seen = seen - before[:, np.searchsorted(ignored_at, at)]
             precision = hits / (seen + np.spacing(1))
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-            reached = np.searchsorted(RECALLS, hits / real, side="right")
+            reached = np.searchsorted(RECALLS, hits / num_objects, side="right")
             out[part, t] = (precision * np.diff(reached, axis=1, prepend=0)).sum(1) / len(RECALLS)
         out[part] *= (objects[part] > 0)[:, None]
     return out

@@ -235,7 +235,7 @@ def plain(
 
 
 def rows_with_nan(p: Predictions, column: int | None = None) -> np.ndarray:
-    """Return (n,) bool, rows with a label and a score that is NaN: a broken network's.
+    """Return (n,) bool: rows with a label and a NaN score, as a diverged network gives.
 
     A metric over them is NaN. The largest score of such a row would still name a class.
     """

@@ -33,6 +33,8 @@ from pipeline.core.rng import uniform
 
 DETECTIONS = 100
 """Detections an image: as many as COCO's metric looks at."""
+ANCHOR_STREAM, REGION_STREAM = 11, 12
+"""Streams of a row's key that draw the samples of the two losses."""
 DRAWN_SCORE = 0.3
 """Detections that are less sure are not drawn."""
 AT_ONCE = 16
@@ -293,7 +295,7 @@ class FasterRCNN(nn.Module):
                 "fcos, or patches of 8, 16 or 32 px"
             )
         ratios = (0.5, 1.0, 2.0)
-        self.samplers = (Sampler(256, 0.5, 11), Sampler(512, 0.25, 12))
+        self.samplers = (Sampler(256, 0.5, ANCHOR_STREAM), Sampler(512, 0.25, REGION_STREAM))
         proposals_kept = {"training": 2000, "testing": 1000}
         self.rpn = Proposals(
             Anchors(strides, options.anchor, ratios),

@@ -80,7 +80,7 @@ class AnnotatedImagesImporter(ImageImporter):
         annotated, listed = self.read(source, found, counts)
         used = {name for one in annotated for name, _ in one.objects}
         names = [*listed, *sorted(used - set(listed))]
-        files = _Files(found.images)
+        files = _ImagesByName(found.images)
         taken: dict[str, str] = {}
         rows, lost = [], []
         for one in annotated:
@@ -142,7 +142,7 @@ def rotated(box: list[float], degrees: float, pivot: tuple[float, float]) -> lis
     )
 
 
-class _Files:
+class _ImagesByName:
     """Images by the name that an export has of them."""
 
     def __init__(self, images: list[archives.Entry]):

@@ -30,7 +30,7 @@ def locate(
         (for each line its file or the reason why there is none; a mark that changes when any of the
         files does).
     """
-    files = _Files(source, found)
+    files = _Recordings(source, found)
     places = [files.place(line, path, root) for line, path in named]
     outside = list(dict.fromkeys(place for place in places if isinstance(place, str)))
     seen = _look(outside)
@@ -40,7 +40,7 @@ def locate(
     return [_located(place, seen) for place in places], digest.hexdigest()
 
 
-class _Files:
+class _Recordings:
     """The files below a source, by name and by address."""
 
     def __init__(self, source: str, found: Listing):

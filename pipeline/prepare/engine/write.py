@@ -243,8 +243,8 @@ class Preparation:
             file_identity.check_unchanged(self._files)
         except file_identity.ChangedFileError as error:
             raise file_identity.ChangedFileError(
-                f"{error}, with an empty folder in the place of {self.output}, which holds parts "
-                "of both"
+                f"{error}, into an empty folder: {self.output} holds parts of the old and of the "
+                "new file"
             ) from None
 
     def describe(self) -> str:

@@ -278,17 +278,17 @@ def _pieces(
         return {name: (entry, None, None) for name, entry in files.items()}
     found = {}
     for name, line in segments.items():
-        of, _, rest = line.text.partition(" ")
+        recording, _, rest = line.text.partition(" ")
         times = _times(rest)
         if times is None:
             reason = "not UTTERANCE RECORDING START END, in seconds"
-        elif of not in files:
-            reason = f"a segment of {of}, which wav.scp has not or which cannot be used"
+        elif recording not in files:
+            reason = f"segment of recording {recording}, which is not in wav.scp or cannot be used"
         elif times[0] < 0 or (times[1] != TO_THE_END and times[1] <= times[0]):
             reason = f"a segment from {times[0]:g} to {times[1]:g} seconds"
         else:
             start, end = times
-            found[name] = files[of], start, None if end == TO_THE_END else end - start
+            found[name] = files[recording], start, None if end == TO_THE_END else end - start
             continue
         bad.append(invalid_row(line.place, split, reason))
     return found

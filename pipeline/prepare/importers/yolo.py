@@ -48,16 +48,16 @@ class YoloOptions(Options):
 @register("importer", "yolo", options=YoloOptions)
 class Yolo(ImageImporter):
     """images/SPLIT/NAME.jpg with labels/SPLIT/NAME.txt, SPLIT/images with SPLIT/labels, or images
-    with texts beside them, in a folder or archive. Folders called train, valid, test or the like
-    tell the splits, else all rows are in train; the places that a .yaml states are not read, but
-    one that states several needs such folders.
+    with label files (.txt) beside them, in a folder or archive. Folders called train, valid, test
+    or the like tell the splits, else all rows are in train; the places that a .yaml states are not
+    read, but one that states several needs such folders.
 
     A line is `CLASS X Y WIDTH HEIGHT` (centre and size in shares of the image), or `CLASS X1 Y1 X2
     Y2 X3 Y3 ...` for a polygon, whose bounds are taken; where the .yaml has `kpt_shape`, keypoints
     follow the box and are left out. Columns: `boxes` (list of [x, y, width, height] in pixels of
     the written image), `labels` (the numbers of the classes), `label_names`, `crowd` (false) and,
-    where asked for, `masks`, one each a box. Images without a text have no boxes, but some image of
-    each split must have a text. Boxes are dropped and clipped as by `coco`.
+    where asked for, `masks`, one each a box. Images without a label file have no boxes, but some
+    image of each split must have one. Boxes are dropped and clipped as by `coco`.
     """
 
     label = "label_names"
@@ -80,13 +80,13 @@ class Yolo(ImageImporter):
             reader.close()
         if found.images and not any(files):
             raise ValueError(
-                f"{source}: no image has a text with its boxes, such as "
+                f"{source}: no image has a label file, such as "
                 f"{_text_of(found.images[0].name)} for {found.images[0].name}"
             )
         names, keypoints = _names(stated, f"{source}: {name}"), _keypoints(stated, source, name)
         splits = _splits(found.images, files, stated, source, name)
         rows, counts = [], Counter[str]()
-        counts["images without a text"] = files.count(None)
+        counts["images without a label file"] = files.count(None)
         for image, split, text in zip(found.images, splits, contents, strict=True):
             kept = []
             for number, line in enumerate(text.splitlines(), 1):
@@ -163,7 +163,8 @@ class Yolo(ImageImporter):
         if len(numbers) < 6:
             raise ValueError(
                 f"{where}: {line.strip()[:80]!r} is a box, and masks=instance needs polygons; "
-                "leave --set masks out, or take the texts of the segmentation"
+                "leave --set masks out, or take the label files of the segmentation "
+                "export"
             )
         return numbers
 
