@@ -2,6 +2,7 @@
 of)."""
 
 import sys
+from collections.abc import Mapping
 from types import UnionType
 from typing import (
     Any,
@@ -25,6 +26,17 @@ def declared(owner: type, name: str) -> Any:
         if found is not None:
             return eval(found, vars(sys.modules[base.__module__]))
     return None
+
+
+def undeclared(value: Any, owner: type, name: str) -> list[str]:
+    """What of a value is not as a class declares it. Plugins may leave it open, as the
+    contract does; classes of the package name its keys.
+    """
+    kind = declared(owner, name)
+    if kind is not None and get_origin(kind) is not Mapping:
+        return differences(value, kind)
+    is_ours = owner.__module__.startswith("pipeline.")
+    return [f"{owner.__name__}.{name} has no type of its own"] if is_ours else []
 
 
 def differences(value: Any, kind: Any, place: str = "") -> list[str]:

@@ -320,7 +320,7 @@ def made(
 
 
 def left(root: Path) -> list[str]:
-    return sorted(folder.parent.name for folder in (root / "trials").glob("*/bundle"))
+    return sorted(folder.parent.name for folder in (root / "trials").glob("**/bundle"))
 
 
 @pytest.mark.parametrize("higher", [True, False])
