@@ -12,7 +12,7 @@ import io
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,8 +47,10 @@ GROUP_BYTES, GROUP_ROWS = 8 << 20, 16384
 MIXED_BYTES = 512 << 20
 """Rows are shuffled among at most so many bytes."""
 NAMED = 3
-Found = dict[str, np.ndarray]
-"""The result of scanning an input split: arrays that numpy stores without pickling."""
+PLAIN = "plain"
+"""The array with the JSON of what is no array, beside the arrays of a kept scan."""
+Found = dict[str, Any]
+"""The result of scanning an input split: NumPy arrays, and values that JSON can hold."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class InferredSchema:
     """
 
     columns: list[pa.Field]
-    scan_results: list[dict[str, Any]]
+    scan_results: Sequence[Any]
     notes: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     dropped: pa.Table | None = None
@@ -108,11 +110,8 @@ class TableImporter(Importer):
         """Return what `infer_schema` needs to know of an input split; always `rows`, their
         number.
         """
-        return {
-            "rows": np.array(
-                sum(1 if isinstance(row, dict) else len(row) for row in self.rows(reading))
-            )
-        }
+        rows = self.rows(reading)
+        return {"rows": sum(1 if isinstance(row, dict) else len(row) for row in rows)}
 
     @abstractmethod
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
@@ -206,13 +205,13 @@ class TableShardTask(ShardTask):
         Raises ValueError when there are more invalid rows than allowed.
         """
         uris = [
-            storage.join(output, SCANS, shard.name.removesuffix(".parquet"))
+            storage.join(output, SCANS, shard.name.removesuffix(".parquet") + ".scan")
             for shard in self.shards
         ]
         there = {
             uri
             for uri in uris
-            if checksums.kept_bytes(uri, "this part is surveyed again") is not None
+            if checksums.kept_bytes(uri, "this part is scanned again") is not None
         }
         jobs = [
             (uri, self.input_splits[shard.start : shard.stop])
@@ -221,21 +220,17 @@ class TableShardTask(ShardTask):
         ]
         for number, _ in enumerate(run_tasks(partial(scan_shard, self.importer), jobs, cpus), 1):
             report_progress(
-                f"prepare {self.importer.registered_name}: surveyed "
+                f"prepare {self.importer.registered_name}: scanned "
                 f"{len(uris) - len(jobs) + number}/{len(uris)} parts",
                 number == len(jobs),
             )
-        found = [
-            one
-            for uri, shard in zip(uris, self.shards, strict=True)
-            for one in _load(uri, shard.stop - shard.start)
-        ]
+        found = [one for uri in uris for one in _load(uri)]
         self._before, lines = [], Counter()
         for input_split, one in zip(self.input_splits, found, strict=True):
             self._before.append(lines[input_split.entry])
-            lines[input_split.entry] += int(one["lines"])
-            one["before"] = np.array(self._before[-1])
-        self._read = [int(one["rows"]) + int(one["broken"]) for one in found]
+            lines[input_split.entry] += one["lines"]
+            one["before"] = self._before[-1]
+        self._read = [one["rows"] + one["broken"] for one in found]
         self.total = sum(self._read)
         if not self.total:
             raise ValueError(
@@ -246,9 +241,9 @@ class TableShardTask(ShardTask):
             SplitReader(input_split, Opener(), before=before).place(int(at) if at.isdigit() else at)
             + f": {reason}"
             for input_split, one, before in zip(self.input_splits, found, self._before, strict=True)
-            for at, reason in one["examples"].tolist()
+            for at, reason in one["examples"]
         ]
-        check(examples, sum(int(one["broken"]) for one in found), self.total)
+        check(examples, sum(one["broken"] for one in found), self.total)
         self._inferred_schema = self.importer.infer_schema(self.input_splits, found)
         self.notes = {**self._found_notes, **self.inferred_schema.notes}
         self.info = self.inferred_schema.info
@@ -285,43 +280,43 @@ class TableShardTask(ShardTask):
 
 
 def scan_shard(importer: TableImporter, uri: str, input_splits: list[InputSplit]) -> None:
-    """Scan the input splits of a shard and keep the results at `uri`."""
-    out = {}
+    """Scan the input splits of a shard and keep the results at `uri`, without pickling."""
+    plain, arrays = list[Found](), dict[str, np.ndarray]()
     with closing(Opener()) as opener:
         for number, input_split in enumerate(input_splits):
             reading = SplitReader(input_split, opener, most=NAMED)
             found = importer.scan(reading)
-            examples = np.array(
-                [
-                    [row["path"].removeprefix(f"{input_split.name}:"), row["reason"]]
+            found |= {
+                "lines": reading.lines,
+                "broken": reading.broken,
+                "examples": [
+                    (row["path"].removeprefix(f"{input_split.name}:"), row["reason"])
                     for row in reading.listed
                 ],
-                dtype=np.str_,
-            ).reshape(-1, 2)
-            found |= {
-                "lines": np.array(reading.lines),
-                "broken": np.array(reading.broken),
-                "examples": examples,
             }
-            out |= {f"{number}/{name}": array for name, array in found.items()}
+            own = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+            arrays |= {f"{number}/{name}": array for name, array in own.items()}
+            plain.append({name: value for name, value in found.items() if name not in own})
     sink = io.BytesIO()
-    np.savez(sink, **out)
+    np.savez(sink, **{PLAIN: np.frombuffer(json.dumps(plain).encode(), np.uint8)}, **arrays)
     checksums.keep_bytes(uri, sink.getvalue())
 
 
-def _load(uri: str, input_splits: int) -> list[Found]:
-    out: list[Found] = [{} for _ in range(input_splits)]
+def _load(uri: str) -> list[Found]:
+    """Read the results that `scan_shard` kept, one for each input split."""
     with np.load(io.BytesIO(checksums.read_kept(uri)), allow_pickle=False) as stored:
+        out: list[Found] = json.loads(stored[PLAIN].tobytes())
         for name in stored.files:
-            number, _, key = name.partition("/")
-            out[int(number)][key] = stored[name]
+            if name != PLAIN:
+                number, _, key = name.partition("/")
+                out[int(number)][key] = stored[name]
     return out
 
 
 def _make(
     importer: TableImporter,
     schema: pa.Schema,
-    payload: list[tuple[InputSplit, int, dict[str, Any]]],
+    payload: list[tuple[InputSplit, int, Any]],
     scratch: Path,
 ) -> ShardResult:
     """Write the rows of a shard to a Parquet file, with one row group (or what is shuffled) in

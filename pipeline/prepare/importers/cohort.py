@@ -133,17 +133,13 @@ class Cohort(TableImporter):
         counts: Counter[str] = Counter()
         for _, reasons in self._selected(reading):
             counts.update(reasons.tolist())
-        return {
-            "rows": np.array(counts.total()),
-            "reasons": np.array(list(counts), dtype=np.str_),
-            "counts": np.array(list(counts.values()), dtype=np.int64),
-        }
+        return {"rows": counts.total(), "reasons": dict(counts)}
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         assert self.schema is not None
         counts: Counter[str] = Counter()
         for one in found:
-            counts.update(dict(zip(one["reasons"].tolist(), one["counts"].tolist(), strict=True)))
+            counts.update(one["reasons"])
         left = dict(sorted((reason, n) for reason, n in counts.items() if reason))
         if not counts[""]:
             raise ValueError(
@@ -167,7 +163,7 @@ class Cohort(TableImporter):
             "history": self.options.history,
             "labels": inspect.cleandoc(type(self.definition).__doc__ or ""),
         }
-        return InferredSchema(columns, [{}] * len(input_splits), notes, about)
+        return InferredSchema(columns, [None] * len(input_splits), notes, about)
 
     def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
         for rows, _ in self._selected(reading):

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
@@ -85,6 +84,14 @@ class Sentence(NamedTuple):
     reason: str
 
 
+class Layout(NamedTuple):
+    """What the scan finds of a file: scheme of the tags, columns of a line, documents before it."""
+
+    scheme: str
+    width: int
+    documents: int
+
+
 @register("importer", "conll", options=ConllOptions)
 class Conll(TableImporter):
     """CoNLL-2003 and WNUT: one word a line with its tag in another column, a blank line after each
@@ -153,16 +160,14 @@ class Conll(TableImporter):
             yield Sentence(first, words, tags, widths, document, reason)
 
     def scan(self, reading: SplitReader) -> Found:
-        """Count sentences, documents, columns of lines, and what tells the scheme of tags."""
-        widths = np.zeros(WIDEST + 1, dtype=np.int64)
-        tags = Counter[str]()
-        rows = 0
-        last = 0
-        seen = Counter[str]()
+        """Count sentences, documents, the columns that most lines have, and what tells the scheme
+        of tags.
+        """
+        widths, tags, seen = Counter[int](), Counter[str](), Counter[str]()
+        rows = last = 0
         for sentence in self._sentences(reading):
             last = sentence.document
-            for width, count in sentence.widths.items():
-                widths[width] += count
+            widths.update(sentence.widths)
             if sentence.reason:
                 reading.bad(sentence.line, sentence.reason)
                 continue
@@ -171,23 +176,21 @@ class Conll(TableImporter):
             if self.options.scheme != "none":
                 seen.update(_openings(sentence.tags))
         return {
-            "rows": np.array(rows),
-            "widths": widths,
-            "documents": np.array(last),
-            "prefixes": np.array(sorted(tags)[:20], dtype=np.str_),
-            "inside": np.array(seen["I"]),
-            "begin": np.array(seen["B"]),
+            "rows": rows,
+            "width": min(widths, key=lambda width: (-widths[width], width), default=0),
+            "documents": last,
+            "prefixes": sorted(tags)[:20],
+            "inside": seen["I"],
+            "begin": seen["B"],
         }
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         scheme = self.options.scheme if self.options.scheme != "auto" else _scheme(found)
-        inside = sum(int(one["inside"]) for one in found)
-        scan_results, documents = [], 0
+        inside = sum(one["inside"] for one in found)
+        layouts, documents = [], 0
         for one in found:
-            scan_results.append(
-                {"scheme": scheme, "width": int(one["widths"].argmax()), "documents": documents}
-            )
-            documents += int(one["documents"])
+            layouts.append(Layout(scheme, one["width"], documents))
+            documents += one["documents"]
         notes = {
             "scheme": f"{scheme}, written as bio ({inside} I- became B-)"
             if scheme == "iob1"
@@ -202,11 +205,12 @@ class Conll(TableImporter):
             pa.field("document", pa.int64()),
         ]
         return InferredSchema(
-            columns, scan_results, notes, {"scheme": "bio" if scheme == "iob1" else scheme}
+            columns, layouts, notes, {"scheme": "bio" if scheme == "iob1" else scheme}
         )
 
     def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
-        width, scheme = reading.scan_result["width"], reading.scan_result["scheme"]
+        layout: Layout = reading.scan_result
+        width, scheme = layout.width, layout.scheme
         for line, words, tags, widths, document, reason in self._sentences(reading):
             other = [n for n in widths if n != width]
             if not reason and other:
@@ -226,11 +230,7 @@ class Conll(TableImporter):
             if reason:
                 reading.bad(line, reason)
             else:
-                yield {
-                    "words": words,
-                    "tags": tags,
-                    "document": reading.scan_result["documents"] + document,
-                }
+                yield {"words": words, "tags": tags, "document": layout.documents + document}
 
 
 def _against(tags: list[str], scheme: str) -> str:
@@ -260,7 +260,7 @@ def _scheme(found: list[Found]) -> str:
     """Return the scheme: bioes has S- or E-; in iob1 an entity begins with I-, and with B- only
     after one of the same type.
     """
-    prefixes = {str(name) for one in found for name in one["prefixes"]} - {""}
+    prefixes = {name for one in found for name in one["prefixes"]} - {""}
     if not prefixes <= {"B", "I", "O", "E", "S"}:
         raise ValueError(
             f"tags that begin with {preview(sorted(prefixes - set('BIOES')))}: neither bio, bioes "
@@ -271,6 +271,6 @@ def _scheme(found: list[Found]) -> str:
         return "bioes"
     return (
         "iob1"
-        if sum(int(one["inside"]) for one in found) and not sum(int(one["begin"]) for one in found)
+        if any(one["inside"] for one in found) and not any(one["begin"] for one in found)
         else "bio"
     )

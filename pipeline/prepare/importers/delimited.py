@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
@@ -196,16 +195,12 @@ class Csv(TableImporter):
                 kinds[name] = (
                     known if known == 4 else wider(known, 4 if name in TEXTS else field_kind(value))
                 )
-        return {
-            "rows": np.array(rows),
-            "names": np.array(list(kinds), dtype=np.str_),
-            "kinds": np.array(list(kinds.values()), dtype=np.int64),
-        }
+        return {"rows": rows, "kinds": kinds}
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         kinds: dict[str, int] = {}
         for one in found:
-            for name, kind in zip(one["names"].tolist(), one["kinds"].tolist(), strict=True):
+            for name, kind in one["kinds"].items():
                 kinds[name] = wider(kinds.get(name, 0), kind)
         kinds.pop("split", None)
         for name, kind in self.given_types.items():
@@ -223,17 +218,16 @@ class Csv(TableImporter):
             name: preview(
                 input_split.name
                 for input_split, one in zip(input_splits, found, strict=True)
-                if int(one["rows"]) and name not in one["names"]
+                if one["rows"] and name not in one["kinds"]
             )
             for name in kinds
         }
-        schema_info: dict[str, Any] = {"kinds": kinds}
         columns = [
             pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()
         ]
         return InferredSchema(
             columns,
-            [schema_info] * len(input_splits),
+            [kinds] * len(input_splits),
             {
                 f"files without a column {name}, where it is null": where
                 for name, where in missing.items()
@@ -242,7 +236,7 @@ class Csv(TableImporter):
         )
 
     def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
-        kinds = reading.scan_result["kinds"]
+        kinds: dict[str, int] = reading.scan_result
         for row in self._named(reading):
             made = {
                 name: field_value(row[name], kind) if name in row else None

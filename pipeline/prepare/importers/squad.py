@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
@@ -67,20 +66,17 @@ class Squad(TableImporter):
                 counts.update(
                     ["rows", *["unanswerable"] * (not row["answers"]), *["moved"] * moved]
                 )
-        numbers = {name: np.array(counts[name]) for name in ("rows", "unanswerable", "moved")}
-        return {"ids": np.array([one.encode() for one in ids], dtype=np.bytes_), **numbers}
+        return {"ids": ids, **{name: counts[name] for name in ("rows", "unanswerable", "moved")}}
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
-        seen: set[bytes] = set()
-        scan_results = []
+        seen: set[str] = set()
+        repeated: list[frozenset[int]] = []
         for one in found:
             again = [
-                i
-                for i, name in enumerate(one["ids"].tolist())
-                if name and (name in seen or seen.add(name))
+                i for i, name in enumerate(one["ids"]) if name and (name in seen or seen.add(name))
             ]
-            scan_results.append({"again": frozenset(again)})
-        total = {name: sum(int(one[name]) for one in found) for name in ("unanswerable", "moved")}
+            repeated.append(frozenset(again))
+        total = {name: sum(one[name] for one in found) for name in ("unanswerable", "moved")}
         notes: dict[str, Any] = {"unanswerable questions": total["unanswerable"]}
         if self.options.repair:
             notes["answers moved to where they stand"] = total["moved"]
@@ -91,13 +87,13 @@ class Squad(TableImporter):
                 pa.field("answers", pa.list_(pa.string())),
                 pa.field("answer_start", pa.list_(pa.int64())),
             ],
-            scan_results,
+            repeated,
             notes,
         )
 
     def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
         for number, (row, reason, _) in enumerate(self._questions(reading)):
-            if not reason and number in reading.scan_result["again"]:
+            if not reason and number in reading.scan_result:
                 reason = "its id stood before"
             if reason:
                 reading.bad(_name(row, number + 1), reason)

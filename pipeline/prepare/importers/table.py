@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
@@ -331,14 +330,7 @@ class Table(TableImporter):
             rows += len(places)
             for name, values in found.items():
                 columns.setdefault(name, _Column()).see(values)
-        out: Found = {"rows": np.array(rows), "names": np.array(list(columns), dtype=np.str_)}
-        for key in ("kind", "present", "strange"):
-            out[key] = np.array(
-                [getattr(column, key) for column in columns.values()], dtype=np.int64
-            )
-        for i, column in enumerate(columns.values()):
-            out[f"distinct{i}"] = np.array(sorted(column.distinct), dtype=np.int64)
-        return out
+        return {"rows": rows, "columns": {name: one.counted() for name, one in columns.items()}}
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         columns: dict[str, _Column] = {}
@@ -346,25 +338,20 @@ class Table(TableImporter):
             (
                 input_split.name
                 for input_split, one in zip(input_splits, found, strict=True)
-                if len(one["names"])
+                if one["columns"]
             ),
             "",
         )
         for input_split, one in zip(input_splits, found, strict=True):
-            names = one["names"].tolist()
-            if names and columns and set(names) != set(columns):
-                odd = sorted(set(names) ^ set(columns))
+            here = one["columns"]
+            if here and columns and here.keys() != columns.keys():
+                odd = sorted(here.keys() ^ columns.keys())
                 raise ValueError(
                     f"{input_split.name}: other columns than {first}: {preview(odd)} in one of "
                     "them alone; make them alike, or name the features: --set columns="
                 )
-            for i, name in enumerate(names):
-                kind, present, strange = (
-                    int(one[key][i]) for key in ("kind", "present", "strange")
-                )
-                columns.setdefault(name, _Column()).join(
-                    kind, present, strange, one[f"distinct{i}"].tolist()
-                )
+            for name, counted in here.items():
+                columns.setdefault(name, _Column()).join(*counted)
         features = [
             name
             for name in columns
@@ -381,7 +368,6 @@ class Table(TableImporter):
         if self.label and kinds[self.label] == 3:
             self.label = ""  # a number to estimate has no classes to count
         own = [pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()]
-        scan_results = {"number": number, "kinds": kinds}
         info = {
             "label": self.labels,
             "id": self.options.id,
@@ -389,10 +375,10 @@ class Table(TableImporter):
             "numeric": [name for name in features if number[name]],
             "categorical": [name for name in features if not number[name]],
         }
-        notes = self._notes(columns, number, sum(int(one["rows"]) for one in found))
+        notes = self._notes(columns, number, sum(one["rows"] for one in found))
         return InferredSchema(
             [pa.field(FEATURES, pa.struct(fields)), *own],
-            [scan_results] * len(input_splits),
+            [(number, kinds)] * len(input_splits),
             notes,
             info,
         )
@@ -449,7 +435,9 @@ class Table(TableImporter):
         }
 
     def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
-        number, kinds = reading.scan_result["number"], reading.scan_result["kinds"]
+        number: dict[str, bool]
+        kinds: dict[str, int]
+        number, kinds = reading.scan_result
         for places, found in self._batches(reading):
             arrays = [
                 pa.array([_number(value) for value in found[name]], pa.float64())
@@ -497,11 +485,15 @@ class _Column:
             if len(self.distinct) <= MANY:
                 self.distinct.add(_hash(value))
 
+    def counted(self) -> tuple[int, int, int, list[int]]:
+        """Return what `join` takes."""
+        return self.kind, self.present, self.strange, sorted(self.distinct)
+
     def join(self, kind: int, present: int, strange: int, distinct: list[int]) -> None:
         self.kind = wider(self.kind, kind)
-        self.present = self.present + present
-        self.strange = self.strange + strange
-        self.distinct |= set(distinct)
+        self.present += present
+        self.strange += strange
+        self.distinct.update(distinct)
 
 
 def _hash(value: Any) -> int:

@@ -131,6 +131,18 @@ class Document(NamedTuple):
     kept: dict[str, Any]
 
 
+class Selection(NamedTuple):
+    """Which documents of an input split are dropped, and the types of the kept columns.
+
+    Attributes:
+        is_dropped: (documents,) bool.
+        kinds: indices in KINDS.
+    """
+
+    is_dropped: np.ndarray
+    kinds: dict[str, int]
+
+
 @register("importer", "text", options=TextOptions)
 class Text(TableImporter):
     """Corpora: .txt, .jsonl (or .ndjson) and .parquet, also .gz and .zst; a file, folder, glob or
@@ -371,12 +383,12 @@ class Text(TableImporter):
             for _ in staying():
                 pass
         return {
-            "rows": np.array(len(places)),
+            "rows": len(places),
             "places": np.array(places, dtype=np.int64),
             "reasons": np.array(reasons, dtype=np.uint8),
             "digests": np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2),
             "signs": np.array(signs, dtype=np.uint32).reshape(-1, minhash.NUM_PERM),
-            "kinds": np.array(list(kinds.values()), dtype=np.int64),
+            "kinds": kinds,
         }
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
@@ -384,14 +396,14 @@ class Text(TableImporter):
         twins = self._alike(found, reasons)
         cuts = np.cumsum([len(one["reasons"]) for one in found])[:-1]
         kinds = {}
-        for i, name in enumerate(self.kept):
+        for name in self.kept:
             for one in found:
-                kinds[name] = wider(kinds.get(name, 0), int(one["kinds"][i]))
+                kinds[name] = wider(kinds.get(name, 0), one["kinds"][name])
         kept = [
             pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()
         ]
         columns = [pa.field("text", pa.string()), pa.field("id", pa.string()), *kept]
-        scan_results = [{"drop": part > 0, "kinds": kinds} for part in np.split(reasons, cuts)]
+        selections = [Selection(part > 0, kinds) for part in np.split(reasons, cuts)]
         counts = Counter(reasons[reasons > 0].tolist())
         notes = {
             "dropped": {REASONS[code]: count for code, count in sorted(counts.items())},
@@ -404,7 +416,7 @@ class Text(TableImporter):
             )
         return InferredSchema(
             columns,
-            scan_results,
+            selections,
             notes,
             dropped=self._list(input_splits, found, reasons, twins) if counts else None,
         )
@@ -438,7 +450,7 @@ class Text(TableImporter):
         twins: np.ndarray,
     ) -> pa.Table:
         """List every dropped document: id, split, reason and the id of the kept duplicate."""
-        places = np.concatenate([one["places"] + int(one["before"]) for one in found])
+        places = np.concatenate([one["places"] + one["before"] for one in found])
         owner = np.repeat(np.arange(len(input_splits)), [len(one["reasons"]) for one in found])
         gone = np.flatnonzero(reasons)
 
@@ -466,11 +478,11 @@ class Text(TableImporter):
         )
 
     def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
-        drop, kinds = reading.scan_result["drop"], reading.scan_result["kinds"]
+        selection: Selection = reading.scan_result
         for number, (place, text, kept) in enumerate(self._documents(reading)):
-            if not drop[number]:
+            if not selection.is_dropped[number]:
                 yield {
                     "text": text,
                     "id": reading.place(place),
-                    **{key: as_kind(value, kinds[key]) for key, value in kept.items()},
+                    **{key: as_kind(value, selection.kinds[key]) for key, value in kept.items()},
                 }

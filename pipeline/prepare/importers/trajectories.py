@@ -295,30 +295,28 @@ class Trajectories(TableImporter):
             action = found.actions.shape[1] if isinstance(found.actions, np.ndarray) else 0
             widths.setdefault((found.embodiment, found.observations.shape[1], action), found.name)
         return {
-            "rows": np.array(len(names)),
-            "names": np.array(names, dtype=np.str_),
-            "lengths": np.array(counted or [], dtype=np.int64),
-            "classes": np.array(sorted(classes), dtype=np.str_),
-            "robots": np.array([key[0] for key in widths], dtype=np.str_),
-            "widths": np.array([key[1:] for key in widths], dtype=np.int64).reshape(-1, 2),
-            "first": np.array(list(widths.values()), dtype=np.str_),
+            "rows": len(names),
+            "names": names,
+            "lengths": counted,
+            "classes": sorted(classes),
+            "robots": [(robot, of, name) for (robot, *of), name in widths.items()],
         }
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
-        if not any(int(one["rows"]) for one in found):
+        if not any(one["rows"] for one in found):
             input_split, (at, reason) = next(
-                (input_split, one["examples"].tolist()[0])
+                (input_split, one["examples"][0])
                 for input_split, one in zip(input_splits, found, strict=True)
-                if len(one["examples"])
+                if one["examples"]
             )
             raise ValueError(
-                f"no episode is left of {sum(int(one['broken']) for one in found)}. First one: "
+                f"no episode is left of {sum(one['broken'] for one in found)}. First one: "
                 f"{input_split.name}: {at}: {reason}"
             )
         for input_split, one in zip(input_splits, found, strict=True):
             if self.coded and (
                 text := next(
-                    (text for text in one["classes"].tolist() if not re.match(logs.WHOLE, text)), ""
+                    (text for text in one["classes"] if not re.match(logs.WHOLE, text)), ""
                 )
             ):
                 raise ValueError(
@@ -328,9 +326,7 @@ class Trajectories(TableImporter):
                 )
         known: dict[str, tuple[list[int], str]] = {}
         for input_split, one in zip(input_splits, found, strict=True):
-            for robot, widths, name in zip(
-                one["robots"].tolist(), one["widths"].tolist(), one["first"].tolist(), strict=True
-            ):
+            for robot, widths, name in one["robots"]:
                 first = known.setdefault(robot, (widths, f"{input_split.name}: episode {name}"))
                 if first[0] != widths:
                     what, a, b = next(
@@ -345,13 +341,10 @@ class Trajectories(TableImporter):
                         f"{first[1]} has {a}, of the same robot; name robots by --set "
                         "embodiment=COLUMN, or prepare them apart"
                     )
-        names = Counter(name for one in found for name in one["names"].tolist())
+        names = Counter(name for one in found for name in one["names"])
         doubled = sorted(name for name, count in names.items() if count > 1)
-        classes = sorted({name for one in found for name in one["classes"].tolist()})
-        scan_results = [
-            {"counted": one["lengths"].tolist() if self._shares else None, "prefix": bool(doubled)}
-            for one in found
-        ]
+        classes = sorted({name for one in found for name in one["classes"]})
+        scan_results = [(one["lengths"], bool(doubled)) for one in found]
         notes = {
             "columns of an observation": len(self.roles.observations),
             **({"classes of actions": len(classes)} if self.roles.discrete else {}),
@@ -378,8 +371,10 @@ class Trajectories(TableImporter):
         )
 
     def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
-        prefix = f"{reading.input_split.name}/" if reading.scan_result["prefix"] else ""
-        for found, split in self._episodes(reading, reading.scan_result["counted"]):
+        lengths: list[int] | None
+        lengths, has_prefix = reading.scan_result
+        prefix = f"{reading.input_split.name}/" if has_prefix else ""
+        for found, split in self._episodes(reading, lengths):
             row = episodes.row(found, split)
             yield row.set_column(0, "episode", pa.array([prefix + found.name])) if prefix else row
 
