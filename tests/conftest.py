@@ -24,6 +24,7 @@ for name, value in {
     # else workers start through `uv run`, in an environment of their own
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less for each source
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # else workers of clusters that tests start have nice 15 and wait for the other tests
     "RAY_worker_niceness": "0",
@@ -34,6 +35,9 @@ for name, value in {
     **KEEP_MEMORY,
 }.items():
     os.environ.setdefault(name, value)
+# else each process of the tests, and each of Ray's, compiles the package anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault(
     "ONETOMANY_TEST_GROUPS",
     os.path.join(tempfile.gettempdir(), f"onetomany-test-groups-{os.getpid()}.json"),
@@ -61,12 +65,20 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Put the tests of Ray first, and tell the scheduler their groups: those that share one Ray, and
-    those that start their own.
+    """Put the longest first, so that all processes end at about the same time, and tell the
+    scheduler the groups of the tests of Ray: those that share one Ray, and those that start their
+    own.
 
-    By a file, since pytest-xdist 3.8 cannot add the groups to the names of pytest 9.2.
+    Whole jobs are the longest, after the tests of Ray; of the other files, those of most bytes.
+    The groups are told by a file, since pytest-xdist 3.8 cannot add them to the names of pytest 9.2.
     """
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    sizes = {path: path.stat().st_size for path in {item.path for item in items}}
+
+    def shortness(item):
+        is_ray = item.get_closest_marker("ray") is not None
+        return not is_ray, item.path.parent.name != "e2e", 0 if is_ray else -sizes[item.path]
+
+    items.sort(key=shortness)
     if WORKER == "gw0":
         marks = {item.nodeid: item.get_closest_marker("ray") for item in items}
         groups = {

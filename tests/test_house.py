@@ -59,7 +59,21 @@ RAY = (
     "pipeline.transfer.fanout",
 )
 
-EACH = pytest.mark.parametrize("module", NAMES)
+
+def each_module(check):
+    """Make a test of the check of one module: it checks all of them and lists what is wrong."""
+
+    def test():
+        wrong = []
+        for module in NAMES:
+            try:
+                check(module)
+            except AssertionError as error:
+                wrong.append(f"{module}: {error}")
+        assert not wrong, "\n".join(wrong)
+
+    test.__name__, test.__doc__ = check.__name__, check.__doc__
+    return test
 
 
 def part(module: str) -> str:
@@ -80,12 +94,18 @@ def tree(module: str) -> ast.Module:
     return ast.parse(NAMES[module].read_text(), str(NAMES[module]))
 
 
-def imported(module: str, of: ast.AST | None = None) -> Iterator[str]:
+@cache
+def imported(module: str) -> frozenset[str]:
     """Dotted names that a module imports, anywhere in it, also in functions and for type
     checking.
     """
+    return frozenset(imported_within(module, tree(module)))
+
+
+def imported_within(module: str, code: ast.AST) -> Iterator[str]:
+    """Dotted names that a part of a module's code imports."""
     package = module if NAMES[module].name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(of or tree(module)):
+    for node in ast.walk(code):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -115,7 +135,7 @@ def test_every_module_has_a_layer():
     assert known <= {part(module) for module in NAMES}
 
 
-@EACH
+@each_module
 def test_what_is_imported_is_there(module):
     missing = [
         name for name in imported(module) if name.startswith("pipeline.") and name not in NAMES
@@ -131,7 +151,7 @@ def test_imports_are_seen():
         "def f():\n    import torch\n    __import__('pandas')\n    "
         "importlib.import_module('pipeline.cli')\n"
     )
-    assert list(imported("pipeline.data.manifests", ast.parse(text))) == [
+    assert list(imported_within("pipeline.data.manifests", ast.parse(text))) == [
         "ray.data",
         "pipeline.io.s3",
         "pipeline.io.storage",
@@ -144,7 +164,7 @@ def test_imports_are_seen():
     ]
 
 
-@EACH
+@each_module
 def test_imports_go_to_lower_layers_only(module):
     if module == "pipeline":
         assert ours(module) == {"pipeline.api"}, "its public functions, imported when they are used"
@@ -181,7 +201,7 @@ def test_no_imports_go_in_circles():
         visit(module, ())
 
 
-@EACH
+@each_module
 def test_ray_stays_in_its_places(module):
     if not module.startswith(RAY):
         assert not [name for name in imported(module) if name.split(".")[0] == "ray"], (
@@ -197,7 +217,7 @@ def test_the_job_file_is_checked_without_heavy_packages():
                 name.split(".")[0]
                 for node in tree(module).body
                 if isinstance(node, (ast.Import, ast.ImportFrom))
-                for name in imported(module, node)
+                for name in imported_within(module, node)
             }
             assert not top & {
                 "torch",
@@ -212,7 +232,7 @@ def test_the_job_file_is_checked_without_heavy_packages():
             }, module
 
 
-@EACH
+@each_module
 def test_module_level_code_only_defines(module):
     """Imports, definitions, constants, and settings of a class that the same file defines; nothing
     that does work at import.
@@ -266,7 +286,7 @@ def test_module_level_code_only_defines(module):
             }, where
 
 
-@EACH
+@each_module
 def test_broad_excepts_raise_again_or_say_why(module):
     text = NAMES[module].read_text()
     comments = {
@@ -274,7 +294,7 @@ def test_broad_excepts_raise_again_or_say_why(module):
         for token in tokenize.generate_tokens(io.StringIO(text).readline)
         if token.type == tokenize.COMMENT
     }
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree(module)):
         if isinstance(node, ast.ExceptHandler):
             kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             if {ast.unparse(kind) if kind else "everything" for kind in kinds} & {
@@ -290,10 +310,9 @@ def test_broad_excepts_raise_again_or_say_why(module):
                 )
 
 
-@EACH
+@each_module
 def test_files_say_what_they_are_for(module):
-    text = NAMES[module].read_text()
-    assert ast.get_docstring(ast.parse(text)), f"{NAMES[module]} has no docstring"
+    assert ast.get_docstring(tree(module)), f"{NAMES[module]} has no docstring"
     assert NAMES[module].stem not in ("utils", "util", "helpers", "misc", "common")
 
 
@@ -316,7 +335,7 @@ def test_contracts_have_at_most_twelve_members():
                     assert len(members) <= 12, f"{node.name} has {len(members)} members"
 
 
-@EACH
+@each_module
 def test_classes_are_asked_for_in_their_own_folder_only(module):
     """Elsewhere a protocol is asked for, so that a class of somebody else's can have it."""
     kinds = (*SIBLINGS, "prepare.importers")

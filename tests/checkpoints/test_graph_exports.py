@@ -75,7 +75,13 @@ def test_onnxruntime_gives_what_the_bundle_gives(objective, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "backbone", ["events/gru", "events/strats", "table/ft_transformer", "torchaudio/conformer"]
+    "backbone",
+    [
+        pytest.param("events/gru", marks=pytest.mark.slow),
+        "events/strats",
+        "table/ft_transformer",
+        pytest.param("torchaudio/conformer", marks=pytest.mark.slow),
+    ],
 )
 def test_every_modality_is_traced(backbone, tmp_path):
     task, rows = classified(backbone)
@@ -87,6 +93,7 @@ def test_every_modality_is_traced(backbone, tmp_path):
     assert lengths == ({"length"} if backbone != "table/ft_transformer" else set())
 
 
+@pytest.mark.slow
 def test_labels_of_each_hour_are_traced_at_all_hours(tmp_path):
     """Up to a row's last event the graph gives what the bundle predicts for new rows."""
     task, uri = bundled(tmp_path, "hourly")
@@ -107,6 +114,7 @@ def test_labels_of_each_hour_are_traced_at_all_hours(tmp_path):
     assert theirs.std(1).min() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["policy/mlp", "policy/transformer"])
 def test_a_policy_is_exported_with_its_statistics(architecture, tmp_path):
     modality_kind = demonstrations().fitted(architecture)
@@ -147,6 +155,7 @@ def in_folder(folder: Path, monkeypatch) -> dict[str, np.ndarray]:
     return runpy.run_path("run.py")["outputs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit", ["pad", "crop", "squash"])
 def test_the_readme_prepares_a_picture_as_the_modality_does(fit, tmp_path, monkeypatch):
     """Smooth pixels, so that only rounding differs."""
@@ -166,6 +175,7 @@ def test_the_readme_prepares_a_picture_as_the_modality_does(fit, tmp_path, monke
     assert ours.std() > 0.1
 
 
+@pytest.mark.slow
 def test_the_readme_tokenizes_texts_and_pairs_as_the_modality_does(tmp_path, monkeypatch):
     task, uri = bundled(tmp_path, "tagging")
     export.export_bundle(uri, str(tmp_path / "out"), "torch-export", False)
@@ -214,6 +224,7 @@ def test_a_file_that_gives_other_numbers_is_refused(tmp_path):
         graph.compare(traced, "b", run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["longer rows", "padding"])
 def test_a_file_that_is_wrong_for_longer_or_padded_recordings_is_refused(wrong, tmp_path):
     task, rows = classified("torchaudio/conformer")
@@ -239,6 +250,7 @@ def test_without_the_extra_the_install_line_is_given(tmp_path, monkeypatch):
         export.export_bundle(uri, str(tmp_path / "out"), "onnx", False)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_beside_a_tagger_puts_a_space_before_the_first_word(tmp_path, monkeypatch):
     """Byte-level BPE has other tokens for a word behind a space, as the modality gives each."""
     case = OBJECTIVES["tagging"].build("tagging")

@@ -117,6 +117,7 @@ def test_a_wrong_bias_of_small_numbers_is_refused(tmp_path, monkeypatch):
         export.export_bundle(uri, str(tmp_path / "out"), "hugging-face", False)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_graph_keeps_the_digits_of_a_number_that_is_large_beside_its_deviation(tmp_path):
     rows = image_rows(4, size=32, channels=3)

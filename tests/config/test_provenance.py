@@ -216,6 +216,7 @@ def hash_in(folder: Path) -> str:
     return found
 
 
+@pytest.mark.slow
 def test_where_the_package_lies_does_not_count_and_what_stands_in_it_does(tmp_path):
     def copied(name: str, file: str = "", old: str = "", new: str = "") -> Path:
         folder = tmp_path / name

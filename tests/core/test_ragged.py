@@ -124,6 +124,7 @@ def test_batches_are_the_same_from_memory_and_from_files(rows, cost):
     assert {row for *_, bad in found for row, _ in bad} == {40, 81}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_data_workers_give_the_same_rows(ray_here, rows):
     """Also where all rows of a block are of one length, which Ray Data would make one array of."""

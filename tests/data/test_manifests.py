@@ -1901,6 +1901,7 @@ def test_a_broken_line_late_in_a_file_is_placed(tmp_path, imports, small_chunks)
         m.build(str(path), "auto", imports)
 
 
+@pytest.mark.slow
 def test_long_rows(tmp_path, imports):
     """Longer than any chunk: a line of 40 MB among short ones, in both formats; blank lines are no
     rows.

@@ -380,7 +380,10 @@ def test_bad_rows_that_are_kept_in_memory_leave_the_batches_as_they_are(tmp_path
 # ---------------------------------------------------------------- threads
 
 
-@pytest.mark.parametrize("leave", ["break", "close", "drop", "throw"])
+@pytest.mark.parametrize(
+    "leave",
+    ["break", *(pytest.param(way, marks=pytest.mark.slow) for way in ("close", "drop", "throw"))],
+)
 def test_leaving_early_stops_the_thread_and_the_decoding(rows, leave):
     rows.decoder.modality.state["seconds"] = 0.005
     plan = plan_of(rows)
@@ -629,6 +632,7 @@ def test_ray_data_workers_give_the_same_batches(ray_here, tmp_path):
     assert threads_of("prefetch") == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_item_stays_one_block_however_small_ray_wants_its_blocks(ray_here, rows, monkeypatch):
     """Ray cuts a block above its target in two, and then blocks and items would no longer go

@@ -52,6 +52,7 @@ def dictionary_bomb(path, rows: int = 100_000, letters: int = 30_000) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["rows", "columns"])
 def test_one_value_stored_once_for_many_rows_is_refused(how, tmp_path):
     """50 KB of Parquet took 2.7 GiB."""
@@ -62,6 +63,7 @@ def test_one_value_stored_once_for_many_rows_is_refused(how, tmp_path):
     assert grew < 400
 
 
+@pytest.mark.slow
 def test_texts_that_repeat_as_real_ones_do_are_read(tmp_path):
     names = [f"class {i}" for i in range(50)]
     pq.write_table(pa.table({"text": names * 20_000}), tmp_path / "labels.parquet")

@@ -115,17 +115,8 @@ def onetomany_here(onetomany):
 
 @pytest.fixture(scope="module")
 def command(onetomany_here):
-    """The command for whole jobs, without Ray. A module whose jobs run on Ray too has its own, with
-    HERE_AND_ON_RAY.
-    """
+    """The command for whole jobs, without Ray."""
     return onetomany_here
-
-
-HERE_AND_ON_RAY = [
-    pytest.param("onetomany_here", id="here"),
-    pytest.param("onetomany_on_ray", id="ray", marks=[pytest.mark.ray, pytest.mark.slow]),
-]
-"""Without Ray in the quick tests, and on Ray in the long ones."""
 
 
 def command_line(*words: object) -> list[str]:

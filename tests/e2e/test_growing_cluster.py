@@ -70,12 +70,16 @@ def shrinks_to_nothing(cluster) -> bool:
 def test_a_job_makes_a_cluster_without_cpus_grow_and_it_shrinks_again(
     growing, onetomany_alone, tiny_data, tmp_path
 ):
+    """With elastic ranks, their workers of Ray Data, and several trials at once."""
     assert growing.workers() == []
-    done = submitted(onetomany_alone, growing, SMALL, tmp_path)
+    words = ("sources.garments.workers=[1, 2]", "sources.garments.data.decode=workers")
+    words = [word for one in (*words, "fanout.seeds=4") for word in ("--set", one)]
+    done = submitted(onetomany_alone, growing, SMALL, tmp_path, *words)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "asks the cluster for 2 x 1 CPU, and waits until the nodes are there" in done.stdout
     rows = pq.read_table(tmp_path / "runs/small/results.parquet").to_pylist()
     assert {row["status"] for row in rows} == {"done"}
+    assert len({row["trial_id"] for row in rows}) == 8
     assert growing.workers() != [], "nodes came for the job; some may have gone again"
     assert shrinks_to_nothing(growing)
 
@@ -91,17 +95,3 @@ def test_what_no_declared_node_can_hold_is_refused_before_anything_starts(
         "sources.garments: the cluster can grow to" in done.stdout
         and "it can never be met" in done.stdout
     )
-
-
-def test_elastic_ranks_and_many_trials_run_on_a_cluster_that_grows_from_nothing(
-    growing, onetomany_alone, tiny_data, tmp_path
-):
-    assert shrinks_to_nothing(growing)
-    words = ("--set", "sources.garments.workers=[1, 2]", "--set", "fanout.seeds=8")
-    done = submitted(onetomany_alone, growing, SMALL, tmp_path, *words)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    rows = pq.read_table(tmp_path / "runs/small/results.parquet").to_pylist()
-    assert {row["status"] for row in rows} == {"done"} and len(
-        {row["trial_id"] for row in rows}
-    ) == 16
-    assert shrinks_to_nothing(growing)

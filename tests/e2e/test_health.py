@@ -13,8 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from toys import stays
 
-from tests.e2e.conftest import HERE_AND_ON_RAY
-
 JOB = Path(__file__).with_name("health.yaml")
 NAME, NOTE, VALUE, DRUG = "canary-patient", "canary of a note", 712.8315, "drug: canaryol"
 """Planted in the rows: ids of patients, a text that one patient has, a value that one event has, a
@@ -32,8 +30,15 @@ PLANTED = [
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture(scope="module", params=HERE_AND_ON_RAY)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("onetomany_here", id="here"),
+        pytest.param("onetomany_on_ray", id="ray", marks=[pytest.mark.ray, pytest.mark.slow]),
+    ],
+)
 def command(request):
+    """Without Ray in the quick tier, and on Ray in the long one: its workers log no patient's id."""
     return request.getfixturevalue(request.param)
 
 

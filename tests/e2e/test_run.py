@@ -146,6 +146,7 @@ def test_changing_one_target_reruns_it_alone(ran, onetomany_here):
     } == bundles
 
 
+@pytest.mark.slow
 def test_a_failing_trial_leaves_its_row_and_stops_nothing(ran, onetomany_on_ray):
     folder, _ = ran
     words = (

@@ -47,6 +47,7 @@ def submit(two_nodes, s3_server, tiny_data, onetomany_alone, tmp_path_factory):
     env = {"PYTHONPATH": path, "TINY_DATA": data, **two_nodes.env}
     words = ("--address", two_nodes.job_address, "--env", "TINY_DATA")
     words += ("--set", f"storage={s3_server}/submitted", "--set", "sources.garments.workers=2")
+    words += ("--set", "sources.garments.data.decode=workers")
 
     def call(*more: str):
         return onetomany_alone(

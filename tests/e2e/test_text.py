@@ -17,16 +17,10 @@ import pytest
 from toys import sentences
 
 from pipeline.checkpoints import bundle
-from tests.e2e.conftest import HERE_AND_ON_RAY
 
 JOB = Path(__file__).with_name("text.yaml")
 NAMES = ("Ada", "Boole", "Curie", "Dirac")
 TOWNS = ("London", "Paris", "Rome")
-
-
-@pytest.fixture(scope="module", params=HERE_AND_ON_RAY)
-def command(request):
-    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")

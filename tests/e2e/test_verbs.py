@@ -85,6 +85,7 @@ def test_the_schema_takes_every_shipped_job(onetomany, tmp_path):
         validator.validate(yaml.safe_load(re.sub(r"(?<![\d.])(\d+)e-", r"\1.0e-", job.read_text())))
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_the_quickstart_tells_its_cost(onetomany, tmp_path):
     done = onetomany("run", QUICKSTART, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -112,7 +113,7 @@ def tells_its_cost(job: Path, message: str) -> None:
     )
 
 
-READ_FAST = ("table_small", "chestxray_small", "wav2vec2_small", "gpt_small", "monitoring_small")
+READ_FAST = ("table_small", "chestxray_small", "wav2vec2_small", "gpt_small")
 """Jobs of little data; those of the others are read in the long tier."""
 
 

@@ -31,6 +31,7 @@ def flip(path: Path, place: int = -3) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_forty_flipped_bits_are_found_or_harmless(tmp_path, monkeypatch):
     """In everything that a job, a source and prepare write; tests/benchmarks/bit_flips.py tries
     500.

@@ -47,6 +47,7 @@ def aged(monkeypatch):
     monkeypatch.setattr(file_identity, "GRAIN_SECONDS", -1e6)
 
 
+@pytest.mark.slow
 def test_every_byte_of_a_large_file_counts(tmp_path):
     path, seen = tmp_path / "large", []
     with open(path, "wb") as file:

@@ -326,6 +326,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_repositories_of_the_hub(web, tmp_path, monkeypatch):
     """In a process of its own, as the client of the hub reads HF_ENDPOINT when it is imported."""
     files = {"data/a.csv": b"text,stars\ngood,5\nbad,1\n", "data/b.csv": b"text,stars\nfair,3\n"}

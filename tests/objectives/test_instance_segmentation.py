@@ -405,6 +405,7 @@ def test_written_masks_are_read_by_pycocotools_and_drawn(monkeypatch):
     assert (task.objective.draw(canvas, unsure) == 100).all()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_many_images_are_predicted_in_parts(monkeypatch):
     task, batch = task_of(score_threshold=0.0).eval(), batch_of()

@@ -473,6 +473,7 @@ def test_pieces_of_one_member_of_a_gzipped_tar_are_read_once(tmp_path, monkeypat
 # ---------------------------------------------------------------- resuming
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     librispeech(tmp_path / "in")
     prepare_and_read(

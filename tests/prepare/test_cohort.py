@@ -335,6 +335,7 @@ def test_an_option_left_out_counts_as_its_default_and_history_can_be_cut(tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(stays, tmp_path):
     folder, _ = stays
     whole = prepare(folder, tmp_path / "whole", "task=decompensation", part_mb=SMALL)
@@ -462,6 +463,7 @@ def test_labels_of_the_mimic3_demo_are_those_of_plain_sql(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_on_ray_the_command_line_writes_the_same_bytes(stays, ray_here, hide_ray, tmp_path):
     folder, _ = stays

@@ -373,7 +373,14 @@ def changed(text: str, share: float, draw: random.Random) -> str:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name", ["wikitext2", "us_speeches", "tinyshakespeare"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("wikitext2", marks=pytest.mark.slow),
+        pytest.param("us_speeches", marks=pytest.mark.slow),
+        "tinyshakespeare",
+    ],
+)
 def test_planted_duplicates_are_found_as_all_pairs_find_them(name, tmp_path):
     texts, draw = corpus(name), random.Random(1)
     base = list(texts)

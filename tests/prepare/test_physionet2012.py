@@ -236,6 +236,7 @@ def written_back(folder: Path, root: Path, name: str, step: int) -> list[int]:
     return wanted
 
 
+@pytest.mark.slow
 @DATA
 def test_text_files_equal_the_tables(tmp_path):
     """Records written back as .txt give the streams that the tables give, by this importer and by

@@ -373,6 +373,7 @@ def test_parquet_types(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_distinct_values_are_counted_alike_in_every_process(tmp_path):
     program = (
         "from pipeline.prepare.importers import table; print([table._hash(value) for value in "

@@ -204,6 +204,7 @@ def test_a_run_killed_in_either_pass_goes_on_to_the_same_bytes(killed, text, tmp
     ), "what was whole is not written again"
 
 
+@pytest.mark.slow
 def test_a_source_and_an_output_on_s3(text, conll, squad, csv, tmp_path, s3_server):
     root = f"{s3_server}/{uuid.uuid4().hex}"
     for name, (folder, pairs) in SOURCES.items():

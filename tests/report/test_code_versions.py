@@ -177,6 +177,7 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
     assert here == []
 
 
+@pytest.mark.slow
 def test_a_combined_trial_is_made_anew_with_the_trials_that_it_combines(
     tmp_path, bundles, paths, here, edit
 ):
@@ -248,6 +249,7 @@ def test_seeds_of_different_code_make_an_entry_mixed(tmp_path, bundles, paths, h
     assert {entry.code_mark for entry in shown(state, rows)[0]} == {code_versions.MIXED}
 
 
+@pytest.mark.slow
 def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here):
     job = toy(tmp_path, bundles, paths)
     again(job)

@@ -99,6 +99,7 @@ def simulated(rng: np.random.Generator, sources: int, techniques: int, targets: 
     return names, gains.ravel(), measured, variances
 
 
+@pytest.mark.slow
 def test_nine_of_ten_intervals_hold_the_gain():
     """Of pairs that were tried, of those that were not, and of a target without trials."""
     rng = np.random.default_rng(0)

@@ -456,6 +456,7 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
     assert [line[0] for line in out[-1].rows] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_kept_features_follow_which_column_is_which_label(world, tmp_path):
     """The rows' labels are kept beside their features: other labels, or another order of them, are
     other rows.
@@ -567,6 +568,7 @@ def test_boxes_have_the_average_precision_of_each_class():
     assert "wins" in tones.values() and set(tones.values()) <= {"wins", "not shown"}
 
 
+@pytest.mark.slow
 def test_masks_have_the_average_precision_of_each_class():
     """Of masks, which the other network draws worse in the same boxes."""
 

@@ -68,6 +68,7 @@ class Counting(gymnasium.Env):
 # --- what it learns ---
 
 
+@pytest.mark.slow
 def test_the_pendulum_is_balanced():
     random = np.random.default_rng(0)
     expert = train(
@@ -92,6 +93,7 @@ def test_the_hopper_stands_up():
     assert np.mean(returns(world, expert.act, range(100, 110))) > 5 * np.mean(random)
 
 
+@pytest.mark.slow
 def test_what_is_learned_depends_on_the_dynamics_and_on_the_seed_of_training_alone():
     plain, same, other, heavy = (
         train(
@@ -140,6 +142,7 @@ def test_other_worlds_are_met_in_turn(monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_a_time_limit_is_no_end():
     """A reward of 1 for ever is worth 1 / (1 - gamma) = 5; for five steps, 3.4 to 1, 2.2 on
     average.

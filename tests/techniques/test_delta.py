@@ -76,7 +76,10 @@ def last_column_is_zero(module: nn.Module, number: int):
 # ---------------------------------------------------------------- weights of filters
 
 
-@EACH
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind != "text" else ()) for kind in KINDS],
+)
 def test_a_filter_weighs_by_the_loss_without_it(kind):
     """Against a network in which the filter's own weights are 0, in each compared layer."""
     task, rows = classified(KINDS[kind])

@@ -92,7 +92,13 @@ def test_features_are_the_outputs_of_all_layers(kind):
     assert {f"base.{name}" for name in before} == set(backbone.state_dict())
 
 
-@pytest.mark.parametrize("name", sorted({*KINDS.values(), *BACKBONES} - {"timm/inception_v3"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "timm/vgg11" else ())
+        for name in sorted({*KINDS.values(), *BACKBONES} - {"timm/inception_v3"})
+    ],
+)
 def test_features_of_a_row_do_not_depend_on_the_rows_beside_it(name):
     """Padding is left out: features are kept, and the same rows are predicted in other batches."""
     task, rows = classified(name)
@@ -291,6 +297,7 @@ def test_features_that_would_take_too_much_memory_are_refused(paths, tmp_path, m
         cached_heads.run([one], shared)
 
 
+@pytest.mark.slow
 def test_it_reads_layers_that_a_probe_cannot_see(paths, tmp_path):
     """The last block gives the same for every row; the layers before it tell the classes apart."""
     job = job_of(tmp_path, paths)

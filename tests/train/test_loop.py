@@ -941,6 +941,7 @@ def test_compiled_training_equals_eager_training(rows, validation, tmp_path):
     assert furthest(weights(runs[0].task), weights(runs[1].task)) < 1e-5
 
 
+@pytest.mark.slow
 def test_rows_of_many_widths_compile_twice(monkeypatch):
     """Once for the first width and once for all others (torch gives up after eight)."""
     found, widths = text_rows(), set()

@@ -121,6 +121,7 @@ def test_test_rows_are_compared_with_training_rows(tmp_path, bundles, paths, her
     assert sum(one.within_target for one in found) == 1, "in the features of one source"
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_decides_the_same(tmp_path, bundles, paths, here):
     """Records of any rung and of final trials are gone: those trials run again and no others."""
     job = job_of(tmp_path, bundles, paths)
@@ -140,6 +141,7 @@ def test_a_job_that_was_killed_decides_the_same(tmp_path, bundles, paths, here):
         }
 
 
+@pytest.mark.slow
 def test_a_larger_budget_keeps_what_was_trained_and_none_trains_everything(
     tmp_path, bundles, paths, here
 ):
@@ -193,6 +195,7 @@ def test_what_failed_at_a_rung_does_not_change_what_is_kept_later(
     assert set(made) <= set(here), "another budget decides anew"
 
 
+@pytest.mark.slow
 def test_where_every_trial_of_a_rung_failed_they_run_again(
     tmp_path, bundles, paths, here, monkeypatch
 ):

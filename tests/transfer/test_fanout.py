@@ -794,6 +794,7 @@ def test_a_trial_that_hangs_is_ended_and_the_others_go_on(paths, tmp_path, ray_h
     assert len([line for line in progress.lines if "its process was ended" in line]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(280)
 def test_a_trial_that_takes_too_long_is_ended(paths, tmp_path, ray_here):

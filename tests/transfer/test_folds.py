@@ -100,6 +100,7 @@ def test_entries_and_report_are_of_all_rows(ended):
     assert [one.target for one in advised] == ["task"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_folds_goes_on(toy, ended, monkeypatch):
     """The trials of one fold alone are those of the job that runs all."""
 

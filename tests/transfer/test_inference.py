@@ -227,8 +227,8 @@ def opened_alone(folder, module: str, images: torch.Tensor, *place: str) -> torc
     return torch.load(out, weights_only=True)
 
 
-LARGE = pytest.mark.slow
-"""Half a gigabyte of weights; its pre-logits are layers of their own."""
+SLOW = pytest.mark.slow
+"""VGG has half a gigabyte of weights; its pre-logits are layers of their own."""
 
 
 @torch.no_grad()
@@ -236,11 +236,13 @@ LARGE = pytest.mark.slow
     ("kind", "suffix", "name", "objective", "more"),
     [
         ("hugging-face", "", "timm/test_resnet", "classification", {}),
-        ("state-dict", ".pt", "timm/test_resnet", "classification", {}),
-        ("hugging-face", "", "timm/test_vit", "multilabel", {"patch_size": 8}),
         ("state-dict", ".safetensors", "timm/test_vit", "multilabel", {"patch_size": 8}),
-        pytest.param("hugging-face", "", "timm/vgg11", "classification", {}, marks=LARGE),
-        pytest.param("state-dict", ".safetensors", "timm/vgg11", "classification", {}, marks=LARGE),
+        pytest.param("state-dict", ".pt", "timm/test_resnet", "classification", {}, marks=SLOW),
+        pytest.param(
+            "hugging-face", "", "timm/test_vit", "multilabel", {"patch_size": 8}, marks=SLOW
+        ),
+        pytest.param("hugging-face", "", "timm/vgg11", "classification", {}, marks=SLOW),
+        pytest.param("state-dict", ".safetensors", "timm/vgg11", "classification", {}, marks=SLOW),
     ],
 )
 def test_a_classifier_trained_with_defaults_is_exported_with_its_norm(

@@ -127,6 +127,7 @@ def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):
     assert any(row.bundle_uri == used for row in results.read(job.root)), "and its rows"
 
 
+@pytest.mark.slow
 def test_jobs_that_recorded_no_uses_are_known_by_their_tables(both, tmp_path, paths):
     job, old, _ = both
     used = next(
@@ -206,6 +207,7 @@ def test_the_command_lists_first_and_removes_on_request(both, monkeypatch, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_a_part_of_a_job_leaves_the_rest_of_its_results(tmp_path, vit, paths, here):
     job = job_of(tmp_path, {"a": vit}, paths, ("scratch", "full"), ("one", "two"))
     run_through(job)

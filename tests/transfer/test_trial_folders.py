@@ -15,6 +15,10 @@ from pipeline.io import checksums, storage
 from pipeline.report import results, trial_folder
 from pipeline.transfer import stages
 
+LOCAL_AND_S3 = pytest.mark.parametrize(
+    "root", ["local", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
+)
+
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
@@ -53,6 +57,7 @@ def without_folders(root: str) -> None:
         checksums.write_document(uri, record)
 
 
+@LOCAL_AND_S3
 def test_trials_lie_under_names_and_all_that_read_them_find_them(root, tmp_path, vit, paths, ran):
     job = job_at(root, tmp_path, vit, paths)
     state, rows = run_through(job)
@@ -84,6 +89,7 @@ def test_trials_lie_under_names_and_all_that_read_them_find_them(root, tmp_path,
     assert ran == [lost.trial_id] and trial_folder.find_all(job.root) == found
 
 
+@LOCAL_AND_S3
 def test_a_run_of_an_older_version_goes_on_where_its_trials_lie(
     root, tmp_path, vit, paths, ran, monkeypatch
 ):
