@@ -389,6 +389,24 @@ def test_predictions_are_by_row_and_give_the_metrics(objective):
 
 
 @torch.no_grad()
+def test_no_metric_of_a_broken_network_is_a_number(objective):
+    """The largest of scores that are NaN would name a class, a tag, an answer."""
+    task, rows = objective.task, objective.rows
+    task.eval()
+    for parameter in task.parameters():
+        parameter.fill_(math.nan)
+    found = task.objective.predict(
+        task.backbone, take(rows, np.arange(6), objective=task.objective)
+    )
+    arrays = {name: tensor.numpy() for name, tensor in found.items()}
+    if isinstance(task.objective, Postprocesses):
+        raw = RawRows(objective.sample.table.slice(0, 6), objective.sample.columns, rows.modality)
+        arrays = task.objective.postprocess(arrays, raw)
+    values = {name: metric(name).value(arrays) for name in task.objective.metrics}
+    assert all(math.isnan(value) for value in values.values()), values
+
+
+@torch.no_grad()
 def test_a_head_on_cached_features_is_the_same_head(objective):
     task, rows = objective.task, objective.rows
     if not isinstance(task.objective, CachedHead):

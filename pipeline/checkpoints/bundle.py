@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipeline.checkpoints import differences
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import MadeBy, Provenance
 from pipeline.core.contracts import Backbone, Modality, Objective, Task
+from pipeline.core.contracts.backbone_capabilities import limits_rows
 from pipeline.core.contracts.objective_capabilities import rescales_scores
 from pipeline.core.specs import NO_OBJECTIVE, Architecture, ModalitySpec, ObjectiveSpec, Spec
 from pipeline.io import atomic_folder, s3, storage
@@ -52,6 +53,36 @@ def build_modality(spec: ModalitySpec) -> Modality:
     """Build a modality with its fitted state."""
     kind = registry.get("modality", spec.name)
     return kind(kind.options_class(**spec.options), spec.state)
+
+
+def largest_options(arch: Architecture) -> dict[str, float]:
+    """Return the largest values of the modality's options that a backbone reads, by name.
+
+    They are empty for most backbones (`LimitsRows`).
+    """
+    library, _, architecture = arch.name.partition("/")
+    kind = registry.get("model", library)
+    options = kind.options_class(**arch.options)
+    return kind.largest_options(architecture, options, arch.inputs) if limits_rows(kind) else {}
+
+
+def limit_modality(spec: ModalitySpec, arch: Architecture) -> tuple[ModalitySpec, str]:
+    """Lower the modality's options to what the backbone can read (`largest_options`).
+
+    Returns:
+        The modality, and what was lowered, as one sentence, or an empty string.
+    """
+    largest = largest_options(arch)
+    options = registry.get("modality", spec.name).options_class(**spec.options)
+    lowered = {name: most for name, most in largest.items() if getattr(options, name) > most}
+    if not lowered:
+        return spec, ""
+    description = ", ".join(
+        f"{name} is {most:g} in place of {getattr(options, name):g}"
+        for name, most in lowered.items()
+    )
+    text = f"{description}, since {arch.name} reads no more; longer rows count as bad rows"
+    return replace(spec, options={**spec.options, **lowered}), text
 
 
 def build_backbone(arch: Architecture, seed: int | None = None) -> Backbone:
@@ -349,8 +380,8 @@ class Bundle:
         return backbone.eval()
 
     def modality(self) -> Modality:
-        """Return the modality as it was fitted."""
-        return build_modality(self.manifest.modality)
+        """Return the modality as it was fitted, for rows that the backbone can read."""
+        return build_modality(limit_modality(self.manifest.modality, self.manifest.arch)[0])
 
     def backbone_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the backbone under its own names."""

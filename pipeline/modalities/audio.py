@@ -83,7 +83,8 @@ class AudioOptions(Options):
         40.0,
         gt=0,
         le=3600,
-        description="longer rows are bad: cut long recordings (an audio folder's are, at silence)",
+        description="longer rows are bad: cut long recordings (an audio folder's are, at silence); "
+        "lowered to what the backbone reads, such as Whisper's 30 s",
     )
     speed: float = Field(
         0.0,
@@ -430,7 +431,10 @@ class Audio(Modality):
         return self._masked(batch) if self.features == "mel" else batch
 
     def _played(self, x: Tensor, lengths: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Play each row at one of three speeds, except where it would be shorter than a window."""
+        """Play each row at one of three speeds.
+
+        Rows keep theirs that would become shorter than a window, or longer than ``max_seconds``.
+        """
         percents = torch.tensor(
             [
                 round(100 * (1 + change))
@@ -438,9 +442,12 @@ class Audio(Modality):
             ],
             device=x.device,
         )
-        chosen = torch.where(
-            lengths * 100 < self.window * percents[-1], percents[1], percents[(u * 3).long()]
+        chosen = percents[(u * 3).long()]
+        most = int(self.options.max_seconds * self.options.rate)
+        keeps_speed = (lengths * 100 < self.window * percents[-1]) | (
+            -(-lengths * 100 // chosen) > most
         )
+        chosen = torch.where(keeps_speed, percents[1], chosen)
         new = -(-lengths * 100 // chosen)
         out = x.new_zeros((len(x), max(1, int(new.max()))))
         for percent in chosen.unique().tolist():

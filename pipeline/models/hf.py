@@ -190,6 +190,18 @@ class HuggingFace(Backbone):
         seen = torch.arange(wave.shape[1], device=mask.device) < lengths.clamp(min=least)[:, None]
         return {"input_values": wave, "attention_mask": seen.long()}, real
 
+    @classmethod
+    def largest_options(
+        cls, architecture: str, options: HuggingFaceOptions, inputs: Inputs
+    ) -> dict[str, float]:
+        """Return the longest recording that the feature extractor does not cut (`LimitsRows`)."""
+        if "features" not in inputs:
+            return {}
+        config = auto_model.configuration(architecture, options.config, inputs)
+        extractor = _extractor(architecture, config, options.processor, inputs)
+        longest = None if extractor is None else auto_model.longest_seconds(extractor)
+        return {} if longest is None else {"max_seconds": longest}
+
     def model_inputs(self, batch: Batch) -> Mapping[str, Any]:
         """Return the arguments of ``model`` for a batch."""
         return self._words(batch)[0]
@@ -309,8 +321,8 @@ def spectrograms(
     if longest is not None and seconds > longest:
         raise ValueError(
             f"a recording of {seconds:.4g} s: {type(extractor).__name__} cuts recordings after "
-            f"{longest:g} s. Set modality: {{audio: {{max_seconds: {longest:g}}}}} (less where the "
-            "option speed slows rows down) and split longer recordings (prepare does so at silence)"
+            f"{longest:g} s. Set modality: {{audio: {{max_seconds: {longest:g}}}}} and split "
+            "longer recordings (prepare does so at silence)"
         )
     rows = [row[: max(1, n)].numpy() for row, n in zip(wave.float().cpu(), lengths, strict=True)]
     found = extractor(

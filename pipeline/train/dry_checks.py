@@ -107,15 +107,16 @@ def _corpus(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -
     options = objective.options_class(**spec.objective.options)
     columns = dict(spec.data.columns)
     state = fit_components.fit_objective(spec, splits)
+    arch = train_source.arch_of(spec, start, bundle.build_modality(modality).inputs())
+    modality, lowered = bundle.limit_modality(modality, arch)
     reads = bundle.build_modality(modality)
-    arch = train_source.arch_of(spec, start, reads.inputs())
     state = train_source.bind_state(objective, state, arch)
     fitted = ObjectiveSpec(spec.objective.name, options.model_dump(), state)
     if start:
         start.load_into(bundle.build_task(arch, fitted, seed=stage.seed).backbone)
     else:
         build(arch, fitted)
-    found = train_source.findings_of(stage, modality)
+    found = train_source.findings_of(stage, modality, lowered)
     decoder = Decoder(reads, spec.objective.name, state, columns)
     for name in ("train", "validation"):
         found += rows(name, getattr(splits, name), decoder, spec.data.max_bad_rows)

@@ -411,6 +411,7 @@ def fit(stage: SourceStage) -> FittedSource:
     assert spec.data is not None and splits is not None
     begun_by = begin(stage)
     arch, modality, objective, moved = _fit_network(stage)
+    modality, lowered = bundle.limit_modality(modality, arch)
     rows = _fit_rows(stage, modality, objective)
     notes = [splits.sizes(), *rows.notes, *_mixture_notes(spec, rows.corpora)]
     probe = None
@@ -441,7 +442,7 @@ def fit(stage: SourceStage) -> FittedSource:
         costs=rows.costs,
         lost=rows.lost,
         begun_by=tuple(begun_by),
-        findings=tuple(findings_of(stage, modality)),
+        findings=tuple(findings_of(stage, modality, lowered)),
     )
 
 
@@ -566,13 +567,17 @@ def _mixture_notes(spec: Source, corpora: tuple[int, ...]) -> list[str]:
     return [drawn, "validation is unweighted"]
 
 
-def findings_of(stage: SourceStage, modality: ModalitySpec) -> list[Finding]:
-    """What a sample of a source's rows shows: texts that are cut, missing labels, unknown names."""
+def findings_of(stage: SourceStage, modality: ModalitySpec, lowered: str) -> list[Finding]:
+    """What a sample of a source's rows shows: texts that are cut, missing labels, unknown names.
+
+    ``lowered`` tells which options of the modality were lowered (`bundle.limit_modality`).
+    """
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
     rows = {"train": splits.train, "validation": splits.validation}
-    found = row_checks.truncated_texts(bundle.build_modality(modality), objective, rows, columns)
+    found = [Finding(lowered)] if lowered else []
+    found += row_checks.truncated_texts(bundle.build_modality(modality), objective, rows, columns)
     found += row_checks.null_labels(objective, rows, columns)
     if stage.checkpoint_text:  # its modality was fitted on other rows
         found += row_checks.unshared_names(modality, objective, splits.train, columns)

@@ -297,7 +297,8 @@ def _read_input(
         ValueError: A column is missing or has another type than the bundle reads.
     """
     rows, named_files = manifests.build_with_named(data, form, imports)
-    modality, name = bundle.build_modality(found.modality), found.objective.name
+    modality = bundle.build_modality(bundle.limit_modality(found.modality, found.arch)[0])
+    name = found.objective.name
     objective = Objective if name == "none" else registry.get("objective", name)
     where = rows.files[0] if rows.files else data[0]
     if where.startswith(imports):

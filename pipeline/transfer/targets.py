@@ -564,6 +564,8 @@ class TargetReading(NamedTuple):
     """A description of what the source knows of these rows (`ReportsCoverage.coverage`)."""
     arch: Architecture
     objective: ObjectiveSpec
+    lowered: str
+    """Which options of the modality were lowered (`bundle.limit_modality`)."""
 
     @property
     def state(self) -> State:
@@ -577,6 +579,7 @@ def reading_of(target: TargetStage, group: BackboneGroup) -> TargetReading:
         ValueError: Rows, objective, techniques and backbone are not compatible.
     """
     spec_of_modality, known = _modality(target, group)
+    spec_of_modality, lowered = bundle.limit_modality(spec_of_modality, group.arch)
     modality = bundle.build_modality(spec_of_modality)
     objective = registry.get("objective", target.spec.objective.name)
     try:
@@ -591,18 +594,19 @@ def reading_of(target: TargetStage, group: BackboneGroup) -> TargetReading:
     )
     fitted = ObjectiveSpec(target.spec.objective.name, options.model_dump(), state)
     _check_group(target, group, arch, fitted)
-    return TargetReading(spec_of_modality, modality, known, arch, fitted)
+    return TargetReading(spec_of_modality, modality, known, arch, fitted, lowered)
 
 
 def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
     """Return warnings from a sample of the rows.
 
-    They are about texts that are cut, a feature that decides the label, names that only one side
-    has, and null labels.
+    They are about lowered options, texts that are cut, a feature that decides the label, names that
+    only one side has, and null labels.
     """
     spec, objective = target.spec, registry.get("objective", target.spec.objective.name)
     splits, columns = target.splits.by_name(), target.spec.data.columns
     return [
+        *([Finding(reading.lowered)] if reading.lowered else []),
         *row_checks.truncated_texts(reading.modality, objective, splits, columns),
         *leaks.find_leaks(reading.modality, spec, splits["train"], reading.state),
         *row_checks.null_labels(objective, splits, columns),
@@ -842,8 +846,12 @@ def reading_key(target: TargetStage, group: BackboneGroup) -> str:
     """Return what the decoded rows of a target depend on; groups with the same key share them."""
     objective = registry.get("objective", target.spec.objective.name)
     # which rows can be used may follow from the backbone too
-    is_bound = binds_to_backbone(objective)
-    return spec_hash(group.modality.to_json(), *([group.arch.to_json()] if is_bound else []))
+    is_bound, largest = binds_to_backbone(objective), bundle.largest_options(group.arch)
+    return spec_hash(
+        group.modality.to_json(),
+        *([group.arch.to_json()] if is_bound else []),
+        *([largest] if largest else []),
+    )
 
 
 def for_group(data: TargetData, group: BackboneGroup) -> TargetData:

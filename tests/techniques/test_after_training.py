@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from pipeline.config.schema import Job
 from pipeline.core.contracts import Ensemble, FinishedTrial, Task, Technique
 from pipeline.core.metrics import calibration
 from pipeline.core.specs import Architecture, ObjectiveSpec
-from pipeline.train import loop
+from pipeline.train import experiment, loop
 from pipeline.transfer import grid, stages, trial
 
 KINDS = {name: backbone for name, (_, backbone) in MODALITIES.items()}
@@ -351,6 +352,21 @@ def test_a_greedy_soup_leaves_out_what_makes_it_worse():
         ended, chosen = used.choose(start, goodness)
         assert chosen == {"soup": ["full 2", "full 1"]}
         assert goodness(ended) == pytest.approx(-0.001, abs=1e-6)
+
+
+def test_a_broken_network_is_no_ingredient_of_a_greedy_soup():
+    """Its metric is NaN, which counts as worst."""
+    task = net_task()
+    good, broken = shaken(task, 1), shaken(task, 2)
+
+    def check(one: Task) -> dict[str, float]:
+        is_broken = furthest(weights(one), good) > 0
+        return {"accuracy": math.nan if is_broken else 0.1}
+
+    used = technique("greedy_soup")
+    used.after_fanout([finished("full", 0, broken), finished("full", 1, good)])
+    _, chosen = used.choose(task, experiment._goodness(used, check, "accuracy"))
+    assert chosen == {"soup": ["full 1"]}
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from hf_families import FAMILIES
+from stage_runs import Silent, without_ray
 from toys import label_state, task_of
 from typer.testing import CliRunner
 
@@ -17,6 +19,7 @@ from pipeline import cli
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
+from pipeline.config.schema import Job
 from pipeline.core.contracts import Batch
 from pipeline.core.specs import ModalitySpec
 from pipeline.data import manifests
@@ -25,7 +28,7 @@ from pipeline.data.plan import Item
 from pipeline.io import storage
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.objectives.ctc import CTC, CTCOptions
-from pipeline.transfer import inference, prediction_files
+from pipeline.transfer import inference, prediction_files, preflight, stages
 
 RATE, TONE, GAP, PAUSE = 16000, 0.12, 0.06, 0.3
 """A letter is a tone of its own, with silence behind it, and more behind a word."""
@@ -432,3 +435,80 @@ def test_a_folder_of_recordings_is_transcribed_with_subtitles(trained, ray_here,
     )
     again = CliRunner().invoke(cli.app, line)
     assert again.exit_code == 0 and "1 of them from before" in again.output
+
+
+# ---------------------------------------------------------------- what a network can read
+
+
+WHISPER = FAMILIES["whisper"]
+READS = {"config": WHISPER.config, "processor": WHISPER.processor}
+"""Options of a Whisper that reads 1 s."""
+
+
+def spoken(path, seconds: list[float]) -> str:
+    split = [("train", "train", "validation", "test")[i % 4] for i in range(len(seconds))]
+    waves = [
+        0.1 * np.random.default_rng(i).standard_normal(int(s * RATE)) for i, s in enumerate(seconds)
+    ]
+    table = {"sound": [encoded(wave) for wave in waves], "split": split}
+    pq.write_table(pa.table({**table, "label": [f"{i // 4 % 2}" for i in range(len(waves))]}), path)
+    return str(path)
+
+
+def job_of_long_rows(folder) -> Job:
+    data = {
+        "uri": spoken(folder / "rows.parquet", [*np.linspace(0.3, 1.0, 46), 1.2, 1.4]),
+        "split_column": "split",
+        "modality": {"audio": {"max_seconds": 20.0, "speed": 0.2}},
+        "columns": {"audio": "sound", "label": "label"},
+        "max_bad_rows": 0.2,
+    }
+    train = {"steps": 2, "global_batch": 12, "eval_every_steps": 2}
+    part = {"data": data, "objective": "classification", "train": train}
+    return Job.model_validate(
+        {
+            "name": "toy",
+            "storage": str(folder / "runs"),
+            "sources": {"src": {**part, "backbone": {"hf/whisper": READS}}},
+            "targets": {"task": part},
+            "techniques": ["scratch", "full"],
+            "fanout": {"seeds": 1},
+        }
+    )
+
+
+def lowered(lines: list[str]) -> list[str]:
+    """Return of what it is said that rows are no longer than Whisper reads."""
+    note = "max_seconds is 1 in place of 20, since hf/whisper reads no more; longer rows count as"
+    return [line.partition(":")[0] for line in lines if note in line]
+
+
+def test_max_seconds_is_lowered_to_what_the_network_reads(tmp_path):
+    state = stages.check(job_of_long_rows(tmp_path), Silent())
+    assert lowered(preflight.check_rows(state)) == ["source src", "target task"]
+
+
+@pytest.mark.slow
+def test_rows_are_no_longer_than_the_network_reads(tmp_path, monkeypatch):
+    """In source and target; a change of speed makes no row longer either."""
+    without_ray(monkeypatch)
+    state = stages.check(job_of_long_rows(tmp_path), Silent())
+    stages.pretrain(state)
+    rows = stages.collect(state, stages.finetune(state, stages.share(state)))
+    assert {row.status for row in rows} == {"done"}
+    assert {row.n_eval for row in rows if row.split == "test"} == {11}, "1.4 s is left out"
+    assert lowered(state.progress.lines) == ["src", "task"]
+
+
+def test_an_old_bundle_whose_rows_may_be_too_long_predicts_the_others(tmp_path):
+    options = AudioOptions(features="wave", max_seconds=40.0)
+    modality = Audio(options, {"features": "wave", "normalize": False})
+    task = task_of("hf/whisper", modality.inputs(), "classification", label_state(), **READS)
+    spec = ModalitySpec("audio", options.model_dump(), modality.state)
+    uri = str(tmp_path / "bundle")
+    bundle.save(uri, task.eval(), spec, columns={"audio": "sound"})
+    rows = manifests.build([spoken(tmp_path / "rows.parquet", [0.5, 1.5])], "auto", str(tmp_path))
+    work = inference.Predictor(uri, Selection(rows), {"audio": "sound"})
+    found = work(Item(-1, 0, 2))
+    assert found["error"][0] == "" and "1.50 s long" in found["error"][1]
+    assert bundle.load(uri).manifest.modality.options["max_seconds"] == 40.0

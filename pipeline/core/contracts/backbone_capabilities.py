@@ -10,6 +10,7 @@ A backbone has a capability by having its members; nothing is declared. Each is 
     `ShapesMaskedHead`: the family has a head of its own for masked tokens (``mlm``).
     `SaysPacked`: whether a row may hold several documents (``mlm``, ``clm``).
     `NamesInputs`: the library's own model takes inputs by name (exports are compared with it).
+    `LimitsRows`: it cannot read rows as large as the modality may make them.
 """
 
 from __future__ import annotations
@@ -154,3 +155,23 @@ class NamesInputs(Protocol):
 def model_inputs(backbone: Any, batch: Batch) -> Mapping[str, Any] | None:
     """Return the arguments of the library's own model, None where the backbone does not say."""
     return backbone.model_inputs(batch) if isinstance(backbone, NamesInputs) else None
+
+
+@runtime_checkable
+class LimitsRows(Protocol):
+    """A backbone that cannot read rows as large as the modality may make them."""
+
+    @classmethod
+    def largest_options(
+        cls, architecture: str, options: Any, inputs: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Return the largest values of the modality's options that it reads, by name.
+
+        The arguments are those of the backbone's constructor.
+        """
+        ...
+
+
+def limits_rows(kind: Any) -> TypeIs[type[LimitsRows]]:
+    """Return whether a class of backbones says how large rows may be."""
+    return isinstance(kind, LimitsRows)

@@ -234,6 +234,12 @@ def plain(
 # ---------------------------------------------------------------- for the functions themselves
 
 
+MADE_FROM_SCORES = ("intersection", "hits", "word_errors", "exact", "true_classes")
+"""Predictions that an objective makes from scores that it does not keep: of pixels, words,
+transcripts, answers and boxes. The loss of such a row is NaN where one of the scores was.
+"""
+
+
 def rows_with_nan(p: Predictions, column: int | None = None) -> np.ndarray:
     """Return (n,) bool: rows with a label and a NaN score, as a diverged network gives.
 
@@ -241,6 +247,8 @@ def rows_with_nan(p: Predictions, column: int | None = None) -> np.ndarray:
     """
     n = len(next(iter(p.values())))
     scores, label = p.get("scores"), p.get("label", p.get("labels"))
+    if "loss" in p and any(name in p for name in MADE_FROM_SCORES):
+        return np.isnan(p["loss"])
     if scores is None or label is None or not n:
         return np.zeros(n, dtype=bool)
     wrong: np.ndarray = np.isnan(scores)
