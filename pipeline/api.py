@@ -494,25 +494,31 @@ def export(
     *,
     kind: str = "bundle",
     backbone_only: bool = False,
+    fps: float | None = None,
     plugins: Sequence[str] = (),
 ) -> str:
-    """Write a bundle as a folder or file that other libraries open.
+    """Write a bundle, or prepared episodes, as a folder or file that other libraries open.
 
     Args:
-        bundle: URI of the bundle.
+        bundle: URI of the bundle; of ``lerobot`` the folder of prepared episodes.
         output: Folder, or file for a state dict.
         kind: A registered kind of export, in ``pipeline/checkpoints/exports``. ``bundle``: a
             verified copy; ``hugging-face``: a folder that transformers or timm opens; ``onnx`` and
             ``torch-export``: the network as a graph; ``state-dict``: one .safetensors or .pt file.
+            Or ``lerobot``: prepared episodes as a LeRobot data set.
         backbone_only: Leave the head out.
+        fps: Of ``lerobot``: steps a second; None: as the folder says.
         plugins: Modules or paths that hold components the bundle is made of.
 
     Returns:
         What was written, in words, with the largest difference to the bundle.
     """
     from pipeline.checkpoints.export import export_bundle
+    from pipeline.prepare import lerobot_export
     from pipeline.transfer import publishing
 
+    if kind == lerobot_export.KIND:
+        return lerobot_export.export(bundle, output, fps)
     use_plugins(plugins)
     written = export_bundle(bundle, output, kind, backbone_only)
     publishing.write_card(bundle, output)

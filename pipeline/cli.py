@@ -617,20 +617,27 @@ def embed(
 
 EXPORT_KINDS = (
     "bundle: a verified copy; hugging-face: a folder for transformers' Auto classes or "
-    "timm.create_model (local-dir:); onnx: a graph for onnxruntime (extra onnx); peft: an adapter "
-    "alone; sentence-transformers: texts to vectors; state-dict: one .safetensors or .pt file; "
-    "torch-export: a graph for torch.export.load."
+    "timm.create_model (local-dir:); lerobot: prepared episodes as a LeRobot data set; onnx: a "
+    "graph for onnxruntime (extra onnx); peft: an adapter alone; sentence-transformers: texts to "
+    "vectors; state-dict: one .safetensors or .pt file; torch-export: a graph for "
+    "torch.export.load."
 )
 
 
 @app.command()
 def export(
-    bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
+    bundle: Annotated[
+        str, typer.Argument(help="The bundle to export; for lerobot a folder of prepared episodes.")
+    ],
     output: Annotated[str, typer.Argument(help="Folder, or file for a state dict.")],
     kind: Annotated[str, typer.Option(help=EXPORT_KINDS)] = "bundle",
     backbone_only: Annotated[
         bool, typer.Option(help="Leave the head out; names as the model library has them.")
     ] = False,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="lerobot: steps a second, where the prepared folder does not say."),
+    ] = None,
     plugin: Plugin = None,
 ) -> None:
     """Write a bundle in a form that other programs open.
@@ -645,7 +652,7 @@ def export(
     """
     with _exit_codes():
         text = api.export(
-            bundle, output, kind=kind, backbone_only=backbone_only, plugins=plugin or ()
+            bundle, output, kind=kind, backbone_only=backbone_only, fps=fps, plugins=plugin or ()
         )
     out.print(text, markup=False, soft_wrap=True)
 

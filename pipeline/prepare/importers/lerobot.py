@@ -35,6 +35,8 @@ from pipeline.prepare.readers.lerobot_layout import EpisodeInfo, Layout
 from pipeline.prepare.readers.picture_check import BrokenImageError, examine
 
 INDICES = ("episode_index", "frame_index", "index", "timestamp", "task_index")
+ENDS = ("next.done", "next.truncated")
+"""Features that are true at the last step alone, where an episode ended so."""
 NUMBERS = ("float", "double", "int", "uint", "bool", "half")
 """Prefixes of the dtypes of features that are numbers."""
 
@@ -64,10 +66,10 @@ class Lerobot(EpisodeImporter):
 
     Columns: episode, task (its text), embodiment, observations, actions, rewards (next.reward, if
     there is one), images (--set images=CAMERA, with --resize and --quality; without these, stored
-    images keep their bytes), terminated (next.done of the last row), truncated, steps, split. A
-    frame is the one nearest to its row's timestamp. Left out and counted by reason: episodes whose
-    rows and metadata disagree (number of rows, range of index, widths), without their files or
-    frames, or with values that are not finite.
+    images keep their bytes), terminated (next.done of the last row), truncated (next.truncated;
+    without it, not terminated), steps, split. A frame is the one nearest to its row's timestamp.
+    Left out and counted by reason: episodes whose rows and metadata disagree (number of rows, range
+    of index, widths), without their files or frames, or with values that are not finite.
     """
 
     label = "task"
@@ -237,7 +239,7 @@ class Lerobot(EpisodeImporter):
         with parquet.opened(SplitReader(input_split, opener)) as file:
             there = file.schema_arrow.names
             start, stop = _groups(file.metadata, there, wanted)
-        more = [name for name in ("next.reward", "next.done") if name in self.layout.features]
+        more = [name for name in ("next.reward", *ENDS) if name in self.layout.features]
         needed = [
             *self.observed,
             *filter(None, [self.options.actions]),
@@ -314,16 +316,19 @@ class Lerobot(EpisodeImporter):
         ]:
             if values is not None and (why := number_problem(values, name)):
                 raise UnusableError(why)
-        done = "next.done" in self.layout.features and bool(
-            matrix(rows["next.done"], "next.done", 1)[-1, 0]
-        )
+        ended = {
+            name: bool(matrix(rows[name], name, 1)[-1, 0])
+            for name in ENDS
+            if name in self.layout.features
+        }
+        terminated = ended.get("next.done", False)
         robot = o.embodiment or str(self.layout.info.get("robot_type") or "")
         return Episode(
             f"episode_{episode.number:06d}",
             np.concatenate(parts, axis=1).astype(np.float32),
             actions,
-            done,
-            not done,
+            terminated,
+            ended.get("next.truncated", not terminated),
             rewards,
             self._images(episode, rows, settings),
             self._task(episode, rows),

@@ -140,6 +140,7 @@ class Rollouts(EpisodeImporter):
                 "them apart"
             )
         self.classes: list[str] | None = None
+        self.fps: float | None = None
         self.robot, self.world = "", World("", 1, 0)
         self.trained: Any = None
 
@@ -188,6 +189,7 @@ class Rollouts(EpisodeImporter):
             "skills": self.skills,
             "classes": self.classes,
             "explore": o.explore,
+            "fps": self.fps,
             "versions": versions,
         }
         mark = " ".join(
@@ -276,6 +278,8 @@ class Rollouts(EpisodeImporter):
         env = environment.make(world)
         try:
             seen, done = env.observation_space, env.action_space
+            seconds = getattr(env.unwrapped, "dt", None)
+            self.fps = round(1 / float(seconds), 6) if seconds else None
             if len(seen.shape or ()) != 1:
                 raise ValueError(
                     f"{world.id}: observations of shape {seen.shape}, where rows of numbers "
