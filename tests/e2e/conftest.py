@@ -119,6 +119,16 @@ def command(onetomany_here):
     return onetomany_here
 
 
+def with_packages_of_its_own(folder: Path) -> Path:
+    """Put a `pipeline` and a `cluster` into the folder, which no run there may take."""
+    for name in ("pipeline", "cluster"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(
+            "raise SystemExit('the package in the current folder was taken')\n"
+        )
+    return folder
+
+
 def command_line(*words: object) -> list[str]:
     return [sys.executable, "-P", "-m", "pipeline.cli", *map(str, words)]
 

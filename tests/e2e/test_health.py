@@ -30,18 +30,6 @@ PLANTED = [
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("onetomany_here", id="here"),
-        pytest.param("onetomany_on_ray", id="ray", marks=[pytest.mark.ray, pytest.mark.slow]),
-    ],
-)
-def command(request):
-    """Without Ray in the quick tier, and on Ray in the long one: its workers log no patient's id."""
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(scope="module")
 def health_data(tmp_path_factory) -> Path:
     folder, table, rng = tmp_path_factory.mktemp("health"), stays(240), np.random.default_rng(1)

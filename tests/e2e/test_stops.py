@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import SMALL, command_line, environment
+from tests.e2e.conftest import SMALL, command_line, environment, with_packages_of_its_own
 from tests.e2e.test_lora import check_bundle
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -88,8 +88,8 @@ def kill(process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, onetomany_on_ray):
-    """A folder whose source is trained."""
-    folder = tmp_path_factory.mktemp("sources")
+    """A folder whose source is trained. On the shared Ray no run takes a package that lies there."""
+    folder = with_packages_of_its_own(tmp_path_factory.mktemp("sources"))
     assert onetomany_on_ray("pretrain", SMALL, cwd=folder).returncode == 0
     return folder
 
@@ -180,8 +180,8 @@ def test_a_killed_fine_tune_goes_on_in_the_middle(sources, begin, onetomany_on_r
         "--set",
         "techniques=[scratch]",
         "--set",
-        "targets.shoes.train={steps: 2000, global_batch: 16, checkpoint_every_steps: 20, "
-        "eval_every_steps: 1000}",
+        "targets.shoes.train={steps: 500, global_batch: 16, checkpoint_every_steps: 20, "
+        "eval_every_steps: 250}",
     )
     process = begin(sources, *words)
     until(
@@ -193,7 +193,7 @@ def test_a_killed_fine_tune_goes_on_in_the_middle(sources, begin, onetomany_on_r
     done = onetomany_on_ray(*words, cwd=sources)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(path.read_text()) for path in records(sources)]
-    (resumed,) = [record for record in found if record["rows"][0]["steps"] == 2000]
+    (resumed,) = [record for record in found if record["rows"][0]["steps"] == 500]
     assert resumed["resumed_from"] >= 20 and not list(
         sources.glob("runs/small/trials/**/checkpoints")
     )
@@ -245,13 +245,19 @@ def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany_on_ray, tin
     )
 
 
-def test_elastic_ranks_take_what_there_is(onetomany_on_ray, tmp_path):
+def test_a_failing_trial_leaves_its_row_and_stops_nothing(sources, onetomany_on_ray):
+    train = "{steps: 8, global_batch: 8, lr: 1e-3, max_bad_steps: 1, clip_norm: null}"
+    words = ("techniques=[scratch, {lora: {lr_scale: 1e33}}]", f"targets.shoes.train={train}")
     done = onetomany_on_ray(
-        "pretrain", SMALL, "--set", "sources.garments.workers=[1, 2]", cwd=tmp_path
+        "run", SMALL, *(word for one in words for word in ("--set", one)), cwd=sources
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (manifest,) = tmp_path.glob("runs/small/sources/garments-*/bundle/manifest.json")
-    assert json.loads(manifest.read_text())["training"]["ranks"] in (1, 2)
+    assert done.returncode == 1
+    assert "not finite" in done.stderr and "Traceback" not in done.stderr
+    rows = pq.read_table(sources / "runs/small/results.parquet").to_pylist()
+    rows = [row for row in rows if row["steps"] == 8 or row["status"] == "failed"]
+    assert {row["status"] for row in rows if row["technique"] == "scratch"} == {"done"}
+    (failed,) = {row["error"] for row in rows if row["technique"] == "lora"}
+    assert "NonFinite" in failed
 
 
 def test_a_run_that_loses_its_lease_stops_with_one_line_and_writes_nothing_more(tmp_path, begin):

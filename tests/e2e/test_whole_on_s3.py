@@ -1,5 +1,5 @@
 """The whole spine with data and runs on an S3 server (moto's, on loopback). On Ray the quickstart
-does the same (test_verbs.py).
+does the same (test_quickstart.py).
 """
 
 from __future__ import annotations
