@@ -130,6 +130,10 @@ def pictures(size: int = 32, **options: Any) -> Sample:
         {
             "image": [png(np.moveaxis(one, 0, -1)) for one in pixels],
             "label": labels,
+            "caption": [
+                f"a {('dark', 'pale', 'striped')[i]} thing, number {n}"
+                for n, i in enumerate(labels)
+            ],
             "labels": [["a"], ["a", "b"], ["b"], [], ["c"], ["a", "c"], ["b", "c"], ["c"]],
             "boxes": [[[0.0, 0.0, 1.0, 1.0], [0.15, 0.15, 0.65, 0.65], [0.7, 0.7, 0.9, 0.9]]] * N,
             "classes": [["cat", "dog", "dog"]] * N,
@@ -318,6 +322,9 @@ takes them from a package.
 OBJECTIVES: dict[str, Case] = {
     "behaviour_cloning": Case(demonstrations, "policy/mlp", {"width": 16}),
     "classification": Case(with_roles(pictures, label="label"), *VIT),
+    "clip": Case(
+        with_roles(pictures, caption="caption"), *VIT, {"width": 16, "layers": 1, "heads": 2}
+    ),
     "clm": Case(texts, *GPT2),
     "ctc": Case(
         with_roles(MELS, transcript="transcript"),

@@ -1,5 +1,5 @@
-"""What tests of self-supervision share: views that need no modality, a backbone for images of any
-size, and short runs on one rank or several.
+"""What tests of self-supervision share: views and captions that need no modality, a backbone for
+images of any size, and short runs on one rank or several.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from toys import furthest, image_rows, make_run, weights
 
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, Task, View
+from pipeline.core.contracts.objective_capabilities import compares_views
 from pipeline.core.rng import uniform
 from pipeline.core.specs import Architecture
 from pipeline.data.stream import LoadedBatch
@@ -21,6 +22,8 @@ from pipeline.train import loop
 from pipeline.train.loop import Ranks
 
 SIZE = 8
+STATES = {"clip": {"tokenizer": "", "vocabulary": 11, "length": 6}}
+"""States of objectives that have any."""
 
 
 class Conv(Backbone):
@@ -49,11 +52,17 @@ class Conv(Backbone):
 def task(objective: str, seed: int = 0, norm: str = "group", **options: Any) -> Task:
     torch.manual_seed(seed)
     backbone, kind = Conv(norm=norm), registry.get("objective", objective)
-    return Task(backbone, kind(backbone, kind.options_class(**options), {}))
+    return Task(backbone, kind(backbone, kind.options_class(**options), STATES.get(objective, {})))
+
+
+def views_of(made: Task) -> tuple[View, ...]:
+    return made.objective.views() if compares_views(made.objective) else ()
 
 
 def looks(batch: Batch, views: tuple[View, ...]) -> Batch:
-    """Views from the rows' keys: a corner of the view's size, and noise."""
+    """Views from the rows' keys: a corner of the view's size, and noise; and a caption of three to
+    six tokens.
+    """
     image, made = batch["image"], {}
     for i, view in enumerate(views):
         size = view.size or image.shape[2]
@@ -61,6 +70,9 @@ def looks(batch: Batch, views: tuple[View, ...]) -> Batch:
             len(batch), -1, size, size
         )
         made[f"view{i}"] = image[:, :, :size, :size] + noise
+    numbers = uniform(batch.keys, 7, stream=40)
+    made["caption"] = (11 * numbers[:, :6]).int()
+    made["caption_lengths"] = 3 + (4 * numbers[:, 6]).long()
     return batch.replace(**made)
 
 
@@ -76,7 +88,7 @@ def run_of(
     """A run on small rows; the rows ``lost`` of a step are taken out of whatever rank has them."""
     rows = image_rows(48, size=SIZE)
     run = make_run(rows, made, ranks=ranks, **{"steps": 4, "lr": 0.01, "global_batch": 8, **words})
-    whole, views = run.batches, made.objective.views()
+    whole, views = run.batches, views_of(made)
 
     def ready(batch: Batch, training: bool) -> Batch:
         return looks(rows.modality.finish(batch), views) if len(batch) else batch

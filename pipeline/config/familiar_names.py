@@ -88,7 +88,9 @@ SAME_THING: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("fill_mask", "masked_lm", "masked_language_modeling"), ("mlm",)),
     **dict.fromkeys(("causal_lm", "text_generation", "next_token"), ("clm",)),
     **dict.fromkeys(("lm", "language_modeling", "language_model"), ("clm", "mlm")),
-    **dict.fromkeys(("contrastive", "ssl", "self_supervised"), ("simclr", "dino", "mae")),
+    **dict.fromkeys(("ssl", "self_supervised"), ("simclr", "dino", "mae")),
+    "contrastive": ("simclr", "clip"),
+    **dict.fromkeys(("image_text", "siglip", "align", "clap"), ("clip",)),
     **dict.fromkeys(("imitation", "imitation_learning", "bc"), ("behaviour_cloning",)),
     "cross_entropy": ("classification", "loss"),
     # metrics

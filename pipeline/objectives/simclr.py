@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective, View
-from pipeline.core.nn.all_gather import gather
+from pipeline.core.nn.all_gather import gather, loss_of_own_rows
 from pipeline.core.specs import State
 
 
@@ -101,10 +101,7 @@ class SimCLR(Objective):
         everyone, first = gather(self._project(backbone, batch))
         losses, hits = self._losses(everyone)
         own_rows = slice(first, first + len(batch))
-        whole = losses.sum()
-        # the value of this rank's rows with the gradient of all rows' loss
-        without_value = whole - whole.detach()
-        total = losses[own_rows].sum().detach() + without_value
+        total = loss_of_own_rows(losses, own_rows)
         count = total.new_full((), 2.0 * len(batch))
         return total, count, {"top1": hits[own_rows].sum()}
 

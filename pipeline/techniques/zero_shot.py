@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from pipeline.config.registry import register
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Technique
 
 
-@register("technique", "zero_shot")
+class ZeroShotOptions(Options):
+    prompt: str = Field(
+        "a photo of a {}",
+        pattern=r"^[^{}]*\{\}[^{}]*$",
+        description="with a source of clip: the text about each class; its name stands for {}",
+    )
+
+
+@register("technique", "zero_shot", options=ZeroShotOptions)
 class ZeroShot(Technique):
     """Test the source's backbone and head as they are.
 
     It shows where adaptation starts. It is for objectives whose head is transferred, and for
     classification and multilabel, whose head is carried over label by label, by their names: the
     source must know every label of the target.
+
+    A source of `clip` knows texts instead. Its head for a target of classification are the texts of
+    the option ``prompt`` about the classes (Radford et al. 2021): the scores are cosines between
+    the features of a row and each text, divided by the temperature.
     """
 
     def phases(self, steps):
@@ -20,3 +34,6 @@ class ZeroShot(Technique):
 
     def rates(self, layers, phase):
         return dict.fromkeys(layers, 0.0)
+
+    def class_texts(self, names):
+        return [self.options.prompt.replace("{}", name) for name in names]

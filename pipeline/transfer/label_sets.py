@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,13 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.config import registry
+from pipeline.config.registry import LinearHeadOptions
 from pipeline.core.contracts import Arrays, Objective
-from pipeline.core.contracts.objective_capabilities import names_labels
+from pipeline.core.contracts.objective_capabilities import (
+    names_labels,
+    predicts_from_scores,
+    reads_texts,
+)
 from pipeline.core.specs import ObjectiveSpec
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
@@ -134,6 +139,27 @@ def problem(
     if needs_all and match.of_target_alone:
         return f"source {source} does not know the target's labels {_some(match.of_target_alone)}"
     return ""
+
+
+def head_of_texts(objective: Objective, source: Objective, texts: Sequence[str]) -> tuple[int, str]:
+    """Make the head of a target of texts about its classes, by a source that reads texts.
+
+    Returns:
+        How many classes have a text, and what was done in words.
+    """
+    options = objective.options
+    has_classes = predicts_from_scores(objective) and objective.label_kind == "classes"
+    if not has_classes or not isinstance(options, LinearHeadOptions):
+        return 0, (
+            f"head new: texts make a head for classification, and the target is "
+            f"{objective.registered_name}"
+        )
+    if not options.norm:
+        return 0, "head new: a head made of texts reads normalised features: leave norm: false out"
+    assert reads_texts(source)
+    weight = source.head_of_texts(texts)
+    objective.load_state_dict({"head.weight": weight, "head.bias": weight.new_zeros(len(weight))})
+    return len(weight), f"head: {len(weight)} classes by texts such as {texts[0]!r}"
 
 
 def carry_head(

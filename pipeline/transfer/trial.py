@@ -35,6 +35,7 @@ from pipeline.core.contracts import (
 from pipeline.core.contracts.objective_capabilities import (
     has_cached_head,
     is_calibrated,
+    reads_texts,
     rollout_metrics,
     target_metrics,
     transfers_head,
@@ -42,6 +43,7 @@ from pipeline.core.contracts.objective_capabilities import (
 from pipeline.core.contracts.technique_capabilities import (
     LABELLED_SOURCE,
     adapts_without_labels,
+    describes_classes,
     keeps_modules,
     reads_source,
 )
@@ -373,8 +375,7 @@ def build(
         source_objective, arrays = shared.heads[trial.source]
         kept, head = bundle.carry_tensors(task.objective, source_objective, _tensors(arrays))
     elif is_untrained or adapts_without_labels(technique):
-        source_objective, arrays = shared.heads[trial.source]
-        kept, head = label_sets.carry_head(task.objective, source_objective, _tensors(arrays))
+        kept, head = _start_head(trial, shared, task.objective, technique)
         if is_untaught and 0 < kept < len(data.label_names):
             kept, head = 0, f"it lacks some of the target's labels; {head}"
     if is_untaught and not kept:
@@ -383,6 +384,28 @@ def build(
             f"target ({head}): it can only be fine-tuned"
         )
     return task, f"{backbone}; {head}", weights_hash(task)
+
+
+def _start_head(
+    trial: Trial, shared: Shared, objective: Objective, technique: Technique
+) -> tuple[int, str]:
+    """Load the head that a source gives without training: the rows of its own for labels of the
+    same names, or rows that it makes of texts about them.
+
+    Returns:
+        How many labels have a row, and what was done in words.
+    """
+    theirs, arrays = shared.heads[trial.source]
+    source = source_task(trial, shared) if _reads_texts(theirs) else None
+    if source is not None and describes_classes(technique):
+        texts = technique.class_texts(objective.state["labels"])
+        return label_sets.head_of_texts(objective, source.objective, texts)
+    return label_sets.carry_head(objective, theirs, _tensors(arrays))
+
+
+def _reads_texts(objective: ObjectiveSpec) -> bool:
+    has_head = objective.name != NO_OBJECTIVE.name
+    return has_head and reads_texts(registry.get("objective", objective.name))
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:

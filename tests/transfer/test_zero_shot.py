@@ -1,8 +1,13 @@
 """The source's network tried as it is, its head carried over, and scratch with a larger budget."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from stage_runs import prepared, primary, without_ray
 from toys import image_files, job_of, shared_of, trial_of
 from transfer.test_stages import Silent
 
@@ -10,8 +15,12 @@ from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job
 from pipeline.core.specs import ObjectiveSpec
 from pipeline.objectives.classification import Classification
+from pipeline.objectives.clip import CLIP, CLIPOptions
 from pipeline.report import matrix
+from pipeline.techniques.zero_shot import ZeroShotOptions
 from pipeline.transfer import dry_run, grid, stages, targets, trial
+
+SAMPLES = Path(__file__).parents[2] / "jobs" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +159,91 @@ def test_zero_shot_needs_a_head_that_is_carried(tmp_path, paths, monkeypatch):
         r"a new one: leave it out",
     ):
         shared_of(tmp_path, job, paths)
+
+
+def test_texts_about_the_classes_are_the_head_of_a_source_with_captions(tmp_path, paths):
+    job, shared = world(tmp_path, paths)
+    options = CLIPOptions(width=16, layers=1, heads=2)
+    captions = pa.table({"caption": [f"a photo of class {number}" for number in range(3)]})
+    state = CLIP.fit(options, captions, {"caption": "caption"})
+    spec = ObjectiveSpec("clip", options.model_dump(), state)
+    theirs = bundle.build_task(next(iter(shared.targets.values())).arch, spec, seed=5).objective
+    shared.heads["src"] = (spec, {name: t.numpy() for name, t in theirs.state_dict().items()})
+    for technique, prompt in (
+        ("zero_shot", "a photo of a {}"),
+        ({"zero_shot": {"prompt": "{}, in grey"}}, "{}, in grey"),
+    ):
+        one = trial_of(job, shared, technique, fraction=0)
+        start, moved, _ = trial.build(one, shared)
+        texts = [prompt.replace("{}", f"class {number}") for number in range(3)]
+        assert moved.endswith(f"; head: 3 classes by texts such as {texts[0]!r}")
+        head = start.objective.state_dict()
+        torch.testing.assert_close(head["head.weight"], theirs.head_of_texts(texts))
+        assert not head["head.bias"].any()
+    assert trial.build(trial_of(job, shared, "full"), shared)[1].endswith("; head new")
+
+
+def test_a_prompt_has_one_place_for_the_name():
+    for prompt in ("a photo", "{} or {}", "{name}"):
+        with pytest.raises(ValueError, match="prompt"):
+            ZeroShotOptions(prompt=prompt)
+
+
+@pytest.mark.slow
+def test_texts_name_pictures_of_which_only_captions_were_seen(tmp_path, monkeypatch):
+    """Ten kinds of garments; chance is 0.1."""
+    table = pq.read_table(SAMPLES / "fashion_mnist_6000.parquet")
+    table = table.take(np.random.default_rng(0).permutation(len(table)))
+    templates = ("a photo of a {}", "the {} of a shop", "{}, in grey", "one {}")
+    captions = [
+        templates[row % 4].format(name) for row, name in enumerate(table["label_name"].to_pylist())
+    ]
+    table = table.append_column("caption", pa.array(captions))
+    for name, rows in (("seen", table[:5000]), ("new", table[5000:])):
+        pq.write_table(rows, tmp_path / f"{name}.parquet")
+    paths = {
+        "train": str(tmp_path / "seen.parquet"),
+        "test": str(tmp_path / "new.parquet"),
+    }
+    job = Job.model_validate(
+        {
+            "name": "captions",
+            "storage": str(tmp_path / "runs"),
+            "sources": {
+                "captions": {
+                    "data": {
+                        "train": paths["train"],
+                        "modality": {"image": {"size": 32, "channels": 1}},
+                        "columns": {"image": "image", "caption": "caption"},
+                    },
+                    "backbone": "timm/test_resnet",
+                    "objective": {"clip": {"width": 64, "layers": 2, "heads": 2, "length": 12}},
+                    "train": {"steps": 120, "global_batch": 64, "lr": 3e-3},
+                }
+            },
+            "targets": {
+                "garments": {
+                    "data": {
+                        **paths,
+                        "modality": "image",
+                        "columns": {"image": "image", "label": "label", "label_name": "label_name"},
+                    },
+                    "objective": "classification",
+                    "label_fractions": [1],
+                    "train": {"steps": 1},
+                }
+            },
+            "techniques": ["zero_shot"],
+            "fanout": {"seeds": 1},
+        }
+    )
+    without_ray(monkeypatch)
+    state = prepared(job)
+    stages.pretrain(state)
+    found = stages.finetune(state, stages.share(state))
+    (row,) = primary(stages.collect(state, found), technique="zero_shot")
+    print(f"accuracy {row.value:.3f} on {row.n_eval} pictures")
+    assert row.value > 0.4
 
 
 def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, paths):

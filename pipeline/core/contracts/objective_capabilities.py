@@ -12,6 +12,7 @@ Training and transfer:
     `UpdatesAfterStep`, `ReplacesBackbone`: something moves with the steps, such as a teacher.
     `TransfersHead`: a target starts with its source's head.
     `NamesLabels`: a head can be carried over label by label, by their names.
+    `ReadsTexts`: texts about classes make a head.
 
 Rows and labels:
     `HasClasses`: a row has one class or one set of labels.
@@ -182,6 +183,22 @@ class NamesLabels(Protocol):
 
     head_options: ClassVar[tuple[str, ...]]
     """Options that change what the weights of the head mean: with others they are not carried."""
+
+
+@runtime_checkable
+class ReadsTexts(Protocol):
+    """An objective of a source that has learned which texts suit a row.
+
+    Texts about the classes of a target make a head for it, without any label.
+    """
+
+    def head_of_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the weights (len(texts), D) of a linear layer without biases.
+
+        Its input are pooled features after a layer norm without parameters (`LinearHeadOptions`),
+        its outputs are logits of the texts.
+        """
+        ...
 
 
 # ---------------------------------------------------------------- rows and labels
@@ -609,6 +626,11 @@ def balances_labels(options: Any) -> bool:
 def names_labels(objective: Any) -> TypeIs[NamesLabels]:
     """Return whether labels of two data sets can be compared by name."""
     return isinstance(objective, NamesLabels)
+
+
+def reads_texts(objective: Any) -> TypeIs[ReadsTexts]:
+    """Return whether texts about classes make a head."""
+    return isinstance(objective, ReadsTexts)
 
 
 def binds_to_backbone(objective: Any) -> TypeIs[BindsToBackbone]:

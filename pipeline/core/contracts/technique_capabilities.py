@@ -6,6 +6,7 @@ A technique has a capability by having its member; nothing is declared. Each is 
     `AddsPenalty`: something is added to the loss of a batch (L2-SP, distillation).
     `AddsModules`: the tensors of the backbone have other names in training (LoRA).
     `AdaptsWithoutLabels`: no label of the target is needed.
+    `DescribesClasses`: the head is made of texts about the classes, where the source reads any.
     `GathersRows`: the penalty compares the rows of all ranks.
     `FollowsProgress`: the penalty changes with the steps.
     `PreparesOnTarget`: rows of the target are read once before anything is trained.
@@ -26,7 +27,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from typing_extensions import TypeIs
@@ -79,6 +80,18 @@ class AdaptsWithoutLabels(Protocol):
 
     def check_target(self, objective: type[Objective], modality: type[Modality]) -> None:
         """Raise ValueError where it does not suit an objective or a modality."""
+        ...
+
+
+@runtime_checkable
+class DescribesClasses(Protocol):
+    """A technique without training that can start with a head made of texts about the classes.
+
+    That needs a source that reads texts (`ReadsTexts`); with another one the head is carried over.
+    """
+
+    def class_texts(self, names: Sequence[str]) -> list[str]:
+        """Return a text about each class, given their names."""
         ...
 
 
@@ -281,6 +294,11 @@ class ChecksBackbone(Protocol):
 def adapts_without_labels(technique: Any) -> TypeIs[AdaptsWithoutLabels]:
     """Return whether a technique needs no label of the target."""
     return isinstance(technique, AdaptsWithoutLabels)
+
+
+def describes_classes(technique: Any) -> TypeIs[DescribesClasses]:
+    """Return whether a head can be made of texts about the classes."""
+    return isinstance(technique, DescribesClasses)
 
 
 def gathers_rows(technique: Any) -> TypeIs[GathersRows]:

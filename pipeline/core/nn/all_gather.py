@@ -49,6 +49,16 @@ def gather(local: Tensor) -> tuple[Tensor, int]:
     return torch.cat(rows), sum(held[:rank])
 
 
+def loss_of_own_rows(losses: Tensor, own_rows: slice) -> Tensor:
+    """Return the sum of this rank's rows' losses, with the gradient of the sum of all rows' losses.
+
+    ``losses``: (N,) or (N, ...) of all rows, computed from what `gather` returned.
+    """
+    whole = losses.sum()
+    without_value = whole - whole.detach()
+    return losses[own_rows].sum().detach() + without_value
+
+
 def _add_up(tensor: Tensor) -> None:
     """Replace a tensor by its sum over ranks."""
     dist.all_reduce(tensor)  # pyright: ignore[reportUnknownMemberType]

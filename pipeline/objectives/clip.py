@@ -1,0 +1,263 @@
+"""Contrastive pretraining on rows with captions: CLIP (Radford et al., ICML 2021).
+
+Shapes: N rows of the global batch, B rows of this rank's part, n rows of a table, L tokens of the
+longest caption, D pooled features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TypedDict
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field, model_validator
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import is_bytes, is_text
+from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.nn.all_gather import gather, loss_of_own_rows
+from pipeline.core.nn.losses import at_least_float32
+from pipeline.core.ragged import lengths, padded, ragged
+from pipeline.media import tokenization
+from pipeline.media.tagging_schemes import texts
+
+LARGEST_SCALE = 100.0
+"""Cosines are multiplied by at most this (section 2.5 of the paper)."""
+
+
+class CLIPOptions(Options):
+    width: int = Field(256, ge=1, description="width of the text tower")
+    layers: int = Field(4, ge=1, description="transformer layers of the text tower")
+    heads: int = Field(4, ge=1, description="attention heads of each of them")
+    length: int = Field(
+        32, ge=3, description="tokens of a caption, with [CLS] and [SEP]; longer ones are cut"
+    )
+    vocabulary: int = Field(
+        8192,
+        ge=256,
+        le=1_000_000,
+        description="largest vocabulary of the tokenizer (WordPiece), trained on the captions",
+    )
+    lowercase: bool = Field(True, description="captions in lower case, without accents")
+    temperature: float = Field(
+        0.07,
+        ge=0.01,
+        description="divisor of the cosines at the start; it is learnt, down to 0.01",
+    )
+
+    @model_validator(mode="after")
+    def _heads_share_width(self):
+        if self.width % self.heads:
+            raise ValueError(f"width: {self.width} must be a multiple of heads: {self.heads}")
+        return self
+
+
+class CLIPState(TypedDict):
+    """State of `CLIP`."""
+
+    tokenizer: str
+    """JSON of the tokenizer."""
+    vocabulary: int
+    """How many tokens there are."""
+    length: int
+    """Tokens of the longest caption that is read."""
+
+
+class TextTower(nn.Module):
+    """A transformer that reads a caption from left to right, as the paper's: each layer normalises
+    first, and the last token of a caption stands for all of it.
+    """
+
+    def __init__(self, vocabulary: int, options: CLIPOptions, out: int):
+        super().__init__()
+        width = options.width
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.empty(options.length, width))
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.01)
+        layers = (
+            nn.TransformerEncoderLayer(
+                width,
+                options.heads,
+                4 * width,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(options.layers)
+        )
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, out, bias=False)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Return (B, out) of (B, L) token ids and the (B,) tokens of each row."""
+        places = tokens.shape[1]
+        hidden = self.embedding(tokens) + self.positions[:places]
+        mask = nn.Transformer.generate_square_subsequent_mask(
+            places, device=tokens.device, dtype=hidden.dtype
+        )
+        for layer in self.layers:
+            hidden = layer(hidden, src_mask=mask, is_causal=True)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return self.project(self.norm(hidden[rows, lengths - 1]))
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Return vectors (..., D) without their mean, and of length 1."""
+    vectors = at_least_float32(vectors)
+    return F.normalize(vectors - vectors.mean(-1, keepdim=True), dim=-1)
+
+
+@register("objective", "clip", options=CLIPOptions)
+class CLIP(Objective):
+    """CLIP: bring a row nearer to its own caption than to the other captions, and each caption
+    nearer to its own row.
+
+    Columns: ``caption``, a text. Tensors: ``caption`` (B, L) int32 token ids and
+    ``caption_lengths`` (B,). Rows are images, or whatever the backbone reads.
+
+    A row's loss is the mean of two cross-entropies over cosines, divided by a temperature that is
+    learnt. The pooled features themselves are compared with the output of the text tower, without a
+    projection, both without their mean. So texts about classes are the weights of a linear head on
+    normalised features, by which `zero_shot` classifies. Only the backbone goes on to targets that
+    are trained. Logged: ``top1``, the share of rows whose nearest caption is their own.
+
+    In validation a row is compared with the rows of its evaluation batch only, so that loss
+    depends on how the split is cut into batches.
+    """
+
+    state: CLIPState
+    roles = ("caption",)
+    metrics = ("loss",)
+    log_names = ("top1",)
+
+    @classmethod
+    def fit(cls, options, table, columns) -> CLIPState:
+        """Train the tokenizer on the captions of the training rows.
+
+        Raises:
+            ValueError: a column of no texts, or no caption at all.
+        """
+        found = [text for text in _captions(table, columns) if text]
+        if not found:
+            raise ValueError(f"column {columns['caption']}: no row holds a caption")
+        tokenizer = tokenization.train_tokenizer(
+            found, "wordpiece", options.vocabulary, options.lowercase
+        )
+        return {
+            "tokenizer": tokenizer.to_str(),
+            "vocabulary": tokenizer.get_vocab_size(),
+            "length": options.length,
+        }
+
+    @classmethod
+    def encode(cls, table, columns, state: CLIPState) -> Arrays:
+        """Return ``caption`` (n,) ragged int32 token ids."""
+        if columns.get("caption") not in table.column_names:  # new rows
+            return {}
+        return {"caption": _tokens(_captions(table, columns), state)}
+
+    @classmethod
+    def invalid_label_reasons(cls, table, columns, state: CLIPState):
+        """Name rows whose caption is null or empty."""
+        if columns.get("caption") not in table.column_names:
+            return [""] * len(table)
+        found = _captions(table, columns)
+        return ["" if text else "the caption is empty" for text in found]
+
+    def __init__(self, backbone: Backbone, options: CLIPOptions, state: CLIPState):
+        super().__init__(backbone, options, state)
+        self.text = TextTower(state["vocabulary"], options, backbone.pooled_dim)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(options.temperature)))
+
+    # ---------------------------------------------------------------- loss and predictions
+
+    def _pairs(self, backbone: Backbone, batch: Batch) -> Tensor:
+        """Return (B, 2, D): of each row its features, times the scale, and its caption's.
+
+        The scale is in them, so that its gradient is that of this rank's rows alone.
+        """
+        rows = unit(backbone(batch).pooled)
+        captions = unit(self.text(batch["caption"], batch["caption_lengths"]))
+        return torch.stack([self.log_scale.exp() * rows, captions], dim=1)
+
+    @staticmethod
+    def _losses(pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (N,) losses and hits of (N, 2, D) pairs."""
+        # without autocast: a bfloat16 product has errors of the size of a temperature
+        with torch.autocast(pairs.device.type, enabled=False):
+            scores = pairs[:, 0] @ pairs[:, 1].T
+        own = torch.arange(len(pairs), device=pairs.device)
+        of_rows = F.cross_entropy(scores, own, reduction="none")
+        of_captions = F.cross_entropy(scores.T, own, reduction="none")
+        return (of_rows + of_captions) / 2, scores.argmax(1) == own
+
+    def loss(self, backbone: Backbone, batch: Batch):
+        pairs, first = gather(self._pairs(backbone, batch))
+        losses, hits = self._losses(pairs)
+        own_rows = slice(first, first + len(batch))
+        total = loss_of_own_rows(losses, own_rows)
+        return total, total.new_full((), float(len(batch))), {"top1": hits[own_rows].sum()}
+
+    def forward_without_rows(self, backbone: Backbone) -> None:
+        """Gather no rows from this rank."""
+        gather(self.log_scale.new_zeros(0, 2, backbone.pooled_dim))
+
+    @torch.no_grad()
+    def after_step(self, backbone: Backbone, step: int, steps: int) -> None:
+        """Keep the scale of the cosines at most 100."""
+        self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
+
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """Return ``loss`` (B,); of rows without captions ``embedding`` (B, D), of length 1."""
+        if "caption" not in batch.data:
+            return {"embedding": unit(backbone(batch).pooled)}
+        return {"loss": self._losses(self._pairs(backbone, batch))[0]}
+
+    # ---------------------------------------------------------------- classes by their names
+
+    @torch.no_grad()
+    def head_of_texts(self, texts: Sequence[str]) -> Tensor:
+        # on features without their mean and of variance 1, whose length is the root of D
+        device = self.log_scale.device
+        rows = _tokens(texts, self.state)
+        tokens = torch.as_tensor(padded(rows), device=device)
+        vectors = unit(self.text(tokens, torch.as_tensor(lengths(rows), device=device)))
+        return self.log_scale.exp() * vectors / math.sqrt(vectors.shape[1])
+
+
+# ---------------------------------------------------------------- captions
+
+
+def _captions(table: pa.Table, columns: dict[str, str]) -> list[str | None]:
+    """Return the captions. Raises ValueError for a column of something else."""
+    name = columns["caption"]
+    kind = table[name].type
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (is_text(values) or is_bytes(values) or pa.types.is_null(values)):
+        raise ValueError(f"column {name}: it holds {kind} values; a caption is one text a row")
+    return [text and text.strip() for text in texts(table[name])]
+
+
+def _tokens(captions: Sequence[str | None], state: CLIPState) -> np.ndarray:
+    """Return (n,) ragged int32 token ids, ``[CLS] caption [SEP]``."""
+    tokenizer = _tokenizer(state["tokenizer"])
+    cls, sep = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
+    room = state["length"] - 2
+    documents = [(text or "").encode() for text in captions]
+    found = tokenization.encode_first(tokenizer, documents, room, np.int32)
+    return ragged(np.array([cls, *one.ids[:room], sep], dtype=np.int32) for one in found)
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(text: str) -> Tokenizer:
+    return Tokenizer.from_str(text)
