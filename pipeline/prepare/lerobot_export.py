@@ -245,18 +245,20 @@ class _Dataset:
 
     def _write(self, table: pa.Table) -> tuple[int, int]:
         """Write an episode as a row group, and return its chunk and file."""
-        is_full = self.path.is_file() and (
-            self.path.stat().st_size + table.nbytes > FILE_MB * 2**20
-        )
-        if self.writer is None or is_full:
-            self.close()
-            self.files += 1
-            chunk, file = divmod(self.files, FILES_A_CHUNK)
-            self.path = self.folder / PATHS[3][0].format(chunk_index=chunk, file_index=file)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.writer = pq.ParquetWriter(self.path, table.schema)
-        self.writer.write_table(table)
+        writer = self.writer
+        if writer is None or self.path.stat().st_size + table.nbytes > FILE_MB * 2**20:
+            writer = self._next_file(table.schema)
+        writer.write_table(table)
         return divmod(self.files, FILES_A_CHUNK)
+
+    def _next_file(self, schema: pa.Schema) -> pq.ParquetWriter:
+        self.close()
+        self.files += 1
+        chunk, file = divmod(self.files, FILES_A_CHUNK)
+        self.path = self.folder / PATHS[3][0].format(chunk_index=chunk, file_index=file)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.writer = pq.ParquetWriter(self.path, schema)
+        return self.writer
 
     def close(self) -> None:
         if self.writer is not None:

@@ -65,6 +65,7 @@ def test_rows_are_what_happens_in_the_environment(tmp_path):
         done["rows"] == {"test": 2, "train": 5, "validation": 1}
         and verify(str(tmp_path / "out")) == done
     )
+    assert done["about"]["fps"] == 20
     rows = read(tmp_path / "out")
     assert {row["episode"] for row in rows} == {
         *(f"train-{i:06d}" for i in range(5)),
