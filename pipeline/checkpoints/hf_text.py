@@ -16,8 +16,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors.torch import load, load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from pipeline.core.contracts.objective_capabilities import (
     transformers_head,
 )
 from pipeline.core.specs import Architecture, ModalitySpec, State
-from pipeline.io import storage
+from pipeline.io import s3, storage
 from pipeline.io.json_values import as_object
 from pipeline.media import tokenization
 
@@ -247,12 +246,23 @@ def read_weights(folder: str) -> dict[str, Tensor]:
     return _weights(folder, weight_files(folder))
 
 
+def read_safetensors(uri: str) -> dict[str, Tensor]:
+    """Return the tensors in a file.
+
+    A local file is mapped into memory: names and shapes are read now, values when they are used.
+    """
+    if storage.is_remote(uri):
+        return load(storage.read_bytes(uri))
+    path = s3.split(uri)[1]
+    return s3.call("read", uri, lambda: load_file(path))
+
+
 def _weights(folder: str, files: list[str]) -> dict[str, Tensor]:
     """Return the tensors in some weight files."""
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= load_safetensors(storage.read_bytes(file))
+            tensors |= read_safetensors(file)
         except SafetensorError as error:
             raise BundleError(f"{file}: not a safetensors file ({error}); copy it again") from error
     if files[0] != storage.join(folder, MODEL):

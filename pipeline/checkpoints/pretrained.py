@@ -11,11 +11,11 @@ import inspect
 import io
 import re
 import sys
+import zipfile
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from pipeline.checkpoints import bundle, hf_auto, hf_speech, hf_text
@@ -26,7 +26,7 @@ from pipeline.core.capabilities import ineffective_options
 from pipeline.core.contracts import Backbone, Task
 from pipeline.core.contracts.objective_capabilities import transfers_head
 from pipeline.core.specs import Architecture, ModalitySpec
-from pipeline.io import atomic_folder, file_identity, storage
+from pipeline.io import atomic_folder, file_identity, s3, storage
 from pipeline.io.json_values import Json
 
 HEADS = (
@@ -223,12 +223,14 @@ def read(
 
 
 def _tensors(uri: str) -> dict[str, Tensor]:
-    """Return the state dict in a file, opened without running code."""
+    """Return the state dict in a file, opened without running code.
+
+    A local file is mapped into memory where its format allows it (`hf_text.read_safetensors`).
+    """
     try:
-        data = storage.read_bytes(uri)
         if uri.endswith(".safetensors"):
-            return load_safetensors(data)
-        found: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return hf_text.read_safetensors(uri)
+        found = _torch_file(uri)
     except storage.StorageError:
         raise
     except Exception as error:
@@ -244,6 +246,15 @@ def _tensors(uri: str) -> dict[str, Tensor]:
     if not _is_mapping(found) or not _are_tensors(found):
         raise BundleError(f"{uri}: the file holds no state dict (names to tensors)")
     return found
+
+
+def _torch_file(uri: str) -> object:
+    """Return what `torch.save` has written to a file."""
+    if storage.is_remote(uri):
+        return torch.load(io.BytesIO(storage.read_bytes(uri)), "cpu", weights_only=True)
+    path = s3.split(uri)[1]
+    can_map = zipfile.is_zipfile(path)  # as PyTorch writes since 1.6
+    return s3.call("read", uri, torch.load, path, "cpu", weights_only=True, mmap=can_map)
 
 
 def _is_mapping(value: object) -> TypeGuard[dict[str, object]]:

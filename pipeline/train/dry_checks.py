@@ -5,6 +5,7 @@ Nothing is written or trained.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -90,8 +91,18 @@ def _checkpoint(stage: SourceStage, start: pretrained.PretrainedCheckpoint | Non
     """A source without data, as `train_source.import_checkpoint` reads it."""
     assert start is not None
     arch, modality = train_source.checkpoint_parts(stage.spec, start, f"sources.{stage.name}")
-    start.load_into(bundle.build_backbone(arch, stage.seed))
+    _check_fit(start, build_backbone(arch))
     return PlannedSource(arch, modality, [])
+
+
+def _check_fit(start: pretrained.PretrainedCheckpoint, backbone: Backbone) -> None:
+    """Raise BundleError where the checkpoint does not fit, from names and shapes alone.
+
+    Its values are not read where the backbone is on the meta device.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+        start.load_into(backbone)
 
 
 def _corpus(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -> PlannedSource:
@@ -112,10 +123,9 @@ def _corpus(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -
     reads = bundle.build_modality(modality)
     state = train_source.bind_state(objective, state, arch)
     fitted = ObjectiveSpec(spec.objective.name, options.model_dump(), state)
+    task = build(arch, fitted)
     if start:
-        start.load_into(bundle.build_task(arch, fitted, seed=stage.seed).backbone)
-    else:
-        build(arch, fitted)
+        _check_fit(start, task.backbone)
     found = train_source.findings_of(stage, modality, lowered)
     decoder = Decoder(reads, spec.objective.name, state, columns)
     for name in ("train", "validation"):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,17 @@ def test_a_state_dict_with_its_wrappers_prefixes(task, plain, tmp_path, prefix, 
         write({prefix + name: t for name, t in plain.items()}, tmp_path / f"w{suffix}"), task
     )
     assert set(moved.dropped) == {"model.fc.weight", "model.fc.bias"} and not moved.new
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_local_file_is_mapped_and_not_read_whole(plain, tmp_path, suffix):
+    start = pretrained.read(write(plain, tmp_path / f"w{suffix}"), "timm/test_resnet")
+    assert str(tmp_path / f"w{suffix}") in Path("/proc/self/maps").read_text() and start.tensors
+
+
+def test_a_file_of_before_pytorch_1_6_cannot_be_mapped_and_is_read(task, plain, tmp_path):
+    torch.save(plain, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    loads(f"file:{tmp_path / 'w.pth'}", task)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state", "model_state_dict"])

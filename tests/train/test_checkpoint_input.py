@@ -2,6 +2,8 @@
 what is assumed is told.
 """
 
+import warnings
+
 import pytest
 import torch
 import yaml
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
+from pipeline.checkpoints.pretrained import PretrainedCheckpoint
 from pipeline.config import yaml_loader
 from pipeline.config.schema import JobError
 from pipeline.core.specs import Architecture
@@ -105,6 +108,20 @@ def test_a_dry_run_sees_what_the_run_would_make(tmp_path, modality):
         return manifest.arch.name, manifest.arch.inputs, manifest.modality
 
     assert outcome(foreseen) == outcome(made)
+
+
+def test_a_dry_run_fills_no_network(tmp_path, monkeypatch):
+    load_into, devices = PretrainedCheckpoint.load_into, set()
+
+    def watched(start, backbone):
+        devices.update(parameter.device.type for parameter in backbone.parameters())
+        return load_into(start, backbone)
+
+    monkeypatch.setattr(PretrainedCheckpoint, "load_into", watched)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dry_checks.source(source.stage(yaml_loader.load(written(tmp_path)), "s"))
+    assert devices == {"meta"}
 
 
 def test_a_tag_is_a_name_of_a_backbone(tmp_path):
