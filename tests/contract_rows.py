@@ -365,6 +365,13 @@ OBJECTIVES: dict[str, Case] = {
     ),
     "simclr": Case(pictures, *VIT),
     "tagging": Case(with_roles(texts, text="words", tags="tags"), *BERT),
+    "verification": Case(
+        with_roles(MELS, identity="label"),
+        "torchaudio/deepspeech2",
+        DEEPSPEECH2,
+        {"width": 8},
+        unused=("front.mask_embedding",),
+    ),
     "wav2vec2": Case(
         SAMPLES,
         "transformers/wav2vec2",

@@ -614,11 +614,15 @@ def _resample_counts(
     assert metric.resampled is not None
     # a metric of many classes reads each of them in every draw
     cells = max(array.size for p in runs for array in p.values())
+    if metric.compares_rows:
+        cells = max(cells, n * (n - 1) // 2)
     draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _MAX_UNITS_SAMPLED // cells))
     # a row may have many positions, and each is sampled with it
     positions = max((p["label"].size for p in runs if "label" in p), default=n)
     chunk = max(1, _MAX_UNITS_IN_MEMORY // max(n, positions))
     sampled = n if member is None else int(member.max()) + 1
+    if metric.compares_rows and member is not None:  # which rows are drawn together
+        runs = [{**p, "unit": member} for p in runs]
     out: list[np.ndarray] = []
     for start in range(0, draws, chunk):
         counts = _counts(sampled, min(chunk, draws - start), rng)

@@ -45,6 +45,7 @@ from pipeline.core.contracts.objective_capabilities import (
     counts_rows,
     couples_rows,
     has_classes,
+    has_one_class,
     invalid_label_reasons,
     mixes_inputs,
     names_labels,
@@ -312,7 +313,7 @@ def _check_spec(
     _check_unlabelled(place, spec, chosen, modality, objective)
     whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
     counts = [fraction for fraction in whole if fraction]
-    if counts and "label" not in objective.roles and not counts_rows(objective):
+    if counts and not has_one_class(objective) and not counts_rows(objective):
         raise ValueError(
             f"{place}.label_fractions: {counts[0]} means {counts[0]} rows a class, and a row of "
             f"{name} has no single class: give shares, such as 0.1"
@@ -508,7 +509,7 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: State) -> Non
 def _classes(spec: Target, rows: Selection, state: State) -> np.ndarray | None:
     """Return the (n,) class numbers of rows, for objectives whose rows have one class."""
     objective = registry.get("objective", spec.objective.name)
-    if "label" not in objective.roles:
+    if not has_one_class(objective):
         return None
     table = manifests.read_columns(rows, fit_components.label_columns(spec))
     return objective.encode(table, spec.data.columns, state)["label"]
@@ -648,6 +649,13 @@ def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[
                     f"{description}: all of these are taken"
                 )
             )
+        elif len(lacking) and classes is not None:
+            out.append(
+                Finding(
+                    f"{wanted} rows of each identity were asked for (label_fractions), and "
+                    f"{len(lacking)} have fewer: all of these are taken"
+                )
+            )
         elif len(lacking):
             out.append(
                 Finding(
@@ -666,7 +674,7 @@ def missing_classes(target: TargetStage) -> list[Finding]:
     if classes is None:
         return []
     there = set(classes.tolist())
-    names = [str(name) for k, name in enumerate(target.state["labels"]) if k not in there]
+    names = [str(name) for k, name in enumerate(target.state.get("labels", ())) if k not in there]
     if not names:
         return []
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -805,8 +813,8 @@ def _labels(target: TargetStage, rows: Rows, state: State) -> np.ndarray | None:
     """Return (n_train,) class numbers of the training rows, where rows have one class."""
     if rows.arrays is None:
         return _classes(target.spec, target.splits.train, state)
-    roles = registry.get("objective", target.spec.objective.name).roles
-    return rows.arrays.get("label") if "label" in roles else None
+    objective = registry.get("objective", target.spec.objective.name)
+    return rows.arrays.get("label") if has_one_class(objective) else None
 
 
 def _groups(spec: Target, rows: Rows) -> np.ndarray | None:

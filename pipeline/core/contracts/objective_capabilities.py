@@ -663,6 +663,14 @@ def has_classes(objective: Any) -> TypeIs[HasClasses]:
     return isinstance(objective, HasClasses)
 
 
+def has_one_class(objective: Any) -> bool:
+    """Return whether a labelled row has one class or identity: ``encode`` numbers it as ``label``.
+
+    Label fractions are then drawn from each of them.
+    """
+    return bool({"label", "identity"} & {*objective.roles})
+
+
 def labels_positions(objective: Any) -> TypeIs[LabelsPositions]:
     """Return whether labels belong to positions of a row."""
     return isinstance(objective, LabelsPositions)

@@ -16,12 +16,13 @@ from pipeline.core.metrics import (
     policies,
     regression,
     text,
+    verification,
 )
 from pipeline.core.metrics.metric import Metric, PerLabel, Predictions
 
 __all__ = ["Metric", "PerLabel", "Predictions", "find", "for_role", "metric", "per_label"]
 
-OURS = (classes, dense, label_sets, likelihood, policies, regression, text)
+OURS = (classes, dense, label_sets, likelihood, policies, regression, text, verification)
 """Modules of our metrics, imported here so that their code is part of what every result records."""
 
 

@@ -31,6 +31,7 @@ several labels a row   ``scores`` and ``labels`` (n, L), 0 or 1; ``min_positives
                        positives a label needs to be part of a macro average (1 without it)
 entities               ``hits``, ``guessed`` and ``actual`` (n, T) by type
 numbers                ``prediction`` and ``value`` (n,), in the unit of the label
+identities             ``embedding`` (n, E) and ``identity`` (n,); rows are compared in pairs
 words                  ``right`` of ``words`` (n,)
 answers                ``exact`` and ``f1`` (n,), 0 to 1
 language models        ``loss`` (n,), a sum of nats, over ``count`` tokens and ``bytes`` (n,)
@@ -52,8 +53,9 @@ UNBOUNDED: Bounds = (-math.inf, math.inf)
 Units = Callable[[Predictions], np.ndarray]
 """Predictions to (n, 2) numerators and denominators."""
 Resampled = Callable[[Predictions, np.ndarray], np.ndarray]
-"""Predictions and counts (R, n), how often each unit was drawn in each of R resamples, to (R,)
-values, NaN where a resample has none.
+"""Predictions and counts (R, n), how often each row was drawn in each of R resamples, to (R,)
+values, NaN where a resample has none. Where whole groups are drawn, predictions of metrics that
+compare rows have ``unit`` (n,) too, the number of each row's group.
 """
 
 
@@ -124,6 +126,8 @@ class Metric:
     """
     reads_order: bool = False
     """Whether it takes classes in their order as steps of a scale."""
+    compares_rows: bool = False
+    """Whether it reads pairs of rows, of which n rows have n (n - 1) / 2."""
 
     @property
     def registered_name(self) -> str:
@@ -187,6 +191,7 @@ def resampled(
     per_label: PerLabel | None = None,
     for_role: str = "",
     reads_order: bool = False,
+    compares_rows: bool = False,
     column: int | None = None,
 ) -> Callable[[Resampled], Metric]:
     """Make a metric of a function over counts: predictions and (R, n) to (R,). See `ratio`."""
@@ -210,6 +215,7 @@ def resampled(
             per_label=per_label,
             for_role=for_role,
             reads_order=reads_order,
+            compares_rows=compares_rows,
         )
 
     return make

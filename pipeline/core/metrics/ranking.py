@@ -86,3 +86,55 @@ def weighted_min_precision_sensitivity(
     precision = found / np.maximum(found + np.cumsum(misses, axis=0), 1e-300)
     best = np.minimum(precision, found / np.maximum(total, 1e-300)).max(0)
     return np.where((total > 0) & (misses.sum(0) > 0), best, np.nan)
+
+
+def weighted_equal_error_rate(
+    scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray
+) -> np.ndarray:
+    """Return (R,) shares of negatives that are accepted where as many positives are rejected.
+
+    The ROC curve is interpolated linearly between thresholds.
+    """
+    if not len(scores) or np.isnan(scores).any():
+        return undefined(drawn)
+    rejected, accepted, has_both = _error_rates(scores, positive, drawn)
+    difference = accepted - rejected  # rises from -1, where nothing is accepted, to 1
+    after = np.maximum((difference >= 0).argmax(0), 1)
+    at = np.arange(len(after))
+    low, high = difference[after - 1, at], difference[after, at]
+    share = np.where(has_both, -low / np.where(has_both, high - low, 1), 0)
+    rate = accepted[after - 1, at] + share * (accepted[after, at] - accepted[after - 1, at])
+    return np.where(has_both, rate, np.nan)
+
+
+def weighted_min_detection_cost(
+    scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray, target: float = 0.01
+) -> np.ndarray:
+    """Return (R,) least costs over thresholds, where a share ``target`` of all pairs is positive.
+
+    Both errors cost 1. The cost is divided by that of rejecting everything (or of accepting
+    everything, where that is less), as in NIST's speaker recognition evaluations.
+    """
+    if not len(scores) or np.isnan(scores).any():
+        return undefined(drawn)
+    rejected, accepted, has_both = _error_rates(scores, positive, drawn)
+    costs = target * rejected + (1 - target) * accepted
+    return np.where(has_both, costs.min(0) / min(target, 1 - target), np.nan)
+
+
+def _error_rates(
+    scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the errors at each threshold, from one that accepts nothing to one that accepts all.
+
+    Returns:
+        (G + 1, R) shares of positives that are rejected, (G + 1, R) shares of negatives that are
+        accepted, and (R,) whether a resample has both; the shares of others have no meaning.
+    """
+    hits, misses = _ranked(scores, positive, drawn)
+    true, false = hits.sum(0), misses.sum(0)
+    nothing = np.zeros((1, drawn.shape[1]))
+    found, wrong = (np.concatenate([nothing, np.cumsum(one, axis=0)]) for one in (hits, misses))
+    rejected = 1 - found / np.maximum(true, 1e-300)
+    accepted = wrong / np.maximum(false, 1e-300)
+    return rejected, accepted, (true > 0) & (false > 0)

@@ -1,0 +1,125 @@
+"""Metrics of pairs of rows: ``embedding`` (n, E) and ``identity`` (n,), as verification has them.
+
+The score of a pair is the dot product of its embeddings, their cosine where they have length 1. A
+pair is genuine where both rows have one identity, else an impostor's.
+
+Each row is compared with each other row. A resample draws units (rows, or groups of rows where the
+predictions say which ``unit`` a row belongs to). A pair counts as often as its two units were drawn
+together: the product of both counts. What is drawn twice is never compared with its own copy, which
+would be a genuine pair of the highest score. So two rows of one unit count as often as the unit was
+drawn, which is the bootstrap over subjects of Bolle, Ratha and Pankanti (Computer Vision and Image
+Understanding 93(1), 2004).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.config.registry import register
+from pipeline.core.metrics import ranking
+from pipeline.core.metrics.metric import SHARE, Predictions, columns, resampled
+
+MOST_PAIRS = 500_000
+"""Pairs of either kind that are compared. Of more, which 1,000 rows do not have, so many are drawn
+once, the same for all networks on the same rows.
+"""
+_CELLS = 4_000_000
+"""Drawn pairs (pairs x resamples) that are held at once."""
+_BLOCK = 65_536
+"""Pairs whose scores are computed at once."""
+
+
+class Pairs(NamedTuple):
+    """P pairs of rows, by falling score."""
+
+    first: np.ndarray
+    """(P,) places of rows."""
+    second: np.ndarray
+    scores: np.ndarray
+    """(P,) float64."""
+    is_genuine: np.ndarray
+    """(P,) bool."""
+
+
+@register("metric", "eer")
+@resampled(higher_is_better=False, bounds=SHARE, compares_rows=True)
+def equal_error_rate(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Equal error rate: the share of impostors' pairs that are accepted, at the threshold where as
+    large a share of genuine pairs is rejected. 0.5 is chance.
+    """
+    return _over_pairs(ranking.weighted_equal_error_rate, p, counts)
+
+
+@register("metric", "min_dcf")
+@resampled(higher_is_better=False, bounds=SHARE, compares_rows=True)
+def min_detection_cost(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Least detection cost over all thresholds, as NIST's speaker recognition evaluations have it:
+    one pair in a hundred is genuine, both errors cost 1, and to reject every pair costs 1.
+    """
+    return _over_pairs(ranking.weighted_min_detection_cost, p, counts)
+
+
+def _over_pairs(of: ranking.Ranking, p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Return (R,) values of a metric of ranked pairs; NaN where an embedding is not finite."""
+    drawn = columns(counts)
+    pairs = ranked_pairs(p["embedding"], p["identity"])
+    if not len(pairs.scores) or not np.isfinite(pairs.scores).all():
+        return ranking.undefined(drawn)
+    is_one_unit = None
+    if "unit" in p:
+        is_one_unit = (p["unit"][pairs.first] == p["unit"][pairs.second])[:, None]
+    size = max(1, _CELLS // len(pairs.scores))
+    values = []
+    for start in range(0, drawn.shape[1], size):
+        some = drawn[:, start : start + size]
+        weights = some[pairs.first]
+        weights_of_second = some[pairs.second]
+        if is_one_unit is not None:
+            weights_of_second = np.where(is_one_unit, 1.0, weights_of_second)
+        weights *= weights_of_second
+        values.append(of(pairs.scores, pairs.is_genuine, weights))
+    return np.concatenate(values)
+
+
+def ranked_pairs(embedding: np.ndarray, identity: np.ndarray) -> Pairs:
+    """Return all pairs of n rows with their scores, or `MOST_PAIRS` of a kind, drawn once.
+
+    Args:
+        embedding: (n, E).
+        identity: (n,).
+    """
+    order = np.argsort(identity, kind="stable")
+    runs, sizes = np.unique(identity, return_counts=True)
+    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    # in that order the partners of a row that lie before it are first all impostors, from place 0
+    # to the start of its identity, then all genuine
+    genuine = _earlier_partners(starts, np.arange(len(order)) - starts)
+    impostors = _earlier_partners(np.zeros_like(starts), starts)
+    first, second = (order[np.concatenate(both)] for both in zip(genuine, impostors, strict=True))
+    is_genuine = np.arange(len(first)) < len(genuine[0])
+    scores = np.empty(len(first))
+    for start in range(0, len(first), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        one, other = (embedding[at[part]].astype(np.float64) for at in (first, second))
+        scores[part] = np.einsum("pe,pe->p", one, other)
+    by_score = np.argsort(-scores, kind="stable")
+    return Pairs(first[by_score], second[by_score], scores[by_score], is_genuine[by_score])
+
+
+def _earlier_partners(start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows and their partners, row r with each of ``start[r]`` to ``start[r] + count[r]``.
+
+    Of more than `MOST_PAIRS`, so many without order; the same for equal arguments.
+    """
+    ends = np.cumsum(count)
+    total = int(ends[-1]) if len(ends) else 0
+    number = np.arange(total) if total <= MOST_PAIRS else _some_of(total)
+    row = np.searchsorted(ends, number, side="right")
+    return row, start[row] + number - (ends[row] - count[row])
+
+
+def _some_of(total: int) -> np.ndarray:
+    """Return `MOST_PAIRS` numbers below ``total``; few of them are drawn twice, and count so."""
+    return np.random.default_rng(0).integers(0, total, MOST_PAIRS)
