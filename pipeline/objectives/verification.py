@@ -67,6 +67,8 @@ class Verification(Objective):
     needed_roles = roles
     metrics = ("eer", "min_dcf", "loss")
     log_names = ("accuracy",)
+    label_kind = "identities"
+    label_tensor = "identity"
     output_types = {}
 
     @classmethod
@@ -113,8 +115,8 @@ class Verification(Objective):
         if len(rows_of_each) < 2 or rows_of_each.max() < 2:
             raise ValueError(
                 f"column {name}: {len(table)} rows of {len(rows_of_each)} identities; verification "
-                "compares rows of the same and of different identities, so it needs two rows of one "
-                "and a row of another"
+                "compares rows of the same and of different identities, so it needs two rows of "
+                "one and a row of another"
             )
 
     def __init__(self, backbone: Backbone, options: VerificationOptions, state: VerificationState):
@@ -175,6 +177,13 @@ class Verification(Objective):
             "loss": self._losses(embedding, label)[0],
             "count": (label >= 0).to(embedding.dtype),
         }
+
+    def predict_scores(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return ``embedding`` (B, E), the scores at length 1, and with identities ``identity``."""
+        found = {"embedding": F.normalize(scores, dim=-1)}
+        if "identity" in batch.data:
+            found["identity"] = batch["identity"]
+        return found
 
     def raw_outputs(self, backbone, batch):
         """`embedding` (B, E) of length 1: the dot product of two is their cosine, which is larger

@@ -43,7 +43,7 @@ FLOOR = 1e-6
 """Probabilities are at least this, and at most 1 minus it, so that logarithms are finite."""
 
 Scores = Callable[[Any], np.ndarray]
-"""Inputs (n rows) to (n, C) float32: logarithms of probabilities, log odds, or numbers."""
+"""Inputs (n rows) to (n, C) float32: logarithms of probabilities, log odds, numbers, or vectors."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,9 @@ def fit(
         model = estimator().fit(inputs, labels)
         # scikit-learn's dummy leaves out the axis of a single number
         return lambda rows: np.asarray(model.predict(rows), np.float32).reshape(-1, labels.shape[1])
+    if label_kind == "identities":
+        model = estimator().fit(inputs, labels)
+        return lambda rows: np.asarray(model.transform(rows), dtype=np.float32)
     if label_kind in ("classes", "position_classes"):
         probabilities = _probabilities(estimator, inputs, labels, classes)
         return lambda rows: np.log(probabilities(rows)).astype(np.float32)

@@ -120,7 +120,7 @@ def test_gradients_are_those_of_finite_differences():
     task(batch)[0].backward()
     for name, parameter in parameters.items():
         flat = parameter.detach().view(-1)
-        for k in range(0, len(flat), 3):
+        for k in range(0, len(flat), max(1, len(flat) // 5)):
             before, sides = flat[k].item(), []
             for step in (1e-6, -1e-6):
                 flat[k] = before + step
@@ -155,10 +155,10 @@ def test_embeddings_are_float32_under_autocast():
             assert task.objective.embed(features.bfloat16()).dtype == torch.float32
     torch.testing.assert_close(exact.norm(dim=1), torch.ones(200))
     new = Batch(batch.rows, batch.keys, {"image": batch["image"]})
-    found = task.objective.predict(task.backbone, new)
+    with torch.no_grad():
+        found = task.objective.predict(task.backbone, new)
+        raw = task.objective.raw_outputs(task.backbone, new)
     assert set(found) == {"embedding"}, "new rows have no identity"
     columns = task.objective.output_columns({"embedding": found["embedding"].numpy()}, None)
     assert columns["embedding"].shape == (6, 5)
-    torch.testing.assert_close(
-        task.objective.raw_outputs(task.backbone, new)["embedding"], found["embedding"]
-    )
+    torch.testing.assert_close(raw, found)

@@ -219,7 +219,8 @@ class HasClasses(Protocol):
 class PredictsFromScores(Protocol):
     """An objective of which scores of any model become predictions, so that baselines can be tried.
 
-    The scores (B, C) are logits of classes, logits (B, L) of labels, or (B, 1) the number itself.
+    The scores (B, C) are logits of classes, logits (B, L) of labels, (B, 1) the number itself, or
+    (B, E) vectors whose cosines tell identities apart.
     Where each position of a row has a class, they are logits (B, M, C). Of actions (B, M, A) they
     are the standardised actions themselves, or the shares of classes.
     """

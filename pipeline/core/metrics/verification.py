@@ -91,7 +91,7 @@ def ranked_pairs(embedding: np.ndarray, identity: np.ndarray) -> Pairs:
         identity: (n,).
     """
     order = np.argsort(identity, kind="stable")
-    runs, sizes = np.unique(identity, return_counts=True)
+    sizes = np.unique(identity, return_counts=True)[1]
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     # in that order the partners of a row that lie before it are first all impostors, from place 0
     # to the start of its identity, then all genuine

@@ -77,8 +77,8 @@ def test_rows_of_a_group_count_as_often_as_it_is_drawn():
 
 def test_the_interval_of_groups_is_that_of_groups(monkeypatch):
     """Where the metric did not know the groups, squares of counts would make it wider."""
-    p = people(n=200, count=40)
-    groups = p["identity"] = np.random.default_rng(2).permutation(np.repeat(np.arange(40), 5))
+    p = people(n=120, count=40)
+    groups = p["identity"] = np.random.default_rng(2).permutation(np.repeat(np.arange(40), 3))
     with_units = np.diff(stats.interval(metric("eer"), p, groups=groups, draws=200))
     without = metric("eer")
     monkeypatch.setattr(without, "compares_rows", False)
