@@ -274,6 +274,8 @@ def test_directions():
         "action_error",
         "mae",
         "rmse",
+        "eer",
+        "min_dcf",
     }
 
 
