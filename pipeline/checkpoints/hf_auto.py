@@ -23,9 +23,10 @@ from pipeline.checkpoints import bundle, classifier_export, export_check, hf_spe
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.config.hf_config import HfConfig
+from pipeline.core.contracts import Batch
 from pipeline.core.contracts.objective_capabilities import transformers_head
 from pipeline.core.nn import auto_model
-from pipeline.core.specs import Architecture, ModalitySpec
+from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec
 from pipeline.io import storage
 from pipeline.io.json_values import JsonObject, as_object
 
@@ -137,6 +138,15 @@ def read(folder: str, config: HfConfig, wanted: str | None = None) -> hf_text.Ch
     if found is not None:
         objective, arch, head, labels = found
         heads[objective] = head
+    headless: dict[str, str] = {}
+    if (language := _language_head(config, made, tensors, arch, modality, kept)) is not None:
+        objective, head_or_reason = language
+        if isinstance(head_or_reason, str):
+            headless[objective] = head_or_reason
+        else:
+            heads[objective] = head_or_reason
+    if "output.weight" not in heads.get("clm", {}):
+        arch = _with_tied_output(arch, made)
     return hf_text.Checkpoint(
         arch,
         modality,
@@ -145,7 +155,7 @@ def read(folder: str, config: HfConfig, wanted: str | None = None) -> hf_text.Ch
         heads=heads,
         labels=labels,
         headless={
-            name: "the checkpoint holds no linear layer on its features for it"
+            name: headless.get(name, NO_HEAD[name in LANGUAGE_MODELS.values()])
             for name in registry.names("objective")
             if name not in heads and transformers_head(registry.get("objective", name)) is not None
         },
@@ -229,6 +239,119 @@ def _head(
             pooled = tried if pool != "auto" else arch
             return objective, pooled, head, None if objective == "qa" else names
     return None
+
+
+LANGUAGE_MODELS = {"ForMaskedLM": "mlm", "ForCausalLM": "clm", "LMHeadModel": "clm"}
+"""Ends of the names of transformers' classes of language models, and the objective."""
+NO_HEAD = {
+    True: "the checkpoint holds no language-model head for it",
+    False: "the checkpoint holds no linear layer on its features for it",
+}
+"""Why an objective's head is new, by whether it is a language model's."""
+
+
+def _language_head(
+    config: HfConfig,
+    made: Any,
+    tensors: dict[str, Tensor],
+    arch: Architecture,
+    modality: ModalitySpec,
+    backbone: dict[str, Tensor],
+) -> tuple[str, dict[str, Tensor] | str] | None:
+    """Return a checkpoint's language-model head: the objective, and its tensors.
+
+    Instead of tensors, why there are none: they are kept where they give the scores of the
+    checkpoint's own class on random rows. None for other checkpoints.
+    """
+    import transformers
+
+    name = (config.get("architectures") or [""])[0]
+    kind: Any = getattr(transformers, name, None)
+    objective = next((LANGUAGE_MODELS[end] for end in LANGUAGE_MODELS if name.endswith(end)), None)
+    if kind is None or objective is None:
+        return None
+    rows = export_check.random_batch(bundle.build_modality(modality))
+    assert rows is not None
+    words = {"input_ids": rows["tokens"], "attention_mask": rows["mask"].long()}
+    with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+        model, info = kind.from_pretrained(
+            None,
+            config=copy.deepcopy(made),
+            state_dict=tensors,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    if lacking := _own_names(model, info["missing_keys"]):
+        return objective, f"the checkpoint lacks {', '.join(lacking[:4])} of {name}"
+    found = _masked_head(model, made) if objective == "mlm" else _causal_head(model, made)
+    if isinstance(found, str):
+        return objective, found
+    with torch.no_grad():
+        theirs = model.eval()(**words).logits[rows["mask"]]
+    del model  # large models are in memory often enough
+    try:
+        task = bundle.build_task(arch, ObjectiveSpec(objective, {}, {})).eval()
+    except ValueError as error:
+        return objective, f"{error}"
+    task.objective.load_state_dict(found)
+    task.backbone.load_state_dict({key: backbone[key] for key in task.backbone.state_dict()})
+    head: Any = task.objective
+    with torch.no_grad():
+        plain = Batch(rows.rows, rows.keys, {name: rows[name] for name in ("tokens", "mask")})
+        ours = head.logits(task.backbone, plain)[rows["mask"]]
+    if (ours - theirs).abs().max() > EQUAL * max(1.0, float(theirs.abs().max())):
+        return objective, f"{name} makes its scores in another way than {objective}"
+    return objective, found
+
+
+def _own_names(model: Any, names: set[str]) -> list[str]:
+    """Return the names of tensors that are no part of the backbone and not tied to one."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    prefix = f"{model.base_model_prefix}."
+    return sorted(name for name in names if not name.startswith(prefix) and name not in tied)
+
+
+def _masked_head(model: Any, config: Any) -> dict[str, Tensor] | str:
+    """Return a masked-language-model head under the objective's names, or why there is none.
+
+    Biases that the family has not are 0.
+    """
+    parts = auto_model.masked_head(config)
+    if parts is None:
+        return (
+            f"{type(model).__name__} has another head than a linear layer, an activation, a layer "
+            "norm and an output"
+        )
+    embedding = model.get_input_embeddings().weight
+    found: dict[str, Tensor] = {}
+    for ours, theirs in (("transform.0", parts.dense), ("transform.2", parts.norm)):
+        layer = model.get_submodule(theirs)
+        found[f"{ours}.weight"] = layer.weight.detach()
+        bias = layer.bias
+        zero = torch.zeros(len(layer.weight))
+        found[f"{ours}.bias"] = zero if bias is None else bias.detach()
+    state = model.state_dict()
+    found["bias"] = torch.zeros(len(embedding)) if parts.bias is None else state[parts.bias]
+    return found
+
+
+def _causal_head(model: Any, config: Any) -> dict[str, Tensor]:
+    """Return a causal language model's output layer where it is not the embedding."""
+    if auto_model.output_is_embedding(config):
+        return {}
+    return {"output.weight": model.get_output_embeddings().weight.detach()}
+
+
+def _with_tied_output(arch: Architecture, config: Any) -> Architecture:
+    """Return the architecture of a causal model whose new output layer is its embedding."""
+    from transformers.models.auto import modeling_auto as auto
+
+    family = arch.name.partition("/")[2]
+    tied = auto_model.plain_config(family, {"tie_word_embeddings": True})
+    is_causal = type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_causal or auto_model.output_is_embedding(config):
+        return arch
+    return replace(arch, options={**arch.options, "config": {**arch.options["config"], **tied}})
 
 
 def _length(model: Any) -> int:

@@ -3,7 +3,7 @@
 What a model is made of is found in the model itself: its input by its class, its layers by walking
 its modules, and widths, feature maps, the order of its parts and parameters that nothing uses by
 one pass over tensors without memory. `pipeline.models.transformers` has the families
-that objectives know more of (packed documents, masked frames, generation).
+that objectives know more of (packed documents in one pass, masked frames).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from pipeline.config import hf_config
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
-from pipeline.core.contracts.backbone_capabilities import require_packed
+from pipeline.core.contracts.backbone_capabilities import masked_head_settings
 from pipeline.core.inputs import Inputs
 from pipeline.core.nn import auto_model, conv_arithmetic
 from pipeline.core.nn.eager import eager
@@ -51,6 +52,8 @@ STAGES = 6
 """Most stages of a hierarchical model: longer lists are blocks."""
 PROBE_TOKENS = 8
 """Tokens of the row that a model is tried on."""
+SHORTEST = 16
+"""Documents of fewer tokens are run together."""
 
 
 class HuggingFaceOptions(Options):
@@ -83,11 +86,13 @@ class HuggingFace(Backbone):
     feature extractor, on the host. A padded row gives the same output as alone (see ``row_norm``
     for wav2vec 2.0's kind with a group norm).
 
+    Of packed rows, ``tokens`` with ``segments`` (B, N), each document is run as a padded row of its
+    own, with others of about its length: families differ in what masks and positions they take, and
+    a wrong mask is not seen.
+
     Parameters that the family never trains (Whisper's positions) are buffers here. Those that a
     pass does not use (DINOv2's mask token) get a gradient of zero in training.
     """
-
-    reads_packed = False
 
     def __init__(self, architecture: str, options: HuggingFaceOptions, inputs: Inputs):
         super().__init__(architecture, options, inputs)
@@ -118,6 +123,11 @@ class HuggingFace(Backbone):
         self._row_norms = [] if self.convolutions is None else _use_row_norms(self.model)
         if self.reads == "input_ids":
             _check_text(name, self.model, inputs)
+            self.padding: int = inputs["specials"][0]
+            self.positions: int = auto_model.positions(self.model) or sys.maxsize
+            self.activation, self.norm_eps = probe.masked_head
+            self.ties_output = auto_model.output_is_embedding(config)
+            self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.has_types = (
             getattr(config, "type_vocab_size", 0) or 0
         ) > 1 and "token_type_ids" in self._takes
@@ -127,6 +137,8 @@ class HuggingFace(Backbone):
     ) -> Features:
         if token_mask is not None:
             raise ValueError(f"{self.arch.name} hides no positions: take another objective")
+        if "segments" in batch.data:
+            return self._packed(batch["tokens"], batch["segments"])
         words, mask = self._words(batch)
         found = self.model(**words, **({"output_hidden_states": True} if "stages" in want else {}))
         hidden = found.last_hidden_state
@@ -149,6 +161,39 @@ class HuggingFace(Backbone):
         tokens = hidden if hidden.dim() == 3 else None
         return Features(pooled, tokens=tokens, mask=mask, stages=stages)
 
+    def _packed(self, tokens: Tensor, segments: Tensor) -> Features:
+        """Return features of (B, N) tokens of several documents a row; padding has states of 0."""
+        flat, states, own, places = tokens.flatten(), [], [], []
+        for index, real in documents_by_length(segments):
+            row = torch.where(real, flat[index], self.padding)
+            found = self.model(input_ids=row, attention_mask=real.long())
+            states.append(found.last_hidden_state[real])
+            own.append(found.get("pooler_output"))
+            places.append(index[real])
+        joined = torch.cat(states)
+        if self.training:
+            joined = joined + self._zero(joined, *own).to(joined.dtype)
+        hidden = joined.new_zeros(len(flat), joined.shape[1])
+        hidden = hidden.index_copy(0, torch.cat(places), joined).view(*tokens.shape, -1)
+        mask = segments > 0
+        # a model's own way to pool reads one text
+        pooled = pool_tokens(hidden, mask, self.pool if self.pool in POOLS else "mean")
+        return Features(pooled, tokens=hidden, mask=mask)
+
+    def advance(
+        self, tokens: Tensor, mask: Tensor, positions: Tensor, past: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Continue a sequence, as `Continues` describes it (causal models only)."""
+        words = {"position_ids": positions} if "position_ids" in self._takes else {}
+        found = self.model(
+            input_ids=tokens,
+            attention_mask=mask.long(),
+            past_key_values=past,
+            use_cache=True,
+            **words,
+        )
+        return found.last_hidden_state, found.past_key_values
+
     def _zero(self, *outputs: Tensor | None) -> Tensor:
         """Return 0, of which every parameter has a gradient.
 
@@ -164,8 +209,6 @@ class HuggingFace(Backbone):
         if self.reads == "pixel_values":
             return {"pixel_values": batch["image"], **self.call_arguments}, None
         if self.reads == "input_ids":
-            if "segments" in batch.data:
-                require_packed(self, self.arch.name)
             tokens = batch["tokens"]
             mask = batch.data.get("mask", torch.ones_like(tokens, dtype=torch.bool))
             words = {"input_ids": tokens, "attention_mask": mask.long()}
@@ -235,6 +278,39 @@ def _check_text(name: str, model: Any, inputs: Inputs) -> None:
         raise ValueError(
             f"rows of {inputs['length']} tokens are longer than the {longest} positions of {name}"
         )
+
+
+@eager
+def documents_by_length(segments: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return where the documents of packed rows are, those of about one length together.
+
+    Lengths are rounded up to powers of two, so at most every second position is padding.
+
+    Args:
+        segments: (B, N) the document's number in the row, 0 for padding.
+
+    Returns:
+        For each length n: (D, n) places of the documents' tokens in the flattened rows, and (D, n)
+        which of them are the document's own.
+    """
+    width = segments.shape[1]
+    real = segments > 0
+    if not real.any():
+        real = torch.ones_like(real)  # the model still has to run
+    begins = torch.ones_like(real)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = (begins & real).flatten().nonzero()[:, 0]
+    number = (begins & real).flatten().cumsum(0) - 1
+    lengths = torch.bincount(number[real.flatten()], minlength=len(starts))
+    sizes = 2 ** torch.log2(lengths).ceil().long()
+    sizes = sizes.clamp(min=SHORTEST).clamp(max=width)
+    out: list[tuple[Tensor, Tensor]] = []
+    for size in sizes.unique().tolist():
+        chosen = sizes == size
+        steps = torch.arange(size, device=segments.device)
+        own = steps < lengths[chosen, None]
+        out.append((starts[chosen, None] + torch.where(own, steps, 0), own))
+    return out
 
 
 # ---------------------------------------------------------------- recordings
@@ -363,6 +439,8 @@ class Probe(NamedTuple):
     """Parameters that no output depends on."""
     has_plain_pool: bool
     """Whether the model pools by itself without parameters for it."""
+    masked_head: tuple[str, float]
+    """Activation and epsilon of the family's head for masked tokens."""
 
 
 MODALITIES = {
@@ -464,7 +542,13 @@ def _probed(
         _layers(model, calls),
         unused,
         own is not None and unused == without_pool,
+        _masked_head(config) if reads == "input_ids" else masked_head_settings(None),
     )
+
+
+def _masked_head(config: Any) -> tuple[str, float]:
+    head = auto_model.masked_head(config)
+    return masked_head_settings(None) if head is None else (head.activation, head.norm_eps)
 
 
 POOLS = ("mean", "first", "last")

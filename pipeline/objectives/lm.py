@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective
 from pipeline.core.contracts.backbone_capabilities import (
+    causal_head_settings,
     longest_continued,
     masked_head_settings,
-    require_packed,
 )
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.inputs import Inputs
@@ -38,6 +38,8 @@ NEVER = 2.0
 """Above every uniform number: the place of tokens that are not to be chosen."""
 IGNORED = -100
 """Target of a place that is not predicted."""
+OUTPUT_STD = 0.02
+"""Standard deviation of a new output layer, as in GPT-2."""
 
 
 class MaskedOptions(Options):
@@ -99,7 +101,6 @@ class MaskedLM(Objective):
                 without a mask of its own, or ``whole_word`` without ``continuing``.
         """
         super().__init__(backbone, options, state)
-        require_packed(backbone, backbone.arch.name)
         from transformers.activations import ACT2FN
 
         embedding = backbone.embedding()
@@ -108,7 +109,7 @@ class MaskedLM(Objective):
         if backbone.causal:
             raise ValueError(
                 f"{name} is causal: masked prediction needs a bidirectional backbone "
-                "(transformers/bert), or use clm"
+                "(transformers/bert, hf/modernbert), or use clm"
             )
         if backbone.arch.options.get("pool") == "pooler":
             raise ValueError(
@@ -125,10 +126,11 @@ class MaskedLM(Objective):
                 "for all): give a tokenizer with a mask of its own, or use clm with "
                 "transformers/gpt2"
             )
+        assert backbone.token_dim is not None
         width = embedding.embedding_dim
         activation, eps = masked_head_settings(backbone)
         self.transform = nn.Sequential(
-            nn.Linear(width, width), ACT2FN[activation], nn.LayerNorm(width, eps=eps)
+            nn.Linear(backbone.token_dim, width), ACT2FN[activation], nn.LayerNorm(width, eps=eps)
         )
         self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings))
         self.vocabulary: int = inputs["vocabulary"]
@@ -272,7 +274,9 @@ class MaskedLM(Objective):
 
 @register("objective", "clm", options=CausalOptions)
 class CausalLM(Objective):
-    """Next-token prediction within each document; the output is tied to the input embedding.
+    """Next-token prediction within each document.
+
+    The output is the token embedding, or a layer ``output`` where the family has one (Llama).
 
     Of a packed row's bytes, those of the predicted tokens count: all but the first token, where
     the row continues a document of the row before.
@@ -293,12 +297,24 @@ class CausalLM(Objective):
     def __init__(self, backbone: Backbone, options: CausalOptions, state: State):
         """Raise ValueError for a backbone that sees the future, or has no room to generate."""
         super().__init__(backbone, options, state)
-        require_packed(backbone, backbone.arch.name)
         name = backbone.arch.name
-        backbone.embedding()
+        embedding = backbone.embedding()
         if not backbone.causal:
             raise ValueError(
-                f"{name} sees the future: causal prediction needs transformers/gpt2, or use mlm"
+                f"{name} sees the future: causal prediction needs transformers/gpt2 or another "
+                "causal model (hf/llama, hf/qwen3), or use mlm"
+            )
+        is_tied, self.softcap = causal_head_settings(backbone)
+        self.output: nn.Linear | None = None
+        if not is_tied:
+            assert backbone.token_dim is not None
+            self.output = nn.Linear(backbone.token_dim, embedding.num_embeddings, bias=False)
+            nn.init.normal_(self.output.weight, std=OUTPUT_STD)
+        elif embedding.embedding_dim != backbone.token_dim:
+            raise ValueError(
+                f"{name}: its states have {backbone.token_dim} numbers, its token embedding "
+                f"{embedding.embedding_dim}, so it cannot be the output of clm: set "
+                "tie_word_embeddings: false in its config"
             )
         self.positions = longest_continued(backbone)
         if options.generate and options.generate >= self.positions:
@@ -318,7 +334,7 @@ class CausalLM(Objective):
         """Return losses and weights (B, N - 1) of the tokens behind the first one."""
         hidden = backbone(batch, want=("tokens",)).tokens
         assert hidden is not None
-        scores = F.linear(hidden[:, :-1], backbone.embedding().weight)
+        scores = self._scores(backbone, hidden[:, :-1])
         if "segments" in batch.data:
             segments = batch["segments"]
             real = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
@@ -333,8 +349,15 @@ class CausalLM(Objective):
         )
         return losses.view_as(target), real.to(losses.dtype)
 
+    def _scores(self, backbone: Backbone, hidden: Tensor) -> Tensor:
+        output = backbone.embedding() if self.output is None else self.output
+        scores = F.linear(hidden, output.weight)
+        if self.softcap is None:
+            return scores
+        return self.softcap * torch.tanh(scores / self.softcap)
+
     def logits(self, backbone, batch):
-        return F.linear(backbone(batch, want=("tokens",)).tokens, backbone.embedding().weight)
+        return self._scores(backbone, backbone(batch, want=("tokens",)).tokens)
 
     def loss(self, backbone: Backbone, batch: Batch):
         losses, weight = self._rows(backbone, batch)
@@ -394,7 +417,7 @@ class CausalLM(Objective):
         advance: Any = backbone.advance
         for step in range(count):
             hidden, past = advance(tokens, mask, positions, past)
-            scores = F.linear(hidden[:, -1], backbone.embedding().weight)
+            scores = self._scores(backbone, hidden[:, -1])
             scores = scores[:, : self.vocabulary].float()
             new = self._sampled(scores, u[:, step])
             has_ended = has_ended | (new == self.end_id)

@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from contract_rows import pictures, recordings, texts
 from hf_families import FAMILIES
-from toys import label_state, make_run, rows_of, take, text_modality, weights
+from toys import label_state, make_run, packed_rows, rows_of, take, text_modality, weights
 
 from pipeline.checkpoints import bundle, export, exported_classifier, pretrained
 from pipeline.checkpoints.bundle import BundleError
@@ -197,6 +197,167 @@ def test_a_family_is_trained_saved_and_written_back(family, tmp_path):
     assert again.arch.name == start.arch.name and again.modality.name == start.modality.name
     own = bundle.load(place).backbone_tensors()
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in own.items())
+
+
+# ---------------------------------------------------------------- language models
+
+MASKED_LM = ("albert", "camembert", "deberta", "deberta-v2", "electra", "modernbert", "mpnet")
+MASKED_LM += ("nomic_bert", "roformer", "xlm-roberta")
+CAUSAL_LM = ("gemma", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "opt", "phi3")
+CAUSAL_LM += ("qwen2", "qwen3")
+QUICK = ("modernbert", "qwen3")
+"""One of each kind; both have sliding windows or several heads a key."""
+
+
+def language_model(family: str, place: Path) -> Any:
+    """A folder of transformers' class of the family with its language-model head, and the model."""
+    config = auto_model.configuration(family, FAMILIES[family].config, {})
+    kind: Any = hf.AutoModelForMaskedLM if family in MASKED_LM else hf.AutoModelForCausalLM
+    torch.manual_seed(1)
+    model = kind.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    model.save_pretrained(place)
+    write_tokenizer(place)
+    return kind.from_pretrained(place).eval()
+
+
+def packed_batch(start) -> tuple[Batch, list[tuple[int, slice]]]:
+    """Packed rows, and the place (row, slice) of each document's part of a row."""
+    modality = bundle.build_modality(ModalitySpec("text", {"length": 32}, start.modality.state))
+    rows = take(packed_rows(12, modality), np.arange(4))
+    places = []
+    for i, row in enumerate(rows["segments"].tolist()):
+        for number in sorted(set(row) - {0}):
+            places.append((i, slice(row.index(number), row.index(number) + row.count(number))))
+    return rows, places
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in QUICK else pytest.mark.slow)
+        for family in MASKED_LM + CAUSAL_LM
+    ],
+)
+def test_a_language_model_is_trained_further(family, tmp_path):
+    """Its own head gives transformers' loss; documents of a packed row are as each alone; a target
+    starts from the bundle.
+    """
+    model = language_model(family, tmp_path / "folder")
+    start = pretrained.read(f"hf:{tmp_path / 'folder'}")
+    objective = "mlm" if family in MASKED_LM else "clm"
+    task = bundle.build_task(start.arch, ObjectiveSpec(objective, {}, {}), 0).eval()
+    start.load_into(task.backbone)
+    is_tied = model.config.tie_word_embeddings
+    tied = "no head to carry: the output is the embedding"
+    own = f"head kept: the checkpoint's own for {objective}"
+    assert start.load_head_into(task) == (tied if objective == "clm" and is_tied else own)
+
+    # padded rows: the loss of transformers' class
+    batch = batch_of(start)
+    batch = Batch(batch.rows, batch.keys, {name: batch[name] for name in ("tokens", "mask")})
+    tokens, labels = batch["tokens"], torch.where(batch["mask"], batch["tokens"], -100)
+    if objective == "mlm":
+        places, valid, tokens = task.objective.chosen_positions(batch)
+        chosen = torch.zeros_like(batch["mask"]).scatter(1, places, valid)
+        labels = torch.where(chosen, labels, -100)
+        assert 4 in tokens[chosen], "the tokenizer's own mask"
+    with torch.no_grad():
+        want = model(input_ids=tokens, attention_mask=batch["mask"].long(), labels=labels).loss
+        total, count, _ = task(batch)
+    torch.testing.assert_close(total / count, want, rtol=1e-4, atol=1e-5)
+
+    # packed rows: the states of each document alone
+    packed, documents = packed_batch(start)
+    with torch.no_grad():
+        states = task.backbone(packed).tokens
+        for row, here in documents:
+            alone = packed["tokens"][row : row + 1, here]
+            mask = torch.ones_like(alone, dtype=torch.bool)
+            single = task.backbone(Batch(row, row, {"tokens": alone, "mask": mask})).tokens
+            torch.testing.assert_close(states[row : row + 1, here], single, rtol=0, atol=1e-5)
+    assert len(documents) > 5 and not states[packed["segments"] == 0].any()
+
+    # training reaches every parameter, and a bundle keeps the loss
+    task.train()
+    total, count, _ = task(packed)
+    total.backward()
+    for name, p in task.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+        assert p.grad.any(), name
+    with torch.no_grad():
+        for p in task.parameters():
+            p.sub_(1e-3 * p.grad)
+        before = task.eval()(packed)[0]
+    bundle.save(str(tmp_path / "b"), task, start.modality)
+    with torch.no_grad():
+        assert torch.equal(bundle.load(str(tmp_path / "b")).task().eval()(packed)[0], before)
+
+    # a target starts from there
+    start = pretrained.read(f"bundle:{tmp_path / 'b'}")
+    rows = rows_for(start)
+    target = bundle.build_task(start.arch, ObjectiveSpec("classification", {}, label_state()), 0)
+    start.load_into(target.backbone)
+    first = weights(target.backbone)
+    assert all(torch.equal(first[name], p) for name, p in weights(task.backbone).items())
+    loop.fit(make_run(rows, target, steps=2, global_batch=4, lr=1e-2))
+    moved = [
+        name for name, p in weights(target.backbone).items() if not torch.equal(p, first[name])
+    ]
+    assert len(moved) > len(first) // 2
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "objective", "reason"),
+    [
+        ("llama", hf.LlamaModel, "clm", "holds no language-model head"),
+        ("t5", hf.T5EncoderModel, "mlm", "holds no language-model head"),
+        ("eurobert", hf.EuroBertForMaskedLM, "mlm", "EuroBertForMaskedLM has another head than"),
+    ],
+)
+def test_a_new_language_model_head_is_tied_to_the_embedding(
+    family, kind, objective, reason, tmp_path
+):
+    config = auto_model.configuration(family, FAMILIES[family].config, {})
+    kind(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    start = pretrained.read(f"hf:{tmp_path}")
+    task = bundle.build_task(start.arch, ObjectiveSpec(objective, {}, {}), 0)
+    assert reason in start.load_head_into(task)
+    embedding = task.backbone.embedding()
+    hidden = torch.randn(2, 3, task.backbone.token_dim)
+    found = task.objective._scores(task.backbone, hidden)
+    last = hidden if objective == "clm" else task.objective.transform(hidden)
+    torch.testing.assert_close(found, last @ embedding.weight.T)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma2", "llama", "opt"])
+def test_a_text_is_continued_as_transformers_does(family, tmp_path):
+    """Beyond a sliding window, from rows of several lengths."""
+    model = language_model(family, tmp_path)
+    start = pretrained.read(f"hf:{tmp_path}")
+    task = bundle.build_task(start.arch, ObjectiveSpec("clm", {"generate": 10}, {}), 0).eval()
+    start.load_into(task.backbone)
+    start.load_head_into(task)
+    batch = batch_of(start)
+    found = task.objective.predict(task.backbone, batch)["generated"].tolist()
+    for i, row in enumerate(found):
+        prompt = batch["tokens"][i][batch["mask"][i]][:-1]  # without its end
+        want = model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=3,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        want = want[: want.index(3)] if 3 in want else want
+        assert row == want + [-1] * (10 - len(want))
+    assert len({tuple(row) for row in found}) > 1
 
 
 # ---------------------------------------------------------------- heads, towers, processors

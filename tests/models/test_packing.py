@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from toys import task_of
 
 from pipeline.core.contracts import Batch, Task
+from pipeline.models.hf import documents_by_length
 from pipeline.models.transformers import document_mask, restarted_positions
 
 LENGTH, VOCABULARY = 32, 60
@@ -212,6 +213,23 @@ def test_masked_loss_is_that_of_the_documents_alone(architecture):
     assert count == picked.sum() and not picked[whole["segments"] == 0].any()
 
 
+def test_documents_of_about_one_length_are_run_together():
+    """Those of library hf: each is there once, and at most every second position is padding."""
+    whole, places = packed(((9, 14, 5, 4), (32,), (1, 31), (18, 2)))
+    found: dict[int, tuple[int, int]] = {}
+    for index, real in documents_by_length(whole["segments"]):
+        size = index.shape[1]
+        for where, own in zip(index, real, strict=True):
+            found[int(where[0])] = (int(own.sum()), size)
+            assert where[own].tolist() == list(range(int(where[0]), int(where[0]) + int(own.sum())))
+            assert size < 2 * own.sum() or size == 16
+    want = {row * LENGTH + here.start: here.stop - here.start for row, here in places}
+    assert {start: length for start, (length, _) in found.items()} == want
+    assert {size for _, size in found.values()} == {16, 32}
+    (index, real), *others = documents_by_length(torch.zeros(2, 5, dtype=torch.int32))
+    assert real.all() and index.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] and not others
+
+
 def test_mask_and_positions_by_hand():
     segments = torch.tensor([[1, 1, 2, 2, 2, 0, 0]])
     assert restarted_positions(segments).tolist() == [[0, 1, 0, 1, 2, 0, 1]]
@@ -383,6 +401,13 @@ def test_an_objective_that_does_not_fit_says_so(architecture, objective, message
 def test_inputs_that_do_not_fit_are_refused(name, inputs, options, message):
     with pytest.raises(ValueError, match=message):
         task_of(name, inputs, "mlm", **options)
+
+
+def test_an_embedding_that_cannot_be_the_output_is_refused():
+    config = {"is_decoder": True, "hidden_size": 16, "embedding_size": 12}
+    config |= {"num_attention_heads": 2, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match="hf/electra: its states have 16 numbers, its token embed"):
+        task_of("hf/electra", INPUTS, "clm", config=config)
 
 
 def test_images_have_no_language_model():

@@ -644,10 +644,3 @@ def test_what_predict_writes_is_text():
         RawRows(table, {}, modality),
     )
     assert np.isnan(nothing["perplexity"][0]) and nothing["perplexity"][1] == 1
-
-
-@pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_a_backbone_without_packed_documents_is_refused_when_it_is_built(objective):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with pytest.raises(ValueError, match="hf/electra reads no packed documents: objectives of"):
-        task_of("hf/electra", INPUTS, objective, config=sizes)

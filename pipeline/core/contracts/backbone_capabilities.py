@@ -8,7 +8,7 @@ A backbone has a capability by having its members; nothing is declared. Each is 
     `HidesFrames`: frames can be hidden from the context network (``wav2vec2``).
     `Continues`: a text can be continued token by token (``clm`` that generates).
     `ShapesMaskedHead`: the family has a head of its own for masked tokens (``mlm``).
-    `SaysPacked`: whether a row may hold several documents (``mlm``, ``clm``).
+    `ShapesCausalHead`: the family says how the next token's scores are made (``clm``).
     `NamesInputs`: the library's own model takes inputs by name (exports are compared with it).
     `LimitsRows`: it cannot read rows as large as the modality may make them.
 """
@@ -128,19 +128,20 @@ def masked_head_settings(backbone: Any) -> tuple[str, float]:
 
 
 @runtime_checkable
-class SaysPacked(Protocol):
-    """A backbone that says whether its rows may hold several documents (``segments``)."""
+class ShapesCausalHead(Protocol):
+    """A backbone of a family that says how the scores of the next token are made."""
 
-    reads_packed: bool
+    ties_output: bool
+    """Whether the output layer is the token embedding."""
+    logit_softcap: float | None
+    """Scores s become softcap * tanh(s / softcap), as Gemma 2's; None: they stay."""
 
 
-def require_packed(backbone: Any, name: str) -> None:
-    """Raise ValueError for a backbone, of that name, that reads no packed documents."""
-    if isinstance(backbone, SaysPacked) and not backbone.reads_packed:
-        raise ValueError(
-            f"{name} reads no packed documents: objectives of language models take "
-            "transformers/bert, roberta, distilbert or gpt2"
-        )
+def causal_head_settings(backbone: Any) -> tuple[bool, float | None]:
+    """Return whether the output is the embedding, and the softcap: those of GPT-2 by default."""
+    if isinstance(backbone, ShapesCausalHead):
+        return backbone.ties_output, backbone.logit_softcap
+    return True, None
 
 
 @runtime_checkable

@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import nn
 
 from pipeline.config import hf_config
@@ -118,6 +119,66 @@ def model_class(config: Any) -> Any:
     if named is None:
         raise ValueError(f"transformers has no plain model of {type(config).__name__}")
     return named
+
+
+class MaskedHead(NamedTuple):
+    """A family's head for masked tokens: a linear layer, an activation and a layer norm, before an
+    output of the token embedding's shape.
+    """
+
+    model: Any
+    """transformers' class of the model with this head."""
+    dense: str
+    """Name of the linear layer in it."""
+    norm: str
+    """Name of the layer norm in it."""
+    bias: str | None
+    """Name of the output's bias in its state; None: it has none."""
+    activation: str
+    """Name of transformers.activations."""
+    norm_eps: float
+
+
+def masked_head(config: Any) -> MaskedHead | None:
+    """Return the head for masked tokens of a configuration's family.
+
+    None where transformers has no class with one, or one of another form.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    mapping: Any = auto.MODEL_FOR_MASKED_LM_MAPPING
+    if type(config) not in mapping:
+        return None
+    kind = mapping[type(config)]
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = kind(config)
+    shape = model.get_input_embeddings().weight.shape
+    base = f"{model.base_model_prefix}."
+    own = {name: one for name, one in model.named_modules() if not name.startswith(base)}
+    norms = [name for name, one in own.items() if isinstance(one, nn.LayerNorm)]
+    layers = {name: one for name, one in own.items() if isinstance(one, nn.Linear)}
+    dense = [name for name, one in layers.items() if one.weight.shape != shape]
+    if len(norms) != 1 or len(dense) != 1:
+        return None
+    state = model.state_dict().items()
+    biases = [name for name, t in state if not name.startswith(base) and t.shape == shape[:1]]
+    found = [name for one in own.values() for name in _activations(one)]
+    # RoBERTa and its like call GELU as a function, which is no module
+    activation = found[0] if found else "gelu"
+    bias = biases[0] if biases else None
+    return MaskedHead(kind, dense[0], norms[0], bias, activation, own[norms[0]].eps)
+
+
+def _activations(module: nn.Module) -> list[str]:
+    """Return transformers' names of an activation; none for another module."""
+    from transformers.activations import ACT2CLS
+
+    return [name for name, kind in ACT2CLS.items() if type(module) is kind]
+
+
+def output_is_embedding(config: Any) -> bool:
+    """Return whether the output layer of a family's language model is its token embedding."""
+    return bool(getattr(config, "tie_word_embeddings", True))
 
 
 def pooling_words(kind: Any, pooler: bool) -> dict[str, bool]:
