@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.export_folder import EXPORTED
 from pipeline.io import atomic_folder, storage
+from pipeline.prepare import lerobot_export
 from pipeline.report import model_card
 
 BESIDE_README = "MODEL_CARD.md"
@@ -90,6 +91,11 @@ def _copy_bundle(uri: str, folder: Path, licence: str) -> None:
 def _copy_export(uri: str, folder: Path, licence: str) -> None:
     """Copy an exported folder, verified, with a description that names no place of this machine."""
     described = atomic_folder.open_folder(uri, EXPORTED)
+    if described.get("kind") == lerobot_export.KIND:
+        raise ValueError(
+            f"{uri}: it is a data set; hf upload USER/NAME {uri} --repo-type dataset puts it on "
+            "the hub, where LeRobot looks for the tag v3.0"
+        )
     with storage.scratch_folder() as scratch:
         source = atomic_folder.fetch_folder(uri, Path(scratch, "export"), manifest_name=EXPORTED)
         for name in described["files"]:  # and nothing that somebody has put beside them

@@ -15,7 +15,7 @@ import pytest
 from prepare import conftest
 from prepare.conftest import encoded, read
 
-from pipeline.api import export
+from pipeline.api import export, push
 from pipeline.io import atomic_folder, storage
 from pipeline.prepare import lerobot_export
 from pipeline.prepare.engine.episodes import Episode, row
@@ -124,6 +124,9 @@ def test_the_files_are_read_as_lerobot_reads_them(written):
         assert np.array_equal(part["action"], one.actions[:, 0])
         assert np.array_equal(part["index"], about["dataset_from_index"] + part["frame_index"])
         assert np.allclose(part["timestamp"], part["frame_index"] / FPS)
+        is_last = part["frame_index"] == len(part["frame_index"]) - 1
+        assert np.array_equal(part["next.done"], is_last & one.terminated)
+        assert np.array_equal(part["next.truncated"], is_last & one.truncated)
         assert about["tasks"].tolist() == [one.task]
         assert tasks.iloc[part["task_index"][0]].name == one.task
         assert np.stack(part[FRONT]).shape == (about["length"], 8, 12, 3)
@@ -173,6 +176,12 @@ def test_what_has_no_place_is_refused_and_nothing_is_written(
         export(source, str(tmp_path / "out"), kind="lerobot", fps=fps)
     assert message in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_it_is_not_pushed_as_a_network(written, tmp_path):
+    with pytest.raises(ValueError, match="it is a data set; hf upload USER/NAME"):
+        push(str(written), str(tmp_path / "pushed"))
+    assert not (tmp_path / "pushed").exists()
 
 
 def test_a_bundle_and_a_taken_folder_are_refused(tmp_path):
