@@ -45,7 +45,7 @@ class Boxes(NamedTuple):
 NO_BOXES = Boxes(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
 
 
-def fitted(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> BoxState:
+def fit_state(options: BoxOptions, table: pa.Table, columns: dict[str, str]) -> BoxState:
     """Return the state: the classes that option ``names`` names, or the sorted values of the rows.
 
     Raises:
@@ -124,24 +124,30 @@ def image_sizes(table: pa.Table, columns: dict[str, str]) -> np.ndarray:
     return out
 
 
-def encoded(rows: Iterable[Boxes], most: int) -> dict[str, np.ndarray]:
+def pad_boxes(rows: Iterable[Boxes], max_boxes: int) -> dict[str, np.ndarray]:
     """Return ``boxes`` (n, M, 4), ``labels`` (n, M; -1: none) and ``crowd`` (n, M)."""
     listed = list(rows)
     n = len(listed)
-    boxes = np.zeros((n, most, 4), np.float32)
-    labels = np.full((n, most), -1, np.int64)
-    crowd = np.zeros((n, most), bool)
+    boxes = np.zeros((n, max_boxes, 4), np.float32)
+    labels = np.full((n, max_boxes), -1, np.int64)
+    crowd = np.zeros((n, max_boxes), bool)
     for row, found in enumerate(listed):
         k = len(found.labels)
         boxes[row, :k], labels[row, :k], crowd[row, :k] = found[:3]
     return {"boxes": boxes, "labels": labels, "crowd": crowd}
 
 
-def parsed(
-    table: pa.Table, columns: dict[str, str], state: BoxState, *more: str
+def parse_boxes(
+    table: pa.Table, columns: dict[str, str], state: BoxState, check_size: bool = False
 ) -> Iterator[Boxes]:
-    """Yield the boxes of each row; with a reason it has none."""
-    roles = ("boxes", "labels", "crowd", "width", "height", *more)
+    """Yield the boxes of each row; with a reason it has none.
+
+    Args:
+        check_size: whether boxes in pixels are refused where the image has another size than its
+            row says, for which its header is read.
+    """
+    reads_image = check_size and not state["relative"]
+    roles = ("boxes", "labels", "crowd", "width", "height", *(["image"] if reads_image else []))
     given = [role for role in roles if columns.get(role) in table.column_names]
     values = {role: table[columns[role]].to_pylist() for role in given}
     index = {value: i for i, value in enumerate(state["values"])}
@@ -256,7 +262,7 @@ def output_columns(predictions: dict[str, np.ndarray], labels: list[str]) -> dic
 
 
 def draw(
-    picture: np.ndarray, columns: dict[str, Any], names: list[str], least: float
+    picture: np.ndarray, columns: dict[str, Any], names: list[str], min_score: float
 ) -> np.ndarray:
     """Draw the boxes of a row on its picture, the surest ones on top.
 
@@ -264,11 +270,11 @@ def draw(
         picture: (H, W, 3) uint8.
         columns: what `output_columns` returns for the row.
         names: of all classes.
-        least: boxes with a lower score are not drawn.
+        min_score: boxes with a lower score are not drawn.
     """
     scores = np.array(columns["scores"])
     boxes = np.array(columns["boxes"]).reshape(-1, 4)
-    is_drawn = scores >= least
+    is_drawn = scores >= min_score
     labels = [name for name, drawn in zip(columns["labels"], is_drawn, strict=True) if drawn]
     pairs = zip(labels, scores[is_drawn], strict=True)
     captions = [f"{name} {score:.2f}" for name, score in pairs]

@@ -18,19 +18,17 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from pipeline.config.registry import BoxOptions, register
-from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.core.contracts import Arrays, Backbone, Batch
 from pipeline.core.nn.box_detectors import (
-    AT_ONCE,
     DETECTIONS,
     DRAWN_SCORE,
     Anchors,
+    BoxObjective,
     FasterRCNN,
     Targets,
     image_list,
     predicted_boxes,
     sums_by_image,
-    targets_of,
-    true_boxes,
     without_padding,
 )
 from pipeline.core.nn.feature_pyramid import Pyramid
@@ -46,7 +44,7 @@ class DetectionOptions(BoxOptions):
 
 
 @register("objective", "detection", options=DetectionOptions)
-class Detection(Objective):
+class Detection(BoxObjective):
     """Object detection: boxes and their classes.
 
     Columns: ``boxes``, a list of 4 numbers for each object; ``labels``, a list of its classes
@@ -70,7 +68,6 @@ class Detection(Objective):
 
     state: BoxState
     roles = ("boxes", "labels")
-    optional_roles = ("crowd", "width", "height")
     metrics = ("map", "map50", "map_small", "map_medium", "map_large", "loss")
     output_types = {
         "boxes": pa.list_(pa.list_(pa.float64())),
@@ -85,14 +82,16 @@ class Detection(Objective):
         Raises:
             ValueError: a class without a name, or boxes in pixels without the image's size.
         """
-        return box_labels.fitted(options, table, columns)
+        return box_labels.fit_state(options, table, columns)
 
     @classmethod
     def encode(cls, table, columns, state: BoxState) -> Arrays:
         """Return ``boxes`` (n, M, 4), ``labels`` (n, M), ``crowd`` (n, M) and ``image_size``."""
         if columns.get("boxes") not in table.column_names:  # new rows to predict
             return {}
-        found = box_labels.encoded(box_labels.parsed(table, columns, state), state["max_boxes"])
+        found = box_labels.pad_boxes(
+            box_labels.parse_boxes(table, columns, state), state["max_boxes"]
+        )
         return {**found, "image_size": box_labels.image_sizes(table, columns)}
 
     @classmethod
@@ -103,8 +102,8 @@ class Detection(Objective):
         """
         if columns.get("boxes") not in table.column_names:
             return [""] * len(table)
-        more = () if state["relative"] else ("image",)
-        return [boxes.reason for boxes in box_labels.parsed(table, columns, state, *more)]
+        rows = box_labels.parse_boxes(table, columns, state, check_size=True)
+        return [boxes.reason for boxes in rows]
 
     def __init__(self, backbone: Backbone, options: DetectionOptions, state: BoxState):
         super().__init__(backbone, options, state)
@@ -116,11 +115,6 @@ class Detection(Objective):
             self.detector = FasterRCNN(backbone, classes, options)
         self.log_names = self.detector.loss_names
 
-    def _maps(self, backbone: Backbone, batch: Batch) -> tuple[Features, dict[str, Tensor]]:
-        """Return the backbone's features and the pyramid's maps."""
-        features = backbone(batch, want=("stages",))
-        return features, self.detector.backbone(features, batch["image"].shape[-2:])
-
     def raw_outputs(self, backbone, batch):
         """`boxes` (B, P, 4) and `scores` (B, P, C): candidates, before any is suppressed.
 
@@ -128,45 +122,27 @@ class Detection(Objective):
         those above `score_threshold`, and apply non-maximum suppression class by class with
         `nms_threshold`.
         """
-        _, maps = self._maps(backbone, batch)
+        if not isinstance(self.detector, OneStage):
+            raise ValueError(
+                f"{self.detector.network} decides between its stages which regions are kept "
+                "(torchvision.ops.nms, roi_align), a number that differs from image to image: no "
+                "graph of fixed outputs holds that; train detection with method: fcos"
+            )
+        _, maps = self.maps(backbone, batch)
         return self.detector.candidates(maps, batch["image"])
 
-    def loss(self, backbone: Backbone, batch: Batch):
-        features, maps = self._maps(backbone, batch)
-        parts, counts = self.detector.losses(maps, batch, targets_of(batch))
-        # layers after the last map are part of the graph: DDP waits for every gradient
-        unused = features.pooled.float().sum() * 0.0
-        total = torch.stack([*parts.values()]).sum() + unused
-        logs = {name: part.detach().sum() for name, part in parts.items()}
-        return total, counts.sum(), logs
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+    def predict_images(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return the surest detections first.
 
         Returns:
             ``boxes`` (B, 100, 4) corners as shares of the whole image, ``scores`` (B, 100) and
-            ``classes`` (B, 100; -1: none). With labels ``true_boxes``, ``true_classes`` and
-            ``true_crowd`` (B, M) as the modality left them, ``image_size`` (B, 2), and ``loss``
-            with its ``count`` (B,).
+            ``classes`` (B, 100; -1: none). With labels also the `truth`.
         """
-        parts = [self._predict(backbone, part) for part in batch.split(AT_ONCE)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def _predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        _, maps = self._maps(backbone, batch)
+        _, maps = self.maps(backbone, batch)
         frame = batch["frame"].float()
         detections = without_padding(self.detector.detections(maps, batch), frame)
         predictions = predicted_boxes(detections, frame)
-        if "labels" not in batch.data:
-            return predictions
-        parts, counts = self.detector.losses(maps, batch, targets_of(batch))
-        return {
-            **predictions,
-            **true_boxes(batch, frame),
-            "image_size": batch["image_size"],
-            "loss": torch.stack([*parts.values()]).sum(0),
-            "count": counts,
-        }
+        return {**predictions, **(self.truth(maps, batch) if "labels" in batch.data else {})}
 
     def output_columns(self, predictions, raw_rows):
         """Return lists, the surest first: ``boxes``, ``scores`` and ``labels`` (class names).

@@ -20,17 +20,15 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image, project
 from torchvision.ops import MultiScaleRoIAlign
 
 from pipeline.config.registry import BoxOptions, register
-from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.core.contracts import Arrays, Backbone, Batch
 from pipeline.core.nn.box_detectors import (
-    AT_ONCE,
     DETECTIONS,
     DRAWN_SCORE,
+    BoxObjective,
     FasterRCNN,
     Targets,
     image_list,
     predicted_boxes,
-    targets_of,
-    true_boxes,
     without_padding,
 )
 from pipeline.core.ragged import ragged
@@ -60,7 +58,7 @@ class MaskRow(NamedTuple):
 
 
 @register("objective", "instance_segmentation", options=InstanceSegmentationOptions)
-class InstanceSegmentation(Objective):
+class InstanceSegmentation(BoxObjective):
     """Instance segmentation: boxes of objects, their classes and a mask of each.
 
     Columns: those of ``detection``, and ``masks``, a list with a struct for each box: ``size``
@@ -82,8 +80,8 @@ class InstanceSegmentation(Objective):
     """
 
     state: BoxState
+    detector: MaskRCNN
     roles = ("boxes", "labels", "masks")
-    optional_roles = ("crowd", "width", "height")
     metrics = (
         "mask_map",
         "mask_map50",
@@ -120,7 +118,7 @@ class InstanceSegmentation(Objective):
                 "of size and counts, as onetomany prepare coco (or yolo) --set masks=instance "
                 "writes them"
             )
-        return box_labels.fitted(options, table, columns)
+        return box_labels.fit_state(options, table, columns)
 
     @classmethod
     def encode(cls, table, columns, state: BoxState) -> Arrays:
@@ -128,7 +126,7 @@ class InstanceSegmentation(Objective):
         if columns.get("boxes") not in table.column_names:  # new rows to predict
             return {}
         rows = list(_parsed(table, columns, state))
-        arrays = box_labels.encoded((row.boxes for row in rows), state["max_boxes"])
+        arrays = box_labels.pad_boxes((row.boxes for row in rows), state["max_boxes"])
         sizes = np.array([row.size for row in rows], dtype=np.int64).reshape(-1, 2)
         return {**arrays, "mask_runs": ragged(row.runs for row in rows), "image_size": sizes}
 
@@ -144,26 +142,7 @@ class InstanceSegmentation(Objective):
         self.detector = MaskRCNN(backbone, len(state["labels"]), options)
         self.log_names = self.detector.loss_names
 
-    def _maps(self, backbone: Backbone, batch: Batch) -> tuple[Features, dict[str, Tensor]]:
-        """Return the backbone's features and the pyramid's maps."""
-        features = backbone(batch, want=("stages",))
-        return features, self.detector.backbone(features, batch["image"].shape[-2:])
-
-    def raw_outputs(self, backbone, batch):
-        """Refuse, as Faster R-CNN does."""
-        _, maps = self._maps(backbone, batch)
-        return self.detector.candidates(maps, batch["image"])
-
-    def loss(self, backbone: Backbone, batch: Batch):
-        features, maps = self._maps(backbone, batch)
-        parts, counts = self.detector.losses(maps, batch, targets_of(batch))
-        # layers after the last map are part of the graph: DDP waits for every gradient
-        unused = features.pooled.float().sum() * 0.0
-        total = torch.stack([*parts.values()]).sum() + unused
-        logs = {name: part.detach().sum() for name, part in parts.items()}
-        return total, counts.sum(), logs
-
-    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+    def predict_images(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return the surest detections first.
 
         Returns:
@@ -171,13 +150,9 @@ class InstanceSegmentation(Objective):
             ``classes`` (B, 100; -1: none). Of new rows ``masks`` (B, 100, 28, 28), the probability
             that a pixel of the box is the object. With labels instead, in pixels of the stored
             image, ``mask_areas`` (B, 100), ``true_mask_areas`` (B, M) and ``mask_intersections``
-            (B, 100, M), and what ``detection`` returns of the truth.
+            (B, 100, M), and the `truth`.
         """
-        parts = [self._predict(backbone, part) for part in batch.split(AT_ONCE)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def _predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        _, maps = self._maps(backbone, batch)
+        _, maps = self.maps(backbone, batch)
         frame = batch["frame"].float()
         detections = without_padding(self.detector.detections(maps, batch), frame)
         predictions = predicted_boxes(detections, frame)
@@ -189,16 +164,12 @@ class InstanceSegmentation(Objective):
             for i, of_image in enumerate(masks):
                 laid_out[i, : len(of_image)] = of_image
             return {**predictions, "masks": laid_out}
-        parts, counts = self.detector.losses(maps, batch, targets_of(batch))
         rows = range(len(batch))
         compared = [_compared(batch, i, masks[i], predictions["boxes"][i]) for i in rows]
         return {
             **predictions,
-            **true_boxes(batch, frame),
-            "image_size": batch["image_size"],
+            **self.truth(maps, batch),
             **{name: torch.stack([one[name] for one in compared]) for name in compared[0]},
-            "loss": torch.stack([*parts.values()]).sum(0),
-            "count": counts,
         }
 
     def output_columns(self, predictions, raw_rows):
@@ -238,10 +209,10 @@ class InstanceSegmentation(Objective):
 
 def _parsed(table: pa.Table, columns: dict[str, str], state: BoxState) -> Iterator[MaskRow]:
     """Yield the boxes and masks of each row; with a reason it has none."""
-    more = () if state["relative"] else ("image",)
     of_masks = table[columns["masks"]].to_pylist()
     sizes = [(int(height), int(width)) for height, width in box_labels.image_sizes(table, columns)]
-    rows = zip(box_labels.parsed(table, columns, state, *more), of_masks, sizes, strict=True)
+    of_boxes = box_labels.parse_boxes(table, columns, state, check_size=True)
+    rows = zip(of_boxes, of_masks, sizes, strict=True)
     for boxes, masks, size in rows:
         runs = np.zeros(0, np.int32)
         if not boxes.reason:

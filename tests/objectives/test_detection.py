@@ -23,7 +23,6 @@ from pipeline.core.contracts import Batch, Task
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.nn import box_detectors
 from pipeline.data.stream import Decoder
-from pipeline.objectives import detection
 from pipeline.objectives.detection import Detection, DetectionOptions
 from pipeline.train import loop
 from tests import toys
@@ -549,7 +548,7 @@ def test_many_images_are_predicted_in_parts(method, monkeypatch):
     task, batch = task_of(method).eval(), batch_of(5)
     with torch.no_grad():
         whole = task.objective.predict(task.backbone, batch)
-        monkeypatch.setattr(detection, "AT_ONCE", 2)
+        monkeypatch.setattr(box_detectors, "AT_ONCE", 2)
         parts = task.objective.predict(task.backbone, batch)
     assert whole.keys() == parts.keys() and all(
         torch.allclose(whole[name].float(), parts[name].float(), rtol=1e-3, atol=1e-4)

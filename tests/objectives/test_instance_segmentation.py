@@ -20,6 +20,7 @@ from torchvision.ops import box_convert, box_iou
 
 from pipeline.config import registry
 from pipeline.core.contracts import Batch, RawRows, Task
+from pipeline.core.contracts.objective_capabilities import gives_raw_outputs
 from pipeline.core.metrics.catalog import metric
 from pipeline.core.nn import box_detectors
 from pipeline.data.stream import Decoder
@@ -346,7 +347,7 @@ def test_masks_are_compared_in_the_pixels_of_the_stored_image(monkeypatch):
     truth_as_detections(monkeypatch, task)
     found = {k: v.numpy() for k, v in task.objective.predict(task.backbone, batch).items()}
     assert found["image_size"].tolist() == [[height, width] for width, height in SIZES]
-    maps = task.objective._maps(task.backbone, batch)[1]
+    maps = task.objective.maps(task.backbone, batch)[1]
     masks = task.objective.detector.masks(
         maps, task.objective.detector.detections(maps, batch), batch
     )
@@ -410,7 +411,7 @@ def test_written_masks_are_read_by_pycocotools_and_drawn(monkeypatch):
 def test_many_images_are_predicted_in_parts(monkeypatch):
     task, batch = task_of(score_threshold=0.0).eval(), batch_of()
     whole = task.objective.predict(task.backbone, batch)
-    monkeypatch.setattr(instance_segmentation, "AT_ONCE", 3)
+    monkeypatch.setattr(box_detectors, "AT_ONCE", 3)
     monkeypatch.setattr(instance_segmentation, "PASTED_PIXELS", 30_000)
     parts = task.objective.predict(task.backbone, batch)
     assert whole.keys() == parts.keys() and (whole["mask_areas"] > 0).any()
@@ -418,10 +419,9 @@ def test_many_images_are_predicted_in_parts(monkeypatch):
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_graph_is_refused_as_for_faster_rcnn():
-    task = task_of()
-    with pytest.raises(ValueError, match=r"Mask R-CNN decides between its stages .* method: fcos"):
-        task.objective.raw_outputs(task.backbone, batch_of())
+def test_no_graph_is_offered():
+    """Which regions are kept is decided between the stages."""
+    assert not gives_raw_outputs(InstanceSegmentation)
 
 
 # ---------------------------------------------------------------- learning

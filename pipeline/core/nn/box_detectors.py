@@ -27,7 +27,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from pipeline.config.registry import BoxOptions
 from pipeline.core.batch import Batch
-from pipeline.core.contracts import Backbone
+from pipeline.core.contracts import Backbone, Features, Objective
 from pipeline.core.nn.feature_pyramid import Pyramid
 from pipeline.core.rng import uniform
 
@@ -163,6 +163,52 @@ def image_list(batch: Batch) -> ImageList:
     """Return ``image`` (B, 3, H, W) as torchvision's detectors take it."""
     h, w = batch["image"].shape[-2:]
     return ImageList(batch["image"], [(h, w)] * len(batch))
+
+
+class BoxObjective(Objective):
+    """An objective that trains a detector: its loss, and its predictions part by part."""
+
+    optional_roles = ("crowd", "width", "height")
+    detector: Any
+    """FCOS, or a `FasterRCNN`; its ``backbone`` is the pyramid, torchvision's name for it."""
+
+    def maps(self, backbone: Backbone, batch: Batch) -> tuple[Features, dict[str, Tensor]]:
+        """Return the backbone's features and the pyramid's maps."""
+        features = backbone(batch, want=("stages",))
+        return features, self.detector.backbone(features, batch["image"].shape[-2:])
+
+    def loss(self, backbone: Backbone, batch: Batch):
+        features, maps = self.maps(backbone, batch)
+        parts, counts = self.detector.losses(maps, batch, targets_of(batch))
+        # layers after the last map are part of the graph: DDP waits for every gradient
+        unused = features.pooled.float().sum() * 0.0
+        total = torch.stack([*parts.values()]).sum() + unused
+        logs = {name: part.detach().sum() for name, part in parts.items()}
+        return total, counts.sum(), logs
+
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """Return what `predict_images` does, `AT_ONCE` images at a time."""
+        parts = [self.predict_images(backbone, part) for part in batch.split(AT_ONCE)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def predict_images(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """Return the predictions of a few images."""
+        raise NotImplementedError
+
+    def truth(self, maps: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Return what predictions are compared with, in a batch with labels.
+
+        Returns:
+            ``true_boxes``, ``true_classes`` and ``true_crowd`` (B, M) as the modality left them,
+            ``image_size`` (B, 2), and ``loss`` with its ``count`` (B,).
+        """
+        parts, counts = self.detector.losses(maps, batch, targets_of(batch))
+        return {
+            **true_boxes(batch, batch["frame"].float()),
+            "image_size": batch["image_size"],
+            "loss": torch.stack([*parts.values()]).sum(0),
+            "count": counts,
+        }
 
 
 # ---------------------------------------------------------------- Faster R-CNN
@@ -335,14 +381,6 @@ class FasterRCNN(nn.Module):
         pooled = heads.box_roi_pool(maps, boxes, image_list(batch).image_sizes)
         scores, shifts = heads.box_predictor(heads.box_head(pooled))
         return scores.float(), shifts.float()
-
-    def candidates(self, maps: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
-        """Refuse: the second stage reads the regions that suppression in the first one leaves."""
-        raise ValueError(
-            f"{self.network} decides between its stages which regions are kept (torchvision.ops."
-            "nms, roi_align), a number that differs from image to image: no graph of fixed outputs "
-            "holds that; train detection with method: fcos"
-        )
 
     def losses(
         self, maps: dict[str, Tensor], batch: Batch, targets: Targets
