@@ -403,7 +403,7 @@ class Base:
 
     uri: str
     sha256: str
-    """Of its weights."""
+    """SHA-256 of its weights."""
     backbone: Mapping[str, Tensor]
     """Its backbone, under its own names."""
 

@@ -65,7 +65,7 @@ class ClassifierSpec(_OptionalFields):
     temperature_in_weights: float
     """The calibration temperature, by which the weights are already divided."""
     arguments: Arguments
-    """Of the class that is built."""
+    """Arguments of the class that is built."""
     input: dict[str, Any]
     """How rows are prepared: size, mean and std of images, rate of recordings, length of texts."""
 

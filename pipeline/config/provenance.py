@@ -111,7 +111,7 @@ class MadeBy(TypedDict):
     code: dict[str, str]
     """As `Provenance.code`."""
     begun_by: NotRequired[list[ProvenanceRecord]]
-    """Of a source, other code and versions that trained earlier parts of it."""
+    """Other code and versions that trained earlier parts of a source."""
 
 
 class ProvenanceRecord(TypedDict):
@@ -121,7 +121,7 @@ class ProvenanceRecord(TypedDict):
     """None where it was not recorded."""
     versions: dict[str, str]
     parent_weights: NotRequired[str | None]
-    """Of a trial, SHA-256 of the source's weights that it started from; None for scratch."""
+    """SHA-256 of the source's weights that a trial started from; None for scratch."""
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ class ImportedFiles(NamedTuple):
 
     files: list[str]
     fingerprint: str | None = None
-    """Of the content, independent of where it is; None where the Parquet files are the source."""
+    """Hash of the content, wherever it lies; None where the Parquet files are the source."""
     own: tuple[FileIdentity, ...] = ()
     """The Parquet files, where they are the source."""
     named: tuple[FileIdentity, ...] = ()

@@ -24,7 +24,7 @@ def divisors(std: np.ndarray, size: np.ndarray, is_float64: bool = False) -> np.
     return np.where(std > np.maximum(rounding * size, SMALLEST_STD), std, 1.0)
 
 
-def short_mean(mean: float, std: float) -> float:
+def rounded_mean(mean: float, std: float) -> float:
     """Round a mean to 7 digits unless that would move standardised values by more than 1e-5.
 
     It does where the mean is large beside the deviation: Unix times, ids of samples.

@@ -15,7 +15,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import NameDifference
 from pipeline.core.inputs import StaticInputs
 from pipeline.core.ragged import ragged
-from pipeline.media.deviation import divisors, short_mean
+from pipeline.media.deviation import divisors, rounded_mean
 
 MOST = 8.0
 """Standardised numbers are clipped to this many standard deviations."""
@@ -70,7 +70,7 @@ class StaticFeatures:
                 is_float64 = values.type not in SHORT_FLOATS
                 std = float(divisors(numbers.std(), np.abs(numbers).max(), is_float64))
                 out["numbers"].append(field)
-                out["mean"].append(short_mean(float(numbers.mean()), std))
+                out["mean"].append(rounded_mean(float(numbers.mean()), std))
                 out["std"].append(float(f"{std:.7g}"))
             else:
                 for codes in _codes(field, values):

@@ -43,7 +43,7 @@ LEAST_STD = 1.0
 a bin in which the source is silent (8 kHz telephony) would make a target's sound there a hundred
 deviations loud.
 """
-AT_ONCE = 4 << 20
+WHOLE_FILE_BYTES = 4 << 20
 """Files of at most this many bytes are read whole, by one request on S3."""
 RANDOM_SECONDS = 0.5
 """Length of recordings that are made up."""
@@ -131,10 +131,11 @@ class AudioState(TypedDict, total=False):
 
     features: Literal["wave", "mel"]
     normalize: bool
-    """Of wave: whether the backbone wants each recording standardised."""
+    """Of features ``wave``: whether the backbone wants each recording standardised."""
     mean: list[float]
+    """Of features ``mel``: mean of each bin."""
     std: list[float]
-    """Of mel: those of each bin."""
+    """Of features ``mel``: standard deviation of each bin."""
 
 
 @register("modality", "audio", options=AudioOptions)
@@ -593,6 +594,6 @@ def _sound(value: Any, whole: bool) -> Iterator[bytes | BinaryIO]:
         yield value
         return
     with storage.open_read(value) as file:
-        small = whole and file.seek(0, io.SEEK_END) <= AT_ONCE
+        small = whole and file.seek(0, io.SEEK_END) <= WHOLE_FILE_BYTES
         file.seek(0)
         yield file.read() if small else file

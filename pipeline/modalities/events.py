@@ -23,7 +23,7 @@ from pipeline.core.inputs import EventInputs
 from pipeline.core.ragged import padded, ragged
 from pipeline.core.rng import uniform
 from pipeline.core.specs import State
-from pipeline.media.deviation import divisors, short_mean
+from pipeline.media.deviation import divisors, rounded_mean
 from pipeline.media.static_features import (
     MOST,
     SHORT_FLOATS,
@@ -159,7 +159,7 @@ class Events(Modality):
             clipped = found.clip(*np.quantile(found, TAILS))
             is_float64 = value.dtype == np.float64
             std = float(divisors(clipped.std(), np.abs(clipped).max(), is_float64))
-            state["mean"].append(short_mean(float(clipped.mean()), std))
+            state["mean"].append(rounded_mean(float(clipped.mean()), std))
             state["std"].append(float(f"{std:.7g}"))
         if "static" in columns:
             state["static"] = StaticFeatures.fit(

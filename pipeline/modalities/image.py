@@ -143,8 +143,9 @@ class ImageState(TypedDict):
     """State of `Image`."""
 
     mean: list[float]
+    """Mean of each channel, whose values are from 0 to 1."""
     std: list[float]
-    """Of each channel, between 0 and 1."""
+    """Standard deviation of each channel."""
 
 
 @register("modality", "image", options=ImageOptions)

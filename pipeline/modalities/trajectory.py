@@ -67,7 +67,7 @@ class TrajectoryState(TypedDict):
     spaces: dict[str, SpaceState]
     tasks: list[str]
     chosen: NotRequired[dict[str, str]]
-    """Of rows without a name whose actions are classes: the width of observations to the space."""
+    """Width of observations to the space of rows without a name whose actions are classes."""
 
 
 @register("modality", "trajectory", options=TrajectoryOptions)

@@ -72,10 +72,10 @@ class BehaviourCloningOptions(Options):
 
 
 class _Losses(NamedTuple):
-    """Of the rows of one space."""
+    """Losses and errors of the rows of one space."""
 
     losses: Tensor
-    """(n, T, H)."""
+    """(n, T, H) loss of each action of a chunk."""
     counted: Tensor
     """(n, T, H) which places of chunks count."""
     errors: Tensor

@@ -22,7 +22,7 @@ from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn.eager import eager
 from pipeline.media.tagging_schemes import answer_scores, texts
 
-AT_ONCE = 32
+WINDOWS_AT_ONCE = 32
 """Windows predicted at a time: evaluation hands over hundreds of rows of several windows each."""
 
 SHOWN = 60
@@ -227,7 +227,7 @@ class QuestionAnswering(Objective):
         ``count`` (B,).
         """
         windows, real = flattened(batch)
-        chunks = [part for part in windows.split(AT_ONCE) if len(part)]
+        chunks = [part for part in windows.split(WINDOWS_AT_ONCE) if len(part)]
         parts = [self._predict_windows(backbone, part) for part in chunks]
         found = {}
         if parts:

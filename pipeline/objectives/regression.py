@@ -37,8 +37,9 @@ class RegressionState(TypedDict):
     """State of `Regression`."""
 
     mean: float
+    """Mean of the training rows' numbers."""
     std: float
-    """Of the training rows."""
+    """Their standard deviation."""
     labels: list[str]
     """The name of the column."""
 

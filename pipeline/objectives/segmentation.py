@@ -23,7 +23,7 @@ from pipeline.media import drawing, image_io
 
 OUTSIDE = image_io.IGNORED
 """Class of pixels outside the image, as the modality writes it."""
-AT_ONCE = 16
+IMAGES_AT_ONCE = 16
 """Images predicted at a time.
 
 Evaluation hands over hundreds, whose scores would take 40 GB (256 images, 150 classes, 512 px).
@@ -158,7 +158,7 @@ class Segmentation(Objective):
         With masks instead ``intersection``, ``predicted`` and ``actual`` (B, C), labelled pixels
         of the input without its padding, and ``loss`` with its ``count`` (B,).
         """
-        parts = [self._predict(backbone, part) for part in batch.split(AT_ONCE)]
+        parts = [self._predict(backbone, part) for part in batch.split(IMAGES_AT_ONCE)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.config.registry import nearest
 from pipeline.io import checksums, csv_rows, storage
 from pipeline.io.json_values import JsonObject, as_object
-from pipeline.report.trial_folder import older_folder
+from pipeline.report.trial_folder import old_layout_folder
 
 FILE, INDEX = "results.parquet", "trials.csv"
 """The table, and a list of its trials for people, with the folder and bundle of each."""
@@ -154,7 +154,7 @@ class ResultRow:
     @property
     def folder(self) -> str:
         """The trial's folder, relative to that of the job."""
-        return self.trial_folder or older_folder(self.trial_id)
+        return self.trial_folder or old_layout_folder(self.trial_id)
 
     @property
     def is_cut_by_budget(self) -> bool:

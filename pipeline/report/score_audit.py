@@ -77,9 +77,9 @@ class Audit:
     chance: float | None
     """Regret that a source drawn at random has on average."""
     seconds: float | None
-    """Of the score for a source and a target, with the features that all scores share."""
+    """Seconds of the score for a source and a target, with the features that all scores share."""
     trial_seconds: float | None
-    """Of one fine-tuning trial."""
+    """Seconds of one fine-tuning trial."""
     pairs: int
     """Pairs of a source and a target that have both."""
     misled: tuple[str, ...] = ()

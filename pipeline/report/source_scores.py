@@ -19,7 +19,7 @@ class ScoreValue:
     high: float | None = None
     higher_is_better: bool = True
     seconds: float | None = None
-    """Of this score alone, with its interval, from features that are there."""
+    """Seconds of this score alone, with its interval, once the features are there."""
     reason: str = ""
     """Why there is no value, or no interval."""
 
@@ -42,7 +42,7 @@ class PairScores:
     """Rows of the target that were read."""
     source_rows: int = 0
     seconds: float = 0.0
-    """Of the features that all scores share."""
+    """Seconds of the features that all scores share."""
     device: str = ""
     error: str = ""
     """Why nothing could be computed."""

@@ -15,10 +15,11 @@ class SourceSummary:
     backbone: str = ""
     objective: str = ""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
-    """Of the validation rows."""
+    """Metrics of the validation rows."""
     steps: int | None = None
     rows: int | None = None
     seconds: float | None = None
+    """Seconds of training."""
     rows_per_second: float | None = None
     stopped_at: int | None = None
     """The step after which ``train.patience`` ended it; None: it did not."""

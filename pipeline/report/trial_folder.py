@@ -33,7 +33,7 @@ def name_folder(
     seed: int,
     stage: str,
     trial_id: str,
-    older: Collection[str] = (),
+    ids_in_old_layout: Collection[str] = (),
 ) -> str:
     """Return the folder of a trial, relative to that of its job.
 
@@ -45,10 +45,10 @@ def name_folder(
         seed: The trial's seed.
         stage: "search" or "final".
         trial_id: 12 hex digits.
-        older: Ids of trials that lie where an older version laid them (`older_trials`).
+        ids_in_old_layout: Ids of trials that lie where an older version laid them.
     """
-    if trial_id in older:
-        return older_folder(trial_id)
+    if trial_id in ids_in_old_layout:
+        return old_layout_folder(trial_id)
     names = (target, source, technique, f"labels-{labels.replace('/', '-per-')}")
     search = "search-" if stage == "search" else ""
     return "/".join((TRIALS, *map(safe_name, names), f"{search}seed{seed}-{trial_id}"))
@@ -67,12 +67,12 @@ def safe_name(text: str) -> str:
     return f"_{plain}" if re.fullmatch(_RESERVED, plain) else plain
 
 
-def older_folder(trial_id: str) -> str:
+def old_layout_folder(trial_id: str) -> str:
     """Return the folder of a trial of an older version, relative to that of its job."""
     return storage.join(TRIALS, trial_id)
 
 
-def older_trials(root: str) -> frozenset[str]:
+def ids_in_old_layout(root: str) -> frozenset[str]:
     """Return the ids of the trials that an older version laid into the folder of a job."""
     names = storage.list_folders(storage.join(root, TRIALS))
     return frozenset(name for name in names if re.fullmatch(ID, name))

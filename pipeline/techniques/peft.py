@@ -204,7 +204,7 @@ class AdaptedTask(Task):
     def layers(self) -> dict[str, list[str]]:
         return {layer: list(names) for layer, names in self._layers.items()}
 
-    def scales(self) -> set[str]:
+    def undecayed_parameters(self) -> set[str]:
         """Return the adapters' parameters that multiply weights: at 0 the layer would be gone."""
         return {
             name for name, _ in self.named_parameters() if MULTIPLIERS.intersection(name.split("."))
@@ -253,8 +253,8 @@ class AdaptedTask(Task):
         """Raise ValueError, after the first batch, for adapters that their block did not call.
 
         An adapter in the place of a module whose weight is read without a call has no effect.
-        `parts_whose_weight_is_read` finds such modules by the code of their classes; this finds the
-        rest.
+        `submodules_read_without_call` finds such modules by the code of their classes; this finds
+        the rest.
         """
         if not self._hooks or not self._called:
             return
@@ -354,7 +354,7 @@ class AdapterTechnique(Technique, ABC):
         """Whether peft replaces the module of a weight."""
         module = backbone.get_submodule(target.module)
         owner, _, part = target.module.rpartition(".")
-        is_read = part in parts_whose_weight_is_read(type(backbone.get_submodule(owner)))
+        is_read = part in submodules_read_without_call(type(backbone.get_submodule(owner)))
         return target.kind in self.replaced and not is_read and _is_plain(module)
 
     def is_held_in_4_bits(self, module: nn.Module) -> bool:
@@ -414,14 +414,17 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 @cache
-def parts_whose_weight_is_read(kind: type[nn.Module]) -> frozenset[str]:
-    """Return the parts of a module whose weight ``forward`` reads without calling the part.
+def submodules_read_without_call(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the names of submodules whose weight ``forward`` reads without calling them.
 
-    peft replaces a part such as ``self.qkv``. Where ``forward`` has ``F.linear(x,
-    self.qkv.weight)`` and not ``self.qkv(x)``, the replacement is never called. Attention of timm's
-    beit, eva and swinv2 and of transformers' WavLM does so, and torch's encoder layer where it
-    takes no gradient. What is added there has to be in the weight. The code of ``forward`` and of
-    the methods that it uses is searched for ``self.PART.weight``.
+    peft replaces a submodule such as ``self.qkv``. Where ``forward`` has ``F.linear(x,
+    self.qkv.weight)`` and not ``self.qkv(x)``, the replacement is never called, so what is added
+    has to be in the weight. Attention of timm's beit, eva and swinv2 and of transformers' WavLM
+    reads weights so, and torch's encoder layer where it takes no gradient.
+
+    Such names are found in the source code of ``forward`` and of the methods that it uses, as
+    ``self.NAME.weight``; ``self.NAME.weight.dtype`` and ``isinstance(self.NAME.weight, ...)`` do
+    not count.
     """
     found: set[str] = set()
     methods, seen = ["forward"], set[str]()

@@ -44,11 +44,11 @@ class Experiment:
     """Backbone and objective with the weights that training starts from."""
     technique: Technique
     technique_seed: int
-    """Of the random numbers with which the technique initialises what it adds."""
+    """Seed of the random numbers with which the technique initialises what it adds."""
     train: Train
     steps: int
     seed: int
-    """Of the random numbers that are drawn in training."""
+    """Seed of the random numbers that are drawn in training."""
     rows: Rows
     """The training rows of all ranks."""
     plan: Plan
@@ -62,7 +62,7 @@ class Experiment:
     max_bad_rows: float
     """Share of a split's rows that may be unusable before the run stops."""
     folder: str
-    """Of the run: resume points (``checkpoints/``) and traces of rows are written here."""
+    """Where resume points (``checkpoints/``) and traces of rows are written."""
     log_folder: str
     lost: int = 0
     """Training rows that were left out before; they count against the same budget."""

@@ -190,7 +190,7 @@ class Cluster:
     nodes: Nodes
     """The present nodes; of a cluster that grows, those that it can have."""
     object_store_bytes: float
-    """Of the present nodes."""
+    """Bytes of the object stores of the present nodes."""
     grows: bool = False
     """Whether nodes are added when resources are requested."""
     is_declared: bool = True
@@ -465,12 +465,12 @@ class _Board:
         return self.record, self.fatal
 
 
-def _rank_main(config: dict[str, _RankInputs]) -> None:
+def _rank_main(config: dict[str, _RankInputs]) -> None:  # Ray Train passes a dict
     import ray.train
     import ray.train.torch
 
-    given = config["given"]
-    work, board = given.work, given.board
+    inputs = config["inputs"]
+    work, board = inputs.work, inputs.board
     if ray.get(board.read.remote())[1] is not None:
         return  # the run ended with an error that a restart would only repeat
     context = ray.train.get_context()
@@ -495,7 +495,7 @@ def _rank_main(config: dict[str, _RankInputs]) -> None:
                 work,
                 ranks,
                 on_progress,
-                get_shared(given.rows) if given.rows is not None else None,
+                get_shared(inputs.rows) if inputs.rows is not None else None,
             )
     except (
         ValueError,
@@ -650,10 +650,10 @@ def _train(
     watcher = threading.Thread(target=_watch, args=watched, daemon=True)
     watcher.start()
     reference = put_shared(rows) if rows is not None else None
-    given = _RankInputs(work, board, reference)
+    inputs = _RankInputs(work, board, reference)
     error: Exception | None = None
     try:
-        _fit(_trainer(stage, mine, given, verbose, most))
+        _fit(_trainer(stage, mine, inputs, verbose, most))
     except ray.train.TrainingFailedError as failed:
         error = failed
     finally:
@@ -691,7 +691,7 @@ def _reason(error: Exception | None) -> str:
 
 
 def _trainer(
-    stage: source.SourceStage, mine: RankResources, given: _RankInputs, verbose: bool, most: int
+    stage: source.SourceStage, mine: RankResources, inputs: _RankInputs, verbose: bool, most: int
 ) -> Any:
     import ray.train
     import ray.train.torch
@@ -700,7 +700,7 @@ def _trainer(
     low = stage.spec.worker_range[0]
     return ray.train.torch.TorchTrainer(
         _rank_main,
-        train_loop_config={"given": given},
+        train_loop_config={"inputs": inputs},
         torch_config=_backend(mine.gpus),
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == most else (low, most),

@@ -30,7 +30,7 @@ class LogRecord(TypedDict, total=False):
 
     step: Required[int]
     steps: Required[int]
-    """Of the whole run."""
+    """Steps of the whole run."""
     phase: str
     lr: float
     grad_norm: float

@@ -118,11 +118,11 @@ def groups(task: Task, rates: dict[str, float], train: Train) -> list[ParameterG
 
     Vectors and scalars (norms, biases) have no weight decay, nor have `Task.scales`.
     """
-    scales = task.scales()
+    undecayed = task.undecayed_parameters()
     out: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in task.named_parameters():
         if rates[name] > 0:
-            is_decayed = parameter.dim() > 1 and name not in scales
+            is_decayed = parameter.dim() > 1 and name not in undecayed
             decay = train.weight_decay if is_decayed else 0.0
             out.setdefault((rates[name], decay), []).append(parameter)
     return [

@@ -39,7 +39,7 @@ def read_provenance(folder: str) -> list[ProvenanceRecord]:
 
 
 def changed_since(folder: str, now: Provenance) -> list[ProvenanceRecord]:
-    """Those that have worked in a folder and differ from ``now``."""
+    """Return the code and versions that worked in a folder before and differ from ``now``."""
     return _others(read_provenance(folder), now)
 
 

@@ -193,7 +193,7 @@ class Chosen:
     scores: Scores
     metrics: dict[str, float]
     predictions: Predictions
-    """Of the validation rows."""
+    """Predictions of the validation rows."""
 
 
 def _has_positions(objective: PredictsFromScores) -> bool:

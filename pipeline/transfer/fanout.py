@@ -118,7 +118,7 @@ class Pulses:
 class Pulse:
     """Sends heartbeats of the process of a unit."""
 
-    board: Any
+    pulses: Any
     actor_id: str
     unit: int
     every_seconds: float
@@ -131,16 +131,16 @@ class Pulse:
             nonlocal last_beat
             if time.monotonic() - last_beat > self.every_seconds:
                 last_beat = time.monotonic()
-                self.board.beat.remote(self.actor_id, self.unit)
+                self.pulses.beat.remote(self.actor_id, self.unit)
 
         return heard
 
 
-def _begin(board: Any, unit: int, every_seconds: float, waits_for_ranks: bool) -> Pulse:
+def _begin(pulses: Any, unit: int, every_seconds: float, waits_for_ranks: bool) -> Pulse:
     """Register this process as the one that runs a unit."""
     context = ray.get_runtime_context()
-    pulse = Pulse(board, str(context.get_actor_id()), unit, every_seconds)
-    board.begin.remote(pulse.actor_id, context.current_actor, unit, waits_for_ranks)
+    pulse = Pulse(pulses, str(context.get_actor_id()), unit, every_seconds)
+    pulses.begin.remote(pulse.actor_id, context.current_actor, unit, waits_for_ranks)
     return pulse
 
 
@@ -162,7 +162,7 @@ class Watchdog:
         self.reasons: dict[int, str] = {}
         waits = [*self.limits.values(), *([self.silence] if self.silence is not None else [])]
         self.look_every_seconds = min([5.0, *(seconds / 5 for seconds in waits)])
-        self.board = Pulses.remote()
+        self.pulses = Pulses.remote()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -176,15 +176,15 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join(timeout=10)
         with suppress(RayError):
-            ray.kill(self.board)  # pyright: ignore[reportArgumentType] - Ray's stub of actors
+            ray.kill(self.pulses)  # pyright: ignore[reportArgumentType] - Ray's stub of actors
 
     def ended(self, unit: int) -> None:
-        self.board.end.remote(unit)
+        self.pulses.end.remote(unit)
 
     def _watch(self) -> None:
         while not self._ended.wait(self.look_every_seconds):
             try:
-                found = ray.get(self.board.overdue.remote(self.silence, self.limits), timeout=30)
+                found = ray.get(self.pulses.overdue.remote(self.silence, self.limits), timeout=30)
             except (RayError, GetTimeoutError):
                 continue
             for unit, actor, why in found:
@@ -271,7 +271,7 @@ class _UnitConfig(TypedDict):
     """Ranks of a trial; 0: it runs in the process of the unit."""
     cpus: float
     gpus: float
-    """Of each rank."""
+    """GPUs of each rank."""
 
 
 def _run_unit(
@@ -279,7 +279,7 @@ def _run_unit(
     held: list[Any],
     work: list[Unit],
     asha: bool,
-    board: Any = None,
+    pulses: Any = None,
     pulse_seconds: float = 60.0,
 ) -> None:
     """Run a unit as one Tune trial. An error goes into the trials' records and stops nothing else.
@@ -288,11 +288,11 @@ def _run_unit(
         held: A list with the reference of what all trials share.
         work: All units, by number.
         asha: Whether validations are reported to the scheduler.
-        board: The `Pulses` that gets heartbeats; None: no watchdog.
+        pulses: The `Pulses` that gets heartbeats; None: no watchdog.
     """
     pulse = None
-    if board is not None:
-        pulse = _begin(board, config["unit"], pulse_seconds, config["workers"] > 0)
+    if pulses is not None:
+        pulse = _begin(pulses, config["unit"], pulse_seconds, config["workers"] > 0)
     shared: Shared = launch.get_shared(held[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     unit = work[config["unit"]]
@@ -750,7 +750,7 @@ def _tune(
                     held=[launch.put_shared(shared)],
                     work=work,
                     asha=asha,
-                    board=watchdog.board,
+                    pulses=watchdog.pulses,
                     pulse_seconds=watchdog.look_every_seconds,
                 ),
                 mine,

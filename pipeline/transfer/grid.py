@@ -253,7 +253,7 @@ def draws(
             name: _drawn(values, space.is_range(name), generator)
             for name, values in sorted(space.values.items())
         }
-        out.append(space.setting(drawn))
+        out.append(space.to_hyper_parameters(drawn))
     return out
 
 
@@ -268,7 +268,7 @@ class SearchSpace:
     lr: float
     """The target's learning rate."""
     options: Options
-    """Those of the technique, as the job has them."""
+    """Options of the technique, as the job has them."""
     seed: int
 
     def is_range(self, name: str) -> bool:
@@ -276,10 +276,10 @@ class SearchSpace:
         values = self.values[name]
         return len(values) == 2 if self.is_stated else _is_range(values)
 
-    def setting(self, drawn: Mapping[str, Any]) -> HyperParameters:
-        """Return drawn values as the hyper-parameters of a trial, rounded."""
+    def to_hyper_parameters(self, values: Mapping[str, Any]) -> HyperParameters:
+        """Return searched values as the hyper-parameters of a trial, rounded."""
         out: HyperParameters = {}
-        for name, value in drawn.items():
+        for name, value in values.items():
             if self.is_stated:
                 out[name] = round_hyper_parameter(name, value)
             elif name == "lr":
@@ -288,26 +288,26 @@ class SearchSpace:
                 out[OPTION + name] = float(f"{value:.6g}") if isinstance(value, float) else value
         return out
 
-    def drawn(self, setting: Mapping[str, Any]) -> dict[str, float]:
-        """Undo `setting`: return each searched value (for choices: its index).
+    def from_hyper_parameters(self, hyper: Mapping[str, Any]) -> dict[str, float]:
+        """Undo `to_hyper_parameters`: return each searched value (for choices: its index).
 
-        A name that the setting does not have takes the job's value, or is left out if the search
-        could not draw that.
+        A name that is not given takes the job's value, or is left out if the search could not draw
+        that.
         """
         own = {} if self.is_stated else {**dict(self.options), "lr": 1.0}
         out: dict[str, float] = {}
         for name, values in self.values.items():
-            ((key, _),) = self.setting({name: values[0]}).items()
+            ((key, _),) = self.to_hyper_parameters({name: values[0]}).items()
             if not self.is_range(name):
-                choices = [self.setting({name: value})[key] for value in values]
-                value = setting.get(key, own.get(name))
+                choices = [self.to_hyper_parameters({name: value})[key] for value in values]
+                value = hyper.get(key, own.get(name))
                 if value in choices:
                     out[name] = choices.index(value)
                 continue
             low, high = values
-            if key in setting:
+            if key in hyper:
                 scale = self.lr if name == "lr" and not self.is_stated else 1.0
-                out[name] = min(max(setting[key] / scale, low), high)  # rounded, it may lie outside
+                out[name] = min(max(hyper[key] / scale, low), high)  # rounded, it may lie outside
             elif isinstance(value := own.get(name), int | float) and low <= value <= high:
                 out[name] = float(value)
         return out
@@ -441,13 +441,13 @@ def baseline_trials(
     target_name: str,
     group: BackboneGroup,
     data_key: str,
-    older: Collection[str] = (),
+    ids_in_old_layout: Collection[str] = (),
 ) -> list[Trial]:
     """Return the trials of a target's baselines, with every seed and label fraction above 0.
 
     Args:
         group: The backbone group whose modality reads the rows.
-        older: Ids of trials that lie where an older version laid them (`older_trials`).
+        ids_in_old_layout: See `trial_folder.name_folder`.
     """
     target = job.targets[target_name]
     what = target.model_dump(mode="json", include={"objective", "metric"})
@@ -488,7 +488,7 @@ def baseline_trials(
                             seed,
                             "final",
                             identity,
-                            older,
+                            ids_in_old_layout,
                         ),
                     )
                 )
@@ -536,12 +536,12 @@ def make_trial(
     source_key: str,
     data_key: str,
     members: tuple[Trial, ...] = (),
-    older: Collection[str] = (),
+    ids_in_old_layout: Collection[str] = (),
 ) -> Trial:
     """Make a trial of an entry.
 
     Args:
-        older: Ids of trials that lie where an older version laid them (`older_trials`).
+        ids_in_old_layout: See `trial_folder.name_folder`.
     """
     group, source, component, fraction = entry
     target = job.targets[target_name]
@@ -575,7 +575,7 @@ def make_trial(
         seed,
         stage,
         identity,
-        older,
+        ids_in_old_layout,
     )
     return Trial(
         source,

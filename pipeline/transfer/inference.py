@@ -73,7 +73,7 @@ class OutputOptions:
     keep: tuple[str, ...] = ()
     """Columns of the rows."""
     srt: bool = False
-    """Of speech, a file of subtitles for each recording."""
+    """Whether a file of subtitles is written for each recording, of speech."""
     draw: bool = False
     """Pictures of the rows with the predictions drawn on them."""
 

@@ -117,12 +117,12 @@ def propose(
         for name, of in sorted(space.values.items())
     )
     known = tuple(
-        (tuple(sorted(space.drawn(setting).items())), value)
-        for setting, value in zip(tried, values, strict=True)
+        (tuple(sorted(space.from_hyper_parameters(hyper).items())), value)
+        for hyper, value in zip(tried, values, strict=True)
     )
     found = _ask(ranges, known, count, mix(space.seed, generation) % 2**32)
     return [
-        space.setting(
+        space.to_hyper_parameters(
             {
                 name: value if space.is_range(name) else space.values[name][value]
                 for name, value in one

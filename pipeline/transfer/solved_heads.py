@@ -47,7 +47,7 @@ class Solution:
     metrics: dict[str, float]
     """Validation metrics."""
     share: float | None = None
-    """Of the features that were kept; None: all, and none was chosen."""
+    """Share of the features that were kept; None: all, and none was chosen."""
     solver: str = "lbfgs"
     """lbfgs, or ridge: the closed form of a squared error."""
 

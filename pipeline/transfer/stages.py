@@ -80,7 +80,7 @@ class JobState:
     targets: dict[str, TargetStage] = field(default_factory=dict)
     pretraining: list[SourceSummary] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    broken: dict[str, str] = field(default_factory=dict)
+    unusable_targets: dict[str, str] = field(default_factory=dict)
     """Targets that could not be prepared, each with the reason. The others continue without them.
     """
     scores: dict[str, SelectionScore] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class JobState:
     whole_targets: frozenset[str] = frozenset()
     """Targets of a part of a job (``only``) that have all their sources in it, by name in the job.
     """
-    older_trials: frozenset[str] = frozenset()
+    ids_in_old_layout: frozenset[str] = frozenset()
     """Ids of the trials that lie where an older version laid them."""
     key: str = ""
     """Hash of everything that the metadata of a run depends on (`_save_metadata`)."""
@@ -123,7 +123,7 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     are_whole = {name for name in job.targets if whole.taken_by(name) <= job.sources.keys()}
     job = grid.expand_folds(job)
     state, problems = JobState(job, progress, **options, whole_targets=frozenset(are_whole)), []
-    state.older_trials = trial_folder.older_trials(job.root)
+    state.ids_in_old_layout = trial_folder.ids_in_old_layout(job.root)
 
     def each(
         make: Callable[[Job, str], Any], names, into: dict[str, Any], place: Callable[[str], str]
@@ -631,7 +631,7 @@ def _save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
     metadata: _StoredMetadata = {
         "key": state.key,
         "notes": state.notes,
-        "broken": state.broken,
+        "broken": state.unusable_targets,
         "scores": state.scores,
         "source_scores": {pair: found.to_json() for pair, found in state.source_scores.items()},
         "left_out": state.left_out,
@@ -788,7 +788,7 @@ def share(state: JobState) -> Shared:
             # the other folds would pass for all rows of the target
             for fold, other in list(state.targets.items()):
                 if other.name_in_job == whole:
-                    state.broken[fold] = reason
+                    state.unusable_targets[fold] = reason
                     state.targets.pop(fold)
             data = {key: one for key, one in data.items() if key[0] in state.targets}
             state.notes.append(f"{whole}: left out: {reason}")
@@ -1090,7 +1090,7 @@ def _trial(
     if target.unlabelled_key and (are_trained_on or targets.reads_target(technique)):
         data_key = spec_hash(data_key, target.unlabelled_key)
     return grid.make_trial(
-        state.job, name, entry, hyper, seed, stage, key, data_key, members, state.older_trials
+        state.job, name, entry, hyper, seed, stage, key, data_key, members, state.ids_in_old_layout
     )
 
 
@@ -1394,7 +1394,7 @@ def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial
             continue
         names = set(matching(state, name))
         group = next(one for one in groups if set(one.sources) & names)
-        out += grid.baseline_trials(state.job, name, group, target.key, state.older_trials)
+        out += grid.baseline_trials(state.job, name, group, target.key, state.ids_in_old_layout)
     return out
 
 
@@ -1534,7 +1534,7 @@ def current(state: JobState) -> list[ResultRow]:
         return []
     metadata = _read_metadata(state)
     state.notes = metadata.get("notes", [])
-    state.broken = metadata.get("broken", {})
+    state.unusable_targets = metadata.get("broken", {})
     state.scores = metadata.get("scores", {})
     state.left_out = metadata.get("left_out", {})
     state.source_scores = {
@@ -1542,7 +1542,7 @@ def current(state: JobState) -> list[ResultRow]:
         for pair, found in metadata.get("source_scores", {}).items()
     }
     state.targets = {
-        name: stage for name, stage in state.targets.items() if name not in state.broken
+        name: stage for name, stage in state.targets.items() if name not in state.unusable_targets
     }
     groups, chosen = (
         _backbone_groups(state),
@@ -2017,6 +2017,6 @@ def _left_out(state: JobState) -> list[str]:
     suffixes = {name: grid.fold_suffix(target.fold) for name, target in state.job.targets.items()}
     lines = [
         f"targets.{name.removesuffix(suffixes[name])}: {reason}"
-        for name, reason in state.broken.items()
+        for name, reason in state.unusable_targets.items()
     ]
     return list(dict.fromkeys(lines))

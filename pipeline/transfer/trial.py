@@ -766,22 +766,21 @@ def make_record(
     )
     rows: list[ResultRow] = []
     chosen_on = SOURCE_VALIDATION if is_without_labels(trial) else VALIDATION
-    for split, found in (
-        ("test", compute_test_metrics(data, test) if test else {}),
-        (chosen_on, validation),
-    ):
-        for name in found if split == "test" else data.metrics if found else ():
-            of = metric(name, data.label_names)
+    tested = compute_test_metrics(data, test) if test else {}
+    validated = {name: validation[name] for name in data.metrics} if validation else {}
+    for split, values in (("test", tested), (chosen_on, validated)):
+        for name, value in values.items():
+            judge = metric(name, data.label_names)
             row = replace(
                 common,
                 metric=name,
-                value=found[name],
-                higher_is_better=of.higher_is_better,
+                value=value,
+                higher_is_better=judge.higher_is_better,
                 split=split,
                 n_eval=len(data.validation),
             )
             if split == "test" and test is not None:
-                low, high = stats.interval(of, test, groups=groups)
+                low, high = stats.interval(judge, test, groups=groups)
                 units = len(test["row"]) if groups is None else len(np.unique(groups))
                 row = replace(
                     row,
@@ -794,19 +793,19 @@ def make_record(
             rows.append(row)
     made = trial_made_by(trial, data.spec, shared.backbone_groups[trial.backbone_key])
     return TrialRecord(
-        trial.id,
-        trial.entry,
-        status,
-        error,
-        tuple(rows or [common]),
-        validation,
-        curve_of(summary.curve),
-        summary.transfer,
-        summary.kept_step,
-        summary.skipped_steps,
-        summary.resumed_from,
-        shared.parent_weights.get(trial.source),
-        shared.run,
+        trial_id=trial.id,
+        cell=trial.entry,
+        status=status,
+        error=error,
+        rows=tuple(rows or [common]),
+        validation=validation,
+        curve=curve_of(summary.curve),
+        transfer=summary.transfer,
+        kept_step=summary.kept_step,
+        skipped_steps=summary.skipped_steps,
+        resumed_from=summary.resumed_from,
+        parent_weights=shared.parent_weights.get(trial.source),
+        run=shared.run,
         made_by=made.made_by,
         versions=made.versions,
         begun_by=tuple(summary.begun_by),

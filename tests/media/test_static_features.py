@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.media.deviation import short_mean
+from pipeline.media.deviation import rounded_mean
 from pipeline.media.static_features import MOST, StaticFeatures
 
 KIND = pa.struct(
@@ -163,5 +163,5 @@ def test_numbers_that_are_large_beside_their_deviation_or_small_are_standardised
 
 
 def test_a_mean_keeps_seven_digits_where_no_standardised_number_shows_more():
-    assert short_mean(64.25369123, 17.0) == 64.25369
-    assert short_mean(1.7e9 + 0.25, 20.0) == 1.7e9 + 0.25
+    assert rounded_mean(64.25369123, 17.0) == 64.25369
+    assert rounded_mean(1.7e9 + 0.25, 20.0) == 1.7e9 + 0.25

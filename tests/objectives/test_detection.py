@@ -548,7 +548,7 @@ def test_many_images_are_predicted_in_parts(method, monkeypatch):
     task, batch = task_of(method).eval(), batch_of(5)
     with torch.no_grad():
         whole = task.objective.predict(task.backbone, batch)
-        monkeypatch.setattr(box_detectors, "AT_ONCE", 2)
+        monkeypatch.setattr(box_detectors, "IMAGES_AT_ONCE", 2)
         parts = task.objective.predict(task.backbone, batch)
     assert whole.keys() == parts.keys() and all(
         torch.allclose(whole[name].float(), parts[name].float(), rtol=1e-3, atol=1e-4)

@@ -411,7 +411,7 @@ def test_written_masks_are_read_by_pycocotools_and_drawn(monkeypatch):
 def test_many_images_are_predicted_in_parts(monkeypatch):
     task, batch = task_of(score_threshold=0.0).eval(), batch_of()
     whole = task.objective.predict(task.backbone, batch)
-    monkeypatch.setattr(box_detectors, "AT_ONCE", 3)
+    monkeypatch.setattr(box_detectors, "IMAGES_AT_ONCE", 3)
     monkeypatch.setattr(instance_segmentation, "PASTED_PIXELS", 30_000)
     parts = task.objective.predict(task.backbone, batch)
     assert whole.keys() == parts.keys() and (whole["mask_areas"] > 0).any()

@@ -354,9 +354,9 @@ def test_windows_are_predicted_in_parts(monkeypatch):
     # Real windows, each once
     assert (
         sum(task.backbone.seen) == batch["mask"].any(-1).sum()
-        and max(task.backbone.seen) <= qa.AT_ONCE
+        and max(task.backbone.seen) <= qa.WINDOWS_AT_ONCE
     )
-    monkeypatch.setattr(qa, "AT_ONCE", 4)
+    monkeypatch.setattr(qa, "WINDOWS_AT_ONCE", 4)
     task.backbone.seen.clear()
     parts = predicted(task, batch)
     assert max(task.backbone.seen) <= 4 and all(

@@ -163,7 +163,7 @@ def test_sums_and_counts_add_up_over_ranks(monkeypatch):
     assert sum(h[1] for h in halves) == count == (batch["mask"] != 255).sum()
     assert sum(h[0] for h in halves).item() == pytest.approx(total.item(), rel=1e-5)
     assert sum(h[2]["pixel_accuracy"] for h in halves) == logs["pixel_accuracy"]
-    monkeypatch.setattr("pipeline.objectives.segmentation.AT_ONCE", 2)
+    monkeypatch.setattr("pipeline.objectives.segmentation.IMAGES_AT_ONCE", 2)
     found = task.objective.predict(task.backbone, batch)
     assert (
         found["loss"].sum().item() == pytest.approx(total.item(), rel=1e-5)

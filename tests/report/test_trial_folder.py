@@ -72,13 +72,17 @@ def test_names_that_differ_in_case_alone_are_told_apart_by_the_id():
 
 def test_all_trials_of_a_job_are_found_and_removed(root):
     """Those of both versions, with the folders that are then empty."""
-    assert trial_folder.find_all(root) == {} and trial_folder.older_trials(root) == frozenset()
-    mine, older, beside = named(), trial_folder.older_folder(OTHER), named(OTHER, trial_id="b" * 12)
+    assert trial_folder.find_all(root) == {} and trial_folder.ids_in_old_layout(root) == frozenset()
+    mine, older, beside = (
+        named(),
+        trial_folder.old_layout_folder(OTHER),
+        named(OTHER, trial_id="b" * 12),
+    )
     for folder in (mine, older, beside):
         storage.write_bytes(storage.join(root, folder, "bundle", "manifest.json"), b"{}")
     storage.write_bytes(storage.join(root, "trials", "notes.txt"), b"mine")
     assert trial_folder.find_all(root) == {ONE: mine, OTHER: older, "b" * 12: beside}
-    assert trial_folder.older_trials(root) == {OTHER}
+    assert trial_folder.ids_in_old_layout(root) == {OTHER}
     trial_folder.remove(root, mine)
     trial_folder.remove(root, older)
     assert trial_folder.find_all(root) == {"b" * 12: beside}
@@ -87,7 +91,7 @@ def test_all_trials_of_a_job_are_found_and_removed(root):
 
 @pytest.mark.parametrize("root", ["runs/job", "s3://bucket/runs/job", "/trials/job"])
 def test_a_bundle_says_its_job_and_its_trial(root):
-    for folder in (named("trials"), trial_folder.older_folder(ONE), named(stage="search")):
+    for folder in (named("trials"), trial_folder.old_layout_folder(ONE), named(stage="search")):
         assert trial_folder.split_bundle(f"{root}/{folder}/bundle") == (root, ONE)
     for other in (f"{root}/sources/garments-{ONE}/bundle", f"{root}/trials/x/bundle"):
         assert trial_folder.split_bundle(other) is None

@@ -51,7 +51,7 @@ from pipeline.techniques.peft import (
     Lora,
     LoraOptions,
     adaptable_weights,
-    parts_whose_weight_is_read,
+    submodules_read_without_call,
 )
 from pipeline.train import loop, optim
 from pipeline.transfer import fanout, grid, targets, trial
@@ -280,8 +280,8 @@ def test_a_backbone_without_such_modules_is_told_with_those_that_it_has():
         ("transformers.models.bert.modeling_bert.BertSelfAttention", set()),
     ],
 )
-def test_parts_whose_weight_is_read(kind, parts):
-    assert parts_whose_weight_is_read(pkgutil.resolve_name(kind)) == parts
+def test_submodules_read_without_call(kind, parts):
+    assert submodules_read_without_call(pkgutil.resolve_name(kind)) == parts
 
 
 class BeitAttention(beit.Attention):

@@ -816,27 +816,27 @@ def test_silence_and_time_count_from_the_first_beat_where_ranks_must_find_their_
     """Their nodes may come minutes later."""
     now = [0.0]
     monkeypatch.setattr(fanout.time, "monotonic", lambda: now[0])
-    board = fanout.Pulses.__ray_metadata__.modified_class()
-    board.begin("a", "process a", 0)
-    board.begin("b", "process b", 1, True)
-    board.begin("c", "process c", 2)
+    pulses = fanout.Pulses.__ray_metadata__.modified_class()
+    pulses.begin("a", "process a", 0)
+    pulses.begin("b", "process b", 1, True)
+    pulses.begin("c", "process c", 2)
     now[0] = 50.0
-    board.beat("a", 0)
-    board.beat("c", 7)  # a beat of a unit that has ended there
-    board.end(2)
+    pulses.beat("a", 0)
+    pulses.beat("c", 7)  # a beat of a unit that has ended there
+    pulses.end(2)
     now[0] = 100.0
     assert (
-        board.overdue(40.0, {}) == [(0, "process a", "silence")] and board.overdue(40.0, {}) == []
+        pulses.overdue(40.0, {}) == [(0, "process a", "silence")] and pulses.overdue(40.0, {}) == []
     )
-    board.beat("b", 1)
+    pulses.beat("b", 1)
     now[0] = 145.0
-    board.beat("b", 1)
-    assert board.overdue(60.0, {1: 120.0}) == [], (
+    pulses.beat("b", 1)
+    assert pulses.overdue(60.0, {1: 120.0}) == [], (
         "the time that it waited for its place is not its own"
     )
     now[0] = 225.0
-    board.beat("b", 1)
-    assert board.overdue(60.0, {1: 120.0}) == [(1, "process b", "time")]
+    pulses.beat("b", 1)
+    assert pulses.overdue(60.0, {1: 120.0}) == [(1, "process b", "time")]
 
 
 def test_a_rank_is_heard_of_before_it_does_anything(monkeypatch):

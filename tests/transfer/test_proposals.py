@@ -194,12 +194,14 @@ def test_the_jobs_own_settings_count_where_they_lie_in_the_ranges():
         "none": (0.1, 1.0),
     }
     space = grid.SearchSpace(values, False, 0.02, Choosy(), 0)
-    assert space.drawn({}) == {"lr": 1.0, "weight": 0.1, "mode": 1}
+    assert space.from_hyper_parameters({}) == {"lr": 1.0, "weight": 0.1, "mode": 1}
     drawn = {"lr": 0.3, "weight": 0.05, "mode": "a", "far": 0.2, "none": 0.7}
-    setting = space.setting(drawn)
+    setting = space.to_hyper_parameters(drawn)
     assert setting["lr"] == 0.006 and setting["technique.mode"] == "a"
-    assert space.drawn(setting) == pytest.approx({**drawn, "mode": 0})
-    assert space.drawn({"lr": 0.02 * 10.000004})["lr"] == 10.0, "rounded past the end"
+    assert space.from_hyper_parameters(setting) == pytest.approx({**drawn, "mode": 0})
+    assert space.from_hyper_parameters({"lr": 0.02 * 10.000004})["lr"] == 10.0, (
+        "rounded past the end"
+    )
 
 
 # ---------------------------------------------------------------- what it finds

@@ -133,7 +133,7 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
     written = results.read(job.root)
     assert alike(written, rows) and len(written) == 10 * 2 * 3
     state, again = reported(job)
-    assert alike(again, rows) and state.notes == [] and state.broken == {}
+    assert alike(again, rows) and state.notes == [] and state.unusable_targets == {}
     ended = stages.trial_status(prepared(job))
     assert (
         len(ended) == 10
@@ -791,7 +791,7 @@ def test_a_target_over_its_budget_of_bad_rows_is_left_out_and_the_other_goes_on(
     )
     job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", split, 9))
     state, rows = run_through(job)
-    assert set(state.broken) == {"bad"} and state.broken["bad"].startswith(
+    assert set(state.unusable_targets) == {"bad"} and state.unusable_targets["bad"].startswith(
         f"9 of {36 if split == 'train' else 18} rows cannot be used"
     )
     assert {row.target for row in rows} == {"good"} and len(primary(rows)) == 4
@@ -815,7 +815,7 @@ def test_report_still_tells_of_a_target_that_was_left_out(tmp_path, bundles, pat
     state, rows = run_through(job)
     again, same = reported(job)
     assert alike(same, rows)
-    assert again.notes == state.notes and again.broken == state.broken
+    assert again.notes == state.notes and again.unusable_targets == state.unusable_targets
     assert stages.failures(again, same) == stages.failures(state, rows) != [], (
         "so `report` exits with 1 as the run did"
     )
@@ -841,7 +841,7 @@ def test_a_target_that_was_left_out_is_tried_again(tmp_path, bundles, paths, her
     state, rows = run_through(job)
     assert (
         len(here) == 4
-        and state.broken == {}
+        and state.unusable_targets == {}
         and {row.target for row in primary(rows)} == {"good", "bad"}
     )
 
@@ -865,7 +865,7 @@ def test_bad_rows_within_the_budget_are_left_out_and_noted(tmp_path, bundles, pa
         max_bad_rows=0.1,
     )
     state, rows = run_through(job)
-    assert state.broken == {} and {row.n_train for row in rows} == {34}
+    assert state.unusable_targets == {} and {row.n_train for row in rows} == {34}
     (note,) = state.notes
     assert (
         note.startswith("task: train 36, validation 18, test 18 rows")

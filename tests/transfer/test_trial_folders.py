@@ -95,7 +95,7 @@ def test_a_run_of_an_older_version_goes_on_where_its_trials_lie(
 ):
     job = job_at(root, tmp_path, vit, paths)
     with monkeypatch.context() as older_version:
-        older = lambda *args: trial_folder.older_folder(args[6])  # noqa: E731
+        older = lambda *args: trial_folder.old_layout_folder(args[6])  # noqa: E731
         older_version.setattr(trial_folder, "name_folder", older)
         _, rows = run_through(job)
     without_folders(job.root)

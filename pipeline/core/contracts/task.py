@@ -48,7 +48,7 @@ class Task(nn.Module):
         layers["head"] = [f"objective.{name}" for name, _ in self.objective.named_parameters()]
         return layers
 
-    def scales(self) -> set[str]:
+    def undecayed_parameters(self) -> set[str]:
         """Return the names of parameters that must have no weight decay although they are matrices.
 
         They multiply weights, and do nothing at 1, not at 0: scales of IA3, lengths of DoRA.

@@ -178,7 +178,14 @@ def ratio(
             return made.of_units(checked(p))
 
         made = Metric(
-            "", higher_is_better, value, checked, final, None, bounds, per_label, for_role
+            name="",
+            higher_is_better=higher_is_better,
+            value=value,
+            units=checked,
+            final=final,
+            limits=bounds,
+            per_label=per_label,
+            for_role=for_role,
         )
         return made
 
@@ -207,9 +214,9 @@ def resampled(
             return float(checked(p, once)[0])
 
         return Metric(
-            "",
-            higher_is_better,
-            value,
+            name="",
+            higher_is_better=higher_is_better,
+            value=value,
             resampled=checked,
             limits=bounds,
             per_label=per_label,

@@ -37,7 +37,7 @@ ANCHOR_STREAM, REGION_STREAM = 11, 12
 """Streams of a row's key that draw the samples of the two losses."""
 DRAWN_SCORE = 0.3
 """Detections that are less sure are not drawn."""
-AT_ONCE = 16
+IMAGES_AT_ONCE = 16
 """Images predicted at a time.
 
 Evaluation hands over hundreds, whose 1000 regions each would take 13 GB (256 images, width 256).
@@ -187,8 +187,8 @@ class BoxObjective(Objective):
         return total, counts.sum(), logs
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Return what `predict_images` does, `AT_ONCE` images at a time."""
-        parts = [self.predict_images(backbone, part) for part in batch.split(AT_ONCE)]
+        """Return what `predict_images` does, `IMAGES_AT_ONCE` images at a time."""
+        parts = [self.predict_images(backbone, part) for part in batch.split(IMAGES_AT_ONCE)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def predict_images(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
