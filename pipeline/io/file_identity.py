@@ -103,8 +103,7 @@ def identify(
     found = {uri: FileIdentity(uri, contents[uri], stamp.text) for uri, stamp in stamps.items()}
     for uri, content in _etags(on_s3, absent_ok).items():
         found[uri] = FileIdentity(uri, content, content)
-    for recorded in _RECORDED:
-        recorded += [file for uri, file in found.items() if not storage.is_scratch(uri)]
+    _note([file for uri, file in found.items() if not storage.is_scratch(uri)])
     return [found[uri] for uri in wanted]
 
 
@@ -112,9 +111,14 @@ def of_object(uri: str, size: int, etag: str) -> FileIdentity:
     """Return the identity of an object on S3 that was listed, as `identify` would."""
     content = _etag_text(size, etag)
     found = FileIdentity(uri, content, content)
-    for recorded in _RECORDED:
-        recorded.append(found)
+    _note([found])
     return found
+
+
+def _note(files: list[FileIdentity]) -> None:
+    """Add files to the lists of the `recorded_identities` blocks that are open."""
+    for recorded in _RECORDED:
+        recorded += files
 
 
 def fingerprint(uri: str | os.PathLike[str], mode: Mode = "content") -> str:

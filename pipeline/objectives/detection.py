@@ -24,6 +24,7 @@ from pipeline.core.nn.box_detectors import (
     DRAWN_SCORE,
     Anchors,
     BoxObjective,
+    Detections,
     FasterRCNN,
     Targets,
     image_list,
@@ -264,7 +265,7 @@ class OneStage(FCOS):
             "scores": (classes * centre).sqrt(),
         }
 
-    def detections(self, maps: dict[str, Tensor], batch: Batch) -> Targets:
+    def detections(self, maps: dict[str, Tensor], batch: Batch) -> Detections:
         """Return ``boxes``, ``scores`` and ``labels`` of each image."""
         outputs, anchors, sizes = self._outputs(maps, batch)
         by_level: Any = {

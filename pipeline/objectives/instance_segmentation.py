@@ -25,6 +25,7 @@ from pipeline.core.nn.box_detectors import (
     DETECTIONS,
     DRAWN_SCORE,
     BoxObjective,
+    Detections,
     FasterRCNN,
     Targets,
     image_list,
@@ -370,7 +371,7 @@ class MaskRCNN(FasterRCNN):
         parts["mask"] = torch.stack(means)
         return parts, torch.ones(len(boxes), device=scores.device)
 
-    def masks(self, maps: dict[str, Tensor], detections: Targets, batch: Batch) -> list[Tensor]:
+    def masks(self, maps: dict[str, Tensor], detections: Detections, batch: Batch) -> list[Tensor]:
         """Return the probabilities (k, 28, 28) that pixels of each detection's box are of it."""
         boxes = [found["boxes"] for found in detections]
         scores = self._mask_scores(maps, boxes, batch)

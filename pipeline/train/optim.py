@@ -116,7 +116,7 @@ class ParameterGroup(TypedDict):
 def groups(task: Task, rates: dict[str, float], train: Train) -> list[ParameterGroup]:
     """Make optimiser groups of equal rate and decay.
 
-    Vectors and scalars (norms, biases) have no weight decay, nor have `Task.scales`.
+    Vectors and scalars (norms, biases) have no weight decay, nor have `Task.undecayed_parameters`.
     """
     undecayed = task.undecayed_parameters()
     out: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -270,6 +270,7 @@ class _UnitConfig(TypedDict):
     workers: int
     """Ranks of a trial; 0: it runs in the process of the unit."""
     cpus: float
+    """CPUs of each rank."""
     gpus: float
     """GPUs of each rank."""
 

@@ -226,6 +226,11 @@ class Anchors(AnchorGenerator):
         self.strides = strides
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Return the anchors (A, 4) of each image, corners in pixels of the input.
+
+        Args:
+            feature_maps: (B, D, h, w) of each level.
+        """
         device = feature_maps[0].device
         self.set_cell_anchors(torch.float32, device)
         strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
@@ -268,7 +273,12 @@ class Proposals(RegionProposalNetwork):
     """A region proposal network whose losses are kept apart by image, also in evaluation."""
 
     def forward(self, images, features, targets=None):
-        """Return the proposed boxes, and with targets losses (B,) by name."""
+        """Return the proposed boxes (k, 4) of each image, and with targets losses (B,) by name.
+
+        Args:
+            features: (B, D, h, w) of each level by name.
+            targets: `Targets`; None: no losses.
+        """
         levels = [*features.values()]
         scores, shifts = self.head(levels)
         anchors = self.anchor_generator(images, levels)
