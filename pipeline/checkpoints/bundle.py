@@ -313,9 +313,11 @@ class Manifest:
         adds.
         """
         stated = {one.name: getattr(self, one.name) for one in fields(self)}
-        for name in ("files", "sha256", *(["base"] if self.base is None else [])):
-            del stated[name]
-        version = 1 if self.base is None else 2
+        del stated["files"], stated["sha256"]
+        version = 2  # programs that read format 1 alone know no base
+        if self.base is None:
+            del stated["base"]
+            version = 1
         parts = {name: part.to_json() for name, part in stated.items() if isinstance(part, Spec)}
         return {"format_version": version, "kind": "bundle", **stated, **parts}
 
