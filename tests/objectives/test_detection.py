@@ -586,6 +586,12 @@ def test_predictions_without_labels(method):
     assert set(found["classes"].unique().tolist()) <= {-1, 0, 1, 2}
 
 
+def test_no_graph_holds_faster_rcnn():
+    task = task_of("faster_rcnn")
+    with pytest.raises(ValueError, match=r"Faster R-CNN decides between .* method: fcos"):
+        task.objective.raw_outputs(task.backbone, batch_of(1))
+
+
 def test_what_cannot_be_built_is_refused():
     with pytest.raises(ValueError, match=r"gives no feature maps"):
         Detection(toys.Net(), DetectionOptions(), STATE)
