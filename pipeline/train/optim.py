@@ -126,7 +126,7 @@ def groups(task: Task, rates: dict[str, float], train: Train) -> list[ParameterG
             decay = train.weight_decay if is_decayed else 0.0
             out.setdefault((rates[name], decay), []).append(parameter)
     return [
-        {"params": params, "peak": rate * train.lr, "weight_decay": decay}
+        ParameterGroup(params=params, peak=rate * train.lr, weight_decay=decay)
         for (rate, decay), params in sorted(out.items(), key=lambda i: i[0])
     ]
 

@@ -197,7 +197,7 @@ class HeadStack(nn.Module):
                 view.grad = parameter.grad[k]
                 decayed.setdefault(own.weight_decay if view.dim() > 1 else 0.0, []).append(view)
             out += [
-                {"params": params, "peak": own.lr, "weight_decay": decay}
+                ParameterGroup(params=params, peak=own.lr, weight_decay=decay)
                 for decay, params in decayed.items()
             ]
         return out
