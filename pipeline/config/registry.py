@@ -172,9 +172,74 @@ class BoxOptions(Options):
     )
 
 
+class RecordingOptions(Options):
+    """Options of importers that may cut recordings."""
+
+    rate: int = Field(
+        0,
+        ge=0,
+        description="samples a second to write, as FLAC; 0: each recording's own, whole files as "
+        "they are",
+    )
+    longest: float = Field(
+        30.0,
+        ge=1,
+        description="seconds; a longer recording is cut into rows, but broken where it has a "
+        "transcript",
+    )
+    cut: Literal["silence", "windows"] = Field(
+        "silence",
+        description="where: silence: at the quietest place of the second half; windows: into "
+        "equal pieces",
+    )
+    mono: bool = Field(
+        False,
+        description="recordings of several channels are written anew as the mean of them, as FLAC",
+    )
+
+
+class SplitOptions(Options):
+    """Options of importers whose rows are of the split that their file, or a column, names."""
+
+    split_column: str = Field(
+        "",
+        description="the column (its name in the file) that tells each row's split; it is then not "
+        "told by the file",
+    )
+    split: Literal["", "train", "validation", "test"] = Field(
+        "", description="the split of all files; empty: from the file's name or folder, else train"
+    )
+
+
+class DelimitedOptions(SplitOptions):
+    """Options of importers that read CSV and TSV files of any dialect."""
+
+    delimiter: str = Field(
+        "", description="one character, or tab; empty: tab for .tsv and .tab, else a comma"
+    )
+    quote: str = Field(
+        '"', description="what encloses fields; empty: nothing does, every line is a row"
+    )
+    encoding: str = Field(
+        "utf-8", description="of the files, such as latin-1; one in which ASCII is ASCII"
+    )
+    names: str = Field(
+        "", description="names of all columns for files without a header, such as age,sex,died"
+    )
+
+
 SHARED_OPTIONS: dict[str, type[Options]] = {
     shared.__name__: shared
-    for shared in (Options, LayerOptions, AdaptationOptions, LinearHeadOptions, BoxOptions)
+    for shared in (
+        Options,
+        LayerOptions,
+        AdaptationOptions,
+        LinearHeadOptions,
+        BoxOptions,
+        RecordingOptions,
+        SplitOptions,
+        DelimitedOptions,
+    )
 }
 """Classes that options classes may derive from without importing them."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -66,7 +66,14 @@ def run_lengths(segmentation: dict[str, Any], height: int, width: int) -> np.nda
     return lengths
 
 
-def packed(mask: np.ndarray) -> dict[str, Any]:
+class RunLengths(TypedDict):
+    """A mask as pycocotools and `RLE` have it: height and width, and its compressed runs."""
+
+    size: list[int]
+    counts: str
+
+
+def packed(mask: np.ndarray) -> RunLengths:
     """Return the run lengths of a mask (height, width) bool as pycocotools and `RLE` have them."""
     found: Any = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(mask.shape), "counts": found["counts"].decode()}

@@ -19,7 +19,7 @@ from scipy.signal import resample_poly
 
 from pipeline import cli
 from pipeline.io import storage
-from pipeline.prepare.engine import audio, importing
+from pipeline.prepare.engine import audio, importing, row_groups
 from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
 from pipeline.prepare.readers import archives
 
@@ -210,7 +210,7 @@ def test_hours_in_one_file_are_cut_in_bounded_memory(tmp_path, monkeypatch, minu
     path = long_file(tmp_path / "in/long.wav", minutes)
     if minutes < 120:
         monkeypatch.setattr(audio, "STREAMED", 1 << 20)
-        monkeypatch.setattr(audio, "GROUP_BYTES", 1 << 20)
+        monkeypatch.setattr(row_groups, "GROUP_BYTES", 1 << 20)
     assert path.stat().st_size > audio.STREAMED
     manifest(tmp_path / "in", [{"audio_filepath": "long.wav"}])
     monkeypatch.setattr(archives.Reader, "__call__", lambda *a: pytest.fail("read whole"))
@@ -226,7 +226,7 @@ def test_hours_in_one_file_are_cut_in_bounded_memory(tmp_path, monkeypatch, minu
         and seconds.max() <= 30
         and np.allclose(starts[1:], (starts + seconds)[:-1])
     )
-    assert file.metadata.num_row_groups > 3 and peak < (12 << 20) + 4 * audio.GROUP_BYTES, (
+    assert file.metadata.num_row_groups > 3 and peak < (12 << 20) + 4 * row_groups.GROUP_BYTES, (
         f"{peak >> 20} MiB"
     )
 

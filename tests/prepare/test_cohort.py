@@ -27,7 +27,7 @@ from pipeline import cli
 from pipeline.io import storage
 from pipeline.prepare.cohorts import phenotyping
 from pipeline.prepare.cohorts.definition import invalid_row_reasons
-from pipeline.prepare.engine import importing, table_importer
+from pipeline.prepare.engine import importing, row_groups
 from pipeline.prepare.engine.write import MANIFEST, Preparation, verify
 
 SMALL = 2000 / 2**20
@@ -180,12 +180,12 @@ def test_rows_do_not_depend_on_how_the_source_is_cut(stays, tmp_path):
 
 
 def test_row_groups_are_bounded(stays, tmp_path, monkeypatch):
-    monkeypatch.setattr(table_importer, "GROUP_BYTES", 10_000)
+    monkeypatch.setattr(row_groups, "GROUP_BYTES", 10_000)
     folder, _ = stays
     prepare(folder, tmp_path / "out", "task=length_of_stay")
     for file in (tmp_path / "out").glob("*.parquet"):
         about, table = pq.ParquetFile(file).metadata, pq.read_table(file)
-        weights = table_importer.row_bytes(table)
+        weights = row_groups.row_bytes(table)
         start = 0
         assert about.num_row_groups > 3
         for i in range(about.num_row_groups):
@@ -490,13 +490,13 @@ def test_on_ray_the_command_line_writes_the_same_bytes(stays, ray_here, hide_ray
 @pytest.mark.parametrize("limit", ["GROUP_ROWS", "GROUP_BYTES"])
 def test_blocks_of_any_size_make_the_same_row_groups(limit, tmp_path, monkeypatch):
     table = rows(*drawn(203))
-    weights = table_importer.row_bytes(table)
+    weights = row_groups.row_bytes(table)
     monkeypatch.setattr(
-        table_importer, limit, 50 if limit == "GROUP_ROWS" else int(weights.mean() * 40)
+        row_groups, limit, 50 if limit == "GROUP_ROWS" else int(weights.mean() * 40)
     )
     groups = []
     for size in (1, 7, 50, 203):
-        with table_importer.RowGroups(tmp_path / f"{size}.parquet", SCHEMA, False) as writer:
+        with row_groups.RowGroups(tmp_path / f"{size}.parquet", SCHEMA, False) as writer:
             for start in range(0, 203, size):
                 writer.add(table.slice(start, size))
         about = pq.ParquetFile(tmp_path / f"{size}.parquet").metadata
@@ -505,7 +505,7 @@ def test_blocks_of_any_size_make_the_same_row_groups(limit, tmp_path, monkeypatc
     assert groups == [groups[0]] * 4 and (
         groups[0] == [50, 50, 50, 50, 3] if limit == "GROUP_ROWS" else 4 <= len(groups[0]) <= 7
     )
-    with table_importer.RowGroups(tmp_path / "mixed.parquet", SCHEMA, True) as writer:
+    with row_groups.RowGroups(tmp_path / "mixed.parquet", SCHEMA, True) as writer:
         for start in range(0, 203, 7):
             writer.add(table.slice(start, 7))
     mixed = pq.read_table(tmp_path / "mixed.parquet")

@@ -340,6 +340,11 @@ def test_wrong_types_and_options(folder, tmp_path):
             prepare(folder, tmp_path / "out", **SOME)
     with pytest.raises(ValueError, match="no table of events is called 'labs'; they are condition"):
         prepare(folder, tmp_path / "out", "tables=labs")
+    with pytest.raises(ValueError, match=r"visits alone say nothing of what .*; name tables of e"):
+        prepare(folder, tmp_path / "out", "tables=visit_occurrence")
+    (folder / "procedure_occurrence.csv").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="no table of events is there: --set tables wants proced"):
+        prepare(folder, tmp_path / "out", "tables=procedure_occurrence")
     with pytest.raises(ValueError, match="visits=inpatient: write numbers of concepts"):
         prepare(folder, tmp_path / "out", "visits=inpatient")
     (folder / "death.csv").write_text(TABLES["DEATH"])

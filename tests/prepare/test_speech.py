@@ -336,7 +336,7 @@ def test_commonvoice_with_what_is_wrong_in_it(tmp_path):
     message = Counter(reason for _, reason in bad(found).values())
     place = "cv-corpus-17.0/de"
     assert (
-        message["10 cells, the header has 9"] == 1
+        message["10 fields, where there are 9 columns"] == 1
         and message[f"a transcript without its recording: no {place}/clips/common_voice_de_8.mp3"]
         == 1
     )

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.config import registry
 from pipeline.io import storage
-from pipeline.prepare.engine import importing, inputs, table_importer
+from pipeline.prepare.engine import importing, inputs, row_groups, table_importer
 from pipeline.prepare.engine.write import MANIFEST, Preparation, verify
 
 SMALL = 200 / 2**20
@@ -542,10 +542,10 @@ def test_memory_is_that_of_a_row_group_not_of_a_file(tmp_path):
     )
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
     assert made.rows > 2_500_000 and grown < 250, f"{grown} MiB"
-    with pq.ParquetFile(made.data) as file:
+    with pq.ParquetFile(made.file) as file:
         assert (
             max(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
-            <= table_importer.GROUP_ROWS
+            <= row_groups.GROUP_ROWS
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.prepare.engine.importing import InvalidRow, invalid_row
+from pipeline.prepare.engine.importing import InvalidRow, Notes, RawRow, invalid_row
 from pipeline.prepare.engine.inputs import plain_suffix
 from pipeline.prepare.readers.archives import Entry, Listing, Opener
 from pipeline.prepare.readers.csv_blocks import (
@@ -103,7 +103,7 @@ class Stays(NamedTuple):
     times: np.ndarray
     admissions: np.ndarray
     broken: list[InvalidRow]
-    notes: dict[str, Any]
+    notes: Notes
     zoned: set[bool]
 
 
@@ -271,14 +271,14 @@ def stays(tables: dict[str, list[Entry]]) -> Stays:
 
 
 def _row(
-    row: dict[str, Any],
+    row: RawRow,
     start: int,
     end: int,
     patients: dict[int, tuple[str | None, int | None]],
     admissions: Any,
     codes: dict[int, list[str]],
     counts: Counter[int],
-) -> dict[str, Any]:
+) -> RawRow:
     """Return a stay as in SCHEMA.
 
     Static features are what is known at its start: of diagnoses only those of admissions that ended

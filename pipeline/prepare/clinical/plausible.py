@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,7 +206,7 @@ def converted(values: np.ndarray, conversions: np.ndarray, names: tuple[str, ...
     return out
 
 
-CONVERSIONS: dict[str, Any] = {
+CONVERSIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "celsius": lambda x: np.where(x >= 79, (x - 32) * 5 / 9, x),
     "percent": lambda x: np.where((x > 0) & (x <= 1.1), x * 100, x),
     "pounds": lambda x: x * 0.45359237,

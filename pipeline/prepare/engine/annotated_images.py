@@ -8,13 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
 
 import pyarrow as pa
 
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import Index, place, preview, split_of_folders, table
+from pipeline.prepare.engine.importing import Index, RawRow, place, preview, split_of_folders, table
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import Picture
 
@@ -113,7 +112,7 @@ class AnnotatedImagesImporter(ImageImporter):
             },
         )
 
-    def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+    def postprocess(self, row: RawRow, picture: Picture) -> RawRow:
         size = row["_width"], row["_height"]
         if size == (UNKNOWN, UNKNOWN):
             return row
@@ -166,7 +165,7 @@ class _ImagesByName:
 
 def _row(
     image: archives.Entry, one: AnnotatedImage, names: list[str], counts: Counter[str]
-) -> dict[str, Any]:
+) -> RawRow:
     width, height = one.size
     kept = [
         (name, box)

@@ -20,15 +20,15 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.io import storage
 from pipeline.io.threads import threaded_map
 from pipeline.media import audio_io
 from pipeline.media.audio_io import BrokenAudioError, Info, Sound
-from pipeline.prepare.engine.importing import Index, InvalidRow, invalid_row, place, table
-from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexShardTask, is_one_way, loaded
+from pipeline.prepare.engine.importing import Index, InvalidRow, RawRow, invalid_row, place, table
+from pipeline.prepare.engine.indexed import IndexShardTask, is_one_way, loaded
 from pipeline.prepare.engine.inputs import HELD_OUT_FIRST, InputSplit, SplitReader, decoded
+from pipeline.prepare.engine.row_groups import RowGroups, tables_of
 from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult, sum_by_split
 from pipeline.prepare.readers.archives import (
     Entry,
@@ -146,7 +146,7 @@ def recording(
     seconds: float | None = None,
     layout: str = "",
     **columns: Any,
-) -> dict[str, Any]:
+) -> RawRow:
     """Make one row of an index.
 
     Args:
@@ -166,7 +166,7 @@ def recording(
 
 
 def recordings(
-    rows: list[dict[str, Any]],
+    rows: list[RawRow],
     columns: dict[str, pa.DataType],
     source: str,
     bad: list[InvalidRow],
@@ -223,12 +223,24 @@ def lines_of(entries: Iterable[Entry]) -> Iterator[Line]:
             yield from found
 
 
+def segment_of(row: RawRow) -> tuple[Any, ...]:
+    """Return which piece of which file a row of an index is, for `drop_repeated_keys`."""
+    start = row["_start"] or 0.0
+    return row["_uri"], row["_member"], row["_offset"], start, row["_seconds"]
+
+
+def unnamed_sounds(found: Listing, rows: list[RawRow]) -> int:
+    """Count the recordings that no row of an index is of."""
+    named = {(row["_uri"], row["path"]) for row in rows}
+    return len({(entry.uri, entry.name) for entry in sounds(found)} - named)
+
+
 def join_transcripts(
-    rows: dict[Any, dict[str, Any]],
+    rows: dict[Any, RawRow],
     said: dict[Any, list[Line]],
     split_of: Callable[[Any], str],
     wanted: str,
-) -> tuple[list[dict[str, Any]], list[InvalidRow]]:
+) -> tuple[list[RawRow], list[InvalidRow]]:
     """Join recordings with their transcripts.
 
     Args:
@@ -240,7 +252,7 @@ def join_transcripts(
     Returns:
         (rows with their transcript, invalid rows).
     """
-    out: list[dict[str, Any]] = []
+    out: list[RawRow] = []
     bad: list[InvalidRow] = []
     for key, row in rows.items():
         lines = said.get(key, [])
@@ -267,13 +279,13 @@ def _transcript_problem(lines: list[Line], wanted: str) -> str:
 
 
 def drop_repeated_keys(
-    rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]
-) -> tuple[list[dict[str, Any]], list[InvalidRow]]:
+    rows: list[RawRow], key: Callable[[RawRow], Any]
+) -> tuple[list[RawRow], list[InvalidRow]]:
     """Keep one row for each `key`: (rows, invalid ones).
 
     The held-out one is kept: test before validation before train, then the first.
     """
-    first: dict[Any, dict[str, Any]] = {}
+    first: dict[Any, RawRow] = {}
     out, bad = [], []
     for row in sorted(rows, key=lambda row: HELD_OUT_FIRST.get(row["split"], 3)):
         twin = first.setdefault(key(row), row)
@@ -344,45 +356,26 @@ def _make(
     try:
         made = _rows(sound_options, reader, listed, bad, counts)
         ordered = sorted(made, key=lambda one: one[0]) if is_one_way(listed) else made
-        count = _write(path, schema, (row for _, row in ordered))
+        with RowGroups(path, schema, holds_files=True) as writer:
+            for block in tables_of((row for _, row in ordered), schema):
+                writer.add(block)
     finally:
         reader.close()
     return ShardResult(
         path,
-        count,
+        writer.rows,
         bad,
         sum_by_split((what, split, number) for (what, split), number in sorted(counts.items())),
     )
 
 
-def _write(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:
-    """Write rows in row groups of about GROUP_BYTES; return how many there are."""
-    texts = [
-        field.name
-        for field in schema
-        if pa.types.is_string(field.type) and field.name not in ("sha256", "path", "transcript")
-    ]
-    held, size, count = [], 0, 0
-    kept: Any = texts  # pyarrow's stubs know a bool alone; FLAC does not get smaller by compression
-    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=kept) as file:
-        for row in rows:
-            held.append(row)
-            size, count = size + len(row["audio"]), count + 1
-            if size >= GROUP_BYTES:
-                file.write_table(pa.Table.from_pylist(held, schema=schema))
-                held, size = [], 0
-        if held or not count:
-            file.write_table(pa.Table.from_pylist(held, schema=schema))
-    return count
-
-
 def _rows(
     sound_options: SoundOptions,
     reader: Reader,
-    listed: list[dict[str, Any]],
+    listed: list[RawRow],
     bad: list[InvalidRow],
     counts: Counter[tuple[str, str]],
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, RawRow]]:
     """Yield (position in the index, row); invalid rows go to `bad`, counts for the summary to
     `counts`.
     """
@@ -421,7 +414,7 @@ class _Load:
         self.reader = reader
         self._last: tuple[tuple[str, int], bytes] | None = None
 
-    def __call__(self, row: dict[str, Any]) -> Sound:
+    def __call__(self, row: RawRow) -> Sound:
         uri, member, offset, size = row["_uri"], row["_member"], row["_offset"], row["_size"]
         if is_gzipped(uri) and offset >= 0:
             if self._last is None or self._last[0] != (uri, offset):
@@ -442,7 +435,7 @@ class _Owning(Window):
         super().close()
 
 
-def _with_header(row: dict[str, Any], data: Sound) -> Sound:
+def _with_header(row: RawRow, data: Sound) -> Sound:
     """Encode headerless samples as FLAC; return other files unchanged."""
     if not row["_layout"]:
         return data
@@ -455,7 +448,7 @@ def _with_header(row: dict[str, Any], data: Sound) -> Sound:
 
 
 def _spans(
-    row: dict[str, Any], data: Sound, info: Info, sound_options: SoundOptions
+    row: RawRow, data: Sound, info: Info, sound_options: SoundOptions
 ) -> tuple[list[tuple[float, float]], bool]:
     """Return ([(start, stop) in seconds of each row], whether the one row is the whole file)."""
     start = row["_start"] or 0.0
@@ -476,13 +469,13 @@ def _spans(
 
 
 def _row(
-    row: dict[str, Any],
+    row: RawRow,
     data: Sound,
     info: Info,
     span: tuple[float, float],
     whole: bool,
     sound_options: SoundOptions,
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[RawRow, list[str]]:
     """Return (the row, which of COUNTED it is)."""
     start, stop = span
     samples, rate, peak, clipped = (

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.media import instance_masks
+from pipeline.media.instance_masks import RunLengths
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, nearest
 
 COLUMNS = {
@@ -68,7 +69,7 @@ def scaled(boxes: list[Any], x: float, y: float) -> list[list[float]]:
     return [[left * x, top * y, w * x, h * y] for left, top, w, h in boxes]
 
 
-def written_mask(mask: np.ndarray, box: list[float], size: tuple[int, int]) -> dict[str, Any]:
+def written_mask(mask: np.ndarray, box: list[float], size: tuple[int, int]) -> RunLengths:
     """Return the run lengths of a mask, resized to the written image (nearest pixel).
 
     An object that is so small that no pixel is left of it keeps the one at the middle of its box.

@@ -13,12 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.io.json_values import as_object
+from pipeline.io.json_values import Json, JsonObject, as_object
 
 FILE, CARD = "_croissant.json", "_card.md"
 """Names of the two files; readers of data pass over names that begin with an underscore."""
 CONFORMS_TO = "http://mlcommons.org/croissant/1.0"
-CONTEXT: dict[str, Any] = {
+CONTEXT: JsonObject = {
     "@language": "en",
     "@vocab": "https://schema.org/",
     "citeAs": "cr:citeAs",
@@ -75,7 +75,7 @@ def describe(
     rows: Mapping[str, int],
     schema: pa.Schema,
     files: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return the Croissant metadata of a prepared folder.
 
     Args:
@@ -90,7 +90,7 @@ def describe(
     text = f"{_counts(rows)}, prepared by `onetomany prepare {importer}`."
     if left:
         text += f" Columns of the files that are not described here: {', '.join(left)}."
-    found: list[dict[str, Any]] = [
+    found: list[Json] = [
         {
             "@type": "cr:FileObject",
             "@id": file,
@@ -132,7 +132,7 @@ def _identifier(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("_") or "data"
 
 
-def _field(field: pa.Field) -> dict[str, Any] | None:
+def _field(field: pa.Field) -> JsonObject | None:
     """Return the description of a column; None for a kind that Croissant has no word for."""
     kind, repeated = field.type, False
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):

@@ -18,8 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
-from pipeline.prepare.engine.importing import InvalidRow
+from pipeline.prepare.engine.importing import Info, InvalidRow, Notes
+from pipeline.prepare.engine.row_groups import RowGroups
 from pipeline.prepare.engine.shard_tasks import (
+    Amounts,
     BudgetCheck,
     Importer,
     OutputShard,
@@ -30,7 +32,6 @@ from pipeline.prepare.engine.shard_tasks import (
     group_neighbours,
     sum_by_split,
 )
-from pipeline.prepare.engine.table_importer import RowGroups
 
 VECTORS = pa.list_(pa.list_(pa.float32()))
 """Observations (T, O) or actions (T, A) of a row."""
@@ -94,7 +95,7 @@ def fields(
 def row(episode: Episode, split: str, more: dict[str, pa.Array] | None = None) -> pa.Table:
     """Return the episode as a table of one row; `more`: further columns, arrays of one value."""
     e = episode
-    columns: dict[str, Any] = {
+    columns: dict[str, object] = {
         "episode": [e.name],
         "task": [e.task],
         "embodiment": [e.embodiment],
@@ -219,8 +220,8 @@ class Episodes:
     sizes: np.ndarray
     columns: list[pa.Field]
     mark: str
-    notes: dict[str, Any] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
+    notes: Notes = field(default_factory=dict)
+    info: Info = field(default_factory=dict)
     broken: list[InvalidRow] = field(default_factory=list)
 
 
@@ -267,7 +268,7 @@ class EpisodeImporter(Importer):
         """Make what all shards need, in this process; `self` is then sent to the tasks."""
         return
 
-    def summary_amounts(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def summary_amounts(self, amounts: Amounts) -> Notes:
         """Return what the summary shows of the sums by split."""
         return amounts
 
@@ -314,7 +315,7 @@ class EpisodeShardTask(ShardTask):
     def payload(self, shard: OutputShard) -> list[Any]:
         return self.found.items[shard.start : shard.stop]
 
-    def summary_amounts(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def summary_amounts(self, amounts: Amounts) -> Notes:
         if not amounts.get("steps"):
             raise ValueError(
                 f"no episode is left of {self.total}: all are broken or were left out; why "
@@ -333,13 +334,12 @@ def _make(
     """Write the episodes of a shard to a Parquet file, with a row group and one episode in
     memory.
     """
-    path, rows, broken, counts = scratch / "part.parquet", 0, [], []
-    with RowGroups(path, schema, False) as writer:
+    path, broken, counts = scratch / "part.parquet", [], []
+    with RowGroups(path, schema) as writer:
         for found in importer.episodes(items, settings):
             if found.broken is not None:
                 broken.append(found.broken)
             elif found.row is not None:
                 writer.add(found.row.select(schema.names).cast(schema))
-                rows += 1
             counts += [(name, found.split, count) for name, count in found.amounts.items()]
-    return ShardResult(path, rows, broken, sum_by_split(counts))
+    return ShardResult(path, writer.rows, broken, sum_by_split(counts))

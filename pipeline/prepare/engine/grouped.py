@@ -36,9 +36,10 @@ import pyarrow.parquet as pq
 from pipeline.core import arrow_lists
 from pipeline.core.rng import mix, row_keys
 from pipeline.io import atomic_folder, checksums, storage
-from pipeline.prepare.engine.importing import InvalidRow
+from pipeline.prepare.engine.importing import Info, InvalidRow, Notes
 from pipeline.prepare.engine.shard_tasks import (
     SCANS,
+    Amounts,
     BudgetCheck,
     Importer,
     OutputShard,
@@ -87,7 +88,7 @@ class EventTables:
 
     byte_ranges: list[ByteRange]
     mark: str
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Notes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ class Entities:
     keys: Any
     group: str = "entity"
     broken: list[InvalidRow] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
+    notes: Notes = field(default_factory=dict)
+    info: Info = field(default_factory=dict)
 
 
 class Events(NamedTuple):
@@ -335,9 +336,9 @@ class GroupedShardTask(ShardTask):
             self.entities.rows.take(pa.array(rows)),
         )
 
-    def summary_amounts(self, amounts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    def summary_amounts(self, amounts: Amounts) -> Notes:
         """Leave out the names of variables with so few events that they may tell of one patient."""
-        out, rare = {}, Counter[str]()
+        out, rare = Amounts(), Counter[str]()
         for name, counts in amounts.items():
             few = (
                 [split for split, count in counts.items() if count < LEAST]

@@ -5,7 +5,6 @@ size and the SHA-256 of the publisher's file.
 from __future__ import annotations
 
 import hashlib
-import io
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.prepare.engine.importing import Index, InvalidRow, invalid_row
-from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexShardTask, loaded
+from pipeline.prepare.engine.importing import Index, InvalidRow, RawRow, invalid_row
+from pipeline.prepare.engine.indexed import IndexShardTask, loaded
+from pipeline.prepare.engine.row_groups import RowGroups, tables_of
 from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult
 from pipeline.prepare.readers.archives import Reader
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, examine
@@ -40,7 +39,7 @@ class ImageImporter(Importer):
         Raises ValueError for files that are not in the publisher's format.
         """
 
-    def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+    def postprocess(self, row: RawRow, picture: Picture) -> RawRow:
         """Return the row's columns once its image is known: boxes and masks are scaled with it.
 
         Raises BrokenImageError for a row that cannot be used.
@@ -82,17 +81,20 @@ def _make(
     importer: ImageImporter, settings: Settings, schema: pa.Schema, rows: pa.Table, scratch: Path
 ) -> ShardResult:
     """Read, check and write one shard."""
-    reader = Reader()
+    reader, path = Reader(), scratch / "part.parquet"
     try:
         out, broken = _rows(importer, settings, reader, rows)
-        return ShardResult(_parquet(out, schema), len(out), broken)
     finally:
         reader.close()
+    with RowGroups(path, schema, holds_files=True) as writer:
+        for block in tables_of(out, schema):
+            writer.add(block)
+    return ShardResult(path, writer.rows, broken)
 
 
 def _rows(
     importer: ImageImporter, settings: Settings, reader: Reader, rows: pa.Table
-) -> tuple[list[dict[str, Any]], list[InvalidRow]]:
+) -> tuple[list[RawRow], list[InvalidRow]]:
     out, broken = {}, []
     for i, row, data in loaded(
         rows.to_pylist(),
@@ -115,15 +117,3 @@ def _rows(
             "sha256": hashlib.sha256(data).hexdigest(),
         }
     return [out[i] for i in sorted(out)], broken
-
-
-def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
-    table = pa.Table.from_pylist(rows, schema=schema)
-    group = max(1, min(len(rows), round(len(rows) * GROUP_BYTES / max(1, table.nbytes))))
-    sink = io.BytesIO()
-    texts = [
-        field.name for field in schema if pa.types.is_string(field.type) and field.name != "sha256"
-    ]
-    kept: Any = texts  # pyarrow's stubs know a bool alone; images do not get smaller by compression
-    pq.write_table(table, sink, row_group_size=group, compression="none", use_dictionary=kept)
-    return sink.getvalue()

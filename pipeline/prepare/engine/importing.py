@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NotRequired, TypedDict
@@ -19,6 +19,12 @@ from pipeline.data.to_parquet import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 from pipeline.io import storage
 from pipeline.prepare.readers.archives import Entry
 
+RawRow = dict[str, Any]
+"""A row by the names of its columns, which are the publisher's or those of the user's file."""
+Notes = dict[str, Any]
+"""What the summary says, by what it is of: counts, short texts, or counts by a name."""
+Info = dict[str, Any]
+"""What the columns mean, as plain values that the manifest keeps."""
 PLACE = pa.schema(
     [
         ("_uri", pa.string()),
@@ -79,12 +85,12 @@ class Index:
     rows: pa.Table
     mark: str
     extra: tuple[pa.Field, ...] = ()
-    notes: dict[str, Any] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
+    notes: Notes = field(default_factory=dict)
+    info: Info = field(default_factory=dict)
     broken: list[InvalidRow] = field(default_factory=list)
 
 
-def place(entry: Entry, split: str, **columns: Any) -> dict[str, Any]:
+def place(entry: Entry, split: str, **columns: Any) -> RawRow:
     """Make one row of an index."""
     return {
         "_uri": entry.uri,
@@ -98,7 +104,7 @@ def place(entry: Entry, split: str, **columns: Any) -> dict[str, Any]:
 
 
 def table(
-    rows: list[dict[str, Any]], columns: dict[str, pa.DataType], source: str, noun: str = "images"
+    rows: list[RawRow], columns: dict[str, pa.DataType], source: str, noun: str = "images"
 ) -> pa.Table:
     """Return the rows as a table. Raises ValueError if there are none."""
     if not rows:
@@ -189,6 +195,33 @@ def check_no_empty_classes(names: Iterable[str], source: str) -> None:
         )
 
 
+def check_columns(place: str, names: Collection[str], *wanted: tuple[str, str]) -> None:
+    """Raise ValueError for the first column that a table lacks.
+
+    Args:
+        place: where the table is, for the error.
+        names: of the columns that are there.
+        wanted: option and the column that it names, "" for none.
+    """
+    for option, name in wanted:
+        if name and name not in names:
+            raise ValueError(
+                f"{place}: no column {name!r} for --set {option}; {registry.nearest(name, names)}"
+            )
+
+
+def check_one_split(options: Any) -> None:
+    """Raise ValueError where one split is given for all rows, and a column that tells each row's.
+
+    `options`: of an importer, derived from `SplitOptions`.
+    """
+    if options.split and options.split_column:
+        raise ValueError(
+            f"--set split={options.split}: --set split_column={options.split_column} gives each "
+            "row its own; say one of them"
+        )
+
+
 def depth(name: str) -> int:
     return len(PurePosixPath(name).parts)
 
@@ -200,7 +233,8 @@ def options_of(name: str, pairs: list[str]) -> Any:
     naming the wrong key and the nearest right one.
     """
     kind = registry.entry("importer", name).options
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
+    of_task: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
@@ -214,7 +248,8 @@ def options_of(name: str, pairs: list[str]) -> Any:
                 "exclude=none; see onetomany prepare --list"
             )
         if key not in kind.model_fields and "options" in kind.model_fields:
-            given.setdefault("options", {})[key] = value
+            of_task[key] = value
+            given["options"] = of_task
             continue
         if key not in kind.model_fields:
             raise ValueError(
@@ -225,7 +260,7 @@ def options_of(name: str, pairs: list[str]) -> Any:
     return validated(kind, given)
 
 
-def validated(kind: type[Options], given: dict[str, Any]) -> Any:
+def validated(kind: type[Options], given: Mapping[str, object]) -> Any:
     """Make options of the values of `--set`. Raises ValueError for the first wrong one."""
     try:
         return kind.model_validate(given)

@@ -20,13 +20,10 @@ from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.core.rng import mix, row_keys
 from pipeline.io.threads import threaded_map
 from pipeline.media.audio_io import BrokenAudioError
-from pipeline.prepare.engine.importing import Index
+from pipeline.prepare.engine.importing import Index, RawRow
 from pipeline.prepare.engine.shard_tasks import OutputShard, Settings, ShardTask, name_shards
 from pipeline.prepare.readers.archives import is_gzipped
 from pipeline.prepare.readers.picture_check import BrokenImageError
-
-GROUP_BYTES = 8 << 20
-"""Approximate bytes of files in a row group, the unit that a reader loads."""
 
 
 class IndexShardTask(ShardTask):
@@ -108,20 +105,18 @@ def _digest(rows: pa.Table) -> str:
     return hashlib.sha256(sink.getbuffer()).hexdigest()
 
 
-def is_one_way(rows: list[dict[str, Any]]) -> bool:
+def is_one_way(rows: list[RawRow]) -> bool:
     """Whether the rows are in an archive that can only be read from its start."""
     return any(is_gzipped(row["_uri"]) for row in rows)
 
 
-def loaded(
-    rows: list[dict[str, Any]], load: Callable[[dict[str, Any]], Any]
-) -> Iterator[tuple[int, dict[str, Any], Any]]:
+def loaded(rows: list[RawRow], load: Callable[[RawRow], Any]) -> Iterator[tuple[int, RawRow, Any]]:
     """Load each row: yield (position, row, result of `load` or the error of an invalid file).
 
     Rows of a tar.gz come in the order of the archive; others in order, read ahead by threads.
     """
 
-    def attempt(row: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    def attempt(row: RawRow) -> tuple[RawRow, Any]:
         try:
             return row, load(row)
         except (BrokenImageError, BrokenAudioError) as error:

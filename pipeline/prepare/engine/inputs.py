@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.io import file_identity, storage
-from pipeline.prepare.engine.importing import InvalidRow, invalid_row, preview, split_of
+from pipeline.prepare.engine.importing import InvalidRow, Notes, invalid_row, preview, split_of
 from pipeline.prepare.readers.archives import (
     ARCHIVES,
     COMPRESSED,
@@ -71,7 +71,7 @@ class InputFiles(NamedTuple):
     mark: str
 
     @property
-    def notes(self) -> dict[str, Any]:
+    def notes(self) -> Notes:
         """What the summary says of the files that are left out."""
         return {"files left out": self.others} if self.others else {}
 

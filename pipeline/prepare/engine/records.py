@@ -7,7 +7,7 @@ from `history` before hour 0 up to the row's end enter it, so that one event may
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
@@ -111,6 +111,20 @@ class Windows:
             hours = (times[source] - self.zero[row]) / HOUR
             yield Events(row, hours, codes[source], names, values[source])
         dropped[f"{table}: {OUTSIDE}"] += int(len(event) - np.count_nonzero(enters))
+
+
+def merge_spans(spans: list[pa.Table]) -> pa.Table:
+    """Merge tables of whom events are of, and the first and the last time of each: sorted, each of
+    these once. `spans`: at least one table, whose first column says whom.
+    """
+    whom = spans[0].column_names[0]
+    return (
+        pa.concat_tables(spans)
+        .group_by(whom)
+        .aggregate([("first", "min"), ("last", "max")])
+        .rename_columns({"first_min": "first", "last_max": "last"})
+        .sort_by(whom)
+    )
 
 
 def positions(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -309,7 +323,9 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-LABEL_TYPES = {
+ColumnTypes = dict[str, tuple[Callable[[pa.DataType], bool], str]]
+"""Of each column a test of its type, and what the standard calls that type."""
+LABEL_TYPES: ColumnTypes = {
     "subject_id": (pa.types.is_integer, "int64"),
     "prediction_time": (_is_time, "timestamp[us] without a zone"),
     "boolean_value": (pa.types.is_boolean, "bool"),
@@ -317,18 +333,21 @@ LABEL_TYPES = {
     "float_value": (pa.types.is_floating, "float"),
     "categorical_value": (_is_text, "string"),
 }
-DATA_TYPES = {
+DATA_TYPES: ColumnTypes = {
     "subject_id": (pa.types.is_integer, "int64"),
     "time": (_is_time, "timestamp[us] without a zone"),
     "code": (_is_text, "string"),
     "numeric_value": (pa.types.is_floating, "float"),
     "text_value": (_is_text, "string"),
 }
-SPLIT_TYPES = {"subject_id": (pa.types.is_integer, "int64"), "split": (_is_text, "string")}
+SPLIT_TYPES: ColumnTypes = {
+    "subject_id": (pa.types.is_integer, "int64"),
+    "split": (_is_text, "string"),
+}
 """Types of MEDS 0.4 (github.com/Medical-Event-Data-Standard/meds, schema.py)."""
 
 
-def check_types(entry: Entry, opener: Opener, types: dict[str, Any]) -> None:
+def check_types(entry: Entry, opener: Opener, types: ColumnTypes) -> None:
     """Raise ValueError for a column of a Parquet file that has another type than MEDS gives it.
 
     Widths may differ (float64 for float), dictionaries count as their values, and a column without

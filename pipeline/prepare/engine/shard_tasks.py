@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipeline.config.registry import Options
 from pipeline.data.stream import map_items
 from pipeline.io import storage
-from pipeline.prepare.engine.importing import InvalidRow
+from pipeline.prepare.engine.importing import Info, InvalidRow, Notes
 
 PART_BYTES = 96 << 20
 """Approximate bytes of files or of text in a shard."""
@@ -88,22 +88,26 @@ class OutputShard:
     stop: int
 
 
+Amounts = dict[str, dict[str, float]]
+"""What is added up, by name and split."""
+
+
 @dataclass(frozen=True)
 class ShardResult:
     """A shard that was made.
 
     Attributes:
-        data: Parquet in memory, or a file that is moved to its place.
+        file: Parquet, which is moved to its place.
         rows: how many it holds.
         broken: rows that were left out: path, split, reason, and `pieces` for one of so many
             segments that a recording was cut into.
         amounts: what the importer adds up, by name and split.
     """
 
-    data: bytes | Path
+    file: Path
     rows: int
     broken: list[InvalidRow]
-    amounts: dict[str, dict[str, int]] = field(default_factory=dict)
+    amounts: Amounts = field(default_factory=dict)
 
 
 BudgetCheck = Callable[[list[str], int, int], None]
@@ -176,8 +180,8 @@ class ShardTask(ABC):
         self.label: str = importer.label
         self.total = 0
         self.broken: Sequence[InvalidRow] = ()
-        self.notes: dict[str, Any] = {}
-        self.info: dict[str, Any] = {}
+        self.notes: Notes = {}
+        self.info: Info = {}
 
     def before_shards(
         self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
@@ -211,9 +215,9 @@ class ShardTask(ABC):
         """Return how many rows of the source are in a shard."""
         return shard.stop - shard.start
 
-    def summary_amounts(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def summary_amounts(self, amounts: Amounts) -> Notes:
         """Return what the summary shows of the sums over all shards."""
-        return amounts
+        return dict(amounts)
 
     def after_shards(self, output: str) -> None:
         """Write what is to be written once all shards are complete."""
@@ -253,9 +257,9 @@ def group_neighbours(
     return name_shards(spans)
 
 
-def sum_by_split(counts: Iterable[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
+def sum_by_split(counts: Iterable[tuple[str, str, float]]) -> Amounts:
     """Add up (name, split, count): {name: {split: sum}}, in the order of first appearance."""
-    out: dict[str, dict[str, Any]] = {}
+    out: Amounts = {}
     for name, split, count in counts:
         held = out.setdefault(name, {})
         held[split] = held.get(split, 0) + count

@@ -24,9 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.arrow_compute import pc
-from pipeline.core.rng import mix, row_keys
 from pipeline.io import checksums, storage
+from pipeline.prepare.engine.importing import Info, Notes, RawRow
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
+from pipeline.prepare.engine.row_groups import RowGroups, lengths, tables_of
 from pipeline.prepare.engine.shard_tasks import (
     SCANS,
     BudgetCheck,
@@ -42,10 +43,6 @@ from pipeline.prepare.engine.shard_tasks import (
 )
 from pipeline.prepare.readers.archives import Opener
 
-GROUP_BYTES, GROUP_ROWS = 8 << 20, 16384
-"""Most bytes of text (about), and most rows, of a row group."""
-MIXED_BYTES = 512 << 20
-"""Rows are shuffled among at most so many bytes."""
 NAMED = 3
 PLAIN = "plain"
 """The array with the JSON of what is no array, beside the arrays of a kept scan."""
@@ -67,8 +64,8 @@ class InferredSchema:
 
     columns: list[pa.Field]
     scan_results: Sequence[Any]
-    notes: dict[str, Any] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
+    notes: Notes = field(default_factory=dict)
+    info: Info = field(default_factory=dict)
     dropped: pa.Table | None = None
 
 
@@ -86,9 +83,7 @@ class TableImporter(Importer):
     amounts: ClassVar[dict[str, str]] = {}
     shuffles_rows: ClassVar[bool] = False
 
-    def input_splits(
-        self, source: str, part_bytes: int
-    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
+    def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
         """Find the files and cut them up; those with `suffixes`, each whole, unless overridden.
 
         Returns:
@@ -99,7 +94,7 @@ class TableImporter(Importer):
         return whole_files(listed), listed.mark, listed.notes
 
     @abstractmethod
-    def rows(self, reading: SplitReader) -> Iterator[dict[str, Any] | pa.Table]:
+    def rows(self, reading: SplitReader) -> Iterator[RawRow | pa.Table]:
         """Yield the valid rows of an input split, in order: dicts, or tables of many.
 
         Invalid rows go to `reading.bad`. Raises ValueError for a file that is not in the
@@ -298,7 +293,8 @@ def scan_shard(importer: TableImporter, uri: str, input_splits: list[InputSplit]
             arrays |= {f"{number}/{name}": array for name, array in own.items()}
             plain.append({name: value for name, value in found.items() if name not in own})
     sink = io.BytesIO()
-    np.savez(sink, **{PLAIN: np.frombuffer(json.dumps(plain).encode(), np.uint8)}, **arrays)
+    arrays[PLAIN] = np.frombuffer(json.dumps(plain).encode(), np.uint8)
+    np.savez(sink, allow_pickle=False, **arrays)
     checksums.keep_bytes(uri, sink.getvalue())
 
 
@@ -326,155 +322,29 @@ def _make(
     with closing(Opener()) as opener, RowGroups(path, schema, importer.shuffles_rows) as writer:
         for input_split, before, scan_result in payload:
             reading = SplitReader(input_split, opener, False, scan_result, before, most=1 << 62)
-            for row in importer.rows(reading):
-                if not isinstance(row, dict):
-                    block = (
-                        row
-                        if "split" in row.column_names
-                        else row.append_column(
-                            "split", pa.array([input_split.split] * len(row), pa.string())
-                        )
-                    )
-                    counts.update(_counted(block, importer.amounts))
-                    writer.add(block.select(schema.names).cast(schema))
-                    continue
-                row.setdefault("split", input_split.split)
-                counts[row["split"], "rows"] += 1
-                for name, column in importer.amounts.items():
-                    counts[row["split"], name] += len(row[column])
-                writer.write(row)
+            rows = (_with_split(row, input_split.split) for row in importer.rows(reading))
+            for block in tables_of(rows, schema):
+                counts.update(_counted(block, importer.amounts))
+                writer.add(block)
             broken += reading.listed
     amounts = sum_by_split((name, split, count) for (split, name), count in sorted(counts.items()))
-    rows = sum(amounts.pop("rows", {}).values())
-    return ShardResult(path, rows, broken, amounts)
+    return ShardResult(path, writer.rows, broken, amounts)
+
+
+def _with_split(row: RawRow | pa.Table, split: str) -> RawRow | pa.Table:
+    """Return a row, or a table of rows, with the column `split`: its own, or that of the file."""
+    if isinstance(row, dict):
+        return {"split": split, **row}
+    if "split" in row.column_names:
+        return row
+    return row.append_column("split", pa.array([split] * len(row), pa.string()))
 
 
 def _counted(block: pa.Table, amounts: dict[str, str]) -> dict[tuple[str, str], int]:
-    """Count the rows of each split of a table, and add up the lengths of its columns."""
+    """Add up the lengths of columns of a table in each split; `amounts`: as `TableImporter` has."""
     out: dict[tuple[str, str], int] = {}
-    for split in sorted(set(block["split"].to_pylist())):
+    for split in sorted(set(block["split"].to_pylist())) if amounts else ():
         here = block.filter(pc.equal(block["split"], split))
-        out[split, "rows"] = len(here)
         for name, column in amounts.items():
-            out[split, name] = int(_lengths(here[column]).sum())
+            out[split, name] = int(lengths(here[column]).sum())
     return out
-
-
-def _lengths(column: Any) -> np.ndarray:
-    """Lengths of lists and texts, (rows,) int64; 0 for null."""
-    kind = column.type
-    count = (
-        pc.list_value_length
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        else pc.binary_length
-    )
-    return np.asarray(count(column).fill_null(0).to_numpy(), dtype=np.int64)
-
-
-def row_bytes(block: pa.Table) -> np.ndarray:
-    """Estimated bytes of each row, (rows,) int64, as `RowGroups.write` counts them."""
-    out = np.zeros(len(block), dtype=np.int64)
-    for column in block.columns:
-        kind = column.type
-        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if listed and (pa.types.is_list(kind.value_type) or pa.types.is_binary(kind.value_type)):
-            out += _inner_weights(column, 4 if pa.types.is_list(kind.value_type) else 1)
-            continue
-        out += (
-            _lengths(column) * (16 if listed else 1)
-            if listed or text
-            else 8 * (kind.num_fields if pa.types.is_struct(kind) else 1)
-        )
-    return out
-
-
-def _inner_weights(column: Any, each: int) -> np.ndarray:
-    """Bytes in lists of lists (`each` bytes a value) or in lists of files, (rows,) int64."""
-    held, lengths = column.combine_chunks(), _lengths(column)
-    bounds = np.concatenate([[0], np.cumsum(_lengths(held.flatten()) * each)])
-    ends = np.cumsum(lengths)
-    return bounds[ends] - bounds[ends - lengths]
-
-
-class RowGroups:
-    """Writes rows, one by one or as tables, in row groups of a Parquet file.
-
-    Rows that are shuffled wait until there are MIXED_BYTES of them, or all.
-    """
-
-    def __init__(self, path: Path, schema: pa.Schema, mixes: bool):
-        self.schema = schema
-        self.shuffles_rows = mixes
-        self.file = pq.ParquetWriter(path, schema, compression="zstd")
-        self.held: list[dict[str, Any]] = []
-        self.blocks: list[pa.Table] = []
-        self.waiting: list[pa.Table] = []
-        self.weight = self.number = 0
-
-    def __enter__(self) -> RowGroups:
-        return self
-
-    def write(self, row: dict[str, Any]) -> None:
-        if self.blocks:
-            self._flush()
-        self.held.append(row)
-        self.weight += sum(
-            len(value)
-            if isinstance(value, str)
-            else 16 * len(value)
-            if isinstance(value, list)
-            else 8 * len(value)
-            if isinstance(value, dict)
-            else 8
-            for value in row.values()
-        )
-        if self.weight >= GROUP_BYTES or len(self.held) >= GROUP_ROWS:
-            self._flush()
-
-    def add(self, block: pa.Table) -> None:
-        """Add a table of rows; the row groups do not depend on how rows were cut into tables."""
-        if self.held:
-            self._flush()
-        total, at = np.cumsum(row_bytes(block)), 0
-        while at < len(block):
-            before = int(total[at - 1]) if at else 0
-            most = at + GROUP_ROWS - sum(map(len, self.blocks))
-            stop = min(most, int(np.searchsorted(total, before + GROUP_BYTES - self.weight)) + 1)
-            self.blocks.append(block.slice(at, stop - at))
-            if stop > len(block):
-                self.weight += int(total[-1]) - before
-                return
-            self._flush()
-            at = stop
-
-    def _flush(self) -> None:
-        if self.held or self.blocks:
-            table = (
-                pa.Table.from_pylist(self.held, schema=self.schema)
-                if self.held
-                else pa.concat_tables(self.blocks).combine_chunks()
-            )
-            if not self.shuffles_rows:
-                self.file.write_table(table)
-            else:
-                self.waiting.append(table)
-                if sum(one.nbytes for one in self.waiting) >= MIXED_BYTES:
-                    self._mix()
-        self.held, self.blocks, self.weight = [], [], 0
-
-    def _mix(self) -> None:
-        if self.waiting:
-            rows, groups = pa.concat_tables(self.waiting), len(self.waiting)
-            keys = row_keys(mix(*b"prepare"), np.full(len(rows), self.number), np.arange(len(rows)))
-            self.file.write_table(
-                rows.take(pa.array(np.argsort(keys, kind="stable"))),
-                row_group_size=-(-len(rows) // groups),
-            )
-            self.waiting, self.number = [], self.number + 1
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            self._flush()
-            self._mix()
-        self.file.close()

@@ -21,6 +21,7 @@ from pipeline.prepare.engine import croissant, summary
 from pipeline.prepare.engine.importing import InvalidRow, preview
 from pipeline.prepare.engine.shard_tasks import (
     SCANS,
+    Amounts,
     Importer,
     OutputShard,
     ProgressCallback,
@@ -46,7 +47,7 @@ class ShardRecord(TypedDict):
     sha256_pieces: NotRequired[str]
     rows: int
     broken: list[InvalidRow]
-    amounts: NotRequired[dict[str, dict[str, int]]]
+    amounts: NotRequired[Amounts]
 
 
 class Preparation:
@@ -384,12 +385,8 @@ def write_shard(make: Callable[[Any, Path], ShardResult], uri: str, payload: Any
     """Make and write one shard; return its record."""
     with storage.scratch_folder() as scratch:
         made = make(payload, Path(scratch))
-        if isinstance(made.data, bytes):
-            entry = atomic_folder.entry_of_bytes(made.data)
-            storage.write_bytes(uri, made.data)
-        else:
-            entry = s3.call("read", made.data, atomic_folder.entry_of_file, made.data)
-            storage.write_file(uri, made.data)
+        entry = s3.call("read", made.file, atomic_folder.entry_of_file, made.file)
+        storage.write_file(uri, made.file)
     record: dict[str, Any] = {**entry, "rows": made.rows, "broken": made.broken}
     if made.amounts:
         record["amounts"] = made.amounts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field
@@ -42,6 +42,19 @@ KINDS = {
     "sex": pa.string(),
     "view": pa.string(),
 }
+
+
+class Record(NamedTuple):
+    """A row of the CSV: the image's name, the line, and what is written of it (KINDS)."""
+
+    path: str
+    line: int
+    findings: list[str]
+    patient_id: int
+    follow_up: int | None
+    age: int | None
+    sex: str | None
+    view: str | None
 
 
 class ChestXray14Options(Options):
@@ -99,8 +112,8 @@ class ChestXray14(ImageImporter):
                 )
             images[name] = entry
         splits = self._splits(source, uri, records)
-        present = [record for record in records if record["path"] in images]
-        missing = [record["line"] for record in records if record["path"] not in images]
+        present = [record for record in records if record.path in images]
+        missing = [record.line for record in records if record.path not in images]
         if missing and self.options.missing == "refuse":
             raise ValueError(
                 f"{uri}: the images of {_counted_lines(missing)} are not below {source}; get them, "
@@ -109,9 +122,9 @@ class ChestXray14(ImageImporter):
         _refuse_patients_in_both(uri, present, splits)
         rows = []
         for record in present:
-            columns = {name: record[name] for name in KINDS}
-            rows.append(place(images[record["path"]], splits[record["path"]], **columns))
-        unlisted = set(images) - {record["path"] for record in records}
+            columns = {name: value for name, value in record._asdict().items() if name in KINDS}
+            rows.append(place(images[record.path], splits[record.path], **columns))
+        unlisted = set(images) - {record.path for record in records}
         return Index(
             table(rows, KINDS, source),
             found.mark,
@@ -126,14 +139,14 @@ class ChestXray14(ImageImporter):
             },
         )
 
-    def _splits(self, source: str, table_uri: str, records: list[dict[str, Any]]) -> dict[str, str]:
+    def _splits(self, source: str, table_uri: str, records: list[Record]) -> dict[str, str]:
         """Return the split of each image by its name.
 
         Errors name lines of the lists and of the table, since names of images begin with the
         patient's number.
         """
         if self.options.lists == "none":
-            return {record["path"]: "train" for record in records}
+            return {record.path: "train" for record in records}
         out: dict[str, str] = {}
         for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
             uri = first_existing(source, name)
@@ -154,7 +167,7 @@ class ChestXray14(ImageImporter):
                     "remove them from one list"
                 )
             out |= {image: split for _, image in listed}
-        unnamed = [record["line"] for record in records if record["path"] not in out]
+        unnamed = [record.line for record in records if record.path not in out]
         if unnamed:
             raise ValueError(
                 f"{table_uri}: neither official list names the images of "
@@ -163,8 +176,8 @@ class ChestXray14(ImageImporter):
         return out
 
 
-def _records(uri: str) -> list[dict[str, Any]]:
-    """Read the CSV: KINDS, the image's name as `path` and the row's `line`.
+def _records(uri: str) -> list[Record]:
+    """Read the CSV.
 
     Raises ValueError naming the column, line or finding that is wrong.
     """
@@ -188,16 +201,16 @@ def _records(uri: str) -> list[dict[str, Any]]:
         if patient is None:
             raise ValueError(f"{uri}:{number}: its Patient ID is no whole number")
         out.append(
-            {
-                "path": name,
-                "line": number,
-                "findings": findings,
-                "patient_id": patient,
-                "follow_up": _number(row.get("Follow-up #")),
-                "age": _years(row.get("Patient Age")),
-                "sex": row.get("Patient Gender") or row.get("Patient Sex"),
-                "view": row.get("View Position"),
-            }
+            Record(
+                name,
+                number,
+                findings,
+                patient,
+                _number(row.get("Follow-up #")),
+                _years(row.get("Patient Age")),
+                row.get("Patient Gender") or row.get("Patient Sex"),
+                row.get("View Position"),
+            )
         )
     return out
 
@@ -218,18 +231,16 @@ def _years(text: str | None) -> int | None:
     )
 
 
-def _refuse_patients_in_both(
-    uri: str, records: list[dict[str, Any]], splits: dict[str, str]
-) -> None:
+def _refuse_patients_in_both(uri: str, records: list[Record], splits: dict[str, str]) -> None:
     """Raise ValueError where patients have images in both official lists, with their number and
     the lines; no patient is named.
     """
     splits_of_patient: dict[int, set[str]] = {}
     for record in records:
-        splits_of_patient.setdefault(record["patient_id"], set()).add(splits[record["path"]])
+        splits_of_patient.setdefault(record.patient_id, set()).add(splits[record.path])
     in_both = {patient for patient, found in splits_of_patient.items() if len(found) > 1}
     if in_both:
-        numbers = [record["line"] for record in records if record["patient_id"] in in_both]
+        numbers = [record.line for record in records if record.patient_id in in_both]
         patients = "1 patient has" if len(in_both) == 1 else f"{len(in_both)} patients have"
         raise ValueError(
             f"{uri}: {patients} images in both official lists: those of "

@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +17,12 @@ from pydantic import Field
 from pipeline.config.registry import Options, register
 from pipeline.io import storage
 from pipeline.media import instance_masks
+from pipeline.media.instance_masks import RunLengths
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
     Index,
+    RawRow,
     first_existing,
     place,
     preview,
@@ -44,6 +46,42 @@ COLUMNS = {
     "_height": pa.int64(),
     "_masks": pa.string(),
 }
+
+
+class CocoImage(TypedDict):
+    """What is read of an image in a file of annotations."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+
+
+class CocoAnnotation(TypedDict):
+    """What is read of an object; box [x, y, width, height] in pixels."""
+
+    id: NotRequired[int]
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    area: NotRequired[float]
+    iscrowd: NotRequired[int]
+    segmentation: NotRequired[Any]
+
+
+class CocoCategory(TypedDict):
+    """A class of objects."""
+
+    id: int
+    name: str
+
+
+class CocoFile(TypedDict):
+    """A file of annotations."""
+
+    images: list[CocoImage]
+    annotations: list[CocoAnnotation]
+    categories: list[CocoCategory]
 
 
 class CocoOptions(Options):
@@ -150,14 +188,14 @@ class Coco(ImageImporter):
 
     def _rows(
         self,
-        data: dict[str, Any],
+        data: CocoFile,
         uri: str,
         images: dict[str, archives.Entry],
         split: str,
         categories: dict[int, str],
         counts: Counter[str],
-    ) -> list[dict[str, Any]]:
-        by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    ) -> list[RawRow]:
+        by_image: dict[int, list[CocoAnnotation]] = defaultdict(list)
         known = {image["id"] for image in data["images"]}
         lost = [a.get("id") for a in data["annotations"] if a["image_id"] not in known]
         self._refuse_or_count(
@@ -222,7 +260,7 @@ class Coco(ImageImporter):
         if wrong:
             counts[f"{what}, left out"] += len(wrong)
 
-    def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+    def postprocess(self, row: RawRow, picture: Picture) -> RawRow:
         width, height = row["_width"], row["_height"]
         boxes.check_size(picture, width, height)
         sx, sy = picture.size[0] / width, picture.size[1] / height
@@ -245,7 +283,7 @@ def _instances(
     size: tuple[int, int],
     written_boxes: list[list[float]],
     written_size: tuple[int, int],
-) -> list[dict[str, Any]]:
+) -> list[RunLengths]:
     """Return the run lengths of objects (category id, is crowd, area, segmentation) as written.
 
     Args:
@@ -276,7 +314,7 @@ def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndar
     return out
 
 
-def _read(uri: str) -> dict[str, Any]:
+def _read(uri: str) -> CocoFile:
     data = storage.read_json(uri)
     absent = [
         name
@@ -310,7 +348,7 @@ def _read(uri: str) -> dict[str, Any]:
     return data
 
 
-def _categories(data: dict[str, Any], uri: str) -> dict[int, str]:
+def _categories(data: CocoFile, uri: str) -> dict[int, str]:
     wrong = [
         c["id"]
         for c in data["categories"]
@@ -336,8 +374,8 @@ def _by_name(listed: archives.Listing) -> dict[str, archives.Entry]:
 
 
 def _kept(
-    annotations: list[dict[str, Any]], image: dict[str, Any], uri: str, counts: Counter[str]
-) -> list[tuple[dict[str, Any], list[float]]]:
+    annotations: list[CocoAnnotation], image: CocoImage, uri: str, counts: Counter[str]
+) -> list[tuple[CocoAnnotation, list[float]]]:
     """Return usable annotations with their box [x, y, width, height], clipped to the image."""
     out = []
     for annotation in annotations:

@@ -16,7 +16,7 @@ from pydantic import Field
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.prepare.cohorts import definition
-from pipeline.prepare.engine.importing import preview, validated
+from pipeline.prepare.engine.importing import Notes, preview, validated
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers import parquet
@@ -81,9 +81,7 @@ class Cohort(TableImporter):
         self.label = self.definition.label
         self.schema: pa.Schema | None = None
 
-    def input_splits(
-        self, source: str, part_bytes: int
-    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
+    def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
         if not self.task:
             raise ValueError(
                 f"--set task=NAME is needed; tasks: {', '.join(registry.names('cohort'))}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 import posixpath
 from collections import Counter
 from contextlib import closing
-from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
@@ -21,7 +20,7 @@ from pipeline.prepare.engine.audio import (
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import SPLITS, Index, InvalidRow, names_in, preview
+from pipeline.prepare.engine.importing import SPLITS, Index, InvalidRow, RawRow, names_in, preview
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.archives import Opener
@@ -163,36 +162,30 @@ class CommonVoice(AudioImporter):
 
 def _read(
     table: archives.Entry, language: str, clips: dict[str, archives.Entry]
-) -> tuple[list[dict[str, Any]], list[InvalidRow], list[str]]:
+) -> tuple[list[RawRow], list[InvalidRow], list[str]]:
     """Return (rows, invalid rows, which of TEXTS and NUMBERS there are).
 
     Cells are not quoted: a quotation mark is part of a sentence.
     """
     folder, name = posixpath.split(table.name)
     split = SPLITS.get(name[:-4], "train")
-    rows, header = [], []
+    rows = []
     with closing(Opener()) as opener:
         reading = SplitReader(InputSplit(table.name, split, table), opener, most=1 << 62)
-        records = list(Dialect("tab", "").records(reading, True))
-    bad = reading.listed
-    for number, cells in records:
-        if not header:
-            header = [cell.strip() for cell in cells]
-            for column in NEEDED:
-                if column not in header:
-                    raise ValueError(
-                        f"{table.name}: no column {column!r}; {nearest(column, header)}"
-                    )
-            continue
-        if len(cells) != len(header):
-            reading.bad(number, f"{len(cells)} cells, the header has {len(header)}")
-            continue
-        row = dict(zip(header, cells, strict=True))
+        records = list(Dialect("tab", "").rows(reading))
+    if not records:
+        raise ValueError(f"{table.name}: an empty table; get it again")
+    header = records[0][1]
+    for column in NEEDED:
+        if column not in header:
+            raise ValueError(f"{table.name}: no column {column!r}; {nearest(column, header)}")
+    for number, fields in records[1:]:
+        row = dict(zip(header, fields, strict=True))
         path = f"{folder}/clips/{row['path']}".lstrip("/")
         if path not in clips:
             reading.bad(number, f"a transcript without its recording: no {path}")
             continue
-        kept: dict[str, Any] = {column: row[column] or None for column in TEXTS if column in row}
+        kept: RawRow = {column: row[column] or None for column in TEXTS if column in row}
         kept |= {
             column: int(row[column]) if row[column].isdecimal() else None
             for column in NUMBERS
@@ -208,6 +201,4 @@ def _read(
                 **kept,
             )
         )
-    if not header:
-        raise ValueError(f"{table.name}: an empty table; get it again")
-    return rows, bad, [column for column in (*TEXTS, *NUMBERS) if column in header]
+    return rows, reading.listed, [column for column in (*TEXTS, *NUMBERS) if column in header]

@@ -7,14 +7,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.media.tagging_schemes import check
-from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.importing import Notes, RawRow, preview
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, decoded
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 
@@ -108,9 +108,7 @@ class Conll(TableImporter):
     suffixes = SUFFIXES
     amounts = {"words": "words"}
 
-    def input_splits(
-        self, source: str, part_bytes: int
-    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
+    def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
         if self.options.repair and self.options.scheme in ("bioes", "none"):
             raise ValueError(
                 f"--set repair=true: not with scheme={self.options.scheme}: only an I- of bio "
@@ -208,7 +206,7 @@ class Conll(TableImporter):
             columns, layouts, notes, {"scheme": "bio" if scheme == "iob1" else scheme}
         )
 
-    def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
+    def rows(self, reading: SplitReader) -> Iterator[RawRow]:
         layout: Layout = reading.scan_result
         width, scheme = layout.width, layout.scheme
         for line, words, tags, widths, document, reason in self._sentences(reading):

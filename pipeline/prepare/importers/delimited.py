@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config import registry
-from pipeline.config.registry import Options, register
-from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, preview
+from pipeline.config.registry import DelimitedOptions, register
+from pipeline.prepare.engine.importing import (
+    NO_SPLIT,
+    SPLITS,
+    Notes,
+    RawRow,
+    check_columns,
+    check_one_split,
+    preview,
+)
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
 from pipeline.prepare.engine.table_importer import (
     KINDS,
@@ -25,7 +33,7 @@ NAMES = {"string": 4, "float": 3, "int": 2}
 TEXTS = ("text", "text_pair")
 
 
-class CsvOptions(Options):
+class CsvOptions(DelimitedOptions):
     columns: str = Field(
         "",
         description="NEW=OLD,... : what columns are to be called, such as "
@@ -34,19 +42,10 @@ class CsvOptions(Options):
     keep: bool = Field(
         True, description="false: columns that --set columns does not name are dropped"
     )
-    delimiter: str = Field(
-        "", description="one character, or tab; empty: tab for .tsv and .tab, else a comma"
-    )
-    quote: str = Field(
-        '"', description="what encloses fields; empty: nothing does, every line is a row"
-    )
     header: bool = Field(
         True,
         description="false: the first line is a row; columns are then called by names, or by "
         "their numbers from 0",
-    )
-    names: str = Field(
-        "", description="names of all columns for files without a header, such as label,title,text"
     )
     required: str = Field(
         "text",
@@ -57,17 +56,6 @@ class CsvOptions(Options):
         "",
         description="NAME=string, float or int,... in the place of what the values look like; "
         "text and text_pair are always texts",
-    )
-    split_column: str = Field(
-        "",
-        description="the column (its name in the file) that tells each row's split; the others "
-        "then follow its values",
-    )
-    encoding: str = Field(
-        "utf-8", description="of the files, such as latin-1; one in which ASCII is ASCII"
-    )
-    split: Literal["", "train", "validation", "test"] = Field(
-        "", description="the split of all files; empty: from the file's name or folder, else train"
     )
 
 
@@ -94,11 +82,7 @@ class Csv(TableImporter):
         for name, kind in self.given_types.items():
             if kind not in NAMES:
                 raise ValueError(f"--set types={name}={kind}: {registry.nearest(kind, NAMES)}")
-        if o.split and o.split_column:
-            raise ValueError(
-                f"--set split={o.split}: --set split_column={o.split_column} gives each row "
-                "its own; say one of them"
-            )
+        check_one_split(o)
         if o.names and o.header:
             raise ValueError(
                 f"--set names={o.names}: names are for files without a header; say --set "
@@ -106,9 +90,7 @@ class Csv(TableImporter):
             )
         self.dialect = Dialect(o.delimiter, o.quote, o.encoding)
 
-    def input_splits(
-        self, source: str, part_bytes: int
-    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
+    def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
         listed = find_inputs(
             source, SUFFIXES, self.options.split or ("all" if self.options.split_column else "")
         )
@@ -117,23 +99,11 @@ class Csv(TableImporter):
     def _named(self, reading: SplitReader) -> Iterator[dict[str, str]]:
         """Yield every row by the new names of its columns."""
         o = self.options
-        names = (
-            [name.strip() for name in self.options.names.split(",")] if self.options.names else None
-        )
-        picked: list[tuple[str, int]] | None = None
-        for number, fields in self.dialect.records(reading, o.header):
-            if picked is None:
-                header = (
-                    [name.strip() for name in fields]
-                    if o.header
-                    else names or [str(i) for i in range(len(fields))]
-                )
-                picked, width = self._picked(header, reading.place(number)), len(header)
-                if o.header:
-                    continue
-            if len(fields) != width:
-                reading.bad(number, f"{len(fields)} fields, where there are {width} columns")
-                continue
+        names = [name.strip() for name in o.names.split(",")] if o.names else []
+        rows = self.dialect.rows(reading, o.header, names)
+        first = next(rows, None)
+        picked = self._picked(first[1], reading.place(first[0])) if first else []
+        for number, fields in rows:
             row = {name: fields[i] for name, i in picked}
             empty = next(
                 (
@@ -154,16 +124,9 @@ class Csv(TableImporter):
         """Return (new name, index of the field) of the columns to keep. Raises ValueError for a
         missing one.
         """
-        self.dialect.check_header(header, place, self.options.header)
         split = self.options.split_column
-        for option, name in [("columns", old) for old in self.mapping.values()] + (
-            [("split_column", split)] if split else []
-        ):
-            if name not in header:
-                raise ValueError(
-                    f"{place}: no column {name!r} for --set {option}; "
-                    f"{registry.nearest(name, header)}"
-                )
+        renamed = [("columns", old) for old in self.mapping.values()]
+        check_columns(place, header, *renamed, ("split_column", split))
         new = {old: name for name, old in self.mapping.items()}
         taken = [
             (new.get(old, old), i)
@@ -235,7 +198,7 @@ class Csv(TableImporter):
             },
         )
 
-    def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
+    def rows(self, reading: SplitReader) -> Iterator[RawRow]:
         kinds: dict[str, int] = reading.scan_result
         for row in self._named(reading):
             made = {

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import dictionary_codes
@@ -29,7 +28,14 @@ from pipeline.prepare.engine.grouped import (
     ValidRows,
     variable_codes,
 )
-from pipeline.prepare.engine.importing import InvalidRow, invalid_row, names_in, preview
+from pipeline.prepare.engine.importing import (
+    Info,
+    InvalidRow,
+    check_columns,
+    invalid_row,
+    names_in,
+    preview,
+)
 from pipeline.prepare.engine.inputs import find_inputs
 from pipeline.prepare.readers.archives import Opener, absolute
 from pipeline.prepare.readers.csv_blocks import (
@@ -171,19 +177,15 @@ class LongTable(GroupedImporter):
         table = _table(o.entities, (o.entity, o.group))
         columns = table.column_names
         static, outcomes = (names_in(text) for text in (o.static, o.outcomes))
-        for option, wanted in (
-            ("entity", [o.entity]),
-            ("static", static),
-            ("outcomes", outcomes),
-            ("group", [o.group]),
-            ("start", [o.start]),
-        ):
-            for one in filter(None, wanted):
-                if one not in columns:
-                    raise ValueError(
-                        f"{name}: no column {one!r} for --set {option}; "
-                        f"{registry.nearest(one, columns)}"
-                    )
+        check_columns(
+            name,
+            columns,
+            ("entity", o.entity),
+            *(("static", one) for one in static),
+            *(("outcomes", one) for one in outcomes),
+            ("group", o.group),
+            ("start", o.start),
+        )
         outcomes = outcomes or [
             one for one in columns if one not in {o.entity, o.group, o.start, *static}
         ]
@@ -249,7 +251,7 @@ class LongTable(GroupedImporter):
         table = table.filter(pa.array(reasons == ""))
         return table.take(pc.sort_indices(table[o.entity])), broken
 
-    def _info(self, static: list[str], outcomes: list[str]) -> dict[str, Any]:
+    def _info(self, static: list[str], outcomes: list[str]) -> Info:
         return {
             "time": "hours since the entity's start",
             "static": static,
@@ -360,14 +362,10 @@ def _is_whole(entry: Any, column: str, opener: Opener) -> bool:
     column.
     """
     found = schema(entry, opener)
-    names = found.names
-    if column not in names and column.lower() not in [name.lower() for name in names]:
-        raise ValueError(
-            f"{entry.name}: no column {column!r} for --set entity; "
-            f"{registry.nearest(column, names)}"
-        )
-    alike = next((name for name in names if name.lower() == column.lower()), column)
-    return pa.types.is_integer(found.field(column if column in names else alike).type)
+    if column not in found.names:
+        column = next((name for name in found.names if name.lower() == column.lower()), column)
+    check_columns(entry.name, found.names, ("entity", column))
+    return pa.types.is_integer(found.field(column).type)
 
 
 def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config import registry
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import RecordingOptions, register
 from pipeline.core.arrow_lists import is_text
 from pipeline.data import manifests
 from pipeline.io import file_identity, storage
@@ -23,6 +22,8 @@ from pipeline.prepare.engine.importing import (
     SPLITS,
     Index,
     InvalidRow,
+    RawRow,
+    check_columns,
     invalid_row,
     kind_of_files,
     place,
@@ -44,7 +45,7 @@ def column_name(name: str, what: str) -> str:
     return f"table_{name}" if name in TAKEN[what] else name
 
 
-class FilesOptions(Options):
+class FilesOptions(RecordingOptions):
     column: str = Field(
         "", description="the column that names the files; empty: the one whose values end like them"
     )
@@ -53,12 +54,6 @@ class FilesOptions(Options):
     )
     label: str = Field("", description="the column whose values the summary counts")
     split_column: str = Field("", description="the column that tells each row's split")
-    rate: int = Field(0, ge=0, description="audio: samples a second to write; 0: each file's own")
-    longest: float = Field(30.0, ge=1, description="audio: seconds; a longer recording is cut")
-    cut: Literal["silence", "windows"] = Field(
-        "silence", description="audio: where: at silence, or into equal pieces"
-    )
-    mono: bool = Field(False, description="audio: several channels are written anew as their mean")
 
 
 @register("importer", "files", options=FilesOptions)
@@ -73,16 +68,13 @@ class Files(Importer):
     def plan(self, source: str, settings: Any) -> Any:
         rows = _read(source)
         column = self.options.column or _column_of(rows, source)
-        for option, name in (
+        check_columns(
+            source,
+            rows.column_names,
             ("column", column),
             ("label", self.options.label),
             ("split_column", self.options.split_column),
-        ):
-            if name and name not in rows.column_names:
-                raise ValueError(
-                    f"{source}: no column {name!r} for --set {option}; "
-                    f"{registry.nearest(name, rows.column_names)}"
-                )
+        )
         if _what(rows[column]) == "audio":
             return AudioShardTask(Sounds(self.options, rows, column), source, settings)
         return ImageShardTask(Pictures(self.options, rows, column), source, settings)
@@ -131,13 +123,11 @@ class _Listed:
         }
         self.label = self.kept.get(options.label, options.label)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the table out: tasks get the index."""
         return {**self.__dict__, "listed": None}
 
-    def entries(
-        self, source: str
-    ) -> tuple[list[tuple[Entry, str, dict[str, Any]]], list[InvalidRow], str]:
+    def entries(self, source: str) -> tuple[list[tuple[Entry, str, RawRow]], list[InvalidRow], str]:
         """Return (file, split and columns of each valid row; the invalid rows; a mark)."""
         root = self.options.root or posixpath.dirname(source)
         names = self.listed[self.column].to_pylist()
@@ -153,7 +143,7 @@ class _Listed:
         given = self.options.split_column
         splits = self.listed[given].to_pylist() if given else ["train"] * len(names)
         columns = self.listed.select(list(self.kept)).rename_columns(list(self.kept.values()))
-        good: list[tuple[Entry, str, dict[str, Any]]] = []
+        good: list[tuple[Entry, str, RawRow]] = []
         bad: list[InvalidRow] = []
         for row, (name, uri, split, more) in enumerate(
             zip(names, uris, splits, columns.to_pylist() or [{}] * len(names), strict=True), 1

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipeline.config import extras
@@ -26,7 +25,8 @@ from pipeline.core.rng import mix, row_keys
 from pipeline.io import file_identity, storage
 from pipeline.media import audio_io
 from pipeline.prepare.engine import audio, images
-from pipeline.prepare.engine.importing import SPLITS, invalid_row, names_in
+from pipeline.prepare.engine.importing import SPLITS, RawRow, invalid_row, names_in
+from pipeline.prepare.engine.row_groups import RowGroups
 from pipeline.prepare.engine.shard_tasks import (
     BudgetCheck,
     Importer,
@@ -41,8 +41,8 @@ from pipeline.prepare.readers.picture_check import BrokenImageError, examine
 
 BATCH_ROWS = 128
 """Rows that are read and checked at a time."""
-GROUP_BYTES, GROUP_ROWS = 8 << 20, 16384
-"""A row group of the result ends once it has so many bytes or rows."""
+COUNTED_ROWS = 16384
+"""Rows that are counted at a time."""
 SAVED = ("state.json", "dataset_dict.json")
 """Files by which a folder of `save_to_disk` is known."""
 MEASURED = {"": {}, "Image": images.MEASURED, "Audio": audio.MEASURED}
@@ -338,7 +338,7 @@ class HfTask(ShardTask):
         for name, one in self.found.items():
             if name not in self.rows:
                 told = (one.info.splits or {}).get(name)
-                blocks = one.with_format("arrow").iter(batch_size=GROUP_ROWS)
+                blocks = one.with_format("arrow").iter(batch_size=COUNTED_ROWS)
                 known = told.num_examples if told is not None else 0
                 self.rows[name] = known or sum(len(block) for block in blocks)
         self.total = sum(self.rows.values())
@@ -410,14 +410,8 @@ def _make(
     """Write one shard, with a row group in memory."""
     dataset, split, given = payload
     names = iter(given) if isinstance(given, list) else (f"{given}/{row}" for row in count())
-    path, broken, rows = scratch / "part.parquet", [], 0
-    held: list[pa.Table] = []
-    with pq.ParquetWriter(path, schema, compression="zstd") as file:
-
-        def write() -> None:
-            file.write_table(pa.concat_tables(held))
-            held.clear()
-
+    path, broken = scratch / "part.parquet", []
+    with RowGroups(path, schema) as writer:
         for block in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
             paths = [next(names) for _ in range(len(block))]
             columns = {one.name: _values(block, one) for one in kept}
@@ -431,21 +425,13 @@ def _make(
                     name: pa.array([one[name] for one in measured], schema.field(name).type)
                     for name in (what.lower(), "path", *MEASURED[what])
                 }
-            made = pa.table([columns[name] for name in schema.names], schema=schema)
-            rows += len(made)
-            held.append(made)
-            is_full = sum(one.nbytes for one in held) >= GROUP_BYTES
-            if is_full or sum(map(len, held)) >= GROUP_ROWS:
-                write()
-        if held or not rows:
-            held.append(schema.empty_table())
-            write()
-    return ShardResult(path, rows, broken)
+            writer.add(pa.table([columns[name] for name in schema.names], schema=schema))
+    return ShardResult(path, writer.rows, broken)
 
 
 def _checked(
     cells: list[Any], paths: list[str], what: str, settings: Settings
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+) -> tuple[list[RawRow], dict[str, str]]:
     """Return (the columns of each valid image or recording, the reasons of the others by path)."""
     good, bad = [], {}
     for cell, path in zip(cells, paths, strict=True):
@@ -466,13 +452,13 @@ def _bytes_of(cell: Any) -> bytes:
     return cell["bytes"] or storage.read_bytes(cell["path"])
 
 
-def _picture(data: bytes, settings: Settings) -> dict[str, Any]:
+def _picture(data: bytes, settings: Settings) -> RawRow:
     picture = examine(data, settings.resize, settings.quality)
     width, height = picture.size
     return {"image": picture.data, "width": width, "height": height}
 
 
-def _recording(data: bytes) -> dict[str, Any]:
+def _recording(data: bytes) -> RawRow:
     info = audio_io.inspect(data)
     return {
         "audio": data,

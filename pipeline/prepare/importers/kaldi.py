@@ -8,12 +8,11 @@ import math
 import posixpath
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config.registry import Options, nearest, register
+from pipeline.config.registry import RecordingOptions, nearest, register
 from pipeline.prepare.engine.audio import (
     AudioImporter,
     Line,
@@ -23,9 +22,10 @@ from pipeline.prepare.engine.audio import (
     others,
     recording,
     recordings,
-    sounds,
+    segment_of,
+    unnamed_sounds,
 )
-from pipeline.prepare.engine.importing import Index, InvalidRow, invalid_row, split_of
+from pipeline.prepare.engine.importing import Index, InvalidRow, RawRow, invalid_row, split_of
 from pipeline.prepare.engine.located import locate
 from pipeline.prepare.readers import archives
 
@@ -36,7 +36,7 @@ TO_THE_END = -1.0
 """A segment that ends here ends with its recording."""
 
 
-class KaldiOptions(Options):
+class KaldiOptions(RecordingOptions):
     sets: str = Field(
         "",
         description="folders to read, below SOURCE, such as data/train,data/test; empty: all that "
@@ -51,27 +51,6 @@ class KaldiOptions(Options):
         ".",
         description="folder that the paths in wav.scp are relative to (the one that Kaldi was run "
         "in), below SOURCE or absolute",
-    )
-    rate: int = Field(
-        0,
-        ge=0,
-        description="samples a second to write, as FLAC; 0: each recording's own, whole files as "
-        "they are",
-    )
-    longest: float = Field(
-        30.0,
-        ge=1,
-        description="seconds; a longer recording is cut into rows, but broken where it has a "
-        "transcript",
-    )
-    cut: Literal["silence", "windows"] = Field(
-        "silence",
-        description="where: silence: at the quietest place of the second half; windows: into "
-        "equal pieces",
-    )
-    mono: bool = Field(
-        False,
-        description="recordings of several channels are written anew as the mean of them, as FLAC",
     )
 
 
@@ -124,16 +103,7 @@ class Kaldi(AudioImporter):
             for folder, split in sets.items()
             for row in _utterances(tables, folder, split, files[folder], bad)
         ]
-        good, doubled = drop_repeated_keys(
-            rows,
-            lambda row: (
-                row["_uri"],
-                row["_member"],
-                row["_offset"],
-                row["_start"] or 0.0,
-                row["_seconds"],
-            ),
-        )
+        good, doubled = drop_repeated_keys(rows, segment_of)
         bad += doubled
         columns = {
             name: pa.string()
@@ -144,16 +114,13 @@ class Kaldi(AudioImporter):
             {name: value for name, value in row.items() if value is not None or name in columns}
             for row in good
         ]
-        used = {(row["_uri"], row["path"]) for row in rows}
         return Index(
             recordings(kept, columns, source, bad),
             mark,
             broken=bad,
             notes={
                 "sets": len(sets),
-                "recordings that no line names": len(
-                    {(entry.uri, entry.name) for entry in sounds(found)} - used
-                ),
+                "recordings that no line names": unnamed_sounds(found, rows),
                 "files left out": others(found, *TABLES),
             },
         )
@@ -237,13 +204,13 @@ def _utterances(
     split: str,
     files: dict[str, archives.Entry],
     bad: list[InvalidRow],
-) -> list[dict[str, Any]]:
+) -> list[RawRow]:
     """Return a row for each utterance of a data directory; invalid ones are added to `bad`."""
     segments = _Table(tables, folder, "segments", split, bad)
     texts = _Table(tables, folder, "text", split, bad)
     speakers = _Table(tables, folder, "utt2spk", split, bad)
     genders = _Table(tables, folder, "spk2gender", split, bad)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, RawRow] = {}
     for name, (entry, start, seconds) in _pieces(segments, split, files, bad).items():
         speaker = speakers.get(name)
         rows[name] = recording(

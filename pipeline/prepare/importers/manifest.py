@@ -8,12 +8,12 @@ import json
 import math
 import posixpath
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import RecordingOptions, register
 from pipeline.io import file_identity, storage
 from pipeline.prepare.engine.audio import (
     MEASURED,
@@ -24,11 +24,13 @@ from pipeline.prepare.engine.audio import (
     others,
     recording,
     recordings,
-    sounds,
+    segment_of,
+    unnamed_sounds,
 )
 from pipeline.prepare.engine.importing import (
     Index,
     InvalidRow,
+    RawRow,
     invalid_row,
     names_in,
     preview,
@@ -47,7 +49,7 @@ TAKEN = ("audio", "path", "split", "transcript", *MEASURED)
 MOST_FIELDS = 200
 
 
-class ManifestOptions(Options):
+class ManifestOptions(RecordingOptions):
     manifests: str = Field(
         "",
         description="files to read, below SOURCE, such as train_manifest.json,dev_manifest.json; "
@@ -62,27 +64,6 @@ class ManifestOptions(Options):
         "",
         description="folder that audio_filepath is relative to, below SOURCE or absolute; empty: "
         "the manifest's own",
-    )
-    rate: int = Field(
-        0,
-        ge=0,
-        description="samples a second to write, as FLAC; 0: each recording's own, whole files as "
-        "they are",
-    )
-    longest: float = Field(
-        30.0,
-        ge=1,
-        description="seconds; a longer recording is cut into rows, but broken where it has a "
-        "transcript",
-    )
-    cut: Literal["silence", "windows"] = Field(
-        "silence",
-        description="where: silence: at the quietest place of the second half; windows: into "
-        "equal pieces",
-    )
-    mono: bool = Field(
-        False,
-        description="recordings of several channels are written anew as the mean of them, as FLAC",
     )
 
 
@@ -141,16 +122,7 @@ class Manifest(AudioImporter):
                 f"{source}: {len(kinds)} different fields, more than {MOST_FIELDS}: "
                 f"{preview(kinds)}; are the fields' names data?"
             )
-        good, doubled = drop_repeated_keys(
-            rows,
-            lambda row: (
-                row["_uri"],
-                row["_member"],
-                row["_offset"],
-                row["_start"] or 0.0,
-                row["_seconds"],
-            ),
-        )
+        good, doubled = drop_repeated_keys(rows, segment_of)
         own = {
             name: pa.string()
             for name in ("transcript", "speaker")
@@ -165,16 +137,13 @@ class Manifest(AudioImporter):
             for name in {"transcript", "speaker"} - own.keys():
                 del row[name]
         bad += doubled
-        named = {(row["_uri"], row["path"]) for row in rows}
         return Index(
             recordings(good, columns, source, bad),
             mark,
             broken=bad,
             notes={
                 "manifests": len(manifests),
-                "recordings that no line names": len(
-                    {(entry.uri, entry.name) for entry in sounds(found)} - named
-                ),
+                "recordings that no line names": unnamed_sounds(found, rows),
                 "files left out": others(found, *SUFFIXES),
             },
         )
@@ -214,7 +183,7 @@ class Manifest(AudioImporter):
 
     def _objects(
         self, entry: archives.Entry, split: str, bad: list[InvalidRow]
-    ) -> Iterator[tuple[Line, dict[str, Any]]]:
+    ) -> Iterator[tuple[Line, RawRow]]:
         """Yield the valid lines of a manifest with their fields."""
         for line in lines_of([entry]):
             fields: Any = None

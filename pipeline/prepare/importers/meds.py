@@ -17,7 +17,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import records
 from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
-from pipeline.prepare.engine.importing import InvalidRow, preview, split_of
+from pipeline.prepare.engine.importing import InvalidRow, Notes, RawRow, preview, split_of
 from pipeline.prepare.engine.records import HOUR, YEAR, Labels, Windows
 from pipeline.prepare.readers.archives import Listing, Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
@@ -132,7 +132,7 @@ class Meds(GroupedImporter):
         is_counted = self.labels is not None and self.labels.column != "float_value"
         self.label = "label" if is_counted else ""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave labels and splits out of what is sent to tasks: they need the options alone."""
         return {"options": self.options, "label": self.label}
 
@@ -165,7 +165,7 @@ class Meds(GroupedImporter):
 
     def entities(self, source: str) -> Entities:
         found = _subjects(self._ranges)
-        notes: dict[str, Any] = {"subjects": len(found.ids)}
+        notes: Notes = {"subjects": len(found.ids)}
         rows, broken = (
             _label_rows(self.labels, found, notes) if self.labels else _subject_rows(found, notes)
         )
@@ -294,17 +294,12 @@ def _subjects(ranges: list[ByteRange]) -> Subjects:
     for one in threaded_map(_subjects_of, ranges, threads=4):
         for held, found in zip((timed, born, static), one, strict=True):
             held.append(found)
-    spans = (
-        pa.concat_tables(timed)
-        .group_by("subject_id")
-        .aggregate([("first", "min"), ("last", "max")])
-        .sort_by("subject_id")
-    )
+    spans = records.merge_spans(timed)
     births = pa.concat_tables(born)
     return Subjects(
         spans["subject_id"].to_numpy(),
-        spans["first_min"].fill_null(1).to_numpy(),
-        spans["last_max"].fill_null(0).to_numpy(),
+        spans["first"].fill_null(1).to_numpy(),
+        spans["last"].fill_null(0).to_numpy(),
         dict(zip(births["subject_id"].to_pylist(), births["time"].to_pylist(), strict=True)),
         pa.concat_tables(static),
     )
@@ -334,18 +329,10 @@ def _subjects_of(byte_range: ByteRange) -> tuple[pa.Table, pa.Table, pa.Table]:
             is_birth = pc.and_(pc.equal(batch["code"], BIRTH), pc.is_valid(batch["time"]))
             born.append(batch.select(["subject_id", "time"]).filter(is_birth))
             static.append(batch.filter(pc.is_null(batch["time"])).drop_columns("time"))
-    merged = (
-        pa.concat_tables(spans)
-        .group_by("subject_id")
-        .aggregate([("first", "min"), ("last", "max")])
-        .rename_columns({"first_min": "first", "last_max": "last"})
-    )
-    return merged, pa.concat_tables(born), pa.concat_tables(static)
+    return records.merge_spans(spans), pa.concat_tables(born), pa.concat_tables(static)
 
 
-def _label_rows(
-    labels: Labels, found: Subjects, notes: dict[str, Any]
-) -> tuple[pa.Table, list[InvalidRow]]:
+def _label_rows(labels: Labels, found: Subjects, notes: Notes) -> tuple[pa.Table, list[InvalidRow]]:
     """Return (one row a label, the label rows that cannot be used)."""
     good, broken = labels.usable(found.ids, found.first, found.last)
     notes["subjects without label rows, left out"] = int(
@@ -361,7 +348,7 @@ def _label_rows(
     return pa.table(rows), broken
 
 
-def _subject_rows(found: Subjects, notes: dict[str, Any]) -> tuple[pa.Table, list[InvalidRow]]:
+def _subject_rows(found: Subjects, notes: Notes) -> tuple[pa.Table, list[InvalidRow]]:
     """Return (one row a subject that has timed events, an empty list)."""
     timed = found.first <= found.last
     notes["subjects without timed events, left out"] = int(np.count_nonzero(~timed))
@@ -389,7 +376,7 @@ def _static(rows: pa.Table, found: Subjects, characters: int) -> tuple[pa.Array,
         Counter(),
     )
     is_number = np.char.endswith(np.array(named.names, dtype=np.str_), f": {records.NUMBER}")
-    facts: dict[int, dict[str, Any]] = {}
+    facts: dict[int, RawRow] = {}
     twice = 0
     pairs = zip(table["subject_id"].to_pylist(), named.codes, named.values, strict=True)
     for subject, code, value in pairs:

@@ -16,9 +16,9 @@ from pipeline.core.arrow_compute import pc
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import records
 from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
-from pipeline.prepare.engine.importing import invalid_row, names_in, preview
+from pipeline.prepare.engine.importing import InvalidRow, Notes, invalid_row, names_in, preview
 from pipeline.prepare.engine.inputs import plain_suffix
-from pipeline.prepare.engine.records import DAY, HOUR, YEAR, Windows, positions
+from pipeline.prepare.engine.records import DAY, HOUR, YEAR, Labels, Windows, merge_spans, positions
 from pipeline.prepare.readers.archives import Entry, Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
     SUFFIXES,
@@ -43,6 +43,7 @@ EVENTS = {
 """Tables of events, and how the names of their columns begin: of the concept, and of the time."""
 OTHERS = ("person", "death", "concept")
 DEATH = "death"
+NO_SPANS = pa.schema([(name, pa.int64()) for name in ("person_id", "first", "last")]).empty_table()
 GENDERS = {8507: "male", 8532: "female"}
 DIED = 4216643
 """Concept of discharged_to_concept_id: patient died."""
@@ -113,6 +114,24 @@ class Concepts(NamedTuple):
         return pc.if_else(pa.array(number == 0), None, pc.coalesce(known, bare))
 
 
+class TimedRows(NamedTuple):
+    """Rows to write, each about one person.
+
+    Attributes:
+        persons: (n,) int64 person_id.
+        start, zero, end: (n,) int64 microseconds since 1970, as `Windows` takes them.
+        columns: further columns; `entity` and `visit` among them where a row is a visit.
+        broken: rows that cannot be used.
+    """
+
+    persons: np.ndarray
+    start: np.ndarray
+    zero: np.ndarray
+    end: np.ndarray
+    columns: dict[str, pa.Array]
+    broken: list[InvalidRow]
+
+
 @register("importer", "omop", options=OmopOptions)
 class Omop(GroupedImporter):
     """Tables of the OMOP common data model 5.3 or 5.4 (CSV, also .gz or .zst, or Parquet; names and
@@ -155,7 +174,7 @@ class Omop(GroupedImporter):
     def _of_persons(self) -> bool:
         return bool(self.options.labels) or self.options.rows == "persons"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the tables out of what is sent to tasks: they need the options alone."""
         return {"options": self.options, "label": self.label}
 
@@ -185,10 +204,7 @@ class Omop(GroupedImporter):
         if self._of_persons and DEATH in self._tables:
             taken.append(DEATH)
         if not set(taken) - {"visit_occurrence", DEATH}:
-            raise ValueError(
-                f"{source}: none of the tables {', '.join(self.wanted)} is there; there are "
-                f"{', '.join(sorted(self._tables))}"
-            )
+            raise ValueError(self._no_events(source))
         with closing(Opener()) as opener:
             self._ranges = [
                 byte_range
@@ -201,36 +217,50 @@ class Omop(GroupedImporter):
             self._ranges, f"{found.mark} {self.labels.mark if self.labels else ''}", notes
         )
 
+    def _no_events(self, source: str) -> str:
+        """Return what is wrong, and the fix, where no table of events is left to be read."""
+        wanted = [name for name in self.wanted if name != "visit_occurrence"]
+        others = [name for name in EVENTS if name != "visit_occurrence"]
+        if not wanted:
+            return (
+                f"--set tables={self.options.tables}: visits alone say nothing of what happened in "
+                f"them; name tables of events too: {', '.join(others)}"
+            )
+        return (
+            f"{source}: no table of events is there: --set tables wants {', '.join(wanted)}, and "
+            f"there are {', '.join(sorted(self._tables))}; give the folder that holds one of them "
+            f"(.csv, .csv.gz or .parquet), or name others in --set tables: {', '.join(others)}"
+        )
+
     # ---------------------------------------------------------------- rows
 
     def entities(self, source: str) -> Entities:
-        notes: dict[str, Any] = {}
+        notes: Notes = {}
         self._zoned: dict[str, set[bool]] = {}
         with closing(Opener()) as opener:
             persons = self._persons(opener)
             used, spans = self._used(opener)
             concepts = self._concepts(used, opener)
             if self.labels:
-                subjects, start, zero, end, columns, broken = self._label_rows(spans, notes)
+                timed = self._label_rows(self.labels, spans, notes)
             elif self._of_persons:
-                subjects, start, zero, end, columns, broken = self._person_rows(spans)
+                timed = self._person_rows(spans)
             else:
-                subjects, start, zero, end, columns, broken = self._visit_rows(
-                    persons, concepts, opener
-                )
-        if not len(subjects) and not broken:
+                timed = self._visit_rows(persons, concepts, opener)
+        if not len(timed.persons) and not timed.broken:
             raise ValueError(f"{source}: no person has an event with a time; get the tables again")
-        at = positions(persons.ids, subjects)
-        fields = {"Age": _age(persons, at, zero), "Gender": persons.gender.take(_index(at))}
+        at = positions(persons.ids, timed.persons)
+        fields = {"Age": _age(persons, at, timed.zero), "Gender": persons.gender.take(_index(at))}
+        columns = dict(timed.columns)
         if "visit" in columns:
             fields["Visit"] = columns.pop("visit")
         rows = pa.table(
             {
-                "entity": columns.pop("entity", pa.array(subjects)),
-                "patient": pa.array(subjects),
+                "entity": columns.pop("entity", pa.array(timed.persons)),
+                "patient": pa.array(timed.persons),
                 "static": pa.StructArray.from_arrays(list(fields.values()), list(fields)),
                 **columns,
-                "split": pa.array(["train"] * len(subjects), pa.string()),
+                "split": pa.array(["train"] * len(timed.persons), pa.string()),
             }
         )
         info = {
@@ -244,8 +274,9 @@ class Omop(GroupedImporter):
             "history": self.options.history,
         }
         notes = {"persons": len(persons.ids), **{name: n for name, n in notes.items() if n}}
-        keys = {"windows": Windows(subjects, start, zero, end), "concepts": concepts}
-        return Entities(rows, keys, "patient", broken, notes, info)
+        windows = Windows(timed.persons, timed.start, timed.zero, timed.end)
+        keys = {"windows": windows, "concepts": concepts}
+        return Entities(rows, keys, "patient", timed.broken, notes, info)
 
     def _check_zones(self, table: str, zoned: set[bool]) -> None:
         """Raise ValueError where times have a zone and those of a table before have none, or the
@@ -255,10 +286,8 @@ class Omop(GroupedImporter):
             check_zones(self._tables[table].name, zoned, self._tables[other].name, of_other)
         self._zoned.setdefault(table, set()).update(zoned)
 
-    def _label_rows(self, spans: pa.Table, notes: dict[str, Any]) -> Any:
-        """Return (persons, start, hour 0, end, columns, broken label rows) of a row a label."""
-        labels = self.labels
-        assert labels is not None
+    def _label_rows(self, labels: Labels, spans: pa.Table, notes: Notes) -> TimedRows:
+        """Return a row for each label that can be used."""
         good, broken = labels.usable(
             spans["person_id"].to_numpy(), spans["first"].to_numpy(), spans["last"].to_numpy()
         )
@@ -270,15 +299,16 @@ class Omop(GroupedImporter):
             "prediction_time": pa.array(zero, pa.timestamp("us")),
             "label": labels.values.filter(pa.array(good)),
         }
-        return labels.subjects[good], zero - self._history, zero, zero, columns, broken
+        start = zero - self._history
+        return TimedRows(labels.subjects[good], start, zero, zero, columns, broken)
 
-    def _person_rows(self, spans: pa.Table) -> Any:
-        """Return what `_label_rows` does, of a row a person."""
+    def _person_rows(self, spans: pa.Table) -> TimedRows:
+        """Return a row for each person, which ends with the last event."""
         zero = spans["last"].to_numpy()
-        return spans["person_id"].to_numpy(), zero - self._history, zero, zero, {}, []
+        return TimedRows(spans["person_id"].to_numpy(), zero - self._history, zero, zero, {}, [])
 
-    def _visit_rows(self, persons: Persons, concepts: Concepts, opener: Opener) -> Any:
-        """Return what `_label_rows` does, of a row a visit, with its outcomes."""
+    def _visit_rows(self, persons: Persons, concepts: Concepts, opener: Opener) -> TimedRows:
+        """Return a row for each visit that can be used, with its outcomes."""
         entry, tally = self._tables["visit_occurrence"], RowCounts()
         table = whole(
             "visit_occurrence",
@@ -341,7 +371,7 @@ class Omop(GroupedImporter):
             "visit": concepts.of(table["visit_concept_id"].combine_chunks().take(pa.array(kept))),
             **self._outcomes(person, start, end, _whole(to)[kept] == DIED, opener),
         }
-        return person, start - self._history, start, end, columns, broken
+        return TimedRows(person, start - self._history, start, end, columns, broken)
 
     def _outcomes(
         self,
@@ -350,7 +380,7 @@ class Omop(GroupedImporter):
         end: np.ndarray,
         discharged_dead: np.ndarray,
         opener: Opener,
-    ) -> dict[str, Any]:
+    ) -> dict[str, pa.Array]:
         """Return the outcomes of visits, which are sorted by person and end.
 
         Where no time of death is known, a death on the day of discharge is one in the hospital, and
@@ -432,7 +462,7 @@ class Omop(GroupedImporter):
         Returns:
             (the sorted ids of all concepts; of each person the first and the last time).
         """
-        ids, spans = [np.empty(0, dtype=np.int64)], []
+        ids, spans = [np.empty(0, dtype=np.int64)], [NO_SPANS]
         found = threaded_map(_used_by, self._ranges, threads=4)
         for byte_range, (concepts, span, zoned) in zip(self._ranges, found, strict=True):
             self._check_zones(byte_range.table, zoned)
@@ -442,7 +472,7 @@ class Omop(GroupedImporter):
             columns = {"visit_concept_id": Column("id")}
             kinds = whole("visit_occurrence", self._tables["visit_occurrence"], columns, opener)
             ids.append(_whole(kinds["visit_concept_id"].unique()))
-        return np.unique(np.concatenate(ids)), _merged(spans).sort_by("person_id")
+        return np.unique(np.concatenate(ids)), merge_spans(spans)
 
     def _concepts(self, used: np.ndarray, opener: Opener) -> Concepts:
         """Return the names of concepts: of those that are used alone, as there are millions."""
@@ -571,31 +601,17 @@ def _used_by(byte_range: ByteRange) -> tuple[np.ndarray, pa.Table, set[bool]]:
     """Return (ids of all concepts, first and last time of each person, whether its times have
     a zone) of a piece.
     """
-    ids, spans, tally = [np.empty(0, dtype=np.int64)], [], RowCounts()
+    ids, spans, tally = [np.empty(0, dtype=np.int64)], [NO_SPANS], RowCounts()
     zoned: set[bool] = set()
     with closing(Opener()) as opener:
         for batch, person, time in _timed(byte_range, opener, tally, Counter()):
             zoned |= _zones(tally, time)
             spans.append(pa.table({"person_id": person, "first": time, "last": time}))
-            spans = [_merged(spans)] if len(spans) > 50 else spans
+            spans = [merge_spans(spans)] if len(spans) > 50 else spans
             for name in ("concept", "unit_concept_id", "value_as_concept_id"):
                 if name in batch.column_names:
                     ids.append(_whole(batch[name].drop_null().unique()))
-    return np.unique(np.concatenate(ids)), _merged(spans), zoned
-
-
-def _merged(spans: list[pa.Table]) -> pa.Table:
-    """Return the first and the last time of each person of several tables."""
-    if not spans:
-        return pa.table(
-            {name: np.empty(0, dtype=np.int64) for name in ("person_id", "first", "last")}
-        )
-    return (
-        pa.concat_tables(spans)
-        .group_by("person_id")
-        .aggregate([("first", "min"), ("last", "max")])
-        .rename_columns({"first_min": "first", "last_max": "last"})
-    )
+    return np.unique(np.concatenate(ids)), merge_spans(spans), zoned
 
 
 def _days_to_next(person: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -18,8 +18,8 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.core.rng import mix
 from pipeline.io import storage
 from pipeline.prepare.engine.episodes import Episode, EpisodeImporter, Episodes, Result, fields, row
-from pipeline.prepare.engine.importing import invalid_row, names_in
-from pipeline.prepare.engine.shard_tasks import ProgressCallback, Settings
+from pipeline.prepare.engine.importing import Notes, invalid_row, names_in
+from pipeline.prepare.engine.shard_tasks import Amounts, ProgressCallback, Settings
 from pipeline.prepare.engine.table_importer import SCANS
 from pipeline.simulation import environment, experts, rollout, training
 from pipeline.simulation.environment import World
@@ -393,7 +393,7 @@ class Rollouts(EpisodeImporter):
             amounts={**amounts, "steps": len(found.rewards)},
         )
 
-    def summary_amounts(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def summary_amounts(self, amounts: Amounts) -> Notes:
         shares = {
             "expert's success": ("success", "judged"),
             "expert's return, mean": ("return", "simulated"),
@@ -404,7 +404,7 @@ class Rollouts(EpisodeImporter):
                 for skill in self.skills
             },
         }
-        out: dict[str, Any] = {"steps": amounts["steps"]}
+        out: Notes = {"steps": amounts["steps"]}
         for text, (name, of) in shares.items():
             if of in amounts:
                 out[text] = {

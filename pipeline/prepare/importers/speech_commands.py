@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 from pydantic import Field
@@ -22,7 +22,14 @@ from pipeline.prepare.engine.audio import (
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import Index, InvalidRow, invalid_row, names_in, preview
+from pipeline.prepare.engine.importing import (
+    Index,
+    InvalidRow,
+    RawRow,
+    invalid_row,
+    names_in,
+    preview,
+)
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
@@ -125,7 +132,7 @@ class SpeechCommands(AudioImporter):
             },
         )
 
-    def _labels(self, source: str, words: dict[str, Any]) -> dict[str, str]:
+    def _labels(self, source: str, words: dict[str, list[archives.Entry]]) -> dict[str, str]:
         """Return the label of each word, "" for one that is left out. Raises ValueError for a word
         without a folder.
         """
@@ -175,9 +182,7 @@ class SpeechCommands(AudioImporter):
                     out[name] = split
         return out, bad
 
-    def _noise(
-        self, entries: list[archives.Entry]
-    ) -> tuple[list[dict[str, Any]], list[InvalidRow]]:
+    def _noise(self, entries: list[archives.Entry]) -> tuple[list[RawRow], list[InvalidRow]]:
         """Return (a row for each second of noise, unusable files); neighbouring windows of a file
         are in one split.
         """

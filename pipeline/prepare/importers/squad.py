@@ -7,18 +7,31 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
+from pipeline.io.json_values import JsonObject
+from pipeline.prepare.engine.importing import Notes, RawRow
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, text_problem
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers.archives import MOST_BYTES
 
 SHOWN = 40
 """Characters of a text that a reason shows."""
+
+
+class Question(TypedDict):
+    """A row: a question on a paragraph, with its answers and where each begins."""
+
+    id: str
+    title: str
+    context: str
+    question: str
+    answers: list[str]
+    answer_start: list[int]
 
 
 class SquadOptions(Options):
@@ -77,7 +90,7 @@ class Squad(TableImporter):
             ]
             repeated.append(frozenset(again))
         total = {name: sum(one[name] for one in found) for name in ("unanswerable", "moved")}
-        notes: dict[str, Any] = {"unanswerable questions": total["unanswerable"]}
+        notes: Notes = {"unanswerable questions": total["unanswerable"]}
         if self.options.repair:
             notes["answers moved to where they stand"] = total["moved"]
         texts = [pa.field(name, pa.string()) for name in ("id", "title", "context", "question")]
@@ -91,46 +104,45 @@ class Squad(TableImporter):
             notes,
         )
 
-    def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
+    def rows(self, reading: SplitReader) -> Iterator[RawRow]:
         for number, (row, reason, _) in enumerate(self._questions(reading)):
             if not reason and number in reading.scan_result:
                 reason = "its id stood before"
             if reason:
                 reading.bad(_name(row, number + 1), reason)
             else:
-                yield row
+                yield dict(row)
 
-    def _questions(self, reading: SplitReader) -> Iterator[tuple[dict[str, Any], str, int]]:
+    def _questions(self, reading: SplitReader) -> Iterator[tuple[Question, str, int]]:
         """Yield (row, "" or why it is invalid, how many answers were moved) for every question of
         a file.
         """
         for title, context, qa in _walk(_document(reading), reading.input_split.name):
-            row = {
-                "id": "" if qa.get("id") is None else qa["id"],
+            number = qa.get("id")
+            texts: dict[str, Any] = {
+                "id": "" if number is None else str(number),
                 "title": title,
                 "context": context,
                 "question": qa.get("question"),
             }
-            given = qa.get("answers") or []
-            if not isinstance(row["id"], str):
-                row["id"] = str(row["id"])
+            given: Any = qa.get("answers") or []
             reason = next(
                 (
                     f"no {name}"
                     for name in ("id", "context", "question")
-                    if not isinstance(row[name], str) or not row[name].strip()
+                    if not isinstance(texts[name], str) or not texts[name].strip()
                 ),
                 "",
             )
             reason = reason or next(
-                (wrong for name in row if (wrong := text_problem(row[name], f"the {name}"))), ""
+                (wrong for name in texts if (wrong := text_problem(texts[name], f"the {name}"))), ""
             )
+            row = cast(Question, {**texts, "answers": [], "answer_start": []})
             moved = 0
             if not reason and qa.get("is_impossible") and given:
                 reason = "is_impossible, and yet it has answers"
             elif not reason and not given and not qa.get("is_impossible"):
                 reason = "no answers, and nothing marks it as unanswerable (is_impossible)"
-            row |= {"answers": [], "answer_start": []}
             for answer in given if not reason else ():
                 text, start, reason = self._span(context, answer)
                 if reason:
@@ -180,7 +192,7 @@ class Squad(TableImporter):
         )
 
 
-def _name(row: dict[str, Any], number: int) -> str:
+def _name(row: Question, number: int) -> str:
     """Return what a question is called in the list of invalid rows: its id, if it can be
     written.
     """
@@ -208,7 +220,7 @@ def _document(reading: SplitReader) -> Any:
         raise ValueError(f"{reading.input_split.name}: not JSON ({error}); get it again") from None
 
 
-def _walk(document: Any, name: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def _walk(document: Any, name: str) -> Iterator[tuple[str, Any, JsonObject]]:
     """Yield (title, context, question) of all questions. Raises ValueError for JSON of another
     layout.
     """

@@ -9,15 +9,22 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config import registry
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import DelimitedOptions, register
 from pipeline.core.arrow_compute import pc
-from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, names_in, preview
+from pipeline.prepare.engine.importing import (
+    NO_SPLIT,
+    SPLITS,
+    Notes,
+    check_columns,
+    check_one_split,
+    names_in,
+    preview,
+)
 from pipeline.prepare.engine.inputs import (
     InputFiles,
     InputSplit,
@@ -42,7 +49,7 @@ ROWS = 4096
 FEATURES = "features"
 
 
-class TableOptions(Options):
+class TableOptions(DelimitedOptions):
     label: str = Field(
         "", description="the column (or columns: a,b) to predict; a row without it is broken"
     )
@@ -65,22 +72,6 @@ class TableOptions(Options):
     missing: str = Field(
         ",NA,N/A,NaN,nan,?,null,NULL,None",
         description="texts that mean a missing value; the first one here is the empty text",
-    )
-    delimiter: str = Field(
-        "", description="one character, or tab; empty: tab for .tsv and .tab, else a comma"
-    )
-    quote: str = Field(
-        '"', description="what encloses fields; empty: nothing does, every line is a row"
-    )
-    encoding: str = Field(
-        "utf-8", description="of the files, such as latin-1; one in which ASCII is ASCII"
-    )
-    names: str = Field(
-        "", description="names of all columns for files without a header, such as age,sex,died"
-    )
-    split_column: str = Field("", description="the column that tells each row's split")
-    split: Literal["", "train", "validation", "test"] = Field(
-        "", description="the split of all files; empty: from the file's name or folder, else train"
     )
 
 
@@ -117,11 +108,7 @@ class Table(TableImporter):
             raise ValueError(
                 f"--set categorical= and numeric= both name {both[0]}; it is one of them"
             )
-        if o.split and o.split_column:
-            raise ValueError(
-                f"--set split={o.split}: --set split_column={o.split_column} gives each row "
-                "its own; say one of them"
-            )
+        check_one_split(o)
         for option, names in (("drop", self.dropped), ("columns", self.columns)):
             if taken := [name for name in names if name in self.carried or name == o.split_column]:
                 raise ValueError(
@@ -132,9 +119,7 @@ class Table(TableImporter):
 
     # ------------------------------------------------------------ reading
 
-    def input_splits(
-        self, source: str, part_bytes: int
-    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
+    def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
         listed = find_inputs(
             source,
             (*dialect.SUFFIXES, *parquet.SUFFIXES),
@@ -173,9 +158,17 @@ class Table(TableImporter):
                     reading, [before + 1 + i for i in range(len(block))], columns
                 )
             return
-        records = self._records(reading)
-        names = next(records)[1]
-        wanted = self._wanted(names, reading.input_split.name)
+        place = reading.input_split.name
+        records = self.dialect.rows(reading, not self.header, self.header)
+        line, names = next(records, (0, self.header))
+        if not names:
+            raise ValueError(f"{place}: empty, not even a header; leave it out")
+        if "" in names:
+            raise ValueError(
+                f"{reading.place(line)}: column {names.index('') + 1} has no name; give it one, or "
+                "say --set names=... for a file without a header"
+            )
+        wanted = self._wanted(names, place)
         at = {name: names.index(name) for name in wanted}
         while batch := list(islice(records, ROWS)):
             columns = {
@@ -190,33 +183,6 @@ class Table(TableImporter):
             None if isinstance(value, str) and value in self.missing else value
             for value in stripped
         ]
-
-    def _records(self, reading: SplitReader) -> Iterator[tuple[int, list[str]]]:
-        """Yield the header, then the records with as many fields.
-
-        Raises ValueError for an invalid header, or a file without one.
-        """
-        header, written = self.header, not self.header
-        if header:
-            self.dialect.check_header(header, reading.input_split.name, written=False)
-            yield 0, header
-        for number, fields in self.dialect.records(reading, written):
-            if not header:
-                header = [name.strip() for name in fields]
-                self.dialect.check_header(header, reading.place(number))
-                if "" in header:
-                    raise ValueError(
-                        f"{reading.place(number)}: column {header.index('') + 1} has no name; "
-                        "give it one, or say --set names=... for a file "
-                        "without a header"
-                    )
-                yield number, header
-            elif len(fields) != len(header):
-                reading.bad(number, f"{len(fields)} fields, where there are {len(header)} columns")
-            else:
-                yield number, fields
-        if not header:
-            raise ValueError(f"{reading.input_split.name}: empty, not even a header; leave it out")
 
     def _fits(self, name: str, kind: pa.DataType, reading: SplitReader) -> None:
         """Raise ValueError for a feature in Parquet that is neither number nor text."""
@@ -269,12 +235,7 @@ class Table(TableImporter):
                 for name in found
             ),
         ]
-        for option, name in given:
-            if name not in names:
-                raise ValueError(
-                    f"{place}: no column {name!r} for --set {option}; "
-                    f"{registry.nearest(name, names)}"
-                )
+        check_columns(place, names, *given)
         own = [*self.carried, *names_in(o.split_column)]
         for name in [name for name in self.carried if name in (FEATURES, "split")]:
             raise ValueError(f"{place}: column {name} has a name that is taken here; rename it")
@@ -383,9 +344,7 @@ class Table(TableImporter):
             info,
         )
 
-    def _notes(
-        self, columns: dict[str, _Column], number: dict[str, bool], rows: int
-    ) -> dict[str, Any]:
+    def _notes(self, columns: dict[str, _Column], number: dict[str, bool], rows: int) -> Notes:
         """Return what a user may want to know of the columns: names and counts, no values."""
         features = {name: columns[name] for name in number}
         whole = [
@@ -445,7 +404,7 @@ class Table(TableImporter):
                 else pa.array([_text(value) for value in found[name]], pa.string())
                 for name in number
             ]
-            made: dict[str, Any] = {FEATURES: pa.StructArray.from_arrays(arrays, list(number))}
+            made: dict[str, pa.Array] = {FEATURES: pa.StructArray.from_arrays(arrays, list(number))}
             for name, kind in kinds.items():
                 made[name] = pa.array(
                     [_as(value, kind) for value in found[name]],

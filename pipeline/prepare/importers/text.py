@@ -18,7 +18,7 @@ from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.io.threads import threaded_map
 from pipeline.media import minhash
-from pipeline.prepare.engine.importing import names_in
+from pipeline.prepare.engine.importing import Notes, RawRow, names_in
 from pipeline.prepare.engine.inputs import (
     ROW_BYTES,
     InputFiles,
@@ -128,7 +128,7 @@ class Document(NamedTuple):
 
     place: int
     text: str
-    kept: dict[str, Any]
+    kept: RawRow
 
 
 class Selection(NamedTuple):
@@ -168,9 +168,7 @@ class Text(TableImporter):
                 "columns; rename it in the source, or leave it out"
             )
 
-    def input_splits(
-        self, source: str, part_bytes: int
-    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
+    def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
         listed = find_inputs(source, (*PLAIN, *LINES, *PARQUET), self.options.split)
         strange = [
             entry.name
@@ -477,7 +475,7 @@ class Text(TableImporter):
             }
         )
 
-    def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
+    def rows(self, reading: SplitReader) -> Iterator[RawRow]:
         selection: Selection = reading.scan_result
         for number, (place, text, kept) in enumerate(self._documents(reading)):
             if not selection.is_dropped[number]:

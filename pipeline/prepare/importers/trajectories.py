@@ -12,11 +12,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config import registry
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import SplitOptions, register
 from pipeline.core.arrow_compute import pc
 from pipeline.prepare.engine import episodes
-from pipeline.prepare.engine.importing import names_in, preview
+from pipeline.prepare.engine.importing import Notes, check_columns, names_in, preview
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers import logs
@@ -30,8 +29,11 @@ from pipeline.prepare.readers.csv_blocks import (
     schema,
 )
 
+SINGLE = ("episode", "order", "reward", "done", "task", "embodiment", "split_column")
+"""Options that name one column each."""
 
-class TrajectoriesOptions(Options):
+
+class TrajectoriesOptions(SplitOptions):
     observations: str = Field(
         "",
         description="columns of an observation, in order: x,y,z or S1..S24 or joint_*; of Parquet "
@@ -92,9 +94,6 @@ class TrajectoriesOptions(Options):
     split_column: str = Field(
         "", description="the column that says each step's split; a log is cut where it changes"
     )
-    split: Literal["", "train", "validation", "test"] = Field(
-        "", description="the split of all files; empty: from the file's name or folder, else train"
-    )
 
 
 @register("importer", "trajectories", options=TrajectoriesOptions)
@@ -152,9 +151,7 @@ class Trajectories(TableImporter):
         self.roles = logs.ColumnRoles(())
         self.coded = False  # actions are classes because the first ones are whole numbers
 
-    def input_splits(
-        self, source: str, part_bytes: int
-    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
+    def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
         o = self.options
         listed = find_inputs(
             source, SUFFIXES, o.split or ("all" if o.split_column or self._shares else "")
@@ -172,24 +169,8 @@ class Trajectories(TableImporter):
 
     def _roles(self, input_split: InputSplit, opener: Opener) -> logs.ColumnRoles:
         o, names = self.options, [name.strip() for name in schema(input_split.entry, opener).names]
-        own = {
-            option: getattr(o, option)
-            for option in (
-                "episode",
-                "order",
-                "reward",
-                "done",
-                "task",
-                "embodiment",
-                "split_column",
-            )
-        }
-        for option, name in own.items():
-            if name and name not in names:
-                raise ValueError(
-                    f"{input_split.name}: no column {name!r} for --set {option}; "
-                    f"{registry.nearest(name, names)}"
-                )
+        own = {option: getattr(o, option) for option in SINGLE}
+        check_columns(input_split.name, names, *own.items())
         actions = _named(o.actions, names, "actions", input_split.name, set(own.values()))
         observations = _named(
             o.observations, names, "observations", input_split.name, {*own.values(), *actions}
@@ -426,12 +407,8 @@ def _named(
                 f"{place}: no column begins with {part[:-1]!r} for --set {option}={text}; "
                 f"there are {preview(names)}"
             )
+        check_columns(place, names, *((option, name) for name in found))
         for name in found:
-            if name not in names:
-                raise ValueError(
-                    f"{place}: no column {name!r} for --set {option}; "
-                    f"{registry.nearest(name, names)}"
-                )
             if name in out:
                 raise ValueError(f"--set {option}={text} names column {name!r} twice")
         out += found

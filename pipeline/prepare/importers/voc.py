@@ -6,7 +6,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field
@@ -15,7 +15,15 @@ from pipeline.config.registry import Options, register
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import SPLITS, Index, place, preview, split_of_folders, table
+from pipeline.prepare.engine.importing import (
+    SPLITS,
+    Index,
+    RawRow,
+    place,
+    preview,
+    split_of_folders,
+    table,
+)
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import Picture
 
@@ -27,6 +35,14 @@ COLUMNS = {
 }
 MASKS = ("SegmentationClass", "SegmentationObject")
 """Folders of pictures that are named like the photographs."""
+
+
+class VocObject(NamedTuple):
+    """An object of an annotation; box [x, y, width, height] in pixels."""
+
+    name: str
+    box: list[float]
+    difficult: bool
 
 
 class VocOptions(Options):
@@ -74,7 +90,7 @@ class Voc(ImageImporter):
             _objects(data, f"{source}: {entry.name}", self.options.origin)
             for entry, data in zip(files, texts, strict=True)
         ]
-        names = sorted({one["name"] for _, objects in read for one in objects})
+        names = sorted({one.name for _, objects in read for one in objects})
         rows, counts, lost = [], Counter[str](), []
         taken: dict[str, str] = {}
         for entry, ((width, height), objects) in zip(files, read, strict=True):
@@ -97,7 +113,7 @@ class Voc(ImageImporter):
             kept = [
                 (box, one)
                 for one in objects
-                if (box := boxes.clipped(one["box"], width, height, counts)) is not None
+                if (box := boxes.clipped(one.box, width, height, counts)) is not None
             ]
             counts["images without a box"] += not kept
             rows.append(
@@ -105,10 +121,10 @@ class Voc(ImageImporter):
                     image,
                     by_folder if lists is None else lists[path.stem],
                     boxes=[box for box, _ in kept],
-                    labels=[names.index(one["name"]) for _, one in kept],
-                    label_names=[one["name"] for _, one in kept],
+                    labels=[names.index(one.name) for _, one in kept],
+                    label_names=[one.name for _, one in kept],
                     crowd=[False for _ in kept],
-                    difficult=[one["difficult"] for _, one in kept],
+                    difficult=[one.difficult for _, one in kept],
                     _width=width,
                     _height=height,
                 )
@@ -132,15 +148,15 @@ class Voc(ImageImporter):
             },
         )
 
-    def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+    def postprocess(self, row: RawRow, picture: Picture) -> RawRow:
         width, height = row["_width"], row["_height"]
         boxes.check_size(picture, width, height)
         across, down = picture.size[0] / width, picture.size[1] / height
         return {**row, "boxes": boxes.scaled(row["boxes"], across, down)}
 
 
-def _objects(data: bytes, where: str, origin: int) -> tuple[tuple[int, int], list[dict[str, Any]]]:
-    """Return ((width, height) of the image, its objects: name, box and difficult)."""
+def _objects(data: bytes, where: str, origin: int) -> tuple[tuple[int, int], list[VocObject]]:
+    """Return ((width, height) of the image, its objects)."""
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:  # entities may expand without end
         raise ValueError(f"{where}: an annotation with a document type; remove that line")
     try:
@@ -156,9 +172,7 @@ def _objects(data: bytes, where: str, origin: int) -> tuple[tuple[int, int], lis
             name = (one.findtext("name") or "").strip()
             if not name:
                 raise ValueError("an object without a name")
-            objects.append(
-                {"name": name, "box": box, "difficult": (one.findtext("difficult") or "0") == "1"}
-            )
+            objects.append(VocObject(name, box, one.findtext("difficult") == "1"))
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(
             f"{where}: no Pascal VOC annotation (size, and name and bndbox of each object): "

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
@@ -21,6 +21,14 @@ from pipeline.prepare.engine.importing import Index, place, preview, split_of, t
 from pipeline.prepare.readers import archives
 
 TEXTS = ("cls", "txt", "json")
+
+
+@dataclass
+class Sample:
+    """The parts of a sample by their suffix: short texts, and other files."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+    files: dict[str, archives.Entry] = field(default_factory=dict)
 
 
 class WebDatasetOptions(Options):
@@ -52,23 +60,24 @@ class WebDataset(ImageImporter):
             shard_name = path.name
             marks.append(f"{shard_name} {mark}")
             split = self.options.split or split_of(f"{path.parent.name}/{path.name}")
-            for key, parts in samples.items():
-                kind = next((suffix for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES), None)
-                for suffix in parts.keys() - {*TEXTS, kind}:
+            for key, sample in samples.items():
+                files = sample.files
+                kind = next((suffix for suffix in files if f".{suffix}" in IMAGE_SUFFIXES), None)
+                for suffix in files.keys() - {kind}:
                     left[suffix] = left.get(suffix, 0) + 1
                 if kind is None:
                     bare.append(f"{shard}:{key}")
                     continue
                 columns = {
-                    "label": self._value(parts, self.options.label, f"{shard}:{key}"),
-                    "label_name": self._value(parts, self.options.label_name, f"{shard}:{key}"),
-                    "text": parts.get("txt"),
-                    "json": parts.get("json"),
+                    "label": self._value(sample, self.options.label, f"{shard}:{key}"),
+                    "label_name": self._value(sample, self.options.label_name, f"{shard}:{key}"),
+                    "text": sample.texts.get("txt"),
+                    "json": sample.texts.get("json"),
                     "key": key,
                 }
                 rows.append(
                     place(
-                        parts[kind]._replace(name=f"{shard_name}/{parts[kind].name}"),
+                        files[kind]._replace(name=f"{shard_name}/{files[kind].name}"),
                         split,
                         **columns,
                     )
@@ -95,26 +104,26 @@ class WebDataset(ImageImporter):
             },
         )
 
-    def _value(self, parts: dict[str, Any], where: str, sample: str) -> str | None:
+    def _value(self, sample: Sample, where: str, place: str) -> str | None:
         """Return the text that an option points to. Raises ValueError when the sample has none."""
         if not where:
             return None
         part, _, name = where.partition(".")
         if part not in TEXTS or (part == "json") != bool(name):
             raise ValueError(f"label {where!r}: write cls, txt or json.FIELD")
-        if part not in parts:
-            have = ", ".join(parts)
+        if part not in sample.texts:
+            have = ", ".join([*sample.files, *sample.texts])
             raise ValueError(
-                f"{sample}: no part {part} for the label (it has {have}); say --set "
+                f"{place}: no part {part} for the label (it has {have}); say --set "
                 "label=json.FIELD, or --set label= for none"
             )
         if not name:
-            return parts[part].strip()
+            return sample.texts[part].strip()
         try:
-            value = json.loads(parts[part])[name]
+            value = json.loads(sample.texts[part])[name]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{sample}: its json has no {name!r} ({type(error).__name__}: {error})"
+                f"{place}: its json has no {name!r} ({type(error).__name__}: {error})"
             ) from None
         return value if isinstance(value, str) else json.dumps(value)
 
@@ -157,25 +166,25 @@ def _braces(text: str) -> list[str]:
     ]
 
 
-def _samples(shard: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """Return ({key: {suffix: part}}, the shard's mark): images as entries, small texts read."""
+def _samples(shard: str) -> tuple[dict[str, Sample], str]:
+    """Return (the samples by their key, the shard's mark)."""
     found, reader = archives.listing(shard), archives.Reader()
-    out: dict[str, dict[str, Any]] = {}
+    out: dict[str, Sample] = {}
     for entry in sorted(found.entries, key=lambda e: e.offset):
         folder, _, name = entry.name.rpartition("/")
         key, _, suffix = name.partition(".")
         key, suffix = f"{folder}/{key}".lstrip("/"), suffix.lower()
-        parts = out.setdefault(key, {})
-        if suffix in parts:
+        sample = out.setdefault(key, Sample())
+        if suffix in sample.files or suffix in sample.texts:
             raise ValueError(f"{shard}: sample {key} has two parts {suffix}")
         if suffix in TEXTS:
             try:
-                parts[suffix] = reader.entry(entry).decode()
+                sample.texts[suffix] = reader.entry(entry).decode()
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{shard}: {entry.name}: not UTF-8 text ({error.reason} at byte {error.start})"
                 ) from None
         else:
-            parts[suffix] = entry
+            sample.files[suffix] = entry
     reader.close()
     return out, found.mark

@@ -18,7 +18,15 @@ from pipeline.io.threads import threaded_map
 from pipeline.media import instance_masks
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import SPLITS, Index, place, preview, split_of_folders, table
+from pipeline.prepare.engine.importing import (
+    SPLITS,
+    Index,
+    RawRow,
+    place,
+    preview,
+    split_of_folders,
+    table,
+)
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
 
@@ -168,7 +176,7 @@ class Yolo(ImageImporter):
             )
         return numbers
 
-    def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+    def postprocess(self, row: RawRow, picture: Picture) -> RawRow:
         out = {**row, "boxes": boxes.scaled(row["boxes"], *picture.size)}
         if self.options.masks == "none":
             return out

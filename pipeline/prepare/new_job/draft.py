@@ -105,7 +105,7 @@ class Draft:
         return next(iter(self.labels.values()))
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, float]:
         """Options of the modality that suit these rows."""
         if self.modality == "text":
             return {"length": self.length}

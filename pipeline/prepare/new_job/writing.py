@@ -308,7 +308,11 @@ def _why_options(made: Draft) -> str:
 def _own_source(out: _Lines, made: Draft, path: Path) -> None:
     """Add the source that needs no checkpoint: it learns from the user's own rows."""
     backbone: Any
-    train: dict[str, Any] = {"steps": max(100, made.steps), "global_batch": made.batch, "lr": 1e-3}
+    train: dict[str, float] = {
+        "steps": max(100, made.steps),
+        "global_batch": made.batch,
+        "lr": 1e-3,
+    }
     columns = dict(made.inputs)
     objective: Any = made.objective
     learns = f"it learns {made.label} from the training rows themselves, so its gain is that of "
@@ -428,7 +432,7 @@ def _metric(made: Draft) -> tuple[str, str]:
     return "accuracy", "the classes are about equally large"
 
 
-def _train(made: Draft, checkpoints: list[str]) -> dict[str, Any]:
+def _train(made: Draft, checkpoints: list[str]) -> dict[str, float]:
     """Return how a fine-tune trains: published networks with a smaller rate."""
     lr = 1e-4 if checkpoints and made.modality in ("text", "audio") else 1e-3
     if made.objective == "ctc":

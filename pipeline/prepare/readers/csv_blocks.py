@@ -458,7 +458,7 @@ def _shape(array: Any, kind: str) -> Any:
     return array.cast(KINDS[kind])
 
 
-def _shaped(found: dict[str, Any], columns: dict[str, Column], rows: int) -> pa.Table:
+def _shaped(found: dict[str, pa.Array], columns: dict[str, Column], rows: int) -> pa.Table:
     return pa.table(
         {
             name: found[name] if name in found else pa.nulls(rows, _kind(column.kind))

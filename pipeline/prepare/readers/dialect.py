@@ -11,7 +11,7 @@ import codecs
 import csv
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +75,36 @@ class Dialect:
                 f"{place}: two columns are called {doubled!r}; if this line is a row, say "
                 "--set header=false, else rename one"
             )
+
+    def rows(
+        self, reading: SplitReader, has_header: bool = True, names: Sequence[str] = ()
+    ) -> Iterator[tuple[int, list[str]]]:
+        """Yield the line and the names of the columns, then (line, fields) of every row.
+
+        Rows with another number of fields than there are columns go to `reading.bad`.
+
+        Args:
+            reading: the file; one without a record yields nothing.
+            has_header: its first record names the columns.
+            names: of the columns, where it does not; empty: their numbers from 0.
+
+        Raises:
+            ValueError: a header that cannot be read, or has a name twice.
+        """
+        width = 0
+        for number, fields in self.records(reading, has_header):
+            if not width:
+                numbers = [str(i) for i in range(len(fields))]
+                columns = [name.strip() for name in fields] if has_header else names or numbers
+                self.check_header(list(columns), reading.place(number), has_header)
+                width = len(columns)
+                yield number, list(columns)
+                if has_header:
+                    continue
+            if len(fields) == width:
+                yield number, fields
+            else:
+                reading.bad(number, f"{len(fields)} fields, where there are {width} columns")
 
     def records(self, reading: SplitReader, header: bool) -> Iterator[tuple[int, list[str]]]:
         """Yield (line, fields) of every record; invalid ones go to `reading.bad`.

@@ -13,13 +13,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.io import storage
-from pipeline.prepare.engine.importing import SPLITS, lines, preview
+from pipeline.prepare.engine.importing import SPLITS, RawRow, lines, preview
 from pipeline.prepare.readers.archives import Entry, listing
 from pipeline.prepare.readers.parquet import open_parquet
 
@@ -54,19 +54,28 @@ class EpisodeInfo:
     video: tuple[str, float] | None = None
 
 
+class Feature(TypedDict):
+    """A column, or a camera, in meta/info.json."""
+
+    dtype: str
+    shape: list[int]
+    names: NotRequired[Any]
+
+
 @dataclass(frozen=True)
 class Layout:
     """The data set.
 
     Attributes:
-        features: name to dtype, shape and names.
+        info: what meta/info.json says.
+        features: by their name.
         tasks: texts by index.
         missing: (episode, reason) of those without a file.
     """
 
     version: str
-    info: dict[str, Any]
-    features: dict[str, dict[str, Any]]
+    info: RawRow
+    features: dict[str, Feature]
     tasks: dict[int, str]
     episodes: list[EpisodeInfo]
     mark: str
@@ -171,7 +180,7 @@ def splits(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int]:
 
 
 def _paths(
-    info: dict[str, Any], major: int, record: dict[str, Any], camera: str
+    info: RawRow, major: int, record: RawRow, camera: str
 ) -> tuple[str, tuple[str, float] | None]:
     """Return an episode's Parquet file and (its video, the second at which it begins there)."""
     data, video = (
@@ -208,7 +217,7 @@ def _paths(
         ) from None
 
 
-def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[dict[str, Any]]:
+def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[RawRow]:
     """Read the objects of a file of JSON lines."""
     if name not in there:
         raise ValueError(f"{source}: no {name}, which a data set of layout v2 has; get it again")
@@ -229,7 +238,7 @@ def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[dict[str
         yield found
 
 
-def _tables(source: str, there: dict[str, Entry]) -> Iterator[dict[str, Any]]:
+def _tables(source: str, there: dict[str, Entry]) -> Iterator[RawRow]:
     """Read the rows of meta/episodes, without the statistics."""
     names = [
         name for name in there if name.startswith("meta/episodes/") and name.endswith(".parquet")
