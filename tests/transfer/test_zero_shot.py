@@ -190,8 +190,9 @@ def test_a_prompt_has_one_place_for_the_name():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_texts_name_pictures_of_which_only_captions_were_seen(tmp_path, monkeypatch):
-    """Ten kinds of garments; chance is 0.1."""
+    """Ten kinds of garments, of which 0.768 were named right (2026-12-01); chance is 0.1."""
     table = pq.read_table(SAMPLES / "fashion_mnist_6000.parquet")
     table = table.take(np.random.default_rng(0).permutation(len(table)))
     templates = ("a photo of a {}", "the {} of a shop", "{}, in grey", "one {}")
@@ -199,12 +200,10 @@ def test_texts_name_pictures_of_which_only_captions_were_seen(tmp_path, monkeypa
         templates[row % 4].format(name) for row, name in enumerate(table["label_name"].to_pylist())
     ]
     table = table.append_column("caption", pa.array(captions))
-    for name, rows in (("seen", table[:5000]), ("new", table[5000:])):
-        pq.write_table(rows, tmp_path / f"{name}.parquet")
-    paths = {
-        "train": str(tmp_path / "seen.parquet"),
-        "test": str(tmp_path / "new.parquet"),
-    }
+    paths = {}
+    for name, start, stop in (("seen", 0, 5000), ("train", 5000, 5200), ("test", 5200, 5700)):
+        paths[name] = str(tmp_path / f"{name}.parquet")
+        pq.write_table(table[start:stop], paths[name])
     job = Job.model_validate(
         {
             "name": "captions",
@@ -212,7 +211,7 @@ def test_texts_name_pictures_of_which_only_captions_were_seen(tmp_path, monkeypa
             "sources": {
                 "captions": {
                     "data": {
-                        "train": paths["train"],
+                        "train": paths.pop("seen"),
                         "modality": {"image": {"size": 32, "channels": 1}},
                         "columns": {"image": "image", "caption": "caption"},
                     },
@@ -243,7 +242,7 @@ def test_texts_name_pictures_of_which_only_captions_were_seen(tmp_path, monkeypa
     found = stages.finetune(state, stages.share(state))
     (row,) = primary(stages.collect(state, found), technique="zero_shot")
     print(f"accuracy {row.value:.3f} on {row.n_eval} pictures")
-    assert row.value > 0.4
+    assert row.value > 0.6
 
 
 def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, paths):
