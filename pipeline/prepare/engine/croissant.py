@@ -103,13 +103,14 @@ def describe(
         for file, entry in files.items()
     ]
     # the files themselves for their checksums, and a set of them for the records
-    everything = {
+    everything: JsonObject = {
         "@type": "cr:FileSet",
         "@id": "parquet-files",
         "name": "parquet-files",
         "encodingFormat": "application/x-parquet",
         "includes": "*.parquet",
     }
+    records: JsonObject = {"@type": "cr:RecordSet", "@id": "rows", "name": "rows"}
     return {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
@@ -117,9 +118,7 @@ def describe(
         "name": _identifier(name),
         "description": text,
         "distribution": [*found, everything],
-        "recordSet": [
-            {"@type": "cr:RecordSet", "@id": "rows", "name": "rows", "field": fields},
-        ],
+        "recordSet": [{**records, "field": list(fields)}],
     }
 
 

@@ -531,7 +531,7 @@ def _make(
         compression="zstd",
         row_group_size=max(1, min(GROUP_ROWS, GROUP_EVENTS * len(out) // max(1, len(found)))),
     )
-    amounts = {
+    amounts: Amounts = {
         "events": {split: len(found)},
         f"events dropped: {DUPLICATE}": {split: doubled},
         "events that follow from others": {split: derived},

@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -345,7 +345,7 @@ def _read(uri: str) -> CocoFile:
         doubled = [value for value, n in Counter(item[key] for item in data[name]).items() if n > 1]
         if doubled:
             raise ValueError(f"{uri}: {name} with the same {key}: {preview(doubled)}")
-    return data
+    return cast(CocoFile, data)
 
 
 def _categories(data: CocoFile, uri: str) -> dict[int, str]:
