@@ -78,6 +78,8 @@ def describe(kind: str, name: str) -> str:
         ValueError: the name is unknown; the nearest valid names are given.
     """
     component, has_part, part = name.partition("/") if kind == "model" else (name, "", "")
+    if kind == "model" and component not in registry.names(kind):
+        raise ValueError(f"unknown backbone {name!r}{registry.backbones_like(name)}")
     entry = registry.entry(kind, component)
     lines = [entry.title or component, textwrap.indent(plain(entry.documentation), "  "), ""]
     if entry.roles or entry.optional_roles:

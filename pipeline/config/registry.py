@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -533,6 +534,28 @@ def close_names(value: str, valid: Iterable[str]) -> list[str]:
     familiar = [name for name in familiar_names.same_thing(value) if name in valid]
     close = familiar or difflib.get_close_matches(value, valid, n=3, cutoff=0.6)
     return close or [name for name in valid if value.lower() in name.lower()][:3]
+
+
+def backbones_like(name: str) -> str:
+    """Return the backbones and hub names that may be meant by a name without a known library."""
+    model = name.rpartition("/")[2].lower()
+    libraries = names("model")
+    forms = dict.fromkeys((model, model.replace("-", "_"), model.replace("-", "")))
+    meant: list[str] = []
+    for library in libraries:
+        with suppress(ValueError):  # its package is not installed
+            known = architectures(library)
+            meant += [f"{library}/{form} (random weights)" for form in forms if form in known]
+            if library == "timm":
+                meant += [f"timm-hub:{form} (published ones)" for form in forms if form in known]
+    is_read = any(model.startswith(one) for one in architectures("transformers"))
+    if is_read or "/" in name:
+        meant.append(f"hf-hub:{name} (published weights)")
+    advice = f"; did you mean {' or '.join(meant)}?" if meant else ""
+    return (
+        f"{advice or ':'} write library/model, e.g. timm/resnet18, with a library of "
+        f"{', '.join(libraries)}"
+    )
 
 
 def entry(kind: str, name: str) -> Entry:

@@ -391,28 +391,6 @@ def _union_problems(error: ValidationError) -> list[tuple[Path_, str]]:
     return [(loc, text) for loc, text in out.items() if loc not in unions & inner]
 
 
-def _backbones_like(name: str) -> str:
-    """Return the backbones and hub names that may be meant by a name without a known library."""
-    model = name.rpartition("/")[2].lower()
-    libraries = registry.names("model")
-    forms = dict.fromkeys((model, model.replace("-", "_"), model.replace("-", "")))
-    meant: list[str] = []
-    for library in libraries:
-        with suppress(ValueError):  # its package is not installed
-            known = registry.architectures(library)
-            meant += [f"{library}/{form} (random weights)" for form in forms if form in known]
-            if library == "timm":
-                meant += [f"timm-hub:{form} (published ones)" for form in forms if form in known]
-    is_read = any(model.startswith(one) for one in registry.architectures("transformers"))
-    if is_read or "/" in name:
-        meant.append(f"hf-hub:{name} (published weights)")
-    advice = f"; did you mean {' or '.join(meant)}?" if meant else ""
-    return (
-        f"{advice or ':'} write library/model, e.g. timm/resnet18, with a library of "
-        f"{', '.join(libraries)}"
-    )
-
-
 def _component_problems(kind: str, raw: Json, path: Path_) -> list[tuple[Path_, str]]:
     """Return what is wrong with a registered name and its options."""
     try:
@@ -435,7 +413,7 @@ def _component_problems(kind: str, raw: Json, path: Path_) -> list[tuple[Path_, 
             ]
         library, slash, model = name.partition("/")
         if not slash or library not in registry.names("model"):
-            return [(at, f"unknown backbone {name!r}{_backbones_like(name)}")]
+            return [(at, f"unknown backbone {name!r}{registry.backbones_like(name)}")]
         try:
             known = registry.architectures(library)
         except ValueError as error:

@@ -79,6 +79,9 @@ def test_an_unknown_name_is_answered_by_the_nearest():
     done = onetomany("techniques", "lorra")
     assert done.exit_code == 2
     assert "unknown technique 'lorra'; did you mean lora" in done.output
+    text = " ".join(onetomany("backbones", "bert").output.split())
+    assert "unknown backbone 'bert'" in text and "did you mean" in text
+    assert "transformers/bert (random weights)" in text and "hf-hub:bert" in text
 
 
 def test_listing_imports_no_network_library():
