@@ -71,7 +71,7 @@ def _over_pairs(of: ranking.Ranking, p: Predictions, counts: np.ndarray) -> np.n
     if "unit" in p:
         is_one_unit = (p["unit"][pairs.first] == p["unit"][pairs.second])[:, None]
     size = max(1, _CELLS // len(pairs.scores))
-    values = []
+    values: list[np.ndarray] = []
     for start in range(0, drawn.shape[1], size):
         some = drawn[:, start : start + size]
         weights = some[pairs.first]
