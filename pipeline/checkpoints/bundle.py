@@ -58,7 +58,8 @@ def build_modality(spec: ModalitySpec) -> Modality:
 def largest_options(arch: Architecture) -> dict[str, float]:
     """Return the largest values of the modality's options that a backbone reads, by name.
 
-    They are empty for most backbones (`LimitsRows`).
+    Empty for backbones without such a limit (`LimitsRows`). In the options' units: ``max_seconds``
+    in seconds.
     """
     library, _, architecture = arch.name.partition("/")
     kind = registry.get("model", library)

@@ -14,7 +14,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -139,13 +139,13 @@ def read(folder: str, config: HfConfig, wanted: str | None = None) -> hf_text.Ch
         objective, arch, head, labels = found
         heads[objective] = head
     headless: dict[str, str] = {}
-    if (language := _language_head(config, made, tensors, arch, modality, kept)) is not None:
-        objective, head_or_reason = language
-        if isinstance(head_or_reason, str):
-            headless[objective] = head_or_reason
-        else:
-            heads[objective] = head_or_reason
-    if "output.weight" not in heads.get("clm", {}):
+    language = _language_head(config, made, tensors, arch, modality, kept)
+    if language is not None and language.reason:
+        headless[language.objective] = language.reason
+    elif language is not None:
+        heads[language.objective] = language.tensors
+    has_own_output = "output.weight" in heads.get("clm", {})
+    if not has_own_output:
         arch = _with_tied_output(arch, made)
     return hf_text.Checkpoint(
         arch,
@@ -155,7 +155,7 @@ def read(folder: str, config: HfConfig, wanted: str | None = None) -> hf_text.Ch
         heads=heads,
         labels=labels,
         headless={
-            name: headless.get(name, NO_HEAD[name in LANGUAGE_MODELS.values()])
+            name: headless.get(name, _why_new(name))
             for name in registry.names("objective")
             if name not in heads and transformers_head(registry.get("objective", name)) is not None
         },
@@ -169,8 +169,13 @@ HEADED = {
     "ForImageClassification": "classification",
     "ForTokenClassification": "tagging",
     "ForQuestionAnswering": "qa",
+    "ForMaskedLM": "mlm",
+    "ForCausalLM": "clm",
+    "LMHeadModel": "clm",
 }
 """Ends of the names of transformers' classes with a head, and its objective."""
+LANGUAGE_OBJECTIVES = ("mlm", "clm")
+"""Objectives of language models; the heads of the others are a linear layer."""
 LAST = ("classifier", "score", "qa_outputs")
 """Names of the linear layer that gives their scores."""
 POOLS = ("auto", "first", "mean", "pooler", "last")
@@ -192,14 +197,12 @@ def _head(
     It is kept where it gives the scores of the checkpoint's own class on random rows, for one of
     the ways to pool, which the architecture then has. None for other checkpoints.
     """
-    import transformers
-
-    name = (config.get("architectures") or [""])[0]
-    kind: Any = getattr(transformers, name, None)
-    objective = next((HEADED[end] for end in HEADED if name.endswith(end)), None)
+    kind, objective = _class_with_head(config)
+    if kind is None or objective is None or objective in LANGUAGE_OBJECTIVES:
+        return None
     last = next((one for one in LAST if f"{one}.weight" in tensors), None)
     built: Any = bundle.build_modality(modality)
-    if kind is None or objective is None or last is None or not hasattr(built, "random_rows"):
+    if last is None or not hasattr(built, "random_rows"):
         return None
     weight = tensors[f"{last}.weight"].float()
     bias = tensors.get(f"{last}.bias", torch.zeros(len(weight))).float()
@@ -233,7 +236,7 @@ def _head(
             theirs = torch.stack([given.start_logits, given.end_logits], -1)
         if features.mask is not None and on_tokens:
             scores, theirs = scores[features.mask], theirs[features.mask]
-        if (scores - theirs).abs().max() <= EQUAL * max(1.0, float(theirs.abs().max())):
+        if _are_equal(scores, theirs):
             names = tuple(str(labels[key]) for key in sorted(labels, key=int))
             head = {"head.weight": weight, "head.bias": bias}
             pooled = tried if pool != "auto" else arch
@@ -241,13 +244,30 @@ def _head(
     return None
 
 
-LANGUAGE_MODELS = {"ForMaskedLM": "mlm", "ForCausalLM": "clm", "LMHeadModel": "clm"}
-"""Ends of the names of transformers' classes of language models, and the objective."""
-NO_HEAD = {
-    True: "the checkpoint holds no language-model head for it",
-    False: "the checkpoint holds no linear layer on its features for it",
-}
-"""Why an objective's head is new, by whether it is a language model's."""
+def _class_with_head(config: HfConfig) -> tuple[Any, str | None]:
+    """Return transformers' class of a checkpoint and the objective of its head, None if unknown."""
+    import transformers
+
+    name = (config.get("architectures") or [""])[0]
+    objective = next((HEADED[end] for end in HEADED if name.endswith(end)), None)
+    return getattr(transformers, name, None), objective
+
+
+def _why_new(objective: str) -> str:
+    """Return why an objective's head is new where the checkpoint's class has none for it."""
+    if objective in LANGUAGE_OBJECTIVES:
+        return "the checkpoint holds no language-model head for it"
+    return "the checkpoint holds no linear layer on its features for it"
+
+
+class LanguageHead(NamedTuple):
+    """The head of a checkpoint of a language model."""
+
+    objective: str
+    tensors: dict[str, Tensor]
+    """By the objective's names; empty where the output layer is the embedding."""
+    reason: str
+    """Why the head is not kept, or an empty string."""
 
 
 def _language_head(
@@ -257,71 +277,86 @@ def _language_head(
     arch: Architecture,
     modality: ModalitySpec,
     backbone: dict[str, Tensor],
-) -> tuple[str, dict[str, Tensor] | str] | None:
-    """Return a checkpoint's language-model head: the objective, and its tensors.
+) -> LanguageHead | None:
+    """Return a checkpoint's language-model head; None for checkpoints of other classes.
 
-    Instead of tensors, why there are none: they are kept where they give the scores of the
-    checkpoint's own class on random rows. None for other checkpoints.
+    The head is kept only if it gives the scores of transformers' class on random rows.
     """
-    import transformers
-
-    name = (config.get("architectures") or [""])[0]
-    kind: Any = getattr(transformers, name, None)
-    objective = next((LANGUAGE_MODELS[end] for end in LANGUAGE_MODELS if name.endswith(end)), None)
-    if kind is None or objective is None:
+    kind, objective = _class_with_head(config)
+    if kind is None or objective not in LANGUAGE_OBJECTIVES:
         return None
+    name = kind.__name__
+    model, lacking = _load_language_model(kind, made, tensors)
+    if lacking:
+        reason = f"the checkpoint lacks {', '.join(lacking[:4])} of {name}"
+        return LanguageHead(objective, {}, reason)
+    if objective == "mlm" and auto_model.masked_head(made) is None:
+        reason = (
+            f"{name} has another head than a linear layer, an activation, a layer norm and an "
+            "output"
+        )
+        return LanguageHead(objective, {}, reason)
+    head = _masked_head(model, made) if objective == "mlm" else _causal_head(model, made)
     rows = export_check.random_batch(bundle.build_modality(modality))
     assert rows is not None
     words = {"input_ids": rows["tokens"], "attention_mask": rows["mask"].long()}
+    with torch.no_grad():
+        expected = model(**words).logits[rows["mask"]]
+    del model  # frees its memory before our own copy is built
+    try:
+        task = bundle.build_task(arch, ObjectiveSpec(objective, {}, {})).eval()
+    except ValueError as error:
+        return LanguageHead(objective, {}, f"{error}")
+    task.objective.load_state_dict(head)
+    task.backbone.load_state_dict({key: backbone[key] for key in task.backbone.state_dict()})
+    if not _gives_scores(task, rows, expected):
+        reason = f"{name} makes its scores in another way than {objective}"
+        return LanguageHead(objective, {}, reason)
+    return LanguageHead(objective, head, "")
+
+
+def _load_language_model(
+    kind: Any, config: Any, tensors: dict[str, Tensor]
+) -> tuple[Any, list[str]]:
+    """Return transformers' model with the tensors, and the names that its head lacks."""
     with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
         model, info = kind.from_pretrained(
             None,
-            config=copy.deepcopy(made),
+            config=copy.deepcopy(config),
             state_dict=tensors,
             dtype=torch.float32,
             output_loading_info=True,
         )
-    if lacking := _own_names(model, info["missing_keys"]):
-        return objective, f"the checkpoint lacks {', '.join(lacking[:4])} of {name}"
-    found = _masked_head(model, made) if objective == "mlm" else _causal_head(model, made)
-    if isinstance(found, str):
-        return objective, found
-    with torch.no_grad():
-        theirs = model.eval()(**words).logits[rows["mask"]]
-    del model  # large models are in memory often enough
-    try:
-        task = bundle.build_task(arch, ObjectiveSpec(objective, {}, {})).eval()
-    except ValueError as error:
-        return objective, f"{error}"
-    task.objective.load_state_dict(found)
-    task.backbone.load_state_dict({key: backbone[key] for key in task.backbone.state_dict()})
-    head: Any = task.objective
-    with torch.no_grad():
-        plain = Batch(rows.rows, rows.keys, {name: rows[name] for name in ("tokens", "mask")})
-        ours = head.logits(task.backbone, plain)[rows["mask"]]
-    if (ours - theirs).abs().max() > EQUAL * max(1.0, float(theirs.abs().max())):
-        return objective, f"{name} makes its scores in another way than {objective}"
-    return objective, found
+    return model.eval(), _head_names(model, info["missing_keys"])
 
 
-def _own_names(model: Any, names: set[str]) -> list[str]:
-    """Return the names of tensors that are no part of the backbone and not tied to one."""
+@torch.no_grad()
+def _gives_scores(task: Any, rows: Batch, expected: Tensor) -> bool:
+    """Return whether a language model's scores of the rows' tokens are the expected ones."""
+    plain = Batch(rows.rows, rows.keys, {name: rows[name] for name in ("tokens", "mask")})
+    scores = task.objective.logits(task.backbone, plain)[rows["mask"]]
+    return _are_equal(scores, expected)
+
+
+def _are_equal(scores: Tensor, expected: Tensor) -> bool:
+    largest = max(1.0, float(expected.abs().max()))
+    return bool((scores - expected).abs().max() <= EQUAL * largest)
+
+
+def _head_names(model: Any, names: set[str]) -> list[str]:
+    """Return those of the names that belong to the head and are not tied to the backbone."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     prefix = f"{model.base_model_prefix}."
     return sorted(name for name in names if not name.startswith(prefix) and name not in tied)
 
 
-def _masked_head(model: Any, config: Any) -> dict[str, Tensor] | str:
-    """Return a masked-language-model head under the objective's names, or why there is none.
+def _masked_head(model: Any, config: Any) -> dict[str, Tensor]:
+    """Return a masked-language-model head under the objective's names.
 
-    Biases that the family has not are 0.
+    A bias that the family lacks is 0.
     """
     parts = auto_model.masked_head(config)
-    if parts is None:
-        return (
-            f"{type(model).__name__} has another head than a linear layer, an activation, a layer "
-            "norm and an output"
-        )
+    assert parts is not None
     embedding = model.get_input_embeddings().weight
     found: dict[str, Tensor] = {}
     for ours, theirs in (("transform.0", parts.dense), ("transform.2", parts.norm)):
@@ -343,7 +378,10 @@ def _causal_head(model: Any, config: Any) -> dict[str, Tensor]:
 
 
 def _with_tied_output(arch: Architecture, config: Any) -> Architecture:
-    """Return the architecture of a causal model whose new output layer is its embedding."""
+    """Tie the output layer to the token embedding for a causal model whose own is not kept.
+
+    Other architectures are returned unchanged.
+    """
     from transformers.models.auto import modeling_auto as auto
 
     family = arch.name.partition("/")[2]

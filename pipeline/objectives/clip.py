@@ -98,7 +98,7 @@ class TextTower(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, out, bias=False)
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, num_tokens: Tensor) -> Tensor:
         """Return (B, out) of (B, L) token ids and the (B,) tokens of each row."""
         places = tokens.shape[1]
         hidden = self.embedding(tokens) + self.positions[:places]
@@ -108,11 +108,11 @@ class TextTower(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, src_mask=mask, is_causal=True)
         rows = torch.arange(len(tokens), device=tokens.device)
-        return self.project(self.norm(hidden[rows, lengths - 1]))
+        return self.project(self.norm(hidden[rows, num_tokens - 1]))
 
 
-def unit(vectors: Tensor) -> Tensor:
-    """Return vectors (..., D) without their mean, and of length 1."""
+def centred_unit(vectors: Tensor) -> Tensor:
+    """Subtract the mean of each vector (..., D), and scale it to length 1."""
     vectors = at_least_float32(vectors)
     return F.normalize(vectors - vectors.mean(-1, keepdim=True), dim=-1)
 
@@ -125,14 +125,15 @@ class CLIP(Objective):
     Columns: ``caption``, a text. Tensors: ``caption`` (B, L) int32 token ids and
     ``caption_lengths`` (B,). Rows are images, or whatever the backbone reads.
 
-    A row's loss is the mean of two cross-entropies over cosines, divided by a temperature that is
-    learnt. The pooled features themselves are compared with the output of the text tower, without a
-    projection, both without their mean. So texts about classes are the weights of a linear head on
-    normalised features, by which `zero_shot` classifies. Only the backbone goes on to targets that
-    are trained. Logged: ``top1``, the share of rows whose nearest caption is their own.
+    A row's loss is the mean of two cross-entropies, over captions and over rows; the logits are
+    cosines divided by a learned temperature. The pooled features themselves are compared with the
+    output of the text tower, without a projection, both without their mean. So texts about classes
+    are the weights of a linear head on normalised features, by which `zero_shot` classifies. Only
+    the backbone goes on to targets that are trained. Logged: ``top1``, the share of rows whose
+    nearest caption is their own.
 
-    In validation a row is compared with the rows of its evaluation batch only, so that loss
-    depends on how the split is cut into batches.
+    In validation a row is compared with the rows of its evaluation batch only, so the validation
+    loss depends on the batch size.
     """
 
     state: CLIPState
@@ -184,10 +185,11 @@ class CLIP(Objective):
     def _pairs(self, backbone: Backbone, batch: Batch) -> Tensor:
         """Return (B, 2, D): of each row its features, times the scale, and its caption's.
 
-        The scale is in them, so that its gradient is that of this rank's rows alone.
+        The scale is multiplied in before rows are gathered. If it were done after that, each rank
+        would count its gradient for all rows.
         """
-        rows = unit(backbone(batch).pooled)
-        captions = unit(self.text(batch["caption"], batch["caption_lengths"]))
+        rows = centred_unit(backbone(batch).pooled)
+        captions = centred_unit(self.text(batch["caption"], batch["caption_lengths"]))
         return torch.stack([self.log_scale.exp() * rows, captions], dim=1)
 
     @staticmethod
@@ -220,18 +222,18 @@ class CLIP(Objective):
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` (B,); of rows without captions ``embedding`` (B, D), of length 1."""
         if "caption" not in batch.data:
-            return {"embedding": unit(backbone(batch).pooled)}
+            return {"embedding": centred_unit(backbone(batch).pooled)}
         return {"loss": self._losses(self._pairs(backbone, batch))[0]}
 
     # ---------------------------------------------------------------- classes by their names
 
     @torch.no_grad()
     def head_of_texts(self, texts: Sequence[str]) -> Tensor:
-        # on features without their mean and of variance 1, whose length is the root of D
+        # the head reads layer-normed features of length sqrt(D): divide by it to get cosines
         device = self.log_scale.device
         rows = _tokens(texts, self.state)
         tokens = torch.as_tensor(padded(rows), device=device)
-        vectors = unit(self.text(tokens, torch.as_tensor(lengths(rows), device=device)))
+        vectors = centred_unit(self.text(tokens, torch.as_tensor(lengths(rows), device=device)))
         return self.log_scale.exp() * vectors / math.sqrt(vectors.shape[1])
 
 

@@ -119,14 +119,14 @@ def _corpus(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -
     columns = dict(spec.data.columns)
     state = fit_components.fit_objective(spec, splits)
     arch = train_source.arch_of(spec, start, bundle.build_modality(modality).inputs())
-    modality, lowered = bundle.limit_modality(modality, arch)
+    modality, limit_note = bundle.limit_modality(modality, arch)
     reads = bundle.build_modality(modality)
     state = train_source.bind_state(objective, state, arch)
     fitted = ObjectiveSpec(spec.objective.name, options.model_dump(), state)
     task = build(arch, fitted)
     if start:
         _check_fit(start, task.backbone)
-    found = train_source.findings_of(stage, modality, lowered)
+    found = train_source.findings_of(stage, modality, limit_note)
     decoder = Decoder(reads, spec.objective.name, state, columns)
     for name in ("train", "validation"):
         found += rows(name, getattr(splits, name), decoder, spec.data.max_bad_rows)

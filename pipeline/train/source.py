@@ -411,7 +411,7 @@ def fit(stage: SourceStage) -> FittedSource:
     assert spec.data is not None and splits is not None
     begun_by = begin(stage)
     arch, modality, objective, moved = _fit_network(stage)
-    modality, lowered = bundle.limit_modality(modality, arch)
+    modality, limit_note = bundle.limit_modality(modality, arch)
     rows = _fit_rows(stage, modality, objective)
     notes = [splits.sizes(), *rows.notes, *_mixture_notes(spec, rows.corpora)]
     probe = None
@@ -442,7 +442,7 @@ def fit(stage: SourceStage) -> FittedSource:
         costs=rows.costs,
         lost=rows.lost,
         begun_by=tuple(begun_by),
-        findings=tuple(findings_of(stage, modality, lowered)),
+        findings=tuple(findings_of(stage, modality, limit_note)),
     )
 
 
@@ -567,16 +567,17 @@ def _mixture_notes(spec: Source, corpora: tuple[int, ...]) -> list[str]:
     return [drawn, "validation is unweighted"]
 
 
-def findings_of(stage: SourceStage, modality: ModalitySpec, lowered: str) -> list[Finding]:
+def findings_of(stage: SourceStage, modality: ModalitySpec, limit_note: str) -> list[Finding]:
     """What a sample of a source's rows shows: texts that are cut, missing labels, unknown names.
 
-    ``lowered`` tells which options of the modality were lowered (`bundle.limit_modality`).
+    Args:
+        limit_note: What `bundle.limit_modality` lowered, as a sentence, or an empty string.
     """
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
     objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
     rows = {"train": splits.train, "validation": splits.validation}
-    found = [Finding(lowered)] if lowered else []
+    found = [Finding(limit_note)] if limit_note else []
     found += row_checks.truncated_texts(bundle.build_modality(modality), objective, rows, columns)
     found += row_checks.null_labels(objective, rows, columns)
     if stage.checkpoint_text:  # its modality was fitted on other rows

@@ -565,8 +565,8 @@ class TargetReading(NamedTuple):
     """A description of what the source knows of these rows (`ReportsCoverage.coverage`)."""
     arch: Architecture
     objective: ObjectiveSpec
-    lowered: str
-    """Which options of the modality were lowered (`bundle.limit_modality`)."""
+    limit_note: str
+    """What `bundle.limit_modality` lowered, as a sentence, or an empty string."""
 
     @property
     def state(self) -> State:
@@ -580,7 +580,7 @@ def reading_of(target: TargetStage, group: BackboneGroup) -> TargetReading:
         ValueError: Rows, objective, techniques and backbone are not compatible.
     """
     spec_of_modality, known = _modality(target, group)
-    spec_of_modality, lowered = bundle.limit_modality(spec_of_modality, group.arch)
+    spec_of_modality, limit_note = bundle.limit_modality(spec_of_modality, group.arch)
     modality = bundle.build_modality(spec_of_modality)
     objective = registry.get("objective", target.spec.objective.name)
     try:
@@ -595,7 +595,7 @@ def reading_of(target: TargetStage, group: BackboneGroup) -> TargetReading:
     )
     fitted = ObjectiveSpec(target.spec.objective.name, options.model_dump(), state)
     _check_group(target, group, arch, fitted)
-    return TargetReading(spec_of_modality, modality, known, arch, fitted, lowered)
+    return TargetReading(spec_of_modality, modality, known, arch, fitted, limit_note)
 
 
 def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
@@ -607,7 +607,7 @@ def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
     spec, objective = target.spec, registry.get("objective", target.spec.objective.name)
     splits, columns = target.splits.by_name(), target.spec.data.columns
     return [
-        *([Finding(reading.lowered)] if reading.lowered else []),
+        *([Finding(reading.limit_note)] if reading.limit_note else []),
         *row_checks.truncated_texts(reading.modality, objective, splits, columns),
         *leaks.find_leaks(reading.modality, spec, splits["train"], reading.state),
         *row_checks.null_labels(objective, splits, columns),

@@ -40,10 +40,16 @@ from pipeline.config.registry import Registered
 from pipeline.core.contracts.modality import Arrays, Modality
 
 LabelKind = Literal["classes", "label_sets", "numbers", "identities", "position_classes", "actions"]
-"""What the labels of rows are: (n,) class numbers, (n, L) 0 or 1, (n,) numbers, (n,) numbers of
-identities, of which test rows may have others than training rows, (n, M) class numbers of the
-positions of a row (words, hours), -1 where there is none, or (n, M, A) actions of the steps of a
-row, standardised numbers or one-hot classes, NaN where there is none.
+"""What the labels of rows are.
+
+- ``classes``: (n,) class numbers.
+- ``label_sets``: (n, L), 0 or 1.
+- ``numbers``: (n,) numbers.
+- ``identities``: (n,) identity numbers; test rows may have identities that training rows lack.
+- ``position_classes``: (n, M) class numbers of the positions of a row (words, hours); -1 where
+  there is none.
+- ``actions``: (n, M, A) actions of the steps of a row, standardised numbers or one-hot classes;
+  NaN where there is none.
 """
 Setting = dict[str, float]
 """One of the settings of a baseline that are tried, by name."""
@@ -102,8 +108,12 @@ class Baseline(Registered, ABC):
     def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         """Return an estimator that is not fitted.
 
-        It has ``fit``, and ``predict_proba`` with ``classes_``, for numbers and actions
-        ``predict``, or for identities ``transform``, which gives vectors to compare by their
-        cosine. A label of a label set is a problem of two classes. Actions are fitted as (m, A),
-        one row a step; of one-hot classes it predicts their shares.
+        It has ``fit``, and by ``label_kind``:
+
+        - ``classes``, ``position_classes``: ``predict_proba`` and ``classes_``.
+        - ``label_sets``: the same; each label is a problem of two classes.
+        - ``numbers``: ``predict``.
+        - ``identities``: ``transform``, which gives vectors to compare by their cosine.
+        - ``actions``: ``predict``. They are fitted as (m, A), one row a step; of one-hot classes
+          it predicts their shares.
         """

@@ -12,7 +12,7 @@ Training and transfer:
     `UpdatesAfterStep`, `ReplacesBackbone`: something moves with the steps, such as a teacher.
     `TransfersHead`: a target starts with its source's head.
     `NamesLabels`: a head can be carried over label by label, by their names.
-    `ReadsTexts`: texts about classes make a head.
+    `ReadsTexts`: it has learned to compare rows with texts, so texts about classes can be a head.
 
 Rows and labels:
     `HasClasses`: a row has one class or one set of labels.
@@ -195,7 +195,7 @@ class ReadsTexts(Protocol):
     def head_of_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the weights (len(texts), D) of a linear layer without biases.
 
-        Its input are pooled features after a layer norm without parameters (`LinearHeadOptions`),
+        Its inputs are pooled features after a layer norm without parameters (`LinearHeadOptions`),
         its outputs are logits of the texts.
         """
         ...
@@ -219,10 +219,14 @@ class HasClasses(Protocol):
 class PredictsFromScores(Protocol):
     """An objective of which scores of any model become predictions, so that baselines can be tried.
 
-    The scores (B, C) are logits of classes, logits (B, L) of labels, (B, 1) the number itself, or
-    (B, E) vectors whose cosines tell identities apart.
-    Where each position of a row has a class, they are logits (B, M, C). Of actions (B, M, A) they
-    are the standardised actions themselves, or the shares of classes.
+    The scores, by ``label_kind``:
+
+    - ``classes``: (B, C) logits of classes.
+    - ``label_sets``: (B, L) logits of labels.
+    - ``numbers``: (B, 1), the number itself.
+    - ``identities``: (B, E) vectors whose cosines tell identities apart.
+    - ``position_classes``: (B, M, C) logits of the classes of each position.
+    - ``actions``: (B, M, A), the standardised actions themselves, or the shares of classes.
     """
 
     label_kind: ClassVar[LabelKind]
@@ -630,7 +634,7 @@ def names_labels(objective: Any) -> TypeIs[NamesLabels]:
 
 
 def reads_texts(objective: Any) -> TypeIs[ReadsTexts]:
-    """Return whether texts about classes make a head."""
+    """Return whether it has learned to compare rows with texts, so they can serve as a head."""
     return isinstance(objective, ReadsTexts)
 
 

@@ -1,7 +1,7 @@
 """Metrics that rank rows, as weighted sums: one sort serves every bootstrap draw.
 
 Scores are (n,) floats, higher is more likely. Positive is (n,) bool. Drawn is (n, R) float64, how
-often each row was drawn in each of R resamples.
+often each row was drawn in each of R resamples. G are the runs of equal scores.
 """
 
 from __future__ import annotations
@@ -108,18 +108,21 @@ def weighted_equal_error_rate(
 
 
 def weighted_min_detection_cost(
-    scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray, target: float = 0.01
+    scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray, positive_share: float = 0.01
 ) -> np.ndarray:
-    """Return (R,) least costs over thresholds, where a share ``target`` of all pairs is positive.
+    """Return (R,) least costs over thresholds.
 
     Both errors cost 1. The cost is divided by that of rejecting everything (or of accepting
     everything, where that is less), as in NIST's speaker recognition evaluations.
+
+    Args:
+        positive_share: The share of all pairs that is positive where the system is used.
     """
     if not len(scores) or np.isnan(scores).any():
         return undefined(drawn)
     rejected, accepted, has_both = _error_rates(scores, positive, drawn)
-    costs = target * rejected + (1 - target) * accepted
-    return np.where(has_both, costs.min(0) / min(target, 1 - target), np.nan)
+    costs = positive_share * rejected + (1 - positive_share) * accepted
+    return np.where(has_both, costs.min(0) / min(positive_share, 1 - positive_share), np.nan)
 
 
 def _error_rates(
@@ -134,7 +137,8 @@ def _error_rates(
     hits, misses = _ranked(scores, positive, drawn)
     true, false = hits.sum(0), misses.sum(0)
     nothing = np.zeros((1, drawn.shape[1]))
-    found, wrong = (np.concatenate([nothing, np.cumsum(one, axis=0)]) for one in (hits, misses))
-    rejected = 1 - found / np.maximum(true, 1e-300)
-    accepted = wrong / np.maximum(false, 1e-300)
+    accepted_positives = np.concatenate([nothing, np.cumsum(hits, axis=0)])
+    accepted_negatives = np.concatenate([nothing, np.cumsum(misses, axis=0)])
+    rejected = 1 - accepted_positives / np.maximum(true, 1e-300)
+    accepted = accepted_negatives / np.maximum(false, 1e-300)
     return rejected, accepted, (true > 0) & (false > 0)

@@ -114,16 +114,19 @@ class Windows:
 
 
 def merge_spans(spans: list[pa.Table]) -> pa.Table:
-    """Merge tables of whom events are of, and the first and the last time of each: sorted, each of
-    these once. `spans`: at least one table, whose first column says whom.
+    """Merge tables of (person, ``first``, ``last``) into one row a person, sorted by person.
+
+    Args:
+        spans: At least one table. Its first column holds the person's number, ``first`` and
+            ``last`` are times.
     """
-    whom = spans[0].column_names[0]
+    person = spans[0].column_names[0]
     return (
         pa.concat_tables(spans)
-        .group_by(whom)
+        .group_by(person)
         .aggregate([("first", "min"), ("last", "max")])
         .rename_columns({"first_min": "first", "last_max": "last"})
-        .sort_by(whom)
+        .sort_by(person)
     )
 
 
