@@ -317,7 +317,7 @@ def test_a_bundle_cannot_name_a_plugin(tmp_path, spectra):
     assert found.shape == (3, 16) and np.isnan(found).all(1).tolist() == [False, False, True]
     task = pipeline.load_bundle(uri, plugins=[str(SPECTRA)]).task()
     assert task.objective.registered_name == "brightness"
-    with pytest.raises(ValueError, match="unknown modality 'spectrum'"):
+    with pytest.raises(ValueError, match="unknown model 'spectra'"):
         pipeline.embed(uri, str(tmp_path / "rows.parquet"))
     assert onetomany("export", uri, tmp_path / "copy", "--kind", "state-dict").exit_code == 2
     with pytest.raises(ValueError, match="--kind arrays"):

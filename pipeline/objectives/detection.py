@@ -69,6 +69,7 @@ class Detection(BoxObjective):
 
     state: BoxState
     roles = ("boxes", "labels")
+    optional_roles = ("crowd", "width", "height")
     metrics = ("map", "map50", "map_small", "map_medium", "map_large", "loss")
     output_types = {
         "boxes": pa.list_(pa.list_(pa.float64())),

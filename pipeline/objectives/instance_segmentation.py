@@ -83,6 +83,7 @@ class InstanceSegmentation(BoxObjective):
     state: BoxState
     detector: MaskRCNN
     roles = ("boxes", "labels", "masks")
+    optional_roles = ("crowd", "width", "height")
     metrics = (
         "mask_map",
         "mask_map50",

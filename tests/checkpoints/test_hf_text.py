@@ -369,11 +369,10 @@ def test_shards_are_read_as_one_each_once(tmp_path, monkeypatch):
     saved("bert.ForMaskedLM", parts, shard="30KB")
     shards = sorted(file.name for file in parts.glob("model-*.safetensors"))
     assert len(shards) > 2 and not (parts / "model.safetensors").exists()
-    seen = []
-    from pipeline.io import storage
-
-    plain = storage.read_bytes
-    monkeypatch.setattr(storage, "read_bytes", lambda uri: seen.append(str(uri)) or plain(uri))
+    seen, plain = [], hf_text.read_safetensors
+    monkeypatch.setattr(
+        hf_text, "read_safetensors", lambda uri: seen.append(str(uri)) or plain(uri)
+    )
     one, many = pretrained.read(f"hf:{whole}"), pretrained.read(f"hf:{parts}")
     assert sorted(uri.rpartition("/")[2] for uri in seen if "model-" in uri) == shards
     assert (

@@ -987,7 +987,7 @@ NAMES = [
         "    objective: classification",
         "    objective: clasification",
         "sources.garments.objective",
-        ("unknown objective 'clasification'", "did you mean classification?"),
+        ("unknown objective 'clasification'", "did you mean classification"),
     ),
     (
         "    objective: {mlm: {mask_share: 0.2}}",

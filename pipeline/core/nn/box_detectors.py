@@ -168,7 +168,6 @@ def image_list(batch: Batch) -> ImageList:
 class BoxObjective(Objective):
     """An objective that trains a detector: its loss, and its predictions part by part."""
 
-    optional_roles = ("crowd", "width", "height")
     detector: Any
     """FCOS, or a `FasterRCNN`; its ``backbone`` is the pyramid, torchvision's name for it."""
 
