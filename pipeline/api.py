@@ -512,13 +512,23 @@ def export(
 
     Returns:
         What was written, in words, with the largest difference to the bundle.
+
+    Raises:
+        ValueError: The bundle cannot be written so, or this kind does not read an option.
     """
     from pipeline.checkpoints.export import export_bundle
     from pipeline.prepare import lerobot_export
     from pipeline.transfer import publishing
 
     if kind == lerobot_export.KIND:
+        if backbone_only or plugins:
+            raise ValueError(
+                f"export: --kind {kind} writes episodes and no network: leave --backbone-only and "
+                "--plugin out"
+            )
         return lerobot_export.export(bundle, output, fps)
+    if fps is not None:
+        raise ValueError(f"export: --kind {kind} has no steps a second: leave --fps out")
     use_plugins(plugins)
     written = export_bundle(bundle, output, kind, backbone_only)
     publishing.write_card(bundle, output)

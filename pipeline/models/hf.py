@@ -238,9 +238,13 @@ class HuggingFace(Backbone):
         cls, architecture: str, options: HuggingFaceOptions, inputs: Inputs
     ) -> dict[str, float]:
         """Return the longest recording that the feature extractor does not cut (`LimitsRows`)."""
-        if "features" not in inputs:
+        # the constructor says what the model reads in place of these rows
+        if inputs.get("features") != "wave":
             return {}
         config = auto_model.configuration(architecture, options.config, inputs)
+        reads: str = auto_model.model_class(config).main_input_name
+        if MODALITIES.get(reads) != RECORDINGS:
+            return {}
         extractor = _extractor(architecture, config, options.processor, inputs)
         longest = None if extractor is None else auto_model.longest_seconds(extractor)
         return {} if longest is None else {"max_seconds": longest}
@@ -443,11 +447,12 @@ class Probe(NamedTuple):
     """Activation and epsilon of the family's head for masked tokens."""
 
 
+RECORDINGS = "features", "recordings (modality audio with features: wave)"
 MODALITIES = {
     "input_ids": ("vocabulary", "texts"),
     "pixel_values": ("size", "images"),
-    "input_values": ("features", "recordings (modality audio with features: wave)"),
-    "input_features": ("features", "recordings (modality audio with features: wave)"),
+    "input_values": RECORDINGS,
+    "input_features": RECORDINGS,
 }
 """Inputs of models: a key of the modality's inputs, and its rows in words."""
 

@@ -88,7 +88,8 @@ def export(source: str, output: str, fps: float | None = None) -> str:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        origin = {"kind": KIND, "source": source, "sha256_of_source": manifest["sha256"]}
+        # no place of this machine: it is uploaded with the rest
+        origin = {"kind": KIND, "sha256_of_source": manifest["sha256"]}
         atomic_folder.commit_folder(output, files, origin, EXPORTED)
     left_out = [name for name in columns if name not in (*WRITTEN, *IMPLIED)]
     return (

@@ -1148,8 +1148,8 @@ def _method_blocks(
         "covariance over test units, whole groups where the data "
         f"declare them, by a paired bootstrap (Efron and Tibshirani, 1993) with {stats.DRAWS} "
         f"draws (down to {stats.RECOMPUTED_DRAWS} where rows are "
-        "many and the metric is no sum over them). Of one seed they are percentile bootstraps "
-        "over test units alone."
+        "many and the metric is no sum over them, or it compares pairs of rows). Of one seed they "
+        "are percentile bootstraps over test units alone."
     )
     sentences = [
         method,

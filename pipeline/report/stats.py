@@ -614,8 +614,8 @@ def _resample_counts(
     assert metric.resampled is not None
     # a metric of many classes reads each of them in every draw
     cells = max(array.size for p in runs for array in p.values())
-    if metric.compares_rows:
-        cells = max(cells, n * (n - 1) // 2)
+    if metric.compares_rows:  # n rows have n (n - 1) / 2 pairs
+        draws = min(draws, RECOMPUTED_DRAWS)
     draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _MAX_UNITS_SAMPLED // cells))
     # a row may have many positions, and each is sampled with it
     positions = max((p["label"].size for p in runs if "label" in p), default=n)

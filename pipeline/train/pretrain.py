@@ -343,6 +343,7 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
     note = pretrained.describe_input(modality, spec.backbone.name, spec.modality, checkpoint_name)
     backbone = bundle.build_backbone(arch, stage.seed)
     moved = start.load_into(backbone)
+    stage.check_checkpoint()  # its file is mapped: only now has all of it been read
     metadata |= {
         "backbone": arch.name,
         "objective": "none (checkpoint)",

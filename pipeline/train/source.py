@@ -734,6 +734,7 @@ def import_pretrained(
     moved = "; ".join(
         filter(None, (start.load_into(task.backbone).text(), start.load_head_into(task), coverage))
     )
+    stage.check_checkpoint()  # its file is mapped: only now has all of it been read
     bundle.save(
         uri,
         task,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,8 +141,13 @@ def problem(
     return ""
 
 
-def head_of_texts(objective: Objective, source: Objective, texts: Sequence[str]) -> tuple[int, str]:
+def head_of_texts(
+    objective: Objective, source: Objective, class_texts: Callable[[Sequence[str]], Sequence[str]]
+) -> tuple[int, str]:
     """Make the head of a target of texts about its classes, by a source that reads texts.
+
+    Args:
+        class_texts: Names of classes to a text about each (`DescribesClasses`).
 
     Returns:
         How many classes have a text, and what was done in words.
@@ -157,6 +162,7 @@ def head_of_texts(objective: Objective, source: Objective, texts: Sequence[str])
     if not options.norm:
         return 0, "head new: a head made of texts reads normalised features: leave norm: false out"
     assert reads_texts(source)
+    texts = class_texts(objective.state["labels"])
     weight = source.head_of_texts(texts)
     objective.load_state_dict({"head.weight": weight, "head.bias": weight.new_zeros(len(weight))})
     return len(weight), f"head: {len(weight)} classes by texts such as {texts[0]!r}"

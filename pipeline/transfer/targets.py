@@ -309,6 +309,12 @@ def _check_spec(
             f"{place}.folds: the rows of {name} are packed from several documents: leave it out, "
             "and hold out test_fraction of them"
         )
+    if spec.folds and _compares_rows(objective):
+        raise ValueError(
+            f"{place}.folds: {name} is tested on pairs of rows, and the networks of two folds have "
+            "embeddings that cannot be compared: leave it out, and hold out test_fraction of the "
+            "rows"
+        )
     config_checks.check_costs(place, spec.data, spec.train, objective)
     _check_unlabelled(place, spec, chosen, modality, objective)
     whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
@@ -469,14 +475,26 @@ def _check_labels(split: str, selection: manifests.Selection, spec: Target, stat
     # boxes and label sets of a large corpus would take gigabytes at once
     for start in range(0, len(table), CHECKED_ROWS):
         objective.encode(table.slice(start, CHECKED_ROWS), columns, state)
-    if split == "test" and isinstance(objective, ChecksTestRows):
-        options = registry.get("objective", spec.objective.name).options_class
-        objective.check_test(options(**spec.objective.options), table, columns, state)
+    if split == "test":
+        _check_test_rows(table, spec, state)
+
+
+def _check_test_rows(table: pa.Table, spec: Target, state: State) -> None:
+    """Raise ValueError for rows that would have no value (`ChecksTestRows`)."""
+    objective = registry.get("objective", spec.objective.name)
+    options = objective.options_class
+    if isinstance(objective, ChecksTestRows):
+        objective.check_test(options(**spec.objective.options), table, spec.data.columns, state)
 
 
 def _for_targets(objective: type[Objective]) -> bool:
     has_labels = objective.packed or bool(objective.roles)
     return has_labels and not couples_rows(objective)
+
+
+def _compares_rows(objective: type[Objective]) -> bool:
+    found = (catalog.find(name) for name in objective.metrics)
+    return any(metric is not None and metric.compares_rows for metric in found)
 
 
 def _try_rows(selection: manifests.Selection, spec: Target, state: State) -> None:
@@ -612,7 +630,22 @@ def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
         *leaks.find_leaks(reading.modality, spec, splits["train"], reading.state),
         *row_checks.null_labels(objective, splits, columns),
         *row_checks.unshared_names(reading.spec_of_modality, objective, splits["train"], columns),
+        *(_pair_problems(target, reading.state) if _compares_rows(objective) else []),
     ]
+
+
+def _pair_problems(target: TargetStage, state: State) -> list[Finding]:
+    """Return a warning where the validation rows have no pairs to be judged by (`check_test`)."""
+    spec, rows = target.spec, target.splits.validation
+    if not len(rows):
+        return []
+    table = manifests.read_columns(rows, fit_components.label_columns(spec))
+    try:
+        _check_test_rows(table, spec, state)
+    except ValueError as error:
+        text = f"validation split, by which steps and settings are chosen: {error}"
+        return [Finding(text, is_warning=True)]
+    return []
 
 
 def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[Finding]:

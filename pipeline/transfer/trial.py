@@ -398,8 +398,7 @@ def _start_head(
     theirs, arrays = shared.heads[trial.source]
     source = source_task(trial, shared) if _reads_texts(theirs) else None
     if source is not None and describes_classes(technique):
-        texts = technique.class_texts(objective.state["labels"])
-        return label_sets.head_of_texts(objective, source.objective, texts)
+        return label_sets.head_of_texts(objective, source.objective, technique.class_texts)
     return label_sets.carry_head(objective, theirs, _tensors(arrays))
 
 

@@ -537,6 +537,22 @@ def test_images_of_another_size_are_classified_by_the_written_code(kind, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("family", "inputs", "message"),
+    [
+        ("whisper", {"features": 9}, "hf/whisper reads recordings .*; these rows are 9"),
+        ("bert", {"features": 9}, "hf/bert reads texts; these rows are 9"),
+        ("bert", {"features": "wave", "rate": 16000}, "hf/bert reads texts; these rows are wave"),
+    ],
+)
+def test_rows_that_a_family_cannot_read_are_told(family, inputs, message):
+    """Also where the longest recording is asked for before the backbone is built."""
+    arch = Architecture(f"hf/{family}", {}, inputs)
+    assert bundle.largest_options(arch) == {}
+    with pytest.raises(ValueError, match=message):
+        bundle.build_backbone(arch)
+
+
+@pytest.mark.parametrize(
     ("family", "seconds"), [("audio-spectrogram-transformer", 1.28), ("whisper", 1.0)]
 )
 def test_a_recording_that_the_extractor_would_cut_is_refused(family, seconds):

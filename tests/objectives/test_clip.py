@@ -13,6 +13,7 @@ from pipeline.config import registry
 from pipeline.core.contracts.objective_capabilities import CouplesRows, ReadsTexts
 from pipeline.objectives.classification import Classification, ClassificationOptions
 from pipeline.objectives.clip import CLIP, CLIPOptions
+from pipeline.techniques.zero_shot import ZeroShot, ZeroShotOptions
 from pipeline.transfer import label_sets
 from tests.train.test_ddp import Team
 
@@ -142,7 +143,9 @@ def test_texts_about_classes_score_rows_by_their_cosines():
         backbone, ClassificationOptions(), {"values": [0, 1], "labels": ["dog", "cat"]}
     )
     assert isinstance(made, ReadsTexts)
-    assert label_sets.head_of_texts(target, made, ["a dog", "a cat"]) == (
+    assert label_sets.head_of_texts(
+        target, made, ZeroShot(ZeroShotOptions(prompt="a {}")).class_texts
+    ) == (
         2,
         "head: 2 classes by texts such as 'a dog'",
     )
@@ -163,12 +166,14 @@ def test_texts_about_classes_score_rows_by_their_cosines():
     ("name", "options", "message"),
     [
         ("multilabel", {}, "and the target is multilabel"),
+        ("verification", {}, "and the target is verification"),
         ("classification", {"norm": False}, "leave norm: false out"),
     ],
 )
 def test_other_heads_cannot_be_made_of_texts(name, options, message):
     kind = registry.get("objective", name)
-    state = {"values": [0, 1], "labels": ["a", "b"]}
+    labels = {"values": [0, 1], "labels": ["a", "b"]}
+    state = {"identities": [0, 1]} if name == "verification" else labels
     target = kind(Conv(), kind.options_class(**options), state)
-    count, text = label_sets.head_of_texts(target, captioned(["a", "b"]), ["a", "b"])
+    count, text = label_sets.head_of_texts(target, captioned(["a", "b"]), list)
     assert count == 0 and text.startswith("head new: ") and message in text

@@ -16,6 +16,7 @@ from prepare import conftest
 from prepare.conftest import encoded, read
 
 from pipeline.api import export, push
+from pipeline.checkpoints.export_folder import EXPORTED
 from pipeline.io import atomic_folder, storage
 from pipeline.prepare import lerobot_export
 from pipeline.prepare.engine.episodes import Episode, row
@@ -82,6 +83,24 @@ def test_episodes_are_read_back_as_they_were(written, tmp_path):
     expected = {one.name: row(one, split).to_pylist()[0] for one, split in EPISODES}
     assert found == expected
     assert len(list((written / "data/chunk-000").iterdir())) == 2
+
+
+def test_the_folder_names_no_place_of_this_machine(written):
+    described = json.loads((written / EXPORTED).read_text())
+    assert str(written.parent) not in json.dumps(described) and described["sha256_of_source"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("lerobot", {"backbone_only": True}, "leave --backbone-only and --plugin out"),
+        ("lerobot", {"plugins": ["mine.py"]}, "leave --backbone-only and --plugin out"),
+        ("onnx", {"fps": 10}, "--kind onnx has no steps a second: leave --fps out"),
+    ],
+)
+def test_options_that_a_kind_does_not_read_are_refused(kind, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(str(tmp_path), str(tmp_path / "out"), kind=kind, **options)
 
 
 def test_the_files_are_read_as_lerobot_reads_them(written):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from contract_rows import OBJECTIVES, recordings
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -182,6 +183,17 @@ def test_log_mel_statistics_are_means_and_deviations_of_bands():
     np.testing.assert_allclose(found[1], [*mel.mean(0), *mel.std(0)], rtol=1e-4, atol=1e-5)
     one = baseline("log_mel_statistics")
     assert isinstance(one.transformer(), StandardScaler)
+
+
+def test_discriminants_need_two_rows_of_an_identity():
+    rows, identities = np.random.default_rng(0).normal(size=(6, 4)), np.arange(6)
+    setting, one = {"discriminants": 1.0}, baseline("log_mel_cosine")
+    alone = baseline_trials.fit(one, setting, 0, "identities", rows, identities, 0)
+    np.testing.assert_array_equal(alone(rows), rows.astype(np.float32))
+    paired = baseline_trials.fit(one, setting, 0, "identities", rows, identities // 2, 0)
+    model = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")
+    expected = model.fit(rows, identities // 2).transform(rows)
+    np.testing.assert_allclose(paired(rows), expected, rtol=1e-6)
 
 
 def test_boosted_trees_read_the_facts_of_a_table():

@@ -65,6 +65,18 @@ def test_the_embedding_of_a_source_is_tried_as_it_is(world):
     assert "head: 2 tensors kept" in text and np.isfinite(values(found)["eer"])
 
 
+def test_folds_are_refused(world):
+    """Pairs of two folds' embeddings would be compared, which two networks made."""
+    job, _ = world
+    with pytest.raises(ValueError, match=r"^targets.task.folds: verification is tested on pairs"):
+        targets.stage(
+            job.model_copy(
+                update={"targets": {"task": job.targets["task"].model_copy(update={"folds": 3})}}
+            ),
+            "task",
+        )
+
+
 WORKS = ("full", "linear_probe", "lora", "scratch", "zero_shot", "l2_sp", "distillation", "lp_ft")
 READS_SCORES = ("bi_tuning", "tent", "co_tuning", "pseudo_labels", "mcc", "cdan")
 """Techniques that read scores of classes."""

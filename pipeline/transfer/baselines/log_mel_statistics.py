@@ -80,8 +80,21 @@ class LogMelCosine(Baseline):
 
     def estimator(self, setting: Setting, seed: int, label_kind: LabelKind) -> Any:
         if setting["discriminants"]:
-            return LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")
+            return Discriminants(solver="eigen", shrinkage="auto")
         return FunctionTransformer()  # the identity
+
+
+class Discriminants(LinearDiscriminantAnalysis):
+    """Linear discriminants. Where each class has one row, none can be learned, and rows stay as
+    they are.
+    """
+
+    def fit(self, X, y):  # noqa: N803
+        self.is_fitted = len(X) > len(np.unique(y))
+        return super().fit(X, y) if self.is_fitted else self
+
+    def transform(self, X):  # noqa: N803
+        return super().transform(X) if self.is_fitted else X
 
 
 def _statistics(rows: BaselineRows, mels: int) -> np.ndarray:
