@@ -434,7 +434,8 @@ class Audio(Modality):
     def _played(self, x: Tensor, lengths: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Play each row at one of three speeds.
 
-        Rows keep theirs that would become shorter than a window, or longer than ``max_seconds``.
+        A row keeps its speed if it would become shorter than a window or longer than
+        ``max_seconds``.
         """
         percents = torch.tensor(
             [
@@ -445,10 +446,9 @@ class Audio(Modality):
         )
         chosen = percents[(u * 3).long()]
         most = int(self.options.max_seconds * self.options.rate)
-        keeps_speed = (lengths * 100 < self.window * percents[-1]) | (
-            -(-lengths * 100 // chosen) > most
-        )
-        chosen = torch.where(keeps_speed, percents[1], chosen)
+        is_too_short = lengths * 100 < self.window * percents[-1]
+        is_too_long = -(-lengths * 100 // chosen) > most
+        chosen = torch.where(is_too_short | is_too_long, percents[1], chosen)
         new = -(-lengths * 100 // chosen)
         out = x.new_zeros((len(x), max(1, int(new.max()))))
         for percent in chosen.unique().tolist():

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from pipeline.config import hf_config
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
-from pipeline.core.contracts.backbone_capabilities import masked_head_settings
+from pipeline.core.contracts.backbone_capabilities import BERT_HEAD
 from pipeline.core.inputs import Inputs
 from pipeline.core.nn import auto_model, conv_arithmetic
 from pipeline.core.nn.eager import eager
@@ -88,7 +88,7 @@ class HuggingFace(Backbone):
 
     Of packed rows, ``tokens`` with ``segments`` (B, N), each document is run as a padded row of its
     own, with others of about its length: families differ in what masks and positions they take, and
-    a wrong mask is not seen.
+    a wrong mask would go unnoticed.
 
     Parameters that the family never trains (Whisper's positions) are buffers here. Those that a
     pass does not use (DINOv2's mask token) get a gradient of zero in training.
@@ -163,20 +163,23 @@ class HuggingFace(Backbone):
 
     def _packed(self, tokens: Tensor, segments: Tensor) -> Features:
         """Return features of (B, N) tokens of several documents a row; padding has states of 0."""
-        flat, states, own, places = tokens.flatten(), [], [], []
+        flat = tokens.flatten()
+        states: list[Tensor] = []
+        pooler_outputs: list[Tensor | None] = []
+        places: list[Tensor] = []
         for index, real in documents_by_length(segments):
             row = torch.where(real, flat[index], self.padding)
             found = self.model(input_ids=row, attention_mask=real.long())
             states.append(found.last_hidden_state[real])
-            own.append(found.get("pooler_output"))
+            pooler_outputs.append(found.get("pooler_output"))
             places.append(index[real])
         joined = torch.cat(states)
         if self.training:
-            joined = joined + self._zero(joined, *own).to(joined.dtype)
+            joined = joined + self._zero(joined, *pooler_outputs).to(joined.dtype)
         hidden = joined.new_zeros(len(flat), joined.shape[1])
         hidden = hidden.index_copy(0, torch.cat(places), joined).view(*tokens.shape, -1)
         mask = segments > 0
-        # a model's own way to pool reads one text
+        # the model's own pooling reads one document a row, so packed rows are averaged
         pooled = pool_tokens(hidden, mask, self.pool if self.pool in POOLS else "mean")
         return Features(pooled, tokens=hidden, mask=mask)
 
@@ -547,13 +550,14 @@ def _probed(
         _layers(model, calls),
         unused,
         own is not None and unused == without_pool,
-        _masked_head(config) if reads == "input_ids" else masked_head_settings(None),
+        _masked_head_settings(config) if reads == "input_ids" else BERT_HEAD,
     )
 
 
-def _masked_head(config: Any) -> tuple[str, float]:
+def _masked_head_settings(config: Any) -> tuple[str, float]:
+    """Return activation and epsilon of the norm of a family's head for masked tokens."""
     head = auto_model.masked_head(config)
-    return masked_head_settings(None) if head is None else (head.activation, head.norm_eps)
+    return BERT_HEAD if head is None else (head.activation, head.norm_eps)
 
 
 POOLS = ("mean", "first", "last")

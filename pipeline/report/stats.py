@@ -621,7 +621,7 @@ def _resample_counts(
     positions = max((p["label"].size for p in runs if "label" in p), default=n)
     chunk = max(1, _MAX_UNITS_IN_MEMORY // max(n, positions))
     sampled = n if member is None else int(member.max()) + 1
-    if metric.compares_rows and member is not None:  # which rows are drawn together
+    if metric.compares_rows and member is not None:  # rows of one group are drawn together
         runs = [{**p, "unit": member} for p in runs]
     out: list[np.ndarray] = []
     for start in range(0, draws, chunk):

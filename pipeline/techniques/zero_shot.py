@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Technique
@@ -11,9 +13,18 @@ from pipeline.core.contracts import Technique
 class ZeroShotOptions(Options):
     prompt: str = Field(
         "a photo of a {}",
-        pattern=r"^[^{}]*\{\}[^{}]*$",
         description="with a source of clip: the text about each class; its name stands for {}",
     )
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_one_place(cls, prompt: str) -> str:
+        if not re.fullmatch(r"[^{}]*\{\}[^{}]*", prompt):
+            raise ValueError(
+                f"{prompt!r}: write {{}} once, where the name of the class goes, as in "
+                "'a photo of a {}'"
+            )
+        return prompt
 
 
 @register("technique", "zero_shot", options=ZeroShotOptions)
@@ -24,9 +35,9 @@ class ZeroShot(Technique):
     classification and multilabel, whose head is carried over label by label, by their names: the
     source must know every label of the target.
 
-    A source of `clip` knows texts instead. Its head for a target of classification are the texts of
-    the option ``prompt`` about the classes (Radford et al. 2021): the scores are cosines between
-    the features of a row and each text, divided by the temperature.
+    A source of `clip` knows texts instead. For a target of classification its head is made of texts
+    about the classes (option ``prompt``; Radford et al. 2021): the scores are cosines between the
+    features of a row and each text, divided by the temperature.
     """
 
     def phases(self, steps):
@@ -36,4 +47,5 @@ class ZeroShot(Technique):
         return dict.fromkeys(layers, 0.0)
 
     def class_texts(self, names):
+        """Return one text a class, in the order of ``names``."""
         return [self.options.prompt.replace("{}", name) for name in names]

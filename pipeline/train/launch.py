@@ -103,7 +103,7 @@ def start(address: str | None, verbose: bool) -> None:
     extra: dict[str, Any] = {}
     if where == "local":
         extra = {"include_dashboard": False}
-        # This machine cannot be preempted. Without the watcher each source starts a second sooner.
+        # A local machine is not preempted; without the watcher each source starts a second sooner
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         with signals.keep_signal_handler():  # Ray installs a handler of its own

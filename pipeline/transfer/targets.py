@@ -685,8 +685,8 @@ def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[
         elif len(lacking) and classes is not None:
             out.append(
                 Finding(
-                    f"{wanted} rows of each identity were asked for (label_fractions), and "
-                    f"{len(lacking)} have fewer: all of these are taken"
+                    f"label_fractions: {wanted}: {len(lacking)} identities have fewer than "
+                    f"{wanted} rows; all rows of these are used"
                 )
             )
         elif len(lacking):

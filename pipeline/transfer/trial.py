@@ -389,11 +389,12 @@ def build(
 def _start_head(
     trial: Trial, shared: Shared, objective: Objective, technique: Technique
 ) -> tuple[int, str]:
-    """Load the head that a source gives without training: the rows of its own for labels of the
-    same names, or rows that it makes of texts about them.
+    """Load the head that a source gives without training.
+
+    It is its own weights of labels with the same names, or weights made of texts about the classes.
 
     Returns:
-        How many labels have a row, and what was done in words.
+        How many labels have weights, and what was done in words.
     """
     theirs, arrays = shared.heads[trial.source]
     source = source_task(trial, shared) if _reads_texts(theirs) else None
@@ -403,8 +404,8 @@ def _start_head(
 
 
 def _reads_texts(objective: ObjectiveSpec) -> bool:
-    has_head = objective.name != NO_OBJECTIVE.name
-    return has_head and reads_texts(registry.get("objective", objective.name))
+    has_objective = objective.name != NO_OBJECTIVE.name
+    return has_objective and reads_texts(registry.get("objective", objective.name))
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -769,17 +770,17 @@ def make_record(
     validated = {name: validation[name] for name in data.metrics} if validation else {}
     for split, values in (("test", tested), (chosen_on, validated)):
         for name, value in values.items():
-            judge = metric(name, data.label_names)
+            scorer = metric(name, data.label_names)
             row = replace(
                 common,
                 metric=name,
                 value=value,
-                higher_is_better=judge.higher_is_better,
+                higher_is_better=scorer.higher_is_better,
                 split=split,
                 n_eval=len(data.validation),
             )
             if split == "test" and test is not None:
-                low, high = stats.interval(judge, test, groups=groups)
+                low, high = stats.interval(scorer, test, groups=groups)
                 units = len(test["row"]) if groups is None else len(np.unique(groups))
                 row = replace(
                     row,

@@ -120,11 +120,15 @@ class ShapesMaskedHead(Protocol):
     norm_eps: float
 
 
+BERT_HEAD = ("gelu", 1e-12)
+"""Activation and epsilon of the norm of BERT's head for masked tokens."""
+
+
 def masked_head_settings(backbone: Any) -> tuple[str, float]:
     """Return activation and epsilon of the norm, those of BERT where the family names none."""
     if isinstance(backbone, ShapesMaskedHead):
         return backbone.activation, backbone.norm_eps
-    return "gelu", 1e-12
+    return BERT_HEAD
 
 
 @runtime_checkable

@@ -144,6 +144,7 @@ def masked_head(config: Any) -> MaskedHead | None:
 
     None where transformers has no class with one, or one of another form.
     """
+    from transformers import activations
     from transformers.models.auto import modeling_auto as auto
 
     mapping: Any = auto.MODEL_FOR_MASKED_LM_MAPPING
@@ -163,19 +164,11 @@ def masked_head(config: Any) -> MaskedHead | None:
         return None
     state = model.state_dict().items()
     biases = [name for name, t in state if not name.startswith(base) and t.shape == shape[:1]]
-    found = [name for one in own.values() for name in _activations(one)]
-    # RoBERTa and its like call GELU as a function, which is no module
-    activation = found[0] if found else "gelu"
+    classes: dict[str, Any] = vars(activations)["ACT2CLS"]
+    found = (name for one in own.values() for name in classes if type(one) is classes[name])
+    activation = next(found, "gelu")  # RoBERTa and its like call GELU, a function, no module
     bias = biases[0] if biases else None
     return MaskedHead(kind, dense[0], norms[0], bias, activation, own[norms[0]].eps)
-
-
-def _activations(module: nn.Module) -> list[str]:
-    """Return transformers' names of an activation; none for another module."""
-    from transformers import activations
-
-    classes: dict[str, Any] = vars(activations)["ACT2CLS"]
-    return [name for name, kind in classes.items() if type(module) is kind]
 
 
 def output_is_embedding(config: Any) -> bool:

@@ -1,7 +1,8 @@
 """What detectors of objects share, and Faster R-CNN, from torchvision's parts.
 
 Shapes: B images, C classes, H and W height and width of the input, M boxes of an image (padded), k
-boxes of one image, c crowd regions of one image, A anchors of one image, N any number of boxes.
+boxes of one image, c crowd regions of one image, A anchors of one image, N any number of boxes, D
+channels of the pyramid, h and w height and width of one of its maps.
 """
 
 # torchvision's detectors, whose classes are extended here, have no types.
@@ -172,7 +173,7 @@ class BoxObjective(Objective):
     """FCOS, or a `FasterRCNN`; its ``backbone`` is the pyramid, torchvision's name for it."""
 
     def maps(self, backbone: Backbone, batch: Batch) -> tuple[Features, dict[str, Tensor]]:
-        """Return the backbone's features and the pyramid's maps."""
+        """Return the features with ``stages``, and the pyramid's maps (B, D, h, w) by level."""
         features = backbone(batch, want=("stages",))
         return features, self.detector.backbone(features, batch["image"].shape[-2:])
 
@@ -198,8 +199,8 @@ class BoxObjective(Objective):
         """Return what predictions are compared with, in a batch with labels.
 
         Returns:
-            ``true_boxes``, ``true_classes`` and ``true_crowd`` (B, M) as the modality left them,
-            ``image_size`` (B, 2), and ``loss`` with its ``count`` (B,).
+            ``true_boxes`` (B, M, 4), ``true_classes`` and ``true_crowd`` (B, M) as the modality
+            left them, ``image_size`` (B, 2), and ``loss`` with its ``count`` (B,).
         """
         parts, counts = self.detector.losses(maps, batch, targets_of(batch))
         return {

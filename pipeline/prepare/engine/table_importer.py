@@ -45,7 +45,7 @@ from pipeline.prepare.readers.archives import Opener
 
 NAMED = 3
 PLAIN = "plain"
-"""The array with the JSON of what is no array, beside the arrays of a kept scan."""
+"""Name of the array that holds, as JSON, the scan results that are not arrays."""
 Found = dict[str, Any]
 """The result of scanning an input split: NumPy arrays, and values that JSON can hold."""
 
@@ -276,7 +276,8 @@ class TableShardTask(ShardTask):
 
 def scan_shard(importer: TableImporter, uri: str, input_splits: list[InputSplit]) -> None:
     """Scan the input splits of a shard and keep the results at `uri`, without pickling."""
-    plain, arrays = list[Found](), dict[str, np.ndarray]()
+    plain: list[Found] = []
+    arrays: dict[str, np.ndarray] = {}
     with closing(Opener()) as opener:
         for number, input_split in enumerate(input_splits):
             reading = SplitReader(input_split, opener, most=NAMED)

@@ -118,9 +118,9 @@ class Squad(TableImporter):
         a file.
         """
         for title, context, qa in _walk(_document(reading), reading.input_split.name):
-            number = qa.get("id")
+            identifier = qa.get("id")
             texts: dict[str, Any] = {
-                "id": "" if number is None else str(number),
+                "id": "" if identifier is None else str(identifier),
                 "title": title,
                 "context": context,
                 "question": qa.get("question"),

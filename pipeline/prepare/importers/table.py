@@ -445,7 +445,10 @@ class _Column:
                 self.distinct.add(_hash(value))
 
     def counted(self) -> tuple[int, int, int, list[int]]:
-        """Return what `join` takes."""
+        """Return (kind, number of present values, of strange ones, hashes of distinct ones).
+
+        JSON can hold them, and `join` takes them.
+        """
         return self.kind, self.present, self.strange, sorted(self.distinct)
 
     def join(self, kind: int, present: int, strange: int, distinct: list[int]) -> None:

@@ -280,7 +280,7 @@ class Trajectories(TableImporter):
             "names": names,
             "lengths": counted,
             "classes": sorted(classes),
-            "robots": [(robot, of, name) for (robot, *of), name in widths.items()],
+            "robots": [(robot, sizes, name) for (robot, *sizes), name in widths.items()],
         }
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:

@@ -128,15 +128,14 @@ def inspect(places: Sequence[str], scratch: str) -> Inspection:
     kinds = Counter(to_parquet.kind_of(file) for file, _ in pairs)
     shown = ", ".join(places)
     if not set(kinds) - {"", "text"}:
-        what = (
-            "plain text, which has no labels: write texts and labels as columns of a CSV, or "
-            "pretrain on it with a copy of jobs/text/gpt_small.yaml"
-            if kinds.get("text")
-            else "no file of a known kind"
-        )
+        if kinds.get("text"):
+            raise ValueError(
+                f"{shown}: plain text has no labels. Write texts and labels as columns of a CSV "
+                "file, or pretrain with a copy of jobs/text/gpt_small.yaml"
+            )
         raise ValueError(
-            f"{shown}: {what}; a first job is written for CSV, JSON Lines and Parquet, and for "
-            "folders with one folder of images or recordings a class"
+            f"{shown}: no file of a known kind; a first job is written for CSV, JSON Lines and "
+            "Parquet, and for folders with one folder of images or recordings a class"
         )
     for kind in _candidates(kinds):
         files = [(file, root) for file, root in pairs if to_parquet.kind_of(file) == kind]

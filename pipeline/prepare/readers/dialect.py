@@ -79,7 +79,7 @@ class Dialect:
     def rows(
         self, reading: SplitReader, has_header: bool = True, names: Sequence[str] = ()
     ) -> Iterator[tuple[int, list[str]]]:
-        """Yield the line and the names of the columns, then (line, fields) of every row.
+        """Yield (line, names of the columns), then (line, fields) of every row.
 
         Rows with another number of fields than there are columns go to `reading.bad`.
 
@@ -94,11 +94,15 @@ class Dialect:
         width = 0
         for number, fields in self.records(reading, has_header):
             if not width:
-                numbers = [str(i) for i in range(len(fields))]
-                columns = [name.strip() for name in fields] if has_header else names or numbers
-                self.check_header(list(columns), reading.place(number), has_header)
+                if has_header:
+                    columns = [name.strip() for name in fields]
+                elif names:
+                    columns = list(names)
+                else:
+                    columns = [str(i) for i in range(len(fields))]
+                self.check_header(columns, reading.place(number), has_header)
                 width = len(columns)
-                yield number, list(columns)
+                yield number, columns
                 if has_header:
                     continue
             if len(fields) == width:
