@@ -79,7 +79,7 @@ def describe(kind: str, name: str) -> str:
     """
     component, has_part, part = name.partition("/") if kind == "model" else (name, "", "")
     if kind == "model" and component not in registry.names(kind):
-        raise ValueError(f"unknown backbone {name!r}{registry.backbones_like(name)}")
+        raise ValueError(f"unknown backbone {name!r}{registry.backbone_advice(name)}")
     entry = registry.entry(kind, component)
     lines = [entry.title or component, textwrap.indent(plain(entry.documentation), "  "), ""]
     if entry.roles or entry.optional_roles:

@@ -179,23 +179,24 @@ class RecordingOptions(Options):
     rate: int = Field(
         0,
         ge=0,
-        description="samples a second to write, as FLAC; 0: each recording's own, whole files as "
-        "they are",
+        description="recordings: samples a second to write, as FLAC; 0: each recording's own, "
+        "whole files as they are",
     )
     longest: float = Field(
         30.0,
         ge=1,
-        description="seconds; a longer recording is cut into rows, but broken where it has a "
+        description="recordings: seconds; a longer one is cut into rows, but broken where it has a "
         "transcript",
     )
     cut: Literal["silence", "windows"] = Field(
         "silence",
-        description="where: silence: at the quietest place of the second half; windows: into "
-        "equal pieces",
+        description="recordings: silence: cut at the quietest place of the second half; windows: "
+        "cut into equal pieces",
     )
     mono: bool = Field(
         False,
-        description="recordings of several channels are written anew as the mean of them, as FLAC",
+        description="recordings: those of several channels are written anew as the mean of them, "
+        "as FLAC",
     )
 
 
@@ -536,8 +537,11 @@ def close_names(value: str, valid: Iterable[str]) -> list[str]:
     return close or [name for name in valid if value.lower() in name.lower()][:3]
 
 
-def backbones_like(name: str) -> str:
-    """Return the backbones and hub names that may be meant by a name without a known library."""
+def backbone_advice(name: str) -> str:
+    """Return what to write instead of a backbone's name without a known library.
+
+    The text is the end of an error message: it begins with "; did you mean ..." or ": write ...".
+    """
     model = name.rpartition("/")[2].lower()
     libraries = names("model")
     forms = dict.fromkeys((model, model.replace("-", "_"), model.replace("-", "")))
@@ -547,7 +551,7 @@ def backbones_like(name: str) -> str:
             known = architectures(library)
             meant += [f"{library}/{form} (random weights)" for form in forms if form in known]
             if library == "timm":
-                meant += [f"timm-hub:{form} (published ones)" for form in forms if form in known]
+                meant += [f"timm-hub:{form} (published weights)" for form in forms if form in known]
     is_read = any(model.startswith(one) for one in architectures("transformers"))
     if is_read or "/" in name:
         meant.append(f"hf-hub:{name} (published weights)")

@@ -413,7 +413,7 @@ def _component_problems(kind: str, raw: Json, path: Path_) -> list[tuple[Path_, 
             ]
         library, slash, model = name.partition("/")
         if not slash or library not in registry.names("model"):
-            return [(at, f"unknown backbone {name!r}{registry.backbones_like(name)}")]
+            return [(at, f"unknown backbone {name!r}{registry.backbone_advice(name)}")]
         try:
             known = registry.architectures(library)
         except ValueError as error:

@@ -444,12 +444,15 @@ class Audio(Modality):
             ],
             device=x.device,
         )
+
+        def new_lengths(chosen: Tensor) -> Tensor:
+            return -(-lengths * 100 // chosen)  # rounded up
+
         chosen = percents[(u * 3).long()]
-        most = int(self.options.max_seconds * self.options.rate)
         is_too_short = lengths * 100 < self.window * percents[-1]
-        is_too_long = -(-lengths * 100 // chosen) > most
+        is_too_long = new_lengths(chosen) > int(self.options.max_seconds * self.options.rate)
         chosen = torch.where(is_too_short | is_too_long, percents[1], chosen)
-        new = -(-lengths * 100 // chosen)
+        new = new_lengths(chosen)
         out = x.new_zeros((len(x), max(1, int(new.max()))))
         for percent in chosen.unique().tolist():
             rows = (chosen == percent).nonzero()[:, 0]

@@ -52,8 +52,8 @@ STAGES = 6
 """Most stages of a hierarchical model: longer lists are blocks."""
 PROBE_TOKENS = 8
 """Tokens of the row that a model is tried on."""
-SHORTEST = 16
-"""Documents of fewer tokens are run together."""
+SHORTEST_TOKENS = 16
+"""Shorter documents are padded to this many tokens."""
 
 
 class HuggingFaceOptions(Options):
@@ -291,7 +291,8 @@ def _check_text(name: str, model: Any, inputs: Inputs) -> None:
 def documents_by_length(segments: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return where the documents of packed rows are, those of about one length together.
 
-    Lengths are rounded up to powers of two, so at most every second position is padding.
+    Lengths are rounded up to powers of two and to at least `SHORTEST_TOKENS`, so at most half of
+    the positions of a document of `SHORTEST_TOKENS` tokens or more are padding.
 
     Args:
         segments: (B, N) the document's number in the row, 0 for padding.
@@ -310,7 +311,7 @@ def documents_by_length(segments: Tensor) -> list[tuple[Tensor, Tensor]]:
     number = (begins & real).flatten().cumsum(0) - 1
     lengths = torch.bincount(number[real.flatten()], minlength=len(starts))
     sizes = 2 ** torch.log2(lengths).ceil().long()
-    sizes = sizes.clamp(min=SHORTEST).clamp(max=width)
+    sizes = sizes.clamp(min=SHORTEST_TOKENS).clamp(max=width)
     out: list[tuple[Tensor, Tensor]] = []
     for size in sizes.unique().tolist():
         chosen = sizes == size
@@ -404,8 +405,7 @@ def spectrograms(
     if longest is not None and seconds > longest:
         raise ValueError(
             f"a recording of {seconds:.4g} s: {type(extractor).__name__} cuts recordings after "
-            f"{longest:g} s. Set modality: {{audio: {{max_seconds: {longest:g}}}}} and split "
-            "longer recordings (prepare does so at silence)"
+            f"{longest:g} s; `bundle.limit_modality` lowers max_seconds to that"
         )
     rows = [row[: max(1, n)].numpy() for row, n in zip(wave.float().cpu(), lengths, strict=True)]
     found = extractor(

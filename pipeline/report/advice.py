@@ -98,8 +98,8 @@ class Advice:
         """Return the advice as lines of text."""
         settle = [f"next: {self.next_experiment}"] if self.next_experiment else []
         indented = [f"  {line}" for line in (*self.because, *self.others, *self.untried, *settle)]
-        labels = plots.fraction_label(self.label_fraction)
-        return [f"{self.target} at {labels} labels, {self.metric}: {self.headline}", *indented]
+        labels = plots.labels_text(self.label_fraction)
+        return [f"{self.target} at {labels}, {self.metric}: {self.headline}", *indented]
 
 
 _Kind = tuple[str, str, str]

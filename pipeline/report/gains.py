@@ -117,12 +117,12 @@ def _warning(target: str, fraction: str, entries: Sequence[MatrixEntry], decimal
         how = with_all if len(lost) == len(tried) else names
         most = "at worst " if len(lost) > 1 else ""
         losses.append(f"{source} with {how} ({most}{_gain(lost[0], decimals)})")
-    labels = plots.fraction_label(fraction)
+    labels = plots.labels_text(fraction)
     scratch = (
         "the target's best network from scratch" if _over(entries) else "training from scratch"
     )
     return with_minus_sign(
-        f"For target {target} ({labels} labels), fine-tuning {'; '.join(losses)} is worse than "
+        f"For target {target} ({labels}), fine-tuning {'; '.join(losses)} is worse than "
         f"{scratch}: {_alternative(entries, decimals)}."
     )
 
@@ -162,14 +162,14 @@ def heat_maps(entries: Sequence[MatrixEntry], decimals: Mapping[str, int]) -> li
         ),
     ]
     for number, (fraction, group) in enumerate(_by_fraction(compared).items()):
-        labels = f"{plots.fraction_label(fraction)} labels"
+        labels = plots.labels_text(fraction)
         table = _heat_map(labels, group, decimals)
         out.append(Details(labels, [table]) if number else table)
     techniques = list(dict.fromkeys(entry.technique for entry in compared))
     for technique in techniques if len(techniques) > 1 else ():
         alone = [entry for entry in compared if entry.technique == technique]
         tables = [
-            _heat_map(f"{plots.fraction_label(fraction)} labels", group, decimals)
+            _heat_map(plots.labels_text(fraction), group, decimals)
             for fraction, group in _by_fraction(alone).items()
         ]
         out.append(Details(f"{technique} alone", tables))
@@ -391,9 +391,9 @@ def cost_figures(
                 ]
             )
         head = ["On the front", "By", "Gain over scratch", "Final trial", "Parameters trained"]
-        labels = plots.fraction_label(fraction)
+        labels = plots.labels_text(fraction)
         caption = (
-            f"{target}: gain by the cost of a final trial, with {labels} labels. The line is the "
+            f"{target}: gain by the cost of a final trial, with {labels}. The line is the "
             "Pareto front: no other entry gains as much for less. Numbers are those of the table. "
             f"The training of sources is not counted.{_over(compared)}{_left_out(timed, shown)}"
         )

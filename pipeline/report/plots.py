@@ -459,6 +459,12 @@ def fraction_label(label_fraction: str) -> str:
         return label_fraction
 
 
+def labels_text(label_fraction: str) -> str:
+    """Return a label fraction with the word: "5 % labels", and "no labels" for "0 rows"."""
+    shown = fraction_label(label_fraction)
+    return "no labels" if shown == "none" else f"{shown} labels"
+
+
 def _truncate(text: str, max_length: int) -> str:
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
 

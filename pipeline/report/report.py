@@ -346,7 +346,7 @@ def _several_networks_note(target: str, group: Sequence[MatrixEntry]) -> list[Bl
     backbones = sorted({entry.backbone for entry in compared})
     best = sorted(
         {
-            f"{plots.fraction_label(entry.label_fraction)} labels: {entry.baseline}"
+            f"{plots.labels_text(entry.label_fraction)}: {entry.baseline}"
             for entry in compared
             if entry.baseline
         }
@@ -476,7 +476,7 @@ def _value_tables(
         if len(fractions) > 1:
             sizes = {entry.n_train for entry in entries if entry.n_train}
             rows = f" ({blocks.format_count(max(sizes))} training rows)" if sizes else ""
-            out.append(Heading(f"{plots.fraction_label(fraction)} labels{rows}", 3))
+            out.append(Heading(f"{plots.labels_text(fraction)}{rows}", 3))
         out.append(_value_table(entries, comparable, decimals))
     return out
 

@@ -280,7 +280,7 @@ def _misled(outcome: Outcome, order: Mapping[str, float]) -> str:
     if lost <= max(_chance(outcome), noise) or lost <= 0:
         return ""
     return (
-        f"on {outcome.target} ({plots.fraction_label(outcome.label_fraction)} labels) its first "
+        f"on {outcome.target} ({plots.labels_text(outcome.label_fraction)}) its first "
         f"choice {first} reached {outcome.metric} {outcome.shown(first):.3g} where {best} reached "
         f"{outcome.shown(best):.3g}; a source drawn at random would have lost "
         f"{_chance(outcome):.2g} instead of {lost:.2g}"
@@ -505,8 +505,7 @@ def blocks_of(
         out.append(Text(f"Not fine-tuned, and so not compared: {', '.join(untried)}.", "note"))
     if cut:
         named = ", ".join(
-            f"{target} at {plots.fraction_label(fraction)} labels"
-            for target, fraction in sorted(cut)
+            f"{target} at {plots.labels_text(fraction)}" for target, fraction in sorted(cut)
         )
         why = "a budget trained only some of its sources in full, chosen by validation"
         out.append(Text(f"What scores were worth is not known of {named}: {why}.", "note"))

@@ -107,7 +107,7 @@ def table(entries: Sequence[MatrixEntry]) -> rich.table.Table:
 
 
 def _labels(entry: MatrixEntry) -> str:
-    return f"{plots.fraction_label(entry.label_fraction)} labels"
+    return plots.labels_text(entry.label_fraction)
 
 
 def _source(entry: MatrixEntry, several: bool) -> str:

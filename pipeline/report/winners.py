@@ -206,15 +206,15 @@ def blocks_of(
         notes: list[str] = []
         most_labels = _most_labels(entries)
         if best.label_fraction != most_labels and not _uses_no_label(best):
-            labels = plots.fraction_label(most_labels)
-            notes.append(f"no network with {labels} labels has a value on validation rows")
+            labels = plots.labels_text(most_labels)
+            notes.append(f"no network with {labels} has a value on validation rows")
         if best.n_failed:
             notes.append(f"{best.n_seeds} of {best.n_seeds + best.n_failed} seeds")
         if usable and usable is not best:
-            labels = plots.fraction_label(usable.label_fraction)
+            labels = plots.labels_text(usable.label_fraction)
             notes.append(
                 f"has no bundle: the commands take {usable.source} with {usable.technique}, "
-                f"{labels} labels"
+                f"{labels}"
             )
         if usable and target in in_folds:
             notes.append("the commands take the network of one fold")
@@ -280,7 +280,7 @@ def _gain(entry: MatrixEntry, decimals: int) -> str | Value:
 
 
 def _name(entry: MatrixEntry, rows: Sequence[ResultRow], notes: Sequence[str]) -> Value:
-    labels = f"{plots.fraction_label(entry.label_fraction)} labels"
+    labels = plots.labels_text(entry.label_fraction)
     counts = sorted({row.n_eval for row in _validations(entry, rows) if row.n_eval})
     chosen_on = f"chosen on {counts[0]:,} validation rows" if counts else ""
     if entry.source == SCRATCH:

@@ -294,8 +294,8 @@ def _standing_blocks(records: Sequence[TrialRecord]) -> list[Block]:
         curves = _curves(standings)
         if curves:
             metric = standings[0].metric
-            fraction = plots.fraction_label(standings[0].fraction)
-            caption = f"Validation {metric} by step, mean over seeds, at {fraction} labels."
+            labels = plots.labels_text(standings[0].fraction)
+            caption = f"Validation {metric} by step, mean over seeds, at {labels}."
             out.append(Figure(line_chart(curves, metric), caption))
     return out
 
@@ -435,10 +435,8 @@ def _newest(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _name_of(one: Trial) -> str:
-    labels = plots.fraction_label(fraction_text(one.label_fraction))
-    return (
-        f"{one.target} · {one.source} · {one.drawn_technique} · {labels} labels · seed {one.seed}"
-    )
+    labels = plots.labels_text(fraction_text(one.label_fraction))
+    return f"{one.target} · {one.source} · {one.drawn_technique} · {labels} · seed {one.seed}"
 
 
 # ---------------------------------------------------------------- charts

@@ -343,8 +343,10 @@ def test_wrong_types_and_options(folder, tmp_path):
     with pytest.raises(ValueError, match=r"visits alone say nothing of what .*; name tables of e"):
         prepare(folder, tmp_path / "out", "tables=visit_occurrence")
     (folder / "procedure_occurrence.csv").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="no table of events is there: --set tables wants proced"):
+    message = "no table of events is there: --set tables wants procedure_occurrence, and there are "
+    with pytest.raises(ValueError, match=f"{message}.*, or --set tables=[a-z_,]+$") as raised:
         prepare(folder, tmp_path / "out", "tables=procedure_occurrence")
+    assert "procedure" not in str(raised.value).rpartition("--set tables=")[2]
     with pytest.raises(ValueError, match="visits=inpatient: write numbers of concepts"):
         prepare(folder, tmp_path / "out", "visits=inpatient")
     (folder / "death.csv").write_text(TABLES["DEATH"])

@@ -254,7 +254,9 @@ transcripts, answers and boxes. The loss of such a row is NaN where one of the s
 
 
 def rows_with_nan(p: Predictions, column: int | None = None) -> np.ndarray:
-    """Return (n,) bool: rows with a label and a NaN score, as a diverged network gives.
+    """Return (n,) bool: labelled rows with a NaN score, as a diverged network gives.
+
+    Where scores are not kept (`MADE_FROM_SCORES`): rows with a NaN loss.
 
     A metric over them is NaN. The largest score of such a row would still name a class.
     """

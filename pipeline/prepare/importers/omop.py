@@ -226,10 +226,12 @@ class Omop(GroupedImporter):
                 f"--set tables={self.options.tables}: visits alone say nothing of what happened in "
                 f"them; name tables of events too: {', '.join(others)}"
             )
+        present = [name for name in others if name in self._tables]
+        instead = f", or --set tables={','.join(present)}" if present else ""
         return (
             f"{source}: no table of events is there: --set tables wants {', '.join(wanted)}, and "
             f"there are {', '.join(sorted(self._tables))}; give the folder that holds one of them "
-            f"(.csv, .csv.gz or .parquet), or name others in --set tables: {', '.join(others)}"
+            f"(.csv, .csv.gz or .parquet){instead}"
         )
 
     # ---------------------------------------------------------------- rows
