@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import is_bytes, is_list, is_text
+from pipeline.core.arrow_lists import is_list
 from pipeline.core.rng import mix, row_keys
 from pipeline.prepare.engine.importing import RawRow
 
@@ -39,7 +39,7 @@ class RowGroups:
         self, path: Path, schema: pa.Schema, shuffles: bool = False, holds_files: bool = False
     ):
         self.shuffles_rows = shuffles
-        texts = [one.name for one in schema if is_text(one.type) and one.name not in DISTINCT]
+        texts = [one.name for one in schema if _is_text(one.type) and one.name not in DISTINCT]
         coded: Any = texts if holds_files else True  # pyarrow's stubs know a bool alone
         packed = "none" if holds_files else "zstd"
         self.file = pq.ParquetWriter(path, schema, compression=packed, use_dictionary=coded)
@@ -124,7 +124,7 @@ def lengths(column: Any) -> np.ndarray:
     if is_list(column.type):
         found = pc.list_value_length(column)
     else:
-        found = pc.utf8_length(column) if is_text(column.type) else pc.binary_length(column)
+        found = pc.utf8_length(column) if _is_text(column.type) else pc.binary_length(column)
     return np.asarray(found.fill_null(0).to_numpy(), dtype=np.int64)
 
 
@@ -133,11 +133,11 @@ def row_bytes(block: pa.Table) -> np.ndarray:
     out = np.zeros(len(block), dtype=np.int64)
     for column in block.columns:
         kind = column.type
-        if is_list(kind) and (is_list(kind.value_type) or is_bytes(kind.value_type)):
+        if is_list(kind) and (is_list(kind.value_type) or _is_file(kind.value_type)):
             out += _inner_weights(column, 4 if is_list(kind.value_type) else 1)
         elif is_list(kind):
             out += 16 * lengths(column)
-        elif is_text(kind) or is_bytes(kind):
+        elif _is_text(kind) or _is_file(kind):
             out += lengths(column)
         else:
             out += 8 * (kind.num_fields if pa.types.is_struct(kind) else 1)
@@ -150,3 +150,11 @@ def _inner_weights(column: Any, each: int) -> np.ndarray:
     bounds = np.concatenate([[0], np.cumsum(lengths(held.flatten()) * each)])
     ends = np.cumsum(outer)
     return bounds[ends] - bounds[ends - outer]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_file(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
