@@ -23,7 +23,7 @@ from pipeline.config.registry import Options, register
 from pipeline.core.arrow_lists import is_bytes, is_text
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.nn.all_gather import gather, loss_of_own_rows
-from pipeline.core.nn.losses import at_least_float32
+from pipeline.core.nn.losses import at_least_float32, exact
 from pipeline.core.ragged import lengths, padded, ragged
 from pipeline.media import tokenization
 from pipeline.media.tagging_schemes import texts
@@ -195,8 +195,7 @@ class CLIP(Objective):
     @staticmethod
     def _losses(pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N,) losses and hits of (N, 2, D) pairs."""
-        # without autocast: a bfloat16 product has errors of the size of a temperature
-        with torch.autocast(pairs.device.type, enabled=False):
+        with exact(pairs):
             scores = pairs[:, 0] @ pairs[:, 1].T
         own = torch.arange(len(pairs), device=pairs.device)
         of_rows = F.cross_entropy(scores, own, reduction="none")

@@ -18,7 +18,7 @@ from pipeline.config.registry import LinearHeadOptions, register
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.contracts.objective_capabilities import TransformersHead
 from pipeline.core.nn import losses
-from pipeline.core.nn.domain_losses import exact
+from pipeline.core.nn.losses import exact
 
 LOSSES = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
 """Losses of a standardised number; Huber's is quadratic up to one standard deviation."""

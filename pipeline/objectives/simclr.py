@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Backbone, Batch, Objective, View
 from pipeline.core.nn.all_gather import gather, loss_of_own_rows
+from pipeline.core.nn.losses import exact
 from pipeline.core.specs import State
 
 
@@ -86,8 +87,7 @@ class SimCLR(Objective):
     def _losses(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N, 2) losses and hits of (N, 2, width) unit vectors."""
         n = len(projected)
-        # without autocast: a bfloat16 product has errors of the size of a temperature
-        with torch.autocast(projected.device.type, enabled=False):
+        with exact(projected):
             flat = projected.reshape(2 * n, -1)
             logits = flat @ flat.T / self.options.temperature
         itself = torch.eye(2 * n, dtype=torch.bool, device=projected.device)

@@ -3,6 +3,17 @@
 Written as LeRobot 0.6 itself writes: ``meta/info.json``, ``stats.json``, ``tasks.parquet`` and
 ``episodes/``, and ``data/`` with one row a step. Frames lie in the rows as they are (dtype
 ``image``), not as video, which would lose some of each.
+
+Policies are not written so. That would need a class of LeRobot's that holds our networks exactly:
+linear layers with GELU, or GPT-2 over observations and actions. Release 0.6.1 (2026-12-01)
+has none:
+
+- ``act``, ``gaussian_actor`` and ``tdmpc`` have a LayerNorm in every layer;
+- ``vqbet`` takes actions from a codebook;
+- ``diffusion`` and the vision-language models denoise actions, or write them as tokens.
+
+A type of our own would open only where a plugin of ours is installed. The exports ``onnx`` and
+``torch-export`` hold a policy exactly.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pipeline.core.contracts.objective_capabilities import (
 )
 from pipeline.core.latest_call import LatestCall
 from pipeline.core.nn.domain_adaptation import Features, TaskWithModule, gathered, of_all_rows
-from pipeline.core.nn.domain_losses import exact
+from pipeline.core.nn.losses import exact
 
 
 class BiTuningOptions(LayerOptions):

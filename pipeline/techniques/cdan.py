@@ -18,10 +18,10 @@ from pipeline.core.nn.domain_adaptation import (
 )
 from pipeline.core.nn.domain_losses import (
     entropies,
-    exact,
     label_set_entropies,
     reversed_gradient,
 )
+from pipeline.core.nn.losses import exact
 
 
 class CDANOptions(AdaptationOptions):

@@ -36,7 +36,7 @@ from torch.nn.utils import parametrize
 from pipeline.config.registry import LayerOptions, register
 from pipeline.core.contracts import Backbone, Task, Technique
 from pipeline.core.nn import four_bit
-from pipeline.core.nn.domain_losses import exact
+from pipeline.core.nn.losses import exact
 
 ADDED = "adapters"
 """Part of a layer that holds what a method adds to it: ``block00/adapters``."""

@@ -44,8 +44,8 @@ from pipeline.core.contracts.objective_capabilities import (
     binds_to_backbone,
     counts_rows,
     couples_rows,
+    draws_by_class,
     has_classes,
-    has_one_class,
     invalid_label_reasons,
     mixes_inputs,
     names_labels,
@@ -319,7 +319,7 @@ def _check_spec(
     _check_unlabelled(place, spec, chosen, modality, objective)
     whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
     counts = [fraction for fraction in whole if fraction]
-    if counts and not has_one_class(objective) and not counts_rows(objective):
+    if counts and not draws_by_class(objective) and not counts_rows(objective):
         raise ValueError(
             f"{place}.label_fractions: {counts[0]} means {counts[0]} rows a class, and a row of "
             f"{name} has no single class: give shares, such as 0.1"
@@ -527,7 +527,7 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: State) -> Non
 def _classes(spec: Target, rows: Selection, state: State) -> np.ndarray | None:
     """Return the (n,) class numbers of rows, for objectives whose rows have one class."""
     objective = registry.get("objective", spec.objective.name)
-    if not has_one_class(objective):
+    if not draws_by_class(objective):
         return None
     table = manifests.read_columns(rows, fit_components.label_columns(spec))
     return objective.encode(table, spec.data.columns, state)["label"]
@@ -847,7 +847,7 @@ def _labels(target: TargetStage, rows: Rows, state: State) -> np.ndarray | None:
     if rows.arrays is None:
         return _classes(target.spec, target.splits.train, state)
     objective = registry.get("objective", target.spec.objective.name)
-    return rows.arrays.get("label") if has_one_class(objective) else None
+    return rows.arrays.get("label") if draws_by_class(objective) else None
 
 
 def _groups(spec: Target, rows: Rows) -> np.ndarray | None:

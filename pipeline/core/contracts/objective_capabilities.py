@@ -668,10 +668,10 @@ def has_classes(objective: Any) -> TypeIs[HasClasses]:
     return isinstance(objective, HasClasses)
 
 
-def has_one_class(objective: Any) -> bool:
-    """Return whether a labelled row has one class or identity: ``encode`` numbers it as ``label``.
+def draws_by_class(objective: Any) -> bool:
+    """Return whether label fractions are drawn by class.
 
-    Label fractions are then drawn from each of them.
+    A labelled row then has one class or identity, which ``encode`` numbers as ``label``.
     """
     return bool({"label", "identity"} & {*objective.roles})
 

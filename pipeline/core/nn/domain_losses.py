@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.nn.losses import exact
+
 KERNELS = (0.125, 0.25, 0.5, 1.0, 2.0)
 """Bandwidths of the Gaussian kernels, in mean squared distances."""
 TINY = 1e-8
@@ -38,15 +40,6 @@ def reversed_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
 def ramp(progress: float, steepness: float = 10.0) -> float:
     """Return 2 / (1 + exp(-steepness * progress)) - 1: from 0 at the start to about 1 (DANN)."""
     return 2.0 / (1.0 + math.exp(-steepness * progress)) - 1.0
-
-
-def exact(rows: Tensor) -> torch.autocast:
-    """Return a context without autocast on the device of ``rows``.
-
-    Distances and confusions are small differences of large products, which bf16 rounds to nothing,
-    and autocast takes products in bf16 whatever the dtype of their factors is.
-    """
-    return torch.autocast(rows.device.type, enabled=False)
 
 
 def coral(source: Tensor, target: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """Losses for imbalanced classes: class weights and the focal loss. For training; evaluation is
-never weighted.
+never weighted. And what several losses need: full precision inside autocast.
 """
 
 from __future__ import annotations
@@ -9,6 +9,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def exact(rows: Tensor) -> torch.autocast:
+    """Return a context without autocast on the device of ``rows``.
+
+    Autocast takes products in bf16 whatever the dtype of their factors is. That rounds to nothing
+    what are small differences of large products, such as distances, and gives cosines errors of the
+    size of a temperature.
+    """
+    return torch.autocast(rows.device.type, enabled=False)
 
 
 def balanced(counts: Sequence[int], device: torch.device) -> Tensor:
