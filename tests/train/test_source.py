@@ -14,13 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from safetensors.torch import save, save_file
 from toys import image_files, label_state, sentences, task_of, text_modality
 
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
+from pipeline.checkpoints.pretrained import PretrainedCheckpoint
 from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig, Job
-from pipeline.core.specs import ModalitySpec
+from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.data import manifests
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
 from pipeline.io import storage
@@ -233,6 +235,26 @@ def test_a_checkpoint_that_changes_before_it_is_read_is_an_error(tmp_path, image
         ChangedFileError, match=r"^sources.src: bundle:.* was changed while it was in use"
     ):
         source.fit(stage)
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_leaves_no_bundle(tmp_path, images, monkeypatch):
+    """Its file is mapped into memory, and the values are read where they are copied."""
+    file = tmp_path / "start.safetensors"
+    arch = Architecture("timm/test_resnet", {}, {"channels": 3, "size": 32})
+    values = bundle.build_backbone(arch).state_dict()
+    values = {name.removeprefix("model."): tensor for name, tensor in values.items()}
+    load_into = PretrainedCheckpoint.load_into
+
+    def written_over(start, backbone):
+        file.write_bytes(save({name: tensor + 1 for name, tensor in values.items()}))
+        return load_into(start, backbone)
+
+    save_file(values, file)
+    stage = source.stage(image_job(tmp_path, images, init=f"file:{file}"), "src")
+    monkeypatch.setattr(PretrainedCheckpoint, "load_into", written_over)
+    with pytest.raises(ChangedFileError, match="was changed while it was in use"):
+        source.fit(stage)
+    assert not bundle.exists(stage.initial_uri)
 
 
 def test_how_files_are_identified_is_no_part_of_the_key_but_what_it_gives_is(tmp_path, images):

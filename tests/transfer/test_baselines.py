@@ -185,15 +185,16 @@ def test_log_mel_statistics_are_means_and_deviations_of_bands():
     assert isinstance(one.transformer(), StandardScaler)
 
 
-def test_discriminants_need_two_rows_of_an_identity():
-    rows, identities = np.random.default_rng(0).normal(size=(6, 4)), np.arange(6)
+def test_discriminants_need_several_rows_of_an_identity():
+    rows = np.random.default_rng(0).normal(size=(24, 4))
     setting, one = {"discriminants": 1.0}, baseline("log_mel_cosine")
-    alone = baseline_trials.fit(one, setting, 0, "identities", rows, identities, 0)
-    np.testing.assert_array_equal(alone(rows), rows.astype(np.float32))
-    paired = baseline_trials.fit(one, setting, 0, "identities", rows, identities // 2, 0)
+    for identities in (np.arange(6), np.arange(6) // 2):
+        few = baseline_trials.fit(one, setting, 0, "identities", rows[:6], identities, 0)
+        np.testing.assert_array_equal(few(rows), rows.astype(np.float32))
+    identities = np.arange(24) % 3
+    found = baseline_trials.fit(one, setting, 0, "identities", rows, identities, 0)(rows)
     model = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")
-    expected = model.fit(rows, identities // 2).transform(rows)
-    np.testing.assert_allclose(paired(rows), expected, rtol=1e-6)
+    np.testing.assert_allclose(found, model.fit(rows, identities).transform(rows), rtol=1e-5)
 
 
 def test_boosted_trees_read_the_facts_of_a_table():

@@ -85,13 +85,18 @@ class LogMelCosine(Baseline):
 
 
 class Discriminants(LinearDiscriminantAnalysis):
-    """Linear discriminants. Where each class has one row, none can be learned, and rows stay as
-    they are.
+    """Linear discriminants. Where the rows of each class are too few for them, as one or two are,
+    rows stay as they are.
     """
 
     def fit(self, X, y):  # noqa: N803
         self.is_fitted = len(X) > len(np.unique(y))
-        return super().fit(X, y) if self.is_fitted else self
+        if self.is_fitted:
+            try:
+                super().fit(X, y)
+            except np.linalg.LinAlgError:  # the covariance within classes has no inverse
+                self.is_fitted = False
+        return self
 
     def transform(self, X):  # noqa: N803
         return super().transform(X) if self.is_fitted else X
