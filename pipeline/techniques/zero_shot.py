@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Technique
@@ -13,18 +11,9 @@ from pipeline.core.contracts import Technique
 class ZeroShotOptions(Options):
     prompt: str = Field(
         "a photo of a {}",
+        pattern=r"^[^{}]*\{\}[^{}]*$",
         description="with a source of clip: the text about each class; its name stands for {}",
     )
-
-    @field_validator("prompt")
-    @classmethod
-    def _has_one_place(cls, prompt: str) -> str:
-        if not re.fullmatch(r"[^{}]*\{\}[^{}]*", prompt):
-            raise ValueError(
-                f"{prompt!r}: write {{}} once, where the name of the class goes, as in "
-                "'a photo of a {}'"
-            )
-        return prompt
 
 
 @register("technique", "zero_shot", options=ZeroShotOptions)

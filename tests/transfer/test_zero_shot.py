@@ -185,7 +185,7 @@ def test_texts_about_the_classes_are_the_head_of_a_source_with_captions(tmp_path
 
 def test_a_prompt_has_one_place_for_the_name():
     for prompt in ("a photo", "{} or {}", "{name}"):
-        with pytest.raises(ValueError, match=r"prompt[\s\S]*where the name of the class goes"):
+        with pytest.raises(ValueError, match="prompt"):
             ZeroShotOptions(prompt=prompt)
 
 
