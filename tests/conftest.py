@@ -38,6 +38,7 @@ for name, value in {
 # else each process of the tests, and each of Ray's, compiles the package anew
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+os.fsync = lambda descriptor: None  # no test cuts the power, and all of them wait for the disk
 os.environ.setdefault(
     "ONETOMANY_TEST_GROUPS",
     os.path.join(tempfile.gettempdir(), f"onetomany-test-groups-{os.getpid()}.json"),

@@ -386,6 +386,7 @@ def test_submit_ships_the_plugins_of_a_job(tmp_path):
         assert f"  more/spectra_shipped/{name}.py" in done.output
 
 
+@pytest.mark.slow
 def test_the_contract_suite_runs_over_a_plugins_pieces():
     """In a process that knows the plugin as a Ray worker does; its rows stand beside it."""
     root, tests = SPECTRA.parents[2], SPECTRA.parents[1]

@@ -217,6 +217,7 @@ def test_kinds_are_not_mixed(tmp_path, imports):
     assert Data(uri="x", format="audio", modality="audio").format == "audio"
 
 
+@pytest.mark.slow
 def test_two_hours_in_one_file_in_bounded_memory(tmp_path, imports):
     rng, path = np.random.default_rng(0), tmp_path / "x" / "long.wav"
     path.parent.mkdir()

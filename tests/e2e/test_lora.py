@@ -20,6 +20,7 @@ from tests.e2e.conftest import TINY
 pytestmark = pytest.mark.timeout(900)
 
 
+@pytest.mark.slow
 def test_lora_is_one_of_the_techniques(tmp_path, onetomany_here, tiny_data):
     job = tmp_path / "tiny.yaml"
     text = TINY.read_text()

@@ -90,6 +90,7 @@ def test_a_handler_that_a_library_installs_does_not_stay(when):
     assert done.returncode == 143, done.stderr
 
 
+@pytest.mark.slow
 def test_outside_a_command_nothing_is_installed():
     """The library alone leaves the signals of its host as they are."""
     done = python("""

@@ -82,6 +82,7 @@ def test_the_scale_ends_at_100():
         assert float(objective.log_scale.exp()) == pytest.approx(min(scale, 100.0))
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_weights_of_one(team):
     check_ranks(team, "clip", **SMALL)
 

@@ -452,6 +452,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
         prepare(tmp_path / "out", *pairs, source="InvertedPendulum-v5", rows_per_part=2)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_same_seeds_give_the_same_bytes_on_ray(ray_here, hide_ray, tmp_path):
     pairs = (*SHORT, "episodes=10", "test_episodes=3", "dynamics=mass=0.5..2", "explore=0.1")

@@ -82,6 +82,7 @@ def test_a_network_that_is_used_as_it_is_stands_beside_those_with_the_most_label
     assert winners.winner(entries_of([*found, *trained])).label_fraction == "1.0"
 
 
+@pytest.mark.slow
 def test_a_winner_with_fewer_labels_is_said_to_be_one(tmp_path):
     rows, runs, curves = plain()
     found = [

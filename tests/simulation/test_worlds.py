@@ -206,6 +206,7 @@ def test_the_rule_is_the_one_that_the_real_robot_drove_by():
     ) == list(ACTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.skipif(not LOG.exists(), reason="needs the folder that ONETOMANY_DATA names")
 def test_a_classifier_that_has_seen_only_the_twin_knows_what_the_real_robot_did():

@@ -190,6 +190,7 @@ def test_a_source_without_rows_is_named(tmp_path, paths):
 # ---------------------------------------------------------------- at_test
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_test_rows(tmp_path, paths):
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths, keep_bundles=True, source=(RESNET, IMAGE))

@@ -174,6 +174,7 @@ def failing(sources: str, made: list[str]):
     return with_failures
 
 
+@pytest.mark.slow
 def test_what_failed_at_a_rung_does_not_change_what_is_kept_later(
     tmp_path, bundles, paths, here, monkeypatch
 ):
@@ -208,6 +209,7 @@ def test_where_every_trial_of_a_rung_failed_they_run_again(
     assert set(made[:9]) <= set(here), "all pairs with a ninth of the steps"
 
 
+@pytest.mark.slow
 def test_a_pair_that_fails_at_a_rung_is_cut_and_its_error_kept(
     tmp_path, bundles, paths, here, monkeypatch
 ):

@@ -113,6 +113,7 @@ def test_heads_together_equal_one_at_a_time(paths, tmp_path):
     assert len(values) == len(group) == 12  # no two of them are copies
 
 
+@pytest.mark.slow
 def test_texts_are_cached_as_they_are_trained_on(tmp_path):
     """Of many widths, padded beside other texts in each place."""
     found, modality = {}, text_modality()
@@ -226,6 +227,7 @@ def test_label_smoothing_and_another_metric(paths, tmp_path):
     assert next(iter(together.values())).rows[0].metric == "balanced_accuracy"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [{"classification": {"dropout": 0.5}}, {"classification": {"dropout": 0.3, "norm": False}}],

@@ -53,6 +53,7 @@ def accuracies(rows) -> list[results.ResultRow]:
     return [row for row in rows if row.metric == "accuracy" and row.split == "test"]
 
 
+@pytest.mark.slow
 def test_a_seed_tests_each_row_in_one_fold(ended):
     state, rows, ran = ended
     assert len(set(ran)) == 3 * 2 * 3, "techniques and a baseline x seeds x folds"

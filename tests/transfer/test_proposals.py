@@ -249,6 +249,7 @@ def toy_job(folder, toy, **fan) -> Job:
     )
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_goes_on_with_the_settings_that_it_had(tmp_path, toy, monkeypatch):
     ran = stage_runs.trials_in_this_process(monkeypatch)
     whole = toy_job(tmp_path / "whole", toy)

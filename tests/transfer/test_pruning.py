@@ -94,6 +94,7 @@ def test_stale_trials_go_with_their_rows_and_bundles_and_nothing_else_does(both)
     assert all(done for _, done in stages.trial_status(prepared(job))), "nothing is to be run again"
 
 
+@pytest.mark.slow
 def test_stacks_of_stale_trials_go(both):
     """Heads that were killed leave resume points beside the trials."""
     job, old, new = both
@@ -141,6 +142,7 @@ def test_jobs_that_recorded_no_uses_are_known_by_their_tables(both, tmp_path, pa
     }
 
 
+@pytest.mark.slow
 def test_a_trial_that_the_jobs_own_source_starts_from_stays(both, tmp_path):
     job, old, _ = both
     used = next(
@@ -153,6 +155,7 @@ def test_a_trial_that_the_jobs_own_source_starts_from_stays(both, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_nothing_is_pruned_while_the_jobs_trials_are_not_known(both):
     job, _, _ = both
     searching = changed(job, fanout={"seeds": 1, "trials": 2, "search": {"lr": [1e-4, 1e-1]}})

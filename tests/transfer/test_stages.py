@@ -145,6 +145,7 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
     assert here == [] and alike(third, rows), "a second run runs nothing"
 
 
+@pytest.mark.slow
 def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths, here):
     """Paired seeds, the corrected p value of the primary metric, and the gain over the target's
     best scratch network.
@@ -350,6 +351,7 @@ def test_each_technique_is_searched_over_its_own_ranges(tmp_path, bundles, paths
     assert {results.technique(row) for row in final} == {"full"}
 
 
+@pytest.mark.slow
 def test_a_probe_of_streamed_rows_is_searched_as_scratch_is(tmp_path, bundles, paths, here):
     """Its head trains by steps there; the report knows it too."""
     job = job_of(
@@ -367,6 +369,7 @@ def test_a_probe_of_streamed_rows_is_searched_as_scratch_is(tmp_path, bundles, p
     assert alike(reported(job)[1], rows)
 
 
+@pytest.mark.slow
 def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     tmp_path, bundles, paths, here
 ):
@@ -480,6 +483,7 @@ def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here
     )
 
 
+@pytest.mark.slow
 def test_ended_knows_nothing_of_the_finals_while_the_search_is_not_through(
     tmp_path, bundles, paths, here
 ):
@@ -969,6 +973,7 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_reported_again(
     assert reported(other)[0].notes == [], "facts of another job are none of this one"
 
 
+@pytest.mark.slow
 def test_a_part_replaces_its_own_results_and_leaves_the_others(tmp_path, bundles, paths, here):
     job = job_of(
         tmp_path,

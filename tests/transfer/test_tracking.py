@@ -151,6 +151,7 @@ def runs(ended):
     return {one.info.run_name: one for one in listed}
 
 
+@pytest.mark.slow
 def test_a_run_for_the_job_and_nested_ones_for_its_parts(ended):
     run(ended)
     assert ended.state.progress.notes == []
