@@ -16,7 +16,11 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors.torch import (
+    load,
+    load_file,  # pyright: ignore[reportUnknownVariableType]
+    save_file,  # pyright: ignore[reportUnknownVariableType]
+)
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from torch import Tensor
 
