@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 from stable_baselines3 import PPO
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from pipeline.core.rng import mix
@@ -152,6 +153,7 @@ class Training:
             seed=mix(self.seed, begin) % 2**32,
             device="cpu",
         )
+        ppo.set_logger(Logger(None, []))  # its own makes a folder among the temporary files
         if self.arrays:
             _restore(ppo, self.arrays)
         return ppo

@@ -211,12 +211,14 @@ def test_a_state_that_mujoco_calls_bad_is_an_end_as_in_a_rollout():
     assert all(np.isfinite(observation).all() for observation, *_ in steps)
 
 
-def test_the_process_keeps_its_own_random_state():
+def test_the_process_keeps_its_own_random_state_and_no_folder_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     np.random.seed(0)
     torch.manual_seed(0)
     before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     trained(lambda k: Counting(True), 1)
     assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert not list(tmp_path.glob("SB3*"))
 
 
 # --- stopping and going on ---
