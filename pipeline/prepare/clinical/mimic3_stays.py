@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.prepare.engine.importing import InvalidRow, Notes, RawRow, invalid_row
+from pipeline.prepare.engine.importing import InvalidRow, Notes, Row, invalid_row
 from pipeline.prepare.engine.inputs import plain_suffix
 from pipeline.prepare.readers.archives import Entry, Listing, Opener
 from pipeline.prepare.readers.csv_blocks import (
@@ -271,14 +271,14 @@ def stays(tables: dict[str, list[Entry]]) -> Stays:
 
 
 def _row(
-    row: RawRow,
+    row: Row,
     start: int,
     end: int,
     patients: dict[int, tuple[str | None, int | None]],
     admissions: Any,
     codes: dict[int, list[str]],
     counts: Counter[int],
-) -> RawRow:
+) -> Row:
     """Return a stay as in SCHEMA.
 
     Static features are what is known at its start: of diagnoses only those of admissions that ended

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import Index, RawRow, place, preview, split_of_folders, table
+from pipeline.prepare.engine.importing import Index, Row, place, preview, split_of_folders, table
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import Picture
 
@@ -112,7 +112,7 @@ class AnnotatedImagesImporter(ImageImporter):
             },
         )
 
-    def postprocess(self, row: RawRow, picture: Picture) -> RawRow:
+    def postprocess(self, row: Row, picture: Picture) -> Row:
         size = row["_width"], row["_height"]
         if size == (UNKNOWN, UNKNOWN):
             return row
@@ -163,9 +163,7 @@ class _ImagesByName:
         return None
 
 
-def _row(
-    image: archives.Entry, one: AnnotatedImage, names: list[str], counts: Counter[str]
-) -> RawRow:
+def _row(image: archives.Entry, one: AnnotatedImage, names: list[str], counts: Counter[str]) -> Row:
     width, height = one.size
     kept = [
         (name, box)

@@ -25,7 +25,7 @@ from pipeline.io import storage
 from pipeline.io.threads import threaded_map
 from pipeline.media import audio_io
 from pipeline.media.audio_io import BrokenAudioError, Info, Sound
-from pipeline.prepare.engine.importing import Index, InvalidRow, RawRow, invalid_row, place, table
+from pipeline.prepare.engine.importing import Index, InvalidRow, Row, invalid_row, place, table
 from pipeline.prepare.engine.indexed import IndexShardTask, is_one_way, loaded
 from pipeline.prepare.engine.inputs import HELD_OUT_FIRST, InputSplit, SplitReader, decoded
 from pipeline.prepare.engine.row_groups import RowGroups, tables_of
@@ -146,7 +146,7 @@ def recording(
     seconds: float | None = None,
     layout: str = "",
     **columns: Any,
-) -> RawRow:
+) -> Row:
     """Make one row of an index.
 
     Args:
@@ -166,7 +166,7 @@ def recording(
 
 
 def recordings(
-    rows: list[RawRow],
+    rows: list[Row],
     columns: dict[str, pa.DataType],
     source: str,
     bad: list[InvalidRow],
@@ -223,24 +223,24 @@ def lines_of(entries: Iterable[Entry]) -> Iterator[Line]:
             yield from found
 
 
-def segment_of(row: RawRow) -> tuple[Any, ...]:
+def segment_of(row: Row) -> tuple[Any, ...]:
     """Return which piece of which file a row of an index is, for `drop_repeated_keys`."""
     start = row["_start"] or 0.0
     return row["_uri"], row["_member"], row["_offset"], start, row["_seconds"]
 
 
-def unnamed_sounds(found: Listing, rows: list[RawRow]) -> int:
+def unnamed_sounds(found: Listing, rows: list[Row]) -> int:
     """Count the recordings that no row of an index is of."""
     named = {(row["_uri"], row["path"]) for row in rows}
     return len({(entry.uri, entry.name) for entry in sounds(found)} - named)
 
 
 def join_transcripts(
-    rows: dict[Any, RawRow],
+    rows: dict[Any, Row],
     said: dict[Any, list[Line]],
     split_of: Callable[[Any], str],
     wanted: str,
-) -> tuple[list[RawRow], list[InvalidRow]]:
+) -> tuple[list[Row], list[InvalidRow]]:
     """Join recordings with their transcripts.
 
     Args:
@@ -252,7 +252,7 @@ def join_transcripts(
     Returns:
         (rows with their transcript, invalid rows).
     """
-    out: list[RawRow] = []
+    out: list[Row] = []
     bad: list[InvalidRow] = []
     for key, row in rows.items():
         lines = said.get(key, [])
@@ -279,13 +279,13 @@ def _transcript_problem(lines: list[Line], wanted: str) -> str:
 
 
 def drop_repeated_keys(
-    rows: list[RawRow], key: Callable[[RawRow], Any]
-) -> tuple[list[RawRow], list[InvalidRow]]:
+    rows: list[Row], key: Callable[[Row], Any]
+) -> tuple[list[Row], list[InvalidRow]]:
     """Keep one row for each `key`: (rows, invalid ones).
 
     The held-out one is kept: test before validation before train, then the first.
     """
-    first: dict[Any, RawRow] = {}
+    first: dict[Any, Row] = {}
     out, bad = [], []
     for row in sorted(rows, key=lambda row: HELD_OUT_FIRST.get(row["split"], 3)):
         twin = first.setdefault(key(row), row)
@@ -372,10 +372,10 @@ def _make(
 def _rows(
     sound_options: SoundOptions,
     reader: Reader,
-    listed: list[RawRow],
+    listed: list[Row],
     bad: list[InvalidRow],
     counts: Counter[tuple[str, str]],
-) -> Iterator[tuple[int, RawRow]]:
+) -> Iterator[tuple[int, Row]]:
     """Yield (position in the index, row); invalid rows go to `bad`, counts for the summary to
     `counts`.
     """
@@ -414,7 +414,7 @@ class _Load:
         self.reader = reader
         self._last: tuple[tuple[str, int], bytes] | None = None
 
-    def __call__(self, row: RawRow) -> Sound:
+    def __call__(self, row: Row) -> Sound:
         uri, member, offset, size = row["_uri"], row["_member"], row["_offset"], row["_size"]
         if is_gzipped(uri) and offset >= 0:
             if self._last is None or self._last[0] != (uri, offset):
@@ -435,7 +435,7 @@ class _Owning(Window):
         super().close()
 
 
-def _with_header(row: RawRow, data: Sound) -> Sound:
+def _with_header(row: Row, data: Sound) -> Sound:
     """Encode headerless samples as FLAC; return other files unchanged."""
     if not row["_layout"]:
         return data
@@ -448,7 +448,7 @@ def _with_header(row: RawRow, data: Sound) -> Sound:
 
 
 def _spans(
-    row: RawRow, data: Sound, info: Info, sound_options: SoundOptions
+    row: Row, data: Sound, info: Info, sound_options: SoundOptions
 ) -> tuple[list[tuple[float, float]], bool]:
     """Return ([(start, stop) in seconds of each row], whether the one row is the whole file)."""
     start = row["_start"] or 0.0
@@ -469,13 +469,13 @@ def _spans(
 
 
 def _row(
-    row: RawRow,
+    row: Row,
     data: Sound,
     info: Info,
     span: tuple[float, float],
     whole: bool,
     sound_options: SoundOptions,
-) -> tuple[RawRow, list[str]]:
+) -> tuple[Row, list[str]]:
     """Return (the row, which of COUNTED it is)."""
     start, stop = span
     samples, rate, peak, clipped = (

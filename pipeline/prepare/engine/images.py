@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.prepare.engine.importing import Index, InvalidRow, RawRow, invalid_row
+from pipeline.prepare.engine.importing import Index, InvalidRow, Row, invalid_row
 from pipeline.prepare.engine.indexed import IndexShardTask, loaded
 from pipeline.prepare.engine.row_groups import RowGroups, tables_of
 from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult
@@ -39,7 +39,7 @@ class ImageImporter(Importer):
         Raises ValueError for files that are not in the publisher's format.
         """
 
-    def postprocess(self, row: RawRow, picture: Picture) -> RawRow:
+    def postprocess(self, row: Row, picture: Picture) -> Row:
         """Return the row's columns once its image is known: boxes and masks are scaled with it.
 
         Raises BrokenImageError for a row that cannot be used.
@@ -94,7 +94,7 @@ def _make(
 
 def _rows(
     importer: ImageImporter, settings: Settings, reader: Reader, rows: pa.Table
-) -> tuple[list[RawRow], list[InvalidRow]]:
+) -> tuple[list[Row], list[InvalidRow]]:
     out, broken = {}, []
     for i, row, data in loaded(
         rows.to_pylist(),

@@ -19,8 +19,8 @@ from pipeline.data.to_parquet import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 from pipeline.io import storage
 from pipeline.prepare.readers.archives import Entry
 
-RawRow = dict[str, Any]
-"""A row by the names of its columns, which are the publisher's or those of the user's file."""
+Row = dict[str, Any]
+"""A row: the values by the names of its columns."""
 Notes = dict[str, Any]
 """What the summary says, by what it is of: counts, short texts, or counts by a name."""
 Info = dict[str, Any]
@@ -90,7 +90,7 @@ class Index:
     broken: list[InvalidRow] = field(default_factory=list)
 
 
-def place(entry: Entry, split: str, **columns: Any) -> RawRow:
+def place(entry: Entry, split: str, **columns: Any) -> Row:
     """Make one row of an index."""
     return {
         "_uri": entry.uri,
@@ -104,7 +104,7 @@ def place(entry: Entry, split: str, **columns: Any) -> RawRow:
 
 
 def table(
-    rows: list[RawRow], columns: dict[str, pa.DataType], source: str, noun: str = "images"
+    rows: list[Row], columns: dict[str, pa.DataType], source: str, noun: str = "images"
 ) -> pa.Table:
     """Return the rows as a table. Raises ValueError if there are none."""
     if not rows:

@@ -20,7 +20,7 @@ from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.core.rng import mix, row_keys
 from pipeline.io.threads import threaded_map
 from pipeline.media.audio_io import BrokenAudioError
-from pipeline.prepare.engine.importing import Index, RawRow
+from pipeline.prepare.engine.importing import Index, Row
 from pipeline.prepare.engine.shard_tasks import OutputShard, Settings, ShardTask, name_shards
 from pipeline.prepare.readers.archives import is_gzipped
 from pipeline.prepare.readers.picture_check import BrokenImageError
@@ -105,18 +105,18 @@ def _digest(rows: pa.Table) -> str:
     return hashlib.sha256(sink.getbuffer()).hexdigest()
 
 
-def is_one_way(rows: list[RawRow]) -> bool:
+def is_one_way(rows: list[Row]) -> bool:
     """Whether the rows are in an archive that can only be read from its start."""
     return any(is_gzipped(row["_uri"]) for row in rows)
 
 
-def loaded(rows: list[RawRow], load: Callable[[RawRow], Any]) -> Iterator[tuple[int, RawRow, Any]]:
+def loaded(rows: list[Row], load: Callable[[Row], Any]) -> Iterator[tuple[int, Row, Any]]:
     """Load each row: yield (position, row, result of `load` or the error of an invalid file).
 
     Rows of a tar.gz come in the order of the archive; others in order, read ahead by threads.
     """
 
-    def attempt(row: RawRow) -> tuple[RawRow, Any]:
+    def attempt(row: Row) -> tuple[Row, Any]:
         try:
             return row, load(row)
         except (BrokenImageError, BrokenAudioError) as error:

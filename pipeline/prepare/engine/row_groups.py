@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.rng import mix, row_keys
-from pipeline.prepare.engine.importing import RawRow
+from pipeline.prepare.engine.importing import Row
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 16384
 """Most bytes (about), and most rows, of a row group."""
@@ -93,11 +93,11 @@ class RowGroups:
         self.file.close()
 
 
-def tables_of(rows: Iterable[RawRow | pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+def tables_of(rows: Iterable[Row | pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
     """Yield rows as tables with the columns of a schema; single rows are gathered, up to about
     GROUP_BYTES.
     """
-    held: list[RawRow] = []
+    held: list[Row] = []
     size = 0
 
     def gathered() -> Iterator[pa.Table]:

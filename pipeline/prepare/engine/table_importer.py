@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.arrow_compute import pc
 from pipeline.io import checksums, storage
-from pipeline.prepare.engine.importing import Info, Notes, RawRow
+from pipeline.prepare.engine.importing import Info, Notes, Row
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
 from pipeline.prepare.engine.row_groups import RowGroups, lengths, tables_of
 from pipeline.prepare.engine.shard_tasks import (
@@ -94,7 +94,7 @@ class TableImporter(Importer):
         return whole_files(listed), listed.mark, listed.notes
 
     @abstractmethod
-    def rows(self, reading: SplitReader) -> Iterator[RawRow | pa.Table]:
+    def rows(self, reading: SplitReader) -> Iterator[Row | pa.Table]:
         """Yield the valid rows of an input split, in order: dicts, or tables of many.
 
         Invalid rows go to `reading.bad`. Raises ValueError for a file that is not in the
@@ -332,7 +332,7 @@ def _make(
     return ShardResult(path, writer.rows, broken, amounts)
 
 
-def _with_split(row: RawRow | pa.Table, split: str) -> RawRow | pa.Table:
+def _with_split(row: Row | pa.Table, split: str) -> Row | pa.Table:
     """Return a row, or a table of rows, with the column `split`: its own, or that of the file."""
     if isinstance(row, dict):
         return {"split": split, **row}

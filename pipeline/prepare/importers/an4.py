@@ -22,7 +22,7 @@ from pipeline.prepare.engine.audio import (
     recording,
     recordings,
 )
-from pipeline.prepare.engine.importing import Index, RawRow, invalid_row, preview
+from pipeline.prepare.engine.importing import Index, Row, invalid_row, preview
 from pipeline.prepare.readers import archives
 
 RAW = ".raw"
@@ -87,7 +87,7 @@ class An4(AudioImporter):
             self.options.raw == "auto" and "littleendian" in f"{source}/{root}"
         )
         audio = _by_stem(here)
-        rows: dict[Any, RawRow] = {}
+        rows: dict[Any, Row] = {}
         said: dict[Any, list[Line]] = {}
         without_audio, bad = set(), []
         for split, (ids, transcripts) in LISTS.items():

@@ -22,7 +22,7 @@ from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
     Index,
-    RawRow,
+    Row,
     first_existing,
     place,
     preview,
@@ -194,7 +194,7 @@ class Coco(ImageImporter):
         split: str,
         categories: dict[int, str],
         counts: Counter[str],
-    ) -> list[RawRow]:
+    ) -> list[Row]:
         by_image: dict[int, list[CocoAnnotation]] = defaultdict(list)
         known = {image["id"] for image in data["images"]}
         lost = [a.get("id") for a in data["annotations"] if a["image_id"] not in known]
@@ -260,7 +260,7 @@ class Coco(ImageImporter):
         if wrong:
             counts[f"{what}, left out"] += len(wrong)
 
-    def postprocess(self, row: RawRow, picture: Picture) -> RawRow:
+    def postprocess(self, row: Row, picture: Picture) -> Row:
         width, height = row["_width"], row["_height"]
         boxes.check_size(picture, width, height)
         sx, sy = picture.size[0] / width, picture.size[1] / height

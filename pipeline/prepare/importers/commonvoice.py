@@ -20,7 +20,7 @@ from pipeline.prepare.engine.audio import (
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import SPLITS, Index, InvalidRow, RawRow, names_in, preview
+from pipeline.prepare.engine.importing import SPLITS, Index, InvalidRow, Row, names_in, preview
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.archives import Opener
@@ -162,7 +162,7 @@ class CommonVoice(AudioImporter):
 
 def _read(
     table: archives.Entry, language: str, clips: dict[str, archives.Entry]
-) -> tuple[list[RawRow], list[InvalidRow], list[str]]:
+) -> tuple[list[Row], list[InvalidRow], list[str]]:
     """Return (rows, invalid rows, which of TEXTS and NUMBERS there are).
 
     Cells are not quoted: a quotation mark is part of a sentence.
@@ -185,7 +185,7 @@ def _read(
         if path not in clips:
             reading.bad(number, f"a transcript without its recording: no {path}")
             continue
-        kept: RawRow = {column: row[column] or None for column in TEXTS if column in row}
+        kept: Row = {column: row[column] or None for column in TEXTS if column in row}
         kept |= {
             column: int(row[column]) if row[column].isdecimal() else None
             for column in NUMBERS

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.media.tagging_schemes import check
-from pipeline.prepare.engine.importing import Notes, RawRow, preview
+from pipeline.prepare.engine.importing import Notes, Row, preview
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, decoded
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 
@@ -206,7 +206,7 @@ class Conll(TableImporter):
             columns, layouts, notes, {"scheme": "bio" if scheme == "iob1" else scheme}
         )
 
-    def rows(self, reading: SplitReader) -> Iterator[RawRow]:
+    def rows(self, reading: SplitReader) -> Iterator[Row]:
         layout: Layout = reading.scan_result
         width, scheme = layout.width, layout.scheme
         for line, words, tags, widths, document, reason in self._sentences(reading):

@@ -14,7 +14,7 @@ from pipeline.prepare.engine.importing import (
     NO_SPLIT,
     SPLITS,
     Notes,
-    RawRow,
+    Row,
     check_columns,
     check_one_split,
     preview,
@@ -198,7 +198,7 @@ class Csv(TableImporter):
             },
         )
 
-    def rows(self, reading: SplitReader) -> Iterator[RawRow]:
+    def rows(self, reading: SplitReader) -> Iterator[Row]:
         kinds: dict[str, int] = reading.scan_result
         for row in self._named(reading):
             made = {

@@ -22,7 +22,7 @@ from pipeline.prepare.engine.importing import (
     SPLITS,
     Index,
     InvalidRow,
-    RawRow,
+    Row,
     check_columns,
     invalid_row,
     kind_of_files,
@@ -127,7 +127,7 @@ class _Listed:
         """Leave the table out: tasks get the index."""
         return {**self.__dict__, "listed": None}
 
-    def entries(self, source: str) -> tuple[list[tuple[Entry, str, RawRow]], list[InvalidRow], str]:
+    def entries(self, source: str) -> tuple[list[tuple[Entry, str, Row]], list[InvalidRow], str]:
         """Return (file, split and columns of each valid row; the invalid rows; a mark)."""
         root = self.options.root or posixpath.dirname(source)
         names = self.listed[self.column].to_pylist()
@@ -143,7 +143,7 @@ class _Listed:
         given = self.options.split_column
         splits = self.listed[given].to_pylist() if given else ["train"] * len(names)
         columns = self.listed.select(list(self.kept)).rename_columns(list(self.kept.values()))
-        good: list[tuple[Entry, str, RawRow]] = []
+        good: list[tuple[Entry, str, Row]] = []
         bad: list[InvalidRow] = []
         for row, (name, uri, split, more) in enumerate(
             zip(names, uris, splits, columns.to_pylist() or [{}] * len(names), strict=True), 1

@@ -25,7 +25,7 @@ from pipeline.core.rng import mix, row_keys
 from pipeline.io import file_identity, storage
 from pipeline.media import audio_io
 from pipeline.prepare.engine import audio, images
-from pipeline.prepare.engine.importing import SPLITS, RawRow, invalid_row, names_in
+from pipeline.prepare.engine.importing import SPLITS, Row, invalid_row, names_in
 from pipeline.prepare.engine.row_groups import RowGroups
 from pipeline.prepare.engine.shard_tasks import (
     BudgetCheck,
@@ -431,7 +431,7 @@ def _make(
 
 def _checked(
     cells: list[Any], paths: list[str], what: str, settings: Settings
-) -> tuple[list[RawRow], dict[str, str]]:
+) -> tuple[list[Row], dict[str, str]]:
     """Return (the columns of each valid image or recording, the reasons of the others by path)."""
     good, bad = [], {}
     for cell, path in zip(cells, paths, strict=True):
@@ -452,13 +452,13 @@ def _bytes_of(cell: Any) -> bytes:
     return cell["bytes"] or storage.read_bytes(cell["path"])
 
 
-def _picture(data: bytes, settings: Settings) -> RawRow:
+def _picture(data: bytes, settings: Settings) -> Row:
     picture = examine(data, settings.resize, settings.quality)
     width, height = picture.size
     return {"image": picture.data, "width": width, "height": height}
 
 
-def _recording(data: bytes) -> RawRow:
+def _recording(data: bytes) -> Row:
     info = audio_io.inspect(data)
     return {
         "audio": data,

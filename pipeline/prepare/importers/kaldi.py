@@ -25,7 +25,7 @@ from pipeline.prepare.engine.audio import (
     segment_of,
     unnamed_sounds,
 )
-from pipeline.prepare.engine.importing import Index, InvalidRow, RawRow, invalid_row, split_of
+from pipeline.prepare.engine.importing import Index, InvalidRow, Row, invalid_row, split_of
 from pipeline.prepare.engine.located import locate
 from pipeline.prepare.readers import archives
 
@@ -204,13 +204,13 @@ def _utterances(
     split: str,
     files: dict[str, archives.Entry],
     bad: list[InvalidRow],
-) -> list[RawRow]:
+) -> list[Row]:
     """Return a row for each utterance of a data directory; invalid ones are added to `bad`."""
     segments = _Table(tables, folder, "segments", split, bad)
     texts = _Table(tables, folder, "text", split, bad)
     speakers = _Table(tables, folder, "utt2spk", split, bad)
     genders = _Table(tables, folder, "spk2gender", split, bad)
-    rows: dict[str, RawRow] = {}
+    rows: dict[str, Row] = {}
     for name, (entry, start, seconds) in _pieces(segments, split, files, bad).items():
         speaker = speakers.get(name)
         rows[name] = recording(

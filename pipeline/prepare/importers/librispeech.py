@@ -24,7 +24,7 @@ from pipeline.prepare.engine.audio import (
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import SPLITS, Index, RawRow, names_in, preview
+from pipeline.prepare.engine.importing import SPLITS, Index, Row, names_in, preview
 from pipeline.prepare.readers import archives
 
 TRANSCRIPTS = ".trans.txt"
@@ -163,7 +163,7 @@ def _split(subset: str) -> str:
     return SPLITS.get(subset.partition("-")[0], "")
 
 
-def _row(entry: archives.Entry, parts: tuple[str, str, str], genders: dict[str, str]) -> RawRow:
+def _row(entry: archives.Entry, parts: tuple[str, str, str], genders: dict[str, str]) -> Row:
     """Make a row; paths are those below LibriSpeech/, in folders and archives alike."""
     subset, speaker, chapter = parts
     file = posixpath.basename(entry.name)

@@ -30,7 +30,7 @@ from pipeline.prepare.engine.audio import (
 from pipeline.prepare.engine.importing import (
     Index,
     InvalidRow,
-    RawRow,
+    Row,
     invalid_row,
     names_in,
     preview,
@@ -183,7 +183,7 @@ class Manifest(AudioImporter):
 
     def _objects(
         self, entry: archives.Entry, split: str, bad: list[InvalidRow]
-    ) -> Iterator[tuple[Line, RawRow]]:
+    ) -> Iterator[tuple[Line, Row]]:
         """Yield the valid lines of a manifest with their fields."""
         for line in lines_of([entry]):
             fields: Any = None

@@ -17,7 +17,7 @@ from pipeline.core.arrow_compute import pc
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import records
 from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
-from pipeline.prepare.engine.importing import InvalidRow, Notes, RawRow, preview, split_of
+from pipeline.prepare.engine.importing import InvalidRow, Notes, Row, preview, split_of
 from pipeline.prepare.engine.records import HOUR, YEAR, Labels, Windows
 from pipeline.prepare.readers.archives import Listing, Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
@@ -376,7 +376,7 @@ def _static(rows: pa.Table, found: Subjects, characters: int) -> tuple[pa.Array,
         Counter(),
     )
     is_number = np.char.endswith(np.array(named.names, dtype=np.str_), f": {records.NUMBER}")
-    facts: dict[int, RawRow] = {}
+    facts: dict[int, Row] = {}
     twice = 0
     pairs = zip(table["subject_id"].to_pylist(), named.codes, named.values, strict=True)
     for subject, code, value in pairs:

@@ -28,7 +28,7 @@ from pipeline.prepare.engine.grouped import (
     ValidRows,
     variable_codes,
 )
-from pipeline.prepare.engine.importing import InvalidRow, RawRow, invalid_row, preview
+from pipeline.prepare.engine.importing import InvalidRow, Row, invalid_row, preview
 from pipeline.prepare.engine.inputs import EXPANSION
 from pipeline.prepare.readers.archives import Entry, Opener, has_suffix, listing
 from pipeline.prepare.readers.csv_blocks import (
@@ -151,7 +151,7 @@ class Physionet2012(GroupedImporter):
     # ---------------------------------------------------------------- one row a record
 
     def entities(self, source: str) -> Entities:
-        rows: list[RawRow] = []
+        rows: list[Row] = []
         broken: list[InvalidRow] = []
         with closing(Opener()) as opener:
             for name in self.sets:
@@ -195,7 +195,7 @@ class Physionet2012(GroupedImporter):
         }
         return Entities(table, keys, "entity", broken, info=info)
 
-    def _row(self, name: str, record: dict[str, float]) -> RawRow:
+    def _row(self, name: str, record: dict[str, float]) -> Row:
         known = {
             key: value
             for key, value in record.items()
@@ -236,7 +236,7 @@ class Physionet2012(GroupedImporter):
             self._known_ranges = plausible.Ranges()
         return self._known_ranges
 
-    def _of_files(self, name: str, opener: Opener, broken: list[InvalidRow]) -> Iterator[RawRow]:
+    def _of_files(self, name: str, opener: Opener, broken: list[InvalidRow]) -> Iterator[Row]:
         """Return the descriptors of each record (at 00:00), with its outcomes."""
         outcomes = self._outcome_rows(name, opener)
         seen: set[float] = set()
@@ -277,7 +277,7 @@ class Physionet2012(GroupedImporter):
             if np.isfinite(number)
         }
 
-    def _of_tables(self, name: str, opener: Opener) -> Iterator[RawRow]:
+    def _of_tables(self, name: str, opener: Opener) -> Iterator[Row]:
         wanted = {
             "recordid": Column("id"),
             **{

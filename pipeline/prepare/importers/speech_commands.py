@@ -25,7 +25,7 @@ from pipeline.prepare.engine.audio import (
 from pipeline.prepare.engine.importing import (
     Index,
     InvalidRow,
-    RawRow,
+    Row,
     invalid_row,
     names_in,
     preview,
@@ -182,7 +182,7 @@ class SpeechCommands(AudioImporter):
                     out[name] = split
         return out, bad
 
-    def _noise(self, entries: list[archives.Entry]) -> tuple[list[RawRow], list[InvalidRow]]:
+    def _noise(self, entries: list[archives.Entry]) -> tuple[list[Row], list[InvalidRow]]:
         """Return (a row for each second of noise, unusable files); neighbouring windows of a file
         are in one split.
         """

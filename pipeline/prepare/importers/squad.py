@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.io.json_values import JsonObject
-from pipeline.prepare.engine.importing import Notes, RawRow
+from pipeline.prepare.engine.importing import Notes, Row
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, text_problem
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers.archives import MOST_BYTES
@@ -104,7 +104,7 @@ class Squad(TableImporter):
             notes,
         )
 
-    def rows(self, reading: SplitReader) -> Iterator[RawRow]:
+    def rows(self, reading: SplitReader) -> Iterator[Row]:
         for number, (row, reason, _) in enumerate(self._questions(reading)):
             if not reason and number in reading.scan_result:
                 reason = "its id stood before"

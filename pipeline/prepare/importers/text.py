@@ -18,7 +18,7 @@ from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.io.threads import threaded_map
 from pipeline.media import minhash
-from pipeline.prepare.engine.importing import Notes, RawRow, names_in
+from pipeline.prepare.engine.importing import Notes, Row, names_in
 from pipeline.prepare.engine.inputs import (
     ROW_BYTES,
     InputFiles,
@@ -128,7 +128,7 @@ class Document(NamedTuple):
 
     place: int
     text: str
-    kept: RawRow
+    kept: Row
 
 
 class Selection(NamedTuple):
@@ -475,7 +475,7 @@ class Text(TableImporter):
             }
         )
 
-    def rows(self, reading: SplitReader) -> Iterator[RawRow]:
+    def rows(self, reading: SplitReader) -> Iterator[Row]:
         selection: Selection = reading.scan_result
         for number, (place, text, kept) in enumerate(self._documents(reading)):
             if not selection.is_dropped[number]:

@@ -18,7 +18,7 @@ from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
     SPLITS,
     Index,
-    RawRow,
+    Row,
     place,
     preview,
     split_of_folders,
@@ -148,7 +148,7 @@ class Voc(ImageImporter):
             },
         )
 
-    def postprocess(self, row: RawRow, picture: Picture) -> RawRow:
+    def postprocess(self, row: Row, picture: Picture) -> Row:
         width, height = row["_width"], row["_height"]
         boxes.check_size(picture, width, height)
         across, down = picture.size[0] / width, picture.size[1] / height

@@ -21,7 +21,7 @@ from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
     SPLITS,
     Index,
-    RawRow,
+    Row,
     place,
     preview,
     split_of_folders,
@@ -176,7 +176,7 @@ class Yolo(ImageImporter):
             )
         return numbers
 
-    def postprocess(self, row: RawRow, picture: Picture) -> RawRow:
+    def postprocess(self, row: Row, picture: Picture) -> Row:
         out = {**row, "boxes": boxes.scaled(row["boxes"], *picture.size)}
         if self.options.masks == "none":
             return out

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.io import storage
-from pipeline.prepare.engine.importing import SPLITS, RawRow, lines, preview
+from pipeline.prepare.engine.importing import SPLITS, Row, lines, preview
 from pipeline.prepare.readers.archives import Entry, listing
 from pipeline.prepare.readers.parquet import open_parquet
 
@@ -74,7 +74,7 @@ class Layout:
     """
 
     version: str
-    info: RawRow
+    info: dict[str, Any]
     features: dict[str, Feature]
     tasks: dict[int, str]
     episodes: list[EpisodeInfo]
@@ -180,7 +180,7 @@ def splits(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int]:
 
 
 def _paths(
-    info: RawRow, major: int, record: RawRow, camera: str
+    info: dict[str, Any], major: int, record: Row, camera: str
 ) -> tuple[str, tuple[str, float] | None]:
     """Return an episode's Parquet file and (its video, the second at which it begins there)."""
     data, video = (
@@ -217,7 +217,7 @@ def _paths(
         ) from None
 
 
-def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[RawRow]:
+def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[Row]:
     """Read the objects of a file of JSON lines."""
     if name not in there:
         raise ValueError(f"{source}: no {name}, which a data set of layout v2 has; get it again")
@@ -238,7 +238,7 @@ def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[RawRow]:
         yield found
 
 
-def _tables(source: str, there: dict[str, Entry]) -> Iterator[RawRow]:
+def _tables(source: str, there: dict[str, Entry]) -> Iterator[Row]:
     """Read the rows of meta/episodes, without the statistics."""
     names = [
         name for name in there if name.startswith("meta/episodes/") and name.endswith(".parquet")
