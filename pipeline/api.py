@@ -344,8 +344,12 @@ def _resolve(bundle: str, target: str | None) -> str:
     """Return the bundle, or the best one for a target where a job's folder is given."""
     from pipeline.io import storage
     from pipeline.report import results as results_table
+    from pipeline.report import trial_folder
 
-    is_job = storage.exists(storage.join(bundle, results_table.FILE))
+    is_job = any(
+        storage.exists(storage.join(bundle, name))
+        for name in (results_table.FILE, trial_folder.TRIALS)
+    )
     if target is None and not is_job:
         return bundle
     return best_bundle(bundle, target)

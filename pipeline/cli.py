@@ -251,7 +251,8 @@ def init(
         list[str],
         typer.Argument(
             help="Files, folders or globs: CSV, JSON Lines, Parquet, a folder with a subfolder of "
-            "images or recordings for each class, or a table that names such files.",
+            "images, recordings or texts (.txt) for each class, or a table that names images or "
+            "recordings.",
             metavar="FOLDER|FILES...",
         ),
     ],

@@ -189,7 +189,7 @@ class Data(Spec):
         "auto",
         description="auto: by file name; recordings longer than 30 s are cut at silence (audio); "
         "plain text is read as a row a line (text), as rows separated by blank lines (paragraphs), "
-        "or as a row a file (documents)",
+        "or as a row a file (documents), whose folder is then its label, in column label",
     )
     identity: Literal["content", "stat"] = Field(
         "content",

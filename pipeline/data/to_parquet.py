@@ -73,7 +73,8 @@ of them.
 TEXTS = {"text", "paragraphs", "documents"}
 """Kinds of plain text: a row is a line, a paragraph between blank lines, or a file. Their column
 `text` is binary, so that a row that is not UTF-8 is reported where it is read, and does not affect
-others.
+others. Of several files, each of which is a row, there are also `label` (the folder's name) and
+`id` (the path).
 """
 TEXT_VERSION = 2
 GROUP_ROWS, GROUP_BYTES = 1024, 64 << 20
@@ -216,6 +217,7 @@ def to_parquet(
         raise ValueError(_several_kinds(uris, pairs))
     kind, fingerprint, listed = kinds.pop(), None, []
     files = [file for file, _ in pairs]
+    has_labels = kind == "documents" and len(files) > 1
     if kind in LISTED:
         listed = _listed(pairs, mode)
         cut = [AUDIO_VERSION, LONGEST_SECONDS] if kind == "audio" else []
@@ -229,13 +231,19 @@ def to_parquet(
                 raise ValueError(
                     f"{file}: the file is empty (0 bytes); remove it or write it again"
                 )
-        read = identity.identify(files, mode)
+        if has_labels:
+            listed = _listed(pairs, mode)
+            read = [file.identity for file in listed]
+            names = [[file.name, file.label] for file in listed]
+        else:
+            read = identity.identify(files, mode)
+            names = [[PurePosixPath(storage.without_query(file.uri)).name] for file in read]
         if kind == "parquet":
             _check_prepared(read)
             return ImportedFiles(files, own=tuple(read))
         key = spec_hash(
             kind,
-            [[PurePosixPath(storage.without_query(file.uri)).name, file.content] for file in read],
+            [[*name, file.content] for name, file in zip(names, read, strict=True)],
             *([TEXT_VERSION] if kind in TEXTS else []),
         )
     folder = storage.join(imports_uri, key)
@@ -249,6 +257,8 @@ def to_parquet(
                         path,
                         row_group_size=GROUP_ROWS,
                     )
+                elif has_labels:
+                    _write_documents(listed, path)
                 else:
                     _write(kind, files, path)
             identity.check_unchanged(read)
@@ -455,6 +465,21 @@ def _write(kind: str, files: list[str], path: Path) -> None:
     writer.close()
 
 
+def _write_documents(listed: list[_File], path: Path) -> None:
+    """Write files of text, one a row, with the name of each one's folder and its path."""
+    schema = pa.schema([("text", pa.binary()), ("label", pa.string()), ("id", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        rows: list[dict[str, Any]] = []
+        size = 0
+        for number, file in enumerate(listed, 1):
+            text = _read_document(file.uri)
+            rows.append({"text": text, "label": file.label, "id": file.name})
+            size += len(text)
+            if len(rows) == GROUP_ROWS or size >= GROUP_BYTES or number == len(listed):
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                rows, size = [], 0
+
+
 def _columns(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
@@ -613,6 +638,11 @@ def _paragraphs(file: str) -> Iterator[pa.Table]:
 
 def _document(file: str) -> Iterator[pa.Table]:
     """Yield a whole file as one row."""
+    return _grouped(iter([_read_document(file)]))
+
+
+def _read_document(file: str) -> bytes:
+    """Return the content of a file of text. Raises ValueError for a very large one."""
     with open_unpacked(file) as handle:
         data = handle.read(LINE_BYTES + 1)
     if len(data) > LINE_BYTES:
@@ -620,7 +650,7 @@ def _document(file: str) -> Iterator[pa.Table]:
             f"{file}: the document is larger than {LINE_BYTES >> 20} MiB; cut it up, or say "
             "format: text (a line is a document) or paragraphs"
         )
-    return _grouped(iter([_marked(file, data)]))
+    return _marked(file, data)
 
 
 def _blank(line: bytes) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pipeline.checkpoints.export import can_be_graph, usual_kind
 from pipeline.config import registry
 from pipeline.core.contracts.technique_capabilities import keeps_modules
-from pipeline.report import folds, matrix, plots, results
+from pipeline.report import folds, matrix, plots, results, trial_folder
 from pipeline.report.blocks import (
     DASH,
     MARKS,
@@ -156,6 +156,13 @@ def find_bundle(
     current = [row for row in rows if row.current is not False and row.target]
     targets = sorted({row.target for row in current})
     if not targets:
+        begun = len(trial_folder.find_all(root))
+        if begun:
+            raise ValueError(
+                f"{root}: {begun} trials began here, and there is no table of results yet: wait "
+                "for the end of the job. Where it stopped, `onetomany report JOB.yaml` writes the "
+                "table of the trials that finished"
+            )
         raise ValueError(f"{root}: no trial has finished here; see onetomany run")
     if target is None and len(targets) > 1:
         raise ValueError(f"{root} has {len(targets)} targets: name one, --target {targets[0]}")

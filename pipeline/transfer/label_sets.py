@@ -17,7 +17,7 @@ from pipeline.core.contracts.objective_capabilities import (
     predicts_from_scores,
     reads_texts,
 )
-from pipeline.core.specs import ObjectiveSpec
+from pipeline.core.specs import NO_OBJECTIVE, ObjectiveSpec
 from pipeline.data import manifests
 from pipeline.data.manifests import Selection
 
@@ -176,6 +176,8 @@ def carry_head(
     Returns:
         How many labels have been carried over, and what was done in words.
     """
+    if source.name == NO_OBJECTIVE.name:
+        return 0, "head new: the source has none"
     if source.name != objective.registered_name:
         return 0, f"head new: the source's objective was {source.name}"
     if not names_labels(objective):

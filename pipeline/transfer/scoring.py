@@ -27,6 +27,7 @@ from pipeline.core.contracts.objective_capabilities import (
 from pipeline.core.contracts.score import LabelKind, Score, half, interval_of_halves
 from pipeline.core.metrics.calibration import softmax
 from pipeline.core.rng import mix
+from pipeline.core.specs import NO_OBJECTIVE
 from pipeline.data.manifests import Selection
 from pipeline.data.stream import Decoder, Rows, eval_batches
 from pipeline.io import checksums, storage
@@ -428,7 +429,7 @@ def _source_probabilities(
 ) -> np.ndarray | str:
     """Return (n, Z) probabilities of the source's own classes, or why there are none."""
     spec, tensors = shared.heads.get(pair.source, (None, {}))
-    if spec is None:
+    if spec is None or spec.name == NO_OBJECTIVE.name:
         return "the source is a checkpoint without classes of its own"
     kind: Any = registry.get("objective", spec.name)
     if not _predicts_one_class(kind):

@@ -86,7 +86,9 @@ def test_a_folder_of_documents_has_one_row_a_file(tmp_path, imports):
         (tmp_path / "t" / name).write_bytes(data)
     # The modality tells of the empty one
     assert rows_of(tmp_path / "t", imports, "documents") == {
-        "text": [b"first", b"second\n\nfile", b""]
+        "text": [b"first", b"second\n\nfile", b""],
+        "label": ["t", "t", "deep"],
+        "id": ["a.txt.gz", "b.txt", "deep/c.txt"],
     }
     with pytest.raises(ValueError, match=r"c\.txt: the file is empty"):
         m.build(str(tmp_path / "t"), "text", imports)

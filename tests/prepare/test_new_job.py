@@ -186,6 +186,36 @@ def test_folders_of_splits_of_images(folder):
     assert "train 8, validation 4, test 8 rows" in dry_run()
 
 
+@pytest.mark.parametrize("places", [["reviews"], ["reviews/pos/*.txt", "reviews/neg/*.txt"]])
+def test_a_folder_of_texts_for_each_class(places):
+    for number, one in enumerate(texts(60)):
+        write(Path(f"reviews/{('neg', 'pos')[number % 2]}/{number}.txt"), one)
+    text = init(*places)
+    found = target()
+    assert (found.data.format, found.objective.name) == ("documents", "classification")
+    assert found.data.columns == {"text": "text", "label": "label"}
+    assert "2 classes of label: neg (30 rows), pos (30)" in comments(text)
+    assert "predict runs/job new_files --input-format documents --target label" in text
+    assert "train" in dry_run()
+
+
+def test_texts_laid_out_as_the_reviews_of_imdb():
+    """Each split has its folder; texts without a label lie among those of training."""
+    for split in ("train", "test"):
+        for number, one in enumerate(texts(40, len(split))):
+            write(Path(f"imdb/{split}/{('neg', 'pos')[number % 2]}/{number}.txt"), one)
+        write(Path(f"imdb/{split}/urls_pos.txt"), "https://example.org")
+    for number in range(4):
+        write(Path(f"imdb/train/unsup/{number}.txt"), "seen without a label")
+    text = comments(init("imdb"))
+    data = target().data
+    here = Path.cwd()
+    assert data.test == [f"{here}/imdb/test/neg", f"{here}/imdb/test/pos"]
+    assert data.train == [f"{here}/imdb/train/neg", f"{here}/imdb/train/pos"]
+    assert "imdb/test (1), imdb/train (1), imdb/train/unsup (4)" in text
+    assert "Found 80 rows (test 40, train 40) of texts" in text
+
+
 def test_a_folder_of_recordings(tmp_path):
     for number in range(36):
         write(

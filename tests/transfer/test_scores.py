@@ -19,7 +19,7 @@ from toys import image_files, job_of, label_state, shared_of, trial_of
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
 from pipeline.config.schema import Job
-from pipeline.core.specs import ObjectiveSpec
+from pipeline.core.specs import NO_OBJECTIVE, ObjectiveSpec
 from pipeline.report.source_scores import PairScores
 from pipeline.train import online_probe
 from pipeline.transfer import measured_shift, scoring, trial
@@ -225,6 +225,11 @@ def test_the_classes_of_the_source_are_those_of_its_head(tmp_path):
         None,
         "the source predicts no single class of a row (it is of simclr)",
     )
+    shared.heads["src"] = (NO_OBJECTIVE, {})  # as those of a checkpoint from a hub
+    without = score_pair(Pair("src", key, "task"), shared)
+    assert without.scores["logme"].value is not None, without.error
+    reason = "the source is a checkpoint without classes of its own"
+    assert without.scores["leep"].reason == reason
 
 
 def test_where_no_label_may_be_used_only_distances_are_defined(tmp_path):

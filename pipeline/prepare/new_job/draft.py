@@ -21,7 +21,7 @@ from pipeline.data.manifests import Selection, value_text
 from pipeline.prepare.engine.importing import SPLITS, preview
 from pipeline.prepare.new_job import columns as look
 from pipeline.prepare.new_job.columns import Column
-from pipeline.prepare.new_job.inspection import Inspection, Media, media_of
+from pipeline.prepare.new_job.inspection import IN_FOLDERS, Inspection, Media, media_of
 
 SEEDS, MOST_ROWS = 20, 100_000
 """So many seeds of the splits are tried, with more rows only the first."""
@@ -425,7 +425,7 @@ def _no_label(out: Draft, free: Sequence[Column]) -> str:
     """Return the message where nothing can be the label."""
     place = ", ".join(out.found.all_places)
     held = ", ".join(column.describe() for column in free) or "no column beside the input"
-    if out.found.kind in ("images", "audio"):
+    if out.found.kind in IN_FOLDERS:
         return (
             f"{place}: all files are of one class ({held}): a label has at least two; give the "
             "folder that holds the folders of all classes"
@@ -525,7 +525,7 @@ def _is_read_without_conversion(out: Draft) -> bool:
 
 
 def _note_other_columns(out: Draft, splits: Column | None) -> None:
-    if out.modality == "table" or out.found.kind in ("images", "audio"):
+    if out.modality == "table" or out.found.kind in IN_FOLDERS:
         return
     used = {*out.inputs.values(), *out.labels.values(), *([splits.name] if splits else [])}
     rest = [column.name for column in out.found.columns if column.name not in used]

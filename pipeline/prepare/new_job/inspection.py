@@ -28,8 +28,12 @@ from pipeline.prepare.new_job.columns import Column, may_name_rows, names_files,
 
 TABLES = ("parquet", "csv", "jsonl")
 """Kinds of tables, of which the first one is read where a folder holds several."""
-ROWS, GROUPS, FILES = 20_000, 16, 48
-"""A sample has so many rows of at most so many row groups, and so many images or recordings."""
+ROWS, GROUPS, FILES, DOCUMENTS = 20_000, 16, 48, 2_000
+"""A sample has so many rows of at most so many row groups, and so many images or recordings, or
+files of text.
+"""
+IN_FOLDERS = {*to_parquet.LISTED, "documents"}
+"""Kinds of files whose folder is their class."""
 MOST_UP = 3
 """A path that leads so many folders up is no easier to read than an absolute one."""
 DELIMITERS = (";", "\t", "|")
@@ -68,13 +72,13 @@ class Inspection:
     """What is in the files.
 
     Attributes:
-        kind: images, audio, parquet, csv or jsonl.
+        kind: images, audio, documents (a text a file), parquet, csv or jsonl.
         places: files and folders by field of data: uri alone, or train, validation and test.
         manifests: rows by the same fields.
         table: a sample of the rows of uri or train, without images and recordings.
         columns: what its columns hold, and those that are not in it; what may name rows or groups
             (a patient) is counted in all rows.
-        stated: whether other kinds of files are there too, so that a job must state its format.
+        stated: whether a job must state its format: of texts, and where other kinds are there too.
         notes: sentences on what was left out.
         delimiter: of CSV, where it is no comma.
     """
@@ -128,26 +132,33 @@ def inspect(places: Sequence[str], scratch: str) -> Inspection:
     kinds = Counter(to_parquet.kind_of(file) for file, _ in pairs)
     shown = ", ".join(places)
     if not set(kinds) - {"", "text"}:
-        if kinds.get("text"):
+        if not kinds["text"]:
             raise ValueError(
-                f"{shown}: plain text has no labels. Write texts and labels as columns of a CSV "
-                "file, or pretrain with a copy of jobs/text/gpt_small.yaml"
+                f"{shown}: no file of a known kind; a first job is written for CSV, JSON Lines and "
+                "Parquet, and for folders with one folder of images, recordings or texts a class"
             )
-        raise ValueError(
-            f"{shown}: no file of a known kind; a first job is written for CSV, JSON Lines and "
-            "Parquet, and for folders with one folder of images or recordings a class"
-        )
+        if not _lie_in_classes([file for file, _ in pairs if to_parquet.kind_of(file)]):
+            raise ValueError(
+                f"{shown}: plain text has no labels. Sort it into one folder a class, with a text "
+                "a file (pos/1.txt, neg/1.txt), or write texts and labels as columns of a CSV "
+                "file. Without labels, pretrain with a copy of jobs/text/gpt_small.yaml"
+            )
+        kinds = Counter(documents=kinds["text"])
+    left_out: list[str] = []
     for kind in _candidates(kinds):
-        files = [(file, root) for file, root in pairs if to_parquet.kind_of(file) == kind]
-        is_media = kind in to_parquet.LISTED
+        of_kind = "text" if kind == "documents" else kind
+        files = [(file, root) for file, root in pairs if to_parquet.kind_of(file) == of_kind]
+        is_media = kind in IN_FOLDERS
         fields = _split_folders(files) if is_media else _split_files(files, places)
+        if kind == "documents":
+            fields, left_out = _class_folders([file for file, _ in files], fields)
         delimiter = _delimiter(files[0][0]) if kind == "csv" else ""
         built = {
             name: _manifest(uris, kind, scratch, delimiter)
             for name, uris in (fields or {"uri": list(places)}).items()
         }
         first = built.get("uri") or built["train"]
-        table, columns = _sample(first)
+        table, columns = _sample(first, kind)
         if is_media or len(set(kinds) & to_parquet.LISTED) == 0 or any(map(names_files, columns)):
             break
     else:
@@ -160,6 +171,7 @@ def inspect(places: Sequence[str], scratch: str) -> Inspection:
         )
     others = {other: count for other, count in kinds.items() if other not in (kind, "")}
     notes = [f"files of other kinds are left out: {_counted(others)}"] if others else []
+    notes += left_out
     if is_media and not fields and (deep := _too_deep([file for file, _ in files])):
         notes.append(f"a file's class is its own folder, not one above it, as in {deep}")
     return Inspection(
@@ -168,7 +180,7 @@ def inspect(places: Sequence[str], scratch: str) -> Inspection:
         built,
         table,
         _of_all_rows(first, columns, len(table)),
-        bool(others),
+        bool(others) or kind == "documents",
         notes,
         delimiter,
     )
@@ -177,7 +189,7 @@ def inspect(places: Sequence[str], scratch: str) -> Inspection:
 def _candidates(kinds: Counter[str]) -> list[str]:
     """Return the kinds to try, in order: a table that names images, then the images."""
     tables = [kind for kind in TABLES if kinds.get(kind)][:1]
-    media = sorted(set(kinds) & to_parquet.LISTED, key=lambda kind: -kinds[kind])[:1]
+    media = sorted(set(kinds) & IN_FOLDERS, key=lambda kind: -kinds[kind])[:1]
     return [*tables, *media]
 
 
@@ -210,6 +222,46 @@ def _split_folders(files: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
         if folder not in tops.setdefault(split, []):
             tops[split].append(folder)
     return tops if "train" in tops else {}
+
+
+def _lie_in_classes(files: Sequence[str]) -> bool:
+    """Return whether at least two folders hold several of the files."""
+    counts = Counter(map(posixpath.dirname, files))
+    return sum(count > 2 for count in counts.values()) > 1
+
+
+def _class_folders(
+    files: Sequence[str], fields: dict[str, list[str]]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Leave out texts that lie beside the folders of classes, and classes that a split lacks.
+
+    Such are lists of addresses and texts without a label (``train/unsup`` of the IMDB reviews).
+
+    Args:
+        files: All files of text.
+        fields: Folders by split; {} where there are no splits.
+
+    Returns:
+        The folders by field of data (`fields` where nothing is left out), and a note.
+    """
+    counts = Counter(map(posixpath.dirname, files))
+    kept = [one for one in counts if not any(other.startswith(f"{one}/") for other in counts)]
+    splits = {
+        name: [one for one in kept if one.startswith(tuple(f"{place}/" for place in listed))]
+        for name, listed in fields.items()
+    } or {"uri": kept}
+    names = [{posixpath.basename(one) for one in folders} for folders in splits.values()]
+    shared = set.intersection(*names)
+    splits = {
+        name: sorted(one for one in folders if posixpath.basename(one) in shared)
+        for name, folders in splits.items()
+    }
+    used = {folder for folders in splits.values() for folder in folders}
+    others = {folder: count for folder, count in counts.items() if folder not in used}
+    if not others or len(shared) < 2:
+        return fields, []
+    shown = ", ".join(f"{folder} ({count})" for folder, count in sorted(others.items()))
+    return splits, [f"files in no class of all splits are left out: {shown}"]
 
 
 def _too_deep(files: Sequence[str]) -> str:
@@ -288,13 +340,17 @@ def places_of(manifest: Manifest, most: int) -> np.ndarray:
     return np.concatenate(ids)
 
 
-def _sample(manifest: Manifest) -> tuple[pa.Table, list[Column]]:
+def _sample(manifest: Manifest, kind: str) -> tuple[pa.Table, list[Column]]:
     """Return a sample of the rows without heavy columns, and a description of every column."""
     empty = manifest.schema.empty_table()
     kinds = {name: profile(name, empty[name]) for name in manifest.schema.names}
-    light = [name for name, column in kinds.items() if column.kind not in HEAVY]
-    ids = places_of(manifest, ROWS)
+    is_text = kind == "documents"
+    light = [name for name, column in kinds.items() if column.kind not in HEAVY or is_text]
+    ids = places_of(manifest, DOCUMENTS if is_text else ROWS)
     table = manifests.Reader(manifest, light).take(ids) if light else pa.table({})
+    if is_text:
+        texts = [text.decode("utf-8", "replace") for text in table["text"].to_pylist()]
+        table = table.set_column(0, "text", pa.array(texts, pa.large_string()))
     return table, [
         profile(name, table[name]) if name in light else column for name, column in kinds.items()
     ]

@@ -16,7 +16,7 @@ from pipeline.io import storage
 from pipeline.prepare.engine.importing import preview as named
 from pipeline.prepare.new_job.columns import preview
 from pipeline.prepare.new_job.draft import Draft, draft, job_name
-from pipeline.prepare.new_job.inspection import inspect, relative_to
+from pipeline.prepare.new_job.inspection import IN_FOLDERS, inspect, relative_to
 
 WIDTH = 100
 BESIDE = 44
@@ -215,7 +215,9 @@ def _header(
 
 def _new_rows(made: Draft) -> str:
     """Return an example of files to predict."""
-    if made.found.kind in ("images", "audio"):
+    if made.found.kind == "documents":
+        return "new_files --input-format documents"
+    if made.found.kind in IN_FOLDERS:
         return "new_files"
     return shlex.quote(made.prepared_new) if made.prepare else NEW_ROWS[made.found.kind]
 
@@ -281,7 +283,10 @@ def _data(
             why = made.why.get("files", "") or PLACE
             out.add(depth, f"{key}: {scalar(value)}", "" if i else why)
         if made.found.stated:
-            out.add(depth, f"format: {made.found.kind}", "there are files of other kinds, too")
+            is_text = made.found.kind == "documents"
+            why = "a row is a file, its label the name of its folder" if is_text else ""
+            why = why or "there are files of other kinds, too"
+            out.add(depth, f"format: {made.found.kind}", why)
     for key, value in made.fields.items():
         out.add(depth, f"{key}: {scalar(value)}", made.why.get(key, ""))
     if made.kept_classes:
