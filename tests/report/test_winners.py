@@ -252,7 +252,9 @@ def test_a_jobs_folder_stands_for_the_bundle_of_its_winner(tmp_path):
     stopped = tmp_path / "stopped"
     (stopped / "trials/clothing/garments/full/labels-1.0/seed0-3f2a9c0b71de").mkdir(parents=True)
     (next(stopped.glob("trials/*/*/*/*/*")) / "record.json").write_text("{}")
-    with pytest.raises(ValueError, match="1 trials began here.*`onetomany report JOB.yaml` writes"):
+    with pytest.raises(
+        ValueError, match=r"1 trials began here.*`onetomany report JOB.yaml` writes"
+    ):
         pipeline.predict(str(stopped), "rows.parquet", f"{root}/out")
     arguments = ["predict", root, "rows.parquet", "--target", "clothing", "-o", f"{root}/out"]
     done = CliRunner().invoke(cli.app, arguments)
