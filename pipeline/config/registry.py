@@ -173,6 +173,17 @@ class BoxOptions(Options):
     )
 
 
+class MaskOptions(Options):
+    """Options of importers that may write a mask for each box."""
+
+    masks: Literal["none", "instance"] = Field(
+        "none",
+        description="instance: a column masks, COCO's run lengths for each box, of its polygon or "
+        "mask",
+        exclude_if=lambda masks: masks == "none",  # outputs have the key that they always had
+    )
+
+
 class RecordingOptions(Options):
     """Options of importers that may cut recordings."""
 
@@ -238,6 +249,7 @@ SHARED_OPTIONS: dict[str, type[Options]] = {
         AdaptationOptions,
         LinearHeadOptions,
         BoxOptions,
+        MaskOptions,
         RecordingOptions,
         SplitOptions,
         DelimitedOptions,

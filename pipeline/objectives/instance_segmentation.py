@@ -117,8 +117,8 @@ class InstanceSegmentation(BoxObjective):
         if not {"size", "counts"} <= names:
             raise ValueError(
                 f"column {column}: {kind} holds no masks; they are lists of run lengths, structs "
-                "of size and counts, as onetomany prepare coco (or yolo) --set masks=instance "
-                "writes them"
+                "of size and counts, as onetomany prepare coco --set masks=instance writes them "
+                "(also voc, yolo, cvat, labelstudio)"
             )
         return box_labels.fit_state(options, table, columns)
 

@@ -1,14 +1,19 @@
 """Pascal VOC, YOLO, CVAT and Label Studio: the boxes that COCO's file gives, written in their layouts."""
 
+import io
+import itertools
 import json
+import re
 
 import numpy as np
+import PIL.Image
 import pytest
 from prepare.conftest import encoded, read, tar, write
 from pycocotools import mask as coco_mask
 
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.write import Preparation, Settings
+from pipeline.prepare.importers import labelstudio as label_studio
 from pipeline.prepare.readers.picture_check import nearest
 
 CLASSES = ("bird", "boat", "cat")
@@ -552,6 +557,9 @@ def with_polygons(root, form):
         }
         write(root / "annotations/instances_train.json", json.dumps(found))
         return root
+    if form in FORMS:
+        FORMS[form](root)
+        return root
     for name, objects in POLYGONS.items():
         shares = [
             (label, (np.array(points).reshape(-1, 2) / SIZE).reshape(-1))
@@ -563,18 +571,115 @@ def with_polygons(root, form):
     return root
 
 
-@pytest.mark.parametrize("form", ["coco", "yolo"])
+def bounds_of(points):
+    x, y = points[::2], points[1::2]
+    return min(x), min(y), max(x) - min(x), max(y) - min(y)
+
+
+def drawn(points):
+    runs = coco_mask.frPyObjects([points], SIZE[1], SIZE[0])
+    return coco_mask.decode(coco_mask.merge(runs))
+
+
+def voc_masks(root):
+    """As Pascal VOC has them: a palette's index is the number of the object in the XML."""
+    for name, objects in POLYGONS.items():
+        boxes = [(label, *bounds_of(points)) for label, points in objects]
+        write(root / f"Annotations/{name}.xml", annotation(name, boxes))
+        numbers = np.zeros(SIZE[::-1], np.uint8)
+        for number, (_, points) in enumerate(objects, 1):
+            numbers[drawn(points) > 0] = number
+        numbers[0, :5] = 255
+        image = PIL.Image.fromarray(numbers, "P")
+        image.putpalette(range(256)[::-1])
+        sink = io.BytesIO()
+        image.save(sink, "PNG")
+        write(root / f"SegmentationObject/{name}.png", sink.getvalue())
+    for number, name in enumerate(("without", "unlisted")):
+        write(root / f"images/train/{name}.jpg", encoded(5 + number, SIZE))
+        write(root / f"Annotations/{name}.xml", annotation(name, []))
+    write(root / "ImageSets/Main/val.txt", "a\nb\n")
+    write(root / "ImageSets/Segmentation/train.txt", "a\nb\nwithout\n")
+
+
+def cvat_masks(root):
+    """Polygons, and in image m the first of them as a mask: runs along the rows of its rectangle."""
+    shapes = {
+        name: "".join(
+            f'<polygon label="{CLASSES[label]}" '
+            f'points="{";".join(f"{x},{y}" for x, y in zip(ps[::2], ps[1::2], strict=True))}" />'
+            for label, ps in objects
+        )
+        for name, objects in POLYGONS.items()
+    }
+    mask = drawn(POLYGONS["a"][0][1])[5:28, 2:30]
+    runs = [len([*run]) for _, run in itertools.groupby([0, *mask.reshape(-1)])]
+    runs[0] -= 1
+    shapes["m"] = (
+        f'<mask label="bird" rle="{", ".join(map(str, runs))}" left="2" top="5" width="28" '
+        'height="23" />'
+    )
+    images = "".join(
+        f'<image id="0" name="{name}.jpg" width="{SIZE[0]}" height="{SIZE[1]}">{of_image}</image>'
+        for name, of_image in shapes.items()
+    )
+    write(root / "images/train/m.jpg", encoded(2, SIZE))
+    write(root / "annotations.xml", f"<annotations>{images}</annotations>")
+
+
+def rle_pack(words):
+    """Run lengths as Label Studio's brush has them, equal words repeated."""
+    sizes = (3, 4, 8, 16)
+    bits = f"{len(words):032b}{8 - 1:05b}" + "".join(f"{size - 1:04b}" for size in sizes)
+    for word, run in itertools.groupby(words):
+        length = len([*run]) - 1
+        size = next(i for i in range(4) if length < 2 ** sizes[i])
+        bits += f"1{size:02b}{length:0{sizes[size]}b}{word:08b}"
+    bits += "0" * (-len(bits) % 8)
+    return [int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)]
+
+
+def labelstudio_masks(root):
+    """Polygons, and in image m the first of them as painted: red, green, blue and opacity."""
+    results = {
+        name: [
+            result(
+                "polygonlabels",
+                [CLASSES[label]],
+                {"points": (np.array(points).reshape(-1, 2) / SIZE * 100).tolist()},
+            )
+            for label, points in objects
+        ]
+        for name, objects in POLYGONS.items()
+    }
+    words = (drawn(POLYGONS["a"][0][1])[..., None] * [9, 200, 200, 255]).reshape(-1).tolist()
+    results["m"] = [result("brushlabels", ["bird"], {"format": "rle", "rle": rle_pack(words)})]
+    write(root / "images/train/m.jpg", encoded(2, SIZE))
+    tasks = [
+        {"data": {"image": f"/data/local-files/?d={name}.jpg"}, "annotations": [{"result": one}]}
+        for name, one in results.items()
+    ]
+    write(root / "project.json", json.dumps(tasks))
+
+
+FORMS = {"voc": voc_masks, "cvat": cvat_masks, "labelstudio": labelstudio_masks}
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", *FORMS])
 @pytest.mark.parametrize("resize", [None, 16])
 def test_masks_of_objects_are_written_in_the_size_of_the_image(tmp_path, form, resize):
     source = with_polygons(tmp_path / "raw", form)
     rows = prepare(form, source, tmp_path / "out", "masks=instance", resize=resize)
+    assert {name[0] for name in rows} == {*"ab", *("m" if form in ("cvat", "labelstudio") else "")}
+    assert {row["split"] for row in rows.values()} == {"train"}
     row = rows["a.jpg"]
     assert row["label_names"] == ["bird", "cat"] and rows["b.jpg"]["masks"] == []
     large, small = (coco_mask.decode(rle).astype(bool) for rle in row["masks"])
     assert large.shape == small.shape == (row["height"], row["width"])
-    runs = coco_mask.frPyObjects([POLYGONS["a"][0][1]], SIZE[1], SIZE[0])
-    drawn = coco_mask.decode(runs)[..., 0]
-    assert (large == nearest(drawn, (row["width"], row["height"]))).all() and large.sum() > 50
+    wanted = nearest(drawn(POLYGONS["a"][0][1]), (row["width"], row["height"]))
+    assert (large == wanted).all() and large.sum() > 50
+    if "m.jpg" in rows:
+        assert rows["m.jpg"]["masks"] == row["masks"][:1]
     x, y, w, h = row["boxes"][1]
     assert np.argwhere(small).tolist() == [[int(y + h / 2), int(x + w / 2)]]
     assert "masks" not in prepare(form, source, tmp_path / "plain")["a.jpg"]
@@ -591,3 +696,42 @@ def test_masks_that_are_missing_are_named(tmp_path):
     text = (source / "annotations/instances_train.json").read_text()
     write(source / "annotations/instances_train.json", text.replace("segmentation", "other"))
     assert list(prepare("coco", source, tmp_path / "coco_out", "masks=instance")) == ["b.jpg"]
+
+
+def test_run_lengths_that_label_studio_s_own_converter_wrote():
+    """By brush.encode_rle of label-studio-converter 0.0.59, with words that are not repeated."""
+    pixels = np.zeros((3, 4, 4), np.uint8)
+    pixels[1:, 1:3] = [9, 200, 7, 255]
+    pixels[2, 3] = [1, 2, 3, 128]
+    written = "00000030391bfe130000240c8001c0ff00240c8001c0ff9c00009032000703fc009032000703fc0010"
+    found = label_studio.unpacked(bytes.fromhex(written + "0080030200"), pixels.size)
+    assert (found == pixels.reshape(-1)).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "old", "new", "reason"),
+    [
+        ("cvat", "annotations.xml", 'left="2"', 'left="20"', "a mask of bird .* 28 x 23 pixels at"),
+        (
+            "cvat",
+            "annotations.xml",
+            'rle="',
+            'rle="1, ',
+            "a mask of bird .* 645 pixels for 28 x 23",
+        ),
+        ("cvat", "annotations.xml", "mask ", 'box xtl="1" ytl="1" xbr="2" ybr="2" ', "no polygon"),
+        ("labelstudio", "project.json", '"rle": [0, 0, 18', '"rle": [0, 0, 17', "4544 words of 8"),
+        ("labelstudio", "project.json", '"rle": [0, 0, 18', '"rl": [0, 0, 18', "no run lengths"),
+        ("voc", "Annotations/a.xml", "<xmin>5<", "<xmin>22<", "object 1 lie outside of its box"),
+        ("voc", "Annotations/a.xml", "<width>40<", "<width>41<", "the image is 40 x 30 pixels"),
+    ],
+)
+def test_a_mask_that_cannot_be_used_is_one_broken_row(tmp_path, form, file, old, new, reason):
+    source = with_polygons(tmp_path / "raw", form)
+    text = (source / file).read_text()
+    assert text.count(old) == 1
+    write(source / file, text.replace(old, new))
+    rows = prepare(form, source, tmp_path / "out", "masks=instance", max_bad=0.5)
+    broken = json.loads((tmp_path / "out/_summary.json").read_text())["broken"]["files"]
+    assert [re.search(reason, one["reason"]) is not None for one in broken] == [True]
+    assert len(rows) == (1 if form == "voc" else 2)

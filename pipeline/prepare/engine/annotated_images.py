@@ -1,19 +1,30 @@
-"""Images that an export of an annotation tool names, with their boxes and tags."""
+"""Images that an export of an annotation tool names, with their boxes, masks and tags."""
 
 from __future__ import annotations
 
+import json
 import math
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import Index, Row, place, preview, split_of_folders, table
+from pipeline.prepare.engine.importing import (
+    Index,
+    InvalidRow,
+    Row,
+    invalid_row,
+    place,
+    preview,
+    split_of_folders,
+    table,
+)
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import Picture
 
@@ -28,6 +39,17 @@ UNKNOWN = 0
 """Width and height of an image without boxes, where the export does not state them."""
 
 
+class AnnotatedObject(NamedTuple):
+    """An object in an image."""
+
+    name: str
+    """Its class."""
+    box: list[float]
+    """[x, y, width, height] in pixels."""
+    segmentation: Any = None
+    """Its mask, as `instance_masks.mask_of` takes it; None where it has a box alone."""
+
+
 @dataclass(frozen=True)
 class AnnotatedImage:
     """What an export says of an image.
@@ -37,28 +59,30 @@ class AnnotatedImage:
             of which the first that is there counts.
         where: the place in the export, for messages.
         size: (width, height) in pixels, `UNKNOWN` where it is not stated.
-        objects: (class, [x, y, width, height] in pixels) of each box.
+        objects: what has a box.
         tags: classes of the image as a whole.
         split: "" where the export tells none.
+        problem: why the image cannot be used, "" where it can.
     """
 
     names: tuple[str, ...]
     where: str
     size: tuple[int, int] = (UNKNOWN, UNKNOWN)
-    objects: list[tuple[str, list[float]]] = field(default_factory=list)
+    objects: list[AnnotatedObject] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     split: str = ""
+    problem: str = ""
 
 
 class AnnotatedImagesImporter(ImageImporter):
-    """Base class for exports of annotation tools, with the option `missing`. Examples: `cvat`,
-    `labelstudio`.
+    """Base class for exports of annotation tools, with the options `missing` and `masks`.
+    Examples: `cvat`, `labelstudio`.
 
     Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
-    (numbers of the classes), `label_names` and `crowd` (false), one each a box; `tags` (the classes
-    of the image as a whole) and `tag` (its class where it has one alone, else null). Boxes are
-    dropped and clipped as by `coco`. An image that the export does not name is left out and
-    counted.
+    (numbers of the classes), `label_names`, `crowd` (false) and, where asked for, `masks`, one each
+    a box; `tags` (the classes of the image as a whole) and `tag` (its class where it has one alone,
+    else null). Boxes are dropped and clipped as by `coco`. An image that the export does not name
+    is left out and counted.
     """
 
     label = "label_names"
@@ -77,11 +101,12 @@ class AnnotatedImagesImporter(ImageImporter):
         found = archives.listing(source)
         counts = Counter[str]()
         annotated, listed = self.read(source, found, counts)
-        used = {name for one in annotated for name, _ in one.objects}
+        used = {one.name for image in annotated for one in image.objects}
         names = [*listed, *sorted(used - set(listed))]
         files = _ImagesByName(found.images)
         taken: dict[str, str] = {}
         rows, lost = [], []
+        broken: list[InvalidRow] = []
         for one in annotated:
             image = files.find(one.names)
             if image is None:
@@ -93,7 +118,10 @@ class AnnotatedImagesImporter(ImageImporter):
                     "remove one of them"
                 )
             taken[image.name] = one.where
-            rows.append(_row(image, one, names, counts))
+            if one.problem:
+                broken.append(invalid_row(image.name, _split(image, one), one.problem))
+            else:
+                rows.append(_row(image, one, names, counts))
         if lost and self.options.missing == "refuse":
             raise ValueError(
                 f"{source}: images that are named but not there (or several times): "
@@ -102,23 +130,36 @@ class AnnotatedImagesImporter(ImageImporter):
             )
         counts["images that are named but not there, left out"] = len(lost)
         counts["images that are not named, left out"] = len(found.images) - len(taken)
+        has_masks = self.options.masks == "instance"
+        kinds = {**COLUMNS, boxes.SEGMENTATIONS: pa.string()} if has_masks else COLUMNS
         return Index(
-            table(rows, COLUMNS, source),
+            table(rows, kinds, source),
             found.mark,
+            (boxes.MASKS,) if has_masks else (),
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **+counts},
             info={
                 "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
                 "box_format": "xywh in pixels",
             },
+            broken=broken,
         )
 
     def postprocess(self, row: Row, picture: Picture) -> Row:
         size = row["_width"], row["_height"]
         if size == (UNKNOWN, UNKNOWN):
-            return row
+            return {**row, "masks": []}
         boxes.check_size(picture, *size)
         across, down = picture.size[0] / size[0], picture.size[1] / size[1]
-        return {**row, "boxes": boxes.scaled(row["boxes"], across, down)}
+        out = {**row, "boxes": boxes.scaled(row["boxes"], across, down)}
+        if boxes.SEGMENTATIONS in row:
+            segmentations = json.loads(row[boxes.SEGMENTATIONS])
+            out["masks"] = boxes.written_masks(segmentations, size, out["boxes"], picture.size)
+        return out
+
+
+def polygon(name: str, points: Sequence[Sequence[float]]) -> AnnotatedObject:
+    """Return the object that a polygon of points (x, y) encloses."""
+    return AnnotatedObject(name, bounds(points), [[number for point in points for number in point]])
 
 
 def bounds(points: Iterable[Sequence[float]]) -> list[float]:
@@ -163,20 +204,26 @@ class _ImagesByName:
         return None
 
 
+def _split(image: archives.Entry, one: AnnotatedImage) -> str:
+    return one.split or split_of_folders(image.name) or "train"
+
+
 def _row(image: archives.Entry, one: AnnotatedImage, names: list[str], counts: Counter[str]) -> Row:
     width, height = one.size
     kept = [
-        (name, box)
-        for name, given in one.objects
-        if (box := boxes.clipped(given, width, height, counts)) is not None
+        found._replace(box=box)
+        for found in one.objects
+        if (box := boxes.clipped(found.box, width, height, counts)) is not None
     ]
     counts["images without a box"] += not kept
+    segmentations = json.dumps([found.segmentation for found in kept])
     return place(
         image,
-        one.split or split_of_folders(image.name) or "train",
-        boxes=[box for _, box in kept],
-        labels=[names.index(name) for name, _ in kept],
-        label_names=[name for name, _ in kept],
+        _split(image, one),
+        **{boxes.SEGMENTATIONS: segmentations},
+        boxes=[found.box for found in kept],
+        labels=[names.index(found.name) for found in kept],
+        label_names=[found.name for found in kept],
         crowd=[False for _ in kept],
         tags=one.tags,
         tag=one.tags[0] if len(one.tags) == 1 else None,

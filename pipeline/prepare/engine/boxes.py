@@ -24,6 +24,8 @@ number and the name of its class, and whether it stands for a crowd.
 """
 MASKS = pa.field("masks", pa.list_(instance_masks.RLE))
 """Where masks are asked for, one for each box, of the size of the written image."""
+SEGMENTATIONS = "_segmentations"
+"""Column of an index where masks are asked for: as JSON, what each box's mask is drawn from."""
 ROUNDING = 0.01
 """Pixels by which publishers' rounding puts boxes outside: they are clipped, but not counted."""
 
@@ -67,6 +69,37 @@ def check_size(picture: Picture, width: int, height: int) -> None:
 def scaled(boxes: list[Any], x: float, y: float) -> list[list[float]]:
     """Return boxes with horizontal numbers times ``x`` and vertical ones times ``y``."""
     return [[left * x, top * y, w * x, h * y] for left, top, w, h in boxes]
+
+
+def written_masks(
+    segmentations: list[Any],
+    size: tuple[int, int],
+    boxes: list[list[float]],
+    written_size: tuple[int, int],
+) -> list[RunLengths]:
+    """Draw the mask of each box in the size of the written image.
+
+    Args:
+        segmentations: of each box, as `instance_masks.mask_of` takes it; empty where it has none.
+        size: width and height of the publisher's image.
+        boxes: [x, y, width, height] in pixels of the written image.
+        written_size: its width and height.
+
+    Raises:
+        BrokenImageError: which mask cannot be drawn, and why.
+    """
+    out = []
+    for number, (segmentation, box) in enumerate(zip(segmentations, boxes, strict=True), 1):
+        try:
+            if not segmentation:
+                raise ValueError("the object has a box, but no polygon or mask")
+            mask = instance_masks.mask_of(segmentation, size[1], size[0])
+            out.append(written_mask(mask, box, written_size))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise BrokenImageError(
+                f"mask {number} of {len(boxes)} cannot be drawn: {error}"
+            ) from None
+    return out
 
 
 def written_mask(mask: np.ndarray, box: list[float], size: tuple[int, int]) -> RunLengths:

@@ -17,7 +17,6 @@ from pydantic import Field
 from pipeline.config.registry import Options, register
 from pipeline.io import storage
 from pipeline.media import instance_masks
-from pipeline.media.instance_masks import RunLengths
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
@@ -265,39 +264,20 @@ class Coco(ImageImporter):
         boxes.check_size(picture, width, height)
         sx, sy = picture.size[0] / width, picture.size[1] / height
         out = {**row, "boxes": boxes.scaled(row["boxes"], sx, sy)}
-        if row["_masks"] is not None:
-            try:
-                objects, shift = json.loads(row["_masks"])
-                if self.options.masks == "instance":
-                    out["masks"] = _instances(objects, (height, width), out["boxes"], picture.size)
-                else:
-                    mask = semantic(objects, shift, height, width)
-                    out["mask"] = png(nearest(mask, picture.size))
-            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-                raise BrokenImageError(f"its mask cannot be drawn: {error}") from None
-        return out
-
-
-def _instances(
-    objects: list[Any],
-    size: tuple[int, int],
-    written_boxes: list[list[float]],
-    written_size: tuple[int, int],
-) -> list[RunLengths]:
-    """Return the run lengths of objects (category id, is crowd, area, segmentation) as written.
-
-    Args:
-        size: height and width of the image that the annotations are for.
-        written_boxes: boxes of the written image.
-        written_size: its width and height.
-    """
-    out = []
-    for (_, _, _, segmentation), box in zip(objects, written_boxes, strict=True):
-        if not segmentation:
-            raise ValueError("an annotation has no segmentation")
-        mask = instance_masks.mask_of(segmentation, *size)
-        out.append(boxes.written_mask(mask, box, written_size))
-    return out
+        if row["_masks"] is None:
+            return out
+        objects, shift = json.loads(row["_masks"])
+        if self.options.masks == "instance":
+            segmentations = [segmentation for _, _, _, segmentation in objects]
+            out["masks"] = boxes.written_masks(
+                segmentations, (width, height), out["boxes"], picture.size
+            )
+            return out
+        try:
+            mask = semantic(objects, shift, height, width)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise BrokenImageError(f"its mask cannot be drawn: {error}") from None
+        return {**out, "mask": png(nearest(mask, picture.size))}
 
 
 def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndarray:

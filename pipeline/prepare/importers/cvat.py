@@ -1,4 +1,4 @@
-"""CVAT (docs.cvat.ai: "CVAT for image"): boxes, polygons and tags in one XML file."""
+"""CVAT (docs.cvat.ai: "CVAT for image"): boxes, polygons, masks and tags in one XML file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import MaskOptions, register
+from pipeline.media import instance_masks
 from pipeline.prepare.engine.annotated_images import (
     AnnotatedImage,
     AnnotatedImagesImporter,
-    bounds,
+    AnnotatedObject,
+    polygon,
     rotated,
 )
 from pipeline.prepare.engine.importing import preview, split_of_folder
@@ -22,7 +25,7 @@ NO_SUBSET = "default"
 """CVAT's name of the subset of images that nobody put into one."""
 
 
-class CvatOptions(Options):
+class CvatOptions(MaskOptions):
     missing: Literal["refuse", "skip"] = Field(
         "refuse", description="skip: leave out and count images that are named but not there"
     )
@@ -36,7 +39,8 @@ class Cvat(AnnotatedImagesImporter):
 
     Columns: `boxes`, `labels` (numbers in the order of the task's labels), `label_names`, `crowd`;
     `tags` and `tag` (the image's own). Of polygons and of rotated boxes the bounds are taken; other
-    shapes are left out and counted.
+    shapes are left out and counted. With masks=instance also `masks`, of the polygons and masks:
+    each of them is an object of its own, and an image with a box is left out and counted.
     """
 
     def read(
@@ -68,28 +72,38 @@ class Cvat(AnnotatedImagesImporter):
                 "CVAT for images 1.1"
             )
         names = [text for one in root.iterfind("meta//labels/label/name") if (text := one.text)]
-        return [_image(one, where, counts) for one in images], list(dict.fromkeys(names))
+        has_masks = self.options.masks == "instance"
+        annotated = [_image(one, where, has_masks, counts) for one in images]
+        return annotated, list(dict.fromkeys(names))
 
 
-def _image(image: ElementTree.Element, where: str, counts: Counter[str]) -> AnnotatedImage:
+def _image(
+    image: ElementTree.Element, where: str, has_masks: bool, counts: Counter[str]
+) -> AnnotatedImage:
     name = image.get("name", "")
     where = f"{where}: image {name}"
-    objects: list[tuple[str, list[float]]] = []
+    objects: list[AnnotatedObject] = []
     tags = []
+    problem = ""
     try:
         size = int(image.attrib["width"]), int(image.attrib["height"])
         for shape in image:
             if shape.tag == "tag":
                 tags.append(shape.attrib["label"])
             elif shape.tag == "box":
-                objects.append((shape.attrib["label"], _box(shape, counts)))
+                objects.append(AnnotatedObject(shape.attrib["label"], _box(shape, counts)))
             elif shape.tag == "polygon":
                 points = [
                     [float(number) for number in point.split(",")]
                     for point in shape.attrib["points"].split(";")
                 ]
-                objects.append((shape.attrib["label"], bounds(points)))
+                objects.append(polygon(shape.attrib["label"], points))
                 counts["polygons, whose bounds are taken"] += 1
+            elif shape.tag == "mask" and has_masks:
+                try:
+                    objects.append(_masked(shape, size))
+                except ValueError as error:
+                    problem = f"a mask of {shape.attrib['label']} cannot be read: {error}"
             else:
                 counts[f"shapes of kind {shape.tag}, left out"] += 1
     except KeyError as error:
@@ -103,7 +117,7 @@ def _image(image: ElementTree.Element, where: str, counts: Counter[str]) -> Anno
             f"{where}: subset {subset!r} names no split; call it Train, Validation or Test in CVAT"
         )
     names = (f"{subset}/{name}", name) if subset else (name,)
-    return AnnotatedImage(names, where, size, objects, tags, split)
+    return AnnotatedImage(names, where, size, objects, tags, split, problem)
 
 
 def _box(shape: ElementTree.Element, counts: Counter[str]) -> list[float]:
@@ -114,3 +128,24 @@ def _box(shape: ElementTree.Element, counts: Counter[str]) -> list[float]:
         return box
     counts["rotated boxes, whose bounds are taken"] += 1
     return rotated(box, degrees, ((left + right) / 2, (top + bottom) / 2))
+
+
+def _masked(shape: ElementTree.Element, size: tuple[int, int]) -> AnnotatedObject:
+    """Return the object of a <mask>, whose run lengths go along the rows of its own rectangle.
+
+    They alternate background and object, from background on. Raises ValueError for others.
+    """
+    left, top, wide, high = (int(shape.attrib[name]) for name in ("left", "top", "width", "height"))
+    width, height = size
+    if not (0 <= left < left + wide <= width and 0 <= top < top + high <= height):
+        raise ValueError(
+            f"{wide} x {high} pixels at {left}, {top} of an image of {width} x {height}"
+        )
+    runs = [int(number) for number in shape.attrib["rle"].split(",")]
+    if min(runs) < 0 or sum(runs) != wide * high:
+        raise ValueError(f"run lengths of {sum(runs)} pixels for {wide} x {high}")
+    mask = np.zeros((height, width), bool)
+    is_object = np.arange(len(runs)) % 2 == 1
+    mask[top : top + high, left : left + wide] = np.repeat(is_object, runs).reshape(high, wide)
+    box = [float(left), float(top), float(wide), float(high)]
+    return AnnotatedObject(shape.attrib["label"], box, instance_masks.packed(mask))

@@ -1,5 +1,5 @@
-"""Label Studio (labelstud.io/guide/export): boxes, polygons and choices of images in one JSON
-file.
+"""Label Studio (labelstud.io/guide/export): boxes, polygons, masks and choices of images in one
+JSON file.
 """
 
 from __future__ import annotations
@@ -11,22 +11,29 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import numpy as np
+from pycocotools import mask as coco_mask
 from pydantic import Field
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import MaskOptions, register
+from pipeline.media import instance_masks
 from pipeline.prepare.engine.annotated_images import (
     UNKNOWN,
     AnnotatedImage,
     AnnotatedImagesImporter,
-    bounds,
+    AnnotatedObject,
+    polygon,
     rotated,
 )
 from pipeline.prepare.engine.importing import preview
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.archives import IMAGE_SUFFIXES
 
+SHAPES = ("rectanglelabels", "polygonlabels", "ellipselabels")
+"""Kinds of results that have a box."""
 
-class LabelStudioOptions(Options):
+
+class LabelStudioOptions(MaskOptions):
     annotations: str = Field(
         "", description="the JSON file below SOURCE; empty: the only .json that is there"
     )
@@ -44,8 +51,10 @@ class LabelStudio(AnnotatedImagesImporter):
 
     Columns: `boxes`, `labels` (numbers in the order of the names), `label_names`, `crowd`; `tags`
     and `tag` (choices). Of polygons, ellipses and rotated boxes the bounds are taken; other shapes
-    are left out and counted. Of several annotations of a task the one that is marked as ground
-    truth is taken, else the first; tasks without any are left out and counted.
+    are left out and counted. With masks=instance also `masks`, of polygons and of brush masks,
+    whose boxes are their bounds; an image with another shape is left out and counted. Of several
+    annotations of a task the one that is marked as ground truth is taken, else the first; tasks
+    without any are left out and counted.
     """
 
     def read(
@@ -80,6 +89,7 @@ class LabelStudio(AnnotatedImagesImporter):
                 "JSON"
             )
         images = []
+        kinds = (*SHAPES, "brushlabels") if self.options.masks == "instance" else SHAPES
         for number, task in enumerate(tasks):
             at = f"{where}: task {task.get('id', number)}"
             results = _results(task["annotations"], counts)
@@ -87,7 +97,7 @@ class LabelStudio(AnnotatedImagesImporter):
                 counts["tasks without an annotation, left out"] += 1
                 continue
             try:
-                images.append(_image(task["data"], results, at, counts))
+                images.append(_image(task["data"], results, kinds, at, counts))
             except (KeyError, TypeError, IndexError) as error:
                 raise ValueError(f"{at}: a result of another form ({error!r})") from None
         return images, []
@@ -104,45 +114,117 @@ def _results(annotations: list[Any], counts: Counter[str]) -> list[Any] | None:
 
 
 def _image(
-    data: dict[str, Any], results: list[Any], where: str, counts: Counter[str]
+    data: dict[str, Any],
+    results: list[Any],
+    kinds: tuple[str, ...],
+    where: str,
+    counts: Counter[str],
 ) -> AnnotatedImage:
-    objects: list[tuple[str, list[float]]] = []
+    objects: list[AnnotatedObject] = []
     tags: list[str] = []
+    problem = ""
     size = UNKNOWN, UNKNOWN
     for one in results:
         kind, value = one["type"], one.get("value", {})
         if kind == "choices":
             tags += value["choices"]
             continue
-        if kind not in ("rectanglelabels", "polygonlabels", "ellipselabels"):
+        if kind not in kinds:
             counts[f"results of kind {kind}, left out"] += 1
             continue
         size = int(one["original_width"]), int(one["original_height"])
-        box = _box(kind, value, size, counts)
-        objects += [(str(name), box) for name in value[kind]]
-    return AnnotatedImage(_names(data, where), where, size, objects, tags)
+        try:
+            found = _object(kind, value, size, counts)
+        except ValueError as error:
+            problem = f"a result of kind {kind} cannot be read: {error}"
+            continue
+        objects += [found._replace(name=str(name)) for name in value[kind]]
+    return AnnotatedImage(_names(data, where), where, size, objects, tags, problem=problem)
 
 
-def _box(
+def _object(
     kind: str, value: dict[str, Any], size: tuple[int, int], counts: Counter[str]
-) -> list[float]:
-    """Return [x, y, width, height] in pixels; Label Studio has percent of the image."""
-    across, down = size[0] / 100, size[1] / 100
+) -> AnnotatedObject:
+    """Return an object without its name.
+
+    Raises ValueError for a polygon without points, or a mask that cannot be read.
+    """
+    across, down = size[0] / 100, size[1] / 100  # Label Studio has percent of the image
+    if kind == "brushlabels":
+        return _brushed(value, size)
     if kind == "polygonlabels":
         counts["polygons, whose bounds are taken"] += 1
-        return bounds((x * across, y * down) for x, y in value["points"])
+        return polygon("", [(x * across, y * down) for x, y in value["points"]])
     if kind == "ellipselabels":
         counts["ellipses, whose bounds are taken"] += 1
         center = value["x"] * across, value["y"] * down
         radii = value["radiusX"] * across, value["radiusY"] * down
         box = [center[0] - radii[0], center[1] - radii[1], 2 * radii[0], 2 * radii[1]]
-        return rotated(box, value.get("rotation", 0), center)
+        return AnnotatedObject("", rotated(box, value.get("rotation", 0), center))
     corner = value["x"] * across, value["y"] * down
     box = [*corner, value["width"] * across, value["height"] * down]
-    if not value.get("rotation"):
-        return box
-    counts["rotated boxes, whose bounds are taken"] += 1
-    return rotated(box, value["rotation"], corner)  # Label Studio turns about the corner
+    if value.get("rotation"):
+        counts["rotated boxes, whose bounds are taken"] += 1
+        box = rotated(box, value["rotation"], corner)  # Label Studio turns about the corner
+    return AnnotatedObject("", box)
+
+
+def _brushed(value: dict[str, Any], size: tuple[int, int]) -> AnnotatedObject:
+    """Return the object of a mask that was painted, whose box is its bounds."""
+    if "rle" not in value:
+        raise ValueError("it has no run lengths (rle)")
+    width, height = size
+    levels = unpacked(bytes(value["rle"]), 4 * width * height)
+    opacity = levels[3::4]  # after red, green and blue
+    if not opacity.any():
+        raise ValueError("it covers no pixel")
+    mask: Any = instance_masks.packed(opacity.reshape(height, width) > 0)
+    return AnnotatedObject("", coco_mask.toBbox(mask).tolist(), mask)
+
+
+def unpacked(data: bytes, count: int) -> np.ndarray:
+    """Unpack run lengths of the form that Label Studio's brush writes (@thi.ng/rle-pack).
+
+    A head has the count of the words (32 bits), the bits of a word less 1 (5 bits) and four sizes
+    of lengths, in bits less 1 (4 bits each). Parts follow: whether one word is repeated (1 bit),
+    which size the length has (2 bits), the length less 1, and the word, or so many words.
+
+    Args:
+        count: of the words that are expected.
+
+    Returns:
+        (count,) uint8.
+
+    Raises:
+        ValueError: another count, words of other than 8 bits, or data that end too early.
+    """
+    bits = "".join(f"{byte:08b}" for byte in data)
+    at = 0
+
+    def read(length: int) -> int:
+        nonlocal at
+        at += length
+        if at > len(bits):
+            raise ValueError("its run lengths end too early")
+        return int(bits[at - length : at], 2)
+
+    stated, word = read(32), read(5) + 1
+    if (stated, word) != (count, 8):
+        raise ValueError(
+            f"run lengths of {stated} words of {word} bits, where {count} of 8 are expected: four "
+            "for each pixel"
+        )
+    sizes = [read(4) + 1 for _ in range(4)]
+    out = np.zeros(count, np.uint8)
+    start = 0
+    while start < count:
+        is_repeated = read(1)
+        stop = start + read(sizes[read(2)]) + 1
+        if stop > count:
+            raise ValueError("its run lengths reach beyond the image")
+        out[start:stop] = read(8) if is_repeated else [read(8) for _ in range(start, stop)]
+        start = stop
+    return out
 
 
 def _names(data: dict[str, Any], where: str) -> tuple[str, ...]:

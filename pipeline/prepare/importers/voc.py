@@ -1,7 +1,8 @@
-"""Pascal VOC (Everingham et al. 2010): boxes in an XML file for each image."""
+"""Pascal VOC (Everingham et al. 2010): boxes in an XML file for each image, masks in a PNG."""
 
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
@@ -11,8 +12,9 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import MaskOptions, register
 from pipeline.io.threads import threaded_map
+from pipeline.media.instance_masks import RunLengths
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
@@ -25,7 +27,7 @@ from pipeline.prepare.engine.importing import (
     table,
 )
 from pipeline.prepare.readers import archives
-from pipeline.prepare.readers.picture_check import Picture
+from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
 
 COLUMNS = {
     **boxes.COLUMNS,
@@ -33,8 +35,15 @@ COLUMNS = {
     "_width": pa.int64(),
     "_height": pa.int64(),
 }
-MASKS = ("SegmentationClass", "SegmentationObject")
+MASK_COLUMNS = {"_numbers": pa.list_(pa.int64()), "_objects": pa.binary()}
+"""Where masks are asked for: the number of each box's object in the annotation, from 1, and the PNG
+of these numbers.
+"""
+OBJECTS = "SegmentationObject"
+MASKS = ("SegmentationClass", OBJECTS)
 """Folders of pictures that are named like the photographs."""
+NO_OBJECT = 255
+"""Number of the pixels at the edges of objects, which belong to none."""
 
 
 class VocObject(NamedTuple):
@@ -43,9 +52,11 @@ class VocObject(NamedTuple):
     name: str
     box: list[float]
     difficult: bool
+    number: int
+    """Its place in the annotation, from 1."""
 
 
-class VocOptions(Options):
+class VocOptions(MaskOptions):
     origin: int = Field(
         1,
         ge=0,
@@ -69,6 +80,10 @@ class Voc(ImageImporter):
     (numbers of the classes in the order of their names), `label_names`, `crowd` (false) and
     `difficult`, one each a box. Images without boxes are kept. Boxes are dropped and clipped as by
     `coco`.
+
+    With masks=instance also `masks`, one each a box, of SegmentationObject/NAME.png, whose pixels
+    have the number of their object in the annotation. Images without such a PNG are left out and
+    counted. Then the lists of ImageSets/Segmentation tell the splits where there are any.
     """
 
     label = "label_names"
@@ -80,10 +95,16 @@ class Voc(ImageImporter):
         for entry in found.images:
             if PurePosixPath(entry.name).parent.name not in MASKS:
                 same_stem[PurePosixPath(entry.name).stem].append(entry)
+        has_masks = self.options.masks == "instance"
         reader = archives.Reader()
         try:
-            listed = _splits(found, reader)
+            lists_of = "Segmentation"
+            listed = _splits(found, reader, lists_of) if has_masks else {}
+            if not listed:
+                lists_of = "Main"
+                listed = _splits(found, reader, lists_of)
             texts = list(threaded_map(reader.entry, files))
+            masks = _masks_of(source, found, files, reader) if has_masks else {}
         finally:
             reader.close()
         read = [
@@ -97,7 +118,10 @@ class Voc(ImageImporter):
             path = PurePosixPath(entry.name)
             lists = next((listed[at] for at in map(str, path.parents) if at in listed), None)
             if lists is not None and path.stem not in lists:
-                counts["images that ImageSets/Main does not list, left out"] += 1
+                counts[f"images that ImageSets/{lists_of} does not list, left out"] += 1
+                continue
+            if has_masks and entry.name not in masks:
+                counts[f"images without a PNG in {OBJECTS}, left out"] += 1
                 continue
             image = _image_of(path, same_stem[path.stem])
             if image is None:
@@ -125,6 +149,8 @@ class Voc(ImageImporter):
                     label_names=[one.name for _, one in kept],
                     crowd=[False for _ in kept],
                     difficult=[one.difficult for _, one in kept],
+                    _numbers=[one.number for _, one in kept],
+                    _objects=masks.get(entry.name),
                     _width=width,
                     _height=height,
                 )
@@ -137,10 +163,13 @@ class Voc(ImageImporter):
         if lost:
             counts["annotations without an image, left out"] = len(lost)
         if files and not rows and not lost:
-            raise ValueError(f"{source}: the lists in ImageSets/Main name none of its annotations")
+            raise ValueError(
+                f"{source}: the lists in ImageSets/{lists_of} name none of its annotations"
+            )
         return Index(
-            table(rows, COLUMNS, source),
+            table(rows, COLUMNS | MASK_COLUMNS if has_masks else COLUMNS, source),
             found.mark,
+            (boxes.MASKS,) if has_masks else (),
             notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
             info={
                 "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
@@ -152,7 +181,59 @@ class Voc(ImageImporter):
         width, height = row["_width"], row["_height"]
         boxes.check_size(picture, width, height)
         across, down = picture.size[0] / width, picture.size[1] / height
-        return {**row, "boxes": boxes.scaled(row["boxes"], across, down)}
+        out = {**row, "boxes": boxes.scaled(row["boxes"], across, down)}
+        if self.options.masks == "instance":
+            out["masks"] = _masks(row, out["boxes"], picture)
+        return out
+
+
+def _masks_of(
+    source: str, found: archives.Listing, files: list[archives.Entry], reader: archives.Reader
+) -> dict[str, bytes]:
+    """Return the PNG of objects of each annotation that has one, by the annotation's name.
+
+    It lies in the folder SegmentationObject beside that of the annotation.
+    """
+    there = {entry.name: entry for entry in found.images}
+    pictures: dict[str, archives.Entry] = {}
+    for entry in files:
+        path = PurePosixPath(entry.name)
+        picture = there.get(str(path.parent.parent / OBJECTS / f"{path.stem}.png"))
+        if picture is not None:
+            pictures[entry.name] = picture
+    if not pictures:
+        raise ValueError(
+            f"{source}: no annotation has a PNG in {OBJECTS}, which masks=instance needs; leave "
+            "--set masks out"
+        )
+    return dict(zip(pictures, threaded_map(reader.entry, pictures.values()), strict=True))
+
+
+def _masks(row: Row, written_boxes: list[list[float]], picture: Picture) -> list[RunLengths]:
+    """Return the mask of each box in the size of the written image.
+
+    Raises:
+        BrokenImageError: the PNG is broken, of another size, or its numbers are not those of the
+            annotation's objects: most pixels of one lie outside of its box.
+    """
+    from pipeline.media.image_io import class_numbers  # here: it imports torchvision
+
+    width, height = row["_width"], row["_height"]
+    out = []
+    try:
+        numbers = class_numbers(row["_objects"])
+        if numbers.shape != (height, width):
+            raise ValueError(f"it has {numbers.shape[1]} x {numbers.shape[0]} pixels")
+        given = zip(row["_numbers"], row["boxes"], written_boxes, strict=True)
+        for number, (x, y, w, h), written in given:
+            mask = numbers == number
+            inside = mask[int(y) : math.ceil(y + h), int(x) : math.ceil(x + w)]
+            if inside.sum() < mask.sum() / 2:
+                raise ValueError(f"most pixels of object {number} lie outside of its box")
+            out.append(boxes.written_mask(mask, written, picture.size))
+    except ValueError as error:
+        raise BrokenImageError(f"its PNG in {OBJECTS}: {error}") from None
+    return out
 
 
 def _objects(data: bytes, where: str, origin: int) -> tuple[tuple[int, int], list[VocObject]]:
@@ -163,7 +244,7 @@ def _objects(data: bytes, where: str, origin: int) -> tuple[tuple[int, int], lis
         root = ElementTree.fromstring(data)
         size = (_whole(root, "size/width"), _whole(root, "size/height"))
         objects = []
-        for one in root.iterfind("object"):
+        for number, one in enumerate(root.iterfind("object"), 1):
             left, top, right, bottom = (
                 float(one.findtext(f"bndbox/{edge}") or "")
                 for edge in ("xmin", "ymin", "xmax", "ymax")
@@ -172,7 +253,8 @@ def _objects(data: bytes, where: str, origin: int) -> tuple[tuple[int, int], lis
             name = (one.findtext("name") or "").strip()
             if not name:
                 raise ValueError("an object without a name")
-            objects.append(VocObject(name, box, one.findtext("difficult") == "1"))
+            is_difficult = one.findtext("difficult") == "1"
+            objects.append(VocObject(name, box, is_difficult, number))
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(
             f"{where}: no Pascal VOC annotation (size, and name and bndbox of each object): "
@@ -188,14 +270,16 @@ def _whole(root: ElementTree.Element, path: str) -> int:
     return number
 
 
-def _splits(found: archives.Listing, reader: archives.Reader) -> dict[str, dict[str, str]]:
-    """Return, for each folder of a year, the split of each name that its ImageSets/Main lists.
+def _splits(
+    found: archives.Listing, reader: archives.Reader, task: str
+) -> dict[str, dict[str, str]]:
+    """Return, for each folder of a year, the split of each name that its ImageSets/`task` lists.
 
     Of trainval.txt only what no other list has is taken, as train.
     """
     lists = {}
     for entry in found.entries:
-        listed = re.fullmatch(r"(?:(.*)/)?ImageSets/Main/(\w+)\.txt", entry.name)
+        listed = re.fullmatch(rf"(?:(.*)/)?ImageSets/{task}/(\w+)\.txt", entry.name)
         if listed is not None and (listed[2] == "trainval" or listed[2].lower() in SPLITS):
             lists[listed[1] or ".", listed[2]] = reader.entry(entry).decode("utf-8-sig")
     stems = {PurePosixPath(entry.name).stem for entry in found.entries if _is_annotation(entry)}

@@ -6,16 +6,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import yaml
 from pydantic import Field
 
-from pipeline.config.registry import Options, register
+from pipeline.config.registry import MaskOptions, register
 from pipeline.io.threads import threaded_map
-from pipeline.media import instance_masks
 from pipeline.prepare.engine import boxes
 from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
@@ -28,7 +27,7 @@ from pipeline.prepare.engine.importing import (
     table,
 )
 from pipeline.prepare.readers import archives
-from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
+from pipeline.prepare.readers.picture_check import Picture
 
 ROUNDING = 1e-4
 """Share of an image by which publishers' rounding puts boxes outside."""
@@ -39,17 +38,11 @@ FARTHEST = 2.0
 COLUMNS = {**boxes.COLUMNS, "_polygons": pa.list_(pa.list_(pa.float64()))}
 
 
-class YoloOptions(Options):
+class YoloOptions(MaskOptions):
     names: str = Field(
         "",
         description="the file below SOURCE that names the classes: a .yaml with `names`, or one "
         "name a line; empty: the .yaml, classes.txt or obj.names that is there",
-    )
-    masks: Literal["none", "instance"] = Field(
-        "none",
-        description="instance: a column masks, COCO's run lengths for each polygon; every line "
-        "must be one",
-        exclude_if=lambda masks: masks == "none",  # outputs have the key that they always had
     )
 
 
@@ -180,16 +173,12 @@ class Yolo(ImageImporter):
         out = {**row, "boxes": boxes.scaled(row["boxes"], *picture.size)}
         if self.options.masks == "none":
             return out
-        width, height = picture.seen
-        out["masks"] = []
-        try:
-            for polygon, box in zip(row["_polygons"], out["boxes"], strict=True):
-                points = (np.array(polygon).reshape(-1, 2) * (width, height)).reshape(-1).tolist()
-                mask = instance_masks.mask_of([points], height, width)
-                out["masks"].append(boxes.written_mask(mask, box, picture.size))
-        except ValueError as error:
-            raise BrokenImageError(f"a mask cannot be drawn: {error}") from None
-        return out
+        polygons = [
+            [(np.array(shares).reshape(-1, 2) * picture.seen).reshape(-1).tolist()]
+            for shares in row["_polygons"]
+        ]
+        masks = boxes.written_masks(polygons, picture.seen, out["boxes"], picture.size)
+        return {**out, "masks": masks}
 
 
 def _decoded(data: bytes) -> str:
