@@ -233,6 +233,20 @@ def demonstrations() -> Sample:
     return Sample(episodes(N), dict(TRAJECTORY_COLUMNS), "trajectory")
 
 
+def windows() -> Sample:
+    """Sensors of rows of several lengths, with missing numbers and a channel that is null."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(N):
+        steps = 28 + i
+        wave = np.sin(np.arange(steps) * (1 + i % 3) / 3) + 0.1 * rng.standard_normal(steps)
+        gaps = np.where(rng.random(steps) < 0.1, np.nan, 5 + 2 * wave)
+        slope = None if i == 4 else np.arange(steps) / 10
+        rows.append({"heart": wave, "pressure": gaps, "slope": slope})
+    table = pa.table({"signal": rows, "label": [i % 3 for i in range(N)]})
+    return Sample(table, {"series": "signal"}, "series", {"length": 32})
+
+
 # ---------------------------------------------------------------- the tables
 
 WAV2VEC2 = {"layers": 1, "hidden": 16, "heads": 2, "conv_channels": 8, "dropout": 0.0}
@@ -266,6 +280,14 @@ HF_TEXT = {
     "attention_probs_dropout_prob": 0.0,
 }
 HF_IMAGE = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 2, 1]}
+HF_SERIES = {
+    "patch_length": 8,
+    "patch_stride": 8,
+    "d_model": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "ffn_dim": 24,
+}
 HF_AUDIO = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -285,6 +307,7 @@ MODALITIES: dict[str, tuple[Callable[[], Sample], str]] = {
     "audio": (MELS, "torchaudio/deepspeech2"),
     "events": (records, "events/gru"),
     "image": (pictures, "timm/test_vit"),
+    "series": (windows, "hf/patchtst"),
     "table": (features, "table/ft_transformer"),
     "text": (texts, "transformers/bert"),
     "trajectory": (demonstrations, "policy/mlp"),
@@ -297,6 +320,7 @@ BACKBONES: dict[str, tuple[Callable[[], Sample], dict[str, Any]]] = {
     "hf/convnext": (pictures, {"config": HF_IMAGE}),
     "hf/electra": (texts, {"config": HF_TEXT}),
     "hf/hubert": (SAMPLES, {"config": HF_AUDIO}),
+    "hf/patchtst": (windows, {"config": HF_SERIES}),
     "policy/mlp": (demonstrations, {}),
     "policy/transformer": (demonstrations, {}),
     "table/ft_transformer": (features, {}),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 class Family(NamedTuple):
     rows: str
-    """text, image or audio."""
+    """text, image, audio or series."""
     config: dict[str, Any]
     processor: dict[str, Any] = {}
     """Keys of the feature extractor, of models that read spectrograms."""
@@ -56,6 +56,13 @@ SEQUENCES = {
     "vocab_size": 400,
     **SPECIALS,
     "decoder_start_token_id": 2,
+}
+PATCHES = {
+    "context_length": 32,
+    "num_input_channels": 3,
+    "patch_length": 8,
+    "patch_stride": 8,
+    "d_model": 16,
 }
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 400}
 
@@ -121,4 +128,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "wavlm": Family("audio", {**SPEECH, "num_buckets": 16, "max_bucket_distance": 40}),
     "whisper": Family("audio", {**SEQUENCES, "max_source_positions": 50}, {"chunk_length": 1}),
+    "patchtst": Family(
+        "series",
+        {**PATCHES, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24},
+    ),
+    "patchtsmixer": Family("series", {**PATCHES, "num_layers": 2}),
 }

@@ -86,8 +86,11 @@ def describe(task: Task, modality: Modality) -> ClassifierSpec:
     elif architecture in ("bert", "roberta"):
         spec["arguments"]["add_pooling_layer"] = spec["pool"] == "pooler"
     inputs = modality.inputs()
-    known = ("length", "rate", "scale", "size", "channels")
+    known = ("length", "rate", "scale", "size", "steps", "channels")
     spec["input"] = {key: inputs[key] for key in known if key in inputs}
+    if "steps" in inputs:
+        spec["input"] |= modality.options.model_dump(include={"cut", "missing"})
+        spec["input"] |= modality.state
     if "mean" in modality.state and "size" in inputs:
         spec["input"] |= {**read, "mean": modality.state["mean"], "std": modality.state["std"]}
     return spec

@@ -22,6 +22,7 @@ from pipeline.core.capabilities import MakesRandomRows
 from pipeline.core.contracts import Backbone, Batch, Modality, Task
 from pipeline.core.contracts.backbone_capabilities import model_inputs
 from pipeline.core.contracts.objective_capabilities import exports_head, output_scale
+from pipeline.core.nn import auto_model
 
 ROWS, SEED = 4, 0
 TOLERANCE = 1e-4
@@ -260,7 +261,8 @@ def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparis
             own = given.get("pooler_output")
             pooled = given.last_hidden_state.mean((2, 3)) if own is None else own.flatten(1)
             return compare_outputs(features.pooled, pooled, "features")
-        return compare_outputs(features.tokens, given.last_hidden_state, "states", features.mask)
+        states = auto_model.hidden_states(model, given)
+        return compare_outputs(features.tokens, states, "states", features.mask)
     given = model(**words)
     if "start_logits" in given:
         theirs = torch.stack([given.start_logits, given.end_logits], -1)

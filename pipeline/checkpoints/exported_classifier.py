@@ -67,7 +67,8 @@ class ClassifierSpec(_OptionalFields):
     arguments: Arguments
     """Arguments of the class that is built."""
     input: dict[str, Any]
-    """How rows are prepared: size, mean and std of images, rate of recordings, length of texts."""
+    """How rows are prepared: size, mean and std of images, rate of recordings, length of texts,
+    steps, mean and std of series."""
 
 
 class Classifier(nn.Module):
@@ -106,6 +107,8 @@ class Classifier(nn.Module):
         words = {**self.call_arguments, **inputs, **more}
         found = model(**words)
         hidden = found.last_hidden_state
+        if model.main_input_name == "past_values":
+            hidden = hidden.transpose(1, 2).flatten(2)  # the states of all channels at a patch
         if self.pool == "tokens":
             return hidden
         if self.pool == "pooler":

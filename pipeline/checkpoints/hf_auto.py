@@ -32,8 +32,17 @@ from pipeline.io.json_values import JsonObject, as_object
 
 TOWERS = {"image": "vision_config", "text": "text_config", "audio": "audio_config"}
 """Modality to the part of a configuration that describes the network of its rows."""
-INPUTS = {"pixel_values": "image", "input_ids": "text"}
+INPUTS = {"pixel_values": "image", "input_ids": "text", auto_model.SERIES: "series"}
 """Main input of a class to the modality of its rows; other inputs are recordings."""
+SIZES = (
+    "vocab_size",
+    "pad_token_id",
+    "image_size",
+    "num_channels",
+    "context_length",
+    "num_input_channels",
+)
+"""Keys of a configuration that otherwise follow from the rows."""
 LONGEST = 512
 """Most tokens of a row, where the job does not say more."""
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
@@ -125,11 +134,7 @@ def read(folder: str, config: HfConfig, wanted: str | None = None) -> hf_text.Ch
     dropped = {f"model.{name}": tensors[name] for name in left if name in tensors}
     inputs = bundle.build_modality(modality).inputs()
     # What the configuration does not say has transformers' defaults, whatever the rows are
-    stated = {
-        key: getattr(made, key)
-        for key in ("vocab_size", "image_size", "num_channels", "pad_token_id")
-        if key in made.to_dict()
-    }
+    stated = {key: getattr(made, key) for key in SIZES if key in made.to_dict()}
     arch = Architecture(f"hf/{family}", {"config": {**stated, **plain}, **options}, inputs)
     kept = {name: tensor for name, tensor in state.items() if name not in fresh}
     found = _head(config, made, tensors, arch, modality, kept)
@@ -475,6 +480,8 @@ def _modality(folder: str, name: str, config: Any) -> tuple[ModalitySpec, JsonOb
             return ModalitySpec("text", {}, hf_text.tokenizer_state(folder)), {}
         if name == "image":
             return _image(folder, config), {}
+        if name == "series":
+            return _series(folder, config), {}
         return _audio(folder, config)
     except BundleError:
         raise
@@ -579,6 +586,32 @@ def _sides(size: Any) -> tuple[int | None, int | None, int | None]:
     return height, width, shortest
 
 
+def _series(folder: str, config: Any) -> ModalitySpec:
+    """Return the series modality of a model.
+
+    Its file of one to many (`_write_processor`) says how numbers are standardised. Without it they
+    are read as they are.
+
+    Raises:
+        ValueError: The file does not hold a number for each channel.
+    """
+    channels: int = config.num_input_channels
+    found = hf_speech.read_object(folder, hf_speech.PREPROCESSOR)
+    state: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    state |= {key: found[key] for key in ("mean", "std", "names") if key in found}
+    names: list[str] = state.get("names", [""] * channels)
+    has_numbers = all(_are_numbers(state[key], channels) for key in ("mean", "std"))
+    if len(names) != channels or not has_numbers:
+        raise ValueError(
+            f"{folder}: {hf_speech.PREPROCESSOR} says mean {str(state['mean'])[:60]}, std "
+            f"{str(state['std'])[:60]}, names {str(names)[:60]}: one for each of {channels} "
+            "channels was expected"
+        )
+    options: JsonObject = {"length": config.context_length}
+    options |= {key: found[key] for key in ("cut", "missing") if key in found}
+    return ModalitySpec("series", options, state)
+
+
 def _audio(folder: str, config: Any) -> tuple[ModalitySpec, JsonObject]:
     """Return the audio modality of a folder's feature extractor, and the backbone's ``processor``.
 
@@ -674,6 +707,11 @@ def _write_processor(found: bundle.Bundle, backbone: Any, folder: Path, words: b
     name = found.manifest.modality.name
     if name == "text":
         hf_text.write_tokenizer(modality, folder, config, words)
+        return
+    if name == "series":
+        # transformers has no processor for series
+        read = modality.options.model_dump(include={"cut", "missing"})
+        hf_text.write_json(folder / hf_speech.PREPROCESSOR, {**read, **modality.state})
         return
     if name == "audio":
         extractor = backbone.extractor

@@ -52,6 +52,15 @@ class TextInputs(TypedDict):
     """Which tokens continue a word, as a bitmap in base 64."""
 
 
+class SeriesInputs(TypedDict):
+    """What modality ``series`` tells a backbone."""
+
+    steps: int
+    """Steps of a row."""
+    channels: int
+    """Numbers of a step."""
+
+
 class StaticInputs(TypedDict):
     """What static features tell a backbone."""
 

@@ -1,4 +1,4 @@
-"""Any encoder or decoder of transformers: texts, images and recordings, by one rule for all.
+"""Any encoder or decoder of transformers: texts, images, recordings, series, by one rule for all.
 
 What a model is made of is found in the model itself: its input by its class, its layers by walking
 its modules, and widths, feature maps, the order of its parts and parameters that nothing uses by
@@ -82,7 +82,8 @@ class HuggingFace(Backbone):
     and its parameters keep their names.
 
     Inputs are ``tokens`` (B, N) with ``mask`` and BERT's ``types``; ``image`` (B, C, size, size);
-    or ``wave`` (B, n) with ``mask``. Models that read spectrograms get them from transformers'
+    ``wave`` (B, n) with ``mask``; or ``series`` (B, T, C) with ``known``, of which a token is a
+    patch with the states of all channels. Models that read spectrograms get them from transformers'
     feature extractor, on the host. A padded row gives the same output as alone (see ``row_norm``
     for wav2vec 2.0's kind with a group norm).
 
@@ -141,7 +142,7 @@ class HuggingFace(Backbone):
             return self._packed(batch["tokens"], batch["segments"])
         words, mask = self._words(batch)
         found = self.model(**words, **({"output_hidden_states": True} if "stages" in want else {}))
-        hidden = found.last_hidden_state
+        hidden = auto_model.hidden_states(self.model, found)
         own = found.get("pooler_output")
         stages = _feature_maps(found, self.prefix) if "stages" in want else {}
         if self.training:
@@ -211,6 +212,9 @@ class HuggingFace(Backbone):
         """Return the model's arguments, and (B, M) which of its input's positions are real."""
         if self.reads == "pixel_values":
             return {"pixel_values": batch["image"], **self.call_arguments}, None
+        if self.reads == auto_model.SERIES:
+            observed = {name: batch["known"] for name in self._takes if "observed_mask" in name}
+            return {self.reads: batch["series"], **observed}, None
         if self.reads == "input_ids":
             tokens = batch["tokens"]
             mask = batch.data.get("mask", torch.ones_like(tokens, dtype=torch.bool))
@@ -433,11 +437,11 @@ class Probe(NamedTuple):
     """What one pass over a model shows."""
 
     reads: str
-    """Name of its input: input_ids, pixel_values, input_values, input_features."""
+    """Name of its input: input_ids, pixel_values, input_values, input_features, past_values."""
     causal: bool
     token_dim: int | None
     prefix: int
-    """Tokens of an image before those of its patches."""
+    """Tokens of an image or a series before those of its patches."""
     has_own_pool: bool
     pooled_dim: dict[str, int]
     maps: tuple[FeatureMapSpec, ...]
@@ -456,6 +460,7 @@ MODALITIES = {
     "pixel_values": ("size", "images"),
     "input_values": RECORDINGS,
     "input_features": RECORDINGS,
+    auto_model.SERIES: ("steps", "regular series (modality series)"),
 }
 """Inputs of models: a key of the modality's inputs, and its rows in words."""
 
@@ -525,7 +530,7 @@ def _probed(
     model: Any, reads: str, found: Any, calls: dict[str, int], rows: dict[str, Any], config: Any
 ) -> Probe:
     """Return what a pass over a model showed."""
-    hidden: Tensor = found.last_hidden_state
+    hidden = auto_model.hidden_states(model, found)
     own = found.get("pooler_output")
     widths = {pool: hidden.shape[1] if hidden.dim() == 4 else hidden.shape[2] for pool in POOLS}
     unused = _unused(model, hidden)
@@ -535,6 +540,8 @@ def _probed(
         unused = _unused(model, hidden, own)
     side = rows.get("size", 0) // _patch(config)
     prefix = max(0, hidden.shape[1] - side**2) if hidden.dim() == 3 and "size" in rows else 0
+    if reads == auto_model.SERIES:
+        prefix = int(getattr(config, "use_cls_token", False))
     maps = _feature_maps(found, prefix) if reads == "pixel_values" else {}
     return Probe(
         reads,
@@ -593,6 +600,8 @@ def _row_shape(
         return (1, min(PROBE_TOKENS, rows["length"])), torch.long
     if reads == "pixel_values":
         return (1, rows["channels"], rows["size"], rows["size"]), torch.float32
+    if reads == auto_model.SERIES:
+        return (1, rows["steps"], rows["channels"]), torch.float32
     extractor = _extractor(architecture, config, processor, rows)
     longest = None if extractor is None else auto_model.longest_seconds(extractor)
     wave = torch.zeros(1, int(rows["rate"] * min(1.0, longest or 1.0)))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from contract_rows import pictures, recordings, texts
+from contract_rows import pictures, recordings, texts, windows
 from hf_families import FAMILIES
 from toys import label_state, make_run, packed_rows, rows_of, take, text_modality, weights
 
@@ -43,7 +43,7 @@ def folder_of(family: str, place: Path) -> Path:
         write_tokenizer(place)
     elif rows == "image":
         write_image_processor(place)
-    else:
+    elif rows == "audio":
         kind = auto_model.extractor_class(config, None)
         kind(**processor).save_pretrained(place)
     return place
@@ -97,6 +97,12 @@ def theirs(family: str, place: Path, batch: Batch, row: int, has_types: bool) ->
             words["token_type_ids"] = batch["types"][row][real][None].long()
     elif "image" in batch.data:
         words = {"pixel_values": batch["image"][row : row + 1]}
+    elif "series" in batch.data:
+        observed = "past_observed_mask" if family == "patchtst" else "observed_mask"
+        words = {
+            "past_values": batch["series"][row : row + 1],
+            observed: batch["known"][row : row + 1],
+        }
     else:
         wave = batch["wave"][row][batch["mask"][row]].numpy()
         reader = hf.AutoFeatureExtractor.from_pretrained(place)
@@ -128,6 +134,8 @@ def test_a_folder_is_read_as_transformers_reads_it(family, tmp_path):
         torch.testing.assert_close(found.pooled[row], pooled[0], rtol=1e-4, atol=1e-5)
         return
     ours, states = found.tokens[row], expected.last_hidden_state[0]
+    if states.dim() == 3:  # of each channel at a patch
+        states = torch.cat(list(states), 1)
     if found.mask is not None:
         real = int(found.mask[row].sum())
         ours, states = ours[:real], states[:real]
@@ -136,7 +144,7 @@ def test_a_folder_is_read_as_transformers_reads_it(family, tmp_path):
 
 # ---------------------------------------------------------------- trained, saved, written back
 
-SAMPLES = {"text": texts, "image": pictures, "audio": recordings()}
+SAMPLES = {"text": texts, "image": pictures, "audio": recordings(), "series": windows}
 NO_CLASS_ALONE = ("bart", "whisper")
 """Encoders that transformers opens with their decoders only."""
 

@@ -24,9 +24,12 @@ OFF = {
     "encoder_layerdrop": 0.0,
     "apply_spec_augment": False,
     "use_cache": False,
+    "do_mask_input": False,
 }
 """Settings that are changed: DDP waits for the gradient of every parameter, masks come from the
-modality, and no text is continued."""
+modality or the objective, and no text is continued."""
+SERIES = "past_values"
+"""Main input of models of regular series."""
 EXTRACTOR_TYPE = "feature_extractor_type"
 """Key of preprocessor_config.json with the name of the class."""
 EXTRACTORS = {"wav2vec2-bert": "SeamlessM4TFeatureExtractor"}
@@ -79,6 +82,8 @@ def configuration(model_type: str, given: Mapping[str, Any], inputs: Inputs) -> 
         usual = {"vocab_size": inputs["vocabulary"], "pad_token_id": inputs["specials"][0]}
     if "size" in inputs:
         usual = {"image_size": inputs["size"], "num_channels": inputs["channels"]}
+    if "steps" in inputs:
+        usual = {"context_length": inputs["steps"], "num_input_channels": inputs["channels"]}
     known = _declared(kind)
     try:
         config = kind(**{key: value for key, value in usual.items() if key in known} | plain)
@@ -206,6 +211,17 @@ def is_plain(model: Any) -> bool:
     It does not where that class has a decoder too (Whisper, BART).
     """
     return type(model) is model_class(model.config)
+
+
+def hidden_states(model: Any, found: Any) -> torch.Tensor:
+    """Return a model's last states: (B, N, D), or (B, C, h, w) maps of images.
+
+    Models of series give (B, channels, patches, D): here the states of all channels at a patch are
+    one, as their heads for classification read them.
+    """
+    hidden = found.last_hidden_state
+    is_by_channel = model.main_input_name == SERIES and hidden.dim() == 4
+    return hidden.transpose(1, 2).flatten(2) if is_by_channel else hidden
 
 
 def is_auto(model: Any) -> bool:

@@ -1,0 +1,483 @@
+"""Regular series: numbers of one or more channels at a fixed rate, such as an electrocardiogram,
+the sensors of a machine or the log of a robot.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import floats, is_list, joined, lengths
+from pipeline.core.capabilities import NameDifference, TruncationStats
+from pipeline.core.contracts import Arrays, Batch, Modality
+from pipeline.core.inputs import SeriesInputs
+from pipeline.core.ragged import ragged
+from pipeline.core.rng import uniform
+from pipeline.media.deviation import divisors, rounded_mean
+from pipeline.media.perceptual_hash import THUMB, PerceptualSearch
+
+CROP, SCALE, JITTER = 0, 1, 2
+"""Random streams of a row's key."""
+BINS = THUMB * THUMB
+"""Numbers of the small copies by which rows are compared."""
+LEVELS = 255
+"""Largest level of a number in them."""
+NAMED = 8
+
+
+class SeriesOptions(Options):
+    length: int = Field(
+        128,
+        ge=2,
+        le=1 << 20,
+        description="steps that the network reads; the steps that a shorter row lacks are missing "
+        "at its end",
+    )
+    cut: Literal["first", "middle", "last"] = Field(
+        "last", description="which steps of a longer row are read"
+    )
+    missing: Literal["mean", "last"] = Field(
+        "mean",
+        description="what stands in the place of a missing number: the mean of the row's numbers "
+        "of that channel, or the last one before it",
+    )
+    crop: bool = Field(
+        False, description="training: the steps of a longer row are read from a random place"
+    )
+    scale: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="training: each channel of a row is multiplied by a random factor, at most by "
+        "this share above or below 1",
+    )
+    jitter: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="training: standard deviation of normal noise that is added to every number, "
+        "in standard deviations of its channel",
+    )
+
+
+class SeriesState(TypedDict):
+    """State of `Series`."""
+
+    mean: list[float]
+    std: list[float]
+    """Mean and standard deviation of each channel."""
+    names: NotRequired[list[str]]
+    """Names of the channels, where the rows are structs."""
+
+
+@register("modality", "series", options=SeriesOptions)
+class Series(Modality):
+    """Rows of T steps of C numbers, at one rate for all rows.
+
+    The column of role ``series`` holds a struct with a list of T numbers for each channel, or T
+    lists of C numbers, or a list of T numbers (one channel). Channels of structs are matched by
+    name: a channel that the fitted rows do not have is left out, one that a row lacks is missing
+    there. Where the state has no names (fitted on lists, or of a published checkpoint) they are
+    matched by their order. NaN and null are missing numbers.
+
+    Tensors: ``series`` (B, length, C) float32, standardised by channel, with missing numbers filled
+    in; ``known`` (B, length, C) bool, true for numbers that are not missing.
+
+    Augmentation: Um et al., "Data augmentation of wearable sensor data for Parkinson's disease
+    monitoring using convolutional neural networks", ICMI 2017 (jitter, scaling); random crops are
+    the window slicing of Le Guennec et al. 2016.
+    """
+
+    state: SeriesState
+    roles = ("series",)
+    target_options = ("missing", "crop", "scale", "jitter")
+    near_search = PerceptualSearch("signs of random projections of averaged channels")
+
+    @classmethod
+    def fit(cls, options, table, columns, backbone) -> SeriesState:
+        """Find the channels, with mean and standard deviation of each.
+
+        Raises ValueError when no row can be read.
+        """
+        column = table[columns["series"]]
+        if problem := _problem(column.type):
+            raise ValueError(f"column {columns['series']}: it holds {column.type}, not {problem}")
+        names = _names(column.type)
+        rows = _read(column, names, None)
+        good = [row for row, reason in zip(rows.values, rows.reasons, strict=True) if not reason]
+        if not good:
+            raise ValueError(
+                f"column {columns['series']}: none of the first {len(table)} rows can be read: "
+                f"{[*rows.reasons, 'no rows'][0]}"
+            )
+        state: SeriesState = {"mean": [], "std": []}
+        if names is not None:
+            state["names"] = names
+        for channel in range(rows.channels):
+            values = np.concatenate([row[:, channel] for row in good]).astype(np.float64)
+            values = values[~np.isnan(values)]
+            if not len(values):
+                values = np.zeros(1)
+            std = float(divisors(values.std(), np.abs(values).max()))
+            state["mean"].append(rounded_mean(float(values.mean()), std))
+            state["std"].append(float(f"{std:.7g}"))
+        return state
+
+    def required_type(self, role, kind) -> str:
+        return _problem(kind, self.state)
+
+    def inputs(self) -> SeriesInputs:
+        return {"steps": self.options.length, "channels": self.channels}
+
+    @property
+    def channels(self) -> int:
+        return len(self.state["mean"])
+
+    # ------------------------------------------------------------ in the data workers
+
+    def decode(self, table, columns) -> tuple[Arrays, list[str]]:
+        rows = self._rows(table, columns)
+        known = [~np.isnan(row) for row in rows.values]
+        return {
+            "series": ragged(np.nan_to_num(row).reshape(-1) for row in rows.values),
+            "known": ragged(row.reshape(-1) for row in known),
+        }, rows.reasons
+
+    def _rows(self, table: Any, columns: dict[str, str]) -> Rows:
+        column = table[columns["series"]]
+        if problem := _problem(column.type, self.state):
+            empty = np.zeros((0, self.channels), dtype=np.float32)
+            reason = f"a value of type {column.type} is not {problem}"
+            return Rows([empty] * len(column), [reason] * len(column), self.channels)
+        return _read(column, self.state.get("names") or _names(column.type), self.channels)
+
+    @classmethod
+    def near_signatures(cls, table, columns):
+        """Return 64 signs of random projections, and the averages that are projected.
+
+        Each channel of a row is standardised by itself and averaged to as many numbers as make
+        `BINS` of all channels; gains and offsets do not count. Zeros for what cannot be read.
+        """
+        column = table[columns["series"]]
+        thumbs = np.full((len(column), BINS), LEVELS // 2, dtype=np.uint8)
+        if not _problem(column.type):
+            rows = _read(column, _names(column.type), None)
+            for i in np.flatnonzero([not reason for reason in rows.reasons]):
+                thumbs[i] = _thumbnail(rows.values[i])
+        projection = np.random.default_rng(0).standard_normal((BINS, 64))
+        bits = (thumbs - np.float64(LEVELS / 2)) @ projection > 0
+        return {"hash": np.packbits(bits, axis=1).view("<u8").reshape(-1), "thumb": thumbs}
+
+    # ------------------------------------------------------------ what is known of the channels
+
+    def coverage(self, table, columns) -> str:
+        """Describe which channels of these rows are not known, and which are not there."""
+        return "; ".join(
+            f"{what}: {', '.join(names[:NAMED])}{' and others' if len(names) > NAMED else ''}"
+            for what, names in zip(
+                ("channels that are not there", "channels that are not known and left out"),
+                self._differences(table, columns),
+                strict=True,
+            )
+            if names
+        )
+
+    def name_differences(self, table, columns) -> list[NameDifference]:
+        lacking, unknown = self._differences(table, columns)
+        found = [
+            NameDifference("channels that the source knows and its rows lack", lacking),
+            NameDifference(
+                "channels that its rows have and the source does not know (left out)", unknown
+            ),
+        ]
+        return [one for one in found if one.names]
+
+    def _differences(
+        self, table: Any, columns: dict[str, str]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of channels that only the state has, and those that only rows have."""
+        known = self.state.get("names") or []
+        there = _names(table[columns["series"]].type) or []
+        if not known or not there:
+            return (), ()
+        lacking = tuple(name for name in known if name not in there)
+        return lacking, tuple(name for name in there if name not in known)
+
+    def single_features(self, table, columns):
+        """Yield mean and standard deviation of each channel in every row."""
+        rows = self._rows(table, columns)
+        names = self.state.get("names") or [f"channel {i}" for i in range(self.channels)]
+        for channel, name in enumerate(names):
+            found = np.full((2, len(table)), np.nan)
+            for i, row in enumerate(rows.values):
+                values = row[:, channel].astype(np.float64)
+                values = values[~np.isnan(values)]
+                if len(values):
+                    found[:, i] = values.mean(), values.std()
+            yield f"{name} (mean)", found[0]
+            yield f"{name} (standard deviation)", found[1]
+
+    def truncation(self, table, columns) -> TruncationStats:
+        """Count the steps beyond ``length``."""
+        steps = np.array([len(row) for row in self._rows(table, columns).values], dtype=np.int64)
+        lost = np.maximum(steps - self.options.length, 0)
+        return TruncationStats(
+            len(steps), int((lost > 0).sum()), int(steps.sum()), int(lost.sum()), "steps"
+        )
+
+    # ------------------------------------------------------------ batches
+
+    def collate(self, arrays: Arrays) -> dict[str, Tensor]:
+        out = super().collate(arrays)
+        counts = out.pop("series_lengths") // self.channels
+        del out["known_lengths"]
+        for name in ("series", "known"):
+            rows = out[name].view(len(counts), -1, self.channels)
+            # steps to take from, also where no row has any
+            out[name] = F.pad(rows, (0, 0, 0, int(rows.shape[1] == 0)))
+        return {**out, "series_lengths": counts}
+
+    def random_rows(self, rows, rng, length=1.0):
+        """Return rows of the read length, with missing numbers; every other one ends early."""
+        shape = (rows, self.options.length, self.channels)
+        known = rng.random(shape) > 0.1
+        known[1::2, 3 * self.options.length // 4 :] = False
+        values = np.array(self.state["mean"]) + self.state["std"] * rng.standard_normal(shape)
+        values = np.where(known, values, 0.0).astype(np.float32)
+        arrays = {"series": values, "known": known}
+        return self.collate({name: ragged(one.reshape(rows, -1)) for name, one in arrays.items()})
+
+    def augment(self, batch: Batch) -> Batch:
+        """Take steps from a random place, and change the channels."""
+        options = self.options
+        batch = self._cut(batch, options.crop)
+        series = batch["series"]
+        if options.scale:
+            u = uniform(batch.keys, self.channels, SCALE)
+            series = series * (1 + options.scale * (2 * u - 1))[:, None]
+        if options.jitter:
+            std = torch.tensor(self.state["std"], device=series.device)
+            noise = _normal(batch.keys, series[0].numel()).view_as(series)
+            series = series + options.jitter * std * noise
+        return batch.replace(series=series)
+
+    def finish(self, batch: Batch) -> Batch:
+        """Standardise the channels, and fill in missing numbers."""
+        batch = self._cut(batch)
+        known = batch["known"]
+        mean, std = (
+            torch.tensor(self.state[name], device=known.device) for name in ("mean", "std")
+        )
+        series = ((batch["series"] - mean) / std).masked_fill(~known, 0.0)
+        count = known.sum(1, keepdim=True).clamp(min=1)
+        filled = (series.sum(1, keepdim=True) / count).expand_as(series)
+        if self.options.missing == "last":
+            steps = torch.arange(known.shape[1], device=known.device)[:, None]
+            last = torch.where(known, steps, -1).cummax(1).values
+            filled = torch.where(last < 0, filled, series.gather(1, last.clamp(min=0)))
+        return batch.replace(series=torch.where(known, series, filled))
+
+    def _cut(self, batch: Batch, crop: bool = False) -> Batch:
+        """Take ``length`` steps of every row, unless that is done.
+
+        Args:
+            crop: From a random place; else as option ``cut`` says.
+        """
+        if "series_lengths" not in batch.data:
+            return batch
+        counts = batch["series_lengths"]
+        room = (counts - self.options.length).clamp(min=0)
+        if crop:
+            chosen = uniform(batch.keys, 1, CROP)[:, 0] * (room + 1)
+            starts = torch.minimum(chosen.long(), room)
+        else:
+            starts = {"first": 0 * room, "middle": room // 2, "last": room}[self.options.cut]
+        steps = starts[:, None] + torch.arange(self.options.length, device=counts.device)
+        is_there = (steps < counts[:, None])[..., None]
+        most = batch["series"].shape[1] - 1
+        places = steps.clamp(max=most)[..., None].expand(-1, -1, self.channels)
+        series, known = (batch[name].gather(1, places) for name in ("series", "known"))
+        rest = {name: one for name, one in batch.data.items() if name != "series_lengths"}
+        made = {"series": series, "known": known & is_there}
+        return Batch(batch.rows, batch.keys, {**rest, **made}, batch.shards)
+
+
+def _normal(keys: Tensor, count: int) -> Tensor:
+    """Return (B, count) standard normal numbers by the Box-Muller transform."""
+    half = -(-count // 2)
+    u = uniform(keys, 2 * half, JITTER)
+    radius = (-2 * torch.log1p(-u[:, :half])).sqrt()
+    angle = 2 * math.pi * u[:, half:]
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :count]
+
+
+def _thumbnail(row: np.ndarray) -> np.ndarray:
+    """Return (BINS,) levels of a row (T, C): its channels, each standardised and averaged."""
+    known = ~np.isnan(row)
+    mean = np.nan_to_num(row).sum(0) / known.sum(0).clip(min=1)
+    centred = np.where(known, row - mean, 0.0)
+    std = centred.std(0)
+    channels = torch.from_numpy((centred / np.where(std > 0, std, 1.0)).T.copy())[None]
+    averages = F.adaptive_avg_pool1d(channels, max(1, BINS // row.shape[1])).reshape(1, 1, -1)
+    bins = F.adaptive_avg_pool1d(averages, BINS)[0, 0].numpy()
+    largest = np.abs(bins).max() or 1.0
+    return np.round((1 + bins / largest) * LEVELS / 2).astype(np.uint8)
+
+
+# ---------------------------------------------------------------- columns
+
+
+class Rows(NamedTuple):
+    """Rows of a column."""
+
+    values: list[np.ndarray]
+    """Of each row (T, C) float32, NaN where a number is missing; without steps where it cannot be
+    read."""
+    reasons: list[str]
+    """Why a row cannot be read; "" where it can."""
+    channels: int
+
+
+def _is_numbers(kind: Any) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+
+
+def _names(kind: Any) -> list[str] | None:
+    """Return the names of a struct's channels, None of lists."""
+    return [field.name for field in kind] if pa.types.is_struct(kind) else None
+
+
+def _problem(kind: Any, state: SeriesState | None = None) -> str:
+    """Describe the type that a column needs, where it has another one; else ""."""
+    is_struct = pa.types.is_struct(kind)
+    named = (state or {}).get("names")
+    channels = len(state["mean"]) if state else None
+    if is_struct and (named or channels in (None, kind.num_fields)):
+        wrong = [
+            field.name
+            for field in kind
+            if (not named or field.name in named)
+            and not (is_list(field.type) and _is_numbers(field.type.value_type))
+        ]
+        if not wrong:
+            return ""
+        return f"a struct of lists of numbers, one a channel (field {wrong[0]} is none)"
+    if named:
+        return f"a struct of lists of numbers, one for each of the channels {', '.join(named)}"
+    values = kind.value_type if is_list(kind) else None
+    inner = values.value_type if values is not None and is_list(values) else values
+    if inner is not None and _is_numbers(inner):
+        return ""
+    if channels:
+        return (
+            f"a list of steps, each a list of {channels} numbers, or a struct of as many channels"
+        )
+    return "a struct of lists of numbers, one a channel, or a list of steps"
+
+
+def _read(column: Any, names: list[str] | None, channels: int | None) -> Rows:
+    """Read a column of one of the three kinds.
+
+    Args:
+        names: Channels of a struct, in the order in which they are returned.
+        channels: How many there are; None: as many as the first row has.
+    """
+    whole = joined(column) if isinstance(column, pa.ChunkedArray) else column
+    if names is not None:
+        return _channels(whole, names)
+    return _steps(whole, channels)
+
+
+class Lists(NamedTuple):
+    """A column of lists of numbers."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    """(n,) of each list, -1 for null."""
+    values: np.ndarray
+    """All numbers, one list behind the other."""
+
+    @classmethod
+    def of(cls, lists: Any) -> Lists:
+        counts = lengths(lists).astype(np.int64)
+        ends = np.cumsum(np.maximum(counts, 0))
+        return cls(ends - np.maximum(counts, 0), counts, floats(lists.flatten()))
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        start = self.starts[row]
+        return self.values[start : start + max(0, self.lengths[row])]
+
+
+def _channels(struct: Any, names: list[str]) -> Rows:
+    """Read structs with a list for each channel."""
+    fields = dict(zip(_names(struct.type) or [], struct.flatten(), strict=True))
+    found = [Lists.of(fields[name]) if name in fields else None for name in names]
+    values: list[np.ndarray] = []
+    reasons: list[str] = []
+    for i in range(len(struct)):
+        own = {k: one[i] for k, one in enumerate(found) if one is not None and one.lengths[i] >= 0}
+        steps = {len(one) for one in own.values()}
+        reason = _reason(own.values(), steps)
+        row = np.full((0 if reason else steps.pop(), len(names)), np.nan, dtype=np.float32)
+        if not reason:
+            for k, one in own.items():
+                row[:, k] = one
+        values.append(row)
+        reasons.append(reason)
+    return Rows(values, reasons, len(names))
+
+
+def _reason(channels: Any, steps: set[int]) -> str:
+    if not steps:
+        return "the series is null, or has none of the channels"
+    if len(steps) > 1:
+        return f"channels of one row have {min(steps)} and {max(steps)} steps"
+    if steps == {0}:
+        return "the series has no steps"
+    if any(np.isinf(one).any() for one in channels):
+        return "the series holds an infinite number"
+    return ""
+
+
+def _steps(lists: Any, channels: int | None) -> Rows:
+    """Read lists of steps, each a number or a list of numbers."""
+    counts = lengths(lists).astype(np.int64)
+    ends = np.cumsum(np.maximum(counts, 0))
+    inner = lists.flatten()
+    if not is_list(inner.type):
+        widths = np.ones(len(inner), dtype=np.int64)
+        found = Lists(np.arange(len(inner)), widths, floats(inner))
+    else:
+        found = Lists.of(inner)
+    if channels is None:
+        channels = int(found.lengths[0]) if len(found.lengths) else 1
+    values: list[np.ndarray] = []
+    reasons: list[str] = []
+    for count, end in zip(counts.tolist(), ends.tolist(), strict=True):
+        start = end - max(count, 0)
+        widths = found.lengths[start:end]
+        row, reason = np.zeros((0, channels), dtype=np.float32), ""
+        if count < 0:
+            reason = "the series is null"
+        elif not count:
+            reason = "the series has no steps"
+        elif (wrong := np.flatnonzero(widths != channels)).size:
+            step = int(wrong[0])
+            width = max(0, int(widths[step]))
+            reason = f"step {step} has {width} numbers, and {channels} channels were expected"
+        else:
+            first = found.starts[start]
+            row = found.values[first : first + count * channels].reshape(count, channels)
+            if np.isinf(row).any():
+                row, reason = row[:0], "the series holds an infinite number"
+        values.append(row)
+        reasons.append(reason)
+    return Rows(values, reasons, channels)
