@@ -329,16 +329,16 @@ class BehaviourCloning(Objective):
                 found.append((name, rows, output.unflatten(-1, (self.options.chunk, -1))))
         return found
 
-    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the tokens (m, D) of all steps, and their own actions.
+    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tokens (m, D) of all steps, their own actions, and their rows.
 
-        Those are standardised numbers (m, A), padded to the widest space, or classes (m,).
+        Actions are standardised numbers (m, A), padded to the widest space, or classes (m,).
         """
         tokens, is_step = features.tokens, batch["mask"]
         assert tokens is not None
         actions = batch["actions"][is_step]
         labels = actions.argmax(-1) if self.state["kind"] == "discrete" else actions.float()
-        return tokens[is_step].float(), labels
+        return tokens[is_step].float(), labels, is_step.nonzero()[:, 0]
 
     def _outputs(self, backbone: Backbone, batch: Batch) -> list[tuple[str, Tensor, Tensor]]:
         tokens = backbone(batch, want=("tokens",)).tokens

@@ -288,10 +288,11 @@ class Hourly(Objective):
         index = position[..., None].expand(-1, -1, tokens.shape[2])
         return tokens.gather(1, index), log_age, times, is_time
 
-    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the tokens (m, D) that labels are read from, and their classes (m,)."""
+    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tokens (m, D) that labels are read from, their classes, and their rows."""
         read, _, _, is_time = self._read(features, batch)
-        return read[is_time].float(), batch["label_values"].long()[is_time]
+        labels = batch["label_values"].long()[is_time]
+        return read[is_time].float(), labels, is_time.nonzero()[:, 0]
 
     def _times(self, batch: Batch, ends: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Return the times (B, M) to predict at, and which of them are real (B, M).

@@ -282,11 +282,12 @@ class Tagging(Objective):
         truth = tags.gather(1, torch.where(begins, words, 0))
         return torch.where(begins & (truth >= 0), truth, -100)
 
-    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the tokens (m, D) that begin a word, and their tag numbers (m,)."""
+    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tokens (m, D) that begin a word, their tag numbers, and their rows."""
         truth, tokens = self._truth(batch), features.tokens
         assert tokens is not None
-        return tokens[truth >= 0].float(), truth[truth >= 0]
+        is_word = truth >= 0
+        return tokens[is_word].float(), truth[is_word], is_word.nonzero()[:, 0]
 
     def loss(self, backbone: Backbone, batch: Batch):
         scores, features = self.head_scores(backbone, batch)

@@ -79,31 +79,39 @@ def features_of_ids(
     return found[by_id], torch.cat(pooled)[order], labels_of_rows
 
 
-def neighbours(found: np.ndarray, k: int, tried: np.ndarray | None = None) -> Tensor:
+def neighbours(
+    found: np.ndarray,
+    k: int,
+    tried: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> Tensor:
     """Find the nearest neighbours by cosine similarity.
 
     Args:
         found: (n, D) features among which neighbours are looked for.
-        k: Neighbours of each row.
+        k: Neighbours of each row, fewer where there are not as many for every row.
         tried: (m, D) features whose neighbours are wanted; None: those of ``found``, where no row
             is its own neighbour.
+        groups: (n,) group of each row of ``found``, where rows of the same group are no neighbours
+            either; None: each row is a group. Without effect where ``tried`` is given.
 
     Returns:
         (m, k) indices into ``found``.
     """
     f = nn.functional.normalize(torch.from_numpy(found.astype(np.float32)), dim=1)
-    own = tried is None
-    t = (
-        f
-        if tried is None
-        else nn.functional.normalize(torch.from_numpy(tried.astype(np.float32)), dim=1)
-    )
+    t, group = f, None
+    if tried is not None:
+        t = nn.functional.normalize(torch.from_numpy(tried.astype(np.float32)), dim=1)
+    else:
+        numbers = np.arange(len(f)) if groups is None else np.unique(groups, return_inverse=True)[1]
+        group = torch.from_numpy(numbers.reshape(-1))
+        k = min(k, len(f) - int(group.bincount().max()))
     out = []
     for start in range(0, len(t), 1024):
         near = t[start : start + 1024] @ f.T
-        if own:
-            near[torch.arange(len(near)), torch.arange(start, start + len(near))] = -2.0
-        out.append(near.topk(min(k, len(f) - own), dim=1).indices)
+        if group is not None:
+            near[group[start : start + 1024, None] == group] = -2.0
+        out.append(near.topk(min(k, len(f)), dim=1).indices)
     return torch.cat(out)
 
 

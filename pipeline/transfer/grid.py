@@ -44,9 +44,10 @@ TRIAL_FORMAT = 8
 record of a trial has the code that made it (`pipeline.config.provenance`).
 """
 SCRATCH = "none"
-FURTHER_SEARCH_SEEDS = 1000
-"""The first seed with which the best draws of a search are tried again. The final trials, which
-read the test rows, have none of these seeds.
+SEARCH_SEED = 1000
+"""The seed of the draws of a search; the best of them are tried again with those that follow. The
+final trials, which read the test rows, have none of these seeds: a setting that was chosen for a
+lucky network would have this network's luck in its validation and test values.
 """
 OPTION = "technique."
 """Prefix of a drawn option of a technique among the hyper-parameters: ``technique.layer_decay``."""
@@ -108,7 +109,7 @@ class Trial:
         """What a person calls the trial: target, source, technique, label fraction and seed.
 
         Where there is no source it is the backbone, and a search trial also says what was drawn:
-        ``clothing/garments/full/0.05/seed0/search/lr=0.003``.
+        ``clothing/garments/full/0.05/seed1000/search/lr=0.003``.
         """
         source = self.backbone.replace("/", "-") if self.source == SCRATCH else self.source
         parts = [self.target, source, _named(self.technique.name, self.technique.options)]

@@ -131,7 +131,7 @@ def of_source(
     a few of them, but none where they may use none.
     """
     found = Shift(f"source {source.name}", "training rows")
-    group = _group(data)
+    group = group_column(data)
     if group or source.group:
         found = replace(found, counted=GROUPS_COUNT if source.group else SOURCE_ROWS_COUNT)
     own = group_count(data.train.selection, group) if source.label_counts else None
@@ -157,7 +157,7 @@ def within_target(data: TargetData, source: str, backbone: Backbone, device: tor
         source: Whose network the backbone is.
     """
     train, test = (_spread(rows) for rows in (data.train, data.test))
-    group = _group(data)
+    group = group_column(data)
     found = Shift("its own training rows", "test rows", features_of=source, within_target=True)
     if group:
         found = replace(found, counted=GROUPS_COUNT)
@@ -195,7 +195,7 @@ def within_target(data: TargetData, source: str, backbone: Backbone, device: tor
     return replace(found, concept=concept)
 
 
-def _group(data: TargetData) -> str | None:
+def group_column(data: TargetData) -> str | None:
     """Return the column of a target's groups; packed rows have none."""
     group = data.spec.data.group
     schema = data.train.selection.manifest.schema if group else None

@@ -24,7 +24,13 @@ from pipeline.core.contracts.objective_capabilities import (
     labels_positions,
     tensors_beside_features,
 )
-from pipeline.core.contracts.score import LabelKind, Score, half, interval_of_halves
+from pipeline.core.contracts.score import (
+    LabelKind,
+    Score,
+    count_units,
+    half,
+    interval_of_halves,
+)
 from pipeline.core.metrics.calibration import softmax
 from pipeline.core.rng import mix
 from pipeline.core.specs import NO_OBJECTIVE
@@ -41,7 +47,7 @@ from pipeline.transfer.grid import label_subset
 from pipeline.transfer.measured_shift import LabelledRows, SourceSide
 from pipeline.transfer.trial import Shared, TargetData
 
-SCORES_FORMAT = 3
+SCORES_FORMAT = 4
 SCORING_CODE = ("pipeline.transfer.scoring", "pipeline.transfer.measured_shift")
 DEFAULT_SCORE = "logme"
 """What sources are sorted by where no score chooses them."""
@@ -50,7 +56,7 @@ SOURCE_ROWS = 500
 """Training rows of a source that distances and shift read, evenly spread as the target's are: runs
 of consecutive rows of sorted files would differ from them though nothing else does."""
 FEWEST_ROWS = 10
-"""Rows that an interval needs: it is made from halves of them."""
+"""Rows, or groups of rows, that an interval needs: it is made from halves of them."""
 
 
 def scores() -> dict[str, Score]:
@@ -203,15 +209,31 @@ class _Inputs:
     """Whether something is missing because of an error that need not come again."""
     labelled: np.ndarray | None = None
     """(m, D) features of labelled positions, where labels belong to positions of rows."""
-    ids: dict[str, np.ndarray] = field(default_factory=dict)
-    """``features`` and ``source_features`` to the ids of their rows."""
+    labelled_groups: np.ndarray | None = None
+    """(m,) group of each labelled position: that of its row, or the row itself."""
+    groups: dict[str, np.ndarray | None] = field(default_factory=dict)
+    """``groups`` and ``source_groups``, None where the rows name none (`GROUPS`)."""
+    ids: np.ndarray | None = None
+    """(n,) ids of the rows of ``features``."""
 
     def read_by(self, one: Score) -> dict[str, np.ndarray]:
         """Return the arrays that a score reads."""
         found = {name: self.arrays[name] for name in one.inputs}
-        if self.labelled is not None and {"features", "labels"} <= set(one.inputs):
+        if self._is_of_positions(one):
+            assert self.labelled is not None
             found["features"] = self.labelled
         return found
+
+    def groups_of(self, one: Score) -> dict[str, np.ndarray | None]:
+        """Return the groups of the rows or positions that a score reads, where they have any."""
+        of_target = (
+            self.labelled_groups if self._is_of_positions(one) else self.groups.get("groups")
+        )
+        of_source = self.groups.get("source_groups") if "source_features" in one.inputs else None
+        return {"groups": of_target, "source_groups": of_source}
+
+    def _is_of_positions(self, one: Score) -> bool:
+        return self.labelled is not None and {"features", "labels"} <= set(one.inputs)
 
 
 def _score_pair(pair: Pair, shared: Shared, wanted: Mapping[str, Score]) -> tuple[PairScores, bool]:
@@ -269,17 +291,12 @@ def _shifts(
     """Measure shift with the features that the scores have read, and those of test rows."""
     head, _ = shared.heads.get(pair.source, (None, {}))
     names = head.state.get("labels", ()) if head is not None else ()
-    source_groups = None
-    if pair.source_rows is not None and "source_features" in given.ids:
-        source_groups = measured_shift.groups_of(
-            pair.source_rows[0], pair.source_group, given.ids["source_features"]
-        )
     source = SourceSide(
         pair.source,
         pair.source_rows,
         pair.source_group,
         given.arrays.get("source_features"),
-        source_groups,
+        given.groups.get("source_groups"),
         dict(pair.source_labels),
         pair.source_group_count,
         tuple(map(str, names)),
@@ -287,18 +304,13 @@ def _shifts(
     )
     labels = given.arrays.get("labels")
     has_one_class = labels is not None and kind_of(labels) == "classes" and given.labelled is None
-    groups = None
-    if has_one_class:
-        groups = measured_shift.groups_of(
-            data.train.selection, data.spec.data.group, given.ids["features"]
-        )
     labelled = LabelledRows(
         given.arrays["features"],
         labels if has_one_class else None,
         data.label_names,
-        groups,
+        given.groups.get("groups") if has_one_class else None,
         given.missing.get("labels") or given.missing.get("probabilities", ""),
-        given.ids.get("features"),
+        given.ids,
     )
     try:
         return (measured_shift.of_source(data, source, labelled, backbone, device),)
@@ -356,13 +368,13 @@ def _add_target(
         given.missing["labels"] = "label_fractions: 0 allows no label"
         allowed = np.arange(len(data.train))
     rows = data.train.subset(allowed[_spread(len(allowed))])
-    labels, labelled = None, None
+    labels, labelled, row = None, None, np.zeros(0, dtype=np.int64)
     if labels_positions(objective):
         options = objective.options_class(**data.objective.options)  # type: ignore[attr-defined]
         task = objective(backbone, options, data.objective.state)  # type: ignore[operator]
-        found, labelled, labels = _position_features(task, backbone, rows, device)
+        given.ids, found, labelled, labels, row = _position_features(task, backbone, rows, device)
     else:
-        given.ids["features"], found, rest = features_of_ids(backbone, rows, device)
+        given.ids, found, rest = features_of_ids(backbone, rows, device)
         labels = rest.get(_label_tensor(objective))  # of the rows that could be decoded
     for one in (found, labelled):
         wrong = 0 if one is None else int((~torch.isfinite(one).all(1)).sum())
@@ -373,12 +385,17 @@ def _add_target(
                 "they overflowed"
             )
     given.arrays["features"] = found.cpu().numpy()
+    groups = measured_shift.groups_of(
+        data.train.selection, measured_shift.group_column(data), given.ids
+    )
+    given.groups["groups"] = groups
     if labels is not None and "labels" not in given.missing:
         given.arrays["labels"] = labels.cpu().numpy()
     else:
         given.missing.setdefault("labels", "the target's rows have none")
     if labelled is not None:
         given.labelled = labelled.cpu().numpy()
+        given.labelled_groups = row if groups is None else groups[row]
     probabilities = _source_probabilities(shared, pair, backbone, found)
     if labelled is not None:
         probabilities = "the source's classes are those of rows, the labels those of positions"
@@ -396,26 +413,41 @@ def _spread(n: int) -> np.ndarray:
 @torch.no_grad()
 def _position_features(
     objective: Any, backbone: Backbone, rows: Rows, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (n, D) pooled features, and those of at most SCORE_ROWS positions with their labels.
+) -> tuple[np.ndarray, torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
+    """Return pooled features, and those of at most SCORE_ROWS positions with their labels.
 
     Args:
         objective: One whose labels belong to positions (`LabelsPositions`).
+
+    Returns:
+        (n,) ids of the rows and (n, D) pooled features, (m, D) features of positions and their
+        labels, and the (m,) places of their rows among the n.
     """
     backbone.to(device).eval()
     objective.to(device).eval()
     ready = evaluate.device_preprocessing(rows)
-    pooled, labelled, labels = [], [], []
+    ids, pooled, labelled, labels, row = [], [], [], [], []
+    before = 0
     for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
         batch = ready(batch.to(device), False)
         found = backbone(batch, want=objective.position_features)
+        ids.append(batch.rows)
         pooled.append(found.pooled.float())
-        of_batch, theirs = objective.labelled_positions(found, batch)
+        of_batch, theirs, place = objective.labelled_positions(found, batch)
         some = torch.from_numpy(_spread(len(theirs)))  # a batch of long rows has very many
         labelled.append(of_batch[some])
         labels.append(theirs[some])
-    places = torch.from_numpy(_spread(sum(map(len, labels))))
-    return torch.cat(pooled), torch.cat(labelled)[places], torch.cat(labels)[places]
+        row.append(before + place.cpu().numpy()[some.numpy()])
+        before += len(batch)
+    places = _spread(sum(map(len, labels)))
+    kept = torch.from_numpy(places)
+    return (
+        np.concatenate(ids),
+        torch.cat(pooled),
+        torch.cat(labelled)[kept],
+        torch.cat(labels)[kept],
+        np.concatenate(row)[places],
+    )
 
 
 def _predicts_one_class(objective: Any) -> bool:
@@ -467,7 +499,9 @@ def _add_source(
         given.missing["source_features"] = "fewer than two rows of the source can be used"
         return
     given.arrays["source_features"] = fine.cpu().numpy()
-    given.ids["source_features"] = ids[is_finite.cpu().numpy()]
+    given.groups["source_groups"] = measured_shift.groups_of(
+        selection, pair.source_group, ids[is_finite.cpu().numpy()]
+    )
 
 
 # ---------------------------------------------------------------- one score
@@ -484,9 +518,9 @@ def _value(one: Score, given: _Inputs) -> ScoreValue:
         return undefined(f"it is defined for {' and '.join(one.tasks)}, and the labels are {kind}")
     if kind == "numbers" and not np.isfinite(given.arrays["labels"]).all():
         return undefined("the labels are not finite")
-    began, read = time.perf_counter(), given.read_by(one)
+    began, read, groups = time.perf_counter(), given.read_by(one), given.groups_of(one)
     try:
-        found = one.of(read)
+        found = one.of({**read, **groups})
     except Exception as error:  # a score may be anybody's: the others go on without it
         given.failed |= not _comes_again(error)
         return undefined(f"{type(error).__name__}: {error}")
@@ -494,13 +528,16 @@ def _value(one: Score, given: _Inputs) -> ScoreValue:
     if not np.isfinite(value):
         return undefined("the rows are too few, or nothing tells them apart")
     try:
-        interval = found[1:] if isinstance(found, tuple) else _interval(one, read, found)
+        interval = found[1:] if isinstance(found, tuple) else _interval(one, read, groups, found)
     except Exception as error:  # the score of halves of the rows: that of all rows stays
         given.failed |= not _comes_again(error)
         interval, reason = (np.nan, np.nan), f"no interval: {type(error).__name__}: {error}"
     seconds = time.perf_counter() - began
     value, low, high = (float(np.clip(part, *one.bounds)) for part in (value, *interval))
-    if not np.isfinite([low, high]).all() or min(map(len, read.values())) < FEWEST_ROWS:
+    least, unit = _fewest_units(read, groups)
+    if least < FEWEST_ROWS and unit == "groups":
+        reason = reason or f"no interval: {least} groups, {FEWEST_ROWS} are needed"
+    if not np.isfinite([low, high]).all() or least < FEWEST_ROWS:
         return ScoreValue(value, None, None, one.higher_is_better, seconds, reason)
     return ScoreValue(value, low, high, one.higher_is_better, seconds)
 
@@ -513,20 +550,39 @@ def _comes_again(error: Exception) -> bool:
     return isinstance(error, (ValueError, ArithmeticError))
 
 
-def _interval(one: Score, read: Mapping[str, np.ndarray], value: float) -> tuple[float, float]:
-    """Return the 95 % interval over rows, NaN where there are fewer than FEWEST_ROWS."""
-    if min(map(len, read.values())) < FEWEST_ROWS:
+def _interval(
+    one: Score,
+    read: Mapping[str, np.ndarray],
+    groups: Mapping[str, np.ndarray | None],
+    value: float,
+) -> tuple[float, float]:
+    """Return the 95 % interval over rows or groups, NaN where there are fewer than FEWEST_ROWS."""
+    if _fewest_units(read, groups)[0] < FEWEST_ROWS:
         return float("nan"), float("nan")
+    n = len(read["features" if "features" in read else "labels"])
+    m = len(read.get("source_features", ()))
 
     def value_of_half(rng: np.random.Generator) -> float:
-        of_target = half(len(read["features" if "features" in read else "labels"]), rng)
-        of_source = half(len(read.get("source_features", ())), rng)
+        of_target = half(n, rng, groups["groups"])
+        of_source = half(m, rng, groups["source_groups"])
         found = one.of(
             {
-                name: rows[of_source if name == "source_features" else of_target]
-                for name, rows in read.items()
+                name: rows[of_source if name.startswith("source_") else of_target]
+                for name, rows in {**read, **groups}.items()
+                if rows is not None
             }
         )
         return found[0] if isinstance(found, tuple) else found
 
     return interval_of_halves(value, value_of_half)
+
+
+def _fewest_units(
+    read: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray | None]
+) -> tuple[int, str]:
+    """Return the number of groups or rows of the side with fewer, and which of both they are."""
+    sides = [(len(read["features" if "features" in read else "labels"]), groups["groups"])]
+    if "source_features" in read:
+        sides.append((len(read["source_features"]), groups["source_groups"]))
+    counted = [(count_units(n, of), "rows" if of is None else "groups") for n, of in sides]
+    return min(counted)

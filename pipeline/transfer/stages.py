@@ -1138,7 +1138,7 @@ def _search_trials(
                 state.job.targets[name],
                 entry[2],
                 f"{name}|{entry[0].key}" not in streamed,
-                partial(_trial, state, name, entry, seed=0, stage="search"),
+                partial(_trial, state, name, entry, seed=grid.SEARCH_SEED, stage="search"),
                 values,
             )
     return out
@@ -1159,12 +1159,13 @@ def finalist_trials(
     """
     spec, out = state.job.fanout.search_finalists, []
     for name, entry in _entries(state, groups, chosen) if ranked else ():
-        best = ranked.get(_trial(state, name, entry, {}, 0, "search").entry, [])[: spec.top]
+        first = grid.SEARCH_SEED
+        best = ranked.get(_trial(state, name, entry, {}, first, "search").entry, [])[: spec.top]
         if len(best) > 1:
             out += [
-                _trial(state, name, entry, hyper, grid.FURTHER_SEARCH_SEEDS + i, "search")
+                _trial(state, name, entry, hyper, first + i, "search")
                 for hyper in best
-                for i in range(spec.seeds)
+                for i in range(1, spec.seeds + 1)
             ]
     return out
 
@@ -1254,7 +1255,7 @@ def brackets_of(
     state: JobState,
     groups: list[BackboneGroup],
     chosen: dict[str, set[str]],
-    seed: int = grid.FURTHER_SEARCH_SEEDS,
+    seed: int = grid.SEARCH_SEED,
 ) -> list[budget.Bracket]:
     """Return the brackets of a job, in the order of its targets and label fractions.
 

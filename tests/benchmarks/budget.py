@@ -89,7 +89,7 @@ class Played:
         groups = list(self.shared.backbone_groups.values())
         chosen = {name: set(stages.matching(self.state, name)) for name in self.state.targets}
         self.brackets = [
-            stages.brackets_of(self.state, groups, chosen, grid.FURTHER_SEARCH_SEEDS + number)
+            stages.brackets_of(self.state, groups, chosen, grid.SEARCH_SEED + number)
             for number in range(seeds)
         ]
         final = stages.final_trials(self.state, groups, chosen, {})

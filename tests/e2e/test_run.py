@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from pipeline.transfer import grid
 from tests.e2e.conftest import SMALL, TINY
 
 pytestmark = [pytest.mark.ray]
@@ -240,7 +241,7 @@ def test_a_search_picks_on_validation(request, command, scheduler, tmp_path):
     rows = [row for row in table(tmp_path / "runs/small") if row["metric"] in ("accuracy", None)]
     search = [row for row in rows if row["trial_stage"] == "search"]
     first, again = (
-        {row["trial_id"]: row for row in search if (row["seed"] == 0) == is_first}
+        {row["trial_id"]: row for row in search if (row["seed"] == grid.SEARCH_SEED) == is_first}
         for is_first in (True, False)
     )
     # Scratch is tuned with the same budget; the best draws that were not stopped are tried again

@@ -8,11 +8,13 @@ from scipy.special import logsumexp
 
 from pipeline.config import registry
 from pipeline.core.contracts.score import Score, half, interval_of_halves, score
+from pipeline.transfer import scoring
 from pipeline.transfer.scores import leep as leep_file
 from pipeline.transfer.scores.cka import cka
 from pipeline.transfer.scores.distances import frechet, mmd, proxy_a
 from pipeline.transfer.scores.gbc import gbc
 from pipeline.transfer.scores.h_score import h_score
+from pipeline.transfer.scores.knn import knn
 from pipeline.transfer.scores.leep import leep, nce, nleep
 from pipeline.transfer.scores.logme import logme
 from pipeline.transfer.scores.transrate import transrate
@@ -293,6 +295,80 @@ def test_proxy_a_knows_equal_sides_from_different_ones():
     assert np.isnan(proxy_a(x[:9], other))
 
 
+# ---------------------------------------------------------------- rows of one group
+
+
+def speakers(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """12 rows of each of some speakers of one population, and their numbers."""
+    rng = np.random.default_rng(seed)
+    group = np.repeat(np.arange(count), 12)
+    return (rng.normal(size=(count, 10)) * 2)[group] + rng.normal(size=(len(group), 10)), group
+
+
+def test_rows_that_are_groups_change_nothing():
+    (x, y), (s, _) = rows(60, 5, signal=1), rows(50, 5, signal=0, seed=2)
+    each, theirs = np.random.default_rng(0).permutation(60), np.arange(50)
+    assert knn(x, y, groups=each) == knn(x, y)
+    assert mmd(x, s, each, theirs) == mmd(x, s)
+    assert proxy_a(x, s, each, theirs) == proxy_a(x, s)
+    assert half(7, np.random.default_rng(3)).tolist() == (
+        half(7, np.random.default_rng(3), np.arange(7)).tolist()
+    )
+
+
+def test_knn_leaves_out_the_whole_group():
+    from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+    from sklearn.neighbors import KNeighborsClassifier
+
+    x, group = speakers(15, seed=1)
+    y = np.arange(15)[group] % 2  # what the speaker is, and not what is said
+    theirs = KNeighborsClassifier(5, metric="cosine", algorithm="brute")
+    found = cross_val_predict(theirs, x, y, groups=group, cv=LeaveOneGroupOut())
+    assert knn(x, y, groups=group) == pytest.approx((found == y).mean(), abs=1e-9)
+    assert knn(x, y, groups=group) < 0.7 < 0.95 < knn(x, y), "it knows speakers alone"
+    assert np.isnan(knn(x, y, groups=np.zeros(len(x))))
+
+
+def test_mmd_pairs_rows_of_different_groups():
+    (x, group), (s, theirs) = speakers(5, seed=1), speakers(4, seed=2)
+    both = np.concatenate([x, s])
+    width = np.median([((a - b) ** 2).sum() for i, a in enumerate(both) for b in both[:i]])
+
+    def mean(one, other, is_pair):
+        return np.mean(
+            [
+                np.exp(-((a - b) ** 2).sum() / (2 * width))
+                for i, a in enumerate(one)
+                for j, b in enumerate(other)
+                if is_pair(i, j)
+            ]
+        )
+
+    want = mean(x, x, lambda i, j: group[i] != group[j])
+    want += mean(s, s, lambda i, j: theirs[i] != theirs[j]) - 2 * mean(x, s, lambda i, j: True)
+    assert mmd(x, s, group, theirs) == pytest.approx(want, abs=1e-9)
+    assert np.isnan(mmd(x, s, np.zeros(len(x)), theirs))
+
+
+def test_speakers_of_one_population_are_not_far_apart():
+    """Means over eight draws of both sides: without groups they look like two domains."""
+    found = []
+    for seed in range(8):
+        (x, group), (s, theirs) = speakers(10, seed), speakers(10, seed + 100)
+        found.append(
+            (
+                proxy_a(x, s, group, theirs)[0],
+                proxy_a(x, s)[0],
+                proxy_a(x, s, group, theirs)[1] <= 0,
+                mmd(x, s, group, theirs),
+                mmd(x, s),
+            )
+        )
+    by_group, by_row, holds_zero, mmd_by_group, mmd_by_row = np.mean(found, axis=0)
+    assert abs(by_group) < 0.3 and by_row > 0.9 and holds_zero > 0.9
+    assert abs(mmd_by_group) < 0.25 * mmd_by_row
+
+
 # ---------------------------------------------------------------- all of them
 
 
@@ -355,6 +431,26 @@ def test_the_spread_over_halves_is_that_of_the_score():
         widths.append((high - low) / 2)
     t = scipy.stats.t(9).ppf(0.975)
     assert np.sqrt(np.mean(np.square(widths))) == pytest.approx(t / 10, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["logme", "nleep", "leep", "cka", "frechet"])
+def test_copies_of_a_row_make_no_interval_narrower(name):
+    """With the group of each row the interval of nine copies is that of one."""
+    x, y = rows(60, 4, signal=1)
+    (s, _), theta = rows(40, 4, signal=0, seed=2), np.random.default_rng(0).random((60, 3))
+    given = {"features": x, "labels": y, "probabilities": theta, "source_features": s}
+    one = scoring._value(registry.get("score", name), scoring._Inputs(given))
+    copies = {key: np.repeat(array, 9, 0) for key, array in given.items()}
+    groups = {"groups": np.repeat(np.arange(60), 9), "source_groups": np.repeat(np.arange(40), 9)}
+    nine = scoring._value(registry.get("score", name), scoring._Inputs(copies, groups=groups))
+    alone = scoring._value(registry.get("score", name), scoring._Inputs(copies))
+    assert nine.high - nine.low > 1.5 * (alone.high - alone.low)
+    if name in ("leep", "cka", "frechet"):  # of which copies change no value
+        assert (nine.value, nine.low, nine.high) == pytest.approx((one.value, one.low, one.high))
+    few = scoring._Inputs(given, groups={"groups": np.arange(60) % 9})
+    assert scoring._value(registry.get("score", name), few).reason == (
+        "no interval: 9 groups, 10 are needed"
+    )
 
 
 def test_a_score_says_what_it_reads_and_takes():

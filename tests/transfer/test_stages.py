@@ -443,7 +443,7 @@ def test_a_draw_that_failed_with_a_further_seed_does_not_win(world_of_draws):
 
 @pytest.fixture
 def world_of_draws():
-    """Three draws with seed 0, of which two were tried again."""
+    """Three draws with one seed, of which two were tried again."""
     values = {(0.1, 0): 0.5, (0.2, 0): 0.6, (0.3, 0): 0.7, (0.1, 1): 0.6, (0.2, 1): 0.9}
     search, records = [], []
     for (lr, seed), value in values.items():
@@ -473,6 +473,8 @@ def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here
         ) and {len(seeds) for seeds in values.values()} == {3}
         best = max(values, key=lambda lr: sum(values[lr].values()))
         final = primary(rows, technique=technique)
+        tried = {seed for seeds in values.values() for seed in seeds}
+        assert not tried & {row.seed for row in final}, "a lucky network is not counted twice"
         assert [row.seed for row in final] == [0, 1] and {
             json.loads(row.hyper_parameters)["lr"] for row in final
         } == {best}, "of draws that are equally good, the first"

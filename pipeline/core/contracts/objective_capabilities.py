@@ -363,8 +363,12 @@ class LabelsPositions(Protocol):
     position_features: ClassVar[tuple[str, ...]]
     """What the backbone is asked for beside pooled features (``want``)."""
 
-    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return (m, D) features and (m,) class numbers or (m, T) numbers, of all labels."""
+    def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the features, labels and rows of all labelled positions.
+
+        Returns:
+            (m, D) features, (m,) class numbers or (m, T) numbers, and (m,) places in the batch.
+        """
         ...
 
 

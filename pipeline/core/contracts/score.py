@@ -35,6 +35,11 @@ INPUTS = ("features", "labels", "probabilities", "source_features")
 """Parameters of scores: (n, D) features of the target's rows, their labels, (n, Z) probabilities of
 the source's own classes for the same rows, and (m, D) features of the source's training rows.
 """
+GROUPS = ("groups", "source_groups")
+"""Further parameters, which are None by default: (n,) and (m,) group numbers of the target's and of
+the source's rows (a patient, a speaker; the row of a word or an hour). Rows of one group are alike.
+None: each row is independent.
+"""
 Estimate = tuple[float, float, float]
 """(value, low, high) of a score that makes its own 95 % interval."""
 UNBOUNDED = (-math.inf, math.inf)
@@ -72,8 +77,10 @@ class Score:
         return "labels" not in self.inputs or kind in self.tasks
 
     def of(self, given: Mapping[str, Any]) -> float | Estimate:
-        """Return its value from all inputs that there are."""
-        return self.function(*(given[name] for name in self.inputs))
+        """Return its value from all inputs that there are, and the groups where it reads them."""
+        parameters = inspect.signature(self.function).parameters
+        groups = {name: given.get(name) for name in GROUPS if name in parameters}
+        return self.function(*(given[name] for name in self.inputs), **groups)
 
     def __call__(self, *args: Any, **options: Any) -> float | Estimate:
         return self.function(*args, **options)
@@ -104,7 +111,8 @@ def interval_of_halves(
     """Return the 95 % interval of a score over rows, NaN where a half of them has no value.
 
     The spread over random halves of the rows without repetition is that of the score of all rows
-    (Politis and Romano 1994): rows that are drawn twice would be their own neighbours.
+    (Politis and Romano 1994): rows that are drawn twice would be their own neighbours. Where rows
+    have groups, halves of the groups are drawn (`half`).
 
     Args:
         value: The score of all rows.
@@ -121,8 +129,24 @@ def interval_of_halves(
     return value - half_width, value + half_width
 
 
-def half(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Return (n // 2,) positions of a random half of n rows, ascending."""
+def half(n: int, rng: np.random.Generator, groups: np.ndarray | None = None) -> np.ndarray:
+    """Return positions of a random half of n rows, ascending; of a half of the groups if any.
+
+    Args:
+        n: Number of rows.
+        rng: Draws the half.
+        groups: (n,) group of each row; None: each row is independent.
+    """
     import numpy as np
 
-    return np.sort(rng.permutation(n)[: n // 2])
+    if groups is None:
+        return np.sort(rng.permutation(n)[: n // 2])
+    names, group = np.unique(groups, return_inverse=True)
+    return np.flatnonzero(np.isin(group.reshape(-1), half(len(names), rng)))
+
+
+def count_units(n: int, groups: np.ndarray | None) -> int:
+    """Return how many groups n rows have, or n where each row is independent."""
+    import numpy as np
+
+    return n if groups is None else len(np.unique(groups))

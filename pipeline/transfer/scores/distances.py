@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import Estimate, score
-from pipeline.transfer.shift import linear, wilson
+from pipeline.transfer.shift import linear, units_of, wilson
 
 FOLDS = 5
 MOST_ROWS = 500
@@ -58,21 +58,33 @@ def _reduced(x: np.ndarray) -> np.ndarray:
 
 @register("score", "mmd", title="MMD²")
 @score(higher_is_better=False)
-def mmd(features: np.ndarray, source_features: np.ndarray) -> float:
+def mmd(
+    features: np.ndarray,
+    source_features: np.ndarray,
+    groups: np.ndarray | None = None,
+    source_groups: np.ndarray | None = None,
+) -> float:
     """Return the squared maximum mean discrepancy, its unbiased estimate, which may be below zero.
 
     The kernel is Gaussian with the median distance of all rows as its width (Gretton et al. 2012).
+    Two rows of one group are no pair of a side: groups of one population would seem far apart.
 
     Args:
         features: (n, D) features of the target's rows.
         source_features: (m, D) features of the source's rows.
+        groups: (n,) group of each row of the target; None: each row is independent.
+        source_groups: (m,) the same for the source's rows.
 
     Returns:
-        The distance, NaN where there are fewer than two rows or all are alike.
+        The distance, NaN where a side has fewer than two rows or groups, or all rows are alike.
     """
     x, s = (_some(one).astype(np.float64) for one in (features, source_features))
     n, m = len(x), len(s)
-    if min(n, m) < 2:
+    units = [
+        _some(units_of(of, len(one)))
+        for one, of in ((features, groups), (source_features, source_groups))
+    ]
+    if any(len(np.unique(unit)) < 2 for unit in units):
         return float("nan")
     both = np.concatenate([x, s])
     squared = (both**2).sum(1)
@@ -81,9 +93,10 @@ def mmd(features: np.ndarray, source_features: np.ndarray) -> float:
     if not width > 0:
         return float("nan")
     kernel = np.exp(-apart / (2 * width))
-    np.fill_diagonal(kernel, 0.0)
-    within = kernel[:n, :n].sum() / (n * (n - 1)) + kernel[n:, n:].sum() / (m * (m - 1))
-    return float(within - 2 * kernel[:n, n:].mean())
+    within = 0.0
+    for side, unit in ((kernel[:n, :n], units[0]), (kernel[n:, n:], units[1])):
+        within += float(side[unit[:, None] != unit].mean())
+    return within - 2 * float(kernel[:n, n:].mean())
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
@@ -94,34 +107,56 @@ def _some(rows: np.ndarray) -> np.ndarray:
 
 @register("score", "proxy_a", title="Proxy A-distance")
 @score(higher_is_better=False, bounds=(0.0, 2.0))
-def proxy_a(features: np.ndarray, source_features: np.ndarray) -> float | Estimate:
+def proxy_a(
+    features: np.ndarray,
+    source_features: np.ndarray,
+    groups: np.ndarray | None = None,
+    source_groups: np.ndarray | None = None,
+) -> float | Estimate:
     """Return 2 (1 - 2 e) with its interval, for a classifier of source or target with error e.
 
     From 0 (or below, by chance), where nothing tells them apart, to 2 (Ben-David et al. 2007). The
     classifier is ridge regression, tested on rows that it was not fitted to (five folds); both
-    sides have equally many rows. The interval is Wilson's of the error.
+    sides have equally many rows. The interval is Wilson's of the error. Where rows have groups no
+    group is in two folds, groups weigh the same on their side, and each is one observation.
 
     Args:
         features: (n, D) features of the target's rows.
         source_features: (m, D) features of the source's rows.
+        groups: (n,) group of each row of the target; None: each row is independent.
+        source_groups: (m,) the same for the source's rows.
 
     Returns:
-        (value, low, high), NaN where a side has fewer than ten rows.
+        (value, low, high), NaN where a side has fewer than ten rows or groups.
     """
     count = min(len(features), len(source_features))
-    if count < 2 * FOLDS:
-        return float("nan")
     rng = np.random.default_rng(0)
-    sides = [one[rng.permutation(len(one))[:count]] for one in (features, source_features)]
-    x = np.concatenate(sides).astype(np.float64)
-    side = np.repeat([1.0, -1.0], count)
-    fold = np.tile(np.arange(count) % FOLDS, 2)
-    wrong = 0
+    sides, units = [], []
+    for one, of in ((features, groups), (source_features, source_groups)):
+        drawn = rng.permutation(len(one))[:count]
+        sides.append(one[drawn].astype(np.float64))
+        units.append(_in_order_drawn(units_of(of, len(one))[drawn]))
+    if count == 0 or min(int(unit.max()) + 1 for unit in units) < 2 * FOLDS:
+        return float("nan")
+    folds = [unit % FOLDS for unit in units]
+    wrong = [np.zeros(count), np.zeros(count)]
     for k in range(FOLDS):
-        held = fold == k
-        # without the offset: the side that is the larger in fitted rows is the smaller in held ones
-        found = linear(x[~held], side[~held, None], x[held])[:, 0] - side[~held].mean()
-        wrong += int((found * side[held] <= 0).sum())
-    low, high = wilson(wrong, 2 * count)
-    value, least, most = (2 * (1 - 2 * error) for error in (wrong / (2 * count), high, low))
-    return value, least, most
+        fitted = [one[fold != k] for one, fold in zip(sides, folds, strict=True)]
+        least = min(map(len, fitted))  # a larger side would draw the threshold towards itself
+        x = np.concatenate([one[:least] for one in fitted])
+        y = np.repeat([[1.0], [-1.0]], least, axis=0)
+        for sign, one, fold, missed in zip((1, -1), sides, folds, wrong, strict=True):
+            missed[fold == k] = sign * linear(x, y, one[fold == k])[:, 0] <= 0
+    rates = [np.bincount(unit, m) / np.bincount(unit) for unit, m in zip(units, wrong, strict=True)]
+    error = float(np.mean([rate.mean() for rate in rates]))
+    # the mean of two shares is as certain as one share of so many observations
+    observations = 4 / sum(1 / len(rate) for rate in rates)
+    low, high = wilson(error * observations, observations)
+    value, least_distance, most = (2 * (1 - 2 * one) for one in (error, high, low))
+    return value, least_distance, most
+
+
+def _in_order_drawn(unit: np.ndarray) -> np.ndarray:
+    """Return the (n,) numbers of groups, from 0 in the order in which they first come."""
+    _, first, group = np.unique(unit, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[group.reshape(-1)]

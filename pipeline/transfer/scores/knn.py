@@ -13,20 +13,29 @@ from pipeline.train.online_probe import KNN, neighbours
 
 @register("score", "knn", title="kNN")
 @score(tasks=("classes", "label sets"), bounds=(0.0, 1.0))
-def knn(features: np.ndarray, labels: np.ndarray, k: int = KNN) -> float:
+def knn(
+    features: np.ndarray, labels: np.ndarray, k: int = KNN, groups: np.ndarray | None = None
+) -> float:
     """Return the leave-one-out accuracy of k nearest neighbours by cosine. Higher is better.
+
+    Where rows have groups no neighbour is of the row's own group: test rows are of other groups
+    too, and features that know a patient again would seem to know what the patient has.
 
     The prediction of a row is the most frequent class of its neighbours. For (n, L) labels, 0 or 1,
     the score is the macro AUROC of the number of neighbours with each label, because an accuracy
-    would be high for rare labels whatever the features are. It is NaN where no label varies.
+    would be high for rare labels whatever the features are. It is NaN where no label varies, or all
+    rows are of one group.
 
     Args:
         features: (n, D) features.
         labels: (n,) class numbers, or (n, L) 0 or 1.
         k: Number of neighbours.
+        groups: (n,) group of each row; None: each row is independent.
     """
     y = torch.from_numpy(labels.astype(np.int64))
-    nearest = y[neighbours(features, k)]
+    if groups is not None and len(np.unique(groups)) < 2:
+        return float("nan")
+    nearest = y[neighbours(features, k, groups=groups)]
     if y.dim() == 1:
         return float((nearest.mode(1).values == y).double().mean())
     everyone = np.ones((len(features), 1))

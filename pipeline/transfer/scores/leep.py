@@ -53,7 +53,9 @@ def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 @register("score", "nleep", title="N-LEEP")
 @score(tasks=("classes",), bounds=NO_MORE_THAN_0)
-def nleep(features: np.ndarray, labels: np.ndarray) -> float | Estimate:
+def nleep(
+    features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
+) -> float | Estimate:
     """Return LEEP with clusters of the features in place of the source's classes.
 
     So it takes sources without classes too (Li et al., CVPR 2021). The clusters are a mixture of
@@ -63,6 +65,7 @@ def nleep(features: np.ndarray, labels: np.ndarray) -> float | Estimate:
     Args:
         features: (n, D) features.
         labels: (n,) class numbers.
+        groups: (n,) group of each row, for the interval; None: each row is independent.
 
     Returns:
         (value, low, high), NaN where the features do not vary. The interval is that of the same
@@ -76,7 +79,7 @@ def nleep(features: np.ndarray, labels: np.ndarray) -> float | Estimate:
     value = _mean_log_likelihood(theta, labels)
 
     def value_of_half(rng: np.random.Generator) -> float:
-        places = half(len(labels), rng)
+        places = half(len(labels), rng, groups)
         return _mean_log_likelihood(theta[places], labels[places])
 
     return value, *interval_of_halves(value, value_of_half)
