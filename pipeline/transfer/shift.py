@@ -140,10 +140,10 @@ def label_shift(
     if not n or not m:
         return {}
     level = 1 - 0.05 / len(shared)
-    # n groups are n observations, whatever the number of their rows is
+    # a group is one observation, so a row is as much of one as there are groups to all rows
     scale, other_scale = (
-        1.0 if of is None else min(of / total, 1.0)
-        for of, total in ((groups, n), (other_groups, m))
+        1.0 if of is None else min(of / sum(one.values()), 1.0)
+        for of, one in ((groups, counts), (other_groups, others))
     )
     return {
         name: share_change(

@@ -117,6 +117,8 @@ def test_groups_are_the_observations_of_shares_heads_and_drift():
         found.value == pytest.approx(0.2) and found.low < 0 < shift.label_shift(one, other)["a"].low
     )
     assert shift.label_shift(one, other, 5000, 5000) == shift.label_shift(one, other)
+    of_three = shift.label_shift({**one, "fox": 9000}, other, 100, 20)["a"]
+    assert of_three == found, "100 groups of 10,000 rows are 10 of the 1,000 that are compared"
 
     draw = np.random.default_rng(0)
     labels, groups = draw.integers(0, 2, 200), np.repeat(np.arange(10), 20)
