@@ -373,6 +373,14 @@ def blocks_of_scores(scores: Mapping[str, PairScores]) -> list[Block]:
     }
     if reasons:
         tables += [Text("Undefined:"), Bullets(sorted(reasons))]
+    without = {
+        f"{title(name)}, {pair.source} for {pair.target}: {value.reason}"
+        for pair in scores.values()
+        for name, value in pair.scores.items()
+        if value.value is not None and value.reason
+    }
+    if without:
+        tables += [Text("Without an interval:"), Bullets(sorted(without))]
     return [Details("Every score of every source", tables)] if tables else []
 
 

@@ -221,17 +221,20 @@ def test_the_section_says_what_misled_what_is_undefined_and_what_is_too_few():
     scores = scored({"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0})
     for pair in scores.values():
         pair.scores["leep"] = ScoreValue(None, reason="the source predicts no classes")
+        pair.scores["cka"] = ScoreValue(0.5, reason="no interval: 4 groups, 10 are needed")
     found = score_audit.blocks_of(matrix(), scores, {"one": "image"})
     table = next(block for block in found if isinstance(block, Table))
-    assert [row[:3] for row in table.rows] == [["image", "LogME", "-1.00"]]
+    assert [row[:3] for row in table.rows if row[1] == "LogME"] == [["image", "LogME", "-1.00"]]
     texts = " ".join(block.text for block in found if isinstance(block, Text))
-    assert "an interval needs 8: LogME 4. With so few" in texts
+    assert "an interval needs 8: LogME, Linear CKA 4. With so few" in texts
     assert "No score's first choice" not in texts
     lines = [line for block in found if isinstance(block, Bullets) for line in block.items]
     assert lines[0].startswith("LogME would have misled: on one")
     (details,) = [block for block in found if isinstance(block, Details)]
     each = next(block for block in details.blocks if isinstance(block, Table))
     assert ["LEEP ↑", "undefined", "undefined", "undefined", "undefined"] in [*map(list, each.rows)]
+    without = [line for one in details.blocks if isinstance(one, Bullets) for line in one.items]
+    assert "Linear CKA, a for one: no interval: 4 groups, 10 are needed" in without
     assert score_audit.blocks_of(matrix(), {}, {}) == []
 
 

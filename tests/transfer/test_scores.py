@@ -197,6 +197,15 @@ def test_scores_that_are_defined_have_an_interval_and_others_a_reason(tmp_path):
     distances = {"frechet", "mmd", "proxy_a"}
     assert distances <= undefined, "a checkpoint's rows are not there"
     assert undefined <= {*distances, "leep", "nce"}
+    # rows of a group are no evidence for each other: here each class is a group
+    data_ = shared.targets["task", key]
+    of_group = data_.spec.data.model_copy(update={"group": data_.spec.data.columns["label"]})
+    data_.spec = data_.spec.model_copy(update={"data": of_group})
+    found = score_pair(Pair("src", key, "task"), shared, ("knn", "logme"))
+    assert found.scores["knn"].value == 0.0, "no neighbour of another group has a row's class"
+    groups = len(np.unique(data_.labels))
+    assert found.scores["logme"].value is not None and found.scores["logme"].low is None
+    assert found.scores["logme"].reason == f"no interval: {groups} groups, 10 are needed"
 
 
 def test_the_classes_of_the_source_are_those_of_its_head(tmp_path):
@@ -230,21 +239,6 @@ def test_the_classes_of_the_source_are_those_of_its_head(tmp_path):
     assert without.scores["logme"].value is not None, without.error
     reason = "the source is a checkpoint without classes of its own"
     assert without.scores["leep"].reason == reason
-
-
-def test_rows_of_a_group_are_no_evidence_for_each_other(tmp_path):
-    """Where the groups are the classes no neighbour of another group has the class of a row."""
-    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
-    shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
-    key = next(iter(shared.backbone_groups))
-    data_ = shared.targets["task", key]
-    of_group = data_.spec.data.model_copy(update={"group": data_.spec.data.columns["label"]})
-    data_.spec = data_.spec.model_copy(update={"data": of_group})
-    found = score_pair(Pair("src", key, "task"), shared).scores
-    assert found["knn"].value == 0.0 and found["logme"].value is not None
-    groups = len(np.unique(data_.labels))
-    assert found["logme"].low is None
-    assert found["logme"].reason == f"no interval: {groups} groups, 10 are needed"
 
 
 def test_where_no_label_may_be_used_only_distances_are_defined(tmp_path):
@@ -480,6 +474,7 @@ def test_labels_of_words_are_scored_by_the_features_of_words():
     read = [tags[i, word] for i in range(len(words)) for word in words[i] if word >= 0]
     assert len(found) == len(built.rows) and len(labelled) == len(labels)
     assert sorted(labels.tolist()) == sorted(tag for tag in read if tag >= 0)
-    assert ids.tolist() == list(range(len(found)))
-    tagged = [sum(tags[i, word] >= 0 for word in words[i] if word >= 0) for i in ids]
+    places = np.searchsorted(built.rows.selection.ids(np.arange(len(words))), ids)
+    assert sorted(places) == list(range(len(words)))
+    tagged = [sum(tags[i, word] >= 0 for word in words[i] if word >= 0) for i in places]
     assert np.bincount(row).tolist() == tagged, "each word is of its row"
