@@ -138,8 +138,8 @@ def test_a_small_job_opens_with_the_figures_to_expect():
 
 def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
     """What a small job wants beside the data: a published checkpoint, COCO128's images and masks in
-    one file, and records that are made by the commands of the job's own header, once for all jobs
-    (under ``kept``).
+    one file, and records that are made by the commands of the job's own header, of fewer episodes,
+    once for all jobs (under ``kept``).
     """
     if job not in SMALL:
         return {}
@@ -163,6 +163,8 @@ def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
             else str(kept / source)
         )
         place = source if name == "rollouts" else place  # an environment's name
+        options = re.sub(r"\b(validation|test)_episodes=\d+", r"\1_episodes=2", options)
+        options = re.sub(r" episodes=\d+", " episodes=10", options)
         given = options.replace("jobs/data", str(ROOT / "jobs/data")).split(" --set ")[1:]
         Preparation(
             name, place, str(kept / output), importing.options_of(name, given), Settings()

@@ -20,7 +20,7 @@ sources:
       validation_fraction: 0.1
     backbone: timm/resnet10t
     objective: classification
-    train: {{steps: 60, global_batch: 64, lr: 2e-3}}
+    train: {{steps: 40, global_batch: 64, lr: 2e-3}}
 targets:
   same_class:
     data:
@@ -29,8 +29,8 @@ targets:
       columns: {{image: image, identity: label}}
       test_fraction: 0.2
     objective: {{verification: {{width: 64}}}}
-    train: {{steps: 100, global_batch: 64, lr: 2e-3}}
-techniques: [scratch, full]
+    train: {{steps: 60, global_batch: 64, lr: 2e-3}}
+techniques: [full]
 fanout: {{seeds: 1}}
 """
 
@@ -42,13 +42,13 @@ def test_pairs_of_known_classes_are_told_apart(onetomany_here, tmp_path):
     done = onetomany_here("run", job, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = pq.read_table(tmp_path / "runs/garments/results.parquet").to_pylist()
-    rates = {
-        row["technique"]: row["value"]
+    (rate,) = {
+        row["value"]
         for row in rows
-        if row["split"] == "test" and row["metric"] == "eer"
+        if row["split"] == "test" and row["metric"] == "eer" and row["technique"] == "full"
     }
-    assert rates.keys() == {"scratch", "full"}
-    assert all(rate < 0.2 for rate in rates.values()), rates  # chance is 0.5
+    print(rate)
+    assert rate < 0.2  # chance is 0.5
     words = ("predict", "runs/garments", SAMPLES / "fashion_mnist_6000.parquet", "-o", "found")
     done = onetomany_here(*words, "--target", "same_class", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

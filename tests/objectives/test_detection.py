@@ -657,9 +657,9 @@ def test_it_learns_rectangles(method):
 @pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.timeout(1200)
-def test_it_learns_sixteen_photographs_from_scratch():
-    """ResNet-18, 192 px, FCOS: mAP@[.5:.95] on the images that it was trained on. Seen on two free
-    cores: 0.85 after 60 steps, 0.97 after 100 (58 s).
+def test_it_learns_eight_photographs_from_scratch():
+    """ResNet-18, 128 px, FCOS: mAP@[.5:.95] on the images that it was trained on. Seen: 0.85 after
+    48 steps, 0.95 after 64.
     """
     folder = Path(
         os.environ.get("ONETOMANY_DATA") or pytest.skip("ONETOMANY_DATA names no data folder"),
@@ -668,7 +668,7 @@ def test_it_learns_sixteen_photographs_from_scratch():
     )
     table = pq.read_table(folder / "train.parquet")
     table = table.take(
-        [i for i, labels in enumerate(table["labels"].to_pylist()) if 1 <= len(labels) <= 6][:16]
+        [i for i, labels in enumerate(table["labels"].to_pylist()) if 1 <= len(labels) <= 6][:8]
     )
     columns = {"image": "image", "boxes": "boxes_cxcywh_norm", "labels": "labels"}
     options = DetectionOptions(
@@ -679,16 +679,16 @@ def test_it_learns_sixteen_photographs_from_scratch():
     )
     state = Detection.fit(options, table, columns)
     kind = registry.get("modality", "image")
-    image = kind.options_class(size=192, fit="pad", flip=False, crop="none")
+    image = kind.options_class(size=128, fit="pad", flip=False, crop="none")
     modality = kind(image, kind.fit(image, table, columns, "timm/resnet18"))
     arrays, bad = Decoder(modality, "detection", state, columns)(table)
-    assert bad == [""] * 16
+    assert bad == [""] * 8
     rows = toys.rows_of(modality, arrays, "detection", state)
     task = toys.task_of(
         "timm/resnet18", modality.inputs(), "detection", state, options=options.model_dump()
     )
     run = toys.make_run(
-        rows, task, steps=100, validation=rows, global_batch=16, lr=2e-3, keep="last"
+        rows, task, steps=64, validation=rows, global_batch=8, lr=2e-3, keep="last"
     )
     outcome = loop.fit(run)
     print(outcome.curve, outcome.seconds)
