@@ -354,13 +354,13 @@ def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany_
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    """1,000 training rows, 300 validation and 300 test rows at most, evenly spaced."""
+    """300 training rows, 100 validation and 100 test rows at most, evenly spaced."""
     real = manifests.splits
 
     def splits(*words, **options):
         found = real(*words, **options)
         thin, masks = {}, {}
-        for name, most in {"train": 1000, "validation": 300, "test": 300}.items():
+        for name, most in {"train": 300, "validation": 100, "test": 100}.items():
             rows = getattr(found, name)
             masks[name] = np.arange(len(rows)) % max(1, -(-len(rows) // most)) == 0
             thin[name] = rows.keep(masks[name])

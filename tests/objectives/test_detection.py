@@ -687,9 +687,7 @@ def test_it_learns_eight_photographs_from_scratch():
     task = toys.task_of(
         "timm/resnet18", modality.inputs(), "detection", state, options=options.model_dump()
     )
-    run = toys.make_run(
-        rows, task, steps=64, validation=rows, global_batch=8, lr=2e-3, keep="last"
-    )
+    run = toys.make_run(rows, task, steps=64, validation=rows, global_batch=8, lr=2e-3, keep="last")
     outcome = loop.fit(run)
     print(outcome.curve, outcome.seconds)
     assert outcome.curve[-1]["map"] >= 0.80, outcome.curve
