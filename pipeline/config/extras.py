@@ -14,6 +14,7 @@ EXTRAS = {
     "wandb": ("wandb",),
     "datasets": ("datasets",),
     "gcs": ("gcsfs",),
+    "azure": ("adlfs",),
 }
 """Extras of pyproject.toml, each with the modules that it brings."""
 

@@ -41,8 +41,8 @@ while you write it.
 - **Paths.** Paths of data are relative to the job file. `storage` is relative to the current
   folder. Both may be on S3 (`s3://bucket/prefix`; `AWS_*` variables, and `AWS_ENDPOINT_URL` for
   MinIO or Ceph). Data may also be `https://` addresses or on the
-  Hugging Face hub (`hf://datasets/OWNER/NAME/PATH`) or Google Cloud Storage
-  (`gs://BUCKET/KEY`), which are only read.
+  Hugging Face hub (`hf://datasets/OWNER/NAME/PATH`), Google Cloud Storage (`gs://BUCKET/KEY`) or
+  Azure Storage (`az://CONTAINER/PATH`), which are only read.
 - **Variables.** `${NAME}` is replaced by the variable of the environment, in values and in keys.
 - **Overrides.** `--set sources.a.train.steps=10` sets a field from the command line. Where the job
   gives a component by its name alone, its options are set by replacing the whole field:

@@ -169,8 +169,8 @@ class Data(Spec):
 
     uri: Uris | None = Field(
         None,
-        description="file, folder, glob or list of them, local, s3://, https://, hf:// or gs://; "
-        "split by split_column or by the fractions",
+        description="file, folder, glob or list of them, local, s3://, https://, hf://, gs:// or "
+        "az://; split by split_column or by the fractions",
     )
     train: Uris | None = Field(
         None, description="files of the training split, when the data come split"

@@ -20,57 +20,78 @@ INSTALL = "uv sync --extra gcs (without a clone: pip install 'onetomany[gcs]')"
 
 def store() -> Store:
     """Return the store of this process."""
-    return _Buckets()
+    return Buckets()
 
 
-def _path(uri: str) -> str:
-    """Return BUCKET/KEY."""
-    path = uri.partition("://")[2].rstrip("/")
-    if not path or path.startswith("/"):
-        raise StorageError(f"{uri!r} names no place; write gs://BUCKET/KEY")
-    return path
+class Buckets:
+    """A `Store` of buckets, through one of fsspec's filesystems.
 
+    Attributes:
+        form: How a URI is written.
+        library: The filesystem's package.
+        fix: What to do about an error.
+        client: The filesystem.
+    """
 
-class _Buckets:
-    """A `Store` of buckets."""
+    form = "gs://BUCKET/KEY"
+    library = "gcsfs"
+    fix = "check the bucket and Google's credentials"
 
     def __init__(self):
+        self.client = self.connect()
+
+    def connect(self) -> Any:
+        """Return the filesystem; raise StorageError where its package is missing."""
         try:
             from gcsfs import core
         except ImportError:
             raise StorageError(f"gs:// needs gcsfs, which is not installed: {INSTALL}") from None
         # the plain client: the other one asks by gRPC what kind of bucket it is, for a minute where
         # that is closed
-        self._client: Any = core.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
+        return core.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
+
+    def stamp(self, info: dict[str, Any]) -> str:
+        """Return what changes with the content: each version of an object has a generation."""
+        return f"generation {info['generation']}"
+
+    def read_range(self, path: str, start: int, end: int, stamp: str) -> bytes:
+        """Return bytes of the version with this stamp.
+
+        Raises:
+            FileNotFoundError: It is gone.
+        """
+        generation = stamp.rpartition(" ")[2]
+        return self.client.cat_file(path, start=start, end=end, generation=generation)
 
     def look(self, uri: str) -> Place:
-        path = _path(uri)
-        info = self._asked(uri, lambda: self._client.info(path))
+        path = self._path(uri)
+        info = self._asked(uri, lambda: self.client.info(path))
         if info["type"] == "directory":
             return Place(0, "", is_folder=True)
-        # each version of an object has a generation of its own
-        return Place(info["size"], f"generation {info['generation']}")
+        return Place(info["size"], self.stamp(info))
 
     def read(self, uri: str, start: int, end: int, known: Place) -> bytes:
-        path, generation = _path(uri), known.stamp.rpartition(" ")[2]
+        path = self._path(uri)
         try:
-            return self._asked(
-                uri,
-                lambda: self._client.cat_file(path, start=start, end=end, generation=generation),
-            )
+            return self._asked(uri, lambda: self.read_range(path, start, end, known.stamp))
         except FileNotFoundError as error:
             raise StorageError(f"{uri} was changed while it was read; run again") from error
 
     def list_files(self, uri: str, recursive: bool) -> list[str]:
-        path = _path(uri)
+        path, scheme = self._path(uri), uri.partition("://")[0]
 
         def ask() -> list[str]:
             depth = None if recursive else 1
-            found = self._client.find(path, maxdepth=depth, detail=True, update_cache=False)
+            found = self.client.find(path, maxdepth=depth, detail=True, update_cache=False)
+            if not isinstance(found, dict):  # adlfs, of a file
+                return []
             return [
-                f"gs://{name}"
+                f"{scheme}://{name}"
                 for name, info in found.items()
-                if info["type"] == "file" and name.startswith(f"{path}/") and name[-1] != "/"
+                if info["type"] == "file"
+                and name.startswith(f"{path}/")
+                and name[-1] != "/"
+                and (recursive or "/" not in name[len(path) + 1 :])  # adlfs lists all depths
             ]
 
         try:
@@ -78,16 +99,23 @@ class _Buckets:
         except FileNotFoundError:
             return []
 
+    def _path(self, uri: str) -> str:
+        """Return BUCKET/KEY."""
+        path = uri.partition("://")[2].rstrip("/")
+        if not path or path.startswith("/") or "@" in path.partition("/")[0]:
+            raise StorageError(f"{uri!r} names no place; write {self.form}")
+        return path
+
     def _asked(self, uri: str, ask: Callable[[], Result]) -> Result:
-        """Call gcsfs, which repeats its requests by itself; what it raises in the end is final."""
+        """Call the client, which repeats its requests by itself; what it raises is final."""
         try:
             return ask()
         except FileNotFoundError:
             raise
         except Exception as error:
-            # of any kind: gcsfs raises HttpError, OSError, and errors of requests and google.auth
-            reason = str(error).strip() or type(error).__name__
+            # of any kind: gcsfs raises HttpError, OSError, and errors of requests and google.auth,
+            # adlfs those of azure.core, which go on with the answer's XML
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise StorageError(
-                f"cannot read {uri}: {reason} (gcsfs has tried several times); check the bucket "
-                "and Google's credentials"
+                f"cannot read {uri}: {reason} ({self.library} has tried several times); {self.fix}"
             ) from error

@@ -1,4 +1,4 @@
-"""Stores that are only read: http://, https://, hf:// and gs://, behind one small contract.
+"""Stores that are only read: http://, https://, hf://, gs:// and az://, behind one small contract.
 
 `storage` and `file_identity` ask a `Store` for what they read. Writing needs more than such a store
 promises (a lock, files that appear whole), so it is refused with one error, by `s3.split`.
@@ -20,6 +20,8 @@ _STORES = {
     "https": "pipeline.io.http_files",
     "hf": "pipeline.io.hub_files",
     "gs": "pipeline.io.gcs_files",
+    "az": "pipeline.io.azure_files",
+    "abfs": "pipeline.io.azure_files",
 }
 """The module of each scheme. Its ``store()`` returns the `Store`; it is imported when needed."""
 

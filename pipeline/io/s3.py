@@ -103,7 +103,7 @@ _CLIENT_FIXES = {
 }
 """What to do about errors of botocore, by their names."""
 _FILESYSTEMS: dict[tuple[Any, ...], Any] = {}
-READ_ONLY = ("http", "https", "hf", "gs")
+READ_ONLY = ("http", "https", "hf", "gs", "az", "abfs")
 """Schemes of the stores that are only read (`read_only`)."""
 
 

@@ -408,14 +408,13 @@ def list_files(uri: Uri, recursive: bool = True) -> list[str]:
     A file gives itself. A missing folder gives none, a missing bucket is an error. Links to folders
     are followed; half-written files (``.*.tmp-*``) are left out.
     """
-    if s3.is_read_only(uri):
-        return sorted(read_only.list_files(uri, recursive))
-    remote, path = s3.split(uri)
     text = os.fspath(uri)
-    if remote:
-        found = s3.list_keys(path, recursive)
+    if s3.is_read_only(uri):
+        found = read_only.list_files(uri, recursive)
+    elif is_remote(uri):
+        found = s3.list_keys(s3.split(uri)[1], recursive)
     else:
-        found = s3.call("list", uri, _list_local, text, path, recursive)
+        found = s3.call("list", uri, _list_local, text, s3.split(uri)[1], recursive)
     return sorted(found) or ([text] if _info(uri)["type"] == "file" else [])
 
 

@@ -1191,8 +1191,8 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
         ),
         (
             "storage: runs",
-            "storage: az://bucket",
-            "2: storage: az://bucket: az:// is not supported",
+            "storage: ftp://bucket",
+            "2: storage: ftp://bucket: ftp:// is not supported",
         ),
         (
             "storage: runs",
@@ -1237,8 +1237,8 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
         ("      uri: rows.parquet", "      uri: ''", "sources.garments.data.uri: "),
         (
             "      uri: rows.parquet",
-            "      uri: az://bucket/rows.parquet",
-            "az:// is not supported",
+            "      uri: ftp://bucket/rows.parquet",
+            "ftp:// is not supported",
         ),
         (
             "      uri: rows.parquet",
@@ -1504,7 +1504,7 @@ def test_absolute_paths_of_a_job_that_runs_elsewhere_need_not_exist(load, proble
     for right, wrong in (
         ("uri: rows.parquet\n", "uri: row.parquet\n"),
         ("    workers: [2, 8]", "    init: bundle:nowhere"),
-        ("uri: rows.parquet\n", "uri: az://bucket/rows.parquet\n"),
+        ("uri: rows.parquet\n", "uri: ftp://bucket/rows.parquet\n"),
     ):
         assert len(problems(change=(right, wrong), elsewhere=True)) == 1
 

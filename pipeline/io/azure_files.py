@@ -1,0 +1,66 @@
+"""Blobs of Azure Storage, az://CONTAINER/PATH (or abfs://), through adlfs (extra `azure`).
+
+Credentials are adlfs's: ``AZURE_STORAGE_CONNECTION_STRING``, or ``AZURE_STORAGE_ACCOUNT_NAME`` with
+``AZURE_STORAGE_ACCOUNT_KEY`` or ``AZURE_STORAGE_SAS_TOKEN``; with the account alone those of
+`az login` or the machine's own. Tested with Azurite, not with Azure's own servers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.io.gcs_files import Buckets
+from pipeline.io.read_only import Store
+from pipeline.io.s3 import StorageError
+
+INSTALL = "uv sync --extra azure (without a clone: pip install 'onetomany[azure]')"
+"""As `pipeline.config.extras` says it, which this layer does not know."""
+_CREDENTIALS = (
+    "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with "
+    "AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or `az login`"
+)
+
+
+def store() -> Store:
+    """Return the store of this process."""
+    return _Containers()
+
+
+class _Containers(Buckets):
+    """A `Store` of the containers of one account."""
+
+    form = "az://CONTAINER/PATH, with the account in AZURE_STORAGE_ACCOUNT_NAME"
+    library = "adlfs"
+    fix = f"check the container and the credentials: {_CREDENTIALS}"
+
+    def connect(self) -> Any:
+        try:
+            from adlfs import AzureBlobFileSystem
+        except ImportError:
+            raise StorageError(f"az:// needs adlfs, which is not installed: {INSTALL}") from None
+        try:
+            return AzureBlobFileSystem(use_listings_cache=False, skip_instance_cache=True)
+        except ValueError as error:
+            raise StorageError(f"az://: {error}; {_CREDENTIALS}") from error
+
+    def stamp(self, info: dict[str, Any]) -> str:
+        return info["etag"]
+
+    def read_range(self, path: str, start: int, end: int, stamp: str) -> bytes:
+        from azure.core import MatchConditions
+        from azure.core.exceptions import ResourceModifiedError, ResourceNotFoundError
+        from fsspec.asyn import sync
+
+        async def ask() -> bytes:  # adlfs's own ranges do not notice that a blob was replaced
+            container, _, name = path.partition("/")
+            async with self.client.service_client.get_blob_client(container, name) as blob:
+                stream = await blob.download_blob(
+                    start, end - start, etag=stamp, match_condition=MatchConditions.IfNotModified
+                )
+                return await stream.readall()
+
+        try:
+            answer: Any = sync(self.client.loop, ask)
+            return answer
+        except (ResourceModifiedError, ResourceNotFoundError) as error:
+            raise FileNotFoundError(path) from error
