@@ -138,8 +138,8 @@ def test_a_small_job_opens_with_the_figures_to_expect():
 
 def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
     """What a small job wants beside the data: a published checkpoint, COCO128's images and masks in
-    one file, and records that are made by the commands of the job's own header, of fewer episodes,
-    once for all jobs (under ``kept``).
+    one file, and records that are made by the commands of the job's own header, of fewer and
+    shorter episodes, once for all jobs (under ``kept``).
     """
     if job not in SMALL:
         return {}
@@ -165,6 +165,7 @@ def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
         place = source if name == "rollouts" else place  # an environment's name
         options = re.sub(r"\b(validation|test)_episodes=\d+", r"\1_episodes=2", options)
         options = re.sub(r" episodes=\d+", " episodes=10", options)
+        options = re.sub(r"max_steps=\d+", "max_steps=60", options)
         given = options.replace("jobs/data", str(ROOT / "jobs/data")).split(" --set ")[1:]
         Preparation(
             name, place, str(kept / output), importing.options_of(name, given), Settings()
@@ -354,13 +355,13 @@ def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany_
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    """300 training rows, 100 validation and 100 test rows at most, evenly spaced."""
+    """1,000 training rows, 100 validation and 200 test rows at most, evenly spaced."""
     real = manifests.splits
 
     def splits(*words, **options):
         found = real(*words, **options)
         thin, masks = {}, {}
-        for name, most in {"train": 300, "validation": 100, "test": 100}.items():
+        for name, most in {"train": 1000, "validation": 100, "test": 200}.items():
             rows = getattr(found, name)
             masks[name] = np.arange(len(rows)) % max(1, -(-len(rows) // most)) == 0
             thin[name] = rows.keep(masks[name])

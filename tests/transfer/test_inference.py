@@ -242,7 +242,6 @@ SLOW = pytest.mark.slow
             "hugging-face", "", "timm/test_vit", "multilabel", {"patch_size": 8}, marks=SLOW
         ),
         pytest.param("hugging-face", "", "timm/vgg11", "classification", {}, marks=SLOW),
-        pytest.param("state-dict", ".safetensors", "timm/vgg11", "classification", {}, marks=SLOW),
     ],
 )
 def test_a_classifier_trained_with_defaults_is_exported_with_its_norm(
