@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from contract_rows import OBJECTIVES
 from toys import (
     SMALL,
     furthest,
@@ -229,13 +230,30 @@ def train_text(ranks: Ranks, objective: str, architecture: str):
     return weights(run.task), outcome.curve
 
 
-@pytest.mark.parametrize(("objective", "architecture"), [("mlm", "bert"), ("clm", "gpt2")])
-def test_two_ranks_of_a_language_model_give_the_weights_of_one(team, objective, architecture):
-    """Ranks hold unequal numbers of tokens: the mean is over all of them. Masks follow the rows,
-    wherever they are.
+def train_images(ranks: Ranks, objective: str, architecture: str):
+    torch.manual_seed(0)
+    case = replace(OBJECTIVES[objective], backbone=f"timm/{architecture}")
+    built = case.build(objective)
+    words = {"steps": 2, "global_batch": 2, "optimizer": "sgd", "lr": 1e-3}
+    run = make_run(built.rows, built.task, ranks=ranks, **words)
+    outcome = loop.fit(run)
+    return weights(run.task), outcome.curve
+
+
+@pytest.mark.parametrize(
+    ("work", "objective", "architecture"),
+    [
+        (train_text, "mlm", "bert"),
+        (train_text, "clm", "gpt2"),
+        (train_images, "instance_segmentation", "test_vit"),
+    ],
+)
+def test_two_ranks_of_an_objective_give_the_weights_of_one(team, work, objective, architecture):
+    """Ranks hold unequal numbers of tokens and of regions: the mean is over all of them. What is
+    masked or sampled follows the rows, wherever they are.
     """
-    (a, curve), (b, other) = team(train_text, objective, architecture)
-    one, want = train_text(ONE, objective, architecture)
+    (a, curve), (b, other) = team(work, objective, architecture)
+    one, want = work(ONE, objective, architecture)
     assert furthest(a, b) == 0.0 and furthest(a, one) < 1e-5 and curve == other
     for point, single in zip(curve, want, strict=True):
         assert point == pytest.approx(single, rel=1e-4)
