@@ -379,6 +379,7 @@ OBJECTIVES: dict[str, Case] = {
     "mae": Case(pictures, *VIT),
     "masked_columns": Case(features, "table/ft_transformer"),
     "masked_events": Case(records, "events/strats"),
+    "masked_series": Case(windows, "hf/patchtst", {"config": HF_SERIES}),
     "mlm": Case(texts, *BERT),
     "multilabel": Case(with_roles(pictures, labels="labels"), *VIT),
     "next_sample": Case(SAMPLES, "wavenet/wavenet", WAVENET, unused=("norm.", "frames.")),

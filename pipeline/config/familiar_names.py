@@ -71,7 +71,9 @@ SAME_THING: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("sound", "wav", "waveform"), ("audio",)),
     **dict.fromkeys(("nlp", "language", "texts"), ("text",)),
     **dict.fromkeys(("tabular", "structured"), ("table",)),
-    **dict.fromkeys(("time_series", "timeseries", "ehr"), ("events",)),
+    **dict.fromkeys(("time_series", "timeseries"), ("series", "events")),
+    **dict.fromkeys(("sensors", "ecg", "eeg", "accelerometer"), ("series",)),
+    "ehr": ("events",),
     **dict.fromkeys(("robot", "robotics", "episodes"), ("trajectory",)),
     # objectives
     **dict.fromkeys(("image_classification", "text_classification"), ("classification",)),

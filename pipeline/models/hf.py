@@ -117,6 +117,7 @@ class HuggingFace(Backbone):
         self.pooled_dim, self.token_dim = probe.pooled_dim[self.pool], probe.token_dim
         self.feature_map_specs = probe.maps
         self.prefix = probe.prefix
+        self.patch_steps = _patch_steps(config, inputs) if self.reads == auto_model.SERIES else None
         self._layers, self._unused = probe.layers, probe.unused
         self._takes = frozenset(inspect.signature(self.model.forward).parameters)
         resized = _is_resized(config, inputs) and "interpolate_pos_encoding" in self._takes
@@ -590,6 +591,16 @@ def _patch(config: Any) -> int:
     patch = getattr(config, "patch_size", None)
     patch = patch[0] if isinstance(patch, list | tuple) else patch
     return patch if isinstance(patch, int) and patch > 0 else 1
+
+
+def _patch_steps(config: Any, inputs: Inputs) -> int | None:
+    """Return the steps of a patch; None where tokens are not one behind the other and nothing else.
+
+    PatchTST and PatchTSMixer leave out the first steps of rows that are no whole number of patches.
+    """
+    steps: int = config.patch_length
+    is_gapless = config.patch_stride == steps and inputs["steps"] % steps == 0
+    return steps if is_gapless and not getattr(config, "use_cls_token", False) else None
 
 
 def _row_shape(

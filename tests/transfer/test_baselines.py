@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from contract_rows import OBJECTIVES, recordings
+from contract_rows import OBJECTIVES, recordings, windows
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -226,6 +227,25 @@ def test_boosted_trees_summarise_events():
         max_iter=5, max_depth=2, min_samples_leaf=5, random_state=7
     ).fit(inputs, labels)
     np.testing.assert_allclose(np.exp(scores(inputs)), model.predict_proba(inputs), rtol=1e-5)
+
+
+def test_boosted_trees_summarise_the_channels_of_series():
+    sample = windows()
+    modality = sample.fitted("hf/patchtst")
+    rows = rows_of(modality, modality.decode(sample.table, sample.columns)[0])
+    inputs = inputs_of("boosted_trees", rows).reshape(len(sample.table), 3, 7)
+    for found, row in zip(inputs, sample.table["signal"].to_pylist(), strict=True):
+        for channel, name in enumerate(("heart", "pressure", "slope")):
+            values = pd.Series(row[name], dtype=float)
+            known = values.dropna()
+            expected = [len(known) / max(1, len(values))]
+            if len(known):
+                change = known.diff().abs().mean()
+                expected += [known.iloc[-1], known.mean(), known.std(ddof=0)]
+                expected += [known.min(), known.max(), change]
+            else:
+                expected += [np.nan] * 6
+            np.testing.assert_allclose(found[channel], expected, rtol=1e-4)
 
 
 def test_boosted_trees_leave_out_what_no_labelled_row_has():
@@ -548,6 +568,8 @@ def test_auto_takes_what_can_read_the_rows():
     assert names("table", "classification", table) == ["boosted_trees", "majority"]
     events = {"times": "t", "variables": "v", "values": "w", "label": "l"}
     assert names("events", "classification", events) == ["boosted_trees", "majority"]
+    series = {"series": "signal", "label": "label"}
+    assert names("series", "classification", series) == ["boosted_trees", "majority"]
     assert names("text", "mlm", {"text": "t"}) == [], "its rows have no labels"
 
 

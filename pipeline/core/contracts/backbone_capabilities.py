@@ -4,6 +4,7 @@ A backbone has a capability by having its members; nothing is declared. Each is 
 ``isinstance`` in the function below it, when an objective is built.
 
     `CutsPatches`: an image is cut into patches that can be left out (``mae``, ``dino``).
+    `CutsSeries`: a series is cut into patches, one a token (``masked_series``).
     `PredictsSamples`: it is causal at the rate of the samples (``next_sample``).
     `HidesFrames`: frames can be hidden from the context network (``wav2vec2``).
     `Continues`: a text can be continued token by token (``clm`` that generates).
@@ -37,6 +38,19 @@ class CutsPatches(Protocol):
 def patch_size(backbone: Any) -> int | None:
     """Return the pixels a side of patches that can be left out, None where there are none."""
     return backbone.patch if isinstance(backbone, CutsPatches) else None
+
+
+@runtime_checkable
+class CutsSeries(Protocol):
+    """A backbone that may have one token for each patch of a series, from the first to the last."""
+
+    patch_steps: int | None
+    """Steps of a patch; None: tokens are no patches that lie one behind the other."""
+
+
+def patch_steps(backbone: Any) -> int | None:
+    """Return the steps of a series that a token stands for, None where there are no such tokens."""
+    return backbone.patch_steps if isinstance(backbone, CutsSeries) else None
 
 
 @runtime_checkable

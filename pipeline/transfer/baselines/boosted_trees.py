@@ -1,4 +1,4 @@
-"""Tables and event sequences by gradient-boosted trees."""
+"""Tables, event sequences and regular series by gradient-boosted trees."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ SUMMARIES = ("count", "last", "mean", "min", "max")
 """What is known of a variable's values in a row of events."""
 
 
+SERIES_SUMMARIES = ("share", "last", "mean", "deviation", "min", "max", "roughness")
+"""What is known of a channel of a row of series: the share of its steps that have a number, and of
+these numbers the last one, mean, standard deviation, least, largest, and the mean absolute change
+from one to the next."""
+
+
 class BoostedTreesOptions(Options):
     trees: int = Field(100, ge=1, description="trees; each has the learning rate 0.1")
     depths: list[int] = Field([2, 6], min_length=1, description="largest depths of a tree")
@@ -32,11 +38,12 @@ class BoostedTreesOptions(Options):
 class BoostedTrees(Baseline):
     """Histogram-based gradient boosting on the numbers and texts of a row.
 
-    Of events each variable is summarised by its count, last value, mean, least and largest value. A
+    Of events each variable is summarised by its count, last value, mean, least and largest value;
+    of series each channel by the same, its deviation and how much it changes from step to step. A
     missing value is known to be missing. What most people use for tables: Grinsztajn et al. 2022.
     """
 
-    roles = ("features", "times")
+    roles = ("features", "times", "series")
     label_kinds = ("classes", "label_sets", "numbers")
 
     def settings(self) -> tuple[Setting, ...]:
@@ -44,8 +51,14 @@ class BoostedTrees(Baseline):
         return tuple({"depth": depth, "leaf_rows": rows} for depth, rows in pairs)
 
     def inputs(self, rows: BaselineRows) -> np.ndarray:
-        """Return (n, F) float32: numbers, texts (0 or 1), and the summaries of the variables."""
+        """Return (n, F) float32: numbers, texts (0 or 1), and the summaries of variables or
+        channels.
+        """
         sizes = rows.modality.inputs()
+        if "series" in rows.arrays:
+            return _channel_summaries(
+                rows.arrays["series"], rows.arrays["known"], sizes["channels"]
+            )
         parts = [
             np.where(rows.arrays["numbers_known"], rows.arrays["numbers"], np.nan),
             _presence(rows.arrays["codes"], sizes["codes"]),
@@ -123,3 +136,25 @@ def _summaries(variables: np.ndarray, values: np.ndarray, count: int) -> np.ndar
         flat[3, found] = np.minimum.reduceat(value, first)
         flat[4, found] = np.maximum.reduceat(value, first)
     return out.transpose(1, 0, 2).reshape(len(variables), -1)
+
+
+def _channel_summaries(series: np.ndarray, known: np.ndarray, channels: int) -> np.ndarray:
+    """Return (n, 7 * channels) float32: SERIES_SUMMARIES of each channel, NaN where it has none.
+
+    Args:
+        series: Ragged, the numbers of each row, step by step.
+        known: Ragged, which of them are not missing.
+        channels: Numbers of a step.
+    """
+    out = np.full((len(series), channels, len(SERIES_SUMMARIES)), np.nan, dtype=np.float32)
+    for i, (row, is_known) in enumerate(zip(series, known, strict=True)):
+        there = is_known.reshape(-1, channels)
+        for channel, values in enumerate(row.reshape(-1, channels).T):
+            found = values[there[:, channel]].astype(np.float64)
+            out[i, channel, 0] = len(found) / len(values)
+            if not len(found):
+                continue
+            change = np.abs(np.diff(found)).mean() if len(found) > 1 else 0.0
+            least, largest = found.min(), found.max()
+            out[i, channel, 1:] = (found[-1], found.mean(), found.std(), least, largest, change)
+    return out.reshape(len(series), -1)

@@ -1,0 +1,90 @@
+"""Masked pretraining on regular series without labels (PatchTST: Nie et al., ICLR 2023).
+
+Shapes: B rows, N patches of a row, T steps (P a patch), C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.contracts.backbone_capabilities import patch_steps
+from pipeline.core.rng import uniform
+from pipeline.core.specs import State
+
+HIDE = 1 << 20
+"""Random stream of the rows' keys, apart from the modality's."""
+
+
+class MaskedSeriesOptions(Options):
+    share: float = Field(
+        0.4, gt=0, lt=1, description="share of the patches that is hidden (the paper: 0.4)"
+    )
+    together: bool = Field(
+        True,
+        description="hide a patch in all channels; false: in each channel others, which the "
+        "paper does, and which a network that mixes channels may read off the other ones",
+    )
+
+
+@register("objective", "masked_series", options=MaskedSeriesOptions)
+class MaskedSeries(Objective):
+    """Masked pretraining on series: predict hidden patches from the others.
+
+    A hidden patch is missing for the backbone; in its place stands the mean of the channel's
+    numbers that are left in the row. A linear layer on the token of the patch predicts how far its
+    numbers are from that mean, in standard deviations of the channel. The loss of a row is the mean
+    squared error over its hidden numbers that are known. What is hidden follows from the row's key,
+    in evaluation too. Rows of which nothing is hidden take no part.
+    """
+
+    metrics = ("loss",)
+
+    def __init__(self, backbone: Backbone, options: MaskedSeriesOptions, state: State):
+        """Raise ValueError for a backbone without a token a patch."""
+        super().__init__(backbone, options, state)
+        steps = patch_steps(backbone)
+        if steps is None or backbone.token_dim is None:
+            raise ValueError(
+                f"{backbone.arch.name}: masked_series takes hf/patchtst or hf/patchtsmixer with "
+                "patch_stride equal to patch_length, without use_cls_token, on rows (length of "
+                "modality series) of a whole number of patches"
+            )
+        self.steps = steps
+        self.head = nn.Linear(backbone.token_dim, steps * backbone.arch.inputs["channels"])
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return (B, T, C) true for numbers that are hidden."""
+        b, t, c = batch["known"].shape
+        patches, width = t // self.steps, 1 if self.options.together else c
+        chosen = uniform(batch.keys, patches * width, HIDE) < self.options.share
+        by_step = chosen.view(b, patches, width).repeat_interleave(self.steps, 1)
+        return by_step.expand(b, t, c)
+
+    def _losses(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return (B,) losses, and (B,) 1 for rows that count."""
+        known, series = batch["known"], batch["series"]
+        hidden = self.hidden(batch)
+        seen = known & ~hidden
+        count = seen.sum(1, keepdim=True).clamp(min=1)
+        mean = (series * seen).sum(1, keepdim=True) / count
+        shown = torch.where(hidden, mean, series)
+        found = backbone(batch.replace(series=shown, known=seen), want=("tokens",))
+        assert found.tokens is not None
+        predicted = self.head(found.tokens).float().view(series.shape)
+        told = known & hidden
+        squares = (predicted - (series - mean)).square() * told
+        losses = squares.sum((1, 2)) / told.sum((1, 2)).clamp(min=1)
+        return losses, told.any(2).any(1).float()
+
+    def loss(self, backbone: Backbone, batch: Batch):
+        losses, counts = self._losses(backbone, batch)
+        return losses.sum(), counts.sum(), {}
+
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """Return ``loss`` and ``count``, 0 for rows of which nothing is hidden, both (B,)."""
+        losses, counts = self._losses(backbone, batch)
+        return {"loss": losses, "count": counts}
