@@ -504,21 +504,22 @@ def export(
     """Write a bundle, or prepared episodes, as a folder or file that other libraries open.
 
     Args:
-        bundle: URI of the bundle; of ``lerobot`` the folder of prepared episodes.
+        bundle: URI of the bundle; for kind ``lerobot``, of a folder of prepared episodes.
         output: Folder, or file for a state dict.
         kind: A registered kind of export, in ``pipeline/checkpoints/exports``. ``bundle``: a
             verified copy; ``hugging-face``: a folder that transformers or timm opens; ``onnx`` and
             ``torch-export``: the network as a graph; ``state-dict``: one .safetensors or .pt file.
             Or ``lerobot``: prepared episodes as a LeRobot data set.
         backbone_only: Leave the head out.
-        fps: Of ``lerobot``: steps a second; None: as the folder says.
+        fps: Steps a second, for kind ``lerobot``; None: what the folder says.
         plugins: Modules or paths that hold components the bundle is made of.
 
     Returns:
-        What was written, in words, with the largest difference to the bundle.
+        What was written, in words; for a bundle with the largest difference to it.
 
     Raises:
-        ValueError: The bundle cannot be written so, or this kind does not read an option.
+        ValueError: There is an export already, or this kind does not read an option.
+        BundleError: The bundle cannot be written so, or the export gives other numbers.
     """
     from pipeline.checkpoints.export import export_bundle
     from pipeline.prepare import lerobot_export

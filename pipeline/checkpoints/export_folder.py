@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.checkpoints import bundle, export_check, graph
@@ -70,10 +70,15 @@ def commit(found: bundle.Bundle, output: str, backbone_only: bool, write: Write)
         export_check.require(compared, found.uri)
         metadata["largest_difference"] = compared.difference
         metadata["compared_rows"] = compared.rows
-        files = {
-            path.relative_to(folder).as_posix(): path
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        atomic_folder.commit_folder(output, files, metadata, EXPORTED)
+        move_into_place(folder, output, metadata)
     return f"{output}: {text}; {compared.text()}"
+
+
+def move_into_place(folder: Path, output: str, metadata: Mapping[str, object]) -> None:
+    """Commit the files of a local folder, with the file `EXPORTED` that holds the metadata."""
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    atomic_folder.commit_folder(output, files, metadata, EXPORTED)

@@ -29,38 +29,37 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.checkpoints.export_folder import EXPORTED
+from pipeline.checkpoints import export_folder
 from pipeline.core.arrow_compute import pc
+from pipeline.data.manifests import SPLITS
 from pipeline.io import atomic_folder, storage
 from pipeline.media import image_io
 from pipeline.prepare.engine.episodes import VECTORS, matrix
 from pipeline.prepare.engine.importing import preview
 from pipeline.prepare.engine.write import MANIFEST
-from pipeline.prepare.readers.lerobot_layout import INFO, PATHS
+from pipeline.prepare.readers.lerobot_layout import ENDS, INFO, PATHS, Feature
 from pipeline.prepare.readers.parquet import open_parquet
 
 KIND = "lerobot"
 """Name of this kind of export."""
-SPLITS = ("train", "validation", "test")
 STATE, ACTION, REWARD = "observation.state", "action", "next.reward"
-ENDS = {"next.done": "terminated", "next.truncated": "truncated"}
-"""Columns that are true at the last step alone, where an episode ended so."""
 CAMERA = "observation.images.camera"
 """Name of the camera, where the folder does not say another one."""
 WRITTEN = ("task", "embodiment", "observations", "actions", "rewards", "images", *ENDS.values())
 """Columns that have a place in a LeRobot data set."""
 IMPLIED = ("episode", "steps", "split")
 """Columns that follow from the order and number of episodes and steps."""
-FILES_A_CHUNK, FILE_MB = 1000, 100
-"""LeRobot's own: so many files are in a folder, so large is a file."""
+DATA_PATH = PATHS[3][0]
+FILES_A_CHUNK = 1000
+"""Files in a folder, LeRobot's default."""
+FILE_MB = 100
+"""Size at which LeRobot begins a new file, in MiB."""
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 MEASURED_FRAMES = 100
-"""Statistics of an episode's frames are those of so many, evenly spaced."""
+"""Frames of an episode that its image statistics are computed from, evenly spaced."""
 
-Feature = dict[str, Any]
-"""What ``meta/info.json`` says of a column: dtype, shape and names."""
 Statistics = dict[str, np.ndarray]
-"""min, max, mean, std, count and quantiles of a column."""
+"""min, max, mean, std and quantiles of a column, (W,) or for images (3, 1, 1), and count (1,)."""
 
 
 def export(source: str, output: str, fps: float | None = None) -> str:
@@ -73,14 +72,16 @@ def export(source: str, output: str, fps: float | None = None) -> str:
     Args:
         source: A folder of `prepare` with one episode a row.
         output: The new folder.
-        fps: Steps a second. None: as the folder says.
+        fps: Steps a second. None: what the folder says.
 
     Returns:
         What was written, and which columns have no place there.
 
     Raises:
         ValueError: There is something at ``output``, or LeRobot has no place for such episodes:
-            actions that are names of classes, several robots, or steps of several widths.
+            actions that are names of classes, several robots, images that are not RGB, steps a
+            second that are unknown or no whole number, or observations, actions or images whose
+            shape differs between episodes.
     """
     storage.refuse_read_only(output)
     if storage.exists(output):
@@ -94,14 +95,9 @@ def export(source: str, output: str, fps: float | None = None) -> str:
         for row, split in _rows(source, manifest["files"]):
             written.add(row, split)
         written.finish()
-        files = {
-            path.relative_to(folder).as_posix(): path
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
         # no place of this machine: it is uploaded with the rest
         origin = {"kind": KIND, "sha256_of_source": manifest["sha256"]}
-        atomic_folder.commit_folder(output, files, origin, EXPORTED)
+        export_folder.move_into_place(folder, output, origin)
     left_out = [name for name in columns if name not in (*WRITTEN, *IMPLIED)]
     return (
         f"{output}: LeRobot data set v3.0, {len(written.episodes)} episodes of "
@@ -131,11 +127,13 @@ def _manifest(source: str) -> dict[str, Any]:
 
 
 def _steps_a_second(source: str, fps: float | None, about: dict[str, Any]) -> int:
+    """Return the steps a second that are given, else those of the folder."""
     found = fps if fps is not None else about.get("fps")
     if found is None:
         raise ValueError(f"{source} does not say how many steps a second has; say --fps 10")
     if found <= 0 or found != int(found):
-        raise ValueError(f"--fps {found:g}: LeRobot takes a whole number of steps a second")
+        said = f"--fps {found:g}" if fps is not None else f"{source} has {found:g} steps a second"
+        raise ValueError(f"{said}: LeRobot takes a whole number above 0; say --fps 10")
     return int(found)
 
 
@@ -161,7 +159,7 @@ class _Dataset:
         self.statistics: list[dict[str, Statistics]] = []
         self.splits: list[str] = []
         self.frames = 0
-        self.files = -1
+        self.file_number = -1
         self.writer: pq.ParquetWriter | None = None
         self.path = folder
 
@@ -261,18 +259,18 @@ class _Dataset:
         if writer is None or self.path.stat().st_size + table.nbytes > FILE_MB * 2**20:
             writer = self._next_file(table.schema)
         writer.write_table(table)
-        return divmod(self.files, FILES_A_CHUNK)
+        return divmod(self.file_number, FILES_A_CHUNK)
 
     def _next_file(self, schema: pa.Schema) -> pq.ParquetWriter:
-        self.close()
-        self.files += 1
-        chunk, file = divmod(self.files, FILES_A_CHUNK)
-        self.path = self.folder / PATHS[3][0].format(chunk_index=chunk, file_index=file)
+        self._close()
+        self.file_number += 1
+        chunk, file = divmod(self.file_number, FILES_A_CHUNK)
+        self.path = self.folder / DATA_PATH.format(chunk_index=chunk, file_index=file)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.writer = pq.ParquetWriter(self.path, schema)
         return self.writer
 
-    def close(self) -> None:
+    def _close(self) -> None:
         if self.writer is not None:
             self.writer.close()
 
@@ -280,7 +278,7 @@ class _Dataset:
         """Write what the files of ``meta/`` say of all episodes."""
         import pandas as pd
 
-        self.close()
+        self._close()
         meta = self.folder / "meta"
         (meta / "episodes/chunk-000").mkdir(parents=True)
         rows = [
@@ -326,7 +324,7 @@ class _Dataset:
             "video_files_size_in_mb": 200,
             "fps": self.fps,
             "splits": ranges,
-            "data_path": PATHS[3][0],
+            "data_path": DATA_PATH,
             "video_path": None,
             "features": self.features,
         }
@@ -370,6 +368,7 @@ def _measured(values: Any, feature: Feature) -> Statistics:
 
 
 def _over_rows(values: np.ndarray, count: int) -> Statistics:
+    """Return statistics (W,) over the rows of values (N, W); ``count``: steps or frames in them."""
     quantiles = np.quantile(values, list(QUANTILES.values()), axis=0)
     return {
         "min": values.min(0),

@@ -184,7 +184,8 @@ GREY = [encoded(step, size=(12, 8), mode="L") for step in range(4)]
         ),
         ([episode(0, images=GREY)], {}, None, "12 x 8 L; those of LeRobot"),
         ([episode(0)], {"fps": None}, None, "say --fps 10"),
-        ([episode(0)], {}, 12.5, "--fps 12.5: LeRobot takes a whole number"),
+        ([episode(0)], {}, 12.5, "--fps 12.5: LeRobot takes a whole number above 0; say --fps 10"),
+        ([episode(0)], {"fps": 12.5}, None, "has 12.5 steps a second: LeRobot takes a whole"),
     ],
 )
 def test_what_has_no_place_is_refused_and_nothing_is_written(

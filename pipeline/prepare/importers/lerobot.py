@@ -31,12 +31,10 @@ from pipeline.prepare.engine.inputs import InputSplit, SplitReader
 from pipeline.prepare.engine.shard_tasks import Settings
 from pipeline.prepare.readers import lerobot_layout, parquet, video
 from pipeline.prepare.readers.archives import Opener
-from pipeline.prepare.readers.lerobot_layout import EpisodeInfo, Layout
+from pipeline.prepare.readers.lerobot_layout import ENDS, EpisodeInfo, Layout
 from pipeline.prepare.readers.picture_check import BrokenImageError, examine
 
 INDICES = ("episode_index", "frame_index", "index", "timestamp", "task_index")
-ENDS = ("next.done", "next.truncated")
-"""Features that are true at the last step alone, where an episode ended so."""
 NUMBERS = ("float", "double", "int", "uint", "bool", "half")
 """Prefixes of the dtypes of features that are numbers."""
 

@@ -35,6 +35,10 @@ PATHS = {
     ),
 }
 """Paths of data and videos, unless meta/info.json has others."""
+ENDS = {"next.done": "terminated", "next.truncated": "truncated"}
+"""Features that are true at the last step alone, where an episode ended so, and the columns of
+prepared episodes that say it.
+"""
 
 
 @dataclass(frozen=True)
