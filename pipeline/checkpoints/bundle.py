@@ -309,6 +309,10 @@ class Manifest:
         """Code and versions that made it; None where they were not recorded."""
         return provenance.from_metadata({"made_by": self.made_by, "versions": self.versions})
 
+    def build_modality(self) -> Modality:
+        """Return the modality as it was fitted, for rows that the backbone can read."""
+        return build_modality(limit_modality(self.modality, self.arch)[0])
+
     def to_json(self) -> JsonObject:
         """The manifest as its folder's JSON, without the checksums, which writing the folder
         adds.
@@ -384,7 +388,7 @@ class Bundle:
 
     def modality(self) -> Modality:
         """Return the modality as it was fitted, for rows that the backbone can read."""
-        return build_modality(limit_modality(self.manifest.modality, self.manifest.arch)[0])
+        return self.manifest.build_modality()
 
     def backbone_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the backbone under its own names."""

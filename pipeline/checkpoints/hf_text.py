@@ -35,7 +35,7 @@ from pipeline.core.contracts.objective_capabilities import (
     transformers_head,
 )
 from pipeline.core.specs import Architecture, ModalitySpec, State
-from pipeline.io import s3, storage
+from pipeline.io import storage
 from pipeline.io.json_values import as_object
 from pipeline.media import tokenization
 
@@ -255,10 +255,7 @@ def read_safetensors(uri: str) -> dict[str, Tensor]:
 
     A local file is mapped into memory: names and shapes are read now, values when they are used.
     """
-    if storage.is_remote(uri):
-        return load(storage.read_bytes(uri))
-    path = s3.split(uri)[1]
-    return s3.call("read", uri, lambda: load_file(path))
+    return storage.read_as(uri, load_file, load)
 
 
 def _weights(folder: str, files: list[str]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from pipeline.core.capabilities import ineffective_options
 from pipeline.core.contracts import Backbone, Task
 from pipeline.core.contracts.objective_capabilities import transfers_head
 from pipeline.core.specs import Architecture, ModalitySpec
-from pipeline.io import atomic_folder, file_identity, s3, storage
+from pipeline.io import atomic_folder, file_identity, storage
 from pipeline.io.json_values import Json
 
 HEADS = (
@@ -250,11 +250,15 @@ def _tensors(uri: str) -> dict[str, Tensor]:
 
 def _torch_file(uri: str) -> object:
     """Return what `torch.save` has written to a file."""
-    if storage.is_remote(uri):
-        return torch.load(io.BytesIO(storage.read_bytes(uri)), "cpu", weights_only=True)
-    path = s3.split(uri)[1]
-    can_map = zipfile.is_zipfile(path)  # as PyTorch writes since 1.6
-    return s3.call("read", uri, torch.load, path, "cpu", weights_only=True, mmap=can_map)
+
+    def of_file(path: str) -> object:
+        can_map = zipfile.is_zipfile(path)  # as PyTorch writes since 1.6
+        return torch.load(path, "cpu", weights_only=True, mmap=can_map)
+
+    def of_bytes(data: bytes) -> object:
+        return torch.load(io.BytesIO(data), "cpu", weights_only=True)
+
+    return storage.read_as(uri, of_file, of_bytes)
 
 
 def _is_mapping(value: object) -> TypeGuard[dict[str, object]]:

@@ -212,12 +212,12 @@ class RecordingOptions(Options):
 
 
 class SplitOptions(Options):
-    """Options of importers whose rows are of the split that their file, or a column, names."""
+    """Options of importers that take each row's split from its file or from a column."""
 
     split_column: str = Field(
         "",
-        description="the column (its name in the file) that tells each row's split; it is then not "
-        "told by the file",
+        description="the column (its name in the file) that tells each row's split, in place of "
+        "the file's name or folder",
     )
     split: Literal["", "train", "validation", "test"] = Field(
         "", description="the split of all files; empty: from the file's name or folder, else train"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -83,6 +84,13 @@ class Batch:
         if size is None or len(self) <= size:
             return [self]
         return self.parts(-(-len(self) // size))
+
+    def predict_in_parts(
+        self, predict: Callable[[Batch], dict[str, Tensor]], size: int
+    ) -> dict[str, Tensor]:
+        """Predict at most ``size`` rows at a time, and return the predictions of all rows."""
+        parts = [predict(part) for part in self.split(size)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def empty(self) -> Batch:
         """Return a batch with the same tensors and no row."""

@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.io import processes, read_only, s3, write_fence
@@ -41,6 +41,7 @@ from pipeline.io.threads import Item, Result, threaded_map
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+T = TypeVar("T")
 _MIB = 2**20
 PARTS = {"chunksize": 5 * _MIB, "max_concurrency": 4}
 """Options of s3fs: 42 MiB in memory for files of any size, where its defaults take 1 GB."""
@@ -189,6 +190,16 @@ def read_bytes(uri: Uri) -> bytes:
     if remote:  # max_concurrency=1, else s3fs asks for the size first: one more request
         return s3.on_s3("read", uri, "cat_file", max_concurrency=1)
     return s3.call("read", uri, Path(path).read_bytes)
+
+
+def read_as(uri: Uri, of_file: Callable[[str], T], of_bytes: Callable[[bytes], T]) -> T:
+    """Return what is made of a file: of the path of a local one, of the bytes of any other.
+
+    A local file can so be mapped into memory.
+    """
+    if is_remote(uri):
+        return of_bytes(read_bytes(uri))
+    return s3.call("read", uri, of_file, s3.split(uri)[1])
 
 
 def read_range(uri: Uri, start: int, end: int) -> bytes:

@@ -321,8 +321,8 @@ def documents_by_length(segments: Tensor) -> list[tuple[Tensor, Tensor]]:
     for size in sizes.unique().tolist():
         chosen = sizes == size
         steps = torch.arange(size, device=segments.device)
-        own = steps < lengths[chosen, None]
-        out.append((starts[chosen, None] + torch.where(own, steps, 0), own))
+        is_own = steps < lengths[chosen, None]
+        out.append((starts[chosen, None] + torch.where(is_own, steps, 0), is_own))
     return out
 
 

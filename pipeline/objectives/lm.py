@@ -8,7 +8,8 @@ perplexity it does not depend on how the tokenizer cuts the text. A row's bytes 
 its tokens (``bytes`` of the batch, spread evenly over each document's tokens), of which the
 predicted share counts.
 
-Shapes: B rows, N tokens of a row, k places to predict, V tokens of the vocabulary.
+Shapes: B rows, N tokens of a row, k places to predict, V tokens of the vocabulary, D width
+of the state of a token.
 """
 
 from __future__ import annotations
@@ -244,6 +245,7 @@ class MaskedLM(Objective):
         return losses.view_as(target) * weight, weight, hits
 
     def _scores(self, backbone: Backbone, hidden: Tensor) -> Tensor:
+        """Return (B, N, V) scores of the vocabulary for (B, N, D) states of tokens."""
         return F.linear(self.transform(hidden), backbone.embedding().weight, self.bias)
 
     def logits(self, backbone, batch):
@@ -350,6 +352,7 @@ class CausalLM(Objective):
         return losses.view_as(target), real.to(losses.dtype)
 
     def _scores(self, backbone: Backbone, hidden: Tensor) -> Tensor:
+        """Return (B, N, V) scores of the vocabulary for (B, N, D) states of tokens."""
         output = backbone.embedding() if self.output is None else self.output
         scores = F.linear(hidden, output.weight)
         if self.softcap is None:

@@ -6,6 +6,7 @@ context, R windows of all rows of a batch, N tokens of a window.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -227,11 +228,8 @@ class QuestionAnswering(Objective):
         ``count`` (B,).
         """
         windows, real = flattened(batch)
-        chunks = [part for part in windows.split(WINDOWS_AT_ONCE) if len(part)]
-        parts = [self._predict_windows(backbone, part) for part in chunks]
-        found = {}
-        if parts:
-            found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        predict_windows = partial(self._predict_windows, backbone)
+        found = windows.predict_in_parts(predict_windows, WINDOWS_AT_ONCE) if len(windows) else {}
 
         def by_row(name: str, value: float) -> Tensor:
             """Return (B, W, ...) by row and window, ``value`` where there is no window."""

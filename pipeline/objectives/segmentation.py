@@ -6,6 +6,7 @@ Shapes: B rows, C classes, H and W height and width of the input.
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
@@ -158,8 +159,7 @@ class Segmentation(Objective):
         With masks instead ``intersection``, ``predicted`` and ``actual`` (B, C), labelled pixels
         of the input without its padding, and ``loss`` with its ``count`` (B,).
         """
-        parts = [self._predict(backbone, part) for part in batch.split(IMAGES_AT_ONCE)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return batch.predict_in_parts(partial(self._predict, backbone), IMAGES_AT_ONCE)
 
     def _predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         scores, _ = self.head_scores(backbone, batch)

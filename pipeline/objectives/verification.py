@@ -1,6 +1,6 @@
 """Verification: are two rows of the same speaker, face or object? By the angle of embeddings.
 
-Shapes: B rows of a batch, n rows of a table, D features, E numbers of an embedding, C identities of
+Shapes: B rows of a batch, n rows of a table, D features, E width of an embedding, C identities of
 the training rows.
 """
 
@@ -21,14 +21,16 @@ from pipeline.config.registry import LinearHeadOptions, register
 from pipeline.core import arrow_lists
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.nn import losses
-from pipeline.core.nn.domain_losses import exact
 
 SMALLEST_SINE_SQUARED = 1e-7
-"""The slope of a root is infinite at 0; float32 tells no smaller number from 1."""
+"""Least squared sine of an angle.
+
+The gradient of sqrt is infinite at 0, and 1 - x in float32 is exact only to about 1e-7.
+"""
 
 
 class VerificationOptions(LinearHeadOptions):
-    width: int = Field(128, ge=2, description="numbers of an embedding")
+    width: int = Field(128, ge=2, description="width of an embedding")
     scale: float = Field(30.0, gt=0, description="what cosines are multiplied by in training")
     margin: float = Field(
         0.2,
@@ -87,8 +89,8 @@ class Verification(Objective):
         identities = np.unique(_numbers(table[name].drop_null(), name))
         if len(identities) < 2:
             raise ValueError(
-                f"column {name}: the training rows are of {len(identities)} identity; "
-                "verification learns from rows of at least two, and better of many"
+                f"column {name}: verification needs rows of at least two identities, better of "
+                f"many; the training rows have {len(identities)}"
             )
         return {"identities": identities.tolist()}
 
@@ -126,9 +128,12 @@ class Verification(Objective):
         nn.init.normal_(self.identities)  # of any direction; their length does not matter
 
     def is_transferable(self, options, name):
-        """The projection means the same where it reads and gives the same; identities are new."""
-        theirs = VerificationOptions(**options)
-        is_alike = (theirs.width, theirs.norm) == (self.options.width, self.options.norm)
+        """Return whether a tensor of a source's head can be used.
+
+        The projection can, if `width` and `norm` are equal; the weights of identities never can.
+        """
+        source = VerificationOptions(**options)
+        is_alike = (source.width, source.norm) == (self.options.width, self.options.norm)
         return name.startswith("projection.") and is_alike
 
     @classmethod
@@ -145,14 +150,17 @@ class Verification(Objective):
         if self.options.norm:
             pooled = F.layer_norm(pooled, pooled.shape[-1:])
         pooled = F.dropout(pooled, self.options.dropout, self.training)
-        with exact(pooled):
+        with losses.exact(pooled):
             return F.normalize(self.projection(pooled), dim=-1)
 
     def _losses(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B,) losses, 0 for rows of unknown identities, and whether the right one is
-        nearest, (B,) bool.
+        """Compare embeddings (B, E) with the identities of the training rows.
+
+        Returns:
+            (B,) losses, 0 for rows of unknown identity.
+            (B,) bool, whether the nearest identity is the row's own.
         """
-        with exact(embedding):
+        with losses.exact(embedding):
             cosines = embedding @ F.normalize(self.identities.to(embedding), dim=-1).T
         is_known = label >= 0
         known = label.clamp(min=0)
@@ -234,16 +242,13 @@ def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
         ValueError: it holds other values than texts and whole numbers, or a null.
     """
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not any(is_kind(kind) for is_kind in _KINDS):
+    if not (arrow_lists.is_text(kind) or pa.types.is_integer(kind)):
         raise ValueError(
             f"column {name} holds {kind}: verification reads identities as texts or whole numbers; "
-            "write them so"
+            "cast the column"
         )
     if column.null_count:
         raise ValueError(f"column {name}: {column.null_count} rows have no identity (null)")
     codes, names = arrow_lists.dictionary_codes(column.cast(pa.large_string()))
     numbers = [identity_number(one) for one in names.to_pylist()]
     return np.array(numbers, dtype=np.int64)[codes]
-
-
-_KINDS = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)

@@ -297,7 +297,7 @@ def _read_input(
         ValueError: A column is missing or has another type than the bundle reads.
     """
     rows, named_files = manifests.build_with_named(data, form, imports)
-    modality = bundle.build_modality(bundle.limit_modality(found.modality, found.arch)[0])
+    modality = found.build_modality()
     name = found.objective.name
     objective = Objective if name == "none" else registry.get("objective", name)
     where = rows.files[0] if rows.files else data[0]

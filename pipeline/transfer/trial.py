@@ -397,9 +397,9 @@ def _start_head(
         How many labels have weights, and what was done in words.
     """
     theirs, arrays = shared.heads[trial.source]
-    source = source_task(trial, shared) if _reads_texts(theirs) else None
-    if source is not None and describes_classes(technique):
-        return label_sets.head_of_texts(objective, source.objective, technique.class_texts)
+    if describes_classes(technique) and _reads_texts(theirs):
+        source = source_task(trial, shared).objective
+        return label_sets.head_of_texts(objective, source, technique.class_texts)
     return label_sets.carry_head(objective, theirs, _tensors(arrays))
 
 

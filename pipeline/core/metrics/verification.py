@@ -22,12 +22,13 @@ from pipeline.core.metrics import ranking
 from pipeline.core.metrics.metric import SHARE, Predictions, columns, resampled
 
 MOST_PAIRS = 500_000
-"""Pairs of either kind that are compared. Of more, which 1,000 rows do not have, so many are drawn
-once, the same for all networks on the same rows.
+"""Most genuine pairs, and most impostors' pairs, that are compared.
+
+Of more, this many are drawn, the same for all networks. 1,000 rows have fewer.
 """
-_CELLS = 4_000_000
-"""Drawn pairs (pairs x resamples) that are held at once."""
-_BLOCK = 65_536
+_WEIGHTS_AT_ONCE = 4_000_000
+"""Weights (pairs x resamples) that are held at once."""
+_SCORES_AT_ONCE = 65_536
 """Pairs whose scores are computed at once."""
 
 
@@ -35,8 +36,9 @@ class Pairs(NamedTuple):
     """P pairs of rows, by falling score."""
 
     first: np.ndarray
-    """(P,) places of rows."""
+    """(P,) int64 index of the pair's first row."""
     second: np.ndarray
+    """(P,) int64 index of the pair's second row."""
     scores: np.ndarray
     """(P,) float64."""
     is_genuine: np.ndarray
@@ -61,25 +63,25 @@ def min_detection_cost(p: Predictions, counts: np.ndarray) -> np.ndarray:
     return _over_pairs(ranking.weighted_min_detection_cost, p, counts)
 
 
-def _over_pairs(of: ranking.Ranking, p: Predictions, counts: np.ndarray) -> np.ndarray:
+def _over_pairs(ranking_metric: ranking.Ranking, p: Predictions, counts: np.ndarray) -> np.ndarray:
     """Return (R,) values of a metric of ranked pairs; NaN where an embedding is not finite."""
     drawn = columns(counts)
     pairs = ranked_pairs(p["embedding"], p["identity"])
     if not len(pairs.scores) or not np.isfinite(pairs.scores).all():
         return ranking.undefined(drawn)
-    is_one_unit = None
+    is_same_unit = None
     if "unit" in p:
-        is_one_unit = (p["unit"][pairs.first] == p["unit"][pairs.second])[:, None]
-    size = max(1, _CELLS // len(pairs.scores))
+        is_same_unit = (p["unit"][pairs.first] == p["unit"][pairs.second])[:, None]
+    size = max(1, _WEIGHTS_AT_ONCE // len(pairs.scores))
     values: list[np.ndarray] = []
     for start in range(0, drawn.shape[1], size):
         some = drawn[:, start : start + size]
         weights = some[pairs.first]
         weights_of_second = some[pairs.second]
-        if is_one_unit is not None:
-            weights_of_second = np.where(is_one_unit, 1.0, weights_of_second)
+        if is_same_unit is not None:
+            weights_of_second = np.where(is_same_unit, 1.0, weights_of_second)
         weights *= weights_of_second
-        values.append(of(pairs.scores, pairs.is_genuine, weights))
+        values.append(ranking_metric(pairs.scores, pairs.is_genuine, weights))
     return np.concatenate(values)
 
 
@@ -100,26 +102,25 @@ def ranked_pairs(embedding: np.ndarray, identity: np.ndarray) -> Pairs:
     first, second = (order[np.concatenate(both)] for both in zip(genuine, impostors, strict=True))
     is_genuine = np.arange(len(first)) < len(genuine[0])
     scores = np.empty(len(first))
-    for start in range(0, len(first), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        one, other = (embedding[at[part]].astype(np.float64) for at in (first, second))
+    for start in range(0, len(first), _SCORES_AT_ONCE):
+        part = slice(start, start + _SCORES_AT_ONCE)
+        one, other = (embedding[rows[part]].astype(np.float64) for rows in (first, second))
         scores[part] = np.einsum("pe,pe->p", one, other)
     by_score = np.argsort(-scores, kind="stable")
     return Pairs(first[by_score], second[by_score], scores[by_score], is_genuine[by_score])
 
 
 def _earlier_partners(start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows and their partners, row r with each of ``start[r]`` to ``start[r] + count[r]``.
+    """Return (P,) rows and (P,) their partners: row r with ``start[r]`` up to, without,
+    ``start[r] + count[r]``.
 
-    Of more than `MOST_PAIRS`, so many without order; the same for equal arguments.
+    Of more than `MOST_PAIRS` pairs this many are drawn, the same for equal arguments.
     """
     ends = np.cumsum(count)
     total = int(ends[-1]) if len(ends) else 0
-    number = np.arange(total) if total <= MOST_PAIRS else _some_of(total)
+    if total <= MOST_PAIRS:
+        number = np.arange(total)
+    else:  # few are drawn twice, and count twice
+        number = np.random.default_rng(0).integers(0, total, MOST_PAIRS)
     row = np.searchsorted(ends, number, side="right")
     return row, start[row] + number - (ends[row] - count[row])
-
-
-def _some_of(total: int) -> np.ndarray:
-    """Return `MOST_PAIRS` numbers below ``total``; few of them are drawn twice, and count so."""
-    return np.random.default_rng(0).integers(0, total, MOST_PAIRS)

@@ -10,6 +10,7 @@ channels of the pyramid, h and w height and width of one of its maps.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -188,8 +189,7 @@ class BoxObjective(Objective):
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return what `predict_images` does, `IMAGES_AT_ONCE` images at a time."""
-        parts = [self.predict_images(backbone, part) for part in batch.split(IMAGES_AT_ONCE)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return batch.predict_in_parts(partial(self.predict_images, backbone), IMAGES_AT_ONCE)
 
     def predict_images(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return the predictions of a few images."""
@@ -200,7 +200,7 @@ class BoxObjective(Objective):
 
         Returns:
             ``true_boxes`` (B, M, 4), ``true_classes`` and ``true_crowd`` (B, M) as the modality
-            left them, ``image_size`` (B, 2), and ``loss`` with its ``count`` (B,).
+            left them, ``image_size`` (B, 2) height and width, and ``loss`` with its ``count`` (B,).
         """
         parts, counts = self.detector.losses(maps, batch, targets_of(batch))
         return {

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
+from pipeline.core.arrow_lists import is_text
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine.grouped import Events
 from pipeline.prepare.engine.importing import InvalidRow, invalid_row
@@ -322,10 +323,6 @@ def _is_time(kind: pa.DataType) -> bool:
     return pa.types.is_timestamp(kind) and kind.tz is None
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
 ColumnTypes = dict[str, tuple[Callable[[pa.DataType], bool], str]]
 """Of each column a test of its type, and what the standard calls that type."""
 LABEL_TYPES: ColumnTypes = {
@@ -334,18 +331,18 @@ LABEL_TYPES: ColumnTypes = {
     "boolean_value": (pa.types.is_boolean, "bool"),
     "integer_value": (pa.types.is_integer, "int64"),
     "float_value": (pa.types.is_floating, "float"),
-    "categorical_value": (_is_text, "string"),
+    "categorical_value": (is_text, "string"),
 }
 DATA_TYPES: ColumnTypes = {
     "subject_id": (pa.types.is_integer, "int64"),
     "time": (_is_time, "timestamp[us] without a zone"),
-    "code": (_is_text, "string"),
+    "code": (is_text, "string"),
     "numeric_value": (pa.types.is_floating, "float"),
-    "text_value": (_is_text, "string"),
+    "text_value": (is_text, "string"),
 }
 SPLIT_TYPES: ColumnTypes = {
     "subject_id": (pa.types.is_integer, "int64"),
-    "split": (_is_text, "string"),
+    "split": (is_text, "string"),
 }
 """Types of MEDS 0.4 (github.com/Medical-Event-Data-Standard/meds, schema.py)."""
 

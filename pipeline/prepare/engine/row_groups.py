@@ -1,4 +1,7 @@
-"""Write rows as row groups of a Parquet file, with one of them (or what is shuffled) in memory."""
+"""Write rows as row groups of a Parquet file.
+
+One row group is held in memory, or `SHUFFLED_BYTES` where rows are shuffled.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import is_list
+from pipeline.core.arrow_lists import is_bytes, is_list, is_text
 from pipeline.core.rng import mix, row_keys
 from pipeline.prepare.engine.importing import Row
 
@@ -39,13 +42,15 @@ class RowGroups:
         self, path: Path, schema: pa.Schema, shuffles: bool = False, holds_files: bool = False
     ):
         self.shuffles_rows = shuffles
-        texts = [one.name for one in schema if _is_text(one.type) and one.name not in DISTINCT]
-        coded: Any = texts if holds_files else True  # pyarrow's stubs know a bool alone
-        packed = "none" if holds_files else "zstd"
-        self.file = pq.ParquetWriter(path, schema, compression=packed, use_dictionary=coded)
+        texts = [one.name for one in schema if is_text(one.type) and one.name not in DISTINCT]
+        compression = "none" if holds_files else "zstd"
+        dictionaries: Any = texts if holds_files else True  # pyarrow's stubs know a bool alone
+        self.file = pq.ParquetWriter(
+            path, schema, compression=compression, use_dictionary=dictionaries
+        )
         self.blocks: list[pa.Table] = []
         self.waiting: list[pa.Table] = []
-        self.weight = self.number = self.rows = 0
+        self.held_bytes = self.num_shuffles = self.rows = 0
 
     def __enter__(self) -> RowGroups:
         return self
@@ -57,10 +62,12 @@ class RowGroups:
         while at < len(block):
             before = int(total[at - 1]) if at else 0
             most = at + GROUP_ROWS - sum(map(len, self.blocks))
-            stop = min(most, int(np.searchsorted(total, before + GROUP_BYTES - self.weight)) + 1)
+            stop = min(
+                most, int(np.searchsorted(total, before + GROUP_BYTES - self.held_bytes)) + 1
+            )
             self.blocks.append(block.slice(at, stop - at))
             if stop > len(block):
-                self.weight += int(total[-1]) - before
+                self.held_bytes += int(total[-1]) - before
                 return
             self._flush()
             at = stop
@@ -74,17 +81,19 @@ class RowGroups:
                 self.waiting.append(table)
                 if sum(one.nbytes for one in self.waiting) >= SHUFFLED_BYTES:
                     self._shuffle()
-        self.blocks, self.weight = [], 0
+        self.blocks, self.held_bytes = [], 0
 
     def _shuffle(self) -> None:
         if self.waiting:
             rows, groups = pa.concat_tables(self.waiting), len(self.waiting)
-            keys = row_keys(mix(*b"prepare"), np.full(len(rows), self.number), np.arange(len(rows)))
+            keys = row_keys(
+                mix(*b"prepare"), np.full(len(rows), self.num_shuffles), np.arange(len(rows))
+            )
             self.file.write_table(
                 rows.take(pa.array(np.argsort(keys, kind="stable"))),
                 row_group_size=-(-len(rows) // groups),
             )
-            self.waiting, self.number = [], self.number + 1
+            self.waiting, self.num_shuffles = [], self.num_shuffles + 1
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
@@ -120,24 +129,24 @@ def tables_of(rows: Iterable[Row | pa.Table], schema: pa.Schema) -> Iterator[pa.
 
 
 def lengths(column: Any) -> np.ndarray:
-    """Return lengths of lists, texts (in characters) and files, (rows,) int64; 0 for null."""
+    """Return values of lists, characters of texts or bytes of files, (rows,) int64; 0 for null."""
     if is_list(column.type):
         found = pc.list_value_length(column)
     else:
-        found = pc.utf8_length(column) if _is_text(column.type) else pc.binary_length(column)
+        found = pc.utf8_length(column) if is_text(column.type) else pc.binary_length(column)
     return np.asarray(found.fill_null(0).to_numpy(), dtype=np.int64)
 
 
 def row_bytes(block: pa.Table) -> np.ndarray:
-    """Estimate the bytes of each row, (rows,) int64."""
+    """Estimate the bytes of each row, (rows,) int64; a character counts as one."""
     out = np.zeros(len(block), dtype=np.int64)
     for column in block.columns:
         kind = column.type
-        if is_list(kind) and (is_list(kind.value_type) or _is_file(kind.value_type)):
+        if is_list(kind) and (is_list(kind.value_type) or is_bytes(kind.value_type)):
             out += _inner_weights(column, 4 if is_list(kind.value_type) else 1)
         elif is_list(kind):
             out += 16 * lengths(column)
-        elif _is_text(kind) or _is_file(kind):
+        elif is_text(kind) or is_bytes(kind):
             out += lengths(column)
         else:
             out += 8 * (kind.num_fields if pa.types.is_struct(kind) else 1)
@@ -150,11 +159,3 @@ def _inner_weights(column: Any, each: int) -> np.ndarray:
     bounds = np.concatenate([[0], np.cumsum(lengths(held.flatten()) * each)])
     ends = np.cumsum(outer)
     return bounds[ends] - bounds[ends - outer]
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _is_file(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

@@ -305,21 +305,22 @@ class Trajectories(TableImporter):
                     "whole numbers and so was taken as classes; say --set discrete=false where it "
                     "is numbers, --set discrete=true where it is names of classes"
                 )
-        known: dict[str, tuple[list[int], str]] = {}
+        known: dict[str, tuple[list[int], str]] = {}  # robot to widths, and who has them first
         for input_split, one in zip(input_splits, found, strict=True):
             for robot, widths, name in one["robots"]:
-                first = known.setdefault(robot, (widths, f"{input_split.name}: episode {name}"))
-                if first[0] != widths:
+                episode = f"{input_split.name}: episode {name}"
+                first_widths, first_episode = known.setdefault(robot, (widths, episode))
+                if first_widths != widths:
                     what, a, b = next(
                         (what, a, b)
                         for what, a, b in zip(
-                            ("observations", "actions"), first[0], widths, strict=True
+                            ("observations", "actions"), first_widths, widths, strict=True
                         )
                         if a != b
                     )
                     raise ValueError(
-                        f"{input_split.name}: episode {name}: {what} of {b} numbers, where "
-                        f"{first[1]} has {a}, of the same robot; name robots by --set "
+                        f"{episode}: {what} of {b} numbers, where "
+                        f"{first_episode} has {a}, of the same robot; name robots by --set "
                         "embodiment=COLUMN, or prepare them apart"
                     )
         names = Counter(name for one in found for name in one["names"])

@@ -22,8 +22,7 @@ class LogMelCosineOptions(Options):
     mels: int = Field(64, ge=1, description="bands of the mel scale")
 
 
-class LogMelStatisticsOptions(Options):
-    mels: int = Field(64, ge=1, description="bands of the mel scale")
+class LogMelStatisticsOptions(LogMelCosineOptions):
     penalties: list[float] = Field(
         [0.01, 0.1, 1.0, 10.0],
         min_length=1,
@@ -62,8 +61,9 @@ class LogMelCosine(Baseline):
     """Cosine of the mean and deviation over time of each band of the log-mel spectrum, standardised
     by the training rows.
 
-    Of these, or of their linear discriminants of the training rows' identities (Fisher 1936, with
-    the shrinkage of Ledoit and Wolf 2004), what is better on the validation rows is kept.
+    Two settings are tried: these statistics, and their linear discriminants of the training rows'
+    identities (Fisher 1936, with the shrinkage of Ledoit and Wolf 2004). The better one on the
+    validation rows is kept.
     """
 
     roles = ("audio",)
@@ -85,8 +85,8 @@ class LogMelCosine(Baseline):
 
 
 class Discriminants(LinearDiscriminantAnalysis):
-    """Linear discriminants. Where the rows of each class are too few for them, as one or two are,
-    rows stay as they are.
+    """Linear discriminants. Rows stay as they are where each class has too few rows for them, such
+    as one or two.
     """
 
     def fit(self, X, y):  # noqa: N803
