@@ -255,7 +255,7 @@ def read_safetensors(uri: str) -> dict[str, Tensor]:
 
     A local file is mapped into memory: names and shapes are read now, values when they are used.
     """
-    return storage.read_as(uri, load_file, load)
+    return storage.read_as(uri, lambda path: load_file(path), load)
 
 
 def _weights(folder: str, files: list[str]) -> dict[str, Tensor]:

@@ -398,8 +398,9 @@ def _start_head(
     """
     theirs, arrays = shared.heads[trial.source]
     if describes_classes(technique) and _reads_texts(theirs):
-        source = source_task(trial, shared).objective
-        return label_sets.head_of_texts(objective, source, technique.class_texts)
+        source = source_task(trial, shared)
+        assert source is not None
+        return label_sets.head_of_texts(objective, source.objective, technique.class_texts)
     return label_sets.carry_head(objective, theirs, _tensors(arrays))
 
 
