@@ -58,6 +58,7 @@ ONE_OF_EACH = {
     "text": "transformers/bert",
     "audio": "torchaudio/deepspeech2",
     "events": "events/gru",
+    "series": "hf/patchtst",
     "table": "table/ft_transformer",
     "trajectory": "policy/mlp",
 }
@@ -546,6 +547,7 @@ def test_every_trained_technique_is_tried_here():
         if adapts_without_labels(registry.get("technique", name)())
     }
     assert found == {*TRAINED, "adabn", "tent"}
+    assert {*ONE_OF_EACH} == {*registry.names("modality")}
 
 
 # ---------------------------------------------------------------- resume and ranks

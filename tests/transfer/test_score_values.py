@@ -367,6 +367,9 @@ def test_speakers_of_one_population_are_not_far_apart():
     by_group, by_row, holds_zero, mmd_by_group, mmd_by_row = np.mean(found, axis=0)
     assert abs(by_group) < 0.3 and by_row > 0.9 and holds_zero > 0.9
     assert abs(mmd_by_group) < 0.25 * mmd_by_row
+    (x, group), (s, theirs) = speakers(4, 1), speakers(6, 2)
+    assert np.isfinite(proxy_a(x, s, group, theirs)[0])
+    assert np.isnan(proxy_a(x, s, group % 3, theirs))
 
 
 # ---------------------------------------------------------------- all of them

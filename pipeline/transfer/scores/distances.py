@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import Estimate, score
-from pipeline.transfer.shift import linear, units_of, wilson
+from pipeline.transfer.shift import FEWEST_GROUPS, linear, units_of, wilson
 
 FOLDS = 5
 MOST_ROWS = 500
@@ -127,7 +127,7 @@ def proxy_a(
         source_groups: (m,) the same for the source's rows.
 
     Returns:
-        (value, low, high), NaN where a side has fewer than ten rows or groups.
+        (value, low, high), NaN where a side has fewer than ten rows or four groups.
     """
     count = min(len(features), len(source_features))
     rng = np.random.default_rng(0)
@@ -136,11 +136,12 @@ def proxy_a(
         drawn = rng.permutation(len(one))[:count]
         sides.append(one[drawn].astype(np.float64))
         units.append(_in_order_drawn(units_of(of, len(one))[drawn]))
-    if count == 0 or min(int(unit.max()) + 1 for unit in units) < 2 * FOLDS:
+    fewest = min(len(np.unique(unit)) for unit in units)
+    if count < 2 * FOLDS or fewest < FEWEST_GROUPS:
         return float("nan")
-    folds = [unit % FOLDS for unit in units]
+    folds = [unit % min(FOLDS, fewest) for unit in units]
     wrong = [np.zeros(count), np.zeros(count)]
-    for k in range(FOLDS):
+    for k in range(min(FOLDS, fewest)):
         fitted = [one[fold != k] for one, fold in zip(sides, folds, strict=True)]
         least = min(map(len, fitted))  # a larger side would draw the threshold towards itself
         x = np.concatenate([one[:least] for one in fitted])
