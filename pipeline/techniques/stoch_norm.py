@@ -29,10 +29,10 @@ class StochNorm(Technique):
     In every training step a channel is normalised by the mean and variance of the batch, or with
     probability p by the running ones (Kou et al. 2020). Afterwards the norms are plain ones.
 
-    For networks with batch norms: here the convolutional ones of timm, for pictures. It assumes
-    that the statistics of the source suit the target roughly. It helps with small batches and few
-    labels. It hurts where the target looks altogether different, until the running statistics have
-    followed.
+    For networks with batch norms: here the convolutional ones of timm, for pictures, and PatchTST,
+    for series. It assumes that the statistics of the source suit the target roughly. It helps with
+    small batches and few labels. It hurts where the target looks altogether different, until the
+    running statistics have followed.
 
     Raises:
         ValueError: the network has no batch norm.

@@ -39,12 +39,14 @@ from pipeline.transfer import trial
 
 KINDS = {name: backbone for name, (_, backbone) in MODALITIES.items()}
 EACH = pytest.mark.parametrize("kind", KINDS)
-WITH_BATCH_NORMS = ["timm/resnet10t", "timm/test_efficientnet"]
-"""Plain norms, and norms with an activation within."""
+WITH_BATCH_NORMS = ["timm/resnet10t", "timm/test_efficientnet", "hf/patchtst"]
+"""Plain norms, norms with an activation within, and norms of sequences."""
 
 
-def pictures(name: str) -> tuple[Task, Rows]:
-    """A task on pictures with a convolutional backbone, and its rows."""
+def with_batch_norms(name: str) -> tuple[Task, Rows]:
+    """A task whose backbone has batch norms, and its rows."""
+    if name == "hf/patchtst":
+        return classified(name)
     task = task_of(name, {"channels": 3, "size": 32}, "classification", label_state(), seed=1)
     return task, image_rows(8, size=32, channels=3)
 
@@ -176,11 +178,11 @@ def test_bss_of_features_that_are_not_finite_is_not_finite(wrong):
 
 @pytest.mark.parametrize("name", WITH_BATCH_NORMS)
 def test_stoch_norm_without_chance_is_the_plain_norm(name):
-    rows = pictures(name)[1]
+    rows = with_batch_norms(name)[1]
     batch = take(rows, range(4))
     results = []
     for used in (technique("full"), technique("stoch_norm", p=0.0)):
-        task = used.wrap(pictures(name)[0]).train()
+        task = used.wrap(with_batch_norms(name)[0]).train()
         torch.manual_seed(0)
         total = task(batch)[0]
         total.backward()
@@ -220,7 +222,7 @@ def test_stoch_norm_takes_statistics_channel_by_channel():
 
 @pytest.mark.parametrize("name", WITH_BATCH_NORMS)
 def test_stoch_norm_trains_and_leaves_plain_norms(name):
-    task, rows = pictures(name)
+    task, rows = with_batch_norms(name)
     before = list(task.state_dict())
     used = technique("stoch_norm")
     run = make_run(rows, used.wrap(task), steps=3, technique=used, global_batch=4, lr=1e-3)
@@ -324,7 +326,7 @@ def test_lwf_keeps_what_the_source_s_head_says(kind):
         batch = take(rows, range(8))
         with torch.no_grad():
             before = source.objective.predict(source.backbone, without_labels(batch))["scores"]
-        used = technique("lwf", weight=weight, probe_share=0.25)
+        used = technique("lwf", weight=weight, probe_share=0.25, freeze_norm_stats=True)
         used.read_source(source)
         wrapped = used.wrap(task)
         run = make_run(

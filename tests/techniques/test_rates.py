@@ -364,7 +364,7 @@ def test_bitfit_moves_biases_and_head_alone(name):
 def test_norm_tuning_moves_norms_and_head_alone(name):
     task = built(name)[0]
     technique = registry.get("technique", "norm_tuning")()
-    kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.BatchNorm2d)
+    kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._BatchNorm)
     own = {
         f"backbone.{module_name}.{one}"
         for module_name, module in task.backbone.named_modules()
