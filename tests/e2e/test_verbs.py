@@ -360,7 +360,7 @@ def few_rows(job, monkeypatch):
     """
     few = {"train": 1000, "validation": 100, "test": 200}
     if job.stem == "wavenet_small":
-        few = {"train": 200, "validation": 20, "test": 20}
+        few = {"train": 40, "validation": 20, "test": 20}
     real = manifests.splits
 
     def splits(*words, **options):
