@@ -7,22 +7,23 @@ critical care database, doi 10.1038/sdata.2016.35).
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import closing
 from typing import Any, NamedTuple
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
-from pipeline.prepare.engine.importing import InvalidRow, Notes, Row, invalid_row
+from pipeline.core.arrow_compute import pc
+from pipeline.prepare.engine.importing import InvalidRow, Notes, invalid_row
 from pipeline.prepare.engine.inputs import plain_suffix
 from pipeline.prepare.readers.archives import Entry, Listing, Opener
 from pipeline.prepare.readers.csv_blocks import (
+    KINDS,
     SUFFIXES,
     Column,
     RowCounts,
     check_zones,
-    instants,
     stem,
     whole,
 )
@@ -84,7 +85,6 @@ SCHEMA = pa.schema(
         ("split", pa.string()),
     ]
 )
-GENDERS = {"F": "female", "M": "male"}
 
 
 class Stays(NamedTuple):
@@ -158,13 +158,139 @@ def missing(tables: dict[str, list[Entry]]) -> dict[str, str]:
     }
 
 
-class _Admission(NamedTuple):
-    patient: int
-    start: int
-    end: int
-    death: int | None
-    expired: int
-    type: str
+READ = {
+    "patients": {"subject_id": "id", "gender": "text", "dob": "time"},
+    "admissions": {
+        "subject_id": "id",
+        "hadm_id": "id",
+        "admittime": "time",
+        "dischtime": "time",
+        "deathtime": "time",
+        "hospital_expire_flag": "id",
+        "admission_type": "text?",
+    },
+    "icustays": {
+        "subject_id": "id",
+        "hadm_id": "id",
+        "icustay_id": "id",
+        "intime": "time",
+        "outtime": "time",
+        "dbsource": "text?",
+        "first_careunit": "text?",
+        "last_careunit": "text?",
+        "first_wardid": "id?",
+        "last_wardid": "id?",
+    },
+    "diagnoses_icd": {"hadm_id": "id", "seq_num": "id?", "icd9_code": "text"},
+}
+"""Columns of the small tables and their kinds; those with a question mark may be missing."""
+STAYS = f"""
+WITH patient AS (
+  SELECT subject_id, dob, CASE upper(gender) WHEN 'F' THEN 'female' WHEN 'M' THEN 'male' END AS sex
+  FROM patients WHERE subject_id IS NOT NULL
+  QUALIFY row_number() OVER (PARTITION BY subject_id ORDER BY place DESC) = 1
+),
+admission AS (
+  SELECT *, CASE
+    WHEN admittime IS NULL OR dischtime IS NULL THEN 'no times of its admission'
+    WHEN dischtime < admittime THEN 'discharge before admission'
+    WHEN deathtime < admittime THEN 'death before admission'
+    WHEN coalesce(hospital_expire_flag, -1) NOT IN (0, 1) THEN 'no hospital_expire_flag'
+    ELSE '' END AS wrong
+  FROM admissions WHERE hadm_id IS NOT NULL
+  QUALIFY row_number() OVER (PARTITION BY hadm_id ORDER BY place) = 1
+),
+valid AS (SELECT * FROM admission WHERE wrong = ''),
+judged AS (
+  SELECT s.*, p.sex, p.dob, CASE
+    WHEN s.icustay_id IS NULL THEN 'no icustay_id'
+    WHEN s.intime IS NULL OR s.outtime IS NULL THEN 'no intime or outtime'
+    WHEN s.outtime < s.intime THEN 'outtime before intime'
+    WHEN p.subject_id IS NULL THEN 'no such patient in PATIENTS'
+    WHEN a.hadm_id IS NULL THEN 'no such admission in ADMISSIONS'
+    WHEN a.wrong <> '' THEN a.wrong
+    WHEN a.subject_id IS DISTINCT FROM s.subject_id
+      THEN 'its patient is not that of its admission'
+    WHEN p.dob > s.intime + 86400 THEN 'born after the stay began'
+    ELSE '' END AS wrong
+  FROM icustays s
+  LEFT JOIN patient p ON p.subject_id = s.subject_id
+  LEFT JOIN admission a ON a.hadm_id = s.hadm_id
+),
+stay AS (
+  SELECT * REPLACE (CASE
+    WHEN row_number() OVER (PARTITION BY icustay_id, wrong ORDER BY place) > 1 AND wrong = ''
+    THEN 'the same icustay_id again' ELSE wrong END AS wrong)
+  FROM judged
+),
+in_admission AS (
+  SELECT hadm_id, count(DISTINCT coalesce(icustay_id, -1)) AS stays FROM icustays GROUP BY hadm_id
+),
+diagnosis AS (  -- each code once, by its importance
+  SELECT hadm_id, icd9_code AS code, min(coalesce(seq_num, 1 << 30)) AS seq
+  FROM diagnoses_icd WHERE icd9_code <> '' GROUP BY ALL
+),
+codes AS (
+  SELECT hadm_id, list(code ORDER BY seq, code) AS codes FROM diagnosis GROUP BY hadm_id
+),
+coded AS (
+  SELECT v.hadm_id, v.subject_id, v.dischtime, d.code, row_number() OVER (
+    ORDER BY v.admittime, v.dischtime, v.hadm_id, d.seq, d.code) AS rank
+  FROM valid v JOIN diagnosis d ON d.hadm_id = v.hadm_id
+),
+earlier AS (  -- of admissions that ended before this one began
+  SELECT hadm_id, list(code ORDER BY rank) AS codes FROM (
+    SELECT v.hadm_id, c.code, min(c.rank) AS rank FROM valid v
+    JOIN coded c ON c.subject_id = v.subject_id AND c.hadm_id <> v.hadm_id
+      AND c.dischtime <= v.admittime
+    GROUP BY ALL
+  ) GROUP BY hadm_id
+),
+later AS (
+  SELECT v.hadm_id, min(n.admittime) AS began,
+    first(n.hadm_id ORDER BY n.admittime, n.dischtime, n.hadm_id) AS next
+  FROM valid v JOIN valid n ON n.subject_id = v.subject_id AND n.hadm_id <> v.hadm_id
+    AND n.admittime >= v.dischtime
+  GROUP BY v.hadm_id
+)
+SELECT
+  s.wrong, s.place, s.hadm_id, a.admittime, s.intime, s.outtime,
+  s.icustay_id AS entity,
+  s.subject_id AS patient,
+  CASE WHEN (s.intime - s.dob) / {YEAR}::DOUBLE > {OLDEST} THEN {SHIFTED}::DOUBLE
+    WHEN s.intime < s.dob THEN 0 ELSE (s.intime - s.dob) / {YEAR}::DOUBLE END AS "Age",
+  s.sex AS "Gender",
+  s.first_careunit AS "CareUnit",
+  s.dbsource AS "Source",
+  a.admission_type AS "AdmissionType",
+  coalesce(e.codes, []) AS previous_codes,
+  a.hospital_expire_flag AS hospital_death,
+  (a.deathtime - s.intime) / 3600 AS death_hours,
+  (s.outtime - s.intime) / 3600 AS icu_hours,
+  (a.dischtime - s.intime) / 3600 AS discharge_hours,
+  c.codes AS icd9,
+  (l.began - a.dischtime) / 86400 AS readmission_days,
+  n.codes AS next_icd9,
+  s.first_careunit AS care_unit,
+  s.dbsource,
+  i.stays AS stays_in_admission,
+  (coalesce(s.first_careunit <> s.last_careunit, false)
+    OR coalesce(s.first_wardid <> s.last_wardid, false))::BIGINT AS transfers,
+  'train' AS split
+FROM stay s
+LEFT JOIN valid a ON a.hadm_id = s.hadm_id
+LEFT JOIN in_admission i ON i.hadm_id = s.hadm_id
+LEFT JOIN codes c ON c.hadm_id = s.hadm_id
+LEFT JOIN earlier e ON e.hadm_id = s.hadm_id
+LEFT JOIN later l ON l.hadm_id = s.hadm_id
+LEFT JOIN codes n ON n.hadm_id = l.next
+ORDER BY patient, s.intime, entity, s.place
+"""
+"""Of every row of ICUSTAYS why it cannot be used, or "", and its columns in SCHEMA.
+
+Times are in seconds. What is static is known at the stay's start: of diagnoses those of admissions
+that had ended. An admission without known codes has null for them, not an empty list.
+"""
 
 
 def stays(tables: dict[str, list[Entry]]) -> Stays:
@@ -173,278 +299,55 @@ def stays(tables: dict[str, list[Entry]]) -> Stays:
     Raises ValueError where the times of ICUSTAYS have a zone and those of ADMISSIONS have none, or
     the other way round. Days of birth are not compared: a few hours make no difference to an age.
     """
-    of_admissions, of_stays = RowCounts(), RowCounts()
-    with closing(Opener()) as opener:
-        patients, admissions, wrong = (
-            _patients(tables, opener),
-            *_admissions(tables, opener, of_admissions),
-        )
-        codes = _codes(tables, opener)
-        table = _read(
-            "icustays",
-            tables,
-            opener,
-            {
-                "subject_id": "id",
-                "hadm_id": "id",
-                "icustay_id": "id",
-                "intime": "time",
-                "outtime": "time",
-                "dbsource": "text?",
-                "first_careunit": "text?",
-                "last_careunit": "text?",
-                "first_wardid": "id?",
-                "last_wardid": "id?",
-            },
-            of_stays,
-        )
-    check_zones(
-        tables["icustays"][0].name,
-        of_stays.zoned,
-        tables["admissions"][0].name,
-        of_admissions.zoned,
-    )
-    (start, started), (end, ended) = instants(table["intime"]), instants(table["outtime"])
-    places, broken, seen = [], [], set[int]()
-    name = tables["icustays"][0].name
-    for i, row in enumerate(table.select(["subject_id", "hadm_id", "icustay_id"]).to_pylist()):
-        patient, admission, stay = row["subject_id"], row["hadm_id"], row["icustay_id"]
-        known = admissions.get(admission)
-        checks = (
-            ("no icustay_id", stay is None),
-            ("the same icustay_id again", stay in seen),
-            ("no intime or outtime", not (started[i] and ended[i])),
-            ("outtime before intime", end[i] < start[i]),
-            ("no such patient in PATIENTS", patient not in patients),
-            (wrong.get(admission, "no such admission in ADMISSIONS"), known is None),
-            (
-                "its patient is not that of its admission",
-                known is not None and known.patient != patient,
-            ),
-            (
-                "born after the stay began",
-                patient in patients
-                and (born := patients[patient][1]) is not None
-                and born > start[i] + 86400,
-            ),
-        )
-        reason = next((reason for reason, is_so in checks if is_so), "")
-        if reason:
-            broken.append(invalid_row(f"{name}:row {i + 1}", "train", reason))
-        else:
-            seen.add(stay)
-            places.append(i)
-    order = sorted(
-        places,
-        key=lambda i: (table["subject_id"][i].as_py(), start[i], table["icustay_id"][i].as_py()),
-    )
-    rows = table.take(pa.array(order, pa.int64())).to_pylist()
-    counts = Counter(
-        dict(
-            zip(*(table[name].to_pylist() for name in ("icustay_id", "hadm_id")), strict=True)
-        ).values()
-    )
-    made = [
-        _row(row, int(start[i]), int(end[i]), patients, admissions, codes, counts)
-        for i, row in zip(order, rows, strict=True)
+    counts = {name: RowCounts() for name in READ}
+    with closing(Opener()) as opener, duckdb.connect() as connection:
+        for name, tally in counts.items():
+            connection.register(name, _read(name, tables, opener, tally))
+        name, other = tables["icustays"][0].name, tables["admissions"][0].name
+        zoned = counts["icustays"].zoned, counts["admissions"].zoned
+        check_zones(name, zoned[0], other, zoned[1])
+        found = connection.sql(STAYS).to_arrow_table()
+    bad = found.filter(pc.not_equal(found["wrong"], "")).sort_by("place")
+    broken = [
+        invalid_row(f"{name}:row {row + 1}", "train", reason)
+        for row, reason in zip(bad["place"].to_pylist(), bad["wrong"].to_pylist(), strict=True)
     ]
-    times = np.array(
-        [
-            (admissions[row["hadm_id"]].start, start[i], end[i])
-            for i, row in zip(order, rows, strict=True)
-        ],
-        dtype=np.int64,
-    ).reshape(-1, 3)
+    good = found.filter(pc.equal(found["wrong"], "")).combine_chunks()
+    facts = [good[fact.name].combine_chunks().cast(fact.type) for fact in FACTS]
+    static = pa.StructArray.from_arrays(facts, fields=list(FACTS))
+    rows = good.append_column("static", static).select(SCHEMA.names).cast(SCHEMA)
+    times = [good[column].to_numpy() for column in ("admittime", "intime", "outtime")]
     notes = {
-        "stays": len(made),
-        "patients": len({row["patient"] for row in made}),
-        "admissions": len({row["hadm_id"] for row in rows}),
+        "stays": len(good),
+        "patients": pc.count_distinct(good["patient"]).as_py(),
+        "admissions": pc.count_distinct(good["hadm_id"]).as_py(),
     }
     return Stays(
-        pa.Table.from_pylist(made, schema=SCHEMA),
-        times,
-        np.array([row["hadm_id"] for row in rows], dtype=np.int64),
+        rows,
+        np.stack(times, axis=1).astype(np.int64),
+        good["hadm_id"].to_numpy().astype(np.int64),
         broken,
         notes,
-        of_stays.zoned | of_admissions.zoned,
+        zoned[0] | zoned[1],
     )
 
 
-def _row(
-    row: Row,
-    start: int,
-    end: int,
-    patients: dict[int, tuple[str | None, int | None]],
-    admissions: Any,
-    codes: dict[int, list[str]],
-    counts: Counter[int],
-) -> Row:
-    """Return a stay as in SCHEMA.
-
-    Static features are what is known at its start: of diagnoses only those of admissions that ended
-    before this one began.
+def _read(name: str, tables: dict[str, list[Entry]], opener: Opener, tally: RowCounts) -> pa.Table:
+    """Read a small table, with times in seconds and the number of each row; one that is not there
+    has no rows.
     """
-    number, patient = row["hadm_id"], row["subject_id"]
-    own: _Admission = admissions[number]
-    gender, born = patients[patient]
-    others = sorted(
-        (other.start, other.end, hadm) for hadm, other in admissions.of[patient] if hadm != number
-    )
-    earlier = [
-        code for _, ended, hadm in others if ended <= own.start for code in codes.get(hadm, ())
-    ]
-    later = [(began, hadm) for began, _, hadm in others if began >= own.end]
-    age = None if born is None else (start - born) / YEAR
-    moved = [
-        (row["first_careunit"], row["last_careunit"]),
-        (row["first_wardid"], row["last_wardid"]),
-    ]
-    return {
-        "entity": row["icustay_id"],
-        "patient": patient,
-        "static": {
-            "Age": None if age is None else SHIFTED if age > OLDEST else max(0.0, age),
-            "Gender": gender,
-            "CareUnit": row["first_careunit"],
-            "Source": row["dbsource"],
-            "AdmissionType": own.type,
-            "previous_codes": list(dict.fromkeys(earlier)),
-        },
-        "hospital_death": own.expired,
-        "death_hours": None if own.death is None else (own.death - start) / 3600,
-        "icu_hours": (end - start) / 3600,
-        "discharge_hours": (own.end - start) / 3600,
-        "icd9": _distinct(codes, number),
-        "readmission_days": (later[0][0] - own.end) / 86400 if later else None,
-        "next_icd9": _distinct(codes, later[0][1]) if later else None,
-        "care_unit": row["first_careunit"],
-        "dbsource": row["dbsource"],
-        "stays_in_admission": counts[number],
-        "transfers": int(any(None not in pair and pair[0] != pair[1] for pair in moved)),
-        "split": "train",
+    kinds = {
+        column: Column(kind.rstrip("?"), not kind.endswith("?"))
+        for column, kind in READ[name].items()
     }
-
-
-def _distinct(codes: dict[int, list[str]], number: int) -> list[str] | None:
-    """Return an admission's codes, each once; None where none are known (not the same as no
-    codes).
-    """
-    return list(dict.fromkeys(codes[number])) if number in codes else None
-
-
-class _Admissions(dict[int, _Admission]):
-    """Valid admissions by hadm_id; `of`: by patient."""
-
-    def __init__(self):
-        super().__init__()
-        self.of: dict[int, list[tuple[int, _Admission]]] = {}
-
-
-def _admissions(
-    tables: dict[str, list[Entry]], opener: Opener, tally: RowCounts
-) -> tuple[_Admissions, dict[int, str]]:
-    """Return (the valid admissions, {hadm_id: reason} of the others)."""
-    table = _read(
-        "admissions",
-        tables,
-        opener,
-        {
-            "subject_id": "id",
-            "hadm_id": "id",
-            "admittime": "time",
-            "dischtime": "time",
-            "deathtime": "time",
-            "hospital_expire_flag": "id",
-            "admission_type": "text?",
-        },
-        tally,
-    )
-    (start, started), (end, ended), (death, died) = (
-        instants(table[name]) for name in ("admittime", "dischtime", "deathtime")
-    )
-    out, wrong = _Admissions(), dict[int, str]()
-    for i, row in enumerate(
-        table.select(
-            ["subject_id", "hadm_id", "hospital_expire_flag", "admission_type"]
-        ).to_pylist()
-    ):
-        number = row["hadm_id"]
-        checks = (
-            ("no times of its admission", not (started[i] and ended[i])),
-            ("discharge before admission", end[i] < start[i]),
-            ("death before admission", died[i] and death[i] < start[i]),
-            ("no hospital_expire_flag", row["hospital_expire_flag"] not in (0, 1)),
-        )
-        reason = next((reason for reason, is_so in checks if is_so), "")
-        if number is None or number in out or number in wrong:
-            continue
-        if reason:
-            wrong[number] = reason
-            continue
-        one = _Admission(
-            row["subject_id"],
-            int(start[i]),
-            int(end[i]),
-            int(death[i]) if died[i] else None,
-            row["hospital_expire_flag"],
-            row["admission_type"],
-        )
-        out[number] = one
-        out.of.setdefault(one.patient, []).append((number, one))
-    return out, wrong
-
-
-def _patients(
-    tables: dict[str, list[Entry]], opener: Opener
-) -> dict[int, tuple[str | None, int | None]]:
-    """Return sex and second of birth by subject_id."""
-    table = _read("patients", tables, opener, {"subject_id": "id", "gender": "text", "dob": "time"})
-    born, known = instants(table["dob"])
-    return {
-        number: (GENDERS.get((gender or "").strip().upper()), int(born[i]) if known[i] else None)
-        for i, (number, gender) in enumerate(
-            zip(table["subject_id"].to_pylist(), table["gender"].to_pylist(), strict=True)
-        )
-        if number is not None
-    }
-
-
-def _codes(tables: dict[str, list[Entry]], opener: Opener) -> dict[int, list[str]]:
-    """Return the ICD-9 codes of each admission, in the order of their importance."""
-    if "diagnoses_icd" not in tables:
-        return {}
-    table = _read(
-        "diagnoses_icd", tables, opener, {"hadm_id": "id", "seq_num": "id?", "icd9_code": "text"}
-    )
-    rows = zip(
-        *(table[name].to_pylist() for name in ("hadm_id", "seq_num", "icd9_code")), strict=True
-    )
-    found = sorted(
-        (number, 1 << 30 if sequence is None else sequence, code.strip())
-        for number, sequence, code in rows
-        if number is not None and code and code.strip()
-    )
-    out: dict[int, list[str]] = {}
-    for number, _, code in found:
-        out.setdefault(number, []).append(code)
-    return out
-
-
-def _read(
-    name: str,
-    tables: dict[str, list[Entry]],
-    opener: Opener,
-    kinds: dict[str, str],
-    tally: RowCounts | None = None,
-) -> pa.Table:
-    """Read a small table; a column whose kind has a question mark may be missing."""
-    return whole(
-        name,
-        tables[name][0],
-        {
-            column: Column(kind.rstrip("?"), not kind.endswith("?"))
-            for column, kind in kinds.items()
-        },
-        opener,
-        tally,
-    )
+    if name in tables:
+        table = whole(name, tables[name][0], kinds, opener, tally)
+    else:
+        table = pa.table({column: pa.array([], KINDS[one.kind]) for column, one in kinds.items()})
+    columns: dict[str, Any] = {"place": np.arange(len(table))}
+    for column, one in kinds.items():
+        values = table[column]
+        is_code = column in ("gender", "icd9_code")
+        values = pc.utf8_trim_whitespace(values) if is_code else values
+        columns[column] = values.cast(pa.int64()) if one.kind == "time" else values
+    return pa.table(columns)
