@@ -8,11 +8,12 @@ import json
 import re
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic wants it before Python 3.12
 
 from pipeline.config.registry import Options, register
 from pipeline.io import storage
@@ -33,11 +34,6 @@ from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, ne
 
 IGNORED = 255
 """Class of pixels that no metric counts: crowds."""
-NEEDED = {
-    "images": ("id", "file_name", "width", "height"),
-    "annotations": ("image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
 COLUMNS = {
     "image_id": pa.int64(),
     **boxes.COLUMNS,
@@ -59,20 +55,20 @@ class CocoImage(TypedDict):
 class CocoAnnotation(TypedDict):
     """What is read of an object; box [x, y, width, height] in pixels."""
 
-    id: NotRequired[int]
+    id: NotRequired[Any]
     image_id: int
     category_id: int
-    bbox: list[float]
-    area: NotRequired[float]
-    iscrowd: NotRequired[int]
+    bbox: Annotated[list[StrictFloat], Field(min_length=4, max_length=4)]
+    area: NotRequired[float | None]
+    iscrowd: NotRequired[int | None]
     segmentation: NotRequired[Any]
 
 
 class CocoCategory(TypedDict):
     """A class of objects."""
 
-    id: int
-    name: str
+    id: StrictInt
+    name: Any
 
 
 class CocoFile(TypedDict):
@@ -81,6 +77,9 @@ class CocoFile(TypedDict):
     images: list[CocoImage]
     annotations: list[CocoAnnotation]
     categories: list[CocoCategory]
+
+
+FILE = TypeAdapter(CocoFile)
 
 
 class CocoOptions(Options):
@@ -129,7 +128,7 @@ class Coco(ImageImporter):
         rows, marks, counts, categories = [], [], Counter(), {}
         for uri in found:
             # Not kept: a second copy of COCO's 450 MB takes 2.2 GB
-            ours = _categories(_read(uri), uri)
+            ours = {one["id"]: str(one["name"]) for one in _read(uri)["categories"]}
             clash = [i for i in ours.keys() & categories.keys() if ours[i] != categories[i]]
             if clash:
                 raise ValueError(
@@ -219,7 +218,7 @@ class Coco(ImageImporter):
         for image in data["images"]:
             if image["file_name"] not in images:
                 continue
-            kept = _kept(by_image[image["id"]], image, uri, counts)
+            kept = _kept(by_image[image["id"]], image, counts)
             counts["images without a box"] += not kept
             masks = [
                 [
@@ -295,48 +294,20 @@ def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndar
 
 
 def _read(uri: str) -> CocoFile:
-    data = storage.read_json(uri)
-    absent = [
-        name
-        for name in ("images", "annotations", "categories")
-        if not isinstance(data, dict) or not isinstance(data.get(name), list)
-    ]
-    if absent:
+    try:
+        data = FILE.validate_json(storage.read_bytes(uri))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, first["loc"])))
         raise ValueError(
-            f"{uri}: no list {absent[0]!r}; a file of COCO instances has images, annotations "
-            "and categories"
-        )
-    for name, needed in NEEDED.items():
-        for i, item in enumerate(data[name]):
-            lacks = [key for key in needed if not isinstance(item, dict) or key not in item]
-            if lacks:
-                raise ValueError(f"{uri}: {name}[{i}] has no {lacks[0]}: {str(item)[:100]}")
-    for key in ("id", "width", "height"):
-        wrong = [
-            image[key]
-            for image in data["images"]
-            if not isinstance(image[key], (int, float)) or not float(image[key]).is_integer()
-        ]
-        if wrong:
-            raise ValueError(
-                f"{uri}: images whose {key} is no whole number: {preview(map(repr, wrong))}"
-            )
+            f"{uri}: {f'{place}: ' if place else ''}{first['msg'].lower()}, not "
+            f"{str(first['input'])[:100]}; correct the file"
+        ) from None
     for name, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
         doubled = [value for value, n in Counter(item[key] for item in data[name]).items() if n > 1]
         if doubled:
             raise ValueError(f"{uri}: {name} with the same {key}: {preview(doubled)}")
-    return cast(CocoFile, data)
-
-
-def _categories(data: CocoFile, uri: str) -> dict[int, str]:
-    wrong = [
-        c["id"]
-        for c in data["categories"]
-        if isinstance(c["id"], bool) or not isinstance(c["id"], int)
-    ]
-    if wrong:
-        raise ValueError(f"{uri}: category ids that are no whole numbers: {preview(wrong)}")
-    return {c["id"]: str(c["name"]) for c in data["categories"]}
+    return data
 
 
 def _split(name: str) -> str:
@@ -354,24 +325,12 @@ def _by_name(listed: archives.Listing) -> dict[str, archives.Entry]:
 
 
 def _kept(
-    annotations: list[CocoAnnotation], image: CocoImage, uri: str, counts: Counter[str]
+    annotations: list[CocoAnnotation], image: CocoImage, counts: Counter[str]
 ) -> list[tuple[CocoAnnotation, list[float]]]:
     """Return usable annotations with their box [x, y, width, height], clipped to the image."""
     out = []
     for annotation in annotations:
-        box = annotation["bbox"]
-        if (
-            not isinstance(box, list)
-            or len(box) != 4
-            or not all(
-                isinstance(number, (int, float)) and not isinstance(number, bool) for number in box
-            )
-        ):
-            raise ValueError(
-                f"{uri}: annotation {annotation.get('id')} of image {image['id']}: bbox "
-                f"{box!r} is not [x, y, width, height]"
-            )
-        kept = boxes.clipped(box, image["width"], image["height"], counts)
+        kept = boxes.clipped(annotation["bbox"], image["width"], image["height"], counts)
         if kept is not None:
             out.append((annotation, kept))
     return out
