@@ -4,6 +4,7 @@ general importer; references by DuckDB and by hand.
 
 import gzip
 import os
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pipeline.io import storage
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine import grouped, importing
 from pipeline.prepare.engine.write import Preparation, Settings, verify
-from pipeline.prepare.readers import csv_blocks
+from pipeline.prepare.readers import csv_blocks, parquet
 
 COLUMNS = ["entity=machine", "variable=what", "value=reading"]
 KB = 1 / 1024
@@ -82,6 +83,23 @@ def test_streams_equal_sql(tmp_path, form):
     verify(str(tmp_path / "out"))
 
 
+def test_parquet_in_an_archive(tmp_path, monkeypatch):
+    """It is read as outside of one, up to a size: all of it is unpacked in memory."""
+    file, packed = tmp_path / "long.parquet", tmp_path / "long.zip"
+    pq.write_table(table(count=200), file)
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.write(file, file.name)
+    for source in (file, packed):
+        prepare("events", source, tmp_path / f"of_{source.name}", *COLUMNS)
+    plain, unpacked = (entity_rows(tmp_path / f"of_{one.name}") for one in (file, packed))
+    assert plain == unpacked
+    monkeypatch.setattr(parquet, "MOST_BYTES", 1 << 10)
+    with pytest.raises(
+        ValueError, match=r"long\.parquet: more than 0 MiB in an archive; unpack it"
+    ):
+        prepare("events", packed, tmp_path / "large", *COLUMNS)
+
+
 def test_parts_do_not_change_rows(tmp_path):
     """Any size of parts, cuts and flushes gives the same rows."""
     pcsv.write_csv(table(), tmp_path / "long.csv")
@@ -105,7 +123,7 @@ def test_parts_do_not_change_rows(tmp_path):
             importing.options_of("events", [*COLUMNS, "newlines=false"]),
             Settings(part_mb=20 * KB),
         ).task
-        assert len(work.sources.byte_ranges) > 5
+        assert len(work.sources.pieces) > 5
     assert len(many["files"]) > 10 and entity_rows(tmp_path / "one") == entity_rows(
         tmp_path / "many"
     )

@@ -25,7 +25,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from pipeline.core import arrow_lists
 from pipeline.core.rng import mix, row_keys
 from pipeline.io import atomic_folder, checksums, storage
 from pipeline.prepare.engine.importing import Info, InvalidRow, Notes
+from pipeline.prepare.engine.inputs import InputSplit
 from pipeline.prepare.engine.shard_tasks import (
     SCANS,
     Amounts,
@@ -52,7 +53,7 @@ from pipeline.prepare.engine.shard_tasks import (
 )
 from pipeline.prepare.engine.table_importer import NAMED
 from pipeline.prepare.readers.archives import Opener
-from pipeline.prepare.readers.csv_blocks import ByteRange, RowCounts
+from pipeline.prepare.readers.csv_blocks import Column, RowCounts, batches
 
 BUCKET_BYTES, RANGE_BYTES = 64 << 20, 128 << 20
 """Approximate bytes of source text in a bucket, and in what one task of the first pass reads."""
@@ -81,12 +82,12 @@ class EventTables:
     """The tables of events.
 
     Attributes:
-        byte_ranges: the tables, cut up.
+        pieces: the tables, cut up: what each task reads.
         mark: changes when any file does.
         notes: counts for the summary.
     """
 
-    byte_ranges: list[ByteRange]
+    pieces: list[list[InputSplit]]
     mark: str
     notes: Notes = field(default_factory=dict)
 
@@ -131,23 +132,45 @@ class Events(NamedTuple):
     values: np.ndarray
 
 
-class ValidRows:
-    """Which rows of a batch are still valid; the others are counted once, by their first reason.
+class EventReader:
+    """One pass over an input split of a table of events.
+
+    Rows that are left out are counted once, by their first reason.
 
     Attributes:
-        good: (n,) bool.
-        dropped: how many are not, by `table: reason`.
+        part: what is read.
+        table: the name of its table.
+        keys: of `Entities`.
+        tally: counts of lines.
+        dropped: how many rows are left out, by `table: reason`.
+        good: (n,) bool, which rows of a batch are still valid.
     """
 
-    def __init__(self, table: str, dropped: Counter[str]):
-        self.table, self.dropped = table, dropped
+    def __init__(
+        self,
+        part: InputSplit,
+        opener: Opener,
+        keys: Any = None,
+        tally: RowCounts | None = None,
+        dropped: Counter[str] | None = None,
+    ):
+        self.part, self.table, self.opener, self.keys = part, part.name, opener, keys
+        self.tally = tally if tally is not None else RowCounts()
+        self.dropped = dropped if dropped is not None else Counter[str]()
         self.good = np.empty(0, dtype=bool)
+
+    def batches(self, columns: dict[str, Column]) -> Iterator[pa.Table]:
+        """Yield the rows as `csv_blocks.batches` does."""
+        return batches(self.part, columns, self.opener, self.tally)
+
+    def count(self, reason: str, rows: int) -> None:
+        self.dropped[f"{self.table}: {reason}"] += rows
 
     def begin(self, rows: int) -> None:
         self.good = np.ones(rows, dtype=bool)
 
     def drop(self, reason: str, bad: np.ndarray) -> None:
-        self.dropped[f"{self.table}: {reason}"] += int(np.count_nonzero(self.good & bad))
+        self.count(reason, int(np.count_nonzero(self.good & bad)))
         self.good &= ~bad
 
     def drop_by_code(self, reasons: Sequence[str], codes: np.ndarray) -> None:
@@ -183,18 +206,8 @@ class GroupedImporter(Importer):
         """Return all entities, in an order that does not depend on how the tables are stored."""
 
     @abstractmethod
-    def events(
-        self,
-        byte_range: ByteRange,
-        opener: Opener,
-        keys: Any,
-        tally: RowCounts,
-        dropped: Counter[str],
-    ) -> Iterator[Events]:
-        """Yield the valid events of a byte range, in blocks.
-
-        `dropped` counts the others by reason, as `table: reason`.
-        """
+    def events(self, reader: EventReader) -> Iterator[Events]:
+        """Yield the valid events of an input split, in blocks; the others are counted."""
 
     def derived(
         self,
@@ -241,15 +254,15 @@ class GroupedShardTask(ShardTask):
         self.buckets, self.shards = _buckets(
             rows,
             self.entities.group,
-            sum(byte_range.size for byte_range in self.sources.byte_ranges),
+            sum(part.size for piece in self.sources.pieces for part in piece),
             most,
         )
         self.total, self.broken = len(rows) + len(self.entities.broken), self.entities.broken
         self.key = (
             self.sources.mark,
             [
-                [byte_range.table, len(byte_range.entries), byte_range.start, byte_range.stop]
-                for byte_range in self.sources.byte_ranges
+                [piece[0].name, len(piece), piece[0].start, piece[0].stop]
+                for piece in self.sources.pieces
             ],
             len(self.shards),
         )
@@ -261,7 +274,7 @@ class GroupedShardTask(ShardTask):
     def before_shards(
         self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
     ) -> None:
-        """Partition the events of every byte range of every table.
+        """Partition the events of every piece of every table.
 
         Raises ValueError when there are more invalid entities or lines than allowed, and when rows
         were read but no event is left.
@@ -272,12 +285,12 @@ class GroupedShardTask(ShardTask):
             self.total,
         )
         self._scratch = [
-            storage.join(output, SCANS, f"{i:05d}-of-{len(self.sources.byte_ranges):05d}")
-            for i in range(len(self.sources.byte_ranges))
+            storage.join(output, SCANS, f"{i:05d}-of-{len(self.sources.pieces):05d}")
+            for i in range(len(self.sources.pieces))
         ]
         jobs = [
-            (storage.join(uri, "manifest.json"), byte_range)
-            for uri, byte_range in zip(self._scratch, self.sources.byte_ranges, strict=True)
+            (storage.join(uri, "manifest.json"), piece)
+            for uri, piece in zip(self._scratch, self.sources.pieces, strict=True)
             if checksums.intact_folder(uri, "this piece is read again") is None
         ]
         split = partial(
@@ -398,9 +411,9 @@ def partition_events(
     buckets: np.ndarray,
     count: int,
     manifest: str,
-    byte_range: ByteRange,
+    piece: list[InputSplit],
 ) -> None:
-    """Partition the events of a byte range by bucket, beside the `manifest`, which is written
+    """Partition the events of a piece by bucket, beside the `manifest`, which is written
     last.
 
     `events`: records of 16 bytes. `index.npy`: (flushes, buckets + 1) int64, the record at which
@@ -414,12 +427,10 @@ def partition_events(
     with tempfile.TemporaryDirectory(dir=local, prefix=".") as scratch, closing(Opener()) as opener:
         path, index, written = Path(scratch) / "events", [], 0
         with open(path, "wb") as file:
-            for block in _flushes(
-                importer.events(byte_range, opener, keys, tally, dropped),
-                vocabulary,
-                dropped,
-                byte_range.table,
-            ):
+            events = chain.from_iterable(
+                importer.events(EventReader(part, opener, keys, tally, dropped)) for part in piece
+            )
+            for block in _flushes(events, vocabulary, dropped, piece[0].name):
                 bucket = buckets[block["row"]]
                 order = np.argsort(bucket, kind="stable")
                 index.append(written + np.searchsorted(bucket[order], np.arange(count + 1)))
@@ -556,7 +567,7 @@ def _kind(variable: str) -> str:
 
 
 def _bucket(pieces: list[str], bucket: int) -> tuple[np.ndarray, list[str]]:
-    """Read a bucket: (its records from all byte ranges, the sorted names that their variables
+    """Read a bucket: (its records from all pieces, the sorted names that their variables
     count by).
     """
     found, place, names = [np.empty(0, dtype=EVENT)], dict[str, int](), list[str]()

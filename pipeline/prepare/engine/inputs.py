@@ -46,7 +46,8 @@ MOST_LISTED = 1000
 class InputSplit(NamedTuple):
     """What one call reads: bytes `start` to `stop` of a file (row groups for Parquet).
 
-    The whole file where `stop` is -1. `size`: estimated bytes of text.
+    The whole file where `stop` is -1. `name`: of the file, or of the publisher's table in it.
+    `size`: estimated bytes of text.
     """
 
     name: str
@@ -147,6 +148,16 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
     return InputFiles(sorted(listed, key=_reading_order), dict(sorted(others.items())), found.mark)
 
 
+def check_kinds(listed: InputFiles, suffixes: tuple[str, ...]) -> None:
+    """Raise ValueError for a file of another kind: one that was named is found whatever it is."""
+    for entry, _ in listed.files:
+        if plain_suffix(entry.name) not in suffixes:
+            raise ValueError(
+                f"{entry.name}: of no kind that is read ({', '.join(suffixes)}, also with .gz or "
+                ".zst); rename it by its kind"
+            )
+
+
 def _reading_order(file: tuple[Entry, str]) -> tuple[int, str, str, int, str]:
     """Sort key: by split and name; in a tar.gz by offset, since it can only be read from its
     start.
@@ -238,13 +249,15 @@ class SplitReader:
             with self.opener(self.input_split.entry) as handle:
                 yield handle
         except DAMAGED as error:
-            raise ValueError(f"{self.input_split.name}: damaged ({error}); get it again") from None
+            name = self.input_split.entry.name
+            raise ValueError(f"{name}: damaged ({error}); get it again") from None
         except OSError as error:
             if isinstance(error, storage.StorageError) or (
                 "compressed stream" not in str(error) and "ZSTD" not in str(error)
             ):
                 raise
-            raise ValueError(f"{self.input_split.name}: damaged ({error}); get it again") from None
+            name = self.input_split.entry.name
+            raise ValueError(f"{name}: damaged ({error}); get it again") from None
 
     def whole(self, most: int = MOST_BYTES) -> bytes | None:
         """Return all bytes, or None where there are more than `most`."""

@@ -19,8 +19,8 @@ import pyarrow as pa
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_text
 from pipeline.prepare.clinical import plausible
-from pipeline.prepare.engine.grouped import Events
-from pipeline.prepare.engine.importing import InvalidRow, invalid_row
+from pipeline.prepare.engine.grouped import EventReader, Events, GroupedImporter
+from pipeline.prepare.engine.importing import InvalidRow, Notes, invalid_row
 from pipeline.prepare.engine.inputs import find_inputs
 from pipeline.prepare.readers.archives import Entry, Opener
 from pipeline.prepare.readers.csv_blocks import Column, schema, whole
@@ -81,18 +81,17 @@ class Windows:
         codes: np.ndarray,
         names: list[str],
         values: np.ndarray,
-        dropped: Counter[str],
-        table: str,
+        reader: EventReader,
     ) -> Iterator[Events]:
         """Yield n events once for each row that they enter; those that enter none are counted.
 
         Args:
             subjects, times, codes, values: (n,) each; times in microseconds since 1970.
             names: of the variables that `codes` count.
-            dropped: takes the counts, as `table: reason`.
+            reader: takes the counts.
         """
         place = self.places(subjects)
-        dropped[f"{table}: {NO_ROWS}"] += int(np.count_nonzero(place < 0))
+        reader.count(NO_ROWS, int(np.count_nonzero(place < 0)))
         event = np.flatnonzero(place >= 0)
         place = place[event]
         first = np.searchsorted(self.keys, self._keys(place, times[event]))
@@ -111,7 +110,7 @@ class Windows:
             source = event[which]
             hours = (times[source] - self.zero[row]) / HOUR
             yield Events(row, hours, codes[source], names, values[source])
-        dropped[f"{table}: {OUTSIDE}"] += int(len(event) - np.count_nonzero(enters))
+        reader.count(OUTSIDE, int(len(event) - np.count_nonzero(enters)))
 
 
 def merge_spans(spans: list[pa.Table]) -> pa.Table:
@@ -237,6 +236,61 @@ class Labels:
             for i in np.flatnonzero(reasons != "")
         ]
         return seen, [*self.broken, *broken]
+
+
+class RecordsImporter(GroupedImporter):
+    """Base class for records of people, with the options `labels` and `history`. Examples: `meds`,
+    `omop`.
+
+    Attributes:
+        labels: the label table, where one is given.
+    """
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        o = self.options
+        self.labels = read_labels(o.labels, getattr(o, "label", "")) if o.labels else None
+        is_counted = self.labels is not None and self.labels.column != "float_value"
+        self.label = "label" if is_counted else ""
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave labels and tables out of what is sent to tasks: they need the options alone."""
+        return {"options": self.options, "label": self.label}
+
+    @property
+    def history(self) -> int:
+        """Microseconds before hour 0 from which events enter."""
+        return round(self.options.history * HOUR)
+
+    def rows_of_persons(
+        self, spans: pa.Table, noun: str, notes: Notes
+    ) -> tuple[pa.Table, list[InvalidRow]]:
+        """Return (one row a label, or one a person that ends with the last event; the label rows
+        that cannot be used).
+
+        Args:
+            spans: of each person the number, `first` and `last`, as `merge_spans` returns them;
+                `first` is after `last` where there are no timed events.
+            noun: what the notes call persons.
+            notes: takes the counts.
+        """
+        ids, first, last = (column.to_numpy() for column in spans.columns)
+        if self.labels is None:
+            timed = first <= last
+            notes[f"{noun} without timed events, left out"] = int(np.count_nonzero(~timed))
+            persons, zero, more, broken = ids[timed], last[timed], {}, []
+        else:
+            good, broken = self.labels.usable(ids, first, last)
+            without = ~np.isin(ids, self.labels.subjects)
+            notes[f"{noun} without label rows, left out"] = int(np.count_nonzero(without))
+            persons, zero = self.labels.subjects[good], self.labels.times[good]
+            more = {"label": self.labels.values.filter(pa.array(good))}
+        columns = {
+            "entity": pa.array(persons),
+            "patient": pa.array(persons),
+            "prediction_time": pa.array(zero, pa.timestamp("us")),
+        }
+        return pa.table({**columns, **more}), broken
 
 
 def read_labels(uri: str, column: str) -> Labels:

@@ -90,7 +90,9 @@ class TableImporter(Importer):
             (the input splits in reading order, the same at every call; a mark that changes when the
                 files do; notes for the summary).
         """
-        listed = find_inputs(source, self.suffixes, self.options.split)
+        o = self.options
+        by_rows = "all" if getattr(o, "split_column", "") else ""
+        listed = find_inputs(source, self.suffixes, o.split or by_rows)
         return whole_files(listed), listed.mark, listed.notes
 
     @abstractmethod

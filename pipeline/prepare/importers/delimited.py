@@ -13,13 +13,12 @@ from pipeline.config.registry import DelimitedOptions, register
 from pipeline.prepare.engine.importing import (
     NO_SPLIT,
     SPLITS,
-    Notes,
     Row,
     check_columns,
     check_one_split,
     preview,
 )
-from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
+from pipeline.prepare.engine.inputs import InputSplit, SplitReader
 from pipeline.prepare.engine.table_importer import (
     KINDS,
     Found,
@@ -72,6 +71,7 @@ class Csv(TableImporter):
     """
 
     label = "label"
+    suffixes = SUFFIXES
     shuffles_rows = True
 
     def __init__(self, options: Any = None):
@@ -89,12 +89,6 @@ class Csv(TableImporter):
                 "header=false too, or rename with --set columns=NEW=OLD"
             )
         self.dialect = Dialect(o.delimiter, o.quote, o.encoding)
-
-    def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
-        listed = find_inputs(
-            source, SUFFIXES, self.options.split or ("all" if self.options.split_column else "")
-        )
-        return whole_files(listed), listed.mark, listed.notes
 
     def _named(self, reading: SplitReader) -> Iterator[dict[str, str]]:
         """Yield every row by the new names of its columns."""

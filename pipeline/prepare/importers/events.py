@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from functools import partial
@@ -22,10 +21,10 @@ from pipeline.io import file_identity, storage
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine.grouped import (
     Entities,
+    EventReader,
     Events,
     EventTables,
     GroupedImporter,
-    ValidRows,
     variable_codes,
 )
 from pipeline.prepare.engine.importing import (
@@ -36,12 +35,11 @@ from pipeline.prepare.engine.importing import (
     names_in,
     preview,
 )
-from pipeline.prepare.engine.inputs import find_inputs
+from pipeline.prepare.engine.inputs import InputSplit, find_inputs
 from pipeline.prepare.readers.archives import Opener, absolute
 from pipeline.prepare.readers.csv_blocks import (
     NULLS,
     SUFFIXES,
-    ByteRange,
     Column,
     RowCounts,
     batches,
@@ -149,10 +147,8 @@ class LongTable(GroupedImporter):
                 f"{source}: no table but that of the entities; name the table of events"
             )
         with closing(Opener()) as opener:
-            all_cuts = [
-                byte_range
-                for entry in taken
-                for byte_range in split_table(TABLE, entry, cut_bytes, opener, not o.newlines)
+            self._parts = [
+                part for entry in taken for part in split_table(TABLE, entry, cut_bytes, o.newlines)
             ]
             self._kind = "id" if _is_whole(taken[0], o.entity, opener) else "text"
         marks = [
@@ -160,8 +156,7 @@ class LongTable(GroupedImporter):
             *([file_identity.fingerprint(absolute(o.entities))] if o.entities else []),
             *([plausible.mark()] if o.clean != "none" else []),
         ]
-        self._taken = all_cuts
-        return EventTables(all_cuts, " ".join(marks), found.notes)
+        return EventTables([[part] for part in self._parts], " ".join(marks), found.notes)
 
     def entities(self, source: str) -> Entities:
         o = self.options
@@ -170,7 +165,7 @@ class LongTable(GroupedImporter):
             rows = pa.table({"entity": ids, "split": pa.array([o.split] * len(ids), pa.string())})
             return Entities(
                 rows,
-                {"ids": _lookup(ids), "start": None, "start_zoned": set()},
+                {"ids": ids, "start": None, "start_zoned": set()},
                 info=self._info([], []),
             )
         name = o.entities.rpartition("/")[2]
@@ -216,7 +211,7 @@ class LongTable(GroupedImporter):
         zoned = zones(table[o.start]) if o.start else set()
         ids = rows["entity"].combine_chunks()
         self._kind = "id" if pa.types.is_integer(ids.type) else "text"
-        keys = {"ids": _lookup(ids), "start": start, "start_zoned": zoned}
+        keys = {"ids": ids, "start": start, "start_zoned": zoned}
         return Entities(
             rows,
             keys,
@@ -263,9 +258,9 @@ class LongTable(GroupedImporter):
         """Return all entities that have events, sorted: one pass over that column."""
         seen: pa.Array | None = None
         with closing(Opener()) as opener:
-            for byte_range in self._taken:
+            for part in self._parts:
                 for batch in batches(
-                    byte_range, {self.options.entity: Column(self._kind)}, opener, RowCounts()
+                    part, {self.options.entity: Column(self._kind)}, opener, RowCounts()
                 ):
                     found = pc.drop_null(pc.unique(_trimmed(batch.column(0).combine_chunks())))
                     seen = pc.unique(
@@ -278,15 +273,8 @@ class LongTable(GroupedImporter):
         )
         return ids.take(pc.sort_indices(ids))
 
-    def events(
-        self,
-        byte_range: ByteRange,
-        opener: Opener,
-        keys: Any,
-        tally: RowCounts,
-        dropped: Counter[str],
-    ) -> Iterator[Events]:
-        o = self.options
+    def events(self, reader: EventReader) -> Iterator[Events]:
+        o, keys, zoned = self.options, reader.keys, reader.tally.zoned
         ids = keys["ids"]
         columns = {
             o.entity: Column("id" if pa.types.is_integer(ids.type) else "text"),
@@ -299,43 +287,46 @@ class LongTable(GroupedImporter):
                 f"--set entity={o.entity} time={o.time} variable={o.variable} value={o.value}: "
                 "two of them are the same column"
             )
-        ranges, valid = plausible.Ranges(), ValidRows(TABLE, dropped)
-        for batch in batches(byte_range, columns, opener, tally):
-            if o.unit == "timestamp" and len(tally.zoned | keys["start_zoned"]) == 2:
+        ranges = plausible.Ranges()
+        for batch in reader.batches(columns):
+            if o.unit == "timestamp" and len(zoned | keys["start_zoned"]) == 2:
                 with_zone = (
                     f"column {o.time!r} of the events"
-                    if True in tally.zoned
+                    if True in zoned
                     else f"column {o.start!r} of the entities"
                 )
                 raise ValueError(
-                    f"{preview(entry.name for entry in byte_range.entries)}: {with_zone} has times "
+                    f"{reader.part.entry.name}: {with_zone} has times "
                     "with a zone (Z, +02:00), and the other column has none: nobody can tell how "
                     "far apart they are; write both with a zone, or both without"
                 )
-            rows = _found(ids, _trimmed(batch[o.entity].combine_chunks()))
-            hours, timed = self._hours(batch[o.time], rows, keys["start"], byte_range)
+            own = _trimmed(batch[o.entity].combine_chunks())
+            rows = pc.index_in(own, value_set=ids).fill_null(-1).to_numpy(zero_copy_only=False)
+            hours, timed = self._hours(batch[o.time], rows, keys["start"], reader.part)
             names, codes = variable_codes(pc.utf8_trim_whitespace(batch[o.variable]))
             numbers = plausible.numbers(batch[o.value]) if o.value else None
             values = numbers.values if numbers else np.ones(len(batch))
-            valid.begin(len(batch))
-            valid.drop("no such entity", rows < 0)
-            valid.drop("no variable", codes < 0)
-            valid.drop("no time", ~timed)
+            reader.begin(len(batch))
+            reader.drop("no such entity", rows < 0)
+            reader.drop("no variable", codes < 0)
+            reader.drop("no time", ~timed)
             if numbers:
-                valid.drop_by_code(plausible.REASONS, numbers.reasons)
-            good = valid.good
+                reader.drop_by_code(plausible.REASONS, numbers.reasons)
+            good = reader.good
             if numbers:
-                dropped[plausible.CENSORED] += int(np.count_nonzero(good & numbers.censored))
+                reader.dropped[plausible.CENSORED] += int(np.count_nonzero(good & numbers.censored))
             rows, hours, codes, values = (column[good] for column in (rows, hours, codes, values))
             if o.clean == "clinical":
-                values, good = plausible.canonical(values, codes, names, ranges, dropped, TABLE)
+                values, good = plausible.canonical(
+                    values, codes, names, ranges, reader.dropped, TABLE
+                )
                 rows, hours, codes, values = (
                     column[good] for column in (rows, hours, codes, values)
                 )
             yield Events(rows, hours, codes, names, values)
 
     def _hours(
-        self, column: Any, rows: np.ndarray, start: np.ndarray | None, byte_range: ByteRange
+        self, column: Any, rows: np.ndarray, start: np.ndarray | None, part: InputSplit
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return ((n,) hours since the entity's start, (n,) whether they are known).
 
@@ -348,7 +339,7 @@ class LongTable(GroupedImporter):
         hours, timed = found.values * HOURS[self.options.unit], found.reasons == 0
         if far := np.count_nonzero(timed & (rows >= 0) & (np.abs(hours) > MOST_HOURS)):
             raise ValueError(
-                f"{preview(entry.name for entry in byte_range.entries)}: {far} of {len(hours)} "
+                f"{part.entry.name}: {far} of {len(hours)} "
                 f"rows are more than {MOST_HOURS} hours from the entity's start, with --set "
                 f"unit={self.options.unit}; name their unit, or if they are absolute, write them "
                 "as timestamps (2101-10-20 19:08:00) and give unit=timestamp and start=COLUMN of "
@@ -460,21 +451,3 @@ def _struct(table: pa.Table, names: list[str]) -> pa.Array:
             )
         fields.append(column)
     return pa.StructArray.from_arrays(fields, names=names)
-
-
-def _lookup(ids: Any) -> pa.Array:
-    return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
-
-
-def _found(ids: pa.Array, wanted: Any) -> np.ndarray:
-    """Return (n,) position of each wanted id among the sorted `ids`, or -1."""
-    if not pa.types.is_integer(ids.type):
-        codes, dictionary = dictionary_codes(wanted)
-        places = pc.index_in(dictionary, value_set=ids).fill_null(-1)
-        return np.append(places.to_numpy(zero_copy_only=False), -1)[codes]  # null is the last one
-    known, there = ids.to_numpy(), np.asarray(wanted.is_valid())
-    values = wanted.fill_null(0).to_numpy(zero_copy_only=False)
-    if not len(known):
-        return np.full(len(values), -1)
-    at = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return np.where(there & (known[at] == values), at, -1)

@@ -16,12 +16,12 @@ from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import records
-from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
-from pipeline.prepare.engine.importing import InvalidRow, Notes, Row, preview, split_of
-from pipeline.prepare.engine.records import HOUR, YEAR, Labels, Windows
+from pipeline.prepare.engine.grouped import Entities, EventReader, Events, EventTables
+from pipeline.prepare.engine.importing import Notes, Row, preview, split_of
+from pipeline.prepare.engine.inputs import InputSplit
+from pipeline.prepare.engine.records import YEAR, RecordsImporter, Windows
 from pipeline.prepare.readers.archives import Listing, Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
-    ByteRange,
     Column,
     RowCounts,
     batches,
@@ -82,22 +82,19 @@ class Subjects(NamedTuple):
     """What one pass over the data finds of each subject.
 
     Attributes:
-        ids: (n,) int64, sorted.
-        first, last: (n,) int64 microseconds since 1970 of timed events; `first` is after `last`
-            where there are none.
+        spans: subject_id, `first` and `last`, in microseconds since 1970, of timed events, sorted;
+            `first` is after `last` where there are none.
         born: subject to microseconds since 1970.
         static: rows without a time: subject_id, code, numeric_value, text_value.
     """
 
-    ids: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
+    spans: pa.Table
     born: dict[int, int]
     static: pa.Table
 
 
 @register("importer", "meds", options=MedsOptions)
-class Meds(GroupedImporter):
+class Meds(RecordsImporter):
     """A folder in the Medical Event Data Standard (MEDS 0.4): data/**/*.parquet, and if present
     metadata/subject_splits.parquet and metadata/dataset.json.
 
@@ -118,8 +115,6 @@ class Meds(GroupedImporter):
     train: cut by patient. Subjects without labels, or without a split, are counted and left out.
     """
 
-    label = "label"
-
     def __init__(self, options: Any = None):
         super().__init__(options)
         o = self.options
@@ -128,13 +123,6 @@ class Meds(GroupedImporter):
                 f"--set label={o.label}: a column of the label table; name that too: --set "
                 "labels=FILE"
             )
-        self.labels = records.read_labels(o.labels, o.label) if o.labels else None
-        is_counted = self.labels is not None and self.labels.column != "float_value"
-        self.label = "label" if is_counted else ""
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave labels and splits out of what is sent to tasks: they need the options alone."""
-        return {"options": self.options, "label": self.label}
 
     def sources(self, source: str, cut_bytes: int) -> EventTables:
         found = listing(source).without_common_folder(keep=("data", "metadata"))
@@ -151,24 +139,18 @@ class Meds(GroupedImporter):
         with closing(Opener()) as opener:
             for entry in taken:
                 records.check_types(entry, opener, records.DATA_TYPES)
-            self._ranges = [
-                byte_range
-                for entry in taken
-                for byte_range in split_table(TABLE, entry, cut_bytes, opener)
-            ]
+            self._parts = [part for entry in taken for part in split_table(TABLE, entry, cut_bytes)]
             self._splits = _splits(found, opener)
             self._about = _about(found, opener)
         mark = f"{found.mark} {self.labels.mark if self.labels else ''}"
-        return EventTables(self._ranges, mark)
+        return EventTables([[part] for part in self._parts], mark)
 
     # ---------------------------------------------------------------- rows
 
     def entities(self, source: str) -> Entities:
-        found = _subjects(self._ranges)
-        notes: Notes = {"subjects": len(found.ids)}
-        rows, broken = (
-            _label_rows(self.labels, found, notes) if self.labels else _subject_rows(found, notes)
-        )
+        found = _subjects(self._parts)
+        notes: Notes = {"subjects": len(found.spans)}
+        rows, broken = self.rows_of_persons(found.spans, "subjects", notes)
         if self._splits is not None:
             split = np.array(
                 [self._splits.get(subject, "") for subject in rows["patient"].to_pylist()],
@@ -190,9 +172,7 @@ class Meds(GroupedImporter):
         notes["static numbers of a subject given again, of which the first is kept"] = twice
         rows = rows.append_column("static", static)
         zero = rows["prediction_time"].cast(pa.int64()).to_numpy()
-        keys = Windows(
-            rows["patient"].to_numpy(), zero - round(self.options.history * HOUR), zero, zero
-        )
+        keys = Windows(rows["patient"].to_numpy(), zero - self.history, zero, zero)
         if not self.labels:
             rows = rows.drop_columns("prediction_time")
         info = {
@@ -210,18 +190,11 @@ class Meds(GroupedImporter):
 
     # ---------------------------------------------------------------- events
 
-    def events(
-        self,
-        byte_range: ByteRange,
-        opener: Opener,
-        keys: Any,
-        tally: RowCounts,
-        dropped: Counter[str],
-    ) -> Iterator[Events]:
-        for batch in batches(byte_range, DATA, opener, tally):
+    def events(self, reader: EventReader) -> Iterator[Events]:
+        for batch in reader.batches(DATA):
             timed = batch.filter(pc.is_valid(batch["time"]))  # the others are static
             for column in ("subject_id", "code"):
-                dropped[f"{TABLE}: no {column}"] += timed[column].null_count
+                reader.count(f"no {column}", timed[column].null_count)
                 timed = timed.filter(pc.is_valid(timed[column]))
             named = records.name_events(
                 timed["code"],
@@ -229,11 +202,10 @@ class Meds(GroupedImporter):
                 timed["text_value"],
                 pa.nulls(len(timed), pa.string()),
                 self.options.characters,
-                dropped,
+                reader.dropped,
             )
-            yield from keys.events(
-                timed["subject_id"].to_numpy(), timed["time"].to_numpy(), *named, dropped, TABLE
-            )
+            subjects, times = timed["subject_id"].to_numpy(), timed["time"].to_numpy()
+            yield from reader.keys.events(subjects, times, *named, reader)
 
 
 def _splits(found: Listing, opener: Opener) -> dict[int, str] | None:
@@ -288,18 +260,18 @@ def _about(found: Listing, opener: Opener) -> dict[str, str]:
 # ---------------------------------------------------------------- subjects
 
 
-def _subjects(ranges: list[ByteRange]) -> Subjects:
+def _subjects(parts: list[InputSplit]) -> Subjects:
     """Read all data once: memory grows with subjects and static measurements, not with events."""
     timed, born, static = _nothing()
-    for one in threaded_map(_subjects_of, ranges, threads=4):
+    for one in threaded_map(_subjects_of, parts, threads=4):
         for held, found in zip((timed, born, static), one, strict=True):
             held.append(found)
     spans = records.merge_spans(timed)
+    for place, (name, none) in enumerate({"first": 1, "last": 0}.items(), 1):
+        spans = spans.set_column(place, name, spans[name].fill_null(none))
     births = pa.concat_tables(born)
     return Subjects(
-        spans["subject_id"].to_numpy(),
-        spans["first"].fill_null(1).to_numpy(),
-        spans["last"].fill_null(0).to_numpy(),
+        spans,
         dict(zip(births["subject_id"].to_pylist(), births["time"].to_pylist(), strict=True)),
         pa.concat_tables(static),
     )
@@ -313,11 +285,11 @@ def _nothing() -> tuple[list[pa.Table], list[pa.Table], list[pa.Table]]:
     return spans, births, static
 
 
-def _subjects_of(byte_range: ByteRange) -> tuple[pa.Table, pa.Table, pa.Table]:
+def _subjects_of(part: InputSplit) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Return (first and last time of each subject, births, rows without a time) of a piece."""
     spans, born, static = _nothing()
     with closing(Opener()) as opener:
-        for batch in batches(byte_range, DATA, opener, RowCounts()):
+        for batch in batches(part, DATA, opener, RowCounts()):
             batch = batch.filter(
                 pc.and_(pc.is_valid(batch["subject_id"]), pc.is_valid(batch["code"]))
             )
@@ -330,35 +302,6 @@ def _subjects_of(byte_range: ByteRange) -> tuple[pa.Table, pa.Table, pa.Table]:
             born.append(batch.select(["subject_id", "time"]).filter(is_birth))
             static.append(batch.filter(pc.is_null(batch["time"])).drop_columns("time"))
     return records.merge_spans(spans), pa.concat_tables(born), pa.concat_tables(static)
-
-
-def _label_rows(labels: Labels, found: Subjects, notes: Notes) -> tuple[pa.Table, list[InvalidRow]]:
-    """Return (one row a label, the label rows that cannot be used)."""
-    good, broken = labels.usable(found.ids, found.first, found.last)
-    notes["subjects without label rows, left out"] = int(
-        np.count_nonzero(~np.isin(found.ids, labels.subjects))
-    )
-    subjects = pa.array(labels.subjects[good])
-    rows = {
-        "entity": subjects,
-        "patient": subjects,
-        "prediction_time": pa.array(labels.times[good], pa.timestamp("us")),
-        "label": labels.values.filter(pa.array(good)),
-    }
-    return pa.table(rows), broken
-
-
-def _subject_rows(found: Subjects, notes: Notes) -> tuple[pa.Table, list[InvalidRow]]:
-    """Return (one row a subject that has timed events, an empty list)."""
-    timed = found.first <= found.last
-    notes["subjects without timed events, left out"] = int(np.count_nonzero(~timed))
-    subjects = pa.array(found.ids[timed])
-    rows = {
-        "entity": subjects,
-        "patient": subjects,
-        "prediction_time": pa.array(found.last[timed], pa.timestamp("us")),
-    }
-    return pa.table(rows), []
 
 
 def _static(rows: pa.Table, found: Subjects, characters: int) -> tuple[pa.Array, int]:

@@ -4,7 +4,6 @@ hospital admission up to then.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -19,18 +18,16 @@ from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.prepare.clinical import mimic3_stays, plausible
 from pipeline.prepare.engine.grouped import (
     Entities,
+    EventReader,
     Events,
     EventTables,
     GroupedImporter,
-    ValidRows,
     variable_codes,
 )
+from pipeline.prepare.engine.records import positions
 from pipeline.prepare.readers.archives import Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
-    ByteRange,
     Column,
-    RowCounts,
-    batches,
     check_zones,
     instants,
     split_table,
@@ -121,13 +118,12 @@ class Mimic3(GroupedImporter):
             *(GIVEN if self.options.inputs else ()),
             *(("prescriptions",) if self.options.drugs else ()),
         )
-        with closing(Opener()) as opener:
-            out = [
-                byte_range
-                for name in wanted
-                for entry in self.tables.get(name, ())
-                for byte_range in split_table(name, entry, cut_bytes, opener)
-            ]
+        out = [
+            [part]
+            for name in wanted
+            for entry in self.tables.get(name, ())
+            for part in split_table(name, entry, cut_bytes)
+        ]
         lacking = mimic3_stays.missing(self.tables)
         return EventTables(
             out,
@@ -217,35 +213,15 @@ class Mimic3(GroupedImporter):
 
     # ---------------------------------------------------------------- events
 
-    def events(
-        self,
-        byte_range: ByteRange,
-        opener: Opener,
-        keys: Any,
-        tally: RowCounts,
-        dropped: Counter[str],
-    ) -> Iterator[Events]:
-        read = (
-            self._measured
-            if byte_range.table in MEASURED
-            else self._drugs
-            if byte_range.table == "prescriptions"
-            else self._inputs
-        )
-        ids = {"subject_id": Column("id"), "hadm_id": Column("id", byte_range.table != "labevents")}
-        block = _Block(byte_range.table, keys, dropped)
-        yield from read(byte_range, ids, opener, tally, block)
+    def events(self, reader: EventReader) -> Iterator[Events]:
+        block = _StayReader(reader.part, reader.opener, reader.keys, reader.tally, reader.dropped)
+        if block.table in MEASURED:
+            return self._measured(block)
+        return self._drugs(block) if block.table == "prescriptions" else self._inputs(block)
 
-    def _measured(
-        self,
-        byte_range: ByteRange,
-        ids: dict[str, Column],
-        opener: Opener,
-        tally: RowCounts,
-        block: _Block,
-    ) -> Iterator[Events]:
+    def _measured(self, block: _StayReader) -> Iterator[Events]:
         columns = {
-            **ids,
+            **block.ids,
             "itemid": Column("id"),
             "charttime": Column("time"),
             "valuenum": Column("number", False),
@@ -254,15 +230,15 @@ class Mimic3(GroupedImporter):
             "error": Column("id", False),
             "iserror": Column("id", False),
         }
-        items, codes, conversions = block.keys["items"][byte_range.table]
+        items, codes, conversions = block.keys["items"][block.table]
         names, ranges = block.keys["names"], plausible.Ranges()
-        units = _Factors(names, codes, conversions, block.keys["units"][byte_range.table])
-        for batch in block.batches(byte_range, columns, opener, tally):
+        units = _Factors(names, codes, conversions, block.keys["units"][block.table])
+        for batch in block.batches(columns):
             block.begin(len(batch))
             item = _whole(batch["itemid"])
-            at = np.minimum(np.searchsorted(items, item), len(items) - 1)
+            at = positions(items, item)
             block.drop(NO_ITEM, item < 0)
-            block.drop(UNKNOWN, items[at] != item)
+            block.drop(UNKNOWN, at < 0)
             block.drop(
                 "marked as an error",
                 (_whole(batch["error"]) == 1) | (_whole(batch["iserror"]) == 1),
@@ -285,20 +261,12 @@ class Mimic3(GroupedImporter):
                 column[block.good] for column in (rows, hours, at, values * factors)
             )
             values = plausible.converted(values, conversions[at], CONVERSIONS)
-            values, good = ranges.apply(values, codes[at], names, block.dropped, byte_range.table)
+            values, good = ranges.apply(values, codes[at], names, block.dropped, block.table)
             yield Events(rows[good], hours[good], codes[at][good], names, values[good])
 
-    def _drugs(
-        self,
-        byte_range: ByteRange,
-        ids: dict[str, Column],
-        opener: Opener,
-        tally: RowCounts,
-        block: _Block,
-    ) -> Iterator[Events]:
-        for batch in block.batches(
-            byte_range, {**ids, "startdate": Column("time"), "drug": Column("text")}, opener, tally
-        ):
+    def _drugs(self, block: _StayReader) -> Iterator[Events]:
+        columns = {**block.ids, "startdate": Column("time"), "drug": Column("text")}
+        for batch in block.batches(columns):
             names, codes = _named("drug: ", batch["drug"])
             block.begin(len(batch))
             block.drop("no drug", codes < 0)
@@ -306,17 +274,10 @@ class Mimic3(GroupedImporter):
             rows, hours = block.place(batch, batch["startdate"], whole_days=True)
             yield Events(rows, hours, codes[block.good], names, np.ones(len(rows)))
 
-    def _inputs(
-        self,
-        byte_range: ByteRange,
-        ids: dict[str, Column],
-        opener: Opener,
-        tally: RowCounts,
-        block: _Block,
-    ) -> Iterator[Events]:
+    def _inputs(self, block: _StayReader) -> Iterator[Events]:
         """Yield what was given: an amount counts at its end, when all of it was given."""
         columns = {
-            **ids,
+            **block.ids,
             "itemid": Column("id"),
             "charttime": Column("time", False),
             "endtime": Column("time", False),
@@ -326,19 +287,19 @@ class Mimic3(GroupedImporter):
         }
         items, labels, own_kinds = block.keys["labels"]
         names = [f"input: {label}" for label in labels]
-        for batch in block.batches(byte_range, columns, opener, tally):
+        for batch in block.batches(columns):
             block.begin(len(batch))
             item = _whole(batch["itemid"])
-            at = np.minimum(np.searchsorted(items, item), max(0, len(items) - 1))
+            at = positions(items, item)
             block.drop(NO_ITEM, item < 0)
-            block.drop(UNKNOWN, items[at] != item if len(items) else np.ones(len(item), dtype=bool))
+            block.drop(UNKNOWN, at < 0)
             status = pc.utf8_lower(batch["statusdescription"].combine_chunks())
             block.drop("rewritten", np.asarray(pc.is_in(status, value_set=pa.array(CANCELLED))))
             amount = plausible.numbers(batch["amount"])
             block.drop_by_code(plausible.REASONS, amount.reasons)
             block.drop(plausible.OUT_OF_RANGE, amount.values <= 0)
             factors, kinds = _amount_units(batch["amountuom"])
-            own = own_kinds[at] if len(items) else np.full(len(batch), -1)
+            own = np.append(own_kinds, -1)[at]
             block.drop(UNKNOWN_AMOUNT, np.isnan(factors))
             block.drop(OTHER_AMOUNT, (kinds >= 0) & (own >= 0) & (kinds != own))
             values = amount.values * factors
@@ -400,8 +361,8 @@ class _Intervals:
         """Return ((n,) index of the stay, or -1; (n,) whether there is any stay under the key)."""
         if not len(self.known):
             return np.full(len(keys), -1), np.zeros(len(keys), dtype=bool)
-        at = np.minimum(np.searchsorted(self.known, keys), len(self.known) - 1)
-        there = self.known[at] == keys
+        at = positions(self.known, keys)
+        there = at >= 0
         since = np.clip(seconds - self.base, 0, (1 << WIDTH) - 1)
         place = np.searchsorted(self.packed, (at << WIDTH) + since)
         stay = self.order[np.minimum(place, len(self.order) - 1)]
@@ -451,24 +412,23 @@ class _Factors:
         return self.found[text, item]
 
 
-class _Block(ValidRows):
-    """Batches of a table, whose rows are assigned to stays."""
+class _StayReader(EventReader):
+    """Reads a table whose rows are assigned to stays."""
 
-    def __init__(self, table: str, keys: Any, dropped: Counter[str]):
-        super().__init__(table, dropped)
-        self.keys = keys
+    @property
+    def ids(self) -> dict[str, Column]:
+        has_patients_alone = self.table == "labevents"
+        return {"subject_id": Column("id"), "hadm_id": Column("id", not has_patients_alone)}
 
-    def batches(
-        self, byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts
-    ) -> Iterator[pa.Table]:
-        """Yield batches as `csv_blocks.batches`.
+    def batches(self, columns: dict[str, Column]) -> Iterator[pa.Table]:
+        """Yield the rows as `csv_blocks.batches` does.
 
         Raises ValueError where times have a zone and those of the stays have none, or the other way
         round.
         """
-        for batch in batches(byte_range, columns, opener, tally):
-            names = ", ".join(entry.name for entry in byte_range.entries)
-            check_zones(names, tally.zoned, self.keys["stays_table"], self.keys["zoned"])
+        for batch in super().batches(columns):
+            name, zoned = self.part.entry.name, self.tally.zoned
+            check_zones(name, zoned, self.keys["stays_table"], self.keys["zoned"])
             yield batch
 
     def keep(self, batch: pa.Table) -> pa.Table:

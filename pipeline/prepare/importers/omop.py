@@ -15,14 +15,21 @@ from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine import records
-from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
+from pipeline.prepare.engine.grouped import Entities, EventReader, Events, EventTables
 from pipeline.prepare.engine.importing import InvalidRow, Notes, invalid_row, names_in, preview
-from pipeline.prepare.engine.inputs import plain_suffix
-from pipeline.prepare.engine.records import DAY, HOUR, YEAR, Labels, Windows, merge_spans, positions
+from pipeline.prepare.engine.inputs import InputSplit, plain_suffix
+from pipeline.prepare.engine.records import (
+    DAY,
+    HOUR,
+    YEAR,
+    RecordsImporter,
+    Windows,
+    merge_spans,
+    positions,
+)
 from pipeline.prepare.readers.archives import Entry, Opener, listing
 from pipeline.prepare.readers.csv_blocks import (
     SUFFIXES,
-    ByteRange,
     Column,
     RowCounts,
     batches,
@@ -133,7 +140,7 @@ class TimedRows(NamedTuple):
 
 
 @register("importer", "omop", options=OmopOptions)
-class Omop(GroupedImporter):
+class Omop(RecordsImporter):
     """Tables of the OMOP common data model 5.3 or 5.4 (CSV, also .gz or .zst, or Parquet; names and
     columns in any case): person, visit_occurrence, condition_occurrence, drug_exposure,
     measurement, observation, procedure_occurrence, death, concept.
@@ -166,17 +173,11 @@ class Omop(GroupedImporter):
             raise ValueError(
                 f"--set visits={o.visits}: write numbers of concepts, such as 9201,262"
             ) from None
-        self.labels = records.read_labels(o.labels, "") if o.labels else None
-        is_counted = self.labels is not None and self.labels.column != "float_value"
-        self.label = "label" if is_counted else "" if self._of_persons else "hospital_death"
+        self.label = self.label if self._of_persons else "hospital_death"
 
     @property
     def _of_persons(self) -> bool:
         return bool(self.options.labels) or self.options.rows == "persons"
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave the tables out of what is sent to tasks: they need the options alone."""
-        return {"options": self.options, "label": self.label}
 
     def sources(self, source: str, cut_bytes: int) -> EventTables:
         found = listing(source)
@@ -205,17 +206,13 @@ class Omop(GroupedImporter):
             taken.append(DEATH)
         if not set(taken) - {"visit_occurrence", DEATH}:
             raise ValueError(self._no_events(source))
-        with closing(Opener()) as opener:
-            self._ranges = [
-                byte_range
-                for name in taken
-                for byte_range in split_table(name, self._tables[name], cut_bytes, opener)
-            ]
+        self._parts = [
+            part for name in taken for part in split_table(name, self._tables[name], cut_bytes)
+        ]
         lacking = [name for name in (*EVENTS, *OTHERS) if name not in self._tables]
         notes = {"tables that are not there": ", ".join(lacking)} if lacking else {}
-        return EventTables(
-            self._ranges, f"{found.mark} {self.labels.mark if self.labels else ''}", notes
-        )
+        mark = f"{found.mark} {self.labels.mark if self.labels else ''}"
+        return EventTables([[part] for part in self._parts], mark, notes)
 
     def _no_events(self, source: str) -> str:
         """Return what is wrong, and the fix, where no table of events is left to be read."""
@@ -243,12 +240,11 @@ class Omop(GroupedImporter):
             persons = self._persons(opener)
             used, spans = self._used(opener)
             concepts = self._concepts(used, opener)
-            if self.labels:
-                timed = self._label_rows(self.labels, spans, notes)
-            elif self._of_persons:
-                timed = self._person_rows(spans)
-            else:
-                timed = self._visit_rows(persons, concepts, opener)
+            timed = (
+                self._person_rows(spans, notes)
+                if self._of_persons
+                else self._visit_rows(persons, concepts, opener)
+            )
         if not len(timed.persons) and not timed.broken:
             raise ValueError(f"{source}: no person has an event with a time; get the tables again")
         at = positions(persons.ids, timed.persons)
@@ -288,26 +284,14 @@ class Omop(GroupedImporter):
             check_zones(self._tables[table].name, zoned, self._tables[other].name, of_other)
         self._zoned.setdefault(table, set()).update(zoned)
 
-    def _label_rows(self, labels: Labels, spans: pa.Table, notes: Notes) -> TimedRows:
-        """Return a row for each label that can be used."""
-        good, broken = labels.usable(
-            spans["person_id"].to_numpy(), spans["first"].to_numpy(), spans["last"].to_numpy()
-        )
-        notes["persons without label rows, left out"] = int(
-            np.count_nonzero(~np.isin(spans["person_id"].to_numpy(), labels.subjects))
-        )
-        zero = labels.times[good]
-        columns = {
-            "prediction_time": pa.array(zero, pa.timestamp("us")),
-            "label": labels.values.filter(pa.array(good)),
-        }
-        start = zero - self._history
-        return TimedRows(labels.subjects[good], start, zero, zero, columns, broken)
-
-    def _person_rows(self, spans: pa.Table) -> TimedRows:
-        """Return a row for each person, which ends with the last event."""
-        zero = spans["last"].to_numpy()
-        return TimedRows(spans["person_id"].to_numpy(), zero - self._history, zero, zero, {}, [])
+    def _person_rows(self, spans: pa.Table, notes: Notes) -> TimedRows:
+        """Return a row for each label that can be used, or for each person."""
+        rows, broken = self.rows_of_persons(spans, "persons", notes)
+        zero = rows["prediction_time"].cast(pa.int64()).to_numpy()
+        own = ["prediction_time", "label"] if self.labels else []
+        columns = {name: rows[name].combine_chunks() for name in own}
+        persons = rows["patient"].to_numpy()
+        return TimedRows(persons, zero - self.history, zero, zero, columns, broken)
 
     def _visit_rows(self, persons: Persons, concepts: Concepts, opener: Opener) -> TimedRows:
         """Return a row for each visit that can be used, with its outcomes."""
@@ -373,7 +357,7 @@ class Omop(GroupedImporter):
             "visit": concepts.of(table["visit_concept_id"].combine_chunks().take(pa.array(kept))),
             **self._outcomes(person, start, end, _whole(to)[kept] == DIED, opener),
         }
-        return TimedRows(person, start - self._history, start, end, columns, broken)
+        return TimedRows(person, start - self.history, start, end, columns, broken)
 
     def _outcomes(
         self,
@@ -404,10 +388,6 @@ class Omop(GroupedImporter):
             "discharge_hours": pa.array((end - start) / HOUR),
             "readmission_days": pa.array(readmission, mask=np.isnan(readmission)),
         }
-
-    @property
-    def _history(self) -> int:
-        return round(self.options.history * HOUR)
 
     # ---------------------------------------------------------------- tables
 
@@ -465,9 +445,9 @@ class Omop(GroupedImporter):
             (the sorted ids of all concepts; of each person the first and the last time).
         """
         ids, spans = [np.empty(0, dtype=np.int64)], [NO_SPANS]
-        found = threaded_map(_used_by, self._ranges, threads=4)
-        for byte_range, (concepts, span, zoned) in zip(self._ranges, found, strict=True):
-            self._check_zones(byte_range.table, zoned)
+        found = threaded_map(_used_by, self._parts, threads=4)
+        for part, (concepts, span, zoned) in zip(self._parts, found, strict=True):
+            self._check_zones(part.name, zoned)
             ids.append(concepts)
             spans.append(span)
         if "visit_occurrence" in self._tables:
@@ -485,9 +465,8 @@ class Omop(GroupedImporter):
                 "vocabulary_id": Column("text"),
                 "concept_code": Column("text"),
             }
-            for batch in batches(
-                ByteRange("concept", (self._tables["concept"],)), columns, opener, RowCounts()
-            ):
+            table = InputSplit("concept", "", self._tables["concept"])
+            for batch in batches(table, columns, opener, RowCounts()):
                 found.append(batch.filter(pc.is_in(batch["concept_id"], value_set=pa.array(used))))
         if not found:
             nothing = pa.array([], pa.string())
@@ -502,25 +481,16 @@ class Omop(GroupedImporter):
 
     # ---------------------------------------------------------------- events
 
-    def events(
-        self,
-        byte_range: ByteRange,
-        opener: Opener,
-        keys: Any,
-        tally: RowCounts,
-        dropped: Counter[str],
-    ) -> Iterator[Events]:
-        table, concepts = byte_range.table, keys["concepts"]
-        for batch, person, time in _timed(byte_range, opener, tally, dropped):
-            if table == DEATH:
-                codes = np.zeros(len(batch), dtype=np.int64)
-                yield from keys["windows"].events(
-                    person, time, codes, [DEATH], np.ones(len(batch)), dropped, table
-                )
+    def events(self, reader: EventReader) -> Iterator[Events]:
+        windows, concepts = reader.keys["windows"], reader.keys["concepts"]
+        for batch, person, time in _timed(reader):
+            if reader.table == DEATH:
+                codes, values = np.zeros(len(batch), dtype=np.int64), np.ones(len(batch))
+                yield from windows.events(person, time, codes, [DEATH], values, reader)
                 continue
             name = concepts.of(batch["concept"].combine_chunks())
             there = pc.is_valid(name)
-            dropped[f"{table}: {NO_CONCEPT}"] += name.null_count
+            reader.count(NO_CONCEPT, name.null_count)
             batch, name = batch.filter(there), name.filter(there)
             text = pc.coalesce(
                 concepts.of(batch["value_as_concept_id"].combine_chunks()),
@@ -532,10 +502,10 @@ class Omop(GroupedImporter):
                 text,
                 concepts.of(batch["unit_concept_id"].combine_chunks(), "codes"),
                 CHARACTERS,
-                dropped,
+                reader.dropped,
             )
             kept = np.asarray(there)
-            yield from keys["windows"].events(person[kept], time[kept], *named, dropped, table)
+            yield from windows.events(person[kept], time[kept], *named, reader)
 
 
 def _times(name: str) -> dict[str, Column]:
@@ -564,18 +534,15 @@ def _zones(tally: RowCounts, times: np.ndarray) -> set[bool]:
     return tally.zoned if np.any(times % DAY) else set()
 
 
-def _timed(
-    byte_range: ByteRange, opener: Opener, tally: RowCounts, dropped: Counter[str]
-) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
+def _timed(reader: EventReader) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
     """Yield (rows, persons, times) of a piece of a table of events, in batches.
 
     Rows have the columns concept, unit_concept_id, value_as_number, value_as_concept_id and
     value_as_string. Those without a person or time are counted.
     """
-    table = byte_range.table
-    name, time_name = EVENTS.get(table, (DEATH, DEATH))
+    name, time_name = EVENTS.get(reader.table, (DEATH, DEATH))
     columns = {"person_id": Column("id"), **_times(time_name)}
-    if table != DEATH:
+    if reader.table != DEATH:
         columns |= {
             f"{name}_concept_id": Column("id"),
             f"{name}_source_concept_id": Column("id", False),
@@ -584,13 +551,13 @@ def _timed(
             "value_as_concept_id": Column("id", False),
             "value_as_string": Column("text", False),
         }
-    for batch in batches(byte_range, columns, opener, tally):
+    for batch in reader.batches(columns):
         time, known = _moments(batch, time_name)
         person = batch["person_id"].combine_chunks()
         has_person = np.asarray(person.is_valid())
-        dropped[f"{table}: {NO_PERSON}"] += int(np.count_nonzero(~has_person))
-        dropped[f"{table}: {NO_TIME}"] += int(np.count_nonzero(has_person & ~known))
-        if table != DEATH:
+        reader.count(NO_PERSON, int(np.count_nonzero(~has_person)))
+        reader.count(NO_TIME, int(np.count_nonzero(has_person & ~known)))
+        if reader.table != DEATH:
             concept = batch[f"{name}_concept_id"]
             is_mapped = pc.not_equal(concept.fill_null(0), 0)
             concept = pc.if_else(is_mapped, concept, batch[f"{name}_source_concept_id"])
@@ -599,15 +566,16 @@ def _timed(
         yield batch.filter(pa.array(good)), _whole(person)[good], time[good]
 
 
-def _used_by(byte_range: ByteRange) -> tuple[np.ndarray, pa.Table, set[bool]]:
+def _used_by(part: InputSplit) -> tuple[np.ndarray, pa.Table, set[bool]]:
     """Return (ids of all concepts, first and last time of each person, whether its times have
     a zone) of a piece.
     """
-    ids, spans, tally = [np.empty(0, dtype=np.int64)], [NO_SPANS], RowCounts()
+    ids, spans = [np.empty(0, dtype=np.int64)], [NO_SPANS]
     zoned: set[bool] = set()
     with closing(Opener()) as opener:
-        for batch, person, time in _timed(byte_range, opener, tally, Counter()):
-            zoned |= _zones(tally, time)
+        reader = EventReader(part, opener)
+        for batch, person, time in _timed(reader):
+            zoned |= _zones(reader.tally, time)
             spans.append(pa.table({"person_id": person, "first": time, "last": time}))
             spans = [merge_spans(spans)] if len(spans) > 50 else spans
             for name in ("concept", "unit_concept_id", "value_as_concept_id"):

@@ -7,10 +7,8 @@ from __future__ import annotations
 import re
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,31 +20,27 @@ from pipeline.core.arrow_compute import pc
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine.grouped import (
     Entities,
+    EventReader,
     Events,
     EventTables,
     GroupedImporter,
-    ValidRows,
     variable_codes,
 )
 from pipeline.prepare.engine.importing import InvalidRow, Row, invalid_row, preview
-from pipeline.prepare.engine.inputs import EXPANSION
+from pipeline.prepare.engine.inputs import EXPANSION, InputSplit
+from pipeline.prepare.engine.records import positions
 from pipeline.prepare.readers.archives import Entry, Opener, has_suffix, listing
 from pipeline.prepare.readers.csv_blocks import (
-    ByteRange,
     Column,
-    RowCounts,
-    batches,
     split_table,
-    stem,
     whole,
 )
 
 RECORD = re.compile(r"(?:^|/)set-([a-z])/(\d+)\.txt$")
 OUTCOMES = re.compile(r"(?:^|/)outcomes-([a-z])\.(?:txt|csv)$")
 TABLE = re.compile(r"(?:^|/)(events|records)_([a-z])\.(?:parquet|csv|csv\.gz)$")
-FILES_A_RANGE = 500
+FILES_A_PIECE = 500
 DESCRIPTORS = ("RecordID", "Age", "Gender", "Height", "ICUType", "Weight")
-FACTS = ("Age", "Gender", "Height", "Weight", "CareUnit")
 GENDERS, UNITS = {0.0: "female", 1.0: "male"}, {1.0: "CCU", 2.0: "CSRU", 3.0: "MICU", 4.0: "SICU"}
 """Coronary, cardiac surgery recovery, medical and surgical intensive care, under MIMIC's names."""
 LABELS = {
@@ -84,6 +78,7 @@ class Physionet2012(GroupedImporter):
 
     def __init__(self, options: Any = None):
         super().__init__(options)
+        self._ranges = plausible.Ranges()
         self.splits: dict[str, str] = {}
         for pair in self.options.split.split(","):
             name, colon, split = (part.strip() for part in pair.partition(":"))
@@ -126,20 +121,15 @@ class Physionet2012(GroupedImporter):
             )
         self.sets = wanted
         out, notes = [], {}
-        with closing(Opener()) as opener:
-            for name in wanted:
-                files = iter(sorted(self._records.get(name, ()), key=_place))
-                while some := tuple(islice(files, FILES_A_RANGE)):
-                    squeezed = EXPANSION if has_suffix(some[0].uri, "gz") else 1
-                    out.append(
-                        ByteRange(
-                            f"set-{name}",
-                            some,
-                            size=max(1, squeezed * sum(entry.size for entry in some)),
-                        )
-                    )
-                if name in self._tables:
-                    out += split_table(f"set-{name}", self._tables[name][0], cut_bytes, opener)
+        for name in wanted:
+            files = [
+                InputSplit(f"set-{name}", "", entry, size=entry.size * _growth(entry))
+                for entry in sorted(self._records.get(name, ()), key=_place)
+            ]
+            out += [files[i : i + FILES_A_PIECE] for i in range(0, len(files), FILES_A_PIECE)]
+            if name in self._tables:
+                events, _ = self._tables[name]
+                out += [[part] for part in split_table(f"set-{name}", events, cut_bytes)]
         if left := [name for name in there if name not in wanted]:
             notes["sets left out"] = preview(left)
         if bare := [
@@ -160,81 +150,55 @@ class Physionet2012(GroupedImporter):
                     if name in self._tables
                     else self._of_files(name, opener, broken)
                 )
-                rows += [self._row(name, record) for record in found]
-        rows.sort(key=lambda row: (row["set"], row["entity"]))
-        static = pa.struct(
-            [
-                pa.field(name, pa.string() if name in ("Gender", "CareUnit") else pa.float64())
-                for name in FACTS
-            ]
-        )
-        fields = [
-            ("entity", pa.int64()),
-            ("static", static),
-            *((name, pa.int64()) for name in LABELS.values()),
-            ("icu_type", pa.int64()),
-            ("set", pa.string()),
-            ("split", pa.string()),
-        ]
-        table = pa.Table.from_pylist(
-            rows, schema=pa.schema([pa.field(name, kind) for name, kind in fields])
-        )
-        keys = {
-            name: np.array(
-                [(row["entity"], i) for i, row in enumerate(rows) if row["set"] == name],
-                dtype=np.int64,
-            ).reshape(-1, 2)
-            for name in self.sets
+                rows += [{**record, "set": name} for record in found]
+        numbers = [(name, pa.float64()) for name in (*DESCRIPTORS, *LABELS)]
+        records = pa.Table.from_pylist(rows, schema=pa.schema([("set", pa.string()), *numbers]))
+        records = records.sort_by([("set", "ascending"), ("RecordID", "ascending")])
+        known = {
+            name: pc.if_else(pc.and_(pc.is_finite(values), pc.not_equal(values, -1)), values, None)
+            for name, _ in numbers
+            for values in [records[name].combine_chunks()]
         }
+        facts = {
+            "Age": known["Age"],
+            "Gender": _named(known["Gender"], GENDERS),
+            "Height": self._measured("Height", known["Height"]),
+            "Weight": self._measured("Weight", known["Weight"]),
+            "CareUnit": _named(known["ICUType"], UNITS),
+        }
+        whole_numbers = {"entity": "RecordID", **{new: old for old, new in LABELS.items()}}
+        columns = {
+            new: known[old].cast(pa.int64(), safe=False)
+            for new, old in {**whole_numbers, "icu_type": "ICUType"}.items()
+        }
+        sets = records["set"].to_pylist()
+        table = pa.table(
+            {
+                "entity": columns.pop("entity"),
+                "static": pa.StructArray.from_arrays(list(facts.values()), list(facts)),
+                **columns,
+                "set": pa.array(sets, pa.string()),
+                "split": pa.array([self.splits[name] for name in sets], pa.string()),
+            }
+        )
+        ids, own = table["entity"].to_numpy(), np.array(sets)
+        at = {name: np.flatnonzero(own == name) for name in self.sets}
+        keys = {name: np.stack([ids[rows], rows], axis=1) for name, rows in at.items()}
         info = {
             "time": "hours since admission to intensive care",
-            "static": list(FACTS),
-            "outcomes": [*LABELS.values(), "icu_type"],
+            "static": list(facts),
+            "outcomes": list(columns),
             "sets": self.splits,
             "units": plausible.units(),
         }
         return Entities(table, keys, "entity", broken, info=info)
 
-    def _row(self, name: str, record: dict[str, float]) -> Row:
-        known = {
-            key: value
-            for key, value in record.items()
-            if value is not None and np.isfinite(value) and value != -1
-        }
-        whole_number = {
-            new: int(known[old]) if old in known else None for old, new in LABELS.items()
-        }
-        height, weight = (self._measured(key, known.get(key)) for key in ("Height", "Weight"))
-        metadata = {
-            "Age": known.get("Age"),
-            "Gender": GENDERS.get(known.get("Gender", -1)),
-            "Height": height,
-            "Weight": weight,
-            "CareUnit": UNITS.get(known.get("ICUType", -1)),
-        }
-        return {
-            "entity": int(record["RecordID"]),
-            "static": metadata,
-            **whole_number,
-            "icu_type": int(known["ICUType"]) if "ICUType" in known else None,
-            "set": name,
-            "split": self.splits[name],
-        }
-
-    def _measured(self, name: str, value: float | None) -> float | None:
-        """Return a static feature within its plausible range, or None."""
+    def _measured(self, name: str, values: pa.Array) -> pa.Array:
+        """Return static features within their plausible range, null for others."""
         low, valid_low, valid_high, high = self._ranges.known[name]
-        return (
-            None
-            if value is None or not low <= value <= high
-            else min(max(value, valid_low), valid_high)
-        )
-
-    @property
-    def _ranges(self) -> plausible.Ranges:
-        if not hasattr(self, "_known_ranges"):
-            self._known_ranges = plausible.Ranges()
-        return self._known_ranges
+        is_plausible = pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high))
+        clipped = pc.min_element_wise(pc.max_element_wise(values, valid_low), valid_high)
+        return pc.if_else(is_plausible, clipped, None)
 
     def _of_files(self, name: str, opener: Opener, broken: list[InvalidRow]) -> Iterator[Row]:
         """Return the descriptors of each record (at 00:00), with its outcomes."""
@@ -260,153 +224,90 @@ class Physionet2012(GroupedImporter):
     def _outcome_rows(self, name: str, opener: Opener) -> dict[int, dict[str, float]]:
         if name not in self._outcomes:
             return {}
-        entry = self._outcomes[name]
-        table = whole(
-            "outcomes",
-            entry,
-            {
-                key: Column("number", key in ("RecordID", "In-hospital_death"))
-                for key in ("RecordID", *LABELS)
-            },
-            opener,
-        )
-        columns = {key: plausible.numbers(table[key]).values for key in table.column_names}
-        return {
-            int(number): {key: float(columns[key][i]) for key in LABELS}
-            for i, number in enumerate(columns["RecordID"])
-            if np.isfinite(number)
-        }
+        found = _numbers(self._outcomes[name], ("RecordID", *LABELS), opener)
+        return {int(row.pop("RecordID")): row for row in found}
 
-    def _of_tables(self, name: str, opener: Opener) -> Iterator[Row]:
-        wanted = {
-            "recordid": Column("id"),
-            **{
-                key: Column("number", key == "In-hospital_death")
-                for key in (*DESCRIPTORS[1:], *LABELS)
-            },
-        }
-        table = whole("records", self._tables[name][1], wanted, opener)
-        columns = {
-            key: plausible.numbers(table[key]).values
-            for key in table.column_names
-            if key != "recordid"
-        }
-        for i, number in enumerate(table["recordid"].to_pylist()):
-            if number is not None:
-                yield {
-                    "RecordID": number,
-                    **{key: float(column[i]) for key, column in columns.items()},
-                }
+    def _of_tables(self, name: str, opener: Opener) -> Iterator[dict[str, float]]:
+        return _numbers(self._tables[name][1], (*DESCRIPTORS, *LABELS), opener)
 
     # ---------------------------------------------------------------- events
 
-    def events(
-        self,
-        byte_range: ByteRange,
-        opener: Opener,
-        keys: Any,
-        tally: RowCounts,
-        dropped: Counter[str],
-    ) -> Iterator[Events]:
-        known = keys[byte_range.table.removeprefix("set-")]
-        if stem(byte_range.entries[0]).startswith("events_"):
-            columns = {
-                "recordid": Column("id"),
-                "minute": Column("number"),
-                "parameter": Column("text"),
-                "value": Column("number"),
-            }
-            for batch in batches(byte_range, columns, opener, tally):
-                minutes = plausible.numbers(batch["minute"])
-                hours = np.where(minutes.reasons == 0, minutes.values / 60, np.nan)
-                records = batch["recordid"].combine_chunks().fill_null(-1).to_numpy()
-                yield self._clean(
-                    records,
-                    hours,
-                    batch["parameter"],
-                    batch["value"],
-                    known,
-                    byte_range.table,
-                    dropped,
-                )
+    def events(self, reader: EventReader) -> Iterator[Events]:
+        if not TABLE.search(reader.part.entry.name.lower()):
+            yield from self._of_file(reader)
             return
-        for start in range(0, len(byte_range.entries), 100):
-            texts, sizes, ids = [], [], []
-            for entry in byte_range.entries[start : start + 100]:
-                record, body, reason = _record(entry, _lines(entry, opener))
-                if reason:
-                    continue
-                tally.rows += len(body)
-                texts += body
-                sizes.append(len(body))
-                ids.append(int(record["RecordID"]))
-            yield self._of_lines(
-                texts,
-                np.repeat(np.array(ids, dtype=np.int64), sizes),
-                known,
-                byte_range.table,
-                tally,
-                dropped,
-            )
+        columns = {
+            "recordid": Column("id"),
+            "minute": Column("number"),
+            "parameter": Column("text"),
+            "value": Column("number"),
+        }
+        for batch in reader.batches(columns):
+            minutes = plausible.numbers(batch["minute"])
+            hours = np.where(minutes.reasons == 0, minutes.values / 60, np.nan)
+            numbers = batch["recordid"].combine_chunks().fill_null(-1).to_numpy()
+            yield self._clean(reader, numbers, hours, batch["parameter"], batch["value"])
 
-    def _of_lines(
-        self,
-        lines: list[str],
-        records: np.ndarray,
-        known: np.ndarray,
-        table: str,
-        tally: RowCounts,
-        dropped: Counter[str],
-    ) -> Events:
+    def _of_file(self, reader: EventReader) -> Iterator[Events]:
+        """Yield the valid events of the file of a record."""
+        record, lines, reason = _record(reader.part.entry, _lines(reader.part.entry, reader.opener))
+        if reason:
+            return
+        reader.tally.rows += len(lines)
         text = pa.array(lines, pa.string())
-        good = np.asarray(pc.match_substring_regex(text, r"^\d+:\d\d,[^,]*,[^,]*$"))
-        dropped[f"{table}: {LINE}"] += int(len(good) - np.count_nonzero(good))
-        parts = pc.split_pattern(text.filter(pa.array(good)), ",")
-        time, names, values = (pc.list_element(parts, i) for i in range(3))
-        clock = pc.split_pattern(time, ":")
+        text = text.filter(pc.match_substring_regex(text, r"^\d+:\d\d,[^,]*,[^,]*$"))
+        reader.count(LINE, len(lines) - len(text))
+        time, names, values = (pc.list_element(pc.split_pattern(text, ","), i) for i in range(3))
         hours, minutes = (
-            pc.list_element(clock, i).cast(pa.int64()).to_numpy(zero_copy_only=False)
+            pc.list_element(pc.split_pattern(time, ":"), i).cast(pa.int64()).to_numpy()
             for i in range(2)
         )
-        return self._clean(
-            records[good], (hours * 60 + minutes) / 60, names, values, known, table, dropped
-        )
+        numbers = np.full(len(text), int(record["RecordID"]))
+        yield self._clean(reader, numbers, (hours * 60 + minutes) / 60, names, values)
 
     def _clean(
-        self,
-        records: np.ndarray,
-        hours: np.ndarray,
-        names: Any,
-        texts: Any,
-        known: np.ndarray,
-        table: str,
-        dropped: Counter[str],
+        self, reader: EventReader, numbers: np.ndarray, hours: np.ndarray, names: Any, texts: Any
     ) -> Events:
         """Return the valid events: of a known record, with a name and a plausible number (-1 is
         unknown).
         """
-        numbers = plausible.numbers(texts)
+        known = reader.keys[reader.table.removeprefix("set-")]
+        found = plausible.numbers(texts)
         vocabulary, codes = variable_codes(names)
-        at = np.minimum(np.searchsorted(known[:, 0], records), max(0, len(known) - 1))
-        rows = (
-            np.where(known[at, 0] == records, known[at, 1], -1)
-            if len(known)
-            else np.full(len(records), -1)
+        rows = np.append(known[:, 1], -1)[positions(known[:, 0], numbers)]
+        reader.begin(len(numbers))
+        reader.drop("no such record", rows < 0)
+        reader.drop("no variable", codes < 0)
+        reader.drop("no time", ~np.isfinite(hours))
+        reader.drop("unknown (-1)", found.values == -1)
+        reader.drop_by_code(plausible.REASONS, found.reasons)
+        rows, hours, codes, values = (
+            column[reader.good] for column in (rows, hours, codes, found.values)
         )
-        valid = ValidRows(table, dropped)
-        valid.begin(len(records))
-        valid.drop("no such record", rows < 0)
-        valid.drop("no variable", codes < 0)
-        valid.drop("no time", ~np.isfinite(hours))
-        valid.drop("unknown (-1)", numbers.values == -1)
-        valid.drop_by_code(plausible.REASONS, numbers.reasons)
-        good = valid.good
         values, inside = plausible.canonical(
-            numbers.values[good], codes[good], vocabulary, self._ranges, dropped, table
+            values, codes, vocabulary, self._ranges, reader.dropped, reader.table
         )
-        return Events(
-            rows[good][inside], hours[good][inside], codes[good][inside], vocabulary, values[inside]
-        )
+        return Events(rows[inside], hours[inside], codes[inside], vocabulary, values[inside])
+
+
+def _named(codes: pa.Array, names: dict[float, str]) -> pa.Array:
+    return pa.array([names.get(code) for code in codes.to_pylist()], pa.string())
+
+
+def _growth(entry: Entry) -> int:
+    return EXPANSION if has_suffix(entry.uri, "gz") else 1
+
+
+def _numbers(entry: Entry, columns: tuple[str, ...], opener: Opener) -> Iterator[dict[str, float]]:
+    """Yield the rows of a table of numbers that have a RecordID; NaN for what is no number."""
+    needed = ("RecordID", "In-hospital_death")
+    wanted = {name: Column("number", name in needed) for name in columns}
+    table = whole("records", entry, wanted, opener)
+    values = [plausible.numbers(table[name]).values.tolist() for name in columns]
+    for row in zip(*values, strict=True):
+        found = dict(zip(columns, row, strict=True))
+        if np.isfinite(found["RecordID"]):
+            yield found
 
 
 def _place(entry: Entry) -> tuple[str, int, str]:

@@ -26,12 +26,11 @@ from pipeline.prepare.engine.importing import (
     preview,
 )
 from pipeline.prepare.engine.inputs import (
-    InputFiles,
     InputSplit,
     SplitReader,
+    check_kinds,
     find_inputs,
     plain_suffix,
-    whole_files,
 )
 from pipeline.prepare.engine.table_importer import (
     KINDS,
@@ -120,26 +119,11 @@ class Table(TableImporter):
     # ------------------------------------------------------------ reading
 
     def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
-        listed = find_inputs(
-            source,
-            (*dialect.SUFFIXES, *parquet.SUFFIXES),
-            self.options.split or ("all" if self.options.split_column else ""),
-        )
-        input_splits: list[InputSplit] = []
-        for entry, split in listed.files:
-            one = InputFiles([(entry, split)], {}, "")
-            if plain_suffix(entry.name) not in (*dialect.SUFFIXES, *parquet.SUFFIXES):
-                raise ValueError(
-                    f"{entry.name}: of no kind that is read "
-                    f"({', '.join((*dialect.SUFFIXES, *parquet.SUFFIXES))}, also with .gz or "
-                    ".zst)"
-                )
-            input_splits += (
-                parquet.split_files(one, part_bytes)
-                if plain_suffix(entry.name) in parquet.SUFFIXES
-                else whole_files(one)
-            )
-        return input_splits, listed.mark, listed.notes
+        by_rows = "all" if self.options.split_column else ""
+        kinds = (*dialect.SUFFIXES, *parquet.SUFFIXES)
+        listed = find_inputs(source, kinds, self.options.split or by_rows)
+        check_kinds(listed, kinds)
+        return parquet.split_files(listed, part_bytes), listed.mark, listed.notes
 
     def _batches(self, reading: SplitReader) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """Yield (place of each row, {column: values}) of valid rows in batches.

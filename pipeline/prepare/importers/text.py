@@ -16,7 +16,6 @@ from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
-from pipeline.io.threads import threaded_map
 from pipeline.media import minhash
 from pipeline.prepare.engine.importing import Notes, Row, names_in
 from pipeline.prepare.engine.inputs import (
@@ -24,6 +23,7 @@ from pipeline.prepare.engine.inputs import (
     InputFiles,
     InputSplit,
     SplitReader,
+    check_kinds,
     decoded,
     find_inputs,
     plain_suffix,
@@ -169,38 +169,16 @@ class Text(TableImporter):
             )
 
     def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
-        listed = find_inputs(source, (*PLAIN, *LINES, *PARQUET), self.options.split)
-        strange = [
-            entry.name
-            for entry, _ in listed.files
-            if plain_suffix(entry.name) not in (*PLAIN, *LINES, *PARQUET)
-        ]
-        if strange:
-            raise ValueError(
-                f"{strange[0]}: of no kind that is read "
-                f"({', '.join((*PLAIN, *LINES, *PARQUET))}, also with .gz or .zst); rename it "
-                "by its kind"
-            )
-        groups = dict(
-            zip(
-                [entry for entry, _ in listed.files],
-                threaded_map(parquet.groups, [entry for entry, _ in listed.files]),
-                strict=True,
-            )
-        )
-        input_splits = []
-        for entry, split in listed.files:
-            one = InputFiles([(entry, split)], {}, "")
-            by_lines = plain_suffix(entry.name) in LINES or self.options.documents != "file"
-            if groups[entry]:
-                input_splits += parquet.row_groups(entry, split, groups[entry], part_bytes)
-            else:
-                input_splits += (
-                    split_files(one, part_bytes)
-                    if by_lines and plain_suffix(entry.name) not in PARQUET
-                    else whole_files(one)
-                )
-        return input_splits, listed.mark, listed.notes
+        kinds = (*PLAIN, *LINES, *PARQUET)
+        listed = find_inputs(source, kinds, self.options.split)
+        check_kinds(listed, kinds)
+
+        def cut(one: InputFiles) -> list[InputSplit]:
+            suffix = plain_suffix(one.files[0][0].name)
+            by_lines = suffix in LINES or (suffix in PLAIN and self.options.documents != "file")
+            return split_files(one, part_bytes) if by_lines else whole_files(one)
+
+        return parquet.split_files(listed, part_bytes, cut), listed.mark, listed.notes
 
     # ------------------------------------------------------------ documents
 

@@ -22,7 +22,6 @@ from pipeline.prepare.readers import logs
 from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import (
     SUFFIXES,
-    ByteRange,
     Column,
     RowCounts,
     batches,
@@ -246,31 +245,29 @@ class Trajectories(TableImporter):
     # ------------------------------------------------------------ the two passes
 
     def _episodes(
-        self, reading: SplitReader, counted: list[int] | None
+        self, reading: SplitReader, found: list[logs.EpisodeRows]
     ) -> Iterator[tuple[episodes.Episode, str]]:
         """Yield (valid episode, its split) of a file; the others go to `reading.bad`."""
-        o, name = self.options, re.sub(r"(\.\w+?)(\.gz|\.zst)?$", "", reading.input_split.name)
+        o = self.options
         is_cut = bool(
             self.rules.steps or self._shares or o.split_column or (o.done and not o.episode)
         )
-        cutter = logs.EpisodeCutter(reading.input_split, name, self.roles, self.rules, counted)
-        for stretch in cutter.run(
-            logs.tables(reading.input_split, self.roles.columns(), reading.opener)
-        ):
-            called = f"{stretch.log}-{stretch.number:05d}" if is_cut else stretch.log
+        tables = logs.tables(reading.input_split, self.roles.columns(), reading.opener)
+        for one, rows in zip(found, logs.read_episodes(found, tables), strict=True):
+            called = f"{one.log}-{one.number:05d}" if is_cut else one.log
             try:
-                found = logs.episode(stretch, self.roles, self.rules, called)
+                episode = logs.episode(rows, one, self.roles, self.rules, called)
             except logs.UnusableError as error:
-                reading.bad(f"episode {called} (from row {stretch.first})", str(error))
+                reading.bad(f"episode {called} (from row {one.start + 1})", str(error))
                 continue
-            yield found, stretch.split or reading.input_split.split
+            yield episode, one.split or reading.input_split.split
 
     def scan(self, reading: SplitReader) -> Found:
-        counted = (
-            logs.lengths(reading.input_split, self.roles, reading.opener) if self._shares else None
-        )
+        part = reading.input_split
+        log = re.sub(r"(\.\w+?)(\.gz|\.zst)?$", "", part.name)
+        there = logs.find_episodes(part, log, self.roles, self.rules, reading.opener)
         names, widths, classes = [], dict[tuple[str, int, int], str](), set[str]()
-        for found, _ in self._episodes(reading, counted):
+        for found, _ in self._episodes(reading, there):
             names.append(found.name)
             classes |= set(found.actions) if isinstance(found.actions, list) else set()
             action = found.actions.shape[1] if isinstance(found.actions, np.ndarray) else 0
@@ -278,7 +275,7 @@ class Trajectories(TableImporter):
         return {
             "rows": len(names),
             "names": names,
-            "lengths": counted,
+            "episodes": there,
             "classes": sorted(classes),
             "robots": [(robot, sizes, name) for (robot, *sizes), name in widths.items()],
         }
@@ -326,7 +323,7 @@ class Trajectories(TableImporter):
         names = Counter(name for one in found for name in one["names"])
         doubled = sorted(name for name, count in names.items() if count > 1)
         classes = sorted({name for one in found for name in one["classes"]})
-        scan_results = [(one["lengths"], bool(doubled)) for one in found]
+        scan_results = [(one["episodes"], bool(doubled)) for one in found]
         notes = {
             "columns of an observation": len(self.roles.observations),
             **({"classes of actions": len(classes)} if self.roles.discrete else {}),
@@ -353,10 +350,10 @@ class Trajectories(TableImporter):
         )
 
     def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
-        lengths: list[int] | None
-        lengths, has_prefix = reading.scan_result
+        there, has_prefix = reading.scan_result
         prefix = f"{reading.input_split.name}/" if has_prefix else ""
-        for found, split in self._episodes(reading, lengths):
+        there = [logs.EpisodeRows(*one) for one in there]
+        for found, split in self._episodes(reading, there):
             row = episodes.row(found, split)
             yield row.set_column(0, "episode", pa.array([prefix + found.name])) if prefix else row
 
@@ -425,9 +422,7 @@ def _types(
     """
     if not input_split.entry.name.lower().endswith(".parquet"):
         columns = {name: Column("text") for name in sorted(names)}
-        first = next(
-            batches(ByteRange("", (input_split.entry,)), columns, opener, RowCounts()), None
-        )
+        first = next(batches(input_split, columns, opener, RowCounts()), None)
         if first is None:
             raise ValueError(f"{input_split.name}: no rows below the header; leave it out")
         return dict.fromkeys(names, "text"), {name: first[name].combine_chunks() for name in names}

@@ -76,13 +76,8 @@ def digest(text: str) -> bytes:
 
 def exact(digests: np.ndarray) -> np.ndarray:
     """For each of (n, 2) uint64 digests, return the index of the first equal one: (n,) int64."""
-    order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
-    ordered = digests[order]
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    out = np.empty(len(order), dtype=np.int64)
-    out[order] = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
-    return out
+    _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
+    return first[inverse.reshape(-1)]
 
 
 def near(signs: np.ndarray, threshold: float) -> np.ndarray:

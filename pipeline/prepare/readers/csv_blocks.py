@@ -3,9 +3,8 @@
 Columns may be in any order and case. What is read at a time is a block of some MiB, and nothing is
 done for each row in Python. No error message holds a value of the table.
 
-pyarrow parses. What it and duckdb do not do is here: byte ranges, by which many tasks read one
-file, a second pass that reads a column as texts where a field is not of its kind, and times with
-zones.
+pyarrow parses; the fields of CSV are texts at first. What it and duckdb do not do is here: byte
+ranges, by which many tasks read one file, and times with zones.
 """
 
 from __future__ import annotations
@@ -16,16 +15,22 @@ import posixpath
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import registry
 from pipeline.core.arrow_compute import pc
 from pipeline.data.csv_tables import open_csv
-from pipeline.prepare.engine.inputs import SQUEEZED, InputSplit, SplitReader, plain_suffix
+from pipeline.prepare.engine.inputs import (
+    SQUEEZED,
+    InputFiles,
+    InputSplit,
+    SplitReader,
+    plain_suffix,
+)
 from pipeline.prepare.readers import parquet
 from pipeline.prepare.readers.archives import Entry, Opener, Window, is_gzipped
 
@@ -67,19 +72,6 @@ class Column(NamedTuple):
     needed: bool = True
 
 
-class ByteRange(NamedTuple):
-    """What one task reads of a table: whole files, or bytes (row groups of Parquet) of one file.
-
-    `size`: estimated bytes of text.
-    """
-
-    table: str
-    entries: tuple[Entry, ...]
-    start: int = 0
-    stop: int = -1
-    size: int = 0
-
-
 @dataclass
 class RowCounts:
     """Counts of one pass.
@@ -103,33 +95,25 @@ class RowCounts:
         return "skip"
 
 
-class _KindError(Exception):
-    """A field is not of its column's kind: the table is read again as texts."""
-
-
 def split_table(
-    table: str, entry: Entry, most: int, opener: Opener, ranges: bool = True
-) -> list[ByteRange]:
-    """Cut a table into byte ranges of about `most` bytes of text.
+    table: str, entry: Entry, most: int, has_line_ends: bool = False
+) -> list[InputSplit]:
+    """Cut a table into input splits of about `most` bytes of text, which have its name.
 
-    A compressed table can only be read from its start and stays whole. `ranges`: no field holds a
-    line end, so that CSV can be cut.
+    A compressed table can only be read from its start and stays whole, and so does CSV whose fields
+    may hold a line end.
     """
-    if entry.name.lower().endswith(".parquet"):
-        with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
-            sizes = parquet.group_sizes(_parquet(entry, handle))
+    if _is_parquet(entry):
         return [
-            ByteRange(table, (entry,), part.start, part.stop, max(1, 3 * part.size))
-            for part in parquet.row_groups(entry, "", sizes, most)
+            part._replace(name=table, size=max(1, 3 * part.size))
+            for part in parquet.split_files(InputFiles([(entry, "")], {}, ""), most)
         ]
-    squeezed = entry.name.lower().endswith(SQUEEZED) or entry.member
-    count = 1 if squeezed or not ranges or is_gzipped(entry.uri) else max(1, -(-entry.size // most))
+    squeezed = entry.name.lower().endswith(SQUEEZED)
+    is_whole = squeezed or entry.member or is_gzipped(entry.uri) or has_line_ends
+    count = 1 if is_whole else max(1, -(-entry.size // most))
     bounds = [entry.size * i // count for i in range(count)] + [-1]
-    size = entry.size * (EXPANSION if entry.name.lower().endswith(SQUEEZED) else 1)
-    return [
-        ByteRange(table, (entry,), bounds[i], bounds[i + 1], max(1, size // count))
-        for i in range(count)
-    ]
+    size = max(1, entry.size * (EXPANSION if squeezed else 1) // count)
+    return [InputSplit(table, "", entry, start, stop, size) for start, stop in pairwise(bounds)]
 
 
 def stem(entry: Entry) -> str:
@@ -140,15 +124,15 @@ def stem(entry: Entry) -> str:
 
 
 def batches(
-    byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts
+    part: InputSplit, columns: dict[str, Column], opener: Opener, tally: RowCounts
 ) -> Iterator[pa.Table]:
-    """Yield the rows of a byte range as tables with all of `columns`, in that order.
+    """Yield the rows of an input split as tables with all of `columns`, in that order.
 
     A value is null where a field is empty or not of its column's kind, and where the table has no
     such column.
 
     Args:
-        byte_range: what to read.
+        part: what to read.
         columns: wanted columns by their lower-case names. Kinds: id: int64; number: float64 or
             text; time: seconds; text.
         opener: opens the files.
@@ -157,22 +141,24 @@ def batches(
     Raises:
         ValueError: a missing column, a file that is no table, or one that ends early.
     """
-    for entry in byte_range.entries:
-        one = byte_range._replace(entries=(entry,))
-        if entry.name.lower().endswith(".parquet"):
-            yield from _of_parquet(one, columns, opener, tally)
-            continue
-        given, seen = 0, (tally.rows, tally.bad, list(tally.listed))
-        try:
-            for batch in _of_csv(one, columns, opener, tally, True):
-                given += 1
-                yield batch
-        except _KindError:
-            tally.rows, tally.bad, tally.listed = seen
-            # Blocks are cut by bytes: the first ones are those given
-            for number, batch in enumerate(_of_csv(one, columns, opener, tally, False)):
-                if number >= given:
-                    yield batch
+    entry = part.entry
+    picked = _picked(entry, schema(entry, opener).names, columns)
+    read = _of_parquet if _is_parquet(entry) else _of_csv
+    for found in read(part, list(dict.fromkeys(picked.values())), opener, tally):
+        tally.rows += len(found)
+        _see_zones(
+            {own: (found[own], columns[name].kind) for name, own in picked.items()}, entry, tally
+        )
+        made: dict[str, Any] = {}
+        for name, column in columns.items():
+            if name not in picked:
+                made[name] = pa.nulls(len(found), KINDS[column.kind])
+                continue
+            values = found[picked[name]].combine_chunks()
+            if read is _of_csv:
+                values = without_nulls(values, column.kind == "text")
+            made[name] = _fitting(values, column.kind, picked[name], entry)
+        yield pa.table(made)
 
 
 def whole(
@@ -187,7 +173,7 @@ def whole(
     Raises ValueError also for lines that are no rows, naming the first.
     """
     tally = tally or RowCounts()
-    found = list(batches(ByteRange(table, (entry,)), columns, opener, tally))
+    found = list(batches(InputSplit(table, "", entry), columns, opener, tally))
     if tally.bad:
         raise ValueError(
             f"{tally.listed[0]}; {tally.bad} such lines: repair the table or get it again"
@@ -195,15 +181,17 @@ def whole(
     return (
         pa.concat_tables(found).combine_chunks()
         if found
-        else pa.table({name: pa.array([], _kind(column.kind)) for name, column in columns.items()})
+        else pa.table({name: pa.array([], KINDS[column.kind]) for name, column in columns.items()})
     )
 
 
 def schema(entry: Entry, opener: Opener) -> pa.Schema:
     """Return a table's columns, unchanged; those of CSV are texts."""
-    with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
-        if entry.name.lower().endswith(".parquet"):
-            return _parquet(entry, handle).schema_arrow
+    reading = SplitReader(InputSplit(entry.name, "", entry), opener)
+    if _is_parquet(entry):
+        with parquet.opened(reading) as file:
+            return file.schema_arrow
+    with reading.open() as handle:
         return pa.schema([(name, pa.string()) for name in _header(entry, handle)[0]])
 
 
@@ -243,6 +231,9 @@ def zones(column: Any) -> set[bool]:
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return {False}
     text = pc.utf8_trim_whitespace(column)
+    with suppress(pa.ArrowInvalid):  # the usual case, without a pattern
+        text.cast(pa.timestamp("us"))
+        return {False}
     found = {True: ZONED, False: INSTANT}
     return {
         zoned
@@ -257,6 +248,8 @@ def _times(array: Any) -> Any:
     Raises ValueError where some have a zone and others none.
     """
     text = pc.utf8_trim_whitespace(array)
+    with suppress(pa.ArrowInvalid):  # the usual case, without a pattern
+        return text.cast(pa.timestamp("us"))
     with_zone = zones(text)
     if len(with_zone) == 2:
         raise MixedZonesError(MIXED_ZONES)
@@ -291,8 +284,8 @@ def _instant(text: str | None) -> Any:
 # ---------------------------------------------------------------- the two formats
 
 
-def _kind(kind: str) -> pa.DataType:
-    return KINDS[kind]
+def _is_parquet(entry: Entry) -> bool:
+    return entry.name.lower().endswith(".parquet")
 
 
 def _picked(entry: Entry, names: list[str], columns: dict[str, Column]) -> dict[str, str]:
@@ -313,42 +306,10 @@ def _picked(entry: Entry, names: list[str], columns: dict[str, Column]) -> dict[
 
 
 def _of_parquet(
-    byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts
+    part: InputSplit, columns: list[str], opener: Opener, tally: RowCounts
 ) -> Iterator[pa.Table]:
-    entry = byte_range.entries[0]
-    with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
-        file = _parquet(entry, handle)
-        picked = _picked(entry, file.schema_arrow.names, columns)
-        groups = list(
-            range(
-                byte_range.start, byte_range.stop if byte_range.stop >= 0 else file.num_row_groups
-            )
-        )
-        try:
-            for batch in file.iter_batches(
-                BATCH_ROWS, row_groups=groups, columns=list(picked.values())
-            ):
-                tally.rows += len(batch)
-                _see_zones(
-                    {own: (batch.column(own), columns[name].kind) for name, own in picked.items()},
-                    entry,
-                    tally,
-                )
-                yield _shaped(
-                    {
-                        name: _fitting(batch.column(own), columns[name].kind, own, entry)
-                        for name, own in picked.items()
-                    },
-                    columns,
-                    len(batch),
-                )
-        except (pa.ArrowInvalid, OSError):
-            raise ValueError(f"{entry.name}: a damaged Parquet file; get it again") from None
-
-
-def _parquet(entry: Entry, handle: BinaryIO) -> pq.ParquetFile:
-    stored = handle if not entry.member and entry.offset < 0 else io.BytesIO(handle.read())
-    return parquet.open_parquet(cast(BinaryIO, stored), entry.name)
+    for _, table in parquet.batches(SplitReader(part, opener), columns, BATCH_ROWS):
+        yield table
 
 
 def _see_zones(found: dict[str, tuple[Any, str]], entry: Entry, tally: RowCounts) -> None:
@@ -395,7 +356,7 @@ def without_nulls(array: Any, text: bool) -> Any:
 
 
 def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
-    """Convert a column of Parquet to a kind. Raises ValueError naming the column and its type."""
+    """Convert a column to a kind. Raises ValueError naming the column and its type."""
     types, found = pa.types, array.type
     try:
         bytes_ = (
@@ -448,6 +409,8 @@ def _shape(array: Any, kind: str) -> Any:
         array = pc.if_else(pc.equal(pc.floor(array), array), array, None)
     if kind == "id" and pa.types.is_string(array.type):
         text = pc.utf8_trim_whitespace(array)
+        with suppress(pa.ArrowInvalid):  # the usual case, without a pattern
+            return text.cast(pa.int64())
         text = pc.if_else(pc.match_substring_regex(text, r"^[+-]?\d{1,19}(\.0+)?$"), text, None)
         array = pc.replace_substring_regex(text, r"\.0+$|^\+", "")
         digits = pc.utf8_ltrim(array, "-")
@@ -456,15 +419,6 @@ def _shape(array: Any, kind: str) -> Any:
     if kind == "number" and pa.types.is_string(array.type):
         return array
     return array.cast(KINDS[kind])
-
-
-def _shaped(found: dict[str, pa.Array], columns: dict[str, Column], rows: int) -> pa.Table:
-    return pa.table(
-        {
-            name: found[name] if name in found else pa.nulls(rows, _kind(column.kind))
-            for name, column in columns.items()
-        }
-    )
 
 
 def _header(entry: Entry, handle: BinaryIO) -> tuple[list[str], str, int]:
@@ -486,84 +440,52 @@ def _header(entry: Entry, handle: BinaryIO) -> tuple[list[str], str, int]:
 
 
 def _of_csv(
-    byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts, typed: bool
+    part: InputSplit, columns: list[str], opener: Opener, tally: RowCounts
 ) -> Iterator[pa.Table]:
-    entry = byte_range.entries[0]
-    with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
+    entry, rows = part.entry, tally.rows
+    with SplitReader(part, opener).open() as handle:
         names, delimiter, first = _header(entry, handle)
-        picked = _picked(entry, names, columns)
         body = handle
-        if byte_range.start or byte_range.stop >= 0:
+        is_whole = part.start == 0 and part.stop < 0
+        if not is_whole:
             start, stop = (
                 _line_start(handle, at) if at > first else first
-                for at in (
-                    byte_range.start,
-                    byte_range.stop if byte_range.stop >= 0 else entry.size,
-                )
+                for at in (part.start, part.stop if part.stop >= 0 else entry.size)
             )
             handle.seek(start)
             body = cast(BinaryIO, io.BufferedReader(Window(handle, start, stop - start), 1 << 20))
             if start >= stop:
                 return
-        types = {
-            own: _kind(columns[name].kind) if typed else pa.string() for name, own in picked.items()
-        }
         try:
-            reader = open_csv(
+            for batch in open_csv(
                 pa.PythonFile(body, mode="r"),
                 block_bytes=BLOCK_BYTES,
                 delimiter=delimiter,
                 names=names,
-                types=types,
-                columns=list(types),
-                nulls=NULLS,
-                has_line_ends=byte_range.start == 0 and byte_range.stop < 0,
+                types={name: pa.string() for name in columns},
+                columns=columns,
+                has_line_ends=is_whole,
                 on_invalid_row=lambda row: tally.line(
-                    f"{entry.name}:{_place(row, byte_range)}", BAD_LINE
+                    f"{entry.name}:{_place(row, part)}", BAD_LINE
                 ),
-            )
-            for batch in reader:
-                tally.rows += len(batch)
-                _see_zones(
-                    {
-                        own: (batch.column(i), columns[name].kind)
-                        for i, (name, own) in enumerate(picked.items())
-                    },
-                    entry,
-                    tally,
-                )
-                yield _shaped(
-                    {
-                        name: _shape(
-                            without_nulls(batch.column(i), columns[name].kind == "text"),
-                            columns[name].kind,
-                        )
-                        for i, name in enumerate(picked)
-                    },
-                    columns,
-                    len(batch),
-                )
+            ):
+                rows += len(batch)
+                yield pa.Table.from_batches([batch])
         except pa.ArrowInvalid as error:
             if str(error).startswith("Empty CSV file"):
                 return
-            if typed and "conversion error" in str(error):
-                raise _KindError from None
             why = (
                 "it is not UTF-8 text: convert it (iconv -t UTF-8)"
                 if "UTF8" in str(error)
                 else "it is no CSV, or a quote is left open: get it again"
             )
-            raise ValueError(
-                f"{entry.name}: cannot be read after row {tally.rows}: {why}"
-            ) from None
+            raise ValueError(f"{entry.name}: cannot be read after row {rows}: {why}") from None
 
 
-def _place(row: Any, byte_range: ByteRange) -> str:
-    return (
-        f"line {row.number + 1}"
-        if row.number is not None and not byte_range.start
-        else f"a line after byte {byte_range.start}"
-    )
+def _place(row: Any, part: InputSplit) -> str:
+    if row.number is None or part.start:
+        return f"{part.entry.name}:a line after byte {part.start}"
+    return f"{part.entry.name}:line {row.number + 1}"
 
 
 def _line_start(handle: BinaryIO, at: int) -> int:

@@ -1,7 +1,8 @@
 """Tables with one row a step, cut into episodes.
 
-Rows of a log are contiguous and in the order of time, so a table of any length is read in one pass
-with one episode in memory. To group them by pandas or duckdb would hold or sort the whole table.
+Rows of a log are contiguous and in the order of time, so a table of any length is read with one
+episode in memory, once its few columns that tell where to cut it have been read. To group rows by
+pandas or duckdb would hold or sort the whole table.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from pipeline.prepare.engine.episodes import Episode, UnusableError, matrix, num
 from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS
 from pipeline.prepare.engine.inputs import InputSplit
 from pipeline.prepare.readers.archives import Opener
-from pipeline.prepare.readers.csv_blocks import ByteRange, Column, RowCounts, batches
+from pipeline.prepare.readers.csv_blocks import Column, RowCounts, batches
 
 NUMBER = r"^\s*[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|inf)\s*$"
 WHOLE = r"^\s*[+-]?\d{1,18}(\.0*)?\s*$"
@@ -105,23 +106,21 @@ class CutRules:
         return [(length - both, "train"), (length - test, "validation"), (length, "test")]
 
 
-@dataclass(frozen=True)
-class EpisodeRows:
-    """The rows of one episode.
+class EpisodeRows(NamedTuple):
+    """Which rows of a file are one episode.
 
     Attributes:
         log: name of its log.
         number: in the log.
-        first: its first row in the file, counted from 1.
-        rows: the steps.
+        start, stop: its rows in the file, counted from 0.
         last: its log ends with it.
         split: of the episode, or "".
     """
 
     log: str
     number: int
-    first: int
-    rows: pa.Table
+    start: int
+    stop: int
     last: bool
     split: str
 
@@ -134,7 +133,7 @@ def tables(
     Raises ValueError for a line that is no row, since it may belong to any episode.
     """
     tally = RowCounts()
-    for batch in batches(ByteRange("", (input_split.entry,)), columns, opener, tally):
+    for batch in batches(input_split, columns, opener, tally):
         if tally.bad:
             break
         yield pa.table(
@@ -160,146 +159,94 @@ def _numbers(column: Any) -> pa.Array:
     return array.cast(pa.float64(), safe=False).fill_null(float("nan"))
 
 
-def lengths(input_split: InputSplit, roles: ColumnRoles, opener: Opener) -> list[int]:
-    """Return the number of rows of each log of a file: a pass over one column."""
-    name = roles.episode or roles.observations[0]
-    out: list[int] = []
-    for _, a, b, is_new in _runs(
-        tables(input_split, {name: roles.columns()[name]}, opener), roles.episode
-    ):
-        out += [0] if is_new else []
-        out[-1] += b - a
+def find_episodes(
+    input_split: InputSplit, name: str, roles: ColumnRoles, rules: CutRules, opener: Opener
+) -> list[EpisodeRows]:
+    """Find the episodes of a file, by the columns of logs, ends and splits alone.
+
+    A log is cut at its ends (where no column names its episodes), where its split changes, at its
+    shares of splits, and every ``rules.steps`` rows from there.
+
+    Args:
+        name: of the log, where no column names it.
+
+    Raises:
+        ValueError: a log whose rows are not contiguous, or that has no name.
+    """
+    done = "" if roles.episode else roles.done
+    told = dict.fromkeys(filter(None, (roles.episode, roles.split, done)))
+    columns = roles.columns()
+    rows, blocks = 0, list[pa.Table]()
+    read = {one: columns[one] for one in told or roles.observations[:1]}
+    for table in tables(input_split, read, opener):
+        rows += len(table)
+        blocks.append(pa.table({one: table[one].dictionary_encode() for one in told}))
+    if not rows:
+        return []
+    found = pa.concat_tables(blocks).unify_dictionaries()
+    cuts, splits = np.empty(0, dtype=np.int64), list[str]()
+    split_codes = np.empty(0, dtype=np.int64)
+    if done:
+        codes, texts = dictionary_codes(found[done])
+        cuts = np.flatnonzero(np.append(_true(texts), False)[codes]) + 1
+    if roles.split:
+        codes, texts = dictionary_codes(found[roles.split])
+        splits = [_split(text) for text in [*texts.to_pylist(), None]]  # code -1 is the last one
+        split_codes = np.array([splits.index(split) for split in splits])[codes]
+        cuts = np.append(cuts, np.flatnonzero(np.diff(split_codes)) + 1)
+    out = list[EpisodeRows]()
+    for log, first, end in _logs(found, rows, name, input_split.name, roles):
+        has_shares = rules.validation + rules.test > 0
+        shares = rules.bounds(end - first) if has_shares else []
+        bounds = [(first + stop, split) for stop, split in shares]
+        inner = cuts[(cuts > first) & (cuts < end)].tolist()
+        spans = pairwise(sorted({first, end, *inner, *(stop for stop, _ in bounds)}))
+        starts = [row for a, b in spans for row in range(a, b, rules.steps or b - a)]
+        for number, (a, b) in enumerate(pairwise([*starts, end])):
+            split = next((split for stop, split in bounds if a < stop), "")
+            split = splits[split_codes[a]] if splits else split
+            out.append(EpisodeRows(log, number, a, b, b == end, split))
     return out
 
 
-def _runs(source: Iterator[pa.Table], column: str) -> Iterator[tuple[pa.Table, int, int, bool]]:
-    """Yield runs of rows with one id in `column`: (table, start, stop, whether a new log begins).
-
-    Without a column all rows are one log.
-    """
-    before: Any = source  # what no id is
-    for table in source:
-        if not len(table):
-            continue
-        cuts = [0, len(table)]
-        if column:
-            codes, _ = dictionary_codes(table[column])
-            cuts[1:1] = (np.flatnonzero(codes[1:] != codes[:-1]) + 1).tolist()
-        for a, b in pairwise(cuts):
-            own = table[column][a].as_py() if column else None
-            yield table, a, b, own != before
-            before = own
-
-
-class EpisodeCutter:
-    """Cuts rows into episodes.
-
-    `counted`: rows of each log, needed where shares of a log are cut. Raises ValueError for a log
-    whose rows are not contiguous, or that has no name.
-    """
-
-    def __init__(
-        self,
-        input_split: InputSplit,
-        name: str,
-        roles: ColumnRoles,
-        rules: CutRules,
-        counted: list[int] | None,
-    ):
-        self.input_split = input_split
-        self.name = name
-        self.roles = roles
-        self.rules = rules
-        self.counted = counted
-        self.held: list[pa.Table] = []
-        self.seen: set[str] = set()
-        self.log, self.row = "", 1
-        self.at = self.size = self.number = self.logs = 0
-        self.ends = False
-        self.split = ""
-
-    def run(self, source: Iterator[pa.Table]) -> Iterator[EpisodeRows]:
-        current, done, splits = None, np.zeros(0, dtype=bool), None
-        for table, a, b, is_new in _runs(source, self.roles.episode):
-            if table is not current:
-                current = table
-                done = (
-                    _true(table[self.roles.done])
-                    if self.roles.done and not self.roles.episode
-                    else np.zeros(len(table), dtype=bool)
-                )
-                splits = (
-                    [_split(text) for text in table[self.roles.split].to_pylist()]
-                    if self.roles.split
-                    else None
-                )
-            if is_new:
-                yield from self._flush(True)
-                self._begin(table[self.roles.episode][a].as_py() if self.roles.episode else None)
-            yield from self._feed(table, a, b, done, splits)
-        yield from self._flush(True)
-
-    def _begin(self, own: str | None) -> None:
-        """Begin another log."""
-        if self.roles.episode and (own is None or not own.strip()):
+def _logs(
+    found: pa.Table, rows: int, name: str, file: str, roles: ColumnRoles
+) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, first row, row after the last) of each log of a file."""
+    if not roles.episode:
+        yield name, 0, rows
+        return
+    codes, texts = dictionary_codes(found[roles.episode])
+    named, seen = [*texts.to_pylist(), None], set[str]()
+    starts = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), rows]
+    for first, end in pairwise(starts):
+        log = (named[codes[first]] or "").strip()
+        if not log:
             raise ValueError(
-                f"{self.input_split.name}: no episode in row {self.row} (column "
-                f"{self.roles.episode!r}); fill it or remove the row"
+                f"{file}: no episode in row {first + 1} (column {roles.episode!r}); fill it or "
+                "remove the row"
             )
-        self.log = (own or "").strip() or self.name
-        if self.log in self.seen:
+        if log in seen:
+            order = f" and {roles.order}" if roles.order else ""
             raise ValueError(
-                f"{self.input_split.name}: the rows of episode {self.log} do not stand together: "
-                f"others lie before row {self.row}; sort the table by {self.roles.episode}"
-                + (f" and {self.roles.order}" if self.roles.order else "")
+                f"{file}: the rows of episode {log} do not stand together: others lie before row "
+                f"{first + 1}; sort the table by {roles.episode}{order}"
             )
-        self.seen.add(self.log)
-        self.at = self.number = 0
-        self.bounds = self.rules.bounds(self.counted[self.logs]) if self.counted is not None else []
-        self.logs += 1
+        seen.add(log)
+        yield log, first, end
 
-    def _feed(
-        self, table: pa.Table, a: int, b: int, done: np.ndarray, splits: list[str] | None
-    ) -> Iterator[EpisodeRows]:
-        while a < b:
-            if self.ends or (splits is not None and self.held and splits[a] != self.split):
-                yield from self._flush(False)
-            if not self.held:
-                self.split = (
-                    splits[a]
-                    if splits is not None
-                    else next((name for stop, name in self.bounds if self.at < stop), "")
-                )
-            stop = min(b, a + self.rules.steps - self.size) if self.rules.steps else b
-            stop = min(
-                stop, a + next((end - self.at for end, _ in self.bounds if self.at < end), b - a)
-            )
-            if done[a:stop].any():
-                stop = a + int(np.argmax(done[a:stop])) + 1
-            if splits is not None:
-                stop = next((i for i in range(a, stop) if splits[i] != self.split), stop)
-            self.held.append(table.slice(a, stop - a))
-            self.size, self.at = self.size + stop - a, self.at + stop - a
-            # a cut waits for the next row: only then it is known not to be where the log ends
-            self.ends = bool(
-                self.size == self.rules.steps
-                or done[stop - 1]
-                or any(self.at == end for end, _ in self.bounds)
-            )
-            a = stop
 
-    def _flush(self, last: bool) -> Iterator[EpisodeRows]:
-        if self.held:
-            yield EpisodeRows(
-                self.log,
-                self.number,
-                self.row,
-                pa.concat_tables(self.held).combine_chunks(),
-                last,
-                self.split,
-            )
-            self.row, self.number = self.row + self.size, self.number + 1
-        self.held, self.size, self.ends = [], 0, False
+def read_episodes(found: list[EpisodeRows], source: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the rows of each episode of a file, with one of them in memory."""
+    rest = pa.table({})
+    for one in found:
+        parts, missing = list[pa.Table](), one.stop - one.start
+        while missing:
+            rest = rest if len(rest) else next(source)
+            parts.append(rest.slice(0, missing))
+            rest = rest.slice(missing)
+            missing -= len(parts[-1])
+        yield pa.concat_tables(parts).combine_chunks()
 
 
 def _split(text: str | None) -> str:
@@ -310,17 +257,16 @@ def _split(text: str | None) -> str:
 
 def _true(column: Any) -> np.ndarray:
     lowered = pc.utf8_lower(pc.utf8_trim_whitespace(column))
-    return np.asarray(
-        pc.is_in(lowered, value_set=pa.array(TRUE)).combine_chunks().to_numpy(zero_copy_only=False)
-    )
+    return np.asarray(pc.is_in(lowered, value_set=pa.array(TRUE)).to_numpy(zero_copy_only=False))
 
 
 # ---------------------------------------------------------------- one episode
 
 
-def episode(stretch: EpisodeRows, roles: ColumnRoles, rules: CutRules, name: str) -> Episode:
+def episode(
+    rows: pa.Table, stretch: EpisodeRows, roles: ColumnRoles, rules: CutRules, name: str
+) -> Episode:
     """Check the steps of an episode and return it. Raises UnusableError with the reason."""
-    rows = stretch.rows
     if stretch.split.startswith("?"):
         raise UnusableError(NO_SPLIT if len(stretch.split) > 1 else "no split")
     terminated = _ended(rows, stretch, roles, rules)

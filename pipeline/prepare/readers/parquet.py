@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -18,6 +18,7 @@ from pipeline.prepare.engine.inputs import (
     InputSplit,
     SplitReader,
     plain_suffix,
+    whole_files,
 )
 from pipeline.prepare.readers.archives import MOST_BYTES, Entry, Opener
 
@@ -31,21 +32,11 @@ def groups(entry: Entry) -> list[int]:
 
     Raises ValueError for a damaged file.
     """
-    if (
-        plain_suffix(entry.name) not in SUFFIXES
-        or entry.offset >= 0
-        or entry.member
-        or entry.name.lower().endswith(SQUEEZED)
-    ):
+    if plain_suffix(entry.name) not in SUFFIXES or not _is_plain(entry):
         return []
     with storage.open_read(entry.uri) as handle:
-        return group_sizes(open_parquet(handle, entry.name))
-
-
-def group_sizes(file: pq.ParquetFile) -> list[int]:
-    """Return the bytes of each row group."""
-    about = file.metadata
-    return [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
+        about = open_parquet(handle, entry.name).metadata
+        return [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
 
 
 def row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[InputSplit]:
@@ -59,18 +50,21 @@ def row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[In
     return out
 
 
-def split_files(listed: InputFiles, most: int) -> list[InputSplit]:
-    """Cut files into input splits of about `most` bytes.
+def split_files(
+    listed: InputFiles,
+    most: int,
+    cut_others: Callable[[InputFiles], list[InputSplit]] = whole_files,
+) -> list[InputSplit]:
+    """Cut Parquet files into input splits of about `most` bytes, and other files by `cut_others`.
 
-    Files in archives, compressed ones and ones without rows stay whole.
+    So are Parquet files in archives, compressed ones and ones without rows.
     """
     out: list[InputSplit] = []
     for (entry, split), sizes in zip(
         listed.files, threaded_map(groups, [entry for entry, _ in listed.files]), strict=True
     ):
-        out += row_groups(entry, split, sizes, most) or [
-            InputSplit(entry.name, split, entry, size=entry.size)
-        ]
+        one = InputFiles([(entry, split)], {}, "")
+        out += row_groups(entry, split, sizes, most) or cut_others(one)
     return out
 
 
@@ -91,13 +85,24 @@ def open_parquet(handle: BinaryIO, name: str) -> pq.ParquetFile:
         return pq.ParquetFile(handle)
 
 
+def _is_plain(entry: Entry) -> bool:
+    """Tell whether a file can be read in parts: it lies in no archive and is not compressed."""
+    return entry.offset < 0 and not entry.member and not entry.name.lower().endswith(SQUEEZED)
+
+
 @contextmanager
 def opened(reading: SplitReader) -> Iterator[pq.ParquetFile]:
     """Open the file of an input split. Raises ValueError for a damaged one."""
+    entry = reading.input_split.entry
     with reading.open() as handle:
-        is_cut = reading.input_split.stop >= 0
-        stored = handle if is_cut else io.BytesIO(handle.read(MOST_BYTES))
-        with naming_damage(reading.input_split.name):
+        stored = handle
+        if not _is_plain(entry):
+            stored = io.BytesIO(handle.read(MOST_BYTES + 1))
+            if len(stored.getbuffer()) > MOST_BYTES:
+                raise ValueError(
+                    f"{entry.name}: more than {MOST_BYTES >> 20} MiB in an archive; unpack it"
+                )
+        with naming_damage(entry.name):
             yield pq.ParquetFile(stored)
 
 
@@ -112,7 +117,7 @@ def schema(input_split: InputSplit) -> pa.Schema:
 
 
 def batches(
-    reading: SplitReader, columns: list[str] | None = None
+    reading: SplitReader, columns: list[str] | None = None, most_rows: int = BATCH_ROWS
 ) -> Iterator[tuple[int, pa.Table]]:
     """Yield (rows of the file before them, rows) of an input split, in order."""
     start, stop = reading.input_split.start, reading.input_split.stop
@@ -122,7 +127,7 @@ def batches(
         held = sizes[start:stop] if stop >= 0 else sizes
         row = sum(group.num_rows for group in sizes[:start])
         widest = max((group.total_byte_size // max(1, group.num_rows) for group in held), default=0)
-        rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, widest)))
+        rows = max(1, min(most_rows, BATCH_BYTES // max(1, widest)))
         for batch in file.iter_batches(
             rows, list(range(start, stop)) if stop >= 0 else None, columns
         ):
