@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +26,10 @@ from pipeline.data.stream import check_bad_row_budget, map_items
 from pipeline.io import atomic_folder, checksums, s3, storage
 from pipeline.train import fit_components
 
-TASK_ROWS, TASK_BYTES = 8192, 16 << 20
-"""Texts of one task: at most so many, of about so many bytes in their files."""
+TASK_ROWS = 8192
+"""Most texts of one task."""
+TASK_BYTES = 16 << 20
+"""About the most bytes that the texts of one task have in their files."""
 PACKED = {name: name for name in ("tokens", "segments", "bytes")}
 """Columns of packed rows, by role."""
 EMPTY = "the text is empty"
@@ -71,8 +74,9 @@ def form_of(
     rows: Selection,
     columns: dict[str, str],
 ) -> str:
-    """The form (`TextWork.form`) that the objective and the rows ask for; looks at the first
-    row.
+    """Return the form (`TextWork.form`) that the objective asks for.
+
+    Where it does not ask for packed rows, the modality is asked about the first row.
     """
     if objective.packed:
         return "packed"
@@ -105,7 +109,7 @@ def make(
     kept = atomic_folder.open_folder(folder)
     left_out = kept["left_out"]
     # the budget may have changed since they were written
-    _check([(row["row"], row["reason"]) for row in left_out], selection, max_bad_rows)
+    _check_budget([(row["row"], row["reason"]) for row in left_out], selection, max_bad_rows)
     files = [storage.join(folder, name) for name in sorted(kept["files"])]
     rows = Selection(manifests.build(files, "parquet", "")) if files else selection
     listed = tuple(LeftOut(split, **row) for row in left_out)
@@ -120,7 +124,9 @@ def _write(
     max_bad_rows: float,
     corpora: tuple[int, ...],
 ) -> None:
-    tasks, run_task = task_ranges(selection, corpora), _Task(selection, work)
+    """Pack or tokenise the texts in Ray tasks, and commit the folder."""
+    tasks = task_ranges(selection, corpora)
+    run_task = _Task(selection, work)
     results = map_items(run_task, tasks) if len(tasks) > 1 else map(run_task, tasks)
     bad: list[tuple[int, str]] = []
     counts = [0] * len(corpora)
@@ -133,21 +139,34 @@ def _write(
             files[name] = Path(scratch, name)
             with s3.naming("write", files[name]):
                 pq.write_table(table, files[name], row_group_size=4096)
-        _check(bad, selection, max_bad_rows)
-        places = selection.manifest.location
-        left_out = [{"row": row, "place": places(row), "reason": why} for row, why in bad]
-        facts = {
+        _check_budget(bad, selection, max_bad_rows)
+        location = selection.manifest.location
+        left_out = [{"row": row, "place": location(row), "reason": why} for row, why in bad]
+        metadata = {
             "split": split,
             "documents": len(selection),
             "corpora": counts,
             "left_out": left_out,
         }
-        atomic_folder.commit_folder(folder, files, facts)
+        atomic_folder.commit_folder(folder, files, metadata)
 
 
-def _check(bad: Iterable[tuple[int, str]], selection: Selection, max_bad_rows: float) -> None:
+def _check_budget(
+    bad: Iterable[tuple[int, str]], selection: Selection, max_bad_rows: float
+) -> None:
+    """Raise TooManyBadRowsError where too many texts cannot be read; empty texts do not count."""
     unreadable = [one for one in bad if one[1] != EMPTY]
     check_bad_row_budget(unreadable, len(selection), max_bad_rows, selection)
+
+
+class TextRange(NamedTuple):
+    """The texts of one task, all of one corpus."""
+
+    corpus: int
+    start: int
+    """Index of the first text in the selection."""
+    stop: int
+    """Index after the last one."""
 
 
 class _Task:
@@ -156,14 +175,14 @@ class _Task:
     def __init__(self, selection: Selection, work: TextWork):
         self.selection, self.work = selection, work
 
-    def __call__(self, span: tuple[int, int, int]) -> tuple[int, pa.Table, list[tuple[int, str]]]:
-        """Corpus, rows of tokens, and (row, reason) of each text that is left out."""
-        work, (corpus, start, stop) = self.work, span
+    def __call__(self, texts: TextRange) -> tuple[int, pa.Table, list[tuple[int, str]]]:
+        """Return the corpus, rows of tokens, and (row, reason) of each text that is left out."""
+        work = self.work
         modality = bundle.build_modality(work.modality)
         assert can_pack(modality)
         roles = (*modality.roles, *modality.optional_roles)
         read = [work.columns[role] for role in roles if role in work.columns]
-        ids = self.selection.ids(np.arange(start, stop))
+        ids = self.selection.ids(np.arange(texts.start, texts.stop))
         columns = list(dict.fromkeys([*read, *work.kept]))
         table = manifests.Reader(self.selection.manifest, columns).take(ids)
         make_rows = modality.pack if work.form == "packed" else modality.tokenize
@@ -171,28 +190,32 @@ class _Task:
         assert made is not None
         rows, reasons = made
         bad = [(int(row), why) for row, why in zip(ids, reasons, strict=True) if why]
-        return corpus, rows, bad
+        return texts.corpus, rows, bad
 
 
-def task_ranges(selection: Selection, corpora: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """(corpus, first index, one past the last) of the texts of every task.
+def task_ranges(selection: Selection, corpora: tuple[int, ...]) -> list[TextRange]:
+    """Return the texts of each task.
 
-    They follow from the files alone, as packed rows do from them.
+    They follow from the files alone, since a packed row holds texts of one task.
     """
     groups = selection.manifest.groups
     bytes_a_row = np.array([group.size / group.rows for group in groups])
-    out, start = [], 0
+    out: list[TextRange] = []
+    start = 0
     for corpus, count in enumerate(corpora):
         end = start + count
         while start < end:
             stop = min(start + TASK_ROWS, end)
             ids = selection.ids(np.arange(start, stop))
             group_of = np.searchsorted(selection.manifest.starts, ids, side="right") - 1
-            held = np.cumsum(bytes_a_row[group_of])
-            parts = int(-(-held[-1] // TASK_BYTES)) or 1
-            shares = held[-1] * np.arange(1, parts) / parts
-            cuts = np.unique(np.searchsorted(held, shares) + 1).clip(max=len(held) - 1)
+            total_bytes = np.cumsum(bytes_a_row[group_of])
+            num_tasks = int(-(-total_bytes[-1] // TASK_BYTES)) or 1
+            shares = total_bytes[-1] * np.arange(1, num_tasks) / num_tasks
+            last_place = len(total_bytes) - 1
+            cuts = np.unique(np.searchsorted(total_bytes, shares) + 1).clip(max=last_place)
             edges = [start, *(start + cuts).tolist(), stop]
-            out += [(corpus, first, last) for first, last in pairwise(edges) if first < last]
+            out += [
+                TextRange(corpus, first, last) for first, last in pairwise(edges) if first < last
+            ]
             start = stop
     return out

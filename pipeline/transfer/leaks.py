@@ -29,15 +29,27 @@ are below: petal width of the irises reaches 0.96, radius of breast tumours 0.91
 Coma Scale for death in intensive care 0.7. A column that was computed from the label reaches 0.99
 to 1.
 """
-ROWS, BINS, FEWEST = 4096, 64, 10
-"""Rows of the sample (equally many of each class), bins of a number, and the fewest rows that a
-class, or each side of a label, must have.
-"""
-MOST_LABELS, SHOWN = 50, 5
+MAX_ROWS = 4096
+"""Rows of the sample, equally many of each class."""
+NUM_BINS = 64
+"""Bins of a number."""
+MIN_CLASS_ROWS = 10
+"""Fewest rows that a class, or each side of a label, must have to be looked at."""
+MAX_LABELS = 50
+"""Labels of a set that are looked at, the first ones."""
+SHOWN = 5
+"""Features that a warning names."""
 
 
 def find_leaks(modality: Modality, spec: Target, rows: Selection, state: State) -> list[Finding]:
-    """Return warnings about features that decide the label. Each label of a set is tried alone."""
+    """Return warnings about features that decide the label. Each label of a set is tried alone.
+
+    Args:
+        modality: The fitted modality, which knows the features.
+        spec: The target.
+        rows: Its training rows.
+        state: The fitted state of its objective.
+    """
     objective = registry.get("objective", spec.objective.name)
     role = next((role for role in ("label", "labels") if role in objective.roles), None)
     if role is None or not has_single_features(modality) or not len(rows):
@@ -46,7 +58,7 @@ def find_leaks(modality: Modality, spec: Target, rows: Selection, state: State) 
     label_columns = [
         columns[one] for one in (*objective.roles, *objective.optional_roles) if one in columns
     ]
-    indices = _indices(rows, label_columns, objective, columns, state, role)
+    indices = _sample(rows, label_columns, objective, columns, state, role)
     inputs = fit_components.fitted_columns(type(modality), objective, columns)
     table = manifests.Reader(rows.manifest, [*dict.fromkeys([*inputs, *label_columns])]).take(
         rows.ids(indices)
@@ -54,11 +66,11 @@ def find_leaks(modality: Modality, spec: Target, rows: Selection, state: State) 
     truth = objective.encode(table, columns, state)[role]
     tasks = {"the label": truth}
     if role == "labels":
-        names = state["labels"][:MOST_LABELS]
+        names = state["labels"][:MAX_LABELS]
         tasks = {f"label {label}": truth[:, k] for k, label in enumerate(names)}
-    common = {name: _common(np.asarray(one, dtype=np.int64)) for name, one in tasks.items()}
+    common = {name: _common_classes(np.asarray(one, dtype=np.int64)) for name, one in tasks.items()}
     usable = {name: classes for name, classes in common.items() if classes.max() >= 1}
-    if not usable:
+    if not usable:  # no task has two classes with enough rows
         return []
     found: dict[str, list[tuple[float, str]]] = {}
     for feature, values in modality.single_features(table, columns):
@@ -70,19 +82,20 @@ def find_leaks(modality: Modality, spec: Target, rows: Selection, state: State) 
 
 
 def _finding(label: str, scores: list[tuple[float, str]], rows: int) -> Finding:
+    """Return the warning about the (balanced accuracy, feature) pairs that decide a label."""
     best = sorted(scores, key=lambda pair: (-pair[0], pair[1]))
     shown = ", ".join(f"{feature} ({score:.3f})" for score, feature in best[:SHOWN])
     more = f" and {len(best) - SHOWN} more" if len(best) > SHOWN else ""
     verb = "nearly decides" if len(best) == 1 else "each nearly decide"
     return Finding(
         f"{shown}{more} alone {verb} {label} (balanced accuracy on {rows:,} training rows; "
-        f"{DECIDES} and above is told): is it made from the "
+        f"{DECIDES} and above is reported): is it made from the "
         "label, or known only after it? Then leave it out: results would mean nothing",
-        True,
+        is_warning=True,
     )
 
 
-def _indices(
+def _sample(
     rows: Selection,
     label_columns: list[str],
     objective,
@@ -90,29 +103,30 @@ def _indices(
     state: State,
     role: str,
 ) -> np.ndarray:
-    """Return the positions of at most ROWS rows: equally many of each class, or evenly spread."""
+    """Return positions of at most MAX_ROWS rows: equally many of each class, or evenly spread."""
     count = len(rows)
-    if count <= ROWS:
+    if count <= MAX_ROWS:
         return np.arange(count)
     if role != "label":
-        return np.unique(np.linspace(0, count - 1, ROWS).astype(np.int64))
+        return np.unique(np.linspace(0, count - 1, MAX_ROWS).astype(np.int64))
     classes = objective.encode(manifests.read_columns(rows, label_columns), columns, state)["label"]
     order = np.random.default_rng(0).permutation(count)
     order = order[np.argsort(classes[order], kind="stable")]
     starts = np.searchsorted(classes[order], np.arange(classes.max() + 2))
-    each = max(FEWEST, ROWS // len(np.unique(classes)))
+    each = max(MIN_CLASS_ROWS, MAX_ROWS // len(np.unique(classes)))
     spans = pairwise(starts)
     kept = np.concatenate([order[start : min(stop, start + each)] for start, stop in spans])
-    if len(kept) > ROWS:
-        kept = np.random.default_rng(1).permutation(kept)[:ROWS]
+    if len(kept) > MAX_ROWS:
+        kept = np.random.default_rng(1).permutation(kept)[:MAX_ROWS]
     return np.sort(kept)
 
 
-def _common(classes: np.ndarray) -> np.ndarray:
-    """Return (n,) classes numbered from 0; -1 for classes that have fewer than FEWEST rows."""
-    kinds, which, counts = np.unique(classes, return_inverse=True, return_counts=True)
-    number = np.where(counts >= FEWEST, np.cumsum(counts >= FEWEST) - 1, -1)
-    return number[which.reshape(-1)] if len(kinds) else classes
+def _common_classes(classes: np.ndarray) -> np.ndarray:
+    """Return (n,) classes numbered from 0; -1 for classes of fewer than MIN_CLASS_ROWS rows."""
+    names, index, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    is_common = counts >= MIN_CLASS_ROWS
+    numbers = np.where(is_common, np.cumsum(is_common) - 1, -1)
+    return numbers[index.reshape(-1)] if len(names) else classes
 
 
 def balanced_accuracies(values: np.ndarray, tasks: list[np.ndarray]) -> list[float]:
@@ -126,23 +140,14 @@ def balanced_accuracies(values: np.ndarray, tasks: list[np.ndarray]) -> list[flo
         Each task's mean recall over its classes.
     """
     half = np.random.default_rng(0).permutation(len(values)) % 2 == 0
-    right = [np.zeros(task.max() + 1) for task in tasks]
-    for learn, judge in ((half, ~half), (~half, half)):
-        bins = _bins(values, learn)
-        for task, hits in zip(tasks, right, strict=True):
-            kinds, known = len(hits), task >= 0
-            cells = np.bincount(
-                bins[learn & known] * kinds + task[learn & known],
-                minlength=(bins.max() + 1) * kinds,
-            ).reshape(-1, kinds)
-            rates = cells / np.maximum(1, cells.sum(0))
-            predicted = np.where(cells.any(1), rates.argmax(1), -1)  # -1: no row in this bin
-            truth = task[judge & known]
-            is_hit = predicted[bins[judge & known]] == truth
-            hits += np.bincount(truth, weights=is_hit, minlength=kinds)
+    hits_of_tasks = [np.zeros(task.max() + 1) for task in tasks]  # by class
+    for fitted, tested in ((half, ~half), (~half, half)):
+        bins = _bins(values, fitted)
+        for task, hits in zip(tasks, hits_of_tasks, strict=True):
+            hits += _hits(bins, task, fitted, tested)
     scores = [
         float((hits / np.bincount(task[task >= 0], minlength=len(hits))).mean())
-        for hits, task in zip(right, tasks, strict=True)
+        for hits, task in zip(hits_of_tasks, tasks, strict=True)
     ]
     if np.issubdtype(values.dtype, np.integer):
         return scores
@@ -152,12 +157,35 @@ def balanced_accuracies(values: np.ndarray, tasks: list[np.ndarray]) -> list[flo
     ]
 
 
+def _hits(bins: np.ndarray, task: np.ndarray, fitted: np.ndarray, tested: np.ndarray) -> np.ndarray:
+    """Return (C,) how many tested rows of each class are predicted right by their bin.
+
+    A bin predicts the class of which it holds the largest share of the fitted rows.
+
+    Args:
+        bins: (n,) the bin of each row.
+        task: (n,) class numbers; -1 for rows that do not count.
+        fitted: (n,) bool, the rows that the prediction is made from.
+        tested: (n,) bool, the rows that are predicted.
+    """
+    num_classes = task.max() + 1
+    fitted = fitted & (task >= 0)
+    tested = tested & (task >= 0)
+    counts = np.bincount(
+        bins[fitted] * num_classes + task[fitted], minlength=(bins.max() + 1) * num_classes
+    ).reshape(-1, num_classes)
+    shares = counts / np.maximum(1, counts.sum(0))
+    predicted = np.where(counts.any(1), shares.argmax(1), -1)  # -1: no fitted row in this bin
+    is_hit = predicted[bins[tested]] == task[tested]
+    return np.bincount(task[tested], weights=is_hit, minlength=num_classes)
+
+
 def _best_threshold(values: np.ndarray, task: np.ndarray) -> float:
     """Return the balanced accuracy of two classes by the best threshold on all rows.
 
     Rows without a value count as wrong. Half of few rows would have too few near the threshold to
-    find it. With FEWEST rows of each class, chance alone does not reach DECIDES: of 10 and 10 rows
-    it separates all once in 90,000 features.
+    find it. With MIN_CLASS_ROWS rows of each class, chance alone does not reach DECIDES: it
+    separates 10 from 10 rows in one of 90,000 features.
     """
     usable = np.isfinite(values) & (task >= 0)
     order = np.argsort(values[usable], kind="stable")
@@ -176,21 +204,21 @@ def _best_threshold(values: np.ndarray, task: np.ndarray) -> float:
     return float(max(rising, falling) / 2)
 
 
-def _bins(values: np.ndarray, learn: np.ndarray) -> np.ndarray:
+def _bins(values: np.ndarray, fitted: np.ndarray) -> np.ndarray:
     """Return (n,) the bin of each row.
 
-    Categories are bins. Numbers are cut at edges from the ``learn`` rows, and missing ones have a
+    Categories are bins. Numbers are cut at edges from the ``fitted`` rows, and missing ones have a
     bin of their own.
     """
     if np.issubdtype(values.dtype, np.integer):
         return values - values.min()
-    there = np.isfinite(values)
-    known = np.unique(values[there & learn])
-    if not len(known):
-        return np.where(there, 1, 0)
-    if len(known) > BINS:
-        known = np.unique(np.quantile(values[there & learn], np.arange(1, BINS) / BINS))
-        edges = known
+    is_present = np.isfinite(values)
+    numbers = values[is_present & fitted]
+    distinct = np.unique(numbers)
+    if not len(distinct):
+        return np.where(is_present, 1, 0)
+    if len(distinct) > NUM_BINS:
+        edges = np.unique(np.quantile(numbers, np.arange(1, NUM_BINS) / NUM_BINS))
     else:
-        edges = (known[1:] + known[:-1]) / 2
-    return np.where(there, np.searchsorted(edges, np.where(there, values, 0.0)) + 1, 0)
+        edges = (distinct[1:] + distinct[:-1]) / 2
+    return np.where(is_present, np.searchsorted(edges, np.where(is_present, values, 0.0)) + 1, 0)

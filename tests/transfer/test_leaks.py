@@ -29,7 +29,7 @@ def message(values: Any, classes: Any) -> float:
 def test_a_number_that_was_cut_into_the_label_is_above_the_threshold(rows, share):
     number = np.random.default_rng(0).normal(size=rows)
     classes = (number > np.quantile(number, 1 - share)).astype(np.int64)
-    if np.bincount(classes).min() < leaks.FEWEST:
+    if np.bincount(classes).min() < leaks.MIN_CLASS_ROWS:
         return
     assert message(number, classes) >= leaks.DECIDES and message(-number, classes) >= leaks.DECIDES
     noisy = np.where(np.random.default_rng(1).random(rows) < 0.2, 1 - classes, classes)
