@@ -23,9 +23,10 @@ from pipeline.train.fit_components import sample
 from pipeline.train.source import SourceStage, data_key
 from pipeline.transfer.targets import TargetStage
 
-MOST_ROWS, MOST_BYTES = 200_000, 4 << 30
-"""The most rows and bytes that are read only to count overlap. ``drop_overlap`` reads all it needs.
-"""
+MOST_ROWS = 200_000
+"""Most rows that are read only to count overlap. ``drop_overlap`` reads all that it needs."""
+MOST_BYTES = 4 << 30
+"""Most bytes that are read only to count overlap."""
 
 SPAN_ROLES = ("start", "seconds")
 """Roles that say which segment of its recording a row is."""
@@ -46,12 +47,12 @@ def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
     if target.spec.drop_overlap == "none":
         return ""
     mode, spec = target.spec.drop_overlap, target.spec.data
-    held = []
+    compared_sources = []
     for _, stage in sorted(sources.items()):
         if stage.splits and stage.spec.data:
-            roles = compared(spec.modality.name, spec.columns, stage.spec.data.columns)
+            roles = compared_roles(spec.modality.name, spec.columns, stage.spec.data.columns)
             record = record_column(spec.modality.name, target.splits.test, stage.splits.train)
-            held.append(
+            compared_sources.append(
                 [
                     data_key(stage.spec.data),
                     stage.splits.fingerprint,
@@ -61,18 +62,21 @@ def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
             )
     kind = registry.get("modality", spec.modality.name)
     near = kind.near_search.settings if mode == "near" and finds_near_rows(kind) else ()
-    further = ["validation"] if _validates_on_sources(target) else []
-    return spec_hash(mode, duplicates.VERSION, *near, held, *further)
+    validation = ["validation"] if _validates_on_sources(target) else []
+    return spec_hash(mode, duplicates.VERSION, *near, compared_sources, *validation)
 
 
-def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
+def compared_roles(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
     """Return the roles by which rows are compared: the input itself, and the second text of pairs.
 
     Many pairs share their first text, so the second is compared where both sides have pairs.
+
+    Args:
+        columns: The column of each role, for each of the data sets that are compared.
     """
     kind = registry.get("modality", modality)
-    has_pairs = "text_pair" in kind.optional_roles
-    if has_pairs and all("text_pair" in named for named in columns):
+    may_have_pairs = "text_pair" in kind.optional_roles
+    if may_have_pairs and all("text_pair" in of_data_set for of_data_set in columns):
         return (*kind.roles, "text_pair")
     return kind.roles
 
@@ -93,10 +97,10 @@ def in_groups(test: Selection, group: str, others: Selection, other_group: str) 
 
     Null and NaN are no group.
     """
-    _, others_have = manifests.codes_of(manifests.read_columns(others, [other_group])[other_group])
-    there = set(map(manifests.value_text, others_have.to_pylist()))
+    _, other_groups = manifests.codes_of(manifests.read_columns(others, [other_group])[other_group])
+    other_names = set(map(manifests.value_text, other_groups.to_pylist()))
     codes, groups = manifests.codes_of(manifests.read_columns(test, [group])[group])
-    is_shared = [manifests.value_text(value) in there for value in groups.to_pylist()]
+    is_shared = [manifests.value_text(value) in other_names for value in groups.to_pylist()]
     is_shared.append(False)  # for rows without a group, whose code is -1
     return np.array(is_shared)[codes]
 
@@ -106,20 +110,21 @@ def bytes_to_read(selection: Selection, modality: str, columns: dict[str, str]) 
 
     Where a column of images or recordings holds paths, the size is estimated from a few files.
     """
-    named = file_columns(registry.get("modality", modality), columns)[:1]
-    kind = selection.manifest.schema.field(named[0]).type if named and len(selection) else pa.null()
+    of_files = file_columns(registry.get("modality", modality), columns)
+    if not of_files or not len(selection):
+        return selection.manifest.size
+    name = of_files[0]
+    kind = selection.manifest.schema.field(name).type
     may_be_uris = arrow_lists.is_text(kind) or pa.types.is_struct(kind)
     if not may_be_uris:
         return selection.manifest.size
-    cells = sample(selection, [named[0]], 16)[named[0]].to_pylist()
+    cells = sample(selection, [name], 16)[name].to_pylist()
     if any(isinstance(cell, dict) and cell.get("bytes") for cell in cells):
         return selection.manifest.size
     uris = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
-    held = [
-        file.content.partition("-")[0]
-        for file in file_identity.identify([uri for uri in uris if uri], "stat", absent_ok=True)
-    ]
-    sizes = [int(size) for size in held if size != file_identity.ABSENT]
+    identities = file_identity.identify([uri for uri in uris if uri], "stat", absent_ok=True)
+    texts = [file.content.partition("-")[0] for file in identities]  # the size, or ABSENT
+    sizes = [int(text) for text in texts if text != file_identity.ABSENT]
     return len(selection) * sum(sizes) // max(1, len(sizes))
 
 
@@ -139,7 +144,7 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
     """
     name, mode, test = target.name, target.spec.drop_overlap, target.splits.test
     columns, notes = target.spec.data.columns, []
-    gone = np.zeros(len(test), dtype=bool)
+    is_left_out = np.zeros(len(test), dtype=bool)
     for source_name, stage in sources.items():
         if stage.splits is None or stage.spec.data is None:
             if mode != "none":
@@ -151,32 +156,34 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
         shared, found = _shared_groups(target, source_name, stage)
         notes += found
         if mode == "group":
-            gone |= shared
+            is_left_out |= shared
     for where, rows, theirs in _rows_of_sources(target, sources):
         duplicated, found = _duplicates(target, rows, theirs, where, folder, mode == "none")
         notes += found
         if mode != "none":
-            gone |= duplicated
+            is_left_out |= duplicated
     own = "its own training rows"
     notes += _duplicates(target, target.splits.train, columns, own, folder, True)[1]
     if target.unlabelled is not None and target.spec.unlabelled is not None:
         rows = target.unlabelled.train
         theirs = target.spec.unlabelled.columns or columns
-        there = {role: at for role, at in theirs.items() if at in rows.manifest.schema.names}
-        notes += _duplicates(target, rows, there, "its rows without labels", folder, True)[1]
+        present = {
+            role: column for role, column in theirs.items() if column in rows.manifest.schema.names
+        }
+        notes += _duplicates(target, rows, present, "its rows without labels", folder, True)[1]
     if mode == "none":
         return Overlap(tuple(notes), test)
-    if gone.all():
+    if is_left_out.all():
         raise ValueError(
             f"targets.{name}.drop_overlap: all {len(test)} test rows also stand in a source and "
             "none is left; take another test split"
         )
     also = "or their group also" if mode == "group" else "also"
     notes.append(
-        f"{name}: {gone.sum()} of {len(test)} test rows left out because they {also} stand in a "
-        f"source (drop_overlap: {mode})"
+        f"{name}: {is_left_out.sum()} of {len(test)} test rows left out because they {also} stand "
+        f"in a source (drop_overlap: {mode})"
     )
-    return Overlap(tuple(notes), test.keep(~gone) if gone.any() else test)
+    return Overlap(tuple(notes), test.keep(~is_left_out) if is_left_out.any() else test)
 
 
 def _validates_on_sources(target: TargetStage) -> bool:
@@ -250,7 +257,11 @@ def _duplicates(
     """Compare the test rows with other rows by their content.
 
     Args:
+        target: The target, whose test rows are compared.
+        rows: The other rows.
+        columns: The column of each role in the other rows.
         where: Description of the other rows.
+        folder: Where the signatures by which rows are compared are kept.
         only_counted: Whether nothing is left out. Large corpora are then not read.
 
     Returns:
@@ -263,26 +274,30 @@ def _duplicates(
         is_source = "source " in where
         note = f"{name}: too many rows to look for its test rows in {where}"
         return np.zeros(len(test), dtype=bool), [note + (advice if is_source else "")]
-    roles, record = compared(modality, own_columns, columns), record_column(modality, test, rows)
+    roles = compared_roles(modality, own_columns, columns)
+    record = record_column(modality, test, rows)
 
     def signatures(selection: Selection, named: dict[str, str]) -> duplicates.RowSignatures:
         read = {role: named[role] for role in (*roles, *SPAN_ROLES) if role in named}
         return duplicates.row_signatures(selection, modality, read, folder, record)
 
-    mine, theirs = signatures(test, own_columns), signatures(rows, columns)
-    same = duplicates.exact_duplicates(mine, theirs)
-    cut = duplicates.same_record(mine, theirs) & ~same
-    like = duplicates.near_duplicates(mine, theirs, modality) & ~same
+    tested, others = signatures(test, own_columns), signatures(rows, columns)
+    is_equal = duplicates.exact_duplicates(tested, others)
+    is_same_record = duplicates.same_record(tested, others) & ~is_equal
+    is_near = duplicates.near_duplicates(tested, others, modality) & ~is_equal
     notes, kind = [], registry.get("modality", modality)
     method = kind.near_search.method if finds_near_rows(kind) else ""
-    if (same | cut | like).any():
-        note = f"{name}: {same.sum()} of {len(test)} test rows also stand in {where}"
-        if cut.any():
-            note += f", {cut.sum()} more as another cut of the same record (column {record})"
-        if like.any():
-            note += f", {like.sum()} more nearly so ({method})"
+    is_duplicate = is_equal | is_same_record
+    if (is_duplicate | is_near).any():
+        note = f"{name}: {is_equal.sum()} of {len(test)} test rows also stand in {where}"
+        if is_same_record.any():
+            note += (
+                f", {is_same_record.sum()} more as another cut of the same record (column {record})"
+            )
+        if is_near.any():
+            note += f", {is_near.sum()} more nearly so ({method})"
         notes.append(note)
-    return (same | cut | like if mode == "near" else same | cut), notes
+    return (is_duplicate | is_near if mode == "near" else is_duplicate), notes
 
 
 def _is_large(test: Selection, rows: Selection, modality: str, columns: dict[str, str]) -> bool:
