@@ -196,7 +196,7 @@ def finetune(
     remake: Remake = "none",
     verbose: bool = False,
 ) -> Outcome:
-    """Fan out the trials of every target from the pretrained bundles, then report. See `run`."""
+    """Fine-tune on every target from the pretrained bundles, then report. See `run`."""
     job = _loaded(job, overrides)
     return run_stages(
         job, ("finetune",), address=address, wait=wait, remake=remake, verbose=verbose
@@ -346,7 +346,7 @@ def _resolve(bundle: str, target: str | None) -> str:
     from pipeline.report import results as results_table
     from pipeline.report import trial_folder
 
-    is_job = any(
+    is_job = bundle.endswith((".yaml", ".yml")) or any(
         storage.exists(storage.join(bundle, name))
         for name in (results_table.FILE, trial_folder.TRIALS)
     )
@@ -496,6 +496,7 @@ def export(
     bundle: str,
     output: str,
     *,
+    target: str | None = None,
     kind: str = "bundle",
     backbone_only: bool = False,
     fps: float | None = None,
@@ -504,8 +505,10 @@ def export(
     """Write a bundle, or prepared episodes, as a folder or file that other libraries open.
 
     Args:
-        bundle: URI of the bundle; for kind ``lerobot``, of a folder of prepared episodes.
+        bundle: URI of the bundle, or of a job's folder: its best network for ``target``; for kind
+            ``lerobot``, of a folder of prepared episodes.
         output: Folder, or file for a state dict.
+        target: Of a job with several targets, the one whose network is written.
         kind: A registered kind of export, in ``pipeline/checkpoints/exports``. ``bundle``: a
             verified copy; ``hugging-face``: a folder that transformers or timm opens; ``onnx`` and
             ``torch-export``: the network as a graph; ``state-dict``: one .safetensors or .pt file.
@@ -535,6 +538,7 @@ def export(
     if fps is not None:
         raise ValueError(f"export: --kind {kind} has no steps a second: leave --fps out")
     use_plugins(plugins)
+    bundle = _resolve(bundle, target)
     written = export_bundle(bundle, output, kind, backbone_only)
     publishing.write_card(bundle, output)
     return written

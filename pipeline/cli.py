@@ -14,15 +14,28 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from pipeline import __version__, api
-from pipeline.config import job_page, listing, plugins, registry, samples
+from pipeline.config import familiar_names, job_page, listing, plugins, registry, samples
 from pipeline.config.schema import DataFormat, Job, JobError, OutputFormat, schema
 from pipeline.config.yaml_loader import field_lines, load, with_lines
 from pipeline.io import signals
 from pipeline.io.ray_environment import prepare_ray
 
+
+class Commands(TyperGroup):
+    """The commands, with the right one named where other tools have another name for it."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        meant = familiar_names.COMMANDS.get(args[0])
+        if meant:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean '{meant}'?")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -275,7 +288,7 @@ def init(
         list[str] | None,
         typer.Option(
             help="A checkpoint to start from: the folder of a bundle or of a Hugging Face model, "
-            "or hf-hub:NAME, timm-hub:NAME. None: one that learns from the data themselves.",
+            "or hf-hub:NAME, timm-hub:NAME; default: a network that learns from the data.",
             metavar="PLACE",
         ),
     ] = None,
@@ -461,9 +474,9 @@ def advise(
 ) -> None:
     """Say which source and technique each target should take, and what to try next.
 
-    It reads the results of one or several jobs and runs nothing. It says `use` where the intervals
-    of the measured and the expected gain over scratch lie above zero, `train from scratch` where
-    those of all techniques lie below, and `not enough evidence` otherwise. Two seeds are needed.
+    It reads the results of one or several jobs and runs nothing. It says "use" where the intervals
+    of the measured and the expected gain over scratch lie above zero, "train from scratch" where
+    those of all techniques lie below, and "not enough evidence" otherwise. Two seeds are needed.
     Pairs of source and technique that were not tried, and targets of a job that has not run, get a
     predicted gain.
 
@@ -628,9 +641,17 @@ EXPORT_KINDS = (
 @app.command()
 def export(
     bundle: Annotated[
-        str, typer.Argument(help="The bundle to export; for lerobot a folder of prepared episodes.")
+        str,
+        typer.Argument(
+            help="A bundle (folder or s3://), or a job's folder: its best network for --target. "
+            "For lerobot a folder of prepared episodes.",
+            metavar="BUNDLE|JOB",
+        ),
     ],
-    output: Annotated[str, typer.Argument(help="Folder, or file for a state dict.")],
+    output: Annotated[
+        str, typer.Argument(help="Folder, or file for a state dict.", metavar="OUTPUT")
+    ],
+    target: TargetName = None,
     kind: Annotated[str, typer.Option(help=EXPORT_KINDS)] = "bundle",
     backbone_only: Annotated[
         bool, typer.Option(help="Leave the head out; names as the model library has them.")
@@ -649,11 +670,17 @@ def export(
     `NAME_classifier.py`. Every export is compared with the bundle on random rows, and refused where
     it gives other numbers.
 
-    Example: `onetomany export BUNDLE clothing-model --kind hugging-face`
+    Example: `onetomany export runs/quickstart model --target clothing --kind hugging-face`
     """
     with _exit_codes():
         text = api.export(
-            bundle, output, kind=kind, backbone_only=backbone_only, fps=fps, plugins=plugin or ()
+            bundle,
+            output,
+            target=target,
+            kind=kind,
+            backbone_only=backbone_only,
+            fps=fps,
+            plugins=plugin or (),
         )
     out.print(text, markup=False, soft_wrap=True)
 
@@ -710,7 +737,7 @@ def prepare(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="An option of the importer; --list shows them.", metavar="KEY=VALUE"
+            "--set", help="An option of the format; --list shows them.", metavar="KEY=VALUE"
         ),
     ] = None,
     resize: Annotated[
@@ -739,7 +766,7 @@ def prepare(
     list_: Annotated[
         bool,
         typer.Option(
-            "--list", help="Show the importers (or NAME alone), what they read and their options."
+            "--list", help="Show the formats (or NAME alone), what they read and their options."
         ),
     ] = False,
     verify: Annotated[

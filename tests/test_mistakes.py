@@ -144,6 +144,49 @@ KEYS = [
         (TECHNIQUES, "techniques: [scratch, {lora: {r: 8}}]"),
         ("techniques.1.lora.r: unknown option of lora; did you mean rank?",),
     ),
+    Mistake(
+        "label as AutoGluon has it",
+        (OBJECTIVE, f"{OBJECTIVE}    label: label\n"),
+        (
+            "targets.films.label: unknown field; did you mean targets.films.data.columns? "
+            "(columns: {text: NAME, label: NAME})",
+        ),
+    ),
+    Mistake(
+        "text_column of the data",
+        (FILMS, f"{FILMS}\n      text_column: text"),
+        ("targets.films.data.text_column: unknown field; did you mean columns? (columns: {text: ",),
+    ),
+    Mistake(
+        "split of the data",
+        (FILMS, f"{FILMS}\n      split: 0.2"),
+        ("targets.films.data.split: unknown field; did you mean split_column or test_fraction?",),
+    ),
+    Mistake(
+        "label_smoothing of train",
+        (TRAIN, "    train: {steps: 4, label_smoothing_factor: 0.1}"),
+        ("did you mean objective: {classification: {label_smoothing: ...}}",),
+    ),
+    Mistake(
+        "max_length of the data",
+        (FILMS, f"{FILMS}\n      max_length: 128"),
+        ("data.max_length: unknown field; did you mean ", "modality: {text: {length: ...}}"),
+    ),
+    Mistake(
+        "time_limit",
+        (TECHNIQUES, f"{TECHNIQUES}\ntime_limit: 600"),
+        ("time_limit: unknown field; train.steps or train.epochs says how long a training is",),
+    ),
+    Mistake(
+        "presets",
+        (TECHNIQUES, f"{TECHNIQUES}\npresets: best_quality"),
+        ("presets: unknown field; sources, techniques and train say what is tried: leave it out",),
+    ),
+    Mistake(
+        "report_to",
+        (TECHNIQUES, f"{TECHNIQUES}\nreport_to: wandb"),
+        ("report_to: unknown field; did you mean tracking?",),
+    ),
 ]
 
 NAMES = [
@@ -192,13 +235,75 @@ NAMES = [
         (OBJECTIVE, f"{OBJECTIVE}    sources: [review]\n"),
         ("unknown source 'review'; did you mean reviews?",),
     ),
+    Mistake(
+        "a technique in capitals",
+        (TECHNIQUES, "techniques: [scratch, LoRA]"),
+        ("techniques.1: unknown technique 'LoRA'; did you mean lora?",),
+    ),
+    Mistake(
+        "a library of techniques",
+        (TECHNIQUES, "techniques: [scratch, peft]"),
+        ("techniques.1: unknown technique 'peft'; did you mean lora or bottleneck?",),
+    ),
+    Mistake(
+        "multiclass",
+        (OBJECTIVE, OBJECTIVE.replace("classification", "multiclass")),
+        ("unknown objective 'multiclass'; did you mean classification?",),
+    ),
+    Mistake(
+        "a baseline of scikit-learn",
+        (TECHNIQUES, f"{TECHNIQUES}\nbaselines: [random_forest]"),
+        ("baselines.0: unknown baseline 'random_forest'; did you mean boosted_trees?",),
+    ),
+    Mistake(
+        "an address of the Hugging Face hub",
+        (BACKBONE, "    backbone: https://huggingface.co/google-bert/bert-base-uncased"),
+        ("did you mean hf-hub:google-bert/bert-base-uncased (published weights)?",),
+    ),
+    Mistake(
+        "a folder of a model",
+        (BACKBONE, "    backbone: ./bert"),
+        (
+            "unknown backbone './bert'; did you mean hf:./bert (a folder of Hugging Face) or bundle:",
+        ),
+    ),
+    Mistake(
+        "a checkpoint as a model of a library",
+        (BACKBONE, "    backbone: transformers/bert-base-uncased"),
+        ("unknown transformers model 'bert-base-uncased'; did you mean hf-hub:bert-base-uncased",),
+    ),
 ]
 
 TYPES = [
     Mistake(
         "one technique in the place of a list",
         (TECHNIQUES, "techniques: lora"),
-        ("techniques: Input should be a valid list (got 'lora')",),
+        ("techniques: Input should be a valid list (got 'lora'); write [lora]",),
+    ),
+    Mistake(
+        "a list of columns",
+        (TARGET_COLUMNS, TARGET_COLUMNS.replace("{text: text, label: label}", "[text, label]")),
+        ("targets.films.data.columns: Input should be a mapping; write columns: {text: NAME, ",),
+    ),
+    Mistake(
+        "the file in the place of the data",
+        (f"    data:\n{FILMS}\n{TARGET_COLUMNS}", "    data: films.csv"),
+        ("targets.films.data: Input should be a mapping (got 'films.csv'); write data: {uri: ",),
+    ),
+    Mistake(
+        "a list of seeds",
+        ("fanout: {seeds: 2}", "fanout: {seeds: [0, 1]}"),
+        ("fanout.seeds: Input should be a valid integer; write one value, not a list",),
+    ),
+    Mistake(
+        "a share with a percent sign",
+        ("test_fraction: 0.3", "test_fraction: 30%"),
+        ("data.test_fraction: ", "(got '30%'); write 0.3"),
+    ),
+    Mistake(
+        "a name of two words",
+        ("name: mine", "name: my job"),
+        ("name: Input should be a name (got 'my job'); use letters, digits, -, _ and .",),
     ),
     Mistake(
         "a rate with a comma",
@@ -310,9 +415,42 @@ FILES = [
     Mistake(
         "a spreadsheet",
         (FILMS, "      uri: films.xlsx"),
-        ("films.xlsx: no files of a known kind (",),
+        ("films.xlsx: no files of a known kind (", "save the sheet as CSV"),
         {"films.xlsx": b"PK"},
         has_line=False,
+    ),
+    Mistake(
+        "a spreadsheet called CSV",
+        None,
+        ("films.csv: it is a spreadsheet or a zip archive by its content, and no text: save the ",),
+        {"films.csv": b"PK\x03\x04\x14\x00"},
+    ),
+    Mistake(
+        "a path below the home folder",
+        (FILMS, "      uri: ~/films.csv"),
+        ("targets.films.data.uri: ~/films.csv: no such file", "; write ${HOME}/films.csv"),
+    ),
+    Mistake(
+        "a path of Windows",
+        (FILMS, "      uri: data\\films.csv"),
+        ("targets.films.data.uri: ", "; write data/films.csv"),
+    ),
+    Mistake(
+        "a data set of the hub",
+        (FILMS, "      uri: stanfordnlp/imdb"),
+        ("the Hugging Face hub: onetomany prepare hf stanfordnlp/imdb -o FOLDER",),
+    ),
+    Mistake(
+        "a blank in the header",
+        None,
+        ("targets.films.data.columns.label: ", "has no column 'label'; did you mean ' label'?"),
+        {"films.csv": csv(header="text, label")},
+    ),
+    Mistake(
+        "a number as a class",
+        None,
+        ("never stands in the training rows; to estimate numbers, say objective: regression",),
+        {"films.csv": csv([(text, f"{i / 7:.6f}") for i, (text, _) in enumerate(ROWS)])},
     ),
     Mistake(
         "a stray file among images",
@@ -572,6 +710,10 @@ def test_an_error_of_a_run_names_the_line_that_was_read(folder, capsys):
         (("predict", "nowhere", "films.csv", "-o", "out"), 2, "nowhere"),
         (("predict", ".", "films.csv", "-o", "out"), 2, "manifest.json"),
         (("export", ".", "out"), 2, "manifest.json"),
+        (("run", "films.csv"), 2, "no job file (.yaml); `onetomany init films.csv` writes one"),
+        (("run", "."), 2, ".: a folder; name the job file (.yaml)"),
+        (("train", "job.yaml"), 2, "No such command 'train'. Did you mean 'run'?"),
+        (("predict", "job.yaml", "films.csv", "-o", "out"), 2, "no trial has finished here"),
         (("techniques", "finetune"), 2, "unknown technique 'finetune'; did you mean full?"),
         (("prepare", "csvs", "films.csv", "-o", "out"), 2, "did you mean csv?"),
     ],

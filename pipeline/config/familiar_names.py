@@ -22,7 +22,12 @@ SAME_THING: dict[str, tuple[str, ...]] = {
     "speaker": ("group", "identity"),
     **dict.fromkeys(("output_dir", "save_dir", "log_dir", "default_root_dir"), ("storage",)),
     **dict.fromkeys(("metrics", "eval_metric", "metric_for_best_model"), ("metric",)),
-    **dict.fromkeys(("method", "methods", "peft", "adapter"), ("techniques", "technique")),
+    **dict.fromkeys(("method", "methods"), ("techniques", "technique")),
+    **dict.fromkeys(("peft", "adapter"), ("techniques", "technique", "lora", "bottleneck")),
+    **dict.fromkeys(("text_column", "label_column", "target_column"), ("columns",)),
+    **dict.fromkeys(("split", "splits"), ("split_column", "test_fraction")),
+    **dict.fromkeys(("limit", "max_samples", "max_train_samples"), ("label_fractions",)),
+    **dict.fromkeys(("report_to", "logger", "loggers"), ("tracking",)),
     **dict.fromkeys(("n_trials", "num_trials", "num_samples"), ("trials",)),
     **dict.fromkeys(("param_space", "search_space", "hyperparameters"), ("search",)),
     **dict.fromkeys(("num_seeds", "n_seeds", "repeats"), ("seeds",)),
@@ -79,6 +84,7 @@ SAME_THING: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("image_classification", "text_classification"), ("classification",)),
     **dict.fromkeys(("sequence_classification", "audio_classification"), ("classification",)),
     **dict.fromkeys(("tabular_classification", "binary", "sentiment"), ("classification",)),
+    **dict.fromkeys(("multiclass", "multi_class", "softmax"), ("classification",)),
     **dict.fromkeys(("multi_label", "multi_label_classification", "bce"), ("multilabel",)),
     **dict.fromkeys(("regressor", "tabular_regression", "mse_loss"), ("regression",)),
     **dict.fromkeys(("speaker_verification", "face_verification"), ("verification",)),
@@ -110,7 +116,7 @@ SAME_THING: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("map_50", "ap50"), ("map50",)),
     **dict.fromkeys(("mask_ap", "segm_map", "ap_mask"), ("mask_map",)),
     **dict.fromkeys(("em", "exact"), ("exact_match",)),
-    **dict.fromkeys(("mean_squared_error", "mse"), ("rmse",)),
+    **dict.fromkeys(("mean_squared_error", "mse", "root_mean_squared_error"), ("rmse",)),
     **dict.fromkeys(("mean_absolute_error", "l1"), ("mae",)),
     **dict.fromkeys(("r2_score", "explained_variance"), ("r2",)),
     **dict.fromkeys(("spearmanr", "rank_correlation"), ("spearman",)),
@@ -123,21 +129,26 @@ SAME_THING: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("log_loss", "nll", "eval_loss"), ("loss",)),
     # techniques and baselines
     **dict.fromkeys(("finetune", "fine_tune", "finetuning", "fine_tuning"), ("full",)),
-    **dict.fromkeys(("full_finetune", "full_fine_tuning"), ("full",)),
+    **dict.fromkeys(("full_finetune", "full_finetuning", "full_fine_tuning"), ("full",)),
     **dict.fromkeys(("feature_extraction", "frozen", "linear", "probe"), ("linear_probe",)),
-    **dict.fromkeys(("freeze", "freeze_backbone", "logistic_regression"), ("linear_probe",)),
+    **dict.fromkeys(("freeze", "freeze_backbone", "head"), ("linear_probe",)),
+    "logistic_regression": ("linear_probe", "bag_of_words", "log_mel_statistics"),
     **dict.fromkeys(("adapters", "houlsby"), ("bottleneck", "lora")),
-    **dict.fromkeys(("random", "random_init", "no_pretraining"), ("scratch",)),
+    "qlora": ("lora",),
+    **dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning"), ("lora", "bottleneck")),
+    **dict.fromkeys(("random", "random_init", "no_pretraining", "from_scratch"), ("scratch",)),
     "stochastic_weight_averaging": ("swa",),
     **dict.fromkeys(("self_training", "pseudo_label"), ("pseudo_labels",)),
     **dict.fromkeys(("xgboost", "lightgbm", "catboost", "gbm"), ("boosted_trees",)),
+    "random_forest": ("boosted_trees",),
+    **dict.fromkeys(("knn", "nearest_neighbours"), ("nearest_pixels", "nearest_steps")),
     **dict.fromkeys(("tfidf", "tf_idf"), ("bag_of_words",)),
     **dict.fromkeys(("dummy", "most_frequent"), ("majority",)),
     **dict.fromkeys(("knn_policy", "vinn"), ("nearest_steps",)),
     # roles of columns
-    **dict.fromkeys(("target", "targets", "y"), ("label", "labels", "tags", "value")),
+    **dict.fromkeys(("target", "targets", "y"), ("label", "labels", "tags", "value", "columns")),
     **dict.fromkeys(("class", "category"), ("label", "labels", "tags")),
-    **dict.fromkeys(("label", "number", "score"), ("value",)),
+    **dict.fromkeys(("label", "number", "score"), ("value", "columns")),
     **dict.fromkeys(("person", "speaker_id", "person_id"), ("identity",)),
     "ner_tags": ("tags",),
     **dict.fromkeys(("sentence", "review", "document", "content"), ("text", "transcript")),
@@ -166,6 +177,11 @@ DIFFERENCES: dict[str, str] = {
     **dict.fromkeys(
         ("warmup_steps", "warmup_epochs"), "warmup is a share of the steps, such as 0.1"
     ),
+    **dict.fromkeys(
+        ("label", "target", "label_column", "text_column", "target_column"),
+        "columns: {text: NAME, label: NAME}",
+    ),
+    "qlora": "with quantize: {lora: {quantize: nf4}}",
 }
 """What the field here has for its value, where that of the other tool is another quantity."""
 
@@ -194,11 +210,34 @@ NOT_NEEDED: dict[str, str] = {
         ".csv has commas and .tsv tabs; onetomany prepare csv reads others: leave it out",
     ),
     **dict.fromkeys(
+        ("time_limit", "max_time"),
+        "train.steps or train.epochs says how long a training is, fanout.select.budget how many "
+        "there are: leave it out",
+    ),
+    **dict.fromkeys(
+        ("presets", "preset", "quality"),
+        "sources, techniques and train say what is tried: leave it out",
+    ),
+    "head": "the head belongs to the objective: leave it out",
+    "stratify": "splits are drawn by chance, label fractions by class: leave it out",
+    "header": "the first line of a CSV file has the names of its columns: leave it out",
+    **dict.fromkeys(
         ("remove_unused_columns", "drop_last", "pin_memory", "push_to_hub"),
         "there is no such choice here: leave it out",
     ),
 }
 """Fields of other tools that nothing here stands for, and why."""
+
+
+COMMANDS = {
+    **dict.fromkeys(("train", "fit", "tune", "experiment"), "run"),
+    **dict.fromkeys(("evaluate", "eval", "test", "results", "leaderboard"), "report"),
+    **dict.fromkeys(("infer", "inference", "transcribe", "classify"), "predict"),
+    **dict.fromkeys(("encode", "features"), "embed"),
+    **dict.fromkeys(("new", "create", "start"), "init"),
+    **dict.fromkeys(("list", "models"), "backbones"),
+}
+"""Commands of other tools, and what does the same here."""
 
 
 def same_thing(name: str) -> tuple[str, ...]:

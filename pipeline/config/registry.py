@@ -536,14 +536,21 @@ def nearest(value: str, valid: Iterable[str], also: Iterable[str] = ()) -> str:
     valid = sorted(valid)
     close = [*close_names(value, valid), *also]
     if close:
-        return f"did you mean {' or '.join(dict.fromkeys(close))}?"
+        return f"did you mean {' or '.join(map(_visible, dict.fromkeys(close)))}?"
     shown = valid if len(valid) <= 20 else [*valid[:20], f"... ({len(valid)} in all)"]
     return f"valid names: {', '.join(shown)}"
+
+
+def _visible(name: str) -> str:
+    """Return a name in quotes where blanks at its ends would not be seen."""
+    return name if name == name.strip() else repr(name)
 
 
 def close_names(value: str, valid: Iterable[str]) -> list[str]:
     """Return the valid names that mean the same in other tools, or else those like the value."""
     valid = sorted(valid)
+    if same := [name for name in valid if name.strip().lower() == value.strip().lower()]:
+        return same
     familiar = [name for name in familiar_names.same_thing(value) if name in valid]
     close = familiar or difflib.get_close_matches(value, valid, n=3, cutoff=0.6)
     return close or [name for name in valid if value.lower() in name.lower()][:3]
@@ -554,6 +561,22 @@ def backbone_advice(name: str) -> str:
 
     The text is the end of an error message: it begins with "; did you mean ..." or ": write ...".
     """
+    meant = backbones_meant(name)
+    advice = f"; did you mean {' or '.join(meant)}?" if meant else ""
+    return (
+        f"{advice or ':'} write library/model, e.g. timm/resnet18, with a library of "
+        f"{', '.join(names('model'))}"
+    )
+
+
+def backbones_meant(name: str) -> list[str]:
+    """Return what a job may call the model that other tools call so, or that lies in this folder.
+
+    The names of libraries come first, then the checkpoint of a hub.
+    """
+    name = name.removeprefix("https://huggingface.co/").strip("/") if "://" in name else name
+    if name.startswith((".", "/", "~")):
+        return [f"hf:{name} (a folder of Hugging Face)", f"bundle:{name}"]
     model = name.rpartition("/")[2].lower()
     libraries = names("model")
     forms = dict.fromkeys((model, model.replace("-", "_"), model.replace("-", "")))
@@ -567,11 +590,7 @@ def backbone_advice(name: str) -> str:
     is_read = any(model.startswith(one) for one in architectures("transformers"))
     if is_read or "/" in name:
         meant.append(f"hf-hub:{name} (published weights)")
-    advice = f"; did you mean {' or '.join(meant)}?" if meant else ""
-    return (
-        f"{advice or ':'} write library/model, e.g. timm/resnet18, with a library of "
-        f"{', '.join(libraries)}"
-    )
+    return meant
 
 
 def entry(kind: str, name: str) -> Entry:

@@ -326,8 +326,10 @@ def _advice(name: str, fields: Iterable[str], at: Path_) -> str:
     fields = list(fields)
     if reason := familiar_names.why_not_needed(name):
         return reason
-    is_here = set(fields) & {*familiar_names.same_thing(name)}
-    advice = registry.nearest(name, fields, () if is_here else _places_of(name, at))
+    meant = familiar_names.same_thing(name)
+    elsewhere = [] if set(fields) & {*meant} else _places_of(name, at) or _options_named(name)
+    # a name that is known from elsewhere is no misspelling of another one
+    advice = registry.nearest(name, () if meant and elsewhere else fields, elsewhere)
     difference = familiar_names.difference(name)
     return f"{advice} ({difference})" if difference else advice
 
@@ -350,6 +352,49 @@ def _places_of(name: str, at: Path_) -> list[str]:
     return []
 
 
+def _options_named(name: str) -> list[str]:
+    """Return how a job says an option of this name, where a component has one."""
+    for one in (name, *familiar_names.same_thing(name)):
+        for kind, form in (
+            ("modality", "modality: {{{}: {{{}: ...}}}}"),
+            ("objective", "objective: {{{}: {{{}: ...}}}}"),
+            ("technique", "techniques: [{{{}: {{{}: ...}}}}]"),
+        ):
+            known = registry.entries(kind)
+            owners = [owner for owner in known if one in known[owner].options.model_fields]
+            if owners:
+                owners = ["full"] if "full" in owners else owners[:3]
+                return [form.format(owner, one) for owner in owners]
+    return []
+
+
+FORMS = {
+    "data": "data: {uri: FILE, modality: text, columns: {text: NAME, label: NAME}}",
+    "columns": "columns: {text: NAME, label: NAME}, a role and its column",
+    "sources": "a name for each source, and its fields below that",
+    "targets": "a name for each target, and its fields below that",
+    "train": "train: {steps: 100}, with a space after each colon",
+    "fanout": "fanout: {seeds: 3}",
+}
+"""What to write where a field is a mapping."""
+
+
+def _remedy(error: Any) -> str:
+    """Return what to write instead of a value of the wrong type, or ""."""
+    value, kind, at = error["input"], error["type"], error["loc"][-1:]
+    if kind == "list_type" and isinstance(value, (str, int, float)):
+        return f"; write [{value}]"
+    if kind in ("dict_type", "model_type") and at and at[0] in FORMS:
+        return f"; write {FORMS[at[0]]}"
+    if kind in ("int_type", "float_type", "string_type") and isinstance(value, list):
+        return "; write one value, not a list"
+    if kind.endswith("_parsing") and re.fullmatch(r"[0-9.]+ ?%", str(value)):
+        return f"; write {float(str(value).rstrip(' %')) / 100:g}"
+    if kind == "string_pattern_mismatch" and at == ("name",):
+        return "; use letters, digits, -, _ and ."
+    return ""
+
+
 def _describe_error(error: Any) -> str:
     """Return what pydantic says of a value, in our words."""
     value, kind = error["input"], error["type"]
@@ -359,10 +404,14 @@ def _describe_error(error: Any) -> str:
     if kind == "missing":
         return "this field is required"
     message = error["msg"].removeprefix("Value error, ")
+    if kind in ("dict_type", "model_type"):
+        message = "Input should be a mapping"
+    elif kind == "string_pattern_mismatch" and error["loc"] == ("name",):
+        message = "Input should be a name"
     is_named = repr(value) in message
     if is_named or isinstance(value, (dict, list)) or error["loc"][-1:] == ("[key]",):
-        return message
-    return f"{message} (got {value!r})"
+        return message + _remedy(error)
+    return f"{message} (got {value!r}){_remedy(error)}"
 
 
 def _union_problems(error: ValidationError) -> list[tuple[Path_, str]]:
@@ -420,7 +469,9 @@ def _component_problems(kind: str, raw: Json, path: Path_) -> list[tuple[Path_, 
             return [(at, str(error))]
         plain, tag = registry.split_tag(name)
         if plain.partition("/")[2] not in known:
-            return [(at, f"unknown {library} model {model!r}; {registry.nearest(model, known)}")]
+            also = registry.backbones_meant(model) if library in ("hf", "transformers") else ()
+            advice = registry.nearest(model, known, also)
+            return [(at, f"unknown {library} model {model!r}; {advice}")]
         if tag and tag not in (tags := registry.tags(plain)):
             return [(at, f"{plain} has no weights tagged {tag!r}; {registry.nearest(tag, tags)}")]
         name = library
@@ -547,7 +598,15 @@ def _uri_problem(uri: str, folder: Path, elsewhere: bool, globs: bool = True) ->
         return str(error)
     if found:
         return ""
-    return f"{uri}: no such {'file, folder or glob' if globs else 'path'} (looked for {place})"
+    advice = ""
+    if uri.startswith("~/"):
+        advice = f"; write ${{HOME}}{uri[1:]}"
+    elif "\\" in uri:
+        advice = f"; write {uri.replace(chr(92), '/')}"
+    elif globs and re.fullmatch(r"[\w-]+(/[\w-]+)?", uri) and not Path(place).parent.exists():
+        advice = f"; a data set of the Hugging Face hub: onetomany prepare hf {uri} -o FOLDER"
+    kind = "file, folder or glob" if globs else "path"
+    return f"{uri}: no such {kind} (looked for {place}){advice}"
 
 
 def _role_problems(rows: JsonObject, objective: Json, at: Path_) -> list[tuple[Path_, str]]:
@@ -927,10 +986,15 @@ def with_lines(path: str | Path, message: str, fields: Mapping[str, int]) -> str
 def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool) -> JsonObject:
     """Return a job file as an overridden mapping without mistakes, its places as written."""
     problems: list[tuple[int, str]] = []
+    if path.suffix in (".csv", ".tsv", ".parquet", ".jsonl"):
+        text = f"{path}: no job file (.yaml); `onetomany init {path}` writes one for these data"
+        raise JobError([text])
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise JobError([f"{path}: no such job file"]) from None
+    except IsADirectoryError:
+        raise JobError([f"{path}: a folder; name the job file (.yaml)"]) from None
     except (UnicodeDecodeError, OSError) as error:
         raise JobError([f"{path}: cannot be read as UTF-8 text: {error}"]) from None
     data, lines = _read(text, problems)

@@ -211,7 +211,7 @@ def to_parquet(
     if not pairs or kinds == {""}:
         raise ValueError(
             f"{', '.join(uris)}: no files of a known kind ({', '.join(sorted(FORMATS))}, and "
-            f"compressed {', '.join(CODECS)}); set data.format"
+            f"compressed {', '.join(CODECS)}); {_remedy(pairs)}"
         )
     if len(kinds) > 1:
         raise ValueError(_several_kinds(uris, pairs))
@@ -274,6 +274,18 @@ def to_parquet(
             {"images": "image", "audio": "audio"}.get(kind, ""),
         ),
     )
+
+
+def _remedy(pairs: list[tuple[str, str]]) -> str:
+    """Return what to do about files of no known kind."""
+    suffix = PurePosixPath(storage.file_name(pairs[0][0]).lower()).suffix if pairs else ""
+    if suffix in (".xlsx", ".xls", ".ods"):
+        return "save the sheet as CSV"
+    if suffix in (".pkl", ".pickle", ".npy", ".npz", ".feather", ".arrow", ".h5", ".pt"):
+        return "write it as Parquet, for example with pandas: DataFrame.to_parquet"
+    if suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
+        return "unpack it, or let onetomany prepare read it (see prepare --list)"
+    return "set data.format"
 
 
 def _several_kinds(uris: list[str], pairs: list[tuple[str, str]]) -> str:
@@ -659,8 +671,13 @@ def _blank(line: bytes) -> bool:
 
 def _marked(file: str, start: bytes) -> bytes:
     """Strip the byte order mark of UTF-8 from a file's first bytes. Raises ValueError for
-    UTF-16.
+    UTF-16, and for archives and spreadsheets.
     """
+    if start.startswith(b"PK\x03"):
+        raise ValueError(
+            f"{file}: it is a spreadsheet or a zip archive by its content, and no text: save the "
+            "sheet as CSV, or unpack it"
+        )
     if start.startswith(WIDE):
         raise ValueError(
             f"{file}: the file is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"

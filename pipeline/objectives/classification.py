@@ -186,9 +186,12 @@ class Classification(Objective):
         if found.null_count:
             unknown = column.filter(pc.is_null(found))
             value = unknown[0].as_py()
+            advice = nearest(str(value), state["labels"])
+            if pa.types.is_floating(column.type):
+                advice = f"to estimate numbers, say objective: regression and value: {name}"
             raise ValueError(
-                f"column {name}: label {value!r} never stands in the training rows; "
-                f"{nearest(str(value), state['labels'])} ({len(state['labels'])} known)"
+                f"column {name}: label {value!r} never stands in the training rows; {advice} "
+                f"({len(state['labels'])} known)"
             )
         return {"label": found.to_numpy().astype(np.int64)}
 

@@ -124,6 +124,13 @@ def start(address: str | None, verbose: bool) -> None:
             f"{what}: {lines[0] if lines else type(error).__name__}; check the address, the "
             "token (RAY_AUTH_TOKEN) and Ray's version"
         ) from error
+    except Exception as error:
+        if type(error) is not Exception:  # Ray raises a plain one where its start takes too long
+            raise
+        raise ClusterError(
+            f"Ray does not start here: {str(error).partition('. ')[0]}; where other programs keep "
+            "this machine busy or fill its memory, wait for them and run again"
+        ) from error
     _is_ours = True
 
 

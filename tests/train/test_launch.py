@@ -459,6 +459,17 @@ def test_a_cluster_that_does_not_answer_is_one_clear_error(asked, monkeypatch, e
     )
 
 
+def test_a_start_of_ray_that_takes_too_long_is_one_clear_error(asked, monkeypatch):
+    """Ray raises a plain exception then."""
+
+    def init(**words):
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr(launch.ray, "init", init)
+    with pytest.raises(ClusterError, match=r"timed out during startup; .* run again$"):
+        launch.start(None, False)
+
+
 # ---------------------------------------------------------------- the error of a rank
 
 
