@@ -25,6 +25,11 @@ class WebServer:
         self.tokens: set[str] = set()
         """Headers `Authorization` of requests for files."""
 
+    def bytes_asked(self) -> int:
+        """Return the sum of the ranges that were asked for."""
+        ranges = re.findall(r"bytes=(\d+)-(\d+)", " ".join(self.requests))
+        return sum(int(end) - int(start) + 1 for start, end in ranges)
+
     def put(self, path: str, data: bytes) -> str:
         """Serve a file and return its address."""
         self.files[path] = data

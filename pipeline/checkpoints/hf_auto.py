@@ -98,12 +98,16 @@ def modality_name(config: HfConfig, wanted: str | None = None) -> str | None:
     return INPUTS.get(reads, "audio")
 
 
-def read(folder: str, config: HfConfig, wanted: str | None = None) -> hf_text.Checkpoint:
+def read(
+    folder: str, config: HfConfig, wanted: str | None = None, values: bool = True
+) -> hf_text.Checkpoint:
     """Return the checkpoint in a folder.
 
     Args:
         config: The content of the folder's config.json.
         wanted: The modality that the job says, for a model of several networks.
+        values: As `hf_text.read_safetensors`. Those of a checkpoint with a head are always read,
+            as the head is compared with its class.
 
     Raises:
         BundleError: Something is missing or does not fit; the message says what to do.
@@ -117,7 +121,8 @@ def read(folder: str, config: HfConfig, wanted: str | None = None) -> hf_text.Ch
     except (ValueError, KeyError) as error:
         reason = error.args[0] if error.args else error
         raise BundleError(f"{storage.join(folder, hf_text.CONFIG)}: {reason}") from None
-    tensors = hf_text.read_weights(folder)
+    has_head = _class_with_head(config)[1] is not None
+    tensors = hf_text.read_weights(folder, values or has_head)
     modality, options = _modality(folder, INPUTS.get(kind.main_input_name, "audio"), made)
     loaded, missing, left = _load(folder, kind, made, tensors)
     model = auto_model.encoder_of(loaded)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -87,6 +88,8 @@ SEQUENCE = "ForSequenceClassification"
 """The class of a linear head on one feature of a row."""
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+MOST_HEADER_BYTES = 100_000_000
+"""Longest header of a safetensors file, by its format."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,12 @@ class Checkpoint:
 # ---------------------------------------------------------------- reading
 
 
-def read(folder: str, config: HfConfig) -> Checkpoint:
+def read(folder: str, config: HfConfig, values: bool = True) -> Checkpoint:
     """Return the checkpoint in a folder.
 
     Args:
         config: The content of the folder's config.json.
+        values: As `read_safetensors`.
 
     Raises:
         BundleError: Something is missing or does not fit; the message says what to do.
@@ -128,13 +132,13 @@ def read(folder: str, config: HfConfig) -> Checkpoint:
         raise BundleError(f"{storage.join(folder, CONFIG)}: {error}") from None
     weights = weight_files(folder)
     if family == "wav2vec2":
-        return _speech(folder, config, built, _weights(folder, weights))
+        return _speech(folder, config, built, _weights(folder, weights, values))
     if not storage.exists(storage.join(folder, TOKENIZER)):
         raise BundleError(
             f"hf:{folder}: {TOKENIZER} is missing; save the model again with transformers' "
             "save_pretrained, and its tokenizer"
         )
-    tensors = _current_names(_weights(folder, weights), FAMILIES[family][1])
+    tensors = _current_names(_weights(folder, weights, values), FAMILIES[family][1])
     if family == "roberta" and "pooler.dense.weight" not in tensors:
         # RobertaForSequenceClassification has its pooler in the classifier
         tensors = {
@@ -245,25 +249,40 @@ def weight_files(folder: str) -> list[str]:
     return shards
 
 
-def read_weights(folder: str) -> dict[str, Tensor]:
+def read_weights(folder: str, values: bool = True) -> dict[str, Tensor]:
     """Return the tensors in a folder's weight files. Raises BundleError as `weight_files` does."""
-    return _weights(folder, weight_files(folder))
+    return _weights(folder, weight_files(folder), values)
 
 
-def read_safetensors(uri: str) -> dict[str, Tensor]:
+def read_safetensors(uri: str, values: bool = True) -> dict[str, Tensor]:
     """Return the tensors in a file.
 
     A local file is mapped into memory: names and shapes are read now, values when they are used.
+
+    Args:
+        values: False where names and shapes are enough. Of a remote file only the header is then
+            read, and the tensors hold zeros.
     """
-    return storage.read_as(uri, lambda path: load_file(path), load)
+    if values or not storage.is_remote(uri):
+        return storage.read_as(uri, lambda path: load_file(path), load)
+    with storage.open_read(uri) as file:
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), MOST_HEADER_BYTES))
+        size = file.seek(0, os.SEEK_END)
+    # a file of the same size whose other bytes are a hole: it takes no room on disk or in memory
+    with storage.scratch_folder() as folder:
+        path = folder / MODEL
+        path.write_bytes(length + header)
+        os.truncate(path, size)
+        return load_file(path)  # stays mapped when the file is removed
 
 
-def _weights(folder: str, files: list[str]) -> dict[str, Tensor]:
+def _weights(folder: str, files: list[str], values: bool) -> dict[str, Tensor]:
     """Return the tensors in some weight files."""
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= read_safetensors(file)
+            tensors |= read_safetensors(file, values)
         except SafetensorError as error:
             raise BundleError(f"{file}: not a safetensors file ({error}); copy it again") from error
     if files[0] != storage.join(folder, MODEL):

@@ -187,7 +187,10 @@ def _names_family(name: str, family: str) -> bool:
 
 
 def read(
-    text: str, architecture: str | None = None, modality: str | None = None
+    text: str,
+    architecture: str | None = None,
+    modality: str | None = None,
+    values: bool = True,
 ) -> PretrainedCheckpoint:
     """Open a checkpoint.
 
@@ -196,6 +199,8 @@ def read(
             or ``timm-hub:NAME``.
         architecture: The backbone (library/model) that a file is for.
         modality: The modality that the job says, for a checkpoint of several networks (CLIP).
+        values: False where names and shapes are enough, as `hf_text.read_safetensors`. Bundles and
+            files of `torch.save` are read whole.
 
     Raises:
         BundleError: It cannot be used; the message says what to do.
@@ -207,29 +212,29 @@ def read(
         arch, spec = found.manifest.arch, found.manifest.modality
         return PretrainedCheckpoint(text, found.backbone_tensors(), arch, spec, found, drop=())
     if prefix == "file":
-        return _read_weights_file(text, uri, architecture)
+        return _read_weights_file(text, uri, architecture, values)
     if prefix == "file-by-order":
         return _read_by_order(text, uri, architecture)
     if prefix == "hf":
-        return _hugging_face(uri, modality)
+        return _hugging_face(uri, modality, values)
     if prefix == "timm-hub":
         return _timm_hub(uri)
     if prefix == "hf-hub":
-        return replace(_hugging_face(_hub_folder(uri), modality), origin=text)
+        return replace(_hugging_face(_hub_folder(uri), modality, values), origin=text)
     raise BundleError(
         f"{text}: a checkpoint is named bundle:URI, file:PATH, file-by-order:PATH, hf:FOLDER, "
         "hf-hub:NAME or timm-hub:NAME"
     )
 
 
-def _tensors(uri: str) -> dict[str, Tensor]:
+def _tensors(uri: str, values: bool = True) -> dict[str, Tensor]:
     """Return the state dict in a file, opened without running code.
 
     A local file is mapped into memory where its format allows it (`hf_text.read_safetensors`).
     """
     try:
         if uri.endswith(".safetensors"):
-            return hf_text.read_safetensors(uri)
+            return hf_text.read_safetensors(uri, values)
         found = _torch_file(uri)
     except storage.StorageError:
         raise
@@ -294,14 +299,16 @@ def _with_backbone_names(tensors: dict[str, Tensor], architecture: str) -> dict[
     return {f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _read_weights_file(text: str, uri: str, architecture: str) -> PretrainedCheckpoint:
+def _read_weights_file(
+    text: str, uri: str, architecture: str, values: bool
+) -> PretrainedCheckpoint:
     """Read a weights file under the backbone's names.
 
     Raises:
         BundleError: Names do not fit but order and shapes do; the message then names
             ``file-by-order:``.
     """
-    found = _tensors(uri)
+    found = _tensors(uri, values)
     tensors = _with_backbone_names(found, architecture)
     if not architecture.startswith("timm/"):
         return PretrainedCheckpoint(text, tensors)
@@ -513,7 +520,7 @@ def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, st
     return {name: pairs[name] for name in found if name in pairs}
 
 
-def _hugging_face(folder: str, modality: str | None) -> PretrainedCheckpoint:
+def _hugging_face(folder: str, modality: str | None, values: bool) -> PretrainedCheckpoint:
     """Read a folder of transformers or timm."""
     path = storage.join(folder, "config.json")
     if not storage.exists(path):
@@ -525,11 +532,11 @@ def _hugging_face(folder: str, modality: str | None) -> PretrainedCheckpoint:
     if not isinstance(config, dict):
         raise BundleError(f"{path}: not a configuration (a JSON object)")
     if "architecture" in config:
-        return _timm_folder(folder, config)
+        return _timm_folder(folder, config, values)
     if config.get("model_type") in hf_text.FAMILIES:
-        found = hf_text.read(folder, config)
+        found = hf_text.read(folder, config, values)
     else:
-        found = hf_auto.read(folder, config, modality)
+        found = hf_auto.read(folder, config, modality, values)
     return PretrainedCheckpoint(
         f"hf:{folder}",
         found.tensors,
@@ -614,7 +621,7 @@ The input decides them, or the training, or they are of no backbone.
 """
 
 
-def _timm_folder(folder: str, config: dict[str, Any]) -> PretrainedCheckpoint:
+def _timm_folder(folder: str, config: dict[str, Any], values: bool) -> PretrainedCheckpoint:
     """Read a folder as timm.models.save_for_hf writes it.
 
     It has model.safetensors, and config.json with the architecture and pretrained_cfg (input size,
@@ -648,7 +655,7 @@ def _timm_folder(folder: str, config: dict[str, Any]) -> PretrainedCheckpoint:
         )
     arch, modality = _timm_input_spec(f"timm/{architecture}", there)
     arch = replace(arch, options=options)
-    tensors = _with_backbone_names(_tensors(weights), architecture)
+    tensors = _with_backbone_names(_tensors(weights, values), architecture)
     return PretrainedCheckpoint(
         f"hf:{folder}",
         tensors,

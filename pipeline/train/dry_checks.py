@@ -83,7 +83,11 @@ def source(stage: SourceStage) -> PlannedSource | None:
     if text and text.partition(":")[0] in HUBS:
         return None
     spec = stage.spec
-    start = pretrained.read(text, spec.backbone.name, spec.modality_name) if text else None
+    start = (
+        pretrained.read(text, spec.backbone.name, spec.modality_name, values=False)
+        if text
+        else None
+    )
     return _checkpoint(stage, start) if stage.splits is None else _corpus(stage, start)
 
 

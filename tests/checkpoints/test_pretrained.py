@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models.convnext import CNBlockConfig
 from toys import image_rows, label_state, take, task_of
+from web_server import web_server
 
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.checkpoints.bundle import BundleError
@@ -86,6 +87,24 @@ def test_a_state_dict_with_its_wrappers_prefixes(task, plain, tmp_path, prefix, 
 def test_a_local_file_is_mapped_and_not_read_whole(plain, tmp_path, suffix):
     start = pretrained.read(write(plain, tmp_path / f"w{suffix}"), "timm/test_resnet")
     assert str(tmp_path / f"w{suffix}") in Path("/proc/self/maps").read_text() and start.tensors
+
+
+def test_names_and_shapes_of_a_remote_file_need_its_header_alone(plain, tmp_path):
+    text = write({**plain, "fc.weight": torch.randn(40_000, 96)}, tmp_path / "w.safetensors")
+    data = (tmp_path / "w.safetensors").read_bytes()
+    whole = pretrained.read(text, "timm/test_resnet")
+    with web_server() as web:
+        text = f"file:{web.put('w.safetensors', data)}"
+        found = pretrained.read(text, "timm/test_resnet", values=False)
+        assert web.bytes_asked() < 2 << 20 < len(data)
+        web.put("w.safetensors", data[:-1])
+        with pytest.raises(BundleError, match="not a safetensors file"):
+            pretrained.read(text, "timm/test_resnet", values=False)
+
+    def described(start):
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in start.tensors.items()}
+
+    assert described(found) == described(whole) and found.drop == whole.drop
 
 
 def test_a_file_of_before_pytorch_1_6_cannot_be_mapped_and_is_read(task, plain, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from web_server import web_server
 
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
@@ -110,7 +111,7 @@ def test_a_dry_run_sees_what_the_run_would_make(tmp_path, modality):
     assert outcome(foreseen) == outcome(made)
 
 
-def test_a_dry_run_fills_no_network(tmp_path, monkeypatch):
+def test_a_dry_run_fills_no_network_and_reads_no_weights(tmp_path, monkeypatch):
     load_into, devices = PretrainedCheckpoint.load_into, set()
 
     def watched(start, backbone):
@@ -120,7 +121,14 @@ def test_a_dry_run_fills_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(PretrainedCheckpoint, "load_into", watched)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dry_checks.source(source.stage(yaml_loader.load(written(tmp_path)), "s"))
+        written(tmp_path)
+        data = (tmp_path / "w.safetensors").read_bytes()
+        with web_server() as web:
+            uri = web.put("w.safetensors", data)
+            stage = source.stage(yaml_loader.load(written(tmp_path, init=f"file:{uri}")), "s")
+            web.requests.clear()
+            dry_checks.source(stage)
+            assert web.bytes_asked() < len(data)
     assert devices == {"meta"}
 
 
