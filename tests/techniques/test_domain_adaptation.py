@@ -236,7 +236,7 @@ class World:
         return batch_of(self.rows)
 
 
-@pytest.fixture(scope="module", params=ONE_OF_EACH)
+@pytest.fixture(scope="module")
 def world(request):
     return World(request.param)
 
@@ -259,7 +259,11 @@ def adapting_run(technique, rows: Rows, source: Rows, task: Task, *, labelled=Tr
     return run
 
 
-@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+@pytest.mark.parametrize(
+    ("world", "labelled"),
+    [*((modality, False) for modality in ONE_OF_EACH), ("image", True), ("text", True)],
+    indirect=["world"],
+)
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_technique_trains_with_and_without_labels_of_the_target(world, name, labelled):
     """And leaves a task with the names that it got, whose modules are all trained."""

@@ -14,7 +14,8 @@ say what it reads (`INPUTS`), and `score` says the rest::
         ...
 
 A plain function of ``features`` and ``labels`` is a score of classes and label sets, the higher the
-better. A score that cannot be computed from the rows at hand returns NaN, which is shown as
+better. One that compares rows with each other has a parameter ``groups=None`` too (`GROUPS`).
+A score that cannot be computed from the rows at hand returns NaN, which is shown as
 "undefined" and never ranked before a number.
 """
 
