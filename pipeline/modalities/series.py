@@ -28,6 +28,8 @@ CROP, SCALE, JITTER = 0, 1, 2
 """Random streams of a row's key."""
 BINS = THUMB * THUMB
 """Numbers of the small copies by which rows are compared."""
+QUIET = 0.3
+"""Least deviation that a channel is divided by there, as a share of the row's largest one."""
 LEVELS = 255
 """Largest level of a number in them."""
 NAMED = 8
@@ -164,7 +166,13 @@ class Series(Modality):
         """Return 64 signs of random projections, and the averages that are projected.
 
         Each channel of a row is standardised by itself and averaged to as many numbers as make
-        `BINS` of all channels; gains and offsets do not count. Zeros for what cannot be read.
+        `BINS` of all channels; the row's gain and offsets do not count. What cannot be read has
+        averages of one value.
+
+        Measured on the 24 sonars of scitos_wall_following (2026-12-01), 340 windows of 16 steps: of
+        57,630 pairs of different ones none is alike. Found again: with noise of 1 % of a channel's
+        deviation all, of 5 % 0.79, rounded to 0.1 m 0.96; moved by one step none (of windows of 64
+        steps 0.53).
         """
         column = table[columns["series"]]
         thumbs = np.full((len(column), BINS), LEVELS // 2, dtype=np.uint8)
@@ -325,7 +333,9 @@ def _thumbnail(row: np.ndarray) -> np.ndarray:
     mean = np.nan_to_num(row).sum(0) / known.sum(0).clip(min=1)
     centred = np.where(known, row - mean, 0.0)
     std = centred.std(0)
-    channels = torch.from_numpy((centred / np.where(std > 0, std, 1.0)).T.copy())[None]
+    # a channel that hardly varies is not blown up to noise
+    divisor = np.maximum(std, QUIET * std.max())
+    channels = torch.from_numpy((centred / np.where(divisor > 0, divisor, 1.0)).T.copy())[None]
     averages = F.adaptive_avg_pool1d(channels, max(1, BINS // row.shape[1])).reshape(1, 1, -1)
     bins = F.adaptive_avg_pool1d(averages, BINS)[0, 0].numpy()
     largest = np.abs(bins).max() or 1.0

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from contract_rows import pictures, recordings, texts, windows
+from contract_rows import HF_SERIES, pictures, recordings, texts, windows
 from hf_families import FAMILIES
-from toys import label_state, make_run, packed_rows, rows_of, take, text_modality, weights
+from toys import label_state, make_run, packed_rows, rows_of, take, task_of, text_modality, weights
 
 from pipeline.checkpoints import bundle, export, exported_classifier, pretrained
 from pipeline.checkpoints.bundle import BundleError
@@ -508,6 +508,21 @@ def test_older_image_processors_are_read_as_transformers_reads_them(tmp_path):
         edited(place, **wrong)
         with pytest.raises(BundleError, match="levels of pixels are divided by 255 here"):
             pretrained.read(f"hf:{place}")
+
+
+def test_series_are_standardised_again_as_they_were(tmp_path):
+    """transformers has no processor for series; the folder says what it would."""
+    modality = windows().fitted("hf/patchtst")
+    task = task_of(
+        "hf/patchtst", modality.inputs(), "classification", label_state(), config=HF_SERIES
+    )
+    spec = ModalitySpec("series", {"length": 32, "cut": "first", "missing": "last"}, modality.state)
+    bundle.save(str(tmp_path / "b"), task, spec)
+    export.export_bundle(str(tmp_path / "b"), str(tmp_path / "out"), "hugging-face", False)
+    assert pretrained.read(f"hf:{tmp_path / 'out'}").modality == spec
+    edited(tmp_path / "out", mean=[0.0])
+    with pytest.raises(BundleError, match="one for each of 3 channels was expected"):
+        pretrained.read(f"hf:{tmp_path / 'out'}")
 
 
 @pytest.mark.parametrize("family", NO_CLASS_ALONE)
