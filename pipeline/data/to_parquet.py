@@ -283,7 +283,7 @@ def _remedy(pairs: list[tuple[str, str]]) -> str:
         return "save the sheet as CSV"
     if suffix in (".pkl", ".pickle", ".npy", ".npz", ".feather", ".arrow", ".h5", ".pt"):
         return "write it as Parquet, for example with pandas: DataFrame.to_parquet"
-    if suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
+    if suffix in (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"):
         return "unpack it, or let onetomany prepare read it (see prepare --list)"
     return "set data.format"
 

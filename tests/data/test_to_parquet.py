@@ -196,8 +196,7 @@ def test_compression_of_another_kind_and_of_parquet_are_no_kind(tmp_path, import
         (tmp_path / name).write_bytes(bz2.compress(b"one"))
         with pytest.raises(
             ValueError,
-            match=r"no files of a known kind .*, and compressed \.gz, \.zst, \.zstd\); set "
-            r"data\.format",
+            match=r"no files of a known kind .*, and compressed \.gz, \.zst, \.zstd\); unpack it",
         ):
             m.build(str(tmp_path / name), "auto", imports)
 
