@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 import pipeline
 from pipeline import cli
+from pipeline.io.storage import StorageError
 from pipeline.report import matrix, results, winners
 from tests.report.test_report import simulate, write
 
@@ -259,6 +260,8 @@ def test_a_jobs_folder_stands_for_the_bundle_of_its_winner(tmp_path):
     arguments = ["predict", root, "rows.parquet", "--target", "clothing", "-o", f"{root}/out"]
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 2 and "bundles/cl-ga-lp_ft-1.0-2" in done.output
+    with pytest.raises(StorageError, match=r"bundles/cl-ga-lp_ft-1\.0-2"):
+        pipeline.export(root, f"{root}/exported", target="clothing")
 
 
 def test_a_winner_without_a_bundle_is_named_with_the_remedy(tmp_path):
