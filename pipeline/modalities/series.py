@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_lists import floats, is_list, joined, lengths
-from pipeline.core.capabilities import NameDifference, TruncationStats
+from pipeline.core.capabilities import NameDifference
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.inputs import SeriesInputs
 from pipeline.core.ragged import ragged
@@ -187,16 +187,21 @@ class Series(Modality):
     # ------------------------------------------------------------ what is known of the channels
 
     def coverage(self, table, columns) -> str:
-        """Describe which channels of these rows are not known, and which are not there."""
-        return "; ".join(
-            f"{what}: {', '.join(names[:NAMED])}{' and others' if len(names) > NAMED else ''}"
-            for what, names in zip(
-                ("channels that are not there", "channels that are not known and left out"),
-                self._differences(table, columns),
-                strict=True,
-            )
+        """Describe which channels are not known or not there, and how many rows are cut."""
+        differences = self._differences(table, columns)
+        what = ("channels that are not there", "channels that are not known and left out")
+        parts = [
+            f"{one}: {', '.join(names[:NAMED])}{' and others' if len(names) > NAMED else ''}"
+            for one, names in zip(what, differences, strict=True)
             if names
-        )
+        ]
+        rows = self._rows(table, columns).values
+        longer = sum(len(row) > self.options.length for row in rows)
+        if longer:
+            parts.append(
+                f"{longer} of {len(rows)} rows are longer than {self.options.length} steps and cut"
+            )
+        return "; ".join(parts)
 
     def name_differences(self, table, columns) -> list[NameDifference]:
         lacking, unknown = self._differences(table, columns)
@@ -232,14 +237,6 @@ class Series(Modality):
                     found[:, i] = values.mean(), values.std()
             yield f"{name} (mean)", found[0]
             yield f"{name} (standard deviation)", found[1]
-
-    def truncation(self, table, columns) -> TruncationStats:
-        """Count the steps beyond ``length``."""
-        steps = np.array([len(row) for row in self._rows(table, columns).values], dtype=np.int64)
-        lost = np.maximum(steps - self.options.length, 0)
-        return TruncationStats(
-            len(steps), int((lost > 0).sum()), int(steps.sum()), int(lost.sum()), "steps"
-        )
 
     # ------------------------------------------------------------ batches
 
