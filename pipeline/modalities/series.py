@@ -245,7 +245,8 @@ class Series(Modality):
         counts = out.pop("series_lengths") // self.channels
         del out["known_lengths"]
         for name in ("series", "known"):
-            rows = out[name].view(len(counts), -1, self.channels)
+            steps = out[name].shape[1] // self.channels
+            rows = out[name].view(len(counts), steps, self.channels)
             # steps to take from, also where no row has any
             out[name] = F.pad(rows, (0, 0, 0, int(rows.shape[1] == 0)))
         return {**out, "series_lengths": counts}

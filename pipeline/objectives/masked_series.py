@@ -34,8 +34,8 @@ class MaskedSeriesOptions(Options):
 class MaskedSeries(Objective):
     """Masked pretraining on series: predict hidden patches from the others.
 
-    A hidden patch is missing for the backbone; in its place stands the mean of the channel's
-    numbers that are left in the row. A linear layer on the token of the patch predicts how far its
+    A hidden patch is missing for the backbone. In the place of all missing numbers stands the mean
+    of the channel's numbers that are left in the row, whatever option ``missing`` says. A linear layer on the token of the patch predicts how far its
     numbers are from that mean, in standard deviations of the channel. The loss of a row is the mean
     squared error over its hidden numbers that are known. What is hidden follows from the row's key,
     in evaluation too. Rows of which nothing is hidden take no part.
@@ -71,7 +71,8 @@ class MaskedSeries(Objective):
         seen = known & ~hidden
         count = seen.sum(1, keepdim=True).clamp(min=1)
         mean = (series * seen).sum(1, keepdim=True) / count
-        shown = torch.where(hidden, mean, series)
+        # missing numbers were filled in from hidden ones as well
+        shown = torch.where(seen, series, mean)
         found = backbone(batch.replace(series=shown, known=seen), want=("tokens",))
         assert found.tokens is not None
         predicted = self.head(found.tokens).float().view(series.shape)

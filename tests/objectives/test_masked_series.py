@@ -51,7 +51,10 @@ def test_what_is_hidden_is_not_seen(monkeypatch):
         "forward",
         lambda self, b, **words: (seen.append(b), forward(self, b, **words))[1],
     )
-    other = batch.replace(series=torch.where(hidden, 100.0, batch["series"]))
+    # missing numbers are filled in from those of the row, hidden ones too
+    unseen = hidden | ~batch["known"]
+    assert (unseen & ~hidden).any()
+    other = batch.replace(series=torch.where(unseen, 100.0, batch["series"]))
     for one in (batch, other):
         task.objective.predict(task.backbone, one)
     assert torch.equal(seen[0]["series"], seen[1]["series"])
