@@ -35,10 +35,14 @@ class MaskedSeries(Objective):
     """Masked pretraining on series: predict hidden patches from the others.
 
     A hidden patch is missing for the backbone. In the place of all missing numbers stands the mean
-    of the channel's numbers that are left in the row, whatever option ``missing`` says. A linear layer on the token of the patch predicts how far its
-    numbers are from that mean, in standard deviations of the channel. The loss of a row is the mean
-    squared error over its hidden numbers that are known. What is hidden follows from the row's key,
-    in evaluation too. Rows of which nothing is hidden take no part.
+    of the channel's numbers that are left in the row, whatever option ``missing`` says. A linear
+    layer on the token of the patch predicts how far its numbers are from that mean, in standard
+    deviations of the channel. The loss of a row is the mean squared error over its hidden numbers
+    that are known, of channels of which some number is left. What is hidden follows from the row's
+    key, in evaluation too. Rows without such numbers take no part.
+
+    Give the backbone ``scaling: null``: with transformers' default it sees each row without its
+    level and amplitude, and cannot predict numbers in the channel's unit.
     """
 
     metrics = ("loss",)
@@ -76,7 +80,7 @@ class MaskedSeries(Objective):
         found = backbone(batch.replace(series=shown, known=seen), want=("tokens",))
         assert found.tokens is not None
         predicted = self.head(found.tokens).float().view(series.shape)
-        told = known & hidden
+        told = known & hidden & seen.any(1, keepdim=True)
         squares = (predicted - (series - mean)).square() * told
         losses = squares.sum((1, 2)) / told.sum((1, 2)).clamp(min=1)
         return losses, told.any(2).any(1).float()

@@ -9,6 +9,7 @@ from toys import rows_of, take
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
+from pipeline.core.contracts import Batch
 from pipeline.core.specs import ModalitySpec
 from pipeline.modalities.series import Series
 
@@ -37,9 +38,8 @@ def test_lists_of_steps_and_structs_of_channels_are_the_same():
     assert torch.equal(expected["series"], found["series"])
     assert found["series"][0, :5, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert found["known"][0, :, 0].tolist() == [True] * 5 + [False]
-    assert torch.equal(
-        finished(plain, [{"b": BY_NAME["a"], "a": BY_NAME["b"]}])["series"], expected["series"]
-    )
+    _, (reason,) = plain.decode(pa.table({"x": [BY_NAME]}), COLUMNS)
+    assert "in the order of the source's channels, which have no names" in reason
 
 
 def test_state_is_that_of_the_known_numbers():
@@ -85,12 +85,38 @@ def test_training_takes_other_parts_and_changes_the_channels():
     noise = finished(changed, [[0.0] * 2000], True)["series"]
     assert abs(noise.mean()) < 0.05 and noise.std().item() == pytest.approx(0.5, rel=0.05)
     scaled = series(length=5, scale=0.2)
-    rows = finished(scaled, [STEPS_BY_NAME] * 50, True)["series"] * 2 + 1
-    factors = rows[:, :, 0] / torch.tensor(BY_NAME["a"])
-    assert torch.allclose(factors, factors[:, :1].expand(-1, 5), atol=1e-5)
+    plain = finished(scaled, [STEPS_BY_NAME] * 50)["series"]
+    rows = finished(scaled, [STEPS_BY_NAME] * 50, True)["series"]
+    factors = rows[:, 1:, 0] / plain[:, 1:, 0]
+    assert torch.allclose(factors, factors[:, :1].expand(-1, 4), atol=1e-5)
     assert 0.8 <= factors.min() < 0.85 and 1.15 < factors.max() <= 1.2
-    again = finished(scaled, [STEPS_BY_NAME] * 50, True)["series"] * 2 + 1
-    assert torch.equal(again, rows)
+    assert torch.equal(finished(scaled, [STEPS_BY_NAME] * 50, True)["series"], rows)
+
+
+def test_numbers_that_are_large_beside_their_deviation_keep_it():
+    values = 1.7e9 + np.arange(100) / 8
+    table = pa.table({"x": [values.tolist()]})
+    state = Series.fit(registry.get("modality", "series").options_class(), table, COLUMNS, "")
+    assert state["std"] == [pytest.approx(values.std(), rel=1e-5)]
+    found = finished(series(state, length=100), [values.tolist()])["series"][0, :, 0]
+    np.testing.assert_allclose(found, (values - values.mean()) / values.std(), atol=1e-4)
+
+
+def test_most_steps_say_how_many_channels_there_are():
+    table = pa.table({"x": [[[1.0, 2.0]], *[[[1.0, 2.0, 3.0]]] * 9]})
+    state = Series.fit(registry.get("modality", "series").options_class(), table, COLUMNS, "")
+    assert state["mean"] == [1.0, 2.0, 3.0]
+
+
+def test_an_empty_batch_has_its_shapes():
+    made = series(length=5, crop=True, jitter=0.5, scale=0.5)
+    column = pa.array([], pa.list_(pa.list_(pa.float64())))
+    arrays, _ = made.decode(pa.table({"x": column}), COLUMNS)
+    ids = np.zeros(0, dtype=np.int64)
+    batch = Batch(ids, torch.zeros(0, dtype=torch.int64), made.collate(arrays))
+    batch = made.finish(made.augment(batch))
+    assert batch["series"].shape == batch["known"].shape == (0, 5, 2)
+    assert batch["series"].dtype == torch.float32 and batch["known"].dtype == torch.bool
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ def test_the_loss_is_that_of_hidden_known_numbers():
                 one[row, :, channel] for one in (batch["series"], batch["known"], hidden)
             )
             left = x[known & ~gone]
-            mean = left.mean() if len(left) else 0.0
-            differences.append(x[known & gone] - mean)
+            if len(left):
+                differences.append(x[known & gone] - left.mean())
         expected = torch.cat(differences).square().mean()
         torch.testing.assert_close(losses[row], expected, rtol=1e-4, atol=1e-5)
 
