@@ -16,17 +16,17 @@ from pipeline.core.rng import uniform
 from pipeline.core.specs import State
 
 HIDE = 1 << 20
-"""Random stream of the rows' keys, apart from the modality's."""
+"""Random stream of a row's key that draws hidden patches; the modality's streams are others."""
 
 
 class MaskedSeriesOptions(Options):
     share: float = Field(
-        0.4, gt=0, lt=1, description="share of the patches that is hidden (the paper: 0.4)"
+        0.4, gt=0, lt=1, description="probability that a patch is hidden (0.4 in the paper)"
     )
     together: bool = Field(
         True,
-        description="hide a patch in all channels; false: in each channel others, which the "
-        "paper does, and which a network that mixes channels may read off the other ones",
+        description="hide the same patches in all channels; false: draw them for each channel, as "
+        "in the paper, where a network that mixes channels may copy them from the others",
     )
 
 
@@ -77,13 +77,13 @@ class MaskedSeries(Objective):
         mean = (series * seen).sum(1, keepdim=True) / count
         # missing numbers were filled in from hidden ones as well
         shown = torch.where(seen, series, mean)
-        found = backbone(batch.replace(series=shown, known=seen), want=("tokens",))
-        assert found.tokens is not None
-        predicted = self.head(found.tokens).float().view(series.shape)
-        told = known & hidden & seen.any(1, keepdim=True)
-        squares = (predicted - (series - mean)).square() * told
-        losses = squares.sum((1, 2)) / told.sum((1, 2)).clamp(min=1)
-        return losses, told.any(2).any(1).float()
+        features = backbone(batch.replace(series=shown, known=seen), want=("tokens",))
+        assert features.tokens is not None
+        predicted = self.head(features.tokens).float().view(series.shape)
+        is_target = known & hidden & seen.any(1, keepdim=True)
+        squares = (predicted - (series - mean)).square() * is_target
+        losses = squares.sum((1, 2)) / is_target.sum((1, 2)).clamp(min=1)
+        return losses, is_target.any(2).any(1).float()
 
     def loss(self, backbone: Backbone, batch: Batch):
         losses, counts = self._losses(backbone, batch)

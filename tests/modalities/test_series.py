@@ -68,7 +68,7 @@ def test_a_part_of_a_long_row_is_read(cut, first):
         first + 1,
         first + 2,
     ]
-    said = "1 of 1 rows are longer than 3 steps and cut"
+    said = f"1 of 1 rows have more than 3 steps; option cut says which are read ({cut})"
     assert made.coverage(pa.table({"x": [STEPS_BY_NAME]}), COLUMNS) == said
 
 
@@ -156,7 +156,7 @@ def test_columns_of_another_type_are_told(kind, says):
 def test_channels_that_differ_are_named():
     table = pa.table({"x": [{"a": [1.0], "z": [1.0]}]})
     assert series().coverage(table, COLUMNS) == (
-        "channels that are not there: b; channels that are not known and left out: z"
+        "channels that these rows lack (1): b; unknown channels, left out (1): z"
     )
     assert [one.names for one in series().name_differences(table, COLUMNS)] == [("b",), ("z",)]
     means = dict(series().single_features(pa.table({"x": [STEPS_BY_NAME]}), COLUMNS))
