@@ -371,7 +371,7 @@ def test_shards_are_read_as_one_each_once(tmp_path, monkeypatch):
     assert len(shards) > 2 and not (parts / "model.safetensors").exists()
     seen, plain = [], hf_text.read_safetensors
     monkeypatch.setattr(
-        hf_text, "read_safetensors", lambda uri: seen.append(str(uri)) or plain(uri)
+        hf_text, "read_safetensors", lambda uri, *more: seen.append(str(uri)) or plain(uri, *more)
     )
     one, many = pretrained.read(f"hf:{whole}"), pretrained.read(f"hf:{parts}")
     assert sorted(uri.rpartition("/")[2] for uri in seen if "model-" in uri) == shards

@@ -38,6 +38,7 @@ def test_aliases_of_aliases_are_refused(tmp_path):
     assert time.monotonic() - began < 120, "it ends"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["[" * 5000, "a: " + "{b: " * 5000, "a: " + "[" * 5000 + "]" * 5000]
 )

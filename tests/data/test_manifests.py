@@ -1698,6 +1698,7 @@ def test_a_file_that_changes_while_it_is_brought_in_is_refused(tmp_path, imports
     assert not os.path.exists(imports) or not os.listdir(imports)
 
 
+@pytest.mark.slow
 def test_a_csv_of_the_same_size_with_other_labels_is_other_data(tmp_path, imports):
     """Beyond 64 MiB only the first and last 8 MiB counted once."""
     path = tmp_path / "a.csv"

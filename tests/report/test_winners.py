@@ -271,6 +271,7 @@ def test_a_winner_without_a_bundle_is_named_with_the_remedy(tmp_path):
         pipeline.best_bundle(str(tmp_path), "clothing")
 
 
+@pytest.mark.slow
 def test_a_network_with_a_techniques_own_modules_is_exported_as_a_copy(tmp_path):
     rows, runs, curves = plain()
     renamed = [

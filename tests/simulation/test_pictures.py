@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from pipeline.simulation.environment import World
 from pipeline.simulation.experts import Demonstrator, expert
@@ -45,6 +46,7 @@ def test_mujoco_draws_only_where_a_driver_is_named(monkeypatch):
     assert found.frames == [] and len(found.rewards) == 4
 
 
+@pytest.mark.slow
 def test_mujoco_draws_through_egl_where_it_can():
     env = {**os.environ, "MUJOCO_GL": "egl"}
     message = subprocess.run(

@@ -117,6 +117,7 @@ def test_a_target_says_what_its_source_knows_of_its_rows(first):
     )
 
 
+@pytest.mark.slow
 def test_a_source_that_continues_on_another_robot_grows_and_keeps_what_it_has(first, tmp_path):
     _, uri = first
     before = bundle.load(uri)

@@ -91,6 +91,7 @@ def test_a_damaged_table_is_written_again_from_the_records(job, here, caplog):
     assert plain(results.read(job.root)) == plain(before) and len(before) == len(rows)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_a_small_table_is_found_or_changes_nothing(tmp_path):
     rows = [
         ResultRow(

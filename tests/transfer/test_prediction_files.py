@@ -90,6 +90,7 @@ def test_a_decimal_keeps_its_digits_as_a_text():
     assert prediction_files.encode(table, "csv").decode() == "price\n0.10\n"
 
 
+@pytest.mark.slow
 def test_a_cell_of_any_length_is_read(tmp_path):
     long = "x" * (csv.field_size_limit() + 1)
     part = str(tmp_path / "part-00000.csv")

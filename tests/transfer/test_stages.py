@@ -1271,7 +1271,7 @@ def test_near_duplicates_of_other_rows_than_images_are_refused(tmp_path, bundles
     with pytest.raises(
         ValueError,
         match=r"targets\.task\.drop_overlap: near duplicates are found among rows of "
-        r"audio, image, text, these rows are table: say exact",
+        r"audio, image, series, text, these rows are table: say exact",
     ):
         prepared(Job.model_validate(dumped))
 

@@ -105,6 +105,7 @@ def test_a_step_on_a_cpu_has_the_processor_time_of_its_thread(tmp_path, monkeypa
     assert worked < 0.25 <= 0.5 <= waited
 
 
+@pytest.mark.slow
 def test_a_network_that_is_too_large_to_try_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(time_estimate, "MOST_PARAMETERS", 10)
     job = with_source(tmp_path, written(tmp_path / "rows.parquet"))

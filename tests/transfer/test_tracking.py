@@ -205,6 +205,7 @@ def test_a_run_that_goes_on_continues_the_same_runs(ended):
         assert tables.execute(count, (source,)).fetchone() == (3,), "each step once"
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_made_anew_replaces_its_run(ended):
     run(ended)
     first = runs(ended)
@@ -219,6 +220,7 @@ def test_a_trial_that_was_made_anew_replaces_its_run(ended):
     assert second[one.name].data.metrics["gain/accuracy"] == 0.2
 
 
+@pytest.mark.slow
 def test_what_was_cut_off_in_the_middle_is_logged_anew(ended, monkeypatch):
     client(ended)
     from pipeline.transfer.trackers.mlflow import MLflow
@@ -240,6 +242,7 @@ def test_what_was_cut_off_in_the_middle_is_logged_anew(ended, monkeypatch):
     assert len(client(ended).get_metric_history(found["garments"].info.run_id, "loss")) == 3
 
 
+@pytest.mark.slow
 def test_bundles_are_uploaded_where_they_are_asked_for(ended):
     options = {**ended.state.job.tracking.options, "bundles": True}
     config = ComponentConfig(name="mlflow", options=options)
@@ -433,6 +436,7 @@ def test_a_tracker_that_hangs_holds_up_no_job(ended, monkeypatch):
     answers.set()
 
 
+@pytest.mark.slow
 def test_an_error_of_the_job_stops_its_run(ended):
     client(ended)
     with pytest.raises(RuntimeError, match="of the job"), tracking.follow(ended.state):

@@ -131,5 +131,5 @@ def test_search_trials_lie_beside_the_final_ones(tmp_path, vit, paths, ran):
     folders = trial_folder.find_all(job.root).values()
     leaves = [folder.rpartition("-")[0] for folder in folders if "/full/" in folder]
     place = "trials/task/Garments/full/labels-1.0"
-    assert leaves.count(f"{place}/search-seed0") == 2, "two draws, told apart by their ids"
+    assert leaves.count(f"{place}/search-seed1000") == 2, "two draws, told apart by their ids"
     assert leaves.count(f"{place}/seed0") == 1
