@@ -341,7 +341,7 @@ def load_bundle(uri: str, *, plugins: Sequence[str] = ()) -> Bundle:
 
 
 def _resolve(bundle: str, target: str | None) -> str:
-    """Return the bundle, or the best one for a target where a job's folder is given."""
+    """Return the bundle, or the best one for a target where a job (file or folder) is given."""
     from pipeline.io import storage
     from pipeline.report import results as results_table
     from pipeline.report import trial_folder
@@ -374,10 +374,11 @@ def predict(
     """Apply a fine-tuned bundle to new files, with Ray Data.
 
     Args:
-        bundle: URI of the bundle, or of a job's folder: its best network for ``target``.
+        bundle: A fine-tuned bundle; or a job (file or folder), whose best network for ``target``
+            is taken.
         data: Files, folders or globs, local or on S3.
         output: Folder for the files of predictions. Parts that are there already are kept.
-        target: Of a job with several targets, the one to predict.
+        target: The target whose network is taken, for a job with several.
         columns: Role to column, where a column is named otherwise than in training.
         input_format: Of ``data``, as in a job's data.
         format: Of the predictions.
@@ -428,11 +429,11 @@ def embed_files(
     those of `predict`.
 
     Args:
-        bundle: URI of a source's or a fine-tuned bundle, or of a job's folder: its best network for
-            ``target``.
+        bundle: A source's or a fine-tuned bundle; or a job (file or folder), whose best network for
+            ``target`` is taken.
         data: Files, folders or globs, local or on S3.
         output: Folder for the files of features. Parts that are there already are kept.
-        target: Of a job with several targets, the one whose network is taken.
+        target: The target whose network is taken, for a job with several.
         columns: Role to column, where a column is named otherwise than in training.
         input_format: Of ``data``, as in a job's data.
         format: Of the features.
@@ -505,10 +506,10 @@ def export(
     """Write a bundle, or prepared episodes, as a folder or file that other libraries open.
 
     Args:
-        bundle: URI of the bundle, or of a job's folder: its best network for ``target``; for kind
-            ``lerobot``, of a folder of prepared episodes.
+        bundle: A bundle; or a job (file or folder), whose best network for ``target`` is taken; or,
+            for kind ``lerobot``, a folder of prepared episodes.
         output: Folder, or file for a state dict.
-        target: Of a job with several targets, the one whose network is written.
+        target: The target whose network is taken, for a job with several.
         kind: A registered kind of export, in ``pipeline/checkpoints/exports``. ``bundle``: a
             verified copy; ``hugging-face``: a folder that transformers or timm opens; ``onnx`` and
             ``torch-export``: the network as a graph; ``state-dict``: one .safetensors or .pt file.
@@ -521,7 +522,8 @@ def export(
         What was written, in words; for a bundle with the largest difference to it.
 
     Raises:
-        ValueError: There is an export already, or this kind does not read an option.
+        ValueError: There is an export already, or this kind does not read an option; or the job has
+            no results, not this target, or several targets and none is named.
         BundleError: The bundle cannot be written so, or the export gives other numbers.
     """
     from pipeline.checkpoints.export import export_bundle
@@ -529,10 +531,10 @@ def export(
     from pipeline.transfer import publishing
 
     if kind == lerobot_export.KIND:
-        if backbone_only or plugins:
+        if target is not None or backbone_only or plugins:
             raise ValueError(
-                f"export: --kind {kind} writes episodes and no network: leave --backbone-only and "
-                "--plugin out"
+                f"export: --kind {kind} writes episodes and no network: leave --target, "
+                "--backbone-only and --plugin out"
             )
         return lerobot_export.export(bundle, output, fps)
     if fps is not None:

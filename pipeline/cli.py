@@ -25,7 +25,7 @@ from pipeline.io.ray_environment import prepare_ray
 
 
 class Commands(TyperGroup):
-    """The commands, with the right one named where other tools have another name for it."""
+    """Commands; an unknown one that is known from other tools is answered with ours."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         meant = familiar_names.COMMANDS.get(args[0])
@@ -495,15 +495,15 @@ def advise(
 BundleOrJob = Annotated[
     str,
     typer.Argument(
-        help="A fine-tuned bundle (folder or s3://), or a job's folder: its best network for "
-        "--target.",
+        help="A fine-tuned bundle (folder or s3://); or a job (file or folder), whose best network "
+        "for --target is taken.",
         metavar="BUNDLE|JOB",
     ),
 ]
 NewData = Annotated[list[str], typer.Argument(help="Files, folders or globs.", metavar="FILES...")]
 OutputFolder = Annotated[str, typer.Option("-o", "--output", help="Folder for what is written.")]
 TargetName = Annotated[
-    str | None, typer.Option(help="Of a job's folder: the target whose network is taken.")
+    str | None, typer.Option(help="The target whose network is taken, for a job with several.")
 ]
 Columns = Annotated[
     list[str] | None,
@@ -643,8 +643,8 @@ def export(
     bundle: Annotated[
         str,
         typer.Argument(
-            help="A bundle (folder or s3://), or a job's folder: its best network for --target. "
-            "For lerobot a folder of prepared episodes.",
+            help="A bundle (folder or s3://); or a job (file or folder), whose best network for "
+            "--target is taken; or, for kind lerobot, a folder of prepared episodes.",
             metavar="BUNDLE|JOB",
         ),
     ],

@@ -175,7 +175,7 @@ KEYS = [
     Mistake(
         "time_limit",
         (TECHNIQUES, f"{TECHNIQUES}\ntime_limit: 600"),
-        ("time_limit: unknown field; train.steps or train.epochs says how long a training is",),
+        ("time_limit: unknown field; train.steps or train.epochs limits a training, ",),
     ),
     Mistake(
         "presets",
@@ -449,7 +449,7 @@ FILES = [
     Mistake(
         "a number as a class",
         None,
-        ("never stands in the training rows; to estimate numbers, say objective: regression",),
+        ("to estimate numbers, write objective: regression and columns: {value: label}",),
         {"films.csv": csv([(text, f"{i / 7:.6f}") for i, (text, _) in enumerate(ROWS)])},
     ),
     Mistake(
@@ -493,7 +493,7 @@ FILES = [
     Mistake(
         "a label that only the test rows have",
         (f"{FILMS}\n      test_fraction: 0.3", "      train: films.csv\n      test: other.csv"),
-        ("column label: label 'fine' never stands in the training rows; ",),
+        ("column label: label 'fine' is in no training row (2 labels known); ",),
         {"other.csv": csv([*ROWS, ("a fine film", "fine")])},
     ),
     Mistake(

@@ -204,7 +204,7 @@ def carry_head(task: Task, bundle: Bundle) -> str:
     """
     theirs, mine = bundle.manifest.objective, task.objective
     if theirs.name != mine.registered_name:
-        return f"head new: the objective was {theirs.name}, now it is {mine.registered_name}"
+        return f"new head: the objective was {theirs.name}, now it is {mine.registered_name}"
     said = load_head(mine, bundle.head_tensors(), theirs.state.get("labels"))
     if said.startswith("head kept") and rescales_scores(mine) and theirs.state != mine.state:
         mine.take_scale_of(theirs.state)
@@ -224,12 +224,12 @@ def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[s
     if old is not None and new is not None and sorted(old) != sorted(new):
         differ = sorted(set(old) ^ set(new))
         return (
-            f"head new: its labels differ from these ({len(differ)} names, e.g. "
+            f"new head: its labels differ from these ({len(differ)} names, e.g. "
             f"{', '.join(map(str, differ[:4]))})"
         )
     own = mine.state_dict()
     if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
-        return "head new: its options differ"
+        return "new head: its options differ"
     said = "head kept: the same labels"
     if old is not None and new is not None and list(old) != list(new):
         said += ", put into their new order"
@@ -238,7 +238,7 @@ def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[s
             t.dim() and t.shape[0] == len(old) for n, t in tensors.items() if n not in last
         )
         if not last & set(tensors) or others_have_labels:
-            return "head new: its labels are in another order"
+            return "new head: its labels are in another order"
         order = torch.tensor([old.index(name) for name in new])
         tensors = {n: t[order] if n in last else t for n, t in tensors.items()}
     mine.load_state_dict(dict(tensors))
@@ -259,7 +259,7 @@ def carry_tensors(
         How many tensors were loaded, and what was done in words.
     """
     if theirs.name != mine.registered_name:
-        return 0, f"head new: the source's objective was {theirs.name}"
+        return 0, f"new head: the source's objective was {theirs.name}"
     own = mine.state_dict()
     kept = {
         n: t

@@ -32,7 +32,7 @@ from pipeline.io.json_values import JsonObject, as_object
 
 TOWERS = {"image": "vision_config", "text": "text_config", "audio": "audio_config"}
 """Modality to the part of a configuration that describes the network of its rows."""
-INPUTS = {"pixel_values": "image", "input_ids": "text", auto_model.SERIES: "series"}
+INPUTS = {"pixel_values": "image", "input_ids": "text", auto_model.SERIES_INPUT: "series"}
 """Main input of a class to the modality of its rows; other inputs are recordings."""
 SIZES = (
     "vocab_size",
@@ -99,15 +99,15 @@ def modality_name(config: HfConfig, wanted: str | None = None) -> str | None:
 
 
 def read(
-    folder: str, config: HfConfig, wanted: str | None = None, values: bool = True
+    folder: str, config: HfConfig, wanted: str | None = None, names_only: bool = False
 ) -> hf_text.Checkpoint:
     """Return the checkpoint in a folder.
 
     Args:
         config: The content of the folder's config.json.
         wanted: The modality that the job says, for a model of several networks.
-        values: As `hf_text.read_safetensors`. Those of a checkpoint with a head are always read,
-            as the head is compared with its class.
+        names_only: As in `hf_text.read_safetensors`. A checkpoint with a head is read whole all the
+            same: the head's outputs are compared with those of transformers' class.
 
     Raises:
         BundleError: Something is missing or does not fit; the message says what to do.
@@ -122,7 +122,7 @@ def read(
         reason = error.args[0] if error.args else error
         raise BundleError(f"{storage.join(folder, hf_text.CONFIG)}: {reason}") from None
     has_head = _class_with_head(config)[1] is not None
-    tensors = hf_text.read_weights(folder, values or has_head)
+    tensors = hf_text.read_weights(folder, names_only and not has_head)
     modality, options = _modality(folder, INPUTS.get(kind.main_input_name, "audio"), made)
     loaded, missing, left = _load(folder, kind, made, tensors)
     model = auto_model.encoder_of(loaded)
@@ -594,8 +594,8 @@ def _sides(size: Any) -> tuple[int | None, int | None, int | None]:
 def _series(folder: str, config: Any) -> ModalitySpec:
     """Return the series modality of a model.
 
-    Its file of one to many (`_write_processor`) says how numbers are standardised. Without it they
-    are read as they are.
+    preprocessor_config.json, where `export` wrote it (`_write_processor`), holds mean and std.
+    Otherwise numbers are read as they are.
 
     Raises:
         ValueError: The file does not hold a number for each channel.
@@ -607,10 +607,12 @@ def _series(folder: str, config: Any) -> ModalitySpec:
     names: list[str] = state.get("names", [""] * channels)
     has_numbers = all(_are_numbers(state[key], channels) for key in ("mean", "std"))
     if len(names) != channels or not has_numbers:
+        given = [
+            f"{key} {str(found[key])[:60]}" for key in ("mean", "std", "names") if key in found
+        ]
         raise ValueError(
-            f"{folder}: {hf_speech.PREPROCESSOR} says mean {str(state['mean'])[:60]}, std "
-            f"{str(state['std'])[:60]}, names {str(names)[:60]}: one for each of {channels} "
-            "channels was expected"
+            f"{folder}: {hf_speech.PREPROCESSOR} has {', '.join(given)}; each must have {channels} "
+            "values, one for each channel"
         )
     options: JsonObject = {"length": config.context_length}
     options |= {key: found[key] for key in ("cut", "missing") if key in found}

@@ -115,12 +115,12 @@ class Checkpoint:
 # ---------------------------------------------------------------- reading
 
 
-def read(folder: str, config: HfConfig, values: bool = True) -> Checkpoint:
+def read(folder: str, config: HfConfig, names_only: bool = False) -> Checkpoint:
     """Return the checkpoint in a folder.
 
     Args:
         config: The content of the folder's config.json.
-        values: As `read_safetensors`.
+        names_only: As in `read_safetensors`.
 
     Raises:
         BundleError: Something is missing or does not fit; the message says what to do.
@@ -132,13 +132,13 @@ def read(folder: str, config: HfConfig, values: bool = True) -> Checkpoint:
         raise BundleError(f"{storage.join(folder, CONFIG)}: {error}") from None
     weights = weight_files(folder)
     if family == "wav2vec2":
-        return _speech(folder, config, built, _weights(folder, weights, values))
+        return _speech(folder, config, built, _weights(folder, weights, names_only))
     if not storage.exists(storage.join(folder, TOKENIZER)):
         raise BundleError(
             f"hf:{folder}: {TOKENIZER} is missing; save the model again with transformers' "
             "save_pretrained, and its tokenizer"
         )
-    tensors = _current_names(_weights(folder, weights, values), FAMILIES[family][1])
+    tensors = _current_names(_weights(folder, weights, names_only), FAMILIES[family][1])
     if family == "roberta" and "pooler.dense.weight" not in tensors:
         # RobertaForSequenceClassification has its pooler in the classifier
         tensors = {
@@ -249,22 +249,22 @@ def weight_files(folder: str) -> list[str]:
     return shards
 
 
-def read_weights(folder: str, values: bool = True) -> dict[str, Tensor]:
+def read_weights(folder: str, names_only: bool = False) -> dict[str, Tensor]:
     """Return the tensors in a folder's weight files. Raises BundleError as `weight_files` does."""
-    return _weights(folder, weight_files(folder), values)
+    return _weights(folder, weight_files(folder), names_only)
 
 
-def read_safetensors(uri: str, values: bool = True) -> dict[str, Tensor]:
+def read_safetensors(uri: str, names_only: bool = False) -> dict[str, Tensor]:
     """Return the tensors in a file.
 
     A local file is mapped into memory: names and shapes are read now, values when they are used.
 
     Args:
-        values: False where names and shapes are enough. Of a remote file only the header is then
+        names_only: Whether names and shapes are enough. Of a remote file only the header is then
             read, and the tensors hold zeros.
     """
-    if values or not storage.is_remote(uri):
-        return storage.read_as(uri, lambda path: load_file(path), load)
+    if not names_only or not storage.is_remote(uri):
+        return storage.read_as(uri, load_file, load)
     with storage.open_read(uri) as file:
         length = file.read(8)
         header = file.read(min(int.from_bytes(length, "little"), MOST_HEADER_BYTES))
@@ -277,12 +277,12 @@ def read_safetensors(uri: str, values: bool = True) -> dict[str, Tensor]:
         return load_file(path)  # stays mapped when the file is removed
 
 
-def _weights(folder: str, files: list[str], values: bool) -> dict[str, Tensor]:
+def _weights(folder: str, files: list[str], names_only: bool) -> dict[str, Tensor]:
     """Return the tensors in some weight files."""
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= read_safetensors(file, values)
+            tensors |= read_safetensors(file, names_only)
         except SafetensorError as error:
             raise BundleError(f"{file}: not a safetensors file ({error}); copy it again") from error
     if files[0] != storage.join(folder, MODEL):

@@ -111,10 +111,10 @@ class PretrainedCheckpoint:
         if self.bundle:
             return bundle.carry_head(task, self.bundle)
         if name not in self.heads:
-            return f"head new: {self.headless[name]}" if name in self.headless else ""
+            return f"new head: {self.headless[name]}" if name in self.headless else ""
         if getattr(objective.options, "norm", False):
             return (
-                "head new: the checkpoint's has no layer norm before its linear layer (option norm)"
+                "new head: the checkpoint's has no layer norm before its linear layer (option norm)"
             )
         if not self.heads[name]:
             return "no head to carry: the output is the embedding"
@@ -122,7 +122,7 @@ class PretrainedCheckpoint:
         own = set(dict(objective.named_parameters()))
         counters = {n: tensor for n, tensor in objective.state_dict().items() if n not in own}
         done = bundle.load_head(objective, {**counters, **self.heads[name]}, self.labels)
-        if "labels" in objective.state or done.startswith("head new"):
+        if "labels" in objective.state or done.startswith("new head"):
             return done
         return f"head kept: the checkpoint's own for {name}"
 
@@ -190,7 +190,7 @@ def read(
     text: str,
     architecture: str | None = None,
     modality: str | None = None,
-    values: bool = True,
+    names_only: bool = False,
 ) -> PretrainedCheckpoint:
     """Open a checkpoint.
 
@@ -199,8 +199,9 @@ def read(
             or ``timm-hub:NAME``.
         architecture: The backbone (library/model) that a file is for.
         modality: The modality that the job says, for a checkpoint of several networks (CLIP).
-        values: False where names and shapes are enough, as `hf_text.read_safetensors`. Bundles and
-            files of `torch.save` are read whole.
+        names_only: Whether names and shapes are enough. Of a remote safetensors file only the
+            header is then read, and the tensors hold zeros. Bundles, files of `torch.save` and
+            checkpoints of `hf_auto` with a head are read whole.
 
     Raises:
         BundleError: It cannot be used; the message says what to do.
@@ -212,29 +213,29 @@ def read(
         arch, spec = found.manifest.arch, found.manifest.modality
         return PretrainedCheckpoint(text, found.backbone_tensors(), arch, spec, found, drop=())
     if prefix == "file":
-        return _read_weights_file(text, uri, architecture, values)
+        return _read_weights_file(text, uri, architecture, names_only)
     if prefix == "file-by-order":
         return _read_by_order(text, uri, architecture)
     if prefix == "hf":
-        return _hugging_face(uri, modality, values)
+        return _hugging_face(uri, modality, names_only)
     if prefix == "timm-hub":
         return _timm_hub(uri)
     if prefix == "hf-hub":
-        return replace(_hugging_face(_hub_folder(uri), modality, values), origin=text)
+        return replace(_hugging_face(_hub_folder(uri), modality, names_only), origin=text)
     raise BundleError(
         f"{text}: a checkpoint is named bundle:URI, file:PATH, file-by-order:PATH, hf:FOLDER, "
         "hf-hub:NAME or timm-hub:NAME"
     )
 
 
-def _tensors(uri: str, values: bool = True) -> dict[str, Tensor]:
+def _tensors(uri: str, names_only: bool = False) -> dict[str, Tensor]:
     """Return the state dict in a file, opened without running code.
 
     A local file is mapped into memory where its format allows it (`hf_text.read_safetensors`).
     """
     try:
         if uri.endswith(".safetensors"):
-            return hf_text.read_safetensors(uri, values)
+            return hf_text.read_safetensors(uri, names_only)
         found = _torch_file(uri)
     except storage.StorageError:
         raise
@@ -256,14 +257,14 @@ def _tensors(uri: str, values: bool = True) -> dict[str, Tensor]:
 def _torch_file(uri: str) -> object:
     """Return what `torch.save` has written to a file."""
 
-    def of_file(path: str) -> object:
+    def load_path(path: str) -> object:
         can_map = zipfile.is_zipfile(path)  # as PyTorch writes since 1.6
         return torch.load(path, "cpu", weights_only=True, mmap=can_map)
 
-    def of_bytes(data: bytes) -> object:
+    def load_bytes(data: bytes) -> object:
         return torch.load(io.BytesIO(data), "cpu", weights_only=True)
 
-    return storage.read_as(uri, of_file, of_bytes)
+    return storage.read_as(uri, load_path, load_bytes)
 
 
 def _is_mapping(value: object) -> TypeGuard[dict[str, object]]:
@@ -300,7 +301,7 @@ def _with_backbone_names(tensors: dict[str, Tensor], architecture: str) -> dict[
 
 
 def _read_weights_file(
-    text: str, uri: str, architecture: str, values: bool
+    text: str, uri: str, architecture: str, names_only: bool
 ) -> PretrainedCheckpoint:
     """Read a weights file under the backbone's names.
 
@@ -308,7 +309,7 @@ def _read_weights_file(
         BundleError: Names do not fit but order and shapes do; the message then names
             ``file-by-order:``.
     """
-    found = _tensors(uri, values)
+    found = _tensors(uri, names_only)
     tensors = _with_backbone_names(found, architecture)
     if not architecture.startswith("timm/"):
         return PretrainedCheckpoint(text, tensors)
@@ -520,7 +521,7 @@ def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, st
     return {name: pairs[name] for name in found if name in pairs}
 
 
-def _hugging_face(folder: str, modality: str | None, values: bool) -> PretrainedCheckpoint:
+def _hugging_face(folder: str, modality: str | None, names_only: bool) -> PretrainedCheckpoint:
     """Read a folder of transformers or timm."""
     path = storage.join(folder, "config.json")
     if not storage.exists(path):
@@ -532,11 +533,11 @@ def _hugging_face(folder: str, modality: str | None, values: bool) -> Pretrained
     if not isinstance(config, dict):
         raise BundleError(f"{path}: not a configuration (a JSON object)")
     if "architecture" in config:
-        return _timm_folder(folder, config, values)
+        return _timm_folder(folder, config, names_only)
     if config.get("model_type") in hf_text.FAMILIES:
-        found = hf_text.read(folder, config, values)
+        found = hf_text.read(folder, config, names_only)
     else:
-        found = hf_auto.read(folder, config, modality, values)
+        found = hf_auto.read(folder, config, modality, names_only)
     return PretrainedCheckpoint(
         f"hf:{folder}",
         found.tensors,
@@ -621,7 +622,7 @@ The input decides them, or the training, or they are of no backbone.
 """
 
 
-def _timm_folder(folder: str, config: dict[str, Any], values: bool) -> PretrainedCheckpoint:
+def _timm_folder(folder: str, config: dict[str, Any], names_only: bool) -> PretrainedCheckpoint:
     """Read a folder as timm.models.save_for_hf writes it.
 
     It has model.safetensors, and config.json with the architecture and pretrained_cfg (input size,
@@ -655,7 +656,7 @@ def _timm_folder(folder: str, config: dict[str, Any], values: bool) -> Pretraine
         )
     arch, modality = _timm_input_spec(f"timm/{architecture}", there)
     arch = replace(arch, options=options)
-    tensors = _with_backbone_names(_tensors(weights, values), architecture)
+    tensors = _with_backbone_names(_tensors(weights, names_only), architecture)
     return PretrainedCheckpoint(
         f"hf:{folder}",
         tensors,

@@ -183,7 +183,7 @@ DIFFERENCES: dict[str, str] = {
     ),
     "qlora": "with quantize: {lora: {quantize: nf4}}",
 }
-"""What the field here has for its value, where that of the other tool is another quantity."""
+"""A remark behind the name: how the value differs from the other tool's, or how it is written."""
 
 NOT_NEEDED: dict[str, str] = {
     **dict.fromkeys(
@@ -211,8 +211,8 @@ NOT_NEEDED: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("time_limit", "max_time"),
-        "train.steps or train.epochs says how long a training is, fanout.select.budget how many "
-        "there are: leave it out",
+        "train.steps or train.epochs limits a training, fanout.select.budget the number of trials: "
+        "leave it out",
     ),
     **dict.fromkeys(
         ("presets", "preset", "quality"),

@@ -117,7 +117,9 @@ class HuggingFace(Backbone):
         self.pooled_dim, self.token_dim = probe.pooled_dim[self.pool], probe.token_dim
         self.feature_map_specs = probe.maps
         self.prefix = probe.prefix
-        self.patch_steps = _patch_steps(config, inputs) if self.reads == auto_model.SERIES else None
+        self.patch_steps = (
+            _patch_steps(config, inputs) if self.reads == auto_model.SERIES_INPUT else None
+        )
         self._layers, self._unused = probe.layers, probe.unused
         self._takes = frozenset(inspect.signature(self.model.forward).parameters)
         resized = _is_resized(config, inputs) and "interpolate_pos_encoding" in self._takes
@@ -213,7 +215,7 @@ class HuggingFace(Backbone):
         """Return the model's arguments, and (B, M) which of its input's positions are real."""
         if self.reads == "pixel_values":
             return {"pixel_values": batch["image"], **self.call_arguments}, None
-        if self.reads == auto_model.SERIES:
+        if self.reads == auto_model.SERIES_INPUT:
             observed = {name: batch["known"] for name in self._takes if "observed_mask" in name}
             return {self.reads: batch["series"], **observed}, None
         if self.reads == "input_ids":
@@ -461,7 +463,7 @@ MODALITIES = {
     "pixel_values": ("size", "images"),
     "input_values": RECORDINGS,
     "input_features": RECORDINGS,
-    auto_model.SERIES: ("steps", "regular series (modality series)"),
+    auto_model.SERIES_INPUT: ("steps", "regular series (modality series)"),
 }
 """Inputs of models: a key of the modality's inputs, and its rows in words."""
 
@@ -541,7 +543,7 @@ def _probed(
         unused = _unused(model, hidden, own)
     side = rows.get("size", 0) // _patch(config)
     prefix = max(0, hidden.shape[1] - side**2) if hidden.dim() == 3 and "size" in rows else 0
-    if reads == auto_model.SERIES:
+    if reads == auto_model.SERIES_INPUT:
         prefix = int(getattr(config, "use_cls_token", False))
     maps = _feature_maps(found, prefix) if reads == "pixel_values" else {}
     return Probe(
@@ -594,9 +596,11 @@ def _patch(config: Any) -> int:
 
 
 def _patch_steps(config: Any, inputs: Inputs) -> int | None:
-    """Return the steps of a patch; None where tokens are not one behind the other and nothing else.
+    """Return the steps of a patch.
 
-    PatchTST and PatchTSMixer leave out the first steps of rows that are no whole number of patches.
+    None where the tokens are not the row's consecutive, non-overlapping patches (overlap, gaps, a
+    class token). PatchTST and PatchTSMixer leave out the first steps of rows that are no whole
+    number of patches.
     """
     steps: int = config.patch_length
     is_gapless = config.patch_stride == steps and inputs["steps"] % steps == 0
@@ -611,7 +615,7 @@ def _row_shape(
         return (1, min(PROBE_TOKENS, rows["length"])), torch.long
     if reads == "pixel_values":
         return (1, rows["channels"], rows["size"], rows["size"]), torch.float32
-    if reads == auto_model.SERIES:
+    if reads == auto_model.SERIES_INPUT:
         return (1, rows["steps"], rows["channels"]), torch.float32
     extractor = _extractor(architecture, config, processor, rows)
     longest = None if extractor is None else auto_model.longest_seconds(extractor)

@@ -226,8 +226,8 @@ class BehaviourCloning(Objective):
             new = sorted(set(action_heads.names_of(table[name])) - set(known))
             if new:
                 raise ValueError(
-                    f"column {name}: action {new[0]!r} never stands in the training rows; "
-                    f"{nearest(new[0], known)}"
+                    f"column {name}: action {new[0]!r} is in no training row "
+                    f"({len(known)} actions known); {nearest(new[0], known)}"
                 )
         return {"graded": action_heads.counts(table[name])}
 
@@ -330,9 +330,10 @@ class BehaviourCloning(Objective):
         return found
 
     def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tokens (m, D) of all steps, their own actions, and their rows.
+        """Return the tokens (m, D) of all steps, their own actions, and (m,) their rows.
 
-        Actions are standardised numbers (m, A), padded to the widest space, or classes (m,).
+        Actions are standardised numbers (m, A), padded to the widest space, or classes (m,). Rows
+        are places in the batch.
         """
         tokens, is_step = features.tokens, batch["mask"]
         assert tokens is not None

@@ -188,10 +188,13 @@ class Classification(Objective):
             value = unknown[0].as_py()
             advice = nearest(str(value), state["labels"])
             if pa.types.is_floating(column.type):
-                advice = f"to estimate numbers, say objective: regression and value: {name}"
+                advice = (
+                    "to estimate numbers, write objective: regression and columns: "
+                    f"{{value: {name}}}"
+                )
             raise ValueError(
-                f"column {name}: label {value!r} never stands in the training rows; {advice} "
-                f"({len(state['labels'])} known)"
+                f"column {name}: label {value!r} is in no training row "
+                f"({len(state['labels'])} labels known); {advice}"
             )
         return {"label": found.to_numpy().astype(np.int64)}
 

@@ -289,7 +289,10 @@ class Hourly(Objective):
         return tokens.gather(1, index), log_age, times, is_time
 
     def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tokens (m, D) that labels are read from, their classes, and their rows."""
+        """Return (m, D) tokens that labels are read from, (m,) their classes, and (m,) their rows.
+
+        Rows are places in the batch.
+        """
         read, _, _, is_time = self._read(features, batch)
         labels = batch["label_values"].long()[is_time]
         return read[is_time].float(), labels, is_time.nonzero()[:, 0]

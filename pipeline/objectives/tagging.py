@@ -283,7 +283,10 @@ class Tagging(Objective):
         return torch.where(begins & (truth >= 0), truth, -100)
 
     def labelled_positions(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tokens (m, D) that begin a word, their tag numbers, and their rows."""
+        """Return (m, D) tokens that begin a word, (m,) their tag numbers, and (m,) their rows.
+
+        Rows are places in the batch.
+        """
         truth, tokens = self._truth(batch), features.tokens
         assert tokens is not None
         is_word = truth >= 0
@@ -457,8 +460,8 @@ def _label_numbers(flat: pa.Array, name: str, state: TaggingState) -> np.ndarray
     if pc.any(is_unknown).as_py():
         value = texts(flat.filter(is_unknown).slice(0, 1))[0]
         raise ValueError(
-            f"column {name}: tag {value!r} never stands in the training rows (nor in "
-            f"objective.names); {nearest(value, known)} ({len(known)} known)"
+            f"column {name}: tag {value!r} is in no training row, nor in objective.names "
+            f"({len(known)} tags known); {nearest(value, known)}"
         )
     numbers = np.array([*(state["labels"].index(tag) for tag in known.values()), -1])
     indices = pc.fill_null(found, -1)

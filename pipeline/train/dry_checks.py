@@ -84,7 +84,7 @@ def source(stage: SourceStage) -> PlannedSource | None:
         return None
     spec = stage.spec
     start = (
-        pretrained.read(text, spec.backbone.name, spec.modality_name, values=False)
+        pretrained.read(text, spec.backbone.name, spec.modality_name, names_only=True)
         if text
         else None
     )

@@ -156,11 +156,11 @@ def head_of_texts(
     has_classes = predicts_from_scores(objective) and objective.label_kind == "classes"
     if not has_classes or not isinstance(options, LinearHeadOptions):
         return 0, (
-            f"head new: texts make a head for classification, and the target is "
+            f"new head: texts make a head for classification, and the target is "
             f"{objective.registered_name}"
         )
     if not options.norm:
-        return 0, "head new: a head made of texts reads normalised features: leave norm: false out"
+        return 0, "new head: a head made of texts reads normalised features: leave norm: false out"
     assert reads_texts(source)
     texts = class_texts(objective.state["labels"])
     weight = source.head_of_texts(texts)
@@ -177,25 +177,25 @@ def carry_head(
         How many labels have been carried over, and what was done in words.
     """
     if source.name == NO_OBJECTIVE.name:
-        return 0, "head new: the source has none"
+        return 0, "new head: the source has none"
     if source.name != objective.registered_name:
-        return 0, f"head new: the source's objective was {source.name}"
+        return 0, f"new head: the source's objective was {source.name}"
     if not names_labels(objective):
-        return 0, f"head new: heads of {source.name} have no named labels to be carried over by"
+        return 0, f"new head: heads of {source.name} have no named labels to be carried over by"
     differ = [
         name
         for name in objective.head_options
         if source.options.get(name) != getattr(objective.options, name)
     ]
     if differ:
-        return 0, f"head new: the source's head was trained with another {', '.join(differ)}"
+        return 0, f"new head: the source's head was trained with another {', '.join(differ)}"
     match = compare(source.state, objective.state)
     own = objective.state_dict()
     theirs = [match.source.index(name) for name in match.shared]
     ours = [match.target.index(name) for name in match.shared]
     for name, tensor in tensors.items():
         if name not in own or own[name].shape[1:] != tensor.shape[1:]:
-            return 0, f"head new: {name} of the source's head has another shape"
+            return 0, f"new head: {name} of the source's head has another shape"
         has_rows = tensor.dim() and len(own[name]) == len(match.target)
         if has_rows and len(tensor) == len(match.source):
             own[name][ours] = tensor[theirs].to(own[name])

@@ -531,12 +531,13 @@ def _value(one: Score, given: _Inputs) -> ScoreValue:
         interval = found[1:] if isinstance(found, tuple) else _interval(one, read, groups, found)
     except Exception as error:  # the score of halves of the rows: that of all rows stays
         given.failed |= not _comes_again(error)
-        interval, reason = (np.nan, np.nan), f"no interval: {type(error).__name__}: {error}"
+        interval, reason = (np.nan, np.nan), f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - began
     value, low, high = (float(np.clip(part, *one.bounds)) for part in (value, *interval))
     least, unit = _fewest_units(read, groups)
     if least < FEWEST_ROWS and unit == "groups":
-        reason = reason or f"no interval: {least} groups, {FEWEST_ROWS} are needed"
+        reason = reason or f"{least} groups; an interval needs {FEWEST_ROWS}"
+    # an interval that the score made itself is left out too
     if not np.isfinite([low, high]).all() or least < FEWEST_ROWS:
         return ScoreValue(value, None, None, one.higher_is_better, seconds, reason)
     return ScoreValue(value, low, high, one.higher_is_better, seconds)
@@ -580,7 +581,7 @@ def _interval(
 def _fewest_units(
     read: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray | None]
 ) -> tuple[int, str]:
-    """Return the number of groups or rows of the side with fewer, and which of both they are."""
+    """Return the smaller side's number of units, and whether they are "rows" or "groups"."""
     sides = [(len(read["features" if "features" in read else "labels"]), groups["groups"])]
     if "source_features" in read:
         sides.append((len(read["source_features"]), groups["source_groups"]))

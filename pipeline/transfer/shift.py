@@ -140,7 +140,7 @@ def label_shift(
     if not n or not m:
         return {}
     level = 1 - 0.05 / len(shared)
-    # a group is one observation, so a row is as much of one as there are groups to all rows
+    # rows of one group are one observation together: each row counts groups / rows
     scale, other_scale = (
         1.0 if of is None else min(of / sum(one.values()), 1.0)
         for of, one in ((groups, counts), (other_groups, others))

@@ -364,10 +364,10 @@ def build(
         parts = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()))
         return task, f"weights made of finished trials ({parts})", weights_hash(task)
     if trial.source == SCRATCH:
-        return task, "backbone and head new (scratch)", weights_hash(task)
+        return task, "new backbone and head (scratch)", weights_hash(task)
     weights = _tensors(shared.weights[trial.source])
     backbone = bundle.transfer(task.backbone, weights, trial.source).text()
-    kept, head = 0, "head new"
+    kept, head = 0, "new head"
     technique = trial.technique_object
     is_untrained = not trains(technique)
     is_untaught = is_untrained or is_without_labels(trial)

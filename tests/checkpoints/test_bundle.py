@@ -207,7 +207,7 @@ def test_other_labels_get_a_new_head_that_says_so(task, tmp_path):
     ):
         new = make(labels, seed=5)
         before = weights(new.objective)
-        assert carried(task, new, tmp_path) == f"head new: its labels differ from these ({named})"
+        assert carried(task, new, tmp_path) == f"new head: its labels differ from these ({named})"
         # Of the same shape or not
         assert all(torch.equal(before[n], t) for n, t in weights(new.objective).items())
 
@@ -224,7 +224,7 @@ def test_another_objective_gets_a_new_head(tmp_path):
     bundle.save(str(tmp_path / "b"), old, spec)
     assert (
         bundle.carry_head(new, bundle.load(str(tmp_path / "b")))
-        == "head new: the objective was mlm, now it is classification"
+        == "new head: the objective was mlm, now it is classification"
     )
     twin = task_of("transformers/bert", modality.inputs(), "mlm", seed=8, **SMALL)
     assert bundle.carry_head(twin, bundle.load(str(tmp_path / "b"))) == "head kept: the same labels"
@@ -237,7 +237,7 @@ def test_another_objective_gets_a_new_head(tmp_path):
 def test_a_head_for_other_features_is_new(tmp_path):
     """The same labels, but another backbone's width."""
     wide = make(seed=1, name="timm/test_resnet")
-    assert bundle.carry_head(wide, loaded(make(), tmp_path)) == "head new: its options differ"
+    assert bundle.carry_head(wide, loaded(make(), tmp_path)) == "new head: its options differ"
 
 
 # ---------------------------------------------------------------- transfer

@@ -311,18 +311,18 @@ def test_a_ctc_head_goes_by_the_names_of_its_labels(tmp_path):
     ).abs().max() < 1e-6
     other = {**ALPHABET, "labels": ["<blank>", " ", "'", "e", "t"], "characters": " 'et"}
     said = task_from(start, "ctc", other)[1]
-    assert said.startswith("head new: ") and "(4 names, e.g. E, T, e, t)" in said
+    assert said.startswith("new head: ") and "(4 names, e.g. E, T, e, t)" in said
     assert (
-        task_from(start, "ctc", ALPHABET, {"convolutions": 1})[1] == "head new: its options differ"
+        task_from(start, "ctc", ALPHABET, {"convolutions": 1})[1] == "new head: its options differ"
     )
     assert (
         task_from(start, "wav2vec2", options=HEAD)[1]
-        == "head new: the checkpoint holds none of Wav2Vec2ForPreTraining"
+        == "new head: the checkpoint holds none of Wav2Vec2ForPreTraining"
     )
     (tmp_path / "model" / "vocab.json").unlink()
     assert (
         task_from(pretrained.read(f"hf:{tmp_path / 'model'}"), "ctc", ALPHABET)[1]
-        == "head new: the folder has no vocab.json"
+        == "new head: the folder has no vocab.json"
     )
     # Several languages in one
     (tmp_path / "model" / "vocab.json").write_text(json.dumps({"eng": letters}))
@@ -346,11 +346,11 @@ def test_pretraining_goes_on_with_the_checkpoints_own_quantiser(tmp_path):
     )
     assert (
         task_from(start, "wav2vec2", options={**HEAD, "entries": 13})[1]
-        == "head new: its options differ"
+        == "new head: its options differ"
     )
     assert (
         task_from(start, "ctc", ALPHABET)[1]
-        == "head new: the checkpoint holds none of Wav2Vec2ForCTC"
+        == "new head: the checkpoint holds none of Wav2Vec2ForCTC"
     )
 
 

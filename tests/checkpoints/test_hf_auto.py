@@ -521,7 +521,9 @@ def test_series_are_standardised_again_as_they_were(tmp_path):
     export.export_bundle(str(tmp_path / "b"), str(tmp_path / "out"), "hugging-face", False)
     assert pretrained.read(f"hf:{tmp_path / 'out'}").modality == spec
     edited(tmp_path / "out", mean=[0.0])
-    with pytest.raises(BundleError, match="one for each of 3 channels was expected"):
+    with pytest.raises(
+        BundleError, match=r"has mean \[0\.0\], std .*; each must have 3 values, one for each"
+    ):
         pretrained.read(f"hf:{tmp_path / 'out'}")
 
 

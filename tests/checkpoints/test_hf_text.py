@@ -524,7 +524,7 @@ def test_an_output_that_is_not_the_embedding_is_told(tmp_path):
         saved(kind, tmp_path / kind, tie_word_embeddings=False)
         _, said = task_from(pretrained.read(f"hf:{tmp_path / kind}"), objective)
         assert (
-            said == f"head new: the checkpoint's output ({name}) is not its embedding, and that of "
+            said == f"new head: the checkpoint's output ({name}) is not its embedding, and that of "
             f"{objective} is"
         )
 
@@ -551,14 +551,14 @@ def test_a_tagging_head_goes_by_the_names_of_its_labels(tmp_path):
     assert (ours - theirs)[batch["mask"]].abs().max() < 1e-5
     other = {**TAGS, "labels": ["O", "B-thing", "I-thing", "B-person", "I-person"]}
     said = task_from(start, "tagging", other)[1]
-    assert said.startswith("head new: ") and "(4 names, e.g. B-place" in said
+    assert said.startswith("new head: ") and "(4 names, e.g. B-place" in said
     assert (
         task_from(start, "tagging", TAGS, {"norm": True})[1]
-        == "head new: the checkpoint's has no layer norm before its linear layer (option norm)"
+        == "new head: the checkpoint's has no layer norm before its linear layer (option norm)"
     )
     assert (
         task_from(start, "qa")[1]
-        == "head new: the checkpoint holds none of RobertaForQuestionAnswering"
+        == "new head: the checkpoint holds none of RobertaForQuestionAnswering"
     )
     # Its classifier is of sentences
     sentence = pretrained.read(
@@ -566,7 +566,7 @@ def test_a_tagging_head_goes_by_the_names_of_its_labels(tmp_path):
     )
     assert (
         task_from(sentence, "tagging", TAGS)[1]
-        == "head new: the checkpoint holds none of BertForTokenClassification"
+        == "new head: the checkpoint holds none of BertForTokenClassification"
     )
 
 

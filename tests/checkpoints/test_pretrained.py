@@ -95,11 +95,11 @@ def test_names_and_shapes_of_a_remote_file_need_its_header_alone(plain, tmp_path
     whole = pretrained.read(text, "timm/test_resnet")
     with web_server() as web:
         text = f"file:{web.put('w.safetensors', data)}"
-        found = pretrained.read(text, "timm/test_resnet", values=False)
+        found = pretrained.read(text, "timm/test_resnet", names_only=True)
         assert web.bytes_asked() < 2 << 20 < len(data)
         web.put("w.safetensors", data[:-1])
         with pytest.raises(BundleError, match="not a safetensors file"):
-            pretrained.read(text, "timm/test_resnet", values=False)
+            pretrained.read(text, "timm/test_resnet", names_only=True)
 
     def described(start):
         return {name: (tensor.shape, tensor.dtype) for name, tensor in start.tensors.items()}

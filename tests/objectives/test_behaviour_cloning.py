@@ -535,7 +535,8 @@ def test_an_action_never_seen_in_training_is_named_and_rows_without_one_are_refu
     other = pa.table({"done": pa.array([["left", "lefft"]])})
     with pytest.raises(
         ValueError,
-        match="column done: action 'lefft' never stands in the training rows; did you mean left",
+        match=r"column done: action 'lefft' is in no training row \(\d actions known\); did you mean "
+        "left",
     ):
         BehaviourCloning.encode(other, COLUMNS, state)
     with pytest.raises(

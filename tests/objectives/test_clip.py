@@ -177,4 +177,4 @@ def test_other_heads_cannot_be_made_of_texts(name, options, message):
     state = {"identities": [0, 1]} if name == "verification" else labels
     target = kind(Conv(), kind.options_class(**options), state)
     count, text = label_sets.head_of_texts(target, captioned(["a", "b"]), list)
-    assert count == 0 and text.startswith("head new: ") and message in text
+    assert count == 0 and text.startswith("new head: ") and message in text

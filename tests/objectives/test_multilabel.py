@@ -237,7 +237,7 @@ def test_a_head_is_carried_over_by_the_names_of_its_labels(tmp_path):
     other = bundle.build_task(
         arch, replace(head, state={**head.state, "labels": ["Edema", "Mass", "Nodule"]}), seed=2
     )
-    assert "head new: its labels differ" in bundle.carry_head(other, saved)
+    assert "new head: its labels differ" in bundle.carry_head(other, saved)
 
 
 def test_the_focal_loss_is_that_of_each_label():

@@ -93,8 +93,9 @@ def test_the_folder_names_no_place_of_this_machine(written):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("lerobot", {"backbone_only": True}, "leave --backbone-only and --plugin out"),
-        ("lerobot", {"plugins": ["mine.py"]}, "leave --backbone-only and --plugin out"),
+        ("lerobot", {"target": "task"}, "leave --target, --backbone-only and --plugin out"),
+        ("lerobot", {"backbone_only": True}, "leave --target, --backbone-only and --plugin out"),
+        ("lerobot", {"plugins": ["mine.py"]}, "leave --target, --backbone-only and --plugin out"),
         ("onnx", {"fps": 10}, "--kind onnx has no steps a second: leave --fps out"),
     ],
 )

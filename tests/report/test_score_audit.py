@@ -221,7 +221,7 @@ def test_the_section_says_what_misled_what_is_undefined_and_what_is_too_few():
     scores = scored({"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0})
     for pair in scores.values():
         pair.scores["leep"] = ScoreValue(None, reason="the source predicts no classes")
-        pair.scores["cka"] = ScoreValue(0.5, reason="no interval: 4 groups, 10 are needed")
+        pair.scores["cka"] = ScoreValue(0.5, reason="4 groups; an interval needs 10")
     found = score_audit.blocks_of(matrix(), scores, {"one": "image"})
     table = next(block for block in found if isinstance(block, Table))
     assert [row[:3] for row in table.rows if row[1] == "LogME"] == [["image", "LogME", "-1.00"]]
@@ -234,7 +234,7 @@ def test_the_section_says_what_misled_what_is_undefined_and_what_is_too_few():
     each = next(block for block in details.blocks if isinstance(block, Table))
     assert ["LEEP ↑", "undefined", "undefined", "undefined", "undefined"] in [*map(list, each.rows)]
     without = [line for one in details.blocks if isinstance(one, Bullets) for line in one.items]
-    assert "Linear CKA, a for one: no interval: 4 groups, 10 are needed" in without
+    assert "Linear CKA, a for one: 4 groups; an interval needs 10" in without
     assert score_audit.blocks_of(matrix(), {}, {}) == []
 
 

@@ -349,8 +349,7 @@ def test_labels_are_looked_at_before_anything_starts(tmp_path, images, labelled)
     )
     with pytest.raises(
         ValueError,
-        match=r"sources\.src\.probe: column class: label 'class 7' never stands in the training "
-        r"rows",
+        match=r"sources\.src\.probe: column class: label 'class 7' is in no training row",
     ):
         source.stage(job(tmp_path, images, {**labelled, "validation": other}), "src")
 

@@ -557,7 +557,7 @@ def test_a_seed_changes_initialisation_order_and_subset(world):
                 task.backbone.state_dict(),
             )
         )
-        assert moved.endswith("; head new") and "0 new, 0 dropped" in moved
+        assert moved.endswith("; new head") and "0 new, 0 dropped" in moved
     for part in range(3):
         assert len({row[part] for row in seen}) == 3
     assert not torch.equal(seen[0][3], seen[1][3])
@@ -578,7 +578,7 @@ def test_scratch_starts_from_nothing_of_the_source(world):
     starts = [
         one_trial.build(trial_of(job, shared, "scratch", seed=seed), shared) for seed in range(2)
     ]
-    assert starts[0][1] == "backbone and head new (scratch)" and starts[0][2] != starts[1][2]
+    assert starts[0][1] == "new backbone and head (scratch)" and starts[0][2] != starts[1][2]
     matrices = [name for name, p in starts[0][0].backbone.named_parameters() if p.dim() > 1]
     for name in matrices:
         own, source = (

@@ -150,7 +150,7 @@ def test_rows_of_a_head_go_to_labels_of_the_same_name():
     other = ObjectiveSpec("classification", {"norm": False}, theirs.state)
     assert label_sets.carry_head(made, other, tensors) == (
         0,
-        "head new: the source's head was trained with another norm",
+        "new head: the source's head was trained with another norm",
     )
 
 

@@ -138,7 +138,7 @@ def test_where_on_a_group_or_an_id_tells_no_value(tmp_path, modality, column):
         ([None if i < 9 else kind for i, kind in enumerate(LABELS)], "have no label (null)"),
         (
             ["kind 9" if i == 15 else kind for i, kind in enumerate(LABELS)],
-            "never stands in the training rows",
+            "is in no training row",
         ),
         (["kind 0"] * ROWS, "hold one label only"),
     ],

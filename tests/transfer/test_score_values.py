@@ -452,7 +452,7 @@ def test_copies_of_a_row_make_no_interval_narrower(name):
         assert (nine.value, nine.low, nine.high) == pytest.approx((one.value, one.low, one.high))
     few = scoring._Inputs(given, groups={"groups": np.arange(60) % 9})
     assert scoring._value(registry.get("score", name), few).reason == (
-        "no interval: 9 groups, 10 are needed"
+        "9 groups; an interval needs 10"
     )
 
 

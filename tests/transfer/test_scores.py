@@ -205,7 +205,7 @@ def test_scores_that_are_defined_have_an_interval_and_others_a_reason(tmp_path):
     assert found.scores["knn"].value == 0.0, "no neighbour of another group has a row's class"
     groups = len(np.unique(data_.labels))
     assert found.scores["logme"].value is not None and found.scores["logme"].low is None
-    assert found.scores["logme"].reason == f"no interval: {groups} groups, 10 are needed"
+    assert found.scores["logme"].reason == f"{groups} groups; an interval needs 10"
 
 
 def test_the_classes_of_the_source_are_those_of_its_head(tmp_path):

@@ -901,8 +901,7 @@ def test_a_label_never_seen_in_training_is_refused_before_anything_starts(
         prepared(job)
     message = str(caught.value)
     assert message.startswith(
-        f"targets.task.data, {split} split: column class: label 'class 9' never stands in the "
-        "training rows"
+        f"targets.task.data, {split} split: column class: label 'class 9' is in no training row"
     )
 
 

@@ -127,12 +127,12 @@ def test_a_head_is_carried_by_name_and_shape_alone(tmp_path, paths, carried):
     assert torch.equal(start.objective.state_dict()["head.bias"], fresh)
     shared.heads["src"] = (ObjectiveSpec("multilabel"), head)
     assert (
-        "head new: the source's objective was multilabel"
+        "new head: the source's objective was multilabel"
         in trial.build(trial_of(job, shared, "full"), shared)[1]
     )
     with pytest.raises(
         ValueError,
-        match=r"zero_shot: nothing of the head of source src fits this target \(head new: the "
+        match=r"zero_shot: nothing of the head of source src fits this target \(new head: the "
         r"source's objective was multilabel\)",
     ):
         trial.build(trial_of(job, shared, "zero_shot", fraction=0), shared)
@@ -142,7 +142,7 @@ def test_heads_are_new_where_the_objective_carries_none(tmp_path, paths):
     job, shared = world(tmp_path, paths)
     start, moved, _ = trial.build(trial_of(job, shared, "full"), shared)
     theirs = torch.from_numpy(shared.heads["src"][1]["head.weight"])
-    assert moved.endswith("; head new") and not torch.equal(
+    assert moved.endswith("; new head") and not torch.equal(
         start.objective.state_dict()["head.weight"], theirs
     )
 
@@ -180,7 +180,7 @@ def test_texts_about_the_classes_are_the_head_of_a_source_with_captions(tmp_path
         head = start.objective.state_dict()
         torch.testing.assert_close(head["head.weight"], theirs.head_of_texts(texts))
         assert not head["head.bias"].any()
-    assert trial.build(trial_of(job, shared, "full"), shared)[1].endswith("; head new")
+    assert trial.build(trial_of(job, shared, "full"), shared)[1].endswith("; new head")
 
 
 def test_a_prompt_has_one_place_for_the_name():

@@ -45,7 +45,11 @@ class CutsSeries(Protocol):
     """A backbone that may have one token for each patch of a series, from the first to the last."""
 
     patch_steps: int | None
-    """Steps of a patch; None: tokens are no patches that lie one behind the other."""
+    """Steps of a patch.
+
+    None where the tokens are not the row's consecutive, non-overlapping patches (overlap, gaps, a
+    class token).
+    """
 
 
 def patch_steps(backbone: Any) -> int | None:

@@ -28,7 +28,7 @@ OFF = {
 }
 """Settings that are changed: DDP waits for the gradient of every parameter, masks come from the
 modality or the objective, and no text is continued."""
-SERIES = "past_values"
+SERIES_INPUT = "past_values"
 """Main input of models of regular series."""
 EXTRACTOR_TYPE = "feature_extractor_type"
 """Key of preprocessor_config.json with the name of the class."""
@@ -216,11 +216,11 @@ def is_plain(model: Any) -> bool:
 def hidden_states(model: Any, found: Any) -> torch.Tensor:
     """Return a model's last states: (B, N, D), or (B, C, h, w) maps of images.
 
-    Models of series give (B, channels, patches, D): here the states of all channels at a patch are
-    one, as their heads for classification read them.
+    Models of series give (B, channels, patches, D), which are concatenated to (B, patches,
+    channels * D), as their heads for classification read them.
     """
     hidden = found.last_hidden_state
-    is_by_channel = model.main_input_name == SERIES and hidden.dim() == 4
+    is_by_channel = model.main_input_name == SERIES_INPUT and hidden.dim() == 4
     return hidden.transpose(1, 2).flatten(2) if is_by_channel else hidden
 
 

@@ -38,9 +38,9 @@ class BoostedTreesOptions(Options):
 class BoostedTrees(Baseline):
     """Histogram-based gradient boosting on the numbers and texts of a row.
 
-    Of events each variable is summarised by its count, last value, mean, least and largest value;
-    of series each channel by the same, its deviation and how much it changes from step to step. A
-    missing value is known to be missing. What most people use for tables: Grinsztajn et al. 2022.
+    Each variable of events is summarised by `SUMMARIES`, each channel of series by
+    `SERIES_SUMMARIES`. A missing value is known to be missing. What most people use for
+    tables: Grinsztajn et al. 2022.
     """
 
     roles = ("features", "times", "series")

@@ -67,7 +67,8 @@ def mmd(
     """Return the squared maximum mean discrepancy, its unbiased estimate, which may be below zero.
 
     The kernel is Gaussian with the median distance of all rows as its width (Gretton et al. 2012).
-    Two rows of one group are no pair of a side: groups of one population would seem far apart.
+    Pairs of rows of the same group are left out of a side's own mean: they are alike, and two
+    groups of one population would look like two domains.
 
     Args:
         features: (n, D) features of the target's rows.
@@ -116,9 +117,10 @@ def proxy_a(
     """Return 2 (1 - 2 e) with its interval, for a classifier of source or target with error e.
 
     From 0 (or below, by chance), where nothing tells them apart, to 2 (Ben-David et al. 2007). The
-    classifier is ridge regression, tested on rows that it was not fitted to (five folds); both
-    sides have equally many rows. The interval is Wilson's of the error. Where rows have groups no
-    group is in two folds, groups weigh the same on their side, and each is one observation.
+    classifier is ridge regression on equally many rows of both sides, cross-validated in five folds
+    (four where a side has four groups). The interval is Wilson's of the error. Where rows have
+    groups, no group is in two folds, the error is the mean of the groups' errors, and each group is
+    one observation.
 
     Args:
         features: (n, D) features of the target's rows.

@@ -19,7 +19,7 @@ def knn(
     """Return the leave-one-out accuracy of k nearest neighbours by cosine. Higher is better.
 
     Where rows have groups no neighbour is of the row's own group: test rows are of other groups
-    too, and features that know a patient again would seem to know what the patient has.
+    too, and otherwise features that recognise a patient would seem to predict the diagnosis.
 
     The prediction of a row is the most frequent class of its neighbours. For (n, L) labels, 0 or 1,
     the score is the macro AUROC of the number of neighbours with each label, because an accuracy
