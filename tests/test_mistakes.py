@@ -303,7 +303,7 @@ TYPES = [
     Mistake(
         "a name of two words",
         ("name: mine", "name: my job"),
-        ("name: Input should be a name (got 'my job'); use letters, digits, -, _ and .",),
+        ("name: Input should be a name (got 'my job'); use only letters, digits and . - _",),
     ),
     Mistake(
         "a rate with a comma",
@@ -438,7 +438,7 @@ FILES = [
     Mistake(
         "a data set of the hub",
         (FILMS, "      uri: stanfordnlp/imdb"),
-        ("the Hugging Face hub: onetomany prepare hf stanfordnlp/imdb -o FOLDER",),
+        ("first run: onetomany prepare hf stanfordnlp/imdb -o FOLDER",),
     ),
     Mistake(
         "a blank in the header",
@@ -710,7 +710,7 @@ def test_an_error_of_a_run_names_the_line_that_was_read(folder, capsys):
         (("predict", "nowhere", "films.csv", "-o", "out"), 2, "nowhere"),
         (("predict", ".", "films.csv", "-o", "out"), 2, "manifest.json"),
         (("export", ".", "out"), 2, "manifest.json"),
-        (("run", "films.csv"), 2, "no job file (.yaml); `onetomany init films.csv` writes one"),
+        (("run", "films.csv"), 2, "not a job file (.yaml); `onetomany init films.csv` writes one"),
         (("run", "."), 2, ".: a folder; name the job file (.yaml)"),
         (("train", "job.yaml"), 2, "No such command 'train'. Did you mean 'run'?"),
         (("predict", "job.yaml", "films.csv", "-o", "out"), 2, "no trial has finished here"),

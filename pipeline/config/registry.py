@@ -570,7 +570,7 @@ def backbone_advice(name: str) -> str:
 
 
 def backbones_meant(name: str) -> list[str]:
-    """Return what a job may call the model that other tools call so, or that lies in this folder.
+    """Return the names in a job for a model's name in another tool, or for a folder.
 
     The names of libraries come first, then the checkpoint of a hub.
     """

@@ -353,7 +353,7 @@ def _places_of(name: str, at: Path_) -> list[str]:
 
 
 def _options_named(name: str) -> list[str]:
-    """Return how a job says an option of this name, where a component has one."""
+    """Return the forms in which a job sets an option of this name; [] if no component has it."""
     for one in (name, *familiar_names.same_thing(name)):
         for kind, form in (
             ("modality", "modality: {{{}: {{{}: ...}}}}"),
@@ -391,7 +391,7 @@ def _remedy(error: Any) -> str:
     if kind.endswith("_parsing") and re.fullmatch(r"[0-9.]+ ?%", str(value)):
         return f"; write {float(str(value).rstrip(' %')) / 100:g}"
     if kind == "string_pattern_mismatch" and at == ("name",):
-        return "; use letters, digits, -, _ and ."
+        return "; use only letters, digits and . - _"
     return ""
 
 
@@ -604,7 +604,10 @@ def _uri_problem(uri: str, folder: Path, elsewhere: bool, globs: bool = True) ->
     elif "\\" in uri:
         advice = f"; write {uri.replace(chr(92), '/')}"
     elif globs and re.fullmatch(r"[\w-]+(/[\w-]+)?", uri) and not Path(place).parent.exists():
-        advice = f"; a data set of the Hugging Face hub: onetomany prepare hf {uri} -o FOLDER"
+        advice = (
+            "; if it is a data set of the Hugging Face hub, first run: "
+            f"onetomany prepare hf {uri} -o FOLDER"
+        )
     kind = "file, folder or glob" if globs else "path"
     return f"{uri}: no such {kind} (looked for {place}){advice}"
 
@@ -987,7 +990,7 @@ def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool
     """Return a job file as an overridden mapping without mistakes, its places as written."""
     problems: list[tuple[int, str]] = []
     if path.suffix in (".csv", ".tsv", ".parquet", ".jsonl"):
-        text = f"{path}: no job file (.yaml); `onetomany init {path}` writes one for these data"
+        text = f"{path}: not a job file (.yaml); `onetomany init {path}` writes one for these data"
         raise JobError([text])
     try:
         text = path.read_text(encoding="utf-8")

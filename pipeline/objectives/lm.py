@@ -245,7 +245,7 @@ class MaskedLM(Objective):
         return losses.view_as(target) * weight, weight, hits
 
     def _scores(self, backbone: Backbone, hidden: Tensor) -> Tensor:
-        """Return (B, N, V) scores of the vocabulary for (B, N, D) states of tokens."""
+        """Return (..., V) scores of the vocabulary for (..., D) states."""
         return F.linear(self.transform(hidden), backbone.embedding().weight, self.bias)
 
     def logits(self, backbone, batch):
@@ -352,7 +352,7 @@ class CausalLM(Objective):
         return losses.view_as(target), real.to(losses.dtype)
 
     def _scores(self, backbone: Backbone, hidden: Tensor) -> Tensor:
-        """Return (B, N, V) scores of the vocabulary for (B, N, D) states of tokens."""
+        """Return (..., V) scores of the vocabulary for (..., D) states."""
         output = backbone.embedding() if self.output is None else self.output
         scores = F.linear(hidden, output.weight)
         if self.softcap is None:

@@ -159,9 +159,9 @@ def find_bundle(
         begun = len(trial_folder.find_all(root))
         if begun:
             raise ValueError(
-                f"{root}: {begun} trials began here, and there is no table of results yet: wait "
-                "for the end of the job. Where it stopped, `onetomany report JOB.yaml` writes the "
-                "table of the trials that finished"
+                f"{root}: no results yet; trials that have begun: {begun}. Wait for the job to "
+                "end. If it stopped, `onetomany report JOB.yaml` writes the table of the trials "
+                "that finished"
             )
         raise ValueError(f"{root}: no trial has finished here; see onetomany run")
     if target is None and len(targets) > 1:

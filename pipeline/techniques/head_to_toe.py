@@ -49,8 +49,8 @@ class LayersBackbone(Backbone):
     attention layer, averaged over the positions of a row. Each part is normalised by row, so that
     no layer outweighs another. Layers for one kind of rows (a robot's own encoder) are left out:
     others have no such features. A part is zeros where it is not known which of a layer's positions
-    are real (audio's first convolutions), or which row they are of (PatchTST's blocks, which read a
-    row for each variable).
+    are real (audio's first convolutions), or which row they are of (PatchTST's blocks, which read
+    every channel as a row of its own).
     """
 
     def __init__(self, base: Backbone):

@@ -158,7 +158,9 @@ def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: s
         if mode == "group":
             is_left_out |= shared
     for where, rows, theirs in _rows_of_sources(target, sources):
-        duplicated, found = _duplicates(target, rows, theirs, where, folder, mode == "none")
+        duplicated, found = _duplicates(
+            target, rows, theirs, where, folder, mode == "none", is_source=True
+        )
         notes += found
         if mode != "none":
             is_left_out |= duplicated
@@ -253,6 +255,7 @@ def _duplicates(
     where: str,
     folder: str,
     only_counted: bool,
+    is_source: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """Compare the test rows with other rows by their content.
 
@@ -263,6 +266,7 @@ def _duplicates(
         where: Description of the other rows.
         folder: Where the signatures by which rows are compared are kept.
         only_counted: Whether nothing is left out. Large corpora are then not read.
+        is_source: Whether the other rows are a source's.
 
     Returns:
         (n,) whether each test row is to be left out, and notes.
@@ -271,7 +275,6 @@ def _duplicates(
     own_columns, mode = target.spec.data.columns, target.spec.drop_overlap
     if only_counted and _is_large(test, rows, modality, columns):
         advice = "; drop_overlap: exact or near reads them all"
-        is_source = "source " in where
         note = f"{name}: too many rows to look for its test rows in {where}"
         return np.zeros(len(test), dtype=bool), [note + (advice if is_source else "")]
     roles = compared_roles(modality, own_columns, columns)

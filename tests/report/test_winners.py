@@ -254,7 +254,7 @@ def test_a_jobs_folder_stands_for_the_bundle_of_its_winner(tmp_path):
     (stopped / "trials/clothing/garments/full/labels-1.0/seed0-3f2a9c0b71de").mkdir(parents=True)
     (next(stopped.glob("trials/*/*/*/*/*")) / "record.json").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"1 trials began here.*`onetomany report JOB.yaml` writes"
+        ValueError, match=r"trials that have begun: 1\..*`onetomany report JOB.yaml` writes"
     ):
         pipeline.predict(str(stopped), "rows.parquet", f"{root}/out")
     arguments = ["predict", root, "rows.parquet", "--target", "clothing", "-o", f"{root}/out"]

@@ -38,8 +38,8 @@ the source's own classes for the same rows, and (m, D) features of the source's 
 """
 GROUPS = ("groups", "source_groups")
 """Further parameters, which are None by default: (n,) and (m,) group numbers of the target's and of
-the source's rows (a patient, a speaker; the row of a word or an hour). Rows of one group are alike.
-None: each row is independent.
+the source's rows, such as patients or speakers; for labels of words or hours, their row. Rows of
+one group are alike: a score must not compare them. None: each row is independent.
 """
 Estimate = tuple[float, float, float]
 """(value, low, high) of a score that makes its own 95 % interval."""

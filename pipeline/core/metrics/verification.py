@@ -22,7 +22,7 @@ from pipeline.core.metrics import ranking
 from pipeline.core.metrics.metric import SHARE, Predictions, columns, resampled
 
 MOST_PAIRS = 500_000
-"""Most genuine pairs, and most impostors' pairs, that are compared.
+"""Most pairs of each kind (genuine, impostor) that are compared.
 
 Of more, this many are drawn, the same for all networks. 1,000 rows have fewer.
 """
@@ -111,16 +111,22 @@ def ranked_pairs(embedding: np.ndarray, identity: np.ndarray) -> Pairs:
 
 
 def _earlier_partners(start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (P,) rows and (P,) their partners: row r with ``start[r]`` up to, without,
-    ``start[r] + count[r]``.
+    """Pair row r with each of rows ``start[r]`` to ``start[r] + count[r] - 1``.
 
     Of more than `MOST_PAIRS` pairs this many are drawn, the same for equal arguments.
+
+    Args:
+        start: (n,) int64 first partner of each row.
+        count: (n,) int64 number of partners of each row.
+
+    Returns:
+        (P,) rows and (P,) their partners.
     """
     ends = np.cumsum(count)
     total = int(ends[-1]) if len(ends) else 0
     if total <= MOST_PAIRS:
         number = np.arange(total)
-    else:  # few are drawn twice, and count twice
+    else:  # with replacement; few come twice
         number = np.random.default_rng(0).integers(0, total, MOST_PAIRS)
     row = np.searchsorted(ends, number, side="right")
     return row, start[row] + number - (ends[row] - count[row])
