@@ -422,7 +422,7 @@ FILES = [
     Mistake(
         "a spreadsheet called CSV",
         None,
-        ("films.csv: it is a spreadsheet or a zip archive by its content, and no text: save the ",),
+        ("films.csv: its content is a spreadsheet or zip archive, not text: save the sheet as ",),
         {"films.csv": b"PK\x03\x04\x14\x00"},
     ),
     Mistake(

@@ -178,8 +178,7 @@ class MaskOptions(Options):
 
     masks: Literal["none", "instance"] = Field(
         "none",
-        description="instance: a column masks, COCO's run lengths for each box, of its polygon or "
-        "mask",
+        description="instance: also a column masks, the mask of each box as COCO's run lengths",
         exclude_if=lambda masks: masks == "none",  # outputs have the key that they always had
     )
 

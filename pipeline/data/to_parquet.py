@@ -277,7 +277,7 @@ def to_parquet(
 
 
 def _remedy(pairs: list[tuple[str, str]]) -> str:
-    """Return what to do about files of no known kind."""
+    """Return what to do about files of no known kind, by the suffix of the first."""
     suffix = PurePosixPath(storage.file_name(pairs[0][0]).lower()).suffix if pairs else ""
     if suffix in (".xlsx", ".xls", ".ods"):
         return "save the sheet as CSV"
@@ -463,7 +463,7 @@ def _write(kind: str, files: list[str], path: Path) -> None:
     for file in files:
         if kind not in TEXTS:  # these look at their first bytes as they read them
             with open_unpacked(file) as handle:
-                _marked(file, handle.read(len(MARK)))
+                _checked_start(file, handle.read(len(MARK)))
         for table in tables(file):
             writer = writer or pq.ParquetWriter(path, table.schema)
             if not table.schema.equals(writer.schema):
@@ -662,21 +662,22 @@ def _read_document(file: str) -> bytes:
             f"{file}: the document is larger than {LINE_BYTES >> 20} MiB; cut it up, or say "
             "format: text (a line is a document) or paragraphs"
         )
-    return _marked(file, data)
+    return _checked_start(file, data)
 
 
 def _blank(line: bytes) -> bool:
     return not line.strip() or (len(line) < 64 and not line.decode("utf-8", "replace").strip())
 
 
-def _marked(file: str, start: bytes) -> bytes:
-    """Strip the byte order mark of UTF-8 from a file's first bytes. Raises ValueError for
-    UTF-16, and for archives and spreadsheets.
+def _checked_start(file: str, start: bytes) -> bytes:
+    """Return a file's first bytes without the byte order mark of UTF-8.
+
+    Raises ValueError for UTF-16, and for archives and spreadsheets.
     """
     if start.startswith(b"PK\x03"):
         raise ValueError(
-            f"{file}: it is a spreadsheet or a zip archive by its content, and no text: save the "
-            "sheet as CSV, or unpack it"
+            f"{file}: its content is a spreadsheet or zip archive, not text: save the sheet as "
+            "CSV, or unpack it"
         )
     if start.startswith(WIDE):
         raise ValueError(
@@ -694,7 +695,7 @@ def _read_lines(file: str) -> Iterator[bytes]:
                     f"{file}:{number}: the line is longer than {LINE_BYTES >> 20} MiB; a text file "
                     "has one document a line, or say format: paragraphs or documents"
                 )
-            yield _marked(file, line) if number == 1 else line
+            yield _checked_start(file, line) if number == 1 else line
             number += 1
 
 

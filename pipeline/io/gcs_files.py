@@ -55,10 +55,10 @@ class Buckets:
         return f"generation {info['generation']}"
 
     def read_range(self, path: str, start: int, end: int, stamp: str) -> bytes:
-        """Return bytes of the version with this stamp.
+        """Return bytes ``start`` to ``end`` (exclusive) of the version with this stamp.
 
         Raises:
-            FileNotFoundError: It is gone.
+            FileNotFoundError: That version is gone.
         """
         generation = stamp.rpartition(" ")[2]
         return self.client.cat_file(path, start=start, end=end, generation=generation)

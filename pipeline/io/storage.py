@@ -193,9 +193,8 @@ def read_bytes(uri: Uri) -> bytes:
 
 
 def read_as(uri: Uri, of_file: Callable[[str], T], of_bytes: Callable[[bytes], T]) -> T:
-    """Return what is made of a file: of the path of a local one, of the bytes of any other.
-
-    A local file can so be mapped into memory.
+    """Return what is made of a file: of the path of a local one, so that it can be mapped into
+    memory, of the bytes of any other.
     """
     if is_remote(uri):
         return of_bytes(read_bytes(uri))

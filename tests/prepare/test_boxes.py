@@ -402,7 +402,7 @@ def test_other_shapes_and_tags_of_cvat(tmp_path):
         "polygons, whose bounds are taken": 1,
         "rotated boxes, whose bounds are taken": 1,
         "shapes of kind polyline, left out": 1,
-        "images that are not named, left out": 1,
+        "images that the export does not name, left out": 1,
     }
 
 

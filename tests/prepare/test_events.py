@@ -459,7 +459,8 @@ def test_lines_that_are_no_rows(tmp_path):
     lines[101:110] = ["1,secret"] * 9
     (tmp_path / "long.csv").write_text("entity,time,variable,value\n" + "\n".join(lines) + "\n")
     with pytest.raises(
-        ValueError, match=r"10 of 400 rows are broken.*long\.csv:line 102: another number of fields"
+        ValueError,
+        match=r"10 of 400 rows are broken.* long\.csv:line 102: another number of fields",
     ) as error:
         prepare("events", tmp_path / "long.csv", tmp_path / "worse")
     assert "secret" not in str(error.value)

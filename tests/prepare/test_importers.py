@@ -552,22 +552,22 @@ def test_coco_files_that_do_not_fit(coco):
     assert len(index("coco", coco, "missing=skip")[0]) == 4
     refused(r"images with the same id: 1", images=[*good["images"], good["images"][0]])
     refused(
-        r"annotations\[0\]\.bbox: field required, not .*'id': 11",
+        r"instances_[a-z0-9]*\.json: annotations\[0\]\.bbox: Field required; correct the file$",
         annotations=[{k: v for k, v in box.items() if k != "bbox"}],
     )
     refused(
-        r"annotations\[0\]\.bbox: list should have at least 4 items.* not \[1, 2, 3\]",
+        r"annotations\[0\]\.bbox: List should have at least 4 items.*, not 3 \(got \[1, 2, 3\]\);",
         annotations=[{**box, "bbox": [1, 2, 3]}],
     )
     refused(
-        r"images\[0\]\.id: input should be a valid integer.* not a;",
+        r"images\[0\]\.id: Input should be a valid integer, .* \(got 'a'\);",
         images=[{**good["images"][0], "id": i} for i in ("a", 1.5)],
     )
     refused(
-        r"images\[0\]\.width: input should be a valid integer, not None",
+        r"images\[0\]\.width: Input should be a valid integer \(got None\);",
         images=[{**good["images"][0], "width": None}],
     )
-    refused("categories: input should be a valid array, not None", categories=None)
+    refused(r"categories: Input should be a valid array \(got None\);", categories=None)
     refused(
         "category 90 is 'toothbrush' here and 'brush' in",
         categories=[{"id": 1, "name": "person"}, {"id": 90, "name": "brush"}],

@@ -308,7 +308,7 @@ def test_other_files_are_left_out_and_counted(text, tmp_path):
         ("a.txt", "words".encode("utf-16"), "a.txt: UTF-16; convert"),
         ("a.parquet", b"PAR1 no", "a.parquet: not a whole Parquet file"),
         ("a.txt", b"\n\n", "no rows in the layout"),
-        ("a.doc", b"x", "a.doc: of no kind that is read"),
+        ("a.doc", b"x", "a.doc: unknown suffix; these are read: "),
     ],
 )
 def test_damaged_files_are_told_by_name(name, data, said, tmp_path):

@@ -59,7 +59,7 @@ class AnnotatedImage:
             of which the first that is there counts.
         where: the place in the export, for messages.
         size: (width, height) in pixels, `UNKNOWN` where it is not stated.
-        objects: what has a box.
+        objects: the annotated objects.
         tags: classes of the image as a whole.
         split: "" where the export tells none.
         problem: why the image cannot be used, "" where it can.
@@ -79,10 +79,10 @@ class AnnotatedImagesImporter(ImageImporter):
     Examples: `cvat`, `labelstudio`.
 
     Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
-    (numbers of the classes), `label_names`, `crowd` (false) and, where asked for, `masks`, one each
-    a box; `tags` (the classes of the image as a whole) and `tag` (its class where it has one alone,
-    else null). Boxes are dropped and clipped as by `coco`. An image that the export does not name
-    is left out and counted.
+    (numbers of the classes), `label_names`, `crowd` (false) and, where asked for, `masks`, one for
+    each box; `tags` (the classes of the image as a whole) and `tag` (its class where it has one
+    alone, else null). Boxes are dropped and clipped as by `coco`. An image that the export does not
+    name is left out and counted.
     """
 
     label = "label_names"
@@ -129,7 +129,7 @@ class AnnotatedImagesImporter(ImageImporter):
                 "--set missing=skip"
             )
         counts["images that are named but not there, left out"] = len(lost)
-        counts["images that are not named, left out"] = len(found.images) - len(taken)
+        counts["images that the export does not name, left out"] = len(found.images) - len(taken)
         has_masks = self.options.masks == "instance"
         kinds = {**COLUMNS, boxes.SEGMENTATIONS: pa.string()} if has_masks else COLUMNS
         return Index(

@@ -44,10 +44,14 @@ MOST_LISTED = 1000
 
 
 class InputSplit(NamedTuple):
-    """What one call reads: bytes `start` to `stop` of a file (row groups for Parquet).
+    """A part of a file, which one call reads.
 
-    The whole file where `stop` is -1. `name`: of the file, or of the publisher's table in it.
-    `size`: estimated bytes of text.
+    Attributes:
+        name: of the file, or of the publisher's table in it.
+        split: of its rows: train, validation, test, or "" (all, or as the rows say).
+        entry: the file.
+        start, stop: bytes, of Parquet row groups; -1 as `stop`: to the end of the file.
+        size: estimated bytes of text.
     """
 
     name: str
@@ -153,8 +157,8 @@ def check_kinds(listed: InputFiles, suffixes: tuple[str, ...]) -> None:
     for entry, _ in listed.files:
         if plain_suffix(entry.name) not in suffixes:
             raise ValueError(
-                f"{entry.name}: of no kind that is read ({', '.join(suffixes)}, also with .gz or "
-                ".zst); rename it by its kind"
+                f"{entry.name}: unknown suffix; these are read: {', '.join(suffixes)} (also with "
+                ".gz or .zst). If it is one of them, rename it"
             )
 
 

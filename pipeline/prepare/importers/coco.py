@@ -110,11 +110,11 @@ class Coco(ImageImporter):
     """annotations/instances_NAME.json with the images in NAME/, images/NAME/, NAME.zip or images/.
 
     Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
-    (category ids, unchanged), `label_names`, `crowd` (one each a box), `image_id` and, where asked
-    for, `mask` or `masks` (one each a box). Images without boxes are kept. A box that is not
-    finite, has no area or lies outside the image is dropped; one that is partly outside is clipped;
-    both are counted. In `mask` smaller objects are drawn over larger ones, and all over crowds; a
-    class is the category's id, or that plus 1 where an id is 0.
+    (category ids, unchanged), `label_names`, `crowd` (one for each box), `image_id` and, where
+    asked for, `mask` or `masks` (one for each box). Images without boxes are kept. A box that is
+    not finite, has no area or lies outside the image is dropped; one that is partly outside is
+    clipped; both are counted. In `mask` smaller objects are drawn over larger ones, and all over
+    crowds; a class is the category's id, or that plus 1 where an id is 0.
     """
 
     label = "label_names"
@@ -299,9 +299,11 @@ def _read(uri: str) -> CocoFile:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, first["loc"])))
+        # the input is then all that lacks the key, or the whole file
+        has_no_value = first["type"] in ("missing", "json_invalid")
+        got = "" if has_no_value else f" (got {repr(first['input'])[:100]})"
         raise ValueError(
-            f"{uri}: {f'{place}: ' if place else ''}{first['msg'].lower()}, not "
-            f"{str(first['input'])[:100]}; correct the file"
+            f"{uri}: {f'{place}: ' if place else ''}{first['msg']}{got}; correct the file"
         ) from None
     for name, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
         doubled = [value for value, n in Counter(item[key] for item in data[name]).items() if n > 1]

@@ -39,8 +39,9 @@ class Cvat(AnnotatedImagesImporter):
 
     Columns: `boxes`, `labels` (numbers in the order of the task's labels), `label_names`, `crowd`;
     `tags` and `tag` (the image's own). Of polygons and of rotated boxes the bounds are taken; other
-    shapes are left out and counted. With masks=instance also `masks`, of the polygons and masks:
-    each of them is an object of its own, and an image with a box is left out and counted.
+    shapes are left out and counted. With masks=instance also `masks`, of the polygons and masks.
+    An image with an object that has only a box is then left out, and counted: its mask is not
+    known.
     """
 
     def read(

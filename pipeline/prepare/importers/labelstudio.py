@@ -52,9 +52,9 @@ class LabelStudio(AnnotatedImagesImporter):
     Columns: `boxes`, `labels` (numbers in the order of the names), `label_names`, `crowd`; `tags`
     and `tag` (choices). Of polygons, ellipses and rotated boxes the bounds are taken; other shapes
     are left out and counted. With masks=instance also `masks`, of polygons and of brush masks,
-    whose boxes are their bounds; an image with another shape is left out and counted. Of several
-    annotations of a task the one that is marked as ground truth is taken, else the first; tasks
-    without any are left out and counted.
+    whose boxes are their bounds. An image with an object that has only a box or ellipse is then
+    left out, and counted: its mask is not known. Of several annotations of a task the one that is
+    marked as ground truth is taken, else the first; tasks without any are left out and counted.
     """
 
     def read(

@@ -78,10 +78,10 @@ class Voc(ImageImporter):
 
     Columns: `boxes` (list of [x, y, width, height] in pixels of the written image), `labels`
     (numbers of the classes in the order of their names), `label_names`, `crowd` (false) and
-    `difficult`, one each a box. Images without boxes are kept. Boxes are dropped and clipped as by
-    `coco`.
+    `difficult`, one for each box. Images without boxes are kept. Boxes are dropped and clipped as
+    by `coco`.
 
-    With masks=instance also `masks`, one each a box, of SegmentationObject/NAME.png, whose pixels
+    With masks=instance also `masks`, one for each box, of SegmentationObject/NAME.png, whose pixels
     have the number of their object in the annotation. Images without such a PNG are left out and
     counted. Then the lists of ImageSets/Segmentation tell the splits where there are any.
     """

@@ -57,7 +57,7 @@ class Yolo(ImageImporter):
     Y2 X3 Y3 ...` for a polygon, whose bounds are taken; where the .yaml has `kpt_shape`, keypoints
     follow the box and are left out. Columns: `boxes` (list of [x, y, width, height] in pixels of
     the written image), `labels` (the numbers of the classes), `label_names`, `crowd` (false) and,
-    where asked for, `masks`, one each a box. Images without a label file have no boxes, but some
+    where asked for, `masks`, one for each box. Images without a label file have no boxes, but some
     image of each split must have one. Boxes are dropped and clipped as by `coco`.
     """
 

@@ -465,9 +465,7 @@ def _of_csv(
                 types={name: pa.string() for name in columns},
                 columns=columns,
                 has_line_ends=is_whole,
-                on_invalid_row=lambda row: tally.line(
-                    f"{entry.name}:{_place(row, part)}", BAD_LINE
-                ),
+                on_invalid_row=lambda row: tally.line(_place(row, part), BAD_LINE),
             ):
                 rows += len(batch)
                 yield pa.Table.from_batches([batch])
