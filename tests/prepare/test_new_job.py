@@ -684,7 +684,7 @@ def test_files_in_a_folder_below_the_table_and_missing_ones(tmp_path):
 
 def test_groups_are_looked_for_in_all_rows_of_a_large_table(monkeypatch):
     """A sample of rows sorted by patient has one row of each, as an id would."""
-    monkeypatch.setattr(inspection, "ROWS", 20)
+    monkeypatch.setattr(inspection, "SAMPLE_ROWS", 20)
     patients = [i // 10 for i in range(200)]
     rows = {"note": texts(200), "patient_id": patients, "label": [0, 1] * 100}
     pq.write_table(pa.table(rows), "notes.parquet")
@@ -738,7 +738,7 @@ def test_two_rows_of_one_patient_are_a_group():
 
 
 def test_splits_that_a_sample_does_not_have(monkeypatch):
-    monkeypatch.setattr(inspection, "ROWS", 20)
+    monkeypatch.setattr(inspection, "SAMPLE_ROWS", 20)
     splits = ["train"] * 150 + ["Test"] * 50
     splits[5:100:10] = ["dev"] * 10
     splits[7] = splits[17] = "unused"

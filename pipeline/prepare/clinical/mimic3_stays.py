@@ -158,7 +158,7 @@ def missing(tables: dict[str, list[Entry]]) -> dict[str, str]:
     }
 
 
-READ = {
+COLUMNS_READ = {
     "patients": {"subject_id": "id", "gender": "text", "dob": "time"},
     "admissions": {
         "subject_id": "id",
@@ -185,14 +185,14 @@ READ = {
 }
 """Columns of the small tables and their kinds; those with a question mark may be missing."""
 STAYS = f"""
-WITH patient AS (
+WITH patient AS (  -- ids are unique in MIMIC-III, else the last row counts
   SELECT subject_id, dob, CASE upper(gender) WHEN 'F' THEN 'female' WHEN 'M' THEN 'male' END AS sex
   FROM patients WHERE subject_id IS NOT NULL
   QUALIFY row_number() OVER (PARTITION BY subject_id ORDER BY place DESC) = 1
 ),
-admission AS (
+admission AS (  -- of repeated ids the first row counts, as for stays
   SELECT *, CASE
-    WHEN admittime IS NULL OR dischtime IS NULL THEN 'no times of its admission'
+    WHEN admittime IS NULL OR dischtime IS NULL THEN 'its admission has no admittime or dischtime'
     WHEN dischtime < admittime THEN 'discharge before admission'
     WHEN deathtime < admittime THEN 'death before admission'
     WHEN coalesce(hospital_expire_flag, -1) NOT IN (0, 1) THEN 'no hospital_expire_flag'
@@ -201,7 +201,7 @@ admission AS (
   QUALIFY row_number() OVER (PARTITION BY hadm_id ORDER BY place) = 1
 ),
 valid AS (SELECT * FROM admission WHERE wrong = ''),
-judged AS (
+checked AS (
   SELECT s.*, p.sex, p.dob, CASE
     WHEN s.icustay_id IS NULL THEN 'no icustay_id'
     WHEN s.intime IS NULL OR s.outtime IS NULL THEN 'no intime or outtime'
@@ -211,6 +211,7 @@ judged AS (
     WHEN a.wrong <> '' THEN a.wrong
     WHEN a.subject_id IS DISTINCT FROM s.subject_id
       THEN 'its patient is not that of its admission'
+    -- within a day: dob is a day, whose zone is not compared
     WHEN p.dob > s.intime + 86400 THEN 'born after the stay began'
     ELSE '' END AS wrong
   FROM icustays s
@@ -221,19 +222,19 @@ stay AS (
   SELECT * REPLACE (CASE
     WHEN row_number() OVER (PARTITION BY icustay_id, wrong ORDER BY place) > 1 AND wrong = ''
     THEN 'the same icustay_id again' ELSE wrong END AS wrong)
-  FROM judged
+  FROM checked
 ),
 in_admission AS (
   SELECT hadm_id, count(DISTINCT coalesce(icustay_id, -1)) AS stays FROM icustays GROUP BY hadm_id
 ),
-diagnosis AS (  -- each code once, by its importance
+diagnosis AS (  -- each code once, with its smallest seq_num
   SELECT hadm_id, icd9_code AS code, min(coalesce(seq_num, 1 << 30)) AS seq
   FROM diagnoses_icd WHERE icd9_code <> '' GROUP BY ALL
 ),
 codes AS (
   SELECT hadm_id, list(code ORDER BY seq, code) AS codes FROM diagnosis GROUP BY hadm_id
 ),
-coded AS (
+codes_in_order AS (
   SELECT v.hadm_id, v.subject_id, v.dischtime, d.code, row_number() OVER (
     ORDER BY v.admittime, v.dischtime, v.hadm_id, d.seq, d.code) AS rank
   FROM valid v JOIN diagnosis d ON d.hadm_id = v.hadm_id
@@ -241,12 +242,12 @@ coded AS (
 earlier AS (  -- of admissions that ended before this one began
   SELECT hadm_id, list(code ORDER BY rank) AS codes FROM (
     SELECT v.hadm_id, c.code, min(c.rank) AS rank FROM valid v
-    JOIN coded c ON c.subject_id = v.subject_id AND c.hadm_id <> v.hadm_id
+    JOIN codes_in_order c ON c.subject_id = v.subject_id AND c.hadm_id <> v.hadm_id
       AND c.dischtime <= v.admittime
     GROUP BY ALL
   ) GROUP BY hadm_id
 ),
-later AS (
+next_admission AS (
   SELECT v.hadm_id, min(n.admittime) AS began,
     first(n.hadm_id ORDER BY n.admittime, n.dischtime, n.hadm_id) AS next
   FROM valid v JOIN valid n ON n.subject_id = v.subject_id AND n.hadm_id <> v.hadm_id
@@ -282,11 +283,12 @@ LEFT JOIN valid a ON a.hadm_id = s.hadm_id
 LEFT JOIN in_admission i ON i.hadm_id = s.hadm_id
 LEFT JOIN codes c ON c.hadm_id = s.hadm_id
 LEFT JOIN earlier e ON e.hadm_id = s.hadm_id
-LEFT JOIN later l ON l.hadm_id = s.hadm_id
+LEFT JOIN next_admission l ON l.hadm_id = s.hadm_id
 LEFT JOIN codes n ON n.hadm_id = l.next
 ORDER BY patient, s.intime, entity, s.place
 """
-"""Of every row of ICUSTAYS why it cannot be used, or "", and its columns in SCHEMA.
+"""One row for each row of ICUSTAYS: `wrong` (why it cannot be used, or "") and the columns of
+SCHEMA.
 
 Times are in seconds. What is static is known at the stay's start: of diagnoses those of admissions
 that had ended. An admission without known codes has null for them, not an empty list.
@@ -294,12 +296,13 @@ that had ended. An admission without known codes has null for them, not an empty
 
 
 def stays(tables: dict[str, list[Entry]]) -> Stays:
-    """Read every stay whose times make sense; the others are listed by their row in ICUSTAYS.
+    """Return the valid stays; `broken` has the reasons against the others, by their row in
+    ICUSTAYS.
 
     Raises ValueError where the times of ICUSTAYS have a zone and those of ADMISSIONS have none, or
     the other way round. Days of birth are not compared: a few hours make no difference to an age.
     """
-    counts = {name: RowCounts() for name in READ}
+    counts = {name: RowCounts() for name in COLUMNS_READ}
     with closing(Opener()) as opener, duckdb.connect() as connection:
         for name, tally in counts.items():
             connection.register(name, _read(name, tables, opener, tally))
@@ -338,7 +341,7 @@ def _read(name: str, tables: dict[str, list[Entry]], opener: Opener, tally: RowC
     """
     kinds = {
         column: Column(kind.rstrip("?"), not kind.endswith("?"))
-        for column, kind in READ[name].items()
+        for column, kind in COLUMNS_READ[name].items()
     }
     if name in tables:
         table = whole(name, tables[name][0], kinds, opener, tally)

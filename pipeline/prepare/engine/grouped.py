@@ -82,7 +82,7 @@ class EventTables:
     """The tables of events.
 
     Attributes:
-        pieces: the tables, cut up: what each task reads.
+        pieces: for each task, the input splits that it reads.
         mark: changes when any file does.
         notes: counts for the summary.
     """
@@ -138,38 +138,42 @@ class EventReader:
     Rows that are left out are counted once, by their first reason.
 
     Attributes:
-        part: what is read.
+        input_split: what is read.
         table: the name of its table.
-        keys: of `Entities`.
-        tally: counts of lines.
+        keys: `Entities.keys`.
+        tally: counts of rows and of invalid lines.
         dropped: how many rows are left out, by `table: reason`.
         good: (n,) bool, which rows of a batch are still valid.
     """
 
     def __init__(
         self,
-        part: InputSplit,
+        input_split: InputSplit,
         opener: Opener,
         keys: Any = None,
         tally: RowCounts | None = None,
         dropped: Counter[str] | None = None,
     ):
-        self.part, self.table, self.opener, self.keys = part, part.name, opener, keys
+        self.input_split, self.table = input_split, input_split.name
+        self.opener, self.keys = opener, keys
         self.tally = tally if tally is not None else RowCounts()
         self.dropped = dropped if dropped is not None else Counter[str]()
         self.good = np.empty(0, dtype=bool)
 
     def batches(self, columns: dict[str, Column]) -> Iterator[pa.Table]:
         """Yield the rows as `csv_blocks.batches` does."""
-        return batches(self.part, columns, self.opener, self.tally)
+        return batches(self.input_split, columns, self.opener, self.tally)
 
     def count(self, reason: str, rows: int) -> None:
+        """Count rows that are left out."""
         self.dropped[f"{self.table}: {reason}"] += rows
 
     def begin(self, rows: int) -> None:
+        """Start a batch: all of its rows are valid."""
         self.good = np.ones(rows, dtype=bool)
 
     def drop(self, reason: str, bad: np.ndarray) -> None:
+        """Leave out the rows where `bad`, (n,) bool, is true; count those not dropped before."""
         self.count(reason, int(np.count_nonzero(self.good & bad)))
         self.good &= ~bad
 

@@ -244,14 +244,15 @@ class RecordsImporter(GroupedImporter):
 
     Attributes:
         labels: the label table, where one is given.
+        label: "label" where that table has classes, else "".
     """
 
     def __init__(self, options: Any = None):
         super().__init__(options)
         o = self.options
         self.labels = read_labels(o.labels, getattr(o, "label", "")) if o.labels else None
-        is_counted = self.labels is not None and self.labels.column != "float_value"
-        self.label = "label" if is_counted else ""
+        has_classes = self.labels is not None and self.labels.column != "float_value"
+        self.label = "label" if has_classes else ""
 
     def __getstate__(self) -> dict[str, object]:
         """Leave labels and tables out of what is sent to tasks: they need the options alone."""
@@ -276,21 +277,21 @@ class RecordsImporter(GroupedImporter):
         """
         ids, first, last = (column.to_numpy() for column in spans.columns)
         if self.labels is None:
-            timed = first <= last
-            notes[f"{noun} without timed events, left out"] = int(np.count_nonzero(~timed))
-            persons, zero, more, broken = ids[timed], last[timed], {}, []
+            has_events = first <= last
+            notes[f"{noun} without timed events, left out"] = int(np.count_nonzero(~has_events))
+            persons, end_times, label_columns, broken = ids[has_events], last[has_events], {}, []
         else:
             good, broken = self.labels.usable(ids, first, last)
-            without = ~np.isin(ids, self.labels.subjects)
-            notes[f"{noun} without label rows, left out"] = int(np.count_nonzero(without))
-            persons, zero = self.labels.subjects[good], self.labels.times[good]
-            more = {"label": self.labels.values.filter(pa.array(good))}
+            has_no_label = ~np.isin(ids, self.labels.subjects)
+            notes[f"{noun} without label rows, left out"] = int(np.count_nonzero(has_no_label))
+            persons, end_times = self.labels.subjects[good], self.labels.times[good]
+            label_columns = {"label": self.labels.values.filter(pa.array(good))}
         columns = {
             "entity": pa.array(persons),
             "patient": pa.array(persons),
-            "prediction_time": pa.array(zero, pa.timestamp("us")),
+            "prediction_time": pa.array(end_times, pa.timestamp("us")),
         }
-        return pa.table({**columns, **more}), broken
+        return pa.table({**columns, **label_columns}), broken
 
 
 def read_labels(uri: str, column: str) -> Labels:

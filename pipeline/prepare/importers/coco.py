@@ -96,7 +96,7 @@ class CocoOptions(Options):
     masks: Literal["none", "semantic", "instance"] = Field(
         "none",
         description="semantic: a column mask, PNG of one class number a pixel, 0 for nothing, 255 "
-        "for crowds; instance: a column masks, COCO's run lengths for each box",
+        "for crowds; instance: also a column masks, the mask of each box as COCO's run lengths",
     )
     missing: Literal["refuse", "skip"] = Field(
         "refuse",

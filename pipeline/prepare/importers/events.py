@@ -296,13 +296,13 @@ class LongTable(GroupedImporter):
                     else f"column {o.start!r} of the entities"
                 )
                 raise ValueError(
-                    f"{reader.part.entry.name}: {with_zone} has times "
+                    f"{reader.input_split.entry.name}: {with_zone} has times "
                     "with a zone (Z, +02:00), and the other column has none: nobody can tell how "
                     "far apart they are; write both with a zone, or both without"
                 )
             own = _trimmed(batch[o.entity].combine_chunks())
             rows = pc.index_in(own, value_set=ids).fill_null(-1).to_numpy(zero_copy_only=False)
-            hours, timed = self._hours(batch[o.time], rows, keys["start"], reader.part)
+            hours, timed = self._hours(batch[o.time], rows, keys["start"], reader.input_split)
             names, codes = variable_codes(pc.utf8_trim_whitespace(batch[o.variable]))
             numbers = plausible.numbers(batch[o.value]) if o.value else None
             values = numbers.values if numbers else np.ones(len(batch))

@@ -214,14 +214,18 @@ class Mimic3(GroupedImporter):
     # ---------------------------------------------------------------- events
 
     def events(self, reader: EventReader) -> Iterator[Events]:
-        block = _StayReader(reader.part, reader.opener, reader.keys, reader.tally, reader.dropped)
-        if block.table in MEASURED:
-            return self._measured(block)
-        return self._drugs(block) if block.table == "prescriptions" else self._inputs(block)
+        stay_reader = _StayReader(
+            reader.input_split, reader.opener, reader.keys, reader.tally, reader.dropped
+        )
+        if stay_reader.table in MEASURED:
+            return self._measured(stay_reader)
+        if stay_reader.table == "prescriptions":
+            return self._drugs(stay_reader)
+        return self._inputs(stay_reader)
 
-    def _measured(self, block: _StayReader) -> Iterator[Events]:
+    def _measured(self, reader: _StayReader) -> Iterator[Events]:
         columns = {
-            **block.ids,
+            **reader.ids,
             "itemid": Column("id"),
             "charttime": Column("time"),
             "valuenum": Column("number", False),
@@ -230,54 +234,56 @@ class Mimic3(GroupedImporter):
             "error": Column("id", False),
             "iserror": Column("id", False),
         }
-        items, codes, conversions = block.keys["items"][block.table]
-        names, ranges = block.keys["names"], plausible.Ranges()
-        units = _Factors(names, codes, conversions, block.keys["units"][block.table])
-        for batch in block.batches(columns):
-            block.begin(len(batch))
-            item = _whole(batch["itemid"])
+        items, codes, conversions = reader.keys["items"][reader.table]
+        names, ranges = reader.keys["names"], plausible.Ranges()
+        units = _Factors(names, codes, conversions, reader.keys["units"][reader.table])
+        for batch in reader.batches(columns):
+            reader.begin(len(batch))
+            item = _integers(batch["itemid"])
             at = positions(items, item)
-            block.drop(NO_ITEM, item < 0)
-            block.drop(UNKNOWN, at < 0)
-            block.drop(
+            reader.drop(NO_ITEM, item < 0)
+            reader.drop(UNKNOWN, at < 0)
+            reader.drop(
                 "marked as an error",
-                (_whole(batch["error"]) == 1) | (_whole(batch["iserror"]) == 1),
+                (_integers(batch["error"]) == 1) | (_integers(batch["iserror"]) == 1),
             )
-            batch, at = block.keep(batch), at[block.good]  # the most rows of CHARTEVENTS end here
-            rows, hours = block.place(batch, batch["charttime"])
-            batch, at = batch.filter(pa.array(block.good)), at[block.good]
+            batch, at = reader.keep(batch), at[reader.good]  # the most rows of CHARTEVENTS end here
+            rows, hours = reader.place(batch, batch["charttime"])
+            batch, at = batch.filter(pa.array(reader.good)), at[reader.good]
             values, reasons, censored = _values(batch, conversions[at])
-            block.begin(len(batch))
-            block.drop_by_code(plausible.REASONS, reasons)
+            reader.begin(len(batch))
+            reader.drop_by_code(plausible.REASONS, reasons)
             factors = units.of(batch["valueuom"], at)
             # Each variable's own count: that is where to look
-            for code in np.unique(codes[at][np.isnan(factors) & block.good]):
-                block.drop(
+            for code in np.unique(codes[at][np.isnan(factors) & reader.good]):
+                reader.drop(
                     f"{names[code]} {plausible.OTHER_UNIT}", np.isnan(factors) & (codes[at] == code)
                 )
-            block.dropped[plausible.CENSORED] += int(np.count_nonzero(block.good & censored))
-            block.dropped[plausible.CONVERTED] += int(np.count_nonzero(block.good & (factors != 1)))
+            reader.dropped[plausible.CENSORED] += int(np.count_nonzero(reader.good & censored))
+            reader.dropped[plausible.CONVERTED] += int(
+                np.count_nonzero(reader.good & (factors != 1))
+            )
             rows, hours, at, values = (
-                column[block.good] for column in (rows, hours, at, values * factors)
+                column[reader.good] for column in (rows, hours, at, values * factors)
             )
             values = plausible.converted(values, conversions[at], CONVERSIONS)
-            values, good = ranges.apply(values, codes[at], names, block.dropped, block.table)
+            values, good = ranges.apply(values, codes[at], names, reader.dropped, reader.table)
             yield Events(rows[good], hours[good], codes[at][good], names, values[good])
 
-    def _drugs(self, block: _StayReader) -> Iterator[Events]:
-        columns = {**block.ids, "startdate": Column("time"), "drug": Column("text")}
-        for batch in block.batches(columns):
-            names, codes = _named("drug: ", batch["drug"])
-            block.begin(len(batch))
-            block.drop("no drug", codes < 0)
-            batch, codes = block.keep(batch), codes[block.good]
-            rows, hours = block.place(batch, batch["startdate"], whole_days=True)
-            yield Events(rows, hours, codes[block.good], names, np.ones(len(rows)))
+    def _drugs(self, reader: _StayReader) -> Iterator[Events]:
+        columns = {**reader.ids, "startdate": Column("time"), "drug": Column("text")}
+        for batch in reader.batches(columns):
+            names, codes = _name_codes("drug: ", batch["drug"])
+            reader.begin(len(batch))
+            reader.drop("no drug", codes < 0)
+            batch, codes = reader.keep(batch), codes[reader.good]
+            rows, hours = reader.place(batch, batch["startdate"], whole_days=True)
+            yield Events(rows, hours, codes[reader.good], names, np.ones(len(rows)))
 
-    def _inputs(self, block: _StayReader) -> Iterator[Events]:
+    def _inputs(self, reader: _StayReader) -> Iterator[Events]:
         """Yield what was given: an amount counts at its end, when all of it was given."""
         columns = {
-            **block.ids,
+            **reader.ids,
             "itemid": Column("id"),
             "charttime": Column("time", False),
             "endtime": Column("time", False),
@@ -285,28 +291,28 @@ class Mimic3(GroupedImporter):
             "amountuom": Column("text", False),
             "statusdescription": Column("text", False),
         }
-        items, labels, own_kinds = block.keys["labels"]
+        items, labels, own_kinds = reader.keys["labels"]
         names = [f"input: {label}" for label in labels]
-        for batch in block.batches(columns):
-            block.begin(len(batch))
-            item = _whole(batch["itemid"])
+        for batch in reader.batches(columns):
+            reader.begin(len(batch))
+            item = _integers(batch["itemid"])
             at = positions(items, item)
-            block.drop(NO_ITEM, item < 0)
-            block.drop(UNKNOWN, at < 0)
+            reader.drop(NO_ITEM, item < 0)
+            reader.drop(UNKNOWN, at < 0)
             status = pc.utf8_lower(batch["statusdescription"].combine_chunks())
-            block.drop("rewritten", np.asarray(pc.is_in(status, value_set=pa.array(CANCELLED))))
+            reader.drop("rewritten", np.asarray(pc.is_in(status, value_set=pa.array(CANCELLED))))
             amount = plausible.numbers(batch["amount"])
-            block.drop_by_code(plausible.REASONS, amount.reasons)
-            block.drop(plausible.OUT_OF_RANGE, amount.values <= 0)
+            reader.drop_by_code(plausible.REASONS, amount.reasons)
+            reader.drop(plausible.OUT_OF_RANGE, amount.values <= 0)
             factors, kinds = _amount_units(batch["amountuom"])
             own = np.append(own_kinds, -1)[at]
-            block.drop(UNKNOWN_AMOUNT, np.isnan(factors))
-            block.drop(OTHER_AMOUNT, (kinds >= 0) & (own >= 0) & (kinds != own))
+            reader.drop(UNKNOWN_AMOUNT, np.isnan(factors))
+            reader.drop(OTHER_AMOUNT, (kinds >= 0) & (own >= 0) & (kinds != own))
             values = amount.values * factors
-            batch, at, values = block.keep(batch), at[block.good], values[block.good]
+            batch, at, values = reader.keep(batch), at[reader.good], values[reader.good]
             time = pc.coalesce(batch["charttime"], batch["endtime"])
-            rows, hours = block.place(batch, time)
-            yield Events(rows, hours, at[block.good], names, values[block.good])
+            rows, hours = reader.place(batch, time)
+            yield Events(rows, hours, at[reader.good], names, values[reader.good])
 
     def derived(
         self,
@@ -417,8 +423,9 @@ class _StayReader(EventReader):
 
     @property
     def ids(self) -> dict[str, Column]:
-        has_patients_alone = self.table == "labevents"
-        return {"subject_id": Column("id"), "hadm_id": Column("id", not has_patients_alone)}
+        # only LABEVENTS has rows without an admission
+        may_lack_admissions = self.table == "labevents"
+        return {"subject_id": Column("id"), "hadm_id": Column("id", not may_lack_admissions)}
 
     def batches(self, columns: dict[str, Column]) -> Iterator[pa.Table]:
         """Yield the rows as `csv_blocks.batches` does.
@@ -427,7 +434,7 @@ class _StayReader(EventReader):
         round.
         """
         for batch in super().batches(columns):
-            name, zoned = self.part.entry.name, self.tally.zoned
+            name, zoned = self.input_split.entry.name, self.tally.zoned
             check_zones(name, zoned, self.keys["stays_table"], self.keys["zoned"])
             yield batch
 
@@ -453,7 +460,7 @@ class _StayReader(EventReader):
         if whole_days:
             is_day = (seconds % DAY == 0) | (True in self.keys["zoned"])
             seconds = np.where(is_day, seconds + DAY, seconds)
-        admission, patient = _whole(batch["hadm_id"]), _whole(batch["subject_id"])
+        admission, patient = _integers(batch["hadm_id"]), _integers(batch["subject_id"])
         stay, there = self.keys["by_admission"].find(admission, seconds)
         by_patient, known = self.keys["by_patient"].find(patient, seconds)
         named = admission >= 0
@@ -488,12 +495,12 @@ def _amount_units(written: Any) -> tuple[np.ndarray, np.ndarray]:
     return factors[codes], kinds[codes]
 
 
-def _whole(column: Any) -> np.ndarray:
+def _integers(column: Any) -> np.ndarray:
     """Return (n,) int64, -1 for null."""
     return column.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
 
 
-def _named(prefix: str, column: Any) -> tuple[list[str], np.ndarray]:
+def _name_codes(prefix: str, column: Any) -> tuple[list[str], np.ndarray]:
     """Return (distinct names, (n,) index of each row's name or -1) of texts with white space
     normalised.
     """

@@ -123,8 +123,8 @@ class Physionet2012(GroupedImporter):
         out, notes = [], {}
         for name in wanted:
             files = [
-                InputSplit(f"set-{name}", "", entry, size=entry.size * _growth(entry))
-                for entry in sorted(self._records.get(name, ()), key=_place)
+                InputSplit(f"set-{name}", "", entry, size=entry.size * _expansion(entry))
+                for entry in sorted(self._records.get(name, ()), key=_archive_order)
             ]
             out += [files[i : i + FILES_A_PIECE] for i in range(0, len(files), FILES_A_PIECE)]
             if name in self._tables:
@@ -161,10 +161,10 @@ class Physionet2012(GroupedImporter):
         }
         facts = {
             "Age": known["Age"],
-            "Gender": _named(known["Gender"], GENDERS),
+            "Gender": _decoded(known["Gender"], GENDERS),
             "Height": self._measured("Height", known["Height"]),
             "Weight": self._measured("Weight", known["Weight"]),
-            "CareUnit": _named(known["ICUType"], UNITS),
+            "CareUnit": _decoded(known["ICUType"], UNITS),
         }
         whole_numbers = {"entity": "RecordID", **{new: old for old, new in LABELS.items()}}
         columns = {
@@ -201,10 +201,10 @@ class Physionet2012(GroupedImporter):
         return pc.if_else(is_plausible, clipped, None)
 
     def _of_files(self, name: str, opener: Opener, broken: list[InvalidRow]) -> Iterator[Row]:
-        """Return the descriptors of each record (at 00:00), with its outcomes."""
+        """Yield the descriptors of each record (at 00:00), with its outcomes."""
         outcomes = self._outcome_rows(name, opener)
         seen: set[float] = set()
-        for place, entry in enumerate(sorted(self._records[name], key=_place), 1):
+        for place, entry in enumerate(sorted(self._records[name], key=_archive_order), 1):
             record, _, reason = _record(entry, _lines(entry, opener))
             reason = (
                 "the same record again" if not reason and record["RecordID"] in seen else reason
@@ -224,16 +224,16 @@ class Physionet2012(GroupedImporter):
     def _outcome_rows(self, name: str, opener: Opener) -> dict[int, dict[str, float]]:
         if name not in self._outcomes:
             return {}
-        found = _numbers(self._outcomes[name], ("RecordID", *LABELS), opener)
+        found = _rows_of_numbers(self._outcomes[name], ("RecordID", *LABELS), opener)
         return {int(row.pop("RecordID")): row for row in found}
 
     def _of_tables(self, name: str, opener: Opener) -> Iterator[dict[str, float]]:
-        return _numbers(self._tables[name][1], (*DESCRIPTORS, *LABELS), opener)
+        return _rows_of_numbers(self._tables[name][1], (*DESCRIPTORS, *LABELS), opener)
 
     # ---------------------------------------------------------------- events
 
     def events(self, reader: EventReader) -> Iterator[Events]:
-        if not TABLE.search(reader.part.entry.name.lower()):
+        if not TABLE.search(reader.input_split.entry.name.lower()):
             yield from self._of_file(reader)
             return
         columns = {
@@ -250,7 +250,9 @@ class Physionet2012(GroupedImporter):
 
     def _of_file(self, reader: EventReader) -> Iterator[Events]:
         """Yield the valid events of the file of a record."""
-        record, lines, reason = _record(reader.part.entry, _lines(reader.part.entry, reader.opener))
+        record, lines, reason = _record(
+            reader.input_split.entry, _lines(reader.input_split.entry, reader.opener)
+        )
         if reason:
             return
         reader.tally.rows += len(lines)
@@ -290,15 +292,17 @@ class Physionet2012(GroupedImporter):
         return Events(rows[inside], hours[inside], codes[inside], vocabulary, values[inside])
 
 
-def _named(codes: pa.Array, names: dict[float, str]) -> pa.Array:
+def _decoded(codes: pa.Array, names: dict[float, str]) -> pa.Array:
     return pa.array([names.get(code) for code in codes.to_pylist()], pa.string())
 
 
-def _growth(entry: Entry) -> int:
+def _expansion(entry: Entry) -> int:
     return EXPANSION if has_suffix(entry.uri, "gz") else 1
 
 
-def _numbers(entry: Entry, columns: tuple[str, ...], opener: Opener) -> Iterator[dict[str, float]]:
+def _rows_of_numbers(
+    entry: Entry, columns: tuple[str, ...], opener: Opener
+) -> Iterator[dict[str, float]]:
     """Yield the rows of a table of numbers that have a RecordID; NaN for what is no number."""
     needed = ("RecordID", "In-hospital_death")
     wanted = {name: Column("number", name in needed) for name in columns}
@@ -310,13 +314,13 @@ def _numbers(entry: Entry, columns: tuple[str, ...], opener: Opener) -> Iterator
             yield found
 
 
-def _place(entry: Entry) -> tuple[str, int, str]:
+def _archive_order(entry: Entry) -> tuple[str, int, str]:
     """Sort key: the order in an archive, which may only be readable from its start."""
     return entry.uri, entry.offset, entry.name
 
 
 def _lines(entry: Entry, opener: Opener) -> list[str]:
-    """Return a record's lines, or None if it is damaged (no message names it)."""
+    """Return the lines of a record, an empty list if it is damaged (no message names it)."""
     try:
         with opener(entry) as handle:
             return handle.read().decode("utf-8", "replace").splitlines()

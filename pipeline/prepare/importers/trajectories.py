@@ -253,14 +253,15 @@ class Trajectories(TableImporter):
             self.rules.steps or self._shares or o.split_column or (o.done and not o.episode)
         )
         tables = logs.tables(reading.input_split, self.roles.columns(), reading.opener)
-        for one, rows in zip(found, logs.read_episodes(found, tables), strict=True):
-            called = f"{one.log}-{one.number:05d}" if is_cut else one.log
+        for episode_rows, rows in zip(found, logs.read_episodes(found, tables), strict=True):
+            log, number = episode_rows.log, episode_rows.number
+            name = f"{log}-{number:05d}" if is_cut else log
             try:
-                episode = logs.episode(rows, one, self.roles, self.rules, called)
+                episode = logs.episode(rows, episode_rows, self.roles, self.rules, name)
             except logs.UnusableError as error:
-                reading.bad(f"episode {called} (from row {one.start + 1})", str(error))
+                reading.bad(f"episode {name} (from row {episode_rows.start + 1})", str(error))
                 continue
-            yield episode, one.split or reading.input_split.split
+            yield episode, episode_rows.split or reading.input_split.split
 
     def scan(self, reading: SplitReader) -> Found:
         part = reading.input_split

@@ -28,10 +28,14 @@ from pipeline.prepare.new_job.columns import Column, may_name_rows, names_files,
 
 TABLES = ("parquet", "csv", "jsonl")
 """Kinds of tables, of which the first one is read where a folder holds several."""
-ROWS, GROUPS, FILES, DOCUMENTS = 20_000, 16, 48, 2_000
-"""A sample has so many rows of at most so many row groups, and so many images or recordings, or
-files of text.
-"""
+SAMPLE_ROWS = 20_000
+"""Rows of a sample, of tables."""
+SAMPLE_ROW_GROUPS = 16
+"""Most row groups that these rows are read from."""
+SAMPLE_MEDIA_FILES = 48
+"""Images or recordings of a sample."""
+SAMPLE_TEXT_FILES = 2_000
+"""Files of text of a sample."""
 IN_FOLDERS = {*to_parquet.LISTED, "documents"}
 """Kinds of files whose folder is their class."""
 MOST_UP = 3
@@ -225,7 +229,7 @@ def _split_folders(files: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _lie_in_classes(files: Sequence[str]) -> bool:
-    """Return whether at least two folders hold several of the files."""
+    """Return whether at least two folders hold at least three of the files each."""
     counts = Counter(map(posixpath.dirname, files))
     return sum(count > 2 for count in counts.values()) > 1
 
@@ -235,7 +239,7 @@ def _class_folders(
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Leave out texts that lie beside the folders of classes, and classes that a split lacks.
 
-    Such are lists of addresses and texts without a label (``train/unsup`` of the IMDB reviews).
+    For example urls.txt and ``train/unsup`` of the IMDB reviews.
 
     Args:
         files: All files of text.
@@ -261,7 +265,7 @@ def _class_folders(
     if not others or len(shared) < 2:
         return fields, []
     shown = ", ".join(f"{folder} ({count})" for folder, count in sorted(others.items()))
-    return splits, [f"files in no class of all splits are left out: {shown}"]
+    return splits, [f"left out, as their folder is no class of every split: {shown}"]
 
 
 def _too_deep(files: Sequence[str]) -> str:
@@ -328,7 +332,9 @@ def _as_parquet(file: str, delimiter: str, scratch: str) -> str:
 def places_of(manifest: Manifest, most: int) -> np.ndarray:
     """Return the ids of a sample of rows, from row groups all over the files."""
     groups = np.unique(
-        np.linspace(0, len(manifest.groups) - 1, min(GROUPS, len(manifest.groups))).astype(int)
+        np.linspace(
+            0, len(manifest.groups) - 1, min(SAMPLE_ROW_GROUPS, len(manifest.groups))
+        ).astype(int)
     )
     each = -(-most // len(groups))
     ids = [
@@ -346,7 +352,7 @@ def _sample(manifest: Manifest, kind: str) -> tuple[pa.Table, list[Column]]:
     kinds = {name: profile(name, empty[name]) for name in manifest.schema.names}
     is_text = kind == "documents"
     light = [name for name, column in kinds.items() if column.kind not in HEAVY or is_text]
-    ids = places_of(manifest, DOCUMENTS if is_text else ROWS)
+    ids = places_of(manifest, SAMPLE_TEXT_FILES if is_text else SAMPLE_ROWS)
     table = manifests.Reader(manifest, light).take(ids) if light else pa.table({})
     if is_text:
         texts = [text.decode("utf-8", "replace") for text in table["text"].to_pylist()]
@@ -377,7 +383,7 @@ def media_of(found: Inspection) -> Media | None:
     for column in found.columns:
         if column.kind not in ("bytes", "file") and not names_files(column):
             continue
-        ids = places_of(found.main, FILES)
+        ids = places_of(found.main, SAMPLE_MEDIA_FILES)
         cells = manifests.Reader(found.main, [column.name]).take(ids)[column.name].to_pylist()
         cells = [cell for cell in cells if cell]
         names = [cell for cell in cells if isinstance(cell, str)]

@@ -4,7 +4,8 @@ Columns may be in any order and case. What is read at a time is a block of some 
 done for each row in Python. No error message holds a value of the table.
 
 pyarrow parses; the fields of CSV are texts at first. What it and duckdb do not do is here: byte
-ranges, by which many tasks read one file, and times with zones.
+ranges, by which many tasks read one file, and an error where some times have a zone and others
+none.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class RowCounts:
     """Counts of one pass.
 
     Attributes:
-        rows: valid rows.
+        rows: rows that were read.
         bad: lines that are no rows.
         listed: the first of them, as place and reason.
         zoned: whether the times had a zone; both values where some had one and some had none.

@@ -113,7 +113,7 @@ class EpisodeRows(NamedTuple):
         log: name of its log.
         number: in the log.
         start, stop: its rows in the file, counted from 0.
-        last: its log ends with it.
+        last: whether it is the last one of its log.
         split: of the episode, or "".
     """
 
@@ -174,13 +174,13 @@ def find_episodes(
         ValueError: a log whose rows are not contiguous, or that has no name.
     """
     done = "" if roles.episode else roles.done
-    told = dict.fromkeys(filter(None, (roles.episode, roles.split, done)))
+    cut_columns = dict.fromkeys(filter(None, (roles.episode, roles.split, done)))
     columns = roles.columns()
     rows, blocks = 0, list[pa.Table]()
-    read = {one: columns[one] for one in told or roles.observations[:1]}
-    for table in tables(input_split, read, opener):
+    columns_read = {one: columns[one] for one in cut_columns or roles.observations[:1]}
+    for table in tables(input_split, columns_read, opener):
         rows += len(table)
-        blocks.append(pa.table({one: table[one].dictionary_encode() for one in told}))
+        blocks.append(pa.table({one: table[one].dictionary_encode() for one in cut_columns}))
     if not rows:
         return []
     found = pa.concat_tables(blocks).unify_dictionaries()
@@ -239,8 +239,8 @@ def _logs(
 def read_episodes(found: list[EpisodeRows], source: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """Yield the rows of each episode of a file, with one of them in memory."""
     rest = pa.table({})
-    for one in found:
-        parts, missing = list[pa.Table](), one.stop - one.start
+    for episode_rows in found:
+        parts, missing = list[pa.Table](), episode_rows.stop - episode_rows.start
         while missing:
             rest = rest if len(rest) else next(source)
             parts.append(rest.slice(0, missing))
@@ -264,12 +264,12 @@ def _true(column: Any) -> np.ndarray:
 
 
 def episode(
-    rows: pa.Table, stretch: EpisodeRows, roles: ColumnRoles, rules: CutRules, name: str
+    rows: pa.Table, episode_rows: EpisodeRows, roles: ColumnRoles, rules: CutRules, name: str
 ) -> Episode:
     """Check the steps of an episode and return it. Raises UnusableError with the reason."""
-    if stretch.split.startswith("?"):
-        raise UnusableError(NO_SPLIT if len(stretch.split) > 1 else "no split")
-    terminated = _ended(rows, stretch, roles, rules)
+    if episode_rows.split.startswith("?"):
+        raise UnusableError(NO_SPLIT if len(episode_rows.split) > 1 else "no split")
+    terminated = _ended(rows, episode_rows, roles, rules)
     _check_order(rows, roles)
     observations = _steps(rows, roles.observations, roles, "observation")
     if why := number_problem(
@@ -308,7 +308,7 @@ def episode(
     )
 
 
-def _ended(rows: pa.Table, stretch: EpisodeRows, roles: ColumnRoles, rules: CutRules) -> bool:
+def _ended(rows: pa.Table, episode_rows: EpisodeRows, roles: ColumnRoles, rules: CutRules) -> bool:
     """Whether the episode ended by itself."""
     if not roles.done:
         return False
@@ -325,7 +325,7 @@ def _ended(rows: pa.Table, stretch: EpisodeRows, roles: ColumnRoles, rules: CutR
             f"{roles.done} is true in step {int(np.argmax(done))} of {len(done)}, before its "
             "last one"
         )
-    if not done[-1] and stretch.last and not rules.open:
+    if not done[-1] and episode_rows.last and not rules.open:
         raise UnusableError(
             f"it has no end: {roles.done} is not true in its last row (--set open=allow takes "
             "it as cut off there)"
