@@ -389,13 +389,13 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
         assert sorted(values) == sorted(
             draw["lr"]
             for draw in grid.draws(job, job.targets["task"], ComponentConfig(name="full"))
-        ) and all(0 in seeds for seeds in values.values())
+        ) and all(1000 in seeds for seeds in values.values())
         again = [lr for lr, seeds in values.items() if len(seeds) > 1]
-        assert len(again) == 2 and min(values[lr][0] for lr in again) >= max(
-            seeds[0] for lr, seeds in values.items() if lr not in again
+        assert len(again) == 2 and min(values[lr][1000] for lr in again) >= max(
+            seeds[1000] for lr, seeds in values.items() if lr not in again
         )
         final = primary(rows, technique=technique)
-        assert all(set(values[lr]) == {0, 1000, 1001} for lr in again) and {
+        assert all(set(values[lr]) == {1000, 1001, 1002} for lr in again) and {
             row.seed for row in final
         } == {0, 1}
         means = {lr: sum(values[lr].values()) / 3 for lr in again}
