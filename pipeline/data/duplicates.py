@@ -27,7 +27,7 @@ from pipeline.io import checksums, file_identity, storage
 from pipeline.io.threads import threaded_map
 from pipeline.media import audio_io
 
-VERSION = 5
+VERSION = 6
 """Raised when the code makes other signatures of the same rows."""
 SPREAD_BYTES, SPREAD_FILES = 64 << 20, 20_000
 """Smaller selections are read in this process, since others take seconds to start. Rows of folders
@@ -214,15 +214,31 @@ def canonical_numbers(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
     """Cast numbers, also in lists and structs, so that equal ones are equal however stored.
 
     Floating-point numbers become float32, which models read, and whole numbers float64: 0.1 is
-    then the same as a double and as a float, and 12 the same as 12.0.
+    then the same as a double and as a float, and 12 the same as 12.0. NaN becomes null.
     """
     for name in dict.fromkeys(columns):
         kind = table.schema.field(name).type
         wanted = with_canonical_numbers(kind)
         if wanted is not None:
             index = table.schema.get_field_index(name)
-            table = table.set_column(index, name, pc.cast(table[name], wanted, safe=False))
+            found = pc.cast(table[name], wanted, safe=False)
+            chunks = [_nan_as_null(chunk) for chunk in found.chunks]
+            table = table.set_column(index, name, pa.chunked_array(chunks, wanted))
     return table
+
+
+def _nan_as_null(array: Any) -> Any:
+    """Return an array with null for NaN, also in its lists and structs."""
+    if pa.types.is_struct(array.type):
+        fields = [_nan_as_null(field) for field in array.flatten()]
+        names = [field.name for field in array.type]
+        return pa.StructArray.from_arrays(fields, names, mask=array.is_null())
+    if not pa.types.is_large_list(array.type):
+        return arrow_lists.nan_as_null(array)
+    counts = np.maximum(arrow_lists.lengths(array), 0)
+    offsets = pa.array(np.append(0, np.cumsum(counts)), pa.int64())
+    values = _nan_as_null(array.flatten())
+    return pa.LargeListArray.from_arrays(offsets, values, mask=array.is_null())
 
 
 def with_canonical_numbers(kind: pa.DataType) -> pa.DataType | None:

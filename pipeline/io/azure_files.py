@@ -46,6 +46,25 @@ class _Containers(Buckets):
     def stamp(self, info: dict[str, Any]) -> str:
         return info["etag"]
 
+    def find(self, path: str, recursive: bool) -> list[str]:
+        from azure.core.exceptions import ResourceNotFoundError
+        from fsspec.asyn import sync
+
+        container, _, folder = path.partition("/")
+
+        async def ask() -> list[str]:  # adlfs does not look below a name that a blob has too
+            async with self.client.service_client.get_container_client(container) as client:
+                blobs = client.list_blobs if recursive else client.walk_blobs
+                prefix = f"{folder}/" if folder else None
+                found = blobs(name_starts_with=prefix, include=["metadata"])
+                return [f"{container}/{blob.name}" async for blob in found if not _is_folder(blob)]
+
+        try:
+            answer: Any = sync(self.client.loop, ask)
+            return answer
+        except ResourceNotFoundError as error:
+            raise FileNotFoundError(path) from error
+
     def read_range(self, path: str, start: int, end: int, stamp: str) -> bytes:
         from azure.core import MatchConditions
         from azure.core.exceptions import ResourceModifiedError, ResourceNotFoundError
@@ -64,3 +83,9 @@ class _Containers(Buckets):
             return answer
         except (ResourceModifiedError, ResourceNotFoundError) as error:
             raise FileNotFoundError(path) from error
+
+
+def _is_folder(blob: Any) -> bool:
+    """Return whether a blob only stands for a folder, as in accounts with real folders."""
+    marks = {name.lower(): value for name, value in (blob.get("metadata") or {}).items()}
+    return "true" in (marks.get("hdi_isfolder"), marks.get("is_directory"))

@@ -79,25 +79,25 @@ class Buckets:
 
     def list_files(self, uri: str, recursive: bool) -> list[str]:
         path, scheme = self._path(uri), uri.partition("://")[0]
-
-        def ask() -> list[str]:
-            depth = None if recursive else 1
-            found = self.client.find(path, maxdepth=depth, detail=True, update_cache=False)
-            if not isinstance(found, dict):  # adlfs, of a file
-                return []
-            return [
-                f"{scheme}://{name}"
-                for name, info in found.items()
-                if info["type"] == "file"
-                and name.startswith(f"{path}/")
-                and name[-1] != "/"
-                and (recursive or "/" not in name[len(path) + 1 :])  # adlfs lists all depths
-            ]
-
         try:
-            return self._asked(uri, ask)
+            found = self._asked(uri, lambda: self.find(path, recursive))
         except FileNotFoundError:
             return []
+        return [
+            f"{scheme}://{name}"
+            for name in found
+            if name.startswith(f"{path}/") and not name.endswith("/")
+        ]
+
+    def find(self, path: str, recursive: bool) -> list[str]:
+        """Return BUCKET/KEY of the objects below a folder; others may be among them.
+
+        Raises:
+            FileNotFoundError: There is no such bucket.
+        """
+        depth = None if recursive else 1
+        found = self.client.find(path, maxdepth=depth, detail=True, update_cache=False)
+        return [name for name, info in found.items() if info["type"] == "file"]
 
     def _path(self, uri: str) -> str:
         """Return BUCKET/KEY."""

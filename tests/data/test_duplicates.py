@@ -508,6 +508,18 @@ def test_lists_of_lists_of_doubles_are_those_of_floats(signs):
     ]
 
 
+def test_missing_numbers_are_the_same_as_nan_and_as_null(signs):
+    nan = float("nan")
+    rows = [{"x": [[1.0, None], None, []], "y": None}, None, {"x": None, "y": 2.0}]
+    with_nan = [{"x": [[1.0, nan], None, []], "y": nan}, None, {"x": None, "y": 2.0}]
+    table = pa.table({"a": with_nan}).slice(0, 3)
+    assert d.canonical_numbers(table, ("a",))["a"].to_pylist() == rows
+    assert d.canonical_numbers(table.slice(1), ("a",))["a"].to_pylist() == rows[1:]
+    one, other = [[1.0, None], None, [2.0]], [[1.0, np.nan], None, [3.0]]
+    found = [signs(rows, "series", "signal") for rows in (one, other)]
+    assert d.exact_duplicates(*found).tolist() == [True, False, False]
+
+
 def test_rows_of_tables_are_the_same_in_any_order_and_type_of_their_fields(tmp_path):
     here = pa.array(
         [{"age": 12, "dose": 0.1, "sex": "f"}, {"age": 12, "dose": 0.2, "sex": "f"}],

@@ -437,8 +437,12 @@ def test_objects_of_a_bucket(bucket, tmp_path):
         "data/a.csv": b"text,stars\ngood,5\nbad,1\n",
         "data/deep/b #1.csv": b"text,stars\nfair,3\n",
     }
-    for name, data in {**files, "other/c.bin": DATA}.items():
+    beside = {"both": DATA, "both/d.bin": DATA, "both2/e.bin": DATA}
+    for name, data in {**files, "other/c.bin": DATA, **beside}.items():
         put(name, data)
+    for recursive in (True, False):  # where an object has the name of the folder too
+        found = storage.list_files(f"{scheme}://rows/both", recursive)
+        assert found == [f"{scheme}://rows/both/d.bin"]
     root, other = f"{scheme}://rows/data", f"{scheme}://rows/other/c.bin"
     assert storage.list_files(root) == [f"{scheme}://rows/{name}" for name in files]
     assert storage.list_files(root, recursive=False) == [f"{root}/a.csv"]

@@ -21,6 +21,7 @@ from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine import grouped, importing
 from pipeline.prepare.engine.write import Preparation, Settings, verify
 from pipeline.prepare.readers import csv_blocks, parquet
+from pipeline.prepare.readers.archives import Entry, Opener
 
 COLUMNS = ["entity=machine", "variable=what", "value=reading"]
 KB = 1 / 1024
@@ -255,6 +256,19 @@ def test_units(tmp_path, unit, time, hours):
     (tmp_path / "long.csv").write_text(f"entity,time,variable,value\na,{time},x,1\n")
     prepare("events", tmp_path / "long.csv", tmp_path / "out", f"unit={unit}")
     assert entity_events(entity_rows(tmp_path / "out")["a"]) == [(hours, "x", 1)]
+
+
+@pytest.mark.parametrize("beside", ["7,2101-10-20", "7.0,in the morning"])
+def test_what_a_field_means_does_not_depend_on_the_others(tmp_path, beside):
+    """Fields that Arrow can cast are read without a pattern, unless one of a block has none."""
+    path = tmp_path / "rows.csv"
+    odd = f"0x1F,2101-10-20 19\n007,2101-10-20T19:08\n{'0' * 20}5,2101-10-20\n"
+    path.write_text(f"id,time\n{odd}{beside}\n")
+    columns = {"id": csv_blocks.Column("id"), "time": csv_blocks.Column("time")}
+    entry = Entry(path.name, str(path), "", -1, path.stat().st_size)
+    found = csv_blocks.whole("rows", entry, columns, Opener())
+    assert found["id"].to_pylist() == [None, 7, 5, 7]
+    assert found["time"].is_null().to_pylist() == [True, False, False, "morning" in beside]
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])

@@ -252,6 +252,23 @@ def test_boosted_trees_summarise_the_channels_of_series():
             np.testing.assert_allclose(found[channel], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("cut", "steps"), [("first", [0, 1, 2]), ("middle", [2, 3, 4]), ("last", [4, 5, 6])]
+)
+def test_boosted_trees_read_the_steps_that_the_network_reads(cut, steps):
+    table = pa.table({"signal": [[9.0, 8.0, 7.0, 5.0, 4.0, 2.0, 1.0], [3.0, 6.0]]})
+    kind, columns = registry.get("modality", "series"), {"series": "signal"}
+    options = kind.options_class(length=3, cut=cut)
+    modality = kind(options, kind.fit(options, table, columns, {}))
+    arrays = modality.decode(table, columns)[0]
+    found = inputs_of("boosted_trees", rows_of(modality, arrays))
+    (mean,), (std,) = modality.state["mean"], modality.state["std"]
+    row = (np.array(table["signal"][0].as_py())[steps] - mean) / std
+    np.testing.assert_allclose(found[0, 1:3], [row[-1], row.mean()], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found[0, 4:6], [row.min(), row.max()], rtol=1e-5)
+    np.testing.assert_allclose(found[1, :2], [1, (6 - mean) / std], rtol=1e-5)  # read whole
+
+
 def test_boosted_trees_leave_out_what_no_labelled_row_has():
     """scikit-learn refuses a column without any value; here the new rows alone have some."""
     rng = np.random.default_rng(0)

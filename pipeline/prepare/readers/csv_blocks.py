@@ -232,8 +232,7 @@ def zones(column: Any) -> set[bool]:
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return {False}
     text = pc.utf8_trim_whitespace(column)
-    with suppress(pa.ArrowInvalid):  # the usual case, without a pattern
-        text.cast(pa.timestamp("us"))
+    if _cast_times(text) is not None:
         return {False}
     found = {True: ZONED, False: INSTANT}
     return {
@@ -243,14 +242,25 @@ def zones(column: Any) -> set[bool]:
     }
 
 
+def _cast_times(text: Any) -> Any:
+    """Return texts as times without a pattern if all are times without a zone, the usual case; else
+    None.
+    """
+    # Arrow reads 2101-10-20 19, which INSTANT does not
+    if not pc.any(pc.equal(pc.binary_length(text), len("2101-10-20 19"))).as_py():
+        with suppress(pa.ArrowInvalid):
+            return text.cast(pa.timestamp("us"))
+    return None
+
+
 def _times(array: Any) -> Any:
     """Parse texts as times (UTC where they have a zone), null where they are none.
 
     Raises ValueError where some have a zone and others none.
     """
     text = pc.utf8_trim_whitespace(array)
-    with suppress(pa.ArrowInvalid):  # the usual case, without a pattern
-        return text.cast(pa.timestamp("us"))
+    if (found := _cast_times(text)) is not None:
+        return found
     with_zone = zones(text)
     if len(with_zone) == 2:
         raise MixedZonesError(MIXED_ZONES)
@@ -410,11 +420,13 @@ def _shape(array: Any, kind: str) -> Any:
         array = pc.if_else(pc.equal(pc.floor(array), array), array, None)
     if kind == "id" and pa.types.is_string(array.type):
         text = pc.utf8_trim_whitespace(array)
-        with suppress(pa.ArrowInvalid):  # the usual case, without a pattern
-            return text.cast(pa.int64())
-        text = pc.if_else(pc.match_substring_regex(text, r"^[+-]?\d{1,19}(\.0+)?$"), text, None)
+        letters = bytes(text.buffers()[2] or b"")
+        if b"x" not in letters and b"X" not in letters:  # Arrow reads 0x1F, the pattern does not
+            with suppress(pa.ArrowInvalid):  # the usual case, without a pattern
+                return text.cast(pa.int64())
+        text = pc.if_else(pc.match_substring_regex(text, r"^[+-]?0*\d{1,19}(\.0+)?$"), text, None)
         array = pc.replace_substring_regex(text, r"\.0+$|^\+", "")
-        digits = pc.utf8_ltrim(array, "-")
+        digits = pc.utf8_ltrim(array, "-0")
         fits = pc.or_(pc.less(pc.utf8_length(digits), 19), pc.less_equal(digits, LARGEST_ID))
         array = pc.if_else(fits, array, None)
     if kind == "number" and pa.types.is_string(array.type):

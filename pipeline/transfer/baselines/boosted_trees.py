@@ -57,7 +57,11 @@ class BoostedTrees(Baseline):
         sizes = rows.modality.inputs()
         if "series" in rows.arrays:
             return _channel_summaries(
-                rows.arrays["series"], rows.arrays["known"], sizes["channels"]
+                rows.arrays["series"],
+                rows.arrays["known"],
+                sizes["channels"],
+                sizes["steps"],
+                rows.modality.options.cut,
             )
         parts = [
             np.where(rows.arrays["numbers_known"], rows.arrays["numbers"], np.nan),
@@ -138,18 +142,24 @@ def _summaries(variables: np.ndarray, values: np.ndarray, count: int) -> np.ndar
     return out.transpose(1, 0, 2).reshape(len(variables), -1)
 
 
-def _channel_summaries(series: np.ndarray, known: np.ndarray, channels: int) -> np.ndarray:
+def _channel_summaries(
+    series: np.ndarray, known: np.ndarray, channels: int, steps: int, cut: str
+) -> np.ndarray:
     """Return (n, 7 * channels) float32: SERIES_SUMMARIES of each channel, NaN where it has none.
 
     Args:
         series: Ragged, the numbers of each row, step by step.
         known: Ragged, which of them are not missing.
         channels: Numbers of a step.
+        steps: How many steps of a longer row are read.
+        cut: Which ones, "first", "middle" or "last".
     """
     out = np.full((len(series), channels, len(SERIES_SUMMARIES)), np.nan, dtype=np.float32)
     for i, (row, is_known) in enumerate(zip(series, known, strict=True)):
-        there = is_known.reshape(-1, channels)
-        for channel, values in enumerate(row.reshape(-1, channels).T):
+        room = max(0, len(row) // channels - steps)
+        start = {"first": 0, "middle": room // 2, "last": room}[cut]
+        there = is_known.reshape(-1, channels)[start : start + steps]
+        for channel, values in enumerate(row.reshape(-1, channels)[start : start + steps].T):
             found = values[there[:, channel]].astype(np.float64)
             out[i, channel, 0] = len(found) / len(values)
             if not len(found):
