@@ -264,7 +264,7 @@ def read_safetensors(uri: str, names_only: bool = False) -> dict[str, Tensor]:
             read, and the tensors hold zeros.
     """
     if not names_only or not storage.is_remote(uri):
-        return storage.read_as(uri, load_file, load)
+        return storage.read_as(uri, lambda path: load_file(path), load)
     with storage.open_read(uri) as file:
         length = file.read(8)
         header = file.read(min(int.from_bytes(length, "little"), MOST_HEADER_BYTES))
