@@ -1115,7 +1115,7 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
         ("workers: [2, 8]", "workers: [8, 2]", "workers (8, 2) must be at least 1"),
         ("workers: [2, 8]", "workers: 0", "workers 0 must be at least 1"),
         ("workers: [2, 8]", "workers: many", "sources.garments.workers: "),
-        ("name: vision", "name: a/b", "name: Input should be a name (got 'a/b'); use letters"),
+        ("name: vision", "name: a/b", "name: Input should be a name (got 'a/b'); use only letters"),
         ("name: vision", "seed: 1", "name: this field is required"),
         (
             "    objective: classification\n    train: {steps",
