@@ -762,7 +762,8 @@ def with_targets(shared, one, **kinds):
             for rows in [getattr(data, split)]
         }
         shared.targets[name, one.backbone_key] = dataclasses.replace(data, **parts)
-        out.append(dataclasses.replace(one, target=name, id=f"{one.id}-{name}"))
+        names = {"id": f"{one.id}-{name}", "folder": f"{one.folder}-{name}"}
+        out.append(dataclasses.replace(one, target=name, **names))
     return out
 
 
