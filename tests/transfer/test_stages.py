@@ -418,7 +418,7 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     _, without = run_through(
         changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}})
     )
-    assert {row.seed for row in without if row.trial_stage == "search"} == {0}
+    assert {row.seed for row in without if row.trial_stage == "search"} == {1000}
     state, again_rows = reported(
         changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}})
     )
