@@ -136,10 +136,10 @@ DOMAINS = {
     "vision": ("image",),
     "text": ("text",),
     "speech": ("audio",),
-    "healthcare": ("events", "table"),
-    "robotics": ("trajectory",),
+    "healthcare": ("events", "table", "series"),
+    "robotics": ("trajectory", "series"),
 }
-"""Each domain of jobs/ with the modalities that are its own."""
+"""Each domain of jobs/ with its modalities; series are the sensors of patients and of robots."""
 
 
 def _fraction(value: float | int) -> float | int:
@@ -1139,8 +1139,8 @@ class Job(Spec):
         default_factory=list,
         exclude_if=lambda named: not named,  # a job without any has the hash that it always had
         description="run a part of the job (--only NAME): targets, sources, modalities or domains "
-        "(vision: image; speech: audio; healthcare: events, table; robotics: trajectory; text). A "
-        "target brings its sources, a source its targets",
+        "(vision: image; speech: audio; healthcare: events, table, series; robotics: trajectory, "
+        "series; text). A target brings its sources, a source its targets",
     )
     sources: dict[str, Source] = Field(
         description="what to pretrain on, or existing checkpoints", min_length=1

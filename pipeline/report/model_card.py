@@ -39,9 +39,14 @@ TASKS = {
     ("audio", "ctc"): "automatic-speech-recognition",
     ("table", "classification"): "tabular-classification",
     ("table", "regression"): "tabular-regression",
+    ("series", "classification"): "tabular-classification",
+    ("series", "regression"): "tabular-regression",
     ("trajectory", "behaviour_cloning"): "robotics",
 }
-"""Modality and objective to the task as hubs name it; others are ``feature-extraction``."""
+"""Modality and objective to the task as hubs name it; others are ``feature-extraction``.
+Hubs list series among tables, and know no task of them but forecasting."""
+TAGS = {"series": "time-series"}
+"""Modalities to what hubs call them, where that is another word."""
 
 
 def model_card(uri: str, licence: str = "unknown", title: str = "") -> str:
@@ -114,11 +119,17 @@ def _header(manifest: Manifest, rows: Sequence[ResultRow], licence: str, name: s
         for row in listed
         if row.value is not None
     ]
+    modality = manifest.modality.name
     data = ModelCardData(
         license=licence,
         library_name=LIBRARIES.get(library, "onetomany"),
         pipeline_tag=task_of(manifest),
-        tags=["onetomany", "transfer-learning", manifest.modality.name, manifest.objective.name],
+        tags=[
+            "onetomany",
+            "transfer-learning",
+            TAGS.get(modality, modality),
+            manifest.objective.name,
+        ],
         model_name=name if found else None,
         eval_results=found or None,
     )

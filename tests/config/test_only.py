@@ -13,10 +13,12 @@ sources:
   reviews: {data: &texts {uri: rows.parquet, modality: text, columns: {text: t, label: l}}, backbone: transformers/bert, objective: classification}
   published: {backbone: "hf-hub:somebody/model"}
   stays: {data: {uri: rows.parquet, modality: table, columns: {features: f, label: l}}, backbone: table/ft_transformer, objective: classification}
+  sonars: {data: &windows {uri: rows.parquet, modality: series, columns: {series: s}}, backbone: hf/patchtst, objective: masked_series}
 targets:
   tops: {data: *pictures, objective: classification, sources: [garments]}
   clothing: {data: *pictures, objective: classification, sources: [garments, photos]}
   restaurants: {data: *texts, objective: classification}
+  faults: {data: {<<: *windows, columns: {series: s, label: l}}, objective: classification}
 """
 
 
@@ -42,7 +44,8 @@ def part(file, *only: str) -> Job:
         (["vision"], ["garments", "photos"], ["tops", "clothing"]),
         (["image"], ["garments", "photos"], ["tops", "clothing"]),
         (["text"], ["reviews", "published"], ["restaurants"]),
-        (["healthcare"], ["stays"], []),
+        (["robotics"], ["published", "sonars"], ["faults"]),
+        (["healthcare"], ["published", "stays", "sonars"], ["faults"]),
         (["table", "tops"], ["garments", "stays"], ["tops"]),
         (["restaurants", "stays"], ["reviews", "published", "stays"], ["restaurants"]),
     ],
