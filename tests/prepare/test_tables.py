@@ -115,7 +115,7 @@ def test_all_importers_are_tested():
     images |= {"cvat", "labelstudio"}
     sounds = {"librispeech", "commonvoice", "speech_commands", "manifest", "an4", "kaldi"}
     records = {"events", "physionet2012", "mimic3", "meds", "omop", "cohort", "table"}
-    robots = {"trajectories", "lerobot", "rollouts"}
+    robots = {"series", "trajectories", "lerobot", "rollouts"}
     others = {"files", "hf", *SOURCES}
     assert set(registry.names("importer")) == images | sounds | records | robots | others
 

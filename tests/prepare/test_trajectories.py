@@ -483,8 +483,8 @@ def test_widths_of_actions_that_differ(tmp_path):
         (
             HEAD + BODY + "a,9,1,2,left,0,true\n",
             [],
-            r"the rows of episode a do not stand together: others lie before row 6; sort the "
-            r"table by run and t",
+            r"the episode of row 6 has rows further up, with others between; sort the table by run "
+            r"and t",
         ),
         (
             HEAD + "a,0,1,2\n" + BODY,

@@ -110,6 +110,10 @@ class TableImporter(Importer):
         rows = self.rows(reading)
         return {"rows": sum(1 if isinstance(row, dict) else len(row) for row in rows)}
 
+    def why_no_rows(self, found: list[Found]) -> str:
+        """Return the message where the scans found no row, not even an invalid one."""
+        return "no rows in the layout that this importer reads; see onetomany prepare --list"
+
     @abstractmethod
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         """Combine the scans of all input splits.
@@ -231,8 +235,7 @@ class TableShardTask(ShardTask):
         self.total = sum(self._read)
         if not self.total:
             raise ValueError(
-                f"{self.input_splits[0].entry.uri}: no rows in the layout that this importer "
-                "reads; see onetomany prepare --list"
+                f"{self.input_splits[0].entry.uri}: {self.importer.why_no_rows(found)}"
             )
         examples = [
             SplitReader(input_split, Opener(), before=before).place(int(at) if at.isdigit() else at)

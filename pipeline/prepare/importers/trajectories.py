@@ -13,20 +13,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import SplitOptions, register
-from pipeline.core.arrow_compute import pc
 from pipeline.prepare.engine import episodes
 from pipeline.prepare.engine.importing import Notes, check_columns, names_in, preview
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
 from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers import logs
 from pipeline.prepare.readers.archives import Opener
-from pipeline.prepare.readers.csv_blocks import (
-    SUFFIXES,
-    Column,
-    RowCounts,
-    batches,
-    schema,
-)
+from pipeline.prepare.readers.csv_blocks import SUFFIXES, schema
 
 SINGLE = ("episode", "order", "reward", "done", "task", "embodiment", "split_column")
 """Options that name one column each."""
@@ -170,11 +163,12 @@ class Trajectories(TableImporter):
         o, names = self.options, [name.strip() for name in schema(input_split.entry, opener).names]
         own = {option: getattr(o, option) for option in SINGLE}
         check_columns(input_split.name, names, *own.items())
-        actions = _named(o.actions, names, "actions", input_split.name, set(own.values()))
-        observations = _named(
-            o.observations, names, "observations", input_split.name, {*own.values(), *actions}
+        place, taken = input_split.name, set(own.values())
+        actions = logs.named_columns(o.actions, names, "actions", place, taken)
+        observations = logs.named_columns(
+            o.observations, names, "observations", place, {*taken, *actions}
         )
-        types, first = _types(
+        types, first = logs.column_types(
             input_split, opener, {*actions, *observations, *filter(None, [o.order])}
         )
         listed = tuple(
@@ -199,8 +193,7 @@ class Trajectories(TableImporter):
                 "--set action_low= and action_high= are bounds of numbers, while actions are "
                 "classes; leave them out"
             )
-        order = types.get(o.order)
-        moments = order == "moment" or (order == "text" and not _all(first[o.order], logs.NUMBER))
+        moments = logs.holds_moments(o.order, types, first)
         return logs.ColumnRoles(
             observations,
             actions,
@@ -235,12 +228,12 @@ class Trajectories(TableImporter):
             return o.discrete == "true"
         values = first.get(column)
         whole = kind == "whole" or (
-            kind == "text" and values is not None and _all(values, logs.WHOLE)
+            kind == "text" and values is not None and logs.all_match(values, logs.WHOLE)
         )
         if o.action_names or whole:
             self.coded = not o.action_names and not (self.low or self.high)
             return bool(o.action_names) or self.coded
-        return kind == "text" and not (values is not None and _all(values, logs.NUMBER))
+        return kind == "text" and not (values is not None and logs.all_match(values, logs.NUMBER))
 
     # ------------------------------------------------------------ the two passes
 
@@ -265,8 +258,9 @@ class Trajectories(TableImporter):
 
     def scan(self, reading: SplitReader) -> Found:
         part = reading.input_split
-        log = re.sub(r"(\.\w+?)(\.gz|\.zst)?$", "", part.name)
-        there = logs.find_episodes(part, log, self.roles, self.rules, reading.opener)
+        there = logs.find_episodes(
+            part, logs.log_name(part), self.roles, self.rules, reading.opener
+        )
         names, widths, classes = [], dict[tuple[str, int, int], str](), set[str]()
         for found, _ in self._episodes(reading, there):
             names.append(found.name)
@@ -373,74 +367,3 @@ def _bounds(option: str, text: str) -> tuple[float, ...]:
     if any(value != value for value in found):
         raise ValueError(f"--set {option}={text}: nan is no bound")
     return found
-
-
-def _named(
-    text: str, names: list[str], option: str, place: str, taken: set[str]
-) -> tuple[str, ...]:
-    """Return the columns that a text names: themselves, A1..A24 (all numbers between), joint_*
-    (all with that prefix and no other role).
-
-    Raises ValueError for one that is missing or named twice.
-    """
-    out: list[str] = []
-    for part in names_in(text):
-        span = re.fullmatch(r"(.*?)(\d+)\.\.(.*?)(\d+)", part)
-        if part in names:
-            found = [part]
-        elif part.endswith("*"):
-            found = [
-                name
-                for name in names
-                if name.startswith(part[:-1]) and name not in taken and name not in out
-            ]
-        elif span and span[1] == span[3] and int(span[2]) <= int(span[4]):
-            found = [
-                f"{span[1]}{str(i).zfill(len(span[2]) if span[2].startswith('0') else 0)}"
-                for i in range(int(span[2]), int(span[4]) + 1)
-            ]
-        else:
-            found = [part]
-        if not found:
-            raise ValueError(
-                f"{place}: no column begins with {part[:-1]!r} for --set {option}={text}; "
-                f"there are {preview(names)}"
-            )
-        check_columns(place, names, *((option, name) for name in found))
-        for name in found:
-            if name in out:
-                raise ValueError(f"--set {option}={text} names column {name!r} twice")
-        out += found
-    return tuple(out)
-
-
-def _types(
-    input_split: InputSplit, opener: Opener, names: set[str]
-) -> tuple[dict[str, str], dict[str, pa.Array]]:
-    """Return (what each column holds, the first values of text columns).
-
-    It is numbers (lists of them), whole, moment, number or text; all columns of CSV are text.
-    """
-    if not input_split.entry.name.lower().endswith(".parquet"):
-        columns = {name: Column("text") for name in sorted(names)}
-        first = next(batches(input_split, columns, opener, RowCounts()), None)
-        if first is None:
-            raise ValueError(f"{input_split.name}: no rows below the header; leave it out")
-        return dict.fromkeys(names, "text"), {name: first[name].combine_chunks() for name in names}
-    found = schema(input_split.entry, opener)
-    kinds = {
-        "numbers": lambda kind: pa.types.is_nested(kind),
-        "whole": pa.types.is_integer,
-        "moment": pa.types.is_temporal,
-        "number": lambda kind: pa.types.is_floating(kind) or pa.types.is_decimal(kind),
-    }
-    types = {
-        name: next((kind for kind, holds in kinds.items() if holds(found.field(name).type)), "text")
-        for name in names
-    }
-    return types, {name: pa.array(["x"]) for name, kind in types.items() if kind == "text"}
-
-
-def _all(values: pa.Array, pattern: str) -> bool:
-    """Whether all texts that are not null match."""
-    return bool(pc.all(pc.match_substring_regex(values.drop_null(), pattern)).as_py())

@@ -7,6 +7,7 @@ pandas or duckdb would hold or sort the whole table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,10 +19,10 @@ import pyarrow as pa
 from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import dictionary_codes
 from pipeline.prepare.engine.episodes import Episode, UnusableError, matrix, number_problem
-from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS
+from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, check_columns, names_in, preview
 from pipeline.prepare.engine.inputs import InputSplit
 from pipeline.prepare.readers.archives import Opener
-from pipeline.prepare.readers.csv_blocks import Column, RowCounts, batches
+from pipeline.prepare.readers.csv_blocks import Column, RowCounts, batches, schema
 
 NUMBER = r"^\s*[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|inf)\s*$"
 WHOLE = r"^\s*[+-]?\d{1,18}(\.0*)?\s*$"
@@ -42,6 +43,7 @@ class ColumnRoles:
         low, high: bounds of each action, or one for all.
         episode, order, reward, done, task, embodiment, split: names of single columns, or "".
         moments: the order is by times, not by numbers.
+        noun: what errors call an episode.
     """
 
     observations: tuple[str, ...]
@@ -59,6 +61,7 @@ class ColumnRoles:
     task: str = ""
     embodiment: str = ""
     split: str = ""
+    noun: str = "episode"
 
     def columns(self) -> dict[str, Column]:
         """Return the columns to read. Raises ValueError for a column with two kinds."""
@@ -146,8 +149,8 @@ def tables(
         )
     if tally.bad:
         raise ValueError(
-            f"{tally.listed[0]}; {tally.bad} such lines, and no telling which episode they are "
-            "of: repair the file"
+            f"{tally.listed[0]}; {tally.bad} such lines, and no telling where they belong: "
+            "repair the file"
         )
 
 
@@ -209,6 +212,11 @@ def find_episodes(
     return out
 
 
+def log_name(input_split: InputSplit) -> str:
+    """Return the name of the log that a file is, where no column names it."""
+    return re.sub(r"(\.\w+?)(\.gz|\.zst)?$", "", input_split.name)
+
+
 def _logs(
     found: pa.Table, rows: int, name: str, file: str, roles: ColumnRoles
 ) -> Iterator[tuple[str, int, int]]:
@@ -223,14 +231,14 @@ def _logs(
         log = (named[codes[first]] or "").strip()
         if not log:
             raise ValueError(
-                f"{file}: no episode in row {first + 1} (column {roles.episode!r}); fill it or "
-                "remove the row"
+                f"{file}: no {roles.noun} in row {first + 1} (column {roles.episode!r}); fill it "
+                "or remove the row"
             )
         if log in seen:
             order = f" and {roles.order}" if roles.order else ""
             raise ValueError(
-                f"{file}: the rows of episode {log} do not stand together: others lie before row "
-                f"{first + 1}; sort the table by {roles.episode}{order}"
+                f"{file}: the {roles.noun} of row {first + 1} has rows further up, with others "
+                f"between; sort the table by {roles.episode}{order}"
             )
         seen.add(log)
         yield log, first, end
@@ -255,9 +263,101 @@ def _split(text: str | None) -> str:
     return SPLITS.get(found, f"?{found}")
 
 
+def checked_split(episode_rows: EpisodeRows) -> str:
+    """Return the split of rows. Raises UnusableError where their text names none."""
+    if episode_rows.split.startswith("?"):
+        raise UnusableError(NO_SPLIT if len(episode_rows.split) > 1 else "no split")
+    return episode_rows.split
+
+
 def _true(column: Any) -> np.ndarray:
     lowered = pc.utf8_lower(pc.utf8_trim_whitespace(column))
     return np.asarray(pc.is_in(lowered, value_set=pa.array(TRUE)).to_numpy(zero_copy_only=False))
+
+
+# ---------------------------------------------------------------- columns
+
+
+def named_columns(
+    text: str, names: list[str], option: str, place: str, taken: set[str]
+) -> tuple[str, ...]:
+    """Return the columns that a text names: themselves, A1..A24 (all numbers between), joint_*
+    (all with that prefix and no other role).
+
+    Raises ValueError for one that is missing or named twice.
+    """
+    out: list[str] = []
+    for part in names_in(text):
+        span = re.fullmatch(r"(.*?)(\d+)\.\.(.*?)(\d+)", part)
+        if part in names:
+            found = [part]
+        elif part.endswith("*"):
+            found = [
+                name
+                for name in names
+                if name.startswith(part[:-1]) and name not in taken and name not in out
+            ]
+        elif span and span[1] == span[3] and int(span[2]) <= int(span[4]):
+            found = [
+                f"{span[1]}{str(i).zfill(len(span[2]) if span[2].startswith('0') else 0)}"
+                for i in range(int(span[2]), int(span[4]) + 1)
+            ]
+        else:
+            found = [part]
+        if not found:
+            raise ValueError(
+                f"{place}: no column begins with {part[:-1]!r} for --set {option}={text}; "
+                f"there are {preview(names)}"
+            )
+        check_columns(place, names, *((option, name) for name in found))
+        for name in found:
+            if name in out:
+                raise ValueError(f"--set {option}={text} names column {name!r} twice")
+        out += found
+    return tuple(out)
+
+
+def column_types(
+    input_split: InputSplit, opener: Opener, names: set[str]
+) -> tuple[dict[str, str], dict[str, pa.Array]]:
+    """Return (what each column holds, the first values of text columns).
+
+    It is numbers (lists of them), whole, moment, number or text; all columns of CSV are text.
+    """
+    if not input_split.entry.name.lower().endswith(".parquet"):
+        columns = {name: Column("text") for name in sorted(names)}
+        first = next(batches(input_split, columns, opener, RowCounts()), None)
+        if first is None:
+            raise ValueError(f"{input_split.name}: no rows below the header; leave it out")
+        return dict.fromkeys(names, "text"), {name: first[name].combine_chunks() for name in names}
+    found = schema(input_split.entry, opener)
+    kinds = {
+        "numbers": lambda kind: pa.types.is_nested(kind),
+        "whole": pa.types.is_integer,
+        "moment": pa.types.is_temporal,
+        "number": lambda kind: pa.types.is_floating(kind) or pa.types.is_decimal(kind),
+    }
+    types = {
+        name: next((kind for kind, holds in kinds.items() if holds(found.field(name).type)), "text")
+        for name in names
+    }
+    return types, {name: pa.array(["x"]) for name, kind in types.items() if kind == "text"}
+
+
+def holds_moments(order: str, types: dict[str, str], first: dict[str, pa.Array]) -> bool:
+    """Return whether a column holds times, not numbers of steps or seconds.
+
+    Args:
+        order: its name; "" for none.
+        types, first: what `column_types` found.
+    """
+    kind = types.get(order)
+    return kind == "moment" or (kind == "text" and not all_match(first[order], NUMBER))
+
+
+def all_match(values: pa.Array, pattern: str) -> bool:
+    """Return whether all texts that are not null match."""
+    return bool(pc.all(pc.match_substring_regex(values.drop_null(), pattern)).as_py())
 
 
 # ---------------------------------------------------------------- one episode
@@ -267,10 +367,9 @@ def episode(
     rows: pa.Table, episode_rows: EpisodeRows, roles: ColumnRoles, rules: CutRules, name: str
 ) -> Episode:
     """Check the steps of an episode and return it. Raises UnusableError with the reason."""
-    if episode_rows.split.startswith("?"):
-        raise UnusableError(NO_SPLIT if len(episode_rows.split) > 1 else "no split")
+    checked_split(episode_rows)
     terminated = _ended(rows, episode_rows, roles, rules)
-    _check_order(rows, roles)
+    check_order(rows, roles)
     observations = _steps(rows, roles.observations, roles, "observation")
     if why := number_problem(
         observations,
@@ -289,7 +388,7 @@ def episode(
     if rewards is not None and (why := number_problem(rewards, "reward")):
         raise UnusableError(why)
     task, embodiment = (
-        _one(rows, column, what) if column else fixed
+        one_text(rows, column, what) if column else fixed
         for column, what, fixed in (
             (roles.task, "task", rules.task),
             (roles.embodiment, "embodiment", rules.embodiment),
@@ -333,7 +432,8 @@ def _ended(rows: pa.Table, episode_rows: EpisodeRows, roles: ColumnRoles, rules:
     return bool(done[-1])
 
 
-def _check_order(rows: pa.Table, roles: ColumnRoles) -> None:
+def check_order(rows: pa.Table, roles: ColumnRoles) -> None:
+    """Raise UnusableError where the order of a log's rows does not ascend."""
     if not roles.order:
         return
     times = rows[roles.order].to_numpy()
@@ -401,8 +501,8 @@ def _classes(rows: pa.Table, roles: ColumnRoles) -> list[str]:
     return [roles.names[code] for code in codes]
 
 
-def _one(rows: pa.Table, column: str, what: str) -> str:
-    """Return the one text that all rows have."""
+def one_text(rows: pa.Table, column: str, what: str) -> str:
+    """Return the one text that all rows have. Raises UnusableError where there are several."""
     found = pc.unique(rows[column].fill_null("")).to_pylist()
     if len(found) > 1:
         raise UnusableError(

@@ -1,0 +1,412 @@
+"""Logs of sensors, with one row a step, to windows of steps for modality ``series``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import SplitOptions, register
+from pipeline.core.arrow_compute import pc
+from pipeline.prepare.engine.importing import Notes, check_columns, check_one_split, preview
+from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
+from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
+from pipeline.prepare.readers import logs
+from pipeline.prepare.readers.archives import Opener
+from pipeline.prepare.readers.csv_blocks import SUFFIXES, Column, schema
+
+BLOCK_STEPS = 1 << 18
+"""About how many steps of windows are made at a time."""
+MICROSECONDS = 1e6
+"""Microseconds of a second, the unit of times."""
+NO_NUMBER, NO_LABEL, SEVERAL = (
+    "windows without any number, left out",
+    "windows without a label or value, left out",
+    "windows with several labels or values, left out",
+)
+TOO_SHORT, INFINITE, GAPS = (
+    "steps in no window",
+    "infinite numbers, taken as missing",
+    "gaps, which no window crosses",
+)
+
+
+class SeriesOptions(SplitOptions):
+    channels: str = Field(
+        "",
+        description="columns of the sensors: x,y,z or S1..S24 or acc_*; NaN and null are missing",
+    )
+    recording: str = Field(
+        "",
+        description="the column that says which recording a step is of; empty: a file is one "
+        "recording",
+    )
+    order: str = Field(
+        "", description="the column of steps or times, which must ascend within a recording"
+    )
+    window: int = Field(128, ge=0, description="steps of a window; 0: a recording is one row")
+    stride: int = Field(
+        0,
+        ge=0,
+        description="steps from the beginning of a window to that of the next one; 0: those of a "
+        "window, so that none overlap",
+    )
+    gap: float = Field(
+        1.5,
+        ge=0,
+        description="a step of the order that is longer than so many of its usual (median) ones is "
+        "a gap, which no window crosses; 0: nothing is a gap",
+    )
+    label: str = Field("", description="the column of classes: texts or codes")
+    value: str = Field("", description="the column of numbers to estimate")
+    take: Literal["last", "most", "same"] = Field(
+        "last",
+        description="label and value of a window: those of its last step; the commonest label; or "
+        "those that all of its steps have (windows with several are left out)",
+    )
+    label_folders: bool = Field(
+        False, description="the label is the name of the folder that a file lies in: walk/07.csv"
+    )
+    subject: str = Field(
+        "", description="the column of the patient or robot that a recording is of, kept for splits"
+    )
+    test_share: float = Field(
+        0.0, ge=0, lt=1, description="the last share of the steps of every recording is its test"
+    )
+    validation_share: float = Field(
+        0.0, ge=0, lt=1, description="the share before that is for validation"
+    )
+
+
+class Stretch(NamedTuple):
+    """Rows of a recording in one split, and the windows that are cut from them.
+
+    Attributes:
+        recording: its name.
+        split: its split; "" for that of the file.
+        rows: its steps.
+        starts, stops: (n,) of windows, in its rows.
+        subject: the patient or robot.
+    """
+
+    recording: str
+    split: str
+    rows: pa.Table
+    starts: np.ndarray
+    stops: np.ndarray
+    subject: str
+
+
+@register("importer", "series", options=SeriesOptions)
+class Series(TableImporter):
+    """Logs of sensors with one row a step (CSV, also .gz or .zst, or Parquet; a file or a folder)
+    to windows for modality series: --set channels=S1..S24 --set window=64 --set stride=16.
+
+    Columns: recording, subject, start (the window's first step, counted in its stretch of the
+    recording from 0), series (a struct with a list of numbers for each channel), label, value,
+    split. Name the recording in the job's `group` (or the subject), so that windows of one never
+    stand on both sides of a split. With --set test_share= each recording is cut by time instead, no
+    window crosses the cut, and each side has a name of its own. Steps are taken to be equally far
+    apart: numbers are not resampled, and a window does not cross a gap of --set order=. Left out
+    and counted: windows without a number or label, steps that fill no window. Invalid: recordings
+    whose order does not ascend, or with two subjects. A file is read by one task: cut up very large
+    ones.
+    """
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        o = self.options
+        if not o.channels:
+            raise ValueError(
+                "--set channels= is missing: name the columns of the sensors, such as --set "
+                "channels=S1..S24"
+            )
+        if o.test_share + o.validation_share >= 1:
+            raise ValueError(
+                f"--set test_share={o.test_share:g} and validation_share={o.validation_share:g} "
+                "leave no train steps; give less than 1 in all"
+            )
+        check_one_split(o)
+        if self._shares and (o.split_column or o.split):
+            raise ValueError(
+                "--set split= or split_column=, and test_share= or validation_share=, both say "
+                "what a step's split is; give one of them"
+            )
+        if o.label and o.label_folders:
+            raise ValueError("--set label= and label_folders= are both labels; give one of them")
+        if o.value and o.take == "most":
+            raise ValueError("--set take=most is for classes; take=last or same suits a value")
+        if o.stride and not o.window:
+            raise ValueError("--set stride= is of windows, and window=0 makes a recording one row")
+        if 0 < o.gap <= 1:
+            raise ValueError(f"--set gap={o.gap:g}: usual steps are no gap; give more than 1, or 0")
+        self.label = "label" if o.label or o.label_folders else ""
+        self.roles = logs.ColumnRoles(())
+        self.rules = logs.CutRules(0, o.validation_share, o.test_share)
+
+    @property
+    def _shares(self) -> bool:
+        return self.options.test_share + self.options.validation_share > 0
+
+    def input_splits(self, source: str, part_bytes: int) -> tuple[list[InputSplit], str, Notes]:
+        o = self.options
+        listed = find_inputs(
+            source, SUFFIXES, o.split or ("all" if o.split_column or self._shares else "")
+        )
+        files = whole_files(listed)
+        with closing(Opener()) as opener:
+            self.roles = self._roles(files[0], opener)
+        for file in files if o.label_folders else ():
+            _folder(file)
+        return files, listed.mark, listed.notes
+
+    def _roles(self, input_split: InputSplit, opener: Opener) -> logs.ColumnRoles:
+        """Return what the columns are, as the first file has them."""
+        o = self.options
+        names = [name.strip() for name in schema(input_split.entry, opener).names]
+        own = {
+            option: getattr(o, option)
+            for option in ("recording", "order", "label", "value", "subject", "split_column")
+        }
+        check_columns(input_split.name, names, *own.items())
+        taken = set(filter(None, own.values()))
+        channels = logs.named_columns(o.channels, names, "channels", input_split.name, taken)
+        others = taken - {o.order, o.value}
+        if twice := next((name for name in channels if name in others), ""):
+            raise ValueError(
+                f"--set channels={o.channels} names column {twice!r}, which another option names "
+                "too; leave it out of one of them"
+            )
+        order = {o.order} - {""}
+        types, first = logs.column_types(input_split, opener, order)
+        moments = logs.holds_moments(o.order, types, first)
+        return logs.ColumnRoles(
+            channels,
+            episode=o.recording,
+            order=o.order,
+            moments=moments,
+            reward=o.value,
+            split=o.split_column,
+            noun="recording",
+        )
+
+    def _columns(self) -> dict[str, Column]:
+        """Return the columns to read."""
+        o = self.options
+        texts = {name: Column("text") for name in (o.label, o.subject) if name}
+        return {**self.roles.columns(), **texts}
+
+    # ------------------------------------------------------------ the two passes
+
+    def _stretches(
+        self, reading: SplitReader, found: list[logs.EpisodeRows], counts: Counter[str]
+    ) -> Iterator[Stretch]:
+        """Yield the valid stretches of a file; the others go to `reading.bad`."""
+        o = self.options
+        is_cut = self._shares or bool(o.split_column)
+        tables = logs.tables(reading.input_split, self._columns(), reading.opener)
+        for one, rows in zip(found, logs.read_episodes(found, tables), strict=True):
+            try:
+                split = logs.checked_split(one)
+                logs.check_order(rows, self.roles)
+                subject = logs.one_text(rows, o.subject, "subject") if o.subject else ""
+            except logs.UnusableError as error:
+                # without the recording's name, which may be a patient's
+                reading.bad(f"rows {one.start + 1} to {one.stop}", str(error))
+                continue
+            name = f"{one.log}-{one.number:05d}" if is_cut else one.log
+            starts, stops = self._cut(rows, counts)
+            yield Stretch(name, split, rows, starts, stops, subject)
+
+    def _cut(self, rows: pa.Table, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first steps of windows, and those after their last ones, both (n,)."""
+        o, bounds = self.options, [0, len(rows)]
+        if o.order and o.gap and len(rows) > 2:
+            steps = np.diff(rows[o.order].to_numpy())
+            gaps = np.flatnonzero(steps > o.gap * np.median(steps)) + 1
+            counts[GAPS] += len(gaps)
+            bounds = [0, *gaps.tolist(), len(rows)]
+        starts, stops = list[int](), list[int]()
+        for first, end in pairwise(bounds):
+            window = o.window or end - first
+            there = range(first, end - window + 1, o.stride or window)
+            starts += there
+            stops += [start + window for start in there]
+        covered = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.add.at(covered, starts, 1)
+        np.add.at(covered, stops, -1)
+        counts[TOO_SHORT] += int((covered.cumsum()[:-1] == 0).sum())
+        return np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64)
+
+    def scan(self, reading: SplitReader) -> Found:
+        file, counts = reading.input_split, Counter[str]()
+        there = logs.find_episodes(
+            file, logs.log_name(file), self.roles, self.rules, reading.opener
+        )
+        known = dict.fromkeys(self.roles.observations, 0)
+        rows, steps, longest = 0, list[float](), 0
+        for stretch in self._stretches(reading, there, counts):
+            longest = max(longest, len(stretch.rows))
+            for name in known:
+                values = stretch.rows[name].to_numpy()
+                known[name] += int(np.isfinite(values).sum())
+                counts[INFINITE] += int(np.isinf(values).sum())
+            if self.roles.order and len(stretch.rows) > 1:
+                steps.append(float(np.median(np.diff(stretch.rows[self.roles.order].to_numpy()))))
+            rows += len(self._kept(stretch, counts))
+        return {
+            "rows": rows,
+            "stretches": there,
+            "known": known,
+            "counts": counts,
+            "steps": [min(steps), max(steps)] if steps else [],
+            "longest": longest,
+        }
+
+    def why_no_rows(self, found: list[Found]) -> str:
+        counts = sum((Counter(one["counts"]) for one in found), Counter[str]())
+        said = ", ".join(f"{what}: {count}" for what, count in counts.items())
+        return (
+            f"no window of {self.options.window} steps is left; the longest stretch of a recording "
+            f"has {max(one['longest'] for one in found)} steps ({said})"
+        )
+
+    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
+        o = self.options
+        counts = sum((Counter(one["counts"]) for one in found), Counter[str]())
+        channels = self.roles.observations
+        if empty := [name for name in channels if not any(one["known"][name] for one in found)]:
+            raise ValueError(
+                f"{input_splits[0].name}: channels without any number: {preview(empty)}; leave "
+                "them out of --set channels="
+            )
+        lists = pa.struct([pa.field(name, pa.list_(pa.float64())) for name in channels])
+        columns = [
+            pa.field("recording", pa.string()),
+            *([pa.field("subject", pa.string())] if o.subject else []),
+            pa.field("start", pa.int64()),
+            pa.field("series", lists),
+            *([pa.field("label", pa.string())] if self.label else []),
+            *([pa.field("value", pa.float64())] if o.value else []),
+        ]
+        notes: Notes = {"channels": len(channels), **counts}
+        if steps := [step for one in found for step in one["steps"]]:
+            unit = MICROSECONDS if self.roles.moments else 1
+            low, high = min(steps) / unit, max(steps) / unit
+            is_one = high < 1.01 * low
+            notes[f"usual step of {o.order}{' in seconds' if self.roles.moments else ''}"] = (
+                f"{low:.4g}"
+                if is_one
+                else f"{low:.4g} to {high:.4g}: a network takes all recordings to have one rate"
+            )
+        info = {
+            "channels": list(channels),
+            "window": o.window,
+            "stride": o.stride or o.window,
+            "label": o.label,
+            "value": o.value,
+        }
+        return InferredSchema(columns, [one["stretches"] for one in found], notes, info)
+
+    def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
+        there = [logs.EpisodeRows(*one) for one in reading.scan_result]
+        for stretch in self._stretches(reading, there, Counter()):
+            kept = self._kept(stretch, Counter())
+            block = max(1, BLOCK_STEPS // max(1, self.options.window))
+            for first in range(0, len(kept), block):
+                yield self._table(stretch, kept[first : first + block], reading.input_split)
+
+    # ------------------------------------------------------------ the windows of a stretch
+
+    def _kept(self, stretch: Stretch, counts: Counter[str]) -> np.ndarray:
+        """Return the windows that become rows; the others are counted."""
+        o, last = self.options, stretch.stops - 1
+        finite = [np.isfinite(stretch.rows[name].to_numpy()) for name in self.roles.observations]
+        numbers = np.append(0, np.any(finite, axis=0).cumsum())
+        empty = numbers[stretch.stops] == numbers[stretch.starts]
+        counts[NO_NUMBER] += int(empty.sum())
+        good = ~empty
+        for column in filter(None, (o.label, o.value)):
+            if o.take == "most":
+                lacking = _commonest(stretch, column) < 0
+            else:
+                lacking = (_codes(stretch, column)[0] < 0)[last]
+            counts[NO_LABEL] += int((good & lacking).sum())
+            good &= ~lacking
+            if o.take == "same":
+                codes = _codes(stretch, column)[0]
+                changes = np.append(0, (np.diff(codes) != 0).cumsum())
+                several = changes[last] != changes[stretch.starts]
+                counts[SEVERAL] += int((good & several).sum())
+                good &= ~several
+        return np.flatnonzero(good)
+
+    def _table(self, stretch: Stretch, kept: np.ndarray, input_split: InputSplit) -> pa.Table:
+        o, count = self.options, len(kept)
+        starts, stops = stretch.starts[kept], stretch.stops[kept]
+        lengths = stops - starts
+        offsets = np.append(0, lengths.cumsum())
+        steps = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, lengths)
+        lists = []
+        for name in self.roles.observations:
+            values = stretch.rows[name].to_numpy()[steps]
+            known = pa.array(values, mask=~np.isfinite(values))
+            lists.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), known))
+        columns: dict[str, Any] = {
+            "recording": [stretch.recording] * count,
+            "subject": [stretch.subject] * count,
+            "start": starts,
+            "series": pa.StructArray.from_arrays(lists, list(self.roles.observations)),
+        }
+        if o.label:
+            codes, names = _codes(stretch, o.label)
+            chosen = _commonest(stretch, o.label)[kept] if o.take == "most" else codes[stops - 1]
+            columns["label"] = [names[code] for code in chosen]
+        elif o.label_folders:
+            columns["label"] = [_folder(input_split)] * count
+        if o.value:
+            columns["value"] = stretch.rows[o.value].to_numpy()[stops - 1]
+        if not o.subject:
+            columns.pop("subject")
+        return pa.table({**columns, "split": [stretch.split or input_split.split] * count})
+
+
+def _folder(file: InputSplit) -> str:
+    """Return the name of the folder that a file lies in, which is its label."""
+    parts = file.entry.name.split("/")
+    if len(parts) < 2:
+        raise ValueError(
+            f"{file.name}: it lies in no folder below the source, and --set label_folders=true "
+            "takes the folder's name as the label: give the folder that holds the folders"
+        )
+    return parts[-2]
+
+
+def _codes(stretch: Stretch, column: str) -> tuple[np.ndarray, list[Any]]:
+    """Return (steps,) the number of each step's value among the distinct ones, -1 where there is
+    none, and the distinct ones.
+    """
+    values = stretch.rows[column].combine_chunks()
+    if pa.types.is_string(values.type):
+        values = pc.utf8_trim_whitespace(values)
+        values = pc.if_else(pc.equal(values, ""), None, values)
+    else:
+        values = pc.if_else(pc.is_finite(values), values, None)
+    found = values.dictionary_encode()
+    return found.indices.fill_null(-1).to_numpy(), found.dictionary.to_pylist()
+
+
+def _commonest(stretch: Stretch, column: str) -> np.ndarray:
+    """Return (windows,) the number of the value that most steps of a window have, -1 for none."""
+    codes, names = _codes(stretch, column)
+    counts = [np.append(0, (codes == code).cumsum()) for code in range(len(names))]
+    if not counts:
+        return np.full(len(stretch.starts), -1)
+    inside = np.array([one[stretch.stops] - one[stretch.starts] for one in counts])
+    return np.where(inside.any(axis=0), inside.argmax(axis=0), -1)
