@@ -108,13 +108,22 @@ def pytest_xdist_make_scheduler(config, log):
     return GroupsAndFiles(config, log)
 
 
-# ---------------------------------------------------------------- Ray
+# ---------------------------------------------------------------- each test
 
 
 def pytest_runtest_setup(item):
-    """A test without the mark sees no Ray: what can run in this process then does."""
+    """Set torch's seed, so that new weights do not depend on the tests that ran before.
+
+    A test without the mark sees no Ray: what can run in this process then does.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.default_generator.manual_seed(0)
     if item.get_closest_marker("ray") is None:
         _stop_ray()
+
+
+# ---------------------------------------------------------------- Ray
 
 
 def _stop_ray():

@@ -8,6 +8,7 @@ continues with the trials that have none.
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import shutil
 import tempfile
@@ -397,8 +398,10 @@ def _records(
 def release_memory() -> None:
     """Return freed memory to the device and to the system.
 
-    One process runs many trials, and glibc would keep what each of them used.
+    One process runs many trials. Python would keep networks that refer to themselves until its next
+    collection, and glibc what each trial used.
     """
+    gc.collect(1)  # what was made since the last collection of this generation: not all imports
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # another system's C library

@@ -127,25 +127,25 @@ def test_stopped_pretraining_goes_on(tmp_path, begin):
 def test_a_stopped_fan_out_loses_nothing(sources, begin, onetomany_on_ray):
     """By Ctrl-C and then by kill -9."""
     train = "targets.shoes.train={steps: 100, global_batch: 8}"  # the stop takes some trials' time
-    words = ("run", SMALL, "--set", "fanout.seeds=12", "--set", train)
+    words = ("run", SMALL, "--set", "fanout.seeds=6", "--set", train)
     for stop in (ctrl_c, kill):
         before = len(records(sources))
         process = begin(sources, *words)
-        until(process, lambda before=before: len(records(sources)) >= before + 4, "finished trial")
+        until(process, lambda before=before: len(records(sources)) >= before + 2, "finished trial")
         stop(process)
         kept = records(sources)
-        assert before + 4 <= len(kept) < 24
+        assert before + 2 <= len(kept) < 12
         assert stop is kill or not (sources / "runs/small/.run.json").exists()
     done = onetomany_on_ray(*words, cwd=sources)
     assert done.returncode == 0, done.stderr[-3000:]
     after = records(sources)
-    assert len(after) == 24 and all(after[path] == time for path, time in kept.items()), (
+    assert len(after) == 12 and all(after[path] == time for path, time in kept.items()), (
         "what was finished was not run again"
     )
     rows = pq.read_table(sources / "runs/small/results.parquet").to_pylist()
     assert (
         len({row["trial_id"] for row in rows if row["status"] == "done" and row["split"] == "test"})
-        == 24
+        == 12
     )
 
 
@@ -209,12 +209,12 @@ def test_two_runs_of_one_job_at_once_are_refused(sources, begin, onetomany_on_ra
 
 def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany_on_ray, tiny_data):
     """``workers: 2``: the same loop under Ray Train in a driver. A frozen backbone's rows differ by
-    the order of float sums alone; where batch norm trains, each rank has its own half of the batch,
-    as under any DDP. The adapters of lora are merged into the bundle, once.
+    the order of float sums alone; where batch norm trains (lora), each rank has its own half of the
+    batch, as under any DDP. The adapters of lora are merged into the bundle, once.
     """
     words = (
         "--set",
-        "techniques=[scratch, full, {linear_probe: {solver: sgd}}, {lora: {lr_scale: 0.5}}]",
+        "techniques=[{linear_probe: {solver: sgd}}, {lora: {lr_scale: 0.5}}]",
         "--set",
         "targets.shoes.train={steps: 4, global_batch: 8, augment: false}",
         "--set",
@@ -232,9 +232,9 @@ def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany_on_ray, tin
             for row in rows
             if row["metric"] == "loss" and row["split"] == "test" and row["steps"] == 4
         ]
-        newest = sorted(tested, key=lambda row: row["started_at"])[-4:]
+        newest = sorted(tested, key=lambda row: row["started_at"])[-2:]
         found[workers] = {row["technique"]: row for row in newest}
-    assert set(found[0]) == {"scratch", "full", "linear_probe", "lora"} == set(found[2])
+    assert set(found[0]) == {"linear_probe", "lora"} == set(found[2])
     for technique, row in found[0].items():
         assert found[2][technique]["trial_id"] != row["trial_id"]
         assert found[2][technique]["value"] == pytest.approx(

@@ -356,7 +356,7 @@ def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany_
 @pytest.fixture
 def few_rows(job, monkeypatch):
     """At most as many rows of each split, evenly spaced, as a job of its kind needs."""
-    few = {"train": 300, "validation": 100, "test": 200}
+    few = {"train": 80, "validation": 40, "test": 60}
     if job.parent.name == "speech" and job.stem == "matrix_small":
         few["train"] = 1000  # of 49 labels
     elif job.stem == "wavenet_small":  # reads single samples of sound
