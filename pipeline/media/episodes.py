@@ -7,6 +7,7 @@ Rows are B episodes of T steps each.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -202,11 +203,9 @@ class Episodes:
                 if action == CLASSES and self.robot[mine[0]] < 0
                 else name
             )
-            free = next(
-                text
-                for text in (space_name, *(f"{space_name}_{n}" for n in range(2, 1 << 20)))
-                if text not in {*taken, *out}
-            )
+            numbered = (f"{space_name}_{number}" for number in itertools.count(2))
+            names = itertools.chain([space_name], numbered)
+            free = next(text for text in names if text not in {*taken, *out})
             out[free] = cast("SpaceState", metadata)
         return out
 

@@ -76,7 +76,7 @@ def test_policies_are_tried_in_each_test_world(done, rollouts):
         and zero[0]["source"] == "nominal"
     )
     budget = [row for row in first if '"technique": {"budget": 2' in row["hyper_parameters"]]
-    assert len(budget) == 4 and {row["steps"] for row in budget} == {60}
+    assert len(budget) == 4 and {row["steps"] for row in budget} == {8}
 
 
 def test_what_transfers_to_another_robot_is_told(done):
