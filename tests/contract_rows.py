@@ -347,7 +347,9 @@ OBJECTIVES: dict[str, Case] = {
     "behaviour_cloning": Case(demonstrations, "policy/mlp", {"width": 16}),
     "classification": Case(with_roles(pictures, label="label"), *VIT),
     "clip": Case(
-        with_roles(pictures, caption="caption"), *VIT, {"width": 16, "layers": 1, "heads": 2}
+        with_roles(pictures, caption="caption", image_id="label"),
+        *VIT,
+        {"width": 16, "layers": 1, "heads": 2},
     ),
     "clm": Case(texts, *GPT2),
     "ctc": Case(

@@ -61,7 +61,7 @@ def views_of(made: Task) -> tuple[View, ...]:
 
 def looks(batch: Batch, views: tuple[View, ...]) -> Batch:
     """Views from the rows' keys: a corner of the view's size, and noise; and a caption of three to
-    six tokens.
+    six tokens, two captions an image.
     """
     image, made = batch["image"], {}
     for i, view in enumerate(views):
@@ -73,6 +73,8 @@ def looks(batch: Batch, views: tuple[View, ...]) -> Batch:
     numbers = uniform(batch.keys, 7, stream=40)
     made["caption"] = (11 * numbers[:, :6]).int()
     made["caption_lengths"] = 3 + (4 * numbers[:, 6]).long()
+    made["caption_number"] = torch.arange(len(batch))
+    made["image_number"] = torch.from_numpy(batch.rows // 2).long()
     return batch.replace(**made)
 
 

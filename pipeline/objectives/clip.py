@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_lists import is_bytes, is_text
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.identity_numbers import identity_number, identity_numbers
 from pipeline.core.nn.all_gather import gather, loss_of_own_rows
 from pipeline.core.nn.losses import at_least_float32, exact
 from pipeline.core.ragged import lengths, padded, ragged
@@ -122,23 +123,35 @@ class CLIP(Objective):
     """CLIP: bring a row nearer to its own caption than to the other captions, and each caption
     nearer to its own row.
 
-    Columns: ``caption``, a text. Tensors: ``caption`` (B, L) int32 token ids and
-    ``caption_lengths`` (B,). Rows are images, or whatever the backbone reads.
+    Columns: ``caption``, a text, and where an image has several captions, each in a row of its own,
+    ``image_id``, which is the same in its rows. Tensors: ``caption`` (B, L) int32 token ids,
+    ``caption_lengths`` (B,), and ``caption_number`` and ``image_number`` (B,), the same where the
+    tokens or the image are; an image without id has number -1. Rows are images, or whatever the
+    backbone reads.
 
     A row's loss is the mean of two cross-entropies, over captions and over rows; the logits are
     cosines divided by a learned temperature. The pooled features themselves are compared with the
     output of the text tower, without a projection, both without their mean. So texts about classes
     are the weights of a linear head on normalised features, by which `zero_shot` classifies. Only
-    the backbone goes on to targets that are trained. Logged: ``top1``, the share of rows whose
-    nearest caption is their own.
+    the backbone goes on to targets that are trained. Other rows of the same image (``image_id``)
+    are left out of a row's cross-entropies. Logged: ``top1``, the share of rows whose nearest
+    caption is their own.
 
     In validation a row is compared with the rows of its evaluation batch only, so the validation
-    loss depends on the batch size.
+    loss depends on the batch size. Recalls compare all validation rows
+    (`pipeline.core.metrics.retrieval`).
     """
 
     state: CLIPState
     roles = ("caption",)
-    metrics = ("loss",)
+    optional_roles = ("image_id",)
+    metrics = (
+        "loss",
+        "image_to_text_recall_at_1",
+        "image_to_text_recall_at_5",
+        "text_to_image_recall_at_1",
+        "text_to_image_recall_at_5",
+    )
     log_names = ("top1",)
 
     @classmethod
@@ -162,10 +175,20 @@ class CLIP(Objective):
 
     @classmethod
     def encode(cls, table, columns, state: CLIPState) -> Arrays:
-        """Return ``caption`` (n,) ragged int32 token ids."""
+        """Return ``caption`` (n,) ragged int32 token ids, and the numbers of captions and images.
+
+        Raises:
+            ValueError: image ids that are neither texts nor whole numbers.
+        """
         if columns.get("caption") not in table.column_names:  # new rows
             return {}
-        return {"caption": _tokens(_captions(table, columns), state)}
+        tokens = _tokens(_captions(table, columns), state)
+        numbers = [identity_number(row.tobytes()) for row in tokens]
+        return {
+            "caption": tokens,
+            "caption_number": np.array(numbers, dtype=np.int64),
+            "image_number": _image_numbers(table, columns),
+        }
 
     @classmethod
     def invalid_label_reasons(cls, table, columns, state: CLIPState):
@@ -182,29 +205,35 @@ class CLIP(Objective):
 
     # ---------------------------------------------------------------- loss and predictions
 
-    def _pairs(self, backbone: Backbone, batch: Batch) -> Tensor:
-        """Return (B, 2, D): of each row its features, times the scale, and its caption's.
+    def _embeddings(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return (B, D) of length 1 of the rows, and of their captions."""
+        captions = self.text(batch["caption"], batch["caption_lengths"])
+        return centred_unit(backbone(batch).pooled), centred_unit(captions)
+
+    def _pairs(self, rows: Tensor, captions: Tensor) -> Tensor:
+        """Return (B, 2, D): embeddings of the rows, times the scale, and of their captions.
 
         The scale is multiplied in before rows are gathered. If it were done after that, each rank
         would count its gradient for all rows.
         """
-        rows = centred_unit(backbone(batch).pooled)
-        captions = centred_unit(self.text(batch["caption"], batch["caption_lengths"]))
         return torch.stack([self.log_scale.exp() * rows, captions], dim=1)
 
     @staticmethod
-    def _losses(pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (N,) losses and hits of (N, 2, D) pairs."""
+    def _losses(pairs: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (N,) losses and hits of (N, 2, D) pairs, whose images have numbers (N,)."""
         with exact(pairs):
             scores = pairs[:, 0] @ pairs[:, 1].T
         own = torch.arange(len(pairs), device=pairs.device)
+        is_same_image = (images[:, None] == images) & (images >= 0)
+        scores = scores.masked_fill(is_same_image.fill_diagonal_(False), -math.inf)
         of_rows = F.cross_entropy(scores, own, reduction="none")
         of_captions = F.cross_entropy(scores.T, own, reduction="none")
         return (of_rows + of_captions) / 2, scores.argmax(1) == own
 
     def loss(self, backbone: Backbone, batch: Batch):
-        pairs, first = gather(self._pairs(backbone, batch))
-        losses, hits = self._losses(pairs)
+        pairs, first = gather(self._pairs(*self._embeddings(backbone, batch)))
+        images, _ = gather(batch["image_number"])
+        losses, hits = self._losses(pairs, images)
         own_rows = slice(first, first + len(batch))
         total = loss_of_own_rows(losses, own_rows)
         return total, total.new_full((), float(len(batch))), {"top1": hits[own_rows].sum()}
@@ -212,6 +241,7 @@ class CLIP(Objective):
     def forward_without_rows(self, backbone: Backbone) -> None:
         """Gather no rows from this rank."""
         gather(self.log_scale.new_zeros(0, 2, backbone.pooled_dim))
+        gather(torch.zeros(0, dtype=torch.int64, device=self.log_scale.device))
 
     @torch.no_grad()
     def after_step(self, backbone: Backbone, step: int, steps: int) -> None:
@@ -219,10 +249,23 @@ class CLIP(Objective):
         self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Return ``loss`` (B,); of rows without captions ``embedding`` (B, D), of length 1."""
+        """Return what the metrics read; of rows without captions ``embedding`` (B, D), of length 1.
+
+        Returns:
+            ``loss`` (B,), ``image_embedding`` and ``caption_embedding`` (B, D) of length 1, and
+            ``image_number`` and ``caption_number`` (B,).
+        """
         if "caption" not in batch.data:
             return {"embedding": centred_unit(backbone(batch).pooled)}
-        return {"loss": self._losses(self._pairs(backbone, batch))[0]}
+        rows, captions = self._embeddings(backbone, batch)
+        losses, _ = self._losses(self._pairs(rows, captions), batch["image_number"])
+        return {
+            "loss": losses,
+            "image_embedding": rows,
+            "caption_embedding": captions,
+            "image_number": batch["image_number"],
+            "caption_number": batch["caption_number"],
+        }
 
     # ---------------------------------------------------------------- classes by their names
 
@@ -247,6 +290,16 @@ def _captions(table: pa.Table, columns: dict[str, str]) -> list[str | None]:
     if not (is_text(values) or is_bytes(values) or pa.types.is_null(values)):
         raise ValueError(f"column {name}: it holds {kind} values; a caption is one text a row")
     return [text and text.strip() for text in texts(table[name])]
+
+
+def _image_numbers(table: pa.Table, columns: dict[str, str]) -> np.ndarray:
+    """Return (n,) int64 numbers of the images, -1 where a row has no image id."""
+    numbers = np.full(len(table), -1, dtype=np.int64)
+    name = columns.get("image_id", "")
+    if name in table.column_names:
+        has_id = table[name].is_valid().to_numpy()
+        numbers[has_id] = identity_numbers(table[name].drop_null(), name)
+    return numbers
 
 
 def _tokens(captions: Sequence[str | None], state: CLIPState) -> np.ndarray:

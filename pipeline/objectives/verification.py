@@ -6,20 +6,18 @@ the training rows.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import TypedDict
 
 import numpy as np
-import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import LinearHeadOptions, register
-from pipeline.core import arrow_lists
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.identity_numbers import identity_numbers
 from pipeline.core.nn import losses
 
 SMALLEST_SINE_SQUARED = 1e-7
@@ -86,7 +84,7 @@ class Verification(Objective):
             ValueError: there is one identity only, or the column holds no names or whole numbers.
         """
         name = columns["identity"]
-        identities = np.unique(_numbers(table[name].drop_null(), name))
+        identities = np.unique(identity_numbers(table[name].drop_null(), name))
         if len(identities) < 2:
             raise ValueError(
                 f"column {name}: verification needs rows of at least two identities, better of "
@@ -104,7 +102,7 @@ class Verification(Objective):
         name = columns.get("identity", "")
         if name not in table.column_names:  # new rows to predict
             return {}
-        identity = _numbers(table[name], name)
+        identity = identity_numbers(table[name], name)
         known = np.array(state["identities"], dtype=np.int64)
         place = np.searchsorted(known, identity).clip(max=len(known) - 1)
         return {"identity": identity, "label": np.where(known[place] == identity, place, -1)}
@@ -113,7 +111,7 @@ class Verification(Objective):
     def check_test(cls, options, table, columns, state: VerificationState):
         """Raise ValueError where the rows have no pair of one identity, or none of two."""
         name = columns["identity"]
-        rows_of_each = np.unique(_numbers(table[name], name), return_counts=True)[1]
+        rows_of_each = np.unique(identity_numbers(table[name], name), return_counts=True)[1]
         if len(rows_of_each) < 2 or rows_of_each.max() < 2:
             raise ValueError(
                 f"column {name}: {len(table)} rows of {len(rows_of_each)} identities; verification "
@@ -222,33 +220,3 @@ def with_margin(cosines: Tensor, label: Tensor, margin: float) -> Tensor:
     falls = own > -math.cos(margin)
     moved = torch.where(falls, moved, own - margin * math.sin(margin))
     return cosines.scatter(1, label[:, None], moved)
-
-
-def identity_number(name: str) -> int:
-    """Return a number from 0 to 2**63 - 1 that stands for an identity: a hash of its name.
-
-    It is the same in every split, so that rows of new identities can be compared, and neither
-    bundles nor predictions hold the names themselves. Somebody who can list all names can find them
-    again.
-    """
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
-    """Return (n,) int64 identity numbers of a column.
-
-    Raises:
-        ValueError: it holds other values than texts and whole numbers, or a null.
-    """
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (arrow_lists.is_text(kind) or pa.types.is_integer(kind)):
-        raise ValueError(
-            f"column {name} holds {kind}: verification reads identities as texts or whole numbers; "
-            "cast the column"
-        )
-    if column.null_count:
-        raise ValueError(f"column {name}: {column.null_count} rows have no identity (null)")
-    codes, names = arrow_lists.dictionary_codes(column.cast(pa.large_string()))
-    numbers = [identity_number(one) for one in names.to_pylist()]
-    return np.array(numbers, dtype=np.int64)[codes]

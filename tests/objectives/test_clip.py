@@ -47,7 +47,8 @@ def test_loss_and_gradient_are_those_of_the_formula():
     """On what both towers return, without their means."""
     made = task("clip", temperature=0.05, **SMALL).double()
     batch, objective = some(9, ()), made.objective
-    batch = batch.replace(image=batch["image"].double())
+    alone = torch.full((9,), -1)
+    batch = batch.replace(image=batch["image"].double(), image_number=alone)
     total, count, logs = made(batch)
     total.backward()
     towers = (
@@ -117,6 +118,30 @@ def test_captions_are_cut_and_empty_ones_left_out():
     assert reasons == ["", "", "the caption is empty", "the caption is empty", ""]
     assert CLIP.encode(table.rename_columns(["other"]), COLUMNS, made.state) == {}
     assert CLIP.roles == ("caption",) and isinstance(made, CouplesRows)
+
+
+def test_other_captions_of_an_image_are_not_wrong():
+    """The loss of a row is that of a batch without the other rows of its image."""
+    made, batch = task("clip", **SMALL), some(5, ())
+    table = pa.table({"words": ["a", "b", "a", "c", "b"], "photo": ["x", None, "y", "x", None]})
+    columns = {"caption": "words", "image_id": "photo"}
+    fitted = captioned(table["words"].to_pylist())
+    arrays = CLIP.encode(table, columns, fitted.state)
+    image, caption = arrays["image_number"], arrays["caption_number"]
+    assert image[0] == image[3] >= 0 and image[2] not in (-1, image[0])
+    assert image[[1, 4]].tolist() == [-1, -1], "rows without an id are images of their own"
+    assert caption[0] == caption[2] != caption[1] == caption[4] and len(set(caption)) == 3
+    batch = batch.replace(image_number=torch.from_numpy(image))
+    found = made.objective.predict(made.backbone, batch)
+    for row, others in ((0, [0, 1, 2, 4]), (3, [1, 2, 3, 4])):
+        rows, captions = (found[f"{n}_embedding"][others] for n in ("image", "caption"))
+        scores = made.objective.log_scale.exp() * rows @ captions.T
+        own = others.index(row)
+        both = [-one.log_softmax(0)[own] for one in (scores[own], scores[:, own])]
+        torch.testing.assert_close(found["loss"][row], sum(both) / 2)
+    torch.testing.assert_close(made(batch)[0], found["loss"].sum())
+    alone = batch.replace(image_number=torch.full((5,), -1))
+    assert made.objective.predict(made.backbone, alone)["loss"][0] > found["loss"][0]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from toys import net_task
 
 from pipeline.core.contracts import Batch, Task
-from pipeline.objectives.verification import Verification, identity_number, with_margin
+from pipeline.core.identity_numbers import identity_number
+from pipeline.objectives.verification import Verification, with_margin
 
 COLUMNS = {"identity": "speaker"}
 OPTIONS = Verification.options_class()
@@ -57,7 +58,7 @@ def test_identities_have_the_same_number_in_every_split(kind):
     ("values", "message"),
     [
         (["a"] * 3, "column speaker: verification needs .* the training rows have 1$"),
-        ([1.0, 2.0], "column speaker holds double: verification reads identities as texts or"),
+        ([1.0, 2.0], "column speaker holds double: identities are read from texts or"),
         ([True, False], "column speaker holds bool"),
     ],
 )

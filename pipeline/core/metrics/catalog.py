@@ -15,6 +15,7 @@ from pipeline.core.metrics import (
     likelihood,
     policies,
     regression,
+    retrieval,
     text,
     verification,
 )
@@ -22,7 +23,17 @@ from pipeline.core.metrics.metric import Metric, PerLabel, Predictions
 
 __all__ = ["Metric", "PerLabel", "Predictions", "find", "for_role", "metric", "per_label"]
 
-OURS = (classes, dense, label_sets, likelihood, policies, regression, text, verification)
+OURS = (
+    classes,
+    dense,
+    label_sets,
+    likelihood,
+    policies,
+    regression,
+    retrieval,
+    text,
+    verification,
+)
 """Modules of our metrics, imported here so that their code is part of what every result records."""
 
 

@@ -32,6 +32,8 @@ several labels a row   ``scores`` and ``labels`` (n, L), 0 or 1; ``min_positives
 entities               ``hits``, ``guessed`` and ``actual`` (n, T) by type
 numbers                ``prediction`` and ``value`` (n,), in the unit of the label
 identities             ``embedding`` (n, E) and ``identity`` (n,); rows are compared in pairs
+captions               ``image_embedding`` and ``caption_embedding`` (n, D), ``image_number`` and
+                       ``caption_number`` (n,), see `pipeline.core.metrics.retrieval`
 words                  ``right`` of ``words`` (n,)
 answers                ``exact`` and ``f1`` (n,), 0 to 1
 language models        ``loss`` (n,), a sum of nats, over ``count`` tokens and ``bytes`` (n,)
