@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.spatial.distance import squareform
 
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import Estimate, score
@@ -39,7 +40,8 @@ def frechet(features: np.ndarray, source_features: np.ndarray) -> float:
     if not variance > 0:
         return float("nan")
     # tr (X'X S'S)^1/2 is the sum of the singular values of X S'
-    shared = np.linalg.svd(_reduced(x) @ _reduced(s).T, compute_uv=False).sum()
+    fewer, more = sorted((x, s), key=len)
+    shared = np.linalg.svd(more @ _reduced(fewer).T, compute_uv=False).sum()
     distance = ((mean - source_mean) ** 2).sum() + (x**2).sum() + variance - 2 * shared
     return max(0.0, float(distance)) / variance
 
@@ -80,7 +82,7 @@ def mmd(
         The distance, NaN where a side has fewer than two rows or groups, or all rows are alike.
     """
     x, s = (_some(one).astype(np.float64) for one in (features, source_features))
-    n, m = len(x), len(s)
+    n = len(x)
     units = [
         _some(units_of(of, len(one)))
         for one, of in ((features, groups), (source_features, source_groups))
@@ -89,11 +91,15 @@ def mmd(
         return float("nan")
     both = np.concatenate([x, s])
     squared = (both**2).sum(1)
-    apart = np.maximum(squared[:, None] + squared - 2 * both @ both.T, 0.0)
-    width = float(np.median(apart[np.triu_indices(n + m, 1)]))
+    apart = both @ both.T
+    apart *= -2
+    apart += squared[:, None] + squared
+    np.maximum(apart, 0.0, out=apart)
+    width = float(np.median(squareform(apart, checks=False)))  # of the pairs above the diagonal
     if not width > 0:
         return float("nan")
-    kernel = np.exp(-apart / (2 * width))
+    apart /= -2 * width
+    kernel = np.exp(apart, out=apart)
     within = 0.0
     for side, unit in ((kernel[:n, :n], units[0]), (kernel[n:, n:], units[1])):
         within += float(side[unit[:, None] != unit].mean())

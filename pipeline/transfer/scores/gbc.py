@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.linalg import eigh
 
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import score
@@ -49,8 +50,9 @@ def gbc(features: np.ndarray, labels: np.ndarray) -> float:
 def _principal_components(features: np.ndarray) -> np.ndarray:
     f = features.astype(np.float64)
     f -= f.mean(0)
+    gram = f.T @ f if f.shape[1] <= len(f) else f @ f.T
+    places = max(0, len(gram) - COMPONENTS), len(gram) - 1
+    variances, vectors = eigh(gram, subset_by_index=places)
     if f.shape[1] <= len(f):
-        _, v = np.linalg.eigh(f.T @ f)
-        return f @ v[:, ::-1][:, :COMPONENTS]
-    variances, u = np.linalg.eigh(f @ f.T)
-    return (u * np.sqrt(np.maximum(variances, 0.0)))[:, ::-1][:, :COMPONENTS]
+        return f @ vectors
+    return vectors * np.sqrt(np.maximum(variances, 0.0))

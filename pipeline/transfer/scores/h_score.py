@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg import solve
 
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import score
+
+LEAST_VARIANCE = 1e-12
+"""A direction with less variance, in shares of the largest, counts as one without any."""
 
 
 @register("score", "h_score", title="H-score")
@@ -31,31 +35,40 @@ def h_score(features: np.ndarray, labels: np.ndarray) -> float:
         return float("nan")
     member = (labels == np.unique(labels)[:, None]).astype(np.float64)  # (C, n)
     counts = member.sum(1)
-    if width > n:
-        variances, u = np.linalg.eigh(f @ f.T / n)
-        means = (member @ u) * np.sqrt(n * np.maximum(variances, 0.0))  # (C, r) sums
-    else:
-        variances, v = np.linalg.eigh(f.T @ f / n)
-        means = (member @ f) @ v
-    means /= counts[:, None]
-    variances = np.maximum(variances, 0.0)
-    shrinkage = _shrinkage(f, variances, mean_variance)
-    total = (1 - shrinkage) * variances + shrinkage * mean_variance
-    between = counts / n @ means**2  # (r,)
-    is_known = total > 1e-12 * total.max()
-    return float((1 - shrinkage) * (between[is_known] / total[is_known]).sum())
+    average = member / counts[:, None]
+    gram = (f @ f.T if width > n else f.T @ f) / n
+    shrinkage = _shrinkage(f, gram, mean_variance)
+    total = (1 - shrinkage) * gram
+    total[np.diag_indices_from(total)] += shrinkage * mean_variance
+    # of wide features f: f (a f'f + b)^-1 f' = f f' (a f f' + b)^-1
+    left, right = (average @ gram * n, average) if width > n else (average @ f, average @ f)
+    between = (left * _solve(total, right.T, shrinkage / width).T).sum(1)  # (C,)
+    return float((1 - shrinkage) * (counts / n @ between))
 
 
-def _shrinkage(f: np.ndarray, variances: np.ndarray, mean_variance: float) -> float:
+def _solve(total: np.ndarray, right: np.ndarray, least: float) -> np.ndarray:
+    """Return total^-1 right, without the directions that have no variance.
+
+    Args:
+        total: (r, r) covariance.
+        right: (r, C) right-hand sides.
+        least: Share of its largest variance that its smallest has at least.
+    """
+    if least > LEAST_VARIANCE:
+        return solve(total, right, assume_a="pos")
+    return np.linalg.pinv(total, rcond=LEAST_VARIANCE, hermitian=True) @ right
+
+
+def _shrinkage(f: np.ndarray, gram: np.ndarray, mean_variance: float) -> float:
     """Return the weight of the identity in the covariance of Ledoit and Wolf (2004).
 
     Args:
         f: (n, D) centred features.
-        variances: Eigenvalues of their covariance, those that are zero may be missing.
-        mean_variance: Its trace over D.
+        gram: Their covariance, or f f' / n, which has the same eigenvalues above zero.
+        mean_variance: The covariance's trace over D.
     """
     n, width = f.shape
-    squared = float((variances**2).sum())  # of the covariance's Frobenius norm
+    squared = float((gram**2).sum())  # of the covariance's Frobenius norm
     distance = squared - width * mean_variance**2
     if distance <= 0:
         return 0.0

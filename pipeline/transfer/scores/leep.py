@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 from scipy.cluster.vq import kmeans2
+from scipy.spatial.distance import cdist
 
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import Estimate, half, interval_of_halves, score
@@ -119,7 +120,8 @@ def cluster(x: np.ndarray, clusters: int) -> np.ndarray:
     Expectation-maximisation from the clusters of k-means, with a fixed seed.
     """
     x = x / x.std()
-    _, member = kmeans2(x, clusters, minit="++", rng=np.random.default_rng(0))
+    start = _distant_rows(x, clusters, np.random.default_rng(0))
+    _, member = kmeans2(x, start, minit="matrix")
     found = (np.arange(clusters) == member[:, None]).astype(np.float64)
     before = -np.inf
     for _ in range(ROUNDS):
@@ -129,6 +131,21 @@ def cluster(x: np.ndarray, clusters: int) -> np.ndarray:
             break
         before = likelihood
     return found
+
+
+def _distant_rows(x: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (count, D) rows as k-means++ draws them (Arthur and Vassilvitskii 2007).
+
+    SciPy draws the same rows, and computes the distances to all earlier ones for each of them.
+    """
+    drawn = [int(rng.integers(len(x)))]
+    nearest = np.full(len(x), np.inf)
+    while len(drawn) < count:
+        to_last = cdist(x[drawn[-1:]], x, metric="sqeuclidean")[0]
+        nearest = np.minimum(nearest, to_last)
+        chances = (nearest / nearest.sum()).cumsum()
+        drawn.append(int(np.searchsorted(chances, rng.uniform())))
+    return x[drawn]
 
 
 def _maximise(x: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
