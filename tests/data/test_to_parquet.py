@@ -168,7 +168,7 @@ def test_folders_mix_plain_and_compressed_files_of_a_kind(tmp_path, imports, suf
 )
 def test_a_damaged_file_is_named(tmp_path, imports, suffix, kind, damage):
     rng = np.random.default_rng(0)
-    lines = [{"text": bytes(rng.integers(97, 123, 60)).decode()} for _ in range(4000)]
+    lines = [{"text": bytes(rng.integers(97, 123, 60)).decode()} for _ in range(600)]
     data = {
         "txt": "\n".join(line["text"] for line in lines),
         "jsonl": "\n".join(map(json.dumps, lines)),
