@@ -25,13 +25,19 @@ from pipeline.io.ray_environment import prepare_ray
 
 
 class Commands(TyperGroup):
-    """Commands; an unknown one that is known from other tools is answered with ours."""
+    """Commands; unknown commands and options known from other tools are answered with ours."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         meant = familiar_names.COMMANDS.get(args[0])
         if meant:
             ctx.fail(f"No such command '{args[0]}'. Did you mean '{meant}'?")
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        known = {text for one in command.params for text in one.opts} if command else set[str]()
+        for option in (word.partition("=")[0] for word in rest):
+            meant = familiar_names.OPTIONS.get(option)
+            if meant in known and option not in known:
+                ctx.fail(f"No such option: {option}. Did you mean {meant}?")
+        return name, command, rest
 
 
 app = typer.Typer(

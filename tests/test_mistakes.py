@@ -211,6 +211,16 @@ NAMES = [
         ("unknown objective 'text-classification'; did you mean classification?",),
     ),
     Mistake(
+        "an objective that there is not",
+        (OBJECTIVE, OBJECTIVE.replace("classification", "summarization")),
+        ("unknown objective 'summarization'; no objective learns to write a text for an input",),
+    ),
+    Mistake(
+        "a metric that there is not",
+        (OBJECTIVE, f"{OBJECTIVE}    metric: bleu\n"),
+        ("targets.films.metric: unknown metric 'bleu'; no metric compares written texts",),
+    ),
+    Mistake(
         "a metric",
         (OBJECTIVE, f"{OBJECTIVE}    metric: f1\n"),
         ("targets.films.metric: unknown metric 'f1'; did you mean macro_f1 or entity_f1"),
@@ -339,6 +349,11 @@ TYPES = [
         "yes in the place of a number",
         (TRAIN, "    train: {steps: yes}"),
         ("targets.films.train.steps: true and false are no value here",),
+    ),
+    Mistake(
+        "a range of Ray Tune",
+        ("fanout: {seeds: 2}", "fanout: {search: {lr: loguniform(1e-4, 1e-2)}}"),
+        ("fanout.search: lr needs its range, [low, high]", "e.g. {lr: [1e-4, 1e-2]}"),
     ),
     Mistake(
         "a search without trials",
@@ -541,6 +556,17 @@ FITS = [
         ),
     ),
     Mistake(
+        "columns that are swapped",
+        (
+            TARGET_COLUMNS,
+            TARGET_COLUMNS.replace("text: text, label: label", "text: label, label: text"),
+        ),
+        (
+            "column text: a label is in no training row",
+            "known are sentences: are the columns swapped?",
+        ),
+    ),
+    Mistake(
         "a folder that is no bundle",
         (BACKBONE, "    backbone: 'bundle:.'"),
         ("sources.reviews", "manifest.json"),
@@ -707,6 +733,7 @@ def test_an_error_of_a_run_names_the_line_that_was_read(folder, capsys):
     [
         (("run", "jobs.yaml"), 2, "jobs.yaml: no such job file"),
         (("report", "job.yaml"), 1, "no results of this job yet; run it first"),
+        (("init", "films.csv", "--label", "x"), 2, "--label. Did you mean --target-column?"),
         (("predict", "nowhere", "films.csv", "-o", "out"), 2, "nowhere"),
         (("predict", ".", "films.csv", "-o", "out"), 2, "manifest.json"),
         (("export", ".", "out"), 2, "manifest.json"),

@@ -228,6 +228,27 @@ NOT_NEEDED: dict[str, str] = {
 }
 """Fields of other tools that nothing here stands for, and why."""
 
+NOT_HERE: dict[str, str] = {
+    **dict.fromkeys(
+        ("summarization", "translation", "seq2seq", "text2text_generation", "image_captioning"),
+        "no objective learns to write a text for an input; clm continues texts",
+    ),
+    **dict.fromkeys(
+        ("bleu", "sacrebleu", "rouge", "rouge1", "rouge2", "rougel", "meteor", "bertscore", "chrf"),
+        "no metric compares written texts; clm and mlm have perplexity and bits_per_byte, qa has "
+        "answer_f1 and exact_match",
+    ),
+}
+"""Objectives and metrics of other tools that there are not here, and what is nearest."""
+
+OPTIONS = {
+    **dict.fromkeys(("--label", "--target", "--label-column", "--target-col"), "--target-column"),
+    **dict.fromkeys(("--task", "--problem-type"), "--objective"),
+    **dict.fromkeys(("--model", "--checkpoint", "--backbone", "--pretrained"), "--source"),
+    **dict.fromkeys(("--out", "--output-dir", "--output_dir"), "--output"),
+    **dict.fromkeys(("--override", "--config"), "--set"),
+}
+"""Options of commands of other tools, and what is meant by them here."""
 
 COMMANDS = {
     **dict.fromkeys(("train", "fit", "tune", "experiment"), "run"),
@@ -253,6 +274,11 @@ def difference(name: str) -> str:
 def why_not_needed(name: str) -> str:
     """Return why a field of other tools is left out here, or an empty string."""
     return NOT_NEEDED.get(_plain(name), "")
+
+
+def why_not_here(name: str) -> str:
+    """Return that there is no such objective or metric and what is nearest, or an empty string."""
+    return NOT_HERE.get(_plain(name), "")
 
 
 def _plain(name: str) -> str:

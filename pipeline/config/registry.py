@@ -532,6 +532,8 @@ def nearest(value: str, valid: Iterable[str], also: Iterable[str] = ()) -> str:
         valid: The names that may stand there.
         also: Names that may be meant and stand elsewhere.
     """
+    if reason := familiar_names.why_not_here(value):
+        return reason
     valid = sorted(valid)
     close = [*close_names(value, valid), *also]
     if close:

@@ -22,6 +22,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -1050,6 +1051,18 @@ class Fanout(Spec):
         description="whole: a fine-tuned bundle can be used alone; changes: it holds only what "
         "differs from its source's bundle, which it needs; onetomany export makes it whole",
     )
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _form_of_ranges(cls, search: object) -> object:
+        """Refuse what is no list, such as loguniform(1e-4, 1e-2), in one message."""
+        for name, values in search.items() if isinstance(search, dict) else ():
+            if not isinstance(values, list | tuple):
+                raise ValueError(
+                    f"{name} needs its range, [low, high], or three or more values to choose from, "
+                    "e.g. {lr: [1e-4, 1e-2]}"
+                )
+        return search
 
     @model_validator(mode="after")
     def _ranges(self):

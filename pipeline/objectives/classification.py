@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -184,6 +185,13 @@ class Classification(Objective):
             ) from None
         found = pc.index_in(column, value_set=known)
         if found.null_count:
+            if _are_sentences(state["labels"]):
+                # a sentence of a person does not go into a message
+                raise ValueError(
+                    f"column {name}: a label is in no training row, and the {len(state['labels'])} "
+                    "labels known are sentences: are the columns swapped? columns: {label: NAME} "
+                    "names that of the classes"
+                )
             unknown = column.filter(pc.is_null(found))
             value = unknown[0].as_py()
             advice = nearest(str(value), state["labels"])
@@ -402,6 +410,11 @@ def _label_names(table: pa.Table, columns: dict[str, str], values: list[Any]) ->
     count = Counter(names)
     pairs = zip(names, values, strict=True)
     return [name if count[name] == 1 else f"{name} ({value})" for name, value in pairs]
+
+
+def _are_sentences(labels: Sequence[str]) -> bool:
+    """Return whether labels look like texts: more than 20, of four words or more on average."""
+    return len(labels) > 20 and sum(len(one.split()) for one in labels) >= 4 * len(labels)
 
 
 def _order(values: list[Any], names: list[str], options: ClassificationOptions) -> list[int]:

@@ -13,6 +13,8 @@ from rich.text import Text
 from pipeline.train.log import LogRecord
 
 PLAIN_EVERY_SECONDS = 5.0
+PLAIN_ETA_SECONDS = 30.0
+"""A plain line comes again after so many seconds where its ETA alone has changed."""
 
 
 def duration(seconds: float) -> str:
@@ -104,7 +106,10 @@ class Progress:
         self.newest = line
         if self._live:
             self._live.update(Text(self._timed(line)))
-        elif line != self._shown and (final or self.clock() - self._last >= PLAIN_EVERY_SECONDS):
+            return
+        eta_alone = line.partition("  ETA ")[0] == self._shown.partition("  ETA ")[0]
+        wait = PLAIN_ETA_SECONDS if eta_alone else PLAIN_EVERY_SECONDS
+        if line != self._shown and (final or self.clock() - self._last >= wait):
             self._last, self._shown = self.clock(), line
             self.console.print(self._timed(line), markup=False)
 

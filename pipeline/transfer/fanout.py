@@ -492,7 +492,7 @@ class ProgressCallback(tune.Callback):
         if 0 < ended < self.total:
             seconds_each = (self.last_end - self.began) / ended
             eta = seconds_each * (self.total - ended) - (time.time() - self.last_end)
-            rest = f"  ETA {duration(eta)}"
+            rest = f"  ETA {duration(eta)}" if eta > 0 else ""  # those that run take longer
         pruned = f", {self.pruned} pruned" if self.pruned else ""
         before = f", {self.before} done before" if self.before else ""
         self.progress.update(

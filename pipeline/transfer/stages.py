@@ -160,6 +160,8 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     for name, target in state.targets.items():
         sources = {one: state.sources[one] for one in matching(state, name)}
         state.targets[name] = replace(target, against=overlap.key(target, sources))
+    for line in _what_is_not_compared(whole):
+        progress.note(line)
     for note in _notes_on_identity(job):
         state.notes.append(note)
         progress.note(note)
@@ -362,6 +364,17 @@ def baseline_problems(job: Job) -> list[str]:
         f"baselines: {one.name} can read the rows or predict the labels of no target: leave it out"
         for one in job.baselines
         if not any(grid.is_suitable(one, target) for target in job.targets.values())
+    ]
+
+
+def _what_is_not_compared(job: Job) -> list[str]:
+    """Return a sentence on missing targets, or on each one to which no source is carried over."""
+    if not job.targets:
+        return ["the job has no targets: its sources are pretrained, nothing is compared"]
+    return [
+        f"targets.{name}: scratch is its only technique, so that no source is carried over to it"
+        for name, spec in job.targets.items()
+        if job.sources and {one.name for one in grid.techniques(job, spec)} == {"scratch"}
     ]
 
 

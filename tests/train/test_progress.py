@@ -63,6 +63,14 @@ def test_without_a_terminal_there_is_one_line_every_five_seconds(shown):
     assert lines() == [f"step {step}" for step in range(0, 121, 5)]
 
 
+def test_a_line_of_which_the_time_left_alone_changes_comes_every_thirty_seconds(shown):
+    progress, clock, lines = shown
+    for second in range(61):
+        progress.update(f"trials {second // 60}/3  ETA {99 - second}s")
+        clock.now += 1.0
+    assert lines() == ["trials 0/3  ETA 99s", "trials 0/3  ETA 69s", "trials 1/3  ETA 39s"]
+
+
 def test_the_first_line_comes_at_once_and_a_line_that_did_not_change_does_not_come_again(shown):
     progress, clock, lines = shown
     progress.update("waiting")

@@ -1028,11 +1028,20 @@ def test_files_that_are_known_by_size_and_time_are_told(tmp_path, bundles, paths
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",))
     assert prepared(job).notes == []
     state = prepared(with_data(job, "task", identity="stat"))
-    assert len(state.notes) == 1 and state.notes == state.progress.lines
+    assert len(state.notes) == 1 and state.notes[0] in state.progress.lines
     assert state.notes[0].startswith(
         "targets.task: its local files are told apart by size and time of change, not by what "
         "they hold"
     )
+
+
+def test_a_job_that_carries_nothing_over_is_told(tmp_path, bundles, paths):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=())
+    said = "targets.task: scratch is its only technique, so that no source is carried over to it"
+    assert prepared(job).progress.lines == [said]
+    assert prepared(changed(job, techniques=["full"])).progress.lines == []
+    said = "the job has no targets: its sources are pretrained, nothing is compared"
+    assert prepared(changed(job, targets={})).progress.lines == [said]
 
 
 def test_a_target_whose_file_changes_is_an_error(tmp_path, bundles, paths, here):
