@@ -478,6 +478,8 @@ class ProgressCallback(tune.Callback):
         self.done = self.failed = self.pruned = 0
         self.began = self.last_end = time.time()
         self.best: dict[str, TrialRecord] = {}
+        self.ended: set[int] = set()
+        """Units that have ended; while Tune tells so, their trials still have status RUNNING."""
 
     def __getstate__(self):
         """Tune pickles its callbacks; this one is never restored, and a terminal has no pickle."""
@@ -486,7 +488,9 @@ class ProgressCallback(tune.Callback):
     def _line(self, trials: list[Any], final: bool = False) -> None:
         ended = self.done + self.failed + self.pruned
         running = sum(
-            len(self.work[one.config["unit"]].trials) for one in trials if one.status == "RUNNING"
+            len(self.work[one.config["unit"]].trials)
+            for one in trials
+            if one.status == "RUNNING" and one.config["unit"] not in self.ended
         )
         rest = ""
         if 0 < ended < self.total:
@@ -510,6 +514,7 @@ class ProgressCallback(tune.Callback):
 
     def _ended(self, trials: list[Any], one: Any) -> None:
         unit = self.work[one.config["unit"]]
+        self.ended.add(one.config["unit"])
         self.on_end(one.config["unit"])
         last, self.last_end = one.last_result or {}, time.time()
         if last.get("finished"):
