@@ -175,6 +175,9 @@ def read(
 NEW = ("model.pooler.", "model.masked_spec_embed")
 """Prefixes of tensors that a file of weights may lack."""
 HEADED = {
+    "ForClassification": "classification",
+    "ForTimeSeriesClassification": "classification",
+    "ForRegression": "regression",
     "ForSequenceClassification": "classification",
     "ForImageClassification": "classification",
     "ForTokenClassification": "tagging",
@@ -186,8 +189,12 @@ HEADED = {
 """Ends of the names of transformers' classes with a head, and its objective."""
 LANGUAGE_OBJECTIVES = ("mlm", "clm")
 """Objectives of language models; the heads of the others are a linear layer."""
-LAST = ("classifier", "score", "qa_outputs")
+WITH_LABELS = ("classification", "multilabel", "tagging")
+"""Objectives whose head has a row for each label."""
+LAST = ("classifier", "score", "qa_outputs", "head.linear", "head.projection")
 """Names of the linear layer that gives their scores."""
+SCORES = ("logits", "prediction_logits", "prediction_outputs", "regression_outputs")
+"""Names of the scores in the output of transformers' classes; those of answers have two."""
 POOLS = ("auto", "first", "mean", "pooler", "last")
 """Ways to pool that are tried, in this order."""
 EQUAL = 1e-4
@@ -216,11 +223,17 @@ def _head(
         return None
     weight = tensors[f"{last}.weight"].float()
     bias = tensors.get(f"{last}.bias", torch.zeros(len(weight))).float()
-    labels = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(weight))}
+    labels = config.get("id2label") or {}
+    if len(labels) != len(weight):
+        labels = {str(i): f"LABEL_{i}" for i in range(len(weight))}
     own = copy.deepcopy(made)
     own.id2label = {int(key): str(value) for key, value in labels.items()}
     if objective == "classification" and config.get("problem_type") == "multi_label_classification":
         objective = "multilabel"
+    if objective == "classification" and config.get("problem_type") == "regression":
+        objective = "regression"
+    if objective == "regression" and len(weight) > 1:  # it estimates one number a row here
+        return None
     with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
         model = kind.from_pretrained(None, config=own, state_dict=tensors, dtype=torch.float32)
     rows = export_check.random_batch(built)
@@ -241,16 +254,17 @@ def _head(
         if read is None or read.shape[-1] != weight.shape[1]:
             continue
         scores = read @ weight.T + bias
-        theirs = given.logits if objective != "qa" else None
-        if theirs is None:
+        if objective == "qa":
             theirs = torch.stack([given.start_logits, given.end_logits], -1)
+        else:
+            theirs = next(given[name] for name in SCORES if name in given)
         if features.mask is not None and on_tokens:
             scores, theirs = scores[features.mask], theirs[features.mask]
         if _are_equal(scores, theirs):
             names = tuple(str(labels[key]) for key in sorted(labels, key=int))
             head = {"head.weight": weight, "head.bias": bias}
             pooled = tried if pool != "auto" else arch
-            return objective, pooled, head, None if objective == "qa" else names
+            return objective, pooled, head, names if objective in WITH_LABELS else None
     return None
 
 

@@ -24,7 +24,7 @@ from pipeline.config import registry
 from pipeline.config.schema import ComponentConfig
 from pipeline.core.capabilities import ineffective_options
 from pipeline.core.contracts import Backbone, Task
-from pipeline.core.contracts.objective_capabilities import transfers_head
+from pipeline.core.contracts.objective_capabilities import rescales_scores, transfers_head
 from pipeline.core.specs import Architecture, ModalitySpec
 from pipeline.io import atomic_folder, file_identity, storage
 from pipeline.io.json_values import Json
@@ -122,6 +122,9 @@ class PretrainedCheckpoint:
         own = set(dict(objective.named_parameters()))
         counters = {n: tensor for n, tensor in objective.state_dict().items() if n not in own}
         done = bundle.load_head(objective, {**counters, **self.heads[name]}, self.labels)
+        if rescales_scores(objective) and not done.startswith("new head"):
+            objective.take_scale_of({"mean": 0.0, "std": 1.0})  # it gives the number itself
+            return f"head kept: the checkpoint's own for {name}"
         if "labels" in objective.state or done.startswith("new head"):
             return done
         return f"head kept: the checkpoint's own for {name}"

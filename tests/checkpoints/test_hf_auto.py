@@ -419,6 +419,63 @@ def test_a_linear_head_is_kept_where_it_gives_the_scores(kind, family, objective
     torch.testing.assert_close(scores[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "family", "options"),
+    [
+        (hf.PatchTSTForClassification, "patchtst", {"num_targets": 3}),
+        pytest.param(
+            hf.PatchTSTForRegression, "patchtst", {"use_cls_token": True}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            hf.PatchTSMixerForTimeSeriesClassification,
+            "patchtsmixer",
+            {"num_targets": 3, "scaling": None, "head_aggregation": "use_last"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+@torch.no_grad()
+def test_heads_of_series_give_what_transformers_gives(kind, family, options, tmp_path):
+    """Classes by their names in another order; numbers in their unit, whatever that of the rows."""
+    config = auto_model.configuration(family, {**FAMILIES[family].config, "num_targets": 1}, {})
+    config.update({**options, "id2label": {0: "low", 1: "middle", 2: "high"}})
+    torch.manual_seed(1)
+    model = kind(config).eval()
+    for p in model.parameters():
+        p.add_(0.1 * torch.randn(p.shape))
+    model.save_pretrained(tmp_path)
+    start = pretrained.read(f"hf:{tmp_path}")
+    batch = batch_of(start)
+    if kind is hf.PatchTSTForRegression:
+        spec = ObjectiveSpec(
+            "regression", {"norm": False}, {"mean": 7.0, "std": 3.0, "labels": ["speed"]}
+        )
+    else:
+        names = ["high", "low", "middle"]
+        spec = ObjectiveSpec("classification", {"norm": False}, {"values": names, "labels": names})
+    task = bundle.build_task(start.arch, spec, 0).eval()
+    start.load_into(task.backbone)
+    assert start.load_head_into(task).startswith("head kept")
+    given = model(**task.backbone.model_inputs(batch))
+    if spec.name == "regression":
+        expected = given.regression_outputs
+    else:
+        scores = given["prediction_logits" if family == "patchtst" else "prediction_outputs"]
+        expected = scores[:, [2, 0, 1]]
+    found = task.objective.logits(task.backbone, batch)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_head_of_series_that_scales_its_states_is_new(tmp_path):
+    """PatchTSMixer's, where a row's level and amplitude go into the states before the head."""
+    config = auto_model.configuration("patchtsmixer", FAMILIES["patchtsmixer"].config, {})
+    config.update({"num_targets": 3, "scaling": "std", "head_aggregation": "avg_pool"})
+    hf.PatchTSMixerForTimeSeriesClassification(config).save_pretrained(tmp_path)
+    start = pretrained.read(f"hf:{tmp_path}")
+    assert not start.heads and "no linear layer" in start.headless["classification"]
+
+
 def test_a_head_with_more_than_a_linear_layer_is_new(tmp_path):
     labelled(hf.ElectraForSequenceClassification, "electra", tmp_path)
     start = pretrained.read(f"hf:{tmp_path}")

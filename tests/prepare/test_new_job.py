@@ -186,6 +186,28 @@ def test_folders_of_splits_of_images(folder):
     assert "train 8, validation 4, test 8 rows" in dry_run()
 
 
+@pytest.mark.parametrize("form", ["struct", "lists"])
+def test_rows_that_hold_series(form):
+    """The rows that `prepare series` writes, and lists of steps beside codes and embeddings."""
+    rng = np.random.default_rng(0)
+    x = [rng.standard_normal(32 - i % 3).tolist() for i in range(120)]
+    signal = (
+        [{"x": one, "y": one} for one in x] if form == "struct" else [[[v] for v in x[0]]] * 120
+    )
+    columns = {"series": signal, "label": ["go", "stop"] * 60, "start": list(range(120))}
+    columns |= {"recording": [f"r{i // 6}" for i in range(120)], "embedding": [[0.5, 0.25]] * 120}
+    pq.write_table(pa.table(columns), "windows.parquet")
+    text = init("windows.parquet")
+    data = target().data
+    assert data.columns == {"series": "series", "label": "label"} and data.group == "recording"
+    assert data.modality.name == "series" and data.modality.options == {"length": 32}
+    source = yaml_loader.load("job.yaml").sources["own"]
+    assert source.objective.name == "masked_series" and source.backbone.name == "hf/patchtst"
+    config = source.backbone.options["config"]
+    assert config["patch_length"] == config["patch_stride"] == 4 and config["scaling"] is None
+    assert "95 % of the series have at most 32 steps" in comments(text)
+
+
 @pytest.mark.parametrize("places", [["reviews"], ["reviews/pos/*.txt", "reviews/neg/*.txt"]])
 def test_a_folder_of_texts_for_each_class(places):
     for number, one in enumerate(texts(60)):
@@ -615,6 +637,14 @@ def test_images_of_every_mode_are_looked_at():
         (
             {"image": [encoded(i) for i in range(6)], "boxes": [[1.0]] * 6, "width": [40, 41] * 3},
             "this is detection; write its job after jobs/vision/detection_small.yaml",
+        ),
+        (
+            {"observations": [[[1.0]]] * 6, "actions": [["go"]] * 6},
+            "this is behaviour cloning; write its job after jobs/robotics/wall_following_small.yaml",
+        ),
+        (
+            {"ecg": [[1, 2, 3]] * 60},
+            "series without labels are for a source (objective masked_series)",
         ),
     ],
 )

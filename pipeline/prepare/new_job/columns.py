@@ -66,6 +66,13 @@ TEXTS = (
 """Words in the names of texts, the likeliest first."""
 TRANSCRIPTS = {"transcript", "transcription", "text", "sentence", "normalized_text"}
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"))
+SERIES = {"series", "signal", "window", "waveform", "sensor", "ecg", "eeg", "observation"}
+"""Words in the names of columns whose rows are series of numbers."""
+NO_SERIES = {
+    "embedding", "vector", "token", "id", "label", "tag", "target", "box", "bbox", "mask", "logit",
+    "score", "probability", "action",
+}  # fmt: skip
+"""Words in the names of lists of numbers that are no series."""
 IDS = {"id", "index", "idx", "uuid", "guid", "key", "unnamed"}
 MOST_CLASSES, MOST_CODES, MOST_LETTERS, MOST_GROUPS = 1000, 20, 60, 50
 """A label has at most so many values, as whole numbers without a telling name at most the second,
@@ -210,6 +217,35 @@ def may_name_rows(column: Column) -> bool:
     if column.kind not in ("text", "whole") or column.letters > MOST_LETTERS:
         return False
     return bool(column.parts & GROUPS) or column.is_unique
+
+
+def series_columns(schema: pa.Schema, columns: Iterable[Column]) -> list[str]:
+    """Return the columns whose rows are series of numbers, the likeliest first.
+
+    They are structs of lists, lists of lists, or lists of numbers; lists of whole numbers, which
+    may be codes, only by their names.
+    """
+    found: list[tuple[bool, str]] = []
+    for column in columns:
+        inner = _values_of_series(schema.field(column.name).type)
+        named = bool(column.parts & SERIES)
+        if inner is None or column.parts & NO_SERIES or (pa.types.is_integer(inner) and not named):
+            continue
+        found.append((not named, column.name))
+    return [name for _, name in sorted(found, key=lambda one: one[0])]
+
+
+def _values_of_series(kind: pa.DataType) -> pa.DataType | None:
+    """Return the type of the numbers in a column of series, None for other columns."""
+    if pa.types.is_struct(kind):
+        inner = [field.type.value_type for field in kind if is_list(field.type)]
+        kinds = inner if len(inner) == kind.num_fields else []
+    elif is_list(kind):
+        kinds = [kind.value_type.value_type if is_list(kind.value_type) else kind.value_type]
+    else:
+        kinds = []
+    is_number = all(pa.types.is_integer(one) or pa.types.is_floating(one) for one in kinds)
+    return kinds[0] if kinds and is_number else None
 
 
 def text_columns(columns: Sequence[Column]) -> list[Column]:

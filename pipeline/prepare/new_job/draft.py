@@ -21,7 +21,13 @@ from pipeline.data.manifests import Selection, value_text
 from pipeline.prepare.engine.importing import SPLITS, preview
 from pipeline.prepare.new_job import columns as look
 from pipeline.prepare.new_job.columns import Column
-from pipeline.prepare.new_job.inspection import IN_FOLDERS, Inspection, Media, media_of
+from pipeline.prepare.new_job.inspection import (
+    IN_FOLDERS,
+    Inspection,
+    Media,
+    media_of,
+    series_steps,
+)
 
 SEEDS, MOST_ROWS = 20, 100_000
 """So many seeds of the splits are tried, with more rows only the first."""
@@ -31,6 +37,8 @@ RARE, RARE_PREPARED = 3, 5
 """A class with fewer rows cannot stand in three splits; the second where splits are not known yet.
 """
 LENGTHS, SIZES, BATCHES = (32, 64, 128, 256), (32, 48, 64, 96), (8, 16, 32, 64)
+PATCHES, MOST_STEPS = (16, 8, 4, 2), 1024
+"""Steps of a patch of a series, and of a row at most."""
 TOKENS_A_WORD, LETTERS_A_TOKEN = 1.5, 4
 FEWEST_NUMBERS = 4
 """A text column without a telling name is no input beside so many columns of numbers."""
@@ -45,6 +53,7 @@ ELSEWHERE = (
         "jobs/healthcare/physionet2012_small.yaml",
     ),
     ({"answer", "answers"}, "answers", "question answering", "jobs/text/qa_small.yaml"),
+    ({"actions"}, "actions", "behaviour cloning", "jobs/robotics/wall_following_small.yaml"),
 )
 """Columns of tasks that a first job is not written for, and a job that shows how."""
 
@@ -55,7 +64,7 @@ class Draft:
 
     Attributes:
         found: what the files hold.
-        modality: text, image, audio or table.
+        modality: text, image, audio, series or table.
         inputs: role to column of what the backbone reads.
         objective: classification, regression, multilabel, tagging or ctc.
         labels: role to column of what it learns.
@@ -65,6 +74,7 @@ class Draft:
         unlabelled_rows: rows without such a number.
         others: other columns that could be the label.
         media: a sample of the images or recordings.
+        steps_of_series: that 95 % of the series have at most.
         kept_classes: those to keep, where some rows have none or a rare one.
         fields: of data: split_column, group, validation_fraction and so on.
         why: a sentence for each field of the job, by its name.
@@ -88,6 +98,7 @@ class Draft:
     unlabelled_rows: int = 0
     others: list[str] = field(default_factory=list[str])
     media: Media | None = None
+    steps_of_series: int = 0
     kept_classes: list[Any] = field(default_factory=list[Any])
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
     why: dict[str, str] = field(default_factory=dict[str, str])
@@ -116,7 +127,15 @@ class Draft:
             longest = max(self.media.seconds)
             more = {"max_seconds": float(math.ceil(1.2 * longest))} if longest > 40 else {}
             return {"rate": 8000 if slow else 16000, **more}
+        if self.modality == "series":
+            patches = min(self.steps_of_series, MOST_STEPS) / self.patch
+            return {"length": self.patch * max(2, math.ceil(patches))}
         return {}
+
+    @property
+    def patch(self) -> int:
+        """Steps of a patch of a series: at least eight patches a row, where there are as many."""
+        return next((one for one in PATCHES if 8 * one <= self.steps_of_series), PATCHES[-1])
 
     @property
     def length(self) -> int:
@@ -250,6 +269,14 @@ def _input(found: Inspection, target_column: str | None) -> Draft:
     tags = look.tag_columns(found.table, free)
     if tags is not None and target_column in (None, tags[1]):
         return Draft(found, "text", {"text": tags[0]}, "tagging", {"tags": tags[1]})
+    series = look.series_columns(found.main.schema, free)
+    if series and not _other_task(found):
+        return Draft(
+            found,
+            "series",
+            {"series": series[0]},
+            steps_of_series=series_steps(found.main, series[0]),
+        )
     struct = next((one for one in found.columns if one.name == "features"), None)
     if struct is not None and struct.kind == "other":
         return Draft(found, "table", {"features": "features"})
@@ -433,6 +460,9 @@ def _no_label(out: Draft, free: Sequence[Column]) -> str:
     more = (
         "; texts without labels are for a source (objective mlm), as in jobs/text/bert_small.yaml"
         if out.modality == "text" and not free
+        else "; series without labels are for a source (objective masked_series), as jobs/data.md "
+        "says"
+        if out.modality == "series"
         else ""
     )
     return (

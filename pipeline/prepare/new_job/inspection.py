@@ -18,6 +18,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.core.arrow_compute import pc
 from pipeline.data import manifests, to_parquet
 from pipeline.data.csv_tables import csv_tables
 from pipeline.data.manifests import Manifest, Selection
@@ -34,6 +35,8 @@ SAMPLE_ROW_GROUPS = 16
 """Most row groups that these rows are read from."""
 SAMPLE_MEDIA_FILES = 48
 """Images or recordings of a sample."""
+SAMPLE_SERIES = 256
+"""Rows of a sample of series."""
 SAMPLE_TEXT_FILES = 2_000
 """Files of text of a sample."""
 IN_FOLDERS = {*to_parquet.LISTED, "documents"}
@@ -373,6 +376,16 @@ def _of_all_rows(manifest: Manifest, columns: Sequence[Column], sampled: int) ->
         else column
         for column in columns
     ]
+
+
+def series_steps(manifest: Manifest, column: str) -> int:
+    """Return how many steps 95 % of the series of a column have at most, in a sample."""
+    values = manifests.Reader(manifest, [column]).take(places_of(manifest, SAMPLE_SERIES))[column]
+    array = values.combine_chunks()
+    if pa.types.is_struct(array.type):
+        array = array.field(0)
+    counts = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+    return int(np.quantile(counts, 0.95)) if len(counts) else 0
 
 
 # ---------------------------------------------------------------- images and recordings

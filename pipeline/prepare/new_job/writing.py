@@ -224,6 +224,7 @@ def _new_rows(made: Draft) -> str:
 
 def _what(made: Draft) -> str:
     kinds = {"text": "texts", "image": "images", "audio": "recordings", "table": "a table"}
+    kinds["series"] = "series of numbers"
     return kinds[made.modality]
 
 
@@ -232,6 +233,8 @@ def _facts(made: Draft) -> list[str]:
     out = []
     if made.modality == "text":
         out.append(f"95 % of the texts have at most about {made.tokens:.0f} tokens")
+    if made.modality == "series":
+        out.append(f"95 % of the series have at most {made.steps_of_series} steps")
     if made.media is not None and made.media.sides:
         sides = sorted(made.media.sides)
         grey = "grey" if made.media.grey else "colour"
@@ -307,6 +310,7 @@ def _why_options(made: Draft) -> str:
         "text": "length: tokens of a row; longer texts are cut",
         "image": "size: pixels a side; larger is slower and often better",
         "audio": "rate: samples a second",
+        "series": "length: steps that the network reads",
     }.get(made.modality, "")
 
 
@@ -335,6 +339,11 @@ def _own_source(out: _Lines, made: Draft, path: Path) -> None:
         objective = {"wav2vec2": {"entries": 64, "code_width": 64, "width": 128, "mask_length": 5}}
         learns = "it learns to fill in hidden parts of the training recordings, without labels"
         train = {"steps": 100, "batch_cost": _cost(made), "lr": 1e-3}
+    elif made.modality == "series":
+        config = {"patch_length": made.patch, "patch_stride": made.patch, "scaling": None}
+        config |= {"d_model": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 128}
+        backbone, objective = {"hf/patchtst": {"config": config}}, "masked_series"
+        learns = "it learns to fill in hidden patches of the training series, without labels"
     else:
         backbone = {"table/ft_transformer": {"width": 64, "layers": 2}}
     if objective == made.objective:
