@@ -48,9 +48,10 @@ class LayersBackbone(Backbone):
     They are the backbone's own, then the output of each weight matrix, convolution, recurrent or
     attention layer, averaged over the positions of a row. Each part is normalised by row, so that
     no layer outweighs another. Layers for one kind of rows (a robot's own encoder) are left out:
-    others have no such features. A part is zeros where it is not known which of a layer's positions
-    are real (audio's first convolutions), or which row they are of (PatchTST's blocks, which read
-    every channel as a row of its own).
+    others have no such features. A layer may return several entries for each row (PatchTST's
+    blocks one for each channel, Swin's one for each window), which are averaged as well. A part is
+    zeros where it is not known which of a layer's positions are real (audio's first convolutions),
+    or where it is of no row (tables of relative positions). The first call finds that out.
     """
 
     def __init__(self, base: Backbone):
@@ -61,15 +62,14 @@ class LayersBackbone(Backbone):
         self.widths = filter_counts(base)
         self.pooled_dim = base.pooled_dim + sum(self.widths.values())
         self.maps = FilterMaps(base, list(self.widths))
+        self.of_rows: set[str] | None = None
+        """Layers that return entries for each row; None before the first call."""
 
     def forward(
         self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
     ) -> Features:
-        if len(batch) == 1:
-            # a module that reads no row (the position bias of swin v2) returns (1, ...) as well:
-            # beside two rows it is known from those that do
-            mask = None if token_mask is None else torch.cat([token_mask, token_mask])
-            return _first_row(self(_doubled(batch), token_mask=mask, want=want))
+        if self.of_rows is None:
+            self.of_rows = self._layers_of_rows(batch)
         tokens = ("tokens",) if self.token_dim is not None else ()
         wanted = tuple(dict.fromkeys((*want, *tokens)))  # tokens come with their mask
         features = self.base(batch, token_mask=token_mask, want=wanted)
@@ -77,34 +77,52 @@ class LayersBackbone(Backbone):
         parts = [_normed(pooled)]
         for name, width in self.widths.items():
             part = None
-            if name in outputs:
+            if name in outputs and name in self.of_rows:
                 part = _row_means(outputs[name], len(pooled), features.mask)
             parts.append(pooled.new_zeros(len(pooled), width) if part is None else _normed(part))
         return replace(features, pooled=torch.cat(parts, 1))
+
+    @torch.no_grad()
+    def _layers_of_rows(self, batch: Batch) -> set[str]:
+        """Return the layers whose output grows with the rows, in the order of the rows.
+
+        A row is given two and three times: the outputs for two are the first of those for three.
+        """
+        modes = {module: module.training for module in self.base.modules()}
+        self.base.eval()
+        try:
+            found = []
+            for count in (2, 3):
+                self.base(_first_row(batch, count))
+                found.append(self.maps.take())
+        finally:
+            for module, is_training in modes.items():
+                module.training = is_training
+        two, three = found
+        return {name for name in two if _begins_with(three[name].values, two[name].values)}
 
     def layers(self) -> dict[str, list[str]]:
         layers = self.base.layers().items()
         return {name: [f"base.{parameter}" for parameter in names] for name, names in layers}
 
 
-def _doubled(batch: Batch) -> Batch:
-    """Return a batch with its rows twice."""
+def _first_row(batch: Batch, count: int) -> Batch:
+    """Return a batch of its first row, ``count`` times."""
     shards = batch.shards
     return Batch(
-        np.tile(batch.rows, 2),
-        torch.cat([batch.keys, batch.keys]),
-        {name: torch.cat([tensor, tensor]) for name, tensor in batch.data.items()},
-        None if shards is None else np.tile(shards, 2),
+        np.repeat(batch.rows[:1], count),
+        batch.keys[:1].repeat(count),
+        {name: torch.cat([tensor[:1]] * count) for name, tensor in batch.data.items()},
+        None if shards is None else np.repeat(shards[:1], count),
     )
 
 
-def _first_row(features: Features) -> Features:
-    tokens, mask, latent = (
-        None if tensor is None else tensor[:1]
-        for tensor in (features.tokens, features.mask, features.latent)
-    )
-    stages = {name: tensor[:1] for name, tensor in features.stages.items()}
-    return Features(features.pooled[:1], tokens, mask, stages, latent)
+def _begins_with(three: Tensor, two: Tensor) -> bool:
+    """Return whether the output for a row three times begins with that for the row twice."""
+    if 2 * len(three) != 3 * len(two) or three.shape[1:] != two.shape[1:]:
+        return False
+    scale = float(two.abs().max()) if two.numel() else 0.0
+    return torch.allclose(three[: len(two)], two, rtol=0.0, atol=1e-2 * scale)
 
 
 def _normed(features: Tensor) -> Tensor:
@@ -119,8 +137,12 @@ def _row_means(output: FilterMap, rows: int, tokens: Tensor | None) -> Tensor | 
         tokens: (B, N) which tokens of the backbone are real; None: every position of it is.
     """
     values = output.values.float()
-    if len(values) != rows:
+    each, rest = divmod(len(values), rows)
+    if rest:
         return None
+    if each > 1:  # of channels or windows
+        values = values.unflatten(0, (rows, each))
+        output = FilterMap(values)
     if values.dim() == 2:
         return values
     mask = output.known_mask(tokens)
