@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.io.gcs_files import Buckets
+from pipeline.io.fsspec_store import FsspecStore
 from pipeline.io.read_only import Store
 from pipeline.io.s3 import StorageError
 
-INSTALL = "uv sync --extra azure (without a clone: pip install 'onetomany[azure]')"
-"""As `pipeline.config.extras` says it, which this layer does not know."""
 _CREDENTIALS = (
     "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with "
     "AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or `az login`"
@@ -26,18 +24,17 @@ def store() -> Store:
     return _Containers()
 
 
-class _Containers(Buckets):
+class _Containers(FsspecStore):
     """A `Store` of the containers of one account."""
 
     form = "az://CONTAINER/PATH, with the account in AZURE_STORAGE_ACCOUNT_NAME"
     library = "adlfs"
+    extra = "azure"
     fix = f"check the container and the credentials: {_CREDENTIALS}"
 
     def connect(self) -> Any:
-        try:
-            from adlfs import AzureBlobFileSystem
-        except ImportError:
-            raise StorageError(f"az:// needs adlfs, which is not installed: {INSTALL}") from None
+        from adlfs import AzureBlobFileSystem
+
         try:
             return AzureBlobFileSystem(use_listings_cache=False, skip_instance_cache=True)
         except ValueError as error:

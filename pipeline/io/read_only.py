@@ -15,16 +15,6 @@ from pipeline.io import s3
 from pipeline.io.range_reader import RangeReader
 from pipeline.io.s3 import Uri
 
-_STORES = {
-    "http": "pipeline.io.http_files",
-    "https": "pipeline.io.http_files",
-    "hf": "pipeline.io.hub_files",
-    "gs": "pipeline.io.gcs_files",
-    "az": "pipeline.io.azure_files",
-    "abfs": "pipeline.io.azure_files",
-}
-"""The module of each scheme. Its ``store()`` returns the `Store`; it is imported when needed."""
-
 
 class Place(NamedTuple):
     """What a store says of a file or folder without sending it.
@@ -70,12 +60,15 @@ class Store(Protocol):
 
 def store_of(uri: Uri) -> Store:
     """Return the store of a URI."""
-    return _store(_STORES[os.fspath(uri).partition("://")[0]], os.getpid())
+    return _store(s3.READ_ONLY[os.fspath(uri).partition("://")[0]], os.getpid())
 
 
 @functools.cache
 def _store(module: str, process: int) -> Store:
-    """Return the store of a module. Each process has its own: sockets do not survive a fork."""
+    """Return what a module's ``store()`` returns, which is imported when needed.
+
+    Each process has its own: sockets do not survive a fork.
+    """
     return importlib.import_module(module).store()
 
 

@@ -103,8 +103,15 @@ _CLIENT_FIXES = {
 }
 """What to do about errors of botocore, by their names."""
 _FILESYSTEMS: dict[tuple[Any, ...], Any] = {}
-READ_ONLY = ("http", "https", "hf", "gs", "az", "abfs")
-"""Schemes of the stores that are only read (`read_only`)."""
+READ_ONLY = {
+    "http": "pipeline.io.http_files",
+    "https": "pipeline.io.http_files",
+    "hf": "pipeline.io.hub_files",
+    "gs": "pipeline.io.gcs_files",
+    "az": "pipeline.io.azure_files",
+    "abfs": "pipeline.io.azure_files",
+}
+"""Schemes of the stores that are only read, each with the module of its store (`read_only`)."""
 
 
 class StorageError(OSError):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipeline.core.groups import count_units, unit_numbers
 from pipeline.core.metrics import calibration, catalog, classes, coco_ap
 from pipeline.core.metrics.metric import SHARE, Metric, Predictions, ratio, resampled
 from pipeline.report import results, stats
@@ -381,7 +382,7 @@ def _class_table(
     digits = decimal_places([(low, high) for _, means, _ in lines for _, low, high in means])
     body: list[list[str | Value]] = []
     for k, means, gain in lines:
-        units = stats.count_units(counts[:, k] > 0, ours[0].groups)
+        units = count_units(counts[:, k] > 0, ours[0].groups)
         enough = units >= measure.min_units
         shown = [estimate(mean, digits) for mean in means]
         body.append([names[k], f"{sizes[k]:,}", *shown, gain_estimate(gain, digits, enough)])
@@ -466,7 +467,7 @@ def _can_compute(name: str, run: RunPredictions) -> bool:
 
 def _largest_unit(run: RunPredictions) -> int:
     """Return the largest number of predictions of a single group or row."""
-    unit = np.unique(run.rows if run.groups is None else run.groups, return_inverse=True)[1]
+    unit = unit_numbers(run.groups, len(run.rows))
     labels_of_row = (run.predictions["label"] >= 0).reshape(len(run.rows), -1).sum(1)
     return int(np.bincount(np.repeat(unit, labels_of_row)).max(initial=1))
 
@@ -659,9 +660,7 @@ def _enough_of_label(kind: LabelKind, run: RunPredictions, column: int) -> bool:
             stats.rarer_side(run.predictions["labels"][:, column] > 0, run.groups)
             >= stats.MIN_RARER_UNITS
         )
-    return (
-        stats.count_units(run.predictions["actual"][:, column] > 0, run.groups) >= stats.MIN_UNITS
-    )
+    return count_units(run.predictions["actual"][:, column] > 0, run.groups) >= stats.MIN_UNITS
 
 
 def estimate(found: tuple[float, float, float], digits: int) -> Value | str:

@@ -38,6 +38,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
+from pipeline.core.groups import count_units, unit_numbers
 from pipeline.core.metrics.catalog import Metric, Predictions
 
 NORMAL_95 = float(special.ndtri(0.975))
@@ -396,11 +397,6 @@ def rarer_side(positive: np.ndarray, groups: np.ndarray | None) -> int:
     return min(count_units(positive, groups), count_units(~positive, groups))
 
 
-def count_units(where: np.ndarray, groups: np.ndarray | None) -> int:
-    """Return how many rows ``where``, (n,) bool, selects, or how many groups have such a row."""
-    return int(where.sum()) if groups is None else len(np.unique(groups[where]))
-
-
 def common_rows(runs: list[RunPredictions]) -> np.ndarray:
     """Return the sorted ids of the rows that all runs have.
 
@@ -549,7 +545,7 @@ def _resample(
     if groups is not None:
         if len(groups) != n:
             raise ValueError(f"{len(groups)} groups for {n} rows; give one a row")
-        member = np.unique(groups, return_inverse=True)[1].reshape(-1)
+        member = unit_numbers(groups, n)
     if metric.units is None and metric.resampled is not None:
         return _resample_counts(metric, runs, member, n, draws, rng)
     if metric.units is None:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.arrow_compute import pc
+from pipeline.core.groups import count_units
 from pipeline.core.metrics import catalog
 from pipeline.core.metrics.catalog import Metric, Predictions
 from pipeline.data.manifests import Selection, read_columns
@@ -124,7 +125,8 @@ def split_by_subgroup(run: RunPredictions, metric: Metric) -> list[Subgroup]:
         )
         small, where = 0, np.zeros(len(texts), dtype=bool)
         while small < len(found) and (
-            found[small].units < HIDDEN_BELOW or (small and _count_units(run, where) < HIDDEN_BELOW)
+            found[small].units < HIDDEN_BELOW
+            or (small and count_units(where, run.groups) < HIDDEN_BELOW)
         ):
             where = where | found[small].where
             small += 1
@@ -133,13 +135,9 @@ def split_by_subgroup(run: RunPredictions, metric: Metric) -> list[Subgroup]:
     return out
 
 
-def _count_units(run: RunPredictions, where: np.ndarray) -> int:
-    return int(where.sum()) if run.groups is None else len(np.unique(run.groups[where]))
-
-
 def _subgroup(name: str, where: np.ndarray, run: RunPredictions, metric: Metric) -> Subgroup:
     p = _select_rows(run.predictions, where)
-    units = _count_units(run, where)
+    units = count_units(where, run.groups)
     label = p["label"] if "label" in p and p.get("scores", np.zeros(0)).shape[-1] == 2 else None
     both = label is None or ((label == 1).any() and (label == 0).any())
     return Subgroup(

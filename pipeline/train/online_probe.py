@@ -22,6 +22,7 @@ from pipeline.core.contracts.objective_capabilities import (
     replaces_backbone,
     tensors_beside_features,
 )
+from pipeline.core.groups import unit_numbers
 from pipeline.core.specs import State
 from pipeline.data import manifests
 from pipeline.data.manifests import LeftOut, Selection, Splits
@@ -103,8 +104,7 @@ def neighbours(
     if tried is not None:
         t = nn.functional.normalize(torch.from_numpy(tried.astype(np.float32)), dim=1)
     else:
-        numbers = np.arange(len(f)) if groups is None else np.unique(groups, return_inverse=True)[1]
-        group = torch.from_numpy(numbers.reshape(-1))
+        group = torch.from_numpy(unit_numbers(groups, len(f)))
         k = min(k, len(f) - int(group.bincount().max()))
     out = []
     for start in range(0, len(t), 1024):

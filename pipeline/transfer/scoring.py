@@ -24,13 +24,8 @@ from pipeline.core.contracts.objective_capabilities import (
     labels_positions,
     tensors_beside_features,
 )
-from pipeline.core.contracts.score import (
-    LabelKind,
-    Score,
-    count_units,
-    half,
-    interval_of_halves,
-)
+from pipeline.core.contracts.score import LabelKind, Score, interval_of_halves
+from pipeline.core.groups import count_units, half
 from pipeline.core.metrics.calibration import softmax
 from pipeline.core.rng import mix
 from pipeline.core.specs import NO_OBJECTIVE
@@ -211,8 +206,10 @@ class _Inputs:
     """(m, D) features of labelled positions, where labels belong to positions of rows."""
     labelled_groups: np.ndarray | None = None
     """(m,) group of each labelled position: that of its row, or the row itself."""
-    groups: dict[str, np.ndarray | None] = field(default_factory=dict)
-    """``groups`` and ``source_groups``, None where the rows name none (`GROUPS`)."""
+    groups: np.ndarray | None = None
+    """(n,) group of each row of ``features``, None where the rows name none (`GROUPS`)."""
+    source_groups: np.ndarray | None = None
+    """The same of ``source_features``."""
     ids: np.ndarray | None = None
     """(n,) ids of the rows of ``features``."""
 
@@ -226,10 +223,8 @@ class _Inputs:
 
     def groups_of(self, one: Score) -> dict[str, np.ndarray | None]:
         """Return the groups of the rows or positions that a score reads, where they have any."""
-        of_target = (
-            self.labelled_groups if self._is_of_positions(one) else self.groups.get("groups")
-        )
-        of_source = self.groups.get("source_groups") if "source_features" in one.inputs else None
+        of_target = self.labelled_groups if self._is_of_positions(one) else self.groups
+        of_source = self.source_groups if "source_features" in one.inputs else None
         return {"groups": of_target, "source_groups": of_source}
 
     def _is_of_positions(self, one: Score) -> bool:
@@ -296,7 +291,7 @@ def _shifts(
         pair.source_rows,
         pair.source_group,
         given.arrays.get("source_features"),
-        given.groups.get("source_groups"),
+        given.source_groups,
         dict(pair.source_labels),
         pair.source_group_count,
         tuple(map(str, names)),
@@ -308,7 +303,7 @@ def _shifts(
         given.arrays["features"],
         labels if has_one_class else None,
         data.label_names,
-        given.groups.get("groups") if has_one_class else None,
+        given.groups if has_one_class else None,
         given.missing.get("labels") or given.missing.get("probabilities", ""),
         given.ids,
     )
@@ -388,7 +383,7 @@ def _add_target(
     groups = measured_shift.groups_of(
         data.train.selection, measured_shift.group_column(data), given.ids
     )
-    given.groups["groups"] = groups
+    given.groups = groups
     if labels is not None and "labels" not in given.missing:
         given.arrays["labels"] = labels.cpu().numpy()
     else:
@@ -499,7 +494,7 @@ def _add_source(
         given.missing["source_features"] = "fewer than two rows of the source can be used"
         return
     given.arrays["source_features"] = fine.cpu().numpy()
-    given.groups["source_groups"] = measured_shift.groups_of(
+    given.source_groups = measured_shift.groups_of(
         selection, pair.source_group, ids[is_finite.cpu().numpy()]
     )
 
@@ -524,21 +519,24 @@ def _value(one: Score, given: _Inputs) -> ScoreValue:
     except Exception as error:  # a score may be anybody's: the others go on without it
         given.failed |= not _comes_again(error)
         return undefined(f"{type(error).__name__}: {error}")
-    value, reason = found[0] if isinstance(found, tuple) else found, ""
+    value = found[0] if isinstance(found, tuple) else found
     if not np.isfinite(value):
         return undefined("the rows are too few, or nothing tells them apart")
-    try:
-        interval = found[1:] if isinstance(found, tuple) else _interval(one, read, groups, found)
-    except Exception as error:  # the score of halves of the rows: that of all rows stays
-        given.failed |= not _comes_again(error)
-        interval, reason = (np.nan, np.nan), f"{type(error).__name__}: {error}"
+    interval, reason = (np.nan, np.nan), ""
+    least, unit = _fewest_units(read, groups)
+    if least < FEWEST_ROWS:  # an interval that the score made itself is left out too
+        reason = f"{least} groups; an interval needs {FEWEST_ROWS}" if unit == "groups" else ""
+    elif isinstance(found, tuple):
+        interval = found[1:]
+    else:
+        try:
+            interval = _interval(one, read, groups, value)
+        except Exception as error:  # the score of halves of the rows: that of all rows stays
+            given.failed |= not _comes_again(error)
+            reason = f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - began
     value, low, high = (float(np.clip(part, *one.bounds)) for part in (value, *interval))
-    least, unit = _fewest_units(read, groups)
-    if least < FEWEST_ROWS and unit == "groups":
-        reason = reason or f"{least} groups; an interval needs {FEWEST_ROWS}"
-    # an interval that the score made itself is left out too
-    if not np.isfinite([low, high]).all() or least < FEWEST_ROWS:
+    if not np.isfinite([low, high]).all():
         return ScoreValue(value, None, None, one.higher_is_better, seconds, reason)
     return ScoreValue(value, low, high, one.higher_is_better, seconds)
 
@@ -557,9 +555,7 @@ def _interval(
     groups: Mapping[str, np.ndarray | None],
     value: float,
 ) -> tuple[float, float]:
-    """Return the 95 % interval over rows or groups, NaN where there are fewer than FEWEST_ROWS."""
-    if _fewest_units(read, groups)[0] < FEWEST_ROWS:
-        return float("nan"), float("nan")
+    """Return the 95 % interval over rows or groups."""
     n = len(read["features" if "features" in read else "labels"])
     m = len(read.get("source_features", ()))
 
@@ -585,5 +581,7 @@ def _fewest_units(
     sides = [(len(read["features" if "features" in read else "labels"]), groups["groups"])]
     if "source_features" in read:
         sides.append((len(read["source_features"]), groups["source_groups"]))
-    counted = [(count_units(n, of), "rows" if of is None else "groups") for n, of in sides]
-    return min(counted)
+    return min(
+        (count_units(np.ones(n, dtype=bool), of), "rows" if of is None else "groups")
+        for n, of in sides
+    )

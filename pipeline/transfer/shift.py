@@ -25,6 +25,7 @@ from scipy.spatial.distance import (  # pyright: ignore[reportMissingTypeStubs]
     jensenshannon,
 )
 
+from pipeline.core.groups import unit_numbers
 from pipeline.report.shift import Drift, Estimate
 from pipeline.report.stats import t_interval
 
@@ -33,11 +34,6 @@ RIDGE = 0.01
 FOLDS = 5
 FEWEST, FEWEST_GROUPS = 20, 4
 """Rows and groups of each side that a comparison needs."""
-
-
-def units_of(groups: np.ndarray | None, n: int) -> np.ndarray:
-    """Return the (n,) number of each row's group; without groups each row is one."""
-    return np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1)
 
 
 def told_apart(
@@ -67,7 +63,7 @@ def told_apart(
     rng = np.random.default_rng(seed)
     fitted, tried = [], []
     for one, of in ((rows, groups), (others, other_groups)):
-        unit = units_of(of, len(one))
+        unit = unit_numbers(of, len(one))
         count = int(unit.max()) + 1
         if count < FEWEST_GROUPS:
             raise ValueError(f"fewer than {FEWEST_GROUPS} groups on one side")
@@ -84,7 +80,7 @@ def told_apart(
     for sign, (one, unit) in zip((1, -1), tried, strict=True):
         told = sign * linear(x, y, one.astype(np.float64))[:, 0]
         right = (told > 0) + 0.5 * (told == 0)
-        number = units_of(unit, len(unit))
+        number = unit_numbers(unit, len(unit))
         in_group = np.bincount(number)
         shares.append(float((np.bincount(number, right) / in_group).mean()))
         counts.append(len(in_group))
@@ -193,7 +189,7 @@ def concept_shift(
     """
     if len(labels) < FEWEST or len(np.unique(labels)) < 2:
         raise ValueError(f"fewer than {FEWEST} rows of two classes that both sides have")
-    unit = units_of(groups, len(labels))
+    unit = unit_numbers(groups, len(labels))
     count = int(unit.max()) + 1
     if count < FEWEST_GROUPS:
         raise ValueError(f"fewer than {FEWEST_GROUPS} groups")

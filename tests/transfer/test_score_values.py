@@ -7,7 +7,8 @@ import scipy.stats
 from scipy.special import logsumexp
 
 from pipeline.config import registry
-from pipeline.core.contracts.score import Score, half, interval_of_halves, score
+from pipeline.core.contracts.score import Score, interval_of_halves, score
+from pipeline.core.groups import half
 from pipeline.transfer import scoring
 from pipeline.transfer.scores import leep as leep_file
 from pipeline.transfer.scores.cka import cka
@@ -445,12 +446,12 @@ def test_copies_of_a_row_make_no_interval_narrower(name):
     one = scoring._value(registry.get("score", name), scoring._Inputs(given))
     copies = {key: np.repeat(array, 9, 0) for key, array in given.items()}
     groups = {"groups": np.repeat(np.arange(60), 9), "source_groups": np.repeat(np.arange(40), 9)}
-    nine = scoring._value(registry.get("score", name), scoring._Inputs(copies, groups=groups))
+    nine = scoring._value(registry.get("score", name), scoring._Inputs(copies, **groups))
     alone = scoring._value(registry.get("score", name), scoring._Inputs(copies))
     assert nine.high - nine.low > 1.5 * (alone.high - alone.low)
     if name in ("leep", "cka", "frechet"):  # of which copies change no value
         assert (nine.value, nine.low, nine.high) == pytest.approx((one.value, one.low, one.high))
-    few = scoring._Inputs(given, groups={"groups": np.arange(60) % 9})
+    few = scoring._Inputs(given, groups=np.arange(60) % 9)
     assert scoring._value(registry.get("score", name), few).reason == (
         "9 groups; an interval needs 10"
     )

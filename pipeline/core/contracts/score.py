@@ -113,11 +113,11 @@ def interval_of_halves(
 
     The spread over random halves of the rows without repetition is that of the score of all rows
     (Politis and Romano 1994): rows that are drawn twice would be their own neighbours. Where rows
-    have groups, halves of the groups are drawn (`half`).
+    have groups, halves of the groups are drawn (`pipeline.core.groups.half`).
 
     Args:
         value: The score of all rows.
-        value_of_half: Returns the score of a half that it draws (`half`).
+        value_of_half: Returns the score of a half that it draws.
     """
     import numpy as np
     from scipy import special  # pyright: ignore[reportMissingTypeStubs]
@@ -128,26 +128,3 @@ def interval_of_halves(
         return math.nan, math.nan
     half_width = float(special.stdtrit(HALVES - 1, 0.975) * found.std(ddof=1))
     return value - half_width, value + half_width
-
-
-def half(n: int, rng: np.random.Generator, groups: np.ndarray | None = None) -> np.ndarray:
-    """Return positions of a random half of n rows, ascending; of a half of the groups if any.
-
-    Args:
-        n: Number of rows.
-        rng: Draws the half.
-        groups: (n,) group of each row; None: each row is independent.
-    """
-    import numpy as np
-
-    if groups is None:
-        return np.sort(rng.permutation(n)[: n // 2])
-    names, group = np.unique(groups, return_inverse=True)
-    return np.flatnonzero(np.isin(group.reshape(-1), half(len(names), rng)))
-
-
-def count_units(n: int, groups: np.ndarray | None) -> int:
-    """Return how many groups n rows have, or n where each row is independent."""
-    import numpy as np
-
-    return n if groups is None else len(np.unique(groups))

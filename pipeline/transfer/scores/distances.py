@@ -13,7 +13,8 @@ from scipy.spatial.distance import squareform
 
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import Estimate, score
-from pipeline.transfer.shift import FEWEST_GROUPS, linear, units_of, wilson
+from pipeline.core.groups import unit_numbers
+from pipeline.transfer.shift import FEWEST_GROUPS, linear, wilson
 
 FOLDS = 5
 MOST_ROWS = 500
@@ -84,7 +85,7 @@ def mmd(
     x, s = (_some(one).astype(np.float64) for one in (features, source_features))
     n = len(x)
     units = [
-        _some(units_of(of, len(one)))
+        _some(unit_numbers(of, len(one)))
         for one, of in ((features, groups), (source_features, source_groups))
     ]
     if any(len(np.unique(unit)) < 2 for unit in units):
@@ -143,7 +144,7 @@ def proxy_a(
     for one, of in ((features, groups), (source_features, source_groups)):
         drawn = rng.permutation(len(one))[:count]
         sides.append(one[drawn].astype(np.float64))
-        units.append(_in_order_drawn(units_of(of, len(one))[drawn]))
+        units.append(_in_order_drawn(unit_numbers(of, len(one))[drawn]))
     fewest = min(len(np.unique(unit)) for unit in units)
     if count < 2 * FOLDS or fewest < FEWEST_GROUPS:
         return float("nan")
@@ -168,4 +169,4 @@ def proxy_a(
 def _in_order_drawn(unit: np.ndarray) -> np.ndarray:
     """Return the (n,) numbers of groups, from 0 in the order in which they first come."""
     _, first, group = np.unique(unit, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[group.reshape(-1)]
+    return np.argsort(np.argsort(first))[group]

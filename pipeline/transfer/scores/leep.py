@@ -12,7 +12,8 @@ from scipy.cluster.vq import kmeans2
 from scipy.spatial.distance import cdist
 
 from pipeline.config.registry import register
-from pipeline.core.contracts.score import Estimate, half, interval_of_halves, score
+from pipeline.core.contracts.score import Estimate, interval_of_halves, score
+from pipeline.core.groups import half
 
 NO_MORE_THAN_0 = (-math.inf, 0.0)
 ENERGY = 0.8
