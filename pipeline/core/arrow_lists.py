@@ -27,6 +27,11 @@ def is_list(kind: pa.DataType) -> bool:
     )
 
 
+def is_number(kind: pa.DataType) -> bool:
+    """Return whether values are whole numbers or floats, or all are null."""
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Return whether values are texts, also where they are stored as a dictionary."""
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -360,7 +360,7 @@ def _prepared_files(folder: str) -> dict[str, Any]:
     return atomic_folder.open_folder(folder, PREPARED).get("files", {})
 
 
-# ---------------------------------------------------------------- images and sound
+# ---------------------------------------------------------------- a row for each file
 
 
 class _File(NamedTuple):
@@ -448,6 +448,21 @@ def _recordings(found: list[_File]) -> pa.Table:
     )
 
 
+def _write_documents(listed: list[_File], path: Path) -> None:
+    """Write files of text, one a row, with the name of each one's folder and its path."""
+    schema = pa.schema([("text", pa.binary()), ("label", pa.string()), ("id", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        rows: list[dict[str, Any]] = []
+        size = 0
+        for number, file in enumerate(listed, 1):
+            text = _read_document(file.uri)
+            rows.append({"text": text, "label": file.label, "id": file.name})
+            size += len(text)
+            if len(rows) == GROUP_ROWS or size >= GROUP_BYTES or number == len(listed):
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                rows, size = [], 0
+
+
 # ---------------------------------------------------------------- tables and text
 
 
@@ -475,21 +490,6 @@ def _write(kind: str, files: list[str], path: Path) -> None:
                 writer.write_table(table, row_group_size=GROUP_ROWS)
     assert writer is not None
     writer.close()
-
-
-def _write_documents(listed: list[_File], path: Path) -> None:
-    """Write files of text, one a row, with the name of each one's folder and its path."""
-    schema = pa.schema([("text", pa.binary()), ("label", pa.string()), ("id", pa.string())])
-    with pq.ParquetWriter(path, schema) as writer:
-        rows: list[dict[str, Any]] = []
-        size = 0
-        for number, file in enumerate(listed, 1):
-            text = _read_document(file.uri)
-            rows.append({"text": text, "label": file.label, "id": file.name})
-            size += len(text)
-            if len(rows) == GROUP_ROWS or size >= GROUP_BYTES or number == len(listed):
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                rows, size = [], 0
 
 
 def _columns(schema: pa.Schema) -> str:

@@ -192,13 +192,13 @@ def read_bytes(uri: Uri) -> bytes:
     return s3.call("read", uri, Path(path).read_bytes)
 
 
-def read_as(uri: Uri, of_file: Callable[[str], T], of_bytes: Callable[[bytes], T]) -> T:
+def read_as(uri: Uri, load_path: Callable[[str], T], load_bytes: Callable[[bytes], T]) -> T:
     """Return what is made of a file: of the path of a local one, so that it can be mapped into
     memory, of the bytes of any other.
     """
     if is_remote(uri):
-        return of_bytes(read_bytes(uri))
-    return s3.call("read", uri, of_file, s3.split(uri)[1])
+        return load_bytes(read_bytes(uri))
+    return s3.call("read", uri, load_path, s3.split(uri)[1])
 
 
 def read_range(uri: Uri, start: int, end: int) -> bytes:

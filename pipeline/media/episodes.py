@@ -21,7 +21,7 @@ import pyarrow as pa
 from torch import nn
 
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import filled, floats, is_list, joined, lengths
+from pipeline.core.arrow_lists import filled, floats, is_list, is_number, joined, lengths
 from pipeline.media.deviation import divisors
 
 NONE, CLASSES = -1, -2
@@ -251,9 +251,7 @@ def _numbers(
     """
     column, kind = joined(table[name]), table.schema.field(name).type
     deep = kind.value_type.value_type if is_list(kind) and is_list(kind.value_type) else None
-    if deep is None or not (
-        pa.types.is_integer(deep) or pa.types.is_floating(deep) or pa.types.is_null(deep)
-    ):
+    if deep is None or not is_number(deep):
         raise ValueError(
             f"column {name}: it holds {kind}; {role} are lists, one entry a step, of lists of "
             "numbers" + (" or of class names" if role == "actions" else "")

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register, wanted_inputs
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import holds_files
+from pipeline.core.arrow_lists import holds_files, is_number
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.inputs import AudioInputs
 from pipeline.core.nn import conv_arithmetic
@@ -266,10 +266,7 @@ class Audio(Modality):
                 else "recordings: their files' bytes (binary), their paths (string), or structs "
                 "of bytes and path"
             )
-        is_number = (
-            pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
-        )
-        return "" if is_number else "seconds, a number"
+        return "" if is_number(kind) else "seconds, a number"
 
     def inputs(self) -> AudioInputs:
         if self.features == "wave":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import filled, floats, is_list, joined, lengths
+from pipeline.core.arrow_lists import filled, floats, is_list, is_number, is_text, joined, lengths
 from pipeline.core.capabilities import NameDifference
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.inputs import EventInputs
@@ -443,7 +443,5 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
 def _suits(role: str, kind: pa.DataType) -> bool:
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if role == "variables":
-        return (
-            pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_null(plain)
-        )
-    return pa.types.is_integer(plain) or pa.types.is_floating(plain) or pa.types.is_null(plain)
+        return is_text(plain) or pa.types.is_null(plain)
+    return is_number(plain)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
-from pipeline.core.arrow_lists import floats, is_list, joined, lengths
+from pipeline.core.arrow_lists import floats, is_list, is_number, joined, lengths
 from pipeline.core.capabilities import NameDifference
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.inputs import SeriesInputs
@@ -357,10 +357,6 @@ class Rows(NamedTuple):
     channels: int
 
 
-def _is_numbers(kind: Any) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
-
-
 def _number_type(kind: Any) -> Any:
     """Return the type of the numbers of a column; of a struct, the widest of its channels."""
     if pa.types.is_struct(kind):
@@ -384,7 +380,7 @@ def _problem(kind: Any, state: SeriesState | None = None) -> str:
             field.name
             for field in kind
             if (not named or field.name in named)
-            and not (is_list(field.type) and _is_numbers(field.type.value_type))
+            and not (is_list(field.type) and is_number(field.type.value_type))
         ]
         if not wrong:
             return ""
@@ -393,7 +389,7 @@ def _problem(kind: Any, state: SeriesState | None = None) -> str:
         return f"a struct of lists of numbers, one for each of the channels {', '.join(named)}"
     values = kind.value_type if is_list(kind) else None
     inner = values.value_type if values is not None and is_list(values) else values
-    if inner is not None and _is_numbers(inner):
+    if inner is not None and is_number(inner):
         return ""
     if channels:
         return (

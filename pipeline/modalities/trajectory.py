@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config.registry import Options, nearest, register
 from pipeline.core.arrow_compute import pc
-from pipeline.core.arrow_lists import is_list
+from pipeline.core.arrow_lists import is_list, is_number
 from pipeline.core.contracts import Arrays, Modality
 from pipeline.core.inputs import SpaceInputs, TrajectoryInputs
 from pipeline.core.ragged import ragged
@@ -149,10 +149,9 @@ class Trajectory(Modality):
         if role != "observations":
             return ""
         deep = kind.value_type.value_type if is_list(kind) and is_list(kind.value_type) else None
-        is_number = deep is not None and (
-            pa.types.is_integer(deep) or pa.types.is_floating(deep) or pa.types.is_null(deep)
-        )
-        return "" if is_number else "lists, one entry a step, of lists of numbers"
+        if deep is None or not is_number(deep):
+            return "lists, one entry a step, of lists of numbers"
+        return ""
 
     def inputs(self) -> TrajectoryInputs:
         spaces: dict[str, SpaceInputs] = {

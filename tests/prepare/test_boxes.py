@@ -704,7 +704,7 @@ def test_run_lengths_that_label_studio_s_own_converter_wrote():
     pixels[1:, 1:3] = [9, 200, 7, 255]
     pixels[2, 3] = [1, 2, 3, 128]
     written = "00000030391bfe130000240c8001c0ff00240c8001c0ff9c00009032000703fc009032000703fc0010"
-    found = label_studio.unpacked(bytes.fromhex(written + "0080030200"), pixels.size)
+    found = label_studio.unpack_rle_pack(bytes.fromhex(written + "0080030200"), pixels.size)
     assert (found == pixels.reshape(-1)).all()
 
 

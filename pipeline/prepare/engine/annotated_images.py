@@ -32,8 +32,7 @@ COLUMNS = {
     **boxes.COLUMNS,
     "tags": pa.list_(pa.string()),
     "tag": pa.string(),
-    "_width": pa.int64(),
-    "_height": pa.int64(),
+    **boxes.SIZE_COLUMNS,
 }
 UNKNOWN = 0
 """Width and height of an image without boxes, where the export does not state them."""
@@ -145,16 +144,9 @@ class AnnotatedImagesImporter(ImageImporter):
         )
 
     def postprocess(self, row: Row, picture: Picture) -> Row:
-        size = row["_width"], row["_height"]
-        if size == (UNKNOWN, UNKNOWN):
+        if (row["_width"], row["_height"]) == (UNKNOWN, UNKNOWN):
             return {**row, "masks": []}
-        boxes.check_size(picture, *size)
-        across, down = picture.size[0] / size[0], picture.size[1] / size[1]
-        out = {**row, "boxes": boxes.scaled(row["boxes"], across, down)}
-        if boxes.SEGMENTATIONS in row:
-            segmentations = json.loads(row[boxes.SEGMENTATIONS])
-            out["masks"] = boxes.written_masks(segmentations, size, out["boxes"], picture.size)
-        return out
+        return boxes.resized(row, picture)
 
 
 def polygon(name: str, points: Sequence[Sequence[float]]) -> AnnotatedObject:

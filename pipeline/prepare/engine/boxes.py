@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 
 from pipeline.media import instance_masks
 from pipeline.media.instance_masks import RunLengths
+from pipeline.prepare.engine.importing import Row
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, nearest
 
 COLUMNS = {
@@ -22,6 +24,8 @@ COLUMNS = {
 """Of each row: boxes [x, y, width, height] in pixels of the written image, and for each box the
 number and the name of its class, and whether it stands for a crowd.
 """
+SIZE_COLUMNS = {"_width": pa.int64(), "_height": pa.int64()}
+"""Columns of an index whose boxes are in pixels: those of the annotated image."""
 MASKS = pa.field("masks", pa.list_(instance_masks.RLE))
 """Where masks are asked for, one for each box, of the size of the written image."""
 SEGMENTATIONS = "_segmentations"
@@ -57,13 +61,29 @@ def clipped(
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-def check_size(picture: Picture, width: int, height: int) -> None:
-    """Raise BrokenImageError for an image of another size than its annotations are for."""
+def resized(row: Row, picture: Picture) -> Row:
+    """Return a row with boxes, and masks where the index has `SEGMENTATIONS`, of the written image.
+
+    Args:
+        row: of the index, with ``_width`` and ``_height``, the pixels of the annotated image.
+        picture: the written image.
+
+    Raises:
+        BrokenImageError: the image has another size than its annotations are for, or a mask cannot
+            be drawn.
+    """
+    width, height = row["_width"], row["_height"]
     if picture.seen != (width, height):
         raise BrokenImageError(
             f"the image is {picture.seen[0]} x {picture.seen[1]} pixels, its annotations are for "
             f"{width} x {height}"
         )
+    across, down = picture.size[0] / width, picture.size[1] / height
+    out = {**row, "boxes": scaled(row["boxes"], across, down)}
+    if row.get(SEGMENTATIONS) is not None:
+        segmentations = json.loads(row[SEGMENTATIONS])
+        out["masks"] = written_masks(segmentations, (width, height), out["boxes"], picture.size)
+    return out
 
 
 def scaled(boxes: list[Any], x: float, y: float) -> list[list[float]]:

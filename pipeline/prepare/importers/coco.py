@@ -37,9 +37,9 @@ IGNORED = 255
 COLUMNS = {
     "image_id": pa.int64(),
     **boxes.COLUMNS,
-    "_width": pa.int64(),
-    "_height": pa.int64(),
-    "_masks": pa.string(),
+    **boxes.SIZE_COLUMNS,
+    boxes.SEGMENTATIONS: pa.string(),
+    "_objects": pa.string(),
 }
 
 
@@ -79,7 +79,7 @@ class CocoFile(TypedDict):
     categories: list[CocoCategory]
 
 
-FILE = TypeAdapter(CocoFile)
+COCO_FILE = TypeAdapter(CocoFile)
 
 
 class CocoOptions(Options):
@@ -220,15 +220,20 @@ class Coco(ImageImporter):
                 continue
             kept = _kept(by_image[image["id"]], image, counts)
             counts["images without a box"] += not kept
-            masks = [
-                [
-                    a["category_id"],
-                    bool(a.get("iscrowd")),
-                    a.get("area") or box[2] * box[3],
-                    a.get("segmentation"),
+            drawn: dict[str, str] = {}
+            if self.options.masks == "instance":
+                drawn[boxes.SEGMENTATIONS] = json.dumps([a.get("segmentation") for a, _ in kept])
+            if self.options.masks == "semantic":
+                objects = [
+                    [
+                        a["category_id"],
+                        bool(a.get("iscrowd")),
+                        a.get("area") or box[2] * box[3],
+                        a.get("segmentation"),
+                    ]
+                    for a, box in kept
                 ]
-                for a, box in kept
-            ]
+                drawn["_objects"] = json.dumps([objects, int(0 in categories)])
             rows.append(
                 place(
                     images[image["file_name"]],
@@ -240,9 +245,7 @@ class Coco(ImageImporter):
                     crowd=[bool(a.get("iscrowd")) for a, _ in kept],
                     _width=image["width"],
                     _height=image["height"],
-                    _masks=json.dumps([masks, int(0 in categories)])
-                    if self.options.masks != "none"
-                    else None,
+                    **drawn,
                 )
             )
         return rows
@@ -259,21 +262,12 @@ class Coco(ImageImporter):
             counts[f"{what}, left out"] += len(wrong)
 
     def postprocess(self, row: Row, picture: Picture) -> Row:
-        width, height = row["_width"], row["_height"]
-        boxes.check_size(picture, width, height)
-        sx, sy = picture.size[0] / width, picture.size[1] / height
-        out = {**row, "boxes": boxes.scaled(row["boxes"], sx, sy)}
-        if row["_masks"] is None:
+        out = boxes.resized(row, picture)
+        if row["_objects"] is None:
             return out
-        objects, shift = json.loads(row["_masks"])
-        if self.options.masks == "instance":
-            segmentations = [segmentation for _, _, _, segmentation in objects]
-            out["masks"] = boxes.written_masks(
-                segmentations, (width, height), out["boxes"], picture.size
-            )
-            return out
+        objects, shift = json.loads(row["_objects"])
         try:
-            mask = semantic(objects, shift, height, width)
+            mask = semantic(objects, shift, row["_height"], row["_width"])
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise BrokenImageError(f"its mask cannot be drawn: {error}") from None
         return {**out, "mask": png(nearest(mask, picture.size))}
@@ -295,7 +289,7 @@ def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndar
 
 def _read(uri: str) -> CocoFile:
     try:
-        data = FILE.validate_json(storage.read_bytes(uri))
+        data = COCO_FILE.validate_json(storage.read_bytes(uri))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, first["loc"])))

@@ -174,7 +174,7 @@ def _brushed(value: dict[str, Any], size: tuple[int, int]) -> AnnotatedObject:
     if "rle" not in value:
         raise ValueError("it has no run lengths (rle)")
     width, height = size
-    levels = unpacked(bytes(value["rle"]), 4 * width * height)
+    levels = unpack_rle_pack(bytes(value["rle"]), 4 * width * height)
     opacity = levels[3::4]  # after red, green and blue
     if not opacity.any():
         raise ValueError("it covers no pixel")
@@ -182,7 +182,7 @@ def _brushed(value: dict[str, Any], size: tuple[int, int]) -> AnnotatedObject:
     return AnnotatedObject("", coco_mask.toBbox(mask).tolist(), mask)
 
 
-def unpacked(data: bytes, count: int) -> np.ndarray:
+def unpack_rle_pack(data: bytes, count: int) -> np.ndarray:
     """Unpack run lengths of the form that Label Studio's brush writes (@thi.ng/rle-pack).
 
     A head has the count of the words (32 bits), the bits of a word less 1 (5 bits) and four sizes

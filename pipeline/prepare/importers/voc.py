@@ -32,15 +32,14 @@ from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
 COLUMNS = {
     **boxes.COLUMNS,
     "difficult": pa.list_(pa.bool_()),
-    "_width": pa.int64(),
-    "_height": pa.int64(),
+    **boxes.SIZE_COLUMNS,
 }
 MASK_COLUMNS = {"_numbers": pa.list_(pa.int64()), "_objects": pa.binary()}
 """Where masks are asked for: the number of each box's object in the annotation, from 1, and the PNG
 of these numbers.
 """
 OBJECTS = "SegmentationObject"
-MASKS = ("SegmentationClass", OBJECTS)
+MASK_FOLDERS = ("SegmentationClass", OBJECTS)
 """Folders of pictures that are named like the photographs."""
 NO_OBJECT = 255
 """Number of the pixels at the edges of objects, which belong to none."""
@@ -93,7 +92,7 @@ class Voc(ImageImporter):
         files = [entry for entry in found.entries if _is_annotation(entry)]
         same_stem: dict[str, list[archives.Entry]] = defaultdict(list)
         for entry in found.images:
-            if PurePosixPath(entry.name).parent.name not in MASKS:
+            if PurePosixPath(entry.name).parent.name not in MASK_FOLDERS:
                 same_stem[PurePosixPath(entry.name).stem].append(entry)
         has_masks = self.options.masks == "instance"
         reader = archives.Reader()
@@ -178,10 +177,7 @@ class Voc(ImageImporter):
         )
 
     def postprocess(self, row: Row, picture: Picture) -> Row:
-        width, height = row["_width"], row["_height"]
-        boxes.check_size(picture, width, height)
-        across, down = picture.size[0] / width, picture.size[1] / height
-        out = {**row, "boxes": boxes.scaled(row["boxes"], across, down)}
+        out = boxes.resized(row, picture)
         if self.options.masks == "instance":
             out["masks"] = _masks(row, out["boxes"], picture)
         return out
