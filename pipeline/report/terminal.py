@@ -206,8 +206,8 @@ def _caption(entries: Sequence[MatrixEntry], has_others: bool) -> str:
     if TOO_FEW in verdicts:
         lines.append("too few to tell: too few test rows for a verdict; the report has the number.")
     if has_others:
-        lines.append("over: the gain over the best that the target has without a source, a")
-        lines.append("scratch network of another backbone or a baseline, by validation.")
+        lines.append("over: the gain of the line above over the best that the target has without a")
+        lines.append("source, a scratch network of another backbone or a baseline, by validation.")
     signs = [
         f"{sign} {mark}"
         for mark, sign in code_versions.SIGNS.items()
