@@ -223,7 +223,7 @@ def _head(
         return None
     weight = tensors[f"{last}.weight"].float()
     bias = tensors.get(f"{last}.bias", torch.zeros(len(weight))).float()
-    labels = config.get("id2label") or {}
+    labels = as_object(config.get("id2label"))
     if len(labels) != len(weight):
         labels = {str(i): f"LABEL_{i}" for i in range(len(weight))}
     own = copy.deepcopy(made)
