@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pipeline.report.results import ResultRow
     from pipeline.report.stats import RunPredictions
     from pipeline.train.progress import Progress
-    from pipeline.transfer.stages import JobState
+    from pipeline.transfer.job_state import JobState
 
 Stage = Literal["pretrain", "score", "finetune"]
 Remake = Literal["none", "changed"]

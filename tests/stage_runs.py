@@ -20,7 +20,7 @@ from pipeline.report.results import ResultRow
 from pipeline.train import launch, pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
-from pipeline.transfer import baseline_trials, fanout, inference, stages, trial
+from pipeline.transfer import baseline_trials, fanout, inference, job_state, stages, trial
 from pipeline.transfer.scoring import score_pair
 
 COLUMNS = {"image": "picture", "label": "class"}
@@ -152,10 +152,10 @@ def primary(rows: list[ResultRow], **where) -> list[ResultRow]:
     ]
 
 
-def prepared(job: Job, *remake: str) -> stages.JobState:
+def prepared(job: Job, *remake: str) -> job_state.JobState:
     return stages.check(job, Silent(), remake=remake)
 
 
-def run_through(job: Job, *remake: str) -> tuple[stages.JobState, list[ResultRow]]:
+def run_through(job: Job, *remake: str) -> tuple[job_state.JobState, list[ResultRow]]:
     state = prepared(job, *remake)
     return state, stages.collect(state, stages.finetune(state, stages.share(state)))

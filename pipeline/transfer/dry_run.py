@@ -15,8 +15,8 @@ from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.report.code_versions import OTHER, describe_changes
 from pipeline.train import source
 from pipeline.train.experiment import technique_of
-from pipeline.transfer import budget, grid, stages
-from pipeline.transfer.stages import JobState
+from pipeline.transfer import budget, grid, job_state, planned_trials, stages
+from pipeline.transfer.job_state import JobState
 from pipeline.transfer.targets import TargetStage, planned_steps
 
 
@@ -25,7 +25,7 @@ def describe(state: JobState) -> list[str]:
     lines: list[str] = []
     for name, stage in state.sources.items():
         lines += _describe_source(name, stage)
-    allowed, planned = state.job.fanout.budget, stages.planned_allocations(state)
+    allowed, planned = state.job.fanout.budget, planned_trials.planned_allocations(state)
     total, steps, unknown = 0, 0, ""
     for name in state.targets:
         cost = describe_target(state, name, planned)
@@ -138,7 +138,7 @@ def describe_target(
     planned: Mapping[tuple[str, str], tuple[budget.BracketSize, budget.Allocation]],
 ) -> TargetCost:
     job, stage = state.job, state.targets[name]
-    names = stages.matching(state, name)
+    names = job_state.matching(state, name)
     if job.fanout.by_score:
         names = names[: job.fanout.by_score.top]
     techniques = [technique_of(component) for component in grid.techniques(job, stage.spec)]
@@ -148,7 +148,7 @@ def describe_target(
     others = [one for one in techniques if not trains(one)]
     repeats = [fractions if one.starts_from == "trials" else 1 for one in others]
     untrained = sum(repeats) * len(names)
-    from_random = stages.scratch_networks(state, names)
+    from_random = job_state.scratch_networks(state, names)
     components = [one for one in grid.techniques(job, stage.spec) if grid.needs_training(one)]
     in_memory = stage.spec.data.decode != "train"  # where it is auto, it is known after reading
     draws = [len(grid.draws(job, stage.spec, component, in_memory)) for component in components]

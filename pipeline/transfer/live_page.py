@@ -32,7 +32,7 @@ from pipeline.report.trial_record import TrialRecord
 from pipeline.train.progress import Progress
 from pipeline.transfer import trial
 from pipeline.transfer.grid import Trial, folders, fraction_text
-from pipeline.transfer.stages import JobState
+from pipeline.transfer.job_state import JobState
 
 HOST = "127.0.0.1"
 REPORT = "/report.html"

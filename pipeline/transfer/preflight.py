@@ -15,9 +15,9 @@ from pipeline.train import dry_checks
 from pipeline.train.dry_checks import PlannedSource, Workload
 from pipeline.train.experiment import technique_of
 from pipeline.train.row_checks import Finding
-from pipeline.transfer import grid, stages, targets
+from pipeline.transfer import grid, job_state, stages, targets
 from pipeline.transfer.grid import BackboneGroup
-from pipeline.transfer.stages import JobState
+from pipeline.transfer.job_state import JobState
 from pipeline.transfer.targets import TargetStage
 
 ESTIMATED = " (estimated: a run trains its tokenizer on more rows)"
@@ -79,7 +79,7 @@ def _target(
     workloads: Workloads | None,
 ) -> list[str]:
     """Describe a target's rows as each backbone group reads them, or raise the error of a run."""
-    target, matching = state.targets[name], set(stages.matching(state, name))
+    target, matching = state.targets[name], set(job_state.matching(state, name))
     dry_checks.check_named_files(target.splits)
     batches = state.job.fanout.stated_search.get("global_batch", ())
     found = [*targets.unmet_requests(target, batches), *targets.missing_classes(target)]

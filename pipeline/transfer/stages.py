@@ -6,33 +6,19 @@ The results of a stage are stored under keys of their inputs, so that finished w
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-import numpy as np
-
-from pipeline.checkpoints import bundle, pretrained
-from pipeline.config import provenance, registry
+from pipeline.checkpoints import bundle
+from pipeline.config import provenance
 from pipeline.config.schema import Job, spec_hash
-from pipeline.core.contracts import trains
-from pipeline.core.contracts.objective_capabilities import names_labels
-from pipeline.core.contracts.technique_capabilities import (
-    LABELLED_SOURCE,
-    NeedsLibrary,
-    adapts_without_labels,
-)
-from pipeline.core.metrics.catalog import metric
-from pipeline.core.specs import ObjectiveSpec
 from pipeline.data.manifests import Selection
 from pipeline.io import checksums, file_identity, storage, write_fence
-from pipeline.io.json_values import JsonObject
 from pipeline.report import code_versions as origins
 from pipeline.report import folds, matrix, report, results, stats, subgroups, trial_folder
 from pipeline.report.code_versions import TrialProvenance
@@ -40,7 +26,7 @@ from pipeline.report.results import ResultRow
 from pipeline.report.source_scores import PairScores, ScoreValue, SelectionScore
 from pipeline.report.source_summary import SourceSummary
 from pipeline.report.trial_record import TrialRecord
-from pipeline.train import fit_components, launch, source
+from pipeline.train import launch, source
 from pipeline.train.experiment import technique_of
 from pipeline.train.progress import Progress
 from pipeline.train.row_checks import findings_from_metadata
@@ -48,65 +34,49 @@ from pipeline.transfer import (
     budget,
     fanout,
     grid,
-    label_sets,
     measured_shift,
     overlap,
-    proposals,
     pruning,
     scoring,
     targets,
     trial,
 )
+from pipeline.transfer.gains import gain_over_scratch, with_best_baseline, with_comparison
 from pipeline.transfer.grid import SCRATCH, BackboneGroup, Trial
+from pipeline.transfer.job_checks import (
+    baseline_problems,
+    budget_problems,
+    label_problems,
+    library_problems,
+    notes_on_identity,
+    score_problems,
+    search_problems,
+    source_problems,
+    what_is_not_compared,
+)
+from pipeline.transfer.job_state import (
+    JobState,
+    backbone_groups,
+    chosen_before,
+    matching,
+    metadata_uri,
+    read_metadata,
+    save_metadata,
+    without_other_modalities,
+)
+from pipeline.transfer.planned_trials import (
+    decide_budget,
+    failed_before,
+    final_trials,
+    finalist_trials,
+    planned_allocations,
+    ranked_draws,
+    search_trials,
+    winning_draws,
+)
 from pipeline.transfer.scoring import Pair
 from pipeline.transfer.targets import TargetStage
 from pipeline.transfer.trial import Shared
-
-
-@dataclass
-class JobState:
-    """The knowledge that the stages of one command share."""
-
-    job: Job
-    progress: Progress
-    verbose: bool = False
-    wait: bool | None = None
-    """Whether to wait for nodes that have not joined the cluster yet (`launch.cluster`)."""
-    remake: tuple[str, ...] = ()
-    """"sources", "trials" or both: which results are made again where other code or versions made
-    them.
-    """
-    sources: dict[str, source.SourceStage] = field(default_factory=dict)
-    targets: dict[str, TargetStage] = field(default_factory=dict)
-    pretraining: list[SourceSummary] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    unusable_targets: dict[str, str] = field(default_factory=dict)
-    """Targets that could not be prepared, each with the reason. The others continue without them.
-    """
-    scores: dict[str, SelectionScore] = field(default_factory=dict)
-    """``source|target`` to the score, where sources were chosen by scores."""
-    source_scores: dict[str, PairScores] = field(default_factory=dict)
-    """``source|target`` to every transferability score, where they were computed."""
-    left_out: dict[str, int] = field(default_factory=dict)
-    """Target to the number of its test rows that were left out because they are also in a source.
-    """
-    streamed: list[str] | None = None
-    """``target|backbone group`` of those whose rows are not held in memory; None: not known yet."""
-    whole_targets: frozenset[str] = frozenset()
-    """Targets of a part of a job (``only``) that have all their sources in it, by name in the job.
-    """
-    ids_in_old_layout: frozenset[str] = frozenset()
-    """Ids of the trials that lie where an older version laid them."""
-    key: str = ""
-    """Hash of everything that the metadata of a run depends on (`_save_metadata`)."""
-    subgroups: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    """Target to the values of its test rows in each subgroup column, for targets with subgroups."""
-    cut_by_budget: dict[str, str] = field(default_factory=dict)
-    """Id of the last search trial of a pair that the budget cut to the reason."""
-    failed_in_budget: list[str] = field(default_factory=list)
-    """Ids of the search trials that failed, where a budget cut their pairs for it."""
-    trial_provenance: dict[str, TrialProvenance] = field(default_factory=dict)
-    """Trial id to the code and versions that made it, for the trials in the table."""
 
 
 def check(job: Job, progress: Progress, **options: Any) -> JobState:
@@ -140,18 +110,18 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     with file_identity.progress_to(progress.update):
         each(source.stage, job.sources, state.sources, lambda name: f"sources.{name}")
         if job.only and not problems:
-            state.job = job = _without_other_modalities(state)
+            state.job = job = without_other_modalities(state)
             state.sources = {name: state.sources[name] for name in job.sources}
         each(targets.stage, job.targets, state.targets, place_of_target)
     are_read = not problems
     for target in state.targets.values():
         if are_read:
-            problems += _source_problems(state, target)
-            problems += _label_problems(state, target)
-        problems += _score_problems(job, target)
-        problems += _budget_problems(job, target)
-        problems += _search_problems(job, target)
-    problems += _library_problems(job, state)
+            problems += source_problems(state, target)
+            problems += label_problems(state, target)
+        problems += score_problems(job, target)
+        problems += budget_problems(job, target)
+        problems += search_problems(job, target)
+    problems += library_problems(job, state)
     problems += baseline_problems(whole)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
@@ -160,9 +130,9 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     for name, target in state.targets.items():
         sources = {one: state.sources[one] for one in matching(state, name)}
         state.targets[name] = replace(target, against=overlap.key(target, sources))
-    for line in _what_is_not_compared(whole):
+    for line in what_is_not_compared(whole):
         progress.note(line)
-    for note in _notes_on_identity(job):
+    for note in notes_on_identity(job):
         state.notes.append(note)
         progress.note(note)
     state.key = spec_hash(
@@ -174,279 +144,13 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     return state
 
 
-def _without_other_modalities(state: JobState) -> Job:
-    """Return the part of a job without targets and sources that match none of the other kind.
-
-    The modality of a checkpoint may be known only after it has been read, so that `Job.selected`
-    takes too many. Those that ``only`` names stay.
-    """
-    job, taken = state.job, {name: set(matching(state, name)) for name in state.job.targets}
-    kept = {
-        name
-        for name, target in job.targets.items()
-        if taken[name]
-        or job.is_named(name.removesuffix(grid.fold_suffix(target.fold)), target.data.modality.name)
-    }
-    fitting = set[str]().union(*taken.values())
-    sources = {
-        name
-        for name, stage in state.sources.items()
-        if name in fitting or job.is_named(name, _modality_name(stage))
-    }
-    return job.restricted(sources, kept)
-
-
 def at_place(place: str, error: Exception) -> str:
     """Return an error's message with its place in the job file, unless it begins with a place."""
     text = str(error)
     return text if text.startswith(("sources.", "targets.")) else f"{place}: {text}"
 
 
-def _source_problems(state: JobState, target: TargetStage) -> list[str]:
-    """Return what is wrong between a target and the sources that it is to be adapted from."""
-    names, problems = matching(state, target.name), []
-    if not names:
-        modality = target.spec.data.modality.name
-        return [
-            f"targets.{target.name_in_job}: no source reads {modality}; add one or name it in "
-            "sources"
-        ]
-    for name in names:
-        try:
-            targets.check_modality(target, state.job.sources[name])
-        except ValueError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _label_problems(state: JobState, target: TargetStage) -> list[str]:
-    """Return why rows or heads of a source cannot serve a target whose technique asks for them.
-
-    Labels that only one side has are added to the notes.
-    """
-    problems: dict[str, None] = {}
-    for component in target.techniques:
-        technique = technique_of(component)
-        place = f"targets.{target.name_in_job}: techniques: {component.name}"
-        for name in matching(state, target.name):
-            stage = state.sources[name]
-            reads_labels = LABELLED_SOURCE in technique.streams()
-            if stage.splits is None:
-                if targets.reads_source(technique):
-                    problems[
-                        f"{place} reads the rows of its source, and {name} is a checkpoint without "
-                        "data: give the target techniques or sources of its own"
-                    ] = None
-                continue
-            starts_with_its_head = (
-                0 in target.spec.label_fractions
-                and adapts_without_labels(technique)
-                and trains(technique)
-            )
-            if not (reads_labels or starts_with_its_head):
-                continue
-            ours = ObjectiveSpec(target.spec.objective.name, {}, target.state)
-            theirs = _fitted_labels(stage, ours.name)
-            # at label fraction 0 nothing teaches a label that the source lacks
-            if problem := label_sets.problem(name, theirs, ours, needs_all=starts_with_its_head):
-                what = "head, at label fraction 0," if starts_with_its_head else "labelled rows"
-                problems[f"{place} reads the {what} of its source: {problem}"] = None
-            elif text := label_sets.compare(theirs.state, ours.state).text():
-                note = f"{target.name_in_job}: labels of source {name}, by name: {text}"
-                if note not in state.notes:
-                    state.notes.append(note)
-                    state.progress.note(note)
-    return list(problems)
-
-
-def _fitted_labels(stage: source.SourceStage, objective: str) -> ObjectiveSpec:
-    """Return a source's objective with its labels, as far as they can be compared at all."""
-    spec, splits = stage.spec, stage.splits
-    assert spec.objective is not None and splits is not None
-    name = spec.objective.name
-    is_comparable = name == objective and names_labels(registry.get("objective", name))
-    state = fit_components.fit_objective(spec, splits) if is_comparable else {}
-    return ObjectiveSpec(name, {}, state)
-
-
-def _score_problems(job: Job, target: TargetStage) -> list[str]:
-    """Return the problem where sources are chosen by a score that the target's rows do not have."""
-    select = job.fanout.by_score
-    if select is None:
-        return []
-    score = scoring.scores()[select.score]
-    objective = target.spec.objective.name
-    kinds = scoring.label_kinds(registry.get("objective", objective))
-    if kinds and "labels" in score.inputs and 0 in target.spec.label_fractions:
-        return [
-            f"fanout.select: {select.score} scores sources by labels of "
-            f"targets.{target.name_in_job}, of which label_fractions: 0 may use none: leave select "
-            "out, or put 0 in a job of its own"
-        ]
-    if any(map(score.takes, kinds or (None,))):
-        return []
-    return [
-        f"fanout.select: targets.{target.name_in_job} is {objective}, and {select.score} scores "
-        f"sources by {' or '.join(score.tasks)} of rows: choose a score that reads no labels "
-        "(frechet, mmd, proxy_a), leave select out, or put the target in a job of its own"
-    ]
-
-
-def _budget_problems(job: Job, target: TargetStage) -> list[str]:
-    """Return what keeps a budget from being spent on a target."""
-    if job.fanout.budget is None:
-        return []
-    place, train = f"targets.{target.name}", target.spec.train
-    rows = min(map(target.labelled, target.spec.label_fractions))
-    steps = targets.planned_steps(
-        train.model_copy(update={"global_batch": min(train.global_batch, rows)}),
-        rows,
-        target.packed,
-    )
-    out = [
-        f"{place}: techniques: {component.name} combines final trials, of which "
-        "fanout.select.budget cuts some: leave the technique out, or the budget"
-        for component in grid.techniques(job, target.spec)
-        if grid.combines_trials(component)
-    ]
-    if not len(target.splits.validation):
-        out.append(
-            f"{place}: fanout.select.budget chooses by validation rows, and there are none: give "
-            "data.validation_fraction, or leave the budget out"
-        )
-    if isinstance(steps, int) and steps < budget.LEAST_STEPS:
-        length = f"steps: {steps}"
-        if train.steps is None:
-            length = f"epochs: {train.epochs or 1:g} of {rows} rows, so {steps} steps,"
-        out.append(
-            f"{place}.train.{length} cannot be cut to {budget.RUNGS[0]}, which "
-            f"fanout.select.budget tries first: at least {budget.LEAST_STEPS} steps, or no budget"
-        )
-    return out
-
-
-def _search_problems(job: Job, target: TargetStage) -> list[str]:
-    """Return what techniques declare to be searched and do not take, or what the search lacks."""
-    if job.fanout.searcher == "optuna":
-        try:
-            proposals.library()
-        except ValueError as error:
-            return [str(error)]
-    if job.fanout.search != "auto":
-        return []
-    return [
-        f"fanout.search: technique {one.name} declares what it does not take: {problem}"
-        for one in target.techniques
-        if (problem := grid.search_problem(one))
-    ]
-
-
-def _library_problems(job: Job, state: JobState) -> list[str]:
-    """Return a problem for each technique that needs a library which is not installed."""
-    found = [one for target in state.targets.values() for one in target.techniques]
-    found += [spec.technique for spec in job.sources.values()]
-    problems: list[str] = []
-    for component in found:
-        technique = technique_of(component)
-        if isinstance(technique, NeedsLibrary):
-            try:
-                technique.check_library()
-            except ValueError as error:
-                problems.append(f"techniques: {component.name}: {error}")
-    return problems
-
-
-def baseline_problems(job: Job) -> list[str]:
-    """Return a problem for each baseline that the job names and that suits no target."""
-    if job.baselines == "auto" or not job.targets:
-        return []
-    return [
-        f"baselines: {one.name} can read the rows or predict the labels of no target: leave it out"
-        for one in job.baselines
-        if not any(grid.is_suitable(one, target) for target in job.targets.values())
-    ]
-
-
-def _what_is_not_compared(job: Job) -> list[str]:
-    """Return a sentence on missing targets, or on each one to which no source is carried over."""
-    if not job.targets:
-        return ["the job has no targets: its sources are pretrained, nothing is compared"]
-    return [
-        f"targets.{name}: scratch is its only technique, so that no source is carried over to it"
-        for name, spec in job.targets.items()
-        if job.sources and {one.name for one in grid.techniques(job, spec)} == {"scratch"}
-    ]
-
-
-def _notes_on_identity(job: Job) -> list[str]:
-    """Return a sentence for each source and target whose files are not identified by content."""
-    named = [
-        (f"sources.{name}", data)
-        for name, spec in job.sources.items()
-        for data in (spec.data, spec.probe)
-        if data is not None
-    ]
-    named += [
-        (f"targets.{name}", data)
-        for name, spec in job.targets.items()
-        for data in (spec.data, spec.unlabelled)
-        if data is not None
-    ]
-    by_stat = dict.fromkeys(
-        place
-        for place, data in named
-        if "stat" in (data.identity, *(part.identity for part in data.more))
-    )
-    return [
-        f"{place}: its local files are told apart by size and time of change, not by what they "
-        "hold (data.identity: stat): a change that keeps both is "
-        "not found, and a copy counts as other data"
-        for place in by_stat
-    ]
-
-
-def _modality_name(stage: source.SourceStage) -> str | None:
-    if stage.spec.data is not None:
-        return stage.spec.data.modality.name
-    if stage.has_bundle:
-        return bundle.read_manifest(stage.bundle_uri).modality.name
-    # What the job says decides between the networks of CLIP; `read` refuses what is not there
-    return stage.spec.modality_name or pretrained.modality_name(stage.spec.backbone.name)
-
-
-def matching(state: JobState, target: str) -> list[str]:
-    """Return the sources that a target is adapted from: those it names, or all of its modality."""
-    spec = state.job.targets[target]
-    named = spec.sources if spec.sources is not None else list(state.sources)
-    return [
-        n
-        for n in named
-        if n in state.sources and _modality_name(state.sources[n]) == spec.data.modality.name
-    ]
-
-
-def scratch_networks(state: JobState, names: Collection[str]) -> int:
-    """Return how many scratch networks sources have: those of one backbone and modality share one.
-
-    Before the sources are trained, they share one where their backbone, rows and modality are the
-    same; it may turn out that fewer are needed.
-    """
-    if all(stage.has_bundle for stage in state.sources.values()):
-        return sum(bool(set(group.sources) & set(names)) for group in _backbone_groups(state))
-    return len({_backbone_kind(state.sources[name]) for name in names})
-
-
-def _backbone_kind(stage: source.SourceStage) -> tuple[str, ...]:
-    """Return a key that sources with the same backbone and rows share."""
-    if stage.splits is None or stage.spec.data is None:
-        return (str(stage.spec.backbone), stage.spec.init or "")
-    return (
-        str(stage.spec.backbone),
-        stage.spec.init or "",
-        str(stage.spec.data.modality),
-        spec_hash(source.data_key(stage.spec.data)),
-        stage.splits.fingerprint,
-    )
+# ---------------------------------------------------------------- the trials that are there
 
 
 def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
@@ -457,17 +161,17 @@ def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
     if (
         not state.targets
         or not all(stage.done for stage in state.sources.values())
-        or _read_metadata(state).get("broken")
+        or read_metadata(state).get("broken")
     ):
         return []  # a target that was left out is prepared again
-    if checksums.is_damaged(_metadata_uri(state)):
+    if checksums.is_damaged(metadata_uri(state)):
         return []  # the run goes through its stages once more, which makes them again
-    groups, chosen = _backbone_groups(state), _chosen_before(state)
+    groups, chosen = backbone_groups(state), chosen_before(state)
     if chosen is None:
         return []
     if state.job.fanout.budget is not None:
-        found = _spent(state, groups, chosen)
-        failed = _failed_before(state, groups, chosen)
+        found = decide_budget(state, groups, chosen)
+        failed = failed_before(state, groups, chosen)
         done = [
             (one, is_done or one.id in failed)
             for one, is_done in _trial_status(state, found.search, groups)
@@ -504,9 +208,6 @@ def _trial_status(
     as_they_are = [one for one in found if one.id not in anew]
     unfinished = fanout.unfinished_of(state.job.root, as_they_are, state.job.fanout)
     return [(one, one.id not in anew and one.id not in unfinished) for one in found]
-
-
-# -------------------------------------------------------------- what made the trials that are there
 
 
 def provenance_of_trials(
@@ -570,10 +271,10 @@ def reusable_results(
         Source to the changes of code and versions since it was made, and the known trials by id.
     """
     changed = {name: stage.changes() for name, stage in state.sources.items() if stage.has_bundle}
-    chosen = _chosen_before(state)
+    chosen = chosen_before(state)
     if len(changed) < len(state.sources) or chosen is None:
         return changed, {}
-    groups = _backbone_groups(state)
+    groups = backbone_groups(state)
     search, final = _planned_trials(state, groups, chosen)
     return changed, provenance_of_trials(state, [*search, *final], groups)
 
@@ -583,7 +284,7 @@ def _planned_trials(
 ) -> tuple[list[Trial], list[Trial]]:
     """Return the search trials that have ended, and the final trials that follow from them."""
     if state.job.fanout.budget is not None:
-        found = _spent(state, groups, chosen)
+        found = decide_budget(state, groups, chosen)
         return list(found.tried), final_trials(state, groups, chosen, {}, found.cut)
     search = _search(state, groups, chosen)
     records = _records(state, search)
@@ -600,80 +301,6 @@ def _search(
         *draws,
         *finalist_trials(state, groups, chosen, ranked_draws(draws, _records(state, draws))),
     ]
-
-
-def _backbone_groups(state: JobState) -> list[BackboneGroup]:
-    manifests = {
-        name: bundle.read_manifest(stage.bundle_uri) for name, stage in state.sources.items()
-    }
-    return grid.backbone_groups(
-        {name: (manifest.arch, manifest.modality) for name, manifest in manifests.items()}
-    )
-
-
-# ------------------------------------------------- what a run leaves for `report` beside its trials
-
-
-class _StoredMetadata(TypedDict, total=False):
-    """What a run leaves for later commands and for the report.
-
-    Most fields are those of `JobState`. A run of an older version may lack some.
-    """
-
-    key: str
-    notes: list[str]
-    broken: dict[str, str]
-    scores: dict[str, SelectionScore]
-    source_scores: dict[str, JsonObject]
-    left_out: dict[str, int]
-    streamed: list[str]
-    failed_in_budget: list[str]
-    chosen: dict[str, list[str]]
-    """Target to the sources that were fanned out."""
-
-
-def _metadata_uri(state: JobState) -> str:
-    """Return where the metadata of a run lie. Each part of a job (``only``) has a file of its own,
-    so that those of the whole job stay. Runs of earlier versions called it facts, so it still is.
-    """
-    part = f"-{spec_hash(sorted(set(state.job.only)))}" if state.job.only else ""
-    return storage.join(state.job.root, f"facts{part}.json")
-
-
-def _save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
-    metadata: _StoredMetadata = {
-        "key": state.key,
-        "notes": state.notes,
-        "broken": state.unusable_targets,
-        "scores": state.scores,
-        "source_scores": {pair: found.to_json() for pair, found in state.source_scores.items()},
-        "left_out": state.left_out,
-        "streamed": state.streamed or [],
-        "failed_in_budget": state.failed_in_budget,
-        "chosen": {name: sorted(found) for name, found in chosen.items()},
-    }
-    checksums.write_document(_metadata_uri(state), metadata)
-
-
-def _read_metadata(state: JobState) -> _StoredMetadata:
-    """Return the metadata that the newest run of the same sources and targets wrote, or {}."""
-    remedy = (
-        "what it told the report (notes, scores, targets that were left out) is missing until the "
-        "job runs again"
-    )
-    found: Any = checksums.document_or_none(_metadata_uri(state), remedy) or {}
-    return found if found.get("key") == state.key else {}
-
-
-def _chosen_before(state: JobState) -> dict[str, set[str]] | None:
-    """Return the sources of each target as the newest run chose them.
-
-    Returns None where they must still be chosen by scores.
-    """
-    if state.job.fanout.by_score is None:
-        return {name: set(matching(state, name)) for name in state.targets}
-    found = _read_metadata(state).get("chosen")
-    return None if found is None else {name: set(found.get(name, ())) for name in state.targets}
 
 
 def used_places(state: JobState) -> dict[str, tuple[str, ...]]:
@@ -695,7 +322,7 @@ def all_ids(state: JobState) -> set[str]:
             "only: a part of a job does not tell which trials the rest has; leave it out to prune"
         )
     lacking = [name for name, stage in state.sources.items() if not stage.has_bundle]
-    broken, chosen = _read_metadata(state).get("broken") or {}, _chosen_before(state)
+    broken, chosen = read_metadata(state).get("broken") or {}, chosen_before(state)
     why = ""
     if lacking:
         why = f"sources {', '.join(lacking)} have no bundle yet"
@@ -704,9 +331,9 @@ def all_ids(state: JobState) -> set[str]:
     elif chosen is None:
         why = "which sources are fanned out is not known yet"
     if not why and chosen is not None:
-        groups = _backbone_groups(state)
+        groups = backbone_groups(state)
         if state.job.fanout.budget is not None:
-            is_through = not _spent(state, groups, chosen).waiting
+            is_through = not decide_budget(state, groups, chosen).waiting
         else:
             is_through = None not in _records(state, _search(state, groups, chosen))
         if is_through:
@@ -728,6 +355,9 @@ def stale(state: JobState) -> pruning.StaleTrials:
     return pruning.find_stale(
         state.job.root, all_ids(state), pruning.uses(state.job.root, used_places(state))
     )
+
+
+# ---------------------------------------------------------------- sources and targets
 
 
 def pretrain(state: JobState) -> None:
@@ -914,6 +544,9 @@ def _git_sha() -> str | None:
     return out.stdout.strip() or None
 
 
+# ---------------------------------------------------------------- scores
+
+
 def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
     """Score every source for every target.
 
@@ -1071,260 +704,7 @@ def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
     return chosen
 
 
-def _entries(
-    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
-) -> list[tuple[str, tuple[BackboneGroup, str, Any, Any]]]:
-    return [
-        (name, entry)
-        for name in state.targets
-        for entry in grid.planned_entries(
-            state.job,
-            name,
-            [b for b in groups if set(b.sources) & set(matching(state, name))],
-            chosen[name],
-        )
-    ]
-
-
-def _trial(
-    state: JobState,
-    name: str,
-    entry: tuple[BackboneGroup, str, Any, Any],
-    hyper: grid.HyperParameters,
-    seed: int,
-    stage: str,
-    members: tuple[Trial, ...] = (),
-) -> Trial:
-    key = state.sources[entry[1]].key if entry[1] != SCRATCH else ""
-    target, technique = state.targets[name], technique_of(entry[2])
-    data_key = target.key
-    # without labels they are the training rows of every technique, whose number makes its steps
-    are_trained_on = entry[3] == 0 and grid.needs_training(entry[2])
-    if target.unlabelled_key and (are_trained_on or targets.reads_target(technique)):
-        data_key = spec_hash(data_key, target.unlabelled_key)
-    return grid.make_trial(
-        state.job, name, entry, hyper, seed, stage, key, data_key, members, state.ids_in_old_layout
-    )
-
-
-def search_trials(
-    state: JobState,
-    groups: list[BackboneGroup],
-    chosen: dict[str, set[str]],
-    records: Mapping[str, TrialRecord] | None = None,
-) -> list[Trial]:
-    """Return the search trials that are known so far (`proposals.search_trials`).
-
-    There are none of an entry where there is only one setting.
-
-    Args:
-        records: Id of a trial to its record; None: all that there are.
-    """
-    if state.job.fanout.trials == 1:
-        return []
-    found = _search_trials(state, groups, chosen, records or {})
-    if records is not None or state.job.fanout.searcher == "random":
-        return found
-    there: dict[str, TrialRecord] = {}
-    for _ in range(proposals.GENERATIONS - 1):
-        unread = [one for one in found if one.id not in there]
-        there |= trial.read_records(state.job.root, grid.folders(unread))
-        found = _search_trials(state, groups, chosen, there)
-    return found
-
-
-def _search_trials(
-    state: JobState,
-    groups: list[BackboneGroup],
-    chosen: dict[str, set[str]],
-    records: Mapping[str, TrialRecord],
-) -> list[Trial]:
-    streamed = state.streamed
-    if streamed is None:
-        streamed = _read_metadata(state).get("streamed", [])
-    values = {one: validation_value(record) for one, record in records.items()}
-    out: list[Trial] = []
-    for name, entry in _entries(state, groups, chosen):
-        if grid.needs_training(entry[2]):
-            out += proposals.search_trials(
-                state.job,
-                state.job.targets[name],
-                entry[2],
-                f"{name}|{entry[0].key}" not in streamed,
-                partial(_trial, state, name, entry, seed=grid.SEARCH_SEED, stage="search"),
-                values,
-            )
-    return out
-
-
-def finalist_trials(
-    state: JobState,
-    groups: list[BackboneGroup],
-    chosen: dict[str, set[str]],
-    ranked: dict[str, list[dict[str, float]]],
-) -> list[Trial]:
-    """Return trials of the best few draws of every entry with further seeds.
-
-    Their number is in `Fanout.search_finalists`. There are none where there is a single draw.
-
-    Args:
-        ranked: Entry to its draws, the best first.
-    """
-    spec, out = state.job.fanout.search_finalists, []
-    for name, entry in _entries(state, groups, chosen) if ranked else ():
-        first = grid.SEARCH_SEED
-        best = ranked.get(_trial(state, name, entry, {}, first, "search").entry, [])[: spec.top]
-        if len(best) > 1:
-            out += [
-                _trial(state, name, entry, hyper, first + i, "search")
-                for hyper in best
-                for i in range(1, spec.seeds + 1)
-            ]
-    return out
-
-
-def final_trials(
-    state: JobState,
-    groups: list[BackboneGroup],
-    chosen: dict[str, set[str]],
-    winners: dict[str, dict[str, float]],
-    cut: Collection[str] = (),
-) -> list[Trial]:
-    """Return the trials of every entry's winner with every seed.
-
-    An entry whose search has no winner has the settings of the target. Entries that were ``cut`` by
-    a budget have no final trials.
-    """
-    out: list[Trial] = []
-    combined = []
-    for name, entry in _entries(state, groups, chosen):
-        if grid.combines_trials(entry[2]):
-            combined.append((name, entry))
-            continue
-        entry_name = _trial(state, name, entry, {}, 0, "final").entry
-        if entry_name in cut:
-            continue
-        hyper = winners.get(entry_name, {})
-        out += [
-            _trial(state, name, entry, hyper, seed, "final")
-            for seed in range(state.job.fanout.seeds if grid.needs_training(entry[2]) else 1)
-        ]
-    for name, entry in combined:
-        group, source, component, fraction = entry
-        members = tuple(
-            one
-            for one in out
-            if (one.source, one.backbone_key, one.target) == (source, group.key, name)
-            and grid.takes(component, one.technique)
-            # 1 and 1.0 are equal numbers, but one row a class and all rows
-            and grid.fraction_text(one.label_fraction) == grid.fraction_text(fraction)
-        )
-        out.append(_trial(state, name, entry, {}, 0, "final", members))
-    return [*out, *_baseline_trials(state, groups)]
-
-
-# ---------------------------------------------------------------- a budget of trials
-
-
-def planned_allocations(
-    state: JobState,
-) -> dict[tuple[str, str], tuple[budget.BracketSize, budget.Allocation]]:
-    """Return (target, label fraction) to size and allocation, before anything has run.
-
-    It is empty where the job has no budget. Before the sources are trained it may count more
-    scratch networks than there are (`scratch_networks`).
-
-    Raises:
-        BudgetError: The budget is too small.
-    """
-    job, by_score = state.job, state.job.fanout.by_score
-    if job.fanout.budget is None:
-        return {}
-    sizes: dict[tuple[str, str], budget.BracketSize] = {}
-    for name, stage in state.targets.items():
-        names = matching(state, name)[: by_score.top if by_score else None]
-        networks = scratch_networks(state, names)
-        trained = [one for one in grid.techniques(job, stage.spec) if grid.needs_training(one)]
-        for fraction in stage.spec.label_fractions:
-            sizes[name, grid.fraction_text(fraction, stage.spec.objective.name)] = _size(
-                [one for one in trained if grid.starts_random(one)] * networks,
-                [one for one in trained if not grid.starts_random(one)] * len(names),
-                job.fanout.seeds,
-            )
-    spent = budget.share_out(job.fanout.budget, list(sizes.values()), job.fanout.seeds)
-    return {key: (size, one) for (key, size), one in zip(sizes.items(), spent, strict=True)}
-
-
-def _size(scratch: Sequence[Any], pairs: Sequence[Any], seeds: int) -> budget.BracketSize:
-    """Return the size of a bracket, given the technique of each of its entries."""
-    return budget.BracketSize(
-        len(pairs),
-        sum((budget.relative_cost(one) for one in scratch), Fraction(0)) * seeds,
-        max(map(budget.relative_cost, pairs), default=Fraction(1)),
-    )
-
-
-def brackets_of(
-    state: JobState,
-    groups: list[BackboneGroup],
-    chosen: dict[str, set[str]],
-    seed: int = grid.SEARCH_SEED,
-) -> list[budget.Bracket]:
-    """Return the brackets of a job, in the order of its targets and label fractions.
-
-    Args:
-        seed: Of the search trials. No final trial has it: a pair that was kept for a lucky network
-            would have this network's luck in its gain too.
-    """
-    entries: dict[tuple[str, str], list[tuple[BackboneGroup, str, Any, Any]]] = defaultdict(list)
-    for name, entry in _entries(state, groups, chosen):
-        if grid.needs_training(entry[2]):
-            objective = state.targets[name].spec.objective.name
-            entries[name, grid.fraction_text(entry[3], objective)].append(entry)
-    out: list[budget.Bracket] = []
-    for (name, fraction), found in entries.items():
-        train = state.targets[name].spec.train
-        competing = [entry for entry in found if not grid.starts_random(entry[2])]
-        pairs = [
-            budget.Pair(
-                tuple(
-                    _trial(state, name, entry, budget.shortened(train, rung), seed, "search")
-                    for rung in range(len(budget.RUNGS))
-                )
-            )
-            for entry in competing
-        ]
-        size = _size(
-            [entry[2] for entry in found if grid.starts_random(entry[2])],
-            [entry[2] for entry in competing],
-            state.job.fanout.seeds,
-        )
-        out.append(budget.Bracket(name, fraction, tuple(pairs), size))
-    return out
-
-
-def _spent(
-    state: JobState,
-    groups: list[BackboneGroup],
-    chosen: dict[str, set[str]],
-    records: Mapping[str, TrialRecord] | None = None,
-) -> budget.Decision:
-    """Decide which pairs go on, and keep why the others were cut.
-
-    Args:
-        records: Id of a trial to its record; None: all that there are.
-    """
-    brackets, fan = brackets_of(state, groups, chosen), state.job.fanout
-    assert fan.budget is not None
-    allocation = budget.share_out(fan.budget, [bracket.size for bracket in brackets], fan.seeds)
-    if records is None:
-        every = [one for bracket in brackets for pair in bracket.pairs for one in pair.rungs]
-        records = trial.read_records(state.job.root, grid.folders(every))
-    found = budget.decide(
-        brackets, allocation, {one: validation_value(record) for one, record in records.items()}
-    )
-    state.cut_by_budget = found.reasons
-    return found
+# ---------------------------------------------------------------- trials
 
 
 def _spend(
@@ -1335,9 +715,9 @@ def _spend(
     A search trial that failed is not run again once pairs were kept and trained without it: those
     of this and of every later target would be others.
     """
-    records = _failed_before(state, groups, chosen)
+    records = failed_before(state, groups, chosen)
     while True:
-        found = _spent(state, groups, chosen, records)
+        found = decide_budget(state, groups, chosen, records)
         if not found.waiting:
             break
         waiting = list(found.waiting)
@@ -1359,19 +739,6 @@ def _spend(
         state.progress.note(note)
     _note_failed(state, found.tried, records)
     return found
-
-
-def _failed_before(
-    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
-) -> dict[str, TrialRecord]:
-    """Return the records of search trials that had failed when a budget was spent, by id."""
-    ids = _read_metadata(state).get("failed_in_budget")
-    if "trials" in state.remake or not ids:
-        return {}
-    pairs = [pair for bracket in brackets_of(state, groups, chosen) for pair in bracket.pairs]
-    trials = [one for pair in pairs for one in pair.rungs if one.id in ids]
-    found = trial.read_records(state.job.root, grid.folders(trials))
-    return {one: record for one, record in found.items() if record.failed}
 
 
 def _note_failed(
@@ -1400,18 +767,6 @@ def _note_failed(
         state.progress.note(f"warning: {state.notes[-1]}")
 
 
-def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial]:
-    """Return the trials of baselines. They read rows as the first backbone group of a target."""
-    out: list[Trial] = []
-    for name, target in state.targets.items():
-        if not grid.baselines(state.job, target.spec):
-            continue
-        names = set(matching(state, name))
-        group = next(one for one in groups if set(one.sources) & names)
-        out += grid.baseline_trials(state.job, name, group, target.key, state.ids_in_old_layout)
-    return out
-
-
 def finetune(state: JobState, shared: Shared) -> list[Trial]:
     """Search or spend the budget, and then run every entry that is left with every seed.
 
@@ -1425,10 +780,10 @@ def finetune(state: JobState, shared: Shared) -> list[Trial]:
     else:
         search, winners = _run_search(state, shared, groups, chosen)
         final = final_trials(state, groups, chosen, winners)
-    _save_metadata(state, chosen)
+    save_metadata(state, chosen)
     _run_final(state, shared, groups, final)
     _measure_shift_of_test(state, shared)
-    _save_metadata(state, chosen)
+    save_metadata(state, chosen)
     return [*search, *final]
 
 
@@ -1539,6 +894,9 @@ def _run_final(
             )
 
 
+# ---------------------------------------------------------------- results and report
+
+
 def current(state: JobState) -> list[ResultRow]:
     """Return the results rows of the job as it is now, and the notes of the run that made them.
 
@@ -1546,7 +904,7 @@ def current(state: JobState) -> list[ResultRow]:
     """
     if not state.targets or not all(stage.has_bundle for stage in state.sources.values()):
         return []
-    metadata = _read_metadata(state)
+    metadata = read_metadata(state)
     state.notes = metadata.get("notes", [])
     state.unusable_targets = metadata.get("broken", {})
     state.scores = metadata.get("scores", {})
@@ -1559,76 +917,11 @@ def current(state: JobState) -> list[ResultRow]:
         name: stage for name, stage in state.targets.items() if name not in state.unusable_targets
     }
     groups, chosen = (
-        _backbone_groups(state),
-        _chosen_before(state) or {name: set(matching(state, name)) for name in state.targets},
+        backbone_groups(state),
+        chosen_before(state) or {name: set(matching(state, name)) for name in state.targets},
     )
     search, final = _planned_trials(state, groups, chosen)
     return collect(state, [*search, *final])
-
-
-def validation_value(record: TrialRecord) -> float | None:
-    """Return the primary metric of a trial on validation rows, larger is better.
-
-    It is None where the trial failed, was stopped early or has no value.
-    """
-    row = next((r for r in record.rows if r.metric and r.is_validation), None)
-    if record.status != "done" or row is None or row.value is None or math.isnan(row.value):
-        return None
-    return row.value if row.higher_is_better else -row.value
-
-
-def _tried(
-    search: list[Trial], records: Sequence[TrialRecord | None]
-) -> dict[str, list[tuple[dict[str, float], list[float]]]]:
-    """Return entry to its draws, each with the validation value of every seed, larger is better.
-
-    Trials without a record and those that failed, were stopped early or have no value are left out.
-    """
-    out: dict[str, dict[str, tuple[dict[str, float], dict[str, float]]]] = defaultdict(dict)
-    for one, record in zip(search, records, strict=True):
-        value = None if record is None else validation_value(record)
-        if value is None:
-            continue
-        _, values = out[one.entry].setdefault(
-            json.dumps(one.hyper_parameters, sort_keys=True), (one.hyper_parameters, {})
-        )
-        values[one.id] = value
-    return {
-        entry: [(hyper, list(values.values())) for hyper, values in draws.values()]
-        for entry, draws in out.items()
-    }
-
-
-def ranked_draws(
-    search: list[Trial], records: Sequence[TrialRecord | None]
-) -> dict[str, list[dict[str, float]]]:
-    """Return entry to its draws, the best first.
-
-    Of equally good draws the one that was drawn first comes first.
-    """
-    return {
-        entry: [hyper for hyper, _ in sorted(draws, key=_draw_sort_key, reverse=True)]
-        for entry, draws in _tried(search, records).items()
-    }
-
-
-def winning_draws(
-    search: list[Trial], records: Sequence[TrialRecord | None]
-) -> dict[str, dict[str, float]]:
-    """Return the best draw of every entry on validation, at equal budget.
-
-    Trials that were stopped early or failed cannot win.
-    """
-    return {entry: ranked[0] for entry, ranked in ranked_draws(search, records).items()}
-
-
-def _draw_sort_key(draw: tuple[dict[str, float], list[float]]) -> tuple[int, float]:
-    """Return the sort key of a draw, by the number of finished seeds and then by validation value.
-
-    Draws that were not tried again, or failed with a seed, were found worse.
-    """
-    _, values = draw
-    return len(values), float(np.mean(values))
 
 
 def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
@@ -1638,7 +931,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
     """
     root, is_budgeted = state.job.root, state.job.fanout.budget is not None
     records = trial.read_records(root, grid.folders(found))
-    state.trial_provenance = provenance_of_trials(state, found, _backbone_groups(state))
+    state.trial_provenance = provenance_of_trials(state, found, backbone_groups(state))
     if state.job.fanout.keep_bundles == "best":
         best: dict[str, TrialRecord] = {}
         fanout.prune_bundles(root, [one for one in found if one.stage == "final"], "best", best)
@@ -1690,7 +983,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
                 and against.id in records
                 and one.source != SCRATCH
             ):
-                row = replace(row, **_gain(predictions, one, against, row, records))
+                row = replace(row, **gain_over_scratch(predictions, one, against, row, records))
                 if mixed := provenance.differences(
                     state.trial_provenance[one.id].made, state.trial_provenance[against.id].made
                 ):
@@ -1699,7 +992,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
             rows.append(row)
         rows += _by_subgroup(state, predictions, rows, one)
     entries = matrix.matrix_entries(rows, _tested_runs(state, rows, targets_of))
-    rows = _with_best_baseline(_compared(rows, entries), entries, predictions)
+    rows = with_best_baseline(with_comparison(rows, entries), entries, predictions)
     results.append(
         root,
         rows,
@@ -1766,108 +1059,6 @@ def _tested_runs(
     }
 
 
-def _compared(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) -> list[ResultRow]:
-    """Fill in the columns that need the comparison of whole entries.
-
-    They are the number of paired seeds, the corrected p value (primary metric only) and the gain
-    over the target's best scratch network with the same seed. Only test rows of trials with a
-    source have them.
-    """
-    by_key = {
-        (entry.source, entry.backbone, entry.target, entry.technique, entry.label_fraction): entry
-        for entry in entries
-    }
-    tested = [row for row in rows if _is_tested(row)]
-    scratch = {
-        (row.backbone, row.target, row.label_fraction, row.metric, row.seed, row.fold): row.value
-        for row in tested
-        if row.source == SCRATCH and results.technique(row) == "scratch"
-    }
-    out: list[ResultRow] = []
-    for row in rows:
-        entry = by_key.get(matrix.entry_key(row))
-        if (
-            not _is_tested(row)
-            or entry is None
-            or row.source == SCRATCH
-            or "@" in (row.metric or "")
-        ):
-            out.append(row)
-            continue
-        best = scratch.get(
-            (entry.baseline, row.target, row.label_fraction, row.metric, row.seed, row.fold)
-        )
-        baseline_gain = (
-            None
-            if best is None or row.value is None
-            else (row.value - best) * (1 if row.higher_is_better else -1)
-        )
-        gain_p_holm = entry.gain_p_holm if row.metric == entry.metric else None
-        out.append(
-            replace(
-                row,
-                paired_seeds=entry.paired_seeds,
-                gain_p_holm=gain_p_holm,
-                baseline_gain=baseline_gain,
-            )
-        )
-    return out
-
-
-def _with_best_baseline(
-    rows: list[ResultRow],
-    entries: list[matrix.MatrixEntry],
-    predictions: Callable[[str, int], stats.RunPredictions | None],
-) -> list[ResultRow]:
-    """Fill in the gain over the target's best baseline, with the same label fraction and seed."""
-    best = {
-        (entry.source, entry.backbone, entry.target, entry.technique, entry.label_fraction): entry
-        for entry in entries
-        if entry.best_baseline
-    }
-    of_baselines = {
-        (
-            row.target,
-            row.label_fraction,
-            results.technique(row),
-            row.seed,
-            row.fold,
-            row.metric,
-        ): row
-        for row in rows
-        if _is_tested(row) and row.backbone == results.NO_BACKBONE
-    }
-    out: list[ResultRow] = []
-    for row in rows:
-        entry = best.get(matrix.entry_key(row))
-        if entry is None or not _is_tested(row):
-            out.append(row)
-            continue
-        seed_and_fold = row.seed, row.fold
-        key = (row.target, row.label_fraction, entry.best_baseline, *seed_and_fold, row.metric)
-        gain, low, high = _gain_over(predictions, row, of_baselines.get(key))
-        out.append(
-            replace(
-                row,
-                best_baseline=entry.best_baseline,
-                best_baseline_gain=gain,
-                best_baseline_low=low,
-                best_baseline_high=high,
-            )
-        )
-    return out
-
-
-def _is_tested(row: ResultRow) -> bool:
-    """Return whether a row is the test result of a final trial."""
-    return (
-        row.trial_stage == "final"
-        and row.split == "test"
-        and bool(row.metric)
-        and row.status == "done"
-    )
-
-
 def _by_subgroup(
     state: JobState,
     predictions: Callable[[str, int], stats.RunPredictions | None],
@@ -1899,48 +1090,6 @@ def _with_subgroups(
             stage.splits.test, stage.spec.subgroups, f"targets.{target}.subgroups"
         )
     return subgroups.with_subgroups(run, stage.splits.test, state.subgroups[target])
-
-
-def _gain(
-    predictions: Callable[[str, int], stats.RunPredictions | None],
-    one: Trial,
-    against: Trial,
-    row: ResultRow,
-    records: dict[str, TrialRecord],
-) -> dict[str, float]:
-    theirs = next(
-        (r.value for r in records[against.id].rows if r.split == "test" and r.metric == row.metric),
-        None,
-    )
-    if theirs is None or row.value is None or row.metric is None:
-        return {}
-    found = _gain_over(predictions, row, replace(row, trial_folder=against.folder, value=theirs))
-    names = ("gain", "gain_low", "gain_high")
-    known = {name: value for name, value in zip(names, found, strict=True) if value is not None}
-    return {"scratch_value": theirs, **known}
-
-
-def _gain_over(
-    predictions: Callable[[str, int], stats.RunPredictions | None],
-    row: ResultRow,
-    other: ResultRow | None,
-) -> matrix.Estimate:
-    """Return (gain, low, high) of a trial's row over that of another trial with the same seed.
-
-    What cannot be computed is None.
-    """
-    if other is None or row.value is None or other.value is None or row.metric is None:
-        return None, None, None
-    gain = (row.value - other.value) * (1 if row.higher_is_better else -1)
-    if "/" in row.metric or "@" in row.metric:
-        # of one label or subgroup: the report has its interval over all seeds
-        return gain, None, None
-    of = metric(row.metric)
-    ours, theirs = (predictions(each.folder, each.seed) for each in (row, other))
-    can_resample = of.units is not None or of.resampled is not None
-    if not can_resample or ours is None or theirs is None:
-        return gain, None, None
-    return stats.gain(of, [ours], [theirs])
 
 
 def show(

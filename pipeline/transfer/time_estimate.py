@@ -28,9 +28,9 @@ from pipeline.train.dry_checks import Workload
 from pipeline.train.experiment import technique_of
 from pipeline.train.progress import duration
 from pipeline.train.token_rows import PACKED
-from pipeline.transfer import stages
+from pipeline.transfer import planned_trials, stages
 from pipeline.transfer.dry_run import TargetCost, describe_target, steps_of_source, validations
-from pipeline.transfer.stages import JobState
+from pipeline.transfer.job_state import JobState
 
 FEWEST_ROWS, MOST_ROWS = 4, 64
 """A measured batch grows from the first number of rows to the second, as long as it is quick."""
@@ -234,7 +234,7 @@ def _target_seconds(
     state: JobState, name: str, loads: Sequence[Workload], speeds: _Speeds
 ) -> float:
     """Return the seconds of a target's trials, one after the other. Raises Unmeasured."""
-    cost: TargetCost = describe_target(state, name, stages.planned_allocations(state))
+    cost: TargetCost = describe_target(state, name, planned_trials.planned_allocations(state))
     stage, total, features = state.targets[name], 0.0, 0.0
     train, splits = stage.spec.train, stage.splits
     threads = max(1, int(state.job.fanout.cpus_per_trial))

@@ -35,7 +35,7 @@ from pipeline.train.log import NO_CURVES
 from pipeline.train.source import SourceStage
 from pipeline.transfer import trial
 from pipeline.transfer.grid import Trial, folders
-from pipeline.transfer.stages import JobState
+from pipeline.transfer.job_state import JobState
 
 FILE = "tracking.json"
 """File of a job's folder with the ids of its runs in the tracker, and what they hold."""

@@ -81,18 +81,18 @@ class Played:
     def __init__(self, path: str, seeds: int):
         from pipeline import api
         from pipeline.train.progress import Progress
-        from pipeline.transfer import grid, stages, trial
+        from pipeline.transfer import grid, job_state, planned_trials, stages, trial
 
         self.job = api.load_job(path)
         self.state = stages.check(self.job, Progress())
         self.shared = stages.share(self.state)
         groups = list(self.shared.backbone_groups.values())
-        chosen = {name: set(stages.matching(self.state, name)) for name in self.state.targets}
+        chosen = {name: set(job_state.matching(self.state, name)) for name in self.state.targets}
         self.brackets = [
-            stages.brackets_of(self.state, groups, chosen, grid.SEARCH_SEED + number)
+            planned_trials.brackets_of(self.state, groups, chosen, grid.SEARCH_SEED + number)
             for number in range(seeds)
         ]
-        final = stages.final_trials(self.state, groups, chosen, {})
+        final = planned_trials.final_trials(self.state, groups, chosen, {})
         records = trial.read_records(self.job.root, grid.folders(final))
         done = {one.id for one in final if one.id in records and records[one.id].status == "done"}
         if len(done) < len(final):
@@ -107,7 +107,7 @@ class Played:
             record = records[one.id]
             row = next(row for row in record.rows if row.metric and row.split == "test")
             sign = 1 if row.higher_is_better else -1
-            value = stages.validation_value(record)
+            value = planned_trials.validation_value(record)
             self.test.setdefault(one.entry, []).append(sign * (row.value or 0.0))
             self.validation.setdefault(one.entry, []).append(-math.inf if value is None else value)
 
@@ -159,7 +159,7 @@ class Played:
     def _decide(self, brackets: Any, allocation: Any) -> Any:
         """Return the last decision of a budget, and run the search trials that it waits for."""
         from pipeline.train.progress import Progress
-        from pipeline.transfer import budget, fanout, stages
+        from pipeline.transfer import budget, fanout, planned_trials
 
         while True:
             found = budget.decide(brackets, allocation, self.values)
@@ -168,7 +168,7 @@ class Played:
             waiting = list(found.waiting)
             ended = fanout.run(found.rung, waiting, self.shared, self.job.fanout, Progress())
             self.values |= {
-                one.id: stages.validation_value(record)
+                one.id: planned_trials.validation_value(record)
                 for one, record in zip(waiting, ended, strict=True)
             }
 

@@ -9,7 +9,7 @@ whatever its seed (``Case.agree`` of the latent spread); each seed has a level o
 0.01 or 0.02 of the metric) and its own noise on every row. All entries have the same expected metric
 over rows and seeds, so every win and every loss is false. A matrix has 3 targets with 4 entries and
 one scratch each, 12 comparisons, as the quickstart has; they go through
-``report.matrix.matrix_entries``, search and choice through ``transfer.stages``.
+``report.matrix.matrix_entries``, search and choice through ``transfer.planned_trials``.
 
 Columns: false verdicts among the comparisons that were made (with their 95 % interval over
 matrices), what share was not judged (one paired seed, too few units), how many intervals exclude
@@ -287,7 +287,7 @@ def _searched(
     """The draw that a search chooses, through the stages' own ranking; its rows are added to the
     table.
     """
-    from pipeline.transfer import stages
+    from pipeline.transfer import planned_trials
 
     search: list[Any] = []
     records: list[Any] = []
@@ -312,10 +312,10 @@ def _searched(
     top, further = case.finalists
     for draw in draws:
         add(float(draw), 0)
-    for hyper in stages.ranked_draws(search, records)["entry"][:top] if top > 1 else ():
+    for hyper in planned_trials.ranked_draws(search, records)["entry"][:top] if top > 1 else ():
         for seed in range(1, 1 + further):
             add(hyper["lr"], seed)
-    return stages.winning_draws(search, records)["entry"]["lr"]
+    return planned_trials.winning_draws(search, records)["entry"]["lr"]
 
 
 def measured(case: Case, matrices: int, first: int = 0) -> dict[str, Any]:

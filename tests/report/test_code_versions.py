@@ -36,7 +36,7 @@ from pipeline.report import code_versions, matrix, results, terminal, trial_fold
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import loop, pretrain, resume_history, source
 from pipeline.train.loop import Ranks
-from pipeline.transfer import cached_heads, dry_run, grid, stages, trial
+from pipeline.transfer import cached_heads, dry_run, grid, job_state, planned_trials, stages, trial
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def toy(folder, bundles, paths) -> Job:
 
 
 def shown(
-    state: stages.JobState, rows: list[dict[str, Any]]
+    state: job_state.JobState, rows: list[dict[str, Any]]
 ) -> tuple[list[matrix.MatrixEntry], str, str]:
     """The entries, report.md and the terminal's table."""
     found, (markdown, _) = stages.show(state, rows)
@@ -93,7 +93,7 @@ def shown(
 # ---------------------------------------------------------------- trials
 
 
-def assert_trained_from_the_start(job: Job, state: stages.JobState, one: str) -> None:
+def assert_trained_from_the_start(job: Job, state: job_state.JobState, one: str) -> None:
     record = trial.read_record(job.root, trial_folder.find_all(job.root)[one])
     assert record is not None and record.resumed_from == 0
     assert state.trial_provenance[one].changes == ()
@@ -369,7 +369,9 @@ def full_trial(job: Job) -> tuple[trial.Shared, grid.Trial]:
     """What the trials of a job read, and its trial of full fine-tuning."""
     state = prepared(job)
     shared = stages.share(state)
-    found = stages.final_trials(state, list(shared.backbone_groups.values()), {"task": {"a"}}, {})
+    found = planned_trials.final_trials(
+        state, list(shared.backbone_groups.values()), {"task": {"a"}}, {}
+    )
     return shared, next(one for one in found if one.technique.name == "full")
 
 

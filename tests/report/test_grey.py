@@ -6,7 +6,7 @@ import torch
 
 from pipeline.checkpoints import bundle
 from pipeline.io import storage
-from pipeline.transfer import stages, trial
+from pipeline.transfer import planned_trials, stages, trial
 from tests import toys
 from tests.stage_runs import run_through
 from tests.transfer import test_stages
@@ -26,7 +26,7 @@ def test_a_grey_target_of_a_source_of_colours(tmp_path, bundles, here):
         state = test_stages.prepared(one)
         shared = stages.share(state)
         (data,), (base,) = shared.targets.values(), shared.backbone_groups.values()
-        last = stages.final_trials(state, [base], {"task": {"a"}}, {})[-1]
+        last = planned_trials.final_trials(state, [base], {"task": {"a"}}, {})[-1]
         assert last.source == "a"
         task, moved, _ = trial.build(last, shared)
         modality, batch = bundle.build_modality(data.modality), toys.take(data.train, range(6))

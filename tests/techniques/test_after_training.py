@@ -31,7 +31,7 @@ from pipeline.core.contracts import Ensemble, FinishedTrial, Task, Technique
 from pipeline.core.metrics import calibration
 from pipeline.core.specs import Architecture, ObjectiveSpec
 from pipeline.train import experiment, loop
-from pipeline.transfer import grid, stages, trial
+from pipeline.transfer import grid, planned_trials, stages, trial
 
 KINDS = {name: backbone for name, (_, backbone) in MODALITIES.items()}
 EACH = pytest.mark.parametrize("kind", KINDS)
@@ -396,7 +396,7 @@ def test_one_row_a_class_and_all_rows_are_not_mixed(tmp_path, paths):
     state = stages.check(Job.model_validate(dumped), stage_runs.Silent())
     arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
     group = grid.BackboneGroup(arch, stage_runs.MODALITY, "net", ("src",))
-    found = stages.final_trials(state, [group], {"task": {"src"}}, {})
+    found = planned_trials.final_trials(state, [group], {"task": {"src"}}, {})
     soups = [one for one in found if one.members]
     assert len(soups) == 2
     for soup in soups:
@@ -413,7 +413,7 @@ def planned(tmp_path, paths, techniques) -> dict[str, list[grid.Trial]]:
     arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
     group = grid.BackboneGroup(arch, stage_runs.MODALITY, "net", ("src",))
     out: dict[str, list[grid.Trial]] = {}
-    for one in stages.final_trials(state, [group], {"task": {"src"}}, {}):
+    for one in planned_trials.final_trials(state, [group], {"task": {"src"}}, {}):
         out.setdefault(one.technique.name, []).append(one)
     return out
 

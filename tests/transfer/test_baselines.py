@@ -724,7 +724,7 @@ def test_the_report_of_one_network_has_no_table_of_several(tmp_path):
 
 
 def test_a_baseline_that_suits_no_target_is_refused():
-    from pipeline.transfer import stages
+    from pipeline.transfer import job_checks
 
     target = {
         "data": {"uri": "x", "modality": "image", "columns": {"image": "i", "label": "l"}},
@@ -738,5 +738,5 @@ def test_a_baseline_that_suits_no_target_is_refused():
             "baselines": ["majority", "bag_of_words"],
         }
     )
-    (problem,) = stages.baseline_problems(job)
+    (problem,) = job_checks.baseline_problems(job)
     assert "bag_of_words" in problem and "leave it out" in problem

@@ -16,7 +16,7 @@ from pipeline.core.metrics import catalog
 from pipeline.report import advice, folds, matrix, results, shift, stats
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.train.source import data_key
-from pipeline.transfer import dry_run, grid, stages, targets, trial
+from pipeline.transfer import dry_run, grid, job_state, planned_trials, stages, targets, trial
 
 ROWS = 48
 
@@ -138,9 +138,9 @@ def test_a_search_is_of_each_fold_alone(toy, monkeypatch):
     search = {"lr": [0.003, 0.01, 0.03]}
     fanout = {"seeds": 1, "trials": 2, "search": search, "search_finalists": {"top": 1}}
     state = stages.check(job_of(toy, techniques=["scratch"], fanout=fanout), Silent())
-    groups = stages._backbone_groups(state)
-    chosen = {name: set(stages.matching(state, name)) for name in state.targets}
-    found = stages.search_trials(state, groups, chosen)
+    groups = job_state.backbone_groups(state)
+    chosen = {name: set(job_state.matching(state, name)) for name in state.targets}
+    found = planned_trials.search_trials(state, groups, chosen)
     by_fold = {one.entry: one.target for one in found}
     assert len(found) == 3 * 2 and sorted(by_fold.values()) == [f"task.fold{k}" for k in (1, 2, 3)]
     for stage in state.targets.values():

@@ -21,7 +21,16 @@ from pipeline.data.stream import eval_batches
 from pipeline.objectives.classification import Classification, ClassificationOptions
 from pipeline.techniques.full import Full
 from pipeline.train import loop
-from pipeline.transfer import dry_run, fanout, grid, label_sets, overlap, stages, trial
+from pipeline.transfer import (
+    dry_run,
+    fanout,
+    grid,
+    label_sets,
+    overlap,
+    planned_trials,
+    stages,
+    trial,
+)
 
 COLUMNS = {"image": "picture", "label": "class"}
 STATE = {"values": ["class 2", "class 0", "class 1"], "labels": ["class 2", "class 0", "class 1"]}
@@ -255,7 +264,7 @@ def test_of_trials_without_labels_the_best_on_the_sources_rows_is_chosen(tmp_pat
         for one, value in zip(tried, (0.4, 0.6), strict=True)
     ]
     assert {row.split for record in records for row in record.rows} == {"source_validation"}
-    assert stages.winning_draws(tried, records) == {tried[0].entry: {"lr": 1e-2}}
+    assert planned_trials.winning_draws(tried, records) == {tried[0].entry: {"lr": 1e-2}}
     assert fanout._is_better(records[1], records[0]) and not fanout._is_better(*records)
 
 
@@ -328,7 +337,7 @@ def trial_ids(state, *techniques) -> dict[tuple[str, str], str]:
     arch = Architecture("timm/test_vit", {}, {"channels": 3, "size": 32})
     group = grid.BackboneGroup(arch, ModalitySpec("image"), "net", ("src",))
     entries = grid.planned_entries(state.job, "task", [group], {"src"})
-    made = [stages._trial(state, "task", entry, {}, 0, "final") for entry in entries]
+    made = [planned_trials._trial(state, "task", entry, {}, 0, "final") for entry in entries]
     return {
         (one.technique.name, grid.fraction_text(one.label_fraction)): one.id
         for one in made

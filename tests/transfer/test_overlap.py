@@ -14,7 +14,7 @@ from pipeline.data import manifests
 from pipeline.io import storage
 from pipeline.prepare.cohorts import definition
 from pipeline.train.progress import Progress
-from pipeline.transfer import overlap, stages
+from pipeline.transfer import job_state, overlap, stages
 
 
 def test_rows_that_name_files_count_as_the_files(tmp_path):
@@ -100,7 +100,7 @@ def stays(count: int, first: int = 0, shift: float = 0.0) -> pa.Table:
 
 def record_job(
     folder, source: pa.Table, target: pa.Table, group=("patient", "patient"), **fields
-) -> stages.JobState:
+) -> job_state.JobState:
     """A source that forecasts on records, and a target that classifies others."""
     for name, table in (("source", source), ("target", target)):
         pq.write_table(table, folder / f"{name}.parquet")
@@ -139,7 +139,7 @@ def record_job(
     return stages.check(Job.model_validate(job), Progress(Console(quiet=True)))
 
 
-def looked(state: stages.JobState) -> overlap.Overlap:
+def looked(state: job_state.JobState) -> overlap.Overlap:
     return overlap.find_overlap(
         state.targets["task"], state.sources, storage.join(state.job.root, "signs")
     )

@@ -21,7 +21,7 @@ from pipeline.techniques.peft import Lora
 from pipeline.train import dry_checks, source
 from pipeline.transfer import dry_run, preflight, stages, targets
 from pipeline.transfer.grid import backbone_groups
-from pipeline.transfer.stages import JobState
+from pipeline.transfer.job_state import JobState
 
 # fixtures
 from tests.transfer.test_targets import Silent, job_of, models, saved, texts  # noqa: F401

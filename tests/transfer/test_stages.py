@@ -46,7 +46,17 @@ from pipeline.report.results import ResultRow
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import row_checks, source
 from pipeline.train.loop import Ranks
-from pipeline.transfer import dry_run, grid, overlap, scoring, stages, targets, trial
+from pipeline.transfer import (
+    dry_run,
+    grid,
+    job_state,
+    overlap,
+    planned_trials,
+    scoring,
+    stages,
+    targets,
+    trial,
+)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +89,7 @@ def here(monkeypatch):
     return trials_in_this_process(monkeypatch)
 
 
-def reported(job: Job) -> tuple[stages.JobState, list[dict[str, Any]]]:
+def reported(job: Job) -> tuple[job_state.JobState, list[dict[str, Any]]]:
     """What `report` finds, in a command of its own."""
     state = prepared(job)
     return state, stages.current(state)
@@ -430,15 +440,15 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
 
 def test_a_draw_that_failed_with_a_further_seed_does_not_win(world_of_draws):
     search, records = world_of_draws
-    assert stages.winning_draws(search, records) == {"entry": {"lr": 0.2}}
+    assert planned_trials.winning_draws(search, records) == {"entry": {"lr": 0.2}}
     records[-1] = replace(records[-1], status="failed")
-    assert stages.winning_draws(search, records) == {"entry": {"lr": 0.1}}, (
+    assert planned_trials.winning_draws(search, records) == {"entry": {"lr": 0.1}}, (
         "with one seed fewer than the other"
     )
-    assert stages.ranked_draws(search[:3], records[:3]) == {
+    assert planned_trials.ranked_draws(search[:3], records[:3]) == {
         "entry": [{"lr": 0.3}, {"lr": 0.2}, {"lr": 0.1}]
     }
-    assert stages.winning_draws([], []) == {}
+    assert planned_trials.winning_draws([], []) == {}
 
 
 @pytest.fixture
@@ -1018,7 +1028,7 @@ def test_a_part_is_checked_without_the_rest(tmp_path, bundles, paths, monkeypatc
     assert list(state.sources) == ["a"]
     assert list(state.targets) == list(state.job.targets) == ["task"], "the bundle reads no text"
     monkeypatch.setattr(
-        stages, "_modality_name", lambda stage: "text" if stage.name == "b" else "image"
+        job_state, "_modality_name", lambda stage: "text" if stage.name == "b" else "image"
     )
     state = prepared(changed(job, only=["task"]))
     assert list(state.sources) == list(state.job.sources) == ["a"], "b reads no images"
@@ -1077,7 +1087,9 @@ def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles,
     job = with_data(job, "task", train=str(tmp_path / "train.parquet"), decode="train")
     state = prepared(job)
     shared = stages.share(state)
-    (one,) = stages.final_trials(state, list(shared.backbone_groups.values()), {"task": {"a"}}, {})
+    (one,) = planned_trials.final_trials(
+        state, list(shared.backbone_groups.values()), {"task": {"a"}}, {}
+    )
     Path(names[3]).write_bytes(table["picture"][4].as_py())
     with pytest.raises(
         file_identity.ChangedFileError, match=f"^{names[3]} was changed while it was in use"
@@ -1086,7 +1098,7 @@ def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles,
     assert trial.read_record(job.root, one.folder) is None
     state = prepared(job)
     shared = stages.share(state)
-    (again,) = stages.final_trials(
+    (again,) = planned_trials.final_trials(
         state, list(shared.backbone_groups.values()), {"task": {"a"}}, {}
     )
     assert again.id != one.id and trial.run(again, shared, Ranks()).status == "done"
@@ -1537,9 +1549,9 @@ def test_a_source_that_is_a_checkpoint_without_data_is_made_and_its_note_kept(tm
         {"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"s": spec}}
     )
 
-    def run() -> tuple[stages.JobState, list[str]]:
+    def run() -> tuple[job_state.JobState, list[str]]:
         progress = Silent()
-        state = stages.JobState(job, progress, sources={"s": source.stage(job, "s")})
+        state = job_state.JobState(job, progress, sources={"s": source.stage(job, "s")})
         stages.pretrain(state)
         return state, progress.lines
 

@@ -23,7 +23,17 @@ from pipeline.data import manifests
 from pipeline.data.stream import TooManyBadRowsError
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.train.loop import Ranks
-from pipeline.transfer import dry_run, fanout, grid, overlap, stages, targets, trial
+from pipeline.transfer import (
+    dry_run,
+    fanout,
+    grid,
+    job_state,
+    overlap,
+    planned_trials,
+    stages,
+    targets,
+    trial,
+)
 from pipeline.transfer.trial import Shared
 
 LENGTH = 32
@@ -119,7 +129,7 @@ def job_of(
     )
 
 
-def shared_of(job: Job) -> tuple[stages.JobState, Shared]:
+def shared_of(job: Job) -> tuple[job_state.JobState, Shared]:
     state = stages.check(job, Silent())  # type: ignore[arg-type]
     return state, stages.share(state)
 
@@ -178,7 +188,9 @@ def test_documents_of_a_target_are_packed_once_and_read_as_rows(
 def test_a_causal_model_is_fine_tuned_on_documents_and_told_by_packed_rows(tmp_path, models, texts):
     job = job_of(tmp_path, models["gpt2"], texts, label_fractions=[0.5, 1.0])
     state, shared = shared_of(job)
-    found = stages.final_trials(state, list(shared.backbone_groups.values()), {"task": {"src"}}, {})
+    found = planned_trials.final_trials(
+        state, list(shared.backbone_groups.values()), {"task": {"src"}}, {}
+    )
     assert {one.label_fraction for one in found} == {0.5, 1.0} and len(found) == 4
     records = [trial.run(one, shared, Ranks()) for one in found]
     data = data_of(shared)
@@ -208,7 +220,7 @@ def test_a_probe_of_a_masked_model_trains_the_head_alone(tmp_path, models, texts
     state, shared = shared_of(job)
     one = next(
         t
-        for t in stages.final_trials(
+        for t in planned_trials.final_trials(
             state, list(shared.backbone_groups.values()), {"task": {"src"}}, {}
         )
         if t.technique.name == "linear_probe"
@@ -669,7 +681,7 @@ def test_transcripts_that_no_recording_holds_are_listed_however_rows_are_read(
         and f"{7 if decode == 'memory' else 6} rows left out" in data.split_text
     )
     assert "40 labels need 40 frames, the recording has 2" in data.split_text
-    (one, *_) = stages.final_trials(
+    (one, *_) = planned_trials.final_trials(
         state, list(shared.backbone_groups.values()), {"task": {"src"}}, {}
     )
     record = trial.run(one, shared, Ranks())

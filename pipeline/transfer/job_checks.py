@@ -1,0 +1,229 @@
+"""What keeps a job from running, and can be known before it does."""
+
+from __future__ import annotations
+
+from pipeline.config import registry
+from pipeline.config.schema import Job
+from pipeline.core.contracts import trains
+from pipeline.core.contracts.objective_capabilities import names_labels
+from pipeline.core.contracts.technique_capabilities import (
+    LABELLED_SOURCE,
+    NeedsLibrary,
+    adapts_without_labels,
+)
+from pipeline.core.specs import ObjectiveSpec
+from pipeline.train import fit_components, source
+from pipeline.train.experiment import technique_of
+from pipeline.transfer import (
+    budget,
+    grid,
+    label_sets,
+    proposals,
+    scoring,
+    targets,
+)
+from pipeline.transfer.job_state import JobState, matching
+from pipeline.transfer.targets import TargetStage
+
+
+def source_problems(state: JobState, target: TargetStage) -> list[str]:
+    """Return what is wrong between a target and the sources that it is to be adapted from."""
+    names, problems = matching(state, target.name), []
+    if not names:
+        modality = target.spec.data.modality.name
+        return [
+            f"targets.{target.name_in_job}: no source reads {modality}; add one or name it in "
+            "sources"
+        ]
+    for name in names:
+        try:
+            targets.check_modality(target, state.job.sources[name])
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def label_problems(state: JobState, target: TargetStage) -> list[str]:
+    """Return why rows or heads of a source cannot serve a target whose technique asks for them.
+
+    Labels that only one side has are added to the notes.
+    """
+    problems: dict[str, None] = {}
+    for component in target.techniques:
+        technique = technique_of(component)
+        place = f"targets.{target.name_in_job}: techniques: {component.name}"
+        for name in matching(state, target.name):
+            stage = state.sources[name]
+            reads_labels = LABELLED_SOURCE in technique.streams()
+            if stage.splits is None:
+                if targets.reads_source(technique):
+                    problems[
+                        f"{place} reads the rows of its source, and {name} is a checkpoint without "
+                        "data: give the target techniques or sources of its own"
+                    ] = None
+                continue
+            starts_with_its_head = (
+                0 in target.spec.label_fractions
+                and adapts_without_labels(technique)
+                and trains(technique)
+            )
+            if not (reads_labels or starts_with_its_head):
+                continue
+            ours = ObjectiveSpec(target.spec.objective.name, {}, target.state)
+            theirs = _fitted_labels(stage, ours.name)
+            # at label fraction 0 nothing teaches a label that the source lacks
+            if problem := label_sets.problem(name, theirs, ours, needs_all=starts_with_its_head):
+                what = "head, at label fraction 0," if starts_with_its_head else "labelled rows"
+                problems[f"{place} reads the {what} of its source: {problem}"] = None
+            elif text := label_sets.compare(theirs.state, ours.state).text():
+                note = f"{target.name_in_job}: labels of source {name}, by name: {text}"
+                if note not in state.notes:
+                    state.notes.append(note)
+                    state.progress.note(note)
+    return list(problems)
+
+
+def _fitted_labels(stage: source.SourceStage, objective: str) -> ObjectiveSpec:
+    """Return a source's objective with its labels, as far as they can be compared at all."""
+    spec, splits = stage.spec, stage.splits
+    assert spec.objective is not None and splits is not None
+    name = spec.objective.name
+    is_comparable = name == objective and names_labels(registry.get("objective", name))
+    state = fit_components.fit_objective(spec, splits) if is_comparable else {}
+    return ObjectiveSpec(name, {}, state)
+
+
+def score_problems(job: Job, target: TargetStage) -> list[str]:
+    """Return the problem where sources are chosen by a score that the target's rows do not have."""
+    select = job.fanout.by_score
+    if select is None:
+        return []
+    score = scoring.scores()[select.score]
+    objective = target.spec.objective.name
+    kinds = scoring.label_kinds(registry.get("objective", objective))
+    if kinds and "labels" in score.inputs and 0 in target.spec.label_fractions:
+        return [
+            f"fanout.select: {select.score} scores sources by labels of "
+            f"targets.{target.name_in_job}, of which label_fractions: 0 may use none: leave select "
+            "out, or put 0 in a job of its own"
+        ]
+    if any(map(score.takes, kinds or (None,))):
+        return []
+    return [
+        f"fanout.select: targets.{target.name_in_job} is {objective}, and {select.score} scores "
+        f"sources by {' or '.join(score.tasks)} of rows: choose a score that reads no labels "
+        "(frechet, mmd, proxy_a), leave select out, or put the target in a job of its own"
+    ]
+
+
+def budget_problems(job: Job, target: TargetStage) -> list[str]:
+    """Return what keeps a budget from being spent on a target."""
+    if job.fanout.budget is None:
+        return []
+    place, train = f"targets.{target.name}", target.spec.train
+    rows = min(map(target.labelled, target.spec.label_fractions))
+    steps = targets.planned_steps(
+        train.model_copy(update={"global_batch": min(train.global_batch, rows)}),
+        rows,
+        target.packed,
+    )
+    out = [
+        f"{place}: techniques: {component.name} combines final trials, of which "
+        "fanout.select.budget cuts some: leave the technique out, or the budget"
+        for component in grid.techniques(job, target.spec)
+        if grid.combines_trials(component)
+    ]
+    if not len(target.splits.validation):
+        out.append(
+            f"{place}: fanout.select.budget chooses by validation rows, and there are none: give "
+            "data.validation_fraction, or leave the budget out"
+        )
+    if isinstance(steps, int) and steps < budget.LEAST_STEPS:
+        length = f"steps: {steps}"
+        if train.steps is None:
+            length = f"epochs: {train.epochs or 1:g} of {rows} rows, so {steps} steps,"
+        out.append(
+            f"{place}.train.{length} cannot be cut to {budget.RUNGS[0]}, which "
+            f"fanout.select.budget tries first: at least {budget.LEAST_STEPS} steps, or no budget"
+        )
+    return out
+
+
+def search_problems(job: Job, target: TargetStage) -> list[str]:
+    """Return what techniques declare to be searched and do not take, or what the search lacks."""
+    if job.fanout.searcher == "optuna":
+        try:
+            proposals.library()
+        except ValueError as error:
+            return [str(error)]
+    if job.fanout.search != "auto":
+        return []
+    return [
+        f"fanout.search: technique {one.name} declares what it does not take: {problem}"
+        for one in target.techniques
+        if (problem := grid.search_problem(one))
+    ]
+
+
+def library_problems(job: Job, state: JobState) -> list[str]:
+    """Return a problem for each technique that needs a library which is not installed."""
+    found = [one for target in state.targets.values() for one in target.techniques]
+    found += [spec.technique for spec in job.sources.values()]
+    problems: list[str] = []
+    for component in found:
+        technique = technique_of(component)
+        if isinstance(technique, NeedsLibrary):
+            try:
+                technique.check_library()
+            except ValueError as error:
+                problems.append(f"techniques: {component.name}: {error}")
+    return problems
+
+
+def baseline_problems(job: Job) -> list[str]:
+    """Return a problem for each baseline that the job names and that suits no target."""
+    if job.baselines == "auto" or not job.targets:
+        return []
+    return [
+        f"baselines: {one.name} can read the rows or predict the labels of no target: leave it out"
+        for one in job.baselines
+        if not any(grid.is_suitable(one, target) for target in job.targets.values())
+    ]
+
+
+def what_is_not_compared(job: Job) -> list[str]:
+    """Return a sentence on missing targets, or on each one to which no source is carried over."""
+    if not job.targets:
+        return ["the job has no targets: its sources are pretrained, nothing is compared"]
+    return [
+        f"targets.{name}: scratch is its only technique, so that no source is carried over to it"
+        for name, spec in job.targets.items()
+        if job.sources and {one.name for one in grid.techniques(job, spec)} == {"scratch"}
+    ]
+
+
+def notes_on_identity(job: Job) -> list[str]:
+    """Return a sentence for each source and target whose files are not identified by content."""
+    named = [
+        (f"sources.{name}", data)
+        for name, spec in job.sources.items()
+        for data in (spec.data, spec.probe)
+        if data is not None
+    ]
+    named += [
+        (f"targets.{name}", data)
+        for name, spec in job.targets.items()
+        for data in (spec.data, spec.unlabelled)
+        if data is not None
+    ]
+    by_stat = dict.fromkeys(
+        place
+        for place, data in named
+        if "stat" in (data.identity, *(part.identity for part in data.more))
+    )
+    return [
+        f"{place}: its local files are told apart by size and time of change, not by what they "
+        "hold (data.identity: stat): a change that keeps both is "
+        "not found, and a copy counts as other data"
+        for place in by_stat
+    ]

@@ -1,0 +1,380 @@
+"""The trials of a job as far as they are known: draws of the search, finalists, final trials.
+
+Later ones follow from the records of earlier ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.schema import spec_hash
+from pipeline.report.trial_record import TrialRecord
+from pipeline.train.experiment import technique_of
+from pipeline.transfer import (
+    budget,
+    grid,
+    proposals,
+    targets,
+    trial,
+)
+from pipeline.transfer.grid import SCRATCH, BackboneGroup, Trial
+from pipeline.transfer.job_state import (
+    JobState,
+    matching,
+    read_metadata,
+    scratch_networks,
+)
+
+
+def _entries(
+    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+) -> list[tuple[str, tuple[BackboneGroup, str, Any, Any]]]:
+    return [
+        (name, entry)
+        for name in state.targets
+        for entry in grid.planned_entries(
+            state.job,
+            name,
+            [b for b in groups if set(b.sources) & set(matching(state, name))],
+            chosen[name],
+        )
+    ]
+
+
+def _trial(
+    state: JobState,
+    name: str,
+    entry: tuple[BackboneGroup, str, Any, Any],
+    hyper: grid.HyperParameters,
+    seed: int,
+    stage: str,
+    members: tuple[Trial, ...] = (),
+) -> Trial:
+    key = state.sources[entry[1]].key if entry[1] != SCRATCH else ""
+    target, technique = state.targets[name], technique_of(entry[2])
+    data_key = target.key
+    # without labels they are the training rows of every technique, whose number makes its steps
+    are_trained_on = entry[3] == 0 and grid.needs_training(entry[2])
+    if target.unlabelled_key and (are_trained_on or targets.reads_target(technique)):
+        data_key = spec_hash(data_key, target.unlabelled_key)
+    return grid.make_trial(
+        state.job, name, entry, hyper, seed, stage, key, data_key, members, state.ids_in_old_layout
+    )
+
+
+def search_trials(
+    state: JobState,
+    groups: list[BackboneGroup],
+    chosen: dict[str, set[str]],
+    records: Mapping[str, TrialRecord] | None = None,
+) -> list[Trial]:
+    """Return the search trials that are known so far (`proposals.search_trials`).
+
+    There are none of an entry where there is only one setting.
+
+    Args:
+        records: Id of a trial to its record; None: all that there are.
+    """
+    if state.job.fanout.trials == 1:
+        return []
+    found = _search_trials(state, groups, chosen, records or {})
+    if records is not None or state.job.fanout.searcher == "random":
+        return found
+    there: dict[str, TrialRecord] = {}
+    for _ in range(proposals.GENERATIONS - 1):
+        unread = [one for one in found if one.id not in there]
+        there |= trial.read_records(state.job.root, grid.folders(unread))
+        found = _search_trials(state, groups, chosen, there)
+    return found
+
+
+def _search_trials(
+    state: JobState,
+    groups: list[BackboneGroup],
+    chosen: dict[str, set[str]],
+    records: Mapping[str, TrialRecord],
+) -> list[Trial]:
+    streamed = state.streamed
+    if streamed is None:
+        streamed = read_metadata(state).get("streamed", [])
+    values = {one: validation_value(record) for one, record in records.items()}
+    out: list[Trial] = []
+    for name, entry in _entries(state, groups, chosen):
+        if grid.needs_training(entry[2]):
+            out += proposals.search_trials(
+                state.job,
+                state.job.targets[name],
+                entry[2],
+                f"{name}|{entry[0].key}" not in streamed,
+                partial(_trial, state, name, entry, seed=grid.SEARCH_SEED, stage="search"),
+                values,
+            )
+    return out
+
+
+def finalist_trials(
+    state: JobState,
+    groups: list[BackboneGroup],
+    chosen: dict[str, set[str]],
+    ranked: dict[str, list[dict[str, float]]],
+) -> list[Trial]:
+    """Return trials of the best few draws of every entry with further seeds.
+
+    Their number is in `Fanout.search_finalists`. There are none where there is a single draw.
+
+    Args:
+        ranked: Entry to its draws, the best first.
+    """
+    spec, out = state.job.fanout.search_finalists, []
+    for name, entry in _entries(state, groups, chosen) if ranked else ():
+        first = grid.SEARCH_SEED
+        best = ranked.get(_trial(state, name, entry, {}, first, "search").entry, [])[: spec.top]
+        if len(best) > 1:
+            out += [
+                _trial(state, name, entry, hyper, first + i, "search")
+                for hyper in best
+                for i in range(1, spec.seeds + 1)
+            ]
+    return out
+
+
+def final_trials(
+    state: JobState,
+    groups: list[BackboneGroup],
+    chosen: dict[str, set[str]],
+    winners: dict[str, dict[str, float]],
+    cut: Collection[str] = (),
+) -> list[Trial]:
+    """Return the trials of every entry's winner with every seed.
+
+    An entry whose search has no winner has the settings of the target. Entries that were ``cut`` by
+    a budget have no final trials.
+    """
+    out: list[Trial] = []
+    combined = []
+    for name, entry in _entries(state, groups, chosen):
+        if grid.combines_trials(entry[2]):
+            combined.append((name, entry))
+            continue
+        entry_name = _trial(state, name, entry, {}, 0, "final").entry
+        if entry_name in cut:
+            continue
+        hyper = winners.get(entry_name, {})
+        out += [
+            _trial(state, name, entry, hyper, seed, "final")
+            for seed in range(state.job.fanout.seeds if grid.needs_training(entry[2]) else 1)
+        ]
+    for name, entry in combined:
+        group, source, component, fraction = entry
+        members = tuple(
+            one
+            for one in out
+            if (one.source, one.backbone_key, one.target) == (source, group.key, name)
+            and grid.takes(component, one.technique)
+            # 1 and 1.0 are equal numbers, but one row a class and all rows
+            and grid.fraction_text(one.label_fraction) == grid.fraction_text(fraction)
+        )
+        out.append(_trial(state, name, entry, {}, 0, "final", members))
+    return [*out, *_baseline_trials(state, groups)]
+
+
+def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial]:
+    """Return the trials of baselines. They read rows as the first backbone group of a target."""
+    out: list[Trial] = []
+    for name, target in state.targets.items():
+        if not grid.baselines(state.job, target.spec):
+            continue
+        names = set(matching(state, name))
+        group = next(one for one in groups if set(one.sources) & names)
+        out += grid.baseline_trials(state.job, name, group, target.key, state.ids_in_old_layout)
+    return out
+
+
+def validation_value(record: TrialRecord) -> float | None:
+    """Return the primary metric of a trial on validation rows, larger is better.
+
+    It is None where the trial failed, was stopped early or has no value.
+    """
+    row = next((r for r in record.rows if r.metric and r.is_validation), None)
+    if record.status != "done" or row is None or row.value is None or math.isnan(row.value):
+        return None
+    return row.value if row.higher_is_better else -row.value
+
+
+def ranked_draws(
+    search: list[Trial], records: Sequence[TrialRecord | None]
+) -> dict[str, list[dict[str, float]]]:
+    """Return entry to its draws, the best first.
+
+    Of equally good draws the one that was drawn first comes first.
+    """
+    return {
+        entry: [hyper for hyper, _ in sorted(draws, key=_draw_sort_key, reverse=True)]
+        for entry, draws in _tried(search, records).items()
+    }
+
+
+def winning_draws(
+    search: list[Trial], records: Sequence[TrialRecord | None]
+) -> dict[str, dict[str, float]]:
+    """Return the best draw of every entry on validation, at equal budget.
+
+    Trials that were stopped early or failed cannot win.
+    """
+    return {entry: ranked[0] for entry, ranked in ranked_draws(search, records).items()}
+
+
+def _tried(
+    search: list[Trial], records: Sequence[TrialRecord | None]
+) -> dict[str, list[tuple[dict[str, float], list[float]]]]:
+    """Return entry to its draws, each with the validation value of every seed, larger is better.
+
+    Trials without a record and those that failed, were stopped early or have no value are left out.
+    """
+    out: dict[str, dict[str, tuple[dict[str, float], dict[str, float]]]] = defaultdict(dict)
+    for one, record in zip(search, records, strict=True):
+        value = None if record is None else validation_value(record)
+        if value is None:
+            continue
+        _, values = out[one.entry].setdefault(
+            json.dumps(one.hyper_parameters, sort_keys=True), (one.hyper_parameters, {})
+        )
+        values[one.id] = value
+    return {
+        entry: [(hyper, list(values.values())) for hyper, values in draws.values()]
+        for entry, draws in out.items()
+    }
+
+
+def _draw_sort_key(draw: tuple[dict[str, float], list[float]]) -> tuple[int, float]:
+    """Return the sort key of a draw, by the number of finished seeds and then by validation value.
+
+    Draws that were not tried again, or failed with a seed, were found worse.
+    """
+    _, values = draw
+    return len(values), float(np.mean(values))
+
+
+# ---------------------------------------------------------------- a budget of trials
+
+
+def planned_allocations(
+    state: JobState,
+) -> dict[tuple[str, str], tuple[budget.BracketSize, budget.Allocation]]:
+    """Return (target, label fraction) to size and allocation, before anything has run.
+
+    It is empty where the job has no budget. Before the sources are trained it may count more
+    scratch networks than there are (`scratch_networks`).
+
+    Raises:
+        BudgetError: The budget is too small.
+    """
+    job, by_score = state.job, state.job.fanout.by_score
+    if job.fanout.budget is None:
+        return {}
+    sizes: dict[tuple[str, str], budget.BracketSize] = {}
+    for name, stage in state.targets.items():
+        names = matching(state, name)[: by_score.top if by_score else None]
+        networks = scratch_networks(state, names)
+        trained = [one for one in grid.techniques(job, stage.spec) if grid.needs_training(one)]
+        for fraction in stage.spec.label_fractions:
+            sizes[name, grid.fraction_text(fraction, stage.spec.objective.name)] = _size(
+                [one for one in trained if grid.starts_random(one)] * networks,
+                [one for one in trained if not grid.starts_random(one)] * len(names),
+                job.fanout.seeds,
+            )
+    spent = budget.share_out(job.fanout.budget, list(sizes.values()), job.fanout.seeds)
+    return {key: (size, one) for (key, size), one in zip(sizes.items(), spent, strict=True)}
+
+
+def _size(scratch: Sequence[Any], pairs: Sequence[Any], seeds: int) -> budget.BracketSize:
+    """Return the size of a bracket, given the technique of each of its entries."""
+    return budget.BracketSize(
+        len(pairs),
+        sum((budget.relative_cost(one) for one in scratch), Fraction(0)) * seeds,
+        max(map(budget.relative_cost, pairs), default=Fraction(1)),
+    )
+
+
+def brackets_of(
+    state: JobState,
+    groups: list[BackboneGroup],
+    chosen: dict[str, set[str]],
+    seed: int = grid.SEARCH_SEED,
+) -> list[budget.Bracket]:
+    """Return the brackets of a job, in the order of its targets and label fractions.
+
+    Args:
+        seed: Of the search trials. No final trial has it: a pair that was kept for a lucky network
+            would have this network's luck in its gain too.
+    """
+    entries: dict[tuple[str, str], list[tuple[BackboneGroup, str, Any, Any]]] = defaultdict(list)
+    for name, entry in _entries(state, groups, chosen):
+        if grid.needs_training(entry[2]):
+            objective = state.targets[name].spec.objective.name
+            entries[name, grid.fraction_text(entry[3], objective)].append(entry)
+    out: list[budget.Bracket] = []
+    for (name, fraction), found in entries.items():
+        train = state.targets[name].spec.train
+        competing = [entry for entry in found if not grid.starts_random(entry[2])]
+        pairs = [
+            budget.Pair(
+                tuple(
+                    _trial(state, name, entry, budget.shortened(train, rung), seed, "search")
+                    for rung in range(len(budget.RUNGS))
+                )
+            )
+            for entry in competing
+        ]
+        size = _size(
+            [entry[2] for entry in found if grid.starts_random(entry[2])],
+            [entry[2] for entry in competing],
+            state.job.fanout.seeds,
+        )
+        out.append(budget.Bracket(name, fraction, tuple(pairs), size))
+    return out
+
+
+def decide_budget(
+    state: JobState,
+    groups: list[BackboneGroup],
+    chosen: dict[str, set[str]],
+    records: Mapping[str, TrialRecord] | None = None,
+) -> budget.Decision:
+    """Decide which pairs go on, and keep why the others were cut.
+
+    Args:
+        records: Id of a trial to its record; None: all that there are.
+    """
+    brackets, fan = brackets_of(state, groups, chosen), state.job.fanout
+    assert fan.budget is not None
+    allocation = budget.share_out(fan.budget, [bracket.size for bracket in brackets], fan.seeds)
+    if records is None:
+        every = [one for bracket in brackets for pair in bracket.pairs for one in pair.rungs]
+        records = trial.read_records(state.job.root, grid.folders(every))
+    found = budget.decide(
+        brackets, allocation, {one: validation_value(record) for one, record in records.items()}
+    )
+    state.cut_by_budget = found.reasons
+    return found
+
+
+def failed_before(
+    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
+) -> dict[str, TrialRecord]:
+    """Return the records of search trials that had failed when a budget was spent, by id."""
+    ids = read_metadata(state).get("failed_in_budget")
+    if "trials" in state.remake or not ids:
+        return {}
+    pairs = [pair for bracket in brackets_of(state, groups, chosen) for pair in bracket.pairs]
+    trials = [one for pair in pairs for one in pair.rungs if one.id in ids]
+    found = trial.read_records(state.job.root, grid.folders(trials))
+    return {one: record for one, record in found.items() if record.failed}
