@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -1056,13 +1056,14 @@ class Fanout(Spec):
     @classmethod
     def _form_of_ranges(cls, search: object) -> object:
         """Refuse what is no list, such as loguniform(1e-4, 1e-2), in one message."""
-        for name, values in search.items() if isinstance(search, dict) else ():
+        ranges = cast("dict[str, object]", search) if isinstance(search, dict) else {}
+        for name, values in ranges.items():
             if not isinstance(values, list | tuple):
                 raise ValueError(
                     f"{name} needs its range, [low, high], or three or more values to choose from, "
                     "e.g. {lr: [1e-4, 1e-2]}"
                 )
-        return search
+        return cast("object", search)
 
     @model_validator(mode="after")
     def _ranges(self):
