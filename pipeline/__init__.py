@@ -7,7 +7,7 @@ that importing this package stays light.
 Importing it also makes Python's garbage collector run less often (`gc.set_threshold`): importing
 torch, transformers and Ray makes some two million objects, and with Python's defaults (700, 10, 10)
 looking through them again and again is a fifth of the start of each process. A job on Ray starts a
-dozen for each source.
+dozen processes for each source.
 """
 
 from __future__ import annotations

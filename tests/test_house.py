@@ -247,10 +247,8 @@ def test_module_level_code_only_defines(module):
                 isinstance(node.value, ast.Call)
                 and ast.unparse(node.value.func).split(".")[0] in classes
             )
-            of_process = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
-            assert text or of_class or (module, of_process) == ("pipeline", "gc.set_threshold"), (
-                where
-            )
+            called = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
+            assert text or of_class or (module, called) == ("pipeline", "gc.set_threshold"), where
         elif isinstance(node, ast.If):
             assert ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"), where
         else:

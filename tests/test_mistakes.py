@@ -213,7 +213,7 @@ NAMES = [
     Mistake(
         "an objective that there is not",
         (OBJECTIVE, OBJECTIVE.replace("classification", "summarization")),
-        ("unknown objective 'summarization'; no objective learns to write a text for an input",),
+        ("unknown objective 'summarization'; no objective generates a text from an input",),
     ),
     Mistake(
         "a metric that there is not",
@@ -353,7 +353,7 @@ TYPES = [
     Mistake(
         "a range of Ray Tune",
         ("fanout: {seeds: 2}", "fanout: {search: {lr: loguniform(1e-4, 1e-2)}}"),
-        ("fanout.search: lr needs its range, [low, high]", "e.g. {lr: [1e-4, 1e-2]}"),
+        ("fanout.search: lr needs a range, [low, high]", "e.g. {lr: [1e-4, 1e-2]}"),
     ),
     Mistake(
         "a search without trials",
@@ -563,7 +563,7 @@ FITS = [
         ),
         (
             "column text: a label is in no training row",
-            "known are sentences: are the columns swapped?",
+            "known labels look like sentences: are the columns of text and label swapped?",
         ),
     ),
     Mistake(

@@ -228,10 +228,10 @@ NOT_NEEDED: dict[str, str] = {
 }
 """Fields of other tools that nothing here stands for, and why."""
 
-NOT_HERE: dict[str, str] = {
+UNSUPPORTED: dict[str, str] = {
     **dict.fromkeys(
         ("summarization", "translation", "seq2seq", "text2text_generation", "image_captioning"),
-        "no objective learns to write a text for an input; clm continues texts",
+        "no objective generates a text from an input; clm continues texts",
     ),
     **dict.fromkeys(
         ("bleu", "sacrebleu", "rouge", "rouge1", "rouge2", "rougel", "meteor", "bertscore", "chrf"),
@@ -239,7 +239,7 @@ NOT_HERE: dict[str, str] = {
         "answer_f1 and exact_match",
     ),
 }
-"""Objectives and metrics of other tools that there are not here, and what is nearest."""
+"""Objectives and metrics of other tools that do not exist here, with the nearest ones."""
 
 OPTIONS = {
     **dict.fromkeys(("--label", "--target", "--label-column", "--target-col"), "--target-column"),
@@ -276,9 +276,9 @@ def why_not_needed(name: str) -> str:
     return NOT_NEEDED.get(_plain(name), "")
 
 
-def why_not_here(name: str) -> str:
-    """Return that there is no such objective or metric and what is nearest, or an empty string."""
-    return NOT_HERE.get(_plain(name), "")
+def why_unsupported(name: str) -> str:
+    """Return that an objective or metric does not exist here and what is nearest, or ""."""
+    return UNSUPPORTED.get(_plain(name), "")
 
 
 def _plain(name: str) -> str:

@@ -532,8 +532,6 @@ def nearest(value: str, valid: Iterable[str], also: Iterable[str] = ()) -> str:
         valid: The names that may stand there.
         also: Names that may be meant and stand elsewhere.
     """
-    if reason := familiar_names.why_not_here(value):
-        return reason
     valid = sorted(valid)
     close = [*close_names(value, valid), *also]
     if close:
@@ -598,7 +596,8 @@ def entry(kind: str, name: str) -> Entry:
     """Return the declaration of a name. Raises ValueError with the nearest valid names."""
     known = entries(kind)
     if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}; {nearest(name, known)}")
+        unsupported = kind in ("objective", "metric") and familiar_names.why_unsupported(name)
+        raise ValueError(f"unknown {kind} {name!r}; {unsupported or nearest(name, known)}")
     return known[name]
 
 

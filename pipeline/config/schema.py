@@ -1054,13 +1054,13 @@ class Fanout(Spec):
 
     @field_validator("search", mode="before")
     @classmethod
-    def _form_of_ranges(cls, search: object) -> object:
-        """Refuse what is no list, such as loguniform(1e-4, 1e-2), in one message."""
+    def _ranges_are_lists(cls, search: object) -> object:
+        """Refuse ranges that are not lists, such as loguniform(1e-4, 1e-2), with one message."""
         ranges = cast("dict[str, object]", search) if isinstance(search, dict) else {}
         for name, values in ranges.items():
             if not isinstance(values, list | tuple):
                 raise ValueError(
-                    f"{name} needs its range, [low, high], or three or more values to choose from, "
+                    f"{name} needs a range, [low, high], or three or more values to choose from, "
                     "e.g. {lr: [1e-4, 1e-2]}"
                 )
         return cast("object", search)

@@ -186,11 +186,11 @@ class Classification(Objective):
         found = pc.index_in(column, value_set=known)
         if found.null_count:
             if _are_sentences(state["labels"]):
-                # a sentence of a person does not go into a message
+                # a row's text may be personal: it is not quoted
                 raise ValueError(
                     f"column {name}: a label is in no training row, and the {len(state['labels'])} "
-                    "labels known are sentences: are the columns swapped? columns: {label: NAME} "
-                    "names that of the classes"
+                    "known labels look like sentences: are the columns of text and label swapped? "
+                    "columns: {label: NAME} names the column of classes"
                 )
             unknown = column.filter(pc.is_null(found))
             value = unknown[0].as_py()

@@ -206,8 +206,10 @@ def _caption(entries: Sequence[MatrixEntry], has_others: bool) -> str:
     if TOO_FEW in verdicts:
         lines.append("too few to tell: too few test rows for a verdict; the report has the number.")
     if has_others:
-        lines.append("over: the gain of the line above over the best that the target has without a")
-        lines.append("source, a scratch network of another backbone or a baseline, by validation.")
+        lines.append(
+            "over: the gain of the line above over the target's best result without a source"
+        )
+        lines.append("(scratch of another backbone, or a baseline), chosen on validation rows.")
     signs = [
         f"{sign} {mark}"
         for mark, sign in code_versions.SIGNS.items()

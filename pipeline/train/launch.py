@@ -603,7 +603,7 @@ def run_source(
         _report_findings(stage.name, findings_from_metadata(metadata), progress)
         return {**metadata, "bundle": stage.bundle_uri}
     mine, most = _plan_ranks(stage, progress, wait)
-    progress.update(f"{stage.name}: reading rows, for means or a vocabulary")
+    progress.update(f"{stage.name}: reading rows to fit means, a vocabulary or labels")
     fitted = source.fit(stage)
     work = pretrain.rank_job(stage, fitted, mine.data, mine.threads)
     progress.note(f"{stage.name}: {work.split_text}")

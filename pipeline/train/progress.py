@@ -14,7 +14,7 @@ from pipeline.train.log import LogRecord
 
 PLAIN_EVERY_SECONDS = 5.0
 PLAIN_ETA_SECONDS = 30.0
-"""A plain line comes again after so many seconds where its ETA alone has changed."""
+"""Seconds between plain lines that differ in their ETA only."""
 
 
 def duration(seconds: float) -> str:
@@ -107,8 +107,8 @@ class Progress:
         if self._live:
             self._live.update(Text(self._timed(line)))
             return
-        eta_alone = line.partition("  ETA ")[0] == self._shown.partition("  ETA ")[0]
-        wait = PLAIN_ETA_SECONDS if eta_alone else PLAIN_EVERY_SECONDS
+        only_eta_changed = line.partition("  ETA ")[0] == self._shown.partition("  ETA ")[0]
+        wait = PLAIN_ETA_SECONDS if only_eta_changed else PLAIN_EVERY_SECONDS
         if line != self._shown and (final or self.clock() - self._last >= wait):
             self._last, self._shown = self.clock(), line
             self.console.print(self._timed(line), markup=False)

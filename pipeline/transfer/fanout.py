@@ -398,10 +398,10 @@ def _records(
 def release_memory() -> None:
     """Return freed memory to the device and to the system.
 
-    One process runs many trials. Python would keep networks that refer to themselves until its next
+    One process runs many trials. Python would keep networks in reference cycles until its next
     collection, and glibc what each trial used.
     """
-    gc.collect(1)  # what was made since the last collection of this generation: not all imports
+    gc.collect(1)  # not generation 2, which holds all imported modules
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # another system's C library
@@ -478,8 +478,8 @@ class ProgressCallback(tune.Callback):
         self.done = self.failed = self.pruned = 0
         self.began = self.last_end = time.time()
         self.best: dict[str, TrialRecord] = {}
-        self.ended: set[int] = set()
-        """Units that have ended; while Tune tells so, their trials still have status RUNNING."""
+        self.ended_units: set[int] = set()
+        """Units that have ended: Tune calls back before it changes their status from RUNNING."""
 
     def __getstate__(self):
         """Tune pickles its callbacks; this one is never restored, and a terminal has no pickle."""
@@ -490,13 +490,13 @@ class ProgressCallback(tune.Callback):
         running = sum(
             len(self.work[one.config["unit"]].trials)
             for one in trials
-            if one.status == "RUNNING" and one.config["unit"] not in self.ended
+            if one.status == "RUNNING" and one.config["unit"] not in self.ended_units
         )
         rest = ""
         if 0 < ended < self.total:
             seconds_each = (self.last_end - self.began) / ended
             eta = seconds_each * (self.total - ended) - (time.time() - self.last_end)
-            rest = f"  ETA {duration(eta)}" if eta > 0 else ""  # those that run take longer
+            rest = f"  ETA {duration(eta)}" if eta > 0 else ""  # after that, no estimate
         pruned = f", {self.pruned} pruned" if self.pruned else ""
         before = f", {self.before} done before" if self.before else ""
         self.progress.update(
@@ -514,7 +514,7 @@ class ProgressCallback(tune.Callback):
 
     def _ended(self, trials: list[Any], one: Any) -> None:
         unit = self.work[one.config["unit"]]
-        self.ended.add(one.config["unit"])
+        self.ended_units.add(one.config["unit"])
         self.on_end(one.config["unit"])
         last, self.last_end = one.last_result or {}, time.time()
         if last.get("finished"):

@@ -11,12 +11,10 @@ seconds. Target: fine-tune / scoring at least 50. Beside them the seconds of eac
 LogME of 50,000 x 2,048 features (target: below 60 s).
 
 Measured on 2026-12-01 with --repeats 1 and one thread on a busy machine: scoring 14.7 s, a
-fine-tune of 30 epochs 1390 s, 94 times as much, and of 10 epochs 32 times. LogME of the large
-features took 8.5 s. Most of it, about 11 s, is the network over 2500 rows: that alone is a 40th of
-a fine-tune of 10 epochs, so that no faster score makes it 50. The scores with their intervals took
-3.5 s then and 2.6 s since the H-score solves instead of decomposing, GBC computes 64 directions
-instead of all, the Frechet distance reduces one side, and N-LEEP's first clusters are drawn without
-repeated distances (2000 + 500 rows x 512 features, ten classes).
+fine-tune of 30 epochs 1390 s, 94 times as much, and of 10 epochs 32 times. About 11 of the 14.7 s
+are the network's pass over 2500 rows. That alone is a 40th of a fine-tune of 10 epochs, so there
+the target of 50 cannot be met. LogME of the large features took 8.5 s. Since then the twelve scores
+with their intervals take 2.6 s instead of 3.5 (2000 + 500 rows x 512 features, ten classes).
 """
 
 from __future__ import annotations
