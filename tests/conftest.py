@@ -112,15 +112,21 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_runtest_setup(item):
-    """Set torch's seed, so that new weights do not depend on the tests that ran before.
+    """A test without the mark sees no Ray: trials that can then run in this process do."""
+    _seed()  # for its fixtures
+    if item.get_closest_marker("ray") is None:
+        _stop_ray()
 
-    A test without the mark sees no Ray: what can run in this process then does.
-    """
+
+def pytest_runtest_call():
+    _seed()
+
+
+def _seed():
+    """Set torch's seed, so that what a test draws does not depend on the tests before it."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.default_generator.manual_seed(0)
-    if item.get_closest_marker("ray") is None:
-        _stop_ray()
 
 
 # ---------------------------------------------------------------- Ray

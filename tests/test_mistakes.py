@@ -563,7 +563,7 @@ FITS = [
         ),
         (
             "column text: a label is in no training row",
-            "known labels look like sentences: are the columns of text and label swapped?",
+            "They look like sentences: if the columns of text and label are swapped, write",
         ),
     ),
     Mistake(

@@ -246,7 +246,7 @@ OPTIONS = {
     **dict.fromkeys(("--task", "--problem-type"), "--objective"),
     **dict.fromkeys(("--model", "--checkpoint", "--backbone", "--pretrained"), "--source"),
     **dict.fromkeys(("--out", "--output-dir", "--output_dir"), "--output"),
-    **dict.fromkeys(("--override", "--config"), "--set"),
+    **dict.fromkeys(("--override", "--overrides"), "--set"),
 }
 """Options of commands of other tools, and what is meant by them here."""
 

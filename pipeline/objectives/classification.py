@@ -188,9 +188,9 @@ class Classification(Objective):
             if _are_sentences(state["labels"]):
                 # a row's text may be personal: it is not quoted
                 raise ValueError(
-                    f"column {name}: a label is in no training row, and the {len(state['labels'])} "
-                    "known labels look like sentences: are the columns of text and label swapped? "
-                    "columns: {label: NAME} names the column of classes"
+                    f"column {name}: a label is in no training row ({len(state['labels'])} labels "
+                    "known). They look like sentences: if the columns of text and label are "
+                    "swapped, write columns: {label: NAME} with the column of classes"
                 )
             unknown = column.filter(pc.is_null(found))
             value = unknown[0].as_py()

@@ -140,6 +140,8 @@ def _row_means(output: FilterMap, rows: int, tokens: Tensor | None) -> Tensor | 
     each, rest = divmod(len(values), rows)
     if rest:
         return None
+    if each > 1 and tokens is not None:  # entries may be left out where they are padding
+        return None
     if each > 1:  # of channels or windows
         values = values.unflatten(0, (rows, each))
         output = FilterMap(values)

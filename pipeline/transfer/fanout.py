@@ -297,6 +297,8 @@ def _run_unit(
         pulse = _begin(pulses, config["unit"], pulse_seconds, config["workers"] > 0)
     shared: Shared = launch.get_shared(held[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    gc.collect()  # what a trial left that ASHA stopped: its traceback held the network until now
+    gc.freeze()  # modules and what trials share: later collections look through the rest alone
     unit = work[config["unit"]]
     torch.set_num_threads(config["threads"])
     started = time.time()
@@ -401,7 +403,7 @@ def release_memory() -> None:
     One process runs many trials. Python would keep networks in reference cycles until its next
     collection, and glibc what each trial used.
     """
-    gc.collect(1)  # not generation 2, which holds all imported modules
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # another system's C library

@@ -20,8 +20,11 @@ pytestmark = [pytest.mark.ray]
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """The tiny job with pictures alone: a source on two ranks, and two targets."""
+    """The tiny job with pictures alone: a source on two ranks, which read their rows themselves, and
+    two targets. Ray Data is tested in tests/data and by the long tier.
+    """
     spec = yaml.safe_load(TINY.read_text())
+    spec["sources"]["garments"]["data"]["decode"] = "train"
     del spec["sources"]["stories"], spec["targets"]["reviews"]
     shoes = spec["targets"]["shoes"]
     spec["targets"]["tops"] = {**shoes, "data": {**shoes["data"], "where": {"label": [0, 2, 4]}}}

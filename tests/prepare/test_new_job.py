@@ -208,6 +208,13 @@ def test_rows_that_hold_series(form):
     assert "95 % of the series have at most 32 steps" in comments(text)
 
 
+def test_lists_of_numbers_beside_texts_are_no_series():
+    columns = {"text": texts(60), "keypoints": [[0.5, 0.25]] * 60, "label": ["a", "b"] * 30}
+    pq.write_table(pa.table(columns), "rows.parquet")
+    init("rows.parquet")
+    assert target().data.columns == {"text": "text", "label": "label"}
+
+
 @pytest.mark.parametrize("places", [["reviews"], ["reviews/pos/*.txt", "reviews/neg/*.txt"]])
 def test_a_folder_of_texts_for_each_class(places):
     for number, one in enumerate(texts(60)):

@@ -11,11 +11,13 @@ import itertools
 import json
 import math
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from toys import image_files, job_of, shared_of, trial_of
@@ -679,6 +681,16 @@ def test_the_time_left_falls_while_trials_run(monkeypatch):
         if "trials 2/6  4 running" in line
     ]
     assert message == ["ETA 3m20s", "ETA 2m20s", "ETA 1m20s", ""], "no time is left: it is unknown"
+
+
+def test_a_network_in_a_reference_cycle_is_freed():
+    network = torch.nn.Linear(1, 1)
+    network.itself = [network]
+    left = weakref.ref(network)
+    del network
+    assert left() is not None
+    fanout.release_memory()
+    assert left() is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")

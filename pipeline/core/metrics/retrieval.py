@@ -8,12 +8,12 @@ sounds.
 
 Each image is a query once, and so is each text. It is compared with each other text (image) of the
 rows once. All texts that stand beside an image are right, and all images beside a text: of an image
-with five captions none counts as wrong, nor does another image of the same text. A wrong one that
-has the score of the best right one is placed before it, so that a network to which all rows are the
-same finds nothing.
+with five captions none counts as wrong, nor does another image of the same text. Ties count as
+misses: a wrong candidate with the score of the best right one ranks before it, so that a network
+that maps all rows to one point has recall 0.
 
-A resample draws queries. What they are compared with stays whole: among fewer rows, the right one
-would be found more easily.
+A resample draws rows, and with them their queries. The candidates stay the same: recall is higher
+among fewer of them. Where rows of one image are groups of the data, a resample draws whole groups.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ MOST_ROWS = 30_000
 """Most rows that are compared; of more, this many, evenly spread. COCO's usual 5,000 test images
 have 25,010 captions.
 """
+TIE = 1e-6
+"""Scores that differ by less are ties: the same product may be rounded in several ways."""
 _SCORES_AT_ONCE = 16_000_000
 """Scores (queries x candidates) that are held at once."""
 
@@ -62,7 +64,8 @@ def text_to_image_recall_at_5(p: Predictions, counts: np.ndarray) -> np.ndarray:
 def _recall(p: Predictions, counts: np.ndarray, query: str, candidate: str, k: int) -> np.ndarray:
     """Return (R,) shares of queries with a right candidate among the ``k`` nearest.
 
-    NaN where an embedding is not finite. The rows of a query share its weight of 1.
+    NaN where an embedding is not finite, or where there are no more than ``k`` candidates, among
+    which a right one always is. A query with several rows has weight 1 in all.
     """
     n = len(p["image_number"])
     if n > MOST_ROWS:
@@ -72,6 +75,8 @@ def _recall(p: Predictions, counts: np.ndarray, query: str, candidate: str, k: i
     if not n or not all(np.isfinite(one).all() for one in vectors):
         return np.full(len(counts), np.nan)
     queries, candidates = (_numbered(p[f"{name}_number"]) for name in (query, candidate))
+    if candidates.max() < k:
+        return np.full(len(counts), np.nan)
     is_found = _wrong_before(*vectors, queries, candidates) < k
     weight = 1 / np.bincount(queries)[queries]
     total = counts @ weight
@@ -114,5 +119,5 @@ def _wrong_before(
         best = np.full(len(scores), -np.inf, dtype=scores.dtype)
         np.maximum.at(best, own, scores[own, right])
         scores[own, right] = -np.inf
-        before[start:stop] = (scores >= best[:, None]).sum(1)
+        before[start:stop] = (scores > best[:, None] - TIE).sum(1)
     return before

@@ -219,17 +219,20 @@ def may_name_rows(column: Column) -> bool:
     return bool(column.parts & GROUPS) or column.is_unique
 
 
-def series_columns(schema: pa.Schema, columns: Iterable[Column]) -> list[str]:
+def series_columns(schema: pa.Schema, columns: Iterable[Column], has_texts: bool) -> list[str]:
     """Return the columns whose rows are series of numbers, the likeliest first.
 
-    They are structs of lists, lists of lists, or lists of numbers; lists of whole numbers, which
-    may be codes, only by their names.
+    They are structs of lists, lists of lists, or lists of numbers. Lists of whole numbers, which
+    may be codes, are series only by their names, and so are all where ``has_texts``: a column is
+    named as texts to read.
     """
     found: list[tuple[bool, str]] = []
     for column in columns:
         inner = _values_of_series(schema.field(column.name).type)
         named = bool(column.parts & SERIES)
-        if inner is None or column.parts & NO_SERIES or (pa.types.is_integer(inner) and not named):
+        if inner is None or column.parts & NO_SERIES:
+            continue
+        if not named and (has_texts or pa.types.is_integer(inner)):
             continue
         found.append((not named, column.name))
     return [name for _, name in sorted(found, key=lambda one: one[0])]

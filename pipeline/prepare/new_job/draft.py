@@ -269,7 +269,9 @@ def _input(found: Inspection, target_column: str | None) -> Draft:
     tags = look.tag_columns(found.table, free)
     if tags is not None and target_column in (None, tags[1]):
         return Draft(found, "text", {"text": tags[0]}, "tagging", {"tags": tags[1]})
-    series = look.series_columns(found.main.schema, free)
+    texts = look.text_columns(free)
+    named = bool(texts) and bool(texts[0].parts & set(look.TEXTS))
+    series = look.series_columns(found.main.schema, free, named)
     if series and not _other_task(found):
         return Draft(
             found,
@@ -280,9 +282,7 @@ def _input(found: Inspection, target_column: str | None) -> Draft:
     struct = next((one for one in found.columns if one.name == "features"), None)
     if struct is not None and struct.kind == "other":
         return Draft(found, "table", {"features": "features"})
-    texts = look.text_columns(free)
     numbers = [column for column in free if column.kind in ("whole", "number")]
-    named = texts and texts[0].parts & set(look.TEXTS)
     if texts and (named or len(numbers) < FEWEST_NUMBERS):
         pair = look.pair_of(texts[0], free)
         more = {"text_pair": pair.name} if pair else {}

@@ -88,10 +88,13 @@ def test_alike_rows_find_nothing_and_broken_ones_have_no_value(monkeypatch):
     same = {**p, **{name: np.ones_like(p[name]) for name in p if name.endswith("embedding")}}
     same["image_number"] = same["caption_number"] = np.arange(60)
     broken = {**p, "caption_embedding": np.full_like(p["caption_embedding"], np.nan)}
-    none = {name: array[:0] for name, array in p.items()}
+    few, none = ({name: array[:n] for name, array in same.items()} for n in (1, 0))
+    unit = np.random.default_rng(0).standard_normal(256).astype(np.float32)
+    point = np.tile(unit / np.linalg.norm(unit), (60, 1))  # the same product is rounded differently
+    wide = {**same, "image_embedding": point, "caption_embedding": point}
     for name in NAMES:
-        assert metric(name).value(same) == 0
-        assert np.isnan([metric(name).value(rows) for rows in (broken, none)]).all()
+        assert metric(name).value(same) == metric(name).value(wide) == 0
+        assert np.isnan([metric(name).value(rows) for rows in (broken, few, none)]).all()
         assert metric(name).higher_is_better and metric(name).fixed_bounds == (0.0, 1.0)
     whole = {name: metric(name).value(p) for name in NAMES}
     monkeypatch.setattr(retrieval, "_SCORES_AT_ONCE", 100)
