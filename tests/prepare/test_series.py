@@ -52,7 +52,8 @@ def test_windows_of_each_recording(tmp_path, form):
 
 
 def test_recordings_as_rows_and_labels_of_folders(tmp_path):
-    for name, count in (("walk/1", 4), ("walk/2", 6), ("run/1", 5)):
+    """Also where folders of splits lie above or below those of labels."""
+    for name, count in (("walk/1", 4), ("test/walk/2", 6), ("run/train/1", 5)):
         file = tmp_path / f"logs/{name}.csv"
         file.parent.mkdir(parents=True, exist_ok=True)
         log(count).to_csv(file, index=False)
@@ -60,12 +61,16 @@ def test_recordings_as_rows_and_labels_of_folders(tmp_path):
     found = {row["recording"]: row for row in read(tmp_path / "out")}
     assert {name: len(row["series"]["x"]) for name, row in found.items()} == {
         "walk/1": 4,
-        "walk/2": 6,
-        "run/1": 5,
+        "test/walk/2": 6,
+        "run/train/1": 5,
     }
-    assert all(row["label"] == name.split("/")[0] for name, row in found.items())
+    assert [(row["label"], row["split"]) for _, row in sorted(found.items())] == [
+        ("run", "train"),
+        ("walk", "test"),
+        ("walk", "train"),
+    ]
     with pytest.raises(ValueError, match=r"1\.csv: it lies in no folder below the source"):
-        prepare(tmp_path / "logs/walk", tmp_path / "no", "channels=x", "label_folders=true")
+        prepare(tmp_path / "logs/run", tmp_path / "no", "channels=x", "label_folders=true")
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,16 @@ def test_no_window_crosses_a_gap_or_a_cut_by_time(tmp_path):
         (["channels=x,run", "recording=run"], "names column 'run', which another option names"),
         (["channels=x,word", "window=4"], r"channels without any number: word; leave them out"),
         (
+            ["channels=x,y", "order=back"],
+            r"no recording is valid; invalid: 1, the first one: log\.csv: rows 1 to 12: back does "
+            "not ascend at step 1",
+        ),
+        (
+            ["channels=x", "window=4", "split_column=sides"],
+            r"no window of 4 steps is left; the longest stretch of a recording has 3 .*; invalid: "
+            r"1, the first one: log\.csv: rows 4 to 12: its split is none of",
+        ),
+        (
             ["channels=x", "window=50"],
             r"no window of 50 steps is left; the longest .* has 12 steps \(steps in no window: 12\)",
         ),
@@ -139,24 +154,53 @@ def test_no_window_crosses_a_gap_or_a_cut_by_time(tmp_path):
     ],
 )
 def test_what_cannot_be_cut_is_told(tmp_path, pairs, said):
-    table = log(12, run=["a"] * 4 + ["b"] * 4 + ["a"] * 4, word="none")
+    table = log(12, run=["a"] * 4 + ["b"] * 4 + ["a"] * 4, word="none", back=range(12, 0, -1))
+    table["sides"] = ["train"] * 3 + ["left"] * 9
     table.to_csv(tmp_path / "log.csv", index=False)
     with pytest.raises(ValueError, match=said):
         prepare(tmp_path / "log.csv", tmp_path / "out", *pairs)
 
 
-def test_a_recording_out_of_order_or_of_two_subjects_is_left_out_without_its_name(tmp_path):
-    table = pd.concat([log(4, run=name, who="p") for name in ("patient-7", "patient-8", "fine")])
-    table["t"] = [0, 2, 1, 3, *[0, 1, 2, 3] * 2]
-    table["who"] = [*"pppp", *"ppqq", *"rrrr"]
-    table.to_csv(tmp_path / "log.csv", index=False)
-    pairs = ("channels=x,y", "recording=run", "order=t", "subject=who", "window=4")
-    prepare(tmp_path / "log.csv", tmp_path / "out", *pairs, max_bad=0.7)
-    assert [row["recording"] for row in read(tmp_path / "out")] == ["fine"]
-    broken = summary(tmp_path / "out")["broken"]["files"]
-    assert [row["path"] for row in broken] == ["log.csv:rows 1 to 4", "log.csv:rows 5 to 8"]
-    assert "t does not ascend at step 2" in broken[0]["reason"]
-    assert "2 values of subject" in broken[1]["reason"] and "patient" not in str(broken)
+@pytest.mark.parametrize("shares", [(), ("test_share=0.5",)])
+def test_a_recording_out_of_order_or_of_two_subjects_is_left_out_without_names(tmp_path, shares):
+    """Also where order and subject change at the cut by time."""
+    names = ("unit-1", "unit-2", "fine", "no")
+    table = pd.concat([log(8, run=name, who=None) for name in names])
+    table["t"] = [4, 5, 6, 7, 0, 1, 2, 3, *[*range(8)] * 3]
+    table["who"] = [*["patient-7"] * 12, *["patient-8"] * 4, "", *["patient-9"] * 7, *[None] * 8]
+    table.to_parquet(tmp_path / "log.parquet")
+    pairs = ("channels=x,y", "recording=run", "order=t", "subject=who", "window=4", *shares)
+    prepare(tmp_path / "log.parquet", tmp_path / "out", *pairs, max_bad=0.7)
+    found = [(row["recording"].split("-")[0], row["subject"]) for row in read(tmp_path / "out")]
+    assert found == [("fine", "patient-9")] * 2 + [("no", None)] * 2
+    said = summary(tmp_path / "out")
+    broken = said["broken"]["files"]
+    assert [row["path"] for row in broken] == [
+        "log.parquet:rows 1 to 8",
+        "log.parquet:rows 9 to 16",
+    ]
+    assert "t does not ascend at step 4" in broken[0]["reason"]
+    assert "2 values of subject" in broken[1]["reason"]
+    assert "patient" not in str(said) and "unit" not in str(said)
+    without = [name for name in said["notes"] if "without a subject" in name]
+    assert [said["notes"][name] for name in without] == [1]
+
+
+@pytest.mark.parametrize("pairs", [(), ("recording=run", "split_column=side")])
+def test_recordings_of_one_name_in_several_files_keep_apart(tmp_path, pairs):
+    sides = ["train"] * 4 + ["test"] * 4
+    for name, order in (("b/1.csv", 1), ("b/1.csv.gz", -1), ("c/2.csv", 1)):
+        file = tmp_path / "logs" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        log(8, run="7", side=sides[::order]).to_csv(file, index=False)
+    prepare(tmp_path / "logs", tmp_path / "out", "channels=x", "window=4", *pairs)
+    rows = [(row["recording"], row["split"]) for row in read(tmp_path / "out")]
+    per_file = 1 + ("split_column=side" in pairs)
+    assert len(rows) == 6 and len(set(rows)) == len(dict(rows)) == 3 * per_file
+    own = "7-0000" if pairs else ""  # otherwise the name of the file, without its suffix
+    assert all(name.startswith((f"b/1.csv/{own}", "b/1.csv.gz/", "c/2.csv/")) for name, _ in rows)
+    said = [v for k, v in summary(tmp_path / "out")["notes"].items() if "several files" in k]
+    assert said == [1]
 
 
 @pytest.mark.data

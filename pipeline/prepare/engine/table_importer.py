@@ -279,6 +279,18 @@ class TableShardTask(ShardTask):
             storage.write_bytes(storage.join(output, "_dropped.parquet"), sink.getvalue())
 
 
+def first_invalid(input_splits: list[InputSplit], found: list[Found]) -> str:
+    """Return place and reason of the first invalid row of all scans, "" where there is none."""
+    return next(
+        (
+            f"{input_split.name}: {at}: {reason}"
+            for input_split, one in zip(input_splits, found, strict=True)
+            for at, reason in one["examples"]
+        ),
+        "",
+    )
+
+
 def scan_shard(importer: TableImporter, uri: str, input_splits: list[InputSplit]) -> None:
     """Scan the input splits of a shard and keep the results at `uri`, without pickling."""
     plain: list[Found] = []

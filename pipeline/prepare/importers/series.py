@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,9 +14,20 @@ from pydantic import Field
 
 from pipeline.config.registry import SplitOptions, register
 from pipeline.core.arrow_compute import pc
-from pipeline.prepare.engine.importing import Notes, check_columns, check_one_split, preview
+from pipeline.prepare.engine.importing import (
+    Notes,
+    check_columns,
+    check_one_split,
+    preview,
+    split_of_folder,
+)
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
-from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
+from pipeline.prepare.engine.table_importer import (
+    Found,
+    InferredSchema,
+    TableImporter,
+    first_invalid,
+)
 from pipeline.prepare.readers import logs
 from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import SUFFIXES, Column, schema
@@ -35,6 +46,8 @@ TOO_SHORT, INFINITE, GAPS = (
     "infinite numbers, taken as missing",
     "gaps, which no window crosses",
 )
+SAME_NAMES = "names of recordings in several files, for which all rows have FILE/NAME"
+NO_SUBJECT = "recordings without a subject, whose windows no group of subjects keeps in one split"
 
 
 class SeriesOptions(SplitOptions):
@@ -71,7 +84,8 @@ class SeriesOptions(SplitOptions):
         "those that all of its steps have (windows with several are left out)",
     )
     label_folders: bool = Field(
-        False, description="the label is the name of the folder that a file lies in: walk/07.csv"
+        False,
+        description="the label is the name of the nearest folder that is no split's: walk/07.csv",
     )
     subject: str = Field(
         "", description="the column of the patient or robot that a recording is of, kept for splits"
@@ -92,7 +106,7 @@ class Stretch(NamedTuple):
         split: its split; "" for that of the file.
         rows: its steps.
         starts, stops: (n,) of windows, in its rows.
-        subject: the patient or robot.
+        subject: the patient or robot; None: not known.
     """
 
     recording: str
@@ -100,7 +114,7 @@ class Stretch(NamedTuple):
     rows: pa.Table
     starts: np.ndarray
     stops: np.ndarray
-    subject: str
+    subject: str | None
 
 
 @register("importer", "series", options=SeriesOptions)
@@ -111,12 +125,13 @@ class Series(TableImporter):
     Columns: recording, subject, start (the window's first step, counted in its stretch of the
     recording from 0), series (a struct with a list of numbers for each channel), label, value,
     split. Name the recording in the job's `group` (or the subject), so that windows of one never
-    stand on both sides of a split. With --set test_share= each recording is cut by time instead, no
-    window crosses the cut, and each side has a name of its own. Steps are taken to be equally far
-    apart: numbers are not resampled, and a window does not cross a gap of --set order=. Left out
-    and counted: windows without a number or label, steps that fill no window. Invalid: recordings
-    whose order does not ascend, or with two subjects. A file is read by one task: cut up very large
-    ones.
+    stand on both sides of a split. A recording ends with its file; where a name stands in several
+    files, recordings are named FILE/NAME. With --set test_share= each recording is cut by time
+    instead, no window crosses the cut, and each side has a name of its own. Steps are taken to be
+    equally far apart: numbers are not resampled, and a window does not cross a gap of --set order=.
+    Left out and counted: windows without a number or label, steps that fill no window. Invalid:
+    recordings whose order does not ascend, or with two subjects. A file is read by one task: cut up
+    very large ones.
     """
 
     def __init__(self, options: Any = None):
@@ -208,21 +223,39 @@ class Series(TableImporter):
         self, reading: SplitReader, found: list[logs.EpisodeRows], counts: Counter[str]
     ) -> Iterator[Stretch]:
         """Yield the valid stretches of a file; the others go to `reading.bad`."""
-        o = self.options
-        is_cut = self._shares or bool(o.split_column)
+        is_cut = self._shares or bool(self.options.split_column)
         tables = logs.tables(reading.input_split, self._columns(), reading.opener)
-        for one, rows in zip(found, logs.read_episodes(found, tables), strict=True):
+        recordings = [list(stretches) for _, stretches in groupby(found, lambda one: one.log)]
+        whole = [ones[0]._replace(stop=ones[-1].stop) for ones in recordings]
+        for ones, rows in zip(recordings, logs.read_episodes(whole, tables), strict=True):
+            first = ones[0].start
             try:
-                split = logs.checked_split(one)
                 logs.check_order(rows, self.roles)
-                subject = logs.one_text(rows, o.subject, "subject") if o.subject else ""
+                subject = self._subject(rows, counts)
             except logs.UnusableError as error:
                 # without the recording's name, which may be a patient's
-                reading.bad(f"rows {one.start + 1} to {one.stop}", str(error))
+                reading.bad(f"rows {first + 1} to {ones[-1].stop}", str(error))
                 continue
-            name = f"{one.log}-{one.number:05d}" if is_cut else one.log
-            starts, stops = self._cut(rows, counts)
-            yield Stretch(name, split, rows, starts, stops, subject)
+            for one in ones:
+                try:
+                    split = logs.checked_split(one)
+                except logs.UnusableError as error:
+                    reading.bad(f"rows {one.start + 1} to {one.stop}", str(error))
+                    continue
+                name = f"{one.log}-{one.number:05d}" if is_cut else one.log
+                steps = rows.slice(one.start - first, one.stop - one.start)
+                yield Stretch(name, split, steps, *self._cut(steps, counts), subject)
+
+    def _subject(self, rows: pa.Table, counts: Counter[str]) -> str | None:
+        """Return the patient or robot of a recording, None where no step has one. Raises
+        UnusableError where there are several, without their names.
+        """
+        subjects = _codes(rows, self.options.subject)[1] if self.options.subject else []
+        if len(subjects) > 1:
+            raise logs.UnusableError(f"its rows have {len(subjects)} values of subject")
+        if self.options.subject and not subjects:
+            counts[NO_SUBJECT] += 1
+        return subjects[0] if subjects else None
 
     def _cut(self, rows: pa.Table, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the first steps of windows, and those after their last ones, both (n,)."""
@@ -280,11 +313,16 @@ class Series(TableImporter):
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         o = self.options
         counts = sum((Counter(one["counts"]) for one in found), Counter[str]())
-        channels = self.roles.observations
+        channels, broken = self.roles.observations, sum(one["broken"] for one in found)
+        first = f"; invalid: {broken}, the first one: {first_invalid(input_splits, found)}"
+        if not any(one["rows"] for one in found):  # then some are invalid
+            is_any = any(one["longest"] for one in found)
+            why = self.why_no_rows(found) if is_any else "no recording is valid"
+            raise ValueError(f"{why}{first}")
         if empty := [name for name in channels if not any(one["known"][name] for one in found)]:
             raise ValueError(
                 f"{input_splits[0].name}: channels without any number: {preview(empty)}; leave "
-                "them out of --set channels="
+                f"them out of --set channels={first if broken else ''}"
             )
         lists = pa.struct([pa.field(name, pa.list_(pa.float64())) for name in channels])
         columns = [
@@ -296,6 +334,13 @@ class Series(TableImporter):
             *([pa.field("value", pa.float64())] if o.value else []),
         ]
         notes: Notes = {"channels": len(channels), **counts}
+        files = Counter(name for one in found for name in {log for log, *_ in one["stretches"]})
+        if doubled := sum(count > 1 for count in files.values()):
+            notes[SAME_NAMES] = doubled
+        scan_results = [
+            [(f"{file.name}/{log}" if doubled else log, *rest) for log, *rest in one["stretches"]]
+            for file, one in zip(input_splits, found, strict=True)
+        ]
         if steps := [step for one in found for step in one["steps"]]:
             unit = MICROSECONDS if self.roles.moments else 1
             low, high = min(steps) / unit, max(steps) / unit
@@ -312,7 +357,7 @@ class Series(TableImporter):
             "label": o.label,
             "value": o.value,
         }
-        return InferredSchema(columns, [one["stretches"] for one in found], notes, info)
+        return InferredSchema(columns, scan_results, notes, info)
 
     def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
         there = [logs.EpisodeRows(*one) for one in reading.scan_result]
@@ -336,11 +381,11 @@ class Series(TableImporter):
             if o.take == "most":
                 lacking = _commonest(stretch, column) < 0
             else:
-                lacking = (_codes(stretch, column)[0] < 0)[last]
+                lacking = (_codes(stretch.rows, column)[0] < 0)[last]
             counts[NO_LABEL] += int((good & lacking).sum())
             good &= ~lacking
             if o.take == "same":
-                codes = _codes(stretch, column)[0]
+                codes = _codes(stretch.rows, column)[0]
                 changes = np.append(0, (np.diff(codes) != 0).cumsum())
                 several = changes[last] != changes[stretch.starts]
                 counts[SEVERAL] += int((good & several).sum())
@@ -365,7 +410,7 @@ class Series(TableImporter):
             "series": pa.StructArray.from_arrays(lists, list(self.roles.observations)),
         }
         if o.label:
-            codes, names = _codes(stretch, o.label)
+            codes, names = _codes(stretch.rows, o.label)
             chosen = _commonest(stretch, o.label)[kept] if o.take == "most" else codes[stops - 1]
             columns["label"] = [names[code] for code in chosen]
         elif o.label_folders:
@@ -378,21 +423,22 @@ class Series(TableImporter):
 
 
 def _folder(file: InputSplit) -> str:
-    """Return the name of the folder that a file lies in, which is its label."""
-    parts = file.entry.name.split("/")
-    if len(parts) < 2:
+    """Return the name of the nearest folder that is no split's, which is a file's label."""
+    folders = [one for one in file.entry.name.split("/")[:-1] if not split_of_folder(one)]
+    if not folders:
         raise ValueError(
-            f"{file.name}: it lies in no folder below the source, and --set label_folders=true "
-            "takes the folder's name as the label: give the folder that holds the folders"
+            f"{file.name}: it lies in no folder below the source that is not called like a split, "
+            "and --set label_folders=true takes the folder's name as the label: give the folder "
+            "that holds the folders of labels"
         )
-    return parts[-2]
+    return folders[-1]
 
 
-def _codes(stretch: Stretch, column: str) -> tuple[np.ndarray, list[Any]]:
+def _codes(rows: pa.Table, column: str) -> tuple[np.ndarray, list[Any]]:
     """Return (steps,) the number of each step's value among the distinct ones, -1 where there is
     none, and the distinct ones.
     """
-    values = stretch.rows[column].combine_chunks()
+    values = rows[column].combine_chunks()
     if pa.types.is_string(values.type):
         values = pc.utf8_trim_whitespace(values)
         values = pc.if_else(pc.equal(values, ""), None, values)
@@ -404,7 +450,7 @@ def _codes(stretch: Stretch, column: str) -> tuple[np.ndarray, list[Any]]:
 
 def _commonest(stretch: Stretch, column: str) -> np.ndarray:
     """Return (windows,) the number of the value that most steps of a window have, -1 for none."""
-    codes, names = _codes(stretch, column)
+    codes, names = _codes(stretch.rows, column)
     counts = [np.append(0, (codes == code).cumsum()) for code in range(len(names))]
     if not counts:
         return np.full(len(stretch.starts), -1)

@@ -16,7 +16,12 @@ from pipeline.config.registry import SplitOptions, register
 from pipeline.prepare.engine import episodes
 from pipeline.prepare.engine.importing import Notes, check_columns, names_in, preview
 from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
-from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
+from pipeline.prepare.engine.table_importer import (
+    Found,
+    InferredSchema,
+    TableImporter,
+    first_invalid,
+)
 from pipeline.prepare.readers import logs
 from pipeline.prepare.readers.archives import Opener
 from pipeline.prepare.readers.csv_blocks import SUFFIXES, schema
@@ -277,14 +282,9 @@ class Trajectories(TableImporter):
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         if not any(one["rows"] for one in found):
-            input_split, (at, reason) = next(
-                (input_split, one["examples"][0])
-                for input_split, one in zip(input_splits, found, strict=True)
-                if one["examples"]
-            )
             raise ValueError(
                 f"no episode is left of {sum(one['broken'] for one in found)}. First one: "
-                f"{input_split.name}: {at}: {reason}"
+                f"{first_invalid(input_splits, found)}"
             )
         for input_split, one in zip(input_splits, found, strict=True):
             if self.coded and (
