@@ -637,7 +637,7 @@ def run_stages(
     from pipeline.io import run_lock
     from pipeline.train import launch
     from pipeline.train.progress import Progress
-    from pipeline.transfer import live_page, stages, tracking
+    from pipeline.transfer import existing_trials, live_page, stages, tracking
 
     if not job.targets and "pretrain" not in wanted:
         raise ValueError("this job has no targets")
@@ -649,7 +649,7 @@ def run_stages(
         live_page.serve(state, serve),
         tracking.follow(state) as track,
     ):
-        ended = stages.trial_status(state) if "finetune" in wanted else []
+        ended = existing_trials.trial_status(state) if "finetune" in wanted else []
         if ended and all(is_done for _, is_done in ended):
             for name in state.sources:
                 stages.report_done(state, name)

@@ -221,11 +221,11 @@ def _print_outcome(done: api.Outcome) -> None:
 def _prune(state: Any, dry_run: bool) -> None:
     """List the stale trials, and remove them unless that is all that was asked for."""
     from pipeline.io import run_lock
-    from pipeline.transfer import pruning, stages
+    from pipeline.transfer import existing_trials, pruning
 
     note = state.progress.note
     with contextlib.nullcontext() if dry_run else run_lock.hold(state.job.root, note):
-        found = stages.stale(state)
+        found = existing_trials.stale(state)
         for line in found.lines():
             out.print(line, markup=False, soft_wrap=True)
         if not found.is_empty and not dry_run:

@@ -15,7 +15,7 @@ from pipeline.core.contracts.technique_capabilities import adapts_without_labels
 from pipeline.report.code_versions import OTHER, describe_changes
 from pipeline.train import source
 from pipeline.train.experiment import technique_of
-from pipeline.transfer import budget, grid, job_state, planned_trials, stages
+from pipeline.transfer import budget, existing_trials, grid, job_state, planned_trials
 from pipeline.transfer.job_state import JobState
 from pipeline.transfer.targets import TargetStage, planned_steps
 
@@ -31,7 +31,7 @@ def describe(state: JobState) -> list[str]:
         cost = describe_target(state, name, planned)
         lines += cost.lines
         total, steps, unknown = total + cost.trials, steps + cost.steps, cost.unknown or unknown
-    status = stages.trial_status(state)
+    status = existing_trials.trial_status(state)
     done = sum(is_done for _, is_done in status)
     kept = f", {done} of the {len(status)} trials are done" if status else ""
     lines.append(
@@ -243,7 +243,7 @@ def describe_target(
 
 def _describe_reuse(state: JobState) -> list[str]:
     """Return which results of other code or versions are used as they are or made again."""
-    _, made_by = stages.reusable_results(state)
+    _, made_by = existing_trials.reusable_results(state)
     lines = describe_changes(made_by)
     if "trials" not in state.remake:
         return lines

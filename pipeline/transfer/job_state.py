@@ -99,6 +99,14 @@ def backbone_groups(state: JobState) -> list[BackboneGroup]:
     )
 
 
+def used_places(state: JobState) -> dict[str, tuple[str, ...]]:
+    """Return for each source its bundle, and the checkpoint that the source itself started from."""
+    return {
+        name: tuple(filter(None, (stage.bundle_uri, stage.checkpoint_text)))
+        for name, stage in state.sources.items()
+    }
+
+
 def without_other_modalities(state: JobState) -> Job:
     """Return the part of a job without targets and sources that match none of the other kind.
 

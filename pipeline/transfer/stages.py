@@ -18,10 +18,9 @@ from pipeline.checkpoints import bundle
 from pipeline.config import provenance
 from pipeline.config.schema import Job, spec_hash
 from pipeline.data.manifests import Selection
-from pipeline.io import checksums, file_identity, storage, write_fence
+from pipeline.io import file_identity, storage, write_fence
 from pipeline.report import code_versions as origins
 from pipeline.report import folds, matrix, report, results, stats, subgroups, trial_folder
-from pipeline.report.code_versions import TrialProvenance
 from pipeline.report.results import ResultRow
 from pipeline.report.source_scores import PairScores, ScoreValue, SelectionScore
 from pipeline.report.source_summary import SourceSummary
@@ -41,6 +40,11 @@ from pipeline.transfer import (
     targets,
     trial,
 )
+from pipeline.transfer.existing_trials import (
+    provenance_of_trials,
+    search_and_final_trials,
+    trials_to_remake,
+)
 from pipeline.transfer.gains import gain_over_scratch, with_best_baseline, with_comparison
 from pipeline.transfer.grid import SCRATCH, BackboneGroup, Trial
 from pipeline.transfer.job_checks import (
@@ -59,9 +63,9 @@ from pipeline.transfer.job_state import (
     backbone_groups,
     chosen_before,
     matching,
-    metadata_uri,
     read_metadata,
     save_metadata,
+    used_places,
     without_other_modalities,
 )
 from pipeline.transfer.planned_trials import (
@@ -90,9 +94,9 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     except storage.StorageError as error:
         raise ValueError(f"storage: {error}") from error
     whole, job = job, job.selected()
-    are_whole = {name for name in job.targets if whole.taken_by(name) <= job.sources.keys()}
+    whole_targets = {name for name in job.targets if whole.taken_by(name) <= job.sources.keys()}
     job = grid.expand_folds(job)
-    state, problems = JobState(job, progress, **options, whole_targets=frozenset(are_whole)), []
+    state, problems = JobState(job, progress, **options, whole_targets=frozenset(whole_targets)), []
     state.ids_in_old_layout = trial_folder.ids_in_old_layout(job.root)
 
     def each(
@@ -113,9 +117,9 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
             state.job = job = without_other_modalities(state)
             state.sources = {name: state.sources[name] for name in job.sources}
         each(targets.stage, job.targets, state.targets, place_of_target)
-    are_read = not problems
+    all_staged = not problems
     for target in state.targets.values():
-        if are_read:
+        if all_staged:
             problems += source_problems(state, target)
             problems += label_problems(state, target)
         problems += score_problems(job, target)
@@ -148,213 +152,6 @@ def at_place(place: str, error: Exception) -> str:
     """Return an error's message with its place in the job file, unless it begins with a place."""
     text = str(error)
     return text if text.startswith(("sources.", "targets.")) else f"{place}: {text}"
-
-
-# ---------------------------------------------------------------- the trials that are there
-
-
-def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
-    """Return each trial of the job and whether it is finished.
-
-    The result is empty while a source has no bundle or the search is not finished.
-    """
-    if (
-        not state.targets
-        or not all(stage.done for stage in state.sources.values())
-        or read_metadata(state).get("broken")
-    ):
-        return []  # a target that was left out is prepared again
-    if checksums.is_damaged(metadata_uri(state)):
-        return []  # the run goes through its stages once more, which makes them again
-    groups, chosen = backbone_groups(state), chosen_before(state)
-    if chosen is None:
-        return []
-    if state.job.fanout.budget is not None:
-        found = decide_budget(state, groups, chosen)
-        failed = failed_before(state, groups, chosen)
-        done = [
-            (one, is_done or one.id in failed)
-            for one, is_done in _trial_status(state, found.search, groups)
-        ]
-        if not all(one for _, one in done):
-            return []
-        final = final_trials(state, groups, chosen, {}, found.cut)
-        return done + _trial_status(state, final, groups)
-    draws = search_trials(state, groups, chosen)
-    done = _trial_status(state, draws, groups)
-    if not all(one for _, one in done):
-        return []
-    again = finalist_trials(state, groups, chosen, ranked_draws(draws, _records(state, draws)))
-    done += _trial_status(state, again, groups)
-    if not all(one for _, one in done):
-        return []
-    search = [*draws, *again]
-    return done + _trial_status(
-        state,
-        final_trials(state, groups, chosen, winning_draws(search, _records(state, search))),
-        groups,
-    )
-
-
-def _records(state: JobState, found: list[Trial]) -> list[TrialRecord | None]:
-    records = trial.read_records(state.job.root, grid.folders(found))
-    return [records.get(one.id) for one in found]
-
-
-def _trial_status(
-    state: JobState, found: list[Trial], groups: list[BackboneGroup]
-) -> list[tuple[Trial, bool]]:
-    anew = _trials_to_remake(state, found, groups)
-    as_they_are = [one for one in found if one.id not in anew]
-    unfinished = fanout.unfinished_of(state.job.root, as_they_are, state.job.fanout)
-    return [(one, one.id not in anew and one.id not in unfinished) for one in found]
-
-
-def provenance_of_trials(
-    state: JobState, found: list[Trial], groups: list[BackboneGroup]
-) -> dict[str, TrialProvenance]:
-    """Return trial id to the code and versions that made it, for trials that have ended.
-
-    What has changed of a trial's members has changed of it too: ``found`` holds both.
-    """
-    by_key = {group.key: group for group in groups}
-    weights = {
-        name: bundle.weights_sha256(stage.bundle_uri)
-        for name, stage in state.sources.items()
-        if stage.has_bundle
-    }
-    out, records = {}, _records(state, found)
-    began = {record.trial_id: _began(record) for record in records if record is not None}
-    for one, record in zip(found, records, strict=True):
-        if record is not None:
-            target, group = state.job.targets[one.target], by_key[one.backbone_key]
-            now = grid.trial_made_by(one, target, group)
-            out[one.id] = origins.provenance_of_record(
-                record, now, one.source, weights.get(one.source)
-            )
-    for one in found:
-        members = [member.id for member in one.members if member.id in out]
-        if one.id not in out or not members:
-            continue
-        changes = [change for member in members for change in out[member].changes]
-        if any(began[member] > began[one.id] for member in members):
-            changes.append("trials that it combines were made anew since")
-        all_changes = dict.fromkeys((*out[one.id].changes, *changes))
-        out[one.id] = replace(out[one.id], changes=tuple(all_changes))
-    return out
-
-
-def _began(record: TrialRecord) -> float:
-    """Return when a trial began, in seconds; 0 where its record does not say."""
-    moments = [row.started_at.timestamp() for row in record.rows if row.started_at]
-    return min(moments, default=0.0)
-
-
-def _trials_to_remake(state: JobState, found: list[Trial], groups: list[BackboneGroup]) -> set[str]:
-    """Return the ids of the trials that have ended and are to be made again."""
-    if "trials" not in state.remake:
-        return set()
-    return {
-        one for one, origin in provenance_of_trials(state, found, groups).items() if origin.changes
-    }
-
-
-def reusable_results(
-    state: JobState,
-) -> tuple[dict[str, tuple[str, ...]], dict[str, TrialProvenance]]:
-    """Return the existing results that would be used as they are.
-
-    Where the search is not finished, or a source has no bundle, only the trials that are already
-    known are returned.
-
-    Returns:
-        Source to the changes of code and versions since it was made, and the known trials by id.
-    """
-    changed = {name: stage.changes() for name, stage in state.sources.items() if stage.has_bundle}
-    chosen = chosen_before(state)
-    if len(changed) < len(state.sources) or chosen is None:
-        return changed, {}
-    groups = backbone_groups(state)
-    search, final = _planned_trials(state, groups, chosen)
-    return changed, provenance_of_trials(state, [*search, *final], groups)
-
-
-def _planned_trials(
-    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
-) -> tuple[list[Trial], list[Trial]]:
-    """Return the search trials that have ended, and the final trials that follow from them."""
-    if state.job.fanout.budget is not None:
-        found = decide_budget(state, groups, chosen)
-        return list(found.tried), final_trials(state, groups, chosen, {}, found.cut)
-    search = _search(state, groups, chosen)
-    records = _records(state, search)
-    there = [one for one, record in zip(search, records, strict=True) if record is not None]
-    return there, final_trials(state, groups, chosen, winning_draws(search, records))
-
-
-def _search(
-    state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
-) -> list[Trial]:
-    """Return all draws of the search, and the best finished ones again with further seeds."""
-    draws = search_trials(state, groups, chosen)
-    return [
-        *draws,
-        *finalist_trials(state, groups, chosen, ranked_draws(draws, _records(state, draws))),
-    ]
-
-
-def used_places(state: JobState) -> dict[str, tuple[str, ...]]:
-    """Return for each source its bundle, and the checkpoint that the source itself started from."""
-    return {
-        name: tuple(filter(None, (stage.bundle_uri, stage.checkpoint_text)))
-        for name, stage in state.sources.items()
-    }
-
-
-def all_ids(state: JobState) -> set[str]:
-    """Return the ids of all trials of the job, whether they have run or not.
-
-    Raises:
-        ValueError: They cannot be known yet.
-    """
-    if state.job.only:
-        raise ValueError(
-            "only: a part of a job does not tell which trials the rest has; leave it out to prune"
-        )
-    lacking = [name for name, stage in state.sources.items() if not stage.has_bundle]
-    broken, chosen = read_metadata(state).get("broken") or {}, chosen_before(state)
-    why = ""
-    if lacking:
-        why = f"sources {', '.join(lacking)} have no bundle yet"
-    elif broken:
-        why = f"targets {', '.join(broken)} were left out of the newest run"
-    elif chosen is None:
-        why = "which sources are fanned out is not known yet"
-    if not why and chosen is not None:
-        groups = backbone_groups(state)
-        if state.job.fanout.budget is not None:
-            is_through = not decide_budget(state, groups, chosen).waiting
-        else:
-            is_through = None not in _records(state, _search(state, groups, chosen))
-        if is_through:
-            search, final = _planned_trials(state, groups, chosen)
-            return {one.id for one in (*search, *final)}
-        why = "its search is not through"
-    raise ValueError(
-        f"{state.job.root}: {why}, so it is not known which trials belong to the job; run it "
-        "to its end first, then prune"
-    )
-
-
-def stale(state: JobState) -> pruning.StaleTrials:
-    """Return the stored trials that are no longer part of the job.
-
-    Raises:
-        ValueError: The trials of the job cannot be known yet.
-    """
-    return pruning.find_stale(
-        state.job.root, all_ids(state), pruning.uses(state.job.root, used_places(state))
-    )
 
 
 # ---------------------------------------------------------------- sources and targets
@@ -585,7 +382,7 @@ def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
 def _pairs(
     state: JobState, shared: Shared, names: Sequence[str]
 ) -> dict[tuple[str, str], list[str]]:
-    """Return (target, key of a backbone group) to the sources of the group that are scored."""
+    """Return a dict from (target, key of a backbone group) to the group's sources to be scored."""
     return {
         (name, group.key): [one for one in group.sources if one in matching(state, name)]
         for name in names
@@ -712,8 +509,8 @@ def _spend(
 ) -> budget.Decision:
     """Run the rungs of every target one after the other, and decide which pairs go on.
 
-    A search trial that failed is not run again once pairs were kept and trained without it: those
-    of this and of every later target would be others.
+    A search trial that failed is not run again once pairs were kept without it: its result would
+    change which pairs are kept, for this and every later target.
     """
     records = failed_before(state, groups, chosen)
     while True:
@@ -729,7 +526,7 @@ def _spend(
                 shared,
                 state.job.fanout,
                 state.progress,
-                _trials_to_remake(state, waiting, groups),
+                trials_to_remake(state, waiting, groups),
                 state.wait,
             ),
             strict=True,
@@ -746,14 +543,14 @@ def _note_failed(
 ) -> None:
     """Keep which search trials of a budget failed, and add a note on those of each target.
 
-    Where all of a target and label fraction failed, no pair was kept for its values: they run again
-    with the job.
+    Where every trial of a target and label fraction failed, no pair was chosen by them, so they run
+    again with the job.
     """
-    by_contest: dict[tuple[str, str], list[Trial]] = defaultdict(list)
+    by_target_and_fraction: dict[tuple[str, str], list[Trial]] = defaultdict(list)
     for one in tried:
-        by_contest[one.target, grid.fraction_text(one.label_fraction)].append(one)
+        by_target_and_fraction[one.target, grid.fraction_text(one.label_fraction)].append(one)
     state.failed_in_budget = []
-    for (name, fraction), trials in by_contest.items():
+    for (name, fraction), trials in by_target_and_fraction.items():
         failed = [one for one in trials if records[one.id].failed]
         if not 0 < len(failed) < len(trials):
             continue
@@ -792,7 +589,7 @@ def _run_search(
 ) -> tuple[list[Trial], dict[str, dict[str, float]]]:
     """Run the search and the best draws again, where there are several draws.
 
-    Returns its trials, and entry to its winning draw.
+    Returns its trials, and a dict from each entry to its winning draw.
     """
     job = state.job
     search, records = _run_draws(state, shared, groups, chosen)
@@ -807,7 +604,7 @@ def _run_search(
             shared,
             unpruned,
             state.progress,
-            _trials_to_remake(state, again, groups),
+            trials_to_remake(state, again, groups),
             state.wait,
         )
         search = [*search, *again]
@@ -842,7 +639,7 @@ def _run_draws(
                 shared,
                 state.job.fanout,
                 state.progress,
-                _trials_to_remake(state, waiting, groups),
+                trials_to_remake(state, waiting, groups),
                 state.wait,
             ),
             strict=True,
@@ -878,7 +675,7 @@ def _run_final(
     state: JobState, shared: Shared, groups: list[BackboneGroup], final: list[Trial]
 ) -> None:
     """Run the final trials: first those that are trained, then those that combine them."""
-    anew = _trials_to_remake(state, final, groups)  # of both groups, before a member is made again
+    anew = trials_to_remake(state, final, groups)  # of both groups, before a member is made again
     combined = [one for one in final if one.combines_trials]
     trained = [one for one in final if not one.combines_trials]
     for name, group in (("fine-tune", trained), ("combine", combined)):
@@ -898,9 +695,10 @@ def _run_final(
 
 
 def current(state: JobState) -> list[ResultRow]:
-    """Return the results rows of the job as it is now, and the notes of the run that made them.
+    """Return the results rows of the job as it is now, from the records of trials that have ended.
 
-    They are read from the records of the trials that have ended.
+    Notes, scores and targets that were left out, as the newest run stored them, are put into
+    ``state``.
     """
     if not state.targets or not all(stage.has_bundle for stage in state.sources.values()):
         return []
@@ -920,7 +718,7 @@ def current(state: JobState) -> list[ResultRow]:
         backbone_groups(state),
         chosen_before(state) or {name: set(matching(state, name)) for name in state.targets},
     )
-    search, final = _planned_trials(state, groups, chosen)
+    search, final = search_and_final_trials(state, groups, chosen)
     return collect(state, [*search, *final])
 
 

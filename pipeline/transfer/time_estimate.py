@@ -28,7 +28,7 @@ from pipeline.train.dry_checks import Workload
 from pipeline.train.experiment import technique_of
 from pipeline.train.progress import duration
 from pipeline.train.token_rows import PACKED
-from pipeline.transfer import planned_trials, stages
+from pipeline.transfer import existing_trials, planned_trials
 from pipeline.transfer.dry_run import TargetCost, describe_target, steps_of_source, validations
 from pipeline.transfer.job_state import JobState
 
@@ -181,7 +181,7 @@ def describe(state: JobState, workloads: Mapping[str, Sequence[Workload]]) -> li
             fanout += _target_seconds(state, name, loads, speeds) / at_once
         except Exception as error:  # an estimate refuses no job
             unknown.append(f"target {name} ({_reason(error)})")
-    status = stages.trial_status(state)
+    status = existing_trials.trial_status(state)
     if status:
         fanout *= sum(not is_done for _, is_done in status) / len(status)
     if fanout:

@@ -46,7 +46,7 @@ from pipeline.report import results
 from pipeline.train import checkpoint, pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
-from pipeline.transfer import cached_heads, fanout, pruning, stages, trial
+from pipeline.transfer import cached_heads, existing_trials, fanout, pruning, stages, trial
 
 OUTCOMES = ("detected", "harmless", "silent", "traceback")
 COLUMNS = {"image": "picture", "label": "class"}
@@ -225,7 +225,7 @@ def kind_of(path: Path, folder: Path) -> str:
 def read_job(job: Job) -> Any:
     """What the table and the report are made of, and which trials need no run."""
     state = stages.check(job, Silent())
-    done = {one.id: ended for one, ended in stages.trial_status(state)}
+    done = {one.id: ended for one, ended in existing_trials.trial_status(state)}
     rows = stages.current(state)
     runs = {
         row.trial_id: trial.read_predictions(job.root, row.folder, 0)

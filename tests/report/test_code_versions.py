@@ -36,7 +36,16 @@ from pipeline.report import code_versions, matrix, results, terminal, trial_fold
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train import loop, pretrain, resume_history, source
 from pipeline.train.loop import Ranks
-from pipeline.transfer import cached_heads, dry_run, grid, job_state, planned_trials, stages, trial
+from pipeline.transfer import (
+    cached_heads,
+    dry_run,
+    existing_trials,
+    grid,
+    job_state,
+    planned_trials,
+    stages,
+    trial,
+)
 
 
 @pytest.fixture(scope="module")
@@ -163,16 +172,18 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
         "2 of 6 trials were made by other code or versions than those of now and are made anew"
         in message
     )
-    assert not all(done for _, done in stages.trial_status(prepared(job, "sources", "trials"))), (
-        "else `run` says that nothing is to run"
-    )
+    assert not all(
+        done for _, done in existing_trials.trial_status(prepared(job, "sources", "trials"))
+    ), "else `run` says that nothing is to run"
     state, rows = again(job, "sources", "trials")
     assert sorted(here) == sorted({row.trial_id for row in rows if row.technique == "full"}), (
         "exactly those"
     )
     assert not any(entry.code_mark for entry in shown(state, rows)[0])
     here.clear()
-    assert all(done for _, done in stages.trial_status(prepared(job, "trials"))), "and once"
+    assert all(done for _, done in existing_trials.trial_status(prepared(job, "trials"))), (
+        "and once"
+    )
     again(job, "trials")
     assert here == []
 

@@ -15,7 +15,7 @@ from pipeline.config.schema import Fanout, Job
 from pipeline.io import storage
 from pipeline.report import results, trial_folder
 from pipeline.report.results import ResultRow
-from pipeline.transfer import budget, dry_run, fanout, stages
+from pipeline.transfer import budget, dry_run, existing_trials, fanout, stages
 
 SOURCES, TECHNIQUES = ("a", "b", "c"), ("full", "lp_ft", "bitfit")
 
@@ -110,9 +110,9 @@ def test_a_budget_trains_less_and_what_it_cut_stays_in_sight(tmp_path, bundles, 
 
     again = prepared(job)
     assert sorted(stages.current(again), key=str) == sorted(rows, key=str)
-    ended = stages.trial_status(prepared(job))
+    ended = existing_trials.trial_status(prepared(job))
     assert len(ended) == 16 and all(done for _, done in ended)
-    assert stages.all_ids(prepared(job)) == {row.trial_id for row in rows}
+    assert existing_trials.all_ids(prepared(job)) == {row.trial_id for row in rows}
 
 
 def test_test_rows_are_compared_with_training_rows(tmp_path, bundles, paths, here):
@@ -132,7 +132,7 @@ def test_a_job_that_was_killed_decides_the_same(tmp_path, bundles, paths, here):
         for one in lost:
             shutil.rmtree(storage.join(job.root, folders[one]))
         here.clear()
-        status = [done for _, done in stages.trial_status(prepared(job))]
+        status = [done for _, done in existing_trials.trial_status(prepared(job))]
         assert not (status and all(status))
         _, again = run_through(job)
         assert sorted(here) == sorted(lost)
@@ -186,7 +186,9 @@ def test_what_failed_at_a_rung_does_not_change_what_is_kept_later(
     (note,) = [note for note in state.notes if "search trials of the budget failed" in note]
     assert "were cut: a · full, a · lp_ft, a · bitfit. They do not run again" in note
     here.clear()
-    assert all(done for _, done in stages.trial_status(prepared(job_of(tmp_path, bundles, paths))))
+    assert all(
+        done for _, done in existing_trials.trial_status(prepared(job_of(tmp_path, bundles, paths)))
+    )
     again, later = run_through(job_of(tmp_path, bundles, paths))
     assert not here and again.notes == state.notes
     assert {(one.trial_id, one.status) for one in later} == {

@@ -12,7 +12,7 @@ from stage_runs import run_through
 from pipeline.io import storage
 from pipeline.report import results, trial_folder
 from pipeline.report.results import ResultRow
-from pipeline.transfer import stages
+from pipeline.transfer import existing_trials, stages
 from tests.transfer import test_stages
 from tests.transfer.test_stages import job_of, reported
 
@@ -62,7 +62,9 @@ def test_a_trial_of_which_something_is_damaged_runs_again(job, here, caplog, dam
     path = damage(Path(job.root, trial_folder.find_all(job.root)[one]))
     state, left = reported(job)
     assert f"{path} is damaged" in caplog.text and "the next run makes it again" in caplog.text
-    assert stages.trial_status(state) and not all(done for _, done in stages.trial_status(state))
+    assert existing_trials.trial_status(state) and not all(
+        done for _, done in existing_trials.trial_status(state)
+    )
     if damage is damage_record:
         assert {row.trial_id for row in left} == {row.trial_id for row in rows} - {one}, (
             "its numbers are not believed"
@@ -70,7 +72,7 @@ def test_a_trial_of_which_something_is_damaged_runs_again(job, here, caplog, dam
     _, again = run_through(job)
     assert here == [one] and one in ran
     assert plain(again) == plain(rows)
-    assert all(done for _, done in stages.trial_status(state))
+    assert all(done for _, done in existing_trials.trial_status(state))
 
 
 def test_a_damaged_table_is_written_again_from_the_records(job, here, caplog):
@@ -122,12 +124,12 @@ def test_damaged_facts_are_made_again(job, here, caplog):
     here.clear()
     path = Path(job.root, "facts.json")
     flip(path, path.read_bytes().index(b'"notes"') + 2)
-    assert stages.trial_status(state) == [], "the run goes through its stages"
+    assert existing_trials.trial_status(state) == [], "the run goes through its stages"
     run_through(job)
     assert (
         here == []
-        and all(done for _, done in stages.trial_status(state))
-        and stages.trial_status(state)
+        and all(done for _, done in existing_trials.trial_status(state))
+        and existing_trials.trial_status(state)
     )
 
 

@@ -16,7 +16,16 @@ from pipeline.core.metrics import catalog
 from pipeline.report import advice, folds, matrix, results, shift, stats
 from pipeline.report.source_scores import PairScores, ScoreValue
 from pipeline.train.source import data_key
-from pipeline.transfer import dry_run, grid, job_state, planned_trials, stages, targets, trial
+from pipeline.transfer import (
+    dry_run,
+    existing_trials,
+    grid,
+    job_state,
+    planned_trials,
+    stages,
+    targets,
+    trial,
+)
 
 ROWS = 48
 
@@ -110,7 +119,7 @@ def test_an_interrupted_run_of_folds_goes_on(toy, ended, monkeypatch):
     one, rows = stage_runs.run_through(job_of(toy, target={"fold": 2}))
     assert ran == [] and {row.fold for row in rows} == {2}
     assert list(one.targets) == ["task.fold2"]
-    assert all(done for _, done in stages.trial_status(stage_runs.prepared(job_of(toy))))
+    assert all(done for _, done in existing_trials.trial_status(stage_runs.prepared(job_of(toy))))
     assert {row.technique for row in rows} == {"scratch", "linear_probe", "majority"}
     lost = next(row for row in rows if row.technique == "scratch")
     (toy[0] / "runs" / "toy" / lost.folder / trial.RECORD).unlink()

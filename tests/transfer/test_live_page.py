@@ -18,7 +18,7 @@ from pipeline.io import storage
 from pipeline.report.trial_record import CurvePoint, TrialRecord
 from pipeline.train import launch
 from pipeline.train.progress import Progress
-from pipeline.transfer import fanout, live_page, stages
+from pipeline.transfer import existing_trials, fanout, live_page
 from pipeline.transfer.grid import Trial
 from tests.report.test_report import failure, trial
 
@@ -235,7 +235,7 @@ def test_a_run_serves_its_page_until_it_ends(running, monkeypatch):
 
     monkeypatch.setattr(api, "checked", checked)
     monkeypatch.setattr(api, "_run", run)
-    monkeypatch.setattr(stages, "trial_status", lambda state: [])
+    monkeypatch.setattr(existing_trials, "trial_status", lambda state: [])
     monkeypatch.setattr(launch, "session", lambda *given: nullcontext())
     with pytest.raises(RuntimeError, match="the cluster is gone"):
         api.run_stages(running.job, ("finetune",), progress=running.progress, serve=0)

@@ -17,7 +17,7 @@ from pipeline.config.registry import Options
 from pipeline.config.schema import ComponentConfig, Fanout, Job, spec_hash
 from pipeline.io import storage
 from pipeline.report import trial_folder
-from pipeline.transfer import dry_run, grid, proposals, stages
+from pipeline.transfer import dry_run, existing_trials, grid, proposals, stages
 
 LOW, HIGH = 1e-4, 1e-1
 
@@ -256,14 +256,16 @@ def test_a_job_that_was_killed_goes_on_with_the_settings_that_it_had(tmp_path, t
     _, rows = stage_runs.run_through(whole)
     expected = list(ran)
     assert len(expected) == len(set(expected)) == 2 * 4 + 2
-    assert all(done for _, done in stages.trial_status(stage_runs.prepared(whole)))
+    assert all(done for _, done in existing_trials.trial_status(stage_runs.prepared(whole)))
     found = {row.drawn for row in rows if row.trial_stage == "search" and row.source == "a"}
     assert len(found) == 4 and all(LOW <= json.loads(one)["lr"] <= HIGH for one in found)
     assert sorted(map(str, stages.current(stage_runs.prepared(whole)))) == sorted(map(str, rows))
 
     for one in expected[5:]:  # it was killed when the second of its third generation had begun
         storage.remove_tree(storage.join(whole.root, trial_folder.find_all(whole.root)[one]))
-    assert stages.trial_status(stage_runs.prepared(whole)) == [], "the search is not through"
+    assert existing_trials.trial_status(stage_runs.prepared(whole)) == [], (
+        "the search is not finished"
+    )
     proposals._ask.cache_clear()
     ran.clear()
     _, again = stage_runs.run_through(whole)

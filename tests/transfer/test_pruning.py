@@ -18,7 +18,7 @@ from pipeline.config.schema import Job
 from pipeline.io import storage
 from pipeline.report import results, trial_folder
 from pipeline.train import resume_history
-from pipeline.transfer import pruning, stages, trial
+from pipeline.transfer import existing_trials, pruning, stages, trial
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_stale_rows_are_named_and_stand_in_no_table(both):
 def test_stale_trials_go_with_their_rows_and_bundles_and_nothing_else_does(both):
     job, old, new = both
     assert folders(job) == old | new
-    found = stages.stale(prepared(job))
+    found = existing_trials.stale(prepared(job))
     assert (
         set(found.trials) == old
         and found.rows == len(results.read(job.root)) // 2
@@ -88,10 +88,12 @@ def test_stale_trials_go_with_their_rows_and_bundles_and_nothing_else_does(both)
     pruning.prune(job.root, found)
     assert folders(job) == new and results.read(job.root) == before
     assert all(bundle.exists(row.bundle_uri) for row in before if row.bundle_uri)
-    assert stages.stale(prepared(job)).lines() == [
+    assert existing_trials.stale(prepared(job)).lines() == [
         "nothing is stale: every trial that is kept belongs to the job"
     ]
-    assert all(done for _, done in stages.trial_status(prepared(job))), "nothing is to be run again"
+    assert all(done for _, done in existing_trials.trial_status(prepared(job))), (
+        "nothing is to be run again"
+    )
 
 
 @pytest.mark.slow
@@ -106,12 +108,12 @@ def test_stacks_of_stale_trials_go(both):
     storage.write_json(
         storage.join(job.root, "stacks", "of_before", "step-0000000004", "state.json"), {}
     )
-    found = stages.stale(prepared(job))
+    found = existing_trials.stale(prepared(job))
     assert found.stacks == ("mixed", "of_before", "old")
     assert "stale: resume points of 3 stacks of heads that were killed" in found.lines()
     pruning.prune(job.root, found)
     assert {path.name for path in Path(job.root, "stacks").iterdir()} == {"new"}
-    assert stages.stale(prepared(job)).is_empty
+    assert existing_trials.stale(prepared(job)).is_empty
 
 
 def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):
@@ -121,7 +123,7 @@ def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):
     )
     other = changed(job_of(tmp_path, {"b": {"backbone": f"bundle:{used}"}}, paths), name="other")
     stages.share(prepared(other))
-    found = stages.stale(prepared(job))
+    found = existing_trials.stale(prepared(job))
     assert found.kept == {Path(used).parent.name.partition("-")[2]: "job other"}
     pruning.prune(job.root, found)
     assert bundle.exists(used) and folders(job) == new | found.kept.keys()
@@ -137,7 +139,7 @@ def test_jobs_that_recorded_no_uses_are_known_by_their_tables(both, tmp_path, pa
     other = changed(job_of(tmp_path, {"b": {"backbone": f"bundle:{used}"}}, paths), name="other")
     run_through(other)
     storage.remove_tree(storage.join(other.root, pruning.USES_FILE))
-    assert stages.stale(prepared(job)).kept == {
+    assert existing_trials.stale(prepared(job)).kept == {
         Path(used).parent.name.partition("-")[2]: "job other"
     }
 
@@ -150,7 +152,7 @@ def test_a_trial_that_the_jobs_own_source_starts_from_stays(both, tmp_path):
     )
     own = changed(job, sources={"a": {"backbone": f"bundle:{used}"}})
     run_through(own)
-    assert stages.stale(prepared(own)).kept == {
+    assert existing_trials.stale(prepared(own)).kept == {
         Path(used).parent.name.partition("-")[2]: "this job's source a"
     }
 
@@ -161,10 +163,10 @@ def test_nothing_is_pruned_while_the_jobs_trials_are_not_known(both):
     searching = changed(job, fanout={"seeds": 1, "trials": 2, "search": {"lr": [1e-4, 1e-1]}})
     with pytest.raises(
         ValueError,
-        match=r"its search is not through, so it is not known which trials belong to the job; run "
+        match=r"its search is not finished, so it is not known which trials belong to the job; run "
         r"it to its end first",
     ):
-        stages.stale(prepared(searching))
+        existing_trials.stale(prepared(searching))
     run_through(searching)
     again = [
         row
@@ -172,8 +174,8 @@ def test_nothing_is_pruned_while_the_jobs_trials_are_not_known(both):
         if row.current and row.trial_stage == "search" and row.seed > 0
     ]
     assert again, "the best draws were tried again, and belong to the job"
-    assert set(stages.stale(prepared(searching)).trials) == folders(job) - {
-        one.id for one, _ in stages.trial_status(prepared(searching))
+    assert set(existing_trials.stale(prepared(searching)).trials) == folders(job) - {
+        one.id for one, _ in existing_trials.trial_status(prepared(searching))
     }
 
 
@@ -220,9 +222,9 @@ def test_a_part_of_a_job_leaves_the_rest_of_its_results(tmp_path, vit, paths, he
     assert list(state.targets) == ["two"] and {row.target for row in rows} == {"two"}
     assert len(here) == trained, "its trials were done before"
     assert all(row.current for row in results.read(job.root))
-    with pytest.raises(ValueError, match=r"only: a part of a job does not tell which trials"):
-        stages.stale(state)
-    assert not stages.stale(prepared(job)).trials
+    with pytest.raises(ValueError, match=r"only: pruning needs the whole job"):
+        existing_trials.stale(state)
+    assert not existing_trials.stale(prepared(job)).trials
 
 
 def test_a_part_of_a_job_keeps_what_the_other_sources_use(tmp_path):

@@ -48,6 +48,7 @@ from pipeline.train import row_checks, source
 from pipeline.train.loop import Ranks
 from pipeline.transfer import (
     dry_run,
+    existing_trials,
     grid,
     job_state,
     overlap,
@@ -109,8 +110,9 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
     job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths)
     before = prepared(job)
     assert (
-        stages.trial_status(before) == [(one, False) for one, _ in stages.trial_status(before)]
-        and len(stages.trial_status(before)) == 10
+        existing_trials.trial_status(before)
+        == [(one, False) for one, _ in existing_trials.trial_status(before)]
+        and len(existing_trials.trial_status(before)) == 10
     ), "known, and none done"
     _, rows = run_through(job)
     assert len(here) == 2 * (1 + 2 * 2), "scratch once for the two sources, which read alike"
@@ -144,7 +146,7 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
     assert alike(written, rows) and len(written) == 10 * 2 * 3
     state, again = reported(job)
     assert alike(again, rows) and state.notes == [] and state.unusable_targets == {}
-    ended = stages.trial_status(prepared(job))
+    ended = existing_trials.trial_status(prepared(job))
     assert (
         len(ended) == 10
         and all(done for _, done in ended)
@@ -273,7 +275,7 @@ def test_an_interrupted_run_is_reported_as_far_as_it_came(
         run_through(job)
     _, rows = reported(job)
     assert {row.trial_id for row in rows} == set(count)
-    ended = stages.trial_status(prepared(job))
+    ended = existing_trials.trial_status(prepared(job))
     assert sorted(done for _, done in ended) == [False, True, True, True]
     monkeypatch.setattr(trial, "run", real)
     here.clear()
@@ -412,7 +414,7 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
         (chosen,) = {json.loads(row.hyper_parameters)["lr"] for row in final}
         assert means[chosen] == max(means.values())
     assert alike(reported(job)[1], rows)
-    ended = stages.trial_status(prepared(job))
+    ended = existing_trials.trial_status(prepared(job))
     assert len(ended) == 2 * (4 + 2 * 2 + 2) and all(done for _, done in ended)
     entry = next(entry for entry in stages.show(*reported(job))[0] if entry.source == "a")
     assert entry.interval.endswith(("paired seeds", "and the choice of hyper-parameters")), (
@@ -490,8 +492,8 @@ def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here
         } == {best}, "of draws that are equally good, the first"
     assert alike(reported(job)[1], rows)
     assert (
-        all(done for _, done in stages.trial_status(prepared(job)))
-        and len(stages.trial_status(prepared(job))) == 2 * (2 + 2 * 2) + 4
+        all(done for _, done in existing_trials.trial_status(prepared(job)))
+        and len(existing_trials.trial_status(prepared(job))) == 2 * (2 + 2 * 2) + 4
     )
 
 
@@ -507,11 +509,13 @@ def test_ended_knows_nothing_of_the_finals_while_the_search_is_not_through(
         trials=2,
         search={"lr": [1e-4, 1e-1]},
     )
-    assert stages.trial_status(prepared(job)) == []
+    assert existing_trials.trial_status(prepared(job)) == []
     run_through(job)
-    one = next(one for one, _ in stages.trial_status(prepared(job)) if one.stage == "search")
+    one = next(
+        one for one, _ in existing_trials.trial_status(prepared(job)) if one.stage == "search"
+    )
     storage.remove_tree(storage.join(job.root, one.folder, "record.json"))
-    assert stages.trial_status(prepared(job)) == []
+    assert existing_trials.trial_status(prepared(job)) == []
 
 
 def test_ended_is_empty_while_a_source_has_no_bundle(tmp_path, bundles, paths):
@@ -527,7 +531,7 @@ def test_ended_is_empty_while_a_source_has_no_bundle(tmp_path, bundles, paths):
     }
     job = job_of(tmp_path, {"a": bundles["a"], "new": pretrained}, paths)
     state = prepared(job)
-    assert stages.trial_status(state) == [] and stages.current(state) == []
+    assert existing_trials.trial_status(state) == [] and stages.current(state) == []
     with pytest.raises(ValueError, match="sources new have no bundle yet: run `pretrain`"):
         stages.share(state)
 
@@ -632,7 +636,7 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
         techniques=("scratch", "full"),
         select={"score": "logme", "top": 1},
     )
-    assert stages.trial_status(prepared(job)) == [], (
+    assert existing_trials.trial_status(prepared(job)) == [], (
         "which sources are fanned out must be found out first"
     )
     state, rows = run_through(job)
@@ -654,8 +658,8 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
         f"| task | {best} | LogME | fine-tuned |" in text
         and f"| task | {other} | LogME | left out |" in text
     ), "the score of each stays in the report"
-    assert len(stages.trial_status(prepared(job))) == 4 and all(
-        done for _, done in stages.trial_status(prepared(job))
+    assert len(existing_trials.trial_status(prepared(job))) == 4 and all(
+        done for _, done in existing_trials.trial_status(prepared(job))
     )
     here.clear()
     everything = changed(job, fanout={"seeds": 2})
@@ -705,7 +709,7 @@ def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(
     dumped = job.model_dump(mode="json")
     dumped["targets"]["task"]["sources"] = [other]
     job = Job.model_validate(dumped)
-    ended = stages.trial_status(prepared(job))
+    ended = existing_trials.trial_status(prepared(job))
     assert best not in {one.source for one, _ in ended} and not (
         ended and all(done for _, done in ended)
     ), "else `run` says that nothing is to run"
@@ -851,7 +855,7 @@ def test_a_target_that_was_left_out_is_tried_again(tmp_path, bundles, paths, her
     job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", "train", 9))
     run_through(job)
     job = with_data(job, "bad", max_bad_rows=0.5)
-    ended = stages.trial_status(prepared(job))
+    ended = existing_trials.trial_status(prepared(job))
     assert not (ended and all(done for _, done in ended)), "else `run` says that nothing is to run"
     here.clear()
     state, rows = run_through(job)

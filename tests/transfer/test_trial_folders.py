@@ -13,7 +13,7 @@ from pipeline import api
 from pipeline.checkpoints import bundle
 from pipeline.io import checksums, storage
 from pipeline.report import results, trial_folder
-from pipeline.transfer import stages
+from pipeline.transfer import existing_trials, stages
 
 LOCAL_AND_S3 = pytest.mark.parametrize(
     "root", ["local", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
@@ -105,7 +105,7 @@ def test_a_run_of_an_older_version_goes_on_where_its_trials_lie(
 
     ran.clear()
     _, again = run_through(job)
-    assert ran == [] and all(done for _, done in stages.trial_status(prepared(job)))
+    assert ran == [] and all(done for _, done in existing_trials.trial_status(prepared(job)))
     assert {row.bundle_uri for row in again} == {row.bundle_uri for row in rows}
     assert {row.trial_id: row.folder for row in results.read(job.root)} == before
     assert bundle.exists(api.best_bundle(job.root, "task"))
@@ -119,7 +119,7 @@ def test_a_run_of_an_older_version_goes_on_where_its_trials_lie(
     added = trial_folder.find_all(job.root).items() - before.items()
     assert len(ran) == len(added) > 0
     assert all(folder.startswith("trials/task/") for _, folder in added)
-    assert stages.stale(prepared(job)).trials == dict(added), "of another number of seeds"
+    assert existing_trials.stale(prepared(job)).trials == dict(added), "of another number of seeds"
 
 
 def test_search_trials_lie_beside_the_final_ones(tmp_path, vit, paths, ran):
