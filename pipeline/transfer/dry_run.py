@@ -138,7 +138,7 @@ def describe_target(
     planned: Mapping[tuple[str, str], tuple[budget.BracketSize, budget.Allocation]],
 ) -> TargetCost:
     job, stage = state.job, state.targets[name]
-    names = job_state.matching(state, name)
+    names = job_state.matching_sources(state, name)
     if job.fanout.by_score:
         names = names[: job.fanout.by_score.top]
     techniques = [technique_of(component) for component in grid.techniques(job, stage.spec)]
@@ -148,7 +148,7 @@ def describe_target(
     others = [one for one in techniques if not trains(one)]
     repeats = [fractions if one.starts_from == "trials" else 1 for one in others]
     untrained = sum(repeats) * len(names)
-    from_random = job_state.scratch_networks(state, names)
+    from_random = job_state.num_scratch_networks(state, names)
     components = [one for one in grid.techniques(job, stage.spec) if grid.needs_training(one)]
     in_memory = stage.spec.data.decode != "train"  # where it is auto, it is known after reading
     draws = [len(grid.draws(job, stage.spec, component, in_memory)) for component in components]

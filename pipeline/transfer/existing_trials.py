@@ -14,9 +14,9 @@ from pipeline.transfer.grid import BackboneGroup, Trial
 from pipeline.transfer.job_state import (
     JobState,
     backbone_groups,
-    chosen_before,
     metadata_uri,
     read_metadata,
+    stored_choice,
     used_places,
 )
 from pipeline.transfer.planned_trials import (
@@ -43,7 +43,7 @@ def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
         return []  # a target that was left out is prepared again
     if checksums.is_damaged(metadata_uri(state)):
         return []  # the run goes through its stages once more, which makes them again
-    groups, chosen = backbone_groups(state), chosen_before(state)
+    groups, chosen = backbone_groups(state), stored_choice(state)
     if chosen is None:
         return []
     if state.job.fanout.budget is not None:
@@ -150,7 +150,7 @@ def reusable_results(
         from the id of each known trial to what made it.
     """
     changed = {name: stage.changes() for name, stage in state.sources.items() if stage.has_bundle}
-    chosen = chosen_before(state)
+    chosen = stored_choice(state)
     if len(changed) < len(state.sources) or chosen is None:
         return changed, {}
     groups = backbone_groups(state)
@@ -195,7 +195,7 @@ def all_ids(state: JobState) -> set[str]:
             f"{state.job.root}: {why}, so it is not known which trials belong to the job; run it "
             "to its end first, then prune"
         )
-    groups, chosen = backbone_groups(state), chosen_before(state)
+    groups, chosen = backbone_groups(state), stored_choice(state)
     assert chosen is not None
     search, final = search_and_final_trials(state, groups, chosen)
     return {one.id for one in (*search, *final)}
@@ -207,7 +207,7 @@ def _why_unknown(state: JobState) -> str:
         return f"sources {', '.join(lacking)} have no bundle yet"
     if broken := read_metadata(state).get("broken"):
         return f"targets {', '.join(broken)} were left out of the newest run"
-    chosen = chosen_before(state)
+    chosen = stored_choice(state)
     if chosen is None:
         return "which sources are fanned out is not known yet"
     groups = backbone_groups(state)

@@ -1,4 +1,4 @@
-"""What keeps a job from running, and can be known before it does."""
+"""Checks of a job before it runs: problems that stop it, and notes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from pipeline.transfer import (
     scoring,
     targets,
 )
-from pipeline.transfer.job_state import JobState, matching
+from pipeline.transfer.job_state import JobState, matching_sources
 from pipeline.transfer.targets import TargetStage
 
 
 def source_problems(state: JobState, target: TargetStage) -> list[str]:
     """Return what is wrong between a target and the sources that it is to be adapted from."""
-    names, problems = matching(state, target.name), []
+    names, problems = matching_sources(state, target.name), []
     if not names:
         modality = target.spec.data.modality.name
         return [
@@ -43,16 +43,19 @@ def source_problems(state: JobState, target: TargetStage) -> list[str]:
     return problems
 
 
-def label_problems(state: JobState, target: TargetStage) -> list[str]:
-    """Return why rows or heads of a source cannot serve a target whose technique asks for them.
+def compare_labels(state: JobState, target: TargetStage) -> tuple[list[str], list[str]]:
+    """Compare the labels of a target and of its sources, where a technique needs both.
 
-    Labels that only one side has are added to the notes.
+    Returns:
+        Problems: why rows or heads of a source cannot serve the target. Notes: labels that only one
+        side has.
     """
     problems: dict[str, None] = {}
+    notes: dict[str, None] = {}
     for component in target.techniques:
         technique = technique_of(component)
         place = f"targets.{target.name_in_job}: techniques: {component.name}"
-        for name in matching(state, target.name):
+        for name in matching_sources(state, target.name):
             stage = state.sources[name]
             reads_labels = LABELLED_SOURCE in technique.streams()
             if stage.splits is None:
@@ -76,11 +79,8 @@ def label_problems(state: JobState, target: TargetStage) -> list[str]:
                 what = "head, at label fraction 0," if starts_with_its_head else "labelled rows"
                 problems[f"{place} reads the {what} of its source: {problem}"] = None
             elif text := label_sets.compare(theirs.state, ours.state).text():
-                note = f"{target.name_in_job}: labels of source {name}, by name: {text}"
-                if note not in state.notes:
-                    state.notes.append(note)
-                    state.progress.note(note)
-    return list(problems)
+                notes[f"{target.name_in_job}: labels of source {name}, by name: {text}"] = None
+    return list(problems), list(notes)
 
 
 def _fitted_labels(stage: source.SourceStage, objective: str) -> ObjectiveSpec:
@@ -165,10 +165,10 @@ def search_problems(job: Job, target: TargetStage) -> list[str]:
     ]
 
 
-def library_problems(job: Job, state: JobState) -> list[str]:
+def library_problems(state: JobState) -> list[str]:
     """Return a problem for each technique that needs a library which is not installed."""
     found = [one for target in state.targets.values() for one in target.techniques]
-    found += [spec.technique for spec in job.sources.values()]
+    found += [spec.technique for spec in state.job.sources.values()]
     problems: list[str] = []
     for component in found:
         technique = technique_of(component)
@@ -191,18 +191,18 @@ def baseline_problems(job: Job) -> list[str]:
     ]
 
 
-def what_is_not_compared(job: Job) -> list[str]:
-    """Return a sentence on missing targets, or on each one to which no source is carried over."""
+def comparison_notes(job: Job) -> list[str]:
+    """Return a sentence on missing targets, or on each one to which no source is transferred."""
     if not job.targets:
         return ["the job has no targets: its sources are pretrained, nothing is compared"]
     return [
-        f"targets.{name}: scratch is its only technique, so that no source is carried over to it"
+        f"targets.{name}: scratch is its only technique, so no source is transferred to it"
         for name, spec in job.targets.items()
         if job.sources and {one.name for one in grid.techniques(job, spec)} == {"scratch"}
     ]
 
 
-def notes_on_identity(job: Job) -> list[str]:
+def identity_notes(job: Job) -> list[str]:
     """Return a sentence for each source and target whose files are not identified by content."""
     named = [
         (f"sources.{name}", data)

@@ -17,16 +17,14 @@ from pipeline.report.source_scores import PairScores, SelectionScore
 from pipeline.report.source_summary import SourceSummary
 from pipeline.train import source
 from pipeline.train.progress import Progress
-from pipeline.transfer import (
-    grid,
-)
+from pipeline.transfer import grid
 from pipeline.transfer.grid import BackboneGroup
 from pipeline.transfer.targets import TargetStage
 
 
 @dataclass
 class JobState:
-    """The knowledge that the stages of one command share."""
+    """State that the stages of one command share."""
 
     job: Job
     progress: Progress
@@ -45,12 +43,11 @@ class JobState:
     """Targets that could not be prepared, each with the reason. The others continue without them.
     """
     scores: dict[str, SelectionScore] = field(default_factory=dict)
-    """``source|target`` to the score, where sources were chosen by scores."""
+    """Score of each ``source|target``, where sources were chosen by scores."""
     source_scores: dict[str, PairScores] = field(default_factory=dict)
-    """``source|target`` to every transferability score, where they were computed."""
-    left_out: dict[str, int] = field(default_factory=dict)
-    """Target to the number of its test rows that were left out because they are also in a source.
-    """
+    """All transferability scores of each ``source|target``, where they were computed."""
+    num_dropped_test_rows: dict[str, int] = field(default_factory=dict)
+    """Number of test rows of each target that were left out because they are also in a source."""
     streamed: list[str] | None = None
     """``target|backbone group`` of those whose rows are not held in memory; None: not known yet."""
     whole_targets: frozenset[str] = frozenset()
@@ -61,16 +58,16 @@ class JobState:
     key: str = ""
     """Hash of everything that the metadata of a run depends on (`save_metadata`)."""
     subgroups: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    """Target to the values of its test rows in each subgroup column, for targets with subgroups."""
+    """For each target with subgroups, the values of its test rows in each subgroup column."""
     cut_by_budget: dict[str, str] = field(default_factory=dict)
-    """Id of the last search trial of a pair that the budget cut to the reason."""
+    """Why the budget cut a pair, by the id of the pair's last search trial."""
     failed_in_budget: list[str] = field(default_factory=list)
     """Ids of the search trials that failed, where a budget cut their pairs for it."""
     trial_provenance: dict[str, TrialProvenance] = field(default_factory=dict)
-    """Trial id to the code and versions that made it, for the trials in the table."""
+    """Code and versions that made each trial in the table, by trial id."""
 
 
-def matching(state: JobState, target: str) -> list[str]:
+def matching_sources(state: JobState, target: str) -> list[str]:
     """Return the sources that a target is adapted from: those it names, or all of its modality."""
     spec = state.job.targets[target]
     named = spec.sources if spec.sources is not None else list(state.sources)
@@ -86,11 +83,15 @@ def _modality_name(stage: source.SourceStage) -> str | None:
         return stage.spec.data.modality.name
     if stage.has_bundle:
         return bundle.read_manifest(stage.bundle_uri).modality.name
-    # What the job says decides between the networks of CLIP; `read` refuses what is not there
+    # CLIP has two networks: the job says which; `read` refuses one that is not there
     return stage.spec.modality_name or pretrained.modality_name(stage.spec.backbone.name)
 
 
 def backbone_groups(state: JobState) -> list[BackboneGroup]:
+    """Return the sources grouped by backbone and modality (`grid.backbone_groups`).
+
+    Every source must have a bundle.
+    """
     manifests = {
         name: bundle.read_manifest(stage.bundle_uri) for name, stage in state.sources.items()
     }
@@ -108,12 +109,12 @@ def used_places(state: JobState) -> dict[str, tuple[str, ...]]:
 
 
 def without_other_modalities(state: JobState) -> Job:
-    """Return the part of a job without targets and sources that match none of the other kind.
+    """Return the job without targets that no source matches and sources that no target matches.
 
     The modality of a checkpoint may be known only after it has been read, so that `Job.selected`
     takes too many. Those that ``only`` names stay.
     """
-    job, taken = state.job, {name: set(matching(state, name)) for name in state.job.targets}
+    job, taken = state.job, {name: set(matching_sources(state, name)) for name in state.job.targets}
     kept = {
         name
         for name, target in job.targets.items()
@@ -129,7 +130,7 @@ def without_other_modalities(state: JobState) -> Job:
     return job.restricted(sources, kept)
 
 
-def scratch_networks(state: JobState, names: Collection[str]) -> int:
+def num_scratch_networks(state: JobState, names: Collection[str]) -> int:
     """Return how many scratch networks sources have: those of one backbone and modality share one.
 
     Before the sources are trained, they share one where their backbone, rows and modality are the
@@ -168,25 +169,32 @@ class _StoredMetadata(TypedDict, total=False):
     streamed: list[str]
     failed_in_budget: list[str]
     chosen: dict[str, list[str]]
-    """Target to the sources that were fanned out."""
+    """Sources of each target that were fanned out."""
 
 
 def metadata_uri(state: JobState) -> str:
-    """Return where the metadata of a run lie. Each part of a job (``only``) has a file of its own,
-    so that those of the whole job stay. Runs of earlier versions called it facts, so it still is.
+    """Return the URI of a run's metadata, one file for each part of a job (``only``).
+
+    The file is still called facts.json, as in earlier versions.
     """
     part = f"-{spec_hash(sorted(set(state.job.only)))}" if state.job.only else ""
     return storage.join(state.job.root, f"facts{part}.json")
 
 
 def save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
+    """Write what a run leaves for later commands and for the report.
+
+    Args:
+        state: The state after a run.
+        chosen: Sources of each target that were fanned out.
+    """
     metadata: _StoredMetadata = {
         "key": state.key,
         "notes": state.notes,
         "broken": state.unusable_targets,
         "scores": state.scores,
         "source_scores": {pair: found.to_json() for pair, found in state.source_scores.items()},
-        "left_out": state.left_out,
+        "left_out": state.num_dropped_test_rows,
         "streamed": state.streamed or [],
         "failed_in_budget": state.failed_in_budget,
         "chosen": {name: sorted(found) for name, found in chosen.items()},
@@ -204,12 +212,12 @@ def read_metadata(state: JobState) -> _StoredMetadata:
     return found if found.get("key") == state.key else {}
 
 
-def chosen_before(state: JobState) -> dict[str, set[str]] | None:
+def stored_choice(state: JobState) -> dict[str, set[str]] | None:
     """Return the sources of each target as the newest run chose them.
 
     Returns None where they must still be chosen by scores.
     """
     if state.job.fanout.by_score is None:
-        return {name: set(matching(state, name)) for name in state.targets}
+        return {name: set(matching_sources(state, name)) for name in state.targets}
     found = read_metadata(state).get("chosen")
     return None if found is None else {name: set(found.get(name, ())) for name in state.targets}

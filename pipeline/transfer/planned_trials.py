@@ -28,9 +28,9 @@ from pipeline.transfer import (
 from pipeline.transfer.grid import SCRATCH, BackboneGroup, Trial
 from pipeline.transfer.job_state import (
     JobState,
-    matching,
+    matching_sources,
+    num_scratch_networks,
     read_metadata,
-    scratch_networks,
 )
 
 
@@ -43,7 +43,7 @@ def _entries(
         for entry in grid.planned_entries(
             state.job,
             name,
-            [b for b in groups if set(b.sources) & set(matching(state, name))],
+            [b for b in groups if set(b.sources) & set(matching_sources(state, name))],
             chosen[name],
         )
     ]
@@ -192,7 +192,7 @@ def _baseline_trials(state: JobState, groups: list[BackboneGroup]) -> list[Trial
     for name, target in state.targets.items():
         if not grid.baselines(state.job, target.spec):
             continue
-        names = set(matching(state, name))
+        names = set(matching_sources(state, name))
         group = next(one for one in groups if set(one.sources) & names)
         out += grid.baseline_trials(state.job, name, group, target.key, state.ids_in_old_layout)
     return out
@@ -272,7 +272,7 @@ def planned_allocations(
     """Return (target, label fraction) to size and allocation, before anything has run.
 
     It is empty where the job has no budget. Before the sources are trained it may count more
-    scratch networks than there are (`scratch_networks`).
+    scratch networks than there are (`num_scratch_networks`).
 
     Raises:
         BudgetError: The budget is too small.
@@ -282,8 +282,8 @@ def planned_allocations(
         return {}
     sizes: dict[tuple[str, str], budget.BracketSize] = {}
     for name, stage in state.targets.items():
-        names = matching(state, name)[: by_score.top if by_score else None]
-        networks = scratch_networks(state, names)
+        names = matching_sources(state, name)[: by_score.top if by_score else None]
+        networks = num_scratch_networks(state, names)
         trained = [one for one in grid.techniques(job, stage.spec) if grid.needs_training(one)]
         for fraction in stage.spec.label_fractions:
             sizes[name, grid.fraction_text(fraction, stage.spec.objective.name)] = _size(

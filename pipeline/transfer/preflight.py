@@ -79,7 +79,7 @@ def _target(
     workloads: Workloads | None,
 ) -> list[str]:
     """Describe a target's rows as each backbone group reads them, or raise the error of a run."""
-    target, matching = state.targets[name], set(job_state.matching(state, name))
+    target, matching = state.targets[name], set(job_state.matching_sources(state, name))
     dry_checks.check_named_files(target.splits)
     batches = state.job.fanout.stated_search.get("global_batch", ())
     found = [*targets.unmet_requests(target, batches), *targets.missing_classes(target)]

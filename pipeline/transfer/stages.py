@@ -50,21 +50,21 @@ from pipeline.transfer.grid import SCRATCH, BackboneGroup, Trial
 from pipeline.transfer.job_checks import (
     baseline_problems,
     budget_problems,
-    label_problems,
+    compare_labels,
+    comparison_notes,
+    identity_notes,
     library_problems,
-    notes_on_identity,
     score_problems,
     search_problems,
     source_problems,
-    what_is_not_compared,
 )
 from pipeline.transfer.job_state import (
     JobState,
     backbone_groups,
-    chosen_before,
-    matching,
+    matching_sources,
     read_metadata,
     save_metadata,
+    stored_choice,
     used_places,
     without_other_modalities,
 )
@@ -121,27 +121,32 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     for target in state.targets.values():
         if all_staged:
             problems += source_problems(state, target)
-            problems += label_problems(state, target)
+            problems_of_labels, notes = compare_labels(state, target)
+            problems += problems_of_labels
+            for note in notes:
+                if note not in state.notes:  # folds of a target have the same
+                    state.notes.append(note)
+                    progress.note(note)
         problems += score_problems(job, target)
         problems += budget_problems(job, target)
         problems += search_problems(job, target)
-    problems += library_problems(job, state)
+    problems += library_problems(state)
     problems += baseline_problems(whole)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     if "sources" in state.remake:
         state.sources = {name: replace(stage, remake=True) for name, stage in state.sources.items()}
     for name, target in state.targets.items():
-        sources = {one: state.sources[one] for one in matching(state, name)}
+        sources = {one: state.sources[one] for one in matching_sources(state, name)}
         state.targets[name] = replace(target, against=overlap.key(target, sources))
-    for line in what_is_not_compared(whole):
+    for line in comparison_notes(whole):
         progress.note(line)
-    for note in notes_on_identity(job):
+    for note in identity_notes(job):
         state.notes.append(note)
         progress.note(note)
     state.key = spec_hash(
         [stage.key for stage in state.sources.values()],
-        {name: [stage.key, matching(state, name)] for name, stage in state.targets.items()},
+        {name: [stage.key, matching_sources(state, name)] for name, stage in state.targets.items()},
         job.fanout.select,
     )
     planned_allocations(state)  # a budget that is too small is an error
@@ -276,7 +281,7 @@ def _prepare_target(
         ValueError: The target cannot be used.
     """
     job, target = state.job, state.targets[name]
-    sources = {one: state.sources[one] for one in matching(state, name)}
+    sources = {one: state.sources[one] for one in matching_sources(state, name)}
     seen = overlap.find_overlap(target, sources, storage.join(job.root, "signs"))
     target = replace(target, splits=replace(target.splits, test=seen.test))
     data: dict[str, trial.TargetData] = {}
@@ -301,7 +306,7 @@ def _prepare_target(
         state.notes.append(finding.line(name))
         if finding.in_terminal:
             state.progress.note(finding.line(name))
-    state.left_out[name] = len(state.targets[name].splits.test) - len(seen.test)
+    state.num_dropped_test_rows[name] = len(state.targets[name].splits.test) - len(seen.test)
     for note in seen.notes:
         state.notes.append(note)
         state.progress.note(note)
@@ -384,7 +389,7 @@ def _pairs(
 ) -> dict[tuple[str, str], list[str]]:
     """Return a dict from (target, key of a backbone group) to the group's sources to be scored."""
     return {
-        (name, group.key): [one for one in group.sources if one in matching(state, name)]
+        (name, group.key): [one for one in group.sources if one in matching_sources(state, name)]
         for name in names
         for group in shared.backbone_groups.values()
         if (name, group.key) in shared.targets
@@ -472,14 +477,14 @@ def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
     then compares the scores with what fine-tuning showed. Of the others shift alone is measured.
     """
     select = state.job.fanout.by_score
-    chosen = {name: set(matching(state, name)) for name in state.targets}
+    chosen = {name: set(matching_sources(state, name)) for name in state.targets}
     scored = [name for name in state.targets if select is not None or len(chosen[name]) > 1]
     _compute_scores(state, shared, list(state.targets), scored)
     if select is None:
         return chosen
     for name in scored:
         ranks: dict[str, tuple[bool, float]] = {}
-        for source_name in matching(state, name):
+        for source_name in matching_sources(state, name):
             pair = f"{source_name}|{name}"
             found = state.source_scores[pair].scores[select.score]
             ranks[source_name] = _rank(found)
@@ -706,7 +711,7 @@ def current(state: JobState) -> list[ResultRow]:
     state.notes = metadata.get("notes", [])
     state.unusable_targets = metadata.get("broken", {})
     state.scores = metadata.get("scores", {})
-    state.left_out = metadata.get("left_out", {})
+    state.num_dropped_test_rows = metadata.get("left_out", {})
     state.source_scores = {
         pair: PairScores.from_json(found)
         for pair, found in metadata.get("source_scores", {}).items()
@@ -714,10 +719,10 @@ def current(state: JobState) -> list[ResultRow]:
     state.targets = {
         name: stage for name, stage in state.targets.items() if name not in state.unusable_targets
     }
-    groups, chosen = (
-        backbone_groups(state),
-        chosen_before(state) or {name: set(matching(state, name)) for name in state.targets},
-    )
+    groups = backbone_groups(state)
+    chosen = stored_choice(state)
+    if not chosen:
+        chosen = {name: set(matching_sources(state, name)) for name in state.targets}
     search, final = search_and_final_trials(state, groups, chosen)
     return collect(state, [*search, *final])
 
@@ -809,7 +814,7 @@ def _part_of_table(state: JobState, found: list[Trial]) -> Callable[[ResultRow],
     pairs = {
         (stage.name_in_job, source)
         for name, stage in state.targets.items()
-        for source in matching(state, name)
+        for source in matching_sources(state, name)
     }
     without_source = {
         (state.targets[one.target].name_in_job, one.backbone)
@@ -948,7 +953,7 @@ def _splits_of_targets(state: JobState) -> dict[str, str]:
 
 
 def _describe_splits(state: JobState, stage: TargetStage) -> str:
-    gone = state.left_out.get(stage.name)
+    gone = state.num_dropped_test_rows.get(stage.name)
     description = (
         f"; {gone} of the test rows also stand in a source and were left out (drop_overlap: "
         f"{stage.spec.drop_overlap})"
@@ -968,7 +973,7 @@ def _test_rows_left_out(state: JobState) -> list[str]:
     return [
         f"{name}: {count} test rows that also stand in a source (drop_overlap: "
         f"{state.targets[name].spec.drop_overlap})."
-        for name, count in state.left_out.items()
+        for name, count in state.num_dropped_test_rows.items()
         if count and name in state.targets
     ]
 

@@ -87,7 +87,9 @@ class Played:
         self.state = stages.check(self.job, Progress())
         self.shared = stages.share(self.state)
         groups = list(self.shared.backbone_groups.values())
-        chosen = {name: set(job_state.matching(self.state, name)) for name in self.state.targets}
+        chosen = {
+            name: set(job_state.matching_sources(self.state, name)) for name in self.state.targets
+        }
         self.brackets = [
             planned_trials.brackets_of(self.state, groups, chosen, grid.SEARCH_SEED + number)
             for number in range(seeds)

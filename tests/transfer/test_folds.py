@@ -148,7 +148,7 @@ def test_a_search_is_of_each_fold_alone(toy, monkeypatch):
     fanout = {"seeds": 1, "trials": 2, "search": search, "search_finalists": {"top": 1}}
     state = stages.check(job_of(toy, techniques=["scratch"], fanout=fanout), Silent())
     groups = job_state.backbone_groups(state)
-    chosen = {name: set(job_state.matching(state, name)) for name in state.targets}
+    chosen = {name: set(job_state.matching_sources(state, name)) for name in state.targets}
     found = planned_trials.search_trials(state, groups, chosen)
     by_fold = {one.entry: one.target for one in found}
     assert len(found) == 3 * 2 and sorted(by_fold.values()) == [f"task.fold{k}" for k in (1, 2, 3)]

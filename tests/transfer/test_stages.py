@@ -1051,7 +1051,7 @@ def test_files_that_are_known_by_size_and_time_are_told(tmp_path, bundles, paths
 
 def test_a_job_that_carries_nothing_over_is_told(tmp_path, bundles, paths):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=())
-    said = "targets.task: scratch is its only technique, so that no source is carried over to it"
+    said = "targets.task: scratch is its only technique, so no source is transferred to it"
     assert prepared(job).progress.lines == [said]
     assert prepared(changed(job, techniques=["full"])).progress.lines == []
     said = "the job has no targets: its sources are pretrained, nothing is compared"
@@ -1178,7 +1178,7 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job
     again, same = reported(job)
     assert (
         again.notes == state.notes
-        and again.left_out == state.left_out == {"task": len(left_out)}
+        and again.num_dropped_test_rows == state.num_dropped_test_rows == {"task": len(left_out)}
         and alike(same, rows)
     )
     text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
