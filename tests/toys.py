@@ -645,7 +645,7 @@ def trial_of(
     return grid.make_trial(
         job,
         "task",
-        (base, source, component, fraction),
+        grid.PlannedEntry(base, source, component, fraction),
         hyper or {},
         seed,
         stage,

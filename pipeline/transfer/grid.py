@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -496,16 +496,25 @@ def baseline_trials(
     return out
 
 
+class PlannedEntry(NamedTuple):
+    """An entry of the results table that a job is to fill."""
+
+    group: BackboneGroup
+    source: str
+    technique: ComponentConfig
+    label_fraction: Fraction
+
+
 def planned_entries(
     job: Job, target_name: str, found: list[BackboneGroup], chosen: set[str]
-) -> list[tuple[BackboneGroup, str, ComponentConfig, Fraction]]:
-    """Return (group, source, technique, label fraction) for each entry of a target.
+) -> list[PlannedEntry]:
+    """Return the entries of a target.
 
     A technique without training has a label fraction of 0 rows; of the others only those have it
     that need no label. ``chosen`` are the sources that may be used.
     """
     target = job.targets[target_name]
-    out: list[tuple[BackboneGroup, str, ComponentConfig, Fraction]] = []
+    out: list[PlannedEntry] = []
     for group in found:
         sources = [s for s in group.sources if s in chosen]
         if not sources:
@@ -515,11 +524,11 @@ def planned_entries(
                 if is_tried_once(component) or (fraction == 0 and needs_labels(component)):
                     continue
                 if starts_random(component):
-                    out.append((group, SCRATCH, component, fraction))
+                    out.append(PlannedEntry(group, SCRATCH, component, fraction))
                 else:
-                    out += [(group, source, component, fraction) for source in sources]
+                    out += [PlannedEntry(group, source, component, fraction) for source in sources]
         out += [
-            (group, source, component, 0)
+            PlannedEntry(group, source, component, 0)
             for component in techniques(job, target)
             if is_tried_once(component)
             for source in sources
@@ -530,7 +539,7 @@ def planned_entries(
 def make_trial(
     job: Job,
     target_name: str,
-    entry: tuple[BackboneGroup, str, ComponentConfig, Fraction],
+    entry: PlannedEntry,
     hyper: HyperParameters,
     seed: int,
     stage: str,
@@ -595,7 +604,7 @@ def make_trial(
 
 
 def folders(trials: Iterable[Trial]) -> dict[str, str]:
-    """Return trial id to folder."""
+    """Return a dict from trial id to folder."""
     return {one.id: one.folder for one in trials}
 
 

@@ -11,21 +11,14 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from pipeline.config.schema import spec_hash
+from pipeline.config.schema import ComponentConfig, spec_hash
 from pipeline.report.trial_record import TrialRecord
 from pipeline.train.experiment import technique_of
-from pipeline.transfer import (
-    budget,
-    grid,
-    proposals,
-    targets,
-    trial,
-)
-from pipeline.transfer.grid import SCRATCH, BackboneGroup, Trial
+from pipeline.transfer import budget, grid, proposals, targets, trial
+from pipeline.transfer.grid import SCRATCH, BackboneGroup, PlannedEntry, Trial
 from pipeline.transfer.job_state import (
     JobState,
     matching_sources,
@@ -36,7 +29,8 @@ from pipeline.transfer.job_state import (
 
 def _entries(
     state: JobState, groups: list[BackboneGroup], chosen: dict[str, set[str]]
-) -> list[tuple[str, tuple[BackboneGroup, str, Any, Any]]]:
+) -> list[tuple[str, PlannedEntry]]:
+    """Return (target, entry) for each entry of the job."""
     return [
         (name, entry)
         for name in state.targets
@@ -52,18 +46,19 @@ def _entries(
 def _trial(
     state: JobState,
     name: str,
-    entry: tuple[BackboneGroup, str, Any, Any],
+    entry: PlannedEntry,
     hyper: grid.HyperParameters,
     seed: int,
     stage: str,
     members: tuple[Trial, ...] = (),
 ) -> Trial:
-    key = state.sources[entry[1]].key if entry[1] != SCRATCH else ""
-    target, technique = state.targets[name], technique_of(entry[2])
+    """Make a trial of an entry, from the keys of its source and of the target's rows."""
+    key = state.sources[entry.source].key if entry.source != SCRATCH else ""
+    target, technique = state.targets[name], technique_of(entry.technique)
     data_key = target.key
-    # without labels they are the training rows of every technique, whose number makes its steps
-    are_trained_on = entry[3] == 0 and grid.needs_training(entry[2])
-    if target.unlabelled_key and (are_trained_on or targets.reads_target(technique)):
+    # at label fraction 0 the unlabelled rows are the training rows, and their number sets the steps
+    trains_on_unlabelled = entry.label_fraction == 0 and grid.needs_training(entry.technique)
+    if target.unlabelled_key and (trains_on_unlabelled or targets.reads_target(technique)):
         data_key = spec_hash(data_key, target.unlabelled_key)
     return grid.make_trial(
         state.job, name, entry, hyper, seed, stage, key, data_key, members, state.ids_in_old_layout
@@ -78,42 +73,43 @@ def search_trials(
 ) -> list[Trial]:
     """Return the search trials that are known so far (`proposals.search_trials`).
 
-    There are none of an entry where there is only one setting.
+    An entry with one setting has no search trials.
 
     Args:
-        records: Id of a trial to its record; None: all that there are.
+        records: Record of each trial, by its id; None: all that exist.
     """
     if state.job.fanout.trials == 1:
         return []
-    found = _search_trials(state, groups, chosen, records or {})
+    found = _search_trials_after(state, groups, chosen, records or {})
     if records is not None or state.job.fanout.searcher == "random":
         return found
     there: dict[str, TrialRecord] = {}
     for _ in range(proposals.GENERATIONS - 1):
         unread = [one for one in found if one.id not in there]
         there |= trial.read_records(state.job.root, grid.folders(unread))
-        found = _search_trials(state, groups, chosen, there)
+        found = _search_trials_after(state, groups, chosen, there)
     return found
 
 
-def _search_trials(
+def _search_trials_after(
     state: JobState,
     groups: list[BackboneGroup],
     chosen: dict[str, set[str]],
     records: Mapping[str, TrialRecord],
 ) -> list[Trial]:
+    """Return the search trials that are known once the trials with these records have ended."""
     streamed = state.streamed
     if streamed is None:
         streamed = read_metadata(state).get("streamed", [])
     values = {one: validation_value(record) for one, record in records.items()}
     out: list[Trial] = []
     for name, entry in _entries(state, groups, chosen):
-        if grid.needs_training(entry[2]):
+        if grid.needs_training(entry.technique):
             out += proposals.search_trials(
                 state.job,
                 state.job.targets[name],
-                entry[2],
-                f"{name}|{entry[0].key}" not in streamed,
+                entry.technique,
+                f"{name}|{entry.group.key}" not in streamed,
                 partial(_trial, state, name, entry, seed=grid.SEARCH_SEED, stage="search"),
                 values,
             )
@@ -131,7 +127,7 @@ def finalist_trials(
     Their number is in `Fanout.search_finalists`. There are none where there is a single draw.
 
     Args:
-        ranked: Entry to its draws, the best first.
+        ranked: Draws of each entry, the best first.
     """
     spec, out = state.job.fanout.search_finalists, []
     for name, entry in _entries(state, groups, chosen) if ranked else ():
@@ -161,7 +157,7 @@ def final_trials(
     out: list[Trial] = []
     combined = []
     for name, entry in _entries(state, groups, chosen):
-        if grid.combines_trials(entry[2]):
+        if grid.combines_trials(entry.technique):
             combined.append((name, entry))
             continue
         entry_name = _trial(state, name, entry, {}, 0, "final").entry
@@ -170,17 +166,16 @@ def final_trials(
         hyper = winners.get(entry_name, {})
         out += [
             _trial(state, name, entry, hyper, seed, "final")
-            for seed in range(state.job.fanout.seeds if grid.needs_training(entry[2]) else 1)
+            for seed in range(state.job.fanout.seeds if grid.needs_training(entry.technique) else 1)
         ]
     for name, entry in combined:
-        group, source, component, fraction = entry
         members = tuple(
             one
             for one in out
-            if (one.source, one.backbone_key, one.target) == (source, group.key, name)
-            and grid.takes(component, one.technique)
+            if (one.source, one.backbone_key, one.target) == (entry.source, entry.group.key, name)
+            and grid.takes(entry.technique, one.technique)
             # 1 and 1.0 are equal numbers, but one row a class and all rows
-            and grid.fraction_text(one.label_fraction) == grid.fraction_text(fraction)
+            and grid.fraction_text(one.label_fraction) == grid.fraction_text(entry.label_fraction)
         )
         out.append(_trial(state, name, entry, {}, 0, "final", members))
     return [*out, *_baseline_trials(state, groups)]
@@ -212,13 +207,13 @@ def validation_value(record: TrialRecord) -> float | None:
 def ranked_draws(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, list[dict[str, float]]]:
-    """Return entry to its draws, the best first.
+    """Return a dict from each entry to its draws, the best first.
 
     Of equally good draws the one that was drawn first comes first.
     """
     return {
         entry: [hyper for hyper, _ in sorted(draws, key=_draw_sort_key, reverse=True)]
-        for entry, draws in _tried(search, records).items()
+        for entry, draws in _validation_values(search, records).items()
     }
 
 
@@ -232,12 +227,13 @@ def winning_draws(
     return {entry: ranked[0] for entry, ranked in ranked_draws(search, records).items()}
 
 
-def _tried(
+def _validation_values(
     search: list[Trial], records: Sequence[TrialRecord | None]
 ) -> dict[str, list[tuple[dict[str, float], list[float]]]]:
-    """Return entry to its draws, each with the validation value of every seed, larger is better.
+    """Return a dict from each entry to its draws, each with the validation value of every seed.
 
-    Trials without a record and those that failed, were stopped early or have no value are left out.
+    Larger values are better. Trials without a record and those that failed, were stopped early or
+    have no value are left out.
     """
     out: dict[str, dict[str, tuple[dict[str, float], dict[str, float]]]] = defaultdict(dict)
     for one, record in zip(search, records, strict=True):
@@ -269,7 +265,7 @@ def _draw_sort_key(draw: tuple[dict[str, float], list[float]]) -> tuple[int, flo
 def planned_allocations(
     state: JobState,
 ) -> dict[tuple[str, str], tuple[budget.BracketSize, budget.Allocation]]:
-    """Return (target, label fraction) to size and allocation, before anything has run.
+    """Map (target, label fraction) to the bracket's size and allocation, before anything has run.
 
     It is empty where the job has no budget. Before the sources are trained it may count more
     scratch networks than there are (`num_scratch_networks`).
@@ -295,12 +291,16 @@ def planned_allocations(
     return {key: (size, one) for (key, size), one in zip(sizes.items(), spent, strict=True)}
 
 
-def _size(scratch: Sequence[Any], pairs: Sequence[Any], seeds: int) -> budget.BracketSize:
+def _size(
+    scratch_techniques: Sequence[ComponentConfig],
+    pair_techniques: Sequence[ComponentConfig],
+    seeds: int,
+) -> budget.BracketSize:
     """Return the size of a bracket, given the technique of each of its entries."""
     return budget.BracketSize(
-        len(pairs),
-        sum((budget.relative_cost(one) for one in scratch), Fraction(0)) * seeds,
-        max(map(budget.relative_cost, pairs), default=Fraction(1)),
+        len(pair_techniques),
+        sum(map(budget.relative_cost, scratch_techniques), Fraction(0)) * seeds,
+        max(map(budget.relative_cost, pair_techniques), default=Fraction(1)),
     )
 
 
@@ -313,18 +313,18 @@ def brackets_of(
     """Return the brackets of a job, in the order of its targets and label fractions.
 
     Args:
-        seed: Of the search trials. No final trial has it: a pair that was kept for a lucky network
-            would have this network's luck in its gain too.
+        seed: Of the search trials. Final trials never use it: a pair that was kept for a lucky
+            seed would carry that luck into its gain.
     """
-    entries: dict[tuple[str, str], list[tuple[BackboneGroup, str, Any, Any]]] = defaultdict(list)
+    entries: dict[tuple[str, str], list[PlannedEntry]] = defaultdict(list)
     for name, entry in _entries(state, groups, chosen):
-        if grid.needs_training(entry[2]):
+        if grid.needs_training(entry.technique):
             objective = state.targets[name].spec.objective.name
-            entries[name, grid.fraction_text(entry[3], objective)].append(entry)
+            entries[name, grid.fraction_text(entry.label_fraction, objective)].append(entry)
     out: list[budget.Bracket] = []
     for (name, fraction), found in entries.items():
         train = state.targets[name].spec.train
-        competing = [entry for entry in found if not grid.starts_random(entry[2])]
+        competing = [entry for entry in found if not grid.starts_random(entry.technique)]
         pairs = [
             budget.Pair(
                 tuple(
@@ -335,8 +335,8 @@ def brackets_of(
             for entry in competing
         ]
         size = _size(
-            [entry[2] for entry in found if grid.starts_random(entry[2])],
-            [entry[2] for entry in competing],
+            [entry.technique for entry in found if grid.starts_random(entry.technique)],
+            [entry.technique for entry in competing],
             state.job.fanout.seeds,
         )
         out.append(budget.Bracket(name, fraction, tuple(pairs), size))
@@ -352,7 +352,7 @@ def decide_budget(
     """Decide which pairs go on, and keep why the others were cut.
 
     Args:
-        records: Id of a trial to its record; None: all that there are.
+        records: Record of each trial, by its id; None: all that exist.
     """
     brackets, fan = brackets_of(state, groups, chosen), state.job.fanout
     assert fan.budget is not None

@@ -107,7 +107,7 @@ def shared_of(root: str) -> tuple[Any, Any]:
     )
 
     def some(count: int, first: int) -> list[Any]:
-        entry = (base, "source", ComponentConfig(name="full"), 1.0)
+        entry = trials.PlannedEntry(base, "source", ComponentConfig(name="full"), 1.0)
         return [
             trials.make_trial(job, "target", entry, {}, first + k, "final", "random", "memory")
             for k in range(count)

@@ -81,7 +81,8 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
         held,
         False,
     )
-    entry = (base, "photos", ComponentConfig(name="linear_probe", options={"solver": "sgd"}), 1.0)
+    probe = ComponentConfig(name="linear_probe", options={"solver": "sgd"})
+    entry = grid.PlannedEntry(base, "photos", probe, 1.0)
     made = [
         grid.make_trial(
             job, "clothing", entry, {"lr": 1e-3 * 1.1 ** (k % 8)}, k, "final", "random", stage.key

@@ -552,7 +552,7 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
     one = grid.make_trial(
         job,
         "task",
-        (base, grid.SCRATCH, ComponentConfig(name="scratch"), 1.0),
+        grid.PlannedEntry(base, grid.SCRATCH, ComponentConfig(name="scratch"), 1.0),
         {},
         0,
         "final",

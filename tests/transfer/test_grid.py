@@ -167,7 +167,7 @@ def test_an_id_follows_weights_and_rows_and_scratch_has_no_weights(world):
         return grid.make_trial(
             job,
             "task",
-            (group, source, ComponentConfig(name=technique), 1.0),
+            grid.PlannedEntry(group, source, ComponentConfig(name=technique), 1.0),
             {},
             0,
             "final",

@@ -251,9 +251,9 @@ def test_of_trials_without_labels_the_best_on_the_sources_rows_is_chosen(tmp_pat
     """Its values are marked as those of the source, and the search reads them all the same."""
     job, shared = world(tmp_path, paths, "dann")
     group = next(iter(shared.backbone_groups.values()))
-    dann = ComponentConfig(name="dann")
+    entry = grid.PlannedEntry(group, "src", ComponentConfig(name="dann"), 0)
     tried = [
-        grid.make_trial(job, "task", (group, "src", dann, 0), {"lr": lr}, 0, "search", "", "", ())
+        grid.make_trial(job, "task", entry, {"lr": lr}, 0, "search", "", "", ())
         for lr in (1e-3, 1e-2)
     ]
     names = trial.data_of(tried[0], shared).metrics
