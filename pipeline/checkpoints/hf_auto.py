@@ -194,7 +194,9 @@ WITH_LABELS = ("classification", "multilabel", "tagging")
 LAST = ("classifier", "score", "qa_outputs", "head.linear", "head.projection")
 """Names of the linear layer that gives their scores."""
 SCORES = ("logits", "prediction_logits", "prediction_outputs", "regression_outputs")
-"""Names of the scores in the output of transformers' classes; those of answers have two."""
+"""Names of the scores in the output of transformers' classes; question answering has two,
+start_logits and end_logits.
+"""
 POOLS = ("auto", "first", "mean", "pooler", "last")
 """Ways to pool that are tried, in this order."""
 EQUAL = 1e-4
@@ -232,8 +234,8 @@ def _head(
         objective = "multilabel"
     if objective == "classification" and config.get("problem_type") == "regression":
         objective = "regression"
-    if objective == "regression" and len(weight) > 1:  # it estimates one number a row here
-        return None
+    if objective == "regression" and len(weight) > 1:
+        return None  # objective regression estimates one number a row
     with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
         model = kind.from_pretrained(None, config=own, state_dict=tensors, dtype=torch.float32)
     rows = export_check.random_batch(built)

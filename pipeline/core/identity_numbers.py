@@ -1,4 +1,4 @@
-"""Numbers that stand for identities (speakers, images): hashes of their names."""
+"""Numbers that stand for identities (speakers, images, captions): hashes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pipeline.core import arrow_lists
 
 
 def identity_number(name: str | bytes) -> int:
-    """Return a number from 0 to 2**63 - 1 that stands for an identity: a hash of its name.
+    """Return a number from 0 to 2**63 - 1 that stands for an identity: a hash of its name, or of
+    bytes, such as the token ids of a caption.
 
     It is the same in every split, so that rows of new identities can be compared, and neither
     bundles nor predictions hold the names themselves. Somebody who can list all names can find them
@@ -29,7 +30,7 @@ def identity_numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
         name: Of the column, for the error.
 
     Raises:
-        ValueError: it holds other values than texts and whole numbers, or a null.
+        ValueError: It holds other values than texts and whole numbers, or a null.
     """
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (arrow_lists.is_text(kind) or pa.types.is_integer(kind)):

@@ -27,7 +27,7 @@ def store() -> Store:
 class _Containers(FsspecStore):
     """A `Store` of the containers of one account."""
 
-    form = "az://CONTAINER/PATH, with the account in AZURE_STORAGE_ACCOUNT_NAME"
+    uri_format = "az://CONTAINER/PATH, with the account in AZURE_STORAGE_ACCOUNT_NAME"
     library = "adlfs"
     extra = "azure"
     fix = f"check the container and the credentials: {_CREDENTIALS}"

@@ -1,4 +1,4 @@
-"""What stores that are read through one of fsspec's filesystems share (`read_only.Store`)."""
+"""Base class of the stores that are read through fsspec: gs:// and az://."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class FsspecStore:
     """A `read_only.Store` of buckets or containers.
 
     Attributes:
-        form: How a URI is written.
+        uri_format: How a URI is written.
         library: The filesystem's package.
         extra: The extra of this package that installs it.
         fix: What to do about an error.
         client: The filesystem.
     """
 
-    form: str
+    uri_format: str
     library: str
     extra: str
     fix: str
@@ -31,10 +31,10 @@ class FsspecStore:
         try:
             self.client = self.connect()
         except ImportError:
-            # as `pipeline.config.extras` says it, which this layer does not know
+            # worded as in pipeline.config.extras, which this layer may not import
             raise StorageError(
-                f"{self.form.partition('://')[0]}:// needs {self.library}, which is not installed: "
-                f"uv sync --extra {self.extra} "
+                f"{self.uri_format.partition('://')[0]}:// needs {self.library}, which is not "
+                f"installed: uv sync --extra {self.extra} "
                 f"(without a clone: pip install 'onetomany[{self.extra}]')"
             ) from None
 
@@ -47,11 +47,11 @@ class FsspecStore:
         raise NotImplementedError
 
     def stamp(self, info: dict[str, Any]) -> str:
-        """Return what changes with the content of a file, from what the filesystem says of it."""
+        """Return a file's version (`Place.stamp`: an ETag, a generation) from fsspec's info."""
         raise NotImplementedError
 
     def read_range(self, path: str, start: int, end: int, stamp: str) -> bytes:
-        """Return bytes ``start`` to ``end`` (exclusive) of the version with this stamp.
+        """Return bytes ``start`` to ``end`` (exclusive) of the version with this ``stamp``.
 
         Raises:
             FileNotFoundError: That version is gone.
@@ -68,7 +68,7 @@ class FsspecStore:
 
     def look(self, uri: str) -> Place:
         path = self._path(uri)
-        info = self._asked(uri, lambda: self.client.info(path))
+        info = self._call(uri, lambda: self.client.info(path))
         if info["type"] == "directory":
             return Place(0, "", is_folder=True)
         return Place(info["size"], self.stamp(info))
@@ -76,14 +76,14 @@ class FsspecStore:
     def read(self, uri: str, start: int, end: int, known: Place) -> bytes:
         path = self._path(uri)
         try:
-            return self._asked(uri, lambda: self.read_range(path, start, end, known.stamp))
+            return self._call(uri, lambda: self.read_range(path, start, end, known.stamp))
         except FileNotFoundError as error:
             raise StorageError(f"{uri} was changed while it was read; run again") from error
 
     def list_files(self, uri: str, recursive: bool) -> list[str]:
         path, scheme = self._path(uri), uri.partition("://")[0]
         try:
-            found = self._asked(uri, lambda: self.find(path, recursive))
+            found = self._call(uri, lambda: self.find(path, recursive))
         except FileNotFoundError:
             return []
         return [
@@ -96,13 +96,13 @@ class FsspecStore:
         """Return BUCKET/KEY."""
         path = uri.partition("://")[2].rstrip("/")
         if not path or path.startswith("/") or "@" in path.partition("/")[0]:
-            raise StorageError(f"{uri!r} names no place; write {self.form}")
+            raise StorageError(f"{uri!r} names no place; write {self.uri_format}")
         return path
 
-    def _asked(self, uri: str, ask: Callable[[], Result]) -> Result:
+    def _call(self, uri: str, request: Callable[[], Result]) -> Result:
         """Call the client, which repeats its requests by itself; what it raises is final."""
         try:
-            return ask()
+            return request()
         except FileNotFoundError:
             raise
         except Exception as error:

@@ -21,7 +21,7 @@ def store() -> Store:
 class _Buckets(FsspecStore):
     """A `Store` of all buckets."""
 
-    form = "gs://BUCKET/KEY"
+    uri_format = "gs://BUCKET/KEY"
     library = "gcsfs"
     extra = "gcs"
     fix = "check the bucket and Google's credentials"

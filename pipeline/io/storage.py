@@ -193,8 +193,8 @@ def read_bytes(uri: Uri) -> bytes:
 
 
 def read_as(uri: Uri, load_path: Callable[[str], T], load_bytes: Callable[[bytes], T]) -> T:
-    """Return what is made of a file: of the path of a local one, so that it can be mapped into
-    memory, of the bytes of any other.
+    """Load a file: by ``load_path`` where it is local, so that it can be memory-mapped, else by
+    ``load_bytes``.
     """
     if is_remote(uri):
         return load_bytes(read_bytes(uri))

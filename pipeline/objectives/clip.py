@@ -130,16 +130,16 @@ class CLIP(Objective):
     backbone reads.
 
     A row's loss is the mean of two cross-entropies, over captions and over rows; the logits are
-    cosines divided by a learned temperature. The pooled features themselves are compared with the
-    output of the text tower, without a projection, both without their mean. So texts about classes
-    are the weights of a linear head on normalised features, by which `zero_shot` classifies. Only
-    the backbone goes on to targets that are trained. Other rows of the same image (``image_id``)
-    are left out of a row's cross-entropies. Logged: ``top1``, the share of rows whose nearest
-    caption is their own.
+    cosines divided by a learned temperature. Other rows of the same image (``image_id``) are left
+    out of both. The pooled features themselves are compared with the output of the text tower,
+    without a projection, both without their mean. So texts about classes are the weights of a
+    linear head on normalised features, by which `zero_shot` classifies. Only the backbone goes on
+    to targets that are trained. Logged: ``top1``, the share of rows whose nearest caption is their
+    own.
 
     In validation a row is compared with the rows of its evaluation batch only, so the validation
-    loss depends on the batch size. Recalls compare all validation rows
-    (`pipeline.core.metrics.retrieval`).
+    loss depends on the batch size. Recalls compare all validation rows, 30,000 at most, evenly
+    spread (`pipeline.core.metrics.retrieval`).
     """
 
     state: CLIPState
@@ -206,7 +206,7 @@ class CLIP(Objective):
     # ---------------------------------------------------------------- loss and predictions
 
     def _embeddings(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return (B, D) of length 1 of the rows, and of their captions."""
+        """Return the (B, D) unit embeddings of rows and of captions."""
         captions = self.text(batch["caption"], batch["caption_lengths"])
         return centred_unit(backbone(batch).pooled), centred_unit(captions)
 

@@ -44,7 +44,8 @@ TASKS = {
     ("trajectory", "behaviour_cloning"): "robotics",
 }
 """Modality and objective to the task as hubs name it; others are ``feature-extraction``.
-Hubs list series among tables, and know no task of them but forecasting."""
+Hubs count series as tables; forecasting is their only task of its own.
+"""
 TAGS = {"series": "time-series"}
 """Modalities to what hubs call them, where that is another word."""
 

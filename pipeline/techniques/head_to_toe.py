@@ -48,10 +48,12 @@ class LayersBackbone(Backbone):
     They are the backbone's own, then the output of each weight matrix, convolution, recurrent or
     attention layer, averaged over the positions of a row. Each part is normalised by row, so that
     no layer outweighs another. Layers for one kind of rows (a robot's own encoder) are left out:
-    others have no such features. A layer may return several entries for each row (PatchTST's
-    blocks one for each channel, Swin's one for each window), which are averaged as well. A part is
-    zeros where it is not known which of a layer's positions are real (audio's first convolutions),
-    or where it is of no row (tables of relative positions). The first call finds that out.
+    others have no such features.
+
+    A layer may return several entries for each row (PatchTST one for each channel, Swin one for
+    each window); they are averaged. A part is zeros where the layer's real positions are unknown
+    (audio's first convolutions), or where its output does not belong to rows (tables of relative
+    positions), which the first call finds out.
     """
 
     def __init__(self, base: Backbone):
@@ -62,14 +64,14 @@ class LayersBackbone(Backbone):
         self.widths = filter_counts(base)
         self.pooled_dim = base.pooled_dim + sum(self.widths.values())
         self.maps = FilterMaps(base, list(self.widths))
-        self.of_rows: set[str] | None = None
+        self.row_layers: set[str] | None = None
         """Layers that return entries for each row; None before the first call."""
 
     def forward(
         self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
     ) -> Features:
-        if self.of_rows is None:
-            self.of_rows = self._layers_of_rows(batch)
+        if self.row_layers is None:
+            self.row_layers = self._find_row_layers(batch)
         tokens = ("tokens",) if self.token_dim is not None else ()
         wanted = tuple(dict.fromkeys((*want, *tokens)))  # tokens come with their mask
         features = self.base(batch, token_mask=token_mask, want=wanted)
@@ -77,13 +79,13 @@ class LayersBackbone(Backbone):
         parts = [_normed(pooled)]
         for name, width in self.widths.items():
             part = None
-            if name in outputs and name in self.of_rows:
+            if name in outputs and name in self.row_layers:
                 part = _row_means(outputs[name], len(pooled), features.mask)
             parts.append(pooled.new_zeros(len(pooled), width) if part is None else _normed(part))
         return replace(features, pooled=torch.cat(parts, 1))
 
     @torch.no_grad()
-    def _layers_of_rows(self, batch: Batch) -> set[str]:
+    def _find_row_layers(self, batch: Batch) -> set[str]:
         """Return the layers whose output grows with the rows, in the order of the rows.
 
         A row is given two and three times: the outputs for two are the first of those for three.
@@ -93,20 +95,20 @@ class LayersBackbone(Backbone):
         try:
             found = []
             for count in (2, 3):
-                self.base(_first_row(batch, count))
+                self.base(_repeat_first_row(batch, count))
                 found.append(self.maps.take())
         finally:
             for module, is_training in modes.items():
                 module.training = is_training
         two, three = found
-        return {name for name in two if _begins_with(three[name].values, two[name].values)}
+        return {name for name in two if _grows_with_rows(two[name].values, three[name].values)}
 
     def layers(self) -> dict[str, list[str]]:
         layers = self.base.layers().items()
         return {name: [f"base.{parameter}" for parameter in names] for name, names in layers}
 
 
-def _first_row(batch: Batch, count: int) -> Batch:
+def _repeat_first_row(batch: Batch, count: int) -> Batch:
     """Return a batch of its first row, ``count`` times."""
     shards = batch.shards
     return Batch(
@@ -117,8 +119,10 @@ def _first_row(batch: Batch, count: int) -> Batch:
     )
 
 
-def _begins_with(three: Tensor, two: Tensor) -> bool:
-    """Return whether the output for a row three times begins with that for the row twice."""
+def _grows_with_rows(two: Tensor, three: Tensor) -> bool:
+    """Return whether the output for a row three times begins with that for the row twice, and is
+    half as long again.
+    """
     if 2 * len(three) != 3 * len(two) or three.shape[1:] != two.shape[1:]:
         return False
     scale = float(two.abs().max()) if two.numel() else 0.0
@@ -137,13 +141,14 @@ def _row_means(output: FilterMap, rows: int, tokens: Tensor | None) -> Tensor | 
         tokens: (B, N) which tokens of the backbone are real; None: every position of it is.
     """
     values = output.values.float()
-    each, rest = divmod(len(values), rows)
-    if rest:
+    entries_per_row, remainder = divmod(len(values), rows)
+    if remainder:
         return None
-    if each > 1 and tokens is not None:  # entries may be left out where they are padding
+    # entries may be left out where they are padding
+    if entries_per_row > 1 and tokens is not None:
         return None
-    if each > 1:  # of channels or windows
-        values = values.unflatten(0, (rows, each))
+    if entries_per_row > 1:  # of channels or windows
+        values = values.unflatten(0, (rows, entries_per_row))
         output = FilterMap(values)
     if values.dim() == 2:
         return values

@@ -13,7 +13,8 @@ sources:
   reviews: {data: &texts {uri: rows.parquet, modality: text, columns: {text: t, label: l}}, backbone: transformers/bert, objective: classification}
   published: {backbone: "hf-hub:somebody/model"}
   stays: {data: {uri: rows.parquet, modality: table, columns: {features: f, label: l}}, backbone: table/ft_transformer, objective: classification}
-  sonars: {data: &windows {uri: rows.parquet, modality: series, columns: {series: s}}, backbone: hf/patchtst, objective: masked_series}
+  sonars: {data: &windows {uri: rows.parquet, modality: series, columns: {series: s}},
+           backbone: hf/patchtst, objective: masked_series}
 targets:
   tops: {data: *pictures, objective: classification, sources: [garments]}
   clothing: {data: *pictures, objective: classification, sources: [garments, photos]}

@@ -647,7 +647,8 @@ def test_images_of_every_mode_are_looked_at():
         ),
         (
             {"observations": [[[1.0]]] * 6, "actions": [["go"]] * 6},
-            "this is behaviour cloning; write its job after jobs/robotics/wall_following_small.yaml",
+            "this is behaviour cloning; write its job after "
+            "jobs/robotics/wall_following_small.yaml",
         ),
         (
             {"ecg": [[1, 2, 3]] * 60},

@@ -6,11 +6,10 @@ Rows of one image (an image with several captions) have one image number, 0 or m
 of its own. Rows of one text have one caption number. Images may be whatever has captions, such as
 sounds.
 
-Each image is a query once, and so is each text. It is compared with each other text (image) of the
-rows once. All texts that stand beside an image are right, and all images beside a text: of an image
-with five captions none counts as wrong, nor does another image of the same text. Ties count as
-misses: a wrong candidate with the score of the best right one ranks before it, so that a network
-that maps all rows to one point has recall 0.
+Each different image is a query once, against all different texts, and each different text against
+all different images. Every caption of an image counts as a hit, and every image of a text. Ties
+count as misses: a wrong candidate with the score of the best right one ranks before it, so that a
+network that maps all rows to one point has recall 0.
 
 A resample draws rows, and with them their queries. The candidates stay the same: recall is higher
 among fewer of them. Where rows of one image are groups of the data, a resample draws whole groups.
@@ -74,7 +73,7 @@ def _recall(p: Predictions, counts: np.ndarray, query: str, candidate: str, k: i
     vectors = (p[f"{query}_embedding"], p[f"{candidate}_embedding"])
     if not n or not all(np.isfinite(one).all() for one in vectors):
         return np.full(len(counts), np.nan)
-    queries, candidates = (_numbered(p[f"{name}_number"]) for name in (query, candidate))
+    queries, candidates = (_codes(p[f"{name}_number"]) for name in (query, candidate))
     if candidates.max() < k:
         return np.full(len(counts), np.nan)
     is_found = _wrong_before(*vectors, queries, candidates) < k
@@ -84,10 +83,10 @@ def _recall(p: Predictions, counts: np.ndarray, query: str, candidate: str, k: i
     return np.where(total > 0, found / np.where(total > 0, total, 1), np.nan)
 
 
-def _numbered(numbers: np.ndarray) -> np.ndarray:
-    """Return (n,) the numbers counted from 0, each -1 as one of its own."""
+def _codes(numbers: np.ndarray) -> np.ndarray:
+    """Return (n,) codes from 0 of the different numbers; each -1 has a code of its own."""
     own = -1 - np.arange(len(numbers))
-    return np.unique(np.where(numbers < 0, own, numbers), return_inverse=True)[1].reshape(-1)
+    return np.unique(np.where(numbers < 0, own, numbers), return_inverse=True)[1]
 
 
 def _wrong_before(
@@ -105,6 +104,7 @@ def _wrong_before(
         candidates: (n,) likewise of its candidate.
     """
     by_query = np.argsort(queries, kind="stable")
+    sorted_queries = queries[by_query]
     first_rows = np.unique(queries, return_index=True)[1]
     vectors = query_vectors[first_rows]
     others = candidate_vectors[np.unique(candidates, return_index=True)[1]].T
@@ -113,7 +113,7 @@ def _wrong_before(
     for start in range(0, len(vectors), size):
         scores = vectors[start : start + size] @ others
         stop = start + len(scores)
-        low, high = np.searchsorted(queries[by_query], (start, stop))
+        low, high = np.searchsorted(sorted_queries, (start, stop))
         rows = by_query[low:high]
         own, right = queries[rows] - start, candidates[rows]
         best = np.full(len(scores), -np.inf, dtype=scores.dtype)

@@ -27,11 +27,11 @@ def summed(tensor: Tensor) -> Tensor:
 def gather(local: Tensor) -> tuple[Tensor, int]:
     """Return the rows of all ranks, (B_0 + B_1 + ..., ...), and the place of this rank's first row.
 
-    ``local``: (B_r, ...) floats. Ranks may hold different numbers of rows, also none; every rank
-    must call it. A gradient flows to this rank's own rows only, and nothing is sent for it: each
-    rank computes the whole loss of all rows, so its own rows get their whole gradient, and the sum
-    over ranks is the loss's. (Sending gradients back would need all ranks in the backward pass,
-    where one without rows has no graph to send from.)
+    ``local``: (B_r, ...) floats or whole numbers. Ranks may hold different numbers of rows, also
+    none; every rank must call it. A gradient flows to this rank's own rows only, and nothing is
+    sent for it: each rank computes the whole loss of all rows, so its own rows get their whole
+    gradient, and the sum over ranks is the loss's. (Sending gradients back would need all ranks in
+    the backward pass, where one without rows has no graph to send from.)
     """
     rank, count = ranks()
     if count == 1:

@@ -25,7 +25,7 @@ COLUMNS = {
 number and the name of its class, and whether it stands for a crowd.
 """
 SIZE_COLUMNS = {"_width": pa.int64(), "_height": pa.int64()}
-"""Columns of an index whose boxes are in pixels: those of the annotated image."""
+"""Columns of the index: width and height in pixels of the annotated image."""
 MASKS = pa.field("masks", pa.list_(instance_masks.RLE))
 """Where masks are asked for, one for each box, of the size of the written image."""
 SEGMENTATIONS = "_segmentations"
@@ -62,10 +62,10 @@ def clipped(
 
 
 def resized(row: Row, picture: Picture) -> Row:
-    """Return a row with boxes, and masks where the index has `SEGMENTATIONS`, of the written image.
+    """Scale a row's boxes, and draw its masks if it has any, to the size of the written image.
 
     Args:
-        row: of the index, with ``_width`` and ``_height``, the pixels of the annotated image.
+        row: of the index, with `SIZE_COLUMNS`; masks are drawn from `SEGMENTATIONS`.
         picture: the written image.
 
     Raises:

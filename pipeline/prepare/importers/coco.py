@@ -41,6 +41,7 @@ COLUMNS = {
     boxes.SEGMENTATIONS: pa.string(),
     "_objects": pa.string(),
 }
+"""``_objects``: JSON of [objects, shift], as `semantic` takes them; null where no mask is drawn."""
 
 
 class CocoImage(TypedDict):

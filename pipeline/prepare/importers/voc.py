@@ -34,7 +34,7 @@ COLUMNS = {
     "difficult": pa.list_(pa.bool_()),
     **boxes.SIZE_COLUMNS,
 }
-MASK_COLUMNS = {"_numbers": pa.list_(pa.int64()), "_objects": pa.binary()}
+MASK_COLUMNS = {"_numbers": pa.list_(pa.int64()), "_mask_png": pa.binary()}
 """Where masks are asked for: the number of each box's object in the annotation, from 1, and the PNG
 of these numbers.
 """
@@ -149,7 +149,7 @@ class Voc(ImageImporter):
                     crowd=[False for _ in kept],
                     difficult=[one.difficult for _, one in kept],
                     _numbers=[one.number for _, one in kept],
-                    _objects=masks.get(entry.name),
+                    _mask_png=masks.get(entry.name),
                     _width=width,
                     _height=height,
                 )
@@ -217,7 +217,7 @@ def _masks(row: Row, written_boxes: list[list[float]], picture: Picture) -> list
     width, height = row["_width"], row["_height"]
     out = []
     try:
-        numbers = class_numbers(row["_objects"])
+        numbers = class_numbers(row["_mask_png"])
         if numbers.shape != (height, width):
             raise ValueError(f"it has {numbers.shape[1]} x {numbers.shape[0]} pixels")
         given = zip(row["_numbers"], row["boxes"], written_boxes, strict=True)

@@ -74,7 +74,7 @@ class Draft:
         unlabelled_rows: rows without such a number.
         others: other columns that could be the label.
         media: a sample of the images or recordings.
-        steps_of_series: that 95 % of the series have at most.
+        steps_of_series: 95 % of the series have at most this many steps.
         kept_classes: those to keep, where some rows have none or a rare one.
         fields: of data: split_column, group, validation_fraction and so on.
         why: a sentence for each field of the job, by its name.
@@ -457,14 +457,13 @@ def _no_label(out: Draft, free: Sequence[Column]) -> str:
             f"{place}: all files are of one class ({held}): a label has at least two; give the "
             "folder that holds the folders of all classes"
         )
-    more = (
-        "; texts without labels are for a source (objective mlm), as in jobs/text/bert_small.yaml"
-        if out.modality == "text" and not free
-        else "; series without labels are for a source (objective masked_series), as jobs/data.md "
-        "says"
-        if out.modality == "series"
-        else ""
-    )
+    without_labels = {
+        "text": "; texts without labels are for a source (objective mlm), as in "
+        "jobs/text/bert_small.yaml",
+        "series": "; series without labels are for a source (objective masked_series), as "
+        "jobs/data.md says",
+    }
+    more = "" if out.modality == "text" and free else without_labels.get(out.modality, "")
     return (
         f"{place}: nothing can be the label: {held}{more}. A label has 2 to "
         f"{look.MOST_CLASSES} values, each in several rows: add such a column, or name one with "

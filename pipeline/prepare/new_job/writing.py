@@ -223,8 +223,13 @@ def _new_rows(made: Draft) -> str:
 
 
 def _what(made: Draft) -> str:
-    kinds = {"text": "texts", "image": "images", "audio": "recordings", "table": "a table"}
-    kinds["series"] = "series of numbers"
+    kinds = {
+        "text": "texts",
+        "image": "images",
+        "audio": "recordings",
+        "series": "series of numbers",
+        "table": "a table",
+    }
     return kinds[made.modality]
 
 

@@ -149,8 +149,8 @@ def tables(
         )
     if tally.bad:
         raise ValueError(
-            f"{tally.listed[0]}; {tally.bad} such lines, and no telling where they belong: "
-            "repair the file"
+            f"{tally.listed[0]}; {tally.bad} such lines, which cannot be assigned to an episode or "
+            "recording: repair the file"
         )
 
 
