@@ -378,7 +378,7 @@ def _named(stores: Sequence[Store]) -> list[list[ResultRow]]:
 
 
 def _cut_by_budget(rows: Iterable[ResultRow]) -> dict[tuple[str, str], dict[_Pair, str]]:
-    """Return (target, label fraction) to the pairs that a budget of trials cut, and when."""
+    """Return the pairs that a budget cut at each (target, label fraction), and when it cut them."""
     out: dict[tuple[str, str], dict[_Pair, str]] = defaultdict(dict)
     for row in rows:
         if row.is_cut_by_budget:
@@ -445,7 +445,7 @@ def _seed_variance(
 
 
 def _by_seed(entry: MatrixEntry, rows: list[ResultRow]) -> dict[int, dict[int | None, float]]:
-    """Return seed to the entry's metric on test rows, of each fold where there are folds."""
+    """Return the entry's metric on test rows by seed and fold; the fold is None without folds."""
     out: dict[int, dict[int | None, float]] = defaultdict(dict)
     for row in rows:
         is_tested = row.trial_stage == "final" and row.split == "test"

@@ -38,7 +38,7 @@ from pipeline.report.matrix import (
 from pipeline.report.source_scores import PairScores
 
 Scores = Mapping[tuple[str, str, str], float]
-"""(target, source, name of the score) to its value, NaN where it is not defined."""
+"""Value of each (target, source, name of the score), NaN where it is not defined."""
 
 
 def chosen(entries: Sequence[MatrixEntry]) -> MatrixEntry:
@@ -246,7 +246,7 @@ def best_scores_first(scores: Scores) -> list[tuple[tuple[str, str, str], float]
 
 
 def all_scores(source_scores: Mapping[str, PairScores]) -> dict[tuple[str, str, str], float]:
-    """Return (target, source, `score_name`) to value of every score that is defined."""
+    """Return the value of each (target, source, `score_name`) whose score is defined."""
     return {
         (pair.target, pair.source, score_name(name, score.higher_is_better)): score.value
         for pair in source_scores.values()

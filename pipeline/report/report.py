@@ -116,18 +116,18 @@ def write(
         job_name: Name of the job.
         entries: The entries of the matrix.
         rows: Results rows. Failures and totals are computed from them.
-        curves: Trial id to its validations.
+        curves: Validations of each trial, by its id.
         pretraining: The sources.
-        splits: Target to where its splits come from.
+        splits: Where the splits of each target come from.
         notes: Sentences on what was found in the data.
         versions: What identifies the job apart from the libraries, such as its hash. The versions
             of libraries are those that each trial ran with.
-        runs: Trial id to test predictions, for the tables of classes, labels and subgroups.
+        runs: Test predictions by trial id, for the tables of classes, labels and subgroups.
         code_notes: Sentences on the trials that were made by other code or versions.
-        scores: ``source|target`` to the score, also of sources that were left out because of
+        scores: Score of each ``source|target``, also of sources that were left out because of
             theirs. Without it only the scores in ``rows`` are shown.
-        source_scores: ``source|target`` to every transferability score.
-        modalities: Target to the name of its modality.
+        source_scores: All transferability scores of each ``source|target``.
+        modalities: Name of each target's modality.
         left_out: A line for each target that could not be prepared, and for test rows that were
             left out.
 
@@ -951,7 +951,7 @@ def _shifts(source_scores: Mapping[str, PairScores]) -> dict[str, list[Shift]]:
 def _known_scores(
     rows: Sequence[ResultRow], scores: Mapping[str, SelectionScore] | None
 ) -> dict[tuple[str, str, str], float]:
-    """Return (target, source, name of the score) to its value, NaN where it is not defined."""
+    """Return the value of each (target, source, name of the score), NaN where it is not defined."""
     found: dict[tuple[str, str, str], float] = {
         (r.target, r.source, gains.score_name(r.score_name)): r.score_value
         for r in rows

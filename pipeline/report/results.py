@@ -184,7 +184,7 @@ class ResultRow:
         return cls(**{name: value for name, value in found.items() if value is not None})
 
     def columns(self) -> dict[str, Any]:
-        """Return column to value as the table holds it, with None for empty values."""
+        """Return the value of each column as the table holds it, with None for empty values."""
         return {
             name: None if value == "" and name in ALWAYS else value
             for name, value in vars(self).items()

@@ -130,7 +130,7 @@ def tau(values: Sequence[float], means: Sequence[float]) -> float:
 
 
 def ranked(found: Mapping[str, ScoreValue], outcome: Outcome) -> dict[str, float]:
-    """Return source to score, larger is better and the best first, of the defined ones."""
+    """Return the defined score of each source, the best first; larger is better."""
     signed: dict[str, float] = {}
     for source in outcome.means:
         score = found.get(source)
@@ -145,7 +145,7 @@ def regret(order: Mapping[str, float], outcome: Outcome, top: int) -> float:
     Where the last of them has the same score as sources after it, it is the mean over all choices.
 
     Args:
-        order: Source to score, as `ranked` returns it.
+        order: Score of each source, as `ranked` returns it.
         outcome: What fine-tuning showed.
         top: Number of sources.
     """
@@ -300,8 +300,8 @@ def audits(
 
     Args:
         entries: The entries of the matrix.
-        scores: ``source|target`` to every score.
-        modalities: Target to its modality. Targets that are not in it are a domain of their own.
+        scores: All scores of each ``source|target``.
+        modalities: Modality of each target. Targets that are not in it are a domain of their own.
     """
     shown = outcomes(entries)
     metrics: dict[str, set[str]] = defaultdict(set)

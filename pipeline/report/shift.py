@@ -71,7 +71,7 @@ class Shift:
     covariate: Estimate | None = None
     """Accuracy of telling both apart by their features; 0.5 is chance."""
     labels: dict[str, Estimate] = field(default_factory=dict[str, Estimate])
-    """Class to its share in the target minus that in the others."""
+    """Share of each class in the target minus that in the others."""
     concept: Estimate | None = None
     """Accuracy on the target's rows of a head fitted to them minus that of the source's own, or of
     one fitted to the others."""

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-from pipeline.core.groups import count_units, unit_numbers
+from pipeline.core.groups import count_units, num_units, unit_numbers
 from pipeline.core.metrics.catalog import Metric, Predictions
 
 NORMAL_95 = float(special.ndtri(0.975))
@@ -355,7 +355,7 @@ def evidence(run: RunPredictions) -> Evidence:
         return class_evidence(p["label"], run.groups, unit)
     if "labels" in p and "scores" in p:
         return label_set_evidence(p["labels"], run.groups, unit)
-    return Evidence(count_units(np.ones(len(run.rows), dtype=bool), run.groups), MIN_UNITS, unit)
+    return Evidence(num_units(len(run.rows), run.groups), MIN_UNITS, unit)
 
 
 def class_evidence(label: np.ndarray, groups: np.ndarray | None, unit: str) -> Evidence:
@@ -384,7 +384,7 @@ def class_evidence(label: np.ndarray, groups: np.ndarray | None, unit: str) -> E
 
 def label_set_evidence(labels: np.ndarray, groups: np.ndarray | None, unit: str) -> Evidence:
     """Return the evidence of rows with a set of labels each, ``labels`` (n, L) 0 or 1."""
-    total = count_units(np.ones(len(labels), dtype=bool), groups)
+    total = num_units(len(labels), groups)
     rarer = sum(rarer_side(column > 0, groups) for column in labels.T)
     return Evidence(min(rarer, total), MIN_RARER_UNITS, f"{unit} of the rarer side of the labels")
 

@@ -79,7 +79,7 @@ def ids_in_old_layout(root: str) -> frozenset[str]:
 
 
 def find_all(root: str) -> dict[str, str]:
-    """Return trial id to folder, of all trials in the folder of a job."""
+    """Return a dict from trial id to folder, for all trials in the folder of a job."""
     place = storage.join(root, TRIALS)
     found: dict[str, str] = {}
     for uri in storage.list_files(place):

@@ -146,7 +146,7 @@ def find_bundle(
     Args:
         root: The folder of the job, for messages.
         rows: Its results table.
-        runs: Trial id to its predictions on the test rows.
+        runs: Predictions on the test rows, by trial id.
         target: Name of the target; may be left out where the job has one.
 
     Raises:

@@ -32,8 +32,8 @@ def blocks_of(
     Args:
         entries: Entries of all targets.
         rows: Results rows, those of a target's folds pooled (`folds.pool`).
-        runs: Trial id to test predictions.
-        decimals: Target to the decimals of its metric.
+        runs: Test predictions by trial id.
+        decimals: Number of decimals of each target's metric.
     """
     trials: dict[EntryKey, dict[str, None]] = defaultdict(dict)
     for row in rows:

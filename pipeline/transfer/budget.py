@@ -222,9 +222,9 @@ class History:
     """
 
     sources: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Source to its ranks among the sources of each technique."""
+    """Ranks of each source among the sources of each technique."""
     techniques: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Technique to the ranks of its best pair, among pairs with all steps."""
+    """Ranks of the best pair of each technique, among pairs with all steps."""
 
     def source(self, pair: Pair) -> float:
         """Return the mean rank of a pair's source."""
@@ -260,7 +260,7 @@ class Decision:
     rung: str = ""
     """The target and rung of those, for the progress line."""
     reasons: dict[str, str] = field(default_factory=dict[str, str])
-    """Id of the last trial of a pair that was cut to the reason."""
+    """Why a pair was cut, by the id of its last trial."""
     cut: frozenset[str] = frozenset()
     """Entries of the pairs that were cut."""
     notes: tuple[str, ...] = ()
@@ -282,8 +282,8 @@ def decide(
     Args:
         brackets: The brackets, target by target.
         allocations: What each may spend (`share_out`).
-        values: Id of a trial to its value on validation rows, larger is better; None: it failed or
-            has no value. Trials that have not ended are left out.
+        values: Value of each trial on validation rows, by its id, larger is better; None: it failed
+            or has no value. Trials that have not ended are left out.
     """
     history, out = History(), Decision()
     for target in dict.fromkeys(bracket.target for bracket in brackets):
@@ -403,7 +403,7 @@ def order(measured: Mapping[Pair, float], history: History) -> list[Pair]:
     and sources differ more lastingly.
 
     Args:
-        measured: Pair to its value, larger is better.
+        measured: Value of each pair, larger is better.
         history: What earlier targets have shown.
     """
     own, everywhere = ranks_among_sources(measured), relative_ranks(measured)

@@ -263,7 +263,7 @@ class SearchSpace:
     """What is searched of a technique on a target."""
 
     values: Mapping[str, Sequence[Any]]
-    """Name to the ends of a range, or to choices; {}: nothing is searched."""
+    """For each name the ends of a range, or choices; {}: nothing is searched."""
     is_stated: bool
     """Whether the job states them, for fields of ``train``. Else the technique declares them."""
     lr: float

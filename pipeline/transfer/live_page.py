@@ -96,7 +96,7 @@ def serve(state: JobState, port: int | None) -> Iterator[None]:
 
 
 def _logs_of_sources(state: JobState) -> dict[str, str]:
-    """Return source to the URI of its training log, for the sources that are trained."""
+    """Return the URI of the training log of each source that is trained."""
     return {
         name: storage.join(stage.uri, "log", "metrics.jsonl")
         for name, stage in state.sources.items()
@@ -172,7 +172,7 @@ class LivePage:
         name: Name of the job.
         root: Its folder.
         progress: The progress of the run, with its newest line and its trials.
-        logs: Source to the URI of its training log.
+        logs: URI of the training log of each source.
     """
 
     name: str

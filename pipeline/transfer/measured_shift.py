@@ -374,7 +374,7 @@ def _read(selection: Selection, columns: Mapping[str, str]) -> pa.Table:
     """Return columns of at most MOST_ROWS rows, under other names.
 
     Args:
-        columns: New name to the column's own.
+        columns: The column's own name by its new name.
     """
     at = _evenly(len(selection), MOST_ROWS)
     names = [*dict.fromkeys(columns.values())]

@@ -90,7 +90,7 @@ def json_value(value: Any, kind: Any) -> Any:
 
 
 def _named(values: Any, classes: list[str]) -> Any:
-    """Return class name to probability; other lists as they are, None where nothing is known."""
+    """Return a dict from class name to probability; other values stay as they are."""
     if not isinstance(values, list) or len(values) != len(classes):
         return values
     if any(isinstance(value, list) for value in values):

@@ -29,7 +29,7 @@ from pipeline.transfer.grid import HyperParameters, SearchSpace, Trial
 GENERATIONS = 4
 """Parts of a search with Optuna, as equal as they can be. The trials of each run side by side."""
 Drawn = tuple[tuple[str, Any], ...]
-"""Name to a value of its range, or to the place of a choice."""
+"""For each name a value of its range, or the place of a choice."""
 
 
 def library() -> Any:
@@ -65,8 +65,8 @@ def search_trials(
     Args:
         in_memory: Whether the rows of the target are held in memory.
         make: Makes the trial of a setting.
-        values: Id of a trial to its value on validation rows, larger is better; None: it failed or
-            has no value. Trials that have not ended are left out.
+        values: Value of each trial on validation rows, by its id, larger is better; None: it failed
+            or has no value. Trials that have not ended are left out.
     """
     drawn = grid.draws(job, target, technique, in_memory)
     if len(drawn) == 1:
@@ -142,7 +142,7 @@ def _ask(
     """Ask a study for values.
 
     Args:
-        ranges: Name to the ends of a range, which is searched on a logarithmic scale, or to a
+        ranges: For each name the ends of a range, which is searched on a logarithmic scale, or a
             number of choices.
         known: The values of earlier trials, of choices the places, with what each trial reached.
     """

@@ -41,7 +41,7 @@ class StaleTrials:
     trials: Mapping[str, str]
     entries: tuple[str, ...]
     kept: dict[str, str] = field(default_factory=dict)
-    """Trial id to the users of its bundle. These trials are kept."""
+    """Users of a trial's bundle, by trial id. These trials are kept."""
     stacks: tuple[str, ...] = ()
     """Names of the folders with resume points of heads that would train together."""
 
@@ -107,7 +107,7 @@ def find_stale(root: str, current: set[str], used: Mapping[str, str]) -> StaleTr
     Args:
         root: The folder of the job.
         current: Ids of all trials of the job.
-        used: Location of a bundle or checkpoint to its users (`uses`).
+        used: Users of each bundle and checkpoint, by its location (`uses`).
     """
     rows = results.read(root)
     folders = {row.trial_id: row.folder for row in rows} | trial_folder.find_all(root)
@@ -165,7 +165,7 @@ def record_uses(root: str, sources: Mapping[str, Sequence[str]], of_part: bool =
 
 
 def uses(root: str, own: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Return place to users, of the bundles and checkpoints that sources start from.
+    """Return the users of each bundle and checkpoint that sources start from, by its location.
 
     The sources are those of this job and of all jobs next to it in the same storage. Of jobs that
     ran before their uses were recorded, the parents in their tables and bundles are used. Jobs in

@@ -25,7 +25,7 @@ from pipeline.core.contracts.objective_capabilities import (
     tensors_beside_features,
 )
 from pipeline.core.contracts.score import LabelKind, Score, interval_of_halves
-from pipeline.core.groups import count_units, half
+from pipeline.core.groups import num_units, random_half
 from pipeline.core.metrics.calibration import softmax
 from pipeline.core.rng import mix
 from pipeline.core.specs import NO_OBJECTIVE
@@ -560,8 +560,8 @@ def _interval(
     m = len(read.get("source_features", ()))
 
     def value_of_half(rng: np.random.Generator) -> float:
-        of_target = half(n, rng, groups["groups"])
-        of_source = half(m, rng, groups["source_groups"])
+        of_target = random_half(n, rng, groups["groups"])
+        of_source = random_half(m, rng, groups["source_groups"])
         found = one.of(
             {
                 name: rows[of_source if name.startswith("source_") else of_target]
@@ -581,7 +581,4 @@ def _fewest_units(
     sides = [(len(read["features" if "features" in read else "labels"]), groups["groups"])]
     if "source_features" in read:
         sides.append((len(read["source_features"]), groups["source_groups"]))
-    return min(
-        (count_units(np.ones(n, dtype=bool), of), "rows" if of is None else "groups")
-        for n, of in sides
-    )
+    return min((num_units(n, of), "rows" if of is None else "groups") for n, of in sides)

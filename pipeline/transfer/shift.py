@@ -126,7 +126,7 @@ def label_shift(
     in 95 % of cases.
 
     Args:
-        counts: Class to its number of rows in the target.
+        counts: Number of the target's rows of each class.
         others: The same for what it is compared with.
         groups: Number of groups of the target's rows; None: each row is independent.
         other_groups: The same for what it is compared with.

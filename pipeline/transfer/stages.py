@@ -40,12 +40,16 @@ from pipeline.transfer import (
     targets,
     trial,
 )
+from pipeline.transfer.comparison_columns import (
+    fill_best_baseline,
+    fill_comparison,
+    gain_over_scratch,
+)
 from pipeline.transfer.existing_trials import (
     provenance_of_trials,
     search_and_final_trials,
     trials_to_remake,
 )
-from pipeline.transfer.gains import gain_over_scratch, with_best_baseline, with_comparison
 from pipeline.transfer.grid import SCRATCH, BackboneGroup, Trial
 from pipeline.transfer.job_checks import (
     baseline_problems,
@@ -786,7 +790,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
                 and against.id in records
                 and one.source != SCRATCH
             ):
-                row = replace(row, **gain_over_scratch(predictions, one, against, row, records))
+                row = replace(row, **gain_over_scratch(predictions, row, against, records))
                 if mixed := provenance.differences(
                     state.trial_provenance[one.id].made, state.trial_provenance[against.id].made
                 ):
@@ -795,7 +799,7 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
             rows.append(row)
         rows += _by_subgroup(state, predictions, rows, one)
     entries = matrix.matrix_entries(rows, _tested_runs(state, rows, targets_of))
-    rows = with_best_baseline(with_comparison(rows, entries), entries, predictions)
+    rows = fill_best_baseline(fill_comparison(rows, entries), entries, predictions)
     results.append(
         root,
         rows,

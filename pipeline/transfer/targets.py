@@ -61,7 +61,7 @@ from pipeline.core.contracts.technique_capabilities import (
     gathers_rows,
     prepares_on_target,
 )
-from pipeline.core.groups import count_units
+from pipeline.core.groups import num_units
 from pipeline.core.metrics import catalog
 from pipeline.core.specs import Architecture, ModalitySpec, ObjectiveSpec, State
 from pipeline.data import manifests
@@ -174,11 +174,8 @@ class TargetStage:
             elif "labels" in encoded:
                 out[name] = stats.label_set_evidence(encoded["labels"], groups, unit)
             else:
-                out[name] = stats.Evidence(
-                    count_units(np.ones(len(selection), dtype=bool), groups),
-                    stats.MIN_UNITS,
-                    unit,
-                )
+                count = num_units(len(selection), groups)
+                out[name] = stats.Evidence(count, stats.MIN_UNITS, unit)
         return out
 
     @property

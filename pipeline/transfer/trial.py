@@ -179,22 +179,22 @@ class Shared:
     run: str | None = None
     """Random id of this run, written into each record to tell its trials from earlier ones."""
     heads: dict[str, tuple[ObjectiveSpec, dict[str, np.ndarray]]] = field(default_factory=dict)
-    """Source to its objective and the tensors of its head, for objectives that reuse them."""
+    """Objective and head's tensors of each source, for objectives that reuse them."""
     fences: tuple[write_fence.Fence, ...] = ()
     """Locks of this run: a trial checks that they are still held before it writes."""
     parent_weights: dict[str, str] = field(default_factory=dict)
-    """Source to the SHA-256 of its weights, which a trial records as the weights it started from.
+    """SHA-256 of each source's weights, which a trial records as the weights it started from.
     """
     keep_changes_alone: bool = False
     """Whether bundles hold what differs from the bundle of their source."""
     remake: bool = False
     """Whether resume points of other code or versions are dropped, since trials are made again."""
     source_rows: dict[str, tuple[Selection, dict[str, str]]] = field(default_factory=dict)
-    """Source to its training rows with their columns, where a technique reads them."""
+    """Training rows of each source with their columns, where a technique reads them."""
     source_reads: dict[str, tuple[FileIdentity, ...]] = field(default_factory=dict)
-    """Source to the files of these rows. They too are as they were when a record is written."""
+    """Files of these rows, by source. They too are as they were when a record is written."""
     source_validation: dict[str, Selection] = field(default_factory=dict)
-    """Source to its validation rows, with the same columns."""
+    """Validation rows of each source, with the same columns."""
 
 
 @dataclass(frozen=True)
@@ -297,13 +297,13 @@ def read_record(root: str, folder: str) -> TrialRecord | None:
 
 
 def read_records(root: str, folders: Mapping[str, str]) -> dict[str, TrialRecord]:
-    """Return trial id to record, for the trials that have one. Several are read at the same time.
+    """Return a dict from trial id to record, for the trials that have one.
 
-    A damaged record is left out with a warning.
+    Several are read at the same time. A damaged record is left out with a warning.
 
     Args:
         root: The folder of the job.
-        folders: Trial id to the trial's folder, relative to that of the job.
+        folders: Folder of each trial, relative to that of the job, by trial id.
     """
     found = storage.at_once(lambda folder: read_record(root, folder), folders.values())
     return {one: record for one, record in zip(folders, found, strict=True) if record is not None}

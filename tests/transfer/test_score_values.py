@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 
 from pipeline.config import registry
 from pipeline.core.contracts.score import Score, interval_of_halves, score
-from pipeline.core.groups import half
+from pipeline.core.groups import random_half
 from pipeline.transfer import scoring
 from pipeline.transfer.scores import leep as leep_file
 from pipeline.transfer.scores.cka import cka
@@ -312,8 +312,8 @@ def test_rows_that_are_groups_change_nothing():
     assert knn(x, y, groups=each) == knn(x, y)
     assert mmd(x, s, each, theirs) == mmd(x, s)
     assert proxy_a(x, s, each, theirs) == proxy_a(x, s)
-    assert half(7, np.random.default_rng(3)).tolist() == (
-        half(7, np.random.default_rng(3), np.arange(7)).tolist()
+    assert random_half(7, np.random.default_rng(3)).tolist() == (
+        random_half(7, np.random.default_rng(3), np.arange(7)).tolist()
     )
 
 
@@ -430,7 +430,7 @@ def test_the_spread_over_halves_is_that_of_the_score():
     widths = []
     for seed in range(200):
         x = np.random.default_rng(seed).normal(size=100)
-        low, high = interval_of_halves(x.mean(), lambda rng, x=x: x[half(100, rng)].mean())
+        low, high = interval_of_halves(x.mean(), lambda rng, x=x: x[random_half(100, rng)].mean())
         assert low < x.mean() < high
         widths.append((high - low) / 2)
     t = scipy.stats.t(9).ppf(0.975)

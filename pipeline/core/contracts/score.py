@@ -113,7 +113,7 @@ def interval_of_halves(
 
     The spread over random halves of the rows without repetition is that of the score of all rows
     (Politis and Romano 1994): rows that are drawn twice would be their own neighbours. Where rows
-    have groups, halves of the groups are drawn (`pipeline.core.groups.half`).
+    have groups, halves of the groups are drawn (`pipeline.core.groups.random_half`).
 
     Args:
         value: The score of all rows.

@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist
 
 from pipeline.config.registry import register
 from pipeline.core.contracts.score import Estimate, interval_of_halves, score
-from pipeline.core.groups import half
+from pipeline.core.groups import random_half
 
 NO_MORE_THAN_0 = (-math.inf, 0.0)
 ENERGY = 0.8
@@ -81,7 +81,7 @@ def nleep(
     value = _mean_log_likelihood(theta, labels)
 
     def value_of_half(rng: np.random.Generator) -> float:
-        places = half(len(labels), rng, groups)
+        places = random_half(len(labels), rng, groups)
         return _mean_log_likelihood(theta[places], labels[places])
 
     return value, *interval_of_halves(value, value_of_half)

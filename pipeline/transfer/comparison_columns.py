@@ -12,22 +12,18 @@ from pipeline.report.trial_record import TrialRecord
 from pipeline.transfer.grid import SCRATCH, Trial
 
 
-def with_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) -> list[ResultRow]:
+def fill_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) -> list[ResultRow]:
     """Fill in the columns that need the comparison of whole entries.
 
     They are the number of paired seeds, the corrected p value (primary metric only) and the gain
     over the target's best scratch network with the same seed. Only test rows of trials with a
     source have them.
     """
-    by_key = {
-        (entry.source, entry.backbone, entry.target, entry.technique, entry.label_fraction): entry
-        for entry in entries
-    }
-    tested = [row for row in rows if is_tested(row)]
-    scratch = {
+    by_key = {entry.key: entry for entry in entries}
+    scratch_values = {
         (row.backbone, row.target, row.label_fraction, row.metric, row.seed, row.fold): row.value
-        for row in tested
-        if row.source == SCRATCH and results.technique(row) == "scratch"
+        for row in rows
+        if is_tested(row) and row.source == SCRATCH and results.technique(row) == "scratch"
     }
     out: list[ResultRow] = []
     for row in rows:
@@ -40,38 +36,26 @@ def with_comparison(rows: list[ResultRow], entries: list[matrix.MatrixEntry]) ->
         ):
             out.append(row)
             continue
-        best = scratch.get(
-            (entry.baseline, row.target, row.label_fraction, row.metric, row.seed, row.fold)
-        )
-        baseline_gain = (
-            None
-            if best is None or row.value is None
-            else (row.value - best) * (1 if row.higher_is_better else -1)
-        )
-        gain_p_holm = entry.gain_p_holm if row.metric == entry.metric else None
+        key = (entry.baseline, row.target, row.label_fraction, row.metric, row.seed, row.fold)
         out.append(
             replace(
                 row,
                 paired_seeds=entry.paired_seeds,
-                gain_p_holm=gain_p_holm,
-                baseline_gain=baseline_gain,
+                gain_p_holm=entry.gain_p_holm if row.metric == entry.metric else None,
+                baseline_gain=_signed_gain(row, scratch_values.get(key)),
             )
         )
     return out
 
 
-def with_best_baseline(
+def fill_best_baseline(
     rows: list[ResultRow],
     entries: list[matrix.MatrixEntry],
     predictions: Callable[[str, int], stats.RunPredictions | None],
 ) -> list[ResultRow]:
     """Fill in the gain over the target's best baseline, with the same label fraction and seed."""
-    best = {
-        (entry.source, entry.backbone, entry.target, entry.technique, entry.label_fraction): entry
-        for entry in entries
-        if entry.best_baseline
-    }
-    of_baselines = {
+    by_key = {entry.key: entry for entry in entries if entry.best_baseline}
+    baseline_rows = {
         (
             row.target,
             row.label_fraction,
@@ -85,13 +69,19 @@ def with_best_baseline(
     }
     out: list[ResultRow] = []
     for row in rows:
-        entry = best.get(matrix.entry_key(row))
+        entry = by_key.get(matrix.entry_key(row))
         if entry is None or not is_tested(row):
             out.append(row)
             continue
-        seed_and_fold = row.seed, row.fold
-        key = (row.target, row.label_fraction, entry.best_baseline, *seed_and_fold, row.metric)
-        gain, low, high = _gain_over(predictions, row, of_baselines.get(key))
+        key = (
+            row.target,
+            row.label_fraction,
+            entry.best_baseline,
+            row.seed,
+            row.fold,
+            row.metric,
+        )
+        gain, low, high = _gain_over(predictions, row, baseline_rows.get(key))
         out.append(
             replace(
                 row,
@@ -116,21 +106,29 @@ def is_tested(row: ResultRow) -> bool:
 
 def gain_over_scratch(
     predictions: Callable[[str, int], stats.RunPredictions | None],
-    one: Trial,
-    against: Trial,
     row: ResultRow,
+    scratch: Trial,
     records: dict[str, TrialRecord],
 ) -> dict[str, float]:
-    theirs = next(
-        (r.value for r in records[against.id].rows if r.split == "test" and r.metric == row.metric),
+    """Return the columns of the gain of a test row over scratch with the same seed.
+
+    They are {} where scratch has no such row.
+    """
+    scratch_value = next(
+        (
+            other.value
+            for other in records[scratch.id].rows
+            if other.split == "test" and other.metric == row.metric
+        ),
         None,
     )
-    if theirs is None or row.value is None or row.metric is None:
+    if scratch_value is None or row.value is None or row.metric is None:
         return {}
-    found = _gain_over(predictions, row, replace(row, trial_folder=against.folder, value=theirs))
+    scratch_row = replace(row, trial_folder=scratch.folder, value=scratch_value)
     names = ("gain", "gain_low", "gain_high")
-    known = {name: value for name, value in zip(names, found, strict=True) if value is not None}
-    return {"scratch_value": theirs, **known}
+    estimate = zip(names, _gain_over(predictions, row, scratch_row), strict=True)
+    known = {name: value for name, value in estimate if value is not None}
+    return {"scratch_value": scratch_value, **known}
 
 
 def _gain_over(
@@ -142,9 +140,9 @@ def _gain_over(
 
     What cannot be computed is None.
     """
-    if other is None or row.value is None or other.value is None or row.metric is None:
+    gain = None if other is None else _signed_gain(row, other.value)
+    if other is None or gain is None or row.metric is None:
         return None, None, None
-    gain = (row.value - other.value) * (1 if row.higher_is_better else -1)
     if "/" in row.metric or "@" in row.metric:
         # of one label or subgroup: the report has its interval over all seeds
         return gain, None, None
@@ -154,3 +152,10 @@ def _gain_over(
     if not can_resample or ours is None or theirs is None:
         return gain, None, None
     return stats.gain(of, [ours], [theirs])
+
+
+def _signed_gain(row: ResultRow, other_value: float | None) -> float | None:
+    """Return by how much a row is better than another value; None where one of them is missing."""
+    if row.value is None or other_value is None:
+        return None
+    return (row.value - other_value) * (1 if row.higher_is_better else -1)
