@@ -736,66 +736,31 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
 
     Names are those of the job as it is now, because a record may be older than a name.
     """
-    root, is_budgeted = state.job.root, state.job.fanout.budget is not None
+    root = state.job.root
     records = trial.read_records(root, grid.folders(found))
     state.trial_provenance = provenance_of_trials(state, found, backbone_groups(state))
-    if state.job.fanout.keep_bundles == "best":
-        best: dict[str, TrialRecord] = {}
-        fanout.prune_bundles(root, [one for one in found if one.stage == "final"], "best", best)
-        kept = {record.trial_id for record in best.values()}
-    else:
-        kept = set(records)
-    bundles = {one: uri for one in kept if (uri := records[one].rows[0].bundle_uri)}
-    is_there = storage.at_once(bundle.exists, bundles.values())
-    kept = {
-        one for one, there in zip(bundles, is_there, strict=True) if there
-    }  # another run may have kept fewer
+    with_bundle = _trials_with_bundle(state, found, records)
     scratch = {
-        (one.backbone_key, one.target, grid.fraction_text(one.label_fraction), one.seed): one
+        _scratch_key(one): one
         for one in found
         if one.source == SCRATCH and str(one.technique) == "scratch" and one.stage == "final"
     }
-    predictions = lru_cache(maxsize=8)(
-        partial(trial.read_predictions, root)
-    )  # of a trial's several metrics, and of its scratch
+    # of a trial's several metrics, and of its scratch
+    predictions = lru_cache(maxsize=8)(partial(trial.read_predictions, root))
     targets_of = {one.id: one.target for one in found}
     rows: list[ResultRow] = []
     for one in found:
-        known = {
-            "job": state.job.name,
-            "source": one.source,
-            "backbone": one.backbone,
-            "target": state.targets[one.target].name_in_job,
-            "current": True,
-            "split_origin": state.targets[one.target].split_origin,
-            # the length of a trial within a budget is no draw of a search
-            "drawn": json.dumps({} if is_budgeted else one.hyper_parameters, sort_keys=True),
-            **state.scores.get(f"{one.source}|{one.target}", {}),
-            "source_scores": _score_column(state, one),
-        }
-        if one.id in records:
-            known |= state.trial_provenance[one.id].columns()
-        if one.id not in kept:
-            known["bundle_uri"] = None
-        if one.id in state.cut_by_budget and records[one.id].status == "done":
-            known |= {"status": "pruned", "error": state.cut_by_budget[one.id]}
-        for row in records[one.id].rows if one.id in records else ():
-            row = replace(row, **known, trial_name=one.name)
-            against = scratch.get(
-                (one.backbone_key, one.target, grid.fraction_text(one.label_fraction), one.seed)
-            )
-            if (
-                row.split == "test"
-                and against is not None
-                and against.id in records
-                and one.source != SCRATCH
-            ):
+        if one.id not in records:
+            continue
+        columns = _current_columns(state, one, records[one.id])
+        if one.id not in with_bundle:
+            columns["bundle_uri"] = None
+        against = scratch.get(_scratch_key(one)) if one.source != SCRATCH else None
+        for row in records[one.id].rows:
+            row = replace(row, **columns)
+            if row.split == "test" and against is not None and against.id in records:
                 row = replace(row, **gain_over_scratch(predictions, row, against, records))
-                if mixed := provenance.differences(
-                    state.trial_provenance[one.id].made, state.trial_provenance[against.id].made
-                ):
-                    note = f"the gain {origins.MIXED} ({', '.join(mixed)})"
-                    row = replace(row, interval=f"{row.interval}; {note}" if row.interval else note)
+                row = _with_note_on_mixed_code(state, row, one, against)
             rows.append(row)
         rows += _by_subgroup(state, predictions, rows, one)
     entries = matrix.matrix_entries(rows, _tested_runs(state, rows, targets_of))
@@ -807,6 +772,62 @@ def collect(state: JobState, found: list[Trial]) -> list[ResultRow]:
         is_of_part=_part_of_table(state, found) if state.job.only else None,
     )
     return rows
+
+
+def _scratch_key(one: Trial) -> tuple[str, str, str, int]:
+    """Return a key that a trial and the scratch trial that it is compared with share."""
+    return one.backbone_key, one.target, grid.fraction_text(one.label_fraction), one.seed
+
+
+def _trials_with_bundle(
+    state: JobState, found: list[Trial], records: Mapping[str, TrialRecord]
+) -> set[str]:
+    """Remove bundles that the job does not keep, and return the ids of trials that have one."""
+    kept = set(records)
+    if state.job.fanout.keep_bundles == "best":
+        best: dict[str, TrialRecord] = {}
+        final = [one for one in found if one.stage == "final"]
+        fanout.prune_bundles(state.job.root, final, "best", best)
+        kept = {record.trial_id for record in best.values()}
+    uris = {one: uri for one in kept if (uri := records[one].rows[0].bundle_uri)}
+    exist = storage.at_once(bundle.exists, uris.values())  # another run may have kept fewer
+    return {one for one, exists in zip(uris, exist, strict=True) if exists}
+
+
+def _current_columns(state: JobState, one: Trial, record: TrialRecord) -> dict[str, Any]:
+    """Return the columns of a trial's rows that the job as it is now says."""
+    stage = state.targets[one.target]
+    # the length of a trial within a budget is no draw of a search
+    drawn = one.hyper_parameters if state.job.fanout.budget is None else {}
+    columns = {
+        "job": state.job.name,
+        "source": one.source,
+        "backbone": one.backbone,
+        "target": stage.name_in_job,
+        "trial_name": one.name,
+        "current": True,
+        "split_origin": stage.split_origin,
+        "drawn": json.dumps(drawn, sort_keys=True),
+        **state.scores.get(f"{one.source}|{one.target}", {}),
+        "source_scores": _score_column(state, one),
+        **state.trial_provenance[one.id].columns(),
+    }
+    if one.id in state.cut_by_budget and record.status == "done":
+        columns |= {"status": "pruned", "error": state.cut_by_budget[one.id]}
+    return columns
+
+
+def _with_note_on_mixed_code(
+    state: JobState, row: ResultRow, one: Trial, against: Trial
+) -> ResultRow:
+    """Return a row with a note where other code or versions made the scratch trial."""
+    mixed = provenance.differences(
+        state.trial_provenance[one.id].made, state.trial_provenance[against.id].made
+    )
+    if not mixed:
+        return row
+    note = f"the gain {origins.MIXED} ({', '.join(mixed)})"
+    return replace(row, interval=f"{row.interval}; {note}" if row.interval else note)
 
 
 def _part_of_table(state: JobState, found: list[Trial]) -> Callable[[ResultRow], bool]:
