@@ -47,7 +47,7 @@ def test_windows_of_each_recording(tmp_path, form):
     assert [row["subject"] for row in found] == ["p", "p", "p", "q"]
     assert found[0]["series"] == {"x": [0, 1, 2, 3], "y": [0, -0.25, None, -0.75]}
     notes = summary(tmp_path / "out")["notes"]
-    assert notes["steps in no window"] == 4 and notes["usual step of t"] == "0.1"
+    assert notes["steps in no window"] == 4 and notes["median step of t"] == "0.1"
     assert splits_of_a_job(tmp_path, "series", "series") == {"train": 4}
 
 
@@ -112,7 +112,7 @@ def test_no_window_crosses_a_gap_or_a_cut_by_time(tmp_path):
     assert (
         notes["gaps, which no window crosses"] == notes["infinite numbers, taken as missing"] == 1
     )
-    assert notes["usual step of t in seconds"] == "0.1"
+    assert notes["median step of t in seconds"] == "0.1"
     prepare(tmp_path / "drive.parquet", tmp_path / "out", *pairs, "gap=0", "test_share=0.25")
     found = read(tmp_path / "out")
     assert {(row["recording"], row["split"]) for row in found} == {
@@ -137,24 +137,27 @@ def test_no_window_crosses_a_gap_or_a_cut_by_time(tmp_path):
         ),
         (
             ["channels=x", "window=4", "split_column=sides"],
-            r"no window of 4 steps is left; the longest stretch of a recording has 3 .*; invalid: "
+            r"no window of 4 steps is left; the longest .* has 3 steps .*; invalid: "
             r"1, the first one: log\.csv: rows 4 to 12: its split is none of",
         ),
         (
             ["channels=x", "window=50"],
-            r"no window of 50 steps is left; the longest .* has 12 steps \(steps in no window: 12\)",
+            "no window of 50 steps is left; .* has 12 steps .steps in no window: 12",
         ),
+        (["channels=x", "window=0", "label=empty"], "no recording is left; the longest recording"),
         (["channels=x", "recording=run", "window=2"], "the recording of row 9 has rows further up"),
         (["channels=x", "value=y", "take=most"], "take=most is for classes"),
-        (["channels=x", "window=0", "stride=2"], "window=0 makes a recording one row"),
-        (["channels=x", "gap=1"], "usual steps are no gap"),
+        (["channels=x", "window=0", "stride=2"], "has no effect with window=0"),
+        (["channels=x", "gap=1"], "the median step itself is no gap"),
         (["channels=x", "label=word", "label_folders=true"], "both labels"),
         (["channels=x", "test_share=0.5", "split=train"], "both say what a step's split is"),
         (["channels=x", "test_share=0.5", "validation_share=0.5"], "leave no train steps"),
     ],
 )
 def test_what_cannot_be_cut_is_told(tmp_path, pairs, said):
-    table = log(12, run=["a"] * 4 + ["b"] * 4 + ["a"] * 4, word="none", back=range(12, 0, -1))
+    table = log(
+        12, run=["a"] * 4 + ["b"] * 4 + ["a"] * 4, word="none", empty="", back=range(12, 0, -1)
+    )
     table["sides"] = ["train"] * 3 + ["left"] * 9
     table.to_csv(tmp_path / "log.csv", index=False)
     with pytest.raises(ValueError, match=said):

@@ -34,18 +34,14 @@ from pipeline.prepare.readers.csv_blocks import SUFFIXES, Column, schema
 
 BLOCK_STEPS = 1 << 18
 """About how many steps of windows are made at a time."""
-MICROSECONDS = 1e6
-"""Microseconds of a second, the unit of times."""
-NO_NUMBER, NO_LABEL, SEVERAL = (
-    "windows without any number, left out",
-    "windows without a label or value, left out",
-    "windows with several labels or values, left out",
-)
-TOO_SHORT, INFINITE, GAPS = (
-    "steps in no window",
-    "infinite numbers, taken as missing",
-    "gaps, which no window crosses",
-)
+MICROSECONDS_PER_SECOND = 1e6
+"""Times are read as microseconds."""
+NO_NUMBER = "windows without any number, left out"
+NO_LABEL = "windows without a label or value, left out"
+SEVERAL = "windows with several labels or values, left out"
+TOO_SHORT = "steps in no window"
+INFINITE = "infinite numbers, taken as missing"
+GAPS = "gaps, which no window crosses"
 SAME_NAMES = "names of recordings in several files, for which all rows have FILE/NAME"
 NO_SUBJECT = "recordings without a subject, whose windows no group of subjects keeps in one split"
 
@@ -63,7 +59,12 @@ class SeriesOptions(SplitOptions):
     order: str = Field(
         "", description="the column of steps or times, which must ascend within a recording"
     )
-    window: int = Field(128, ge=0, description="steps of a window; 0: a recording is one row")
+    window: int = Field(
+        128,
+        ge=0,
+        description="steps of a window; 0: one row for each recording, or for each part of it, "
+        "where gaps or splits cut it",
+    )
     stride: int = Field(
         0,
         ge=0,
@@ -73,15 +74,15 @@ class SeriesOptions(SplitOptions):
     gap: float = Field(
         1.5,
         ge=0,
-        description="a step of the order that is longer than so many of its usual (median) ones is "
-        "a gap, which no window crosses; 0: nothing is a gap",
+        description="a step of order longer than this many median steps is a gap, and no window "
+        "crosses it; 0: no gaps",
     )
     label: str = Field("", description="the column of classes: texts or codes")
     value: str = Field("", description="the column of numbers to estimate")
     take: Literal["last", "most", "same"] = Field(
         "last",
-        description="label and value of a window: those of its last step; the commonest label; or "
-        "those that all of its steps have (windows with several are left out)",
+        description="label and value of a window. last: those of its last step; most: the most "
+        "common label; same: those that all its steps share (other windows are left out)",
     )
     label_folders: bool = Field(
         False,
@@ -91,14 +92,20 @@ class SeriesOptions(SplitOptions):
         "", description="the column of the patient or robot that a recording is of, kept for splits"
     )
     test_share: float = Field(
-        0.0, ge=0, lt=1, description="the last share of the steps of every recording is its test"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each recording's steps, from its end, that are test rows",
     )
     validation_share: float = Field(
-        0.0, ge=0, lt=1, description="the share before that is for validation"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each recording's steps, before the test rows, for validation",
     )
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Rows of a recording in one split, and the windows that are cut from them.
 
     Attributes:
@@ -122,16 +129,16 @@ class Series(TableImporter):
     """Logs of sensors with one row a step (CSV, also .gz or .zst, or Parquet; a file or a folder)
     to windows for modality series: --set channels=S1..S24 --set window=64 --set stride=16.
 
-    Columns: recording, subject, start (the window's first step, counted in its stretch of the
-    recording from 0), series (a struct with a list of numbers for each channel), label, value,
-    split. Name the recording in the job's `group` (or the subject), so that windows of one never
-    stand on both sides of a split. A recording ends with its file; where a name stands in several
+    Columns: recording, subject, start (the window's first step, counted from 0 in the recording, or
+    in its part of a split), series (a struct with a list of numbers for each channel), label,
+    value, split. Name the recording in the job's `group` (or the subject), so that windows of one
+    never stand on both sides of a split. A recording ends with its file; where a name stands in several
     files, recordings are named FILE/NAME. With --set test_share= each recording is cut by time
     instead, no window crosses the cut, and each side has a name of its own. Steps are taken to be
-    equally far apart: numbers are not resampled, and a window does not cross a gap of --set order=.
+    equally far apart: numbers are not resampled, and a window does not cross a gap in --set order=.
     Left out and counted: windows without a number or label, steps that fill no window. Invalid:
-    recordings whose order does not ascend, or with two subjects. A file is read by one task: cut up
-    very large ones.
+    recordings whose order does not ascend, or with two subjects. One task reads a whole file: split
+    very large files.
     """
 
     def __init__(self, options: Any = None):
@@ -158,9 +165,12 @@ class Series(TableImporter):
         if o.value and o.take == "most":
             raise ValueError("--set take=most is for classes; take=last or same suits a value")
         if o.stride and not o.window:
-            raise ValueError("--set stride= is of windows, and window=0 makes a recording one row")
+            raise ValueError("--set stride= has no effect with window=0; leave it out")
         if 0 < o.gap <= 1:
-            raise ValueError(f"--set gap={o.gap:g}: usual steps are no gap; give more than 1, or 0")
+            raise ValueError(
+                f"--set gap={o.gap:g}: give more than 1 (the median step itself is no gap), or 0 "
+                "for none"
+            )
         self.label = "label" if o.label or o.label_folders else ""
         self.roles = logs.ColumnRoles(())
         self.rules = logs.CutRules(0, o.validation_share, o.test_share)
@@ -182,7 +192,11 @@ class Series(TableImporter):
         return files, listed.mark, listed.notes
 
     def _roles(self, input_split: InputSplit, opener: Opener) -> logs.ColumnRoles:
-        """Return what the columns are, as the first file has them."""
+        """Return what the columns are, as the first file has them.
+
+        Its names are those of trajectories: an episode is a recording, observations are channels,
+        and the reward is the value.
+        """
         o = self.options
         names = [name.strip() for name in schema(input_split.entry, opener).names]
         own = {
@@ -219,13 +233,13 @@ class Series(TableImporter):
 
     # ------------------------------------------------------------ the two passes
 
-    def _stretches(
-        self, reading: SplitReader, found: list[logs.EpisodeRows], counts: Counter[str]
-    ) -> Iterator[Stretch]:
-        """Yield the valid stretches of a file; the others go to `reading.bad`."""
+    def _segments(
+        self, reading: SplitReader, episodes: list[logs.EpisodeRows], counts: Counter[str]
+    ) -> Iterator[Segment]:
+        """Yield the valid segments of a file; the others go to `reading.bad`."""
         is_cut = self._shares or bool(self.options.split_column)
         tables = logs.tables(reading.input_split, self._columns(), reading.opener)
-        recordings = [list(stretches) for _, stretches in groupby(found, lambda one: one.log)]
+        recordings = [list(parts) for _, parts in groupby(episodes, lambda episode: episode.log)]
         whole = [ones[0]._replace(stop=ones[-1].stop) for ones in recordings]
         for ones, rows in zip(recordings, logs.read_episodes(whole, tables), strict=True):
             first = ones[0].start
@@ -236,15 +250,15 @@ class Series(TableImporter):
                 # without the recording's name, which may be a patient's
                 reading.bad(f"rows {first + 1} to {ones[-1].stop}", str(error))
                 continue
-            for one in ones:
+            for episode in ones:
                 try:
-                    split = logs.checked_split(one)
+                    split = logs.checked_split(episode)
                 except logs.UnusableError as error:
-                    reading.bad(f"rows {one.start + 1} to {one.stop}", str(error))
+                    reading.bad(f"rows {episode.start + 1} to {episode.stop}", str(error))
                     continue
-                name = f"{one.log}-{one.number:05d}" if is_cut else one.log
-                steps = rows.slice(one.start - first, one.stop - one.start)
-                yield Stretch(name, split, steps, *self._cut(steps, counts), subject)
+                name = f"{episode.log}-{episode.number:05d}" if is_cut else episode.log
+                steps = rows.slice(episode.start - first, episode.stop - episode.start)
+                yield Segment(name, split, steps, *self._cut(steps, counts), subject)
 
     def _subject(self, rows: pa.Table, counts: Counter[str]) -> str | None:
         """Return the patient or robot of a recording, None where no step has one. Raises
@@ -259,7 +273,8 @@ class Series(TableImporter):
 
     def _cut(self, rows: pa.Table, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the first steps of windows, and those after their last ones, both (n,)."""
-        o, bounds = self.options, [0, len(rows)]
+        o = self.options
+        bounds = [0, len(rows)]
         if o.order and o.gap and len(rows) > 2:
             steps = np.diff(rows[o.order].to_numpy())
             gaps = np.flatnonzero(steps > o.gap * np.median(steps)) + 1
@@ -268,9 +283,9 @@ class Series(TableImporter):
         starts, stops = list[int](), list[int]()
         for first, end in pairwise(bounds):
             window = o.window or end - first
-            there = range(first, end - window + 1, o.stride or window)
-            starts += there
-            stops += [start + window for start in there]
+            first_steps = range(first, end - window + 1, o.stride or window)
+            starts += first_steps
+            stops += [start + window for start in first_steps]
         covered = np.zeros(len(rows) + 1, dtype=np.int64)
         np.add.at(covered, starts, 1)
         np.add.at(covered, stops, -1)
@@ -279,35 +294,39 @@ class Series(TableImporter):
 
     def scan(self, reading: SplitReader) -> Found:
         file, counts = reading.input_split, Counter[str]()
-        there = logs.find_episodes(
+        episodes = logs.find_episodes(
             file, logs.log_name(file), self.roles, self.rules, reading.opener
         )
-        known = dict.fromkeys(self.roles.observations, 0)
-        rows, steps, longest = 0, list[float](), 0
-        for stretch in self._stretches(reading, there, counts):
-            longest = max(longest, len(stretch.rows))
-            for name in known:
-                values = stretch.rows[name].to_numpy()
-                known[name] += int(np.isfinite(values).sum())
+        num_finite = dict.fromkeys(self.roles.observations, 0)
+        rows, longest = 0, 0
+        median_steps = list[float]()
+        for segment in self._segments(reading, episodes, counts):
+            longest = max(longest, len(segment.rows))
+            for name in num_finite:
+                values = segment.rows[name].to_numpy()
+                num_finite[name] += int(np.isfinite(values).sum())
                 counts[INFINITE] += int(np.isinf(values).sum())
-            if self.roles.order and len(stretch.rows) > 1:
-                steps.append(float(np.median(np.diff(stretch.rows[self.roles.order].to_numpy()))))
-            rows += len(self._kept(stretch, counts))
+            if self.roles.order and len(segment.rows) > 1:
+                order = segment.rows[self.roles.order].to_numpy()
+                median_steps.append(float(np.median(np.diff(order))))
+            rows += len(self._kept(segment, counts))
         return {
             "rows": rows,
-            "stretches": there,
-            "known": known,
+            "episodes": episodes,
+            "num_finite": num_finite,
             "counts": counts,
-            "steps": [min(steps), max(steps)] if steps else [],
+            "median_steps": [min(median_steps), max(median_steps)] if median_steps else [],
             "longest": longest,
         }
 
     def why_no_rows(self, found: list[Found]) -> str:
-        counts = sum((Counter(one["counts"]) for one in found), Counter[str]())
-        said = ", ".join(f"{what}: {count}" for what, count in counts.items())
+        counts = sum((Counter(file["counts"]) for file in found), Counter[str]())
+        reasons = ", ".join(f"{what}: {count}" for what, count in counts.items())
+        steps = self.options.window
         return (
-            f"no window of {self.options.window} steps is left; the longest stretch of a recording "
-            f"has {max(one['longest'] for one in found)} steps ({said})"
+            f"no {f'window of {steps} steps' if steps else 'recording'} is left; the longest "
+            "recording, or part of one in a split, has "
+            f"{max(file['longest'] for file in found)} steps ({reasons})"
         )
 
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
@@ -319,7 +338,7 @@ class Series(TableImporter):
             is_any = any(one["longest"] for one in found)
             why = self.why_no_rows(found) if is_any else "no recording is valid"
             raise ValueError(f"{why}{first}")
-        if empty := [name for name in channels if not any(one["known"][name] for one in found)]:
+        if empty := [name for name in channels if not any(f["num_finite"][name] for f in found)]:
             raise ValueError(
                 f"{input_splits[0].name}: channels without any number: {preview(empty)}; leave "
                 f"them out of --set channels={first if broken else ''}"
@@ -334,21 +353,21 @@ class Series(TableImporter):
             *([pa.field("value", pa.float64())] if o.value else []),
         ]
         notes: Notes = {"channels": len(channels), **counts}
-        files = Counter(name for one in found for name in {log for log, *_ in one["stretches"]})
+        files = Counter(name for one in found for name in {log for log, *_ in one["episodes"]})
         if doubled := sum(count > 1 for count in files.values()):
             notes[SAME_NAMES] = doubled
         scan_results = [
-            [(f"{file.name}/{log}" if doubled else log, *rest) for log, *rest in one["stretches"]]
+            [(f"{file.name}/{log}" if doubled else log, *rest) for log, *rest in one["episodes"]]
             for file, one in zip(input_splits, found, strict=True)
         ]
-        if steps := [step for one in found for step in one["steps"]]:
-            unit = MICROSECONDS if self.roles.moments else 1
-            low, high = min(steps) / unit, max(steps) / unit
-            is_one = high < 1.01 * low
-            notes[f"usual step of {o.order}{' in seconds' if self.roles.moments else ''}"] = (
+        if median_steps := [step for file in found for step in file["median_steps"]]:
+            unit = MICROSECONDS_PER_SECOND if self.roles.moments else 1
+            low, high = min(median_steps) / unit, max(median_steps) / unit
+            is_one_rate = high < 1.01 * low
+            notes[f"median step of {o.order}{' in seconds' if self.roles.moments else ''}"] = (
                 f"{low:.4g}"
-                if is_one
-                else f"{low:.4g} to {high:.4g}: a network takes all recordings to have one rate"
+                if is_one_rate
+                else f"{low:.4g} to {high:.4g}: a network assumes one sampling rate"
             )
         info = {
             "channels": list(channels),
@@ -360,66 +379,66 @@ class Series(TableImporter):
         return InferredSchema(columns, scan_results, notes, info)
 
     def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
-        there = [logs.EpisodeRows(*one) for one in reading.scan_result]
-        for stretch in self._stretches(reading, there, Counter()):
-            kept = self._kept(stretch, Counter())
+        episodes = [logs.EpisodeRows(*fields) for fields in reading.scan_result]
+        for segment in self._segments(reading, episodes, Counter()):
+            kept = self._kept(segment, Counter())
             block = max(1, BLOCK_STEPS // max(1, self.options.window))
             for first in range(0, len(kept), block):
-                yield self._table(stretch, kept[first : first + block], reading.input_split)
+                yield self._table(segment, kept[first : first + block], reading.input_split)
 
-    # ------------------------------------------------------------ the windows of a stretch
+    # ------------------------------------------------------------ the windows of a segment
 
-    def _kept(self, stretch: Stretch, counts: Counter[str]) -> np.ndarray:
+    def _kept(self, segment: Segment, counts: Counter[str]) -> np.ndarray:
         """Return the windows that become rows; the others are counted."""
-        o, last = self.options, stretch.stops - 1
-        finite = [np.isfinite(stretch.rows[name].to_numpy()) for name in self.roles.observations]
+        o, last = self.options, segment.stops - 1
+        finite = [np.isfinite(segment.rows[name].to_numpy()) for name in self.roles.observations]
         numbers = np.append(0, np.any(finite, axis=0).cumsum())
-        empty = numbers[stretch.stops] == numbers[stretch.starts]
+        empty = numbers[segment.stops] == numbers[segment.starts]
         counts[NO_NUMBER] += int(empty.sum())
         good = ~empty
         for column in filter(None, (o.label, o.value)):
             if o.take == "most":
-                lacking = _commonest(stretch, column) < 0
+                lacking = _most_common(segment, column) < 0
             else:
-                lacking = (_codes(stretch.rows, column)[0] < 0)[last]
+                lacking = (_codes(segment.rows, column)[0] < 0)[last]
             counts[NO_LABEL] += int((good & lacking).sum())
             good &= ~lacking
             if o.take == "same":
-                codes = _codes(stretch.rows, column)[0]
+                codes = _codes(segment.rows, column)[0]
                 changes = np.append(0, (np.diff(codes) != 0).cumsum())
-                several = changes[last] != changes[stretch.starts]
+                several = changes[last] != changes[segment.starts]
                 counts[SEVERAL] += int((good & several).sum())
                 good &= ~several
         return np.flatnonzero(good)
 
-    def _table(self, stretch: Stretch, kept: np.ndarray, input_split: InputSplit) -> pa.Table:
+    def _table(self, segment: Segment, kept: np.ndarray, input_split: InputSplit) -> pa.Table:
         o, count = self.options, len(kept)
-        starts, stops = stretch.starts[kept], stretch.stops[kept]
+        starts, stops = segment.starts[kept], segment.stops[kept]
         lengths = stops - starts
         offsets = np.append(0, lengths.cumsum())
         steps = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, lengths)
         lists = []
         for name in self.roles.observations:
-            values = stretch.rows[name].to_numpy()[steps]
-            known = pa.array(values, mask=~np.isfinite(values))
-            lists.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), known))
+            values = segment.rows[name].to_numpy()[steps]
+            finite = pa.array(values, mask=~np.isfinite(values))
+            lists.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), finite))
         columns: dict[str, Any] = {
-            "recording": [stretch.recording] * count,
-            "subject": [stretch.subject] * count,
+            "recording": [segment.recording] * count,
+            "subject": [segment.subject] * count,
             "start": starts,
             "series": pa.StructArray.from_arrays(lists, list(self.roles.observations)),
         }
         if o.label:
-            codes, names = _codes(stretch.rows, o.label)
-            chosen = _commonest(stretch, o.label)[kept] if o.take == "most" else codes[stops - 1]
+            codes, names = _codes(segment.rows, o.label)
+            chosen = _most_common(segment, o.label)[kept] if o.take == "most" else codes[stops - 1]
             columns["label"] = [names[code] for code in chosen]
         elif o.label_folders:
             columns["label"] = [_folder(input_split)] * count
         if o.value:
-            columns["value"] = stretch.rows[o.value].to_numpy()[stops - 1]
+            columns["value"] = segment.rows[o.value].to_numpy()[stops - 1]
         if not o.subject:
             columns.pop("subject")
-        return pa.table({**columns, "split": [stretch.split or input_split.split] * count})
+        return pa.table({**columns, "split": [segment.split or input_split.split] * count})
 
 
 def _folder(file: InputSplit) -> str:
@@ -444,15 +463,15 @@ def _codes(rows: pa.Table, column: str) -> tuple[np.ndarray, list[Any]]:
         values = pc.if_else(pc.equal(values, ""), None, values)
     else:
         values = pc.if_else(pc.is_finite(values), values, None)
-    found = values.dictionary_encode()
-    return found.indices.fill_null(-1).to_numpy(), found.dictionary.to_pylist()
+    encoded = values.dictionary_encode()
+    return encoded.indices.fill_null(-1).to_numpy(), encoded.dictionary.to_pylist()
 
 
-def _commonest(stretch: Stretch, column: str) -> np.ndarray:
+def _most_common(segment: Segment, column: str) -> np.ndarray:
     """Return (windows,) the number of the value that most steps of a window have, -1 for none."""
-    codes, names = _codes(stretch.rows, column)
+    codes, names = _codes(segment.rows, column)
     counts = [np.append(0, (codes == code).cumsum()) for code in range(len(names))]
     if not counts:
-        return np.full(len(stretch.starts), -1)
-    inside = np.array([one[stretch.stops] - one[stretch.starts] for one in counts])
+        return np.full(len(segment.starts), -1)
+    inside = np.array([count[segment.stops] - count[segment.starts] for count in counts])
     return np.where(inside.any(axis=0), inside.argmax(axis=0), -1)
