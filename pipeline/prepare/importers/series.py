@@ -132,13 +132,13 @@ class Series(TableImporter):
     Columns: recording, subject, start (the window's first step, counted from 0 in the recording, or
     in its part of a split), series (a struct with a list of numbers for each channel), label,
     value, split. Name the recording in the job's `group` (or the subject), so that windows of one
-    never stand on both sides of a split. A recording ends with its file; where a name stands in several
-    files, recordings are named FILE/NAME. With --set test_share= each recording is cut by time
-    instead, no window crosses the cut, and each side has a name of its own. Steps are taken to be
-    equally far apart: numbers are not resampled, and a window does not cross a gap in --set order=.
-    Left out and counted: windows without a number or label, steps that fill no window. Invalid:
-    recordings whose order does not ascend, or with two subjects. One task reads a whole file: split
-    very large files.
+    never stand on both sides of a split. A recording ends with its file; where a name stands in
+    several files, recordings are named FILE/NAME. With --set test_share= each recording is cut by
+    time instead, no window crosses the cut, and each side has a name of its own. Steps are taken to
+    be equally far apart: numbers are not resampled, and a window does not cross a gap in --set
+    order=. Left out and counted: windows without a number or label, steps that fill no window.
+    Invalid: recordings whose order does not ascend, or with two subjects. One task reads a whole
+    file: split very large files.
     """
 
     def __init__(self, options: Any = None):
