@@ -34,6 +34,7 @@ from pipeline.io import s3, signals, storage, write_fence
 from pipeline.io.file_identity import ChangedFileError
 from pipeline.io.ray_environment import prepare_ray, without_noise
 from pipeline.train import node_types, pretrain, source
+from pipeline.train.board import Board
 from pipeline.train.log import LogRecord
 from pipeline.train.loop import NonFiniteError, Ranks
 from pipeline.train.progress import Progress, duration, training_line
@@ -445,38 +446,21 @@ class _RankInputs:
 
     work: pretrain.RankJob
     board: Any
-    """The actor of the `_Board`."""
+    """The actor of the `Board`."""
     rows: Any
     """A reference to the training rows that were decoded before, or None (`put_shared`)."""
 
 
-@ray.remote(num_cpus=0)
-class _Board:
-    """Where ranks leave their newest progress and the error that ends the run."""
-
-    def __init__(self):
-        self.record: LogRecord | None = None
-        self.fatal: str | None = None
-
-    def post(self, record: LogRecord) -> None:
-        before = self.record
-        # after a restart steps are taken again
-        if before is not None and record["step"] >= before["step"]:
-            record = {**before, **record}
-        self.record = record
-
-    def fail(self, message: str) -> None:
-        self.fatal = self.fatal or message
-
-    def read(self) -> tuple[LogRecord | None, str | None]:
-        return self.record, self.fatal
+def start_actor(kind: type) -> Any:
+    """Start an actor that needs no CPU; its process imports the module that ``kind`` stands in."""
+    return ray.remote(num_cpus=0)(kind).remote()
 
 
-def _rank_main(config: dict[str, _RankInputs]) -> None:  # Ray Train passes a dict
+def _rank_main(config: dict[str, Any]) -> None:  # Ray Train passes a dict
     import ray.train
     import ray.train.torch
 
-    inputs = config["inputs"]
+    inputs: _RankInputs = get_shared(config["inputs"])
     work, board = inputs.work, inputs.board
     if ray.get(board.read.remote())[1] is not None:
         return  # the run ended with an error that a restart would only repeat
@@ -651,13 +635,14 @@ def _train(
     """
     import ray.train
 
-    board = _Board.remote()
+    board = start_actor(Board)
     ended = threading.Event()
     watched = (board, stage.name, progress, ended)
     watcher = threading.Thread(target=_watch, args=watched, daemon=True)
     watcher.start()
     reference = put_shared(rows) if rows is not None else None
-    inputs = _RankInputs(work, board, reference)
+    # by reference: Ray Train's controller reads the config, and would import all that ranks do
+    inputs = put_shared(_RankInputs(work, board, reference))
     error: Exception | None = None
     try:
         _fit(_trainer(stage, mine, inputs, verbose, most))
@@ -698,7 +683,7 @@ def _reason(error: Exception | None) -> str:
 
 
 def _trainer(
-    stage: source.SourceStage, mine: RankResources, inputs: _RankInputs, verbose: bool, most: int
+    stage: source.SourceStage, mine: RankResources, inputs: Any, verbose: bool, most: int
 ) -> Any:
     import ray.train
     import ray.train.torch
@@ -753,7 +738,7 @@ def run_ranks(
     name: str,
 ) -> Any:
     """``fn(config, ranks)`` on several ranks under Ray Train, inside a trial; what rank 0 returns.
-    References in config are resolved by each rank.
+    References in config are resolved by each rank, and all else reaches them by reference, too.
 
     Raises StageError with the rank's error.
     """
@@ -764,10 +749,7 @@ def run_ranks(
 
     def main(config: dict[str, Any]) -> Any:
         context = ray.train.get_context()
-        given = {
-            name: get_shared(value) if isinstance(value, ray.ObjectRef) else value
-            for name, value in config.items()
-        }
+        given = {name: get_shared(reference) for name, reference in config.items()}
         torch.set_num_threads(max(1, int(cpus)))
         with write_fence.guarded_by(fences):
             out = fn(
@@ -778,10 +760,14 @@ def run_ranks(
             )
         return out if context.get_world_rank() == 0 else None
 
+    references = {
+        name: value if isinstance(value, ray.ObjectRef) else put_shared(value)
+        for name, value in config.items()
+    }
     path, filesystem = train_storage(uri)
     trainer = ray.train.torch.TorchTrainer(
         main,
-        train_loop_config=config,
+        train_loop_config=references,
         torch_config=_backend(gpus),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,

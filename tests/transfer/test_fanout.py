@@ -33,6 +33,7 @@ from pipeline.transfer import fanout
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.fanout import GroupedASHA
 from pipeline.transfer.grid import Trial
+from pipeline.transfer.pulses import Pulses
 from pipeline.transfer.scoring import Pair, score_pair
 
 
@@ -827,8 +828,8 @@ def test_silence_and_time_count_from_the_first_beat_where_ranks_must_find_their_
 ):
     """Their nodes may come minutes later."""
     now = [0.0]
-    monkeypatch.setattr(fanout.time, "monotonic", lambda: now[0])
-    pulses = fanout.Pulses.__ray_metadata__.modified_class()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pulses = Pulses()
     pulses.begin("a", "process a", 0)
     pulses.begin("b", "process b", 1, True)
     pulses.begin("c", "process c", 2)
@@ -867,7 +868,7 @@ def test_a_rank_is_heard_of_before_it_does_anything(monkeypatch):
 
 def test_heads_that_train_together_share_the_time_that_each_has(world, monkeypatch):
     job, shared = world
-    monkeypatch.setattr(fanout, "Pulses", SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(launch, "start_actor", lambda kind: None)
     trials = tuple(trial_of(job, shared, "linear_probe", seed=seed) for seed in range(3))
     work = [fanout.Unit(trials, True), fanout.Unit(trials[:1], False)]
     watchdog = fanout.Watchdog(work, Fanout.model_validate({"trial_timeout_minutes": 2.0}), Notes())

@@ -1,0 +1,32 @@
+"""Where the ranks of a run leave their newest progress.
+
+It is an actor of Ray, whose process imports this module: nothing here may import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.train.log import LogRecord
+
+
+class Board:
+    """The newest progress of the ranks, and the error that ends the run."""
+
+    def __init__(self):
+        self.record: LogRecord | None = None
+        self.fatal: str | None = None
+
+    def post(self, record: LogRecord) -> None:
+        before = self.record
+        # after a restart steps are taken again
+        if before is not None and record["step"] >= before["step"]:
+            record = {**before, **record}
+        self.record = record
+
+    def fail(self, message: str) -> None:
+        self.fatal = self.fatal or message
+
+    def read(self) -> tuple[LogRecord | None, str | None]:
+        return self.record, self.fatal
