@@ -134,6 +134,7 @@ def pictures(size: int = 32, **options: Any) -> Sample:
                 f"a {('dark', 'pale', 'striped')[i]} thing, number {n}"
                 for n, i in enumerate(labels)
             ],
+            "photo": [n % 6 for n in range(N)],  # two of them have two captions
             "labels": [["a"], ["a", "b"], ["b"], [], ["c"], ["a", "c"], ["b", "c"], ["c"]],
             "boxes": [[[0.0, 0.0, 1.0, 1.0], [0.15, 0.15, 0.65, 0.65], [0.7, 0.7, 0.9, 0.9]]] * N,
             "classes": [["cat", "dog", "dog"]] * N,
@@ -347,7 +348,7 @@ OBJECTIVES: dict[str, Case] = {
     "behaviour_cloning": Case(demonstrations, "policy/mlp", {"width": 16}),
     "classification": Case(with_roles(pictures, label="label"), *VIT),
     "clip": Case(
-        with_roles(pictures, caption="caption", image_id="label"),
+        with_roles(pictures, caption="caption", image_id="photo"),
         *VIT,
         {"width": 16, "layers": 1, "heads": 2},
     ),

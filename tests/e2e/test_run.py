@@ -15,16 +15,21 @@ import yaml
 from pipeline.transfer import grid
 from tests.e2e.conftest import SMALL, TINY
 
-pytestmark = [pytest.mark.ray]
+ON_RAY = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(
+    scope="module", params=["onetomany_here", pytest.param("onetomany_on_ray", marks=ON_RAY)]
+)
+def command(request):
+    """The command, whose jobs run in this process, and in the long tier also on Ray."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """The tiny job with pictures alone: a source on two ranks, which read their rows themselves, and
-    two targets. Ray Data is tested in tests/data and by the long tier.
-    """
+    """The tiny job with pictures alone: a source on two ranks, and two targets."""
     spec = yaml.safe_load(TINY.read_text())
-    spec["sources"]["garments"]["data"]["decode"] = "train"
     del spec["sources"]["stories"], spec["targets"]["reviews"]
     shoes = spec["targets"]["shoes"]
     spec["targets"]["tops"] = {**shoes, "data": {**shoes["data"], "where": {"label": [0, 2, 4]}}}
@@ -34,10 +39,10 @@ def job(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory, onetomany_on_ray, job):
+def ran(tmp_path_factory, command, job):
     """One `run` of the job; (folder, its completed process)."""
     folder = tmp_path_factory.mktemp("ran")
-    done = onetomany_on_ray("run", job, cwd=folder)
+    done = command("run", job, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, done
 
@@ -170,7 +175,7 @@ def test_score_ranks_sources(ran, onetomany_here, job):
     assert "garments" in done.stdout and "LogME" in done.stdout
 
 
-def test_predict_and_export(ran, onetomany_on_ray, tiny_data, tmp_path):
+def test_predict_and_export(ran, command, tiny_data, tmp_path):
     folder, _ = ran
     best = next(
         row
@@ -181,7 +186,7 @@ def test_predict_and_export(ran, onetomany_on_ray, tiny_data, tmp_path):
         and row["metric"] == "accuracy"
         and row["split"] == "test"
     )
-    done = onetomany_on_ray(
+    done = command(
         "predict",
         best["bundle_uri"],
         tiny_data / "images.parquet",
@@ -202,7 +207,7 @@ def test_predict_and_export(ran, onetomany_on_ray, tiny_data, tmp_path):
         assert np.allclose(
             probabilities[kept["row"]], scores / scores.sum(1, keepdims=True), atol=1e-4
         )
-    done = onetomany_on_ray(
+    done = command(
         "export",
         best["bundle_uri"],
         tmp_path / "weights.safetensors",
@@ -218,28 +223,25 @@ def test_predict_and_export(ran, onetomany_on_ray, tiny_data, tmp_path):
     timm.create_model("test_resnet", in_chans=1, num_classes=0).load_state_dict(
         load_file(tmp_path / "weights.safetensors")
     )
-    assert (
-        onetomany_on_ray("export", best["bundle_uri"], tmp_path / "copy", cwd=folder).returncode
-        == 0
-    )
+    assert command("export", best["bundle_uri"], tmp_path / "copy", cwd=folder).returncode == 0
     assert json.loads((tmp_path / "copy/manifest.json").read_text())["kind"] == "bundle"
 
 
 @pytest.mark.parametrize(
-    ("command", "scheduler"),
+    ("place", "scheduler"),
     [
         pytest.param("onetomany_here", "fifo", id="here"),
-        pytest.param("onetomany_on_ray", "asha", id="asha", marks=pytest.mark.slow),
+        pytest.param("onetomany_on_ray", "asha", id="asha", marks=ON_RAY),
     ],
 )
-def test_a_search_picks_on_validation(request, command, scheduler, tmp_path):
+def test_a_search_picks_on_validation(request, place, scheduler, tmp_path):
     words = (
         "--set",
         "targets.shoes.train={steps: 5, global_batch: 8, eval_every_steps: 1}",
         "--set",
         f"fanout={{seeds: 2, trials: 4, search: {{lr: [1.0e-4, 1.0e-2]}}, scheduler: {scheduler}}}",
     )
-    done = request.getfixturevalue(command)("run", SMALL, *words, cwd=tmp_path)
+    done = request.getfixturevalue(place)("run", SMALL, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [row for row in table(tmp_path / "runs/small") if row["metric"] in ("accuracy", None)]
     search = [row for row in rows if row["trial_stage"] == "search"]
