@@ -157,11 +157,7 @@ def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
     for name, source, output, options in re.findall(
         r"^# onetomany prepare (\w+) (\S+) -o (\S+)((?: --set \S+)*)$", commands, re.MULTILINE
     ):
-        place = (
-            source.replace(".../data", os.environ["ONETOMANY_DATA"])
-            if source.startswith("...")
-            else str(kept / source)
-        )
+        place = str(kept / os.path.expandvars(source))  # kept, unless it is an absolute path
         place = source if name == "rollouts" else place  # an environment's name
         options = re.sub(r"\b(validation|test)_episodes=\d+", r"\1_episodes=2", options)
         options = re.sub(r" episodes=\d+", " episodes=10", options)
