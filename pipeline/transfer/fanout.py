@@ -237,7 +237,9 @@ def _run_unit(
     shared: Shared = launch.get_shared(held[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     gc.collect()  # what a trial left that ASHA stopped: its traceback held the network until now
-    gc.freeze()  # modules and what trials share: later collections look through the rest alone
+    # once, before any network: what is frozen is never collected, as a stopped trial's may be later
+    if not gc.get_freeze_count():
+        gc.freeze()  # modules and what trials share: later collections look through the rest alone
     unit = work[config["unit"]]
     torch.set_num_threads(config["threads"])
     started = time.time()
