@@ -142,12 +142,12 @@ def read(
     stated = {key: getattr(made, key) for key in SIZES if key in made.to_dict()}
     arch = Architecture(f"hf/{family}", {"config": {**stated, **plain}, **options}, inputs)
     kept = {name: tensor for name, tensor in state.items() if name not in fresh}
-    found = _head(config, made, tensors, arch, modality, kept)
+    linear = _linear_head(config, made, tensors, arch, modality, kept)
     heads: dict[str, dict[str, Tensor]] = {}
     labels = None
-    if found is not None:
-        objective, arch, head, labels = found
-        heads[objective] = head
+    if linear is not None:
+        arch, labels = linear.arch, linear.labels
+        heads[linear.objective] = linear.tensors
     headless: dict[str, str] = {}
     language = _language_head(config, made, tensors, arch, modality, kept)
     if language is not None and language.reason:
@@ -203,71 +203,102 @@ EQUAL = 1e-4
 """Largest difference of scores from those of transformers' class, relative to the largest one."""
 
 
-def _head(
+class LinearHead(NamedTuple):
+    """The head of a checkpoint that is a linear layer on pooled features or on tokens."""
+
+    objective: str
+    arch: Architecture
+    """With the way to pool that the head expects."""
+    tensors: dict[str, Tensor]
+    """By the objective's names."""
+    labels: tuple[str, ...] | None
+    """In the order of the head's rows; None for objectives without labels."""
+
+
+def _linear_head(
     config: HfConfig,
     made: Any,
     tensors: dict[str, Tensor],
     arch: Architecture,
     modality: ModalitySpec,
     backbone: dict[str, Tensor],
-) -> tuple[str, Architecture, dict[str, Tensor], tuple[str, ...] | None] | None:
-    """Return a checkpoint's linear head: objective, architecture, tensors and labels.
+) -> LinearHead | None:
+    """Return a checkpoint's linear head; None for checkpoints of other classes.
 
-    It is kept where it gives the scores of the checkpoint's own class on random rows, for one of
-    the ways to pool, which the architecture then has. None for other checkpoints.
+    The head is kept only if it gives the scores of transformers' class on random rows, for one of
+    the ways to pool.
     """
     kind, objective = _class_with_head(config)
     if kind is None or objective is None or objective in LANGUAGE_OBJECTIVES:
         return None
-    last = next((one for one in LAST if f"{one}.weight" in tensors), None)
+    last = next((name for name in LAST if f"{name}.weight" in tensors), None)
     built: Any = bundle.build_modality(modality)
     if last is None or not hasattr(built, "random_rows"):
         return None
     weight = tensors[f"{last}.weight"].float()
     bias = tensors.get(f"{last}.bias", torch.zeros(len(weight))).float()
-    labels = as_object(config.get("id2label"))
-    if len(labels) != len(weight):
-        labels = {str(i): f"LABEL_{i}" for i in range(len(weight))}
-    own = copy.deepcopy(made)
-    own.id2label = {int(key): str(value) for key, value in labels.items()}
-    if objective == "classification" and config.get("problem_type") == "multi_label_classification":
-        objective = "multilabel"
-    if objective == "classification" and config.get("problem_type") == "regression":
-        objective = "regression"
+    objective = _stated_objective(objective, config)
     if objective == "regression" and len(weight) > 1:
         return None  # objective regression estimates one number a row
+    labels = _label_names(config, len(weight))
+    own = copy.deepcopy(made)
+    own.id2label = dict(enumerate(labels))
     with _quiet(), torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
         model = kind.from_pretrained(None, config=own, state_dict=tensors, dtype=torch.float32)
     rows = export_check.random_batch(built)
     on_tokens = objective in ("tagging", "qa")
     for pool in POOLS[:1] if on_tokens else POOLS:
-        tried = replace(arch, options={**arch.options, "pool": pool})
-        try:
-            network: Any = bundle.build_backbone(tried).eval()
-        except ValueError:
+        pooled = arch if pool == "auto" else replace(arch, options={**arch.options, "pool": pool})
+        network = _network(pooled, backbone)
+        if network is None:
             continue
-        if set(network.state_dict()) - set(backbone):
-            continue
-        network.load_state_dict({key: backbone[key] for key in network.state_dict()})
         with torch.no_grad():
             features = network(rows, want=("tokens",))
-            given = model(**network.model_inputs(rows))
+            output = model(**network.model_inputs(rows))
         read = features.tokens if on_tokens else features.pooled
         if read is None or read.shape[-1] != weight.shape[1]:
             continue
         scores = read @ weight.T + bias
         if objective == "qa":
-            theirs = torch.stack([given.start_logits, given.end_logits], -1)
+            expected = torch.stack([output.start_logits, output.end_logits], -1)
         else:
-            theirs = next(given[name] for name in SCORES if name in given)
+            expected = next(output[name] for name in SCORES if name in output)
         if features.mask is not None and on_tokens:
-            scores, theirs = scores[features.mask], theirs[features.mask]
-        if _are_equal(scores, theirs):
-            names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+            scores, expected = scores[features.mask], expected[features.mask]
+        if _are_equal(scores, expected):
             head = {"head.weight": weight, "head.bias": bias}
-            pooled = tried if pool != "auto" else arch
-            return objective, pooled, head, names if objective in WITH_LABELS else None
+            names = labels if objective in WITH_LABELS else None
+            return LinearHead(objective, pooled, head, names)
     return None
+
+
+def _stated_objective(objective: str, config: HfConfig) -> str:
+    """Return the objective of a head, where the problem type makes a class's another one."""
+    kinds = {"multi_label_classification": "multilabel", "regression": "regression"}
+    if objective != "classification":
+        return objective
+    return kinds.get(str(config.get("problem_type")), objective)
+
+
+def _label_names(config: HfConfig, number: int) -> tuple[str, ...]:
+    """Return the names of a head's labels, transformers' defaults where it has other ones."""
+    labels = as_object(config.get("id2label"))
+    if len(labels) != number:
+        return tuple(f"LABEL_{i}" for i in range(number))
+    return tuple(str(labels[key]) for key in sorted(labels, key=int))
+
+
+def _network(arch: Architecture, backbone: dict[str, Tensor]) -> Any | None:
+    """Return a backbone with its weights; None where some are lacking, or it cannot pool so."""
+    try:
+        network = bundle.build_backbone(arch).eval()
+    except ValueError:
+        return None
+    names = network.state_dict().keys()
+    if names - backbone.keys():
+        return None
+    network.load_state_dict({name: backbone[name] for name in names})
+    return network
 
 
 def _class_with_head(config: HfConfig) -> tuple[Any, str | None]:

@@ -267,7 +267,7 @@ def components_of(
 
 
 def code_of(modules: Iterable[str], components: Iterable[Component]) -> dict[str, str]:
-    """Return part to hash: of the components, the modules, and all modules of ours they import."""
+    """Return a dict from part to hash: components, modules, and all that they import of ours."""
     out: dict[str, str] = {}
     waiting = list(modules)
     for kind, name in components:

@@ -135,7 +135,7 @@ def _pairs(
     loader: _Loader,
     depth: int = 0,
 ) -> dict[str, tuple[int, yaml.Node]]:
-    """Return key to (line, value) of a mapping: its merged keys (<<) and its own.
+    """Return a dict from key to (line, value) of a mapping: its merged keys (<<) and its own.
 
     Its own keys win, and of merged mappings the one that is named first.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -97,57 +97,43 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         storage.check_writable(job.root)
     except storage.StorageError as error:
         raise ValueError(f"storage: {error}") from error
-    whole, job = job, job.selected()
-    whole_targets = {name for name in job.targets if whole.taken_by(name) <= job.sources.keys()}
+    whole_job = job
+    job = whole_job.selected()
+    whole_targets = {name for name in job.targets if whole_job.taken_by(name) <= job.sources.keys()}
     job = grid.expand_folds(job)
-    state, problems = JobState(job, progress, **options, whole_targets=frozenset(whole_targets)), []
+    state = JobState(job, progress, **options, whole_targets=frozenset(whole_targets))
     state.ids_in_old_layout = trial_folder.ids_in_old_layout(job.root)
-
-    def each(
-        make: Callable[[Job, str], Any], names, into: dict[str, Any], place: Callable[[str], str]
-    ) -> None:
-        for name in names:
-            try:
-                into[name] = make(job, name)
-            except (ValueError, storage.StorageError) as error:
-                problems.append(at_place(place(name), error))
-
-    def place_of_target(name: str) -> str:
-        return f"targets.{name.removesuffix(grid.fold_suffix(job.targets[name].fold))}"
-
+    problems: list[str] = []
     with file_identity.progress_to(progress.update):
-        each(source.stage, job.sources, state.sources, lambda name: f"sources.{name}")
+        problems += _stage_sources(state)
         if job.only and not problems:
             state.job = job = without_other_modalities(state)
             state.sources = {name: state.sources[name] for name in job.sources}
-        each(targets.stage, job.targets, state.targets, place_of_target)
-    all_staged = not problems
+        problems += _stage_targets(state)
+    can_compare_labels = not problems
     for target in state.targets.values():
-        if all_staged:
+        if can_compare_labels:
             problems += source_problems(state, target)
-            problems_of_labels, notes = compare_labels(state, target)
-            problems += problems_of_labels
-            for note in notes:
-                if note not in state.notes:  # folds of a target have the same
-                    state.notes.append(note)
-                    progress.note(note)
+            label_problems, notes = compare_labels(state, target)
+            problems += label_problems
+            _add_notes(state, notes)
         problems += score_problems(job, target)
         problems += budget_problems(job, target)
         problems += search_problems(job, target)
     problems += library_problems(state)
-    problems += baseline_problems(whole)
+    problems += baseline_problems(whole_job)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     if "sources" in state.remake:
         state.sources = {name: replace(stage, remake=True) for name, stage in state.sources.items()}
     for name, target in state.targets.items():
-        sources = {one: state.sources[one] for one in matching_sources(state, name)}
+        sources = {
+            source_name: state.sources[source_name] for source_name in matching_sources(state, name)
+        }
         state.targets[name] = replace(target, against=overlap.key(target, sources))
-    for line in comparison_notes(whole):
+    for line in comparison_notes(whole_job):
         progress.note(line)
-    for note in identity_notes(job):
-        state.notes.append(note)
-        progress.note(note)
+    _add_notes(state, identity_notes(job))
     state.key = spec_hash(
         [stage.key for stage in state.sources.values()],
         {name: [stage.key, matching_sources(state, name)] for name, stage in state.targets.items()},
@@ -155,6 +141,37 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     )
     planned_allocations(state)  # a budget that is too small is an error
     return state
+
+
+def _stage_sources(state: JobState) -> list[str]:
+    """Add the stage of each source that has no problem to the state, and return the problems."""
+    problems = []
+    for name in state.job.sources:
+        try:
+            state.sources[name] = source.stage(state.job, name)
+        except (ValueError, storage.StorageError) as error:
+            problems.append(at_place(f"sources.{name}", error))
+    return problems
+
+
+def _stage_targets(state: JobState) -> list[str]:
+    """Add the stage of each target that has no problem to the state, and return the problems."""
+    problems = []
+    for name, spec in state.job.targets.items():
+        try:
+            state.targets[name] = targets.stage(state.job, name)
+        except (ValueError, storage.StorageError) as error:
+            name_in_file = name.removesuffix(grid.fold_suffix(spec.fold))
+            problems.append(at_place(f"targets.{name_in_file}", error))
+    return problems
+
+
+def _add_notes(state: JobState, notes: Iterable[str]) -> None:
+    """Add notes to the run's and show them, each once: folds of a target have the same ones."""
+    for note in notes:
+        if note not in state.notes:
+            state.notes.append(note)
+            state.progress.note(note)
 
 
 def at_place(place: str, error: Exception) -> str:
@@ -220,31 +237,14 @@ def share(state: JobState) -> Shared:
     loaded = {name: targets.weights(uri) for name, uri in uris.items()}
     manifests = {name: manifest for name, (_, _, manifest) in loaded.items()}
     groups = grid.backbone_groups(
-        {name: (one.arch, one.modality) for name, one in manifests.items()}
+        {name: (manifest.arch, manifest.modality) for name, manifest in manifests.items()}
     )
-    data: dict[tuple[str, str], trial.TargetData] = {}
-    for name, stage in list(state.targets.items()):
-        if name not in state.targets:  # another of its folds cannot be prepared
-            continue
-        state.progress.update(f"{name}: reading")
-        try:
-            data |= {
-                (name, group): one for group, one in _prepare_target(state, name, groups).items()
-            }
-        except ValueError as error:  # one bad target: the others continue
-            whole = stage.name_in_job
-            reason = str(error) if whole == name else f"fold {stage.spec.fold}: {error}"
-            # the other folds would pass for all rows of the target
-            for fold, other in list(state.targets.items()):
-                if other.name_in_job == whole:
-                    state.unusable_targets[fold] = reason
-                    state.targets.pop(fold)
-            data = {key: one for key, one in data.items() if key[0] in state.targets}
-            state.notes.append(f"{whole}: left out: {reason}")
-            state.progress.note(f"warning: targets.{whole} is left out: {reason}")
-    if not state.targets:
+    data = _prepare_targets(state, groups)
+    if not data:
         raise ValueError("\n".join(_left_out(state)))
-    state.streamed = [f"{name}|{group}" for (name, group), one in data.items() if not one.in_memory]
+    state.streamed = [
+        f"{name}|{group}" for (name, group), prepared in data.items() if not prepared.in_memory
+    ]
     source_rows = rows_of_sources(state)
     validation = {
         name: splits.validation
@@ -272,6 +272,41 @@ def share(state: JobState) -> Shared:
         source_reads={name: state.sources[name].reads for name in source_rows},
         source_validation=validation,
     )
+
+
+def _prepare_targets(
+    state: JobState, groups: list[BackboneGroup]
+) -> dict[tuple[str, str], trial.TargetData]:
+    """Prepare all targets, by (target, backbone group).
+
+    A target that cannot be prepared is left out with a warning, and the others continue. Its other
+    folds are left out too: a mean over them would pass for one over all rows.
+    """
+    data: dict[tuple[str, str], trial.TargetData] = {}
+    for name, stage in list(state.targets.items()):
+        if name not in state.targets:  # another of its folds cannot be prepared
+            continue
+        state.progress.update(f"{name}: reading")
+        try:
+            by_group = _prepare_target(state, name, groups)
+        except ValueError as error:
+            reason = str(error)
+            if stage.name_in_job != name:
+                reason = f"fold {stage.spec.fold}: {reason}"
+            _leave_out(state, stage.name_in_job, reason)
+        else:
+            data |= {(name, group): prepared for group, prepared in by_group.items()}
+    return {key: prepared for key, prepared in data.items() if key[0] in state.targets}
+
+
+def _leave_out(state: JobState, name_in_job: str, reason: str) -> None:
+    """Take all folds of a target out of the state, and say why."""
+    for name, stage in list(state.targets.items()):
+        if stage.name_in_job == name_in_job:
+            state.unusable_targets[name] = reason
+            del state.targets[name]
+    state.notes.append(f"{name_in_job}: left out: {reason}")
+    state.progress.note(f"warning: targets.{name_in_job} is left out: {reason}")
 
 
 def _prepare_target(

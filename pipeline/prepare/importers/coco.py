@@ -194,24 +194,8 @@ class Coco(ImageImporter):
         categories: dict[int, str],
         counts: Counter[str],
     ) -> list[Row]:
+        self._count_faults(data, uri, images, categories, counts)
         by_image: dict[int, list[CocoAnnotation]] = defaultdict(list)
-        known = {image["id"] for image in data["images"]}
-        lost = [a.get("id") for a in data["annotations"] if a["image_id"] not in known]
-        self._refuse_or_count(
-            lost,
-            "annotations that name an image which is not listed",
-            "annotation ids",
-            uri,
-            counts,
-        )
-        wrong = [a.get("id") for a in data["annotations"] if a["category_id"] not in categories]
-        self._refuse_or_count(
-            wrong, "annotations of a category that is not listed", "annotation ids", uri, counts
-        )
-        missing = [
-            image["file_name"] for image in data["images"] if image["file_name"] not in images
-        ]
-        self._refuse_or_count(missing, "images without a file", "files", uri, counts)
         for annotation in data["annotations"]:
             if annotation["category_id"] in categories:
                 by_image[annotation["image_id"]].append(annotation)
@@ -221,35 +205,62 @@ class Coco(ImageImporter):
                 continue
             kept = _kept(by_image[image["id"]], image, counts)
             counts["images without a box"] += not kept
-            drawn: dict[str, str] = {}
-            if self.options.masks == "instance":
-                drawn[boxes.SEGMENTATIONS] = json.dumps([a.get("segmentation") for a, _ in kept])
-            if self.options.masks == "semantic":
-                objects = [
-                    [
-                        a["category_id"],
-                        bool(a.get("iscrowd")),
-                        a.get("area") or box[2] * box[3],
-                        a.get("segmentation"),
-                    ]
-                    for a, box in kept
-                ]
-                drawn["_objects"] = json.dumps([objects, int(0 in categories)])
             rows.append(
                 place(
                     images[image["file_name"]],
                     split,
                     image_id=image["id"],
                     boxes=[box for _, box in kept],
-                    labels=[a["category_id"] for a, _ in kept],
-                    label_names=[categories[a["category_id"]] for a, _ in kept],
-                    crowd=[bool(a.get("iscrowd")) for a, _ in kept],
+                    labels=[annotation["category_id"] for annotation, _ in kept],
+                    label_names=[categories[annotation["category_id"]] for annotation, _ in kept],
+                    crowd=[bool(annotation.get("iscrowd")) for annotation, _ in kept],
                     _width=image["width"],
                     _height=image["height"],
-                    **drawn,
+                    **self._segmentations(kept, categories),
                 )
             )
         return rows
+
+    def _count_faults(
+        self,
+        data: CocoFile,
+        uri: str,
+        images: dict[str, archives.Entry],
+        categories: dict[int, str],
+        counts: Counter[str],
+    ) -> None:
+        """Refuse or count annotations and images that refer to nothing."""
+        listed = {image["id"] for image in data["images"]}
+        annotations = data["annotations"]
+        lost = [a.get("id") for a in annotations if a["image_id"] not in listed]
+        what = "annotations that name an image which is not listed"
+        self._refuse_or_count(lost, what, "annotation ids", uri, counts)
+        unnamed = [a.get("id") for a in annotations if a["category_id"] not in categories]
+        what = "annotations of a category that is not listed"
+        self._refuse_or_count(unnamed, what, "annotation ids", uri, counts)
+        names = [image["file_name"] for image in data["images"]]
+        missing = [name for name in names if name not in images]
+        self._refuse_or_count(missing, "images without a file", "files", uri, counts)
+
+    def _segmentations(
+        self, kept: list[tuple[CocoAnnotation, list[float]]], categories: dict[int, str]
+    ) -> dict[str, str]:
+        """Return the columns from which an image's masks are drawn, as JSON."""
+        if self.options.masks == "instance":
+            outlines = [annotation.get("segmentation") for annotation, _ in kept]
+            return {boxes.SEGMENTATIONS: json.dumps(outlines)}
+        if self.options.masks == "semantic":
+            objects = [
+                [
+                    annotation["category_id"],
+                    bool(annotation.get("iscrowd")),
+                    annotation.get("area") or box[2] * box[3],
+                    annotation.get("segmentation"),
+                ]
+                for annotation, box in kept
+            ]
+            return {"_objects": json.dumps([objects, int(0 in categories)])}
+        return {}
 
     def _refuse_or_count(
         self, wrong: list[Any], what: str, names: str, uri: str, counts: Counter[str]
