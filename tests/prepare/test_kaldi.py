@@ -50,6 +50,15 @@ def test_without_texts_and_speakers_there_are_no_such_columns(tmp_path):
         ("train_si284", "train"),
         ("test_clean", "test"),
         ("all", "train"),
+        ("tr_no_dev", "train"),
+        ("train_nodev", "train"),
+        ("eval1", "test"),
+        ("eval2000", "test"),
+        ("ihm_eval", "test"),
+        ("dt05_real", "validation"),
+        ("et05_simu", "test"),
+        ("test_tr", "test"),
+        ("dump/raw/train/org", "train"),
     ],
 )
 def test_the_last_word_of_a_sets_name_tells_its_split(tmp_path, name, split):
@@ -57,6 +66,16 @@ def test_the_last_word_of_a_sets_name_tells_its_split(tmp_path, name, split):
     write(tmp_path / "in/a.wav", sound(1, form="WAV"))
     rows, _ = index("kaldi", tmp_path / "in")
     assert rows[0]["split"] == split
+
+
+def test_one_of_several_sets_needs_a_name_that_tells_its_split(tmp_path):
+    for number, name in enumerate(("train_nodup", "rt03")):
+        write(tmp_path / f"data/{name}/wav.scp", f"{name} {name}.wav\n")
+        write(tmp_path / f"{name}.wav", sound(number, form="WAV"))
+    with pytest.raises(ValueError, match=r"the name of data/rt03 tells no split.*--set split="):
+        index("kaldi", tmp_path)
+    rows, _ = index("kaldi", tmp_path, "sets=data/rt03", "split=test")
+    assert [(row["utterance"], row["split"]) for row in rows] == [("rt03", "test")]
 
 
 def test_lines_that_cannot_be_used_have_their_reason(tmp_path):

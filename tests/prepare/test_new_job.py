@@ -336,6 +336,9 @@ def test_tables_of_each_split_and_another_delimiter():
     init("set")
     assert target().data.test.endswith("set/test.csv") and target().data.validation is None
     assert "test 40 rows" in dry_run()
+    csv("set/eval.csv", {"text": texts(40), "label": ["x", "y"] * 20})
+    code, shown = command("init", "set", "-o", "eval.yaml")
+    assert code == 2 and "eval.csv: are its rows for validation or for test" in shown
     csv("other.csv", {"text": texts(60), "label": ["x", "y"] * 30}, delimiter=";")
     text = init("other.csv", output="other.yaml")
     assert "prepare csv other.csv -o prepared/other --set 'delimiter=;'" in text

@@ -271,13 +271,22 @@ def test_compressed_files_and_archives_give_the_same_rows(name, suffix, request,
         ("dev-v2.0.json", "validation"),
         ("train/part-1.csv", "train"),
         ("test/train.txt", "train"),
+        ("eval/train-00.txt", "train"),
+        ("dev-eval.txt", "validation"),
+        ("medieval/a.txt", "train"),
         ("a/valid/x_1.txt", "validation"),
         ("latest.csv", "train"),
         ("contest/a.txt", "train"),
     ],
 )
 def test_names_say_splits(name, split):
-    assert importing.split_of(name) == split
+    assert importing.split_of_file(name) == split
+
+
+@pytest.mark.parametrize("name", ["a-eval.csv", "train/evalset-00.txt", "held_out/a.csv"])
+def test_names_of_held_out_rows_say_for_what(name):
+    with pytest.raises(ValueError, match=r"for validation or for test\? Rename .*--set split="):
+        importing.split_of_file(name)
 
 
 def test_other_files_are_left_out_and_counted(text, tmp_path):

@@ -48,6 +48,8 @@ SPLITS = {
     "testb": "test",
 }
 """Publishers' names of splits, and the names that a job uses."""
+HELD_OUT = re.compile(r"(?<![a-z])(eval|evaluation|(held|hold)[\W_]?out)(set)?(?![a-z])")
+"""Names of held-out rows that are validation to some publishers and test to others."""
 NO_SPLIT = "its split is none of train, validation and test"
 NAMED = 5
 """An error message names so many examples."""
@@ -137,22 +139,48 @@ def split_of_folder(folder: str) -> str:
 
 
 def split_of_folders(name: str) -> str:
-    """Return the split of the folder nearest to a file that is called like one, "" for none."""
-    folders = reversed(PurePosixPath(name).parent.parts)
-    return next(filter(None, map(split_of_folder, folders)), "")
+    """Return the split of the folder nearest to a file that is called like one, "" for none.
+
+    Raises ValueError for a folder of held-out files that may be either (eval).
+    """
+    for folder in reversed(PurePosixPath(name).parent.parts):
+        if split := split_of_folder(folder):
+            return split
+        if re.fullmatch(HELD_OUT.pattern + r"[\W_\d]*", folder.lower()):
+            raise ValueError(
+                f"{name}: are the images of {folder} for validation or for test? Rename the "
+                "folder to val or test"
+            )
+    return ""
 
 
-def split_of(name: str, otherwise: str = "train") -> str:
-    """Return the split that a word of a file's name tells, else one of its nearest folder.
+def split_of(name: str) -> str:
+    """Return the split that a word of a file's name tells, else one of its nearest folder, "" for
+    none.
 
     Examples: eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv, val-shards/000.tar.
     """
     for part in reversed(name.lower().split("/")):
         words = (word.removesuffix("set") for word in re.split(r"[^a-z]+", part))
-        found = next((SPLITS[word] for word in words if word in SPLITS), None)
-        if found:
-            return found
-    return otherwise
+        if split := next((SPLITS[word] for word in words if word in SPLITS), ""):
+            return split
+    return ""
+
+
+def split_of_file(name: str) -> str:
+    """Return the split of a file by its name or folder as `split_of` does, else train.
+
+    Raises ValueError for a name that says held out, but not for what (eval, holdout).
+    """
+    for part in reversed(name.split("/")):
+        if split := split_of(part):
+            return split
+        if HELD_OUT.search(part.lower()):
+            raise ValueError(
+                f"{name}: are its rows for validation or for test? Rename {part} so that it has "
+                "one of these words, or give prepare --set split="
+            )
+    return "train"
 
 
 def kind_of_files(names: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.io import file_identity, storage
-from pipeline.prepare.engine.importing import InvalidRow, Notes, invalid_row, preview, split_of
+from pipeline.prepare.engine.importing import InvalidRow, Notes, invalid_row, preview, split_of_file
 from pipeline.prepare.readers.archives import (
     ARCHIVES,
     COMPRESSED,
@@ -98,10 +98,10 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
     Args:
         source: folder, archive, glob or file; local or s3://.
         suffixes: those that are read, without that of compression.
-        split: of all files; empty: as their names say (`split_of`).
+        split: of all files; empty: as their names say (`split_of_file`).
 
     Raises:
-        ValueError: no such file.
+        ValueError: no such file, or a name that says held out, but not for what (eval).
     """
     if re.search(r"[*?[]", source) and not storage.exists(source) and not storage.is_dir(source):
         names = storage.glob(source)
@@ -134,7 +134,7 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
             posixpath.basename(storage.file_name(source)), source, "", -1, storage.size(source)
         )
         return InputFiles(
-            [(entry, split or split_of(entry.name))], {}, file_identity.fingerprint(source)
+            [(entry, split or split_of_file(entry.name))], {}, file_identity.fingerprint(source)
         )
     seen = [entry for entry in found.entries if not re.search(r"(^|/)_", entry.name)]
     taken = [entry for entry in seen if plain_suffix(entry.name) in suffixes]
@@ -148,7 +148,7 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
             f"{source}: no files with "
             f"{', '.join(suffix or 'no suffix' for suffix in suffixes)} there{there}"
         )
-    listed = [(entry, split or split_of(entry.name)) for entry in taken]
+    listed = [(entry, split or split_of_file(entry.name)) for entry in taken]
     return InputFiles(sorted(listed, key=_reading_order), dict(sorted(others.items())), found.mark)
 
 

@@ -307,7 +307,7 @@ def read_labels(uri: str, column: str) -> Labels:
         ValueError: no such table, a missing column or one of another type, no label, or several
             columns of labels where none is named.
     """
-    found = find_inputs(uri, (".parquet", ".csv"))
+    found = find_inputs(uri, (".parquet", ".csv"), "all")
     names = [column] if column else list(VALUES)
     wanted = {
         "subject_id": Column("id"),

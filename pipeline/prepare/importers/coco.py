@@ -321,7 +321,7 @@ def _read(uri: str) -> CocoFile:
 def _split(name: str) -> str:
     """Return the split that a word of a name tells, else its first word (minival2014)."""
     first = re.split(r"[^a-zA-Z]", name)[0].lower()
-    return split_of(name, first or "train")
+    return split_of(name) or first or "train"
 
 
 def _by_name(listed: archives.Listing) -> dict[str, archives.Entry]:

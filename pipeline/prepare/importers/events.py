@@ -365,7 +365,7 @@ def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
 
     Raises ValueError for a file that is no such table.
     """
-    found = find_inputs(uri, SUFFIXES)
+    found = find_inputs(uri, SUFFIXES, "all")
     if len(found.files) != 1:
         raise ValueError(
             f"{uri}: {len(found.files)} tables ({preview(entry.name for entry, _ in found.files)}) "

@@ -8,6 +8,7 @@ import math
 import posixpath
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pyarrow as pa
 from pydantic import Field
@@ -25,13 +26,23 @@ from pipeline.prepare.engine.audio import (
     segment_of,
     unnamed_sounds,
 )
-from pipeline.prepare.engine.importing import Index, InvalidRow, Row, invalid_row, split_of
+from pipeline.prepare.engine.importing import (
+    SPLITS,
+    Index,
+    InvalidRow,
+    Row,
+    invalid_row,
+    split_of_file,
+)
 from pipeline.prepare.engine.located import locate
 from pipeline.prepare.readers import archives
 
 TABLES = ("wav.scp", "segments", "text", "utt2spk", "spk2gender")
 FLAC = re.compile(r"flac (?=.*(-c|-\w*c\w*|--stdout)\b)(?:--?\w+ )+(?P<path>\S+\.flac) \|")
 """flac -c -d -s PATH | gives the samples of the file: its path is taken. No command is ever run."""
+KALDI_SPLITS = {**SPLITS, "eval": "test"}
+SHORT_SPLITS = {"tr": "train", "dt": "validation", "et": "test"}
+"""First words of names (dt05_real); further on they may be languages (test_tr)."""
 TO_THE_END = -1.0
 """A segment that ends here ends with its recording."""
 
@@ -44,8 +55,8 @@ class KaldiOptions(RecordingOptions):
     )
     split: str = Field(
         "",
-        description="the split of all; empty: from the folder's name (train_clean, dev, test_other)"
-        ", else train",
+        description="the split of all; empty: from the folder's name (train_clean, tr_no_dev, dev, "
+        "test_other, eval1); a folder that is read alone and tells none is train",
     )
     root: str = Field(
         ".",
@@ -144,17 +155,38 @@ class Kaldi(AudioImporter):
                     f"--set sets={self.options.sets}: no {name}/wav.scp in {source}; "
                     f"{nearest(name, there)}"
                 )
+        folders = wanted or there
+        if self.options.split:
+            return dict.fromkeys(folders, self.options.split)
         base = posixpath.basename(source.rstrip("/"))
-        return {
-            folder: self.options.split or _split_of(folder or base) for folder in wanted or there
-        }
+        splits = {folder: _split_of(folder or base) for folder in folders}
+        unclear = [folder for folder, split in splits.items() if not split]
+        if not unclear:
+            return splits
+        if len(folders) == 1:
+            return {folder: split_of_file(folder or base) for folder in folders}
+        raise ValueError(
+            f"{source}: the name of {unclear[0] or base} tells no split, as train, dev, test and "
+            "eval do; rename it, prepare it alone (--set sets=), or give all the same --set split="
+        )
 
 
 def _split_of(folder: str) -> str:
-    """Return the split that the last word of a folder's name tells: train_dev is held out."""
-    above, name = posixpath.split(folder.lower())
-    last_first = "_".join(reversed(re.split(r"[^a-z]+", name)))
-    return split_of(posixpath.join(above, last_first))
+    """Return the split that a word of a folder's name tells, else one of the folder above, "" for
+    none.
+
+    The last such word counts, since train_dev is held out, but not after "no": tr_no_dev is what
+    is left to train on.
+    """
+    for name in reversed(folder.lower().split("/")):
+        words = [word for word in re.split(r"[^a-z]+", name) if word]
+        for before, word in reversed(list(pairwise(["", *words]))):
+            split = KALDI_SPLITS.get(word.removesuffix("set"), "")
+            if split and before != "no":
+                return split
+        if words and words[0] in SHORT_SPLITS:
+            return SHORT_SPLITS[words[0]]
+    return ""
 
 
 class _Table:

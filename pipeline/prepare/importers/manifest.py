@@ -34,7 +34,7 @@ from pipeline.prepare.engine.importing import (
     invalid_row,
     names_in,
     preview,
-    split_of,
+    split_of_file,
 )
 from pipeline.prepare.engine.inputs import text_problem
 from pipeline.prepare.engine.located import locate
@@ -179,7 +179,7 @@ class Manifest(AudioImporter):
         chosen = wanted or named or list(there)
         if not chosen:
             raise ValueError(f"{source}: no manifest ({', '.join(SUFFIXES)}) there")
-        return found, [(there[name], self.options.split or split_of(name)) for name in chosen]
+        return found, [(there[name], self.options.split or split_of_file(name)) for name in chosen]
 
     def _objects(
         self, entry: archives.Entry, split: str, bad: list[InvalidRow]

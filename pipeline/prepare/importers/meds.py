@@ -216,7 +216,7 @@ def _splits(found: Listing, opener: Opener) -> dict[int, str] | None:
     records.check_types(entry, opener, records.SPLIT_TYPES)
     table = whole("splits", entry, {"subject_id": Column("id"), "split": Column("text")}, opener)
     names = table["split"].drop_null().unique().to_pylist()
-    known = {name: SPLITS.get(name) or split_of(name, otherwise="") for name in names}
+    known = {name: SPLITS.get(name) or split_of(name) for name in names}
     if unknown := sorted(name for name, split in known.items() if not split):
         raise ValueError(
             f"{entry.name}: splits called {preview(unknown)}; they are called {', '.join(SPLITS)} "

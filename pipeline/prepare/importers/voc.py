@@ -132,7 +132,6 @@ class Voc(ImageImporter):
                     "remove one of them, or add its own image beside it"
                 )
             taken[image.name] = entry.name
-            by_folder = split_of_folders(image.name) or split_of_folders(entry.name) or "train"
             kept = [
                 (box, one)
                 for one in objects
@@ -142,7 +141,7 @@ class Voc(ImageImporter):
             rows.append(
                 place(
                     image,
-                    by_folder if lists is None else lists[path.stem],
+                    _split_of(image, entry) if lists is None else lists[path.stem],
                     boxes=[box for box, _ in kept],
                     labels=[names.index(one.name) for _, one in kept],
                     label_names=[one.name for _, one in kept],
@@ -285,6 +284,11 @@ def _splits(
             stem = line if line in stems else line.split()[0]  # a number may stand behind it
             out[folder].setdefault(stem, SPLITS.get(name.lower(), "train"))
     return out
+
+
+def _split_of(image: archives.Entry, annotation: archives.Entry) -> str:
+    """Return the split that a folder of the image tells, else one of its annotation, else train."""
+    return split_of_folders(image.name) or split_of_folders(annotation.name) or "train"
 
 
 def _is_annotation(entry: archives.Entry) -> bool:

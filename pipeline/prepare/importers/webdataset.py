@@ -17,7 +17,7 @@ from pipeline.data.to_parquet import IMAGE_SUFFIXES
 from pipeline.io import storage
 from pipeline.io.threads import threaded_map
 from pipeline.prepare.engine.images import ImageImporter
-from pipeline.prepare.engine.importing import Index, place, preview, split_of, table
+from pipeline.prepare.engine.importing import Index, place, preview, split_of_file, table
 from pipeline.prepare.readers import archives
 
 TEXTS = ("cls", "txt", "json")
@@ -59,7 +59,7 @@ class WebDataset(ImageImporter):
             path = PurePosixPath(storage.file_name(shard))
             shard_name = path.name
             marks.append(f"{shard_name} {mark}")
-            split = self.options.split or split_of(f"{path.parent.name}/{path.name}")
+            split = self.options.split or split_of_file(f"{path.parent.name}/{path.name}")
             for key, sample in samples.items():
                 files = sample.files
                 kind = next((suffix for suffix in files if f".{suffix}" in IMAGE_SUFFIXES), None)

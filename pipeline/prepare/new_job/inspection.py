@@ -24,7 +24,7 @@ from pipeline.data.csv_tables import csv_tables
 from pipeline.data.manifests import Manifest, Selection
 from pipeline.io import storage
 from pipeline.media import image_io
-from pipeline.prepare.engine.importing import preview, split_of, split_of_folder
+from pipeline.prepare.engine.importing import preview, split_of_file, split_of_folder
 from pipeline.prepare.new_job.columns import Column, may_name_rows, names_files, profile
 
 TABLES = ("parquet", "csv", "jsonl")
@@ -285,17 +285,22 @@ def _too_deep(files: Sequence[str]) -> str:
 
 
 def _split_files(files: Sequence[tuple[str, str]], places: Sequence[str]) -> dict[str, list[str]]:
-    """Return the tables of each split where their names say it; {} where they do not."""
-    found: dict[str, list[str]] = {}
-    for file, root in files:
-        name = file[len(root) :].lstrip("/") if root else PurePosixPath(file).name
-        found.setdefault(split_of(name), []).append(file)
+    """Return the tables of each split where their names say it; {} where they do not.
+
+    Raises ValueError for one of several whose name says held out, but not for what (eval.csv).
+    """
     is_prepared = any(
         storage.exists(storage.join(place, to_parquet.PREPARED))
         for place in places
         if storage.is_dir(place)
     )
-    return found if len(found) > 1 and "train" in found and not is_prepared else {}
+    if len(files) == 1 or is_prepared:
+        return {}
+    by_split: dict[str, list[str]] = {}
+    for file, root in files:
+        name = file[len(root) :].lstrip("/") if root else PurePosixPath(file).name
+        by_split.setdefault(split_of_file(name), []).append(file)
+    return by_split if len(by_split) > 1 and "train" in by_split else {}
 
 
 def _delimiter(file: str) -> str:
