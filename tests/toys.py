@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -475,6 +476,12 @@ def assert_a_killed_run_ends_as_a_whole_one(run_in: Callable[[str], loop.Trainin
     ours, theirs = weights(whole.task), weights(again.task)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def newest_resume_point(folder: str) -> int:
+    """Return the step of the newest complete resume point, 0 where there is none."""
+    complete = Path(folder).glob("step-*/manifest.json")
+    return max((int(file.parent.name.removeprefix("step-")) for file in complete), default=0)
 
 
 def without_labels(rows: Rows) -> Rows:

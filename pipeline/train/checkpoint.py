@@ -208,10 +208,5 @@ def restore_rng(state: ResumePoint, seed: int, ranks: Any) -> None:
         torch.cuda.set_rng_state(mine["cuda"])
 
 
-def newest(uri: str) -> int:
-    """Step of the newest complete resume point, 0 when there is none."""
-    return (_steps(uri) or [0])[-1]
-
-
 def clear(uri: str) -> None:
     storage.remove_tree(uri)

@@ -226,7 +226,7 @@ def experiment_of(
     """A source's training run as one of its ranks sees it."""
     fitted, train = work.fitted, work.spec.train
     rows = held or training_rows(work)
-    task = start_task(work)
+    task = initial_task(work)
     objective, left_out, extra_metrics = task.objective, list(fitted.left_out), {}
     if fitted.probe:
         cast = partial(loop.autocast, train, ranks.device)
@@ -264,13 +264,14 @@ def experiment_of(
     )
 
 
-def start_task(work: RankJob) -> Task:
-    """The task with the weights that it starts from; a resume point, if there is one, has its
-    own.
+def initial_task(work: RankJob) -> Task:
+    """Return the task with the weights that training starts from, also where it is resumed.
+
+    A resume point replaces the weights, but techniques may keep a copy of the initial ones.
     """
     fitted = work.fitted
     task = bundle.build_task(fitted.arch, fitted.objective, seed=work.seed)
-    if fitted.initial and not checkpoint.newest(experiment.checkpoints_of(work.uri)):
+    if fitted.initial:
         task.load_state_dict(bundle.load(fitted.initial).tensors)
     return task
 

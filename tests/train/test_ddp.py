@@ -21,6 +21,7 @@ from toys import (
     image_rows,
     make_run,
     net_task,
+    newest_resume_point,
     packed_rows,
     task_of,
     text_modality,
@@ -32,7 +33,7 @@ from pipeline.core.contracts import Batch
 from pipeline.core.contracts.technique_capabilities import reads_source
 from pipeline.data.stream import LoadedBatch, eval_batches
 from pipeline.techniques.lp_ft import LPFT, LPFTOptions
-from pipeline.train import checkpoint, evaluate, loop
+from pipeline.train import evaluate, loop
 from pipeline.train.loop import NonFiniteError, Ranks
 
 pytestmark = pytest.mark.slow
@@ -549,7 +550,7 @@ def train_by_the_clock(ranks: Ranks, folder: str):
     minutes = iter(range(10**6))
     run.clock = lambda: 3600.0 * next(minutes) if ranks.first else 0.0
     seen, notes = [], []
-    run.on_log = lambda log: seen.append(checkpoint.newest(folder))
+    run.on_log = lambda log: seen.append(newest_resume_point(folder))
     run.on_start = lambda step, passed_over: notes.extend(passed_over)
     outcome = loop.fit(run)
     return weights(run.task), outcome.resumed_from, seen, notes

@@ -22,6 +22,7 @@ from toys import (
     kill_at,
     make_run,
     net_task,
+    newest_resume_point,
     packed_rows,
     task_of,
     text_modality,
@@ -741,10 +742,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 
 def test_a_resume_point_that_was_not_finished_is_passed_over(rows, validation, tmp_path):
     loop.fit(resumable(rows, validation, tmp_path, "full"))
-    assert checkpoint.newest(str(tmp_path)) == 9
+    assert newest_resume_point(str(tmp_path)) == 9
     # Written last, so on S3 it is what a killed writer lacks
     os.remove(tmp_path / "step-0000000009" / "manifest.json")
-    assert checkpoint.newest(str(tmp_path)) == 6
+    assert newest_resume_point(str(tmp_path)) == 6
     state, passed_over = checkpoint.load(str(tmp_path), Ranks())
     assert state is not None and state["step"] == 6 and passed_over == []
 
@@ -777,7 +778,7 @@ def test_a_damaged_resume_point_gives_way_to_the_one_before(rows, validation, tm
         and "goes on from that of step 6" in notes[0]
     )
     assert all(notes[0] in log["warning"] for log in logs)
-    assert checkpoint.newest(str(tmp_path / "parts")) == 9, "written again, whole"
+    assert newest_resume_point(str(tmp_path / "parts")) == 9, "written again, whole"
     assert checkpoint.load(str(tmp_path / "parts"), Ranks())[1] == []
 
 
@@ -815,7 +816,7 @@ def test_a_resume_point_that_cannot_be_read_now_is_not_taken_for_damaged(
     monkeypatch.setattr(storage, "read_bytes", unreachable)
     with pytest.raises(storage.StorageError, match="the server is down"):
         checkpoint.load(str(tmp_path), Ranks())
-    assert checkpoint.newest(str(tmp_path)) == 9
+    assert newest_resume_point(str(tmp_path)) == 9
 
 
 def test_resume_points_come_by_time_too(rows, validation, tmp_path):
@@ -827,7 +828,7 @@ def test_resume_points_come_by_time_too(rows, validation, tmp_path):
     now, saved = [0.0], []
     run.clock = lambda: now[0]
     run.on_rows = lambda step, ids: now.__setitem__(0, now[0] + 240.0)
-    run.on_log = lambda record: saved.append(checkpoint.newest(str(tmp_path)))
+    run.on_log = lambda record: saved.append(newest_resume_point(str(tmp_path)))
     loop.fit(run)
     assert run.train.checkpoint_every_minutes == 10.0
     assert saved == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9], (

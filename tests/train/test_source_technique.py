@@ -110,9 +110,26 @@ def test_layer_wise_rates_are_those_of_the_technique(tmp_path, images, checkpoin
     assert isinstance(seen[0], Decay) and facts["steps"] == 6 and stage.done
 
 
-def test_a_killed_run_by_lora_ends_as_one_that_was_not(tmp_path, images, checkpoint):
-    words = {"init": checkpoint, "technique": LORA}
-    train = {"steps": 6, "global_batch": 12, "eval_every_steps": 3, "checkpoint_every_steps": 4}
+@pytest.mark.parametrize(
+    "technique",
+    [
+        LORA,
+        # these compare the weights with those of the checkpoint
+        {"l2_sp": {"weight": 1.0}},
+        {"delta": {"attention": False, "maps": 1}},
+        {"wise_ft": {"coefficient": 0.5}},
+    ],
+    ids=str,
+)
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path, images, checkpoint, technique):
+    words = {"init": checkpoint, "technique": technique}
+    train = {
+        "steps": 3,
+        "global_batch": 12,
+        "checkpoint_every_steps": 2,
+        "keep": "last",
+        "lr": 0.01,
+    }
     whole, _ = pretrained(job_of(tmp_path / "whole", images, train=train, **words))
     stage, work = rank_job(job_of(tmp_path / "parts", images, train=train, **words))
 
@@ -120,12 +137,12 @@ def test_a_killed_run_by_lora_ends_as_one_that_was_not(tmp_path, images, checkpo
         pass
 
     def kill(record):
-        if record["step"] == 6:
+        if record["step"] == 3:
             raise KilledError
 
     with pytest.raises(KilledError):
         pretrain.train_rank(work, Ranks(), kill)
-    assert pretrain.train_rank(work, Ranks())["resumed_from"] == 4
+    assert pretrain.train_rank(work, Ranks())["resumed_from"] == 2
     tensors = [bundle.load(uri).tensors for uri in (whole.bundle_uri, stage.bundle_uri)]
     assert furthest(*tensors) == 0.0
     assert not storage.exists(storage.join(stage.uri, "checkpoints"))
